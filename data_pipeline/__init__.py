@@ -1,0 +1,1 @@
+"""Text to a verified token store, and the store to resumable packed batches."""

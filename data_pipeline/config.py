@@ -1,0 +1,75 @@
+"""Where text comes from, how it becomes tokens, and in which order training reads them."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """A part of the configuration: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SourceConfig(Section):
+    """One named body of text."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="Name in the store, the metrics and the ledger.")
+    paths: tuple[str, ...] = Field(
+        min_length=1, description="Files, folders or globs: .txt, .md (a file is a document), .jsonl, .parquet."
+    )
+    text_column: str = Field("text", description="Field that holds the text in jsonl and parquet.")
+    weight: float = Field(1.0, gt=0, description="Share of the training samples, relative to the other sources.")
+
+
+class TokenizerConfig(Section):
+    """SentencePiece, trained on the sources unless a model file is given."""
+
+    model: str | None = Field(
+        None, description="A SentencePiece .model file; none: train one and keep it in the store."
+    )
+    algorithm: Literal["unigram", "bpe"] = Field(
+        "unigram", description="Kind to train (unigram encodes several times faster)."
+    )
+    vocab_size: int = Field(4096, ge=300, description="Pieces to train, control and byte pieces included.")
+    byte_fallback: bool = Field(True, description="Unknown characters become bytes, so that no text is lost.")
+    training_bytes: int = Field(20_000_000, gt=0, description="At most this much text is read to train the tokenizer.")
+
+
+class PrepareConfig(Section):
+    """How the store is written."""
+
+    preset: Literal["fast", "balanced", "small"] = Field(
+        "fast", description="`fast`: no compression; `balanced`: lz4hc; `small`: zstd; all with crc32c."
+    )
+    num_actors: int | None = Field(None, gt=0, description="Ray actors that tokenize; none: one a core.")
+    part_bytes: int = Field(
+        64_000_000, gt=0, description="Text bytes a part: the unit of work, of retry and of one writer."
+    )
+    chunk_tokens: int = Field(8192, gt=0, description="Tokens a chunk: what one read verifies and decodes.")
+    seed: int = Field(0, description="Order of documents inside a part, and which documents validate.")
+
+
+class DataConfig(Section):
+    """The data of a run."""
+
+    store: str = Field(description="Folder of the token store: written by `amfm prepare`, read by training.")
+    sources: tuple[SourceConfig, ...] = Field(min_length=1, description="Bodies of text and their weights.")
+    tokenizer: TokenizerConfig = Field(TokenizerConfig(), description="How text becomes tokens.")
+    prepare: PrepareConfig = Field(PrepareConfig(), description="How the store is written.")
+    validation_fraction: float = Field(
+        0.02, ge=0, lt=1, description="Part of the documents of each source kept for validation."
+    )
+    packing: Literal["concatenate", "best_fit"] = Field(
+        "concatenate", description="Rows cut from the joined documents, or documents fitted whole into rows."
+    )
+    shuffle: Literal["full", "block"] = Field(
+        "full", description="`block` reads long runs in order, for object stores."
+    )
+    mask_document_boundaries: bool = Field(
+        True, description="Documents in a row don't see each other, and no label crosses between them."
+    )
+    num_workers: int = Field(1, ge=0, description="Processes that read ahead; 0: read in the training process.")
+    on_corruption: Literal["raise", "quarantine"] = Field(
+        "raise", description="A damaged chunk stops the run, or is skipped, logged and remembered."
+    )

@@ -1,0 +1,1 @@
+"""HybridModel: blocks of a pattern string, on Megatron-core's parallel layers and our kernels."""

@@ -1,0 +1,1 @@
+"""The run: configuration, loop, engine, checkpoints, export."""

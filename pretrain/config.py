@@ -1,0 +1,126 @@
+"""RunConfig: everything one run is, in sections that the packages own."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from data_pipeline.config import DataConfig
+from model.config import ModelConfig
+
+
+class Section(BaseModel):
+    """A part of the configuration: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RunSection(Section):
+    """Where the run lives and what it is called."""
+
+    dir: str = Field(description="Run directory: checkpoints, metrics, report; a second start resumes from it.")
+    name: str | None = Field(None, description="Shown in logs and the report; none: the last part of dir.")
+    tensorboard: bool = Field(True, description="Write TensorBoard event files below dir.")
+    wandb_project: str | None = Field(
+        None, description="Also log to this Weights & Biases project; needs the wandb package."
+    )
+
+
+class OptimizerConfig(Section):
+    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101), fused where the device has it."""
+
+    learning_rate: float = Field(gt=0, description="Peak rate.")
+    beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the first moment.")
+    beta2: float = Field(0.95, ge=0, lt=1, description="Decay of the second moment.")
+    epsilon: float = Field(1e-8, gt=0, description="Added to the root of the second moment.")
+    weight_decay: float = Field(0.1, ge=0, description="On matrices; norms, biases, A_log, D and dt_bias never decay.")
+    clip_grad_norm: float | None = Field(1.0, gt=0, description="Largest global gradient norm; null: no clipping.")
+
+
+class ScheduleConfig(Section):
+    """Learning rate over the steps of the run."""
+
+    kind: Literal["wsd", "cosine", "constant"] = Field(
+        "wsd", description="Warm-up, stable, decay; warm-up and cosine; warm-up and constant."
+    )
+    warmup_steps: int = Field(0, ge=0, description="Linear rise from 0 to the peak.")
+    decay_steps: int | None = Field(
+        None, gt=0, description="wsd: length of the final decay; none: a fifth of train.steps."
+    )
+    decay_shape: Literal["linear", "sqrt", "cosine"] = Field(
+        "linear", description="wsd: form of the decay (sqrt: 1 - sqrt, Haegele et al. 2024, arXiv 2405.18392)."
+    )
+    min_ratio: float = Field(0.1, ge=0, le=1, description="Final rate over peak rate.")
+
+
+class TrainConfig(Section):
+    """The loop."""
+
+    steps: int = Field(gt=0, description="Optimizer steps of the whole run.")
+    stop_after_steps: int | None = Field(
+        None, gt=0, description="Save and exit (code 0) when this step is done; the schedule still spans `steps`."
+    )
+    sequence_length: int = Field(gt=0, description="Tokens a row.")
+    micro_batch_size: int = Field(gt=0, description="Rows a forward pass and rank.")
+    global_batch_size: int = Field(gt=0, description="Rows an optimizer step, over all ranks.")
+    seed: int = Field(0, ge=0, description="Of weights, data order and every other random draw.")
+    precision: Literal["float32", "bf16"] = Field(
+        "bf16", description="Of weights and activations; master weights and moments are float32 always."
+    )
+    checkpoint_every_steps: int | None = Field(
+        None, gt=0, description="Save each so many steps; none: only at the end and on signals."
+    )
+    keep_last: int = Field(
+        3, ge=2, description="Complete checkpoints kept; 2 at least, so that a damaged one has a predecessor."
+    )
+    validate_every_steps: int | None = Field(
+        None, gt=0, description="Measure validation loss each so many steps; none: only at the end."
+    )
+    validation_batches: int = Field(8, gt=0, description="Global batches a validation.")
+    log_every_steps: int = Field(
+        1, gt=0, description="Steps between lines on the terminal; metrics.jsonl gets each step."
+    )
+    timeout_seconds: float = Field(600.0, gt=0, description="A collective that takes longer ends the run.")
+    max_skipped_steps: int = Field(10, ge=0, description="Non-finite steps skipped in a row before the run stops.")
+    compile: bool = Field(
+        False, description="Compile the blocks one by one with torch.compile; costs a minute or two at start."
+    )
+    num_threads: int | None = Field(None, gt=0, description="CPU threads a rank; none: cores / ranks on this machine.")
+
+
+class ParallelConfig(Section):
+    """How the run is spread over ranks; data parallel is what is left."""
+
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        1, description="What DeepSpeed spreads over data ranks: 1 optimizer, 2 + gradients, 3 + weights."
+    )
+
+
+class KernelsConfig(Section):
+    """Which implementation of each operation runs."""
+
+    backend: Literal["auto", "triton", "torch", "reference"] = Field(
+        "auto", description="auto: triton on CUDA, torch on CPU. What cannot run here is an error."
+    )
+
+
+class ExportConfig(Section):
+    """Which transformers class the model must fit, checked before training starts."""
+
+    target: Literal["nemotron_h", "granitemoehybrid", "own", "auto"] = Field(
+        "auto",
+        description="`own`: our modelling file beside the weights; `auto`: a native class if one holds the config exactly, else own.",
+    )
+
+
+class RunConfig(Section):
+    """A whole run: one YAML file plus overrides."""
+
+    run: RunSection
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    kernels: KernelsConfig = KernelsConfig()
+    export: ExportConfig = ExportConfig()
