@@ -1,0 +1,93 @@
+"""Which implementation of an operation runs: the step-by-step reference, PyTorch, or our Triton kernels.
+
+A choice that this machine cannot honour is an error that says why; nothing falls back in silence.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import re
+
+import torch
+
+BACKENDS = ("auto", "triton", "torch", "reference")
+
+# One process is either interpreted or compiled: Triton reads the variable when it is imported.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+_LOG = logging.getLogger(__name__)
+
+# (first bad version, first good version, compute capability major, what goes wrong)
+_MISCOMPILES = (
+    ((3, 4, 0), (3, 7, 1), 9, "a transposed dot result fed to another dot gives wrong gradients on Hopper"),
+    ((3, 8, 0), (3, 8, 1), 9, "weight gradients come out as zeros on Hopper"),
+)
+
+
+def resolve_backend(requested: str, device: torch.device) -> str:
+    """Turn the backend that was asked for into the one that runs on `device`: "triton", "torch" or "reference".
+
+    "auto" is "triton" on CUDA and "torch" elsewhere, logged once with its reason.
+
+    Raises ValueError for an unknown name, RuntimeError when Triton was asked for and cannot run here (no CUDA
+    device and no interpreter, Triton not installed, or a Triton version known to miscompile for this card).
+    """
+    if requested in ("torch", "reference"):
+        return requested
+    if requested not in BACKENDS:
+        raise ValueError(f"kernels backend must be one of {', '.join(BACKENDS)}; got {requested!r}")
+    if requested == "auto":
+        if device.type != "cuda":
+            _log_choice("torch", f"the tensors are on {device.type}, and Triton kernels need CUDA")
+            return "torch"
+        _check_triton(device)
+        _log_choice("triton", "the tensors are on CUDA")
+        return "triton"
+    _check_triton(device)
+    return "triton"
+
+
+def triton_version() -> tuple[int, int, int] | None:
+    """Version of the installed Triton as three numbers, None where it is not installed."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    major, minor, patch = [*map(int, re.findall(r"\d+", importlib.metadata.version("triton"))), 0, 0][:3]
+    return major, minor, patch
+
+
+def find_miscompile(version: tuple[int, int, int], capability_major: int) -> str | None:
+    """What a Triton version is known to get wrong on cards of a compute capability, None where nothing is known."""
+    for first_bad, first_good, major, fault in _MISCOMPILES:
+        if major == capability_major and first_bad <= version < first_good:
+            return fault
+    return None
+
+
+def _check_triton(device: torch.device) -> None:
+    """Raise RuntimeError where Triton kernels cannot run on `device`."""
+    version = triton_version()
+    if version is None:
+        raise RuntimeError('kernels backend "triton" needs the package triton, which is not installed; use "torch"')
+    if INTERPRETED or device.type == "meta":
+        return
+    if device.type != "cuda":
+        raise RuntimeError(
+            f'kernels backend "triton" needs a CUDA device; the tensors are on {device.type}. Use "torch", or set '
+            "TRITON_INTERPRET=1 before Python starts to run the kernels in Triton's (slow) interpreter"
+        )
+    fault = find_miscompile(version, torch.cuda.get_device_capability(device)[0])
+    if fault is not None:
+        shown = ".".join(map(str, version))
+        raise RuntimeError(
+            f'kernels backend "triton" refuses Triton {shown} on this card: {fault}; install triton>=3.9 or use "torch"'
+        )
+
+
+@functools.cache
+def _log_choice(backend: str, reason: str) -> None:
+    """Say once which backend "auto" means."""
+    _LOG.info("kernels backend auto -> %s: %s", backend, reason)

@@ -1,0 +1,28 @@
+"""Settings that differ between Triton's interpreter and a GPU.
+
+The interpreter multiplies the bit patterns of bfloat16 operands, so operands of `tl.dot` are float32 there. Kernels
+load, convert to float32, compute, and cast to the constexpr DOT_DTYPE right before a dot.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton.language as tl
+
+from kernels.backend import INTERPRETED
+
+_DOT_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def dot_dtype(dtype: torch.dtype) -> tl.dtype:
+    """Operand dtype of `tl.dot` for inputs of `dtype` (float32, bfloat16 or float16): float32 in the interpreter."""
+    if dtype not in _DOT_DTYPES:
+        raise ValueError(f'backend "triton" takes float32, bfloat16 or float16; got {dtype}; use "torch"')
+    return tl.float32 if INTERPRETED else _DOT_DTYPES[dtype]
+
+
+def count_programs(device: torch.device, per_processor: int = 2) -> int:
+    """Programs that fill a card: multiprocessors times `per_processor`; 4 in the interpreter, which runs one at a time."""
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count * per_processor

@@ -1,0 +1,35 @@
+"""Checks of the tensors that an operation is given: a wrong shape, dtype or device is a ValueError, never a wrong number."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], like: Tensor | None = None) -> None:
+    """Raise ValueError unless `tensor` has the expected shape (-1 allows any size) and lies on the device of `like`."""
+    shape = tuple(tensor.shape)
+    if len(shape) != len(expected) or any(want not in (-1, got) for want, got in zip(expected, shape)):
+        wanted = ", ".join("any" if size == -1 else str(size) for size in expected)
+        raise ValueError(f"{name} must have shape [{wanted}]; got {list(shape)}")
+    if like is not None and tensor.device != like.device:
+        raise ValueError(f"{name} must lie on {like.device}, with the other inputs; got {tensor.device}")
+
+
+def check_float(name: str, tensor: Tensor, like: Tensor | None = None) -> None:
+    """Raise ValueError unless `tensor` is floating point, and of the dtype of `like` where that is given."""
+    if like is not None and tensor.dtype != like.dtype:
+        raise ValueError(f"{name} must be {like.dtype}, as the first input is; got {tensor.dtype}")
+    if tensor.dtype not in FLOATS:
+        raise ValueError(f"{name} must be floating point (float32, bfloat16, float16 or float64); got {tensor.dtype}")
+
+
+def check_documents(document_ids_BT: Tensor | None, batch: int, tokens: int, like: Tensor) -> None:
+    """Raise ValueError unless the document ids are integers of shape [B, T] on the device of `like`."""
+    if document_ids_BT is None:
+        return
+    check_shape("document_ids_BT", document_ids_BT, (batch, tokens), like)
+    if document_ids_BT.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"document_ids_BT must be int32 or int64; got {document_ids_BT.dtype}")
