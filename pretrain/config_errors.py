@@ -33,9 +33,11 @@ class Problem:
 
     def __str__(self) -> str:
         place = f"{self.origin}: " if self.origin else ""
+        if not self.remedy:
+            return f"{place}{self.rule}"
         subject = f"{self.key} = {self.value}" if self.key and self.value is not None else self.key or self.value or ""
         # An override already shows its key and value as the place.
-        if self.origin and self.origin.source == f"override {self.key}={self.value}":
+        if self.origin and self.origin.source.startswith(f"override {self.key}="):
             subject = ""
         return f"{place}{subject + ': ' if subject else ''}{self.rule}; {self.remedy}"
 

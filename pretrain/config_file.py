@@ -65,7 +65,7 @@ def load_located(path: str | Path, overrides: Sequence[str] = ()) -> LocatedConf
         # JSON in strict mode: no text becomes a number, no number a truth value, and lists are fine for tuples.
         config = RunConfig.model_validate_json(json.dumps(tree.plain()), strict=True)
     except ValidationError as error:
-        problems += [explain(detail) for detail in error.errors(include_url=False)]
+        problems += [explain(detail) for detail in first_causes(error.errors(include_url=False))]
     if problems:
         raise ConfigError(problems).located(origins)
     return LocatedConfig(config, origins)
@@ -116,6 +116,16 @@ def step_into(entry: Entry, part: str, key: str, origin: Origin, problems: list[
         problems.append(Problem("", f"{key} is the value {shown(child.plain())}, not a section", remedy, origin=origin))
         return None
     return child
+
+
+def first_causes(details: Sequence[Any]) -> list[Any]:
+    """Pydantic's findings without "too few items" where an item itself was refused."""
+    return [
+        detail
+        for detail in details
+        if detail["type"] != "too_short"
+        or not any(other is not detail and other["loc"][: len(detail["loc"])] == detail["loc"] for other in details)
+    ]
 
 
 def explain(detail: Any) -> Problem:
@@ -175,11 +185,11 @@ def nearest_key(parts: tuple[str | int, ...]) -> str:
     assert section is not None, f"no section holds {parts}"
     names = list(section.model_fields)
     place = "".join(f"{part}." for part in parts[:-1])
+    if "." in word:
+        return "nest it: a dot joins sections in overrides only"
     near = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
     if near:
         return f"did you mean {place}{near[0]}?"
-    if "." in word:
-        return "nest it: a dot joins sections in overrides only"
     elsewhere = [row.key for row in describe_fields() if row.key.rsplit(".", 1)[-1] == word]
     if elsewhere:
         return f"it belongs elsewhere: {' or '.join(elsewhere)}"

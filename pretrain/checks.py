@@ -1,0 +1,141 @@
+"""Rules that tie sections of a configuration together, checked before anything is allocated."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from model.checks import check_model
+from model.huggingface import explain_unfit
+from pretrain.config import RunConfig
+from pretrain.config_errors import ConfigError, Problem
+from pretrain.config_file import load_located
+
+_MODEL_KEY = re.compile(r"model(\.[a-z_0-9]+)+")
+
+
+def load_checked(path: str | Path, overrides: Sequence[str] = (), *, world_size: int | None = None) -> RunConfig:
+    """`load_config` and `check_run` in one, so that broken rules name file and line too.
+
+    Raises ConfigError with every problem, FileNotFoundError if the file is absent.
+    """
+    located = load_located(path, overrides)
+    try:
+        check_run(located.config, world_size)
+    except ConfigError as error:
+        raise error.located(located.origins) from error
+    return located.config
+
+
+def check_run(config: RunConfig, world_size: int | None = None) -> None:
+    """Refuse a run whose sections do not fit together or whose ranks cannot share its batch.
+
+    `world_size` counts all ranks; None leaves out the rules that depend on it. Raises ConfigError with every broken
+    rule. Touches no device and reads no file.
+    """
+    model = list(model_problems(config))
+    problems = [
+        *model,
+        *vocabulary_problems(config),
+        *data_problems(config),
+        *schedule_problems(config),
+        *loop_problems(config),
+    ]
+    if not model:
+        problems += export_problems(config)
+    if world_size is not None:
+        problems += batch_problems(config, world_size)
+    if problems:
+        raise ConfigError(problems)
+
+
+def model_problems(config: RunConfig) -> Iterator[Problem]:
+    """The model's own rules: pattern, heads, groups, experts."""
+    try:
+        check_model(config.model)
+    except ValueError as error:
+        yield whole_message(str(error))
+
+
+def whole_message(text: str) -> Problem:
+    """A problem from a message that says value, rule and remedy itself; its first key gives the place."""
+    key = _MODEL_KEY.search(text)
+    return Problem(key.group() if key else "model", text, "")
+
+
+def vocabulary_problems(config: RunConfig) -> Iterator[Problem]:
+    """Every piece of the tokenizer needs a row of the embedding."""
+    pieces, rows = config.data.tokenizer.vocab_size, config.model.vocab_size
+    # The size of a given tokenizer file is known only when it is read: training compares it with the store.
+    if config.data.tokenizer.model is None and pieces > rows:
+        rule = f"must be at least data.tokenizer.vocab_size={pieces}"
+        yield Problem("model.vocab_size", rule, f"use {pieces} or a multiple of 64 above it", str(rows))
+
+
+def data_problems(config: RunConfig) -> Iterator[Problem]:
+    """Sources are told apart by name, and the run and the store live in different folders."""
+    names = [source.name for source in config.data.sources]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            rule = f"is also the name of data.sources.{names.index(name)}"
+            yield Problem(f"data.sources.{index}.name", rule, "give each source its own name", name)
+    if Path(config.run.dir) == Path(config.data.store):
+        yield Problem("run.dir", "is the folder of data.store too", "use two folders", config.run.dir)
+
+
+def schedule_problems(config: RunConfig) -> Iterator[Problem]:
+    """Warm-up and decay fit into the run, and no setting of another schedule is given."""
+    schedule, steps = config.schedule, config.train.steps
+    if schedule.warmup_steps >= steps:
+        rule = f"must be less than train.steps={steps}"
+        remedy = f"use {max(0, steps // 10)}, say, or raise train.steps"
+        yield Problem("schedule.warmup_steps", rule, remedy, str(schedule.warmup_steps))
+    if schedule.kind != "wsd":
+        for key, value in (("decay_steps", schedule.decay_steps), ("decay_shape", schedule.decay_shape)):
+            if value != type(schedule).model_fields[key].default:
+                rule = f"has no effect with schedule.kind={schedule.kind}"
+                yield Problem(f"schedule.{key}", rule, "remove it, or use schedule.kind=wsd", str(value))
+    elif (
+        schedule.decay_steps is not None
+        and schedule.warmup_steps < steps < schedule.warmup_steps + schedule.decay_steps
+    ):
+        rule = f"schedule.warmup_steps={schedule.warmup_steps} and the decay must fit into train.steps={steps}"
+        remedy = f"use at most {steps - schedule.warmup_steps}"
+        yield Problem("schedule.decay_steps", rule, remedy, str(schedule.decay_steps))
+
+
+def loop_problems(config: RunConfig) -> Iterator[Problem]:
+    """Settings of the loop that could never take effect."""
+    train = config.train
+    if train.stop_after_steps is not None and train.stop_after_steps > train.steps:
+        rule = f"is beyond train.steps={train.steps}"
+        yield Problem("train.stop_after_steps", rule, "lower it, or remove it", str(train.stop_after_steps))
+    if train.validate_every_steps is not None and config.data.validation_fraction == 0:
+        rule = "needs documents kept for validation, and data.validation_fraction is 0"
+        remedy = "set data.validation_fraction=0.02, say, or remove it"
+        yield Problem("train.validate_every_steps", rule, remedy, str(train.validate_every_steps))
+    if train.compile and config.kernels.backend == "reference":
+        rule = "cannot speed up kernels.backend=reference, which runs step by step in Python"
+        yield Problem("train.compile", rule, "use kernels.backend=torch, or train.compile=false", "true")
+
+
+def batch_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:
+    """Every rank takes the same number of micro-batches of the global batch."""
+    assert world_size > 0, f"world_size is {world_size}"
+    train = config.train
+    unit = train.micro_batch_size * world_size
+    if train.global_batch_size % unit:
+        below = train.global_batch_size // unit * unit
+        nearest = " or ".join(str(value) for value in (below, below + unit) if value)
+        rule = (
+            f"must be a multiple of train.micro_batch_size={train.micro_batch_size} x {world_size} data rank"
+            f"{'s' if world_size > 1 else ''} = {unit}"
+        )
+        yield Problem("train.global_batch_size", rule, f"use {nearest}", str(train.global_batch_size))
+
+
+def export_problems(config: RunConfig) -> Iterator[Problem]:
+    """The declared export class can hold the model."""
+    for reason in explain_unfit(config.model, config.export.target):
+        yield whole_message(f"export.target={config.export.target} cannot hold this model: {reason}")
