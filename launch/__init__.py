@@ -1,0 +1,1 @@
+"""The command line, local processes, and what stands around a run."""

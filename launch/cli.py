@@ -1,0 +1,73 @@
+"""The `amfm` command: its verbs, and how an error becomes one message and an exit code.
+
+Exit codes: 0 done, 2 bad input, 3 the run failed and can be resumed, 130 interrupted; a bug shows its traceback.
+Heavy packages are imported inside the verbs, so that help and mistakes answer at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from launch import cli_config
+from launch.console import say
+
+BAD_INPUT = 2
+RUN_FAILED = 3
+
+# The machine ran out of something: the same command can go on once there is room again.
+_RESUMABLE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EMFILE, errno.ENOMEM}
+
+app = typer.Typer(
+    name="amfm",
+    help="Pretrain hybrid Mamba2 + attention + mixture-of-experts language models out of one YAML file.",
+    epilog="Example: amfm prepare configs/tiny_cpu.yaml, then amfm train configs/tiny_cpu.yaml train.steps=20",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for module in (cli_config,):
+    module.add_verbs(app)
+
+
+@app.callback()
+def options(
+    context: typer.Context,
+    traceback: bool = typer.Option(False, "--traceback", help="Show where in the program an error was raised."),
+) -> None:
+    """Options of every verb."""
+    context.obj = traceback
+
+
+def main() -> None:
+    """Entry point of `amfm` and of `python -m launch`."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line and return its exit code; a bug's exception passes through."""
+    try:
+        app(args=list(arguments), prog_name="amfm")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except (ValueError, RuntimeError, OSError) as error:
+        if isinstance(error, RecursionError | NotImplementedError) or "--traceback" in arguments:
+            raise
+        code = exit_code(error)
+        # Messages of several lines carry their own layout.
+        say(f"amfm: {str(error) or type(error).__name__}")
+        if code == RUN_FAILED:
+            say("amfm: the run stopped; resume with the same command (amfm --traceback ... shows where it failed)")
+        return code
+    return 0
+
+
+def exit_code(error: ValueError | RuntimeError | OSError) -> int:
+    """2 for what the user can correct (settings, files), 3 for the machine's state."""
+    if isinstance(error, OSError):
+        return RUN_FAILED if error.errno in _RESUMABLE else BAD_INPUT
+    return BAD_INPUT if isinstance(error, ValueError) else RUN_FAILED

@@ -1,0 +1,50 @@
+"""What verbs print: results on standard output, progress and remarks on standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+
+def print_json(value: object) -> None:
+    """One JSON object on standard output, for scripts."""
+    json.dump(value, sys.stdout, indent=2, ensure_ascii=False)
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+
+
+def say(text: str) -> None:
+    """A remark for a person, on standard error."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(escape(text))
+
+
+def print_pairs(title: str, pairs: Iterable[tuple[str, object]]) -> None:
+    """A small table of names and values on standard output."""
+    table = Table(
+        title=title, show_header=False, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0)
+    )
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in pairs:
+        table.add_row(escape(name), escape(str(value)))
+    output().print(table)
+
+
+def print_rows(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """A table with a header on standard output."""
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(str(cell)) for cell in row))
+    output().print(table)
+
+
+def output() -> Console:
+    """The console of standard output; wide when it is piped, so that lines are not folded at 80."""
+    return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=160)
