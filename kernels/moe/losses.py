@@ -1,0 +1,57 @@
+"""Losses that keep experts evenly used and router logits small. Plain functions of what `route` returns."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.moe.grouping import count_experts
+
+
+def balance_loss(scores_RE: Tensor, counts_E: Tensor, top_k: int) -> Tensor:
+    """Number of experts times the sum over experts of (share of choices) x (mean share of scores): 1 when balanced.
+
+    Shapes: scores [R, E] float32 (each row is divided by its sum, which changes nothing for softmax), counts [E] ->
+    scalar. `counts_E` may add up the choices of more tokens than `scores_RE` holds (other ranks of the batch);
+    only the scores carry gradient.
+    Source: Fedus et al. 2021 (arXiv 2101.03961), section 2.2, with K choices a token.
+    """
+    num_experts = scores_RE.shape[1]
+    if counts_E.shape != (num_experts,):
+        raise ValueError(f"counts_E must have shape [{num_experts}]; got {list(counts_E.shape)}")
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(f"top_k={top_k} must lie between 1 and the {num_experts} experts")
+    chosen_E = counts_E.to(scores_RE.dtype)
+    share_E = chosen_E / chosen_E.sum().clamp(min=1)
+    return num_experts * (share_E * _row_shares(scores_RE).mean(0)).sum()
+
+
+def sequence_balance_loss(scores_BTE: Tensor, expert_ids_BTK: Tensor) -> Tensor:
+    """As `balance_loss`, but inside each row of the batch, then averaged over rows: 1 when every row is balanced.
+
+    Shapes: scores [B, T, E], expert ids [B, T, K] -> scalar.
+    Source: DeepSeek-V3 (arXiv 2412.19437), section 2.1.2, equations 17 to 20, over alpha.
+    """
+    rows, _, num_experts = scores_BTE.shape
+    if expert_ids_BTK.shape[:2] != scores_BTE.shape[:2]:
+        raise ValueError(
+            f"expert_ids_BTK must begin with {list(scores_BTE.shape[:2])}; got {list(expert_ids_BTK.shape)}"
+        )
+    row_starts_B = torch.arange(rows, device=expert_ids_BTK.device) * num_experts
+    counts_BE = count_experts(expert_ids_BTK + row_starts_B[:, None, None], rows * num_experts).view(rows, num_experts)
+    share_BE = counts_BE.to(scores_BTE.dtype) / expert_ids_BTK[0].numel()
+    return num_experts * (share_BE * _row_shares(scores_BTE).mean(1)).sum(-1).mean()
+
+
+def router_z_loss(logits_RE: Tensor) -> Tensor:
+    """Mean over tokens of the squared log-sum-exp of the router logits, in float32 at least.
+
+    Source: Zoph et al. 2022 (arXiv 2202.08906), section 3.3, equation 5.
+    """
+    wide = logits_RE if logits_RE.dtype == torch.float64 else logits_RE.float()
+    return wide.logsumexp(-1).square().mean()
+
+
+def _row_shares(scores: Tensor) -> Tensor:
+    """Scores over their sum, row by row."""
+    return scores / (scores.sum(-1, keepdim=True) + 1e-20)

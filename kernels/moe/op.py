@@ -1,0 +1,194 @@
+"""Mixture of experts: choose experts, group tokens by expert, run the experts, add up what they say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.backend import resolve_backend
+from kernels.moe.grouping import Grouping, count_experts, group_by_expert
+from kernels.moe.reference import expert_feed_forward_reference, grouped_feed_forward_reference, route_reference
+from kernels.moe.torch_impl import expert_feed_forward_torch, grouped_feed_forward_torch, route_torch
+from kernels.shapes import check_float, check_shape
+
+__all__ = ["Grouping", "Routing", "expert_feed_forward", "group_by_expert", "grouped_feed_forward", "route"]
+
+ACTIVATIONS = ("swiglu", "squared_relu")
+SCORES = ("softmax", "sigmoid")
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What the router decided.
+
+    `expert_ids_RK` int64, best first. `weights_RK` float32, differentiable. `counts_E` int64: choices of each expert.
+    `scores_RE` float32, differentiable, without the bias: for auxiliary losses.
+    """
+
+    expert_ids_RK: Tensor
+    weights_RK: Tensor
+    counts_E: Tensor
+    scores_RE: Tensor
+
+
+def route(
+    logits_RE: Tensor,
+    expert_bias_E: Tensor | None,
+    *,
+    score: str,
+    top_k: int,
+    normalize: bool,
+    scaling: float,
+    num_groups: int = 1,
+    group_top_k: int = 1,
+    backend: str = "torch",
+) -> Routing:
+    """Choose `top_k` experts for each token and weigh them.
+
+    Scores are the softmax or sigmoid of the logits in float32. The experts with the largest score + bias are chosen;
+    equal ones go to the lower id. Weights are the scores (never the bias) of the chosen, divided by their sum when
+    `normalize`, times `scaling`. With groups, only experts of the `group_top_k` groups whose two best experts add up
+    to most may be chosen. Softmax, normalized, equals the softmax over the chosen logits.
+
+    Shapes: logits [R, E]; bias [E] or None -> Routing. float64 logits keep float64.
+    Raises ValueError for wrong shapes, an unknown score, or limits that leave fewer than `top_k` experts.
+    Source: DeepSeek-V3 (arXiv 2412.19437), section 2.1.2; Wang et al. 2024 (arXiv 2408.15664) for the bias.
+    """
+    _check_route(logits_RE, expert_bias_E, score, top_k, num_groups, group_top_k)
+    backend = resolve_backend(backend, logits_RE.device)
+    if group_top_k == num_groups:
+        num_groups = group_top_k = 1
+    if backend == "triton":
+        from kernels.moe.triton_router import route_triton
+
+        return Routing(
+            *route_triton(logits_RE, expert_bias_E, score, top_k, normalize, scaling, num_groups, group_top_k)
+        )
+    implementation = route_torch if backend == "torch" else route_reference
+    expert_ids_RK, weights_RK, scores_RE = implementation(
+        logits_RE,
+        expert_bias_E,
+        score=score,
+        top_k=top_k,
+        normalize=normalize,
+        scaling=scaling,
+        num_groups=num_groups,
+        group_top_k=group_top_k,
+    )
+    return Routing(expert_ids_RK, weights_RK, count_experts(expert_ids_RK, logits_RE.shape[1]), scores_RE)
+
+
+def grouped_feed_forward(
+    x_RD: Tensor, counts_E: Tensor, up_EFD: Tensor, down_EDF: Tensor, *, activation: str, backend: str = "torch"
+) -> Tensor:
+    """Feed-forward of rows that lie sorted by expert: down_e(activation(up_e(x))).
+
+    Shapes: x [R, D]; counts [E] integers that add up to R; up [E, F, D] with F = 2 * hidden for "swiglu" (gate rows
+    first) and hidden for "squared_relu"; down [E, D, hidden] -> [R, D]. Experts without rows get zero gradients.
+    Products accumulate in float32. Raises ValueError for wrong shapes, dtypes, or an unknown activation.
+    """
+    _check_experts(x_RD, up_EFD, down_EDF, activation)
+    check_shape("counts_E", counts_E, (up_EFD.shape[0],), x_RD)
+    if counts_E.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"counts_E must be int32 or int64; got {counts_E.dtype}")
+    if x_RD.device.type == "cpu" and not torch.compiler.is_compiling() and int(counts_E.sum()) != x_RD.shape[0]:
+        raise ValueError(f"counts_E must add up to the {x_RD.shape[0]} rows of x_RD; got {int(counts_E.sum())}")
+    backend = resolve_backend(backend, x_RD.device)
+    if backend == "reference":
+        return grouped_feed_forward_reference(x_RD, counts_E, up_EFD, down_EDF, activation=activation)
+    offsets_E = counts_E.cumsum(0).to(torch.int32)
+    if backend == "triton":
+        from kernels.moe.triton_experts import grouped_feed_forward_triton
+
+        return grouped_feed_forward_triton(x_RD, offsets_E, up_EFD, down_EDF, activation)
+    return grouped_feed_forward_torch(x_RD, offsets_E, up_EFD, down_EDF, activation)
+
+
+def expert_feed_forward(
+    x_RD: Tensor,
+    expert_ids_RK: Tensor,
+    weights_RK: Tensor,
+    up_EFD: Tensor,
+    down_EDF: Tensor,
+    *,
+    activation: str,
+    backend: str = "torch",
+) -> Tensor:
+    """Sum over each token's K chosen experts of weight times feed-forward.
+
+    Shapes: x [R, D]; expert ids [R, K] integers in [0, E); weights [R, K]; up and down as `grouped_feed_forward` ->
+    [R, D]. Saves x and the hidden rows before the activation for backward; no sorted copy, no output before weighting.
+    Raises ValueError for wrong shapes, dtypes, or an unknown activation.
+    """
+    _check_experts(x_RD, up_EFD, down_EDF, activation)
+    check_shape("expert_ids_RK", expert_ids_RK, (x_RD.shape[0], -1), x_RD)
+    check_shape("weights_RK", weights_RK, tuple(expert_ids_RK.shape), x_RD)
+    backend = resolve_backend(backend, x_RD.device)
+    if backend == "reference":
+        return expert_feed_forward_reference(x_RD, expert_ids_RK, weights_RK, up_EFD, down_EDF, activation=activation)
+    groups = group_by_expert(expert_ids_RK, up_EFD.shape[0])
+    if backend == "triton":
+        from kernels.moe.triton_experts import expert_feed_forward_triton
+
+        return expert_feed_forward_triton(x_RD, weights_RK, groups, up_EFD, down_EDF, activation)
+    weights_S = weights_RK.reshape(-1).index_select(0, groups.order)
+    return expert_feed_forward_torch(x_RD, weights_S, groups.token_ids, groups.offsets_E, up_EFD, down_EDF, activation)
+
+
+def _check_route(
+    logits_RE: Tensor, expert_bias_E: Tensor | None, score: str, top_k: int, num_groups: int, group_top_k: int
+) -> None:
+    check_shape("logits_RE", logits_RE, (-1, -1))
+    check_float("logits_RE", logits_RE)
+    num_experts = logits_RE.shape[1]
+    if expert_bias_E is not None:
+        check_shape("expert_bias_E", expert_bias_E, (num_experts,), logits_RE)
+        check_float("expert_bias_E", expert_bias_E)
+    if score not in SCORES:
+        raise ValueError(f"score must be one of {', '.join(SCORES)}; got {score!r}")
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(f"top_k={top_k} must lie between 1 and the {num_experts} experts")
+    if num_groups < 1 or num_experts % num_groups:
+        raise ValueError(f"num_groups={num_groups} must divide the {num_experts} experts")
+    if not 1 <= group_top_k <= num_groups:
+        raise ValueError(f"group_top_k={group_top_k} must lie between 1 and num_groups={num_groups}")
+    if group_top_k * (num_experts // num_groups) < top_k:
+        raise ValueError(
+            f"group_top_k={group_top_k} groups of {num_experts // num_groups} experts hold fewer than top_k={top_k}; "
+            "raise group_top_k or lower top_k"
+        )
+
+
+def _check_experts(x_RD: Tensor, up_EFD: Tensor, down_EDF: Tensor, activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
+    check_shape("x_RD", x_RD, (-1, -1))
+    check_float("x_RD", x_RD)
+    check_shape("up_EFD", up_EFD, (-1, -1, x_RD.shape[1]), x_RD)
+    experts, width, model = up_EFD.shape
+    if activation == "swiglu" and width % 2:
+        raise ValueError(f"up_EFD must have an even number of rows for swiglu (gate, then up); got {width}")
+    check_shape("down_EDF", down_EDF, (experts, model, width // 2 if activation == "swiglu" else width), x_RD)
+    check_float("up_EFD", up_EFD, x_RD)
+    check_float("down_EDF", down_EDF, x_RD)
+
+
+def feed_forward_flops(pairs: int, model: int, hidden: int, activation: str) -> int:
+    """Floating point operations of one forward for `pairs` (token, choice) rows; backward takes twice as many."""
+    return 2 * pairs * model * hidden * (3 if activation == "swiglu" else 2)
+
+
+def feed_forward_bytes(
+    tokens: int, top_k: int, model: int, hidden: int, experts: int, activation: str, size: int
+) -> int:
+    """Least bytes of one forward: x read, weights read, hidden and activation written and read, rows summed, y written."""
+    pairs, inner = tokens * top_k, hidden * (2 if activation == "swiglu" else 1)
+    weights = experts * model * (inner + hidden)
+    return size * (tokens * model + weights + pairs * (inner + 2 * hidden + 2 * model) + tokens * model)
+
+
+def route_bytes(tokens: int, experts: int, top_k: int) -> int:
+    """Least bytes of routing: float32 logits read, scores written, ids (int64) and weights (float32) written."""
+    return tokens * (8 * experts + 12 * top_k)

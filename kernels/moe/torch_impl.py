@@ -1,0 +1,242 @@
+"""Routing and expert feed-forward in PyTorch: the path of production on CPU, with its gradients written out.
+
+The choice's weight multiplies the activation (F wide) instead of the output (D wide), so that backward gets the
+weight's gradient as a row sum of two tensors it has anyway, and the output before weighting is never kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.gemm_precision import gemm_dtype
+
+
+def choose_experts(appeal_RE: Tensor, top_k: int, num_groups: int, group_top_k: int) -> Tensor:
+    """Ids [R, K] of the most appealing experts, best first; equal appeal goes to the lower id. Not differentiable."""
+    appeal_RE = appeal_RE.detach()
+    if group_top_k < num_groups:
+        grouped = appeal_RE.unflatten(1, (num_groups, -1))
+        merit = grouped.topk(min(2, grouped.shape[2]), dim=-1).values.sum(-1)
+        allowed = torch.zeros_like(merit, dtype=torch.bool).scatter_(1, _first_largest(merit, group_top_k), True)
+        appeal_RE = grouped.masked_fill(~allowed[:, :, None], -torch.inf).flatten(1)
+    return _first_largest(appeal_RE, top_k)
+
+
+def _first_largest(values_RE: Tensor, count: int) -> Tensor:
+    """Columns of the `count` largest entries of each row; topk breaks ties at random, argmax takes the first."""
+    left = values_RE.clone()
+    columns = []
+    for _ in range(count):
+        column = left.argmax(-1, keepdim=True)
+        columns.append(column)
+        left.scatter_(1, column, -torch.inf)
+    return torch.cat(columns, dim=1)
+
+
+def route_torch(
+    logits_RE: Tensor,
+    expert_bias_E: Tensor | None,
+    *,
+    score: str,
+    top_k: int,
+    normalize: bool,
+    scaling: float,
+    num_groups: int,
+    group_top_k: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `route_reference`, all tokens at once, scores in float32 (float64 for float64 logits)."""
+    logits_RE = logits_RE if logits_RE.dtype == torch.float64 else logits_RE.float()
+    scores_RE = logits_RE.softmax(-1) if score == "softmax" else logits_RE.sigmoid()
+    if score == "softmax" and expert_bias_E is None and num_groups == 1:
+        appeal_RE = logits_RE  # probabilities of far-off logits are all zero; the logits still have an order
+    else:
+        appeal_RE = scores_RE if expert_bias_E is None else scores_RE + expert_bias_E
+    expert_ids_RK = choose_experts(appeal_RE, top_k, num_groups, group_top_k)
+    weights_RK = scores_RE.gather(1, expert_ids_RK)
+    if normalize:
+        weights_RK = weights_RK / (weights_RK.sum(-1, keepdim=True) + 1e-20)
+    return expert_ids_RK, weights_RK * scaling, scores_RE
+
+
+def _aligned(*tensors: Tensor) -> bool:
+    """Whether `grouped_mm` takes these operands: not float64, rows and columns of whole 16 byte units, none empty."""
+    sizes = [size for tensor in tensors for size in tensor.shape[-2:]]
+    return tensors[0].dtype != torch.float64 and 0 not in sizes
+
+
+def grouped_product(x_RA: Tensor, weight_EBA: Tensor, offsets_E: Tensor) -> Tensor:
+    """Rows of each expert times the transpose of its matrix: [R, B]."""
+    unit = 16 // x_RA.element_size()
+    if _aligned(x_RA, weight_EBA) and x_RA.shape[1] % unit == 0 and weight_EBA.shape[1] % unit == 0:
+        return F.grouped_mm(x_RA.contiguous(), weight_EBA.transpose(1, 2), offs=offsets_E)
+    y_RB = x_RA.new_empty(x_RA.shape[0], weight_EBA.shape[1])
+    begin = 0
+    for expert, end in enumerate(offsets_E.tolist()):
+        torch.mm(x_RA[begin:end], weight_EBA[expert].T, out=y_RB[begin:end])
+        begin = end
+    return y_RB
+
+
+def grouped_outer(dy_RB: Tensor, x_RA: Tensor, offsets_E: Tensor) -> Tensor:
+    """Gradient of each expert's matrix, [E, B, A]: its rows' dy^T x; zeros for an expert without rows."""
+    grad_EBA = x_RA.new_empty(offsets_E.shape[0], dy_RB.shape[1], x_RA.shape[1])
+    begin = 0
+    for expert, end in enumerate(offsets_E.tolist()):
+        torch.mm(dy_RB[begin:end].T, x_RA[begin:end], out=grad_EBA[expert])
+        begin = end
+    return grad_EBA
+
+
+def activate(hidden_RF: Tensor, activation: str) -> Tensor:
+    """SwiGLU of [gate, up], or the squared ReLU."""
+    if activation == "swiglu":
+        gate, up = hidden_RF.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+    return F.relu(hidden_RF).square_()
+
+
+def activate_backward(d_active: Tensor, hidden_RF: Tensor, activation: str) -> Tensor:
+    """Gradient of `activate` with respect to its input."""
+    if activation == "swiglu":
+        gate, up = hidden_RF.chunk(2, dim=-1)
+        grad = torch.empty_like(hidden_RF)
+        d_gate, d_up = grad.chunk(2, dim=-1)
+        d_gate.copy_(torch.ops.aten.silu_backward(d_active * up, gate))
+        torch.mul(d_active, F.silu(gate), out=d_up)
+        return grad
+    return F.relu(hidden_RF).mul_(d_active).mul_(2)
+
+
+@torch.library.custom_op("amfm::expert_feed_forward_torch", mutates_args=())
+def _forward(
+    x_RD: Tensor,
+    weights_S: Tensor | None,
+    token_ids_S: Tensor | None,
+    offsets_E: Tensor,
+    up_EFD: Tensor,
+    down_EDF: Tensor,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """Output [R, D] and hidden [S, F] before the activation; S sorted rows. Without token ids the rows are x itself."""
+    dtype = gemm_dtype(x_RD)
+    rows_SD = x_RD if token_ids_S is None else x_RD.index_select(0, token_ids_S)
+    hidden_SF = grouped_product(rows_SD.to(dtype), up_EFD.to(dtype), offsets_E)
+    active_SF = activate(hidden_SF, activation)
+    if weights_S is not None:
+        active_SF.mul_(weights_S[:, None])
+    y_SD = grouped_product(active_SF, down_EDF.to(dtype), offsets_E)
+    if token_ids_S is not None:
+        y_SD = _sum_by_token(y_SD, token_ids_S, x_RD.shape[0])
+    return y_SD.to(x_RD.dtype), hidden_SF.to(x_RD.dtype)
+
+
+def _sum_by_token(rows_SD: Tensor, token_ids_S: Tensor, tokens: int) -> Tensor:
+    """Add each token's rows, in float32 at least."""
+    wide = rows_SD.dtype if rows_SD.dtype in (torch.float32, torch.float64) else torch.float32
+    total_RD = torch.zeros(tokens, rows_SD.shape[1], dtype=wide, device=rows_SD.device)
+    return total_RD.index_add_(0, token_ids_S, rows_SD.to(wide))
+
+
+@_forward.register_fake
+def _(
+    x_RD: Tensor,
+    weights_S: Tensor | None,
+    token_ids_S: Tensor | None,
+    offsets_E: Tensor,
+    up_EFD: Tensor,
+    down_EDF: Tensor,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    rows = x_RD.shape[0] if token_ids_S is None else token_ids_S.shape[0]
+    return torch.empty_like(x_RD), x_RD.new_empty(rows, up_EFD.shape[1])
+
+
+@torch.library.custom_op("amfm::expert_feed_forward_torch_backward", mutates_args=())
+def _backward(
+    dy_RD: Tensor,
+    x_RD: Tensor,
+    hidden_SF: Tensor,
+    weights_S: Tensor | None,
+    token_ids_S: Tensor | None,
+    offsets_E: Tensor,
+    up_EFD: Tensor,
+    down_EDF: Tensor,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x [R, D], weights [S] (empty without weights), up [E, F, D] and down [E, D, F]."""
+    dtype = gemm_dtype(x_RD)
+    rows_SD = (x_RD if token_ids_S is None else x_RD.index_select(0, token_ids_S)).to(dtype)
+    dy_SD = (dy_RD if token_ids_S is None else dy_RD.index_select(0, token_ids_S)).to(dtype)
+    hidden_SF = hidden_SF.to(dtype)
+    active_SF = activate(hidden_SF, activation)
+    d_active_SF = grouped_product(dy_SD, down_EDF.to(dtype).transpose(1, 2), offsets_E)
+    d_weights_S = x_RD.new_empty(0)
+    if weights_S is not None:
+        wide = torch.promote_types(dtype, torch.float32)
+        d_weights_S = torch.linalg.vecdot(d_active_SF.to(wide), active_SF.to(wide)).to(weights_S.dtype)
+        d_active_SF.mul_(weights_S[:, None])
+        active_SF.mul_(weights_S[:, None])
+    d_down_EDF = grouped_outer(dy_SD, active_SF, offsets_E)
+    d_hidden_SF = activate_backward(d_active_SF, hidden_SF, activation)
+    d_up_EFD = grouped_outer(d_hidden_SF, rows_SD, offsets_E)
+    dx_SD = grouped_product(d_hidden_SF, up_EFD.to(dtype).transpose(1, 2), offsets_E)
+    dx_RD = dx_SD if token_ids_S is None else _sum_by_token(dx_SD, token_ids_S, x_RD.shape[0])
+    return dx_RD.to(x_RD.dtype), d_weights_S, d_up_EFD.to(up_EFD.dtype), d_down_EDF.to(down_EDF.dtype)
+
+
+@_backward.register_fake
+def _(
+    dy_RD: Tensor,
+    x_RD: Tensor,
+    hidden_SF: Tensor,
+    weights_S: Tensor | None,
+    token_ids_S: Tensor | None,
+    offsets_E: Tensor,
+    up_EFD: Tensor,
+    down_EDF: Tensor,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    d_weights = x_RD.new_empty(0) if weights_S is None else torch.empty_like(weights_S)
+    return torch.empty_like(x_RD), d_weights, torch.empty_like(up_EFD), torch.empty_like(down_EDF)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x_RD, weights_S, token_ids_S, offsets_E, up_EFD, down_EDF, ctx.activation = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x_RD, output[1], weights_S, token_ids_S, offsets_E, up_EFD, down_EDF)
+
+
+def _differentiate(ctx: Any, dy_RD: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dy_RD is None:
+        return (None,) * 7
+    saved = ctx.saved_tensors
+    dx_RD, d_weights_S, d_up_EFD, d_down_EDF = _backward(dy_RD.contiguous(), *saved, ctx.activation)
+    return dx_RD, None if saved[2] is None else d_weights_S, None, None, d_up_EFD, d_down_EDF, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def grouped_feed_forward_torch(
+    x_RD: Tensor, offsets_E: Tensor, up_EFD: Tensor, down_EDF: Tensor, activation: str
+) -> Tensor:
+    """Feed-forward of rows sorted by expert: [R, D]."""
+    return _forward(x_RD, None, None, offsets_E, up_EFD, down_EDF, activation)[0]
+
+
+def expert_feed_forward_torch(
+    x_RD: Tensor,
+    weights_S: Tensor,
+    token_ids_S: Tensor,
+    offsets_E: Tensor,
+    up_EFD: Tensor,
+    down_EDF: Tensor,
+    activation: str,
+) -> Tensor:
+    """Weighted sum of each token's experts: [R, D]; weights and token ids in sorted order."""
+    return _forward(x_RD, weights_S, token_ids_S, offsets_E, up_EFD, down_EDF, activation)[0]

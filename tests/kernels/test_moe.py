@@ -1,0 +1,218 @@
+"""Routing and expert feed-forward against the one-expert-at-a-time reference, and the routers of transformers."""
+
+import pytest
+import torch
+
+from kernels.moe.losses import balance_loss, router_z_loss, sequence_balance_loss
+from kernels.moe.op import expert_feed_forward, group_by_expert, grouped_feed_forward, route
+
+# float64 sums of a few hundred products, in another order: a few hundred units in the last place.
+FLOAT64_TOLERANCE = 1e-12
+FLOAT32_TOLERANCE = 2e-6
+
+
+def _relative_rms(got, wanted):
+    return (
+        (got - wanted).double().square().mean().sqrt() / wanted.double().square().mean().sqrt().clamp(min=1e-30)
+    ).item()
+
+
+def _run(
+    backend, dtype, *, tokens=63, model=16, hidden=8, experts=5, top_k=2, activation="swiglu", empty=(), score="softmax"
+):
+    generator = torch.Generator().manual_seed(tokens * 100 + experts)
+    width = hidden * (2 if activation == "swiglu" else 1)
+
+    def make(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+    x, up, down, logits = (
+        make(tokens, model),
+        make(experts, width, model),
+        make(experts, model, hidden),
+        make(tokens, experts),
+    )
+    with torch.no_grad():
+        for expert in empty:
+            logits[:, expert] = -20
+    # One choice, normalized, has weight 1: its gradient is rounding noise around zero, which no tolerance can judge.
+    routing = route(logits, None, score=score, top_k=top_k, normalize=top_k > 1, scaling=1.5, backend=backend)
+    y = expert_feed_forward(
+        x, routing.expert_ids_RK, routing.weights_RK, up, down, activation=activation, backend=backend
+    )
+    probe = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(dtype)
+    scores_probe = torch.randn(routing.scores_RE.shape, generator=generator, dtype=torch.float64)
+    loss = (y * probe).sum() + (routing.scores_RE * scores_probe).sum()
+    return routing, [y, *torch.autograd.grad(loss, (x, up, down, logits))]
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "squared_relu"])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"tokens": 1},
+        {"tokens": 63},
+        {"tokens": 63, "top_k": 1},
+        {"tokens": 20, "experts": 9, "top_k": 8},
+        {"tokens": 7, "experts": 1, "top_k": 1},
+        {"tokens": 40, "experts": 6, "empty": (0, 3, 5)},
+        {"tokens": 33, "model": 10, "hidden": 6, "score": "sigmoid"},
+    ],
+)
+def test_torch_path_equals_the_reference_in_outputs_and_gradients(sizes, activation):
+    for dtype, tolerance in ((torch.float64, FLOAT64_TOLERANCE), (torch.float32, FLOAT32_TOLERANCE)):
+        wanted_routing, wanted = _run("reference", torch.float64, activation=activation, **sizes)
+        routing, got = _run("torch", dtype, activation=activation, **sizes)
+        assert torch.equal(routing.expert_ids_RK, wanted_routing.expert_ids_RK)
+        assert torch.equal(routing.counts_E, wanted_routing.counts_E)
+        for name, one, other in zip(("y", "dx", "d_up", "d_down", "d_logits"), got, wanted):
+            scale = other.abs().max().clamp(min=1.0)
+            assert (one - other).abs().max() <= 100 * tolerance * scale, name
+            assert other.abs().max() < 1e-9 or _relative_rms(one, other) <= tolerance, name
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "squared_relu"])
+def test_gradients_of_the_torch_path_pass_gradcheck(activation):
+    torch.manual_seed(1)
+    width = 8 if activation == "swiglu" else 4
+    x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+    up = torch.randn(3, width, 6, dtype=torch.float64, requires_grad=True)
+    down = torch.randn(3, 6, 4, dtype=torch.float64, requires_grad=True)
+    logits = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    ids = torch.tensor([[0, 2], [2, 0], [0, 2], [2, 0], [0, 2]])  # expert 1 stays empty
+
+    def compute(x, up, down, logits):
+        weights = logits.sigmoid().gather(1, ids)
+        return expert_feed_forward(x, ids, weights, up, down, activation=activation)
+
+    assert torch.autograd.gradcheck(compute, (x, up, down, logits))
+    counts = torch.tensor([2, 0, 3])
+    assert torch.autograd.gradcheck(
+        lambda x, up, down: grouped_feed_forward(x, counts, up, down, activation=activation), (x, up, down)
+    )
+    assert torch.autograd.gradcheck(
+        lambda logits: route(logits, None, score="softmax", top_k=2, normalize=True, scaling=2.0).weights_RK, (logits,)
+    )
+
+
+def test_grouped_feed_forward_is_the_expert_path_without_gather_and_weights():
+    torch.manual_seed(2)
+    x, up, down = torch.randn(12, 8), torch.randn(4, 16, 8), torch.randn(4, 8, 8)
+    ids = torch.randint(0, 4, (12, 1))
+    groups = group_by_expert(ids, 4)
+    sorted_y = grouped_feed_forward(x[groups.token_ids], groups.counts_E, up, down, activation="swiglu")
+    whole = expert_feed_forward(x, ids, torch.ones(12, 1), up, down, activation="swiglu")
+    torch.testing.assert_close(sorted_y, whole[groups.token_ids], rtol=1e-6, atol=1e-6)
+
+
+def test_bfloat16_stays_within_the_rounding_of_its_inputs():
+    _, wanted = _run("reference", torch.float64, model=32, hidden=16)
+    _, got = _run("torch", torch.bfloat16, model=32, hidden=16)
+    assert _relative_rms(got[0], wanted[0]) < 2e-2  # 8 bits of mantissa, inputs and output rounded
+
+
+def test_equal_scores_choose_the_lowest_experts():
+    for backend in ("torch", "reference"):
+        for score in ("softmax", "sigmoid"):
+            routing = route(torch.zeros(4, 6), None, score=score, top_k=3, normalize=True, scaling=1.0, backend=backend)
+            assert routing.expert_ids_RK.tolist() == [[0, 1, 2]] * 4
+            assert routing.counts_E.tolist() == [4, 4, 4, 0, 0, 0]
+
+
+def test_bias_changes_the_choice_and_not_the_weights():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
+    bias = torch.tensor([-9.0, 0.0, 0.0, 9.0])
+    routing = route(logits, bias, score="sigmoid", top_k=2, normalize=False, scaling=1.0)
+    assert routing.expert_ids_RK.tolist() == [[3, 1]]
+    assert torch.equal(routing.weights_RK, logits.sigmoid()[:, [3, 1]])
+
+
+def test_softmax_normalized_is_the_softmax_over_the_chosen_logits():
+    torch.manual_seed(3)
+    logits = torch.randn(50, 64) * 8
+    routing = route(logits, None, score="softmax", top_k=10, normalize=True, scaling=1.0)
+    chosen, ids = logits.topk(10, dim=-1)
+    assert torch.equal(routing.expert_ids_RK, ids)
+    torch.testing.assert_close(routing.weights_RK, chosen.softmax(-1), rtol=1e-6, atol=1e-7)
+
+
+def test_groups_agree_with_the_nemotron_router_of_transformers():
+    from transformers import NemotronHConfig
+    from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHTopkRouter
+
+    config = NemotronHConfig(
+        num_hidden_layers=1, hidden_size=32, n_routed_experts=16, num_experts_per_tok=3, n_group=4, topk_group=2,
+        routed_scaling_factor=2.5, norm_topk_prob=True,
+    )  # fmt: skip
+    torch.manual_seed(4)
+    router = NemotronHTopkRouter(config)
+    torch.nn.init.normal_(router.weight)
+    torch.nn.init.normal_(router.e_score_correction_bias, std=0.3)
+    x = torch.randn(40, 32)
+    logits, weights, ids = router(x)
+    got = route(
+        logits, router.e_score_correction_bias, score="sigmoid", top_k=3, normalize=True, scaling=2.5, num_groups=4,
+        group_top_k=2,
+    )  # fmt: skip
+    order, wanted_order = got.expert_ids_RK.argsort(-1), ids.argsort(-1)
+    assert torch.equal(got.expert_ids_RK.gather(1, order), ids.gather(1, wanted_order))
+    torch.testing.assert_close(got.weights_RK.gather(1, order), weights.gather(1, wanted_order), rtol=1e-6, atol=0)
+
+
+def test_grouping_is_stable_and_counts_every_pair():
+    ids = torch.tensor([[2, 0], [0, 2], [2, 1]])
+    groups = group_by_expert(ids, 4)
+    assert groups.order.tolist() == [1, 2, 5, 0, 3, 4]
+    assert groups.token_ids.tolist() == [0, 1, 2, 0, 1, 2]
+    assert groups.counts_E.tolist() == [2, 1, 3, 0]
+    assert groups.offsets_E.tolist() == [2, 3, 6, 6]
+
+
+def test_balance_losses_are_one_when_balanced_and_more_when_not():
+    scores = torch.full((8, 4), 0.25)
+    assert balance_loss(scores, torch.full((4,), 4), 2).item() == pytest.approx(1.0)
+    ids = torch.tensor([[0, 1], [2, 3]] * 4)
+    assert sequence_balance_loss(scores.view(2, 4, 4), ids.view(2, 4, 2)).item() == pytest.approx(1.0)
+    logits = torch.randn(16, 4, generator=torch.Generator().manual_seed(5)) + torch.tensor([3.0, 0, 0, 0])
+    skewed = route(logits, None, score="softmax", top_k=1, normalize=True, scaling=1.0)
+    assert balance_loss(skewed.scores_RE, skewed.counts_E, 1) > 1.5
+    per_row = sequence_balance_loss(skewed.scores_RE.view(2, 8, 4), skewed.expert_ids_RK.view(2, 8, 1))
+    by_hand = [
+        balance_loss(skewed.scores_RE[half], torch.bincount(skewed.expert_ids_RK[half, 0], minlength=4), 1)
+        for half in (slice(0, 8), slice(8, 16))
+    ]
+    assert per_row.item() == pytest.approx(sum(by_hand).item() / 2, rel=1e-6)
+    assert router_z_loss(torch.zeros(3, 4)).item() == pytest.approx(torch.tensor(4.0).log().square().item(), rel=1e-6)
+
+
+def test_bad_input_is_refused_with_what_was_expected():
+    logits = torch.randn(4, 6)
+    good = {"score": "softmax", "top_k": 2, "normalize": True, "scaling": 1.0}
+    for change, message in (
+        ({"score": "tanh"}, "score must be one of"),
+        ({"top_k": 7}, "top_k=7 must lie between 1 and the 6 experts"),
+        ({"num_groups": 4}, "num_groups=4 must divide"),
+        ({"num_groups": 3, "group_top_k": 4}, "group_top_k=4"),
+        ({"num_groups": 6, "group_top_k": 1}, "fewer than top_k=2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            route(logits, None, **{**good, **change})
+    x, up, down = torch.randn(4, 8), torch.randn(6, 10, 8), torch.randn(6, 8, 5)
+    with pytest.raises(ValueError, match="activation"):
+        grouped_feed_forward(x, torch.zeros(6, dtype=torch.int64), up, down, activation="gelu")
+    with pytest.raises(ValueError, match="down_EDF must have shape"):
+        grouped_feed_forward(x, torch.zeros(6, dtype=torch.int64), up, down.mT, activation="swiglu")
+    with pytest.raises(ValueError, match="must add up to the 4 rows"):
+        grouped_feed_forward(x, torch.zeros(6, dtype=torch.int64), up, down, activation="swiglu")
+
+
+def test_compiled_graphs_contain_the_whole_operation():
+    torch.manual_seed(6)
+    x, up, down, logits = torch.randn(9, 8), torch.randn(4, 16, 8), torch.randn(4, 8, 8), torch.randn(9, 4)
+
+    def compute(x, up, down, logits):
+        routing = route(logits, None, score="softmax", top_k=2, normalize=True, scaling=1.0)
+        return expert_feed_forward(x, routing.expert_ids_RK, routing.weights_RK, up, down, activation="swiglu")
+
+    compiled = torch.compile(compute, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, up, down, logits), compute(x, up, down, logits))
