@@ -1,0 +1,125 @@
+"""Parameters and floating-point operations of a model, from its configuration alone: nothing is allocated.
+
+Kinds: `mamba`, `attention`, `moe`, `feed_forward`, `embedding`, `head`, `final_norm`; a block's norm counts with the block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+from model.config import AttentionConfig, FeedForwardConfig, Mamba2Config, ModelConfig, MoeConfig
+from model.pattern import parse_pattern
+
+_T = TypeVar("_T")
+
+_KINDS = {"M": "mamba", "*": "attention", "E": "moe", "-": "feed_forward"}
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Numbers in parameters; `active` are those that one token passes (top_k of the routed experts)."""
+
+    total: int
+    active: int
+    total_by_kind: dict[str, int]
+    active_by_kind: dict[str, int]
+
+
+def count_parameters(config: ModelConfig) -> Counts:
+    """Parameters of the model by kind; a tied head counts once, as the embedding. Buffers do not count."""
+    total: dict[str, int] = {"embedding": config.vocab_size * config.hidden_size}
+    active = dict(total)
+    for letter, number in parse_pattern(config.pattern).counts().items():
+        whole, used = _block_parameters(config, letter)
+        total[_KINDS[letter]] = number * whole
+        active[_KINDS[letter]] = number * used
+    for counts in (total, active):
+        counts["final_norm"] = config.hidden_size
+        counts["head"] = 0 if config.tie_embeddings else config.vocab_size * config.hidden_size
+    return Counts(sum(total.values()), sum(active.values()), total, active)
+
+
+def flops_per_token(config: ModelConfig, sequence_length: int) -> dict[str, float]:
+    """Floating-point operations a token of training by kind: three times the forward pass.
+
+    A multiply and an add are two. Matrices count as 2 a weight; causal attention counts the (T + 1) / 2 keys that a token
+    sees on average in a row of T = sequence_length; the Mamba2 scan counts the recurrence itself (5 a state number),
+    whichever chunk size computes it. Norms, activations and the embedding's look-up count as nothing.
+    """
+    forward: dict[str, float] = {"head": 2.0 * config.vocab_size * config.hidden_size}
+    for letter, number in parse_pattern(config.pattern).counts().items():
+        forward[_KINDS[letter]] = number * _block_forward_flops(config, letter, sequence_length)
+    return {kind: 3.0 * flops for kind, flops in forward.items()}
+
+
+def _block_parameters(config: ModelConfig, letter: str) -> tuple[int, int]:
+    """(total, active) parameters of one block with its norm."""
+    matrices, active_matrices = _block_matrices(config, letter)
+    rest = config.hidden_size
+    if letter == "M":
+        mamba = _section(config.mamba)
+        rest += mamba.conv_channels() * (mamba.conv_kernel + mamba.conv_bias) + 3 * mamba.num_heads + mamba.inner_size()
+    elif letter == "*":
+        attention = _section(config.attention)
+        rest += 2 * attention.head_dim * attention.qk_norm
+    return matrices + rest, active_matrices + rest
+
+
+def _block_matrices(config: ModelConfig, letter: str) -> tuple[int, int]:
+    """(total, active) weights of one block that tokens are multiplied by."""
+    if letter == "M":
+        weights = _mamba_matrices(_section(config.mamba), config.hidden_size)
+    elif letter == "*":
+        weights = _attention_matrices(_section(config.attention), config.hidden_size)
+    elif letter == "-":
+        weights = _feed_forward_matrices(_section(config.feed_forward), config.hidden_size)
+    else:
+        return _moe_matrices(_section(config.moe), config.hidden_size)
+    return weights, weights
+
+
+def _mamba_matrices(mamba: Mamba2Config, hidden_size: int) -> int:
+    in_rows = mamba.inner_size() + mamba.conv_channels() + mamba.num_heads
+    return hidden_size * (in_rows + mamba.inner_size())
+
+
+def _attention_matrices(attention: AttentionConfig, hidden_size: int) -> int:
+    return 2 * hidden_size * attention.head_dim * (attention.num_heads + attention.num_kv_heads)
+
+
+def _feed_forward_matrices(feed_forward: FeedForwardConfig, hidden_size: int) -> int:
+    return _matrices_a_unit(feed_forward.activation) * hidden_size * feed_forward.hidden_size
+
+
+def _moe_matrices(moe: MoeConfig, hidden_size: int) -> tuple[int, int]:
+    units = _matrices_a_unit(moe.activation)
+    routed_width = moe.latent_size or hidden_size
+    expert = units * routed_width * moe.expert_hidden_size
+    every_token = hidden_size * (moe.num_experts + units * moe.shared_expert_hidden_size)
+    if moe.latent_size is not None:
+        every_token += 2 * hidden_size * moe.latent_size
+    return every_token + moe.num_experts * expert, every_token + moe.top_k * expert
+
+
+def _matrices_a_unit(activation: str) -> int:
+    return 3 if activation == "swiglu" else 2
+
+
+def _block_forward_flops(config: ModelConfig, letter: str, sequence_length: int) -> float:
+    flops = 2.0 * _block_matrices(config, letter)[1]
+    if letter == "M":
+        mamba = _section(config.mamba)
+        flops += 2 * mamba.conv_kernel * mamba.conv_channels()
+        # A state number a token: decay, times B, add, times C, add; then D x on each channel.
+        flops += 5 * mamba.inner_size() * mamba.state_size + 2 * mamba.inner_size()
+    elif letter == "*":
+        attention = _section(config.attention)
+        keys = (sequence_length + 1) / 2
+        flops += 2 * 2 * keys * attention.num_heads * attention.head_dim
+    return flops
+
+
+def _section(section: _T | None) -> _T:
+    assert section is not None, "check_model was not called: a section of the pattern is missing"
+    return section

@@ -1,0 +1,77 @@
+"""Parameters and FLOPs from the configuration: the published sizes, and what the built model really holds."""
+
+import pytest
+
+from model.config import AttentionConfig, FeedForwardConfig, Mamba2Config, ModelConfig, MoeConfig
+from model.flops import count_parameters, flops_per_token
+
+TURBOS = ModelConfig(
+    pattern="((MF)*8 AF)*7 MF",
+    vocab_size=128_000,
+    hidden_size=5120,
+    tie_embeddings=True,
+    mamba=Mamba2Config(num_heads=64, head_dim=64, state_size=128, num_groups=16, chunk_size=128),
+    attention=AttentionConfig(num_heads=64, num_kv_heads=8, head_dim=128, qk_norm=True, positions="rope"),
+    moe=MoeConfig(
+        num_experts=32,
+        top_k=2,
+        expert_hidden_size=17_024,
+        shared_expert_hidden_size=17_024,
+        activation="swiglu",
+        router="softmax",
+    ),
+)
+NEMOTRON3_NANO = ModelConfig(
+    pattern="MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
+    vocab_size=131_072,
+    hidden_size=2688,
+    mamba=Mamba2Config(num_heads=64, head_dim=64, state_size=128, num_groups=8),
+    attention=AttentionConfig(num_heads=32, num_kv_heads=2, head_dim=128),
+    moe=MoeConfig(
+        num_experts=128,
+        top_k=6,
+        expert_hidden_size=1856,
+        shared_expert_hidden_size=3712,
+        routed_scaling=2.5,
+        expert_bias=True,
+    ),
+)
+
+
+def test_turbos_has_its_published_size():
+    counts = count_parameters(TURBOS)
+    assert counts.total == pytest.approx(558.4e9, rel=2e-4)
+    assert counts.active == pytest.approx(56.3e9, rel=2e-3)
+
+
+def test_nemotron3_nano_has_its_published_size():
+    # 31.6B total and 3.6B active (3.2B without the embedding's rows) in its model card.
+    assert NEMOTRON3_NANO.pattern.count("M") == 23
+    assert NEMOTRON3_NANO.pattern.count("*") == 6
+    counts = count_parameters(NEMOTRON3_NANO)
+    assert counts.total == pytest.approx(31.6e9, rel=2e-3)
+    assert counts.active == pytest.approx(3.6e9, rel=1e-2)
+
+
+def test_parts_add_up():
+    counts = count_parameters(TURBOS)
+    assert sum(counts.total_by_kind.values()) == counts.total
+    assert sum(counts.active_by_kind.values()) == counts.active
+    idle = 64 * 30 * 3 * 5120 * 17_024
+    assert counts.total_by_kind["moe"] - counts.active_by_kind["moe"] == idle
+
+
+def test_flops_are_six_a_used_weight_plus_what_has_no_weights():
+    config = TURBOS
+    flops = flops_per_token(config, 4096)
+    dense = ModelConfig(
+        pattern="-", vocab_size=7, hidden_size=4, feed_forward=FeedForwardConfig(hidden_size=10, activation="swiglu")
+    )
+    assert flops_per_token(dense, 5) == {"head": 6 * 7 * 4, "feed_forward": 6 * 3 * 4 * 10}
+    attention_weights = 7 * 2 * 5120 * 128 * (64 + 8)
+    scores = 7 * 3 * 4 * (4097 / 2) * 64 * 128
+    assert flops["attention"] == 6 * attention_weights + scores
+    assert flops["moe"] == 6 * (count_parameters(config).active_by_kind["moe"] - 64 * 5120)
+    assert flops["mamba"] > 6 * 57 * 5120 * (2 * 4096 + 2 * 16 * 128 + 64 + 4096)
+    assert flops_per_token(config, 8192)["attention"] > flops["attention"]
+    assert flops_per_token(config, 8192)["mamba"] == flops["mamba"]
