@@ -33,3 +33,13 @@ def check_documents(document_ids_BT: Tensor | None, batch: int, tokens: int, lik
     check_shape("document_ids_BT", document_ids_BT, (batch, tokens), like)
     if document_ids_BT.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"document_ids_BT must be int32 or int64; got {document_ids_BT.dtype}")
+
+
+def drop_single_document(document_ids_BT: Tensor | None) -> Tensor | None:
+    """None where no row has a boundary, so that the form without masks runs.
+
+    Looks at the values on CPU only: on a GPU that would wait for the device, so callers there pass None themselves.
+    """
+    if document_ids_BT is None or document_ids_BT.device.type != "cpu" or torch.compiler.is_compiling():
+        return document_ids_BT
+    return document_ids_BT if bool((document_ids_BT[:, 1:] != document_ids_BT[:, :-1]).any()) else None

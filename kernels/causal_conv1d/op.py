@@ -1,0 +1,92 @@
+"""Short causal depthwise convolution with SiLU, restarted at documents, and its one-token step."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.backend import resolve_backend
+from kernels.causal_conv1d.reference import convolve_by_steps
+from kernels.causal_conv1d.torch_impl import convolve
+from kernels.shapes import check_documents, check_float, check_shape, drop_single_document
+
+WIDTHS = (2, 3, 4)
+
+
+def causal_conv1d(
+    x_BTC: Tensor,
+    weight_CW: Tensor,
+    bias_C: Tensor | None,
+    *,
+    document_ids_BT: Tensor | None = None,
+    initial_window_BWC: Tensor | None = None,
+    backend: str = "torch",
+) -> Tensor:
+    """y_t = silu(bias + sum_w weight[:, w] x_(t-W+1+w)), over inputs of the token's own document only.
+
+    x [B, T, C]; weight [C, W] with W of 2, 3 or 4, its last column meeting the token itself; bias [C] or None.
+    Document ids are integers [B, T], equal inside a document. initial_window [B, W - 1, C] holds the inputs before
+    the row, oldest first; they belong to the document of the row's first token. Sums are float32 (float64 for
+    float64 inputs).
+
+    Returns y [B, T, C] in the dtype of x. Raises ValueError for shapes, dtypes or devices that do not fit.
+    """
+    check_shape("x_BTC", x_BTC, (-1, -1, -1))
+    B, T, C = x_BTC.shape
+    W = _check_weights(weight_CW, bias_C, C, x_BTC)
+    if T == 0:
+        raise ValueError("x_BTC needs at least 1 token a row; got 0")
+    check_documents(document_ids_BT, B, T, x_BTC)
+    if initial_window_BWC is not None:
+        check_shape("initial_window_BWC", initial_window_BWC, (B, W - 1, C), x_BTC)
+    backend = resolve_backend(backend, x_BTC.device)
+    wide = torch.float64 if x_BTC.dtype == torch.float64 else torch.float32
+    if backend == "reference":
+        y = convolve_by_steps(
+            x_BTC.to(wide),
+            weight_CW.to(wide),
+            None if bias_C is None else bias_C.to(wide),
+            document_ids_BT,
+            None if initial_window_BWC is None else initial_window_BWC.to(wide),
+        )
+        return y.to(x_BTC.dtype)
+    document_ids_BT = drop_single_document(document_ids_BT)
+    if initial_window_BWC is None:
+        return convolve(x_BTC, weight_CW, bias_C, document_ids_BT)
+    longer = torch.cat([initial_window_BWC.to(x_BTC.dtype), x_BTC], dim=1)
+    if document_ids_BT is not None:
+        document_ids_BT = torch.cat([document_ids_BT[:, :1].expand(-1, W - 1), document_ids_BT], dim=1)
+    return convolve(longer, weight_CW, bias_C, document_ids_BT)[:, W - 1 :]
+
+
+def causal_conv1d_step(
+    x_BC: Tensor, window_BWC: Tensor, weight_CW: Tensor, bias_C: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """One token of `causal_conv1d` for decoding: from the last W - 1 inputs to (y [B, C], the new window [B, W - 1, C]).
+
+    Raises ValueError for shapes, dtypes or devices that do not fit.
+    """
+    check_shape("x_BC", x_BC, (-1, -1))
+    B, C = x_BC.shape
+    W = _check_weights(weight_CW, bias_C, C, x_BC)
+    check_shape("window_BWC", window_BWC, (B, W - 1, C), x_BC)
+    wide = torch.float64 if x_BC.dtype == torch.float64 else torch.float32
+    inputs_BWC = torch.cat([window_BWC, x_BC[:, None].to(window_BWC.dtype)], dim=1)
+    total = (inputs_BWC.to(wide) * weight_CW.to(wide).t()).sum(1)
+    if bias_C is not None:
+        total = total + bias_C.to(wide)
+    return F.silu(total).to(x_BC.dtype), inputs_BWC[:, 1:]
+
+
+def _check_weights(weight_CW: Tensor, bias_C: Tensor | None, channels: int, x: Tensor) -> int:
+    check_float("x", x)
+    check_shape("weight_CW", weight_CW, (channels, -1), x)
+    check_float("weight_CW", weight_CW)
+    if bias_C is not None:
+        check_shape("bias_C", bias_C, (channels,), x)
+        check_float("bias_C", bias_C)
+    width = weight_CW.shape[1]
+    if width not in WIDTHS:
+        raise ValueError(f"weight_CW must have a width of 2, 3 or 4; got {width}")
+    return width

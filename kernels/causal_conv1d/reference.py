@@ -1,0 +1,36 @@
+"""Causal depthwise convolution with SiLU, one token at a time: the definition that every other form is held against."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def convolve_by_steps(
+    x_BTC: Tensor,
+    weight_CW: Tensor,
+    bias_C: Tensor | None,
+    document_ids_BT: Tensor | None,
+    initial_window_BWC: Tensor | None,
+) -> Tensor:
+    """y_t = silu(bias + sum_w weight_w x_(t-W+1+w)) over the inputs of the token's own document; missing ones are 0."""
+    B, T, C = x_BTC.shape
+    W = weight_CW.shape[1]
+    outputs = []
+    for t in range(T):
+        total = x_BTC.new_zeros(B, C) if bias_C is None else bias_C.expand(B, C)
+        for w in range(W):
+            source = t - (W - 1) + w
+            if source >= 0:
+                value, document = x_BTC[:, source], source
+            elif initial_window_BWC is not None:
+                value, document = initial_window_BWC[:, source + W - 1], 0
+            else:
+                continue
+            if document_ids_BT is not None:
+                own = (document_ids_BT[:, document] == document_ids_BT[:, t])[:, None]
+                value = torch.where(own, value, torch.zeros_like(value))
+            total = total + weight_CW[:, w] * value
+        outputs.append(F.silu(total))
+    return torch.stack(outputs, dim=1)

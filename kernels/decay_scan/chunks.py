@@ -1,0 +1,131 @@
+"""How a row is cut into chunks, and what a document boundary changes inside one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Sizes of a scan in chunks of Q tokens: B rows, T tokens, H heads in G groups of R, state K x V."""
+
+    B: int
+    T: int
+    H: int
+    G: int
+    R: int
+    K: int
+    V: int
+    Q: int
+    chunks: int
+    count: int
+    padding: int
+
+    @classmethod
+    def of(cls, B: int, T: int, H: int, G: int, K: int, V: int, Q: int) -> Chunks:
+        """Cut T tokens into chunks of Q; the last one is filled up with `padding` tokens that do nothing."""
+        chunks = (T + Q - 1) // Q
+        return cls(B, T, H, G, H // G, K, V, Q, chunks, B * chunks, chunks * Q - T)
+
+    def head(self, h: int) -> slice:
+        """Columns of head h in a tensor whose last dim is heads times V."""
+        return slice(h * self.V, (h + 1) * self.V)
+
+    def group(self, g: int) -> slice:
+        """Columns of group g in a tensor whose last dim is heads times V."""
+        return slice(g * self.R * self.V, (g + 1) * self.R * self.V)
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Masks of the documents in each chunk; the masks are None where every row holds one document.
+
+    bias: [Q, Q] or [n, 1, Q, Q], 0 where token j may reach token i and -inf elsewhere.
+    inside: [n, Q, Q], 1 where j <= i and both lie in one document.
+    first: [n, 1, Q], 1 for tokens of the document that owns the state entering the chunk.
+    last: [n, 1, Q], 1 for tokens of the chunk's last document.
+    carry: [n, 1], 1 where that is one document, so the entering state reaches the chunk's end.
+    """
+
+    bias: Tensor
+    inside: Tensor | None
+    first: Tensor | None
+    last: Tensor | None
+    carry: Tensor | None
+
+    def sum_inside(self, g_nHQ: Tensor) -> Tensor:
+        """Cumulative sum over a chunk that starts anew at each document.
+
+        With documents it is a product with a matrix of zeros and ones, so that the sum of one document does not hold
+        the rounding of the documents before it.
+        """
+        if self.inside is None:
+            return g_nHQ.cumsum(-1)
+        return torch.bmm(g_nHQ, self.inside.transpose(1, 2))
+
+    def sum_inside_reversed(self, gradient_nHQ: Tensor) -> Tensor:
+        """The transpose of `sum_inside`: the sum over this token and those after it in its document."""
+        if self.inside is None:
+            return gradient_nHQ.flip(-1).cumsum(-1).flip(-1)
+        return torch.bmm(gradient_nHQ, self.inside)
+
+    def keep_first(self, weights_nHQ: Tensor) -> Tensor:
+        """Zero the weights of tokens that the entering state must not reach."""
+        return weights_nHQ if self.first is None else weights_nHQ * self.first
+
+    def keep_last(self, weights_nHQ: Tensor) -> Tensor:
+        """Zero the weights of tokens whose document ended before the chunk does."""
+        return weights_nHQ if self.last is None else weights_nHQ * self.last
+
+    def keep_carry(self, carry_nH: Tensor) -> Tensor:
+        """Zero the decay of states that do not outlive the chunk."""
+        return carry_nH if self.carry is None else carry_nH * self.carry
+
+
+def cut_documents(document_ids_BT: Tensor | None, s: Chunks, like: Tensor) -> Documents:
+    """Masks, on the device and in the dtype of `like`, for rows cut as `s` says; without document ids the cheap form."""
+    dtype, device = like.dtype, like.device
+    lower = torch.ones(s.Q, s.Q, dtype=torch.bool, device=device).tril()
+    if document_ids_BT is None:
+        bias = torch.zeros(s.Q, s.Q, dtype=dtype, device=device).masked_fill(~lower, -torch.inf)
+        return Documents(bias, None, None, None, None)
+    ids = document_ids_BT
+    if s.padding:
+        ids = torch.cat([ids, ids[:, -1:].expand(-1, s.padding)], dim=1)
+    ids = ids.reshape(s.B, s.chunks, s.Q)
+    end = ids[..., -1]
+    owner = torch.cat([ids[:, 0, :1], end[:, :-1]], dim=1)
+    same = ((ids[..., :, None] == ids[..., None, :]) & lower).view(s.count, s.Q, s.Q)
+    bias = torch.zeros(same.shape, dtype=dtype, device=device).masked_fill(~same, -torch.inf)
+    return Documents(
+        bias.unsqueeze(1),
+        same.to(dtype),
+        (ids == owner[..., None]).to(dtype).view(s.count, 1, s.Q),
+        (ids == end[..., None]).to(dtype).view(s.count, 1, s.Q),
+        (end == owner).to(dtype).view(s.count, 1),
+    )
+
+
+def pad_tokens(x_BT: Tensor, padding: int) -> Tensor:
+    """Append `padding` zero tokens to dim 1."""
+    if padding == 0:
+        return x_BT
+    return F.pad(x_BT, (0, 0) * (x_BT.dim() - 2) + (0, padding))
+
+
+def find_gemm_dtype(dtype: torch.dtype, wide: torch.dtype, device: torch.device) -> torch.dtype:
+    """Dtype of the operands of matrix products: that of the inputs where the device multiplies it fast, else `wide`.
+
+    A CPU without AVX512-BF16 or AMX multiplies bfloat16 some 30 times slower than float32.
+    """
+    if dtype == wide or device.type != "cpu":
+        return dtype
+    if dtype != torch.bfloat16:
+        return wide
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    fast = capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
+    return torch.bfloat16 if fast else wide

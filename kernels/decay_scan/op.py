@@ -1,0 +1,199 @@
+"""Linear recurrences with a decaying state: the Mamba-2 scan, its one-token step, and the general form."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.backend import resolve_backend
+from kernels.decay_scan.reference import mamba2_by_steps, scan_by_steps
+from kernels.decay_scan.torch_impl import chunked_scan
+from kernels.shapes import check_documents, check_float, check_shape, drop_single_document
+
+
+class ScanOutput(NamedTuple):
+    """Output of `mamba2_scan`: y, the state after the last token, and the factor of the initial state in it."""
+
+    y_BTHP: Tensor
+    final_state_BHPN: Tensor
+    total_decay_BH: Tensor
+
+
+class DecayScanOutput(NamedTuple):
+    """Output of `decay_scan`: o, the state after the last token, and the factor of the initial state in it."""
+
+    o_BTHV: Tensor
+    final_state_BHKV: Tensor
+    total_decay_BH: Tensor
+
+
+def mamba2_scan(
+    x_BTHP: Tensor,
+    dt_BTH: Tensor,
+    A_log_H: Tensor,
+    B_BTGN: Tensor,
+    C_BTGN: Tensor,
+    D_H: Tensor,
+    dt_bias_H: Tensor,
+    *,
+    document_ids_BT: Tensor | None = None,
+    initial_state_BHPN: Tensor | None = None,
+    chunk_size: int = 64,
+    backend: str = "torch",
+) -> ScanOutput:
+    """Mamba-2: h_t = e^(dt_t A) h_(t-1) + dt_t x_t B_t^T, y_t = h_t C_t + D x_t, h = 0 before each document.
+
+    x [B, T, H, P], B and C [B, T, G, N] with G dividing H, in one dtype; dt [B, T, H] raw, softplus(dt + dt_bias) is
+    taken here; A = -exp(A_log). Document ids are integers [B, T], equal inside a document. The initial state belongs
+    to the document of each row's first token. Gates, decays and states are float32 (float64 for float64 inputs).
+
+    Returns y [B, T, H, P] in the dtype of x; the state [B, H, P, N] after the last token, of that token's document;
+    and the factor [B, H] with which the initial state enters it, 0 where the row's documents differ. States of
+    consecutive pieces of a row compose: final = total_decay * initial + (final with no initial state).
+
+    Raises ValueError for shapes, dtypes or devices that do not fit. Source: Dao and Gu 2024, arXiv 2405.21060.
+    """
+    _check_mamba2(x_BTHP, dt_BTH, A_log_H, B_BTGN, C_BTGN, D_H, dt_bias_H)
+    B, _, H, P = x_BTHP.shape
+    _check_row(document_ids_BT, initial_state_BHPN, (B, H, P, B_BTGN.shape[3]), chunk_size, x_BTHP)
+    backend = resolve_backend(backend, x_BTHP.device)
+    wide = torch.float64 if x_BTHP.dtype == torch.float64 else torch.float32
+    if backend == "reference":
+        x, dt, A_log, k, q, D, bias = (t.to(wide) for t in (x_BTHP, dt_BTH, A_log_H, B_BTGN, C_BTGN, D_H, dt_bias_H))
+        initial = None if initial_state_BHPN is None else initial_state_BHPN.to(wide)
+        y, final, decay = mamba2_by_steps(x, dt, A_log, k, q, D, bias, document_ids_BT, initial)
+        return ScanOutput(y.to(x_BTHP.dtype), final, decay)
+    document_ids_BT = drop_single_document(document_ids_BT)
+    dt_BTH = F.softplus(dt_BTH.to(wide) + dt_bias_H.to(wide))
+    g_BTH = dt_BTH * -A_log_H.to(wide).exp()
+    initial = None if initial_state_BHPN is None else initial_state_BHPN.transpose(-1, -2)
+    y_BTHP, state_BHNP = chunked_scan(C_BTGN, B_BTGN, x_BTHP, g_BTH, dt_BTH, D_H, initial, document_ids_BT, chunk_size)
+    return ScanOutput(y_BTHP, state_BHNP.transpose(-1, -2), total_decay(g_BTH, document_ids_BT))
+
+
+def mamba2_step(
+    x_BHP: Tensor,
+    dt_BH: Tensor,
+    A_log_H: Tensor,
+    B_BGN: Tensor,
+    C_BGN: Tensor,
+    D_H: Tensor,
+    dt_bias_H: Tensor,
+    state_BHPN: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """One token of `mamba2_scan` for decoding: from the state before it to (y [B, H, P], the state after it, float32).
+
+    Raises ValueError for shapes, dtypes or devices that do not fit.
+    """
+    _check_mamba2(x_BHP[:, None], dt_BH[:, None], A_log_H, B_BGN[:, None], C_BGN[:, None], D_H, dt_bias_H)
+    B, H, P = x_BHP.shape
+    G, N = B_BGN.shape[1:]
+    check_shape("state_BHPN", state_BHPN, (B, H, P, N), x_BHP)
+    wide = torch.float64 if x_BHP.dtype == torch.float64 else torch.float32
+    x = x_BHP.to(wide)
+    dt = F.softplus(dt_BH.to(wide) + dt_bias_H.to(wide))
+    decay = (dt * -A_log_H.to(wide).exp()).exp()
+    k = B_BGN.to(wide).repeat_interleave(H // G, dim=1)
+    q = C_BGN.to(wide).repeat_interleave(H // G, dim=1)
+    state = state_BHPN.to(wide) * decay[..., None, None] + (dt[..., None] * x)[..., None] * k[:, :, None]
+    y = (state @ q[..., None])[..., 0] + D_H.to(wide)[:, None] * x
+    return y.to(x_BHP.dtype), state
+
+
+def decay_scan(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    g_BTH: Tensor,
+    *,
+    document_ids_BT: Tensor | None = None,
+    initial_state_BHKV: Tensor | None = None,
+    chunk_size: int = 64,
+    backend: str = "torch",
+) -> DecayScanOutput:
+    """S_t = e^(g_t) S_(t-1) + k_t v_t^T, o_t = S_t^T q_t, with S = 0 before the first token of each document.
+
+    q and k [B, T, H, K], v [B, T, H, V] in one dtype; g [B, T, H] <= 0 is the log of the decay, taken in float32
+    (float64 for float64 inputs). Lightning attention and RetNet have a constant g for each head.
+
+    Returns o [B, T, H, V] in the dtype of v, the state [B, H, K, V] after the last token, and the factor [B, H] with
+    which the initial state enters it.
+
+    Raises ValueError for shapes, dtypes or devices that do not fit. Sources: Sun et al. 2023 (arXiv 2307.08621),
+    Qin et al. 2024 (arXiv 2401.04658).
+    """
+    check_shape("v_BTHV", v_BTHV, (-1, -1, -1, -1))
+    B, T, H, V = v_BTHV.shape
+    check_shape("q_BTHK", q_BTHK, (B, T, H, -1), v_BTHV)
+    K = q_BTHK.shape[3]
+    check_shape("k_BTHK", k_BTHK, (B, T, H, K), v_BTHV)
+    check_shape("g_BTH", g_BTH, (B, T, H), v_BTHV)
+    check_float("v_BTHV", v_BTHV)
+    check_float("q_BTHK", q_BTHK, v_BTHV)
+    check_float("k_BTHK", k_BTHK, v_BTHV)
+    check_float("g_BTH", g_BTH)
+    _check_row(document_ids_BT, initial_state_BHKV, (B, H, K, V), chunk_size, v_BTHV)
+    backend = resolve_backend(backend, v_BTHV.device)
+    wide = torch.float64 if v_BTHV.dtype == torch.float64 else torch.float32
+    g_BTH = g_BTH.to(wide)
+    if backend == "reference":
+        initial = None if initial_state_BHKV is None else initial_state_BHKV.to(wide)
+        o, final, decay = scan_by_steps(
+            q_BTHK.to(wide), k_BTHK.to(wide), v_BTHV.to(wide), g_BTH, document_ids_BT, initial
+        )
+        return DecayScanOutput(o.to(v_BTHV.dtype), final, decay)
+    document_ids_BT = drop_single_document(document_ids_BT)
+    o_BTHV, final = chunked_scan(
+        q_BTHK, k_BTHK, v_BTHV, g_BTH, None, None, initial_state_BHKV, document_ids_BT, chunk_size
+    )
+    return DecayScanOutput(o_BTHV, final, total_decay(g_BTH, document_ids_BT))
+
+
+def total_decay(g_BTH: Tensor, document_ids_BT: Tensor | None) -> Tensor:
+    """Factor [B, H] by which a row scales the state it starts from; 0 where that state's document ends in the row."""
+    decay_BH = g_BTH.sum(1).exp()
+    if document_ids_BT is None:
+        return decay_BH
+    continues = document_ids_BT[:, -1] == document_ids_BT[:, 0]
+    return torch.where(continues[:, None], decay_BH, torch.zeros_like(decay_BH))
+
+
+def _check_mamba2(
+    x_BTHP: Tensor, dt_BTH: Tensor, A_log_H: Tensor, B_BTGN: Tensor, C_BTGN: Tensor, D_H: Tensor, dt_bias_H: Tensor
+) -> None:
+    check_shape("x_BTHP", x_BTHP, (-1, -1, -1, -1))
+    B, T, H, _ = x_BTHP.shape
+    check_shape("dt_BTH", dt_BTH, (B, T, H), x_BTHP)
+    check_shape("B_BTGN", B_BTGN, (B, T, -1, -1), x_BTHP)
+    check_shape("C_BTGN", C_BTGN, tuple(B_BTGN.shape), x_BTHP)
+    for name, vector in (("A_log_H", A_log_H), ("D_H", D_H), ("dt_bias_H", dt_bias_H)):
+        check_shape(name, vector, (H,), x_BTHP)
+        check_float(name, vector)
+    groups = B_BTGN.shape[2]
+    if groups == 0 or H % groups:
+        raise ValueError(f"the groups of B_BTGN must divide the {H} heads of x_BTHP; got {groups} groups")
+    check_float("x_BTHP", x_BTHP)
+    check_float("dt_BTH", dt_BTH)
+    check_float("B_BTGN", B_BTGN, x_BTHP)
+    check_float("C_BTGN", C_BTGN, x_BTHP)
+
+
+def _check_row(
+    document_ids_BT: Tensor | None,
+    initial_state: Tensor | None,
+    state_shape: tuple[int, ...],
+    chunk_size: int,
+    like: Tensor,
+) -> None:
+    B, T = like.shape[:2]
+    if T == 0:
+        raise ValueError("a scan needs at least 1 token a row; got 0")
+    check_documents(document_ids_BT, B, T, like)
+    if initial_state is not None:
+        check_shape("the initial state", initial_state, state_shape, like)
+        check_float("the initial state", initial_state)
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1; got {chunk_size}")

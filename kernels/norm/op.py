@@ -1,0 +1,79 @@
+"""Root-mean-square norms: plain, with a residual added first, and gated over groups as Mamba-2 uses it."""
+
+from __future__ import annotations
+
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from kernels.backend import resolve_backend
+from kernels.norm.reference import normalize, normalize_gated
+from kernels.norm.torch_impl import gated_rms_norm_torch, rms_norm_torch
+from kernels.shapes import check_float, check_shape
+
+
+@overload
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float, *, residual: None = None, backend: str = "torch") -> Tensor: ...
+
+
+@overload
+def rms_norm(
+    x: Tensor, weight: Tensor, epsilon: float, *, residual: Tensor, backend: str = "torch"
+) -> tuple[Tensor, Tensor]: ...
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, epsilon: float, *, residual: Tensor | None = None, backend: str = "torch"
+) -> Tensor | tuple[Tensor, Tensor]:
+    """y = h / sqrt(mean(h^2) + epsilon) * weight over the last dim, with h = x, or x + residual where that is given.
+
+    x and residual [..., D] in one dtype, weight [D]. Means are float32 (float64 for float64 inputs).
+
+    Returns y in the dtype of x; with a residual (y, h). Raises ValueError for shapes, dtypes or devices that do not
+    fit. Source: Zhang and Sennrich 2019, arXiv 1910.07467.
+    """
+    _check_rows("x", x, weight, epsilon)
+    if residual is not None:
+        check_shape("residual", residual, tuple(x.shape), x)
+        check_float("residual", residual, x)
+    backend = resolve_backend(backend, x.device)
+    h = x if residual is None else x + residual
+    if backend == "reference":
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        y = normalize(h.to(wide), weight.to(wide), epsilon).to(x.dtype)
+    else:
+        y = rms_norm_torch(h, weight, epsilon)
+    return y if residual is None else (y, h)
+
+
+def gated_rms_norm(
+    y: Tensor, z: Tensor, weight: Tensor, epsilon: float, *, num_groups: int = 1, backend: str = "torch"
+) -> Tensor:
+    """The norm of y silu(z), taken over each of `num_groups` equal parts of the last dim, times the weight.
+
+    y and z [..., D] in one dtype, weight [D]; num_groups divides D. Means are float32 (float64 for float64 inputs).
+
+    Returns [..., D] in the dtype of y. Raises ValueError for shapes, dtypes, devices or groups that do not fit.
+    Source: Dao and Gu 2024, arXiv 2405.21060, section 7.
+    """
+    _check_rows("y", y, weight, epsilon)
+    check_shape("z", z, tuple(y.shape), y)
+    check_float("z", z, y)
+    if num_groups < 1 or y.shape[-1] % num_groups:
+        raise ValueError(f"num_groups must divide the last dim of y, {y.shape[-1]}; got {num_groups}")
+    backend = resolve_backend(backend, y.device)
+    if backend == "reference":
+        wide = torch.float64 if y.dtype == torch.float64 else torch.float32
+        return normalize_gated(y.to(wide), z.to(wide), weight.to(wide), epsilon, num_groups).to(y.dtype)
+    return gated_rms_norm_torch(y, z, weight, epsilon, num_groups)
+
+
+def _check_rows(name: str, x: Tensor, weight: Tensor, epsilon: float) -> None:
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"{name} must have shape [..., D] with D of at least 1; got {list(x.shape)}")
+    check_float(name, x)
+    check_shape("weight", weight, (x.shape[-1],), x)
+    check_float("weight", weight)
+    if epsilon <= 0:
+        raise ValueError(f"epsilon must be above 0; got {epsilon}")
