@@ -1,0 +1,196 @@
+"""DeepSpeed behind one small class: ZeRO 0-3, float32 and bf16, several backward passes a step, one reduction."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.config import OptimizerConfig
+from pretrain.grads import Float32Accumulator, GradientFault, clip_by_norm, find_fault
+from pretrain.optimizer import build_adamw
+from pretrain.parallel import Parallel, name_accelerator
+from pretrain.zero3 import OutputBridge, is_not_about_types
+
+name_accelerator()
+
+import deepspeed  # noqa: E402
+from deepspeed.ops import __compatible_ops__  # noqa: E402
+from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
+
+Precision = Literal["float32", "bf16"]
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What a step did: the global gradient norm before clipping, and whether the weights moved."""
+
+    grad_norm: float
+    applied: bool
+
+
+class ZeroEngine:
+    """A module under DeepSpeed. Each step: `with engine.accumulate(n):` n times `backward(loss)`, then `step(rate)`.
+
+    Losses must already be shares of the global batch (divided by global counts): gradients are summed, over backward
+    passes and over data ranks. bf16 gradients of several passes are summed in float32. Every data rank must enter
+    `accumulate` and call `step`.
+    """
+
+    def __init__(self, engine: Any, *, precision: Precision, zero_stage: int, clip_norm: float | None) -> None:
+        self.deepspeed = engine
+        self.precision = precision
+        self.zero_stage = zero_stage
+        self.clip_norm = clip_norm
+        self.fault: GradientFault | None = None
+
+    @property
+    def module(self) -> Any:
+        """The model itself; its parameters are partitioned under ZeRO-3."""
+        return self.deepspeed.module
+
+    @property
+    def optimizer(self) -> Any:
+        """DeepSpeed's optimizer: a ZeRO optimizer, its unfused float32-master wrapper, or AdamW itself."""
+        return self.deepspeed.optimizer
+
+    @property
+    def adamw(self) -> torch.optim.AdamW:
+        """AdamW below the wrappers: its groups and, per flat fragment, its moments and step counters."""
+        return self.deepspeed.basic_optimizer
+
+    @property
+    def data_world_size(self) -> int:
+        """Ranks over which gradients are summed."""
+        return int(self.deepspeed.dp_world_size)
+
+    def forward(self, *inputs: Any, **keywords: Any) -> Any:
+        """The module's forward pass, with ZeRO-3's gathering of weights."""
+        return self.deepspeed(*inputs, **keywords)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a loss to those that this rank holds; nothing is reduced yet."""
+        # DeepSpeed divides by the number of data ranks while reducing; our losses ask for the sum.
+        loss = loss * self.data_world_size
+        if self.zero_stage == 0:
+            loss.backward()
+        else:
+            self.deepspeed.backward(loss, scale_wrt_gas=False)
+
+    @contextmanager
+    def accumulate(self, num_backwards: int) -> Iterator[None]:
+        """Gradients stay on this rank inside the block and are reduced once, on leaving it."""
+        accumulator = Float32Accumulator(self.module) if self.precision == "bf16" and num_backwards > 1 else None
+        if self.zero_stage > 0:
+            with self.deepspeed.coalesce_grad_reduction():
+                yield
+                self._close_accumulation(accumulator)
+        else:
+            yield
+            self._close_accumulation(accumulator)
+            self.deepspeed.allreduce_gradients()
+
+    def _close_accumulation(self, accumulator: Float32Accumulator | None) -> None:
+        if accumulator is not None:
+            accumulator.finish()
+        self.fault = find_fault(self.module)
+
+    def step(self, learning_rate: float) -> StepOutcome:
+        """Clip by the global norm and let AdamW move the weights; a non-finite norm moves nothing, on any rank."""
+        for group in self.adamw.param_groups:
+            group["lr"] = learning_rate
+        if self.zero_stage == 0 and self.precision == "float32":
+            # Plain AdamW: DeepSpeed neither reports the norm nor refuses a bad one here.
+            grad_norm = clip_by_norm(list(self.module.parameters()), self.clip_norm)
+            if not math.isfinite(grad_norm):
+                self.deepspeed.zero_grad()
+                return StepOutcome(grad_norm, applied=False)
+            self.deepspeed.step()
+            return StepOutcome(grad_norm, applied=True)
+        self.deepspeed.step()
+        applied = bool(self.deepspeed.was_step_applied())
+        return StepOutcome(float(self.deepspeed.get_global_grad_norm()), applied)
+
+
+def build_engine(
+    module: nn.Module,
+    *,
+    optimizer: OptimizerConfig,
+    precision: Precision,
+    zero_stage: int,
+    parallel: Parallel,
+) -> ZeroEngine:
+    """Put a module, built in float32 and alike on all ranks, under DeepSpeed. Every rank must call this.
+
+    With bf16 the weights become bf16 copies of float32 masters; buffers (the router's balancing bias, say) stay
+    float32, because they are state that small steps move.
+    """
+    quiet_deepspeed()
+    if parallel.device.type == "cpu":
+        # The shared-memory collectives need a compiler at first use; gloo does the work without them.
+        __compatible_ops__["deepspeed_shm_comm"] = False
+    module.to(parallel.device)
+    buffers = {name: buffer for name, buffer in module.named_buffers() if buffer.is_floating_point()}
+    bridge = OutputBridge(module) if zero_stage == 3 else None
+    if bridge is not None:
+        bridge.open()
+    engine, _, _, _ = deepspeed.initialize(
+        model=module,
+        optimizer=build_adamw(module, optimizer),
+        mpu=parallel.mpu,
+        config=describe_for_deepspeed(module, optimizer=optimizer, precision=precision, zero_stage=zero_stage),
+        dist_init_required=False if deepspeed.comm.is_initialized() else None,
+    )
+    if bridge is not None:
+        bridge.close()
+    restore_buffers(module, buffers)
+    engine.basic_optimizer.state.clear()  # the unfused wrapper has stepped once, with zeros, to allocate
+    return ZeroEngine(engine, precision=precision, zero_stage=zero_stage, clip_norm=optimizer.clip_grad_norm)
+
+
+def describe_for_deepspeed(
+    module: nn.Module, *, optimizer: OptimizerConfig, precision: Precision, zero_stage: int
+) -> dict[str, Any]:
+    """DeepSpeed's configuration. Micro-batches are our loop's affair, so it sees one micro-batch a step."""
+    num_parameters = sum(parameter.numel() for parameter in module.parameters())
+    # Reduction buffers are allocated in full; their size must be even.
+    bucket_elements = min(num_parameters + num_parameters % 2, 200_000_000)
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": optimizer.clip_grad_norm or 0.0,
+        "bf16": {"enabled": precision == "bf16", "check_grad_overflow": True},
+        "communication_data_type": "fp32",
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": zero_stage,
+            "overlap_comm": False,
+            "reduce_bucket_size": bucket_elements,
+            "allgather_bucket_size": bucket_elements,
+        },
+        "steps_per_print": None,
+    }
+
+
+def restore_buffers(module: nn.Module, buffers: dict[str, Tensor]) -> None:
+    """Put the float buffers back that a cast of the whole module replaced."""
+    for name, buffer in buffers.items():
+        owner, _, last = name.rpartition(".")
+        setattr(module.get_submodule(owner), last, buffer)
+
+
+def quiet_deepspeed() -> None:
+    """Warnings and errors only, on standard error: standard output belongs to results."""
+    deepspeed_logger.setLevel(logging.WARNING)
+    deepspeed_logger.addFilter(is_not_about_types)
+    for handler in deepspeed_logger.handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(sys.stderr)

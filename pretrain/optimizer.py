@@ -1,0 +1,51 @@
+"""AdamW and its two groups: matrices decay, everything else does not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from pretrain.config import OptimizerConfig
+
+NEVER_DECAY = ("bias", "A_log", "D", "dt_bias")  # last part of the name; vectors never decay whatever their name
+
+
+def decays(name: str, shape: torch.Size) -> bool:
+    """Whether weight decay applies: to matrices and stacks of them, not to norms, biases, A_log, D and dt_bias."""
+    return name.rsplit(".", 1)[-1] not in NEVER_DECAY and len(shape) >= 2
+
+
+def group_parameters(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two parameter groups, `decay` and `no_decay`, in the order of the module's parameters; empty ones are left out.
+
+    `parameter_names` of a group names its parameters, in their order.
+    """
+    groups: dict[str, dict[str, Any]] = {
+        "decay": {"weight_decay": weight_decay},
+        "no_decay": {"weight_decay": 0.0},
+    }
+    for group in groups.values():
+        group.update(params=[], parameter_names=[])
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            group = groups["decay" if decays(name, parameter.shape) else "no_decay"]
+            group["params"].append(parameter)
+            group["parameter_names"].append(name)
+    return [{"label": label, **group} for label, group in groups.items() if group["params"]]
+
+
+def build_adamw(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """Fused AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) over the groups of `group_parameters`.
+
+    The rate starts at zero: wrappers that step once to allocate their states must not move a weight, and the loop sets
+    the schedule's rate before each step.
+    """
+    return torch.optim.AdamW(
+        group_parameters(module, config.weight_decay),
+        lr=0.0,
+        betas=(config.beta1, config.beta2),
+        eps=config.epsilon,
+        fused=True,
+    )

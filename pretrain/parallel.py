@@ -1,0 +1,211 @@
+"""Ranks and process groups: the only file that reads the launcher's environment and process-wide parallel state."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import random
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import numpy
+import torch
+import torch.distributed
+import torch.utils.deterministic
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
+
+LAUNCHER_PID = "AMFM_LAUNCHER_PID"  # set by launch/local.py: ranks end with the process that started them
+GROUP_NAMES = ["tp", "pp", "mp", "cp", "ep", "expt_tp", "expt_dp", "dp", "dp_cp"]
+
+
+class DataParallelUnit:
+    """What DeepSpeed calls `mpu`: Megatron-core's groups under the names that DeepSpeed asks for.
+
+    DeepSpeed builds no group of its own when it gets this object, so every collective runs on a group that was made
+    with the run's timeout. Its model-parallel group is Megatron's tensor x pipeline group.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        """Forward every other question to Megatron-core."""
+        return getattr(parallel_state, name)
+
+    def get_model_parallel_rank(self) -> int:
+        """This rank's place in the tensor group."""
+        return int(parallel_state.get_tensor_model_parallel_rank())
+
+    def get_model_parallel_world_size(self) -> int:
+        """Ranks of the tensor group."""
+        return int(parallel_state.get_tensor_model_parallel_world_size())
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        """Global ranks that hold the same weights as this one."""
+        return list(torch.distributed.get_process_group_ranks(parallel_state.get_data_parallel_group()))
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """This process among all: its numbers, its device, the groups to pass down, and DeepSpeed's view of them."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+    groups: ProcessGroupCollection
+    mpu: DataParallelUnit
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that writes files and the terminal."""
+        return self.rank == 0
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of the micro-batches is ours."""
+        return int(torch.distributed.get_rank(self.groups.dp))
+
+    @property
+    def data_world_size(self) -> int:
+        """Over how many ranks the micro-batches are spread."""
+        return int(torch.distributed.get_world_size(self.groups.dp))
+
+    def sum_over_data(self, values: Tensor) -> Tensor:
+        """Sum a tensor over the data ranks in place and return it. Every data rank must call this."""
+        if self.data_world_size > 1:
+            torch.distributed.all_reduce(values, group=self.groups.dp)
+        return values
+
+    def max_over_all(self, value: int) -> int:
+        """The largest of the ranks' numbers. Every rank must call this."""
+        if self.world_size == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.int64, device=self.device)
+        torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
+        return int(tensor.item())
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's picklable value, in rank order. Every rank must call this."""
+        if self.world_size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(gathered, value)
+        return gathered
+
+
+def name_accelerator() -> None:
+    """Tell DeepSpeed which accelerator to use, before it is imported: on its own it guesses, and prints that it did."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def follow_launcher() -> None:
+    """End this process when the one that launched it dies, however it dies: no orphan may write to the run directory.
+
+    Only on Linux, and only for ranks of `launch/local.py`.
+    """
+    launcher = os.environ.get(LAUNCHER_PID)
+    if launcher is None or not sys.platform.startswith("linux"):
+        return
+    set_parent_death_signal = 1
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    if os.getppid() != int(launcher):
+        raise RuntimeError(f"the launcher (process {launcher}) is gone; this rank does not start without it")
+
+
+def start_process_group(timeout_seconds: float) -> tuple[int, int, int, int]:
+    """Join the default process group and return (rank, world size, local rank, local world size).
+
+    With a launcher's environment (torchrun, launch/local.py) through its store; without one, a group of this process
+    alone, which needs no port. Keys carry the attempt's number: a restarted group that reads the last attempt's keys
+    hangs (pytorch issue 135712).
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size(), local_rank, local_world_size
+    timeout = timedelta(seconds=timeout_seconds)
+    if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
+        store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+        store.set_timeout(timeout)
+    else:
+        store, rank, world_size, local_rank, local_world_size = HashStore(), 0, 1, 0, 1
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+    torch.distributed.init_process_group(
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+        store=PrefixStore(f"attempt-{attempt}", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+    )
+    return rank, world_size, local_rank, local_world_size
+
+
+def initialize_parallel(*, timeout_seconds: float, num_threads: int | None = None) -> Parallel:
+    """Join the other ranks, build the groups with Megatron-core, and set threads. Every rank must call this, once.
+
+    A second call in the same process (tests) finds the groups of the first.
+    """
+    follow_launcher()
+    rank, world_size, local_rank, local_world_size = start_process_group(timeout_seconds)
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            distributed_timeout_minutes=timeout_seconds / 60, create_gloo_process_groups=False
+        )
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+    else:
+        device = torch.device("cpu")
+        place_megatron_buffers_on_cpu()
+    torch.set_num_threads(num_threads or max(1, count_cores() // local_world_size))
+    groups = ProcessGroupCollection.use_mpu_process_groups(GROUP_NAMES)
+    return Parallel(rank, world_size, local_rank, local_world_size, device, groups, DataParallelUnit())
+
+
+def place_megatron_buffers_on_cpu() -> None:
+    """Let Megatron-core's layers allocate where there is no CUDA: they ask torch.cuda for the current device."""
+    assert not torch.cuda.is_available(), "only for machines without CUDA"
+    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
+
+
+def count_cores() -> int:
+    """Processors that this process may use; a container or taskset may give fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def set_determinism(seed: int) -> None:
+    """Seed every generator alike on all ranks and ask for kernels whose sums have one order.
+
+    On CUDA an operation without such a kernel warns and runs; on CPU all have one.
+    """
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
+    # Filling costs a pass over every new tensor.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def shutdown(parallel: Parallel) -> None:
+    """Leave the process group in good order. Every rank must call this; nothing of `parallel` works afterwards."""
+    if torch.distributed.is_initialized():
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+
+
+def describe_environment(names: Sequence[str]) -> dict[str, str]:
+    """The named environment variables that are set, for the record of a run."""
+    return {name: os.environ[name] for name in names if name in os.environ}

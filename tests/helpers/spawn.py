@@ -1,0 +1,53 @@
+"""Run a function on several gloo ranks and bring back what each returned."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+import torch.multiprocessing
+
+TIMEOUT_SECONDS = 120.0
+
+
+def _run_rank(rank: int, num_ranks: int, port: int, folder: str, function: Callable[..., Any], arguments: Any) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(num_ranks),
+        LOCAL_RANK=str(rank),
+        LOCAL_WORLD_SIZE=str(num_ranks),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",
+    )
+    torch.set_num_threads(1)
+    result = function(*arguments)
+    Path(folder, f"{rank}.pickle").write_bytes(pickle.dumps(result))
+
+
+def run_ranks(function: Callable[..., Any], *arguments: Any, num_ranks: int = 2) -> list[Any]:
+    """Call `function(*arguments)` in `num_ranks` fresh processes that find each other as torchrun's ranks do.
+
+    The function must be importable (module level) and its arguments and results picklable. It starts the process group
+    itself, as training does (`pretrain.parallel.initialize_parallel`). Returns the results in rank order; raises the
+    first rank's error, and TimeoutError after two minutes.
+    """
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with tempfile.TemporaryDirectory() as folder:
+        context = torch.multiprocessing.spawn(
+            _run_rank, (num_ranks, store.port, folder, function, arguments), nprocs=num_ranks, join=False
+        )
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        while not context.join(timeout=1.0):
+            if time.monotonic() > deadline:
+                for process in context.processes:
+                    process.kill()
+                raise TimeoutError(f"{function.__name__} did not end in {TIMEOUT_SECONDS:.0f} s on {num_ranks} ranks")
+        return [pickle.loads(Path(folder, f"{rank}.pickle").read_bytes()) for rank in range(num_ranks)]
