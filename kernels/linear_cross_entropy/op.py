@@ -1,0 +1,130 @@
+"""Cross-entropy of a linear head without keeping the logits, whole or over a shard of the vocabulary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.backend import resolve_backend
+from kernels.linear_cross_entropy.reference import linear_cross_entropy_reference, linear_statistics_reference
+from kernels.linear_cross_entropy.torch_impl import linear_cross_entropy_torch, linear_statistics_torch
+from kernels.shapes import check_float, check_shape
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """Sums over the rows whose label is not ignored.
+
+    `total`: differentiable scalar, negative log-likelihood plus z-loss. `nll_sum`: detached scalar without the z-loss.
+    `token_nll_R`: detached float32, 0 at ignored rows.
+    """
+
+    total: Tensor
+    nll_sum: Tensor
+    token_nll_R: Tensor
+
+
+def linear_cross_entropy(
+    hidden_RD: Tensor,
+    weight_VD: Tensor,
+    labels_R: Tensor,
+    *,
+    ignore_index: int = -100,
+    z_loss_weight: float = 0.0,
+    backend: str = "torch",
+) -> CrossEntropy:
+    """Sum over rows of -log softmax(weight hidden)[label] + z_loss_weight * logsumexp(weight hidden)^2.
+
+    Shapes: hidden [R, D], weight [V, D], labels [R] int64 in [0, V) or `ignore_index` -> CrossEntropy. Sums are kept
+    in float32 (float64 for float64). Peak memory is a slice of the logits plus both gradients; all rows ignored gives
+    a zero loss with zero gradients.
+    Raises ValueError for wrong shapes and dtypes, labels outside the vocabulary (on CPU), a negative z_loss_weight.
+    Source of the z-loss: PaLM (arXiv 2204.02311), section 5.
+    """
+    _check(hidden_RD, weight_VD, labels_R)
+    if z_loss_weight < 0:
+        raise ValueError(f"z_loss_weight must not be negative; got {z_loss_weight}")
+    _check_labels(labels_R, weight_VD.shape[0], ignore_index)
+    backend = resolve_backend(backend, hidden_RD.device)
+    if backend == "triton":
+        total, token_nll_R = _from_statistics(hidden_RD, weight_VD, labels_R, ignore_index, z_loss_weight)
+    else:
+        implementation = linear_cross_entropy_torch if backend == "torch" else linear_cross_entropy_reference
+        total, token_nll_R = implementation(
+            hidden_RD, weight_VD, labels_R, ignore_index=ignore_index, z_loss_weight=z_loss_weight
+        )
+    token_nll_R = token_nll_R.detach()
+    return CrossEntropy(total, token_nll_R.sum(), token_nll_R.float())
+
+
+def _from_statistics(
+    hidden_RD: Tensor, weight_VD: Tensor, labels_R: Tensor, ignore_index: int, z_loss_weight: float
+) -> tuple[Tensor, Tensor]:
+    """Total and row losses out of the Triton statistics; ignored rows carry no gradient."""
+    log_sum_R, target_R = linear_statistics(hidden_RD, weight_VD, labels_R, backend="triton")
+    kept_R = labels_R != ignore_index
+    nll_R = (log_sum_R - target_R).where(kept_R, 0.0)
+    z_R = log_sum_R.square().where(kept_R, 0.0)
+    return nll_R.sum() + z_loss_weight * z_R.sum(), nll_R
+
+
+def linear_statistics(
+    hidden_RD: Tensor, weight_VD: Tensor, labels_R: Tensor, *, first_row: int = 0, backend: str = "torch"
+) -> tuple[Tensor, Tensor]:
+    """What one shard of the vocabulary adds to the cross-entropy: (log-sum-exp [R], label's logit [R]), differentiable.
+
+    The shard holds rows first_row .. first_row + V of the head. A label elsewhere (another shard, or ignored) gives
+    logit 0. Over all shards, the label's logits add up and the log-sum-exps combine by `combine_log_sums`; their
+    difference is the negative log-likelihood. Backward computes the logits again. Float32 (float64 for float64).
+
+    Shapes: hidden [R, D], weight [V, D] of this shard, labels [R] int64 in the whole vocabulary.
+    Raises ValueError for wrong shapes and dtypes.
+    """
+    _check(hidden_RD, weight_VD, labels_R)
+    backend = resolve_backend(backend, hidden_RD.device)
+    if backend == "triton":
+        from kernels.linear_cross_entropy.triton_impl import linear_statistics_triton
+
+        return linear_statistics_triton(hidden_RD, weight_VD, labels_R, first_row)
+    implementation = linear_statistics_torch if backend == "torch" else linear_statistics_reference
+    return implementation(hidden_RD, weight_VD, labels_R, first_row=first_row)
+
+
+def combine_log_sums(log_sum_SR: Tensor) -> Tensor:
+    """Log-sum-exp of the whole vocabulary [R] from that of each of S shards [S, R]."""
+    return log_sum_SR.logsumexp(0)
+
+
+def _check(hidden_RD: Tensor, weight_VD: Tensor, labels_R: Tensor) -> None:
+    check_shape("hidden_RD", hidden_RD, (-1, -1))
+    check_float("hidden_RD", hidden_RD)
+    check_shape("weight_VD", weight_VD, (-1, hidden_RD.shape[1]), hidden_RD)
+    check_float("weight_VD", weight_VD, hidden_RD)
+    check_shape("labels_R", labels_R, (hidden_RD.shape[0],), hidden_RD)
+    if labels_R.dtype != torch.int64:
+        raise ValueError(f"labels_R must be int64; got {labels_R.dtype}")
+    if weight_VD.shape[0] == 0:
+        raise ValueError("weight_VD must hold at least one row of the vocabulary; got 0")
+
+
+def _check_labels(labels_R: Tensor, vocab: int, ignore_index: int) -> None:
+    """On CPU, where looking costs nothing, refuse labels that the vocabulary does not hold."""
+    if labels_R.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    wrong = ((labels_R < 0) | (labels_R >= vocab)) & (labels_R != ignore_index)
+    if bool(wrong.any()):
+        raise ValueError(
+            f"labels_R must lie in [0, {vocab}) or be ignore_index={ignore_index}; got {labels_R[wrong][0].item()}"
+        )
+
+
+def cross_entropy_flops(rows: int, vocab: int, model: int, *, recompute: bool) -> int:
+    """Floating point operations of forward and backward: three products, four where backward computes logits again."""
+    return 2 * rows * vocab * model * (4 if recompute else 3)
+
+
+def cross_entropy_bytes(rows: int, vocab: int, model: int, size: int) -> int:
+    """Least bytes of forward and backward: hidden and weight read, both gradients written."""
+    return 2 * size * (rows + vocab) * model

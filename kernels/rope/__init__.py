@@ -1,0 +1,1 @@
+"""Rotary positions, with the normalization of queries and keys."""
