@@ -1,0 +1,78 @@
+"""`amfm report`: one self-contained HTML page of a run, finished or not."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+from model.flops import count_parameters
+from model.pattern import BLOCK_NAMES, parse_pattern
+from pretrain.report_data import RunRecord, read_run
+from pretrain.report_page import Card, render_page
+from pretrain.report_plots import draw_plots
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Write `report.html` into the run directory and return its path; call it on one rank.
+
+    Raises FileNotFoundError for something that is no run directory, ValueError before the first step.
+    """
+    record = read_run(run_dir)
+    page = render_page(record, make_cards(record), draw_plots(record))
+    path = record.directory / "report.html"
+    temporary = path.with_suffix(".html.part")
+    temporary.write_text(page, encoding="utf-8")
+    os.replace(temporary, path)
+    return path
+
+
+def make_cards(record: RunRecord) -> list[Card]:
+    """The summary: what the model is, how far it came, how good and how fast it is."""
+    config = record.config
+    counts = count_parameters(config.model)
+    pattern = parse_pattern(config.model.pattern)
+    blocks = ", ".join(f"{number} {BLOCK_NAMES[letter]}" for letter, number in pattern.counts().items())
+    loss, validation = record.last("loss"), record.last("validation_loss")
+    speed, mfu = record.typical("tokens_per_second"), record.typical("mfu")
+    tokens = record.last("tokens")
+    cards = [
+        Card("Steps", f"{record.last_step():,}", f"of {config.train.steps:,}"),
+        Card("Parameters", count(counts.total), f"{count(counts.active)} active a token"),
+        Card("Model", f"{len(pattern.letters)} blocks", blocks),
+        Card("Tokens", count(tokens) if tokens is not None else "-", f"rows of {config.train.sequence_length:,}"),
+        Card("Training loss", f"{loss:.4f}" if loss is not None else "-", "newest step, nats a token"),
+    ]
+    if validation is not None:
+        cards.append(Card("Validation loss", f"{validation:.4f}", f"perplexity {perplexity(validation)}"))
+    cards.append(
+        Card("Throughput", f"{count(speed)} tokens/s" if speed is not None else "-", "median of the newer half")
+    )
+    if mfu is not None:
+        cards.append(Card("MFU", f"{100 * mfu:.1f} %", "model FLOPs over the device's peak"))
+    cards.append(Card("Time", duration(record.seconds()), "inside training steps"))
+    return cards
+
+
+def count(value: float) -> str:
+    """1234567 -> 1.23M."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.3g}"
+
+
+def perplexity(loss: float) -> str:
+    """exp(loss), short; a loss beyond any vocabulary is not exponentiated."""
+    return f"{math.exp(loss):,.1f}" if loss < 30 else "very large"
+
+
+def duration(seconds: float) -> str:
+    """3725 -> 1 h 2 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
