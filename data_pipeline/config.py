@@ -22,6 +22,15 @@ class SourceConfig(Section):
     weight: float = Field(1.0, gt=0, description="Share of the training samples, relative to the other sources.")
 
 
+class PhaseConfig(Section):
+    """Other weights from a global sample on; what was drawn before stays drawn, nothing is lost or repeated."""
+
+    start_sample: int = Field(ge=0, description="First global sample (steps x global batch size) of the phase.")
+    weights: dict[str, float] = Field(
+        min_length=1, description="Weight by source name; a source that isn't named isn't drawn in the phase."
+    )
+
+
 class TokenizerConfig(Section):
     """SentencePiece, trained on the sources unless a model file is given."""
 
@@ -57,6 +66,9 @@ class DataConfig(Section):
     sources: tuple[SourceConfig, ...] = Field(min_length=1, description="Bodies of text and their weights.")
     tokenizer: TokenizerConfig = Field(TokenizerConfig(), description="How text becomes tokens.")
     prepare: PrepareConfig = Field(PrepareConfig(), description="How the store is written.")
+    phases: tuple[PhaseConfig, ...] = Field(
+        (), description="Changes of the weights during the run, in order; append, never edit what has been trained."
+    )
     validation_fraction: float = Field(
         0.02, ge=0, lt=1, description="Part of the documents of each source kept for validation."
     )

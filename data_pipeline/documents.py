@@ -1,0 +1,253 @@
+"""Readers: files, byte ranges and row groups become documents, and what can't be used becomes a reject with a reason."""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal, cast
+
+import pyarrow
+import pyarrow.parquet
+
+from data_pipeline.config import SourceConfig
+
+Kind = Literal["text", "jsonl", "parquet"]
+Compression = Literal["none", "gz", "zst"]
+
+KIND_BY_SUFFIX: dict[str, Kind] = {
+    ".txt": "text",
+    ".md": "text",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+}
+COMPRESSION_BY_SUFFIX: dict[str, Compression] = {".gz": "gz", ".zst": "zst"}
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """A file of a source. name: stable across machines, the index of the path and what follows the path."""
+
+    path: str
+    name: str
+    kind: Kind
+    compression: Compression
+    num_bytes: int
+    modified_ns: int
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What is read in one go: bytes [start, stop) of a jsonl file, row groups of parquet, else the whole file.
+
+    text_bytes: estimated text, for planning. split: of text files, decided by the plan; None: by content.
+    """
+
+    file: InputFile
+    start: int
+    stop: int
+    text_bytes: int
+    split: Literal["train", "validation"] | None = None
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text and where it came from."""
+
+    text: str
+    position: str
+
+
+@dataclass(frozen=True)
+class Reject:
+    """One record that gives no document; position as in `Document`."""
+
+    position: str
+    reason: str
+
+
+def list_files(source: SourceConfig) -> list[InputFile]:
+    """Find the files of a source, sorted by name.
+
+    ValueError for a path or glob that matches nothing, a file of unknown kind, or an empty file named directly.
+    """
+    files: list[InputFile] = []
+    for number, given in enumerate(source.paths):
+        where = f"source {source.name!r}: path {given!r}"
+        path = Path(given).expanduser()
+        if path.is_dir():
+            found = [item for item in path.rglob("*") if item.is_file() and not _is_hidden(item.relative_to(path))]
+            matches = [(item, item.relative_to(path).as_posix()) for item in found if _kind_of(item.name)]
+            if not matches:
+                raise ValueError(f"{where} holds no {', '.join(KIND_BY_SUFFIX)} file; name a folder that does")
+        elif path.is_file():
+            if _kind_of(path.name) is None:
+                raise ValueError(f"{where} must end in {', '.join(KIND_BY_SUFFIX)}, alone or with .gz or .zst")
+            if path.stat().st_size == 0:
+                raise ValueError(f"{where} is an empty file; remove it from data.sources or put text into it")
+            matches = [(path, path.name)]
+        else:
+            found = [Path(item) for item in glob.glob(str(path), recursive=True)]
+            matches = [(item, item.as_posix()) for item in found if item.is_file() and _kind_of(item.name)]
+            if not matches:
+                raise ValueError(f"{where} doesn't exist; name a file, a folder or a glob that matches text files")
+            root = _fixed_root(str(path))
+            matches = [(item, item.relative_to(root).as_posix()) for item, _ in matches]
+        files += [_describe(item, f"{number}/{name}") for item, name in matches]
+    return sorted(files, key=lambda file: file.name)
+
+
+def _is_hidden(relative: Path) -> bool:
+    return any(part.startswith(".") for part in relative.parts)
+
+
+def _fixed_root(pattern: str) -> Path:
+    """The folders of a glob before its first magic character."""
+    parts = Path(pattern).parts
+    fixed = [part for number, part in enumerate(parts) if not glob.has_magic("/".join(parts[: number + 1]))]
+    return Path(*fixed) if fixed else Path()
+
+
+def _split_suffixes(name: str) -> tuple[str, Compression]:
+    suffix = Path(name).suffix
+    if suffix in COMPRESSION_BY_SUFFIX:
+        return name[: -len(suffix)], COMPRESSION_BY_SUFFIX[suffix]
+    return name, "none"
+
+
+def _kind_of(name: str) -> Kind | None:
+    return KIND_BY_SUFFIX.get(Path(_split_suffixes(name)[0]).suffix)
+
+
+def _describe(path: Path, name: str) -> InputFile:
+    kind, stat = _kind_of(path.name), path.stat()
+    assert kind is not None, f"{path} has no known kind"
+    return InputFile(str(path.resolve()), name, kind, _split_suffixes(name)[1], stat.st_size, stat.st_mtime_ns)
+
+
+def cut_segments(file: InputFile, segment_bytes: int) -> list[Segment]:
+    """Cut a file into segments of about segment_bytes that together cover it exactly once.
+
+    Plain jsonl by byte ranges, parquet by row groups; other files are one segment. Empty files have none.
+    """
+    if file.num_bytes == 0:
+        return []
+    if file.kind == "parquet":
+        metadata = pyarrow.parquet.read_metadata(file.path)
+        sizes = [metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups)]
+        return [Segment(file, number, number + 1, size) for number, size in enumerate(sizes)]
+    if file.kind == "jsonl" and file.compression == "none":
+        starts = range(0, file.num_bytes, segment_bytes)
+        stops = [min(start + segment_bytes, file.num_bytes) for start in starts]
+        return [Segment(file, start, stop, stop - start) for start, stop in zip(starts, stops)]
+    estimate = file.num_bytes * (4 if file.compression != "none" else 1)
+    return [Segment(file, 0, file.num_bytes, estimate)]
+
+
+class SegmentReader:
+    """Iterate over a segment's documents and rejects; `covered_bytes` then says how much of a plain jsonl it read.
+
+    OSError of the disk passes through.
+    """
+
+    def __init__(self, segment: Segment, text_column: str) -> None:
+        self.segment, self.text_column = segment, text_column
+        self.covered_bytes = 0
+
+    def __iter__(self) -> Iterator[Document | Reject]:
+        if self.segment.file.kind == "text":
+            return self._text()
+        if self.segment.file.kind == "parquet":
+            return self._parquet()
+        return self._jsonl()
+
+    def _text(self) -> Iterator[Document | Reject]:
+        file = self.segment.file
+        try:
+            with open_input(file) as stream:
+                text = stream.read().decode()
+        except UnicodeDecodeError as error:
+            yield Reject(file.name, f"not UTF-8: {error.reason} at byte {error.start}")
+        except (EOFError, gzip.BadGzipFile, pyarrow.ArrowException) as error:
+            yield Reject(file.name, f"damaged compressed file: {error}")
+        else:
+            yield Document(text, file.name) if text.strip() else Reject(file.name, "empty text")
+
+    def _jsonl(self) -> Iterator[Document | Reject]:
+        file = self.segment.file
+        number = 0
+        try:
+            with open_input(file) as stream:
+                for offset, line in self._lines(stream):
+                    number += 1
+                    position = f"{file.name}:{'byte ' + str(offset) if file.compression == 'none' else number}"
+                    if line.strip():
+                        yield self._parse(line, position)
+        except (EOFError, gzip.BadGzipFile, pyarrow.ArrowException) as error:
+            yield Reject(f"{file.name}:{number + 1}", f"damaged compressed file, the rest is lost: {error}")
+
+    def _lines(self, stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
+        """Lines whose first byte lies in the segment: each line of the file is in exactly one segment."""
+        if self.segment.file.compression != "none":
+            yield from ((0, line) for line in stream)
+            return
+        offset = self.segment.start
+        if offset:
+            stream.seek(offset - 1)
+            offset += len(stream.readline()) - 1
+        while offset < self.segment.stop:
+            line = stream.readline()
+            if not line:
+                return
+            self.covered_bytes += len(line)
+            yield offset, line
+            offset += len(line)
+
+    def _parse(self, line: bytes, position: str) -> Document | Reject:
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            return Reject(position, f"not JSON: {error}")
+        if not isinstance(record, dict) or self.text_column not in record:
+            return Reject(position, f"no field {self.text_column!r}")
+        return self._check_text(record[self.text_column], position)
+
+    def _parquet(self) -> Iterator[Document | Reject]:
+        file = self.segment.file
+        try:
+            table = pyarrow.parquet.ParquetFile(file.path)
+            if self.text_column not in table.schema_arrow.names:
+                names = ", ".join(table.schema_arrow.names)
+                yield Reject(file.name, f"no column {self.text_column!r} among {names}")
+                return
+            for group in range(self.segment.start, self.segment.stop):
+                column = table.read_row_group(group, columns=[self.text_column], use_threads=False)[self.text_column]
+                for row, text in enumerate(column):
+                    yield self._check_text(text.as_py(), f"{file.name}:group {group} row {row}")
+        except pyarrow.ArrowInvalid as error:
+            yield Reject(file.name, f"damaged parquet: {error}")
+
+    def _check_text(self, text: object, position: str) -> Document | Reject:
+        if not isinstance(text, str):
+            return Reject(position, f"field {self.text_column!r} is {type(text).__name__}, not text")
+        if not text.strip():
+            return Reject(position, "empty text")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            return Reject(position, "text holds half a surrogate pair")
+        return Document(text, position)
+
+
+def open_input(file: InputFile) -> IO[bytes]:
+    """Open a file for reading, decompressed."""
+    if file.compression == "gz":
+        return cast(IO[bytes], gzip.open(file.path, "rb"))
+    if file.compression == "zst":
+        stream: Any = pyarrow.input_stream(file.path, compression="zstd")
+        return cast(IO[bytes], stream)
+    return open(file.path, "rb")

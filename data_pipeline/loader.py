@@ -1,0 +1,253 @@
+"""The resumable stream of batches: the same global order for every world size, micro-batch, worker count and resume."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_pipeline.batch import Batch
+from data_pipeline.config import DataConfig
+from data_pipeline.packing import Row, assemble_rows
+from data_pipeline.read_ahead import ReadingProcess
+from data_pipeline.samples import Damage, SampleReader, SampleSettings, make_phases
+from data_pipeline.store import Split, TokenStore
+
+STATE_VERSION = 1
+READ_AHEAD_BATCHES = 2
+MAX_REQUESTS_PER_PROCESS = 64
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SourceUse:
+    """Ledger line: what one source gave in one phase. epochs: passes over the source since the start of the run."""
+
+    phase: int
+    source: str
+    samples: int
+    tokens: int
+    epochs: float
+
+
+class PretrainLoader:
+    """Delivers this rank's micro-batches of each global batch.
+
+    A global batch is samples g, g + 1, ... in global order, cut into blocks of micro_batch_size samples; rank r of
+    data_world_size takes the blocks j with j % data_world_size == r. So the set of micro-batches, and with it every
+    loss that is computed a micro-batch, doesn't depend on the world size, which a stride of single samples would not
+    give. The cursor counts delivered samples, not those read ahead. Every rank makes its own loader with the same
+    arguments but data_rank; ranks never talk.
+
+    Errors: ValueError when the store isn't prepared, lacks a source, has no rows of this length, or a batch size
+    doesn't divide; DamagedError (a RuntimeError) for a missing or damaged part unless data.on_corruption is quarantine.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        split: Split = "train",
+        sequence_length: int,
+        micro_batch_size: int,
+        seed: int,
+        data_rank: int = 0,
+        data_world_size: int = 1,
+    ) -> None:
+        assert 0 <= data_rank < data_world_size, f"rank {data_rank} of {data_world_size}"
+        self.config, self.micro_batch_size = config, micro_batch_size
+        self.data_rank, self.data_world_size = data_rank, data_world_size
+        self.store = TokenStore.open(config.store)
+        if data_rank == 0 and config.on_corruption == "raise":
+            self.store.check_files()  # now, and not at the step that reads the missing part
+        self.settings = SampleSettings(
+            store=config.store,
+            split=split,
+            sequence_length=sequence_length,
+            seed=seed,
+            packing=config.packing,
+            shuffle=config.shuffle,
+            phases=_phases(config),
+            on_corruption=config.on_corruption,
+        )
+        self.reader = SampleReader(self.settings, self.store)
+        self.global_sample = 0
+        self.quarantined: list[Damage] = []
+        self._processes: list[ReadingProcess] = []
+        self._requested: deque[tuple[int, ReadingProcess]] = deque()
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """Names that Batch.source_ids index."""
+        return self.reader.source_names
+
+    def take(self, global_batch_size: int) -> list[Batch]:
+        """This rank's micro-batches of the next global batch; the cursor moves by the whole global batch."""
+        blocks = self._blocks(self.global_sample, global_batch_size)
+        batches = [self._make_batch(rows) for rows in self._read_blocks(blocks, global_batch_size)]
+        self.global_sample += global_batch_size
+        return batches
+
+    def seek(self, global_sample: int) -> None:
+        """Go to any global sample, as load_state_dict does."""
+        self.global_sample = global_sample
+
+    def state_dict(self) -> dict[str, Any]:
+        """A few integers and identities as JSON values; the same on every rank but for what it quarantined."""
+        return {
+            "version": STATE_VERSION,
+            "global_sample": self.global_sample,
+            "seed": self.settings.seed,
+            "split": self.settings.split,
+            "sequence_length": self.settings.sequence_length,
+            "packing": self.settings.packing,
+            "shuffle": self.settings.shuffle,
+            "dataset": self.store.identity(),
+            "tokenizer": self.store.tokenizer_identity,
+            "sources": {name: self.store.source_identity(name, self.settings.split) for name in self.source_names},
+            "phases": [[start, dict(weights)] for start, weights in self.settings.phases],
+            "quarantined": [[damage.sample, damage.part, damage.reason] for damage in self.quarantined],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where a state stands; any world size, micro-batch, global batch and worker count will do.
+
+        ValueError naming both values when the tokenizer, seed, length, packing, shuffle, or anything that past
+        samples came from is different. Sources and phases that begin after the state may be new.
+        """
+        mine = self.state_dict()
+        remedies = {
+            "version": "use the release that wrote the checkpoint",
+            "tokenizer": "point data.store to the store that the run began with",
+            "seed": "set train.seed back",
+            "split": "load the state of the same split",
+            "sequence_length": "set train.sequence_length back",
+            "packing": "set data.packing back",
+            "shuffle": "set data.shuffle back",
+        }
+        for name, remedy in remedies.items():
+            if state[name] != mine[name]:
+                raise ValueError(f"the data state has {name} {state[name]!r}, this run has {mine[name]!r}; {remedy}")
+        cursor = int(state["global_sample"])
+        self._check_past(state, mine, cursor)
+        self.global_sample = cursor
+        self.quarantined = [Damage(*entry) for entry in state["quarantined"]]
+
+    def _check_past(self, state: dict[str, Any], mine: dict[str, Any], cursor: int) -> None:
+        past = [phase for phase in state["phases"] if phase[0] == 0 or phase[0] < cursor]
+        now = [phase for phase in mine["phases"] if phase[0] == 0 or phase[0] < cursor]
+        if past != now:
+            raise ValueError(
+                f"the data state was made with weights {past} up to sample {cursor}, this run has {now}; past weights "
+                f"can't change: restore them and append the change to data.phases with start_sample {cursor} or later"
+            )
+        for source in sorted({name for _, weights in past for name in weights}):
+            before, after = state["sources"].get(source), mine["sources"].get(source)
+            if before != after:
+                raise ValueError(
+                    f"the data state has dataset {state['dataset']} (source {source!r}: {before}), the store "
+                    f"{self.config.store} has {mine['dataset']} ({after}); point data.store to the store that the run "
+                    "began with, or start a new run"
+                )
+
+    def ledger(self) -> list[SourceUse]:
+        """Samples, tokens and epochs that each source gave in each phase up to the cursor; exact, from its number."""
+        lines: list[SourceUse] = []
+        drawn: dict[str, int] = {}
+        for number, taken in enumerate(self.reader.mixture.draws_before(self.global_sample)):
+            for source, samples in taken.items():
+                drawn[source] = drawn.get(source, 0) + samples
+                epochs = drawn[source] / self.reader.rows_per_epoch(source)
+                tokens = samples * self.settings.sequence_length
+                lines.append(SourceUse(number, source, samples, tokens, epochs))
+        return lines
+
+    def close(self) -> None:
+        """End the reading processes and close the store; take() starts them again."""
+        for process in self._processes:
+            process.close()
+        self._processes.clear()
+        self._requested.clear()
+        self.store.close()
+
+    def _blocks(self, first_sample: int, global_batch_size: int) -> list[int]:
+        """First samples of this rank's micro-batches."""
+        divisor = self.micro_batch_size * self.data_world_size
+        if global_batch_size % divisor:
+            raise ValueError(
+                f"train.global_batch_size={global_batch_size} must be a multiple of micro_batch_size "
+                f"{self.micro_batch_size} x {self.data_world_size} data ranks = {divisor}; use "
+                f"{max(1, round(global_batch_size / divisor)) * divisor}"
+            )
+        count = global_batch_size // self.micro_batch_size
+        return [first_sample + j * self.micro_batch_size for j in range(self.data_rank, count, self.data_world_size)]
+
+    def _read_blocks(self, blocks: list[int], global_batch_size: int) -> list[list[Row]]:
+        if not self.config.num_workers:
+            return [self._note(*self.reader.read(self._samples(first))) for first in blocks]
+        upcoming = list(blocks)
+        for ahead in range(1, READ_AHEAD_BATCHES + 1):
+            upcoming += self._blocks(self.global_sample + ahead * global_batch_size, global_batch_size)
+        self._request(upcoming)
+        out = []
+        for number, first in enumerate(blocks):
+            requested, process = self._requested.popleft()
+            assert requested == first, f"rows of sample {requested} came where {first} was due"
+            out.append(self._note(*process.receive()))
+            self._request(upcoming[number + 1 :])
+        return out
+
+    def _request(self, upcoming: list[int]) -> None:
+        """Have the reading processes work on these blocks, in this order."""
+        if not self._processes:
+            self._processes = [ReadingProcess(self.settings) for _ in range(self.config.num_workers)]
+        if [first for first, _ in self._requested] != upcoming[: len(self._requested)]:
+            for _, process in self._requested:  # after a seek or with another batch size: what was asked for is stale
+                process.receive()
+            self._requested.clear()
+        limit = MAX_REQUESTS_PER_PROCESS * len(self._processes)
+        for first in upcoming[len(self._requested) : limit]:
+            last = self._processes.index(self._requested[-1][1]) if self._requested else -1
+            process = self._processes[(last + 1) % len(self._processes)]
+            process.request(first, self.micro_batch_size)
+            self._requested.append((first, process))
+
+    def _samples(self, first: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        return np.arange(first, first + self.micro_batch_size, dtype=np.int64)
+
+    def _note(self, rows: list[Row], damages: list[Damage]) -> list[Row]:
+        for damage in damages:
+            logger.warning("sample %d skipped: %s", damage.sample, damage.reason)
+        self.quarantined += damages
+        return rows
+
+    def _make_batch(self, rows: list[Row]) -> Batch:
+        arrays = assemble_rows(rows, mask_document_boundaries=self.config.mask_document_boundaries)
+        return Batch(
+            tokens_BT=torch.from_numpy(arrays.tokens),
+            labels_BT=torch.from_numpy(arrays.labels),
+            loss_mask_BT=torch.from_numpy(arrays.loss_mask),
+            positions_BT=torch.from_numpy(arrays.positions),
+            document_ids_BT=torch.from_numpy(arrays.document_ids),
+            cu_seqlens=torch.from_numpy(arrays.cu_seqlens),
+            sample_ids=tuple(row.sample for row in rows),
+            source_ids=tuple(row.source for row in rows),
+        )
+
+
+def _phases(config: DataConfig) -> tuple[tuple[int, dict[str, float]], ...]:
+    weights = {source.name: source.weight for source in config.sources}
+    later = tuple((phase.start_sample, dict(phase.weights)) for phase in config.phases)
+    for start, changed in later:
+        unknown = sorted(set(changed) - set(weights))
+        if unknown:
+            raise ValueError(
+                f"data.phases: the phase at sample {start} weighs {unknown[0]!r}, which must be one of data.sources: "
+                f"{', '.join(sorted(weights))}"
+            )
+    return tuple((start, dict(by_source)) for start, by_source in make_phases(weights, later))

@@ -1,0 +1,106 @@
+"""The plan of a preparation: which byte ranges make which part, the same on every machine and for any number of actors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+
+from data_pipeline.config import DataConfig, SourceConfig
+from data_pipeline.documents import InputFile, Segment, cut_segments, list_files
+from data_pipeline.permutation import derive_key, permute
+from data_pipeline.store import Layout
+
+SEGMENTS_PER_PART = 8  # a part mixes ranges from this many places, so that neighbours in a row differ
+UNIT_FORMAT = 1  # raised when the same plan would write other bytes
+
+
+@dataclass(frozen=True)
+class UnitSettings:
+    """What shapes the bytes of a part besides its inputs."""
+
+    text_column: str
+    validation_fraction: float
+    seed: int
+    part_bytes: int
+    layout: Layout
+    tokenizer_identity: str
+    vocab_size: int
+    eos_id: int
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The work of one actor call: segments of one source that become one part (more, if the text is far larger)."""
+
+    source: str
+    number: int
+    segments: tuple[Segment, ...]
+    settings: UnitSettings
+
+    @property
+    def name(self) -> str:
+        """Name in the journal."""
+        return f"{self.source}/{self.number:06d}"
+
+    @property
+    def text_bytes(self) -> int:
+        """Estimated text."""
+        return sum(segment.text_bytes for segment in self.segments)
+
+    def key(self) -> str:
+        """Digest of everything that decides the unit's output, modification times of its inputs included."""
+        inputs = [
+            (item.file.name, item.file.num_bytes, item.file.modified_ns, item.start, item.stop, item.split)
+            for item in self.segments
+        ]
+        facts = [UNIT_FORMAT, self.source, self.number, inputs, asdict(self.settings)]
+        return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def plan_source(source: SourceConfig, config: DataConfig) -> list[Segment]:
+    """Segments of a source in the order in which they are dealt into parts.
+
+    Text files are split into train and validation here, because their number is known: at least one of two or more
+    validates. Records of jsonl and parquet are split when they are read, by the hash of their text.
+    ValueError for missing or empty input.
+    """
+    files = list_files(source)
+    segment_bytes = max(2**16, config.prepare.part_bytes // SEGMENTS_PER_PART)
+    validating = _choose_validation(source.name, [file for file in files if file.kind == "text"], config)
+    segments = [
+        replace(segment, split="validation" if file.name in validating else "train") if file.kind == "text" else segment
+        for file in files
+        for segment in cut_segments(file, segment_bytes)
+    ]
+    if not segments:
+        raise ValueError(
+            f"source {source.name!r} has no text: its {len(files)} files are all empty; name files that hold text"
+        )
+    order = permute(range(len(segments)), len(segments), derive_key(config.prepare.seed, "plan", source.name))
+    return [segments[index] for index in order.tolist()]
+
+
+def _choose_validation(source: str, files: Sequence[InputFile], config: DataConfig) -> frozenset[str]:
+    texts = [file.name for file in files if file.num_bytes]
+    if config.validation_fraction == 0 or len(texts) < 2:
+        return frozenset()
+    wanted = min(len(texts) - 1, max(1, round(config.validation_fraction * len(texts))))
+    ranked = sorted(texts, key=lambda name: derive_key(config.prepare.seed, "validation", source, name))
+    return frozenset(ranked[:wanted])
+
+
+def make_units(source: str, segments: Sequence[Segment], settings: UnitSettings) -> list[Unit]:
+    """Gather segments into units of up to part_bytes of text."""
+    groups: list[list[Segment]] = []
+    filled = settings.part_bytes
+    for segment in segments:
+        if filled + segment.text_bytes > settings.part_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(segment)
+        filled += segment.text_bytes
+    if not groups[0]:
+        groups = groups[1:]
+    return [Unit(source, number, tuple(group), settings) for number, group in enumerate(groups)]

@@ -1,0 +1,111 @@
+"""Ray actors that write parts: they get paths and byte ranges and return counts and digests, never text or tokens."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.config import DataConfig
+from data_pipeline.prepare_plan import Unit
+from data_pipeline.prepare_unit import UnitFailure, UnitReport, run_unit
+from data_pipeline.tokenizer import Tokenizer
+
+ATTEMPTS = 3  # of a unit whose actor dies: enough for lost nodes, few enough to notice a text that kills the process
+OBJECT_STORE_BYTES = 80 * 2**20  # Ray's smallest: nothing but paths and counts goes through it
+
+
+class PartWriter:
+    """An actor: keeps the tokenizer, writes one unit at a time."""
+
+    def __init__(self, store: str, tokenizer: Tokenizer) -> None:
+        self.store, self.tokenizer = Path(store), tokenizer
+
+    def run(self, unit: Unit) -> UnitReport | UnitFailure:
+        """Write the unit's parts."""
+        return run_unit(unit, self.store, self.tokenizer)
+
+
+def run_on_ray(
+    units: Sequence[Unit], store: Path, tokenizer: Tokenizer, config: DataConfig, *, address: str | None = None
+) -> Iterator[tuple[Unit, UnitReport | UnitFailure]]:
+    """Write units on Ray actors and yield each report as it comes.
+
+    Uses the running Ray of this process, else the cluster at `address`, else starts a small one for the time of the
+    call. A unit whose actor dies is given to a new actor, three times at most, then RuntimeError.
+    """
+    import ray  # here: training and a complete store never need it
+
+    started = not ray.is_initialized()
+    wanted = config.prepare.num_actors or (None if address else len(os.sched_getaffinity(0)))
+    if started:
+        _start_ray(ray, address, min(wanted or len(units), len(units)))
+    try:
+        num_actors = min(len(units), wanted or int(ray.cluster_resources().get("CPU", 1)))
+        yield from _Dispatcher(ray, units, store, tokenizer).run(num_actors)
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _start_ray(ray: Any, address: str | None, num_cpus: int) -> None:
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if address is None:
+        options |= {"num_cpus": num_cpus, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+    package_root = str(Path(__file__).resolve().parent.parent)
+    job = ray.job_config.JobConfig(code_search_path=[package_root])
+    ray.init(address=address, job_config=job, **options)
+
+
+class _Dispatcher:
+    """Keeps every actor busy with one unit and replaces actors that died."""
+
+    def __init__(self, ray: Any, units: Sequence[Unit], store: Path, tokenizer: Tokenizer) -> None:
+        self.ray, self.store = ray, store
+        self.tokenizer = ray.put(tokenizer)
+        self.actor_class = ray.remote(num_cpus=1, max_restarts=0)(PartWriter)
+        self.waiting = list(reversed(units))
+        self.failures: dict[str, int] = {}
+
+    def run(self, num_actors: int) -> Iterator[tuple[Unit, UnitReport | UnitFailure]]:
+        running: dict[Any, tuple[Unit, Any]] = {}
+        actors = []
+        try:
+            for _ in range(num_actors):
+                actors.append(self._new_actor())
+                self._give_work(actors[-1], running)
+            while running:
+                done, _ = self.ray.wait(list(running), num_returns=1)
+                unit, actor = running.pop(done[0])
+                try:
+                    report = self.ray.get(done[0])
+                except self.ray.exceptions.RayActorError as error:
+                    self._note_failure(unit, error)
+                    actors.append(self._new_actor())
+                    actor = actors[-1]
+                else:
+                    yield unit, report
+                self._give_work(actor, running)
+        finally:
+            for actor in actors:
+                self.ray.kill(actor)
+
+    def _new_actor(self) -> Any:
+        return self.actor_class.remote(str(self.store), self.tokenizer)
+
+    def _give_work(self, actor: Any, running: dict[Any, tuple[Unit, Any]]) -> None:
+        if self.waiting:
+            unit = self.waiting.pop()
+            running[actor.run.remote(unit)] = unit, actor
+
+    def _note_failure(self, unit: Unit, error: Exception) -> None:
+        self.failures[unit.name] = self.failures.get(unit.name, 0) + 1
+        if self.failures[unit.name] >= ATTEMPTS:
+            raise RuntimeError(
+                f"the process that writes part {unit.name} died {ATTEMPTS} times ({error}); its inputs are "
+                f"{', '.join(sorted({item.file.path for item in unit.segments}))}. Out of memory? Then lower "
+                "data.prepare.part_bytes or num_actors; what is done is kept"
+            ) from error
+        self.waiting.append(unit)

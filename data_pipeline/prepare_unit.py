@@ -1,0 +1,181 @@
+"""What one actor does: read segments, tokenize, shuffle the documents, write the parts. No Ray in here."""
+
+from __future__ import annotations
+
+import errno
+import json
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from data_pipeline.documents import Document, Reject, SegmentReader
+from data_pipeline.permutation import derive_key, permute
+from data_pipeline.prepare_plan import Unit
+from data_pipeline.store import SPLITS, Part, Split, write_file_atomically, write_part
+from data_pipeline.tokenizer import Tokenizer
+
+BATCH_DOCUMENTS = 512
+BATCH_CHARACTERS = 2_000_000
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True)
+class UnitReport:
+    """What a unit did; small enough to be a line of the journal."""
+
+    parts: dict[Split, list[Part]]
+    documents: int
+    text_bytes: int
+    tokens: int
+    rejects: int
+    covered_bytes: int
+
+
+@dataclass(frozen=True)
+class UnitFailure:
+    """Why a unit can't be written now; the disk's error, not a bug."""
+
+    reason: Literal["disk_full", "disk_error"]
+    message: str
+
+
+@dataclass
+class _Collected:
+    """Tokens of one split since the last part."""
+
+    pieces: list[npt.NDArray[np.generic]] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    text_bytes: int = 0
+
+
+def run_unit(unit: Unit, store: Path, tokenizer: Tokenizer) -> UnitReport | UnitFailure:
+    """Write the parts of a unit and its rejects; the bytes depend on the unit alone.
+
+    Errors of the disk come back as UnitFailure, so that the caller can stop in order; others are raised.
+    """
+    try:
+        return _UnitWriter(unit, store, tokenizer).run()
+    except OSError as error:
+        reason: Literal["disk_full", "disk_error"] = "disk_full" if error.errno in DISK_FULL else "disk_error"
+        return UnitFailure(reason, f"{error.strerror or error} ({error.filename or store})")
+
+
+class _UnitWriter:
+    def __init__(self, unit: Unit, store: Path, tokenizer: Tokenizer) -> None:
+        self.unit, self.store, self.tokenizer = unit, store, tokenizer
+        self.collected: dict[Split, _Collected] = {split: _Collected() for split in SPLITS}
+        self.parts: dict[Split, list[Part]] = {split: [] for split in SPLITS}
+        self.rejects: list[Reject] = []
+        self.covered_bytes = 0
+
+    def run(self) -> UnitReport:
+        for batch in self._batches():
+            self._tokenize(batch)
+            for split in SPLITS:
+                if self.collected[split].text_bytes >= 2 * self.unit.settings.part_bytes:
+                    self._write(split)
+        for split in SPLITS:
+            if self.collected[split].lengths:
+                self._write(split)
+        self._write_rejects()
+        parts = [part for split in SPLITS for part in self.parts[split]]
+        return UnitReport(
+            parts=self.parts,
+            documents=sum(part.num_documents for part in parts),
+            text_bytes=sum(part.text_bytes for part in parts),
+            tokens=sum(part.num_tokens for part in parts),
+            rejects=len(self.rejects),
+            covered_bytes=self.covered_bytes,
+        )
+
+    def _batches(self) -> Iterator[list[tuple[Split, str]]]:
+        batch: list[tuple[Split, str]] = []
+        characters = 0
+        for split, text in self._documents():
+            batch.append((split, text))
+            characters += len(text)
+            if len(batch) >= BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
+                yield batch
+                batch, characters = [], 0
+        if batch:
+            yield batch
+
+    def _documents(self) -> Iterator[tuple[Split, str]]:
+        for segment in self.unit.segments:
+            reader = SegmentReader(segment, self.unit.settings.text_column)
+            for item in reader:
+                if isinstance(item, Reject):
+                    self.rejects.append(item)
+                else:
+                    yield segment.split or self._split_of(item), item.text
+            self.covered_bytes += reader.covered_bytes
+
+    def _split_of(self, document: Document) -> Split:
+        """By content, so that copies of a text never sit on both sides."""
+        settings = self.unit.settings
+        drawn = int.from_bytes(derive_key(settings.seed, "validation", document.text)[:8], "little")
+        return "validation" if drawn < settings.validation_fraction * 2**64 else "train"
+
+    def _tokenize(self, batch: list[tuple[Split, str]]) -> None:
+        settings = self.unit.settings
+        for (split, text), ids in zip(batch, self.tokenizer.encode_batch([text for _, text in batch])):
+            ids.append(settings.eos_id)
+            if max(ids) >= settings.vocab_size:
+                raise ValueError(
+                    f"the tokenizer gave id {max(ids)}, but its vocabulary is {settings.vocab_size} and the store "
+                    f"holds {settings.layout.dtype}; fix the tokenizer file"
+                )
+            code = "H" if settings.layout.dtype == "uint16" else "I"
+            collected = self.collected[split]
+            collected.pieces.append(np.frombuffer(array(code, ids), dtype=settings.layout.dtype))
+            collected.lengths.append(len(ids))
+            collected.text_bytes += len(text.encode())
+
+    def _write(self, split: Split) -> None:
+        unit, collected = self.unit, self.collected[split]
+        number = len(self.parts[split])
+        key = derive_key(unit.settings.seed, "documents", unit.name, split, number)
+        order = permute(range(len(collected.pieces)), len(collected.pieces), key).tolist()
+        part = write_part(
+            self.store,
+            f"parts/{unit.source}/{split}-{unit.number:06d}-{number:02d}.zarr",
+            np.concatenate([collected.pieces[index] for index in order]),
+            np.cumsum([collected.lengths[index] for index in order], dtype=np.uint64),
+            text_bytes=collected.text_bytes,
+            layout=unit.settings.layout,
+            attributes=self._attributes(split),
+        )
+        self.parts[split].append(part)
+        self.collected[split] = _Collected()
+
+    def _attributes(self, split: Split) -> dict[str, Any]:
+        settings = self.unit.settings
+        return {
+            "format": "amfm token part",
+            "version": 1,
+            "source": self.unit.source,
+            "split": split,
+            "tokenizer_identity": settings.tokenizer_identity,
+            "vocab_size": settings.vocab_size,
+            "eos_id": settings.eos_id,
+            "inputs": [[item.file.name, item.start, item.stop] for item in self.unit.segments],
+        }
+
+    def _write_rejects(self) -> None:
+        path = rejects_path(self.store, self.unit)
+        if not self.rejects:
+            path.unlink(missing_ok=True)
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps({"position": item.position, "reason": item.reason}) + "\n" for item in self.rejects]
+        write_file_atomically(path, "".join(lines).encode())
+
+
+def rejects_path(store: Path, unit: Unit) -> Path:
+    """File with a line for each record of the unit that gave no document."""
+    return store / "rejects" / unit.source / f"{unit.number:06d}.jsonl"

@@ -1,0 +1,179 @@
+"""Global sample number -> row: mixture, shuffle, window or bin, read and verified. numpy only, for reading processes.
+
+Everything here is a pure function of (settings, dataset identities, global sample number).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from data_pipeline.bins import BinIndex
+from data_pipeline.mixture import Mixture
+from data_pipeline.packing import Row, count_windows, starts_in_window
+from data_pipeline.permutation import derive_key, permute, permute_in_blocks
+from data_pipeline.shards import DamagedError
+from data_pipeline.store import Part, Split, TokenStore
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """What decides the order and the rows. phases: (first global sample, weight by source), the first at 0."""
+
+    store: str
+    split: Split
+    sequence_length: int
+    seed: int
+    packing: Literal["concatenate", "best_fit"]
+    shuffle: Literal["full", "block"]
+    phases: tuple[tuple[int, Mapping[str, float]], ...]
+    on_corruption: Literal["raise", "quarantine"]
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A sample that could not be read and was given as a row without labels."""
+
+    sample: int
+    part: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a sample lies: row `row` of a part, drawn in an epoch of its source."""
+
+    source: str
+    epoch: int
+    part: Part
+    row: int
+
+
+class SampleReader:
+    """Reads the rows of any global sample numbers, in any order and on any rank alike."""
+
+    def __init__(self, settings: SampleSettings, store: TokenStore | None = None) -> None:
+        self.settings = settings
+        self.store = store or TokenStore.open(settings.store)
+        names = sorted({name for _, weights in settings.phases for name in weights})
+        self._bins = BinIndex(self.store, settings.sequence_length) if settings.packing == "best_fit" else None
+        self._last_rows = {name: np.cumsum([0, *self._count_rows(name)], dtype=np.int64) for name in names}
+        self.source_names = tuple(names)
+        self.mixture = Mixture(self._usable_phases(), settings.seed)
+        self._identities = {name: self.store.source_identity(name, settings.split) for name in names}
+
+    def rows_per_epoch(self, source: str) -> int:
+        """Rows of one pass over a source."""
+        return int(self._last_rows[source][-1])
+
+    def locate(self, samples: npt.NDArray[np.int64]) -> list[Place]:
+        """Where each global sample lies."""
+        places: list[Place] = []
+        for source, draw in self.mixture.draws(samples):
+            epoch, position = divmod(draw, self.rows_per_epoch(source))
+            places.append(Place(source, epoch, *self._find_part(source, self._shuffled(source, epoch, position))))
+        return places
+
+    def read(self, samples: npt.NDArray[np.int64]) -> tuple[list[Row], list[Damage]]:
+        """Rows of global samples; a damaged one raises, or is a row without labels and a note when quarantined."""
+        rows, damages = [], []
+        for sample, place in zip(samples.tolist(), self.locate(samples)):
+            source = self.source_names.index(place.source)
+            try:
+                row = self._read_bin(place, sample, source) if self._bins else self._read_window(place, sample, source)
+            except DamagedError as error:
+                if self.settings.on_corruption == "raise":
+                    raise
+                damages.append(Damage(sample, place.part.path, str(error)))
+                row = self._empty_row(sample, source)
+            rows.append(row)
+        return rows, damages
+
+    def _usable_phases(self) -> list[tuple[int, dict[str, float]]]:
+        """Phases over the sources that have rows: a small source may have nothing to validate on."""
+        usable = []
+        for start, weights in self.settings.phases:
+            empty = [name for name in sorted(weights) if self.rows_per_epoch(name) == 0]
+            kept = {name: weight for name, weight in weights.items() if name not in empty}
+            if empty and (self.settings.split == "train" or not kept):
+                raise ValueError(self._explain_empty(empty[0]))
+            usable.append((start, kept))
+        return usable
+
+    def _explain_empty(self, source: str) -> str:
+        split, length = self.settings.split, self.settings.sequence_length
+        parts = self.store.parts(source, split)
+        longest = max((part.num_tokens for part in parts), default=0)
+        if longest == 0:
+            return (
+                f"source {source!r} has no {split} documents in the store {self.settings.store}; give more documents "
+                "(one file of text is one document) or raise data.validation_fraction, and run `amfm prepare CONFIG`"
+            )
+        return (
+            f"train.sequence_length={length} must be below the {longest} tokens of the largest {split} part of source "
+            f"{source!r}; shorten it, or give more text"
+        )
+
+    def _count_rows(self, source: str) -> list[int]:
+        parts = self.store.parts(source, self.settings.split)
+        if self._bins:
+            return self._bins.count(source, self.settings.split)
+        return [count_windows(part.num_tokens, self.settings.sequence_length) for part in parts]
+
+    def _shuffled(self, source: str, epoch: int, position: int) -> int:
+        key = derive_key(self.settings.seed, "order", self._identities[source], epoch)
+        size = self.rows_per_epoch(source)
+        if self.settings.shuffle == "block":
+            return int(permute_in_blocks(position, size, key))
+        return int(permute(position, size, key))
+
+    def _find_part(self, source: str, row: int) -> tuple[Part, int]:
+        bounds = self._last_rows[source]
+        number = int(np.searchsorted(bounds, row, side="right")) - 1
+        return self.store.parts(source, self.settings.split)[number], row - int(bounds[number])
+
+    def _read_window(self, place: Place, sample: int, source: int) -> Row:
+        length = self.settings.sequence_length
+        first = place.row * length
+        tokens = self.store.read_tokens(place.part, first, first + length + 1)
+        starts = starts_in_window(self.store.document_ends(place.part), first, length + 1)
+        return Row(tokens, starts, length + 1, sample, source)
+
+    def _read_bin(self, place: Place, sample: int, source: int) -> Row:
+        assert self._bins is not None, "bins are read when packing is best_fit"
+        length = self.settings.sequence_length
+        bins = self._bins.load(place.part)
+        pieces = range(int(bins.bin_offsets[place.row]), int(bins.bin_offsets[place.row + 1]))
+        firsts, lengths = bins.first[pieces.start : pieces.stop], bins.length[pieces.start : pieces.stop]
+        starts = np.concatenate((np.zeros(1, np.int64), np.cumsum(lengths)[:-1])).astype(np.int32)
+        num_valid = int(lengths.sum())
+        end = int(firsts[0] + lengths[0])
+        if len(pieces) == 1 and num_valid == length and not self._is_document_end(place.part, end):
+            return Row(self.store.read_tokens(place.part, end - length, end + 1), starts, length + 1, sample, source)
+        tokens = np.full(length + 1, self._fill_id(), dtype=self.store.layout.dtype)
+        for start, first, size in zip(starts.tolist(), firsts.tolist(), lengths.tolist()):
+            tokens[start : start + size] = self.store.read_tokens(place.part, first, first + size)
+        return Row(tokens, starts, num_valid, sample, source)
+
+    def _is_document_end(self, part: Part, offset: int) -> bool:
+        ends = self.store.document_ends(part)
+        return int(ends[np.searchsorted(ends, offset)]) == offset
+
+    def _empty_row(self, sample: int, source: int) -> Row:
+        tokens = np.full(self.settings.sequence_length + 1, self._fill_id(), dtype=self.store.layout.dtype)
+        return Row(tokens, np.zeros(1, np.int32), 1, sample, source)
+
+    def _fill_id(self) -> int:
+        pad = self.store.tokenizer.pad_id
+        return self.store.eos_id if pad is None else pad
+
+
+def make_phases(
+    weights: Mapping[str, float], later: tuple[tuple[int, Mapping[str, float]], ...]
+) -> tuple[tuple[int, Mapping[str, float]], ...]:
+    """Phases of a run: the sources' own weights from sample 0, unless a given phase starts there."""
+    return later if later and later[0][0] == 0 else ((0, dict(weights)), *later)

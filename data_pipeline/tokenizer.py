@@ -1,0 +1,198 @@
+"""Text to token ids and back: SentencePiece models, trained here or given, known by the hash of their content."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import sentencepiece
+
+from data_pipeline.config import TokenizerConfig
+from data_pipeline.store import MANIFEST, TokenStore
+
+TRAINING_THREADS = 4  # fixed: the merge of the trainer's sums depends on it, and stores must be byte-identical
+MAX_TRAINING_LINE = 4096  # bytes; longer lines are cut, the trainer would drop them
+
+
+class Tokenizer(Protocol):
+    """What preparation, generation and export need of a tokenizer."""
+
+    @property
+    def kind(self) -> str:
+        """Format of the file."""
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+
+    @property
+    def bos_id(self) -> int | None:
+        """Begin-of-text token, which we never insert."""
+
+    @property
+    def eos_id(self) -> int:
+        """Token that ends a document."""
+
+    @property
+    def pad_id(self) -> int | None:
+        """Token that fills rows."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without begin or end tokens; control tokens written out in the text stay plain text."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encode each text; single-threaded, faster than one call a text."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids."""
+
+    def identity(self) -> str:
+        """Content hash: equal identities give equal ids for every text."""
+
+    def to_bytes(self) -> bytes:
+        """Content of the tokenizer file."""
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model (Kudo and Richardson 2018, arXiv 1808.06226); unigram or BPE."""
+
+    kind = "sentencepiece"
+    file_name = "tokenizer.model"
+
+    def __init__(self, model: bytes) -> None:
+        self._model = model
+        self._processor = sentencepiece.SentencePieceProcessor()
+        self._processor.LoadFromSerializedProto(model)
+        if self._processor.eos_id() < 0:
+            raise ValueError("the SentencePiece model has no end-of-text piece (eos_id); train it with one")
+
+    def __reduce__(self) -> tuple[type[SentencePieceTokenizer], tuple[bytes]]:
+        return SentencePieceTokenizer, (self._model,)
+
+    @property
+    def vocab_size(self) -> int:
+        """Pieces of the model."""
+        return int(self._processor.vocab_size())
+
+    @property
+    def bos_id(self) -> int | None:
+        """Begin-of-text id, None if the model has none."""
+        return _none_if_negative(self._processor.bos_id())
+
+    @property
+    def eos_id(self) -> int:
+        """End-of-text id."""
+        return int(self._processor.eos_id())
+
+    @property
+    def pad_id(self) -> int | None:
+        """Padding id, None if the model has none."""
+        return _none_if_negative(self._processor.pad_id())
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of one text."""
+        return list(self._processor.encode(text, out_type=int, num_threads=1))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, on the calling thread."""
+        return list(self._processor.encode(list(texts), out_type=int, num_threads=1))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids; control pieces give nothing. ValueError for an id outside the vocabulary."""
+        outside = [index for index in ids if not 0 <= index < self.vocab_size]
+        if outside:
+            raise ValueError(f"token id {outside[0]} must be in range({self.vocab_size}), the tokenizer's vocabulary")
+        return str(self._processor.decode([int(index) for index in ids]))
+
+    def identity(self) -> str:
+        """SHA-256 of the model file: the normaliser and all options are inside it."""
+        return hashlib.sha256(b"sentencepiece\0" + self._model).hexdigest()
+
+    def to_bytes(self) -> bytes:
+        """Content of the .model file."""
+        return self._model
+
+
+def _none_if_negative(index: int) -> int | None:
+    return None if index < 0 else int(index)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Load a tokenizer from a prepared store, or from a SentencePiece .model file.
+
+    From a store its content is checked against the identity in the manifest. ValueError when the file is missing or
+    isn't a model, RuntimeError when the store's tokenizer was changed.
+    """
+    folder = Path(path)
+    if folder.is_dir() or (folder / MANIFEST).exists():
+        store = TokenStore.open(folder)
+        tokenizer = read_tokenizer_file(store.tokenizer_path)
+        if tokenizer.identity() != store.tokenizer_identity:
+            raise RuntimeError(
+                f"{store.tokenizer_path} has identity {tokenizer.identity()}, but the store was written with "
+                f"{store.tokenizer_identity}; restore the file from a copy or prepare the store again"
+            )
+        return tokenizer
+    return read_tokenizer_file(folder)
+
+
+def read_tokenizer_file(path: Path) -> Tokenizer:
+    """Load a SentencePiece .model file."""
+    if not path.is_file():
+        raise ValueError(f"tokenizer file {path} doesn't exist; name a SentencePiece .model file or a prepared store")
+    content = path.read_bytes()
+    try:
+        return SentencePieceTokenizer(content)
+    except RuntimeError as error:
+        raise ValueError(f"{path} isn't a SentencePiece model ({error}); name a .model file") from error
+
+
+def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> SentencePieceTokenizer:
+    """Train a SentencePiece model on texts; the same texts and settings give the same bytes.
+
+    Text is kept as it is (no normalisation, no added space, spaces kept), newlines and unknown characters become
+    byte pieces, so decoding gives the text back. Ids 0 to 3: unknown, begin, end, padding.
+    ValueError when the text is too small for the vocabulary.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_training_lines(texts),
+            model_writer=model,
+            model_type=config.algorithm,
+            vocab_size=config.vocab_size,
+            byte_fallback=config.byte_fallback,
+            user_defined_symbols=[] if config.byte_fallback else ["\n"],
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            shuffle_input_sentence=False,
+            max_sentence_length=2 * MAX_TRAINING_LINE,
+            num_threads=TRAINING_THREADS,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=3,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].rpartition("] ")[2].rstrip(".") or "no text to train on"
+        raise ValueError(
+            f"data.tokenizer.vocab_size={config.vocab_size} must fit the training text (SentencePiece: {reason}); "
+            "lower it, or give more text"
+        ) from error
+    return SentencePieceTokenizer(model.getvalue())
+
+
+def _training_lines(texts: Iterable[str]) -> Iterable[str]:
+    for text in texts:
+        for line in text.split("\n"):
+            for start in range(0, len(line), MAX_TRAINING_LINE // 4):
+                piece = line[start : start + MAX_TRAINING_LINE // 4].replace("\0", "")
+                if piece.strip():
+                    yield piece
