@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import typer
 
-from launch import cli_config
+from launch import cli_config, cli_data, cli_train
 from launch.console import say
 
 BAD_INPUT = 2
@@ -30,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (cli_config,):
+for module in (cli_config, cli_data, cli_train):
     module.add_verbs(app)
 
 

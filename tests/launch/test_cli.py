@@ -1,0 +1,196 @@
+"""The command line: exit codes, one message for bad input, examples in every help, one JSON object for scripts."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch.cli import app, exit_code, run
+from tests.helpers.tiny_store import make_tiny_store
+from tests.pretrain.test_config import BASE
+from tests.pretrain.test_report import line, make_run
+
+VERBS = [command.name or command.callback.__name__ for command in app.registered_commands]
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    path = tmp_path / "base.yaml"
+    path.write_text(BASE)
+    return path
+
+
+def one_object(text: str) -> dict[str, object]:
+    value = json.loads(text)
+    assert isinstance(value, dict)
+    return value
+
+
+def test_the_verbs_are_those_of_the_contract():
+    assert set(VERBS) == {"doctor", "config", "corpus", "prepare", "inspect", "report"}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_with_an_example(verb, capsys):
+    assert run([verb, "--help"]) == 0
+    assert f"Example: amfm {verb}" in capsys.readouterr().out
+
+
+def test_help_of_config_lists_every_setting_of_the_schema(capsys):
+    assert run(["config", "--help"]) == 0
+    text = capsys.readouterr().out
+    for key in ("train.steps", "model.moe.top_k", "data.sources.*.weight"):
+        assert key in text
+
+
+def test_help_answers_in_a_second_without_heavy_packages():
+    code = "import sys, launch.cli; sys.exit(bool({'torch', 'ray', 'zarr', 'transformers', 'deepspeed'} & set(sys.modules)))"
+    began = time.monotonic()
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    # Alone on a machine it takes 0.3 s; the rest is for a busy one.
+    assert time.monotonic() - began < 5
+
+
+def test_module_and_command_are_one(base):
+    done = subprocess.run(
+        [sys.executable, "-m", "launch", "config", str(base), "train.stepz=1"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr == "amfm: override train.stepz=1: unknown key; did you mean train.steps?\n"
+    assert done.stdout == ""
+
+
+def test_config_prints_the_resolved_file(base, capsys, tmp_path):
+    assert run(["config", str(base), "train.steps=20"]) == 0
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(capsys.readouterr().out)
+    assert run(["config", str(resolved), "--json"]) == 0
+    assert one_object(capsys.readouterr().out)["train"]["steps"] == 20
+
+
+def test_config_names_each_problem_with_file_and_line(base, capsys):
+    base.write_text(BASE.replace("steps: 1e2", "steps: 0\n  keep_lst: 3"))
+    assert run(["config", str(base)]) == 2
+    captured = capsys.readouterr()
+    number = BASE[: BASE.index("steps")].count("\n") + 1
+    assert f"{base}:{number}: train.steps = 0: must be greater than 0" in captured.err
+    assert f"{base}:{number + 1}: train.keep_lst = 3: unknown key; did you mean train.keep_last?" in captured.err
+    assert captured.out == ""
+
+
+def test_config_checks_rules_across_sections(base, capsys):
+    assert run(["config", str(base), "--ranks", "3"]) == 2
+    assert "must be a multiple of train.micro_batch_size=2 x 3 data ranks = 6; use 6" in capsys.readouterr().err
+
+
+def test_config_shows_differences(base, capsys):
+    assert run(["config", str(base), "train.steps=20", "--diff", str(base), "--json"]) == 0
+    assert one_object(capsys.readouterr().out) == {"train.steps": {"other": 100, "this": 20}}
+
+
+def test_config_prints_the_schema_and_the_fields(capsys):
+    assert run(["config", "--schema"]) == 0
+    assert "extends" in one_object(capsys.readouterr().out)["properties"]
+    assert run(["config", "--fields", "--json"]) == 0
+    assert one_object(capsys.readouterr().out)["train.seed"]["default"] == "0"
+
+
+def test_config_without_a_file_says_what_to_give(capsys):
+    assert run(["config"]) == 2
+    assert "no CONFIG.yaml given; name a file" in capsys.readouterr().err
+
+
+def test_an_absent_file_is_bad_input(capsys):
+    assert run(["config", "nowhere.yaml"]) == 2
+    assert capsys.readouterr().err == "amfm: nowhere.yaml does not exist; name an existing YAML file\n"
+
+
+def test_an_unknown_option_is_bad_input():
+    assert run(["config", "--stepz", "3"]) == 2
+
+
+def test_errors_map_to_exit_codes():
+    assert exit_code(ValueError("a setting")) == 2
+    assert exit_code(FileNotFoundError(2, "absent")) == 2
+    assert exit_code(PermissionError(13, "read-only")) == 2
+    assert exit_code(RuntimeError("a rank died")) == 3
+    assert exit_code(OSError(28, "No space left on device")) == 3
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch, base):
+    def broken(*arguments: object, **options: object) -> None:
+        raise KeyError("bug")
+
+    monkeypatch.setattr("pretrain.checks.load_checked", broken)
+    with pytest.raises(KeyError, match="bug"):
+        run(["config", str(base)])
+
+
+def test_the_traceback_of_an_error_can_be_asked_for():
+    with pytest.raises(FileNotFoundError):
+        run(["--traceback", "config", "nowhere.yaml"])
+
+
+def test_corpus_names_the_known_ones(capsys):
+    assert run(["corpus", "encyclopedia"]) == 2
+    assert "corpus 'encyclopedia' must be one of shakespeare" in capsys.readouterr().err
+
+
+def test_prepare_checks_the_whole_configuration_first(base, capsys):
+    assert run(["prepare", str(base), "train.stop_after_steps=200"]) == 2
+    assert "train.stop_after_steps=200: is beyond train.steps=100" in capsys.readouterr().err
+
+
+def test_prepare_names_missing_text(base, capsys, tmp_path):
+    assert (
+        run(["prepare", str(base), f"data.store={tmp_path}/store", f"data.sources.0.paths=[{tmp_path}/none.txt]"]) == 2
+    )
+    assert "none.txt" in capsys.readouterr().err
+
+
+def test_report_writes_a_page(tmp_path, capsys):
+    run_dir = make_run(tmp_path, [line(1), line(2)])
+    assert run(["report", str(run_dir), "--json"]) == 0
+    page = Path(str(one_object(capsys.readouterr().out)["report"]))
+    assert page.read_text().startswith("<!doctype html>")
+    assert run(["report", str(tmp_path / "none")]) == 2
+
+
+def test_inspect_verifies_a_store_and_finds_a_flipped_byte(tmp_path, capsys):
+    store = Path(make_tiny_store(tmp_path).store)
+    assert run(["inspect", str(store), "--json"]) == 0
+    found = one_object(capsys.readouterr().out)
+    assert (found["kind"], found["ok"], found["problems"]) == ("token store", True, [])
+    shard = min(store.rglob("tokens/c/0"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    assert run(["inspect", str(store), "--json"]) == 2
+    captured = capsys.readouterr()
+    found = one_object(captured.out)
+    assert found["ok"] is False
+    assert "contents changed since they were written" in found["problems"][0]
+
+
+def test_inspect_names_what_it_can_read(tmp_path, capsys):
+    assert run(["inspect", str(tmp_path)]) == 2
+    assert "is no token store, checkpoint, run or export" in capsys.readouterr().err
+    assert run(["inspect", str(tmp_path / "none")]) == 2
+    assert "does not exist; name the folder of a store" in capsys.readouterr().err
+
+
+def test_inspect_compares_two_runs(tmp_path, capsys):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    first = make_run(tmp_path / "a", [line(1)])
+    second = make_run(tmp_path / "b", [line(1), line(2)], "train.steps=7")
+    assert run(["inspect", str(second), "--diff", str(first), "--json"]) == 0
+    found = one_object(capsys.readouterr().out)
+    assert found["train.steps"] == {"other": 100, "this": 7}
+    assert found["last_step"] == {"other": 1, "this": 2}
