@@ -138,6 +138,7 @@ def start_process_group(timeout_seconds: float) -> tuple[int, int, int, int]:
         store.set_timeout(timeout)
     else:
         store, rank, world_size, local_rank, local_world_size = HashStore(), 0, 1, 0, 1
+    os.environ.setdefault("LOCAL_RANK", str(local_rank))  # DeepSpeed insists on it
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)

@@ -1,0 +1,130 @@
+"""What a run ran on: the record beside its metrics, and the peak that its MFU is measured against."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import sys
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from pretrain.parallel import Parallel, describe_environment
+
+LIBRARIES = (
+    "torch",
+    "deepspeed",
+    "megatron-core",
+    "triton",
+    "numpy",
+    "zarr",
+    "ray",
+    "sentencepiece",
+    "safetensors",
+    "transformers",
+)
+VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID", "TORCHELASTIC_RESTART_COUNT")
+# Dense matrix peaks in TFLOP/s (bf16, float32 as TF32) from the vendors' data sheets, without sparsity.
+CARD_TERAFLOPS = {
+    "A100": (312.0, 156.0),
+    "H100 PCIe": (756.0, 378.0),
+    "H100": (989.4, 494.7),
+    "H200": (989.4, 494.7),
+    "B200": (2250.0, 1125.0),
+    "L40S": (362.0, 183.0),
+    "L4": (121.0, 60.5),
+    "A10": (125.0, 62.5),
+}
+MEASURED_SIZE = 768
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Matrix FLOP/s of all ranks together, and where the number comes from."""
+
+    flops_per_second: float
+    source: str
+
+
+def find_peak(parallel: Parallel, precision: str) -> Peak:
+    """The card's data-sheet number, or on a CPU (or an unknown card) a short measurement on all ranks at once.
+
+    Every rank must call this.
+    """
+    if parallel.device.type == "cuda":
+        name = torch.cuda.get_device_name(parallel.device)
+        for card, (bf16, float32) in CARD_TERAFLOPS.items():
+            if all(part in name for part in card.split()):
+                teraflops = bf16 if precision == "bf16" else float32
+                return Peak(teraflops * 1e12 * parallel.world_size, f"{precision} data-sheet peak of {card}")
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    own = max(measure_matmul(parallel.device, dtype), measure_matmul(parallel.device, torch.float32))
+    total = torch.tensor(own, dtype=torch.float64, device=parallel.device)
+    kinds = "float32" if precision == "float32" else "bf16 or float32, whichever is faster"
+    threads = f", {torch.get_num_threads()} thread(s) a rank" if parallel.device.type == "cpu" else ""
+    return Peak(
+        float(parallel.sum_over_data(total)),
+        f"measured at start: best matmul of {MEASURED_SIZE}^3 in {kinds}{threads}",
+    )
+
+
+def measure_matmul(device: torch.device, dtype: torch.dtype, repeats: int = 6) -> float:
+    """FLOP/s of the best of a few square products; tens of milliseconds on a CPU core."""
+    matrix = torch.ones(MEASURED_SIZE, MEASURED_SIZE, device=device, dtype=dtype)
+    best_seconds = float("inf")
+    for _ in range(repeats):
+        synchronize(device)
+        start = time.perf_counter()
+        torch.mm(matrix, matrix)
+        synchronize(device)
+        best_seconds = min(best_seconds, time.perf_counter() - start)
+    return float(2 * MEASURED_SIZE**3 / best_seconds)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device to finish what was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def record_environment(parallel: Parallel, peak: Peak, model_facts: dict[str, Any]) -> dict[str, Any]:
+    """The content of environment.json: machine, libraries, ranks, model size and the peak behind `mfu`."""
+    return {
+        "started_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": read_processor_name(),
+        "cores": os.cpu_count(),
+        "threads_per_rank": torch.get_num_threads(),
+        "device": str(parallel.device.type),
+        "device_name": torch.cuda.get_device_name(parallel.device) if parallel.device.type == "cuda" else None,
+        "world_size": parallel.world_size,
+        "data_world_size": parallel.data_world_size,
+        "versions": {library: read_version(library) for library in LIBRARIES},
+        "variables": describe_environment(VARIABLES),
+        "model": model_facts,
+        "peak": asdict(peak),
+    }
+
+
+def read_version(library: str) -> str | None:
+    """Installed version of a distribution, None where it is missing."""
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def read_processor_name() -> str:
+    """Name of the processor as the kernel tells it, else what Python knows."""
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

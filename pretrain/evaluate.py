@@ -1,0 +1,45 @@
+"""Loss on held-out text."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from pretrain.run import Run
+from pretrain.step import count_valid_tokens, empty_sums, forward_batch
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Mean negative log-likelihood a token in nats, and how many tokens it was measured on."""
+
+    loss: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return math.exp(min(self.loss, 700.0))
+
+
+def validate(run: Run) -> Validation:
+    """Measure the loss on the same first `train.validation_batches` global batches of the validation split each time.
+
+    Leaves weights, gradients, random state and the training data's cursor alone. Every rank must call this.
+    """
+    assert run.validation is not None, "data.validation_fraction is 0, so there is nothing to validate on"
+    run.validation.seek(0)
+    sums = empty_sums(run.parallel.device)
+    tokens = 0
+    run.engine.module.eval()
+    with torch.no_grad():
+        for _ in range(run.config.train.validation_batches):
+            batches = run.validation.take(run.config.train.global_batch_size)
+            tokens += count_valid_tokens(batches, run.parallel)
+            for batch in batches:
+                sums.add(forward_batch(run, batch))
+    run.engine.module.train()
+    sums.reduce(run.parallel, signal=0)
+    return Validation(float(sums.nll) / max(1, tokens), tokens)

@@ -1,0 +1,251 @@
+"""Everything a training run holds while it runs, and how it is built, resumed and saved."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any, Literal, cast
+
+import torch
+
+from data_pipeline.loader import PretrainLoader
+from kernels.backend import resolve_backend
+from model.flops import count_parameters, flops_per_token
+from model.hybrid import HybridModel
+from pretrain.checkpoint import LoadedCheckpoint, load_newest, save_checkpoint
+from pretrain.checks import check_run
+from pretrain.config import RunConfig
+from pretrain.config_file import resolved_yaml
+from pretrain.engine import ZeroEngine, build_engine
+from pretrain.environment import Peak, find_peak, record_environment
+from pretrain.live import Display
+from pretrain.metrics import RunLog
+from pretrain.parallel import Parallel, initialize_parallel, set_determinism
+from pretrain.signals import SignalWatch
+
+
+@dataclass
+class Progress:
+    """How far the run is. Saved in every checkpoint and the same on all ranks."""
+
+    step: int = 0
+    tokens: int = 0
+    skipped_steps: int = 0
+    skipped_in_row: int = 0
+    validation_loss: float | None = None
+    validated_step: int | None = None
+
+
+@dataclass
+class Run:
+    """One training run in this process. `log` and `display` exist on the main rank alone."""
+
+    config: RunConfig
+    parallel: Parallel
+    engine: ZeroEngine
+    loader: PretrainLoader
+    validation: PretrainLoader | None
+    peak: Peak
+    flops_per_token: float
+    signals: SignalWatch
+    lock: IO[str] | None = None
+    log: RunLog | None = None
+    display: Display | None = None
+    progress: Progress = field(default_factory=Progress)
+    saved_step: int | None = None
+
+    @property
+    def directory(self) -> Path:
+        """The run directory."""
+        return Path(self.config.run.dir)
+
+    @property
+    def model(self) -> HybridModel:
+        """The model below the engine."""
+        return cast(HybridModel, self.engine.module)
+
+    @property
+    def identities(self) -> dict[str, str]:
+        """What a checkpoint of this run is tied to."""
+        store = self.loader.store
+        return {"dataset": store.identity(), "tokenizer": store.tokenizer_identity}
+
+    def say(self, text: str) -> None:
+        """A remark for the person who watches; the main rank alone speaks."""
+        if self.display is not None:
+            self.display.say(text)
+
+    def record_event(self, event: str, **details: Any) -> None:
+        """A line in events.jsonl at the current step; the main rank alone writes."""
+        if self.log is not None:
+            self.log.write_event(event, self.progress.step, **details)
+
+
+def start_run(config: RunConfig, signals: SignalWatch) -> Run:
+    """Join the ranks, build data, model and engine, resume from the newest checkpoint, and open the log.
+
+    Every rank must call this. Raises ValueError for settings, data or a checkpoint that do not fit together,
+    RuntimeError or OSError for the machine's state; the run directory changes only after everything fits.
+    """
+    parallel = initialize_parallel(timeout_seconds=config.train.timeout_seconds, num_threads=config.train.num_threads)
+    check_run(config, parallel.world_size)
+    set_determinism(config.train.seed)
+    lock = lock_directory(Path(config.run.dir)) if parallel.is_main else None
+    loader = open_loader(config, parallel, "train")
+    check_vocabulary(config, loader)
+    validation = open_loader(config, parallel, "validation") if config.data.validation_fraction > 0 else None
+    run = Run(
+        config=config,
+        parallel=parallel,
+        engine=build_engine(
+            build_model(config, parallel),
+            optimizer=config.optimizer,
+            precision=config.train.precision,
+            zero_stage=config.parallel.zero_stage,
+            parallel=parallel,
+        ),
+        loader=loader,
+        validation=validation,
+        peak=find_peak(parallel, config.train.precision),
+        flops_per_token=sum(flops_per_token(config.model, config.train.sequence_length).values()),
+        signals=signals,
+        lock=lock,
+    )
+    loaded = resume(run)
+    if parallel.is_main:
+        open_log(run, loaded)
+    return run
+
+
+def lock_directory(directory: Path) -> IO[str]:
+    """Make the run directory and hold it: two runs that write to one directory destroy each other's checkpoints.
+
+    The lock ends with the process, however it ends. Raises RuntimeError when another process holds it.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = (directory / "lock").open("w", encoding="utf-8")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise RuntimeError(
+            f"another process trains in {directory}; wait for it, end it, or give this run another run.dir"
+        ) from error
+    return lock
+
+
+def open_loader(config: RunConfig, parallel: Parallel, split: Literal["train", "validation"]) -> PretrainLoader:
+    """This rank's stream of micro-batches."""
+    return PretrainLoader(
+        config.data,
+        split=split,
+        sequence_length=config.train.sequence_length,
+        micro_batch_size=config.train.micro_batch_size,
+        seed=config.train.seed,
+        data_rank=parallel.data_rank,
+        data_world_size=parallel.data_world_size,
+    )
+
+
+def check_vocabulary(config: RunConfig, loader: PretrainLoader) -> None:
+    """Every token of the store needs a row of the embedding."""
+    if loader.store.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size={config.model.vocab_size} must be at least {loader.store.vocab_size}, the vocabulary of "
+            f"the store {config.data.store}; raise model.vocab_size, or prepare the store with a smaller tokenizer"
+        )
+
+
+def build_model(config: RunConfig, parallel: Parallel) -> HybridModel:
+    """The model in float32 with its first weights, alike on all ranks; its blocks compiled if the run asks for it."""
+    model = HybridModel(
+        config.model,
+        parallel.groups,
+        backend=resolve_backend(config.kernels.backend, parallel.device),
+        seed=config.train.seed,
+        device=parallel.device,
+    )
+    if config.train.compile:
+        for block in model.blocks:
+            block.compile()
+    return model
+
+
+def resume(run: Run) -> LoadedCheckpoint | None:
+    """Continue from the newest checkpoint that verifies, if there is one. Every rank must call this."""
+    loaded = load_newest(run.directory / "checkpoints", run.engine, config=run.config, identities=run.identities)
+    if loaded is not None:
+        run.loader.load_state_dict(loaded.state["loader"])
+        run.progress = Progress(**loaded.state["progress"])
+        run.saved_step = loaded.step
+    return loaded
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint of the current step boundary, once. Every rank must call this."""
+    if run.saved_step == run.progress.step:
+        return
+    loader_state = run.loader.state_dict()
+    # The cursor is the same everywhere; what a rank left out because it was damaged is its own.
+    damages = [entry for entries in run.parallel.gather_objects(loader_state["quarantined"]) for entry in entries]
+    loader_state["quarantined"] = sorted(damages)
+    path = save_checkpoint(
+        run.directory / "checkpoints",
+        run.progress.step,
+        run.engine,
+        state={"progress": asdict(run.progress), "loader": loader_state},
+        config=run.config,
+        identities=run.identities,
+        keep_last=run.config.train.keep_last,
+    )
+    run.saved_step = run.progress.step
+    run.record_event("checkpoint", path=path.name)
+
+
+def open_log(run: Run, loaded: LoadedCheckpoint | None) -> None:
+    """Write the resolved configuration and the environment, open the logs, and say how the run begins."""
+    counts = count_parameters(run.config.model)
+    facts = {
+        "pattern": run.model.pattern.canonical(),
+        "parameters": counts.total,
+        "active_parameters": counts.active,
+        "flops_per_token": run.flops_per_token,
+    }
+    environment = record_environment(run.parallel, run.peak, facts)
+    (run.directory / "config.yaml").write_text(resolved_yaml(run.config), encoding="utf-8")
+    (run.directory / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+    run.log = RunLog(run.config, resumed_at_step=run.progress.step)
+    run.display = Display(run.config, first_step=run.progress.step)
+    train = run.config.train
+    run.say(
+        f"{facts['pattern']}: {counts.total:,} parameters ({counts.active:,} active), {run.config.train.precision}, "
+        f"ZeRO {run.engine.zero_stage}, {run.parallel.world_size} rank(s) on {run.parallel.device.type} with "
+        f"{torch.get_num_threads()} thread(s), {train.global_batch_size} x {train.sequence_length} tokens a step"
+    )
+    run.record_event("start", world_size=run.parallel.world_size, resumed_from=loaded and loaded.path.name)
+    if loaded is not None:
+        run.say(f"resumed from {loaded.path} at step {loaded.step}")
+        remarks = {
+            "passed over": loaded.skipped,
+            "warning": loaded.warnings,
+            "changed since the checkpoint": loaded.changes,
+        }
+        for kind, texts in remarks.items():
+            for text in texts:
+                run.say(f"{kind}: {text}")
+                run.record_event("resume", kind=kind, text=text)
+
+
+def close_run(run: Run) -> None:
+    """Close data, logs and display. Every rank must call this."""
+    run.loader.close()
+    if run.validation is not None:
+        run.validation.close()
+    if run.log is not None:
+        run.log.close()
+    if run.display is not None:
+        run.display.close()
+    if run.lock is not None:
+        run.lock.close()

@@ -1,0 +1,43 @@
+"""The learning rate as a pure function of the step: nothing to save, nothing to restore."""
+
+from __future__ import annotations
+
+import math
+
+from pretrain.config import ScheduleConfig
+
+
+def learning_rate(step: int, config: ScheduleConfig, *, peak: float, total_steps: int) -> float:
+    """Rate of optimizer step number `step`, counted from 1 to `total_steps`.
+
+    Warm-up rises linearly and reaches the peak at step `warmup_steps`; decays reach `min_ratio * peak` at the last step.
+    """
+    assert 1 <= step <= total_steps, f"step {step} lies outside 1..{total_steps}"
+    if step <= config.warmup_steps:
+        return peak * step / config.warmup_steps
+    if config.kind == "constant":
+        return peak
+    first_decay_step = (
+        config.warmup_steps if config.kind == "cosine" else total_steps - decay_length(config, total_steps)
+    )
+    if step <= first_decay_step:
+        return peak
+    progress = (step - first_decay_step) / (total_steps - first_decay_step)
+    shape = "cosine" if config.kind == "cosine" else config.decay_shape
+    return peak * (config.min_ratio + (1 - config.min_ratio) * fall(shape, progress))
+
+
+def decay_length(config: ScheduleConfig, total_steps: int) -> int:
+    """Steps of the final decay of `wsd`: as configured, else a fifth of the run, never reaching into the warm-up."""
+    asked = config.decay_steps if config.decay_steps is not None else max(1, total_steps // 5)
+    return min(asked, total_steps - config.warmup_steps)
+
+
+def fall(shape: str, progress: float) -> float:
+    """What is left of the way from peak to floor, from 1 at progress 0 to 0 at progress 1."""
+    if shape == "linear":
+        return 1 - progress
+    if shape == "sqrt":
+        return 1 - math.sqrt(progress)
+    assert shape == "cosine", f"unknown decay shape {shape}"
+    return 0.5 * (1 + math.cos(math.pi * progress))

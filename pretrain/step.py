@@ -1,0 +1,146 @@
+"""One optimizer step: several backward passes over micro-batches, one reduction, one move of the weights."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_pipeline.batch import Batch
+from model.hybrid import ModelOutput
+from model.packing import PackMeta
+from pretrain.health import describe_skip
+from pretrain.parallel import Parallel
+from pretrain.run import Run
+from pretrain.schedule import learning_rate
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step gives to the log. `signal`: a stop asked for on any rank, 0 for none. Alike on all ranks."""
+
+    loss: float
+    auxiliary: dict[str, float]
+    expert_counts: dict[int, list[int]]
+    grad_norm: float
+    applied: bool
+    learning_rate: float
+    seconds: float
+    signal: int
+    skip: dict[str, Any] | None = None
+
+
+@dataclass
+class StepSums:
+    """Sums over this rank's micro-batches, then over all ranks: everything a step reports, in one reduction."""
+
+    nll: Tensor
+    z_loss: Tensor
+    auxiliary: dict[str, Tensor] = field(default_factory=dict)
+    expert_counts: dict[int, Tensor] = field(default_factory=dict)
+
+    def add(self, output: ModelOutput) -> None:
+        """Add one micro-batch; waits for nothing."""
+        assert output.loss is not None, "training passes labels"
+        self.nll += output.loss.nll_sum
+        self.z_loss += output.loss.total.detach() - output.loss.nll_sum
+        for name, value in output.auxiliary.items():
+            self.auxiliary[name] = self.auxiliary.get(name, torch.zeros_like(self.nll)) + value.detach()
+        for block, counts_E in output.expert_counts.items():
+            known = self.expert_counts.get(block)
+            self.expert_counts[block] = counts_E.clone() if known is None else known + counts_E
+
+    def reduce(self, parallel: Parallel, signal: int) -> int:
+        """Sum over the data ranks, in float64, which holds counts exactly; returns the agreed signal.
+
+        Every data rank must call this.
+        """
+        names, blocks = sorted(self.auxiliary), sorted(self.expert_counts)
+        parts = [self.nll, self.z_loss, *(self.auxiliary[name] for name in names)]
+        vectors = [torch.stack([part.double() for part in parts])]
+        vectors += [self.expert_counts[block].double() for block in blocks]
+        # One place a rank for its signal, so that the sum names one that was really sent.
+        flags = torch.zeros(parallel.data_world_size, dtype=torch.float64, device=self.nll.device)
+        flags[parallel.data_rank] = signal
+        joined = parallel.sum_over_data(torch.cat([*vectors, flags]))
+        scalars, *counts, flags = joined.split([len(vector) for vector in [*vectors, flags]])
+        self.nll, self.z_loss = scalars[0], scalars[1]
+        self.auxiliary = dict(zip(names, scalars[2:]))
+        self.expert_counts = {block: values.to(torch.int64) for block, values in zip(blocks, counts)}
+        return int(flags.max())
+
+
+def train_step(run: Run) -> StepResult:
+    """Take the next global batch, accumulate its gradients, step. Every rank must call this.
+
+    The loss is the sum over tokens divided by the valid tokens of the global batch; auxiliary losses are means over its
+    micro-batches. Neither depends on how the batch is cut into micro-batches and ranks.
+    """
+    start = time.perf_counter()
+    train, progress, engine = run.config.train, run.progress, run.engine
+    batches = run.loader.take(train.global_batch_size)
+    num_micro_batches = train.global_batch_size // train.micro_batch_size
+    valid_tokens = max(1, count_valid_tokens(batches, run.parallel))
+    sums = empty_sums(run.parallel.device)
+    losses: list[Tensor] = []
+    engine.module.train()
+    with engine.accumulate(len(batches)):
+        for batch in batches:
+            output = forward_batch(run, batch)
+            loss = output.loss.total / valid_tokens
+            for value in output.auxiliary.values():
+                loss = loss + value / num_micro_batches
+            engine.backward(loss)
+            sums.add(output)
+            losses.append(loss.detach())
+    signal = sums.reduce(run.parallel, run.signals.received)
+    rate = learning_rate(
+        progress.step + 1, run.config.schedule, peak=run.config.optimizer.learning_rate, total_steps=train.steps
+    )
+    outcome = engine.step(rate)
+    skip = None
+    if outcome.applied:
+        run.model.update_expert_bias(sums.expert_counts)
+        progress.skipped_in_row = 0
+    else:
+        skip = describe_skip(run.parallel, batches, [float(loss) for loss in losses], engine.fault)
+        progress.skipped_in_row += 1
+        progress.skipped_steps += 1
+    progress.step += 1
+    progress.tokens += train.global_batch_size * train.sequence_length
+    auxiliary = {name: float(value) / num_micro_batches for name, value in sums.auxiliary.items()}
+    if run.config.model.logits_z_loss_weight > 0:
+        auxiliary["logits_z"] = float(sums.z_loss) / valid_tokens
+    return StepResult(
+        loss=float(sums.nll) / valid_tokens,
+        auxiliary=auxiliary,
+        expert_counts={block: counts_E.tolist() for block, counts_E in sums.expert_counts.items()},
+        grad_norm=outcome.grad_norm,
+        applied=outcome.applied,
+        learning_rate=rate,
+        seconds=time.perf_counter() - start,
+        signal=signal,
+        skip=skip,
+    )
+
+
+def empty_sums(device: torch.device) -> StepSums:
+    """Nothing added yet."""
+    return StepSums(torch.zeros((), device=device), torch.zeros((), device=device))
+
+
+def forward_batch(run: Run, batch: Batch) -> Any:
+    """Loss, auxiliary losses and expert counts of one micro-batch (a `ModelOutput`)."""
+    device = run.parallel.device
+    meta = PackMeta.from_document_ids(batch.document_ids_BT.to(device), batch.positions_BT.to(device))
+    return run.engine.forward(batch.tokens_BT.to(device), meta, batch.labels_BT.to(device))
+
+
+def count_valid_tokens(batches: Sequence[Batch], parallel: Parallel) -> int:
+    """Labels that count, over all micro-batches of all data ranks. Every data rank must call this."""
+    own = sum(int(batch.loss_mask_BT.sum()) for batch in batches)
+    return int(parallel.sum_over_data(torch.tensor(own, dtype=torch.int64, device=parallel.device)))

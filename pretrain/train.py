@@ -1,0 +1,136 @@
+"""The training loop, from a configuration to a finished run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pretrain.config import RunConfig
+from pretrain.evaluate import validate
+from pretrain.health import is_hopeless
+from pretrain.run import Run, close_run, save, start_run
+from pretrain.signals import SignalWatch, signal_name
+from pretrain.step import StepResult, train_step
+
+DONE, FAILED = 0, 3
+
+
+def train(config: RunConfig) -> int:
+    """Train, resuming by itself from `run.dir`, and return the exit code. Every rank must call this.
+
+    0: the steps asked for are done, or a signal asked to stop, and everything is saved. 3: too many steps in a row had
+    gradients that are not finite; the newest checkpoint stands. Raises ValueError for settings and data that do not
+    fit, RuntimeError and OSError for the machine's state.
+    """
+    with SignalWatch() as signals:
+        run = start_run(config, signals)
+        try:
+            return run_steps(run)
+        except (RuntimeError, OSError) as error:
+            run.record_event("failed", error=str(error))
+            raise
+        finally:
+            close_run(run)
+
+
+def run_steps(run: Run) -> int:
+    """Step until the run is over, and say why it is."""
+    train = run.config.train
+    while run.progress.step < last_step(run):
+        result = train_step(run)
+        step = run.progress.step
+        if is_due(step, train.validate_every_steps) or step == train.steps:
+            measure_validation(run)
+        record(run, result)
+        if is_hopeless(run.progress.skipped_in_row, train.max_skipped_steps):
+            return give_up(run)
+        if result.signal:
+            return stop_on_signal(run, result.signal)
+        if is_due(step, train.checkpoint_every_steps):
+            save(run)
+    save(run)
+    finished = run.progress.step >= train.steps
+    run.record_event("end", reason="finished" if finished else "stop_after_steps")
+    run.say(f"{'finished' if finished else 'stopped'} at step {run.progress.step} of {train.steps}; saved")
+    return DONE
+
+
+def last_step(run: Run) -> int:
+    """The step after which this start of the run ends."""
+    return min(run.config.train.steps, run.config.train.stop_after_steps or run.config.train.steps)
+
+
+def is_due(step: int, every_steps: int | None) -> bool:
+    """Whether something that happens each so many steps happens after this one."""
+    return every_steps is not None and step % every_steps == 0
+
+
+def measure_validation(run: Run) -> None:
+    """Validate, if there is text for it, and remember the loss for this step's line. Every rank must call this."""
+    if run.validation is None:
+        return
+    validation = validate(run)
+    run.progress.validation_loss = validation.loss
+    run.progress.validated_step = run.progress.step
+    run.record_event("validation", loss=validation.loss, perplexity=validation.perplexity, tokens=validation.tokens)
+
+
+def record(run: Run, result: StepResult) -> None:
+    """Write the step's line, show it, and write down a skip."""
+    metrics = describe_step(run, result)
+    if run.log is not None:
+        run.log.write_metrics(metrics)
+    if run.display is not None:
+        run.display.show(metrics)
+    if result.skip is not None:
+        run.record_event("skipped_step", in_row=run.progress.skipped_in_row, **result.skip)
+        run.say(f"step {run.progress.step}: gradients are not finite; the step was skipped on every rank")
+
+
+def describe_step(run: Run, result: StepResult) -> dict[str, Any]:
+    """The line of metrics.jsonl; a number that is not finite is null there, because JSON has no word for it."""
+    train = run.config.train
+    tokens_per_second = train.global_batch_size * train.sequence_length / result.seconds
+    metrics: dict[str, Any] = {
+        "step": run.progress.step,
+        "loss": finite(result.loss),
+        "grad_norm": finite(result.grad_norm),
+        "lr": result.learning_rate,
+        "tokens": run.progress.tokens,
+        "tokens_per_second": tokens_per_second,
+        "mfu": tokens_per_second * run.flops_per_token / run.peak.flops_per_second,
+        "seconds": result.seconds,
+        "auxiliary": {name: finite(value) for name, value in result.auxiliary.items()},
+        "expert_load": {
+            str(block): max(counts) * len(counts) / max(1, sum(counts))
+            for block, counts in result.expert_counts.items()
+        },
+        "skipped": not result.applied,
+    }
+    if run.progress.validated_step == run.progress.step:
+        metrics["validation_loss"] = run.progress.validation_loss
+    return metrics
+
+
+def finite(value: float) -> float | None:
+    """The value, or None for NaN and infinities."""
+    return value if abs(value) < float("inf") else None
+
+
+def stop_on_signal(run: Run, number: int) -> int:
+    """Save and end as a signal asked, on whichever rank it arrived."""
+    save(run)
+    run.record_event("signal", name=signal_name(number))
+    run.say(f"{signal_name(number)}: saved at step {run.progress.step}; the same command goes on from there")
+    return DONE
+
+
+def give_up(run: Run) -> int:
+    """End a run that no longer learns; the newest checkpoint is from before the trouble or inside it, and stands."""
+    in_row = run.progress.skipped_in_row
+    run.record_event("gave_up", skipped_in_row=in_row)
+    run.say(
+        f"{in_row} steps in a row had gradients that are not finite (train.max_skipped_steps="
+        f"{run.config.train.max_skipped_steps}); events.jsonl names the samples and parameters. Lower "
+        "optimizer.learning_rate or check the data, then start again from the newest checkpoint"
+    )
+    return FAILED
