@@ -115,17 +115,3 @@ def pad_tokens(x_BT: Tensor, padding: int) -> Tensor:
     if padding == 0:
         return x_BT
     return F.pad(x_BT, (0, 0) * (x_BT.dim() - 2) + (0, padding))
-
-
-def find_gemm_dtype(dtype: torch.dtype, wide: torch.dtype, device: torch.device) -> torch.dtype:
-    """Dtype of the operands of matrix products: that of the inputs where the device multiplies it fast, else `wide`.
-
-    A CPU without AVX512-BF16 or AMX multiplies bfloat16 some 30 times slower than float32.
-    """
-    if dtype == wide or device.type != "cpu":
-        return dtype
-    if dtype != torch.bfloat16:
-        return wide
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    fast = capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
-    return torch.bfloat16 if fast else wide

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.decay_scan.chunks import Chunks, Documents, cut_documents, find_gemm_dtype, pad_tokens
+from kernels.decay_scan.chunks import Chunks, Documents, cut_documents, pad_tokens
+from kernels.gemm_precision import gemm_dtype
 
 _TINY = 1e-30
 
@@ -27,14 +28,18 @@ def chunked_scan(
     initial_state_BHKV: Tensor | None,
     document_ids_BT: Tensor | None,
     chunk_size: int,
+    product_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """o_t = S_t^T q_t + skip v_t with S_t = e^(g_t) S_(t-1) + scale_t k_t v_t^T; q and k are shared by H / G heads.
 
     Returns o [B, T, H, V] in the dtype of v and the last state [B, H, K, V] in float32 (float64 for float64 inputs).
+    Matrix products take operands of `product_dtype`, by default what this machine multiplies fast.
     Under torch.compile the plain composition runs, which Inductor fuses; otherwise a hand-written backward.
     """
     chunk_size = min(chunk_size, v_BTHV.shape[1])
-    arguments = (q_BTGK, k_BTGK, v_BTHV, g_BTH, scale_BTH, skip_H, initial_state_BHKV, document_ids_BT, chunk_size)
+    products = gemm_dtype(v_BTHV) if product_dtype is None else product_dtype
+    rows = (q_BTGK, k_BTGK, v_BTHV, g_BTH, scale_BTH)
+    arguments = (*rows, skip_H, initial_state_BHKV, document_ids_BT, chunk_size, products)
     if torch.compiler.is_compiling():
         return compose_scan(*arguments)
     return _ChunkedScan.apply(*arguments)
@@ -50,6 +55,7 @@ def compose_scan(
     initial_state_BHKV: Tensor | None,
     document_ids_BT: Tensor | None,
     chunk_size: int,
+    gemm: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """The same as `chunked_scan` as a plain composition of differentiable operations, for the compiler."""
     B, T, H, V = v_BTHV.shape
@@ -58,7 +64,6 @@ def compose_scan(
     sizes = Chunks.of(B, T, H, G, K, V, Q)
     n = sizes.count
     wide = g_BTH.dtype
-    gemm = find_gemm_dtype(v_BTHV.dtype, wide, v_BTHV.device)
     q, k, v, g = (pad_tokens(x, sizes.padding) for x in (q_BTGK, k_BTGK, v_BTHV, g_BTH))
     q = q.reshape(n, Q, G, K).transpose(1, 2).to(gemm)
     k = k.reshape(n, Q, G, K).transpose(1, 2).to(gemm)
@@ -132,14 +137,20 @@ class _Setup:
 
 
 def _set_up(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: Tensor | None, documents_BT: Tensor | None, chunk_size: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    scale: Tensor | None,
+    documents_BT: Tensor | None,
+    chunk_size: int,
+    gemm: torch.dtype,
 ) -> _Setup:
     B, T, H, V = v.shape
     G, K = q.shape[2:]
     sizes = Chunks.of(B, T, H, G, K, V, chunk_size)
     n, Q = sizes.count, sizes.Q
     wide = g.dtype
-    gemm = find_gemm_dtype(v.dtype, wide, v.device)
     q, k, v = (pad_tokens(x, sizes.padding).to(gemm).contiguous() for x in (q, k, v))
     g = pad_tokens(g, sizes.padding).view(n, Q, H).transpose(1, 2).contiguous()
     documents = cut_documents(documents_BT, sizes, g)
@@ -179,8 +190,9 @@ class _ChunkedScan(torch.autograd.Function):
         initial: Tensor | None,
         documents_BT: Tensor | None,
         chunk_size: int,
+        gemm: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
-        setup = _set_up(q, k, v, g, scale, documents_BT, chunk_size)
+        setup = _set_up(q, k, v, g, scale, documents_BT, chunk_size, gemm)
         s = setup.sizes
         decay = setup.decay_inside()
         mixed = setup.mix(decay)
@@ -200,7 +212,7 @@ class _ChunkedScan(torch.autograd.Function):
         if s.padding:
             y = y.contiguous()
         ctx.save_for_backward(q, k, v, g, scale, skip, documents_BT, saved_y, decay, entering, final)
-        ctx.chunk_size = chunk_size
+        ctx.chunk_size, ctx.gemm = chunk_size, gemm
         ctx.initial_dtype = None if initial is None else initial.dtype
         ctx.set_materialize_grads(False)
         final_state = final.view(s.B, s.G, s.K, s.R, s.V).transpose(2, 3).reshape(s.B, s.H, s.K, s.V)
@@ -252,7 +264,7 @@ def _walk_back(setup: _Setup, d_local: Tensor, d_final: Tensor | None) -> tuple[
 
 def _backward(ctx: Any, dy: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, v, g, scale, skip, documents_BT, y, decay, entering, final = ctx.saved_tensors
-    setup = _set_up(q, k, v, g, scale, documents_BT, ctx.chunk_size)
+    setup = _set_up(q, k, v, g, scale, documents_BT, ctx.chunk_size, ctx.gemm)
     s, gemm, wide = setup.sizes, setup.gemm, setup.wide
     n, Q, heads = s.count, s.Q, (s.count, s.Q, s.H, s.V)
     if dy is None:
@@ -317,6 +329,7 @@ def _backward(ctx: Any, dy: Tensor | None, d_final: Tensor | None) -> tuple[Tens
         d_scale,
         d_skip,
         None if ctx.initial_dtype is None else d_initial.to(ctx.initial_dtype),
+        None,
         None,
         None,
     )

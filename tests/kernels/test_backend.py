@@ -1,0 +1,43 @@
+"""The choice of an implementation."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from kernels.backend import INTERPRETED, find_miscompile, resolve_backend
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", ["torch", "reference"])
+def test_a_name_means_itself(name: str) -> None:
+    assert resolve_backend(name, CPU) == name
+
+
+def test_auto_means_torch_on_cpu_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="kernels.backend"):
+        assert resolve_backend("auto", CPU) == "torch"
+        assert resolve_backend("auto", CPU) == "torch"
+    assert sum("auto -> torch" in message for message in caplog.messages) <= 1
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter runs Triton on CPU")
+def test_triton_on_cpu_is_refused_with_the_remedy() -> None:
+    with pytest.raises(RuntimeError, match="needs a CUDA device; the tensors are on cpu"):
+        resolve_backend("triton", CPU)
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(ValueError, match="got 'cudnn'"):
+        resolve_backend("cudnn", CPU)
+
+
+def test_versions_that_miscompile_on_hopper_are_known() -> None:
+    assert find_miscompile((3, 6, 0), 9) is not None
+    assert find_miscompile((3, 8, 0), 9) is not None
+    assert find_miscompile((3, 7, 1), 9) is None
+    assert find_miscompile((3, 9, 0), 9) is None
+    assert find_miscompile((3, 6, 0), 8) is None

@@ -1,0 +1,119 @@
+"""The convolution against the step-by-step definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.causal_conv1d.op import causal_conv1d, causal_conv1d_step
+from kernels.causal_conv1d.torch_impl import compose_convolution, convolve
+from tests.helpers.numbers import assert_all_near, assert_bitwise, assert_near
+
+FLOAT64 = 1e-13  # a handful of additions in another order
+BFLOAT16 = 1e-2  # inputs and outputs carry 2^-9 each
+
+
+def make(B: int, T: int, C: int, W: int, dtype: torch.dtype, *, window: bool, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(B, T, C), (C, W), (C,)] + ([(B, W - 1, C)] if window else [])
+    return [torch.randn(*s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
+
+
+def documents(T: int, *starts: int) -> Tensor:
+    ids = torch.zeros(2, T, dtype=torch.int32)
+    for start in starts:
+        ids[0, start:] += 1
+    return ids
+
+
+def run(tensors: list[Tensor], ids: Tensor | None, backend: str) -> list[Tensor]:
+    x, weight, bias, *window = tensors
+    y = causal_conv1d(
+        x, weight, bias, document_ids_BT=ids, initial_window_BWC=window[0] if window else None, backend=backend
+    )
+    dy = torch.linspace(-1, 2, y.numel(), dtype=torch.float64).view(y.shape)
+    return [y, *torch.autograd.grad((y.double() * dy).sum(), tensors)]
+
+
+@pytest.mark.parametrize("W", [2, 3, 4])
+@pytest.mark.parametrize("T", [1, 2, 63])
+@pytest.mark.parametrize("window", [False, True])
+@pytest.mark.parametrize("starts", [None, (1, 2, 40)])
+def test_shifted_sums_equal_single_steps(
+    W: int, T: int, window: bool, starts: tuple[int, ...] | None, poisoned_memory: None
+) -> None:
+    tensors = make(2, T, 5, W, torch.float64, window=window)
+    ids = None if starts is None else documents(T, *(s for s in starts if s < T))
+    assert_all_near(run(tensors, ids, "torch"), run(tensors, ids, "reference"), FLOAT64)
+
+
+def test_gradients_match_finite_differences() -> None:
+    x, weight, bias, window = make(2, 6, 2, 4, torch.float64, window=True)
+    ids = documents(6, 2, 3)
+    assert torch.autograd.gradcheck(
+        lambda *t: causal_conv1d(*t[:3], document_ids_BT=ids, initial_window_BWC=t[3]), (x, weight, bias, window)
+    )
+
+
+def test_composition_for_the_compiler_equals_the_written_backward() -> None:
+    tensors = make(2, 30, 4, 4, torch.float64, window=False)
+    ids = documents(30, 1, 17)
+    results = []
+    for form in (convolve, compose_convolution):
+        y = form(*tensors, ids)
+        results.append([y, *torch.autograd.grad(y.square().sum(), tensors)])
+    assert_all_near(results[0], results[1], FLOAT64)
+
+
+def test_bfloat16_stays_near_float64() -> None:
+    tensors = make(2, 40, 8, 4, torch.bfloat16, window=True)
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    assert_all_near(run(tensors, documents(40, 9), "torch"), run(exact, documents(40, 9), "reference"), BFLOAT16)
+
+
+def test_without_bias() -> None:
+    x, weight, _ = make(2, 10, 3, 4, torch.float64, window=False)
+    assert_near(causal_conv1d(x, weight, None), causal_conv1d(x, weight, None, backend="reference"), FLOAT64)
+
+
+def test_a_document_never_feels_another() -> None:
+    tensors = make(2, 40, 6, 4, torch.float32, window=False)
+    ids = documents(40, 10, 25)
+    before = run(tensors, ids, "torch")
+    with torch.no_grad():
+        tensors[0][0, 10:25] = 5.0
+    after = run(tensors, ids, "torch")
+    for name, new, old in zip(("y", "dx"), after, before):
+        assert_bitwise(new[0, :10], old[0, :10], name)
+        assert_bitwise(new[0, 25:], old[0, 25:], name)
+        assert_bitwise(new[1], old[1], name)
+
+
+def test_window_continues_a_row() -> None:
+    x, weight, bias = make(2, 20, 3, 4, torch.float64, window=False)
+    whole = causal_conv1d(x, weight, bias)
+    rest = causal_conv1d(x[:, 7:], weight, bias, initial_window_BWC=x[:, 4:7])
+    assert_near(rest, whole[:, 7:], FLOAT64)
+
+
+def test_steps_continue_a_row() -> None:
+    x, weight, bias = make(2, 8, 3, 4, torch.float64, window=False)
+    whole = causal_conv1d(x, weight, bias)
+    window = torch.zeros(2, 3, 3, dtype=torch.float64)
+    for t in range(8):
+        y, window = causal_conv1d_step(x[:, t], window, weight, bias)
+        assert_near(y, whole[:, t], FLOAT64, f"token {t}")
+
+
+@pytest.mark.parametrize(
+    ("weight", "bias", "message"),
+    [
+        (torch.zeros(3, 4), None, r"weight_CW must have shape \[2, any\]; got \[3, 4\]"),
+        (torch.zeros(2, 5), None, "width of 2, 3 or 4; got 5"),
+        (torch.zeros(2, 4), torch.zeros(3), r"bias_C must have shape \[2\]; got \[3\]"),
+    ],
+)
+def test_wrong_inputs_are_named(weight: Tensor, bias: Tensor | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        causal_conv1d(torch.zeros(1, 5, 2), weight, bias)
