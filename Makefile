@@ -1,0 +1,56 @@
+# Everything happens in .venv; two commands matter: `make quickstart` and `make test`.
+SHELL := /bin/bash
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := runs/tiny_cpu
+EXPORT := exports/tiny_cpu
+
+.PHONY: quickstart install test test-slow check format docs bench clean
+
+quickstart: $(VENV)/.installed
+	$(BIN)/amfm doctor
+	$(BIN)/amfm corpus shakespeare data/corpus/shakespeare
+	$(BIN)/amfm prepare configs/tiny_cpu.yaml
+	$(BIN)/amfm train configs/tiny_cpu.yaml
+	$(BIN)/amfm evaluate $(RUN)
+	rm -rf $(EXPORT) && $(BIN)/amfm export $(RUN) $(EXPORT)
+	$(BIN)/amfm generate $(RUN) --prompt "To be, or not to be" --max-new-tokens 80
+	$(BIN)/amfm report $(RUN)
+	@echo "quickstart: store data/shakespeare, run $(RUN), report $(RUN)/report.html, transformers checkpoint $(EXPORT)"
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "amfm needs Python 3.11, 3.12 or 3.13: install one, or name it: make PYTHON=/path/to/python"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 3600
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/amfm bench step --peer transformers
+
+clean:
+	rm -rf $(VENV) runs exports data build
