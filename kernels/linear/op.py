@@ -1,0 +1,41 @@
+"""y = x W^T for every projection of the model, in the dtype in which this machine multiplies fast."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kernels.gemm_precision import gemm_dtype
+
+
+def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
+    """x [..., I] times the transpose of weight [O, I] -> [..., O], in the dtype of x.
+
+    On processors that only emulate bfloat16 products the operands are widened to float32, in both passes, and the
+    results rounded once; elsewhere this is torch's own linear.
+    """
+    if gemm_dtype(x) == x.dtype:
+        return functional.linear(x, weight_OI)
+    result: Tensor = _WidenedLinear.apply(x, weight_OI)
+    return result
+
+
+class _WidenedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_OI: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight_OI)
+        return functional.linear(x.float(), weight_OI.float()).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight_OI = ctx.saved_tensors
+        grad_RO = grad.flatten(0, -2).float()
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad_RO @ weight_OI.float()).to(x.dtype).view(x.shape)
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad_RO.t() @ x.flatten(0, -2).float()).to(weight_OI.dtype)
+        return grad_x, grad_weight

@@ -1,0 +1,31 @@
+"""kernels/linear: equality with float64 products, gradients too, in every dtype."""
+
+import pytest
+import torch
+
+from kernels.linear.op import linear
+
+# float32: sums of 63 products; bfloat16: one rounding of inputs' products, 8 bits of mantissa.
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 8e-3}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [(1, 1), (2, 63)])
+def test_linear_equals_float64_products_with_gradients(dtype: torch.dtype, rows: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(*rows, 63).to(dtype).requires_grad_()
+    weight = torch.randn(40, 63).to(dtype).requires_grad_()
+    grad = torch.randn(*rows, 40).to(dtype)
+    y = linear(x, weight)
+    y.backward(grad)
+    assert y.dtype == dtype
+    x64, w64, g64 = x.detach().double(), weight.detach().double(), grad.double()
+    expected = {
+        "y": (y.detach(), x64 @ w64.T),
+        "x": (x.grad, g64 @ w64),
+        "weight": (weight.grad, torch.einsum("bto,bti->oi", g64, x64)),
+    }
+    for name, (ours, reference) in expected.items():
+        assert ours is not None, name
+        error = (ours.double() - reference).norm() / reference.norm()
+        assert error <= TOLERANCE[dtype], f"{name}: {error}"
