@@ -19,6 +19,8 @@ from data_pipeline.permutation import derive_key, permute, permute_in_blocks
 from data_pipeline.shards import DamagedError
 from data_pipeline.store import Part, Split, TokenStore
 
+Int64 = npt.NDArray[np.int64]
+
 
 @dataclass(frozen=True)
 class SampleSettings:
@@ -61,24 +63,28 @@ class SampleReader:
         self.store = store or TokenStore.open(settings.store)
         names = sorted({name for _, weights in settings.phases for name in weights})
         self._bins = BinIndex(self.store, settings.sequence_length) if settings.packing == "best_fit" else None
-        self._last_rows = {name: np.cumsum([0, *self._count_rows(name)], dtype=np.int64) for name in names}
+        self._row_bounds = {name: np.cumsum([0, *self._count_rows(name)], dtype=np.int64) for name in names}
         self.source_names = tuple(names)
         self.mixture = Mixture(self._usable_phases(), settings.seed)
         self._identities = {name: self.store.source_identity(name, settings.split) for name in names}
 
     def rows_per_epoch(self, source: str) -> int:
         """Rows of one pass over a source."""
-        return int(self._last_rows[source][-1])
+        return int(self._row_bounds[source][-1])
 
-    def locate(self, samples: npt.NDArray[np.int64]) -> list[Place]:
+    def locate(self, samples: Int64) -> list[Place]:
         """Where each global sample lies."""
-        places: list[Place] = []
-        for source, draw in self.mixture.draws(samples):
-            epoch, position = divmod(draw, self.rows_per_epoch(source))
-            places.append(Place(source, epoch, *self._find_part(source, self._shuffled(source, epoch, position))))
-        return places
+        draws = self.mixture.draws(samples)
+        places: list[Place | None] = [None] * len(draws)
+        for source in {name for name, _ in draws}:
+            where = [number for number, (name, _) in enumerate(draws) if name == source]
+            epochs, positions = np.divmod([draws[number][1] for number in where], self.rows_per_epoch(source))
+            rows = self._shuffled(source, epochs, positions)
+            for number, epoch, row in zip(where, epochs.tolist(), rows.tolist()):
+                places[number] = Place(source, epoch, *self._find_part(source, row))
+        return [place for place in places if place is not None]
 
-    def read(self, samples: npt.NDArray[np.int64]) -> tuple[list[Row], list[Damage]]:
+    def read(self, samples: Int64) -> tuple[list[Row], list[Damage]]:
         """Rows of global samples; a damaged one raises, or is a row without labels and a note when quarantined."""
         rows, damages = [], []
         for sample, place in zip(samples.tolist(), self.locate(samples)):
@@ -124,16 +130,18 @@ class SampleReader:
             return self._bins.count(source, self.settings.split)
         return [count_windows(part.num_tokens, self.settings.sequence_length) for part in parts]
 
-    def _shuffled(self, source: str, epoch: int, position: int) -> int:
-        key = derive_key(self.settings.seed, "order", self._identities[source], epoch)
-        size = self.rows_per_epoch(source)
-        if self.settings.shuffle == "block":
-            return int(permute_in_blocks(position, size, key))
-        return int(permute(position, size, key))
+    def _shuffled(self, source: str, epochs: Int64, positions: Int64) -> Int64:
+        size, out = self.rows_per_epoch(source), np.empty_like(positions)
+        for epoch in set(epochs.tolist()):
+            mine = epochs == epoch
+            key = derive_key(self.settings.seed, "order", self._identities[source], epoch)
+            shuffle = permute_in_blocks if self.settings.shuffle == "block" else permute
+            out[mine] = shuffle(positions[mine], size, key)
+        return out
 
     def _find_part(self, source: str, row: int) -> tuple[Part, int]:
-        bounds = self._last_rows[source]
-        number = int(np.searchsorted(bounds, row, side="right")) - 1
+        bounds = self._row_bounds[source]
+        number = int(bounds.searchsorted(row, side="right")) - 1
         return self.store.parts(source, self.settings.split)[number], row - int(bounds[number])
 
     def _read_window(self, place: Place, sample: int, source: int) -> Row:

@@ -11,10 +11,13 @@ from typing import Protocol
 import sentencepiece
 
 from data_pipeline.config import TokenizerConfig
+from data_pipeline.sentencepiece_model import round_scores
 from data_pipeline.store import MANIFEST, TokenStore
 
 TRAINING_THREADS = 4  # fixed: the merge of the trainer's sums depends on it, and stores must be byte-identical
 MAX_TRAINING_LINE = 4096  # bytes; longer lines are cut, the trainer would drop them
+# Characters after which a text is cut at the next newline: few enough that sums of scores (round_scores) stay exact.
+BLOCK_CHARACTERS = 1000
 
 
 class Tokenizer(Protocol):
@@ -68,6 +71,7 @@ class SentencePieceTokenizer:
         self._processor.LoadFromSerializedProto(model)
         if self._processor.eos_id() < 0:
             raise ValueError("the SentencePiece model has no end-of-text piece (eos_id); train it with one")
+        self._newline_id = _find_newline_id(self._processor)
 
     def __reduce__(self) -> tuple[type[SentencePieceTokenizer], tuple[bytes]]:
         return SentencePieceTokenizer, (self._model,)
@@ -94,11 +98,28 @@ class SentencePieceTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of one text."""
-        return list(self._processor.encode(text, out_type=int, num_threads=1))
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, on the calling thread."""
-        return list(self._processor.encode(list(texts), out_type=int, num_threads=1))
+        """Ids of each text, on the calling thread.
+
+        Where the model allows it a text is encoded in blocks that end at newlines: SentencePiece adds up scores in
+        float32, so in a long text noise would decide between segmentations, differently at each place.
+        """
+        newline_id = self._newline_id
+        if newline_id is None:
+            return list(self._processor.encode(list(texts), out_type=int, num_threads=1))
+        blocks = [_cut_at_newlines(text) for text in texts]
+        flat = [block for text_blocks in blocks for block in text_blocks]
+        encoded = iter(self._processor.encode(flat, out_type=int, num_threads=1))
+        batch: list[list[int]] = []
+        for text_blocks in blocks:
+            ids: list[int] = next(encoded)
+            for _ in text_blocks[1:]:
+                ids.append(newline_id)
+                ids += next(encoded)
+            batch.append(ids)
+        return batch
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids; control pieces give nothing. ValueError for an id outside the vocabulary."""
@@ -114,6 +135,29 @@ class SentencePieceTokenizer:
     def to_bytes(self) -> bytes:
         """Content of the .model file."""
         return self._model
+
+
+def _cut_at_newlines(text: str) -> list[str]:
+    """Blocks of the text, each cut at the first newline after BLOCK_CHARACTERS; the newlines between them are left out."""
+    blocks, start = [], 0
+    while (cut := text.find("\n", start + BLOCK_CHARACTERS)) >= 0:
+        blocks.append(text[start:cut])
+        start = cut + 1
+    return [*blocks, text[start:]]
+
+
+def _find_newline_id(processor: sentencepiece.SentencePieceProcessor) -> int | None:
+    """Id of the newline, if encoding the parts around one by themselves gives the ids of the whole; else None."""
+    ids = processor.encode("\n", out_type=int)
+    holds_newline = any(
+        "\n" in processor.id_to_piece(index) for index in range(processor.vocab_size()) if [index] != ids
+    )
+    if len(ids) != 1 or ids[0] == processor.unk_id() or holds_newline:
+        return None
+    # A model that adds a space in front, drops spaces or rewrites characters shows it here.
+    left, right = "a\u00e9 \n", " \n\u00e9a"
+    parts = [*processor.encode(left, out_type=int), ids[0], *processor.encode(right, out_type=int)]
+    return int(ids[0]) if parts == processor.encode(f"{left}\n{right}", out_type=int) else None
 
 
 def _none_if_negative(index: int) -> int | None:
@@ -186,7 +230,7 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> SentencePi
             f"data.tokenizer.vocab_size={config.vocab_size} must fit the training text (SentencePiece: {reason}); "
             "lower it, or give more text"
         ) from error
-    return SentencePieceTokenizer(model.getvalue())
+    return SentencePieceTokenizer(round_scores(model.getvalue()))
 
 
 def _training_lines(texts: Iterable[str]) -> Iterable[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,15 @@ def run_in_process(
         yield unit, run_unit(unit, store, tokenizer)
 
 
+@cache
+def _make_words() -> list[str]:
+    spelling = np.random.default_rng(7)
+    return ["".join(spelling.choice(LETTERS, size=2 + number % 7)) for number in range(NUM_WORDS)]
+
+
 def make_text(random: np.random.Generator, num_words: int) -> str:
     """Sentences of made-up words whose successors are far from uniform, so that a model can learn something."""
-    spelling = np.random.default_rng(7)
-    words = ["".join(spelling.choice(LETTERS, size=2 + number % 7)) for number in range(NUM_WORDS)]
+    words = _make_words()
     out, at = [], int(random.integers(NUM_WORDS))
     for number in range(num_words):
         out.append(words[at] + ("." if number % 9 == 8 else ""))
