@@ -1,0 +1,125 @@
+"""Several ranks on this machine: starts them, forwards signals to them, and makes one exit code of theirs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from types import FrameType
+from typing import IO
+
+from pretrain.parallel import LAUNCHER_PID
+
+DONE, RUN_FAILED = 0, 3
+GRACE_SECONDS = 30.0  # what the other ranks get to end by themselves after one failed
+FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
+HOST = "127.0.0.1"
+
+
+def run_local(arguments: Sequence[str], num_ranks: int) -> int:
+    """Run one `amfm` command line as `num_ranks` ranks on this machine and return the exit code.
+
+    0 when every rank ended well; the code of a rank that refused its input or hit a bug; else 3, also when a rank was
+    killed.
+    """
+    return run_command([sys.executable, "-m", "launch", *arguments], num_ranks)
+
+
+def run_command(command: Sequence[str], num_ranks: int) -> int:
+    """Run any command as ranks that find each other as torchrun's do.
+
+    This process keeps the store through which they meet, so no port can be lost between choosing and using it. Rank 0
+    owns the terminal; lines that the others write to standard error get their rank in front.
+    """
+    with socket.create_server((HOST, 0), backlog=max(128, num_ranks)) as listener:
+        port = listener.getsockname()[1]
+        processes = [
+            subprocess.Popen(
+                command,
+                env=environment_of(rank, num_ranks, port, os.environ),
+                stdin=None if rank == 0 else subprocess.DEVNULL,
+                stdout=None if rank == 0 else subprocess.DEVNULL,
+                stderr=None if rank == 0 else subprocess.PIPE,
+            )
+            for rank in range(num_ranks)
+        ]
+        relays = [
+            threading.Thread(target=relay_lines, args=(rank, process.stderr), daemon=True)
+            for rank, process in enumerate(processes)
+            if process.stderr is not None
+        ]
+        for relay in relays:
+            relay.start()
+        # Imported while the ranks import theirs. The object serves them until this block ends.
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+        store = TCPStore(HOST, port, is_master=True, wait_for_workers=False, master_listen_fd=os.dup(listener.fileno()))
+        codes = wait_for_all(processes)
+        del store
+    for relay in relays:
+        relay.join()
+    return join_codes(codes)
+
+
+def environment_of(rank: int, num_ranks: int, port: int, environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables that torchrun would set, and who launched."""
+    return {
+        **environment,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": HOST,
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        LAUNCHER_PID: str(os.getpid()),
+    }
+
+
+def relay_lines(rank: int, stream: IO[bytes]) -> None:
+    """Copy a rank's standard error, line by line."""
+    for line in stream:
+        sys.stderr.write(f"rank {rank}: {line.decode(errors='replace')}")
+        sys.stderr.flush()
+
+
+def wait_for_all(processes: Sequence[subprocess.Popen[bytes]]) -> list[int]:
+    """Wait for every rank, forwarding signals; after the first failure the rest get a while, then are killed.
+
+    A rank that waits for a dead one in a collective does not hear anything gentler.
+    """
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    previous = {number: signal.signal(number, forward) for number in FORWARDED}
+    # An interrupt from the keyboard reaches the ranks by itself; here it must not cut the waiting short.
+    previous[signal.SIGINT] = signal.signal(signal.SIGINT, lambda number, frame: None)
+    deadline: float | None = None
+    try:
+        while any(process.poll() is None for process in processes):
+            if deadline is None and any(process.poll() for process in processes):
+                deadline = time.monotonic() + GRACE_SECONDS
+            if deadline is not None and time.monotonic() > deadline:
+                for process in processes:
+                    process.kill()
+            time.sleep(0.05)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    return [process.wait() for process in processes]
+
+
+def join_codes(codes: Sequence[int]) -> int:
+    """One code for all ranks: a refusal or a bug explains more than the failures that follow from it."""
+    telling = [code for code in codes if code > 0 and code != RUN_FAILED]
+    if telling:
+        return telling[0]
+    return RUN_FAILED if any(codes) else DONE
