@@ -6,10 +6,10 @@ import math
 import os
 from pathlib import Path
 
-from model.flops import count_parameters
+from model.flops import count_parameters, flops_per_token
 from model.pattern import BLOCK_NAMES, parse_pattern
 from pretrain.report_data import RunRecord, read_run
-from pretrain.report_page import Card, render_page
+from pretrain.report_page import Card, Table, render_page
 from pretrain.report_plots import draw_plots
 
 
@@ -19,7 +19,7 @@ def write_report(run_dir: str | Path) -> Path:
     Raises FileNotFoundError for something that is no run directory, ValueError before the first step.
     """
     record = read_run(run_dir)
-    page = render_page(record, make_cards(record), draw_plots(record))
+    page = render_page(record, make_cards(record), draw_plots(record), describe_model(record))
     path = record.directory / "report.html"
     temporary = path.with_suffix(".html.part")
     temporary.write_text(page, encoding="utf-8")
@@ -49,9 +49,30 @@ def make_cards(record: RunRecord) -> list[Card]:
         Card("Throughput", f"{count(speed)} tokens/s" if speed is not None else "-", "median of the newer half")
     )
     if mfu is not None:
-        cards.append(Card("MFU", f"{100 * mfu:.1f} %", "model FLOPs over the device's peak"))
+        source = record.environment.get("peak", {}).get("source", "the device's peak")
+        cards.append(Card("MFU", f"{100 * mfu:.1f} %", f"of {source}"))
     cards.append(Card("Time", duration(record.seconds()), "inside training steps"))
     return cards
+
+
+def describe_model(record: RunRecord) -> Table:
+    """Where parameters and arithmetic are, by kind of block."""
+    config = record.config
+    counts = count_parameters(config.model)
+    flops = flops_per_token(config.model, config.train.sequence_length)
+    kinds = dict.fromkeys([*counts.total_by_kind, *flops])
+    rows = [
+        (
+            kind.replace("_", " "),
+            f"{counts.total_by_kind.get(kind, 0):,}",
+            f"{counts.active_by_kind.get(kind, 0):,}",
+            count(flops.get(kind, 0.0)),
+        )
+        for kind in kinds
+    ]
+    total = ("all", f"{counts.total:,}", f"{counts.active:,}", count(sum(flops.values())))
+    header = ("part", "parameters", "active", "training FLOPs a token")
+    return Table(f"Pattern {parse_pattern(config.model.pattern).canonical()}", header, (*rows, total))
 
 
 def count(value: float) -> str:

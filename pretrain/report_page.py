@@ -56,6 +56,8 @@ th, td { text-align: left; padding: 7px 14px; border-bottom: 1px solid var(--lin
 tr:last-child td, tr:last-child th { border-bottom: 0; }
 th { color: var(--muted); font-weight: 600; white-space: nowrap; }
 td { overflow-wrap: break-word; font-variant-numeric: tabular-nums; }
+.numbers th:not(:first-child), .numbers td:not(:first-child) { text-align: right; }
+.numbers tr:last-child td { font-weight: 600; } .numbers code { overflow-wrap: anywhere; }
 .none { color: var(--muted); padding: 12px 14px; margin: 0; font-size: .85rem; }
 details.panel { margin-top: 12px; } summary { cursor: pointer; padding: 11px 14px; font-weight: 600; font-size: .92rem; }
 details[open] > summary { border-bottom: 1px solid var(--line); }
@@ -63,7 +65,8 @@ pre { margin: 0; padding: 12px 14px; font-size: .8rem; overflow-x: auto; font-fa
 code { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; font-size: .92em; }
 .note { color: var(--wait); font-size: .85rem; margin: 10px 0 0; }
 @media (max-width: 560px) { main { padding: 18px 12px 32px; } .cards { grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 9px; }
-  .card { padding: 10px 11px; } .card .value { font-size: 1.15rem; } figure { padding: 11px 8px 6px; } th, td { padding: 6px 10px; } }
+  .card { padding: 10px 11px; } .card .value { font-size: 1.15rem; } figure { padding: 11px 8px 6px; }
+  table { font-size: .8rem; } th, td { padding: 6px 7px; } th, td:first-child { white-space: normal; } td:last-child { min-width: 6.5em; } }
 @media print { details { display: block; } body { background: none; } .card, figure, .panel { break-inside: avoid; } }
 """
 
@@ -77,7 +80,16 @@ class Card:
     detail: str
 
 
-def render_page(record: RunRecord, cards: Sequence[Card], plots: Sequence[Plot]) -> str:
+@dataclass(frozen=True)
+class Table:
+    """Rows of texts below a header, the last row a sum."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def render_page(record: RunRecord, cards: Sequence[Card], plots: Sequence[Plot], model: Table) -> str:
     """The whole page as text."""
     finished = record.is_finished()
     state = "finished" if finished else f"unfinished: step {record.last_step():,} of {record.config.train.steps:,}"
@@ -95,6 +107,8 @@ def render_page(record: RunRecord, cards: Sequence[Card], plots: Sequence[Plot])
         f'<section class="cards">{"".join(map(render_card, cards))}</section>',
         *(f'<p class="note">{escape(note)}</p>' for note in record.notes),
         f'<h2>Curves</h2><section class="plots">{"".join(map(render_plot, plots))}</section>',
+        "<h2>Model</h2>",
+        render_table(model),
         "<h2>Events</h2>",
         render_events(record.events),
         "<h2>Environment and configuration</h2>",
@@ -117,6 +131,14 @@ def render_plot(plot: Plot) -> str:
     """One figure with title and caption."""
     caption = f"<figcaption><b>{escape(plot.title)}</b>{escape(plot.caption)}</figcaption>"
     return f'<figure role="img" aria-label="{escape(plot.title)}">{caption}{plot.svg}</figure>'
+
+
+def render_table(table: Table) -> str:
+    """A table of numbers, aligned on the right."""
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in table.header)
+    rows = ["<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows]
+    title = f'<p class="none"><code>{escape(table.title)}</code></p>'
+    return f'<div class="panel numbers">{title}<table><tr>{head}</tr>{"".join(rows)}</table></div>'
 
 
 def render_events(events: Sequence[Mapping[str, object]]) -> str:

@@ -66,6 +66,7 @@ def test_a_finished_run_shows_its_numbers_and_all_its_plots(tmp_path):
     assert "<td>checkpoint</td><td>seconds: 1.5</td>" in page
     assert "<th>host.cores</th><td>2</td>" in page
     assert "pattern: M*-" in page
+    assert "<code>Pattern M*-</code>" in page
 
 
 def test_one_step_of_an_unfinished_run_is_enough(tmp_path):
