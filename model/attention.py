@@ -1,0 +1,113 @@
+"""The attention block's mixer: causal grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245)."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
+from torch import Tensor, nn
+
+from kernels.attention.op import attention
+from kernels.rope.op import qk_norm_rope, rope_frequencies
+from model.config import AttentionConfig, ModelConfig
+from model.groups import ProcessGroupCollection
+from model.layers import ColumnLinear, KeepsBuffers, RowLinear, divide
+from model.mixer import AttentionCache, BlockState, MixerOutput
+from model.packing import PackMeta
+
+
+class AttentionMixer(KeepsBuffers):
+    """q, k, v projections, optional norm a head, optional rotary positions, attention inside each document, o_proj.
+
+    Query and key-value heads are cut over the tensor-parallel ranks. Positions restart at each document. Rotation angles
+    and the softmax are computed in float32 for bf16 weights.
+    """
+
+    def __init__(self, config: ModelConfig, groups: ProcessGroupCollection, backend: str) -> None:
+        super().__init__()
+        assert config.attention is not None, "check_model was not called: model.attention is missing"
+        section: AttentionConfig = config.attention
+        self.section, self.backend, self.epsilon = section, backend, config.norm_epsilon
+        self.tensor_group = groups.tp
+        self.head_dim, self.scale = section.head_dim, section.softmax_scale
+        self.num_heads = divide(section.num_heads, groups, "model.attention.num_heads")
+        self.num_kv_heads = divide(section.num_kv_heads, groups, "model.attention.num_kv_heads")
+        query_width, kv_width = section.num_heads * self.head_dim, section.num_kv_heads * self.head_dim
+        hidden, kv_name = config.hidden_size, "model.attention.num_kv_heads"
+        self.q_proj = ColumnLinear(hidden, (query_width,), groups, name="model.attention.num_heads")
+        self.k_proj = ColumnLinear(hidden, (kv_width,), groups, name=kv_name)
+        self.v_proj = ColumnLinear(hidden, (kv_width,), groups, name=kv_name)
+        self.o_proj = RowLinear(query_width, hidden, groups, name="model.attention.num_heads")
+        self.q_norm = HeadNorm(self.head_dim) if section.qk_norm else None
+        self.k_norm = HeadNorm(self.head_dim) if section.qk_norm else None
+        self.attention_factor = 1.0
+        self.inverse_frequencies: Tensor | None
+        self.register_buffer("inverse_frequencies", None, persistent=False)
+        self.reset_buffers()
+
+    def reset_buffers(self) -> None:
+        """Computes the rotary frequencies again, on the device of the weights."""
+        if self.section.positions == "none":
+            return
+        rope = self.section.rope
+        frequencies, self.attention_factor = rope_frequencies(
+            self.head_dim,
+            theta=rope.theta,
+            fraction=rope.fraction,
+            scaling=rope.scaling,
+            ntk_alpha=rope.ntk_alpha,
+            yarn_factor=rope.yarn_factor,
+            yarn_original_length=rope.yarn_original_length,
+            yarn_beta_fast=rope.yarn_beta_fast,
+            yarn_beta_slow=rope.yarn_beta_slow,
+        )
+        self.inverse_frequencies = frequencies.to(self.q_proj.weight.device)
+
+    def forward(self, x_BTD: Tensor, meta: PackMeta, state: BlockState = None) -> MixerOutput:
+        """x [B, T, D] -> y [B, T, D]; with a cache the tokens also see all of its keys, and the longer cache is returned."""
+        q_BTHK = self.q_proj(x_BTD).unflatten(-1, (self.num_heads, self.head_dim))
+        k_BTJK = self.k_proj(x_BTD).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        v_BSJK = self.v_proj(x_BTD).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        if self.q_norm is not None or self.inverse_frequencies is not None:
+            q_BTHK, k_BTJK = qk_norm_rope(
+                q_BTHK,
+                k_BTJK,
+                meta.positions_BT,
+                self.inverse_frequencies,
+                self.attention_factor,
+                q_weight_K=self._norm_weight(self.q_norm),
+                k_weight_K=self._norm_weight(self.k_norm),
+                epsilon=self.epsilon,
+                backend=self.backend,
+            )
+        k_BSJK, cache = k_BTJK, None
+        if state is not None:
+            assert isinstance(state, AttentionCache), f"an attention block got a {type(state).__name__}"
+            k_BSJK = torch.cat([state.k_BSJK, k_BTJK], dim=1)
+            v_BSJK = torch.cat([state.v_BSJK, v_BSJK], dim=1)
+            cache = AttentionCache(k_BSJK, v_BSJK)
+        o_BTHK = attention(
+            q_BTHK, k_BSJK, v_BSJK, document_ids_BT=meta.boundaries_BT(), scale=self.scale, backend=self.backend
+        )
+        return MixerOutput(self.o_proj(o_BTHK.flatten(-2)), cache)
+
+    def _norm_weight(self, norm: HeadNorm | None) -> Tensor | None:
+        if norm is None:
+            return None
+        if self.tensor_group.size() == 1:
+            return norm.weight
+        # One weight serves the heads of all tensor ranks: its gradient is their sum.
+        weight: Tensor = copy_to_tensor_model_parallel_region(norm.weight, group=self.tensor_group)
+        return weight
+
+    def empty_state(self, num_rows: int) -> AttentionCache:
+        """The cache before the first token: no keys."""
+        empty = self.k_proj.weight.new_zeros(num_rows, 0, self.num_kv_heads, self.head_dim)
+        return AttentionCache(empty, empty)
+
+
+class HeadNorm(nn.Module):
+    """The weight [head_dim] of the RMSNorm that every query (or key) head passes."""
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(head_dim))

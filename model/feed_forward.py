@@ -1,0 +1,61 @@
+"""Dense feed-forward: SwiGLU (Shazeer 2020, arXiv 2002.05202) or squared ReLU (So et al. 2021, arXiv 2109.08668)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from kernels.swiglu.op import squared_relu, swiglu
+from model.config import Activation, ModelConfig
+from model.groups import ProcessGroupCollection
+from model.layers import ColumnLinear, RowLinear
+from model.mixer import BlockState, MixerOutput
+from model.packing import PackMeta
+
+
+def up_segments(hidden_size: int, activation: Activation) -> tuple[int, ...]:
+    """Rows of the matrices stacked in an up projection: gate and up for SwiGLU, up alone for squared ReLU."""
+    return (hidden_size, hidden_size) if activation == "swiglu" else (hidden_size,)
+
+
+class FeedForward(nn.Module):
+    """down(activation(up(x))); the inner width is cut over the tensor-parallel ranks."""
+
+    def __init__(
+        self,
+        outer_size: int,
+        inner_size: int,
+        activation: Activation,
+        groups: ProcessGroupCollection,
+        *,
+        name: str,
+        backend: str,
+    ) -> None:
+        super().__init__()
+        self.activation, self.backend = activation, backend
+        self.up_proj = ColumnLinear(outer_size, up_segments(inner_size, activation), groups, name=name)
+        self.down_proj = RowLinear(inner_size, outer_size, groups, name=name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] -> [..., D]."""
+        activate = swiglu if self.activation == "swiglu" else squared_relu
+        y: Tensor = self.down_proj(activate(self.up_proj(x), backend=self.backend))
+        return y
+
+
+class FeedForwardMixer(FeedForward):
+    """The mixer of a dense feed-forward block."""
+
+    def __init__(self, config: ModelConfig, groups: ProcessGroupCollection, backend: str) -> None:
+        assert config.feed_forward is not None, "check_model was not called: model.feed_forward is missing"
+        super().__init__(
+            config.hidden_size,
+            config.feed_forward.hidden_size,
+            config.feed_forward.activation,
+            groups,
+            name="model.feed_forward.hidden_size",
+            backend=backend,
+        )
+
+    def forward(self, x_BTD: Tensor, meta: PackMeta, state: BlockState = None) -> MixerOutput:  # type: ignore[override]
+        """x [B, T, D] -> y [B, T, D]; tokens do not see each other."""
+        return MixerOutput(super().forward(x_BTD))

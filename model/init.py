@@ -1,0 +1,84 @@
+"""First values of every parameter: each a function of the seed and the parameter's global name alone.
+
+So a model starts equal on any layout of ranks, and a block starts equal wherever else the pattern changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor, nn
+
+from model.config import Mamba2Config, ModelConfig
+from model.groups import ProcessGroupCollection
+from model.layers import Shard, parameter_shards
+from model.pattern import parse_pattern
+
+# Matrices that write into the residual stream. A latent expert's last matrix is latent_up, so experts.down is not one then.
+_OUTPUT_PROJECTIONS = ("out_proj.weight", "o_proj.weight", "down_proj.weight", "latent_up.weight")
+
+
+@torch.no_grad()
+def initialize_parameters(model: nn.Module, config: ModelConfig, groups: ProcessGroupCollection, seed: int) -> None:
+    """Fills every parameter of the model in place, this rank's part of it where it is cut. No collectives."""
+    for name, parameter, shard in parameter_shards(model):
+        size = groups.tp.size() if shard.dim is not None else 1
+        shape = list(parameter.shape)
+        if shard.dim is not None:
+            shape[shard.dim] = sum(shard.segments)
+        if shard.per_expert:
+            inner = Shard(None if shard.dim is None else shard.dim - 1, shard.segments)
+            for expert in range(shape[0]):
+                whole = first_values(f"{name}.{expert}", tuple(shape[1:]), config, seed)
+                parameter[expert].copy_(inner.take(whole, groups.tp.rank(), size))
+        else:
+            parameter.copy_(shard.take(first_values(name, tuple(shape), config, seed), groups.tp.rank(), size))
+
+
+def first_values(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor:
+    """The whole first value of a parameter (of one expert's, with `.{expert}` at the name's end), float32 on the CPU."""
+    generator = _generator(seed, name)
+    if name.endswith(("norm.weight", "mixer.D")):
+        return torch.ones(shape)
+    if name.endswith("conv.bias"):
+        return torch.zeros(shape)
+    if name.endswith("conv.weight"):
+        bound = shape[-1] ** -0.5
+        return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+    if name.endswith("A_log"):
+        return _first_a_log(shape, _mamba(config), generator)
+    if name.endswith("dt_bias"):
+        return _first_dt_bias(shape, _mamba(config), generator)
+    return torch.empty(shape).normal_(0.0, _deviation(name, config), generator=generator)
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def _mamba(config: ModelConfig) -> Mamba2Config:
+    assert config.mamba is not None, "a Mamba2 parameter exists without model.mamba"
+    return config.mamba
+
+
+def _first_a_log(shape: tuple[int, ...], mamba: Mamba2Config, generator: torch.Generator) -> Tensor:
+    """log(-A) with -A uniform a head: one decay a head in the range of S4D-Real's 1..N (Gu et al. 2022, arXiv 2206.11893, section 4)."""
+    return torch.empty(shape).uniform_(mamba.a_init_min, mamba.a_init_max, generator=generator).log()
+
+
+def _first_dt_bias(shape: tuple[int, ...], mamba: Mamba2Config, generator: torch.Generator) -> Tensor:
+    """The inverse softplus of a log-uniform time step (Gu and Dao 2023, arXiv 2312.00752, section 3.6)."""
+    low, high = math.log(mamba.time_step_min), math.log(mamba.time_step_max)
+    step = torch.empty(shape).uniform_(low, high, generator=generator).exp().clamp_(min=mamba.time_step_floor)
+    return step + torch.log(-torch.expm1(-step))
+
+
+def _deviation(name: str, config: ModelConfig) -> float:
+    has_latent = config.moe is not None and config.moe.latent_size is not None
+    is_output = name.endswith(_OUTPUT_PROJECTIONS) or (".experts.down." in name and not has_latent)
+    if config.depth_scaled_init and is_output:
+        return config.initializer_range / math.sqrt(len(parse_pattern(config.pattern).letters))
+    return config.initializer_range

@@ -1,0 +1,152 @@
+"""The mixture-of-experts block's mixer: a router, routed experts, an optional shared expert, and what balances them."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
+from torch import Tensor, nn
+from torch.nn import functional
+
+from kernels.moe.losses import balance_loss, router_z_loss, sequence_balance_loss
+from kernels.moe.op import Routing, expert_feed_forward, route
+from model.config import ModelConfig, MoeConfig
+from model.feed_forward import FeedForward, up_segments
+from model.groups import ProcessGroupCollection
+from model.layers import KeepsBuffers, Linear, Shard, divide
+from model.mixer import BlockState, MixerOutput
+from model.packing import PackMeta
+
+
+class MoeMixer(KeepsBuffers):
+    """y = sum over the top-k experts of weight * expert(x), plus the shared expert; dropless.
+
+    Logits, scores and weights are computed in float32 (or more) whatever the dtype of the weights, and the balancing bias
+    stays in float32 under any cast. With `latent_size`, latent_down narrows what the routed experts see and latent_up
+    widens their sum; router and shared expert read the full width. Each expert's inner width is cut over the
+    tensor-parallel ranks; the router is whole on each of them, so all choose alike.
+
+    Auxiliary losses come weighted, by name: `balance`, `sequence_balance`, `router_z`. Each is a mean over the tokens (or
+    rows) of the micro-batch it was computed on. Adding up: a model sums them over its blocks; a step averages them over
+    its micro-batches, those of all data ranks, and adds them to the mean loss a token.
+    """
+
+    def __init__(self, config: ModelConfig, groups: ProcessGroupCollection, backend: str) -> None:
+        super().__init__()
+        assert config.moe is not None, "check_model was not called: model.moe is missing"
+        moe: MoeConfig = config.moe
+        self.section, self.backend, self.tensor_group = moe, backend, groups.tp
+        self.router = Linear(config.hidden_size, moe.num_experts)
+        self.expert_bias: Tensor | None
+        self.register_buffer("expert_bias", torch.zeros(moe.num_experts) if moe.expert_bias else None)
+        width = moe.latent_size or config.hidden_size
+        self.latent_down = Linear(config.hidden_size, width) if moe.latent_size else None
+        self.latent_up = Linear(width, config.hidden_size) if moe.latent_size else None
+        self.experts = Experts(moe, width, groups)
+        self.shared = None
+        if moe.shared_expert_hidden_size:
+            self.shared = FeedForward(
+                config.hidden_size,
+                moe.shared_expert_hidden_size,
+                moe.activation,
+                groups,
+                name="model.moe.shared_expert_hidden_size",
+                backend=backend,
+            )
+
+    def reset_buffers(self) -> None:
+        """Sets the balancing bias to zero."""
+        if self.expert_bias is not None:
+            self.expert_bias.zero_()
+
+    def forward(self, x_BTD: Tensor, meta: PackMeta, state: BlockState = None) -> MixerOutput:
+        """x [B, T, D] -> y [B, T, D], the auxiliary losses, and how many token choices each expert got [E]."""
+        x_RD = x_BTD.flatten(0, 1)
+        logits_RE = self._logits(x_RD)
+        moe = self.section
+        routing = route(
+            logits_RE,
+            self.expert_bias,
+            score=moe.router,
+            top_k=moe.top_k,
+            normalize=moe.normalize_probabilities,
+            scaling=moe.routed_scaling,
+            num_groups=moe.num_router_groups,
+            group_top_k=moe.router_group_top_k,
+            backend=self.backend,
+        )
+        y_RD = self._routed(x_RD, routing)
+        if self.shared is not None:
+            y_RD = y_RD + self.shared(x_RD)
+        auxiliary = auxiliary_losses(logits_RE, routing, x_BTD.shape[0], moe) if self.training else {}
+        return MixerOutput(y_RD.view_as(x_BTD), None, auxiliary, routing.counts_E)
+
+    def _logits(self, x_RD: Tensor) -> Tensor:
+        dtype = torch.promote_types(x_RD.dtype, torch.float32)
+        return functional.linear(x_RD.to(dtype), self.router.weight.to(dtype))
+
+    def _routed(self, x_RD: Tensor, routing: Routing) -> Tensor:
+        if self.latent_down is not None:
+            x_RD = self.latent_down(x_RD)
+        weights_RK = routing.weights_RK
+        is_cut = self.tensor_group.size() > 1
+        if is_cut:
+            # Each rank computes a part of every expert's inner width: gradients of what is whole are summed over ranks.
+            x_RD = copy_to_tensor_model_parallel_region(x_RD, group=self.tensor_group)
+            weights_RK = copy_to_tensor_model_parallel_region(weights_RK, group=self.tensor_group)
+        y_RD: Tensor = expert_feed_forward(
+            x_RD,
+            routing.expert_ids_RK,
+            weights_RK,
+            self.experts.up,
+            self.experts.down,
+            activation=self.section.activation,
+            backend=self.backend,
+        )
+        if is_cut:
+            y_RD = reduce_from_tensor_model_parallel_region(y_RD.contiguous(), group=self.tensor_group)
+        if self.latent_up is not None:
+            y_RD = self.latent_up(y_RD)
+        return y_RD
+
+    @torch.no_grad()
+    def update_expert_bias(self, counts_E: Tensor) -> None:
+        """Moves each expert's bias by the update rate towards the mean load (Wang et al. 2024, arXiv 2408.15664, algorithm 1).
+
+        counts_E [E] are the choices of the whole step, already summed over micro-batches and data ranks.
+        """
+        if self.expert_bias is None:
+            return
+        counts_E = counts_E.to(self.expert_bias)
+        self.expert_bias.add_(torch.sign(counts_E.mean() - counts_E), alpha=self.section.bias_update_rate)
+
+
+class Experts(nn.Module):
+    """The stacked weights of the routed experts: up [E, F, D] (SwiGLU: gate rows, then up rows), down [E, D, F]."""
+
+    def __init__(self, moe: MoeConfig, width: int, groups: ProcessGroupCollection) -> None:
+        super().__init__()
+        segments = up_segments(moe.expert_hidden_size, moe.activation)
+        inner = divide(moe.expert_hidden_size, groups, "model.moe.expert_hidden_size")
+        self.up = nn.Parameter(torch.empty(moe.num_experts, inner * len(segments), width))
+        self.down = nn.Parameter(torch.empty(moe.num_experts, width, inner))
+        self.shards = {
+            "up": Shard(1, segments, per_expert=True),
+            "down": Shard(2, (moe.expert_hidden_size,), per_expert=True),
+        }
+
+
+def auxiliary_losses(logits_RE: Tensor, routing: Routing, num_rows: int, moe: MoeConfig) -> dict[str, Tensor]:
+    """The weighted losses that keep a router balanced and its logits small; those of weight 0 are left out."""
+    losses: dict[str, Tensor] = {}
+    if moe.auxiliary_loss_weight:
+        losses["balance"] = moe.auxiliary_loss_weight * balance_loss(routing.scores_RE, routing.counts_E, moe.top_k)
+    if moe.sequence_loss_weight:
+        scores_BTE = routing.scores_RE.unflatten(0, (num_rows, -1))
+        ids_BTK = routing.expert_ids_RK.unflatten(0, (num_rows, -1))
+        losses["sequence_balance"] = moe.sequence_loss_weight * sequence_balance_loss(scores_BTE, ids_BTK)
+    if moe.z_loss_weight:
+        losses["router_z"] = moe.z_loss_weight * router_z_loss(logits_RE)
+    return losses

@@ -1,0 +1,60 @@
+"""Small configurations and packed batches that the model's tests share."""
+
+import torch
+
+from model.config import AttentionConfig, FeedForwardConfig, Mamba2Config, ModelConfig, MoeConfig, RopeConfig
+from model.groups import single_rank_groups
+from model.hybrid import HybridModel
+from model.packing import PackMeta
+
+MAMBA = Mamba2Config(num_heads=6, head_dim=4, state_size=5, num_groups=2, chunk_size=8)
+ATTENTION = AttentionConfig(
+    num_heads=6, num_kv_heads=2, head_dim=8, qk_norm=True, positions="rope", rope=RopeConfig(theta=100.0)
+)
+MOE = MoeConfig(num_experts=5, top_k=2, expert_hidden_size=6, shared_expert_hidden_size=10, expert_bias=True)
+FEED_FORWARD = FeedForwardConfig(hidden_size=14, activation="swiglu")
+
+
+def small_config(pattern="M*E-", **changes):
+    fields = {
+        "vocab_size": 40,
+        "hidden_size": 12,
+        "initializer_range": 0.3,
+        "mamba": MAMBA,
+        "attention": ATTENTION,
+        "moe": MOE,
+        "feed_forward": FEED_FORWARD,
+    }
+    return ModelConfig(pattern=pattern, **(fields | changes))
+
+
+def small_model(config, *, dtype=torch.float64, seed=1, backend="torch"):
+    model = HybridModel(config, single_rank_groups(), backend=backend, seed=seed).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, value in [*model.named_parameters(), *model.named_buffers()]:
+            # Norms of one, biases of zero and D of one would hide mistakes.
+            if name.endswith(("norm.weight", "conv.bias", ".D", "expert_bias")):
+                value += 0.2 * torch.randn(value.shape, generator=generator).to(value.dtype)
+    return model
+
+
+def packed_batch(document_lengths=((7, 1, 12, 3), (23,)), vocab_size=40, seed=0):
+    """Tokens, labels (next token, -100 at each document's end), and document ids of rows packed from these lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)) for lengths in document_lengths]
+    ids_BT = torch.stack(rows)
+    tokens_BT = torch.randint(vocab_size, ids_BT.shape, generator=generator)
+    labels_BT = torch.full_like(tokens_BT, -100)
+    goes_on = ids_BT[:, 1:] == ids_BT[:, :-1]
+    labels_BT[:, :-1] = torch.where(goes_on, tokens_BT[:, 1:], -100)
+    return tokens_BT, labels_BT, ids_BT
+
+
+def loss_of(output):
+    """Mean loss a row of labels plus the auxiliary losses: one scalar that every gradient passes."""
+    return output.loss.total / 10 + sum(output.auxiliary.values())
+
+
+def meta_of(ids_BT):
+    return PackMeta.from_document_ids(ids_BT)

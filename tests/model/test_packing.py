@@ -1,0 +1,46 @@
+"""The layout of packed rows against one computed document by document."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.packing import PackMeta
+
+partitions = st.lists(st.integers(1, 5), min_size=1, max_size=4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(partitions, min_size=1, max_size=3), st.data())
+def test_layout_equals_the_documents_written_out(rows, data):
+    longest = max(map(sum, rows))
+    lengths = [row + [longest - sum(row)] * (sum(row) < longest) for row in rows]
+    first = data.draw(st.integers(0, 3))
+    ids_BT = torch.tensor([[first + d for d, n in enumerate(row) for _ in range(n)] for row in lengths])
+    meta = PackMeta.from_document_ids(ids_BT)
+    assert meta.positions_BT.tolist() == [[t for n in row for t in range(n)] for row in lengths]
+    flat = [n for row in lengths for n in row]
+    assert meta.cu_seqlens.tolist() == [sum(flat[:d]) for d in range(len(flat) + 1)]
+    assert meta.max_document_length == max(flat)
+    assert meta.single_document == all(len(row) == 1 for row in lengths)
+    assert (meta.boundaries_BT() is None) == meta.single_document
+    assert meta.document_ids_BT.dtype == torch.int32 and not meta.first_continues
+
+
+def test_rows_of_one_document_can_start_anywhere():
+    meta = PackMeta.one_document_a_row(2, 3, start=4)
+    assert meta.positions_BT.tolist() == [[4, 5, 6]] * 2 and meta.cu_seqlens.tolist() == [0, 3, 6]
+    assert meta.single_document and meta.first_continues
+    assert not PackMeta.one_document_a_row(1, 1).first_continues
+
+
+def test_given_positions_are_kept():
+    ids_BT = torch.zeros(1, 3, dtype=torch.int32)
+    assert PackMeta.from_document_ids(ids_BT, torch.tensor([[5, 6, 7]])).positions_BT.tolist() == [[5, 6, 7]]
+
+
+def test_falling_ids_and_empty_rows_are_refused():
+    with pytest.raises(ValueError, match="must not decrease"):
+        PackMeta.from_document_ids(torch.tensor([[1, 0]]))
+    with pytest.raises(ValueError, match="not empty"):
+        PackMeta.from_document_ids(torch.zeros(0, 4))
