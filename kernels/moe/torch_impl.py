@@ -15,6 +15,9 @@ from torch import Tensor
 from kernels.gemm_precision import gemm_dtype
 
 
+STEADY_ROWS = 4  # from here on a row of a product does not depend on how many others there are
+
+
 def choose_experts(appeal_RE: Tensor, top_k: int, num_groups: int, group_top_k: int) -> Tensor:
     """Ids [R, K] of the most appealing experts, best first; equal appeal goes to the lower id. Not differentiable."""
     appeal_RE = appeal_RE.detach()
@@ -72,13 +75,32 @@ def grouped_product(x_RA: Tensor, weight_EBA: Tensor, offsets_E: Tensor) -> Tens
     """Rows of each expert times the transpose of its matrix: [R, B]."""
     unit = 16 // x_RA.element_size()
     if _aligned(x_RA, weight_EBA) and x_RA.shape[1] % unit == 0 and weight_EBA.shape[1] % unit == 0:
-        return F.grouped_mm(x_RA.contiguous(), weight_EBA.transpose(1, 2), offs=offsets_E)
+        y_RB = F.grouped_mm(x_RA.contiguous(), weight_EBA.transpose(1, 2), offs=offsets_E)
+        if x_RA.device.type == "cpu":
+            _multiply_few_rows(x_RA, weight_EBA, offsets_E, y_RB)
+        return y_RB
     y_RB = x_RA.new_empty(x_RA.shape[0], weight_EBA.shape[1])
     begin = 0
     for expert, end in enumerate(offsets_E.tolist()):
         torch.mm(x_RA[begin:end], weight_EBA[expert].T, out=y_RB[begin:end])
         begin = end
+    if x_RA.device.type == "cpu":
+        _multiply_few_rows(x_RA, weight_EBA, offsets_E, y_RB)
     return y_RB
+
+
+def _multiply_few_rows(x_RA: Tensor, weight_EBA: Tensor, offsets_E: Tensor, y_RB: Tensor) -> None:
+    """Write again, as part of a larger product, the rows of experts that have very few.
+
+    oneMKL multiplies one to three rows by another routine, which adds up in another order. A token's result would then
+    depend, in its last bit, on how many tokens of other documents chose its expert.
+    """
+    begin = 0
+    for expert, end in enumerate(offsets_E.tolist()):
+        if 0 < end - begin < STEADY_ROWS:
+            padded = F.pad(x_RA[begin:end], (0, 0, 0, STEADY_ROWS - (end - begin)))
+            y_RB[begin:end] = torch.mm(padded, weight_EBA[expert].T)[: end - begin]
+        begin = end
 
 
 def grouped_outer(dy_RB: Tensor, x_RA: Tensor, offsets_E: Tensor) -> Tensor:

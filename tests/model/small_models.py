@@ -11,7 +11,7 @@ MAMBA = Mamba2Config(num_heads=6, head_dim=4, state_size=5, num_groups=2, chunk_
 ATTENTION = AttentionConfig(
     num_heads=6, num_kv_heads=2, head_dim=8, qk_norm=True, positions="rope", rope=RopeConfig(theta=100.0)
 )
-MOE = MoeConfig(num_experts=5, top_k=2, expert_hidden_size=6, shared_expert_hidden_size=10, expert_bias=True)
+MOE = MoeConfig(num_experts=5, top_k=2, expert_hidden_size=8, shared_expert_hidden_size=10, expert_bias=True)
 FEED_FORWARD = FeedForwardConfig(hidden_size=14, activation="swiglu")
 
 
