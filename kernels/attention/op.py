@@ -1,0 +1,69 @@
+"""Causal grouped-query attention inside documents."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kernels.attention.reference import attention_reference
+from kernels.attention.torch_impl import attention_torch
+from kernels.backend import resolve_backend
+from kernels.shapes import check_documents, check_float, check_shape
+
+
+def attention(
+    q_BTHK: Tensor,
+    k_BSJK: Tensor,
+    v_BSJK: Tensor,
+    *,
+    document_ids_BT: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "torch",
+) -> Tensor:
+    """softmax(scale * q k^T) v over the keys of the query's document up to the query itself.
+
+    Shapes: q [B, T, H, K], k and v [B, S, J, K] with J dividing H and S >= T -> [B, T, H, K]. The last T keys are those
+    of the queries; S > T continues from a cache. `document_ids_BT` (nondecreasing inside a row) only with S == T.
+    `scale` defaults to K ** -0.5. Softmax and sums in float32 (float64 for float64).
+    Raises ValueError for wrong shapes and dtypes, and for documents together with a cache.
+    Source: Dao 2023 (arXiv 2307.08691); Ainslie et al. 2023 (arXiv 2305.13245) for grouped queries.
+    """
+    _check(q_BTHK, k_BSJK, v_BSJK, document_ids_BT)
+    scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
+    backend = resolve_backend(backend, q_BTHK.device)
+    if backend == "triton":
+        from kernels.attention.triton_impl import attention_triton
+
+        return attention_triton(q_BTHK, k_BSJK, v_BSJK, document_ids_BT, scale)
+    implementation = attention_torch if backend == "torch" else attention_reference
+    return implementation(q_BTHK, k_BSJK, v_BSJK, document_ids_BT=document_ids_BT, scale=scale)
+
+
+def _check(q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, document_ids_BT: Tensor | None) -> None:
+    check_shape("q_BTHK", q_BTHK, (-1, -1, -1, -1))
+    check_float("q_BTHK", q_BTHK)
+    batch, tokens, heads, size = q_BTHK.shape
+    check_shape("k_BSJK", k_BSJK, (batch, -1, -1, size), q_BTHK)
+    check_float("k_BSJK", k_BSJK, q_BTHK)
+    check_shape("v_BSJK", v_BSJK, tuple(k_BSJK.shape), q_BTHK)
+    check_float("v_BSJK", v_BSJK, q_BTHK)
+    keys, kv_heads = k_BSJK.shape[1:3]
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"key heads must divide the query heads; got {kv_heads} and {heads}")
+    if keys < tokens:
+        raise ValueError(f"keys must be at least as many as queries; got {keys} and {tokens}")
+    check_documents(document_ids_BT, batch, tokens, q_BTHK)
+    if document_ids_BT is not None and keys != tokens:
+        raise ValueError(f"document_ids_BT needs as many keys as queries; got {keys} keys and {tokens} queries")
+
+
+def attention_flops(batch: int, tokens: int, heads: int, head_dim: int, *, backward: bool) -> int:
+    """Floating point operations of causal attention in one document: two products forward, five backward, half masked."""
+    return batch * heads * tokens * tokens * head_dim * (10 if backward else 4) // 2
+
+
+def attention_bytes(
+    batch: int, tokens: int, heads: int, kv_heads: int, head_dim: int, size: int, *, backward: bool
+) -> int:
+    """Least bytes: q, k, v read, y written; backward reads those and dy and writes three gradients."""
+    wide, narrow = batch * tokens * heads * head_dim, batch * tokens * kv_heads * head_dim
+    return size * (4 * wide + 4 * narrow if backward else 2 * wide + 2 * narrow)

@@ -1,0 +1,28 @@
+"""Causal attention inside documents, one query at a time: the meaning the fast paths must keep."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def attention_reference(
+    q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, *, document_ids_BT: Tensor | None, scale: float
+) -> Tensor:
+    """Softmax over the keys up to the query (the last keys align with the queries) of the query's document."""
+    batch, tokens, heads, _ = q_BTHK.shape
+    offset = k_BSJK.shape[1] - tokens
+    repeat = heads // k_BSJK.shape[2]
+    k_BSHK, v_BSHK = k_BSJK.repeat_interleave(repeat, 2), v_BSJK.repeat_interleave(repeat, 2)
+    rows = []
+    for row in range(batch):
+        outputs = []
+        for query in range(tokens):
+            begin, end = 0, offset + query + 1
+            if document_ids_BT is not None:
+                same = document_ids_BT[row, :end] == document_ids_BT[row, query]
+                begin = int(same.int().argmax())
+            scores_HS = torch.einsum("hk,shk->hs", q_BTHK[row, query], k_BSHK[row, begin:end]) * scale
+            outputs.append(torch.einsum("hs,shk->hk", scores_HS.softmax(-1), v_BSHK[row, begin:end]))
+        rows.append(torch.stack(outputs))
+    return torch.stack(rows)

@@ -1,0 +1,78 @@
+"""Frequencies of rotary positions, and how they are stretched to texts longer than the model was trained on."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def rope_frequencies(
+    head_dim: int,
+    *,
+    theta: float,
+    fraction: float = 1.0,
+    scaling: str = "none",
+    ntk_alpha: float | None = None,
+    yarn_factor: float | None = None,
+    yarn_original_length: int | None = None,
+    yarn_beta_fast: float = 32.0,
+    yarn_beta_slow: float = 1.0,
+) -> tuple[Tensor, float]:
+    """Angle a token of each rotated pair of channels, float32 on CPU, and the factor on cosine and sine.
+
+    d = int(head_dim * fraction) channels are rotated, so there are d / 2 angles.
+    `scaling`: "none" theta^(-2i/d); "ntk" theta becomes theta * alpha^(d/(d-2)); "yarn" frequencies that turn fewer
+    than `yarn_beta_slow` times over the trained length are divided by `yarn_factor`, those above `yarn_beta_fast`
+    are kept, and between them a ramp mixes both.
+
+    Raises ValueError for an odd number of rotated channels, a missing setting, or one that another scaling reads.
+    Source: Su et al. 2021 (arXiv 2104.09864), section 3.4.2; Peng et al. 2023 (arXiv 2309.00071), sections 3.1 to 3.4.
+    """
+    dim = int(head_dim * fraction)
+    _check(head_dim, dim, theta, scaling, ntk_alpha, yarn_factor, yarn_original_length)
+    if scaling == "ntk":
+        assert ntk_alpha is not None, "checked above"
+        theta = theta * ntk_alpha ** (dim / (dim - 2))
+    exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
+    frequencies = 1.0 / theta**exponents
+    if scaling != "yarn":
+        return frequencies, 1.0
+    assert yarn_factor is not None and yarn_original_length is not None, "checked above"
+    low = math.floor(_pair_that_turns(yarn_beta_fast, dim, theta, yarn_original_length))
+    high = math.ceil(_pair_that_turns(yarn_beta_slow, dim, theta, yarn_original_length))
+    low, high = max(low, 0), min(high, dim - 1)
+    width = high - low if high != low else 1e-3
+    stretched = ((torch.arange(dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
+    mixed = frequencies / yarn_factor * stretched + frequencies * (1 - stretched)
+    return mixed, 0.1 * math.log(yarn_factor) + 1.0 if yarn_factor > 1 else 1.0
+
+
+def _pair_that_turns(rotations: float, dim: int, theta: float, length: int) -> float:
+    """Index (a real number) of the pair of channels that turns `rotations` times over `length` tokens."""
+    return dim * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+
+def _check(
+    head_dim: int,
+    dim: int,
+    theta: float,
+    scaling: str,
+    ntk_alpha: float | None,
+    yarn_factor: float | None,
+    yarn_original_length: int | None,
+) -> None:
+    if not 0 < dim <= head_dim or dim % 2:
+        raise ValueError(f"head_dim * fraction must be even and in 1..head_dim; got {dim} of head_dim={head_dim}")
+    if theta <= 1:
+        raise ValueError(f"theta must be above 1; got {theta}")
+    if scaling not in ("none", "ntk", "yarn"):
+        raise ValueError(f"scaling must be none, ntk or yarn; got {scaling!r}")
+    if (scaling == "ntk") != (ntk_alpha is not None):
+        raise ValueError(f"scaling=ntk needs ntk_alpha, and nothing else reads it; got {scaling=}, {ntk_alpha=}")
+    if scaling == "ntk" and dim <= 2:
+        raise ValueError(f"scaling=ntk needs more than 2 rotated channels; got {dim}")
+    for name, value in (("yarn_factor", yarn_factor), ("yarn_original_length", yarn_original_length)):
+        if (scaling == "yarn") != (value is not None):
+            raise ValueError(f"scaling=yarn needs {name}, and nothing else reads it; got {scaling=}, {name}={value}")

@@ -1,0 +1,30 @@
+"""Normalization and rotation of heads, one pair of channels at a time: the meaning the fast paths must keep."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def norm_rope_reference(
+    x_BTHK: Tensor,
+    positions_BT: Tensor,
+    inverse_frequencies: Tensor | None,
+    attention_factor: float,
+    weight_K: Tensor | None,
+    epsilon: float,
+) -> Tensor:
+    """RMSNorm over each head (without weight: none), then channel i and i + d/2 rotate by position * frequency i."""
+    if weight_K is not None:
+        x_BTHK = x_BTHK / (x_BTHK.square().mean(-1, keepdim=True) + epsilon).sqrt() * weight_K
+    if inverse_frequencies is None:
+        return x_BTHK
+    half = inverse_frequencies.shape[0]
+    channels = list(x_BTHK.unbind(-1))
+    for pair, frequency in enumerate(inverse_frequencies.to(x_BTHK.dtype)):
+        angle = (positions_BT.to(x_BTHK.dtype) * frequency)[:, :, None]
+        cosine, sine = angle.cos() * attention_factor, angle.sin() * attention_factor
+        first, second = x_BTHK[..., pair], x_BTHK[..., pair + half]
+        channels[pair] = first * cosine - second * sine
+        channels[pair + half] = second * cosine + first * sine
+    return torch.stack(channels, dim=-1)

@@ -1,0 +1,58 @@
+"""Activations of feed-forward layers: SwiGLU and the squared ReLU."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kernels.backend import resolve_backend
+from kernels.shapes import check_float
+from kernels.swiglu.reference import squared_relu_reference, swiglu_reference
+from kernels.swiglu.torch_impl import squared_relu_torch, swiglu_torch
+
+
+def swiglu(gate_up: Tensor, *, backend: str = "torch") -> Tensor:
+    """silu(gate) * up, where the last dim of 2F holds gate, then up.
+
+    Shapes: [..., 2F] -> [..., F], in the input's dtype, computed in float32. Saves only the input.
+    Raises ValueError for an odd last dim or a dtype that is not floating point.
+    Source: Shazeer 2020 (arXiv 2002.05202), section 2.
+    """
+    check_float("gate_up", gate_up)
+    if gate_up.dim() == 0 or gate_up.shape[-1] % 2:
+        raise ValueError(f"gate_up must have an even last dim (gate, then up); got {list(gate_up.shape)}")
+    backend = resolve_backend(backend, gate_up.device)
+    if backend == "triton":
+        from kernels.swiglu.triton_impl import swiglu_triton
+
+        return swiglu_triton(gate_up)
+    return swiglu_torch(gate_up) if backend == "torch" else swiglu_reference(gate_up)
+
+
+def squared_relu(x: Tensor, *, backend: str = "torch") -> Tensor:
+    """max(x, 0)^2 element by element, in the input's dtype, computed in float32. Saves only the input.
+
+    Raises ValueError for a dtype that is not floating point.
+    Source: So et al. 2021 (arXiv 2109.08668), section 3.
+    """
+    check_float("x", x)
+    backend = resolve_backend(backend, x.device)
+    if backend == "triton":
+        from kernels.swiglu.triton_impl import squared_relu_triton
+
+        return squared_relu_triton(x)
+    return squared_relu_torch(x) if backend == "torch" else squared_relu_reference(x)
+
+
+def swiglu_bytes(elements: int, size: int, *, backward: bool) -> int:
+    """Least bytes for `elements` outputs: gate, up and y; backward reads gate, up, dy and writes both gradients."""
+    return elements * size * (5 if backward else 3)
+
+
+def squared_relu_bytes(elements: int, size: int, *, backward: bool) -> int:
+    """Least bytes: x read, y written; backward reads x and dy and writes dx."""
+    return elements * size * (3 if backward else 2)
+
+
+def swiglu_flops(elements: int, *, backward: bool) -> int:
+    """Floating point operations, an exponential counted as one."""
+    return elements * (12 if backward else 5)

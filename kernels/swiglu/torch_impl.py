@@ -1,0 +1,60 @@
+"""Activations in PyTorch, with backward written out so that only the input is kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """The tensor in float32, or in float64 where it is that."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(_wide(gate)).mul_(up).to(gate_up.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        gate, d_y = _wide(gate), grads[0]
+        d_gate_up = torch.empty_like(gate_up)
+        d_gate, d_up = d_gate_up.chunk(2, dim=-1)
+        d_gate.copy_(torch.ops.aten.silu_backward(_wide(d_y) * up, gate))
+        d_up.copy_(F.silu(gate).mul_(d_y))
+        return d_gate_up
+
+
+class _SquaredReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return F.relu(_wide(x)).square_().to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return F.relu(_wide(x)).mul(2).mul_(grads[0]).to(x.dtype)
+
+
+def swiglu_torch(gate_up: Tensor) -> Tensor:
+    """As `swiglu_reference`, in float32 inside. A compiler fuses the plain composition better than the Function."""
+    if torch.compiler.is_compiling():
+        gate, up = gate_up.chunk(2, dim=-1)
+        return (F.silu(_wide(gate)) * up).to(gate_up.dtype)
+    return _SwiGLU.apply(gate_up)
+
+
+def squared_relu_torch(x: Tensor) -> Tensor:
+    """As `squared_relu_reference`, in float32 inside."""
+    if torch.compiler.is_compiling():
+        return F.relu(_wide(x)).square().to(x.dtype)
+    return _SquaredReLU.apply(x)
