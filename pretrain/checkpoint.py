@@ -1,0 +1,296 @@
+"""Durable checkpoints of a training run: save all state at once or not at all, load the newest that verifies."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import platform
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pretrain.checkpoint_commit import (
+    Agreement,
+    Problem,
+    check_free_space,
+    checkpoint_name,
+    commit,
+    examine_latest,
+    list_checkpoints,
+    prune,
+    remove_temporary,
+)
+from pretrain.checkpoint_files import (
+    FileEntry,
+    find_foreign_files,
+    measure_tensors,
+    rank_file_name,
+    read_manifest,
+    sync_directory,
+    verify_file,
+    write_tensors,
+)
+from pretrain.checkpoint_fragments import (
+    Fragment,
+    collect_buffers,
+    collect_fragments,
+    collect_group_settings,
+    name_parameters,
+    parameter_shape,
+)
+from pretrain.checkpoint_random import collect_random_state
+from pretrain.checkpoint_ranges import check_tiling
+from pretrain.checkpoint_restore import check_same_tensors, restore
+from pretrain.checkpoint_resume import check_resumable, digest_config
+from pretrain.config import RunConfig
+from pretrain.engine import ZeroEngine
+
+# Room for the manifest, directories and the `latest` file, beyond the tensors.
+SPARE_BYTES = 1 << 20
+LIBRARIES = ("amfm-pretrain", "torch", "deepspeed", "megatron-core", "numpy", "safetensors")
+ENGINE_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+
+
+@dataclass(frozen=True)
+class LoadedCheckpoint:
+    """What `load_newest` found: the step done, the loop's own state, and what deserves a line in the event log.
+
+    `skipped`: newer checkpoints that were passed over, each with its reason. `warnings`: oddities that did no harm.
+    `changes`: settings that differ from the saved run and may.
+    """
+
+    step: int
+    state: dict[str, Any]
+    path: Path
+    skipped: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    changes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All that this rank will write for one step, before anything is written."""
+
+    step: int
+    fragments: list[Fragment]
+    tensors: dict[str, Tensor]
+    manifest: dict[str, Any]
+
+    def metadata(self) -> dict[str, str]:
+        """Head of the rank's tensor file."""
+        return {"format": "pt", "step": str(self.step)}
+
+
+def save_checkpoint(
+    checkpoints_dir: Path,
+    step: int,
+    engine: ZeroEngine,
+    *,
+    state: dict[str, Any],
+    config: RunConfig,
+    identities: dict[str, str],
+    keep_last: int,
+) -> Path:
+    """Save everything that an exact resume needs as `checkpoints_dir/step-N`, and prune to `keep_last` checkpoints.
+
+    All ranks must call it, at a step boundary (no gradients pending), with the same `state` (JSON: data cursor,
+    counters). Raises RuntimeError on every rank when any rank fails (disk full, read-only folder, NaN in a tensor):
+    then the temporary folder is gone and older checkpoints are untouched. Returns the folder once it is durable.
+    """
+    ranks = agreement_of(engine)
+    snapshot = take_snapshot(step, engine, ranks, state=state, config=config, identities=identities)
+    return write_snapshot(checkpoints_dir, snapshot, ranks, keep_last)
+
+
+def agreement_of(engine: ZeroEngine) -> Agreement:
+    """The ranks that share this engine's checkpoints."""
+    return Agreement(engine.deepspeed.global_rank, engine.deepspeed.world_size)
+
+
+def take_snapshot(
+    step: int,
+    engine: ZeroEngine,
+    ranks: Agreement,
+    *,
+    state: dict[str, Any],
+    config: RunConfig,
+    identities: dict[str, str],
+) -> Snapshot:
+    """Views of the state that this rank writes, and the manifest's part that is known beforehand. No communication."""
+    assert json.loads(json.dumps(state)) == state, "the state of a checkpoint must survive JSON unchanged"
+    fragments = collect_fragments(engine.deepspeed, ranks.rank, ranks.world_size)
+    tensors = {f"{kind}/{part.name}/{part.start}": part.tensors[kind] for part in fragments for kind in part.tensors}
+    buffers = collect_buffers(engine.module)
+    if ranks.rank == 0:
+        tensors |= {f"buffer/{name}": tensor.detach() for name, tensor in buffers.items()}
+    tensors |= {f"random/{name}": tensor for name, tensor in collect_random_state().items()}
+    parameters = {
+        name: {"shape": list(parameter_shape(parameter)), "dtype": str(parameter.dtype).removeprefix("torch.")}
+        for name, parameter in engine.module.named_parameters()
+    }
+    assert len(parameters) == len(name_parameters(engine.module)), "two parameters share a name"
+    manifest = {
+        "step": step,
+        "saved_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "layout": {
+            "world_size": ranks.world_size,
+            "zero_stage": engine.zero_stage,
+            "precision": config.train.precision,
+        },
+        "identities": identities,
+        "config_sha256": digest_config(config),
+        "config": config.model_dump(mode="json"),
+        "state": state,
+        "engine": {name: int(getattr(engine.deepspeed, name)) for name in ENGINE_COUNTERS},
+        "groups": collect_group_settings(engine.deepspeed),
+        "parameters": parameters,
+        "buffers": {
+            name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
+            for name, tensor in buffers.items()
+        },
+        "versions": collect_versions(),
+    }
+    return Snapshot(step, fragments, tensors, manifest)
+
+
+def collect_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries whose change could change numbers."""
+    versions = {"python": platform.python_version()}
+    for library in LIBRARIES:
+        try:
+            versions[library] = importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:
+            versions[library] = "not installed as a distribution"
+    return versions
+
+
+def write_snapshot(checkpoints_dir: Path, snapshot: Snapshot, ranks: Agreement, keep_last: int) -> Path:
+    """Write, acknowledge, commit, prune; all ranks must call it. Raises RuntimeError as `save_checkpoint` says."""
+    temporary_dir = checkpoints_dir / f"{checkpoint_name(snapshot.step)}.tmp"
+    doing = f"checkpoint of step {snapshot.step} in {checkpoints_dir} was not saved"
+    needed_bytes = sum(ranks.gather(measure_tensors(snapshot.tensors, snapshot.metadata())))
+    problem = Problem()
+    if ranks.rank == 0:
+        with problem.caught():
+            checkpoints_dir.mkdir(parents=True, exist_ok=True)
+            remove_temporary(checkpoints_dir)
+            check_free_space(checkpoints_dir, needed_bytes + SPARE_BYTES)
+            temporary_dir.mkdir()
+    ranks.check(problem.text, doing)
+
+    entry: FileEntry | None = None
+    with problem.caught():
+        path = temporary_dir / rank_file_name(ranks.rank)
+        entry = write_tensors(path, snapshot.tensors, snapshot.metadata())
+    report = [(part.name, part.start, part.numel, part.optimizer_step, part.group) for part in snapshot.fragments]
+    reports = ranks.gather((entry, report))
+    all_written = all(text is None for text in ranks.gather_everywhere(problem.text))
+    if ranks.rank == 0:
+        if all_written:
+            with problem.caught():
+                sync_directory(temporary_dir)
+                commit(temporary_dir, complete_manifest(snapshot.manifest, reports))
+                prune(checkpoints_dir, snapshot.step, keep_last)
+        # Still there only after a failure, on any rank; nobody leaves before it is gone.
+        shutil.rmtree(temporary_dir, ignore_errors=True)
+    ranks.check(problem.text, doing)
+    return checkpoints_dir / checkpoint_name(snapshot.step)
+
+
+def complete_manifest(manifest: dict[str, Any], reports: list[Any]) -> dict[str, Any]:
+    """Add what only rank 0 knows: files with digests, and which range of which parameter lies in which file.
+
+    Asserts that the ranges of all ranks tile each parameter exactly once.
+    """
+    files = {}
+    ranges: dict[str, list[list[Any]]] = {name: [] for name in manifest["parameters"]}
+    parameters = {name: dict(entry) for name, entry in manifest["parameters"].items()}
+    for rank, (file_entry, report) in enumerate(reports):
+        files[rank_file_name(rank)] = {"bytes": file_entry.num_bytes, "sha256": file_entry.sha256}
+        for name, start, numel, optimizer_step, group in report:
+            ranges[name].append([start, numel, rank_file_name(rank)])
+            known = parameters[name].setdefault("optimizer_step", optimizer_step)
+            assert known == optimizer_step, f"ranks count steps of {name} differently: {known} and {optimizer_step}"
+            parameters[name]["group"] = group
+    for name, entry in parameters.items():
+        ranges[name].sort()
+        check_tiling(name, entry["shape"], ranges[name])
+    return {**manifest, "parameters": parameters, "fragments": ranges, "files": files}
+
+
+def load_newest(
+    checkpoints_dir: Path, engine: ZeroEngine, *, config: RunConfig, identities: dict[str, str]
+) -> LoadedCheckpoint | None:
+    """Put the newest checkpoint that verifies into the engine; None when there is none at all.
+
+    All ranks must call it; each verifies a share of the files. A broken checkpoint is passed over for the one before.
+    Raises RuntimeError when checkpoints exist but none verifies, naming each with its reason: training would
+    otherwise start anew without a word. Raises ValueError when the newest sound one belongs to another model, dataset
+    or schedule. Rank count and ZeRO stage may differ from those that saved.
+    """
+    ranks = agreement_of(engine)
+    names = ranks.share([path.name for path in list_checkpoints(checkpoints_dir)] if ranks.rank == 0 else None)
+    skipped: list[str] = []
+    for path in [checkpoints_dir / name for name in names]:
+        manifest, problems = verify_together(path, ranks)
+        if manifest is None or problems:
+            skipped.append(f"{path.name}: {'; '.join(problems)}")
+            continue
+        changes = check_resumable(manifest, config, identities)
+        warnings = ranks.share(list_warnings(checkpoints_dir, path, manifest) if ranks.rank == 0 else None)
+        problem = Problem()
+        with problem.caught():
+            check_same_tensors(manifest, engine.deepspeed)
+        ranks.check(problem.text, f"checkpoint {path} does not fit this model")
+        own_warnings = restore(path, manifest, engine.deepspeed, ranks.rank)
+        warnings += [text for share in ranks.gather_everywhere(own_warnings) for text in share]
+        for name in ENGINE_COUNTERS:
+            setattr(engine.deepspeed, name, manifest["engine"][name])
+        state = manifest["state"]
+        return LoadedCheckpoint(manifest["step"], state, path, tuple(skipped), tuple(warnings), changes)
+    if skipped:
+        raise RuntimeError(
+            f"none of the {len(skipped)} checkpoints in {checkpoints_dir} can be loaded: "
+            + " | ".join(skipped)
+            + f". Move {checkpoints_dir} away to start anew."
+        )
+    return None
+
+
+def verify_together(checkpoint_dir: Path, ranks: Agreement) -> tuple[dict[str, Any] | None, list[str]]:
+    """Verify a checkpoint with all ranks, each its share of the files; the same answer everywhere."""
+    manifest: dict[str, Any] | None = None
+    problem = Problem()
+    foreign: list[str] = []
+    if ranks.rank == 0:
+        with problem.caught():
+            manifest = read_manifest(checkpoint_dir)
+            foreign, _ = find_foreign_files(checkpoint_dir, manifest)
+    manifest, text = ranks.share((manifest, problem.text))
+    if manifest is None:
+        return None, [str(text)]
+    problems = [f"{checkpoint_dir / name}: is not in the manifest" for name in foreign]
+    for name, entry in list(manifest["files"].items())[ranks.rank :: ranks.world_size]:
+        file_problem = verify_file(checkpoint_dir, name, entry)
+        if file_problem is not None:
+            problems.append(file_problem)
+    return manifest, [text for share in ranks.gather_everywhere(problems) for text in share]
+
+
+def list_warnings(checkpoints_dir: Path, chosen: Path, manifest: dict[str, Any]) -> list[str]:
+    """Oddities around a sound checkpoint: a wrong `latest`, files that don't belong, other library versions."""
+    warnings = []
+    about_latest = examine_latest(checkpoints_dir, chosen)
+    if about_latest is not None:
+        warnings.append(about_latest)
+    _, others = find_foreign_files(chosen, manifest)
+    warnings += [f"{chosen / name} is not part of the checkpoint; ignored" for name in others]
+    now = collect_versions()
+    for library, version in manifest["versions"].items():
+        if now.get(library) != version:
+            warnings.append(f"saved with {library} {version}, this is {now.get(library)}: results may differ in bits")
+    return warnings

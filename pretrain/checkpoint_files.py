@@ -1,0 +1,217 @@
+"""The files of a checkpoint: safetensors written while hashing, a manifest that guards itself, and their verification."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+FORMAT = "amfm-checkpoint"
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+CHUNK_BYTES = 1 << 24
+NO_DIGEST = "0" * 64
+
+# Names of the safetensors format for the dtypes that a model or a random state may hold.
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """What the manifest knows of a file: its size and the SHA-256 of its bytes."""
+
+    num_bytes: int
+    sha256: str
+
+
+def rank_file_name(rank: int) -> str:
+    """Name of the file that this rank writes."""
+    return f"rank-{rank:05d}.safetensors"
+
+
+def encode_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """The head of a safetensors file: length, then JSON with dtype, shape and byte range of each tensor in order."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for key, tensor in tensors.items():
+        end = offset + tensor.numel() * tensor.element_size()
+        header[key] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def measure_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
+    """Bytes that `write_tensors` will write."""
+    data_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    return len(encode_header(tensors, metadata)) + data_bytes
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, without a copy when it is contiguous and on the CPU."""
+    array: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> FileEntry:
+    """Write a new safetensors file, hash it on the way, and return when the disk holds it.
+
+    Tensors go out one after the other, so memory grows by one tensor at most. Raises FileExistsError when the file is
+    there, OSError when the disk refuses, RuntimeError for a tensor with NaN or infinity: a state that cannot be
+    resumed must not replace one that can.
+    """
+    digest = hashlib.sha256()
+    num_bytes = 0
+    with path.open("xb") as file:
+
+        def put(block: bytes | memoryview) -> None:
+            nonlocal num_bytes
+            digest.update(block)
+            file.write(block)
+            num_bytes += len(block)
+
+        put(encode_header(tensors, metadata))
+        for key, tensor in tensors.items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise RuntimeError(f"tensor {key} holds NaN or infinity; the checkpoint is not written")
+            data = tensor_bytes(tensor)
+            for start in range(0, len(data), CHUNK_BYTES):
+                put(data[start : start + CHUNK_BYTES])
+        file.flush()
+        os.fsync(file.fileno())
+    return FileEntry(num_bytes, digest.hexdigest())
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable (an fsync of the directory itself)."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Put a small file in place at once: the old content or the new one is there after a crash, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(temporary, path)
+    sync_directory(path.parent)
+
+
+def encode_manifest(body: Mapping[str, Any]) -> str:
+    """JSON text of a manifest that carries the SHA-256 of itself (computed with 64 zeros in that place)."""
+    document = {"format": FORMAT, "format_version": FORMAT_VERSION, "sha256": NO_DIGEST, **body}
+    text = json.dumps(document, indent=1, allow_nan=False) + "\n"
+    return text.replace(NO_DIGEST, hashlib.sha256(text.encode()).hexdigest(), 1)
+
+
+def read_manifest(checkpoint_dir: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, proved unchanged since it was written.
+
+    Raises RuntimeError that names the file and what is wrong: absent, not JSON, another format or version, a digest
+    that does not match, or the step of another folder.
+    """
+    path = checkpoint_dir / MANIFEST_NAME
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise RuntimeError(f"{path}: cannot be read ({error.strerror}); the checkpoint was never completed") from error
+    try:
+        text = raw.decode()
+        manifest = json.loads(text)
+    except ValueError as error:
+        raise RuntimeError(f"{path}: is not valid JSON ({error})") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise RuntimeError(f"{path}: is not an amfm checkpoint manifest")
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise RuntimeError(
+            f"{path}: format version {manifest.get('format_version')}, this program reads version {FORMAT_VERSION}"
+        )
+    stated = str(manifest.get("sha256"))
+    found = hashlib.sha256(text.replace(stated, NO_DIGEST, 1).encode()).hexdigest()
+    if found != stated:
+        raise RuntimeError(f"{path}: content changed since it was written (SHA-256 {found}, states {stated})")
+    named_step = checkpoint_dir.name.removesuffix(".old").removeprefix("step-")
+    if named_step.isdigit() and int(named_step) != manifest["step"]:
+        raise RuntimeError(f"{path}: is of step {manifest['step']} but lies in {checkpoint_dir.name}")
+    return manifest
+
+
+def verify_file(checkpoint_dir: Path, name: str, entry: Mapping[str, Any]) -> str | None:
+    """Read one file of a checkpoint and say what is wrong with it, or None.
+
+    Compares size and SHA-256 with the manifest's entry; then refuses a NaN or an infinity in any float tensor.
+    """
+    path = checkpoint_dir / name
+    try:
+        num_bytes = path.stat().st_size
+        if num_bytes != entry["bytes"]:
+            return f"{path}: {num_bytes} bytes, the manifest says {entry['bytes']}"
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while block := file.read(CHUNK_BYTES):
+                digest.update(block)
+        if digest.hexdigest() != entry["sha256"]:
+            return f"{path}: SHA-256 {digest.hexdigest()}, the manifest says {entry['sha256']}"
+        with safe_open(path, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 - not a dict, can't be iterated
+                tensor = tensors.get_tensor(key)
+                if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                    return f"{path}: tensor {key} holds NaN or infinity"
+    except OSError as error:
+        return f"{path}: cannot be read ({error.strerror})"
+    except SafetensorError as error:
+        return f"{path}: is not a safetensors file ({error})"
+    return None
+
+
+def find_foreign_files(checkpoint_dir: Path, manifest: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Files in the folder that the manifest does not list: (tensor files, which are a fault; others, worth a word)."""
+    known = {MANIFEST_NAME, *manifest["files"]}
+    foreign = sorted(entry.name for entry in checkpoint_dir.iterdir() if entry.name not in known)
+    tensor_files = [name for name in foreign if name.endswith(".safetensors")]
+    return tensor_files, [name for name in foreign if name not in tensor_files]
+
+
+def verify_checkpoint(checkpoint_dir: Path) -> tuple[dict[str, Any] | None, list[str]]:
+    """Read everything in a checkpoint: its manifest (None when that is broken) and all problems found."""
+    try:
+        manifest = read_manifest(checkpoint_dir)
+    except RuntimeError as error:
+        return None, [str(error)]
+    problems = []
+    for name, entry in manifest["files"].items():
+        problem = verify_file(checkpoint_dir, name, entry)
+        if problem is not None:
+            problems.append(problem)
+    foreign, _ = find_foreign_files(checkpoint_dir, manifest)
+    problems += [f"{checkpoint_dir / name}: is not in the manifest" for name in foreign]
+    return manifest, problems

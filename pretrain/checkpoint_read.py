@@ -1,0 +1,172 @@
+"""Reading checkpoints without DeepSpeed: whole weights for export and generation, inspection, comparison."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from pretrain.checkpoint_commit import CHECKPOINT_NAME, list_checkpoints
+from pretrain.checkpoint_files import (
+    MANIFEST_NAME,
+    find_foreign_files,
+    rank_file_name,
+    read_manifest,
+    verify_checkpoint,
+)
+from pretrain.checkpoint_ranges import KINDS, RangeReader
+from pretrain.checkpoint_resume import compare_settings
+from pretrain.config import RunConfig
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that a path means: itself, or the newest that verifies in a `checkpoints` folder or run directory.
+
+    Raises RuntimeError when there is none, naming each that failed with its reason.
+    """
+    if (path / MANIFEST_NAME).exists() or CHECKPOINT_NAME.fullmatch(path.name):
+        return path
+    checkpoints_dir = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    failed = []
+    for candidate in list_checkpoints(checkpoints_dir):
+        _, problems = verify_checkpoint(candidate)
+        if not problems:
+            return candidate
+        failed.append(f"{candidate.name}: {'; '.join(problems)}")
+    if failed:
+        raise RuntimeError(f"no checkpoint in {checkpoints_dir} verifies: " + " | ".join(failed))
+    raise RuntimeError(f"{path} holds no checkpoint; give a step folder, a checkpoints folder or a run directory")
+
+
+def require_sound(checkpoint_dir: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose every file verifies; RuntimeError naming each problem otherwise."""
+    manifest, problems = verify_checkpoint(checkpoint_dir)
+    if manifest is None or problems:
+        raise RuntimeError(f"checkpoint {checkpoint_dir} is damaged: " + "; ".join(problems))
+    return manifest
+
+
+def read_config(checkpoint_dir: Path) -> RunConfig:
+    """The resolved configuration of the run that saved a checkpoint."""
+    return RunConfig.model_validate(read_manifest(checkpoint_dir)["config"])
+
+
+def read_full_state(checkpoint_dir: Path) -> dict[str, Tensor]:
+    """All weights and buffers of the model in float32 on the CPU, by global name, put together from every rank's file.
+
+    Verifies every digest first; RuntimeError when one fails. A tied head is absent, as in the model. Float buffers
+    (the router's bias) come as float32, others keep their dtype. `model.load_state_dict` takes the result.
+    """
+    manifest = require_sound(checkpoint_dir)
+    state = dict(read_parameters(checkpoint_dir, manifest, "weight"))
+    state |= {
+        name: buffer.float() if buffer.is_floating_point() else buffer
+        for name, buffer in read_buffers(checkpoint_dir, manifest)
+    }
+    return state
+
+
+def read_parameters(checkpoint_dir: Path, manifest: dict[str, Any], kind: str) -> Iterator[tuple[str, Tensor]]:
+    """Whole float32 tensors of one kind (weight, exp_avg, exp_avg_sq), one parameter after the other."""
+    reader = RangeReader(checkpoint_dir, manifest)
+    for name, entry in manifest["parameters"].items():
+        yield name, reader.whole(kind, name, entry["shape"])
+    reader.close()
+
+
+def read_buffers(checkpoint_dir: Path, manifest: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Buffers of the model in the dtype they were saved with."""
+    with safe_open(checkpoint_dir / rank_file_name(0), framework="pt") as file:
+        for name in manifest["buffers"]:
+            yield name, file.get_tensor(f"buffer/{name}")
+
+
+def inspect_checkpoint(checkpoint_dir: Path) -> dict[str, Any]:
+    """What a folder is and whether all of it verifies, as JSON can hold it; never raises for damage.
+
+    Keys: kind, path, ok, problems, warnings; with a readable manifest also step, saved_at, parameters (total, tensors,
+    by_group), buffers, bytes, files, layout, identities, config_sha256, versions, state.
+    """
+    manifest, problems = verify_checkpoint(checkpoint_dir)
+    found: dict[str, Any] = {
+        "kind": "checkpoint",
+        "path": str(checkpoint_dir),
+        "ok": not problems,
+        "problems": problems,
+        "warnings": [],
+    }
+    if manifest is None:
+        return found
+    _, others = find_foreign_files(checkpoint_dir, manifest)
+    by_group: dict[str, int] = {}
+    for entry in manifest["parameters"].values():
+        by_group[entry["group"]] = by_group.get(entry["group"], 0) + math.prod(entry["shape"])
+    return {
+        **found,
+        "warnings": [f"{name} is not part of the checkpoint" for name in others],
+        "step": manifest["step"],
+        "saved_at": manifest["saved_at"],
+        "parameters": {
+            "total": sum(by_group.values()),
+            "tensors": len(manifest["parameters"]),
+            "by_group": by_group,
+        },
+        "buffers": len(manifest["buffers"]),
+        "bytes": sum(entry["bytes"] for entry in manifest["files"].values()),
+        "files": len(manifest["files"]),
+        **{key: manifest[key] for key in ("layout", "identities", "config_sha256", "versions", "state")},
+    }
+
+
+def diff_checkpoints(first_dir: Path, second_dir: Path) -> dict[str, Any]:
+    """Where two sound checkpoints differ, as JSON can hold it; RuntimeError when one is damaged.
+
+    Keys: same, steps, only_in_first, only_in_second, tensors (name -> kind -> largest absolute difference, differing
+    ones alone), settings and identities (name -> both values), state (dotted name -> both values).
+    """
+    manifests = [require_sound(path) for path in (first_dir, second_dir)]
+    saved = [{**manifest["parameters"], **manifest["buffers"]} for manifest in manifests]
+    shapes = [{name: entry["shape"] for name, entry in entries.items()} for entries in saved]
+    common = {name for name in shapes[0].keys() & shapes[1].keys() if shapes[0][name] == shapes[1][name]}
+    tensors: dict[str, dict[str, float]] = {}
+    for kind in (*KINDS, "buffer"):
+        for name, difference in measure_differences((first_dir, second_dir), manifests, kind, common):
+            if difference > 0:
+                tensors.setdefault(name, {})[kind] = difference
+    pairs = {
+        "settings": compare_settings(manifests[0]["config"], manifests[1]["config"]),
+        "identities": compare_settings(manifests[0]["identities"], manifests[1]["identities"]),
+        "state": compare_settings(manifests[0]["state"], manifests[1]["state"]),
+    }
+    only_in_first, only_in_second = (sorted(shapes[index].keys() - common) for index in (0, 1))
+    return {
+        "same": not (tensors or only_in_first or only_in_second or any(pairs.values())),
+        "steps": [manifest["step"] for manifest in manifests],
+        "only_in_first": only_in_first,
+        "only_in_second": only_in_second,
+        "tensors": tensors,
+        **{key: {name: list(values) for name, values in pair.items()} for key, pair in pairs.items()},
+    }
+
+
+def measure_differences(
+    paths: tuple[Path, Path], manifests: list[dict[str, Any]], kind: str, common: set[str]
+) -> Iterator[tuple[str, float]]:
+    """Largest absolute difference of each tensor of one kind that both checkpoints hold in the same shape."""
+    first, second = paths
+    if kind == "buffer":
+        others = dict(read_buffers(second, manifests[1]))
+        tensors = ((name, value, others.get(name)) for name, value in read_buffers(first, manifests[0]))
+    else:
+        reader = RangeReader(second, manifests[1])
+        tensors = (
+            (name, value, reader.whole(kind, name, value.shape) if name in common else None)
+            for name, value in read_parameters(first, manifests[0], kind)
+        )
+    for name, value, other in tensors:
+        if name in common and other is not None and value.numel() > 0:
+            yield name, float((value.double() - other.double()).abs().max())

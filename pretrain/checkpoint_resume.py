@@ -1,0 +1,117 @@
+"""What may differ between a checkpoint and the run that resumes from it, and the refusal of everything else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from pydantic import ValidationError
+
+from pretrain.config import RunConfig
+
+# Settings that a resumed run may change: where it runs, how it is spread, what it reports and when it saves. A name
+# ending in ".*" allows a whole section. docs/checkpoints.md says why for each; everything else is refused.
+MAY_CHANGE = (
+    "run.*",
+    "export.*",
+    "kernels.*",
+    "parallel.*",
+    "train.steps",
+    "train.stop_after_steps",
+    "train.micro_batch_size",
+    "train.checkpoint_every_steps",
+    "train.keep_last",
+    "train.validate_every_steps",
+    "train.validation_batches",
+    "train.log_every_steps",
+    "train.timeout_seconds",
+    "train.max_skipped_steps",
+    "train.compile",
+    "train.num_threads",
+    "data.store",
+    "data.num_workers",
+    "data.on_corruption",
+    "data.prepare.*",
+    "data.tokenizer.*",
+)
+# Fields of one source that may change: the text itself is guarded by the identity of the dataset.
+SOURCE_FIELDS_MAY_CHANGE = ("paths", "text_column")
+
+
+def digest_config(config: RunConfig) -> str:
+    """SHA-256 of the resolved configuration, written with sorted keys."""
+    text = json.dumps(config.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def flatten_settings(section: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings as dotted names; items of a list carry their number."""
+    if isinstance(section, dict):
+        items = [(str(key), value) for key, value in section.items()]
+    elif isinstance(section, list) and section and isinstance(section[0], dict):
+        items = [(str(index), value) for index, value in enumerate(section)]
+    else:
+        return {prefix: section}
+    flat: dict[str, Any] = {}
+    for key, value in items:
+        flat |= flatten_settings(value, f"{prefix}.{key}" if prefix else key)
+    return flat
+
+
+def may_change(name: str) -> bool:
+    """Whether a resumed run may set this dotted name to another value."""
+    if name.startswith("data.sources."):
+        return name.split(".")[3:] in [[field] for field in SOURCE_FIELDS_MAY_CHANGE]
+    return any(
+        name == allowed or (allowed.endswith(".*") and name.startswith(allowed.removesuffix("*")))
+        for allowed in MAY_CHANGE
+    )
+
+
+def complete_settings(saved: dict[str, Any]) -> dict[str, Any]:
+    """A saved configuration with the defaults of fields that came into being after it was saved.
+
+    Raises ValueError when this program no longer understands it.
+    """
+    try:
+        return RunConfig.model_validate(saved).model_dump(mode="json")
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise ValueError(
+            f"the checkpoint was saved with a configuration that this version does not understand: {name}: "
+            f"{first['msg']}; resume it with the version that wrote it"
+        ) from error
+
+
+def compare_settings(saved: dict[str, Any], current: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted names whose values differ: name -> (saved, current); a missing one shows as None."""
+    before, now = flatten_settings(saved), flatten_settings(current)
+    names = sorted(before.keys() | now.keys())
+    return {name: (before.get(name), now.get(name)) for name in names if before.get(name) != now.get(name)}
+
+
+def check_resumable(manifest: dict[str, Any], config: RunConfig, identities: dict[str, str]) -> tuple[str, ...]:
+    """Refuse to resume from a checkpoint of another run; return the allowed changes as sentences for the event log.
+
+    Raises ValueError naming each refused setting or identity (dataset, tokenizer) with both values.
+    """
+    refused, changes = [], []
+    for name in sorted(manifest["identities"].keys() | identities.keys()):
+        saved, given = manifest["identities"].get(name), identities.get(name)
+        if saved != given:
+            refused.append(f"{name}: the checkpoint has {saved}, this run has {given}")
+    differences = compare_settings(complete_settings(manifest["config"]), config.model_dump(mode="json"))
+    for name, (saved, given) in differences.items():
+        if may_change(name):
+            changes.append(f"{name}: {saved!r} -> {given!r}")
+        else:
+            refused.append(f"{name}: the checkpoint has {saved!r}, this run has {given!r}")
+    if refused:
+        raise ValueError(
+            f"cannot resume step {manifest['step']}: "
+            + "; ".join(refused)
+            + ". Restore the value, or give run.dir another name to start a new run."
+        )
+    return tuple(changes)
