@@ -49,6 +49,10 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+docs: $(VENV)/.installed
+	$(BIN)/amfm config --reference > docs/configuration.md
+	$(BIN)/amfm config --schema > configs/schema.json
+
 bench: $(VENV)/.installed-dev
 	$(BIN)/amfm bench step --peer transformers
 

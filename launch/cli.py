@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import sys
+import warnings
 from collections.abc import Sequence
 
 import typer
@@ -50,6 +51,9 @@ def main() -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code; a bug's exception passes through."""
+    # Said at each start by libraries below us, of things that we don't use or can't change.
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     try:
         app(args=list(arguments), prog_name="amfm")
     except SystemExit as end:

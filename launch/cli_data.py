@@ -19,9 +19,7 @@ def corpus(
     name: Annotated[
         str, typer.Argument(metavar="NAME", help="Which text: shakespeare (5 MB of plays, public domain).")
     ],
-    folder: Annotated[
-        Path | None, typer.Argument(metavar="FOLDER", help="Where to; default data/corpus/NAME.")
-    ] = None,
+    folder: Annotated[Path | None, typer.Argument(metavar="FOLDER", help="Where to; default data/corpus/NAME.")] = None,
     *,
     as_json: JsonOption = False,
 ) -> None:

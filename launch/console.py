@@ -27,24 +27,27 @@ def say(text: str) -> None:
 
 def print_pairs(title: str, pairs: Iterable[tuple[str, object]]) -> None:
     """A small table of names and values on standard output."""
-    table = Table(
-        title=title, show_header=False, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0)
-    )
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in pairs:
         table.add_row(escape(name), escape(str(value)))
-    output().print(table)
+    # Not as the table's title, which would be folded to its width.
+    console = output()
+    console.print(f"[bold]{escape(title)}[/bold]", soft_wrap=True)
+    console.print(table)
 
 
 def print_rows(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """A table with a header on standard output."""
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    table = Table(header_style="bold")
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*(escape(str(cell)) for cell in row))
-    output().print(table)
+    console = output()
+    console.print(f"[bold]{escape(title)}[/bold]", soft_wrap=True)
+    console.print(table)
 
 
 def output() -> Console:

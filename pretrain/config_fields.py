@@ -136,8 +136,8 @@ def reference_page() -> str:
     lines = [
         "# Configuration",
         "",
-        "One YAML file is one run. This page is written by `amfm config --reference > docs/configuration.md`;",
-        "a test keeps it fresh, so change the descriptions in the schema, not here.",
+        "One YAML file is one run. This page is written by `make docs` (`amfm config --reference`) and a test keeps it",
+        "fresh, so change the descriptions in the schema, not here.",
         "",
         "- `extends: other.yaml` (relative to the file) lays a file over another one: sections merge key by key, a list",
         "  or a plain value replaces what was below, `null` removes an optional section.",
@@ -145,8 +145,10 @@ def reference_page() -> str:
         "- `1e-3` is a number, `1e6` a whole number, `no` and `on` are text; quote a text that looks like a number.",
         "- An unknown key, a wrong type or a value out of range stops before anything starts (exit code 2), with the",
         "  file, line, key, value, rule and remedy of every problem at once.",
-        "- `amfm config run.yaml` prints the resolved file, `--schema` a JSON Schema for editors, `--diff OTHER` what",
-        "  two runs differ in.",
+        "- `amfm config run.yaml` prints the resolved file, `--diff OTHER` what two runs differ in, `--ranks 8` checks",
+        "  that so many ranks can share its batch.",
+        "- Editors complete and check keys with `configs/schema.json`: put the line",
+        "  `# yaml-language-server: $schema=schema.json` (the path from the file) on top.",
         "",
     ]
     for section in describe_sections():

@@ -1,5 +1,6 @@
 """The YAML loader: what it accepts, and that each mistake is explained where it was made."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -99,7 +100,12 @@ def test_every_field_says_what_it_means():
 
 def test_the_reference_page_is_fresh():
     page = Path(__file__).parents[2] / "docs" / "configuration.md"
-    assert page.read_text() == reference_page(), "run: amfm config --reference > docs/configuration.md"
+    assert page.read_text() == reference_page(), "run: make docs"
+
+
+def test_the_schema_for_editors_is_fresh():
+    schema = Path(__file__).parents[2] / "configs" / "schema.json"
+    assert json.loads(schema.read_text()) == config_schema(), "run: make docs"
 
 
 def test_numbers_of_exponent_form_need_no_dot(base):
