@@ -74,12 +74,23 @@ def vocabulary_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def data_problems(config: RunConfig) -> Iterator[Problem]:
-    """Sources are told apart by name, and the run and the store live in different folders."""
+    """Sources are told apart by name, phases follow each other and weigh those sources, and the run and the store live in different folders."""
     names = [source.name for source in config.data.sources]
     for index, name in enumerate(names):
         if name in names[:index]:
             rule = f"is also the name of data.sources.{names.index(name)}"
             yield Problem(f"data.sources.{index}.name", rule, "give each source its own name", name)
+    start = 0
+    for index, phase in enumerate(config.data.phases):
+        key = f"data.phases.{index}"
+        for name in phase.weights:
+            if name not in names:
+                remedy = f"use one of {', '.join(names)}"
+                yield Problem(f"{key}.weights.{name}", "is no name of data.sources", remedy, str(phase.weights[name]))
+        if phase.start_sample <= start:
+            rule = f"must be greater than {start}, where the phase before starts"
+            yield Problem(f"{key}.start_sample", rule, "put the phases in order", str(phase.start_sample))
+        start = phase.start_sample
     if Path(config.run.dir) == Path(config.data.store):
         yield Problem("run.dir", "is the folder of data.store too", "use two folders", config.run.dir)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -114,6 +114,8 @@ def name_type(annotation: Any) -> str:
         return " | ".join(show_value(value) for value in typing.get_args(annotation))
     if origin is tuple:
         return f"list of {name_type(typing.get_args(annotation)[0])}"
+    if origin in {dict, Mapping}:
+        return " to ".join(name_type(argument) for argument in typing.get_args(annotation)) + " mapping"
     if origin in {typing.Union, types.UnionType}:
         return " or ".join(name_type(argument) for argument in typing.get_args(annotation))
     names = {str: "text", type(None): "null", bool: "true | false", int: "int", float: "float"}

@@ -24,6 +24,7 @@ _KINDS = {
     "float_type": ("must be a number", "write it without quotes or unit"),
     "bool_type": ("must be true or false", "write `true` or `false` without quotes"),
     "string_type": ("must be text", "put it in quotes if it looks like a number"),
+    "dict_type": ("must be a mapping", "write `{name: value}`, or one `name: value` a line below it"),
     "tuple_type": ("must be a list", "write `[a, b]`, or one `- item` a line"),
     "model_type": ("must be a section with keys", "write its keys indented below it, or remove the line"),
     "model_attributes_type": ("must be a section with keys", "write its keys indented below it, or remove the line"),

@@ -40,6 +40,14 @@ def test_a_sound_run_passes(base):
             "data.sources.1.name = a: is also the name of data.sources.0; give each source its own name",
         ),
         (
+            ["data.phases=[{start_sample: 9, weights: {novels: 1}}]"],
+            "data.phases.0.weights.novels = 1.0: is no name of data.sources; use one of plays",
+        ),
+        (
+            ["data.phases=[{start_sample: 9, weights: {plays: 1}}, {start_sample: 9, weights: {plays: 2}}]"],
+            "data.phases.1.start_sample = 9: must be greater than 9, where the phase before starts; put the phases in",
+        ),
+        (
             ["schedule.warmup_steps=100"],
             "schedule.warmup_steps = 100: must be less than train.steps=100; use 10, say, or raise train.steps",
         ),

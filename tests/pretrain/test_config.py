@@ -195,6 +195,7 @@ def test_a_dotted_key_in_a_file_is_told_to_nest(base, tmp_path):
         ("optimizer.learning_rate=fast", "must be a number; write it as a plain number such as 0.001 or 1e-3"),
         ("run.dir=20", "must be text; put it in quotes"),
         ("data.sources=plays", "must be a list; write `[a, b]`"),
+        ("data.phases=[{start_sample: 1, weights: 3}]", "must be a mapping; write `{name: value}`"),
         ("train=5", "must be a section with keys"),
         ("train.keep_last=1", "must be at least 2; raise it"),
         ("optimizer.beta1=1", "must be less than 1; lower it"),
