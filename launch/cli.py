@@ -18,6 +18,7 @@ from launch.console import say
 
 BAD_INPUT = 2
 RUN_FAILED = 3
+RESUMABLE_VERBS = ("train", "prepare")
 
 # The machine ran out of something: the same command can go on once there is room again.
 _RESUMABLE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EMFILE, errno.ENOMEM}
@@ -62,12 +63,28 @@ def run(arguments: Sequence[str]) -> int:
         if isinstance(error, RecursionError | NotImplementedError) or "--traceback" in arguments:
             raise
         code = exit_code(error)
-        # Messages of several lines carry their own layout.
-        say(f"amfm: {str(error) or type(error).__name__}")
+        say(f"amfm: {describe(error)}")
         if code == RUN_FAILED:
-            say("amfm: the run stopped; resume with the same command (amfm --traceback ... shows where it failed)")
+            again = (
+                "resume with the same command"
+                if arguments[0] in RESUMABLE_VERBS
+                else "the same command may be run again"
+            )
+            say(f"amfm: {arguments[0]} stopped; {again} (amfm --traceback {arguments[0]} ... shows where it failed)")
         return code
     return 0
+
+
+def describe(error: ValueError | RuntimeError | OSError) -> str:
+    """The message of an error; the system's own ones get the path and a remedy."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        remedy = (
+            "make room and go on"
+            if error.errno in _RESUMABLE
+            else "name another path, or make this one readable and writable"
+        )
+        return f"{error.filename}: {error.strerror}; {remedy}"
+    return str(error) or type(error).__name__
 
 
 def exit_code(error: ValueError | RuntimeError | OSError) -> int:

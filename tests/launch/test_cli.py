@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.cli import app, exit_code, run
+from launch.cli import app, describe, exit_code, run
 from tests.helpers.tiny_store import make_tiny_store
 from tests.pretrain.test_config import BASE
 from tests.pretrain.test_report import line, make_run
@@ -121,6 +121,26 @@ def test_errors_map_to_exit_codes():
     assert exit_code(PermissionError(13, "read-only")) == 2
     assert exit_code(RuntimeError("a rank died")) == 3
     assert exit_code(OSError(28, "No space left on device")) == 3
+
+
+def test_errors_of_the_system_name_path_and_remedy():
+    denied = PermissionError(13, "Permission denied", "runs/x")
+    assert describe(denied) == "runs/x: Permission denied; name another path, or make this one readable and writable"
+    full = OSError(28, "No space left on device", "runs/x")
+    assert describe(full) == "runs/x: No space left on device; make room and go on"
+    assert describe(RuntimeError()) == "RuntimeError"
+
+
+def test_a_run_that_failed_says_how_to_go_on(monkeypatch, base, capsys):
+    def failing(*arguments: object, **options: object) -> None:
+        raise RuntimeError("rank 1 died")
+
+    monkeypatch.setattr("pretrain.checks.load_checked", failing)
+    assert run(["train", str(base)]) == 3
+    assert capsys.readouterr().err.splitlines() == [
+        "amfm: rank 1 died",
+        "amfm: train stopped; resume with the same command (amfm --traceback train ... shows where it failed)",
+    ]
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch, base):
