@@ -42,20 +42,17 @@ def qk_norm_rope(
             norm_rope_reference(q_BTHK, *rest, q_weight_K, epsilon),
             norm_rope_reference(k_BTJK, *rest, k_weight_K, epsilon),
         )
-    if backend == "triton":
-        from kernels.rope.triton_impl import norm_rope_triton
-
-        return (
-            norm_rope_triton(q_BTHK, positions_BT, inverse_frequencies, attention_factor, q_weight_K, epsilon),
-            norm_rope_triton(k_BTJK, positions_BT, inverse_frequencies, attention_factor, k_weight_K, epsilon),
-        )
     cosine = sine = None
     if inverse_frequencies is not None:
         dtype = torch.promote_types(q_BTHK.dtype, torch.float32)
         cosine, sine = angles_of(positions_BT, inverse_frequencies, attention_factor, dtype)
+    if backend == "triton":
+        from kernels.rope.triton_impl import norm_rope_triton as norm_rope
+    else:
+        norm_rope = norm_rope_torch
     return (
-        norm_rope_torch(q_BTHK, cosine, sine, q_weight_K, epsilon),
-        norm_rope_torch(k_BTJK, cosine, sine, k_weight_K, epsilon),
+        norm_rope(q_BTHK, cosine, sine, q_weight_K, epsilon),
+        norm_rope(k_BTJK, cosine, sine, k_weight_K, epsilon),
     )
 
 

@@ -1,0 +1,151 @@
+"""Activations as Triton kernels: one pass over memory each way, float32 inside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.backend import INTERPRETED
+from kernels.interpreter import dot_dtype
+
+BLOCK_ROWS, BLOCK_COLUMNS = (16, 64) if INTERPRETED else (4, 1024)
+
+
+@triton.jit
+def _tile(rows, columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Row and column numbers of this program's tile, and which of them exist."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    return row, column, (row < rows) & (column < columns)
+
+
+@triton.jit
+def swiglu_forward_kernel(gate_up, y, rows, columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """y [R, F] = silu(gate) * up of gate_up [R, 2F]."""
+    row, column, inside = _tile(rows, columns, BLOCK_R, BLOCK_C)
+    gate_at = gate_up + row * 2 * columns + column
+    gate = tl.load(gate_at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_at + columns, mask=inside, other=0.0).to(tl.float32)
+    result = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(y + row * columns + column, result.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def swiglu_backward_kernel(gate_up, d_y, d_gate_up, rows, columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Gradient [R, 2F] of gate and up."""
+    row, column, inside = _tile(rows, columns, BLOCK_R, BLOCK_C)
+    place = row * 2 * columns + column
+    gate = tl.load(gate_up + place, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + place + columns, mask=inside, other=0.0).to(tl.float32)
+    grad = tl.load(d_y + row * columns + column, mask=inside, other=0.0).to(tl.float32)
+    sigmoid = 1.0 / (1.0 + tl.exp(-gate))
+    d_gate = grad * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+    tl.store(d_gate_up + place, d_gate.to(d_gate_up.dtype.element_ty), mask=inside)
+    d_up = grad * gate * sigmoid
+    tl.store(d_gate_up + place + columns, d_up.to(d_gate_up.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def squared_relu_forward_kernel(x, y, rows, columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """y = max(x, 0)^2, [R, F]."""
+    row, column, inside = _tile(rows, columns, BLOCK_R, BLOCK_C)
+    place = row * columns + column
+    positive = tl.maximum(tl.load(x + place, mask=inside, other=0.0).to(tl.float32), 0.0)
+    tl.store(y + place, (positive * positive).to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def squared_relu_backward_kernel(x, d_y, d_x, rows, columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """dx = 2 max(x, 0) dy, [R, F]."""
+    row, column, inside = _tile(rows, columns, BLOCK_R, BLOCK_C)
+    place = row * columns + column
+    positive = tl.maximum(tl.load(x + place, mask=inside, other=0.0).to(tl.float32), 0.0)
+    grad = tl.load(d_y + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(d_x + place, (2.0 * positive * grad).to(d_x.dtype.element_ty), mask=inside)
+
+
+def _launch(kernel: Any, tensors: tuple[Tensor, ...], rows: int, columns: int) -> None:
+    """Cover [rows, columns] with tiles; nothing to do where either is zero."""
+    if rows and columns:
+        grid = (triton.cdiv(rows, BLOCK_ROWS), triton.cdiv(columns, BLOCK_COLUMNS))
+        kernel[grid](*tensors, rows, columns, BLOCK_R=BLOCK_ROWS, BLOCK_C=BLOCK_COLUMNS)
+
+
+@torch.library.custom_op("amfm::swiglu_triton", mutates_args=())
+def _swiglu(gate_up: Tensor) -> Tensor:
+    gate_up = gate_up.contiguous()
+    columns = gate_up.shape[-1] // 2
+    y = gate_up.new_empty(*gate_up.shape[:-1], columns)
+    _launch(swiglu_forward_kernel, (gate_up, y), gate_up[..., 0].numel(), columns)
+    return y
+
+
+@_swiglu.register_fake
+def _(gate_up: Tensor) -> Tensor:
+    return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+
+
+@torch.library.custom_op("amfm::swiglu_triton_backward", mutates_args=())
+def _swiglu_backward(gate_up: Tensor, d_y: Tensor) -> Tensor:
+    gate_up, d_y = gate_up.contiguous(), d_y.contiguous()
+    d_gate_up = torch.empty_like(gate_up)
+    rows, columns = gate_up[..., 0].numel(), gate_up.shape[-1] // 2
+    _launch(swiglu_backward_kernel, (gate_up, d_y, d_gate_up), rows, columns)
+    return d_gate_up
+
+
+@_swiglu_backward.register_fake
+def _(gate_up: Tensor, d_y: Tensor) -> Tensor:
+    return torch.empty_like(gate_up, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("amfm::squared_relu_triton", mutates_args=())
+def _squared_relu(x: Tensor) -> Tensor:
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    columns = x.shape[-1] if x.dim() else 1
+    _launch(squared_relu_forward_kernel, (x, y), x.numel() // max(columns, 1), columns)
+    return y
+
+
+@_squared_relu.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("amfm::squared_relu_triton_backward", mutates_args=())
+def _squared_relu_backward(x: Tensor, d_y: Tensor) -> Tensor:
+    x, d_y = x.contiguous(), d_y.contiguous()
+    d_x = torch.empty_like(x)
+    columns = x.shape[-1] if x.dim() else 1
+    _launch(squared_relu_backward_kernel, (x, d_y, d_x), x.numel() // max(columns, 1), columns)
+    return d_x
+
+
+@_squared_relu_backward.register_fake
+def _(x: Tensor, d_y: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[0])
+
+
+_swiglu.register_autograd(lambda ctx, d_y: _swiglu_backward(ctx.saved_tensors[0], d_y), setup_context=_save)
+_squared_relu.register_autograd(lambda ctx, d_y: _squared_relu_backward(ctx.saved_tensors[0], d_y), setup_context=_save)
+
+
+def swiglu_triton(gate_up: Tensor) -> Tensor:
+    """As `swiglu_reference`, for float32, bfloat16 and float16."""
+    dot_dtype(gate_up.dtype)  # refuses float64
+    return _swiglu(gate_up)
+
+
+def squared_relu_triton(x: Tensor) -> Tensor:
+    """As `squared_relu_reference`, for float32, bfloat16 and float16."""
+    dot_dtype(x.dtype)
+    return _squared_relu(x)
