@@ -204,10 +204,10 @@ class _ChunkedScan(torch.autograd.Function):
         y_heads.mul_(setup.weights_from_start())
         for h in range(s.H):
             _multiply(y[:, :, s.head(h)], mixed[:, h], setup.v[:, :, s.head(h)], setup.gemm, beta=1.0)
+        saved_y = y = y_heads.view(s.B, s.chunks * s.Q, s.H, s.V)
         if skip is not None:
-            y_heads.addcmul_(setup.v.view_as(y_heads).to(setup.wide), skip.to(setup.wide).view(s.H, 1))
-        y = y.view(s.B, s.chunks * s.Q, s.H, s.V)
-        saved_y = y
+            # Kept apart from the saved y, whose gradient is a difference that a large skip would drown in rounding.
+            y = torch.addcmul(y, setup.v.view_as(y).to(setup.wide), skip.to(setup.wide).view(s.H, 1))
         y = y[:, : s.T].to(v.dtype)
         if s.padding:
             y = y.contiguous()
@@ -309,7 +309,6 @@ def _backward(ctx: Any, dy: Tensor | None, d_final: Tensor | None) -> tuple[Tens
     if skip is not None:
         through_skip = (dy_wide * v_wide).sum(-1)
         d_skip = through_skip.sum((0, 1)).to(skip.dtype)
-        d_b.addcmul_(through_skip, skip.to(wide), value=-1.0)
         dv_heads.addcmul_(dy_wide, skip.to(wide).view(s.H, 1))
     d_b = d_b.transpose(1, 2).contiguous()
     d_b[..., -1] += _end_gradient(s, entering, final, leaving)
