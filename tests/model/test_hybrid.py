@@ -12,9 +12,15 @@ from tests.model.reference_model import reference_forward
 from tests.model.small_models import MOE, loss_of, meta_of, packed_batch, small_config, small_model
 
 # Rotary frequencies are float32 by definition, off by 6e-8 of an angle; all else would meet 1e-10.
-FLOAT64 = {"rtol": 1e-6, "atol": 1e-7}
-# float32 rounds at 6e-8; a few hundred additions and four blocks leave two digits more.
-FLOAT32 = {"rtol": 1e-4, "atol": 1e-5}
+FLOAT64 = 1e-6
+# float32 rounds at 6e-8. Most tensors meet 1e-6; a decay's gradient is a small difference of two large sums.
+FLOAT32 = 5e-5
+
+
+def assert_near(actual, expected, tolerance, name=""):
+    """The difference is at most `tolerance` of the expected tensor, as norms: what each gradient must meet by itself."""
+    difference, scale = (actual.double() - expected).norm().item(), expected.norm().item()
+    assert difference <= tolerance * scale + 1e-12, f"{name}: off by {difference:.3g} of {scale:.3g}"
 
 
 def biases_of(model):
@@ -46,19 +52,13 @@ def assert_equals_reference(config, dtype, tolerance, batch=None):
     )
     output = model(tokens_BT, meta, labels_BT)
     loss_of(output).backward()
-    torch.testing.assert_close(model(tokens_BT, meta).logits_BTV.double(), logits, **tolerance)
-    torch.testing.assert_close(output.loss.total.double(), total, **tolerance)
+    assert_near(model(tokens_BT, meta).logits_BTV, logits, tolerance, "logits")
+    assert_near(output.loss.total, total, tolerance, "loss")
     assert output.auxiliary.keys() == auxiliary.keys()
     for name, value in auxiliary.items():
-        torch.testing.assert_close(output.auxiliary[name].double(), value.detach(), **tolerance)
+        assert_near(output.auxiliary[name], value.detach(), tolerance, name)
     for name, parameter in model.named_parameters():
-        scale = gradients[name].abs().max().clamp(min=1.0).item()
-        torch.testing.assert_close(
-            parameter.grad.double() / scale,
-            gradients[name] / scale,
-            **tolerance,
-            msg=lambda text, name=name: f"{name}: {text}",
-        )
+        assert_near(parameter.grad, gradients[name], tolerance, name)
 
 
 ROPE_PARTIAL = AttentionConfig(
@@ -235,4 +235,4 @@ def test_a_row_of_one_document_takes_the_path_without_masks_to_the_same_logits()
     model = small_model(small_config("M*E-"))
     fast = PackMeta.one_document_a_row(*tokens_BT.shape)
     masked = PackMeta(**{**vars(fast), "single_document": False})
-    torch.testing.assert_close(model(tokens_BT, fast).logits_BTV, model(tokens_BT, masked).logits_BTV, **FLOAT64)
+    assert_near(model(tokens_BT, fast).logits_BTV, model(tokens_BT, masked).logits_BTV.detach(), FLOAT64)
