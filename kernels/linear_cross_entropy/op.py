@@ -49,25 +49,14 @@ def linear_cross_entropy(
     _check_labels(labels_R, weight_VD.shape[0], ignore_index)
     backend = resolve_backend(backend, hidden_RD.device)
     if backend == "triton":
-        total, token_nll_R = _from_statistics(hidden_RD, weight_VD, labels_R, ignore_index, z_loss_weight)
+        from kernels.linear_cross_entropy.triton_impl import linear_cross_entropy_triton as implementation
     else:
         implementation = linear_cross_entropy_torch if backend == "torch" else linear_cross_entropy_reference
-        total, token_nll_R = implementation(
-            hidden_RD, weight_VD, labels_R, ignore_index=ignore_index, z_loss_weight=z_loss_weight
-        )
+    total, token_nll_R = implementation(
+        hidden_RD, weight_VD, labels_R, ignore_index=ignore_index, z_loss_weight=z_loss_weight
+    )
     token_nll_R = token_nll_R.detach()
     return CrossEntropy(total, token_nll_R.sum(), token_nll_R.float())
-
-
-def _from_statistics(
-    hidden_RD: Tensor, weight_VD: Tensor, labels_R: Tensor, ignore_index: int, z_loss_weight: float
-) -> tuple[Tensor, Tensor]:
-    """Total and row losses out of the Triton statistics; ignored rows carry no gradient."""
-    log_sum_R, target_R = linear_statistics(hidden_RD, weight_VD, labels_R, backend="triton")
-    kept_R = labels_R != ignore_index
-    nll_R = (log_sum_R - target_R).where(kept_R, 0.0)
-    z_R = log_sum_R.square().where(kept_R, 0.0)
-    return nll_R.sum() + z_loss_weight * z_R.sum(), nll_R
 
 
 def linear_statistics(

@@ -94,13 +94,15 @@ def _(
     return hidden_RD.new_empty((), dtype=wide), hidden_RD.new_empty(labels_R.shape, dtype=wide), d_hidden, d_weight
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Keep the gradients that forward made."""
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[2:])
 
 
-def _differentiate(ctx: Any, d_total: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def differentiate(ctx: Any, d_total: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Scale the gradients that forward made."""
     if d_total is None:
         return (None,) * 6
     d_hidden_RD, d_weight_VD = ctx.saved_tensors
@@ -108,7 +110,7 @@ def _differentiate(ctx: Any, d_total: Tensor | None, *_: Tensor | None) -> tuple
     return (d_hidden_RD * d_total, d_weight_VD * d_total) + (None,) * 4
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+_forward.register_autograd(differentiate, setup_context=save)
 
 
 def linear_cross_entropy_torch(

@@ -1,0 +1,200 @@
+"""Cross-entropy of a linear head out of Triton tiles, with the plain products left to the vendor's library.
+
+The whole loss computes gradients in forward: a slice's logits are written once (float32), read once, and become their
+gradient: 3 products. Over a shard of the vocabulary no logits are written in forward, and backward computes them
+again: 4 products.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from kernels.backend import INTERPRETED
+from kernels.interpreter import count_programs, dot_dtype
+from kernels.linear_cross_entropy.torch_impl import differentiate, save
+from kernels.linear_cross_entropy.triton_kernels import gradient_kernel, statistics_kernel, stored_gradient_kernel
+
+# Tile of a product: rows, vocabulary, model. Fixed, so that results do not depend on a tuning run.
+TILE = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32} if INTERPRETED else {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}
+PRODUCT_OPTIONS = {"num_warps": 8, "num_stages": 3}
+ELEMENTWISE_TILE = {"BLOCK_M": 16, "BLOCK_N": 64} if INTERPRETED else {"BLOCK_M": 1, "BLOCK_N": 4096}
+
+# Elements of a slice's logits: 1 GiB in float32.
+_SLICE_ELEMENTS = 1 << 28
+
+
+def slice_rows(vocab: int) -> int:
+    """Rows of a slice: whole tiles, enough to keep the products square, and 64 in the interpreter, to have several."""
+    return 64 if INTERPRETED else max(256, min(4096, _SLICE_ELEMENTS // vocab // 128 * 128))
+
+
+def _statistics_of(
+    hidden_RD: Tensor, weight_VD: Tensor, labels_R: Tensor, first_row: int, logits_RV: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp and label's logit [R] float32 of one slice; writes the logits where a buffer for them is given."""
+    rows, model = hidden_RD.shape
+    vocab = weight_VD.shape[0]
+    tiles = triton.cdiv(vocab, TILE["BLOCK_N"])
+    blocks = triton.cdiv(rows, TILE["BLOCK_M"])
+    per_split = triton.cdiv(tiles, max(1, min(tiles, count_programs(hidden_RD.device) // max(blocks, 1))))
+    splits = triton.cdiv(tiles, per_split)
+    peaks, sums, targets = hidden_RD.new_empty(3, splits, rows, dtype=torch.float32)
+    if rows:
+        statistics_kernel[(blocks, splits)](
+            hidden_RD, weight_VD, labels_R, peaks, sums, targets, logits_RV, rows, vocab, model, first_row, per_split,
+            STORE=logits_RV is not None, DOT=dot_dtype(hidden_RD.dtype), **TILE, **PRODUCT_OPTIONS,
+        )  # fmt: skip
+    return (peaks + sums.log()).logsumexp(0), targets.sum(0)
+
+
+def _accumulate(total_VD: Tensor | None, d_logits_RV: Tensor, hidden_RD: Tensor) -> Tensor:
+    """Add a slice's d_logits^T hidden in float32; the first slice is the sum itself."""
+    product = torch.mm(d_logits_RV.T, hidden_RD)
+    return product if total_VD is None else total_VD.float().add_(product)
+
+
+@torch.library.custom_op("amfm::linear_cross_entropy_triton", mutates_args=())
+def _forward(
+    hidden_RD: Tensor, weight_VD: Tensor, labels_R: Tensor, ignore_index: int, z_loss_weight: float, with_grad: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As the PyTorch operation of the same shape; rows are never compacted, which would ask the device for a size."""
+    hidden_RD, weight_VD, labels_R = hidden_RD.contiguous(), weight_VD.contiguous(), labels_R.contiguous()
+    rows, vocab = hidden_RD.shape[0], weight_VD.shape[0]
+    kept_R = (labels_R != ignore_index).float()
+    log_sum_R, target_R = hidden_RD.new_empty(2, rows, dtype=torch.float32)
+    d_hidden_RD = torch.empty_like(hidden_RD) if with_grad else hidden_RD.new_empty(0)
+    d_weight_VD: Tensor | None = None
+    step = slice_rows(vocab)
+    logits = hidden_RD.new_empty(min(step, rows), vocab, dtype=torch.float32) if with_grad else None
+    for begin in range(0, rows, step):
+        part = slice(begin, begin + step)
+        hidden, labels = hidden_RD[part], labels_R[part]
+        log_sum_R[part], target_R[part] = _statistics_of(hidden, weight_VD, labels, 0, logits)
+        if logits is not None:
+            d_log_sum = (1 + 2 * z_loss_weight * log_sum_R[part]) * kept_R[part]
+            d_logits = _gradient_of(logits, labels, log_sum_R[part], d_log_sum, -kept_R[part], hidden)
+            torch.mm(d_logits, weight_VD, out=d_hidden_RD[part])
+            d_weight_VD = _accumulate(d_weight_VD, d_logits, hidden)
+    nll_R = (log_sum_R - target_R) * kept_R
+    total = nll_R.sum() + z_loss_weight * (log_sum_R.square() * kept_R).sum()
+    if d_weight_VD is None:
+        d_weight_VD = torch.zeros_like(weight_VD) if with_grad else weight_VD.new_empty(0)
+    return total, nll_R, d_hidden_RD, d_weight_VD.to(weight_VD.dtype)
+
+
+def _gradient_of(
+    logits_RV: Tensor, labels_R: Tensor, log_sum_R: Tensor, d_log_sum_R: Tensor, d_target_R: Tensor, hidden_RD: Tensor
+) -> Tensor:
+    """Gradient of a slice's stored logits, in the dtype of hidden."""
+    rows, vocab = hidden_RD.shape[0], logits_RV.shape[1]
+    d_logits = hidden_RD.new_empty(rows, vocab)
+    grid = (triton.cdiv(rows, ELEMENTWISE_TILE["BLOCK_M"]), triton.cdiv(vocab, ELEMENTWISE_TILE["BLOCK_N"]))
+    stored_gradient_kernel[grid](
+        logits_RV, labels_R, log_sum_R, d_log_sum_R, d_target_R, d_logits, rows, vocab, **ELEMENTWISE_TILE
+    )
+    return d_logits
+
+
+@_forward.register_fake
+def _(
+    hidden_RD: Tensor, weight_VD: Tensor, labels_R: Tensor, ignore_index: int, z_loss_weight: float, with_grad: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    d_hidden = torch.empty_like(hidden_RD) if with_grad else hidden_RD.new_empty(0)
+    d_weight = torch.empty_like(weight_VD) if with_grad else weight_VD.new_empty(0)
+    nll_R = hidden_RD.new_empty(labels_R.shape, dtype=torch.float32)
+    return hidden_RD.new_empty((), dtype=torch.float32), nll_R, d_hidden, d_weight
+
+
+_forward.register_autograd(differentiate, setup_context=save)
+
+
+def linear_cross_entropy_triton(
+    hidden_RD: Tensor, weight_VD: Tensor, labels_R: Tensor, *, ignore_index: int, z_loss_weight: float
+) -> tuple[Tensor, Tensor]:
+    """As `linear_cross_entropy_reference`, for float32, bfloat16 and float16, with sums in float32."""
+    dot_dtype(hidden_RD.dtype)  # refuses float64
+    with_grad = torch.is_grad_enabled() and (hidden_RD.requires_grad or weight_VD.requires_grad)
+    return _forward(hidden_RD, weight_VD, labels_R, ignore_index, z_loss_weight, with_grad)[:2]
+
+
+@torch.library.custom_op("amfm::linear_statistics_triton", mutates_args=())
+def _statistics(hidden_RD: Tensor, weight_VD: Tensor, labels_R: Tensor, first_row: int) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp and label's logit [R] over this shard; no logits are written."""
+    return _statistics_of(hidden_RD.contiguous(), weight_VD.contiguous(), labels_R.contiguous(), first_row, None)
+
+
+@_statistics.register_fake
+def _(hidden_RD: Tensor, weight_VD: Tensor, labels_R: Tensor, first_row: int) -> tuple[Tensor, Tensor]:
+    log_sum_R = hidden_RD.new_empty(labels_R.shape, dtype=torch.float32)
+    return log_sum_R, torch.empty_like(log_sum_R)
+
+
+@torch.library.custom_op("amfm::linear_statistics_triton_backward", mutates_args=())
+def _statistics_backward(
+    d_log_sum_R: Tensor,
+    d_target_R: Tensor,
+    hidden_RD: Tensor,
+    weight_VD: Tensor,
+    labels_R: Tensor,
+    log_sum_R: Tensor,
+    first_row: int,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of hidden and weight, a slice of rows at a time."""
+    hidden_RD, weight_VD, labels_R = hidden_RD.contiguous(), weight_VD.contiguous(), labels_R.contiguous()
+    d_log_sum_R, d_target_R = d_log_sum_R.contiguous(), d_target_R.contiguous()
+    (rows, model), vocab = hidden_RD.shape, weight_VD.shape[0]
+    d_hidden_RD = torch.empty_like(hidden_RD)
+    d_weight_VD: Tensor | None = None
+    step = slice_rows(vocab)
+    for begin in range(0, rows, step):
+        part = slice(begin, begin + step)
+        hidden = hidden_RD[part]
+        d_logits = hidden.new_empty(hidden.shape[0], vocab)
+        tiles = triton.cdiv(hidden.shape[0], TILE["BLOCK_M"]) * triton.cdiv(vocab, TILE["BLOCK_N"])
+        gradient_kernel[(tiles,)](
+            hidden, weight_VD, labels_R[part], log_sum_R[part], d_log_sum_R[part], d_target_R[part], d_logits,
+            hidden.shape[0], vocab, model, first_row, DOT=dot_dtype(hidden_RD.dtype), **TILE, **PRODUCT_OPTIONS,
+        )  # fmt: skip
+        torch.mm(d_logits, weight_VD, out=d_hidden_RD[part])
+        d_weight_VD = _accumulate(d_weight_VD, d_logits, hidden)
+    if d_weight_VD is None:
+        d_weight_VD = torch.zeros_like(weight_VD)
+    return d_hidden_RD, d_weight_VD.to(weight_VD.dtype)
+
+
+@_statistics_backward.register_fake
+def _(
+    d_log_sum_R: Tensor,
+    d_target_R: Tensor,
+    hidden_RD: Tensor,
+    weight_VD: Tensor,
+    labels_R: Tensor,
+    log_sum_R: Tensor,
+    first_row: int,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(hidden_RD), torch.empty_like(weight_VD)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    hidden_RD, weight_VD, labels_R, ctx.first_row = inputs
+    ctx.save_for_backward(hidden_RD, weight_VD, labels_R, output[0])
+
+
+def _differentiate(ctx: Any, d_log_sum_R: Tensor, d_target_R: Tensor) -> tuple[Tensor | None, ...]:
+    d_hidden, d_weight = _statistics_backward(d_log_sum_R, d_target_R, *ctx.saved_tensors, ctx.first_row)
+    return d_hidden, d_weight, None, None
+
+
+_statistics.register_autograd(_differentiate, setup_context=_save)
+
+
+def linear_statistics_triton(
+    hidden_RD: Tensor, weight_VD: Tensor, labels_R: Tensor, first_row: int
+) -> tuple[Tensor, Tensor]:
+    """As `linear_statistics_reference`, for float32, bfloat16 and float16, with sums in float32."""
+    dot_dtype(hidden_RD.dtype)
+    return _statistics(hidden_RD, weight_VD, labels_R, first_row)
