@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import glob
 import gzip
+import io
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,7 +139,7 @@ def cut_segments(file: InputFile, segment_bytes: int) -> list[Segment]:
     if file.num_bytes == 0:
         return []
     if file.kind == "parquet":
-        metadata = pyarrow.parquet.read_metadata(file.path)
+        metadata = _read_parquet_metadata(file)
         sizes = [metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups)]
         return [Segment(file, number, number + 1, size) for number, size in enumerate(sizes)]
     if file.kind == "jsonl" and file.compression == "none":
@@ -146,6 +148,23 @@ def cut_segments(file: InputFile, segment_bytes: int) -> list[Segment]:
         return [Segment(file, start, stop, stop - start) for start, stop in zip(starts, stops)]
     estimate = file.num_bytes * (4 if file.compression != "none" else 1)
     return [Segment(file, 0, file.num_bytes, estimate)]
+
+
+def _read_parquet_metadata(file: InputFile) -> Any:
+    try:
+        return pyarrow.parquet.read_metadata(file.path)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        if _is_of_the_disk(error):
+            raise
+        raise ValueError(f"{file.path} isn't a readable parquet file ({error}); restore or remove it") from error
+
+
+# What gzip, zlib and zstd raise for broken streams; an OSError with a number is the disk's and is not for us.
+_STREAM_ERRORS = (EOFError, OSError, zlib.error)
+
+
+def _is_of_the_disk(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno is not None
 
 
 class SegmentReader:
@@ -172,7 +191,9 @@ class SegmentReader:
                 text = stream.read().decode()
         except UnicodeDecodeError as error:
             yield Reject(file.name, f"not UTF-8: {error.reason} at byte {error.start}")
-        except (EOFError, gzip.BadGzipFile, pyarrow.ArrowException) as error:
+        except _STREAM_ERRORS as error:
+            if _is_of_the_disk(error):
+                raise
             yield Reject(file.name, f"damaged compressed file: {error}")
         else:
             yield Document(text, file.name) if text.strip() else Reject(file.name, "empty text")
@@ -187,7 +208,9 @@ class SegmentReader:
                     position = f"{file.name}:{'byte ' + str(offset) if file.compression == 'none' else number}"
                     if line.strip():
                         yield self._parse(line, position)
-        except (EOFError, gzip.BadGzipFile, pyarrow.ArrowException) as error:
+        except _STREAM_ERRORS as error:
+            if _is_of_the_disk(error):
+                raise
             yield Reject(f"{file.name}:{number + 1}", f"damaged compressed file, the rest is lost: {error}")
 
     def _lines(self, stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
@@ -228,7 +251,9 @@ class SegmentReader:
                 column = table.read_row_group(group, columns=[self.text_column], use_threads=False)[self.text_column]
                 for row, text in enumerate(column):
                     yield self._check_text(text.as_py(), f"{file.name}:group {group} row {row}")
-        except pyarrow.ArrowInvalid as error:
+        except (pyarrow.ArrowInvalid, OSError) as error:
+            if _is_of_the_disk(error):
+                raise
             yield Reject(file.name, f"damaged parquet: {error}")
 
     def _check_text(self, text: object, position: str) -> Document | Reject:
@@ -249,5 +274,5 @@ def open_input(file: InputFile) -> IO[bytes]:
         return cast(IO[bytes], gzip.open(file.path, "rb"))
     if file.compression == "zst":
         stream: Any = pyarrow.input_stream(file.path, compression="zstd")
-        return cast(IO[bytes], stream)
+        return cast(IO[bytes], io.BufferedReader(stream))
     return open(file.path, "rb")

@@ -13,6 +13,7 @@ from data_pipeline.permutation import derive_key, permute
 from data_pipeline.store import Layout
 
 SEGMENTS_PER_PART = 8  # a part mixes ranges from this many places, so that neighbours in a row differ
+MIN_SEGMENT_BYTES = 2**16  # smaller reads cost more than they mix
 UNIT_FORMAT = 1  # raised when the same plan would write other bytes
 
 
@@ -67,7 +68,8 @@ def plan_source(source: SourceConfig, config: DataConfig) -> list[Segment]:
     ValueError for missing or empty input.
     """
     files = list_files(source)
-    segment_bytes = max(2**16, config.prepare.part_bytes // SEGMENTS_PER_PART)
+    part_bytes = config.prepare.part_bytes
+    segment_bytes = max(part_bytes // SEGMENTS_PER_PART, min(part_bytes, MIN_SEGMENT_BYTES))
     validating = _choose_validation(source.name, [file for file in files if file.kind == "text"], config)
     segments = [
         replace(segment, split="validation" if file.name in validating else "train") if file.kind == "text" else segment
@@ -94,13 +96,11 @@ def _choose_validation(source: str, files: Sequence[InputFile], config: DataConf
 def make_units(source: str, segments: Sequence[Segment], settings: UnitSettings) -> list[Unit]:
     """Gather segments into units of up to part_bytes of text."""
     groups: list[list[Segment]] = []
-    filled = settings.part_bytes
+    filled = 0
     for segment in segments:
-        if filled + segment.text_bytes > settings.part_bytes:
+        if not groups or filled + segment.text_bytes > settings.part_bytes:
             groups.append([])
             filled = 0
         groups[-1].append(segment)
         filled += segment.text_bytes
-    if not groups[0]:
-        groups = groups[1:]
     return [Unit(source, number, tuple(group), settings) for number, group in enumerate(groups)]

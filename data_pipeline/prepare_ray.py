@@ -81,6 +81,8 @@ class _Dispatcher:
                 unit, actor = running.pop(done[0])
                 try:
                     report = self.ray.get(done[0])
+                except self.ray.exceptions.RayTaskError as error:
+                    raise error.cause from error  # as it was raised, without Ray's frames around it
                 except self.ray.exceptions.RayActorError as error:
                     self._note_failure(unit, error)
                     actors.append(self._new_actor())
