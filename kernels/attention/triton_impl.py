@@ -1,0 +1,146 @@
+"""Flash attention with documents in Triton: one forward kernel, two backward kernels, nothing summed by atomics."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from kernels.attention.triton_kernels import (
+    attention_forward_kernel,
+    attention_key_gradient_kernel,
+    attention_query_gradient_kernel,
+)
+from kernels.backend import INTERPRETED
+from kernels.interpreter import dot_dtype
+
+# Queries and keys of a tile. Fixed, so that results do not depend on a tuning run.
+FORWARD_TILE = {"BLOCK_M": 32, "BLOCK_N": 16} if INTERPRETED else {"BLOCK_M": 128, "BLOCK_N": 64}
+BACKWARD_TILE = {"BLOCK_M": 16, "BLOCK_N": 32} if INTERPRETED else {"BLOCK_M": 64, "BLOCK_N": 64}
+FORWARD_OPTIONS = {"num_warps": 8, "num_stages": 3}
+BACKWARD_OPTIONS = {"num_warps": 4, "num_stages": 2}
+
+
+def document_bounds(document_ids_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """First token of each token's document, and the token after its last: [B, T] int32 each, without synchronisation."""
+    batch, tokens = document_ids_BT.shape
+    place = torch.arange(tokens, device=document_ids_BT.device)
+    changes = torch.ones(batch, tokens + 1, dtype=torch.bool, device=document_ids_BT.device)
+    changes[:, 1:tokens] = document_ids_BT[:, 1:] != document_ids_BT[:, :-1]
+    first_BT = place.where(changes[:, :-1], 0).cummax(1).values
+    ends_BT = (place + 1).where(changes[:, 1:], tokens).flip(1).cummin(1).values.flip(1)
+    return first_BT.to(torch.int32), ends_BT.to(torch.int32).contiguous()
+
+
+def _sizes(q_BTHK: Tensor, k_BSJK: Tensor) -> tuple[int, int, int, int, int]:
+    """Tokens, keys, heads, key heads, head size: the order in which kernels take them."""
+    _, tokens, heads, size = q_BTHK.shape
+    return tokens, k_BSJK.shape[1], heads, k_BSJK.shape[2], size
+
+
+def _constants(q_BTHK: Tensor, first_BT: Tensor | None) -> dict[str, Any]:
+    return {
+        "DOCUMENTS": first_BT is not None,
+        "DOT": dot_dtype(q_BTHK.dtype),
+        "BLOCK_K": max(16, triton.next_power_of_2(q_BTHK.shape[3])),
+    }
+
+
+@torch.library.custom_op("amfm::attention_triton", mutates_args=())
+def _forward(
+    q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, first_BT: Tensor | None, ends_BT: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Output [B, T, H, K] and log-sum-exp in base 2 [B, H, T]."""
+    q, k, v = q_BTHK.contiguous(), k_BSJK.contiguous(), v_BSJK.contiguous()
+    tokens, keys, heads, kv_heads, size = _sizes(q, k)
+    y = torch.empty_like(q)
+    log_sums = q.new_empty(q.shape[0], heads, tokens, dtype=torch.float32)
+    if q.numel():
+        attention_forward_kernel[(triton.cdiv(tokens, FORWARD_TILE["BLOCK_M"]), q.shape[0] * heads)](
+            q, k, v, y, log_sums, first_BT, tokens, keys, heads, kv_heads, size, scale * math.log2(math.e),
+            **_constants(q, first_BT), **FORWARD_TILE, **FORWARD_OPTIONS,
+        )  # fmt: skip
+    return y, log_sums
+
+
+@_forward.register_fake
+def _(
+    q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, first_BT: Tensor | None, ends_BT: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    batch, tokens, heads, _ = q_BTHK.shape
+    y = torch.empty_like(q_BTHK, memory_format=torch.contiguous_format)
+    return y, q_BTHK.new_empty(batch, heads, tokens, dtype=torch.float32)
+
+
+@torch.library.custom_op("amfm::attention_triton_backward", mutates_args=())
+def _backward(
+    d_y: Tensor,
+    q_BTHK: Tensor,
+    k_BSJK: Tensor,
+    v_BSJK: Tensor,
+    y_BTHK: Tensor,
+    log_sums_BHT: Tensor,
+    first_BT: Tensor | None,
+    ends_BT: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v."""
+    q, k, v, d_y = q_BTHK.contiguous(), k_BSJK.contiguous(), v_BSJK.contiguous(), d_y.contiguous()
+    sizes = tokens, keys, heads, kv_heads, _ = _sizes(q, k)
+    d_q, d_k, d_v, deltas = (torch.empty_like(x) for x in (q, k, v, log_sums_BHT))
+    if not q.numel():
+        return d_q, d_k.zero_(), d_v.zero_()
+    scales, constants = (scale, scale * math.log2(math.e)), _constants(q, first_BT)
+    attention_query_gradient_kernel[(triton.cdiv(tokens, BACKWARD_TILE["BLOCK_M"]), q.shape[0] * heads)](
+        q, k, v, y_BTHK, d_y, log_sums_BHT, deltas, d_q, first_BT, *sizes, *scales,
+        **constants, **BACKWARD_TILE, **BACKWARD_OPTIONS,
+    )  # fmt: skip
+    attention_key_gradient_kernel[(triton.cdiv(keys, BACKWARD_TILE["BLOCK_N"]), q.shape[0] * kv_heads)](
+        q, k, v, d_y, log_sums_BHT, deltas, d_k, d_v, first_BT, ends_BT, *sizes, *scales,
+        **constants, **BACKWARD_TILE, **BACKWARD_OPTIONS,
+    )  # fmt: skip
+    return d_q, d_k, d_v
+
+
+@_backward.register_fake
+def _(
+    d_y: Tensor,
+    q_BTHK: Tensor,
+    k_BSJK: Tensor,
+    v_BSJK: Tensor,
+    y_BTHK: Tensor,
+    log_sums_BHT: Tensor,
+    first_BT: Tensor | None,
+    ends_BT: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    d_q, d_k, d_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_BTHK, k_BSJK, v_BSJK))
+    return d_q, d_k, d_v
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, first_BT, ends_BT, ctx.scale = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, *output, first_BT, ends_BT)
+
+
+def _differentiate(ctx: Any, d_y: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if d_y is None:
+        return (None,) * 6
+    return (*_backward(d_y, *ctx.saved_tensors, ctx.scale), None, None, None)
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def attention_triton(
+    q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, document_ids_BT: Tensor | None, scale: float
+) -> Tensor:
+    """As `attention_reference`, for float32, bfloat16 and float16. Saves q, k, v, the output and its log-sum-exp."""
+    dot_dtype(q_BTHK.dtype)  # refuses float64
+    first_BT, ends_BT = (None, None) if document_ids_BT is None else document_bounds(document_ids_BT)
+    return _forward(q_BTHK, k_BSJK, v_BSJK, first_BT, ends_BT, scale)[0]
