@@ -42,6 +42,7 @@ def huggingface_config(
     config: ModelConfig, target: Target, tokens: TokenIds, *, max_position_embeddings: int
 ) -> dict[str, Any]:
     """config.json as a dict, for weights in float32. The configuration must fit the target (`explain_unfit`)."""
+    config = _drop_unused_sections(config)
     fields: dict[str, Any] = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -58,6 +59,13 @@ def huggingface_config(
     if target == "granitemoehybrid":
         return fields | _granite_fields(config)
     return fields | _own_fields(config)
+
+
+def _drop_unused_sections(config: ModelConfig) -> ModelConfig:
+    """Without the sections whose letter the pattern lacks: config.json must not depend on what nothing reads."""
+    letters = parse_pattern(config.pattern).letters
+    sections = {"M": "mamba", "*": "attention", "E": "moe", "-": "feed_forward"}
+    return config.model_copy(update={name: None for letter, name in sections.items() if letter not in letters})
 
 
 def _nemotron_h_fields(config: ModelConfig) -> dict[str, Any]:
@@ -117,7 +125,7 @@ def _nemotron_h_fields(config: ModelConfig) -> dict[str, Any]:
 
 def _granite_fields(config: ModelConfig) -> dict[str, Any]:
     letters = parse_pattern(config.pattern).letters
-    mixers, has_experts = letters[0::2], "E" in letters
+    mixers = letters[0::2]
     fields: dict[str, Any] = {
         "architectures": ["GraniteMoeHybridForCausalLM"],
         "model_type": "granitemoehybrid",
@@ -141,7 +149,7 @@ def _granite_fields(config: ModelConfig) -> dict[str, Any]:
         "mamba_d_head": config.hidden_size,
         "mamba_expand": 1,
     }
-    if has_experts and config.moe is not None:
+    if config.moe is not None:
         fields |= {
             "num_local_experts": config.moe.num_experts,
             "num_experts_per_tok": config.moe.top_k,
@@ -155,9 +163,9 @@ def _granite_fields(config: ModelConfig) -> dict[str, Any]:
             "intermediate_size": config.feed_forward.hidden_size,
             "shared_intermediate_size": config.feed_forward.hidden_size,
         }
-    if "*" in letters and config.attention is not None:
+    if config.attention is not None:
         fields |= _granite_attention_fields(config.attention)
-    if "M" in letters and config.mamba is not None:
+    if config.mamba is not None:
         mamba = config.mamba
         fields |= {
             "mamba_n_heads": mamba.num_heads,

@@ -19,6 +19,10 @@ class RunSection(Section):
 
     dir: str = Field(description="Run directory: checkpoints, metrics, report; a second start resumes from it.")
     name: str | None = Field(None, description="Shown in logs and the report; none: the last part of dir.")
+    initial_weights: str | None = Field(
+        None,
+        description="Start from these weights (an import, a checkpoint or another run) instead of random ones; read once, a resumed run has its own.",
+    )
     tensorboard: bool = Field(True, description="Write TensorBoard event files below dir.")
     wandb_project: str | None = Field(
         None, description="Also log to this Weights & Biases project; needs the wandb package."

@@ -11,10 +11,12 @@ from typing import IO, Any, Literal, cast
 import torch
 
 from data_pipeline.loader import PretrainLoader
+from data_pipeline.store import TokenStore
 from kernels.backend import resolve_backend
 from model.flops import count_parameters, flops_per_token
 from model.hybrid import HybridModel
 from pretrain.checkpoint import LoadedCheckpoint, load_newest, save_checkpoint
+from pretrain.checkpoint_commit import list_checkpoints
 from pretrain.checks import check_run
 from pretrain.config import RunConfig
 from pretrain.config_file import resolved_yaml
@@ -24,6 +26,7 @@ from pretrain.live import Display
 from pretrain.metrics import RunLog
 from pretrain.parallel import Parallel, initialize_parallel, set_determinism
 from pretrain.signals import SignalWatch
+from pretrain.weights import load_initial_weights
 
 
 @dataclass
@@ -159,7 +162,10 @@ def check_vocabulary(config: RunConfig, loader: PretrainLoader) -> None:
 
 
 def build_model(config: RunConfig, parallel: Parallel) -> HybridModel:
-    """The model in float32 with its first weights, alike on all ranks; its blocks compiled if the run asks for it."""
+    """The model in float32 with its first weights, alike on all ranks; its blocks compiled if the run asks for it.
+
+    First weights are random, or `run.initial_weights` when no checkpoint of the run exists to replace them.
+    """
     model = HybridModel(
         config.model,
         parallel.groups,
@@ -167,6 +173,9 @@ def build_model(config: RunConfig, parallel: Parallel) -> HybridModel:
         seed=config.train.seed,
         device=parallel.device,
     )
+    if config.run.initial_weights is not None and not list_checkpoints(Path(config.run.dir) / "checkpoints"):
+        tokenizer_identity = TokenStore.open(config.data.store).tokenizer_identity
+        load_initial_weights(model, config.run.initial_weights, tokenizer_identity)
     if config.train.compile:
         for block in model.blocks:
             block.compile()

@@ -260,6 +260,7 @@ class MixtureOfExperts(nn.Module):
         section, width = config.moe, config.hidden_size
         self.section = section
         self.router = nn.Linear(width, section["num_experts"], bias=False)
+        self.expert_bias: Tensor
         if section["expert_bias"]:
             self.register_buffer("expert_bias", torch.zeros(section["num_experts"]))
         latent = section["latent_size"]

@@ -114,7 +114,7 @@ class AmfmForCausalLM(AmfmPreTrainedModel, GenerationMixin):
         """The embedding."""
         return self.embedding
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         """Replace the embedding."""
         self.embedding = value
 
@@ -122,7 +122,7 @@ class AmfmForCausalLM(AmfmPreTrainedModel, GenerationMixin):
         """The head."""
         return self.head
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         """Replace the head."""
         self.head = new_embeddings
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from model.config import AttentionConfig, FeedForwardConfig, Mamba2Config, ModelConfig, MoeConfig, RopeConfig
 from model.groups import single_rank_groups
 from model.huggingface import choose_target, explain_unfit
-from model.huggingface_config import TokenIds, huggingface_config, model_config_from_huggingface
-from model.huggingface_weights import weight_map, weight_shapes
+from model.huggingface_config import TokenIds, huggingface_config
+from model.huggingface_weights import weight_map
 from model.hybrid import HybridModel
 from model.packing import PackMeta
 

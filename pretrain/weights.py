@@ -1,0 +1,204 @@
+"""Whole models as tensors by name: read from a checkpoint, a run or an import; kept without optimizer state.
+
+A weights folder is what `amfm import` writes: `weights.safetensors` (our names, float32), `weights.json` (the model's
+configuration, where it came from, digests) and the tokenizer. `run.initial_weights` starts a run from one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from data_pipeline.tokenizer import Tokenizer, load_tokenizer
+from model.config import ModelConfig
+from model.groups import single_rank_groups
+from model.huggingface_weights import weight_shapes
+from model.hybrid import HybridModel
+from model.pattern import parse_pattern
+from pretrain.checkpoint_commit import CHECKPOINT_NAME, list_checkpoints
+from pretrain.checkpoint_files import MANIFEST_NAME, read_manifest
+from pretrain.checkpoint_read import find_checkpoint, read_full_state
+from pretrain.config import RunConfig
+
+WEIGHTS_FORMAT = "amfm-weights"
+WEIGHTS_VERSION = 1
+DESCRIPTION = "weights.json"
+TENSORS = "weights.safetensors"
+TOKENIZER = "tokenizer.model"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model outside of training: its configuration, every weight and buffer in float32 on the CPU, its tokenizer.
+
+    `run` is the configuration of the run that made it, None for an import; `origin` says where it came from.
+    """
+
+    model: ModelConfig
+    state: Mapping[str, Tensor]
+    tokenizer: Tokenizer
+    origin: str
+    run: RunConfig | None = None
+    step: int | None = None
+
+    def build(self, *, backend: str = "torch", device: str = "cpu") -> HybridModel:
+        """The model in float32, in eval mode."""
+        model = HybridModel(self.model, single_rank_groups(), backend=backend, device=device)
+        model.load_state_dict(dict(self.state))
+        return model.eval()
+
+
+def read_weights(path: str | Path) -> Weights:
+    """Weights of a checkpoint folder, of the newest sound checkpoint of a run, or of a weights folder.
+
+    Every byte is verified. Raises ValueError when the path is none of these, RuntimeError for damaged files or a
+    tokenizer that is not the one of the training.
+    """
+    folder = Path(path)
+    if (folder / DESCRIPTION).is_file():
+        return _read_weights_folder(folder)
+    is_checkpoint = (folder / MANIFEST_NAME).is_file() or CHECKPOINT_NAME.fullmatch(folder.name) is not None
+    if is_checkpoint or list_checkpoints(folder) or list_checkpoints(folder / "checkpoints"):
+        return _read_checkpoint(find_checkpoint(folder))
+    if (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is a transformers model; run `amfm import {folder} OUT` and give OUT")
+    raise ValueError(
+        f"{folder} is no checkpoint, run directory or imported model; give RUN_DIR, RUN_DIR/checkpoints/step-N or the "
+        "folder that `amfm import` wrote"
+    )
+
+
+def _read_checkpoint(folder: Path) -> Weights:
+    manifest = read_manifest(folder)
+    run = RunConfig.model_validate(manifest["config"])
+    state = read_full_state(folder)
+    tokenizer = load_tokenizer(run.data.store)
+    expected = manifest["identities"].get("tokenizer")
+    if expected is not None and tokenizer.identity() != expected:
+        raise RuntimeError(
+            f"{run.data.store} holds tokenizer {tokenizer.identity()}, but {folder} was trained with {expected}; "
+            "restore the store"
+        )
+    step = int(manifest["step"])
+    return Weights(run.model, state, tokenizer, f"{folder} (step {step})", run, step)
+
+
+def write_weights(folder: Path, weights: Weights) -> None:
+    """Write a weights folder into an existing empty folder; durability is the caller's."""
+    save_file(
+        {name: tensor.contiguous() for name, tensor in weights.state.items()},
+        folder / TENSORS,
+        metadata={"format": "pt"},
+    )
+    (folder / TOKENIZER).write_bytes(weights.tokenizer.to_bytes())
+    description = {
+        "format": WEIGHTS_FORMAT,
+        "version": WEIGHTS_VERSION,
+        "origin": weights.origin,
+        "model": weights.model.model_dump(mode="json"),
+        "sha256": {name: _digest(folder / name) for name in (TENSORS, TOKENIZER)},
+    }
+    (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_weights_folder(folder: Path) -> Weights:
+    description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+    if description.get("format") != WEIGHTS_FORMAT or description.get("version") != WEIGHTS_VERSION:
+        raise ValueError(
+            f"{folder / DESCRIPTION} is format {description.get('format')} {description.get('version')}, this program "
+            f"reads {WEIGHTS_FORMAT} {WEIGHTS_VERSION}; import the model again"
+        )
+    for name, expected in description["sha256"].items():
+        found = _digest(folder / name)
+        if found != expected:
+            raise RuntimeError(f"{folder / name} has SHA-256 {found}, written was {expected}; import the model again")
+    try:
+        model = ModelConfig.model_validate(description["model"])
+    except ValidationError as error:
+        raise ValueError(f"{folder / DESCRIPTION} holds a model that this version does not know: {error}") from error
+    state = load_file(folder / TENSORS)
+    check_shapes(model, state, str(folder))
+    return Weights(model, state, load_tokenizer(folder / TOKENIZER), description["origin"])
+
+
+def check_shapes(model: ModelConfig, state: Mapping[str, Tensor], where: str) -> None:
+    """ValueError naming tensors that are missing, surplus or of another shape than the configuration says."""
+    expected = weight_shapes(model)
+    faults = [f"{name} is missing" for name in expected.keys() - state.keys()]
+    faults += [f"{name} does not belong" for name in state.keys() - expected.keys()]
+    for name in expected.keys() & state.keys():
+        if tuple(state[name].shape) != expected[name]:
+            faults.append(f"{name} is {tuple(state[name].shape)}, the configuration says {expected[name]}")
+    if faults:
+        raise ValueError(f"weights in {where} do not fit their configuration: " + "; ".join(sorted(faults)[:8]))
+
+
+def load_initial_weights(model: HybridModel, path: str | Path, tokenizer_identity: str) -> str:
+    """Put weights into a freshly built model, before the engine takes it, and say where they came from.
+
+    The function that the weights compute must be the run's, and so must the tokenizer: ValueError names what differs.
+    """
+    weights = read_weights(path)
+    if weights.tokenizer.identity() != tokenizer_identity:
+        raise ValueError(
+            f"run.initial_weights={path} was trained with tokenizer {weights.tokenizer.identity()}, data.store was "
+            f"prepared with {tokenizer_identity}; prepare the data with data.tokenizer.model={path}/{TOKENIZER}"
+        )
+    ours, given = _function_settings(model.config), _function_settings(weights.model)
+    differing = [
+        f"{name}: {given.get(name)} there, {ours.get(name)} here"
+        for name in ours | given
+        if ours.get(name) != given.get(name)
+    ]
+    if differing:
+        raise ValueError(f"run.initial_weights={path} holds another model: " + "; ".join(differing))
+    with torch.no_grad():
+        model.load_state_dict(dict(weights.state))
+    return weights.origin
+
+
+# Settings of how a model is trained, not of what it computes.
+_TRAINING_ONLY = {
+    "initializer_range",
+    "depth_scaled_init",
+    "residual_in_fp32",
+    "logits_z_loss_weight",
+    "mamba.chunk_size",
+    "mamba.a_init_min",
+    "mamba.a_init_max",
+    "mamba.time_step_min",
+    "mamba.time_step_max",
+    "mamba.time_step_floor",
+    "moe.bias_update_rate",
+    "moe.auxiliary_loss_weight",
+    "moe.sequence_loss_weight",
+    "moe.z_loss_weight",
+}
+
+
+def _function_settings(config: ModelConfig) -> dict[str, object]:
+    """Dotted settings that change the function of the model; sections that the pattern does not use are left out."""
+    letters = parse_pattern(config.pattern).letters
+    settings: dict[str, object] = {"pattern": "".join(letters)}
+    for name in ("vocab_size", "hidden_size", "norm_epsilon", "tie_embeddings"):
+        settings[name] = getattr(config, name)
+    for letter, section_name in {"M": "mamba", "*": "attention", "E": "moe", "-": "feed_forward"}.items():
+        section = getattr(config, section_name)
+        if letter in letters and section is not None:
+            for name, value in section.model_dump().items():
+                if f"{section_name}.{name}" not in _TRAINING_ONLY:
+                    settings[f"{section_name}.{name}"] = value
+    return settings
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
