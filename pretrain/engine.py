@@ -175,6 +175,8 @@ def describe_for_deepspeed(
             "overlap_comm": False,
             "reduce_bucket_size": bucket_elements,
             "allgather_bucket_size": bucket_elements,
+            # ZeRO-3 keeps smaller weights whole on every rank: gathering them costs more than they weigh.
+            "stage3_param_persistence_threshold": min(100_000, num_parameters // 100),
         },
         "steps_per_print": None,
     }

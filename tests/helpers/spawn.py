@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
 import tempfile
@@ -15,6 +16,8 @@ import torch.distributed
 import torch.multiprocessing
 
 TIMEOUT_SECONDS = 120.0
+# Imported once, by the process from which all ranks are forked, before it has threads: a rank then starts in a moment.
+PRELOADED = ["pretrain.train"]
 
 
 def _run_rank(rank: int, num_ranks: int, port: int, folder: str, function: Callable[..., Any], arguments: Any) -> None:
@@ -41,8 +44,13 @@ def run_ranks(function: Callable[..., Any], *arguments: Any, num_ranks: int = 2)
     """
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory() as folder:
-        context = torch.multiprocessing.spawn(
-            _run_rank, (num_ranks, store.port, folder, function, arguments), nprocs=num_ranks, join=False
+        multiprocessing.set_forkserver_preload(PRELOADED)
+        context = torch.multiprocessing.start_processes(
+            _run_rank,
+            (num_ranks, store.port, folder, function, arguments),
+            nprocs=num_ranks,
+            join=False,
+            start_method="forkserver",
         )
         deadline = time.monotonic() + TIMEOUT_SECONDS
         while not context.join(timeout=1.0):

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import deepspeed
+import torch
+
 from data_pipeline.config import DataConfig
 from pretrain.config import RunConfig
+from pretrain.run import Run, close_run, start_run
+from pretrain.signals import SignalWatch
+from pretrain.train import run_steps
 from tests.helpers.tiny_store import make_tiny_store
 
 MODEL: dict[str, Any] = {
@@ -58,3 +67,45 @@ def tiny_config(data: DataConfig, run_dir: Path, **overrides: Any) -> RunConfig:
         section, name = key.split("__")
         tree[section] = {**tree[section], name: value}
     return RunConfig.model_validate(tree)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run left: its exit code, lines of metrics.jsonl on the main rank, full float32 weights and biases by name."""
+
+    code: int
+    metrics: list[dict[str, Any]]
+    weights: dict[str, torch.Tensor]
+
+    def series(self, key: str) -> list[float]:
+        """One metric over the steps."""
+        return [line[key] for line in self.metrics]
+
+
+def train_and_collect(config: RunConfig) -> Trained:
+    """`train`, and the model it ended with. Every rank must call this."""
+    with SignalWatch() as signals:
+        run = start_run(config, signals)
+        code = run_steps(run)
+        weights = collect_weights(run)
+        close_run(run)
+    return Trained(code, read_metrics(run.directory) if run.parallel.is_main else [], weights)
+
+
+def collect_weights(run: Run) -> dict[str, torch.Tensor]:
+    """Whole weights, gathered where ZeRO-3 spread them, and buffers. Every rank must call this."""
+    parameters = dict(run.model.named_parameters())
+    with deepspeed.zero.GatheredParameters(list(parameters.values())) if run.engine.zero_stage == 3 else nullcontext():
+        weights = {name: parameter.detach().float().clone() for name, parameter in parameters.items()}
+    return weights | {name: buffer.detach().clone() for name, buffer in run.model.named_buffers()}
+
+
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def read_events(directory: Path, event: str | None = None) -> list[dict[str, Any]]:
+    """The lines of events.jsonl, all or of one kind."""
+    events = [json.loads(line) for line in (directory / "events.jsonl").read_text().splitlines()]
+    return [line for line in events if event in (None, line["event"])]

@@ -1,0 +1,189 @@
+"""Two ranks against one: the same losses, norms and weights at every ZeRO stage, with packed documents and experts."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data_pipeline.config import DataConfig
+from pretrain.run import Run, close_run, start_run
+from pretrain.signals import SignalWatch
+from pretrain.step import StepResult, train_step
+from tests.helpers.spawn import run_ranks
+from tests.pretrain.tiny_run import Trained, collect_weights, read_events, tiny_config, train_and_collect
+
+# float32 sums of another order: a few units in the last place of numbers around 1, and after AdamW's division of a
+# weight's step (0.003) about as much again.
+TOLERANCE = 1e-6
+STEPS = 3
+STAGES = (0, 1, 2, 3)
+
+
+def train_all_stages(data: DataConfig, folder: str, micro_batch_size: int) -> list[Trained]:
+    return [
+        train_and_collect(
+            tiny_config(
+                data,
+                Path(folder, f"zero{stage}"),
+                train__steps=STEPS,
+                train__micro_batch_size=micro_batch_size,
+                parallel__zero_stage=stage,
+            )
+        )
+        for stage in STAGES
+    ]
+
+
+@pytest.fixture(scope="module")
+def one_rank(data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> list[Trained]:
+    return run_ranks(train_all_stages, data, str(tmp_path_factory.mktemp("one")), 2, num_ranks=1)[0]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> list[list[Trained]]:
+    return run_ranks(train_all_stages, data, str(tmp_path_factory.mktemp("two")), 2, num_ranks=2)
+
+
+def assert_same_run(actual: Trained, expected: Trained) -> None:
+    for key in ("loss", "grad_norm", "validation_loss"):
+        if key in expected.metrics[-1]:
+            last = slice(-1, None) if key == "validation_loss" else slice(None)
+            values = [line[key] for line in actual.metrics[last]], [line[key] for line in expected.metrics[last]]
+            assert values[0] == pytest.approx(values[1], rel=TOLERANCE), key
+    assert actual.metrics[-1]["expert_load"] == expected.metrics[-1]["expert_load"]
+    assert actual.metrics[-1]["auxiliary"] == pytest.approx(expected.metrics[-1]["auxiliary"], rel=1e-5)
+    assert actual.weights.keys() == expected.weights.keys()
+    for name, weight in expected.weights.items():
+        torch.testing.assert_close(actual.weights[name], weight, rtol=0, atol=2 * TOLERANCE, msg=name)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_ranks_train_as_one(one_rank: list[Trained], two_ranks: list[list[Trained]], stage: int) -> None:
+    assert len(one_rank[stage].metrics) == STEPS
+    assert_same_run(two_ranks[0][stage], one_rank[stage])
+    for name, weight in two_ranks[0][stage].weights.items():
+        assert torch.equal(weight, two_ranks[1][stage].weights[name]), f"ranks hold different {name}"
+
+
+def test_stages_train_alike(one_rank: list[Trained]) -> None:
+    for stage in STAGES[1:]:
+        assert_same_run(one_rank[stage], one_rank[0])
+
+
+def test_router_bias_moved_against_the_load(one_rank: list[Trained]) -> None:
+    bias = next(weight for name, weight in one_rank[0].weights.items() if name.endswith("expert_bias"))
+    assert 0 < float(bias.abs().max()) <= STEPS * 1e-3 * (1 + TOLERANCE)
+
+
+def accumulate_both_ways(data: DataConfig, folder: str) -> list[Trained]:
+    # Auxiliary losses are means over micro-batches, so only their absence makes the cut invisible.
+    runs = []
+    for precision in ("float32", "bf16"):
+        for rows in (1, 4):
+            config = tiny_config(data, Path(folder, f"{precision}-{rows}"), train__micro_batch_size=rows)
+            moe = config.model.moe.model_copy(update={"auxiliary_loss_weight": 0.0, "z_loss_weight": 0.0})
+            model = config.model.model_copy(update={"moe": moe})
+            train = config.train.model_copy(update={"steps": STEPS, "precision": precision})
+            runs.append(train_and_collect(config.model_copy(update={"model": model, "train": train})))
+    return runs
+
+
+def test_four_micro_batches_of_one_row_are_one_of_four(data: DataConfig, tmp_path: Path) -> None:
+    apart, together, bf16_apart, bf16_together = run_ranks(accumulate_both_ways, data, str(tmp_path), num_ranks=1)[0]
+    assert_same_run(apart, together)
+    # bf16 rounds activations the same way for one row as for four, but sums of gradients in another order: half a per cent
+    # of the norm is an eighth of what summing four micro-batches in bf16 would cost at worst (4 x 2^-8).
+    assert bf16_apart.series("loss") == pytest.approx(bf16_together.series("loss"), rel=2e-3)
+    assert bf16_apart.series("grad_norm") == pytest.approx(bf16_together.series("grad_norm"), rel=5e-3)
+
+
+def poison_last_rank(data: DataConfig, folder: str, stage: int, precision: str) -> tuple[list[StepResult], Any]:
+    config = tiny_config(
+        data, Path(folder, f"{stage}-{precision}"), parallel__zero_stage=stage, train__precision=precision
+    )
+    with SignalWatch() as signals:
+        run = start_run(config, signals)
+        before = collect_weights(run)
+        first = poison_gradient(run)
+        after = collect_weights(run)
+        second = train_step(run)
+        moved = collect_weights(run)
+        counters = sorted({int(state["step"]) for state in run.engine.adamw.state.values()})
+        close_run(run)
+    unchanged = all(torch.equal(before[name], after[name]) for name in before)
+    changed = any(not torch.equal(after[name], moved[name]) for name in after)
+    return [first, second], (unchanged, changed, counters)
+
+
+def poison_gradient(run: Run) -> StepResult:
+    """One step in which the last rank alone has a NaN in the gradient of one matrix."""
+    victim = dict(run.model.named_parameters())["blocks.3.mixer.down_proj.weight"]
+    is_last = run.parallel.rank == run.parallel.world_size - 1
+    handle = victim.register_hook(lambda gradient: gradient * float("nan") if is_last else gradient)
+    result = train_step(run)
+    handle.remove()
+    return result
+
+
+def poison_all(data: DataConfig, folder: str) -> list[Any]:
+    return [poison_last_rank(data, folder, stage, precision) for stage in STAGES for precision in ("float32", "bf16")]
+
+
+def test_nan_on_one_rank_skips_the_step_on_both(data: DataConfig, tmp_path: Path) -> None:
+    ranks = run_ranks(poison_all, data, str(tmp_path), num_ranks=2)
+    for results, (unchanged, changed, counters) in [case for rank in ranks for case in rank]:
+        assert [result.applied for result in results] == [False, True]
+        assert unchanged, "a skipped step moved weights or the router's bias"
+        assert changed, "the step after a skipped one moved nothing"
+        assert counters == [1], "AdamW counts only steps that were taken"
+        skip = results[0].skip
+        assert skip is not None and skip["sample_ids"] == [0, 1, 2, 3]
+        fault = {"rank": 1, "parameter": "blocks.3.mixer.down_proj.weight", "num_parameters": 1}
+        assert skip["faults"] == [fault]
+        assert math.isfinite(results[0].loss), "the loss itself was fine"
+
+
+def hang_last_rank(data: DataConfig, folder: str) -> str:
+    import time
+
+    config = tiny_config(data, Path(folder), train__timeout_seconds=4, parallel__zero_stage=2)
+    with SignalWatch() as signals:
+        run = start_run(config, signals)
+        train_step(run)
+        if run.parallel.rank == 1:
+            time.sleep(7)
+            return "slept"
+        start = time.monotonic()
+        with pytest.raises(RuntimeError):
+            train_step(run)
+        return "timed out" if time.monotonic() - start < 6.5 else "waited too long"
+
+
+def test_a_hung_rank_is_noticed_after_the_configured_time(data: DataConfig, tmp_path: Path) -> None:
+    assert run_ranks(hang_last_rank, data, str(tmp_path), num_ranks=2) == ["timed out", "slept"]
+
+
+def stop_hopeless_run(data: DataConfig, folder: str) -> tuple[int, list[Any]]:
+    """Weights of infinity make every gradient NaN."""
+    from pretrain.train import run_steps
+
+    config = tiny_config(data, Path(folder), train__max_skipped_steps=2, train__steps=9)
+    with SignalWatch() as signals:
+        run = start_run(config, signals)
+        with torch.no_grad():
+            run.model.final_norm.weight.fill_(float("inf"))
+        code = run_steps(run)
+        close_run(run)
+    return code, read_events(Path(folder)) if run.parallel.is_main else []
+
+
+def test_run_gives_up_after_too_many_bad_steps(data: DataConfig, tmp_path: Path) -> None:
+    (code, events), (other_code, _) = run_ranks(stop_hopeless_run, data, str(tmp_path), num_ranks=2)
+    assert code == other_code == 3
+    skips = [event for event in events if event["event"] == "skipped_step"]
+    assert [skip["sample_ids"] for skip in skips] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert events[-1]["event"] == "gave_up" and not Path(tmp_path, "checkpoints").exists()
