@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,23 +61,20 @@ def route(
     backend = resolve_backend(backend, logits_RE.device)
     if group_top_k == num_groups:
         num_groups = group_top_k = 1
+    settings: dict[str, Any] = {
+        "score": score,
+        "top_k": top_k,
+        "normalize": normalize,
+        "scaling": scaling,
+        "num_groups": num_groups,
+        "group_top_k": group_top_k,
+    }
     if backend == "triton":
         from kernels.moe.triton_router import route_triton
 
-        return Routing(
-            *route_triton(logits_RE, expert_bias_E, score, top_k, normalize, scaling, num_groups, group_top_k)
-        )
+        return Routing(*route_triton(logits_RE, expert_bias_E, **settings))
     implementation = route_torch if backend == "torch" else route_reference
-    expert_ids_RK, weights_RK, scores_RE = implementation(
-        logits_RE,
-        expert_bias_E,
-        score=score,
-        top_k=top_k,
-        normalize=normalize,
-        scaling=scaling,
-        num_groups=num_groups,
-        group_top_k=group_top_k,
-    )
+    expert_ids_RK, weights_RK, scores_RE = implementation(logits_RE, expert_bias_E, **settings)
     return Routing(expert_ids_RK, weights_RK, count_experts(expert_ids_RK, logits_RE.shape[1]), scores_RE)
 
 

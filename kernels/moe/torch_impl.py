@@ -14,7 +14,6 @@ from torch import Tensor
 
 from kernels.gemm_precision import gemm_dtype
 
-
 STEADY_ROWS = 4  # from here on a row of a product does not depend on how many others there are
 
 

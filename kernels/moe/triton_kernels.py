@@ -1,0 +1,224 @@
+"""Products of rows sorted by expert, with the activation and its gradient in their epilogues.
+
+Tiles of rows never span two experts. How many tiles each expert has is only known on the device, so the grid has an
+upper bound of them, and each program finds its expert among the offsets; programs beyond the last tile end at once.
+"""
+
+# Triton reads a kernel's parameters from the call: they carry no types.
+# mypy: disable-error-code="no-untyped-def"
+# ruff: noqa: ANN201, ANN202
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _find_tile(offsets, tile, experts, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Expert of a tile (`experts` beyond the last tile), its first row, and the row after the expert's last."""
+    expert = tl.arange(0, EXPERTS)
+    ends = tl.load(offsets + expert, mask=expert < experts, other=0)
+    begins = tl.load(offsets + expert - 1, mask=(expert > 0) & (expert < experts), other=0)
+    tiles = tl.where(expert < experts, (ends - begins + BLOCK_M - 1) // BLOCK_M, 0)
+    tile_ends = tl.cumsum(tiles, 0)
+    mine = tl.sum(((tile_ends <= tile) & (expert < experts)).to(tl.int32), 0)
+    here = expert == mine
+    before = tl.sum(tl.where(here, tile_ends - tiles, 0), 0)
+    begin = tl.sum(tl.where(here, begins, 0), 0) + (tile - before) * BLOCK_M
+    return mine.to(tl.int64), begin.to(tl.int64), tl.sum(tl.where(here, ends, 0), 0)
+
+
+@triton.jit
+def _source(order, row, inside, choices, GATHER: tl.constexpr):
+    """Token of each sorted row, or the row itself where nothing is gathered."""
+    if GATHER:
+        return tl.load(order + row, mask=inside, other=0) // choices
+    return row
+
+
+@triton.jit
+def _multiply(
+    x, source, inside, weight, column, columns, weight_row, weight_column, inner,
+    DOT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """x[source, :] times weight[column, :], summed over `inner`, in float32."""
+    result = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for begin in range(0, inner, BLOCK_K):
+        lane = begin + tl.arange(0, BLOCK_K)
+        x_tile = tl.load(
+            x + source[:, None] * inner + lane[None, :], mask=inside[:, None] & (lane[None, :] < inner), other=0.0
+        )
+        w_tile = tl.load(
+            weight + column[None, :] * weight_row + lane[:, None] * weight_column,
+            mask=(column[None, :] < columns) & (lane[:, None] < inner),
+            other=0.0,
+        )
+        result = tl.dot(x_tile.to(DOT), w_tile.to(DOT), result, input_precision="ieee")
+    return result
+
+
+@triton.jit
+def grouped_product_kernel(
+    x, weight, y, order, offsets, experts, columns, inner, choices, weight_expert, weight_row, weight_column,
+    GATHER: tl.constexpr, DOT: tl.constexpr, EXPERTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """y [S, columns] = x[sorted rows] times each expert's weight [columns, inner] (any strides)."""
+    blocks = tl.cdiv(columns, BLOCK_N)
+    expert, begin, end = _find_tile(offsets, tl.program_id(0) // blocks, experts, EXPERTS, BLOCK_M)
+    if expert < experts:
+        row = begin + tl.arange(0, BLOCK_M)
+        inside = row < end
+        source = _source(order, row, inside, choices, GATHER)
+        column = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+        result = _multiply(
+            x, source, inside, weight + expert * weight_expert, column, columns, weight_row, weight_column, inner,
+            DOT, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        place = row[:, None] * columns + column[None, :]
+        tl.store(y + place, result.to(y.dtype.element_ty), mask=inside[:, None] & (column[None, :] < columns))
+
+
+@triton.jit
+def _row_weights(weights, order, row, inside, WEIGHTED: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The choice's weight of each sorted row, 1 without weights."""
+    if WEIGHTED:
+        pair = tl.load(order + row, mask=inside, other=0)
+        return tl.load(weights + pair, mask=inside, other=0.0).to(tl.float32)
+    return tl.full((BLOCK_M,), 1.0, tl.float32)
+
+
+@triton.jit
+def up_kernel(
+    x, up, hidden, active, weights, order, offsets, experts, width, inner, choices,
+    SWIGLU: tl.constexpr, GATHER: tl.constexpr, DOT: tl.constexpr, EXPERTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """hidden [S, F] = x[sorted rows] up^T before the activation, and active [S, width] = weight * activation(hidden).
+
+    F is 2 * width for SwiGLU (gate, then up), else width.
+    """
+    blocks = tl.cdiv(width, BLOCK_N)
+    expert, begin, end = _find_tile(offsets, tl.program_id(0) // blocks, experts, EXPERTS, BLOCK_M)
+    if expert < experts:
+        row = begin + tl.arange(0, BLOCK_M)
+        inside = row < end
+        source = _source(order, row, inside, choices, GATHER)
+        weight = _row_weights(weights, order, row, inside, GATHER, BLOCK_M)
+        column = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+        stored = inside[:, None] & (column[None, :] < width)
+        features = width * 2 if SWIGLU else width
+        matrix = up + expert * features * inner
+        first = _multiply(
+            x, source, inside, matrix, column, width, inner, 1, inner, DOT, BLOCK_M, BLOCK_N, BLOCK_K
+        )  # fmt: skip
+        place = row[:, None] * features + column[None, :]
+        tl.store(hidden + place, first.to(hidden.dtype.element_ty), mask=stored)
+        if SWIGLU:
+            second = _multiply(
+                x, source, inside, matrix + width * inner, column, width, inner, 1, inner,
+                DOT, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+            tl.store(hidden + place + width, second.to(hidden.dtype.element_ty), mask=stored)
+            result = first / (1.0 + tl.exp(-first)) * second
+        else:
+            positive = tl.maximum(first, 0.0)
+            result = positive * positive
+        result = result * weight[:, None]
+        tl.store(active + row[:, None] * width + column[None, :], result.to(active.dtype.element_ty), mask=stored)
+
+
+@triton.jit
+def down_backward_kernel(
+    d_y, down, hidden, d_hidden, active, weights, d_weights, order, offsets, experts, pairs, width, model, choices,
+    SWIGLU: tl.constexpr, GATHER: tl.constexpr, DOT: tl.constexpr, EXPERTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """d_hidden [S, F], the weighted activation [S, width] again, and one partial of d_weights [blocks, S] a column block.
+
+    With v = d_y[sorted rows] down: d_weight is the row sum of v * activation, and weight * v goes through its gradient.
+    """
+    blocks = tl.cdiv(width, BLOCK_N)
+    expert, begin, end = _find_tile(offsets, tl.program_id(0) // blocks, experts, EXPERTS, BLOCK_M)
+    if expert < experts:
+        block = tl.program_id(0) % blocks
+        row = begin + tl.arange(0, BLOCK_M)
+        inside = row < end
+        source = _source(order, row, inside, choices, GATHER)
+        weight = _row_weights(weights, order, row, inside, GATHER, BLOCK_M)[:, None]
+        column = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        stored = inside[:, None] & (column[None, :] < width)
+        matrix = down + expert * model * width
+        v = _multiply(d_y, source, inside, matrix, column, width, 1, width, model, DOT, BLOCK_M, BLOCK_N, BLOCK_K)
+        features = width * 2 if SWIGLU else width
+        place = row[:, None] * features + column[None, :]
+        first = tl.load(hidden + place, mask=stored, other=0.0).to(tl.float32)
+        if SWIGLU:
+            second = tl.load(hidden + place + width, mask=stored, other=0.0).to(tl.float32)
+            sigmoid = 1.0 / (1.0 + tl.exp(-first))
+            result = first * sigmoid * second
+            slope = weight * v
+            d_first = slope * second * sigmoid * (1.0 + first * (1.0 - sigmoid))
+            d_second = slope * first * sigmoid
+            tl.store(d_hidden + place + width, d_second.to(d_hidden.dtype.element_ty), mask=stored)
+        else:
+            positive = tl.maximum(first, 0.0)
+            result = positive * positive
+            d_first = weight * v * 2.0 * positive
+        tl.store(d_hidden + place, d_first.to(d_hidden.dtype.element_ty), mask=stored)
+        weighted = result * weight
+        tl.store(active + row[:, None] * width + column[None, :], weighted.to(active.dtype.element_ty), mask=stored)
+        if GATHER:
+            pair = tl.load(order + row, mask=inside, other=0)
+            partial = tl.sum(tl.where(stored, v * result, 0.0), 1)
+            tl.store(d_weights + block.to(tl.int64) * pairs + pair, partial, mask=inside)
+
+
+@triton.jit
+def grouped_outer_kernel(
+    left, right, result, order, offsets, lefts, rights, choices,
+    GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """result [E, lefts, rights] = left^T right over each expert's rows, zeros for an expert without rows."""
+    expert = tl.program_id(2).to(tl.int64)
+    begin = tl.load(offsets + expert - 1, mask=expert > 0, other=0)
+    end = tl.load(offsets + expert)
+    left_lane = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    right_lane = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(begin, end, BLOCK_K):
+        row = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_K)
+        inside = row < end
+        left_row = _source(order, row, inside, choices, GATHER_LEFT)
+        right_row = _source(order, row, inside, choices, GATHER_RIGHT)
+        left_tile = tl.load(
+            left + left_row[None, :] * lefts + left_lane[:, None],
+            mask=inside[None, :] & (left_lane[:, None] < lefts),
+            other=0.0,
+        )
+        right_tile = tl.load(
+            right + right_row[:, None] * rights + right_lane[None, :],
+            mask=inside[:, None] & (right_lane[None, :] < rights),
+            other=0.0,
+        )
+        total = tl.dot(left_tile.to(DOT), right_tile.to(DOT), total, input_precision="ieee")
+    place = (expert * lefts + left_lane[:, None]) * rights + right_lane[None, :]
+    mask = (left_lane[:, None] < lefts) & (right_lane[None, :] < rights)
+    tl.store(result + place, total.to(result.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def sum_choices_kernel(
+    rows_SD, inverse, y, tokens, model, choices, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """y [R, D]: each token's K sorted rows added up in float32, always in the same order."""
+    token = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = (token[:, None] < tokens) & (column[None, :] < model)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for choice in range(choices):
+        row = tl.load(inverse + token * choices + choice, mask=token < tokens, other=0)
+        total += tl.load(rows_SD + row[:, None] * model + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + token[:, None] * model + column[None, :], total.to(y.dtype.element_ty), mask=inside)

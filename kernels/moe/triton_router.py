@@ -1,0 +1,251 @@
+"""Routing as one Triton kernel each way: scores, group limits, the choice, weights and counts in one pass over logits."""
+
+# Triton reads a kernel's parameters from the call: they carry no types.
+# mypy: disable-error-code="no-untyped-def"
+# ruff: noqa: ANN201, ANN202, SIM108
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.backend import INTERPRETED
+from kernels.interpreter import dot_dtype
+
+
+@triton.jit
+def _take_first_largest(values, lane, BIG: tl.constexpr):
+    """Lane of each row's largest value, the lowest of equal ones, and the values without it."""
+    largest = tl.max(values, 1)
+    chosen = tl.min(tl.where(values == largest[:, None], lane, BIG), 1)
+    return largest, chosen, tl.where(lane == chosen[:, None], float("-inf"), values)
+
+
+@triton.jit
+def _limit_groups(appeal, num_groups, group_top_k, BLOCK: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr):
+    """-inf outside the groups whose two best experts add up to most."""
+    grouped = tl.reshape(appeal, (BLOCK, GROUPS, SIZE))
+    lane = tl.arange(0, SIZE)[None, None, :]
+    best = tl.max(grouped, 2)
+    place = tl.min(tl.where(grouped == best[:, :, None], lane, SIZE), 2)
+    second = tl.max(tl.where(lane == place[:, :, None], float("-inf"), grouped), 2)
+    merit = best + tl.where(second == float("-inf"), 0.0, second)  # groups of one expert have no second
+    group = tl.arange(0, GROUPS)[None, :]
+    merit = tl.where(group < num_groups, merit, float("-inf"))
+    allowed = tl.zeros((BLOCK, GROUPS), tl.int32)
+    for _ in range(group_top_k):
+        _, chosen, merit = _take_first_largest(merit, group, GROUPS)
+        allowed = tl.where(group == chosen[:, None], 1, allowed)
+    grouped = tl.where(allowed[:, :, None] == 1, grouped, float("-inf"))
+    return tl.reshape(grouped, (BLOCK, GROUPS * SIZE))
+
+
+@triton.jit
+def route_forward_kernel(
+    logits, bias, scores, expert_ids, weights, counts, rows, experts, group_size, num_groups, group_top_k, top_k, scaling,
+    SOFTMAX: tl.constexpr, BIAS: tl.constexpr, LIMIT: tl.constexpr, NORMALIZE: tl.constexpr,
+    BLOCK: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, CHOICES: tl.constexpr,
+):  # fmt: skip
+    """scores [R, E], expert ids and weights [R, K], counts [E] added up by integer atomics, whose order cannot matter.
+
+    Lanes hold experts group by group, each group padded to SIZE, so that a lane's order is its expert's order.
+    """
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    lane = tl.arange(0, GROUPS * SIZE)[None, :]
+    expert = lane // SIZE * group_size + lane % SIZE
+    exists = (lane // SIZE < num_groups) & (lane % SIZE < group_size)
+    inside = (row[:, None] < rows) & exists
+    place = row[:, None] * experts + expert
+    x = tl.load(logits + place, mask=inside, other=float("-inf")).to(tl.float32)
+    if SOFTMAX:
+        x = tl.where(row[:, None] < rows, x, 0.0)
+        share = tl.exp(x - tl.max(x, 1)[:, None])
+        score = share / tl.sum(share, 1)[:, None]
+    else:
+        score = 1.0 / (1.0 + tl.exp(-x))
+    tl.store(scores + place, score, mask=inside)
+    appeal = x if SOFTMAX and not BIAS and not LIMIT else score
+    if BIAS:
+        appeal += tl.load(bias + expert, mask=exists, other=0.0).to(tl.float32)
+    appeal = tl.where(exists, appeal, float("-inf"))
+    if LIMIT:
+        appeal = _limit_groups(appeal, num_groups, group_top_k, BLOCK, GROUPS, SIZE)
+    choice = tl.arange(0, CHOICES)[None, :]
+    ids = tl.zeros((BLOCK, CHOICES), tl.int32)
+    chosen_scores = tl.zeros((BLOCK, CHOICES), tl.float32)
+    hits = tl.zeros((GROUPS * SIZE,), tl.int32)
+    for k in range(top_k):
+        _, chosen, appeal = _take_first_largest(appeal, lane, GROUPS * SIZE - 1)
+        mine = lane == chosen[:, None]
+        value = tl.sum(tl.where(mine, score, 0.0), 1)
+        # Rows of NaN choose nothing: their ids must still be experts.
+        named = tl.minimum(chosen // SIZE * group_size + chosen % SIZE, experts - 1)
+        ids = tl.where(choice == k, named[:, None], ids)
+        chosen_scores = tl.where(choice == k, value[:, None], chosen_scores)
+        hits += tl.sum((mine & (row[:, None] < rows)).to(tl.int32), 0)
+    weight = chosen_scores * scaling
+    if NORMALIZE:
+        weight = chosen_scores / (tl.sum(chosen_scores, 1)[:, None] + 1e-20) * scaling
+    written = (row[:, None] < rows) & (choice < top_k)
+    tl.store(expert_ids + row[:, None] * top_k + choice, ids.to(tl.int64), mask=written)
+    tl.store(weights + row[:, None] * top_k + choice, weight, mask=written)
+    flat = tl.arange(0, GROUPS * SIZE)
+    real = (flat // SIZE < num_groups) & (flat % SIZE < group_size)
+    tl.atomic_add(counts + flat // SIZE * group_size + flat % SIZE, hits, mask=real & (hits > 0))
+
+
+@triton.jit
+def route_backward_kernel(
+    scores, expert_ids, d_weights, d_scores, d_logits, rows, experts, top_k, scaling,
+    SOFTMAX: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr, EXPERTS: tl.constexpr, CHOICES: tl.constexpr,
+):  # fmt: skip
+    """d_logits [R, E] from the gradients of weights (K of them not zero a row) and of scores."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[:, None]
+    expert = tl.arange(0, EXPERTS)[None, :]
+    choice = tl.arange(0, CHOICES)[None, :]
+    inside, given = (row < rows) & (expert < experts), (row < rows) & (choice < top_k)
+    score = tl.load(scores + row * experts + expert, mask=inside, other=0.0)
+    grad = tl.load(d_scores + row * experts + expert, mask=inside, other=0.0)
+    ids = tl.load(expert_ids + row * top_k + choice, mask=given, other=0)
+    d_weight = tl.load(d_weights + row * top_k + choice, mask=given, other=0.0) * scaling
+    if NORMALIZE:
+        chosen = tl.load(scores + row * experts + ids, mask=given, other=0.0)
+        total = tl.sum(chosen, 1)[:, None] + 1e-20
+        d_weight = (d_weight - tl.sum(d_weight * chosen, 1)[:, None] / total) / total
+    for k in range(top_k):
+        one = choice == k
+        mine = tl.sum(tl.where(one, ids, 0), 1)[:, None]
+        grad += tl.where(expert == mine, tl.sum(tl.where(one, d_weight, 0.0), 1)[:, None], 0.0)
+    if SOFTMAX:
+        grad = score * (grad - tl.sum(score * grad, 1)[:, None])
+    else:
+        grad = score * (1.0 - score) * grad
+    tl.store(d_logits + row * experts + expert, grad.to(d_logits.dtype.element_ty), mask=inside)
+
+
+def _rows_of_block(width: int) -> int:
+    """Rows of a program: tiles of some 4096 scores."""
+    return 16 if INTERPRETED else max(1, min(32, 4096 // width))
+
+
+@torch.library.custom_op("amfm::route_triton", mutates_args=())
+def _forward(
+    logits_RE: Tensor,
+    bias_E: Tensor | None,
+    softmax: bool,
+    top_k: int,
+    normalize: bool,
+    scaling: float,
+    num_groups: int,
+    group_top_k: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Expert ids [R, K], weights [R, K], counts [E], scores [R, E]."""
+    logits_RE = logits_RE.contiguous()
+    rows, experts = logits_RE.shape
+    group_size = experts // num_groups
+    blocks = {"GROUPS": triton.next_power_of_2(num_groups), "SIZE": triton.next_power_of_2(group_size)}
+    block = _rows_of_block(blocks["GROUPS"] * blocks["SIZE"])
+    scores = logits_RE.new_empty(rows, experts, dtype=torch.float32)
+    ids = logits_RE.new_empty(rows, top_k, dtype=torch.int64)
+    weights = logits_RE.new_empty(rows, top_k, dtype=torch.float32)
+    counts = logits_RE.new_zeros(experts, dtype=torch.int32)
+    if rows:
+        route_forward_kernel[(triton.cdiv(rows, block),)](
+            logits_RE, bias_E, scores, ids, weights, counts,
+            rows, experts, group_size, num_groups, group_top_k, top_k, scaling,
+            SOFTMAX=softmax, BIAS=bias_E is not None, LIMIT=group_top_k < num_groups, NORMALIZE=normalize,
+            BLOCK=block, CHOICES=triton.next_power_of_2(top_k), **blocks,
+        )  # fmt: skip
+    return ids, weights, counts.long(), scores
+
+
+@_forward.register_fake
+def _(
+    logits_RE: Tensor,
+    bias_E: Tensor | None,
+    softmax: bool,
+    top_k: int,
+    normalize: bool,
+    scaling: float,
+    num_groups: int,
+    group_top_k: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, experts = logits_RE.shape
+    ids = logits_RE.new_empty(rows, top_k, dtype=torch.int64)
+    weights = logits_RE.new_empty(rows, top_k, dtype=torch.float32)
+    counts = logits_RE.new_empty(experts, dtype=torch.int64)
+    return ids, weights, counts, logits_RE.new_empty(rows, experts, dtype=torch.float32)
+
+
+@torch.library.custom_op("amfm::route_triton_backward", mutates_args=())
+def _backward(
+    d_weights: Tensor,
+    d_scores: Tensor,
+    scores: Tensor,
+    expert_ids: Tensor,
+    logits_RE: Tensor,
+    softmax: bool,
+    normalize: bool,
+    scaling: float,
+) -> Tensor:
+    """Gradient of the logits [R, E]; the logits give dtype and shape alone."""
+    rows, experts = scores.shape
+    top_k = expert_ids.shape[1]
+    d_logits = torch.empty_like(logits_RE, memory_format=torch.contiguous_format)
+    width = triton.next_power_of_2(experts)
+    block = _rows_of_block(width)
+    if rows:
+        route_backward_kernel[(triton.cdiv(rows, block),)](
+            scores, expert_ids, d_weights.contiguous(), d_scores.contiguous(), d_logits, rows, experts, top_k, scaling,
+            SOFTMAX=softmax, NORMALIZE=normalize, BLOCK=block, EXPERTS=width, CHOICES=triton.next_power_of_2(top_k),
+        )  # fmt: skip
+    return d_logits
+
+
+@_backward.register_fake
+def _(
+    d_weights: Tensor,
+    d_scores: Tensor,
+    scores: Tensor,
+    expert_ids: Tensor,
+    logits_RE: Tensor,
+    softmax: bool,
+    normalize: bool,
+    scaling: float,
+) -> Tensor:
+    return torch.empty_like(logits_RE, memory_format=torch.contiguous_format)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits_RE, _, ctx.softmax, _, ctx.normalize, ctx.scaling, _, _ = inputs
+    expert_ids, _, counts, scores = output
+    ctx.mark_non_differentiable(expert_ids, counts)
+    ctx.save_for_backward(scores, expert_ids, logits_RE)
+
+
+def _differentiate(ctx: Any, _: Tensor, d_weights: Tensor, __: Tensor, d_scores: Tensor) -> tuple[Tensor | None, ...]:
+    d_logits = _backward(d_weights, d_scores, *ctx.saved_tensors, ctx.softmax, ctx.normalize, ctx.scaling)
+    return (d_logits,) + (None,) * 7
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def route_triton(
+    logits_RE: Tensor,
+    expert_bias_E: Tensor | None,
+    *,
+    score: str,
+    top_k: int,
+    normalize: bool,
+    scaling: float,
+    num_groups: int,
+    group_top_k: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Expert ids, weights, counts and scores as `route_reference`, for float32, bfloat16 and float16 logits."""
+    dot_dtype(logits_RE.dtype)  # refuses float64
+    return _forward(logits_RE, expert_bias_E, score == "softmax", top_k, normalize, scaling, num_groups, group_top_k)
