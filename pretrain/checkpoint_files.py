@@ -129,7 +129,7 @@ def replace_text(path: Path, text: str) -> None:
 def encode_manifest(body: Mapping[str, Any]) -> str:
     """JSON text of a manifest that carries the SHA-256 of itself (computed with 64 zeros in that place)."""
     document = {"format": FORMAT, "format_version": FORMAT_VERSION, "sha256": NO_DIGEST, **body}
-    text = json.dumps(document, indent=1, allow_nan=False) + "\n"
+    text = json.dumps(document, indent=1) + "\n"
     return text.replace(NO_DIGEST, hashlib.sha256(text.encode()).hexdigest(), 1)
 
 

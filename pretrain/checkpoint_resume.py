@@ -30,6 +30,7 @@ MAY_CHANGE = (
     "train.compile",
     "train.num_threads",
     "data.store",
+    "data.phases.*",
     "data.num_workers",
     "data.on_corruption",
     "data.prepare.*",
@@ -64,7 +65,7 @@ def may_change(name: str) -> bool:
     if name.startswith("data.sources."):
         return name.split(".")[3:] in [[field] for field in SOURCE_FIELDS_MAY_CHANGE]
     return any(
-        name == allowed or (allowed.endswith(".*") and name.startswith(allowed.removesuffix("*")))
+        name == allowed.removesuffix(".*") or (allowed.endswith(".*") and name.startswith(allowed.removesuffix("*")))
         for allowed in MAY_CHANGE
     )
 
