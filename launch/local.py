@@ -9,11 +9,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import FrameType
 from typing import IO
 
-from pretrain.parallel import LAUNCHER_PID
+from pretrain.rank_variables import LAUNCHER_PID
 
 DONE, RUN_FAILED = 0, 3
 GRACE_SECONDS = 30.0  # what the other ranks get to end by themselves after one failed
@@ -36,9 +37,10 @@ def run_command(command: Sequence[str], num_ranks: int) -> int:
     This process keeps the store through which they meet, so no port can be lost between choosing and using it. Rank 0
     owns the terminal; lines that the others write to standard error get their rank in front.
     """
-    with socket.create_server((HOST, 0), backlog=max(128, num_ranks)) as listener:
+    processes: list[subprocess.Popen[bytes]] = []
+    with forward_signals(processes), socket.create_server((HOST, 0), backlog=max(128, num_ranks)) as listener:
         port = listener.getsockname()[1]
-        processes = [
+        processes += [
             subprocess.Popen(
                 command,
                 env=environment_of(rank, num_ranks, port, os.environ),
@@ -88,11 +90,9 @@ def relay_lines(rank: int, stream: IO[bytes]) -> None:
         sys.stderr.flush()
 
 
-def wait_for_all(processes: Sequence[subprocess.Popen[bytes]]) -> list[int]:
-    """Wait for every rank, forwarding signals; after the first failure the rest get a while, then are killed.
-
-    A rank that waits for a dead one in a collective does not hear anything gentler.
-    """
+@contextmanager
+def forward_signals(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """Inside the block, a request to stop goes on to every rank that runs by then."""
 
     def forward(number: int, frame: FrameType | None) -> None:
         for process in processes:
@@ -102,18 +102,26 @@ def wait_for_all(processes: Sequence[subprocess.Popen[bytes]]) -> list[int]:
     previous = {number: signal.signal(number, forward) for number in FORWARDED}
     # An interrupt from the keyboard reaches the ranks by itself; here it must not cut the waiting short.
     previous[signal.SIGINT] = signal.signal(signal.SIGINT, lambda number, frame: None)
-    deadline: float | None = None
     try:
-        while any(process.poll() is None for process in processes):
-            if deadline is None and any(process.poll() for process in processes):
-                deadline = time.monotonic() + GRACE_SECONDS
-            if deadline is not None and time.monotonic() > deadline:
-                for process in processes:
-                    process.kill()
-            time.sleep(0.05)
+        yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def wait_for_all(processes: Sequence[subprocess.Popen[bytes]]) -> list[int]:
+    """Wait for every rank; after the first failure the rest get a while, then are killed.
+
+    A rank that waits for a dead one in a collective does not hear anything gentler.
+    """
+    deadline: float | None = None
+    while any(process.poll() is None for process in processes):
+        if deadline is None and any(process.poll() for process in processes):
+            deadline = time.monotonic() + GRACE_SECONDS
+        if deadline is not None and time.monotonic() > deadline:
+            for process in processes:
+                process.kill()
+        time.sleep(0.05)
     return [process.wait() for process in processes]
 
 

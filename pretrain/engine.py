@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -190,9 +189,8 @@ def restore_buffers(module: nn.Module, buffers: dict[str, Tensor]) -> None:
 
 
 def quiet_deepspeed() -> None:
-    """Warnings and errors only, on standard error: standard output belongs to results."""
+    """Warnings and errors only, through the root logger to standard error: standard output belongs to results."""
     deepspeed_logger.setLevel(logging.WARNING)
     deepspeed_logger.addFilter(is_not_about_types)
-    for handler in deepspeed_logger.handlers:
-        if isinstance(handler, logging.StreamHandler):
-            handler.setStream(sys.stderr)
+    deepspeed_logger.handlers.clear()
+    deepspeed_logger.propagate = True

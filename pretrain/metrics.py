@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import json
 import os
 from collections.abc import Mapping
@@ -17,8 +18,7 @@ Metrics = dict[str, Any]
 class RunLog:
     """The open files of one run; only the main rank makes one.
 
-    A line is on its way to the disk when the call returns. Raises OSError when the directory cannot be written,
-    ModuleNotFoundError turned into ValueError when `run.wandb_project` is set without the wandb package.
+    A line is on its way to the disk when the call returns. Raises OSError when the directory cannot be written.
     """
 
     def __init__(self, config: RunConfig, *, resumed_at_step: int) -> None:
@@ -79,15 +79,19 @@ def open_tensorboard(directory: Path, resumed_at_step: int) -> Any:
     return SummaryWriter(str(directory / "tensorboard"), purge_step=resumed_at_step + 1)
 
 
-def open_wandb(config: RunConfig) -> Any:
-    """Join or start the Weights & Biases run that carries this run's name."""
-    try:
-        import wandb
-    except ModuleNotFoundError as error:
+def check_plot_services(config: RunConfig) -> None:
+    """Refuse, on every rank and before any work, a plot service whose package is missing. Raises ValueError."""
+    if config.run.wandb_project is not None and importlib.util.find_spec("wandb") is None:
         raise ValueError(
             f"run.wandb_project={config.run.wandb_project} needs the wandb package, which is not installed; "
             "pip install wandb, or remove run.wandb_project"
-        ) from error
+        )
+
+
+def open_wandb(config: RunConfig) -> Any:
+    """Join or start the Weights & Biases run that carries this run's name."""
+    import wandb
+
     name = config.run.name or Path(config.run.dir).name
     return wandb.init(
         project=config.run.wandb_project, name=name, id=name, resume="allow", config=config.model_dump(mode="json")

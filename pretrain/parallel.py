@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
-LAUNCHER_PID = "AMFM_LAUNCHER_PID"  # set by launch/local.py: ranks end with the process that started them
+from pretrain.rank_variables import LAUNCHER_PID
+
 GROUP_NAMES = ["tp", "pp", "mp", "cp", "ep", "expt_tp", "expt_dp", "dp", "dp_cp"]
 
 

@@ -23,7 +23,7 @@ from pretrain.config_file import resolved_yaml
 from pretrain.engine import ZeroEngine, build_engine
 from pretrain.environment import Peak, find_peak, record_environment
 from pretrain.live import Display
-from pretrain.metrics import RunLog
+from pretrain.metrics import RunLog, check_plot_services
 from pretrain.parallel import Parallel, initialize_parallel, set_determinism
 from pretrain.signals import SignalWatch
 from pretrain.weights import load_initial_weights
@@ -94,6 +94,7 @@ def start_run(config: RunConfig, signals: SignalWatch) -> Run:
     """
     parallel = initialize_parallel(timeout_seconds=config.train.timeout_seconds, num_threads=config.train.num_threads)
     check_run(config, parallel.world_size)
+    check_plot_services(config)
     set_determinism(config.train.seed)
     lock = lock_directory(Path(config.run.dir)) if parallel.is_main else None
     loader = open_loader(config, parallel, "train")

@@ -1,0 +1,4 @@
+"""Names of the environment variables that a launcher sets for its ranks beyond torchrun's; imports nothing, so that a
+launcher is quick."""
+
+LAUNCHER_PID = "AMFM_LAUNCHER_PID"  # of launch/local.py: its ranks end with it

@@ -1,0 +1,37 @@
+"""Which parameters decay."""
+
+from __future__ import annotations
+
+from model.config import ModelConfig
+from model.groups import single_rank_groups
+from model.hybrid import HybridModel
+from pretrain.config import OptimizerConfig
+from pretrain.optimizer import build_adamw, group_parameters
+from tests.pretrain.tiny_run import MODEL
+
+
+def test_matrices_decay_and_nothing_else_does() -> None:
+    model = HybridModel(ModelConfig.model_validate(MODEL), single_rank_groups())
+    decay, no_decay = group_parameters(model, 0.1)
+    assert (decay["weight_decay"], no_decay["weight_decay"]) == (0.1, 0.0)
+    assert set(no_decay["parameter_names"]) == {
+        *(f"blocks.{index}.norm.weight" for index in range(4)),
+        "final_norm.weight",
+        "blocks.0.mixer.norm.weight",
+        "blocks.0.mixer.conv.bias",
+        "blocks.0.mixer.A_log",
+        "blocks.0.mixer.D",
+        "blocks.0.mixer.dt_bias",
+    }
+    names = {name for name, _ in model.named_parameters()}
+    assert set(decay["parameter_names"]) == names - set(no_decay["parameter_names"])
+    assert [id(parameter) for parameter in decay["params"]] == [
+        id(dict(model.named_parameters())[name]) for name in decay["parameter_names"]
+    ]
+
+
+def test_adamw_is_fused_and_starts_without_a_rate() -> None:
+    model = HybridModel(ModelConfig.model_validate(MODEL), single_rank_groups())
+    adamw = build_adamw(model, OptimizerConfig(learning_rate=1e-3, beta2=0.98))
+    assert adamw.defaults["fused"] and adamw.defaults["lr"] == 0.0
+    assert all(group["betas"] == (0.9, 0.98) for group in adamw.param_groups)

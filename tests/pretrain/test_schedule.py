@@ -1,0 +1,62 @@
+"""Shapes of the learning rate."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+
+from pretrain.config import ScheduleConfig
+from pretrain.schedule import learning_rate
+
+PEAK, STEPS = 2.0, 100
+
+
+def rates(**settings: object) -> list[float]:
+    config = ScheduleConfig.model_validate(settings)
+    return [learning_rate(step, config, peak=PEAK, total_steps=STEPS) for step in range(1, STEPS + 1)]
+
+
+@pytest.mark.parametrize("kind", ["wsd", "cosine", "constant"])
+def test_warmup_rises_linearly_to_the_peak(kind: str) -> None:
+    assert rates(kind=kind, warmup_steps=10)[:10] == pytest.approx([PEAK * n / 10 for n in range(1, 11)])
+
+
+def test_wsd_is_flat_then_falls_to_the_floor() -> None:
+    curve = rates(kind="wsd", warmup_steps=10, decay_steps=20, min_ratio=0.1)
+    assert curve[9:80] == [PEAK] * 71
+    assert curve[80:] == pytest.approx([PEAK * (1 - 0.9 * n / 20) for n in range(1, 21)])
+
+
+def test_wsd_decays_over_a_fifth_by_default() -> None:
+    curve = rates(kind="wsd", min_ratio=0.0)
+    assert curve[79] == PEAK and curve[80] < PEAK and curve[-1] == 0.0
+
+
+def test_wsd_decay_never_reaches_into_a_long_warmup() -> None:
+    curve = rates(kind="wsd", warmup_steps=95)
+    assert curve[94] == PEAK and curve[-1] == pytest.approx(0.1 * PEAK)
+
+
+@pytest.mark.parametrize(("shape", "middle"), [("linear", 0.5), ("sqrt", 1 - math.sqrt(0.5)), ("cosine", 0.5)], ids=str)
+def test_decay_shapes_at_their_middle_and_end(shape: str, middle: float) -> None:
+    curve = rates(kind="wsd", decay_steps=50, decay_shape=shape, min_ratio=0.0)
+    assert curve[74] == pytest.approx(PEAK * middle)
+    assert curve[-1] == pytest.approx(0.0, abs=1e-12)
+    assert all(later <= earlier for earlier, later in pairwise(curve))
+
+
+def test_cosine_falls_from_the_end_of_warmup() -> None:
+    curve = rates(kind="cosine", warmup_steps=20, min_ratio=0.25)
+    assert curve[19] == PEAK
+    assert curve[59] == pytest.approx(PEAK * (0.25 + 0.75 * 0.5))
+    assert curve[-1] == pytest.approx(0.25 * PEAK)
+
+
+def test_constant_stays_at_the_peak() -> None:
+    assert rates(kind="constant") == [PEAK] * STEPS
+
+
+def test_a_run_of_one_step_has_a_rate() -> None:
+    assert learning_rate(1, ScheduleConfig(), peak=PEAK, total_steps=1) == pytest.approx(0.1 * PEAK)

@@ -1,0 +1,174 @@
+"""The loop as a user meets it: files, stops, signals, validation, refusals."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from data_pipeline.config import DataConfig, TokenizerConfig
+from pretrain.evaluate import validate
+from pretrain.run import close_run, lock_directory, start_run
+from pretrain.signals import SignalWatch
+from pretrain.step import train_step
+from pretrain.train import run_steps, train
+from tests.helpers.spawn import run_ranks
+from tests.pretrain.tiny_run import collect_weights, read_events, read_metrics, tiny_config
+
+METRICS = {
+    "step",
+    "loss",
+    "grad_norm",
+    "lr",
+    "tokens",
+    "tokens_per_second",
+    "mfu",
+    "seconds",
+    "auxiliary",
+    "expert_load",
+    "skipped",
+}
+
+
+def test_run_directory_holds_config_environment_metrics_and_events(data: DataConfig, tmp_path: Path) -> None:
+    config = tiny_config(data, tmp_path, train__validate_every_steps=2)
+    assert train(config) == 0
+    lines = read_metrics(tmp_path)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert [set(line) - METRICS for line in lines] == [set(), {"validation_loss"}, set(), {"validation_loss"}]
+    assert [line["tokens"] for line in lines] == [192, 384, 576, 768]
+    assert lines[0]["loss"] == pytest.approx(math.log(448), abs=0.1), "an untrained model knows nothing"
+    assert lines[0]["lr"] == pytest.approx(1.5e-3) and lines[1]["lr"] == pytest.approx(3e-3)
+    assert set(lines[0]["auxiliary"]) == {"balance", "router_z"}
+    assert 1 <= lines[0]["expert_load"]["1"] <= 4
+    assert all(line["mfu"] > 0 and line["tokens_per_second"] > 0 for line in lines)
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == config.model_dump(mode="json")
+    environment = json.loads((tmp_path / "environment.json").read_text())
+    assert environment["peak"]["flops_per_second"] > 1e9 and "measured" in environment["peak"]["source"]
+    events = [event["event"] for event in read_events(tmp_path)]
+    assert events == ["start", "validation", "validation", "checkpoint", "end"]
+    assert (tmp_path / "checkpoints" / "latest").exists()
+
+
+def test_stop_after_steps_saves_and_the_schedule_spans_the_whole_run(data: DataConfig, tmp_path: Path) -> None:
+    config = tiny_config(data, tmp_path, train__steps=10, train__stop_after_steps=3)
+    assert train(config) == 0
+    lines = read_metrics(tmp_path)
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert lines[-1]["lr"] == pytest.approx(3e-3), "the decay starts after step 8 of 10"
+    assert read_events(tmp_path)[-1]["reason"] == "stop_after_steps"
+    assert [path.name for path in (tmp_path / "checkpoints").glob("step-*")] == ["step-00000003"]
+
+
+def test_a_finished_run_does_nothing_more(data: DataConfig, tmp_path: Path) -> None:
+    config = tiny_config(data, tmp_path)
+    assert train(config) == 0
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    assert train(config) == 0
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_validation_measures_the_same_text_each_time_and_changes_nothing(data: DataConfig, tmp_path: Path) -> None:
+    with SignalWatch() as signals:
+        run = start_run(tiny_config(data, tmp_path), signals)
+        weights, random, cursor = collect_weights(run), torch.get_rng_state(), run.loader.state_dict()
+        first, second = validate(run), validate(run)
+        assert first == second and first.tokens > 100
+        assert first.perplexity == pytest.approx(math.exp(first.loss))
+        assert torch.equal(torch.get_rng_state(), random) and run.loader.state_dict() == cursor
+        assert all(torch.equal(weight, weights[name]) for name, weight in collect_weights(run).items())
+        train_step(run)
+        assert validate(run).loss != first.loss
+        close_run(run)
+
+
+@pytest.mark.parametrize("clip", [None, 0.01])
+def test_clipping_bounds_the_step_but_not_the_reported_norm(
+    data: DataConfig, tmp_path: Path, clip: float | None
+) -> None:
+    with SignalWatch() as signals:
+        run = start_run(tiny_config(data, tmp_path, optimizer__clip_grad_norm=clip), signals)
+        norm = train_step(run).grad_norm
+        moments = [state["exp_avg"] for state in run.engine.adamw.state.values()]
+        # After one step the first moment is (1 - beta1) times the gradient that AdamW got.
+        used = float(torch.linalg.vector_norm(torch.stack([moment.norm() for moment in moments]))) / 0.1
+        close_run(run)
+    assert norm > 0.5
+    assert used == pytest.approx(norm if clip is None else clip, rel=1e-4)
+
+
+def wait_for_lines(path: Path, count: int) -> None:
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        if path.exists() and len(path.read_text().splitlines()) >= count:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"{path} has not reached {count} lines")
+
+
+def test_sigterm_saves_at_the_next_boundary_and_the_run_goes_on(data: DataConfig, tmp_path: Path) -> None:
+    config = tiny_config(data, tmp_path / "run", train__steps=100_000)
+    (tmp_path / "config.json").write_text(config.model_dump_json())
+    code = (
+        "import sys; from pretrain.config import RunConfig; from pretrain.train import train\n"
+        "sys.exit(train(RunConfig.model_validate_json(open(sys.argv[1]).read())))"
+    )
+    process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code, str(tmp_path / "config.json")])
+    wait_for_lines(tmp_path / "run" / "metrics.jsonl", 2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 0
+    step = read_metrics(tmp_path / "run")[-1]["step"]
+    assert read_events(tmp_path / "run")[-1] | {"time": ""} == {
+        "time": "",
+        "event": "signal",
+        "step": step,
+        "name": "SIGTERM",
+    }
+    longer = tiny_config(data, tmp_path / "run", train__steps=100_000, train__stop_after_steps=step + 1)
+    assert train(longer) == 0
+    assert read_events(tmp_path / "run", "start")[-1]["resumed_from"] == f"step-{step:08d}"
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == list(range(1, step + 2))
+
+
+def signal_one_rank(data: DataConfig, folder: str) -> tuple[int, int]:
+    with SignalWatch() as signals:
+        run = start_run(tiny_config(data, Path(folder), train__steps=100), signals)
+        train_step(run)
+        if run.parallel.rank == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        code = run_steps(run)
+        close_run(run)
+    return code, run.progress.step
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(data: DataConfig, tmp_path: Path) -> None:
+    assert run_ranks(signal_one_rank, data, str(tmp_path), num_ranks=2) == [(0, 2), (0, 2)]
+    assert read_events(tmp_path, "signal")[0]["name"] == "SIGUSR1"
+    assert (tmp_path / "checkpoints" / "step-00000002").is_dir()
+
+
+def test_two_runs_in_one_directory_are_refused(data: DataConfig, tmp_path: Path) -> None:
+    with lock_directory(tmp_path), pytest.raises(RuntimeError, match=r"another process trains in .*another run\.dir"):
+        train(tiny_config(data, tmp_path))
+
+
+def test_vocabulary_smaller_than_the_stores_is_refused(data: DataConfig, tmp_path: Path) -> None:
+    smaller = data.model_copy(update={"tokenizer": TokenizerConfig(vocab_size=300)})
+    config = tiny_config(smaller, tmp_path, model__vocab_size=320)
+    with pytest.raises(ValueError, match=r"model\.vocab_size=320 must be at least 400"):
+        train(config)
+
+
+def test_batch_that_ranks_cannot_share_is_refused(data: DataConfig, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"train\.global_batch_size"):
+        train(tiny_config(data, tmp_path, train__global_batch_size=5))
+    assert not (tmp_path / "checkpoints").exists()
