@@ -14,7 +14,7 @@ from data_pipeline.batch import Batch
 from data_pipeline.config import DataConfig
 from data_pipeline.packing import Row, assemble_rows
 from data_pipeline.read_ahead import ReadingProcess
-from data_pipeline.samples import Damage, SampleReader, SampleSettings, make_phases
+from data_pipeline.samples import Damage, SampleReader, SampleSettings
 from data_pipeline.store import Split, TokenStore
 
 STATE_VERSION = 1
@@ -65,16 +65,7 @@ class PretrainLoader:
         self.store = TokenStore.open(config.store)
         if data_rank == 0 and config.on_corruption == "raise":
             self.store.check_files()  # now, and not at the step that reads the missing part
-        self.settings = SampleSettings(
-            store=config.store,
-            split=split,
-            sequence_length=sequence_length,
-            seed=seed,
-            packing=config.packing,
-            shuffle=config.shuffle,
-            phases=_phases(config),
-            on_corruption=config.on_corruption,
-        )
+        self.settings = SampleSettings.from_config(config, split=split, sequence_length=sequence_length, seed=seed)
         self.reader = SampleReader(self.settings, self.store)
         self.global_sample = 0
         self.quarantined: list[Damage] = []
@@ -238,16 +229,3 @@ class PretrainLoader:
             sample_ids=tuple(row.sample for row in rows),
             source_ids=tuple(row.source for row in rows),
         )
-
-
-def _phases(config: DataConfig) -> tuple[tuple[int, dict[str, float]], ...]:
-    weights = {source.name: source.weight for source in config.sources}
-    later = tuple((phase.start_sample, dict(phase.weights)) for phase in config.phases)
-    for start, changed in later:
-        unknown = sorted(set(changed) - set(weights))
-        if unknown:
-            raise ValueError(
-                f"data.phases: the phase at sample {start} weighs {unknown[0]!r}, which must be one of data.sources: "
-                f"{', '.join(sorted(weights))}"
-            )
-    return tuple((start, dict(by_source)) for start, by_source in make_phases(weights, later))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,9 @@ from data_pipeline.packing import Row, count_windows, starts_in_window
 from data_pipeline.permutation import derive_key, permute, permute_in_blocks
 from data_pipeline.shards import DamagedError
 from data_pipeline.store import Part, Split, TokenStore
+
+if TYPE_CHECKING:
+    from data_pipeline.config import DataConfig  # pydantic takes longer to import than everything here
 
 Int64 = npt.NDArray[np.int64]
 
@@ -34,6 +37,34 @@ class SampleSettings:
     shuffle: Literal["full", "block"]
     phases: tuple[tuple[int, Mapping[str, float]], ...]
     on_corruption: Literal["raise", "quarantine"]
+
+    @staticmethod
+    def from_config(config: DataConfig, *, split: Split, sequence_length: int, seed: int) -> SampleSettings:
+        """Settings of a run; ValueError for a phase that weighs a source the configuration doesn't have."""
+        return SampleSettings(
+            store=config.store,
+            split=split,
+            sequence_length=sequence_length,
+            seed=seed,
+            packing=config.packing,
+            shuffle=config.shuffle,
+            phases=_phases(config),
+            on_corruption=config.on_corruption,
+        )
+
+
+def _phases(config: DataConfig) -> tuple[tuple[int, dict[str, float]], ...]:
+    """The sources' own weights from sample 0, unless a given phase starts there, then the given phases."""
+    weights = {source.name: source.weight for source in config.sources}
+    later = tuple((phase.start_sample, dict(phase.weights)) for phase in config.phases)
+    for start, changed in later:
+        unknown = sorted(set(changed) - set(weights))
+        if unknown:
+            raise ValueError(
+                f"data.phases: the phase at sample {start} weighs {unknown[0]!r}, which must be one of data.sources: "
+                f"{', '.join(sorted(weights))}"
+            )
+    return later if later and later[0][0] == 0 else ((0, weights), *later)
 
 
 @dataclass(frozen=True)
@@ -98,6 +129,13 @@ class SampleReader:
                 row = self._empty_row(sample, source)
             rows.append(row)
         return rows, damages
+
+    def first_token(self, place: Place) -> int:
+        """Offset in the part of the first token of a row."""
+        if self._bins:
+            bins = self._bins.load(place.part)
+            return int(bins.first[bins.bin_offsets[place.row]])
+        return place.row * self.settings.sequence_length
 
     def _usable_phases(self) -> list[tuple[int, dict[str, float]]]:
         """Phases over the sources that have rows: a small source may have nothing to validate on."""
@@ -178,10 +216,3 @@ class SampleReader:
     def _fill_id(self) -> int:
         pad = self.store.tokenizer.pad_id
         return self.store.eos_id if pad is None else pad
-
-
-def make_phases(
-    weights: Mapping[str, float], later: tuple[tuple[int, Mapping[str, float]], ...]
-) -> tuple[tuple[int, Mapping[str, float]], ...]:
-    """Phases of a run: the sources' own weights from sample 0, unless a given phase starts there."""
-    return later if later and later[0][0] == 0 else ((0, dict(weights)), *later)

@@ -1,0 +1,109 @@
+"""Look into a store: is every part as it was written, and what text does a given sample of a run hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.config import DataConfig
+from data_pipeline.samples import SampleReader, SampleSettings
+from data_pipeline.shards import DamagedError
+from data_pipeline.store import Part, Split, TokenStore, check_part_files, digest_folder
+from data_pipeline.tokenizer import load_tokenizer
+
+READ_TOKENS = 4 * 2**20
+
+
+def verify_store(path: str | Path, *, full: bool = True) -> list[str]:
+    """Check a store and return what is wrong with it, one line a finding; an empty list is a sound store.
+
+    Quick: the manifest, the tokenizer, the presence and size of every shard, the crc32c of their indices and the
+    document ends. Full also reads everything: the crc32c of each chunk, the digest of each part, ids inside the
+    vocabulary, an end token at each document end. ValueError when the path is no store.
+    """
+    problems: list[str] = []
+    try:
+        store = TokenStore.open(path)
+    except DamagedError as error:
+        return [str(error)]
+    try:
+        load_tokenizer(path)
+    except (ValueError, RuntimeError) as error:
+        problems.append(str(error))
+    for _, _, part in store.all_parts():
+        try:
+            problems += _verify_part(store, part, full=full)
+        except DamagedError as error:
+            problems.append(str(error))
+    store.close()
+    return problems
+
+
+def _verify_part(store: TokenStore, part: Part, *, full: bool) -> list[str]:
+    folder = store.path / part.path
+    check_part_files(store.path, part)
+    ends = store.document_ends(part).astype(np.int64)
+    problems = []
+    if not (np.diff(ends, prepend=0) > 0).all():
+        problems.append(f"{folder}: its document ends don't rise; prepare the part again")
+    if not full:
+        store.read_tokens(part, part.num_tokens - 1, part.num_tokens)  # opens the last shard: its index is checked
+        return problems
+    largest = 0
+    for start in range(0, part.num_tokens, READ_TOKENS):
+        tokens = store.read_tokens(part, start, min(part.num_tokens, start + READ_TOKENS))
+        largest = max(largest, int(tokens.max()))
+        inside = ends[(ends > start) & (ends <= start + len(tokens))] - start - 1
+        if (tokens[inside] != store.eos_id).any():
+            problems.append(f"{folder}: a document ends without the end token {store.eos_id}; prepare the part again")
+    if largest >= store.vocab_size:
+        problems.append(f"{folder}: token id {largest} is outside the vocabulary of {store.vocab_size}")
+    if digest_folder(folder) != part.digest:
+        problems.append(f"{folder}: its files aren't those of the manifest (digest); delete it and prepare again")
+    return problems
+
+
+@dataclass(frozen=True)
+class SampleText:
+    """What one global sample trains on. documents: text of each document piece in the row, in order."""
+
+    sample: int
+    source: str
+    epoch: int
+    part: str
+    row: int
+    first_document: int
+    tokens: tuple[int, ...]
+    documents: tuple[str, ...]
+
+
+def sample_text(
+    config: DataConfig, sample: int, *, sequence_length: int, seed: int, split: Split = "train"
+) -> SampleText:
+    """Decode the row of a global sample number: a pure function of the settings, no run is needed.
+
+    first_document: number of the row's first document within its part. Errors are those of PretrainLoader.
+    """
+    settings = SampleSettings.from_config(config, split=split, sequence_length=sequence_length, seed=seed)
+    reader = SampleReader(settings)
+    tokenizer = load_tokenizer(config.store)
+    samples = np.array([sample], dtype=np.int64)
+    (place,), (rows, _) = reader.locate(samples), reader.read(samples)
+    row = rows[0]
+    tokens = row.tokens[: min(row.num_valid, sequence_length)].astype(np.int64)
+    pieces = np.split(tokens, [start for start in row.starts.tolist() if 0 < start < len(tokens)])
+    ends = reader.store.document_ends(place.part)
+    first = int(np.searchsorted(ends, reader.first_token(place), side="right"))
+    reader.store.close()
+    return SampleText(
+        sample=sample,
+        source=place.source,
+        epoch=place.epoch,
+        part=place.part.path,
+        row=place.row,
+        first_document=first,
+        tokens=tuple(tokens.tolist()),
+        documents=tuple(tokenizer.decode(piece.tolist()) for piece in pieces),
+    )

@@ -1,0 +1,66 @@
+import shutil
+
+import numpy as np
+import pytest
+
+from data_pipeline.loader import PretrainLoader
+from data_pipeline.store import TokenStore
+from data_pipeline.tokenizer import load_tokenizer
+from data_pipeline.verify import sample_text, verify_store
+from tests.helpers.tiny_store import make_tiny_store
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return make_tiny_store(tmp_path_factory.mktemp("data"), num_sources=2, preset="small")
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_a_sound_store_has_no_findings(config, full):
+    assert verify_store(config.store, full=full) == []
+
+
+def test_full_finds_what_quick_cannot_and_both_find_missing_and_short_files(config, tmp_path):
+    shutil.copytree(config.store, tmp_path / "store")
+    store = TokenStore.open(tmp_path / "store")
+    parts = [part for _, _, part in store.all_parts()]
+    flipped, short, missing, renamed = (store.path / part.path for part in parts[:4])
+    shard = flipped / "tokens" / "c" / "0"
+    content = bytearray(shard.read_bytes())
+    content[50] ^= 1
+    shard.write_bytes(content)
+    shard = short / "tokens" / "c" / "0"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    (missing / "document_ends" / "c" / "0").unlink()
+    (renamed / "zarr.json").write_text((renamed / "zarr.json").read_text() + " ")
+    quick, full = verify_store(store.path, full=False), verify_store(store.path, full=True)
+    assert len(quick) == 2 and "the manifest says" in quick[0] and "is missing" in quick[1]
+    assert len(full) == 4 and "fails its crc32c" in full[0] and "aren't those of the manifest" in full[3]
+
+
+def test_a_replaced_tokenizer_and_an_edited_manifest_are_findings(config, tmp_path):
+    shutil.copytree(config.store, tmp_path / "store")
+    (tmp_path / "store" / "tokenizer.model").write_bytes(b"other")
+    (finding,) = verify_store(tmp_path / "store", full=False)
+    assert "isn't a SentencePiece model" in finding
+    (tmp_path / "store" / "manifest.json").write_text("{")
+    (finding,) = verify_store(tmp_path / "store")
+    assert "manifest.json is damaged" in finding
+
+
+@pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
+def test_sample_text_shows_what_the_loader_gives(config, packing):
+    config = config.model_copy(update={"packing": packing})
+    loader = PretrainLoader(config, sequence_length=128, micro_batch_size=1, seed=3)
+    tokenizer = load_tokenizer(config.store)
+    for batch in loader.take(12):
+        (sample,) = batch.sample_ids
+        shown = sample_text(config, sample, sequence_length=128, seed=3)
+        assert shown.source == loader.source_names[batch.source_ids[0]]
+        assert shown.tokens == tuple(batch.tokens_BT[0, : len(shown.tokens)].tolist())
+        assert "".join(shown.documents) == tokenizer.decode(list(shown.tokens))
+        real = batch.document_ids_BT[0, : len(shown.tokens)]
+        assert len(shown.documents) == int(real.max()) + 1
+        part = next(part for _, _, part in loader.store.all_parts() if part.path == shown.part)
+        ends = loader.store.document_ends(part)
+        assert shown.first_document < len(ends) and np.all(ends[: shown.first_document] <= ends[-1])
