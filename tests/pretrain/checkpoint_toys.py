@@ -57,12 +57,15 @@ def toy_config(**changes: Any) -> RunConfig:
     return RunConfig.model_validate(tree)
 
 
-def make_engine(parallel: Parallel, *, stage: int = 1, precision: Any = "float32", seed: int = 0) -> ZeroEngine:
-    """A fresh engine over a fresh toy."""
+def make_engine(
+    parallel: Parallel, *, stage: int = 1, precision: Any = "float32", seed: int = 0, extra: bool = False
+) -> ZeroEngine:
+    """A fresh engine over a fresh toy, with one layer more on demand."""
     torch.manual_seed(seed)
-    return build_engine(
-        Toy(), optimizer=toy_config().optimizer, precision=precision, zero_stage=stage, parallel=parallel
-    )
+    toy = Toy()
+    if extra:
+        toy.extra = nn.Linear(3, 3)
+    return build_engine(toy, optimizer=toy_config().optimizer, precision=precision, zero_stage=stage, parallel=parallel)
 
 
 def run_steps(engine: ZeroEngine, first: int, last: int) -> list[tuple[float, float]]:
