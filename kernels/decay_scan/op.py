@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -70,7 +71,9 @@ def mamba2_scan(
     dt_BTH = F.softplus(dt_BTH.to(wide) + dt_bias_H.to(wide))
     g_BTH = dt_BTH * -A_log_H.to(wide).exp()
     initial = None if initial_state_BHPN is None else initial_state_BHPN.transpose(-1, -2)
-    y_BTHP, state_BHNP = chunked_scan(C_BTGN, B_BTGN, x_BTHP, g_BTH, dt_BTH, D_H, initial, document_ids_BT, chunk_size)
+    y_BTHP, state_BHNP = _find_scan(backend)(
+        C_BTGN, B_BTGN, x_BTHP, g_BTH, dt_BTH, D_H, initial, document_ids_BT, chunk_size
+    )
     return ScanOutput(y_BTHP, state_BHNP.transpose(-1, -2), total_decay(g_BTH, document_ids_BT))
 
 
@@ -146,7 +149,7 @@ def decay_scan(
         )
         return DecayScanOutput(o.to(v_BTHV.dtype), final, decay)
     document_ids_BT = drop_single_document(document_ids_BT)
-    o_BTHV, final = chunked_scan(
+    o_BTHV, final = _find_scan(backend)(
         q_BTHK, k_BTHK, v_BTHV, g_BTH, None, None, initial_state_BHKV, document_ids_BT, chunk_size
     )
     return DecayScanOutput(o_BTHV, final, total_decay(g_BTH, document_ids_BT))
@@ -159,6 +162,14 @@ def total_decay(g_BTH: Tensor, document_ids_BT: Tensor | None) -> Tensor:
         return decay_BH
     continues = document_ids_BT[:, -1] == document_ids_BT[:, 0]
     return torch.where(continues[:, None], decay_BH, torch.zeros_like(decay_BH))
+
+
+def _find_scan(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    if backend == "torch":
+        return chunked_scan
+    from kernels.decay_scan.triton_impl import scan_triton
+
+    return scan_triton
 
 
 def _check_mamba2(

@@ -1,0 +1,87 @@
+"""Compiles a Triton kernel for a card that this machine need not have, and reads what it will cost there."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kernels.backend import INTERPRETED
+
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+# Registers a thread that one program may take before ptxas spills: 65536 shared by its threads, at most 255.
+LARGEST_REGISTERS = 255
+
+
+@dataclass(frozen=True)
+class CompiledKernel:
+    """What a kernel takes on a card: registers a thread, bytes of spills a thread, bytes of shared memory a program."""
+
+    name: str
+    architecture: int
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    uses_wgmma: bool
+
+
+def compile_ahead(
+    kernel: Any,
+    signature: Mapping[str, str],
+    constants: Mapping[str, Any],
+    architecture: int,
+    *,
+    num_warps: int = 4,
+    num_stages: int = 2,
+) -> CompiledKernel:
+    """Compile a `triton.jit` kernel for sm_80, sm_90 or sm_100 (`architecture` 80, 90, 100) without a GPU.
+
+    signature: Triton's type of each argument that is no constant, such as "*bf16", "*fp32" or "i32". constants: the
+    value of each constexpr, and None for an absent pointer. Pointers count as aligned to 16 bytes, which PyTorch's
+    allocator grants.
+
+    Raises RuntimeError in the interpreter, ValueError for arguments that are missing or unknown.
+    """
+    if INTERPRETED:
+        raise RuntimeError("kernels cannot be compiled under TRITON_INTERPRET=1; start Python without it")
+    wanted = list(kernel.arg_names)
+    given = set(signature) | set(constants)
+    if given != set(wanted) or set(signature) & set(constants):
+        missing, unknown = sorted(set(wanted) - given), sorted(given - set(wanted))
+        twice = sorted(set(signature) & set(constants))
+        raise ValueError(f"{kernel.__name__}: arguments missing {missing}, unknown {unknown}, given twice {twice}")
+    types = {name: signature.get(name, "constexpr") for name in wanted}
+    places = {(wanted.index(name),): value for name, value in constants.items()}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(wanted) if types[name].startswith("*")}
+    source = ASTSource(kernel, types, constexprs=places, attrs=aligned)
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    registers, spills = _read_usage(compiled.asm["cubin"])
+    return CompiledKernel(
+        kernel.__name__,
+        architecture,
+        registers,
+        spills,
+        int(compiled.metadata.shared),
+        "wgmma" in compiled.asm["ptx"],
+    )
+
+
+def _read_usage(cubin: bytes) -> tuple[int, int]:
+    """Registers a thread and bytes of stack (what spilled) a thread, read by the cuobjdump that Triton ships."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(_TOOLS / "cuobjdump"), "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    assert found is not None, f"cuobjdump printed no usage: {text!r}"
+    return int(found.group(1)), int(found.group(2))

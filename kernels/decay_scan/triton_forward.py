@@ -1,0 +1,117 @@
+"""The scan as one walk over a row's chunks with the state on chip, in Triton. Names and formulas: README.md here."""
+
+# Triton reads a kernel's parameters from the call: they carry no types.
+# mypy: disable-error-code="no-untyped-def"
+# ruff: noqa: ANN201
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def chunk_gates(
+    g, scale, ids, row, start, T, h, H,
+    Q: tl.constexpr, DOCUMENTS: tl.constexpr, SCALE: tl.constexpr,
+):  # fmt: skip
+    """Of one chunk and head: b, b_end, u, and the masks reach[i, j], first, last (floats) and keep (a float).
+
+    Sums over a mask instead of a running sum: the sum of one document never holds another's rounding.
+    """
+    lane = tl.arange(0, Q)
+    t = start + lane
+    place = (row + t) * H + h
+    gate = tl.load(g + place, mask=t < T, other=0.0)
+    if SCALE:
+        u = tl.load(scale + place, mask=t < T, other=0.0)
+    else:
+        u = tl.full((Q,), 1.0, tl.float32)
+    reach = lane[None, :] <= lane[:, None]
+    first = tl.full((Q,), 1.0, tl.float32)
+    last = tl.full((Q,), 1.0, tl.float32)
+    keep = 1.0
+    if DOCUMENTS:
+        document = tl.load(ids + row + tl.minimum(t, T - 1))
+        end = tl.load(ids + row + tl.minimum(start + Q - 1, T - 1))
+        owner = tl.load(ids + row + tl.maximum(start - 1, 0))
+        reach = reach & (document[:, None] == document[None, :])
+        first = tl.where(document == owner, 1.0, 0.0)
+        last = tl.where(document == end, 1.0, 0.0)
+        keep = tl.where(end == owner, 1.0, 0.0)
+    b = tl.sum(tl.where(reach, gate[None, :], 0.0), axis=1)
+    b_end = tl.sum(gate * last, axis=0)
+    return b, b_end, u, reach, first, last, keep
+
+
+@triton.jit
+def load_tile(base, start, T, stride, size, Q: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows start..start+Q of a [T, size] matrix in float32, zeros outside."""
+    t = start + tl.arange(0, Q)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    inside = (t < T) & (column < size)
+    return tl.load(base + t.to(tl.int64) * stride + column, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def state_step(state, k_tile, v_tile, b, b_end, u, last, keep, DOT: tl.constexpr):
+    """The state after a chunk: keep e^(b_end) S + k^T (last e^(b_end - b) u v)."""
+    to_end = last * tl.exp(tl.minimum(b_end - b, 0.0)) * u
+    weighted = (v_tile * to_end[:, None]).to(DOT)
+    scaled = state * (keep * tl.exp(b_end))
+    return tl.dot(tl.trans(k_tile.to(DOT)), weighted, scaled, input_precision="ieee")
+
+
+@triton.jit
+def walk_kernel(
+    q, k, v, g, scale, skip, ids, initial, y, final, decay,
+    T, H, R, K, V, segments, segment_chunks, stride_qb, stride_qt, stride_kb, stride_kt, stride_vb, stride_vt,
+    Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, DOT: tl.constexpr,
+    DOCUMENTS: tl.constexpr, SCALE: tl.constexpr, SKIP: tl.constexpr, INITIAL: tl.constexpr, OUTPUT: tl.constexpr,
+):  # fmt: skip
+    """One program walks one segment of a row for one head and one block of V; the state never leaves the chip.
+
+    initial and final are [B, segments, H, K, V], decay [B, segments, H]; with OUTPUT false only those are made.
+    """
+    v_blocks = tl.cdiv(V, BLOCK_V)
+    v_first = tl.program_id(0) % v_blocks * BLOCK_V
+    head = tl.program_id(0) // v_blocks
+    batch, h = (head // H).to(tl.int64), head % H
+    segment = tl.program_id(1)
+    row = batch * T
+    group = h // R
+    q_base = q + batch * stride_qb + group * K
+    k_base = k + batch * stride_kb + group * K
+    v_base = v + batch * stride_vb + h * V + v_first
+    y_base = y + row * H * V + h * V + v_first
+    k_lane, v_lane = tl.arange(0, BLOCK_K)[:, None], tl.arange(0, BLOCK_V)[None, :]
+    in_state = (k_lane < K) & (v_first + v_lane < V)
+    state_at = ((batch * segments + segment) * H + h) * K * V + k_lane * V + v_first + v_lane
+    state = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
+    if INITIAL:
+        state = tl.load(initial + state_at, mask=in_state, other=0.0).to(tl.float32)
+    total = 1.0
+    if SKIP:
+        through = tl.load(skip + h).to(tl.float32)
+    begin = segment * segment_chunks * Q
+    for start in range(begin, tl.minimum(begin + segment_chunks * Q, T), Q):
+        b, b_end, u, reach, first, last, keep = chunk_gates(g, scale, ids, row, start, T, h, H, Q, DOCUMENTS, SCALE)
+        k_tile = load_tile(k_base, start, T, stride_kt, K, Q, BLOCK_K)
+        v_tile = load_tile(v_base, start, T, stride_vt, V - v_first, Q, BLOCK_V)
+        if OUTPUT:
+            q_tile = load_tile(q_base, start, T, stride_qt, K, Q, BLOCK_K).to(DOT)
+            scores = tl.dot(q_tile, tl.trans(k_tile.to(DOT)), input_precision="ieee")
+            inside = tl.where(reach, tl.exp(tl.minimum(b[:, None] - b[None, :], 0.0)), 0.0) * u[None, :]
+            across = tl.dot(q_tile, state.to(DOT), input_precision="ieee") * (first * tl.exp(b))[:, None]
+            out = tl.dot((scores * inside).to(DOT), v_tile.to(DOT), across, input_precision="ieee")
+            if SKIP:
+                out = out + v_tile * through
+            t = start + tl.arange(0, Q)[:, None]
+            where = y_base + t.to(tl.int64) * (H * V) + v_lane
+            tl.store(where, out.to(y.dtype.element_ty), mask=(t < T) & (v_first + v_lane < V))
+        state = state_step(state, k_tile, v_tile, b, b_end, u, last, keep, DOT)
+        total = total * keep * tl.exp(b_end)
+    tl.store(final + state_at, state, mask=in_state)
+    if not OUTPUT:
+        if v_first == 0:
+            tl.store(decay + (batch * segments + segment) * H + h, total)

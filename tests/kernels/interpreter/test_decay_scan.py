@@ -1,0 +1,104 @@
+"""The Triton scans in the interpreter against the step-by-step definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels.decay_scan.op import decay_scan
+from kernels.decay_scan.triton_impl import scan_triton
+from tests.helpers.numbers import assert_bitwise, assert_near
+from tests.helpers.scans import ScanCase, make_inputs, run_scan
+
+# float32 against a float64 reference: rounding of some hundred additions.
+FLOAT32 = 1e-5
+# One number a head, a sum over all tokens in which both signs cancel: it keeps fewer digits in any order.
+CANCELLING = {"d_A_log": 1e-4, "d_dt_bias": 1e-4}
+
+CASES = [
+    ScanCase(B=1, T=1, H=1, G=1, chunk=16, initial=True),
+    ScanCase(B=1, T=63, H=1, G=1, chunk=32, lengths=(1, 1, 61)),
+    ScanCase(B=2, T=40, H=2, G=1, chunk=16, lengths=(3, 30, 7), initial=True),
+    ScanCase(B=1, T=100, H=2, G=2, chunk=64, initial=True),
+    ScanCase(B=1, T=129, H=1, G=1, P=8, N=24, chunk=64, lengths=(70, 59)),
+    ScanCase(B=1, T=33, H=2, P=20, N=12, chunk=16, kind="decay", lengths=(17, 16), initial=True),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_walk_equals_single_steps_twice_bitwise(case: ScanCase, poisoned_memory: None) -> None:
+    inputs = make_inputs(case, torch.float32)
+    exact = make_inputs(case, torch.float64)
+    expected = run_scan(case, exact, "reference")
+    once, again = run_scan(case, inputs, "triton"), run_scan(case, inputs, "triton")
+    for name, value in once.items():
+        assert_near(value, expected[name], CANCELLING.get(name, FLOAT32), name)
+        assert_bitwise(again[name], value, f"{name} repeated")
+
+
+@pytest.mark.parametrize("lengths", [(), (20, 27)])
+def test_segments_equal_one_walk(lengths: tuple[int, ...], poisoned_memory: None) -> None:
+    case = ScanCase(B=1, T=47, H=2, G=1, chunk=16, lengths=lengths, initial=True)
+    inputs = make_inputs(case, torch.float32)
+    x, dt, _, B, C, D, _ = (t.detach() for t in inputs.tensors)
+    assert inputs.initial is not None
+    leaves = [C, B, x, -dt.abs(), dt.abs(), D, inputs.initial.detach().transpose(-1, -2).contiguous()]
+    leaves = [leaf.clone().requires_grad_() for leaf in leaves]
+    results = []
+    for segment_chunks in (0, 1, 2):
+        y, final = scan_triton(*leaves, inputs.documents, 16, segment_chunks=segment_chunks)
+        total = (y * inputs.weights[0]).sum() + (final.transpose(-1, -2) * inputs.weights[1]).sum()
+        results.append([y, final, *torch.autograd.grad(total, leaves)])
+    for cut in results[1:]:
+        for i, (one, many) in enumerate(zip(results[0], cut)):
+            assert_near(many, one, FLOAT32, f"tensor {i}")
+
+
+def test_a_document_never_feels_another() -> None:
+    case = ScanCase(B=1, T=40, H=2, G=1, chunk=16, lengths=(5, 14, 21))
+    inputs = make_inputs(case, torch.float32)
+    before = run_scan(case, inputs, "triton")
+    with torch.no_grad():
+        for i in (0, 1, 3, 4):
+            inputs.tensors[i][:, 5:19] = torch.randn_like(inputs.tensors[i][:, 5:19]) * 3
+        inputs.weights[0][:, 5:19] = 7.0
+    after = run_scan(case, inputs, "triton")
+    for name in ("y", "d_x", "d_dt", "d_B", "d_C"):
+        assert_bitwise(after[name][:, :5], before[name][:, :5], f"{name} before")
+        assert_bitwise(after[name][:, 19:], before[name][:, 19:], f"{name} after")
+    assert_bitwise(after["final_state"], before["final_state"], "final_state")
+
+
+def test_slices_of_a_wider_projection_are_read_where_they_lie() -> None:
+    wide = torch.randn(1, 20, 3 * 32)
+    q, k, v = (part.unflatten(-1, (2, 16)) for part in wide.split(32, dim=-1))
+    g = -torch.rand(1, 20, 2)
+    out = decay_scan(q, k, v, g, chunk_size=16, backend="triton")
+    expected = decay_scan(q.double(), k.double(), v.double(), g.double(), backend="reference")
+    assert_near(out.o_BTHV, expected.o_BTHV, FLOAT32)
+
+
+def test_meta_tensors_pass_through() -> None:
+    q, k, v = (torch.empty(2, 40, 4, 16, device="meta", requires_grad=True) for _ in range(3))
+    g = torch.empty(2, 40, 4, device="meta")
+    out = decay_scan(q, k, v, g, chunk_size=16, backend="triton")
+    assert out.o_BTHV.shape == (2, 40, 4, 16)
+    assert out.final_state_BHKV.shape == (2, 4, 16, 16)
+
+
+def test_registration_is_complete() -> None:
+    case = ScanCase(B=1, T=17, H=1, G=1, chunk=16, kind="decay")
+    q, k, v, g = make_inputs(case, torch.float32).tensors
+    arguments = (q, k, v, g, None, None, None, None, 16, 0)
+    torch.library.opcheck(
+        torch.ops.amfm.decay_scan_triton.default, arguments, test_utils=("test_schema", "test_faketensor")
+    )
+
+
+def test_sizes_without_a_kernel_are_refused() -> None:
+    q, k, v = (torch.zeros(1, 8, 1, 16) for _ in range(3))
+    g = torch.zeros(1, 8, 1)
+    with pytest.raises(ValueError, match="chunk_size of 16, 32, 64 or 128; got 24"):
+        decay_scan(q, k, v, g, chunk_size=24, backend="triton")
+    with pytest.raises(ValueError, match="float64"):
+        decay_scan(q.double(), k.double(), v.double(), g, backend="triton")
