@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -53,11 +55,11 @@ def causal_conv1d(
         return y.to(x_BTC.dtype)
     document_ids_BT = drop_single_document(document_ids_BT)
     if initial_window_BWC is None:
-        return convolve(x_BTC, weight_CW, bias_C, document_ids_BT)
+        return _find_convolution(backend)(x_BTC, weight_CW, bias_C, document_ids_BT)
     longer = torch.cat([initial_window_BWC.to(x_BTC.dtype), x_BTC], dim=1)
     if document_ids_BT is not None:
         document_ids_BT = torch.cat([document_ids_BT[:, :1].expand(-1, W - 1), document_ids_BT], dim=1)
-    return convolve(longer, weight_CW, bias_C, document_ids_BT)[:, W - 1 :]
+    return _find_convolution(backend)(longer, weight_CW, bias_C, document_ids_BT)[:, W - 1 :]
 
 
 def causal_conv1d_step(
@@ -77,6 +79,14 @@ def causal_conv1d_step(
     if bias_C is not None:
         total = total + bias_C.to(wide)
     return F.silu(total).to(x_BC.dtype), inputs_BWC[:, 1:]
+
+
+def _find_convolution(backend: str) -> Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]:
+    if backend == "torch":
+        return convolve
+    from kernels.causal_conv1d.triton_impl import convolve_triton
+
+    return convolve_triton
 
 
 def _check_weights(weight_CW: Tensor, bias_C: Tensor | None, channels: int, x: Tensor) -> int:

@@ -51,7 +51,7 @@ def states_kernel(
         if STORE:
             at = ((batch * chunks + c) * H + h) * K * V + tile
             tl.store(entering + at, state.to(entering.dtype.element_ty), mask=in_state)
-        b, b_end, u, reach, first, last, keep = chunk_gates(g, scale, ids, row, c * Q, T, h, H, Q, DOCUMENTS, SCALE)
+        b, b_end, u, _, first, last, keep = chunk_gates(g, scale, ids, row, c * Q, T, h, H, Q, DOCUMENTS, SCALE)
         k_tile = load_tile(k_base, c * Q, T, stride_kt, K, Q, BLOCK_K)
         v_tile = load_tile(v_base, c * Q, T, stride_vt, V - v_first, Q, BLOCK_V)
         state = state_step(state, k_tile, v_tile, b, b_end, u, last, keep, DOT)
@@ -69,7 +69,7 @@ def states_kernel(
         if STORE:
             at = ((batch * chunks + c) * H + h) * K * V + tile
             tl.store(leaving + at, d_state.to(leaving.dtype.element_ty), mask=in_state)
-        b, b_end, u, reach, first, last, keep = chunk_gates(g, scale, ids, row, c * Q, T, h, H, Q, DOCUMENTS, SCALE)
+        b, b_end, u, _, first, last, keep = chunk_gates(g, scale, ids, row, c * Q, T, h, H, Q, DOCUMENTS, SCALE)
         q_tile = load_tile(q_base, c * Q, T, stride_qt, K, Q, BLOCK_K)
         dy_tile = load_tile(dy_base, c * Q, T, H * V, V - v_first, Q, BLOCK_V)
         scaled = (dy_tile * (first * tl.exp(b))[:, None]).to(DOT)

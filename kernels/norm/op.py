@@ -38,6 +38,11 @@ def rms_norm(
         check_shape("residual", residual, tuple(x.shape), x)
         check_float("residual", residual, x)
     backend = resolve_backend(backend, x.device)
+    if backend == "triton":
+        from kernels.norm.triton_impl import rms_norm_triton
+
+        y, h = rms_norm_triton(x, weight, epsilon, residual)
+        return y if residual is None else (y, h)
     h = x if residual is None else x + residual
     if backend == "reference":
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -66,6 +71,10 @@ def gated_rms_norm(
     if backend == "reference":
         wide = torch.float64 if y.dtype == torch.float64 else torch.float32
         return normalize_gated(y.to(wide), z.to(wide), weight.to(wide), epsilon, num_groups).to(y.dtype)
+    if backend == "triton":
+        from kernels.norm.triton_impl import gated_rms_norm_triton
+
+        return gated_rms_norm_triton(y, z, weight, epsilon, num_groups)
     return gated_rms_norm_torch(y, z, weight, epsilon, num_groups)
 
 

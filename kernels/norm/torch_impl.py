@@ -15,7 +15,6 @@ from torch.autograd.function import once_differentiable
 
 from kernels.norm.reference import normalize, normalize_gated
 
-
 # Values of one intermediate tensor in a block: 512 KiB of float32.
 _BLOCK_VALUES = 131072
 

@@ -1,0 +1,90 @@
+"""The Triton convolution as an operation that autograd, torch.compile and meta tensors know."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from kernels.backend import INTERPRETED
+from kernels.causal_conv1d.triton_kernels import convolution_backward_kernel, convolution_forward_kernel
+from kernels.interpreter import count_programs, dot_dtype
+
+BLOCK_TOKENS, BLOCK_CHANNELS = (16, 32) if INTERPRETED else (32, 128)
+
+
+def convolve_triton(x_BTC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, document_ids_BT: Tensor | None) -> Tensor:
+    """As `torch_impl.convolve`, for float32, bfloat16 and float16. Saves its inputs only."""
+    dot_dtype(x_BTC.dtype)  # refuses float64
+    return _forward(x_BTC, weight_CW, bias_C, document_ids_BT)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Channels packed; rows and tokens may lie apart, as slices of a wider projection do."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@torch.library.custom_op("amfm::causal_conv1d_triton", mutates_args=())
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None) -> Tensor:
+    x, weight = _rows(x), weight.contiguous()
+    documents = None if documents is None else documents.contiguous()
+    B, T, C = x.shape
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    grid = (B * triton.cdiv(T, BLOCK_TOKENS), triton.cdiv(C, BLOCK_CHANNELS))
+    convolution_forward_kernel[grid](
+        x, weight, bias, documents, y, T, C, x.stride(0), x.stride(1),
+        W=weight.shape[1], BIAS=bias is not None, DOCUMENTS=documents is not None,
+        BLOCK_T=BLOCK_TOKENS, BLOCK_C=BLOCK_CHANNELS, num_warps=4,
+    )  # fmt: skip
+    return y
+
+
+@_forward.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("amfm::causal_conv1d_triton_backward", mutates_args=())
+def _backward(
+    d_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, of the weight and, in float32, of a bias."""
+    x, weight, d_y = _rows(x), weight.contiguous(), d_y.contiguous()
+    documents = None if documents is None else documents.contiguous()
+    B, T, C = x.shape
+    W = weight.shape[1]
+    d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    blocks, columns = triton.cdiv(T, BLOCK_TOKENS), triton.cdiv(C, BLOCK_CHANNELS)
+    strips = max(1, min(blocks, triton.cdiv(count_programs(x.device, 4), B * columns)))
+    blocks_per_strip = triton.cdiv(blocks, strips)
+    strips = triton.cdiv(blocks, blocks_per_strip)
+    partial = x.new_empty(B, strips, 5, C, dtype=torch.float32)
+    convolution_backward_kernel[(B * strips, columns)](
+        x, weight, bias, documents, d_y, d_x, partial, T, C, x.stride(0), x.stride(1), blocks_per_strip, strips,
+        W=W, BIAS=bias is not None, DOCUMENTS=documents is not None,
+        BLOCK_T=BLOCK_TOKENS, BLOCK_C=BLOCK_CHANNELS, num_warps=4,
+    )  # fmt: skip
+    sums = partial.sum((0, 1))
+    return d_x, sums[:W].flip(0).t().to(weight.dtype).contiguous(), sums[4].clone()
+
+
+@_backward.register_fake
+def _(
+    d_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), x.new_empty(x.shape[2], dtype=torch.float32)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias, documents = ctx.saved_tensors
+    d_x, d_weight, d_bias = _backward(d_y, x, weight, bias, documents)
+    return d_x, d_weight, None if bias is None else d_bias.to(bias.dtype), None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)

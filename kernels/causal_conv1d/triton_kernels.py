@@ -1,0 +1,134 @@
+"""The short convolution as Triton kernels: every tile of x and dy is read once, taps and gradients stay on chip.
+
+Widths below 4 run as width 4 with zero weights for the taps they lack.
+"""
+
+# Triton reads a kernel's parameters from the call: they carry no types.
+# mypy: disable-error-code="no-untyped-def"
+# ruff: noqa: ANN201, ANN202
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _load_row(x, t, T, stride, column, C):
+    """x[t, column] in float32, zero outside the row and beyond the last channel."""
+    inside = ((t >= 0) & (t < T))[:, None] & (column < C)[None, :]
+    return tl.load(x + t.to(tl.int64)[:, None] * stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _load_tap(weight, shift: tl.constexpr, column, C, W: tl.constexpr):
+    """The weight that meets the input `shift` tokens back: column W - 1 - shift, zero where there is none."""
+    return tl.load(weight + column * W + (W - 1 - shift), mask=(column < C) & (shift < W), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _reach(ids, t, source, T, DOCUMENTS: tl.constexpr):
+    """1 where tokens t and source lie in one document, [BLOCK_T, 1]."""
+    if DOCUMENTS:
+        here = tl.load(ids + tl.minimum(tl.maximum(t, 0), T - 1))
+        there = tl.load(ids + tl.minimum(tl.maximum(source, 0), T - 1))
+        return tl.where(here == there, 1.0, 0.0)[:, None]
+    else:
+        return tl.full((1, 1), 1.0, tl.float32)
+
+
+@triton.jit
+def _add_taps(x0, x1, x2, x3, w0, w1, w2, w3, bias, ids, t, T, DOCUMENTS: tl.constexpr):
+    """The sum before SiLU at tokens t, given x at t, t - 1, t - 2 and t - 3."""
+    total = bias[None, :] + x0 * w0[None, :]
+    total += x1 * w1[None, :] * _reach(ids, t, t - 1, T, DOCUMENTS)
+    total += x2 * w2[None, :] * _reach(ids, t, t - 2, T, DOCUMENTS)
+    return total + x3 * w3[None, :] * _reach(ids, t, t - 3, T, DOCUMENTS)
+
+
+@triton.jit
+def _through_silu(dy, total):
+    """Gradient of silu(total) times dy."""
+    sigmoid = 1.0 / (1.0 + tl.exp(-total))
+    return dy * sigmoid * (1.0 + total * (1.0 - sigmoid))
+
+
+@triton.jit
+def convolution_forward_kernel(
+    x, weight, bias, ids, y, T, C, stride_b, stride_t,
+    W: tl.constexpr, BIAS: tl.constexpr, DOCUMENTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """y [B, T, C]; one program a block of tokens and of channels."""
+    blocks = tl.cdiv(T, BLOCK_T)
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    t = tl.program_id(0) % blocks * BLOCK_T + tl.arange(0, BLOCK_T)
+    column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    x_row, ids_row = x + batch * stride_b, ids
+    if DOCUMENTS:
+        ids_row = ids + batch * T
+    start = tl.zeros((BLOCK_C,), tl.float32)
+    if BIAS:
+        start = tl.load(bias + column, mask=column < C, other=0.0).to(tl.float32)
+    w0, w1 = _load_tap(weight, 0, column, C, W), _load_tap(weight, 1, column, C, W)
+    w2, w3 = _load_tap(weight, 2, column, C, W), _load_tap(weight, 3, column, C, W)
+    x0, x1 = _load_row(x_row, t, T, stride_t, column, C), _load_row(x_row, t - 1, T, stride_t, column, C)
+    x2, x3 = _load_row(x_row, t - 2, T, stride_t, column, C), _load_row(x_row, t - 3, T, stride_t, column, C)
+    total = _add_taps(x0, x1, x2, x3, w0, w1, w2, w3, start, ids_row, t, T, DOCUMENTS)
+    out = total / (1.0 + tl.exp(-total))
+    where = y + (batch * T + t.to(tl.int64))[:, None] * C + column[None, :]
+    tl.store(where, out.to(y.dtype.element_ty), mask=(t < T)[:, None] & (column < C)[None, :])
+
+
+@triton.jit
+def convolution_backward_kernel(
+    x, weight, bias, ids, d_y, d_x, partial, T, C, stride_b, stride_t, blocks_per_strip, strips,
+    W: tl.constexpr, BIAS: tl.constexpr, DOCUMENTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """d_x [B, T, C], and one partial sum [B, strips, 5, C] a strip of tokens: of the taps at shifts 0 to 3, and bias."""
+    batch, strip = (tl.program_id(0) // strips).to(tl.int64), tl.program_id(0) % strips
+    column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    x_row, dy_row, ids_row = x + batch * stride_b, d_y + batch * T * C, ids
+    if DOCUMENTS:
+        ids_row = ids + batch * T
+    start = tl.zeros((BLOCK_C,), tl.float32)
+    if BIAS:
+        start = tl.load(bias + column, mask=column < C, other=0.0).to(tl.float32)
+    w0, w1 = _load_tap(weight, 0, column, C, W), _load_tap(weight, 1, column, C, W)
+    w2, w3 = _load_tap(weight, 2, column, C, W), _load_tap(weight, 3, column, C, W)
+    d_w0, d_w1 = tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
+    d_w2, d_w3 = tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
+    d_start = tl.zeros((BLOCK_C,), tl.float32)
+    first = strip * blocks_per_strip
+    for block in range(first, tl.minimum(first + blocks_per_strip, tl.cdiv(T, BLOCK_T))):
+        t = block * BLOCK_T + tl.arange(0, BLOCK_T)
+        back3, back2 = _load_row(x_row, t - 3, T, stride_t, column, C), _load_row(x_row, t - 2, T, stride_t, column, C)
+        back1, here = _load_row(x_row, t - 1, T, stride_t, column, C), _load_row(x_row, t, T, stride_t, column, C)
+        next1, next2 = _load_row(x_row, t + 1, T, stride_t, column, C), _load_row(x_row, t + 2, T, stride_t, column, C)
+        next3 = _load_row(x_row, t + 3, T, stride_t, column, C)
+
+        total = _add_taps(here, back1, back2, back3, w0, w1, w2, w3, start, ids_row, t, T, DOCUMENTS)
+        e = _through_silu(_load_row(dy_row, t, T, C, column, C), total)
+        dx = e * w0[None, :]
+        d_start += tl.sum(e, axis=0)
+        d_w0 += tl.sum(e * here, axis=0)
+        d_w1 += tl.sum(e * back1 * _reach(ids_row, t, t - 1, T, DOCUMENTS), axis=0)
+        d_w2 += tl.sum(e * back2 * _reach(ids_row, t, t - 2, T, DOCUMENTS), axis=0)
+        d_w3 += tl.sum(e * back3 * _reach(ids_row, t, t - 3, T, DOCUMENTS), axis=0)
+
+        total = _add_taps(next1, here, back1, back2, w0, w1, w2, w3, start, ids_row, t + 1, T, DOCUMENTS)
+        e = _through_silu(_load_row(dy_row, t + 1, T, C, column, C), total)
+        dx += e * w1[None, :] * _reach(ids_row, t + 1, t, T, DOCUMENTS)
+        total = _add_taps(next2, next1, here, back1, w0, w1, w2, w3, start, ids_row, t + 2, T, DOCUMENTS)
+        e = _through_silu(_load_row(dy_row, t + 2, T, C, column, C), total)
+        dx += e * w2[None, :] * _reach(ids_row, t + 2, t, T, DOCUMENTS)
+        total = _add_taps(next3, next2, next1, here, w0, w1, w2, w3, start, ids_row, t + 3, T, DOCUMENTS)
+        e = _through_silu(_load_row(dy_row, t + 3, T, C, column, C), total)
+        dx += e * w3[None, :] * _reach(ids_row, t + 3, t, T, DOCUMENTS)
+        where = d_x + (batch * T + t.to(tl.int64))[:, None] * C + column[None, :]
+        tl.store(where, dx.to(d_x.dtype.element_ty), mask=(t < T)[:, None] & (column < C)[None, :])
+    mine = partial + (batch * strips + strip) * 5 * C + column
+    tl.store(mine, d_w0, mask=column < C)
+    tl.store(mine + C, d_w1, mask=column < C)
+    tl.store(mine + 2 * C, d_w2, mask=column < C)
+    tl.store(mine + 3 * C, d_w3, mask=column < C)
+    tl.store(mine + 4 * C, d_start, mask=column < C)

@@ -1,0 +1,133 @@
+"""The Triton norms as operations that autograd, torch.compile and meta tensors know."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from kernels.interpreter import count_programs, dot_dtype
+from kernels.norm.triton_kernels import norm_backward_kernel, norm_forward_kernel
+
+# A program holds whole rows of a group on chip.
+LARGEST_GROUP = 32768
+# Values of one tile, and values a warp takes.
+TILE_VALUES, WARP_VALUES = 4096, 1024
+
+
+def rms_norm_triton(x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(norm of h, h) with h = x + residual; without a residual the second is x. float32, bfloat16 or float16."""
+    _check(x, x.shape[-1])
+    if residual is None:
+        return _norm(x, None, weight, epsilon, 1, False)[0], x
+    y, h, _ = _norm(x, residual, weight, epsilon, 1, False)
+    return y, h
+
+
+def gated_rms_norm_triton(y: Tensor, z: Tensor, weight: Tensor, epsilon: float, num_groups: int) -> Tensor:
+    """As `reference.normalize_gated`, for float32, bfloat16 and float16."""
+    _check(y, y.shape[-1] // num_groups)
+    return _norm(y, z, weight, epsilon, num_groups, True)[0]
+
+
+def _check(x: Tensor, size: int) -> None:
+    dot_dtype(x.dtype)  # refuses float64
+    if size > LARGEST_GROUP:
+        raise ValueError(f'backend "triton" norms groups of up to {LARGEST_GROUP} values; got {size}')
+
+
+def _flat(x: Tensor) -> Tensor:
+    """[rows, D] with packed columns; rows may lie apart, as slices of a wider projection do."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def _tile(size: int, rows: int) -> dict[str, int]:
+    block = max(2, triton.next_power_of_2(size))
+    block_rows = max(1, min(TILE_VALUES // block, triton.next_power_of_2(rows)))
+    return {"BLOCK_S": block, "BLOCK_R": block_rows, "num_warps": max(1, min(16, block * block_rows // WARP_VALUES))}
+
+
+@torch.library.custom_op("amfm::rms_norm_triton", mutates_args=())
+def _norm(
+    x: Tensor, other: Tensor | None, weight: Tensor, epsilon: float, num_groups: int, gated: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The normed values, x + other (empty unless that is what is normed), and r [rows, groups]."""
+    flat, weight = _flat(x), weight.contiguous()
+    second = None if other is None else _flat(other)
+    rows, width = flat.shape
+    size = width // num_groups
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    residual = other is not None and not gated
+    h = torch.empty(x.shape if residual else (0,), dtype=x.dtype, device=x.device)
+    reciprocal = torch.empty(rows, num_groups, dtype=torch.float32, device=x.device)
+    if rows:
+        tile = _tile(size, rows)
+        norm_forward_kernel[(triton.cdiv(rows, tile["BLOCK_R"]), num_groups)](
+            flat, second, weight, out, h, reciprocal, rows, size, flat.stride(0),
+            0 if second is None else second.stride(0), epsilon, GATED=gated, RESIDUAL=residual, **tile,
+        )  # fmt: skip
+    return out, h, reciprocal
+
+
+@_norm.register_fake
+def _(
+    x: Tensor, other: Tensor | None, weight: Tensor, epsilon: float, num_groups: int, gated: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = x.numel() // x.shape[-1]
+    h = x.new_empty(x.shape if other is not None and not gated else (0,))
+    return x.new_empty(x.shape), h, x.new_empty(rows, num_groups, dtype=torch.float32)
+
+
+@torch.library.custom_op("amfm::rms_norm_triton_backward", mutates_args=())
+def _norm_backward(
+    d_out: Tensor, d_h: Tensor | None, x: Tensor, z: Tensor | None, weight: Tensor, reciprocal: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the normed sum or of the gated values, of z (empty without), and of the weight."""
+    flat, d_out, weight = _flat(x), d_out.contiguous(), weight.contiguous()
+    second = None if z is None else _flat(z)
+    d_h = None if d_h is None else d_h.contiguous()
+    rows, width = flat.shape
+    groups = reciprocal.shape[1]
+    d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    d_z = torch.empty((0,) if z is None else z.shape, dtype=x.dtype, device=x.device)
+    if rows == 0:
+        return d_x, d_z, torch.zeros_like(weight)
+    tile = _tile(width // groups, rows)
+    programs = max(1, min(triton.cdiv(rows, tile["BLOCK_R"]), count_programs(x.device) // groups))
+    partial = torch.empty(programs, width, dtype=torch.float32, device=x.device)
+    norm_backward_kernel[(programs, groups)](
+        flat, second, weight, reciprocal, d_out, d_h, d_x, d_z, partial, rows, width // groups, flat.stride(0),
+        0 if second is None else second.stride(0), GATED=z is not None, D_H=d_h is not None, **tile,
+    )  # fmt: skip
+    return d_x, d_z, partial.sum(0).to(weight.dtype)
+
+
+@_norm_backward.register_fake
+def _(
+    d_out: Tensor, d_h: Tensor | None, x: Tensor, z: Tensor | None, weight: Tensor, reciprocal: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty((0,) if z is None else z.shape), weight.new_empty(weight.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, other, weight, _, _, gated = inputs
+    _, h, reciprocal = output
+    ctx.residual = other is not None and not gated
+    ctx.save_for_backward(h if ctx.residual else x, other if gated else None, weight, reciprocal)
+    ctx.mark_non_differentiable(reciprocal)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, d_out: Tensor | None, d_h: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, z, weight, reciprocal = ctx.saved_tensors
+    if d_out is None:
+        d_out = torch.zeros_like(x)
+    d_x, d_z, d_weight = _norm_backward(d_out, d_h if ctx.residual else None, x, z, weight, reciprocal)
+    d_other = d_x if ctx.residual else d_z if z is not None else None
+    return d_x, d_other, d_weight, None, None, None
+
+
+_norm.register_autograd(_differentiate, setup_context=_save)

@@ -1,0 +1,84 @@
+"""Root-mean-square norms as Triton kernels: one pass over memory each way, one number a row saved."""
+
+# Triton reads a kernel's parameters from the call: they carry no types.
+# mypy: disable-error-code="no-untyped-def"
+# ruff: noqa: ANN201, ANN202
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _load(x, row, stride, place, inside):
+    return tl.load(x + row * stride + place, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def norm_forward_kernel(
+    x, other, weight, out, h, reciprocal, rows, size, stride_x, stride_other, epsilon,
+    GATED: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """out = a r w over groups of `size` columns; a is x, x + other (stored in h), or x silu(other).
+
+    One program a block of rows and a group; reciprocal [rows, groups] receives r.
+    """
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    group, groups = tl.program_id(1), tl.num_programs(1)
+    lane = tl.arange(0, BLOCK_S)[None, :]
+    place = group * size + lane
+    inside = (row < rows) & (lane < size)
+    a = _load(x, row, stride_x, place, inside)
+    if RESIDUAL:
+        a = a + _load(other, row, stride_other, place, inside)
+        rounded = a.to(h.dtype.element_ty)
+        tl.store(h + row * groups * size + place, rounded, mask=inside)
+        a = rounded.to(tl.float32)
+    if GATED:
+        z = _load(other, row, stride_other, place, inside)
+        a = a * z / (1.0 + tl.exp(-z))
+    r = tl.rsqrt(tl.sum(a * a, axis=1) / size + epsilon)[:, None]
+    w = tl.load(weight + place, mask=lane < size, other=0.0).to(tl.float32)
+    tl.store(out + row * groups * size + place, (a * r * w).to(out.dtype.element_ty), mask=inside)
+    tl.store(reciprocal + row * groups + group, r, mask=row < rows)
+
+
+@triton.jit
+def norm_backward_kernel(
+    x, z, weight, reciprocal, d_out, d_h, d_x, d_z, partial, rows, size, stride_x, stride_z,
+    GATED: tl.constexpr, D_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """d_x and d_z [rows, groups * size], and one partial d_weight [programs, groups * size] a program.
+
+    Each program walks blocks of rows of one group. d_h is added to d_x where the normed sum is an output too.
+    """
+    group, groups = tl.program_id(1), tl.num_programs(1)
+    lane = tl.arange(0, BLOCK_S)[None, :]
+    place = group * size + lane
+    w = tl.load(weight + place, mask=lane < size, other=0.0).to(tl.float32)
+    d_w = tl.zeros((1, BLOCK_S), tl.float32)
+    for block in range(tl.program_id(0), tl.cdiv(rows, BLOCK_R), tl.num_programs(0)):
+        row = tl.cast(block, tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+        inside = (row < rows) & (lane < size)
+        where = row * groups * size + place
+        a = _load(x, row, stride_x, place, inside)
+        if GATED:
+            y = a
+            gate = _load(z, row, stride_z, place, inside)
+            sigmoid = 1.0 / (1.0 + tl.exp(-gate))
+            a = y * gate * sigmoid
+        r = tl.load(reciprocal + row * groups + group, mask=row < rows, other=0.0)
+        d = tl.load(d_out + where, mask=inside, other=0.0).to(tl.float32)
+        n = a * r
+        d_w += tl.sum(d * n, axis=0)[None, :]
+        d = d * w
+        da = (d - n * (tl.sum(d * n, axis=1) / size)[:, None]) * r
+        if GATED:
+            dz = da * y * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+            tl.store(d_z + where, dz.to(d_z.dtype.element_ty), mask=inside)
+            da = da * gate * sigmoid
+        if D_H:
+            da += tl.load(d_h + where, mask=inside, other=0.0).to(tl.float32)
+        tl.store(d_x + where, da.to(d_x.dtype.element_ty), mask=inside)
+    tl.store(partial + tl.program_id(0) * groups * size + place, d_w, mask=lane < size)

@@ -1,0 +1,82 @@
+"""The Triton norms in the interpreter against their definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.norm.op import gated_rms_norm, rms_norm
+from tests.helpers.numbers import assert_all_near, assert_bitwise, assert_near
+
+FLOAT32 = 1e-5  # means over some hundred values
+
+
+def make(*shapes: tuple[int, ...]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(*s, generator=generator).requires_grad_() for s in shapes]
+
+
+def with_gradients(output: Tensor | tuple[Tensor, Tensor], tensors: list[Tensor]) -> list[Tensor]:
+    outputs = output if isinstance(output, tuple) else (output,)
+    total = sum((o * torch.linspace(-1, 2, o.numel()).view(o.shape)).sum() for o in outputs)
+    assert isinstance(total, Tensor)
+    return [*outputs, *torch.autograd.grad(total, tensors)]
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (63, 20), (2, 3, 129)])
+@pytest.mark.parametrize("residual", [False, True])
+def test_norm_equals_its_definition_twice_bitwise(
+    shape: tuple[int, ...], residual: bool, poisoned_memory: None
+) -> None:
+    tensors = make(shape, shape[-1:], *([shape] if residual else []))
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+
+    def run(t: list[Tensor], backend: str) -> list[Tensor]:
+        extra = t[2] if residual else None
+        return with_gradients(rms_norm(t[0], t[1], 1e-5, residual=extra, backend=backend), t)
+
+    once = run(tensors, "triton")
+    assert_all_near(once, run(exact, "reference"), FLOAT32)
+    for a, b in zip(once, run(tensors, "triton")):
+        assert_bitwise(a, b)
+
+
+@pytest.mark.parametrize(("shape", "groups"), [((1, 4), 1), ((63, 24), 8), ((2, 5, 12), 3), ((10, 129), 1)])
+def test_gated_norm_equals_its_definition_twice_bitwise(
+    shape: tuple[int, ...], groups: int, poisoned_memory: None
+) -> None:
+    tensors = make(shape, shape, shape[-1:])
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+
+    def run(t: list[Tensor], backend: str) -> list[Tensor]:
+        return with_gradients(gated_rms_norm(*t, 1e-5, num_groups=groups, backend=backend), t)
+
+    once = run(tensors, "triton")
+    assert_all_near(once, run(exact, "reference"), FLOAT32)
+    for a, b in zip(once, run(tensors, "triton")):
+        assert_bitwise(a, b)
+
+
+def test_slices_of_a_wider_projection_are_read_where_they_lie() -> None:
+    wide, weight = make((2, 5, 24), (8,))
+    y = gated_rms_norm(wide[..., :8], wide[..., 16:], weight, 1e-5, backend="triton")
+    assert_near(y, gated_rms_norm(wide[..., :8], wide[..., 16:], weight, 1e-5), FLOAT32)
+
+
+def test_meta_tensors_pass_through() -> None:
+    x, weight = torch.empty(2, 9, 6, device="meta"), torch.empty(6, device="meta")
+    y, h = rms_norm(x, weight, 1e-5, residual=x, backend="triton")
+    assert y.shape == h.shape == (2, 9, 6)
+
+
+def test_registration_is_complete() -> None:
+    x, r, weight = make((3, 8), (3, 8), (8,))
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(torch.ops.amfm.rms_norm_triton.default, (x, r, weight, 1e-5, 1, False), test_utils=checks)
+    torch.library.opcheck(torch.ops.amfm.rms_norm_triton.default, (x, r, weight, 1e-5, 2, True), test_utils=checks)
+
+
+def test_groups_too_wide_for_one_program_are_refused() -> None:
+    with pytest.raises(ValueError, match="groups of up to 32768 values; got 40000"):
+        rms_norm(torch.zeros(1, 40000), torch.ones(40000), 1e-5, backend="triton")
