@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import typer
 
-from launch import cli_config, cli_data, cli_train
+from launch import cli_config, cli_data, cli_train, cli_use
 from launch.console import say
 
 BAD_INPUT = 2
@@ -26,13 +26,13 @@ _RESUMABLE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EMFILE, 
 app = typer.Typer(
     name="amfm",
     help="Pretrain hybrid Mamba2 + attention + mixture-of-experts language models out of one YAML file.",
-    epilog="Example: amfm prepare configs/tiny_cpu.yaml, then amfm train configs/tiny_cpu.yaml train.steps=20",
+    epilog="Example: amfm prepare configs/tiny_cpu.yaml, then amfm train configs/tiny_cpu.yaml train.stop_after_steps=20",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (cli_config, cli_data, cli_train):
+for module in (cli_config, cli_data, cli_train, cli_use):
     module.add_verbs(app)
 
 

@@ -116,6 +116,6 @@ def add_verbs(app: typer.Typer) -> None:
     """Register the verbs of this file."""
     app.command(
         cls=CommandWithFields,
-        epilog="Example: amfm config configs/tiny_cpu.yaml train.steps=20 --diff configs/tiny_cpu.yaml",
+        epilog="Example: amfm config configs/tiny_cpu.yaml train.seed=1 --diff configs/tiny_cpu.yaml",
     )(config)
     app.command(epilog="Example: amfm doctor --json")(doctor)

@@ -72,6 +72,6 @@ def add_verbs(app: typer.Typer) -> None:
     """Register the verbs of this file."""
     app.command(
         cls=CommandWithFields,
-        epilog="Example: amfm train configs/tiny_cpu.yaml train.steps=20 --nproc 2",
+        epilog="Example: amfm train configs/tiny_cpu.yaml train.stop_after_steps=20 --nproc 2",
     )(train)
     app.command(epilog="Example: amfm report runs/tiny_cpu")(report)

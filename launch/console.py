@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -56,11 +57,20 @@ def output() -> Console:
 
 
 @contextmanager
-def show_progress(name: str) -> Iterator[Callable[[int, int, str], None]]:
-    """Gives a function of (done, total, remark): a bar on a terminal, a line at each change elsewhere; stderr."""
+def show_progress(name: str, *, every_seconds: float = 1.0) -> Iterator[Callable[[int, int, str], None]]:
+    """Gives a function of (done, total, remark): a bar on a terminal, else a line now and then; on standard error."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     if not console.is_terminal:
-        yield lambda done, total, remark: console.print(escape(f"{name}: {done}/{total} {remark}"))
+        last = time.monotonic() - every_seconds
+
+        def show_line(done: int, total: int, remark: str) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if done >= total or now - last >= every_seconds:
+                console.print(escape(f"{name}: {done:,}/{total:,} {remark}"))
+                last = now
+
+        yield show_line
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[remark]}"))
     with Progress(*columns, console=console) as bar:

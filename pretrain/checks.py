@@ -100,7 +100,9 @@ def schedule_problems(config: RunConfig) -> Iterator[Problem]:
     schedule, steps = config.schedule, config.train.steps
     if schedule.warmup_steps >= steps:
         rule = f"must be less than train.steps={steps}"
-        remedy = f"use {max(0, steps // 10)}, say, or raise train.steps"
+        remedy = (
+            f"use {steps // 10}, say, or raise train.steps; for a short trial train.stop_after_steps keeps the schedule"
+        )
         yield Problem("schedule.warmup_steps", rule, remedy, str(schedule.warmup_steps))
     if schedule.kind != "wsd":
         for key, value in (("decay_steps", schedule.decay_steps), ("decay_shape", schedule.decay_shape)):
@@ -112,7 +114,9 @@ def schedule_problems(config: RunConfig) -> Iterator[Problem]:
         and schedule.warmup_steps < steps < schedule.warmup_steps + schedule.decay_steps
     ):
         rule = f"schedule.warmup_steps={schedule.warmup_steps} and the decay must fit into train.steps={steps}"
-        remedy = f"use at most {steps - schedule.warmup_steps}"
+        remedy = (
+            f"use at most {steps - schedule.warmup_steps}; for a short trial train.stop_after_steps keeps the schedule"
+        )
         yield Problem("schedule.decay_steps", rule, remedy, str(schedule.decay_steps))
 
 
