@@ -67,6 +67,8 @@ def _check_rope(rope: RopeConfig, head_dim: int) -> None:
         raise ValueError(
             f"model.attention.rope.scaling=ntk needs at least 4 rotated channels, not {rotated:g}; raise head_dim or fraction"
         )
+    if rope.theta <= 1:
+        raise ValueError(f"model.attention.rope.theta={rope.theta} must be above 1; use 10000")
     needed = {"ntk": ("ntk_alpha",), "yarn": ("yarn_factor", "yarn_original_length"), "none": ()}
     for scaling, fields in needed.items():
         for field in fields:

@@ -110,6 +110,16 @@ class HybridModel(nn.Module):
                 module.reset_buffers()
         initialize_parameters(self, self.config, self.groups, self.seed)
 
+    def compile_blocks(self, *, compiler: str = "inductor") -> None:
+        """Compiles the mixer of every block with torch.compile (`compiler` is its backend), from the next call on.
+
+        One graph serves all blocks of a kind; rows with and without document boundaries, training and evaluation each
+        have their own. What is compiled is the mixer and not the block: torch bounds the graphs of one function, and all
+        kinds of blocks share theirs.
+        """
+        for block in self.blocks:
+            cast(Block, block).mixer.compile(backend=compiler)
+
     def forward(
         self,
         tokens_BT: Tensor,

@@ -53,6 +53,7 @@ def rope(**fields):
         ({"attention": {"rope": RopeConfig(theta=500.0)}}, "positions=none never reads it"),
         ({"attention": rope(fraction=0.3)}, r"rotates 2\.4 channels"),
         ({"attention": rope(fraction=0.125)}, "rotates 1 channels"),
+        ({"attention": rope(theta=1.0)}, r"theta=1\.0 must be above 1"),
         ({"attention": rope(scaling="ntk")}, r"needs model\.attention\.rope\.ntk_alpha; set it"),
         ({"attention": rope(ntk_alpha=50)}, "ntk_alpha=50.0 is only read with scaling: ntk, not none"),
         ({"attention": rope(scaling="ntk", ntk_alpha=50, fraction=0.25)}, "at least 4 rotated channels"),

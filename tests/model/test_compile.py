@@ -1,0 +1,46 @@
+"""Compiled blocks compute what they compute without a compiler, in one graph a kind."""
+
+import pytest
+import torch
+import torch._dynamo
+
+from model.packing import PackMeta
+from tests.model.small_models import MOE, loss_of, packed_batch, small_config, small_model
+
+BATCHES = [((7, 1, 12, 3), (23,)), ((23,), (23,)), ((5, 18), (10, 13))]
+
+
+def assert_compiled_equals_eager(pattern, compiler):
+    moe = MOE.model_copy(update={"auxiliary_loss_weight": 0.1, "sequence_loss_weight": 0.1, "z_loss_weight": 0.1})
+    config = small_config(pattern, moe=moe)
+    eager, compiled = (small_model(config, dtype=torch.float32) for _ in range(2))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled.compile_blocks(compiler=compiler)
+    for seed, lengths in enumerate(BATCHES):
+        tokens_BT, labels_BT, ids_BT = packed_batch(lengths, seed=seed)
+        meta = PackMeta.from_document_ids(ids_BT)
+        losses = []
+        for model in (eager, compiled):
+            model.zero_grad()
+            loss = loss_of(model(tokens_BT, meta, labels_BT))
+            loss.backward()
+            losses.append(loss.detach())
+        torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+        for (name, expected), parameter in zip(eager.named_parameters(), compiled.parameters()):
+            difference, scale = (parameter.grad - expected.grad).norm(), expected.grad.norm()
+            # float32; a decay's gradient is a small difference of large sums.
+            assert difference <= 5e-5 * scale + 1e-9, f"{name}: off by {difference:.3g} of {scale:.3g}"
+    counters = torch._dynamo.utils.counters
+    assert not counters["graph_break"]
+    return counters["stats"]["unique_graphs"]
+
+
+def test_blocks_of_a_kind_share_their_graphs():
+    # Mamba2 has one graph for rows with document boundaries and one for rows without; dense blocks do not look.
+    assert assert_compiled_equals_eager("MM-M-", "aot_eager") == 3
+
+
+@pytest.mark.slow
+def test_the_default_compiler_agrees_with_eager():
+    assert assert_compiled_equals_eager("ME*-M*E", "inductor") == 6
