@@ -178,8 +178,7 @@ def build_model(config: RunConfig, parallel: Parallel) -> HybridModel:
         tokenizer_identity = TokenStore.open(config.data.store).tokenizer_identity
         load_initial_weights(model, config.run.initial_weights, tokenizer_identity)
     if config.train.compile:
-        for block in model.blocks:
-            block.compile()
+        model.compile_blocks()
     return model
 
 
