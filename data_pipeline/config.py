@@ -11,15 +11,31 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class FilterConfig(Section):
+    """Which documents are dropped before tokenizing; each goes to the rejects file with the rule it broke."""
+
+    min_characters: int = Field(0, ge=0, description="Shorter documents are dropped.")
+    max_characters: int | None = Field(None, gt=0, description="Longer documents are dropped.")
+    keep_pattern: str | None = Field(None, description="Regular expression that must be found in the text.")
+    drop_pattern: str | None = Field(None, description="Regular expression that must not be found in the text.")
+
+
 class SourceConfig(Section):
     """One named body of text."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="Name in the store, the metrics and the ledger.")
     paths: tuple[str, ...] = Field(
-        min_length=1, description="Files, folders or globs: .txt, .md (a file is a document), .jsonl, .parquet."
+        min_length=1,
+        description="Files, folders or globs: .txt, .md (a file is a document), .jsonl, .parquet, .arrow (a Hugging Face dataset on disk); text and jsonl also as .gz, .zst.",
     )
     text_column: str = Field("text", description="Field that holds the text in jsonl and parquet.")
     weight: float = Field(1.0, gt=0, description="Share of the training samples, relative to the other sources.")
+    filters: FilterConfig = Field(FilterConfig(), description="Documents to leave out.")
+    max_bytes: int | None = Field(
+        None,
+        gt=0,
+        description="Use at most about this much text: files and byte ranges chosen by prepare.seed; none: all of it.",
+    )
 
 
 class PhaseConfig(Section):
@@ -32,10 +48,14 @@ class PhaseConfig(Section):
 
 
 class TokenizerConfig(Section):
-    """SentencePiece, trained on the sources unless a model file is given."""
+    """A tokenizer file that is given, or SentencePiece trained on the sources."""
 
     model: str | None = Field(
-        None, description="A SentencePiece .model file; none: train one and keep it in the store."
+        None, description="A SentencePiece .model or Hugging Face tokenizer.json file; none: train a SentencePiece."
+    )
+    eos_token: str | None = Field(
+        None,
+        description="End-of-text token of a tokenizer.json; none: the one named by tokenizer_config.json beside it.",
     )
     algorithm: Literal["unigram", "bpe"] = Field(
         "unigram", description="Kind to train (unigram encodes several times faster)."

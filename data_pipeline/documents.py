@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import IO, Any, Literal, cast
 
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 
 from data_pipeline.config import SourceConfig
+from data_pipeline.filters import Filter
 
-Kind = Literal["text", "jsonl", "parquet"]
+Kind = Literal["text", "jsonl", "parquet", "arrow"]
 Compression = Literal["none", "gz", "zst"]
 
 KIND_BY_SUFFIX: dict[str, Kind] = {
@@ -26,6 +28,7 @@ KIND_BY_SUFFIX: dict[str, Kind] = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
     ".parquet": "parquet",
+    ".arrow": "arrow",
 }
 COMPRESSION_BY_SUFFIX: dict[str, Compression] = {".gz": "gz", ".zst": "zst"}
 
@@ -173,16 +176,16 @@ class SegmentReader:
     OSError of the disk passes through.
     """
 
-    def __init__(self, segment: Segment, text_column: str) -> None:
+    def __init__(self, segment: Segment, text_column: str, reason_to_drop: Filter | None = None) -> None:
         self.segment, self.text_column = segment, text_column
+        self.reason_to_drop = reason_to_drop
         self.covered_bytes = 0
 
     def __iter__(self) -> Iterator[Document | Reject]:
-        if self.segment.file.kind == "text":
-            return self._text()
-        if self.segment.file.kind == "parquet":
-            return self._parquet()
-        return self._jsonl()
+        readers = {"text": self._text, "jsonl": self._jsonl, "parquet": self._parquet, "arrow": self._arrow}
+        for item in readers[self.segment.file.kind]():
+            reason = self.reason_to_drop(item.text) if self.reason_to_drop and isinstance(item, Document) else None
+            yield item if reason is None else Reject(item.position, reason)
 
     def _text(self) -> Iterator[Document | Reject]:
         file = self.segment.file
@@ -255,6 +258,24 @@ class SegmentReader:
             if _is_of_the_disk(error):
                 raise
             yield Reject(file.name, f"damaged parquet: {error}")
+
+    def _arrow(self) -> Iterator[Document | Reject]:
+        """A Hugging Face dataset saved to disk is one or more Arrow streams; `datasets` isn't needed to read them."""
+        file = self.segment.file
+        try:
+            with pyarrow.memory_map(file.path) as mapped, pyarrow.ipc.open_stream(mapped) as stream:
+                if self.text_column not in stream.schema.names:
+                    yield Reject(file.name, f"no column {self.text_column!r} among {', '.join(stream.schema.names)}")
+                    return
+                row = 0
+                for batch in stream:
+                    for text in batch.column(self.text_column):
+                        yield self._check_text(text.as_py(), f"{file.name}:row {row}")
+                        row += 1
+        except (pyarrow.ArrowInvalid, OSError) as error:
+            if _is_of_the_disk(error):
+                raise
+            yield Reject(file.name, f"damaged arrow stream: {error}")
 
     def _check_text(self, text: object, position: str) -> Document | Reject:
         if not isinstance(text, str):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from data_pipeline.config import DataConfig, SourceConfig
 from data_pipeline.documents import Document, Segment, SegmentReader
+from data_pipeline.filters import make_filter
 from data_pipeline.journal import Journal
 from data_pipeline.prepare_plan import Unit, UnitSettings, make_units, plan_source
 from data_pipeline.prepare_ray import run_on_ray
@@ -28,7 +29,7 @@ from data_pipeline.store import (
     write_file_atomically,
     write_manifest,
 )
-from data_pipeline.tokenizer import SentencePieceTokenizer, Tokenizer, read_tokenizer_file, train_tokenizer
+from data_pipeline.tokenizer import TOKENIZER_FILES, Tokenizer, read_tokenizer_file, train_tokenizer
 
 TOKENIZER_SETTINGS = "tokenizer_settings.json"
 LOCK = ".lock"
@@ -149,6 +150,7 @@ def _only_writer(store: Path) -> Iterator[None]:
 def _unit_settings(source: SourceConfig, config: DataConfig, tokenizer: Tokenizer, layout: Layout) -> UnitSettings:
     return UnitSettings(
         text_column=source.text_column,
+        filters=source.filters,
         validation_fraction=config.validation_fraction,
         seed=config.prepare.seed,
         part_bytes=config.prepare.part_bytes,
@@ -166,23 +168,28 @@ def _settle_tokenizer(
     progress: Callable[[Progress], None] | None,
 ) -> Tokenizer:
     """The store's tokenizer: kept if the store has one of the same settings, else loaded or trained and stored."""
-    settings_file, model_file = store / TOKENIZER_SETTINGS, store / SentencePieceTokenizer.file_name
-    given = read_tokenizer_file(Path(config.tokenizer.model)) if config.tokenizer.model else None
-    settings = {"given": given.identity()} if given else {"trained": config.tokenizer.model_dump(mode="json")}
-    if settings_file.exists() and model_file.exists():
+    settings_file, wanted = store / TOKENIZER_SETTINGS, config.tokenizer
+    given = read_tokenizer_file(Path(wanted.model), wanted.eos_token) if wanted.model else None
+    settings = (
+        {"given": given.identity()}
+        if given
+        else {"trained": wanted.model_dump(mode="json", exclude={"model", "eos_token"})}
+    )
+    files = [store / name for name in TOKENIZER_FILES if (store / name).exists()]
+    if settings_file.exists() and files:
         before = json.loads(settings_file.read_bytes())
         if before != settings:
             raise ValueError(
                 f"data.tokenizer is {settings}, but the store {store} was prepared with {before}; one store has one "
                 "tokenizer: name another data.store, or delete this one to prepare it again"
             )
-        return read_tokenizer_file(model_file)
+        return read_tokenizer_file(files[0], wanted.eos_token)
     if given is None:
         if progress:
             progress(Progress("tokenizer", 0, 1, 0, 0, 0, 0, 0.0, None))
-        given = train_tokenizer(_training_texts(config, plans), config.tokenizer)
+        given = train_tokenizer(_training_texts(config, plans), wanted)
     with _explain_full_disk(store, 0, 0):
-        write_file_atomically(model_file, given.to_bytes())
+        write_file_atomically(store / given.file_name, given.to_bytes())
         write_file_atomically(settings_file, json.dumps(settings).encode())
     return given
 
@@ -192,10 +199,11 @@ def _training_texts(config: DataConfig, plans: Mapping[str, Sequence[Segment]]) 
     total_weight = sum(source.weight for source in config.sources)
     for source in config.sources:
         budget = config.tokenizer.training_bytes * source.weight / total_weight
+        reason_to_drop = make_filter(source.filters, source.name)
         for segment in plans[source.name]:
             if segment.split == "validation":
                 continue
-            for item in SegmentReader(segment, source.text_column):
+            for item in SegmentReader(segment, source.text_column, reason_to_drop):
                 if budget <= 0:
                     break
                 if isinstance(item, Document):
@@ -263,7 +271,7 @@ def _check_source(source: SourceConfig, plan: Sequence[Segment], reports: Sequen
         item.stop - item.start for item in plan if item.file.kind == "jsonl" and item.file.compression == "none"
     )
     covered = sum(report.covered_bytes for report in reports)
-    if planned != covered:
+    if source.max_bytes is None and planned != covered:  # with a limit the last line of a range may be longer than it
         raise RuntimeError(
             f"source {source.name!r}: {covered} of {planned} bytes of jsonl were read; a file changed while it was "
             "being read: run `amfm prepare CONFIG` again"
@@ -283,7 +291,7 @@ def _finish(store: Path, tokenizer: Tokenizer, layout: Layout, reports: Mapping[
         for name, of_source in reports.items()
     }
     record = TokenizerRecord(
-        file=SentencePieceTokenizer.file_name,
+        file=tokenizer.file_name,
         kind=tokenizer.kind,
         identity=tokenizer.identity(),
         vocab_size=tokenizer.vocab_size,

@@ -6,8 +6,9 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 
-from data_pipeline.config import DataConfig, SourceConfig
+from data_pipeline.config import DataConfig, FilterConfig, SourceConfig
 from data_pipeline.documents import InputFile, Segment, cut_segments, list_files
 from data_pipeline.permutation import derive_key, permute
 from data_pipeline.store import Layout
@@ -22,6 +23,7 @@ class UnitSettings:
     """What shapes the bytes of a part besides its inputs."""
 
     text_column: str
+    filters: FilterConfig
     validation_fraction: float
     seed: int
     part_bytes: int
@@ -56,7 +58,8 @@ class Unit:
             (item.file.name, item.file.num_bytes, item.file.modified_ns, item.start, item.stop, item.split)
             for item in self.segments
         ]
-        facts = [UNIT_FORMAT, self.source, self.number, inputs, asdict(self.settings)]
+        settings = asdict(self.settings) | {"filters": self.settings.filters.model_dump()}
+        facts = [UNIT_FORMAT, self.source, self.number, inputs, settings]
         return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
@@ -81,7 +84,15 @@ def plan_source(source: SourceConfig, config: DataConfig) -> list[Segment]:
             f"source {source.name!r} has no text: its {len(files)} files are all empty; name files that hold text"
         )
     order = permute(range(len(segments)), len(segments), derive_key(config.prepare.seed, "plan", source.name))
-    return [segments[index] for index in order.tolist()]
+    return _take_bytes([segments[index] for index in order.tolist()], source.max_bytes)
+
+
+def _take_bytes(segments: list[Segment], max_bytes: int | None) -> list[Segment]:
+    """The first segments whose text stays within the limit; one at least, or a small limit would leave nothing."""
+    if max_bytes is None:
+        return segments
+    total = list(accumulate(segment.text_bytes for segment in segments))
+    return segments[: max(1, sum(1 for bytes_so_far in total if bytes_so_far <= max_bytes))]
 
 
 def _choose_validation(source: str, files: Sequence[InputFile], config: DataConfig) -> frozenset[str]:

@@ -21,6 +21,8 @@ class PartWriter:
     """An actor: keeps the tokenizer, writes one unit at a time."""
 
     def __init__(self, store: str, tokenizer: Tokenizer) -> None:
+        # One actor a core: the tokenizers library would start a thread a core in each. It looks when it first encodes.
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
         self.store, self.tokenizer = Path(store), tokenizer
 
     def run(self, unit: Unit) -> UnitReport | UnitFailure:

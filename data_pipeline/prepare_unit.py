@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.documents import Document, Reject, SegmentReader
+from data_pipeline.filters import make_filter
 from data_pipeline.permutation import derive_key, permute
 from data_pipeline.prepare_plan import Unit
 from data_pipeline.store import SPLITS, Part, Split, write_file_atomically, write_part
@@ -72,6 +73,7 @@ class _UnitWriter:
         self.parts: dict[Split, list[Part]] = {split: [] for split in SPLITS}
         self.rejects: list[Reject] = []
         self.covered_bytes = 0
+        self.reason_to_drop = make_filter(unit.settings.filters, unit.source)
 
     def run(self) -> UnitReport:
         for batch in self._batches():
@@ -107,7 +109,7 @@ class _UnitWriter:
 
     def _documents(self) -> Iterator[tuple[Split, str]]:
         for segment in self.unit.segments:
-            reader = SegmentReader(segment, self.unit.settings.text_column)
+            reader = SegmentReader(segment, self.unit.settings.text_column, self.reason_to_drop)
             for item in reader:
                 if isinstance(item, Reject):
                     self.rejects.append(item)

@@ -1,4 +1,4 @@
-"""Text to token ids and back: SentencePiece models, trained here or given, known by the hash of their content."""
+"""Text to token ids and back: SentencePiece models, trained here or given, and tokenizer.json; known by their content."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ import sentencepiece
 from data_pipeline.config import TokenizerConfig
 from data_pipeline.sentencepiece_model import round_scores
 from data_pipeline.store import MANIFEST, TokenStore
+from data_pipeline.tokenizer_json import HuggingFaceTokenizer, read_tokenizer_json
 
 TRAINING_THREADS = 4  # fixed: the merge of the trainer's sums depends on it, and stores must be byte-identical
 MAX_TRAINING_LINE = 4096  # bytes; longer lines are cut, the trainer would drop them
 # Characters after which a text is cut at the next newline: few enough that sums of scores (round_scores) stay exact.
 BLOCK_CHARACTERS = 1000
+TOKENIZER_FILES = ("tokenizer.model", HuggingFaceTokenizer.file_name)
 
 
 class Tokenizer(Protocol):
@@ -26,6 +28,10 @@ class Tokenizer(Protocol):
     @property
     def kind(self) -> str:
         """Format of the file."""
+
+    @property
+    def file_name(self) -> str:
+        """Name of the file in a store."""
 
     @property
     def vocab_size(self) -> int:
@@ -165,28 +171,35 @@ def _none_if_negative(index: int) -> int | None:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Load a tokenizer from a prepared store, or from a SentencePiece .model file.
+    """Load a tokenizer from a prepared store, or from a SentencePiece .model or a Hugging Face tokenizer.json file.
 
     From a store its content is checked against the identity in the manifest. ValueError when the file is missing or
-    isn't a model, RuntimeError when the store's tokenizer was changed.
+    no tokenizer, RuntimeError when the store's tokenizer was changed.
     """
     folder = Path(path)
-    if folder.is_dir() or (folder / MANIFEST).exists():
-        store = TokenStore.open(folder)
-        tokenizer = read_tokenizer_file(store.tokenizer_path)
-        if tokenizer.identity() != store.tokenizer_identity:
-            raise RuntimeError(
-                f"{store.tokenizer_path} has identity {tokenizer.identity()}, but the store was written with "
-                f"{store.tokenizer_identity}; restore the file from a copy or prepare the store again"
-            )
-        return tokenizer
-    return read_tokenizer_file(folder)
+    if not folder.is_dir() and not (folder / MANIFEST).exists():
+        return read_tokenizer_file(folder)
+    store = TokenStore.open(folder)
+    tokenizer = read_tokenizer_file(store.tokenizer_path, store.eos_id)
+    if tokenizer.identity() != store.tokenizer_identity:
+        raise RuntimeError(
+            f"{store.tokenizer_path} has identity {tokenizer.identity()}, but the store was written with "
+            f"{store.tokenizer_identity}; restore the file from a copy or prepare the store again"
+        )
+    return tokenizer
 
 
-def read_tokenizer_file(path: Path) -> Tokenizer:
-    """Load a SentencePiece .model file."""
+def read_tokenizer_file(path: Path, eos: str | int | None = None) -> Tokenizer:
+    """Load a SentencePiece .model file, or a tokenizer.json whose end-of-text token is `eos` (token or id).
+
+    A .model names its own end; for a .json without `eos`, tokenizer_config.json beside it must.
+    """
     if not path.is_file():
-        raise ValueError(f"tokenizer file {path} doesn't exist; name a SentencePiece .model file or a prepared store")
+        raise ValueError(
+            f"tokenizer file {path} doesn't exist; name a SentencePiece .model file, a tokenizer.json or a prepared store"
+        )
+    if path.suffix == ".json":
+        return read_tokenizer_json(path, eos)
     content = path.read_bytes()
     try:
         return SentencePieceTokenizer(content)

@@ -70,6 +70,22 @@ def test_parquet_is_read_by_row_groups(tmp_path):
     assert texts_of(read_all(files, 10, "body")) == texts
 
 
+def test_a_hugging_face_dataset_on_disk_is_read(tmp_path):
+    """save_to_disk writes data-*.arrow streams beside two .json files that aren't text."""
+    table = pyarrow.table({"text": ["one", "two", None, "three"]})
+    for number in range(2):
+        with pyarrow.ipc.new_stream(tmp_path / f"data-0000{number}-of-00002.arrow", table.schema) as stream:
+            stream.write_table(table, max_chunksize=2)
+    (tmp_path / "state.json").write_text("{}")
+    items = read_all(list_files(source_of(tmp_path)), 1000)
+    assert texts_of(items) == ["one", "two", "three"] * 2
+    (tmp_path / "data-00001-of-00002.arrow").write_bytes(b"broken")
+    assert any(
+        isinstance(item, Reject) and "damaged arrow stream" in item.reason
+        for item in read_all(list_files(source_of(tmp_path)), 1000)
+    )
+
+
 def test_bad_records_become_rejects_with_place_and_reason(tmp_path):
     lines = [
         b'{"text": "good"}', b"", b"not json", b'["list"]', b'{"body": "x"}', b'{"text": 5}', b'{"text": null}',

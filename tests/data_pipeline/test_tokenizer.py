@@ -1,9 +1,13 @@
+import json
+import pickle
+
 import pytest
 
 from data_pipeline.config import TokenizerConfig
+from data_pipeline.prepare import prepare
 from data_pipeline.store import TokenStore
-from data_pipeline.tokenizer import load_tokenizer, train_tokenizer
-from tests.helpers.tiny_store import make_text, make_tiny_store
+from data_pipeline.tokenizer import load_tokenizer, read_tokenizer_file, train_tokenizer
+from tests.helpers.tiny_store import make_text, make_tiny_store, run_in_process
 
 HARD_TEXTS = [
     "  two  spaces \n\n\ttab\r\n",
@@ -86,3 +90,62 @@ def test_a_file_that_is_no_model_is_refused(tmp_path):
         load_tokenizer(tmp_path / "y.model")
     with pytest.raises(ValueError, match="run `amfm prepare CONFIG` first"):
         load_tokenizer(tmp_path)
+
+
+@pytest.fixture()
+def tokenizer_json(tmp_path, texts):
+    """A byte-level BPE as GPT-2 has, with holes in its ids and a template that adds tokens."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+    made = tokenizers.Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=600, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+        ),
+    )
+    made.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    made.enable_truncation(7)
+    path = tmp_path / "tokenizer.json"
+    made.save(str(path))
+    return path
+
+
+def test_a_tokenizer_json_gives_every_text_back_and_lets_no_text_end_itself(tokenizer_json, texts):
+    tokenizer = read_tokenizer_file(tokenizer_json, "<|endoftext|>")
+    assert (tokenizer.vocab_size, tokenizer.eos_id) == (600, 0)
+    for text in [*HARD_TEXTS, "a <|endoftext|> b", *texts[:5]]:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text and 0 not in ids
+    assert tokenizer.encode_batch(HARD_TEXTS) == [tokenizer.encode(text) for text in HARD_TEXTS]
+    assert pickle.loads(pickle.dumps(tokenizer)).identity() == tokenizer.identity()
+
+
+def test_the_end_token_of_a_tokenizer_json_must_be_known(tokenizer_json):
+    with pytest.raises(ValueError, match=r"doesn't name its end-of-text token; set data.tokenizer.eos_token"):
+        read_tokenizer_file(tokenizer_json)
+    with pytest.raises(ValueError, match=r"eos_token='</s>' must be a token of"):
+        read_tokenizer_file(tokenizer_json, "</s>")
+    tokenizer_json.with_name("tokenizer_config.json").write_text('{"eos_token": {"content": "<|endoftext|>"}}')
+    assert read_tokenizer_file(tokenizer_json).eos_id == 0
+    tokenizer_json.write_text("{}")
+    with pytest.raises(ValueError, match=r"isn't a tokenizer.json"):
+        read_tokenizer_file(tokenizer_json)
+
+
+def test_a_store_is_prepared_with_a_tokenizer_json(tokenizer_json, tmp_path):
+    given = TokenizerConfig(model=str(tokenizer_json), eos_token="<|endoftext|>")
+    config = make_tiny_store(tmp_path / "made", tokenizer=given)
+    store, tokenizer = TokenStore.open(config.store), load_tokenizer(config.store)
+    assert store.tokenizer.kind == "huggingface" and store.eos_id == 0
+    _, _, part = next(iter(store.all_parts()))
+    ends = store.document_ends(part)
+    first = tokenizer.decode(store.read_tokens(part, 0, int(ends[0]) - 1).tolist())
+    assert json.dumps({"text": first}) in (tmp_path / "made" / "text0.jsonl").read_text()
+    assert prepare(config, runner=run_in_process).units_written == 0

@@ -56,7 +56,10 @@ model.feed_forward.hidden_size model.feed_forward.activation
 data.store data.validation_fraction data.packing data.shuffle data.mask_document_boundaries data.num_workers
 data.on_corruption
 data.sources.*.name data.sources.*.paths data.sources.*.text_column data.sources.*.weight
-data.tokenizer.model data.tokenizer.algorithm data.tokenizer.vocab_size data.tokenizer.byte_fallback
+data.sources.*.max_bytes
+data.sources.*.filters.min_characters data.sources.*.filters.max_characters
+data.sources.*.filters.keep_pattern data.sources.*.filters.drop_pattern
+data.tokenizer.model data.tokenizer.eos_token data.tokenizer.algorithm data.tokenizer.vocab_size data.tokenizer.byte_fallback
 data.tokenizer.training_bytes
 data.prepare.preset data.prepare.num_actors data.prepare.part_bytes data.prepare.chunk_tokens data.prepare.seed
 data.phases.*.start_sample data.phases.*.weights

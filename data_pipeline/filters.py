@@ -1,0 +1,38 @@
+"""Rules that drop documents before tokenizing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from data_pipeline.config import FilterConfig
+
+Filter = Callable[[str], str | None]
+
+
+def make_filter(config: FilterConfig, source: str) -> Filter:
+    """Make the function that says why a text is dropped, None for a text that stays; ValueError for a bad pattern."""
+    keep = _compile(config.keep_pattern, f"source {source!r}: filters.keep_pattern")
+    drop = _compile(config.drop_pattern, f"source {source!r}: filters.drop_pattern")
+
+    def reason_to_drop(text: str) -> str | None:
+        if len(text) < config.min_characters:
+            return f"filter: {len(text)} characters, fewer than min_characters={config.min_characters}"
+        if config.max_characters is not None and len(text) > config.max_characters:
+            return f"filter: {len(text)} characters, more than max_characters={config.max_characters}"
+        if keep is not None and not keep.search(text):
+            return f"filter: keep_pattern {keep.pattern!r} not found"
+        if drop is not None and (found := drop.search(text)):
+            return f"filter: drop_pattern {drop.pattern!r} found at character {found.start()}"
+        return None
+
+    return reason_to_drop
+
+
+def _compile(pattern: str | None, where: str) -> re.Pattern[str] | None:
+    if pattern is None:
+        return None
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{where}={pattern!r} isn't a regular expression ({error}); correct it") from error

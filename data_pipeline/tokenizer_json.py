@@ -1,0 +1,108 @@
+"""Hugging Face tokenizer.json files; tiktoken vocabularies come through their conversion to this format."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import tokenizers
+
+
+class HuggingFaceTokenizer:
+    """A tokenizer.json with the id of its end-of-text token, which the file itself doesn't name.
+
+    Special tokens written out in a text are encoded as plain text: a document can't end itself. Nothing is added in
+    front or behind, and truncation or padding that the file asks for is off.
+    """
+
+    kind = "huggingface"
+    file_name = "tokenizer.json"
+
+    def __init__(self, content: bytes, eos_id: int) -> None:
+        self._content, self._eos_id = content, eos_id
+        self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
+        self._tokenizer.encode_special_tokens = True
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        # Ids may have holes, so the number of entries isn't the range of ids.
+        self._vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        if not 0 <= eos_id < self._vocab_size:
+            raise ValueError(f"end-of-text id {eos_id} must be in range({self._vocab_size}), the vocabulary")
+
+    def __reduce__(self) -> tuple[type[HuggingFaceTokenizer], tuple[bytes, int]]:
+        return HuggingFaceTokenizer, (self._content, self._eos_id)
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id, added tokens included."""
+        return self._vocab_size
+
+    @property
+    def bos_id(self) -> int | None:
+        """Not named by the file, and never inserted."""
+        return None
+
+    @property
+    def eos_id(self) -> int:
+        """End-of-text id."""
+        return self._eos_id
+
+    @property
+    def pad_id(self) -> int | None:
+        """Not named by the file: rows are filled with the end token."""
+        return None
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of one text."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text; the library uses its own threads unless TOKENIZERS_PARALLELISM is false."""
+        return [list(item.ids) for item in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids; special tokens give nothing. ValueError for an id outside the vocabulary."""
+        outside = [index for index in ids if not 0 <= index < self._vocab_size]
+        if outside:
+            raise ValueError(f"token id {outside[0]} must be in range({self._vocab_size}), the tokenizer's vocabulary")
+        return str(self._tokenizer.decode([int(index) for index in ids], skip_special_tokens=True))
+
+    def identity(self) -> str:
+        """SHA-256 of the file and the end-of-text id."""
+        return hashlib.sha256(f"huggingface\0{self._eos_id}\0".encode() + self._content).hexdigest()
+
+    def to_bytes(self) -> bytes:
+        """Content of the tokenizer.json."""
+        return self._content
+
+
+def read_tokenizer_json(path: Path, eos: str | int | None) -> HuggingFaceTokenizer:
+    """Load a tokenizer.json; `eos` is the end-of-text token or its id, else tokenizer_config.json beside it names it.
+
+    ValueError when the file is no tokenizer, or the end-of-text token is unknown or not in the vocabulary.
+    """
+    content = path.read_bytes()
+    try:
+        vocabulary = tokenizers.Tokenizer.from_buffer(content).get_vocab(with_added_tokens=True)
+    except ValueError as error:
+        raise ValueError(f"{path} isn't a tokenizer.json ({error}); name a file of the tokenizers library") from error
+    if isinstance(eos, int):
+        return HuggingFaceTokenizer(content, eos)
+    token = eos or _configured_eos(path.with_name("tokenizer_config.json"))
+    if token is None:
+        raise ValueError(
+            f"{path} doesn't name its end-of-text token; set data.tokenizer.eos_token, or put tokenizer_config.json "
+            "with an eos_token beside it"
+        )
+    if token not in vocabulary:
+        raise ValueError(f"data.tokenizer.eos_token={token!r} must be a token of {path}; correct it")
+    return HuggingFaceTokenizer(content, vocabulary[token])
+
+
+def _configured_eos(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    token = json.loads(path.read_bytes()).get("eos_token")
+    return token["content"] if isinstance(token, dict) else token
