@@ -83,7 +83,7 @@ def describe_progress(now: Progress) -> tuple[int, int, str]:
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A token store, checkpoint, run directory or export.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A token store, checkpoint, run, export or import.")],
     *,
     diff: Annotated[Path | None, typer.Option(metavar="OTHER", help="Show only what differs from OTHER.")] = None,
     as_json: JsonOption = False,
@@ -103,7 +103,7 @@ def inspect(
     elif as_json:
         print_json(found.as_json())
     else:
-        verdict = "all checksums hold" if found.is_ok() else f"{len(found.problems)} problem(s)"
+        verdict = "no problem found" if found.is_ok() else f"{len(found.problems)} problem(s)"
         print_pairs(
             f"{path}: {found.kind}, {verdict}", [(name, show_fact(value)) for name, value in found.facts.items()]
         )

@@ -46,11 +46,13 @@ def inspect_path(path: str | Path) -> Inspection:
         return inspect_checkpoint(folder) if "amfm-checkpoint" in text[:200] else inspect_store(folder)
     if (folder / "config.yaml").is_file() or (folder / "checkpoints").is_dir():
         return inspect_run(folder)
+    if (folder / "weights.json").is_file():
+        return inspect_weights(folder)
     if (folder / "config.json").is_file():
         return inspect_export(folder)
     raise ValueError(
-        f"{folder} is no token store, checkpoint, run or export (none of manifest.json, config.yaml, config.json is in "
-        "it); name such a folder"
+        f"{folder} is no token store, checkpoint, run, import or export (none of manifest.json, config.yaml, "
+        "weights.json, config.json is in it); name such a folder"
     )
 
 
@@ -144,6 +146,27 @@ def inspect_run(folder: Path) -> Inspection:
         lines, notes = read_json_lines(folder / "metrics.jsonl")
         facts |= {"last_step": lines[-1].get("step") if lines else None, "notes": notes}
     return Inspection("run", tuple(problems), facts, details)
+
+
+def inspect_weights(folder: Path) -> Inspection:
+    """What `amfm import` wrote: the SHA-256 of every file, and every tensor against the configuration."""
+    from pretrain.config_file import flatten
+    from pretrain.weights import read_weights
+
+    description = json.loads((folder / "weights.json").read_text(encoding="utf-8"))
+    facts = {"origin": description.get("origin")}
+    try:
+        weights = read_weights(folder)
+    except (ValueError, RuntimeError) as error:
+        return Inspection("imported weights", (str(error),), facts)
+    facts |= {
+        "pattern": weights.model.pattern,
+        "parameters": sum(tensor.numel() for tensor in weights.state.values()),
+        "tensors": len(weights.state),
+        "tokenizer": weights.tokenizer.identity(),
+    }
+    details = flatten(weights.model.model_dump(mode="json"), "model") | description["sha256"]
+    return Inspection("imported weights", (), facts, details)
 
 
 def inspect_export(folder: Path) -> Inspection:

@@ -49,8 +49,8 @@ def make_cards(record: RunRecord) -> list[Card]:
         Card("Throughput", f"{count(speed)} tokens/s" if speed is not None else "-", "median of the newer half")
     )
     if mfu is not None:
-        source = record.environment.get("peak", {}).get("source", "the device's peak")
-        cards.append(Card("MFU", f"{100 * mfu:.1f} %", f"of {source}"))
+        source = record.environment.get("peak", {}).get("source", "of the device's peak")
+        cards.append(Card("MFU", f"{100 * mfu:.1f} %", source))
     cards.append(Card("Time", duration(record.seconds()), "inside training steps"))
     return cards
 

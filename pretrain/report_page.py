@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -157,10 +158,14 @@ def render_events(events: Sequence[Mapping[str, object]]) -> str:
 
 
 def show_time(value: object) -> str:
-    """Seconds since 1970, or a text that is a time already, in one form."""
+    """Seconds since 1970 or ISO 8601 in one form, in UTC; any other text as it is."""
     if isinstance(value, (int, float)):
-        return datetime.fromtimestamp(value, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-    return "" if value is None else str(value)
+        moment = datetime.fromtimestamp(value, UTC)
+    elif isinstance(value, str) and re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d", value):
+        moment = datetime.fromisoformat(value).astimezone(UTC)
+    else:
+        return "" if value is None else str(value)
+    return moment.strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
 def show_rest(values: Mapping[str, object]) -> str:

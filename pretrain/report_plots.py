@@ -88,7 +88,7 @@ def draw_loss(record: RunRecord) -> Plot | None:
             axes.plot(validated, validation, color=SERIES[1], marker="o", markersize=3, label="validation")
         axes.set_ylabel("nats a token")
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(loc="upper right")
+            axes.legend(loc="best")
 
     return Plot("Loss", "Negative log-likelihood of a token; perplexity is its exponential.", figure("loss", draw))
 
@@ -194,7 +194,7 @@ def draw_auxiliary(record: RunRecord) -> Plot | None:
         for (name, (steps, values)), colour in zip(series.items(), SERIES * (1 + len(series) // len(SERIES))):
             draw_line(axes, steps, values, colour, label=name.replace("_", " "))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
-        axes.legend(loc="upper right")
+        axes.legend(loc="best")
 
     return Plot("Auxiliary losses", "Weighted, as they are added to the loss.", figure("auxiliary", draw))
 

@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from launch.cli import app, describe, exit_code, run
 from tests.helpers.tiny_store import make_tiny_store
@@ -201,9 +203,29 @@ def test_inspect_verifies_a_store_and_finds_a_flipped_byte(tmp_path, capsys):
     assert "contents changed since they were written" in found["problems"][0]
 
 
+def test_inspect_verifies_an_export_against_its_index(tmp_path, capsys):
+    export = tmp_path / "export"
+    export.mkdir()
+    (export / "config.json").write_text(json.dumps({"architectures": ["NemotronHForCausalLM"], "model_type": "x"}))
+    save_file({"a": torch.ones(3, dtype=torch.bfloat16), "b": torch.zeros(2, 2)}, export / "model-1.safetensors")
+    assert run(["inspect", str(export), "--json"]) == 0
+    found = one_object(capsys.readouterr().out)
+    assert (found["kind"], found["class"], found["parameters"]) == ("export", "NemotronHForCausalLM", 7)
+    index = {"weight_map": {"a": "model-1.safetensors", "c": "model-2.safetensors"}}
+    (export / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert run(["inspect", str(export), "--json"]) == 2
+    problems = one_object(capsys.readouterr().out)["problems"]
+    assert any(text.endswith("tensor b is not in the index") for text in problems)
+    assert any(text.endswith("tensor c is in no file") for text in problems)
+    content = (export / "model-1.safetensors").read_bytes()
+    (export / "model-1.safetensors").write_bytes(content[:-4])
+    assert run(["inspect", str(export)]) == 2
+    assert "is not a whole safetensors file" in capsys.readouterr().err
+
+
 def test_inspect_names_what_it_can_read(tmp_path, capsys):
     assert run(["inspect", str(tmp_path)]) == 2
-    assert "is no token store, checkpoint, run or export" in capsys.readouterr().err
+    assert "is no token store, checkpoint, run, import or export" in capsys.readouterr().err
     assert run(["inspect", str(tmp_path / "none")]) == 2
     assert "does not exist; name the folder of a store" in capsys.readouterr().err
 

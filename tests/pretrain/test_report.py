@@ -10,6 +10,7 @@ import pytest
 from pretrain.config_file import load_config, resolved_yaml
 from pretrain.report import write_report
 from pretrain.report_data import read_run, thin
+from pretrain.report_page import show_time
 from tests.pretrain.test_config import BASE
 
 
@@ -119,6 +120,13 @@ def test_values_that_are_no_finite_numbers_are_not_drawn(tmp_path):
     run = make_run(tmp_path, [line(1), line(2, loss=float("nan"), mfu=None), line(3)])
     assert read_run(run).series("loss")[0] == [1, 3]
     write_report(run)
+
+
+def test_times_are_shown_in_one_form():
+    assert show_time(0) == "1970-01-01 00:00:00 UTC"
+    assert show_time("2026-11-24T17:28:07+01:00") == "2026-11-24 16:28:07 UTC"
+    assert show_time("yesterday") == "yesterday"
+    assert show_time(None) == ""
 
 
 def test_text_of_the_run_cannot_become_markup(tmp_path):
