@@ -9,17 +9,21 @@ import json
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
 
 from data_pipeline.config import SourceConfig
 from data_pipeline.filters import Filter
+from data_pipeline.megatron_files import read_megatron_documents, read_megatron_index
 
-Kind = Literal["text", "jsonl", "parquet", "arrow"]
+Kind = Literal["text", "jsonl", "parquet", "arrow", "megatron"]
 Compression = Literal["none", "gz", "zst"]
 
 KIND_BY_SUFFIX: dict[str, Kind] = {
@@ -29,6 +33,7 @@ KIND_BY_SUFFIX: dict[str, Kind] = {
     ".ndjson": "jsonl",
     ".parquet": "parquet",
     ".arrow": "arrow",
+    ".idx": "megatron",
 }
 COMPRESSION_BY_SUFFIX: dict[str, Compression] = {".gz": "gz", ".zst": "zst"}
 
@@ -47,7 +52,7 @@ class InputFile:
 
 @dataclass(frozen=True)
 class Segment:
-    """What is read in one go: bytes [start, stop) of a jsonl file, row groups of parquet, else the whole file.
+    """What is read in one go: bytes [start, stop) of jsonl, row groups of parquet, documents of an .idx, or the file.
 
     text_bytes: estimated text, for planning. split: of text files, decided by the plan; None: by content.
     """
@@ -64,6 +69,14 @@ class Document:
     """One text and where it came from."""
 
     text: str
+    position: str
+
+
+@dataclass(frozen=True)
+class TokenDocument:
+    """A document that is token ids already."""
+
+    tokens: npt.NDArray[np.int64]
     position: str
 
 
@@ -131,13 +144,18 @@ def _kind_of(name: str) -> Kind | None:
 def _describe(path: Path, name: str) -> InputFile:
     kind, stat = _kind_of(path.name), path.stat()
     assert kind is not None, f"{path} has no known kind"
+    if kind == "megatron":
+        if not path.with_suffix(".bin").is_file():
+            raise ValueError(f"{path} needs {path.with_suffix('.bin').name} beside it; restore the pair")
+        stat = path.with_suffix(".bin").stat()
     return InputFile(str(path.resolve()), name, kind, _split_suffixes(name)[1], stat.st_size, stat.st_mtime_ns)
 
 
 def cut_segments(file: InputFile, segment_bytes: int) -> list[Segment]:
     """Cut a file into segments of about segment_bytes that together cover it exactly once.
 
-    Plain jsonl by byte ranges, parquet by row groups; other files are one segment. Empty files have none.
+    Plain jsonl by byte ranges, parquet by row groups, Megatron by documents; other files are one segment. Empty files
+    have none.
     """
     if file.num_bytes == 0:
         return []
@@ -145,6 +163,13 @@ def cut_segments(file: InputFile, segment_bytes: int) -> list[Segment]:
         metadata = _read_parquet_metadata(file)
         sizes = [metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups)]
         return [Segment(file, number, number + 1, size) for number, size in enumerate(sizes)]
+    if file.kind == "megatron":
+        offsets = read_megatron_index(Path(file.path)).offsets
+        bounds = [0]
+        while bounds[-1] < len(offsets) - 1:
+            reach = int(np.searchsorted(offsets, offsets[bounds[-1]] + segment_bytes, side="right")) - 1
+            bounds.append(max(bounds[-1] + 1, reach))
+        return [Segment(file, low, high, int(offsets[high] - offsets[low])) for low, high in pairwise(bounds)]
     if file.kind == "jsonl" and file.compression == "none":
         starts = range(0, file.num_bytes, segment_bytes)
         stops = [min(start + segment_bytes, file.num_bytes) for start in starts]
@@ -181,7 +206,10 @@ class SegmentReader:
         self.reason_to_drop = reason_to_drop
         self.covered_bytes = 0
 
-    def __iter__(self) -> Iterator[Document | Reject]:
+    def __iter__(self) -> Iterator[Document | TokenDocument | Reject]:
+        if self.segment.file.kind == "megatron":
+            yield from self._megatron()
+            return
         readers = {"text": self._text, "jsonl": self._jsonl, "parquet": self._parquet, "arrow": self._arrow}
         for item in readers[self.segment.file.kind]():
             reason = self.reason_to_drop(item.text) if self.reason_to_drop and isinstance(item, Document) else None
@@ -276,6 +304,12 @@ class SegmentReader:
             if _is_of_the_disk(error):
                 raise
             yield Reject(file.name, f"damaged arrow stream: {error}")
+
+    def _megatron(self) -> Iterator[TokenDocument | Reject]:
+        documents = read_megatron_documents(Path(self.segment.file.path), self.segment.start, self.segment.stop)
+        for number, tokens in enumerate(documents, start=self.segment.start):
+            position = f"{self.segment.file.name}:document {number}"
+            yield TokenDocument(tokens, position) if len(tokens) else Reject(position, "empty document")
 
     def _check_text(self, text: object, position: str) -> Document | Reject:
         if not isinstance(text, str):

@@ -71,6 +71,14 @@ def plan_source(source: SourceConfig, config: DataConfig) -> list[Segment]:
     ValueError for missing or empty input.
     """
     files = list_files(source)
+    if any(file.kind == "megatron" for file in files):
+        if source.filters != FilterConfig():
+            raise ValueError(f"source {source.name!r}: filters need text, but an .idx holds tokens; remove them")
+        if config.tokenizer.model is None:
+            raise ValueError(
+                f"source {source.name!r} is an .idx, whose tokens mean nothing to a tokenizer trained here; name the file "
+                "of the tokenizer that made them in data.tokenizer.model"
+            )
     part_bytes = config.prepare.part_bytes
     segment_bytes = max(part_bytes // SEGMENTS_PER_PART, min(part_bytes, MIN_SEGMENT_BYTES))
     validating = _choose_validation(source.name, [file for file in files if file.kind == "text"], config)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.documents import Document, Reject, SegmentReader
+from data_pipeline.documents import Reject, SegmentReader, TokenDocument
 from data_pipeline.filters import make_filter
 from data_pipeline.permutation import derive_key, permute
 from data_pipeline.prepare_plan import Unit
@@ -78,9 +78,7 @@ class _UnitWriter:
     def run(self) -> UnitReport:
         for batch in self._batches():
             self._tokenize(batch)
-            for split in SPLITS:
-                if self.collected[split].text_bytes >= 2 * self.unit.settings.part_bytes:
-                    self._write(split)
+            self._write_full_parts()
         for split in SPLITS:
             if self.collected[split].lengths:
                 self._write(split)
@@ -108,35 +106,50 @@ class _UnitWriter:
             yield batch
 
     def _documents(self) -> Iterator[tuple[Split, str]]:
+        """Texts to tokenize; documents that are tokens already are collected on the way."""
         for segment in self.unit.segments:
             reader = SegmentReader(segment, self.unit.settings.text_column, self.reason_to_drop)
             for item in reader:
                 if isinstance(item, Reject):
                     self.rejects.append(item)
+                elif isinstance(item, TokenDocument):
+                    split = self._split_of(item.tokens.tobytes().hex())
+                    self._collect(split, item.tokens.tolist(), item.tokens.nbytes)
+                    self._write_full_parts()
                 else:
-                    yield segment.split or self._split_of(item), item.text
+                    yield segment.split or self._split_of(item.text), item.text
             self.covered_bytes += reader.covered_bytes
 
-    def _split_of(self, document: Document) -> Split:
+    def _split_of(self, content: str) -> Split:
         """By content, so that copies of a text never sit on both sides."""
         settings = self.unit.settings
-        drawn = int.from_bytes(derive_key(settings.seed, "validation", document.text)[:8], "little")
+        drawn = int.from_bytes(derive_key(settings.seed, "validation", content)[:8], "little")
         return "validation" if drawn < settings.validation_fraction * 2**64 else "train"
 
     def _tokenize(self, batch: list[tuple[Split, str]]) -> None:
-        settings = self.unit.settings
         for (split, text), ids in zip(batch, self.tokenizer.encode_batch([text for _, text in batch])):
+            self._collect(split, ids, len(text.encode()))
+
+    def _collect(self, split: Split, ids: list[int], text_bytes: int) -> None:
+        settings = self.unit.settings
+        if not ids or ids[-1] != settings.eos_id:
             ids.append(settings.eos_id)
-            if max(ids) >= settings.vocab_size:
-                raise ValueError(
-                    f"the tokenizer gave id {max(ids)}, but its vocabulary is {settings.vocab_size} and the store "
-                    f"holds {settings.layout.dtype}; fix the tokenizer file"
-                )
-            code = "H" if settings.layout.dtype == "uint16" else "I"
-            collected = self.collected[split]
-            collected.pieces.append(np.frombuffer(array(code, ids), dtype=settings.layout.dtype))
-            collected.lengths.append(len(ids))
-            collected.text_bytes += len(text.encode())
+        if max(ids) >= settings.vocab_size or min(ids) < 0:
+            wrong = max(ids) if min(ids) >= 0 else min(ids)
+            raise ValueError(
+                f"source {self.unit.source!r} has token id {wrong}, but the tokenizer's vocabulary is "
+                f"{settings.vocab_size} and the store holds {settings.layout.dtype}; give the tokenizer of these tokens"
+            )
+        code = "H" if settings.layout.dtype == "uint16" else "I"
+        collected = self.collected[split]
+        collected.pieces.append(np.frombuffer(array(code, ids), dtype=settings.layout.dtype))
+        collected.lengths.append(len(ids))
+        collected.text_bytes += text_bytes
+
+    def _write_full_parts(self) -> None:
+        for split in SPLITS:
+            if self.collected[split].text_bytes >= 2 * self.unit.settings.part_bytes:
+                self._write(split)
 
     def _write(self, split: Split) -> None:
         unit, collected = self.unit, self.collected[split]
