@@ -5,14 +5,15 @@ import torch
 import torch._dynamo
 
 from model.packing import PackMeta
-from tests.model.small_models import MOE, loss_of, packed_batch, small_config, small_model
+from tests.model.small_models import MAMBA, MOE, loss_of, packed_batch, small_config, small_model
 
 BATCHES = [((7, 1, 12, 3), (23,)), ((23,), (23,)), ((5, 18), (10, 13))]
 
 
 def assert_compiled_equals_eager(pattern, compiler):
     moe = MOE.model_copy(update={"auxiliary_loss_weight": 0.1, "sequence_loss_weight": 0.1, "z_loss_weight": 0.1})
-    config = small_config(pattern, moe=moe)
+    # Two chunks a row: each is unrolled into the graph.
+    config = small_config(pattern, moe=moe, mamba=MAMBA.model_copy(update={"chunk_size": 16}))
     eager, compiled = (small_model(config, dtype=torch.float32) for _ in range(2))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

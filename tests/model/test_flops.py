@@ -4,6 +4,11 @@ import pytest
 
 from model.config import AttentionConfig, FeedForwardConfig, Mamba2Config, ModelConfig, MoeConfig
 from model.flops import count_parameters, flops_per_token
+from model.groups import single_rank_groups
+from model.hybrid import HybridModel
+from tests.model.small_models import MAMBA, MOE, small_config
+
+NO_POSITIONS = AttentionConfig(num_heads=3, num_kv_heads=3, head_dim=6)
 
 TURBOS = ModelConfig(
     pattern="((MF)*8 AF)*7 MF",
@@ -75,3 +80,23 @@ def test_flops_are_six_a_used_weight_plus_what_has_no_weights():
     assert flops["mamba"] > 6 * 57 * 5120 * (2 * 4096 + 2 * 16 * 128 + 64 + 4096)
     assert flops_per_token(config, 8192)["attention"] > flops["attention"]
     assert flops_per_token(config, 8192)["mamba"] == flops["mamba"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "changes"),
+    [
+        ("M*E-", {}),
+        ("ME", {"tie_embeddings": True, "mamba": MAMBA.model_copy(update={"conv_bias": False})}),
+        ("*E", {"moe": MOE.model_copy(update={"latent_size": 5, "activation": "swiglu"})}),
+        ("E*", {"moe": MoeConfig(num_experts=3, top_k=1, expert_hidden_size=4), "attention": NO_POSITIONS}),
+    ],
+)
+def test_counts_are_those_of_the_built_model(pattern, changes):
+    config = small_config(pattern, **changes)
+    model = HybridModel(config, single_rank_groups(), device="meta")
+    assert count_parameters(config).total == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_turbos_is_built_on_the_meta_device_with_its_published_size():
+    model = HybridModel(TURBOS, single_rank_groups(), device="meta")
+    assert sum(parameter.numel() for parameter in model.parameters()) == count_parameters(TURBOS).total
