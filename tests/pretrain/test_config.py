@@ -37,7 +37,7 @@ optimizer:
 
 # Growing this list is a decision: a new setting needs a reader, a description and a line here.
 FIELDS = """
-run.dir run.name run.tensorboard run.wandb_project
+run.dir run.name run.initial_weights run.tensorboard run.wandb_project
 model.pattern model.vocab_size model.hidden_size model.norm_epsilon model.tie_embeddings model.initializer_range
 model.depth_scaled_init model.residual_in_fp32 model.logits_z_loss_weight
 model.mamba.num_heads model.mamba.head_dim model.mamba.state_size model.mamba.num_groups model.mamba.conv_kernel
@@ -55,12 +55,11 @@ model.moe.auxiliary_loss_weight model.moe.sequence_loss_weight model.moe.z_loss_
 model.feed_forward.hidden_size model.feed_forward.activation
 data.store data.validation_fraction data.packing data.shuffle data.mask_document_boundaries data.num_workers
 data.on_corruption
-data.sources.*.name data.sources.*.paths data.sources.*.text_column data.sources.*.weight
-data.sources.*.max_bytes
-data.sources.*.filters.min_characters data.sources.*.filters.max_characters
-data.sources.*.filters.keep_pattern data.sources.*.filters.drop_pattern
-data.tokenizer.model data.tokenizer.eos_token data.tokenizer.algorithm data.tokenizer.vocab_size data.tokenizer.byte_fallback
-data.tokenizer.training_bytes
+data.sources.*.name data.sources.*.paths data.sources.*.text_column data.sources.*.weight data.sources.*.max_bytes
+data.sources.*.filters.min_characters data.sources.*.filters.max_characters data.sources.*.filters.keep_pattern
+data.sources.*.filters.drop_pattern
+data.tokenizer.model data.tokenizer.eos_token data.tokenizer.algorithm data.tokenizer.vocab_size
+data.tokenizer.byte_fallback data.tokenizer.training_bytes
 data.prepare.preset data.prepare.num_actors data.prepare.part_bytes data.prepare.chunk_tokens data.prepare.seed
 data.phases.*.start_sample data.phases.*.weights
 train.steps train.stop_after_steps train.sequence_length train.micro_batch_size train.global_batch_size train.seed
