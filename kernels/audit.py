@@ -44,9 +44,9 @@ def compile_ahead(
 ) -> CompiledKernel:
     """Compile a `triton.jit` kernel for sm_80, sm_90 or sm_100 (`architecture` 80, 90, 100) without a GPU.
 
-    signature: Triton's type of each argument that is no constant, such as "*bf16", "*fp32" or "i32". constants: the
-    value of each constexpr, and None for an absent pointer. Pointers count as aligned to 16 bytes, which PyTorch's
-    allocator grants.
+    signature: Triton's type of each argument that is no constant, such as "*bf16", "*fp32", "i32", or "i32:16" for an
+    integer that 16 divides (launches find that out themselves). constants: the value of each constexpr, and None for
+    an absent pointer. Pointers count as aligned to 16 bytes, which PyTorch's allocator grants.
 
     Raises RuntimeError in the interpreter, ValueError for arguments that are missing or unknown.
     """
@@ -58,9 +58,10 @@ def compile_ahead(
         missing, unknown = sorted(set(wanted) - given), sorted(given - set(wanted))
         twice = sorted(set(signature) & set(constants))
         raise ValueError(f"{kernel.__name__}: arguments missing {missing}, unknown {unknown}, given twice {twice}")
-    types = {name: signature.get(name, "constexpr") for name in wanted}
+    types = {name: signature.get(name, "constexpr").removesuffix(":16") for name in wanted}
     places = {(wanted.index(name),): value for name, value in constants.items()}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(wanted) if types[name].startswith("*")}
+    divided = [name for name, kind in signature.items() if kind.startswith("*") or kind.endswith(":16")]
+    aligned = {(wanted.index(name),): [["tt.divisibility", 16]] for name in divided}
     source = ASTSource(kernel, types, constexprs=places, attrs=aligned)
     options = {"num_warps": num_warps, "num_stages": num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)

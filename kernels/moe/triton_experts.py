@@ -37,6 +37,12 @@ def product_tile(rows: int, experts: int) -> dict[str, int]:
     return {"BLOCK_M": 128 if rows >= 256 * experts else 64, "BLOCK_N": 128, "BLOCK_K": 64}
 
 
+def gradient_tile(rows: int, experts: int) -> dict[str, int]:
+    """Tile of the product whose epilogue is the activation's gradient: narrower, or its registers spill."""
+    tile = product_tile(rows, experts)
+    return {**tile, "BLOCK_N": min(tile["BLOCK_N"], 64)}
+
+
 def _tile_bound(rows: int, experts: int, tile: dict[str, int]) -> int:
     """Most tiles that `rows` sorted rows can need: each expert wastes less than one."""
     return triton.cdiv(rows, tile["BLOCK_M"]) + min(experts, rows)
@@ -152,7 +158,7 @@ def _backward(
     if not rows:
         empty = x_RD.new_empty(0) if weights_RK is None else torch.empty_like(weights_RK)
         return torch.empty_like(x_RD), empty, torch.zeros_like(up_EFD), torch.zeros_like(down_EDF)
-    tile = product_tile(rows, experts)
+    tile = gradient_tile(rows, experts)
     blocks = triton.cdiv(width, tile["BLOCK_N"])
     d_hidden, active = torch.empty_like(hidden), x_RD.new_empty(rows, width)
     partials = x_RD.new_empty(0 if weights_RK is None else blocks, rows, dtype=torch.float32)

@@ -34,10 +34,10 @@ def _load_parts(x, row, inside, size, half, HALF: tl.constexpr, REST: tl.constex
 def _store_parts(y, row, inside, size, half, first, second, passed, HALF: tl.constexpr, REST: tl.constexpr):
     """Write back what `_load_parts` split."""
     lane, rest = tl.arange(0, HALF)[None, :], tl.arange(0, REST)[None, :]
-    base, dtype = y + row * size, y.dtype.element_ty
-    tl.store(base + lane, first.to(dtype), mask=inside & (lane < half))
-    tl.store(base + half + lane, second.to(dtype), mask=inside & (lane < half))
-    tl.store(base + 2 * half + rest, passed.to(dtype), mask=inside & (rest < size - 2 * half))
+    base = y + row * size
+    tl.store(base + lane, first.to(y.dtype.element_ty), mask=inside & (lane < half))
+    tl.store(base + half + lane, second.to(y.dtype.element_ty), mask=inside & (lane < half))
+    tl.store(base + 2 * half + rest, passed.to(y.dtype.element_ty), mask=inside & (rest < size - 2 * half))
 
 
 @triton.jit

@@ -9,20 +9,20 @@ from kernels.attention.op import attention
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6}
 
 
-def _inputs(batch, tokens, keys, heads, kv_heads, size, seed=0):
+def make_inputs(batch, tokens, keys, heads, kv_heads, size, seed=0):
     generator = torch.Generator().manual_seed(seed)
     shapes = ((batch, tokens, heads, size), (batch, keys, kv_heads, size), (batch, keys, kv_heads, size))
     return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
 
-def _run(backend, dtype, inputs, documents, scale=None):
+def run(backend, dtype, inputs, documents, scale=None):
     leaves = [x.to(dtype).requires_grad_() for x in inputs]
     y = attention(*leaves, document_ids_BT=documents, scale=scale, backend=backend)
     probe = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape)
     return [y.detach(), *torch.autograd.grad((y * probe).sum(), leaves)]
 
 
-def _documents(batch, lengths):
+def make_documents(batch, lengths):
     ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     return ids.expand(batch, -1).to(torch.int32)
 
@@ -40,47 +40,47 @@ def _documents(batch, lengths):
     ],
 )
 def test_torch_path_equals_the_reference_in_outputs_and_gradients(shape, lengths):
-    inputs = _inputs(*shape)
-    documents = None if lengths is None else _documents(shape[0], lengths)
-    wanted = _run("reference", torch.float64, inputs, documents, scale=0.3)
+    inputs = make_inputs(*shape)
+    documents = None if lengths is None else make_documents(shape[0], lengths)
+    wanted = run("reference", torch.float64, inputs, documents, scale=0.3)
     for dtype, tolerance in TOLERANCE.items():
-        for got, want in zip(_run("torch", dtype, inputs, documents, scale=0.3), wanted):
+        for got, want in zip(run("torch", dtype, inputs, documents, scale=0.3), wanted):
             assert (got - want).norm() <= tolerance * want.norm() + tolerance  # dq of a lone key is exactly zero
 
 
 @pytest.mark.parametrize("lengths", [[25, 38, 33], [3, 5, 1, 2, 4, 1, 6]])
 def test_changing_one_document_leaves_every_bit_of_the_others(lengths):
     total = sum(lengths)
-    inputs = _inputs(2, total, total, 4, 2, 8)
-    documents = _documents(2, lengths)
+    inputs = make_inputs(2, total, total, 4, 2, 8)
+    documents = make_documents(2, lengths)
     changed = [x.clone() for x in inputs]
     for x in changed:
         x[:, documents[0] == 1] *= 7
     kept = documents[0] != 1
     for one, other in zip(
-        _run("torch", torch.float32, inputs, documents), _run("torch", torch.float32, changed, documents)
+        run("torch", torch.float32, inputs, documents), run("torch", torch.float32, changed, documents)
     ):
         assert torch.equal(one[:, kept], other[:, kept])
         assert not torch.equal(one, other)
 
 
 def test_gradients_pass_gradcheck():
-    inputs = [x.requires_grad_() for x in _inputs(1, 6, 6, 2, 1, 4)]
-    documents = _documents(1, [2, 4])
+    inputs = [x.requires_grad_() for x in make_inputs(1, 6, 6, 2, 1, 4)]
+    documents = make_documents(1, [2, 4])
     assert torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, document_ids_BT=documents), inputs)
     assert torch.autograd.gradcheck(attention, inputs)
 
 
 def test_bfloat16_stays_within_the_rounding_of_its_dtype():
-    inputs = [x.bfloat16() for x in _inputs(1, 63, 63, 4, 1, 16)]
-    wanted = _run("torch", torch.float64, inputs, None)
-    for got, want in zip(_run("torch", torch.bfloat16, inputs, None), wanted):
+    inputs = [x.bfloat16() for x in make_inputs(1, 63, 63, 4, 1, 16)]
+    wanted = run("torch", torch.float64, inputs, None)
+    for got, want in zip(run("torch", torch.bfloat16, inputs, None), wanted):
         assert (got - want).norm() <= 1e-2 * want.norm()  # 8 bits of mantissa
 
 
 def test_compiled_graph_masks_documents():
-    inputs = [x.float() for x in _inputs(2, 24, 24, 4, 2, 8)]
-    documents = _documents(2, [10, 14])
+    inputs = [x.float() for x in make_inputs(2, 24, 24, 4, 2, 8)]
+    documents = make_documents(2, [10, 14])
     compiled = torch.compile(
         lambda q, k, v: attention(q, k, v, document_ids_BT=documents), fullgraph=True, backend="aot_eager"
     )
@@ -88,7 +88,7 @@ def test_compiled_graph_masks_documents():
 
 
 def test_bad_input_is_refused_with_what_was_expected():
-    q, k, v = _inputs(1, 6, 6, 4, 2, 8)
+    q, k, v = make_inputs(1, 6, 6, 4, 2, 8)
     with pytest.raises(ValueError, match="v_BSJK must have shape"):
         attention(q, k, v[:, :4])
     with pytest.raises(ValueError, match="key heads must divide the query heads"):

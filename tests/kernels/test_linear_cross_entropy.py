@@ -9,7 +9,7 @@ from kernels.linear_cross_entropy.op import combine_log_sums, linear_cross_entro
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6}
 
 
-def _inputs(rows, vocab, model, dtype, ignored="some"):
+def make_inputs(rows, vocab, model, dtype, ignored="some"):
     generator = torch.Generator().manual_seed(rows + vocab)
     hidden = torch.randn(rows, model, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
     weight = torch.randn(vocab, model, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
@@ -27,7 +27,7 @@ def test_torch_path_equals_the_reference_in_loss_and_gradients(sizes, ignored):
     for dtype, tolerance in TOLERANCE.items():
         results = []
         for backend, precision in (("reference", torch.float64), ("torch", dtype)):
-            hidden, weight, labels = _inputs(*sizes, precision, ignored)
+            hidden, weight, labels = make_inputs(*sizes, precision, ignored)
             loss = linear_cross_entropy(hidden, weight, labels, z_loss_weight=1e-2, backend=backend)
             (loss.total * 0.7).backward()
             results.append((loss.total.detach(), loss.nll_sum, loss.token_nll_R, hidden.grad, weight.grad))
@@ -38,7 +38,7 @@ def test_torch_path_equals_the_reference_in_loss_and_gradients(sizes, ignored):
 
 
 def test_gradients_pass_gradcheck():
-    hidden, weight, labels = _inputs(6, 9, 5, torch.float64)
+    hidden, weight, labels = make_inputs(6, 9, 5, torch.float64)
     assert torch.autograd.gradcheck(
         lambda h, w: linear_cross_entropy(h, w, labels, z_loss_weight=0.1).total, (hidden, weight)
     )
@@ -46,7 +46,7 @@ def test_gradients_pass_gradcheck():
 
 
 def test_shards_of_the_vocabulary_combine_to_the_whole():
-    hidden, weight, labels = _inputs(40, 30, 8, torch.float64)
+    hidden, weight, labels = make_inputs(40, 30, 8, torch.float64)
     whole = linear_cross_entropy(hidden, weight, labels)
     wanted = torch.autograd.grad(whole.total, (hidden, weight))
     for backend in ("torch", "reference"):
@@ -62,7 +62,7 @@ def test_shards_of_the_vocabulary_combine_to_the_whole():
 
 
 def test_equals_cross_entropy_of_torch_without_z_loss():
-    hidden, weight, labels = _inputs(50, 64, 16, torch.float32)
+    hidden, weight, labels = make_inputs(50, 64, 16, torch.float32)
     got = linear_cross_entropy(hidden, weight, labels)
     wanted = torch.nn.functional.cross_entropy(hidden @ weight.T, labels, reduction="sum")
     torch.testing.assert_close(got.total, wanted, rtol=2e-6, atol=0)
@@ -70,7 +70,7 @@ def test_equals_cross_entropy_of_torch_without_z_loss():
 
 
 def test_bfloat16_gradients_stay_within_the_rounding_of_their_dtype():
-    hidden, weight, labels = _inputs(64, 50, 32, torch.bfloat16)
+    hidden, weight, labels = make_inputs(64, 50, 32, torch.bfloat16)
     wanted = torch.autograd.grad(linear_cross_entropy(hidden.double(), weight.double(), labels).total, (hidden, weight))
     got = torch.autograd.grad(linear_cross_entropy(hidden, weight, labels).total, (hidden, weight))
     for one, other in zip(got, wanted):
@@ -78,7 +78,7 @@ def test_bfloat16_gradients_stay_within_the_rounding_of_their_dtype():
 
 
 def test_no_gradients_are_computed_where_none_are_asked_for():
-    hidden, weight, labels = _inputs(20, 10, 4, torch.float32)
+    hidden, weight, labels = make_inputs(20, 10, 4, torch.float32)
     with torch.no_grad():
         assert not linear_cross_entropy(hidden, weight, labels).total.requires_grad
     total = linear_cross_entropy(hidden.detach(), weight, labels).total
@@ -87,7 +87,7 @@ def test_no_gradients_are_computed_where_none_are_asked_for():
 
 
 def test_bad_input_is_refused_with_what_was_expected():
-    hidden, weight, labels = _inputs(5, 7, 4, torch.float32, ignored="none")
+    hidden, weight, labels = make_inputs(5, 7, 4, torch.float32, ignored="none")
     with pytest.raises(ValueError, match=r"labels_R must lie in \[0, 7\)"):
         linear_cross_entropy(hidden, weight, labels + 7)
     with pytest.raises(ValueError, match="weight_VD must have shape"):
@@ -101,7 +101,7 @@ def test_bad_input_is_refused_with_what_was_expected():
 
 
 def test_compiled_graphs_contain_the_whole_operation():
-    hidden, weight, labels = _inputs(20, 10, 4, torch.float32)
+    hidden, weight, labels = make_inputs(20, 10, 4, torch.float32)
     compiled = torch.compile(lambda h, w: linear_cross_entropy(h, w, labels).total, fullgraph=True, backend="aot_eager")
     got = torch.autograd.grad(compiled(hidden, weight), (hidden, weight))
     wanted = torch.autograd.grad(linear_cross_entropy(hidden, weight, labels).total, (hidden, weight))

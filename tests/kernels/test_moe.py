@@ -5,19 +5,14 @@ import torch
 
 from kernels.moe.losses import balance_loss, router_z_loss, sequence_balance_loss
 from kernels.moe.op import expert_feed_forward, group_by_expert, grouped_feed_forward, route
+from tests.helpers.numbers import relative_rms
 
 # float64 sums of a few hundred products, in another order: a few hundred units in the last place.
 FLOAT64_TOLERANCE = 1e-12
 FLOAT32_TOLERANCE = 2e-6
 
 
-def _relative_rms(got, wanted):
-    return (
-        (got - wanted).double().square().mean().sqrt() / wanted.double().square().mean().sqrt().clamp(min=1e-30)
-    ).item()
-
-
-def _run(
+def run(
     backend, dtype, *, tokens=63, model=16, hidden=8, experts=5, top_k=2, activation="swiglu", empty=(), score="softmax"
 ):
     generator = torch.Generator().manual_seed(tokens * 100 + experts)
@@ -61,14 +56,14 @@ def _run(
 )
 def test_torch_path_equals_the_reference_in_outputs_and_gradients(sizes, activation):
     for dtype, tolerance in ((torch.float64, FLOAT64_TOLERANCE), (torch.float32, FLOAT32_TOLERANCE)):
-        wanted_routing, wanted = _run("reference", torch.float64, activation=activation, **sizes)
-        routing, got = _run("torch", dtype, activation=activation, **sizes)
+        wanted_routing, wanted = run("reference", torch.float64, activation=activation, **sizes)
+        routing, got = run("torch", dtype, activation=activation, **sizes)
         assert torch.equal(routing.expert_ids_RK, wanted_routing.expert_ids_RK)
         assert torch.equal(routing.counts_E, wanted_routing.counts_E)
         for name, one, other in zip(("y", "dx", "d_up", "d_down", "d_logits"), got, wanted):
             scale = other.abs().max().clamp(min=1.0)
             assert (one - other).abs().max() <= 100 * tolerance * scale, name
-            assert other.abs().max() < 1e-9 or _relative_rms(one, other) <= tolerance, name
+            assert other.abs().max() < 1e-9 or relative_rms(one, other) <= tolerance, name
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "squared_relu"])
@@ -106,9 +101,9 @@ def test_grouped_feed_forward_is_the_expert_path_without_gather_and_weights():
 
 
 def test_bfloat16_stays_within_the_rounding_of_its_inputs():
-    _, wanted = _run("reference", torch.float64, model=32, hidden=16)
-    _, got = _run("torch", torch.bfloat16, model=32, hidden=16)
-    assert _relative_rms(got[0], wanted[0]) < 2e-2  # 8 bits of mantissa, inputs and output rounded
+    _, wanted = run("reference", torch.float64, model=32, hidden=16)
+    _, got = run("torch", torch.bfloat16, model=32, hidden=16)
+    assert relative_rms(got[0], wanted[0]) < 2e-2  # 8 bits of mantissa, inputs and output rounded
 
 
 def test_equal_scores_choose_the_lowest_experts():

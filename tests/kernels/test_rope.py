@@ -9,7 +9,7 @@ from kernels.rope.op import qk_norm_rope, rope_frequencies
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 5e-6}
 
 
-def _run(backend, dtype, *, tokens=63, heads=4, kv_heads=1, size=16, fraction=1.0, norm=True, rotate=True):
+def run(backend, dtype, *, tokens=63, heads=4, kv_heads=1, size=16, fraction=1.0, norm=True, rotate=True):
     generator = torch.Generator().manual_seed(tokens)
 
     def make(*shape):
@@ -47,9 +47,9 @@ def _run(backend, dtype, *, tokens=63, heads=4, kv_heads=1, size=16, fraction=1.
     ],
 )
 def test_torch_path_equals_the_reference_in_outputs_and_gradients(sizes):
-    wanted = _run("reference", torch.float64, **sizes)
+    wanted = run("reference", torch.float64, **sizes)
     for dtype, tolerance in TOLERANCE.items():
-        for got, want in zip(_run("torch", dtype, **sizes), wanted):
+        for got, want in zip(run("torch", dtype, **sizes), wanted):
             assert (got - want).norm() <= tolerance * want.norm()
 
 

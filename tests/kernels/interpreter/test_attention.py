@@ -1,0 +1,58 @@
+"""The Triton attention in the interpreter against the query-by-query definition."""
+
+import pytest
+import torch
+
+from kernels.attention.triton_impl import document_bounds
+from tests.helpers.numbers import assert_all_near, assert_bitwise
+from tests.kernels.test_attention import make_documents, make_inputs, run
+
+FLOAT32 = 1e-5  # softmax-weighted sums of at most a hundred values
+
+
+@pytest.mark.parametrize(
+    ("shape", "lengths"),
+    [
+        ((1, 1, 1, 1, 1, 4), None),
+        ((1, 63, 63, 4, 1, 8), None),
+        ((2, 1, 20, 4, 2, 8), None),
+        ((1, 7, 20, 4, 4, 8), None),
+        ((2, 63, 63, 2, 1, 20), [1, 30, 32]),
+        ((1, 20, 20, 2, 2, 8), [1, 1, 3, 1, 2, 12]),
+        ((1, 70, 70, 2, 1, 8), [40, 30]),
+    ],
+)
+def test_tiles_equal_the_definition_twice_bitwise(shape, lengths, poisoned_memory):
+    inputs = make_inputs(*shape)
+    documents = None if lengths is None else make_documents(shape[0], lengths)
+    once, again = (run("triton", torch.float32, inputs, documents, scale=0.3) for _ in range(2))
+    assert_all_near(once, run("reference", torch.float64, inputs, documents, scale=0.3), FLOAT32)
+    for one, other in zip(once, again):
+        assert_bitwise(one, other)
+
+
+def test_changing_one_document_leaves_every_bit_of_the_others():
+    inputs = make_inputs(1, 60, 60, 2, 1, 8)
+    documents = make_documents(1, [18, 20, 22])
+    changed = [x.clone() for x in inputs]
+    for x in changed:
+        x[:, documents[0] == 1] *= 7
+    kept = documents[0] != 1
+    for one, other in zip(
+        run("triton", torch.float32, inputs, documents), run("triton", torch.float32, changed, documents)
+    ):
+        assert torch.equal(one[:, kept], other[:, kept])
+        assert not torch.equal(one, other)
+
+
+def test_bounds_name_the_first_token_of_a_document_and_the_one_after_its_last():
+    first, ends = document_bounds(torch.tensor([[0, 1, 1, 1, 2, 2], [0, 0, 0, 0, 0, 0]]))
+    assert first.tolist() == [[0, 1, 1, 1, 4, 4], [0] * 6]
+    assert ends.tolist() == [[1, 4, 4, 4, 6, 6], [6] * 6]
+
+
+def test_registration_is_complete():
+    q, k, v = (x.float().requires_grad_() for x in make_inputs(1, 5, 5, 2, 1, 4))
+    first, ends = document_bounds(torch.zeros(1, 5, dtype=torch.int64))
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(torch.ops.amfm.attention_triton.default, (q, k, v, first, ends, 0.5), test_utils=checks)

@@ -1,0 +1,54 @@
+"""The Triton cross-entropy in the interpreter against the row-by-row definition."""
+
+import pytest
+import torch
+
+from kernels.linear_cross_entropy.op import linear_cross_entropy, linear_statistics
+from tests.helpers.numbers import assert_all_near, assert_bitwise
+from tests.kernels.test_linear_cross_entropy import make_inputs
+
+FLOAT32 = 1e-5  # sums of some hundred terms
+CHECKS = ("test_schema", "test_faketensor", "test_autograd_registration")
+
+
+def run_loss(backend, dtype, sizes, ignored):
+    hidden, weight, labels = make_inputs(*sizes, dtype, ignored)
+    loss = linear_cross_entropy(hidden, weight, labels, z_loss_weight=1e-2, backend=backend)
+    gradients = torch.autograd.grad(loss.total * 0.7, (hidden, weight))
+    return [loss.total, loss.nll_sum, loss.token_nll_R, *gradients]
+
+
+def run_statistics(backend, dtype, sizes):
+    hidden, weight, labels = make_inputs(*sizes, dtype)
+    log_sum, target = linear_statistics(hidden, weight, labels, first_row=3, backend=backend)
+    probe = torch.linspace(-1, 1, log_sum.numel())
+    return [log_sum, target, *torch.autograd.grad((log_sum * probe - 2 * target * probe).sum(), (hidden, weight))]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "ignored"),
+    [((1, 7, 4), "none"), ((63, 101, 12), "some"), ((63, 33, 12), "all"), ((150, 33, 40), "some")],
+)
+def test_tiles_equal_the_definition_twice_bitwise(sizes, ignored, poisoned_memory):
+    once, again = (run_loss("triton", torch.float32, sizes, ignored) for _ in range(2))
+    assert_all_near(once, run_loss("reference", torch.float64, sizes, ignored), FLOAT32)
+    for one, other in zip(once, again):
+        assert_bitwise(one, other)
+
+
+@pytest.mark.parametrize("sizes", [(1, 7, 4), (63, 101, 12), (70, 33, 40)])
+def test_statistics_of_a_shard_equal_the_definition_twice_bitwise(sizes, poisoned_memory):
+    once, again = (run_statistics("triton", torch.float32, sizes) for _ in range(2))
+    assert_all_near(once, run_statistics("reference", torch.float64, sizes), FLOAT32)
+    for one, other in zip(once, again):
+        assert_bitwise(one, other)
+
+
+def test_registration_is_complete():
+    hidden, weight, labels = make_inputs(5, 9, 4, torch.float32)
+    torch.library.opcheck(
+        torch.ops.amfm.linear_cross_entropy_triton.default, (hidden, weight, labels, -100, 0.1, True), test_utils=CHECKS
+    )
+    torch.library.opcheck(
+        torch.ops.amfm.linear_statistics_triton.default, (hidden, weight, labels, 3), test_utils=CHECKS
+    )

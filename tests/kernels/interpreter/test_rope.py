@@ -1,0 +1,43 @@
+"""The Triton rotation with QK-norm in the interpreter against the pair-by-pair definition."""
+
+import pytest
+import torch
+
+from kernels.rope.op import qk_norm_rope
+from tests.helpers.numbers import assert_all_near, assert_bitwise
+from tests.kernels.test_rope import run
+
+FLOAT32 = 1e-6  # a handful of operations; weights' gradients sum a few hundred
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"tokens": 1},
+        {"tokens": 63},
+        {"tokens": 9, "fraction": 0.5},
+        {"tokens": 9, "norm": False},
+        {"tokens": 9, "rotate": False},
+        {"tokens": 9, "norm": False, "fraction": 0.25, "heads": 3, "kv_heads": 3},
+        {"tokens": 9, "size": 10, "fraction": 0.6},
+    ],
+)
+def test_kernels_equal_the_definition_twice_bitwise(sizes, poisoned_memory):
+    once, again = run("triton", torch.float32, **sizes), run("triton", torch.float32, **sizes)
+    assert_all_near(once, run("reference", torch.float64, **sizes), FLOAT32)
+    for one, other in zip(once, again):
+        assert_bitwise(one, other)
+
+
+def test_meta_tensors_pass_through():
+    q, k = torch.empty(2, 5, 4, 8, device="meta"), torch.empty(2, 5, 2, 8, device="meta")
+    positions, frequencies = torch.zeros(2, 5, dtype=torch.int64, device="meta"), torch.empty(4, device="meta")
+    q_out, k_out = qk_norm_rope(q, k, positions, frequencies, 1.0, backend="triton")
+    assert q_out.shape == q.shape and k_out.shape == k.shape
+
+
+def test_registration_is_complete():
+    x = torch.randn(1, 3, 2, 8, requires_grad=True)
+    cosine, sine, weight = torch.randn(1, 3, 1, 4), torch.randn(1, 3, 1, 4), torch.randn(8, requires_grad=True)
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(torch.ops.amfm.norm_rope_triton.default, (x, cosine, sine, weight, 1e-5), test_utils=checks)
