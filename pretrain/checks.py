@@ -68,6 +68,9 @@ def vocabulary_problems(config: RunConfig) -> Iterator[Problem]:
     """Every piece of the tokenizer needs a row of the embedding."""
     pieces, rows = config.data.tokenizer.vocab_size, config.model.vocab_size
     # The size of a given tokenizer file is known only when it is read: training compares it with the store.
+    if config.data.tokenizer.model is None and config.data.tokenizer.eos_token is not None:
+        rule = "is of a tokenizer file, and data.tokenizer.model names none"
+        yield Problem("data.tokenizer.eos_token", rule, "name the file, or remove it", config.data.tokenizer.eos_token)
     if config.data.tokenizer.model is None and pieces > rows:
         rule = f"must be at least data.tokenizer.vocab_size={pieces}"
         yield Problem("model.vocab_size", rule, f"use {pieces} or a multiple of 64 above it", str(rows))

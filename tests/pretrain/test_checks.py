@@ -34,6 +34,10 @@ def test_a_sound_run_passes(base):
             ["model.vocab_size=300"],
             "model.vocab_size = 300: must be at least data.tokenizer.vocab_size=512; use 512 or",
         ),
+        (
+            ["data.tokenizer.eos_token=<end>"],
+            "data.tokenizer.eos_token = <end>: is of a tokenizer file, and data.tokenizer.model names none; name the file",
+        ),
         (["run.dir=data/small"], "run.dir = data/small: is the folder of data.store too; use two folders"),
         (
             ["data.sources=[{name: a, paths: [a]}, {name: a, paths: [b]}]"],
