@@ -21,6 +21,7 @@ MAY_CHANGE = (
     "train.stop_after_steps",
     "train.micro_batch_size",
     "train.checkpoint_every_steps",
+    "train.checkpoint_in_background",
     "train.keep_last",
     "train.validate_every_steps",
     "train.validation_batches",

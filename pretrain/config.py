@@ -73,6 +73,9 @@ class TrainConfig(Section):
     checkpoint_every_steps: int | None = Field(
         None, gt=0, description="Save each so many steps; none: only at the end and on signals."
     )
+    checkpoint_in_background: bool = Field(
+        True, description="Steps wait for a copy in memory only while a thread writes; false: until it is on the disk."
+    )
     keep_last: int = Field(
         3, ge=2, description="Complete checkpoints kept; 2 at least, so that a damaged one has a predecessor."
     )

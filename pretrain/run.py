@@ -15,7 +15,8 @@ from data_pipeline.store import TokenStore
 from kernels.backend import resolve_backend
 from model.flops import count_parameters, flops_per_token
 from model.hybrid import HybridModel
-from pretrain.checkpoint import LoadedCheckpoint, load_newest, save_checkpoint
+from pretrain.checkpoint import LoadedCheckpoint, load_newest
+from pretrain.checkpoint_background import BackgroundSaver
 from pretrain.checkpoint_commit import list_checkpoints
 from pretrain.checks import check_run
 from pretrain.config import RunConfig
@@ -48,6 +49,7 @@ class Run:
     config: RunConfig
     parallel: Parallel
     engine: ZeroEngine
+    saver: BackgroundSaver
     loader: PretrainLoader
     validation: PretrainLoader | None
     peak: Peak
@@ -100,16 +102,18 @@ def start_run(config: RunConfig, signals: SignalWatch) -> Run:
     loader = open_loader(config, parallel, "train")
     check_vocabulary(config, loader)
     validation = open_loader(config, parallel, "validation") if config.data.validation_fraction > 0 else None
+    engine = build_engine(
+        build_model(config, parallel),
+        optimizer=config.optimizer,
+        precision=config.train.precision,
+        zero_stage=config.parallel.zero_stage,
+        parallel=parallel,
+    )
     run = Run(
         config=config,
         parallel=parallel,
-        engine=build_engine(
-            build_model(config, parallel),
-            optimizer=config.optimizer,
-            precision=config.train.precision,
-            zero_stage=config.parallel.zero_stage,
-            parallel=parallel,
-        ),
+        engine=engine,
+        saver=BackgroundSaver(engine, config.train.timeout_seconds),
         loader=loader,
         validation=validation,
         peak=find_peak(parallel, config.train.precision),
@@ -193,14 +197,17 @@ def resume(run: Run) -> LoadedCheckpoint | None:
 
 
 def save(run: Run) -> None:
-    """Write a checkpoint of the current step boundary, once. Every rank must call this."""
+    """Begin to write a checkpoint of the current step boundary, once; its event follows when it stands.
+
+    Every rank must call this. Raises RuntimeError when the save before failed.
+    """
     if run.saved_step == run.progress.step:
         return
     loader_state = run.loader.state_dict()
     # The cursor is the same everywhere; what a rank left out because it was damaged is its own.
     damages = [entry for entries in run.parallel.gather_objects(loader_state["quarantined"]) for entry in entries]
     loader_state["quarantined"] = sorted(damages)
-    path = save_checkpoint(
+    finished = run.saver.save(
         run.directory / "checkpoints",
         run.progress.step,
         run.engine,
@@ -210,7 +217,17 @@ def save(run: Run) -> None:
         keep_last=run.config.train.keep_last,
     )
     run.saved_step = run.progress.step
-    run.record_event("checkpoint", path=path.name)
+    if finished is not None:
+        run.record_event("checkpoint", path=finished.name)
+    if not run.config.train.checkpoint_in_background:
+        finish_saving(run)
+
+
+def finish_saving(run: Run) -> None:
+    """Wait until the checkpoint that is being written stands. Every rank must call this; RuntimeError if it failed."""
+    finished = run.saver.wait()
+    if finished is not None:
+        run.record_event("checkpoint", path=finished.name)
 
 
 def open_log(run: Run, loaded: LoadedCheckpoint | None) -> None:
@@ -248,7 +265,8 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None) -> None:
 
 
 def close_run(run: Run) -> None:
-    """Close data, logs and display. Every rank must call this."""
+    """Close data, logs and display, after a checkpoint that is still being written. Every rank must call this."""
+    run.saver.close()
     run.loader.close()
     if run.validation is not None:
         run.validation.close()

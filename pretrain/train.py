@@ -7,7 +7,7 @@ from typing import Any
 from pretrain.config import RunConfig
 from pretrain.evaluate import validate
 from pretrain.health import is_hopeless
-from pretrain.run import Run, close_run, save, start_run
+from pretrain.run import Run, close_run, finish_saving, save, start_run
 from pretrain.signals import SignalWatch, signal_name
 from pretrain.step import StepResult, train_step
 
@@ -48,6 +48,7 @@ def run_steps(run: Run) -> int:
         if is_due(step, train.checkpoint_every_steps):
             save(run)
     save(run)
+    finish_saving(run)
     finished = run.progress.step >= train.steps
     run.record_event("end", reason="finished" if finished else "stop_after_steps")
     run.say(f"{'finished' if finished else 'stopped'} at step {run.progress.step} of {train.steps}; saved")
@@ -119,6 +120,7 @@ def finite(value: float) -> float | None:
 def stop_on_signal(run: Run, number: int) -> int:
     """Save and end as a signal asked, on whichever rank it arrived."""
     save(run)
+    finish_saving(run)
     run.record_event("signal", name=signal_name(number))
     run.say(f"{signal_name(number)}: saved at step {run.progress.step}; the same command goes on from there")
     return DONE
@@ -126,6 +128,7 @@ def stop_on_signal(run: Run, number: int) -> int:
 
 def give_up(run: Run) -> int:
     """End a run that no longer learns; the newest checkpoint is from before the trouble or inside it, and stands."""
+    finish_saving(run)
     in_row = run.progress.skipped_in_row
     run.record_event("gave_up", skipped_in_row=in_row)
     run.say(
