@@ -2,7 +2,7 @@
 
 # Triton reads a kernel's parameters from the call: they carry no types.
 # mypy: disable-error-code="no-untyped-def"
-# ruff: noqa: ANN201
+# ruff: noqa: ANN201, SIM108
 
 from __future__ import annotations
 
@@ -45,21 +45,22 @@ def chunk_gates(
 
 
 @triton.jit
-def load_tile(base, start, T, stride, size, Q: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows start..start+Q of a [T, size] matrix in float32, zeros outside."""
-    t = start + tl.arange(0, Q)[:, None]
-    column = tl.arange(0, BLOCK)[None, :]
-    inside = (t < T) & (column < size)
-    return tl.load(base + t.to(tl.int64) * stride + column, mask=inside, other=0.0).to(tl.float32)
+def load_tile(base, start, T, stride, size, Q: tl.constexpr, BLOCK: tl.constexpr, DOT: tl.constexpr):
+    """Rows start..start+Q of a [T, size] matrix as operands of products, zeros outside; wider would spill registers."""
+    lane, column = tl.arange(0, Q)[:, None], tl.arange(0, BLOCK)[None, :]
+    inside = (lane < T - start) & (column < size)
+    # A wide scalar and narrow offsets: a tile of 64-bit addresses would take as many registers as the state.
+    first = base + tl.cast(start, tl.int64) * stride
+    return tl.load(first + (lane * stride + column), mask=inside, other=0.0).to(DOT)
 
 
 @triton.jit
 def state_step(state, k_tile, v_tile, b, b_end, u, last, keep, DOT: tl.constexpr):
     """The state after a chunk: keep e^(b_end) S + k^T (last e^(b_end - b) u v)."""
     to_end = last * tl.exp(tl.minimum(b_end - b, 0.0)) * u
-    weighted = (v_tile * to_end[:, None]).to(DOT)
+    weighted = (v_tile.to(tl.float32) * to_end[:, None]).to(DOT)
     scaled = state * (keep * tl.exp(b_end))
-    return tl.dot(tl.trans(k_tile.to(DOT)), weighted, scaled, input_precision="ieee")
+    return tl.dot(tl.trans(k_tile), weighted, scaled, input_precision="ieee")
 
 
 @triton.jit
@@ -86,32 +87,33 @@ def walk_kernel(
     y_base = y + row * H * V + h * V + v_first
     k_lane, v_lane = tl.arange(0, BLOCK_K)[:, None], tl.arange(0, BLOCK_V)[None, :]
     in_state = (k_lane < K) & (v_first + v_lane < V)
-    state_at = ((batch * segments + segment) * H + h) * K * V + k_lane * V + v_first + v_lane
+    state_base = ((batch * segments + segment) * H + h) * K * V + v_first
+    tile = k_lane * V + v_lane
     state = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
     if INITIAL:
-        state = tl.load(initial + state_at, mask=in_state, other=0.0).to(tl.float32)
+        state = tl.load(initial + state_base + tile, mask=in_state, other=0.0).to(tl.float32)
     total = 1.0
     if SKIP:
         through = tl.load(skip + h).to(tl.float32)
     begin = segment * segment_chunks * Q
     for start in range(begin, tl.minimum(begin + segment_chunks * Q, T), Q):
         b, b_end, u, reach, first, last, keep = chunk_gates(g, scale, ids, row, start, T, h, H, Q, DOCUMENTS, SCALE)
-        k_tile = load_tile(k_base, start, T, stride_kt, K, Q, BLOCK_K)
-        v_tile = load_tile(v_base, start, T, stride_vt, V - v_first, Q, BLOCK_V)
+        k_tile = load_tile(k_base, start, T, stride_kt, K, Q, BLOCK_K, DOT)
+        v_tile = load_tile(v_base, start, T, stride_vt, V - v_first, Q, BLOCK_V, DOT)
         if OUTPUT:
-            q_tile = load_tile(q_base, start, T, stride_qt, K, Q, BLOCK_K).to(DOT)
-            scores = tl.dot(q_tile, tl.trans(k_tile.to(DOT)), input_precision="ieee")
+            q_tile = load_tile(q_base, start, T, stride_qt, K, Q, BLOCK_K, DOT)
+            scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
             inside = tl.where(reach, tl.exp(tl.minimum(b[:, None] - b[None, :], 0.0)), 0.0) * u[None, :]
             across = tl.dot(q_tile, state.to(DOT), input_precision="ieee") * (first * tl.exp(b))[:, None]
-            out = tl.dot((scores * inside).to(DOT), v_tile.to(DOT), across, input_precision="ieee")
+            out = tl.dot((scores * inside).to(DOT), v_tile, across, input_precision="ieee")
             if SKIP:
-                out = out + v_tile * through
-            t = start + tl.arange(0, Q)[:, None]
-            where = y_base + t.to(tl.int64) * (H * V) + v_lane
-            tl.store(where, out.to(y.dtype.element_ty), mask=(t < T) & (v_first + v_lane < V))
+                out = out + v_tile.to(tl.float32) * through
+            lane = tl.arange(0, Q)[:, None]
+            where = y_base + tl.cast(start, tl.int64) * (H * V) + (lane * (H * V) + v_lane)
+            tl.store(where, out.to(y.dtype.element_ty), mask=(lane < T - start) & (v_first + v_lane < V))
         state = state_step(state, k_tile, v_tile, b, b_end, u, last, keep, DOT)
         total = total * keep * tl.exp(b_end)
-    tl.store(final + state_at, state, mask=in_state)
+    tl.store(final + state_base + tile, state, mask=in_state)
     if not OUTPUT:
         if v_first == 0:
             tl.store(decay + (batch * segments + segment) * H + h, total)

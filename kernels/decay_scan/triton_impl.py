@@ -136,7 +136,7 @@ def _forward(
             *_strides(q, k, v),
             Q=chunk_size, BLOCK_K=launch.block_k, BLOCK_V=launch.block_v, DOT=dot_dtype(v.dtype),
             DOCUMENTS=documents is not None, SCALE=scale is not None, SKIP=skip is not None,
-            INITIAL=entering is not None, OUTPUT=output, num_warps=4, num_stages=2,
+            INITIAL=entering is not None, OUTPUT=output, num_warps=8, num_stages=2,
         )  # fmt: skip
 
     if launch.segments == 1:
