@@ -100,3 +100,13 @@ def _check_weights(weight_CW: Tensor, bias_C: Tensor | None, channels: int, x: T
     if width not in WIDTHS:
         raise ValueError(f"weight_CW must have a width of 2, 3 or 4; got {width}")
     return width
+
+
+def convolution_flops(B: int, T: int, C: int, W: int, *, backward: bool = False) -> int:
+    """Floating-point operations: W multiply-adds a value, and three times as many in backward; SiLU counts as 4."""
+    return B * T * C * ((6 * W + 8) if backward else (2 * W + 4))
+
+
+def convolution_bytes(B: int, T: int, C: int, *, value_bytes: int = 2, backward: bool = False) -> int:
+    """Bytes that must move: x and y, or x, dy and dx; the taps are small."""
+    return B * T * C * value_bytes * (3 if backward else 2)

@@ -208,3 +208,24 @@ def _check_row(
         check_float("the initial state", initial_state)
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1; got {chunk_size}")
+
+
+def scan_flops(B: int, T: int, H: int, G: int, K: int, V: int, *, chunk_size: int, backward: bool = False) -> int:
+    """Floating-point operations of the chunked form with q k^T taken once a group.
+
+    A token costs 2 Q K G for q k^T, 2 Q V H inside the chunk and 4 K V H for the state; backward 6 Q K G + 4 Q V H +
+    10 K V H (its own products, and the states walked again).
+    """
+    if backward:
+        return B * T * (6 * chunk_size * K * G + 4 * chunk_size * V * H + 10 * K * V * H)
+    return B * T * (2 * chunk_size * K * G + 2 * chunk_size * V * H + 4 * K * V * H)
+
+
+def scan_bytes(B: int, T: int, H: int, G: int, K: int, V: int, *, value_bytes: int = 2, backward: bool = False) -> int:
+    """Bytes that must move: each input read once and each output written once; gates and their scale are float32.
+
+    Forward: v, o, q, k, g, scale. Backward: v, do, dv, q, k, dq, dk, g, scale and their gradients.
+    """
+    if backward:
+        return B * T * (value_bytes * (3 * H * V + 4 * G * K) + 16 * H)
+    return B * T * (value_bytes * (2 * H * V + 2 * G * K) + 8 * H)

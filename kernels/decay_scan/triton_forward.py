@@ -2,7 +2,7 @@
 
 # Triton reads a kernel's parameters from the call: they carry no types.
 # mypy: disable-error-code="no-untyped-def"
-# ruff: noqa: ANN201, SIM108
+# ruff: noqa: ANN201, SIM102, SIM108
 
 from __future__ import annotations
 

@@ -86,3 +86,20 @@ def _check_rows(name: str, x: Tensor, weight: Tensor, epsilon: float) -> None:
     check_float("weight", weight)
     if epsilon <= 0:
         raise ValueError(f"epsilon must be above 0; got {epsilon}")
+
+
+def norm_bytes(
+    values: int, *, value_bytes: int = 2, residual: bool = False, gated: bool = False, backward: bool = False
+) -> int:
+    """Bytes that must move for `values` normed values: forward x and y, backward x, dy and dx.
+
+    A residual adds its read and the sum's write (backward: the sum's gradient); a gate adds z (backward: z and dz).
+    """
+    if backward:
+        return values * value_bytes * (3 + (1 if residual else 0) + (2 if gated else 0))
+    return values * value_bytes * (2 + (2 if residual else 0) + (1 if gated else 0))
+
+
+def norm_flops(values: int, *, gated: bool = False, backward: bool = False) -> int:
+    """Floating-point operations, some: 4 a value forward and 8 backward, and 5 each for a gate."""
+    return values * ((8 if backward else 4) + (5 if gated else 0))
