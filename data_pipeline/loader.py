@@ -180,7 +180,9 @@ class PretrainLoader:
 
     def _read_blocks(self, blocks: list[int], global_batch_size: int) -> list[list[Row]]:
         if not self.config.num_workers:
-            return [self._note(*self.reader.read(self._samples(first))) for first in blocks]
+            rows = self._note(*self.reader.read(np.concatenate([self._samples(first) for first in blocks])))
+            size = self.micro_batch_size
+            return [rows[start : start + size] for start in range(0, len(rows), size)]
         upcoming = list(blocks)
         for ahead in range(1, READ_AHEAD_BATCHES + 1):
             upcoming += self._blocks(self.global_sample + ahead * global_batch_size, global_batch_size)

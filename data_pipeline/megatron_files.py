@@ -90,7 +90,8 @@ def export_megatron(store: TokenStore, source: str, split: Split, prefix: str | 
     lengths: list[npt.NDArray[np.int64]] = []
     with bin_path.open("wb") as file:
         for part in store.parts(source, split):
-            lengths.append(np.diff(store.document_ends(part), prepend=np.uint64(0)).astype(np.int64))
+            ends = store.document_ends(part)
+            lengths.append(ends - np.concatenate((np.zeros(1, np.int64), ends[:-1])))
             for start in range(0, part.num_tokens, SPAN_TOKENS):
                 tokens = store.read_tokens(part, start, min(part.num_tokens, start + SPAN_TOKENS))
                 file.write(tokens.astype(dtype).tobytes())

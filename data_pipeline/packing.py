@@ -47,12 +47,13 @@ def count_windows(num_tokens: int, sequence_length: int) -> int:
     return max(0, (num_tokens - 1) // sequence_length)
 
 
-def starts_in_window(document_ends: npt.NDArray[np.integer], first: int, length: int) -> Int32:
+def starts_in_window(document_ends: Int64, first: int, length: int) -> Int32:
     """Where documents begin in tokens [first, first + length), relative to first; 0 is always there."""
-    low = np.searchsorted(document_ends, first, side="right")
-    high = np.searchsorted(document_ends, first + length, side="left")
-    inner = document_ends[low:high].astype(np.int64) - first
-    return np.concatenate((np.zeros(1, np.int32), inner.astype(np.int32)))
+    low = int(document_ends.searchsorted(first, side="right"))
+    high = int(document_ends.searchsorted(first + length, side="left"))
+    starts = np.zeros(1 + high - low, np.int32)
+    starts[1:] = document_ends[low:high] - first
+    return starts
 
 
 def assemble_rows(rows: Sequence[Row], *, mask_document_boundaries: bool) -> RowArrays:
@@ -63,34 +64,43 @@ def assemble_rows(rows: Sequence[Row], *, mask_document_boundaries: bool) -> Row
     concatenation) except for its padding. Padding never has labels.
     """
     num_rows, sequence_length = len(rows), len(rows[0].tokens) - 1
-    window = np.stack([row.tokens for row in rows]).astype(np.int64)
-    tokens, labels = window[:, :-1], window[:, 1:].copy()
-    begins = np.zeros((num_rows, sequence_length), dtype=np.bool_)
+    tokens = np.empty((num_rows, sequence_length), dtype=np.int64)
+    labels = np.empty((num_rows, sequence_length), dtype=np.int64)
+    row_starts: list[Int32] = []
+    masked: list[Int32] = []
     for number, row in enumerate(rows):
-        begins[number, row.starts[row.starts < sequence_length] if mask_document_boundaries else 0] = True
+        tokens[number], labels[number] = row.tokens[:-1], row.tokens[1:]
+        starts = row.starts if mask_document_boundaries else row.starts[:1]
         if row.num_valid < sequence_length:
-            begins[number, row.num_valid] = True
+            starts = np.append(starts, np.int32(row.num_valid))
+        ends = starts[1:] - 1
         if row.num_valid <= sequence_length:
-            labels[number, row.num_valid - 1 :] = IGNORED_LABEL
-        if mask_document_boundaries and row.starts[-1] == sequence_length:
-            labels[number, -1] = IGNORED_LABEL
-    labels[:, :-1][begins[:, 1:]] = IGNORED_LABEL
-    return _with_positions(tokens.copy(), labels, begins)
+            ends = np.append(ends, np.arange(row.num_valid - 1, sequence_length, dtype=np.int32))
+        masked.append(ends + number * sequence_length)
+        row_starts.append(starts[starts < sequence_length])
+    masked_places = np.concatenate(masked)
+    labels.reshape(-1)[masked_places] = IGNORED_LABEL
+    loss_mask = np.ones(num_rows * sequence_length, dtype=np.bool_)
+    loss_mask[masked_places] = False
+    return _with_positions(tokens, labels, loss_mask.reshape(tokens.shape), row_starts)
 
 
-def _with_positions(tokens: Int64, labels: Int64, begins: npt.NDArray[np.bool_]) -> RowArrays:
+def _with_positions(
+    tokens: Int64, labels: Int64, loss_mask: npt.NDArray[np.bool_], row_starts: Sequence[Int32]
+) -> RowArrays:
     num_rows, sequence_length = tokens.shape
-    flat_starts = np.flatnonzero(begins)
+    flat_starts = np.concatenate([starts + number * sequence_length for number, starts in enumerate(row_starts)])
     cu_seqlens = np.append(flat_starts, num_rows * sequence_length).astype(np.int32)
     lengths = np.diff(cu_seqlens)
-    positions = np.arange(num_rows * sequence_length, dtype=np.int32) - np.repeat(cu_seqlens[:-1], lengths)
-    document_ids = np.cumsum(begins, axis=1, dtype=np.int32) - 1
+    positions = np.arange(num_rows * sequence_length, dtype=np.int32)
+    positions -= np.repeat(cu_seqlens[:-1], lengths)
+    numbers = np.concatenate([np.arange(len(starts), dtype=np.int32) for starts in row_starts])
     return RowArrays(
         tokens=tokens,
         labels=labels,
-        loss_mask=labels != IGNORED_LABEL,
-        positions=positions.reshape(num_rows, sequence_length).astype(np.int32),
-        document_ids=document_ids.astype(np.int32),
+        loss_mask=loss_mask,
+        positions=positions.reshape(num_rows, sequence_length),
+        document_ids=np.repeat(numbers, lengths).reshape(num_rows, sequence_length),
         cu_seqlens=cu_seqlens,
     )
 

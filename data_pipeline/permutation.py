@@ -13,11 +13,13 @@ Indices = npt.NDArray[np.int64]
 
 NUM_ROUNDS = 6
 BLOCK_WINDOWS = 256  # windows that stay neighbours in block mode: what one ranged read of an object store brings
+FEW_POSITIONS = 32  # up to here Python integers are faster than arrays
 BLOCKS_PER_SHUFFLE = 512  # blocks whose windows are shuffled among each other
 
 _MIX_1 = np.uint64(0xFF51AFD7ED558CCD)
 _MIX_2 = np.uint64(0xC4CEB9FE1A85EC53)
 _SHIFT = np.uint64(33)
+_MIX_1_INT, _MIX_2_INT, _MASK_64 = int(_MIX_1), int(_MIX_2), 2**64 - 1
 
 
 def derive_key(*parts: str | int) -> bytes:
@@ -56,6 +58,26 @@ def _encrypt(x: npt.NDArray[np.uint64], num_bits: int, keys: tuple[np.uint64, ..
     return (high << low_bits) | low
 
 
+def _permute_one(x: int, size: int, num_bits: int, keys: tuple[np.uint64, ...]) -> int:
+    """The same network and walk in Python integers: a micro-batch is too small for the overhead of arrays."""
+    low_bits = num_bits // 2
+    low_mask, high_mask = (1 << low_bits) - 1, (1 << (num_bits - low_bits)) - 1
+    while True:
+        low, high = x & low_mask, x >> low_bits
+        for number, key in enumerate(keys):
+            mixed = ((low if number % 2 else high) + int(key)) & _MASK_64
+            mixed = ((mixed ^ (mixed >> 33)) * _MIX_1_INT) & _MASK_64
+            mixed = ((mixed ^ (mixed >> 33)) * _MIX_2_INT) & _MASK_64
+            mixed ^= mixed >> 33
+            if number % 2:
+                high = (high ^ mixed) & high_mask
+            else:
+                low = (low ^ mixed) & low_mask
+        x = (high << low_bits) | low
+        if x < size:
+            return x
+
+
 def permute(positions: npt.ArrayLike, size: int, key: bytes) -> Indices:
     """Apply the permutation of range(size) that the key names to each position; any integer shape, int64 out.
 
@@ -71,6 +93,9 @@ def permute(positions: npt.ArrayLike, size: int, key: bytes) -> Indices:
         return out.astype(np.int64).reshape(shape)
     num_bits = max(2, (size - 1).bit_length())
     keys = _round_keys(key)
+    if out.size <= FEW_POSITIONS:
+        few = [_permute_one(position, size, num_bits, keys) for position in out.reshape(-1).tolist()]
+        return np.array(few, dtype=np.int64).reshape(shape)
     flat = _encrypt(out.reshape(-1), num_bits, keys)
     outside = np.flatnonzero(flat >= np.uint64(size))
     while outside.size:

@@ -53,7 +53,7 @@ def test_windows_cover_a_part_and_each_token_is_labelled_once():
 
 
 def test_starts_in_a_window_by_hand():
-    ends = np.array([3, 5, 5 + 7, 20], np.uint64)
+    ends = np.array([3, 5, 5 + 7, 20], np.int64)
     assert starts_in_window(ends, 0, 6).tolist() == [0, 3, 5]
     assert starts_in_window(ends, 3, 6).tolist() == [0, 2]
     assert starts_in_window(ends, 4, 9).tolist() == [0, 1, 8]

@@ -27,6 +27,14 @@ def test_shuffle_of_one_position_equals_shuffle_of_all():
         assert permute_in_blocks(position, size, key) == in_blocks[position]
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_few_positions_are_shuffled_as_many_are(size):
+    """Up to 32 positions go through Python integers, more through arrays."""
+    key, positions = derive_key(5, size), np.arange(size)
+    few = [permute(positions[start : start + 7], size, key) for start in range(0, size, 7)][:500]
+    assert np.array_equal(np.concatenate(few), permute(positions, size, key)[: sum(map(len, few))])
+
+
 def test_shuffle_works_at_fifteen_trillion_tokens():
     size = 15 * 10**12 // 4096
     positions = np.arange(size - 2000, size)
