@@ -19,9 +19,15 @@ from kernels.interpreter import dot_dtype
 
 # Queries and keys of a tile. Fixed, so that results do not depend on a tuning run.
 FORWARD_TILE = {"BLOCK_M": 32, "BLOCK_N": 16} if INTERPRETED else {"BLOCK_M": 128, "BLOCK_N": 64}
-BACKWARD_TILE = {"BLOCK_M": 16, "BLOCK_N": 32} if INTERPRETED else {"BLOCK_M": 64, "BLOCK_N": 64}
+QUERY_TILE = {"BLOCK_M": 16, "BLOCK_N": 32} if INTERPRETED else {"BLOCK_M": 64, "BLOCK_N": 64}
+KEY_TILE = {"BLOCK_M": 16, "BLOCK_N": 32} if INTERPRETED else {"BLOCK_M": 32, "BLOCK_N": 128}
 FORWARD_OPTIONS = {"num_warps": 8, "num_stages": 3}
-BACKWARD_OPTIONS = {"num_warps": 4, "num_stages": 2}
+QUERY_OPTIONS = {"num_warps": 4, "num_stages": 2}
+
+
+def key_options(head_dim: int) -> dict[str, int]:
+    """Options of the kernel for keys: above 64 channels its two sums leave no registers for a second stage."""
+    return {"num_warps": 8, "num_stages": 2 if head_dim <= 64 else 1}
 
 
 def document_bounds(document_ids_BT: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,13 +100,13 @@ def _backward(
     if not q.numel():
         return d_q, d_k.zero_(), d_v.zero_()
     scales, constants = (scale, scale * math.log2(math.e)), _constants(q, first_BT)
-    attention_query_gradient_kernel[(triton.cdiv(tokens, BACKWARD_TILE["BLOCK_M"]), q.shape[0] * heads)](
+    attention_query_gradient_kernel[(triton.cdiv(tokens, QUERY_TILE["BLOCK_M"]), q.shape[0] * heads)](
         q, k, v, y_BTHK, d_y, log_sums_BHT, deltas, d_q, first_BT, *sizes, *scales,
-        **constants, **BACKWARD_TILE, **BACKWARD_OPTIONS,
+        **constants, **QUERY_TILE, **QUERY_OPTIONS,
     )  # fmt: skip
-    attention_key_gradient_kernel[(triton.cdiv(keys, BACKWARD_TILE["BLOCK_N"]), q.shape[0] * kv_heads)](
+    attention_key_gradient_kernel[(triton.cdiv(keys, KEY_TILE["BLOCK_N"]), q.shape[0] * kv_heads)](
         q, k, v, d_y, log_sums_BHT, deltas, d_k, d_v, first_BT, ends_BT, *sizes, *scales,
-        **constants, **BACKWARD_TILE, **BACKWARD_OPTIONS,
+        **constants, **KEY_TILE, **key_options(sizes[4]),
     )  # fmt: skip
     return d_q, d_k, d_v
 

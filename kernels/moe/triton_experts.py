@@ -37,8 +37,8 @@ def product_tile(rows: int, experts: int) -> dict[str, int]:
     return {"BLOCK_M": 128 if rows >= 256 * experts else 64, "BLOCK_N": 128, "BLOCK_K": 64}
 
 
-def gradient_tile(rows: int, experts: int) -> dict[str, int]:
-    """Tile of the product whose epilogue is the activation's gradient: narrower, or its registers spill."""
+def narrow_tile(rows: int, experts: int) -> dict[str, int]:
+    """Tile of a product that holds two results (gate and up) or the activation's gradient: wider ones spill registers."""
     tile = product_tile(rows, experts)
     return {**tile, "BLOCK_N": min(tile["BLOCK_N"], 64)}
 
@@ -112,7 +112,7 @@ def _forward(
     hidden, active = x_RD.new_empty(rows, features), x_RD.new_empty(rows, width)
     if not rows:
         return torch.empty_like(x_RD), hidden
-    tile = product_tile(rows, experts)
+    tile = narrow_tile(rows, experts) if swiglu else product_tile(rows, experts)
     up_kernel[(_tile_bound(rows, experts, tile) * triton.cdiv(width, tile["BLOCK_N"]),)](
         x_RD, up_EFD, hidden, active, weights_RK, order, offsets_E, experts, width, model, choices,
         SWIGLU=swiglu, GATHER=order is not None, DOT=dot_dtype(x_RD.dtype),
@@ -158,7 +158,7 @@ def _backward(
     if not rows:
         empty = x_RD.new_empty(0) if weights_RK is None else torch.empty_like(weights_RK)
         return torch.empty_like(x_RD), empty, torch.zeros_like(up_EFD), torch.zeros_like(down_EDF)
-    tile = gradient_tile(rows, experts)
+    tile = narrow_tile(rows, experts)
     blocks = triton.cdiv(width, tile["BLOCK_N"])
     d_hidden, active = torch.empty_like(hidden), x_RD.new_empty(rows, width)
     partials = x_RD.new_empty(0 if weights_RK is None else blocks, rows, dtype=torch.float32)

@@ -59,6 +59,26 @@ def _multiply(
 
 
 @triton.jit
+def _multiply_twice(
+    x, source, inside, gate, up, column, columns, inner,
+    DOT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """x[source, :] times gate[column, :] and times up[column, :]: x is loaded once for both."""
+    first = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    second = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for begin in range(0, inner, BLOCK_K):
+        lane = begin + tl.arange(0, BLOCK_K)
+        x_tile = tl.load(
+            x + source[:, None] * inner + lane[None, :], mask=inside[:, None] & (lane[None, :] < inner), other=0.0
+        ).to(DOT)
+        exists = (column[None, :] < columns) & (lane[:, None] < inner)
+        place = column[None, :] * inner + lane[:, None]
+        first = tl.dot(x_tile, tl.load(gate + place, mask=exists, other=0.0).to(DOT), first, input_precision="ieee")
+        second = tl.dot(x_tile, tl.load(up + place, mask=exists, other=0.0).to(DOT), second, input_precision="ieee")
+    return first, second
+
+
+@triton.jit
 def grouped_product_kernel(
     x, weight, y, order, offsets, experts, columns, inner, choices, weight_expert, weight_row, weight_column,
     GATHER: tl.constexpr, DOT: tl.constexpr, EXPERTS: tl.constexpr,
@@ -110,21 +130,18 @@ def up_kernel(
         stored = inside[:, None] & (column[None, :] < width)
         features = width * 2 if SWIGLU else width
         matrix = up + expert * features * inner
-        first = _multiply(
-            x, source, inside, matrix, column, width, inner, 1, inner, DOT, BLOCK_M, BLOCK_N, BLOCK_K
-        )  # fmt: skip
         place = row[:, None] * features + column[None, :]
-        tl.store(hidden + place, first.to(hidden.dtype.element_ty), mask=stored)
         if SWIGLU:
-            second = _multiply(
-                x, source, inside, matrix + width * inner, column, width, inner, 1, inner,
-                DOT, BLOCK_M, BLOCK_N, BLOCK_K,
-            )  # fmt: skip
+            first, second = _multiply_twice(
+                x, source, inside, matrix, matrix + width * inner, column, width, inner, DOT, BLOCK_M, BLOCK_N, BLOCK_K
+            )
             tl.store(hidden + place + width, second.to(hidden.dtype.element_ty), mask=stored)
             result = first / (1.0 + tl.exp(-first)) * second
         else:
+            first = _multiply(x, source, inside, matrix, column, width, inner, 1, inner, DOT, BLOCK_M, BLOCK_N, BLOCK_K)
             positive = tl.maximum(first, 0.0)
             result = positive * positive
+        tl.store(hidden + place, first.to(hidden.dtype.element_ty), mask=stored)
         result = result * weight[:, None]
         tl.store(active + row[:, None] * width + column[None, :], result.to(active.dtype.element_ty), mask=stored)
 
@@ -157,22 +174,26 @@ def down_backward_kernel(
         if SWIGLU:
             second = tl.load(hidden + place + width, mask=stored, other=0.0).to(tl.float32)
             sigmoid = 1.0 / (1.0 + tl.exp(-first))
-            result = first * sigmoid * second
-            slope = weight * v
-            d_first = slope * second * sigmoid * (1.0 + first * (1.0 - sigmoid))
-            d_second = slope * first * sigmoid
-            tl.store(d_hidden + place + width, d_second.to(d_hidden.dtype.element_ty), mask=stored)
+            silu = first * sigmoid
+            result = silu * second
         else:
             positive = tl.maximum(first, 0.0)
             result = positive * positive
-            d_first = weight * v * 2.0 * positive
-        tl.store(d_hidden + place, d_first.to(d_hidden.dtype.element_ty), mask=stored)
-        weighted = result * weight
-        tl.store(active + row[:, None] * width + column[None, :], weighted.to(active.dtype.element_ty), mask=stored)
+        # Everything that reads the activation comes first, so that its registers are free for the gradient.
         if GATHER:
             pair = tl.load(order + row, mask=inside, other=0)
             partial = tl.sum(tl.where(stored, v * result, 0.0), 1)
             tl.store(d_weights + block.to(tl.int64) * pairs + pair, partial, mask=inside)
+        weighted = result * weight
+        tl.store(active + row[:, None] * width + column[None, :], weighted.to(active.dtype.element_ty), mask=stored)
+        v = v * weight
+        if SWIGLU:
+            d_second = v * silu
+            tl.store(d_hidden + place + width, d_second.to(d_hidden.dtype.element_ty), mask=stored)
+            d_first = v * second * (sigmoid + silu * (1.0 - sigmoid))
+        else:
+            d_first = v * 2.0 * positive
+        tl.store(d_hidden + place, d_first.to(d_hidden.dtype.element_ty), mask=stored)
 
 
 @triton.jit
