@@ -101,25 +101,21 @@ def data_problems(config: RunConfig) -> Iterator[Problem]:
 def schedule_problems(config: RunConfig) -> Iterator[Problem]:
     """Warm-up and decay fit into the run, and no setting of another schedule is given."""
     schedule, steps = config.schedule, config.train.steps
-    if schedule.warmup_steps >= steps:
+    warmup_steps = schedule.warmup_length(steps)
+    if warmup_steps >= steps:
         rule = f"must be less than train.steps={steps}"
         remedy = (
             f"use {steps // 10}, say, or raise train.steps; for a short trial train.stop_after_steps keeps the schedule"
         )
-        yield Problem("schedule.warmup_steps", rule, remedy, str(schedule.warmup_steps))
+        yield Problem("schedule.warmup_steps", rule, remedy, str(warmup_steps))
     if schedule.kind != "wsd":
         for key, value in (("decay_steps", schedule.decay_steps), ("decay_shape", schedule.decay_shape)):
             if value != type(schedule).model_fields[key].default:
                 rule = f"has no effect with schedule.kind={schedule.kind}"
                 yield Problem(f"schedule.{key}", rule, "remove it, or use schedule.kind=wsd", str(value))
-    elif (
-        schedule.decay_steps is not None
-        and schedule.warmup_steps < steps < schedule.warmup_steps + schedule.decay_steps
-    ):
-        rule = f"schedule.warmup_steps={schedule.warmup_steps} and the decay must fit into train.steps={steps}"
-        remedy = (
-            f"use at most {steps - schedule.warmup_steps}; for a short trial train.stop_after_steps keeps the schedule"
-        )
+    elif schedule.decay_steps is not None and warmup_steps < steps < warmup_steps + schedule.decay_steps:
+        rule = f"schedule.warmup_steps={warmup_steps} and the decay must fit into train.steps={steps}"
+        remedy = f"use at most {steps - warmup_steps}; for a short trial train.stop_after_steps keeps the schedule"
         yield Problem("schedule.decay_steps", rule, remedy, str(schedule.decay_steps))
 
 

@@ -46,7 +46,7 @@ class ScheduleConfig(Section):
     kind: Literal["wsd", "cosine", "constant"] = Field(
         "wsd", description="Warm-up, stable, decay; warm-up and cosine; warm-up and constant."
     )
-    warmup_steps: int = Field(0, ge=0, description="Linear rise from 0 to the peak.")
+    warmup_steps: int | None = Field(None, ge=0, description="Linear rise from 0 to the peak; none: a twentieth of train.steps.")
     decay_steps: int | None = Field(
         None, gt=0, description="wsd: length of the final decay; none: a fifth of train.steps."
     )
@@ -54,6 +54,10 @@ class ScheduleConfig(Section):
         "linear", description="wsd: form of the decay (sqrt: 1 - sqrt, Haegele et al. 2024, arXiv 2405.18392)."
     )
     min_ratio: float = Field(0.1, ge=0, le=1, description="Final rate over peak rate.")
+
+    def warmup_length(self, total_steps: int) -> int:
+        """Steps of the rise: as configured, else a twentieth of the run."""
+        return total_steps // 20 if self.warmup_steps is None else self.warmup_steps
 
 
 class TrainConfig(Section):

@@ -10,16 +10,15 @@ from pretrain.config import ScheduleConfig
 def learning_rate(step: int, config: ScheduleConfig, *, peak: float, total_steps: int) -> float:
     """Rate of optimizer step number `step`, counted from 1 to `total_steps`.
 
-    Warm-up rises linearly and reaches the peak at step `warmup_steps`; decays reach `min_ratio * peak` at the last step.
+    Warm-up rises linearly and reaches the peak at its last step; decays reach `min_ratio * peak` at the last step.
     """
     assert 1 <= step <= total_steps, f"step {step} lies outside 1..{total_steps}"
-    if step <= config.warmup_steps:
-        return peak * step / config.warmup_steps
+    warmup_steps = config.warmup_length(total_steps)
+    if step <= warmup_steps:
+        return peak * step / warmup_steps
     if config.kind == "constant":
         return peak
-    first_decay_step = (
-        config.warmup_steps if config.kind == "cosine" else total_steps - decay_length(config, total_steps)
-    )
+    first_decay_step = warmup_steps if config.kind == "cosine" else total_steps - decay_length(config, total_steps)
     if step <= first_decay_step:
         return peak
     progress = (step - first_decay_step) / (total_steps - first_decay_step)
@@ -30,7 +29,7 @@ def learning_rate(step: int, config: ScheduleConfig, *, peak: float, total_steps
 def decay_length(config: ScheduleConfig, total_steps: int) -> int:
     """Steps of the final decay of `wsd`: as configured, else a fifth of the run, never reaching into the warm-up."""
     asked = config.decay_steps if config.decay_steps is not None else max(1, total_steps // 5)
-    return min(asked, total_steps - config.warmup_steps)
+    return min(asked, total_steps - config.warmup_length(total_steps))
 
 
 def fall(shape: str, progress: float) -> float:

@@ -14,13 +14,17 @@ PEAK, STEPS = 2.0, 100
 
 
 def rates(**settings: object) -> list[float]:
-    config = ScheduleConfig.model_validate(settings)
+    config = ScheduleConfig.model_validate({"warmup_steps": 0, **settings})
     return [learning_rate(step, config, peak=PEAK, total_steps=STEPS) for step in range(1, STEPS + 1)]
 
 
 @pytest.mark.parametrize("kind", ["wsd", "cosine", "constant"])
 def test_warmup_rises_linearly_to_the_peak(kind: str) -> None:
     assert rates(kind=kind, warmup_steps=10)[:10] == pytest.approx([PEAK * n / 10 for n in range(1, 11)])
+
+
+def test_warmup_takes_a_twentieth_by_default() -> None:
+    assert rates(warmup_steps=None)[:5] == pytest.approx([PEAK * n / 5 for n in range(1, 6)])
 
 
 def test_wsd_is_flat_then_falls_to_the_floor() -> None:
