@@ -127,7 +127,7 @@ def route_backward_kernel(
     tl.store(d_logits + row * experts + expert, grad.to(d_logits.dtype.element_ty), mask=inside)
 
 
-def _rows_of_block(width: int) -> int:
+def rows_of_block(width: int) -> int:
     """Rows of a program: tiles of some 4096 scores."""
     return 16 if INTERPRETED else max(1, min(32, 4096 // width))
 
@@ -148,7 +148,7 @@ def _forward(
     rows, experts = logits_RE.shape
     group_size = experts // num_groups
     blocks = {"GROUPS": triton.next_power_of_2(num_groups), "SIZE": triton.next_power_of_2(group_size)}
-    block = _rows_of_block(blocks["GROUPS"] * blocks["SIZE"])
+    block = rows_of_block(blocks["GROUPS"] * blocks["SIZE"])
     scores = logits_RE.new_empty(rows, experts, dtype=torch.float32)
     ids = logits_RE.new_empty(rows, top_k, dtype=torch.int64)
     weights = logits_RE.new_empty(rows, top_k, dtype=torch.float32)
@@ -197,7 +197,7 @@ def _backward(
     top_k = expert_ids.shape[1]
     d_logits = torch.empty_like(logits_RE, memory_format=torch.contiguous_format)
     width = triton.next_power_of_2(experts)
-    block = _rows_of_block(width)
+    block = rows_of_block(width)
     if rows:
         route_backward_kernel[(triton.cdiv(rows, block),)](
             scores, expert_ids, d_weights.contiguous(), d_scores.contiguous(), d_logits, rows, experts, top_k, scaling,
