@@ -1,0 +1,60 @@
+"""The whole model on Triton's kernels, interpreted, against the torch backend: training, packed rows and decoding."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels.backend import INTERPRETED
+from model.packing import PackMeta
+from tests.model.small_models import ATTENTION, MAMBA, MOE, loss_of, packed_batch, small_config, small_model
+
+ROOT = Path(__file__).parents[2]
+CONFIG = small_config(
+    "ME*-M",
+    hidden_size=16,
+    mamba=MAMBA.model_copy(update={"head_dim": 16, "state_size": 16, "chunk_size": 16}),
+    attention=ATTENTION.model_copy(update={"head_dim": 16}),
+    moe=MOE.model_copy(update={"auxiliary_loss_weight": 0.1}),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="this process interprets already")
+def test_triton_backend_agrees_with_torch_in_the_interpreter():
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "-m", "slow", str(Path(__file__))]
+    child = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stdout + child.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not INTERPRETED, reason="run by the test above in a process that interprets")
+def test_losses_gradients_and_decoding_agree():
+    torch_model = small_model(CONFIG, dtype=torch.float32)
+    triton_model = small_model(CONFIG, dtype=torch.float32, backend="triton")
+    tokens_BT, labels_BT, ids_BT = packed_batch()
+    for meta in (PackMeta.from_document_ids(ids_BT), PackMeta.one_document_a_row(2, 23)):
+        losses = []
+        for model in (torch_model, triton_model):
+            model.zero_grad()
+            loss = loss_of(model(tokens_BT, meta, labels_BT))
+            loss.backward()
+            losses.append(loss.detach())
+        torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+        for (name, expected), parameter in zip(torch_model.named_parameters(), triton_model.parameters()):
+            difference, scale = (parameter.grad - expected.grad).norm(), expected.grad.norm()
+            # float32; a decay's gradient is a small difference of large sums.
+            assert difference <= 5e-5 * scale, f"{name}: off by {difference:.3g} of {scale:.3g}"
+    with torch.no_grad():
+        full_BTV = torch_model(tokens_BT, PackMeta.one_document_a_row(2, 23)).logits_BTV
+        state, pieces = triton_model.empty_state(2), []
+        for start, length in ((0, 20), (20, 1), (21, 1), (22, 1)):
+            meta = PackMeta.one_document_a_row(2, length, start=start)
+            output = triton_model(tokens_BT[:, start : start + length], meta, state=state)
+            state = output.state
+            pieces.append(output.logits_BTV)
+    torch.testing.assert_close(torch.cat(pieces, 1), full_BTV, rtol=1e-4, atol=1e-5)
