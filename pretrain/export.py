@@ -204,10 +204,16 @@ def run_proof(plan: ExportPlan, folder: Path, tokens_BT: Tensor, texts: list[str
         command = [sys.executable, "-P", str(pretrain.export_proof.__file__), scratch]
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=scratch)
         if done.returncode:
-            lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
-            return {"crash": lines[-1] if lines else f"exit code {done.returncode}"}
+            return {"crash": find_error(done.stderr) or f"exit code {done.returncode}"}
         result: dict[str, Any] = json.loads(Path(scratch, "result.json").read_text(encoding="utf-8"))
         return result
+
+
+def find_error(output: str) -> str:
+    """The message of the last error in what a Python process said, without its traceback."""
+    _, _, last = output.rpartition("Traceback (most recent call last):")
+    message = [line for line in last.splitlines() if line.strip() and not line.startswith("  ")]
+    return " ".join(message)[:600]
 
 
 def find_problems(plan: ExportPlan, proof: dict[str, Any]) -> list[str]:

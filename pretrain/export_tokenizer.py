@@ -1,7 +1,8 @@
 """The tokenizer of an export: files from which AutoTokenizer gives the ids that training used.
 
-The SentencePiece model becomes a `tokenizer.json` of the tokenizers library, so that reading it needs no SentencePiece;
-the model file lies beside it for readers that want it, our import among them.
+A SentencePiece model becomes a `tokenizer.json` of the tokenizers library, so that reading it needs no SentencePiece; a
+tokenizer that came as `tokenizer.json` loses only what would add tokens to a text. The file that training used lies
+beside it for readers that want it, our import among them.
 """
 
 from __future__ import annotations
@@ -23,40 +24,58 @@ from data_pipeline.sentencepiece_model import (
 from data_pipeline.tokenizer import Tokenizer
 
 MODEL_FILE = "tokenizer.model"
+ORIGINAL_JSON = "amfm_tokenizer.json"
 SPACE = "\u2581"
 # Score of pieces that text must never match: below any sum of real ones, and small enough to keep float64 exact.
 NEVER = -1e4
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_length: int) -> list[str]:
-    """Write tokenizer.json, tokenizer_config.json and the model file; returns their names.
+    """Write tokenizer.json, tokenizer_config.json and the file that training used; returns their names.
 
     Raises ValueError for a model that the tokenizers library cannot express.
     """
     content = tokenizer.to_bytes()
-    model = read_sentencepiece_model(content)
-    build_fast_tokenizer(model).save(str(folder / "tokenizer.json"))
-    (folder / MODEL_FILE).write_bytes(content)
-    settings = tokenizer_settings(model, tokenizer, max_length)
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
-    return ["tokenizer.json", "tokenizer_config.json", MODEL_FILE]
-
-
-def tokenizer_settings(model: SentencePieceModel, tokenizer: Tokenizer, max_length: int) -> dict[str, Any]:
-    """tokenizer_config.json: class, special tokens, and no changes of text on the way in or out."""
-    unknown = model.first_of_kind(UNKNOWN)
     special = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
-    special["unk_token"] = unknown
-    settings: dict[str, Any] = {
+    if tokenizer.kind == "sentencepiece":
+        model = read_sentencepiece_model(content)
+        build_fast_tokenizer(model).save(str(folder / "tokenizer.json"))
+        special["unk_token"] = model.first_of_kind(UNKNOWN)
+        texts = {name: model.pieces[index].text for name, index in special.items() if index is not None}
+        original = MODEL_FILE
+    else:
+        plain = without_added_tokens(content)
+        (folder / "tokenizer.json").write_bytes(plain)
+        texts = {name: _token_text(plain, index) for name, index in special.items() if index is not None}
+        original = ORIGINAL_JSON
+    (folder / original).write_bytes(content)
+    settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": max_length,
         "clean_up_tokenization_spaces": False,
         # Control tokens written out in a text stay text, as in training.
         "split_special_tokens": True,
-        "add_bos_token": False,
-        "add_eos_token": False,
+        **texts,
     }
-    return settings | {name: model.pieces[index].text for name, index in special.items() if index is not None}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    return ["tokenizer.json", "tokenizer_config.json", original]
+
+
+def without_added_tokens(content: bytes) -> bytes:
+    """A tokenizer.json that adds no begin or end token and neither cuts nor pads, as training used it."""
+    description = json.loads(content)
+    description["truncation"] = description["padding"] = None
+    processor = description.get("post_processor") or {"type": "Sequence", "processors": []}
+    steps = processor["processors"] if processor["type"] == "Sequence" else [processor]
+    kept = [step for step in steps if step["type"] == "ByteLevel"]
+    description["post_processor"] = {"type": "Sequence", "processors": kept} if kept else None
+    return json.dumps(description, ensure_ascii=False).encode()
+
+
+def _token_text(content: bytes, index: int) -> str:
+    from tokenizers import Tokenizer
+
+    return str(Tokenizer.from_buffer(content).id_to_token(index))
 
 
 def build_fast_tokenizer(model: SentencePieceModel) -> Any:

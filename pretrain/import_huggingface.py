@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from data_pipeline.tokenizer import load_tokenizer
+from data_pipeline.tokenizer import Tokenizer, read_tokenizer_file
 from model.checks import check_model
 from model.config import ModelConfig
 from model.huggingface import Target
@@ -23,7 +23,7 @@ from model.huggingface_config import OWN_MODEL_TYPE, TokenIds, huggingface_confi
 from model.huggingface_weights import weight_map
 from pretrain.export import check_free
 from pretrain.export_files import OUR_DESCRIPTION, sync_files
-from pretrain.export_tokenizer import MODEL_FILE
+from pretrain.export_tokenizer import MODEL_FILE, ORIGINAL_JSON
 from pretrain.weights import Weights, check_shapes, write_weights
 
 INDEX = "model.safetensors.index.json"
@@ -52,7 +52,7 @@ def import_huggingface(hf_dir: str | Path, out_dir: str | Path) -> ImportReport:
     """Read a folder of a class that we export to and write a weights folder; the import of an export is bit-equal.
 
     A run starts from it with `run.initial_weights: OUT`. Raises ValueError for another class, a choice that our model
-    does not have, tensors that do not fit, a missing SentencePiece model or an OUT that is in use.
+    does not have, tensors that do not fit, a missing tokenizer or an OUT that is in use.
     """
     source, out = Path(hf_dir), Path(out_dir)
     check_free(out)
@@ -62,13 +62,11 @@ def import_huggingface(hf_dir: str | Path, out_dir: str | Path) -> ImportReport:
         known = ", ".join(TARGET_OF_TYPE)
         raise ValueError(f"{source}/config.json has model_type={fields.get('model_type')}; known are {known}")
     config = choose_config(source, fields, target)
-    tokenizer_file = source / MODEL_FILE
-    if not tokenizer_file.is_file():
-        raise ValueError(f"{tokenizer_file} is missing; put the SentencePiece model of this checkpoint there")
+    tokenizer = read_tokenizer(source, fields)
     tensors, skipped = read_tensors(source)
     state = {name: tensor.to(torch.float32) for name, tensor in weight_map(config, target).to_ours(tensors).items()}
     check_shapes(config, state, str(source))
-    weights = Weights(config, state, load_tokenizer(tokenizer_file), f"imported from {source}")
+    weights = Weights(config, state, tokenizer, f"imported from {source}")
     temporary = out.with_name(out.name + ".tmp")
     if temporary.exists():
         shutil.rmtree(temporary)
@@ -94,6 +92,15 @@ def read_config_json(source: Path) -> dict[str, Any]:
 
     complete: dict[str, Any] = AutoConfig.from_pretrained(source, local_files_only=True).to_dict()
     return complete
+
+
+def read_tokenizer(source: Path, fields: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer that training used where an export kept it, else tokenizer.json with the end id of config.json."""
+    for name in (MODEL_FILE, ORIGINAL_JSON, "tokenizer.json"):
+        if (source / name).is_file():
+            eos_id = fields.get("eos_token_id")
+            return read_tokenizer_file(source / name, eos_id[0] if isinstance(eos_id, list) else eos_id)
+    raise ValueError(f"{source} has no tokenizer; put tokenizer.model or tokenizer.json of this checkpoint there")
 
 
 def choose_config(source: Path, fields: Mapping[str, Any], target: Target) -> ModelConfig:

@@ -1,7 +1,7 @@
 """Whole models as tensors by name: read from a checkpoint, a run or an import; kept without optimizer state.
 
 A weights folder is what `amfm import` writes: `weights.safetensors` (our names, float32), `weights.json` (the model's
-configuration, where it came from, digests) and the tokenizer. `run.initial_weights` starts a run from one.
+configuration, where it came from, digests) and the tokenizer's file. `run.initial_weights` starts a run from one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from data_pipeline.tokenizer import Tokenizer, load_tokenizer
+from data_pipeline.tokenizer import Tokenizer, load_tokenizer, read_tokenizer_file
 from model.config import ModelConfig
 from model.groups import single_rank_groups
 from model.huggingface_weights import weight_shapes
@@ -32,7 +32,6 @@ WEIGHTS_FORMAT = "amfm-weights"
 WEIGHTS_VERSION = 1
 DESCRIPTION = "weights.json"
 TENSORS = "weights.safetensors"
-TOKENIZER = "tokenizer.model"
 
 
 @dataclass(frozen=True)
@@ -98,13 +97,15 @@ def write_weights(folder: Path, weights: Weights) -> None:
         folder / TENSORS,
         metadata={"format": "pt"},
     )
-    (folder / TOKENIZER).write_bytes(weights.tokenizer.to_bytes())
+    tokenizer_file = weights.tokenizer.file_name
+    (folder / tokenizer_file).write_bytes(weights.tokenizer.to_bytes())
     description = {
         "format": WEIGHTS_FORMAT,
         "version": WEIGHTS_VERSION,
         "origin": weights.origin,
         "model": weights.model.model_dump(mode="json"),
-        "sha256": {name: _digest(folder / name) for name in (TENSORS, TOKENIZER)},
+        "tokenizer": {"file": tokenizer_file, "eos_id": weights.tokenizer.eos_id},
+        "sha256": {name: _digest(folder / name) for name in (TENSORS, tokenizer_file)},
     }
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
@@ -126,7 +127,8 @@ def _read_weights_folder(folder: Path) -> Weights:
         raise ValueError(f"{folder / DESCRIPTION} holds a model that this version does not know: {error}") from error
     state = load_file(folder / TENSORS)
     check_shapes(model, state, str(folder))
-    return Weights(model, state, load_tokenizer(folder / TOKENIZER), description["origin"])
+    tokenizer = read_tokenizer_file(folder / description["tokenizer"]["file"], description["tokenizer"]["eos_id"])
+    return Weights(model, state, tokenizer, description["origin"])
 
 
 def check_shapes(model: ModelConfig, state: Mapping[str, Tensor], where: str) -> None:
@@ -150,7 +152,8 @@ def load_initial_weights(model: HybridModel, path: str | Path, tokenizer_identit
     if weights.tokenizer.identity() != tokenizer_identity:
         raise ValueError(
             f"run.initial_weights={path} was trained with tokenizer {weights.tokenizer.identity()}, data.store was "
-            f"prepared with {tokenizer_identity}; prepare the data with data.tokenizer.model={path}/{TOKENIZER}"
+            f"prepared with {tokenizer_identity}; prepare the data with data.tokenizer.model={path}/"
+            f"{weights.tokenizer.file_name}"
         )
     ours, given = _function_settings(model.config), _function_settings(weights.model)
     differing = [

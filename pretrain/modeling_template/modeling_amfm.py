@@ -22,6 +22,11 @@ class AmfmState:
     tokens_BT: Tensor
     blocks: tuple[BlockState, ...]
 
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take the rows that beam search keeps."""
+        self.tokens_BT = self.tokens_BT[beam_idx]
+        self.blocks = tuple(state and (state[0][beam_idx], state[1][beam_idx]) for state in self.blocks)
+
 
 @dataclass
 class AmfmOutput(ModelOutput):
@@ -177,7 +182,7 @@ class AmfmForCausalLM(AmfmPreTrainedModel, GenerationMixin):
         use_cache: bool | None = True,
         **_: Any,
     ) -> dict[str, Any]:
-        """Only the tokens that the state has not seen; all of them where its rows are no longer these (beam search)."""
+        """Only the tokens that the state has not seen; all of them where its rows are no longer these."""
         if state is not None:
             seen = state.tokens_BT.shape[1]
             if seen < input_ids.shape[1] and torch.equal(state.tokens_BT, input_ids[:, :seen]):
@@ -199,5 +204,6 @@ class AmfmForCausalLM(AmfmPreTrainedModel, GenerationMixin):
         self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
-        model_kwargs["state"] = outputs.get("state")
+        if outputs.get("state") is not None:
+            model_kwargs["state"] = outputs["state"]
         return model_kwargs
