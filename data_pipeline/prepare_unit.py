@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
-from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -73,6 +73,7 @@ class _UnitWriter:
         self.parts: dict[Split, list[Part]] = {split: [] for split in SPLITS}
         self.rejects: list[Reject] = []
         self.covered_bytes = 0
+        self.split_key = derive_key(unit.settings.seed, "validation")
         self.reason_to_drop = make_filter(unit.settings.filters, unit.source)
 
     def run(self) -> UnitReport:
@@ -113,38 +114,44 @@ class _UnitWriter:
                 if isinstance(item, Reject):
                     self.rejects.append(item)
                 elif isinstance(item, TokenDocument):
-                    split = self._split_of(item.tokens.tobytes().hex())
-                    self._collect(split, item.tokens.tolist(), item.tokens.nbytes)
+                    split = self._split_of(item.tokens.tobytes())
+                    self._collect([split], [item.tokens], [item.tokens.nbytes])
                     self._write_full_parts()
                 else:
-                    yield segment.split or self._split_of(item.text), item.text
+                    yield segment.split or self._split_of(item.text.encode()), item.text
             self.covered_bytes += reader.covered_bytes
 
-    def _split_of(self, content: str) -> Split:
+    def _split_of(self, content: bytes) -> Split:
         """By content, so that copies of a text never sit on both sides."""
-        settings = self.unit.settings
-        drawn = int.from_bytes(derive_key(settings.seed, "validation", content)[:8], "little")
-        return "validation" if drawn < settings.validation_fraction * 2**64 else "train"
+        drawn = int.from_bytes(hashlib.blake2b(content, digest_size=8, key=self.split_key).digest(), "little")
+        return "validation" if drawn < self.unit.settings.validation_fraction * 2**64 else "train"
 
     def _tokenize(self, batch: list[tuple[Split, str]]) -> None:
-        for (split, text), ids in zip(batch, self.tokenizer.encode_batch([text for _, text in batch])):
-            self._collect(split, ids, len(text.encode()))
+        encoded = self.tokenizer.encode_batch([text for _, text in batch])
+        self._collect([split for split, _ in batch], encoded, [len(text.encode()) for _, text in batch])
 
-    def _collect(self, split: Split, ids: list[int], text_bytes: int) -> None:
+    def _collect(
+        self, splits: Sequence[Split], documents: Sequence[npt.NDArray[np.signedinteger]], text_bytes: Sequence[int]
+    ) -> None:
+        """Keep documents, each ending in one end token, as views of one array of the store's dtype."""
         settings = self.unit.settings
-        if not ids or ids[-1] != settings.eos_id:
-            ids.append(settings.eos_id)
-        if max(ids) >= settings.vocab_size or min(ids) < 0:
-            wrong = max(ids) if min(ids) >= 0 else min(ids)
+        end = np.array([settings.eos_id])
+        ended = [ids if len(ids) and ids[-1] == settings.eos_id else np.concatenate((ids, end)) for ids in documents]
+        flat = np.concatenate(ended)
+        smallest, largest = int(flat.min()), int(flat.max())
+        if largest >= settings.vocab_size or smallest < 0:
             raise ValueError(
-                f"source {self.unit.source!r} has token id {wrong}, but the tokenizer's vocabulary is "
-                f"{settings.vocab_size} and the store holds {settings.layout.dtype}; give the tokenizer of these tokens"
+                f"source {self.unit.source!r} has token id {largest if smallest >= 0 else smallest}, but the "
+                f"tokenizer's vocabulary is {settings.vocab_size} and the store holds {settings.layout.dtype}; give the "
+                "tokenizer of these tokens"
             )
-        code = "H" if settings.layout.dtype == "uint16" else "I"
-        collected = self.collected[split]
-        collected.pieces.append(np.frombuffer(array(code, ids), dtype=settings.layout.dtype))
-        collected.lengths.append(len(ids))
-        collected.text_bytes += text_bytes
+        tokens, start = flat.astype(settings.layout.dtype), 0
+        for split, ids, num_bytes in zip(splits, ended, text_bytes):
+            collected = self.collected[split]
+            collected.pieces.append(tokens[start : start + len(ids)])
+            collected.lengths.append(len(ids))
+            collected.text_bytes += num_bytes
+            start += len(ids)
 
     def _write_full_parts(self) -> None:
         for split in SPLITS:

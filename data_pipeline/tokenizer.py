@@ -8,12 +8,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import sentencepiece
 
 from data_pipeline.config import TokenizerConfig
 from data_pipeline.sentencepiece_model import round_scores
 from data_pipeline.store import MANIFEST, TokenStore
 from data_pipeline.tokenizer_json import HuggingFaceTokenizer, read_tokenizer_json
+
+Ids = npt.NDArray[np.int32]
 
 TRAINING_THREADS = 4  # fixed: the merge of the trainer's sums depends on it, and stores must be byte-identical
 MAX_TRAINING_LINE = 4096  # bytes; longer lines are cut, the trainer would drop them
@@ -52,8 +56,8 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without begin or end tokens; control tokens written out in the text stay plain text."""
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encode each text; single-threaded, faster than one call a text."""
+    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
+        """Ids of each text as int32 arrays; single-threaded, several times cheaper than lists from one call a text."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids."""
@@ -104,27 +108,26 @@ class SentencePieceTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of one text."""
-        return self.encode_batch([text])[0]
+        return [int(index) for index in self.encode_batch([text])[0].tolist()]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         """Ids of each text, on the calling thread.
 
         Where the model allows it a text is encoded in blocks that end at newlines: SentencePiece adds up scores in
         float32, so in a long text noise would decide between segmentations, differently at each place.
         """
-        newline_id = self._newline_id
-        if newline_id is None:
-            return list(self._processor.encode(list(texts), out_type=int, num_threads=1))
+        if self._newline_id is None:
+            return list(self._processor.encode(list(texts), out_type="numpy", num_threads=1))
         blocks = [_cut_at_newlines(text) for text in texts]
         flat = [block for text_blocks in blocks for block in text_blocks]
-        encoded = iter(self._processor.encode(flat, out_type=int, num_threads=1))
-        batch: list[list[int]] = []
+        encoded = iter(self._processor.encode(flat, out_type="numpy", num_threads=1))
+        newline = np.array([self._newline_id], dtype=np.int32)
+        batch: list[Ids] = []
         for text_blocks in blocks:
-            ids: list[int] = next(encoded)
+            pieces = [next(encoded)]
             for _ in text_blocks[1:]:
-                ids.append(newline_id)
-                ids += next(encoded)
-            batch.append(ids)
+                pieces += [newline, next(encoded)]
+            batch.append(pieces[0] if len(pieces) == 1 else np.concatenate(pieces))
         return batch
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -7,6 +7,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import tokenizers
 
 
@@ -58,9 +60,10 @@ class HuggingFaceTokenizer:
         """Ids of one text."""
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
         """Ids of each text; the library uses its own threads unless TOKENIZERS_PARALLELISM is false."""
-        return [list(item.ids) for item in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(item.ids, dtype=np.int32) for item in encoded]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids; special tokens give nothing. ValueError for an id outside the vocabulary."""
