@@ -21,6 +21,7 @@ CASES = [
     ScanCase(B=2, T=40, H=2, G=1, chunk=16, lengths=(3, 30, 7), initial=True),
     ScanCase(B=1, T=100, H=2, G=2, chunk=64, initial=True),
     ScanCase(B=1, T=129, H=1, G=1, P=8, N=24, chunk=64, lengths=(70, 59)),
+    ScanCase(B=1, T=33, H=1, G=1, P=40, N=72, chunk=32),
     ScanCase(B=1, T=33, H=2, P=20, N=12, chunk=16, kind="decay", lengths=(17, 16), initial=True),
 ]
 
