@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from pretrain.export import LOGIT_TOLERANCE, ODD_TEXTS, export_checkpoint, find_
 from pretrain.export_files import ExportPlan, write_export
 from pretrain.export_tokenizer import write_tokenizer
 from pretrain.train import train
-from pretrain.weights import read_weights
+from pretrain.weights import read_weights, write_weights
 from tests.helpers.tiny_store import make_text
 from tests.pretrain.exported_models import MODELS, random_weights, weights_folder
 from tests.pretrain.tiny_run import tiny_config
@@ -80,17 +81,29 @@ def test_sharded_weights_and_index_agree_and_load(data: DataConfig, tmp_path: Pa
     load_with_transformers(tmp_path / "out")
 
 
-def test_a_missing_head_is_a_failed_export_and_leaves_no_folder(data: DataConfig, tmp_path: Path, monkeypatch) -> None:
+def test_a_missing_head_fails_the_proof(data: DataConfig, tmp_path: Path) -> None:
     # transformers only warns about a missing head and fills it with random numbers.
-    def write_without_head(plan: ExportPlan, folder: Path) -> None:
-        write_export(plan, folder)
-        tensors = load_file(folder / "model.safetensors")
-        del tensors["lm_head.weight"]
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    plan = ExportPlan(random_weights(data, MODELS["nemotron_h"]), "nemotron_h", 48)
+    write_export(plan, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    tokens_BT, texts, _ = proof_text(plan.weights)
+    problems = "; ".join(find_problems(plan, run_proof(plan, tmp_path, tokens_BT, texts)))
+    assert "lm_head.weight" in problems
+    assert "logits differ" in problems
 
-    monkeypatch.setattr("pretrain.export.write_export", write_without_head)
-    with pytest.raises(RuntimeError, match=r"failed its proof.*lm_head\.weight.*logits differ"):
-        export_checkpoint(weights_folder(data, tmp_path / "weights", "nemotron_h"), tmp_path / "out")
+
+def test_a_failed_proof_is_a_failed_export_and_leaves_no_folder(data: DataConfig, tmp_path: Path) -> None:
+    weights = random_weights(data, MODELS["nemotron_h"])
+    state = dict(weights.state)
+    state["final_norm.weight"] = torch.full_like(state["final_norm.weight"], torch.nan)
+    (tmp_path / "weights").mkdir()
+    write_weights(tmp_path / "weights", replace(weights, state=state))
+    with pytest.raises(
+        RuntimeError, match=r"failed its proof: logits differ by up to nan.*out\.failed for examination"
+    ):
+        export_checkpoint(tmp_path / "weights", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.tmp").exists()
     assert (tmp_path / "out.failed" / "config.json").is_file()
