@@ -120,16 +120,26 @@ def activate(hidden_RF: Tensor, activation: str) -> Tensor:
     return F.relu(hidden_RF).square_()
 
 
-def activate_backward(d_active: Tensor, hidden_RF: Tensor, activation: str) -> Tensor:
-    """Gradient of `activate` with respect to its input."""
+def _open_activation(hidden_SF: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """The activation again, and the factor of it that its gradient needs: silu(gate), or max(x, 0)."""
     if activation == "swiglu":
-        gate, up = hidden_RF.chunk(2, dim=-1)
-        grad = torch.empty_like(hidden_RF)
-        d_gate, d_up = grad.chunk(2, dim=-1)
-        d_gate.copy_(torch.ops.aten.silu_backward(d_active * up, gate))
-        torch.mul(d_active, F.silu(gate), out=d_up)
-        return grad
-    return F.relu(hidden_RF).mul_(d_active).mul_(2)
+        gate, up = hidden_SF.chunk(2, dim=-1)
+        factor = F.silu(gate)
+        return factor * up, factor
+    factor = F.relu(hidden_SF)
+    return factor.square(), factor
+
+
+def _activation_backward(d_active: Tensor, hidden_SF: Tensor, factor: Tensor, activation: str) -> Tensor:
+    """Gradient of the hidden rows; overwrites `d_active` and `factor`."""
+    if activation != "swiglu":
+        return factor.mul_(d_active).mul_(2)
+    gate, up = hidden_SF.chunk(2, dim=-1)
+    grad = torch.empty_like(hidden_SF)
+    d_gate, d_up = grad.chunk(2, dim=-1)
+    torch.mul(d_active, factor, out=d_up)
+    torch.ops.aten.silu_backward.grad_input(d_active.mul_(up), gate, grad_input=d_gate)
+    return grad
 
 
 @torch.library.custom_op("amfm::expert_feed_forward_torch", mutates_args=())
@@ -193,7 +203,7 @@ def _backward(
     rows_SD = (x_RD if token_ids_S is None else x_RD.index_select(0, token_ids_S)).to(dtype)
     dy_SD = (dy_RD if token_ids_S is None else dy_RD.index_select(0, token_ids_S)).to(dtype)
     hidden_SF = hidden_SF.to(dtype)
-    active_SF = activate(hidden_SF, activation)
+    active_SF, factor = _open_activation(hidden_SF, activation)
     d_active_SF = grouped_product(dy_SD, down_EDF.to(dtype).transpose(1, 2), offsets_E)
     d_weights_S = x_RD.new_empty(0)
     if weights_S is not None:
@@ -202,7 +212,7 @@ def _backward(
         d_active_SF.mul_(weights_S[:, None])
         active_SF.mul_(weights_S[:, None])
     d_down_EDF = grouped_outer(dy_SD, active_SF, offsets_E)
-    d_hidden_SF = activate_backward(d_active_SF, hidden_SF, activation)
+    d_hidden_SF = _activation_backward(d_active_SF, hidden_SF, factor, activation)
     d_up_EFD = grouped_outer(d_hidden_SF, rows_SD, offsets_E)
     dx_SD = grouped_product(d_hidden_SF, up_EFD.to(dtype).transpose(1, 2), offsets_E)
     dx_RD = dx_SD if token_ids_S is None else _sum_by_token(dx_SD, token_ids_S, x_RD.shape[0])
