@@ -46,7 +46,9 @@ class ScheduleConfig(Section):
     kind: Literal["wsd", "cosine", "constant"] = Field(
         "wsd", description="Warm-up, stable, decay; warm-up and cosine; warm-up and constant."
     )
-    warmup_steps: int | None = Field(None, ge=0, description="Linear rise from 0 to the peak; none: a twentieth of train.steps.")
+    warmup_steps: int | None = Field(
+        None, ge=0, description="Linear rise from 0 to the peak; none: a twentieth of train.steps."
+    )
     decay_steps: int | None = Field(
         None, gt=0, description="wsd: length of the final decay; none: a fifth of train.steps."
     )
