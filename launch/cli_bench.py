@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -63,6 +64,133 @@ def print_step_table(result: dict[str, Any]) -> None:
     columns = ("variant", "median s", "min to max s", "tokens/s", "x transformers", "first loss")
     print_rows(f"A training step, {result['rounds']} rounds in turns", columns, rows)
     say(", ".join(f"{name} {value}" for name, value in result["hardware"].items()))
+
+
+@bench.command(epilog="Example: amfm bench kernels --op decay_scan --json")
+def kernels(
+    *,
+    op: Annotated[list[str] | None, typer.Option(help="Only this operation; may be given again.")] = None,
+    audit: Annotated[
+        bool, typer.Option("--audit", help="Count bytes and operations of the Triton kernels in the interpreter.")
+    ] = False,
+    compile_table: Annotated[
+        Path | None,
+        typer.Option(help="Compile every kernel for sm_80, 90, 100 and write the table into this document."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed runs of each variant, taking turns (CPU).")] = 7,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all cores.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Time each operation beside public peers: transformers' PyTorch code on CPU, installed kernel packages on CUDA."""
+    if audit and compile_table is not None:
+        raise ValueError("--audit and --compile-table measure different things; give one of them")
+    if compile_table is not None:
+        if op:
+            raise ValueError("--compile-table writes the table of all kernels; leave out --op")
+        result = _write_compile_table(compile_table)
+    elif audit:
+        from launch.bench_kernels_audit import audit_kernels
+
+        say("counting in Triton's interpreter, a minute or two")
+        result = audit_kernels(op)
+    else:
+        result = _time_kernels(op, rounds, threads)
+    if as_json:
+        print_json(result)
+    elif audit:
+        print_audit_table(result)
+    elif compile_table is None:
+        print_kernel_table(result)
+
+
+def _write_compile_table(document: Path) -> dict[str, Any]:
+    from launch.bench_kernels_compile import check_document, compile_kernels, table_of, write_table
+
+    check_document(document)
+    result = compile_kernels(report=say)
+    write_table(document, table_of(result))
+    say(f"wrote {document}")
+    return result
+
+
+def _time_kernels(names: list[str] | None, rounds: int, threads: int | None) -> dict[str, Any]:
+    import torch
+
+    if torch.cuda.is_available():
+        from launch.bench_kernels_cuda import bench_cuda
+
+        return bench_cuda(names, report=say)
+    from launch.bench_kernels import bench_cpu
+
+    return bench_cpu(names, rounds=rounds, num_threads=threads, report=say)
+
+
+def print_kernel_table(result: dict[str, Any]) -> None:
+    """The rows of `bench_cpu` or `bench_cuda`, a line a variant."""
+    lines: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
+    for row in result["rows"]:
+        key = (row["op"], row["shape"], row["dtype"], row["backend"])
+        lines.setdefault(key, {})[row["pass"]] = row
+    rows = [
+        (
+            *key,
+            *(f"{passes[which]['milliseconds']:.3g}" for which in ("forward", "backward", "both")),
+            f"{passes['both']['ratio']:.2f}" if passes["both"]["ratio"] else "",
+            f"{passes['both']['roofline_fraction']:.0%}" if passes["both"]["roofline_fraction"] else "",
+        )
+        for key, passes in lines.items()
+    ]
+    columns = (
+        "operation",
+        "shape",
+        "dtype",
+        "variant",
+        "forward ms",
+        "backward ms",
+        "both ms",
+        "x ours",
+        "of roofline",
+    )
+    print_rows("Operations side by side, medians", columns, rows)
+    for remark in result.get("remarks", ()):
+        say(remark)
+    say(", ".join(f"{name} {value}" for name, value in result["hardware"].items()))
+
+
+def print_audit_table(result: dict[str, Any]) -> None:
+    """The rows of `audit_kernels`, and which goals hold."""
+    rows = [
+        (
+            row["op"],
+            row["pass"],
+            row["shape"],
+            f"{row['bytes']:,}",
+            f"{row['bytes'] / row['minimum_bytes']:.3f}",
+            f"{row['requested_bytes'] / row['minimum_bytes']:.2f}",
+            f"{row['flops'] / row['minimum_flops']:.2f}" if row["flops"] else "",
+            f"{row['milliseconds'] * 1e3:.2f}",
+            f"{row['goal_ratio']:.2f} x {row['goal']}" if row["goal"] else "",
+            ""
+            if row["holds"] is None
+            else f"holds, <= {row['goal_limit']}"
+            if row["holds"]
+            else f"MISSED, > {row['goal_limit']}",
+        )
+        for row in result["rows"]
+    ]
+    columns = (
+        "operation",
+        "pass",
+        "shape",
+        "bytes",
+        "x minimum",
+        "asked of cache, x",
+        "operations, x",
+        "predicted H100 us",
+        "goal",
+        "",
+    )
+    print_rows("Counted in the interpreter; times are predicted, not measured", columns, rows)
 
 
 def add_verbs(app: typer.Typer) -> None:

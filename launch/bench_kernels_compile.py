@@ -1,0 +1,107 @@
+"""What every kernel takes on cards that need not be here: the table of docs/kernels.md, by compiling ahead of time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ARCHITECTURES = (80, 90, 100)
+BEGIN, END = "<!-- compile table: begin -->", "<!-- compile table: end -->"
+
+# Why a kernel misses the goal on sm_90: no spills, and wgmma wherever it multiplies.
+REASONS = {
+    "experts down backward, SwiGLU, 1024 rows an expert": (
+        "holds a product, two hidden tiles and their gradients; half the height would halve the product's reuse"
+    ),
+    "scan backward, gradients": "holds two sums of Q x N and one of Q x Q over a group's heads next to two states",
+    "convolution backward": "holds seven shifted tiles of inputs and four of gradients of 32 x 128",
+    "scan backward, states, chunks of 128": "holds the state and a chunk's tiles of 128 rows with 4 warps",
+    "scan walk, chunks of 128": "holds scores of 128 x 128 next to the state and the output",
+}
+
+
+def compile_kernels(architectures: Sequence[int] = ARCHITECTURES, *, report: Callable[[str], None]) -> dict[str, Any]:
+    """Compile every kernel for each architecture and return rows of name, architecture and what it takes.
+
+    Rows: `kernel`, `architecture`, `registers` a thread, `spill_bytes` a thread, `shared_bytes` a program, `wgmma`,
+    `multiplies` (has products, so that wgmma is wanted on sm_90). Raises RuntimeError in Triton's interpreter.
+    """
+    from kernels.audit import compile_ahead
+    from kernels.backend import triton_version
+    from kernels.compile_cases import compile_cases
+    from kernels.compile_cases_mixers import mixer_cases
+
+    cases = [*mixer_cases(), *compile_cases()]
+    rows = []
+    for number, case in enumerate(cases):
+        report(f"compiling {case.name} ({number + 1} of {len(cases)})")
+        for architecture in architectures:
+            compiled = compile_ahead(case.kernel, case.signature, case.constants, architecture, **case.options)
+            rows.append(
+                {
+                    "kernel": case.name,
+                    "architecture": architecture,
+                    "warps": case.options.get("num_warps", 4),
+                    "registers": compiled.registers,
+                    "spill_bytes": compiled.spill_bytes,
+                    "shared_bytes": compiled.shared_bytes,
+                    "wgmma": compiled.uses_wgmma,
+                    "multiplies": case.multiplies,
+                }
+            )
+    version = triton_version()
+    assert version is not None, "kernels were compiled without Triton"
+    return {"triton": ".".join(map(str, version)), "rows": rows}
+
+
+def table_of(result: dict[str, Any]) -> str:
+    """The rows of `compile_kernels` as a Markdown table, a line a kernel, and the list of what misses the goal."""
+    architectures = sorted({row["architecture"] for row in result["rows"]})
+    head = " | ".join(f"sm_{architecture}" for architecture in architectures)
+    lines = [
+        f"Triton {result['triton']}, bfloat16. Registers a thread / spilled bytes a thread / KiB of shared memory a program.",
+        "",
+        f"| kernel | warps | {head} | wgmma on sm_90 |",
+        "|---|---|" + "---|" * len(architectures) + "---|",
+    ]
+    by_kernel: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in result["rows"]:
+        by_kernel.setdefault(row["kernel"], {})[row["architecture"]] = row
+    for name, rows in by_kernel.items():
+        cells = " | ".join(
+            f"{rows[a]['registers']} / {rows[a]['spill_bytes']} / {rows[a]['shared_bytes'] / 1024:.3g}"
+            for a in architectures
+        )
+        hopper = rows.get(90)
+        wgmma = "" if hopper is None or not hopper["multiplies"] else "yes" if hopper["wgmma"] else "no"
+        lines.append(f"| {name} | {next(iter(rows.values()))['warps']} | {cells} | {wgmma} |")
+    return "\n".join([*lines, "", *_misses(result["rows"])]) + "\n"
+
+
+def _misses(rows: list[dict[str, Any]]) -> list[str]:
+    """A line for each kernel that spills on sm_90 or multiplies there without wgmma."""
+    lines = []
+    for row in rows:
+        if row["architecture"] != 90:
+            continue
+        faults = [f"spills {row['spill_bytes']} bytes a thread"] if row["spill_bytes"] else []
+        faults += ["multiplies without wgmma"] if row["multiplies"] and not row["wgmma"] else []
+        if faults:
+            reason = next((text for name, text in REASONS.items() if row["kernel"].startswith(name)), "cause not found")
+            lines.append(f"- {row['kernel']}: {' and '.join(faults)}; {reason}.")
+    return ["Misses the goal on sm_90 (no spills, wgmma in every product):", "", *lines] if lines else []
+
+
+def check_document(document: Path) -> None:
+    """Raise ValueError unless the document holds the two markers between which the table goes."""
+    text = document.read_text()
+    if BEGIN not in text or END not in text.partition(BEGIN)[2]:
+        raise ValueError(f"{document} must hold the lines {BEGIN} and {END}, between which the table goes")
+
+
+def write_table(document: Path, text: str) -> None:
+    """Put `text` between the document's two markers. Raises ValueError where it has none."""
+    check_document(document)
+    before, _, rest = document.read_text().partition(BEGIN)
+    document.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{rest.partition(END)[2]}")

@@ -1,0 +1,113 @@
+"""`amfm bench kernels`: rows that scripts rely on, peers held to our numbers, and documents that it writes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+
+import pytest
+import torch
+
+from kernels.backend import INTERPRETED
+from launch import bench_kernels, bench_kernels_audit, bench_kernels_compile
+from launch.bench_kernels_cuda import time_case
+from launch.bench_kernels_cuda_cases import CUDA_OPERATIONS, Sizes, build_cuda_case
+from launch.cli import run
+
+ROW = {"op", "pass", "shape", "dtype", "backend", "milliseconds", "roofline_fraction", "ratio"}
+SMALL = Sizes(
+    tokens=64, model=32, heads=2, head_dim=16, state=16, experts=4, top_k=2, expert_width=16,
+    attention_heads=2, kv_heads=1, attention_dim=16, vocabulary=64,
+)  # fmt: skip
+
+
+def test_a_norm_beside_transformers_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["bench", "kernels", "--op", "gated_rms_norm", "--rounds", "1", "--json"]
+    assert run(command) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert len(result["rows"]) == 2 * 2 * 3
+    for row in result["rows"]:
+        assert set(row) >= ROW
+        assert row["op"] == "gated_rms_norm"
+        assert row["milliseconds"] > 0
+        assert (row["ratio"] is None) == (row["backend"] == "ours_torch")
+    assert {"processor", "torch", "transformers", "threads"} <= set(result["hardware"])
+
+
+def test_an_unknown_operation_is_refused_before_anything_is_timed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["bench", "kernels", "--op", "nonsense"]) == 2
+    captured = capsys.readouterr().err
+    assert "--op nonsense: there is no such operation" in captured
+    assert "timing" not in captured
+
+
+def test_options_that_exclude_each_other_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["bench", "kernels", "--audit", "--compile-table", "docs/kernels.md"]) == 2
+    assert "give one of them" in capsys.readouterr().err
+
+
+def test_variants_that_compute_something_else_are_refused() -> None:
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    case = bench_kernels.Case("copy", "3", torch.float32, (torch.ones(3, requires_grad=True),), {"ours": torch.clone})
+    wrong = dataclasses.replace(case, variants={"ours": torch.clone, "peer": double})
+    assert len(bench_kernels.bench_case(case, 1)) == 3
+    with pytest.raises(RuntimeError, match="peer differs from ours by 1 "):
+        bench_kernels.bench_case(wrong, 1)
+
+
+def test_the_audit_counts_in_a_child_process(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["bench", "kernels", "--audit", "--op", "swiglu", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["predicted"]
+    wanted = {"op", "pass", "bytes", "minimum_bytes", "flops", "minimum_flops", "milliseconds", "roofline_fraction"}
+    for row in result["rows"]:
+        assert set(row) >= wanted
+        assert row["holds"]
+
+
+def test_a_failed_audit_says_what_the_child_said() -> None:
+    with pytest.raises(RuntimeError, match="--op nonsense: there is no such operation"):
+        bench_kernels_audit.audit_kernels(["nonsense"])
+
+
+def test_cases_for_cards_compute_what_float32_does() -> None:
+    """On CPU through the torch backend; what needs a card or a package stays out, named in the remarks."""
+
+    def measure(work) -> float:
+        started = time.perf_counter()
+        work()
+        return (time.perf_counter() - started) * 1e3
+
+    remarks: list[str] = []
+    rows = []
+    for op in CUDA_OPERATIONS:
+        rows += time_case(build_cuda_case(op, torch.device("cpu"), SMALL), measure, remarks)
+    assert {row["op"] for row in rows} == set(CUDA_OPERATIONS)
+    for row in rows:
+        assert set(row) >= ROW
+        # bfloat16 keeps eight bits at each of some ten steps.
+        assert row["relative_error"] < 5e-2, row
+    if not INTERPRETED:
+        assert any("decay_scan: triton cannot run here" in remark for remark in remarks)
+
+
+def test_the_compile_table_goes_between_its_markers(tmp_path) -> None:
+    row = {
+        "kernel": "walk", "architecture": 90, "warps": 4, "registers": 64, "spill_bytes": 8, "shared_bytes": 2048,
+        "wgmma": False, "multiplies": True,
+    }  # fmt: skip
+    result = {"triton": "3.9.0", "rows": [row, row | {"architecture": 80, "wgmma": False}]}
+    document = tmp_path / "kernels.md"
+    begin, end = bench_kernels_compile.BEGIN, bench_kernels_compile.END
+    document.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
+    bench_kernels_compile.write_table(document, bench_kernels_compile.table_of(result))
+    text = document.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert "| walk | 4 | 64 / 8 / 2 | 64 / 8 / 2 | no |" in text
+    assert "walk: spills 8 bytes a thread and multiplies without wgmma" in text
+    document.write_text("nothing")
+    with pytest.raises(ValueError, match="must hold the lines"):
+        bench_kernels_compile.write_table(document, "table")
