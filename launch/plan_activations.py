@@ -1,0 +1,121 @@
+"""Bytes that a forward pass keeps for the backward pass, and what each block needs while its own backward pass runs.
+
+Counted from what the kernels save: each tensor once, views of one storage together. Nothing is recomputed except what
+the kernels recompute by themselves. Sizes are a token; multiply by the tokens of a micro-batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from model.config import AttentionConfig, Mamba2Config, ModelConfig, MoeConfig
+
+FLOAT32_BYTES = 4
+# Slices of the head's logits, in elements, and their least rows (kernels/linear_cross_entropy).
+LOGITS_SLICE = {"triton": 1 << 28, "torch": 1 << 21}
+LOGITS_LEAST_ROWS = {"triton": 256, "torch": 128}
+
+
+@dataclass(frozen=True)
+class BlockBytes:
+    """Bytes a token: `kept` until the block's backward pass, `working` while it runs."""
+
+    kept: float
+    working: float
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How numbers are kept: bytes of a weight or activation, and which kernels run (triton or torch)."""
+
+    element_bytes: int
+    backend: str
+
+
+def block_bytes(config: ModelConfig, letter: str, storage: Storage) -> BlockBytes:
+    """Both kinds of bytes a token for one block of the pattern, its norm and residual stream included."""
+    e = storage.element_bytes
+    stream = FLOAT32_BYTES if config.residual_in_fp32 else e
+    # The summed stream and one number a row for the norm, then the normed input that the first product keeps.
+    kept = config.hidden_size * (stream + e) + FLOAT32_BYTES
+    if letter == "M":
+        assert config.mamba is not None, "check_model was not called: model.mamba is missing"
+        inner = _mamba_bytes(config.mamba, storage)
+    elif letter == "*":
+        assert config.attention is not None, "check_model was not called: model.attention is missing"
+        inner = _attention_bytes(config.attention, storage)
+    elif letter == "E":
+        assert config.moe is not None, "check_model was not called: model.moe is missing"
+        inner = _moe_bytes(config.moe, config.hidden_size, storage)
+    else:
+        assert config.feed_forward is not None, "check_model was not called: model.feed_forward is missing"
+        units = config.feed_forward.hidden_size
+        rows = up_rows(units, config.feed_forward.activation)
+        inner = BlockBytes((rows + units) * e, (rows + units) * e + units * FLOAT32_BYTES)
+    # Gradients of the stream, of the block's input and of its normed input.
+    return BlockBytes(kept + inner.kept, inner.working + config.hidden_size * (stream + 2 * e))
+
+
+def up_rows(units: int, activation: str) -> int:
+    """Rows of the up projection: gate and up for SwiGLU."""
+    return 2 * units if activation == "swiglu" else units
+
+
+def _mamba_bytes(mamba: Mamba2Config, storage: Storage) -> BlockBytes:
+    e, inner, channels, heads = storage.element_bytes, mamba.inner_size(), mamba.conv_channels(), mamba.num_heads
+    # The whole projection (z, x, B, C, dt are views of it), the convolved channels, y before and after the gated norm.
+    kept: float = (inner + channels + heads) * e + channels * e + 2 * inner * e
+    kept += (3 * heads + mamba.num_groups) * FLOAT32_BYTES
+    states = inner * mamba.state_size / mamba.chunk_size * FLOAT32_BYTES
+    projection = (inner + channels + heads) * e
+    if storage.backend == "triton":
+        return BlockBytes(kept, 2 * projection + channels * FLOAT32_BYTES + 2 * inner * e + states)
+    # PyTorch also keeps the sums before SiLU, y before the skip, decays inside chunks, and the states entering them.
+    square = heads * mamba.chunk_size * FLOAT32_BYTES
+    kept += (channels + inner) * FLOAT32_BYTES + square + states
+    return BlockBytes(kept, projection + (3 * inner + 2 * channels) * FLOAT32_BYTES + 3 * square + 2 * states)
+
+
+def _attention_bytes(attention: AttentionConfig, storage: Storage) -> BlockBytes:
+    e, size = storage.element_bytes, attention.head_dim
+    query, keys = attention.num_heads * size, 2 * attention.num_kv_heads * size
+    # q, k, v, the output and its log-sum-exp; with a norm or rotation q and k before it too.
+    kept: float = (2 * query + keys) * e + attention.num_heads * FLOAT32_BYTES
+    if attention.qk_norm or attention.positions == "rope":
+        kept += (query + keys / 2) * e
+    if storage.backend == "torch":
+        kept += query * e  # documents are attended one by one and joined
+    return BlockBytes(kept, (2 * query + keys) * e + (query + keys) * FLOAT32_BYTES)
+
+
+def _moe_bytes(moe: MoeConfig, hidden_size: int, storage: Storage) -> BlockBytes:
+    e, width = storage.element_bytes, moe.latent_size or hidden_size
+    rows = up_rows(moe.expert_hidden_size, moe.activation)
+    # Router logits and scores, ids and weights of the choices; the hidden rows of the chosen experts.
+    kept = 3.0 * moe.num_experts * FLOAT32_BYTES + moe.top_k * (8 + 8 + 2 * FLOAT32_BYTES)
+    if e < FLOAT32_BYTES:
+        kept += hidden_size * FLOAT32_BYTES  # the router's input in float32
+    kept += moe.top_k * rows * e
+    if moe.latent_size is not None:
+        kept += 2 * moe.latent_size * e
+    shared = moe.shared_expert_hidden_size
+    shared_rows = up_rows(shared, moe.activation)
+    kept += (shared_rows + shared) * e
+    # Rows and their gradients in expert order, hidden rows with activation and gradient, sums by token in float32.
+    working = moe.top_k * (3 * width * e + (rows + 3 * moe.expert_hidden_size) * e) + 2 * width * FLOAT32_BYTES
+    return BlockBytes(kept, working)
+
+
+def head_bytes(config: ModelConfig, storage: Storage, tokens: int) -> tuple[float, float]:
+    """(kept, working) bytes of the head for `tokens` tokens in one pass: the gradients that the loss makes in forward.
+
+    Kept: gradients of hidden and weight. Working: a slice of float32 logits with its gradient, and the weight's sums.
+    """
+    e, vocab, hidden = storage.element_bytes, config.vocab_size, config.hidden_size
+    backend = storage.backend
+    rows = min(tokens, max(LOGITS_LEAST_ROWS[backend], LOGITS_SLICE[backend] // vocab))
+    if backend == "triton":
+        rows = min(rows, 4096)
+    kept = tokens * hidden * 3 * e + vocab * hidden * e
+    sums = vocab * hidden * FLOAT32_BYTES if e < FLOAT32_BYTES else 0
+    return kept, rows * vocab * (FLOAT32_BYTES + e) + sums

@@ -1,0 +1,130 @@
+"""What accelerators and their links can do: a small table with its sources, or a YAML file of the same fields.
+
+Peaks are of the vendors' data sheets, without sparsity: A100 80GB SXM, H100 SXM, H200 SXM and DGX B200 (NVIDIA).
+`memory_gib` is what the device reports to PyTorch, which is less than the name says. The efficiencies are assumptions:
+what large products, grouped products, attention and passes over memory usually reach of those peaks.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pretrain.config_errors import ConfigError, Problem
+from pretrain.config_file import explain
+from pretrain.config_yaml import read_tree
+
+GIB = 2**30
+
+
+class Hardware(BaseModel):
+    """One accelerator, its node and its network. Rates are per accelerator and second, links in one direction."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(min_length=1, description="Shown in the plan.")
+    bf16_flops: float = Field(gt=0, description="Dense peak of bfloat16 products, operations a second.")
+    float32_flops: float = Field(gt=0, description="Peak of float32 products without TF32, operations a second.")
+    memory_gib: float = Field(gt=0, description="Memory that a process can allocate, GiB.")
+    memory_bytes_per_second: float = Field(gt=0, description="Memory bandwidth.")
+    gpus_per_node: int = Field(8, gt=0, description="Accelerators that share the fast links.")
+    node_link_bytes_per_second: float = Field(gt=0, description="Fast link inside a node, one direction.")
+    network_bytes_per_second: float = Field(gt=0, description="Network of a node divided by its accelerators.")
+    hop_seconds: float = Field(3e-6, ge=0, description="Latency of one step of a ring.")
+    product_efficiency: float = Field(0.70, gt=0, le=1, description="Of the peak, in large products.")
+    grouped_efficiency: float = Field(0.55, gt=0, le=1, description="Of the peak, in grouped products of experts.")
+    attention_efficiency: float = Field(0.50, gt=0, le=1, description="Of the peak, in attention and the scan.")
+    memory_efficiency: float = Field(0.75, gt=0, le=1, description="Of the bandwidth, in passes over memory.")
+    link_efficiency: float = Field(0.80, gt=0, le=1, description="Of the links, in ring collectives.")
+
+    def peak_flops(self, precision: str) -> float:
+        """Peak of products in the precision of training."""
+        return self.bf16_flops if precision == "bf16" else self.float32_flops
+
+    def ring_bytes_per_second(self, ranks: int) -> float:
+        """What a ring over that many ranks carries: across nodes, all network cards of a node serve it at once."""
+        inside = self.node_link_bytes_per_second
+        across = self.network_bytes_per_second * min(self.gpus_per_node, ranks)
+        return self.link_efficiency * (inside if ranks <= self.gpus_per_node else min(inside, across))
+
+
+HARDWARE = {
+    "a100": Hardware(
+        name="A100 80GB SXM",
+        bf16_flops=312e12,
+        float32_flops=19.5e12,
+        memory_gib=79.1,
+        memory_bytes_per_second=2.039e12,
+        node_link_bytes_per_second=300e9,
+        network_bytes_per_second=25e9,
+    ),
+    "h100": Hardware(
+        name="H100 SXM",
+        bf16_flops=989e12,
+        float32_flops=67e12,
+        memory_gib=79.1,
+        memory_bytes_per_second=3.35e12,
+        node_link_bytes_per_second=450e9,
+        network_bytes_per_second=50e9,
+    ),
+    "h200": Hardware(
+        name="H200 SXM",
+        bf16_flops=989e12,
+        float32_flops=67e12,
+        memory_gib=139.8,
+        memory_bytes_per_second=4.8e12,
+        node_link_bytes_per_second=450e9,
+        network_bytes_per_second=50e9,
+    ),
+    "b200": Hardware(
+        name="B200 (DGX)",
+        bf16_flops=2250e12,
+        float32_flops=75e12,
+        memory_gib=178.0,
+        memory_bytes_per_second=8.0e12,
+        node_link_bytes_per_second=900e9,
+        network_bytes_per_second=50e9,
+    ),
+}
+
+
+def load_hardware(name: str) -> Hardware:
+    """A row of the table, or the content of a YAML file with the fields of `Hardware`.
+
+    Raises ValueError for an unknown name and, with file and line, for a file that breaks a rule.
+    """
+    known = HARDWARE.get(name.lower())
+    if known is not None:
+        return known
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        near = difflib.get_close_matches(name.lower(), HARDWARE, n=1, cutoff=0.3)
+        nearest = near[0] if near else "h100"
+        raise ValueError(
+            f"--gpu {name} is not in the table ({', '.join(HARDWARE)}); use {nearest}, or a .yaml file with the fields "
+            "that docs/planning.md lists"
+        )
+    problems: list[Problem] = []
+    tree = read_tree(path, problems)
+    try:
+        hardware = Hardware.model_validate_json(json.dumps(tree.plain()), strict=True)
+    except ValidationError as error:
+        problems += [explain_field(detail) for detail in error.errors(include_url=False)]
+    if problems:
+        raise ConfigError(problems).located(tree.origins())
+    return hardware
+
+
+def explain_field(detail: Any) -> Problem:
+    """A finding of pydantic about a hardware file."""
+    key, fields = str(detail["loc"][0]) if detail["loc"] else "", Hardware.model_fields
+    if detail["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, fields, n=1)
+        return Problem(key, "unknown field", f"use {near[0]}" if near else f"known are {', '.join(fields)}")
+    if detail["type"] == "missing":
+        return Problem(key, "is missing and has no default", f"add `{key}:` ({fields[key].description})")
+    return explain(detail)

@@ -1,0 +1,190 @@
+"""The plan: sums that must hold, memory against a measured run, and what wrong input is told."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.cli import run
+from launch.plan import Assumptions, advise, make_plan, plan_as_dict
+from launch.plan_hardware import HARDWARE, load_hardware
+from launch.plan_memory import Layout, estimate_memory, storage_of
+from launch.plan_time import estimate_step, ring_seconds
+from model.flops import count_parameters, flops_per_token
+from pretrain.checks import load_checked
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs"
+PRESETS = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+H100 = HARDWARE["h100"]
+
+
+def preset(name, *overrides, ranks=None):
+    return load_checked(CONFIGS / f"{name}.yaml", overrides, world_size=ranks)
+
+
+def plan_of(name, *overrides, ranks=8):
+    return make_plan(preset(name, *overrides, ranks=ranks), H100, ranks, Assumptions())
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_can_be_planned(name):
+    found = plan_as_dict(plan_of(name, ranks=2))
+    assert found["parameters"]["total"] == count_parameters(preset(name).model).total
+    assert found["memory"]["total_bytes"] == pytest.approx(sum(found["memory"]["by_part"].values()), abs=20)
+    assert 0 < found["step"]["mfu"] < 1
+    assert found["step"]["seconds"] > 0
+    assert found["fits"] == (found["memory"]["total_bytes"] <= H100.memory_gib * 2**30)
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_memory_of_states_follows_the_zero_stage():
+    config = preset("ladder_1b_a300m")
+    total = count_parameters(config.model).total
+    parts = {
+        stage: estimate_memory(config, Layout(8, stage, 1), storage_of(config), margin=0.0).parts for stage in range(4)
+    }
+    assert [parts[stage]["weights"] for stage in range(4)] == [2 * total, 2 * total, 2 * total, 2 * total / 8]
+    assert [parts[stage]["moments"] for stage in range(4)] == [8 * total, total, total, total]
+    # bf16 gradients of several micro-batches are also summed in float32, whole on every rank, at any stage.
+    assert all(parts[stage]["gradients"] == 6 * total for stage in range(4) if "activations" in parts[stage])
+
+
+def test_activations_grow_with_rows_and_one_micro_batch_needs_no_float32_sums():
+    config = preset("ladder_1b_a300m")
+    one, two = (estimate_memory(config, Layout(8, 2, rows), storage_of(config), margin=0.0) for rows in (1, 2))
+    assert two.parts["activations"] == pytest.approx(2 * one.parts["activations"])
+    single = config.model_copy(update={"train": config.train.model_copy(update={"global_batch_size": 8})})
+    alone = estimate_memory(single, Layout(8, 2, 1), storage_of(single), margin=0.0)
+    assert alone.total() < one.total()
+
+
+def test_margin_is_a_part_of_the_rest():
+    config = preset("ladder_150m")
+    plain, wide = (estimate_memory(config, Layout(1, 1, 1), storage_of(config), margin=m).total() for m in (0.0, 0.2))
+    assert wide == pytest.approx(1.2 * plain)
+
+
+def test_a_step_is_never_faster_than_its_arithmetic_at_peak():
+    for name in PRESETS:
+        config = preset(name)
+        step = estimate_step(config, Layout(1, 1, 1), H100, storage_of(config), overlap=1.0)
+        train = config.train
+        flops = sum(flops_per_token(config.model, train.sequence_length).values())
+        tokens = train.global_batch_size * train.sequence_length
+        assert step.total() > flops * tokens / H100.peak_flops(train.precision)
+        assert step.reduction == step.exposed_gathers == 0.0
+
+
+def test_overlap_hides_gathers_but_no_more_than_there_is_compute():
+    config = preset("ladder_8b_a1b")
+    steps = [
+        estimate_step(config, Layout(64, 3, 1), H100, storage_of(config), overlap=part) for part in (0.0, 0.5, 1.0)
+    ]
+    assert steps[0].exposed_gathers > steps[1].exposed_gathers > steps[2].exposed_gathers >= 0
+    hidden = steps[0].exposed_gathers - steps[2].exposed_gathers
+    assert hidden <= sum(steps[2].compute.values()) * (1 + 1e-9)
+
+
+def test_a_ring_across_nodes_is_bound_by_the_network():
+    assert ring_seconds(1e9, 1, H100, calls=1) == 0
+    inside, across = ring_seconds(1e12, 8, H100, calls=1), ring_seconds(1e12, 16, H100, calls=1)
+    assert inside == pytest.approx(1e12 * 7 / 8 / (0.8 * 450e9), rel=1e-3)
+    assert across == pytest.approx(1e12 * 15 / 16 / (0.8 * 400e9), rel=1e-3)
+
+
+def test_layouts_fit_are_ranked_and_near_misses_say_why():
+    plan = plan_of("ladder_8b_a1b", ranks=64)
+    seconds = [item.step.total() for item in plan.layouts]
+    assert seconds == sorted(seconds)
+    assert all(item.fits() for item in plan.layouts)
+    assert all("GiB" in item.reason for item in plan.near_misses)
+    for item in (*plan.layouts, *plan.near_misses):
+        assert plan.config.train.global_batch_size % (item.layout.micro_batch_size * 64) == 0
+
+
+@pytest.mark.parametrize("name", ["turbos_560b", "nemotron3_super_120b", "nemotron3_ultra_550b"])
+def test_what_zero_cannot_fit_is_said_plainly(name):
+    plan = plan_of(name, ranks=1024)
+    assert plan.layouts == ()
+    assert "tensor, expert or pipeline parallelism, which this version does not have" in advise(plan)
+
+
+def test_a_model_whose_rows_are_what_does_not_fit_is_told_so():
+    plan = plan_of("granite4_h_small", ranks=1024)
+    assert plan.layouts == ()
+    assert "spares the float32 sums of gradients" in advise(plan)
+
+
+def test_days_follow_from_tokens(capsys):
+    command = ["plan", str(CONFIGS / "ladder_150m.yaml"), "--gpus", "8", "--json"]
+    found = []
+    for tokens in ("1e12", "2e12"):
+        assert run([*command, "--tokens", tokens]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[1]["run"]["days"] == pytest.approx(2 * found[0]["run"]["days"])
+    assert found[0]["run"]["gpu_hours"] == pytest.approx(found[0]["run"]["days"] * 24 * 8)
+    assert found[0]["run"]["days"] == pytest.approx(1e12 / found[0]["run"]["tokens_per_day"])
+
+
+def test_the_tables_and_the_picture(capsys, tmp_path):
+    picture = tmp_path / "memory.svg"
+    arguments = ["plan", str(CONFIGS / "ladder_150m.yaml"), "--gpus", "8", "--gpu", "a100", "--picture", str(picture)]
+    assert run(arguments) == 0
+    text = capsys.readouterr().out
+    assert "A100 80GB SXM" in text
+    assert "zero_stage=1 micro_batch_size=4" in text
+    assert picture.read_text().startswith("<?xml")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpus", "8", "--gpu", "h10"], "--gpu h10 is not in the table (a100, h100, h200, b200); use h100"),
+        (["--gpus", "7"], "must be a multiple of train.micro_batch_size=4 x 7 data ranks = 28; use 252 or 280"),
+        (["--gpus", "8", "--tokens", "-1"], "--tokens -1 must be greater than 0"),
+        (["--gpus", "8", "--picture", "memory.txt"], "must end in one of .png, .svg, .pdf; use memory.png"),
+        (["--gpus", "8", "--picture", "nowhere/memory.png"], "nowhere is no folder"),
+        (["--gpus", "8", "--gpu", "nowhere.yaml"], "nowhere.yaml does not exist"),
+        (["--gpus", "0"], ""),
+    ],
+)
+def test_wrong_input_is_told_the_rule_and_the_nearest_value(arguments, message, capsys):
+    assert run(["plan", str(CONFIGS / "ladder_150m.yaml"), *arguments]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.out == ""
+
+
+def test_hardware_can_come_from_a_file(tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text(
+        "name: own\nbf16_flops: 1e14\nfloat32_flops: 1e13\nmemory_gib: 24\nmemory_bytes_per_second: 1e12\n"
+        "gpus_per_node: 1\nnode_link_bytes_per_second: 3e10\nnetwork_bytes_per_second: 1e10\n"
+    )
+    hardware = load_hardware(str(path))
+    assert (hardware.memory_gib, hardware.gpus_per_node) == (24, 1)
+    path.write_text("name: own\nbf16_flop: 1e14\nfloat32_flops: -1\n")
+    with pytest.raises(ValueError) as refused:
+        load_hardware(str(path))
+    text = str(refused.value)
+    assert f"{path}:2: bf16_flop: unknown field; use bf16_flops" in text
+    assert "float32_flops = -1: must be greater than 0" in text
+    assert "memory_gib: is missing" in text
+
+
+@pytest.mark.slow
+def test_predicted_memory_is_near_that_of_a_real_step(tmp_path):
+    # What is left over are pages of the allocator and libraries that load late; docs/planning.md has the whole table.
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"extends: {CONFIGS / 'ladder_20m.yaml'}\n"
+        "model: {hidden_size: 384}\n"
+        "train: {precision: float32, sequence_length: 512, micro_batch_size: 2, global_batch_size: 4}\n"
+    )
+    command = [sys.executable, "-m", "tests.launch.memory_run", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["predicted"] == pytest.approx(found["measured"], rel=0.25)
