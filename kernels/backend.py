@@ -33,7 +33,7 @@ def resolve_backend(requested: str, device: torch.device) -> str:
 
     "auto" is "triton" on CUDA and "torch" elsewhere, logged once with its reason.
 
-    Raises ValueError for an unknown name, RuntimeError when Triton was asked for and cannot run here (no CUDA
+    Raises ValueError for an unknown name, and when Triton was asked for and cannot run here (no CUDA
     device and no interpreter, Triton not installed, or a Triton version known to miscompile for this card).
     """
     if requested in ("torch", "reference"):
@@ -68,21 +68,21 @@ def find_miscompile(version: tuple[int, int, int], capability_major: int) -> str
 
 
 def _check_triton(device: torch.device) -> None:
-    """Raise RuntimeError where Triton kernels cannot run on `device`."""
+    """Raise ValueError where Triton kernels cannot run on `device`."""
     version = triton_version()
     if version is None:
-        raise RuntimeError('kernels backend "triton" needs the package triton, which is not installed; use "torch"')
+        raise ValueError('kernels backend "triton" needs the package triton, which is not installed; use "torch"')
     if INTERPRETED or device.type == "meta":
         return
     if device.type != "cuda":
-        raise RuntimeError(
+        raise ValueError(
             f'kernels backend "triton" needs a CUDA device; the tensors are on {device.type}. Use "torch", or set '
             "TRITON_INTERPRET=1 before Python starts to run the kernels in Triton's (slow) interpreter"
         )
     fault = find_miscompile(version, torch.cuda.get_device_capability(device)[0])
     if fault is not None:
         shown = ".".join(map(str, version))
-        raise RuntimeError(
+        raise ValueError(
             f'kernels backend "triton" refuses Triton {shown} on this card: {fault}; install triton>=3.9 or use "torch"'
         )
 

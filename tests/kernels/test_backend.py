@@ -26,7 +26,7 @@ def test_auto_means_torch_on_cpu_and_says_so_once(caplog: pytest.LogCaptureFixtu
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter runs Triton on CPU")
 def test_triton_on_cpu_is_refused_with_the_remedy() -> None:
-    with pytest.raises(RuntimeError, match="needs a CUDA device; the tensors are on cpu"):
+    with pytest.raises(ValueError, match="needs a CUDA device; the tensors are on cpu"):
         resolve_backend("triton", CPU)
 
 
