@@ -18,6 +18,7 @@ from pretrain.config import RunConfig
 KINDS = {"M": "mamba", "*": "attention", "E": "moe", "-": "feed_forward"}
 BUCKET_ELEMENTS = 200_000_000  # of a reduction (pretrain/engine.py)
 STAGE0_BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's own all-reduce
+PREFETCH_ELEMENTS = 50_000_000  # that it gathers ahead
 LIVE_ELEMENTS = 1_000_000_000  # weights that ZeRO-3 keeps gathered
 
 
@@ -119,7 +120,10 @@ def gathered_bytes(model: ModelConfig, layout: Layout, storage: Storage, largest
     """Whole weights that ZeRO-3 holds besides the shares."""
     if layout.zero_stage != 3:
         return 0.0
-    return storage.element_bytes * min(count_parameters(model).total, LIVE_ELEMENTS + largest_block)
+    parameters = count_parameters(model).total
+    # Several ranks' parts arrive in one buffer and are copied out of it, tensor by tensor.
+    arriving = min(parameters, PREFETCH_ELEMENTS) if layout.ranks > 1 else 0
+    return storage.element_bytes * (min(parameters, LIVE_ELEMENTS + largest_block) + arriving)
 
 
 def step_bytes(parameters: int, layout: Layout, storage: Storage) -> dict[str, float]:
@@ -129,7 +133,7 @@ def step_bytes(parameters: int, layout: Layout, storage: Storage) -> dict[str, f
     whole = e * parameters
     if stage == 0:
         copies = FLOAT32_BYTES * parameters if e < FLOAT32_BYTES else 0.0
-        buffers = float(bucket) * (e + FLOAT32_BYTES) if layout.ranks > 1 or e < FLOAT32_BYTES else bucket * e
+        buffers = float(bucket) * (e + FLOAT32_BYTES)  # gradients joined, and what is sent
         return {"gradients": whole + copies, "communication": max(0.0, buffers - copies)}
     share = parameters / layout.ranks
     if stage == 3:

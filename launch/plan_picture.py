@@ -38,6 +38,7 @@ def draw_memory(plan: Plan, assumptions: Assumptions, path: Path) -> None:
         axes.bar(labels, heights, bottom=bases, label=name)
         bases = [base + height for base, height in zip(bases, heights)]
     axes.axhline(plan.hardware.memory_gib, color="black", linestyle="--", label=f"{plan.hardware.name}")
+    axes.set_ylim(0, 1.05 * max(*bases, plan.hardware.memory_gib))
     axes.set_ylabel("GiB on the fullest rank")
     rows = f"{own.micro_batch_size} row{'s' if own.micro_batch_size > 1 else ''} of {plan.config.train.sequence_length}"
     axes.set_title(f"{plan.counts.total / 1e9:,.2f}B parameters, {own.ranks} ranks, {rows} a pass")
