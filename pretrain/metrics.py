@@ -94,7 +94,12 @@ def open_wandb(config: RunConfig) -> Any:
 
     name = config.run.name or Path(config.run.dir).name
     return wandb.init(
-        project=config.run.wandb_project, name=name, id=name, resume="allow", config=config.model_dump(mode="json")
+        project=config.run.wandb_project,
+        name=name,
+        id=name,
+        resume="allow",
+        dir=config.run.dir,
+        config=config.model_dump(mode="json"),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 from data_pipeline.config import DataConfig
 from pretrain.metrics import RunLog, check_plot_services, flatten_numbers, keep_until
 from tests.pretrain.tiny_run import tiny_config
+
+HAS_WANDB = importlib.util.find_spec("wandb") is not None
 
 
 def test_resume_drops_steps_to_be_done_again_and_a_line_cut_short(tmp_path: Path) -> None:
@@ -38,7 +41,20 @@ def test_tensorboard_gets_every_number(data: DataConfig, tmp_path: Path) -> None
     assert [(point.step, point.value) for point in reader.Scalars("loss")] == [(1, 2.0)]
 
 
+@pytest.mark.skipif(HAS_WANDB, reason="wandb is installed")
 def test_wandb_without_its_package_is_refused_with_a_remedy(data: DataConfig, tmp_path: Path) -> None:
     config = tiny_config(data, tmp_path, run__wandb_project="hybrids")
     with pytest.raises(ValueError, match=r"run\.wandb_project=hybrids needs the wandb package.*pip install wandb"):
         check_plot_services(config)
+
+
+@pytest.mark.skipif(not HAS_WANDB, reason="wandb is not installed")
+def test_wandb_keeps_an_offline_run_in_the_run_directory(
+    data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    config = tiny_config(data, tmp_path, run__wandb_project="hybrids")
+    log = RunLog(config, resumed_at_step=0)
+    log.write_metrics({"step": 1, "loss": 2.0})
+    log.close()
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
