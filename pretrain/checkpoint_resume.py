@@ -16,6 +16,7 @@ MAY_CHANGE = (
     "run.*",
     "export.*",
     "kernels.*",
+    "launch.*",
     "parallel.*",
     "train.steps",
     "train.stop_after_steps",

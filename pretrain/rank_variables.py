@@ -2,3 +2,4 @@
 launcher is quick."""
 
 LAUNCHER_PID = "AMFM_LAUNCHER_PID"  # of launch/local.py: its ranks end with it
+RESTART_CAUSE = "AMFM_RESTART_CAUSE"  # why the attempt before this one ended; goes into the event log

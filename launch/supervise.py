@@ -1,0 +1,103 @@
+"""Keeps a run going: one attempt after the other until it is done, or until going on makes no sense."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.console import say
+from pretrain.checks import check_run
+from pretrain.config import RunConfig
+from pretrain.config_errors import ConfigError
+
+DONE, BAD_INPUT, RUN_FAILED = 0, 2, 3
+STUCK_ATTEMPTS = 2  # failures without a newer checkpoint between them: a third would fail like them
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of all ranks. `cause`: why the attempt before it ended, none for the first."""
+
+    number: int
+    nodes: int
+    cause: str | None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an attempt ended: exit code as of one `amfm train`, and for a failure the rank, host and last words."""
+
+    code: int
+    cause: str = ""
+
+
+def supervise(
+    config: RunConfig,
+    start: Callable[[Attempt], Outcome],
+    *,
+    nodes: int,
+    ranks_per_node: int,
+    usable_nodes: Callable[[int], int] | None = None,
+) -> int:
+    """Start the run on `nodes` nodes, start it again after each failure, and return the exit code.
+
+    `start` runs one attempt to its end. `usable_nodes(wanted)` waits for lost nodes as long as it sees fit and says how
+    many there are; without it the number stays. On fewer nodes than wanted the run goes on with the most that can share
+    its batch. Stops with the first cause when `launch.max_restarts` are used up, when the input is refused (code 2), and
+    when failures follow each other without a newer checkpoint between them.
+    """
+    first_cause, cause = None, None
+    stuck = 0
+    for number in range(config.launch.max_restarts + 1):
+        usable = nodes if usable_nodes is None or number == 0 else min(nodes, usable_nodes(nodes))
+        attempt = Attempt(number, fitting_nodes(config, usable, ranks_per_node), cause)
+        if attempt.nodes < nodes:
+            say(f"amfm launch: going on with {attempt.nodes} of {nodes} nodes")
+        before = newest_step(config)
+        outcome = start(attempt)
+        if outcome.code in (DONE, BAD_INPUT):
+            return outcome.code
+        cause = outcome.cause or f"exit code {outcome.code}"
+        stuck = 0 if newest_step(config) > before else stuck + 1
+        if stuck == 0 or first_cause is None:
+            first_cause = cause
+        say(f"amfm launch: attempt {number} failed at checkpoint step {newest_step(config)}: {cause}")
+        if stuck >= STUCK_ATTEMPTS:
+            say(
+                f"amfm launch: {stuck} attempts in a row came to no newer checkpoint; not starting again. The first "
+                f"failed because: {first_cause}"
+            )
+            return RUN_FAILED
+    say(f"amfm launch: launch.max_restarts={config.launch.max_restarts} are used up. First cause: {first_cause}")
+    return RUN_FAILED
+
+
+def newest_step(config: RunConfig) -> int:
+    """Step of the newest complete checkpoint by name, -1 without one."""
+    from pretrain.checkpoint_commit import list_checkpoints
+
+    directory = Path(config.run.dir) / "checkpoints"
+    return max((int(path.name.split("-")[1].split(".")[0]) for path in list_checkpoints(directory)), default=-1)
+
+
+def fitting_nodes(config: RunConfig, usable: int, ranks_per_node: int) -> int:
+    """The most nodes, of those usable, whose ranks can run the configuration.
+
+    Raises RuntimeError when there are fewer than `launch.min_nodes` or none fits, with the rule that the usable number
+    breaks.
+    """
+    smallest = config.launch.min_nodes
+    if usable < smallest:
+        raise RuntimeError(
+            f"{usable} node(s) can be used and launch.min_nodes={smallest}; bring nodes back, or lower launch.min_nodes"
+        )
+    reason: ConfigError | None = None
+    for nodes in range(usable, smallest - 1, -1):
+        try:
+            check_run(config, nodes * ranks_per_node)
+        except ConfigError as error:
+            reason = reason or error
+        else:
+            return nodes
+    raise RuntimeError(f"no number of nodes from {smallest} to {usable} fits the run: {reason}")

@@ -1,0 +1,133 @@
+"""Each rank tells where it is, and a rank that gets no further for too long ends itself and names who holds it up.
+
+A hung collective makes no noise: the rank that hangs may be stopped, asleep or waiting for data, and all others wait for
+it. Every rank therefore has a thread that writes a small file, `run.dir/heartbeats/rank-N.json`, with step and phase,
+and that ends the process when the phase has not changed for `launch.heartbeat_seconds`. The launcher then ends the
+attempt and starts the next one from the newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+# In the order in which a step passes them: who is in an earlier one than the others is waited for.
+PHASES = ("start", "data", "forward", "reduce", "optimizer", "validate", "save")
+HUNG = 3  # the exit code: the run failed and can be resumed
+WRITE_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Beat:
+    """Where one rank is: in which phase of which step, since when (seconds since the epoch), and last seen when."""
+
+    rank: int
+    host: str
+    step: int
+    phase: str
+    since: float
+    seen: float
+
+    def place(self) -> tuple[int, int]:
+        """Sorts ranks by how far they are."""
+        return self.step, PHASES.index(self.phase)
+
+
+class Heartbeat:
+    """The thread of one rank, from `start` to `close`. `at` costs an assignment; the thread alone writes files.
+
+    `timeout_seconds`: None only writes. What comes before the first step is not watched: collectives time out there.
+    """
+
+    def __init__(self, run_dir: Path, rank: int, timeout_seconds: float | None) -> None:
+        self.directory = run_dir / "heartbeats"
+        self.rank, self.timeout_seconds = rank, timeout_seconds
+        self._place = (0, PHASES[0], time.time())
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
+
+    def start(self) -> None:
+        """Begin to write and to watch."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.at(*self._place[:2])
+        self._write()
+        self._thread.start()
+
+    def at(self, step: int, phase: str) -> None:
+        """This rank has come to a phase of a step."""
+        self._place = (step, phase, time.time())
+
+    def close(self) -> None:
+        """End the thread and remove the file; nothing happens without a start."""
+        self._closed.set()
+        if self._thread.ident is None:
+            return
+        self._thread.join()
+        self._path(self.rank).unlink(missing_ok=True)
+
+    def _path(self, rank: int) -> Path:
+        return self.directory / f"rank-{rank}.json"
+
+    def _write(self) -> None:
+        step, phase, since = self._place
+        beat = Beat(self.rank, socket.gethostname(), step, phase, since, time.time())
+        temporary = self._path(self.rank).with_suffix(".tmp")
+        temporary.write_text(json.dumps(asdict(beat)), encoding="utf-8")
+        os.replace(temporary, self._path(self.rank))
+
+    def _watch(self) -> None:
+        interval = WRITE_SECONDS if self.timeout_seconds is None else min(WRITE_SECONDS, self.timeout_seconds / 4)
+        woken = time.monotonic()
+        while not self._closed.wait(interval):
+            # A process that was itself stopped (SIGSTOP, a suspended machine) gets its time again.
+            asleep = time.monotonic() - woken > 4 * interval
+            woken = time.monotonic()
+            if asleep:
+                step, phase, _ = self._place
+                self._place = (step, phase, time.time())
+            self._write()
+            since = self._place[2]
+            if self.timeout_seconds is not None and time.time() - since > self.timeout_seconds:
+                self._end()
+
+    def _end(self) -> None:
+        step, phase, since = self._place
+        sys.stderr.write(
+            f"amfm: rank {self.rank} on {socket.gethostname()}: no progress for {time.time() - since:.0f} s "
+            f"(launch.heartbeat_seconds={self.timeout_seconds:g}) at step {step}, {phase}; "
+            f"{name_laggards(read_beats(self.directory), self.rank)}\n"
+        )
+        faulthandler.dump_traceback(all_threads=True)
+        sys.stderr.flush()
+        os._exit(HUNG)
+
+
+def read_beats(directory: Path) -> list[Beat]:
+    """The last word of every rank, in rank order."""
+    beats = [Beat(**json.loads(path.read_text(encoding="utf-8"))) for path in directory.glob("rank-*.json")]
+    return sorted(beats, key=lambda beat: beat.rank)
+
+
+def name_laggards(beats: list[Beat], own_rank: int) -> str:
+    """Which ranks the others wait for: those not seen for long (stopped or gone), else those that are behind."""
+    now = time.time()
+    gone = [beat for beat in beats if now - beat.seen > 4 * WRITE_SECONDS and beat.rank != own_rank]
+    if gone:
+        return "not seen any more: " + ", ".join(
+            f"rank {beat.rank} on {beat.host} (for {now - beat.seen:.0f} s, last at step {beat.step}, {beat.phase})"
+            for beat in gone
+        )
+    furthest = max(beat.place() for beat in beats)
+    behind = [beat for beat in beats if beat.place() < furthest]
+    if behind:
+        return "behind the others: " + ", ".join(
+            f"rank {beat.rank} on {beat.host} (at step {beat.step}, {beat.phase})" for beat in behind
+        )
+    return "all ranks are at the same place, so the network between them is the suspect"
