@@ -1,13 +1,22 @@
-"""The process groups that a model is built on, as one object that is passed down.
-
-The object is Megatron-core's `ProcessGroupCollection`; of its fields the blocks read `tp` (tensor parallel).
-"""
+"""The process groups that a model is built on, as one object that is passed down."""
 
 from __future__ import annotations
 
-from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core import process_groups_config
 
-__all__ = ["ProcessGroupCollection", "SingleRankGroup", "single_rank_groups"]
+AXES = ["tp", "pp", "mp", "cp", "tp_cp", "ep", "expt_tp", "expt_dp", "tp_ep", "dp", "dp_cp"]
+
+
+class ProcessGroupCollection(process_groups_config.ProcessGroupCollection):
+    """Megatron-core's groups, and whether the tokens between blocks are cut over the tensor ranks.
+
+    `tp` tensor, `ep` expert, `expt_tp` tensor inside experts, `expt_dp` data of experts, `cp` context, `pp` pipeline,
+    `dp` data, `dp_cp` data x context (all ranks whose dense gradients are summed), `mp` tensor x pipeline, `tp_cp`
+    tensor x context, `tp_ep` tensor inside experts x expert. With `sequence_parallel` the stream between blocks is
+    [B, T of this tensor rank, D].
+    """
+
+    sequence_parallel: bool = False
 
 
 class SingleRankGroup:
@@ -24,5 +33,4 @@ class SingleRankGroup:
 
 def single_rank_groups() -> ProcessGroupCollection:
     """Groups of size 1 on every axis; needs no initialised process group. Any rank may call it alone."""
-    group = SingleRankGroup()
-    return ProcessGroupCollection(tp=group, pp=group, cp=group, ep=group, expt_tp=group, dp=group)
+    return ProcessGroupCollection(**dict.fromkeys(AXES, SingleRankGroup()))

@@ -193,12 +193,12 @@ class HybridModel(nn.Module):
 
 
 def _check_groups(groups: ProcessGroupCollection) -> None:
-    """The blocks are cut over tensor ranks alone; other groups that are given must be of one rank."""
+    """Axes that no block is cut over yet must have one rank."""
     for axis in ("cp", "ep", "pp"):
         group = getattr(groups, axis, None)
         if group is not None and group.size() > 1:
             raise ValueError(
-                f"the {axis} group has {group.size()} ranks; blocks are cut over tensor ranks only: give {axis} one rank"
+                f"the {axis} group has {group.size()} ranks; no block is cut over it: give {axis} one rank"
             )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -24,17 +25,28 @@ _OUTPUT_PROJECTIONS = ("out_proj.weight", "o_proj.weight", "down_proj.weight", "
 def initialize_parameters(model: nn.Module, config: ModelConfig, groups: ProcessGroupCollection, seed: int) -> None:
     """Fills every parameter of the model in place, this rank's part of it where it is cut. No collectives."""
     for name, parameter, shard in parameter_shards(model):
-        size = groups.tp.size() if shard.dim is not None else 1
-        shape = list(parameter.shape)
-        if shard.dim is not None:
-            shape[shard.dim] = sum(shard.segments)
+        shape = shard.whole_shape(parameter.shape)
         if shard.per_expert:
-            inner = Shard(None if shard.dim is None else shard.dim - 1, shard.segments)
-            for expert in range(shape[0]):
-                whole = first_values(f"{name}.{expert}", tuple(shape[1:]), config, seed)
-                parameter[expert].copy_(inner.take(whole, groups.tp.rank(), size))
+            _fill_experts(name, parameter, shard, shape, config, groups, seed)
         else:
-            parameter.copy_(shard.take(first_values(name, tuple(shape), config, seed), groups.tp.rank(), size))
+            parameter.copy_(shard.take(first_values(name, shape, config, seed), groups))
+
+
+def _fill_experts(
+    name: str,
+    stack: Tensor,
+    shard: Shard,
+    shape: tuple[int, ...],
+    config: ModelConfig,
+    groups: ProcessGroupCollection,
+    seed: int,
+) -> None:
+    """Fills a stack [experts of this rank, ...], each expert by its global number."""
+    by_expert, *inner = shard.cuts
+    own = by_expert.take(torch.arange(shape[0]), groups.ep.rank(), groups.ep.size())
+    each = Shard(tuple(replace(cut, dim=cut.dim - 1) for cut in inner))
+    for row, expert in zip(stack, own.tolist(), strict=True):
+        row.copy_(each.take(first_values(f"{name}.{expert}", shape[1:], config, seed), groups))
 
 
 def first_values(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor:

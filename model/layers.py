@@ -8,8 +8,9 @@ join.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from megatron.core.model_parallel_config import ModelParallelConfig
@@ -21,34 +22,83 @@ from kernels.linear.op import linear
 from kernels.norm.op import rms_norm
 from model.groups import ProcessGroupCollection
 
+Axis = Literal["tp", "expt_tp", "ep"]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How one dimension of a whole parameter is cut over the ranks of a group: each segment by itself.
+
+    `segments` are the whole sizes of the parts that stand one after the other along `dim` (a gate and an up matrix, say);
+    each rank holds its slice of every segment. `units` counts what cannot be cut in each segment (key-value heads, groups
+    of B and C); where ranks outnumber them, neighbouring ranks hold copies of one unit. No `units`: any slice will do.
+    """
+
+    dim: int
+    axis: Axis
+    segments: tuple[int, ...]
+    units: tuple[int, ...] = ()
+
+    def slices(self, size: int) -> tuple[int, ...]:
+        """In how many different slices `size` ranks hold each segment; rank r holds number r * slices // size."""
+        units = self.units or self.segments
+        for number in units:
+            assert number % size == 0 or size % number == 0, f"{size} ranks cannot share {number} units of {self}"
+        return tuple(min(number, size) for number in units)
+
+    def local_segments(self, size: int) -> tuple[int, ...]:
+        """Sizes of the slices that each of `size` ranks holds."""
+        return tuple(segment // slices for segment, slices in zip(self.segments, self.slices(size)))
+
+    def take(self, whole: Tensor, rank: int, size: int) -> Tensor:
+        """What `rank` of `size` holds of a tensor that is whole along `dim`."""
+        pieces = whole.split(list(self.segments), dim=self.dim)
+        own = [
+            piece.chunk(slices, dim=self.dim)[rank * slices // size] for piece, slices in zip(pieces, self.slices(size))
+        ]
+        return torch.cat(own, dim=self.dim)
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """The tensor whole along `dim` from the parts of all ranks of the axis, in rank order; of copies the first."""
+        size = len(parts)
+        pieces = [part.split(list(self.local_segments(size)), dim=self.dim) for part in parts]
+        columns = [
+            torch.cat([column[index * size // slices] for index in range(slices)], dim=self.dim)
+            for column, slices in zip(zip(*pieces), self.slices(size))
+        ]
+        return torch.cat(columns, dim=self.dim)
+
 
 @dataclass(frozen=True)
 class Shard:
-    """How a whole parameter is cut over the tensor-parallel ranks: along `dim`, each segment by itself.
+    """A parameter's place among the ranks: `cuts`, of different dimensions over different axes, and else replicated.
 
-    `segments` are the whole sizes of the parts that stand one after the other along `dim` (a gate and an up matrix, say);
-    each rank holds its slice of every segment. `per_expert`: dim 0 counts experts, and each has its own first values.
+    `partial` names the axes over whose ranks the gradient of a replicated parameter is only a part: it must be summed
+    over them before it is one (a norm of sequence-parallel tokens, say). What a cut holds in copies is partial too.
+    A cut over `ep` is of dim 0, which counts experts, and each expert has its own first values.
     """
 
-    dim: int | None = None
-    segments: tuple[int, ...] = ()
-    per_expert: bool = False
+    cuts: tuple[Cut, ...] = ()
+    partial: tuple[Axis, ...] = ()
 
-    def take(self, whole: Tensor, rank: int, size: int) -> Tensor:
-        """The part of a whole tensor that `rank` of `size` holds."""
-        if self.dim is None or size == 1:
-            return whole
-        pieces = whole.split(list(self.segments), dim=self.dim)
-        return torch.cat([piece.chunk(size, dim=self.dim)[rank] for piece in pieces], dim=self.dim)
+    @property
+    def per_expert(self) -> bool:
+        """Whether dim 0 counts experts."""
+        return any(cut.axis == "ep" for cut in self.cuts)
 
-    def join(self, parts: list[Tensor]) -> Tensor:
-        """The whole tensor from the parts of all ranks, in rank order."""
-        if self.dim is None or len(parts) == 1:
-            return parts[0]
-        local_segments = [segment // len(parts) for segment in self.segments]
-        pieces = [part.split(local_segments, dim=self.dim) for part in parts]
-        columns = [torch.cat(column, dim=self.dim) for column in zip(*pieces)]
-        return torch.cat(columns, dim=self.dim)
+    def take(self, whole: Tensor, groups: ProcessGroupCollection) -> Tensor:
+        """The part of a whole tensor that this rank holds."""
+        for cut in self.cuts:
+            group = getattr(groups, cut.axis)
+            whole = cut.take(whole, group.rank(), group.size())
+        return whole
+
+    def whole_shape(self, part_shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of the whole parameter, from that of any rank's part."""
+        shape = list(part_shape)
+        for cut in self.cuts:
+            shape[cut.dim] = sum(cut.segments)
+        return tuple(shape)
 
 
 REPLICATED = Shard()
@@ -65,11 +115,15 @@ def parameter_shards(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Shar
                 yield f"{module_name}.{name}" if module_name else name, parameter, shards.get(name, REPLICATED)
 
 
-def divide(total: int, groups: ProcessGroupCollection, name: str) -> int:
-    """This rank's share of `total`. Raises ValueError where the tensor-parallel ranks do not divide it."""
-    size: int = groups.tp.size()
+# The axes that cut sizes, by the name of their setting below `parallel`.
+_GROUPS = {"tensor": "tp", "expert_tensor": "expt_tp", "expert": "ep"}
+
+
+def divide(total: int, groups: ProcessGroupCollection, name: str, *, axis: str = "tensor") -> int:
+    """This rank's share of `total`. Raises ValueError where the ranks of the axis do not divide it."""
+    size: int = getattr(groups, _GROUPS[axis]).size()
     if total % size:
-        raise ValueError(f"parallel.tensor={size} must divide {name}={total}; use a divisor of {total}")
+        raise ValueError(f"parallel.{axis}={size} must divide {name}={total}; use a divisor of {total}")
     return total // size
 
 
@@ -117,7 +171,7 @@ class ColumnLinear(megatron_layers.ColumnParallelLinear):
             tp_group=groups.tp,
         )
         self.is_single_rank: bool = groups.tp.size() == 1
-        self.shards = {"weight": Shard(0, segments)}
+        self.shards = {"weight": Shard((Cut(0, "tp", segments),))}
         _drop_extra_state(self)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -147,7 +201,7 @@ class RowLinear(megatron_layers.RowParallelLinear):
             tp_group=groups.tp,
         )
         self.is_single_rank: bool = groups.tp.size() == 1
-        self.shards = {"weight": Shard(1, (input_size,))}
+        self.shards = {"weight": Shard((Cut(1, "tp", (input_size,)),))}
         _drop_extra_state(self)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -167,7 +221,7 @@ class VocabEmbedding(megatron_layers.VocabParallelEmbedding):
             vocab_size, hidden_size, init_method=_leave_alone, config=_megatron_settings(), tp_group=groups.tp
         )
         self.is_single_rank: bool = groups.tp.size() == 1
-        self.shards = {"weight": Shard(0, (vocab_size,))}
+        self.shards = {"weight": Shard((Cut(0, "tp", (vocab_size,)),))}
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Token ids [...] -> [..., D]."""

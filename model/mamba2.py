@@ -10,7 +10,7 @@ from kernels.decay_scan.op import mamba2_scan, mamba2_step
 from kernels.norm.op import gated_rms_norm
 from model.config import Mamba2Config, ModelConfig
 from model.groups import ProcessGroupCollection
-from model.layers import ColumnLinear, RowLinear, Shard, divide
+from model.layers import ColumnLinear, Cut, RowLinear, Shard, divide
 from model.mixer import BlockState, MambaState, MixerOutput
 from model.packing import PackMeta
 
@@ -44,7 +44,7 @@ class Mamba2Mixer(nn.Module):
         self.A_log = nn.Parameter(torch.empty(self.num_heads))
         self.D = nn.Parameter(torch.empty(self.num_heads))
         self.dt_bias = nn.Parameter(torch.empty(self.num_heads))
-        by_head = Shard(0, (mamba.num_heads,))
+        by_head = Shard((Cut(0, "tp", (mamba.num_heads,)),))
         self.shards = {"A_log": by_head, "D": by_head, "dt_bias": by_head}
         self.norm = GatedNorm(inner, self.num_groups, config.norm_epsilon, groups, backend)
         self.out_proj = RowLinear(inner, config.hidden_size, groups, name="model.mamba.num_heads")
@@ -129,7 +129,7 @@ class DepthwiseConv(nn.Module):
         self.weight = nn.Parameter(torch.empty(self.channels, mamba.conv_kernel))
         self.bias = nn.Parameter(torch.empty(self.channels)) if mamba.conv_bias else None
         group_width = mamba.num_groups * mamba.state_size
-        by_channel = Shard(0, (mamba.inner_size(), group_width, group_width))
+        by_channel = Shard((Cut(0, "tp", (mamba.inner_size(), group_width, group_width)),))
         self.shards = {"weight": by_channel, "bias": by_channel}
 
 
@@ -141,7 +141,7 @@ class GatedNorm(nn.Module):
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(inner_size // groups.tp.size()))
-        self.shards = {"weight": Shard(0, (inner_size,))}
+        self.shards = {"weight": Shard((Cut(0, "tp", (inner_size,)),))}
         self.num_groups, self.epsilon, self.backend = num_groups, epsilon, backend
 
     def forward(self, y_BTI: Tensor, z_BTI: Tensor) -> Tensor:

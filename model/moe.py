@@ -15,7 +15,7 @@ from kernels.moe.op import Routing, expert_feed_forward, route
 from model.config import ModelConfig, MoeConfig
 from model.feed_forward import FeedForward, up_segments
 from model.groups import ProcessGroupCollection
-from model.layers import KeepsBuffers, Linear, Shard, divide
+from model.layers import Cut, KeepsBuffers, Linear, Shard, divide
 from model.mixer import BlockState, MixerOutput
 from model.packing import PackMeta
 
@@ -129,13 +129,24 @@ class Experts(nn.Module):
     def __init__(self, moe: MoeConfig, width: int, groups: ProcessGroupCollection) -> None:
         super().__init__()
         segments = up_segments(moe.expert_hidden_size, moe.activation)
-        inner = divide(moe.expert_hidden_size, groups, "model.moe.expert_hidden_size")
+        inner = divide(moe.expert_hidden_size, groups, "model.moe.expert_hidden_size", axis="expert_tensor")
         self.up = nn.Parameter(torch.empty(moe.num_experts, inner * len(segments), width))
         self.down = nn.Parameter(torch.empty(moe.num_experts, width, inner))
+        by_expert = Cut(0, "ep", (moe.num_experts,))
         self.shards = {
-            "up": Shard(1, segments, per_expert=True),
-            "down": Shard(2, (moe.expert_hidden_size,), per_expert=True),
+            "up": Shard((by_expert, Cut(1, "expt_tp", segments))),
+            "down": Shard((by_expert, Cut(2, "expt_tp", (moe.expert_hidden_size,)))),
         }
+
+
+def auxiliary_names(moe: MoeConfig) -> list[str]:
+    """The losses that `auxiliary_losses` gives."""
+    weights = {
+        "balance": moe.auxiliary_loss_weight,
+        "sequence_balance": moe.sequence_loss_weight,
+        "router_z": moe.z_loss_weight,
+    }
+    return [name for name, weight in weights.items() if weight]
 
 
 def auxiliary_losses(logits_RE: Tensor, routing: Routing, num_rows: int, moe: MoeConfig) -> dict[str, Tensor]:

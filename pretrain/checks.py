@@ -8,6 +8,7 @@ from pathlib import Path
 
 from model.checks import check_model
 from model.huggingface import explain_unfit
+from pretrain.checks_parallel import layout_problems, world_problems
 from pretrain.config import RunConfig
 from pretrain.config_errors import ConfigError, Problem
 from pretrain.config_file import load_located
@@ -41,11 +42,12 @@ def check_run(config: RunConfig, world_size: int | None = None) -> None:
         *data_problems(config),
         *schedule_problems(config),
         *loop_problems(config),
+        *layout_problems(config),
     ]
     if not model:
         problems += export_problems(config)
     if world_size is not None:
-        problems += batch_problems(config, world_size)
+        problems += [*world_problems(config, world_size), *batch_problems(config, world_size)]
     if problems:
         raise ConfigError(problems)
 
@@ -135,16 +137,17 @@ def loop_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def batch_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:
-    """Every rank takes the same number of micro-batches of the global batch."""
+    """Every data rank takes the same number of micro-batches of the global batch."""
     assert world_size > 0, f"world_size is {world_size}"
     train = config.train
-    unit = train.micro_batch_size * world_size
+    data_ranks = max(1, world_size // config.parallel.model_ranks())
+    unit = train.micro_batch_size * data_ranks
     if train.global_batch_size % unit:
         below = train.global_batch_size // unit * unit
         nearest = " or ".join(str(value) for value in (below, below + unit) if value)
         rule = (
-            f"must be a multiple of train.micro_batch_size={train.micro_batch_size} x {world_size} data rank"
-            f"{'s' if world_size > 1 else ''} = {unit}"
+            f"must be a multiple of train.micro_batch_size={train.micro_batch_size} x {data_ranks} data rank"
+            f"{'s' if data_ranks > 1 else ''} = {unit}"
         )
         yield Problem("train.global_batch_size", rule, f"use {nearest}", str(train.global_batch_size))
 

@@ -101,11 +101,40 @@ class TrainConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How the run is spread over ranks; data parallel is what is left."""
+    """How the run is spread over ranks; data parallel is what is left of them."""
 
+    tensor: int = Field(
+        1, gt=0, description="Ranks that share each matrix, head by head; keep them inside one machine."
+    )
+    sequence_parallel: bool = Field(
+        False, description="Cut the tokens between blocks over the tensor ranks: less memory for activations."
+    )
+    expert: int = Field(1, gt=0, description="Ranks over which the routed experts are spread.")
+    expert_tensor: int | None = Field(
+        None, gt=0, description="Ranks that share each routed expert; none: `tensor`, or 1 with `expert` above 1."
+    )
+    context: int = Field(1, gt=0, description="Ranks that share the tokens of each row.")
+    pipeline: int = Field(1, gt=0, description="Stages of consecutive blocks; `|` in model.pattern cuts them.")
+    schedule: Literal["1f1b", "interleaved", "zero_bubble"] = Field(
+        "1f1b", description="Order of the stages' forward and backward passes (Narayanan et al. 2021, Qi et al. 2023)."
+    )
+    virtual_stages: int = Field(1, gt=0, description="Pieces of the pipeline a rank; above 1 with interleaving alone.")
     zero_stage: Literal[0, 1, 2, 3] = Field(
         1, description="What DeepSpeed spreads over data ranks: 1 optimizer, 2 + gradients, 3 + weights."
     )
+    offload_optimizer: bool = Field(
+        False, description="Keep master weights and moments in the memory of the host, and step there."
+    )
+
+    def expert_tensor_size(self) -> int:
+        """Ranks that share each routed expert."""
+        if self.expert_tensor is not None:
+            return self.expert_tensor
+        return 1 if self.expert > 1 else self.tensor
+
+    def model_ranks(self) -> int:
+        """Ranks that work on one micro-batch together; data ranks are the world's divided by these."""
+        return self.tensor * self.context * self.pipeline
 
 
 class KernelsConfig(Section):

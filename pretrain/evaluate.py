@@ -31,7 +31,7 @@ def validate(run: Run) -> Validation:
     """
     assert run.validation is not None, "data.validation_fraction is 0, so there is nothing to validate on"
     run.validation.seek(0)
-    sums = empty_sums(run.parallel.device)
+    sums = empty_sums(run.config.model, run.parallel.device)
     tokens = 0
     run.engine.module.eval()
     with torch.no_grad():

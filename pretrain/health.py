@@ -32,7 +32,7 @@ def describe_skip(
         if loss in ("nan", "inf", "-inf")
     ]
     return {
-        "sample_ids": sorted(sample for report in reports for ids in report["sample_ids"] for sample in ids),
+        "sample_ids": sorted({sample for report in reports for ids in report["sample_ids"] for sample in ids}),
         "samples_with_bad_loss": bad_samples,
         "faults": [{"rank": report["rank"], **report["fault"]} for report in reports if report["fault"] is not None],
     }

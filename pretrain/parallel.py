@@ -17,21 +17,24 @@ import torch
 import torch.distributed
 import torch.utils.deterministic
 from megatron.core import parallel_state
-from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
+from model.groups import AXES, ProcessGroupCollection
+from pretrain.config import ParallelConfig
 from pretrain.rank_variables import LAUNCHER_PID
 
-GROUP_NAMES = ["tp", "pp", "mp", "cp", "ep", "expt_tp", "expt_dp", "dp", "dp_cp"]
+
+DATA_PARALLEL = ParallelConfig()
 
 
 class DataParallelUnit:
     """What DeepSpeed calls `mpu`: Megatron-core's groups under the names that DeepSpeed asks for.
 
     DeepSpeed builds no group of its own when it gets this object, so every collective runs on a group that was made
-    with the run's timeout. Its model-parallel group is Megatron's tensor x pipeline group.
+    with the run's timeout. Its model-parallel group is Megatron's tensor x pipeline group; its data-parallel group, over
+    which it sums and spreads, is data x context.
     """
 
     def __getattr__(self, name: str) -> Any:
@@ -46,9 +49,21 @@ class DataParallelUnit:
         """Ranks of the tensor group."""
         return int(parallel_state.get_tensor_model_parallel_world_size())
 
+    def get_data_parallel_group(self) -> torch.distributed.ProcessGroup:
+        """The ranks that hold the same dense weights as this one."""
+        return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+    def get_data_parallel_world_size(self) -> int:
+        """Ranks of that group."""
+        return int(parallel_state.get_data_parallel_world_size(with_context_parallel=True))
+
+    def get_data_parallel_rank(self) -> int:
+        """This rank's place in that group."""
+        return int(parallel_state.get_data_parallel_rank(with_context_parallel=True))
+
     def get_data_parallel_group_ranks(self) -> list[int]:
-        """Global ranks that hold the same weights as this one."""
-        return list(torch.distributed.get_process_group_ranks(parallel_state.get_data_parallel_group()))
+        """Global ranks of that group."""
+        return list(torch.distributed.get_process_group_ranks(self.get_data_parallel_group()))
 
 
 @dataclass(frozen=True)
@@ -70,18 +85,39 @@ class Parallel:
 
     @property
     def data_rank(self) -> int:
-        """Which share of the micro-batches is ours."""
-        return int(torch.distributed.get_rank(self.groups.dp))
+        """Which share of the micro-batches is ours; all tensor, context and pipeline ranks of a share have its number."""
+        return int(self.groups.dp.rank())
 
     @property
     def data_world_size(self) -> int:
-        """Over how many ranks the micro-batches are spread."""
-        return int(torch.distributed.get_world_size(self.groups.dp))
+        """Over how many shares the micro-batches are spread."""
+        return int(self.groups.dp.size())
+
+    @property
+    def is_first_stage(self) -> bool:
+        """True where the pipeline begins: the embedding is here."""
+        return bool(self.groups.pp.rank() == 0)
+
+    @property
+    def is_last_stage(self) -> bool:
+        """True where the pipeline ends: the head and the loss are here."""
+        return bool(self.groups.pp.rank() == self.groups.pp.size() - 1)
 
     def sum_over_data(self, values: Tensor) -> Tensor:
-        """Sum a tensor over the data ranks in place and return it. Every data rank must call this."""
+        """Sum a tensor over the data ranks in place and return it. Every rank must call this."""
         if self.data_world_size > 1:
             torch.distributed.all_reduce(values, group=self.groups.dp)
+        return values
+
+    def sum_over_shares(self, values: Tensor) -> Tensor:
+        """Sum over all data, context and pipeline ranks what tensor ranks hold alike, in place; the same on every rank.
+
+        Every rank must call this.
+        """
+        if self.world_size > 1:
+            if self.groups.tp.rank() > 0:
+                values.zero_()
+            torch.distributed.all_reduce(values)
         return values
 
     def max_over_all(self, value: int) -> int:
@@ -127,6 +163,7 @@ def start_process_group(timeout_seconds: float) -> tuple[int, int, int, int]:
     alone, which needs no port. Keys carry the attempt's number: a restarted group that reads the last attempt's keys
     hangs (pytorch issue 135712).
     """
+    follow_launcher()
     rank = int(os.environ.get("RANK", "0"))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -153,16 +190,26 @@ def start_process_group(timeout_seconds: float) -> tuple[int, int, int, int]:
     return rank, world_size, local_rank, local_world_size
 
 
-def initialize_parallel(*, timeout_seconds: float, num_threads: int | None = None) -> Parallel:
-    """Join the other ranks, build the groups with Megatron-core, and set threads. Every rank must call this, once.
+def initialize_parallel(
+    section: ParallelConfig = DATA_PARALLEL, *, timeout_seconds: float, num_threads: int | None = None
+) -> Parallel:
+    """Join the other ranks, build the groups of a layout with Megatron-core, and set threads. Every rank must call this.
 
-    A second call in the same process (tests) finds the groups of the first.
+    The layout must have passed `pretrain.checks.layout_problems`. A later call in the same process (tests) replaces the
+    groups of the one before, which works no more, unless the layout is the same.
     """
-    follow_launcher()
     rank, world_size, local_rank, local_world_size = start_process_group(timeout_seconds)
+    if parallel_state.model_parallel_is_initialized() and not _has_sizes(section):
+        destroy_groups()
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
-            distributed_timeout_minutes=timeout_seconds / 60, create_gloo_process_groups=False
+            tensor_model_parallel_size=section.tensor,
+            pipeline_model_parallel_size=section.pipeline,
+            context_parallel_size=section.context,
+            expert_model_parallel_size=section.expert,
+            expert_tensor_parallel_size=section.expert_tensor_size(),
+            distributed_timeout_minutes=timeout_seconds / 60,
+            create_gloo_process_groups=False,
         )
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
@@ -170,8 +217,34 @@ def initialize_parallel(*, timeout_seconds: float, num_threads: int | None = Non
         device = torch.device("cpu")
         place_megatron_buffers_on_cpu()
     torch.set_num_threads(num_threads or max(1, count_cores() // local_world_size))
-    groups = ProcessGroupCollection.use_mpu_process_groups(GROUP_NAMES)
+    groups = ProcessGroupCollection.use_mpu_process_groups(AXES)
+    groups.sequence_parallel = section.sequence_parallel
     return Parallel(rank, world_size, local_rank, local_world_size, device, groups, DataParallelUnit())
+
+
+def _has_sizes(section: ParallelConfig) -> bool:
+    present = (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_context_parallel_world_size(),
+        parallel_state.get_expert_model_parallel_world_size(),
+        parallel_state.get_expert_tensor_parallel_world_size(),
+    )
+    return present == (
+        section.tensor,
+        section.pipeline,
+        section.context,
+        section.expert,
+        section.expert_tensor_size(),
+    )
+
+
+def destroy_groups() -> None:
+    """Give back the groups of a layout; the default process group stays. Every rank must call this."""
+    groups = [group for group in parallel_state._global_process_group_list or [] if group is not None]
+    parallel_state.destroy_model_parallel()
+    for group in groups:
+        torch.distributed.destroy_process_group(group)
 
 
 def place_megatron_buffers_on_cpu() -> None:
@@ -204,7 +277,7 @@ def set_determinism(seed: int) -> None:
 def shutdown(parallel: Parallel) -> None:
     """Leave the process group in good order. Every rank must call this; nothing of `parallel` works afterwards."""
     if torch.distributed.is_initialized():
-        parallel_state.destroy_model_parallel()
+        destroy_groups()
         torch.distributed.destroy_process_group()
 
 

@@ -25,7 +25,14 @@ from pretrain.engine import ZeroEngine, build_engine
 from pretrain.environment import Peak, find_peak, record_environment
 from pretrain.live import Display
 from pretrain.metrics import RunLog, check_plot_services
-from pretrain.parallel import Parallel, initialize_parallel, set_determinism
+from pretrain.parallel import (
+    Parallel,
+    describe_environment,
+    initialize_parallel,
+    set_determinism,
+    start_process_group,
+)
+from pretrain.rank_variables import RESTART_CAUSE
 from pretrain.signals import SignalWatch
 from pretrain.weights import load_initial_weights
 
@@ -94,8 +101,12 @@ def start_run(config: RunConfig, signals: SignalWatch) -> Run:
     Every rank must call this. Raises ValueError for settings, data or a checkpoint that do not fit together,
     RuntimeError or OSError for the machine's state; the run directory changes only after everything fits.
     """
-    parallel = initialize_parallel(timeout_seconds=config.train.timeout_seconds, num_threads=config.train.num_threads)
-    check_run(config, parallel.world_size)
+    train = config.train
+    _, world_size, _, _ = start_process_group(train.timeout_seconds)
+    check_run(config, world_size)
+    parallel = initialize_parallel(
+        config.parallel, timeout_seconds=train.timeout_seconds, num_threads=train.num_threads
+    )
     check_plot_services(config)
     set_determinism(config.train.seed)
     lock = lock_directory(Path(config.run.dir)) if parallel.is_main else None

@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from data_pipeline.batch import Batch
+from model.config import ModelConfig
 from model.hybrid import ModelOutput
+from model.moe import auxiliary_names
 from model.packing import PackMeta
+from model.pattern import parse_pattern
 from pretrain.health import describe_skip
 from pretrain.parallel import Parallel
 from pretrain.run import Run
@@ -24,6 +27,7 @@ class StepResult:
     """What a step gives to the log. `signal`: a stop asked for on any rank, 0 for none. Alike on all ranks."""
 
     loss: float
+    sequence_length: int
     auxiliary: dict[str, float]
     expert_counts: dict[int, list[int]]
     grad_norm: float
@@ -36,7 +40,10 @@ class StepResult:
 
 @dataclass
 class StepSums:
-    """Sums over this rank's micro-batches, then over all ranks: everything a step reports, in one reduction."""
+    """Sums over this rank's micro-batches, then over all ranks: everything a step reports, in one reduction.
+
+    Every rank holds the same keys, those of the whole model, though its own blocks may give only some.
+    """
 
     nll: Tensor
     z_loss: Tensor
@@ -45,33 +52,29 @@ class StepSums:
 
     def add(self, output: ModelOutput) -> None:
         """Add one micro-batch; waits for nothing."""
-        assert output.loss is not None, "training passes labels"
-        self.nll += output.loss.nll_sum
-        self.z_loss += output.loss.total.detach() - output.loss.nll_sum
+        if output.loss is not None:
+            self.nll += output.loss.nll_sum
+            self.z_loss += output.loss.total.detach() - output.loss.nll_sum
         for name, value in output.auxiliary.items():
-            self.auxiliary[name] = self.auxiliary.get(name, torch.zeros_like(self.nll)) + value.detach()
+            self.auxiliary[name] += value.detach()
         for block, counts_E in output.expert_counts.items():
-            known = self.expert_counts.get(block)
-            self.expert_counts[block] = counts_E.clone() if known is None else known + counts_E
+            self.expert_counts[block] += counts_E
 
     def reduce(self, parallel: Parallel, signal: int) -> int:
-        """Sum over the data ranks, in float64, which holds counts exactly; returns the agreed signal.
+        """Sum over all ranks that saw other tokens or blocks, in float64, which holds counts exactly.
 
-        Every data rank must call this.
+        Returns the agreed signal. Every rank must call this.
         """
-        names, blocks = sorted(self.auxiliary), sorted(self.expert_counts)
+        names, blocks = list(self.auxiliary), list(self.expert_counts)
         parts = [self.nll, self.z_loss, *(self.auxiliary[name] for name in names)]
         vectors = [torch.stack([part.double() for part in parts])]
         vectors += [self.expert_counts[block].double() for block in blocks]
-        # One place a rank for its signal, so that the sum names one that was really sent.
-        flags = torch.zeros(parallel.data_world_size, dtype=torch.float64, device=self.nll.device)
-        flags[parallel.data_rank] = signal
-        joined = parallel.sum_over_data(torch.cat([*vectors, flags]))
-        scalars, *counts, flags = joined.split([len(vector) for vector in [*vectors, flags]])
+        joined = parallel.sum_over_shares(torch.cat(vectors))
+        scalars, *counts = joined.split([len(vector) for vector in vectors])
         self.nll, self.z_loss = scalars[0], scalars[1]
         self.auxiliary = dict(zip(names, scalars[2:]))
         self.expert_counts = {block: values.to(torch.int64) for block, values in zip(blocks, counts)}
-        return int(flags.max())
+        return parallel.max_over_all(signal)
 
 
 def train_step(run: Run) -> StepResult:
@@ -82,14 +85,17 @@ def train_step(run: Run) -> StepResult:
     """
     start = time.perf_counter()
     train, progress, engine = run.config.train, run.progress, run.engine
+    run.heartbeat.at(progress.step + 1, "data")
+    sequence_length = run.loader.sequence_length
     batches = run.loader.take(train.global_batch_size)
     num_micro_batches = train.global_batch_size // train.micro_batch_size
     valid_tokens = max(1, count_valid_tokens(batches, run.parallel))
-    sums = empty_sums(run.parallel.device)
+    sums = empty_sums(run.config.model, run.parallel.device)
     losses: list[Tensor] = []
     engine.module.train()
     with engine.accumulate(len(batches)):
         for batch in batches:
+            run.heartbeat.at(progress.step + 1, "forward")
             output = forward_batch(run, batch)
             loss = output.loss.total / valid_tokens
             for value in output.auxiliary.values():
@@ -97,10 +103,12 @@ def train_step(run: Run) -> StepResult:
             engine.backward(loss)
             sums.add(output)
             losses.append(loss.detach())
+        run.heartbeat.at(progress.step + 1, "reduce")
     signal = sums.reduce(run.parallel, run.signals.received)
     rate = learning_rate(
         progress.step + 1, run.config.schedule, peak=run.config.optimizer.learning_rate, total_steps=train.steps
     )
+    run.heartbeat.at(progress.step + 1, "optimizer")
     outcome = engine.step(rate)
     skip = None
     if outcome.applied:
@@ -111,12 +119,13 @@ def train_step(run: Run) -> StepResult:
         progress.skipped_in_row += 1
         progress.skipped_steps += 1
     progress.step += 1
-    progress.tokens += train.global_batch_size * train.sequence_length
+    progress.tokens += train.global_batch_size * sequence_length
     auxiliary = {name: float(value) / num_micro_batches for name, value in sums.auxiliary.items()}
     if run.config.model.logits_z_loss_weight > 0:
         auxiliary["logits_z"] = float(sums.z_loss) / valid_tokens
     return StepResult(
         loss=float(sums.nll) / valid_tokens,
+        sequence_length=sequence_length,
         auxiliary=auxiliary,
         expert_counts={block: counts_E.tolist() for block, counts_E in sums.expert_counts.items()},
         grad_norm=outcome.grad_norm,
@@ -128,9 +137,17 @@ def train_step(run: Run) -> StepResult:
     )
 
 
-def empty_sums(device: torch.device) -> StepSums:
-    """Nothing added yet."""
-    return StepSums(torch.zeros((), device=device), torch.zeros((), device=device))
+def empty_sums(config: ModelConfig, device: torch.device) -> StepSums:
+    """Nothing added yet, for all blocks of the model."""
+    zero = torch.zeros((), device=device)
+    sums = StepSums(zero.clone(), zero.clone())
+    blocks = [index for index, letter in enumerate(parse_pattern(config.pattern).letters) if letter == "E"]
+    if config.moe is not None and blocks:
+        sums.auxiliary = {name: zero.clone() for name in auxiliary_names(config.moe)}
+        sums.expert_counts = {
+            block: torch.zeros(config.moe.num_experts, dtype=torch.int64, device=device) for block in blocks
+        }
+    return sums
 
 
 def forward_batch(run: Run, batch: Batch) -> Any:

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from model.groups import single_rank_groups
-from model.layers import ColumnLinear, KeepsBuffers, RowLinear, Shard, VocabEmbedding, divide
+from model.groups import SingleRankGroup, single_rank_groups
+from model.layers import ColumnLinear, Cut, KeepsBuffers, RowLinear, Shard, VocabEmbedding, divide
 from tests.model.small_models import small_config, small_model
 
 
@@ -24,22 +24,57 @@ def test_on_one_rank_layers_are_plain_products_and_look_ups():
     ColumnLinear(5, (4, 3), groups, name="c").load_state_dict(column.state_dict(), strict=True)
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
+def parts_of(cut, whole, size):
+    return [cut.take(whole, rank, size) for rank in range(size)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 6])
 def test_parts_of_a_cut_tensor_join_to_the_whole(size):
-    whole = torch.arange(12.0 * 5).view(12, 5)
-    shard = Shard(0, (6, 3, 3))
-    parts = [shard.take(whole, rank, size) for rank in range(size) if 3 % size == 0]
-    if parts:
-        assert torch.equal(shard.join(parts), whole)
-    columns = Shard(1, (6, 6))
-    parts = [columns.take(whole.repeat(1, 3)[:, :12], rank, size) for rank in range(size)]
-    assert torch.equal(columns.join(parts), whole.repeat(1, 3)[:, :12])
+    whole = torch.arange(12.0 * 18).view(18, 12)
+    rows, columns = Cut(0, "tp", (6, 12)), Cut(1, "tp", (6, 6))
+    for cut in (rows, columns):
+        parts = parts_of(cut, whole, size)
+        assert [part.shape[cut.dim] for part in parts] == [whole.shape[cut.dim] // size] * size
+        assert torch.equal(cut.join(parts), whole)
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_neighbouring_ranks_hold_copies_where_units_are_fewer(size):
+    whole = torch.arange(8.0 * 3).view(8, 3).repeat(2, 1)
+    cut = Cut(0, "tp", (8, 4, 4), units=(8, 2, 4))
+    parts = parts_of(cut, whole, size)
+    assert torch.equal(cut.join(parts), whole)
+    assert cut.slices(8) == (8, 2, 4) and cut.local_segments(8) == (1, 2, 1)
+    if size == 8:
+        assert torch.equal(parts[3][1:3], whole[8:10]) and torch.equal(parts[4][1:3], whole[10:12])
+
+
+def test_units_that_ranks_cannot_share_are_a_bug():
+    with pytest.raises(AssertionError, match="4 ranks cannot share 6 units"):
+        Cut(0, "tp", (12,), units=(6,)).slices(4)
 
 
 def test_each_rank_gets_its_slice_of_every_segment():
     whole = torch.tensor([0, 1, 2, 3, 10, 11])
-    assert Shard(0, (4, 2)).take(whole, 1, 2).tolist() == [2, 3, 11]
-    assert torch.equal(Shard().take(whole, 1, 2), whole)
+    assert Cut(0, "tp", (4, 2)).take(whole, 1, 2).tolist() == [2, 3, 11]
+    assert torch.equal(Shard().take(whole, single_rank_groups()), whole)
+
+
+def test_a_parameter_is_cut_over_several_axes():
+    class Second(SingleRankGroup):
+        def size(self):
+            return 2
+
+        def rank(self):
+            return 1
+
+    groups = single_rank_groups()
+    groups.ep = groups.expt_tp = Second()
+    whole = torch.arange(4 * 6 * 5).view(4, 6, 5)
+    shard = Shard((Cut(0, "ep", (4,)), Cut(1, "expt_tp", (4, 2))))
+    part = shard.take(whole, groups)
+    assert torch.equal(part, whole[2:, [2, 3, 5]])
+    assert shard.per_expert and shard.whole_shape(part.shape) == (4, 6, 5)
 
 
 def test_a_size_that_ranks_do_not_divide_is_refused():

@@ -57,9 +57,10 @@ def loss_logits_and_whole_gradients(config, groups, size):
                 dist.all_gather(parts, tensor.contiguous(), group=groups.tp)
             else:
                 parts = [tensor]
-            if shard.dim is None:
+            over_ranks = [cut for cut in shard.cuts if cut.axis != "ep"]
+            if not over_ranks:
                 assert all(torch.equal(parts[0], part) for part in parts), f"{name} differs between ranks"
-            joined[name] = shard.join(parts)
+            joined[name] = over_ranks[0].join(parts) if over_ranks else parts[0]
     return loss.detach(), logits_BTV, output.loss.token_nll_R, values, gradients
 
 
@@ -68,7 +69,7 @@ def run_cut():
     if not torch.cuda.is_available():
         place_megatron_buffers_on_cpu()
     groups = single_rank_groups()
-    groups.tp = dist.group.WORLD
+    groups.tp = groups.expt_tp = dist.group.WORLD
     results = {
         name: loss_logits_and_whole_gradients(config, groups, dist.get_world_size()) for name, config in CONFIGS.items()
     }

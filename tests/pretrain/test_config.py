@@ -69,7 +69,8 @@ train.log_every_steps train.timeout_seconds train.max_skipped_steps train.compil
 optimizer.learning_rate optimizer.beta1 optimizer.beta2 optimizer.epsilon optimizer.weight_decay
 optimizer.clip_grad_norm
 schedule.kind schedule.warmup_steps schedule.decay_steps schedule.decay_shape schedule.min_ratio
-parallel.zero_stage
+parallel.tensor parallel.sequence_parallel parallel.expert parallel.expert_tensor parallel.context parallel.pipeline
+parallel.schedule parallel.virtual_stages parallel.zero_stage parallel.offload_optimizer
 kernels.backend
 export.target
 """

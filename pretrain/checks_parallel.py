@@ -1,0 +1,157 @@
+"""Rules of the `parallel` section: what ranks can share, and which axes do not go together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from model.pattern import parse_pattern
+from pretrain.config import RunConfig
+from pretrain.config_errors import Problem
+
+# Key, value that is always allowed, what is missing. The one who adds a capability takes its line out.
+MISSING = (
+    ("expert", 1, "routed experts cannot be spread over ranks"),
+    ("context", 1, "rows cannot be cut over ranks"),
+    ("pipeline", 1, "blocks cannot be cut into stages"),
+    ("offload_optimizer", False, "the optimizer's state cannot leave the device"),
+)
+
+
+def layout_problems(config: RunConfig) -> Iterator[Problem]:
+    """Rules that hold for any number of ranks."""
+    for name, allowed, reason in MISSING:
+        value = getattr(config.parallel, name)
+        if value != allowed:
+            yield Problem(f"parallel.{name}", f"{reason} in this version", f"use {show(allowed)}", show(value))
+    yield from ineffective_problems(config)
+    yield from excluded_problems(config)
+    yield from share_problems(config)
+
+
+def ineffective_problems(config: RunConfig) -> Iterator[Problem]:
+    """Settings that nothing would read."""
+    section = config.parallel
+    if section.sequence_parallel and section.tensor == 1:
+        rule = "cuts tokens over the tensor ranks, and parallel.tensor is 1"
+        yield Problem("parallel.sequence_parallel", rule, "raise parallel.tensor, or use false", "true")
+    if section.expert_tensor is not None and section.expert == 1 and section.expert_tensor != section.tensor:
+        rule = f"must be parallel.tensor={section.tensor} while parallel.expert is 1"
+        remedy = "remove it, or raise parallel.expert"
+        yield Problem("parallel.expert_tensor", rule, remedy, str(section.expert_tensor))
+    if section.expert > 1 and "E" not in pattern_letters(config):
+        rule = "spreads routed experts, and model.pattern has no E block"
+        yield Problem("parallel.expert", rule, "use 1", str(section.expert))
+    if section.schedule != "1f1b" and section.pipeline == 1:
+        rule = "orders pipeline stages, and parallel.pipeline is 1"
+        yield Problem("parallel.schedule", rule, "remove it, or raise parallel.pipeline", section.schedule)
+    if section.virtual_stages > 1 and section.schedule == "1f1b":
+        rule = "needs a schedule that interleaves pieces of the pipeline, and parallel.schedule is 1f1b"
+        remedy = "use parallel.schedule=interleaved with parallel.pipeline above 1, or virtual_stages=1"
+        yield Problem("parallel.virtual_stages", rule, remedy, str(section.virtual_stages))
+    if section.virtual_stages == 1 and section.schedule == "interleaved":
+        rule = "interleaves several pieces a rank, and parallel.virtual_stages is 1"
+        yield Problem("parallel.schedule", rule, "use parallel.virtual_stages=2, or schedule=1f1b", "interleaved")
+
+
+def excluded_problems(config: RunConfig) -> Iterator[Problem]:
+    """Axes that DeepSpeed cannot join: each rule with its reason."""
+    section, stage = config.parallel, config.parallel.zero_stage
+    if section.expert > 1 and stage not in (1, 2):
+        reason = (
+            "gathers experts over ranks that hold others" if stage == 3 else "sums experts over ranks that hold others"
+        )
+        rule = f"does not go with parallel.expert={section.expert}: ZeRO {stage} {reason}"
+        yield Problem("parallel.zero_stage", rule, "use 1 or 2, or parallel.expert=1", str(stage))
+    if section.pipeline > 1 and stage not in (1, 2):
+        reason = (
+            "gathers weights in hooks that a schedule's own backward passes by"
+            if stage == 3
+            else "has no block in which gradients wait for the schedule to end"
+        )
+        rule = f"does not go with parallel.pipeline={section.pipeline}: ZeRO {stage} {reason}"
+        yield Problem("parallel.zero_stage", rule, "use 1 or 2, or parallel.pipeline=1", str(stage))
+
+
+def share_problems(config: RunConfig) -> Iterator[Problem]:
+    """Sizes that the ranks of an axis divide among themselves."""
+    section, model, letters = config.parallel, config.model, pattern_letters(config)
+    tensor, expert_tensor = section.tensor, section.expert_tensor_size()
+    sizes = [("tensor", tensor, "model.vocab_size", model.vocab_size)]
+    if "M" in letters and model.mamba is not None:
+        sizes.append(("tensor", tensor, "model.mamba.num_heads", model.mamba.num_heads))
+        yield from unit_problems("model.mamba.num_groups", model.mamba.num_groups, tensor)
+    if "*" in letters and model.attention is not None:
+        sizes.append(("tensor", tensor, "model.attention.num_heads", model.attention.num_heads))
+        yield from unit_problems("model.attention.num_kv_heads", model.attention.num_kv_heads, tensor)
+    if "-" in letters and model.feed_forward is not None:
+        sizes.append(("tensor", tensor, "model.feed_forward.hidden_size", model.feed_forward.hidden_size))
+    if "E" in letters and model.moe is not None:
+        moe = model.moe
+        sizes.append(("expert", section.expert, "model.moe.num_experts", moe.num_experts))
+        sizes.append(("expert_tensor", expert_tensor, "model.moe.expert_hidden_size", moe.expert_hidden_size))
+        if moe.shared_expert_hidden_size:
+            shared = ("tensor", tensor, "model.moe.shared_expert_hidden_size", moe.shared_expert_hidden_size)
+            sizes.append(shared)
+    for axis, ranks, name, size in sizes:
+        if size % ranks:
+            yield Problem(f"parallel.{axis}", f"must divide {name}={size}", f"use {divisors(size)}", str(ranks))
+    yield from length_problems(config)
+
+
+def length_problems(config: RunConfig) -> Iterator[Problem]:
+    """The tokens of a row are cut over context ranks, and those of each over tensor ranks under sequence parallel."""
+    section, length = config.parallel, config.train.sequence_length
+    parts = section.context * (section.tensor if section.sequence_parallel else 1)
+    if length % parts:
+        shares = f"parallel.context={section.context}"
+        if section.sequence_parallel:
+            shares += f" x parallel.tensor={section.tensor} (parallel.sequence_parallel)"
+        nearest = " or ".join(str(value) for value in (length // parts * parts, (length // parts + 1) * parts) if value)
+        yield Problem("train.sequence_length", f"must be a multiple of {shares}", f"use {nearest}", str(length))
+
+
+def unit_problems(name: str, units: int, tensor: int) -> Iterator[Problem]:
+    """Key-value heads and groups are split evenly, or each is held by the same number of ranks."""
+    if units % tensor and tensor % units:
+        rule = f"must divide {name}={units}, or be a multiple of it"
+        yield Problem("parallel.tensor", rule, f"use {divisors(units)} or a multiple of {units}", str(tensor))
+
+
+def world_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:
+    """The axes tile the ranks that there are."""
+    section = config.parallel
+    dense = section.model_ranks()
+    if world_size % dense:
+        rule = f"tensor {section.tensor} x context {section.context} x pipeline {section.pipeline} = {dense} must divide the {ranks(world_size)}"
+        yield Problem("parallel", rule, f"start a multiple of {dense} ranks, or lower an axis")
+    experts = section.expert_tensor_size() * section.expert * section.pipeline
+    if world_size % experts and experts != dense:
+        rule = (
+            f"expert_tensor {section.expert_tensor_size()} x expert {section.expert} x pipeline {section.pipeline} = "
+            f"{experts} must divide the {ranks(world_size)}"
+        )
+        yield Problem("parallel", rule, f"start a multiple of {experts} ranks, or lower an axis")
+
+
+def ranks(count: int) -> str:
+    """1 rank, 2 ranks."""
+    return f"{count} rank{'s' if count > 1 else ''}"
+
+
+def pattern_letters(config: RunConfig) -> set[str]:
+    """Kinds of block that the model has; none while its pattern does not parse, which the model's own rules report."""
+    try:
+        return set(parse_pattern(config.model.pattern).letters)
+    except ValueError:
+        return set()
+
+
+def divisors(number: int) -> str:
+    """The divisors of a number, as a remedy lists them."""
+    found = [str(part) for part in range(1, number + 1) if number % part == 0]
+    return ", ".join(found[:12]) + (", ..." if len(found) > 12 else "")
+
+
+def show(value: object) -> str:
+    """A value as YAML writes it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
