@@ -39,11 +39,20 @@ class SourceConfig(Section):
 
 
 class PhaseConfig(Section):
-    """Other weights from a global sample on; what was drawn before stays drawn, nothing is lost or repeated."""
+    """Other weights or rows of another length from a global sample on.
+
+    With other weights every source goes on where it was: nothing is lost or repeated. With another length each source
+    begins a new epoch, because its tokens are cut into other rows.
+    """
 
     start_sample: int = Field(ge=0, description="First global sample (steps x global batch size) of the phase.")
-    weights: dict[str, float] = Field(
-        min_length=1, description="Weight by source name; a source that isn't named isn't drawn in the phase."
+    weights: dict[str, float] | None = Field(
+        None,
+        min_length=1,
+        description="Weight by source name; a source that isn't named isn't drawn in the phase. none: as before.",
+    )
+    sequence_length: int | None = Field(
+        None, gt=0, description="Tokens a row; none: as before. The phase then starts at a whole global batch."
     )
 
 

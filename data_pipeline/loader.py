@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from data_pipeline.read_ahead import ReadingProcess
 from data_pipeline.samples import Damage, SampleReader, SampleSettings
 from data_pipeline.store import Split, TokenStore
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 READ_AHEAD_BATCHES = 2
 MAX_REQUESTS_PER_PROCESS = 64
 
@@ -77,8 +77,19 @@ class PretrainLoader:
         """Names that Batch.source_ids index."""
         return self.reader.source_names
 
-    def take(self, global_batch_size: int) -> list[Batch]:
-        """This rank's micro-batches of the next global batch; the cursor moves by the whole global batch."""
+    @property
+    def sequence_length(self) -> int:
+        """Tokens a row of the next global batch: a phase may change it."""
+        return self.reader.sequence_length_at(self.global_sample)
+
+    def take(self, global_batch_size: int, micro_batch_size: int | None = None) -> list[Batch]:
+        """This rank's micro-batches of the next global batch; the cursor moves by the whole global batch.
+
+        micro_batch_size: from now on; both sizes may change at any call. ValueError when rows of two lengths would
+        meet in the batch.
+        """
+        self.micro_batch_size = micro_batch_size or self.micro_batch_size
+        self._check_one_length(global_batch_size)
         blocks = self._blocks(self.global_sample, global_batch_size)
         batches = [self._make_batch(rows) for rows in self._read_blocks(blocks, global_batch_size)]
         self.global_sample += global_batch_size
@@ -95,21 +106,23 @@ class PretrainLoader:
             "global_sample": self.global_sample,
             "seed": self.settings.seed,
             "split": self.settings.split,
-            "sequence_length": self.settings.sequence_length,
             "packing": self.settings.packing,
             "shuffle": self.settings.shuffle,
             "dataset": self.store.identity(),
             "tokenizer": self.store.tokenizer_identity,
             "sources": {name: self.store.source_identity(name, self.settings.split) for name in self.source_names},
-            "phases": [[start, dict(weights)] for start, weights in self.settings.phases],
+            "phases": [
+                [phase.start_sample, dict(phase.weights), phase.sequence_length] for phase in self.settings.phases
+            ],
+            "ledger": [asdict(line) for line in self.ledger()],
             "quarantined": [[damage.sample, damage.part, damage.reason] for damage in self.quarantined],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where a state stands; any world size, micro-batch, global batch and worker count will do.
 
-        ValueError naming both values when the tokenizer, seed, length, packing, shuffle, or anything that past
-        samples came from is different. Sources and phases that begin after the state may be new.
+        ValueError naming both values when the tokenizer, seed, packing, shuffle, or anything that past samples came
+        from is different. Sources and phases that begin after the state may be new.
         """
         mine = self.state_dict()
         remedies = {
@@ -117,7 +130,6 @@ class PretrainLoader:
             "tokenizer": "point data.store to the store that the run began with",
             "seed": "set train.seed back",
             "split": "load the state of the same split",
-            "sequence_length": "set train.sequence_length back",
             "packing": "set data.packing back",
             "shuffle": "set data.shuffle back",
         }
@@ -132,12 +144,18 @@ class PretrainLoader:
     def _check_past(self, state: dict[str, Any], mine: dict[str, Any], cursor: int) -> None:
         past = [phase for phase in state["phases"] if phase[0] == 0 or phase[0] < cursor]
         now = [phase for phase in mine["phases"] if phase[0] == 0 or phase[0] < cursor]
+        lengths, lengths_now = [phase[2] for phase in past], [phase[2] for phase in now]
+        if lengths != lengths_now and [phase[:2] for phase in past] == [phase[:2] for phase in now]:
+            raise ValueError(
+                f"the data state has sequence_length {_one_or_all(lengths)}, this run has {_one_or_all(lengths_now)}; "
+                f"set it back, and change it by data.phases with start_sample {cursor} or later"
+            )
         if past != now:
             raise ValueError(
                 f"the data state was made with weights {past} up to sample {cursor}, this run has {now}; past weights "
                 f"can't change: restore them and append the change to data.phases with start_sample {cursor} or later"
             )
-        for source in sorted({name for _, weights in past for name in weights}):
+        for source in sorted({name for phase in past for name in phase[1]}):
             before, after = state["sources"].get(source), mine["sources"].get(source)
             if before != after:
                 raise ValueError(
@@ -153,10 +171,20 @@ class PretrainLoader:
         for number, taken in enumerate(self.reader.mixture.draws_before(self.global_sample)):
             for source, samples in taken.items():
                 drawn[source] = drawn.get(source, 0) + samples
-                epochs = drawn[source] / self.reader.rows_per_epoch(source)
-                tokens = samples * self.settings.sequence_length
+                epochs = self.reader.epochs_after(source, drawn[source])
+                tokens = samples * self.settings.phases[number].sequence_length
                 lines.append(SourceUse(number, source, samples, tokens, epochs))
         return lines
+
+    def describe_repeats(self) -> list[str]:
+        """What a change of the row length repeats: one remark a source whose epoch it leaves unfinished."""
+        return [
+            f"source {source!r}: rows of {stretch.sequence_length} tokens begin epoch {stretch.first_epoch} when "
+            f"{stretch.repeats:.1%} of the epoch before was given; that much is seen again"
+            for source in self.source_names
+            for stretch in self.reader.stretches(source)
+            if stretch.repeats
+        ]
 
     def close(self) -> None:
         """End the reading processes and close the store; take() starts them again."""
@@ -165,6 +193,15 @@ class PretrainLoader:
         self._processes.clear()
         self._requested.clear()
         self.store.close()
+
+    def _check_one_length(self, global_batch_size: int) -> None:
+        first, stop = self.global_sample, self.global_sample + global_batch_size
+        for phase in self.settings.phases:
+            if first < phase.start_sample < stop and phase.sequence_length != self.sequence_length:
+                raise ValueError(
+                    f"data.phases: rows of {phase.sequence_length} tokens start at sample {phase.start_sample}, inside "
+                    f"the global batch of samples {first} to {stop - 1}; use start_sample {stop}"
+                )
 
     def _blocks(self, first_sample: int, global_batch_size: int) -> list[int]:
         """First samples of this rank's micro-batches."""
@@ -231,3 +268,7 @@ class PretrainLoader:
             sample_ids=tuple(row.sample for row in rows),
             source_ids=tuple(row.source for row in rows),
         )
+
+
+def _one_or_all(lengths: list[int]) -> int | list[int]:
+    return lengths[0] if len(lengths) == 1 else lengths

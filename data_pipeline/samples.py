@@ -5,7 +5,8 @@ Everything here is a pure function of (settings, dataset identities, global samp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -26,45 +27,59 @@ Int64 = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
+class PhaseSettings:
+    """Weights and row length from a global sample on."""
+
+    start_sample: int
+    weights: Mapping[str, float]
+    sequence_length: int
+
+
+@dataclass(frozen=True)
 class SampleSettings:
-    """What decides the order and the rows. phases: (first global sample, weight by source), the first at 0."""
+    """What decides the order and the rows. The first phase starts at sample 0."""
 
     store: str
     split: Split
-    sequence_length: int
     seed: int
     packing: Literal["concatenate", "best_fit"]
     shuffle: Literal["full", "block"]
-    phases: tuple[tuple[int, Mapping[str, float]], ...]
+    phases: tuple[PhaseSettings, ...]
     on_corruption: Literal["raise", "quarantine"]
 
     @staticmethod
     def from_config(config: DataConfig, *, split: Split, sequence_length: int, seed: int) -> SampleSettings:
-        """Settings of a run; ValueError for a phase that weighs a source the configuration doesn't have."""
+        """Settings of a run; ValueError for a phase that weighs a source the configuration doesn't have.
+
+        sequence_length: of the first phase. Validation is the first phase alone, so that its losses stay comparable.
+        """
+        phases = _phases(config, sequence_length)
         return SampleSettings(
             store=config.store,
             split=split,
-            sequence_length=sequence_length,
             seed=seed,
             packing=config.packing,
             shuffle=config.shuffle,
-            phases=_phases(config),
+            phases=phases if split == "train" else phases[:1],
             on_corruption=config.on_corruption,
         )
 
 
-def _phases(config: DataConfig) -> tuple[tuple[int, dict[str, float]], ...]:
+def _phases(config: DataConfig, sequence_length: int) -> tuple[PhaseSettings, ...]:
     """The sources' own weights from sample 0, unless a given phase starts there, then the given phases."""
-    weights = {source.name: source.weight for source in config.sources}
-    later = tuple((phase.start_sample, dict(phase.weights)) for phase in config.phases)
-    for start, changed in later:
-        unknown = sorted(set(changed) - set(weights))
+    known = {source.name: source.weight for source in config.sources}
+    phases = [PhaseSettings(0, known, sequence_length)]
+    for given in config.phases:
+        unknown = sorted(set(given.weights or {}) - set(known))
         if unknown:
             raise ValueError(
-                f"data.phases: the phase at sample {start} weighs {unknown[0]!r}, which must be one of data.sources: "
-                f"{', '.join(sorted(weights))}"
+                f"data.phases: the phase at sample {given.start_sample} weighs {unknown[0]!r}, which must be one of "
+                f"data.sources: {', '.join(sorted(known))}"
             )
-    return later if later and later[0][0] == 0 else ((0, weights), *later)
+        before = phases[-1]
+        weights, length = given.weights or before.weights, given.sequence_length or before.sequence_length
+        phases.append(PhaseSettings(given.start_sample, dict(weights), length))
+    return tuple(phases[1:] if len(phases) > 1 and phases[1].start_sample == 0 else phases)
 
 
 @dataclass(frozen=True)
@@ -78,12 +93,27 @@ class Damage:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a sample lies: row `row` of a part, drawn in an epoch of its source."""
+    """Where a sample lies: row `row` of a part cut into rows of a length, drawn in an epoch of its source."""
 
     source: str
     epoch: int
     part: Part
     row: int
+    sequence_length: int
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Draws of one source between two changes of the row length; it begins with a new epoch.
+
+    repeats: share of the source that the epoch before had given already when it was left unfinished.
+    """
+
+    first_draw: int
+    first_epoch: int
+    sequence_length: int
+    rows_per_epoch: int
+    repeats: float
 
 
 class SampleReader:
@@ -92,16 +122,37 @@ class SampleReader:
     def __init__(self, settings: SampleSettings, store: TokenStore | None = None) -> None:
         self.settings = settings
         self.store = store or TokenStore.open(settings.store)
-        names = sorted({name for _, weights in settings.phases for name in weights})
-        self._bins = BinIndex(self.store, settings.sequence_length) if settings.packing == "best_fit" else None
-        self._row_bounds = {name: np.cumsum([0, *self._count_rows(name)], dtype=np.int64) for name in names}
-        self.source_names = tuple(names)
-        self.mixture = Mixture(self._usable_phases(), settings.seed)
-        self._identities = {name: self.store.source_identity(name, settings.split) for name in names}
+        self._bins: dict[int, BinIndex] = {}
+        self._row_bounds: dict[tuple[str, int], Int64] = {}
+        for phase in settings.phases:
+            for name in phase.weights:
+                self._count_source(name, phase.sequence_length)
+        self.source_names = tuple(sorted({name for name, _ in self._row_bounds}))
+        phases = self._usable_phases()
+        self.mixture = Mixture(phases, settings.seed)
+        self._stretches = {name: self._find_stretches(name) for name in self.source_names}
+        self._identities = {name: self.store.source_identity(name, settings.split) for name in self.source_names}
 
-    def rows_per_epoch(self, source: str) -> int:
-        """Rows of one pass over a source."""
-        return int(self._row_bounds[source][-1])
+    def rows_per_epoch(self, source: str, sequence_length: int | None = None) -> int:
+        """Rows of one pass over a source; sequence_length: by default that with which the source begins."""
+        length = sequence_length or next(p.sequence_length for p in self.settings.phases if source in p.weights)
+        return int(self._row_bounds[source, length][-1])
+
+    def sequence_length_at(self, sample: int) -> int:
+        """Tokens in the row of a global sample."""
+        return [phase.sequence_length for phase in self.settings.phases if phase.start_sample <= sample][-1]
+
+    def stretches(self, source: str) -> Sequence[Stretch]:
+        """How the draws of a source fall into stretches of one row length."""
+        return self._stretches[source]
+
+    def epochs_after(self, source: str, draws: int) -> float:
+        """Passes over a source that its first draws make."""
+        stretches, epochs = self._stretches[source], 0.0
+        for number, stretch in enumerate(stretches):
+            end = stretches[number + 1].first_draw if number + 1 < len(stretches) else draws
+            epochs += max(0, min(draws, end) - stretch.first_draw) / stretch.rows_per_epoch
+        return epochs
 
     def locate(self, samples: Int64) -> list[Place]:
         """Where each global sample lies."""
@@ -109,10 +160,17 @@ class SampleReader:
         places: list[Place | None] = [None] * len(draws)
         for source in {name for name, _ in draws}:
             where = [number for number, (name, _) in enumerate(draws) if name == source]
-            epochs, positions = np.divmod([draws[number][1] for number in where], self.rows_per_epoch(source))
-            rows = self._shuffled(source, epochs, positions)
-            for number, epoch, row in zip(where, epochs.tolist(), rows.tolist()):
-                places[number] = Place(source, epoch, *self._find_part(source, row))
+            numbers = np.array([draws[number][1] for number in where])
+            firsts = [stretch.first_draw for stretch in self._stretches[source]]
+            which = np.searchsorted(firsts, numbers, side="right") - 1
+            for chosen in set(which.tolist()):
+                stretch, mine = self._stretches[source][chosen], np.flatnonzero(which == chosen)
+                epochs, positions = np.divmod(numbers[mine] - stretch.first_draw, stretch.rows_per_epoch)
+                epochs += stretch.first_epoch
+                rows = self._shuffled(source, stretch.rows_per_epoch, epochs, positions)
+                for number, epoch, row in zip(mine.tolist(), epochs.tolist(), rows.tolist()):
+                    part, inside = self._find_part(source, stretch.sequence_length, row)
+                    places[where[number]] = Place(source, epoch, part, inside, stretch.sequence_length)
         return [place for place in places if place is not None]
 
     def read(self, samples: Int64) -> tuple[list[Row], list[Damage]]:
@@ -126,30 +184,45 @@ class SampleReader:
                 if self.settings.on_corruption == "raise":
                     raise
                 damages.append(Damage(sample, place.part.path, str(error)))
-                row = self._empty_row(sample, source)
+                row = self._empty_row(place, sample, source)
             rows.append(row)
         return rows, damages
 
     def first_token(self, place: Place) -> int:
         """Offset in the part of the first token of a row."""
         if self._bins:
-            bins = self._bins.load(place.part)
+            bins = self._bins[place.sequence_length].load(place.part)
             return int(bins.first[bins.bin_offsets[place.row]])
-        return place.row * self.settings.sequence_length
+        return place.row * place.sequence_length
 
     def _usable_phases(self) -> list[tuple[int, dict[str, float]]]:
         """Phases over the sources that have rows: a small source may have nothing to validate on."""
         usable = []
-        for start, weights in self.settings.phases:
-            empty = [name for name in sorted(weights) if self.rows_per_epoch(name) == 0]
-            kept = {name: weight for name, weight in weights.items() if name not in empty}
+        for phase in self.settings.phases:
+            length = phase.sequence_length
+            empty = [name for name in sorted(phase.weights) if self.rows_per_epoch(name, length) == 0]
+            kept = {name: weight for name, weight in phase.weights.items() if name not in empty}
             if empty and (self.settings.split == "train" or not kept):
-                raise ValueError(self._explain_empty(empty[0]))
-            usable.append((start, kept))
+                raise ValueError(self._explain_empty(empty[0], length))
+            usable.append((phase.start_sample, kept))
         return usable
 
-    def _explain_empty(self, source: str) -> str:
-        split, length = self.settings.split, self.settings.sequence_length
+    def _find_stretches(self, source: str) -> list[Stretch]:
+        """Where a source changes its row length, by the number of its draw."""
+        found: list[Stretch] = []
+        for phase, settings in zip(self.mixture.phases, self.settings.phases):
+            length = settings.sequence_length
+            if source not in phase.sources or (found and found[-1].sequence_length == length):
+                continue
+            first, epoch, repeats = phase.first_draws[phase.sources.index(source)], 0, 0.0
+            if found:
+                passes = (first - found[-1].first_draw) / found[-1].rows_per_epoch
+                epoch, repeats = found[-1].first_epoch + math.ceil(passes), passes % 1
+            found.append(Stretch(first, epoch, length, self.rows_per_epoch(source, length), repeats))
+        return found
+
+    def _explain_empty(self, source: str, length: int) -> str:
+        split = self.settings.split
         parts = self.store.parts(source, split)
         longest = max((part.num_tokens for part in parts), default=0)
         if longest == 0:
@@ -162,14 +235,18 @@ class SampleReader:
             f"{source!r}; shorten it, or give more text"
         )
 
-    def _count_rows(self, source: str) -> list[int]:
-        parts = self.store.parts(source, self.settings.split)
-        if self._bins:
-            return self._bins.count(source, self.settings.split)
-        return [count_windows(part.num_tokens, self.settings.sequence_length) for part in parts]
+    def _count_source(self, source: str, length: int) -> None:
+        if (source, length) in self._row_bounds:
+            return
+        split = self.settings.split
+        if self.settings.packing == "best_fit":
+            rows = self._bins.setdefault(length, BinIndex(self.store, length)).count(source, split)
+        else:
+            rows = [count_windows(part.num_tokens, length) for part in self.store.parts(source, split)]
+        self._row_bounds[source, length] = np.cumsum([0, *rows], dtype=np.int64)
 
-    def _shuffled(self, source: str, epochs: Int64, positions: Int64) -> Int64:
-        size, out = self.rows_per_epoch(source), np.empty_like(positions)
+    def _shuffled(self, source: str, size: int, epochs: Int64, positions: Int64) -> Int64:
+        out = np.empty_like(positions)
         for epoch in set(epochs.tolist()):
             mine = epochs == epoch
             key = derive_key(self.settings.seed, "order", self._identities[source], epoch)
@@ -177,22 +254,21 @@ class SampleReader:
             out[mine] = shuffle(positions[mine], size, key)
         return out
 
-    def _find_part(self, source: str, row: int) -> tuple[Part, int]:
-        bounds = self._row_bounds[source]
+    def _find_part(self, source: str, length: int, row: int) -> tuple[Part, int]:
+        bounds = self._row_bounds[source, length]
         number = int(bounds.searchsorted(row, side="right")) - 1
         return self.store.parts(source, self.settings.split)[number], row - int(bounds[number])
 
     def _read_window(self, place: Place, sample: int, source: int) -> Row:
-        length = self.settings.sequence_length
+        length = place.sequence_length
         first = place.row * length
         tokens = self.store.read_tokens(place.part, first, first + length + 1)
         starts = starts_in_window(self.store.document_ends(place.part), first, length + 1)
         return Row(tokens, starts, length + 1, sample, source)
 
     def _read_bin(self, place: Place, sample: int, source: int) -> Row:
-        assert self._bins is not None, "bins are read when packing is best_fit"
-        length = self.settings.sequence_length
-        bins = self._bins.load(place.part)
+        length = place.sequence_length
+        bins = self._bins[length].load(place.part)
         pieces = range(int(bins.bin_offsets[place.row]), int(bins.bin_offsets[place.row + 1]))
         firsts, lengths = bins.first[pieces.start : pieces.stop], bins.length[pieces.start : pieces.stop]
         starts = np.concatenate((np.zeros(1, np.int64), np.cumsum(lengths)[:-1])).astype(np.int32)
@@ -209,8 +285,8 @@ class SampleReader:
         ends = self.store.document_ends(part)
         return int(ends[np.searchsorted(ends, offset)]) == offset
 
-    def _empty_row(self, sample: int, source: int) -> Row:
-        tokens = np.full(self.settings.sequence_length + 1, self._fill_id(), dtype=self.store.layout.dtype)
+    def _empty_row(self, place: Place, sample: int, source: int) -> Row:
+        tokens = np.full(place.sequence_length + 1, self._fill_id(), dtype=self.store.layout.dtype)
         return Row(tokens, np.zeros(1, np.int32), 1, sample, source)
 
     def _fill_id(self) -> int:

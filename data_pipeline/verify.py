@@ -92,7 +92,7 @@ def sample_text(
     samples = np.array([sample], dtype=np.int64)
     (place,), (rows, _) = reader.locate(samples), reader.read(samples)
     row = rows[0]
-    tokens = row.tokens[: min(row.num_valid, sequence_length)].astype(np.int64)
+    tokens = row.tokens[: min(row.num_valid, place.sequence_length)].astype(np.int64)
     pieces = np.split(tokens, [start for start in row.starts.tolist() if 0 < start < len(tokens)])
     ends = reader.store.document_ends(place.part)
     first = int(np.searchsorted(ends, reader.first_token(place), side="right"))

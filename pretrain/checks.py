@@ -88,10 +88,17 @@ def data_problems(config: RunConfig) -> Iterator[Problem]:
     start = 0
     for index, phase in enumerate(config.data.phases):
         key = f"data.phases.{index}"
-        for name in phase.weights:
+        if phase.weights is None and phase.sequence_length is None:
+            yield Problem(key, "changes nothing", "give it weights or a sequence_length")
+        if phase.sequence_length is not None and phase.start_sample % config.train.global_batch_size:
+            batch = config.train.global_batch_size
+            rule = f"must be a multiple of train.global_batch_size={batch}, because rows change their length there"
+            remedy = f"use {(phase.start_sample // batch + 1) * batch}"
+            yield Problem(f"{key}.start_sample", rule, remedy, str(phase.start_sample))
+        for name in phase.weights or {}:
             if name not in names:
                 remedy = f"use one of {', '.join(names)}"
-                yield Problem(f"{key}.weights.{name}", "is no name of data.sources", remedy, str(phase.weights[name]))
+                yield Problem(f"{key}.weights.{name}", "is no name of data.sources", remedy)
         if phase.start_sample <= start:
             rule = f"must be greater than {start}, where the phase before starts"
             yield Problem(f"{key}.start_sample", rule, "put the phases in order", str(phase.start_sample))

@@ -19,7 +19,8 @@ def write_report(run_dir: str | Path) -> Path:
     Raises FileNotFoundError for something that is no run directory, ValueError before the first step.
     """
     record = read_run(run_dir)
-    page = render_page(record, make_cards(record), draw_plots(record), describe_model(record))
+    tables = {"Model": describe_model(record), "Data": describe_data(record)}
+    page = render_page(record, make_cards(record), draw_plots(record), tables)
     path = record.directory / "report.html"
     temporary = path.with_suffix(".html.part")
     temporary.write_text(page, encoding="utf-8")
@@ -73,6 +74,19 @@ def describe_model(record: RunRecord) -> Table:
     total = ("all", f"{counts.total:,}", f"{counts.active:,}", count(sum(flops.values())))
     header = ("part", "parameters", "active", "training FLOPs a token")
     return Table(f"Pattern {parse_pattern(config.model.pattern).canonical()}", header, (*rows, total))
+
+
+def describe_data(record: RunRecord) -> Table:
+    """Tokens and epochs that each source gave in each phase."""
+    newest = {line["data"]["phase"]: line["data"] for line in record.metrics if "data" in line}
+    rows = [
+        (str(phase), source, f"{tokens:,}", f"{data['epochs'][source]:.3f}")
+        for phase, data in sorted(newest.items())
+        for source, tokens in data["tokens"].items()
+    ]
+    total = sum(sum(data["tokens"].values()) for data in newest.values())
+    header = ("phase", "source", "tokens", "epochs since the start of the run")
+    return Table(f"Store {record.config.data.store}", header, (*rows, ("all", "", f"{total:,}", "")))
 
 
 def count(value: float) -> str:

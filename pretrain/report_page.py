@@ -90,8 +90,8 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
 
 
-def render_page(record: RunRecord, cards: Sequence[Card], plots: Sequence[Plot], model: Table) -> str:
-    """The whole page as text."""
+def render_page(record: RunRecord, cards: Sequence[Card], plots: Sequence[Plot], tables: Mapping[str, Table]) -> str:
+    """The whole page as text; `tables` by their headings."""
     finished = record.is_finished()
     state = "finished" if finished else f"unfinished: step {record.last_step():,} of {record.config.train.steps:,}"
     progress = min(100.0, 100 * record.last_step() / record.config.train.steps)
@@ -108,8 +108,7 @@ def render_page(record: RunRecord, cards: Sequence[Card], plots: Sequence[Plot],
         f'<section class="cards">{"".join(map(render_card, cards))}</section>',
         *(f'<p class="note">{escape(note)}</p>' for note in record.notes),
         f'<h2>Curves</h2><section class="plots">{"".join(map(render_plot, plots))}</section>',
-        "<h2>Model</h2>",
-        render_table(model),
+        *(f"<h2>{escape(heading)}</h2>{render_table(table)}" for heading, table in tables.items()),
         "<h2>Events</h2>",
         render_events(record.events),
         "<h2>Environment and configuration</h2>",

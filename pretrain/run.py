@@ -261,6 +261,8 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None) -> None:
         f"ZeRO {run.engine.zero_stage}, {run.parallel.world_size} rank(s) on {run.parallel.device.type} with "
         f"{torch.get_num_threads()} thread(s), {train.global_batch_size} x {train.sequence_length} tokens a step"
     )
+    for remark in run.loader.describe_repeats():
+        run.say(remark)
     run.record_event("start", world_size=run.parallel.world_size, resumed_from=loaded and loaded.path.name)
     if loaded is not None:
         run.say(f"resumed from {loaded.path} at step {loaded.step}")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from data_pipeline.loader import SourceUse
+from model.flops import flops_per_token
 from pretrain.config import RunConfig
 from pretrain.evaluate import validate
 from pretrain.health import is_hopeless
@@ -89,8 +92,8 @@ def record(run: Run, result: StepResult) -> None:
 
 def describe_step(run: Run, result: StepResult) -> dict[str, Any]:
     """The line of metrics.jsonl; a number that is not finite is null there, because JSON has no word for it."""
-    train = run.config.train
-    tokens_per_second = train.global_batch_size * train.sequence_length / result.seconds
+    tokens_per_second = run.config.train.global_batch_size * result.sequence_length / result.seconds
+    flops = sum(flops_per_token(run.config.model, result.sequence_length).values())
     metrics: dict[str, Any] = {
         "step": run.progress.step,
         "loss": finite(result.loss),
@@ -98,18 +101,29 @@ def describe_step(run: Run, result: StepResult) -> dict[str, Any]:
         "lr": result.learning_rate,
         "tokens": run.progress.tokens,
         "tokens_per_second": tokens_per_second,
-        "mfu": tokens_per_second * run.flops_per_token / run.peak.flops_per_second,
+        "mfu": tokens_per_second * flops / run.peak.flops_per_second,
         "seconds": result.seconds,
         "auxiliary": {name: finite(value) for name, value in result.auxiliary.items()},
         "expert_load": {
             str(block): max(counts) * len(counts) / max(1, sum(counts))
             for block, counts in result.expert_counts.items()
         },
+        "data": describe_data(run.loader.ledger()),
         "skipped": not result.applied,
     }
     if run.progress.validated_step == run.progress.step:
         metrics["validation_loss"] = run.progress.validation_loss
     return metrics
+
+
+def describe_data(ledger: Sequence[SourceUse]) -> dict[str, Any]:
+    """The ledger at the newest phase: tokens that each source gave in it, and its epochs since the run began."""
+    newest = [line for line in ledger if line.phase == ledger[-1].phase]
+    return {
+        "phase": ledger[-1].phase,
+        "tokens": {line.source: line.tokens for line in newest},
+        "epochs": {line.source: line.epochs for line in newest},
+    }
 
 
 def finite(value: float) -> float | None:

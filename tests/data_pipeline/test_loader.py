@@ -158,6 +158,69 @@ def test_a_phase_changes_the_weights_from_its_sample_on_and_resumes_across_it(co
     assert stream(resumed, 6, 8) == {sample: row for sample, row in after.items() if sample >= 16}
 
 
+LONGER = (PhaseConfig(start_sample=24, sequence_length=80), PhaseConfig(start_sample=48, weights={"source1": 1.0}))
+
+
+@pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
+def test_a_phase_changes_the_row_length_the_same_way_at_any_world_size_and_after_any_resume(config, packing):
+    config = config.model_copy(update={"phases": LONGER, "packing": packing})
+    expected = stream(load(config, micro_batch_size=4), 9, 8)
+    assert {sample: len(row[1]) for sample, row in expected.items()} == {s: 32 if s < 24 else 80 for s in range(72)}
+    assert {expected[sample][0] for sample in range(24, 48)} == {0, 1} and expected[50][0] == 1
+    before = stream(load(config.model_copy(update={"phases": ()})), 3, 8)
+    assert all(expected[sample] == row for sample, row in before.items()), "a later phase changes nothing before it"
+    for world_size, micro_batch, workers, stop in ((1, 1, 1, 24), (2, 2, 0, 16), (8, 1, 0, 32)):
+        first = load(config)
+        for _ in range(stop // 8):
+            first.take(8)
+        state, together = json.loads(json.dumps(first.state_dict())), {}
+        for rank in range(world_size):
+            settings = config.model_copy(update={"num_workers": workers})
+            loader = load(settings, micro_batch_size=micro_batch, data_rank=rank, data_world_size=world_size)
+            loader.load_state_dict(state)
+            together |= stream(loader, (72 - stop) // 8, 8)
+        assert together == {sample: row for sample, row in expected.items() if sample >= stop}
+
+
+def test_a_new_row_length_begins_a_complete_epoch_and_says_what_it_repeats(config):
+    settings = config.model_copy(update={"phases": LONGER[:1]})
+    loader = load(settings)
+    rows = {name: loader.reader.rows_per_epoch(name, 80) for name in loader.source_names}
+    places = loader.reader.locate(np.arange(24, 24 + 3 * sum(rows.values()), dtype=np.int64))
+    for name, count in rows.items():
+        first = [(place.part.path, place.row) for place in places if place.source == name and place.epoch == 1]
+        assert len(first) == len(set(first)) == count
+    drawn = loader.reader.mixture.draws_before(24)[0]
+    remarks = loader.describe_repeats()
+    for name, remark in zip(loader.source_names, remarks, strict=True):
+        share = drawn[name] / loader.reader.rows_per_epoch(name)
+        assert f"source {name!r}: rows of 80 tokens begin epoch 1 when {share:.1%}" in remark
+    loader.seek(32)
+    ledger = loader.ledger()
+    assert sum(line.tokens for line in ledger) == 24 * 32 + 8 * 80
+    for line in ledger:
+        if line.phase == 1:
+            share = drawn[line.source] / loader.reader.rows_per_epoch(line.source)
+            assert line.epochs == pytest.approx(share + line.samples / rows[line.source])
+    assert load(config).describe_repeats() == []
+
+
+def test_rows_of_two_lengths_in_one_batch_are_refused(config):
+    loader = load(config.model_copy(update={"phases": LONGER}))
+    loader.seek(20)
+    with pytest.raises(
+        ValueError, match=r"rows of 80 tokens start at sample 24, inside the .* 20 to 27; use start_sample 28"
+    ):
+        loader.take(8)
+    loader.take(4, micro_batch_size=4)
+    assert loader.sequence_length == 80 and loader.take(8)[0].tokens_BT.shape == (4, 80)
+
+
+def test_validation_keeps_the_first_phase(config):
+    changed = config.model_copy(update={"phases": LONGER})
+    assert stream(load(changed, split="validation"), 8, 8) == stream(load(config, split="validation"), 8, 8)
+
+
 def test_past_weights_cannot_be_rewritten(config):
     first = load(config)
     for _ in range(4):
@@ -188,7 +251,7 @@ def test_a_phase_of_an_unknown_source_is_refused(config):
     ("changes", "message"),
     [
         ({"seed": 8}, "seed 7, this run has 8; set train.seed back"),
-        ({"sequence_length": 16}, "sequence_length 32, this run has 16"),
+        ({"sequence_length": 16}, "sequence_length 32, this run has 16; set it back, and change it by data.phases"),
         ({"split": "validation"}, "split 'train', this run has 'validation'"),
     ],
 )

@@ -45,7 +45,12 @@ def test_a_sound_run_passes(base):
         ),
         (
             ["data.phases=[{start_sample: 9, weights: {novels: 1}}]"],
-            "data.phases.0.weights.novels = 1.0: is no name of data.sources; use one of plays",
+            "data.phases.0.weights.novels: is no name of data.sources; use one of plays",
+        ),
+        (["data.phases=[{start_sample: 9}]"], "data.phases.0: changes nothing; give it weights or a sequence_length"),
+        (
+            ["data.phases=[{start_sample: 9, sequence_length: 64}]"],
+            "data.phases.0.start_sample = 9: must be a multiple of train.global_batch_size=",
         ),
         (
             ["data.phases=[{start_sample: 9, weights: {plays: 1}}, {start_sample: 9, weights: {plays: 2}}]"],

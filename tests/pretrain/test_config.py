@@ -61,7 +61,7 @@ data.sources.*.filters.drop_pattern
 data.tokenizer.model data.tokenizer.eos_token data.tokenizer.algorithm data.tokenizer.vocab_size
 data.tokenizer.byte_fallback data.tokenizer.training_bytes
 data.prepare.preset data.prepare.num_actors data.prepare.part_bytes data.prepare.chunk_tokens data.prepare.seed
-data.phases.*.start_sample data.phases.*.weights
+data.phases.*.start_sample data.phases.*.weights data.phases.*.sequence_length
 train.steps train.stop_after_steps train.sequence_length train.micro_batch_size train.global_batch_size train.seed
 train.precision train.checkpoint_every_steps train.checkpoint_in_background train.keep_last
 train.validate_every_steps train.validation_batches

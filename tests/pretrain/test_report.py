@@ -46,7 +46,13 @@ def figures(page: str) -> dict[str, ElementTree.Element]:
 
 def test_a_finished_run_shows_its_numbers_and_all_its_plots(tmp_path):
     lines = [
-        line(step, expert_load={"1": 1.5, "3": 2.0}, auxiliary={"balance": 0.01}, validation_loss=3.0)
+        line(
+            step,
+            expert_load={"1": 1.5, "3": 2.0},
+            auxiliary={"balance": 0.01},
+            validation_loss=3.0,
+            data={"phase": step // 60, "tokens": {"plays": 512 * (step % 60)}, "epochs": {"plays": step / 80}},
+        )
         for step in range(1, 101)
     ]
     run = make_run(tmp_path, lines)
@@ -68,6 +74,9 @@ def test_a_finished_run_shows_its_numbers_and_all_its_plots(tmp_path):
     assert "<th>host.cores</th><td>2</td>" in page
     assert "pattern: M*-" in page
     assert "<code>Pattern M*-</code>" in page
+    assert "<tr><td>0</td><td>plays</td><td>30,208</td><td>0.738</td></tr>" in page
+    assert "<tr><td>1</td><td>plays</td><td>20,480</td><td>1.250</td></tr>" in page
+    assert "<tr><td>all</td><td></td><td>50,688</td><td></td></tr>" in page
 
 
 def test_one_step_of_an_unfinished_run_is_enough(tmp_path):

@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 
-from data_pipeline.config import DataConfig, TokenizerConfig
+from data_pipeline.config import DataConfig, PhaseConfig, TokenizerConfig
 from pretrain.evaluate import validate
 from pretrain.run import close_run, lock_directory, start_run
 from pretrain.signals import SignalWatch
@@ -35,6 +35,7 @@ METRICS = {
     "seconds",
     "auxiliary",
     "expert_load",
+    "data",
     "skipped",
 }
 
@@ -46,6 +47,7 @@ def test_run_directory_holds_config_environment_metrics_and_events(data: DataCon
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert [set(line) - METRICS for line in lines] == [set(), {"validation_loss"}, set(), {"validation_loss"}]
     assert [line["tokens"] for line in lines] == [192, 384, 576, 768]
+    assert [sum(line["data"]["tokens"].values()) for line in lines] == [192, 384, 576, 768]
     assert lines[0]["loss"] == pytest.approx(math.log(448), abs=0.1), "an untrained model knows nothing"
     assert lines[0]["lr"] == pytest.approx(1.5e-3) and lines[1]["lr"] == pytest.approx(3e-3)
     assert set(lines[0]["auxiliary"]) == {"balance", "router_z"}
@@ -57,6 +59,25 @@ def test_run_directory_holds_config_environment_metrics_and_events(data: DataCon
     events = [event["event"] for event in read_events(tmp_path)]
     assert events == ["start", "validation", "validation", "checkpoint", "end"]
     assert (tmp_path / "checkpoints" / "latest").exists()
+
+
+def test_a_phase_makes_rows_longer_during_the_run_and_after_a_resume(data: DataConfig, tmp_path: Path) -> None:
+    longer = data.model_copy(update={"phases": (PhaseConfig(start_sample=8, sequence_length=96),)})
+    whole, halves = tiny_config(longer, tmp_path / "whole"), tiny_config(longer, tmp_path / "halves")
+    assert train(whole) == 0
+    train_settings = halves.train.model_copy(update={"stop_after_steps": 1})
+    assert train(halves.model_copy(update={"train": train_settings})) == 0
+    assert train(halves) == 0
+    lines, resumed = read_metrics(tmp_path / "whole"), read_metrics(tmp_path / "halves")
+    assert [line["tokens"] for line in lines] == [192, 384, 768, 1152]
+    assert [(line["data"]["phase"], sum(line["data"]["tokens"].values())) for line in lines] == [
+        (0, 192),
+        (0, 384),
+        (1, 384),
+        (1, 768),
+    ]
+    for key in ("loss", "grad_norm", "tokens", "data"):
+        assert [line[key] for line in resumed] == [line[key] for line in lines], key
 
 
 def test_stop_after_steps_saves_and_the_schedule_spans_the_whole_run(data: DataConfig, tmp_path: Path) -> None:
