@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import importlib.metadata
 import platform
@@ -12,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from model.layers import parameter_shards
 from pretrain.checkpoint_commit import (
     Agreement,
     Problem,
@@ -23,8 +25,8 @@ from pretrain.checkpoint_commit import (
     prune,
     remove_temporary,
 )
+from pretrain.checkpoint_duties import Duties, assign_duties
 from pretrain.checkpoint_files import (
-    FileEntry,
     find_foreign_files,
     measure_tensors,
     rank_file_name,
@@ -33,17 +35,11 @@ from pretrain.checkpoint_files import (
     verify_file,
     write_tensors,
 )
-from pretrain.checkpoint_fragments import (
-    Fragment,
-    collect_buffers,
-    collect_fragments,
-    collect_group_settings,
-    name_parameters,
-    parameter_shape,
-)
+from pretrain.checkpoint_fragments import collect_buffers, collect_fragments, collect_group_settings
+from pretrain.checkpoint_layout import list_axes
+from pretrain.checkpoint_manifest import RankReport, complete_manifest, describe_tensor
 from pretrain.checkpoint_random import collect_random_state
-from pretrain.checkpoint_ranges import check_tiling
-from pretrain.checkpoint_restore import check_same_tensors, restore
+from pretrain.checkpoint_restore import find_mismatches, restore
 from pretrain.checkpoint_resume import check_resumable, digest_config
 from pretrain.config import RunConfig
 from pretrain.engine import ZeroEngine
@@ -75,8 +71,8 @@ class Snapshot:
     """All that this rank will write for one step, before anything is written."""
 
     step: int
-    fragments: list[Fragment]
     tensors: dict[str, Tensor]
+    report: RankReport
     manifest: dict[str, Any]
 
     def metadata(self) -> dict[str, str]:
@@ -101,7 +97,8 @@ def save_checkpoint(
     then the temporary folder is gone and older checkpoints are untouched. Returns the folder once it is durable.
     """
     ranks = agreement_of(engine)
-    snapshot = take_snapshot(step, engine, ranks, state=state, config=config, identities=identities)
+    duties = assign_duties(engine, ranks)
+    snapshot = take_snapshot(step, engine, ranks, duties, state=state, config=config, identities=identities)
     return write_snapshot(checkpoints_dir, snapshot, ranks, keep_last)
 
 
@@ -114,28 +111,43 @@ def take_snapshot(
     step: int,
     engine: ZeroEngine,
     ranks: Agreement,
+    duties: Duties,
     *,
     state: dict[str, Any],
     config: RunConfig,
     identities: dict[str, str],
 ) -> Snapshot:
     """Views of the state that this rank writes, and the manifest's part that is known beforehand. No communication."""
-    fragments = collect_fragments(engine.deepspeed, ranks.rank, ranks.world_size)
+    held = [fragment for fragment in collect_fragments(engine.deepspeed) if fragment.name in duties.parameters]
+    fragments = [share for share in (fragment.share(ranks.rank) for fragment in held) if share is not None]
+    buffers = {name: buffer for name, buffer in collect_buffers(engine.module).items() if name in duties.buffers}
     tensors = {f"{kind}/{part.name}/{part.start}": part.tensors[kind] for part in fragments for kind in part.tensors}
-    buffers = collect_buffers(engine.module)
-    if ranks.rank == 0:
-        tensors |= {f"buffer/{name}": tensor.detach() for name, tensor in buffers.items()}
+    tensors |= {f"buffer/{name}": buffer.detach() for name, buffer in buffers.items()}
     tensors |= {f"random/{name}": tensor for name, tensor in collect_random_state().items()}
-    parameters = {
-        name: {"shape": list(parameter_shape(parameter)), "dtype": str(parameter.dtype).removeprefix("torch.")}
-        for name, parameter in engine.module.named_parameters()
-    }
-    assert len(parameters) == len(name_parameters(engine.module)), "two parameters share a name"
+    dtypes = {name: parameter.dtype for name, parameter, _ in parameter_shards(engine.module)}
+    report = RankReport(
+        parameters={
+            part.name: {
+                **describe_tensor(duties.placements[part.name].whole, dtypes[part.name]),
+                "group": part.group,
+                "optimizer_step": part.optimizer_step,
+            }
+            for part in fragments
+        },
+        shards={
+            part.name: {"where": duties.placements[part.name].to_json(), "coordinates": duties.coordinates[part.name]}
+            for part in fragments
+        },
+        ranges=[(part.name, part.start, part.numel) for part in fragments],
+        buffers={name: describe_tensor(buffer.shape, buffer.dtype) for name, buffer in buffers.items()},
+        groups=collect_group_settings(engine.deepspeed),
+    )
     manifest = {
         "step": step,
         "saved_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "layout": {
             "world_size": ranks.world_size,
+            "axes": list_axes(engine.groups),
             "zero_stage": engine.zero_stage,
             "precision": config.train.precision,
         },
@@ -144,15 +156,9 @@ def take_snapshot(
         "config": config.model_dump(mode="json"),
         "state": state,
         "engine": {name: int(getattr(engine.deepspeed, name)) for name in ENGINE_COUNTERS},
-        "groups": collect_group_settings(engine.deepspeed),
-        "parameters": parameters,
-        "buffers": {
-            name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
-            for name, tensor in buffers.items()
-        },
         "versions": collect_versions(),
     }
-    return Snapshot(step, fragments, tensors, manifest)
+    return Snapshot(step, tensors, report, manifest)
 
 
 def collect_versions() -> dict[str, str]:
@@ -180,12 +186,11 @@ def write_snapshot(checkpoints_dir: Path, snapshot: Snapshot, ranks: Agreement, 
             temporary_dir.mkdir()
     ranks.check(problem.text, doing)
 
-    entry: FileEntry | None = None
+    report = snapshot.report
     with problem.caught():
         path = temporary_dir / rank_file_name(ranks.rank)
-        entry = write_tensors(path, snapshot.tensors, snapshot.metadata())
-    report = [(part.name, part.start, part.numel, part.optimizer_step, part.group) for part in snapshot.fragments]
-    reports = ranks.gather((entry, report))
+        report = dataclasses.replace(report, file=write_tensors(path, snapshot.tensors, snapshot.metadata()))
+    reports = ranks.gather(report)
     all_written = all(text is None for text in ranks.gather_everywhere(problem.text))
     if ranks.rank == 0:
         if all_written:
@@ -199,27 +204,6 @@ def write_snapshot(checkpoints_dir: Path, snapshot: Snapshot, ranks: Agreement, 
     return checkpoints_dir / checkpoint_name(snapshot.step)
 
 
-def complete_manifest(manifest: dict[str, Any], reports: list[Any]) -> dict[str, Any]:
-    """Add what only rank 0 knows: files with digests, and which range of which parameter lies in which file.
-
-    Asserts that the ranges of all ranks tile each parameter exactly once.
-    """
-    files = {}
-    ranges: dict[str, list[list[Any]]] = {name: [] for name in manifest["parameters"]}
-    parameters = {name: dict(entry) for name, entry in manifest["parameters"].items()}
-    for rank, (file_entry, report) in enumerate(reports):
-        files[rank_file_name(rank)] = {"bytes": file_entry.num_bytes, "sha256": file_entry.sha256}
-        for name, start, numel, optimizer_step, group in report:
-            ranges[name].append([start, numel, rank_file_name(rank)])
-            known = parameters[name].setdefault("optimizer_step", optimizer_step)
-            assert known == optimizer_step, f"ranks count steps of {name} differently: {known} and {optimizer_step}"
-            parameters[name]["group"] = group
-    for name, entry in parameters.items():
-        ranges[name].sort()
-        check_tiling(name, entry["shape"], ranges[name])
-    return {**manifest, "parameters": parameters, "fragments": ranges, "files": files}
-
-
 def load_newest(
     checkpoints_dir: Path, engine: ZeroEngine, *, config: RunConfig, identities: dict[str, str]
 ) -> LoadedCheckpoint | None:
@@ -228,7 +212,7 @@ def load_newest(
     All ranks must call it; each verifies a share of the files. A broken checkpoint is passed over for the one before.
     Raises RuntimeError when checkpoints exist but none verifies, naming each with its reason: training would
     otherwise start anew without a word. Raises ValueError when the newest sound one belongs to another model, dataset
-    or schedule. Rank count and ZeRO stage may differ from those that saved.
+    or schedule. The layout may be another than the one that saved: each rank reads what its shards and ranges need.
     """
     ranks = agreement_of(engine)
     names = ranks.share([path.name for path in list_checkpoints(checkpoints_dir)] if ranks.rank == 0 else None)
@@ -240,11 +224,10 @@ def load_newest(
             continue
         changes = check_resumable(manifest, config, identities)
         warnings = ranks.share(list_warnings(checkpoints_dir, path, manifest) if ranks.rank == 0 else None)
-        problem = Problem()
-        with problem.caught():
-            check_same_tensors(manifest, engine.deepspeed)
-        ranks.check(problem.text, f"checkpoint {path} does not fit this model")
-        own_warnings = restore(path, manifest, engine.deepspeed, ranks.rank)
+        mismatches = find_mismatches(manifest, engine, ranks)
+        if mismatches:
+            raise RuntimeError(f"checkpoint {path} does not fit this model: " + "; ".join(mismatches))
+        own_warnings = restore(path, manifest, engine, ranks.rank)
         warnings += [text for share in ranks.gather_everywhere(own_warnings) for text in share]
         for name in ENGINE_COUNTERS:
             setattr(engine.deepspeed, name, manifest["engine"][name])

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pretrain.checkpoint import Snapshot, agreement_of, take_snapshot, write_snapshot
 from pretrain.checkpoint_commit import Agreement
+from pretrain.checkpoint_duties import assign_duties
 from pretrain.config import RunConfig
 from pretrain.engine import ZeroEngine
 
@@ -35,6 +36,7 @@ class BackgroundSaver:
         timeout = datetime.timedelta(seconds=timeout_seconds)
         group = dist.new_group(backend="gloo", timeout=timeout) if everyone.world_size > 1 else None
         self.ranks = Agreement(everyone.rank, everyone.world_size, group)
+        self.duties = assign_duties(engine, everyone)
         self.pending: Future[Path] | None = None
         self.memory: dict[str, Tensor] = {}
 
@@ -54,7 +56,9 @@ class BackgroundSaver:
         Waits for the save before, so that memory holds one copy at most. Arguments as for `save_checkpoint`.
         """
         finished = self.wait()
-        snapshot = take_snapshot(step, engine, self.ranks, state=state, config=config, identities=identities)
+        snapshot = take_snapshot(
+            step, engine, self.ranks, self.duties, state=state, config=config, identities=identities
+        )
         own_snapshot = copy_snapshot(snapshot, self.memory)
         self.memory = own_snapshot.tensors
         # A thread for this save alone: while one lives that has used OpenMP, its idle workers count as busy processors
@@ -91,7 +95,6 @@ def copy_snapshot(snapshot: Snapshot, memory: dict[str, Tensor]) -> Snapshot:
         tensors[key] = place.copy_(tensor.detach())
     return dataclasses.replace(
         snapshot,
-        fragments=[dataclasses.replace(fragment, tensors={}) for fragment in snapshot.fragments],
         tensors=tensors,
         manifest=copy.deepcopy(snapshot.manifest),
     )

@@ -15,8 +15,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 FORMAT = "amfm-checkpoint"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
+# A checkpoint with a file of this name is never pruned; what is in it doesn't matter.
+MARK_NAME = "keep"
 CHUNK_BYTES = 1 << 24
 NO_DIGEST = "0" * 64
 
@@ -151,10 +153,9 @@ def read_manifest(checkpoint_dir: Path) -> dict[str, Any]:
         raise RuntimeError(f"{path}: is not valid JSON ({error})") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise RuntimeError(f"{path}: is not an amfm checkpoint manifest")
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise RuntimeError(
-            f"{path}: format version {manifest.get('format_version')}, this program reads version {FORMAT_VERSION}"
-        )
+    version = manifest.get("format_version")
+    if version not in (1, FORMAT_VERSION):
+        raise RuntimeError(f"{path}: format version {version}, this program reads versions 1 and {FORMAT_VERSION}")
     stated = str(manifest.get("sha256"))
     found = hashlib.sha256(text.replace(stated, NO_DIGEST, 1).encode()).hexdigest()
     if found != stated:
@@ -162,7 +163,18 @@ def read_manifest(checkpoint_dir: Path) -> dict[str, Any]:
     named_step = checkpoint_dir.name.removesuffix(".old").removeprefix("step-")
     if named_step.isdigit() and int(named_step) != manifest["step"]:
         raise RuntimeError(f"{path}: is of step {manifest['step']} but lies in {checkpoint_dir.name}")
-    return manifest
+    return manifest if version == FORMAT_VERSION else upgrade_manifest(manifest)
+
+
+def upgrade_manifest(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What version 1 says, in the words of version 2: every parameter was whole, and rank 0 wrote the buffers."""
+    upgraded = {key: value for key, value in manifest.items() if key != "fragments"}
+    upgraded["shards"] = {
+        name: [{"where": {}, "coordinates": {}, "ranges": ranges}] for name, ranges in manifest["fragments"].items()
+    }
+    upgraded["buffers"] = {name: {**entry, "file": rank_file_name(0)} for name, entry in manifest["buffers"].items()}
+    upgraded["layout"] = {**manifest["layout"], "axes": {"dp": manifest["layout"]["world_size"]}}
+    return upgraded
 
 
 def verify_file(checkpoint_dir: Path, name: str, entry: Mapping[str, Any]) -> str | None:
@@ -195,7 +207,7 @@ def verify_file(checkpoint_dir: Path, name: str, entry: Mapping[str, Any]) -> st
 
 def find_foreign_files(checkpoint_dir: Path, manifest: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """Files in the folder that the manifest does not list: (tensor files, which are a fault; others, worth a word)."""
-    known = {MANIFEST_NAME, *manifest["files"]}
+    known = {MANIFEST_NAME, MARK_NAME, *manifest["files"]}
     foreign = sorted(entry.name for entry in checkpoint_dir.iterdir() if entry.name not in known)
     tensor_files = [name for name in foreign if name.endswith(".safetensors")]
     return tensor_files, [name for name in foreign if name not in tensor_files]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.layers import parameter_shards
 from pretrain.checkpoint_ranges import MOMENTS
 from pretrain.parallel import name_accelerator
 
@@ -37,18 +39,20 @@ class Span:
 class Part:
     """One tensor that the optimizer steps (float32 master weights) with the parameter ranges inside it.
 
-    `replicated`: every data rank holds the same part (ZeRO 0), so each writes only its share.
+    `data_ranks`: the global ranks that hold the same shards of parameters, over which ZeRO spreads them. `replicated`:
+    it spreads nothing, every one of them holds the same part (ZeRO 0).
     """
 
     master: Tensor
     group: int
     spans: tuple[Span, ...]
+    data_ranks: tuple[int, ...]
     replicated: bool
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """One range of one parameter as this rank will write it: three flat float32 views."""
+    """One range of this rank's shard of a parameter: three flat float32 views, and who else has a share of the shard."""
 
     name: str
     start: int
@@ -56,6 +60,19 @@ class Fragment:
     tensors: dict[str, Tensor]
     optimizer_step: int
     group: str
+    data_ranks: tuple[int, ...]
+    replicated: bool
+
+    def share(self, rank: int) -> Fragment | None:
+        """What this rank writes of it: all, or an equal share where every data rank holds the same; None for nothing."""
+        if not self.replicated:
+            return self
+        place, count = self.data_ranks.index(rank), len(self.data_ranks)
+        low, high = self.numel * place // count, self.numel * (place + 1) // count
+        if low == high:
+            return None
+        tensors = {kind: flat[low:high] for kind, flat in self.tensors.items()}
+        return dataclasses.replace(self, start=self.start + low, numel=high - low, tensors=tensors)
 
 
 def parameter_shape(parameter: Tensor) -> tuple[int, ...]:
@@ -65,7 +82,7 @@ def parameter_shape(parameter: Tensor) -> tuple[int, ...]:
 
 def name_parameters(module: torch.nn.Module) -> dict[int, str]:
     """Global name by identity of the parameter object; a tied parameter keeps its first name."""
-    return {id(parameter): name for name, parameter in module.named_parameters()}
+    return {id(parameter): name for name, parameter, _ in parameter_shards(module)}
 
 
 def base_optimizer(engine: Any) -> torch.optim.Adam:
@@ -80,10 +97,11 @@ def base_optimizer(engine: Any) -> torch.optim.Adam:
 
 
 def name_groups(optimizer: torch.optim.Adam) -> list[str]:
-    """Labels of the parameter groups (`decay`, `no_decay`), in the optimizer's order."""
-    names = [str(group["label"]) for group in optimizer.param_groups]
-    assert len(set(names)) == len(names), f"parameter groups must have different names, not {names}"
-    return names
+    """Labels of the parameter groups (`decay`, `no_decay`), in the optimizer's order.
+
+    A label may come several times: DeepSpeed takes the experts of a group into groups of their own.
+    """
+    return [str(group["label"]) for group in optimizer.param_groups]
 
 
 def list_parts(engine: Any) -> list[Part]:
@@ -99,18 +117,21 @@ def list_parts(engine: Any) -> list[Part]:
         members = [parameter for group in optimizer.fp16_groups for parameter in group]
     elif isinstance(optimizer, DeepSpeedZeroOptimizer):
         groups = optimizer.bit16_groups
-        parts = list(_list_partitions(groups, optimizer.single_partition_of_fp32_groups, names))
+        masters = optimizer.single_partition_of_fp32_groups
+        parts = list(_list_partitions(groups, masters, optimizer.real_dp_process_group, names))
         members = [parameter for group in groups for parameter in group]
     elif isinstance(optimizer, BF16_Optimizer):
         groups = optimizer.bf16_groups
-        parts = list(_list_partitions(groups, optimizer.fp32_groups_flat_partition, names))
+        masters = optimizer.fp32_groups_flat_partition
+        parts = list(_list_partitions(groups, masters, optimizer.real_dp_process_group, names))
         members = [parameter for group in groups for parameter in group]
     elif isinstance(optimizer, FP16_UnfusedOptimizer):
-        parts = list(_list_replicas(optimizer.fp16_groups, optimizer.fp32_groups, names))
+        data_ranks = list_ranks(engine.data_parallel_group)
+        parts = list(_list_replicas(optimizer.fp16_groups, optimizer.fp32_groups, data_ranks, names))
         members = [parameter for group in optimizer.fp16_groups for parameter in group]
     elif isinstance(optimizer, torch.optim.Optimizer):
         groups = [group["params"] for group in optimizer.param_groups]
-        parts = list(_list_replicas(groups, groups, names))
+        parts = list(_list_replicas(groups, groups, list_ranks(engine.data_parallel_group), names))
         members = [parameter for group in groups for parameter in group]
     else:
         raise TypeError(f"DeepSpeed wrapped the optimizer in {type(optimizer).__name__}, which checkpoints can't read")
@@ -123,6 +144,7 @@ def list_parts(engine: Any) -> list[Part]:
 
 def _list_stage3(optimizer: Any, names: dict[int, str]) -> Iterator[Part]:
     """ZeRO 3: each parameter is cut into equal ranges, and a sub-group's ranges of this rank lie in one flat tensor."""
+    data_ranks = list_ranks(optimizer.dp_process_group)
     for index, members in enumerate(optimizer.fp16_groups):
         spans = []
         for parameter in members:
@@ -132,30 +154,40 @@ def _list_stage3(optimizer: Any, names: dict[int, str]) -> Iterator[Part]:
             if numel > 0:
                 spans.append(Span(names[id(parameter)], start, numel, flat_start))
         master = optimizer.fp32_partitioned_groups_flat[index]
-        yield Part(master, optimizer.sub_group_to_group_id[index], tuple(spans), replicated=False)
+        yield Part(master, optimizer.sub_group_to_group_id[index], tuple(spans), data_ranks, replicated=False)
 
 
-def _list_partitions(groups: list[Any], masters: list[Tensor], names: dict[int, str]) -> Iterator[Part]:
+def _list_partitions(
+    groups: list[Any], masters: list[Tensor], process_groups: list[Any], names: dict[int, str]
+) -> Iterator[Part]:
     """ZeRO 1 and 2: each group is one flat tensor cut by rank, wherever that falls inside a parameter."""
-    for index, (members, master) in enumerate(zip(groups, masters, strict=True)):
+    for index, (members, master, process_group) in enumerate(zip(groups, masters, process_groups, strict=True)):
         spans = []
         for parameter in members:
             mapping = parameter._hp_mapping
             if mapping is not None:
                 here, flat = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
                 spans.append(Span(names[id(parameter)], here.start, here.numel, flat.start))
-        yield Part(master, index, tuple(spans), replicated=False)
+        yield Part(master, index, tuple(spans), list_ranks(process_group), replicated=False)
 
 
-def _list_replicas(groups: list[Any], masters: list[Any], names: dict[int, str]) -> Iterator[Part]:
+def _list_replicas(
+    groups: list[Any], masters: list[Any], data_ranks: tuple[int, ...], names: dict[int, str]
+) -> Iterator[Part]:
     """ZeRO 0: each parameter has its own master tensor (itself in float32), the same on every data rank."""
     for index, (members, group_masters) in enumerate(zip(groups, masters, strict=True)):
         for parameter, master in zip(members, group_masters, strict=True):
-            yield Part(master, index, (Span(names[id(parameter)], 0, parameter.numel(), 0),), replicated=True)
+            span = Span(names[id(parameter)], 0, parameter.numel(), 0)
+            yield Part(master, index, (span,), data_ranks, replicated=True)
 
 
-def collect_fragments(engine: Any, rank: int, world_size: int) -> list[Fragment]:
-    """Views (no copies) of all that this rank must write; together the ranks' fragments tile every parameter once.
+def list_ranks(process_group: Any) -> tuple[int, ...]:
+    """Global ranks of a process group."""
+    return tuple(torch.distributed.get_process_group_ranks(process_group))
+
+
+def collect_fragments(engine: Any) -> list[Fragment]:
+    """Views (no copies) of all parameter state on this rank.
 
     A part that was never stepped has no moments yet; it gets zeros and step 0, which is what AdamW will start from.
     """
@@ -170,22 +202,23 @@ def collect_fragments(engine: Any, rank: int, world_size: int) -> list[Fragment]
             flats[moment] = torch.zeros_like(flats["weight"]) if value is None else value.detach().reshape(-1)
         optimizer_step = int(state.get("step", 0))
         for span in part.spans:
-            low, high = 0, span.numel
-            if part.replicated:
-                low, high = span.numel * rank // world_size, span.numel * (rank + 1) // world_size
-            if low < high:
-                views = {kind: flat[span.flat_start + low : span.flat_start + high] for kind, flat in flats.items()}
-                group = group_names[part.group]
-                fragments.append(Fragment(span.name, span.start + low, high - low, views, optimizer_step, group))
+            views = {kind: flat[span.flat_start : span.flat_start + span.numel] for kind, flat in flats.items()}
+            group = group_names[part.group]
+            fragments.append(
+                Fragment(
+                    span.name, span.start, span.numel, views, optimizer_step, group, part.data_ranks, part.replicated
+                )
+            )
     return fragments
 
 
 def collect_group_settings(engine: Any) -> dict[str, dict[str, Any]]:
-    """Hyper-parameters of each parameter group by its name, as JSON can hold them."""
+    """Hyper-parameters of the parameter groups by label, as JSON can hold them."""
     optimizer = base_optimizer(engine)
-    settings = {}
+    settings: dict[str, dict[str, Any]] = {}
     for name, group in zip(name_groups(optimizer), optimizer.param_groups, strict=True):
-        settings[name] = {key: _to_json(group[key]) for key in GROUP_SETTINGS if key in group}
+        own = {key: _to_json(group[key]) for key in GROUP_SETTINGS if key in group}
+        assert settings.setdefault(name, own) == own, f"two groups of label {name} have different settings"
     return settings
 
 
@@ -196,12 +229,9 @@ def _to_json(value: Any) -> Any:
 
 
 def restore_group_settings(engine: Any, settings: dict[str, dict[str, Any]]) -> None:
-    """Put saved hyper-parameters back into the groups of the same names; ValueError when the names differ."""
+    """Put saved hyper-parameters back into the groups of the same labels."""
     optimizer = base_optimizer(engine)
-    names = name_groups(optimizer)
-    if set(names) != set(settings):
-        raise ValueError(f"parameter groups are {sorted(names)}, the checkpoint's are {sorted(settings)}")
-    for name, group in zip(names, optimizer.param_groups, strict=True):
+    for name, group in zip(name_groups(optimizer), optimizer.param_groups, strict=True):
         for key, value in settings[name].items():
             group[key] = tuple(value) if isinstance(value, list) else value
 

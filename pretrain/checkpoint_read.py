@@ -7,14 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor
 
 from pretrain.checkpoint_commit import CHECKPOINT_NAME, list_checkpoints
 from pretrain.checkpoint_files import (
     MANIFEST_NAME,
     find_foreign_files,
-    rank_file_name,
     read_manifest,
     verify_checkpoint,
 )
@@ -56,7 +54,7 @@ def read_config(checkpoint_dir: Path) -> RunConfig:
 
 
 def read_full_state(checkpoint_dir: Path) -> dict[str, Tensor]:
-    """All weights and buffers of the model in float32 on the CPU, by global name, put together from every rank's file.
+    """All weights and buffers of the model in float32 on the CPU, by global name, put together from all shards.
 
     Verifies every digest first; RuntimeError when one fails. A tied head is absent, as in the model. Float buffers
     (the router's bias) come as float32, others keep their dtype. `model.load_state_dict` takes the result.
@@ -73,16 +71,17 @@ def read_full_state(checkpoint_dir: Path) -> dict[str, Tensor]:
 def read_parameters(checkpoint_dir: Path, manifest: dict[str, Any], kind: str) -> Iterator[tuple[str, Tensor]]:
     """Whole float32 tensors of one kind (weight, exp_avg, exp_avg_sq), one parameter after the other."""
     reader = RangeReader(checkpoint_dir, manifest)
-    for name, entry in manifest["parameters"].items():
-        yield name, reader.whole(kind, name, entry["shape"])
+    for name in manifest["parameters"]:
+        yield name, reader.whole(kind, name)
     reader.close()
 
 
 def read_buffers(checkpoint_dir: Path, manifest: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """Buffers of the model in the dtype they were saved with."""
-    with safe_open(checkpoint_dir / rank_file_name(0), framework="pt") as file:
-        for name in manifest["buffers"]:
-            yield name, file.get_tensor(f"buffer/{name}")
+    reader = RangeReader(checkpoint_dir, manifest)
+    for name in manifest["buffers"]:
+        yield name, reader.buffer(name)
+    reader.close()
 
 
 def inspect_checkpoint(checkpoint_dir: Path) -> dict[str, Any]:
@@ -164,7 +163,7 @@ def measure_differences(
     else:
         reader = RangeReader(second, manifests[1])
         tensors = (
-            (name, value, reader.whole(kind, name, value.shape) if name in common else None)
+            (name, value, reader.whole(kind, name) if name in common else None)
             for name, value in read_parameters(first, manifests[0], kind)
         )
     for name, value, other in tensors:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from model.groups import ProcessGroupCollection
 from pretrain.config import OptimizerConfig
 from pretrain.grads import Float32Accumulator, GradientFault, clip_by_norm, find_fault
 from pretrain.optimizer import build_adamw
@@ -44,8 +45,17 @@ class ZeroEngine:
     `accumulate` and call `step`.
     """
 
-    def __init__(self, engine: Any, *, precision: Precision, zero_stage: int, clip_norm: float | None) -> None:
+    def __init__(
+        self,
+        engine: Any,
+        groups: ProcessGroupCollection,
+        *,
+        precision: Precision,
+        zero_stage: int,
+        clip_norm: float | None,
+    ) -> None:
         self.deepspeed = engine
+        self.groups = groups
         self.precision = precision
         self.zero_stage = zero_stage
         self.clip_norm = clip_norm
@@ -152,7 +162,13 @@ def build_engine(
         bridge.close()
     restore_buffers(module, buffers)
     engine.basic_optimizer.state.clear()  # the unfused wrapper has stepped once, with zeros, to allocate
-    return ZeroEngine(engine, precision=precision, zero_stage=zero_stage, clip_norm=optimizer.clip_grad_norm)
+    return ZeroEngine(
+        engine,
+        parallel.groups,
+        precision=precision,
+        zero_stage=zero_stage,
+        clip_norm=optimizer.clip_grad_norm,
+    )
 
 
 def describe_for_deepspeed(

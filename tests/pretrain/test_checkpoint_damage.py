@@ -227,7 +227,7 @@ def test_a_future_format_is_named(folder: Path) -> None:
     manifest = json.loads(path.read_text())
     manifest["format_version"] = 99
     path.write_text(json.dumps(manifest))
-    assert "format version 99, this program reads version 1" in verify_checkpoint(step_dir(folder, 3))[1][0]
+    assert "format version 99, this program reads versions 1 and 2" in verify_checkpoint(step_dir(folder, 3))[1][0]
 
 
 def test_tensor_files_are_plain_safetensors_of_the_announced_size(tmp_path: Path) -> None:
@@ -244,3 +244,20 @@ def test_tensor_files_are_plain_safetensors_of_the_announced_size(tmp_path: Path
     assert read.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert read[name].dtype == tensor.dtype and torch.equal(read[name], tensor)
+
+
+def test_a_checkpoint_of_version_1_loads(
+    engine: ZeroEngine, pristine: tuple[Path, dict[int, str]], folder: Path
+) -> None:
+    path = step_dir(folder, 3) / "manifest.json"
+    body = json.loads(path.read_text())
+    # Version 1 had whole parameters alone, and no word on their place.
+    body["fragments"] = {name: entries[0]["ranges"] for name, entries in body.pop("shards").items()}
+    body["buffers"] = {name: {"shape": b["shape"], "dtype": b["dtype"]} for name, b in body["buffers"].items()}
+    del body["layout"]["axes"]
+    text = json.dumps({**body, "format_version": 1, "sha256": "0" * 64}, indent=1) + "\n"
+    path.write_text(text.replace("0" * 64, hashlib.sha256(text.encode()).hexdigest(), 1))
+    loaded = load(folder, engine)
+    assert loaded is not None and (loaded.step, loaded.skipped) == (3, ())
+    assert digest_state(engine) == pristine[1][3]
+    assert read_full_state(step_dir(folder, 3)).keys() == engine.module.state_dict().keys()
