@@ -47,10 +47,20 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> dict[str, floa
     sees on average in a row of T = sequence_length; the Mamba2 scan counts the recurrence itself (5 a state number),
     whichever chunk size computes it. Norms, activations and the embedding's look-up count as nothing.
     """
-    forward: dict[str, float] = {"head": 2.0 * config.vocab_size * config.hidden_size}
+    flops = {"head": head_flops(config)}
     for letter, number in parse_pattern(config.pattern).counts().items():
-        forward[_KINDS[letter]] = number * _block_forward_flops(config, letter, sequence_length)
-    return {kind: 3.0 * flops for kind, flops in forward.items()}
+        flops[_KINDS[letter]] = number * block_flops(config, letter, sequence_length)
+    return flops
+
+
+def block_flops(config: ModelConfig, letter: str, sequence_length: int) -> float:
+    """Operations a token of training in one block, counted as in `flops_per_token`."""
+    return 3.0 * _block_forward_flops(config, letter, sequence_length)
+
+
+def head_flops(config: ModelConfig) -> float:
+    """Operations a token of training in the head, counted as in `flops_per_token`."""
+    return 6.0 * config.vocab_size * config.hidden_size
 
 
 def _block_parameters(config: ModelConfig, letter: str) -> tuple[int, int]:

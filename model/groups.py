@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron.core import process_groups_config
 
-AXES = ["tp", "pp", "mp", "cp", "tp_cp", "ep", "expt_tp", "expt_dp", "tp_ep", "dp", "dp_cp"]
+AXES = ["tp", "pp", "mp", "cp", "tp_cp", "ep", "expt_tp", "expt_dp", "tp_ep", "dp", "dp_cp", "embd"]
 
 
 class ProcessGroupCollection(process_groups_config.ProcessGroupCollection):
@@ -12,7 +12,7 @@ class ProcessGroupCollection(process_groups_config.ProcessGroupCollection):
 
     `tp` tensor, `ep` expert, `expt_tp` tensor inside experts, `expt_dp` data of experts, `cp` context, `pp` pipeline,
     `dp` data, `dp_cp` data x context (all ranks whose dense gradients are summed), `mp` tensor x pipeline, `tp_cp`
-    tensor x context, `tp_ep` tensor inside experts x expert. With `sequence_parallel` the stream between blocks is
+    tensor x context, `tp_ep` tensor inside experts x expert, `embd` the first and the last stage (None between them). With `sequence_parallel` the stream between blocks is
     [B, T of this tensor rank, D].
     """
 

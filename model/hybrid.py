@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import torch
@@ -23,6 +24,8 @@ from model.mixer import BlockState, DecodeState, MixerOutput
 from model.moe import MoeMixer
 from model.packing import PackMeta
 from model.pattern import parse_pattern
+from model.regions import enter_tensor_region
+from model.stages import Piece, whole_piece
 
 MIXERS: dict[str, type[nn.Module]] = {
     "M": Mamba2Mixer,
@@ -54,7 +57,7 @@ class Block(nn.Module):
     def __init__(self, letter: str, config: ModelConfig, groups: ProcessGroupCollection, backend: str) -> None:
         super().__init__()
         self.letter = letter
-        self.norm = RMSNorm(config.hidden_size, config.norm_epsilon, backend)
+        self.norm = RMSNorm(config.hidden_size, config.norm_epsilon, backend, groups)
         self.mixer = MIXERS[letter](config, groups, backend)
 
     def forward(
@@ -68,8 +71,46 @@ class Block(nn.Module):
         return residual_BTD, self.mixer(normed_BTD.to(self.norm.weight.dtype), meta, state)
 
 
+class Blocks(nn.Module):
+    """Blocks under their index in the whole pattern, of which a pipeline stage holds some."""
+
+    def __init__(self, blocks: dict[int, Block]) -> None:
+        super().__init__()
+        for index, block in blocks.items():
+            self.add_module(str(index), block)
+
+    def __getitem__(self, index: int) -> Block:
+        return cast(Block, self._modules[str(index)])
+
+    def __iter__(self) -> Iterator[Block]:
+        return iter(cast(dict[str, Block], self._modules).values())
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def indices(self) -> list[int]:
+        """Which blocks are here, in order."""
+        return [int(name) for name in self._modules]
+
+
+@dataclass
+class Stream:
+    """What flows from block to block: the sum of a residual and the newest delta; and what blocks gave on the way."""
+
+    residual_BTD: Tensor
+    delta_BTD: Tensor | None = None
+    auxiliary: dict[str, Tensor] = field(default_factory=dict)
+    expert_counts: dict[int, Tensor] = field(default_factory=dict)
+    states: list[BlockState] = field(default_factory=list)
+
+
 class HybridModel(nn.Module):
     """A hybrid decoder built from a pattern string; every rank of `groups.tp` must build and call it alike.
+
+    With `pieces` it is what one rank of a pipeline holds: only their blocks, under their global indices, the embedding
+    with the first piece, final norm and head with the last (and there, when they are tied, a copy of the embedding,
+    named in `copied_parameters`). Such a model has no `forward`: its owner passes the stream from `embed` through
+    `pass_blocks` to `finish`.
 
     Parameters have torch's default dtype at first; `.bfloat16()` casts them all, and the model then computes in bf16
     except where a block says float32. On the meta device nothing is allocated or initialised: move with `to_empty` and
@@ -85,21 +126,31 @@ class HybridModel(nn.Module):
         backend: str = "torch",
         seed: int = 0,
         device: torch.device | str | None = None,
+        pieces: Sequence[Piece] | None = None,
     ) -> None:
         super().__init__()
         check_model(config)
-        _check_groups(groups)
+        _check_groups(groups, has_pieces=pieces is not None)
         pattern = parse_pattern(config.pattern)
         target = torch.device(device if device is not None else "cpu")
         backend = resolve_backend(backend, target)
         self.config, self.groups, self.pattern, self.backend, self.seed = config, groups, pattern, backend, seed
+        self.pieces = (whole_piece(config),) if pieces is None else tuple(pieces)
+        has_first = any(piece.is_first for piece in self.pieces)
+        has_last = any(piece.is_last for piece in self.pieces)
+        indices = [index for piece in self.pieces for index in piece.blocks]
+        self.embedding: VocabEmbedding | None = None
+        self.final_norm: RMSNorm | None = None
+        self.head: ColumnLinear | None = None
         with target:
-            self.embedding = VocabEmbedding(config.vocab_size, config.hidden_size, groups)
-            self.blocks = nn.ModuleList([Block(letter, config, groups, backend) for letter in pattern.letters])
-            self.final_norm = RMSNorm(config.hidden_size, config.norm_epsilon, backend)
-            self.head = None
-            if not config.tie_embeddings:
+            if has_first or (has_last and config.tie_embeddings):
+                self.embedding = VocabEmbedding(config.vocab_size, config.hidden_size, groups)
+            self.blocks = Blocks({index: Block(pattern.letters[index], config, groups, backend) for index in indices})
+            if has_last:
+                self.final_norm = RMSNorm(config.hidden_size, config.norm_epsilon, backend, groups)
+            if has_last and not config.tie_embeddings:
                 self.head = ColumnLinear(config.hidden_size, (config.vocab_size,), groups, name="model.vocab_size")
+        self.copied_parameters = frozenset() if has_first or self.embedding is None else frozenset({"embedding.weight"})
         if target.type != "meta":
             self.initialize()
 
@@ -118,7 +169,7 @@ class HybridModel(nn.Module):
         kinds of blocks share theirs.
         """
         for block in self.blocks:
-            cast(Block, block).mixer.compile(backend=compiler)
+            block.mixer.compile(backend=compiler)
 
     def forward(
         self,
@@ -134,28 +185,49 @@ class HybridModel(nn.Module):
         """
         if state is not None:
             _check_continues(meta, state)
+        stream = self.pass_blocks(self.embed(tokens_BT), self.blocks.indices(), meta, state)
+        output = self.finish(stream, labels_BT)
+        if state is None:
+            return output
+        return replace(output, state=DecodeState(tuple(stream.states), state.length + tokens_BT.shape[1]))
+
+    def embed(self, tokens_BT: Tensor) -> Stream:
+        """The stream before the first block."""
+        assert self.embedding is not None, "the first piece of the pipeline embeds"
         residual_BTD = self.embedding(tokens_BT)
-        if self.config.residual_in_fp32:
-            residual_BTD = residual_BTD.to(torch.promote_types(residual_BTD.dtype, torch.float32))
-        delta_BTD: Tensor | None = None
-        auxiliary: dict[str, Tensor] = {}
-        expert_counts: dict[int, Tensor] = {}
-        block_states: list[BlockState] = []
-        for index, block in enumerate(self.blocks):
-            residual_BTD, mixed = block(residual_BTD, delta_BTD, meta, None if state is None else state.blocks[index])
+        return Stream(residual_BTD.to(self.stream_dtype()))
+
+    def stream_dtype(self) -> torch.dtype:
+        """Of the residual between blocks."""
+        dtype = next(self.parameters()).dtype
+        return torch.promote_types(dtype, torch.float32) if self.config.residual_in_fp32 else dtype
+
+    def pass_blocks(
+        self, stream: Stream, indices: Iterable[int], meta: PackMeta, state: DecodeState | None = None
+    ) -> Stream:
+        """The stream after the blocks of these indices, with their auxiliary losses and counts added to it."""
+        residual_BTD, delta_BTD = stream.residual_BTD, stream.delta_BTD
+        auxiliary, expert_counts, states = dict(stream.auxiliary), dict(stream.expert_counts), list(stream.states)
+        for index in indices:
+            block_state = None if state is None else state.blocks[index]
+            residual_BTD, mixed = self.blocks[index](residual_BTD, delta_BTD, meta, block_state)
             delta_BTD = mixed.y_BTD
-            block_states.append(mixed.state)
+            states.append(mixed.state)
             if mixed.expert_counts_E is not None:
                 expert_counts[index] = mixed.expert_counts_E
             for name, value in (mixed.auxiliary or {}).items():
                 auxiliary[name] = auxiliary[name] + value if name in auxiliary else value
-        assert delta_BTD is not None, "a pattern has at least one block"
-        hidden_BTD = self.final_norm.add(delta_BTD, residual_BTD)[0].to(self.final_norm.weight.dtype)
-        next_state = None if state is None else DecodeState(tuple(block_states), state.length + tokens_BT.shape[1])
+        return Stream(residual_BTD, delta_BTD, auxiliary, expert_counts, states)
+
+    def finish(self, stream: Stream, labels_BT: Tensor | None) -> ModelOutput:
+        """Final norm and head on the stream after the last block: logits, or with labels the loss."""
+        assert self.final_norm is not None, "the last piece of the pipeline has the head"
+        assert stream.delta_BTD is not None, "a piece has at least one block"
+        hidden_BTD = self.final_norm.add(stream.delta_BTD, stream.residual_BTD)[0].to(self.final_norm.weight.dtype)
+        hidden_BTD = enter_tensor_region(hidden_BTD, self.groups)
         if labels_BT is None:
-            return ModelOutput(
-                head_logits(hidden_BTD, self.head_weight(), self.groups), None, auxiliary, expert_counts, next_state
-            )
+            logits_BTV = head_logits(hidden_BTD, self.head_weight(), self.groups)
+            return ModelOutput(logits_BTV, None, stream.auxiliary, stream.expert_counts)
         loss = head_cross_entropy(
             hidden_BTD.flatten(0, 1),
             self.head_weight(),
@@ -164,15 +236,18 @@ class HybridModel(nn.Module):
             z_loss_weight=self.config.logits_z_loss_weight,
             backend=self.backend,
         )
-        return ModelOutput(None, loss, auxiliary, expert_counts, next_state)
+        return ModelOutput(None, loss, stream.auxiliary, stream.expert_counts)
 
     def head_weight(self) -> Tensor:
         """The matrix [V of this rank, D] that makes logits: the head's, or the embedding's when they are tied."""
-        return cast(Tensor, self.embedding.weight if self.head is None else self.head.weight)
+        if self.head is not None:
+            return cast(Tensor, self.head.weight)
+        assert self.embedding is not None, "the last piece of the pipeline has a copy of the tied embedding"
+        return cast(Tensor, self.embedding.weight)
 
     def empty_state(self, num_rows: int) -> DecodeState:
         """The decode state of `num_rows` rows before their first token."""
-        mixers = [cast(Block, block).mixer for block in self.blocks]
+        mixers = [block.mixer for block in self.blocks]
         return DecodeState(
             tuple(
                 mixer.empty_state(num_rows) if isinstance(mixer, (Mamba2Mixer, AttentionMixer)) else None
@@ -182,19 +257,21 @@ class HybridModel(nn.Module):
         )
 
     def update_expert_bias(self, counts: dict[int, Tensor]) -> None:
-        """Moves the balancing bias of each MoE block, by block index, against the loads of the whole step.
+        """Moves the balancing bias of each MoE block that is here, by block index, against the loads of the whole step.
 
-        Sum `ModelOutput.expert_counts` over micro-batches and data ranks first, then call on every rank.
+        Sum `ModelOutput.expert_counts` over micro-batches and all ranks first, then call on every rank.
         """
-        for index, counts_E in counts.items():
-            mixer = cast(Block, self.blocks[index]).mixer
-            assert isinstance(mixer, MoeMixer), f"block {index} is {self.pattern.letters[index]!r}, not 'E'"
-            mixer.update_expert_bias(counts_E)
+        for index in self.blocks.indices():
+            mixer = self.blocks[index].mixer
+            if isinstance(mixer, MoeMixer) and index in counts:
+                mixer.update_expert_bias(counts[index])
 
 
-def _check_groups(groups: ProcessGroupCollection) -> None:
-    """Axes that no block is cut over yet must have one rank."""
-    for axis in ("cp", "ep", "pp"):
+def _check_groups(groups: ProcessGroupCollection, *, has_pieces: bool) -> None:
+    """Axes that no block is cut over yet must have one rank, and a stage must know which blocks are its own."""
+    if groups.pp.size() > 1 and not has_pieces:
+        raise ValueError(f"the pp group has {groups.pp.size()} ranks; give the pieces of the model that this one holds")
+    for axis in ("cp", "ep"):
         group = getattr(groups, axis, None)
         if group is not None and group.size() > 1:
             raise ValueError(

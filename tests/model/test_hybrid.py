@@ -197,8 +197,12 @@ def test_groups_that_blocks_are_not_cut_over_are_refused():
             return 2
 
     groups = single_rank_groups()
+    groups.cp = TwoRanks()
+    with pytest.raises(ValueError, match=r"cp group has 2 ranks.*give cp one rank"):
+        HybridModel(small_config(), groups)
+    groups = single_rank_groups()
     groups.pp = TwoRanks()
-    with pytest.raises(ValueError, match=r"pp group has 2 ranks.*give pp one rank"):
+    with pytest.raises(ValueError, match=r"pp group has 2 ranks; give the pieces of the model that this one holds"):
         HybridModel(small_config(), groups)
 
 
