@@ -26,13 +26,15 @@ def check_float(name: str, tensor: Tensor, like: Tensor | None = None) -> None:
         raise ValueError(f"{name} must be floating point (float32, bfloat16, float16 or float64); got {tensor.dtype}")
 
 
-def check_documents(document_ids_BT: Tensor | None, batch: int, tokens: int, like: Tensor) -> None:
+def check_documents(
+    document_ids_BT: Tensor | None, batch: int, tokens: int, like: Tensor, *, name: str = "document_ids_BT"
+) -> None:
     """Raise ValueError unless the document ids are integers of shape [B, T] on the device of `like`."""
     if document_ids_BT is None:
         return
-    check_shape("document_ids_BT", document_ids_BT, (batch, tokens), like)
+    check_shape(name, document_ids_BT, (batch, tokens), like)
     if document_ids_BT.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"document_ids_BT must be int32 or int64; got {document_ids_BT.dtype}")
+        raise ValueError(f"{name} must be int32 or int64; got {document_ids_BT.dtype}")
 
 
 def drop_single_document(document_ids_BT: Tensor | None) -> Tensor | None:

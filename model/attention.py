@@ -86,7 +86,7 @@ class AttentionMixer(KeepsBuffers):
             v_BSJK = torch.cat([state.v_BSJK, v_BSJK], dim=1)
             cache = AttentionCache(k_BSJK, v_BSJK)
         o_BTHK = attention(
-            q_BTHK, k_BSJK, v_BSJK, document_ids_BT=meta.boundaries_BT(), scale=self.scale, backend=self.backend
+            q_BTHK, k_BSJK, v_BSJK, document_ids_BS=meta.boundaries_BT(), scale=self.scale, backend=self.backend
         )
         return MixerOutput(self.o_proj(o_BTHK.flatten(-2)), cache)
 

@@ -15,30 +15,30 @@ def attention(
     k_BSJK: Tensor,
     v_BSJK: Tensor,
     *,
-    document_ids_BT: Tensor | None = None,
+    document_ids_BS: Tensor | None = None,
     scale: float | None = None,
     backend: str = "torch",
 ) -> Tensor:
     """softmax(scale * q k^T) v over the keys of the query's document up to the query itself.
 
     Shapes: q [B, T, H, K], k and v [B, S, J, K] with J dividing H and S >= T -> [B, T, H, K]. The last T keys are those
-    of the queries; S > T continues from a cache. `document_ids_BT` (nondecreasing inside a row) only with S == T.
-    `scale` defaults to K ** -0.5. Softmax and sums in float32 (float64 for float64).
-    Raises ValueError for wrong shapes and dtypes, and for documents together with a cache.
+    of the queries; S > T goes on from a cache, or from the part of a row that other ranks hold. `document_ids_BS` are
+    those of the keys, integers that do not decrease inside a row. `scale` defaults to K ** -0.5. Softmax and sums in
+    float32 (float64 for float64). Raises ValueError for wrong shapes and dtypes.
     Source: Dao 2023 (arXiv 2307.08691); Ainslie et al. 2023 (arXiv 2305.13245) for grouped queries.
     """
-    _check(q_BTHK, k_BSJK, v_BSJK, document_ids_BT)
+    _check(q_BTHK, k_BSJK, v_BSJK, document_ids_BS)
     scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
     backend = resolve_backend(backend, q_BTHK.device)
     if backend == "triton":
         from kernels.attention.triton_impl import attention_triton
 
-        return attention_triton(q_BTHK, k_BSJK, v_BSJK, document_ids_BT, scale)
+        return attention_triton(q_BTHK, k_BSJK, v_BSJK, document_ids_BS, scale)
     implementation = attention_torch if backend == "torch" else attention_reference
-    return implementation(q_BTHK, k_BSJK, v_BSJK, document_ids_BT=document_ids_BT, scale=scale)
+    return implementation(q_BTHK, k_BSJK, v_BSJK, document_ids_BS=document_ids_BS, scale=scale)
 
 
-def _check(q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, document_ids_BT: Tensor | None) -> None:
+def _check(q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, document_ids_BS: Tensor | None) -> None:
     check_shape("q_BTHK", q_BTHK, (-1, -1, -1, -1))
     check_float("q_BTHK", q_BTHK)
     batch, tokens, heads, size = q_BTHK.shape
@@ -51,9 +51,7 @@ def _check(q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, document_ids_BT: Tens
         raise ValueError(f"key heads must divide the query heads; got {kv_heads} and {heads}")
     if keys < tokens:
         raise ValueError(f"keys must be at least as many as queries; got {keys} and {tokens}")
-    check_documents(document_ids_BT, batch, tokens, q_BTHK)
-    if document_ids_BT is not None and keys != tokens:
-        raise ValueError(f"document_ids_BT needs as many keys as queries; got {keys} keys and {tokens} queries")
+    check_documents(document_ids_BS, batch, keys, q_BTHK, name="document_ids_BS")
 
 
 def attention_flops(batch: int, tokens: int, heads: int, head_dim: int, *, backward: bool) -> int:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def attention_reference(
-    q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, *, document_ids_BT: Tensor | None, scale: float
+    q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, *, document_ids_BS: Tensor | None, scale: float
 ) -> Tensor:
     """Softmax over the keys up to the query (the last keys align with the queries) of the query's document."""
     batch, tokens, heads, _ = q_BTHK.shape
@@ -19,8 +19,8 @@ def attention_reference(
         outputs = []
         for query in range(tokens):
             begin, end = 0, offset + query + 1
-            if document_ids_BT is not None:
-                same = document_ids_BT[row, :end] == document_ids_BT[row, query]
+            if document_ids_BS is not None:
+                same = document_ids_BS[row, :end] == document_ids_BS[row, end - 1]
                 begin = int(same.int().argmax())
             scores_HS = torch.einsum("hk,shk->hs", q_BTHK[row, query], k_BSHK[row, begin:end]) * scale
             outputs.append(torch.einsum("hs,shk->hk", scores_HS.softmax(-1), v_BSHK[row, begin:end]))

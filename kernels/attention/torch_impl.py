@@ -17,19 +17,17 @@ _SHORT_DOCUMENT_TOKENS = 16
 
 
 def attention_torch(
-    q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, *, document_ids_BT: Tensor | None, scale: float
+    q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, *, document_ids_BS: Tensor | None, scale: float
 ) -> Tensor:
     """As `attention_reference`; bfloat16 is widened on processors that would emulate it."""
     dtype, wanted = gemm_dtype(q_BTHK), q_BTHK.dtype
     q_BTHK, k_BSJK, v_BSJK = q_BTHK.to(dtype), k_BSJK.to(dtype), v_BSJK.to(dtype)
-    tokens, keys = q_BTHK.shape[1], k_BSJK.shape[1]
-    if document_ids_BT is None:
-        mask = None if tokens in (1, keys) else _causal_mask(tokens, keys, q_BTHK.device)
-        y_BTHK = _attend(q_BTHK, k_BSJK, v_BSJK, mask, scale, causal=tokens == keys and tokens > 1)
+    if document_ids_BS is None:
+        y_BTHK = _attend_last(q_BTHK, k_BSJK, v_BSJK, scale)
     elif q_BTHK.device.type == "cpu" and not torch.compiler.is_compiling():
-        y_BTHK = _attend_documents(q_BTHK, k_BSJK, v_BSJK, document_ids_BT, scale)
+        y_BTHK = _attend_documents(q_BTHK, k_BSJK, v_BSJK, document_ids_BS, scale)
     else:
-        y_BTHK = _attend(q_BTHK, k_BSJK, v_BSJK, _document_mask(document_ids_BT), scale, causal=False)
+        y_BTHK = _attend(q_BTHK, k_BSJK, v_BSJK, _document_mask(document_ids_BS, q_BTHK.shape[1]), scale, causal=False)
     return y_BTHK.to(wanted)
 
 
@@ -47,22 +45,34 @@ def _causal_mask(tokens: int, keys: int, device: torch.device) -> Tensor:
     return torch.ones(tokens, keys, dtype=torch.bool, device=device).tril(keys - tokens)
 
 
-def _document_mask(document_ids_BT: Tensor) -> Tensor:
-    """Which keys each query may see [B, 1, T, T]: earlier ones of its document."""
-    same = document_ids_BT[:, :, None] == document_ids_BT[:, None, :]
-    return same.tril()[:, None]
+def _document_mask(document_ids_BS: Tensor, tokens: int) -> Tensor:
+    """Which keys each of the last `tokens` may see [B, 1, T, S]: those up to itself of its document."""
+    keys = document_ids_BS.shape[1]
+    same = document_ids_BS[:, keys - tokens :, None] == document_ids_BS[:, None, :]
+    return same.tril(keys - tokens)[:, None]
 
 
-def _attend_documents(q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, document_ids_BT: Tensor, scale: float) -> Tensor:
-    batch, tokens = document_ids_BT.shape
-    starts = torch.ones_like(document_ids_BT, dtype=torch.bool)
-    starts[:, 1:] = document_ids_BT[:, 1:] != document_ids_BT[:, :-1]
+def _attend_documents(q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, document_ids_BS: Tensor, scale: float) -> Tensor:
+    batch, tokens, keys = *q_BTHK.shape[:2], k_BSJK.shape[1]
+    starts = torch.ones_like(document_ids_BS, dtype=torch.bool)
+    starts[:, 1:] = document_ids_BS[:, 1:] != document_ids_BS[:, :-1]
     first = starts.reshape(-1).nonzero()[:, 0]
     if first.numel() == batch:
-        return _attend(q_BTHK, k_BSJK, v_BSJK, None, scale, causal=True)
-    if first.numel() * _SHORT_DOCUMENT_TOKENS > batch * tokens:
-        return _attend(q_BTHK, k_BSJK, v_BSJK, _document_mask(document_ids_BT), scale, causal=False)
-    lengths = first.diff(append=first.new_tensor([batch * tokens])).tolist()
-    documents = zip(*(x.reshape(1, batch * tokens, *x.shape[2:]).split(lengths, 1) for x in (q_BTHK, k_BSJK, v_BSJK)))
-    outputs = [_attend(q, k, v, None, scale, causal=True) for q, k, v in documents]
+        return _attend_last(q_BTHK, k_BSJK, v_BSJK, scale)
+    if first.numel() * _SHORT_DOCUMENT_TOKENS > batch * keys:
+        return _attend(q_BTHK, k_BSJK, v_BSJK, _document_mask(document_ids_BS, tokens), scale, causal=False)
+    begins = first.tolist()
+    lengths = [end - begin for begin, end in zip(begins, [*begins[1:], batch * keys])]
+    # Of a document that begins before its row's queries only the last tokens are queries; it may have none.
+    queries = [min(length, max(0, begin % keys + length - (keys - tokens))) for begin, length in zip(begins, lengths)]
+    q_parts = q_BTHK.reshape(1, batch * tokens, *q_BTHK.shape[2:]).split(queries, 1)
+    k_parts, v_parts = (x.reshape(1, batch * keys, *x.shape[2:]).split(lengths, 1) for x in (k_BSJK, v_BSJK))
+    outputs = [_attend_last(q, k, v, scale) for q, k, v in zip(q_parts, k_parts, v_parts) if q.shape[1]]
     return torch.cat(outputs, 1).view(q_BTHK.shape)
+
+
+def _attend_last(q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, scale: float) -> Tensor:
+    """Causal attention without documents, the queries being those of the last keys."""
+    tokens, keys = q_BTHK.shape[1], k_BSJK.shape[1]
+    mask = None if tokens in (1, keys) else _causal_mask(tokens, keys, q_BTHK.device)
+    return _attend(q_BTHK, k_BSJK, v_BSJK, mask, scale, causal=tokens == keys and tokens > 1)

@@ -30,15 +30,19 @@ def key_options(head_dim: int) -> dict[str, int]:
     return {"num_warps": 8, "num_stages": 2 if head_dim <= 64 else 1}
 
 
-def document_bounds(document_ids_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """First token of each token's document, and the token after its last: [B, T] int32 each, without synchronisation."""
-    batch, tokens = document_ids_BT.shape
-    place = torch.arange(tokens, device=document_ids_BT.device)
-    changes = torch.ones(batch, tokens + 1, dtype=torch.bool, device=document_ids_BT.device)
-    changes[:, 1:tokens] = document_ids_BT[:, 1:] != document_ids_BT[:, :-1]
-    first_BT = place.where(changes[:, :-1], 0).cummax(1).values
-    ends_BT = (place + 1).where(changes[:, 1:], tokens).flip(1).cummin(1).values.flip(1)
-    return first_BT.to(torch.int32), ends_BT.to(torch.int32).contiguous()
+def document_bounds(document_ids_BS: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """First key of each query's document [B, T], and the query after the last of each key's [B, S]; int32, no waiting.
+
+    The queries are the last `tokens` keys; a document without queries ends at query 0.
+    """
+    batch, keys = document_ids_BS.shape
+    place = torch.arange(keys, device=document_ids_BS.device)
+    changes = torch.ones(batch, keys + 1, dtype=torch.bool, device=document_ids_BS.device)
+    changes[:, 1:keys] = document_ids_BS[:, 1:] != document_ids_BS[:, :-1]
+    first_BS = place.where(changes[:, :-1], 0).cummax(1).values
+    ends_BS = (place + 1).where(changes[:, 1:], keys).flip(1).cummin(1).values.flip(1)
+    first_BT = first_BS[:, keys - tokens :].to(torch.int32).contiguous()
+    return first_BT, (ends_BS - (keys - tokens)).clamp(min=0).to(torch.int32).contiguous()
 
 
 def _sizes(q_BTHK: Tensor, k_BSJK: Tensor) -> tuple[int, int, int, int, int]:
@@ -57,7 +61,7 @@ def _constants(q_BTHK: Tensor, first_BT: Tensor | None) -> dict[str, Any]:
 
 @torch.library.custom_op("amfm::attention_triton", mutates_args=())
 def _forward(
-    q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, first_BT: Tensor | None, ends_BT: Tensor | None, scale: float
+    q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, first_BT: Tensor | None, ends_BS: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Output [B, T, H, K] and log-sum-exp in base 2 [B, H, T]."""
     q, k, v = q_BTHK.contiguous(), k_BSJK.contiguous(), v_BSJK.contiguous()
@@ -74,7 +78,7 @@ def _forward(
 
 @_forward.register_fake
 def _(
-    q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, first_BT: Tensor | None, ends_BT: Tensor | None, scale: float
+    q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, first_BT: Tensor | None, ends_BS: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     batch, tokens, heads, _ = q_BTHK.shape
     y = torch.empty_like(q_BTHK, memory_format=torch.contiguous_format)
@@ -90,7 +94,7 @@ def _backward(
     y_BTHK: Tensor,
     log_sums_BHT: Tensor,
     first_BT: Tensor | None,
-    ends_BT: Tensor | None,
+    ends_BS: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
@@ -105,7 +109,7 @@ def _backward(
         **constants, **QUERY_TILE, **QUERY_OPTIONS,
     )  # fmt: skip
     attention_key_gradient_kernel[(triton.cdiv(keys, KEY_TILE["BLOCK_N"]), q.shape[0] * kv_heads)](
-        q, k, v, d_y, log_sums_BHT, deltas, d_k, d_v, first_BT, ends_BT, *sizes, *scales,
+        q, k, v, d_y, log_sums_BHT, deltas, d_k, d_v, first_BT, ends_BS, *sizes, *scales,
         **constants, **KEY_TILE, **key_options(sizes[4]),
     )  # fmt: skip
     return d_q, d_k, d_v
@@ -120,7 +124,7 @@ def _(
     y_BTHK: Tensor,
     log_sums_BHT: Tensor,
     first_BT: Tensor | None,
-    ends_BT: Tensor | None,
+    ends_BS: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     d_q, d_k, d_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_BTHK, k_BSJK, v_BSJK))
@@ -128,10 +132,10 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, first_BT, ends_BT, ctx.scale = inputs
+    q, k, v, first_BT, ends_BS, ctx.scale = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, *output, first_BT, ends_BT)
+    ctx.save_for_backward(q, k, v, *output, first_BT, ends_BS)
 
 
 def _differentiate(ctx: Any, d_y: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -144,9 +148,9 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def attention_triton(
-    q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, document_ids_BT: Tensor | None, scale: float
+    q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, document_ids_BS: Tensor | None, scale: float
 ) -> Tensor:
     """As `attention_reference`, for float32, bfloat16 and float16. Saves q, k, v, the output and its log-sum-exp."""
     dot_dtype(q_BTHK.dtype)  # refuses float64
-    first_BT, ends_BT = (None, None) if document_ids_BT is None else document_bounds(document_ids_BT)
-    return _forward(q_BTHK, k_BSJK, v_BSJK, first_BT, ends_BT, scale)[0]
+    first_BT, ends_BS = (None, None) if document_ids_BS is None else document_bounds(document_ids_BS, q_BTHK.shape[1])
+    return _forward(q_BTHK, k_BSJK, v_BSJK, first_BT, ends_BS, scale)[0]

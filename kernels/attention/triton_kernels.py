@@ -1,7 +1,8 @@
 """Flash attention with documents: tiles that no query of a document can see are never loaded.
 
-Document boundaries come as two numbers a token: the first token of its document and the one after its last. Queries of
-a tile start at the first document's start, keys of a tile end at the last document's end, so loops have exact bounds.
+Document boundaries come as two numbers: for each query the first key of its document, for each key the query after the
+last of its document. Keys of a tile of queries begin at its first document's start, queries of a tile of keys end at its
+last document's end, so loops have exact bounds.
 """
 
 # Triton reads a kernel's parameters from the call: they carry no types.
@@ -134,7 +135,7 @@ def attention_key_gradient_kernel(
     begin = tl.maximum(key_begin - offset, 0)
     end = tl.cast(tokens, tl.int64)
     if DOCUMENTS:
-        end = tl.max(tl.load(document_ends + batch * tokens + key, mask=key < tokens, other=0), 0).to(tl.int64)
+        end = tl.max(tl.load(document_ends + batch * keys + key, mask=key < keys, other=0), 0).to(tl.int64)
     for member in range(0, group):
         head = kv_head * group + member
         for start in range(begin, end, BLOCK_M):

@@ -17,7 +17,7 @@ def make_inputs(batch, tokens, keys, heads, kv_heads, size, seed=0):
 
 def run(backend, dtype, inputs, documents, scale=None):
     leaves = [x.to(dtype).requires_grad_() for x in inputs]
-    y = attention(*leaves, document_ids_BT=documents, scale=scale, backend=backend)
+    y = attention(*leaves, document_ids_BS=documents, scale=scale, backend=backend)
     probe = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape)
     return [y.detach(), *torch.autograd.grad((y * probe).sum(), leaves)]
 
@@ -37,6 +37,11 @@ def make_documents(batch, lengths):
         ((2, 63, 63, 4, 1, 8), [1, 30, 32]),
         ((2, 20, 20, 2, 2, 8), [1, 1, 3, 1, 2, 12]),
         ((2, 20, 20, 2, 1, 8), [20]),
+        ((2, 30, 63, 4, 1, 8), [1, 30, 32]),
+        ((2, 32, 63, 4, 2, 8), [31, 32]),
+        ((1, 1, 63, 2, 1, 8), [40, 23]),
+        ((2, 7, 20, 2, 1, 8), [5, 1, 8, 1, 1, 4]),
+        ((2, 7, 20, 2, 1, 8), [20]),
     ],
 )
 def test_torch_path_equals_the_reference_in_outputs_and_gradients(shape, lengths):
@@ -67,7 +72,7 @@ def test_changing_one_document_leaves_every_bit_of_the_others(lengths):
 def test_gradients_pass_gradcheck():
     inputs = [x.requires_grad_() for x in make_inputs(1, 6, 6, 2, 1, 4)]
     documents = make_documents(1, [2, 4])
-    assert torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, document_ids_BT=documents), inputs)
+    assert torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, document_ids_BS=documents), inputs)
     assert torch.autograd.gradcheck(attention, inputs)
 
 
@@ -82,9 +87,9 @@ def test_compiled_graph_masks_documents():
     inputs = [x.float() for x in make_inputs(2, 24, 24, 4, 2, 8)]
     documents = make_documents(2, [10, 14])
     compiled = torch.compile(
-        lambda q, k, v: attention(q, k, v, document_ids_BT=documents), fullgraph=True, backend="aot_eager"
+        lambda q, k, v: attention(q, k, v, document_ids_BS=documents), fullgraph=True, backend="aot_eager"
     )
-    torch.testing.assert_close(compiled(*inputs), attention(*inputs, document_ids_BT=documents), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(compiled(*inputs), attention(*inputs, document_ids_BS=documents), rtol=1e-5, atol=1e-6)
 
 
 def test_bad_input_is_refused_with_what_was_expected():
@@ -95,7 +100,7 @@ def test_bad_input_is_refused_with_what_was_expected():
         attention(q[:, :, :3], k, v)
     with pytest.raises(ValueError, match="at least as many as queries"):
         attention(q, k[:, :3], v[:, :3])
-    with pytest.raises(ValueError, match="as many keys as queries"):
-        attention(q[:, :3], k, v, document_ids_BT=torch.zeros(1, 3, dtype=torch.int32))
-    with pytest.raises(ValueError, match="document_ids_BT must be int32"):
-        attention(q, k, v, document_ids_BT=torch.zeros(1, 6))
+    with pytest.raises(ValueError, match=r"document_ids_BS must have shape \[1, 6\]"):
+        attention(q[:, :3], k, v, document_ids_BS=torch.zeros(1, 3, dtype=torch.int32))
+    with pytest.raises(ValueError, match="document_ids_BS must be int32"):
+        attention(q, k, v, document_ids_BS=torch.zeros(1, 6))

@@ -20,6 +20,8 @@ FLOAT32 = 1e-5  # softmax-weighted sums of at most a hundred values
         ((2, 63, 63, 2, 1, 20), [1, 30, 32]),
         ((1, 20, 20, 2, 2, 8), [1, 1, 3, 1, 2, 12]),
         ((1, 70, 70, 2, 1, 8), [40, 30]),
+        ((2, 35, 70, 2, 1, 8), [20, 30, 19, 1]),
+        ((1, 33, 70, 2, 1, 8), [37, 33]),
     ],
 )
 def test_tiles_equal_the_definition_twice_bitwise(shape, lengths, poisoned_memory):
@@ -46,13 +48,17 @@ def test_changing_one_document_leaves_every_bit_of_the_others():
 
 
 def test_bounds_name_the_first_token_of_a_document_and_the_one_after_its_last():
-    first, ends = document_bounds(torch.tensor([[0, 1, 1, 1, 2, 2], [0, 0, 0, 0, 0, 0]]))
+    ids = torch.tensor([[0, 1, 1, 1, 2, 2], [0, 0, 0, 0, 0, 0]])
+    first, ends = document_bounds(ids, 6)
     assert first.tolist() == [[0, 1, 1, 1, 4, 4], [0] * 6]
     assert ends.tolist() == [[1, 4, 4, 4, 6, 6], [6] * 6]
+    first, ends = document_bounds(ids, 3)
+    assert first.tolist() == [[1, 4, 4], [0] * 3]
+    assert ends.tolist() == [[0, 1, 1, 1, 3, 3], [3] * 6]
 
 
 def test_registration_is_complete():
     q, k, v = (x.float().requires_grad_() for x in make_inputs(1, 5, 5, 2, 1, 4))
-    first, ends = document_bounds(torch.zeros(1, 5, dtype=torch.int64))
+    first, ends = document_bounds(torch.zeros(1, 5, dtype=torch.int64), 5)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(torch.ops.amfm.attention_triton.default, (q, k, v, first, ends, 0.5), test_utils=checks)
