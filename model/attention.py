@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import torch
-from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from torch import Tensor, nn
 
 from kernels.attention.op import attention
 from kernels.rope.op import qk_norm_rope, rope_frequencies
 from model.config import AttentionConfig, ModelConfig
 from model.groups import ProcessGroupCollection
-from model.layers import ColumnLinear, KeepsBuffers, RowLinear, divide
+from model.layers import ColumnLinear, KeepsBuffers, RowLinear, Shard, divide, divide_units
 from model.mixer import AttentionCache, BlockState, MixerOutput
 from model.packing import PackMeta
+from model.regions import enter_tensor_region, leave_tensor_region
 
 
 class AttentionMixer(KeepsBuffers):
     """q, k, v projections, optional norm a head, optional rotary positions, attention inside each document, o_proj.
 
-    Query and key-value heads are cut over the tensor-parallel ranks. Positions restart at each document. Rotation angles
-    and the softmax are computed in float32 for bf16 weights.
+    Query and key-value heads are cut over the tensor-parallel ranks; where key-value heads are fewer, neighbouring ranks hold
+    the same one. Positions restart at each document. Rotation angles and the softmax are computed in float32 for bf16
+    weights.
     """
 
     def __init__(self, config: ModelConfig, groups: ProcessGroupCollection, backend: str) -> None:
@@ -27,15 +28,15 @@ class AttentionMixer(KeepsBuffers):
         assert config.attention is not None, "check_model was not called: model.attention is missing"
         section: AttentionConfig = config.attention
         self.section, self.backend, self.epsilon = section, backend, config.norm_epsilon
-        self.tensor_group = groups.tp
+        self.groups = groups
         self.head_dim, self.scale = section.head_dim, section.softmax_scale
         self.num_heads = divide(section.num_heads, groups, "model.attention.num_heads")
-        self.num_kv_heads = divide(section.num_kv_heads, groups, "model.attention.num_kv_heads")
+        self.num_kv_heads = divide_units(section.num_kv_heads, groups, "model.attention.num_kv_heads")
         query_width, kv_width = section.num_heads * self.head_dim, section.num_kv_heads * self.head_dim
-        hidden, kv_name = config.hidden_size, "model.attention.num_kv_heads"
+        hidden, kv_name, kv_units = config.hidden_size, "model.attention.num_kv_heads", (section.num_kv_heads,)
         self.q_proj = ColumnLinear(hidden, (query_width,), groups, name="model.attention.num_heads")
-        self.k_proj = ColumnLinear(hidden, (kv_width,), groups, name=kv_name)
-        self.v_proj = ColumnLinear(hidden, (kv_width,), groups, name=kv_name)
+        self.k_proj = ColumnLinear(hidden, (kv_width,), groups, name=kv_name, units=kv_units)
+        self.v_proj = ColumnLinear(hidden, (kv_width,), groups, name=kv_name, units=kv_units)
         self.o_proj = RowLinear(query_width, hidden, groups, name="model.attention.num_heads")
         self.q_norm = HeadNorm(self.head_dim) if section.qk_norm else None
         self.k_norm = HeadNorm(self.head_dim) if section.qk_norm else None
@@ -64,6 +65,7 @@ class AttentionMixer(KeepsBuffers):
 
     def forward(self, x_BTD: Tensor, meta: PackMeta, state: BlockState = None) -> MixerOutput:
         """x [B, T, D] -> y [B, T, D]; with a cache the tokens also see all of its keys, and the longer cache is returned."""
+        x_BTD = enter_tensor_region(x_BTD, self.groups)
         q_BTHK = self.q_proj(x_BTD).unflatten(-1, (self.num_heads, self.head_dim))
         k_BTJK = self.k_proj(x_BTD).unflatten(-1, (self.num_kv_heads, self.head_dim))
         v_BSJK = self.v_proj(x_BTD).unflatten(-1, (self.num_kv_heads, self.head_dim))
@@ -74,8 +76,8 @@ class AttentionMixer(KeepsBuffers):
                 meta.positions_BT,
                 self.inverse_frequencies,
                 self.attention_factor,
-                q_weight_K=self._norm_weight(self.q_norm),
-                k_weight_K=self._norm_weight(self.k_norm),
+                q_weight_K=None if self.q_norm is None else self.q_norm.weight,
+                k_weight_K=None if self.k_norm is None else self.k_norm.weight,
                 epsilon=self.epsilon,
                 backend=self.backend,
             )
@@ -88,16 +90,7 @@ class AttentionMixer(KeepsBuffers):
         o_BTHK = attention(
             q_BTHK, k_BSJK, v_BSJK, document_ids_BS=meta.boundaries_BT(), scale=self.scale, backend=self.backend
         )
-        return MixerOutput(self.o_proj(o_BTHK.flatten(-2)), cache)
-
-    def _norm_weight(self, norm: HeadNorm | None) -> Tensor | None:
-        if norm is None:
-            return None
-        if self.tensor_group.size() == 1:
-            return norm.weight
-        # One weight serves the heads of all tensor ranks: its gradient is their sum.
-        weight: Tensor = copy_to_tensor_model_parallel_region(norm.weight, group=self.tensor_group)
-        return weight
+        return MixerOutput(leave_tensor_region(self.o_proj(o_BTHK.flatten(-2)), self.groups), cache)
 
     def empty_state(self, num_rows: int) -> AttentionCache:
         """The cache before the first token: no keys."""
@@ -111,3 +104,5 @@ class HeadNorm(nn.Module):
     def __init__(self, head_dim: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(head_dim))
+        # One weight serves the heads of all tensor ranks.
+        self.shards = {"weight": Shard(partial=("tp",))}

@@ -10,6 +10,7 @@ from model.groups import ProcessGroupCollection
 from model.layers import ColumnLinear, RowLinear
 from model.mixer import BlockState, MixerOutput
 from model.packing import PackMeta
+from model.regions import enter_tensor_region, leave_tensor_region
 
 
 def up_segments(hidden_size: int, activation: Activation) -> tuple[int, ...]:
@@ -31,15 +32,15 @@ class FeedForward(nn.Module):
         backend: str,
     ) -> None:
         super().__init__()
-        self.activation, self.backend = activation, backend
+        self.activation, self.backend, self.groups = activation, backend, groups
         self.up_proj = ColumnLinear(outer_size, up_segments(inner_size, activation), groups, name=name)
         self.down_proj = RowLinear(inner_size, outer_size, groups, name=name)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., D] -> [..., D]."""
+        """The stream x [B, T, D] -> [B, T, D]."""
         activate = swiglu if self.activation == "swiglu" else squared_relu
-        y: Tensor = self.down_proj(activate(self.up_proj(x), backend=self.backend))
-        return y
+        x = enter_tensor_region(x, self.groups)
+        return leave_tensor_region(self.down_proj(activate(self.up_proj(x), backend=self.backend)), self.groups)
 
 
 class FeedForwardMixer(FeedForward):

@@ -1,8 +1,7 @@
 """Linear and embedding layers on Megatron-core's parallel ones: same weights, own initialisation, free at size 1.
 
-On a tensor-parallel group of one rank a layer is a plain product or look-up on the weight that Megatron's layer holds.
-On several ranks Megatron's forward and backward run, with its collectives: then every rank of `groups.tp` must call.
-A layer holds its part of a whole parameter; which part is a `Shard`, from which initialisation and checkpoints cut and
+Megatron's layer holds the weight that this rank's part of the work needs, and the product is ours; the collectives stand
+where a block enters and leaves its tensor-parallel part (`model/regions.py`), once for all layers inside. A layer holds its part of a whole parameter; which part is a `Shard`, from which initialisation and checkpoints cut and
 join.
 """
 
@@ -127,6 +126,17 @@ def divide(total: int, groups: ProcessGroupCollection, name: str, *, axis: str =
     return total // size
 
 
+def divide_units(total: int, groups: ProcessGroupCollection, name: str) -> int:
+    """This rank's number of `total` key-value heads or groups, one where tensor ranks outnumber them.
+
+    Raises ValueError where neither number divides the other.
+    """
+    size: int = groups.tp.size()
+    if total % size and size % total:
+        raise ValueError(f"parallel.tensor={size} must divide {name}={total} or be a multiple of it")
+    return max(1, total // size)
+
+
 def _megatron_settings() -> ModelParallelConfig:
     # CPU initialisation without performing it means "allocate on torch's current default device and leave it alone".
     return ModelParallelConfig(
@@ -146,7 +156,8 @@ def _drop_extra_state(layer: nn.Module) -> None:
 class ColumnLinear(megatron_layers.ColumnParallelLinear):
     """y = x W^T with the rows of W cut over the tensor-parallel ranks: [..., in] -> [..., out of this rank].
 
-    `segments` are the whole row counts of the matrices stacked in W; their sum is its rows.
+    `segments` are the whole row counts of the matrices stacked in W, `units` what cannot be cut in each (see `Cut`).
+    Its input comes from `enter_tensor_region`, once for all layers that read it.
     """
 
     get_extra_state: Callable[[nn.Module], object] = nn.Module.get_extra_state
@@ -159,31 +170,34 @@ class ColumnLinear(megatron_layers.ColumnParallelLinear):
         groups: ProcessGroupCollection,
         *,
         name: str,
+        units: tuple[int, ...] = (),
     ) -> None:
-        for segment in segments:
-            divide(segment, groups, name)
+        if not units:
+            for segment in segments:
+                divide(segment, groups, name)
+        cut = Cut(0, "tp", segments, units)
+        num_ranks = groups.tp.size()
         super().__init__(
             input_size,
-            sum(segments),
+            sum(cut.local_segments(num_ranks)) * num_ranks,
             config=_megatron_settings(),
             init_method=_leave_alone,
             bias=False,
             tp_group=groups.tp,
         )
-        self.is_single_rank: bool = groups.tp.size() == 1
-        self.shards = {"weight": Shard((Cut(0, "tp", segments),))}
+        self.shards = {"weight": Shard((cut,))}
         _drop_extra_state(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out]."""
-        if self.is_single_rank:
-            return linear(x, self.weight)
-        y: Tensor = super().forward(x)[0]
-        return y
+        """x [..., in] -> [..., out of this rank]."""
+        return linear(x, self.weight)
 
 
 class RowLinear(megatron_layers.RowParallelLinear):
-    """y = sum over ranks of x W^T with the columns of W cut over the tensor-parallel ranks: [..., in of this rank] -> [..., out]."""
+    """This rank's part of y = x W^T with the columns of W cut over the tensor-parallel ranks: [..., in of this rank] -> [..., out].
+
+    The parts are summed by `leave_tensor_region`.
+    """
 
     get_extra_state: Callable[[nn.Module], object] = nn.Module.get_extra_state
     set_extra_state: Callable[[nn.Module, object], None] = nn.Module.set_extra_state
@@ -200,43 +214,54 @@ class RowLinear(megatron_layers.RowParallelLinear):
             skip_bias_add=False,
             tp_group=groups.tp,
         )
-        self.is_single_rank: bool = groups.tp.size() == 1
         self.shards = {"weight": Shard((Cut(1, "tp", (input_size,)),))}
         _drop_extra_state(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out]."""
-        if self.is_single_rank:
-            return linear(x, self.weight)
-        y: Tensor = super().forward(x)[0]
-        return y
+        """x [..., in of this rank] -> [..., out], a part of the sum over ranks."""
+        return linear(x, self.weight)
 
 
 class VocabEmbedding(megatron_layers.VocabParallelEmbedding):
-    """Rows of a table [V, D] by token, the vocabulary cut over the tensor-parallel ranks: ids [...] -> [..., D]."""
+    """Rows of a table [V, D] by token, the vocabulary cut over the tensor-parallel ranks: ids [B, T] -> the stream [B, T, D].
+
+    Under sequence parallel the stream has this rank's share of the tokens. Every rank of `groups.tp` must call.
+    """
 
     def __init__(self, vocab_size: int, hidden_size: int, groups: ProcessGroupCollection) -> None:
         divide(vocab_size, groups, "model.vocab_size")
         super().__init__(
-            vocab_size, hidden_size, init_method=_leave_alone, config=_megatron_settings(), tp_group=groups.tp
+            vocab_size,
+            hidden_size,
+            init_method=_leave_alone,
+            reduce_scatter_embeddings=groups.sequence_parallel and groups.tp.size() > 1,
+            config=_megatron_settings(),
+            tp_group=groups.tp,
         )
         self.is_single_rank: bool = groups.tp.size() == 1
         self.shards = {"weight": Shard((Cut(0, "tp", (vocab_size,)),))}
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Token ids [...] -> [..., D]."""
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        """Token ids [B, T] -> [B, T, D]."""
         if self.is_single_rank:
-            return functional.embedding(tokens, self.weight)
-        rows: Tensor = super().forward(tokens)
-        return rows
+            return functional.embedding(tokens_BT, self.weight)
+        rows: Tensor = super().forward(tokens_BT)
+        # Megatron's reduce-scatter puts tokens first.
+        return rows.transpose(0, 1) if self.reduce_scatter_embeddings else rows
+
+
+def stream_shard(groups: ProcessGroupCollection) -> Shard:
+    """The place of a whole weight that reads the stream between blocks: under sequence parallel each rank sees its tokens."""
+    return Shard(partial=("tp",)) if groups.sequence_parallel else REPLICATED
 
 
 class Linear(nn.Module):
-    """y = x W^T with the whole W on every rank."""
+    """y = x W^T with the whole W on every rank, over the stream between blocks."""
 
-    def __init__(self, input_size: int, output_size: int) -> None:
+    def __init__(self, input_size: int, output_size: int, groups: ProcessGroupCollection) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(output_size, input_size))
+        self.shards = {"weight": stream_shard(groups)}
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
@@ -244,11 +269,12 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm with a weight (Zhang and Sennrich 2019, arXiv 1910.07467, section 4), float32 inside."""
+    """Root-mean-square norm of the stream (Zhang and Sennrich 2019, arXiv 1910.07467, section 4), float32 inside."""
 
-    def __init__(self, size: int, epsilon: float, backend: str) -> None:
+    def __init__(self, size: int, epsilon: float, backend: str, groups: ProcessGroupCollection) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
+        self.shards = {"weight": stream_shard(groups)}
         self.epsilon = epsilon
         self.backend = backend
 

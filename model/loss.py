@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
     gather_from_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
 )
@@ -18,10 +17,13 @@ IGNORE_INDEX = -100
 
 
 def head_logits(hidden: Tensor, weight_VD: Tensor, groups: ProcessGroupCollection) -> Tensor:
-    """hidden [..., D] times the head's rows of this rank -> [..., V], whole on every rank of `groups.tp`; all must call."""
+    """hidden [..., D] times the head's rows of this rank -> [..., V], whole on every rank of `groups.tp`; all must call.
+
+    hidden comes from `enter_tensor_region`, for the loss too.
+    """
+    local = linear(hidden, weight_VD)
     if groups.tp.size() == 1:
-        return linear(hidden, weight_VD)
-    local = linear(copy_to_tensor_model_parallel_region(hidden, group=groups.tp), weight_VD)
+        return local
     logits: Tensor = gather_from_tensor_model_parallel_region(local, group=groups.tp)
     return logits
 
@@ -51,7 +53,6 @@ def _vocab_parallel(
     hidden_RD: Tensor, weight_VD: Tensor, labels_R: Tensor, groups: ProcessGroupCollection, z_loss_weight: float
 ) -> CrossEntropy:
     group = groups.tp
-    hidden_RD = copy_to_tensor_model_parallel_region(hidden_RD, group=group)
     logits_RV = linear(hidden_RD, weight_VD)
     logits_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))
     highest_R = logits_RV.detach().amax(dim=-1)

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from kernels.causal_conv1d.op import causal_conv1d, causal_conv1d_step
 from kernels.decay_scan.op import mamba2_scan, mamba2_step
 from kernels.norm.op import gated_rms_norm
 from model.config import Mamba2Config, ModelConfig
 from model.groups import ProcessGroupCollection
-from model.layers import ColumnLinear, Cut, RowLinear, Shard, divide
+from model.layers import ColumnLinear, Cut, RowLinear, Shard, divide, divide_units
 from model.mixer import BlockState, MambaState, MixerOutput
 from model.packing import PackMeta
+from model.regions import enter_tensor_region, leave_tensor_region, sum_parts
 
 
 class Mamba2Mixer(nn.Module):
     """in_proj to z, x, B, C, dt; convolution and SiLU over x, B, C; the scan; norm(y * silu(z)) by group; out_proj.
 
-    Heads and groups are cut over the tensor-parallel ranks; a norm group never spans ranks, so the norm needs no
-    collective. dt is not clamped. A, dt and the state are computed in float32 for bf16 weights. The convolution, the
+    Heads and groups are cut over the tensor-parallel ranks; where groups are fewer, neighbouring ranks hold the same B and C,
+    and the norm sums the squares of a group over them. dt is not clamped. A, dt and the state are computed in float32 for
+    bf16 weights. The convolution, the
     state and the decay restart at each document.
     """
 
@@ -27,10 +30,10 @@ class Mamba2Mixer(nn.Module):
         super().__init__()
         assert config.mamba is not None, "check_model was not called: model.mamba is missing"
         mamba: Mamba2Config = config.mamba
-        self.backend = backend
+        self.backend, self.groups = backend, groups
         self.head_dim, self.state_size, self.chunk_size = mamba.head_dim, mamba.state_size, mamba.chunk_size
         self.num_heads = divide(mamba.num_heads, groups, "model.mamba.num_heads")
-        self.num_groups = divide(mamba.num_groups, groups, "model.mamba.num_groups")
+        self.num_groups = divide_units(mamba.num_groups, groups, "model.mamba.num_groups")
         self.inner_size = self.num_heads * self.head_dim
         group_width = mamba.num_groups * mamba.state_size
         inner = mamba.inner_size()
@@ -39,6 +42,7 @@ class Mamba2Mixer(nn.Module):
             (inner, inner, group_width, group_width, mamba.num_heads),
             groups,
             name="model.mamba.num_groups",
+            units=(mamba.num_heads, mamba.num_heads, mamba.num_groups, mamba.num_groups, mamba.num_heads),
         )
         self.conv = DepthwiseConv(mamba, groups)
         self.A_log = nn.Parameter(torch.empty(self.num_heads))
@@ -46,11 +50,12 @@ class Mamba2Mixer(nn.Module):
         self.dt_bias = nn.Parameter(torch.empty(self.num_heads))
         by_head = Shard((Cut(0, "tp", (mamba.num_heads,)),))
         self.shards = {"A_log": by_head, "D": by_head, "dt_bias": by_head}
-        self.norm = GatedNorm(inner, self.num_groups, config.norm_epsilon, groups, backend)
+        self.norm = GatedNorm(inner, mamba.num_groups, config.norm_epsilon, groups, backend)
         self.out_proj = RowLinear(inner, config.hidden_size, groups, name="model.mamba.num_heads")
 
     def forward(self, x_BTD: Tensor, meta: PackMeta, state: BlockState = None) -> MixerOutput:
         """x [B, T, D] -> y [B, T, D]; with a state it goes on from there and returns the next one."""
+        x_BTD = enter_tensor_region(x_BTD, self.groups)
         num_rows, num_tokens, _ = x_BTD.shape
         z_BTI, inputs_BTC, dt_BTH = self.in_proj(x_BTD).split(
             [self.inner_size, self.conv.channels, self.num_heads], dim=-1
@@ -62,7 +67,7 @@ class Mamba2Mixer(nn.Module):
             assert state is None or isinstance(state, MambaState), f"a Mamba2 block got a {type(state).__name__}"
             y_BTI, next_state = self._scan(inputs_BTC, dt_BTH, meta, state)
         y_BTI = self.norm(y_BTI.view(num_rows, num_tokens, self.inner_size), z_BTI)
-        return MixerOutput(self.out_proj(y_BTI), next_state)
+        return MixerOutput(leave_tensor_region(self.out_proj(y_BTI), self.groups), next_state)
 
     def _scan(
         self, inputs_BTC: Tensor, dt_BTH: Tensor, meta: PackMeta, state: MambaState | None
@@ -125,28 +130,50 @@ class DepthwiseConv(nn.Module):
 
     def __init__(self, mamba: Mamba2Config, groups: ProcessGroupCollection) -> None:
         super().__init__()
-        self.channels = mamba.conv_channels() // groups.tp.size()
+        group_width = mamba.num_groups * mamba.state_size
+        units = (mamba.num_heads, mamba.num_groups, mamba.num_groups)
+        cut = Cut(0, "tp", (mamba.inner_size(), group_width, group_width), units)
+        self.channels = sum(cut.local_segments(groups.tp.size()))
         self.weight = nn.Parameter(torch.empty(self.channels, mamba.conv_kernel))
         self.bias = nn.Parameter(torch.empty(self.channels)) if mamba.conv_bias else None
-        group_width = mamba.num_groups * mamba.state_size
-        by_channel = Shard((Cut(0, "tp", (mamba.inner_size(), group_width, group_width)),))
-        self.shards = {"weight": by_channel, "bias": by_channel}
+        self.shards = {"weight": Shard((cut,)), "bias": Shard((cut,))}
 
 
 class GatedNorm(nn.Module):
-    """RMSNorm of y * silu(z) within each group of channels."""
+    """RMSNorm of y * silu(z) within each of `num_groups` groups of the whole inner width."""
 
     def __init__(
         self, inner_size: int, num_groups: int, epsilon: float, groups: ProcessGroupCollection, backend: str
     ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(inner_size // groups.tp.size()))
+        num_ranks = groups.tp.size()
+        self.weight = nn.Parameter(torch.empty(inner_size // num_ranks))
         self.shards = {"weight": Shard((Cut(0, "tp", (inner_size,)),))}
-        self.num_groups, self.epsilon, self.backend = num_groups, epsilon, backend
+        self.num_groups, self.epsilon, self.backend, self.groups = num_groups, epsilon, backend, groups
+        self.group_size = inner_size // num_groups
+        self.spans_ranks = num_groups < num_ranks
 
     def forward(self, y_BTI: Tensor, z_BTI: Tensor) -> Tensor:
-        """y and z [B, T, inner] -> [B, T, inner]."""
+        """y and z [B, T, inner of this rank] -> [B, T, inner of this rank]."""
+        if self.spans_ranks:
+            return self._over_ranks(y_BTI, z_BTI)
         normed: Tensor = gated_rms_norm(
-            y_BTI, z_BTI, self.weight, self.epsilon, num_groups=self.num_groups, backend=self.backend
+            y_BTI,
+            z_BTI,
+            self.weight,
+            self.epsilon,
+            num_groups=y_BTI.shape[-1] // self.group_size,
+            backend=self.backend,
         )
         return normed
+
+    def _over_ranks(self, y_BTI: Tensor, z_BTI: Tensor) -> Tensor:
+        """This rank has a part of one group: the squares of all groups are summed over ranks, one number a token and group."""
+        dtype = torch.promote_types(y_BTI.dtype, torch.float32)
+        gated_BTI = y_BTI.to(dtype) * functional.silu(z_BTI.to(dtype))
+        own = self.groups.tp.rank() * self.num_groups // self.groups.tp.size()
+        squares_BTG = gated_BTI.square().sum(-1, keepdim=True) * functional.one_hot(
+            torch.tensor(own, device=y_BTI.device), self.num_groups
+        )
+        mean_BT1 = sum_parts(squares_BTG, self.groups)[..., own : own + 1] / self.group_size
+        return (gated_BTI * torch.rsqrt(mean_BT1 + self.epsilon) * self.weight).to(y_BTI.dtype)

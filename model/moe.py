@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import torch
-from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
-    reduce_from_tensor_model_parallel_region,
-)
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -18,6 +14,7 @@ from model.groups import ProcessGroupCollection
 from model.layers import Cut, KeepsBuffers, Linear, Shard, divide
 from model.mixer import BlockState, MixerOutput
 from model.packing import PackMeta
+from model.regions import enter_tensor_region, gather_tokens, leave_tensor_region, sum_gradients
 
 
 class MoeMixer(KeepsBuffers):
@@ -37,13 +34,13 @@ class MoeMixer(KeepsBuffers):
         super().__init__()
         assert config.moe is not None, "check_model was not called: model.moe is missing"
         moe: MoeConfig = config.moe
-        self.section, self.backend, self.tensor_group = moe, backend, groups.tp
-        self.router = Linear(config.hidden_size, moe.num_experts)
+        self.section, self.backend, self.groups = moe, backend, groups
+        self.router = Linear(config.hidden_size, moe.num_experts, groups)
         self.expert_bias: Tensor | None
         self.register_buffer("expert_bias", torch.zeros(moe.num_experts) if moe.expert_bias else None)
         width = moe.latent_size or config.hidden_size
-        self.latent_down = Linear(config.hidden_size, width) if moe.latent_size else None
-        self.latent_up = Linear(width, config.hidden_size) if moe.latent_size else None
+        self.latent_down = Linear(config.hidden_size, width, groups) if moe.latent_size else None
+        self.latent_up = Linear(width, config.hidden_size, groups) if moe.latent_size else None
         self.experts = Experts(moe, width, groups)
         self.shared = None
         if moe.shared_expert_hidden_size:
@@ -63,8 +60,7 @@ class MoeMixer(KeepsBuffers):
 
     def forward(self, x_BTD: Tensor, meta: PackMeta, state: BlockState = None) -> MixerOutput:
         """x [B, T, D] -> y [B, T, D], the auxiliary losses, and how many token choices each expert got [E]."""
-        x_RD = x_BTD.flatten(0, 1)
-        logits_RE = self._logits(x_RD)
+        logits_RE = gather_tokens(self._logits(x_BTD), self.groups).flatten(0, 1)
         moe = self.section
         routing = route(
             logits_RE,
@@ -77,39 +73,32 @@ class MoeMixer(KeepsBuffers):
             group_top_k=moe.router_group_top_k,
             backend=self.backend,
         )
-        y_RD = self._routed(x_RD, routing)
+        y_BTD = self._routed(x_BTD, routing)
         if self.shared is not None:
-            y_RD = y_RD + self.shared(x_RD)
+            y_BTD = y_BTD + self.shared(x_BTD)
         auxiliary = auxiliary_losses(logits_RE, routing, x_BTD.shape[0], moe) if self.training else {}
-        return MixerOutput(y_RD.view_as(x_BTD), None, auxiliary, routing.counts_E)
+        return MixerOutput(y_BTD, None, auxiliary, routing.counts_E)
 
-    def _logits(self, x_RD: Tensor) -> Tensor:
-        dtype = torch.promote_types(x_RD.dtype, torch.float32)
-        return functional.linear(x_RD.to(dtype), self.router.weight.to(dtype))
+    def _logits(self, x_BTD: Tensor) -> Tensor:
+        dtype = torch.promote_types(x_BTD.dtype, torch.float32)
+        return functional.linear(x_BTD.to(dtype), self.router.weight.to(dtype))
 
-    def _routed(self, x_RD: Tensor, routing: Routing) -> Tensor:
+    def _routed(self, x_BTD: Tensor, routing: Routing) -> Tensor:
         if self.latent_down is not None:
-            x_RD = self.latent_down(x_RD)
-        weights_RK = routing.weights_RK
-        is_cut = self.tensor_group.size() > 1
-        if is_cut:
-            # Each rank computes a part of every expert's inner width: gradients of what is whole are summed over ranks.
-            x_RD = copy_to_tensor_model_parallel_region(x_RD, group=self.tensor_group)
-            weights_RK = copy_to_tensor_model_parallel_region(weights_RK, group=self.tensor_group)
-        y_RD: Tensor = expert_feed_forward(
-            x_RD,
+            x_BTD = self.latent_down(x_BTD)
+        # Each tensor rank computes a part of every expert's inner width for all tokens.
+        x_BTD = enter_tensor_region(x_BTD, self.groups)
+        y_RD = expert_feed_forward(
+            x_BTD.flatten(0, 1),
             routing.expert_ids_RK,
-            weights_RK,
+            sum_gradients(routing.weights_RK, self.groups),
             self.experts.up,
             self.experts.down,
             activation=self.section.activation,
             backend=self.backend,
         )
-        if is_cut:
-            y_RD = reduce_from_tensor_model_parallel_region(y_RD.contiguous(), group=self.tensor_group)
-        if self.latent_up is not None:
-            y_RD = self.latent_up(y_RD)
-        return y_RD
+        y_BTD = leave_tensor_region(y_RD.view_as(x_BTD), self.groups)
+        return y_BTD if self.latent_up is None else self.latent_up(y_BTD)
 
     @torch.no_grad()
     def update_expert_bias(self, counts_E: Tensor) -> None:

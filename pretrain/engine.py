@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from model.groups import ProcessGroupCollection
 from pretrain.config import OptimizerConfig
-from pretrain.grads import Float32Accumulator, GradientFault, clip_by_norm, find_fault
+from pretrain.grad_norm import GlobalNorm
+from pretrain.grads import (
+    Float32Accumulator,
+    GradientFault,
+    clip_by_norm,
+    find_fault,
+    find_partial_gradients,
+    sum_partial_gradients,
+)
 from pretrain.optimizer import build_adamw
 from pretrain.parallel import Parallel, name_accelerator
 from pretrain.zero3 import OutputBridge, is_not_about_types
@@ -41,14 +49,15 @@ class ZeroEngine:
     """A module under DeepSpeed. Each step: `with engine.accumulate(n):` n times `backward(loss)`, then `step(rate)`.
 
     Losses must already be shares of the global batch (divided by global counts): gradients are summed, over backward
-    passes and over data ranks. bf16 gradients of several passes are summed in float32. Every data rank must enter
-    `accumulate` and call `step`.
+    passes, over the ranks that hold parts of them, and over data ranks. bf16 gradients of several passes are summed in
+    float32. Every rank must enter `accumulate` and call `step`.
     """
 
     def __init__(
         self,
         engine: Any,
         groups: ProcessGroupCollection,
+        norm: GlobalNorm,
         *,
         precision: Precision,
         zero_stage: int,
@@ -56,6 +65,8 @@ class ZeroEngine:
     ) -> None:
         self.deepspeed = engine
         self.groups = groups
+        self.norm = norm
+        self.partials = find_partial_gradients(engine.module, groups)
         self.precision = precision
         self.zero_stage = zero_stage
         self.clip_norm = clip_norm
@@ -85,10 +96,13 @@ class ZeroEngine:
         """The module's forward pass, with ZeRO-3's gathering of weights."""
         return self.deepspeed(*inputs, **keywords)
 
+    def scale(self, loss: Tensor) -> Tensor:
+        """What to differentiate for a loss: DeepSpeed divides by the number of data ranks, our losses ask for the sum."""
+        return loss * self.data_world_size
+
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a loss to those that this rank holds; nothing is reduced yet."""
-        # DeepSpeed divides by the number of data ranks while reducing; our losses ask for the sum.
-        loss = loss * self.data_world_size
+        loss = self.scale(loss)
         if self.zero_stage == 0:
             loss.backward()
         else:
@@ -107,9 +121,15 @@ class ZeroEngine:
             self._close_accumulation(accumulator)
             self.deepspeed.allreduce_gradients()
 
+    def take_gradients(self, module: nn.Module) -> None:
+        """Take gradients that were added without autograd's hooks into the sums of this step, inside `accumulate`."""
+        if self.accumulator is not None:
+            self.accumulator.take(module)
+
     def _close_accumulation(self, accumulator: Float32Accumulator | None) -> None:
         if accumulator is not None:
             accumulator.finish()
+        sum_partial_gradients(self.partials, self.groups)
         self.fault = find_fault(self.module)
 
     def step(self, learning_rate: float) -> StepOutcome:
@@ -118,7 +138,9 @@ class ZeroEngine:
             group["lr"] = learning_rate
         if self.zero_stage == 0 and self.precision == "float32":
             # Plain AdamW: DeepSpeed neither reports the norm nor refuses a bad one here.
-            grad_norm = clip_by_norm(list(self.module.parameters()), self.clip_norm)
+            parameters = list(self.module.parameters())
+            grad_norm = float(self.norm.of_whole(parameters))
+            clip_by_norm([p.grad for p in parameters if p.grad is not None], grad_norm, self.clip_norm)
             if not math.isfinite(grad_norm):
                 self.deepspeed.zero_grad()
                 return StepOutcome(grad_norm, applied=False)
@@ -137,7 +159,7 @@ def build_engine(
     zero_stage: int,
     parallel: Parallel,
 ) -> ZeroEngine:
-    """Put a module, built in float32 and alike on all ranks, under DeepSpeed. Every rank must call this.
+    """Put a module, built in float32 and alike on all data ranks, under DeepSpeed. Every rank must call this.
 
     With bf16 the weights become bf16 copies of float32 masters; buffers (the router's balancing bias, say) stay
     float32, because they are state that small steps move.
@@ -162,9 +184,12 @@ def build_engine(
         bridge.close()
     restore_buffers(module, buffers)
     engine.basic_optimizer.state.clear()  # the unfused wrapper has stepped once, with zeros, to allocate
+    norm = GlobalNorm(module, parallel)
+    norm.install(engine)
     return ZeroEngine(
         engine,
         parallel.groups,
+        norm,
         precision=precision,
         zero_stage=zero_stage,
         clip_norm=optimizer.clip_grad_norm,

@@ -1,11 +1,16 @@
-"""What happens to gradients between the backward passes and the optimizer: summing in float32, checking, clipping."""
+"""What happens to gradients between the backward passes and the optimizer: summing over passes and ranks, checking, clipping."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from model.groups import ProcessGroupCollection
+from model.layers import Axis, Cut, parameter_shards
 
 
 class Float32Accumulator:
@@ -44,6 +49,77 @@ class Float32Accumulator:
 
 
 @dataclass(frozen=True)
+class PartialGradient:
+    """A gradient of which each rank of `axis` has a part: all of it, or what a cut holds in copies."""
+
+    name: str
+    parameter: nn.Parameter
+    axis: Axis
+    cut: Cut | None = None
+
+
+def find_partial_gradients(module: nn.Module, groups: ProcessGroupCollection) -> list[PartialGradient]:
+    """The gradients that ranks must sum before they are whole, in the order of the parameters; none on one rank.
+
+    Norms, router and latent projections of sequence-parallel tokens; norms of query and key heads, whose heads are spread
+    over ranks; key and value heads, and groups of B and C, that several tensor ranks hold.
+    """
+    found = []
+    for name, parameter, shard in parameter_shards(module):
+        for axis in shard.partial:
+            if getattr(groups, axis).size() > 1:
+                found.append(PartialGradient(name, parameter, axis))
+        for cut in shard.cuts:
+            size = getattr(groups, cut.axis).size()
+            if min(cut.slices(size)) < size:
+                found.append(PartialGradient(name, parameter, cut.axis, cut))
+    return found
+
+
+@torch.no_grad()
+def sum_partial_gradients(partials: Sequence[PartialGradient], groups: ProcessGroupCollection) -> None:
+    """Complete these gradients in place, in float32 or wider, with one reduction an axis and type.
+
+    Every rank must call this, after the last backward pass and before gradients are reduced over data ranks.
+    """
+    batches: dict[tuple[Axis, torch.dtype], list[PartialGradient]] = {}
+    for partial in partials:
+        if partial.parameter.grad is None:
+            assert partial.parameter.requires_grad, f"{partial.name} has no gradient to sum"
+            partial.parameter.grad = torch.zeros_like(partial.parameter)
+        batches.setdefault((partial.axis, partial.parameter.grad.dtype), []).append(partial)
+    for (axis, dtype), batch in batches.items():
+        group = getattr(groups, axis)
+        pieces = [piece for partial in batch for piece in _pieces(partial, group.rank(), group.size())]
+        buffer = torch.zeros(
+            sum(piece.numel() * slots for piece, slots, _ in pieces),
+            dtype=torch.promote_types(dtype, torch.float32),
+            device=pieces[0][0].device,
+        )
+        places = buffer.split([piece.numel() * slots for piece, slots, _ in pieces])
+        own = [place.view(slots, *piece.shape)[slot] for place, (piece, slots, slot) in zip(places, pieces)]
+        for place, (piece, _, _) in zip(own, pieces):
+            place.copy_(piece)
+        torch.distributed.all_reduce(buffer, group=group)
+        for place, (piece, _, _) in zip(own, pieces):
+            piece.copy_(place)
+
+
+def _pieces(partial: PartialGradient, rank: int, size: int) -> Iterator[tuple[Tensor, int, int]]:
+    """Views of the gradient that are partial: each with the number of different slices among ranks, and which is ours."""
+    gradient = partial.parameter.grad
+    assert gradient is not None, f"{partial.name} has no gradient"
+    if partial.cut is None:
+        yield gradient, 1, 0
+        return
+    cut = partial.cut
+    views = gradient.split(list(cut.local_segments(size)), dim=cut.dim)
+    for view, slices in zip(views, cut.slices(size)):
+        if slices < size:
+            yield view, slices, rank * slices // size
+
+
+@dataclass(frozen=True)
 class GradientFault:
     """The first parameter whose gradient on this rank is not finite, and how many there are."""
 
@@ -67,16 +143,13 @@ def find_fault(module: nn.Module) -> GradientFault | None:
     return GradientFault(named[faulty[0]][0], len(faulty))
 
 
-def clip_by_norm(parameters: list[nn.Parameter], largest_norm: float | None) -> float:
-    """Scale float32 gradients so that their joint norm is at most `largest_norm`; returns the norm before that.
+def clip_by_norm(gradients: Sequence[Tensor], norm: float, largest_norm: float | None) -> None:
+    """Scale float32 gradients whose joint norm is `norm` so that it becomes at most `largest_norm`.
 
     The formula is that of DeepSpeed's ZeRO optimizers, so that all stages step alike. Nothing is scaled when the norm
     is not finite.
     """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
-    if largest_norm is not None and torch.isfinite(torch.tensor(norm)):
+    if largest_norm is not None and math.isfinite(norm):
         excess = (norm + 1e-6) / largest_norm
         if excess > 1:
-            torch._foreach_mul_(gradients, 1 / excess)
-    return norm
+            torch._foreach_mul_(list(gradients), 1 / excess)

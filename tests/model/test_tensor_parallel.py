@@ -9,6 +9,7 @@ from model.groups import single_rank_groups
 from model.hybrid import HybridModel
 from model.layers import parameter_shards
 from model.packing import PackMeta
+from pretrain.grads import find_partial_gradients, sum_partial_gradients
 from pretrain.parallel import place_megatron_buffers_on_cpu
 from tests.helpers.spawn import run_ranks
 from tests.model.small_models import loss_of, packed_batch, small_config
@@ -47,6 +48,7 @@ def loss_logits_and_whole_gradients(config, groups, size):
     output = model(tokens_BT, meta, labels_BT)
     loss = loss_of(output)
     loss.backward()
+    sum_partial_gradients(find_partial_gradients(model, groups), groups)
     with torch.no_grad():
         logits_BTV = model(tokens_BT, meta).logits_BTV
     gradients, values = {}, {}

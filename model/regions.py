@@ -1,0 +1,69 @@
+"""Where a stream of tokens enters and leaves the part of a block that tensor-parallel ranks compute together.
+
+Between blocks every rank of `groups.tp` has the stream alike, [B, T, D], or under sequence parallel its share of the
+tokens, [B, T / ranks, D] (Korthikanti et al. 2022, arXiv 2205.05198, section 4.2). Inside, every rank has all tokens and a
+part of the heads or of the inner width. Every rank of `groups.tp` must call these functions; on one rank they do nothing.
+Megatron-core's mappings cut along dim 0, so tokens are brought there and back.
+"""
+
+from __future__ import annotations
+
+from megatron.core.tensor_parallel import mappings
+from torch import Tensor
+
+from model.groups import ProcessGroupCollection
+
+
+def enter_tensor_region(x_BTD: Tensor, groups: ProcessGroupCollection) -> Tensor:
+    """The stream with all tokens on every rank; backward sums the ranks' gradients, each a part of the whole."""
+    if groups.tp.size() == 1:
+        return x_BTD
+    if not groups.sequence_parallel:
+        same_BTD: Tensor = mappings.copy_to_tensor_model_parallel_region(x_BTD, group=groups.tp)
+        return same_BTD
+    gathered_TBD: Tensor = mappings.gather_from_sequence_parallel_region(
+        x_BTD.transpose(0, 1), tensor_parallel_output_grad=True, group=groups.tp
+    )
+    return gathered_TBD.transpose(0, 1)
+
+
+def leave_tensor_region(part_BTD: Tensor, groups: ProcessGroupCollection) -> Tensor:
+    """The sum of what the ranks computed, as the stream: all tokens, or under sequence parallel this rank's."""
+    if groups.tp.size() == 1:
+        return part_BTD
+    if not groups.sequence_parallel:
+        # The mapping sums in place.
+        sum_BTD: Tensor = mappings.reduce_from_tensor_model_parallel_region(part_BTD.contiguous(), group=groups.tp)
+        return sum_BTD
+    own_TBD: Tensor = mappings.reduce_scatter_to_sequence_parallel_region(part_BTD.transpose(0, 1), group=groups.tp)
+    return own_TBD.transpose(0, 1)
+
+
+def gather_tokens(x_BTD: Tensor, groups: ProcessGroupCollection) -> Tensor:
+    """The stream with all tokens for a computation that every rank does alike and whole; backward keeps this rank's part."""
+    if groups.tp.size() == 1 or not groups.sequence_parallel:
+        return x_BTD
+    gathered_TBD: Tensor = mappings.gather_from_sequence_parallel_region(
+        x_BTD.transpose(0, 1), tensor_parallel_output_grad=False, group=groups.tp
+    )
+    return gathered_TBD.transpose(0, 1)
+
+
+def sum_gradients(weight: Tensor, groups: ProcessGroupCollection) -> Tensor:
+    """A tensor that all ranks hold alike, used by each for a part of the work: backward sums the parts."""
+    if groups.tp.size() == 1:
+        return weight
+    same: Tensor = mappings.copy_to_tensor_model_parallel_region(weight, group=groups.tp)
+    return same
+
+
+def sum_parts(part: Tensor, groups: ProcessGroupCollection) -> Tensor:
+    """The sum over the ranks of a tensor that each goes on with in its own way; backward sums the gradients too."""
+    return sum_gradients(_reduce(part, groups), groups)
+
+
+def _reduce(part: Tensor, groups: ProcessGroupCollection) -> Tensor:
+    if groups.tp.size() == 1:
+        return part
+    total: Tensor = mappings.reduce_from_tensor_model_parallel_region(part.contiguous(), group=groups.tp)
+    return total

@@ -1,0 +1,127 @@
+"""The global gradient norm under any layout: every element of the model counts once, whoever holds it.
+
+DeepSpeed's wrappers know two kinds of parameters, cut over tensor ranks or alike on them. Ours also are cut over other
+axes, or in part held in copies, so the wrappers get their norm from here: each rank sums the squares that it has, divided
+by the number of ranks that have the same element, and one reduction adds the ranks. Clipping stays the wrappers' affair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from model.groups import ProcessGroupCollection
+from model.layers import Shard, parameter_shards
+from pretrain.parallel import Parallel, name_accelerator
+
+name_accelerator()
+
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer  # noqa: E402
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3  # noqa: E402
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer  # noqa: E402
+
+
+class GlobalNorm:
+    """The norm of a module's gradients. `install` gives it to DeepSpeed's wrapper; every rank then steps together."""
+
+    def __init__(self, module: nn.Module, parallel: Parallel) -> None:
+        self.parallel = parallel
+        self.copies = {
+            id(parameter): count_copies(shard, tuple(getattr(parameter, "ds_shape", parameter.shape)), parallel.groups)
+            for _, parameter, shard in parameter_shards(module)
+        }
+
+    def of_whole(self, parameters: list[nn.Parameter]) -> Tensor:
+        """The norm where every data rank holds whole gradients (ZeRO 0). Every rank must call this."""
+        pieces = [(p, p.grad, 0) for p in parameters if p.grad is not None]
+        return self._reduce(pieces, self.parallel.groups.mp if self.parallel.groups.mp.size() > 1 else None)
+
+    def of_ranges(self, pieces: list[tuple[nn.Parameter, Tensor, int]]) -> Tensor:
+        """The norm where each element lies on one data rank: (parameter, range of its gradient, where it starts)."""
+        return self._reduce(pieces, torch.distributed.group.WORLD if self.parallel.world_size > 1 else None)
+
+    def _reduce(self, pieces: list[tuple[nn.Parameter, Tensor, int]], group: Any) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=self.parallel.device)
+        plain = [(gradient, copies) for p, gradient, _ in pieces if isinstance(copies := self.copies[id(p)], int)]
+        if plain:
+            squares = torch.stack(torch._foreach_norm([gradient.float() for gradient, _ in plain])).square()
+            total += (squares / torch.tensor([copies for _, copies in plain], device=squares.device)).sum()
+        for parameter, gradient, start in pieces:
+            copies = self.copies[id(parameter)]
+            if isinstance(copies, Tensor):
+                flat = gradient.flatten().float()
+                total += (flat.square() / copies[start : start + flat.numel()].to(flat.device)).sum()
+        if group is not None:
+            torch.distributed.all_reduce(total, group=group)
+        return total.sqrt()
+
+    def install(self, engine: Any) -> None:
+        """Let the wrapper that DeepSpeed chose ask here; for plain AdamW (ZeRO 0 in float32) the caller asks itself."""
+        optimizer = engine.optimizer
+        if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+            optimizer._get_norm_groups = lambda: [self.of_ranges(list(_ranges_of_stage3(optimizer)))]
+        elif isinstance(optimizer, DeepSpeedZeroOptimizer):
+            optimizer.scaled_global_norm = lambda norm_type=2: self.of_ranges(list(_ranges_of_partitions(optimizer)))
+        elif isinstance(optimizer, FP16_UnfusedOptimizer):
+            optimizer.unscale_and_clip_grads = self._clip_after(optimizer, optimizer.unscale_and_clip_grads)
+        else:
+            assert isinstance(optimizer, torch.optim.Optimizer), f"no norm for a {type(optimizer).__name__}"
+
+    def _clip_after(self, optimizer: Any, clip: Callable[..., Any]) -> Callable[..., Any]:
+        """The unfused wrapper computes a norm of its own and clips by what it is given: give it ours."""
+
+        def clip_by_global_norm(total_norm: Any, apply_scale: bool = True) -> Any:
+            norm = self.of_whole([parameter for group in optimizer.fp16_groups for parameter in group])
+            optimizer._global_grad_norm = norm
+            return clip(norm, apply_scale)
+
+        return clip_by_global_norm
+
+
+def _ranges_of_partitions(optimizer: Any) -> Iterator[tuple[nn.Parameter, Tensor, int]]:
+    """ZeRO 1 and 2: this rank's range of each parameter in its partition, reduced."""
+    for index, members in enumerate(optimizer.params_in_partition):
+        if optimizer.cpu_offload:
+            flat = optimizer.single_partition_of_fp32_groups[index].grad
+            for parameter in members:
+                here = parameter._hp_mapping.lp_fragment_address
+                place = parameter._hp_mapping.get_hp_fragment_address()
+                yield parameter, flat[place.start : place.start + place.numel], here.start
+            continue
+        gradients = [g for g in optimizer.averaged_gradients[index] if not getattr(g, "_zero_padding", False)]
+        for parameter, gradient in zip(members, gradients, strict=True):
+            yield parameter, gradient, parameter._hp_mapping.lp_fragment_address.start
+
+
+def _ranges_of_stage3(optimizer: Any) -> Iterator[tuple[nn.Parameter, Tensor, int]]:
+    """ZeRO 3: every parameter is cut into equal ranges, the last of them padded with zeros."""
+    for index, members in enumerate(optimizer.fp16_groups):
+        for parameter, gradient in zip(members, optimizer.averaged_gradients[index], strict=True):
+            _, _, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            start = length * optimizer._get_param_partition_rank(parameter)
+            numel = max(0, min(length, parameter.ds_numel - start))
+            yield parameter, gradient.flatten()[:numel], start
+
+
+def count_copies(shard: Shard, shape: tuple[int, ...], groups: ProcessGroupCollection) -> int | Tensor:
+    """How many ranks of this data rank's share hold each element: one number, or one an element of the flat tensor.
+
+    `shape` is that of this rank's part.
+    """
+    if shard.per_expert:
+        return 1
+    if not shard.cuts:
+        return int(groups.tp.size())
+    (cut,) = shard.cuts
+    size = getattr(groups, cut.axis).size()
+    copies = [size // slices for slices in cut.slices(size)]
+    if len(set(copies)) == 1:
+        return copies[0]
+    along = torch.cat(
+        [torch.full((length,), float(number)) for length, number in zip(cut.local_segments(size), copies)]
+    )
+    return along.view([-1 if dim == cut.dim else 1 for dim in range(len(shape))]).expand(shape).flatten()
