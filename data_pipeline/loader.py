@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from data_pipeline.batch import Batch
+from data_pipeline.buffers import BufferPool
 from data_pipeline.config import DataConfig
 from data_pipeline.packing import Row, assemble_rows
 from data_pipeline.read_ahead import ReadingProcess
@@ -69,6 +70,7 @@ class PretrainLoader:
         self.reader = SampleReader(self.settings, self.store)
         self.global_sample = 0
         self.quarantined: list[Damage] = []
+        self._pool = BufferPool()
         self._processes: list[ReadingProcess] = []
         self._requested: deque[tuple[int, ReadingProcess]] = deque()
 
@@ -203,9 +205,14 @@ class PretrainLoader:
                     f"the global batch of samples {first} to {stop - 1}; use start_sample {stop}"
                 )
 
+    @property
+    def _stride(self) -> int:
+        """Samples from one micro-batch of this rank to its next."""
+        return self.micro_batch_size * self.data_world_size
+
     def _blocks(self, first_sample: int, global_batch_size: int) -> list[int]:
         """First samples of this rank's micro-batches."""
-        divisor = self.micro_batch_size * self.data_world_size
+        divisor = self._stride
         if global_batch_size % divisor:
             raise ValueError(
                 f"train.global_batch_size={global_batch_size} must be a multiple of micro_batch_size "
@@ -215,22 +222,22 @@ class PretrainLoader:
         count = global_batch_size // self.micro_batch_size
         return [first_sample + j * self.micro_batch_size for j in range(self.data_rank, count, self.data_world_size)]
 
-    def _read_blocks(self, blocks: list[int], global_batch_size: int) -> list[list[Row]]:
+    def _read_blocks(self, blocks: list[int], global_batch_size: int) -> Iterator[list[Row]]:
+        """Rows of each block, one block at a time, so that their memory is used again while the cache holds it."""
         if not self.config.num_workers:
-            rows = self._note(*self.reader.read(np.concatenate([self._samples(first) for first in blocks])))
-            size = self.micro_batch_size
-            return [rows[start : start + size] for start in range(0, len(rows), size)]
+            for first in blocks:
+                yield self._note(*self.reader.read_block(first, self.micro_batch_size, self._stride))
+            return
         upcoming = list(blocks)
         for ahead in range(1, READ_AHEAD_BATCHES + 1):
             upcoming += self._blocks(self.global_sample + ahead * global_batch_size, global_batch_size)
         self._request(upcoming)
-        out = []
         for number, first in enumerate(blocks):
             requested, process = self._requested.popleft()
             assert requested == first, f"rows of sample {requested} came where {first} was due"
-            out.append(self._note(*process.receive()))
+            rows = self._note(*process.receive())
             self._request(upcoming[number + 1 :])
-        return out
+            yield rows
 
     def _request(self, upcoming: list[int]) -> None:
         """Have the reading processes work on these blocks, in this order."""
@@ -244,11 +251,8 @@ class PretrainLoader:
         for first in upcoming[len(self._requested) : limit]:
             last = self._processes.index(self._requested[-1][1]) if self._requested else -1
             process = self._processes[(last + 1) % len(self._processes)]
-            process.request(first, self.micro_batch_size)
+            process.request(first, self.micro_batch_size, self._stride * len(self._processes))
             self._requested.append((first, process))
-
-    def _samples(self, first: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-        return np.arange(first, first + self.micro_batch_size, dtype=np.int64)
 
     def _note(self, rows: list[Row], damages: list[Damage]) -> list[Row]:
         for damage in damages:
@@ -257,7 +261,8 @@ class PretrainLoader:
         return rows
 
     def _make_batch(self, rows: list[Row]) -> Batch:
-        arrays = assemble_rows(rows, mask_document_boundaries=self.config.mask_document_boundaries)
+        masked = self.config.mask_document_boundaries
+        arrays = assemble_rows(rows, mask_document_boundaries=masked, pool=self._pool)
         return Batch(
             tokens_BT=torch.from_numpy(arrays.tokens),
             labels_BT=torch.from_numpy(arrays.labels),

@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.permutation import derive_key, permute
+from data_pipeline.permutation import Indices, derive_key, permute
 
 MIN_BLOCK_SAMPLES = 4096
 
@@ -122,17 +122,28 @@ class Mixture:
             first_draws = tuple(drawn.get(name, 0) for name in names)
             self.phases.append(Phase(start, names, quotas, first_draws, seed))
 
-    def draws(self, samples: npt.NDArray[np.int64]) -> list[tuple[str, int]]:
-        """(source name, number of the draw from it) of each global sample."""
+    def draws_by_source(self, samples: npt.NDArray[np.int64]) -> dict[str, tuple[Indices, Indices]]:
+        """For each source that gives some of the samples: their places among the samples, and the numbers of the draws."""
         starts = np.array([phase.start_sample for phase in self.phases])
         phase_of = np.searchsorted(starts, samples, side="right") - 1
-        out: list[tuple[str, int]] = [("", 0)] * len(samples)
-        for number in np.unique(phase_of):
-            phase = self.phases[int(number)]
-            where = np.flatnonzero(phase_of == number)
+        found: dict[str, list[tuple[Indices, Indices]]] = {}
+        for number in np.unique(phase_of).tolist():
+            phase, where = self.phases[number], np.flatnonzero(phase_of == number)
             sources, draws = phase.draws(samples[where])
-            for place, source, draw in zip(where.tolist(), sources.tolist(), draws.tolist()):
-                out[place] = (phase.sources[source], draw)
+            for source in np.unique(sources).tolist():
+                mine = sources == source
+                found.setdefault(phase.sources[source], []).append((where[mine], draws[mine]))
+        return {
+            name: (np.concatenate([where for where, _ in pieces]), np.concatenate([draws for _, draws in pieces]))
+            for name, pieces in found.items()
+        }
+
+    def draws(self, samples: npt.NDArray[np.int64]) -> list[tuple[str, int]]:
+        """(source name, number of the draw from it) of each global sample."""
+        out: list[tuple[str, int]] = [("", 0)] * len(samples)
+        for name, (places, draws) in self.draws_by_source(samples).items():
+            for place, draw in zip(places.tolist(), draws.tolist()):
+                out[place] = (name, draw)
         return out
 
     def draws_before(self, sample: int) -> list[dict[str, int]]:

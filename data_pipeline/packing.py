@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+from data_pipeline.buffers import BufferPool
 
 IGNORED_LABEL = -100
 
@@ -14,8 +20,7 @@ Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One row before batching.
 
     tokens: sequence_length + 1 token ids; the last is only ever a label. starts: where documents begin in
@@ -49,60 +54,78 @@ def count_windows(num_tokens: int, sequence_length: int) -> int:
 
 def starts_in_window(document_ends: Int64, first: int, length: int) -> Int32:
     """Where documents begin in tokens [first, first + length), relative to first; 0 is always there."""
-    low = int(document_ends.searchsorted(first, side="right"))
-    high = int(document_ends.searchsorted(first + length, side="left"))
+    ends = document_ends.data  # bisecting a view takes half the time of two calls into numpy
+    low = bisect_right(ends, first)
+    high = bisect_left(ends, first + length, low)
     starts = np.zeros(1 + high - low, np.int32)
     starts[1:] = document_ends[low:high] - first
     return starts
 
 
-def assemble_rows(rows: Sequence[Row], *, mask_document_boundaries: bool) -> RowArrays:
-    """Build a micro-batch from rows of equal length.
+def assemble_rows(rows: Sequence[Row], *, mask_document_boundaries: bool, pool: BufferPool | None = None) -> RowArrays:
+    """Build a micro-batch from rows of equal length, in memory of the pool if one is given.
 
     Labels are the tokens shifted by one inside the window. With mask_document_boundaries the label of a document's
     last token is masked, positions restart and ids rise at each start; without, a row is one document (plain
     concatenation) except for its padding. Padding never has labels.
     """
-    num_rows, sequence_length = len(rows), len(rows[0].tokens) - 1
-    tokens = np.empty((num_rows, sequence_length), dtype=np.int64)
-    labels = np.empty((num_rows, sequence_length), dtype=np.int64)
-    row_starts: list[Int32] = []
-    masked: list[Int32] = []
+    num_rows, length = len(rows), len(rows[0].tokens) - 1
+    out = _allocate(num_rows, length, pool or BufferPool())
+    out.loss_mask.fill(True)
+    row_starts = []
     for number, row in enumerate(rows):
-        tokens[number], labels[number] = row.tokens[:-1], row.tokens[1:]
+        np.copyto(out.tokens[number], row.tokens[:-1])
+        np.copyto(out.labels[number], row.tokens[1:])
         starts = row.starts if mask_document_boundaries else row.starts[:1]
-        if row.num_valid < sequence_length:
+        if row.num_valid < length:
             starts = np.append(starts, np.int32(row.num_valid))
-        ends = starts[1:] - 1
-        if row.num_valid <= sequence_length:
-            ends = np.append(ends, np.arange(row.num_valid - 1, sequence_length, dtype=np.int32))
-        masked.append(ends + number * sequence_length)
-        row_starts.append(starts[starts < sequence_length])
-    masked_places = np.concatenate(masked)
-    labels.reshape(-1)[masked_places] = IGNORED_LABEL
-    loss_mask = np.ones(num_rows * sequence_length, dtype=np.bool_)
-    loss_mask[masked_places] = False
-    return _with_positions(tokens, labels, loss_mask.reshape(tokens.shape), row_starts)
+        elif starts[-1] == length:
+            starts = starts[:-1]
+            _mask(out, number, slice(length - 1, None))
+        if row.num_valid <= length:
+            _mask(out, number, slice(row.num_valid - 1, None))
+        row_starts.append(starts)
+    return _number_documents(out, row_starts)
 
 
-def _with_positions(
-    tokens: Int64, labels: Int64, loss_mask: npt.NDArray[np.bool_], row_starts: Sequence[Int32]
-) -> RowArrays:
-    num_rows, sequence_length = tokens.shape
-    flat_starts = np.concatenate([starts + number * sequence_length for number, starts in enumerate(row_starts)])
-    cu_seqlens = np.append(flat_starts, num_rows * sequence_length).astype(np.int32)
-    lengths = np.diff(cu_seqlens)
-    positions = np.arange(num_rows * sequence_length, dtype=np.int32)
-    positions -= np.repeat(cu_seqlens[:-1], lengths)
-    numbers = np.concatenate([np.arange(len(starts), dtype=np.int32) for starts in row_starts])
-    return RowArrays(
-        tokens=tokens,
-        labels=labels,
-        loss_mask=loss_mask,
-        positions=positions.reshape(num_rows, sequence_length),
-        document_ids=np.repeat(numbers, lengths).reshape(num_rows, sequence_length),
-        cu_seqlens=cu_seqlens,
-    )
+def _mask(out: RowArrays, row: int, places: slice) -> None:
+    out.labels[row, places] = IGNORED_LABEL
+    out.loss_mask[row, places] = False
+
+
+def _allocate(num_rows: int, length: int, pool: BufferPool) -> RowArrays:
+    """Arrays of a micro-batch in one block of memory."""
+    places = num_rows * length
+    block = pool.lend(25 * places)
+    tokens, labels = block[: 16 * places].view(np.int64).reshape(2, num_rows, length)
+    positions, document_ids = block[16 * places : 24 * places].view(np.int32).reshape(2, num_rows, length)
+    loss_mask = block[24 * places :].view(np.bool_).reshape(num_rows, length)
+    return RowArrays(tokens, labels, loss_mask, positions, document_ids, np.empty(0, np.int32))
+
+
+def _number_documents(out: RowArrays, row_starts: Sequence[Int32]) -> RowArrays:
+    """Fill positions and ids, mask the label of every token before a start, and add cu_seqlens."""
+    num_rows, length = out.tokens.shape
+    counts = [len(starts) for starts in row_starts]
+    starts = np.concatenate(row_starts)
+    before = starts + np.repeat(np.arange(-1, num_rows * length - 1, length, dtype=np.int32), counts)
+    last_tokens = before[starts.nonzero()]
+    out.labels.reshape(-1)[last_tokens] = IGNORED_LABEL
+    out.loss_mask.reshape(-1)[last_tokens] = False
+    cu_seqlens = np.empty(len(starts) + 1, np.int32)
+    np.add(before, 1, out=cu_seqlens[:-1])
+    cu_seqlens[-1] = num_rows * length
+    lengths = cu_seqlens[1:] - cu_seqlens[:-1]
+    np.subtract(_count_up(num_rows * length), np.repeat(cu_seqlens[:-1], lengths), out=out.positions.reshape(-1))
+    first_of_row = np.array([0, *accumulate(counts)][:-1], dtype=np.int32)
+    numbers = _count_up(num_rows * length)[: len(starts)] - np.repeat(first_of_row, counts)
+    np.copyto(out.document_ids.reshape(-1), np.repeat(numbers, lengths))
+    return replace(out, cu_seqlens=cu_seqlens)
+
+
+@lru_cache(maxsize=4)
+def _count_up(stop: int) -> Int32:
+    return np.arange(stop, dtype=np.int32)
 
 
 @dataclass(frozen=True)

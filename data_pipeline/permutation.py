@@ -13,7 +13,7 @@ Indices = npt.NDArray[np.int64]
 
 NUM_ROUNDS = 6
 BLOCK_WINDOWS = 256  # windows that stay neighbours in block mode: what one ranged read of an object store brings
-FEW_POSITIONS = 32  # up to here Python integers are faster than arrays
+FEW_POSITIONS = 16  # up to here Python integers are faster than arrays
 BLOCKS_PER_SHUFFLE = 512  # blocks whose windows are shuffled among each other
 
 _MIX_1 = np.uint64(0xFF51AFD7ED558CCD)
@@ -32,19 +32,22 @@ def derive_key(*parts: str | int) -> bytes:
 
 
 @lru_cache(maxsize=4096)
-def _round_keys(key: bytes) -> tuple[np.uint64, ...]:
+def _round_keys(key: bytes) -> tuple[int, ...]:
     stream = hashlib.blake2b(key, digest_size=8 * NUM_ROUNDS).digest()
-    return tuple(np.uint64(int.from_bytes(stream[8 * i : 8 * i + 8], "little")) for i in range(NUM_ROUNDS))
+    return tuple(int.from_bytes(stream[8 * i : 8 * i + 8], "little") for i in range(NUM_ROUNDS))
 
 
-def _mix(x: npt.NDArray[np.uint64], key: np.uint64) -> npt.NDArray[np.uint64]:
-    x = x + key
-    x = (x ^ (x >> _SHIFT)) * _MIX_1
-    x = (x ^ (x >> _SHIFT)) * _MIX_2
-    return x ^ (x >> _SHIFT)
+def _mix(x: npt.NDArray[np.uint64], key: int) -> npt.NDArray[np.uint64]:
+    x = x + np.uint64(key)
+    x ^= x >> _SHIFT
+    x *= _MIX_1
+    x ^= x >> _SHIFT
+    x *= _MIX_2
+    x ^= x >> _SHIFT
+    return x
 
 
-def _encrypt(x: npt.NDArray[np.uint64], num_bits: int, keys: tuple[np.uint64, ...]) -> npt.NDArray[np.uint64]:
+def _encrypt(x: npt.NDArray[np.uint64], num_bits: int, keys: tuple[int, ...]) -> npt.NDArray[np.uint64]:
     """One pass of the network over num_bits bits; the halves may differ by one bit, so 2^num_bits < 2n."""
     low_bits = np.uint64(num_bits // 2)
     low_mask = np.uint64((1 << (num_bits // 2)) - 1)
@@ -52,27 +55,32 @@ def _encrypt(x: npt.NDArray[np.uint64], num_bits: int, keys: tuple[np.uint64, ..
     low, high = x & low_mask, x >> low_bits
     for number, key in enumerate(keys):
         if number % 2 == 0:
-            low = (low ^ _mix(high, key)) & low_mask
+            low ^= _mix(high, key)
+            low &= low_mask
         else:
-            high = (high ^ _mix(low, key)) & high_mask
-    return (high << low_bits) | low
+            high ^= _mix(low, key)
+            high &= high_mask
+    high <<= low_bits
+    high |= low
+    return high
 
 
-def _permute_one(x: int, size: int, num_bits: int, keys: tuple[np.uint64, ...]) -> int:
+def _permute_one(x: int, size: int, num_bits: int, keys: tuple[int, ...]) -> int:
     """The same network and walk in Python integers: a micro-batch is too small for the overhead of arrays."""
     low_bits = num_bits // 2
     low_mask, high_mask = (1 << low_bits) - 1, (1 << (num_bits - low_bits)) - 1
+    even_keys, odd_keys = keys[::2], keys[1::2]
     while True:
         low, high = x & low_mask, x >> low_bits
-        for number, key in enumerate(keys):
-            mixed = ((low if number % 2 else high) + int(key)) & _MASK_64
+        for even, odd in zip(even_keys, odd_keys):
+            mixed = (high + even) & _MASK_64
             mixed = ((mixed ^ (mixed >> 33)) * _MIX_1_INT) & _MASK_64
             mixed = ((mixed ^ (mixed >> 33)) * _MIX_2_INT) & _MASK_64
-            mixed ^= mixed >> 33
-            if number % 2:
-                high = (high ^ mixed) & high_mask
-            else:
-                low = (low ^ mixed) & low_mask
+            low = (low ^ mixed ^ (mixed >> 33)) & low_mask
+            mixed = (low + odd) & _MASK_64
+            mixed = ((mixed ^ (mixed >> 33)) * _MIX_1_INT) & _MASK_64
+            mixed = ((mixed ^ (mixed >> 33)) * _MIX_2_INT) & _MASK_64
+            high = (high ^ mixed ^ (mixed >> 33)) & high_mask
         x = (high << low_bits) | low
         if x < size:
             return x
@@ -93,14 +101,13 @@ def permute(positions: npt.ArrayLike, size: int, key: bytes) -> Indices:
         return out.astype(np.int64).reshape(shape)
     num_bits = max(2, (size - 1).bit_length())
     keys = _round_keys(key)
-    if out.size <= FEW_POSITIONS:
-        few = [_permute_one(position, size, num_bits, keys) for position in out.reshape(-1).tolist()]
-        return np.array(few, dtype=np.int64).reshape(shape)
-    flat = _encrypt(out.reshape(-1), num_bits, keys)
-    outside = np.flatnonzero(flat >= np.uint64(size))
-    while outside.size:
-        flat[outside] = _encrypt(flat[outside], num_bits, keys)
-        outside = outside[flat[outside] >= np.uint64(size)]
+    flat = out.reshape(-1)
+    walking = np.arange(flat.size)
+    while walking.size > FEW_POSITIONS:
+        flat[walking] = _encrypt(flat[walking], num_bits, keys)
+        walking = walking[flat[walking] >= np.uint64(size)]
+    for place, position in zip(walking.tolist(), flat[walking].tolist()):
+        flat[place] = _permute_one(position, size, num_bits, keys)
     return flat.astype(np.int64).reshape(shape)
 
 

@@ -16,8 +16,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from data_pipeline.packing import Row
 from data_pipeline.samples import Damage, SampleReader, SampleSettings
 from data_pipeline.shards import DamagedError
@@ -42,9 +40,9 @@ class ReadingProcess:
                 fcntl.fcntl(self._answers.fileno(), fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         self._send(settings)
 
-    def request(self, first_sample: int, count: int) -> None:
-        """Ask for the rows of global samples [first_sample, first_sample + count)."""
-        self._send((first_sample, count))
+    def request(self, first_sample: int, count: int, stride: int) -> None:
+        """Ask for the rows of global samples [first_sample, first_sample + count); the next begin `stride` later."""
+        self._send((first_sample, count, stride))
 
     def receive(self) -> tuple[list[Row], list[Damage]]:
         """Rows of the oldest request; DamagedError as raised there, RuntimeError when the process died."""
@@ -95,15 +93,14 @@ def serve() -> None:
                 reader = SampleReader(message)
                 continue
             assert reader is not None, "the settings come first"
-            first, count = message
-            pickle.dump(_answer(reader, first, count), answers, protocol=5)
+            pickle.dump(_answer(reader, *message), answers, protocol=5)
             answers.flush()
     except (EOFError, BrokenPipeError):
         os._exit(0)  # the trainer is gone; nothing here needs to be written
 
 
-def _answer(reader: SampleReader, first: int, count: int) -> tuple[list[Row], list[Damage]] | DamagedError:
+def _answer(reader: SampleReader, first: int, count: int, stride: int) -> tuple[list[Row], list[Damage]] | DamagedError:
     try:
-        return reader.read(np.arange(first, first + count, dtype=np.int64))
+        return reader.read_block(first, count, stride)
     except DamagedError as error:
         return error

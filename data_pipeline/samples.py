@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from data_pipeline.config import DataConfig  # pydantic takes longer to import than everything here
 
 Int64 = npt.NDArray[np.int64]
+
+LOCATED_AHEAD = 512  # samples: from here on the cost of a place is that of its arithmetic
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,7 @@ class Damage:
     reason: str
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where a sample lies: row `row` of a part cut into rows of a length, drawn in an epoch of its source."""
 
     source: str
@@ -124,6 +125,7 @@ class SampleReader:
         self.store = store or TokenStore.open(settings.store)
         self._bins: dict[int, BinIndex] = {}
         self._row_bounds: dict[tuple[str, int], Int64] = {}
+        self._located: dict[tuple[int, int], list[Place]] = {}
         for phase in settings.phases:
             for name in phase.weights:
                 self._count_source(name, phase.sequence_length)
@@ -156,27 +158,48 @@ class SampleReader:
 
     def locate(self, samples: Int64) -> list[Place]:
         """Where each global sample lies."""
-        draws = self.mixture.draws(samples)
-        places: list[Place | None] = [None] * len(draws)
-        for source in {name for name, _ in draws}:
-            where = [number for number, (name, _) in enumerate(draws) if name == source]
-            numbers = np.array([draws[number][1] for number in where])
+        places: dict[int, Place] = {}
+        for source, (where, draws) in self.mixture.draws_by_source(samples).items():
+            parts = self.store.parts(source, self.settings.split)
             firsts = [stretch.first_draw for stretch in self._stretches[source]]
-            which = np.searchsorted(firsts, numbers, side="right") - 1
-            for chosen in set(which.tolist()):
-                stretch, mine = self._stretches[source][chosen], np.flatnonzero(which == chosen)
-                epochs, positions = np.divmod(numbers[mine] - stretch.first_draw, stretch.rows_per_epoch)
+            which = np.searchsorted(firsts, draws, side="right") - 1
+            for number in np.unique(which).tolist():
+                stretch, mine = self._stretches[source][number], which == number
+                epochs, positions = np.divmod(draws[mine] - stretch.first_draw, stretch.rows_per_epoch)
                 epochs += stretch.first_epoch
                 rows = self._shuffled(source, stretch.rows_per_epoch, epochs, positions)
-                for number, epoch, row in zip(mine.tolist(), epochs.tolist(), rows.tolist()):
-                    part, inside = self._find_part(source, stretch.sequence_length, row)
-                    places[where[number]] = Place(source, epoch, part, inside, stretch.sequence_length)
-        return [place for place in places if place is not None]
+                bounds = self._row_bounds[source, stretch.sequence_length]
+                chosen = bounds.searchsorted(rows, side="right") - 1
+                rows -= bounds[chosen]
+                for sample, epoch, part, row in zip(
+                    where[mine].tolist(), epochs.tolist(), chosen.tolist(), rows.tolist()
+                ):
+                    places[sample] = Place(source, epoch, parts[part], row, stretch.sequence_length)
+        return [places[number] for number in range(len(samples))]
 
     def read(self, samples: Int64) -> tuple[list[Row], list[Damage]]:
         """Rows of global samples; a damaged one raises, or is a row without labels and a note when quarantined."""
+        return self._read_places(samples.tolist(), self.locate(samples))
+
+    def read_block(self, first: int, count: int, stride: int) -> tuple[list[Row], list[Damage]]:
+        """Rows of the global samples [first, first + count), as `read` gives them.
+
+        stride: from this block to the one that is wanted next. The places of the next blocks are found together:
+        for one block alone that would cost as much as reading it.
+        """
+        if (first, count) not in self._located:
+            firsts = np.arange(first, first + max(1, LOCATED_AHEAD // count) * stride, stride)
+            samples = firsts[:, None] + np.arange(count)
+            places = self.locate(samples.reshape(-1))
+            self._located = {
+                (start, count): places[number * count : (number + 1) * count]
+                for number, start in enumerate(firsts.tolist())
+            }
+        return self._read_places(range(first, first + count), self._located.pop((first, count)))
+
+    def _read_places(self, samples: Sequence[int], places: Sequence[Place]) -> tuple[list[Row], list[Damage]]:
         rows, damages = [], []
-        for sample, place in zip(samples.tolist(), self.locate(samples)):
+        for sample, place in zip(samples, places):
             source = self.source_names.index(place.source)
             try:
                 row = self._read_bin(place, sample, source) if self._bins else self._read_window(place, sample, source)
@@ -253,11 +276,6 @@ class SampleReader:
             shuffle = permute_in_blocks if self.settings.shuffle == "block" else permute
             out[mine] = shuffle(positions[mine], size, key)
         return out
-
-    def _find_part(self, source: str, length: int, row: int) -> tuple[Part, int]:
-        bounds = self._row_bounds[source, length]
-        number = int(bounds.searchsorted(row, side="right")) - 1
-        return self.store.parts(source, self.settings.split)[number], row - int(bounds[number])
 
     def _read_window(self, place: Place, sample: int, source: int) -> Row:
         length = place.sequence_length

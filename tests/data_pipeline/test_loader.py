@@ -391,3 +391,15 @@ def test_reading_processes_outlive_signals_and_end_with_the_loader(config):
     assert len(loader.take(8)) == 4
     loader.close()
     assert process.returncode == 0
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_batch_that_is_kept_is_not_written_over_by_later_ones(config, workers):
+    """The memory of batches is used again, but only of those that nobody holds."""
+    loader = load(config.model_copy(update={"num_workers": workers}))
+    kept = loader.take(8)
+    copies = [batch.tokens_BT.clone() for batch in kept]
+    for _ in range(6):
+        loader.take(8)
+    loader.close()
+    assert all(torch.equal(batch.tokens_BT, copy) for batch, copy in zip(kept, copies))
