@@ -57,7 +57,7 @@ def mamba2_scan(
 
     Raises ValueError for shapes, dtypes or devices that do not fit. Source: Dao and Gu 2024, arXiv 2405.21060.
     """
-    _check_mamba2(x_BTHP, dt_BTH, A_log_H, B_BTGN, C_BTGN, D_H, dt_bias_H)
+    check_mamba2(x_BTHP, dt_BTH, A_log_H, B_BTGN, C_BTGN, D_H, dt_bias_H)
     B, _, H, P = x_BTHP.shape
     _check_row(document_ids_BT, initial_state_BHPN, (B, H, P, B_BTGN.shape[3]), chunk_size, x_BTHP)
     backend = resolve_backend(backend, x_BTHP.device)
@@ -91,7 +91,7 @@ def mamba2_step(
 
     Raises ValueError for shapes, dtypes or devices that do not fit.
     """
-    _check_mamba2(x_BHP[:, None], dt_BH[:, None], A_log_H, B_BGN[:, None], C_BGN[:, None], D_H, dt_bias_H)
+    check_mamba2(x_BHP[:, None], dt_BH[:, None], A_log_H, B_BGN[:, None], C_BGN[:, None], D_H, dt_bias_H)
     B, H, P = x_BHP.shape
     G, N = B_BGN.shape[1:]
     check_shape("state_BHPN", state_BHPN, (B, H, P, N), x_BHP)
@@ -172,9 +172,10 @@ def _find_scan(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
     return scan_triton
 
 
-def _check_mamba2(
+def check_mamba2(
     x_BTHP: Tensor, dt_BTH: Tensor, A_log_H: Tensor, B_BTGN: Tensor, C_BTGN: Tensor, D_H: Tensor, dt_bias_H: Tensor
 ) -> None:
+    """Raise ValueError unless these are inputs of `mamba2_scan`."""
     check_shape("x_BTHP", x_BTHP, (-1, -1, -1, -1))
     B, T, H, _ = x_BTHP.shape
     check_shape("dt_BTH", dt_BTH, (B, T, H), x_BTHP)

@@ -1,0 +1,80 @@
+"""What a state that enters a row adds to the row's outputs: the part of a scan that can wait for the state to arrive."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kernels.decay_scan.op import check_mamba2
+from kernels.gemm_precision import gemm_dtype
+from kernels.shapes import check_documents, check_float, check_shape
+
+
+def add_carried_state(
+    y_BTHP: Tensor,
+    dt_BTH: Tensor,
+    A_log_H: Tensor,
+    C_BTGN: Tensor,
+    dt_bias_H: Tensor,
+    state_BHPN: Tensor,
+    *,
+    document_ids_BT: Tensor | None = None,
+) -> Tensor:
+    """The outputs of `mamba2_scan` with an initial state, from its outputs without one.
+
+    y_t grows by e^(g_1 + ... + g_t) state C_t with g = -exp(A_log) softplus(dt + dt_bias), for the tokens of the row's
+    first document: the scan is linear in its state. So a row that is cut over ranks is scanned once, from zero, while
+    the state before it is still unknown. Shapes and dtypes as in `mamba2_scan`; returns [B, T, H, P] in the dtype of y.
+    Products take operands of the dtype of C, sums are float32 (float64 for float64 inputs).
+
+    Raises ValueError for shapes, dtypes or devices that do not fit.
+    """
+    check_mamba2(y_BTHP, dt_BTH, A_log_H, C_BTGN, C_BTGN, A_log_H, dt_bias_H)
+    B, T, H, P = y_BTHP.shape
+    check_shape("state_BHPN", state_BHPN, (B, H, P, C_BTGN.shape[3]), y_BTHP)
+    check_float("state_BHPN", state_BHPN)
+    check_documents(document_ids_BT, B, T, y_BTHP)
+    wide = torch.float64 if y_BTHP.dtype == torch.float64 else torch.float32
+    g_BTH = F.softplus(dt_BTH.to(wide) + dt_bias_H.to(wide)) * -A_log_H.to(wide).exp()
+    decay_BTH = g_BTH.cumsum(1).exp()
+    if document_ids_BT is not None:
+        is_first_BT1 = (document_ids_BT == document_ids_BT[:, :1])[..., None]
+        decay_BTH = torch.where(is_first_BT1, decay_BTH, torch.zeros_like(decay_BTH))
+    carried_BTHP = _Carry.apply(C_BTGN, state_BHPN.to(wide), decay_BTH)
+    return (y_BTHP.to(wide) + carried_BTHP).to(y_BTHP.dtype)
+
+
+class _Carry(torch.autograd.Function):
+    """decay_t state C_t. Saves its inputs and multiplies again in backward: outputs are wider than all of them."""
+
+    @staticmethod
+    def forward(ctx: Any, C_BTGN: Tensor, state_BHPN: Tensor, decay_BTH: Tensor) -> Tensor:
+        ctx.save_for_backward(C_BTGN, state_BHPN, decay_BTH)
+        return _multiply(C_BTGN, state_BHPN).mul_(decay_BTH[..., None])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_BTHP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        C_BTGN, state_BHPN, decay_BTH = ctx.saved_tensors
+        (B, T, G, N), (_, H, P, _) = C_BTGN.shape, state_BHPN.shape
+        d_decay_BTH = (_multiply(C_BTGN, state_BHPN) * d_BTHP).sum(-1)
+        products = gemm_dtype(C_BTGN)
+        d_BGTX = (d_BTHP * decay_BTH[..., None]).reshape(B, T, G, -1).transpose(1, 2).to(products)
+        C_BGTN = C_BTGN.transpose(1, 2).to(products)
+        state_BGXN = state_BHPN.reshape(B, G, -1, N).to(products)
+        d_state_BHPN = (d_BGTX.transpose(-1, -2) @ C_BGTN).reshape(B, H, P, N).to(state_BHPN.dtype)
+        d_C_BTGN = (d_BGTX @ state_BGXN).transpose(1, 2).to(C_BTGN.dtype)
+        return d_C_BTGN, d_state_BHPN, d_decay_BTH
+
+
+def _multiply(C_BTGN: Tensor, state_BHPN: Tensor) -> Tensor:
+    """state C_t for each head, [B, T, H, P] in the dtype of the state, as one product a group."""
+    (B, T, G, N), (_, H, P, _) = C_BTGN.shape, state_BHPN.shape
+    products = gemm_dtype(C_BTGN)
+    state_BGXN = state_BHPN.reshape(B, G, -1, N).to(products)
+    out_BGTX = C_BTGN.transpose(1, 2).to(products) @ state_BGXN.transpose(-1, -2)
+    return out_BGTX.transpose(1, 2).reshape(B, T, H, P).to(state_BHPN.dtype)
