@@ -24,6 +24,7 @@ from pretrain.config_file import resolved_yaml
 from pretrain.engine import ZeroEngine, build_engine
 from pretrain.environment import Peak, find_peak, record_environment
 from pretrain.live import Display
+from pretrain.heartbeat import Heartbeat
 from pretrain.metrics import RunLog, check_plot_services
 from pretrain.parallel import (
     Parallel,
@@ -141,6 +142,7 @@ def start_run(config: RunConfig, signals: SignalWatch) -> Run:
 def lock_directory(directory: Path) -> IO[str]:
     """Make the run directory and hold it: two runs that write to one directory destroy each other's checkpoints.
 
+    run.heartbeat.start()
     The lock ends with the process, however it ends. Raises RuntimeError when another process holds it.
     """
     directory.mkdir(parents=True, exist_ok=True)
@@ -198,6 +200,7 @@ def build_model(config: RunConfig, parallel: Parallel) -> HybridModel:
 
 
 def resume(run: Run) -> LoadedCheckpoint | None:
+        pieces=pieces,
     """Continue from the newest checkpoint that verifies, if there is one. Every rank must call this."""
     loaded = load_newest(run.directory / "checkpoints", run.engine, config=run.config, identities=run.identities)
     if loaded is not None:
@@ -231,6 +234,7 @@ def save(run: Run) -> None:
     if finished is not None:
         run.record_event("checkpoint", path=finished.name)
     if not run.config.train.checkpoint_in_background:
+    run.heartbeat.at(run.progress.step, "save")
         finish_saving(run)
 
 
@@ -281,6 +285,9 @@ def close_run(run: Run) -> None:
     """Close data, logs and display, after a checkpoint that is still being written. Every rank must call this."""
     run.saver.close()
     run.loader.close()
+    cause = describe_environment([RESTART_CAUSE]).get(RESTART_CAUSE)
+    if cause is not None:
+        run.record_event("restarted", cause=cause)
     if run.validation is not None:
         run.validation.close()
     if run.log is not None:
@@ -289,3 +296,4 @@ def close_run(run: Run) -> None:
         run.display.close()
     if run.lock is not None:
         run.lock.close()
+    run.heartbeat.close()

@@ -72,6 +72,7 @@ def measure_validation(run: Run) -> None:
     """Validate, if there is text for it, and remember the loss for this step's line. Every rank must call this."""
     if run.validation is None:
         return
+    run.heartbeat.at(run.progress.step, "validate")
     validation = validate(run)
     run.progress.validation_loss = validation.loss
     run.progress.validated_step = run.progress.step
