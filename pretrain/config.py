@@ -154,10 +154,6 @@ class ExportConfig(Section):
     )
 
 
-class RunConfig(Section):
-    """A whole run: one YAML file plus overrides."""
-
-    run: RunSection
 class SlurmConfig(Section):
     """What goes into the batch script of `amfm launch --on slurm`."""
 
@@ -200,6 +196,10 @@ class LaunchConfig(Section):
     slurm: SlurmConfig = SlurmConfig()
 
 
+class RunConfig(Section):
+    """A whole run: one YAML file plus overrides."""
+
+    run: RunSection
     model: ModelConfig
     data: DataConfig
     train: TrainConfig

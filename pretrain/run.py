@@ -23,8 +23,8 @@ from pretrain.config import RunConfig
 from pretrain.config_file import resolved_yaml
 from pretrain.engine import ZeroEngine, build_engine
 from pretrain.environment import Peak, find_peak, record_environment
-from pretrain.live import Display
 from pretrain.heartbeat import Heartbeat
+from pretrain.live import Display
 from pretrain.metrics import RunLog, check_plot_services
 from pretrain.parallel import (
     Parallel,
@@ -63,6 +63,7 @@ class Run:
     peak: Peak
     flops_per_token: float
     signals: SignalWatch
+    heartbeat: Heartbeat
     lock: IO[str] | None = None
     log: RunLog | None = None
     display: Display | None = None
@@ -131,18 +132,19 @@ def start_run(config: RunConfig, signals: SignalWatch) -> Run:
         peak=find_peak(parallel, config.train.precision),
         flops_per_token=sum(flops_per_token(config.model, config.train.sequence_length).values()),
         signals=signals,
+        heartbeat=Heartbeat(Path(config.run.dir), parallel.rank, config.launch.heartbeat_seconds),
         lock=lock,
     )
     loaded = resume(run)
     if parallel.is_main:
         open_log(run, loaded)
+    run.heartbeat.start()
     return run
 
 
 def lock_directory(directory: Path) -> IO[str]:
     """Make the run directory and hold it: two runs that write to one directory destroy each other's checkpoints.
 
-    run.heartbeat.start()
     The lock ends with the process, however it ends. Raises RuntimeError when another process holds it.
     """
     directory.mkdir(parents=True, exist_ok=True)
@@ -200,7 +202,6 @@ def build_model(config: RunConfig, parallel: Parallel) -> HybridModel:
 
 
 def resume(run: Run) -> LoadedCheckpoint | None:
-        pieces=pieces,
     """Continue from the newest checkpoint that verifies, if there is one. Every rank must call this."""
     loaded = load_newest(run.directory / "checkpoints", run.engine, config=run.config, identities=run.identities)
     if loaded is not None:
@@ -217,6 +218,7 @@ def save(run: Run) -> None:
     """
     if run.saved_step == run.progress.step:
         return
+    run.heartbeat.at(run.progress.step, "save")
     loader_state = run.loader.state_dict()
     # The cursor is the same everywhere; what a rank left out because it was damaged is its own.
     damages = [entry for entries in run.parallel.gather_objects(loader_state["quarantined"]) for entry in entries]
@@ -234,7 +236,6 @@ def save(run: Run) -> None:
     if finished is not None:
         run.record_event("checkpoint", path=finished.name)
     if not run.config.train.checkpoint_in_background:
-    run.heartbeat.at(run.progress.step, "save")
         finish_saving(run)
 
 
@@ -268,6 +269,9 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None) -> None:
     for remark in run.loader.describe_repeats():
         run.say(remark)
     run.record_event("start", world_size=run.parallel.world_size, resumed_from=loaded and loaded.path.name)
+    cause = describe_environment([RESTART_CAUSE]).get(RESTART_CAUSE)
+    if cause is not None:
+        run.record_event("restarted", cause=cause)
     if loaded is not None:
         run.say(f"resumed from {loaded.path} at step {loaded.step}")
         remarks = {
@@ -283,11 +287,9 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None) -> None:
 
 def close_run(run: Run) -> None:
     """Close data, logs and display, after a checkpoint that is still being written. Every rank must call this."""
+    run.heartbeat.close()
     run.saver.close()
     run.loader.close()
-    cause = describe_environment([RESTART_CAUSE]).get(RESTART_CAUSE)
-    if cause is not None:
-        run.record_event("restarted", cause=cause)
     if run.validation is not None:
         run.validation.close()
     if run.log is not None:
@@ -296,4 +298,3 @@ def close_run(run: Run) -> None:
         run.display.close()
     if run.lock is not None:
         run.lock.close()
-    run.heartbeat.close()

@@ -73,11 +73,11 @@ parallel.tensor parallel.sequence_parallel parallel.expert parallel.expert_tenso
 parallel.schedule parallel.virtual_stages parallel.zero_stage parallel.offload_optimizer
 kernels.backend
 export.target
-"""
 launch.heartbeat_seconds launch.max_restarts launch.min_nodes launch.node_wait_seconds launch.setup
 launch.slurm.partition launch.slurm.account launch.slurm.qos launch.slurm.time_limit launch.slurm.gpus
 launch.slurm.cpus_per_task launch.slurm.signal_seconds launch.slurm.requeue launch.slurm.container_image
 launch.slurm.container_mounts launch.slurm.extra
+"""
 
 
 @pytest.fixture
