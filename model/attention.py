@@ -8,11 +8,13 @@ from torch import Tensor, nn
 from kernels.attention.op import attention
 from kernels.rope.op import qk_norm_rope, rope_frequencies
 from model.config import AttentionConfig, ModelConfig
+from model.context import gather_rows
 from model.groups import ProcessGroupCollection
 from model.layers import ColumnLinear, KeepsBuffers, RowLinear, Shard, divide, divide_units
 from model.mixer import AttentionCache, BlockState, MixerOutput
 from model.packing import PackMeta
 from model.regions import enter_tensor_region, leave_tensor_region
+from model.segments import Segments
 
 
 class AttentionMixer(KeepsBuffers):
@@ -87,10 +89,35 @@ class AttentionMixer(KeepsBuffers):
             k_BSJK = torch.cat([state.k_BSJK, k_BTJK], dim=1)
             v_BSJK = torch.cat([state.v_BSJK, v_BSJK], dim=1)
             cache = AttentionCache(k_BSJK, v_BSJK)
-        o_BTHK = attention(
-            q_BTHK, k_BSJK, v_BSJK, document_ids_BS=meta.boundaries_BT(), scale=self.scale, backend=self.backend
-        )
+        if meta.segments is not None:
+            assert state is None, "rows that are cut over context ranks have no decode state"
+            o_BTHK = self._attend_segments(q_BTHK, k_BSJK, v_BSJK, meta, meta.segments)
+        else:
+            o_BTHK = attention(
+                q_BTHK, k_BSJK, v_BSJK, document_ids_BS=meta.boundaries_BT(), scale=self.scale, backend=self.backend
+            )
         return MixerOutput(leave_tensor_region(self.o_proj(o_BTHK.flatten(-2)), self.groups), cache)
+
+    def _attend_segments(
+        self, q_BTHK: Tensor, k_BTJK: Tensor, v_BTJK: Tensor, meta: PackMeta, segments: Segments
+    ) -> Tensor:
+        """Queries of this rank's segments to the keys of whole rows, which all context ranks gather: few heads, once."""
+        k_BSJK, v_BSJK = gather_rows(torch.stack([k_BTJK, v_BTJK]), segments, self.groups).unbind()
+        outputs = []
+        for number, q_BLHK in zip(segments.own, q_BTHK.chunk(2, dim=1)):
+            seen = (number + 1) * segments.length
+            ids_BS = None if meta.single_document else segments.document_ids_BT[:, :seen]
+            outputs.append(
+                attention(
+                    q_BLHK,
+                    k_BSJK[:, :seen],
+                    v_BSJK[:, :seen],
+                    document_ids_BS=ids_BS,
+                    scale=self.scale,
+                    backend=self.backend,
+                )
+            )
+        return torch.cat(outputs, dim=1)
 
     def empty_state(self, num_rows: int) -> AttentionCache:
         """The cache before the first token: no keys."""

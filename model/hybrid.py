@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from kernels.backend import resolve_backend
 from kernels.linear_cross_entropy.op import CrossEntropy
@@ -52,11 +53,16 @@ class ModelOutput:
 
 
 class Block(nn.Module):
-    """A pre-norm residual block: x + mixer(norm(x)), with the addition left to the next norm, which reads both anyway."""
+    """A pre-norm residual block: x + mixer(norm(x)), with the addition left to the next norm, which reads both anyway.
+
+    With `recomputes` a block keeps its summed input alone for the backward pass, which computes the rest again
+    (Chen et al. 2016, arXiv 1604.06174).
+    """
 
     def __init__(self, letter: str, config: ModelConfig, groups: ProcessGroupCollection, backend: str) -> None:
         super().__init__()
         self.letter = letter
+        self.recomputes = False
         self.norm = RMSNorm(config.hidden_size, config.norm_epsilon, backend, groups)
         self.mixer = MIXERS[letter](config, groups, backend)
 
@@ -64,11 +70,21 @@ class Block(nn.Module):
         self, residual_BTD: Tensor, delta_BTD: Tensor | None, meta: PackMeta, state: BlockState = None
     ) -> tuple[Tensor, MixerOutput]:
         """The stream is residual + delta. Returns it summed, and the mixer's output, which is the next delta."""
+        if self.recomputes and torch.is_grad_enabled():
+            assert state is None, "decoding has no backward pass"
+            if delta_BTD is not None:
+                residual_BTD = residual_BTD + delta_BTD.to(residual_BTD.dtype)
+            mixed: MixerOutput = checkpoint(self._mix, residual_BTD, meta, use_reentrant=False)
+            return residual_BTD, mixed
         if delta_BTD is None:
             normed_BTD = self.norm(residual_BTD)
         else:
             normed_BTD, residual_BTD = self.norm.add(delta_BTD, residual_BTD)
         return residual_BTD, self.mixer(normed_BTD.to(self.norm.weight.dtype), meta, state)
+
+    def _mix(self, residual_BTD: Tensor, meta: PackMeta) -> MixerOutput:
+        mixed: MixerOutput = self.mixer(self.norm(residual_BTD).to(self.norm.weight.dtype), meta)
+        return mixed
 
 
 class Blocks(nn.Module):
@@ -171,6 +187,14 @@ class HybridModel(nn.Module):
         for block in self.blocks:
             block.mixer.compile(backend=compiler)
 
+    def recompute_blocks(self, letters: Collection[str]) -> None:
+        """From the next call on, blocks of these kinds keep their input alone and are computed again in backward passes.
+
+        Losses and gradients do not change, in float32 not by a bit.
+        """
+        for block in self.blocks:
+            block.recomputes = block.letter in letters
+
     def forward(
         self,
         tokens_BT: Tensor,
@@ -206,6 +230,7 @@ class HybridModel(nn.Module):
         self, stream: Stream, indices: Iterable[int], meta: PackMeta, state: DecodeState | None = None
     ) -> Stream:
         """The stream after the blocks of these indices, with their auxiliary losses and counts added to it."""
+        _check_cut(meta, self.groups)
         residual_BTD, delta_BTD = stream.residual_BTD, stream.delta_BTD
         auxiliary, expert_counts, states = dict(stream.auxiliary), dict(stream.expert_counts), list(stream.states)
         for index in indices:
@@ -271,12 +296,21 @@ def _check_groups(groups: ProcessGroupCollection, *, has_pieces: bool) -> None:
     """Axes that no block is cut over yet must have one rank, and a stage must know which blocks are its own."""
     if groups.pp.size() > 1 and not has_pieces:
         raise ValueError(f"the pp group has {groups.pp.size()} ranks; give the pieces of the model that this one holds")
-    for axis in ("cp", "ep"):
+    for axis in ("ep",):
         group = getattr(groups, axis, None)
         if group is not None and group.size() > 1:
             raise ValueError(
                 f"the {axis} group has {group.size()} ranks; no block is cut over it: give {axis} one rank"
             )
+
+
+def _check_cut(meta: PackMeta, groups: ProcessGroupCollection) -> None:
+    cut = 1 if meta.segments is None else meta.segments.num_ranks
+    if cut != groups.cp.size():
+        raise ValueError(
+            f"the rows are cut for {cut} context rank(s) and the model's cp group has {groups.cp.size()}; cut them with "
+            "PackMeta.cut(groups.cp.rank(), groups.cp.size()), or build the model on single_rank_groups()"
+        )
 
 
 def _check_continues(meta: PackMeta, state: DecodeState) -> None:

@@ -7,14 +7,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kernels.causal_conv1d.op import causal_conv1d, causal_conv1d_step
+from kernels.decay_scan.carry import add_carried_state
 from kernels.decay_scan.op import mamba2_scan, mamba2_step
 from kernels.norm.op import gated_rms_norm
 from model.config import Mamba2Config, ModelConfig
+from model.context import receive_states, receive_windows
 from model.groups import ProcessGroupCollection
 from model.layers import ColumnLinear, Cut, RowLinear, Shard, divide, divide_units
 from model.mixer import BlockState, MambaState, MixerOutput
 from model.packing import PackMeta
 from model.regions import enter_tensor_region, leave_tensor_region, sum_parts
+from model.segments import Segments
 
 
 class Mamba2Mixer(nn.Module):
@@ -63,6 +66,9 @@ class Mamba2Mixer(nn.Module):
         next_state: MambaState | None
         if isinstance(state, MambaState) and num_tokens == 1:
             y_BTI, next_state = self._step(inputs_BTC[:, 0], dt_BTH[:, 0], state)
+        elif meta.segments is not None:
+            assert state is None, "rows that are cut over context ranks have no decode state"
+            y_BTI, next_state = self._scan_segments(inputs_BTC, dt_BTH, meta, meta.segments), None
         else:
             assert state is None or isinstance(state, MambaState), f"a Mamba2 block got a {type(state).__name__}"
             y_BTI, next_state = self._scan(inputs_BTC, dt_BTH, meta, state)
@@ -100,6 +106,60 @@ class Mamba2Mixer(nn.Module):
         seen_BTC = torch.cat([state.window_BWC, inputs_BTC], dim=1)
         window_BWC = seen_BTC[:, seen_BTC.shape[1] - state.window_BWC.shape[1] :]
         return scanned.y_BTHP, MambaState(window_BWC, scanned.final_state_BHPN)
+
+    def _scan_segments(self, inputs_BTC: Tensor, dt_BTH: Tensor, meta: PackMeta, segments: Segments) -> Tensor:
+        """The outputs of this rank's segments, which are scanned from zero as rows of their own.
+
+        What the tokens before them add is added once their state has arrived (kernels/decay_scan/README.md): no second scan,
+        and backward walks the sequence once.
+        """
+        width, num_rows = self.conv.weight.shape[1] - 1, len(inputs_BTC)
+        if segments.length < width:
+            raise ValueError(
+                f"segments of {segments.length} tokens are shorter than the {width} before each that the convolution "
+                "reads; use longer rows or fewer context ranks"
+            )
+        ids_BT = meta.boundaries_BT()
+        ids_RL = None if ids_BT is None else segments.as_rows(ids_BT)
+        inputs_RLC, dt_RLH = segments.as_rows(inputs_BTC), segments.as_rows(dt_BTH)
+        tails_B2WC = inputs_RLC[:, segments.length - width :].unflatten(0, (num_rows, 2))
+        convolved_RLC = causal_conv1d(
+            inputs_RLC,
+            self.conv.weight,
+            self.conv.bias,
+            document_ids_BT=ids_RL,
+            initial_window_BWC=receive_windows(tails_B2WC, segments, self.groups).flatten(0, 1),
+            backend=self.backend,
+        )
+        x_RLHP, B_RLGN, C_RLGN = self._split(convolved_RLC)
+        scanned = mamba2_scan(
+            x_RLHP,
+            dt_RLH,
+            self.A_log,
+            B_RLGN,
+            C_RLGN,
+            self.D,
+            self.dt_bias,
+            document_ids_BT=ids_RL,
+            chunk_size=self.chunk_size,
+            backend=self.backend,
+        )
+        states_B2HPN = receive_states(
+            scanned.final_state_BHPN.unflatten(0, (num_rows, 2)),
+            scanned.total_decay_BH.unflatten(0, (num_rows, 2)),
+            segments,
+            self.groups,
+        )
+        y_RLHP = add_carried_state(
+            scanned.y_BTHP,
+            dt_RLH,
+            self.A_log,
+            C_RLGN,
+            self.dt_bias,
+            states_B2HPN.flatten(0, 1),
+            document_ids_BT=ids_RL,
+        )
+        return y_RLHP.reshape(num_rows, -1, self.inner_size)
 
     def _step(self, inputs_BC: Tensor, dt_BH: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
         convolved_BC, window_BWC = causal_conv1d_step(inputs_BC, state.window_BWC, self.conv.weight, self.conv.bias)

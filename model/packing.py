@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from model.segments import Segments
 
 
 @dataclass(frozen=True)
@@ -15,7 +17,8 @@ class PackMeta:
     document_ids_BT [B, T] int32, nondecreasing inside a row. positions_BT [B, T] int64, the place inside the document.
     cu_seqlens [documents + 1] int32, starts in the flattened B * T tokens, the total last. single_document: no row has
     a boundary, so blocks may take the path without masks. first_continues: each row's first token goes on with the
-    document that a decode state holds.
+    document that a decode state holds. segments: where ids and positions are those of this rank's part of the rows, T
+    its tokens; the other fields stay those of whole rows.
     """
 
     document_ids_BT: Tensor
@@ -24,6 +27,7 @@ class PackMeta:
     max_document_length: int
     single_document: bool
     first_continues: bool = False
+    segments: Segments | None = None
 
     @classmethod
     def from_document_ids(cls, document_ids_BT: Tensor, positions_BT: Tensor | None = None) -> PackMeta:
@@ -62,6 +66,21 @@ class PackMeta:
         positions_T = torch.arange(start, start + num_tokens, device=device)
         cu_seqlens = torch.arange(0, (num_rows + 1) * num_tokens, num_tokens, dtype=torch.int32, device=device)
         return cls(ids_BT, positions_T.expand(num_rows, -1), cu_seqlens, num_tokens, True, first_continues=start > 0)
+
+    def cut(self, rank: int, num_ranks: int) -> PackMeta:
+        """The layout of the part that one of `num_ranks` context ranks has of these rows; of one rank, this one.
+
+        Cut tokens and labels alike, with `segments.take`. Raises ValueError where rows cannot be cut evenly.
+        """
+        if num_ranks == 1:
+            return self
+        segments = Segments.of_rows(self.document_ids_BT, rank, num_ranks)
+        return replace(
+            self,
+            document_ids_BT=segments.take(self.document_ids_BT),
+            positions_BT=segments.take(self.positions_BT),
+            segments=segments,
+        )
 
     def boundaries_BT(self) -> Tensor | None:
         """The ids that kernels need to reset at documents; None where there is nothing to reset."""

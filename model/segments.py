@@ -1,0 +1,79 @@
+"""How the rows of a micro-batch are cut over the ranks of a context group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Segments:
+    """This rank's two parts of every row: the segments `rank` and `2 * num_ranks - 1 - rank` of Z = 2 * num_ranks equal ones.
+
+    One from either end: in causal attention all ranks then see equally many keys. They stand one after the other in
+    whatever is cut, [B, T / num_ranks, ...]. document_ids_BT [B, T] int32 are those of the whole rows. continues_BZ
+    [B, Z]: the segment's first token goes on with the document of the segment before it.
+    """
+
+    rank: int
+    num_ranks: int
+    document_ids_BT: Tensor
+    continues_BZ: Tensor
+
+    @classmethod
+    def of_rows(cls, document_ids_BT: Tensor, rank: int, num_ranks: int) -> Segments:
+        """Cut rows with these document ids. Raises ValueError where their length is not a multiple of 2 * num_ranks."""
+        num_tokens, count = document_ids_BT.shape[1], 2 * num_ranks
+        if num_tokens % count:
+            raise ValueError(
+                f"rows of {num_tokens} tokens cannot be cut into 2 x {num_ranks} equal segments; use a multiple of {count}"
+            )
+        length = num_tokens // count
+        continues_BZ = torch.zeros(len(document_ids_BT), count, dtype=torch.bool, device=document_ids_BT.device)
+        continues_BZ[:, 1:] = document_ids_BT[:, length::length] == document_ids_BT[:, length - 1 : -1 : length]
+        return cls(rank, num_ranks, document_ids_BT, continues_BZ)
+
+    @property
+    def count(self) -> int:
+        """Segments of a row."""
+        return 2 * self.num_ranks
+
+    @property
+    def length(self) -> int:
+        """Tokens of a segment."""
+        return self.document_ids_BT.shape[1] // self.count
+
+    @property
+    def own(self) -> tuple[int, int]:
+        """The numbers of this rank's segments."""
+        return self.rank, self.count - 1 - self.rank
+
+    def take(self, x_BT: Tensor) -> Tensor:
+        """This rank's part [B, T / num_ranks, ...] of whole rows [B, T, ...]."""
+        parts = x_BT.chunk(self.count, dim=1)
+        return torch.cat([parts[number] for number in self.own], dim=1)
+
+    def as_rows(self, x_BT: Tensor) -> Tensor:
+        """This rank's segments as rows of their own: [B, T / num_ranks, ...] -> [2 B, T / (2 num_ranks), ...]."""
+        return x_BT.unflatten(1, (2, self.length)).flatten(0, 1)
+
+    def order(self, gathered: Tensor) -> Tensor:
+        """The segments of all ranks in their order in the row: [num_ranks, 2, ...] -> [Z, ...]."""
+        return torch.cat([gathered[:, 0], gathered[:, 1].flip(0)])
+
+    def by_rank(self, ordered: Tensor) -> Tensor:
+        """The inverse of `order`: [Z, ...] -> [num_ranks, 2, ...]."""
+        return torch.stack([ordered[: self.num_ranks], ordered[self.num_ranks :].flip(0)], dim=1)
+
+    def window_mask(self, width: int) -> Tensor:
+        """Which of the `width` tokens before each of this rank's segments lie in its first document: [B, 2, width]."""
+        ids_BT, masks = self.document_ids_BT, []
+        for number in self.own:
+            start = number * self.length
+            if start == 0:
+                masks.append(torch.zeros(len(ids_BT), width, dtype=torch.bool, device=ids_BT.device))
+            else:
+                masks.append(ids_BT[:, start - width : start] == ids_BT[:, start : start + 1])
+        return torch.stack(masks, dim=1)

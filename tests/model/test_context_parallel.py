@@ -1,0 +1,141 @@
+"""Rows cut over two and four context ranks: the outputs and all gradients of one rank, and how much ranks tell each other."""
+
+import functools
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from model.config import MoeConfig
+from model.groups import single_rank_groups
+from model.hybrid import HybridModel
+from model.layers import parameter_shards
+from model.packing import PackMeta
+from pretrain.config import ParallelConfig
+from pretrain.parallel import initialize_parallel
+from tests.helpers.spawn import run_ranks
+from tests.model.small_models import loss_of, packed_batch, small_config
+
+MOE = MoeConfig(
+    num_experts=5,
+    top_k=2,
+    expert_hidden_size=8,
+    auxiliary_loss_weight=0.1,
+    sequence_loss_weight=0.1,
+    z_loss_weight=0.1,
+)
+# Four ranks have segments of three tokens, the least that a convolution of width 4 can look back on.
+DOCUMENTS = {
+    "documents across, at and inside segment borders": (
+        (24,),
+        (3, 3, 6, 12),
+        (1,) * 24,
+        (7, 1, 12, 4),
+        (2, 1, 20, 1),
+        (11, 1, 1, 11),
+    ),
+    "one document a row": ((24,), (24,)),
+}
+CONFIGS = {
+    "mamba": small_config("MM"),
+    "whole": small_config("M*E-M", moe=MOE, logits_z_loss_weight=0.05),
+    "tied": small_config("*M", tie_embeddings=True),
+}
+CASES = [(config, documents) for config in CONFIGS for documents in DOCUMENTS]
+
+
+def run_model(case, groups, dtype=torch.float64):
+    """Loss and logits of this rank's part of the rows, and what it adds to each gradient."""
+    config, documents = CONFIGS[case[0]], DOCUMENTS[case[1]]
+    model = HybridModel(config, groups, seed=3).to(dtype)
+    tokens_BT, labels_BT, ids_BT = packed_batch(documents)
+    meta = PackMeta.from_document_ids(ids_BT).cut(groups.cp.rank(), groups.cp.size())
+    if meta.segments is not None:
+        tokens_BT, labels_BT = meta.segments.take(tokens_BT), meta.segments.take(labels_BT)
+    output = model(tokens_BT, meta, labels_BT)
+    loss = loss_of(output)
+    loss.backward()
+    with torch.no_grad():
+        logits_BTV = model(tokens_BT, meta).logits_BTV
+    gradients = {name: parameter.grad for name, parameter, _ in parameter_shards(model)}
+    return {"loss": loss.detach(), "logits": logits_BTV, "counts": output.expert_counts, "gradients": gradients}
+
+
+def run_cut(num_ranks):
+    parallel = initialize_parallel(ParallelConfig(context=num_ranks), timeout_seconds=60, num_threads=1)
+    results = []
+    for case in CASES:
+        for dtype in (torch.float64, torch.float32):
+            result = run_model(case, parallel.groups, dtype)
+            for value in [result["loss"], *result["gradients"].values(), *result["counts"].values()]:
+                dist.all_reduce(value, group=parallel.groups.cp)
+            results.append(result)
+    return results
+
+
+@functools.cache
+def cut_results(num_ranks):
+    return [
+        dict(zip([(case, dtype) for case in CASES for dtype in (torch.float64, torch.float32)], results))
+        for results in run_ranks(run_cut, num_ranks, num_ranks=num_ranks)
+    ]
+
+
+# Only the order of sums differs.
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 3e-5}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_context_ranks_compute_what_one_does(num_ranks, case, dtype):
+    wanted = run_model(case, single_rank_groups())
+    ids_BT = packed_batch(DOCUMENTS[case[1]])[2]
+    for rank, results in enumerate(cut_results(num_ranks)):
+        got, tolerance = results[case, dtype], TOLERANCES[dtype]
+        segments = PackMeta.from_document_ids(ids_BT).cut(rank, num_ranks).segments
+        assert abs(float(got["loss"] - wanted["loss"])) <= tolerance * float(wanted["loss"])
+        logits_BTV = segments.take(wanted["logits"])
+        assert (got["logits"] - logits_BTV).norm() <= tolerance * logits_BTV.norm()
+        assert all(torch.equal(got["counts"][block], counts) for block, counts in wanted["counts"].items())
+        assert got["gradients"].keys() == wanted["gradients"].keys()
+        for name, gradient in wanted["gradients"].items():
+            error = float((got["gradients"][name] - gradient).norm())
+            assert error <= tolerance * float(gradient.norm()), f"{name} is off by {error}"
+
+
+def test_ranks_share_the_keys_evenly_and_every_token_once():
+    ids_BT = torch.zeros(1, 48, dtype=torch.int32)
+    for num_ranks in (2, 3, 4):
+        parts = [PackMeta.from_document_ids(ids_BT).cut(rank, num_ranks) for rank in range(num_ranks)]
+        positions = [part.positions_BT[0].tolist() for part in parts]
+        assert sorted(place for own in positions for place in own) == list(range(48))
+        assert len({sum(place + 1 for place in own) for own in positions}) == 1
+
+
+def test_segments_know_which_go_on_and_what_a_convolution_may_see():
+    ids_BT = packed_batch(((5, 3, 1, 7), (4, 4, 8)))[2]
+    meta = PackMeta.from_document_ids(ids_BT).cut(0, 2)
+    assert meta.segments.own == (0, 3)
+    assert meta.segments.continues_BZ.tolist() == [[False, True, False, True], [False, False, False, True]]
+    assert meta.segments.window_mask(3).tolist() == [
+        [[False] * 3, [True] * 3],
+        [[False] * 3, [True] * 3],
+    ]
+    assert PackMeta.from_document_ids(ids_BT).cut(1, 2).segments.window_mask(3)[0].tolist() == [
+        [True] * 3,
+        [False] * 3,
+    ]
+    assert meta.document_ids_BT[0].tolist() == [0, 0, 0, 0, 3, 3, 3, 3]
+    assert meta.positions_BT[0].tolist() == [0, 1, 2, 3, 3, 4, 5, 6]
+
+
+def test_rows_that_cannot_be_cut_are_refused():
+    meta = PackMeta.from_document_ids(packed_batch(((22,),))[2])
+    with pytest.raises(
+        ValueError, match="rows of 22 tokens cannot be cut into 2 x 2 equal segments; use a multiple of 4"
+    ):
+        meta.cut(0, 2)
+    model = HybridModel(small_config("M"), single_rank_groups())
+    with pytest.raises(ValueError, match=r"cut for 11 context rank\(s\) and the model's cp group has 1"):
+        model(torch.zeros(1, 2, dtype=torch.int64), meta.cut(0, 11))
