@@ -1,0 +1,204 @@
+"""Layouts of ranks that must train as one rank does, and the runner that trains a tiny model under each of them.
+
+A layout is a row of `LAYOUTS`. All layouts of one number of ranks run in one set of rank processes, which build and give
+back the groups of each in turn.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed
+from torch import Tensor
+
+from data_pipeline.config import DataConfig
+from model.groups import ProcessGroupCollection
+from model.layers import Shard, parameter_shards
+from pretrain.config import RunConfig
+from pretrain.run import Run, close_run, start_run
+from pretrain.signals import SignalWatch
+from pretrain.step import train_step
+from tests.helpers.spawn import run_ranks
+from tests.pretrain.tiny_run import tiny_config, tiny_data
+
+STEPS = 3
+
+# Every core kind of block. Four tensor ranks outnumber the key-value heads and the groups of B and C.
+MODEL: dict[str, Any] = {
+    "pattern": "ME*-ME",
+    "vocab_size": 448,
+    "hidden_size": 32,
+    "initializer_range": 0.1,
+    "mamba": {"num_heads": 8, "head_dim": 4, "state_size": 8, "num_groups": 2, "chunk_size": 16},
+    "attention": {"num_heads": 8, "num_kv_heads": 2, "head_dim": 8, "qk_norm": True, "positions": "rope"},
+    "feed_forward": {"hidden_size": 48, "activation": "swiglu"},
+    "moe": {
+        "num_experts": 8,
+        "top_k": 2,
+        "expert_hidden_size": 16,
+        "shared_expert_hidden_size": 16,
+        "expert_bias": True,
+        "auxiliary_loss_weight": 0.01,
+        "sequence_loss_weight": 0.01,
+        "z_loss_weight": 0.001,
+    },
+    "logits_z_loss_weight": 1e-4,
+}
+# The same with what other settings of the blocks bring.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "core": MODEL,
+    "latent": MODEL | {"tie_embeddings": True, "moe": MODEL["moe"] | {"latent_size": 12, "activation": "swiglu"}},
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to spread a run: how many ranks, the `parallel` section, the model, and other settings (`train__x`).
+
+    `quick` ones run in `make test`, the rest in `make test-slow`.
+    """
+
+    num_ranks: int
+    parallel: dict[str, Any] = field(default_factory=dict)
+    model: str = "core"
+    settings: dict[str, Any] = field(default_factory=dict)
+    quick: bool = False
+
+    @property
+    def name(self) -> str:
+        """What a test is called."""
+        parts = [f"{key}={value}" for key, value in (self.parallel | self.settings).items()]
+        return "-".join([f"{self.num_ranks}ranks", self.model, *parts])
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a layout computed in each step, and the whole weights and buffers after the last, by global name."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    auxiliary: list[dict[str, float]]
+    expert_counts: list[dict[int, list[int]]]
+    weights: dict[str, Tensor]
+
+
+def layout_config(layout: Layout, data: DataConfig, run_dir: Path) -> RunConfig:
+    """The run of a layout: three steps of four micro-batches of packed documents, in float32."""
+    settings = {
+        "train__global_batch_size": 8,
+        "train__sequence_length": 64,
+        "train__steps": STEPS,
+        "optimizer__learning_rate": 1e-3,
+    }
+    settings |= layout.settings
+    config = tiny_config(data, run_dir, **settings)
+    tree = config.model_dump(mode="json")
+    tree["model"] = VARIANTS[layout.model]
+    tree["parallel"] = {"zero_stage": 1} | layout.parallel
+    return RunConfig.model_validate(tree)
+
+
+def run_layout(config: RunConfig) -> Outcome:
+    """Train under one layout. Every rank must call this; the outcome is the same on all."""
+    with SignalWatch() as signals:
+        run = start_run(config, signals)
+        results = [train_step(run) for _ in range(STEPS)]
+        weights = gather_weights(run)
+        close_run(run)
+    return Outcome(
+        losses=[result.loss for result in results],
+        grad_norms=[result.grad_norm for result in results],
+        auxiliary=[result.auxiliary for result in results],
+        expert_counts=[result.expert_counts for result in results],
+        weights=weights,
+    )
+
+
+def gather_weights(run: Run) -> dict[str, Tensor]:
+    """Whole weights and buffers by global name. Every rank must call this.
+
+    Fails where two ranks that should hold the same values do not, to the bit.
+    """
+    parameters = list(run.model.parameters())
+    with deepspeed.zero.GatheredParameters(parameters) if run.engine.zero_stage == 3 else nullcontext():
+        own = {
+            name: join_parts(parameter.detach(), shard, run.parallel.groups)
+            for name, parameter, shard in parameter_shards(run.model)
+        }
+    own |= {name: buffer.detach() for name, buffer in run.model.named_buffers()}
+    whole: dict[str, Tensor] = {}
+    for rank, tensors in enumerate(run.parallel.gather_objects(own)):
+        for name, tensor in tensors.items():
+            known = whole.setdefault(name, tensor)
+            assert torch.equal(known, tensor), f"{name} of rank {rank} differs from that of a rank before it"
+    return {name: tensor.clone() for name, tensor in whole.items()}
+
+
+def join_parts(part: Tensor, shard: Shard, groups: ProcessGroupCollection) -> Tensor:
+    """The whole tensor from all ranks' parts. Every rank of the cut axes must call this."""
+    for cut in reversed(shard.cuts):
+        group = getattr(groups, cut.axis)
+        if group.size() > 1:
+            parts = [torch.empty_like(part) for _ in range(group.size())]
+            torch.distributed.all_gather(parts, part.contiguous(), group=group)
+            for rank, other in enumerate(parts):
+                taken = cut.take(cut.join(parts), rank, group.size())
+                assert torch.equal(taken, other), f"copies of {shard} differ between ranks of {cut.axis}"
+            part = cut.join(parts)
+    return part
+
+
+def run_all(layouts: list[Layout], data: DataConfig, folder: str) -> list[Outcome]:
+    """The outcomes of layouts of one number of ranks, one after the other."""
+    return [
+        run_layout(layout_config(layout, data, Path(folder, f"run{number}"))) for number, layout in enumerate(layouts)
+    ]
+
+
+def outcomes_of(layouts: list[Layout]) -> list[Outcome]:
+    """Start ranks and run layouts that have the same number of them."""
+    with TemporaryDirectory() as folder:
+        data = tiny_data(Path(folder, "data"))
+        return run_ranks(run_all, layouts, data, folder, num_ranks=layouts[0].num_ranks)[0]
+
+
+@cache
+def outcomes_on(num_ranks: int, quick: bool) -> dict[str, Outcome]:
+    """The outcomes of all quick, or of all other, layouts of so many ranks."""
+    layouts = [layout for layout in LAYOUTS if layout.num_ranks == num_ranks and layout.quick == quick]
+    return dict(zip([layout.name for layout in layouts], outcomes_of(layouts)))
+
+
+@cache
+def one_rank() -> dict[str, Outcome]:
+    """What one rank computes, by model."""
+    return dict(zip(VARIANTS, outcomes_of([Layout(1, model=model) for model in VARIANTS])))
+
+
+LAYOUTS = [
+    # Data parallel and ZeRO.
+    Layout(2, {"zero_stage": 0}),
+    Layout(2, {"zero_stage": 2}, quick=True),
+    Layout(4, {"zero_stage": 3}),
+    # Tensor parallel.
+    Layout(2, {"tensor": 2}, "latent", quick=True),
+    Layout(2, {"tensor": 2, "zero_stage": 0}),
+    Layout(4, {"tensor": 4}, quick=True),
+    Layout(4, {"tensor": 2, "zero_stage": 2}, "latent"),
+    Layout(4, {"tensor": 2, "zero_stage": 3}),
+    # Tensor and sequence parallel.
+    Layout(2, {"tensor": 2, "sequence_parallel": True}),
+    Layout(2, {"tensor": 2, "sequence_parallel": True, "zero_stage": 0}),
+    Layout(4, {"tensor": 4, "sequence_parallel": True}, "latent", quick=True),
+    Layout(4, {"tensor": 2, "sequence_parallel": True, "zero_stage": 2}, quick=True),
+    Layout(4, {"tensor": 2, "sequence_parallel": True, "zero_stage": 3}),
+    Layout(8, {"tensor": 8, "sequence_parallel": True, "zero_stage": 2}),
+    Layout(8, {"tensor": 4, "sequence_parallel": True, "zero_stage": 3}, "latent"),
+]

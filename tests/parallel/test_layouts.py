@@ -1,0 +1,39 @@
+"""Every layout trains as one rank: losses, norms, routing and every gathered weight over three steps in float32."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.parallel.layouts import LAYOUTS, Layout, Outcome, one_rank, outcomes_on
+
+# float32 sums in another order; AdamW divides by the root of the second moment, which keeps relative errors as they are.
+TOLERANCE = 1e-5
+
+
+def assert_same_training(actual: Outcome, expected: Outcome) -> None:
+    assert actual.losses == pytest.approx(expected.losses, rel=TOLERANCE)
+    assert actual.grad_norms == pytest.approx(expected.grad_norms, rel=TOLERANCE)
+    for own, other in zip(actual.auxiliary, expected.auxiliary, strict=True):
+        # The z-loss of the logits is reported as a difference of float32 sums around 6.
+        assert own["logits_z"] == pytest.approx(other["logits_z"], abs=6 * 2**-22)
+        assert own == pytest.approx(other | {"logits_z": own["logits_z"]}, rel=TOLERANCE)
+    assert actual.expert_counts == expected.expert_counts
+    assert actual.weights.keys() == expected.weights.keys()
+    for name, weight in expected.weights.items():
+        error = float((actual.weights[name] - weight).abs().max())
+        assert error <= TOLERANCE * float(weight.abs().max()), f"{name} is off by {error}"
+
+
+def rows(quick: bool) -> list[Layout]:
+    return [layout for layout in LAYOUTS if layout.quick == quick]
+
+
+@pytest.mark.parametrize("layout", rows(quick=True), ids=lambda layout: layout.name)
+def test_a_quick_layout_trains_as_one_rank(layout: Layout) -> None:
+    assert_same_training(outcomes_on(layout.num_ranks, True)[layout.name], one_rank()[layout.model])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", rows(quick=False), ids=lambda layout: layout.name)
+def test_a_layout_trains_as_one_rank(layout: Layout) -> None:
+    assert_same_training(outcomes_on(layout.num_ranks, False)[layout.name], one_rank()[layout.model])
