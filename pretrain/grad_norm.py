@@ -93,7 +93,8 @@ def _ranges_of_partitions(optimizer: Any) -> Iterator[tuple[nn.Parameter, Tensor
                 yield parameter, flat[place.start : place.start + place.numel], here.start
             continue
         gradients = [g for g in optimizer.averaged_gradients[index] if not getattr(g, "_zero_padding", False)]
-        for parameter, gradient in zip(members, gradients, strict=True):
+        # The padding behind the last one is not always marked.
+        for parameter, gradient in zip(members, gradients):
             yield parameter, gradient, parameter._hp_mapping.lp_fragment_address.start
 
 
