@@ -169,6 +169,9 @@ class HybridModel(nn.Module):
         self.copied_parameters = frozenset() if has_first or self.embedding is None else frozenset({"embedding.weight"})
         if target.type != "meta":
             self.initialize()
+        if self.embedding is not None and config.tie_embeddings and not (has_first and has_last):
+            # Each end of the pipeline has a part of the gradient.
+            self.embedding.shards["weight"] = replace(self.embedding.shards["weight"], partial=("embd",))
 
     def initialize(self) -> None:
         """First values of all parameters and buffers, functions of the seed and each name alone."""
@@ -288,8 +291,8 @@ class HybridModel(nn.Module):
         """
         for index in self.blocks.indices():
             mixer = self.blocks[index].mixer
-            if isinstance(mixer, MoeMixer) and index in counts:
-                mixer.update_expert_bias(counts[index])
+            if isinstance(mixer, MoeMixer):
+                yield index, mixer
 
 
 def _check_groups(groups: ProcessGroupCollection, *, has_pieces: bool) -> None:

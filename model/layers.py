@@ -21,7 +21,7 @@ from kernels.linear.op import linear
 from kernels.norm.op import rms_norm
 from model.groups import ProcessGroupCollection
 
-Axis = Literal["tp", "expt_tp", "ep"]
+Axis = Literal["tp", "expt_tp", "ep", "embd"]
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ class Shard:
     """A parameter's place among the ranks: `cuts`, of different dimensions over different axes, and else replicated.
 
     `partial` names the axes over whose ranks the gradient of a replicated parameter is only a part: it must be summed
-    over them before it is one (a norm of sequence-parallel tokens, say). What a cut holds in copies is partial too.
+    over them before it is one (a norm of sequence-parallel tokens, or over `embd` a tied embedding that the first and the
+    last pipeline stage hold). What a cut holds in copies is partial too.
     A cut over `ep` is of dim 0, which counts experts, and each expert has its own first values.
     """
 

@@ -11,6 +11,7 @@ from model.huggingface import explain_unfit
 from pretrain.checks_parallel import layout_problems, world_problems
 from pretrain.config import RunConfig
 from pretrain.config_errors import ConfigError, Problem
+from pretrain.checks_pipeline import micro_batch_problems, pipeline_problems
 from pretrain.config_file import load_located
 
 _MODEL_KEY = re.compile(r"model(\.[a-z_0-9]+)+")
@@ -45,9 +46,10 @@ def check_run(config: RunConfig, world_size: int | None = None) -> None:
         *layout_problems(config),
     ]
     if not model:
-        problems += export_problems(config)
+        problems += [*export_problems(config), *pipeline_problems(config)]
     if world_size is not None:
-        problems += [*world_problems(config, world_size), *batch_problems(config, world_size)]
+        shares = [*world_problems(config, world_size), *batch_problems(config, world_size)]
+        problems += shares or micro_batch_problems(config, world_size)
     if problems:
         raise ConfigError(problems)
 

@@ -12,7 +12,6 @@ from pretrain.config_errors import Problem
 MISSING = (
     ("expert", 1, "routed experts cannot be spread over ranks"),
     ("context", 1, "rows cannot be cut over ranks"),
-    ("pipeline", 1, "blocks cannot be cut into stages"),
     ("offload_optimizer", False, "the optimizer's state cannot leave the device"),
 )
 
@@ -62,14 +61,12 @@ def excluded_problems(config: RunConfig) -> Iterator[Problem]:
         )
         rule = f"does not go with parallel.expert={section.expert}: ZeRO {stage} {reason}"
         yield Problem("parallel.zero_stage", rule, "use 1 or 2, or parallel.expert=1", str(stage))
-    if section.pipeline > 1 and stage not in (1, 2):
+    if section.pipeline > 1 and stage == 3:
         reason = (
-            "gathers weights in hooks that a schedule's own backward passes by"
-            if stage == 3
-            else "has no block in which gradients wait for the schedule to end"
+            "ZeRO 3 gathers weights in the order of one forward and one backward pass, and a schedule mixes several"
         )
-        rule = f"does not go with parallel.pipeline={section.pipeline}: ZeRO {stage} {reason}"
-        yield Problem("parallel.zero_stage", rule, "use 1 or 2, or parallel.pipeline=1", str(stage))
+        rule = f"does not go with parallel.pipeline={section.pipeline}: {reason}"
+        yield Problem("parallel.zero_stage", rule, "use 0, 1 or 2, or parallel.pipeline=1", str(stage))
 
 
 def share_problems(config: RunConfig) -> Iterator[Problem]:

@@ -139,6 +139,10 @@ class ParallelConfig(Section):
 
 class KernelsConfig(Section):
     """Which implementation of each operation runs."""
+    def num_pieces(self) -> int:
+        """Pieces into which the pipeline cuts the model."""
+        return self.pipeline * self.virtual_stages
+
 
     backend: Literal["auto", "triton", "torch", "reference"] = Field(
         "auto", description="auto: triton on CUDA, torch on CPU. What cannot run here is an error."

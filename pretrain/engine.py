@@ -72,6 +72,7 @@ class ZeroEngine:
         self.clip_norm = clip_norm
         self.fault: GradientFault | None = None
 
+        self.accumulator: Float32Accumulator | None = None
     @property
     def module(self) -> Any:
         """The model itself; its parameters are partitioned under ZeRO-3."""
@@ -111,14 +112,14 @@ class ZeroEngine:
     @contextmanager
     def accumulate(self, num_backwards: int) -> Iterator[None]:
         """Gradients stay on this rank inside the block and are reduced once, on leaving it."""
-        accumulator = Float32Accumulator(self.module) if self.precision == "bf16" and num_backwards > 1 else None
+        self.accumulator = Float32Accumulator(self.module) if self.precision == "bf16" and num_backwards > 1 else None
         if self.zero_stage > 0:
             with self.deepspeed.coalesce_grad_reduction():
                 yield
-                self._close_accumulation(accumulator)
+                self._close_accumulation()
         else:
             yield
-            self._close_accumulation(accumulator)
+            self._close_accumulation()
             self.deepspeed.allreduce_gradients()
 
     def take_gradients(self, module: nn.Module) -> None:
@@ -126,9 +127,10 @@ class ZeroEngine:
         if self.accumulator is not None:
             self.accumulator.take(module)
 
-    def _close_accumulation(self, accumulator: Float32Accumulator | None) -> None:
-        if accumulator is not None:
-            accumulator.finish()
+    def _close_accumulation(self) -> None:
+        if self.accumulator is not None:
+            self.accumulator.finish()
+        self.accumulator = None
         sum_partial_gradients(self.partials, self.groups)
         self.fault = find_fault(self.module)
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
-
 from pretrain.run import Run
-from pretrain.step import count_valid_tokens, empty_sums, forward_batch
+from pretrain.step import count_valid_tokens, empty_sums, pass_forward
 
 
 @dataclass(frozen=True)
@@ -34,12 +32,11 @@ def validate(run: Run) -> Validation:
     sums = empty_sums(run.config.model, run.parallel.device)
     tokens = 0
     run.engine.module.eval()
-    with torch.no_grad():
-        for _ in range(run.config.train.validation_batches):
-            batches = run.validation.take(run.config.train.global_batch_size)
-            tokens += count_valid_tokens(batches, run.parallel)
-            for batch in batches:
-                sums.add(forward_batch(run, batch))
+    for _ in range(run.config.train.validation_batches):
+        batches = run.validation.take(run.config.train.global_batch_size)
+        tokens += count_valid_tokens(batches, run.parallel)
+        for output in pass_forward(run, batches):
+            sums.add(output)
     run.engine.module.train()
     sums.reduce(run.parallel, signal=0)
     return Validation(float(sums.nll) / max(1, tokens), tokens)

@@ -117,9 +117,10 @@ def count_copies(shard: Shard, shape: tuple[int, ...], groups: ProcessGroupColle
         return 1
     if not shard.cuts:
         return int(groups.tp.size())
+    ends = int(groups.embd.size()) if "embd" in shard.partial else 1
     (cut,) = shard.cuts
     size = getattr(groups, cut.axis).size()
-    copies = [size // slices for slices in cut.slices(size)]
+    copies = [ends * size // slices for slices in cut.slices(size)]
     if len(set(copies)) == 1:
         return copies[0]
     along = torch.cat(

@@ -38,6 +38,12 @@ class Float32Accumulator:
             self.sums[parameter] = gradient.float()
         gradient.zero_()
 
+    def take(self, module: nn.Module) -> None:
+        """Collect gradients of a module that were added without running hooks."""
+        for parameter in module.parameters():
+            if parameter.grad is not None and parameter.dtype != torch.float32:
+                self._collect(parameter)
+
     def finish(self) -> None:
         """Write the sums to the gradients, remove the hooks and free the buffers."""
         for handle in self.handles:

@@ -15,6 +15,7 @@ from data_pipeline.store import TokenStore
 from kernels.backend import resolve_backend
 from model.flops import count_parameters, flops_per_token
 from model.hybrid import HybridModel
+from model.stages import cut_pieces, pieces_of_rank
 from pretrain.checkpoint import LoadedCheckpoint, load_newest
 from pretrain.checkpoint_background import BackgroundSaver
 from pretrain.checkpoint_commit import list_checkpoints
@@ -33,7 +34,9 @@ from pretrain.parallel import (
     set_determinism,
     start_process_group,
 )
+from pretrain.pipeline import Pipeline
 from pretrain.rank_variables import RESTART_CAUSE
+from pretrain.recompute import recomputed_letters
 from pretrain.signals import SignalWatch
 from pretrain.weights import load_initial_weights
 
@@ -64,6 +67,7 @@ class Run:
     flops_per_token: float
     signals: SignalWatch
     heartbeat: Heartbeat
+    pipeline: Pipeline | None = None
     lock: IO[str] | None = None
     log: RunLog | None = None
     display: Display | None = None
@@ -133,6 +137,7 @@ def start_run(config: RunConfig, signals: SignalWatch) -> Run:
         flops_per_token=sum(flops_per_token(config.model, config.train.sequence_length).values()),
         signals=signals,
         heartbeat=Heartbeat(Path(config.run.dir), parallel.rank, config.launch.heartbeat_seconds),
+        pipeline=build_pipeline(config, parallel, engine),
         lock=lock,
     )
     loaded = resume(run)
@@ -184,21 +189,35 @@ def check_vocabulary(config: RunConfig, loader: PretrainLoader) -> None:
 def build_model(config: RunConfig, parallel: Parallel) -> HybridModel:
     """The model in float32 with its first weights, alike on all ranks; its blocks compiled if the run asks for it.
 
-    First weights are random, or `run.initial_weights` when no checkpoint of the run exists to replace them.
+    With a pipeline it is the part of this rank. First weights are random, or `run.initial_weights` when no checkpoint of
+    the run exists to replace them.
     """
+    section, pieces = config.parallel, None
+    if section.pipeline > 1:
+        cut = cut_pieces(config.model, section.num_pieces(), config.train.sequence_length)
+        pieces = pieces_of_rank(cut, parallel.groups.pp.rank(), section.pipeline)
     model = HybridModel(
         config.model,
         parallel.groups,
         backend=resolve_backend(config.kernels.backend, parallel.device),
         seed=config.train.seed,
         device=parallel.device,
+        pieces=pieces,
     )
     if config.run.initial_weights is not None and not list_checkpoints(Path(config.run.dir) / "checkpoints"):
         tokenizer_identity = TokenStore.open(config.data.store).tokenizer_identity
         load_initial_weights(model, config.run.initial_weights, tokenizer_identity)
     if config.train.compile:
         model.compile_blocks()
+    model.recompute_blocks(recomputed_letters(config))
     return model
+
+
+def build_pipeline(config: RunConfig, parallel: Parallel, engine: ZeroEngine) -> Pipeline | None:
+    """The stages around the engine's model; None without a pipeline."""
+    if config.parallel.pipeline == 1:
+        return None
+    return Pipeline(engine.module, config.parallel, parallel, after_weights=engine.take_gradients)
 
 
 def resume(run: Run) -> LoadedCheckpoint | None:

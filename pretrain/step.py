@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from model.hybrid import ModelOutput
 from model.moe import auxiliary_names
 from model.packing import PackMeta
 from model.pattern import parse_pattern
+from pretrain.micro_batch import LossShare, move_batch
 from pretrain.health import describe_skip
 from pretrain.parallel import Parallel
 from pretrain.run import Run
@@ -94,15 +95,10 @@ def train_step(run: Run) -> StepResult:
     losses: list[Tensor] = []
     engine.module.train()
     with engine.accumulate(len(batches)):
-        for batch in batches:
-            run.heartbeat.at(progress.step + 1, "forward")
-            output = forward_batch(run, batch)
-            loss = output.loss.total / valid_tokens
-            for value in output.auxiliary.values():
-                loss = loss + value / num_micro_batches
-            engine.backward(loss)
+        for output in pass_with_gradients(run, batches, LossShare(valid_tokens, num_micro_batches)):
             sums.add(output)
-            losses.append(loss.detach())
+            if output.loss is not None:
+                losses.append(output.loss.total.detach() / valid_tokens)
         run.heartbeat.at(progress.step + 1, "reduce")
     signal = sums.reduce(run.parallel, run.signals.received)
     rate = learning_rate(
@@ -150,11 +146,45 @@ def empty_sums(config: ModelConfig, device: torch.device) -> StepSums:
     return sums
 
 
-def forward_batch(run: Run, batch: Batch) -> Any:
-    """Loss, auxiliary losses and expert counts of one micro-batch (a `ModelOutput`)."""
+def pass_with_gradients(run: Run, batches: Sequence[Batch], share: LossShare) -> Iterator[ModelOutput]:
+    """Forward and backward of each micro-batch inside `accumulate`, and what this rank's blocks gave.
+
+    With pipeline stages a rank gives an output for each of its pieces, and a loss on the last stage alone.
+    """
+
+    def scaled_share(output: ModelOutput) -> Tensor | None:
+        run.heartbeat.at(run.progress.step + 1, "forward")
+        part = share.of(output)
+        return None if part is None else run.engine.scale(part)
+
     device = run.parallel.device
-    meta = PackMeta.from_document_ids(batch.document_ids_BT.to(device), batch.positions_BT.to(device))
-    return run.engine.forward(batch.tokens_BT.to(device), meta, batch.labels_BT.to(device))
+    if run.pipeline is not None:
+        yield from run.pipeline.train([move_batch(batch, device) for batch in batches], scaled_share)
+        return
+    for batch in batches:
+        run.heartbeat.at(run.progress.step + 1, "forward")
+        output = forward_batch(run, batch)
+        loss = share.of(output)
+        assert loss is not None, "a batch has labels"
+        run.engine.backward(loss)
+        yield output
+
+
+@torch.no_grad()
+def pass_forward(run: Run, batches: Sequence[Batch]) -> Iterator[ModelOutput]:
+    """The outputs of the micro-batches, without gradients."""
+    if run.pipeline is not None:
+        yield from run.pipeline.evaluate([move_batch(batch, run.parallel.device) for batch in batches])
+        return
+    for batch in batches:
+        yield forward_batch(run, batch)
+
+
+def forward_batch(run: Run, batch: Batch) -> ModelOutput:
+    """Loss, auxiliary losses and expert counts of one micro-batch, through the whole model."""
+    given = move_batch(batch, run.parallel.device)
+    output: ModelOutput = run.engine.forward(given.tokens_BT, given.meta, given.labels_BT)
+    return output
 
 
 def count_valid_tokens(batches: Sequence[Batch], parallel: Parallel) -> int:

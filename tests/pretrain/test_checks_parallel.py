@@ -54,11 +54,8 @@ def base(tmp_path: Path) -> Path:
         ),
         (
             ["parallel.pipeline=2", "parallel.zero_stage=3"],
-            "parallel.zero_stage = 3: does not go with parallel.pipeline=2: ZeRO 3 gathers weights in hooks that",
-        ),
-        (
-            ["parallel.pipeline=2", "parallel.zero_stage=0"],
-            "parallel.zero_stage = 0: does not go with parallel.pipeline=2: ZeRO 0 has no block in which gradients wait",
+            "parallel.zero_stage = 3: does not go with parallel.pipeline=2: ZeRO 3 gathers weights in the order of one "
+            "forward and one backward pass, and a schedule mixes several; use 0, 1 or 2, or parallel.pipeline=1",
         ),
         (["parallel.tensor=3"], "parallel.tensor = 3: must divide model.vocab_size=512; use 1, 2, 4"),
         (["parallel.tensor=3"], "parallel.tensor = 3: must divide model.mamba.num_heads=4; use 1, 2, 4"),
