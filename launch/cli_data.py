@@ -78,20 +78,40 @@ def describe_progress(now: Progress) -> tuple[int, int, str]:
     if now.stage == "tokenizer":
         return now.units_done, now.units_total, "training the tokenizer"
     remaining = f", {now.eta_seconds:.0f} s to go" if now.eta_seconds else ""
-    speed = f"{now.megabytes_per_second:.1f} MB/s, {now.tokens_per_second:,.0f} tokens/s"
+    speed = (
+        f"{now.documents_per_second:,.0f} documents/s, {now.megabytes_per_second:.1f} MB/s, "
+        f"{now.tokens_per_second:,.0f} tokens/s"
+    )
     return now.units_done, now.units_total, f"{now.tokens:,} tokens, {speed}{remaining}"
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A token store, checkpoint, run, export or import.")],
+    path: Annotated[
+        str, typer.Argument(metavar="PATH", help="A token store (URL too), checkpoint, run, export or import.")
+    ],
     *,
     diff: Annotated[Path | None, typer.Option(metavar="OTHER", help="Show only what differs from OTHER.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Of a store: sizes and indices, not every chunk.")] = False,
+    sample: Annotated[
+        int | None,
+        typer.Option(
+            min=0, metavar="G", help="Show what global sample G trains on: of a run, or of a store and --config."
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="CONFIG", help="Configuration for --sample of a store.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Say what a folder is and verify every checksum in it; exit code 2 if something is wrong."""
     from launch.inspect_path import diff_inspections, inspect_path
 
-    found = inspect_path(path)
+    if sample is not None:
+        show_sample(path, sample, config, as_json=as_json)
+        return
+    if config is not None:
+        raise ValueError(f"--config {config} is for --sample G; leave it out, or add --sample")
+    found = inspect_path(path, quick=quick)
     if diff is not None:
         differences = diff_inspections(inspect_path(diff), found)
         if as_json:
@@ -113,6 +133,32 @@ def inspect(
         raise typer.Exit(2)
 
 
+def show_sample(path: str, sample: int, config_path: Path | None, *, as_json: bool) -> None:
+    """Decode the row of a global sample: a pure function of the configuration and the store."""
+    from data_pipeline.verify import sample_text
+    from pretrain.config_file import load_config
+
+    place = config_path or Path(path) / "config.yaml"
+    if not place.is_file():
+        raise ValueError(f"--sample {sample} of {path} needs a run directory, or a store and --config CONFIG")
+    run = load_config(place)
+    data = run.data if config_path is None else run.data.model_copy(update={"store": path})
+    shown = sample_text(data, sample, sequence_length=run.train.sequence_length, seed=run.train.seed)
+    if as_json:
+        print_json(asdict(shown))
+        return
+    step, row = divmod(sample, run.train.global_batch_size)
+    facts = {
+        "step": f"{step + 1}, row {row} of its {run.train.global_batch_size}",
+        "source": f"{shown.source}, epoch {shown.epoch}",
+        "part": f"{shown.part}, row {shown.row}, from document {shown.first_document} on",
+        "tokens": f"{len(shown.tokens):,} of {len(shown.documents)} documents",
+    }
+    print_pairs(f"Sample {sample} of {data.store}", facts.items())
+    for number, text in enumerate(shown.documents, start=shown.first_document):
+        print(f"--- document {number}\n{text}")
+
+
 def show_fact(value: Any) -> str:
     """A fact on one line: 1234567 -> 1,234,567; nested mappings as a=b."""
     if isinstance(value, dict):
@@ -126,4 +172,6 @@ def add_verbs(app: typer.Typer) -> None:
     """Register the verbs of this file."""
     app.command(epilog="Example: amfm corpus shakespeare data/corpus/shakespeare")(corpus)
     app.command(epilog="Example: amfm prepare configs/tiny_cpu.yaml data.prepare.num_actors=2")(prepare)
-    app.command(epilog="Example: amfm inspect runs/tiny_cpu --json")(inspect)
+    app.command(epilog="Example: amfm inspect data/shakespeare --quick; amfm inspect runs/tiny_cpu --sample 17")(
+        inspect
+    )

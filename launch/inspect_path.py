@@ -31,11 +31,16 @@ class Inspection:
         return {"kind": self.kind, "ok": self.is_ok(), "problems": list(self.problems), **self.facts}
 
 
-def inspect_path(path: str | Path) -> Inspection:
-    """Read everything below a folder and verify its checksums.
+def inspect_path(path: str | Path, *, quick: bool = False) -> Inspection:
+    """Read everything below a folder, or a token store behind a URL, and verify its checksums.
 
-    Raises FileNotFoundError if it does not exist, ValueError if it is nothing that amfm writes.
+    quick: of a token store only sizes, indices and document ends. Raises FileNotFoundError if it does not exist,
+    ValueError if it is nothing that amfm writes, or for `quick` of anything but a store.
     """
+    from data_pipeline.object_store import is_url
+
+    if is_url(str(path)):
+        return inspect_store(str(path), quick=quick)
     folder = Path(path)
     if not folder.is_dir():
         what = "is a file" if folder.is_file() else "does not exist"
@@ -43,7 +48,12 @@ def inspect_path(path: str | Path) -> Inspection:
     manifest = folder / "manifest.json"
     if manifest.is_file():
         text = manifest.read_text(encoding="utf-8", errors="replace")
-        return inspect_checkpoint(folder) if "amfm-checkpoint" in text[:200] else inspect_store(folder)
+        if "amfm-checkpoint" not in text[:200]:
+            return inspect_store(str(folder), quick=quick)
+    if quick:
+        raise ValueError(f"{folder} is no token store, and --quick is for stores; leave it out")
+    if manifest.is_file():
+        return inspect_checkpoint(folder)
     if (folder / "config.yaml").is_file() or (folder / "checkpoints").is_dir():
         return inspect_run(folder)
     if (folder / "weights.json").is_file():
@@ -56,31 +66,20 @@ def inspect_path(path: str | Path) -> Inspection:
     )
 
 
-def inspect_store(folder: Path) -> Inspection:
-    """A token store: manifest, sizes, the digest of every part, and the tokenizer."""
+def inspect_store(path: str, *, quick: bool = False) -> Inspection:
+    """A token store in a folder or behind a URL: manifest, tokenizer, sizes and, unless quick, every chunk and digest."""
     from data_pipeline.shards import DamagedError
-    from data_pipeline.store import TokenStore, check_part_files, digest_folder
-    from data_pipeline.tokenizer import load_tokenizer
+    from data_pipeline.store import TokenStore
+    from data_pipeline.verify import verify_store
 
+    problems = verify_store(path, full=not quick)
     try:
-        store = TokenStore.open(folder)
-    except DamagedError as error:
-        return Inspection("token store", (str(error),), {})
-    problems = []
-    for _, _, part in store.all_parts():
-        try:
-            check_part_files(folder, part)
-        except DamagedError as error:
-            problems.append(str(error))
-            continue
-        if digest_folder(folder / part.path) != part.digest:
-            problems.append(f"{folder / part.path}: contents changed since they were written (digest of the manifest)")
-    if not store.tokenizer_path.is_file():
-        problems.append(f"{store.tokenizer_path} is missing")
-    elif load_tokenizer(folder).identity() != store.tokenizer_identity:
-        problems.append(f"{store.tokenizer_path} is another tokenizer than the one that made the tokens")
+        store = TokenStore.open(path)
+    except DamagedError:
+        return Inspection("token store", tuple(problems), {})
     parts = list(store.all_parts())
     facts = {
+        "verified": "sizes, indices and document ends" if quick else "every chunk, digest and document end",
         "identity": store.identity(),
         "tokenizer": store.tokenizer_identity,
         "vocab_size": store.vocab_size,

@@ -111,7 +111,7 @@ class Allocation:
         variables = {
             "WORLD_SIZE": str(attempt.nodes * self.ranks_per_node),
             "LOCAL_WORLD_SIZE": str(self.ranks_per_node),
-            "MASTER_ADDR": self.hosts()[0],
+            "MASTER_ADDR": address_of(self.hosts()[0]),
             "MASTER_PORT": str(FIRST_PORT + number % NUM_PORTS),
         }
         if attempt.cause:
@@ -151,6 +151,12 @@ class Allocation:
     def queue_again(self) -> None:
         """Put the job back into the queue: a signal ended the ranks in good order before the run was finished."""
         ask("scontrol", "requeue", self.job)
+
+
+def address_of(node: str) -> str:
+    """Where Slurm reaches a node: its name on most clusters, not on all."""
+    fields = dict(field.partition("=")[::2] for field in ask("scontrol", "-o", "show", "node", node).split())
+    return fields.get("NodeAddr", node)
 
 
 def ask(*command: str) -> str:

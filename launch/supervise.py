@@ -47,7 +47,8 @@ def supervise(
     its batch. Stops with the first cause when `launch.max_restarts` are used up, when the input is refused (code 2), and
     when failures follow each other without a newer checkpoint between them.
     """
-    first_cause, cause = None, None
+    cause: str | None = None
+    causes: list[str] = []
     stuck = 0
     for number in range(config.launch.max_restarts + 1):
         usable = nodes if usable_nodes is None or number == 0 else min(nodes, usable_nodes(nodes))
@@ -59,17 +60,16 @@ def supervise(
         if outcome.code in (DONE, BAD_INPUT):
             return outcome.code
         cause = outcome.cause or f"exit code {outcome.code}"
+        causes.append(cause)
         stuck = 0 if newest_step(config) > before else stuck + 1
-        if stuck == 0 or first_cause is None:
-            first_cause = cause
         say(f"amfm launch: attempt {number} failed at checkpoint step {newest_step(config)}: {cause}")
         if stuck >= STUCK_ATTEMPTS:
             say(
                 f"amfm launch: {stuck} attempts in a row came to no newer checkpoint; not starting again. The first "
-                f"failed because: {first_cause}"
+                f"failed because: {causes[-stuck]}"
             )
             return RUN_FAILED
-    say(f"amfm launch: launch.max_restarts={config.launch.max_restarts} are used up. First cause: {first_cause}")
+    say(f"amfm launch: launch.max_restarts={config.launch.max_restarts} are used up. First cause: {causes[0]}")
     return RUN_FAILED
 
 

@@ -19,7 +19,8 @@ from launch.local import FORWARDED
 from launch.supervise import BAD_INPUT, DONE, RUN_FAILED, Attempt, Outcome
 from pretrain.rank_variables import RESTART_CAUSE
 
-GRACE_SECONDS = 30.0
+GRACE_SECONDS = 10.0  # for the other hosts to end by themselves after one failed
+TORCHRUN_STOP_SECONDS = 45.0  # torchrun gives its ranks 30 s after a signal, then kills them
 ANSWER_SECONDS = 10.0
 KEPT_LINES = 60  # torchrun ends with a report of this length
 
@@ -96,10 +97,11 @@ def signal_children(pid: int, number: int) -> None:
 
 @dataclass
 class HostRun:
-    """One host's torchrun behind a remote shell; its output passes through and its last lines are kept."""
+    """One host's torchrun behind a remote shell; its output passes through, amfm's own words and the end are kept."""
 
     host: str
     process: subprocess.Popen[bytes]
+    words: list[str] = field(default_factory=list)
     lines: deque[str] = field(default_factory=lambda: deque(maxlen=KEPT_LINES))
     reader: threading.Thread | None = None
 
@@ -109,13 +111,15 @@ class HostRun:
         for raw in self.process.stdout:
             line = raw.decode(errors="replace").rstrip("\r\n")
             self.lines.append(line)
+            if line.startswith("amfm: "):
+                self.words.append(line)
             sys.stderr.write(f"{self.host}: {line}\n")
             sys.stderr.flush()
 
-    def stop(self) -> None:
-        """End the remote shell; over ssh the far side is hung up on, which ends torchrun and its ranks."""
+    def stop(self, number: int) -> None:
+        """Signal the remote shell; when ssh ends, the far side is hung up on, which ends torchrun and its ranks."""
         if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGTERM)
+            os.killpg(self.process.pid, number)
 
 
 class RemoteHosts:
@@ -197,14 +201,18 @@ class RemoteHosts:
             subprocess.run([*self.remote_shell, run.host, line], stdin=subprocess.DEVNULL, check=False)
 
     def _wait(self) -> Outcome:
-        deadline, failed = None, None
+        failed: HostRun | None = None
+        escalation = [signal.SIGTERM, signal.SIGKILL]  # once each: torchrun counts a second one as another order
+        deadline = float("inf")
         while any(run.process.poll() is None for run in self.runs):
             if failed is None:
                 failed = next((run for run in self.runs if run.process.poll()), None)
-                deadline = None if failed is None else time.monotonic() + GRACE_SECONDS
-            if deadline is not None and time.monotonic() > deadline:
+                deadline = float("inf") if failed is None else time.monotonic() + GRACE_SECONDS
+            if escalation and time.monotonic() > deadline:
+                number = escalation.pop(0)
+                deadline = time.monotonic() + TORCHRUN_STOP_SECONDS
                 for run in self.runs:
-                    run.stop()
+                    run.stop(number)
             time.sleep(0.1)
         for run in self.runs:
             assert run.reader is not None, "every host has a reader"
@@ -217,6 +225,5 @@ def explain_failure(run: HostRun) -> Outcome:
     """Exit code and cause of a host's failure, from what torchrun wrote last."""
     text = "\n".join(run.lines)
     codes = {int(code) for code in re.findall(r"exitcode\s*:\s*(-?\d+)", text)}
-    words = [line for line in run.lines if line.startswith("amfm: ")]
-    cause = words[-1] if words else (run.lines[-1] if run.lines else f"exit code {run.process.returncode}")
+    cause = next(iter([*run.words, *list(run.lines)[-1:]]), f"exit code {run.process.returncode}")
     return Outcome(BAD_INPUT if BAD_INPUT in codes else RUN_FAILED, f"{run.host}: {cause}")

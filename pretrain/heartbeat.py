@@ -49,6 +49,7 @@ class Heartbeat:
     def __init__(self, run_dir: Path, rank: int, timeout_seconds: float | None) -> None:
         self.directory = run_dir / "heartbeats"
         self.rank, self.timeout_seconds = rank, timeout_seconds
+        self.interval = WRITE_SECONDS if timeout_seconds is None else min(WRITE_SECONDS, timeout_seconds / 4)
         self._place = (0, PHASES[0], time.time())
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
@@ -83,11 +84,10 @@ class Heartbeat:
         os.replace(temporary, self._path(self.rank))
 
     def _watch(self) -> None:
-        interval = WRITE_SECONDS if self.timeout_seconds is None else min(WRITE_SECONDS, self.timeout_seconds / 4)
         woken = time.monotonic()
-        while not self._closed.wait(interval):
+        while not self._closed.wait(self.interval):
             # A process that was itself stopped (SIGSTOP, a suspended machine) gets its time again.
-            asleep = time.monotonic() - woken > 4 * interval
+            asleep = time.monotonic() - woken > 3 * self.interval
             woken = time.monotonic()
             if asleep:
                 step, phase, _ = self._place
@@ -102,7 +102,7 @@ class Heartbeat:
         sys.stderr.write(
             f"amfm: rank {self.rank} on {socket.gethostname()}: no progress for {time.time() - since:.0f} s "
             f"(launch.heartbeat_seconds={self.timeout_seconds:g}) at step {step}, {phase}; "
-            f"{name_laggards(read_beats(self.directory), self.rank)}\n"
+            f"{name_laggards(read_beats(self.directory), self.rank, 3 * self.interval)}\n"
         )
         faulthandler.dump_traceback(all_threads=True)
         sys.stderr.flush()
@@ -115,10 +115,10 @@ def read_beats(directory: Path) -> list[Beat]:
     return sorted(beats, key=lambda beat: beat.rank)
 
 
-def name_laggards(beats: list[Beat], own_rank: int) -> str:
-    """Which ranks the others wait for: those not seen for long (stopped or gone), else those that are behind."""
+def name_laggards(beats: list[Beat], own_rank: int, unseen_seconds: float) -> str:
+    """Which ranks the others wait for: those not seen for so long (stopped or gone), else those that are behind."""
     now = time.time()
-    gone = [beat for beat in beats if now - beat.seen > 4 * WRITE_SECONDS and beat.rank != own_rank]
+    gone = [beat for beat in beats if now - beat.seen > unseen_seconds and beat.rank != own_rank]
     if gone:
         return "not seen any more: " + ", ".join(
             f"rank {beat.rank} on {beat.host} (for {now - beat.seen:.0f} s, last at step {beat.step}, {beat.phase})"

@@ -65,7 +65,7 @@ def tiny_config(data: DataConfig, run_dir: Path, **overrides: Any) -> RunConfig:
     }
     for key, value in overrides.items():
         section, name = key.split("__")
-        tree[section] = {**tree[section], name: value}
+        tree[section] = {**tree.get(section, {}), name: value}
     return RunConfig.model_validate(tree)
 
 
