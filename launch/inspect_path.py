@@ -99,27 +99,22 @@ def inspect_store(path: str, *, quick: bool = False) -> Inspection:
 
 def inspect_checkpoint(folder: Path) -> Inspection:
     """A checkpoint: its manifest, the SHA-256 of every file, and no NaN in any tensor."""
+    from pretrain.checkpoint_read import inspect_checkpoint as inspect
+
+    found = inspect(folder)
+    facts = {name: value for name, value in found.items() if name not in ("kind", "path", "ok", "problems")}
+    return Inspection("checkpoint", tuple(found["problems"]), facts)
+
+
+def mark_checkpoint(folder: Path, keep: bool) -> None:
+    """Mark a checkpoint that verifies, or take its mark away; ValueError for anything else."""
+    from pretrain.checkpoint_commit import mark, release
     from pretrain.checkpoint_files import verify_checkpoint
-    from pretrain.config_file import flatten
 
     manifest, problems = verify_checkpoint(folder)
-    if manifest is None:
-        return Inspection("checkpoint", tuple(problems), {})
-    sizes = [entry["bytes"] for entry in manifest["files"].values()]
-    facts = {
-        "step": manifest["step"],
-        "saved_at": manifest["saved_at"],
-        "parameters": sum(product(entry["shape"]) for entry in manifest["parameters"].values()),
-        "tensors": len(manifest["parameters"]),
-        "bytes": sum(sizes),
-        "files": len(sizes),
-        **{key: manifest["layout"][key] for key in ("world_size", "zero_stage", "precision")},
-        "pattern": manifest["config"]["model"]["pattern"],
-        "identities": manifest["identities"],
-        "versions": manifest["versions"],
-    }
-    files = {name: entry["sha256"] for name, entry in manifest["files"].items()}
-    return Inspection("checkpoint", tuple(problems), facts, flatten(manifest["config"]) | files)
+    if manifest is None or (keep and problems):
+        raise ValueError(f"--keep marks a checkpoint that verifies, and {folder} does not: {'; '.join(problems)}")
+    (mark if keep else release)(folder)
 
 
 def inspect_run(folder: Path) -> Inspection:
@@ -222,6 +217,27 @@ def product(shape: list[int]) -> int:
     for size in shape:
         total *= size
     return total
+
+
+def compare_checkpoints(first: Path, second: Path) -> dict[str, Any]:
+    """Where two checkpoints without problems differ: numbers, settings, state, layout."""
+    from pretrain.checkpoint_files import read_manifest
+    from pretrain.checkpoint_read import compare_checkpoints as compare
+
+    return compare((first, second), [read_manifest(folder) for folder in (first, second)])
+
+
+def list_differences(compared: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Rows (what, first, second) of two compared checkpoints; a tensor's row says by how much it differs."""
+    absent = "(absent)"
+    rows: list[tuple[str, Any, Any]] = [("step", *compared["steps"])] if len(set(compared["steps"])) > 1 else []
+    for section in ("layout", "settings", "identities", "state", "groups", "optimizer_steps"):
+        rows += [(f"{section}: {name}", *values) for name, values in compared[section].items()]
+    rows += [(name, "present", absent) for name in compared["only_in_first"]]
+    rows += [(name, absent, "present") for name in compared["only_in_second"]]
+    for name, kinds in compared["tensors"].items():
+        rows.append((name, "differs by up to", ", ".join(f"{kind} {value:.2e}" for kind, value in kinds.items())))
+    return rows
 
 
 def diff_inspections(first: Inspection, second: Inspection) -> dict[str, tuple[Any, Any]]:

@@ -22,6 +22,7 @@ from pretrain.checkpoint_commit import (
     commit,
     examine_latest,
     list_checkpoints,
+    mark,
     prune,
     remove_temporary,
 )
@@ -74,6 +75,7 @@ class Snapshot:
     tensors: dict[str, Tensor]
     report: RankReport
     manifest: dict[str, Any]
+    marked: bool
 
     def metadata(self) -> dict[str, str]:
         """Head of the rank's tensor file."""
@@ -158,7 +160,8 @@ def take_snapshot(
         "engine": {name: int(getattr(engine.deepspeed, name)) for name in ENGINE_COUNTERS},
         "versions": collect_versions(),
     }
-    return Snapshot(step, tensors, report, manifest)
+    keep_every = config.train.keep_every_steps
+    return Snapshot(step, tensors, report, manifest, marked=keep_every is not None and step % keep_every == 0)
 
 
 def collect_versions() -> dict[str, str]:
@@ -195,6 +198,8 @@ def write_snapshot(checkpoints_dir: Path, snapshot: Snapshot, ranks: Agreement, 
     if ranks.rank == 0:
         if all_written:
             with problem.caught():
+                if snapshot.marked:
+                    mark(temporary_dir)
                 sync_directory(temporary_dir)
                 commit(temporary_dir, complete_manifest(snapshot.manifest, reports))
                 prune(checkpoints_dir, snapshot.step, keep_last)

@@ -13,7 +13,14 @@ from typing import Any
 
 import torch.distributed as dist
 
-from pretrain.checkpoint_files import MANIFEST_NAME, encode_manifest, read_manifest, replace_text, sync_directory
+from pretrain.checkpoint_files import (
+    MANIFEST_NAME,
+    MARK_NAME,
+    encode_manifest,
+    read_manifest,
+    replace_text,
+    sync_directory,
+)
 
 LATEST_NAME = "latest"
 # `step-N.old` is a complete checkpoint that is being replaced by another of the same step.
@@ -109,6 +116,22 @@ def discard(checkpoint_dir: Path) -> None:
     shutil.rmtree(doomed_dir)
 
 
+def is_marked(checkpoint_dir: Path) -> bool:
+    """Whether pruning leaves a checkpoint alone."""
+    return (checkpoint_dir / MARK_NAME).exists()
+
+
+def mark(checkpoint_dir: Path) -> None:
+    """Keep a checkpoint for good; any file of the mark's name does the same."""
+    (checkpoint_dir / MARK_NAME).touch()
+    sync_directory(checkpoint_dir)
+
+
+def release(checkpoint_dir: Path) -> None:
+    """Let pruning have a checkpoint again."""
+    (checkpoint_dir / MARK_NAME).unlink(missing_ok=True)
+
+
 def check_free_space(checkpoints_dir: Path, needed_bytes: int) -> None:
     """RuntimeError when the disk below the folder has less room than a save needs."""
     free_bytes = shutil.disk_usage(checkpoints_dir).free
@@ -124,13 +147,15 @@ def commit(temporary_dir: Path, manifest: dict[str, Any]) -> Path:
 
     Order: manifest in place (written aside, fsync, rename), folder renamed, parent fsync'ed, `latest` renamed. Killed
     anywhere in between, the folder is either not a checkpoint or a whole one. A checkpoint of the same step steps
-    aside as `.old`, still loadable, until the new one stands.
+    aside as `.old`, still loadable, until the new one stands, which inherits its mark.
     """
     checkpoints_dir = temporary_dir.parent
     final_dir = checkpoints_dir / checkpoint_name(manifest["step"])
     replaced_dir = final_dir.with_name(final_dir.name + ".old")
     replace_text(temporary_dir / MANIFEST_NAME, encode_manifest(manifest))
     if final_dir.exists():
+        if is_marked(final_dir):
+            mark(temporary_dir)
         if replaced_dir.exists():
             discard(replaced_dir)
         os.rename(final_dir, replaced_dir)
@@ -145,7 +170,7 @@ def commit(temporary_dir: Path, manifest: dict[str, Any]) -> Path:
 def prune(checkpoints_dir: Path, step: int, keep_last: int) -> list[Path]:
     """Remove all but the newest `keep_last` whole checkpoints up to `step`, and return what was removed.
 
-    A folder with a broken manifest or a file of the wrong size neither counts nor goes: it can't serve as a
+    Marked ones neither count nor go. A folder with a broken manifest or a file of the wrong size neither counts nor goes: it can't serve as a
     predecessor, and it may be what somebody has to look at. Those of later steps stay too (a run that fell back to an
     older checkpoint will write them anew). Rank 0 calls it, after the commit.
     """
@@ -159,7 +184,7 @@ def prune(checkpoints_dir: Path, step: int, keep_last: int) -> list[Path]:
             (path / name).is_file() and (path / name).stat().st_size == entry["bytes"]
             for name, entry in manifest["files"].items()
         )
-        if sizes_match and manifest["step"] <= step:
+        if sizes_match and manifest["step"] <= step and not is_marked(path):
             whole.append(path)
     for path in whole[keep_last:]:
         discard(path)

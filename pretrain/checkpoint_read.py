@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pretrain.checkpoint_commit import CHECKPOINT_NAME, list_checkpoints
+from pretrain.checkpoint_commit import CHECKPOINT_NAME, is_marked, list_checkpoints
 from pretrain.checkpoint_files import (
     MANIFEST_NAME,
     find_foreign_files,
@@ -87,8 +87,8 @@ def read_buffers(checkpoint_dir: Path, manifest: dict[str, Any]) -> Iterator[tup
 def inspect_checkpoint(checkpoint_dir: Path) -> dict[str, Any]:
     """What a folder is and whether all of it verifies, as JSON can hold it; never raises for damage.
 
-    Keys: kind, path, ok, problems, warnings; with a readable manifest also step, saved_at, parameters (total, tensors,
-    by_group), buffers, bytes, files, layout, identities, config_sha256, versions, state.
+    Keys: kind, path, ok, problems, warnings; with a readable manifest also step, saved_at, marked, pattern, parameters
+    (total, tensors, by_group), buffers, bytes, files, layout, identities, config_sha256, versions, state.
     """
     manifest, problems = verify_checkpoint(checkpoint_dir)
     found: dict[str, Any] = {
@@ -109,6 +109,8 @@ def inspect_checkpoint(checkpoint_dir: Path) -> dict[str, Any]:
         "warnings": [f"{name} is not part of the checkpoint" for name in others],
         "step": manifest["step"],
         "saved_at": manifest["saved_at"],
+        "marked": is_marked(checkpoint_dir),
+        "pattern": manifest["config"]["model"]["pattern"],
         "parameters": {
             "total": sum(by_group.values()),
             "tensors": len(manifest["parameters"]),
@@ -122,28 +124,39 @@ def inspect_checkpoint(checkpoint_dir: Path) -> dict[str, Any]:
 
 
 def diff_checkpoints(first_dir: Path, second_dir: Path) -> dict[str, Any]:
-    """Where two sound checkpoints differ, as JSON can hold it; RuntimeError when one is damaged.
+    """`compare_checkpoints` after verifying both; RuntimeError when one is damaged."""
+    return compare_checkpoints((first_dir, second_dir), [require_sound(path) for path in (first_dir, second_dir)])
 
-    Keys: same, steps, only_in_first, only_in_second, tensors (name -> kind -> largest absolute difference, differing
-    ones alone), settings and identities (name -> both values), state (dotted name -> both values).
+
+def compare_checkpoints(paths: tuple[Path, Path], manifests: list[dict[str, Any]]) -> dict[str, Any]:
+    """Where two verified checkpoints differ, in numbers and in what was set, as JSON can hold it.
+
+    Keys: same (layouts aside), steps, only_in_first, only_in_second, tensors (name -> kind -> largest absolute
+    difference, differing ones alone); settings, identities, state, groups (of parameters: their settings) and layout:
+    dotted name -> both values.
     """
-    manifests = [require_sound(path) for path in (first_dir, second_dir)]
     saved = [{**manifest["parameters"], **manifest["buffers"]} for manifest in manifests]
     shapes = [{name: entry["shape"] for name, entry in entries.items()} for entries in saved]
     common = {name for name in shapes[0].keys() & shapes[1].keys() if shapes[0][name] == shapes[1][name]}
     tensors: dict[str, dict[str, float]] = {}
     for kind in (*KINDS, "buffer"):
-        for name, difference in measure_differences((first_dir, second_dir), manifests, kind, common):
+        for name, difference in measure_differences(paths, manifests, kind, common):
             if difference > 0:
                 tensors.setdefault(name, {})[kind] = difference
+    first, second = manifests
+    counters = [{name: entry["optimizer_step"] for name, entry in m["parameters"].items()} for m in manifests]
     pairs = {
-        "settings": compare_settings(manifests[0]["config"], manifests[1]["config"]),
-        "identities": compare_settings(manifests[0]["identities"], manifests[1]["identities"]),
-        "state": compare_settings(manifests[0]["state"], manifests[1]["state"]),
+        "settings": compare_settings(first["config"], second["config"]),
+        "identities": compare_settings(first["identities"], second["identities"]),
+        "state": compare_settings(first["state"], second["state"]),
+        "groups": compare_settings(first["groups"], second["groups"]),
+        "optimizer_steps": compare_settings(*counters),
     }
     only_in_first, only_in_second = (sorted(shapes[index].keys() - common) for index in (0, 1))
+    same = not (tensors or only_in_first or only_in_second or any(pairs.values()))
+    pairs["layout"] = compare_settings(first["layout"], second["layout"])
     return {
-        "same": not (tensors or only_in_first or only_in_second or any(pairs.values())),
+        "same": same,
         "steps": [manifest["step"] for manifest in manifests],
         "only_in_first": only_in_first,
         "only_in_second": only_in_second,

@@ -24,6 +24,8 @@ MAY_CHANGE = (
     "train.checkpoint_every_steps",
     "train.checkpoint_in_background",
     "train.keep_last",
+    "train.keep_every_steps",
+    "train.precision",
     "train.validate_every_steps",
     "train.validation_batches",
     "train.log_every_steps",

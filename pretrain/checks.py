@@ -42,6 +42,7 @@ def check_run(config: RunConfig, world_size: int | None = None) -> None:
         *vocabulary_problems(config),
         *data_problems(config),
         *schedule_problems(config),
+        *keeping_problems(config),
         *loop_problems(config),
         *layout_problems(config),
     ]
@@ -107,6 +108,15 @@ def data_problems(config: RunConfig) -> Iterator[Problem]:
         start = phase.start_sample
     if Path(config.run.dir) == Path(config.data.store):
         yield Problem("run.dir", "is the folder of data.store too", "use two folders", config.run.dir)
+
+
+def keeping_problems(config: RunConfig) -> Iterator[Problem]:
+    """What is kept for good must be saved in the first place."""
+    every, saved = config.train.keep_every_steps, config.train.checkpoint_every_steps
+    if every is not None and (saved is None or every % saved):
+        rule = f"must be a multiple of train.checkpoint_every_steps={'null' if saved is None else saved}"
+        remedy = "set that first" if saved is None else f"use {(every // saved + 1) * saved}"
+        yield Problem("train.keep_every_steps", rule, remedy, str(every))
 
 
 def schedule_problems(config: RunConfig) -> Iterator[Problem]:

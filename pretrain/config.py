@@ -85,6 +85,11 @@ class TrainConfig(Section):
     keep_last: int = Field(
         3, ge=2, description="Complete checkpoints kept; 2 at least, so that a damaged one has a predecessor."
     )
+    keep_every_steps: int | None = Field(
+        None,
+        gt=0,
+        description="Mark the checkpoints of each so many steps: they stay for good, beside keep_last; none: marked by hand only.",
+    )
     validate_every_steps: int | None = Field(
         None, gt=0, description="Measure validation loss each so many steps; none: only at the end."
     )

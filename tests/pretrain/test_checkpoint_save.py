@@ -144,6 +144,21 @@ def test_the_last_ones_are_kept_and_broken_ones_do_not_count(engine: ZeroEngine,
     assert names(tmp_path) == ["latest", "step-00000003", "step-00000004", "step-00000005"]
 
 
+def test_marked_checkpoints_stay_and_do_not_count(engine: ZeroEngine, tmp_path: Path) -> None:
+    steps = {"train__checkpoint_every_steps": 1, "train__keep_every_steps": 3}
+    for step in range(1, 7):
+        save(tmp_path, step, engine, keep_last=2, **steps)
+        if step == 2:
+            (tmp_path / "step-00000002" / "keep").write_text("the one of the paper")
+    kept = [f"step-{step:08d}" for step in (2, 3, 4, 5, 6)]
+    assert names(tmp_path) == ["latest", *kept]
+    assert [inspect_checkpoint(tmp_path / name)["marked"] for name in kept] == [True, True, False, False, True]
+    save(tmp_path, 6, engine, keep_last=2)  # written anew without the setting: the mark stays
+    assert (
+        inspect_checkpoint(tmp_path / kept[-1])["marked"] and inspect_checkpoint(tmp_path / kept[-1])["warnings"] == []
+    )
+
+
 def test_saving_a_step_again_replaces_it(engine: ZeroEngine, tmp_path: Path) -> None:
     save(tmp_path, 1, engine)
     (tmp_path / "step-00000001" / "manifest.json").unlink()
@@ -168,7 +183,6 @@ def test_a_replaced_checkpoint_loads_until_its_successor_stands(engine: ZeroEngi
         ({"train__seed": 4}, "train.seed: the checkpoint has 0, this run has 4"),
         ({"train__global_batch_size": 4}, "train.global_batch_size: the checkpoint has 2, this run has 4"),
         ({"train__sequence_length": 16}, "train.sequence_length: the checkpoint has 8, this run has 16"),
-        ({"train__precision": "float32"}, "train.precision: the checkpoint has 'bf16', this run has 'float32'"),
         ({"optimizer__learning_rate": 0.5}, "optimizer.learning_rate: the checkpoint has 0.01, this run has 0.5"),
         ({"schedule__kind": "cosine"}, "schedule.kind: the checkpoint has 'wsd', this run has 'cosine'"),
         (
@@ -191,13 +205,13 @@ def test_another_run_is_refused_naming_both_values(
 
 def test_harmless_changes_are_allowed_and_reported(engine: ZeroEngine, tmp_path: Path) -> None:
     save(tmp_path, 1, engine)
-    loaded = load(
-        tmp_path, engine, run__dir="moved", train__steps=20, train__stop_after_steps=5, parallel__zero_stage=3
-    )
+    changes = {"run__dir": "moved", "train__steps": 20, "train__stop_after_steps": 5, "parallel__zero_stage": 3}
+    loaded = load(tmp_path, engine, train__precision="float32", **changes)
     assert loaded is not None
     assert loaded.changes == (
         "parallel.zero_stage: 1 -> 3",
         "run.dir: 'unused' -> 'moved'",
+        "train.precision: 'bf16' -> 'float32'",
         "train.steps: 9 -> 20",
         "train.stop_after_steps: None -> 5",
     )

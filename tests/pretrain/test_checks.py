@@ -57,6 +57,14 @@ def test_a_sound_run_passes(base):
             "data.phases.1.start_sample = 9: must be greater than 9, where the phase before starts; put the phases in",
         ),
         (
+            ["train.keep_every_steps=30", "train.checkpoint_every_steps=20"],
+            "train.keep_every_steps = 30: must be a multiple of train.checkpoint_every_steps=20; use 40",
+        ),
+        (
+            ["train.keep_every_steps=30"],
+            "train.keep_every_steps = 30: must be a multiple of train.checkpoint_every_steps=null; set that first",
+        ),
+        (
             ["schedule.warmup_steps=100"],
             "schedule.warmup_steps = 100: must be less than train.steps=100; use 10, say, or raise train.steps",
         ),
