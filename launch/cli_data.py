@@ -92,11 +92,10 @@ def inspect(
     ],
     *,
     diff: Annotated[Path | None, typer.Option(metavar="OTHER", help="Show only what differs from OTHER.")] = None,
-<<<<<<< /tmp/ck/launch/cli_data.py
     keep: Annotated[
         bool | None,
         typer.Option("--keep/--release", help="Mark a sound checkpoint, so that it is never pruned, or undo that."),
-=======
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Of a store: sizes and indices, not every chunk.")] = False,
     sample: Annotated[
         int | None,
@@ -106,37 +105,24 @@ def inspect(
     ] = None,
     config: Annotated[
         Path | None, typer.Option(metavar="CONFIG", help="Configuration for --sample of a store.")
->>>>>>> /tmp/ckt/head/launch/cli_data.py
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Say what a folder is and verify every checksum in it; exit code 2 if something is wrong."""
     from launch.inspect_path import inspect_path, mark_checkpoint
 
-<<<<<<< /tmp/ck/launch/cli_data.py
-    if keep is not None:
-        mark_checkpoint(path, keep)
-    found = inspect_path(path)
-    other = None if diff is None else inspect_path(diff)
-    problems = [*(other.problems if other is not None else ()), *found.problems]
-    if diff is not None and other is not None:
-        print_differences(diff, other, path, found, as_json)
-=======
     if sample is not None:
         show_sample(path, sample, config, as_json=as_json)
         return
     if config is not None:
         raise ValueError(f"--config {config} is for --sample G; leave it out, or add --sample")
+    if keep is not None:
+        mark_checkpoint(Path(path), keep)
     found = inspect_path(path, quick=quick)
-    if diff is not None:
-        differences = diff_inspections(inspect_path(diff), found)
-        if as_json:
-            print_json({name: {"other": first, "this": second} for name, (first, second) in differences.items()})
-        else:
-            print_rows(
-                f"{diff} -> {path}", ("what", str(diff), str(path)), [(n, *pair) for n, pair in differences.items()]
-            )
->>>>>>> /tmp/ckt/head/launch/cli_data.py
+    other = None if diff is None else inspect_path(diff)
+    problems = [*(other.problems if other is not None else ()), *found.problems]
+    if diff is not None and other is not None:
+        print_differences(diff, other, Path(path), found, as_json=as_json)
     elif as_json:
         print_json(found.as_json())
     else:
@@ -150,8 +136,7 @@ def inspect(
         raise typer.Exit(2)
 
 
-<<<<<<< /tmp/ck/launch/cli_data.py
-def print_differences(diff: Path, other: Inspection, path: Path, found: Inspection, as_json: bool) -> None:
+def print_differences(diff: Path, other: Inspection, path: Path, found: Inspection, *, as_json: bool) -> None:
     """Two checkpoints number by number where both are whole; anything else by what its inspection says."""
     from launch.inspect_path import compare_checkpoints, diff_inspections, list_differences
 
@@ -167,7 +152,8 @@ def print_differences(diff: Path, other: Inspection, path: Path, found: Inspecti
         print_json(document)
     else:
         print_rows(f"{diff} -> {path}", ("what", str(diff), str(path)), rows)
-=======
+
+
 def show_sample(path: str, sample: int, config_path: Path | None, *, as_json: bool) -> None:
     """Decode the row of a global sample: a pure function of the configuration and the store."""
     from data_pipeline.verify import sample_text
@@ -192,7 +178,6 @@ def show_sample(path: str, sample: int, config_path: Path | None, *, as_json: bo
     print_pairs(f"Sample {sample} of {data.store}", facts.items())
     for number, text in enumerate(shown.documents, start=shown.first_document):
         print(f"--- document {number}\n{text}")
->>>>>>> /tmp/ckt/head/launch/cli_data.py
 
 
 def show_fact(value: Any) -> str:
