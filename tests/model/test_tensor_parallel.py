@@ -1,16 +1,22 @@
-"""Every block kind and the whole model cut over two tensor-parallel ranks: the losses and gradients of one rank."""
+"""Every block kind and the whole model cut over tensor ranks, tokens too: the losses and gradients of one rank in float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from model.config import AttentionConfig, Mamba2Config, MoeConfig
+from model.config import AttentionConfig, Mamba2Config, ModelConfig, MoeConfig
 from model.groups import single_rank_groups
 from model.hybrid import HybridModel
 from model.layers import parameter_shards
 from model.packing import PackMeta
 from pretrain.grads import find_partial_gradients, sum_partial_gradients
 from pretrain.parallel import place_megatron_buffers_on_cpu
+from tests.helpers.shards import join_parts
 from tests.helpers.spawn import run_ranks
 from tests.model.small_models import loss_of, packed_batch, small_config
 
@@ -22,6 +28,7 @@ MOE = MoeConfig(
     activation="swiglu",
     latent_size=6,
     auxiliary_loss_weight=0.1,
+    sequence_loss_weight=0.1,
     z_loss_weight=0.1,
 )
 CONFIGS = {
@@ -37,68 +44,116 @@ CONFIGS = {
         moe=MOE.model_copy(update={"latent_size": None, "activation": "squared_relu"}),
         attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=6),
     ),
+    # One key-value head and one group of B and C, which both ranks hold; a norm group spans the ranks.
+    "copies": small_config(
+        "M*",
+        mamba=Mamba2Config(num_heads=4, head_dim=3, state_size=5, num_groups=1, chunk_size=8),
+        attention=AttentionConfig(num_heads=4, num_kv_heads=1, head_dim=6, qk_norm=True),
+    ),
 }
+CASES = [(name, sequence_parallel) for name in CONFIGS for sequence_parallel in (False, True)]
 
 
-def loss_logits_and_whole_gradients(config, groups, size):
-    """The training loss, the logits, and every gradient joined over the ranks of `groups.tp`."""
+@dataclass(frozen=True)
+class Computed:
+    """The training loss, logits, each token's loss; weights and gradients joined over ranks, by name.
+
+    `unsummed`: the gradients that would be if the sum of this one over ranks were left out.
+    """
+
+    loss: Tensor
+    logits_BTV: Tensor
+    token_nll_R: Tensor
+    weights: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+    unsummed: dict[str, Tensor]
+
+
+def compute(config: ModelConfig, groups) -> Computed:
     model = HybridModel(config, groups, seed=3).double()
-    tokens_BT, labels_BT, ids_BT = packed_batch()
+    tokens_BT, labels_BT, ids_BT = packed_batch(((7, 1, 13, 3), (24,)))
     meta = PackMeta.from_document_ids(ids_BT)
     output = model(tokens_BT, meta, labels_BT)
     loss = loss_of(output)
     loss.backward()
-    sum_partial_gradients(find_partial_gradients(model, groups), groups)
     with torch.no_grad():
         logits_BTV = model(tokens_BT, meta).logits_BTV
-    gradients, values = {}, {}
-    for name, parameter, shard in parameter_shards(model):
-        for joined, tensor in ((gradients, parameter.grad), (values, parameter.detach())):
-            parts = [torch.empty_like(tensor) for _ in range(size)]
-            if size > 1:
-                dist.all_gather(parts, tensor.contiguous(), group=groups.tp)
-            else:
-                parts = [tensor]
-            over_ranks = [cut for cut in shard.cuts if cut.axis != "ep"]
-            if not over_ranks:
-                assert all(torch.equal(parts[0], part) for part in parts), f"{name} differs between ranks"
-            joined[name] = over_ranks[0].join(parts) if over_ranks else parts[0]
-    return loss.detach(), logits_BTV, output.loss.token_nll_R, values, gradients
+    partials = find_partial_gradients(model, groups)
+    shards = {name: shard for name, _, shard in parameter_shards(model)}
+    unsummed = {partial.name: partial.parameter.grad.clone() for partial in partials}
+    sum_partial_gradients(partials, groups)
+    return Computed(
+        loss.detach(),
+        logits_BTV,
+        output.loss.token_nll_R,
+        {name: join_parts(weight.detach(), shard, groups) for name, weight, shard in parameter_shards(model)},
+        {name: join_parts(weight.grad, shard, groups) for name, weight, shard in parameter_shards(model)},
+        {name: join_parts(part, shards[name], groups, alike=False) for name, part in unsummed.items()},
+    )
 
 
-def run_cut():
+def compute_all() -> list[Computed]:
     dist.init_process_group("gloo")
     if not torch.cuda.is_available():
         place_megatron_buffers_on_cpu()
-    groups = single_rank_groups()
-    groups.tp = groups.expt_tp = dist.group.WORLD
-    results = {
-        name: loss_logits_and_whole_gradients(config, groups, dist.get_world_size()) for name, config in CONFIGS.items()
-    }
+    results = []
+    for name, sequence_parallel in CASES:
+        groups = single_rank_groups()
+        groups.tp = groups.expt_tp = dist.group.WORLD
+        groups.sequence_parallel = sequence_parallel
+        results.append(compute(CONFIGS[name], groups))
     dist.destroy_process_group()
     return results
 
 
 @pytest.fixture(scope="module")
-def cut_results():
-    return run_ranks(run_cut, num_ranks=2)
+def two_ranks() -> list[dict[tuple[str, bool], Computed]]:
+    return [dict(zip(CASES, results)) for results in run_ranks(compute_all, num_ranks=2)]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_two_tensor_ranks_compute_what_one_does(name, cut_results):
-    loss, logits_BTV, token_nll_R, values, gradients = loss_logits_and_whole_gradients(
-        CONFIGS[name], single_rank_groups(), 1
-    )
-    for rank_results in cut_results:
-        other_loss, other_logits, other_nll, other_values, other_gradients = rank_results[name]
-        for key, value in values.items():
-            assert torch.equal(other_values[key], value), key
-        # float64: only the order of sums differs; each token's loss is reported in float32.
-        torch.testing.assert_close(other_loss, loss, rtol=1e-10, atol=1e-10)
-        torch.testing.assert_close(other_logits, logits_BTV, rtol=1e-9, atol=1e-10)
-        torch.testing.assert_close(other_nll, token_nll_R, rtol=1e-5, atol=1e-6)
-        assert other_gradients.keys() == gradients.keys()
-        for key, gradient in gradients.items():
-            torch.testing.assert_close(
-                other_gradients[key], gradient, rtol=1e-8, atol=1e-9, msg=lambda text, key=key: f"{key}: {text}"
-            )
+@pytest.fixture(scope="module")
+def one_rank() -> dict[str, Computed]:
+    return {name: compute(config, single_rank_groups()) for name, config in CONFIGS.items()}
+
+
+def assert_close(actual: Tensor, expected: Tensor, name: str) -> None:
+    # float64: only the order of sums differs.
+    torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-9, msg=lambda text: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_two_tensor_ranks_compute_what_one_does(case, two_ranks, one_rank):
+    expected = one_rank[case[0]]
+    for rank in two_ranks:
+        actual = rank[case]
+        for name, weight in expected.weights.items():
+            assert torch.equal(actual.weights[name], weight), name
+        torch.testing.assert_close(actual.loss, expected.loss, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(actual.logits_BTV, expected.logits_BTV, rtol=1e-9, atol=1e-10)
+        # Each token's loss is reported in float32.
+        torch.testing.assert_close(actual.token_nll_R, expected.token_nll_R, rtol=1e-5, atol=1e-6)
+        assert actual.gradients.keys() == expected.gradients.keys()
+        for name, gradient in expected.gradients.items():
+            assert_close(actual.gradients[name], gradient, name)
+
+
+HEADS = {"blocks.2.mixer.q_norm.weight", "blocks.2.mixer.k_norm.weight"}
+STREAM = {f"blocks.{index}.norm.weight" for index in range(5)} | {"final_norm.weight", "blocks.1.mixer.router.weight"}
+COPIES = {"blocks.0.mixer.in_proj.weight", "blocks.0.mixer.conv.weight", "blocks.0.mixer.conv.bias"}
+COPIES |= {f"blocks.1.mixer.{name}" for name in ("k_proj.weight", "v_proj.weight", "q_norm.weight", "k_norm.weight")}
+SUMMED = {
+    ("whole", False): HEADS,
+    ("whole", True): HEADS | STREAM | {f"blocks.1.mixer.latent_{way}.weight" for way in ("down", "up")},
+    ("copies", False): COPIES,
+}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_leaving_out_any_one_sum_of_gradients_is_noticed(case, two_ranks, one_rank):
+    expected = one_rank[case[0]].gradients
+    for rank in two_ranks:
+        unsummed = rank[case].unsummed
+        assert unsummed.keys() == SUMMED.get(case, unsummed.keys())
+        for name, gradient in unsummed.items():
+            with pytest.raises(AssertionError):
+                assert_close(gradient, expected[name], name)

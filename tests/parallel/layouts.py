@@ -15,16 +15,15 @@ from typing import Any
 
 import deepspeed
 import torch
-import torch.distributed
 from torch import Tensor
 
 from data_pipeline.config import DataConfig
-from model.groups import ProcessGroupCollection
-from model.layers import Shard, parameter_shards
+from model.layers import parameter_shards
 from pretrain.config import RunConfig
 from pretrain.run import Run, close_run, start_run
 from pretrain.signals import SignalWatch
 from pretrain.step import train_step
+from tests.helpers.shards import join_parts
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.tiny_run import tiny_config, tiny_data
 
@@ -139,20 +138,6 @@ def gather_weights(run: Run) -> dict[str, Tensor]:
             known = whole.setdefault(name, tensor)
             assert torch.equal(known, tensor), f"{name} of rank {rank} differs from that of a rank before it"
     return {name: tensor.clone() for name, tensor in whole.items()}
-
-
-def join_parts(part: Tensor, shard: Shard, groups: ProcessGroupCollection) -> Tensor:
-    """The whole tensor from all ranks' parts. Every rank of the cut axes must call this."""
-    for cut in reversed(shard.cuts):
-        group = getattr(groups, cut.axis)
-        if group.size() > 1:
-            parts = [torch.empty_like(part) for _ in range(group.size())]
-            torch.distributed.all_gather(parts, part.contiguous(), group=group)
-            for rank, other in enumerate(parts):
-                taken = cut.take(cut.join(parts), rank, group.size())
-                assert torch.equal(taken, other), f"copies of {shard} differ between ranks of {cut.axis}"
-            part = cut.join(parts)
-    return part
 
 
 def run_all(layouts: list[Layout], data: DataConfig, folder: str) -> list[Outcome]:
