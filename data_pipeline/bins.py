@@ -8,8 +8,9 @@ from collections import OrderedDict
 
 import numpy as np
 
+from data_pipeline.files import write_file_atomically
 from data_pipeline.packing import Bins, fit_documents
-from data_pipeline.store import Part, Split, TokenStore, write_file_atomically
+from data_pipeline.store import Part, Split, TokenStore
 
 MAX_LOADED = 64
 

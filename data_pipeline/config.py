@@ -26,7 +26,7 @@ class SourceConfig(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="Name in the store, the metrics and the ledger.")
     paths: tuple[str, ...] = Field(
         min_length=1,
-        description="Files, folders or globs: .txt, .md (a file is a document), .jsonl, .parquet, .arrow (a Hugging Face dataset on disk), .idx (Megatron tokens, .bin beside it); text and jsonl also as .gz, .zst.",
+        description="Files, folders, globs or URLs (s3://, gs://, az://): .txt, .md (a file is a document), .jsonl, .parquet, .arrow (a Hugging Face dataset on disk), .idx (Megatron tokens, .bin beside it); text and jsonl also as .gz, .zst.",
     )
     text_column: str = Field("text", description="Field that holds the text in jsonl and parquet.")
     weight: float = Field(1.0, gt=0, description="Share of the training samples, relative to the other sources.")
@@ -88,10 +88,25 @@ class PrepareConfig(Section):
     seed: int = Field(0, description="Order of documents inside a part, and which documents validate.")
 
 
+class CacheConfig(Section):
+    """Where a node keeps what it read of a store behind a URL; its ranks share the folder."""
+
+    folder: str = Field("~/.cache/amfm", description="Folder on a disk of the node.")
+    max_bytes: int = Field(
+        64_000_000_000, gt=0, description="Most bytes of blocks; the least recently used are deleted first."
+    )
+    block_bytes: int = Field(
+        4 * 2**20, ge=2**16, description="Bytes a request: a block of `data.shuffle=block` has 256 rows."
+    )
+
+
 class DataConfig(Section):
     """The data of a run."""
 
-    store: str = Field(description="Folder of the token store: written by `amfm prepare`, read by training.")
+    store: str = Field(
+        description="Token store: the folder that `amfm prepare` writes; training also reads a copy at s3://, gs:// or az://."
+    )
+    cache: CacheConfig = Field(CacheConfig(), description="Node cache of a store behind a URL.")
     sources: tuple[SourceConfig, ...] = Field(min_length=1, description="Bodies of text and their weights.")
     tokenizer: TokenizerConfig = Field(TokenizerConfig(), description="How text becomes tokens.")
     prepare: PrepareConfig = Field(PrepareConfig(), description="How the store is written.")

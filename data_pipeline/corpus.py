@@ -10,7 +10,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_pipeline.store import write_file_atomically
+from data_pipeline.files import write_file_atomically
 
 
 @dataclass(frozen=True)

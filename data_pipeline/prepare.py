@@ -13,8 +13,10 @@ from pathlib import Path
 
 from data_pipeline.config import DataConfig, SourceConfig
 from data_pipeline.documents import Document, Segment, SegmentReader
+from data_pipeline.files import write_file_atomically
 from data_pipeline.filters import make_filter
 from data_pipeline.journal import Journal
+from data_pipeline.object_store import is_url
 from data_pipeline.prepare_plan import Unit, UnitSettings, make_units, plan_source
 from data_pipeline.prepare_ray import run_on_ray
 from data_pipeline.prepare_unit import UnitFailure, UnitReport
@@ -26,7 +28,6 @@ from data_pipeline.store import (
     Split,
     TokenizerRecord,
     TokenStore,
-    write_file_atomically,
     write_manifest,
 )
 from data_pipeline.tokenizer import TOKENIZER_FILES, Tokenizer, read_tokenizer_file, train_tokenizer
@@ -106,6 +107,11 @@ def prepare(
     if len(plans) < len(config.sources):
         raise ValueError(
             f"data.sources has two sources of one name among {[s.name for s in config.sources]}; rename one"
+        )
+    if is_url(config.store):
+        raise ValueError(
+            f"data.store={config.store!r} must be a folder to write in; prepare there, copy the folder to the object "
+            "store with any tool, manifest.json last, and train from the URL"
         )
     store = Path(config.store)
     try:
@@ -341,6 +347,6 @@ def _report(
 
 def is_prepared(config: DataConfig) -> bool:
     """Whether the store's manifest is there and names every source of the configuration."""
-    if not (Path(config.store) / MANIFEST).is_file():
+    if not is_url(config.store) and not (Path(config.store) / MANIFEST).is_file():
         return False
     return {source.name for source in config.sources} <= set(TokenStore.open(config.store).source_names)

@@ -14,10 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.documents import Reject, SegmentReader, TokenDocument
+from data_pipeline.files import write_file_atomically
 from data_pipeline.filters import make_filter
+from data_pipeline.part_writer import write_part
 from data_pipeline.permutation import derive_key, permute
 from data_pipeline.prepare_plan import Unit
-from data_pipeline.store import SPLITS, Part, Split, write_file_atomically, write_part
+from data_pipeline.store import SPLITS, Part, Split
 from data_pipeline.tokenizer import Tokenizer
 
 BATCH_DOCUMENTS = 512

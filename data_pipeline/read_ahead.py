@@ -57,7 +57,8 @@ class ReadingProcess:
 
     def close(self) -> None:
         """End the process."""
-        self._requests.close()
+        with contextlib.suppress(BrokenPipeError):  # it died with a request on its way
+            self._requests.close()
         self._answers.close()
         self._process.wait()
 

@@ -15,8 +15,9 @@ import numpy.typing as npt
 
 from data_pipeline.bins import BinIndex
 from data_pipeline.mixture import Mixture
+from data_pipeline.node_cache import CacheSettings
 from data_pipeline.packing import Row, count_windows, starts_in_window
-from data_pipeline.permutation import derive_key, permute, permute_in_blocks
+from data_pipeline.permutation import BLOCK_WINDOWS, BLOCKS_PER_SHUFFLE, derive_key, permute, permute_in_blocks
 from data_pipeline.shards import DamagedError
 from data_pipeline.store import Part, Split, TokenStore
 
@@ -48,6 +49,7 @@ class SampleSettings:
     shuffle: Literal["full", "block"]
     phases: tuple[PhaseSettings, ...]
     on_corruption: Literal["raise", "quarantine"]
+    cache: CacheSettings
 
     @staticmethod
     def from_config(config: DataConfig, *, split: Split, sequence_length: int, seed: int) -> SampleSettings:
@@ -64,6 +66,7 @@ class SampleSettings:
             shuffle=config.shuffle,
             phases=phases if split == "train" else phases[:1],
             on_corruption=config.on_corruption,
+            cache=CacheSettings(**config.cache.model_dump()),
         )
 
 
@@ -122,7 +125,7 @@ class SampleReader:
 
     def __init__(self, settings: SampleSettings, store: TokenStore | None = None) -> None:
         self.settings = settings
-        self.store = store or TokenStore.open(settings.store)
+        self.store = store or TokenStore.open(settings.store, settings.cache)
         self._bins: dict[int, BinIndex] = {}
         self._row_bounds: dict[tuple[str, int], Int64] = {}
         self._located: dict[tuple[int, int], list[Place]] = {}
@@ -134,6 +137,7 @@ class SampleReader:
         self.mixture = Mixture(phases, settings.seed)
         self._stretches = {name: self._find_stretches(name) for name in self.source_names}
         self._identities = {name: self.store.source_identity(name, settings.split) for name in self.source_names}
+        self._check_cache()
 
     def rows_per_epoch(self, source: str, sequence_length: int | None = None) -> int:
         """Rows of one pass over a source; sequence_length: by default that with which the source begins."""
@@ -243,6 +247,23 @@ class SampleReader:
                 epoch, repeats = found[-1].first_epoch + math.ceil(passes), passes % 1
             found.append(Stretch(first, epoch, length, self.rows_per_epoch(source, length), repeats))
         return found
+
+    def _check_cache(self) -> None:
+        """What is read at random must fit the node cache, or most samples would cost a request."""
+        cache, needed = self.store.remote_cache, 0
+        if cache is None:
+            return
+        for source in self.source_names:
+            num_bytes = sum(sum(part.token_shards) for part in self.store.parts(source, self.settings.split))
+            longest = max(stretch.sequence_length for stretch in self._stretches[source])
+            shuffled = BLOCK_WINDOWS * BLOCKS_PER_SHUFFLE * longest * np.dtype(self.store.layout.dtype).itemsize
+            needed += num_bytes if self.settings.shuffle == "full" else min(num_bytes, shuffled)
+        if needed > cache.max_bytes:
+            raise ValueError(
+                f"data.cache.max_bytes={cache.max_bytes} must be at least {needed}, the bytes that "
+                f"data.shuffle={self.settings.shuffle} reads at random from {self.store.location}; raise it"
+                f"{', or use data.shuffle=block' if self.settings.shuffle == 'full' else ''}"
+            )
 
     def _explain_empty(self, source: str, length: int) -> str:
         split = self.settings.split

@@ -1,13 +1,14 @@
-"""The token store: verified Zarr v3 parts and one manifest. Writing goes through zarr-python, reading through pread."""
+"""The token store: verified Zarr v3 parts and one manifest, in a folder or behind a URL."""
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
-import shutil
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,13 +16,17 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.shards import Compression, DamagedError, ShardedArray, encode_shard, iterate_shards
+from data_pipeline.files import digest_files, digest_folder, write_file_atomically
+from data_pipeline.node_cache import CachedFiles, CacheSettings
+from data_pipeline.object_store import RemoteFolder, is_url
+from data_pipeline.shards import Compression, DamagedError, ShardedArray
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 MAX_SHARD_TOKENS = 64 * 2**20
 DOCUMENT_CHUNK = 8192
-MAX_OPEN_PARTS = 64
+MAX_OPEN_PARTS = 256  # some 50 MB of indexes and document ends; a part that is not open costs several rows
+DEFAULT_CACHE = CacheSettings(folder="~/.cache/amfm", max_bytes=64 * 10**9, block_bytes=4 * 2**20)
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
@@ -93,131 +98,10 @@ class TokenizerRecord:
     pad_id: int | None
 
 
-def _shard_length(length: int, chunk: int, limit: int) -> int:
+def shard_length(length: int, chunk: int, limit: int) -> int:
     """One shard for the whole array up to the limit; at least one chunk, a multiple of the chunk."""
     limit = max(chunk, limit // chunk * chunk)
     return min(limit, max(chunk, -(-length // chunk) * chunk))
-
-
-def write_part(
-    store: Path,
-    relative: str,
-    tokens: npt.NDArray[np.generic],
-    document_ends: npt.NDArray[np.uint64],
-    *,
-    text_bytes: int,
-    layout: Layout,
-    attributes: Mapping[str, Any],
-) -> Part:
-    """Write one part under a temporary name, make it durable, rename it into place and return its record.
-
-    tokens: [N] of layout.dtype. document_ends: [documents] offset after each document, end token included.
-    A part of that name from an earlier attempt is replaced. The bytes depend on the arguments alone. One writer a
-    part; OSError of the disk passes through, with the temporary folder removed.
-    """
-    assert str(tokens.dtype) == layout.dtype, f"tokens are {tokens.dtype}, the store has {layout.dtype}"
-    final = store / relative
-    final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = final.parent / f".writing-{final.name}-{os.getpid()}-{os.urandom(4).hex()}"
-    try:
-        _create_arrays(temporary, len(tokens), len(document_ends), layout, attributes)
-        chunk, codec = layout.chunk_tokens, layout.compression
-        token_shards = _write_shards(temporary / "tokens", tokens, chunk, MAX_SHARD_TOKENS, codec)
-        ends_shards = _write_shards(temporary / "document_ends", document_ends, DOCUMENT_CHUNK, MAX_SHARD_TOKENS, codec)
-        digest = digest_folder(temporary, durable=True)
-        if final.exists():
-            shutil.rmtree(final)
-        os.rename(temporary, final)
-        sync_folder(final.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return Part(relative, len(tokens), len(document_ends), text_bytes, token_shards, ends_shards, digest)
-
-
-def _create_arrays(
-    folder: Path, num_tokens: int, num_documents: int, layout: Layout, attributes: Mapping[str, Any]
-) -> None:
-    """Let zarr-python write the metadata, so that any Zarr v3 reader opens the part."""
-    import zarr  # here, because training only reads and zarr takes most of a second to import
-    from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
-
-    def codecs(item_bytes: int) -> list[Any]:
-        if layout.compression == "lz4hc":
-            # Shuffling the bytes of token ids makes them larger: their low bytes carry no pattern.
-            blosc = BloscCodec(cname="lz4hc", clevel=5, shuffle="noshuffle", typesize=item_bytes)
-            return [blosc, Crc32cCodec()]
-        return [ZstdCodec(level=3), Crc32cCodec()] if layout.compression == "zstd" else [Crc32cCodec()]
-
-    group = zarr.create_group(store=str(folder), zarr_format=3, attributes=dict(attributes))
-    for name, length, dtype, chunk in (
-        ("tokens", num_tokens, layout.dtype, layout.chunk_tokens),
-        ("document_ends", num_documents, "uint64", DOCUMENT_CHUNK),
-    ):
-        group.create_array(
-            name,
-            shape=(length,),
-            dtype=dtype,
-            chunks=(chunk,),
-            shards=(_shard_length(length, chunk, MAX_SHARD_TOKENS),),
-            compressors=codecs(np.dtype(dtype).itemsize),
-            fill_value=0,
-        )
-
-
-def _write_shards(
-    array: Path, values: npt.NDArray[np.generic], chunk: int, limit: int, compression: Compression
-) -> tuple[int, ...]:
-    # Encoded here and not by zarr-python: the same bytes at 3 to 10 times the speed.
-    shard = _shard_length(len(values), chunk, limit)
-    sizes = []
-    for number, piece in iterate_shards(values, shard):
-        encoded = encode_shard(piece, chunk, shard, compression)
-        (array / "c").mkdir(exist_ok=True)
-        (array / "c" / str(number)).write_bytes(encoded)
-        sizes.append(len(encoded))
-    return tuple(sizes)
-
-
-def digest_folder(folder: Path, *, durable: bool = False) -> str:
-    """blake2b-256 over the names and contents of all files below a folder; durable also fsyncs them."""
-    digest = hashlib.blake2b(digest_size=32)
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        with path.open("rb") as file:
-            content = file.read()
-            if durable:
-                os.fsync(file.fileno())
-        name = path.relative_to(folder).as_posix().encode()
-        for piece in (len(name).to_bytes(8, "little"), name, len(content).to_bytes(8, "little"), content):
-            digest.update(piece)
-    if durable:
-        for path in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
-            sync_folder(path)
-    return digest.hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_file_atomically(path: Path, content: bytes) -> None:
-    """Replace a file so that a reader, or a crash, sees the old content or the new one and nothing between."""
-    temporary = path.with_name(f".writing-{path.name}-{os.getpid()}-{os.urandom(4).hex()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 PartsBySource = Mapping[str, Mapping[Split, Sequence[Part]]]
@@ -257,31 +141,52 @@ def _identify_store(tokenizer: TokenizerRecord, layout: Layout, sources: PartsBy
 
 
 class TokenStore:
-    """A prepared store, open for reading. No threads, nothing shared between processes; pickles to its path.
+    """A prepared store, open for reading. No threads, nothing shared between processes; pickles to its location.
 
-    At most 64 parts are open at a time; each keeps its shard index and document ends in memory.
+    location: as given, a folder or a URL. path: the folder; for a URL one in the node cache, where the manifest, the
+    tokenizer and what is derived from the parts lie. At most 256 parts are open at a time; each keeps its shard index
+    and document ends in memory.
     """
 
     def __init__(
-        self, path: Path, identity: str, tokenizer: TokenizerRecord, layout: Layout, sources: PartsBySource
+        self,
+        path: Path,
+        identity: str,
+        tokenizer: TokenizerRecord,
+        layout: Layout,
+        sources: PartsBySource,
+        cached: CachedFiles | None = None,
     ) -> None:
         self.path, self.tokenizer, self.layout = path, tokenizer, layout
-        self._identity, self._sources = identity, sources
+        self.location = str(path) if cached is None else cached.remote.url
+        self._cached, self._identity, self._sources = cached, identity, sources
+        self._source_identities: dict[tuple[str, Split], str] = {}
         self._open_parts: OrderedDict[str, tuple[ShardedArray, npt.NDArray[np.int64]]] = OrderedDict()
 
     @classmethod
-    def open(cls, path: str | Path) -> TokenStore:
-        """Read the manifest of a store; parts are opened when they are read.
+    def open(cls, path: str | Path, cache: CacheSettings = DEFAULT_CACHE) -> TokenStore:
+        """Read the manifest of a store in a folder or behind a URL; parts are opened when they are read.
 
-        ValueError when the folder isn't a prepared store or has a newer format; DamagedError when the manifest
-        doesn't match its own identity.
+        ValueError when it isn't a prepared store or has a newer format; DamagedError when the manifest doesn't match
+        its own identity; RuntimeError when an object store can't be reached.
         """
-        folder = Path(path)
-        file = folder / MANIFEST
-        if not file.is_file():
-            raise ValueError(f"data.store={str(path)!r} must hold a prepared store; run `amfm prepare CONFIG` first")
+        remote = RemoteFolder(str(path)) if is_url(str(path)) else None
+        file = f"{path}/{MANIFEST}"
         try:
-            manifest = json.loads(file.read_bytes())
+            content = Path(file).read_bytes() if remote is None else remote.read(MANIFEST)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise ValueError(
+                f"data.store={str(path)!r} must hold a prepared store; run `amfm prepare CONFIG` first"
+            ) from error
+        with _no_garbage_collection():
+            return cls._from_manifest(path, remote, file, content, cache)
+
+    @classmethod
+    def _from_manifest(
+        cls, path: str | Path, remote: RemoteFolder | None, file: str, content: bytes, cache: CacheSettings
+    ) -> TokenStore:
+        try:
+            manifest = json.loads(content)
         except ValueError as error:
             raise DamagedError(f"{file} is damaged: {error}; run `amfm prepare CONFIG` to write it again") from error
         if manifest.get("version") != FORMAT_VERSION:
@@ -301,10 +206,14 @@ class TokenStore:
                 f"{file} says identity {manifest['identity']}, but its contents give {identity}: it was edited or "
                 "damaged; run `amfm prepare CONFIG` to write it again"
             )
-        return cls(folder, identity, tokenizer, layout, sources)
+        if remote is None:
+            return cls(Path(path), identity, tokenizer, layout, sources)
+        mirror = _mirror(remote, identity, {MANIFEST: content, tokenizer.file: None}, cache)
+        return cls(mirror, identity, tokenizer, layout, sources, CachedFiles(remote, cache))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (str(self.path), self._identity)
+        cache = DEFAULT_CACHE if self._cached is None else self._cached.cache.settings
+        return _reopen, (self.location, self._identity, cache)
 
     def identity(self) -> str:
         """Digest over the tokenizer, the layout and every part: two stores with equal identity hold equal tokens."""
@@ -346,7 +255,9 @@ class TokenStore:
 
     def source_identity(self, source: str, split: Split) -> str:
         """Digest of one source alone: unchanged when other sources are added."""
-        return _identify_source(source, split, self.parts(source, split))
+        if (source, split) not in self._source_identities:
+            self._source_identities[source, split] = _identify_source(source, split, self.parts(source, split))
+        return self._source_identities[source, split]
 
     def num_tokens(self, source: str, split: Split) -> int:
         """Tokens of a source, ends of documents included."""
@@ -361,16 +272,47 @@ class TokenStore:
 
     def read_tokens(self, part: Part, start: int, stop: int) -> npt.NDArray[np.generic]:
         """Tokens [start, stop) of a part in the store's dtype, every chunk verified; DamagedError otherwise."""
-        return self._open_part(part)[0].read(start, stop)
+        if self._cached is None:
+            return self._open_part(part)[0].read(start, stop)
+        with self._forgetting_damage(part):
+            return self._open_part(part)[0].read(start, stop)
 
     def document_ends(self, part: Part) -> npt.NDArray[np.int64]:
         """Offset after each document of a part, int64 [documents], kept while the part is open."""
         return self._open_part(part)[1]
 
+    @property
+    def remote_cache(self) -> CacheSettings | None:
+        """Settings of the node cache of a store behind a URL; None for a store in a folder."""
+        return None if self._cached is None else self._cached.cache.settings
+
     def check_files(self) -> None:
-        """Stat every shard file: DamagedError for the first part with a missing file or another size."""
+        """Compare the size of every shard file: DamagedError for the first part with a missing file or another size.
+
+        A folder is asked for each file, a URL for a listing.
+        """
+        for _ in self.check_files_one_by_one():
+            pass
+
+    def check_files_one_by_one(self) -> Iterator[Part]:
+        """As check_files, pausing after each part: 100,000 parts take half a second, and on a busy network minutes."""
+        listed = self.list_files()
         for _, _, part in self.all_parts():
-            check_part_files(self.path, part)
+            check_part_files(self.location, part, listed)
+            yield part
+
+    def list_files(self) -> dict[str, int] | None:
+        """Bytes by path of all that is behind the URL of a store; None for a folder, which answers for each file."""
+        if self._cached is None:
+            return None
+        return {item.name: item.num_bytes for item in self._cached.remote.list()}
+
+    def digest_part(self, part: Part) -> str:
+        """blake2b-256 of the files of a part as they are now; the whole part is read, past the node cache."""
+        if self._cached is None:
+            return digest_folder(self.path / part.path)
+        remote = RemoteFolder(f"{self.location}/{part.path}")
+        return digest_files((name, remote.read(name)) for name in sorted(item.name for item in remote.list()))
 
     def close(self) -> None:
         """Close all files; reading opens them again."""
@@ -382,11 +324,17 @@ class TokenStore:
         if part.path in self._open_parts:
             self._open_parts.move_to_end(part.path)
             return self._open_parts[part.path]
-        check_part_files(self.path, part)
-        folder, layout = self.path / part.path, self.layout
-        tokens = self._array(folder / "tokens", layout.dtype, part.num_tokens, layout.chunk_tokens)
-        ends_array = self._array(folder / "document_ends", "uint64", part.num_documents, DOCUMENT_CHUNK)
-        ends = ends_array.read_all().astype(np.int64)  # searching uint64 for an int would convert all of it each time
+        folder, layout = f"{self.location}/{part.path}", self.layout
+        if self._cached is None:
+            check_part_files(self.location, part)
+        else:
+            for path, size in _shard_files(part):
+                self._cached.expect(f"{self.location}/{path}", size, part.digest)
+        tokens = self._array(f"{folder}/tokens", layout.dtype, part.num_tokens, layout.chunk_tokens)
+        ends_array = self._array(f"{folder}/document_ends", "uint64", part.num_documents, DOCUMENT_CHUNK)
+        with self._forgetting_damage(part):
+            values = ends_array.read_all()
+        ends = values.astype(np.int64)  # searching uint64 for an int would convert all of it each time
         ends_array.close()
         if len(ends) == 0 or int(ends[-1]) != part.num_tokens:
             raise DamagedError(f"{folder} is damaged: its documents don't end at its {part.num_tokens} tokens")
@@ -395,13 +343,54 @@ class TokenStore:
             self._open_parts.popitem(last=False)[1][0].close()
         return tokens, ends
 
-    def _array(self, path: Path, dtype: str, length: int, chunk: int) -> ShardedArray:
-        shard = _shard_length(length, chunk, MAX_SHARD_TOKENS)
-        return ShardedArray(path, dtype, length, chunk=chunk, shard=shard, compression=self.layout.compression)
+    def _array(self, path: str, dtype: str, length: int, chunk: int) -> ShardedArray:
+        shard = shard_length(length, chunk, MAX_SHARD_TOKENS)
+        codec = self.layout.compression
+        return ShardedArray(path, dtype, length, chunk=chunk, shard=shard, compression=codec, files=self._cached)
+
+    @contextmanager
+    def _forgetting_damage(self, part: Part) -> Iterator[None]:
+        """A damaged block must not stay in the node cache: the object may be restored."""
+        try:
+            yield
+        except DamagedError:
+            if self._cached is not None:
+                self._cached.forget([f"{self.location}/{path}" for path, _ in _shard_files(part)])
+            raise
 
 
-def _reopen(path: str, identity: str) -> TokenStore:
-    store = TokenStore.open(path)
+def _mirror(remote: RemoteFolder, identity: str, names: Mapping[str, bytes | None], cache: CacheSettings) -> Path:
+    """The folder of the node cache that stands for a store, with these small files in it; None: fetch it."""
+    key = hashlib.blake2b(f"{remote.url}\n{identity}".encode(), digest_size=16).hexdigest()
+    folder = Path(cache.folder).expanduser() / "stores" / key
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in names.items():
+            if not (folder / name).is_file():
+                write_file_atomically(folder / name, remote.read(name) if content is None else content)
+    except FileNotFoundError as error:
+        raise DamagedError(f"{error}; copy the store to its place again") from error
+    except OSError as error:
+        raise RuntimeError(
+            f"data.cache.folder={cache.folder} can't be used ({error.strerror}); name a writable folder with room"
+        ) from error
+    return folder
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """For making the many objects of a large manifest: looking for garbage among them would take longer than that."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _reopen(path: str, identity: str, cache: CacheSettings) -> TokenStore:
+    store = TokenStore.open(path, cache)
     if store.identity() != identity:
         raise DamagedError(
             f"the store {path} changed while it was in use: identity {identity} became {store.identity()}"
@@ -409,22 +398,28 @@ def _reopen(path: str, identity: str) -> TokenStore:
     return store
 
 
-def check_part_files(store: Path, part: Part) -> None:
-    """Compare the shard files of a part with the sizes in the manifest; DamagedError names the file."""
-    folder = (
-        f"{store}/{part.path}"  # joined as text: a large store has 100,000 of these, and Path takes 20 times longer
-    )
+def _shard_files(part: Part) -> Iterator[tuple[str, int]]:
+    """(path in the store, bytes) of each shard file."""
     for name, sizes in (("tokens", part.token_shards), ("document_ends", part.document_shards)):
         for number, size in enumerate(sizes):
-            file = f"{folder}/{name}/c/{number}"
-            try:
-                found = os.stat(file).st_size
-            except FileNotFoundError as error:
-                raise DamagedError(
-                    f"{file} is missing; run `amfm prepare CONFIG` to write the part again, or restore it from a copy"
-                ) from error
-            if found != size:
-                raise DamagedError(
-                    f"{file} has {found} bytes, the manifest says {size}; delete {folder} and run "
-                    "`amfm prepare CONFIG` to write the part again"
-                )
+            yield f"{part.path}/{name}/c/{number}", size
+
+
+def check_part_files(store: Path | str, part: Part, listed: Mapping[str, int] | None = None) -> None:
+    """Compare the shard files of a part with the sizes in the manifest; DamagedError names the file.
+
+    listed: size by path of what an object store holds; None: the folder is asked.
+    """
+    for path, size in _shard_files(part):
+        file = f"{store}/{path}"  # joined as text: a large store has 100,000 of these, and Path takes 20 times longer
+        try:
+            found = os.stat(file).st_size if listed is None else listed[path]
+        except (FileNotFoundError, KeyError) as error:
+            raise DamagedError(
+                f"{file} is missing; run `amfm prepare CONFIG` to write the part again, or restore it from a copy"
+            ) from error
+        if found != size:
+            raise DamagedError(
+                f"{file} has {found} bytes, the manifest says {size}; delete {store}/{part.path} and run "
+                "`amfm prepare CONFIG` to write the part again, or restore it from a copy"
+            )

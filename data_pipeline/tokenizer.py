@@ -13,6 +13,7 @@ import numpy.typing as npt
 import sentencepiece
 
 from data_pipeline.config import TokenizerConfig
+from data_pipeline.object_store import is_url
 from data_pipeline.sentencepiece_model import round_scores
 from data_pipeline.store import MANIFEST, TokenStore
 from data_pipeline.tokenizer_json import HuggingFaceTokenizer, read_tokenizer_json
@@ -179,10 +180,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     From a store its content is checked against the identity in the manifest. ValueError when the file is missing or
     no tokenizer, RuntimeError when the store's tokenizer was changed.
     """
-    folder = Path(path)
-    if not folder.is_dir() and not (folder / MANIFEST).exists():
-        return read_tokenizer_file(folder)
-    store = TokenStore.open(folder)
+    if not is_url(str(path)) and not Path(path).is_dir() and not (Path(path) / MANIFEST).exists():
+        return read_tokenizer_file(Path(path))
+    store = TokenStore.open(path)
     tokenizer = read_tokenizer_file(store.tokenizer_path, store.eos_id)
     if tokenizer.identity() != store.tokenizer_identity:
         raise RuntimeError(

@@ -10,7 +10,7 @@ import numpy as np
 from data_pipeline.config import DataConfig
 from data_pipeline.samples import SampleReader, SampleSettings
 from data_pipeline.shards import DamagedError
-from data_pipeline.store import Part, Split, TokenStore, check_part_files, digest_folder
+from data_pipeline.store import Part, Split, TokenStore, check_part_files
 from data_pipeline.tokenizer import load_tokenizer
 
 READ_TOKENS = 4 * 2**20
@@ -32,8 +32,10 @@ def verify_store(path: str | Path, *, full: bool = True) -> list[str]:
         load_tokenizer(path)
     except (ValueError, RuntimeError) as error:
         problems.append(str(error))
+    listed = store.list_files()
     for _, _, part in store.all_parts():
         try:
+            check_part_files(store.location, part, listed)
             problems += _verify_part(store, part, full=full)
         except DamagedError as error:
             problems.append(str(error))
@@ -42,8 +44,7 @@ def verify_store(path: str | Path, *, full: bool = True) -> list[str]:
 
 
 def _verify_part(store: TokenStore, part: Part, *, full: bool) -> list[str]:
-    folder = store.path / part.path
-    check_part_files(store.path, part)
+    folder = f"{store.location}/{part.path}"
     ends = store.document_ends(part).astype(np.int64)
     problems = []
     if not (np.diff(ends, prepend=0) > 0).all():
@@ -60,7 +61,7 @@ def _verify_part(store: TokenStore, part: Part, *, full: bool) -> list[str]:
             problems.append(f"{folder}: a document ends without the end token {store.eos_id}; prepare the part again")
     if largest >= store.vocab_size:
         problems.append(f"{folder}: token id {largest} is outside the vocabulary of {store.vocab_size}")
-    if digest_folder(folder) != part.digest:
+    if store.digest_part(part) != part.digest:
         problems.append(f"{folder}: its files aren't those of the manifest (digest); delete it and prepare again")
     return problems
 

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from data_pipeline.config import CacheConfig
+from data_pipeline.object_store import is_url
 from model.checks import check_model
 from model.huggingface import explain_unfit
 from pretrain.checks_parallel import layout_problems, world_problems
@@ -106,6 +108,8 @@ def data_problems(config: RunConfig) -> Iterator[Problem]:
             rule = f"must be greater than {start}, where the phase before starts"
             yield Problem(f"{key}.start_sample", rule, "put the phases in order", str(phase.start_sample))
         start = phase.start_sample
+    if config.data.cache != CacheConfig() and not is_url(config.data.store):
+        yield Problem("data.cache", "has no effect: data.store is a folder", "remove it, or name a URL in data.store")
     if Path(config.run.dir) == Path(config.data.store):
         yield Problem("run.dir", "is the folder of data.store too", "use two folders", config.run.dir)
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import zarr
 
+from data_pipeline.part_writer import write_part
 from data_pipeline.shards import DamagedError, ShardedArray, encode_shard
-from data_pipeline.store import Layout, TokenStore, write_part
+from data_pipeline.store import Layout, TokenStore
 from tests.helpers.tiny_store import make_tiny_store
 
 
@@ -43,7 +44,7 @@ def test_zarr_python_reads_every_array_identically(prepared):
 @pytest.mark.parametrize("preset", ["fast", "balanced", "small"])
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 1000, 2500])
 def test_our_shards_are_what_zarr_python_reads_at_odd_lengths(tmp_path, preset, length, monkeypatch):
-    monkeypatch.setattr("data_pipeline.store.MAX_SHARD_TOKENS", 1024)  # several shards
+    monkeypatch.setattr("data_pipeline.part_writer.MAX_SHARD_TOKENS", 1024)  # several shards
     layout = Layout("uint32", 64, preset)
     tokens = np.random.default_rng(length).integers(0, 2**32, size=length, dtype=np.uint32)
     ends = np.array([length], np.uint64)

@@ -10,7 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from data_pipeline.loader import PretrainLoader
+from data_pipeline.tokenizer import load_tokenizer
 from launch.cli import app, describe, exit_code, run
+from pretrain.config_file import load_config
 from tests.helpers.tiny_store import make_tiny_store
 from tests.pretrain.test_config import BASE
 from tests.pretrain.test_report import line, make_run
@@ -200,7 +203,32 @@ def test_inspect_verifies_a_store_and_finds_a_flipped_byte(tmp_path, capsys):
     captured = capsys.readouterr()
     found = one_object(captured.out)
     assert found["ok"] is False
-    assert "contents changed since they were written" in found["problems"][0]
+    assert "fails its crc32c" in found["problems"][0]
+    assert run(["inspect", str(store), "--quick", "--json"]) == 0, "sizes and indices are as they were"
+    assert one_object(capsys.readouterr().out)["verified"] == "sizes, indices and document ends"
+
+
+def test_inspect_decodes_what_a_global_sample_trains_on(tmp_path, base, capsys):
+    data = make_tiny_store(tmp_path / "data")
+    settings = load_config(base).model_dump(mode="json") | {"data": data.model_dump(mode="json")}
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps(settings))
+    loader = PretrainLoader(
+        data, sequence_length=settings["train"]["sequence_length"], micro_batch_size=1, seed=settings["train"]["seed"]
+    )
+    loader.seek(9)
+    expected = loader.take(1)[0].tokens_BT[0].tolist()
+    for arguments in ([str(tmp_path)], [data.store, "--config", str(config)]):
+        assert run(["inspect", *arguments, "--sample", "9", "--json"]) == 0
+        assert one_object(capsys.readouterr().out)["tokens"] == expected
+    assert run(["inspect", str(tmp_path), "--sample", "9"]) == 0
+    shown = capsys.readouterr().out
+    text = load_tokenizer(data.store).decode(expected[:20])
+    assert "source0, epoch 0" in shown and "--- document" in shown and text.split()[1] in shown
+    assert run(["inspect", data.store, "--sample", "9"]) == 2
+    assert "needs a run directory, or a store and --config CONFIG" in capsys.readouterr().err
+    assert run(["inspect", data.store, "--config", str(config)]) == 2
+    assert "is for --sample G" in capsys.readouterr().err
 
 
 def test_inspect_verifies_an_export_against_its_index(tmp_path, capsys):

@@ -55,6 +55,7 @@ model.moe.auxiliary_loss_weight model.moe.sequence_loss_weight model.moe.z_loss_
 model.feed_forward.hidden_size model.feed_forward.activation
 data.store data.validation_fraction data.packing data.shuffle data.mask_document_boundaries data.num_workers
 data.on_corruption
+data.cache.folder data.cache.max_bytes data.cache.block_bytes
 data.sources.*.name data.sources.*.paths data.sources.*.text_column data.sources.*.weight data.sources.*.max_bytes
 data.sources.*.filters.min_characters data.sources.*.filters.max_characters data.sources.*.filters.keep_pattern
 data.sources.*.filters.drop_pattern

@@ -1,0 +1,211 @@
+import json
+import os
+import pickle
+import shutil
+import socket
+from pathlib import Path
+
+import numpy as np
+import obstore
+import pytest
+from obstore.store import from_url
+
+from data_pipeline.config import CacheConfig
+from data_pipeline.loader import PretrainLoader
+from data_pipeline.node_cache import CacheSettings
+from data_pipeline.object_store import RemoteFolder
+from data_pipeline.prepare import prepare
+from data_pipeline.shards import DamagedError
+from data_pipeline.store import TokenStore
+from data_pipeline.tokenizer import load_tokenizer
+from data_pipeline.verify import verify_store
+from tests.helpers.s3 import BUCKET, s3_server, upload
+from tests.helpers.tiny_store import make_tiny_store, run_in_process
+
+BLOCK = 2**16
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with s3_server() as (variables, requests):
+        before = dict(os.environ)
+        os.environ.update(variables | {"HOME": str(tmp_path_factory.mktemp("home"))})
+        yield requests
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def local(server, tmp_path_factory):
+    """A store on disk whose copy is behind the URL; its shards have several blocks."""
+    config = make_tiny_store(tmp_path_factory.mktemp("data"), num_documents=1000, mean_words=200, part_bytes=400_000)
+    upload(config.store, f"s3://{BUCKET}/store")
+    return config
+
+
+@pytest.fixture()
+def remote(local, tmp_path):
+    cache = CacheConfig(folder=str(tmp_path / "cache"), block_bytes=BLOCK)
+    return local.model_copy(update={"store": f"s3://{BUCKET}/store", "cache": cache})
+
+
+@pytest.fixture()
+def copied(local, remote, tmp_path):
+    """A copy that a test may damage: (config, client of its folder, a shard file of the first training part)."""
+    url = f"s3://{BUCKET}/{tmp_path.name}"
+    upload(local.store, url)
+    part = TokenStore.open(local.store).parts("source0", "train")[0]
+    return remote.model_copy(update={"store": url}), from_url(url), f"{part.path}/tokens/c/0"
+
+
+def rows(config, steps=16, **settings):
+    loader = PretrainLoader(config, sequence_length=64, micro_batch_size=8, seed=1, **settings)
+    taken = [batch.tokens_BT.tolist() for _ in range(steps) for batch in loader.take(16)]
+    loader.close()
+    return taken
+
+
+def cached_files(config):
+    return [path for path in Path(config.cache.folder, "blocks").rglob("*") if path.is_file() and len(path.name) == 40]
+
+
+@pytest.mark.parametrize(
+    ("packing", "shuffle", "workers"),
+    [("concatenate", "full", 0), ("best_fit", "full", 0), ("concatenate", "block", 1)],
+)
+def test_a_store_behind_a_url_trains_as_its_folder_does(local, remote, workers, shuffle, packing):
+    changes = {"shuffle": shuffle, "packing": packing, "num_workers": workers}
+    assert rows(remote.model_copy(update=changes), 4) == rows(local.model_copy(update=changes), 4)
+
+
+def test_a_block_is_requested_once_a_node_and_not_once_a_sample(server, local, remote):
+    store = TokenStore.open(local.store)
+    num_blocks = sum(-(-size // BLOCK) for p in store.parts("source0", "train") for size in p.token_shards)
+    server.seen.clear()
+    expected = rows(local)
+    assert rows(remote) == expected and len(expected) == 32
+    # 256 samples; a window of 64 tokens may lie in two blocks. Beside them the manifest, the tokenizer, the listing.
+    assert 0 < server.gets("/tokens/") <= num_blocks < 40
+    assert server.gets("manifest.json") == server.gets("tokenizer.model") == 1
+    server.seen.clear()
+    assert rows(remote) == expected
+    assert server.gets("/tokens/") == server.gets("/document_ends/") == 0, "another process of the node finds them"
+
+
+def test_the_cache_keeps_to_its_limit_and_deletes_what_was_not_used_for_longest(local, remote):
+    small = remote.model_copy(
+        update={"cache": remote.cache.model_copy(update={"max_bytes": 5 * BLOCK}), "shuffle": "block"}
+    )
+    store = TokenStore.open(small.store, CacheSettings(**small.cache.model_dump()))
+    reference = TokenStore.open(local.store)
+    for _ in range(2):
+        for _, _, part in store.all_parts():
+            got = store.read_tokens(part, 0, part.num_tokens)
+            assert np.array_equal(got, reference.read_tokens(part, 0, part.num_tokens))
+            assert sum(path.stat().st_size for path in cached_files(small)) <= 6 * BLOCK
+
+
+def test_a_cache_too_small_for_the_shuffle_is_refused(remote):
+    small = remote.model_copy(update={"cache": remote.cache.model_copy(update={"max_bytes": 2 * BLOCK})})
+    message = r"data.cache.max_bytes=131072 must be at least \d+, .* data.shuffle=full .*; raise it, or use data.shuffle=block"
+    with pytest.raises(ValueError, match=message):
+        rows(small)
+
+
+def test_a_damaged_block_of_the_cache_is_fetched_again(local, remote, server, caplog):
+    expected = rows(local)
+    assert rows(remote) == expected
+    for path in cached_files(remote):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    server.seen.clear()
+    assert rows(remote) == expected
+    assert server.gets("/tokens/") > 0 and "is damaged; the block is fetched again" in caplog.text
+
+
+def test_a_missing_object_is_found_at_the_start(copied):
+    config, client, shard = copied
+    obstore.delete(client, shard)
+    with pytest.raises(DamagedError, match=rf"{config.store}/{shard} is missing"):
+        rows(config)
+    lax = config.model_copy(update={"on_corruption": "quarantine"})
+    loader = PretrainLoader(lax, sequence_length=64, micro_batch_size=8, seed=1)
+    for _ in range(16):
+        loader.take(16)
+    assert loader.quarantined and f"{config.store}/{shard} is missing" in loader.quarantined[0].reason
+
+
+def test_a_truncated_object_names_both_sizes(copied):
+    config, client, shard = copied
+    content = bytes(obstore.get(client, shard).bytes())
+    obstore.put(client, shard, content[:-100])
+    message = rf"{shard} has {len(content) - 100} bytes, the manifest says {len(content)}"
+    with pytest.raises(DamagedError, match=message):
+        rows(config)
+    store = TokenStore.open(config.store, CacheSettings(**config.cache.model_dump()))
+    part = store.parts("source0", "train")[0]
+    with pytest.raises(DamagedError, match=message):  # without the listing: while training, at the first block
+        store.read_tokens(part, 0, 1)
+
+
+def test_an_altered_object_is_an_error_and_does_not_stay_in_the_cache(copied):
+    config, client, shard = copied
+    content = bytes(obstore.get(client, shard).bytes())
+    obstore.put(client, shard, content[:1000] + bytes([content[1000] ^ 1]) + content[1001:])
+    store = TokenStore.open(config.store, CacheSettings(**config.cache.model_dump()))
+    part = store.parts("source0", "train")[0]
+    with pytest.raises(DamagedError, match=rf"{shard} is damaged: chunk 0 fails its crc32c"):
+        store.read_tokens(part, 0, 1000)
+    assert any(
+        f"{part.path}: its files aren't those of the manifest" in text or "crc32c" in text
+        for text in verify_store(config.store)
+    )
+    obstore.put(client, shard, content)
+    assert len(store.read_tokens(part, 0, 1000)) == 1000
+    assert verify_store(config.store) == []
+
+
+def test_a_changed_manifest_and_another_tokenizer_are_noticed(copied):
+    config, client, _ = copied
+    manifest = json.loads(bytes(obstore.get(client, "manifest.json").bytes()))
+    other = json.loads(json.dumps(manifest))
+    other["sources"]["source0"]["train"][0]["num_tokens"] += 1
+    obstore.put(client, "manifest.json", json.dumps(other).encode())
+    with pytest.raises(DamagedError, match="it was edited or damaged"):
+        rows(config)
+    obstore.put(client, "manifest.json", json.dumps(manifest).encode())
+    model = bytes(obstore.get(client, "tokenizer.model").bytes())
+    obstore.put(client, "tokenizer.model", model.replace(b"\xe2\x96\x81", b"\xe2\x96\x82", 1))
+    with pytest.raises(RuntimeError, match=r"has identity .*, but the store was written with"):
+        load_tokenizer(config.store)
+
+
+def test_a_folder_without_a_store_and_an_unknown_scheme_are_refused(remote, tmp_path):
+    with pytest.raises(ValueError, match=r"data.store='s3://texts/nothing' must hold a prepared store"):
+        rows(remote.model_copy(update={"store": f"s3://{BUCKET}/nothing"}))
+    with pytest.raises(ValueError, match=r"ftp://a/b must begin with s3://, .* or be a local path"):
+        rows(remote.model_copy(update={"store": "ftp://a/b"}))
+    with pytest.raises(ValueError, match="must be a folder to write in; prepare there, copy the folder"):
+        prepare(remote, runner=run_in_process)
+
+
+def test_a_store_that_cannot_be_reached_is_one_message_and_no_damage(monkeypatch, remote):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{unused.getsockname()[1]}")
+        folder = RemoteFolder(remote.store)
+        monkeypatch.setattr("obstore.store.from_url", lambda url: from_url(url, retry_config={"max_retries": 0}))
+        with pytest.raises(
+            RuntimeError, match=r"manifest.json can't be read: .*; check the network, the credentials"
+        ) as caught:
+            folder.read("manifest.json")
+        assert not isinstance(caught.value, DamagedError)
+
+
+def test_a_pickled_handle_opens_the_same_store(remote):
+    store = TokenStore.open(remote.store, CacheSettings(**remote.cache.model_dump()))
+    again = pickle.loads(pickle.dumps(store))
+    part = store.parts("source0", "train")[0]
+    assert again.path == store.path and np.array_equal(again.read_tokens(part, 5, 500), store.read_tokens(part, 5, 500))
+    shutil.rmtree(store.path)
