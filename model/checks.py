@@ -120,6 +120,16 @@ def _check_moe(moe: MoeConfig) -> None:
             f"model.moe.expert_bias=true needs model.moe.router=sigmoid, not {moe.router}; "
             "use router: sigmoid, or balance with auxiliary_loss_weight"
         )
+    if moe.overflow == "recycle" and moe.capacity_factor is None:
+        raise ValueError(
+            "model.moe.overflow=recycle needs model.moe.capacity_factor: without it no expert is ever full; "
+            "set capacity_factor: 1.5, or remove overflow"
+        )
+    if moe.overflow == "recycle" and moe.capacity_factor is not None and moe.capacity_factor < 1:
+        raise ValueError(
+            f"model.moe.overflow=recycle needs model.moe.capacity_factor of at least 1, not {moe.capacity_factor}: "
+            "experts have room for fewer choices than there are; raise it, or use overflow: drop"
+        )
 
 
 def _check_divides(part_name: str, part: int, whole_name: str, whole: int) -> None:

@@ -120,6 +120,15 @@ class MoeConfig(Section):
     latent_size: int | None = Field(
         None, gt=0, description="Width at which tokens travel to routed experts; none: hidden_size."
     )
+    capacity_factor: float | None = Field(
+        None,
+        gt=0,
+        description="While training, an expert takes this many times its even share of a micro-batch's choices; none: all that come.",
+    )
+    overflow: Literal["drop", "recycle"] = Field(
+        "drop",
+        description="Choices over capacity are lost, or go to a random expert with room (Hunyuan-Large, arXiv 2411.02265).",
+    )
 
 
 class ModelConfig(Section):

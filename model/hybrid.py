@@ -17,7 +17,7 @@ from model.checks import check_model
 from model.config import ModelConfig
 from model.feed_forward import FeedForwardMixer
 from model.groups import ProcessGroupCollection
-from model.init import initialize_parameters
+from model.init import initialize_parameters, named_seed
 from model.layers import ColumnLinear, RMSNorm, VocabEmbedding
 from model.loss import head_cross_entropy, head_logits
 from model.mamba2 import Mamba2Mixer
@@ -166,12 +166,14 @@ class HybridModel(nn.Module):
                 self.final_norm = RMSNorm(config.hidden_size, config.norm_epsilon, backend, groups)
             if has_last and not config.tie_embeddings:
                 self.head = ColumnLinear(config.hidden_size, (config.vocab_size,), groups, name="model.vocab_size")
+        for index, mixer in self.routed_mixers():
+            mixer.draw_seed = named_seed(seed, f"blocks.{index}.mixer.draws")
         self.copied_parameters = frozenset() if has_first or self.embedding is None else frozenset({"embedding.weight"})
-        if target.type != "meta":
-            self.initialize()
         if self.embedding is not None and config.tie_embeddings and not (has_first and has_last):
             # Each end of the pipeline has a part of the gradient.
             self.embedding.shards["weight"] = replace(self.embedding.shards["weight"], partial=("embd",))
+        if target.type != "meta":
+            self.initialize()
 
     def initialize(self) -> None:
         """First values of all parameters and buffers, functions of the seed and each name alone."""
@@ -289,6 +291,12 @@ class HybridModel(nn.Module):
 
         Sum `ModelOutput.expert_counts` over micro-batches and all ranks first, then call on every rank.
         """
+        for index, mixer in self.routed_mixers():
+            if index in counts:
+                mixer.update_expert_bias(counts[index])
+
+    def routed_mixers(self) -> Iterator[tuple[int, MoeMixer]]:
+        """The mixers of the MoE blocks that are here, by block index."""
         for index in self.blocks.indices():
             mixer = self.blocks[index].mixer
             if isinstance(mixer, MoeMixer):
@@ -296,15 +304,9 @@ class HybridModel(nn.Module):
 
 
 def _check_groups(groups: ProcessGroupCollection, *, has_pieces: bool) -> None:
-    """Axes that no block is cut over yet must have one rank, and a stage must know which blocks are its own."""
+    """A stage must know which blocks are its own."""
     if groups.pp.size() > 1 and not has_pieces:
         raise ValueError(f"the pp group has {groups.pp.size()} ranks; give the pieces of the model that this one holds")
-    for axis in ("ep",):
-        group = getattr(groups, axis, None)
-        if group is not None and group.size() > 1:
-            raise ValueError(
-                f"the {axis} group has {group.size()} ranks; no block is cut over it: give {axis} one rank"
-            )
 
 
 def _check_cut(meta: PackMeta, groups: ProcessGroupCollection) -> None:

@@ -66,9 +66,14 @@ def first_values(name: str, shape: tuple[int, ...], config: ModelConfig, seed: i
     return torch.empty(shape).normal_(0.0, _deviation(name, config), generator=generator)
 
 
-def _generator(seed: int, name: str) -> torch.Generator:
+def named_seed(seed: int, name: str) -> int:
+    """A number below 2^63 that depends on the seed and the name alone."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    return torch.Generator().manual_seed(named_seed(seed, name))
 
 
 def _mamba(config: ModelConfig) -> Mamba2Config:

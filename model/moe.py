@@ -6,24 +6,38 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kernels.moe.losses import balance_loss, router_z_loss, sequence_balance_loss
-from kernels.moe.op import Routing, expert_feed_forward, route
+from kernels.moe.op import expert_feed_forward, route
 from model.config import ModelConfig, MoeConfig
+from model.expert_balance import auxiliary_losses
+from model.expert_capacity import Choices, limit_choices
+from model.expert_dispatch import dispatch_feed_forward
 from model.feed_forward import FeedForward, up_segments
 from model.groups import ProcessGroupCollection
 from model.layers import Cut, KeepsBuffers, Linear, Shard, divide
 from model.mixer import BlockState, MixerOutput
 from model.packing import PackMeta
-from model.regions import enter_tensor_region, gather_tokens, leave_tensor_region, sum_gradients
+from model.regions import (
+    enter_tensor_region,
+    gather_tokens,
+    join_tokens,
+    leave_tensor_region,
+    part_tokens,
+    sum_gradients,
+    take_tokens,
+)
 
 
 class MoeMixer(KeepsBuffers):
-    """y = sum over the top-k experts of weight * expert(x), plus the shared expert; dropless.
+    """y = sum over the top-k experts of weight * expert(x), plus the shared expert.
 
     Logits, scores and weights are computed in float32 (or more) whatever the dtype of the weights, and the balancing bias
     stays in float32 under any cast. With `latent_size`, latent_down narrows what the routed experts see and latent_up
-    widens their sum; router and shared expert read the full width. Each expert's inner width is cut over the
-    tensor-parallel ranks; the router is whole on each of them, so all choose alike.
+    widens their sum; router and shared expert read the full width. All tensor ranks choose alike, for all tokens. Where
+    experts are spread over `groups.ep`, each tensor rank sends its share of the tokens to them; else every rank has a
+    part of each expert's inner width.
+
+    Dropless, unless `capacity_factor` limits, while training, the choices an expert takes of a micro-batch.
+    `draw_seed` is of recycled choices; the model sets one a block.
 
     Auxiliary losses come weighted, by name: `balance`, `sequence_balance`, `router_z`. Each is a mean over the tokens (or
     rows) of the micro-batch it was computed on. Adding up: a model sums them over its blocks; a step averages them over
@@ -34,7 +48,7 @@ class MoeMixer(KeepsBuffers):
         super().__init__()
         assert config.moe is not None, "check_model was not called: model.moe is missing"
         moe: MoeConfig = config.moe
-        self.section, self.backend, self.groups = moe, backend, groups
+        self.section, self.backend, self.groups, self.draw_seed = moe, backend, groups, 0
         self.router = Linear(config.hidden_size, moe.num_experts, groups)
         self.expert_bias: Tensor | None
         self.register_buffer("expert_bias", torch.zeros(moe.num_experts) if moe.expert_bias else None)
@@ -73,32 +87,64 @@ class MoeMixer(KeepsBuffers):
             group_top_k=moe.router_group_top_k,
             backend=self.backend,
         )
-        y_BTD = self._routed(x_BTD, routing)
-        if self.shared is not None:
-            y_BTD = y_BTD + self.shared(x_BTD)
-        auxiliary = auxiliary_losses(logits_RE, routing, x_BTD.shape[0], moe) if self.training else {}
+        if self.training and moe.capacity_factor is not None:
+            chosen = limit_choices(routing, meta, moe, self.groups, self.draw_seed)
+        else:
+            chosen = Choices(routing.expert_ids_RK, routing.weights_RK)
+        compute = self._dispatched if self.groups.ep.size() > 1 else self._routed
+        y_BTD, shared_BTD = compute(x_BTD, chosen)
+        if shared_BTD is not None:
+            y_BTD = y_BTD + shared_BTD
+        auxiliary = auxiliary_losses(logits_RE, routing, x_BTD.shape[0], moe, self.groups) if self.training else {}
         return MixerOutput(y_BTD, None, auxiliary, routing.counts_E)
 
     def _logits(self, x_BTD: Tensor) -> Tensor:
         dtype = torch.promote_types(x_BTD.dtype, torch.float32)
         return functional.linear(x_BTD.to(dtype), self.router.weight.to(dtype))
 
-    def _routed(self, x_BTD: Tensor, routing: Routing) -> Tensor:
-        if self.latent_down is not None:
-            x_BTD = self.latent_down(x_BTD)
-        # Each tensor rank computes a part of every expert's inner width for all tokens.
-        x_BTD = enter_tensor_region(x_BTD, self.groups)
+    def _routed(self, x_BTD: Tensor, chosen: Choices) -> tuple[Tensor, Tensor | None]:
+        """Routed and shared output where every rank has a part of every expert, for all tokens of the tensor ranks."""
+        narrow_BTD = x_BTD if self.latent_down is None else self.latent_down(x_BTD)
+        narrow_BTD = enter_tensor_region(narrow_BTD, self.groups)
         y_RD = expert_feed_forward(
-            x_BTD.flatten(0, 1),
-            routing.expert_ids_RK,
-            sum_gradients(routing.weights_RK, self.groups),
+            narrow_BTD.flatten(0, 1),
+            # A lost choice has weight 0; any expert will do.
+            chosen.expert_ids_RK.clamp(max=self.section.num_experts - 1),
+            sum_gradients(chosen.weights_RK, self.groups),
             self.experts.up,
             self.experts.down,
             activation=self.section.activation,
             backend=self.backend,
         )
-        y_BTD = leave_tensor_region(y_RD.view_as(x_BTD), self.groups)
-        return y_BTD if self.latent_up is None else self.latent_up(y_BTD)
+        y_BTD = leave_tensor_region(y_RD.view_as(narrow_BTD), self.groups)
+        if self.latent_up is not None:
+            y_BTD = self.latent_up(y_BTD)
+        return y_BTD, self._shared(x_BTD)
+
+    def _dispatched(self, x_BTD: Tensor, chosen: Choices) -> tuple[Tensor, Tensor | None]:
+        """The same where experts are spread over ranks; the shared expert works while tokens travel."""
+        narrow_BTD = x_BTD if self.latent_down is None else self.latent_down(x_BTD)
+        own_BTD = part_tokens(narrow_BTD, self.groups)
+        ids_BTK, weights_BTK = (
+            take_tokens(choices_RK.unflatten(0, (x_BTD.shape[0], -1)), self.groups)
+            for choices_RK in (chosen.expert_ids_RK, chosen.weights_RK)
+        )
+        y_RD, shared_BTD = dispatch_feed_forward(
+            own_BTD.flatten(0, 1),
+            ids_BTK.flatten(0, 1),
+            weights_BTK.flatten(0, 1),
+            self.experts.up,
+            self.experts.down,
+            self.groups,
+            activation=self.section.activation,
+            backend=self.backend,
+            meanwhile=lambda: self._shared(x_BTD),
+        )
+        y_BTD = join_tokens(y_RD.view_as(own_BTD), self.groups)
+        return y_BTD if self.latent_up is None else self.latent_up(y_BTD), shared_BTD
+
+    def _shared(self, x_BTD: Tensor) -> Tensor | None:
+        return None if self.shared is None else self.shared(x_BTD)
 
     @torch.no_grad()
     def update_expert_bias(self, counts_E: Tensor) -> None:
@@ -113,40 +159,18 @@ class MoeMixer(KeepsBuffers):
 
 
 class Experts(nn.Module):
-    """The stacked weights of the routed experts: up [E, F, D] (SwiGLU: gate rows, then up rows), down [E, D, F]."""
+    """The stacked weights of the routed experts that this rank holds: up [e, F, D] (SwiGLU: gate rows, then up rows), down
+    [e, D, F]; e experts of `groups.ep`'s cut, F of `groups.expt_tp`'s."""
 
     def __init__(self, moe: MoeConfig, width: int, groups: ProcessGroupCollection) -> None:
         super().__init__()
         segments = up_segments(moe.expert_hidden_size, moe.activation)
         inner = divide(moe.expert_hidden_size, groups, "model.moe.expert_hidden_size", axis="expert_tensor")
-        self.up = nn.Parameter(torch.empty(moe.num_experts, inner * len(segments), width))
-        self.down = nn.Parameter(torch.empty(moe.num_experts, width, inner))
+        experts = divide(moe.num_experts, groups, "model.moe.num_experts", axis="expert")
+        self.up = nn.Parameter(torch.empty(experts, inner * len(segments), width))
+        self.down = nn.Parameter(torch.empty(experts, width, inner))
         by_expert = Cut(0, "ep", (moe.num_experts,))
         self.shards = {
             "up": Shard((by_expert, Cut(1, "expt_tp", segments))),
             "down": Shard((by_expert, Cut(2, "expt_tp", (moe.expert_hidden_size,)))),
         }
-
-
-def auxiliary_names(moe: MoeConfig) -> list[str]:
-    """The losses that `auxiliary_losses` gives."""
-    weights = {
-        "balance": moe.auxiliary_loss_weight,
-        "sequence_balance": moe.sequence_loss_weight,
-        "router_z": moe.z_loss_weight,
-    }
-    return [name for name, weight in weights.items() if weight]
-
-
-def auxiliary_losses(logits_RE: Tensor, routing: Routing, num_rows: int, moe: MoeConfig) -> dict[str, Tensor]:
-    """The weighted losses that keep a router balanced and its logits small; those of weight 0 are left out."""
-    losses: dict[str, Tensor] = {}
-    if moe.auxiliary_loss_weight:
-        losses["balance"] = moe.auxiliary_loss_weight * balance_loss(routing.scores_RE, routing.counts_E, moe.top_k)
-    if moe.sequence_loss_weight:
-        scores_BTE = routing.scores_RE.unflatten(0, (num_rows, -1))
-        ids_BTK = routing.expert_ids_RK.unflatten(0, (num_rows, -1))
-        losses["sequence_balance"] = moe.sequence_loss_weight * sequence_balance_loss(scores_BTE, ids_BTK)
-    if moe.z_loss_weight:
-        losses["router_z"] = moe.z_loss_weight * router_z_loss(logits_RE)
-    return losses

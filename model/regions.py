@@ -67,3 +67,47 @@ def _reduce(part: Tensor, groups: ProcessGroupCollection) -> Tensor:
         return part
     total: Tensor = mappings.reduce_from_tensor_model_parallel_region(part.contiguous(), group=groups.tp)
     return total
+
+
+def part_tokens(x_BTD: Tensor, groups: ProcessGroupCollection) -> Tensor:
+    """This rank's share of the stream's tokens, [B, T / ranks, D], for work that ranks divide by token.
+
+    Under sequence parallel the stream is that already. Backward gathers the shares' gradients. Raises ValueError where
+    the ranks do not divide T.
+    """
+    if groups.tp.size() == 1 or groups.sequence_parallel:
+        return x_BTD
+    _check_divides(x_BTD.shape[1], groups)
+    own_TBD: Tensor = mappings.scatter_to_sequence_parallel_region(x_BTD.transpose(0, 1), group=groups.tp)
+    return own_TBD.transpose(0, 1)
+
+
+def join_tokens(own_BTD: Tensor, groups: ProcessGroupCollection) -> Tensor:
+    """The stream again, from every rank's share of its tokens; backward keeps this rank's part of the gradient."""
+    if groups.tp.size() == 1 or groups.sequence_parallel:
+        return own_BTD
+    whole_TBD: Tensor = mappings.gather_from_sequence_parallel_region(
+        own_BTD.transpose(0, 1), tensor_parallel_output_grad=False, group=groups.tp
+    )
+    return whole_TBD.transpose(0, 1)
+
+
+def take_tokens(alike_BTX: Tensor, groups: ProcessGroupCollection) -> Tensor:
+    """This rank's tokens of what all ranks computed alike from `gather_tokens`, in the order of `part_tokens`.
+
+    In backward every rank gets what it needs to go on alike: from the others' shares without sequence parallel; with it,
+    `gather_tokens` keeps this rank's part alone.
+    """
+    if groups.tp.size() == 1:
+        return alike_BTX
+    if not groups.sequence_parallel:
+        return part_tokens(alike_BTX, groups)
+    return alike_BTX.chunk(groups.tp.size(), dim=1)[groups.tp.rank()]
+
+
+def _check_divides(num_tokens: int, groups: ProcessGroupCollection) -> None:
+    if num_tokens % groups.tp.size():
+        raise ValueError(
+            f"rows of {num_tokens} tokens cannot be shared by parallel.tensor={groups.tp.size()} ranks that hold different "
+            f"experts; use a multiple of {groups.tp.size()}"
+        )

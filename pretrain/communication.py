@@ -55,7 +55,9 @@ class CommunicationCounter(TorchDispatchMode):
 
     def __init__(self, groups: ProcessGroupCollection) -> None:
         super().__init__()
-        self.axis_of: dict[str, str] = {torch.distributed.group.WORLD.group_name: "world"}
+        world = torch.distributed.group.WORLD
+        assert world is not None, "collectives are counted where there is a process group"
+        self.axis_of: dict[str, str] = {world.group_name: "world"}
         for axis in AXES:
             group = getattr(groups, axis, None)
             if isinstance(group, ProcessGroup):
@@ -74,7 +76,7 @@ class CommunicationCounter(TorchDispatchMode):
         if operator in SILENT:
             return
         assert operator in COLLECTIVES, f"c10d.{operator} is a collective that nobody has taught this counter"
-        group = next(_unboxed(args))
+        group = _group_of(args)
         if group.size() == 1:
             return
         collective, position = COLLECTIVES[operator]
@@ -112,10 +114,13 @@ def sum_traffic(ranks: Iterable[Sequence[Traffic]]) -> list[Traffic]:
     return [totals[key] for key in sorted(totals)]
 
 
-def _unboxed(args: Sequence[Any]) -> Iterable[Any]:
-    for argument in args:
-        if isinstance(argument, torch.ScriptObject) and "ProcessGroup" in str(argument._type()):
-            yield ProcessGroup.unbox(argument)
+def _group_of(args: Sequence[Any]) -> Any:
+    (group,) = (
+        argument
+        for argument in args
+        if isinstance(argument, torch.ScriptObject) and str(argument._type()).endswith(".ProcessGroup")
+    )
+    return ProcessGroup.unbox(group)
 
 
 def _tensors(argument: Any) -> Iterable[Tensor]:

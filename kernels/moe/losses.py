@@ -26,21 +26,26 @@ def balance_loss(scores_RE: Tensor, counts_E: Tensor, top_k: int) -> Tensor:
     return num_experts * (share_E * _row_shares(scores_RE).mean(0)).sum()
 
 
-def sequence_balance_loss(scores_BTE: Tensor, expert_ids_BTK: Tensor) -> Tensor:
+def sequence_balance_loss(scores_BTE: Tensor, counts_BE: Tensor) -> Tensor:
     """As `balance_loss`, but inside each row of the batch, then averaged over rows: 1 when every row is balanced.
 
-    Shapes: scores [B, T, E], expert ids [B, T, K] -> scalar.
+    Shapes: scores [B, T, E], counts [B, E] from `count_by_row` -> scalar. The counts of a row may add up the choices of
+    more tokens than `scores_BTE` holds (other ranks have the rest of the row).
     Source: DeepSeek-V3 (arXiv 2412.19437), section 2.1.2, equations 17 to 20, over alpha.
     """
     rows, _, num_experts = scores_BTE.shape
-    if expert_ids_BTK.shape[:2] != scores_BTE.shape[:2]:
-        raise ValueError(
-            f"expert_ids_BTK must begin with {list(scores_BTE.shape[:2])}; got {list(expert_ids_BTK.shape)}"
-        )
-    row_starts_B = torch.arange(rows, device=expert_ids_BTK.device) * num_experts
-    counts_BE = count_experts(expert_ids_BTK + row_starts_B[:, None, None], rows * num_experts).view(rows, num_experts)
-    share_BE = counts_BE.to(scores_BTE.dtype) / expert_ids_BTK[0].numel()
+    if counts_BE.shape != (rows, num_experts):
+        raise ValueError(f"counts_BE must have shape [{rows}, {num_experts}]; got {list(counts_BE.shape)}")
+    chosen_BE = counts_BE.to(scores_BTE.dtype)
+    share_BE = chosen_BE / chosen_BE.sum(-1, keepdim=True).clamp(min=1)
     return num_experts * (share_BE * _row_shares(scores_BTE).mean(1)).sum(-1).mean()
+
+
+def count_by_row(expert_ids_BTK: Tensor, num_experts: int) -> Tensor:
+    """How many choices of each row fell on each expert: [B, T, K] -> [B, E] int64."""
+    rows = expert_ids_BTK.shape[0]
+    row_starts_B = torch.arange(rows, device=expert_ids_BTK.device) * num_experts
+    return count_experts(expert_ids_BTK + row_starts_B[:, None, None], rows * num_experts).view(rows, num_experts)
 
 
 def router_z_loss(logits_RE: Tensor) -> Tensor:

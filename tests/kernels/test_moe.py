@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.moe.losses import balance_loss, router_z_loss, sequence_balance_loss
+from kernels.moe.losses import balance_loss, count_by_row, router_z_loss, sequence_balance_loss
 from kernels.moe.op import expert_feed_forward, group_by_expert, grouped_feed_forward, route
 from tests.helpers.numbers import relative_rms
 
@@ -167,11 +167,13 @@ def test_balance_losses_are_one_when_balanced_and_more_when_not():
     scores = torch.full((8, 4), 0.25)
     assert balance_loss(scores, torch.full((4,), 4), 2).item() == pytest.approx(1.0)
     ids = torch.tensor([[0, 1], [2, 3]] * 4)
-    assert sequence_balance_loss(scores.view(2, 4, 4), ids.view(2, 4, 2)).item() == pytest.approx(1.0)
+    assert sequence_balance_loss(scores.view(2, 4, 4), count_by_row(ids.view(2, 4, 2), 4)).item() == pytest.approx(1.0)
     logits = torch.randn(16, 4, generator=torch.Generator().manual_seed(5)) + torch.tensor([3.0, 0, 0, 0])
     skewed = route(logits, None, score="softmax", top_k=1, normalize=True, scaling=1.0)
     assert balance_loss(skewed.scores_RE, skewed.counts_E, 1) > 1.5
-    per_row = sequence_balance_loss(skewed.scores_RE.view(2, 8, 4), skewed.expert_ids_RK.view(2, 8, 1))
+    counts_BE = count_by_row(skewed.expert_ids_RK.view(2, 8, 1), 4)
+    assert counts_BE.sum(0).tolist() == skewed.counts_E.tolist()
+    per_row = sequence_balance_loss(skewed.scores_RE.view(2, 8, 4), counts_BE)
     by_hand = [
         balance_loss(skewed.scores_RE[half], torch.bincount(skewed.expert_ids_RK[half, 0], minlength=4), 1)
         for half in (slice(0, 8), slice(8, 16))

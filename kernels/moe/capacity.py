@@ -1,0 +1,83 @@
+"""A limit to the choices that an expert takes of one batch: what is over it is lost, or goes to an expert with room."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from kernels.moe.grouping import count_experts, group_by_expert
+
+ROUNDS = 4  # of drawing seats; a choice without one after them is lost
+LARGEST = 2**63 - 1
+
+
+def expert_capacity(tokens: int, top_k: int, num_experts: int, factor: float) -> int:
+    """The choices that one expert takes of `tokens` tokens: `factor` times an even share, rounded up."""
+    return math.ceil(factor * tokens * top_k / num_experts)
+
+
+def drop_overflow(expert_ids_RK: Tensor, num_experts: int, capacity: int) -> Tensor:
+    """The choices [R, K] with those over capacity set to `num_experts`, which stands for a lost choice.
+
+    An expert takes choices in the order of tokens, so what becomes of a token depends on none that comes after it.
+    """
+    groups = group_by_expert(expert_ids_RK, num_experts)
+    sorted_ids_S = expert_ids_RK.flatten()[groups.order]
+    place_S = torch.arange(len(sorted_ids_S), device=expert_ids_RK.device)
+    place_S = place_S - (groups.offsets_E - groups.counts_E)[sorted_ids_S]
+    kept_S = torch.where(place_S < capacity, sorted_ids_S, num_experts)
+    return torch.empty_like(kept_S).index_copy_(0, groups.order, kept_S).view_as(expert_ids_RK)
+
+
+def recycle_overflow(expert_ids_RK: Tensor, num_experts: int, capacity: int, seed: int) -> Tensor:
+    """As `drop_overflow`, but a choice over capacity gets a free seat of another expert, drawn at random.
+
+    A seat with an expert that its token has already is given back and drawn again, `ROUNDS` times in all; a choice that
+    is then without a seat is lost. The draw is a function of the seed and of all choices: it needs no state, and a
+    second forward pass over the same batch draws alike.
+    Source: Sun et al. 2024, Hunyuan-Large (arXiv 2411.02265), paragraph "Recycle Routing".
+    """
+    device, shape_RK = expert_ids_RK.device, expert_ids_RK.shape
+    kept_S = drop_overflow(expert_ids_RK, num_experts, capacity).flatten()
+    taken_E = count_experts(kept_S[:, None], num_experts + 1)[:num_experts]
+    seats = torch.arange(num_experts * capacity, device=device)
+    seat_experts = seats // capacity
+    is_free = seats % capacity >= taken_E[seat_experts]
+    numbers_S = torch.arange(len(kept_S), device=device) * num_experts + expert_ids_RK.flatten()
+    salt = mix_bits(numbers_S + mix_bits(torch.tensor(seed, device=device))).sum()
+    length = min(len(seats), len(kept_S))
+    for _ in range(ROUNDS):
+        salt = mix_bits(salt)
+        is_waiting_S = kept_S == num_experts
+        drawn = torch.where(is_free, mix_bits(salt + seats) & LARGEST, LARGEST).argsort()[:length]
+        waiting = (~is_waiting_S).argsort(stable=True)[:length]
+        offers = torch.where(is_free[drawn] & is_waiting_S[waiting], seat_experts[drawn], num_experts)
+        offered_RK = torch.full_like(kept_S, num_experts).index_copy_(0, waiting, offers).view(shape_RK)
+        is_new_S = ((offered_RK < num_experts) & ~_is_repeated(offered_RK, kept_S.view(shape_RK))).flatten()
+        kept_S = torch.where(is_new_S, offered_RK.flatten(), kept_S)
+        is_free = is_free.index_copy(0, drawn, is_free[drawn] & ~is_new_S[waiting])
+    return kept_S.view(shape_RK)
+
+
+def mix_bits(values: Tensor) -> Tensor:
+    """A well-mixed int64 of each int64, the same on every device.
+
+    Source: the finalizer of SplitMix64 (Steele, Lea and Flood 2014, doi 10.1145/2660193.2660195, figure 17).
+    """
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        values = (values ^ _shift_right(values, shift)) * factor
+    return values ^ _shift_right(values, 31)
+
+
+def _shift_right(values: Tensor, bits: int) -> Tensor:
+    """Without copying the sign."""
+    return (values >> bits) & (LARGEST >> (bits - 1))
+
+
+def _is_repeated(offered_RK: Tensor, ids_RK: Tensor) -> Tensor:
+    """Whether a token has the expert that it is offered, or is offered it a second time."""
+    has_RK = (offered_RK[:, :, None] == ids_RK[:, None, :]).any(-1)
+    earlier_KK = torch.ones(ids_RK.shape[1], ids_RK.shape[1], dtype=torch.bool, device=ids_RK.device).tril(-1)
+    return has_RK | ((offered_RK[:, :, None] == offered_RK[:, None, :]) & earlier_KK).any(-1)
