@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import gzip
 import io
 import json
@@ -19,35 +18,9 @@ import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
 
-from data_pipeline.config import SourceConfig
 from data_pipeline.filters import Filter
 from data_pipeline.megatron_files import read_megatron_documents, read_megatron_index
-
-Kind = Literal["text", "jsonl", "parquet", "arrow", "megatron"]
-Compression = Literal["none", "gz", "zst"]
-
-KIND_BY_SUFFIX: dict[str, Kind] = {
-    ".txt": "text",
-    ".md": "text",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".idx": "megatron",
-}
-COMPRESSION_BY_SUFFIX: dict[str, Compression] = {".gz": "gz", ".zst": "zst"}
-
-
-@dataclass(frozen=True)
-class InputFile:
-    """A file of a source. name: stable across machines, the index of the path and what follows the path."""
-
-    path: str
-    name: str
-    kind: Kind
-    compression: Compression
-    num_bytes: int
-    modified_ns: int
+from data_pipeline.sources import InputFile
 
 
 @dataclass(frozen=True)
@@ -88,69 +61,6 @@ class Reject:
     reason: str
 
 
-def list_files(source: SourceConfig) -> list[InputFile]:
-    """Find the files of a source, sorted by name.
-
-    ValueError for a path or glob that matches nothing, a file of unknown kind, or an empty file named directly.
-    """
-    files: list[InputFile] = []
-    for number, given in enumerate(source.paths):
-        where = f"source {source.name!r}: path {given!r}"
-        path = Path(given).expanduser()
-        if path.is_dir():
-            found = [item for item in path.rglob("*") if item.is_file() and not _is_hidden(item.relative_to(path))]
-            matches = [(item, item.relative_to(path).as_posix()) for item in found if _kind_of(item.name)]
-            if not matches:
-                raise ValueError(f"{where} holds no {', '.join(KIND_BY_SUFFIX)} file; name a folder that does")
-        elif path.is_file():
-            if _kind_of(path.name) is None:
-                raise ValueError(f"{where} must end in {', '.join(KIND_BY_SUFFIX)}, alone or with .gz or .zst")
-            if path.stat().st_size == 0:
-                raise ValueError(f"{where} is an empty file; remove it from data.sources or put text into it")
-            matches = [(path, path.name)]
-        else:
-            found = [Path(item) for item in glob.glob(str(path), recursive=True)]
-            matches = [(item, item.as_posix()) for item in found if item.is_file() and _kind_of(item.name)]
-            if not matches:
-                raise ValueError(f"{where} doesn't exist; name a file, a folder or a glob that matches text files")
-            root = _fixed_root(str(path))
-            matches = [(item, item.relative_to(root).as_posix()) for item, _ in matches]
-        files += [_describe(item, f"{number}/{name}") for item, name in matches]
-    return sorted(files, key=lambda file: file.name)
-
-
-def _is_hidden(relative: Path) -> bool:
-    return any(part.startswith(".") for part in relative.parts)
-
-
-def _fixed_root(pattern: str) -> Path:
-    """The folders of a glob before its first magic character."""
-    parts = Path(pattern).parts
-    fixed = [part for number, part in enumerate(parts) if not glob.has_magic("/".join(parts[: number + 1]))]
-    return Path(*fixed) if fixed else Path()
-
-
-def _split_suffixes(name: str) -> tuple[str, Compression]:
-    suffix = Path(name).suffix
-    if suffix in COMPRESSION_BY_SUFFIX:
-        return name[: -len(suffix)], COMPRESSION_BY_SUFFIX[suffix]
-    return name, "none"
-
-
-def _kind_of(name: str) -> Kind | None:
-    return KIND_BY_SUFFIX.get(Path(_split_suffixes(name)[0]).suffix)
-
-
-def _describe(path: Path, name: str) -> InputFile:
-    kind, stat = _kind_of(path.name), path.stat()
-    assert kind is not None, f"{path} has no known kind"
-    if kind == "megatron":
-        if not path.with_suffix(".bin").is_file():
-            raise ValueError(f"{path} needs {path.with_suffix('.bin').name} beside it; restore the pair")
-        stat = path.with_suffix(".bin").stat()
-    return InputFile(str(path.resolve()), name, kind, _split_suffixes(name)[1], stat.st_size, stat.st_mtime_ns)
-
-
 def cut_segments(file: InputFile, segment_bytes: int) -> list[Segment]:
     """Cut a file into segments of about segment_bytes that together cover it exactly once.
 
@@ -180,7 +90,8 @@ def cut_segments(file: InputFile, segment_bytes: int) -> list[Segment]:
 
 def _read_parquet_metadata(file: InputFile) -> Any:
     try:
-        return pyarrow.parquet.read_metadata(file.path)
+        with file.open_arrow() as opened:
+            return pyarrow.parquet.read_metadata(opened)
     except (pyarrow.ArrowInvalid, OSError) as error:
         if _is_of_the_disk(error):
             raise
@@ -273,15 +184,16 @@ class SegmentReader:
     def _parquet(self) -> Iterator[Document | Reject]:
         file = self.segment.file
         try:
-            table = pyarrow.parquet.ParquetFile(file.path)
-            if self.text_column not in table.schema_arrow.names:
-                names = ", ".join(table.schema_arrow.names)
-                yield Reject(file.name, f"no column {self.text_column!r} among {names}")
-                return
-            for group in range(self.segment.start, self.segment.stop):
-                column = table.read_row_group(group, columns=[self.text_column], use_threads=False)[self.text_column]
-                for row, text in enumerate(column):
-                    yield self._check_text(text.as_py(), f"{file.name}:group {group} row {row}")
+            with file.open_arrow() as opened:
+                table = pyarrow.parquet.ParquetFile(opened)
+                if self.text_column not in table.schema_arrow.names:
+                    names = ", ".join(table.schema_arrow.names)
+                    yield Reject(file.name, f"no column {self.text_column!r} among {names}")
+                    return
+                for group in range(self.segment.start, self.segment.stop):
+                    rows = table.read_row_group(group, columns=[self.text_column], use_threads=False)
+                    for row, text in enumerate(rows[self.text_column]):
+                        yield self._check_text(text.as_py(), f"{file.name}:group {group} row {row}")
         except (pyarrow.ArrowInvalid, OSError) as error:
             if _is_of_the_disk(error):
                 raise
@@ -291,7 +203,7 @@ class SegmentReader:
         """A Hugging Face dataset saved to disk is one or more Arrow streams; `datasets` isn't needed to read them."""
         file = self.segment.file
         try:
-            with pyarrow.memory_map(file.path) as mapped, pyarrow.ipc.open_stream(mapped) as stream:
+            with file.open_arrow() as opened, pyarrow.ipc.open_stream(opened) as stream:
                 if self.text_column not in stream.schema.names:
                     yield Reject(file.name, f"no column {self.text_column!r} among {', '.join(stream.schema.names)}")
                     return
@@ -326,8 +238,8 @@ class SegmentReader:
 def open_input(file: InputFile) -> IO[bytes]:
     """Open a file for reading, decompressed."""
     if file.compression == "gz":
-        return cast(IO[bytes], gzip.open(file.path, "rb"))
+        return cast(IO[bytes], gzip.open(file.open()))
     if file.compression == "zst":
-        stream: Any = pyarrow.input_stream(file.path, compression="zstd")
+        stream: Any = pyarrow.CompressedInputStream(file.open_arrow(), "zstd")
         return cast(IO[bytes], io.BufferedReader(stream))
-    return open(file.path, "rb")
+    return file.open()

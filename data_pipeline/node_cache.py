@@ -175,7 +175,7 @@ def _fetch(remote: RemoteFolder, name: str, size: int, number: int, block_bytes:
     except FileNotFoundError as error:
         raise DamagedError(f"{remote.url}/{name} is missing; {_REMEDY}") from error
     except RuntimeError:
-        found = remote.size(name)
+        found = remote.look_up(name).num_bytes
         if found == size:
             raise
         block = b""

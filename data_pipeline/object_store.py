@@ -5,6 +5,7 @@ Credentials, region and endpoint come from where the provider's own tools take t
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "abfss")
-STREAM_BYTES = 8 * 2**20  # one request of a file that is read from its beginning to its end
+STREAM_BYTES = 2 * 2**20  # one request of a file that is read from one end to the other
 
 
 def is_url(path: str) -> bool:
@@ -58,24 +59,20 @@ class RemoteFolder:
             answer = library.get(client, name, options={"range": (start, stop)})
             return bytes(answer.bytes()), int(answer.meta["size"])
 
-    def size(self, name: str) -> int:
-        """Bytes of an object."""
+    def look_up(self, name: str) -> ObjectFacts:
+        """What the store knows about one object."""
         with self._explained(name) as (library, client):
-            return int(library.head(client, name)["size"])
+            return _describe(library.head(client, name), name)
 
     def list(self) -> Iterator[ObjectFacts]:
         """Every object below the folder, a thousand a request."""
         with self._explained("") as (library, client):
             for page in library.list(client):
-                for item in page:
-                    moment = item["last_modified"]
-                    modified_ns = int(moment.timestamp()) * 10**9 + moment.microsecond * 1000
-                    yield ObjectFacts(item["path"], item["size"], modified_ns)
+                yield from (_describe(item, item["path"]) for item in page)
 
-    def open(self, name: str) -> Any:
-        """An object as a file that is read in large ranges: read, readline, seek, tell."""
-        with self._explained(name) as (library, client):
-            return _Stream(library.open_reader(client, name, buffer_size=STREAM_BYTES), self, name)
+    def open(self, name: str) -> io.BufferedReader:
+        """An object as a file that is read in ranges of 2 MiB."""
+        return io.BufferedReader(_Stream(self, name), STREAM_BYTES)
 
     @contextmanager
     def _explained(self, name: str) -> Iterator[tuple[Any, Any]]:
@@ -98,51 +95,37 @@ class RemoteFolder:
             ) from error
 
 
-class _Stream:
-    """A file of the client library whose errors are explained; what pyarrow, gzip and io expect of a file."""
+def _describe(item: Any, name: str) -> ObjectFacts:
+    moment = item["last_modified"]
+    return ObjectFacts(name, int(item["size"]), int(moment.timestamp()) * 10**9 + moment.microsecond * 1000)
 
-    def __init__(self, reader: Any, folder: RemoteFolder, name: str) -> None:
-        self._reader, self._folder, self._name = reader, folder, name
-        self.closed = False
 
-    def read(self, size: int = -1) -> bytes:
-        with self._folder._explained(self._name):
-            return bytes(self._reader.readall() if size < 0 else self._reader.read(size)) if size else b""
+class _Stream(io.RawIOBase):
+    """An object as an unbuffered file: each read is one request."""
 
-    def readline(self) -> bytes:
-        with self._folder._explained(self._name):
-            return bytes(self._reader.readline())
+    def __init__(self, folder: RemoteFolder, name: str) -> None:
+        super().__init__()
+        self._folder, self._name, self._size, self._offset = folder, name, folder.look_up(name).num_bytes, 0
 
-    def seek(self, offset: int, whence: int = 0) -> int:
-        return int(self._reader.seek(offset, whence))
+    def readinto(self, buffer: Any) -> int:
+        stop = min(self._size, self._offset + len(buffer))
+        if stop <= self._offset:
+            return 0
+        content, _ = self._folder.read_range(self._name, self._offset, stop)
+        buffer[: len(content)] = content
+        self._offset += len(content)
+        return len(content)
 
-    def tell(self) -> int:
-        return int(self._reader.tell())
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._offset, io.SEEK_END: self._size}[whence]
+        self._offset = base + offset
+        return self._offset
 
     def readable(self) -> bool:
         return True
 
     def seekable(self) -> bool:
         return True
-
-    def writable(self) -> bool:
-        return False
-
-    def flush(self) -> None:
-        return
-
-    def close(self) -> None:
-        self.closed = True
-
-    def __enter__(self) -> _Stream:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __iter__(self) -> Iterator[bytes]:
-        while line := self.readline():
-            yield line
 
 
 def split_url(url: str) -> tuple[str, str]:

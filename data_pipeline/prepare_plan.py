@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 
 from data_pipeline.config import DataConfig, FilterConfig, SourceConfig
-from data_pipeline.documents import InputFile, Segment, cut_segments, list_files
+from data_pipeline.documents import Segment, cut_segments
 from data_pipeline.permutation import derive_key, permute
+from data_pipeline.sources import InputFile, list_files
 from data_pipeline.store import Layout
 
 SEGMENTS_PER_PART = 8  # a part mixes ranges from this many places, so that neighbours in a row differ

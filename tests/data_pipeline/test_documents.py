@@ -6,7 +6,8 @@ import pyarrow.parquet
 import pytest
 
 from data_pipeline.config import SourceConfig
-from data_pipeline.documents import Document, Reject, Segment, SegmentReader, cut_segments, list_files
+from data_pipeline.documents import Document, Reject, Segment, SegmentReader, cut_segments
+from data_pipeline.sources import list_files
 
 
 def source_of(*paths, **settings):
@@ -84,6 +85,19 @@ def test_a_hugging_face_dataset_on_disk_is_read(tmp_path):
         isinstance(item, Reject) and "damaged arrow stream" in item.reason
         for item in read_all(list_files(source_of(tmp_path)), 1000)
     )
+
+
+def test_by_products_of_the_datasets_library_are_left_out_and_its_splits_must_be_named(tmp_path):
+    """map and filter leave cache-*.arrow beside the data; a DatasetDict has a folder a split."""
+    table = pyarrow.table({"text": ["one"]})
+    for name in ("train/data-00000-of-00001.arrow", "train/cache-1f.arrow", "test/data-00000-of-00001.arrow"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        with pyarrow.ipc.new_stream(tmp_path / name, table.schema) as stream:
+            stream.write_table(table)
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    with pytest.raises(ValueError, match=r"is a dataset of the splits test, train; name the folder of one of them"):
+        list_files(source_of(tmp_path))
+    assert texts_of(read_all(list_files(source_of(tmp_path / "train")), 1000)) == ["one"]
 
 
 def test_bad_records_become_rejects_with_place_and_reason(tmp_path):

@@ -1,3 +1,4 @@
+import gzip
 import json
 import os
 import pickle
@@ -7,15 +8,20 @@ from pathlib import Path
 
 import numpy as np
 import obstore
+import pyarrow
+import pyarrow.ipc
+import pyarrow.parquet
 import pytest
 from obstore.store import from_url
 
-from data_pipeline.config import CacheConfig
+from data_pipeline.config import CacheConfig, SourceConfig
+from data_pipeline.documents import Document, SegmentReader, cut_segments
 from data_pipeline.loader import PretrainLoader
 from data_pipeline.node_cache import CacheSettings
 from data_pipeline.object_store import RemoteFolder
 from data_pipeline.prepare import prepare
 from data_pipeline.shards import DamagedError
+from data_pipeline.sources import list_files
 from data_pipeline.store import TokenStore
 from data_pipeline.tokenizer import load_tokenizer
 from data_pipeline.verify import verify_store
@@ -209,3 +215,64 @@ def test_a_pickled_handle_opens_the_same_store(remote):
     part = store.parts("source0", "train")[0]
     assert again.path == store.path and np.array_equal(again.read_tokens(part, 5, 500), store.read_tokens(part, 5, 500))
     shutil.rmtree(store.path)
+
+
+def every_kind(folder):
+    """A folder with a file of each kind, plain and compressed."""
+    records = [{"text": f"document {number} é 漢 " + "x" * (number * 7 % 53)} for number in range(200)]
+    lines = "".join(json.dumps(record) + "\n" for record in records).encode()
+    table = pyarrow.table({"text": [record["text"] for record in records]})
+    (folder / "sub").mkdir(parents=True)
+    (folder / "a.jsonl").write_bytes(lines)
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(lines))
+    with pyarrow.CompressedOutputStream(str(folder / "sub/c.jsonl.zst"), "zstd") as stream:
+        stream.write(lines)
+    (folder / "d.txt").write_text("one text")
+    pyarrow.parquet.write_table(table, folder / "sub/e.parquet", row_group_size=70)
+    with pyarrow.ipc.new_stream(folder / "f.arrow", table.schema) as stream:
+        stream.write_table(table)
+    (folder / "notes.json").write_text("{}")
+    (folder / ".hidden.txt").write_text("hidden")
+    return folder
+
+
+@pytest.mark.parametrize("pattern", ["", "/**/*.*", "/sub/[ce]*", "/a.jsonl"])
+def test_sources_behind_a_url_are_read_as_local_ones(server, tmp_path, pattern):
+    folder = every_kind(tmp_path / "texts")
+    upload(folder, f"s3://{BUCKET}/{tmp_path.name}")
+
+    def read(path):
+        files = list_files(SourceConfig(name="web", paths=(path,)))
+        segments = [segment for file in files for segment in cut_segments(file, 700)]
+        return [file.name for file in files], [item for s in segments for item in SegmentReader(s, "text")]
+
+    names, documents = read(f"s3://{BUCKET}/{tmp_path.name}{pattern}")
+    assert (names, documents) == read(f"{folder}{pattern}")
+    assert len(documents) > 190 and all(isinstance(item, Document) for item in documents)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("none", "doesn't exist; name a file, a folder or a glob"),
+        ("*.txt", "doesn't exist; name a file, a folder or a glob"),
+        ("a.bin", "must end in .txt, .md, .jsonl"),
+        ("x.idx", "must be a local file: copy the .idx and the .bin here"),
+    ],
+)
+def test_urls_that_give_nothing_are_refused_with_a_remedy(server, tmp_path, name, message):
+    for given in ("a.bin", "x.idx"):
+        (tmp_path / given).write_bytes(b"x")
+    upload(tmp_path, f"s3://{BUCKET}/{tmp_path.name}")
+    with pytest.raises(ValueError, match=message):
+        list_files(SourceConfig(name="web", paths=(f"s3://{BUCKET}/{tmp_path.name}/{name}",)))
+
+
+def test_a_store_prepared_from_urls_is_the_store_of_the_local_texts(local, server, tmp_path):
+    texts = Path(local.store).parent / "text0.jsonl"
+    obstore.put(from_url(f"s3://{BUCKET}/corpus"), "text0.jsonl", texts.read_bytes())
+    source = local.sources[0].model_copy(update={"paths": (f"s3://{BUCKET}/corpus/text0.jsonl",)})
+    config = local.model_copy(update={"store": str(tmp_path / "store"), "sources": (source,)})
+    report = prepare(config, runner=run_in_process)
+    assert report.identity == TokenStore.open(local.store).identity()
+    assert prepare(config, runner=run_in_process).units_written == 0

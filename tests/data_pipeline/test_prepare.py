@@ -12,9 +12,9 @@ import pytest
 
 from data_pipeline.config import DataConfig, FilterConfig, PrepareConfig, SourceConfig, TokenizerConfig
 from data_pipeline.corpus import fetch_corpus
-from data_pipeline.documents import list_files
 from data_pipeline.journal import Journal
 from data_pipeline.prepare import LOCK, prepare
+from data_pipeline.sources import list_files
 from data_pipeline.store import TokenStore
 from data_pipeline.tokenizer import load_tokenizer
 from tests.helpers.tiny_store import make_tiny_store, run_in_process, write_jsonl
