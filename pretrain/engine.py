@@ -71,9 +71,9 @@ class ZeroEngine:
         self.zero_stage = zero_stage
         self.clip_norm = clip_norm
         self.fault: GradientFault | None = None
-
         self.accumulator: Float32Accumulator | None = None
     @property
+
     def module(self) -> Any:
         """The model itself; its parameters are partitioned under ZeRO-3."""
         return self.deepspeed.module
@@ -208,7 +208,8 @@ def describe_for_deepspeed(
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": optimizer.clip_grad_norm or 0.0,
+        # Plain AdamW's gradients are clipped in `ZeroEngine.step`; DeepSpeed would clip them again, by a norm of its own.
+        "gradient_clipping": 0.0 if zero_stage == 0 and precision == "float32" else optimizer.clip_grad_norm or 0.0,
         "bf16": {"enabled": precision == "bf16", "check_grad_overflow": True},
         "communication_data_type": "fp32",
         "zero_allow_untested_optimizer": True,

@@ -111,6 +111,10 @@ class Stage(pipelining.PipelineStage):
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         """The second half of a backward pass that was cut in two."""
         super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
+        for parameter in self.submod.parameters():
+            if parameter.grad is not None and not parameter.grad.is_contiguous():
+                # Autograd's accumulation would have given it the layout of the parameter, on which DeepSpeed relies.
+                parameter.grad = parameter.grad.contiguous()
         self.after_weights(self.submod)
 
 

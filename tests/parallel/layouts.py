@@ -54,6 +54,7 @@ MODEL: dict[str, Any] = {
 VARIANTS: dict[str, dict[str, Any]] = {
     "core": MODEL,
     "latent": MODEL | {"tie_embeddings": True, "moe": MODEL["moe"] | {"latent_size": 12, "activation": "swiglu"}},
+    "recycle": MODEL | {"moe": MODEL["moe"] | {"capacity_factor": 1.0, "overflow": "recycle"}},
 }
 
 
@@ -95,6 +96,8 @@ def layout_config(layout: Layout, data: DataConfig, run_dir: Path) -> RunConfig:
         "train__sequence_length": 64,
         "train__steps": STEPS,
         "optimizer__learning_rate": 1e-3,
+        # AdamW would make a step of full length of a gradient that is nothing but rounding.
+        "optimizer__epsilon": 1e-5,
     }
     settings |= layout.settings
     config = tiny_config(data, run_dir, **settings)
@@ -186,4 +189,30 @@ LAYOUTS = [
     Layout(4, {"tensor": 2, "sequence_parallel": True, "zero_stage": 3}),
     Layout(8, {"tensor": 8, "sequence_parallel": True, "zero_stage": 2}),
     Layout(8, {"tensor": 4, "sequence_parallel": True, "zero_stage": 3}, "latent"),
+    # Expert parallel, with whole and with cut experts.
+    Layout(2, {"expert": 2}, "latent", quick=True),
+    Layout(2, {"expert": 2, "zero_stage": 2}, "recycle"),
+    Layout(4, {"expert": 2, "zero_stage": 2}),
+    Layout(4, {"expert": 4}, "recycle", quick=True),
+    Layout(4, {"expert": 2, "expert_tensor": 2}),
+    Layout(4, {"tensor": 2, "expert": 2, "zero_stage": 2}, "latent"),
+    Layout(4, {"tensor": 2, "sequence_parallel": True, "expert": 4}, quick=True),
+    Layout(4, {"tensor": 2, "sequence_parallel": True, "expert": 2, "expert_tensor": 2}, "recycle"),
+    Layout(4, {"pipeline": 2, "expert": 2, "zero_stage": 2}, "latent", quick=True),
+    Layout(8, {"tensor": 2, "sequence_parallel": True, "expert": 4, "zero_stage": 2}),
+    Layout(8, {"tensor": 2, "expert": 2, "expert_tensor": 2}, "latent"),
+    Layout(8, {"pipeline": 2, "tensor": 2, "sequence_parallel": True, "expert": 2}, "recycle"),
+    # Pipeline.
+    Layout(2, {"pipeline": 2}, quick=True),
+    Layout(2, {"pipeline": 2, "zero_stage": 0}),
+    Layout(2, {"pipeline": 2, "schedule": "interleaved", "virtual_stages": 3}, "latent", quick=True),
+    Layout(2, {"pipeline": 2, "schedule": "zero_bubble"}, quick=True),
+    Layout(2, {"pipeline": 2, "schedule": "zero_bubble", "virtual_stages": 2}, "latent"),
+    Layout(4, {"pipeline": 4, "zero_stage": 2}, "latent"),
+    Layout(4, {"pipeline": 2, "zero_stage": 1}),
+    Layout(4, {"pipeline": 2, "zero_stage": 2}, "latent", quick=True),
+    Layout(4, {"pipeline": 2, "zero_stage": 0, "schedule": "interleaved", "virtual_stages": 2}, "latent"),
+    Layout(4, {"pipeline": 2, "tensor": 2}, "latent"),
+    Layout(4, {"pipeline": 2, "tensor": 2, "sequence_parallel": True, "schedule": "zero_bubble"}, quick=True),
+    Layout(8, {"pipeline": 2, "tensor": 2, "sequence_parallel": True, "zero_stage": 2}, "latent"),
 ]
