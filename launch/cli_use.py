@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -120,7 +121,8 @@ def export(
     out: OutArgument,
     *,
     file_format: Annotated[
-        Literal["huggingface"], typer.Option("--format", help="The layout to write.")
+        Literal["huggingface", "deepspeed-universal"],
+        typer.Option("--format", help="A model for transformers, or a whole training state for DeepSpeed's loader."),
     ] = "huggingface",
     target: Annotated[
         Literal["nemotron_h", "granitemoehybrid", "own", "auto"] | None,
@@ -134,7 +136,11 @@ def export(
     """Write a transformers checkpoint, then prove in a fresh process that it gives the same logits."""
     from pretrain.export import export_checkpoint
 
-    assert file_format == "huggingface", f"the option admits no {file_format}"
+    if file_format == "deepspeed-universal":
+        if target is not None or not verify:
+            raise ValueError("--target and --no-verify are about transformers; leave them out with deepspeed-universal")
+        export_for_deepspeed(checkpoint, out, as_json=as_json)
+        return
     report = export_checkpoint(checkpoint, out, target=target, verify=verify)
     if as_json:
         print_json(
@@ -160,6 +166,23 @@ def export(
     pairs = [("folder", report.path), ("class", report.class_name), ("proof", proof), ("compared on", report.compared)]
     pairs += [("why no native class", reason) for reason in report.reasons]
     print_pairs("Export", pairs)
+
+
+def export_for_deepspeed(checkpoint: Path, out: Path, *, as_json: bool) -> None:
+    """Write what `load_checkpoint` of DeepSpeed reads with `load_universal`, and say what it is."""
+    from pretrain.export_universal import export_universal
+
+    report = export_universal(checkpoint, out)
+    if as_json:
+        print_json({**asdict(report), "path": str(report.path)})
+        return
+    pairs = [
+        ("folder", str(report.path)),
+        ("tag", report.tag),
+        ("tensors", f"{report.num_tensors:,}, with two moments each"),
+        ("bytes", f"{report.num_bytes:,}"),
+    ]
+    print_pairs("Export for DeepSpeed's universal loading", pairs)
 
 
 def import_(

@@ -122,8 +122,8 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def sync_files(folder: Path) -> None:
-    """Force every file of a folder, and the folder, to the disk."""
-    for path in [*sorted(item for item in folder.rglob("*") if item.is_file()), folder]:
+    """Force every file of a folder, its folders, and itself to the disk."""
+    for path in [*sorted(folder.rglob("*"), reverse=True), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
