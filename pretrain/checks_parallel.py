@@ -10,7 +10,6 @@ from pretrain.config_errors import Problem
 
 # Key, value that is always allowed, what is missing. The one who adds a capability takes its line out.
 MISSING = (
-    ("expert", 1, "routed experts cannot be spread over ranks"),
     ("context", 1, "rows cannot be cut over ranks"),
     ("offload_optimizer", False, "the optimizer's state cannot leave the device"),
 )
@@ -96,13 +95,14 @@ def share_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def length_problems(config: RunConfig) -> Iterator[Problem]:
-    """The tokens of a row are cut over context ranks, and those of each over tensor ranks under sequence parallel."""
+    """The tokens of a row are cut over context ranks, and those of each over tensor ranks where these divide them."""
     section, length = config.parallel, config.train.sequence_length
-    parts = section.context * (section.tensor if section.sequence_parallel else 1)
+    reason = "sequence_parallel" if section.sequence_parallel else "expert" if section.expert > 1 else None
+    parts = section.context * (section.tensor if reason else 1)
     if length % parts:
         shares = f"parallel.context={section.context}"
-        if section.sequence_parallel:
-            shares += f" x parallel.tensor={section.tensor} (parallel.sequence_parallel)"
+        if reason:
+            shares += f" x parallel.tensor={section.tensor} (parallel.{reason})"
         nearest = " or ".join(str(value) for value in (length // parts * parts, (length // parts + 1) * parts) if value)
         yield Problem("train.sequence_length", f"must be a multiple of {shares}", f"use {nearest}", str(length))
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from model.groups import ProcessGroupCollection
 from pretrain.config import OptimizerConfig
+from pretrain.engine_experts import announced_experts
 from pretrain.grad_norm import GlobalNorm
 from pretrain.grads import (
     Float32Accumulator,
@@ -72,8 +73,8 @@ class ZeroEngine:
         self.clip_norm = clip_norm
         self.fault: GradientFault | None = None
         self.accumulator: Float32Accumulator | None = None
-    @property
 
+    @property
     def module(self) -> Any:
         """The model itself; its parameters are partitioned under ZeRO-3."""
         return self.deepspeed.module
@@ -175,13 +176,14 @@ def build_engine(
     bridge = OutputBridge(module) if zero_stage == 3 else None
     if bridge is not None:
         bridge.open()
-    engine, _, _, _ = deepspeed.initialize(
-        model=module,
-        optimizer=build_adamw(module, optimizer),
-        mpu=parallel.mpu,
-        config=describe_for_deepspeed(module, optimizer=optimizer, precision=precision, zero_stage=zero_stage),
-        dist_init_required=False if deepspeed.comm.is_initialized() else None,
-    )
+    with announced_experts(module, parallel.groups):
+        engine, _, _, _ = deepspeed.initialize(
+            model=module,
+            optimizer=build_adamw(module, optimizer),
+            mpu=parallel.mpu,
+            config=describe_for_deepspeed(module, optimizer=optimizer, precision=precision, zero_stage=zero_stage),
+            dist_init_required=False if deepspeed.comm.is_initialized() else None,
+        )
     if bridge is not None:
         bridge.close()
     restore_buffers(module, buffers)

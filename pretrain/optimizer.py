@@ -1,4 +1,4 @@
-"""AdamW and its two groups: matrices decay, everything else does not."""
+"""AdamW and its groups: matrices decay, everything else does not."""
 
 from __future__ import annotations
 
@@ -18,22 +18,25 @@ def decays(name: str, shape: torch.Size) -> bool:
 
 
 def group_parameters(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two parameter groups, `decay` and `no_decay`, in the order of the module's parameters; empty ones are left out.
+    """Parameter groups `decay` and `no_decay`, in the order of the module's parameters; empty ones are left out.
 
-    `parameter_names` of a group names its parameters, in their order.
+    `parameter_names` of a group names its parameters, in their order. Experts that are spread over ranks, marked with
+    the `group_name` of those that hold the same ones, are groups of their own, of the same label: DeepSpeed reads their
+    `name` and `moe`.
     """
-    groups: dict[str, dict[str, Any]] = {
-        "decay": {"weight_decay": weight_decay},
-        "no_decay": {"weight_decay": 0.0},
-    }
-    for group in groups.values():
-        group.update(params=[], parameter_names=[])
+    groups: dict[tuple[str, str | None], dict[str, Any]] = {}
+    for label, decay in (("decay", weight_decay), ("no_decay", 0.0)):
+        groups[label, None] = {"label": label, "weight_decay": decay, "params": [], "parameter_names": []}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            group = groups["decay" if decays(name, parameter.shape) else "no_decay"]
-            group["params"].append(parameter)
-            group["parameter_names"].append(name)
-    return [{"label": label, **group} for label, group in groups.items() if group["params"]]
+            label = "decay" if decays(name, parameter.shape) else "no_decay"
+            spread: str | None = getattr(parameter, "group_name", None)
+            if (label, spread) not in groups:
+                own = {"params": [], "parameter_names": [], "moe": True, "name": spread}
+                groups[label, spread] = groups[label, None] | own
+            groups[label, spread]["params"].append(parameter)
+            groups[label, spread]["parameter_names"].append(name)
+    return [group for group in groups.values() if group["params"]]
 
 
 def build_adamw(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:

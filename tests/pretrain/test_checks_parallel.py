@@ -82,6 +82,10 @@ def base(tmp_path: Path) -> Path:
             "train.sequence_length = 127: must be a multiple of parallel.context=1 x parallel.tensor=2 "
             "(parallel.sequence_parallel); use 126 or 128",
         ),
+        (
+            ["model.pattern=M*E", MOE, "parallel.tensor=2", "parallel.expert=2", "train.sequence_length=127"],
+            "train.sequence_length = 127: must be a multiple of parallel.context=1 x parallel.tensor=2 (parallel.expert)",
+        ),
     ],
 )
 def test_a_broken_rule_names_value_rule_and_remedy(base, overrides, message):

@@ -35,3 +35,17 @@ def test_adamw_is_fused_and_starts_without_a_rate() -> None:
     adamw = build_adamw(model, OptimizerConfig(learning_rate=1e-3, beta2=0.98))
     assert adamw.defaults["fused"] and adamw.defaults["lr"] == 0.0
     assert all(group["betas"] == (0.9, 0.98) for group in adamw.param_groups)
+
+
+def test_experts_that_are_spread_over_ranks_are_groups_of_their_own_with_the_same_settings() -> None:
+    model = HybridModel(ModelConfig.model_validate(MODEL), single_rank_groups())
+    experts = {name: parameter for name, parameter in model.named_parameters() if ".experts." in name}
+    plain, no_decay = group_parameters(model, 0.1)
+    for parameter in experts.values():
+        parameter.group_name = "ep_size_2"
+    decay, no_decay_again, spread = group_parameters(model, 0.1)
+    assert spread["parameter_names"] == list(experts) and spread["params"] == list(experts.values())
+    assert (spread["label"], spread["weight_decay"]) == ("decay", 0.1)
+    assert (spread["moe"], spread["name"]) == (True, "ep_size_2")
+    assert decay["parameter_names"] == [name for name in plain["parameter_names"] if name not in experts]
+    assert no_decay_again["parameter_names"] == no_decay["parameter_names"]
