@@ -18,6 +18,9 @@ class FilterConfig(Section):
     max_characters: int | None = Field(None, gt=0, description="Longer documents are dropped.")
     keep_pattern: str | None = Field(None, description="Regular expression that must be found in the text.")
     drop_pattern: str | None = Field(None, description="Regular expression that must not be found in the text.")
+    exact_duplicates: Literal["keep", "drop"] = Field(
+        "keep", description="`drop`: of equal texts in the source the first stays; the text is read twice."
+    )
 
 
 class SourceConfig(Section):

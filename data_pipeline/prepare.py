@@ -13,6 +13,7 @@ from pathlib import Path
 
 from data_pipeline.config import DataConfig, SourceConfig
 from data_pipeline.documents import Document, Segment, SegmentReader
+from data_pipeline.duplicates import mark_duplicates, units_to_hash
 from data_pipeline.files import write_file_atomically
 from data_pipeline.filters import make_filter
 from data_pipeline.journal import Journal
@@ -40,9 +41,10 @@ Runner = Callable[[Sequence[Unit], Path, Tokenizer, DataConfig], Iterator[tuple[
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a preparation stands; rates count what this call tokenized.
+    """Where a preparation stands; rates count what this call read in this stage.
 
-    stage: "tokenizer" while it is trained, then "tokenize". eta_seconds: None before the first part is done.
+    stage: "tokenizer" while it is trained, "duplicates" while they are looked for, then "tokenize". eta_seconds: None
+    before the first part is done.
     """
 
     stage: str
@@ -123,12 +125,13 @@ def prepare(
     with _only_writer(store):
         tokenizer = _settle_tokenizer(store, config, plans, progress)
         layout = Layout.for_vocabulary(tokenizer.vocab_size, config.prepare.chunk_tokens, config.prepare.preset)
-        units = {
+        units: dict[str, Sequence[Unit]] = {
             source.name: make_units(source.name, plans[source.name], _unit_settings(source, config, tokenizer, layout))
             for source in config.sources
         }
         journal = Journal(store)
         run = runner or (lambda *arguments: run_on_ray(*arguments, address=address))
+        units = _without_duplicates(units, config, store, tokenizer, run, progress)
         missing = [unit for of_source in units.values() for unit in of_source if journal.find(store, unit) is None]
         _write_missing(
             missing, journal, run(missing, store, tokenizer, config) if missing else iter(()), store, progress
@@ -220,9 +223,29 @@ def _training_texts(config: DataConfig, plans: Mapping[str, Sequence[Segment]]) 
                 break
 
 
+def _without_duplicates(
+    units: Mapping[str, Sequence[Unit]],
+    config: DataConfig,
+    store: Path,
+    tokenizer: Tokenizer,
+    run: Runner,
+    progress: Callable[[Progress], None] | None,
+) -> dict[str, Sequence[Unit]]:
+    """The units, told what to skip where a source drops exact duplicates."""
+    chosen = [source.name for source in config.sources if source.filters.exact_duplicates == "drop"]
+    missing = [unit for name in chosen for unit in units_to_hash(store, units[name])]
+    if missing:
+        _write_missing(missing, None, run(missing, store, tokenizer, config), store, progress)
+    with _explain_full_disk(store, 0, 0):
+        return {
+            name: mark_duplicates(store, of_source) if name in chosen else of_source
+            for name, of_source in units.items()
+        }
+
+
 def _write_missing(
     missing: Sequence[Unit],
-    journal: Journal,
+    journal: Journal | None,
     results: Iterator[tuple[Unit, UnitReport | UnitFailure]],
     store: Path,
     progress: Callable[[Progress], None] | None,
@@ -234,15 +257,17 @@ def _write_missing(
         if isinstance(report, UnitFailure):
             _raise_failure(report, store, done, len(missing))
         assert isinstance(report, UnitReport), "a unit gives a report or a failure"
-        with _explain_full_disk(store, done, len(missing)):
-            journal.append(unit, report)
+        if journal is not None:  # hashes are their own record
+            with _explain_full_disk(store, done, len(missing)):
+                journal.append(unit, report)
         done, planned = done + 1, planned + unit.text_bytes
         documents, text_bytes = documents + report.documents, text_bytes + report.text_bytes
         tokens, rejects = tokens + report.tokens, rejects + report.rejects
         if progress:
             seconds = time.monotonic() - began
             eta = seconds * (expected - planned) / max(planned, 1)
-            progress(Progress("tokenize", done, len(missing), documents, text_bytes, tokens, rejects, seconds, eta))
+            stage = "tokenize" if journal is not None else "duplicates"
+            progress(Progress(stage, done, len(missing), documents, text_bytes, tokens, rejects, seconds, eta))
 
 
 def _raise_failure(failure: UnitFailure, store: Path, done: int, total: int) -> None:
@@ -311,6 +336,9 @@ def _finish(store: Path, tokenizer: Tokenizer, layout: Layout, reports: Mapping[
     for folder in sorted((store / "parts").glob("*/*")):
         if folder.relative_to(store).as_posix() not in kept:
             shutil.rmtree(folder)
+    for pattern in (".writing-*", "rejects/*/.writing-*", "duplicates/*/.writing-*"):  # of calls that were killed
+        for path in store.glob(pattern):
+            path.unlink()
     return identity
 
 

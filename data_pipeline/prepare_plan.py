@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
+from typing import Literal
 
 from data_pipeline.config import DataConfig, FilterConfig, SourceConfig
 from data_pipeline.documents import Segment, cut_segments
@@ -36,12 +37,17 @@ class UnitSettings:
 
 @dataclass(frozen=True)
 class Unit:
-    """The work of one actor call: segments of one source that become one part (more, if the text is far larger)."""
+    """The work of one actor call: segments of one source that become one part (more, if the text is far larger).
+
+    stage: `hash` only hashes the documents, to find duplicates. duplicates: digest of the list of those to skip.
+    """
 
     source: str
     number: int
     segments: tuple[Segment, ...]
     settings: UnitSettings
+    stage: Literal["hash", "write"] = "write"
+    duplicates: str = ""
 
     @property
     def name(self) -> str:
@@ -60,7 +66,7 @@ class Unit:
             for item in self.segments
         ]
         settings = asdict(self.settings) | {"filters": self.settings.filters.model_dump()}
-        facts = [UNIT_FORMAT, self.source, self.number, inputs, settings]
+        facts = [UNIT_FORMAT, self.source, self.number, inputs, settings, self.stage, self.duplicates]
         return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 

@@ -13,7 +13,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.documents import Reject, SegmentReader, TokenDocument
+from data_pipeline.documents import Document, Reject, SegmentReader, TokenDocument
+from data_pipeline.duplicates import hash_text, load_skips, write_hashes
 from data_pipeline.files import write_file_atomically
 from data_pipeline.filters import make_filter
 from data_pipeline.part_writer import write_part
@@ -57,15 +58,29 @@ class _Collected:
 
 
 def run_unit(unit: Unit, store: Path, tokenizer: Tokenizer) -> UnitReport | UnitFailure:
-    """Write the parts of a unit and its rejects; the bytes depend on the unit alone.
+    """Write the parts of a unit and its rejects, or the hashes of its documents; the bytes depend on the unit alone.
 
     Errors of the disk come back as UnitFailure, so that the caller can stop in order; others are raised.
     """
     try:
-        return _UnitWriter(unit, store, tokenizer).run()
+        return _hash_unit(unit, store) if unit.stage == "hash" else _UnitWriter(unit, store, tokenizer).run()
     except OSError as error:
         reason: Literal["disk_full", "disk_error"] = "disk_full" if error.errno in DISK_FULL else "disk_error"
         return UnitFailure(reason, f"{error.strerror or error} ({error.filename or store})")
+
+
+def _hash_unit(unit: Unit, store: Path) -> UnitReport:
+    reason_to_drop = make_filter(unit.settings.filters, unit.source)
+    digests: list[bytes] = []
+    text_bytes = 0
+    for segment in unit.segments:
+        for item in SegmentReader(segment, unit.settings.text_column, reason_to_drop):
+            if isinstance(item, Document):
+                content = item.text.encode()
+                digests.append(hash_text(content))
+                text_bytes += len(content)
+    write_hashes(store, unit, digests)
+    return UnitReport({split: [] for split in SPLITS}, len(digests), text_bytes, tokens=0, rejects=0, covered_bytes=0)
 
 
 class _UnitWriter:
@@ -77,6 +92,7 @@ class _UnitWriter:
         self.covered_bytes = 0
         self.split_key = derive_key(unit.settings.seed, "validation")
         self.reason_to_drop = make_filter(unit.settings.filters, unit.source)
+        self.skips, self.places = load_skips(store, unit), 0
 
     def run(self) -> UnitReport:
         for batch in self._batches():
@@ -119,9 +135,15 @@ class _UnitWriter:
                     split = self._split_of(item.tokens.tobytes())
                     self._collect([split], [item.tokens], [item.tokens.nbytes])
                     self._write_full_parts()
+                elif self._is_duplicate():
+                    self.rejects.append(Reject(item.position, "filter: the text came before, exact_duplicates=drop"))
                 else:
                     yield segment.split or self._split_of(item.text.encode()), item.text
             self.covered_bytes += reader.covered_bytes
+
+    def _is_duplicate(self) -> bool:
+        self.places += 1
+        return self.places - 1 in self.skips
 
     def _split_of(self, content: bytes) -> Split:
         """By content, so that copies of a text never sit on both sides."""

@@ -78,6 +78,8 @@ def describe_progress(now: Progress) -> tuple[int, int, str]:
     """(done, total, remark) of a preparation."""
     if now.stage == "tokenizer":
         return now.units_done, now.units_total, "training the tokenizer"
+    if now.stage == "duplicates":
+        return now.units_done, now.units_total, f"looking for duplicates, {now.megabytes_per_second:.1f} MB/s"
     remaining = f", {now.eta_seconds:.0f} s to go" if now.eta_seconds else ""
     speed = (
         f"{now.documents_per_second:,.0f} documents/s, {now.megabytes_per_second:.1f} MB/s, "

@@ -58,7 +58,7 @@ data.on_corruption
 data.cache.folder data.cache.max_bytes data.cache.block_bytes
 data.sources.*.name data.sources.*.paths data.sources.*.text_column data.sources.*.weight data.sources.*.max_bytes
 data.sources.*.filters.min_characters data.sources.*.filters.max_characters data.sources.*.filters.keep_pattern
-data.sources.*.filters.drop_pattern
+data.sources.*.filters.drop_pattern data.sources.*.filters.exact_duplicates
 data.tokenizer.model data.tokenizer.eos_token data.tokenizer.algorithm data.tokenizer.vocab_size
 data.tokenizer.byte_fallback data.tokenizer.training_bytes
 data.prepare.preset data.prepare.num_actors data.prepare.part_bytes data.prepare.chunk_tokens data.prepare.seed
