@@ -1,0 +1,143 @@
+"""Two pipeline stages against one rank, through the whole run: metrics, validation, resume, bad gradients, row lengths."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data_pipeline.config import DataConfig
+from pretrain.config import RunConfig
+from pretrain.run import close_run, start_run
+from pretrain.signals import SignalWatch
+from pretrain.step import StepResult, train_step
+from tests.helpers.spawn import run_ranks
+from tests.pretrain.tiny_run import Trained, collect_weights, tiny_config, train_and_collect
+
+# The same operations on the same numbers in the same order, but for reductions over ranks.
+TOLERANCE = 1e-6
+ONE_ROW = {"train__micro_batch_size": 1, "train__global_batch_size": 8}
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "1f1b": {},
+    "interleaved": {"parallel__schedule": "interleaved", "parallel__virtual_stages": 2},
+    "zero_bubble": {"parallel__schedule": "zero_bubble"},
+}
+
+
+def train_schedules(data: DataConfig, folder: str, settings: dict[str, Any]) -> dict[str, Trained]:
+    return {
+        name: train_and_collect(tiny_config(data, Path(folder, name), **ONE_ROW, **settings, **own))
+        for name, own in SCHEDULES.items()
+    }
+
+
+def join(ranks: list[Trained]) -> Trained:
+    """The main rank's metrics with the weights of all stages."""
+    weights: dict[str, torch.Tensor] = {}
+    for rank in ranks:
+        weights |= rank.weights
+    return Trained(ranks[0].code, ranks[0].metrics, weights)
+
+
+def assert_same_run(actual: Trained, expected: Trained) -> None:
+    assert actual.code == expected.code == 0
+    assert len(actual.metrics) == len(expected.metrics)
+    for own, other in zip(actual.metrics, expected.metrics, strict=True):
+        for key in ("loss", "grad_norm"):
+            assert own[key] == pytest.approx(other[key], rel=TOLERANCE), key
+        assert own["auxiliary"] == pytest.approx(other["auxiliary"], rel=1e-5)
+        for key in ("tokens", "expert_load", "skipped", "lr"):
+            assert own[key] == other[key]
+    assert actual.metrics[-1]["validation_loss"] == pytest.approx(
+        expected.metrics[-1]["validation_loss"], rel=TOLERANCE
+    )
+    assert actual.weights.keys() == expected.weights.keys()
+    for name, weight in expected.weights.items():
+        torch.testing.assert_close(actual.weights[name], weight, rtol=0, atol=2 * TOLERANCE, msg=name)
+
+
+@pytest.fixture(scope="module")
+def one_rank(data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    folder = str(tmp_path_factory.mktemp("one"))
+    return run_ranks(train_and_collect, tiny_config(data, Path(folder), **ONE_ROW), num_ranks=1)[0]
+
+
+def test_a_run_of_two_stages_is_the_run_of_one_rank(data: DataConfig, one_rank: Trained, tmp_path: Path) -> None:
+    ranks = run_ranks(train_schedules, data, str(tmp_path), {"parallel__pipeline": 2}, num_ranks=2)
+    for name in SCHEDULES:
+        stages = [rank[name] for rank in ranks]
+        assert_same_run(join(stages), one_rank)
+        assert not set(stages[0].weights) & set(stages[1].weights), "a weight lies on both stages"
+        assert stages[1].metrics == [], "only the main rank, where no loss is computed, writes"
+
+
+def train_in_two_starts(data: DataConfig, folder: str) -> list[Trained]:
+    settings = ONE_ROW | {"parallel__pipeline": 2, "parallel__zero_stage": 2, "model__tie_embeddings": True}
+    whole = train_and_collect(tiny_config(data, Path(folder, "whole"), **settings))
+    train_and_collect(tiny_config(data, Path(folder, "parts"), **settings, train__stop_after_steps=2))
+    return [whole, train_and_collect(tiny_config(data, Path(folder, "parts"), **settings))]
+
+
+def test_a_resumed_pipeline_goes_on_to_the_bit(data: DataConfig, tmp_path: Path) -> None:
+    ranks = run_ranks(train_in_two_starts, data, str(tmp_path), num_ranks=2)
+    for whole, parts in ranks:
+        for name, weight in whole.weights.items():
+            assert torch.equal(weight, parts.weights[name]), name
+    tied = [rank[0].weights["embedding.weight"] for rank in ranks]
+    assert torch.equal(*tied), "the two ends of the pipeline hold different embeddings"
+
+
+def test_bf16_gradients_of_split_backward_passes_are_summed_in_float32(data: DataConfig, tmp_path: Path) -> None:
+    # 1f1b sums through autograd's hooks; zero_bubble computes gradients of weights past them, in the same order.
+    settings = {"parallel__pipeline": 2, "train__precision": "bf16", "train__steps": 2, "schedule__warmup_steps": 1}
+    for rank in run_ranks(train_schedules, data, str(tmp_path), settings, num_ranks=2):
+        for name, weight in rank["1f1b"].weights.items():
+            assert torch.equal(weight, rank["zero_bubble"].weights[name]), name
+
+
+def poison_first_stage(data: DataConfig, folder: str) -> tuple[list[StepResult], bool, bool]:
+    config = tiny_config(data, Path(folder), **ONE_ROW, parallel__pipeline=2)
+    with SignalWatch() as signals:
+        run = start_run(config, signals)
+        before = collect_weights(run)
+        victim = dict(run.model.named_parameters()).get("blocks.0.mixer.out_proj.weight")
+        handle = None if victim is None else victim.register_hook(lambda gradient: gradient * float("nan"))
+        results = [train_step(run)]
+        skipped = collect_weights(run)
+        if handle is not None:
+            handle.remove()
+        results.append(train_step(run))
+        after = collect_weights(run)
+        close_run(run)
+    unchanged = all(torch.equal(before[name], skipped[name]) for name in before)
+    return results, unchanged, any(not torch.equal(skipped[name], after[name]) for name in before)
+
+
+def test_a_bad_gradient_on_one_stage_skips_the_step_on_all(data: DataConfig, tmp_path: Path) -> None:
+    for results, unchanged, changed in run_ranks(poison_first_stage, data, str(tmp_path), num_ranks=2):
+        assert [result.applied for result in results] == [False, True]
+        assert unchanged and changed
+        skip = results[0].skip
+        assert skip is not None
+        assert skip["faults"] == [{"rank": 0, "parameter": "blocks.0.mixer.out_proj.weight", "num_parameters": 1}]
+        assert skip["sample_ids"] == list(range(8)) and skip["samples_with_bad_loss"] == []
+
+
+def two_lengths(config: RunConfig) -> RunConfig:
+    """The rows of the last two steps are half as long."""
+    tree = config.model_dump(mode="json")
+    tree["data"]["phases"] = [{"start_sample": 16, "sequence_length": 24}]
+    return RunConfig.model_validate(tree)
+
+
+def train_two_lengths(data: DataConfig, folder: str, settings: dict[str, Any]) -> Trained:
+    return train_and_collect(two_lengths(tiny_config(data, Path(folder), **ONE_ROW, **settings)))
+
+
+def test_a_pipeline_follows_rows_that_change_their_length(data: DataConfig, tmp_path: Path) -> None:
+    settings = {"parallel__pipeline": 2, "parallel__schedule": "zero_bubble"}
+    expected = run_ranks(train_two_lengths, data, str(tmp_path / "one"), {}, num_ranks=1)[0]
+    assert expected.metrics[-1]["tokens"] == 2 * 8 * (48 + 24)
+    assert_same_run(join(run_ranks(train_two_lengths, data, str(tmp_path / "two"), settings, num_ranks=2)), expected)
