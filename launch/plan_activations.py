@@ -1,7 +1,7 @@
 """Bytes that a forward pass keeps for the backward pass, and what each block needs while its own backward pass runs.
 
-Counted from what the kernels save: each tensor once, views of one storage together. Nothing is recomputed except what
-the kernels recompute by themselves. Sizes are a token; multiply by the tokens of a micro-batch.
+Counted from what the kernels save: each tensor once, views of one storage together. Kernels recompute what they always
+do; blocks of `train.recompute` keep their input alone. Sizes are a token; multiply by the tokens of a micro-batch.
 """
 
 from __future__ import annotations
@@ -54,6 +54,12 @@ def block_bytes(config: ModelConfig, letter: str, storage: Storage) -> BlockByte
         inner = BlockBytes((rows + units) * e, (rows + units) * e + units * FLOAT32_BYTES)
     # Gradients of the stream, of the block's input and of its normed input.
     return BlockBytes(kept + inner.kept, inner.working + config.hidden_size * (stream + 2 * e))
+
+
+def recomputed_bytes(block: BlockBytes, config: ModelConfig, storage: Storage) -> BlockBytes:
+    """The same block when its backward pass computes it again: the summed stream stays, the rest is there meanwhile."""
+    stream = config.hidden_size * (FLOAT32_BYTES if config.residual_in_fp32 else storage.element_bytes)
+    return BlockBytes(stream, block.kept - stream + block.working)
 
 
 def up_rows(units: int, activation: str) -> int:

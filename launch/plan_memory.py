@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from launch.plan_activations import FLOAT32_BYTES, Storage, block_bytes, head_bytes
+from launch.plan_activations import FLOAT32_BYTES, Storage, block_bytes, head_bytes, recomputed_bytes
 from model.config import ModelConfig
 from model.flops import count_parameters
 from model.pattern import parse_pattern
 from pretrain.config import RunConfig
+from pretrain.recompute import recomputed_letters
 
 KINDS = {"M": "mamba", "*": "attention", "E": "moe", "-": "feed_forward"}
 BUCKET_ELEMENTS = 200_000_000  # of a reduction (pretrain/engine.py)
@@ -89,6 +90,8 @@ def busiest_pass(config: RunConfig, layout: Layout, storage: Storage, *, accumul
     number = {letter: letters.count(letter) for letter in letters}
     weights = {letter: counts.total_by_kind[KINDS[letter]] / number[letter] for letter in number}
     sizes = {letter: block_bytes(model, letter, storage) for letter in number}
+    for letter in recomputed_letters(config):
+        sizes[letter] = recomputed_bytes(sizes[letter], model, storage)
     gradient_bytes = e + (FLOAT32_BYTES if accumulates and e < FLOAT32_BYTES else 0)
     whole = counts.total * gradient_bytes
     kept_head, working_head = head_bytes(model, storage, tokens)

@@ -68,6 +68,15 @@ def parse_pattern(text: str) -> Pattern:
     return Pattern(tuple(letters), tuple(cuts))
 
 
+def parse_letters(text: str) -> frozenset[str]:
+    """Kinds of block named by their letters, in any order, Hunyuan's too. Raises ValueError for other characters."""
+    letters = [HUNYUAN_LETTERS.get(character, character) for character in text if not character.isspace()]
+    for letter in letters:
+        if letter not in BLOCK_NAMES:
+            raise ValueError(f"{letter!r} is no letter of a block; use some of {' '.join(BLOCK_NAMES)}")
+    return frozenset(letters)
+
+
 class _Parser:
     """Recursive descent over the text; an item is a Megatron letter or `|` with the position it was written at."""
 

@@ -32,6 +32,8 @@ MAY_CHANGE = (
     "train.timeout_seconds",
     "train.max_skipped_steps",
     "train.compile",
+    "train.recompute",
+    "train.recompute_blocks",
     "train.num_threads",
     "data.store",
     "data.phases.*",

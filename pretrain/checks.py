@@ -11,10 +11,11 @@ from data_pipeline.object_store import is_url
 from model.checks import check_model
 from model.huggingface import explain_unfit
 from pretrain.checks_parallel import layout_problems, world_problems
+from pretrain.checks_pipeline import micro_batch_problems, pipeline_problems
 from pretrain.config import RunConfig
 from pretrain.config_errors import ConfigError, Problem
-from pretrain.checks_pipeline import micro_batch_problems, pipeline_problems
 from pretrain.config_file import load_located
+from pretrain.recompute import recompute_problems
 
 _MODEL_KEY = re.compile(r"model(\.[a-z_0-9]+)+")
 
@@ -47,6 +48,7 @@ def check_run(config: RunConfig, world_size: int | None = None) -> None:
         *keeping_problems(config),
         *loop_problems(config),
         *layout_problems(config),
+        *recompute_problems(config),
     ]
     if not model:
         problems += [*export_problems(config), *pipeline_problems(config)]

@@ -102,6 +102,11 @@ class TrainConfig(Section):
     compile: bool = Field(
         False, description="Compile the blocks one by one with torch.compile; costs a minute or two at start."
     )
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="Blocks that keep only their input and are computed again in the backward pass: none, those of recompute_blocks, all.",
+    )
+    recompute_blocks: str = Field("", description="For recompute: selective, letters of model.pattern, such as `*E`.")
     num_threads: int | None = Field(None, gt=0, description="CPU threads a rank; none: cores / ranks on this machine.")
 
 
@@ -137,6 +142,10 @@ class ParallelConfig(Section):
             return self.expert_tensor
         return 1 if self.expert > 1 else self.tensor
 
+    def num_pieces(self) -> int:
+        """Pieces into which the pipeline cuts the model."""
+        return self.pipeline * self.virtual_stages
+
     def model_ranks(self) -> int:
         """Ranks that work on one micro-batch together; data ranks are the world's divided by these."""
         return self.tensor * self.context * self.pipeline
@@ -144,10 +153,6 @@ class ParallelConfig(Section):
 
 class KernelsConfig(Section):
     """Which implementation of each operation runs."""
-    def num_pieces(self) -> int:
-        """Pieces into which the pipeline cuts the model."""
-        return self.pipeline * self.virtual_stages
-
 
     backend: Literal["auto", "triton", "torch", "reference"] = Field(
         "auto", description="auto: triton on CUDA, torch on CPU. What cannot run here is an error."

@@ -13,6 +13,7 @@ from launch.plan_hardware import HARDWARE, load_hardware
 from launch.plan_memory import Layout, estimate_memory, storage_of
 from launch.plan_time import estimate_step, ring_seconds
 from model.flops import count_parameters, flops_per_token
+from model.pattern import parse_pattern
 from pretrain.checks import load_checked
 
 ROOT = Path(__file__).parents[2]
@@ -59,6 +60,19 @@ def test_activations_grow_with_rows_and_one_micro_batch_needs_no_float32_sums():
     single = config.model_copy(update={"train": config.train.model_copy(update={"global_batch_size": 8})})
     alone = estimate_memory(single, Layout(8, 2, 1), storage_of(single), margin=0.0)
     assert alone.total() < one.total()
+
+
+def test_recomputed_blocks_keep_their_input_alone():
+    layout = Layout(8, 2, 1)
+    activations = {}
+    for overrides in ((), ("train.recompute=selective", "train.recompute_blocks=M"), ("train.recompute=full",)):
+        config = preset("ladder_1b_a300m", *overrides)
+        activations[overrides] = estimate_memory(config, layout, storage_of(config), margin=0.0).parts["activations"]
+    kept, some, least = activations.values()
+    assert least < some < kept
+    blocks = len(parse_pattern(config.model.pattern).letters)
+    assert least >= 2 * config.train.sequence_length * config.model.hidden_size * blocks
+    assert least < 0.1 * kept
 
 
 def test_margin_is_a_part_of_the_rest():

@@ -96,6 +96,31 @@ def test_a_sound_run_passes(base):
             "train.compile = true: cannot speed up kernels.backend=reference",
         ),
         (
+            ["train.recompute=full", "train.recompute_blocks=M"],
+            "train.recompute_blocks = M: has no effect with train.recompute=full; remove it",
+        ),
+        (
+            ["train.recompute=selective"],
+            "train.recompute = selective: needs letters in train.recompute_blocks; name some of ",
+        ),
+        (
+            ["train.recompute=selective", "train.recompute_blocks=ME"],
+            "train.recompute_blocks = ME: names E, and model.pattern has no such block; use some of ",
+        ),
+        (
+            ["train.recompute=selective", "train.recompute_blocks=MZ"],
+            "train.recompute_blocks = MZ: 'Z' is no letter of a block; use some of M * E -",
+        ),
+        (
+            [
+                "train.recompute=full",
+                "parallel.pipeline=2",
+                "parallel.schedule=zero_bubble",
+                "parallel.virtual_stages=2",
+            ],
+            "train.recompute = full: does not go with parallel.schedule=zero_bubble",
+        ),
+        (
             ["model.mamba.num_groups=3"],
             "model.mamba.num_groups=3 must divide model.mamba.num_heads=4; use one of 1, 2, 4",
         ),

@@ -52,6 +52,7 @@ model.moe.num_experts model.moe.top_k model.moe.expert_hidden_size model.moe.sha
 model.moe.activation model.moe.router model.moe.normalize_probabilities model.moe.routed_scaling
 model.moe.num_router_groups model.moe.router_group_top_k model.moe.expert_bias model.moe.bias_update_rate
 model.moe.auxiliary_loss_weight model.moe.sequence_loss_weight model.moe.z_loss_weight model.moe.latent_size
+model.moe.capacity_factor model.moe.overflow
 model.feed_forward.hidden_size model.feed_forward.activation
 data.store data.validation_fraction data.packing data.shuffle data.mask_document_boundaries data.num_workers
 data.on_corruption
@@ -66,7 +67,7 @@ data.phases.*.start_sample data.phases.*.weights data.phases.*.sequence_length
 train.steps train.stop_after_steps train.sequence_length train.micro_batch_size train.global_batch_size train.seed
 train.precision train.checkpoint_every_steps train.checkpoint_in_background train.keep_last train.keep_every_steps
 train.validate_every_steps train.validation_batches
-train.log_every_steps train.timeout_seconds train.max_skipped_steps train.compile train.num_threads
+train.log_every_steps train.timeout_seconds train.max_skipped_steps train.compile train.recompute train.recompute_blocks train.num_threads
 optimizer.learning_rate optimizer.beta1 optimizer.beta2 optimizer.epsilon optimizer.weight_decay
 optimizer.clip_grad_norm
 schedule.kind schedule.warmup_steps schedule.decay_steps schedule.decay_shape schedule.min_ratio

@@ -1,0 +1,46 @@
+"""Which blocks are computed again in the backward pass instead of kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from model.pattern import parse_letters, parse_pattern
+from pretrain.config import RunConfig
+from pretrain.config_errors import Problem
+
+
+def recomputed_letters(config: RunConfig) -> frozenset[str]:
+    """The kinds of block, by letter, of a configuration that obeys the rules below."""
+    if config.train.recompute == "none":
+        return frozenset()
+    if config.train.recompute == "full":
+        return frozenset(parse_pattern(config.model.pattern).letters)
+    return parse_letters(config.train.recompute_blocks)
+
+
+def recompute_problems(config: RunConfig) -> Iterator[Problem]:
+    """Letters where they have an effect, and a schedule whose backward passes can compute anything again."""
+    train, schedule, key = config.train, config.parallel.schedule, "train.recompute_blocks"
+    if schedule == "zero_bubble" and train.recompute != "none":
+        rule = "does not go with parallel.schedule=zero_bubble, which cuts backward passes in two: each would compute again"
+        yield Problem("train.recompute", rule, "use none, or another schedule", train.recompute)
+    if train.recompute != "selective":
+        if train.recompute_blocks:
+            rule = f"has no effect with train.recompute={train.recompute}"
+            yield Problem(key, rule, "remove it, or use train.recompute=selective", train.recompute_blocks)
+        return
+    try:
+        present = set(parse_pattern(config.model.pattern).letters)
+    except ValueError:
+        return  # the model's own rules report it
+    try:
+        chosen = parse_letters(train.recompute_blocks)
+    except ValueError as error:
+        yield Problem(key, str(error), f"the pattern has {' '.join(sorted(present))}", train.recompute_blocks)
+        return
+    if not chosen:
+        remedy = f"name some of {' '.join(sorted(present))}, or use train.recompute=full"
+        yield Problem("train.recompute", "needs letters in train.recompute_blocks", remedy, "selective")
+    for letter in sorted(chosen - present):
+        rule = f"names {letter}, and model.pattern has no such block"
+        yield Problem(key, rule, f"use some of {' '.join(sorted(present))}", train.recompute_blocks)

@@ -1,0 +1,84 @@
+"""Blocks that are computed again in the backward pass: the same bits, less memory kept."""
+
+import pytest
+import torch
+
+from launch.plan_activations import Storage, block_bytes, recomputed_bytes
+from model.config import MoeConfig
+from model.groups import single_rank_groups
+from model.hybrid import HybridModel
+from model.packing import PackMeta
+from tests.model.small_models import loss_of, meta_of, packed_batch, small_config
+
+CONFIG = small_config(
+    "M*E-M", moe=MoeConfig(num_experts=5, top_k=2, expert_hidden_size=8, auxiliary_loss_weight=0.1, z_loss_weight=0.1)
+)
+
+
+def build(letters, config=CONFIG):
+    model = HybridModel(config, single_rank_groups(), seed=3)
+    model.recompute_blocks(letters)
+    return model
+
+
+def loss_and_gradients(model):
+    tokens_BT, labels_BT, ids_BT = packed_batch()
+    output = model(tokens_BT, meta_of(ids_BT), labels_BT)
+    loss = loss_of(output)
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return loss.detach(), gradients, output.expert_counts
+
+
+@pytest.mark.parametrize("letters", ["M", "*E", "M*E-"])
+@pytest.mark.parametrize("compiler", [None, "aot_eager"])
+def test_losses_and_gradients_keep_every_bit(letters, compiler):
+    plain, again = build(""), build(letters)
+    if compiler is not None:
+        plain.compile_blocks(compiler=compiler)
+        again.compile_blocks(compiler=compiler)
+    (loss, gradients, counts), (other, others, other_counts) = loss_and_gradients(plain), loss_and_gradients(again)
+    assert torch.equal(loss, other)
+    assert all(torch.equal(counts[block], other_counts[block]) for block in counts)
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient, others[name]), name
+
+
+def kept_bytes(model, meta, tokens_BT):
+    """Bytes that a forward pass keeps for the backward pass: each storage once, weights and the input left out."""
+    given = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers(), tokens_BT]}
+    storages = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in given:
+            storages[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        stream = model.pass_blocks(model.embed(tokens_BT), model.blocks.indices(), meta)
+    assert stream.delta_BTD.requires_grad
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def test_a_block_keeps_its_input_alone():
+    tokens_BT = torch.randint(40, (2, 64))
+    meta = PackMeta.one_document_a_row(2, 64)
+    stream = tokens_BT.numel() * CONFIG.hidden_size * 4
+    kept = {letters: kept_bytes(build(letters), meta, tokens_BT) for letters in ("", "M", "M*E-")}
+    assert kept["M*E-"] == 5 * stream
+    assert kept["M*E-"] < kept["M"] < kept[""]
+    storage = Storage(4, "torch")
+    planned = recomputed_bytes(block_bytes(CONFIG, "M", storage), CONFIG, storage)
+    assert planned.kept * tokens_BT.numel() == stream
+    assert planned.working > block_bytes(CONFIG, "M", storage).working
+
+
+def test_decoding_and_evaluation_compute_once():
+    model = build("M*E-")
+    tokens_BT, labels_BT, ids_BT = packed_batch()
+    with torch.no_grad():
+        output = model(tokens_BT, meta_of(ids_BT), labels_BT)
+        assert torch.equal(output.loss.nll_sum, build("")(tokens_BT, meta_of(ids_BT), labels_BT).loss.nll_sum)
+        rows = PackMeta.one_document_a_row(2, 5)
+        assert model(tokens_BT[:, :5], rows, state=model.empty_state(2)).state.length == 5
