@@ -172,7 +172,7 @@ class Pipeline:
         return outputs
 
     def _build_schedule(self, num_micro_batches: int, rows: int, tokens: int) -> Any:
-        stages = [self._build_stage(part, rows, tokens) for part in self.parts]
+        stages: list[Any] = [self._build_stage(part, rows, tokens) for part in self.parts]
         settings: dict[str, Any] = {"loss_fn": lambda output, target: output, "scale_grads": False}
         if self.section.schedule == "1f1b":
             return pipelining.Schedule1F1B(stages[0], num_micro_batches, **settings)
