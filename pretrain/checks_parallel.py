@@ -11,7 +11,6 @@ from pretrain.config_errors import Problem
 # Key, value that is always allowed, what is missing. The one who adds a capability takes its line out.
 MISSING = (
     ("context", 1, "rows cannot be cut over ranks"),
-    ("offload_optimizer", False, "the optimizer's state cannot leave the device"),
 )
 
 
@@ -39,6 +38,9 @@ def ineffective_problems(config: RunConfig) -> Iterator[Problem]:
     if section.expert > 1 and "E" not in pattern_letters(config):
         rule = "spreads routed experts, and model.pattern has no E block"
         yield Problem("parallel.expert", rule, "use 1", str(section.expert))
+    if section.offload_optimizer and section.zero_stage == 0:
+        rule = "moves what ZeRO spreads, and parallel.zero_stage is 0"
+        yield Problem("parallel.offload_optimizer", rule, "use parallel.zero_stage=1 or higher, or false", "true")
     if section.schedule != "1f1b" and section.pipeline == 1:
         rule = "orders pipeline stages, and parallel.pipeline is 1"
         yield Problem("parallel.schedule", rule, "remove it, or raise parallel.pipeline", section.schedule)

@@ -161,11 +161,13 @@ def build_engine(
     precision: Precision,
     zero_stage: int,
     parallel: Parallel,
+    offload_optimizer: bool = False,
 ) -> ZeroEngine:
     """Put a module, built in float32 and alike on all data ranks, under DeepSpeed. Every rank must call this.
 
     With bf16 the weights become bf16 copies of float32 masters; buffers (the router's balancing bias, say) stay
-    float32, because they are state that small steps move.
+    float32, because they are state that small steps move. `offload_optimizer` (ZeRO 1-3): masters and moments stay in
+    the memory of the host, where torch's fused AdamW steps them.
     """
     quiet_deepspeed()
     if parallel.device.type == "cpu":
@@ -181,7 +183,7 @@ def build_engine(
             model=module,
             optimizer=build_adamw(module, optimizer),
             mpu=parallel.mpu,
-            config=describe_for_deepspeed(module, optimizer=optimizer, precision=precision, zero_stage=zero_stage),
+            config=describe_for_deepspeed(module, optimizer, precision, zero_stage, offload_optimizer=offload_optimizer),
             dist_init_required=False if deepspeed.comm.is_initialized() else None,
         )
     if bridge is not None:
@@ -201,12 +203,13 @@ def build_engine(
 
 
 def describe_for_deepspeed(
-    module: nn.Module, *, optimizer: OptimizerConfig, precision: Precision, zero_stage: int
+    module: nn.Module, optimizer: OptimizerConfig, precision: Precision, zero_stage: int, *, offload_optimizer: bool
 ) -> dict[str, Any]:
     """DeepSpeed's configuration. Micro-batches are our loop's affair, so it sees one micro-batch a step."""
     num_parameters = sum(parameter.numel() for parameter in module.parameters())
     # Reduction buffers are allocated in full; their size must be even.
     bucket_elements = min(num_parameters + num_parameters % 2, 200_000_000)
+    host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -215,8 +218,11 @@ def describe_for_deepspeed(
         "bf16": {"enabled": precision == "bf16", "check_grad_overflow": True},
         "communication_data_type": "fp32",
         "zero_allow_untested_optimizer": True,
+        # DeepSpeed's own AdamW for the host needs a compiler at first use.
+        "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {
             "stage": zero_stage,
+            **({"offload_optimizer": host} if offload_optimizer else {}),
             "overlap_comm": False,
             "reduce_bucket_size": bucket_elements,
             "allgather_bucket_size": bucket_elements,

@@ -101,11 +101,15 @@ def _ranges_of_partitions(optimizer: Any) -> Iterator[tuple[nn.Parameter, Tensor
 def _ranges_of_stage3(optimizer: Any) -> Iterator[tuple[nn.Parameter, Tensor, int]]:
     """ZeRO 3: every parameter is cut into equal ranges, the last of them padded with zeros."""
     for index, members in enumerate(optimizer.fp16_groups):
-        for parameter, gradient in zip(members, optimizer.averaged_gradients[index], strict=True):
-            _, _, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        for place, parameter in enumerate(members):
+            _, flat_start, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
             start = length * optimizer._get_param_partition_rank(parameter)
             numel = max(0, min(length, parameter.ds_numel - start))
-            yield parameter, gradient.flatten()[:numel], start
+            if optimizer.offload_optimizer:
+                flat = optimizer.fp32_partitioned_groups_flat[index].grad
+                yield parameter, flat[flat_start : flat_start + numel], start
+            else:
+                yield parameter, optimizer.averaged_gradients[index][place].flatten()[:numel], start
 
 
 def count_copies(shard: Shard, shape: tuple[int, ...], groups: ProcessGroupCollection) -> int | Tensor:

@@ -125,6 +125,7 @@ def start_run(config: RunConfig, signals: SignalWatch) -> Run:
         precision=config.train.precision,
         zero_stage=config.parallel.zero_stage,
         parallel=parallel,
+        offload_optimizer=config.parallel.offload_optimizer,
     )
     run = Run(
         config=config,

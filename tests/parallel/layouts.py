@@ -175,6 +175,7 @@ LAYOUTS = [
     Layout(2, {"zero_stage": 0}),
     Layout(2, {"zero_stage": 2}, quick=True),
     Layout(4, {"zero_stage": 3}),
+    Layout(2, {"zero_stage": 3, "offload_optimizer": True}),
     # Tensor parallel.
     Layout(2, {"tensor": 2}, "latent", quick=True),
     Layout(2, {"tensor": 2, "zero_stage": 0}),
@@ -187,6 +188,7 @@ LAYOUTS = [
     Layout(4, {"tensor": 4, "sequence_parallel": True}, "latent", quick=True),
     Layout(4, {"tensor": 2, "sequence_parallel": True, "zero_stage": 2}, quick=True),
     Layout(4, {"tensor": 2, "sequence_parallel": True, "zero_stage": 3}),
+    Layout(4, {"tensor": 2, "sequence_parallel": True, "zero_stage": 2, "offload_optimizer": True}),
     Layout(8, {"tensor": 8, "sequence_parallel": True, "zero_stage": 2}),
     Layout(8, {"tensor": 4, "sequence_parallel": True, "zero_stage": 3}, "latent"),
     # Expert parallel, with whole and with cut experts.

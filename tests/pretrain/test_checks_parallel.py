@@ -57,6 +57,10 @@ def base(tmp_path: Path) -> Path:
             "parallel.zero_stage = 3: does not go with parallel.pipeline=2: ZeRO 3 gathers weights in the order of one "
             "forward and one backward pass, and a schedule mixes several; use 0, 1 or 2, or parallel.pipeline=1",
         ),
+        (
+            ["parallel.offload_optimizer=true", "parallel.zero_stage=0"],
+            "parallel.offload_optimizer = true: moves what ZeRO spreads, and parallel.zero_stage is 0; use",
+        ),
         (["parallel.tensor=3"], "parallel.tensor = 3: must divide model.vocab_size=512; use 1, 2, 4"),
         (["parallel.tensor=3"], "parallel.tensor = 3: must divide model.mamba.num_heads=4; use 1, 2, 4"),
         (["parallel.tensor=3"], "parallel.tensor = 3: must divide model.attention.num_heads=4; use 1, 2, 4"),
@@ -109,6 +113,6 @@ def test_tensor_ranks_share_micro_batches(base):
 
 @pytest.mark.parametrize(("name", "reason"), [(name, reason) for name, _, reason in MISSING])
 def test_what_this_version_lacks_is_refused(base, name, reason):
-    value = "true" if name == "offload_optimizer" else "2"
+    value = "2"
     message = broken(base, "model.pattern=M*E", MOE, f"parallel.{name}={value}")
     assert f"parallel.{name} = {value}: {reason} in this version; use " in message
