@@ -1,5 +1,6 @@
 """The command line: exit codes, one message for bad input, examples in every help, one JSON object for scripts."""
 
+import base64
 import json
 import subprocess
 import sys
@@ -11,7 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from data_pipeline.loader import PretrainLoader
-from data_pipeline.tokenizer import load_tokenizer
+from data_pipeline.megatron_files import read_megatron_index
+from data_pipeline.store import TokenStore
+from data_pipeline.tokenizer import load_tokenizer, read_tokenizer_file
 from launch.cli import app, describe, exit_code, run
 from pretrain.config_file import load_config
 from tests.helpers.tiny_store import make_tiny_store
@@ -206,6 +209,32 @@ def test_inspect_verifies_a_store_and_finds_a_flipped_byte(tmp_path, capsys):
     assert "fails its crc32c" in found["problems"][0]
     assert run(["inspect", str(store), "--quick", "--json"]) == 0, "sizes and indices are as they were"
     assert one_object(capsys.readouterr().out)["verified"] == "sizes, indices and document ends"
+
+
+def test_tokens_of_a_store_are_exported_for_megatron(tmp_path, capsys):
+    store = TokenStore.open(make_tiny_store(tmp_path, num_sources=2).store)
+    assert run(["export", str(store.path), str(tmp_path / "out"), "--format", "megatron", "--json"]) == 0
+    documents = one_object(capsys.readouterr().out)["documents"]
+    assert sum(documents.values()) == sum(part.num_documents for _, _, part in store.all_parts())
+    for name in documents:
+        assert read_megatron_index(tmp_path / "out" / f"{name}.idx").num_documents == documents[name]
+    assert run(["export", str(tmp_path), str(tmp_path / "out"), "--format", "megatron"]) == 2
+    assert "must hold a prepared store" in capsys.readouterr().err
+
+
+def test_a_tiktoken_file_becomes_a_tokenizer_json(tmp_path, capsys):
+    file, out = tmp_path / "bytes.tiktoken", tmp_path / "out"
+    file.write_bytes(b"".join(base64.b64encode(bytes([byte])) + b" %d\n" % byte for byte in range(256)))
+    options = ["--pattern", r"\p{L}+|[^\p{L}]", "--special", "<end>=300"]
+    assert run(["import", str(file), str(out), *options]) == 0
+    tokenizer = read_tokenizer_file(out / "tokenizer.json", "<end>")
+    assert tokenizer.encode("aé ") == [0x61, 0xC3, 0xA9, 0x20] and tokenizer.eos_id == 300
+    assert run(["import", str(file), str(out)]) == 2
+    assert "give it with --pattern" in capsys.readouterr().err
+    assert run(["import", str(file), str(out), "--pattern", ".", "--special", "end"]) == 2
+    assert "must be TOKEN=ID" in capsys.readouterr().err
+    assert run(["import", str(tmp_path), str(out), "--pattern", "."]) == 2
+    assert "are for a .tiktoken file" in capsys.readouterr().err
 
 
 def test_inspect_decodes_what_a_global_sample_trains_on(tmp_path, base, capsys):
