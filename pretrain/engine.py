@@ -183,7 +183,9 @@ def build_engine(
             model=module,
             optimizer=build_adamw(module, optimizer),
             mpu=parallel.mpu,
-            config=describe_for_deepspeed(module, optimizer, precision, zero_stage, offload_optimizer=offload_optimizer),
+            config=describe_for_deepspeed(
+                module, optimizer, precision, zero_stage, offload_optimizer=offload_optimizer
+            ),
             dist_init_required=False if deepspeed.comm.is_initialized() else None,
         )
     if bridge is not None:
