@@ -1,0 +1,173 @@
+"""A run that moves to another layout goes on as a run that was always there."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_pipeline.config import DataConfig
+from pretrain.checkpoint import save_checkpoint
+from pretrain.checkpoint_read import diff_checkpoints
+from pretrain.run import close_run, start_run
+from pretrain.signals import SignalWatch
+from pretrain.train import run_steps
+from tests.helpers.spawn import run_ranks
+from tests.parallel.layouts import Layout, layout_config
+from tests.pretrain.tiny_run import read_events, read_metrics, tiny_data
+
+SAVED, STEPS = 3, 6
+# Two layouts add in another order; from equal states three steps of float32 stay within this, relative to the largest.
+TOLERANCE = 1e-5
+
+
+SETTINGS = {"train__steps": STEPS, "train__checkpoint_every_steps": SAVED}
+
+
+def layout(num_ranks: int, precision: str = "float32", **parallel: Any) -> Layout:
+    """The model with latent experts and tied embeddings, which a pipeline holds on its first and last stage."""
+    return Layout(num_ranks, parallel, "latent", SETTINGS | {"train__precision": precision})
+
+
+LAYOUTS = {
+    "one": layout(1),
+    "one_bf16": layout(1, "bf16"),
+    "one_zero3": layout(1, zero_stage=3),
+    "data2": layout(2, zero_stage=2),
+    "data4_zero3": layout(4, zero_stage=3),
+    "tensor2": layout(2, tensor=2),
+    "tensor4": layout(4, tensor=4, sequence_parallel=True, zero_stage=2),
+    "expert2": layout(2, expert=2, zero_stage=2),
+    "expert4": layout(4, expert=4),
+    "tensor2_expert2_cut": layout(4, tensor=2, sequence_parallel=True, expert=2, expert_tensor=2),
+    "pipeline2": layout(2, pipeline=2),
+    "pipeline2_interleaved": layout(2, pipeline=2, schedule="interleaved", virtual_stages=2, zero_stage=2),
+    "pipeline2_expert2": layout(4, pipeline=2, expert=2, zero_stage=2),
+    "pipeline2_tensor2": layout(4, pipeline=2, tensor=2),
+    "pipeline2_tensor2_expert2": layout(8, pipeline=2, tensor=2, sequence_parallel=True, expert=2),
+}
+QUICK = [("one", "pipeline2"), ("pipeline2", "expert2"), ("expert2", "tensor2")]
+SLOW = [
+    ("tensor2", "one"),
+    ("one", "pipeline2_tensor2"),
+    ("pipeline2_tensor2", "expert4"),
+    ("expert4", "tensor2_expert2_cut"),
+    ("tensor2_expert2_cut", "pipeline2_expert2"),
+    ("pipeline2_expert2", "data4_zero3"),
+    ("data4_zero3", "tensor2_expert2_cut"),
+    ("expert2", "expert4"),
+    ("expert4", "expert2"),
+    ("tensor4", "pipeline2_interleaved"),
+    ("pipeline2_interleaved", "tensor4"),
+    ("tensor2_expert2_cut", "one_zero3"),
+    ("one_zero3", "tensor2_expert2_cut"),
+]
+EIGHT = [("expert4", "pipeline2_tensor2_expert2"), ("pipeline2_tensor2_expert2", "data2")]
+PRECISIONS = [("one_bf16", "tensor2"), ("expert2", "one_bf16")]
+
+
+@dataclass(frozen=True)
+class Course:
+    """What a run's last steps were, on the main rank: loss and gradient norm a step; and what it said on resuming."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    remarks: list[str]
+
+
+def follow(data: DataConfig, place: Path, name: str, again: Path | None) -> Course | None:
+    """Train to the end from whatever the run directory holds; first save what was loaded `again`, elsewhere."""
+    config = layout_config(LAYOUTS[name], data, place)
+    with SignalWatch() as signals:
+        run = start_run(config, signals)
+        if again is not None:
+            save_checkpoint(
+                again, run.progress.step, run.engine, state={}, config=config, identities=run.identities, keep_last=2
+            )
+        code = run_steps(run)
+        close_run(run)
+    assert code == 0
+    if not run.parallel.is_main:
+        return None
+    lines = [line for line in read_metrics(place) if line["step"] > SAVED]
+    remarks = [event["text"] for event in read_events(place, "resume")]
+    return Course([line["loss"] for line in lines], [line["grad_norm"] for line in lines], remarks)
+
+
+def run_straight(data: DataConfig, root: str, names: list[str]) -> dict[str, Course | None]:
+    return {name: follow(data, Path(root, name), name, None) for name in names}
+
+
+def run_moved(data: DataConfig, root: str, pairs: list[tuple[str, str]]) -> dict[tuple[str, str], Course | None]:
+    results = {}
+    for source, target in pairs:
+        name = f"{source}-{target}"
+        results[source, target] = follow(data, Path(root, name), target, Path(root, f"again-{name}"))
+    return results
+
+
+def by_ranks(names: list[str]) -> dict[int, list[str]]:
+    """Layouts by their number of ranks: those of one number share their processes."""
+    groups: dict[int, list[str]] = {}
+    for name in names:
+        groups.setdefault(LAYOUTS[name].num_ranks, []).append(name)
+    return groups
+
+
+def move_all(data: DataConfig, root: Path, pairs: list[tuple[str, str]]) -> None:
+    """Run every layout of the pairs straight and every pair moved, and compare each moved run with its target's own."""
+    straight: dict[str, Course] = {}
+    for ranks, names in by_ranks(list(dict.fromkeys(name for pair in pairs for name in pair))).items():
+        straight |= run_ranks(run_straight, data, str(root), names, num_ranks=ranks)[0]
+    for source, target in pairs:
+        checkpoint = f"checkpoints/step-{SAVED:08d}"
+        shutil.copytree(root / source / checkpoint, root / f"{source}-{target}" / checkpoint)
+    moved: dict[tuple[str, str], Course] = {}
+    for ranks, names in by_ranks([target for _, target in pairs]).items():
+        own = [pair for pair in pairs if pair[1] in names]
+        moved |= run_ranks(run_moved, data, str(root), own, num_ranks=ranks)[0]
+    for pair, course in moved.items():
+        check_loaded_exactly(root, *pair)
+        check_same_course(pair, course, straight[pair[1]])
+
+
+def check_loaded_exactly(root: Path, source: str, target: str) -> None:
+    """Weights, moments, counters, group settings and buffers, saved again after loading, are the source's bit for bit."""
+    name = f"step-{SAVED:08d}"
+    difference = diff_checkpoints(root / source / "checkpoints" / name, root / f"again-{source}-{target}" / name)
+    for found in ("tensors", "only_in_first", "only_in_second", "groups", "optimizer_steps"):
+        assert not difference[found], (source, target, difference[found])
+
+
+def check_same_course(pair: tuple[str, str], moved: Course, straight: Course) -> None:
+    source, target = (LAYOUTS[name] for name in pair)
+    assert len(moved.losses) == STEPS - SAVED
+    if source == target:
+        assert (moved.losses, moved.grad_norms) == (straight.losses, straight.grad_norms), pair
+    elif source.settings == target.settings:  # another precision goes another way
+        assert moved.losses == pytest.approx(straight.losses, rel=TOLERANCE), pair
+        assert moved.grad_norms == pytest.approx(straight.grad_norms, rel=TOLERANCE), pair
+        assert any(text.startswith("parallel.") for text in moved.remarks), "a change of layout is written down"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
+    return tiny_data(tmp_path_factory.mktemp("data"))
+
+
+def test_runs_move_between_layouts_of_two_ranks(data: DataConfig, tmp_path: Path) -> None:
+    move_all(data, tmp_path, QUICK)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pairs", [SLOW, EIGHT, PRECISIONS], ids=["four ranks", "eight ranks", "precisions"])
+def test_runs_move_between_layouts(data: DataConfig, tmp_path: Path, pairs: list[tuple[str, str]]) -> None:
+    move_all(data, tmp_path, pairs)
+
+
+@pytest.mark.slow
+def test_the_same_layout_goes_on_bit_for_bit(data: DataConfig, tmp_path: Path) -> None:
+    move_all(data, tmp_path, [(name, name) for name in LAYOUTS])
