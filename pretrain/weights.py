@@ -22,6 +22,7 @@ from model.config import ModelConfig
 from model.groups import single_rank_groups
 from model.huggingface_weights import weight_shapes
 from model.hybrid import HybridModel
+from model.layers import parameter_shards
 from model.pattern import parse_pattern
 from pretrain.checkpoint_commit import CHECKPOINT_NAME, list_checkpoints
 from pretrain.checkpoint_files import MANIFEST_NAME, read_manifest
@@ -163,8 +164,7 @@ def load_initial_weights(model: HybridModel, path: str | Path, tokenizer_identit
     ]
     if differing:
         raise ValueError(f"run.initial_weights={path} holds another model: " + "; ".join(differing))
-    with torch.no_grad():
-        model.load_state_dict(dict(weights.state))
+    take_own_part(model, weights.state)
     return weights.origin
 
 
@@ -176,6 +176,18 @@ _TRAINING_ONLY = {
     "logits_z_loss_weight",
     "mamba.chunk_size",
     "mamba.a_init_min",
+@torch.no_grad()
+def take_own_part(model: HybridModel, state: Mapping[str, Tensor]) -> None:
+    """Copy from whole tensors what this rank's model holds: its blocks, and of each parameter its shard."""
+    parameters = {name: (parameter, shard) for name, parameter, shard in parameter_shards(model)}
+    for name, own in model.state_dict(keep_vars=True).items():
+        if name in parameters:
+            parameter, shard = parameters[name]
+            parameter.copy_(shard.take(state[name], model.groups))
+        else:
+            own.copy_(state[name])
+
+
     "mamba.a_init_max",
     "mamba.time_step_min",
     "mamba.time_step_max",

@@ -14,6 +14,7 @@ from model.config import ModelConfig
 from model.groups import single_rank_groups
 from model.hybrid import HybridModel
 from model.packing import PackMeta
+from model.stages import cut_pieces
 from pretrain.export import export_checkpoint
 from pretrain.import_huggingface import import_huggingface
 from pretrain.train import train
@@ -137,3 +138,7 @@ def test_initial_weights_of_another_model_or_tokenizer_are_refused(data: DataCon
     load_initial_weights(same, folder, identity)
     expected = read_weights(folder).state
     assert all(torch.equal(tensor, expected[name]) for name, tensor in same.state_dict().items())
+    stage = HybridModel(same.config, single_rank_groups(), seed=9, pieces=cut_pieces(same.config, 2, 48)[1:])
+    load_initial_weights(stage, folder, identity)
+    assert 0 < len(stage.state_dict()) < len(expected)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in stage.state_dict().items())
