@@ -12,12 +12,11 @@ from torch import Tensor
 
 from data_pipeline.batch import Batch
 from model.config import ModelConfig
+from model.expert_balance import auxiliary_names
 from model.hybrid import ModelOutput
-from model.moe import auxiliary_names
-from model.packing import PackMeta
 from model.pattern import parse_pattern
-from pretrain.micro_batch import LossShare, move_batch
 from pretrain.health import describe_skip
+from pretrain.micro_batch import LossShare, move_batch
 from pretrain.parallel import Parallel
 from pretrain.run import Run
 from pretrain.schedule import learning_rate
