@@ -14,6 +14,7 @@ from data_pipeline.prepare_unit import UnitFailure, UnitReport, run_unit
 from data_pipeline.tokenizer import Tokenizer
 
 ATTEMPTS = 3  # of a unit whose actor dies: enough for lost nodes, few enough to notice a text that kills the process
+NO_CORE_SECONDS = 300  # with no actor at work; a cluster that grows on demand needs minutes
 OBJECT_STORE_BYTES = 80 * 2**20  # Ray's smallest: nothing but paths and counts goes through it
 
 
@@ -24,6 +25,10 @@ class PartWriter:
         # One actor a core: the tokenizers library would start a thread a core in each. It looks when it first encodes.
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         self.store, self.tokenizer = Path(store), tokenizer
+
+    def is_alive(self) -> bool:
+        """Answer, once there is a process."""
+        return True
 
     def run(self, unit: Unit) -> UnitReport | UnitFailure:
         """Write the unit's parts."""
@@ -62,7 +67,11 @@ def _start_ray(ray: Any, address: str | None, num_cpus: int) -> None:
 
 
 class _Dispatcher:
-    """Keeps every actor busy with one unit and replaces actors that died."""
+    """Keeps every actor that lives busy with one unit, and replaces actors that died.
+
+    A new actor gets work when it answers: on a cluster that lost a node it may wait for a core for ever, while the
+    others do its share.
+    """
 
     def __init__(self, ray: Any, units: Sequence[Unit], store: Path, tokenizer: Tokenizer) -> None:
         self.ray, self.store = ray, store
@@ -70,39 +79,63 @@ class _Dispatcher:
         self.actor_class = ray.remote(num_cpus=1, max_restarts=0)(PartWriter)
         self.waiting = list(reversed(units))
         self.failures: dict[str, int] = {}
+        self.actors: list[Any] = []
+        self.starting: dict[Any, Any] = {}
+        self.running: dict[Any, tuple[Unit, Any]] = {}
+        self.idle: list[Any] = []
 
     def run(self, num_actors: int) -> Iterator[tuple[Unit, UnitReport | UnitFailure]]:
-        running: dict[Any, tuple[Unit, Any]] = {}
-        actors = []
         try:
             for _ in range(num_actors):
-                actors.append(self._new_actor())
-                self._give_work(actors[-1], running)
-            while running:
-                done, _ = self.ray.wait(list(running), num_returns=1)
-                unit, actor = running.pop(done[0])
-                try:
-                    report = self.ray.get(done[0])
-                except self.ray.exceptions.RayTaskError as error:
-                    raise error.cause from error  # as it was raised, without Ray's frames around it
-                except self.ray.exceptions.RayActorError as error:
-                    self._note_failure(unit, error)
-                    actors.append(self._new_actor())
-                    actor = actors[-1]
-                else:
-                    yield unit, report
-                self._give_work(actor, running)
+                self._start_actor()
+            while self.waiting or self.running:
+                for answer in self._wait():
+                    actor = self.starting.pop(answer, None)
+                    finished = self._finish_start(answer, actor) if actor else self._finish_unit(answer)
+                    if finished is not None:
+                        yield finished
+                while self.waiting and self.idle:
+                    unit, actor = self.waiting.pop(), self.idle.pop()
+                    self.running[actor.run.remote(unit)] = unit, actor
         finally:
-            for actor in actors:
+            for actor in self.actors:
                 self.ray.kill(actor)
 
-    def _new_actor(self) -> Any:
-        return self.actor_class.remote(str(self.store), self.tokenizer)
+    def _start_actor(self) -> None:
+        actor = self.actor_class.remote(str(self.store), self.tokenizer)
+        self.actors.append(actor)
+        self.starting[actor.is_alive.remote()] = actor
 
-    def _give_work(self, actor: Any, running: dict[Any, tuple[Unit, Any]]) -> None:
-        if self.waiting:
-            unit = self.waiting.pop()
-            running[actor.run.remote(unit)] = unit, actor
+    def _wait(self) -> list[Any]:
+        pending = [*self.running, *self.starting]
+        done, _ = self.ray.wait(pending, num_returns=1, timeout=None if self.running else NO_CORE_SECONDS)
+        if not done:
+            raise RuntimeError(
+                f"Ray gave no core within {NO_CORE_SECONDS} seconds: {len(self.waiting)} parts wait, what is done is kept; "
+                "look at `ray status`, and run the same command to go on"
+            )
+        return list(done)
+
+    def _finish_start(self, answer: Any, actor: Any) -> None:
+        try:
+            self.ray.get(answer)
+        except self.ray.exceptions.RayActorError:  # its node went while it started: the next one starts elsewhere
+            self._start_actor()
+        else:
+            self.idle.append(actor)
+
+    def _finish_unit(self, answer: Any) -> tuple[Unit, UnitReport | UnitFailure] | None:
+        unit, actor = self.running.pop(answer)
+        try:
+            report = self.ray.get(answer)
+        except self.ray.exceptions.RayTaskError as error:
+            raise error.cause from error  # as it was raised, without Ray's frames around it
+        except self.ray.exceptions.RayActorError as error:
+            self._note_failure(unit, error)
+            self._start_actor()
+            return None
+        self.idle.append(actor)
+        return unit, report
 
     def _note_failure(self, unit: Unit, error: Exception) -> None:
         self.failures[unit.name] = self.failures.get(unit.name, 0) + 1

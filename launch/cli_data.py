@@ -42,8 +42,9 @@ def prepare(
     path: ConfigArgument,
     overrides: OverridesArgument = None,
     *,
-    ray_address: Annotated[
-        str | None, typer.Option(help="A Ray cluster to work on, such as host:6379; default: this machine.")
+    address: Annotated[
+        str | None,
+        typer.Option(help="A Ray cluster to work on, such as host:6379 or auto; default: this machine alone."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -53,7 +54,7 @@ def prepare(
 
     config = load_checked(path, overrides or [])
     with show_progress("prepare") as show:
-        report = prepare_store(config.data, progress=lambda now: show(*describe_progress(now)), address=ray_address)
+        report = prepare_store(config.data, progress=lambda now: show(*describe_progress(now)), address=address)
     if as_json:
         print_json(asdict(report))
         return
@@ -160,19 +161,23 @@ def show_sample(path: str, sample: int, config_path: Path | None, *, as_json: bo
     """Decode the row of a global sample: a pure function of the configuration and the store."""
     from data_pipeline.verify import sample_text
     from pretrain.config_file import load_config
+    from pretrain.stages import data_of_stages, resolve_stages, stage_of, step_of_sample
 
     place = config_path or Path(path) / "config.yaml"
     if not place.is_file():
         raise ValueError(f"--sample {sample} of {path} needs a run directory, or a store and --config CONFIG")
     run = load_config(place)
-    data = run.data if config_path is None else run.data.model_copy(update={"store": path})
-    shown = sample_text(data, sample, sequence_length=run.train.sequence_length, seed=run.train.seed)
+    stages = resolve_stages(run)
+    data = data_of_stages(run)
+    if config_path is not None:
+        data = data.model_copy(update={"store": path})
+    shown = sample_text(data, sample, sequence_length=stages[0].sequence_length, seed=run.train.seed)
     if as_json:
         print_json(asdict(shown))
         return
-    step, row = divmod(sample, run.train.global_batch_size)
+    step, row = step_of_sample(stages, sample)
     facts = {
-        "step": f"{step + 1}, row {row} of its {run.train.global_batch_size}",
+        "step": f"{step}, row {row} of its {stage_of(stages, step - 1).batch_size(step)}",
         "source": f"{shown.source}, epoch {shown.epoch}",
         "part": f"{shown.part}, row {shown.row}, from document {shown.first_document} on",
         "tokens": f"{len(shown.tokens):,} of {len(shown.documents)} documents",
