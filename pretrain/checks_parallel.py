@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from model.pattern import parse_pattern
 from pretrain.config import RunConfig
 from pretrain.config_errors import Problem
 
-# Key, value that is always allowed, what is missing. The one who adds a capability takes its line out.
-MISSING = (
-    ("context", 1, "rows cannot be cut over ranks"),
-)
-
 
 def layout_problems(config: RunConfig) -> Iterator[Problem]:
     """Rules that hold for any number of ranks."""
-    for name, allowed, reason in MISSING:
-        value = getattr(config.parallel, name)
-        if value != allowed:
-            yield Problem(f"parallel.{name}", f"{reason} in this version", f"use {show(allowed)}", show(value))
     yield from ineffective_problems(config)
     yield from excluded_problems(config)
     yield from share_problems(config)
@@ -97,16 +89,29 @@ def share_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def length_problems(config: RunConfig) -> Iterator[Problem]:
-    """The tokens of a row are cut over context ranks, and those of each over tensor ranks where these divide them."""
-    section, length = config.parallel, config.train.sequence_length
+    """Context ranks take two segments of a row each, and tensor ranks share their tokens where they divide them."""
+    section, mamba = config.parallel, config.model.mamba
     reason = "sequence_parallel" if section.sequence_parallel else "expert" if section.expert > 1 else None
-    parts = section.context * (section.tensor if reason else 1)
-    if length % parts:
-        shares = f"parallel.context={section.context}"
-        if reason:
-            shares += f" x parallel.tensor={section.tensor} (parallel.{reason})"
-        nearest = " or ".join(str(value) for value in (length // parts * parts, (length // parts + 1) * parts) if value)
-        yield Problem("train.sequence_length", f"must be a multiple of {shares}", f"use {nearest}", str(length))
+    tensor = section.tensor if reason else 1
+    parts = tensor if section.context == 1 else math.lcm(2 * section.context, section.context * tensor)
+    shares = f"parallel.tensor={tensor} (parallel.{reason})" if reason else ""
+    if section.context > 1:
+        shares = f"2 x parallel.context={section.context}" + (f" and of parallel.context x {shares}" if reason else "")
+    lengths = {"train.sequence_length": config.train.sequence_length}
+    for index, phase in enumerate(config.data.phases):
+        if phase.sequence_length is not None:
+            lengths[f"data.phases.{index}.sequence_length"] = phase.sequence_length
+    for key, length in lengths.items():
+        if length % parts:
+            nearest = " or ".join(
+                str(value) for value in (length // parts * parts, (length // parts + 1) * parts) if value
+            )
+            yield Problem(key, f"must be a multiple of {shares}", f"use {nearest}", str(length))
+        elif section.context > 1 and "M" in pattern_letters(config) and mamba is not None:
+            least = 2 * section.context * (mamba.conv_kernel - 1)
+            if length < least:
+                rule = f"gives segments shorter than what model.mamba.conv_kernel={mamba.conv_kernel} looks back on"
+                yield Problem(key, rule, f"use at least {least}, or lower parallel.context", str(length))
 
 
 def unit_problems(name: str, units: int, tensor: int) -> Iterator[Problem]:
@@ -149,8 +154,3 @@ def divisors(number: int) -> str:
     """The divisors of a number, as a remedy lists them."""
     found = [str(part) for part in range(1, number + 1) if number % part == 0]
     return ", ".join(found[:12]) + (", ..." if len(found) > 12 else "")
-
-
-def show(value: object) -> str:
-    """A value as YAML writes it."""
-    return str(value).lower() if isinstance(value, bool) else str(value)

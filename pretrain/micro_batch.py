@@ -4,27 +4,32 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from data_pipeline.batch import Batch
 from model.hybrid import ModelOutput
 from model.packing import PackMeta
+from pretrain.parallel import Parallel
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The model's input on its device: tokens and labels [B, T], and where documents begin."""
+    """The model's input on its device: tokens and labels [B, T of this context rank], and where documents begin."""
 
     tokens_BT: Tensor
     meta: PackMeta
     labels_BT: Tensor
 
 
-def move_batch(batch: Batch, device: torch.device) -> MicroBatch:
-    """A batch of the loader on the device that computes."""
+def move_batch(batch: Batch, parallel: Parallel) -> MicroBatch:
+    """This rank's part of a batch of the loader, on the device that computes; context ranks cut its rows."""
+    device, group = parallel.device, parallel.groups.cp
+    tokens_BT, labels_BT = batch.tokens_BT.to(device), batch.labels_BT.to(device)
     meta = PackMeta.from_document_ids(batch.document_ids_BT.to(device), batch.positions_BT.to(device))
-    return MicroBatch(batch.tokens_BT.to(device), meta, batch.labels_BT.to(device))
+    meta = meta.cut(group.rank(), group.size())
+    if meta.segments is not None:
+        tokens_BT, labels_BT = meta.segments.take(tokens_BT), meta.segments.take(labels_BT)
+    return MicroBatch(tokens_BT, meta, labels_BT)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from pretrain.health import describe_skip
 from pretrain.micro_batch import LossShare, move_batch
 from pretrain.parallel import Parallel
 from pretrain.run import Run
-from pretrain.schedule import learning_rate
 
 
 @dataclass(frozen=True)
@@ -27,6 +26,8 @@ class StepResult:
     """What a step gives to the log. `signal`: a stop asked for on any rank, 0 for none. Alike on all ranks."""
 
     loss: float
+    stage: str
+    tokens: int
     sequence_length: int
     auxiliary: dict[str, float]
     expert_counts: dict[int, list[int]]
@@ -84,11 +85,12 @@ def train_step(run: Run) -> StepResult:
     micro-batches. Neither depends on how the batch is cut into micro-batches and ranks.
     """
     start = time.perf_counter()
-    train, progress, engine = run.config.train, run.progress, run.engine
+    stage, progress, engine = run.stage, run.progress, run.engine
     run.heartbeat.at(progress.step + 1, "data")
+    global_batch_size = stage.batch_size(progress.step + 1)
     sequence_length = run.loader.sequence_length
-    batches = run.loader.take(train.global_batch_size)
-    num_micro_batches = train.global_batch_size // train.micro_batch_size
+    batches = run.loader.take(global_batch_size, stage.micro_batch_size)
+    num_micro_batches = global_batch_size // stage.micro_batch_size
     valid_tokens = max(1, count_valid_tokens(batches, run.parallel))
     sums = empty_sums(run.config.model, run.parallel.device)
     losses: list[Tensor] = []
@@ -100,9 +102,7 @@ def train_step(run: Run) -> StepResult:
                 losses.append(output.loss.total.detach() / valid_tokens)
         run.heartbeat.at(progress.step + 1, "reduce")
     signal = sums.reduce(run.parallel, run.signals.received)
-    rate = learning_rate(
-        progress.step + 1, run.config.schedule, peak=run.config.optimizer.learning_rate, total_steps=train.steps
-    )
+    rate = stage.rate(progress.step + 1)
     run.heartbeat.at(progress.step + 1, "optimizer")
     outcome = engine.step(rate)
     skip = None
@@ -114,12 +114,14 @@ def train_step(run: Run) -> StepResult:
         progress.skipped_in_row += 1
         progress.skipped_steps += 1
     progress.step += 1
-    progress.tokens += train.global_batch_size * sequence_length
+    progress.tokens += global_batch_size * sequence_length
     auxiliary = {name: float(value) / num_micro_batches for name, value in sums.auxiliary.items()}
     if run.config.model.logits_z_loss_weight > 0:
         auxiliary["logits_z"] = float(sums.z_loss) / valid_tokens
     return StepResult(
         loss=float(sums.nll) / valid_tokens,
+        stage=stage.name,
+        tokens=global_batch_size * sequence_length,
         sequence_length=sequence_length,
         auxiliary=auxiliary,
         expert_counts={block: counts_E.tolist() for block, counts_E in sums.expert_counts.items()},
@@ -156,9 +158,8 @@ def pass_with_gradients(run: Run, batches: Sequence[Batch], share: LossShare) ->
         part = share.of(output)
         return None if part is None else run.engine.scale(part)
 
-    device = run.parallel.device
     if run.pipeline is not None:
-        yield from run.pipeline.train([move_batch(batch, device) for batch in batches], scaled_share)
+        yield from run.pipeline.train([move_batch(batch, run.parallel) for batch in batches], scaled_share)
         return
     for batch in batches:
         run.heartbeat.at(run.progress.step + 1, "forward")
@@ -173,7 +174,7 @@ def pass_with_gradients(run: Run, batches: Sequence[Batch], share: LossShare) ->
 def pass_forward(run: Run, batches: Sequence[Batch]) -> Iterator[ModelOutput]:
     """The outputs of the micro-batches, without gradients."""
     if run.pipeline is not None:
-        yield from run.pipeline.evaluate([move_batch(batch, run.parallel.device) for batch in batches])
+        yield from run.pipeline.evaluate([move_batch(batch, run.parallel) for batch in batches])
         return
     for batch in batches:
         yield forward_batch(run, batch)
@@ -181,7 +182,7 @@ def pass_forward(run: Run, batches: Sequence[Batch]) -> Iterator[ModelOutput]:
 
 def forward_batch(run: Run, batch: Batch) -> ModelOutput:
     """Loss, auxiliary losses and expert counts of one micro-batch, through the whole model."""
-    given = move_batch(batch, run.parallel.device)
+    given = move_batch(batch, run.parallel)
     output: ModelOutput = run.engine.forward(given.tokens_BT, given.meta, given.labels_BT)
     return output
 

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from pretrain.checks import check_run
-from pretrain.checks_parallel import MISSING
 from pretrain.config_file import load_config
 from tests.pretrain.test_checks import broken
 from tests.pretrain.test_config import BASE
@@ -83,12 +82,30 @@ def base(tmp_path: Path) -> Path:
         ),
         (
             ["parallel.tensor=2", "parallel.sequence_parallel=true", "train.sequence_length=127"],
-            "train.sequence_length = 127: must be a multiple of parallel.context=1 x parallel.tensor=2 "
+            "train.sequence_length = 127: must be a multiple of parallel.tensor=2 "
             "(parallel.sequence_parallel); use 126 or 128",
         ),
         (
             ["model.pattern=M*E", MOE, "parallel.tensor=2", "parallel.expert=2", "train.sequence_length=127"],
-            "train.sequence_length = 127: must be a multiple of parallel.context=1 x parallel.tensor=2 (parallel.expert)",
+            "train.sequence_length = 127: must be a multiple of parallel.tensor=2 (parallel.expert)",
+        ),
+        (
+            ["parallel.context=2", "train.sequence_length=126"],
+            "train.sequence_length = 126: must be a multiple of 2 x parallel.context=2; use 124 or 128",
+        ),
+        (
+            ["parallel.context=2", "parallel.tensor=4", "parallel.sequence_parallel=true", "train.sequence_length=124"],
+            "train.sequence_length = 124: must be a multiple of 2 x parallel.context=2 and of parallel.context x "
+            "parallel.tensor=4 (parallel.sequence_parallel); use 120 or 128",
+        ),
+        (
+            ["parallel.context=4", "train.sequence_length=16"],
+            "train.sequence_length = 16: gives segments shorter than what model.mamba.conv_kernel=4 looks back on; "
+            "use at least 24",
+        ),
+        (
+            ["parallel.context=2", "data.phases=[{start_sample: 8, sequence_length: 66}]"],
+            "data.phases.0.sequence_length = 66: must be a multiple of 2 x parallel.context=2; use 64 or 68",
         ),
     ],
 )
@@ -109,10 +126,3 @@ def test_axes_that_do_not_tile_the_ranks_are_refused(base):
 def test_tensor_ranks_share_micro_batches(base):
     check_run(load_config(base, ["parallel.tensor=2", "train.global_batch_size=2"]), 2)
     assert "x 2 data ranks = 4" in broken(base, "parallel.tensor=2", "train.global_batch_size=2", world_size=4)
-
-
-@pytest.mark.parametrize(("name", "reason"), [(name, reason) for name, _, reason in MISSING])
-def test_what_this_version_lacks_is_refused(base, name, reason):
-    value = "2"
-    message = broken(base, "model.pattern=M*E", MOE, f"parallel.{name}={value}")
-    assert f"parallel.{name} = {value}: {reason} in this version; use " in message
