@@ -90,9 +90,9 @@ class _Dispatcher:
                 self._start_actor()
             while self.waiting or self.running:
                 for answer in self._wait():
-                    actor = self.starting.pop(answer, None)
-                    finished = self._finish_start(answer, actor) if actor else self._finish_unit(answer)
-                    if finished is not None:
+                    if answer in self.starting:
+                        self._finish_start(answer)
+                    elif (finished := self._finish_unit(answer)) is not None:
                         yield finished
                 while self.waiting and self.idle:
                     unit, actor = self.waiting.pop(), self.idle.pop()
@@ -116,7 +116,8 @@ class _Dispatcher:
             )
         return list(done)
 
-    def _finish_start(self, answer: Any, actor: Any) -> None:
+    def _finish_start(self, answer: Any) -> None:
+        actor = self.starting.pop(answer)
         try:
             self.ray.get(answer)
         except self.ray.exceptions.RayActorError:  # its node went while it started: the next one starts elsewhere
