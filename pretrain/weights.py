@@ -168,14 +168,6 @@ def load_initial_weights(model: HybridModel, path: str | Path, tokenizer_identit
     return weights.origin
 
 
-# Settings of how a model is trained, not of what it computes.
-_TRAINING_ONLY = {
-    "initializer_range",
-    "depth_scaled_init",
-    "residual_in_fp32",
-    "logits_z_loss_weight",
-    "mamba.chunk_size",
-    "mamba.a_init_min",
 @torch.no_grad()
 def take_own_part(model: HybridModel, state: Mapping[str, Tensor]) -> None:
     """Copy from whole tensors what this rank's model holds: its blocks, and of each parameter its shard."""
@@ -188,6 +180,14 @@ def take_own_part(model: HybridModel, state: Mapping[str, Tensor]) -> None:
             own.copy_(state[name])
 
 
+# Settings of how a model is trained, not of what it computes.
+_TRAINING_ONLY = {
+    "initializer_range",
+    "depth_scaled_init",
+    "residual_in_fp32",
+    "logits_z_loss_weight",
+    "mamba.chunk_size",
+    "mamba.a_init_min",
     "mamba.a_init_max",
     "mamba.time_step_min",
     "mamba.time_step_max",
