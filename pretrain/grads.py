@@ -86,7 +86,10 @@ def find_partial_gradients(module: nn.Module, groups: ProcessGroupCollection) ->
 def sum_partial_gradients(partials: Sequence[PartialGradient], groups: ProcessGroupCollection) -> None:
     """Complete these gradients in place, in float32 or wider, with one reduction an axis and type.
 
-    Every rank must call this, after the last backward pass and before gradients are reduced over data ranks.
+    Every rank must call this, after the last backward pass and before gradients are reduced over data ranks. The two ends
+    of a pipeline must get the same bits for what they both hold, or it would drift apart; but each end has its own order
+    of summing three and more data ranks. So these gradients are summed over data ranks here, and one rank alone hands the
+    sum on.
     """
     batches: dict[tuple[Axis, torch.dtype], list[PartialGradient]] = {}
     for partial in partials:
@@ -106,7 +109,12 @@ def sum_partial_gradients(partials: Sequence[PartialGradient], groups: ProcessGr
         own = [place.view(slots, *piece.shape)[slot] for place, (piece, slots, slot) in zip(places, pieces)]
         for place, (piece, _, _) in zip(own, pieces):
             place.copy_(piece)
+        all_data = groups.dp_cp if axis == "embd" and groups.dp_cp.size() > 2 else None
+        if all_data is not None:
+            torch.distributed.all_reduce(buffer, group=all_data)
         torch.distributed.all_reduce(buffer, group=group)
+        if all_data is not None and all_data.rank() > 0:
+            buffer.zero_()
         for place, (piece, _, _) in zip(own, pieces):
             piece.copy_(place)
 

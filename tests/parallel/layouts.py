@@ -217,7 +217,11 @@ LAYOUTS = [
     Layout(4, {"pipeline": 2, "tensor": 2}, "latent"),
     Layout(4, {"pipeline": 2, "tensor": 2, "sequence_parallel": True, "schedule": "zero_bubble"}, quick=True),
     Layout(4, {"pipeline": 2, "tensor": 2, "expert": 2, "schedule": "zero_bubble"}, "latent"),
+    Layout(4, {"pipeline": 2, "context": 2}, "latent", quick=True),
+    Layout(4, {"pipeline": 2, "context": 2, "schedule": "zero_bubble", "zero_stage": 2}),
     Layout(8, {"pipeline": 2, "tensor": 2, "sequence_parallel": True, "zero_stage": 2}, "latent"),
+    Layout(8, {"pipeline": 2, "tensor": 2, "sequence_parallel": True, "context": 2, "schedule": "zero_bubble"}),
+    Layout(8, {"pipeline": 2, "context": 2, "expert": 2, "schedule": "interleaved", "virtual_stages": 2}, "latent"),
     # Two of the four stages have no experts.
     Layout(8, {"pipeline": 4, "tensor": 2, "expert": 2, "zero_stage": 2}),
 ]
