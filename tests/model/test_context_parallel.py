@@ -6,11 +6,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from launch.bench_comm_context import heads_bytes, states_bytes
 from model.config import MoeConfig
 from model.groups import single_rank_groups
 from model.hybrid import HybridModel
 from model.layers import parameter_shards
 from model.packing import PackMeta
+from pretrain.communication import CommunicationCounter
 from pretrain.config import ParallelConfig
 from pretrain.parallel import initialize_parallel
 from tests.helpers.spawn import run_ranks
@@ -139,3 +141,36 @@ def test_rows_that_cannot_be_cut_are_refused():
     model = HybridModel(small_config("M"), single_rank_groups())
     with pytest.raises(ValueError, match=r"cut for 11 context rank\(s\) and the model's cp group has 1"):
         model(torch.zeros(1, 2, dtype=torch.int64), meta.cut(0, 11))
+
+
+LENGTHS = (24, 48, 240)
+
+
+def count_bytes(num_ranks):
+    """Bytes that this rank sends for a Mamba2 block and for an attention block, forward and backward, by row length."""
+    parallel = initialize_parallel(ParallelConfig(context=num_ranks), timeout_seconds=60, num_threads=1)
+    groups, sent = parallel.groups, {}
+    for pattern in "M*":
+        model = HybridModel(small_config(pattern), groups, seed=3)
+        for length in LENGTHS:
+            meta = PackMeta.one_document_a_row(2, length).cut(groups.cp.rank(), num_ranks)
+            x_BTD = torch.randn(2, length // num_ranks, model.config.hidden_size, requires_grad=True)
+            with CommunicationCounter(groups) as counter:
+                model.blocks[0](x_BTD, None, meta)[1].y_BTD.sum().backward()
+            sent[pattern, length] = {row.collective: (row.calls, row.sent_bytes) for row in counter.traffic()}
+    return sent
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_a_row_of_any_length_costs_a_mamba_block_the_same_bytes(num_ranks):
+    ranks = run_ranks(count_bytes, num_ranks, num_ranks=num_ranks)
+    mamba, attention = small_config("M").mamba, small_config("*").attention
+    for length in LENGTHS:
+        # Once forward and once backward: the states of all segments, and the inputs before them.
+        assert {name: row[0] for name, row in ranks[0]["M", length].items()} == {"all_gather": 2, "all_to_all": 2}
+        total = sum(row[1] for sent in ranks for row in sent["M", length].values())
+        assert total == states_bytes(mamba, 2, num_ranks, 1, 4)
+        keys = 2 * 2 * length * attention.num_kv_heads * attention.head_dim * 4
+        sent = sum(row[1] for sent in ranks for row in sent["*", length].values())
+        assert sent == 2 * keys * (num_ranks - 1)
+    assert heads_bytes(mamba, 240, 2, num_ranks, 1, 4) == 10 * heads_bytes(mamba, 24, 2, num_ranks, 1, 4)
