@@ -70,6 +70,14 @@ def rope(**fields):
         ({"moe": {"num_router_groups": 8}}, "leaves 1 expert a group"),
         ({"moe": {"num_router_groups": 4, "top_k": 3}}, "top_k=3 must be at most the 2 experts"),
         ({"moe": {"router": "softmax", "expert_bias": True}}, "expert_bias=true needs model.moe.router=sigmoid"),
+        (
+            {"moe": {"overflow": "recycle"}},
+            r"overflow=recycle needs model\.moe\.capacity_factor: .*set capacity_factor: 1\.5",
+        ),
+        (
+            {"moe": {"overflow": "recycle", "capacity_factor": 0.9}},
+            r"overflow=recycle needs model\.moe\.capacity_factor of at least 1, not 0\.9: .*use overflow: drop",
+        ),
     ],
 )
 def test_a_broken_rule_is_named_with_value_and_remedy(changes, message):
