@@ -123,6 +123,7 @@ def inspect_run(folder: Path) -> Inspection:
     from pretrain.checkpoint_files import verify_checkpoint
     from pretrain.config_file import flatten, load_config
     from pretrain.report_data import read_json_lines
+    from pretrain.stages import total_steps
 
     problems, steps = [], []
     for checkpoint in list_checkpoints(folder / "checkpoints"):
@@ -134,7 +135,7 @@ def inspect_run(folder: Path) -> Inspection:
     details: dict[str, Any] = {}
     if (folder / "config.yaml").is_file():
         config = load_config(folder / "config.yaml")
-        facts |= {"pattern": config.model.pattern, "steps": config.train.steps}
+        facts |= {"pattern": config.model.pattern, "steps": total_steps(config)}
         details = flatten(config.model_dump(mode="json"))
     if (folder / "metrics.jsonl").is_file():
         lines, notes = read_json_lines(folder / "metrics.jsonl")

@@ -10,6 +10,7 @@ from launch.plan_memory import Layout, Memory, estimate_memory, lasting_bytes, s
 from launch.plan_time import StepTime, estimate_step
 from model.flops import Counts, count_parameters, flops_per_token
 from pretrain.config import RunConfig
+from pretrain.stages import resolve_stages
 
 ZERO_STAGES = (0, 1, 2, 3)
 SECONDS_A_DAY = 86_400
@@ -74,7 +75,7 @@ def make_plan(
         own=estimate(config, own, hardware, assumptions),
         layouts=tuple(fitting),
         near_misses=tuple(misses[:3]),
-        tokens=tokens or float(train.steps) * train.global_batch_size * train.sequence_length,
+        tokens=tokens or float(sum(stage.num_tokens() for stage in resolve_stages(config))),
     )
 
 

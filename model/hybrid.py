@@ -14,7 +14,7 @@ from kernels.backend import resolve_backend
 from kernels.linear_cross_entropy.op import CrossEntropy
 from model.attention import AttentionMixer
 from model.checks import check_model
-from model.config import ModelConfig
+from model.config import ModelConfig, RopeConfig
 from model.feed_forward import FeedForwardMixer
 from model.groups import ProcessGroupCollection
 from model.init import initialize_parameters, named_seed
@@ -285,6 +285,18 @@ class HybridModel(nn.Module):
             ),
             0,
         )
+
+    def set_rope(self, rope: RopeConfig | None) -> None:
+        """Give every attention block these rotary positions; None or the present ones change nothing."""
+        attention = self.config.attention
+        if rope is None or attention is None or attention.rope == rope:
+            return
+        attention = attention.model_copy(update={"rope": rope})
+        self.config = self.config.model_copy(update={"attention": attention})
+        for module in self.modules():
+            if isinstance(module, AttentionMixer):
+                module.section = attention
+                module.reset_buffers()
 
     def update_expert_bias(self, counts: dict[int, Tensor]) -> None:
         """Moves the balancing bias of each MoE block that is here, by block index, against the loads of the whole step.

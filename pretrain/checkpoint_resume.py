@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import fields
+from itertools import zip_longest
 from typing import Any
 
 from pydantic import ValidationError
 
 from pretrain.config import RunConfig
+from pretrain.stages import resolve_stages
 
 # Settings that a resumed run may change: where it runs, how it is spread, what it reports and when it saves. A name
 # ending in ".*" allows a whole section. docs/checkpoints.md says why for each; everything else is refused.
@@ -18,6 +21,7 @@ MAY_CHANGE = (
     "kernels.*",
     "launch.*",
     "parallel.*",
+    "stages.*",
     "train.steps",
     "train.stop_after_steps",
     "train.micro_batch_size",
@@ -99,6 +103,26 @@ def compare_settings(saved: dict[str, Any], current: dict[str, Any]) -> dict[str
     return {name: (before.get(name), now.get(name)) for name in names if before.get(name) != now.get(name)}
 
 
+def stage_faults(saved: RunConfig, current: RunConfig, steps_done: int) -> list[str]:
+    """How stages that have begun differ: all of a finished one must stay, of the present one all but its end."""
+    begun = [stage for stage in resolve_stages(saved) if stage.first_step < steps_done]
+    now = resolve_stages(current)
+    faults = []
+    for before, after in zip_longest(begun, now[: len(begun)]):
+        if after is None:
+            faults.append(f"stages.{before.index}: the checkpoint has {before.name}, this run ends before it")
+            continue
+        free = {"name", "micro_batch_size"} | ({"num_steps"} if before is begun[-1] else set())
+        for name in [item.name for item in fields(before) if item.name not in free]:
+            saved_value, value = getattr(before, name), getattr(after, name)
+            if saved_value != value:
+                faults.append(
+                    f"stages.{before.index} ({before.name}): {name}: the checkpoint has {saved_value!r}, this run has "
+                    f"{value!r}"
+                )
+    return faults
+
+
 def check_resumable(manifest: dict[str, Any], config: RunConfig, identities: dict[str, str]) -> tuple[str, ...]:
     """Refuse to resume from a checkpoint of another run; return the allowed changes as sentences for the event log.
 
@@ -109,7 +133,11 @@ def check_resumable(manifest: dict[str, Any], config: RunConfig, identities: dic
         saved, given = manifest["identities"].get(name), identities.get(name)
         if saved != given:
             refused.append(f"{name}: the checkpoint has {saved}, this run has {given}")
-    differences = compare_settings(complete_settings(manifest["config"]), config.model_dump(mode="json"))
+    before = complete_settings(manifest["config"])
+    saved_config = RunConfig.model_validate(before)
+    if saved_config.stages or config.stages:
+        refused += stage_faults(saved_config, config, int(manifest["step"]))
+    differences = compare_settings(before, config.model_dump(mode="json"))
     for name, (saved, given) in differences.items():
         if may_change(name):
             changes.append(f"{name}: {saved!r} -> {given!r}")

@@ -12,10 +12,19 @@ from model.checks import check_model
 from model.huggingface import explain_unfit
 from pretrain.checks_parallel import layout_problems, world_problems
 from pretrain.checks_pipeline import micro_batch_problems, pipeline_problems
+from pretrain.checks_stages import (
+    declaration_problems,
+    ramp_problems,
+    ramp_share_problems,
+    relocate,
+    run_of_stage,
+    total_problems,
+)
 from pretrain.config import RunConfig
 from pretrain.config_errors import ConfigError, Problem
 from pretrain.config_file import load_located
 from pretrain.recompute import recompute_problems
+from pretrain.stages import resolve_stages, total_steps
 
 _MODEL_KEY = re.compile(r"model(\.[a-z_0-9]+)+")
 
@@ -39,24 +48,30 @@ def check_run(config: RunConfig, world_size: int | None = None) -> None:
     `world_size` counts all ranks; None leaves out the rules that depend on it. Raises ConfigError with every broken
     rule. Touches no device and reads no file.
     """
+    declared = list(declaration_problems(config))
+    problems = [*declared, *vocabulary_problems(config), *data_problems(config), *keeping_problems(config)]
+    if not declared:
+        problems += [*ramp_problems(config), *total_problems(config), *loop_problems(config)]
+        for stage in resolve_stages(config):
+            found = stage_problems(run_of_stage(config, stage), world_size)
+            problems += [relocate(problem, config, stage) for problem in found]
+    if problems:
+        # What is wrong in every stage alike is said once.
+        raise ConfigError(
+            list({(problem.key, problem.remedy): problem for problem in reversed(problems)}.values())[::-1]
+        )
+
+
+def stage_problems(config: RunConfig, world_size: int | None) -> list[Problem]:
+    """Rules for a run without stages, or for one stage taken as a run."""
     model = list(model_problems(config))
-    problems = [
-        *model,
-        *vocabulary_problems(config),
-        *data_problems(config),
-        *schedule_problems(config),
-        *keeping_problems(config),
-        *loop_problems(config),
-        *layout_problems(config),
-        *recompute_problems(config),
-    ]
+    problems = [*model, *schedule_problems(config), *layout_problems(config), *recompute_problems(config)]
     if not model:
         problems += [*export_problems(config), *pipeline_problems(config)]
     if world_size is not None:
         shares = [*world_problems(config, world_size), *batch_problems(config, world_size)]
-        problems += shares or micro_batch_problems(config, world_size)
-    if problems:
-        raise ConfigError(problems)
+        problems += shares or [*micro_batch_problems(config, world_size), *ramp_share_problems(config, world_size)]
+    return problems
 
 
 def model_problems(config: RunConfig) -> Iterator[Problem]:
@@ -127,7 +142,7 @@ def keeping_problems(config: RunConfig) -> Iterator[Problem]:
 
 def schedule_problems(config: RunConfig) -> Iterator[Problem]:
     """Warm-up and decay fit into the run, and no setting of another schedule is given."""
-    schedule, steps = config.schedule, config.train.steps
+    schedule, steps = config.schedule, total_steps(config)
     warmup_steps = schedule.warmup_length(steps)
     if warmup_steps >= steps:
         rule = f"must be less than train.steps={steps}"
@@ -135,6 +150,9 @@ def schedule_problems(config: RunConfig) -> Iterator[Problem]:
             f"use {steps // 10}, say, or raise train.steps; for a short trial train.stop_after_steps keeps the schedule"
         )
         yield Problem("schedule.warmup_steps", rule, remedy, str(warmup_steps))
+    if schedule.kind == "inverse_sqrt" and warmup_steps == 0:
+        remedy = "use 100, say, or raise train.steps"
+        yield Problem("schedule.warmup_steps", "must be at least 1 with schedule.kind=inverse_sqrt", remedy, "0")
     if schedule.kind != "wsd":
         for key, value in (("decay_steps", schedule.decay_steps), ("decay_shape", schedule.decay_shape)):
             if value != type(schedule).model_fields[key].default:
@@ -148,9 +166,9 @@ def schedule_problems(config: RunConfig) -> Iterator[Problem]:
 
 def loop_problems(config: RunConfig) -> Iterator[Problem]:
     """Settings of the loop that could never take effect."""
-    train = config.train
-    if train.stop_after_steps is not None and train.stop_after_steps > train.steps:
-        rule = f"is beyond train.steps={train.steps}"
+    train, steps = config.train, total_steps(config)
+    if train.stop_after_steps is not None and train.stop_after_steps > steps:
+        rule = f"is beyond the {steps} steps of the stages" if config.stages else f"is beyond train.steps={steps}"
         yield Problem("train.stop_after_steps", rule, "lower it, or remove it", str(train.stop_after_steps))
     if train.validate_every_steps is not None and config.data.validation_fraction == 0:
         rule = "needs documents kept for validation, and data.validation_fraction is 0"

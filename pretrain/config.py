@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from data_pipeline.config import DataConfig
-from model.config import ModelConfig
+from model.config import ModelConfig, RopeConfig
 
 
 class Section(BaseModel):
@@ -43,8 +43,9 @@ class OptimizerConfig(Section):
 class ScheduleConfig(Section):
     """Learning rate over the steps of the run."""
 
-    kind: Literal["wsd", "cosine", "constant"] = Field(
-        "wsd", description="Warm-up, stable, decay; warm-up and cosine; warm-up and constant."
+    kind: Literal["wsd", "cosine", "constant", "inverse_sqrt"] = Field(
+        "wsd",
+        description="Warm-up, stable, decay; warm-up and cosine; warm-up and constant; warm-up, then the peak times sqrt(warm-up / step).",
     )
     warmup_steps: int | None = Field(
         None, ge=0, description="Linear rise from 0 to the peak; none: a twentieth of train.steps."
@@ -62,16 +63,25 @@ class ScheduleConfig(Section):
         return total_steps // 20 if self.warmup_steps is None else self.warmup_steps
 
 
+class BatchRampConfig(Section):
+    """A global batch that grows in equal shares of the first steps (as the batch ramp of GPT-3, arXiv 2005.14165)."""
+
+    start_size: int = Field(gt=0, description="Rows of the first step.")
+    increment: int = Field(gt=0, description="Rows added each time; must lead exactly to the global batch.")
+    steps: int = Field(gt=0, description="Steps after which the batch has its full size.")
+
+
 class TrainConfig(Section):
     """The loop."""
 
-    steps: int = Field(gt=0, description="Optimizer steps of the whole run.")
+    steps: int | None = Field(None, gt=0, description="Optimizer steps of the whole run; none: as `stages` say.")
     stop_after_steps: int | None = Field(
         None, gt=0, description="Save and exit (code 0) when this step is done; the schedule still spans `steps`."
     )
     sequence_length: int = Field(gt=0, description="Tokens a row.")
     micro_batch_size: int = Field(gt=0, description="Rows a forward pass and rank.")
     global_batch_size: int = Field(gt=0, description="Rows an optimizer step, over all ranks.")
+    batch_ramp: BatchRampConfig | None = Field(None, description="Start with smaller batches; none: full at once.")
     seed: int = Field(0, ge=0, description="Of weights, data order and every other random draw.")
     precision: Literal["float32", "bf16"] = Field(
         "bf16", description="Of weights and activations; master weights and moments are float32 always."
@@ -108,6 +118,21 @@ class TrainConfig(Section):
     )
     recompute_blocks: str = Field("", description="For recompute: selective, letters of model.pattern, such as `*E`.")
     num_threads: int | None = Field(None, gt=0, description="CPU threads a rank; none: cores / ranks on this machine.")
+
+
+class StageConfig(Section):
+    """A stretch of the run; what it leaves open stays as in the stage before it, at first as in `train`."""
+
+    name: str = Field(min_length=1, description="Shown in the log and the report.")
+    tokens: float | None = Field(None, gt=0, description="At least so many tokens; or give steps.")
+    steps: int | None = Field(None, gt=0, description="Optimizer steps; or give tokens.")
+    sequence_length: int | None = Field(None, gt=0, description="Tokens a row.")
+    micro_batch_size: int | None = Field(None, gt=0, description="Rows a forward pass and rank.")
+    global_batch_size: int | None = Field(None, gt=0, description="Rows an optimizer step, over all ranks.")
+    rope: RopeConfig | None = Field(None, description="Rotary positions from here on.")
+    weights: dict[str, float] | None = Field(None, description="Weight of each source from here on; absent: not used.")
+    learning_rate: float | None = Field(None, gt=0, description="Peak rate; none: optimizer.learning_rate.")
+    schedule: ScheduleConfig | None = Field(None, description="Over the steps of this stage; none: `schedule`.")
 
 
 class ParallelConfig(Section):
@@ -219,6 +244,7 @@ class RunConfig(Section):
     train: TrainConfig
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()
+    stages: tuple[StageConfig, ...] = Field((), description="Consecutive stretches of the run; none: one, as above.")
     parallel: ParallelConfig = ParallelConfig()
     kernels: KernelsConfig = KernelsConfig()
     export: ExportConfig = ExportConfig()

@@ -181,17 +181,17 @@ def literal_values(annotation: Any) -> list[object]:
 
 
 def nearest_key(parts: tuple[str | int, ...]) -> str:
-    """The remedy for an unknown key: the near miss in its section, the same word elsewhere, or the list."""
+    """The remedy for an unknown key: a near miss in its section (a nearer one if the word stands elsewhere), that, or the list."""
     section, word = section_at(parts[:-1]), str(parts[-1])
     assert section is not None, f"no section holds {parts}"
     names = list(section.model_fields)
     place = "".join(f"{part}." for part in parts[:-1])
     if "." in word:
         return "nest it: a dot joins sections in overrides only"
-    near = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    elsewhere = [row.key for row in describe_fields() if row.key.rsplit(".", 1)[-1] == word]
+    near = difflib.get_close_matches(word, names, n=1, cutoff=0.8 if elsewhere else 0.6)
     if near:
         return f"did you mean {place}{near[0]}?"
-    elsewhere = [row.key for row in describe_fields() if row.key.rsplit(".", 1)[-1] == word]
     if elsewhere:
         return f"it belongs elsewhere: {' or '.join(elsewhere)}"
     return f"known keys here: {', '.join(names)}"

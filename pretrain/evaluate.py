@@ -33,7 +33,7 @@ def validate(run: Run) -> Validation:
     tokens = 0
     run.engine.module.eval()
     for _ in range(run.config.train.validation_batches):
-        batches = run.validation.take(run.config.train.global_batch_size)
+        batches = run.validation.take(run.stage.global_batch_size, run.stage.micro_batch_size)
         tokens += count_valid_tokens(batches, run.parallel)
         for output in pass_forward(run, batches):
             sums.add(output)

@@ -74,7 +74,7 @@ def evaluate_checkpoint(
         raise ValueError(f"{checkpoint} is an imported model and knows no text; name a store")
     opened = TokenStore.open(place)
     _check_tokenizer(weights, opened)
-    length = sequence_length or (run.train.sequence_length if run is not None else DEFAULT_SEQUENCE_LENGTH)
+    length = sequence_length or weights.trained_length() or DEFAULT_SEQUENCE_LENGTH
     isolated = run.data.mask_document_boundaries if run is not None else True
     model = weights.build(backend=backend, device=device)
     total = sum(opened.num_tokens(name, split) for name in opened.source_names)

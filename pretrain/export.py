@@ -136,7 +136,7 @@ def resolve_target(weights: Weights, asked: str) -> Target:
 
 
 def _max_positions(weights: Weights) -> int:
-    return weights.run.train.sequence_length if weights.run is not None else DEFAULT_MAX_POSITIONS
+    return weights.trained_length() or DEFAULT_MAX_POSITIONS
 
 
 def sync_files_of_parent(out: Path) -> None:

@@ -22,6 +22,7 @@ from model.huggingface_config import TokenIds, huggingface_config
 from model.huggingface_weights import weight_map
 from model.pattern import parse_pattern
 from pretrain.export_tokenizer import write_tokenizer
+from pretrain.stages import resolve_stages, tokens_done
 from pretrain.weights import Weights
 
 OUR_DESCRIPTION = "amfm_model.json"
@@ -187,6 +188,6 @@ def _facts(plan: ExportPlan, config: ModelConfig) -> list[tuple[str, str]]:
     ]
     run = plan.weights.run
     if run is not None and plan.weights.step is not None:
-        tokens = plan.weights.step * run.train.global_batch_size * run.train.sequence_length
+        tokens = tokens_done(resolve_stages(run), plan.weights.step)
         facts.append(("Training", f"{plan.weights.step:,} steps, {tokens:,} tokens"))
     return facts

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pretrain.config import RunConfig
+from pretrain.stages import total_steps
 
 BARS = "▁▂▃▄▅▆▇█"
 SPARKLINE_WIDTH = 48
@@ -29,7 +30,7 @@ class Display:
     def __init__(self, config: RunConfig, *, first_step: int, console: Console | None = None) -> None:
         self.config = config
         self.first_step = first_step
-        self.last_step = min(config.train.steps, config.train.stop_after_steps or config.train.steps)
+        self.last_step = min(total_steps(config), config.train.stop_after_steps or total_steps(config))
         self.console = console or Console(file=sys.stderr, highlight=False, soft_wrap=True)
         self.losses: deque[float] = deque(maxlen=400)
         self.seconds: deque[float] = deque(maxlen=AVERAGED_STEPS)

@@ -25,7 +25,6 @@ from model.groups import AXES, ProcessGroupCollection
 from pretrain.config import ParallelConfig
 from pretrain.rank_variables import LAUNCHER_PID
 
-
 DATA_PARALLEL = ParallelConfig()
 
 

@@ -11,6 +11,7 @@ from model.pattern import BLOCK_NAMES, parse_pattern
 from pretrain.report_data import RunRecord, read_run
 from pretrain.report_page import Card, Table, render_page
 from pretrain.report_plots import draw_plots
+from pretrain.stages import total_steps
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -38,7 +39,7 @@ def make_cards(record: RunRecord) -> list[Card]:
     speed, mfu = record.typical("tokens_per_second"), record.typical("mfu")
     tokens = record.last("tokens")
     cards = [
-        Card("Steps", f"{record.last_step():,}", f"of {config.train.steps:,}"),
+        Card("Steps", f"{record.last_step():,}", f"of {total_steps(config):,}"),
         Card("Parameters", count(counts.total), f"{count(counts.active)} active a token"),
         Card("Model", f"{len(pattern.letters)} blocks", blocks),
         Card("Tokens", count(tokens) if tokens is not None else "-", f"rows of {config.train.sequence_length:,}"),

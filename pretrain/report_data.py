@@ -12,6 +12,7 @@ from typing import Any
 
 from pretrain.config import RunConfig
 from pretrain.config_file import load_config
+from pretrain.stages import total_steps
 
 Metrics = dict[str, Any]
 
@@ -37,7 +38,7 @@ class RunRecord:
 
     def is_finished(self) -> bool:
         """Whether all steps of the configuration are done."""
-        return self.last_step() >= self.config.train.steps
+        return self.last_step() >= total_steps(self.config)
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """(steps, values) of one metric, at the steps that have it as a finite number."""

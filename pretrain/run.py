@@ -38,6 +38,7 @@ from pretrain.pipeline import Pipeline
 from pretrain.rank_variables import RESTART_CAUSE
 from pretrain.recompute import recomputed_letters
 from pretrain.signals import SignalWatch
+from pretrain.stages import RunStage, data_of_stages, resolve_stages, stage_of
 from pretrain.weights import load_initial_weights
 
 
@@ -55,16 +56,20 @@ class Progress:
 
 @dataclass
 class Run:
-    """One training run in this process. `log` and `display` exist on the main rank alone."""
+    """One training run in this process. `log` and `display` exist on the main rank alone.
+
+    `stage` is that of the last step taken, before the first step that of the next. `validations`: by length of rows.
+    """
 
     config: RunConfig
     parallel: Parallel
     engine: ZeroEngine
     saver: BackgroundSaver
     loader: PretrainLoader
-    validation: PretrainLoader | None
+    validations: dict[int, PretrainLoader]
     peak: Peak
-    flops_per_token: float
+    stages: tuple[RunStage, ...]
+    stage: RunStage
     signals: SignalWatch
     heartbeat: Heartbeat
     pipeline: Pipeline | None = None
@@ -78,6 +83,11 @@ class Run:
     def directory(self) -> Path:
         """The run directory."""
         return Path(self.config.run.dir)
+
+    @property
+    def validation(self) -> PretrainLoader | None:
+        """Held-out text in rows of the stage's length; None where nothing is held out."""
+        return self.validations.get(self.stage.sequence_length)
 
     @property
     def model(self) -> HybridModel:
@@ -116,9 +126,9 @@ def start_run(config: RunConfig, signals: SignalWatch) -> Run:
     check_plot_services(config)
     set_determinism(config.train.seed)
     lock = lock_directory(Path(config.run.dir)) if parallel.is_main else None
-    loader = open_loader(config, parallel, "train")
+    stages = resolve_stages(config)
+    loader = open_loader(config, parallel, "train", stages[0])
     check_vocabulary(config, loader)
-    validation = open_loader(config, parallel, "validation") if config.data.validation_fraction > 0 else None
     engine = build_engine(
         build_model(config, parallel),
         optimizer=config.optimizer,
@@ -133,15 +143,18 @@ def start_run(config: RunConfig, signals: SignalWatch) -> Run:
         engine=engine,
         saver=BackgroundSaver(engine, config.train.timeout_seconds),
         loader=loader,
-        validation=validation,
+        validations=open_validations(config, parallel, stages),
         peak=find_peak(parallel, config.train.precision),
-        flops_per_token=sum(flops_per_token(config.model, config.train.sequence_length).values()),
+        stages=stages,
+        stage=stages[0],
         signals=signals,
         heartbeat=Heartbeat(Path(config.run.dir), parallel.rank, config.launch.heartbeat_seconds),
         pipeline=build_pipeline(config, parallel, engine),
         lock=lock,
     )
     loaded = resume(run)
+    run.stage = stage_of(stages, run.progress.step)
+    run.model.set_rope(run.stage.rope)
     if parallel.is_main:
         open_log(run, loaded)
     run.heartbeat.start()
@@ -165,16 +178,39 @@ def lock_directory(directory: Path) -> IO[str]:
     return lock
 
 
-def open_loader(config: RunConfig, parallel: Parallel, split: Literal["train", "validation"]) -> PretrainLoader:
-    """This rank's stream of micro-batches."""
+def open_loader(
+    config: RunConfig, parallel: Parallel, split: Literal["train", "validation"], stage: RunStage
+) -> PretrainLoader:
+    """This rank's stream of micro-batches; the training text goes through all stages, validation has one length."""
     return PretrainLoader(
-        config.data,
+        data_of_stages(config),
         split=split,
-        sequence_length=config.train.sequence_length,
-        micro_batch_size=config.train.micro_batch_size,
+        sequence_length=stage.sequence_length,
+        micro_batch_size=stage.micro_batch_size,
         seed=config.train.seed,
         data_rank=parallel.data_rank,
         data_world_size=parallel.data_world_size,
+    )
+
+
+def open_validations(config: RunConfig, parallel: Parallel, stages: tuple[RunStage, ...]) -> dict[int, PretrainLoader]:
+    """Held-out text for every length of rows that the run will come to, so that a lack of it shows at the start."""
+    if config.data.validation_fraction == 0:
+        return {}
+    by_length = {stage.sequence_length: stage for stage in stages}
+    return {length: open_loader(config, parallel, "validation", stage) for length, stage in by_length.items()}
+
+
+def enter_stage(run: Run) -> None:
+    """Set the model to the stage of the next step, if it is another one than before. Every rank must call this."""
+    stage = stage_of(run.stages, run.progress.step)
+    if stage == run.stage:
+        return
+    run.stage = stage
+    run.model.set_rope(stage.rope)
+    run.record_event("stage", name=stage.name, sequence_length=stage.sequence_length, steps=stage.num_steps)
+    run.say(
+        f"stage {stage.name}: {stage.num_steps:,} steps of {stage.global_batch_size} x {stage.sequence_length} tokens"
     )
 
 
@@ -269,22 +305,22 @@ def finish_saving(run: Run) -> None:
 def open_log(run: Run, loaded: LoadedCheckpoint | None) -> None:
     """Write the resolved configuration and the environment, open the logs, and say how the run begins."""
     counts = count_parameters(run.config.model)
+    length = run.stage.sequence_length
     facts = {
         "pattern": run.model.pattern.canonical(),
         "parameters": counts.total,
         "active_parameters": counts.active,
-        "flops_per_token": run.flops_per_token,
+        "flops_per_token": sum(flops_per_token(run.model.config, length).values()),
     }
     environment = record_environment(run.parallel, run.peak, facts)
     (run.directory / "config.yaml").write_text(resolved_yaml(run.config), encoding="utf-8")
     (run.directory / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
     run.log = RunLog(run.config, resumed_at_step=run.progress.step)
     run.display = Display(run.config, first_step=run.progress.step)
-    train = run.config.train
     run.say(
         f"{facts['pattern']}: {counts.total:,} parameters ({counts.active:,} active), {run.config.train.precision}, "
         f"ZeRO {run.engine.zero_stage}, {run.parallel.world_size} rank(s) on {run.parallel.device.type} with "
-        f"{torch.get_num_threads()} thread(s), {train.global_batch_size} x {train.sequence_length} tokens a step"
+        f"{torch.get_num_threads()} thread(s), {run.stage.global_batch_size} x {length} tokens a step"
     )
     for remark in run.loader.describe_repeats():
         run.say(remark)
@@ -310,8 +346,8 @@ def close_run(run: Run) -> None:
     run.heartbeat.close()
     run.saver.close()
     run.loader.close()
-    if run.validation is not None:
-        run.validation.close()
+    for validation in run.validations.values():
+        validation.close()
     if run.log is not None:
         run.log.close()
     if run.display is not None:

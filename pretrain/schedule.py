@@ -11,6 +11,7 @@ def learning_rate(step: int, config: ScheduleConfig, *, peak: float, total_steps
     """Rate of optimizer step number `step`, counted from 1 to `total_steps`.
 
     Warm-up rises linearly and reaches the peak at its last step; decays reach `min_ratio * peak` at the last step.
+    `inverse_sqrt` (Vaswani et al. 2017, arXiv 1706.03762, section 5.3) falls no lower than `min_ratio * peak`.
     """
     assert 1 <= step <= total_steps, f"step {step} lies outside 1..{total_steps}"
     warmup_steps = config.warmup_length(total_steps)
@@ -18,6 +19,8 @@ def learning_rate(step: int, config: ScheduleConfig, *, peak: float, total_steps
         return peak * step / warmup_steps
     if config.kind == "constant":
         return peak
+    if config.kind == "inverse_sqrt":
+        return peak * max(config.min_ratio, math.sqrt(warmup_steps / step))
     first_decay_step = warmup_steps if config.kind == "cosine" else total_steps - decay_length(config, total_steps)
     if step <= first_decay_step:
         return peak

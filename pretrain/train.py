@@ -10,7 +10,7 @@ from model.flops import flops_per_token
 from pretrain.config import RunConfig
 from pretrain.evaluate import validate
 from pretrain.health import is_hopeless
-from pretrain.run import Run, close_run, finish_saving, save, start_run
+from pretrain.run import Run, close_run, enter_stage, finish_saving, save, start_run
 from pretrain.signals import SignalWatch, signal_name
 from pretrain.step import StepResult, train_step
 
@@ -37,11 +37,12 @@ def train(config: RunConfig) -> int:
 
 def run_steps(run: Run) -> int:
     """Step until the run is over, and say why it is."""
-    train = run.config.train
+    train, steps = run.config.train, run.stages[-1].last_step
     while run.progress.step < last_step(run):
+        enter_stage(run)
         result = train_step(run)
         step = run.progress.step
-        if is_due(step, train.validate_every_steps) or step == train.steps:
+        if is_due(step, train.validate_every_steps) or step == steps:
             measure_validation(run)
         record(run, result)
         if is_hopeless(run.progress.skipped_in_row, train.max_skipped_steps):
@@ -52,15 +53,16 @@ def run_steps(run: Run) -> int:
             save(run)
     save(run)
     finish_saving(run)
-    finished = run.progress.step >= train.steps
+    finished = run.progress.step >= steps
     run.record_event("end", reason="finished" if finished else "stop_after_steps")
-    run.say(f"{'finished' if finished else 'stopped'} at step {run.progress.step} of {train.steps}; saved")
+    run.say(f"{'finished' if finished else 'stopped'} at step {run.progress.step} of {steps}; saved")
     return DONE
 
 
 def last_step(run: Run) -> int:
     """The step after which this start of the run ends."""
-    return min(run.config.train.steps, run.config.train.stop_after_steps or run.config.train.steps)
+    steps = run.stages[-1].last_step
+    return min(steps, run.config.train.stop_after_steps or steps)
 
 
 def is_due(step: int, every_steps: int | None) -> bool:
@@ -93,7 +95,7 @@ def record(run: Run, result: StepResult) -> None:
 
 def describe_step(run: Run, result: StepResult) -> dict[str, Any]:
     """The line of metrics.jsonl; a number that is not finite is null there, because JSON has no word for it."""
-    tokens_per_second = run.config.train.global_batch_size * result.sequence_length / result.seconds
+    tokens_per_second = result.tokens / result.seconds
     flops = sum(flops_per_token(run.config.model, result.sequence_length).values())
     metrics: dict[str, Any] = {
         "step": run.progress.step,
@@ -114,6 +116,8 @@ def describe_step(run: Run, result: StepResult) -> dict[str, Any]:
     }
     if run.progress.validated_step == run.progress.step:
         metrics["validation_loss"] = run.progress.validation_loss
+    if run.config.stages:
+        metrics["stage"] = result.stage
     return metrics
 
 

@@ -28,6 +28,7 @@ from pretrain.checkpoint_commit import CHECKPOINT_NAME, list_checkpoints
 from pretrain.checkpoint_files import MANIFEST_NAME, read_manifest
 from pretrain.checkpoint_read import find_checkpoint, read_full_state
 from pretrain.config import RunConfig
+from pretrain.stages import last_stage, model_of_stage
 
 WEIGHTS_FORMAT = "amfm-weights"
 WEIGHTS_VERSION = 1
@@ -48,6 +49,12 @@ class Weights:
     origin: str
     run: RunConfig | None = None
     step: int | None = None
+
+    def trained_length(self) -> int | None:
+        """Tokens a row in the last step of the training, None for an import."""
+        if self.run is None or self.step is None:
+            return None
+        return last_stage(self.run, self.step).sequence_length
 
     def build(self, *, backend: str = "torch", device: str = "cpu") -> HybridModel:
         """The model in float32, in eval mode."""
@@ -88,7 +95,8 @@ def _read_checkpoint(folder: Path) -> Weights:
             "restore the store"
         )
     step = int(manifest["step"])
-    return Weights(run.model, state, tokenizer, f"{folder} (step {step})", run, step)
+    model = model_of_stage(run, last_stage(run, step))
+    return Weights(model, state, tokenizer, f"{folder} (step {step})", run, step)
 
 
 def write_weights(folder: Path, weights: Weights) -> None:

@@ -32,7 +32,7 @@ def plan_of(name, *overrides, ranks=8):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_can_be_planned(name):
-    found = plan_as_dict(plan_of(name, ranks=2))
+    found = plan_as_dict(plan_of(name, ranks=1024 if name == "turbos_560b" else 2))
     assert found["parameters"]["total"] == count_parameters(preset(name).model).total
     assert found["memory"]["total_bytes"] == pytest.approx(sum(found["memory"]["by_part"].values()), abs=20)
     assert 0 < found["step"]["mfu"] < 1
@@ -119,7 +119,7 @@ def test_layouts_fit_are_ranked_and_near_misses_say_why():
         assert plan.config.train.global_batch_size % (item.layout.micro_batch_size * 64) == 0
 
 
-@pytest.mark.parametrize("name", ["turbos_560b", "nemotron3_super_120b", "nemotron3_ultra_550b"])
+@pytest.mark.parametrize("name", ["nemotron3_super_120b", "nemotron3_ultra_550b"])
 def test_what_zero_cannot_fit_is_said_plainly(name):
     plan = plan_of(name, ranks=1024)
     assert plan.layouts == ()

@@ -117,7 +117,7 @@ def test_a_stopped_rank_ends_the_attempt_by_name_and_the_run_goes_on(tmp_path: P
     write_config(tmp_path, launch__heartbeat_seconds=6, train__timeout_seconds=300)
     launcher = start_on_two_hosts(tmp_path)
     wait_for_step(tmp_path, 15)
-    stopped = find_ranks(tmp_path)[1]
+    stopped = next(process for process in find_ranks(tmp_path) if process.environ()["RANK"] == "1")
     os.kill(stopped.pid, signal.SIGSTOP)
     # The far rank is not ended by anybody while it is stopped; what ends it is the loss of its torchrun.
     _, errors = launcher.communicate(timeout=240)

@@ -12,6 +12,7 @@ from model.huggingface_config import TokenIds, huggingface_config, model_config_
 from model.hybrid import HybridModel
 from model.pattern import parse_pattern
 from pretrain.checks import load_checked
+from pretrain.stages import resolve_stages
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 PRESETS = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
@@ -116,15 +117,23 @@ def test_turbos_has_its_published_size_and_blocks():
     assert parse_pattern(config.model.pattern).counts() == {"M": 57, "*": 7, "E": 64}
 
 
-def test_turbos_anneals_300_billion_tokens_after_16_trillion():
+def test_turbos_has_the_four_stages_of_its_report():
     config = load("turbos_560b")
-    train, schedule = config.train, config.schedule
-    step_tokens = train.global_batch_size * train.sequence_length
-    annealing_starts = train.steps - schedule.decay_steps
-    assert annealing_starts * step_tokens == pytest.approx(16e12, rel=1e-5)
-    assert schedule.decay_steps * step_tokens == pytest.approx(300e9, rel=1e-4)
-    assert config.data.phases[0].start_sample == annealing_starts * train.global_batch_size
-    assert schedule.min_ratio * config.optimizer.learning_rate == pytest.approx(5e-6, rel=1e-3)
+    stages = resolve_stages(config)
+    assert [stage.num_tokens() for stage in stages] == pytest.approx([16e12, 300e9, 30e9, 20e9], rel=1e-3)
+    assert [stage.sequence_length for stage in stages] == [4096, 4096, 32_768, 262_144]
+    assert [stage.rope.ntk_alpha for stage in stages] == [None, None, 50, 1000]
+    assert {stage.global_batch_size * stage.sequence_length for stage in stages} == {2048 * 4096}
+    rates = [stage.rate(stage.last_step) for stage in stages]
+    assert rates == pytest.approx([3e-4, 5e-6, 5e-6, 5e-6], rel=1e-3)
+
+
+def test_jamba_has_its_published_size():
+    config = load("jamba1.5_large_like")
+    counts = count_parameters(config.model)
+    assert counts.total == pytest.approx(398e9, rel=0.01)
+    assert counts.active == pytest.approx(94e9, rel=0.01)
+    assert parse_pattern(config.model.pattern).counts() == {"M": 63, "*": 9, "-": 36, "E": 36}
 
 
 @pytest.mark.parametrize(

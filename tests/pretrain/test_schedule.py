@@ -18,7 +18,14 @@ def rates(**settings: object) -> list[float]:
     return [learning_rate(step, config, peak=PEAK, total_steps=STEPS) for step in range(1, STEPS + 1)]
 
 
-@pytest.mark.parametrize("kind", ["wsd", "cosine", "constant"])
+def test_inverse_square_root_falls_from_the_peak_and_stops_at_the_floor() -> None:
+    curve = rates(kind="inverse_sqrt", warmup_steps=4, min_ratio=0.25)
+    assert curve[3] == PEAK
+    assert curve[15] == pytest.approx(PEAK / 2)
+    assert curve[63:] == pytest.approx([PEAK / 4] * 37)
+
+
+@pytest.mark.parametrize("kind", ["wsd", "cosine", "constant", "inverse_sqrt"])
 def test_warmup_rises_linearly_to_the_peak(kind: str) -> None:
     assert rates(kind=kind, warmup_steps=10)[:10] == pytest.approx([PEAK * n / 10 for n in range(1, 11)])
 

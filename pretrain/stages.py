@@ -1,0 +1,182 @@
+"""A run as consecutive stages: each with its own length, rows, batch, positions, mixture and learning rate.
+
+A run that declares no stages is one stage. Everything here is a pure function of the configuration and the number of
+optimizer steps done, so a resumed run needs no other state.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from dataclasses import dataclass
+from itertools import pairwise
+
+from data_pipeline.config import DataConfig, PhaseConfig
+from model.config import ModelConfig, RopeConfig
+from pretrain.config import BatchRampConfig, RunConfig, ScheduleConfig, StageConfig
+from pretrain.schedule import learning_rate
+
+
+@dataclass(frozen=True)
+class RunStage:
+    """One stage with nothing left open. `first_step`, `first_sample`: what all stages before it did and drew.
+
+    Sizes are in rows; `peak` is its highest learning rate, which its schedule spreads over `num_steps`.
+    """
+
+    index: int
+    name: str
+    first_step: int
+    num_steps: int
+    first_sample: int
+    sequence_length: int
+    micro_batch_size: int
+    global_batch_size: int
+    peak: float
+    schedule: ScheduleConfig
+    rope: RopeConfig | None
+    weights: dict[str, float] | None
+    ramp: BatchRampConfig | None
+
+    @property
+    def last_step(self) -> int:
+        """The step, counted from 1 over the whole run, with which it ends."""
+        return self.first_step + self.num_steps
+
+    def batch_size(self, step: int) -> int:
+        """Rows of step number `step`, counted from 1 over the whole run."""
+        return ramped_size(self.ramp, self.global_batch_size, step - self.first_step)
+
+    def samples_before(self, step: int) -> int:
+        """Rows that its steps before number `step` take."""
+        inside = step - self.first_step - 1
+        if self.ramp is None:
+            return inside * self.global_batch_size
+        grown = min(inside, self.ramp.steps)
+        sizes = sum(ramped_size(self.ramp, self.global_batch_size, number) for number in range(1, grown + 1))
+        return sizes + (inside - grown) * self.global_batch_size
+
+    def num_samples(self) -> int:
+        """Rows of the whole stage."""
+        return self.samples_before(self.last_step + 1)
+
+    def num_tokens(self) -> int:
+        """Tokens of the whole stage."""
+        return self.num_samples() * self.sequence_length
+
+    def rate(self, step: int) -> float:
+        """Learning rate of step number `step`, counted from 1 over the whole run."""
+        return learning_rate(step - self.first_step, self.schedule, peak=self.peak, total_steps=self.num_steps)
+
+
+def ramped_size(ramp: BatchRampConfig | None, full_size: int, number: int) -> int:
+    """Rows of the stage's step `number`, counted from 1: equal shares of the ramp, an increment larger each."""
+    if ramp is None or number > ramp.steps:
+        return full_size
+    num_increments = (full_size - ramp.start_size) // ramp.increment
+    return ramp.start_size + ramp.increment * ((number - 1) * num_increments // ramp.steps)
+
+
+def resolve_stages(config: RunConfig) -> tuple[RunStage, ...]:
+    """All stages of a run, in order; what a stage leaves open is as in the stage before it, at first as in `train`."""
+    assert config.stages or config.train.steps, "check_run was not called: a run without stages has train.steps"
+    declared = config.stages or (StageConfig(name="training", steps=config.train.steps),)
+    stages: list[RunStage] = []
+    rope = config.model.attention.rope if config.model.attention is not None else None
+    for index, section in enumerate(declared):
+        before = stages[-1] if stages else None
+        length = section.sequence_length or (before.sequence_length if before else config.train.sequence_length)
+        rows = section.global_batch_size or (before.global_batch_size if before else config.train.global_batch_size)
+        micro_rows = section.micro_batch_size or (before.micro_batch_size if before else config.train.micro_batch_size)
+        ramp = config.train.batch_ramp if index == 0 else None
+        rope = section.rope or rope
+        stages.append(
+            RunStage(
+                index=index,
+                name=section.name,
+                first_step=before.last_step if before else 0,
+                num_steps=section.steps or count_steps(section, rows, length, ramp),
+                first_sample=before.first_sample + before.num_samples() if before else 0,
+                sequence_length=length,
+                micro_batch_size=micro_rows,
+                global_batch_size=rows,
+                peak=section.learning_rate or config.optimizer.learning_rate,
+                schedule=section.schedule or config.schedule,
+                rope=rope,
+                weights=section.weights,
+                ramp=ramp,
+            )
+        )
+    return tuple(stages)
+
+
+def count_steps(section: StageConfig, rows: int, length: int, ramp: BatchRampConfig | None) -> int:
+    """Steps that give at least the stage's tokens."""
+    assert section.tokens is not None, "check_run was not called: a stage has tokens or steps"
+    samples = math.ceil(section.tokens / length)
+    if ramp is None:
+        return math.ceil(samples / rows)
+    grown = sum(ramped_size(ramp, rows, number) for number in range(1, ramp.steps + 1))
+    if samples > grown:
+        return ramp.steps + math.ceil((samples - grown) / rows)
+    taken = number = 0
+    while taken < samples:
+        number += 1
+        taken += ramped_size(ramp, rows, number)
+    return number
+
+
+def total_steps(config: RunConfig) -> int:
+    """Optimizer steps of the whole run."""
+    return resolve_stages(config)[-1].last_step
+
+
+def stage_of(stages: tuple[RunStage, ...], steps_done: int) -> RunStage:
+    """The stage that the next step belongs to; after the last step, the last stage."""
+    starts = [stage.first_step for stage in stages]
+    return stages[min(bisect_right(starts, steps_done), len(stages)) - 1]
+
+
+def tokens_done(stages: tuple[RunStage, ...], steps_done: int) -> int:
+    """Tokens of the first `steps_done` steps."""
+    current = stage_of(stages, max(0, steps_done - 1))
+    before = sum(stage.num_tokens() for stage in stages[: current.index])
+    return before + current.samples_before(steps_done + 1) * current.sequence_length
+
+
+def data_of_stages(config: RunConfig) -> DataConfig:
+    """The data section with a phase for each stage that changes the mixture or the length of rows."""
+    stages = resolve_stages(config)
+    phases = []
+    for before, stage in pairwise((stages[0], *stages)):
+        length = stage.sequence_length if stage.sequence_length != before.sequence_length else None
+        if stage.weights is not None or length is not None:
+            phases.append(PhaseConfig(start_sample=stage.first_sample, weights=stage.weights, sequence_length=length))
+    return config.data.model_copy(update={"phases": tuple(phases)}) if phases else config.data
+
+
+def model_of_stage(config: RunConfig, stage: RunStage) -> ModelConfig:
+    """The model with the positions of a stage."""
+    attention = config.model.attention
+    if attention is None or stage.rope is None or stage.rope == attention.rope:
+        return config.model
+    return config.model.model_copy(update={"attention": attention.model_copy(update={"rope": stage.rope})})
+
+
+def step_of_sample(stages: tuple[RunStage, ...], sample: int) -> tuple[int, int]:
+    """The step, counted from 1, that takes a global sample, and the sample's place in its batch."""
+    starts = [stage.first_sample for stage in stages]
+    stage = stages[bisect_right(starts, sample) - 1]
+    inside = sample - stage.first_sample
+    # Batches never shrink inside a stage, so the number of the step lies between these two.
+    low, high = inside // stage.global_batch_size + 1, inside // stage.batch_size(stage.first_step + 1) + 1
+    number = bisect_right(
+        range(low, high + 1), inside, key=lambda number: stage.samples_before(stage.first_step + number)
+    )
+    step = stage.first_step + low + number - 1
+    return step, inside - stage.samples_before(step)
+
+
+def last_stage(config: RunConfig, steps_done: int) -> RunStage:
+    """The stage of the last step done: what a checkpoint of that step was trained as."""
+    return stage_of(resolve_stages(config), max(0, steps_done - 1))
