@@ -50,7 +50,9 @@ def excluded_problems(config: RunConfig) -> Iterator[Problem]:
     section, stage = config.parallel, config.parallel.zero_stage
     if section.expert > 1 and stage not in (1, 2):
         reason = (
-            "gathers experts over ranks that hold others" if stage == 3 else "sums experts over ranks that hold others"
+            "gathers weights over ranks that hold other experts"
+            if stage == 3
+            else "takes the gradient norm without the experts of other ranks"
         )
         rule = f"does not go with parallel.expert={section.expert}: ZeRO {stage} {reason}"
         yield Problem("parallel.zero_stage", rule, "use 1 or 2, or parallel.expert=1", str(stage))

@@ -45,11 +45,11 @@ def base(tmp_path: Path) -> Path:
         ),
         (
             ["model.pattern=M*E", MOE, "parallel.expert=2", "parallel.zero_stage=3"],
-            "parallel.zero_stage = 3: does not go with parallel.expert=2: ZeRO 3 gathers experts over ranks that hold",
+            "parallel.zero_stage = 3: does not go with parallel.expert=2: ZeRO 3 gathers weights over ranks that hold other experts",
         ),
         (
             ["model.pattern=M*E", MOE, "parallel.expert=2", "parallel.zero_stage=0"],
-            "parallel.zero_stage = 0: does not go with parallel.expert=2: ZeRO 0 sums experts over ranks that hold",
+            "parallel.zero_stage = 0: does not go with parallel.expert=2: ZeRO 0 takes the gradient norm without the experts of",
         ),
         (
             ["parallel.pipeline=2", "parallel.zero_stage=3"],
