@@ -29,7 +29,7 @@ class SourceConfig(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="Name in the store, the metrics and the ledger.")
     paths: tuple[str, ...] = Field(
         min_length=1,
-        description="Files, folders, globs or URLs (s3://, gs://, az://): .txt, .md (a file is a document), .jsonl, .parquet, .arrow (a Hugging Face dataset on disk), .idx (Megatron tokens, .bin beside it); text and jsonl also as .gz, .zst.",
+        description="Files, folders, globs or URLs (s3://, gs://, az://): .txt, .md (a file is a document), .jsonl, .parquet, .arrow (a Hugging Face dataset on disk), .idx (Megatron tokens, .bin beside it); all but the last also as .gz, .zst.",
     )
     text_column: str = Field("text", description="Field that holds the text in jsonl and parquet.")
     weight: float = Field(1.0, gt=0, description="Share of the training samples, relative to the other sources.")

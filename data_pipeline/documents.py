@@ -69,7 +69,7 @@ def cut_segments(file: InputFile, segment_bytes: int) -> list[Segment]:
     """
     if file.num_bytes == 0:
         return []
-    if file.kind == "parquet":
+    if file.kind == "parquet" and file.compression == "none":
         metadata = _read_parquet_metadata(file)
         sizes = [metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups)]
         return [Segment(file, number, number + 1, size) for number, size in enumerate(sizes)]
@@ -184,17 +184,18 @@ class SegmentReader:
     def _parquet(self) -> Iterator[Document | Reject]:
         file = self.segment.file
         try:
-            with file.open_arrow() as opened:
+            with open_seekable(file) as opened:
                 table = pyarrow.parquet.ParquetFile(opened)
                 if self.text_column not in table.schema_arrow.names:
                     names = ", ".join(table.schema_arrow.names)
                     yield Reject(file.name, f"no column {self.text_column!r} among {names}")
                     return
-                for group in range(self.segment.start, self.segment.stop):
+                whole = file.compression != "none"  # then the segment is the file, in bytes
+                for group in range(table.num_row_groups) if whole else range(self.segment.start, self.segment.stop):
                     rows = table.read_row_group(group, columns=[self.text_column], use_threads=False)
                     for row, text in enumerate(rows[self.text_column]):
                         yield self._check_text(text.as_py(), f"{file.name}:group {group} row {row}")
-        except (pyarrow.ArrowInvalid, OSError) as error:
+        except (pyarrow.ArrowInvalid, *_STREAM_ERRORS) as error:
             if _is_of_the_disk(error):
                 raise
             yield Reject(file.name, f"damaged parquet: {error}")
@@ -203,7 +204,7 @@ class SegmentReader:
         """A Hugging Face dataset saved to disk is one or more Arrow streams; `datasets` isn't needed to read them."""
         file = self.segment.file
         try:
-            with file.open_arrow() as opened, pyarrow.ipc.open_stream(opened) as stream:
+            with open_seekable(file) as opened, pyarrow.ipc.open_stream(opened) as stream:
                 if self.text_column not in stream.schema.names:
                     yield Reject(file.name, f"no column {self.text_column!r} among {', '.join(stream.schema.names)}")
                     return
@@ -212,7 +213,7 @@ class SegmentReader:
                     for text in batch.column(self.text_column):
                         yield self._check_text(text.as_py(), f"{file.name}:row {row}")
                         row += 1
-        except (pyarrow.ArrowInvalid, OSError) as error:
+        except (pyarrow.ArrowInvalid, *_STREAM_ERRORS) as error:
             if _is_of_the_disk(error):
                 raise
             yield Reject(file.name, f"damaged arrow stream: {error}")
@@ -243,3 +244,11 @@ def open_input(file: InputFile) -> IO[bytes]:
         stream: Any = pyarrow.CompressedInputStream(file.open_arrow(), "zstd")
         return cast(IO[bytes], io.BufferedReader(stream))
     return file.open()
+
+
+def open_seekable(file: InputFile) -> Any:
+    """The same for pyarrow; a compressed file is held in memory, because its readers jump."""
+    if file.compression == "none":
+        return file.open_arrow()
+    with open_input(file) as stream:
+        return pyarrow.BufferReader(stream.read())

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.fetch_ahead import FetchAhead
 from data_pipeline.packing import Row
 from data_pipeline.samples import Damage, SampleReader, SampleSettings
 from data_pipeline.shards import DamagedError
@@ -88,12 +89,18 @@ def serve() -> None:
     requests: Any = sys.stdin.buffer
     try:
         reader: SampleReader | None = None
+        fetcher: FetchAhead | None = None
         while True:
             message = pickle.load(requests)
             if isinstance(message, SampleSettings):
                 reader = SampleReader(message)
+                if reader.store.remote_cache is not None:
+                    fetcher = FetchAhead(reader)
+                    fetcher.start()
                 continue
             assert reader is not None, "the settings come first"
+            if fetcher is not None:
+                fetcher.move_to(*message)
             pickle.dump(_answer(reader, *message), answers, protocol=5)
             answers.flush()
     except (EOFError, BrokenPipeError):

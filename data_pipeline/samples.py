@@ -5,6 +5,7 @@ Everything here is a pure function of (settings, dataset identities, global samp
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -160,6 +161,14 @@ class SampleReader:
             epochs += max(0, min(draws, end) - stretch.first_draw) / stretch.rows_per_epoch
         return epochs
 
+    def with_own_files(self) -> SampleReader:
+        """A reader of the same rows that shares no open file with this one, for another thread."""
+        other = copy.copy(self)
+        other.store = self.store.with_own_files()
+        other._bins = {length: BinIndex(other.store, length) for length in self._bins}
+        other._located = {}
+        return other
+
     def locate(self, samples: Int64) -> list[Place]:
         """Where each global sample lies."""
         places: dict[int, Place] = {}
@@ -253,7 +262,7 @@ class SampleReader:
         cache, needed = self.store.remote_cache, 0
         if cache is None:
             return
-        for source in self.source_names:
+        for source in filter(self._stretches.get, self.source_names):
             num_bytes = sum(sum(part.token_shards) for part in self.store.parts(source, self.settings.split))
             longest = max(stretch.sequence_length for stretch in self._stretches[source])
             shuffled = BLOCK_WINDOWS * BLOCKS_PER_SHUFFLE * longest * np.dtype(self.store.layout.dtype).itemsize

@@ -215,6 +215,11 @@ class TokenStore:
         cache = DEFAULT_CACHE if self._cached is None else self._cached.cache.settings
         return _reopen, (self.location, self._identity, cache)
 
+    def with_own_files(self) -> TokenStore:
+        """The same store with no open file in common, for another thread."""
+        cached = None if self._cached is None else CachedFiles(self._cached.remote, self._cached.cache.settings)
+        return TokenStore(self.path, self._identity, self.tokenizer, self.layout, self._sources, cached)
+
     def identity(self) -> str:
         """Digest over the tokenizer, the layout and every part: two stores with equal identity hold equal tokens."""
         return self._identity

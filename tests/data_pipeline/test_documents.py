@@ -2,6 +2,7 @@ import gzip
 import json
 
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 
@@ -47,10 +48,18 @@ def test_byte_ranges_of_any_size_read_each_line_exactly_once(tmp_path, segment_b
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
-@pytest.mark.parametrize("kind", ["txt", "md", "jsonl"])
+@pytest.mark.parametrize("kind", ["txt", "md", "jsonl", "parquet", "arrow"])
 def test_every_kind_reads_alike_in_every_compression(tmp_path, kind, suffix):
     text = "First line.\n\nSecond é 漢.\n"
-    content = (jsonl([{"text": text}]) if kind == "jsonl" else text).encode()
+    table, sink = pyarrow.table({"text": [text]}), pyarrow.BufferOutputStream()
+    if kind == "parquet":
+        pyarrow.parquet.write_table(table, sink)
+    elif kind == "arrow":
+        with pyarrow.ipc.new_stream(sink, table.schema) as stream:
+            stream.write_table(table)
+    else:
+        sink.write((jsonl([{"text": text}]) if kind == "jsonl" else text).encode())
+    content = sink.getvalue().to_pybytes()
     path = tmp_path / f"a.{kind}{suffix}"
     if suffix == ".gz":
         path.write_bytes(gzip.compress(content))
@@ -126,11 +135,11 @@ def test_text_that_is_not_utf8_is_rejected_with_the_byte(tmp_path):
     assert items[0].reason.startswith("not UTF-8") and items[0].reason.endswith("byte 3")
 
 
-@pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.gz", "a.txt.zst", "a.jsonl.zst"])
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.gz", "a.parquet.gz", "a.txt.zst", "a.jsonl.zst", "a.arrow.zst"])
 def test_a_broken_compressed_file_is_rejected(tmp_path, name):
     (tmp_path / name).write_bytes(b"this is no compressed stream at all")
     (item,) = read_all(list_files(source_of(tmp_path / name)), 1000)
-    assert isinstance(item, Reject) and "damaged compressed file" in item.reason
+    assert isinstance(item, Reject) and item.reason.startswith("damaged ")
 
 
 def test_a_broken_parquet_file_is_an_error_that_names_it(tmp_path):

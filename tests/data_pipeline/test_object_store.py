@@ -4,6 +4,7 @@ import os
 import pickle
 import shutil
 import socket
+import time
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,22 @@ def test_a_block_is_requested_once_a_node_and_not_once_a_sample(server, local, r
     server.seen.clear()
     assert rows(remote) == expected
     assert server.gets("/tokens/") == server.gets("/document_ends/") == 0, "another process of the node finds them"
+
+
+def test_a_reading_process_fetches_blocks_before_their_rows_are_due(server, local, remote):
+    config = remote.model_copy(update={"num_workers": 1})
+    expected = rows(local, 40)
+    loader = PretrainLoader(config, sequence_length=64, micro_batch_size=8, seed=1)
+    taken = [batch.tokens_BT.tolist() for batch in loader.take(16)]
+    fetched = -1
+    while fetched != server.gets("/tokens/"):
+        fetched = server.gets("/tokens/")
+        time.sleep(0.5)
+    server.seen.clear()
+    for _ in range(39):
+        taken += [batch.tokens_BT.tolist() for batch in loader.take(16)]
+    loader.close()
+    assert taken == expected and server.gets("/tokens/") == 0, "624 rows later everything was there"
 
 
 def test_the_cache_keeps_to_its_limit_and_deletes_what_was_not_used_for_longest(local, remote):
