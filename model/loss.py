@@ -10,7 +10,7 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 
 from kernels.linear.op import linear
-from kernels.linear_cross_entropy.op import CrossEntropy, linear_cross_entropy
+from kernels.linear_cross_entropy.op import CrossEntropy, linear_cross_entropy, linear_statistics
 from model.groups import ProcessGroupCollection
 
 IGNORE_INDEX = -100
@@ -46,25 +46,27 @@ def head_cross_entropy(
         return linear_cross_entropy(
             hidden_RD, weight_VD, labels_R, ignore_index=IGNORE_INDEX, z_loss_weight=z_loss_weight, backend=backend
         )
-    return _vocab_parallel(hidden_RD, weight_VD, labels_R, groups, z_loss_weight)
+    return _vocab_parallel(hidden_RD, weight_VD, labels_R, groups, z_loss_weight, backend)
 
 
 def _vocab_parallel(
-    hidden_RD: Tensor, weight_VD: Tensor, labels_R: Tensor, groups: ProcessGroupCollection, z_loss_weight: float
+    hidden_RD: Tensor,
+    weight_VD: Tensor,
+    labels_R: Tensor,
+    groups: ProcessGroupCollection,
+    z_loss_weight: float,
+    backend: str,
 ) -> CrossEntropy:
+    """Each rank reads its rows of the head once, without ever holding their logits; three numbers a token travel."""
     group = groups.tp
-    logits_RV = linear(hidden_RD, weight_VD)
-    logits_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))
-    highest_R = logits_RV.detach().amax(dim=-1)
+    first_row = group.rank() * weight_VD.shape[0]
+    own_log_sum_R, own_logit_R = linear_statistics(hidden_RD, weight_VD, labels_R, first_row=first_row, backend=backend)
+    highest_R = own_log_sum_R.detach().clone()
     torch.distributed.all_reduce(highest_R, op=torch.distributed.ReduceOp.MAX, group=group)
-    exp_sum_R = (logits_RV - highest_R[:, None]).exp().sum(dim=-1)
-    log_sum_R = reduce_from_tensor_model_parallel_region(exp_sum_R, group=group).log() + highest_R
-
-    local_R = labels_R - group.rank() * weight_VD.shape[0]
-    is_here_R = (local_R >= 0) & (local_R < weight_VD.shape[0])
-    picked_R = logits_RV.gather(1, torch.where(is_here_R, local_R, 0)[:, None]).squeeze(1)
-    label_logit_R = reduce_from_tensor_model_parallel_region(torch.where(is_here_R, picked_R, 0.0), group=group)
-
+    # A copy, because the mapping sums in place, and the gradient of exp needs its own value.
+    exp_sum_R = reduce_from_tensor_model_parallel_region((own_log_sum_R - highest_R).exp().clone(), group=group)
+    log_sum_R = exp_sum_R.log() + highest_R
+    label_logit_R = reduce_from_tensor_model_parallel_region(own_logit_R, group=group)
     is_valid_R = labels_R != IGNORE_INDEX
     nll_R = torch.where(is_valid_R, log_sum_R - label_logit_R, 0.0)
     total = nll_R.sum() + z_loss_weight * torch.where(is_valid_R, log_sum_R, 0.0).square().sum()

@@ -204,6 +204,7 @@ LAYOUTS = [
     Layout(8, {"tensor": 2, "sequence_parallel": True, "expert": 4, "zero_stage": 2}),
     Layout(8, {"tensor": 2, "expert": 2, "expert_tensor": 2}, "latent"),
     Layout(8, {"pipeline": 2, "tensor": 2, "sequence_parallel": True, "expert": 2}, "recycle"),
+    Layout(4, {"expert": 2, "zero_stage": 2, "offload_optimizer": True}),
     # Pipeline.
     Layout(2, {"pipeline": 2}, quick=True),
     Layout(2, {"pipeline": 2, "zero_stage": 0}),
@@ -222,6 +223,7 @@ LAYOUTS = [
     Layout(8, {"pipeline": 2, "tensor": 2, "sequence_parallel": True, "zero_stage": 2}, "latent"),
     Layout(8, {"pipeline": 2, "tensor": 2, "sequence_parallel": True, "context": 2, "schedule": "zero_bubble"}),
     Layout(8, {"pipeline": 2, "context": 2, "expert": 2, "schedule": "interleaved", "virtual_stages": 2}, "latent"),
+    Layout(4, {"pipeline": 2, "tensor": 2, "zero_stage": 2, "offload_optimizer": True}),
     # Two of the four stages have no experts.
     Layout(8, {"pipeline": 4, "tensor": 2, "expert": 2, "zero_stage": 2}),
 ]
