@@ -226,4 +226,24 @@ LAYOUTS = [
     Layout(4, {"pipeline": 2, "tensor": 2, "zero_stage": 2, "offload_optimizer": True}),
     # Two of the four stages have no experts.
     Layout(8, {"pipeline": 4, "tensor": 2, "expert": 2, "zero_stage": 2}),
+    # Context parallel.
+    Layout(2, {"context": 2}, quick=True),
+    Layout(2, {"context": 2, "zero_stage": 2}, "latent"),
+    Layout(4, {"context": 4}, "latent", quick=True),
+    Layout(4, {"context": 2, "zero_stage": 2}),
+    Layout(4, {"context": 2, "tensor": 2, "sequence_parallel": True}, quick=True),
+    Layout(4, {"context": 2, "tensor": 2}, "latent"),
+    Layout(4, {"context": 2, "expert": 2}, "recycle", quick=True),
+    Layout(4, {"context": 2, "expert": 4}),
+    Layout(4, {"context": 2, "pipeline": 2}, "latent"),
+    Layout(4, {"context": 2, "pipeline": 2, "schedule": "zero_bubble"}),
+    Layout(8, {"context": 4, "zero_stage": 3}, "latent"),
+    Layout(8, {"context": 2, "tensor": 2, "sequence_parallel": True, "expert": 2, "zero_stage": 2}),
+    Layout(8, {"context": 2, "pipeline": 2, "expert": 4}, "latent"),
+    # Blocks computed again in backward passes.
+    Layout(2, {"context": 2, "zero_stage": 0}, settings={"train__recompute": "full"}),
+    Layout(2, {"expert": 2}, "recycle", {"train__recompute": "full"}),
+    Layout(2, {"pipeline": 2}, settings={"train__recompute": "selective", "train__recompute_blocks": "ME"}),
+    Layout(4, {"context": 2, "zero_stage": 3}, settings={"train__recompute": "full"}),
+    Layout(4, {"tensor": 2, "sequence_parallel": True, "expert": 2}, "latent", {"train__recompute": "full"}),
 ]
