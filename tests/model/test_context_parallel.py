@@ -44,12 +44,18 @@ CONFIGS = {
     "tied": small_config("*M", tie_embeddings=True),
 }
 CASES = [(config, documents) for config in CONFIGS for documents in DOCUMENTS]
+COMPILED = ("whole", next(iter(DOCUMENTS)))
+# Only the order of sums differs.
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 3e-5}
 
 
-def run_model(case, groups, dtype=torch.float64):
+def run_model(case, groups, dtype=torch.float64, *, compiled=False):
     """Loss and logits of this rank's part of the rows, and what it adds to each gradient."""
     config, documents = CONFIGS[case[0]], DOCUMENTS[case[1]]
     model = HybridModel(config, groups, seed=3).to(dtype)
+    if compiled:
+        model.compile_blocks(compiler="aot_eager")
+        model.recompute_blocks("M*E-")
     tokens_BT, labels_BT, ids_BT = packed_batch(documents)
     meta = PackMeta.from_document_ids(ids_BT).cut(groups.cp.rank(), groups.cp.size())
     if meta.segments is not None:
@@ -63,38 +69,41 @@ def run_model(case, groups, dtype=torch.float64):
     return {"loss": loss.detach(), "logits": logits_BTV, "counts": output.expert_counts, "gradients": gradients}
 
 
-def run_cut(num_ranks):
+def run_cut(num_ranks, compiled):
     parallel = initialize_parallel(ParallelConfig(context=num_ranks), timeout_seconds=60, num_threads=1)
-    results = []
-    for case in CASES:
-        for dtype in (torch.float64, torch.float32):
-            result = run_model(case, parallel.groups, dtype)
-            for value in [result["loss"], *result["gradients"].values(), *result["counts"].values()]:
-                dist.all_reduce(value, group=parallel.groups.cp)
-            results.append(result)
+    if compiled:
+        results = {"compiled": run_model(COMPILED, parallel.groups, compiled=True)}
+    else:
+        results = {(case, dtype): run_model(case, parallel.groups, dtype) for case in CASES for dtype in TOLERANCES}
+    for result in results.values():
+        for value in [result["loss"], *result["gradients"].values(), *result["counts"].values()]:
+            dist.all_reduce(value, group=parallel.groups.cp)
     return results
 
 
 @functools.cache
 def cut_results(num_ranks):
-    return [
-        dict(zip([(case, dtype) for case in CASES for dtype in (torch.float64, torch.float32)], results))
-        for results in run_ranks(run_cut, num_ranks, num_ranks=num_ranks)
-    ]
-
-
-# Only the order of sums differs.
-TOLERANCES = {torch.float64: 1e-10, torch.float32: 3e-5}
+    return run_ranks(run_cut, num_ranks, False, num_ranks=num_ranks)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_context_ranks_compute_what_one_does(num_ranks, case, dtype):
+    assert_same(case, [results[case, dtype] for results in cut_results(num_ranks)], TOLERANCES[dtype])
+
+
+@pytest.mark.slow
+def test_compiled_and_recomputed_blocks_exchange_alike():
+    ranks = [results["compiled"] for results in run_ranks(run_cut, 2, True, num_ranks=2)]
+    assert_same(COMPILED, ranks, TOLERANCES[torch.float64])
+
+
+def assert_same(case, ranks, tolerance):
     wanted = run_model(case, single_rank_groups())
     ids_BT = packed_batch(DOCUMENTS[case[1]])[2]
-    for rank, results in enumerate(cut_results(num_ranks)):
-        got, tolerance = results[case, dtype], TOLERANCES[dtype]
+    num_ranks = len(ranks)
+    for rank, got in enumerate(ranks):
         segments = PackMeta.from_document_ids(ids_BT).cut(rank, num_ranks).segments
         assert abs(float(got["loss"] - wanted["loss"])) <= tolerance * float(wanted["loss"])
         logits_BTV = segments.take(wanted["logits"])
