@@ -45,10 +45,13 @@ def auxiliary_losses(
     return {name: loss / groups.cp.size() for name, loss in losses.items()}
 
 
-@torch.compiler.disable
 def sum_over_context(counts: Tensor, groups: ProcessGroupCollection) -> Tensor:
     """Counts of all context ranks added up."""
-    if groups.cp.size() > 1:
-        counts = counts.clone()
-        torch.distributed.all_reduce(counts, group=groups.cp)
-    return counts
+    return counts if groups.cp.size() == 1 else _sum(counts, groups)
+
+
+@torch.compiler.disable
+def _sum(counts: Tensor, groups: ProcessGroupCollection) -> Tensor:
+    total = counts.clone()
+    torch.distributed.all_reduce(total, group=groups.cp)
+    return total

@@ -24,7 +24,7 @@ class Choices:
 
 
 def limit_choices(
-    routing: Routing, meta: PackMeta, moe: MoeConfig, groups: ProcessGroupCollection, seed: int
+    routing: Routing, meta: PackMeta, moe: MoeConfig, groups: ProcessGroupCollection, seed: Tensor
 ) -> Choices:
     """What is left of a router's choices when an expert takes `capacity_factor` times its even share of a micro-batch.
 

@@ -167,7 +167,7 @@ class HybridModel(nn.Module):
             if has_last and not config.tie_embeddings:
                 self.head = ColumnLinear(config.hidden_size, (config.vocab_size,), groups, name="model.vocab_size")
         for index, mixer in self.routed_mixers():
-            mixer.draw_seed = named_seed(seed, f"blocks.{index}.mixer.draws")
+            mixer.draw_seed = torch.tensor(named_seed(seed, f"blocks.{index}.mixer.draws"))
         self.copied_parameters = frozenset() if has_first or self.embedding is None else frozenset({"embedding.weight"})
         if self.embedding is not None and config.tie_embeddings and not (has_first and has_last):
             # Each end of the pipeline has a part of the gradient.

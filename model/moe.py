@@ -48,7 +48,9 @@ class MoeMixer(KeepsBuffers):
         super().__init__()
         assert config.moe is not None, "check_model was not called: model.moe is missing"
         moe: MoeConfig = config.moe
-        self.section, self.backend, self.groups, self.draw_seed = moe, backend, groups, 0
+        self.section, self.backend, self.groups = moe, backend, groups
+        # A tensor, so that compiled blocks of different seeds share their graph.
+        self.draw_seed = torch.zeros((), dtype=torch.int64, device="cpu")
         self.router = Linear(config.hidden_size, moe.num_experts, groups)
         self.expert_bias: Tensor | None
         self.register_buffer("expert_bias", torch.zeros(moe.num_experts) if moe.expert_bias else None)

@@ -31,12 +31,12 @@ def drop_overflow(expert_ids_RK: Tensor, num_experts: int, capacity: int) -> Ten
     return torch.empty_like(kept_S).index_copy_(0, groups.order, kept_S).view_as(expert_ids_RK)
 
 
-def recycle_overflow(expert_ids_RK: Tensor, num_experts: int, capacity: int, seed: int) -> Tensor:
+def recycle_overflow(expert_ids_RK: Tensor, num_experts: int, capacity: int, seed: Tensor) -> Tensor:
     """As `drop_overflow`, but a choice over capacity gets a free seat of another expert, drawn at random.
 
     A seat with an expert that its token has already is given back and drawn again, `ROUNDS` times in all; a choice that
-    is then without a seat is lost. The draw is a function of the seed and of all choices: it needs no state, and a
-    second forward pass over the same batch draws alike.
+    is then without a seat is lost. The draw is a function of the seed (int64, of no dimension) and of all choices: it needs
+    no state, and a second forward pass over the same batch draws alike.
     Source: Sun et al. 2024, Hunyuan-Large (arXiv 2411.02265), paragraph "Recycle Routing".
     """
     device, shape_RK = expert_ids_RK.device, expert_ids_RK.shape
@@ -46,7 +46,7 @@ def recycle_overflow(expert_ids_RK: Tensor, num_experts: int, capacity: int, see
     seat_experts = seats // capacity
     is_free = seats % capacity >= taken_E[seat_experts]
     numbers_S = torch.arange(len(kept_S), device=device) * num_experts + expert_ids_RK.flatten()
-    salt = mix_bits(numbers_S + mix_bits(torch.tensor(seed, device=device))).sum()
+    salt = mix_bits(numbers_S + mix_bits(seed)).sum()
     length = min(len(seats), len(kept_S))
     for _ in range(ROUNDS):
         salt = mix_bits(salt)

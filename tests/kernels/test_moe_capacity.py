@@ -53,7 +53,7 @@ def test_recycled_choices_go_to_other_experts_with_room(seed):
     capacity = expert_capacity(63, TOP_K, NUM_EXPERTS, 1.25)
     dropped, recycled = (
         drop_overflow(ids, NUM_EXPERTS, capacity),
-        recycle_overflow(ids, NUM_EXPERTS, capacity, seed),
+        recycle_overflow(ids, NUM_EXPERTS, capacity, torch.tensor(seed)),
     )
     assert torch.equal(recycled[dropped < NUM_EXPERTS], dropped[dropped < NUM_EXPERTS]), "a choice in time was moved"
     assert loads(recycled)[:NUM_EXPERTS].max() <= capacity
@@ -66,12 +66,12 @@ def test_recycled_choices_go_to_other_experts_with_room(seed):
 
 def test_draws_repeat_for_a_seed_and_differ_between_seeds_and_batches():
     ids = skewed_choices(63, 0)
-    again = [recycle_overflow(ids, NUM_EXPERTS, 24, 5) for _ in range(2)]
+    again = [recycle_overflow(ids, NUM_EXPERTS, 24, torch.tensor(5)) for _ in range(2)]
     assert torch.equal(*again)
-    assert not torch.equal(again[0], recycle_overflow(ids, NUM_EXPERTS, 24, 6))
+    assert not torch.equal(again[0], recycle_overflow(ids, NUM_EXPERTS, 24, torch.tensor(6)))
     other = ids.clone()
     other[0] = torch.tensor([5, 6, 7])  # the first token alone wants others; odd tokens' draws change
-    moved = recycle_overflow(other, NUM_EXPERTS, 24, 5)
+    moved = recycle_overflow(other, NUM_EXPERTS, 24, torch.tensor(5))
     assert (moved[1:] != again[0][1:]).any()
 
 
@@ -79,7 +79,7 @@ def test_every_expert_with_room_gets_its_share_of_the_recycled():
     # 2,000 choices of expert 0, which takes 500: the others have 500 seats each for 1,500 choices.
     ids = torch.zeros(2000, 1, dtype=torch.int64)
     counts = torch.stack(
-        [torch.bincount(recycle_overflow(ids, 6, 500, seed).flatten(), minlength=6) for seed in range(5)]
+        [torch.bincount(recycle_overflow(ids, 6, 500, torch.tensor(seed)).flatten(), minlength=6) for seed in range(5)]
     )
     assert (counts.sum(1) == 2000).all() and (counts[:, 0] == 500).all()
     # 5 draws of 1,500 among 5 experts of 500 seats: 300 each, with a deviation below 15 of one and 7 of the mean.
@@ -88,13 +88,13 @@ def test_every_expert_with_room_gets_its_share_of_the_recycled():
 
 def test_nothing_is_lost_or_moved_while_there_is_room():
     ids = skewed_choices(20, 2)
-    assert torch.equal(recycle_overflow(ids, NUM_EXPERTS, 60, 0), ids)
+    assert torch.equal(recycle_overflow(ids, NUM_EXPERTS, 60, torch.tensor(0)), ids)
     assert torch.equal(drop_overflow(ids, NUM_EXPERTS, 60), ids)
 
 
 def test_without_room_the_rest_is_lost():
     ids = torch.zeros(10, 1, dtype=torch.int64)
-    recycled = recycle_overflow(ids, 3, 2, 0)
+    recycled = recycle_overflow(ids, 3, 2, torch.tensor(0))
     assert torch.bincount(recycled.flatten(), minlength=4).tolist() == [2, 2, 2, 4]
 
 

@@ -10,8 +10,9 @@ from tests.model.small_models import MAMBA, MOE, loss_of, packed_batch, small_co
 BATCHES = [((7, 1, 12, 3), (23,)), ((23,), (23,)), ((5, 18), (10, 13))]
 
 
-def assert_compiled_equals_eager(pattern, compiler):
-    moe = MOE.model_copy(update={"auxiliary_loss_weight": 0.1, "sequence_loss_weight": 0.1, "z_loss_weight": 0.1})
+def assert_compiled_equals_eager(pattern, compiler, **moe_changes):
+    weights = {"auxiliary_loss_weight": 0.1, "sequence_loss_weight": 0.1, "z_loss_weight": 0.1}
+    moe = MOE.model_copy(update=weights | moe_changes)
     # Two chunks a row: each is unrolled into the graph.
     config = small_config(pattern, moe=moe, mamba=MAMBA.model_copy(update={"chunk_size": 16}))
     eager, compiled = (small_model(config, dtype=torch.float32) for _ in range(2))
@@ -40,6 +41,10 @@ def assert_compiled_equals_eager(pattern, compiler):
 def test_blocks_of_a_kind_share_their_graphs():
     # Mamba2 has one graph for rows with document boundaries and one for rows without; dense blocks do not look.
     assert assert_compiled_equals_eager("MM-M-", "aot_eager") == 3
+
+
+def test_blocks_that_recycle_choices_share_a_graph_though_each_draws_its_own_seats():
+    assert assert_compiled_equals_eager("EE", "aot_eager", capacity_factor=1.0, overflow="recycle") == 1
 
 
 @pytest.mark.slow
