@@ -118,11 +118,19 @@ def wait_for_all(processes: Sequence[subprocess.Popen[bytes]]) -> list[int]:
     while any(process.poll() is None for process in processes):
         if deadline is None and any(process.poll() for process in processes):
             deadline = time.monotonic() + GRACE_SECONDS
+            name_killed([process.poll() for process in processes])
         if deadline is not None and time.monotonic() > deadline:
             for process in processes:
                 process.kill()
         time.sleep(0.05)
     return [process.wait() for process in processes]
+
+
+def name_killed(codes: Sequence[int | None]) -> None:
+    """Say which ranks a signal ended, before the others end because of it."""
+    for rank, code in enumerate(codes):
+        if code is not None and code < 0:
+            sys.stderr.write(f"rank {rank}: ended by {signal.Signals(-code).name}\n")
 
 
 def join_codes(codes: Sequence[int]) -> int:

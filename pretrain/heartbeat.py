@@ -65,6 +65,22 @@ class Heartbeat:
         """This rank has come to a phase of a step."""
         self._place = (step, phase, time.time())
 
+    def find_lost(self, num_ranks: int) -> list[Beat]:
+        """The last words of ranks that are gone, for a rank whose collective failed: it says which ones it missed.
+
+        Waits for a sign of life of every rank, at most three of its intervals. Who ended in good order left no file.
+        """
+        if self._thread.ident is None:
+            return []
+        silent = {beat.rank: beat for beat in read_beats(self.directory) if beat.rank < num_ranks}
+        del silent[self.rank]
+        deadline = time.monotonic() + 3 * self.interval
+        while silent and time.monotonic() < deadline:
+            time.sleep(self.interval / 8)
+            seen = {beat.rank: beat.seen for beat in read_beats(self.directory)}
+            silent = {rank: beat for rank, beat in silent.items() if seen.get(rank) == beat.seen}
+        return list(silent.values())
+
     def close(self) -> None:
         """End the thread and remove the file; nothing happens without a start."""
         self._closed.set()
@@ -110,9 +126,22 @@ class Heartbeat:
 
 
 def read_beats(directory: Path) -> list[Beat]:
-    """The last word of every rank, in rank order."""
-    beats = [Beat(**json.loads(path.read_text(encoding="utf-8"))) for path in directory.glob("rank-*.json")]
+    """The last word of every rank that has not ended in good order, in rank order."""
+    beats = []
+    for path in directory.glob("rank-*.json"):
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:  # it ended just now
+            continue
+        beats.append(Beat(**json.loads(text)))
     return sorted(beats, key=lambda beat: beat.rank)
+
+
+def describe_lost(beats: list[Beat]) -> str:
+    """Lost ranks, with host and place."""
+    return ", ".join(
+        f"rank {beat.rank} on {beat.host} is lost (last seen at step {beat.step}, {beat.phase})" for beat in beats
+    )
 
 
 def name_laggards(beats: list[Beat], own_rank: int, unseen_seconds: float) -> str:

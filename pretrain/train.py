@@ -10,6 +10,7 @@ from model.flops import flops_per_token
 from pretrain.config import RunConfig
 from pretrain.evaluate import validate
 from pretrain.health import is_hopeless
+from pretrain.heartbeat import describe_lost
 from pretrain.run import Run, close_run, enter_stage, finish_saving, save, start_run
 from pretrain.signals import SignalWatch, signal_name
 from pretrain.step import StepResult, train_step
@@ -22,14 +23,17 @@ def train(config: RunConfig) -> int:
 
     0: the steps asked for are done, or a signal asked to stop, and everything is saved. 3: too many steps in a row had
     gradients that are not finite; the newest checkpoint stands. Raises ValueError for settings and data that do not
-    fit, RuntimeError and OSError for the machine's state.
+    fit, RuntimeError and OSError for the machine's state; where another rank is gone, the message names it.
     """
     with SignalWatch() as signals:
         run = start_run(config, signals)
         try:
             return run_steps(run)
         except (RuntimeError, OSError) as error:
-            run.record_event("failed", error=str(error))
+            lost = describe_lost(run.heartbeat.find_lost(run.parallel.world_size))
+            run.record_event("failed", error=f"{lost}: {error}" if lost else str(error))
+            if lost:
+                raise RuntimeError(f"{lost}: {error}") from error
             raise
         finally:
             close_run(run)

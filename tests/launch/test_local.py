@@ -40,6 +40,12 @@ def test_other_ranks_errors_carry_their_number(capfd: pytest.CaptureFixture[str]
     assert sorted(capfd.readouterr().err.splitlines()) == ["broken", "rank 1: broken"]
 
 
+def test_a_killed_rank_is_named(capfd: pytest.CaptureFixture[str]) -> None:
+    code = "import os, signal, time; os.environ['RANK'] == '1' and os.kill(os.getpid(), signal.SIGKILL); time.sleep(0.5)"
+    assert run_command(python(code), 2) == 3
+    assert capfd.readouterr().err == "rank 1: ended by SIGKILL\n"
+
+
 WAITING = (
     "import os, pathlib, signal, sys, time\n"
     "from pretrain.signals import SignalWatch\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -175,3 +176,27 @@ def test_placements_survive_json() -> None:
     assert placement_from_json((9, 4), placement.to_json()) == placement
     assert placement.shape == (4, 4)
     assert join_indices([3, 4, 9, 10, 11, 1]) == ((3, 5), (9, 12), (1, 2))
+
+
+class CountingReader(RangeReader):
+    """Counts the numbers that it takes from files."""
+
+    taken = 0
+
+    def pieces(self, *arguments: Any) -> Iterator[tuple[int, Tensor]]:
+        for offset, values in super().pieces(*arguments):
+            self.taken += values.numel()
+            yield offset, values
+
+
+def test_a_rank_reads_no_more_than_the_rows_that_it_needs(tmp_path: Path) -> None:
+    reader = CountingReader(tmp_path / "saved", write_checkpoint(tmp_path / "saved", Layout(tp=2, ep=2, spread=3)))
+    groups, _ = Layout(tp=4, ep=4).ranks()[1]
+    for name, factor in (("norm", 1), ("rows", 1), ("columns", 2), ("up", 1)):
+        part = SHARDS[name].take(whole_tensor(name, "weight"), groups)
+        low, high = part.numel() // 2, part.numel()
+        reader.taken = 0
+        reader.fill(torch.empty(high - low), "weight", name, place_shard(part.shape, SHARDS[name], groups), low)
+        # Whole rows of what was saved: a row more at the edge, and twice the columns where those were cut in two.
+        row = part.numel() // part.shape[0]
+        assert reader.taken <= factor * (high - low + row), name

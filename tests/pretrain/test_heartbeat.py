@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from pretrain.heartbeat import HUNG, Beat, Heartbeat, name_laggards, read_beats
+from pretrain.heartbeat import HUNG, Beat, Heartbeat, describe_lost, name_laggards, read_beats
 
 HANG = (
     "import sys, time\n"
@@ -46,6 +48,22 @@ def test_a_rank_that_moves_and_closes_leaves_nothing(tmp_path: Path) -> None:
     assert [(found.rank, found.phase) for found in read_beats(tmp_path / "heartbeats")] == [(0, "forward")]
     heartbeat.close()
     assert not read_beats(tmp_path / "heartbeats")
+
+
+def test_a_rank_that_stopped_beating_is_found_and_one_that_beats_or_ended_is_not(tmp_path: Path) -> None:
+    own, living, ended = (Heartbeat(tmp_path, rank=rank, timeout_seconds=0.8) for rank in (0, 1, 3))
+    for heartbeat in (own, living, ended):
+        heartbeat.start()
+    gone = beat(2, 7, "reduce")
+    for number in (2, 9):  # rank 9 is of an earlier start with more ranks
+        text = json.dumps(asdict(replace(gone, rank=number)))
+        (tmp_path / "heartbeats" / f"rank-{number}.json").write_text(text)
+    ended.close()
+    lost = own.find_lost(4)
+    assert describe_lost(lost) == "rank 2 on host2 is lost (last seen at step 7, reduce)"
+    living.close()
+    own.close()
+    assert Heartbeat(tmp_path, rank=0, timeout_seconds=1.0).find_lost(4) == []
 
 
 def test_a_heartbeat_that_never_started_closes_without_a_trace(tmp_path: Path) -> None:
