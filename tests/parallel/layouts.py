@@ -157,11 +157,19 @@ def outcomes_of(layouts: list[Layout]) -> list[Outcome]:
         return run_ranks(run_all, layouts, data, folder, num_ranks=layouts[0].num_ranks)[0]
 
 
+def outcome_of(layout: Layout) -> Outcome:
+    """The outcome of one layout; its neighbours in the table, as many as end in a minute or so, run beside it."""
+    peers = [other for other in LAYOUTS if (other.num_ranks, other.quick) == (layout.num_ranks, layout.quick)]
+    number, size = peers.index(layout), 48 // layout.num_ranks
+    first = number // size * size
+    return outcomes_between(layout.num_ranks, layout.quick, first, first + size)[number - first]
+
+
 @cache
-def outcomes_on(num_ranks: int, quick: bool) -> dict[str, Outcome]:
-    """The outcomes of all quick, or of all other, layouts of so many ranks."""
+def outcomes_between(num_ranks: int, quick: bool, first: int, end: int) -> list[Outcome]:
+    """The outcomes of some of the quick, or of the other, layouts of so many ranks, by their place among them."""
     layouts = [layout for layout in LAYOUTS if layout.num_ranks == num_ranks and layout.quick == quick]
-    return dict(zip([layout.name for layout in layouts], outcomes_of(layouts)))
+    return outcomes_of(layouts[first:end])
 
 
 @cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.parallel.layouts import LAYOUTS, Layout, Outcome, one_rank, outcomes_on
+from tests.parallel.layouts import LAYOUTS, Layout, Outcome, one_rank, outcome_of
 
 # float32 sums in another order; AdamW divides by the root of the second moment, which keeps relative errors as they are.
 TOLERANCE = 1e-5
@@ -30,10 +30,10 @@ def rows(quick: bool) -> list[Layout]:
 
 @pytest.mark.parametrize("layout", rows(quick=True), ids=lambda layout: layout.name)
 def test_a_quick_layout_trains_as_one_rank(layout: Layout) -> None:
-    assert_same_training(outcomes_on(layout.num_ranks, True)[layout.name], one_rank()[layout.model])
+    assert_same_training(outcome_of(layout), one_rank()[layout.model])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", rows(quick=False), ids=lambda layout: layout.name)
 def test_a_layout_trains_as_one_rank(layout: Layout) -> None:
-    assert_same_training(outcomes_on(layout.num_ranks, False)[layout.name], one_rank()[layout.model])
+    assert_same_training(outcome_of(layout), one_rank()[layout.model])
