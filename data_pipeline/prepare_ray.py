@@ -14,6 +14,7 @@ from data_pipeline.prepare_unit import UnitFailure, UnitReport, run_unit
 from data_pipeline.tokenizer import Tokenizer
 
 ATTEMPTS = 3  # of a unit whose actor dies: enough for lost nodes, few enough to notice a text that kills the process
+MAX_FAILED_STARTS = 20  # in a row: more than the cores of a node that is lost while its actors start
 NO_CORE_SECONDS = 300  # with no actor at work; a cluster that grows on demand needs minutes
 OBJECT_STORE_BYTES = 80 * 2**20  # Ray's smallest: nothing but paths and counts goes through it
 
@@ -79,6 +80,7 @@ class _Dispatcher:
         self.actor_class = ray.remote(num_cpus=1, max_restarts=0)(PartWriter)
         self.waiting = list(reversed(units))
         self.failures: dict[str, int] = {}
+        self.failed_starts = 0
         self.actors: list[Any] = []
         self.starting: dict[Any, Any] = {}
         self.running: dict[Any, tuple[Unit, Any]] = {}
@@ -120,9 +122,16 @@ class _Dispatcher:
         actor = self.starting.pop(answer)
         try:
             self.ray.get(answer)
-        except self.ray.exceptions.RayActorError:  # its node went while it started: the next one starts elsewhere
-            self._start_actor()
+        except self.ray.exceptions.RayActorError as error:
+            self.failed_starts += 1
+            if self.failed_starts >= MAX_FAILED_STARTS:
+                raise RuntimeError(
+                    f"processes that write parts can't start on the Ray cluster ({str(error).splitlines()[-1]}); its nodes need this package "
+                    "and its requirements at the same versions"
+                ) from error
+            self._start_actor()  # its node went while it started: the next one starts elsewhere
         else:
+            self.failed_starts = 0
             self.idle.append(actor)
 
     def _finish_unit(self, answer: Any) -> tuple[Unit, UnitReport | UnitFailure] | None:
@@ -142,7 +151,7 @@ class _Dispatcher:
         self.failures[unit.name] = self.failures.get(unit.name, 0) + 1
         if self.failures[unit.name] >= ATTEMPTS:
             raise RuntimeError(
-                f"the process that writes part {unit.name} died {ATTEMPTS} times ({error}); its inputs are "
+                f"the process that writes part {unit.name} died {ATTEMPTS} times ({str(error).splitlines()[0]}); its inputs are "
                 f"{', '.join(sorted({item.file.path for item in unit.segments}))}. Out of memory? Then lower "
                 "data.prepare.part_bytes or num_actors; what is done is kept"
             ) from error

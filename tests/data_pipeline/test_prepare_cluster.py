@@ -12,6 +12,10 @@ from ray.cluster_utils import Cluster
 
 from data_pipeline.config import FilterConfig
 from data_pipeline.prepare import prepare
+from data_pipeline.prepare_plan import UnitSettings, make_units, plan_source
+from data_pipeline.prepare_ray import run_on_ray
+from data_pipeline.store import Layout
+from data_pipeline.tokenizer import SentencePieceTokenizer
 from tests.data_pipeline.test_prepare import ROOT, actor_pids, contents, elsewhere, is_descendant
 from tests.helpers.tiny_store import make_tiny_store, run_in_process
 
@@ -22,6 +26,10 @@ import sys
 sys.path.insert(0, sys.argv[1])
 from data_pipeline.config import DataConfig
 from data_pipeline.prepare import prepare
+from data_pipeline.prepare_plan import UnitSettings, make_units, plan_source
+from data_pipeline.prepare_ray import run_on_ray
+from data_pipeline.store import Layout
+from data_pipeline.tokenizer import SentencePieceTokenizer
 config = DataConfig.model_validate_json(sys.argv[2])
 prepare(config, address=sys.argv[3], progress=lambda now: print(now.stage, now.units_done, flush=True))
 """
@@ -101,3 +109,15 @@ def test_a_cluster_without_cores_is_one_message(reference, tmp_path, monkeypatch
         made.shutdown()
     assert time.monotonic() - began < 60
     assert not list(Path(tmp_path, "store").glob("parts/*/*"))
+
+
+def test_actors_that_cannot_start_are_one_message(reference, cluster, tmp_path, monkeypatch):
+    """As on a node without the tokenizer's library: the actor fails when its arguments are unpacked."""
+    made, _ = cluster
+    monkeypatch.setattr("data_pipeline.prepare_ray.MAX_FAILED_STARTS", 3)
+    tokenizer = SentencePieceTokenizer.__new__(SentencePieceTokenizer)
+    tokenizer._model = b"not a model"
+    settings = UnitSettings("text", FilterConfig(), 0.0, 0, 1000, Layout("uint16", 512, "fast"), "", 400, 2)
+    (unit, *_) = make_units("web", plan_source(reference.sources[0], reference), settings)
+    with pytest.raises(RuntimeError, match=r"can't start on the Ray cluster .* need this package and its requirements"):
+        list(run_on_ray([unit], tmp_path, tokenizer, reference, address=made.address))
