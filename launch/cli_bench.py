@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from launch.cli_config import JsonOption
+from launch.cli_config import JsonOption, OverridesArgument
 from launch.console import print_json, print_rows, say
 
 PLAIN = ("ours_fp32", "ours_bf16")
@@ -24,6 +24,7 @@ bench = typer.Typer(
 
 @bench.command(epilog="Example: amfm bench step --peer transformers --compiled --json")
 def step(
+    overrides: OverridesArgument = None,
     *,
     peer: Annotated[Literal["transformers", "none"], typer.Option(help="Whose step to time beside ours.")] = "none",
     compiled: Annotated[
@@ -31,9 +32,22 @@ def step(
     ] = False,
     rounds: Annotated[int, typer.Option(min=1, help="Timed steps of each variant, taking turns.")] = 8,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all cores.")] = None,
+    comm: Annotated[
+        bool, typer.Option("--comm", help="Count what ranks send instead, under the layout that KEY=VALUE give.")
+    ] = False,
+    nproc: Annotated[int, typer.Option(min=1, help="Ranks on this machine, with --comm.")] = 1,
     as_json: JsonOption = False,
 ) -> None:
-    """Time a training step of a 19.5M-parameter Granite-shaped hybrid: 4 rows of 512 tokens, same weights for all."""
+    """Time a training step of a 19.5M-parameter Granite-shaped hybrid: 4 rows of 512 tokens, same weights for all.
+
+    With --comm: bytes of a small model's step by axis and collective, counted and by formula.
+    """
+    if comm:
+        from launch.cli_bench_comm import count_communication
+
+        raise typer.Exit(count_communication(overrides or [], nproc, as_json=as_json))
+    if overrides or nproc > 1:
+        raise ValueError("KEY=VALUE and --nproc give a layout to count; add --comm, or remove them")
     from launch.bench_step import bench_step
 
     if compiled is None:
