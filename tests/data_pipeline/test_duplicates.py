@@ -1,4 +1,5 @@
 import json
+import resource
 import shutil
 import signal
 import subprocess
@@ -108,3 +109,22 @@ def test_an_altered_list_of_duplicates_is_an_error(reference, tmp_path):
         path.write_bytes(path.read_bytes()[:-1] + b"\x07")
     with pytest.raises(RuntimeError, match=r"skips.npy is damaged; delete its folder and run"):
         in_process(config)
+
+
+def test_a_full_disk_while_looking_for_duplicates_is_one_message_and_the_next_call_goes_on(reference, tmp_path):
+    config = elsewhere(reference, tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def tighten(progress):
+        if progress.stage == "duplicates" and progress.units_done == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+
+    try:
+        with pytest.raises(
+            RuntimeError, match=r"the disk is full while writing .*; 2 of \d+ missing parts are done and kept"
+        ):
+            in_process(config, progress=tighten)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    in_process(config)
+    assert contents(config.store) == contents(reference.store)

@@ -1,5 +1,6 @@
 import gzip
 import json
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -293,3 +294,21 @@ def test_a_store_prepared_from_urls_is_the_store_of_the_local_texts(local, serve
     report = prepare(config, runner=run_in_process)
     assert report.identity == TokenStore.open(local.store).identity()
     assert prepare(config, runner=run_in_process).units_written == 0
+
+
+def test_a_forked_process_is_told_to_be_spawned(remote):
+    store = TokenStore.open(remote.store, CacheSettings(**remote.cache.model_dump()))
+    part = store.parts("source0", "train")[0]
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+
+    def read():
+        try:
+            store.read_tokens(part, 0, 1)
+        except RuntimeError as error:
+            answers.put(str(error))
+
+    process = context.Process(target=read)
+    process.start()
+    assert "can't be read in a forked process; start the process by spawn" in answers.get(timeout=30)
+    process.join()

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,11 @@ from safetensors.torch import save_file
 
 from data_pipeline.loader import PretrainLoader
 from data_pipeline.megatron_files import read_megatron_index
+from data_pipeline.prepare import Progress
 from data_pipeline.store import TokenStore
 from data_pipeline.tokenizer import load_tokenizer, read_tokenizer_file
 from launch.cli import app, describe, exit_code, run
+from launch.cli_data import describe_progress
 from pretrain.config_file import load_config
 from tests.helpers.tiny_store import make_tiny_store
 from tests.pretrain.test_config import BASE
@@ -209,6 +212,14 @@ def test_inspect_verifies_a_store_and_finds_a_flipped_byte(tmp_path, capsys):
     assert "fails its crc32c" in found["problems"][0]
     assert run(["inspect", str(store), "--quick", "--json"]) == 0, "sizes and indices are as they were"
     assert one_object(capsys.readouterr().out)["verified"] == "sizes, indices and document ends"
+
+
+def test_progress_of_a_preparation_names_rates_and_the_time_to_go():
+    now = Progress("tokenize", 3, 8, 1500, 6_000_000, 2_000_000, rejects=4, seconds=2.0, eta_seconds=3.4)
+    remark = "2,000,000 tokens, 750 documents/s, 3.0 MB/s, 1,000,000 tokens/s, 3 s to go"
+    assert describe_progress(now) == (3, 8, remark)
+    assert describe_progress(replace(now, stage="duplicates"))[2] == "looking for duplicates, 3.0 MB/s"
+    assert describe_progress(replace(now, stage="tokenizer"))[2] == "training the tokenizer"
 
 
 def test_tokens_of_a_store_are_exported_for_megatron(tmp_path, capsys):
