@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from model.stages import cut_pieces
-from pretrain.config import RunConfig
+from pretrain.config import ParallelConfig, RunConfig
 from pretrain.config_errors import Problem
 
 
@@ -24,19 +24,33 @@ def pipeline_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def micro_batch_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:
-    """A schedule needs micro-batches to fill the pipeline; `pretrain.checks.batch_problems` must have found none."""
+    """A schedule needs micro-batches to fill the pipeline, in each batch of a ramp too.
+
+    `pretrain.checks.batch_problems` must have found none.
+    """
     section, train = config.parallel, config.train
     if section.pipeline == 1:
         return
     unit = train.micro_batch_size * max(1, world_size // section.model_ranks())
-    number = train.global_batch_size // unit
+    sizes = {"train.global_batch_size": train.global_batch_size}
+    if train.batch_ramp is not None:
+        sizes["train.batch_ramp.start_size"] = train.batch_ramp.start_size
+        if section.schedule != "1f1b":
+            sizes["train.batch_ramp.increment"] = train.batch_ramp.increment
+    for key, size in sizes.items():
+        yield from fill_problems(section, key, size, unit)
+
+
+def fill_problems(section: ParallelConfig, key: str, size: int, unit: int) -> Iterator[Problem]:
+    """The rule of the schedule for `size` rows, of which all data ranks take `unit` at a time."""
+    number = size // unit
     given = f"gives each data rank {number} micro-batch{'es' if number > 1 else ''}, and parallel.schedule={section.schedule}"
     if section.schedule == "1f1b" and number < section.pipeline:
         rule = f"{given} needs at least parallel.pipeline={section.pipeline} to fill the pipeline"
         remedy = f"use {section.pipeline * unit} or more, or a smaller train.micro_batch_size"
-        yield Problem("train.global_batch_size", rule, remedy, str(train.global_batch_size))
+        yield Problem(key, rule, remedy, str(size))
     elif section.schedule != "1f1b" and number % section.pipeline:
         rule = f"{given} takes them in rounds of parallel.pipeline={section.pipeline}"
         rounds = (number // section.pipeline, number // section.pipeline + 1)
         nearest = " or ".join(str(each * section.pipeline * unit) for each in rounds if each)
-        yield Problem("train.global_batch_size", rule, f"use {nearest}", str(train.global_batch_size))
+        yield Problem(key, rule, f"use {nearest}", str(size))

@@ -86,3 +86,24 @@ def test_micro_batches_that_a_schedule_cannot_take_are_refused_with_the_nearest_
 def test_what_the_rule_offers_is_taken(base, batch, schedule):
     overrides = ["parallel.pipeline=2", f"parallel.schedule={schedule}", "train.micro_batch_size=2"]
     check_run(load_config(base, [*overrides, f"train.global_batch_size={batch}"]), 4)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "ramp", "message"),
+    [
+        (
+            "1f1b",
+            "{start_size: 4, increment: 4, steps: 10}",
+            "train.batch_ramp.start_size = 4: gives each data rank 1 micro-batch, and parallel.schedule=1f1b needs at least",
+        ),
+        (
+            "zero_bubble",
+            "{start_size: 8, increment: 4, steps: 10}",
+            "train.batch_ramp.increment = 4: gives each data rank 1 micro-batch, and parallel.schedule=zero_bubble takes",
+        ),
+    ],
+)
+def test_every_batch_of_a_ramp_fills_the_pipeline(base, schedule, ramp, message):
+    overrides = ["parallel.pipeline=2", f"parallel.schedule={schedule}", "train.micro_batch_size=2"]
+    overrides += ["train.global_batch_size=16", f"train.batch_ramp={ramp}"]
+    assert message in broken(base, *overrides, world_size=4)
