@@ -18,6 +18,7 @@ from model.config import ModelConfig
 from model.flops import count_parameters
 from model.pattern import parse_pattern
 from pretrain.config import RunConfig
+from pretrain.recompute import recomputed_letters
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,10 @@ class StepTime:
 
 
 class Roofline:
-    """Adds up the seconds of forward and backward operations on one device."""
+    """Adds up the seconds of forward and backward operations on one device; `forwards` is 2 where blocks are recomputed."""
 
-    def __init__(self, hardware: Hardware, precision: str, element_bytes: int) -> None:
-        self.hardware, self.element_bytes = hardware, element_bytes
+    def __init__(self, hardware: Hardware, precision: str, element_bytes: int, forwards: int = 1) -> None:
+        self.hardware, self.element_bytes, self.forwards = hardware, element_bytes, forwards
         self.peak = hardware.peak_flops(precision)
         self.bandwidth = hardware.memory_bytes_per_second * hardware.memory_efficiency
         self.seconds = 0.0
@@ -53,22 +54,25 @@ class Roofline:
         peak = hardware.float32_flops if wide else self.peak
         size = FLOAT32_BYTES if wide else self.element_bytes
         moved = size * (rows * (inputs + outputs) + groups * inputs * outputs)
-        self.seconds += 3 * max(2 * rows * inputs * outputs / (peak * efficiency), moved / self.bandwidth)
+        self.seconds += (self.forwards + 2) * max(
+            2 * rows * inputs * outputs / (peak * efficiency), moved / self.bandwidth
+        )
 
     def mixing(self, flops: float, moved: float) -> None:
         """Attention or a scan: forward `flops` and bytes; backward computes the scores again, 2.5 times as much."""
         rate = self.peak * self.hardware.attention_efficiency
-        self.seconds += 3.5 * max(flops / rate, moved / self.bandwidth)
+        self.seconds += (self.forwards + 2.5) * max(flops / rate, moved / self.bandwidth)
 
     def passes(self, moved: float) -> None:
-        """Bytes that operations without products move, forward and backward together."""
-        self.seconds += moved / self.bandwidth
+        """Bytes that operations without products move, forward and backward together; a third of them are forward's."""
+        self.seconds += (self.forwards + 2) / 3 * moved / self.bandwidth
 
 
 def block_seconds(config: RunConfig, letter: str, tokens: int, hardware: Hardware, storage: Storage) -> float:
     """Forward and backward seconds of one block for a micro-batch of `tokens` tokens."""
     model, e = config.model, storage.element_bytes
-    line = Roofline(hardware, config.train.precision, e)
+    forwards = 2 if letter in recomputed_letters(config) else 1
+    line = Roofline(hardware, config.train.precision, e, forwards)
     # The norm with its residual: two tensors read and two written; backward reads three and writes two.
     line.passes(9 * tokens * model.hidden_size * e)
     if letter == "M":

@@ -75,6 +75,18 @@ def test_recomputed_blocks_keep_their_input_alone():
     assert least < 0.1 * kept
 
 
+def test_recomputed_blocks_pass_forward_twice():
+    plain, again = preset("ladder_1b_a300m"), preset("ladder_1b_a300m", "train.recompute=full")
+    before, after = (
+        estimate_step(config, Layout(8, 2, 1), H100, storage_of(config), overlap=1.0).compute
+        for config in (plain, again)
+    )
+    assert after.pop("head") == before.pop("head")
+    for kind, seconds in before.items():
+        # A forward pass is a third of three, or one of three and a half in attention and scans.
+        assert 1 + 1 / 3.5 <= after[kind] / seconds <= 1 + 1 / 3 + 1e-9
+
+
 def test_margin_is_a_part_of_the_rest():
     config = preset("ladder_150m")
     plain, wide = (estimate_memory(config, Layout(1, 1, 1), storage_of(config), margin=m).total() for m in (0.0, 0.2))
