@@ -166,6 +166,11 @@ class Experts(nn.Module):
 
     def __init__(self, moe: MoeConfig, width: int, groups: ProcessGroupCollection) -> None:
         super().__init__()
+        if groups.ep.size() == 1 and groups.expt_tp.size() != groups.tp.size():
+            raise ValueError(
+                f"the expt_tp group has {groups.expt_tp.size()} ranks and the tp group {groups.tp.size()}; without expert "
+                "ranks every tensor rank has a part of each expert: give both the same ranks"
+            )
         segments = up_segments(moe.expert_hidden_size, moe.activation)
         inner = divide(moe.expert_hidden_size, groups, "model.moe.expert_hidden_size", axis="expert_tensor")
         experts = divide(moe.num_experts, groups, "model.moe.num_experts", axis="expert")
