@@ -10,15 +10,16 @@ from collections.abc import Iterator
 
 import triton.language as tl
 
+from kernels.causal_conv1d import triton_impl as convolution
 from kernels.causal_conv1d.triton_kernels import convolution_backward_kernel, convolution_forward_kernel
 from kernels.compile_cases import CompileCase
-from kernels.decay_scan.triton_backward import gradients_kernel, states_kernel
+from kernels.decay_scan import triton_impl as scan
+from kernels.decay_scan.triton_backward import gradients_kernel, walk_back_kernel
 from kernels.decay_scan.triton_forward import walk_kernel
 from kernels.norm.triton_impl import TILE_VALUES, WARP_VALUES
 from kernels.norm.triton_kernels import norm_backward_kernel, norm_forward_kernel
 
-HEAD_DIM, STATE_SIZE = 64, 128
-_FLAGS = {"DOCUMENTS": True, "SCALE": True}
+STATE_SIZE = 128
 
 
 def mixer_cases() -> list[CompileCase]:
@@ -28,9 +29,9 @@ def mixer_cases() -> list[CompileCase]:
 
 def _scan_types(kernel: object) -> dict[str, str]:
     """Triton's type of each argument of a scan kernel."""
-    types = dict.fromkeys(("q", "k", "v", "y", "d_y", "d_v", "entering", "leaving"), "*bf16") | {"ids": "*i32"}
-    floats = ("g", "scale", "skip", "final", "decay", "initial", "d_final", "d_initial", "d_q", "d_k", "d_g", "d_scale")
-    types |= dict.fromkeys((*floats, "d_skip"), "*fp32")
+    types = dict.fromkeys(("q", "k", "v", "y", "d_y", "d_v", "d_q", "d_k", "entering", "leaving"), "*bf16")
+    floats = ("g", "scale", "skip", "final", "decay", "initial", "d_final", "d_initial", "d_g", "d_scale", "d_skip")
+    types |= dict.fromkeys(floats, "*fp32") | {"firsts": "*i32"}
     strides = ("stride_qb", "stride_qt", "stride_kb", "stride_kt", "stride_vb", "stride_vt")
     types |= dict.fromkeys(("T", "K", "V", *strides), "i32:16")
     types |= dict.fromkeys(("H", "R", "chunks", "segments", "segment_chunks", "splits"), "i32")
@@ -38,35 +39,44 @@ def _scan_types(kernel: object) -> dict[str, str]:
 
 
 def _scan_cases() -> Iterator[CompileCase]:
-    for chunk in (64, 128):
-        common = {"Q": chunk, "BLOCK_K": STATE_SIZE, "DOT": tl.bfloat16, **_FLAGS}
-        walk = common | {"BLOCK_V": 32, "SKIP": True}
-        states = common | {"BLOCK_V": HEAD_DIM, "INITIAL": False, "D_FINAL": False, "STORE": True}
-        launches = (
-            ("scan walk", walk_kernel, walk | {"OUTPUT": True, "INITIAL": False, "initial": None}, 8, 2),
-            ("scan walk, states only", walk_kernel, walk | {"OUTPUT": False, "INITIAL": False, "initial": None}, 8, 2),
-            ("scan backward, states", states_kernel, states | {"initial": None, "d_final": None}, 4, 2),
-            (
-                "scan backward, gradients",
-                gradients_kernel,
-                common | {"BLOCK_V": HEAD_DIM, "SKIP": True},
-                8,
-                1,
-            ),
-        )
-        for name, kernel, constants, warps, stages in launches:
-            types = _scan_types(kernel)
+    scaled = {"SCALE": True, "INITIAL": False, "initial": None}
+    outputs = scaled | {"BLOCK_V": 32, "SKIP": True, "OUTPUT": True}
+    states = scaled | {
+        "BLOCK_V": scan.WALK_COLUMNS,
+        "SKIP": False,
+        "skip": None,
+        "OUTPUT": False,
+        "y": None,
+        "SAVE": True,
+    }
+    back = {"BLOCK_V": scan.WALK_COLUMNS, "D_FINAL": False, "d_final": None, "STORE": True}
+    gradients = {"BLOCK_V": scan.GRADIENT_COLUMNS, "SCALE": True, "SKIP": True}
+    launches = (
+        ("walk", walk_kernel, outputs | {"SAVE": False, "entering": None}, scan.WALK_OPTIONS),
+        ("walk, states kept", walk_kernel, outputs | {"SAVE": True}, scan.WALK_OPTIONS),
+        ("walk, states only", walk_kernel, states, scan.WALK_OPTIONS),
+        ("walk back", walk_back_kernel, back, scan.WALK_BACK_OPTIONS),
+        ("gradients", gradients_kernel, gradients, scan.GRADIENT_OPTIONS),
+    )
+    for tiles in (1, 2):
+        common = {"Q": scan.LARGEST_TILE, "TILES": tiles, "BLOCK_K": STATE_SIZE, "DOT": tl.bfloat16, "DOCUMENTS": True}
+        for name, kernel, special, options in launches:
+            types, constants = _scan_types(kernel), common | special
             signature = {argument: types[argument] for argument in kernel.arg_names if argument not in constants}
-            options = {"num_warps": warps, "num_stages": stages}
-            yield CompileCase(f"{name}, chunks of {chunk}", kernel, signature, constants, options, multiplies=True)
+            label = f"scan {name}, chunks of {tiles * scan.LARGEST_TILE}"
+            yield CompileCase(label, kernel, signature, constants, options, multiplies=True)
 
 
 def _convolution_cases() -> Iterator[CompileCase]:
     types = dict.fromkeys(("x", "y", "d_y", "d_x"), "*bf16") | dict.fromkeys(("weight", "bias", "partial"), "*fp32")
     types |= {"ids": "*i32"} | dict.fromkeys(("T", "C", "stride_b", "stride_t"), "i32:16")
     types |= dict.fromkeys(("blocks_per_strip", "strips"), "i32")
-    constants = {"W": 4, "BIAS": True, "DOCUMENTS": True, "BLOCK_T": 32, "BLOCK_C": 128}
-    for name, kernel in (("forward", convolution_forward_kernel), ("backward", convolution_backward_kernel)):
+    flags = {"W": 4, "BIAS": True, "DOCUMENTS": True}
+    for name, kernel, tile in (
+        ("forward", convolution_forward_kernel, convolution.FORWARD_TILE),
+        ("backward", convolution_backward_kernel, convolution.BACKWARD_TILE),
+    ):
+        constants = flags | tile
         signature = {argument: types[argument] for argument in kernel.arg_names if argument not in constants}
         yield CompileCase(f"convolution {name}, width 4", kernel, signature, constants, {"num_warps": 4})
 

@@ -14,10 +14,10 @@ REASONS = {
     "experts down backward, SwiGLU, 1024 rows an expert": (
         "holds a product, two hidden tiles and their gradients; half the height would halve the product's reuse"
     ),
-    "scan backward, gradients": "holds two sums of Q x N and one of Q x Q over a group's heads next to two states",
-    "convolution backward": "holds seven shifted tiles of inputs and four of gradients of 32 x 128",
-    "scan backward, states, chunks of 128": "holds the state and a chunk's tiles of 128 rows with 4 warps",
-    "scan walk, chunks of 128": "holds scores of 128 x 128 next to the state and the output",
+    "scan gradients": (
+        "holds two sums of Q x N and one of Q x Q over a group's heads, 80 registers, next to q k^T and a block of states; "
+        "what spills is put away once a head"
+    ),
 }
 
 

@@ -12,7 +12,9 @@ from kernels.backend import INTERPRETED
 from kernels.causal_conv1d.triton_kernels import convolution_backward_kernel, convolution_forward_kernel
 from kernels.interpreter import count_programs, dot_dtype
 
-BLOCK_TOKENS, BLOCK_CHANNELS = (16, 32) if INTERPRETED else (32, 128)
+FORWARD_TILE = {"BLOCK_T": 16, "BLOCK_C": 32} if INTERPRETED else {"BLOCK_T": 32, "BLOCK_C": 128}
+# Seven shifted tiles of inputs and four of gradients: of 32 x 128 they spill on every card.
+BACKWARD_TILE = {"BLOCK_T": 16, "BLOCK_C": 32} if INTERPRETED else {"BLOCK_T": 16, "BLOCK_C": 64}
 
 
 def convolve_triton(x_BTC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, document_ids_BT: Tensor | None) -> Tensor:
@@ -32,11 +34,10 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor |
     documents = None if documents is None else documents.contiguous()
     B, T, C = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    grid = (B * triton.cdiv(T, BLOCK_TOKENS), triton.cdiv(C, BLOCK_CHANNELS))
+    grid = (B * triton.cdiv(T, FORWARD_TILE["BLOCK_T"]), triton.cdiv(C, FORWARD_TILE["BLOCK_C"]))
     convolution_forward_kernel[grid](
         x, weight, bias, documents, y, T, C, x.stride(0), x.stride(1),
-        W=weight.shape[1], BIAS=bias is not None, DOCUMENTS=documents is not None,
-        BLOCK_T=BLOCK_TOKENS, BLOCK_C=BLOCK_CHANNELS, num_warps=4,
+        W=weight.shape[1], BIAS=bias is not None, DOCUMENTS=documents is not None, num_warps=4, **FORWARD_TILE,
     )  # fmt: skip
     return y
 
@@ -56,15 +57,14 @@ def _backward(
     B, T, C = x.shape
     W = weight.shape[1]
     d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    blocks, columns = triton.cdiv(T, BLOCK_TOKENS), triton.cdiv(C, BLOCK_CHANNELS)
+    blocks, columns = triton.cdiv(T, BACKWARD_TILE["BLOCK_T"]), triton.cdiv(C, BACKWARD_TILE["BLOCK_C"])
     strips = max(1, min(blocks, triton.cdiv(count_programs(x.device, 4), B * columns)))
     blocks_per_strip = triton.cdiv(blocks, strips)
     strips = triton.cdiv(blocks, blocks_per_strip)
     partial = x.new_empty(B, strips, 5, C, dtype=torch.float32)
     convolution_backward_kernel[(B * strips, columns)](
         x, weight, bias, documents, d_y, d_x, partial, T, C, x.stride(0), x.stride(1), blocks_per_strip, strips,
-        W=W, BIAS=bias is not None, DOCUMENTS=documents is not None,
-        BLOCK_T=BLOCK_TOKENS, BLOCK_C=BLOCK_CHANNELS, num_warps=4,
+        W=W, BIAS=bias is not None, DOCUMENTS=documents is not None, num_warps=4, **BACKWARD_TILE,
     )  # fmt: skip
     sums = partial.sum((0, 1))
     return d_x, sums[:W].flip(0).t().to(weight.dtype).contiguous(), sums[4].clone()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -43,6 +44,7 @@ def mamba2_scan(
     document_ids_BT: Tensor | None = None,
     initial_state_BHPN: Tensor | None = None,
     chunk_size: int = 64,
+    keep_states: bool = True,
     backend: str = "torch",
 ) -> ScanOutput:
     """Mamba-2: h_t = e^(dt_t A) h_(t-1) + dt_t x_t B_t^T, y_t = h_t C_t + D x_t, h = 0 before each document.
@@ -54,6 +56,9 @@ def mamba2_scan(
     Returns y [B, T, H, P] in the dtype of x; the state [B, H, P, N] after the last token, of that token's document;
     and the factor [B, H] with which the initial state enters it, 0 where the row's documents differ. States of
     consecutive pieces of a row compose: final = total_decay * initial + (final with no initial state).
+
+    With keep_states the Triton backend saves the states that enter chunks for backward, N / chunk_size times the size of
+    x, and without walks the row again for them; the torch backend always saves them.
 
     Raises ValueError for shapes, dtypes or devices that do not fit. Source: Dao and Gu 2024, arXiv 2405.21060.
     """
@@ -71,7 +76,7 @@ def mamba2_scan(
     dt_BTH = F.softplus(dt_BTH.to(wide) + dt_bias_H.to(wide))
     g_BTH = dt_BTH * -A_log_H.to(wide).exp()
     initial = None if initial_state_BHPN is None else initial_state_BHPN.transpose(-1, -2)
-    y_BTHP, state_BHNP = _find_scan(backend)(
+    y_BTHP, state_BHNP = _find_scan(backend, keep_states)(
         C_BTGN, B_BTGN, x_BTHP, g_BTH, dt_BTH, D_H, initial, document_ids_BT, chunk_size
     )
     return ScanOutput(y_BTHP, state_BHNP.transpose(-1, -2), total_decay(g_BTH, document_ids_BT))
@@ -115,6 +120,7 @@ def decay_scan(
     document_ids_BT: Tensor | None = None,
     initial_state_BHKV: Tensor | None = None,
     chunk_size: int = 64,
+    keep_states: bool = True,
     backend: str = "torch",
 ) -> DecayScanOutput:
     """S_t = e^(g_t) S_(t-1) + k_t v_t^T, o_t = S_t^T q_t, with S = 0 before the first token of each document.
@@ -123,7 +129,7 @@ def decay_scan(
     (float64 for float64 inputs). Lightning attention and RetNet have a constant g for each head.
 
     Returns o [B, T, H, V] in the dtype of v, the state [B, H, K, V] after the last token, and the factor [B, H] with
-    which the initial state enters it.
+    which the initial state enters it. keep_states as in `mamba2_scan`.
 
     Raises ValueError for shapes, dtypes or devices that do not fit. Sources: Sun et al. 2023 (arXiv 2307.08621),
     Qin et al. 2024 (arXiv 2401.04658).
@@ -149,7 +155,7 @@ def decay_scan(
         )
         return DecayScanOutput(o.to(v_BTHV.dtype), final, decay)
     document_ids_BT = drop_single_document(document_ids_BT)
-    o_BTHV, final = _find_scan(backend)(
+    o_BTHV, final = _find_scan(backend, keep_states)(
         q_BTHK, k_BTHK, v_BTHV, g_BTH, None, None, initial_state_BHKV, document_ids_BT, chunk_size
     )
     return DecayScanOutput(o_BTHV, final, total_decay(g_BTH, document_ids_BT))
@@ -164,12 +170,12 @@ def total_decay(g_BTH: Tensor, document_ids_BT: Tensor | None) -> Tensor:
     return torch.where(continues[:, None], decay_BH, torch.zeros_like(decay_BH))
 
 
-def _find_scan(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
+def _find_scan(backend: str, keep_states: bool) -> Callable[..., tuple[Tensor, Tensor]]:
     if backend == "torch":
         return chunked_scan
     from kernels.decay_scan.triton_impl import scan_triton
 
-    return scan_triton
+    return functools.partial(scan_triton, keep_states=keep_states)
 
 
 def check_mamba2(

@@ -1,4 +1,4 @@
-"""The scan as one walk over a row's chunks with the state on chip, in Triton. Names and formulas: README.md here."""
+"""The scan as one walk over a row's tiles with the state on chip, in Triton. Names and formulas: README.md here."""
 
 # Triton reads a kernel's parameters from the call: they carry no types.
 # mypy: disable-error-code="no-untyped-def"
@@ -11,11 +11,11 @@ import triton.language as tl
 
 
 @triton.jit
-def chunk_gates(
-    g, scale, ids, row, start, T, h, H,
+def tile_gates(
+    g, scale, firsts, row, start, T, h, H,
     Q: tl.constexpr, DOCUMENTS: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
-    """Of one chunk and head: b, b_end, u, and the masks reach[i, j], first, last (floats) and keep (a float).
+    """Of one tile and head: b, b_end, u, and the masks reach[i, j], first, last (floats) and keep (a float).
 
     Sums over a mask instead of a running sum: the sum of one document never holds another's rounding.
     """
@@ -32,13 +32,13 @@ def chunk_gates(
     last = tl.full((Q,), 1.0, tl.float32)
     keep = 1.0
     if DOCUMENTS:
-        document = tl.load(ids + row + tl.minimum(t, T - 1))
-        end = tl.load(ids + row + tl.minimum(start + Q - 1, T - 1))
-        owner = tl.load(ids + row + tl.maximum(start - 1, 0))
-        reach = reach & (document[:, None] == document[None, :])
-        first = tl.where(document == owner, 1.0, 0.0)
-        last = tl.where(document == end, 1.0, 0.0)
-        keep = tl.where(end == owner, 1.0, 0.0)
+        begin = tl.load(firsts + row + tl.minimum(t, T - 1))
+        end_begin = tl.load(firsts + row + tl.minimum(start + Q - 1, T - 1))
+        before = tl.maximum(start - 1, 0)
+        reach = reach & (lane[None, :] >= (begin - start)[:, None])
+        first = tl.where(begin <= before, 1.0, 0.0)
+        last = tl.where(t >= end_begin, 1.0, 0.0)
+        keep = tl.where(end_begin <= before, 1.0, 0.0)
     b = tl.sum(tl.where(reach, gate[None, :], 0.0), axis=1)
     b_end = tl.sum(gate * last, axis=0)
     return b, b_end, u, reach, first, last, keep
@@ -56,7 +56,7 @@ def load_tile(base, start, T, stride, size, Q: tl.constexpr, BLOCK: tl.constexpr
 
 @triton.jit
 def state_step(state, k_tile, v_tile, b, b_end, u, last, keep, DOT: tl.constexpr):
-    """The state after a chunk: keep e^(b_end) S + k^T (last e^(b_end - b) u v)."""
+    """The state after a tile: keep e^(b_end) S + k^T (last e^(b_end - b) u v)."""
     to_end = last * tl.exp(tl.minimum(b_end - b, 0.0)) * u
     weighted = (v_tile.to(tl.float32) * to_end[:, None]).to(DOT)
     scaled = state * (keep * tl.exp(b_end))
@@ -65,14 +65,17 @@ def state_step(state, k_tile, v_tile, b, b_end, u, last, keep, DOT: tl.constexpr
 
 @triton.jit
 def walk_kernel(
-    q, k, v, g, scale, skip, ids, initial, y, final, decay,
-    T, H, R, K, V, segments, segment_chunks, stride_qb, stride_qt, stride_kb, stride_kt, stride_vb, stride_vt,
-    Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, DOT: tl.constexpr,
-    DOCUMENTS: tl.constexpr, SCALE: tl.constexpr, SKIP: tl.constexpr, INITIAL: tl.constexpr, OUTPUT: tl.constexpr,
+    q, k, v, g, scale, skip, firsts, initial, y, entering, final, decay,
+    T, H, R, K, V, chunks, segments, segment_chunks,
+    stride_qb, stride_qt, stride_kb, stride_kt, stride_vb, stride_vt,
+    Q: tl.constexpr, TILES: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, DOT: tl.constexpr,
+    DOCUMENTS: tl.constexpr, SCALE: tl.constexpr, SKIP: tl.constexpr,
+    INITIAL: tl.constexpr, OUTPUT: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
     """One program walks one segment of a row for one head and one block of V; the state never leaves the chip.
 
-    initial and final are [B, segments, H, K, V], decay [B, segments, H]; with OUTPUT false only those are made.
+    A step is a tile of Q tokens, a chunk TILES of them. initial and final are [B, segments, H, K, V], decay [B, segments,
+    H]; y is made with OUTPUT, and with SAVE entering [B, chunks, H, K, V], the states that enter the chunks.
     """
     v_blocks = tl.cdiv(V, BLOCK_V)
     v_first = tl.program_id(0) % v_blocks * BLOCK_V
@@ -84,20 +87,25 @@ def walk_kernel(
     q_base = q + batch * stride_qb + group * K
     k_base = k + batch * stride_kb + group * K
     v_base = v + batch * stride_vb + h * V + v_first
-    y_base = y + row * H * V + h * V + v_first
     k_lane, v_lane = tl.arange(0, BLOCK_K)[:, None], tl.arange(0, BLOCK_V)[None, :]
     in_state = (k_lane < K) & (v_first + v_lane < V)
     state_base = ((batch * segments + segment) * H + h) * K * V + v_first
-    tile = k_lane * V + v_lane
+    place = k_lane * V + v_lane
     state = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
     if INITIAL:
-        state = tl.load(initial + state_base + tile, mask=in_state, other=0.0).to(tl.float32)
+        state = tl.load(initial + state_base + place, mask=in_state, other=0.0).to(tl.float32)
     total = 1.0
     if SKIP:
         through = tl.load(skip + h).to(tl.float32)
-    begin = segment * segment_chunks * Q
-    for start in range(begin, tl.minimum(begin + segment_chunks * Q, T), Q):
-        b, b_end, u, reach, first, last, keep = chunk_gates(g, scale, ids, row, start, T, h, H, Q, DOCUMENTS, SCALE)
+    begin = segment * segment_chunks * TILES
+    # What does not change stays in the loop: in registers it would spill.
+    for tile in tl.range(begin, tl.minimum(begin + segment_chunks * TILES, tl.cdiv(T, Q)), disable_licm=True):
+        start = tile * Q
+        if SAVE:
+            if tile % TILES == 0:
+                at = ((batch * chunks + tile // TILES) * H + h) * K * V + v_first
+                tl.store(entering + at + place, state.to(entering.dtype.element_ty), mask=in_state)
+        b, b_end, u, reach, first, last, keep = tile_gates(g, scale, firsts, row, start, T, h, H, Q, DOCUMENTS, SCALE)
         k_tile = load_tile(k_base, start, T, stride_kt, K, Q, BLOCK_K, DOT)
         v_tile = load_tile(v_base, start, T, stride_vt, V - v_first, Q, BLOCK_V, DOT)
         if OUTPUT:
@@ -109,11 +117,10 @@ def walk_kernel(
             if SKIP:
                 out = out + v_tile.to(tl.float32) * through
             lane = tl.arange(0, Q)[:, None]
-            where = y_base + tl.cast(start, tl.int64) * (H * V) + (lane * (H * V) + v_lane)
+            where = y + (row + start) * (H * V) + h * V + v_first + (lane * (H * V) + v_lane)
             tl.store(where, out.to(y.dtype.element_ty), mask=(lane < T - start) & (v_first + v_lane < V))
         state = state_step(state, k_tile, v_tile, b, b_end, u, last, keep, DOT)
         total = total * keep * tl.exp(b_end)
-    tl.store(final + state_base + tile, state, mask=in_state)
-    if not OUTPUT:
-        if v_first == 0:
-            tl.store(decay + (batch * segments + segment) * H + h, total)
+    tl.store(final + state_base + place, state, mask=in_state)
+    if v_first == 0:
+        tl.store(decay + (batch * segments + segment) * H + h, total)

@@ -9,14 +9,22 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.decay_scan.triton_backward import gradients_kernel, states_kernel
+from kernels.decay_scan.triton_backward import gradients_kernel, walk_back_kernel
 from kernels.decay_scan.triton_forward import walk_kernel
+from kernels.documents import first_tokens
 from kernels.interpreter import count_programs, dot_dtype
 
 CHUNK_SIZES = (16, 32, 64, 128)
 LARGEST_STATE_DIM = 256
+# Tokens of a step: a chunk of 128 is two, which keeps their products in registers.
+LARGEST_TILE = 64
 # Heads of a group that one program of the gradient kernel walks over: fewer fill the card better, more share sums.
 HEADS_PER_SPLIT = 32
+WALK_OPTIONS = {"num_warps": 8, "num_stages": 2}
+WALK_BACK_OPTIONS = {"num_warps": 4, "num_stages": 2}
+GRADIENT_OPTIONS = {"num_warps": 8, "num_stages": 1}
+# Columns of V that the kernel for gradients takes at a time, and most that a walk does.
+GRADIENT_COLUMNS, WALK_COLUMNS = 32, 64
 
 
 def scan_triton(
@@ -30,24 +38,29 @@ def scan_triton(
     document_ids_BT: Tensor | None,
     chunk_size: int,
     segment_chunks: int = 0,
+    keep_states: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """As `torch_impl.chunked_scan`, for float32, bfloat16 and float16.
 
+    chunk_size is the distance of the states that backward reads, 16 to 128 or a multiple of 128, which runs as 128.
     segment_chunks cuts rows into segments of so many chunks that are walked at the same time; 0 cuts only where the
-    rows and heads alone would leave processors idle. Raises ValueError for chunk or state sizes without a kernel.
+    rows and heads alone would leave processors idle. With keep_states forward saves the states that enter chunks (in the
+    dtype of v), else backward walks the row again for them. Raises ValueError for chunk or state sizes without a kernel.
     """
     dot_dtype(v_BTHV.dtype)  # refuses float64
-    if chunk_size not in CHUNK_SIZES:
-        raise ValueError(f'backend "triton" needs a chunk_size of 16, 32, 64 or 128; got {chunk_size}')
+    chunk = min(chunk_size, CHUNK_SIZES[-1])
+    if chunk not in CHUNK_SIZES or chunk_size % chunk:
+        raise ValueError(f'backend "triton" needs a chunk_size of 16, 32, 64 or a multiple of 128; got {chunk_size}')
     sizes = (q_BTGK.shape[-1], v_BTHV.shape[-1])
     if max(sizes) > LARGEST_STATE_DIM:
         raise ValueError(
             f'backend "triton" holds states of up to {LARGEST_STATE_DIM} x {LARGEST_STATE_DIM}; got {sizes}'
         )
     initial = None if initial_state_BHKV is None else initial_state_BHKV.float()
-    return _forward(
-        q_BTGK, k_BTGK, v_BTHV, g_BTH, scale_BTH, skip_H, initial, document_ids_BT, chunk_size, segment_chunks
-    )
+    firsts = None if document_ids_BT is None else first_tokens(document_ids_BT)
+    tensors = (q_BTGK, k_BTGK, v_BTHV, g_BTH, scale_BTH, skip_H, initial, firsts)
+    keep_states = keep_states and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    return _forward(*tensors, chunk, segment_chunks, keep_states)[:2]
 
 
 @dataclass(frozen=True)
@@ -61,31 +74,55 @@ class _Launch:
     K: int
     V: int
     Q: int
+    tiles: int
     chunks: int
     segments: int
     segment_chunks: int
-    block_k: int
-    block_v: int
 
     @classmethod
-    def of(cls, q: Tensor, v: Tensor, chunk_size: int, segment_chunks: int, largest_v: int = 64) -> _Launch:
+    def of(cls, q: Tensor, v: Tensor, chunk_size: int, segment_chunks: int) -> _Launch:
         B, T, H, V = v.shape
         G, K = q.shape[2:]
         chunks = triton.cdiv(T, chunk_size)
-        block_k, block_v = max(16, triton.next_power_of_2(K)), max(16, min(largest_v, triton.next_power_of_2(V)))
         if segment_chunks == 0:
-            programs = B * H * triton.cdiv(V, block_v)
+            programs = B * H * triton.cdiv(V, WALK_COLUMNS)
             wanted = max(1, count_programs(v.device, 1) // programs) if v.device.type == "cuda" else 1
             segment_chunks = triton.cdiv(chunks, min(wanted, chunks))
+        Q = min(chunk_size, LARGEST_TILE)
         segments = triton.cdiv(chunks, segment_chunks)
-        return cls(B, T, H, G, K, V, chunk_size, chunks, segments, segment_chunks, block_k, block_v)
+        return cls(B, T, H, G, K, V, Q, chunk_size // Q, chunks, segments, segment_chunks)
+
+    def sizes(self) -> tuple[int, ...]:
+        """Scalars of the walks, in their order."""
+        return (
+            self.T, self.H, self.H // self.G, self.K, self.V, self.chunks, self.segments, self.segment_chunks
+        )  # fmt: skip
+
+    def constants(self, v: Tensor, firsts: Tensor | None) -> dict[str, Any]:
+        """What all kernels are compiled for."""
+        block_k = max(16, triton.next_power_of_2(self.K))
+        constants = {"Q": self.Q, "TILES": self.tiles, "BLOCK_K": block_k, "DOT": dot_dtype(v.dtype)}
+        return constants | {"DOCUMENTS": firsts is not None}
+
+    def columns(self, largest: int) -> int:
+        """Columns of V that a program takes, at most `largest`."""
+        return max(16, min(largest, triton.next_power_of_2(self.V)))
+
+    def grid(self, columns: int) -> tuple[int, int]:
+        """Programs of a walk: heads and blocks of V, segments."""
+        return self.B * self.H * triton.cdiv(self.V, columns), self.segments
 
     def states(self, like: Tensor) -> Tensor:
         """Room for one state a segment."""
         return like.new_empty(self.B, self.segments, self.H, self.K, self.V, dtype=torch.float32)
 
-    def walk_grid(self) -> tuple[int, int]:
-        return self.B * self.H * triton.cdiv(self.V, self.block_v), self.segments
+    def decays(self, like: Tensor) -> Tensor:
+        """Room for one factor a segment."""
+        return like.new_empty(self.B, self.segments, self.H, dtype=torch.float32)
+
+    def chunk_states(self, like: Tensor) -> Tensor:
+        """Room for one state a chunk, in the dtype of `like`."""
+        return like.new_empty(self.B, self.chunks, self.H, self.K, self.V)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -108,6 +145,58 @@ def _pass_states(initial: Tensor | None, local: Tensor, decay: Tensor, *, backwa
     return entering, state
 
 
+def _walk(
+    launch: _Launch,
+    inputs: tuple[Tensor | None, ...],
+    initial: Tensor | None,
+    y: Tensor | None,
+    entering: Tensor | None,
+) -> Tensor:
+    """Walk rows forward, writing y and the states that enter chunks where they are given; returns the last state."""
+    q, k, v, g, scale, skip, firsts = inputs
+    assert q is not None and k is not None and v is not None, "a scan has q, k and v"
+    # Compiled for sm_90, a state of 128 x 64 next to the output's products spills; two programs of 128 x 32 do not.
+    columns = launch.columns(32 if launch.K > 64 and y is not None else WALK_COLUMNS)
+
+    def run(states: Tensor | None, y: Tensor | None, entering: Tensor | None) -> tuple[Tensor, Tensor]:
+        final, decay = launch.states(v), launch.decays(v)
+        walk_kernel[launch.grid(columns)](
+            q, k, v, g, scale, skip, firsts, states, y, entering, final, decay, *launch.sizes(), *_strides(q, k, v),
+            BLOCK_V=columns, SCALE=scale is not None, SKIP=skip is not None, INITIAL=states is not None,
+            OUTPUT=y is not None, SAVE=entering is not None, **launch.constants(v, firsts), **WALK_OPTIONS,
+        )  # fmt: skip
+        return final, decay
+
+    if launch.segments == 1:
+        return run(initial, y, entering)[0][:, 0]
+    states, last = _pass_states(initial, *run(None, None, None), backward=False)
+    run(states, y, entering)
+    return last
+
+
+def _walk_back(
+    launch: _Launch, q: Tensor, g: Tensor, firsts: Tensor | None, d_y: Tensor, d_final: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the states that leave chunks [B, chunks, H, K, V], in the dtype of d_y, and of the first state."""
+    leaving = launch.chunk_states(d_y)
+    columns = launch.columns(WALK_COLUMNS)
+
+    def run(d_states: Tensor | None, *, store: bool) -> tuple[Tensor, Tensor]:
+        d_initial, decay = launch.states(d_y), launch.decays(d_y)
+        walk_back_kernel[launch.grid(columns)](
+            q, g, firsts, d_y, d_states, leaving, d_initial, decay, *launch.sizes(), *_strides(q),
+            BLOCK_V=columns, D_FINAL=d_states is not None, STORE=store,
+            **launch.constants(d_y, firsts), **WALK_BACK_OPTIONS,
+        )  # fmt: skip
+        return d_initial, decay
+
+    if launch.segments == 1:
+        return leaving, run(d_final, store=True)[0][:, 0]
+    d_states, d_first = _pass_states(d_final, *run(None, store=False), backward=True)
+    run(d_states, store=True)
+    return leaving, d_first
+
+
 @torch.library.custom_op("amfm::decay_scan_triton", mutates_args=())
 def _forward(
     q: Tensor,
@@ -117,36 +206,20 @@ def _forward(
     scale: Tensor | None,
     skip: Tensor | None,
     initial: Tensor | None,
-    documents: Tensor | None,
+    firsts: Tensor | None,
     chunk_size: int,
     segment_chunks: int,
-) -> tuple[Tensor, Tensor]:
+    keep_states: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, last state, and the states that enter chunks (empty unless they are kept)."""
     q, k, v, g = _rows(q), _rows(k), _rows(v), g.contiguous()
     scale = None if scale is None else scale.contiguous()
-    documents = None if documents is None else documents.contiguous()
-    # Compiled for sm_90, a state of 128 x 64 next to the output's products spills; two programs of 128 x 32 do not.
-    launch = _Launch.of(q, v, chunk_size, segment_chunks, largest_v=32 if q.shape[3] > 64 else 64)
+    launch = _Launch.of(q, v, chunk_size, segment_chunks)
     y = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    final = launch.states(v)
-    decay = v.new_empty(launch.B, launch.segments, launch.H, dtype=torch.float32)
-
-    def walk(entering: Tensor | None, output: bool) -> None:
-        walk_kernel[launch.walk_grid()](
-            q, k, v, g, scale, skip, documents, entering, y, final, decay,
-            launch.T, launch.H, launch.H // launch.G, launch.K, launch.V, launch.segments, launch.segment_chunks,
-            *_strides(q, k, v),
-            Q=chunk_size, BLOCK_K=launch.block_k, BLOCK_V=launch.block_v, DOT=dot_dtype(v.dtype),
-            DOCUMENTS=documents is not None, SCALE=scale is not None, SKIP=skip is not None,
-            INITIAL=entering is not None, OUTPUT=output, num_warps=8, num_stages=2,
-        )  # fmt: skip
-
-    if launch.segments == 1:
-        walk(None if initial is None else initial.contiguous(), output=True)
-        return y, final[:, 0]
-    walk(None, output=False)
-    entering, last = _pass_states(initial, final, decay, backward=False)
-    walk(entering, output=True)
-    return y, last
+    entering = launch.chunk_states(v) if keep_states else None
+    initial = None if initial is None else initial.contiguous()
+    last = _walk(launch, (q, k, v, g, scale, skip, firsts), initial, y, entering)
+    return y, last.contiguous(), v.new_empty(0) if entering is None else entering
 
 
 @_forward.register_fake
@@ -158,12 +231,15 @@ def _(
     scale: Tensor | None,
     skip: Tensor | None,
     initial: Tensor | None,
-    documents: Tensor | None,
+    firsts: Tensor | None,
     chunk_size: int,
     segment_chunks: int,
-) -> tuple[Tensor, Tensor]:
-    B, _, H, V = v.shape
-    return v.new_empty(v.shape), v.new_empty(B, H, q.shape[3], V, dtype=torch.float32)
+    keep_states: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, T, H, V = v.shape
+    K = q.shape[3]
+    entering = (B, (T + chunk_size - 1) // chunk_size, H, K, V) if keep_states else (0,)
+    return v.new_empty(v.shape), v.new_empty(B, H, K, V, dtype=torch.float32), v.new_empty(entering)
 
 
 @torch.library.custom_op("amfm::decay_scan_triton_backward", mutates_args=())
@@ -177,57 +253,38 @@ def _backward(
     scale: Tensor | None,
     skip: Tensor | None,
     initial: Tensor | None,
-    documents: Tensor | None,
+    firsts: Tensor | None,
+    entering: Tensor | None,
     chunk_size: int,
     segment_chunks: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, g, scale, skip and the initial state; those of absent inputs are empty."""
     q, k, v, g, d_y = _rows(q), _rows(k), _rows(v), g.contiguous(), d_y.contiguous()
     scale = None if scale is None else scale.contiguous()
-    documents = None if documents is None else documents.contiguous()
+    d_final = None if d_final is None else d_final.contiguous()
     launch = _Launch.of(q, v, chunk_size, segment_chunks)
     B, T, H, G, K, V = launch.B, launch.T, launch.H, launch.G, launch.K, launch.V
-    common = {"Q": chunk_size, "BLOCK_K": launch.block_k, "DOT": dot_dtype(v.dtype)}
-    common |= {"DOCUMENTS": documents is not None, "SCALE": scale is not None}
-    final, d_initial = launch.states(v), launch.states(v)
-    decay = v.new_empty(B, launch.segments, H, dtype=torch.float32)
-    entering = v.new_empty(B, launch.chunks, H, K, V)
-    leaving = torch.empty_like(entering)
-
-    def walk(states: Tensor | None, d_states: Tensor | None, store: bool) -> None:
-        states_kernel[launch.walk_grid()](
-            q, k, v, g, scale, documents, states, d_y, d_states, entering, leaving, final, d_initial, decay,
-            T, H, H // G, K, V, launch.chunks, launch.segments, launch.segment_chunks, *_strides(q, k, v),
-            BLOCK_V=launch.block_v, INITIAL=states is not None, D_FINAL=d_states is not None, STORE=store,
-            num_warps=4, num_stages=2, **common,
-        )  # fmt: skip
-
-    if launch.segments == 1:
-        walk(
-            initial if initial is None else initial.contiguous(),
-            d_final if d_final is None else d_final.contiguous(),
-            True,
-        )
-        d_first = d_initial[:, 0]
-    else:
-        walk(None, None, store=False)
-        states, _ = _pass_states(initial, final, decay, backward=False)
-        d_states, d_first = _pass_states(d_final, d_initial, decay, backward=True)
-        walk(states, d_states, store=True)
-
-    splits = triton.cdiv(H // G, HEADS_PER_SPLIT)
-    d_q, d_k = (v.new_empty(splits, B, T, G, K, dtype=torch.float32) for _ in range(2))
+    if entering is None:
+        entering = launch.chunk_states(v)
+        start = None if initial is None else initial.contiguous()
+        _walk(launch, (q, k, v, g, scale, None, firsts), start, None, entering)
+    leaving, d_first = _walk_back(launch, q, g, firsts, d_y, d_final)
+    splits, tiles = triton.cdiv(H // G, HEADS_PER_SPLIT), triton.cdiv(T, launch.Q)
+    sums = torch.float32 if splits > 1 else v.dtype
+    d_q, d_k = (v.new_empty(splits, B, T, G, K, dtype=sums) for _ in range(2))
     d_v = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     d_g = torch.empty_like(g)
     d_scale = g.new_empty(0) if scale is None else torch.empty_like(g)
-    d_skip = g.new_empty(B, launch.chunks, H if skip is not None else 0)
-    gradients_kernel[(B * launch.chunks, G * splits)](
-        q, k, v, g, scale, skip, documents, d_y, entering, leaving, d_q, d_k, d_v, d_g, d_scale, d_skip,
+    d_skip = g.new_empty(B, tiles, H if skip is not None else 0)
+    gradients_kernel[(B * tiles, G * splits)](
+        q, k, v, g, scale, skip, firsts, d_y, entering, leaving, d_q, d_k, d_v, d_g, d_scale, d_skip,
         T, H, H // G, K, V, launch.chunks, splits, *_strides(q, k, v),
-        BLOCK_V=max(16, triton.next_power_of_2(V)), SKIP=skip is not None, num_warps=8, num_stages=1, **common,
+        BLOCK_V=launch.columns(GRADIENT_COLUMNS), SCALE=scale is not None, SKIP=skip is not None,
+        **launch.constants(v, firsts), **GRADIENT_OPTIONS,
     )  # fmt: skip
-    d_q, d_k = (d.sum(0).to(v.dtype) for d in (d_q, d_k))
-    return d_q, d_k, d_v, d_g, d_scale, d_skip.sum((0, 1)), d_first if initial is not None else g.new_empty(0)
+    d_q, d_k = (d[0] if splits == 1 else d.sum(0).to(v.dtype) for d in (d_q, d_k))
+    d_initial = d_first.contiguous() if initial is not None else g.new_empty(0)
+    return d_q, d_k, d_v, d_g, d_scale, d_skip.sum((0, 1)), d_initial
 
 
 @_backward.register_fake
@@ -241,7 +298,8 @@ def _(
     scale: Tensor | None,
     skip: Tensor | None,
     initial: Tensor | None,
-    documents: Tensor | None,
+    firsts: Tensor | None,
+    entering: Tensor | None,
     chunk_size: int,
     segment_chunks: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -256,19 +314,19 @@ def _(
     )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:8])
-    ctx.chunk_size, ctx.segment_chunks = inputs[8:]
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, ctx.chunk_size, ctx.segment_chunks, keep_states = inputs
+    ctx.save_for_backward(*tensors, output[2] if keep_states else None)
+    ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, d_y: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, g, scale, skip, initial, documents = ctx.saved_tensors
+def _differentiate(ctx: Any, d_y: Tensor | None, d_final: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    _, _, v, _, scale, skip, initial, _, _ = saved
     if d_y is None:
         d_y = torch.zeros_like(v)
-    d_q, d_k, d_v, d_g, d_scale, d_skip, d_initial = _backward(
-        d_y, d_final, q, k, v, g, scale, skip, initial, documents, ctx.chunk_size, ctx.segment_chunks
-    )
+    d_q, d_k, d_v, d_g, d_scale, d_skip, d_initial = _backward(d_y, d_final, *saved, ctx.chunk_size, ctx.segment_chunks)
     return (
         d_q,
         d_k,
@@ -277,6 +335,7 @@ def _differentiate(ctx: Any, d_y: Tensor | None, d_final: Tensor | None) -> tupl
         None if scale is None else d_scale,
         None if skip is None else d_skip.to(skip.dtype),
         None if initial is None else d_initial,
+        None,
         None,
         None,
         None,

@@ -169,31 +169,34 @@ def down_backward_kernel(
         matrix = down + expert * model * width
         v = _multiply(d_y, source, inside, matrix, column, width, 1, width, model, DOT, BLOCK_M, BLOCK_N, BLOCK_K)
         features = width * 2 if SWIGLU else width
-        place = row[:, None] * features + column[None, :]
-        first = tl.load(hidden + place, mask=stored, other=0.0).to(tl.float32)
+        # Wide scalars and narrow offsets: tiles of 64-bit addresses would spill registers.
+        lane = tl.arange(0, BLOCK_M)[:, None]
+        place, at = lane * features + column[None, :], begin * features
+        first = tl.load(hidden + at + place, mask=stored, other=0.0).to(tl.float32)
         if SWIGLU:
-            second = tl.load(hidden + place + width, mask=stored, other=0.0).to(tl.float32)
+            second = tl.load(hidden + at + width + place, mask=stored, other=0.0).to(tl.float32)
             sigmoid = 1.0 / (1.0 + tl.exp(-first))
             silu = first * sigmoid
             result = silu * second
         else:
             positive = tl.maximum(first, 0.0)
             result = positive * positive
-        # Everything that reads the activation comes first, so that its registers are free for the gradient.
+        # Each result is stored before the next is made: together they would spill registers.
         if GATHER:
             pair = tl.load(order + row, mask=inside, other=0)
-            partial = tl.sum(tl.where(stored, v * result, 0.0), 1)
+            partial = tl.sum(v * result, 1)
             tl.store(d_weights + block.to(tl.int64) * pairs + pair, partial, mask=inside)
-        weighted = result * weight
-        tl.store(active + row[:, None] * width + column[None, :], weighted.to(active.dtype.element_ty), mask=stored)
         v = v * weight
+        keep = active + begin * width + (lane * width + column[None, :])
         if SWIGLU:
             d_second = v * silu
-            tl.store(d_hidden + place + width, d_second.to(d_hidden.dtype.element_ty), mask=stored)
+            tl.store(d_hidden + at + width + place, d_second.to(d_hidden.dtype.element_ty), mask=stored)
+            tl.store(keep, (silu * second * weight).to(active.dtype.element_ty), mask=stored)
             d_first = v * second * (sigmoid + silu * (1.0 - sigmoid))
         else:
+            tl.store(keep, (result * weight).to(active.dtype.element_ty), mask=stored)
             d_first = v * 2.0 * positive
-        tl.store(d_hidden + place, d_first.to(d_hidden.dtype.element_ty), mask=stored)
+        tl.store(d_hidden + at + place, d_first.to(d_hidden.dtype.element_ty), mask=stored)
 
 
 @triton.jit

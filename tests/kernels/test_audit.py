@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import triton.language as tl
 
 from kernels.audit import compile_ahead
 from kernels.backend import INTERPRETED
 from kernels.causal_conv1d.op import convolution_bytes
 from kernels.causal_conv1d.triton_kernels import convolution_forward_kernel
 from kernels.decay_scan.op import scan_bytes, scan_flops
-from kernels.decay_scan.triton_backward import states_kernel
 from kernels.norm.op import norm_bytes
 from kernels.norm.triton_kernels import norm_forward_kernel
 
@@ -30,21 +28,6 @@ def test_streaming_kernels_compile_without_spills(architecture: int) -> None:
     for kernel in (norm, convolution):
         assert kernel.spill_bytes == 0, kernel
         assert not kernel.uses_wgmma
-
-
-@pytest.mark.slow
-def test_state_walk_uses_wgmma_without_spills_on_hopper() -> None:
-    """The shape of Granite 4 small: state 128 x 64, chunks of 64."""
-    constants = {"Q": 64, "BLOCK_K": 128, "BLOCK_V": 64, "DOT": tl.bfloat16, "DOCUMENTS": True, "SCALE": True}
-    constants |= {"INITIAL": False, "D_FINAL": False, "STORE": True, "initial": None, "d_final": None}
-    types = dict.fromkeys(("q", "k", "v", "d_y", "entering", "leaving"), "*bf16") | {"ids": "*i32"}
-    types |= dict.fromkeys(("g", "scale", "final", "d_initial", "decay"), "*fp32")
-    types |= dict.fromkeys(("T", "K", "V", "stride_qb", "stride_qt", "stride_kb", "stride_kt"), "i32:16")
-    types |= dict.fromkeys(("stride_vb", "stride_vt"), "i32:16")
-    types |= dict.fromkeys(("H", "R", "chunks", "segments", "segment_chunks"), "i32")
-    kernel = compile_ahead(states_kernel, types, constants, 90)
-    assert kernel.uses_wgmma
-    assert kernel.spill_bytes == 0
 
 
 def test_missing_and_unknown_arguments_are_named() -> None:

@@ -12,11 +12,8 @@ CASES = {case.name: case for case in mixer_cases()}
 
 # Most bytes of spills a thread on sm_90; everything else has none. Reasons stand in docs/kernels.md.
 SPILLS = {
-    "scan backward, gradients, chunks of 64": 2048,
-    "scan backward, gradients, chunks of 128": 4608,
-    "scan backward, states, chunks of 128": 512,
-    "scan walk, chunks of 128": 512,
-    "convolution backward, width 4": 1152,
+    "scan gradients, chunks of 64": 64,
+    "scan gradients, chunks of 128": 128,
 }
 
 

@@ -12,8 +12,9 @@ from tests.helpers.scans import ScanCase, make_inputs, run_scan
 
 # float32 against a float64 reference: rounding of some hundred additions.
 FLOAT32 = 1e-5
-# One number a head, a sum over all tokens in which both signs cancel: it keeps fewer digits in any order.
-CANCELLING = {"d_A_log": 1e-4, "d_dt_bias": 1e-4}
+# One number a head, the sum of a gradient over all tokens: where it cancels to a tenth or less of what is summed, float32
+# keeps 4e-5 of it in any implementation. So its error is held against the size of what is summed: at most 2.2e-6 here.
+SUMS = ("d_A_log", "d_dt_bias")
 
 CASES = [
     ScanCase(B=1, T=1, H=1, G=1, chunk=16, initial=True),
@@ -23,6 +24,12 @@ CASES = [
     ScanCase(B=1, T=129, H=1, G=1, P=8, N=24, chunk=64, lengths=(70, 59)),
     ScanCase(B=1, T=33, H=1, G=1, P=40, N=72, chunk=32),
     ScanCase(B=1, T=33, H=2, P=20, N=12, chunk=16, kind="decay", lengths=(17, 16), initial=True),
+    ScanCase(B=1, T=63, H=8, G=8, P=8, N=8, chunk=64, lengths=(62, 1)),
+    ScanCase(B=1, T=63, H=8, G=1, P=8, N=8, chunk=256, lengths=(1, 1, 61)),
+    # Chunks of two tiles: documents that end in either, in both, and between them.
+    ScanCase(B=1, T=129, H=1, G=1, P=8, N=16, chunk=128),
+    ScanCase(B=1, T=100, H=2, G=1, P=16, N=16, chunk=128, lengths=(40, 30, 30), initial=True),
+    ScanCase(B=1, T=193, H=2, G=2, P=40, N=16, chunk=128, lengths=(1, 63, 70, 59), initial=True),
 ]
 
 
@@ -33,12 +40,15 @@ def test_walk_equals_single_steps_twice_bitwise(case: ScanCase, poisoned_memory:
     expected = run_scan(case, exact, "reference")
     once, again = run_scan(case, inputs, "triton"), run_scan(case, inputs, "triton")
     for name, value in once.items():
-        assert_near(value, expected[name], CANCELLING.get(name, FLOAT32), name)
+        tolerance = FLOAT32
+        if name in SUMS:
+            tolerance *= max(1.0, float(expected["d_dt"].norm() / expected[name].norm()))
+        assert_near(value, expected[name], tolerance, name)
         assert_bitwise(again[name], value, f"{name} repeated")
 
 
 @pytest.mark.parametrize("lengths", [(), (20, 27)])
-def test_segments_equal_one_walk(lengths: tuple[int, ...], poisoned_memory: None) -> None:
+def test_segments_and_states_made_again_equal_one_walk(lengths: tuple[int, ...], poisoned_memory: None) -> None:
     case = ScanCase(B=1, T=47, H=2, G=1, chunk=16, lengths=lengths, initial=True)
     inputs = make_inputs(case, torch.float32)
     x, dt, _, B, C, D, _ = (t.detach() for t in inputs.tensors)
@@ -46,13 +56,22 @@ def test_segments_equal_one_walk(lengths: tuple[int, ...], poisoned_memory: None
     leaves = [C, B, x, -dt.abs(), dt.abs(), D, inputs.initial.detach().transpose(-1, -2).contiguous()]
     leaves = [leaf.clone().requires_grad_() for leaf in leaves]
     results = []
-    for segment_chunks in (0, 1, 2):
-        y, final = scan_triton(*leaves, inputs.documents, 16, segment_chunks=segment_chunks)
+    for segment_chunks, keep_states in ((0, True), (0, False), (1, True), (2, False)):
+        y, final = scan_triton(*leaves, inputs.documents, 16, segment_chunks=segment_chunks, keep_states=keep_states)
         total = (y * inputs.weights[0]).sum() + (final.transpose(-1, -2) * inputs.weights[1]).sum()
         results.append([y, final, *torch.autograd.grad(total, leaves)])
-    for cut in results[1:]:
-        for i, (one, many) in enumerate(zip(results[0], cut)):
+    for other in results[1:]:
+        for i, (one, many) in enumerate(zip(results[0], other)):
             assert_near(many, one, FLOAT32, f"tensor {i}")
+
+
+def test_states_are_kept_for_backward_only_where_asked() -> None:
+    q, k, v = (torch.randn(1, 40, 2, 16, requires_grad=True) for _ in range(3))
+    g = -torch.rand(1, 40, 2)
+    for keep_states, kept in ((True, 1), (False, 0)):
+        out = decay_scan(q, k, v, g, chunk_size=16, keep_states=keep_states, backend="triton")
+        saved = [x for x in out.o_BTHV.grad_fn.saved_tensors if x is not None and x.shape == (1, 3, 2, 16, 16)]
+        assert len(saved) == kept
 
 
 def test_a_document_never_feels_another() -> None:
@@ -90,7 +109,7 @@ def test_meta_tensors_pass_through() -> None:
 def test_registration_is_complete() -> None:
     case = ScanCase(B=1, T=17, H=1, G=1, chunk=16, kind="decay")
     q, k, v, g = make_inputs(case, torch.float32).tensors
-    arguments = (q, k, v, g, None, None, None, None, 16, 0)
+    arguments = (q, k, v, g, None, None, None, None, 16, 0, True)
     torch.library.opcheck(
         torch.ops.amfm.decay_scan_triton.default, arguments, test_utils=("test_schema", "test_faketensor")
     )
@@ -99,7 +118,7 @@ def test_registration_is_complete() -> None:
 def test_sizes_without_a_kernel_are_refused() -> None:
     q, k, v = (torch.zeros(1, 8, 1, 16) for _ in range(3))
     g = torch.zeros(1, 8, 1)
-    with pytest.raises(ValueError, match="chunk_size of 16, 32, 64 or 128; got 24"):
+    with pytest.raises(ValueError, match="chunk_size of 16, 32, 64 or a multiple of 128; got 24"):
         decay_scan(q, k, v, g, chunk_size=24, backend="triton")
     with pytest.raises(ValueError, match="float64"):
         decay_scan(q.double(), k.double(), v.double(), g, backend="triton")
