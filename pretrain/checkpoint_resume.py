@@ -18,6 +18,7 @@ from pretrain.stages import resolve_stages
 MAY_CHANGE = (
     "run.*",
     "export.*",
+    "health.*",
     "kernels.*",
     "launch.*",
     "parallel.*",

@@ -58,7 +58,7 @@ def check_run(config: RunConfig, world_size: int | None = None) -> None:
     if problems:
         # What is wrong in every stage alike is said once.
         raise ConfigError(
-            list({(problem.key, problem.remedy): problem for problem in reversed(problems)}.values())[::-1]
+            list({(problem.key, problem.rule, problem.remedy): problem for problem in reversed(problems)}.values())[::-1]
         )
 
 
@@ -174,6 +174,10 @@ def loop_problems(config: RunConfig) -> Iterator[Problem]:
         rule = "needs documents kept for validation, and data.validation_fraction is 0"
         remedy = "set data.validation_fraction=0.02, say, or remove it"
         yield Problem("train.validate_every_steps", rule, remedy, str(train.validate_every_steps))
+    for name in ("on_nonfinite", "on_spike"):
+        if getattr(config.health, name) == "rollback" and train.checkpoint_every_steps is None:
+            rule = "needs checkpoints to go back to, and train.checkpoint_every_steps is null"
+            yield Problem(f"health.{name}", rule, "set train.checkpoint_every_steps=1000, say", "rollback")
     if train.compile and config.kernels.backend == "reference":
         rule = "cannot speed up kernels.backend=reference, which runs step by step in Python"
         yield Problem("train.compile", rule, "use kernels.backend=torch, or train.compile=false", "true")

@@ -176,6 +176,24 @@ class ParallelConfig(Section):
         return self.tensor * self.context * self.pipeline
 
 
+class HealthConfig(Section):
+    """What a run does about steps that went wrong and ranks that are slow; every case is written to events.jsonl."""
+
+    on_nonfinite: Literal["skip", "rollback", "stop"] = Field(
+        "skip",
+        description="Gradients with NaN or infinity: leave the step out (train.max_skipped_steps in a row stop the run), go back to the newest checkpoint's weights and on with the next data, or stop.",
+    )
+    on_spike: Literal["ignore", "skip", "rollback", "stop"] = Field(
+        "ignore", description="The same choices for a loss far above the recent ones."
+    )
+    spike_ratio: float = Field(1.5, gt=1, description="A spike is a loss above this times the median of the window.")
+    spike_window: int = Field(64, ge=8, description="Steps of the median; no spike is seen before there are so many.")
+    max_rollbacks: int = Field(3, ge=0, description="Rollbacks of the whole run; one more stops it.")
+    straggler_percent: float | None = Field(
+        25.0, gt=0, description="Name ranks that compute so much longer than the median, every 20 steps; none: never."
+    )
+
+
 class KernelsConfig(Section):
     """Which implementation of each operation runs."""
 
@@ -246,6 +264,7 @@ class RunConfig(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     stages: tuple[StageConfig, ...] = Field((), description="Consecutive stretches of the run; none: one, as above.")
     parallel: ParallelConfig = ParallelConfig()
+    health: HealthConfig = HealthConfig()
     kernels: KernelsConfig = KernelsConfig()
     export: ExportConfig = ExportConfig()
     launch: LaunchConfig = LaunchConfig()

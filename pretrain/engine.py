@@ -22,6 +22,7 @@ from pretrain.grads import (
     clip_by_norm,
     find_fault,
     find_partial_gradients,
+    spoil_gradients,
     sum_partial_gradients,
 )
 from pretrain.optimizer import build_adamw
@@ -72,6 +73,7 @@ class ZeroEngine:
         self.zero_stage = zero_stage
         self.clip_norm = clip_norm
         self.fault: GradientFault | None = None
+        self.is_refused = False
         self.accumulator: Float32Accumulator | None = None
 
     @property
@@ -128,12 +130,19 @@ class ZeroEngine:
         if self.accumulator is not None:
             self.accumulator.take(module)
 
+    def refuse_step(self) -> None:
+        """Inside `accumulate`: let the coming step move nothing, on any rank, as if its gradients were not finite."""
+        self.is_refused = True
+
     def _close_accumulation(self) -> None:
         if self.accumulator is not None:
             self.accumulator.finish()
         self.accumulator = None
         sum_partial_gradients(self.partials, self.groups)
         self.fault = find_fault(self.module)
+        if self.is_refused:
+            spoil_gradients(self.module)
+            self.is_refused = False
 
     def step(self, learning_rate: float) -> StepOutcome:
         """Clip by the global norm and let AdamW move the weights; a non-finite norm moves nothing, on any rank."""

@@ -141,6 +141,11 @@ class GradientFault:
     num_parameters: int
 
 
+def spoil_gradients(module: nn.Module) -> None:
+    """Make this rank's gradients not finite: the one way to have every optimizer leave out a step whole."""
+    next(parameter.grad for parameter in module.parameters() if parameter.grad is not None).fill_(float("inf"))
+
+
 def find_fault(module: nn.Module) -> GradientFault | None:
     """Look for a gradient with NaN or infinity among this rank's own, before they are reduced; None when all are fine.
 

@@ -39,6 +39,7 @@ from pretrain.rank_variables import RESTART_CAUSE
 from pretrain.recompute import recomputed_letters
 from pretrain.signals import SignalWatch
 from pretrain.stages import RunStage, data_of_stages, resolve_stages, stage_of
+from pretrain.stragglers import StepTimes
 from pretrain.weights import load_initial_weights
 
 
@@ -50,6 +51,8 @@ class Progress:
     tokens: int = 0
     skipped_steps: int = 0
     skipped_in_row: int = 0
+    rollbacks: int = 0
+    recent_losses: list[float] = field(default_factory=list)
     validation_loss: float | None = None
     validated_step: int | None = None
 
@@ -73,6 +76,7 @@ class Run:
     signals: SignalWatch
     heartbeat: Heartbeat
     pipeline: Pipeline | None = None
+    stragglers: StepTimes = field(default_factory=StepTimes)
     lock: IO[str] | None = None
     log: RunLog | None = None
     display: Display | None = None
@@ -207,6 +211,7 @@ def enter_stage(run: Run) -> None:
     if stage == run.stage:
         return
     run.stage = stage
+    run.progress.recent_losses.clear()  # other text or longer rows have another loss
     run.model.set_rope(stage.rope)
     run.record_event("stage", name=stage.name, sequence_length=stage.sequence_length, steps=stage.num_steps)
     run.say(
@@ -265,6 +270,22 @@ def resume(run: Run) -> LoadedCheckpoint | None:
         run.progress = Progress(**loaded.state["progress"])
         run.saved_step = loaded.step
     return loaded
+
+
+def return_weights(run: Run) -> int | None:
+    """Put weights and optimizer back to the newest checkpoint, which may be being written; its step, None without one.
+
+    Progress and data stay where they are. Every rank must call this.
+    """
+    finish_saving(run)
+    loaded = load_newest(run.directory / "checkpoints", run.engine, config=run.config, identities=run.identities)
+    if loaded is None:
+        return None
+    run.progress.skipped_steps += run.progress.step - loaded.step
+    run.progress.skipped_in_row = 0
+    run.progress.recent_losses = Progress(**loaded.state["progress"]).recent_losses
+    run.saved_step = None
+    return loaded.step
 
 
 def save(run: Run) -> None:

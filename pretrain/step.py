@@ -15,7 +15,7 @@ from model.config import ModelConfig
 from model.expert_balance import auxiliary_names
 from model.hybrid import ModelOutput
 from model.pattern import parse_pattern
-from pretrain.health import describe_skip
+from pretrain.health import Trouble, describe_skip, judge_loss, remember_loss
 from pretrain.micro_batch import LossShare, move_batch
 from pretrain.parallel import Parallel
 from pretrain.run import Run
@@ -23,7 +23,10 @@ from pretrain.run import Run
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step gives to the log. `signal`: a stop asked for on any rank, 0 for none. Alike on all ranks."""
+    """What a step gives to the log, alike on all ranks but for `busy_seconds`: reading and computing, without waiting.
+
+    `signal`: a stop asked for on any rank, 0 for none.
+    """
 
     loss: float
     stage: str
@@ -36,6 +39,8 @@ class StepResult:
     learning_rate: float
     seconds: float
     signal: int
+    busy_seconds: float
+    trouble: Trouble | None = None
     skip: dict[str, Any] | None = None
 
 
@@ -91,7 +96,9 @@ def train_step(run: Run) -> StepResult:
     sequence_length = run.loader.sequence_length
     batches = run.loader.take(global_batch_size, stage.micro_batch_size)
     num_micro_batches = global_batch_size // stage.micro_batch_size
+    read = time.perf_counter()
     valid_tokens = max(1, count_valid_tokens(batches, run.parallel))
+    waited_seconds = time.perf_counter() - read
     sums = empty_sums(run.config.model, run.parallel.device)
     losses: list[Tensor] = []
     engine.module.train()
@@ -101,7 +108,12 @@ def train_step(run: Run) -> StepResult:
             if output.loss is not None:
                 losses.append(output.loss.total.detach() / valid_tokens)
         run.heartbeat.at(progress.step + 1, "reduce")
-    signal = sums.reduce(run.parallel, run.signals.received)
+        busy_seconds = time.perf_counter() - start - waited_seconds
+        signal = sums.reduce(run.parallel, run.signals.received)
+        loss = float(sums.nll) / valid_tokens
+        trouble = judge_loss(loss, progress.recent_losses, run.config.health)
+        if trouble is not None and run.config.health.on_spike == "skip":
+            engine.refuse_step()
     rate = stage.rate(progress.step + 1)
     run.heartbeat.at(progress.step + 1, "optimizer")
     outcome = engine.step(rate)
@@ -109,7 +121,9 @@ def train_step(run: Run) -> StepResult:
     if outcome.applied:
         run.model.update_expert_bias(sums.expert_counts)
         progress.skipped_in_row = 0
+        remember_loss(loss, progress.recent_losses, run.config.health)
     else:
+        trouble = trouble or Trouble("nonfinite", "gradients are not finite")
         skip = describe_skip(run.parallel, batches, [float(loss) for loss in losses], engine.fault)
         progress.skipped_in_row += 1
         progress.skipped_steps += 1
@@ -119,7 +133,7 @@ def train_step(run: Run) -> StepResult:
     if run.config.model.logits_z_loss_weight > 0:
         auxiliary["logits_z"] = float(sums.z_loss) / valid_tokens
     return StepResult(
-        loss=float(sums.nll) / valid_tokens,
+        loss=loss,
         stage=stage.name,
         tokens=global_batch_size * sequence_length,
         sequence_length=sequence_length,
@@ -130,6 +144,8 @@ def train_step(run: Run) -> StepResult:
         learning_rate=rate,
         seconds=time.perf_counter() - start,
         signal=signal,
+        busy_seconds=busy_seconds,
+        trouble=trouble,
         skip=skip,
     )
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from data_pipeline.loader import SourceUse
 from model.flops import flops_per_token
 from pretrain.config import RunConfig
 from pretrain.evaluate import validate
-from pretrain.health import is_hopeless
+from pretrain.health import Trouble, is_hopeless
 from pretrain.heartbeat import describe_lost
-from pretrain.run import Run, close_run, enter_stage, finish_saving, save, start_run
+from pretrain.run import Run, close_run, enter_stage, finish_saving, return_weights, save, start_run
 from pretrain.signals import SignalWatch, signal_name
 from pretrain.step import StepResult, train_step
+from pretrain.stragglers import STRAGGLER_STEPS
 
 DONE, FAILED = 0, 3
 
@@ -49,8 +51,8 @@ def run_steps(run: Run) -> int:
         if is_due(step, train.validate_every_steps) or step == steps:
             measure_validation(run)
         record(run, result)
-        if is_hopeless(run.progress.skipped_in_row, train.max_skipped_steps):
-            return give_up(run)
+        if result.trouble is not None and not mend(run, result.trouble):
+            return FAILED
         if result.signal:
             return stop_on_signal(run, result.signal)
         if is_due(step, train.checkpoint_every_steps):
@@ -92,9 +94,12 @@ def record(run: Run, result: StepResult) -> None:
         run.log.write_metrics(metrics)
     if run.display is not None:
         run.display.show(metrics)
-    if result.skip is not None:
-        run.record_event("skipped_step", in_row=run.progress.skipped_in_row, **result.skip)
-        run.say(f"step {run.progress.step}: gradients are not finite; the step was skipped on every rank")
+    if result.skip is not None and result.trouble is not None:
+        run.record_event("skipped_step", cause=result.trouble.text, in_row=run.progress.skipped_in_row, **result.skip)
+        run.say(f"step {run.progress.step}: {result.trouble.text}; the step was skipped on every rank")
+    run.stragglers.add(result.busy_seconds)
+    if is_due(run.progress.step, STRAGGLER_STEPS):
+        name_stragglers(run)
 
 
 def describe_step(run: Run, result: StepResult) -> dict[str, Any]:
@@ -149,14 +154,55 @@ def stop_on_signal(run: Run, number: int) -> int:
     return DONE
 
 
-def give_up(run: Run) -> int:
+def mend(run: Run, trouble: Trouble) -> bool:
+    """Do what the configuration says about a step that went wrong; False when the run must end. Every rank must call this."""
+    policy = trouble.policy(run.config.health)
+    if policy == "stop":
+        return give_up(run, f"{trouble.text} (health.on_{trouble.kind}=stop)")
+    if policy == "rollback":
+        return roll_back(run, trouble)
+    if is_hopeless(run.progress.skipped_in_row, run.config.train.max_skipped_steps):
+        limit = f"train.max_skipped_steps={run.config.train.max_skipped_steps}"
+        return give_up(run, f"{run.progress.skipped_in_row} steps in a row were skipped ({limit}): {trouble.text}")
+    return True
+
+
+def roll_back(run: Run, trouble: Trouble) -> bool:
+    """Take the weights of the newest checkpoint and go on after the data of the steps since; False when that is not left.
+
+    The steps since then count as skipped: schedule, stages and data stay functions of the step. Every rank must call this.
+    """
+    progress, limit = run.progress, run.config.health.max_rollbacks
+    if progress.rollbacks >= limit:
+        return give_up(run, f"{trouble.text}, after {limit} rollbacks (health.max_rollbacks)")
+    back_at = return_weights(run)
+    if back_at is None:
+        return give_up(run, f"{trouble.text}, and there is no checkpoint to go back to")
+    progress.rollbacks += 1
+    run.record_event("rolled_back", cause=trouble.text, weights_of_step=back_at, rollbacks=progress.rollbacks)
+    run.say(
+        f"step {progress.step}: {trouble.text}; back to the weights of step {back_at}, on with the data after step "
+        f"{progress.step}"
+    )
+    save(run)
+    return True
+
+
+def give_up(run: Run, cause: str) -> bool:
     """End a run that no longer learns; the newest checkpoint is from before the trouble or inside it, and stands."""
     finish_saving(run)
-    in_row = run.progress.skipped_in_row
-    run.record_event("gave_up", skipped_in_row=in_row)
+    run.record_event("gave_up", cause=cause, skipped_in_row=run.progress.skipped_in_row)
     run.say(
-        f"{in_row} steps in a row had gradients that are not finite (train.max_skipped_steps="
-        f"{run.config.train.max_skipped_steps}); events.jsonl names the samples and parameters. Lower "
-        "optimizer.learning_rate or check the data, then start again from the newest checkpoint"
+        f"{cause}; events.jsonl names the samples and parameters. Lower optimizer.learning_rate or check the data, then "
+        "start again from the newest checkpoint"
     )
-    return FAILED
+    return False
+
+
+def name_stragglers(run: Run) -> None:
+    """Write down which ranks compute much longer than the others. Every rank must call this."""
+    percent = run.config.health.straggler_percent
+    slow = run.stragglers.find(run.parallel, percent)
+    if slow:
+        run.record_event("stragglers", ranks=[asdict(entry) for entry in slow])
+        run.say(f"step {run.progress.step}: slower than the median: " + ", ".join(str(entry) for entry in slow))

@@ -81,6 +81,8 @@ stages.*.schedule.kind stages.*.schedule.warmup_steps stages.*.schedule.decay_st
 stages.*.schedule.min_ratio
 parallel.tensor parallel.sequence_parallel parallel.expert parallel.expert_tensor parallel.context parallel.pipeline
 parallel.schedule parallel.virtual_stages parallel.zero_stage parallel.offload_optimizer
+health.on_nonfinite health.on_spike health.spike_ratio health.spike_window health.max_rollbacks
+health.straggler_percent
 kernels.backend
 export.target
 launch.heartbeat_seconds launch.max_restarts launch.min_nodes launch.node_wait_seconds launch.setup
