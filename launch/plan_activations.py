@@ -72,10 +72,14 @@ def _mamba_bytes(mamba: Mamba2Config, storage: Storage) -> BlockBytes:
     # The whole projection (z, x, B, C, dt are views of it), the convolved channels, y before and after the gated norm.
     kept: float = (inner + channels + heads) * e + channels * e + 2 * inner * e
     kept += (3 * heads + mamba.num_groups) * FLOAT32_BYTES
-    states = inner * mamba.state_size / mamba.chunk_size * FLOAT32_BYTES
     projection = (inner + channels + heads) * e
     if storage.backend == "triton":
-        return BlockBytes(kept, 2 * projection + channels * FLOAT32_BYTES + 2 * inner * e + states)
+        # States that enter chunks of at most 128 tokens, kept or made again, and the gradients of those that leave them.
+        states = inner * mamba.state_size / min(mamba.chunk_size, 128) * e
+        kept += states if mamba.keep_states else 0.0
+        working = 2 * projection + channels * FLOAT32_BYTES + 2 * inner * e + states
+        return BlockBytes(kept, working if mamba.keep_states else working + states)
+    states = inner * mamba.state_size / mamba.chunk_size * FLOAT32_BYTES
     # PyTorch also keeps the sums before SiLU, y before the skip, decays inside chunks, and the states entering them.
     square = heads * mamba.chunk_size * FLOAT32_BYTES
     kept += (channels + inner) * FLOAT32_BYTES + square + states

@@ -29,6 +29,11 @@ class Mamba2Config(Section):
     chunk_size: int = Field(
         64, gt=0, description="Tokens a chunk of the scan; changes speed and rounding, not meaning."
     )
+    keep_states: bool = Field(
+        True,
+        description="Keep the states that enter chunks for backward (state_size / chunk_size times x); else it makes "
+        "them again: less memory, a tenth more traffic. Triton only: torch always keeps them.",
+    )
     a_init_min: float = Field(
         1.0, gt=0, description="-A starts uniform in [a_init_min, a_init_max], one number a head."
     )

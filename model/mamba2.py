@@ -35,6 +35,7 @@ class Mamba2Mixer(nn.Module):
         mamba: Mamba2Config = config.mamba
         self.backend, self.groups = backend, groups
         self.head_dim, self.state_size, self.chunk_size = mamba.head_dim, mamba.state_size, mamba.chunk_size
+        self.keep_states = mamba.keep_states
         self.num_heads = divide(mamba.num_heads, groups, "model.mamba.num_heads")
         self.num_groups = divide_units(mamba.num_groups, groups, "model.mamba.num_groups")
         self.inner_size = self.num_heads * self.head_dim
@@ -99,6 +100,7 @@ class Mamba2Mixer(nn.Module):
             document_ids_BT=document_ids_BT,
             initial_state_BHPN=None if state is None else state.state_BHPN,
             chunk_size=self.chunk_size,
+            keep_states=self.keep_states,
             backend=self.backend,
         )
         if state is None:
@@ -142,6 +144,7 @@ class Mamba2Mixer(nn.Module):
             self.dt_bias,
             document_ids_BT=ids_RL,
             chunk_size=self.chunk_size,
+            keep_states=self.keep_states,
             backend=self.backend,
         )
         states_B2HPN = receive_states(

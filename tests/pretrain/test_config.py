@@ -41,8 +41,8 @@ run.dir run.name run.initial_weights run.tensorboard run.wandb_project
 model.pattern model.vocab_size model.hidden_size model.norm_epsilon model.tie_embeddings model.initializer_range
 model.depth_scaled_init model.residual_in_fp32 model.logits_z_loss_weight
 model.mamba.num_heads model.mamba.head_dim model.mamba.state_size model.mamba.num_groups model.mamba.conv_kernel
-model.mamba.conv_bias model.mamba.chunk_size model.mamba.a_init_min model.mamba.a_init_max model.mamba.time_step_min
-model.mamba.time_step_max model.mamba.time_step_floor
+model.mamba.conv_bias model.mamba.chunk_size model.mamba.keep_states model.mamba.a_init_min model.mamba.a_init_max
+model.mamba.time_step_min model.mamba.time_step_max model.mamba.time_step_floor
 model.attention.num_heads model.attention.num_kv_heads model.attention.head_dim model.attention.qk_norm
 model.attention.positions model.attention.softmax_scale
 model.attention.rope.theta model.attention.rope.fraction model.attention.rope.scaling model.attention.rope.ntk_alpha
