@@ -41,6 +41,8 @@ def write_part(
         chunk, codec = layout.chunk_tokens, layout.compression
         token_shards = _write_shards(temporary / "tokens", tokens, chunk, MAX_SHARD_TOKENS, codec)
         ends_shards = _write_shards(temporary / "document_ends", document_ends, DOCUMENT_CHUNK, MAX_SHARD_TOKENS, codec)
+        heads = tokens[:: layout.chunk_tokens]
+        heads_shards = _write_shards(temporary / "chunk_heads", heads, DOCUMENT_CHUNK, MAX_SHARD_TOKENS, codec)
         digest = digest_folder(temporary, durable=True)
         if final.exists():
             shutil.rmtree(final)
@@ -49,7 +51,7 @@ def write_part(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    return Part(relative, len(tokens), len(document_ends), text_bytes, token_shards, ends_shards, digest)
+    return Part(relative, len(tokens), len(document_ends), text_bytes, token_shards, ends_shards, heads_shards, digest)
 
 
 def _create_arrays(
@@ -70,6 +72,7 @@ def _create_arrays(
     for name, length, dtype, chunk in (
         ("tokens", num_tokens, layout.dtype, layout.chunk_tokens),
         ("document_ends", num_documents, "uint64", DOCUMENT_CHUNK),
+        ("chunk_heads", -(-num_tokens // layout.chunk_tokens), layout.dtype, DOCUMENT_CHUNK),
     ):
         group.create_array(
             name,

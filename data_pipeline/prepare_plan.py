@@ -17,7 +17,7 @@ from data_pipeline.store import Layout
 
 SEGMENTS_PER_PART = 8  # a part mixes ranges from this many places, so that neighbours in a row differ
 MIN_SEGMENT_BYTES = 2**16  # smaller reads cost more than they mix
-UNIT_FORMAT = 2  # raised when the same plan would write other bytes
+UNIT_FORMAT = 3  # raised when the same plan would write other bytes
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +31,10 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @dataclass(frozen=True)
 class UnitReport:
-    """What a unit did; small enough to be a line of the journal."""
+    """What a unit did; small enough to be a line of the journal.
+
+    seconds, cpu_seconds: what it took, on the clock and of the process that did it.
+    """
 
     parts: dict[Split, list[Part]]
     documents: int
@@ -38,6 +42,8 @@ class UnitReport:
     tokens: int
     rejects: int
     covered_bytes: int
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -62,8 +68,10 @@ def run_unit(unit: Unit, store: Path, tokenizer: Tokenizer) -> UnitReport | Unit
 
     Errors of the disk come back as UnitFailure, so that the caller can stop in order; others are raised.
     """
+    began, cpu_began = time.monotonic(), time.process_time()
     try:
-        return _hash_unit(unit, store) if unit.stage == "hash" else _UnitWriter(unit, store, tokenizer).run()
+        report = _hash_unit(unit, store) if unit.stage == "hash" else _UnitWriter(unit, store, tokenizer).run()
+        return replace(report, seconds=time.monotonic() - began, cpu_seconds=time.process_time() - cpu_began)
     except OSError as error:
         reason: Literal["disk_full", "disk_error"] = "disk_full" if error.errno in DISK_FULL else "disk_error"
         return UnitFailure(reason, f"{error.strerror or error} ({error.filename or store})")
@@ -112,11 +120,11 @@ class _UnitWriter:
             covered_bytes=self.covered_bytes,
         )
 
-    def _batches(self) -> Iterator[list[tuple[Split, str]]]:
-        batch: list[tuple[Split, str]] = []
+    def _batches(self) -> Iterator[list[tuple[Split, str, int]]]:
+        batch: list[tuple[Split, str, int]] = []
         characters = 0
-        for split, text in self._documents():
-            batch.append((split, text))
+        for split, text, num_bytes in self._documents():
+            batch.append((split, text, num_bytes))
             characters += len(text)
             if len(batch) >= BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
                 yield batch
@@ -124,8 +132,8 @@ class _UnitWriter:
         if batch:
             yield batch
 
-    def _documents(self) -> Iterator[tuple[Split, str]]:
-        """Texts to tokenize; documents that are tokens already are collected on the way."""
+    def _documents(self) -> Iterator[tuple[Split, str, int]]:
+        """Texts to tokenize and their bytes; documents that are tokens already are collected on the way."""
         for segment in self.unit.segments:
             reader = SegmentReader(segment, self.unit.settings.text_column, self.reason_to_drop)
             for item in reader:
@@ -138,7 +146,8 @@ class _UnitWriter:
                 elif self._is_duplicate():
                     self.rejects.append(Reject(item.position, "filter: the text came before, exact_duplicates=drop"))
                 else:
-                    yield segment.split or self._split_of(item.text.encode()), item.text
+                    content = item.text.encode()
+                    yield segment.split or self._split_of(content), item.text, len(content)
             self.covered_bytes += reader.covered_bytes
 
     def _is_duplicate(self) -> bool:
@@ -147,12 +156,14 @@ class _UnitWriter:
 
     def _split_of(self, content: bytes) -> Split:
         """By content, so that copies of a text never sit on both sides."""
+        if self.unit.settings.validation_fraction == 0:
+            return "train"
         drawn = int.from_bytes(hashlib.blake2b(content, digest_size=8, key=self.split_key).digest(), "little")
         return "validation" if drawn < self.unit.settings.validation_fraction * 2**64 else "train"
 
-    def _tokenize(self, batch: list[tuple[Split, str]]) -> None:
-        encoded = self.tokenizer.encode_batch([text for _, text in batch])
-        self._collect([split for split, _ in batch], encoded, [len(text.encode()) for _, text in batch])
+    def _tokenize(self, batch: list[tuple[Split, str, int]]) -> None:
+        splits, texts, text_bytes = zip(*batch)
+        self._collect(splits, self.tokenizer.encode_batch(texts), text_bytes)
 
     def _collect(
         self, splits: Sequence[Split], documents: Sequence[npt.NDArray[np.signedinteger]], text_bytes: Sequence[int]
@@ -203,7 +214,7 @@ class _UnitWriter:
         settings = self.unit.settings
         return {
             "format": "amfm token part",
-            "version": 1,
+            "version": 2,
             "source": self.unit.source,
             "split": split,
             "tokenizer_identity": settings.tokenizer_identity,

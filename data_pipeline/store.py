@@ -21,7 +21,7 @@ from data_pipeline.node_cache import CachedFiles, CacheSettings
 from data_pipeline.object_store import RemoteFolder, is_url
 from data_pipeline.shards import Compression, DamagedError, ShardedArray
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 MAX_SHARD_TOKENS = 64 * 2**20
 DOCUMENT_CHUNK = 8192
@@ -59,7 +59,7 @@ class Layout:
 class Part:
     """One part as the manifest records it.
 
-    path: relative to the store. token_shards, document_shards: bytes of each shard file. digest: blake2b-256 of all
+    path: relative to the store. token_shards, document_shards, head_shards: bytes of each shard file. digest: blake2b-256 of all
     files of the part, names included.
     """
 
@@ -69,6 +69,7 @@ class Part:
     text_bytes: int
     token_shards: tuple[int, ...]
     document_shards: tuple[int, ...]
+    head_shards: tuple[int, ...]
     digest: str
 
     @staticmethod
@@ -81,6 +82,7 @@ class Part:
             record["text_bytes"],
             tuple(record["token_shards"]),
             tuple(record["document_shards"]),
+            tuple(record.get("head_shards", ())),  # a journal of format 1 has none, and its units are written again
             record["digest"],
         )
 
@@ -286,6 +288,12 @@ class TokenStore:
         """Offset after each document of a part, int64 [documents], kept while the part is open."""
         return self._open_part(part)[1]
 
+    def chunk_heads(self, part: Part) -> npt.NDArray[np.generic]:
+        """First token of each chunk of a part, in the store's dtype: a row that ends with one reads no further."""
+        heads = self._open_part(part)[0].heads
+        assert heads is not None, "a part is opened with its chunk heads"
+        return heads
+
     @property
     def remote_cache(self) -> CacheSettings | None:
         """Settings of the node cache of a store behind a URL; None for a store in a folder."""
@@ -337,10 +345,13 @@ class TokenStore:
                 self._cached.expect(f"{self.location}/{path}", size, part.digest)
         tokens = self._array(f"{folder}/tokens", layout.dtype, part.num_tokens, layout.chunk_tokens)
         ends_array = self._array(f"{folder}/document_ends", "uint64", part.num_documents, DOCUMENT_CHUNK)
+        num_chunks = -(-part.num_tokens // layout.chunk_tokens)
+        heads_array = self._array(f"{folder}/chunk_heads", layout.dtype, num_chunks, DOCUMENT_CHUNK)
         with self._forgetting_damage(part):
-            values = ends_array.read_all()
+            values, tokens.heads = ends_array.read_all(), heads_array.read_all()
         ends = values.astype(np.int64)  # searching uint64 for an int would convert all of it each time
         ends_array.close()
+        heads_array.close()
         if len(ends) == 0 or int(ends[-1]) != part.num_tokens:
             raise DamagedError(f"{folder} is damaged: its documents don't end at its {part.num_tokens} tokens")
         self._open_parts[part.path] = tokens, ends
@@ -405,7 +416,11 @@ def _reopen(path: str, identity: str, cache: CacheSettings) -> TokenStore:
 
 def _shard_files(part: Part) -> Iterator[tuple[str, int]]:
     """(path in the store, bytes) of each shard file."""
-    for name, sizes in (("tokens", part.token_shards), ("document_ends", part.document_shards)):
+    for name, sizes in (
+        ("tokens", part.token_shards),
+        ("document_ends", part.document_shards),
+        ("chunk_heads", part.head_shards),
+    ):
         for number, size in enumerate(sizes):
             yield f"{part.path}/{name}/c/{number}", size
 

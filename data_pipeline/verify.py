@@ -52,10 +52,13 @@ def _verify_part(store: TokenStore, part: Part, *, full: bool) -> list[str]:
     if not full:
         store.read_tokens(part, part.num_tokens - 1, part.num_tokens)  # opens the last shard: its index is checked
         return problems
-    largest = 0
+    largest, heads, chunk = 0, store.chunk_heads(part), store.layout.chunk_tokens
     for start in range(0, part.num_tokens, READ_TOKENS):
         tokens = store.read_tokens(part, start, min(part.num_tokens, start + READ_TOKENS))
         largest = max(largest, int(tokens.max()))
+        begins = np.arange(-(-start // chunk) * chunk, start + len(tokens), chunk)
+        if (tokens[begins - start] != heads[begins // chunk]).any():
+            problems.append(f"{folder}: its chunk heads aren't the first tokens of its chunks; prepare the part again")
         inside = ends[(ends > start) & (ends <= start + len(tokens))] - start - 1
         if (tokens[inside] != store.eos_id).any():
             problems.append(f"{folder}: a document ends without the end token {store.eos_id}; prepare the part again")

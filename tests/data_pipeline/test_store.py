@@ -37,6 +37,7 @@ def test_zarr_python_reads_every_array_identically(prepared):
         assert tokens.dtype == np.uint16 and ends.dtype == np.uint64
         assert np.array_equal(tokens, store.read_tokens(part, 0, part.num_tokens))
         assert np.array_equal(ends, store.document_ends(part))
+        assert np.array_equal(group["chunk_heads"][:], tokens[:: store.layout.chunk_tokens])
         assert (group.attrs["source"], group.attrs["split"]) == (source, split)
         assert (tokens[ends.astype(int) - 1] == store.eos_id).all()
 
@@ -56,10 +57,27 @@ def test_our_shards_are_what_zarr_python_reads_at_odd_lengths(tmp_path, preset, 
         tmp_path / "p.zarr" / "tokens", "uint32", length, chunk=64, shard=shard, compression=layout.compression
     )
     assert np.array_equal(ours.read_all(), tokens)
-    for start in range(0, length, 97):
-        stop = min(length, start + 211)
-        assert np.array_equal(ours.read(start, stop), tokens[start:stop])
+    for heads in (None, tokens[::64]):
+        ours.heads = heads
+        for start in (*range(0, length, 97), *range(0, length, 64)):
+            for stop in (min(length, start + 211), min(length, start + 65), min(length, start + 1)):
+                assert np.array_equal(ours.read(start, stop), tokens[start:stop])
     ours.close()
+
+
+def test_a_row_that_ends_with_the_first_token_of_a_chunk_leaves_that_chunk_alone(copied):
+    part = first_part(copied)
+    expected = copied.read_tokens(part, 0, part.num_tokens)
+    chunk = copied.layout.chunk_tokens
+    file = copied.path / part.path / "tokens" / "c" / "0"
+    copied.close()
+    content = bytearray(file.read_bytes())
+    second = int(np.frombuffer(content[-16 * (-(-part.num_tokens // chunk)) - 4 : -4], "<u8")[2])
+    content[second + 5] ^= 1  # the second chunk is damaged now
+    file.write_bytes(content)
+    assert np.array_equal(copied.read_tokens(part, 0, chunk + 1), expected[: chunk + 1])
+    with pytest.raises(DamagedError, match="chunk 1 fails its crc32c"):
+        copied.read_tokens(part, 0, chunk + 2)
 
 
 @pytest.mark.parametrize("compression", ["none", "lz4hc", "zstd"])
@@ -134,8 +152,8 @@ def test_an_edited_manifest_is_noticed(copied):
     manifest.write_text(text[: len(text) // 2])
     with pytest.raises(DamagedError, match=r"manifest.json is damaged"):
         TokenStore.open(copied.path)
-    manifest.write_text(text.replace('"version": 1', '"version": 9'))
-    with pytest.raises(ValueError, match="format version 9, this program reads 1"):
+    manifest.write_text(text.replace('"version": 2', '"version": 9'))
+    with pytest.raises(ValueError, match="format version 9, this program reads 2"):
         TokenStore.open(copied.path)
 
 

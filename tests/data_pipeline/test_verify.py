@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from data_pipeline.loader import PretrainLoader
-from data_pipeline.store import TokenStore
+from data_pipeline.shards import encode_shard
+from data_pipeline.store import DOCUMENT_CHUNK, TokenStore
 from data_pipeline.tokenizer import load_tokenizer
 from data_pipeline.verify import sample_text, verify_store
 from tests.helpers.tiny_store import make_tiny_store
@@ -36,6 +37,19 @@ def test_full_finds_what_quick_cannot_and_both_find_missing_and_short_files(conf
     quick, full = verify_store(store.path, full=False), verify_store(store.path, full=True)
     assert len(quick) == 2 and "the manifest says" in quick[0] and "is missing" in quick[1]
     assert len(full) == 4 and "fails its crc32c" in full[0] and "aren't those of the manifest" in full[3]
+
+
+def test_chunk_heads_that_are_not_those_of_the_tokens_are_a_finding(config, tmp_path):
+    """Sound files with the wrong contents, as a faulty writer would leave them."""
+    shutil.copytree(config.store, tmp_path / "store")
+    store = TokenStore.open(tmp_path / "store")
+    part = store.parts(store.source_names[0], "train")[0]
+    heads = store.chunk_heads(part).copy()
+    heads[-1] += 1
+    file = store.path / part.path / "chunk_heads" / "c" / "0"
+    file.write_bytes(encode_shard(heads, DOCUMENT_CHUNK, DOCUMENT_CHUNK, store.layout.compression))
+    findings = verify_store(store.path, full=True)
+    assert "its chunk heads aren't the first tokens of its chunks" in findings[0]
 
 
 def test_a_replaced_tokenizer_and_an_edited_manifest_are_findings(config, tmp_path):
