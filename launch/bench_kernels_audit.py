@@ -54,8 +54,9 @@ def audit_kernels(names: list[str] | None = None) -> dict[str, Any]:
     `milliseconds` (predicted), `roofline_fraction` (the minimum's time over the predicted), `launches`, `goal`,
     `goal_ratio`, `goal_limit`, `holds` (None without a goal).
 
-    Raises RuntimeError when the child fails, with what it said.
+    Raises ValueError for an unknown operation, RuntimeError when the child fails, with what it said.
     """
+    _find_builders(names or [])
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "launch.bench_kernels_audit", *(names or ())]
     root = Path(__file__).parents[1]
@@ -128,15 +129,21 @@ def _goal_bytes(case: AuditCase, launches: list[Any], moved: int) -> int:
 
 def count_named(names: list[str]) -> Iterator[dict[str, Any]]:
     """Rows of the named cases, all where none is named. Raises ValueError for an unknown name."""
+    builders = _find_builders(names)
+    torch.manual_seed(0)
+    for build in builders:
+        for case in build():
+            yield from audit_case(case)
+
+
+def _find_builders(names: list[str]) -> list[Callable[[], Iterator[AuditCase]]]:
+    """What makes the cases of these operations, of all where none is named."""
     from launch.bench_kernels_audit_cases import BUILDERS
 
     for name in names:
         if name not in BUILDERS:
             raise ValueError(f"--op {name}: there is no such operation; use {', '.join(BUILDERS)}")
-    torch.manual_seed(0)
-    for name in names or BUILDERS:
-        for case in BUILDERS[name]():
-            yield from audit_case(case)
+    return [BUILDERS[name] for name in names or BUILDERS]
 
 
 if __name__ == "__main__":

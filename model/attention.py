@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from kernels.attention.op import attention
+from kernels.attention.op import attention, fastest_backend
 from kernels.rope.op import qk_norm_rope, rope_frequencies
 from model.config import AttentionConfig, ModelConfig
 from model.context import gather_rows
@@ -93,9 +93,7 @@ class AttentionMixer(KeepsBuffers):
             assert state is None, "rows that are cut over context ranks have no decode state"
             o_BTHK = self._attend_segments(q_BTHK, k_BSJK, v_BSJK, meta, meta.segments)
         else:
-            o_BTHK = attention(
-                q_BTHK, k_BSJK, v_BSJK, document_ids_BS=meta.boundaries_BT(), scale=self.scale, backend=self.backend
-            )
+            o_BTHK = self._attend(q_BTHK, k_BSJK, v_BSJK, meta.boundaries_BT())
         return MixerOutput(leave_tensor_region(self.o_proj(o_BTHK.flatten(-2)), self.groups), cache)
 
     def _attend_segments(
@@ -107,17 +105,14 @@ class AttentionMixer(KeepsBuffers):
         for number, q_BLHK in zip(segments.own, q_BTHK.chunk(2, dim=1)):
             seen = (number + 1) * segments.length
             ids_BS = None if meta.single_document else segments.document_ids_BT[:, :seen]
-            outputs.append(
-                attention(
-                    q_BLHK,
-                    k_BSJK[:, :seen],
-                    v_BSJK[:, :seen],
-                    document_ids_BS=ids_BS,
-                    scale=self.scale,
-                    backend=self.backend,
-                )
-            )
+            outputs.append(self._attend(q_BLHK, k_BSJK[:, :seen], v_BSJK[:, :seen], ids_BS))
         return torch.cat(outputs, dim=1)
+
+    def _attend(self, q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, ids_BS: Tensor | None) -> Tensor:
+        """Attention by whatever is fastest for these queries and keys on this device."""
+        tokens, keys, has_documents = q_BTHK.shape[1], k_BSJK.shape[1], ids_BS is not None
+        backend = fastest_backend(self.backend, q_BTHK.device, has_documents=has_documents, tokens=tokens, keys=keys)
+        return attention(q_BTHK, k_BSJK, v_BSJK, document_ids_BS=ids_BS, scale=self.scale, backend=backend)
 
     def empty_state(self, num_rows: int) -> AttentionCache:
         """The cache before the first token: no keys."""

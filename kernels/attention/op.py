@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+
+import torch
 from torch import Tensor
 
 from kernels.attention.reference import attention_reference
 from kernels.attention.torch_impl import attention_torch
 from kernels.backend import resolve_backend
 from kernels.shapes import check_documents, check_float, check_shape
+
+_LOG = logging.getLogger(__name__)
 
 
 def attention(
@@ -36,6 +42,27 @@ def attention(
         return attention_triton(q_BTHK, k_BSJK, v_BSJK, document_ids_BS, scale)
     implementation = attention_torch if backend == "torch" else attention_reference
     return implementation(q_BTHK, k_BSJK, v_BSJK, document_ids_BS=document_ids_BS, scale=scale)
+
+
+def fastest_backend(backend: str, device: torch.device, *, has_documents: bool, tokens: int, keys: int) -> str:
+    """Backend on which a model's attention runs where its kernels are to run on `backend`: that, or "torch".
+
+    Without document boundaries PyTorch's scaled_dot_product_attention runs FlashAttention or cuDNN on CUDA, faster than
+    our kernel can be. With boundaries, or with fewer queries than keys, it needs a mask of all queries and keys, computes
+    what the mask hides and is kept from those kernels: ours skips it. Each choice is logged once with its reason.
+    """
+    if backend != "triton" or device.type != "cuda":
+        return backend
+    if has_documents or tokens not in (1, keys):
+        _log_choice("triton", "a mask would keep PyTorch's attention from FlashAttention; ours skips hidden tiles")
+        return backend
+    _log_choice("torch", "without document boundaries PyTorch's FlashAttention is faster")
+    return "torch"
+
+
+@functools.cache
+def _log_choice(backend: str, reason: str) -> None:
+    _LOG.info("attention -> %s: %s", backend, reason)
 
 
 def _check(q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, document_ids_BS: Tensor | None) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.attention.op import attention
+from kernels.attention.op import _log_choice, attention, fastest_backend
 
 # Softmax-weighted sums of at most a hundred values.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6}
@@ -104,3 +104,17 @@ def test_bad_input_is_refused_with_what_was_expected():
         attention(q[:, :3], k, v, document_ids_BS=torch.zeros(1, 3, dtype=torch.int32))
     with pytest.raises(ValueError, match="document_ids_BS must be int32"):
         attention(q, k, v, document_ids_BS=torch.zeros(1, 6))
+
+
+def test_models_leave_rows_without_boundaries_on_cuda_to_pytorch_and_say_so(caplog):
+    cuda = torch.device("cuda")
+    _log_choice.cache_clear()
+    with caplog.at_level("INFO", logger="kernels.attention.op"):
+        for _ in range(2):
+            assert fastest_backend("triton", cuda, has_documents=False, tokens=64, keys=64) == "torch"
+            assert fastest_backend("triton", cuda, has_documents=False, tokens=1, keys=64) == "torch"
+    assert caplog.messages == ["attention -> torch: without document boundaries PyTorch's FlashAttention is faster"]
+    assert fastest_backend("triton", cuda, has_documents=True, tokens=64, keys=64) == "triton"
+    assert fastest_backend("triton", cuda, has_documents=False, tokens=32, keys=64) == "triton"
+    for backend in ("triton", "torch", "reference"):
+        assert fastest_backend(backend, torch.device("cpu"), has_documents=False, tokens=64, keys=64) == backend
