@@ -94,6 +94,7 @@ def check(place: Path, results: dict[str, Any], num_ranks: int) -> None:
         assert difference["tensors"] == {} and difference["state"] == {}
 
 
+@pytest.mark.slow
 def test_two_data_ranks_lose_one_in_a_step(data: DataConfig, tmp_path: Path) -> None:
     results = run_ranks(lose_one, data, str(tmp_path), {"parallel__zero_stage": 2}, 2, [die_in_step], num_ranks=1)[0]
     check(tmp_path, results, 2)

@@ -43,6 +43,8 @@ LAYOUTS = {
     "context2_expert2_pipeline2": layout(4, context=2, expert=2, pipeline=2),
     "data4_zero3": layout(4, zero_stage=3),
     "tensor2": layout(2, tensor=2),
+    "tensor2_zero0": layout(2, tensor=2, zero_stage=0),
+    "tensor2_expert2_bf16": layout(4, "bf16", tensor=2, expert=2, zero_stage=2),
     "tensor4": layout(4, tensor=4, sequence_parallel=True, zero_stage=2),
     "expert2": layout(2, expert=2, zero_stage=2),
     "expert4": layout(4, expert=4),
@@ -75,7 +77,7 @@ SLOW = [
     ("one_zero3", "tensor2_expert2_cut"),
 ]
 EIGHT = [("expert4", "pipeline2_tensor2_expert2"), ("pipeline2_tensor2_expert2", "data2")]
-PRECISIONS = [("one_bf16", "tensor2"), ("expert2", "one_bf16")]
+PRECISIONS = [("one_bf16", "tensor2_zero0"), ("expert2", "one_bf16"), ("tensor2_expert2_bf16", "pipeline2")]
 
 
 @dataclass(frozen=True)
