@@ -40,28 +40,21 @@ def _scan_types(kernel: object) -> dict[str, str]:
 
 def _scan_cases() -> Iterator[CompileCase]:
     scaled = {"SCALE": True, "INITIAL": False, "initial": None}
-    outputs = scaled | {"BLOCK_V": 32, "SKIP": True, "OUTPUT": True}
-    states = scaled | {
-        "BLOCK_V": scan.WALK_COLUMNS,
-        "SKIP": False,
-        "skip": None,
-        "OUTPUT": False,
-        "y": None,
-        "SAVE": True,
-    }
-    back = {"BLOCK_V": scan.WALK_COLUMNS, "D_FINAL": False, "d_final": None, "STORE": True}
-    gradients = {"BLOCK_V": scan.GRADIENT_COLUMNS, "SCALE": True, "SKIP": True}
+    outputs = scaled | {"SKIP": True, "OUTPUT": True}
+    states = scaled | {"SKIP": False, "skip": None, "OUTPUT": False, "y": None, "SAVE": True}
+    back = {"D_FINAL": False, "d_final": None, "STORE": True}
     launches = (
-        ("walk", walk_kernel, outputs | {"SAVE": False, "entering": None}, scan.WALK_OPTIONS),
-        ("walk, states kept", walk_kernel, outputs | {"SAVE": True}, scan.WALK_OPTIONS),
-        ("walk, states only", walk_kernel, states, scan.WALK_OPTIONS),
-        ("walk back", walk_back_kernel, back, scan.WALK_BACK_OPTIONS),
-        ("gradients", gradients_kernel, gradients, scan.GRADIENT_OPTIONS),
+        ("walk", walk_kernel, outputs | {"SAVE": False, "entering": None}, scan.WALK[0]),
+        ("walk, states kept", walk_kernel, outputs | {"SAVE": True}, scan.WALK[0]),
+        ("walk, states only", walk_kernel, states, scan.STATES_WALK[0]),
+        ("walk back", walk_back_kernel, back, scan.WALK_BACK[0]),
+        ("gradients", gradients_kernel, {"SCALE": True, "SKIP": True}, scan.GRADIENTS[0]),
     )
     for tiles in (1, 2):
         common = {"Q": scan.LARGEST_TILE, "TILES": tiles, "BLOCK_K": STATE_SIZE, "DOT": tl.bfloat16, "DOCUMENTS": True}
-        for name, kernel, special, options in launches:
-            types, constants = _scan_types(kernel), common | special
+        for name, kernel, special, config in launches:
+            types, constants = _scan_types(kernel), common | special | {"BLOCK_V": config["BLOCK_V"]}
+            options = {option: config[option] for option in ("num_warps", "num_stages")}
             signature = {argument: types[argument] for argument in kernel.arg_names if argument not in constants}
             label = f"scan {name}, chunks of {tiles * scan.LARGEST_TILE}"
             yield CompileCase(label, kernel, signature, constants, options, multiplies=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 import statistics
@@ -22,6 +23,8 @@ PEERS = {
     "liger_kernel": "liger_kernel",
 }
 PASSES = ("forward", "backward", "both")
+# Relative RMS of any output or gradient in bfloat16 against float32 that a tuned kernel may have.
+LARGEST_ERROR = 5e-2
 Measure = Callable[[Callable[[], object]], float]
 
 
@@ -36,9 +39,7 @@ def bench_cuda(
     """
     from kernels.timing import measure_milliseconds
 
-    for name in names or ():
-        if name not in CUDA_OPERATIONS:
-            raise ValueError(f"--op {name}: there is no such operation; use {', '.join(CUDA_OPERATIONS)}")
+    _check_names(names)
     device = torch.device("cuda")
     rows: list[dict[str, Any]] = []
     remarks: list[str] = []
@@ -47,6 +48,36 @@ def bench_cuda(
         rows += time_case(build_cuda_case(op, device, sizes or Sizes()), measure_milliseconds, remarks)
         torch.cuda.empty_cache()
     return {"hardware": _describe_card(device), "rows": rows, "remarks": remarks}
+
+
+def tune_cuda(
+    names: list[str] | None = None, *, report: Callable[[str], None], sizes: Sizes | None = None
+) -> dict[str, Any]:
+    """Tune the kernels of these operations on the current card and save its table: `path`, `environment`, `configs`.
+
+    Every candidate is held against our PyTorch code in float32 before it is timed, forward and backward together.
+    Raises ValueError for an unknown operation, RuntimeError where this compiler miscompiles a kernel as it stands.
+    """
+    from kernels.timing import measure_milliseconds
+    from kernels.tuning import Table, find_environment, tune
+
+    _check_names(names)
+    device = torch.device("cuda")
+    table = Table.load(find_environment(device))
+    for op in names or CUDA_OPERATIONS:
+        case = build_cuda_case(op, device, sizes or Sizes())
+        exact = _results(case.variants["torch"], tuple(leaf.detach().float().requires_grad_() for leaf in case.leaves))
+        report(f"tuning {op}")
+        run = functools.partial(_results, case.variants["triton"], case.leaves)
+        tune(run, exact, measure_milliseconds, table, tolerance=LARGEST_ERROR, report=report)
+        torch.cuda.empty_cache()
+    return {"path": str(table.save()), "environment": vars(table.environment), "configs": table.configs}
+
+
+def _check_names(names: list[str] | None) -> None:
+    for name in names or ():
+        if name not in CUDA_OPERATIONS:
+            raise ValueError(f"--op {name}: there is no such operation; use {', '.join(CUDA_OPERATIONS)}")
 
 
 def time_case(case: CudaCase, measure: Measure, remarks: list[str]) -> list[dict[str, Any]]:

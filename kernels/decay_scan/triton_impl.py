@@ -13,6 +13,7 @@ from kernels.decay_scan.triton_backward import gradients_kernel, walk_back_kerne
 from kernels.decay_scan.triton_forward import walk_kernel
 from kernels.documents import first_tokens
 from kernels.interpreter import count_programs, dot_dtype
+from kernels.tuning import Config, config_for
 
 CHUNK_SIZES = (16, 32, 64, 128)
 LARGEST_STATE_DIM = 256
@@ -20,11 +21,21 @@ LARGEST_STATE_DIM = 256
 LARGEST_TILE = 64
 # Heads of a group that one program of the gradient kernel walks over: fewer fill the card better, more share sums.
 HEADS_PER_SPLIT = 32
-WALK_OPTIONS = {"num_warps": 8, "num_stages": 2}
-WALK_BACK_OPTIONS = {"num_warps": 4, "num_stages": 2}
-GRADIENT_OPTIONS = {"num_warps": 8, "num_stages": 1}
-# Columns of V that the kernel for gradients takes at a time, and most that a walk does.
-GRADIENT_COLUMNS, WALK_COLUMNS = 32, 64
+# Candidates of each kernel, the fixed one first; BLOCK_V: columns of V that a program takes, or takes at a time. Compiled
+# for sm_90, a state of 128 x 64 next to the output's products spills; two programs of 128 x 32 do not.
+WALK = tuple(
+    {"BLOCK_V": columns, "num_warps": warps, "num_stages": stages}
+    for columns, warps, stages in ((32, 8, 2), (32, 4, 2), (64, 8, 2), (64, 8, 1))
+)
+STATES_WALK = tuple(
+    {"BLOCK_V": columns, "num_warps": warps, "num_stages": stages}
+    for columns, warps, stages in ((64, 8, 2), (64, 4, 2), (32, 4, 2), (64, 8, 3))
+)
+WALK_BACK = tuple(
+    {"BLOCK_V": columns, "num_warps": warps, "num_stages": stages}
+    for columns, warps, stages in ((64, 4, 2), (64, 8, 2), (32, 4, 2), (32, 4, 3))
+)
+GRADIENTS = tuple({"BLOCK_V": columns, "num_warps": 8, "num_stages": 1} for columns in (32, 16, 64))
 
 
 def scan_triton(
@@ -85,7 +96,7 @@ class _Launch:
         G, K = q.shape[2:]
         chunks = triton.cdiv(T, chunk_size)
         if segment_chunks == 0:
-            programs = B * H * triton.cdiv(V, WALK_COLUMNS)
+            programs = B * H * triton.cdiv(V, LARGEST_TILE)
             wanted = max(1, count_programs(v.device, 1) // programs) if v.device.type == "cuda" else 1
             segment_chunks = triton.cdiv(chunks, min(wanted, chunks))
         Q = min(chunk_size, LARGEST_TILE)
@@ -104,9 +115,11 @@ class _Launch:
         constants = {"Q": self.Q, "TILES": self.tiles, "BLOCK_K": block_k, "DOT": dot_dtype(v.dtype)}
         return constants | {"DOCUMENTS": firsts is not None}
 
-    def columns(self, largest: int) -> int:
-        """Columns of V that a program takes, at most `largest`."""
-        return max(16, min(largest, triton.next_power_of_2(self.V)))
+    def config(self, kernel: str, candidates: tuple[Config, ...], v: Tensor) -> dict[str, int]:
+        """The kernel's configuration for these sizes, with no more columns than V has."""
+        shape = (v.dtype, self.Q, self.tiles, self.K, self.V)
+        config = dict(config_for(kernel, shape, candidates, v.device))
+        return config | {"BLOCK_V": max(16, min(config["BLOCK_V"], triton.next_power_of_2(self.V)))}
 
     def grid(self, columns: int) -> tuple[int, int]:
         """Programs of a walk: heads and blocks of V, segments."""
@@ -155,15 +168,15 @@ def _walk(
     """Walk rows forward, writing y and the states that enter chunks where they are given; returns the last state."""
     q, k, v, g, scale, skip, firsts = inputs
     assert q is not None and k is not None and v is not None, "a scan has q, k and v"
-    # Compiled for sm_90, a state of 128 x 64 next to the output's products spills; two programs of 128 x 32 do not.
-    columns = launch.columns(32 if launch.K > 64 and y is not None else WALK_COLUMNS)
 
     def run(states: Tensor | None, y: Tensor | None, entering: Tensor | None) -> tuple[Tensor, Tensor]:
         final, decay = launch.states(v), launch.decays(v)
-        walk_kernel[launch.grid(columns)](
+        name, candidates = ("scan_states_walk", STATES_WALK) if y is None else ("scan_walk", WALK)
+        config = launch.config(name, candidates, v)
+        walk_kernel[launch.grid(config["BLOCK_V"])](
             q, k, v, g, scale, skip, firsts, states, y, entering, final, decay, *launch.sizes(), *_strides(q, k, v),
-            BLOCK_V=columns, SCALE=scale is not None, SKIP=skip is not None, INITIAL=states is not None,
-            OUTPUT=y is not None, SAVE=entering is not None, **launch.constants(v, firsts), **WALK_OPTIONS,
+            SCALE=scale is not None, SKIP=skip is not None, INITIAL=states is not None,
+            OUTPUT=y is not None, SAVE=entering is not None, **launch.constants(v, firsts), **config,
         )  # fmt: skip
         return final, decay
 
@@ -179,14 +192,13 @@ def _walk_back(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the states that leave chunks [B, chunks, H, K, V], in the dtype of d_y, and of the first state."""
     leaving = launch.chunk_states(d_y)
-    columns = launch.columns(WALK_COLUMNS)
+    config = launch.config("scan_walk_back", WALK_BACK, d_y)
 
     def run(d_states: Tensor | None, *, store: bool) -> tuple[Tensor, Tensor]:
         d_initial, decay = launch.states(d_y), launch.decays(d_y)
-        walk_back_kernel[launch.grid(columns)](
+        walk_back_kernel[launch.grid(config["BLOCK_V"])](
             q, g, firsts, d_y, d_states, leaving, d_initial, decay, *launch.sizes(), *_strides(q),
-            BLOCK_V=columns, D_FINAL=d_states is not None, STORE=store,
-            **launch.constants(d_y, firsts), **WALK_BACK_OPTIONS,
+            D_FINAL=d_states is not None, STORE=store, **launch.constants(d_y, firsts), **config,
         )  # fmt: skip
         return d_initial, decay
 
@@ -279,8 +291,8 @@ def _backward(
     gradients_kernel[(B * tiles, G * splits)](
         q, k, v, g, scale, skip, firsts, d_y, entering, leaving, d_q, d_k, d_v, d_g, d_scale, d_skip,
         T, H, H // G, K, V, launch.chunks, splits, *_strides(q, k, v),
-        BLOCK_V=launch.columns(GRADIENT_COLUMNS), SCALE=scale is not None, SKIP=skip is not None,
-        **launch.constants(v, firsts), **GRADIENT_OPTIONS,
+        SCALE=scale is not None, SKIP=skip is not None, **launch.constants(v, firsts),
+        **launch.config("scan_gradients", GRADIENTS, v),
     )  # fmt: skip
     d_q, d_k = (d[0] if splits == 1 else d.sum(0).to(v.dtype) for d in (d_q, d_k))
     d_initial = d_first.contiguous() if initial is not None else g.new_empty(0)

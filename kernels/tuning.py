@@ -1,0 +1,195 @@
+"""Tiles, warps and stages of a launch, chosen by timing them on the card after each has computed the right numbers.
+
+Tuning is a command of its own (`amfm bench kernels --tune`), training only reads what it wrote: all ranks launch alike,
+and no step waits for a candidate. A table belongs to a card, a Triton and a ptxas release: code of another compiler is
+other code, to be proved again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import re
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
+
+from kernels.backend import INTERPRETED, triton_version
+
+Config = Mapping[str, int]
+# Tables that come with the package, and where this user's own are kept; an own entry goes first.
+FOLDERS = (Path.home() / ".cache" / "amfm" / "tuned", Path(__file__).parent / "tuned")
+# How much worse than the first candidate's a candidate's error may be: another order of additions, not other numbers.
+_WORSE = 1.5
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What tuned numbers hold for."""
+
+    card: str
+    triton: str
+    ptxas: str
+
+    def file_name(self) -> str:
+        """Name of the table of this card and these compilers."""
+        return re.sub(r"[^A-Za-z0-9.]+", "-", f"{self.card}_triton-{self.triton}_ptxas-{self.ptxas}") + ".json"
+
+
+@dataclass
+class Table:
+    """Tuned configurations of one environment, by kernel and the shape that it was compiled for."""
+
+    environment: Environment
+    configs: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, environment: Environment, folders: Sequence[Path] = FOLDERS) -> Table:
+        """The environment's entries in all folders, those of earlier folders first; empty where there are none.
+
+        Raises ValueError for a file that says another environment than its name.
+        """
+        configs: dict[str, dict[str, int]] = {}
+        for folder in reversed(folders):
+            path = folder / environment.file_name()
+            if not path.is_file():
+                continue
+            stored = json.loads(path.read_text())
+            if stored["environment"] != vars(environment):
+                raise ValueError(f"{path} holds the table of {stored['environment']}, not of {environment}; delete it")
+            configs |= stored["configs"]
+        return cls(environment, configs)
+
+    def save(self, folder: Path = FOLDERS[0]) -> Path:
+        """Write the table, whole or not at all; returns where."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / self.environment.file_name()
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        partial.write_text(json.dumps({"environment": vars(self.environment), "configs": self.configs}, indent=1))
+        partial.replace(path)
+        return path
+
+
+@dataclass
+class _Session:
+    """What a tuning in progress forces on kernels, and what they have asked for."""
+
+    forced: dict[str, Config] = field(default_factory=dict)
+    asked: dict[str, tuple[Config, ...]] = field(default_factory=dict)
+
+
+_SESSIONS: list[_Session] = []
+
+
+def config_for(kernel: str, shape: Sequence[object], candidates: Sequence[Config], device: torch.device) -> Config:
+    """The configuration for a launch of `kernel`, compiled for `shape`, on `device`.
+
+    The first candidate in the interpreter, in PyTorch's deterministic mode (tiles change the order of additions, so a
+    table would change bits between cards) and without an entry in this card's table.
+    """
+    entry = _name_entry(kernel, shape)
+    if _SESSIONS:
+        _SESSIONS[-1].asked.setdefault(entry, tuple(candidates))
+        return _SESSIONS[-1].forced.get(entry, candidates[0])
+    if INTERPRETED or device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
+        return candidates[0]
+    return _load_table(device.index or 0).configs.get(entry, candidates[0])
+
+
+def tune(
+    run: Callable[[], Sequence[Tensor]],
+    expected: Sequence[Tensor],
+    measure: Callable[[Callable[[], object]], float],
+    table: Table,
+    *,
+    tolerance: float,
+    report: Callable[[str], None],
+) -> None:
+    """Time the candidates of every kernel that `run` launches and put the fastest right one into `table`.
+
+    run: gives outputs and gradients; expected: the same of another implementation, in float32 at least. A candidate is
+    timed only if it repeats bit by bit and its largest relative RMS error is within `tolerance`, or within 1.5 times
+    that of the first candidate where that is less. One that fails or does not compile is reported and left out.
+    Raises RuntimeError where the first candidate itself is wrong: this compiler miscompiles the kernel.
+    """
+    with _session() as session:
+        run()
+        for entry, candidates in list(session.asked.items()):
+            if entry in table.configs or len(candidates) == 1:
+                continue
+            session.forced.clear()
+            best, least, limit = candidates[0], float("inf"), tolerance
+            for candidate in candidates:
+                session.forced[entry] = candidate
+                error, fault = _try(run, expected, limit)
+                if fault and candidate is candidates[0]:
+                    raise RuntimeError(f"{entry}: the kernel's own configuration {dict(candidate)} {fault}")
+                if fault:
+                    report(f"{entry}: {dict(candidate)} {fault}; left out")
+                    continue
+                limit = min(limit, max(_WORSE * error, 1e-6))
+                milliseconds = measure(run)
+                if milliseconds < least:
+                    best, least = candidate, milliseconds
+            session.forced.clear()
+            table.configs[entry] = dict(best)
+            report(f"{entry}: {dict(best)}, {least:.3g} ms")
+
+
+def find_environment(device: torch.device) -> Environment:
+    """Card, Triton and ptxas release of a CUDA device."""
+    version, (major, minor) = triton_version(), torch.cuda.get_device_capability(device)
+    assert version is not None, "kernels are tuned without Triton"
+    text = subprocess.run(
+        [get_ptxas(major * 10 + minor).path, "--version"], capture_output=True, text=True, check=True
+    ).stdout
+    found = re.search(r"V(\d+\.\d+\.\d+)", text)
+    assert found is not None, f"ptxas printed no version: {text!r}"
+    return Environment(torch.cuda.get_device_name(device), ".".join(map(str, version)), found.group(1))
+
+
+@functools.cache
+def _load_table(index: int) -> Table:
+    return Table.load(find_environment(torch.device("cuda", index)))
+
+
+def _name_entry(kernel: str, shape: Sequence[object]) -> str:
+    return " ".join([kernel, *map(str, shape)])
+
+
+@contextlib.contextmanager
+def _session() -> Iterator[_Session]:
+    _SESSIONS.append(_Session())
+    try:
+        yield _SESSIONS[-1]
+    finally:
+        _SESSIONS.pop()
+
+
+def _try(run: Callable[[], Sequence[Tensor]], expected: Sequence[Tensor], limit: float) -> tuple[float, str]:
+    """Largest relative error of a candidate, and what is wrong with it ("" where nothing is)."""
+    try:
+        once, again = run(), run()
+    except (OutOfResources, PTXASError, CompilationError) as reason:
+        return float("inf"), f"does not run here ({reason})"
+    error = max(_relative_error(value, exact) for value, exact in zip(once, expected, strict=True))
+    if not error <= limit:
+        return error, f"is wrong by {error:.2g} (relative), more than {limit:.2g}"
+    if not all(torch.equal(one, other) for one, other in zip(once, again, strict=True)):
+        return error, "gives other bits the second time"
+    return error, ""
+
+
+def _relative_error(value: Tensor, exact: Tensor) -> float:
+    """RMS of the difference over RMS of the exact values; NaN for values that are not finite."""
+    difference = (value.double() - exact.double()).norm()
+    return float(difference / exact.double().norm().clamp_min(1e-30))
