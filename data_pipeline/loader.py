@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -172,26 +172,42 @@ class PretrainLoader:
                     "began with, or start a new run"
                 )
 
-    def ledger(self) -> list[SourceUse]:
-        """Samples, tokens and epochs that each source gave in each phase up to the cursor; exact, from its number."""
+    def ledger(self, global_sample: int | None = None) -> list[SourceUse]:
+        """Samples, tokens and epochs that each source gives in each phase up to a global sample, by default the cursor.
+
+        Exact, because computed from the number and not counted.
+        """
+        stop = self.global_sample if global_sample is None else global_sample
         lines: list[SourceUse] = []
-        drawn: dict[str, int] = {}
-        for number, taken in enumerate(self.reader.mixture.draws_before(self.global_sample)):
+        drawn = Counter[str]()
+        for number, taken in enumerate(self.reader.mixture.draws_before(stop)):
             for source, samples in taken.items():
-                drawn[source] = drawn.get(source, 0) + samples
+                drawn[source] += samples
                 epochs = self.reader.epochs_after(source, drawn[source])
                 tokens = samples * self.settings.phases[number].sequence_length
                 lines.append(SourceUse(number, source, samples, tokens, epochs))
         return lines
 
-    def describe_repeats(self) -> list[str]:
-        """What a change of the row length repeats: one remark a source whose epoch it leaves unfinished."""
-        return [
+    def describe_repeats(self, num_samples: int) -> list[str]:
+        """What a run of so many samples sees again: sources of more than one epoch, and epochs that a change of the row
+        length leaves unfinished.
+        """
+        ledger = self.ledger(num_samples)
+        epochs = {line.source: line.epochs for line in ledger}
+        drawn = Counter[str]()
+        for line in ledger:
+            drawn[line.source] += line.samples
+        repeated = [
+            f"source {source!r} gives {passes:.2f} epochs in the {num_samples} samples of this run"
+            for source, passes in sorted(epochs.items())
+            if passes > 1
+        ]
+        return repeated + [
             f"source {source!r}: rows of {stretch.sequence_length} tokens begin epoch {stretch.first_epoch} when "
             f"{stretch.repeats:.1%} of the epoch before was given; that much is seen again"
             for source in self.source_names
             for stretch in self.reader.stretches(source)
-            if stretch.repeats
+            if stretch.repeats and stretch.first_draw < drawn[source]
         ]
 
     def close(self) -> None:

@@ -343,7 +343,8 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None) -> None:
         f"ZeRO {run.engine.zero_stage}, {run.parallel.world_size} rank(s) on {run.parallel.device.type} with "
         f"{torch.get_num_threads()} thread(s), {run.stage.global_batch_size} x {length} tokens a step"
     )
-    for remark in run.loader.describe_repeats():
+    stages = resolve_stages(run.config)
+    for remark in run.loader.describe_repeats(stages[-1].first_sample + stages[-1].num_samples()):
         run.say(remark)
     run.record_event("start", world_size=run.parallel.world_size, resumed_from=loaded and loaded.path.name)
     cause = describe_environment([RESTART_CAUSE]).get(RESTART_CAUSE)

@@ -191,7 +191,8 @@ def test_a_new_row_length_begins_a_complete_epoch_and_says_what_it_repeats(confi
         first = [(place.part.path, place.row) for place in places if place.source == name and place.epoch == 1]
         assert len(first) == len(set(first)) == count
     drawn = loader.reader.mixture.draws_before(24)[0]
-    remarks = loader.describe_repeats()
+    remarks = loader.describe_repeats(32)
+    assert loader.describe_repeats(24) == [], "the change lies beyond the run"
     for name, remark in zip(loader.source_names, remarks, strict=True):
         share = drawn[name] / loader.reader.rows_per_epoch(name)
         assert f"source {name!r}: rows of 80 tokens begin epoch 1 when {share:.1%}" in remark
@@ -202,7 +203,19 @@ def test_a_new_row_length_begins_a_complete_epoch_and_says_what_it_repeats(confi
         if line.phase == 1:
             share = drawn[line.source] / loader.reader.rows_per_epoch(line.source)
             assert line.epochs == pytest.approx(share + line.samples / rows[line.source])
-    assert load(config).describe_repeats() == []
+    assert load(config).describe_repeats(24) == []
+
+
+def test_sources_of_more_than_one_epoch_are_named_before_the_run(config):
+    loader = load(config)
+    samples = 2 * sum(loader.reader.rows_per_epoch(name) for name in loader.source_names)
+    loader.seek(samples)
+    epochs = {line.source: line.epochs for line in loader.ledger()}
+    loader.seek(0)
+    assert loader.describe_repeats(samples) == [
+        f"source {name!r} gives {epochs[name]:.2f} epochs in the {samples} samples of this run" for name in epochs
+    ]
+    assert min(epochs.values()) > 1
 
 
 def test_rows_of_two_lengths_in_one_batch_are_refused(config):
