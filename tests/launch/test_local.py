@@ -41,7 +41,9 @@ def test_other_ranks_errors_carry_their_number(capfd: pytest.CaptureFixture[str]
 
 
 def test_a_killed_rank_is_named(capfd: pytest.CaptureFixture[str]) -> None:
-    code = "import os, signal, time; os.environ['RANK'] == '1' and os.kill(os.getpid(), signal.SIGKILL); time.sleep(0.5)"
+    code = (
+        "import os, signal, time; os.environ['RANK'] == '1' and os.kill(os.getpid(), signal.SIGKILL); time.sleep(0.5)"
+    )
     assert run_command(python(code), 2) == 3
     assert capfd.readouterr().err == "rank 1: ended by SIGKILL\n"
 
