@@ -11,11 +11,12 @@ import hashlib
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_pipeline.files import write_file_atomically
 from data_pipeline.object_store import RemoteFolder
 from data_pipeline.shards import DamagedError
 
@@ -64,10 +65,9 @@ class BlockCache:
             with self._locked(f"{int(key[:8], 16) % NUM_LOCKS:02d}"):
                 descriptor = self._open_checked(path, key)  # another process may have fetched it meanwhile
                 if descriptor is None:
-                    self._keep(path, _fetch(remote, name, size, number, self.settings.block_bytes))
-                    descriptor = self._open_checked(path, key)
+                    descriptor = self._keep(path, _fetch(remote, name, size, number, self.settings.block_bytes))
+                    self._checked.add(key)
             self._count_fetch()
-        assert descriptor is not None, f"{path} was written and is not there"
         self._open[key] = descriptor
         if len(self._open) > MAX_OPEN_BLOCKS:
             os.close(self._open.popitem(last=False)[1])
@@ -110,11 +110,13 @@ class BlockCache:
         os.utime(descriptor)  # least recently used: by the time of the file
         return descriptor
 
-    def _keep(self, path: Path, block: bytes) -> None:
+    def _keep(self, path: Path, block: bytes) -> int:
+        """Write a block and return a descriptor of it, which stays good when another process evicts the file."""
         temporary = path.with_name(f".writing-{path.name}-{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_bytes(block + _digest(block))
+            descriptor = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC)
             os.replace(temporary, path)
         except OSError as error:
             temporary.unlink(missing_ok=True)
@@ -123,6 +125,7 @@ class BlockCache:
                 "data.cache.max_bytes, or name another folder"
             ) from error
         self._bytes += len(block)
+        return descriptor
 
     def _count_fetch(self) -> None:
         self._fetches += 1
@@ -234,3 +237,26 @@ class CachedFiles:
     def close(self, handle: int) -> None:
         """Give a handle back; its blocks stay."""
         del self._handles[handle]
+
+
+def keep_small_files(
+    remote: RemoteFolder, identity: str, names: Mapping[str, bytes | None], cache: CacheSettings
+) -> Path:
+    """The folder of the node cache that stands for a store, with these files in it; None: fetch it.
+
+    DamagedError when a file is missing, RuntimeError when the cache's folder can't be used.
+    """
+    key = hashlib.blake2b(f"{remote.url}\n{identity}".encode(), digest_size=16).hexdigest()
+    folder = Path(cache.folder).expanduser() / "stores" / key
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in names.items():
+            if not (folder / name).is_file():
+                write_file_atomically(folder / name, remote.read(name) if content is None else content)
+    except FileNotFoundError as error:
+        raise DamagedError(f"{error}; copy the store to its place again") from error
+    except OSError as error:
+        raise RuntimeError(
+            f"data.cache.folder={cache.folder} can't be used ({error.strerror}); name a writable folder with room"
+        ) from error
+    return folder

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.files import digest_files, digest_folder, write_file_atomically
-from data_pipeline.node_cache import CachedFiles, CacheSettings
+from data_pipeline.node_cache import CachedFiles, CacheSettings, keep_small_files
 from data_pipeline.object_store import RemoteFolder, is_url
 from data_pipeline.shards import Compression, DamagedError, ShardedArray
 
@@ -210,7 +210,7 @@ class TokenStore:
             )
         if remote is None:
             return cls(Path(path), identity, tokenizer, layout, sources)
-        mirror = _mirror(remote, identity, {MANIFEST: content, tokenizer.file: None}, cache)
+        mirror = keep_small_files(remote, identity, {MANIFEST: content, tokenizer.file: None}, cache)
         return cls(mirror, identity, tokenizer, layout, sources, CachedFiles(remote, cache))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -332,6 +332,8 @@ class TokenStore:
         for tokens, _ in self._open_parts.values():
             tokens.close()
         self._open_parts.clear()
+        if self._cached is not None:
+            self._cached.cache.close()
 
     def _open_part(self, part: Part) -> tuple[ShardedArray, npt.NDArray[np.int64]]:
         if part.path in self._open_parts:
@@ -373,24 +375,6 @@ class TokenStore:
             if self._cached is not None:
                 self._cached.forget([f"{self.location}/{path}" for path, _ in _shard_files(part)])
             raise
-
-
-def _mirror(remote: RemoteFolder, identity: str, names: Mapping[str, bytes | None], cache: CacheSettings) -> Path:
-    """The folder of the node cache that stands for a store, with these small files in it; None: fetch it."""
-    key = hashlib.blake2b(f"{remote.url}\n{identity}".encode(), digest_size=16).hexdigest()
-    folder = Path(cache.folder).expanduser() / "stores" / key
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in names.items():
-            if not (folder / name).is_file():
-                write_file_atomically(folder / name, remote.read(name) if content is None else content)
-    except FileNotFoundError as error:
-        raise DamagedError(f"{error}; copy the store to its place again") from error
-    except OSError as error:
-        raise RuntimeError(
-            f"data.cache.folder={cache.folder} can't be used ({error.strerror}); name a writable folder with room"
-        ) from error
-    return folder
 
 
 @contextmanager
