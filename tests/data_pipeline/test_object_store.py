@@ -100,20 +100,22 @@ def test_a_block_is_requested_once_a_node_and_not_once_a_sample(server, local, r
     assert server.gets("/tokens/") == server.gets("/document_ends/") == 0, "another process of the node finds them"
 
 
-def test_a_reading_process_fetches_blocks_before_their_rows_are_due(server, local, remote):
-    config = remote.model_copy(update={"num_workers": 1})
-    expected = rows(local, 40)
+def test_a_reading_process_fetches_blocks_before_their_rows_are_due(server, remote, tmp_path):
+    server.seen.clear()
+    expected, num_blocks = rows(remote, 40), server.gets("/tokens/")
+    cache = remote.cache.model_copy(update={"folder": str(tmp_path / "other")})
+    config = remote.model_copy(update={"num_workers": 1, "cache": cache})
+    server.seen.clear()
     loader = PretrainLoader(config, sequence_length=64, micro_batch_size=8, seed=1)
     taken = [batch.tokens_BT.tolist() for batch in loader.take(16)]
-    fetched = -1
-    while fetched != server.gets("/tokens/"):
-        fetched = server.gets("/tokens/")
-        time.sleep(0.5)
-    server.seen.clear()
+    deadline = time.monotonic() + 60
+    while server.gets("/tokens/") < num_blocks and time.monotonic() < deadline:
+        time.sleep(0.1)
+    fetched = server.gets("/tokens/")
     for _ in range(39):
         taken += [batch.tokens_BT.tolist() for batch in loader.take(16)]
     loader.close()
-    assert taken == expected and server.gets("/tokens/") == 0, "624 rows later everything was there"
+    assert taken == expected and fetched >= num_blocks, "the blocks of 640 rows came with the first 16"
 
 
 def test_the_cache_keeps_to_its_limit_and_deletes_what_was_not_used_for_longest(local, remote):
