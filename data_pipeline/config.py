@@ -32,7 +32,11 @@ class SourceConfig(Section):
         description="Files, folders, globs or URLs (s3://, gs://, az://): .txt, .md (a file is a document), .jsonl, .parquet, .arrow (a Hugging Face dataset on disk), .idx (Megatron tokens, .bin beside it); all but the last also as .gz, .zst.",
     )
     text_column: str = Field("text", description="Field that holds the text in jsonl and parquet.")
-    weight: float = Field(1.0, gt=0, description="Share of the training samples, relative to the other sources.")
+    weight: float = Field(
+        1.0,
+        ge=0,
+        description="Share of the training samples, relative to the other sources; 0: only in phases that weigh it, such as a source that joins a run.",
+    )
     filters: FilterConfig = Field(FilterConfig(), description="Documents to leave out.")
     max_bytes: int | None = Field(
         None,

@@ -74,7 +74,7 @@ class SampleSettings:
 def _phases(config: DataConfig, sequence_length: int) -> tuple[PhaseSettings, ...]:
     """The sources' own weights from sample 0, unless a given phase starts there, then the given phases."""
     known = {source.name: source.weight for source in config.sources}
-    phases = [PhaseSettings(0, known, sequence_length)]
+    phases = [PhaseSettings(0, {name: weight for name, weight in known.items() if weight}, sequence_length)]
     for given in config.phases:
         unknown = sorted(set(given.weights or {}) - set(known))
         if unknown:

@@ -41,14 +41,16 @@ MAY_CHANGE = (
     "train.recompute_blocks",
     "train.num_threads",
     "data.store",
+    "data.cache.*",
+    "data.sources.*",
     "data.phases.*",
     "data.num_workers",
     "data.on_corruption",
     "data.prepare.*",
     "data.tokenizer.*",
 )
-# Fields of one source that may change: the text itself is guarded by the identity of the dataset.
-SOURCE_FIELDS_MAY_CHANGE = ("paths", "text_column")
+# An identity that may change: the data state refuses other text or weights for what was read, and lets sources join.
+GUARDED_BY_DATA_STATE = "dataset"
 
 
 def digest_config(config: RunConfig) -> str:
@@ -73,8 +75,6 @@ def flatten_settings(section: Any, prefix: str = "") -> dict[str, Any]:
 
 def may_change(name: str) -> bool:
     """Whether a resumed run may set this dotted name to another value."""
-    if name.startswith("data.sources."):
-        return name.split(".")[3:] in [[field] for field in SOURCE_FIELDS_MAY_CHANGE]
     return any(
         name == allowed.removesuffix(".*") or (allowed.endswith(".*") and name.startswith(allowed.removesuffix("*")))
         for allowed in MAY_CHANGE
@@ -132,7 +132,9 @@ def check_resumable(manifest: dict[str, Any], config: RunConfig, identities: dic
     refused, changes = [], []
     for name in sorted(manifest["identities"].keys() | identities.keys()):
         saved, given = manifest["identities"].get(name), identities.get(name)
-        if saved != given:
+        if saved != given and name == GUARDED_BY_DATA_STATE:
+            changes.append(f"{name}: {saved!r} -> {given!r}")
+        elif saved != given:
             refused.append(f"{name}: the checkpoint has {saved}, this run has {given}")
     before = complete_settings(manifest["config"])
     saved_config = RunConfig.model_validate(before)

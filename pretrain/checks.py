@@ -125,6 +125,8 @@ def data_problems(config: RunConfig) -> Iterator[Problem]:
             rule = f"must be greater than {start}, where the phase before starts"
             yield Problem(f"{key}.start_sample", rule, "put the phases in order", str(phase.start_sample))
         start = phase.start_sample
+    if not any(source.weight for source in config.data.sources):
+        yield Problem("data.sources", "have no weight above 0", "give a weight to what the run begins with")
     if config.data.cache != CacheConfig() and not is_url(config.data.store):
         yield Problem("data.cache", "has no effect: data.store is a folder", "remove it, or name a URL in data.store")
     if Path(config.run.dir) == Path(config.data.store):

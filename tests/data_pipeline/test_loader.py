@@ -234,6 +234,23 @@ def test_validation_keeps_the_first_phase(config):
     assert stream(load(changed, split="validation"), 8, 8) == stream(load(config, split="validation"), 8, 8)
 
 
+def test_a_source_of_weight_0_waits_for_its_phase_and_may_join_later(config):
+    idle = config.sources[1].model_copy(update={"weight": 0.0})
+    phases = (PhaseConfig(start_sample=24, weights={"source0": 1.0, "source1": 1.0}),)
+    alone = config.model_copy(update={"sources": config.sources[:1]})
+    joined = config.model_copy(update={"sources": (config.sources[0], idle), "phases": phases})
+    before, after = stream(load(alone), 3, 8), stream(load(joined), 6, 8)
+    # Source 0 has the same number among the names either way.
+    assert all(after[sample] == row for sample, row in before.items())
+    assert {after[sample][0] for sample in range(24, 48)} == {0, 1}
+    first = load(alone)
+    for _ in range(3):
+        first.take(8)
+    resumed = load(joined)
+    resumed.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert stream(resumed, 3, 8) == {sample: row for sample, row in after.items() if sample >= 24}
+
+
 def test_past_weights_cannot_be_rewritten(config):
     first = load(config)
     for _ in range(4):

@@ -16,12 +16,14 @@ import torch
 import yaml
 
 from data_pipeline.config import DataConfig, PhaseConfig, TokenizerConfig
+from data_pipeline.prepare import prepare
 from pretrain.evaluate import validate
 from pretrain.run import close_run, lock_directory, start_run
 from pretrain.signals import SignalWatch
 from pretrain.step import train_step
 from pretrain.train import run_steps, train
 from tests.helpers.spawn import run_ranks
+from tests.helpers.tiny_store import make_tiny_store, run_in_process
 from tests.pretrain.tiny_run import collect_weights, read_events, read_metrics, tiny_config
 
 METRICS = {
@@ -78,6 +80,26 @@ def test_a_phase_makes_rows_longer_during_the_run_and_after_a_resume(data: DataC
     ]
     for key in ("loss", "grad_norm", "tokens", "data"):
         assert [line[key] for line in resumed] == [line[key] for line in lines], key
+
+
+def test_a_source_joins_a_run_that_has_begun(tmp_path: Path) -> None:
+    both = make_tiny_store(tmp_path / "data", num_documents=200, mean_words=12, num_sources=2)
+    new = both.sources[1].model_copy(update={"weight": 0.0})
+    phase = PhaseConfig(start_sample=8, weights={"source0": 1.0, "source1": 1.0})
+    alone = both.model_copy(update={"sources": both.sources[:1], "store": str(tmp_path / "store")})
+    joined = alone.model_copy(update={"sources": (both.sources[0], new), "phases": (phase,)})
+    prepare(alone, runner=run_in_process)
+    assert train(tiny_config(alone, tmp_path / "run", train__stop_after_steps=2)) == 0
+    prepare(joined, runner=run_in_process)
+    assert train(tiny_config(joined, tmp_path / "run")) == 0
+    assert train(tiny_config(joined, tmp_path / "whole")) == 0
+    lines, whole = read_metrics(tmp_path / "run"), read_metrics(tmp_path / "whole")
+    for key in ("loss", "grad_norm", "data"):
+        assert [line[key] for line in lines] == [line[key] for line in whole], key
+    assert set(lines[-1]["data"]["tokens"]) == {"source0", "source1"}
+    reweighed = joined.model_copy(update={"sources": (both.sources[0], both.sources[1]), "phases": ()})
+    with pytest.raises(ValueError, match=r"past weights can't change"):
+        train(tiny_config(reweighed, tmp_path / "run"))
 
 
 def test_stop_after_steps_saves_and_the_schedule_spans_the_whole_run(data: DataConfig, tmp_path: Path) -> None:
