@@ -47,7 +47,10 @@ def test_a_sound_run_passes(base):
             ["data.phases=[{start_sample: 9, weights: {novels: 1}}]"],
             "data.phases.0.weights.novels: is no name of data.sources; use one of plays",
         ),
-        (["data.sources.0.weight=0"], "data.sources: have no weight above 0; give a weight to what the run begins with"),
+        (
+            ["data.sources.0.weight=0"],
+            "data.sources: have no weight above 0; give a weight to what the run begins with",
+        ),
         (["data.cache.max_bytes=5"], "data.cache: has no effect: data.store is a folder; remove it, or name a URL"),
         (["data.phases=[{start_sample: 9}]"], "data.phases.0: changes nothing; give it weights or a sequence_length"),
         (
