@@ -45,7 +45,7 @@ def fetch_corpus(name: str, folder: str | Path) -> list[Path]:
     registry can't be reached or sends other bytes.
     """
     if name not in CORPORA:
-        raise ValueError(f"corpus {name!r} must be one of {', '.join(sorted(CORPORA))}")
+        raise ValueError(f"corpus {name!r} must be one of {', '.join(sorted(CORPORA))}, python-sources")
     corpus, target = CORPORA[name], Path(folder)
     present = sorted(target.glob("*.md"))
     if len(present) == corpus.num_files and all(path.stat().st_size for path in present):

@@ -224,7 +224,7 @@ def describe_hardware() -> dict[str, Any]:
     import transformers
 
     return {
-        "processor": _processor_name(),
+        "processor": processor_name(),
         "threads": torch.get_num_threads(),
         "bf16_products": multiplies_bf16(torch.device("cpu")),
         "python": platform.python_version(),
@@ -233,7 +233,8 @@ def describe_hardware() -> dict[str, Any]:
     }
 
 
-def _processor_name() -> str:
+def processor_name() -> str:
+    """The CPU, as it calls itself."""
     description = Path("/proc/cpuinfo")
     if description.exists():
         for line in description.read_text().splitlines():

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from launch.cli_bench_data import data
 from launch.cli_config import JsonOption, OverridesArgument
 from launch.console import print_json, print_rows, say
 
@@ -130,13 +131,19 @@ def kernels(
         Path | None,
         typer.Option(help="Compile every kernel for sm_80, 90, 100 and write the table into this document."),
     ] = None,
+    tune: Annotated[
+        bool,
+        typer.Option(
+            "--tune", help="Choose tiles for this CUDA card, each proved before it is timed; saved for training."
+        ),
+    ] = False,
     rounds: Annotated[int, typer.Option(min=1, help="Timed runs of each variant, taking turns (CPU).")] = 7,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all cores.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Time each operation beside public peers: transformers' PyTorch code on CPU, installed kernel packages on CUDA."""
-    if audit and compile_table is not None:
-        raise ValueError("--audit and --compile-table measure different things; give one of them")
+    if audit + (compile_table is not None) + tune > 1:
+        raise ValueError("--audit, --compile-table and --tune measure different things; give one of them")
     if compile_table is not None:
         if op:
             raise ValueError("--compile-table writes the table of all kernels; leave out --op")
@@ -146,12 +153,16 @@ def kernels(
 
         say("counting in Triton's interpreter, a minute or two")
         result = audit_kernels(op)
+    elif tune:
+        result = _tune_kernels(op)
     else:
         result = _time_kernels(op, rounds, threads)
     if as_json:
         print_json(result)
     elif audit:
         print_audit_table(result)
+    elif tune:
+        say(f"wrote {result['path']}: {len(result['configs'])} kernels")
     elif compile_table is None:
         print_kernel_table(result)
 
@@ -164,6 +175,16 @@ def _write_compile_table(document: Path) -> dict[str, Any]:
     write_table(document, table_of(result))
     say(f"wrote {document}")
     return result
+
+
+def _tune_kernels(names: list[str] | None) -> dict[str, Any]:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ValueError("--tune times kernels on a CUDA card; this machine has none")
+    from launch.bench_kernels_cuda import tune_cuda
+
+    return tune_cuda(names, report=say)
 
 
 def _time_kernels(names: list[str] | None, rounds: int, threads: int | None) -> dict[str, Any]:
@@ -248,4 +269,5 @@ def print_audit_table(result: dict[str, Any]) -> None:
 
 def add_verbs(app: typer.Typer) -> None:
     """Add `bench` to the command."""
+    bench.command(epilog="Example: amfm bench data --megabytes 120 --json")(data)
     app.add_typer(bench, name="bench")

