@@ -13,8 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.gemm_precision import gemm_dtype
-
-STEADY_ROWS = 4  # from here on a row of a product does not depend on how many others there are
+from kernels.moe.torch_loop import (
+    activate,
+    activation_backward,
+    loop_backward,
+    loop_forward,
+    open_activation,
+    sum_by_token,
+)
 
 
 def choose_experts(appeal_RE: Tensor, top_k: int, num_groups: int, group_top_k: int) -> Tensor:
@@ -74,32 +80,13 @@ def grouped_product(x_RA: Tensor, weight_EBA: Tensor, offsets_E: Tensor) -> Tens
     """Rows of each expert times the transpose of its matrix: [R, B]."""
     unit = 16 // x_RA.element_size()
     if _aligned(x_RA, weight_EBA) and x_RA.shape[1] % unit == 0 and weight_EBA.shape[1] % unit == 0:
-        y_RB = F.grouped_mm(x_RA.contiguous(), weight_EBA.transpose(1, 2), offs=offsets_E)
-        if x_RA.device.type == "cpu":
-            _multiply_few_rows(x_RA, weight_EBA, offsets_E, y_RB)
-        return y_RB
+        return F.grouped_mm(x_RA.contiguous(), weight_EBA.transpose(1, 2), offs=offsets_E)
     y_RB = x_RA.new_empty(x_RA.shape[0], weight_EBA.shape[1])
     begin = 0
     for expert, end in enumerate(offsets_E.tolist()):
         torch.mm(x_RA[begin:end], weight_EBA[expert].T, out=y_RB[begin:end])
         begin = end
-    if x_RA.device.type == "cpu":
-        _multiply_few_rows(x_RA, weight_EBA, offsets_E, y_RB)
     return y_RB
-
-
-def _multiply_few_rows(x_RA: Tensor, weight_EBA: Tensor, offsets_E: Tensor, y_RB: Tensor) -> None:
-    """Write again, as part of a larger product, the rows of experts that have very few.
-
-    oneMKL multiplies one to three rows by another routine, which adds up in another order. A token's result would then
-    depend, in its last bit, on how many tokens of other documents chose its expert.
-    """
-    begin = 0
-    for expert, end in enumerate(offsets_E.tolist()):
-        if 0 < end - begin < STEADY_ROWS:
-            padded = F.pad(x_RA[begin:end], (0, 0, 0, STEADY_ROWS - (end - begin)))
-            y_RB[begin:end] = torch.mm(padded, weight_EBA[expert].T)[: end - begin]
-        begin = end
 
 
 def grouped_outer(dy_RB: Tensor, x_RA: Tensor, offsets_E: Tensor) -> Tensor:
@@ -110,36 +97,6 @@ def grouped_outer(dy_RB: Tensor, x_RA: Tensor, offsets_E: Tensor) -> Tensor:
         torch.mm(dy_RB[begin:end].T, x_RA[begin:end], out=grad_EBA[expert])
         begin = end
     return grad_EBA
-
-
-def activate(hidden_RF: Tensor, activation: str) -> Tensor:
-    """SwiGLU of [gate, up], or the squared ReLU."""
-    if activation == "swiglu":
-        gate, up = hidden_RF.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
-    return F.relu(hidden_RF).square_()
-
-
-def _open_activation(hidden_SF: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """The activation again, and the factor of it that its gradient needs: silu(gate), or max(x, 0)."""
-    if activation == "swiglu":
-        gate, up = hidden_SF.chunk(2, dim=-1)
-        factor = F.silu(gate)
-        return factor * up, factor
-    factor = F.relu(hidden_SF)
-    return factor.square(), factor
-
-
-def _activation_backward(d_active: Tensor, hidden_SF: Tensor, factor: Tensor, activation: str) -> Tensor:
-    """Gradient of the hidden rows; overwrites `d_active` and `factor`."""
-    if activation != "swiglu":
-        return factor.mul_(d_active).mul_(2)
-    gate, up = hidden_SF.chunk(2, dim=-1)
-    grad = torch.empty_like(hidden_SF)
-    d_gate, d_up = grad.chunk(2, dim=-1)
-    torch.mul(d_active, factor, out=d_up)
-    torch.ops.aten.silu_backward.grad_input(d_active.mul_(up), gate, grad_input=d_gate)
-    return grad
 
 
 @torch.library.custom_op("amfm::expert_feed_forward_torch", mutates_args=())
@@ -154,6 +111,11 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """Output [R, D] and hidden [S, F] before the activation; S sorted rows. Without token ids the rows are x itself."""
     dtype = gemm_dtype(x_RD)
+    if x_RD.device.type == "cpu":
+        up, down = up_EFD.to(dtype), down_EDF.to(dtype)
+        y_SD, hidden_SF = loop_forward(x_RD, weights_S, token_ids_S, offsets_E, up, down, activation)
+        y_RD = y_SD if token_ids_S is None else sum_by_token(y_SD, token_ids_S, x_RD.shape[0])
+        return y_RD.to(x_RD.dtype), hidden_SF.to(x_RD.dtype)
     rows_SD = x_RD if token_ids_S is None else x_RD.index_select(0, token_ids_S)
     hidden_SF = grouped_product(rows_SD.to(dtype), up_EFD.to(dtype), offsets_E)
     active_SF = activate(hidden_SF, activation)
@@ -200,10 +162,17 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x [R, D], weights [S] (empty without weights), up [E, F, D] and down [E, D, F]."""
     dtype = gemm_dtype(x_RD)
+    if x_RD.device.type == "cpu":
+        up, down = up_EFD.to(dtype), down_EDF.to(dtype)
+        dx_SD, d_weights_S, d_up_EFD, d_down_EDF = loop_backward(
+            dy_RD, x_RD, hidden_SF, weights_S, token_ids_S, offsets_E, up, down, activation
+        )
+        dx_RD = dx_SD if token_ids_S is None else sum_by_token(dx_SD, token_ids_S, x_RD.shape[0])
+        return dx_RD.to(x_RD.dtype), d_weights_S, d_up_EFD.to(up_EFD.dtype), d_down_EDF.to(down_EDF.dtype)
     rows_SD = (x_RD if token_ids_S is None else x_RD.index_select(0, token_ids_S)).to(dtype)
     dy_SD = (dy_RD if token_ids_S is None else dy_RD.index_select(0, token_ids_S)).to(dtype)
     hidden_SF = hidden_SF.to(dtype)
-    active_SF, factor = _open_activation(hidden_SF, activation)
+    active_SF, factor = open_activation(hidden_SF, activation)
     d_active_SF = grouped_product(dy_SD, down_EDF.to(dtype).transpose(1, 2), offsets_E)
     d_weights_S = x_RD.new_empty(0)
     if weights_S is not None:
@@ -212,7 +181,7 @@ def _backward(
         d_active_SF.mul_(weights_S[:, None])
         active_SF.mul_(weights_S[:, None])
     d_down_EDF = grouped_outer(dy_SD, active_SF, offsets_E)
-    d_hidden_SF = _activation_backward(d_active_SF, hidden_SF, factor, activation)
+    d_hidden_SF = activation_backward(d_active_SF, hidden_SF, factor, activation)
     d_up_EFD = grouped_outer(d_hidden_SF, rows_SD, offsets_E)
     dx_SD = grouped_product(d_hidden_SF, up_EFD.to(dtype).transpose(1, 2), offsets_E)
     dx_RD = dx_SD if token_ids_S is None else _sum_by_token(dx_SD, token_ids_S, x_RD.shape[0])
