@@ -47,6 +47,12 @@ def test_options_that_exclude_each_other_are_refused(capsys: pytest.CaptureFixtu
     assert "give one of them" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine can tune")
+def test_tuning_without_a_card_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["bench", "kernels", "--tune"]) == 2
+    assert "--tune times kernels on a CUDA card; this machine has none" in capsys.readouterr().err
+
+
 def test_variants_that_compute_something_else_are_refused() -> None:
     def double(x: torch.Tensor) -> torch.Tensor:
         return 2 * x
