@@ -1,4 +1,5 @@
 import json
+import multiprocessing
 import shutil
 import signal
 from itertools import pairwise
@@ -433,3 +434,46 @@ def test_a_batch_that_is_kept_is_not_written_over_by_later_ones(config, workers)
         loader.take(8)
     loader.close()
     assert all(torch.equal(batch.tokens_BT, copy) for batch, copy in zip(kept, copies))
+
+
+def read_in_a_child(config, results):
+    results.put(stream(load(config), 3, 8))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_loader_in_a_forked_or_spawned_process_gives_the_same_rows(config, method, workers):
+    """Also after the parent has read: open files and reading processes of its own don't get in the way."""
+    config = config.model_copy(update={"num_workers": workers})
+    parent = load(config)
+    parent.take(8)
+    context = multiprocessing.get_context(method)
+    results = context.Queue()
+    child = context.Process(target=read_in_a_child, args=(config, results))
+    child.start()
+    rows = results.get(timeout=60)
+    child.join(timeout=60)
+    parent.close()
+    assert child.exitcode == 0 and rows == stream(load(config), 3, 8)
+
+
+@pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
+def test_blocks_whose_places_were_found_ahead_are_the_rows_read_alone(config, packing):
+    """Any stride, a change of it and of the size, and a jump back: places found ahead are only a shortcut."""
+    reader = load(config.model_copy(update={"packing": packing})).reader
+    for first, count, stride in (
+        (0, 2, 8),
+        (8, 2, 8),
+        (16, 2, 8),
+        (17, 2, 3),
+        (20, 5, 5),
+        (25, 5, 5),
+        (8, 2, 8),
+        (4095, 1, 1),
+    ):
+        rows, _ = reader.read_block(first, count, stride)
+        alone, _ = reader.read(np.arange(first, first + count, dtype=np.int64))
+        assert [row.sample for row in rows] == list(range(first, first + count))
+        for ours, expected in zip(rows, alone):
+            assert np.array_equal(ours.tokens, expected.tokens) and np.array_equal(ours.starts, expected.starts)
+            assert (ours.num_valid, ours.source) == (expected.num_valid, expected.source)
