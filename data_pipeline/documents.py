@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
+import pydantic_core
 
 from data_pipeline.filters import Filter
 from data_pipeline.megatron_files import read_megatron_documents, read_megatron_index
@@ -174,7 +175,7 @@ class SegmentReader:
 
     def _parse(self, line: bytes, position: str) -> Document | Reject:
         try:
-            record = json.loads(line)
+            record = _load_json(line)
         except (ValueError, RecursionError) as error:
             return Reject(position, f"not JSON: {error}")
         if not isinstance(record, dict) or self.text_column not in record:
@@ -234,6 +235,14 @@ class SegmentReader:
         except UnicodeEncodeError:
             return Reject(position, "text holds half a surrogate pair")
         return Document(text, position)
+
+
+def _load_json(line: bytes) -> Any:
+    """As json.loads, in half the time; what the fast parser refuses the other one judges and explains."""
+    try:
+        return pydantic_core.from_json(line)
+    except ValueError:
+        return json.loads(line)
 
 
 def open_input(file: InputFile) -> IO[bytes]:
