@@ -65,11 +65,13 @@ def _attention_cases() -> Iterator[CompileCase]:
     for size in (64, 128):
         constants = {"DOCUMENTS": True, "DOT": tl.bfloat16, "BLOCK_K": size}
         launches = (
-            ("forward", attention_kernels.attention_forward_kernel, attention.FORWARD_TILE, attention.FORWARD_OPTIONS),
-            ("d_q", attention_kernels.attention_query_gradient_kernel, attention.QUERY_TILE, attention.QUERY_OPTIONS),
-            ("d_k d_v", attention_kernels.attention_key_gradient_kernel, attention.KEY_TILE, attention.key_options(size)),
-        )  # fmt: skip
-        for part, kernel, tile, options in launches:
+            ("forward", attention_kernels.attention_forward_kernel, attention.FORWARD[0]),
+            ("d_q", attention_kernels.attention_query_gradient_kernel, attention.QUERIES[0]),
+            ("d_k d_v", attention_kernels.attention_key_gradient_kernel, attention.key_candidates(size)[0]),
+        )
+        for part, kernel, config in launches:
+            tile = {name: config[name] for name in ("BLOCK_M", "BLOCK_N")}
+            options = {name: config[name] for name in ("num_warps", "num_stages")}
             yield _case(f"attention {part}, head {size}", kernel, types, constants | tile, options, multiplies=True)
 
 

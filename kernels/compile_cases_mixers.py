@@ -65,11 +65,11 @@ def _convolution_cases() -> Iterator[CompileCase]:
     types |= {"ids": "*i32"} | dict.fromkeys(("T", "C", "stride_b", "stride_t"), "i32:16")
     types |= dict.fromkeys(("blocks_per_strip", "strips"), "i32")
     flags = {"W": 4, "BIAS": True, "DOCUMENTS": True}
-    for name, kernel, tile in (
-        ("forward", convolution_forward_kernel, convolution.FORWARD_TILE),
-        ("backward", convolution_backward_kernel, convolution.BACKWARD_TILE),
+    for name, kernel, config in (
+        ("forward", convolution_forward_kernel, convolution.FORWARD[0]),
+        ("backward", convolution_backward_kernel, convolution.BACKWARD[0]),
     ):
-        constants = flags | tile
+        constants = flags | {size: config[size] for size in ("BLOCK_T", "BLOCK_C")}
         signature = {argument: types[argument] for argument in kernel.arg_names if argument not in constants}
         yield CompileCase(f"convolution {name}, width 4", kernel, signature, constants, {"num_warps": 4})
 

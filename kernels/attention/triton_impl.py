@@ -16,18 +16,25 @@ from kernels.attention.triton_kernels import (
 )
 from kernels.backend import INTERPRETED
 from kernels.interpreter import dot_dtype
-
-# Queries and keys of a tile. Fixed, so that results do not depend on a tuning run.
-FORWARD_TILE = {"BLOCK_M": 32, "BLOCK_N": 16} if INTERPRETED else {"BLOCK_M": 128, "BLOCK_N": 64}
-QUERY_TILE = {"BLOCK_M": 16, "BLOCK_N": 32} if INTERPRETED else {"BLOCK_M": 64, "BLOCK_N": 64}
-KEY_TILE = {"BLOCK_M": 16, "BLOCK_N": 32} if INTERPRETED else {"BLOCK_M": 32, "BLOCK_N": 128}
-FORWARD_OPTIONS = {"num_warps": 8, "num_stages": 3}
-QUERY_OPTIONS = {"num_warps": 4, "num_stages": 2}
+from kernels.tuning import Config, config_for
 
 
-def key_options(head_dim: int) -> dict[str, int]:
-    """Options of the kernel for keys: above 64 channels its two sums leave no registers for a second stage."""
-    return {"num_warps": 8, "num_stages": 2 if head_dim <= 64 else 1}
+def _candidates(interpreted: tuple[int, int], *tiles: tuple[int, int, int, int]) -> tuple[Config, ...]:
+    """Queries and keys of a tile, warps and stages, the fixed ones first; small tiles in the interpreter."""
+    tiles = ((*interpreted, 4, 1), *tiles) if INTERPRETED else tiles
+    names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+    return tuple(dict(zip(names, each, strict=True)) for each in tiles)
+
+
+FORWARD = _candidates((32, 16), (128, 64, 8, 3), (128, 64, 8, 2), (128, 128, 8, 2), (64, 64, 4, 3))
+QUERIES = _candidates((16, 32), (64, 64, 4, 2), (64, 128, 8, 2), (128, 64, 8, 2))
+
+
+def key_candidates(head_dim: int) -> tuple[Config, ...]:
+    """Those of the kernel for keys: above 64 channels its two sums leave no registers for a second stage."""
+    if head_dim <= 64:
+        return _candidates((16, 32), (32, 128, 8, 2), (64, 128, 8, 2), (64, 64, 4, 2))
+    return _candidates((16, 32), (32, 128, 8, 1), (64, 64, 8, 1), (32, 64, 4, 2))
 
 
 def document_bounds(document_ids_BS: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
@@ -69,9 +76,10 @@ def _forward(
     y = torch.empty_like(q)
     log_sums = q.new_empty(q.shape[0], heads, tokens, dtype=torch.float32)
     if q.numel():
-        attention_forward_kernel[(triton.cdiv(tokens, FORWARD_TILE["BLOCK_M"]), q.shape[0] * heads)](
+        config = config_for("attention_forward", (q.dtype, size), FORWARD, q.device)
+        attention_forward_kernel[(triton.cdiv(tokens, config["BLOCK_M"]), q.shape[0] * heads)](
             q, k, v, y, log_sums, first_BT, tokens, keys, heads, kv_heads, size, scale * math.log2(math.e),
-            **_constants(q, first_BT), **FORWARD_TILE, **FORWARD_OPTIONS,
+            **_constants(q, first_BT), **config,
         )  # fmt: skip
     return y, log_sums
 
@@ -104,13 +112,15 @@ def _backward(
     if not q.numel():
         return d_q, d_k.zero_(), d_v.zero_()
     scales, constants = (scale, scale * math.log2(math.e)), _constants(q, first_BT)
-    attention_query_gradient_kernel[(triton.cdiv(tokens, QUERY_TILE["BLOCK_M"]), q.shape[0] * heads)](
+    config = config_for("attention_queries", (q.dtype, sizes[4]), QUERIES, q.device)
+    attention_query_gradient_kernel[(triton.cdiv(tokens, config["BLOCK_M"]), q.shape[0] * heads)](
         q, k, v, y_BTHK, d_y, log_sums_BHT, deltas, d_q, first_BT, *sizes, *scales,
-        **constants, **QUERY_TILE, **QUERY_OPTIONS,
+        **constants, **config,
     )  # fmt: skip
-    attention_key_gradient_kernel[(triton.cdiv(keys, KEY_TILE["BLOCK_N"]), q.shape[0] * kv_heads)](
+    config = config_for("attention_keys", (q.dtype, sizes[4]), key_candidates(sizes[4]), q.device)
+    attention_key_gradient_kernel[(triton.cdiv(keys, config["BLOCK_N"]), q.shape[0] * kv_heads)](
         q, k, v, d_y, log_sums_BHT, deltas, d_k, d_v, first_BT, ends_BS, *sizes, *scales,
-        **constants, **KEY_TILE, **key_options(sizes[4]),
+        **constants, **config,
     )  # fmt: skip
     return d_q, d_k, d_v
 

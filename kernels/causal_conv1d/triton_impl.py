@@ -11,10 +11,18 @@ from torch import Tensor
 from kernels.backend import INTERPRETED
 from kernels.causal_conv1d.triton_kernels import convolution_backward_kernel, convolution_forward_kernel
 from kernels.interpreter import count_programs, dot_dtype
+from kernels.tuning import Config, config_for
 
-FORWARD_TILE = {"BLOCK_T": 16, "BLOCK_C": 32} if INTERPRETED else {"BLOCK_T": 32, "BLOCK_C": 128}
+
+def _candidates(*tiles: tuple[int, int]) -> tuple[Config, ...]:
+    """Tiles of tokens and channels, the fixed one first; small ones in the interpreter."""
+    tiles = ((16, 32), *tiles) if INTERPRETED else tiles
+    return tuple({"BLOCK_T": tokens, "BLOCK_C": channels, "num_warps": 4} for tokens, channels in tiles)
+
+
+FORWARD = _candidates((32, 128), (16, 128), (32, 64), (64, 64))
 # Seven shifted tiles of inputs and four of gradients: of 32 x 128 they spill on every card.
-BACKWARD_TILE = {"BLOCK_T": 16, "BLOCK_C": 32} if INTERPRETED else {"BLOCK_T": 16, "BLOCK_C": 64}
+BACKWARD = _candidates((16, 64), (8, 128), (16, 32), (32, 32))
 
 
 def convolve_triton(x_BTC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, document_ids_BT: Tensor | None) -> Tensor:
@@ -34,10 +42,11 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor |
     documents = None if documents is None else documents.contiguous()
     B, T, C = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    grid = (B * triton.cdiv(T, FORWARD_TILE["BLOCK_T"]), triton.cdiv(C, FORWARD_TILE["BLOCK_C"]))
+    config = config_for("convolution_forward", (x.dtype, weight.shape[1]), FORWARD, x.device)
+    grid = (B * triton.cdiv(T, config["BLOCK_T"]), triton.cdiv(C, config["BLOCK_C"]))
     convolution_forward_kernel[grid](
         x, weight, bias, documents, y, T, C, x.stride(0), x.stride(1),
-        W=weight.shape[1], BIAS=bias is not None, DOCUMENTS=documents is not None, num_warps=4, **FORWARD_TILE,
+        W=weight.shape[1], BIAS=bias is not None, DOCUMENTS=documents is not None, **config,
     )  # fmt: skip
     return y
 
@@ -57,14 +66,15 @@ def _backward(
     B, T, C = x.shape
     W = weight.shape[1]
     d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    blocks, columns = triton.cdiv(T, BACKWARD_TILE["BLOCK_T"]), triton.cdiv(C, BACKWARD_TILE["BLOCK_C"])
+    config = config_for("convolution_backward", (x.dtype, W), BACKWARD, x.device)
+    blocks, columns = triton.cdiv(T, config["BLOCK_T"]), triton.cdiv(C, config["BLOCK_C"])
     strips = max(1, min(blocks, triton.cdiv(count_programs(x.device, 4), B * columns)))
     blocks_per_strip = triton.cdiv(blocks, strips)
     strips = triton.cdiv(blocks, blocks_per_strip)
     partial = x.new_empty(B, strips, 5, C, dtype=torch.float32)
     convolution_backward_kernel[(B * strips, columns)](
         x, weight, bias, documents, d_y, d_x, partial, T, C, x.stride(0), x.stride(1), blocks_per_strip, strips,
-        W=W, BIAS=bias is not None, DOCUMENTS=documents is not None, num_warps=4, **BACKWARD_TILE,
+        W=W, BIAS=bias is not None, DOCUMENTS=documents is not None, **config,
     )  # fmt: skip
     sums = partial.sum((0, 1))
     return d_x, sums[:W].flip(0).t().to(weight.dtype).contiguous(), sums[4].clone()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.moe.op import group_by_expert, grouped_feed_forward, route
+from kernels.moe.op import expert_feed_forward, group_by_expert, grouped_feed_forward, route
 from tests.helpers.numbers import assert_all_near, assert_bitwise
 from tests.kernels.test_moe import run
 
@@ -69,6 +69,28 @@ def test_router_equals_the_definition_and_breaks_ties_to_the_lowest(
     assert torch.equal(routing.expert_ids_RK, wanted_routing.expert_ids_RK)
     assert torch.equal(routing.counts_E, wanted_routing.counts_E)
     assert_all_near(got, wanted, FLOAT32, ["weights", "scores", "d_logits"])
+    for one, other in zip(got, run_router("triton", logits, biases, settings)[1]):
+        assert_bitwise(one, other)
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "squared_relu"])
+def test_changing_tokens_leaves_every_bit_of_the_others(activation):
+    generator = torch.Generator().manual_seed(5)
+    x, up, down = (torch.randn(*shape, generator=generator) for shape in ((30, 8), (5, 16, 8), (5, 8, 8)))
+    up = up if activation == "swiglu" else up[:, :8]
+    ids = torch.stack([torch.randperm(5, generator=generator)[:2] for _ in range(30)])
+    weights = torch.rand(30, 2, generator=generator)
+    results = []
+    for factor, shift in ((1, 0), (7, 1)):
+        changed, others = x.clone(), ids.clone()
+        changed[10:20] *= factor
+        others[10:20] = (others[10:20] + shift) % 5
+        leaves = [changed.requires_grad_(), weights.clone().requires_grad_()]
+        y = expert_feed_forward(leaves[0], others, leaves[1], up, down, activation=activation, backend="triton")
+        results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+    for one, other in zip(*results):
+        assert_bitwise(torch.cat([one[:10], one[20:]]), torch.cat([other[:10], other[20:]]))
+        assert not torch.equal(one, other)
 
 
 def test_sorted_rows_need_no_gather(poisoned_memory):
