@@ -57,8 +57,9 @@ def starts_in_window(document_ends: Int64, first: int, length: int) -> Int32:
     ends = document_ends.data  # bisecting a view takes half the time of two calls into numpy
     low = bisect_right(ends, first)
     high = bisect_left(ends, first + length, low)
-    starts = np.zeros(1 + high - low, np.int32)
-    starts[1:] = document_ends[low:high] - first
+    starts = np.empty(1 + high - low, np.int32)
+    starts[0] = 0
+    np.subtract(document_ends[low:high], first, out=starts[1:], casting="same_kind")
     return starts
 
 
