@@ -55,6 +55,7 @@ docs: $(VENV)/.installed
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/amfm bench step --peer transformers
+	$(BIN)/amfm bench data
 
 clean:
 	rm -rf $(VENV) runs exports data build

@@ -91,7 +91,11 @@ class PrepareConfig(Section):
     part_bytes: int = Field(
         64_000_000, gt=0, description="Text bytes a part: the unit of work, of retry and of one writer."
     )
-    chunk_tokens: int = Field(8192, gt=0, description="Tokens a chunk: what one read verifies and decodes.")
+    chunk_tokens: int = Field(
+        4096,
+        gt=0,
+        description="Tokens a chunk: what one read verifies and decodes. Rows of a multiple of it read nothing else.",
+    )
     seed: int = Field(0, description="Order of documents inside a part, and which documents validate.")
 
 

@@ -136,7 +136,8 @@ def time_readers(settings: BenchData, readers: Sequence[Reader], report: Callabl
             samples = max(1, settings.samples // SLOW_READERS.get(reader.name, 1) // settings.batch) * settings.batch
             started, cpu_started = time.perf_counter(), time.process_time()
             for first in range(turn * samples, (turn + 1) * samples, settings.batch):
-                reader.read(first)
+                for _ in reader.read(first):
+                    pass
             if turn:
                 cpu[number].append((time.process_time() - cpu_started) / samples * 1e6)
                 wall[number].append((time.perf_counter() - started) / samples * 1e6)

@@ -87,7 +87,7 @@ def test_preparation_start_and_cold_reads_are_measured(result: dict[str, Any], s
 def test_readers_read_the_text_that_was_prepared(settings: BenchData, store: TokenStore) -> None:
     """Ours and zarr-python give the same rows in the same order; memmap and GPTDataset the same tokens in theirs."""
     (batch,) = our_reader(settings, store).read(8)
-    samples = zarr_reader(settings, store).read(8)
+    samples = list(zarr_reader(settings, store).read(8))
     assert torch.equal(batch.tokens_BT, torch.stack([sample["tokens"] for sample in samples]))
     prefix = settings.work / "again"
     num_bytes = export_for_megatron(store, prefix)
