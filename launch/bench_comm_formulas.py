@@ -154,10 +154,13 @@ def tensor_terms(shape: StepShape) -> Counter[Key]:
     share = shape.tokens // section.tensor
     moe = model.moe
 
-    def cross(width: int, times: int) -> None:
-        """A stream of `width` numbers a token enters and leaves a region: half forward, half backward."""
+    def cross(width: int, times: int, again: int = 0) -> None:
+        """A stream of `width` numbers a token enters and leaves a region: half forward, half backward.
+
+        Under sequence parallel projections gather it `again` in backward, rather than keep it.
+        """
         if section.sequence_parallel:
-            terms["tp", "all_gather", shape.dtype] += times * calls * share * width * shape.width
+            terms["tp", "all_gather", shape.dtype] += (times + again) * calls * share * width * shape.width
             terms["tp", "reduce_scatter", shape.dtype] += times * calls * shape.tokens * width * shape.width
         else:
             terms["tp", "all_reduce", shape.dtype] += times * calls * shape.tokens * width * shape.width
@@ -165,11 +168,11 @@ def tensor_terms(shape: StepShape) -> Counter[Key]:
     # Without sequence parallel a crossing is one sum, forward where a region ends and backward where it begins.
     for letter in shape.letters:
         if letter != "E":
-            cross(model.hidden_size, 2)
+            cross(model.hidden_size, 2, again=1)
             continue
         assert moe is not None, "E blocks need model.moe"
         if moe.shared_expert_hidden_size:
-            cross(model.hidden_size, 2)
+            cross(model.hidden_size, 2, again=1)
         if section.expert == 1:
             cross(moe.latent_size or model.hidden_size, 2)
             terms["tp", "all_reduce", "float32"] += calls * shape.tokens * moe.top_k * FLOAT32

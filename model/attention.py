@@ -13,7 +13,7 @@ from model.groups import ProcessGroupCollection
 from model.layers import ColumnLinear, KeepsBuffers, RowLinear, Shard, divide, divide_units
 from model.mixer import AttentionCache, BlockState, MixerOutput
 from model.packing import PackMeta
-from model.regions import enter_tensor_region, leave_tensor_region
+from model.regions import leave_tensor_region, project_stream
 from model.segments import Segments
 
 
@@ -67,10 +67,11 @@ class AttentionMixer(KeepsBuffers):
 
     def forward(self, x_BTD: Tensor, meta: PackMeta, state: BlockState = None) -> MixerOutput:
         """x [B, T, D] -> y [B, T, D]; with a cache the tokens also see all of its keys, and the longer cache is returned."""
-        x_BTD = enter_tensor_region(x_BTD, self.groups)
-        q_BTHK = self.q_proj(x_BTD).unflatten(-1, (self.num_heads, self.head_dim))
-        k_BTJK = self.k_proj(x_BTD).unflatten(-1, (self.num_kv_heads, self.head_dim))
-        v_BSJK = self.v_proj(x_BTD).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        weights = [self.q_proj.weight, self.k_proj.weight, self.v_proj.weight]
+        q_BTX, k_BTX, v_BSX = project_stream(x_BTD, weights, self.groups)
+        q_BTHK = q_BTX.unflatten(-1, (self.num_heads, self.head_dim))
+        k_BTJK = k_BTX.unflatten(-1, (self.num_kv_heads, self.head_dim))
+        v_BSJK = v_BSX.unflatten(-1, (self.num_kv_heads, self.head_dim))
         if self.q_norm is not None or self.inverse_frequencies is not None:
             q_BTHK, k_BTJK = qk_norm_rope(
                 q_BTHK,

@@ -10,7 +10,7 @@ from model.groups import ProcessGroupCollection
 from model.layers import ColumnLinear, RowLinear
 from model.mixer import BlockState, MixerOutput
 from model.packing import PackMeta
-from model.regions import enter_tensor_region, leave_tensor_region
+from model.regions import leave_tensor_region, project_stream
 
 
 def up_segments(hidden_size: int, activation: Activation) -> tuple[int, ...]:
@@ -39,8 +39,8 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The stream x [B, T, D] -> [B, T, D]."""
         activate = swiglu if self.activation == "swiglu" else squared_relu
-        x = enter_tensor_region(x, self.groups)
-        return leave_tensor_region(self.down_proj(activate(self.up_proj(x), backend=self.backend)), self.groups)
+        (inner,) = project_stream(x, [self.up_proj.weight], self.groups)
+        return leave_tensor_region(self.down_proj(activate(inner, backend=self.backend)), self.groups)
 
 
 class FeedForwardMixer(FeedForward):

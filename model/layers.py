@@ -158,7 +158,7 @@ class ColumnLinear(megatron_layers.ColumnParallelLinear):
     """y = x W^T with the rows of W cut over the tensor-parallel ranks: [..., in] -> [..., out of this rank].
 
     `segments` are the whole row counts of the matrices stacked in W, `units` what cannot be cut in each (see `Cut`).
-    Its input comes from `enter_tensor_region`, once for all layers that read it.
+    Its input comes from `enter_tensor_region`; `project_stream` enters and multiplies, once for all layers that read it.
     """
 
     get_extra_state: Callable[[nn.Module], object] = nn.Module.get_extra_state

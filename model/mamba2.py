@@ -16,7 +16,7 @@ from model.groups import ProcessGroupCollection
 from model.layers import ColumnLinear, Cut, RowLinear, Shard, divide, divide_units
 from model.mixer import BlockState, MambaState, MixerOutput
 from model.packing import PackMeta
-from model.regions import enter_tensor_region, leave_tensor_region, sum_parts
+from model.regions import leave_tensor_region, project_stream, sum_parts
 from model.segments import Segments
 
 
@@ -59,11 +59,9 @@ class Mamba2Mixer(nn.Module):
 
     def forward(self, x_BTD: Tensor, meta: PackMeta, state: BlockState = None) -> MixerOutput:
         """x [B, T, D] -> y [B, T, D]; with a state it goes on from there and returns the next one."""
-        x_BTD = enter_tensor_region(x_BTD, self.groups)
-        num_rows, num_tokens, _ = x_BTD.shape
-        z_BTI, inputs_BTC, dt_BTH = self.in_proj(x_BTD).split(
-            [self.inner_size, self.conv.channels, self.num_heads], dim=-1
-        )
+        (projected_BTX,) = project_stream(x_BTD, [self.in_proj.weight], self.groups)
+        num_rows, num_tokens, _ = projected_BTX.shape
+        z_BTI, inputs_BTC, dt_BTH = projected_BTX.split([self.inner_size, self.conv.channels, self.num_heads], dim=-1)
         next_state: MambaState | None
         if isinstance(state, MambaState) and num_tokens == 1:
             y_BTI, next_state = self._step(inputs_BTC[:, 0], dt_BTH[:, 0], state)

@@ -8,9 +8,14 @@ Megatron-core's mappings cut along dim 0, so tokens are brought there and back.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 from megatron.core.tensor_parallel import mappings
 from torch import Tensor
 
+from kernels.linear.op import linear, linear_gradients
 from model.groups import ProcessGroupCollection
 
 
@@ -21,10 +26,48 @@ def enter_tensor_region(x_BTD: Tensor, groups: ProcessGroupCollection) -> Tensor
     if not groups.sequence_parallel:
         same_BTD: Tensor = mappings.copy_to_tensor_model_parallel_region(x_BTD, group=groups.tp)
         return same_BTD
+    return _gather(x_BTD, groups.tp)
+
+
+def project_stream(x_BTD: Tensor, weights: Sequence[Tensor], groups: ProcessGroupCollection) -> tuple[Tensor, ...]:
+    """Enter the region and multiply: x W^T of all tokens for each weight [out of this rank, D] -> [B, T, out].
+
+    Under sequence parallel backward gathers the tokens again, so that what is kept for it is this rank's share.
+    """
+    if groups.tp.size() > 1 and groups.sequence_parallel:
+        products: tuple[Tensor, ...] = _ProjectGathered.apply(x_BTD, groups.tp, *weights)
+        return products
+    x_BTD = enter_tensor_region(x_BTD, groups)
+    return tuple(linear(x_BTD, weight) for weight in weights)
+
+
+class _ProjectGathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, own_BTD: Tensor, group: Any, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.group = group
+        ctx.save_for_backward(own_BTD, *weights)
+        x_BTD = _gather(own_BTD, group)
+        return tuple(linear(x_BTD, weight) for weight in weights)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        own_BTD, *weights = ctx.saved_tensors
+        x_BTD = _gather(own_BTD, ctx.group)
+        pairs = [linear_gradients(x_BTD, weight, grad) for weight, grad in zip(weights, grads, strict=True)]
+        grad_BTD = sum((grad for grad, _ in pairs[1:]), start=pairs[0][0])
+        return _reduce_scatter(grad_BTD, ctx.group), None, *(grad for _, grad in pairs)
+
+
+def _gather(own_BTD: Tensor, group: Any) -> Tensor:
     gathered_TBD: Tensor = mappings.gather_from_sequence_parallel_region(
-        x_BTD.transpose(0, 1), tensor_parallel_output_grad=True, group=groups.tp
+        own_BTD.transpose(0, 1), tensor_parallel_output_grad=True, group=group
     )
-    return gathered_TBD.transpose(0, 1)
+    return gathered_TBD.transpose(0, 1).contiguous()
+
+
+def _reduce_scatter(part_BTD: Tensor, group: Any) -> Tensor:
+    own_TBD: Tensor = mappings.reduce_scatter_to_sequence_parallel_region(part_BTD.transpose(0, 1), group=group)
+    return own_TBD.transpose(0, 1).contiguous()
 
 
 def leave_tensor_region(part_BTD: Tensor, groups: ProcessGroupCollection) -> Tensor:
@@ -35,8 +78,7 @@ def leave_tensor_region(part_BTD: Tensor, groups: ProcessGroupCollection) -> Ten
         # The mapping sums in place.
         sum_BTD: Tensor = mappings.reduce_from_tensor_model_parallel_region(part_BTD.contiguous(), group=groups.tp)
         return sum_BTD
-    own_TBD: Tensor = mappings.reduce_scatter_to_sequence_parallel_region(part_BTD.transpose(0, 1), group=groups.tp)
-    return own_TBD.transpose(0, 1)
+    return _reduce_scatter(part_BTD, groups.tp)
 
 
 def gather_tokens(x_BTD: Tensor, groups: ProcessGroupCollection) -> Tensor:
@@ -46,7 +88,7 @@ def gather_tokens(x_BTD: Tensor, groups: ProcessGroupCollection) -> Tensor:
     gathered_TBD: Tensor = mappings.gather_from_sequence_parallel_region(
         x_BTD.transpose(0, 1), tensor_parallel_output_grad=False, group=groups.tp
     )
-    return gathered_TBD.transpose(0, 1)
+    return gathered_TBD.transpose(0, 1).contiguous()
 
 
 def sum_gradients(weight: Tensor, groups: ProcessGroupCollection) -> Tensor:

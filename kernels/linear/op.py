@@ -23,6 +23,15 @@ def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
     return result
 
 
+def linear_gradients(x: Tensor, weight_OI: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of the weight, from that of `linear`'s result, multiplied in the same dtype and rounded once."""
+    dtype = gemm_dtype(x)
+    grad_RO = grad.flatten(0, -2).to(dtype)
+    grad_x = (grad_RO @ weight_OI.to(dtype)).to(x.dtype).view(x.shape)
+    grad_weight = (grad_RO.t() @ x.flatten(0, -2).to(dtype)).to(weight_OI.dtype)
+    return grad_x, grad_weight
+
+
 class _WidenedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_OI: Tensor) -> Tensor:
@@ -30,12 +39,6 @@ class _WidenedLinear(torch.autograd.Function):
         return functional.linear(x.float(), weight_OI.float()).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         x, weight_OI = ctx.saved_tensors
-        grad_RO = grad.flatten(0, -2).float()
-        grad_x = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            grad_x = (grad_RO @ weight_OI.float()).to(x.dtype).view(x.shape)
-        if ctx.needs_input_grad[1]:
-            grad_weight = (grad_RO.t() @ x.flatten(0, -2).float()).to(weight_OI.dtype)
-        return grad_x, grad_weight
+        return linear_gradients(x, weight_OI, grad)

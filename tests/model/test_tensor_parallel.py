@@ -157,3 +157,33 @@ def test_leaving_out_any_one_sum_of_gradients_is_noticed(case, two_ranks, one_ra
         for name, gradient in unsummed.items():
             with pytest.raises(AssertionError):
                 assert_close(gradient, expected[name], name)
+
+
+def keep_shares() -> list[bool]:
+    """For each kind of block: whether backward keeps the stream of all tokens [B, T, D]."""
+    dist.init_process_group("gloo")
+    if not torch.cuda.is_available():
+        place_megatron_buffers_on_cpu()
+    groups = single_rank_groups()
+    groups.tp = groups.expt_tp = dist.group.WORLD
+    groups.sequence_parallel = True
+    _, _, ids_BT = packed_batch(((7, 1, 13, 3), (24,)))
+    kept: list[bool] = []
+    mamba = Mamba2Config(num_heads=6, head_dim=5, state_size=5, num_groups=2, chunk_size=8)
+    for block in HybridModel(small_config("M*-", mamba=mamba), groups).blocks:
+        shapes: list[tuple[int, ...]] = []
+
+        def note(tensor: Tensor, shapes: list[tuple[int, ...]] = shapes) -> Tensor:
+            shapes.append(tuple(tensor.shape))
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            y_BTD = block.mixer(torch.randn(2, 12, 12, requires_grad=True), PackMeta.from_document_ids(ids_BT)).y_BTD
+        assert y_BTD.shape == (2, 12, 12) and (2, 12, 12) in shapes
+        kept.append(any(shape in ((2, 24, 12), (24, 2, 12), (48, 12)) for shape in shapes))
+    dist.destroy_process_group()
+    return kept
+
+
+def test_backward_keeps_a_ranks_share_of_the_stream():
+    assert run_ranks(keep_shares, num_ranks=2) == [[False, False, False]] * 2
