@@ -16,6 +16,11 @@ from data_pipeline.shards import Compression, encode_shard, iterate_shards
 from data_pipeline.store import DOCUMENT_CHUNK, MAX_SHARD_TOKENS, Layout, Part, shard_length
 
 
+def import_zarr() -> None:
+    """Import zarr-python before the first part needs it: it takes as long as tokenizing a megabyte or two."""
+    import zarr.codecs  # noqa: F401
+
+
 def write_part(
     store: Path,
     relative: str,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.config import DataConfig
+from data_pipeline.part_writer import import_zarr
 from data_pipeline.prepare_plan import Unit
 from data_pipeline.prepare_unit import UnitFailure, UnitReport, run_unit
 from data_pipeline.tokenizer import Tokenizer
@@ -26,6 +27,7 @@ class PartWriter:
         # One actor a core: the tokenizers library would start a thread a core in each. It looks when it first encodes.
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         self.store, self.tokenizer = Path(store), tokenizer
+        import_zarr()
 
     def is_alive(self) -> bool:
         """Answer, once there is a process."""
@@ -91,14 +93,16 @@ class _Dispatcher:
             for _ in range(num_actors):
                 self._start_actor()
             while self.waiting or self.running:
+                finished = []
                 for answer in self._wait():
                     if answer in self.starting:
                         self._finish_start(answer)
-                    elif (finished := self._finish_unit(answer)) is not None:
-                        yield finished
+                    elif (done := self._finish_unit(answer)) is not None:
+                        finished.append(done)
                 while self.waiting and self.idle:
                     unit, actor = self.waiting.pop(), self.idle.pop()
                     self.running[actor.run.remote(unit)] = unit, actor
+                yield from finished  # last: what is done with a report must not keep its actor waiting
         finally:
             for actor in self.actors:
                 self.ray.kill(actor)
