@@ -6,12 +6,20 @@ but to scale: three products instead of the four that recomputing needs.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from kernels.gemm_precision import gemm_dtype
+from kernels.linear_cross_entropy.autograd import (
+    differentiate,
+    differentiate_statistics,
+    fake_loss,
+    fake_statistics,
+    fake_statistics_backward,
+    save,
+    save_statistics,
+    sum_dtype,
+)
 
 # Logits of a slice: 8 MiB in float32 stay in the cache of one core complex; fewer than 128 rows starve the product.
 _SLICE_ELEMENTS = 1 << 21
@@ -22,14 +30,9 @@ def _slice_rows(vocab: int) -> int:
     return max(_LEAST_ROWS, _SLICE_ELEMENTS // vocab)
 
 
-def _wide(tensor: Tensor) -> torch.dtype:
-    """Dtype of sums: float32, or float64 for float64."""
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
 def _logits(hidden_RD: Tensor, weight_VD: Tensor) -> Tensor:
     """Logits of one slice in the dtype of sums."""
-    return torch.mm(hidden_RD, weight_VD.T).to(_wide(hidden_RD))
+    return torch.mm(hidden_RD, weight_VD.T).to(sum_dtype(hidden_RD))
 
 
 @torch.library.custom_op("amfm::linear_cross_entropy_torch", mutates_args=())
@@ -42,7 +45,7 @@ def _forward(
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Total, negative log-likelihood of each row, and (empty unless `with_grad`) gradients of hidden and weight."""
-    dtype, wide = gemm_dtype(hidden_RD), _wide(hidden_RD)
+    dtype, wide = gemm_dtype(hidden_RD), sum_dtype(hidden_RD)
     rows_S = (labels_R != ignore_index).nonzero()[:, 0]
     whole = rows_S.numel() == labels_R.numel()
     hidden_SD = (hidden_RD if whole else hidden_RD.index_select(0, rows_S)).to(dtype)
@@ -84,32 +87,7 @@ def _accumulate_outer(total_VD: Tensor, d_logits_RV: Tensor, hidden_RD: Tensor) 
         total_VD.add_(torch.mm(d_logits_RV.T, hidden_RD))
 
 
-@_forward.register_fake
-def _(
-    hidden_RD: Tensor, weight_VD: Tensor, labels_R: Tensor, ignore_index: int, z_loss_weight: float, with_grad: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    wide = _wide(hidden_RD)
-    d_hidden = torch.empty_like(hidden_RD) if with_grad else hidden_RD.new_empty(0)
-    d_weight = torch.empty_like(weight_VD) if with_grad else weight_VD.new_empty(0)
-    return hidden_RD.new_empty((), dtype=wide), hidden_RD.new_empty(labels_R.shape, dtype=wide), d_hidden, d_weight
-
-
-def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Keep the gradients that forward made."""
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[2:])
-
-
-def differentiate(ctx: Any, d_total: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Scale the gradients that forward made."""
-    if d_total is None:
-        return (None,) * 6
-    d_hidden_RD, d_weight_VD = ctx.saved_tensors
-    # A scalar tensor does not change the dtype, and is multiplied in float32.
-    return (d_hidden_RD * d_total, d_weight_VD * d_total) + (None,) * 4
-
-
+_forward.register_fake(fake_loss)
 _forward.register_autograd(differentiate, setup_context=save)
 
 
@@ -126,7 +104,7 @@ def _statistics(hidden_RD: Tensor, weight_VD: Tensor, labels_R: Tensor, first_ro
     """Log-sum-exp [R] and the label's logit [R] over the rows of the head that this shard holds."""
     dtype = gemm_dtype(hidden_RD)
     weight, hidden_RD = weight_VD.to(dtype), hidden_RD.to(dtype)
-    log_sum_R = hidden_RD.new_empty(labels_R.shape[0], dtype=_wide(hidden_RD))
+    log_sum_R = hidden_RD.new_empty(labels_R.shape[0], dtype=sum_dtype(hidden_RD))
     target_R = torch.zeros_like(log_sum_R)
     for part, mine, local in _walk(hidden_RD.shape[0], weight.shape[0], labels_R, first_row):
         logits = _logits(hidden_RD[part], weight)
@@ -145,12 +123,6 @@ def _walk(rows: int, vocab: int, labels_R: Tensor, first_row: int) -> list[tuple
     return [(part, mine_R[part], local_R[part]) for part in parts]
 
 
-@_statistics.register_fake
-def _(hidden_RD: Tensor, weight_VD: Tensor, labels_R: Tensor, first_row: int) -> tuple[Tensor, Tensor]:
-    log_sum_R = hidden_RD.new_empty(labels_R.shape, dtype=_wide(hidden_RD))
-    return log_sum_R, torch.empty_like(log_sum_R)
-
-
 @torch.library.custom_op("amfm::linear_statistics_torch_backward", mutates_args=())
 def _statistics_backward(
     d_log_sum_R: Tensor,
@@ -165,7 +137,7 @@ def _statistics_backward(
     dtype = gemm_dtype(hidden_RD)
     weight, hidden = weight_VD.to(dtype), hidden_RD.to(dtype)
     d_hidden_RD = torch.empty_like(hidden)
-    d_weight = torch.zeros_like(weight_VD, dtype=_wide(hidden_RD))
+    d_weight = torch.zeros_like(weight_VD, dtype=sum_dtype(hidden_RD))
     for part, mine, local in _walk(hidden.shape[0], weight.shape[0], labels_R, first_row):
         d_logits = _logits(hidden[part], weight).sub_(log_sum_R[part, None]).exp_().mul_(d_log_sum_R[part, None])
         d_logits = d_logits.scatter_add_(1, local, (d_target_R[part] * mine)[:, None]).to(dtype)
@@ -174,30 +146,9 @@ def _statistics_backward(
     return d_hidden_RD.to(hidden_RD.dtype), d_weight.to(weight_VD.dtype)
 
 
-@_statistics_backward.register_fake
-def _(
-    d_log_sum_R: Tensor,
-    d_target_R: Tensor,
-    hidden_RD: Tensor,
-    weight_VD: Tensor,
-    labels_R: Tensor,
-    log_sum_R: Tensor,
-    first_row: int,
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(hidden_RD), torch.empty_like(weight_VD)
-
-
-def _save_statistics(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    hidden_RD, weight_VD, labels_R, ctx.first_row = inputs
-    ctx.save_for_backward(hidden_RD, weight_VD, labels_R, output[0])
-
-
-def _differentiate_statistics(ctx: Any, d_log_sum_R: Tensor, d_target_R: Tensor) -> tuple[Tensor | None, ...]:
-    d_hidden, d_weight = _statistics_backward(d_log_sum_R, d_target_R, *ctx.saved_tensors, ctx.first_row)
-    return d_hidden, d_weight, None, None
-
-
-_statistics.register_autograd(_differentiate_statistics, setup_context=_save_statistics)
+_statistics.register_fake(fake_statistics)
+_statistics_backward.register_fake(fake_statistics_backward)
+_statistics.register_autograd(differentiate_statistics(_statistics_backward), setup_context=save_statistics)
 
 
 def linear_statistics_torch(

@@ -7,15 +7,21 @@ again: 4 products.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 from torch import Tensor
 
 from kernels.backend import INTERPRETED
 from kernels.interpreter import count_programs, dot_dtype
-from kernels.linear_cross_entropy.torch_impl import differentiate, save
+from kernels.linear_cross_entropy.autograd import (
+    differentiate,
+    differentiate_statistics,
+    fake_loss,
+    fake_statistics,
+    fake_statistics_backward,
+    save,
+    save_statistics,
+)
 from kernels.linear_cross_entropy.triton_kernels import gradient_kernel, statistics_kernel, stored_gradient_kernel
 
 # Tile of a product: rows, vocabulary, model. Fixed, so that results do not depend on a tuning run.
@@ -99,16 +105,7 @@ def _gradient_of(
     return d_logits
 
 
-@_forward.register_fake
-def _(
-    hidden_RD: Tensor, weight_VD: Tensor, labels_R: Tensor, ignore_index: int, z_loss_weight: float, with_grad: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    d_hidden = torch.empty_like(hidden_RD) if with_grad else hidden_RD.new_empty(0)
-    d_weight = torch.empty_like(weight_VD) if with_grad else weight_VD.new_empty(0)
-    nll_R = hidden_RD.new_empty(labels_R.shape, dtype=torch.float32)
-    return hidden_RD.new_empty((), dtype=torch.float32), nll_R, d_hidden, d_weight
-
-
+_forward.register_fake(fake_loss)
 _forward.register_autograd(differentiate, setup_context=save)
 
 
@@ -125,12 +122,6 @@ def linear_cross_entropy_triton(
 def _statistics(hidden_RD: Tensor, weight_VD: Tensor, labels_R: Tensor, first_row: int) -> tuple[Tensor, Tensor]:
     """Log-sum-exp and label's logit [R] over this shard; no logits are written."""
     return _statistics_of(hidden_RD.contiguous(), weight_VD.contiguous(), labels_R.contiguous(), first_row, None)
-
-
-@_statistics.register_fake
-def _(hidden_RD: Tensor, weight_VD: Tensor, labels_R: Tensor, first_row: int) -> tuple[Tensor, Tensor]:
-    log_sum_R = hidden_RD.new_empty(labels_R.shape, dtype=torch.float32)
-    return log_sum_R, torch.empty_like(log_sum_R)
 
 
 @torch.library.custom_op("amfm::linear_statistics_triton_backward", mutates_args=())
@@ -166,30 +157,9 @@ def _statistics_backward(
     return d_hidden_RD, d_weight_VD.to(weight_VD.dtype)
 
 
-@_statistics_backward.register_fake
-def _(
-    d_log_sum_R: Tensor,
-    d_target_R: Tensor,
-    hidden_RD: Tensor,
-    weight_VD: Tensor,
-    labels_R: Tensor,
-    log_sum_R: Tensor,
-    first_row: int,
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(hidden_RD), torch.empty_like(weight_VD)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    hidden_RD, weight_VD, labels_R, ctx.first_row = inputs
-    ctx.save_for_backward(hidden_RD, weight_VD, labels_R, output[0])
-
-
-def _differentiate(ctx: Any, d_log_sum_R: Tensor, d_target_R: Tensor) -> tuple[Tensor | None, ...]:
-    d_hidden, d_weight = _statistics_backward(d_log_sum_R, d_target_R, *ctx.saved_tensors, ctx.first_row)
-    return d_hidden, d_weight, None, None
-
-
-_statistics.register_autograd(_differentiate, setup_context=_save)
+_statistics.register_fake(fake_statistics)
+_statistics_backward.register_fake(fake_statistics_backward)
+_statistics.register_autograd(differentiate_statistics(_statistics_backward), setup_context=save_statistics)
 
 
 def linear_statistics_triton(
