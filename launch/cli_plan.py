@@ -20,24 +20,32 @@ def plan(
     path: ConfigArgument,
     overrides: OverridesArgument = None,
     *,
-    gpus: Annotated[int, typer.Option(min=1, help="Accelerators, one data rank each.")],
+    gpus: Annotated[int, typer.Option(min=1, help="Accelerators, one rank each.")],
     gpu: Annotated[str, typer.Option(metavar="a100|h100|h200|b200|FILE.yaml", help="Which accelerator.")] = "h100",
     tokens: Annotated[float | None, typer.Option(help="Tokens of the run; default: as train.steps says.")] = None,
     margin: Annotated[
         float, typer.Option(min=0, max=1, help="Memory for fragmentation and small things, part of the rest.")
     ] = 0.1,
     overlap: Annotated[
-        float, typer.Option(min=0, max=1, help="Part of ZeRO-3's gathers that runs beside compute.")
+        float,
+        typer.Option(min=0, max=1, help="Part of ZeRO-3's gathers and of pipeline sends that runs beside compute."),
     ] = 0.5,
+    imbalance: Annotated[
+        float, typer.Option(min=1, help="Routed rows of the fullest rank over the mean, where experts are spread.")
+    ] = 1.0,
+    search: Annotated[
+        bool, typer.Option("--search", help="Rank layouts of all axes, not only ZeRO stages and micro-batch sizes.")
+    ] = False,
     picture: Annotated[
-        Path | None, typer.Option(metavar="OUT", help="Also draw memory by part: .png, .svg or .pdf.")
+        Path | None,
+        typer.Option(metavar="OUT", help="Also draw memory by part and the step by stream: .png, .svg or .pdf."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Say what a run needs before anything is rented: parameters, FLOPs, memory, time, and the layouts that fit."""
     from launch.plan import Assumptions, make_plan, plan_as_dict
     from launch.plan_hardware import load_hardware
-    from launch.plan_picture import check_picture, draw_memory
+    from launch.plan_picture import check_picture, draw_plan
     from pretrain.checks import load_checked
 
     hardware = load_hardware(gpu)
@@ -45,10 +53,11 @@ def plan(
         check_picture(picture)
     if tokens is not None and not tokens > 0:
         raise ValueError(f"--tokens {tokens:g} must be greater than 0; use 1e12, say")
-    assumptions = Assumptions(margin=margin, overlap=overlap)
-    made = make_plan(load_checked(path, overrides or [], world_size=gpus), hardware, gpus, assumptions, tokens=tokens)
+    assumptions = Assumptions(margin=margin, overlap=overlap, imbalance=imbalance)
+    config = load_checked(path, overrides or [], world_size=None if search else gpus)
+    made = make_plan(config, hardware, gpus, assumptions, tokens=tokens, search=search)
     if picture is not None:
-        draw_memory(made, assumptions, picture)
+        draw_plan(made, assumptions, picture)
         say(f"wrote {picture}")
     if as_json:
         print_json(plan_as_dict(made))
@@ -74,16 +83,27 @@ def print_plan(made: Plan, title: str) -> None:
     print_pairs(f"Memory of a rank, fullest in the {own.memory.phase}: {describe_layout(own)}", parts)
     step = own.step
     times = [(kind, f"{seconds:,.3f} s") for kind, seconds in step.compute.items()]
-    times += [("optimizer", f"{step.optimizer:,.3f} s"), ("reduction", f"{step.reduction:,.3f} s")]
+    times += [(f"communication, {axis}", f"{seconds:,.3f} s") for axis, seconds in step.communication.items()]
+    times += [("pipeline bubble", f"{step.bubble:,.3f} s")] if step.bubble else []
+    times += [
+        ("optimizer and sums of gradients", f"{step.optimizer:,.3f} s"),
+        ("reduction", f"{step.reduction:,.3f} s"),
+    ]
     times += [("gathers not hidden", f"{step.exposed_gathers:,.3f} s"), ("all", f"{step.total():,.3f} s")]
     times.append(("MFU", f"{own.mfu:.1%}"))
-    times.append(("tokens a day", f"{own.tokens_per_second * SECONDS_A_DAY:.3e}"))
     days = made.seconds() / SECONDS_A_DAY
+    times.append(("tokens a day", f"{made.tokens / days:.3e}"))
     times.append(
         ("whole run", f"{made.tokens:.3e} tokens, {days:,.1f} days, {days * 24 * own.layout.ranks:,.0f} GPU-hours")
     )
     print_pairs(f"A step on {own.layout.ranks} x {made.hardware.name}", times)
+    if len(made.stages) > 1:
+        print_stages(made)
     print_layouts(made)
+    if not made.is_own:
+        say(
+            f"amfm: the configuration's own layout does not suit {own.layout.ranks} ranks; shown is {describe_layout(own)}"
+        )
     advice = advise(made)
     if advice:
         say(f"amfm: {advice}")
@@ -110,9 +130,31 @@ def print_layouts(made: Plan) -> None:
     print_rows("Layouts, fastest first; then near misses", ("layout", "GiB", "s a step", "MFU", ""), rows)
 
 
+def print_stages(made: Plan) -> None:
+    """What each stage of the run takes."""
+    from launch.plan import SECONDS_A_DAY
+    from launch.plan_hardware import GIB
+
+    rows = [
+        (
+            entry.stage.name,
+            f"{entry.stage.num_tokens():.3e}",
+            f"{entry.stage.num_steps:,}",
+            f"{entry.stage.global_batch_size} x {entry.stage.sequence_length}",
+            f"{entry.estimate.memory.total() / GIB:,.1f}",
+            f"{entry.estimate.step.total():,.3f}",
+            f"{entry.estimate.mfu:.1%}",
+            f"{entry.seconds() / SECONDS_A_DAY:,.2f}",
+            entry.estimate.reason or "fits",
+        )
+        for entry in made.stages
+    ]
+    print_rows("Stages", ("stage", "tokens", "steps", "rows", "GiB", "s a step", "MFU", "days", ""), rows)
+
+
 def describe_layout(item: Estimate) -> str:
     """A layout as the settings that choose it."""
-    return f"zero_stage={item.layout.zero_stage} micro_batch_size={item.layout.micro_batch_size}"
+    return item.layout.describe()
 
 
 def add_verbs(app: typer.Typer) -> None:

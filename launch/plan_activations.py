@@ -32,12 +32,29 @@ class Storage:
     backend: str
 
 
-def block_bytes(config: ModelConfig, letter: str, storage: Storage) -> BlockBytes:
+@dataclass(frozen=True)
+class Split:
+    """How a rank's part of a block is smaller than the block: widths over `tensor` ranks, tokens between blocks over `stream`.
+
+    `tokens`: tensor ranks among which a router's tokens are cut. `is_spread`: experts live on other ranks, so rows are
+    copied on their way. `rows`: routed rows of the fullest rank over the mean.
+    """
+
+    tensor: int = 1
+    stream: int = 1
+    tokens: int = 1
+    is_spread: bool = False
+    rows: float = 1.0
+
+
+def block_bytes(config: ModelConfig, letter: str, storage: Storage, split: Split = Split()) -> BlockBytes:
     """Both kinds of bytes a token for one block of the pattern, its norm and residual stream included."""
     e = storage.element_bytes
     stream = FLOAT32_BYTES if config.residual_in_fp32 else e
-    # The summed stream and one number a row for the norm, then the normed input that the first product keeps.
-    kept = config.hidden_size * (stream + e) + FLOAT32_BYTES
+    # The summed stream and one number a row for the norm, then the normed input that the first product keeps: of cut
+    # tokens this rank's, because projections gather them again in backward. Routed experts keep all that they gathered.
+    tokens = 1 if letter == "E" else split.stream
+    kept = (config.hidden_size * stream + FLOAT32_BYTES) / split.stream + config.hidden_size * e / tokens
     if letter == "M":
         assert config.mamba is not None, "check_model was not called: model.mamba is missing"
         inner = _mamba_bytes(config.mamba, storage)
@@ -46,19 +63,21 @@ def block_bytes(config: ModelConfig, letter: str, storage: Storage) -> BlockByte
         inner = _attention_bytes(config.attention, storage)
     elif letter == "E":
         assert config.moe is not None, "check_model was not called: model.moe is missing"
-        inner = _moe_bytes(config.moe, config.hidden_size, storage)
+        inner = _moe_bytes(config.moe, config.hidden_size, storage, split)
     else:
         assert config.feed_forward is not None, "check_model was not called: model.feed_forward is missing"
         units = config.feed_forward.hidden_size
         rows = up_rows(units, config.feed_forward.activation)
         inner = BlockBytes((rows + units) * e, (rows + units) * e + units * FLOAT32_BYTES)
+    if letter != "E":
+        inner = BlockBytes(inner.kept / split.tensor, inner.working / split.tensor)
     # Gradients of the stream, of the block's input and of its normed input.
-    return BlockBytes(kept + inner.kept, inner.working + config.hidden_size * (stream + 2 * e))
+    return BlockBytes(kept + inner.kept, inner.working + config.hidden_size * (stream / split.stream + 2 * e))
 
 
-def recomputed_bytes(block: BlockBytes, config: ModelConfig, storage: Storage) -> BlockBytes:
+def recomputed_bytes(block: BlockBytes, config: ModelConfig, storage: Storage, stream_ranks: int = 1) -> BlockBytes:
     """The same block when its backward pass computes it again: the summed stream stays, the rest is there meanwhile."""
-    stream = config.hidden_size * (FLOAT32_BYTES if config.residual_in_fp32 else storage.element_bytes)
+    stream = config.hidden_size * (FLOAT32_BYTES if config.residual_in_fp32 else storage.element_bytes) / stream_ranks
     return BlockBytes(stream, block.kept - stream + block.working)
 
 
@@ -98,30 +117,35 @@ def _attention_bytes(attention: AttentionConfig, storage: Storage) -> BlockBytes
     return BlockBytes(kept, (2 * query + keys) * e + (query + keys) * FLOAT32_BYTES)
 
 
-def _moe_bytes(moe: MoeConfig, hidden_size: int, storage: Storage) -> BlockBytes:
+def _moe_bytes(moe: MoeConfig, hidden_size: int, storage: Storage, split: Split) -> BlockBytes:
     e, width = storage.element_bytes, moe.latent_size or hidden_size
     rows = up_rows(moe.expert_hidden_size, moe.activation)
     # Router logits and scores, ids and weights of the choices; the hidden rows of the chosen experts.
     kept = 3.0 * moe.num_experts * FLOAT32_BYTES + moe.top_k * (8 + 8 + 2 * FLOAT32_BYTES)
     if e < FLOAT32_BYTES:
         kept += hidden_size * FLOAT32_BYTES  # the router's input in float32
-    kept += moe.top_k * rows * e
     if moe.latent_size is not None:
         kept += 2 * moe.latent_size * e
+    kept /= split.tokens
+    # Either tokens or widths of the routed experts are cut over tensor ranks.
+    choices = moe.top_k * split.rows / split.tensor
+    kept += choices * rows * e
+    if split.is_spread:
+        kept += 2 * choices * width * e  # rows as they came, and results as they went back
     shared = moe.shared_expert_hidden_size
     shared_rows = up_rows(shared, moe.activation)
-    kept += (shared_rows + shared) * e
+    kept += (shared_rows + shared) * e / split.tensor
     # Rows and their gradients in expert order, hidden rows with activation and gradient, sums by token in float32.
-    working = moe.top_k * (3 * width * e + (rows + 3 * moe.expert_hidden_size) * e) + 2 * width * FLOAT32_BYTES
+    working = choices * (3 * width * e + (rows + 3 * moe.expert_hidden_size) * e) + 2 * width * FLOAT32_BYTES
     return BlockBytes(kept, working)
 
 
-def head_bytes(config: ModelConfig, storage: Storage, tokens: int) -> tuple[float, float]:
+def head_bytes(config: ModelConfig, storage: Storage, tokens: float, tensor: int = 1) -> tuple[float, float]:
     """(kept, working) bytes of the head for `tokens` tokens in one pass: the gradients that the loss makes in forward.
 
     Kept: gradients of hidden and weight. Working: a slice of float32 logits with its gradient, and the weight's sums.
     """
-    e, vocab, hidden = storage.element_bytes, config.vocab_size, config.hidden_size
+    e, vocab, hidden = storage.element_bytes, config.vocab_size // tensor, config.hidden_size
     backend = storage.backend
     rows = min(tokens, max(LOGITS_LEAST_ROWS[backend], LOGITS_SLICE[backend] // vocab))
     if backend == "triton":

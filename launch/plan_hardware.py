@@ -45,11 +45,15 @@ class Hardware(BaseModel):
         """Peak of products in the precision of training."""
         return self.bf16_flops if precision == "bf16" else self.float32_flops
 
-    def ring_bytes_per_second(self, ranks: int) -> float:
-        """What a ring over that many ranks carries: across nodes, all network cards of a node serve it at once."""
+    def ring_bytes_per_second(self, ranks: int, stride: int = 1) -> float:
+        """What a ring over that many ranks carries, each `stride` ranks from the last.
+
+        Across nodes, the network cards of a node serve all its rings at once: one has those of its own ranks there.
+        """
         inside = self.node_link_bytes_per_second
-        across = self.network_bytes_per_second * min(self.gpus_per_node, ranks)
-        return self.link_efficiency * (inside if ranks <= self.gpus_per_node else min(inside, across))
+        members = max(1, self.gpus_per_node // stride)
+        across = self.network_bytes_per_second * min(members, ranks)
+        return self.link_efficiency * (inside if ranks * stride <= self.gpus_per_node else min(inside, across))
 
 
 HARDWARE = {

@@ -1,35 +1,23 @@
 """Bytes that one rank needs for a step: what stays, and the fuller of two phases, the passes and the optimizer's step.
 
-Parallelism is data parallel with ZeRO 0-3 as `pretrain/engine.py` runs it. Gradients lie whole on every rank, in the
-dtype of the weights, until the last backward pass of a step (they are reduced once a step, at every stage), and with
-bf16 and several micro-batches a rank also as float32 sums. So ZeRO-2 and 3 spare no gradient memory here.
+Every pipeline stage is counted; the fullest one is what a device must hold. Gradients lie whole on every rank, in the
+dtype of the weights, until the last backward pass of a step (they are reduced once a step, at every ZeRO stage), and
+with bf16 and several micro-batches a rank also as float32 sums. So ZeRO-2 and 3 spare no gradient memory here.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from launch.plan_activations import FLOAT32_BYTES, Storage, block_bytes, head_bytes, recomputed_bytes
-from model.config import ModelConfig
-from model.flops import count_parameters
-from model.pattern import parse_pattern
+from launch.plan_activations import FLOAT32_BYTES, Split, Storage, block_bytes, head_bytes, recomputed_bytes
+from launch.plan_layout import Held, Layout, held_by_stages
 from pretrain.config import RunConfig
 from pretrain.recompute import recomputed_letters
 
-KINDS = {"M": "mamba", "*": "attention", "E": "moe", "-": "feed_forward"}
 BUCKET_ELEMENTS = 200_000_000  # of a reduction (pretrain/engine.py)
 STAGE0_BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's own all-reduce
 PREFETCH_ELEMENTS = 50_000_000  # that it gathers ahead
 LIVE_ELEMENTS = 1_000_000_000  # weights that ZeRO-3 keeps gathered
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How the run lies on the machine: data ranks, ZeRO stage, rows a forward pass."""
-
-    ranks: int
-    zero_stage: int
-    micro_batch_size: int
 
 
 @dataclass(frozen=True)
@@ -52,65 +40,100 @@ def storage_of(config: RunConfig, *, on_gpu: bool = True) -> Storage:
     return Storage(2 if config.train.precision == "bf16" else 4, "triton" if backend == "triton" else "torch")
 
 
-def estimate_memory(config: RunConfig, layout: Layout, storage: Storage, *, margin: float) -> Memory:
-    """Peak bytes of a rank. `margin` is the part of the rest that fragmentation and small things take."""
-    parameters = count_parameters(config.model).total
-    accumulates = config.train.global_batch_size > layout.micro_batch_size * layout.ranks
-    stays = lasting_bytes(parameters, layout, storage)
-    pass_parts = busiest_pass(config, layout, storage, accumulates=accumulates)
-    step_parts = step_bytes(parameters, layout, storage)
+def estimate_memory(
+    config: RunConfig, layout: Layout, storage: Storage, *, margin: float, imbalance: float = 1.0
+) -> Memory:
+    """Peak bytes of the fullest rank. `margin`: part of the rest for fragmentation and small things.
+
+    `imbalance`: routed rows of the fullest rank over the mean, where experts are spread.
+    """
+    stages = held_by_stages(config.model, layout, config.train.sequence_length)
+    found = [_estimate_stage(config, layout, storage, held, imbalance) for held in stages]
+    fullest = max(found, key=Memory.total)
+    parts = fullest.parts | {"margin": margin * fullest.total()}
+    return Memory({name: size for name, size in parts.items() if size > 0}, fullest.phase)
+
+
+def _estimate_stage(config: RunConfig, layout: Layout, storage: Storage, held: Held, imbalance: float) -> Memory:
+    stays = lasting_bytes(held, layout, storage)
+    pass_parts = busiest_pass(config, layout, storage, held, imbalance)
+    step_parts = step_bytes(held, layout, storage)
     phase = "passes" if sum(pass_parts.values()) >= sum(step_parts.values()) else "optimizer step"
-    parts = stays | (pass_parts if phase == "passes" else step_parts)
-    parts["margin"] = margin * sum(parts.values())
-    return Memory({name: size for name, size in parts.items() if size > 0}, phase)
+    place = f" of pipeline stage {held.stage}" if layout.pipeline > 1 else ""
+    return Memory(stays | (pass_parts if phase == "passes" else step_parts), f"{phase}{place}")
 
 
-def lasting_bytes(parameters: int, layout: Layout, storage: Storage) -> dict[str, float]:
+def lasting_bytes(held: Held, layout: Layout, storage: Storage) -> dict[str, float]:
     """Weights, float32 masters and moments, and buffers that live as long as the run."""
     e, stage = storage.element_bytes, layout.zero_stage
-    share = parameters / layout.ranks if stage else parameters
+    share = held.share(layout) if stage else held.parameters
     has_masters = stage > 0 or e < FLOAT32_BYTES
     return {
-        "weights": e * (share if stage == 3 else parameters),
+        "weights": e * (share if stage == 3 else held.parameters),
         "masters": FLOAT32_BYTES * share if has_masters else 0.0,
         "moments": 2 * FLOAT32_BYTES * share,
         "gradient share": e * share if stage == 3 else 0.0,
-        "reduction bucket": FLOAT32_BYTES * min(parameters, BUCKET_ELEMENTS) if stage == 3 else 0.0,
+        "reduction bucket": FLOAT32_BYTES * min(held.parameters, BUCKET_ELEMENTS) if stage == 3 else 0.0,
     }
 
 
-def busiest_pass(config: RunConfig, layout: Layout, storage: Storage, *, accumulates: bool) -> dict[str, float]:
-    """Parts at the fullest moment of forward and backward: activations shrink while gradients grow.
+def in_flight(layout: Layout, stage: int, micro_batches: int) -> float:
+    """Micro-batches whose activations a rank of a stage holds at once, in passes through all of its blocks.
 
-    With `accumulates` this is not the step's first micro-batch, so all gradients exist already.
+    1F1B: as many as stages follow, itself included; interleaved schedules begin with more pieces of a rank's blocks
+    (Narayanan et al. 2021, arXiv 2104.04473, section 2.2).
     """
-    model, tokens, e = config.model, layout.micro_batch_size * config.train.sequence_length, storage.element_bytes
-    letters = parse_pattern(model.pattern).letters
-    counts = count_parameters(model)
-    number = {letter: letters.count(letter) for letter in letters}
-    weights = {letter: counts.total_by_kind[KINDS[letter]] / number[letter] for letter in number}
-    sizes = {letter: block_bytes(model, letter, storage) for letter in number}
-    for letter in recomputed_letters(config):
-        sizes[letter] = recomputed_bytes(sizes[letter], model, storage)
+    following = layout.pipeline - stage
+    if layout.schedule == "1f1b":
+        return min(micro_batches, following)
+    pieces = 2 * (following - 1) + (layout.virtual_stages - 1) * layout.pipeline + 1
+    return min(micro_batches * layout.virtual_stages, pieces) / layout.virtual_stages
+
+
+def split_of(layout: Layout, imbalance: float) -> Split:
+    """How blocks are smaller on a rank of this layout."""
+    is_spread = layout.expert > 1
+    return Split(
+        tensor=layout.tensor,
+        stream=layout.stream_ranks,
+        tokens=layout.tensor if is_spread else layout.stream_ranks,
+        is_spread=is_spread,
+        rows=imbalance if is_spread else 1.0,
+    )
+
+
+def busiest_pass(config: RunConfig, layout: Layout, storage: Storage, held: Held, imbalance: float) -> dict[str, float]:
+    """Parts at the fullest moment of forward and backward: activations shrink while gradients grow."""
+    model, tokens, e = config.model, layout.tokens(config), storage.element_bytes
+    micro_batches = layout.micro_batches(config)
+    accumulates = micro_batches > 1  # then this is not the step's first micro-batch, and all gradients exist
+    kinds = set(held.letters)
+    split = split_of(layout, imbalance)
+    sizes = {letter: block_bytes(model, letter, storage, split) for letter in kinds}
+    for letter in recomputed_letters(config) & kinds:
+        sizes[letter] = recomputed_bytes(sizes[letter], model, storage, layout.stream_ranks)
     gradient_bytes = e + (FLOAT32_BYTES if accumulates and e < FLOAT32_BYTES else 0)
-    whole = counts.total * gradient_bytes
-    kept_head, working_head = head_bytes(model, storage, tokens)
-    activations: float = tokens * sum(sizes[letter].kept for letter in letters)
-    gathered = gathered_bytes(model, layout, storage, max(weights.values()))
+    whole = held.parameters * gradient_bytes
+    block_gradients = whole / max(1, len(held.letters))
+    kept_head, working_head = head_bytes(model, storage, tokens, layout.tensor) if held.has_head else (0.0, 0.0)
+    one_pass = tokens * sum(sizes[letter].kept for letter in held.letters)
+    others = one_pass * (in_flight(layout, held.stage, micro_batches) - 1)
+    activations: float = one_pass
+    gathered = gathered_bytes(layout, storage, held)
 
     def moment(kept: float, working: float, gradients: float, logits: float) -> dict[str, float]:
         return {
             "gradients": gradients,
-            "activations": kept,
+            "activations": kept + others,
             "working space": working,
             "logits": logits,
             "gathered weights": gathered,
         }
 
     best = moment(activations, 0.0, whole if accumulates else 0.0, kept_head + working_head)
-    made: float = model.vocab_size * model.hidden_size * e
-    for letter in reversed(letters):
-        made += weights[letter] * gradient_bytes
+    made: float = model.vocab_size * model.hidden_size * e / layout.tensor * held.has_head
+    for letter in reversed(held.letters):
+        made += block_gradients
         gradients = whole if accumulates else min(made, whole)
         found = moment(activations, tokens * sizes[letter].working, gradients, 0.0)
         if sum(found.values()) > sum(best.values()):
@@ -119,32 +142,31 @@ def busiest_pass(config: RunConfig, layout: Layout, storage: Storage, *, accumul
     return best
 
 
-def gathered_bytes(model: ModelConfig, layout: Layout, storage: Storage, largest_block: float) -> float:
+def gathered_bytes(layout: Layout, storage: Storage, held: Held) -> float:
     """Whole weights that ZeRO-3 holds besides the shares."""
     if layout.zero_stage != 3:
         return 0.0
-    parameters = count_parameters(model).total
     # Several ranks' parts arrive in one buffer and are copied out of it, tensor by tensor.
-    arriving = min(parameters, PREFETCH_ELEMENTS) if layout.ranks > 1 else 0
-    return storage.element_bytes * (min(parameters, LIVE_ELEMENTS + largest_block) + arriving)
+    arriving = min(held.parameters, PREFETCH_ELEMENTS) if layout.dense_sharers > 1 else 0
+    return storage.element_bytes * (min(held.parameters, LIVE_ELEMENTS + held.largest_block) + arriving)
 
 
-def step_bytes(parameters: int, layout: Layout, storage: Storage) -> dict[str, float]:
+def step_bytes(held: Held, layout: Layout, storage: Storage) -> dict[str, float]:
     """Parts while gradients are reduced and AdamW runs: activations are gone."""
-    e, stage = storage.element_bytes, layout.zero_stage
+    e, stage, parameters = storage.element_bytes, layout.zero_stage, held.parameters
     bucket = min(parameters, BUCKET_ELEMENTS if stage else STAGE0_BUCKET_ELEMENTS)
     whole = e * parameters
     if stage == 0:
         copies = FLOAT32_BYTES * parameters if e < FLOAT32_BYTES else 0.0
         buffers = float(bucket) * (e + FLOAT32_BYTES)  # gradients joined, and what is sent
         return {"gradients": whole + copies, "communication": max(0.0, buffers - copies)}
-    share = parameters / layout.ranks
+    share = held.share(layout)
     if stage == 3:
-        buffers = bucket * FLOAT32_BYTES if layout.ranks > 1 else 0.0
+        buffers = bucket * FLOAT32_BYTES if layout.dense_sharers > 1 else 0.0
         stepping = FLOAT32_BYTES * share if e < FLOAT32_BYTES else 0.0
         return {"gradients": max(whole, stepping), "communication": buffers}
     reducing = whole + e * share + 2 * bucket * FLOAT32_BYTES
-    stepping = whole / layout.ranks + 2 * e * share + (FLOAT32_BYTES * share if e < FLOAT32_BYTES else 0.0)
+    stepping = e * share + 2 * e * share + (FLOAT32_BYTES * share if e < FLOAT32_BYTES else 0.0)
     if reducing >= stepping:
         return {"gradients": whole + e * share, "communication": 2.0 * bucket * FLOAT32_BYTES}
     return {"gradients": stepping, "communication": 0.0}

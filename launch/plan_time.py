@@ -3,8 +3,8 @@
 Roofline: an operation takes the longer of its arithmetic at a stated part of the peak and its bytes at a stated part of
 the bandwidth (Williams et al. 2009, "Roofline", section 3). Ring collectives over N ranks move (N - 1) / N of the bytes
 once for a gather or scatter and twice for an all-reduce (Thakur et al. 2005, "Optimization of Collective Communication
-Operations in MPICH", section 3). Routing is dropless and experts are not spread over ranks, so how unevenly tokens
-choose experts changes neither a rank's arithmetic nor its memory.
+Operations in MPICH", section 3). A pipeline waits (stages - 1) / pieces a rank micro-batches long, a third of that where
+the schedule cuts backward passes in two (Qi et al. 2023, arXiv 2401.10241, section 2).
 """
 
 from __future__ import annotations
@@ -12,27 +12,34 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from launch.plan_activations import FLOAT32_BYTES, Storage, up_rows
+from launch.plan_communication import pass_seconds, ring_seconds
 from launch.plan_hardware import Hardware
-from launch.plan_memory import BUCKET_ELEMENTS, KINDS, Layout
+from launch.plan_layout import KINDS, Held, Layout, held_by_stages
+from launch.plan_memory import BUCKET_ELEMENTS
 from model.config import ModelConfig
-from model.flops import count_parameters
-from model.pattern import parse_pattern
 from pretrain.config import RunConfig
 from pretrain.recompute import recomputed_letters
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one optimizer step by part; `exposed_gathers` is what compute does not hide."""
+    """Seconds of one optimizer step of the slowest pipeline stage, by part.
+
+    `communication`: inside the passes, by axis. `bubble`: waiting for other stages. `exposed_gathers` is what compute
+    does not hide of ZeRO-3's.
+    """
 
     compute: dict[str, float]
+    communication: dict[str, float]
+    bubble: float
     optimizer: float
     reduction: float
     exposed_gathers: float
 
     def total(self) -> float:
         """The whole step."""
-        return sum(self.compute.values()) + self.optimizer + self.reduction + self.exposed_gathers
+        passes = sum(self.compute.values()) + sum(self.communication.values())
+        return passes + self.bubble + self.optimizer + self.reduction + self.exposed_gathers
 
 
 class Roofline:
@@ -68,50 +75,55 @@ class Roofline:
         self.seconds += (self.forwards + 2) / 3 * moved / self.bandwidth
 
 
-def block_seconds(config: RunConfig, letter: str, tokens: int, hardware: Hardware, storage: Storage) -> float:
-    """Forward and backward seconds of one block for a micro-batch of `tokens` tokens."""
-    model, e = config.model, storage.element_bytes
+def block_seconds(
+    config: RunConfig, letter: str, layout: Layout, hardware: Hardware, storage: Storage, imbalance: float
+) -> float:
+    """Forward and backward seconds of a rank's part of one block for a micro-batch."""
+    model, e, tokens, tensor = config.model, storage.element_bytes, layout.tokens(config), layout.tensor
     forwards = 2 if letter in recomputed_letters(config) else 1
     line = Roofline(hardware, config.train.precision, e, forwards)
     # The norm with its residual: two tensors read and two written; backward reads three and writes two.
-    line.passes(9 * tokens * model.hidden_size * e)
+    line.passes(9 * tokens / layout.stream_ranks * model.hidden_size * e)
     if letter == "M":
-        _add_mamba(line, model, tokens)
+        _add_mamba(line, model, tokens, tensor)
     elif letter == "*":
-        _add_attention(line, model, tokens, config.train.sequence_length)
+        _add_attention(line, model, tokens, tensor, config.train.sequence_length)
     elif letter == "E":
-        _add_moe(line, model, tokens)
+        _add_moe(line, model, tokens, layout, imbalance)
     else:
         assert model.feed_forward is not None, "check_model was not called: model.feed_forward is missing"
         feed_forward = model.feed_forward
-        _add_feed_forward(line, tokens, model.hidden_size, feed_forward.hidden_size, feed_forward.activation)
+        units = feed_forward.hidden_size / tensor
+        _add_feed_forward(line, tokens, model.hidden_size, units, feed_forward.activation)
     return line.seconds
 
 
-def _add_feed_forward(line: Roofline, rows: float, width: int, units: int, activation: str, groups: int = 1) -> None:
-    up = up_rows(units, activation)
+def _add_feed_forward(line: Roofline, rows: float, width: int, units: float, activation: str, groups: int = 1) -> None:
+    up = up_rows(1, activation) * units
     line.product(rows, width, up, groups=groups)
     line.product(rows, units, width, groups=groups)
     line.passes(rows * (3 * up + 2 * units) * line.element_bytes)
 
 
-def _add_mamba(line: Roofline, model: ModelConfig, tokens: int) -> None:
+def _add_mamba(line: Roofline, model: ModelConfig, tokens: float, tensor: int) -> None:
     assert model.mamba is not None, "check_model was not called: model.mamba is missing"
     mamba, e = model.mamba, line.element_bytes
-    inner, channels = mamba.inner_size(), mamba.conv_channels()
-    line.product(tokens, model.hidden_size, inner + channels + mamba.num_heads)
+    inner, groups = mamba.inner_size() / tensor, max(1, mamba.num_groups / tensor)
+    channels = inner + 2 * groups * mamba.state_size
+    line.product(tokens, model.hidden_size, inner + channels + mamba.num_heads / tensor)
     line.product(tokens, inner, model.hidden_size)
     line.passes(tokens * channels * 5 * e + tokens * inner * 8 * e)  # convolution, gated norm
     # Scores once a group, their product with x, and the state's way in and out.
-    scan = 2 * mamba.chunk_size * (mamba.num_groups * mamba.state_size + inner) + 4 * inner * mamba.state_size
+    scan = 2 * mamba.chunk_size * (groups * mamba.state_size + inner) + 4 * inner * mamba.state_size
     states = FLOAT32_BYTES * inner * mamba.state_size / mamba.chunk_size
     line.mixing(tokens * scan, tokens * ((channels + inner) * e + states))
 
 
-def _add_attention(line: Roofline, model: ModelConfig, tokens: int, sequence_length: int) -> None:
+def _add_attention(line: Roofline, model: ModelConfig, tokens: float, tensor: int, sequence_length: int) -> None:
     assert model.attention is not None, "check_model was not called: model.attention is missing"
     attention, e = model.attention, line.element_bytes
-    query, keys = attention.num_heads * attention.head_dim, attention.num_kv_heads * attention.head_dim
+    query = attention.num_heads / tensor * attention.head_dim
+    keys = max(1, attention.num_kv_heads / tensor) * attention.head_dim
     line.product(tokens, model.hidden_size, query + 2 * keys)
     line.product(tokens, query, model.hidden_size)
     if attention.qk_norm or attention.positions == "rope":
@@ -119,81 +131,122 @@ def _add_attention(line: Roofline, model: ModelConfig, tokens: int, sequence_len
     line.mixing(tokens * 4 * (sequence_length + 1) / 2 * query, tokens * (2 * query + 2 * keys) * e)
 
 
-def _add_moe(line: Roofline, model: ModelConfig, tokens: int) -> None:
+def _add_moe(line: Roofline, model: ModelConfig, tokens: float, layout: Layout, imbalance: float) -> None:
     assert model.moe is not None, "check_model was not called: model.moe is missing"
     moe, e, hidden = model.moe, line.element_bytes, model.hidden_size
-    width, rows = moe.latent_size or hidden, tokens * moe.top_k
-    line.product(tokens, hidden, moe.num_experts, wide=True)
-    line.passes(6 * tokens * moe.num_experts * FLOAT32_BYTES)
+    width, is_spread = moe.latent_size or hidden, layout.expert > 1
+    routed = tokens / (layout.tensor if is_spread else layout.stream_ranks)  # whose router runs here
+    line.product(routed, hidden, moe.num_experts, wide=True)
+    line.passes(6 * routed * moe.num_experts * FLOAT32_BYTES)
     if moe.latent_size is not None:
-        line.product(tokens, hidden, width)
-        line.product(tokens, width, hidden)
-    _add_feed_forward(line, rows, width, moe.expert_hidden_size, moe.activation, groups=moe.num_experts)
+        line.product(routed, hidden, width)
+        line.product(routed, width, hidden)
+    # Spread experts: this rank's tokens' worth of rows, gathered over the ranks that cut an expert's width.
+    rows = tokens * moe.top_k
+    if is_spread:
+        rows *= imbalance * layout.expert_tensor / layout.tensor
+    units = moe.expert_hidden_size / layout.width_ranks
+    _add_feed_forward(line, rows, width, units, moe.activation, groups=moe.num_experts // layout.expert)
     line.passes(rows * width * (4 * e + 2 * FLOAT32_BYTES))  # into expert order, back, and both gradients
     if moe.shared_expert_hidden_size:
-        _add_feed_forward(line, tokens, hidden, moe.shared_expert_hidden_size, moe.activation)
+        _add_feed_forward(line, tokens, hidden, moe.shared_expert_hidden_size / layout.tensor, moe.activation)
 
 
-def head_seconds(config: RunConfig, tokens: int, hardware: Hardware, storage: Storage) -> float:
+def head_seconds(config: RunConfig, layout: Layout, hardware: Hardware, storage: Storage) -> float:
     """Final norm, logits, loss and both gradients; logits pass through memory in float32."""
-    model = config.model
+    model, tokens = config.model, layout.tokens(config)
+    vocab = model.vocab_size / layout.tensor
     line = Roofline(hardware, config.train.precision, storage.element_bytes)
-    line.product(tokens, model.hidden_size, model.vocab_size)
-    line.passes(4 * FLOAT32_BYTES * tokens * model.vocab_size + 9 * tokens * model.hidden_size * storage.element_bytes)
+    line.product(tokens, model.hidden_size, vocab)
+    line.passes(4 * FLOAT32_BYTES * tokens * vocab + 9 * tokens * model.hidden_size * storage.element_bytes)
     return line.seconds
 
 
 def estimate_step(
-    config: RunConfig, layout: Layout, hardware: Hardware, storage: Storage, *, overlap: float
+    config: RunConfig,
+    layout: Layout,
+    hardware: Hardware,
+    storage: Storage,
+    *,
+    overlap: float,
+    imbalance: float = 1.0,
 ) -> StepTime:
-    """Seconds of one step of a rank. `overlap`: part of ZeRO-3's gathers that may run beside compute.
+    """Seconds of one step. `overlap`: part of ZeRO-3's gathers and of a pipeline's sends that may run beside compute.
 
     Reductions come after the last backward pass, so nothing hides them.
     """
-    train, e = config.train, storage.element_bytes
-    passes = train.global_batch_size // (layout.micro_batch_size * layout.ranks)
-    tokens = layout.micro_batch_size * train.sequence_length
-    letters = parse_pattern(config.model.pattern).letters
-    compute = {
-        KINDS[letter]: passes * letters.count(letter) * block_seconds(config, letter, tokens, hardware, storage)
-        for letter in dict.fromkeys(letters)
+    stages = held_by_stages(config.model, layout, config.train.sequence_length)
+    block = {
+        letter: block_seconds(config, letter, layout, hardware, storage, imbalance)
+        for letter in {letter for held in stages for letter in held.letters}
     }
-    compute["head"] = passes * head_seconds(config, tokens, hardware, storage)
-    parameters = count_parameters(config.model).total
+    found = [_estimate_stage(config, layout, hardware, storage, held, block, overlap) for held in stages]
+    return max(found, key=StepTime.total)
+
+
+def _estimate_stage(
+    config: RunConfig,
+    layout: Layout,
+    hardware: Hardware,
+    storage: Storage,
+    held: Held,
+    block: dict[str, float],
+    overlap: float,
+) -> StepTime:
+    passes = layout.micro_batches(config)
+    compute = {
+        KINDS[letter]: passes * held.letters.count(letter) * block[letter] for letter in dict.fromkeys(held.letters)
+    }
+    if held.has_head:
+        compute["head"] = passes * head_seconds(config, layout, hardware, storage)
+    one_pass = pass_seconds(config, layout, hardware, storage, held, overlap=overlap)
+    communication = {axis: passes * seconds for axis, seconds in one_pass.items() if seconds}
+    busy = (sum(compute.values()) + sum(communication.values())) / passes
+    bubble = (layout.pipeline - 1) / layout.virtual_stages * busy / (3 if layout.schedule == "zero_bubble" else 1)
     gathers = 0.0
     if layout.zero_stage == 3:
         # Forward and backward of each micro-batch, block by block.
-        gathers = 2 * passes * ring_seconds(e * parameters, layout.ranks, hardware, calls=len(letters))
+        moved = storage.element_bytes * held.parameters
+        gathers = 2 * passes * ring_seconds(moved, layout.dense_sharers, hardware, calls=len(held.letters))
     hidden = min(gathers * overlap, sum(compute.values()))
     return StepTime(
-        compute, optimizer_seconds(parameters, passes, layout, hardware, storage),
-        reduction_seconds(parameters, layout, hardware, storage), gathers - hidden,
-    )  # fmt: skip
+        compute,
+        communication,
+        bubble,
+        optimizer_seconds(held, passes, layout, hardware, storage),
+        reduction_seconds(held, layout, hardware, storage),
+        gathers - hidden,
+    )
 
 
-def optimizer_seconds(parameters: int, passes: int, layout: Layout, hardware: Hardware, storage: Storage) -> float:
+def optimizer_seconds(held: Held, passes: int, layout: Layout, hardware: Hardware, storage: Storage) -> float:
     """Float32 sums of bf16 gradients, the check for finite ones, and AdamW on this rank's share."""
-    e, share = storage.element_bytes, parameters / (layout.ranks if layout.zero_stage else 1)
+    e, parameters = storage.element_bytes, held.parameters
+    share = held.share(layout) if layout.zero_stage else parameters
     moved = e * parameters + (7 * FLOAT32_BYTES + e) * share
     if e < FLOAT32_BYTES and passes > 1:
         moved += passes * (2 * e + 2 * FLOAT32_BYTES) * parameters
     return moved / (hardware.memory_bytes_per_second * hardware.memory_efficiency)
 
 
-def reduction_seconds(parameters: int, layout: Layout, hardware: Hardware, storage: Storage) -> float:
+def reduction_seconds(held: Held, layout: Layout, hardware: Hardware, storage: Storage) -> float:
     """Gradients, in float32: an all-reduce at stages 0 to 2, a scatter at 3; then weights gathered at 1 and 2."""
-    calls = -(-parameters // BUCKET_ELEMENTS)
-    scatter = ring_seconds(FLOAT32_BYTES * parameters, layout.ranks, hardware, calls=calls)
-    if layout.zero_stage == 3:
-        return scatter
-    gather = ring_seconds(storage.element_bytes * parameters, layout.ranks, hardware, calls=calls)
-    return 2 * scatter + (gather if layout.zero_stage else 0.0)
-
-
-def ring_seconds(moved: float, ranks: int, hardware: Hardware, *, calls: int) -> float:
-    """A gather or scatter of `moved` bytes in all, in `calls` collectives."""
-    if ranks == 1:
-        return 0.0
-    return (
-        moved * (ranks - 1) / ranks / hardware.ring_bytes_per_second(ranks) + calls * (ranks - 1) * hardware.hop_seconds
+    seconds = 0.0
+    groups = (
+        (held.dense, layout.dense_sharers, layout.tensor),
+        (
+            held.routed,
+            layout.expert_sharers,
+            layout.expert * layout.width_ranks,
+        ),
     )
+    for parameters, ranks, stride in groups:
+        calls = int(-(-parameters // BUCKET_ELEMENTS))
+        scatter = ring_seconds(FLOAT32_BYTES * parameters, ranks, hardware, calls=calls, stride=stride)
+        if layout.zero_stage == 3:
+            seconds += scatter
+            continue
+        moved = storage.element_bytes * parameters
+        gather = ring_seconds(moved, ranks, hardware, calls=calls, stride=stride)
+        seconds += 2 * scatter + (gather if layout.zero_stage else 0.0)
+    return seconds

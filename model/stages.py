@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from model.config import ModelConfig
 from model.flops import block_flops, head_flops
@@ -32,6 +33,7 @@ def whole_piece(config: ModelConfig) -> Piece:
     return Piece(0, len(parse_pattern(config.pattern).letters), is_first=True, is_last=True)
 
 
+@lru_cache(maxsize=256)
 def cut_pieces(config: ModelConfig, num_pieces: int, sequence_length: int) -> tuple[Piece, ...]:
     """The pieces of a pipeline in order: at each `|` of the pattern, else so that the costliest costs least.
 

@@ -12,7 +12,8 @@ import sys
 
 import torch
 
-from launch.plan_memory import Layout, estimate_memory, storage_of
+from launch.plan_layout import Layout
+from launch.plan_memory import estimate_memory, storage_of
 from model.groups import ProcessGroupCollection
 from model.hybrid import HybridModel
 from model.packing import PackMeta
@@ -69,7 +70,7 @@ def main() -> None:
     """Print one JSON object on the main rank: layout, predicted and measured bytes."""
     config = load_checked(sys.argv[1], sys.argv[2:])
     ranks, before, peak = measure(config)
-    layout = Layout(ranks, config.parallel.zero_stage, config.train.micro_batch_size)
+    layout = Layout.of(config, ranks)
     memory = estimate_memory(config, layout, storage_of(config, on_gpu=False), margin=0.0)
     print(
         json.dumps(

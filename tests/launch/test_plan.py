@@ -9,9 +9,11 @@ import pytest
 
 from launch.cli import run
 from launch.plan import Assumptions, advise, make_plan, plan_as_dict
+from launch.plan_communication import all_to_all_seconds, ring_seconds
 from launch.plan_hardware import HARDWARE, load_hardware
-from launch.plan_memory import Layout, estimate_memory, storage_of
-from launch.plan_time import estimate_step, ring_seconds
+from launch.plan_layout import Layout, held_by_stages
+from launch.plan_memory import estimate_memory, in_flight, storage_of
+from launch.plan_time import estimate_step
 from model.flops import count_parameters, flops_per_token
 from model.pattern import parse_pattern
 from pretrain.checks import load_checked
@@ -121,6 +123,86 @@ def test_a_ring_across_nodes_is_bound_by_the_network():
     assert across == pytest.approx(1e12 * 15 / 16 / (0.8 * 400e9), rel=1e-3)
 
 
+LAYOUTS = [
+    Layout(8, 1, 1),
+    Layout(64, 1, 1, tensor=4, sequence_parallel=True),
+    Layout(64, 1, 1, tensor=2, expert=8, pipeline=2),
+    Layout(64, 1, 1, tensor=4, expert=4, expert_tensor=2, pipeline=4, virtual_stages=2, schedule="interleaved"),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_parts_of_all_ranks_make_the_model(layout):
+    model = preset("nemotron3_nano_30b").model
+    held = held_by_stages(model, layout, 4096)
+    assert len(held) == layout.pipeline
+    total = sum(
+        entry.dense * layout.tensor
+        + entry.routed * (layout.expert * layout.expert_tensor if layout.expert > 1 else layout.tensor)
+        for entry in held
+    )
+    # Without an expert axis experts are cut over the tensor ranks.
+    assert total == pytest.approx(count_parameters(model).total, rel=1e-6)
+    assert sum(len(entry.letters) for entry in held) == len(parse_pattern(model.pattern).letters)
+
+
+def test_pipelines_hold_what_their_schedule_has_in_flight():
+    plain, interleaved = (
+        Layout(4, 1, 1, pipeline=4),
+        Layout(4, 1, 1, pipeline=4, virtual_stages=2, schedule="interleaved"),
+    )
+    assert [in_flight(plain, stage, 8) for stage in range(4)] == [4, 3, 2, 1]
+    assert in_flight(plain, 0, 2) == 2
+    assert [in_flight(interleaved, stage, 8) for stage in range(4)] == [5.5, 4.5, 3.5, 2.5]
+
+
+def test_an_axis_takes_its_part_of_memory_and_adds_its_exchange():
+    config = preset("ladder_8b_a1b", "train.global_batch_size=512")
+    storage = storage_of(config)
+    alone = estimate_memory(config, Layout(64, 1, 1), storage, margin=0.0).parts
+    cut = estimate_memory(
+        config, Layout(64, 1, 1, tensor=4, sequence_parallel=True, expert_tensor=4), storage, margin=0.0
+    )
+    assert cut.parts["weights"] == pytest.approx(alone["weights"] / 4)
+    assert alone["activations"] / 4 < cut.parts["activations"] < 0.5 * alone["activations"]
+    spread = estimate_memory(config, Layout(64, 1, 1, expert=8), storage, margin=0.0, imbalance=1.0)
+    uneven = estimate_memory(config, Layout(64, 1, 1, expert=8), storage, margin=0.0, imbalance=2.0)
+    assert spread.parts["weights"] < 0.3 * alone["weights"]
+    assert uneven.total() > spread.total()
+    for layout, axis in (
+        (Layout(64, 1, 1, tensor=4, sequence_parallel=True, expert_tensor=4), "tensor"),
+        (Layout(64, 1, 1, expert=8), "expert"),
+        (Layout(64, 1, 1, context=2), "context"),
+    ):
+        assert set(estimate_step(config, layout, H100, storage, overlap=0.5).communication) == {axis}
+    staged = estimate_step(config, Layout(64, 1, 1, pipeline=4), H100, storage, overlap=0.5)
+    busy = sum(staged.compute.values()) + sum(staged.communication.values())
+    assert staged.bubble == pytest.approx(3 * busy / (512 / 16))
+
+
+def test_all_to_all_is_bound_by_the_network_once_it_leaves_the_node():
+    assert all_to_all_seconds(1e9, 1, H100) == 0
+    assert all_to_all_seconds(8e9, 8, H100) == pytest.approx(7e9 / 450e9 / 0.8, rel=1e-3)
+    assert all_to_all_seconds(64e9, 64, H100) == pytest.approx(56e9 / 50e9 / 0.8, rel=1e-3)
+
+
+def test_a_search_over_all_axes_finds_what_zero_alone_cannot_fit(capsys):
+    arguments = ["plan", str(CONFIGS / "turbos_560b.yaml"), "--gpus", "2048", "--search", "--json"]
+    assert run(arguments) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] and found["layouts"]
+    seconds = [item["step"]["seconds"] for item in found["layouts"]]
+    assert seconds == sorted(seconds)
+    best = found["layouts"][0]["parallel"]
+    overrides = [f"parallel.{name}={str(value).lower()}" for name, value in best.items()]
+    overrides.append(f"train.micro_batch_size={found['layouts'][0]['train']['micro_batch_size']}")
+    config = preset("turbos_560b", *overrides, ranks=2048)  # obeys every rule of a run
+    assert config.parallel.tensor == best["tensor"]
+    assert [stage["name"] for stage in found["stages"]] == ["pretraining", "annealing", "context_32k", "context_256k"]
+    assert found["run"]["days"] == pytest.approx(sum(stage["days"] for stage in found["stages"]))
+    assert all("of 79.1" in item["reason"] for item in found["near_misses"])
+
+
 def test_layouts_fit_are_ranked_and_near_misses_say_why():
     plan = plan_of("ladder_8b_a1b", ranks=64)
     seconds = [item.step.total() for item in plan.layouts]
@@ -135,7 +217,7 @@ def test_layouts_fit_are_ranked_and_near_misses_say_why():
 def test_what_zero_cannot_fit_is_said_plainly(name):
     plan = plan_of(name, ranks=1024)
     assert plan.layouts == ()
-    assert "tensor, expert or pipeline parallelism, which this version does not have" in advise(plan)
+    assert "cut the model by parallel.tensor, expert or pipeline; --search finds how" in advise(plan)
 
 
 def test_a_model_whose_rows_are_what_does_not_fit_is_told_so():
