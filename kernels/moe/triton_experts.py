@@ -22,7 +22,9 @@ from kernels.moe.triton_kernels import (
     sum_choices_kernel,
     up_kernel,
 )
+from kernels.tuning import Config, config_for
 
+# The fixed warps and stages of a product; others are candidates (`_config`).
 OPTIONS = {"num_warps": 8, "num_stages": 3}
 OUTER_TILE = (
     {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32} if INTERPRETED else {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}
@@ -43,6 +45,15 @@ def narrow_tile(rows: int, experts: int) -> dict[str, int]:
     return {**tile, "BLOCK_N": min(tile["BLOCK_N"], 64)}
 
 
+def _config(kernel: str, tile: dict[str, int], x: Tensor) -> Config:
+    """Configuration of a product: its tile's height and width stay, what it takes of the inner size at a time may not."""
+    halved = {**tile, "BLOCK_K": max(16, tile["BLOCK_K"] // 2)}
+    candidates = [tile | OPTIONS]
+    candidates += [tile | {"num_warps": warps, "num_stages": stages} for warps, stages in ((8, 4), (4, 3))]
+    candidates += [halved | {"num_warps": warps, "num_stages": 4} for warps in (8, 4)]
+    return config_for(kernel, (x.dtype, tile["BLOCK_M"], tile["BLOCK_N"]), candidates, x.device)
+
+
 def _tile_bound(rows: int, experts: int, tile: dict[str, int]) -> int:
     """Most tiles that `rows` sorted rows can need: each expert wastes less than one."""
     return triton.cdiv(rows, tile["BLOCK_M"]) + min(experts, rows)
@@ -56,7 +67,8 @@ def _product(x: Tensor, weight_EBA: Tensor, order: Tensor | None, offsets_E: Ten
     grid = (_tile_bound(rows, experts, tile) * triton.cdiv(columns, tile["BLOCK_N"]),)
     grouped_product_kernel[grid](
         x, weight_EBA, y, order, offsets_E, experts, columns, inner, choices, *weight_EBA.stride(),
-        GATHER=order is not None, DOT=dot_dtype(x.dtype), EXPERTS=triton.next_power_of_2(experts), **tile, **OPTIONS,
+        GATHER=order is not None, DOT=dot_dtype(x.dtype), EXPERTS=triton.next_power_of_2(experts),
+        **_config("experts_product", tile, x),
     )  # fmt: skip
     return y
 
@@ -71,7 +83,7 @@ def _outer(
     grouped_outer_kernel[grid](
         left, right, result, order, offsets_E, lefts, rights, choices,
         GATHER_LEFT=gather_left and order is not None, GATHER_RIGHT=not gather_left and order is not None,
-        DOT=dot_dtype(left.dtype), **OUTER_TILE, **OPTIONS,
+        DOT=dot_dtype(left.dtype), **_config("experts_outer", OUTER_TILE, left),
     )  # fmt: skip
     return result
 
@@ -116,7 +128,7 @@ def _forward(
     up_kernel[(_tile_bound(rows, experts, tile) * triton.cdiv(width, tile["BLOCK_N"]),)](
         x_RD, up_EFD, hidden, active, weights_RK, order, offsets_E, experts, width, model, choices,
         SWIGLU=swiglu, GATHER=order is not None, DOT=dot_dtype(x_RD.dtype),
-        EXPERTS=triton.next_power_of_2(experts), **tile, **OPTIONS,
+        EXPERTS=triton.next_power_of_2(experts), **_config("experts_up_swiglu" if swiglu else "experts_up", tile, x_RD),
     )  # fmt: skip
     y_SD = _product(active, down_EDF, None, offsets_E, rows, choices)
     return _sum_choices(y_SD, inverse, x_RD.shape[0], choices), hidden
@@ -166,7 +178,7 @@ def _backward(
         d_y, down_EDF, hidden, d_hidden, active, weights_RK, partials, order, offsets_E,
         experts, rows, width, model, choices,
         SWIGLU=swiglu, GATHER=order is not None, DOT=dot_dtype(x_RD.dtype),
-        EXPERTS=triton.next_power_of_2(experts), **tile, **OPTIONS,
+        EXPERTS=triton.next_power_of_2(experts), **_config("experts_down_backward_swiglu" if swiglu else "experts_down_backward", tile, x_RD),
     )  # fmt: skip
     d_down = _outer(d_y, active, order, offsets_E, choices, gather_left=True)
     d_up = _outer(d_hidden, x_RD, order, offsets_E, choices, gather_left=False)
