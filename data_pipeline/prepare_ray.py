@@ -66,7 +66,7 @@ def _start_ray(ray: Any, address: str | None, num_cpus: int) -> None:
         options |= {"num_cpus": num_cpus, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     package_root = str(Path(__file__).resolve().parent.parent)
     job = ray.job_config.JobConfig(code_search_path=[package_root])
-    ray.init(address=address, job_config=job, **options)
+    ray.init(address=address or "local", job_config=job, **options)  # None would find a cluster that runs here
 
 
 class _Dispatcher:

@@ -121,3 +121,10 @@ def test_actors_that_cannot_start_are_one_message(reference, cluster, tmp_path, 
     (unit, *_) = make_units("web", plan_source(reference.sources[0], reference), settings)
     with pytest.raises(RuntimeError, match=r"can't start on the Ray cluster .* need this package and its requirements"):
         list(run_on_ray([unit], tmp_path, tokenizer, reference, address=made.address))
+
+
+def test_without_an_address_a_cluster_that_runs_here_is_left_alone(reference, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # what Ray looks at first, then the cluster that `ray start` left
+    config = elsewhere(reference, tmp_path, num_actors=1)
+    assert prepare(config).units_written > 0
+    assert contents(config.store) == contents(reference.store)
