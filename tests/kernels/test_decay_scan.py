@@ -8,7 +8,7 @@ import torch
 from kernels.decay_scan.op import decay_scan, mamba2_scan, mamba2_step
 from kernels.decay_scan.torch_impl import chunked_scan, compose_scan
 from tests.helpers.numbers import assert_all_near, assert_bitwise, assert_near
-from tests.helpers.scans import ScanCase, make_inputs, run_scan
+from tests.helpers.scans import SUMS, ScanCase, make_inputs, run_scan, tolerance_of
 
 # float64: rounding of some 100 additions; the chunked form and the definition differ in order only.
 FLOAT64 = 1e-12
@@ -68,7 +68,10 @@ def test_bfloat16_stays_near_float64(case: ScanCase) -> None:
         e.data.copy_(t.data)
     expected = run_scan(case, exact, "reference")
     for name, value in run_scan(case, inputs, "torch").items():
-        assert_near(value, expected[name], BFLOAT16, name)
+        # On processors that multiply bfloat16, d_dt errs by 1e-2 and its sum over 100 tokens by 3.4e-2 of its norm (with
+        # float32 products 2.4e-3 and 1.7e-3).
+        tolerance = 3 * BFLOAT16 if name in SUMS else BFLOAT16
+        assert_near(value, expected[name], tolerance_of(name, expected, tolerance), name)
 
 
 def test_gradients_match_finite_differences() -> None:
