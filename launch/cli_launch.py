@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -18,6 +19,14 @@ if TYPE_CHECKING:
 DEFAULT_PORT = 29500
 
 
+@dataclass(frozen=True)
+class Work:
+    """What the ranks run: an `amfm` command line; `max_restarts` is none where there is nothing to go on from."""
+
+    arguments: list[str]
+    max_restarts: int | None
+
+
 def launch(
     path: ConfigArgument,
     overrides: OverridesArgument = None,
@@ -27,6 +36,9 @@ def launch(
     nproc_per_node: Annotated[
         int | None, typer.Option(min=1, help="Ranks a node; default: the GPUs of this machine, or 1.")
     ] = None,
+    doctor: Annotated[
+        bool, typer.Option("--doctor", help="Examine the ranks, hosts and links that the run would have; don't train.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print exactly what would run, and run nothing.")] = False,
     hosts: Annotated[
         Path | None, typer.Option(metavar="FILE", help="torchrun: start every host of this file (one a line).")
@@ -50,15 +62,17 @@ def launch(
     ranks = nproc_per_node or count_gpus() or 1
     config = load_checked(path, overrides or [], world_size=nodes * ranks)
     check_options(on, nodes=nodes, hosts=hosts, node_rank=node_rank, master=master, address=address, dry_run=dry_run)
-    train = ["train", str(path), *(overrides or [])]
+    work = Work(["train", str(path), *(overrides or [])], config.launch.max_restarts)
+    if doctor:
+        work = Work(["doctor", "--cluster", "--shared", config.run.dir], None)
     if on == "torchrun":
         code = launch_torchrun(
-            config, train, nodes, ranks, hosts, shlex.split(remote_shell), node_rank, master, dry_run=dry_run
+            config, work, nodes, ranks, hosts, shlex.split(remote_shell), node_rank, master, dry_run=dry_run
         )
     elif on == "slurm":
-        code = launch_slurm(config, train, path, overrides or [], nodes, ranks, dry_run=dry_run)
+        code = launch_slurm(config, work, path, overrides or [], nodes, ranks, dry_run=dry_run)
     else:
-        code = launch_ray(config, train, nodes, ranks, address, dry_run=dry_run)
+        code = launch_ray(config, work, nodes, ranks, address, dry_run=dry_run)
     raise typer.Exit(code)
 
 
@@ -100,7 +114,7 @@ def count_gpus() -> int:
 
 def launch_torchrun(
     config: RunConfig,
-    train: list[str],
+    work: Work,
     nodes: int,
     ranks: int,
     hosts: Path | None,
@@ -111,7 +125,7 @@ def launch_torchrun(
     dry_run: bool,
 ) -> int:
     """All hosts of a list under supervision, or this node's part, which torchrun itself restarts."""
-    from launch.supervise import Attempt, supervise
+    from launch.supervise import Attempt, start_once, supervise
     from launch.torchrun import NodeCommand, RemoteHosts, read_hosts, run_here
 
     host, _, port = (master or "").partition(":")
@@ -123,7 +137,7 @@ def launch_torchrun(
         if len(names) < nodes:
             raise ValueError(f"--nodes {nodes} and {hosts} names {len(names)} hosts; add hosts, or lower --nodes")
         remote = RemoteHosts(
-            train,
+            work.arguments,
             names,
             ranks_per_node=ranks,
             port=number,
@@ -135,32 +149,39 @@ def launch_torchrun(
             for line in remote.commands(Attempt(0, nodes, None)):
                 print(shlex.join(line))
             return 0
+        if work.max_restarts is None:
+            return start_once(remote.start, nodes)
         return supervise(config, remote.start, nodes=nodes, ranks_per_node=ranks, usable_nodes=remote.usable_nodes)
     node_numbers = range(nodes) if node_rank is None else [node_rank]
-    commands = [NodeCommand(train, nodes, ranks, number_, host or "localhost", number) for number_ in node_numbers]
+    commands = [
+        NodeCommand(work.arguments, nodes, ranks, number_, host or "localhost", number) for number_ in node_numbers
+    ]
     if dry_run:
         for command in commands:
-            print(shlex.join(command.torchrun(max_restarts=config.launch.max_restarts)))
+            print(shlex.join(command.torchrun(max_restarts=work.max_restarts or 0)))
         return 0
-    return run_here(commands[0], max_restarts=config.launch.max_restarts)
+    return run_here(commands[0], max_restarts=work.max_restarts or 0)
 
 
 def launch_slurm(
-    config: RunConfig, train: list[str], path: Path, overrides: list[str], nodes: int, ranks: int, *, dry_run: bool
+    config: RunConfig, work: Work, path: Path, overrides: list[str], nodes: int, ranks: int, *, dry_run: bool
 ) -> int:
     """Submit a batch script, or inside an allocation start the ranks with srun."""
     from launch.slurm import Allocation, is_inside_allocation, submit, write_script
-    from launch.supervise import DONE, supervise
+    from launch.supervise import DONE, start_once, supervise
     from pretrain.report_data import read_run
 
     again = ["launch", str(path), *overrides, "--on", "slurm", "--nodes", str(nodes), "--nproc-per-node", str(ranks)]
+    again += ["--doctor"] if work.max_restarts is None else []
     if dry_run:
         sys.stdout.write(write_script(config, again, nodes=nodes, ranks_per_node=ranks))
         return DONE
     if not is_inside_allocation():
         print(submit(config, write_script(config, again, nodes=nodes, ranks_per_node=ranks)))
         return DONE
-    allocation = Allocation(config, train, ranks_per_node=ranks)
+    allocation = Allocation(config, work.arguments, ranks_per_node=ranks)
+    if work.max_restarts is None:
+        return start_once(allocation.start, nodes)
     code = supervise(config, allocation.start, nodes=nodes, ranks_per_node=ranks, usable_nodes=allocation.usable_nodes)
     if code == DONE and config.launch.slurm.requeue and not read_run(config.run.dir).is_finished():
         say("amfm launch: the run was asked to stop before its last step; the job is queued again")
@@ -168,9 +189,7 @@ def launch_slurm(
     return code
 
 
-def launch_ray(
-    config: RunConfig, train: list[str], nodes: int, ranks: int, address: str | None, *, dry_run: bool
-) -> int:
+def launch_ray(config: RunConfig, work: Work, nodes: int, ranks: int, address: str | None, *, dry_run: bool) -> int:
     """Ranks as actors of a Ray cluster, under supervision."""
     gpus = count_gpus() > 0
     if dry_run:
@@ -178,19 +197,21 @@ def launch_ray(
             f"ray cluster {address or 'on this machine'}: {nodes} bundles of "
             f"{{'{'GPU' if gpus else 'CPU'}': {ranks}}} on {nodes} nodes (STRICT_SPREAD), one actor a rank, each runs:"
         )
-        print(shlex.join([sys.executable, "-m", "launch", *train]))
+        print(shlex.join([sys.executable, "-m", "launch", *work.arguments]))
         return 0
     from launch.ray_cluster import RayCluster
-    from launch.supervise import supervise
+    from launch.supervise import start_once, supervise
 
     cluster = RayCluster(
-        train,
+        work.arguments,
         address=address,
         run_dir=config.run.dir,
         ranks_per_node=ranks,
         gpus=gpus,
         wait_seconds=config.launch.node_wait_seconds,
     )
+    if work.max_restarts is None:
+        return start_once(cluster.start, nodes)
     return supervise(config, cluster.start, nodes=nodes, ranks_per_node=ranks, usable_nodes=cluster.usable_nodes)
 
 

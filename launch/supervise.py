@@ -73,6 +73,14 @@ def supervise(
     return RUN_FAILED
 
 
+def start_once(start: Callable[[Attempt], Outcome], nodes: int) -> int:
+    """Start what is no run, with nothing to go on from: one attempt, whose cause of failure is printed."""
+    outcome = start(Attempt(0, nodes, None))
+    if outcome.cause:
+        say(f"amfm launch: {outcome.cause}")
+    return outcome.code
+
+
 def newest_step(config: RunConfig) -> int:
     """Step of the newest complete checkpoint by name, -1 without one."""
     from pretrain.checkpoint_commit import list_checkpoints

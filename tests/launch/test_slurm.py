@@ -195,3 +195,25 @@ def test_a_job_saves_before_its_time_limit_is_queued_again_and_finishes(
         assert time.monotonic() < deadline, (tmp_path / f"run/logs/slurm-{job}.log").read_text()
         time.sleep(0.5)
     assert "resumed from" in (tmp_path / f"run/logs/slurm-{job}.log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_SLURM, reason="needs root and Debian's slurm-wlm and munge")
+@pytest.mark.timeout(400)
+def test_the_doctor_runs_once_as_a_job_and_its_findings_are_in_the_log(
+    cluster: None, config: RunConfig, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "launch", "launch", str(tmp_path / "run.yaml"), "--on", "slurm"]
+    command += ["--nodes", "2", "--nproc-per-node", "1", "--doctor"]
+    job = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
+    log = tmp_path / f"run/logs/slurm-{job}.log"
+    deadline = time.monotonic() + 120
+    while ask("squeue", "-h", "-j", job, "-o", "%T"):
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.5)
+    assert "JobState=COMPLETED" in ask("scontrol", "show", "job", job), log.read_text()
+    text = log.read_text()
+    assert "shared storage" in text
+    assert "GB/s by each of 2 ranks" in text
+    assert "FAIL" not in text
+    assert not (tmp_path / "run/metrics.jsonl").exists()

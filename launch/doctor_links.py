@@ -1,0 +1,187 @@
+"""Measures what ranks tell each other: bandwidth of all ranks and of single links, and how far hosts' clocks differ."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+WARM_UPS, REPEATS = 2, 5
+PINGS = 8
+# Large enough for a card's full rate; on CPU small enough for a slow network.
+CUDA_BYTES, CPU_BYTES = 256 * 2**20, 8 * 2**20
+
+Kind = Literal["within hosts", "between hosts"]
+
+
+@dataclass(frozen=True)
+class Link:
+    """A pair of ranks, and what each sends the other at the same time, in 1e9 bytes a second."""
+
+    first: int
+    second: int
+    kind: Kind
+    gigabytes_per_second: float
+
+
+@dataclass(frozen=True)
+class Skew:
+    """How far a clock is ahead of rank 0's, and by how much that may be wrong at most."""
+
+    seconds: float
+    error: float
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's picklable value, in rank order. Every rank must call this."""
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, value)
+    return gathered
+
+
+def group_by_host(hosts: Sequence[str]) -> dict[str, list[int]]:
+    """Ranks of each host, hosts in the order of their first rank."""
+    groups: dict[str, list[int]] = {}
+    for rank, host in enumerate(hosts):
+        groups.setdefault(host, []).append(rank)
+    return groups
+
+
+def plan_links(hosts: Sequence[str]) -> list[tuple[Kind, list[tuple[int, int]]]]:
+    """Rounds of disjoint pairs: a ring within each host, and for each place of a rank in its host one over the hosts.
+
+    So every rank's own way out of its host is used once on each side. The pairs of a round run at the same time.
+    """
+    groups = list(group_by_host(hosts).values())
+    places = range(max(len(group) for group in groups))
+    across = [[group[place] for group in groups if place < len(group)] for place in places]
+    kinds: list[tuple[Kind, list[list[int]]]] = [("within hosts", groups), ("between hosts", across)]
+    rounds = []
+    for kind, rings in kinds:
+        for number in range(3):
+            pairs = [pair for ring in rings for pair in ring_rounds(ring)[number]]
+            if pairs:
+                rounds.append((kind, pairs))
+    return rounds
+
+
+def ring_rounds(ring: Sequence[int]) -> list[list[tuple[int, int]]]:
+    """The neighbours of a ring as three rounds in which nobody is twice; the third is for odd rings."""
+    links = [(ring[place], ring[(place + 1) % len(ring)]) for place in range(len(ring))]
+    if len(ring) < 3:
+        links = links[: len(ring) - 1]
+    last = [links.pop()] if len(links) > 1 and len(links) % 2 else []
+    return [links[::2], links[1::2], last]
+
+
+def link_tensor(device: torch.device) -> Tensor:
+    """What is sent."""
+    return torch.zeros(CUDA_BYTES if device.type == "cuda" else CPU_BYTES, dtype=torch.uint8, device=device)
+
+
+def time_median(work: Callable[[], None], device: torch.device) -> float:
+    """Median seconds of a piece of work after warm-up."""
+    seconds = []
+    for _ in range(WARM_UPS + REPEATS):
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[WARM_UPS:])
+
+
+def measure_all_reduce(device: torch.device) -> float:
+    """What each rank sends and receives in an all-reduce over all, in 1e9 bytes a second; the same on every rank.
+
+    By the ring's count, 2 (n - 1) / n of the tensor. Every rank must call this, and there must be two at least.
+    """
+    num_ranks = torch.distributed.get_world_size()
+    tensor = link_tensor(device)
+    seconds = max(gather(time_median(lambda: torch.distributed.all_reduce(tensor), device)))
+    return float(2 * (num_ranks - 1) / num_ranks * tensor.numel() / seconds / 1e9)
+
+
+def measure_links(hosts: Sequence[str], device: torch.device) -> list[Link]:
+    """Every link of `plan_links`, both directions at once; the same on every rank. Every rank must call this."""
+    rank = torch.distributed.get_rank()
+    out, into = link_tensor(device), link_tensor(device)
+    found: list[Link] = []
+    for kind, pairs in plan_links(hosts):
+        mine = next((pair for pair in pairs if rank in pair), None)
+        link = None
+        if mine is not None:
+            other = mine[1] if rank == mine[0] else mine[0]
+            seconds = time_median(partial(exchange, out, into, other), device)
+            link = Link(*mine, kind, out.numel() / seconds / 1e9)
+        # Gathering also keeps rounds apart. Of the two ends' times the longer one counts.
+        ends: dict[tuple[int, int], Link] = {}
+        for end in gather(link):
+            if end is not None:
+                slower = ends.get((end.first, end.second), end)
+                ends[end.first, end.second] = min(end, slower, key=lambda item: item.gigabytes_per_second)
+        found += ends.values()
+    return found
+
+
+def exchange(out: Tensor, into: Tensor, other: int) -> None:
+    """Send to another rank and receive from it at the same time."""
+    sends = [
+        torch.distributed.P2POp(torch.distributed.isend, out, other),
+        torch.distributed.P2POp(torch.distributed.irecv, into, other),
+    ]
+    for work in torch.distributed.batch_isend_irecv(sends):
+        work.wait()
+
+
+def measure_skews(hosts: Sequence[str]) -> dict[str, Skew]:
+    """Every host's clock against rank 0's, by messages there and back; the same on every rank.
+
+    Every rank must call this.
+    """
+    rank = torch.distributed.get_rank()
+    leaders = {host: ranks[0] for host, ranks in group_by_host(hosts).items()}
+    skews = {hosts[0]: Skew(0.0, 0.0)}
+    for host, leader in leaders.items():
+        if leader == 0:
+            continue
+        if rank == 0:
+            skews[host] = estimate_skew([ping(leader) for _ in range(PINGS)])
+        elif rank == leader:
+            for _ in range(PINGS):
+                answer_ping()
+    answer: dict[str, Skew] = gather(skews)[0]
+    return answer
+
+
+def ping(other: int) -> tuple[float, float, float]:
+    """Our time before, the other's time between, and our time after one message there and back."""
+    stamp = torch.zeros(1, dtype=torch.int64)
+    before = time.time_ns()
+    torch.distributed.send(stamp, other)
+    torch.distributed.recv(stamp, other)
+    after = time.time_ns()
+    return before / 1e9, int(stamp) / 1e9, after / 1e9
+
+
+def answer_ping() -> None:
+    """Send rank 0 our time as soon as it asks."""
+    stamp = torch.zeros(1, dtype=torch.int64)
+    torch.distributed.recv(stamp, 0)
+    stamp.fill_(time.time_ns())
+    torch.distributed.send(stamp, 0)
+
+
+def estimate_skew(pings: Sequence[tuple[float, float, float]]) -> Skew:
+    """The other clock's lead from (before, other, after), out of the quickest message: it was in between for sure.
+
+    Source: Mills 1991, Internet Time Synchronization (half of the delay bounds the error).
+    """
+    before, other, after = min(pings, key=lambda item: item[2] - item[0])
+    return Skew(other - (before + after) / 2, (after - before) / 2)
