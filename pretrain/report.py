@@ -11,7 +11,7 @@ from model.pattern import BLOCK_NAMES, parse_pattern
 from pretrain.report_data import RunRecord, read_run
 from pretrain.report_page import Card, Table, render_page
 from pretrain.report_plots import draw_plots
-from pretrain.stages import total_steps
+from pretrain.stages import resolve_stages, total_steps
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -38,11 +38,12 @@ def make_cards(record: RunRecord) -> list[Card]:
     loss, validation = record.last("loss"), record.last("validation_loss")
     speed, mfu = record.typical("tokens_per_second"), record.typical("mfu")
     tokens = record.last("tokens")
+    lengths = ", ".join(dict.fromkeys(f"{stage.sequence_length:,}" for stage in resolve_stages(config)))
     cards = [
         Card("Steps", f"{record.last_step():,}", f"of {total_steps(config):,}"),
         Card("Parameters", count(counts.total), f"{count(counts.active)} active a token"),
         Card("Model", f"{len(pattern.letters)} blocks", blocks),
-        Card("Tokens", count(tokens) if tokens is not None else "-", f"rows of {config.train.sequence_length:,}"),
+        Card("Tokens", count(tokens) if tokens is not None else "-", f"rows of {lengths}"),
         Card("Training loss", f"{loss:.4f}" if loss is not None else "-", "newest step, nats a token"),
     ]
     if validation is not None:

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from pretrain.report_data import RunRecord, thin
+from pretrain.stages import resolve_stages
 
 MAX_POINTS = 800
 MAX_COLUMNS = 160
@@ -104,7 +105,9 @@ def draw_learning_rate(record: RunRecord) -> Plot | None:
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
 
-    return Plot("Learning rate", f"Schedule {record.config.schedule.kind}.", figure("rate", draw))
+    kinds = ", ".join(f"{stage.name} {stage.schedule.kind}" for stage in resolve_stages(record.config))
+    caption = f"By stage: {kinds}." if record.config.stages else f"Schedule {record.config.schedule.kind}."
+    return Plot("Learning rate", caption, figure("rate", draw))
 
 
 def draw_gradient_norm(record: RunRecord) -> Plot | None:
