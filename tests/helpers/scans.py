@@ -10,7 +10,6 @@ from torch import Tensor
 
 from kernels.decay_scan.op import decay_scan, mamba2_scan
 
-
 # Gradients that are one number a head.
 SUMS = ("d_A_log", "d_dt_bias")
 
