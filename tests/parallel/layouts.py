@@ -160,7 +160,7 @@ def outcomes_of(layouts: list[Layout]) -> list[Outcome]:
 def outcome_of(layout: Layout) -> Outcome:
     """The outcome of one layout; its neighbours in the table, as many as end in a minute or so, run beside it."""
     peers = [other for other in LAYOUTS if (other.num_ranks, other.quick) == (layout.num_ranks, layout.quick)]
-    number, size = peers.index(layout), 48 // layout.num_ranks
+    number, size = peers.index(layout), 32 // layout.num_ranks
     first = number // size * size
     return outcomes_between(layout.num_ranks, layout.quick, first, first + size)[number - first]
 
@@ -187,7 +187,7 @@ LAYOUTS = [
     # Tensor parallel.
     Layout(2, {"tensor": 2}, "latent", quick=True),
     Layout(2, {"tensor": 2, "zero_stage": 0}),
-    Layout(4, {"tensor": 4}, quick=True),
+    Layout(4, {"tensor": 4}),
     Layout(4, {"tensor": 2, "zero_stage": 2}, "latent"),
     Layout(4, {"tensor": 2, "zero_stage": 3}),
     # Tensor and sequence parallel.
@@ -218,11 +218,11 @@ LAYOUTS = [
     Layout(2, {"pipeline": 2}, quick=True),
     Layout(2, {"pipeline": 2, "zero_stage": 0}),
     Layout(2, {"pipeline": 2, "schedule": "interleaved", "virtual_stages": 3}, "latent", quick=True),
-    Layout(2, {"pipeline": 2, "schedule": "zero_bubble"}, quick=True),
+    Layout(2, {"pipeline": 2, "schedule": "zero_bubble"}),
     Layout(2, {"pipeline": 2, "schedule": "zero_bubble", "virtual_stages": 2}, "latent"),
     Layout(4, {"pipeline": 4, "zero_stage": 2}, "latent"),
     Layout(4, {"pipeline": 2, "zero_stage": 1}),
-    Layout(4, {"pipeline": 2, "zero_stage": 2}, "latent", quick=True),
+    Layout(4, {"pipeline": 2, "zero_stage": 2}, "latent"),
     Layout(4, {"pipeline": 2, "zero_stage": 0, "schedule": "interleaved", "virtual_stages": 2}, "latent"),
     Layout(4, {"pipeline": 2, "tensor": 2}, "latent"),
     Layout(4, {"pipeline": 2, "tensor": 2, "sequence_parallel": True, "schedule": "zero_bubble"}, quick=True),
