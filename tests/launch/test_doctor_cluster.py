@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 import shlex
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -71,6 +74,19 @@ def test_a_folder_that_each_host_has_for_itself_fails_by_rank(tmp_path: Path) ->
     assert "run.dir, or --shared DIR" in finding.remedy
     assert by_name(others)["shared storage"].status == "fail"
     assert [list(folder.iterdir()) for folder in folders] == [[], []]
+
+
+def test_a_failure_ends_with_code_3_and_one_object_for_scripts(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    command = [sys.executable, "-m", "launch", "doctor", "--cluster", "--json", "--shared", str(tmp_path / "file/run")]
+    # One rank of one, in a process of its own: it leaves its group at the end.
+    done = subprocess.run(command, env={**os.environ, "RANK": "0"}, capture_output=True, text=True, check=False)
+    assert done.returncode == 3, done.stderr
+    report = json.loads(done.stdout)
+    (failed,) = [finding for finding in report["findings"] if finding["status"] == "fail"]
+    assert report["ok"] is False
+    assert failed["found"].endswith(f"cannot be written by {socket.gethostname()} (rank 0): Not a directory")
+    assert "1 thing(s) that amfm needs are missing or wrong" in done.stderr
 
 
 def test_each_way_in_which_storage_fails_has_its_line() -> None:
