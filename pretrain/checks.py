@@ -58,7 +58,9 @@ def check_run(config: RunConfig, world_size: int | None = None) -> None:
     if problems:
         # What is wrong in every stage alike is said once.
         raise ConfigError(
-            list({(problem.key, problem.rule, problem.remedy): problem for problem in reversed(problems)}.values())[::-1]
+            list({(problem.key, problem.rule, problem.remedy): problem for problem in reversed(problems)}.values())[
+                ::-1
+            ]
         )
 
 
