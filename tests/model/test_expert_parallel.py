@@ -107,7 +107,7 @@ def run_batches(config: ModelConfig, layout: Layout, groups: ProcessGroupCollect
             outcome.counts[block] = outcome.counts.get(block, 0) + counts_E
     sum_partial_gradients(find_partial_gradients(model, groups), groups)
     outcome.gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    if dist.is_initialized():
+    if isinstance(groups.dp_cp, dist.ProcessGroup):
         reduce_outcome(outcome, model, groups)
     return outcome
 
