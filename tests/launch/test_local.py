@@ -35,7 +35,7 @@ def test_the_most_telling_code_wins(codes: list[int], joined: int) -> None:
 
 
 def test_other_ranks_errors_carry_their_number(capfd: pytest.CaptureFixture[str]) -> None:
-    code = "import os, sys; print('broken', file=sys.stderr); sys.exit(3 * int(os.environ['RANK']))"
+    code = "import os, sys; sys.stderr.write('broken\\n'); sys.exit(3 * int(os.environ['RANK']))"
     assert run_command(python(code), 2) == 3
     assert sorted(capfd.readouterr().err.splitlines()) == ["broken", "rank 1: broken"]
 
