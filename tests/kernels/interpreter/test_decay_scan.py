@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kernels.decay_scan import triton_impl
 from kernels.decay_scan.op import decay_scan
 from kernels.decay_scan.triton_impl import scan_triton
 from tests.helpers.numbers import assert_bitwise, assert_near
+from tests.helpers.registration import assert_registered
 from tests.helpers.scans import ScanCase, make_inputs, run_scan, tolerance_of
 
 # float32 against a float64 reference: rounding of some hundred additions.
@@ -103,10 +105,7 @@ def test_meta_tensors_pass_through() -> None:
 def test_registration_is_complete() -> None:
     case = ScanCase(B=1, T=17, H=1, G=1, chunk=16, kind="decay")
     q, k, v, g = make_inputs(case, torch.float32).tensors
-    arguments = (q, k, v, g, None, None, None, None, 16, 0, True)
-    torch.library.opcheck(
-        torch.ops.amfm.decay_scan_triton.default, arguments, test_utils=("test_schema", "test_faketensor")
-    )
+    assert_registered(triton_impl._forward, q, k, v, g, None, None, None, None, 16, 0, True)
 
 
 def test_sizes_without_a_kernel_are_refused() -> None:

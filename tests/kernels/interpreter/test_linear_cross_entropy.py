@@ -3,12 +3,13 @@
 import pytest
 import torch
 
+from kernels.linear_cross_entropy import triton_impl
 from kernels.linear_cross_entropy.op import linear_cross_entropy, linear_statistics
 from tests.helpers.numbers import assert_all_near, assert_bitwise
+from tests.helpers.registration import assert_registered
 from tests.kernels.test_linear_cross_entropy import make_inputs
 
 FLOAT32 = 1e-5  # sums of some hundred terms
-CHECKS = ("test_schema", "test_faketensor", "test_autograd_registration")
 
 
 def run_loss(backend, dtype, sizes, ignored):
@@ -46,9 +47,5 @@ def test_statistics_of_a_shard_equal_the_definition_twice_bitwise(sizes, poisone
 
 def test_registration_is_complete():
     hidden, weight, labels = make_inputs(5, 9, 4, torch.float32)
-    torch.library.opcheck(
-        torch.ops.amfm.linear_cross_entropy_triton.default, (hidden, weight, labels, -100, 0.1, True), test_utils=CHECKS
-    )
-    torch.library.opcheck(
-        torch.ops.amfm.linear_statistics_triton.default, (hidden, weight, labels, 3), test_utils=CHECKS
-    )
+    assert_registered(triton_impl._forward, hidden, weight, labels, -100, 0.1, True)
+    assert_registered(triton_impl._statistics, hidden, weight, labels, 3)

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
+from kernels.moe import triton_experts, triton_router
 from kernels.moe.op import expert_feed_forward, group_by_expert, grouped_feed_forward, route
 from tests.helpers.numbers import assert_all_near, assert_bitwise
+from tests.helpers.registration import assert_registered
 from tests.kernels.test_moe import run
 
 FLOAT32 = 1e-5  # products over some fifty terms; a softmax's gradient cancels
-CHECKS = ("test_schema", "test_faketensor", "test_autograd_registration")
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "squared_relu"])
@@ -114,15 +115,10 @@ def test_rows_of_nan_still_name_experts():
 def test_registration_is_complete():
     torch.manual_seed(3)
     logits, bias = torch.randn(6, 4, requires_grad=True), torch.randn(4)
-    torch.library.opcheck(
-        torch.ops.amfm.route_triton.default, (logits, bias, False, 2, True, 1.0, 2, 1), test_utils=CHECKS
-    )
+    assert_registered(triton_router._forward, logits, bias, False, 2, True, 1.0, 2, 1)
     x, up, down = (torch.randn(*shape, requires_grad=True) for shape in ((6, 8), (4, 16, 8), (4, 8, 8)))
     weights = torch.rand(6, 2, requires_grad=True)
     groups = group_by_expert(torch.randint(0, 4, (6, 2)), 4)
     inverse = groups.order.argsort()
-    torch.library.opcheck(
-        torch.ops.amfm.expert_feed_forward_triton.default,
-        (x, weights, groups.order, inverse, groups.offsets_E, up, down, True),
-        test_utils=CHECKS,
-    )
+    sorting = groups.order, inverse, groups.offsets_E
+    assert_registered(triton_experts._forward, x, weights, *sorting, up, down, True)

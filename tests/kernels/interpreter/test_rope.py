@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from kernels.rope import triton_impl
 from kernels.rope.op import qk_norm_rope
 from tests.helpers.numbers import assert_all_near, assert_bitwise
+from tests.helpers.registration import assert_registered
 from tests.kernels.test_rope import run
 
 FLOAT32 = 1e-6  # a handful of operations; weights' gradients sum a few hundred
@@ -39,5 +41,4 @@ def test_meta_tensors_pass_through():
 def test_registration_is_complete():
     x = torch.randn(1, 3, 2, 8, requires_grad=True)
     cosine, sine, weight = torch.randn(1, 3, 1, 4), torch.randn(1, 3, 1, 4), torch.randn(8, requires_grad=True)
-    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(torch.ops.amfm.norm_rope_triton.default, (x, cosine, sine, weight, 1e-5), test_utils=checks)
+    assert_registered(triton_impl._forward, x, cosine, sine, weight, 1e-5)
