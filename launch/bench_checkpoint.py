@@ -155,8 +155,8 @@ def bench_checkpoint(
     """Measure and return one object: by variant the medians and the stall's ratio to our blocking save.
 
     Variants take turns. The first round warms up files and memory; it is left out of the medians, and its stall stands
-    beside them, because a run pays it once. `place`: a folder on the disk to
-    measure; none: the system's folder for temporary files.
+    beside them, because a run pays it once. `place`: a folder on the disk to measure; none: the system's folder for
+    temporary files.
     """
     trainer = Trainer(num_threads)
     saver = BackgroundSaver(trainer.engine, timeout_seconds=600)

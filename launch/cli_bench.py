@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -51,10 +50,6 @@ def step(
         raise ValueError("KEY=VALUE and --nproc give a layout to count; add --comm, or remove them")
     from launch.bench_step import bench_step
 
-    if compiled is None:
-        compiled = shutil.which("c++") is not None
-        if not compiled:
-            say("no C++ compiler (c++) here, so the compiled variants are left out; install g++ to time them")
     names = [*(PEER if peer == "transformers" else ()), "bare_loop", *PLAIN, *(COMPILED if compiled else ())]
     result = bench_step(names, rounds=rounds, num_threads=threads, report=say)
     if as_json:

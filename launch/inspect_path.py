@@ -212,14 +212,6 @@ def compare_index(index: Path, tensors: dict[str, str]) -> Iterator[str]:
         yield f"{index}: tensor {name} {where}"
 
 
-def product(shape: list[int]) -> int:
-    """Numbers in a tensor of this shape."""
-    total = 1
-    for size in shape:
-        total *= size
-    return total
-
-
 def compare_checkpoints(first: Path, second: Path) -> dict[str, Any]:
     """Where two checkpoints without problems differ: numbers, settings, state, layout."""
     from pretrain.checkpoint_files import read_manifest

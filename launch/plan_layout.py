@@ -113,10 +113,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Held:
-    """What one rank of a pipeline stage holds: its blocks, and parameters by how ZeRO spreads them.
-
-    `gathered`: the largest block's parameters, for ZeRO-3.
-    """
+    """What one rank of a pipeline stage holds: its blocks, and parameters by how ZeRO spreads them."""
 
     stage: int
     letters: tuple[str, ...]
