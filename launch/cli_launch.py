@@ -14,6 +14,9 @@ from launch.cli_config import ConfigArgument, OverridesArgument
 from launch.console import say
 
 if TYPE_CHECKING:
+    from launch.ray_cluster import RayCluster
+    from launch.slurm import Allocation
+    from launch.torchrun import RemoteHosts
     from pretrain.config import RunConfig
 
 DEFAULT_PORT = 29500
@@ -112,6 +115,17 @@ def count_gpus() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
+def run_attempts(
+    config: RunConfig, work: Work, cluster: RemoteHosts | Allocation | RayCluster, nodes: int, ranks: int
+) -> int:
+    """Once where there is nothing to go on from, else under supervision; the exit code."""
+    from launch.supervise import start_once, supervise
+
+    if work.max_restarts is None:
+        return start_once(cluster.start, nodes)
+    return supervise(config, cluster.start, nodes=nodes, ranks_per_node=ranks, usable_nodes=cluster.usable_nodes)
+
+
 def launch_torchrun(
     config: RunConfig,
     work: Work,
@@ -125,7 +139,7 @@ def launch_torchrun(
     dry_run: bool,
 ) -> int:
     """All hosts of a list under supervision, or this node's part, which torchrun itself restarts."""
-    from launch.supervise import Attempt, start_once, supervise
+    from launch.supervise import Attempt
     from launch.torchrun import NodeCommand, RemoteHosts, read_hosts, run_here
 
     host, _, port = (master or "").partition(":")
@@ -149,9 +163,7 @@ def launch_torchrun(
             for line in remote.commands(Attempt(0, nodes, None)):
                 print(shlex.join(line))
             return 0
-        if work.max_restarts is None:
-            return start_once(remote.start, nodes)
-        return supervise(config, remote.start, nodes=nodes, ranks_per_node=ranks, usable_nodes=remote.usable_nodes)
+        return run_attempts(config, work, remote, nodes, ranks)
     node_numbers = range(nodes) if node_rank is None else [node_rank]
     commands = [
         NodeCommand(work.arguments, nodes, ranks, number_, host or "localhost", number) for number_ in node_numbers
@@ -168,7 +180,7 @@ def launch_slurm(
 ) -> int:
     """Submit a batch script, or inside an allocation start the ranks with srun."""
     from launch.slurm import Allocation, is_inside_allocation, submit, write_script
-    from launch.supervise import DONE, start_once, supervise
+    from launch.supervise import DONE
     from pretrain.report_data import read_run
 
     again = ["launch", str(path), *overrides, "--on", "slurm", "--nodes", str(nodes), "--nproc-per-node", str(ranks)]
@@ -180,10 +192,10 @@ def launch_slurm(
         print(submit(config, write_script(config, again, nodes=nodes, ranks_per_node=ranks)))
         return DONE
     allocation = Allocation(config, work.arguments, ranks_per_node=ranks)
-    if work.max_restarts is None:
-        return start_once(allocation.start, nodes)
-    code = supervise(config, allocation.start, nodes=nodes, ranks_per_node=ranks, usable_nodes=allocation.usable_nodes)
-    if code == DONE and config.launch.slurm.requeue and not read_run(config.run.dir).is_finished():
+    code = run_attempts(config, work, allocation, nodes, ranks)
+    if work.max_restarts is None or code != DONE or not config.launch.slurm.requeue:
+        return code
+    if not read_run(config.run.dir).is_finished():
         say("amfm launch: the run was asked to stop before its last step; the job is queued again")
         allocation.queue_again()
     return code
@@ -200,7 +212,6 @@ def launch_ray(config: RunConfig, work: Work, nodes: int, ranks: int, address: s
         print(shlex.join([sys.executable, "-m", "launch", *work.arguments]))
         return 0
     from launch.ray_cluster import RayCluster
-    from launch.supervise import start_once, supervise
 
     cluster = RayCluster(
         work.arguments,
@@ -210,9 +221,7 @@ def launch_ray(config: RunConfig, work: Work, nodes: int, ranks: int, address: s
         gpus=gpus,
         wait_seconds=config.launch.node_wait_seconds,
     )
-    if work.max_restarts is None:
-        return start_once(cluster.start, nodes)
-    return supervise(config, cluster.start, nodes=nodes, ranks_per_node=ranks, usable_nodes=cluster.usable_nodes)
+    return run_attempts(config, work, cluster, nodes, ranks)
 
 
 def add_verbs(app: typer.Typer) -> None:

@@ -9,9 +9,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import FrameType
 from typing import IO
 
 from pretrain.rank_variables import LAUNCHER_PID
@@ -38,7 +37,18 @@ def run_command(command: Sequence[str], num_ranks: int) -> int:
     owns the terminal; lines that the others write to standard error get their rank in front.
     """
     processes: list[subprocess.Popen[bytes]] = []
-    with forward_signals(processes), socket.create_server((HOST, 0), backlog=max(128, num_ranks)) as listener:
+
+    def forward(number: int) -> None:
+        if number == signal.SIGINT:  # from the keyboard it reaches ranks by itself; here it must not cut waiting short
+            return
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    with (
+        forward_signals(forward, (*FORWARDED, signal.SIGINT)),
+        socket.create_server((HOST, 0), backlog=max(128, num_ranks)) as listener,
+    ):
         port = listener.getsockname()[1]
         processes += [
             subprocess.Popen(
@@ -91,17 +101,9 @@ def relay_lines(rank: int, stream: IO[bytes]) -> None:
 
 
 @contextmanager
-def forward_signals(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
-    """Inside the block, a request to stop goes on to every rank that runs by then."""
-
-    def forward(number: int, frame: FrameType | None) -> None:
-        for process in processes:
-            if process.poll() is None:
-                process.send_signal(number)
-
-    previous = {number: signal.signal(number, forward) for number in FORWARDED}
-    # An interrupt from the keyboard reaches the ranks by itself; here it must not cut the waiting short.
-    previous[signal.SIGINT] = signal.signal(signal.SIGINT, lambda number, frame: None)
+def forward_signals(forward: Callable[[int], None], numbers: Sequence[signal.Signals] = FORWARDED) -> Iterator[None]:
+    """Inside the block, a request to stop (or what `numbers` names) goes to `forward` instead of ending this process."""
+    previous = {number: signal.signal(number, lambda received, frame: forward(received)) for number in numbers}
     try:
         yield
     finally:

@@ -17,7 +17,7 @@ from ray.exceptions import RayError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from launch.local import FORWARDED
+from launch.local import forward_signals
 from launch.supervise import BAD_INPUT, DONE, RUN_FAILED, Attempt, Outcome
 from pretrain.rank_variables import LAUNCHER_PID, RESTART_CAUSE
 
@@ -126,12 +126,8 @@ class RayCluster:
             actor.run.remote(self.command, self._variables(attempt, rank, places), os.getcwd(), logs[rank]): rank
             for rank, actor in enumerate(self.actors)
         }
-        previous = {number: signal.signal(number, self._forward) for number in FORWARDED}
-        try:
+        with forward_signals(self._forward):
             return self._wait(running, [place[0] for place in places], logs)
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
     def _variables(self, attempt: Attempt, rank: int, places: Sequence[tuple[str, str, int]]) -> dict[str, str]:
         _, address, port = places[0]
@@ -148,9 +144,9 @@ class RayCluster:
             variables["LOCAL_RANK"] = "0"
         return variables | ({RESTART_CAUSE: attempt.cause} if attempt.cause else {})
 
-    def _forward(self, number: int, frame: object) -> None:
+    def _forward(self, number: int) -> None:
         for actor in self.actors:
-            actor.signal.remote(int(number))
+            actor.signal.remote(number)
 
     def _wait(self, running: dict[Any, int], hosts: Sequence[str], logs: Sequence[str]) -> Outcome:
         shown, codes = Follower(Path(logs[0])), []

@@ -6,7 +6,6 @@ import os
 import shlex
 import subprocess
 import sys
-from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from launch.supervise import BAD_INPUT, DONE, RUN_FAILED, Attempt, Outcome
 from pretrain.config import RunConfig
 from pretrain.rank_variables import RESTART_CAUSE
 
-KEPT_LINES = 40
 FIRST_PORT, NUM_PORTS = 20_000, 12_000
 # Each task takes its number as a rank from the variables that Slurm sets for it.
 AS_RANK = 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID; exec "$@"'
@@ -131,22 +129,22 @@ class Allocation:
 
     def start(self, attempt: Attempt) -> Outcome:
         """Run one attempt to its end; Slurm stops all ranks when one fails."""
-        lines: deque[str] = deque(maxlen=KEPT_LINES)
+        message = srun_error = ""
         with subprocess.Popen(
             self.command(attempt.nodes), env=self.environment(attempt), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         ) as process:
             assert process.stdout is not None, "started with a pipe"
             for raw in process.stdout:
                 line = raw.decode(errors="replace").rstrip("\n")
-                lines.append(line)
+                if "amfm: " in line:
+                    message = message or line
+                elif line.startswith("srun: error"):
+                    srun_error = srun_error or line
                 print(line, flush=True)
         code = process.returncode
         if code in (DONE, BAD_INPUT):
             return Outcome(code)
-        words = [line for line in lines if "amfm: " in line] or [
-            line for line in lines if line.startswith("srun: error")
-        ]
-        return Outcome(RUN_FAILED, words[0] if words else f"srun ended with code {code}")
+        return Outcome(RUN_FAILED, message or srun_error or f"srun ended with code {code}")
 
     def queue_again(self) -> None:
         """Put the job back into the queue: a signal ended the ranks in good order before the run was finished."""

@@ -38,12 +38,12 @@ def supervise(
     *,
     nodes: int,
     ranks_per_node: int,
-    usable_nodes: Callable[[int], int] | None = None,
+    usable_nodes: Callable[[int], int],
 ) -> int:
     """Start the run on `nodes` nodes, start it again after each failure, and return the exit code.
 
     `start` runs one attempt to its end. `usable_nodes(wanted)` waits for lost nodes as long as it sees fit and says how
-    many there are; without it the number stays. On fewer nodes than wanted the run goes on with the most that can share
+    many there are. On fewer nodes than wanted the run goes on with the most that can share
     its batch. Stops with the first cause when `launch.max_restarts` are used up, when the input is refused (code 2), and
     when failures follow each other without a newer checkpoint between them.
     """
@@ -51,7 +51,7 @@ def supervise(
     causes: list[str] = []
     stuck = 0
     for number in range(config.launch.max_restarts + 1):
-        usable = nodes if usable_nodes is None or number == 0 else min(nodes, usable_nodes(nodes))
+        usable = min(nodes, usable_nodes(nodes)) if number else nodes
         attempt = Attempt(number, fitting_nodes(config, usable, ranks_per_node), cause)
         if attempt.nodes < nodes:
             say(f"amfm launch: going on with {attempt.nodes} of {nodes} nodes")

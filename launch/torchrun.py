@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launch.local import FORWARDED
+from launch.local import forward_signals
 from launch.supervise import BAD_INPUT, DONE, RUN_FAILED, Attempt, Outcome
 from pretrain.rank_variables import RESTART_CAUSE
 
@@ -78,15 +78,8 @@ def read_hosts(path: Path) -> list[str]:
 def run_here(command: NodeCommand, *, max_restarts: int) -> int:
     """Run this node's part and return the exit code; torchrun starts its ranks again by itself."""
     process = subprocess.Popen(command.torchrun(max_restarts=max_restarts))
-    previous = {
-        number: signal.signal(number, lambda received, frame: signal_children(process.pid, received))
-        for number in FORWARDED
-    }
-    try:
+    with forward_signals(lambda number: signal_children(process.pid, number)):
         code = process.wait()
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
     return RUN_FAILED if code else DONE
 
 
@@ -97,11 +90,11 @@ def signal_children(pid: int, number: int) -> None:
 
 @dataclass
 class HostRun:
-    """One host's torchrun behind a remote shell; its output passes through, amfm's own words and the end are kept."""
+    """One host's torchrun behind a remote shell; its output passes through, amfm's first message and the end are kept."""
 
     host: str
     process: subprocess.Popen[bytes]
-    words: list[str] = field(default_factory=list)
+    message: str = ""
     lines: deque[str] = field(default_factory=lambda: deque(maxlen=KEPT_LINES))
     reader: threading.Thread | None = None
 
@@ -112,7 +105,7 @@ class HostRun:
             line = raw.decode(errors="replace").rstrip("\r\n")
             self.lines.append(line)
             if line.startswith("amfm: "):
-                self.words.append(line)
+                self.message = self.message or line
             sys.stderr.write(f"{self.host}: {line}\n")
             sys.stderr.flush()
 
@@ -170,12 +163,8 @@ class RemoteHosts:
             run.reader = threading.Thread(target=run.follow, daemon=True)
             run.reader.start()
             self.runs.append(run)
-        previous = {number: signal.signal(number, self._forward) for number in FORWARDED}
-        try:
+        with forward_signals(self._forward):
             return self._wait()
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
     def usable_nodes(self, wanted: int) -> int:
         """How many hosts answer now; they are the ones that the next attempt uses."""
@@ -195,7 +184,7 @@ class RemoteHosts:
             return False
         return done.returncode == 0
 
-    def _forward(self, number: int, frame: object) -> None:
+    def _forward(self, number: int) -> None:
         for node_rank, run in enumerate(self.runs):
             line = f"pkill -{number} -P $(cat {shlex.quote(self.pid_file(node_rank))})"
             subprocess.run([*self.remote_shell, run.host, line], stdin=subprocess.DEVNULL, check=False)
@@ -225,5 +214,5 @@ def explain_failure(run: HostRun) -> Outcome:
     """Exit code and cause of a host's failure, from what torchrun wrote last."""
     text = "\n".join(run.lines)
     codes = {int(code) for code in re.findall(r"exitcode\s*:\s*(-?\d+)", text)}
-    cause = next(iter([*run.words, *list(run.lines)[-1:]]), f"exit code {run.process.returncode}")
+    cause = run.message or (run.lines[-1] if run.lines else f"exit code {run.process.returncode}")
     return Outcome(BAD_INPUT if BAD_INPUT in codes else RUN_FAILED, f"{run.host}: {cause}")

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from launch.cli import run
-from launch.slurm import write_script
+from launch.slurm import Allocation, write_script
+from launch.supervise import Attempt, Outcome
 from pretrain.config import RunConfig
 from pretrain.config_file import resolved_yaml
 from pretrain.report_data import read_run
@@ -107,6 +108,24 @@ def test_without_sbatch_the_script_stays_for_a_login_node(
     assert run(["launch", str(tmp_path / "run.yaml"), "--on", "slurm", "--nproc-per-node", "1"]) == 3
     assert "sbatch is not on this machine" in capsys.readouterr().err
     assert (tmp_path / "run/launch/job.sbatch").exists()
+
+
+def test_the_cause_of_a_failure_is_kept_above_a_long_traceback(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs = {
+        "scontrol": "echo n1",
+        "sinfo": ":",
+        "srun": "echo starting; echo 'amfm: rank 1: no progress'; seq 200; echo 'srun: error: n1: task 1'; exit 3",
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n1")
+    allocation = Allocation(config, ["train"], ranks_per_node=2)
+    assert allocation.start(Attempt(0, 1, None)) == Outcome(3, "amfm: rank 1: no progress")
 
 
 def free_port() -> int:

@@ -36,7 +36,7 @@ class Script:
         return Outcome(code, cause)
 
 
-def run(config: RunConfig, script: Script, usable: Callable[[int], int] | None = None, nodes: int = 3) -> int:
+def run(config: RunConfig, script: Script, usable: Callable[[int], int] = lambda wanted: wanted, nodes: int = 3) -> int:
     return supervise(config, script, nodes=nodes, ranks_per_node=1, usable_nodes=usable)
 
 
