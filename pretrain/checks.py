@@ -56,12 +56,7 @@ def check_run(config: RunConfig, world_size: int | None = None) -> None:
             found = stage_problems(run_of_stage(config, stage), world_size)
             problems += [relocate(problem, config, stage) for problem in found]
     if problems:
-        # What is wrong in every stage alike is said once.
-        raise ConfigError(
-            list({(problem.key, problem.rule, problem.remedy): problem for problem in reversed(problems)}.values())[
-                ::-1
-            ]
-        )
+        raise ConfigError(list(dict.fromkeys(problems)))  # what is wrong in every stage alike is said once
 
 
 def stage_problems(config: RunConfig, world_size: int | None) -> list[Problem]:
@@ -191,7 +186,7 @@ def batch_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:
     """Every data rank takes the same number of micro-batches of the global batch."""
     assert world_size > 0, f"world_size is {world_size}"
     train = config.train
-    data_ranks = max(1, world_size // config.parallel.model_ranks())
+    data_ranks = config.parallel.data_ranks(world_size)
     unit = train.micro_batch_size * data_ranks
     if train.global_batch_size % unit:
         below = train.global_batch_size // unit * unit

@@ -31,7 +31,7 @@ def micro_batch_problems(config: RunConfig, world_size: int) -> Iterator[Problem
     section, train = config.parallel, config.train
     if section.pipeline == 1:
         return
-    unit = train.micro_batch_size * max(1, world_size // section.model_ranks())
+    unit = train.micro_batch_size * section.data_ranks(world_size)
     sizes = {"train.global_batch_size": train.global_batch_size}
     if train.batch_ramp is not None:
         sizes["train.batch_ramp.start_size"] = train.batch_ramp.start_size

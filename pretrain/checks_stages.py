@@ -5,19 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from pretrain.config import RunConfig
+from pretrain.config import RunConfig, StageConfig
 from pretrain.config_errors import Problem
-from pretrain.stages import RunStage, model_of_stage, resolve_stages
-
-# Where a stage says what a run without stages says elsewhere.
-STAGE_KEYS = {
-    "train.steps": "steps",
-    "train.sequence_length": "sequence_length",
-    "train.micro_batch_size": "micro_batch_size",
-    "train.global_batch_size": "global_batch_size",
-    "schedule.": "schedule.",
-    "model.attention.rope.": "rope.",
-}
+from pretrain.stages import RunStage, model_of_stage, resolve_stages, total_steps
 
 
 def declaration_problems(config: RunConfig) -> Iterator[Problem]:
@@ -73,7 +63,7 @@ def ramp_share_problems(config: RunConfig, world_size: int) -> Iterator[Problem]
     ramp = config.train.batch_ramp
     if ramp is None:
         return
-    unit = config.train.micro_batch_size * max(1, world_size // config.parallel.model_ranks())
+    unit = config.train.micro_batch_size * config.parallel.data_ranks(world_size)
     for name, value in (("start_size", ramp.start_size), ("increment", ramp.increment)):
         if value % unit:
             rule = f"must be a multiple of micro-batch x data ranks = {unit}"
@@ -84,7 +74,7 @@ def ramp_share_problems(config: RunConfig, world_size: int) -> Iterator[Problem]
 def total_problems(config: RunConfig) -> Iterator[Problem]:
     """A number of steps beside stages must be theirs."""
     if config.stages and config.train.steps is not None:
-        total = resolve_stages(config)[-1].last_step
+        total = total_steps(config)
         if config.train.steps != total:
             rule = f"is not the sum of the stages, {total}"
             remedy = "remove it, or change the stages; for a short trial use train.stop_after_steps"
@@ -109,15 +99,11 @@ def run_of_stage(config: RunConfig, stage: RunStage) -> RunConfig:
 
 
 def relocate(problem: Problem, config: RunConfig, stage: RunStage) -> Problem:
-    """The problem with the key at which the stage declares the value, and with the stage's name."""
-    if not config.stages:
+    """The problem with the stage's name and the key at which it declares the value; as it is where no stage could."""
+    own_key = problem.key.removeprefix("train.").removeprefix("model.attention.")
+    field = own_key.partition(".")[0]
+    if not config.stages or field not in StageConfig.model_fields:
         return problem
-    section = config.stages[stage.index]
-    key = problem.key
-    for general, own in STAGE_KEYS.items():
-        matches = key.startswith(general) if general.endswith(".") else key == general
-        field = own.rstrip(".")
-        if matches and (field in ("steps",) or getattr(section, field) is not None):
-            key = f"stages.{stage.index}.{key.replace(general, own, 1)}"
-            break
+    declared = getattr(config.stages[stage.index], field) is not None
+    key = f"stages.{stage.index}.{own_key}" if declared else problem.key
     return replace(problem, key=key, rule=f"in stage {stage.name}: {problem.rule}")

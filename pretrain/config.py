@@ -172,8 +172,12 @@ class ParallelConfig(Section):
         return self.pipeline * self.virtual_stages
 
     def model_ranks(self) -> int:
-        """Ranks that work on one micro-batch together; data ranks are the world's divided by these."""
+        """Ranks that work on one micro-batch together."""
         return self.tensor * self.context * self.pipeline
+
+    def data_ranks(self, world_size: int) -> int:
+        """Shares of the global batch among so many ranks."""
+        return max(1, world_size // self.model_ranks())
 
 
 class HealthConfig(Section):

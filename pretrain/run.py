@@ -38,7 +38,7 @@ from pretrain.pipeline import Pipeline
 from pretrain.rank_variables import RESTART_CAUSE
 from pretrain.recompute import recomputed_letters
 from pretrain.signals import SignalWatch
-from pretrain.stages import RunStage, data_of_stages, resolve_stages, stage_of
+from pretrain.stages import RunStage, data_of_stages, last_stage, resolve_stages, stage_of
 from pretrain.stragglers import StepTimes
 from pretrain.weights import load_initial_weights
 
@@ -61,7 +61,7 @@ class Progress:
 class Run:
     """One training run in this process. `log` and `display` exist on the main rank alone.
 
-    `stage` is that of the last step taken, before the first step that of the next. `validations`: by length of rows.
+    `stage` is that of the last step taken, at first the first. `validations`: by length of rows.
     """
 
     config: RunConfig
@@ -157,7 +157,7 @@ def start_run(config: RunConfig, signals: SignalWatch) -> Run:
         lock=lock,
     )
     loaded = resume(run)
-    run.stage = stage_of(stages, run.progress.step)
+    run.stage = last_stage(config, run.progress.step)
     run.model.set_rope(run.stage.rope)
     if parallel.is_main:
         open_log(run, loaded)
@@ -283,7 +283,8 @@ def return_weights(run: Run) -> int | None:
         return None
     run.progress.skipped_steps += run.progress.step - loaded.step
     run.progress.skipped_in_row = 0
-    run.progress.recent_losses = Progress(**loaded.state["progress"]).recent_losses
+    is_same_stage = loaded.step > run.stage.first_step
+    run.progress.recent_losses = Progress(**loaded.state["progress"]).recent_losses if is_same_stage else []
     run.saved_step = None
     return loaded.step
 
@@ -343,8 +344,7 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None) -> None:
         f"ZeRO {run.engine.zero_stage}, {run.parallel.world_size} rank(s) on {run.parallel.device.type} with "
         f"{torch.get_num_threads()} thread(s), {run.stage.global_batch_size} x {length} tokens a step"
     )
-    stages = resolve_stages(run.config)
-    for remark in run.loader.describe_repeats(stages[-1].first_sample + stages[-1].num_samples()):
+    for remark in run.loader.describe_repeats(run.stages[-1].first_sample + run.stages[-1].num_samples()):
         run.say(remark)
     run.record_event("start", world_size=run.parallel.world_size, resumed_from=loaded and loaded.path.name)
     cause = describe_environment([RESTART_CAUSE]).get(RESTART_CAUSE)

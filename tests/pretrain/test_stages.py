@@ -11,6 +11,9 @@ import torch
 from data_pipeline.config import DataConfig
 from pretrain.checks import check_run
 from pretrain.config import RunConfig
+from pretrain.config_errors import ConfigError
+from pretrain.run import close_run, enter_stage, return_weights, start_run
+from pretrain.signals import SignalWatch
 from pretrain.stages import (
     data_of_stages,
     model_of_stage,
@@ -20,6 +23,8 @@ from pretrain.stages import (
     tokens_done,
     total_steps,
 )
+from pretrain.step import train_step
+from pretrain.train import run_steps
 from pretrain.weights import read_weights
 from tests.helpers.tiny_store import make_tiny_store
 from tests.pretrain.tiny_run import MODEL, Trained, read_events, tiny_config, train_and_collect
@@ -200,22 +205,34 @@ def test_a_ramp_that_leads_nowhere_is_refused(
         check_run(tiny_config(two_sources, tmp_path, train__batch_ramp=ramp), 1)
 
 
+def test_what_is_wrong_in_every_stage_alike_is_said_once(two_sources: DataConfig, tmp_path: Path) -> None:
+    config = staged(two_sources, tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        check_run(config.model_copy(update={"model": config.model.model_copy(update={"pattern": "MQ"})}))
+    assert [problem.key for problem in caught.value.problems] == ["model.pattern"]
+    assert "in stage" not in str(caught.value)
+
+
 @pytest.mark.timeout(200)
 def test_a_run_across_four_stages_resumes_bitwise_inside_each(two_sources: DataConfig, tmp_path: Path) -> None:
     straight = train_and_collect(staged(two_sources, tmp_path / "straight"))
     assert [line["stage"] for line in straight.metrics[::3]] == ["pretraining", "annealing", "long", "longest"]
-    assert [event["name"] for event in read_events(tmp_path / "straight", "stage")] == ["annealing", "long", "longest"]
     assert straight.metrics[-1]["tokens"] == 12 * 128 + 18 * 128 + 12 * 256 + 6 * 1024
     assert straight.series("lr")[-6:] == [6e-5] * 6
 
     resumed: Trained | None = None
-    for stop in (2, 4, 6, 8, 10, 11, None):
+    for stop in (2, 4, 6, 8, 10, 11, None):  # after the sixth a stage begins
         resumed = train_and_collect(
             staged(two_sources, tmp_path / "resumed", train__stop_after_steps=stop, train__validate_every_steps=4)
         )
     assert resumed is not None
     for key in ("step", "loss", "grad_norm", "lr", "tokens", "stage", "auxiliary"):
         assert resumed.series(key) == straight.series(key), key
+    events = [
+        [(event["step"], event["name"]) for event in read_events(tmp_path / run, "stage")]
+        for run in ("straight", "resumed")
+    ]
+    assert events[0] == events[1] == [(3, "annealing"), (6, "long"), (9, "longest")]
     for name, weight in straight.weights.items():
         assert torch.equal(resumed.weights[name], weight), name
 
@@ -223,6 +240,23 @@ def test_a_run_across_four_stages_resumes_bitwise_inside_each(two_sources: DataC
     stages = resolve_stages(staged(two_sources, tmp_path))
     assert weights.model == model_of_stage(staged(two_sources, tmp_path), stages[-1])
     assert weights.trained_length() == 1024
+
+
+def test_losses_of_another_stage_are_forgotten_on_entering_and_on_rolling_back(
+    two_sources: DataConfig, tmp_path: Path
+) -> None:
+    config = staged(two_sources, tmp_path, train__stop_after_steps=3, health__on_spike="stop")
+    with SignalWatch() as signals:
+        run = start_run(config, signals)
+        assert run_steps(run) == 0 and len(run.progress.recent_losses) == 3
+        close_run(run)
+        run = start_run(config, signals)
+        assert len(run.progress.recent_losses) == 3
+        enter_stage(run)
+        assert run.progress.recent_losses == []
+        train_step(run)
+        assert return_weights(run) == 3 and run.progress.recent_losses == []
+        close_run(run)
 
 
 def test_a_stage_to_come_may_change_and_one_that_has_begun_may_not(two_sources: DataConfig, tmp_path: Path) -> None:
