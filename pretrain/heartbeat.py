@@ -26,13 +26,12 @@ WRITE_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class Beat:
-    """Where one rank is: in which phase of which step, since when (seconds since the epoch), and last seen when."""
+    """Where one rank is: in which phase of which step, and when it was last seen (seconds since the epoch)."""
 
     rank: int
     host: str
     step: int
     phase: str
-    since: float
     seen: float
 
     def place(self) -> tuple[int, int]:
@@ -50,20 +49,19 @@ class Heartbeat:
         self.directory = run_dir / "heartbeats"
         self.rank, self.timeout_seconds = rank, timeout_seconds
         self.interval = WRITE_SECONDS if timeout_seconds is None else min(WRITE_SECONDS, timeout_seconds / 4)
-        self._place = (0, PHASES[0], time.time())
+        self._place = (0, PHASES[0], time.monotonic())
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
 
     def start(self) -> None:
         """Begin to write and to watch."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        self.at(*self._place[:2])
         self._write()
         self._thread.start()
 
     def at(self, step: int, phase: str) -> None:
         """This rank has come to a phase of a step."""
-        self._place = (step, phase, time.time())
+        self._place = (step, phase, time.monotonic())
 
     def find_lost(self, num_ranks: int) -> list[Beat]:
         """The last words of ranks that are gone, for a rank whose collective failed: it says which ones it missed.
@@ -93,30 +91,27 @@ class Heartbeat:
         return self.directory / f"rank-{rank}.json"
 
     def _write(self) -> None:
-        step, phase, since = self._place
-        beat = Beat(self.rank, socket.gethostname(), step, phase, since, time.time())
+        step, phase, _ = self._place
+        beat = Beat(self.rank, socket.gethostname(), step, phase, time.time())
         temporary = self._path(self.rank).with_suffix(".tmp")
         temporary.write_text(json.dumps(asdict(beat)), encoding="utf-8")
         os.replace(temporary, self._path(self.rank))
 
     def _watch(self) -> None:
-        woken = time.monotonic()
+        awake_since = woken = time.monotonic()
         while not self._closed.wait(self.interval):
-            # A process that was itself stopped (SIGSTOP, a suspended machine) gets its time again.
-            asleep = time.monotonic() - woken > 3 * self.interval
-            woken = time.monotonic()
-            if asleep:
-                step, phase, _ = self._place
-                self._place = (step, phase, time.time())
+            before, woken = woken, time.monotonic()
+            if woken - before > 3 * self.interval:  # the process was itself stopped (SIGSTOP): it gets its time again
+                awake_since = woken
             self._write()
-            since = self._place[2]
-            if self.timeout_seconds is not None and time.time() - since > self.timeout_seconds:
-                self._end()
+            seconds = woken - max(self._place[2], awake_since)
+            if self.timeout_seconds is not None and seconds > self.timeout_seconds:
+                self._end(seconds)
 
-    def _end(self) -> None:
-        step, phase, since = self._place
+    def _end(self, seconds: float) -> None:
+        step, phase, _ = self._place
         sys.stderr.write(
-            f"amfm: rank {self.rank} on {socket.gethostname()}: no progress for {time.time() - since:.0f} s "
+            f"amfm: rank {self.rank} on {socket.gethostname()}: no progress for {seconds:.0f} s "
             f"(launch.heartbeat_seconds={self.timeout_seconds:g}) at step {step}, {phase}; "
             f"{name_laggards(read_beats(self.directory), self.rank, 3 * self.interval)}\n"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -24,10 +25,21 @@ HANG = (
     "print('moved for longer than the timeout', flush=True)\n"
     "time.sleep(30)\n"
 )
+STOPPED = (
+    "import sys\n"
+    "from pathlib import Path\n"
+    "from pretrain.heartbeat import Heartbeat\n"
+    "heartbeat = Heartbeat(Path(sys.argv[1]), rank=1, timeout_seconds=1.2)\n"
+    "heartbeat.start()\n"
+    "print('ready', flush=True)\n"
+    "sys.stdin.readline()\n"
+    "heartbeat.close()\n"
+    "print('closed')\n"
+)
 
 
 def beat(rank: int, step: int, phase: str, *, unseen_seconds: float = 0.0) -> Beat:
-    return Beat(rank, f"host{rank}", step, phase, since=time.time() - 60, seen=time.time() - unseen_seconds)
+    return Beat(rank, f"host{rank}", step, phase, seen=time.time() - unseen_seconds)
 
 
 def test_a_rank_without_progress_ends_with_its_place_and_its_stack(tmp_path: Path) -> None:
@@ -37,6 +49,18 @@ def test_a_rank_without_progress_ends_with_its_place_and_its_stack(tmp_path: Pat
     assert "rank 1 on " in done.stderr
     assert "(launch.heartbeat_seconds=0.8) at step 5, reduce" in done.stderr
     assert "time.sleep" in done.stderr or "<string>" in done.stderr
+
+
+def test_a_rank_that_was_stopped_itself_gets_its_time_again(tmp_path: Path) -> None:
+    rank = subprocess.Popen(
+        [sys.executable, "-c", STOPPED, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert rank.stdout is not None and rank.stdout.readline() == "ready\n"
+    rank.send_signal(signal.SIGSTOP)
+    time.sleep(2.0)
+    rank.send_signal(signal.SIGCONT)
+    time.sleep(0.5)
+    assert rank.communicate("go on\n")[0] == "closed\n" and rank.returncode == 0
 
 
 def test_a_rank_that_moves_and_closes_leaves_nothing(tmp_path: Path) -> None:
