@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from pretrain.parallel import initialize_parallel
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.checkpoint_toys import IDENTITIES, load, make_engine, run_steps, save, toy_config
 
+CHECKPOINTS_PAGE = Path(__file__).parents[2] / "docs" / "checkpoints.md"
 READ_ONLY = 1
 REMOUNT = 32
 
@@ -216,11 +218,15 @@ def test_harmless_changes_are_allowed_and_reported(engine: ZeroEngine, tmp_path:
     )
 
 
-def test_every_allowed_name_exists_and_the_text_is_guarded() -> None:
+def test_every_allowed_name_exists_and_is_documented_and_the_text_is_guarded() -> None:
+    documented = set(re.findall(r"`([a-z_.*]+)`", CHECKPOINTS_PAGE.read_text(encoding="utf-8")))
     known = set(flatten_settings(toy_config().model_dump(mode="json")))
     for allowed in MAY_CHANGE:
         stem = allowed.removesuffix(".*")
         assert any(name == stem or name.startswith(stem + ".") for name in known), allowed
+        assert documented & {allowed, stem, stem.removeprefix("train.")}, (
+            f"docs/checkpoints.md does not say why {allowed}"
+        )
     assert may_change("data.sources.0.paths") and may_change("data.cache.folder"), "the data state guards the text"
     assert not may_change("model.pattern") and not may_change("data.packing")
 
