@@ -1,10 +1,13 @@
-"""Data that several tests of this folder train on."""
+"""What several tests of this folder start from."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 
 from data_pipeline.config import DataConfig
+from tests.pretrain.test_config import BASE
 from tests.pretrain.tiny_run import tiny_data
 
 
@@ -12,3 +15,11 @@ from tests.pretrain.tiny_run import tiny_data
 def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
     """One small store for the whole session; nothing writes to it."""
     return tiny_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """The file of a sound run."""
+    path = tmp_path / "base.yaml"
+    path.write_text(BASE, encoding="utf-8")
+    return path

@@ -10,13 +10,6 @@ from pretrain.config_file import load_config
 from tests.pretrain.test_config import BASE
 
 
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    path = tmp_path / "base.yaml"
-    path.write_text(BASE)
-    return path
-
-
 def broken(base: Path, *overrides: str, world_size: int | None = None) -> str:
     with pytest.raises(ConfigError) as caught:
         check_run(load_config(base, overrides), world_size)

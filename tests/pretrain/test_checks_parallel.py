@@ -1,22 +1,12 @@
 """Rules of the parallel section: each refusal names value, rule and remedy."""
 
-from pathlib import Path
-
 import pytest
 
 from pretrain.checks import check_run
 from pretrain.config_file import load_config
 from tests.pretrain.test_checks import broken
-from tests.pretrain.test_config import BASE
 
 MOE = "model.moe={num_experts: 6, top_k: 2, expert_hidden_size: 12, shared_expert_hidden_size: 10}"
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    path = tmp_path / "base.yaml"
-    path.write_text(BASE)
-    return path
 
 
 @pytest.mark.parametrize(

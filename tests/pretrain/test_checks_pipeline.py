@@ -1,20 +1,10 @@
 """Rules of a pipeline: each refusal names value, rule and remedy."""
 
-from pathlib import Path
-
 import pytest
 
 from pretrain.checks import check_run
 from pretrain.config_file import load_config
 from tests.pretrain.test_checks import broken
-from tests.pretrain.test_config import BASE
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    path = tmp_path / "base.yaml"
-    path.write_text(BASE)
-    return path
 
 
 @pytest.mark.parametrize(
