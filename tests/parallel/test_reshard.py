@@ -17,7 +17,7 @@ from pretrain.signals import SignalWatch
 from pretrain.train import run_steps
 from tests.helpers.spawn import run_ranks
 from tests.parallel.layouts import Layout, layout_config
-from tests.pretrain.tiny_run import read_events, read_metrics, tiny_data
+from tests.pretrain.tiny_run import read_events, read_metrics
 
 SAVED, STEPS = 3, 6
 # Two layouts add in another order; from equal states three steps of float32 stay within this, relative to the largest.
@@ -162,11 +162,6 @@ def check_same_course(pair: tuple[str, str], moved: Course, straight: Course) ->
         assert moved.losses == pytest.approx(straight.losses, rel=TOLERANCE), pair
         assert moved.grad_norms == pytest.approx(straight.grad_norms, rel=TOLERANCE), pair
         assert any(text.startswith("parallel.") for text in moved.remarks), "a change of layout is written down"
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
-    return tiny_data(tmp_path_factory.mktemp("data"))
 
 
 def test_runs_move_between_layouts_of_two_ranks(data: DataConfig, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from pretrain.generate import Sampling, generate
 from pretrain.train import train
 from pretrain.weights import read_weights
 from tests.helpers.spawn import run_ranks
-from tests.pretrain.tiny_run import tiny_config, tiny_data
+from tests.pretrain.tiny_run import tiny_config
 
 CUTS = {"parallel__tensor": 2, "parallel__expert": 2, "parallel__pipeline": 2}
 
@@ -28,8 +28,7 @@ def train_both(data: DataConfig, root: str, name: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_of_three_axes_is_exported_evaluated_and_continued(tmp_path: Path) -> None:
-    data = tiny_data(tmp_path / "data")
+def test_a_run_of_three_axes_is_exported_evaluated_and_continued(data: DataConfig, tmp_path: Path) -> None:
     run_ranks(train_both, data, str(tmp_path), "one", num_ranks=1)
     run_ranks(train_both, data, str(tmp_path), "cut", num_ranks=4)
     found = inspect_checkpoint(tmp_path / "cut" / "checkpoints" / "step-00000004")

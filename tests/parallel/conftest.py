@@ -1,0 +1,5 @@
+"""Data that several tests of this folder train on."""
+
+from tests.pretrain.conftest import data
+
+__all__ = ["data"]

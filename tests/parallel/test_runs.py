@@ -1,0 +1,115 @@
+"""Whole runs of two ranks on every axis: bf16, bad gradients and signals that all agree on, validation over a restart."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data_pipeline.config import DataConfig
+from pretrain.config import RunConfig
+from pretrain.run import close_run, start_run
+from pretrain.signals import SignalWatch
+from pretrain.step import StepResult, train_step
+from tests.helpers.spawn import run_ranks
+from tests.parallel.layouts import Layout, gather_weights, layout_config, outcomes_of
+from tests.pretrain.tiny_run import Trained, tiny_config, train_and_collect
+
+TENSOR = {"tensor": 2, "sequence_parallel": True}
+BF16 = {"train__precision": "bf16"}
+
+
+@pytest.mark.parametrize(
+    "parallels",
+    [
+        pytest.param([*(TENSOR | {"zero_stage": stage} for stage in (0, 1, 3)), {"context": 2}], id="tensor, context"),
+        pytest.param([{"expert": 2, "zero_stage": stage} for stage in (1, 2)], id="expert", marks=pytest.mark.slow),
+    ],
+)
+def test_bf16_losses_and_norms_are_those_of_one_rank(parallels: list[dict[str, Any]]) -> None:
+    outcomes = outcomes_of([Layout(2, parallel, settings=BF16) for parallel in parallels])
+    (expected,) = outcomes_of([Layout(1, settings=BF16)])
+    for outcome in outcomes:
+        # Where one rank goes on with float32, parts of sums, an expert's output before its weight and scans without their
+        # carried state are rounded to bf16 (2^-9); two such in a step of the stream.
+        assert outcome.losses == pytest.approx(expected.losses, rel=2e-3)
+        assert outcome.grad_norms == pytest.approx(expected.grad_norms, rel=2e-2)
+
+
+# Layout, precision, and the weight whose gradient is bad on the last rank.
+POISONED: list[tuple[dict[str, Any], str, str]] = [
+    (TENSOR | {"zero_stage": 0}, "float32", "blocks.3.mixer.down_proj.weight"),
+    (TENSOR | {"zero_stage": 0}, "bf16", "blocks.3.mixer.down_proj.weight"),
+    (TENSOR | {"zero_stage": 1}, "bf16", "blocks.3.mixer.down_proj.weight"),
+    (TENSOR | {"zero_stage": 3}, "float32", "blocks.3.mixer.down_proj.weight"),
+    ({"context": 2}, "float32", "blocks.0.mixer.out_proj.weight"),
+    ({"expert": 2, "zero_stage": 1}, "float32", "blocks.1.mixer.experts.down"),
+    ({"expert": 2, "zero_stage": 1}, "bf16", "blocks.1.mixer.experts.down"),
+    ({"expert": 2, "zero_stage": 2}, "bf16", "blocks.1.mixer.experts.down"),
+]
+
+
+def poison_and_signal(config: RunConfig, victim: str) -> tuple[StepResult, bool, StepResult]:
+    """A step with a bad gradient on the last rank, whether it left all weights as they were, and one with a signal there."""
+    with SignalWatch() as signals:
+        run = start_run(config, signals)
+        is_last = run.parallel.rank == run.parallel.world_size - 1
+        before = gather_weights(run)
+        parameter = dict(run.model.named_parameters())[victim]
+        handle = parameter.register_hook(lambda gradient: gradient * float("nan") if is_last else gradient)
+        poisoned = train_step(run)
+        handle.remove()
+        unmoved = all(torch.equal(tensor, before[name]) for name, tensor in gather_weights(run).items())
+        if is_last:
+            signals.received = signal.SIGTERM
+        signalled = train_step(run)
+        close_run(run)
+    return poisoned, unmoved, signalled
+
+
+def poison_all(data: DataConfig, folder: str) -> list[tuple[StepResult, bool, StepResult]]:
+    results = []
+    for number, (parallel, precision, victim) in enumerate(POISONED):
+        layout = Layout(2, parallel, settings={"train__precision": precision})
+        results.append(poison_and_signal(layout_config(layout, data, Path(folder, str(number))), victim))
+    return results
+
+
+def test_a_bad_gradient_or_a_signal_on_one_rank_is_known_to_both(data: DataConfig, tmp_path: Path) -> None:
+    for results in run_ranks(poison_all, data, str(tmp_path), num_ranks=2):
+        for (parallel, _, victim), (poisoned, unmoved, signalled) in zip(POISONED, results, strict=True):
+            flags = [poisoned.applied, unmoved, signalled.applied]
+            assert flags == [False, True, True], "the poisoned step moved nothing, the next one did"
+            assert [poisoned.signal, signalled.signal] == [0, signal.SIGTERM]
+            assert poisoned.skip is not None
+            assert poisoned.skip["sample_ids"] == list(range(8)), parallel
+            assert poisoned.skip["faults"] == [{"rank": 1, "parameter": victim, "num_parameters": 1}]
+
+
+def run_twice(data: DataConfig, folder: str, context: int) -> Trained:
+    """Two steps, a checkpoint, and the rest in a second start."""
+    settings = {
+        "train__validate_every_steps": 2,
+        "optimizer__epsilon": 1e-5,
+        "optimizer__learning_rate": 1e-3,
+        "parallel__context": context,
+    }
+    train_and_collect(tiny_config(data, Path(folder), **settings, train__stop_after_steps=2))
+    return train_and_collect(tiny_config(data, Path(folder), **settings))
+
+
+def test_context_ranks_validate_as_one_rank_over_a_restart(data: DataConfig, tmp_path: Path) -> None:
+    (cut, _) = run_ranks(run_twice, data, str(tmp_path / "two"), 2, num_ranks=2)
+    (whole,) = run_ranks(run_twice, data, str(tmp_path / "one"), 1, num_ranks=1)
+    assert cut.code == whole.code == 0
+    # float32 sums in another order.
+    for key in ("loss", "grad_norm"):
+        assert cut.series(key) == pytest.approx(whole.series(key), rel=1e-5)
+    for own, other in zip(cut.metrics, whole.metrics, strict=True):
+        assert own["expert_load"] == other["expert_load"]
+        assert own["auxiliary"] == pytest.approx(other["auxiliary"], rel=1e-5)
+        assert own.get("validation_loss", 0.0) == pytest.approx(other.get("validation_loss", 0.0), rel=1e-5)
+    assert sum("validation_loss" in line for line in cut.metrics) == 2
