@@ -44,11 +44,20 @@ def compare_context(config: RunConfig) -> ContextTraffic | None:
 
 
 def states_bytes(mamba: Mamba2Config, rows: int, context: int, tensor: int, width: int) -> int:
-    """Sent by passing states: two all-gathers of 2 segments a row, and windows between c - 1 pairs of neighbours."""
-    heads, state = mamba.num_heads // tensor, mamba.head_dim * mamba.state_size
-    handed = 2 * rows * heads * (2 * state + 1) * STATE_BYTES
-    window = rows * (mamba.conv_kernel - 1) * conv_channels(mamba, tensor) * width
-    return context * (context - 1) * handed + 4 * (context - 1) * window
+    """Sent by passing states: each rank's go to every other, windows to neighbours."""
+    handed, windows = handed_states(mamba, rows, tensor), exchanged_windows(mamba, rows, context, tensor, width)
+    return context * (context - 1) * handed + windows
+
+
+def handed_states(mamba: Mamba2Config, rows: int, tensor: int) -> int:
+    """Bytes that a rank hands to both all-gathers of a block: states and decays of two segments a row, whatever their length."""
+    state = mamba.head_dim * mamba.state_size
+    return 2 * rows * (mamba.num_heads // tensor) * (2 * state + 1) * STATE_BYTES
+
+
+def exchanged_windows(mamba: Mamba2Config, rows: int, context: int, tensor: int, width: int) -> int:
+    """Bytes of the convolution's inputs in a group: neighbours alone, c - 1 pairs, both ways, forward and backward."""
+    return 4 * (context - 1) * rows * (mamba.conv_kernel - 1) * conv_channels(mamba, tensor) * width
 
 
 def heads_bytes(mamba: Mamba2Config, tokens: int, rows: int, context: int, tensor: int, width: int) -> int:

@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
+from launch.bench_comm_context import exchanged_windows, handed_states
 from model.config import MoeConfig
 from model.expert_balance import auxiliary_names
 from model.groups import AXES, ProcessGroupCollection
@@ -222,14 +223,10 @@ def context_terms(shape: StepShape) -> Counter[Key]:
     if ranks == 1:
         return terms
     if model.mamba is not None:
-        blocks, mamba = shape.letters.count("M"), model.mamba
-        heads, groups = mamba.num_heads // section.tensor, max(1, mamba.num_groups // section.tensor)
-        state = mamba.head_dim * mamba.state_size
-        terms["cp", "all_gather", "float32"] += blocks * calls * 2 * shape.rows * heads * (2 * state + 1) * FLOAT32
-        channels = heads * mamba.head_dim + 2 * groups * mamba.state_size
-        # Neighbours alone exchange windows: c - 1 pairs, both ways, forward and backward.
-        window = shape.rows * (mamba.conv_kernel - 1) * channels * shape.width
-        terms["cp", "all_to_all", shape.dtype] += blocks * (calls // ranks) * 4 * (ranks - 1) * window
+        blocks, sizes = shape.letters.count("M"), (model.mamba, shape.rows)
+        terms["cp", "all_gather", "float32"] += blocks * calls * handed_states(*sizes, section.tensor)
+        windows = exchanged_windows(*sizes, ranks, section.tensor, shape.width)
+        terms["cp", "all_to_all", shape.dtype] += blocks * (calls // ranks) * windows
     if model.attention is not None:
         heads = max(1, model.attention.num_kv_heads // section.tensor)
         keys = shape.letters.count("*") * calls * 2 * shape.tokens * heads * model.attention.head_dim * shape.width
@@ -268,7 +265,8 @@ def gradient_terms(shape: StepShape) -> Counter[Key]:
             held[is_spread, decays(name, parameter.shape)] += parameter.numel()
             for axis in shard.partial:
                 if getattr(model.groups, axis).size() > 1:
-                    terms[axis, "all_reduce", "float32"] += _ranks_of(axis, shape) * parameter.numel() * FLOAT32
+                    assert axis in ("tp", "embd"), f"no formula for partial gradients over {axis}"
+                    terms[axis, "all_reduce", "float32"] += shape.stage_ranks * parameter.numel() * FLOAT32
                 if axis == "embd" and getattr(model.groups, axis).size() > 1 and same[False][1] > 2:
                     # Over data ranks too, so that both ends of the pipeline get the same bits.
                     terms["dp_cp", "all_reduce", "float32"] += shape.stage_ranks * parameter.numel() * FLOAT32
@@ -286,12 +284,6 @@ def gradient_terms(shape: StepShape) -> Counter[Key]:
                     padded = -(-numel // (2 * ranks)) * 2 * ranks
                     terms[holders, "all_gather", shape.dtype] += shape.stage_ranks // ranks * padded * shape.width
     return terms
-
-
-def _ranks_of(axis: str, shape: StepShape) -> int:
-    """Ranks of a stage that sum a partial gradient over an axis."""
-    assert axis in ("tp", "embd"), f"no formula for partial gradients over {axis}"
-    return shape.stage_ranks
 
 
 def step_terms(shape: StepShape) -> Counter[Key]:

@@ -10,7 +10,7 @@ import shutil
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from packaging.requirements import Requirement
 from packaging.version import Version
@@ -130,7 +130,7 @@ def examine_devices() -> list[Finding]:
     findings = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        found = f"{properties.name}, {properties.total_memory / GIB:.0f} GiB, capability {properties.major}.{properties.minor}"
+        found = describe_card(properties)
         status: Literal["ok", "warn"] = "ok" if properties.major >= 8 else "warn"
         remedy = "" if status == "ok" else "bf16 needs capability 8.0 or more: train.precision=float32"
         findings.append(Finding(f"cuda:{index}", status, found, remedy))
@@ -142,6 +142,13 @@ def examine_devices() -> list[Finding]:
             Finding("triton on Hopper", "warn", found, 'pip install "triton>3.7.0", or kernels.backend=torch')
         )
     return findings
+
+
+def describe_card(properties: Any) -> str:
+    """A card in words, from what torch says of it."""
+    return (
+        f"{properties.name}, {properties.total_memory / GIB:.0f} GiB, capability {properties.major}.{properties.minor}"
+    )
 
 
 def examine_triton() -> Finding:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import os
 import platform
+import shutil
 import socket
 import tempfile
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ import torch
 from launch.doctor import (
     GIB,
     Finding,
+    describe_card,
     examine_compiler,
     examine_devices,
     examine_known_bad,
@@ -100,10 +101,7 @@ def collect_versions() -> dict[str, str]:
         versions["nccl"] = ".".join(str(part) for part in torch.cuda.nccl.version())
     else:
         versions["nccl"] = "none (CPU)"
-    try:
-        own = importlib.metadata.version("amfm-pretrain")
-    except importlib.metadata.PackageNotFoundError:
-        own = "not installed"
+    own = installed_version("amfm-pretrain") or "not installed"
     return versions | {"amfm": f"{own}, code {digest_code(Path(__file__).resolve().parent.parent)}"}
 
 
@@ -120,10 +118,7 @@ def describe_device() -> tuple[str, str | None]:
     if not torch.cuda.is_available():
         return f"CPU, {platform.machine()}, {usable_cores()} cores", None
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    words = (
-        f"{properties.name}, {properties.total_memory / GIB:.0f} GiB, capability {properties.major}.{properties.minor}"
-    )
-    return words, str(properties.uuid)
+    return describe_card(properties), str(properties.uuid)
 
 
 def triton_cache_folder() -> Path:
@@ -166,5 +161,4 @@ def file_system_of(path: Path, mounts: str) -> str:
 
 def free_gib(path: Path) -> float:
     """Free room for this user on the disk of a folder, or of the nearest one above it that exists."""
-    room = os.statvfs(nearest_existing(path))
-    return room.f_bavail * room.f_frsize / GIB
+    return shutil.disk_usage(nearest_existing(path)).free / GIB
