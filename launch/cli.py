@@ -60,6 +60,7 @@ def run(arguments: Sequence[str]) -> int:
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except (ValueError, RuntimeError, OSError) as error:
+        # Python derives these two from RuntimeError, but they are bugs.
         if isinstance(error, RecursionError | NotImplementedError) or "--traceback" in arguments:
             raise
         code = exit_code(error)

@@ -97,8 +97,14 @@ def make_plan(
     """Estimate a configuration that `check_run` passed for `ranks` ranks.
 
     `tokens`: of the run; None: as configured. `search`: over all axes, not only ZeRO stages and micro-batch sizes; then
-    the configuration's own layout need not suit so many ranks.
+    the configuration's own layout need not suit so many ranks. Raises ValueError where no layout obeys all rules, and for
+    an optimizer in the host's memory, which is not modelled.
     """
+    if config.parallel.offload_optimizer:
+        raise ValueError(
+            "parallel.offload_optimizer=true is not modelled: the plan counts masters, moments and the optimizer's step on "
+            "the device; plan with false"
+        )
     stages = resolve_stages(config)
     runs = [run_of_stage(config, stage) for stage in stages]
     found = all_layouts(runs[0], ranks, hardware.gpus_per_node) if search else near_layouts(runs[0], ranks)

@@ -8,12 +8,10 @@ from typing import Any
 
 from launch.plan_activations import up_rows
 from model.config import ModelConfig
-from model.flops import count_parameters
+from model.flops import KINDS, count_parameters
 from model.pattern import parse_pattern
 from model.stages import cut_pieces, pieces_of_rank
 from pretrain.config import RunConfig
-
-KINDS = {"M": "mamba", "*": "attention", "E": "moe", "-": "feed_forward"}
 
 
 @dataclass(frozen=True)

@@ -70,9 +70,7 @@ def powers_of_two(largest: int) -> list[int]:
 
 def with_layout(config: RunConfig, layout: Layout) -> RunConfig:
     """The configuration in another layout."""
-    section = ParallelConfig.model_validate(
-        layout.settings() | {"offload_optimizer": config.parallel.offload_optimizer and layout.zero_stage > 0}
-    )
+    section = ParallelConfig.model_validate(layout.settings())
     train = config.train.model_copy(update={"micro_batch_size": layout.micro_batch_size})
     return config.model_copy(update={"parallel": section, "train": train})
 

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from launch.plan_activations import FLOAT32_BYTES, Storage, up_rows
 from launch.plan_communication import pass_seconds, ring_seconds
 from launch.plan_hardware import Hardware
-from launch.plan_layout import KINDS, Held, Layout, held_by_stages
+from launch.plan_layout import Held, Layout, held_by_stages
 from launch.plan_memory import BUCKET_ELEMENTS
 from model.config import ModelConfig
+from model.flops import KINDS
 from pretrain.config import RunConfig
 from pretrain.recompute import recomputed_letters
 

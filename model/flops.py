@@ -13,7 +13,7 @@ from model.pattern import parse_pattern
 
 _T = TypeVar("_T")
 
-_KINDS = {"M": "mamba", "*": "attention", "E": "moe", "-": "feed_forward"}
+KINDS = {"M": "mamba", "*": "attention", "E": "moe", "-": "feed_forward"}
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ def count_parameters(config: ModelConfig) -> Counts:
     active = dict(total)
     for letter, number in parse_pattern(config.pattern).counts().items():
         whole, used = _block_parameters(config, letter)
-        total[_KINDS[letter]] = number * whole
-        active[_KINDS[letter]] = number * used
+        total[KINDS[letter]] = number * whole
+        active[KINDS[letter]] = number * used
     for counts in (total, active):
         counts["final_norm"] = config.hidden_size
         counts["head"] = 0 if config.tie_embeddings else config.vocab_size * config.hidden_size
@@ -49,7 +49,7 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> dict[str, floa
     """
     flops = {"head": head_flops(config)}
     for letter, number in parse_pattern(config.pattern).counts().items():
-        flops[_KINDS[letter]] = number * block_flops(config, letter, sequence_length)
+        flops[KINDS[letter]] = number * block_flops(config, letter, sequence_length)
     return flops
 
 
