@@ -256,7 +256,7 @@ def _sum_by_token(rows_SD: Tensor, order_S: Tensor, weights_RK: Tensor | None, s
         return total_RD.to(rows_SD.dtype)
     row_RK = torch.full((tokens * top_k,), -1, device=order_S.device)
     row_RK.index_copy_(0, order_S, torch.arange(len(order_S), device=order_S.device))
-    for row_R, column in zip(row_RK.view(tokens, top_k).unbind(1), range(top_k)):
+    for column, row_R in enumerate(row_RK.view(tokens, top_k).unbind(1)):
         factor_R = (row_R >= 0).to(wide)
         if weights_RK is not None:
             factor_R = factor_R * weights_RK[:, column]

@@ -12,8 +12,8 @@ class ProcessGroupCollection(process_groups_config.ProcessGroupCollection):
 
     `tp` tensor, `ep` expert, `expt_tp` tensor inside experts, `expt_dp` data of experts, `cp` context, `pp` pipeline,
     `dp` data, `dp_cp` data x context (all ranks whose dense gradients are summed), `mp` tensor x pipeline, `tp_cp`
-    tensor x context, `tp_ep` tensor inside experts x expert, `embd` the first and the last stage (None between them). With `sequence_parallel` the stream between blocks is
-    [B, T of this tensor rank, D].
+    tensor x context, `tp_ep` tensor inside experts x expert, `embd` the first and the last stage (None between them).
+    With `sequence_parallel` the stream between blocks is [B, T of this tensor rank, D].
     """
 
     sequence_parallel: bool = False

@@ -1,8 +1,8 @@
 """Linear and embedding layers on Megatron-core's parallel ones: same weights, own initialisation, free at size 1.
 
 Megatron's layer holds the weight that this rank's part of the work needs, and the product is ours; the collectives stand
-where a block enters and leaves its tensor-parallel part (`model/regions.py`), once for all layers inside. A layer holds its part of a whole parameter; which part is a `Shard`, from which initialisation and checkpoints cut and
-join.
+where a block enters and leaves its tensor-parallel part (`model/regions.py`), once for all layers inside. A layer holds
+its part of a whole parameter; which part is a `Shard`, from which initialisation and checkpoints cut and join.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from kernels.causal_conv1d.op import causal_conv1d, causal_conv1d_step
 from kernels.decay_scan.carry import add_carried_state
-from kernels.decay_scan.op import mamba2_scan, mamba2_step
+from kernels.decay_scan.op import ScanOutput, mamba2_scan, mamba2_step
 from kernels.norm.op import gated_rms_norm
 from model.config import Mamba2Config, ModelConfig
 from model.context import receive_states, receive_windows
@@ -25,8 +25,7 @@ class Mamba2Mixer(nn.Module):
 
     Heads and groups are cut over the tensor-parallel ranks; where groups are fewer, neighbouring ranks hold the same B and C,
     and the norm sums the squares of a group over them. dt is not clamped. A, dt and the state are computed in float32 for
-    bf16 weights. The convolution, the
-    state and the decay restart at each document.
+    bf16 weights. The convolution, the state and the decay restart at each document.
     """
 
     def __init__(self, config: ModelConfig, groups: ProcessGroupCollection, backend: str) -> None:
@@ -77,32 +76,9 @@ class Mamba2Mixer(nn.Module):
     def _scan(
         self, inputs_BTC: Tensor, dt_BTH: Tensor, meta: PackMeta, state: MambaState | None
     ) -> tuple[Tensor, MambaState | None]:
-        document_ids_BT = meta.boundaries_BT()
-        convolved_BTC = causal_conv1d(
-            inputs_BTC,
-            self.conv.weight,
-            self.conv.bias,
-            document_ids_BT=document_ids_BT,
-            initial_window_BWC=None if state is None else state.window_BWC,
-            backend=self.backend,
-        )
-        x_BTHP, B_BTGN, C_BTGN = self._split(convolved_BTC)
-        scanned = mamba2_scan(
-            x_BTHP,
-            dt_BTH,
-            self.A_log,
-            B_BTGN,
-            C_BTGN,
-            self.D,
-            self.dt_bias,
-            document_ids_BT=document_ids_BT,
-            initial_state_BHPN=None if state is None else state.state_BHPN,
-            chunk_size=self.chunk_size,
-            keep_states=self.keep_states,
-            backend=self.backend,
-        )
         if state is None:
-            return scanned.y_BTHP, None
+            return self._recur(inputs_BTC, dt_BTH, meta.boundaries_BT(), None, None)[1].y_BTHP, None
+        _, scanned = self._recur(inputs_BTC, dt_BTH, meta.boundaries_BT(), *state)
         seen_BTC = torch.cat([state.window_BWC, inputs_BTC], dim=1)
         window_BWC = seen_BTC[:, seen_BTC.shape[1] - state.window_BWC.shape[1] :]
         return scanned.y_BTHP, MambaState(window_BWC, scanned.final_state_BHPN)
@@ -123,28 +99,8 @@ class Mamba2Mixer(nn.Module):
         ids_RL = None if ids_BT is None else segments.as_rows(ids_BT)
         inputs_RLC, dt_RLH = segments.as_rows(inputs_BTC), segments.as_rows(dt_BTH)
         tails_B2WC = inputs_RLC[:, segments.length - width :].unflatten(0, (num_rows, 2))
-        convolved_RLC = causal_conv1d(
-            inputs_RLC,
-            self.conv.weight,
-            self.conv.bias,
-            document_ids_BT=ids_RL,
-            initial_window_BWC=receive_windows(tails_B2WC, segments, self.groups).flatten(0, 1),
-            backend=self.backend,
-        )
-        x_RLHP, B_RLGN, C_RLGN = self._split(convolved_RLC)
-        scanned = mamba2_scan(
-            x_RLHP,
-            dt_RLH,
-            self.A_log,
-            B_RLGN,
-            C_RLGN,
-            self.D,
-            self.dt_bias,
-            document_ids_BT=ids_RL,
-            chunk_size=self.chunk_size,
-            keep_states=self.keep_states,
-            backend=self.backend,
-        )
+        windows_RWC = receive_windows(tails_B2WC, segments, self.groups).flatten(0, 1)
+        C_RLGN, scanned = self._recur(inputs_RLC, dt_RLH, ids_RL, windows_RWC, None)
         states_B2HPN = receive_states(
             scanned.final_state_BHPN.unflatten(0, (num_rows, 2)),
             scanned.total_decay_BH.unflatten(0, (num_rows, 2)),
@@ -161,6 +117,40 @@ class Mamba2Mixer(nn.Module):
             document_ids_BT=ids_RL,
         )
         return y_RLHP.reshape(num_rows, -1, self.inner_size)
+
+    def _recur(
+        self,
+        inputs_BTC: Tensor,
+        dt_BTH: Tensor,
+        document_ids_BT: Tensor | None,
+        window_BWC: Tensor | None,
+        state_BHPN: Tensor | None,
+    ) -> tuple[Tensor, ScanOutput]:
+        """Convolution and scan of rows that begin with this window and this state, or with zeros: (C [B, T, G, N], the scan)."""
+        convolved_BTC = causal_conv1d(
+            inputs_BTC,
+            self.conv.weight,
+            self.conv.bias,
+            document_ids_BT=document_ids_BT,
+            initial_window_BWC=window_BWC,
+            backend=self.backend,
+        )
+        x_BTHP, B_BTGN, C_BTGN = self._split(convolved_BTC)
+        scanned = mamba2_scan(
+            x_BTHP,
+            dt_BTH,
+            self.A_log,
+            B_BTGN,
+            C_BTGN,
+            self.D,
+            self.dt_bias,
+            document_ids_BT=document_ids_BT,
+            initial_state_BHPN=state_BHPN,
+            chunk_size=self.chunk_size,
+            keep_states=self.keep_states,
+            backend=self.backend,
+        )
+        return C_BTGN, scanned
 
     def _step(self, inputs_BC: Tensor, dt_BH: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
         convolved_BC, window_BWC = causal_conv1d_step(inputs_BC, state.window_BWC, self.conv.weight, self.conv.bias)

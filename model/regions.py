@@ -21,12 +21,9 @@ from model.groups import ProcessGroupCollection
 
 def enter_tensor_region(x_BTD: Tensor, groups: ProcessGroupCollection) -> Tensor:
     """The stream with all tokens on every rank; backward sums the ranks' gradients, each a part of the whole."""
-    if groups.tp.size() == 1:
-        return x_BTD
-    if not groups.sequence_parallel:
-        same_BTD: Tensor = mappings.copy_to_tensor_model_parallel_region(x_BTD, group=groups.tp)
-        return same_BTD
-    return _gather(x_BTD, groups.tp)
+    if groups.tp.size() > 1 and groups.sequence_parallel:
+        return _gather(x_BTD, groups.tp)
+    return sum_gradients(x_BTD, groups)
 
 
 def project_stream(x_BTD: Tensor, weights: Sequence[Tensor], groups: ProcessGroupCollection) -> tuple[Tensor, ...]:
@@ -58,9 +55,10 @@ class _ProjectGathered(torch.autograd.Function):
         return _reduce_scatter(grad_BTD, ctx.group), None, *(grad for _, grad in pairs)
 
 
-def _gather(own_BTD: Tensor, group: Any) -> Tensor:
+def _gather(own_BTD: Tensor, group: Any, *, gradients_are_parts: bool = True) -> Tensor:
+    """All tokens from every rank; backward keeps this rank's tokens of the gradient, summed over ranks where each has a part."""
     gathered_TBD: Tensor = mappings.gather_from_sequence_parallel_region(
-        own_BTD.transpose(0, 1), tensor_parallel_output_grad=True, group=group
+        own_BTD.transpose(0, 1), tensor_parallel_output_grad=gradients_are_parts, group=group
     )
     return gathered_TBD.transpose(0, 1).contiguous()
 
@@ -72,23 +70,16 @@ def _reduce_scatter(part_BTD: Tensor, group: Any) -> Tensor:
 
 def leave_tensor_region(part_BTD: Tensor, groups: ProcessGroupCollection) -> Tensor:
     """The sum of what the ranks computed, as the stream: all tokens, or under sequence parallel this rank's."""
-    if groups.tp.size() == 1:
-        return part_BTD
-    if not groups.sequence_parallel:
-        # The mapping sums in place.
-        sum_BTD: Tensor = mappings.reduce_from_tensor_model_parallel_region(part_BTD.contiguous(), group=groups.tp)
-        return sum_BTD
-    return _reduce_scatter(part_BTD, groups.tp)
+    if groups.tp.size() > 1 and groups.sequence_parallel:
+        return _reduce_scatter(part_BTD, groups.tp)
+    return _reduce(part_BTD, groups)
 
 
 def gather_tokens(x_BTD: Tensor, groups: ProcessGroupCollection) -> Tensor:
     """The stream with all tokens for a computation that every rank does alike and whole; backward keeps this rank's part."""
     if groups.tp.size() == 1 or not groups.sequence_parallel:
         return x_BTD
-    gathered_TBD: Tensor = mappings.gather_from_sequence_parallel_region(
-        x_BTD.transpose(0, 1), tensor_parallel_output_grad=False, group=groups.tp
-    )
-    return gathered_TBD.transpose(0, 1).contiguous()
+    return _gather(x_BTD, groups.tp, gradients_are_parts=False)
 
 
 def sum_gradients(weight: Tensor, groups: ProcessGroupCollection) -> Tensor:
@@ -107,6 +98,7 @@ def sum_parts(part: Tensor, groups: ProcessGroupCollection) -> Tensor:
 def _reduce(part: Tensor, groups: ProcessGroupCollection) -> Tensor:
     if groups.tp.size() == 1:
         return part
+    # The mapping sums in place.
     total: Tensor = mappings.reduce_from_tensor_model_parallel_region(part.contiguous(), group=groups.tp)
     return total
 
@@ -119,7 +111,12 @@ def part_tokens(x_BTD: Tensor, groups: ProcessGroupCollection) -> Tensor:
     """
     if groups.tp.size() == 1 or groups.sequence_parallel:
         return x_BTD
-    _check_divides(x_BTD.shape[1], groups)
+    num_tokens, num_ranks = x_BTD.shape[1], groups.tp.size()
+    if num_tokens % num_ranks:
+        raise ValueError(
+            f"rows of {num_tokens} tokens cannot be shared by parallel.tensor={num_ranks} ranks that hold different "
+            f"experts; use a multiple of {num_ranks}"
+        )
     own_TBD: Tensor = mappings.scatter_to_sequence_parallel_region(x_BTD.transpose(0, 1), group=groups.tp)
     return own_TBD.transpose(0, 1)
 
@@ -128,10 +125,7 @@ def join_tokens(own_BTD: Tensor, groups: ProcessGroupCollection) -> Tensor:
     """The stream again, from every rank's share of its tokens; backward keeps this rank's part of the gradient."""
     if groups.tp.size() == 1 or groups.sequence_parallel:
         return own_BTD
-    whole_TBD: Tensor = mappings.gather_from_sequence_parallel_region(
-        own_BTD.transpose(0, 1), tensor_parallel_output_grad=False, group=groups.tp
-    )
-    return whole_TBD.transpose(0, 1)
+    return _gather(own_BTD, groups.tp, gradients_are_parts=False)
 
 
 def take_tokens(alike_BTX: Tensor, groups: ProcessGroupCollection) -> Tensor:
@@ -145,11 +139,3 @@ def take_tokens(alike_BTX: Tensor, groups: ProcessGroupCollection) -> Tensor:
     if not groups.sequence_parallel:
         return part_tokens(alike_BTX, groups)
     return alike_BTX.chunk(groups.tp.size(), dim=1)[groups.tp.rank()]
-
-
-def _check_divides(num_tokens: int, groups: ProcessGroupCollection) -> None:
-    if num_tokens % groups.tp.size():
-        raise ValueError(
-            f"rows of {num_tokens} tokens cannot be shared by parallel.tensor={groups.tp.size()} ranks that hold different "
-            f"experts; use a multiple of {groups.tp.size()}"
-        )
