@@ -92,16 +92,6 @@ class Parallel:
         """Over how many shares the micro-batches are spread."""
         return int(self.groups.dp.size())
 
-    @property
-    def is_first_stage(self) -> bool:
-        """True where the pipeline begins: the embedding is here."""
-        return bool(self.groups.pp.rank() == 0)
-
-    @property
-    def is_last_stage(self) -> bool:
-        """True where the pipeline ends: the head and the loss are here."""
-        return bool(self.groups.pp.rank() == self.groups.pp.size() - 1)
-
     def sum_over_data(self, values: Tensor) -> Tensor:
         """Sum a tensor over the data ranks in place and return it. Every rank must call this."""
         if self.data_world_size > 1:

@@ -29,7 +29,6 @@ class StepResult:
     """
 
     loss: float
-    stage: str
     tokens: int
     sequence_length: int
     auxiliary: dict[str, float]
@@ -134,7 +133,6 @@ def train_step(run: Run) -> StepResult:
         auxiliary["logits_z"] = float(sums.z_loss) / valid_tokens
     return StepResult(
         loss=loss,
-        stage=stage.name,
         tokens=global_batch_size * sequence_length,
         sequence_length=sequence_length,
         auxiliary=auxiliary,

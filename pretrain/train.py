@@ -126,7 +126,7 @@ def describe_step(run: Run, result: StepResult) -> dict[str, Any]:
     if run.progress.validated_step == run.progress.step:
         metrics["validation_loss"] = run.progress.validation_loss
     if run.config.stages:
-        metrics["stage"] = result.stage
+        metrics["stage"] = run.stage.name
     return metrics
 
 
