@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from launch.plan_activations import FLOAT32_BYTES, Storage
+from launch.bench_comm_context import handed_states
+from launch.plan_activations import Storage
 from launch.plan_hardware import Hardware
 from launch.plan_layout import Held, Layout
 from pretrain.config import RunConfig
@@ -50,10 +51,9 @@ def pass_seconds(
             ring = ring_seconds(keys, layout.context, hardware, calls=1, stride=layout.tensor)
             seconds["context"] += 2 * held.letters.count("*") * ring
         if model.mamba is not None:
-            states = 2 * layout.micro_batch_size * model.mamba.inner_size() * model.mamba.state_size * FLOAT32_BYTES
-            moved = states * layout.context / layout.tensor
-            ring = ring_seconds(moved, layout.context, hardware, calls=1, stride=layout.tensor)
-            seconds["context"] += 2 * held.letters.count("M") * ring
+            moved = handed_states(model.mamba, layout.micro_batch_size, layout.tensor) * layout.context
+            ring = ring_seconds(moved, layout.context, hardware, calls=2, stride=layout.tensor)
+            seconds["context"] += held.letters.count("M") * ring
     if layout.pipeline > 1:
         sent = 2 * layout.virtual_stages * stream / layout.stream_ranks
         seconds["pipeline"] = (1 - overlap) * sent / (hardware.network_bytes_per_second * hardware.link_efficiency)
