@@ -157,12 +157,13 @@ def test_a_run_that_failed_says_how_to_go_on(monkeypatch, base, capsys):
     ]
 
 
-def test_a_bug_keeps_its_traceback(monkeypatch, base):
+@pytest.mark.parametrize("kind", [KeyError, RecursionError, NotImplementedError])
+def test_a_bug_keeps_its_traceback(kind, monkeypatch, base):
     def broken(*arguments: object, **options: object) -> None:
-        raise KeyError("bug")
+        raise kind("bug")
 
     monkeypatch.setattr("pretrain.checks.load_checked", broken)
-    with pytest.raises(KeyError, match="bug"):
+    with pytest.raises(kind, match="bug"):
         run(["config", str(base)])
 
 
