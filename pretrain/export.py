@@ -21,7 +21,7 @@ from data_pipeline.store import TokenStore
 from data_pipeline.tokenizer import Tokenizer
 from model.huggingface import TARGETS, Target, choose_target, explain_unfit
 from model.packing import PackMeta
-from pretrain.export_files import CLASS_NAMES, MAX_SHARD_BYTES, ExportPlan, sync_files, write_export
+from pretrain.export_files import CLASS_NAMES, MAX_SHARD_BYTES, ExportPlan, put_in_place, sync_files, write_export
 from pretrain.weights import Weights, read_weights
 
 # Two float32 implementations that add in another order; real text, logits of order 10.
@@ -100,10 +100,7 @@ def export_checkpoint(
         problems = find_problems(plan, proof)
         if problems:
             raise RuntimeError(_fail(temporary, out, problems))
-    if out.exists():
-        out.rmdir()
-    os.rename(temporary, out)
-    sync_files_of_parent(out)
+    put_in_place(temporary, out)
     return ExportReport(
         path=out,
         target=plan.target,
@@ -137,15 +134,6 @@ def resolve_target(weights: Weights, asked: str) -> Target:
 
 def _max_positions(weights: Weights) -> int:
     return weights.trained_length() or DEFAULT_MAX_POSITIONS
-
-
-def sync_files_of_parent(out: Path) -> None:
-    """Make the new name of a folder durable."""
-    descriptor = os.open(out.resolve().parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def proof_text(weights: Weights) -> tuple[Tensor, list[str], str]:

@@ -21,6 +21,7 @@ from model.huggingface import NATIVE_TARGETS, Target, explain_unfit
 from model.huggingface_config import TokenIds, huggingface_config
 from model.huggingface_weights import weight_map
 from model.pattern import parse_pattern
+from pretrain.checkpoint_files import sync_directory
 from pretrain.export_tokenizer import write_tokenizer
 from pretrain.stages import resolve_stages, tokens_done
 from pretrain.weights import Weights
@@ -130,6 +131,14 @@ def sync_files(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def put_in_place(temporary: Path, out: Path) -> None:
+    """Give a finished folder its name, where an empty one may lie, and make the name durable."""
+    if out.exists():
+        out.rmdir()
+    os.rename(temporary, out)
+    sync_directory(out.resolve().parent)
 
 
 def model_card(plan: ExportPlan) -> str:

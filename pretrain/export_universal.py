@@ -8,7 +8,6 @@ layout. The file names and keys are those that `load_checkpoint` of DeepSpeed 0.
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +15,10 @@ from typing import Any
 
 import torch
 
-from pretrain.checkpoint_files import sync_directory
 from pretrain.checkpoint_ranges import RangeReader
-from pretrain.checkpoint_read import find_checkpoint, require_sound
+from pretrain.checkpoint_read import find_checkpoint, read_buffers, require_sound
 from pretrain.export import check_free
-from pretrain.export_files import sync_files
+from pretrain.export_files import put_in_place, sync_files
 
 # Our kinds by DeepSpeed's names.
 STATES = {"fp32": "weight", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
@@ -61,10 +59,7 @@ def export_universal(checkpoint: str | Path, out_dir: str | Path) -> UniversalRe
     (temporary / "latest_universal").write_text(tag, encoding="utf-8")
     sync_files(temporary)
     num_bytes = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
-    if out.exists():
-        out.rmdir()
-    os.rename(temporary, out)
-    sync_directory(out.resolve().parent)
+    put_in_place(temporary, out)
     return UniversalReport(out, tag, manifest["step"], len(manifest["parameters"]), num_bytes)
 
 
@@ -106,9 +101,6 @@ def describe_model(source: Path, manifest: dict[str, Any]) -> dict[str, Any]:
 
     DeepSpeed does not restore buffers; its caller gets them back from `load_checkpoint` and loads them.
     """
-    reader = RangeReader(source, manifest)
-    buffers = {name: reader.buffer(name) for name in manifest["buffers"]}
-    reader.close()
     counters = manifest["engine"]
     return {
         "module": {},
@@ -121,7 +113,7 @@ def describe_model(source: Path, manifest: dict[str, Any]) -> dict[str, Any]:
         "skipped_steps": counters["skipped_steps"],
         "ds_version": manifest["versions"]["deepspeed"],
         "universal_checkpoint_info": {"universal_checkpoint_version": UNIVERSAL_VERSION},
-        "buffers": buffers,
+        "buffers": dict(read_buffers(source, manifest)),
         "state": manifest["state"],
         "config": manifest["config"],
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from model.huggingface import Target
 from model.huggingface_config import OWN_MODEL_TYPE, TokenIds, huggingface_config, model_config_from_huggingface
 from model.huggingface_weights import weight_map
 from pretrain.export import check_free
-from pretrain.export_files import OUR_DESCRIPTION, sync_files
+from pretrain.export_files import OUR_DESCRIPTION, put_in_place, sync_files
 from pretrain.export_tokenizer import MODEL_FILE, ORIGINAL_JSON
 from pretrain.weights import Weights, check_shapes, write_weights
 
@@ -73,9 +72,7 @@ def import_huggingface(hf_dir: str | Path, out_dir: str | Path) -> ImportReport:
     temporary.mkdir(parents=True)
     write_weights(temporary, weights)
     sync_files(temporary)
-    if out.exists():
-        out.rmdir()
-    os.rename(temporary, out)
+    put_in_place(temporary, out)
     num_parameters = sum(tensor.numel() for tensor in state.values())
     return ImportReport(out, target, config, len(tensors), num_parameters, tuple(skipped))
 
