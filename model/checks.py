@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from model.config import AttentionConfig, Mamba2Config, ModelConfig, MoeConfig, RopeConfig
-from model.pattern import BLOCK_NAMES, parse_pattern
-
-_SECTIONS = {"M": "mamba", "*": "attention", "E": "moe", "-": "feed_forward"}
+from model.pattern import BLOCK_NAMES, SECTIONS, parse_pattern
 
 
 def check_model(config: ModelConfig) -> None:
@@ -19,7 +17,7 @@ def check_model(config: ModelConfig) -> None:
     except ValueError as error:
         raise ValueError(f"model.{error}") from error
     for letter in pattern.counts():
-        section = _SECTIONS[letter]
+        section = SECTIONS[letter]
         if getattr(config, section) is None:
             raise ValueError(
                 f"model.pattern has {letter!r} ({BLOCK_NAMES[letter]}) but model.{section} is missing; "

@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from model.config import AttentionConfig, FeedForwardConfig, Mamba2Config, ModelConfig, MoeConfig
-from model.pattern import parse_pattern
+from model.pattern import SECTIONS, parse_pattern
 
 _T = TypeVar("_T")
-
-KINDS = {"M": "mamba", "*": "attention", "E": "moe", "-": "feed_forward"}
 
 
 @dataclass(frozen=True)
@@ -32,8 +30,8 @@ def count_parameters(config: ModelConfig) -> Counts:
     active = dict(total)
     for letter, number in parse_pattern(config.pattern).counts().items():
         whole, used = _block_parameters(config, letter)
-        total[KINDS[letter]] = number * whole
-        active[KINDS[letter]] = number * used
+        total[SECTIONS[letter]] = number * whole
+        active[SECTIONS[letter]] = number * used
     for counts in (total, active):
         counts["final_norm"] = config.hidden_size
         counts["head"] = 0 if config.tie_embeddings else config.vocab_size * config.hidden_size
@@ -49,7 +47,7 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> dict[str, floa
     """
     flops = {"head": head_flops(config)}
     for letter, number in parse_pattern(config.pattern).counts().items():
-        flops[KINDS[letter]] = number * block_flops(config, letter, sequence_length)
+        flops[SECTIONS[letter]] = number * block_flops(config, letter, sequence_length)
     return flops
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from model.config import AttentionConfig, FeedForwardConfig, Mamba2Config, ModelConfig, MoeConfig, RopeConfig
 from model.huggingface import Target
-from model.pattern import parse_pattern
+from model.pattern import SECTIONS, parse_pattern
 
 OWN_MODEL_TYPE = "amfm"
 # The class clamps dt at run time to at least `time_step_min`; training does not. 0 fails in its initialisation (log).
@@ -64,8 +64,7 @@ def huggingface_config(
 def _drop_unused_sections(config: ModelConfig) -> ModelConfig:
     """Without the sections whose letter the pattern lacks: config.json must not depend on what nothing reads."""
     letters = parse_pattern(config.pattern).letters
-    sections = {"M": "mamba", "*": "attention", "E": "moe", "-": "feed_forward"}
-    return config.model_copy(update={name: None for letter, name in sections.items() if letter not in letters})
+    return config.model_copy(update={name: None for letter, name in SECTIONS.items() if letter not in letters})
 
 
 def _nemotron_h_fields(config: ModelConfig) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
+# The section of a model's configuration that each kind of block reads.
+SECTIONS = {"M": "mamba", "*": "attention", "E": "moe", "-": "feed_forward"}
 BLOCK_NAMES = {"M": "Mamba2", "*": "attention", "E": "mixture of experts", "-": "dense feed-forward"}
 HUNYUAN_LETTERS = {"A": "*", "F": "E", "D": "-"}
 MAX_BLOCKS = 4096

@@ -23,7 +23,7 @@ from model.groups import single_rank_groups
 from model.huggingface_weights import weight_shapes
 from model.hybrid import HybridModel
 from model.layers import parameter_shards
-from model.pattern import parse_pattern
+from model.pattern import SECTIONS, parse_pattern
 from pretrain.checkpoint_commit import CHECKPOINT_NAME, list_checkpoints
 from pretrain.checkpoint_files import MANIFEST_NAME, read_manifest
 from pretrain.checkpoint_read import find_checkpoint, read_full_state
@@ -40,7 +40,8 @@ TENSORS = "weights.safetensors"
 class Weights:
     """A model outside of training: its configuration, every weight and buffer in float32 on the CPU, its tokenizer.
 
-    `run` is the configuration of the run that made it, None for an import; `origin` says where it came from.
+    `run` is the configuration of the run that made it, after so many steps and tokens, None for an import; `origin` says
+    where it came from.
     """
 
     model: ModelConfig
@@ -49,6 +50,7 @@ class Weights:
     origin: str
     run: RunConfig | None = None
     step: int | None = None
+    tokens: int | None = None
 
     def trained_length(self) -> int | None:
         """Tokens a row in the last step of the training, None for an import."""
@@ -96,7 +98,8 @@ def _read_checkpoint(folder: Path) -> Weights:
         )
     step = int(manifest["step"])
     model = model_of_stage(run, last_stage(run, step))
-    return Weights(model, state, tokenizer, f"{folder} (step {step})", run, step)
+    tokens = int(manifest["state"]["progress"]["tokens"])
+    return Weights(model, state, tokenizer, f"{folder} (step {step})", run, step, tokens)
 
 
 def write_weights(folder: Path, weights: Weights) -> None:
@@ -213,7 +216,7 @@ def _function_settings(config: ModelConfig) -> dict[str, object]:
     settings: dict[str, object] = {"pattern": "".join(letters)}
     for name in ("vocab_size", "hidden_size", "norm_epsilon", "tie_embeddings"):
         settings[name] = getattr(config, name)
-    for letter, section_name in {"M": "mamba", "*": "attention", "E": "moe", "-": "feed_forward"}.items():
+    for letter, section_name in SECTIONS.items():
         section = getattr(config, section_name)
         if letter in letters and section is not None:
             for name, value in section.model_dump().items():
