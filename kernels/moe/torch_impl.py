@@ -9,18 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.gemm_precision import gemm_dtype
-from kernels.moe.torch_loop import (
-    activate,
-    activation_backward,
-    loop_backward,
-    loop_forward,
-    open_activation,
-    sum_by_token,
-)
+from kernels.moe.torch_loop import loop_backward, loop_forward, sum_by_token
 
 
 def choose_experts(appeal_RE: Tensor, top_k: int, num_groups: int, group_top_k: int) -> Tensor:
@@ -70,35 +62,6 @@ def route_torch(
     return expert_ids_RK, weights_RK * scaling, scores_RE
 
 
-def _aligned(*tensors: Tensor) -> bool:
-    """Whether `grouped_mm` takes these operands: not float64, rows and columns of whole 16 byte units, none empty."""
-    sizes = [size for tensor in tensors for size in tensor.shape[-2:]]
-    return tensors[0].dtype != torch.float64 and 0 not in sizes
-
-
-def grouped_product(x_RA: Tensor, weight_EBA: Tensor, offsets_E: Tensor) -> Tensor:
-    """Rows of each expert times the transpose of its matrix: [R, B]."""
-    unit = 16 // x_RA.element_size()
-    if _aligned(x_RA, weight_EBA) and x_RA.shape[1] % unit == 0 and weight_EBA.shape[1] % unit == 0:
-        return F.grouped_mm(x_RA.contiguous(), weight_EBA.transpose(1, 2), offs=offsets_E)
-    y_RB = x_RA.new_empty(x_RA.shape[0], weight_EBA.shape[1])
-    begin = 0
-    for expert, end in enumerate(offsets_E.tolist()):
-        torch.mm(x_RA[begin:end], weight_EBA[expert].T, out=y_RB[begin:end])
-        begin = end
-    return y_RB
-
-
-def grouped_outer(dy_RB: Tensor, x_RA: Tensor, offsets_E: Tensor) -> Tensor:
-    """Gradient of each expert's matrix, [E, B, A]: its rows' dy^T x; zeros for an expert without rows."""
-    grad_EBA = x_RA.new_empty(offsets_E.shape[0], dy_RB.shape[1], x_RA.shape[1])
-    begin = 0
-    for expert, end in enumerate(offsets_E.tolist()):
-        torch.mm(dy_RB[begin:end].T, x_RA[begin:end], out=grad_EBA[expert])
-        begin = end
-    return grad_EBA
-
-
 @torch.library.custom_op("amfm::expert_feed_forward_torch", mutates_args=())
 def _forward(
     x_RD: Tensor,
@@ -111,27 +74,10 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """Output [R, D] and hidden [S, F] before the activation; S sorted rows. Without token ids the rows are x itself."""
     dtype = gemm_dtype(x_RD)
-    if x_RD.device.type == "cpu":
-        up, down = up_EFD.to(dtype), down_EDF.to(dtype)
-        y_SD, hidden_SF = loop_forward(x_RD, weights_S, token_ids_S, offsets_E, up, down, activation)
-        y_RD = y_SD if token_ids_S is None else sum_by_token(y_SD, token_ids_S, x_RD.shape[0])
-        return y_RD.to(x_RD.dtype), hidden_SF.to(x_RD.dtype)
-    rows_SD = x_RD if token_ids_S is None else x_RD.index_select(0, token_ids_S)
-    hidden_SF = grouped_product(rows_SD.to(dtype), up_EFD.to(dtype), offsets_E)
-    active_SF = activate(hidden_SF, activation)
-    if weights_S is not None:
-        active_SF.mul_(weights_S[:, None])
-    y_SD = grouped_product(active_SF, down_EDF.to(dtype), offsets_E)
-    if token_ids_S is not None:
-        y_SD = _sum_by_token(y_SD, token_ids_S, x_RD.shape[0])
-    return y_SD.to(x_RD.dtype), hidden_SF.to(x_RD.dtype)
-
-
-def _sum_by_token(rows_SD: Tensor, token_ids_S: Tensor, tokens: int) -> Tensor:
-    """Add each token's rows, in float32 at least."""
-    wide = rows_SD.dtype if rows_SD.dtype in (torch.float32, torch.float64) else torch.float32
-    total_RD = torch.zeros(tokens, rows_SD.shape[1], dtype=wide, device=rows_SD.device)
-    return total_RD.index_add_(0, token_ids_S, rows_SD.to(wide))
+    up, down = up_EFD.to(dtype), down_EDF.to(dtype)
+    y_SD, hidden_SF = loop_forward(x_RD, weights_S, token_ids_S, offsets_E, up, down, activation)
+    y_RD = y_SD if token_ids_S is None else sum_by_token(y_SD, token_ids_S, x_RD.shape[0])
+    return y_RD.to(x_RD.dtype), hidden_SF.to(x_RD.dtype)
 
 
 @_forward.register_fake
@@ -145,7 +91,7 @@ def _(
     activation: str,
 ) -> tuple[Tensor, Tensor]:
     rows = x_RD.shape[0] if token_ids_S is None else token_ids_S.shape[0]
-    return torch.empty_like(x_RD), x_RD.new_empty(rows, up_EFD.shape[1])
+    return x_RD.new_empty(x_RD.shape), x_RD.new_empty(rows, up_EFD.shape[1])
 
 
 @torch.library.custom_op("amfm::expert_feed_forward_torch_backward", mutates_args=())
@@ -162,29 +108,11 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x [R, D], weights [S] (empty without weights), up [E, F, D] and down [E, D, F]."""
     dtype = gemm_dtype(x_RD)
-    if x_RD.device.type == "cpu":
-        up, down = up_EFD.to(dtype), down_EDF.to(dtype)
-        dx_SD, d_weights_S, d_up_EFD, d_down_EDF = loop_backward(
-            dy_RD, x_RD, hidden_SF, weights_S, token_ids_S, offsets_E, up, down, activation
-        )
-        dx_RD = dx_SD if token_ids_S is None else sum_by_token(dx_SD, token_ids_S, x_RD.shape[0])
-        return dx_RD.to(x_RD.dtype), d_weights_S, d_up_EFD.to(up_EFD.dtype), d_down_EDF.to(down_EDF.dtype)
-    rows_SD = (x_RD if token_ids_S is None else x_RD.index_select(0, token_ids_S)).to(dtype)
-    dy_SD = (dy_RD if token_ids_S is None else dy_RD.index_select(0, token_ids_S)).to(dtype)
-    hidden_SF = hidden_SF.to(dtype)
-    active_SF, factor = open_activation(hidden_SF, activation)
-    d_active_SF = grouped_product(dy_SD, down_EDF.to(dtype).transpose(1, 2), offsets_E)
-    d_weights_S = x_RD.new_empty(0)
-    if weights_S is not None:
-        wide = torch.promote_types(dtype, torch.float32)
-        d_weights_S = torch.linalg.vecdot(d_active_SF.to(wide), active_SF.to(wide)).to(weights_S.dtype)
-        d_active_SF.mul_(weights_S[:, None])
-        active_SF.mul_(weights_S[:, None])
-    d_down_EDF = grouped_outer(dy_SD, active_SF, offsets_E)
-    d_hidden_SF = activation_backward(d_active_SF, hidden_SF, factor, activation)
-    d_up_EFD = grouped_outer(d_hidden_SF, rows_SD, offsets_E)
-    dx_SD = grouped_product(d_hidden_SF, up_EFD.to(dtype).transpose(1, 2), offsets_E)
-    dx_RD = dx_SD if token_ids_S is None else _sum_by_token(dx_SD, token_ids_S, x_RD.shape[0])
+    up, down = up_EFD.to(dtype), down_EDF.to(dtype)
+    dx_SD, d_weights_S, d_up_EFD, d_down_EDF = loop_backward(
+        dy_RD, x_RD, hidden_SF, weights_S, token_ids_S, offsets_E, up, down, activation
+    )
+    dx_RD = dx_SD if token_ids_S is None else sum_by_token(dx_SD, token_ids_S, x_RD.shape[0])
     return dx_RD.to(x_RD.dtype), d_weights_S, d_up_EFD.to(up_EFD.dtype), d_down_EDF.to(down_EDF.dtype)
 
 
@@ -201,7 +129,7 @@ def _(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     d_weights = x_RD.new_empty(0) if weights_S is None else torch.empty_like(weights_S)
-    return torch.empty_like(x_RD), d_weights, torch.empty_like(up_EFD), torch.empty_like(down_EDF)
+    return x_RD.new_empty(x_RD.shape), d_weights, torch.empty_like(up_EFD), torch.empty_like(down_EDF)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

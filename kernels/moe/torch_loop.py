@@ -1,4 +1,4 @@
-"""Expert feed-forward on a CPU, one expert after the other: rows, activations and gradients of one fit the cache.
+"""Expert feed-forward, one expert after the other: rows, activations and gradients of one fit a processor's cache.
 
 Whole tensors of sorted rows would pass through memory between steps, and their pages be mapped anew each time. What is
 kept: the hidden rows before the activation, in sorted order.
@@ -29,7 +29,7 @@ def loop_forward(
     y_SD, hidden_SF = up_EFD.new_empty(rows, x_RD.shape[1]), up_EFD.new_empty(rows, up_EFD.shape[1])
     for expert, part in _experts(offsets_E):
         hidden = _multiply(_take(x_RD, token_ids_S, part, up_EFD.dtype), up_EFD[expert].T, hidden_SF[part])
-        active = activate(hidden, activation)
+        active = _activate(hidden, activation)
         if weights_S is not None:
             active.mul_(weights_S[part, None])
         _multiply(active, down_EDF[expert].T, y_SD[part])
@@ -56,7 +56,7 @@ def loop_backward(
     for expert, part in _experts(offsets_E):
         dy, rows = (_take(each, token_ids_S, part, dtype) for each in (dy_RD, x_RD))
         hidden = hidden_SF[part].to(dtype)
-        active, factor = open_activation(hidden, activation)
+        active, factor = _open_activation(hidden, activation)
         d_active = _multiply(dy, down_EDF[expert], dy.new_empty(dy.shape[0], down_EDF.shape[2]))
         if weights_S is not None:
             weight = weights_S[part, None]
@@ -64,7 +64,7 @@ def loop_backward(
             d_active.mul_(weight)
             active.mul_(weight)
         torch.mm(dy.T, active, out=d_down_EDF[expert])
-        d_hidden = activation_backward(d_active, hidden, factor, activation)
+        d_hidden = _activation_backward(d_active, hidden, factor, activation)
         torch.mm(d_hidden.T, rows, out=d_up_EFD[expert])
         _multiply(d_hidden, up_EFD[expert], dx_SD[part])
     return dx_SD, d_weights_S, d_up_EFD, d_down_EDF
@@ -73,11 +73,12 @@ def loop_backward(
 def sum_by_token(rows_SD: Tensor, token_ids_S: Tensor, tokens: int) -> Tensor:
     """Add each token's rows, which are equally many: [R, D] in the dtype of the rows, sums in float32 at least."""
     order_S = token_ids_S.argsort(stable=True)
-    begins_R = torch.arange(0, rows_SD.shape[0], max(1, rows_SD.shape[0] // max(1, tokens)))
+    choices = max(1, rows_SD.shape[0] // max(1, tokens))
+    begins_R = torch.arange(0, rows_SD.shape[0], choices, device=rows_SD.device)
     return F.embedding_bag(order_S, rows_SD, begins_R, mode="sum")
 
 
-def activate(hidden_RF: Tensor, activation: str) -> Tensor:
+def _activate(hidden_RF: Tensor, activation: str) -> Tensor:
     """SwiGLU of [gate, up], or the squared ReLU."""
     if activation == "swiglu":
         gate, up = hidden_RF.chunk(2, dim=-1)
@@ -85,7 +86,7 @@ def activate(hidden_RF: Tensor, activation: str) -> Tensor:
     return F.relu(hidden_RF).square_()
 
 
-def open_activation(hidden_SF: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+def _open_activation(hidden_SF: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """The activation again, and the factor of it that its gradient needs: silu(gate), or max(x, 0)."""
     if activation == "swiglu":
         gate, up = hidden_SF.chunk(2, dim=-1)
@@ -95,7 +96,7 @@ def open_activation(hidden_SF: Tensor, activation: str) -> tuple[Tensor, Tensor]
     return factor.square(), factor
 
 
-def activation_backward(d_active: Tensor, hidden_SF: Tensor, factor: Tensor, activation: str) -> Tensor:
+def _activation_backward(d_active: Tensor, hidden_SF: Tensor, factor: Tensor, activation: str) -> Tensor:
     """Gradient of the hidden rows; overwrites `d_active` and `factor`."""
     if activation != "swiglu":
         return factor.mul_(d_active).mul_(2)

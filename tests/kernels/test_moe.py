@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from kernels.moe import torch_impl
 from kernels.moe.losses import balance_loss, count_by_row, router_z_loss, sequence_balance_loss
 from kernels.moe.op import expert_feed_forward, group_by_expert, grouped_feed_forward, route
 from tests.helpers.numbers import relative_rms
+from tests.helpers.registration import assert_registered
 
 # float64 sums of a few hundred products, in another order: a few hundred units in the last place.
 FLOAT64_TOLERANCE = 1e-12
@@ -201,6 +203,16 @@ def test_bad_input_is_refused_with_what_was_expected():
         grouped_feed_forward(x, torch.zeros(6, dtype=torch.int64), up, down.mT, activation="swiglu")
     with pytest.raises(ValueError, match="must add up to the 4 rows"):
         grouped_feed_forward(x, torch.zeros(6, dtype=torch.int64), up, down, activation="swiglu")
+
+
+def test_registration_is_complete():
+    torch.manual_seed(7)
+    up, down = torch.randn(4, 16, 8, requires_grad=True), torch.randn(4, 8, 8, requires_grad=True)
+    groups = group_by_expert(torch.randint(0, 4, (6, 2)), 4)
+    weights = torch.rand(12, requires_grad=True)
+    for x in (torch.randn(6, 8), torch.randn(8, 6).T):
+        arguments = x.requires_grad_(), weights, groups.token_ids, groups.offsets_E, up, down, "swiglu"
+        assert_registered(torch_impl._forward, *arguments)
 
 
 def test_compiled_graphs_contain_the_whole_operation():
