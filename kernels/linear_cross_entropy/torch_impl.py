@@ -10,16 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.gemm_precision import gemm_dtype
-from kernels.linear_cross_entropy.autograd import (
-    differentiate,
-    differentiate_statistics,
-    fake_loss,
-    fake_statistics,
-    fake_statistics_backward,
-    save,
-    save_statistics,
-    sum_dtype,
-)
+from kernels.linear_cross_entropy.autograd import register_loss, register_statistics, sum_dtype
 
 # Logits of a slice: 8 MiB in float32 stay in the cache of one core complex; fewer than 128 rows starve the product.
 _SLICE_ELEMENTS = 1 << 21
@@ -45,6 +36,7 @@ def _forward(
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Total, negative log-likelihood of each row, and (empty unless `with_grad`) gradients of hidden and weight."""
+    hidden_RD, weight_VD = hidden_RD.contiguous(), weight_VD.contiguous()
     dtype, wide = gemm_dtype(hidden_RD), sum_dtype(hidden_RD)
     rows_S = (labels_R != ignore_index).nonzero()[:, 0]
     whole = rows_S.numel() == labels_R.numel()
@@ -87,8 +79,7 @@ def _accumulate_outer(total_VD: Tensor, d_logits_RV: Tensor, hidden_RD: Tensor) 
         total_VD.add_(torch.mm(d_logits_RV.T, hidden_RD))
 
 
-_forward.register_fake(fake_loss)
-_forward.register_autograd(differentiate, setup_context=save)
+register_loss(_forward)
 
 
 def linear_cross_entropy_torch(
@@ -134,6 +125,7 @@ def _statistics_backward(
     first_row: int,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of hidden and weight; logits are computed again."""
+    hidden_RD, weight_VD = hidden_RD.contiguous(), weight_VD.contiguous()
     dtype = gemm_dtype(hidden_RD)
     weight, hidden = weight_VD.to(dtype), hidden_RD.to(dtype)
     d_hidden_RD = torch.empty_like(hidden)
@@ -146,9 +138,7 @@ def _statistics_backward(
     return d_hidden_RD.to(hidden_RD.dtype), d_weight.to(weight_VD.dtype)
 
 
-_statistics.register_fake(fake_statistics)
-_statistics_backward.register_fake(fake_statistics_backward)
-_statistics.register_autograd(differentiate_statistics(_statistics_backward), setup_context=save_statistics)
+register_statistics(_statistics, _statistics_backward)
 
 
 def linear_statistics_torch(

@@ -13,15 +13,7 @@ from torch import Tensor
 
 from kernels.backend import INTERPRETED
 from kernels.interpreter import count_programs, dot_dtype
-from kernels.linear_cross_entropy.autograd import (
-    differentiate,
-    differentiate_statistics,
-    fake_loss,
-    fake_statistics,
-    fake_statistics_backward,
-    save,
-    save_statistics,
-)
+from kernels.linear_cross_entropy.autograd import register_loss, register_statistics
 from kernels.linear_cross_entropy.triton_kernels import gradient_kernel, statistics_kernel, stored_gradient_kernel
 
 # Tile of a product: rows, vocabulary, model. Fixed, so that results do not depend on a tuning run.
@@ -105,8 +97,7 @@ def _gradient_of(
     return d_logits
 
 
-_forward.register_fake(fake_loss)
-_forward.register_autograd(differentiate, setup_context=save)
+register_loss(_forward)
 
 
 def linear_cross_entropy_triton(
@@ -157,9 +148,7 @@ def _statistics_backward(
     return d_hidden_RD, d_weight_VD.to(weight_VD.dtype)
 
 
-_statistics.register_fake(fake_statistics)
-_statistics_backward.register_fake(fake_statistics_backward)
-_statistics.register_autograd(differentiate_statistics(_statistics_backward), setup_context=save_statistics)
+register_statistics(_statistics, _statistics_backward)
 
 
 def linear_statistics_triton(

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from kernels.linear_cross_entropy import torch_impl
 from kernels.linear_cross_entropy.op import combine_log_sums, linear_cross_entropy, linear_statistics
+from tests.helpers.registration import assert_registered
 
 # Sums of up to a thousand terms in another order.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6}
@@ -107,3 +109,10 @@ def test_compiled_graphs_contain_the_whole_operation():
     wanted = torch.autograd.grad(linear_cross_entropy(hidden, weight, labels).total, (hidden, weight))
     for one, other in zip(got, wanted):
         torch.testing.assert_close(one, other)
+
+
+def test_registration_is_complete():
+    hidden, weight, labels = make_inputs(5, 9, 4, torch.float32)
+    for rows in (hidden, hidden.detach().T.contiguous().T.requires_grad_()):
+        assert_registered(torch_impl._forward, rows, weight, labels, -100, 0.1, True)
+        assert_registered(torch_impl._statistics, rows, weight, labels, 3)

@@ -47,5 +47,6 @@ def test_statistics_of_a_shard_equal_the_definition_twice_bitwise(sizes, poisone
 
 def test_registration_is_complete():
     hidden, weight, labels = make_inputs(5, 9, 4, torch.float32)
-    assert_registered(triton_impl._forward, hidden, weight, labels, -100, 0.1, True)
-    assert_registered(triton_impl._statistics, hidden, weight, labels, 3)
+    for rows in (hidden, hidden.detach().T.contiguous().T.requires_grad_()):
+        assert_registered(triton_impl._forward, rows, weight, labels, -100, 0.1, True)
+        assert_registered(triton_impl._statistics, rows, weight, labels, 3)
