@@ -23,7 +23,6 @@ from model.huggingface_weights import weight_map
 from model.pattern import parse_pattern
 from pretrain.checkpoint_files import sync_directory
 from pretrain.export_tokenizer import write_tokenizer
-from pretrain.stages import resolve_stages, tokens_done
 from pretrain.weights import Weights
 
 OUR_DESCRIPTION = "amfm_model.json"
@@ -195,8 +194,6 @@ def _facts(plan: ExportPlan, config: ModelConfig) -> list[tuple[str, str]]:
         ("Trained at", f"{plan.max_position_embeddings} tokens a row"),
         ("From", f"`{plan.weights.origin}`"),
     ]
-    run = plan.weights.run
-    if run is not None and plan.weights.step is not None:
-        tokens = tokens_done(resolve_stages(run), plan.weights.step)
-        facts.append(("Training", f"{plan.weights.step:,} steps, {tokens:,} tokens"))
+    if plan.weights.step is not None:
+        facts.append(("Training", f"{plan.weights.step:,} steps, {plan.weights.tokens:,} tokens"))
     return facts

@@ -137,13 +137,6 @@ def stage_of(stages: tuple[RunStage, ...], steps_done: int) -> RunStage:
     return stages[min(bisect_right(starts, steps_done), len(stages)) - 1]
 
 
-def tokens_done(stages: tuple[RunStage, ...], steps_done: int) -> int:
-    """Tokens of the first `steps_done` steps."""
-    current = stage_of(stages, max(0, steps_done - 1))
-    before = sum(stage.num_tokens() for stage in stages[: current.index])
-    return before + current.samples_before(steps_done + 1) * current.sequence_length
-
-
 def data_of_stages(config: RunConfig) -> DataConfig:
     """The data section with a phase for each stage that changes the mixture or the length of rows."""
     stages = resolve_stages(config)

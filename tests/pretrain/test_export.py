@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from data_pipeline.config import DataConfig, TokenizerConfig
+from data_pipeline.config import DataConfig, PhaseConfig, TokenizerConfig
 from data_pipeline.sentencepiece_model import SCORE_STEP, read_sentencepiece_model
 from data_pipeline.tokenizer import read_tokenizer_file, train_tokenizer
 from model.packing import PackMeta
@@ -65,6 +65,13 @@ def test_other_targets_are_proved_in_a_fresh_process(data: DataConfig, tmp_path:
         assert any("qk_norm=true" in reason for reason in report.reasons)
         assert "qk_norm=true" in card, "the model card must say why no native class fits"
         assert (tmp_path / "out" / "modeling_amfm.py").is_file()
+
+
+def test_the_card_counts_the_tokens_of_longer_rows_too(data: DataConfig, tmp_path: Path) -> None:
+    longer = data.model_copy(update={"phases": (PhaseConfig(start_sample=8, sequence_length=96),)})
+    assert train(tiny_config(longer, tmp_path / "run")) == 0
+    export_checkpoint(tmp_path / "run", tmp_path / "out", verify=False)
+    assert "| Training | 4 steps, 1,152 tokens |" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_sharded_weights_and_index_agree_and_load(data: DataConfig, tmp_path: Path) -> None:

@@ -20,7 +20,6 @@ from pretrain.stages import (
     resolve_stages,
     stage_of,
     step_of_sample,
-    tokens_done,
     total_steps,
 )
 from pretrain.step import train_step
@@ -87,8 +86,8 @@ def test_what_a_stage_leaves_open_is_as_before_it(two_sources: DataConfig, tmp_p
     assert [stage_of(stages, done).name for done in (0, 2, 3, 11, 12)] == [
         *("pretraining", "pretraining", "annealing", "longest", "longest")
     ]
-    assert tokens_done(stages, 12) == 12 * 128 + 18 * 128 + 12 * 256 + 6 * 1024
-    assert tokens_done(stages, 4) == 12 * 128 + 6 * 128
+    assert [stage.num_tokens() for stage in stages] == [12 * 128, 18 * 128, 12 * 256, 6 * 1024]
+    assert stages[1].samples_before(5) == 6
 
 
 def test_stages_become_phases_of_the_data(two_sources: DataConfig, tmp_path: Path) -> None:
@@ -114,7 +113,7 @@ def test_a_ramp_grows_in_equal_shares_and_is_counted(two_sources: DataConfig, tm
     stages = resolve_stages(config)
     sizes = [stages[0].batch_size(step) for step in range(1, 10)]
     assert sizes == [2, 2, 4, 4, 6, 6, 8, 8, 8]
-    assert tokens_done(stages, 9) == sum(sizes) * config.train.sequence_length
+    assert stages[0].num_tokens() == sum(sizes) * config.train.sequence_length
     taken = [(step, row) for step, size in enumerate(sizes, start=1) for row in range(size)]
     assert [step_of_sample(stages, sample) for sample in range(len(taken))] == taken
 
@@ -239,7 +238,7 @@ def test_a_run_across_four_stages_resumes_bitwise_inside_each(two_sources: DataC
     weights = read_weights(tmp_path / "resumed")
     stages = resolve_stages(staged(two_sources, tmp_path))
     assert weights.model == model_of_stage(staged(two_sources, tmp_path), stages[-1])
-    assert weights.trained_length() == 1024
+    assert weights.trained_length() == 1024 and weights.tokens == straight.metrics[-1]["tokens"]
 
 
 def test_losses_of_another_stage_are_forgotten_on_entering_and_on_rolling_back(
