@@ -75,14 +75,8 @@ class RayCluster:
         if not ray.is_initialized():
             ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="error")
 
-    def usable_nodes(self, wanted: int) -> int:
-        """Nodes of the cluster with room for a node's ranks, after waiting a while for `wanted` of them."""
-        deadline = time.monotonic() + self.wait_seconds
-        while (found := self._count_nodes()) < wanted and time.monotonic() < deadline:
-            time.sleep(POLL_SECONDS)
-        return found
-
-    def _count_nodes(self) -> int:
+    def usable_nodes(self) -> int:
+        """Nodes of the cluster with room for a node's ranks."""
         return sum(
             1
             for node in ray.nodes()

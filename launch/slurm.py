@@ -123,7 +123,7 @@ class Allocation:
         down = set(ask("sinfo", "-h", "-N", "-n", listed, "-t", "down,fail,drain", "-o", "%N").split())
         return [name for name in names if name not in down]
 
-    def usable_nodes(self, wanted: int) -> int:
+    def usable_nodes(self) -> int:
         """How many nodes of the allocation are up."""
         return len(self.hosts())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from pretrain.config import RunConfig
 from pretrain.config_errors import ConfigError
 
 DONE, BAD_INPUT, RUN_FAILED = 0, 2, 3
+POLL_SECONDS = 1.0
 STUCK_ATTEMPTS = 2  # failures without a newer checkpoint between them: a third would fail like them
 
 
@@ -38,12 +40,12 @@ def supervise(
     *,
     nodes: int,
     ranks_per_node: int,
-    usable_nodes: Callable[[int], int],
+    usable_nodes: Callable[[], int],
 ) -> int:
     """Start the run on `nodes` nodes, start it again after each failure, and return the exit code.
 
-    `start` runs one attempt to its end. `usable_nodes(wanted)` waits for lost nodes as long as it sees fit and says how
-    many there are. On fewer nodes than wanted the run goes on with the most that can share
+    `start` runs one attempt to its end. `usable_nodes` says how many there are now; lost ones get
+    `launch.node_wait_seconds` to come back. On fewer nodes than wanted the run goes on with the most that can share
     its batch. Stops with the first cause when `launch.max_restarts` are used up, when the input is refused (code 2), and
     when failures follow each other without a newer checkpoint between them.
     """
@@ -51,7 +53,7 @@ def supervise(
     causes: list[str] = []
     stuck = 0
     for number in range(config.launch.max_restarts + 1):
-        usable = min(nodes, usable_nodes(nodes)) if number else nodes
+        usable = wait_for_nodes(config, nodes, usable_nodes) if number else nodes
         attempt = Attempt(number, fitting_nodes(config, usable, ranks_per_node), cause)
         if attempt.nodes < nodes:
             say(f"amfm launch: going on with {attempt.nodes} of {nodes} nodes")
@@ -71,6 +73,14 @@ def supervise(
             return RUN_FAILED
     say(f"amfm launch: launch.max_restarts={config.launch.max_restarts} are used up. First cause: {causes[0]}")
     return RUN_FAILED
+
+
+def wait_for_nodes(config: RunConfig, wanted: int, usable_nodes: Callable[[], int]) -> int:
+    """How many nodes of those wanted can be used, after `launch.node_wait_seconds` at most."""
+    deadline = time.monotonic() + config.launch.node_wait_seconds
+    while (usable := usable_nodes()) < wanted and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+    return min(wanted, usable)
 
 
 def start_once(start: Callable[[Attempt], Outcome], nodes: int) -> int:

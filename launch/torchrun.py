@@ -166,7 +166,7 @@ class RemoteHosts:
         with forward_signals(self._forward):
             return self._wait()
 
-    def usable_nodes(self, wanted: int) -> int:
+    def usable_nodes(self) -> int:
         """How many hosts answer now; they are the ones that the next attempt uses."""
         self.usable = [host for host in self.hosts if self._answers(host)]
         return len(self.usable)

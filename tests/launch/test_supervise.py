@@ -15,7 +15,9 @@ from tests.pretrain.tiny_run import tiny_config, tiny_data
 @pytest.fixture
 def config(tmp_path: Path) -> RunConfig:
     # 12 rows in micro-batches of 2: one, two, three and six ranks can share them.
-    return tiny_config(tiny_data(tmp_path / "data"), tmp_path / "run", train__global_batch_size=12)
+    return tiny_config(
+        tiny_data(tmp_path / "data"), tmp_path / "run", train__global_batch_size=12, launch__node_wait_seconds=3
+    )
 
 
 class Script:
@@ -36,7 +38,7 @@ class Script:
         return Outcome(code, cause)
 
 
-def run(config: RunConfig, script: Script, usable: Callable[[int], int] = lambda wanted: wanted, nodes: int = 3) -> int:
+def run(config: RunConfig, script: Script, usable: Callable[[], int] = lambda: 3, nodes: int = 3) -> int:
     return supervise(config, script, nodes=nodes, ranks_per_node=1, usable_nodes=usable)
 
 
@@ -69,8 +71,15 @@ def test_restarts_are_counted(config: RunConfig, capsys: pytest.CaptureFixture[s
 
 def test_a_lost_node_leaves_as_many_as_can_share_the_batch(config: RunConfig) -> None:
     script = Script(config, (3, "node lost", 10), (0, "", 20))
-    assert run(config, script, usable=lambda wanted: 5, nodes=6) == 0
+    assert run(config, script, usable=lambda: 5, nodes=6) == 0
     assert [attempt.nodes for attempt in script.attempts] == [6, 3]
+
+
+def test_a_node_that_comes_back_in_time_is_waited_for(config: RunConfig) -> None:
+    script = Script(config, (3, "node lost", 10), (0, "", 20))
+    answers = [2, 3]
+    assert run(config, script, usable=lambda: answers.pop(0)) == 0
+    assert [attempt.nodes for attempt in script.attempts] == [3, 3]
 
 
 def test_too_few_nodes_is_an_error_with_both_numbers(config: RunConfig) -> None:
