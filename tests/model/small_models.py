@@ -3,7 +3,7 @@
 import torch
 
 from model.config import AttentionConfig, FeedForwardConfig, Mamba2Config, ModelConfig, MoeConfig, RopeConfig
-from model.groups import single_rank_groups
+from model.groups import SingleRankGroup, single_rank_groups
 from model.hybrid import HybridModel
 from model.packing import PackMeta
 
@@ -58,3 +58,25 @@ def loss_of(output):
 
 def meta_of(ids_BT):
     return PackMeta.from_document_ids(ids_BT)
+
+
+def cut_batch(document_lengths, groups, seed=0):
+    """Tokens, labels and layout of what this context rank has of a packed batch."""
+    tokens_BT, labels_BT, ids_BT = packed_batch(document_lengths, seed=seed)
+    meta = meta_of(ids_BT).cut(groups.cp.rank(), groups.cp.size())
+    if meta.segments is not None:
+        tokens_BT, labels_BT = meta.segments.take(tokens_BT), meta.segments.take(labels_BT)
+    return tokens_BT, labels_BT, meta
+
+
+class StandInGroup(SingleRankGroup):
+    """One of several ranks, without the others."""
+
+    def __init__(self, size, rank=0):
+        self.ranks = (rank, size)
+
+    def size(self):
+        return self.ranks[1]
+
+    def rank(self):
+        return self.ranks[0]

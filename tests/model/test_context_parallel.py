@@ -16,7 +16,7 @@ from pretrain.communication import CommunicationCounter
 from pretrain.config import ParallelConfig
 from pretrain.parallel import initialize_parallel
 from tests.helpers.spawn import run_ranks
-from tests.model.small_models import loss_of, packed_batch, small_config
+from tests.model.small_models import StandInGroup, cut_batch, loss_of, meta_of, packed_batch, small_config
 
 MOE = MoeConfig(
     num_experts=5,
@@ -56,10 +56,7 @@ def run_model(case, groups, dtype=torch.float64, *, compiled=False):
     if compiled:
         model.compile_blocks(compiler="aot_eager")
         model.recompute_blocks("M*E-")
-    tokens_BT, labels_BT, ids_BT = packed_batch(documents)
-    meta = PackMeta.from_document_ids(ids_BT).cut(groups.cp.rank(), groups.cp.size())
-    if meta.segments is not None:
-        tokens_BT, labels_BT = meta.segments.take(tokens_BT), meta.segments.take(labels_BT)
+    tokens_BT, labels_BT, meta = cut_batch(documents, groups)
     output = model(tokens_BT, meta, labels_BT)
     loss = loss_of(output)
     loss.backward()
@@ -104,7 +101,7 @@ def assert_same(case, ranks, tolerance):
     ids_BT = packed_batch(DOCUMENTS[case[1]])[2]
     num_ranks = len(ranks)
     for rank, got in enumerate(ranks):
-        segments = PackMeta.from_document_ids(ids_BT).cut(rank, num_ranks).segments
+        segments = meta_of(ids_BT).cut(rank, num_ranks).segments
         assert abs(float(got["loss"] - wanted["loss"])) <= tolerance * float(wanted["loss"])
         logits_BTV = segments.take(wanted["logits"])
         assert (got["logits"] - logits_BTV).norm() <= tolerance * logits_BTV.norm()
@@ -118,7 +115,7 @@ def assert_same(case, ranks, tolerance):
 def test_ranks_share_the_keys_evenly_and_every_token_once():
     ids_BT = torch.zeros(1, 48, dtype=torch.int32)
     for num_ranks in (2, 3, 4):
-        parts = [PackMeta.from_document_ids(ids_BT).cut(rank, num_ranks) for rank in range(num_ranks)]
+        parts = [meta_of(ids_BT).cut(rank, num_ranks) for rank in range(num_ranks)]
         positions = [part.positions_BT[0].tolist() for part in parts]
         assert sorted(place for own in positions for place in own) == list(range(48))
         assert len({sum(place + 1 for place in own) for own in positions}) == 1
@@ -126,14 +123,14 @@ def test_ranks_share_the_keys_evenly_and_every_token_once():
 
 def test_segments_know_which_go_on_and_what_a_convolution_may_see():
     ids_BT = packed_batch(((5, 3, 1, 7), (4, 4, 8)))[2]
-    meta = PackMeta.from_document_ids(ids_BT).cut(0, 2)
+    meta = meta_of(ids_BT).cut(0, 2)
     assert meta.segments.own == (0, 3)
     assert meta.segments.continues_BZ.tolist() == [[False, True, False, True], [False, False, False, True]]
     assert meta.segments.window_mask(3).tolist() == [
         [[False] * 3, [True] * 3],
         [[False] * 3, [True] * 3],
     ]
-    assert PackMeta.from_document_ids(ids_BT).cut(1, 2).segments.window_mask(3)[0].tolist() == [
+    assert meta_of(ids_BT).cut(1, 2).segments.window_mask(3)[0].tolist() == [
         [True] * 3,
         [False] * 3,
     ]
@@ -142,7 +139,7 @@ def test_segments_know_which_go_on_and_what_a_convolution_may_see():
 
 
 def test_rows_that_cannot_be_cut_are_refused():
-    meta = PackMeta.from_document_ids(packed_batch(((22,),))[2])
+    meta = meta_of(packed_batch(((22,),))[2])
     with pytest.raises(
         ValueError, match="rows of 22 tokens cannot be cut into 2 x 2 equal segments; use a multiple of 4"
     ):
@@ -150,6 +147,12 @@ def test_rows_that_cannot_be_cut_are_refused():
     model = HybridModel(small_config("M"), single_rank_groups())
     with pytest.raises(ValueError, match=r"cut for 11 context rank\(s\) and the model's cp group has 1"):
         model(torch.zeros(1, 2, dtype=torch.int64), meta.cut(0, 11))
+    groups = single_rank_groups()
+    groups.cp = StandInGroup(11)
+    with pytest.raises(
+        ValueError, match=r"segments of 1 tokens are shorter than the 3 before each .*; use longer rows"
+    ):
+        HybridModel(small_config("M"), groups)(torch.zeros(1, 2, dtype=torch.int64), meta.cut(0, 11))
 
 
 LENGTHS = (24, 48, 240)

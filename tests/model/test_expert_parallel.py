@@ -12,14 +12,14 @@ from model.config import AttentionConfig, Mamba2Config, ModelConfig, MoeConfig
 from model.expert_dispatch import RowTransfer
 from model.groups import ProcessGroupCollection, single_rank_groups
 from model.hybrid import HybridModel
-from model.layers import Cut, parameter_shards
-from model.packing import PackMeta
+from model.layers import parameter_shards
 from pretrain.communication import CommunicationCounter, Traffic, sum_traffic
 from pretrain.config import ParallelConfig
 from pretrain.grads import find_partial_gradients, sum_partial_gradients
 from pretrain.parallel import initialize_parallel
+from tests.helpers.shards import join_parts
 from tests.helpers.spawn import run_ranks
-from tests.model.small_models import loss_of, packed_batch, small_config
+from tests.model.small_models import cut_batch, loss_of, small_config
 
 NUM_BATCHES = 4
 DOCUMENTS = ((7, 1, 12, 4), (24,))
@@ -93,10 +93,7 @@ def run_batches(config: ModelConfig, layout: Layout, groups: ProcessGroupCollect
         mixer.expert_bias[list(layout.shunned)] = -100.0
     outcome = Outcome(torch.zeros((), dtype=torch.float64), {}, {})
     for number in range(groups.dp.rank(), NUM_BATCHES, groups.dp.size()):
-        tokens_BT, labels_BT, ids_BT = packed_batch(DOCUMENTS, seed=number)
-        meta = PackMeta.from_document_ids(ids_BT).cut(groups.cp.rank(), groups.cp.size())
-        if meta.segments is not None:
-            tokens_BT, labels_BT = meta.segments.take(tokens_BT), meta.segments.take(labels_BT)
+        tokens_BT, labels_BT, meta = cut_batch(DOCUMENTS, groups, seed=number)
         output = model(tokens_BT, meta, labels_BT)
         loss = loss_of(output)
         loss.backward()
@@ -119,16 +116,7 @@ def reduce_outcome(outcome: Outcome, model: HybridModel, groups: ProcessGroupCol
     for name, _, shard in parameter_shards(model):
         gradient = outcome.gradients[name].contiguous()
         dist.all_reduce(gradient, group=groups.expt_dp if shard.per_expert else groups.dp_cp)
-        for cut in shard.cuts:
-            gradient = join(gradient, cut, groups)
-        outcome.gradients[name] = gradient
-
-
-def join(part: torch.Tensor, cut: Cut, groups: ProcessGroupCollection) -> torch.Tensor:
-    group = getattr(groups, cut.axis)
-    parts = [torch.empty_like(part) for _ in range(group.size())]
-    dist.all_gather(parts, part.contiguous(), group=group)
-    return cut.join(parts)
+        outcome.gradients[name] = join_parts(gradient, shard, groups)
 
 
 def run_layouts() -> dict[tuple[str, str], Outcome]:
@@ -175,9 +163,9 @@ def count_bytes() -> dict[str, list[Traffic]]:
             update={"latent_size": latent_size, "auxiliary_loss_weight": 0.0, "sequence_loss_weight": 0.0}
         )
         model = HybridModel(small_config("E", moe=moe), parallel.groups, seed=3).double()
-        tokens_BT, labels_BT, ids_BT = packed_batch(DOCUMENTS, seed=parallel.rank)
+        tokens_BT, labels_BT, meta = cut_batch(DOCUMENTS, parallel.groups, seed=parallel.rank)
         with CommunicationCounter(parallel.groups) as counter:
-            loss_of(model(tokens_BT, PackMeta.from_document_ids(ids_BT), labels_BT)).backward()
+            loss_of(model(tokens_BT, meta, labels_BT)).backward()
         counted[name] = counter.traffic()
     return counted
 

@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 
 from model.config import AttentionConfig, FeedForwardConfig, Mamba2Config, MoeConfig, RopeConfig
-from model.groups import SingleRankGroup, single_rank_groups
+from model.groups import single_rank_groups
 from model.hybrid import HybridModel
 from model.packing import PackMeta
 from tests.model.reference_model import reference_forward
-from tests.model.small_models import MOE, loss_of, meta_of, packed_batch, small_config, small_model
+from tests.model.small_models import MOE, StandInGroup, loss_of, meta_of, packed_batch, small_config, small_model
 
 # Rotary frequencies are float32 by definition, off by 6e-8 of an angle; all else would meet 1e-10.
 FLOAT64 = 1e-6
@@ -192,12 +192,8 @@ def test_state_dict_loads_strictly_and_brings_the_outputs_along():
 
 
 def test_a_pipeline_stage_that_does_not_know_its_blocks_is_refused():
-    class TwoRanks(SingleRankGroup):
-        def size(self):
-            return 2
-
     groups = single_rank_groups()
-    groups.pp = TwoRanks()
+    groups.pp = StandInGroup(2)
     with pytest.raises(ValueError, match=r"pp group has 2 ranks; give the pieces of the model that this one holds"):
         HybridModel(small_config(), groups)
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from model.groups import SingleRankGroup, single_rank_groups
-from model.layers import ColumnLinear, Cut, KeepsBuffers, RowLinear, Shard, VocabEmbedding, divide
-from tests.model.small_models import small_config, small_model
+from model.groups import single_rank_groups
+from model.layers import ColumnLinear, Cut, KeepsBuffers, RowLinear, Shard, VocabEmbedding, divide, divide_units
+from model.regions import part_tokens
+from tests.model.small_models import StandInGroup, small_config, small_model
 
 
 def test_on_one_rank_layers_are_plain_products_and_look_ups():
@@ -61,15 +62,8 @@ def test_each_rank_gets_its_slice_of_every_segment():
 
 
 def test_a_parameter_is_cut_over_several_axes():
-    class Second(SingleRankGroup):
-        def size(self):
-            return 2
-
-        def rank(self):
-            return 1
-
     groups = single_rank_groups()
-    groups.ep = groups.expt_tp = Second()
+    groups.ep = groups.expt_tp = StandInGroup(2, rank=1)
     whole = torch.arange(4 * 6 * 5).view(4, 6, 5)
     shard = Shard((Cut(0, "ep", (4,)), Cut(1, "expt_tp", (4, 2))))
     part = shard.take(whole, groups)
@@ -77,11 +71,20 @@ def test_a_parameter_is_cut_over_several_axes():
     assert shard.per_expert and shard.whole_shape(part.shape) == (4, 6, 5)
 
 
-def test_a_size_that_ranks_do_not_divide_is_refused():
+def test_sizes_and_units_that_ranks_cannot_share_are_refused():
     groups = single_rank_groups()
-    groups.tp.size = lambda: 3
-    with pytest.raises(ValueError, match=r"parallel.tensor=3 must divide model.x=8"):
+    groups.tp = StandInGroup(3)
+    with pytest.raises(ValueError, match=r"parallel.tensor=3 must divide model.x=8; use a divisor of 8"):
         divide(8, groups, "model.x")
+    with pytest.raises(ValueError, match=r"parallel.tensor=3 must divide model.x=2 or be a multiple of it"):
+        divide_units(2, groups, "model.x")
+
+
+def test_tokens_that_tensor_ranks_cannot_share_are_refused():
+    groups = single_rank_groups()
+    groups.tp = StandInGroup(3)
+    with pytest.raises(ValueError, match=r"rows of 7 tokens .* by parallel.tensor=3 ranks .*; use a multiple of 3"):
+        part_tokens(torch.zeros(2, 7, 4), groups)
 
 
 def test_buffers_keep_float32_and_their_exact_values_under_casts():

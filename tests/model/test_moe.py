@@ -7,9 +7,9 @@ import torch
 from kernels.moe.op import route
 from model.config import MoeConfig
 from model.expert_capacity import limit_choices
-from model.groups import SingleRankGroup, single_rank_groups
+from model.groups import single_rank_groups
 from model.hybrid import HybridModel
-from tests.model.small_models import meta_of, packed_batch, small_config, small_model
+from tests.model.small_models import StandInGroup, meta_of, packed_batch, small_config, small_model
 
 SKEWED = MoeConfig(num_experts=4, top_k=1, expert_hidden_size=4, expert_bias=True, bias_update_rate=0.01)
 
@@ -136,11 +136,7 @@ def test_each_block_draws_its_own_seats_and_the_same_ones_in_every_model_of_a_se
 
 
 def test_groups_that_leave_parts_of_experts_to_nobody_are_refused():
-    class TwoRanks(SingleRankGroup):
-        def size(self):
-            return 2
-
     groups = single_rank_groups()
-    groups.expt_tp = TwoRanks()
+    groups.expt_tp = StandInGroup(2)
     with pytest.raises(ValueError, match=r"expt_tp group has 2 ranks and the tp group 1; .*give both the same ranks"):
         HybridModel(small_config("E", moe=CROWDED), groups)

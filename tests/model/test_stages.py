@@ -3,12 +3,17 @@ import random
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from model.flops import flops_per_token
 from model.groups import single_rank_groups
 from model.hybrid import HybridModel
 from model.stages import Piece, balanced_edges, cut_pieces, piece_costs, pieces_of_rank
-from tests.helpers.numbers import assert_near
+from pretrain.config import ParallelConfig
+from pretrain.grads import find_partial_gradients, sum_partial_gradients
+from pretrain.parallel import initialize_parallel
+from tests.helpers.numbers import assert_near, relative_rms
+from tests.helpers.spawn import run_ranks
 from tests.model.small_models import MOE, loss_of, meta_of, packed_batch, small_config, small_model
 
 FLOAT64 = 1e-12  # the same operations in the same order, apart from where the residual is added
@@ -65,6 +70,14 @@ def test_wrong_numbers_of_pieces_are_refused():
         cut_pieces(small_config("MMMM"), 5, 64)
 
 
+def output_of(parts, seed=0):
+    tokens_BT, labels_BT, ids_BT = packed_batch(seed=seed)
+    stream = parts[0].embed(tokens_BT)
+    for part in parts:
+        stream = part.pass_blocks(stream, part.blocks.indices(), meta_of(ids_BT))
+    return parts[-1].finish(stream, labels_BT)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_pieces_after_one_another_are_the_whole_model(tied):
     config = small_config("ME*-M", moe=BALANCED, tie_embeddings=tied)
@@ -76,11 +89,7 @@ def test_pieces_after_one_another_are_the_whole_model(tied):
         own = {name: whole.state_dict()[name] for name in part.state_dict()}
         part.load_state_dict(own)
 
-    meta = meta_of(ids_BT)
-    stream = parts[0].embed(tokens_BT)
-    for part in parts:
-        stream = part.pass_blocks(stream, part.blocks.indices(), meta)
-    output, expected = parts[-1].finish(stream, labels_BT), whole(tokens_BT, meta, labels_BT)
+    output, expected = output_of(parts), whole(tokens_BT, meta_of(ids_BT), labels_BT)
     assert_near(output.loss.total, expected.loss.total, FLOAT64)
     assert output.expert_counts.keys() == expected.expert_counts.keys() == {1}
     loss_of(output).backward()
@@ -92,6 +101,34 @@ def test_pieces_after_one_another_are_the_whole_model(tied):
     assert gradients.keys() == {name for name, _ in whole.named_parameters()}
     for name, parameter in whole.named_parameters():
         assert_near(gradients[name], parameter.grad, FLOAT64)
+
+
+TIED = small_config("M|*", tie_embeddings=True)
+
+
+def sum_tied_gradients():
+    """What a stage has of the tied embedding's gradient before and after the sum, over all data ranks."""
+    groups = initialize_parallel(ParallelConfig(pipeline=2), timeout_seconds=60, num_threads=1).groups
+    # Every rank computes both stages, and goes on with its own.
+    parts = [HybridModel(TIED, groups, seed=3, pieces=[piece]).double() for piece in cut_pieces(TIED, 2, 23)]
+    loss_of(output_of(parts, seed=groups.dp.rank())).backward()
+    own = parts[groups.pp.rank()]
+    part = own.embedding.weight.grad.clone()
+    sum_partial_gradients(find_partial_gradients(own, groups), groups)
+    for gradient in (part, own.embedding.weight.grad):
+        dist.all_reduce(gradient, group=groups.dp_cp)
+    return part, own.embedding.weight.grad
+
+
+@pytest.mark.parametrize("num_ranks", [2, 6])
+def test_both_ends_of_a_pipeline_get_the_whole_gradient_of_a_tied_embedding(num_ranks):
+    model = HybridModel(TIED, single_rank_groups(), seed=3).double()
+    for seed in range(num_ranks // 2):
+        loss_of(output_of([model], seed)).backward()
+    expected = model.embedding.weight.grad
+    for part, whole in run_ranks(sum_tied_gradients, num_ranks=num_ranks):
+        assert_near(whole, expected, FLOAT64)
+        assert relative_rms(part, expected) > 0.01
 
 
 def test_a_piece_holds_its_own_parameters_under_global_names_and_equal_first_values():

@@ -6,16 +6,16 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from model.config import AttentionConfig, Mamba2Config, ModelConfig, MoeConfig
-from model.groups import single_rank_groups
+from model.groups import ProcessGroupCollection, single_rank_groups
 from model.hybrid import HybridModel
 from model.layers import parameter_shards
 from model.packing import PackMeta
+from pretrain.config import ParallelConfig
 from pretrain.grads import find_partial_gradients, sum_partial_gradients
-from pretrain.parallel import place_megatron_buffers_on_cpu
+from pretrain.parallel import initialize_parallel
 from tests.helpers.shards import join_parts
 from tests.helpers.spawn import run_ranks
 from tests.model.small_models import loss_of, packed_batch, small_config
@@ -69,7 +69,7 @@ class Computed:
     unsummed: dict[str, Tensor]
 
 
-def compute(config: ModelConfig, groups) -> Computed:
+def compute(config: ModelConfig, groups: ProcessGroupCollection) -> Computed:
     model = HybridModel(config, groups, seed=3).double()
     tokens_BT, labels_BT, ids_BT = packed_batch(((7, 1, 13, 3), (24,)))
     meta = PackMeta.from_document_ids(ids_BT)
@@ -92,18 +92,13 @@ def compute(config: ModelConfig, groups) -> Computed:
     )
 
 
+def tensor_groups(sequence_parallel: bool) -> ProcessGroupCollection:
+    section = ParallelConfig(tensor=2, sequence_parallel=sequence_parallel)
+    return initialize_parallel(section, timeout_seconds=60, num_threads=1).groups
+
+
 def compute_all() -> list[Computed]:
-    dist.init_process_group("gloo")
-    if not torch.cuda.is_available():
-        place_megatron_buffers_on_cpu()
-    results = []
-    for name, sequence_parallel in CASES:
-        groups = single_rank_groups()
-        groups.tp = groups.expt_tp = dist.group.WORLD
-        groups.sequence_parallel = sequence_parallel
-        results.append(compute(CONFIGS[name], groups))
-    dist.destroy_process_group()
-    return results
+    return [compute(CONFIGS[name], tensor_groups(sequence_parallel)) for name, sequence_parallel in CASES]
 
 
 @pytest.fixture(scope="module")
@@ -161,12 +156,7 @@ def test_leaving_out_any_one_sum_of_gradients_is_noticed(case, two_ranks, one_ra
 
 def keep_shares() -> list[bool]:
     """For each kind of block: whether backward keeps the stream of all tokens [B, T, D]."""
-    dist.init_process_group("gloo")
-    if not torch.cuda.is_available():
-        place_megatron_buffers_on_cpu()
-    groups = single_rank_groups()
-    groups.tp = groups.expt_tp = dist.group.WORLD
-    groups.sequence_parallel = True
+    groups = tensor_groups(sequence_parallel=True)
     _, _, ids_BT = packed_batch(((7, 1, 13, 3), (24,)))
     kept: list[bool] = []
     mamba = Mamba2Config(num_heads=6, head_dim=5, state_size=5, num_groups=2, chunk_size=8)
@@ -181,7 +171,6 @@ def keep_shares() -> list[bool]:
             y_BTD = block.mixer(torch.randn(2, 12, 12, requires_grad=True), PackMeta.from_document_ids(ids_BT)).y_BTD
         assert y_BTD.shape == (2, 12, 12) and (2, 12, 12) in shapes
         kept.append(any(shape in ((2, 24, 12), (24, 2, 12), (48, 12)) for shape in shapes))
-    dist.destroy_process_group()
     return kept
 
 
