@@ -15,6 +15,7 @@ from kernels.attention.triton_kernels import (
     attention_query_gradient_kernel,
 )
 from kernels.backend import INTERPRETED
+from kernels.documents import first_tokens
 from kernels.interpreter import dot_dtype
 from kernels.tuning import Config, config_for
 
@@ -42,14 +43,14 @@ def document_bounds(document_ids_BS: Tensor, tokens: int) -> tuple[Tensor, Tenso
 
     The queries are the last `tokens` keys; a document without queries ends at query 0.
     """
-    batch, keys = document_ids_BS.shape
+    keys = document_ids_BS.shape[1]
     place = torch.arange(keys, device=document_ids_BS.device)
-    changes = torch.ones(batch, keys + 1, dtype=torch.bool, device=document_ids_BS.device)
-    changes[:, 1:keys] = document_ids_BS[:, 1:] != document_ids_BS[:, :-1]
-    first_BS = place.where(changes[:, :-1], 0).cummax(1).values
-    ends_BS = (place + 1).where(changes[:, 1:], keys).flip(1).cummin(1).values.flip(1)
-    first_BT = first_BS[:, keys - tokens :].to(torch.int32).contiguous()
-    return first_BT, (ends_BS - (keys - tokens)).clamp(min=0).to(torch.int32).contiguous()
+    is_last_BS = torch.ones_like(document_ids_BS, dtype=torch.bool)
+    is_last_BS[:, :-1] = document_ids_BS[:, 1:] != document_ids_BS[:, :-1]
+    ends_BS = (place + 1).where(is_last_BS, keys).flip(1).cummin(1).values.flip(1)
+    return first_tokens(document_ids_BS)[:, keys - tokens :].contiguous(), (ends_BS - (keys - tokens)).clamp(min=0).to(
+        torch.int32
+    ).contiguous()
 
 
 def _sizes(q_BTHK: Tensor, k_BSJK: Tensor) -> tuple[int, int, int, int, int]:

@@ -178,7 +178,8 @@ def _backward(
         d_y, down_EDF, hidden, d_hidden, active, weights_RK, partials, order, offsets_E,
         experts, rows, width, model, choices,
         SWIGLU=swiglu, GATHER=order is not None, DOT=dot_dtype(x_RD.dtype),
-        EXPERTS=triton.next_power_of_2(experts), **_config("experts_down_backward_swiglu" if swiglu else "experts_down_backward", tile, x_RD),
+        EXPERTS=triton.next_power_of_2(experts),
+        **_config("experts_down_backward_swiglu" if swiglu else "experts_down_backward", tile, x_RD),
     )  # fmt: skip
     d_down = _outer(d_y, active, order, offsets_E, choices, gather_left=True)
     d_up = _outer(d_hidden, x_RD, order, offsets_E, choices, gather_left=False)
