@@ -112,9 +112,15 @@ def _joined(store: TokenStore, limit: int) -> tuple[npt.NDArray[np.generic], npt
 
 
 def export_for_megatron(store: TokenStore, prefix: Path) -> int:
-    """Write PREFIX.bin and .idx; returns their bytes."""
+    """Write PREFIX.bin and .idx, and forget what Megatron kept about an earlier pair; returns their bytes."""
+    shutil.rmtree(megatron_cache(prefix), ignore_errors=True)
     export_megatron(store, SOURCE, "train", prefix)
     return sum(prefix.with_suffix(suffix).stat().st_size for suffix in (".bin", ".idx"))
+
+
+def megatron_cache(prefix: Path) -> Path:
+    """Folder where GPTDataset keeps its indices, named by the prefix and its settings alone, not by the text."""
+    return prefix.with_name(f"{prefix.name}_cache")
 
 
 def windows(store: TokenStore, sequence_length: int) -> Iterator[npt.NDArray[np.generic]]:

@@ -19,7 +19,7 @@ import torch
 
 from data_pipeline.loader import PretrainLoader
 from data_pipeline.store import TokenStore
-from launch.bench_data_files import SOURCE, BenchData, bytes_below, windows
+from launch.bench_data_files import SOURCE, BenchData, bytes_below, megatron_cache, windows
 
 Tokens = npt.NDArray[np.generic]
 Sample = Mapping[str, torch.Tensor]
@@ -88,7 +88,7 @@ def _gpt_dataset(settings: BenchData, store: TokenStore, prefix: Path, *, docume
         sequence_length=settings.sequence_length,
         blend=([str(prefix)], None),
         split="100,0,0",
-        path_to_cache=str(prefix.parent / "megatron_cache"),
+        path_to_cache=str(megatron_cache(prefix)),
         tokenizer=_MegatronTokenizer(store),
         reset_position_ids=documents,
         reset_attention_mask=False,

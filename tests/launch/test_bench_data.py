@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,24 @@ def test_readers_read_the_text_that_was_prepared(settings: BenchData, store: Tok
             sample["labels"][:-1], sample["tokens"][1:]
         )
         assert set(sample["tokens"].tolist()) <= set(flat)
+
+
+def test_megatron_reads_the_text_of_this_run_and_nothing_it_kept_of_another(
+    settings: BenchData, store: TokenStore, tmp_path: Path
+) -> None:
+    """GPTDataset knows its indices by the names of the files and the number of samples, not by their documents."""
+    shutil.copy(store.tokenizer_path, tmp_path / "tokenizer.model")
+    other = replace(settings, work=tmp_path, part_bytes=10_000)
+    prepare(other.data_config("other"), runner=run_in_process)
+    prefix, num_tokens = tmp_path / "megatron", store.num_tokens("text", "train")
+    for text in (store, TokenStore.open(tmp_path / "other")):
+        assert text.num_tokens("text", "train") == num_tokens, "the same documents in another order"
+        plain, *_ = megatron_readers(settings, text, prefix, export_for_megatron(text, prefix))
+        samples = (num_tokens - 1) // settings.sequence_length // settings.batch * settings.batch
+        rows = [sample["tokens"] for first in range(0, samples, settings.batch) for sample in plain.read(first)]
+        flat = np.concatenate([text.read_tokens(p, 0, p.num_tokens) for p in text.parts("text", "train")])
+        read, held = (np.bincount(tokens, minlength=text.vocab_size) for tokens in (np.concatenate(rows), flat))
+        assert len(rows) > 100 and (read <= held).all(), "no token is read more often than an epoch holds it"
 
 
 def test_another_preset_holds_the_same_tokens(store: TokenStore, tmp_path: Path) -> None:
