@@ -58,7 +58,7 @@ def bench_cpu(
 def bench_case(case: Case, rounds: int) -> list[dict[str, Any]]:
     """Rows of one case: a warm-up that compares all variants with ours, then timed rounds in turns."""
     results = {name: _run(case, name)[1] for name in case.variants}
-    differences = {name: _difference(results["ours"], result) for name, result in results.items()}
+    differences = {name: median_difference(results["ours"], result) for name, result in results.items()}
     for name, difference in differences.items():
         if not difference <= TOLERANCE[case.dtype]:
             raise RuntimeError(
@@ -113,15 +113,14 @@ def _direction(output: Tensor) -> Tensor:
     return torch.linspace(0, 100, output.numel()).sin().view(output.shape).to(output.dtype)
 
 
-def _difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
-    """Root mean square of the difference over that of ours, over output and gradients taken together by tensor: median.
+def median_difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    """Root mean square of the difference over that of ours, of output and gradients: the median over these tensors.
 
-    The median over tensors, for single numbers a head cancel and keep few digits in any implementation.
+    The median, for single numbers a head cancel and keep few digits in any implementation.
     """
-    relative = [
-        float((b.double() - a.double()).norm() / a.double().norm().clamp_min(1e-30)) for a, b in zip(ours, theirs)
-    ]
-    return statistics.median(relative)
+    return statistics.median(
+        float((b.float() - a.float()).norm() / a.float().norm().clamp_min(1e-30)) for a, b in zip(ours, theirs)
+    )
 
 
 def _name(dtype: torch.dtype) -> str:

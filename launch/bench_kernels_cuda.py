@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import importlib.util
-import statistics
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from launch.bench_kernels import PASSES, median_difference
 from launch.bench_kernels_audit import BYTES_A_SECOND, FLOPS_A_SECOND
 from launch.bench_kernels_cuda_cases import CUDA_OPERATIONS, CudaCase, Sizes, build_cuda_case
 from launch.bench_step import describe_hardware
@@ -22,7 +22,6 @@ PEERS = {
     "fla": "flash-linear-attention",
     "liger_kernel": "liger_kernel",
 }
-PASSES = ("forward", "backward", "both")
 # Relative RMS of any output or gradient in bfloat16 against float32 that a tuned kernel may have.
 LARGEST_ERROR = 5e-2
 Measure = Callable[[Callable[[], object]], float]
@@ -86,7 +85,7 @@ def time_case(case: CudaCase, measure: Measure, remarks: list[str]) -> list[dict
     rows, ours = [], None
     for name, variant in case.variants.items():
         try:
-            error = _difference(exact, _results(variant, case.leaves))
+            error = median_difference(exact, _results(variant, case.leaves))
             times = _time(case, variant, measure)
         except (RuntimeError, ValueError, TypeError) as reason:
             remarks.append(f"{case.op}: {name} cannot run here: {reason}")
@@ -134,13 +133,6 @@ def _fraction(case: CudaCase, which: str, milliseconds: float) -> float:
 def _results(variant: Callable[..., Tensor], leaves: tuple[Tensor, ...]) -> list[Tensor]:
     output = variant(*leaves)
     return [output.detach(), *torch.autograd.grad(output, leaves, torch.ones_like(output))]
-
-
-def _difference(exact: list[Tensor], found: list[Tensor]) -> float:
-    """Median over tensors of the relative root mean square difference."""
-    return statistics.median(
-        float((b.float() - a.float()).norm() / a.float().norm().clamp_min(1e-30)) for a, b in zip(exact, found)
-    )
 
 
 def _describe_card(device: torch.device) -> dict[str, Any]:
