@@ -55,6 +55,5 @@ def write_file_atomically(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
-    except BaseException:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise

@@ -53,9 +53,8 @@ def write_part(
             shutil.rmtree(final)
         os.rename(temporary, final)
         sync_folder(final.parent)
-    except BaseException:
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return Part(relative, len(tokens), len(document_ends), text_bytes, token_shards, ends_shards, heads_shards, digest)
 
 
