@@ -59,7 +59,6 @@ class _Collected:
     """Tokens of one split since the last part."""
 
     pieces: list[npt.NDArray[np.generic]] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
     text_bytes: int = 0
 
 
@@ -107,7 +106,7 @@ class _UnitWriter:
             self._tokenize(batch)
             self._write_full_parts()
         for split in SPLITS:
-            if self.collected[split].lengths:
+            if self.collected[split].pieces:
                 self._write(split)
         self._write_rejects()
         parts = [part for split in SPLITS for part in self.parts[split]]
@@ -170,9 +169,9 @@ class _UnitWriter:
     ) -> None:
         """Keep documents, each ending in one end token, as views of one array of the store's dtype."""
         settings = self.unit.settings
-        end = np.array([settings.eos_id])
-        ended = [ids if len(ids) and ids[-1] == settings.eos_id else np.concatenate((ids, end)) for ids in documents]
-        flat = np.concatenate(ended)
+        end = np.array([settings.eos_id], documents[0].dtype)  # another type would make all of them wider
+        ended = [(ids,) if len(ids) and ids[-1] == settings.eos_id else (ids, end) for ids in documents]
+        flat = np.concatenate([piece for pieces in ended for piece in pieces])
         smallest, largest = int(flat.min()), int(flat.max())
         if largest >= settings.vocab_size or smallest < 0:
             raise ValueError(
@@ -181,12 +180,11 @@ class _UnitWriter:
                 "tokenizer of these tokens"
             )
         tokens, start = flat.astype(settings.layout.dtype), 0
-        for split, ids, num_bytes in zip(splits, ended, text_bytes):
-            collected = self.collected[split]
-            collected.pieces.append(tokens[start : start + len(ids)])
-            collected.lengths.append(len(ids))
+        for split, pieces, num_bytes in zip(splits, ended, text_bytes):
+            collected, stop = self.collected[split], start + sum(map(len, pieces))
+            collected.pieces.append(tokens[start:stop])
             collected.text_bytes += num_bytes
-            start += len(ids)
+            start = stop
 
     def _write_full_parts(self) -> None:
         for split in SPLITS:
@@ -198,11 +196,12 @@ class _UnitWriter:
         number = len(self.parts[split])
         key = derive_key(unit.settings.seed, "documents", unit.name, split, number)
         order = permute(range(len(collected.pieces)), len(collected.pieces), key).tolist()
+        pieces = [collected.pieces[index] for index in order]
         part = write_part(
             self.store,
             f"parts/{unit.source}/{split}-{unit.number:06d}-{number:02d}.zarr",
-            np.concatenate([collected.pieces[index] for index in order]),
-            np.cumsum([collected.lengths[index] for index in order], dtype=np.uint64),
+            np.concatenate(pieces),
+            np.cumsum([len(piece) for piece in pieces], dtype=np.uint64),
             text_bytes=collected.text_bytes,
             layout=unit.settings.layout,
             attributes=self._attributes(split),
