@@ -47,7 +47,7 @@ class Documents:
     bias: [Q, Q] or [n, 1, Q, Q], 0 where token j may reach token i and -inf elsewhere.
     inside: [n, Q, Q], 1 where j <= i and both lie in one document.
     first: [n, 1, Q], 1 for tokens of the document that owns the state entering the chunk.
-    last: [n, 1, Q], 1 for tokens of the chunk's last document.
+    last: [n, 1, Q], 0 for tokens of the chunk's last document and -inf for the others, like bias.
     carry: [n, 1], 1 where that is one document, so the entering state reaches the chunk's end.
     """
 
@@ -77,9 +77,13 @@ class Documents:
         """Zero the weights of tokens that the entering state must not reach."""
         return weights_nHQ if self.first is None else weights_nHQ * self.first
 
-    def keep_last(self, weights_nHQ: Tensor) -> Tensor:
-        """Zero the weights of tokens whose document ended before the chunk does."""
-        return weights_nHQ if self.last is None else weights_nHQ * self.last
+    def keep_last(self, exponents_nHQ: Tensor) -> Tensor:
+        """Make the weights of tokens zero whose document ended before the chunk does: their exponents become -inf.
+
+        Across documents an exponent is the difference of two sums that have nothing to do with each other. It may be so
+        large that its power is infinite, and infinity times a zero of a mask is NaN.
+        """
+        return exponents_nHQ if self.last is None else exponents_nHQ + self.last
 
     def keep_carry(self, carry_nH: Tensor) -> Tensor:
         """Zero the decay of states that do not outlive the chunk."""
@@ -105,7 +109,9 @@ def cut_documents(document_ids_BT: Tensor | None, s: Chunks, like: Tensor) -> Do
         bias.unsqueeze(1),
         same.to(dtype),
         (ids == owner[..., None]).to(dtype).view(s.count, 1, s.Q),
-        (ids == end[..., None]).to(dtype).view(s.count, 1, s.Q),
+        torch.zeros(ids.shape, dtype=dtype, device=device)
+        .masked_fill(ids != end[..., None], -torch.inf)
+        .view(s.count, 1, s.Q),
         (end == owner).to(dtype).view(s.count, 1),
     )
 

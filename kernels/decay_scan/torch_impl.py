@@ -76,7 +76,7 @@ def compose_scan(
     scores = torch.matmul(q, k.transpose(-1, -2)).to(wide)
     mixed = (decay_in_chunk.view(n, G, R, Q, Q) * scores[:, :, None]).to(gemm)
     inside = torch.matmul(mixed, scaled.permute(0, 2, 3, 1, 4).to(gemm)).to(wide)
-    to_end = documents.keep_last((b[..., -1:] - b).exp()).transpose(1, 2).reshape(n, Q, G, R, 1)
+    to_end = documents.keep_last(b[..., -1:] - b).exp().transpose(1, 2).reshape(n, Q, G, R, 1)
     weighted = (scaled * to_end).permute(0, 2, 1, 3, 4).reshape(n, G, Q, R * V).to(gemm)
     local = torch.matmul(k.transpose(-1, -2), weighted).to(wide).view(B, sizes.chunks, G, K, R, V)
     carry = documents.keep_carry(b[..., -1].exp()).view(B, sizes.chunks, G, 1, R, 1)
@@ -114,7 +114,7 @@ class _Setup:
 
     def weights_to_end(self) -> Tensor:
         """exp(b_end - b_j) scale_j for tokens of the chunk's last document, [n, Q, H, 1]."""
-        weights = self.documents.keep_last((self.b[..., -1:] - self.b_source).exp_())
+        weights = self.documents.keep_last(self.b[..., -1:] - self.b_source).exp_()
         return weights.transpose(1, 2).unsqueeze(-1)
 
     def weights_from_start(self) -> Tensor:

@@ -8,10 +8,12 @@ import torch
 from kernels.decay_scan.op import decay_scan, mamba2_scan, mamba2_step
 from kernels.decay_scan.torch_impl import chunked_scan, compose_scan
 from tests.helpers.numbers import assert_all_near, assert_bitwise, assert_near
-from tests.helpers.scans import SUMS, ScanCase, make_inputs, run_scan, tolerance_of
+from tests.helpers.scans import SUMS, ScanCase, ScanInputs, make_inputs, run_scan, tolerance_of
 
 # float64: rounding of some 100 additions; the chunked form and the definition differ in order only.
 FLOAT64 = 1e-12
+# float32: the same sums with 2^-24 a step.
+FLOAT32 = 1e-5
 # bfloat16 inputs and outputs carry 2^-9 each; A_log and dt collect the rounding of a whole row.
 BFLOAT16 = 2e-2
 
@@ -170,6 +172,32 @@ def test_very_long_decay_and_vanishing_step_give_no_nan() -> None:
         inputs.tensors[1][:, 32:] = 300.0  # a decay of e^-300 a token
     for name, value in run_scan(case, inputs, "torch").items():
         assert bool(torch.isfinite(value).all()), name
+
+
+def steep_documents(dtype: torch.dtype) -> tuple[ScanCase, ScanInputs]:
+    """Documents inside one chunk that forget so fast that the decay between two of them would be an infinite power."""
+    case = ScanCase(B=2, T=50, H=2, G=1, chunk=32, lengths=(20, 3, 27), initial=True, kind="decay")
+    inputs = make_inputs(case, dtype)
+    with torch.no_grad():
+        inputs.tensors[3].sub_(torch.linspace(0.0, 20.0, case.T, dtype=dtype).flip(0)[:, None])
+    return case, inputs
+
+
+def test_documents_that_forget_at_once_leave_the_next_ones_finite() -> None:
+    case, exact = steep_documents(torch.float64)
+    expected = run_scan(case, exact, "reference")
+    _, inputs = steep_documents(torch.float32)
+    for name, value in run_scan(case, inputs, "torch").items():
+        assert_near(value, expected[name], FLOAT32, name)
+    q, k, v, g = inputs.tensors
+    state = inputs.initial.detach().clone()
+    leaves = [q, k, v, g, None, None, state]
+    for scan in (chunked_scan, compose_scan):
+        y, final = scan(*leaves, inputs.documents, case.chunk, torch.float32)
+        assert_near(y, expected["y"], FLOAT32, "y")
+        assert_near(final, expected["final_state"], FLOAT32, "final_state")
+        for gradient in torch.autograd.grad(y.sum() + final.sum(), [q, k, v, g]):
+            assert bool(torch.isfinite(gradient).all())
 
 
 def test_chunk_size_changes_rounding_only() -> None:

@@ -70,6 +70,17 @@ def test_states_are_kept_for_backward_only_where_asked() -> None:
         assert len(saved) == kept
 
 
+def test_documents_that_forget_at_once_leave_the_next_ones_finite(poisoned_memory: None) -> None:
+    case = ScanCase(B=1, T=50, H=2, G=1, chunk=32, lengths=(20, 3, 27), initial=True, kind="decay")
+    inputs, exact = make_inputs(case, torch.float32), make_inputs(case, torch.float64)
+    for given in (inputs, exact):
+        with torch.no_grad():
+            given.tensors[3].sub_(torch.linspace(0.0, 20.0, case.T).flip(0)[:, None])
+    expected = run_scan(case, exact, "reference")
+    for name, value in run_scan(case, inputs, "triton").items():
+        assert_near(value, expected[name], FLOAT32, name)
+
+
 def test_a_document_never_feels_another() -> None:
     case = ScanCase(B=1, T=40, H=2, G=1, chunk=16, lengths=(5, 14, 21))
     inputs = make_inputs(case, torch.float32)
