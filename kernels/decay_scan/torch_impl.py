@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.decay_scan.chunks import Chunks, Documents, cut_documents, pad_tokens
+from kernels.chunks import Chunks, Documents, cut_documents, pad_tokens
 from kernels.gemm_precision import gemm_dtype
 
 _TINY = 1e-30
