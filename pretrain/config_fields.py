@@ -56,9 +56,9 @@ def describe_sections(model: type[BaseModel] = RunConfig, prefix: str = "") -> I
             yield from describe_sections(child, f"{key}.{ITEM}" if is_list else key)
 
 
-def describe_fields() -> list[FieldRow]:
-    """Every setting of RunConfig in the order of the schema."""
-    return [row for section in describe_sections() for row in section.fields]
+def describe_fields(root: type[BaseModel] = RunConfig) -> list[FieldRow]:
+    """Every setting in the sections below `root` in the order of the schema."""
+    return [row for section in describe_sections(root) for row in section.fields]
 
 
 def describe_field(key: str, info: FieldInfo) -> FieldRow:
@@ -93,9 +93,9 @@ def section_of(annotation: Any) -> tuple[type[BaseModel], bool] | None:
     return None
 
 
-def section_at(parts: tuple[str | int, ...]) -> type[BaseModel] | None:
-    """The section class at a path of keys and list positions; None where the schema has no section."""
-    model: type[BaseModel] = RunConfig
+def section_at(parts: tuple[str | int, ...], root: type[BaseModel] = RunConfig) -> type[BaseModel] | None:
+    """The section class at a path of keys and list positions below `root`; None where the schema has no section."""
+    model = root
     for part in parts:
         if isinstance(part, int) or part.isdigit():
             continue

@@ -8,15 +8,19 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from pretrain.config import RunConfig
 from pretrain.config_errors import ConfigError, Origin, Problem
 from pretrain.config_fields import describe_fields, section_at, section_of
 from pretrain.config_yaml import Entry, TreeReader, merge, read_tree
+
+S = TypeVar("S", bound=BaseModel)
+Schema = type[BaseModel]
+Parts = tuple[str | int, ...]
 
 _OVERRIDE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*\Z")
 _KINDS = {
@@ -57,6 +61,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def load_located(path: str | Path, overrides: Sequence[str] = ()) -> LocatedConfig:
     """`load_config`, keeping the places, so that later rules can name file and line too."""
+    return LocatedConfig(*read_schema(path, overrides, RunConfig))
+
+
+def read_schema(path: str | Path, overrides: Sequence[str], schema: type[S]) -> tuple[S, dict[str, Origin]]:
+    """A file of any schema with overrides laid over it, and the places of its keys; raises as `load_config`."""
     problems: list[Problem] = []
     tree = read_tree(Path(path), problems)
     for override in overrides:
@@ -64,12 +73,12 @@ def load_located(path: str | Path, overrides: Sequence[str] = ()) -> LocatedConf
     origins = tree.origins()
     try:
         # JSON in strict mode: no text becomes a number, no number a truth value, and lists are fine for tuples.
-        config = RunConfig.model_validate_json(json.dumps(tree.plain()), strict=True)
+        config = schema.model_validate_json(json.dumps(tree.plain()), strict=True)
     except ValidationError as error:
-        problems += [explain(detail) for detail in first_causes(error.errors(include_url=False))]
+        problems += [explain(detail, schema) for detail in first_causes(error.errors(include_url=False))]
     if problems:
         raise ConfigError(problems).located(origins)
-    return LocatedConfig(config, origins)
+    return config, origins
 
 
 def apply_override(tree: Entry, override: str, problems: list[Problem]) -> None:
@@ -129,42 +138,44 @@ def first_causes(details: Sequence[Any]) -> list[Any]:
     ]
 
 
-def explain(detail: Any) -> Problem:
+def explain(detail: Any, schema: Schema) -> Problem:
     """One finding of pydantic in our words."""
     parts: tuple[str | int, ...] = detail["loc"]
     key = ".".join(str(part) for part in parts)
     value = shown(detail["input"])
     kind, context = detail["type"], detail.get("ctx", {})
     if kind == "extra_forbidden":
-        return Problem(key, "unknown key", nearest_key(parts), value)
+        return Problem(key, "unknown key", nearest_key(parts, schema), value)
     if kind == "missing":
-        return explain_missing(parts)
+        return explain_missing(parts, schema)
     if kind == "literal_error":
-        return explain_choice(parts, detail["input"], value)
+        return explain_choice(parts, detail["input"], value, schema)
     if kind in _KINDS:
         rule, remedy = _KINDS[kind]
         if kind.startswith("float_type") and isinstance(detail["input"], str):
             remedy = "write it as a plain number such as 0.001 or 1e-3, without quotes or unit"
         return Problem(key, rule.format(**{name: plain_number(item) for name, item in context.items()}), remedy, value)
-    return Problem(key, str(detail["msg"]).removeprefix("Value error, "), meaning_of(parts) or "correct it", value)
+    return Problem(
+        key, str(detail["msg"]).removeprefix("Value error, "), meaning_of(parts, schema) or "correct it", value
+    )
 
 
-def explain_missing(parts: tuple[str | int, ...]) -> Problem:
+def explain_missing(parts: Parts, schema: Schema) -> Problem:
     """A key or section that has no default and was not given."""
-    key, parent = ".".join(str(part) for part in parts), section_at(parts[:-1])
+    key, parent = ".".join(str(part) for part in parts), section_at(parts[:-1], schema)
     info = parent.model_fields.get(str(parts[-1])) if parent else None
     section = section_of(info.annotation) if info else None
     if section is None:
-        return Problem(key, "is missing and has no default", f"add `{parts[-1]}:` ({meaning_of(parts)})")
+        return Problem(key, "is missing and has no default", f"add `{parts[-1]}:` ({meaning_of(parts, schema)})")
     child, is_list = section
     needed = [name for name, field in child.model_fields.items() if field.is_required()]
     shape = "a list of sections, each" if is_list else "a section"
     return Problem(key, "is missing", f"add `{parts[-1]}:`, {shape} with at least {', '.join(needed)}")
 
 
-def explain_choice(parts: tuple[str | int, ...], given: object, value: str) -> Problem:
+def explain_choice(parts: Parts, given: object, value: str, schema: Schema) -> Problem:
     """A value that is not among the allowed ones."""
-    parent = section_at(parts[:-1])
+    parent = section_at(parts[:-1], schema)
     assert parent is not None, f"no section holds {parts}"
     allowed = [str(item) for item in literal_values(parent.model_fields[str(parts[-1])].annotation)]
     near = difflib.get_close_matches(str(given), allowed, n=1)
@@ -180,15 +191,15 @@ def literal_values(annotation: Any) -> list[object]:
     return [item for item in found if item is not type(None)]
 
 
-def nearest_key(parts: tuple[str | int, ...]) -> str:
+def nearest_key(parts: Parts, schema: Schema) -> str:
     """The remedy for an unknown key: a near miss in its section (a nearer one if the word stands elsewhere), that, or the list."""
-    section, word = section_at(parts[:-1]), str(parts[-1])
+    section, word = section_at(parts[:-1], schema), str(parts[-1])
     assert section is not None, f"no section holds {parts}"
     names = list(section.model_fields)
     place = "".join(f"{part}." for part in parts[:-1])
     if "." in word:
         return "nest it: a dot joins sections in overrides only"
-    elsewhere = [row.key for row in describe_fields() if row.key.rsplit(".", 1)[-1] == word]
+    elsewhere = [row.key for row in describe_fields(schema) if row.key.rsplit(".", 1)[-1] == word]
     near = difflib.get_close_matches(word, names, n=1, cutoff=0.8 if elsewhere else 0.6)
     if near:
         return f"did you mean {place}{near[0]}?"
@@ -197,9 +208,9 @@ def nearest_key(parts: tuple[str | int, ...]) -> str:
     return f"known keys here: {', '.join(names)}"
 
 
-def meaning_of(parts: tuple[str | int, ...]) -> str:
+def meaning_of(parts: Parts, schema: Schema) -> str:
     """The description of a field, without its last full stop."""
-    parent = section_at(parts[:-1])
+    parent = section_at(parts[:-1], schema)
     info = parent.model_fields.get(str(parts[-1])) if parent and parts else None
     return (info.description or "").rstrip(".") if info else ""
 
