@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.decay_scan.op import check_mamba2
+from kernels.decay_scan.op import check_mamba2, check_row
 from kernels.gemm_precision import gemm_dtype
 from kernels.shapes import check_documents, check_float, check_shape
 
@@ -46,6 +46,29 @@ def add_carried_state(
         decay_BTH = torch.where(is_first_BT1, decay_BTH, torch.zeros_like(decay_BTH))
     carried_BTHP = _Carry.apply(C_BTGN, state_BHPN.to(wide), decay_BTH)
     return (y_BTHP.to(wide) + carried_BTHP).to(y_BTHP.dtype)
+
+
+def decay_read(q_BTHK: Tensor, g: Tensor, *, document_ids_BT: Tensor | None = None) -> Tensor:
+    """What reads the state before a row: o = o_from_zero + read S_in for `decay_scan`, which is linear in that state.
+
+    read_t = e^(g_1 + ... + g_t) q_t in the row's first document and 0 in those after it. q [B, T, H, K]; g [B, T, H] or
+    [B, T, H, K] <= 0, as in `decay_scan`. Returns [B, T, H, K] in float32 (float64 for float64 inputs), differentiable
+    in q and g.
+
+    Raises ValueError for shapes, dtypes or devices that do not fit.
+    """
+    check_shape("q_BTHK", q_BTHK, (-1, -1, -1, -1))
+    B, T, H, K = q_BTHK.shape
+    check_shape("g", g, (B, T, H, K) if g.dim() == 4 else (B, T, H), q_BTHK)
+    check_float("q_BTHK", q_BTHK)
+    check_float("g", g)
+    check_row(document_ids_BT, None, (B, H, K), 1, q_BTHK)
+    wide = torch.float64 if q_BTHK.dtype == torch.float64 else torch.float32
+    b = g.to(wide).cumsum(1)
+    if document_ids_BT is not None:
+        is_later_BT = document_ids_BT != document_ids_BT[:, :1]
+        b = b.masked_fill(is_later_BT.view(B, T, *(1,) * (g.dim() - 2)), -torch.inf)
+    return q_BTHK.to(wide) * (b if g.dim() == 4 else b[..., None]).exp()
 
 
 class _Carry(torch.autograd.Function):

@@ -13,6 +13,7 @@ from torch import Tensor
 from kernels.backend import resolve_backend
 from kernels.decay_scan.reference import mamba2_by_steps, scan_by_steps
 from kernels.decay_scan.torch_impl import chunked_scan
+from kernels.decay_scan.vector_torch import chunked_vector_scan
 from kernels.shapes import check_documents, check_float, check_shape, drop_single_document
 
 
@@ -29,7 +30,7 @@ class DecayScanOutput(NamedTuple):
 
     o_BTHV: Tensor
     final_state_BHKV: Tensor
-    total_decay_BH: Tensor
+    total_decay: Tensor
 
 
 def mamba2_scan(
@@ -64,7 +65,7 @@ def mamba2_scan(
     """
     check_mamba2(x_BTHP, dt_BTH, A_log_H, B_BTGN, C_BTGN, D_H, dt_bias_H)
     B, _, H, P = x_BTHP.shape
-    _check_row(document_ids_BT, initial_state_BHPN, (B, H, P, B_BTGN.shape[3]), chunk_size, x_BTHP)
+    check_row(document_ids_BT, initial_state_BHPN, (B, H, P, B_BTGN.shape[3]), chunk_size, x_BTHP)
     backend = resolve_backend(backend, x_BTHP.device)
     wide = torch.float64 if x_BTHP.dtype == torch.float64 else torch.float32
     if backend == "reference":
@@ -115,7 +116,7 @@ def decay_scan(
     q_BTHK: Tensor,
     k_BTHK: Tensor,
     v_BTHV: Tensor,
-    g_BTH: Tensor,
+    g: Tensor,
     *,
     document_ids_BT: Tensor | None = None,
     initial_state_BHKV: Tensor | None = None,
@@ -125,49 +126,80 @@ def decay_scan(
 ) -> DecayScanOutput:
     """S_t = e^(g_t) S_(t-1) + k_t v_t^T, o_t = S_t^T q_t, with S = 0 before the first token of each document.
 
-    q and k [B, T, H, K], v [B, T, H, V] in one dtype; g [B, T, H] <= 0 is the log of the decay, taken in float32
-    (float64 for float64 inputs). Lightning attention and RetNet have a constant g for each head.
+    q and k [B, T, H, K], v [B, T, H, V] in one dtype; g <= 0 is the log of the decay, taken in float32 (float64 for
+    float64 inputs): [B, T, H] one for a head, or [B, T, H, K] one for each of its key channels, diag(e^(g_t)) S_(t-1).
+    Lightning attention and RetNet have a constant g for each head, GLA and HGRN2 a vector.
 
-    Returns o [B, T, H, V] in the dtype of v, the state [B, H, K, V] after the last token, and the factor [B, H] with
-    which the initial state enters it. keep_states as in `mamba2_scan`.
+    Returns o [B, T, H, V] in the dtype of v, the state [B, H, K, V] after the last token, and the factor, [B, H] or
+    [B, H, K] as the gate is, with which the initial state enters it. keep_states as in `mamba2_scan`; a vector gate
+    takes chunk sizes that are powers of two.
 
     Raises ValueError for shapes, dtypes or devices that do not fit. Sources: Sun et al. 2023 (arXiv 2307.08621),
-    Qin et al. 2024 (arXiv 2401.04658).
+    Qin et al. 2024 (arXiv 2401.04658), for vectors Yang et al. 2023 (arXiv 2312.06635).
     """
-    check_shape("v_BTHV", v_BTHV, (-1, -1, -1, -1))
-    B, T, H, V = v_BTHV.shape
-    check_shape("q_BTHK", q_BTHK, (B, T, H, -1), v_BTHV)
-    K = q_BTHK.shape[3]
-    check_shape("k_BTHK", k_BTHK, (B, T, H, K), v_BTHV)
-    check_shape("g_BTH", g_BTH, (B, T, H), v_BTHV)
-    check_float("v_BTHV", v_BTHV)
-    check_float("q_BTHK", q_BTHK, v_BTHV)
-    check_float("k_BTHK", k_BTHK, v_BTHV)
-    check_float("g_BTH", g_BTH)
-    _check_row(document_ids_BT, initial_state_BHKV, (B, H, K, V), chunk_size, v_BTHV)
+    g = check_decay(q_BTHK, k_BTHK, v_BTHV, g)
+    B, _, H, V = v_BTHV.shape
+    check_row(document_ids_BT, initial_state_BHKV, (B, H, q_BTHK.shape[3], V), chunk_size, v_BTHV)
     backend = resolve_backend(backend, v_BTHV.device)
-    wide = torch.float64 if v_BTHV.dtype == torch.float64 else torch.float32
-    g_BTH = g_BTH.to(wide)
     if backend == "reference":
-        initial = None if initial_state_BHKV is None else initial_state_BHKV.to(wide)
+        initial = None if initial_state_BHKV is None else initial_state_BHKV.to(g.dtype)
         o, final, decay = scan_by_steps(
-            q_BTHK.to(wide), k_BTHK.to(wide), v_BTHV.to(wide), g_BTH, document_ids_BT, initial
+            q_BTHK.to(g.dtype), k_BTHK.to(g.dtype), v_BTHV.to(g.dtype), g, document_ids_BT, initial
         )
         return DecayScanOutput(o.to(v_BTHV.dtype), final, decay)
     document_ids_BT = drop_single_document(document_ids_BT)
-    o_BTHV, final = _find_scan(backend, keep_states)(
-        q_BTHK, k_BTHK, v_BTHV, g_BTH, None, None, initial_state_BHKV, document_ids_BT, chunk_size
-    )
-    return DecayScanOutput(o_BTHV, final, total_decay(g_BTH, document_ids_BT))
+    if g.dim() == 4:
+        o_BTHV, final = _find_vector_scan(backend)(
+            q_BTHK, k_BTHK, v_BTHV, g, initial_state_BHKV, document_ids_BT, chunk_size
+        )
+    else:
+        o_BTHV, final = _find_scan(backend, keep_states)(
+            q_BTHK, k_BTHK, v_BTHV, g, None, None, initial_state_BHKV, document_ids_BT, chunk_size
+        )
+    return DecayScanOutput(o_BTHV, final, total_decay(g, document_ids_BT))
 
 
-def total_decay(g_BTH: Tensor, document_ids_BT: Tensor | None) -> Tensor:
-    """Factor [B, H] by which a row scales the state it starts from; 0 where that state's document ends in the row."""
-    decay_BH = g_BTH.sum(1).exp()
+def decay_step(q_BHK: Tensor, k_BHK: Tensor, v_BHV: Tensor, g: Tensor, state_BHKV: Tensor) -> tuple[Tensor, Tensor]:
+    """One token of `decay_scan` for decoding: from the state before it to (o [B, H, V], the state after it, float32).
+
+    g [B, H], or [B, H, K] for a decay of each key channel. Raises ValueError for shapes, dtypes or devices that do not fit.
+    """
+    check_shape("v_BHV", v_BHV, (-1, -1, -1))
+    g = check_decay(q_BHK[:, None], k_BHK[:, None], v_BHV[:, None], g[:, None])[:, 0]
+    (B, H, V), K = v_BHV.shape, q_BHK.shape[-1]
+    check_shape("state_BHKV", state_BHKV, (B, H, K, V), v_BHV)
+    check_float("state_BHKV", state_BHKV)
+    decay = (g[..., None] if g.dim() == 3 else g[..., None, None]).exp()
+    state = state_BHKV.to(g.dtype) * decay + k_BHK.to(g.dtype)[..., None] * v_BHV.to(g.dtype)[:, :, None]
+    o = (q_BHK.to(g.dtype)[:, :, None] @ state)[:, :, 0]
+    return o.to(v_BHV.dtype), state
+
+
+def check_decay(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, g: Tensor) -> Tensor:
+    """Raise ValueError unless these are inputs of `decay_scan`; returns g in float32 (float64 for float64 inputs)."""
+    check_shape("v", v_BTHV, (-1, -1, -1, -1))
+    B, T, H, _ = v_BTHV.shape
+    check_shape("q", q_BTHK, (B, T, H, -1), v_BTHV)
+    K = q_BTHK.shape[3]
+    check_shape("k", k_BTHK, (B, T, H, K), v_BTHV)
+    check_shape("g", g, (B, T, H, K) if g.dim() == 4 else (B, T, H), v_BTHV)
+    check_float("v", v_BTHV)
+    check_float("q", q_BTHK, v_BTHV)
+    check_float("k", k_BTHK, v_BTHV)
+    check_float("g", g)
+    return g.to(torch.float64 if v_BTHV.dtype == torch.float64 else torch.float32)
+
+
+def total_decay(g: Tensor, document_ids_BT: Tensor | None) -> Tensor:
+    """Factor [B, H], or [B, H, K] of a vector gate, by which a row scales the state it starts from.
+
+    It is 0 where that state's document ends in the row.
+    """
+    decay = g.sum(1).exp()
     if document_ids_BT is None:
-        return decay_BH
-    continues = document_ids_BT[:, -1] == document_ids_BT[:, 0]
-    return torch.where(continues[:, None], decay_BH, torch.zeros_like(decay_BH))
+        return decay
+    ends = document_ids_BT[:, -1] != document_ids_BT[:, 0]
+    return decay.masked_fill(ends.view(-1, *(1,) * (decay.dim() - 1)), 0.0)
 
 
 def _find_scan(backend: str, keep_states: bool) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -176,6 +208,14 @@ def _find_scan(backend: str, keep_states: bool) -> Callable[..., tuple[Tensor, T
     from kernels.decay_scan.triton_impl import scan_triton
 
     return functools.partial(scan_triton, keep_states=keep_states)
+
+
+def _find_vector_scan(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    if backend == "torch":
+        return chunked_vector_scan
+    from kernels.decay_scan.vector_triton import scan_vector_triton
+
+    return scan_vector_triton
 
 
 def check_mamba2(
@@ -199,13 +239,14 @@ def check_mamba2(
     check_float("C_BTGN", C_BTGN, x_BTHP)
 
 
-def _check_row(
+def check_row(
     document_ids_BT: Tensor | None,
     initial_state: Tensor | None,
     state_shape: tuple[int, ...],
     chunk_size: int,
     like: Tensor,
 ) -> None:
+    """Raise ValueError unless `like` has tokens, and documents, state and chunk size fit it."""
     B, T = like.shape[:2]
     if T == 0:
         raise ValueError("a scan needs at least 1 token a row; got 0")

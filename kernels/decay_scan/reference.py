@@ -11,25 +11,28 @@ def scan_by_steps(
     q_BTHK: Tensor,
     k_BTHK: Tensor,
     v_BTHV: Tensor,
-    g_BTH: Tensor,
+    g: Tensor,
     document_ids_BT: Tensor | None,
     initial_state_BHKV: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """S_t = e^(g_t) S_(t-1) + k_t v_t^T, o_t = S_t^T q_t, with S = 0 before the first token of each document.
 
-    Returns o [B, T, H, V], the last state [B, H, K, V], and the factor [B, H] by which the initial state enters the
-    last one (0 where the row's last token lies in another document than its first).
+    The gate is one number a head, [B, T, H], or one for each key channel (row of the state), [B, T, H, K].
+
+    Returns o [B, T, H, V], the last state [B, H, K, V], and the factor ([B, H] or [B, H, K]) by which the initial state
+    enters the last one (0 where the row's last token lies in another document than its first).
     """
     B, T, H, K = q_BTHK.shape
     state = q_BTHK.new_zeros(B, H, K, v_BTHV.shape[-1]) if initial_state_BHKV is None else initial_state_BHKV
-    decay = torch.ones_like(g_BTH[:, 0])
+    decay = torch.ones_like(g[:, 0])
     outputs = []
     for t in range(T):
-        carry = g_BTH[:, t].exp()
+        carry = g[:, t].exp()
         if document_ids_BT is not None and t > 0:
-            continues = (document_ids_BT[:, t] == document_ids_BT[:, t - 1])[:, None]
-            carry = torch.where(continues, carry, torch.zeros_like(carry))
-        state = carry[..., None, None] * state + k_BTHK[:, t, :, :, None] * v_BTHV[:, t, :, None, :]
+            begins = document_ids_BT[:, t] != document_ids_BT[:, t - 1]
+            carry = carry.masked_fill(begins.view(B, *(1,) * (carry.dim() - 1)), 0.0)
+        of_rows = carry[..., None, None] if carry.dim() == 2 else carry[..., None]
+        state = of_rows * state + k_BTHK[:, t, :, :, None] * v_BTHV[:, t, :, None, :]
         decay = carry * decay
         outputs.append(torch.einsum("bhkv,bhk->bhv", state, q_BTHK[:, t]))
     return torch.stack(outputs, dim=1), state, decay

@@ -27,7 +27,7 @@ class ScanCase:
     chunk: int = 32
     lengths: tuple[int, ...] = ()  # of the documents in row 0; the other rows hold them in reverse
     initial: bool = False
-    kind: str = "mamba2"
+    kind: str = "mamba2"  # "decay": a gate for each head; "vector": for each key channel
 
     def __str__(self) -> str:
         return f"{self.kind}-T{self.T}-H{self.H}-G{self.G}-docs{len(self.lengths)}-init{int(self.initial)}"
@@ -73,13 +73,14 @@ def make_inputs(case: ScanCase, dtype: torch.dtype, seed: int = 0, device: str =
         state, outputs = (B, H, P, N), (B, T, H, P)
     else:
         names = ["q", "k", "v", "g"]
-        tensors = [draw(B, T, H, N), draw(B, T, H, N, scale=N**-0.5), draw(B, T, H, P), -draw(B, T, H).abs() * 0.3]
+        gate = (B, T, H, N) if case.kind == "vector" else (B, T, H)
+        tensors = [draw(B, T, H, N), draw(B, T, H, N, scale=N**-0.5), draw(B, T, H, P), -draw(*gate).abs() * 0.3]
         wide_from = (3,)
         state, outputs = (B, H, N, P), (B, T, H, P)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     placed = [t.to(wide if i in wide_from else dtype).to(device).requires_grad_() for i, t in enumerate(tensors)]
     initial = draw(*state).to(wide).to(device).requires_grad_() if case.initial else None
-    weights = [draw(*outputs), draw(*state), draw(B, H)]
+    weights = [draw(*outputs), draw(*state), draw(B, H, N) if case.kind == "vector" else draw(B, H)]
     documents = make_documents(case)
     return ScanInputs(
         names, placed, initial, None if documents is None else documents.to(device), [w.to(device) for w in weights]

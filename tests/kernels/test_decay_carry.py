@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from kernels.decay_scan.carry import add_carried_state
-from kernels.decay_scan.op import mamba2_scan
-from tests.helpers.numbers import relative_rms
+from kernels.decay_scan.carry import add_carried_state, decay_read
+from kernels.decay_scan.op import decay_scan, mamba2_scan
+from tests.helpers.numbers import assert_all_near, relative_rms
 from tests.helpers.scans import ScanCase, make_inputs
 
 # Rounding at the size of the dtype's last digit, for sums that cancel exactly in the direct form.
@@ -61,3 +61,35 @@ def test_a_state_of_another_shape_is_refused():
     x, dt, A_log, _, C, _, bias = inputs.tensors
     with pytest.raises(ValueError, match=r"state_BHPN must have shape \[2, 4, 16, 16\]; got \[2, 4, 16, 15\]"):
         add_carried_state(x, dt, A_log, C, bias, inputs.initial[..., :15])
+
+
+@pytest.mark.parametrize("vector", [False, True], ids=["scalar", "vector"])
+@pytest.mark.parametrize("lengths", [(), (5, 1, 11)], ids=str)
+def test_reading_a_state_later_equals_a_scan_that_begins_with_it(lengths, vector):
+    case = ScanCase(T=17, lengths=lengths, initial=True, kind="vector" if vector else "decay")
+    inputs = make_inputs(case, torch.float64)
+    q, _, _, g = inputs.tensors
+    results = []
+    for initial in (inputs.initial, None):
+        o = decay_scan(*inputs.tensors, document_ids_BT=inputs.documents, initial_state_BHKV=initial).o_BTHV
+        if initial is None:
+            read = decay_read(q, g, document_ids_BT=inputs.documents)
+            o = o + torch.einsum("bthk,bhkv->bthv", read, inputs.initial)
+        gradients = torch.autograd.grad((o * inputs.weights[0]).sum(), [*inputs.tensors, inputs.initial])
+        results.append([o, *gradients])
+    assert_all_near(results[1], results[0], 1e-12, ["o", *inputs.names, "initial"])
+
+
+def test_reading_is_zero_after_the_first_document_however_fast_it_forgets():
+    q, g = torch.ones(1, 6, 1, 2, dtype=torch.bfloat16), torch.full((1, 6, 1), -50.0)
+    ids = torch.tensor([[4, 4, 5, 5, 6, 6]], dtype=torch.int32)
+    read = decay_read(q, g.requires_grad_(), document_ids_BT=ids)
+    assert read.dtype == torch.float32 and bool((read[:, 2:] == 0).all()) and bool((read[:, 0] > 0).all())
+    (d_g,) = torch.autograd.grad(read.sum(), [g])
+    assert bool(torch.isfinite(d_g).all()) and bool((d_g[:, 2:] == 0).all())
+
+
+def test_gates_of_another_width_are_refused():
+    q = torch.zeros(2, 5, 3, 4)
+    with pytest.raises(ValueError, match=r"g must have shape \[2, 5, 3, 4\]; got \[2, 5, 3, 1\]"):
+        decay_read(q, torch.zeros(2, 5, 3, 1))
