@@ -1,0 +1,172 @@
+"""The gated delta product over rows of packed documents, and its one-token step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.backend import resolve_backend
+from kernels.delta_scan.reference import delta_by_steps
+from kernels.delta_scan.torch_impl import chunked_delta
+from kernels.shapes import check_documents, check_float, check_shape, drop_single_document
+
+# (q_BTGK, k_BTNGK, v_BTNHV, beta_BTNH, g_BTH or None, initial_state_BHKV or None, document_ids_BT or None, chunk_size)
+# -> (o_BTHV in the dtype of v, the last state [B, H, K, V]); beta, g and the states are float32, or float64 with v.
+DeltaFunction = Callable[
+    [Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, int], tuple[Tensor, Tensor]
+]
+
+
+class DeltaScanOutput(NamedTuple):
+    """Output of `delta_scan`: o, the state after the last token, and what an entering state adds to both, if asked for."""
+
+    o_BTHV: Tensor
+    final_state_BHKV: Tensor
+    read_BTHK: Tensor | None
+    transfer_BHKK: Tensor | None
+
+
+def delta_scan(
+    q_BTGK: Tensor,
+    k_BTNGK: Tensor,
+    v_BTNHV: Tensor,
+    beta_BTNH: Tensor,
+    g_BTH: Tensor | None = None,
+    *,
+    document_ids_BT: Tensor | None = None,
+    initial_state_BHKV: Tensor | None = None,
+    chunk_size: int = 64,
+    with_transfer: bool = False,
+    backend: str = "torch",
+) -> DeltaScanOutput:
+    """S <- e^(g_t) S, then S <- (I - beta k k^T) S + beta k v^T for each of a token's N steps, then o_t = S^T q_t.
+
+    S = 0 before the first token of each document. N = 1 is the (gated) delta rule, N > 1 DeltaProduct. q [B, T, G, K],
+    k [B, T, N, G, K], v [B, T, N, H, V] in one dtype, with G dividing H; the caller normalises k to length 1. beta
+    [B, T, N, H] in (0, 1), or (0, 2) for states that may change sign; g [B, T, H] <= 0 is the log of the decay, absent
+    for none. Document ids are integers [B, T], equal inside a document. The initial state belongs to the document of
+    each row's first token. beta, g and states are taken in float32 (float64 for float64 inputs).
+
+    Returns o [B, T, H, V] in the dtype of v and the state [B, H, K, V] after the last token. With `with_transfer` also
+    read [B, T, H, K] in the dtype of v, 0 outside the row's first document, and transfer [B, H, K, K], 0 where the row's
+    documents differ: o = (o with no initial state) + read @ initial, final = transfer @ initial + (final with no initial
+    state). They cost as much again as K more columns of v do.
+
+    Raises ValueError for shapes, dtypes or devices that do not fit. Sources: Yang et al. 2024 (arXiv 2406.06484), Yang
+    et al. 2024 (arXiv 2412.06464), Siems et al. 2025 (arXiv 2502.10297).
+    """
+    check_delta(q_BTGK, k_BTNGK, v_BTNHV, beta_BTNH, g_BTH)
+    B, _, _, H, V = v_BTNHV.shape
+    K = q_BTGK.shape[3]
+    _check_row(document_ids_BT, initial_state_BHKV, (B, H, K, V), chunk_size, v_BTNHV)
+    scan = _find_scan(resolve_backend(backend, v_BTNHV.device))
+    wide = torch.float64 if v_BTNHV.dtype == torch.float64 else torch.float32
+    initial = None if initial_state_BHKV is None else initial_state_BHKV.to(wide)
+    values = v_BTNHV
+    if with_transfer:
+        # The scan is linear in its state: columns of values that are zero carry the identity through the row.
+        values = torch.cat([v_BTNHV, v_BTNHV.new_zeros(*v_BTNHV.shape[:-1], K)], dim=-1)
+        start = beta_BTNH.new_zeros(B, H, K, V, dtype=wide) if initial is None else initial
+        identity = torch.eye(K, dtype=wide, device=start.device).expand(B, H, K, K)
+        initial = torch.cat([start, identity], dim=-1)
+    g = None if g_BTH is None else g_BTH.to(wide)
+    documents = drop_single_document(document_ids_BT)
+    o, final = scan(q_BTGK, k_BTNGK, values, beta_BTNH.to(wide), g, initial, documents, chunk_size)
+    if not with_transfer:
+        return DeltaScanOutput(o, final, None, None)
+    return DeltaScanOutput(o[..., :V], final[..., :V], o[..., V:], final[..., V:])
+
+
+def delta_step(
+    q_BGK: Tensor,
+    k_BNGK: Tensor,
+    v_BNHV: Tensor,
+    beta_BNH: Tensor,
+    g_BH: Tensor | None,
+    state_BHKV: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """One token of `delta_scan` for decoding: from the state before it to (o [B, H, V], the state after it, float32).
+
+    Raises ValueError for shapes, dtypes or devices that do not fit.
+    """
+    q, k, v, beta = (x[:, None] for x in (q_BGK, k_BNGK, v_BNHV, beta_BNH))
+    g = None if g_BH is None else g_BH[:, None]
+    check_delta(q, k, v, beta, g)
+    B, _, H, V = v_BNHV.shape
+    check_shape("state_BHKV", state_BHKV, (B, H, q_BGK.shape[-1], V), v_BNHV)
+    check_float("state_BHKV", state_BHKV)
+    o_BTHV, state = _reference_scan(q, k, v, beta, g, state_BHKV, None, 1)
+    return o_BTHV[:, 0], state
+
+
+def _find_scan(backend: str) -> DeltaFunction:
+    if backend == "torch":
+        return chunked_delta
+    if backend == "reference":
+        return _reference_scan
+    from kernels.delta_scan.triton_impl import delta_scan_triton
+
+    return delta_scan_triton
+
+
+def _reference_scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    initial: Tensor | None,
+    documents_BT: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    """`delta_by_steps` in float32 (float64 for float64 inputs)."""
+    del chunk_size
+    wide = torch.float64 if v.dtype == torch.float64 else torch.float32
+    gates = None if g is None else g.to(wide)
+    start = None if initial is None else initial.to(wide)
+    o, final = delta_by_steps(q.to(wide), k.to(wide), v.to(wide), beta.to(wide), gates, start, documents_BT)
+    return o.to(v.dtype), final
+
+
+def check_delta(
+    q_BTGK: Tensor, k_BTNGK: Tensor, v_BTNHV: Tensor, beta_BTNH: Tensor, g_BTH: Tensor | None = None
+) -> None:
+    """Raise ValueError unless these are inputs of `delta_scan`."""
+    check_shape("v_BTNHV", v_BTNHV, (-1, -1, -1, -1, -1))
+    B, T, N, H, _ = v_BTNHV.shape
+    check_shape("q_BTGK", q_BTGK, (B, T, -1, -1), v_BTNHV)
+    G, K = q_BTGK.shape[2:]
+    check_shape("k_BTNGK", k_BTNGK, (B, T, N, G, K), v_BTNHV)
+    check_shape("beta_BTNH", beta_BTNH, (B, T, N, H), v_BTNHV)
+    if N == 0:
+        raise ValueError("v_BTNHV must have at least 1 step a token; got 0")
+    if G == 0 or H % G:
+        raise ValueError(f"the key heads of q_BTGK must divide the {H} heads of v_BTNHV; got {G} key heads")
+    check_float("v_BTNHV", v_BTNHV)
+    check_float("q_BTGK", q_BTGK, v_BTNHV)
+    check_float("k_BTNGK", k_BTNGK, v_BTNHV)
+    check_float("beta_BTNH", beta_BTNH)
+    if g_BTH is not None:
+        check_shape("g_BTH", g_BTH, (B, T, H), v_BTNHV)
+        check_float("g_BTH", g_BTH)
+
+
+def _check_row(
+    document_ids_BT: Tensor | None,
+    initial_state: Tensor | None,
+    state_shape: tuple[int, ...],
+    chunk_size: int,
+    like: Tensor,
+) -> None:
+    B, T = like.shape[:2]
+    if T == 0:
+        raise ValueError("a scan needs at least 1 token a row; got 0")
+    check_documents(document_ids_BT, B, T, like)
+    if initial_state is not None:
+        check_shape("the initial state", initial_state, state_shape, like)
+        check_float("the initial state", initial_state)
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1; got {chunk_size}")

@@ -1,0 +1,38 @@
+"""The gated delta product one step at a time, in any dtype: the definition that every other form is held against."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def delta_by_steps(
+    q_BTGK: Tensor,
+    k_BTNGK: Tensor,
+    v_BTNHV: Tensor,
+    beta_BTNH: Tensor,
+    g_BTH: Tensor | None,
+    initial_state_BHKV: Tensor | None,
+    document_ids_BT: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """S <- e^(g_t) S, then S <- (I - beta k k^T) S + beta k v^T for each of a token's N steps, then o_t = S^T q_t.
+
+    S = 0 before the first token of each document. Returns o [B, T, H, V] and the state [B, H, K, V] after the last token.
+    """
+    B, T, G, K = q_BTGK.shape
+    N, H, V = v_BTNHV.shape[2:]
+    state = v_BTNHV.new_zeros(B, H, K, V) if initial_state_BHKV is None else initial_state_BHKV
+    outputs = []
+    for t in range(T):
+        if document_ids_BT is not None and t > 0:
+            continues = document_ids_BT[:, t] == document_ids_BT[:, t - 1]
+            state = torch.where(continues[:, None, None, None], state, torch.zeros_like(state))
+        if g_BTH is not None:
+            state = g_BTH[:, t].exp()[..., None, None] * state
+        for j in range(N):
+            k_BHK = k_BTNGK[:, t, j].repeat_interleave(H // G, dim=1)
+            remembered_BHV = torch.einsum("bhkv,bhk->bhv", state, k_BHK)
+            change_BHV = beta_BTNH[:, t, j, :, None] * (v_BTNHV[:, t, j] - remembered_BHV)
+            state = state + k_BHK[..., None] * change_BHV[:, :, None]
+        outputs.append(torch.einsum("bhkv,bhk->bhv", state, q_BTGK[:, t].repeat_interleave(H // G, dim=1)))
+    return torch.stack(outputs, dim=1), state
