@@ -111,14 +111,32 @@ class CacheConfig(Section):
     )
 
 
-class DataConfig(Section):
-    """The data of a run."""
+class ProbeConfig(Section):
+    """A synthetic task in the place of text: rows made from the sample number, asked at known places (docs/probes.md)."""
 
-    store: str = Field(
-        description="Token store: the folder that `amfm prepare` writes; training also reads a copy at s3://, gs:// or az://."
+    task: Literal["mqar", "overwriting", "selective_copying", "parity", "s3", "s4", "a5", "s5"] = Field(
+        description="Recall of pairs, of the last of several writes, copying past noise, parity, or products in a group (symmetric S_n, alternating A_n)."
+    )
+    num_pairs: int = Field(8, gt=0, description="mqar, overwriting: keys that a row writes and then asks.")
+    num_writes: int = Field(3, gt=0, description="overwriting: times that a row writes each key.")
+    num_keys: int = Field(32, gt=0, description="mqar, overwriting: keys there are; a row takes num_pairs of them.")
+    num_values: int = Field(32, gt=1, description="mqar, overwriting: values there are.")
+    num_copied: int = Field(16, gt=0, description="selective_copying: tokens to copy in a row.")
+    num_symbols: int = Field(16, gt=1, description="selective_copying: different tokens to copy there are.")
+
+
+class DataConfig(Section):
+    """The data of a run: text in a store, or a probe."""
+
+    store: str | None = Field(
+        None,
+        description="Token store: the folder that `amfm prepare` writes; training also reads a copy at s3://, gs:// or az://. Needed but with a probe.",
     )
     cache: CacheConfig = Field(CacheConfig(), description="Node cache of a store behind a URL.")
-    sources: tuple[SourceConfig, ...] = Field(min_length=1, description="Bodies of text and their weights.")
+    sources: tuple[SourceConfig, ...] = Field(
+        (), description="Bodies of text and their weights; one at least, but with a probe."
+    )
+    probe: ProbeConfig | None = Field(None, description="Train on a probe task, without a store and sources.")
     tokenizer: TokenizerConfig = Field(TokenizerConfig(), description="How text becomes tokens.")
     prepare: PrepareConfig = Field(PrepareConfig(), description="How the store is written.")
     phases: tuple[PhaseConfig, ...] = Field(
@@ -140,3 +158,9 @@ class DataConfig(Section):
     on_corruption: Literal["raise", "quarantine"] = Field(
         "raise", description="A damaged chunk stops the run, or is skipped, logged and remembered."
     )
+
+    def text_store(self) -> str:
+        """Where the token store is; ValueError for a run on a probe, which has none."""
+        if self.store is None:
+            raise ValueError("the run has no data.store but a probe, whose rows are computed; this needs text")
+        return self.store

@@ -15,8 +15,9 @@ from data_pipeline.batch import Batch
 from data_pipeline.buffers import BufferPool
 from data_pipeline.config import DataConfig
 from data_pipeline.packing import Row, assemble_rows
+from data_pipeline.probe_rows import ProbeReader, ProbeSettings
 from data_pipeline.read_ahead import ReadingProcess
-from data_pipeline.samples import Damage, SampleReader, SampleSettings
+from data_pipeline.samples import Damage, SampleReader, SampleSettings, phases_of
 from data_pipeline.store import Part, Split, TokenStore
 
 STATE_VERSION = 2
@@ -65,14 +66,10 @@ class PretrainLoader:
         assert 0 <= data_rank < data_world_size, f"rank {data_rank} of {data_world_size}"
         self.config, self.micro_batch_size = config, micro_batch_size
         self.data_rank, self.data_world_size = data_rank, data_world_size
-        self.settings = SampleSettings.from_config(config, split=split, sequence_length=sequence_length, seed=seed)
-        self.store = TokenStore.open(config.store, self.settings.cache)
+        self.settings = row_settings(config, split=split, sequence_length=sequence_length, seed=seed)
         self._unchecked: Iterator[Part] = iter(())
-        if data_rank == 0 and config.on_corruption == "raise":
-            # Now, and not at the step that reads the missing part; a huge store is checked in a stretch a batch.
-            self._unchecked = self.store.check_files_one_by_one()
-            self._check_files(PARTS_CHECKED_FIRST)
-        self.reader = SampleReader(self.settings, self.store)
+        self.reader = self._open_reader()
+        self.store = self.reader.store
         self.global_sample = 0
         self.quarantined: list[Damage] = []
         self._pool = BufferPool()
@@ -218,6 +215,16 @@ class PretrainLoader:
         self._requested.clear()
         self.store.close()
 
+    def _open_reader(self) -> SampleReader | ProbeReader:
+        if isinstance(self.settings, ProbeSettings):
+            return ProbeReader(self.settings)
+        store = TokenStore.open(self.settings.store, self.settings.cache)
+        if self.data_rank == 0 and self.settings.on_corruption == "raise":
+            # Now, and not at the step that reads the missing part; a huge store is checked in a stretch a batch.
+            self._unchecked = store.check_files_one_by_one()
+            self._check_files(PARTS_CHECKED_FIRST)
+        return SampleReader(self.settings, store)
+
     def _check_files(self, num_parts: int) -> None:
         for _ in islice(self._unchecked, num_parts):
             pass
@@ -299,6 +306,15 @@ class PretrainLoader:
             sample_ids=tuple(row.sample for row in rows),
             source_ids=tuple(row.source for row in rows),
         )
+
+
+def row_settings(
+    config: DataConfig, *, split: Split, sequence_length: int, seed: int
+) -> SampleSettings | ProbeSettings:
+    """What decides the rows of a configuration, of text or of a probe; errors as those of the two."""
+    if config.probe is None:
+        return SampleSettings.from_config(config, split=split, sequence_length=sequence_length, seed=seed)
+    return ProbeSettings.from_config(config.probe, phases_of(config, sequence_length), split=split, seed=seed)
 
 
 def _one_or_all(lengths: list[int]) -> int | list[int]:

@@ -26,6 +26,7 @@ class Row(NamedTuple):
     tokens: sequence_length + 1 token ids; the last is only ever a label. starts: where documents begin in
     the tokens, 0 included; the entry sequence_length says that the extra token belongs to the next document.
     num_valid: tokens before the padding; sequence_length + 1 when the extra token is real. sample: global sample number. source: index of the source.
+    labels: none where they are the tokens that follow; else sequence_length labels, -100 where none counts.
     """
 
     tokens: npt.NDArray[np.generic]
@@ -33,6 +34,7 @@ class Row(NamedTuple):
     num_valid: int
     sample: int
     source: int
+    labels: Int64 | None = None
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def starts_in_window(document_ends: Int64, first: int, length: int) -> Int32:
 def assemble_rows(rows: Sequence[Row], *, mask_document_boundaries: bool, pool: BufferPool | None = None) -> RowArrays:
     """Build a micro-batch from rows of equal length, in memory of the pool if one is given.
 
-    Labels are the tokens shifted by one inside the window. With mask_document_boundaries the label of a document's
+    Labels are the tokens shifted by one inside the window, where a row brings none. With mask_document_boundaries the label of a document's
     last token is masked, positions restart and ids rise at each start; without, a row is one document (plain
     concatenation) except for its padding. Padding never has labels.
     """
@@ -76,7 +78,9 @@ def assemble_rows(rows: Sequence[Row], *, mask_document_boundaries: bool, pool: 
     row_starts = []
     for number, row in enumerate(rows):
         np.copyto(out.tokens[number], row.tokens[:-1])
-        np.copyto(out.labels[number], row.tokens[1:])
+        np.copyto(out.labels[number], row.tokens[1:] if row.labels is None else row.labels)
+        if row.labels is not None:
+            np.not_equal(row.labels, IGNORED_LABEL, out=out.loss_mask[number])
         starts = row.starts if mask_document_boundaries else row.starts[:1]
         if row.num_valid < length:
             starts = np.append(starts, np.int32(row.num_valid))

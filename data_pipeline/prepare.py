@@ -104,24 +104,22 @@ def prepare(
     (whose nodes must see the same paths), and stopped if it was started here; `runner` replaces it in tests.
     ValueError for settings and input, RuntimeError for a full disk or another preparation of the same store.
     """
-    began = time.monotonic()
+    began, place = time.monotonic(), config.text_store()
     plans = {source.name: plan_source(source, config) for source in config.sources}
     if len(plans) < len(config.sources):
         raise ValueError(
             f"data.sources has two sources of one name among {[s.name for s in config.sources]}; rename one"
         )
-    if is_url(config.store):
+    if is_url(place):
         raise ValueError(
-            f"data.store={config.store!r} must be a folder to write in; prepare there, copy the folder to the object "
+            f"data.store={place!r} must be a folder to write in; prepare there, copy the folder to the object "
             "store with any tool, manifest.json last, and train from the URL"
         )
-    store = Path(config.store)
+    store = Path(place)
     try:
         store.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise ValueError(
-            f"data.store={config.store!r} can't be made ({error.strerror}); name a writable folder"
-        ) from error
+        raise ValueError(f"data.store={place!r} can't be made ({error.strerror}); name a writable folder") from error
     with _only_writer(store):
         tokenizer = _settle_tokenizer(store, config, plans, progress)
         layout = Layout.for_vocabulary(tokenizer.vocab_size, config.prepare.chunk_tokens, config.prepare.preset)
@@ -359,7 +357,7 @@ def _report(
 
     everything = [report for of_source in reports.values() for report in of_source]
     return PrepareReport(
-        store=config.store,
+        store=config.text_store(),
         identity=identity,
         tokenizer_identity=tokenizer.identity(),
         vocab_size=tokenizer.vocab_size,
@@ -375,6 +373,7 @@ def _report(
 
 def is_prepared(config: DataConfig) -> bool:
     """Whether the store's manifest is there and names every source of the configuration."""
-    if not is_url(config.store) and not (Path(config.store) / MANIFEST).is_file():
+    place = config.text_store()
+    if not is_url(place) and not (Path(place) / MANIFEST).is_file():
         return False
-    return {source.name for source in config.sources} <= set(TokenStore.open(config.store).source_names)
+    return {source.name for source in config.sources} <= set(TokenStore.open(place).source_names)

@@ -18,6 +18,7 @@ from typing import Any
 
 from data_pipeline.fetch_ahead import FetchAhead
 from data_pipeline.packing import Row
+from data_pipeline.probe_rows import ProbeReader, ProbeSettings
 from data_pipeline.samples import Damage, SampleReader, SampleSettings
 from data_pipeline.shards import DamagedError
 
@@ -28,7 +29,7 @@ _START = "import sys; sys.path.insert(0, sys.argv[1]); from data_pipeline.read_a
 class ReadingProcess:
     """The trainer's end of one reading process; requests are answered in order."""
 
-    def __init__(self, settings: SampleSettings) -> None:
+    def __init__(self, settings: SampleSettings | ProbeSettings) -> None:
         root = str(Path(__file__).resolve().parent.parent)
         self._process = subprocess.Popen(
             [sys.executable, "-c", _START, root], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -88,13 +89,13 @@ def serve() -> None:
     os.dup2(2, 1)
     requests: Any = sys.stdin.buffer
     try:
-        reader: SampleReader | None = None
+        reader: SampleReader | ProbeReader | None = None
         fetcher: FetchAhead | None = None
         while True:
             message = pickle.load(requests)
-            if isinstance(message, SampleSettings):
-                reader = SampleReader(message)
-                if reader.store.remote_cache is not None:
+            if isinstance(message, (SampleSettings, ProbeSettings)):
+                reader = message.open_reader()
+                if isinstance(reader, SampleReader) and reader.store.remote_cache is not None:
                     fetcher = FetchAhead(reader)
                     fetcher.start()
                 continue
@@ -107,7 +108,9 @@ def serve() -> None:
         os._exit(0)  # the trainer is gone; nothing here needs to be written
 
 
-def _answer(reader: SampleReader, first: int, count: int, stride: int) -> tuple[list[Row], list[Damage]] | DamagedError:
+def _answer(
+    reader: SampleReader | ProbeReader, first: int, count: int, stride: int
+) -> tuple[list[Row], list[Damage]] | DamagedError:
     try:
         return reader.read_block(first, count, stride)
     except DamagedError as error:

@@ -58,9 +58,9 @@ class SampleSettings:
 
         sequence_length: of the first phase. Validation is the first phase alone, so that its losses stay comparable.
         """
-        phases = _phases(config, sequence_length)
+        phases = phases_of(config, sequence_length)
         return SampleSettings(
-            store=config.store,
+            store=config.text_store(),
             split=split,
             seed=seed,
             packing=config.packing,
@@ -70,10 +70,19 @@ class SampleSettings:
             cache=CacheSettings(**config.cache.model_dump()),
         )
 
+    def open_reader(self) -> SampleReader:
+        """A reader of these rows."""
+        return SampleReader(self)
 
-def _phases(config: DataConfig, sequence_length: int) -> tuple[PhaseSettings, ...]:
-    """The sources' own weights from sample 0, unless a given phase starts there, then the given phases."""
+
+def phases_of(config: DataConfig, sequence_length: int) -> tuple[PhaseSettings, ...]:
+    """The sources' own weights from sample 0, unless a given phase starts there, then the given phases.
+
+    A probe is a source of its own. ValueError for a phase that weighs a source the configuration doesn't have.
+    """
     known = {source.name: source.weight for source in config.sources}
+    if config.probe is not None:
+        known = {config.probe.task: 1.0}
     phases = [PhaseSettings(0, {name: weight for name, weight in known.items() if weight}, sequence_length)]
     for given in config.phases:
         unknown = sorted(set(given.weights or {}) - set(known))

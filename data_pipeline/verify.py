@@ -92,7 +92,7 @@ def sample_text(
     """
     settings = SampleSettings.from_config(config, split=split, sequence_length=sequence_length, seed=seed)
     reader = SampleReader(settings)
-    tokenizer = load_tokenizer(config.store)
+    tokenizer = load_tokenizer(config.text_store())
     samples = np.array([sample], dtype=np.int64)
     (place,), (rows, _) = reader.locate(samples), reader.read(samples)
     row = rows[0]

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 
 from data_pipeline.loader import PretrainLoader
+from data_pipeline.samples import SampleReader
 from data_pipeline.store import TokenStore
 from launch.bench_data_files import SOURCE, BenchData, bytes_below, megatron_cache, windows
 
@@ -162,10 +163,11 @@ def zarr_reader(settings: BenchData, store: TokenStore) -> Reader:
         micro_batch_size=settings.batch,
         seed=1,
     )
-    arrays: dict[str, Any] = {}
+    reader, arrays = loader.reader, dict[str, Any]()
+    assert isinstance(reader, SampleReader), "the configuration is of text"
 
     def window(number: int) -> Tokens:
-        place = loader.reader.locate(np.array([number]))[0]
+        place = reader.locate(np.array([number]))[0]
         if place.part.path not in arrays:
             arrays[place.part.path] = zarr.open_group(str(store.path / place.part.path), mode="r")["tokens"]
         first = place.row * settings.sequence_length

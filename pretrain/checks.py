@@ -12,6 +12,7 @@ from model.checks import check_model
 from model.huggingface import explain_unfit
 from pretrain.checks_parallel import layout_problems, world_problems
 from pretrain.checks_pipeline import micro_batch_problems, pipeline_problems
+from pretrain.checks_probe import probe_length_problems, probe_problems
 from pretrain.checks_stages import (
     declaration_problems,
     ramp_problems,
@@ -48,8 +49,10 @@ def check_run(config: RunConfig, world_size: int | None = None) -> None:
     `world_size` counts all ranks; None leaves out the rules that depend on it. Raises ConfigError with every broken
     rule. Touches no device and reads no file.
     """
-    declared = list(declaration_problems(config))
-    problems = [*declared, *vocabulary_problems(config), *data_problems(config), *keeping_problems(config)]
+    declared, probe = list(declaration_problems(config)), list(probe_problems(config))
+    problems = [*declared, *vocabulary_problems(config), *data_problems(config), *probe, *keeping_problems(config)]
+    if not declared and not probe:
+        problems += probe_length_problems(config)
     if not declared:
         problems += [*ramp_problems(config), *total_problems(config), *loop_problems(config)]
         for stage in resolve_stages(config):
@@ -87,6 +90,8 @@ def whole_message(text: str) -> Problem:
 
 def vocabulary_problems(config: RunConfig) -> Iterator[Problem]:
     """Every piece of the tokenizer needs a row of the embedding."""
+    if config.data.probe is not None:
+        return
     pieces, rows = config.data.tokenizer.vocab_size, config.model.vocab_size
     # The size of a given tokenizer file is known only when it is read: training compares it with the store.
     if config.data.tokenizer.model is None and config.data.tokenizer.eos_token is not None:
@@ -98,7 +103,15 @@ def vocabulary_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def data_problems(config: RunConfig) -> Iterator[Problem]:
-    """Sources are told apart by name, phases follow each other and weigh those sources, and the run and the store live in different folders."""
+    """A store and sources that are told apart by name, phases that follow each other and weigh those sources, and a run in a folder of its own."""
+    store = config.data.store
+    if config.data.probe is not None:
+        return
+    if store is None:
+        yield Problem("data.store", "is missing", "name the folder that `amfm prepare` writes, or give data.probe")
+    if not config.data.sources:
+        yield Problem("data.sources", "is missing", "name at least one, with name and paths, or give data.probe")
+        return
     names = [source.name for source in config.data.sources]
     for index, name in enumerate(names):
         if name in names[:index]:
@@ -124,9 +137,11 @@ def data_problems(config: RunConfig) -> Iterator[Problem]:
         start = phase.start_sample
     if not any(source.weight for source in config.data.sources):
         yield Problem("data.sources", "have no weight above 0", "give a weight to what the run begins with")
-    if config.data.cache != CacheConfig() and not is_url(config.data.store):
+    if store is None:
+        return
+    if config.data.cache != CacheConfig() and not is_url(store):
         yield Problem("data.cache", "has no effect: data.store is a folder", "remove it, or name a URL in data.store")
-    if Path(config.run.dir) == Path(config.data.store):
+    if Path(config.run.dir) == Path(store):
         yield Problem("run.dir", "is the folder of data.store too", "use two folders", config.run.dir)
 
 

@@ -33,7 +33,7 @@ def declaration_problems(config: RunConfig) -> Iterator[Problem]:
             rule = "has no effect: model.attention.positions is none"
             yield Problem(f"{key}.rope", rule, "remove it, or use model.attention.positions=rope")
         for name in section.weights or {}:
-            if name not in sources:
+            if name not in sources and config.data.probe is None:
                 rule = "is no name of data.sources"
                 yield Problem(f"{key}.weights.{name}", rule, f"use one of {', '.join(sources)}")
 

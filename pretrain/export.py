@@ -147,7 +147,7 @@ def proof_text(weights: Weights) -> tuple[Tensor, list[str], str]:
         ids = tokenizer.encode(SAMPLE_TEXT)
         source = "a built-in sample"
     else:
-        ids, source = _store_tokens(weights.run.data.store, PROOF_ROWS * PROOF_TOKENS)
+        ids, source = _store_tokens(weights.run.data.text_store(), PROOF_ROWS * PROOF_TOKENS)
     wanted = min(PROOF_TOKENS, _max_positions(weights))
     while len(ids) < PROOF_ROWS * wanted:
         ids = ids + ids

@@ -247,7 +247,7 @@ def build_model(config: RunConfig, parallel: Parallel) -> HybridModel:
         pieces=pieces,
     )
     if config.run.initial_weights is not None and not list_checkpoints(Path(config.run.dir) / "checkpoints"):
-        tokenizer_identity = TokenStore.open(config.data.store).tokenizer_identity
+        tokenizer_identity = TokenStore.open(config.data.text_store()).tokenizer_identity
         load_initial_weights(model, config.run.initial_weights, tokenizer_identity)
     if config.train.compile:
         model.compile_blocks()

@@ -54,12 +54,18 @@ model.moe.num_router_groups model.moe.router_group_top_k model.moe.expert_bias m
 model.moe.auxiliary_loss_weight model.moe.sequence_loss_weight model.moe.z_loss_weight model.moe.latent_size
 model.moe.capacity_factor model.moe.overflow
 model.feed_forward.hidden_size model.feed_forward.activation
+model.mixers.lightning.num_heads model.mixers.lightning.head_dim model.mixers.lightning.value_head_dim
+model.mixers.lightning.conv_kernel model.mixers.lightning.chunk_size
+model.mixers.retnet.num_heads model.mixers.retnet.head_dim model.mixers.retnet.value_head_dim
+model.mixers.retnet.conv_kernel model.mixers.retnet.chunk_size model.mixers.retnet.rope_theta
 data.store data.validation_fraction data.packing data.shuffle data.mask_document_boundaries data.num_workers
 data.on_corruption
 data.cache.folder data.cache.max_bytes data.cache.block_bytes
 data.sources.*.name data.sources.*.paths data.sources.*.text_column data.sources.*.weight data.sources.*.max_bytes
 data.sources.*.filters.min_characters data.sources.*.filters.max_characters data.sources.*.filters.keep_pattern
 data.sources.*.filters.drop_pattern data.sources.*.filters.exact_duplicates
+data.probe.task data.probe.num_pairs data.probe.num_writes data.probe.num_keys data.probe.num_values
+data.probe.num_copied data.probe.num_symbols
 data.tokenizer.model data.tokenizer.eos_token data.tokenizer.algorithm data.tokenizer.vocab_size
 data.tokenizer.byte_fallback data.tokenizer.training_bytes
 data.prepare.preset data.prepare.num_actors data.prepare.part_bytes data.prepare.chunk_tokens data.prepare.seed

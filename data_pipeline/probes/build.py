@@ -1,0 +1,47 @@
+"""The task that a configuration names."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from data_pipeline.probes.copying import SelectiveCopying
+from data_pipeline.probes.groups import WordProblem
+from data_pipeline.probes.recall import AssociativeRecall
+from data_pipeline.probes.task import ProbeTask
+
+if TYPE_CHECKING:
+    from data_pipeline.config import ProbeConfig  # pydantic takes longer to import than everything here
+
+# Which settings of `data.probe` each task reads, beside its name.
+SETTINGS: dict[str, tuple[str, ...]] = {
+    "mqar": ("num_pairs", "num_keys", "num_values"),
+    "overwriting": ("num_pairs", "num_writes", "num_keys", "num_values"),
+    "selective_copying": ("num_copied", "num_symbols"),
+    "parity": (),
+    "s3": (),
+    "s4": (),
+    "a5": (),
+    "s5": (),
+}
+
+
+def build_task(config: ProbeConfig) -> ProbeTask:
+    """The task with its settings; ValueError where they don't fit together or the task doesn't read one that is set."""
+    unread = [
+        name
+        for name, field in type(config).model_fields.items()
+        if name not in ("task", *SETTINGS[config.task]) and getattr(config, name) != field.default
+    ]
+    if unread:
+        known = ", ".join(SETTINGS[config.task]) or "none"
+        raise ValueError(
+            f"{unread[0]}={getattr(config, unread[0])} has no effect on the probe {config.task}, whose settings are: "
+            f"{known}; remove it"
+        )
+    if config.task == "mqar":
+        return AssociativeRecall(config.num_pairs, 1, config.num_keys, config.num_values)
+    if config.task == "overwriting":
+        return AssociativeRecall(config.num_pairs, config.num_writes, config.num_keys, config.num_values)
+    if config.task == "selective_copying":
+        return SelectiveCopying(config.num_copied, config.num_symbols)
+    return WordProblem(config.task)
