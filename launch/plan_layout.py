@@ -9,7 +9,7 @@ from typing import Any
 from launch.plan_activations import up_rows
 from model.config import ModelConfig
 from model.flops import count_parameters
-from model.pattern import SECTIONS, parse_pattern
+from model.pattern import block_kind, parse_pattern
 from model.stages import cut_pieces, pieces_of_rank
 from pretrain.config import RunConfig
 
@@ -146,7 +146,7 @@ def held_by_stages(model: ModelConfig, layout: Layout, sequence_length: int) -> 
     letters = parse_pattern(model.pattern).letters
     counts = count_parameters(model)
     number = {letter: letters.count(letter) for letter in letters}
-    whole = {letter: counts.total_by_kind[SECTIONS[letter]] / number[letter] for letter in number}
+    whole = {letter: counts.total_by_kind[block_kind(letter)] / number[letter] for letter in number}
     routed = {letter: routed_parameters(model) if letter == "E" else 0 for letter in number}
     table = model.vocab_size * model.hidden_size
     cut = cut_pieces(model, layout.pipeline * layout.virtual_stages, sequence_length)

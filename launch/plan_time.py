@@ -17,7 +17,7 @@ from launch.plan_hardware import Hardware
 from launch.plan_layout import Held, Layout, held_by_stages
 from launch.plan_memory import BUCKET_ELEMENTS
 from model.config import ModelConfig
-from model.pattern import SECTIONS
+from model.pattern import block_kind
 from pretrain.config import RunConfig
 from pretrain.recompute import recomputed_letters
 
@@ -196,7 +196,7 @@ def _estimate_stage(
 ) -> StepTime:
     passes = layout.micro_batches(config)
     compute = {
-        SECTIONS[letter]: passes * held.letters.count(letter) * block[letter] for letter in dict.fromkeys(held.letters)
+        block_kind(letter): passes * held.letters.count(letter) * block[letter] for letter in dict.fromkeys(held.letters)
     }
     if held.has_head:
         compute["head"] = passes * head_seconds(config, layout, hardware, storage)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 from model.config import AttentionConfig, Mamba2Config, ModelConfig, MoeConfig, RopeConfig
-from model.pattern import BLOCK_NAMES, SECTIONS, parse_pattern
+from model.mixers.registry import describe_symbol, find_spec
+from model.pattern import SECTIONS, mixer_name, parse_pattern
 
 
 def check_model(config: ModelConfig) -> None:
@@ -17,10 +20,13 @@ def check_model(config: ModelConfig) -> None:
     except ValueError as error:
         raise ValueError(f"model.{error}") from error
     for letter in pattern.counts():
-        section = SECTIONS[letter]
-        if getattr(config, section) is None:
+        name = mixer_name(letter)
+        if name is not None:
+            find_spec(name)
+        section = SECTIONS.get(letter, f"mixers.{name}")
+        if attrgetter(section)(config) is None:
             raise ValueError(
-                f"model.pattern has {letter!r} ({BLOCK_NAMES[letter]}) but model.{section} is missing; "
+                f"model.pattern has {letter!r} ({describe_symbol(letter)}) but model.{section} is missing; "
                 f"add model.{section} or take {letter!r} out of the pattern"
             )
     if config.mamba is not None:

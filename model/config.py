@@ -1,16 +1,13 @@
 """What a hybrid model is made of: one frozen section a kind of block."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field, create_model
+
+from model.mixers.registry import mixer_specs
+from model.section import Section
 
 Activation = Literal["swiglu", "squared_relu"]
-
-
-class Section(BaseModel):
-    """A part of the configuration: immutable, and an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Mamba2Config(Section):
@@ -136,12 +133,25 @@ class MoeConfig(Section):
     )
 
 
+class MixersConfig(Section):
+    """Options of registered mixers, by name; needed by their letter or `{name}` in the pattern."""
+
+
+# A field a registered mixer, so that files, overrides, the schema and its pages treat plugins like our own.
+_MIXER_FIELDS: dict[str, Any] = {
+    spec.name: (spec.options | None, Field(None, description=f"Needed by {spec.symbol}."))
+    for spec in mixer_specs().values()
+}
+_RegisteredMixers: type[MixersConfig] = create_model("MixersConfig", __base__=MixersConfig, **_MIXER_FIELDS)
+_RegisteredMixers.__doc__ = MixersConfig.__doc__
+
+
 class ModelConfig(Section):
     """A hybrid decoder: embedding, blocks of the pattern, norm, head."""
 
     pattern: str = Field(
         min_length=1,
-        description="Blocks in order: M Mamba2, * attention, E MoE, - dense; or Hunyuan's A, M, F, D. `(MF)*8 AF` or `((ME)x8 *E)x7 ME` repeats, `|` cuts pipeline stages.",
+        description="Blocks in order: M Mamba2, * attention, E MoE, - dense; or Hunyuan's A, M, F, D; other mixers by letter or `{name}` (docs/mixers.md). `(MF)*8 AF` or `((ME)x8 *E)x7 ME` repeats, `|` cuts pipeline stages.",
     )
     vocab_size: int = Field(gt=0, description="Rows of the embedding; at least the tokenizer's.")
     hidden_size: int = Field(gt=0, description="Width of the residual stream.")
@@ -155,6 +165,7 @@ class ModelConfig(Section):
     attention: AttentionConfig | None = Field(None, description="Needed by * (A).")
     moe: MoeConfig | None = Field(None, description="Needed by E (F).")
     feed_forward: FeedForwardConfig | None = Field(None, description="Needed by - (D).")
+    mixers: _RegisteredMixers = Field(_RegisteredMixers(), description="Other sequence mixers; docs/mixers.md.")
     residual_in_fp32: bool = Field(False, description="Keep the residual stream in float32 when weights are bf16.")
     logits_z_loss_weight: float = Field(
         0.0, ge=0, description="Squared log-sum-exp of the vocabulary logits (PaLM, arXiv 2204.02311, section 5)."

@@ -33,15 +33,15 @@ def receive_windows(tails_B2WC: Tensor, segments: Segments, groups: ProcessGroup
 
 
 @torch.compiler.disable
-def receive_states(final_B2HX: Tensor, decay_B2H: Tensor, segments: Segments, groups: ProcessGroupCollection) -> Tensor:
-    """The state that enters each of this rank's segments, [B, 2, H, ...], from what every segment does to states.
+def receive_states(final_B2HKV: Tensor, transfer: Tensor, segments: Segments, groups: ProcessGroupCollection) -> Tensor:
+    """The state that enters each of this rank's segments, [B, 2, H, K, V], from what every segment does to states.
 
-    final [B, 2, H, ...] is the state after a segment that began with zero, decay [B, 2, H] the factor of an entering
-    state in it (0 where its document ends inside). A state stops where a document does. A rank gives 2 B H (X + 1)
-    numbers to all others, X being a head's state.
+    final [B, 2, H, K, V] is the state after a segment that began with zero, transfer what the segment does to an
+    entering state: a factor [B, 2, H], a factor a row [B, 2, H, K], or a matrix [B, 2, H, K, K] to its left; 0 where its
+    document ends inside. A state stops where a document does. A rank gives its final states and transfers to all others.
     """
-    states_B2HX: Tensor = _ReceiveStates.apply(final_B2HX, decay_B2H, segments, groups.cp)
-    return states_B2HX
+    states_B2HKV: Tensor = _ReceiveStates.apply(final_B2HKV, transfer, segments, groups.cp)
+    return states_B2HKV
 
 
 @torch.compiler.disable
@@ -92,55 +92,66 @@ def _swap_with_neighbours(to_lower: Tensor, to_higher: Tensor, segments: Segment
 class _ReceiveStates(torch.autograd.Function):
     """Forward walks the segments from the row's start, backward from its end; either after one all-gather.
 
-    With S_z the state entering segment z and F_z the one after it, F_z = decay_z S_z + final_z, and S_(z+1) is F_z where
-    the document goes on, else 0. Kept for backward: this rank's S and everyone's decays and document borders.
+    With S_z the state entering segment z and F_z the one after it, F_z = P_z S_z + final_z, and S_(z+1) is F_z where
+    the document goes on, else 0. Kept for backward: this rank's S and everyone's transfers P.
     """
 
     @staticmethod
-    def forward(ctx: Any, final_B2HX: Tensor, decay_B2H: Tensor, segments: Segments, group: Any) -> Tensor:
-        shape = final_B2HX.shape
-        final_B2HX = final_B2HX.flatten(3)
-        summary = torch.cat([final_B2HX, decay_B2H[..., None]], dim=-1).transpose(0, 1)
-        gathered_ZBHX = segments.order(_all_gather(summary, segments, group))
-        final_ZBHX, decay_ZBH1 = gathered_ZBHX[..., :-1], gathered_ZBHX[..., -1:].contiguous()
+    def forward(ctx: Any, final_B2HKV: Tensor, transfer: Tensor, segments: Segments, group: Any) -> Tensor:
+        numbers = final_B2HKV[0, 0, 0].numel()
+        summary = torch.cat(
+            [final_B2HKV.flatten(3), transfer.flatten(3) if transfer.dim() > 3 else transfer[..., None]], -1
+        )
+        gathered_ZBHX = segments.order(_all_gather(summary.transpose(0, 1), segments, group))
+        final_ZBHKV = gathered_ZBHX[..., :numbers].unflatten(-1, final_B2HKV.shape[3:])
+        transfer_Z = gathered_ZBHX[..., numbers:].reshape(segments.count, len(transfer), *transfer.shape[2:])
         entering: dict[int, Tensor] = {}
-        state_BHX = torch.zeros_like(final_ZBHX[0])
+        state_BHKV = torch.zeros_like(final_ZBHKV[0])
         for number in range(segments.own[1] + 1):
             if number in segments.own:
-                entering[number] = state_BHX
-            after_BHX = decay_ZBH1[number] * state_BHX + final_ZBHX[number]
-            state_BHX = _stop_at_documents(after_BHX, number + 1, segments)
-        entering_B2HX = torch.stack([entering[number] for number in segments.own], dim=1)
-        ctx.save_for_backward(entering_B2HX, decay_ZBH1)
+                entering[number] = state_BHKV
+            after_BHKV = _pass_through(transfer_Z[number], state_BHKV) + final_ZBHKV[number]
+            state_BHKV = _stop_at_documents(after_BHKV, number + 1, segments)
+        entering_B2HKV = torch.stack([entering[number] for number in segments.own], dim=1)
+        ctx.save_for_backward(entering_B2HKV, transfer_Z)
         ctx.segments, ctx.group = segments, group
-        return entering_B2HX.view(shape)
+        return entering_B2HKV
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_entering_B2HX: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        entering_B2HX, decay_ZBH1 = ctx.saved_tensors
+    def backward(ctx: Any, d_entering_B2HKV: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        entering_B2HKV, transfer_Z = ctx.saved_tensors
         segments: Segments = ctx.segments
-        shape = d_entering_B2HX.shape
-        gathered = _all_gather(d_entering_B2HX.flatten(3).transpose(0, 1), segments, ctx.group)
-        d_entering_ZBHX = segments.order(gathered)
+        d_entering_ZBHKV = segments.order(_all_gather(d_entering_B2HKV.transpose(0, 1), segments, ctx.group))
+        is_matrix = transfer_Z.dim() == d_entering_ZBHKV.dim()
         d_after: dict[int, Tensor] = {}
-        d_after_BHX = torch.zeros_like(d_entering_ZBHX[0])
+        d_after_BHKV = torch.zeros_like(d_entering_ZBHKV[0])
         for number in reversed(range(segments.own[0], segments.count)):
             if number in segments.own:
-                d_after[number] = d_after_BHX
-            d_state_BHX = decay_ZBH1[number] * d_after_BHX + d_entering_ZBHX[number]
-            d_after_BHX = _stop_at_documents(d_state_BHX, number, segments)
-        d_final_B2HX = torch.stack([d_after[number] for number in segments.own], dim=1)
-        d_decay_B2H = (entering_B2HX * d_final_B2HX).sum(-1)
-        return d_final_B2HX.view(shape), d_decay_B2H, None, None
+                d_after[number] = d_after_BHKV
+            back = transfer_Z[number].transpose(-1, -2) if is_matrix else transfer_Z[number]
+            d_state_BHKV = _pass_through(back, d_after_BHKV) + d_entering_ZBHKV[number]
+            d_after_BHKV = _stop_at_documents(d_state_BHKV, number, segments)
+        d_final_B2HKV = torch.stack([d_after[number] for number in segments.own], dim=1)
+        if is_matrix:
+            return d_final_B2HKV, d_final_B2HKV @ entering_B2HKV.transpose(-1, -2), None, None
+        d_transfer = (entering_B2HKV * d_final_B2HKV).sum(-1)
+        return d_final_B2HKV, d_transfer if transfer_Z.dim() == 4 else d_transfer.sum(-1), None, None
 
 
-def _stop_at_documents(state_BHX: Tensor, number: int, segments: Segments) -> Tensor:
+def _pass_through(transfer: Tensor, state_BHKV: Tensor) -> Tensor:
+    """What a segment makes of a state: transfer [B, H], [B, H, K] or [B, H, K, K]."""
+    if transfer.dim() == 4:
+        return transfer @ state_BHKV
+    return transfer.view(*transfer.shape, *[1] * (4 - transfer.dim())) * state_BHKV
+
+
+def _stop_at_documents(state_BHKV: Tensor, number: int, segments: Segments) -> Tensor:
     """What crosses the border before segment `number`; after the row's last segment nothing is left to reach."""
     if number == segments.count:
-        return torch.zeros_like(state_BHX)
-    goes_on_B11 = segments.continues_BZ[:, number, None, None]
-    return torch.where(goes_on_B11, state_BHX, torch.zeros_like(state_BHX))
+        return torch.zeros_like(state_BHKV)
+    goes_on_B = segments.continues_BZ[:, number].view(-1, 1, 1, 1)
+    return torch.where(goes_on_B, state_BHKV, torch.zeros_like(state_BHKV))
 
 
 class _GatherRows(torch.autograd.Function):

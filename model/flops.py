@@ -1,15 +1,17 @@
 """Parameters and floating-point operations of a model, from its configuration alone: nothing is allocated.
 
-Kinds: `mamba`, `attention`, `moe`, `feed_forward`, `embedding`, `head`, `final_norm`; a block's norm counts with the block.
+Kinds: `mamba`, `attention`, `moe`, `feed_forward`, registered mixers by name, `embedding`, `head`, `final_norm`; a block's
+norm counts with the block. A registered mixer is counted by building one on the meta device.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypeVar
 
 from model.config import AttentionConfig, FeedForwardConfig, Mamba2Config, ModelConfig, MoeConfig
-from model.pattern import SECTIONS, parse_pattern
+from model.pattern import SECTIONS, block_kind, parse_pattern
 
 _T = TypeVar("_T")
 
@@ -30,8 +32,8 @@ def count_parameters(config: ModelConfig) -> Counts:
     active = dict(total)
     for letter, number in parse_pattern(config.pattern).counts().items():
         whole, used = _block_parameters(config, letter)
-        total[SECTIONS[letter]] = number * whole
-        active[SECTIONS[letter]] = number * used
+        total[block_kind(letter)] = number * whole
+        active[block_kind(letter)] = number * used
     for counts in (total, active):
         counts["final_norm"] = config.hidden_size
         counts["head"] = 0 if config.tie_embeddings else config.vocab_size * config.hidden_size
@@ -47,7 +49,7 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> dict[str, floa
     """
     flops = {"head": head_flops(config)}
     for letter, number in parse_pattern(config.pattern).counts().items():
-        flops[SECTIONS[letter]] = number * block_flops(config, letter, sequence_length)
+        flops[block_kind(letter)] = number * block_flops(config, letter, sequence_length)
     return flops
 
 
@@ -63,6 +65,9 @@ def head_flops(config: ModelConfig) -> float:
 
 def _block_parameters(config: ModelConfig, letter: str) -> tuple[int, int]:
     """(total, active) parameters of one block with its norm."""
+    if letter not in SECTIONS:
+        total, active, _ = _registered(config, letter, 1)
+        return total + config.hidden_size, active + config.hidden_size
     matrices, active_matrices = _block_matrices(config, letter)
     rest = config.hidden_size
     if letter == "M":
@@ -115,6 +120,8 @@ def _matrices_a_unit(activation: str) -> int:
 
 
 def _block_forward_flops(config: ModelConfig, letter: str, sequence_length: int) -> float:
+    if letter not in SECTIONS:
+        return _registered(config, letter, sequence_length)[2]
     flops = 2.0 * _block_matrices(config, letter)[1]
     if letter == "M":
         mamba = _section(config.mamba)
@@ -126,6 +133,25 @@ def _block_forward_flops(config: ModelConfig, letter: str, sequence_length: int)
         keys = (sequence_length + 1) / 2
         flops += 2 * 2 * keys * attention.num_heads * attention.head_dim
     return flops
+
+
+@lru_cache(maxsize=256)
+def _registered(config: ModelConfig, letter: str, sequence_length: int) -> tuple[int, int, float]:
+    """(total parameters, active parameters, forward operations a token) of a registered mixer, counted on one that is built."""
+    import torch
+
+    from model.groups import single_rank_groups
+    from model.mixers.base import SequenceMixer
+    from model.mixers.build import build_mixer
+
+    with torch.device("meta"):
+        mixer = build_mixer(parse_pattern(config.pattern).letters.index(letter), config, single_rank_groups(), "torch")
+    assert isinstance(mixer, SequenceMixer), f"{letter} is no registered mixer"
+    active = mixer.active_parameters()
+    total = sum(parameter.numel() for parameter in mixer.parameters())
+    # A matrix counts 2 a weight, and so do the taps of a convolution.
+    matrices = sum(active[name] for name, parameter in mixer.named_parameters() if parameter.dim() > 1)
+    return total, sum(active.values()), 2.0 * matrices + mixer.sequence_flops(sequence_length)
 
 
 def _section(section: _T | None) -> _T:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 from model.config import ModelConfig, MoeConfig
-from model.pattern import parse_pattern
+from model.pattern import mixer_name, parse_pattern
 
 Target = Literal["nemotron_h", "granitemoehybrid", "own"]
 # transformers multiplies experts with torch's grouped product, whose rows must be whole 16 bytes, in bf16 too.
@@ -22,9 +22,16 @@ TARGETS: tuple[Target, ...] = get_args(Target)
 def explain_unfit(config: ModelConfig, target: str) -> list[str]:
     """Every choice of `config` that `target` cannot hold, each as value, rule and remedy; empty: it fits.
 
-    `own` and `auto` hold everything. Raises ValueError for an unknown target.
+    `own` holds all blocks but registered mixers, `auto` what `choose_target` finds. Raises ValueError for an unknown target.
     """
-    if target in ("own", "auto"):
+    if target == "auto":
+        return []
+    registered = [letter for letter in parse_pattern(config.pattern).counts() if mixer_name(letter) is not None]
+    if registered:
+        return [
+            f"model.pattern has {' '.join(registered)}: {target} has no such block; use target auto, and do not export"
+        ]
+    if target == "own":
         return []
     if target == "nemotron_h":
         return _unfit_for_nemotron_h(config)
@@ -34,10 +41,16 @@ def explain_unfit(config: ModelConfig, target: str) -> list[str]:
 
 
 def choose_target(config: ModelConfig) -> Target:
-    """The first native class that holds the configuration exactly, else `own`."""
+    """The first native class that holds the configuration exactly, else `own`.
+
+    Raises ValueError for a model with blocks that none of them has.
+    """
     for target in NATIVE_TARGETS:
         if not explain_unfit(config, target):
             return target
+    reasons = explain_unfit(config, "own")
+    if reasons:
+        raise ValueError(reasons[0])
     return "own"
 
 

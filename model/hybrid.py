@@ -15,25 +15,19 @@ from kernels.linear_cross_entropy.op import CrossEntropy
 from model.attention import AttentionMixer
 from model.checks import check_model
 from model.config import ModelConfig, RopeConfig
-from model.feed_forward import FeedForwardMixer
 from model.groups import ProcessGroupCollection
 from model.init import initialize_parameters, named_seed
 from model.layers import ColumnLinear, RMSNorm, VocabEmbedding
 from model.loss import head_cross_entropy, head_logits
 from model.mamba2 import Mamba2Mixer
 from model.mixer import BlockState, DecodeState, MixerOutput
+from model.mixers.base import SequenceMixer
+from model.mixers.build import build_mixer
 from model.moe import MoeMixer
 from model.packing import PackMeta
 from model.pattern import parse_pattern
 from model.regions import enter_tensor_region
 from model.stages import Piece, whole_piece
-
-MIXERS: dict[str, type[nn.Module]] = {
-    "M": Mamba2Mixer,
-    "*": AttentionMixer,
-    "E": MoeMixer,
-    "-": FeedForwardMixer,
-}
 
 
 @dataclass(frozen=True)
@@ -42,7 +36,8 @@ class ModelOutput:
 
     logits_BTV [B, T, V] without labels, else None; loss the cross entropy with labels, else None; auxiliary the weighted
     losses of the routers summed over blocks, by name (empty in eval mode); expert_counts the token choices each expert
-    got, [E] int64 by block index; state the decode state after these tokens when one was given.
+    got, [E] int64 by block index; state the decode state after these tokens when one was given; predictions_BT the most
+    likely token after each, [B, T] int64, where labels and predictions were asked for.
     """
 
     logits_BTV: Tensor | None
@@ -50,6 +45,7 @@ class ModelOutput:
     auxiliary: dict[str, Tensor] = field(default_factory=dict)
     expert_counts: dict[int, Tensor] = field(default_factory=dict)
     state: DecodeState | None = None
+    predictions_BT: Tensor | None = None
 
 
 class Block(nn.Module):
@@ -59,12 +55,12 @@ class Block(nn.Module):
     (Chen et al. 2016, arXiv 1604.06174).
     """
 
-    def __init__(self, letter: str, config: ModelConfig, groups: ProcessGroupCollection, backend: str) -> None:
+    def __init__(self, index: int, config: ModelConfig, groups: ProcessGroupCollection, backend: str) -> None:
         super().__init__()
-        self.letter = letter
+        self.letter = parse_pattern(config.pattern).letters[index]
         self.recomputes = False
         self.norm = RMSNorm(config.hidden_size, config.norm_epsilon, backend, groups)
-        self.mixer = MIXERS[letter](config, groups, backend)
+        self.mixer = build_mixer(index, config, groups, backend)
 
     def forward(
         self, residual_BTD: Tensor, delta_BTD: Tensor | None, meta: PackMeta, state: BlockState = None
@@ -161,7 +157,7 @@ class HybridModel(nn.Module):
         with target:
             if has_first or (has_last and config.tie_embeddings):
                 self.embedding = VocabEmbedding(config.vocab_size, config.hidden_size, groups)
-            self.blocks = Blocks({index: Block(pattern.letters[index], config, groups, backend) for index in indices})
+            self.blocks = Blocks({index: Block(index, config, groups, backend) for index in indices})
             if has_last:
                 self.final_norm = RMSNorm(config.hidden_size, config.norm_epsilon, backend, groups)
             if has_last and not config.tie_embeddings:
@@ -178,7 +174,7 @@ class HybridModel(nn.Module):
     def initialize(self) -> None:
         """First values of all parameters and buffers, functions of the seed and each name alone."""
         for module in self.modules():
-            if isinstance(module, (AttentionMixer, MoeMixer)):
+            if isinstance(module, (AttentionMixer, MoeMixer, SequenceMixer)):
                 module.reset_buffers()
         initialize_parameters(self, self.config, self.groups, self.seed)
 
@@ -206,16 +202,19 @@ class HybridModel(nn.Module):
         meta: PackMeta,
         labels_BT: Tensor | None = None,
         state: DecodeState | None = None,
+        *,
+        predicts: bool = False,
     ) -> ModelOutput:
         """Tokens [B, T] to logits, or with labels [B, T] (-100: does not count) to the loss without making logits.
 
+        `predicts`: beside the loss also the most likely tokens, for which logits are made.
         With a state (from `empty_state`, or the last output's) the tokens follow those that made it: give rows of one
         document whose positions go on, `PackMeta.one_document_a_row(rows, tokens, start=state.length)`.
         """
         if state is not None:
             _check_continues(meta, state)
         stream = self.pass_blocks(self.embed(tokens_BT), self.blocks.indices(), meta, state)
-        output = self.finish(stream, labels_BT)
+        output = self.finish(stream, labels_BT, predicts=predicts)
         if state is None:
             return output
         return replace(output, state=DecodeState(tuple(stream.states), state.length + tokens_BT.shape[1]))
@@ -249,8 +248,8 @@ class HybridModel(nn.Module):
                 auxiliary[name] = auxiliary[name] + value if name in auxiliary else value
         return Stream(residual_BTD, delta_BTD, auxiliary, expert_counts, states)
 
-    def finish(self, stream: Stream, labels_BT: Tensor | None) -> ModelOutput:
-        """Final norm and head on the stream after the last block: logits, or with labels the loss."""
+    def finish(self, stream: Stream, labels_BT: Tensor | None, *, predicts: bool = False) -> ModelOutput:
+        """Final norm and head on the stream after the last block: logits, or with labels the loss and what is predicted."""
         assert self.final_norm is not None, "the last piece of the pipeline has the head"
         assert stream.delta_BTD is not None, "a piece has at least one block"
         hidden_BTD = self.final_norm.add(stream.delta_BTD, stream.residual_BTD)[0].to(self.final_norm.weight.dtype)
@@ -266,7 +265,10 @@ class HybridModel(nn.Module):
             z_loss_weight=self.config.logits_z_loss_weight,
             backend=self.backend,
         )
-        return ModelOutput(None, loss, stream.auxiliary, stream.expert_counts)
+        predictions_BT = None
+        if predicts:
+            predictions_BT = head_logits(hidden_BTD.detach(), self.head_weight(), self.groups).argmax(-1)
+        return ModelOutput(None, loss, stream.auxiliary, stream.expert_counts, predictions_BT=predictions_BT)
 
     def head_weight(self) -> Tensor:
         """The matrix [V of this rank, D] that makes logits: the head's, or the embedding's when they are tied."""
@@ -280,7 +282,7 @@ class HybridModel(nn.Module):
         mixers = [block.mixer for block in self.blocks]
         return DecodeState(
             tuple(
-                mixer.empty_state(num_rows) if isinstance(mixer, (Mamba2Mixer, AttentionMixer)) else None
+                mixer.empty_state(num_rows) if isinstance(mixer, (Mamba2Mixer, AttentionMixer, SequenceMixer)) else None
                 for mixer in mixers
             ),
             0,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from model.config import Mamba2Config, ModelConfig
 from model.groups import ProcessGroupCollection
 from model.layers import Shard, parameter_shards
+from model.mixers.base import SequenceMixer
 from model.pattern import parse_pattern
 
 # Matrices that write into the residual stream. A latent expert's last matrix is latent_up, so experts.down is not one then.
@@ -26,10 +27,18 @@ def initialize_parameters(model: nn.Module, config: ModelConfig, groups: Process
     """Fills every parameter of the model in place, this rank's part of it where it is cut. No collectives."""
     for name, parameter, shard in parameter_shards(model):
         shape = shard.whole_shape(parameter.shape)
+        own = _mixer_values(model, name, shape, seed)
         if shard.per_expert:
             _fill_experts(name, parameter, shard, shape, config, groups, seed)
         else:
-            parameter.copy_(shard.take(first_values(name, shape, config, seed), groups))
+            parameter.copy_(shard.take(first_values(name, shape, config, seed) if own is None else own, groups))
+
+
+def _mixer_values(model: nn.Module, name: str, shape: tuple[int, ...], seed: int) -> Tensor | None:
+    """What a registered mixer says of its own parameter; None where it says nothing."""
+    place, inside, own_name = name.partition(".mixer.")
+    mixer = model.get_submodule(f"{place}.mixer") if inside else None
+    return mixer.first_value(own_name, shape, _generator(seed, name)) if isinstance(mixer, SequenceMixer) else None
 
 
 def _fill_experts(

@@ -22,7 +22,10 @@ class AttentionCache(NamedTuple):
     v_BSJK: Tensor
 
 
-BlockState = MambaState | AttentionCache | None
+# Of a registered mixer: tensors [B, ...] by name.
+MixerState = dict[str, Tensor]
+
+BlockState = MambaState | AttentionCache | MixerState | None
 
 
 class DecodeState(NamedTuple):

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 
 from model.pattern import parse_pattern
+from pretrain.checks_mixers import longest_window, mixers_in_use, refusal_problems
 from pretrain.config import RunConfig
 from pretrain.config_errors import Problem
 
@@ -14,6 +15,7 @@ def layout_problems(config: RunConfig) -> Iterator[Problem]:
     """Rules that hold for any number of ranks."""
     yield from ineffective_problems(config)
     yield from excluded_problems(config)
+    yield from refusal_problems(config)
     yield from share_problems(config)
 
 
@@ -77,6 +79,11 @@ def share_problems(config: RunConfig) -> Iterator[Problem]:
         yield from unit_problems("model.attention.num_kv_heads", model.attention.num_kv_heads, tensor)
     if "-" in letters and model.feed_forward is not None:
         sizes.append(("tensor", tensor, "model.feed_forward.hidden_size", model.feed_forward.hidden_size))
+    for spec, options in mixers_in_use(config):
+        name = f"model.mixers.{spec.name}"
+        sizes += [("tensor", tensor, f"{name}.{field}", size) for field, size in options.cut_evenly().items()]
+        for field, units in options.cut_or_copied().items():
+            yield from unit_problems(f"{name}.{field}", units, tensor)
     if "E" in letters and model.moe is not None:
         moe = model.moe
         sizes.append(("expert", section.expert, "model.moe.num_experts", moe.num_experts))
@@ -93,6 +100,9 @@ def share_problems(config: RunConfig) -> Iterator[Problem]:
 def length_problems(config: RunConfig) -> Iterator[Problem]:
     """Context ranks take two segments of a row each, and tensor ranks share their tokens where they divide them."""
     section, mamba = config.parallel, config.model.mamba
+    window, window_key = longest_window(config)
+    if "M" in pattern_letters(config) and mamba is not None:
+        window, window_key = max((window, window_key), (mamba.conv_kernel - 1, "model.mamba.conv_kernel"))
     reason = "sequence_parallel" if section.sequence_parallel else "expert" if section.expert > 1 else None
     tensor = section.tensor if reason else 1
     parts = tensor if section.context == 1 else math.lcm(2 * section.context, section.context * tensor)
@@ -109,10 +119,10 @@ def length_problems(config: RunConfig) -> Iterator[Problem]:
                 str(value) for value in (length // parts * parts, (length // parts + 1) * parts) if value
             )
             yield Problem(key, f"must be a multiple of {shares}", f"use {nearest}", str(length))
-        elif section.context > 1 and "M" in pattern_letters(config) and mamba is not None:
-            least = 2 * section.context * (mamba.conv_kernel - 1)
+        elif section.context > 1:
+            least = 2 * section.context * window
             if length < least:
-                rule = f"gives segments shorter than what model.mamba.conv_kernel={mamba.conv_kernel} looks back on"
+                rule = f"gives segments shorter than what {window_key}={window + 1} looks back on"
                 yield Problem(key, rule, f"use at least {least}, or lower parallel.context", str(length))
 
 

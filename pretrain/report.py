@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 
 from model.flops import count_parameters, flops_per_token
-from model.pattern import BLOCK_NAMES, parse_pattern
+from model.mixers.registry import describe_symbol
+from model.pattern import parse_pattern
 from pretrain.report_data import RunRecord, read_run
 from pretrain.report_page import Card, Table, render_page
 from pretrain.report_plots import draw_plots
@@ -34,7 +35,7 @@ def make_cards(record: RunRecord) -> list[Card]:
     config = record.config
     counts = count_parameters(config.model)
     pattern = parse_pattern(config.model.pattern)
-    blocks = ", ".join(f"{number} {BLOCK_NAMES[letter]}" for letter, number in pattern.counts().items())
+    blocks = ", ".join(f"{number} {describe_symbol(letter)}" for letter, number in pattern.counts().items())
     loss, validation = record.last("loss"), record.last("validation_loss")
     speed, mfu = record.typical("tokens_per_second"), record.typical("mfu")
     tokens = record.last("tokens")

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -17,13 +18,14 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from data_pipeline.probe_rows import NO_TOKENIZER
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer, read_tokenizer_file
 from model.config import ModelConfig
 from model.groups import single_rank_groups
 from model.huggingface_weights import weight_shapes
 from model.hybrid import HybridModel
 from model.layers import parameter_shards
-from model.pattern import SECTIONS, parse_pattern
+from model.pattern import SECTIONS, mixer_name, parse_pattern
 from pretrain.checkpoint_commit import CHECKPOINT_NAME, list_checkpoints
 from pretrain.checkpoint_files import MANIFEST_NAME, read_manifest
 from pretrain.checkpoint_read import find_checkpoint, read_full_state
@@ -40,17 +42,32 @@ TENSORS = "weights.safetensors"
 class Weights:
     """A model outside of training: its configuration, every weight and buffer in float32 on the CPU, its tokenizer.
 
+    `given_tokenizer` is None for a model that was trained on a probe.
     `run` is the configuration of the run that made it, after so many steps and tokens, None for an import; `origin` says
     where it came from.
     """
 
     model: ModelConfig
     state: Mapping[str, Tensor]
-    tokenizer: Tokenizer
+    given_tokenizer: Tokenizer | None
     origin: str
     run: RunConfig | None = None
     step: int | None = None
     tokens: int | None = None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Of the text; ValueError for a model that was trained on a probe and knows none."""
+        if self.given_tokenizer is None:
+            raise ValueError(
+                f"{self.origin} was trained on a probe task and knows no text; give a model of text, or measure this one "
+                "with `amfm evaluate --probe`"
+            )
+        return self.given_tokenizer
+
+    def tokenizer_identity(self) -> str:
+        """Of its tokenizer; that of probes where there is none."""
+        return NO_TOKENIZER if self.given_tokenizer is None else self.given_tokenizer.identity()
 
     def trained_length(self) -> int | None:
         """Tokens a row in the last step of the training, None for an import."""
@@ -89,9 +106,9 @@ def _read_checkpoint(folder: Path) -> Weights:
     manifest = read_manifest(folder)
     run = RunConfig.model_validate(manifest["config"])
     state = read_full_state(folder)
-    tokenizer = load_tokenizer(run.data.store)
+    tokenizer = load_tokenizer(run.data.text_store()) if run.data.probe is None else None
     expected = manifest["identities"].get("tokenizer")
-    if expected is not None and tokenizer.identity() != expected:
+    if tokenizer is not None and expected is not None and tokenizer.identity() != expected:
         raise RuntimeError(
             f"{run.data.store} holds tokenizer {tokenizer.identity()}, but {folder} was trained with {expected}; "
             "restore the store"
@@ -161,9 +178,15 @@ def load_initial_weights(model: HybridModel, path: str | Path, tokenizer_identit
     The function that the weights compute must be the run's, and so must the tokenizer: ValueError names what differs.
     """
     weights = read_weights(path)
-    if weights.tokenizer.identity() != tokenizer_identity:
+    given_identity = weights.tokenizer_identity()
+    if given_identity != tokenizer_identity and NO_TOKENIZER in (given_identity, tokenizer_identity):
         raise ValueError(
-            f"run.initial_weights={path} was trained with tokenizer {weights.tokenizer.identity()}, data.store was "
+            f"run.initial_weights={path} was trained on {'a probe' if given_identity == NO_TOKENIZER else 'text'}, and "
+            f"this run is on {'a probe' if tokenizer_identity == NO_TOKENIZER else 'text'}; tokens mean other things there"
+        )
+    if given_identity != tokenizer_identity:
+        raise ValueError(
+            f"run.initial_weights={path} was trained with tokenizer {given_identity}, data.store was "
             f"prepared with {tokenizer_identity}; prepare the data with data.tokenizer.model={path}/"
             f"{weights.tokenizer.file_name}"
         )
@@ -216,8 +239,9 @@ def _function_settings(config: ModelConfig) -> dict[str, object]:
     settings: dict[str, object] = {"pattern": "".join(letters)}
     for name in ("vocab_size", "hidden_size", "norm_epsilon", "tie_embeddings"):
         settings[name] = getattr(config, name)
-    for letter, section_name in SECTIONS.items():
-        section = getattr(config, section_name)
+    for letter in [*SECTIONS, *dict.fromkeys(letters)]:
+        section_name = SECTIONS.get(letter, f"mixers.{mixer_name(letter)}")
+        section = attrgetter(section_name)(config)
         if letter in letters and section is not None:
             for name, value in section.model_dump().items():
                 if f"{section_name}.{name}" not in _TRAINING_ONLY:

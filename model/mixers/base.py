@@ -1,0 +1,284 @@
+"""What every registered mixer is, and the base of the linear ones.
+
+A linear mixer says which projections it needs, what its recurrence reads of them, and what becomes of the output. The
+short convolution, documents, tensor ranks, states between context ranks, decoding and counts come from here.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kernels.causal_conv1d.op import causal_conv1d, causal_conv1d_step
+from model.context import receive_states, receive_windows
+from model.groups import ProcessGroupCollection
+from model.layers import ColumnLinear, Cut, KeepsBuffers, RowLinear, Shard, divide
+from model.mixer import BlockState, MixerOutput, MixerState
+from model.mixers.options import HeadOptions
+from model.mixers.recurrence import Recurrence, ScanRows, add_entering_state
+from model.packing import PackMeta
+from model.regions import leave_tensor_region, project_stream
+from model.segments import Segments
+
+
+@dataclass(frozen=True)
+class BuildContext:
+    """Where a mixer is built: the model's sizes, its groups and backend, and its place among the sequence mixers.
+
+    order counts the mixers before it that mix over the sequence (attention, Mamba2 and registered ones), count all of
+    them: what a decay that weakens with depth reads.
+    """
+
+    hidden_size: int
+    norm_epsilon: float
+    order: int
+    count: int
+    groups: ProcessGroupCollection
+    backend: str
+
+
+class SequenceMixer(KeepsBuffers):
+    """A registered mixer: `shards` places its own parameters, buffers keep float32."""
+
+    @abstractmethod
+    def forward(self, x_BTD: Tensor, meta: PackMeta, state: BlockState = None) -> MixerOutput:
+        """x [B, T, D] -> y [B, T, D]; with a state it goes on from there and returns the next one."""
+
+    @abstractmethod
+    def empty_state(self, num_rows: int) -> MixerState:
+        """The state before the first token of `num_rows` rows."""
+
+    @abstractmethod
+    def sequence_flops(self, sequence_length: int) -> float:
+        """Operations a token of mixing over the sequence, forward, of all heads on one rank; products with weights are counted elsewhere."""
+
+    def active_parameters(self) -> dict[str, int]:
+        """Parameters that one token passes, by name; all, but where a token takes some of several."""
+        return {name: parameter.numel() for name, parameter in self.named_parameters()}
+
+    def first_value(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
+        """The whole first value of an own parameter, float32 on the CPU; None: as init.py says for its name."""
+        return None
+
+    def reset_buffers(self) -> None:
+        """Computes the buffers, on the device of the weights; `HybridModel.initialize` calls it."""
+
+
+class Part(NamedTuple):
+    """One output of the projection: `size` channels in `units` heads (or groups) of which each stays on one tensor rank.
+
+    units None: a vector that every tensor rank has whole, such as the inside of a low-rank gate.
+    """
+
+    size: int
+    units: int | None
+
+
+class LinearMixer(SequenceMixer):
+    """Projections, short convolution, a recurrence over matrix states, an output function, out_proj.
+
+    A subclass gives `recurrence`, `parts`, `convolved`, `rows` and `output`. Heads are cut over the tensor ranks.
+    """
+
+    recurrence: Recurrence
+
+    def __init__(self, options: HeadOptions, build: BuildContext) -> None:
+        super().__init__()
+        self.options, self.build = options, build
+        self.num_heads = divide(options.num_heads, build.groups, f"num_heads of a {type(self).__name__}")
+        self.key_dim, self.value_dim = options.head_dim, options.value_dim()
+        self.shards: dict[str, Shard] = {}
+        num_ranks = build.groups.tp.size()
+        parts = self.parts()
+        cut = {name: part for name, part in parts.items() if part.units is not None}
+        self.in_proj = ColumnLinear(
+            build.hidden_size,
+            tuple(part.size for part in cut.values()),
+            build.groups,
+            name="num_heads",
+            units=tuple(part.units or 0 for part in cut.values()),
+        )
+        self._cut_sizes = dict(zip(cut, cut_of(cut.values()).local_segments(num_ranks)))
+        whole = {name: part.size for name, part in parts.items() if part.units is None}
+        self._whole_sizes = whole
+        self.shared_proj: nn.Parameter | None = None
+        if whole:
+            self.shared_proj = nn.Parameter(torch.empty(sum(whole.values()), build.hidden_size))
+            # Every rank has the gradient that its own heads give.
+            self.shards["shared_proj"] = Shard(partial=("tp",))
+        self.conv = None
+        if self.options.conv_kernel:
+            convolved = [parts[name] for name in self.convolved()]
+            self.conv = ShortConvolution(cut_of(convolved), options.conv_kernel, num_ranks)
+        self.out_proj = RowLinear(options.num_heads * self.value_dim, build.hidden_size, build.groups, name="num_heads")
+
+    @abstractmethod
+    def parts(self) -> dict[str, Part]:
+        """What the projection gives, by name, in the order of its rows; the convolved ones first."""
+
+    def convolved(self) -> tuple[str, ...]:
+        """Which parts pass the short convolution, where the options have one."""
+        return ("q", "k", "v")
+
+    @abstractmethod
+    def rows(self, parts: dict[str, Tensor], meta: PackMeta) -> ScanRows:
+        """What the recurrence reads, from parts [B, T, channels of this rank]; pointwise in time."""
+
+    @abstractmethod
+    def output(self, o_BTHV: Tensor, parts: dict[str, Tensor]) -> Tensor:
+        """[B, T, inner of this rank] for out_proj, from what the recurrence read; pointwise in time."""
+
+    def forward(self, x_BTD: Tensor, meta: PackMeta, state: BlockState = None) -> MixerOutput:
+        """x [B, T, D] -> y [B, T, D]; with a state it goes on from there and returns the next one."""
+        parts = self._project(x_BTD)
+        next_state: MixerState | None = None
+        if meta.segments is not None:
+            assert state is None, "rows that are cut over context ranks have no decode state"
+            o_BTHV = self._scan_segments(parts, meta, meta.segments)
+        elif state is None:
+            self._convolve(parts, meta.boundaries_BT(), None)
+            o_BTHV, _ = self._scan(self.rows(parts, meta), meta.boundaries_BT(), None)
+        else:
+            assert isinstance(state, dict), f"a registered mixer got a {type(state).__name__}"
+            o_BTHV, next_state = self._go_on(parts, meta, state)
+        y_BTI = self.output(o_BTHV, parts)
+        return MixerOutput(leave_tensor_region(self.out_proj(y_BTI), self.build.groups), next_state)
+
+    def _project(self, x_BTD: Tensor) -> dict[str, Tensor]:
+        weights = [self.in_proj.weight] + ([] if self.shared_proj is None else [self.shared_proj])
+        products = project_stream(x_BTD, weights, self.build.groups)
+        parts = dict(zip(self._cut_sizes, products[0].split(list(self._cut_sizes.values()), dim=-1)))
+        if self.shared_proj is not None:
+            parts |= zip(self._whole_sizes, products[1].split(list(self._whole_sizes.values()), dim=-1))
+        return parts
+
+    def _convolved_inputs(self, parts: dict[str, Tensor]) -> Tensor:
+        return torch.cat([parts[name] for name in self.convolved()], dim=-1)
+
+    def _convolve(self, parts: dict[str, Tensor], ids_BT: Tensor | None, window_BWC: Tensor | None) -> Tensor | None:
+        """Convolves in place of the dictionary's entries; returns the inputs [B, T, C], None without a convolution."""
+        if self.conv is None:
+            return None
+        inputs_BTC = self._convolved_inputs(parts)
+        convolved_BTC = self.conv(inputs_BTC, ids_BT, window_BWC, self.build.backend)
+        sizes = [self._cut_sizes[name] for name in self.convolved()]
+        parts |= zip(self.convolved(), convolved_BTC.split(sizes, dim=-1))
+        return inputs_BTC
+
+    def _scan(self, rows: ScanRows, ids_BT: Tensor | None, state_BHKV: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self.recurrence.scan(
+            rows, ids_BT, state_BHKV, chunk_size=self.options.chunk_size, backend=self.build.backend
+        )
+
+    def _go_on(self, parts: dict[str, Tensor], meta: PackMeta, state: MixerState) -> tuple[Tensor, MixerState]:
+        """The tokens after those of a decode state."""
+        window_BWC = state.get("window")
+        num_tokens = next(iter(parts.values())).shape[1]
+        following: MixerState = {}
+        if self.conv is not None and num_tokens == 1:
+            assert window_BWC is not None, "the decode state of a mixer with a convolution has a window"
+            inputs_BC = self._convolved_inputs(parts)[:, 0]
+            convolved_BC, following["window"] = causal_conv1d_step(inputs_BC, window_BWC, self.conv.weight, None)
+            sizes = [self._cut_sizes[name] for name in self.convolved()]
+            parts |= zip(self.convolved(), convolved_BC[:, None].split(sizes, dim=-1))
+        elif self.conv is not None:
+            inputs_BTC = self._convolve(parts, None, window_BWC)
+            assert inputs_BTC is not None and window_BWC is not None, "the decode state has a window"
+            seen_BTC = torch.cat([window_BWC, inputs_BTC.to(window_BWC.dtype)], dim=1)
+            following["window"] = seen_BTC[:, seen_BTC.shape[1] - window_BWC.shape[1] :]
+        rows = self.rows(parts, meta)
+        if num_tokens == 1:
+            token = ScanRows(*(None if x is None else x[:, 0] for x in rows))  # type: ignore[arg-type]
+            o_BHV, following["state"] = self.recurrence.step(token, state["state"])
+            return o_BHV[:, None], following
+        o_BTHV, following["state"] = self._scan(rows, None, state["state"])
+        return o_BTHV, following
+
+    def _scan_segments(self, parts: dict[str, Tensor], meta: PackMeta, segments: Segments) -> Tensor:
+        """The outputs of this rank's segments, scanned from zero as rows of their own; then what entering states add."""
+        num_rows = len(next(iter(parts.values())))
+        ids_BT = meta.boundaries_BT()
+        ids_RL = None if ids_BT is None else segments.as_rows(ids_BT)
+        if self.conv is not None:
+            inputs_RLC = segments.as_rows(self._convolved_inputs(parts))
+            windows_RWC = self.conv.receive_window(inputs_RLC, segments, self.build.groups)
+            convolved_RLC = self.conv(inputs_RLC, ids_RL, windows_RWC, self.build.backend)
+            convolved_BTC = convolved_RLC.reshape(num_rows, -1, convolved_RLC.shape[-1])
+            sizes = [self._cut_sizes[name] for name in self.convolved()]
+            parts |= zip(self.convolved(), convolved_BTC.split(sizes, dim=-1))
+        rows = ScanRows(*(None if x is None else segments.as_rows(x) for x in self.rows(parts, meta)))  # type: ignore[arg-type]
+        scan = self.recurrence.scan_open(rows, ids_RL, chunk_size=self.options.chunk_size, backend=self.build.backend)
+        states_B2HKV = receive_states(
+            scan.final_BHKV.unflatten(0, (num_rows, 2)),
+            scan.transfer.unflatten(0, (num_rows, 2)),
+            segments,
+            self.build.groups,
+        )
+        o_RLHV = add_entering_state(scan, states_B2HKV.flatten(0, 1))
+        return o_RLHV.reshape(num_rows, -1, *o_RLHV.shape[2:])
+
+    def heads(self, part: Tensor) -> Tensor:
+        """[..., heads of this rank * X] -> [..., heads of this rank, X]."""
+        return part.unflatten(-1, (self.num_heads, -1))
+
+    def state_shape(self) -> tuple[int, ...]:
+        """Of one row's state on this rank: heads, key channels, value channels."""
+        return self.num_heads, self.key_dim, self.value_dim
+
+    def empty_state(self, num_rows: int) -> MixerState:
+        """Zeros: the window of the convolution in the dtype of the weights, the matrix states in float32."""
+        weight = self.out_proj.weight
+        state = {"state": torch.zeros(num_rows, *self.state_shape(), device=weight.device)}
+        if self.conv is not None:
+            channels, width = self.conv.weight.shape
+            state["window"] = weight.new_zeros(num_rows, width - 1, channels)
+        return state
+
+    def sequence_flops(self, sequence_length: int) -> float:
+        """The recurrence costs the same at every length."""
+        return self.recurrence.flops(*self.state_shape())
+
+
+class ShortConvolution(nn.Module):
+    """The causal depthwise convolution with SiLU before a recurrence: weight [C of this rank, W]."""
+
+    def __init__(self, cut: Cut, width: int, num_ranks: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(sum(cut.local_segments(num_ranks)), width))
+        self.shards = {"weight": Shard((cut,))}
+
+    def forward(self, inputs_BTC: Tensor, ids_BT: Tensor | None, window_BWC: Tensor | None, backend: str) -> Tensor:
+        """[B, T, C] -> the same; rows begin with this window of inputs, or with zeros."""
+        return causal_conv1d(
+            inputs_BTC,
+            self.weight,
+            None,
+            document_ids_BT=ids_BT,
+            initial_window_BWC=window_BWC,
+            backend=backend,
+        )
+
+    def receive_window(self, inputs_RLC: Tensor, segments: Segments, groups: ProcessGroupCollection) -> Tensor:
+        """The inputs before each of this rank's segments, [2 B, W - 1, C]. Every rank of `groups.cp` must call.
+
+        Raises ValueError where a segment is shorter than the window.
+        """
+        width = self.weight.shape[1] - 1
+        if segments.length < width:
+            raise ValueError(
+                f"segments of {segments.length} tokens are shorter than the {width} before each that the convolution "
+                "reads; use longer rows or fewer context ranks"
+            )
+        tails_B2WC = inputs_RLC[:, segments.length - width :].unflatten(0, (-1, 2))
+        return receive_windows(tails_B2WC, segments, groups).flatten(0, 1)
+
+
+def cut_of(parts: Iterable[Part]) -> Cut:
+    """How the rows of a stacked projection, or the channels of its convolution, are cut over the tensor ranks."""
+    found = list(parts)
+    return Cut(0, "tp", tuple(part.size for part in found), tuple(part.units or 0 for part in found))

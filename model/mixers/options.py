@@ -1,0 +1,61 @@
+"""The options of our mixers: one frozen section each. No torch here."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from model.section import Section
+
+
+class MixerOptions(Section):
+    """The base of a mixer's options, and what the rules of layouts ask of them."""
+
+    def cut_evenly(self) -> dict[str, int]:
+        """Sizes that the number of tensor ranks must divide, by field."""
+        return {}
+
+    def cut_or_copied(self) -> dict[str, int]:
+        """Units, by field, that may be fewer than tensor ranks: one number must divide the other."""
+        return {}
+
+    def window(self) -> int:
+        """Tokens before a context rank's segment that its first token reads."""
+        return 0
+
+
+class HeadOptions(MixerOptions):
+    """What every mixer with heads of matrix states can choose."""
+
+    num_heads: int = Field(gt=0, description="Heads of the recurrence; free of hidden_size.")
+    head_dim: int = Field(64, gt=0, description="Channels of a query and key head.")
+    value_head_dim: int | None = Field(None, gt=0, description="Channels of a value head; none: head_dim.")
+    conv_kernel: Literal[0, 2, 3, 4] = Field(
+        0, description="Width of the causal depthwise convolution with SiLU before the recurrence; 0: none."
+    )
+    chunk_size: int = Field(
+        64, gt=0, description="Tokens a chunk of the scan; changes speed and rounding, not meaning."
+    )
+
+    def value_dim(self) -> int:
+        """Channels of a value head."""
+        return self.value_head_dim or self.head_dim
+
+    def cut_evenly(self) -> dict[str, int]:
+        """Heads."""
+        return {"num_heads": self.num_heads}
+
+    def window(self) -> int:
+        """What the convolution reads."""
+        return max(0, self.conv_kernel - 1)
+
+
+class RetentionOptions(HeadOptions):
+    """Retention (Sun et al. 2023, arXiv 2307.08621): a constant decay a head, rotary positions, output gate."""
+
+    rope_theta: float = Field(10_000.0, gt=1, description="Base of the rotary frequencies of queries and keys.")
+
+
+class LightningOptions(HeadOptions):
+    """Lightning attention (Qin et al. 2024, arXiv 2401.04658): a constant decay a head that weakens with depth."""

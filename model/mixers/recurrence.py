@@ -1,0 +1,123 @@
+"""The two recurrences that carry linear mixers, as a mixer uses them: whole rows, segments of rows, one token.
+
+Decay: S_t = diag(e^(g_t)) S_(t-1) + k_t v_t^T, with one decay a head or one a key channel (kernels/decay_scan).
+Delta: S <- e^(g_t) S, then for each micro-step S <- (I - beta k k^T) S + beta k v^T (kernels/delta_scan).
+Both read o_t = S_t^T q_t.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.decay_scan.carry import decay_read
+from kernels.decay_scan.op import decay_scan, decay_step
+
+
+class ScanRows(NamedTuple):
+    """What a recurrence reads of rows; of one token without the dimension T.
+
+    Decay: q and k [B, T, H, K], v [B, T, H, V], g [B, T, H] or [B, T, H, K], all of one H. Delta: q [B, T, G, K],
+    k [B, T, N, G, K] of unit length, v [B, T, N, H, V], g [B, T, H] or None, beta [B, T, N, H].
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor | None = None
+    beta: Tensor | None = None
+
+
+class OpenScan(NamedTuple):
+    """A scan from zero that a state may still enter: o = o_BTHV + read_BTHK S_in, S_out = transfer S_in + final_BHKV.
+
+    transfer: a factor [B, H], a factor a row [B, H, K] or a matrix [B, H, K, K]; 0 where S_in's document ends in the row.
+    """
+
+    o_BTHV: Tensor
+    read_BTHK: Tensor
+    final_BHKV: Tensor
+    transfer: Tensor
+
+
+class Recurrence(ABC):
+    """A linear recurrence over matrix states [B, H, K, V], reset at documents; states are float32."""
+
+    @abstractmethod
+    def scan(
+        self,
+        rows: ScanRows,
+        document_ids_BT: Tensor | None,
+        state_BHKV: Tensor | None,
+        *,
+        chunk_size: int,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        """(o [B, T, H, V], the state after the last token) of rows that begin with this state, or with zero."""
+
+    @abstractmethod
+    def scan_open(self, rows: ScanRows, document_ids_BT: Tensor | None, *, chunk_size: int, backend: str) -> OpenScan:
+        """The rows from zero, and what a state would add once it has arrived."""
+
+    @abstractmethod
+    def step(self, rows: ScanRows, state_BHKV: Tensor) -> tuple[Tensor, Tensor]:
+        """(o [B, H, V], the next state) of one token."""
+
+    @abstractmethod
+    def flops(self, num_heads: int, key_dim: int, value_dim: int) -> float:
+        """Floating-point operations a token of the recurrence itself, forward."""
+
+
+class DecayRecurrence(Recurrence):
+    """S_t = diag(e^(g_t)) S_(t-1) + k_t v_t^T."""
+
+    def scan(
+        self,
+        rows: ScanRows,
+        document_ids_BT: Tensor | None,
+        state_BHKV: Tensor | None,
+        *,
+        chunk_size: int,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        """As in the base class."""
+        assert rows.g is not None, "a decay recurrence needs g; zeros for no decay"
+        scanned = decay_scan(
+            rows.q,
+            rows.k,
+            rows.v,
+            rows.g,
+            document_ids_BT=document_ids_BT,
+            initial_state_BHKV=state_BHKV,
+            chunk_size=chunk_size,
+            backend=backend,
+        )
+        return scanned.o_BTHV, scanned.final_state_BHKV
+
+    def scan_open(self, rows: ScanRows, document_ids_BT: Tensor | None, *, chunk_size: int, backend: str) -> OpenScan:
+        """As in the base class."""
+        assert rows.g is not None, "a decay recurrence needs g; zeros for no decay"
+        scanned = decay_scan(
+            rows.q, rows.k, rows.v, rows.g, document_ids_BT=document_ids_BT, chunk_size=chunk_size, backend=backend
+        )
+        read_BTHK = decay_read(rows.q, rows.g, document_ids_BT=document_ids_BT)
+        return OpenScan(scanned.o_BTHV, read_BTHK, scanned.final_state_BHKV, scanned.total_decay)
+
+    def step(self, rows: ScanRows, state_BHKV: Tensor) -> tuple[Tensor, Tensor]:
+        """As in the base class."""
+        assert rows.g is not None, "a decay recurrence needs g; zeros for no decay"
+        return decay_step(rows.q, rows.k, rows.v, rows.g, state_BHKV)
+
+    def flops(self, num_heads: int, key_dim: int, value_dim: int) -> float:
+        """A state number a token: decay, k times v, add, times q, add."""
+        return 5.0 * num_heads * key_dim * value_dim
+
+
+def add_entering_state(scan: OpenScan, state_BHKV: Tensor) -> Tensor:
+    """o [B, T, H, V] of rows that this state entered."""
+    carried_BHTV = torch.matmul(scan.read_BTHK.transpose(1, 2), state_BHKV.to(scan.read_BTHK.dtype))
+    o_BTHV = scan.o_BTHV
+    return (o_BTHV + carried_BHTV.transpose(1, 2)).to(o_BTHV.dtype)

@@ -1,0 +1,107 @@
+"""Linear mixers whose decay is a constant of the head: retention and lightning attention."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kernels.rope.frequencies import rope_frequencies
+from kernels.rope.op import qk_norm_rope
+from model.mixers.base import BuildContext, LinearMixer, Part
+from model.mixers.head_norm import GatedHeadNorm
+from model.mixers.options import LightningOptions, RetentionOptions
+from model.mixers.recurrence import DecayRecurrence, ScanRows
+from model.packing import PackMeta
+
+
+class ConstantDecayMixer(LinearMixer):
+    """q, k, v and an output gate from one projection; the decay of each head is a buffer."""
+
+    recurrence = DecayRecurrence()
+
+    def __init__(self, options: RetentionOptions | LightningOptions, build: BuildContext) -> None:
+        super().__init__(options, build)
+        self.norm = GatedHeadNorm(self.value_dim, build)
+        self.log_decay_H: Tensor
+        self.register_buffer("log_decay_H", torch.empty(self.num_heads, dtype=torch.float32), persistent=False)
+
+    def parts(self) -> dict[str, Part]:
+        """q, k, v, gate, each by head."""
+        heads = self.options.num_heads
+        keys, values = Part(heads * self.key_dim, heads), Part(heads * self.value_dim, heads)
+        return {"q": keys, "k": keys, "v": values, "gate": values}
+
+    def reset_buffers(self) -> None:
+        """The decays of this rank's heads, on the device of the weights."""
+        first = self.build.groups.tp.rank() * self.num_heads
+        own = self.all_log_decays()[first : first + self.num_heads]
+        self.log_decay_H = own.to(self.out_proj.weight.device, torch.float32)
+
+    def all_log_decays(self) -> Tensor:
+        """The logarithm of each head's decay, [heads of all ranks], float64."""
+        raise NotImplementedError
+
+    def constant_rows(self, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor) -> ScanRows:
+        """Rows under the constant decays."""
+        return ScanRows(q_BTHK, k_BTHK, v_BTHV, self.log_decay_H.expand(*q_BTHK.shape[:3]))
+
+    def output(self, o_BTHV: Tensor, parts: dict[str, Tensor]) -> Tensor:
+        """A norm a head, times the gate's SiLU."""
+        return self.norm(o_BTHV, parts["gate"])
+
+
+class RetentionMixer(ConstantDecayMixer):
+    """Retention: rotary queries and keys, keys scaled by 1 / sqrt(K), head h decays by 1 - 2^(-5 - h) a token.
+
+    Source: Sun et al. 2023, arXiv 2307.08621, sections 2.1 and 2.2; its heads' group norm is an RMSNorm here.
+    """
+
+    options: RetentionOptions
+
+    def __init__(self, options: RetentionOptions, build: BuildContext) -> None:
+        super().__init__(options, build)
+        self.inverse_frequencies: Tensor
+        self.register_buffer("inverse_frequencies", torch.empty(self.key_dim // 2), persistent=False)
+
+    def all_log_decays(self) -> Tensor:
+        """log(1 - 2^(-5 - h))."""
+        heads = torch.arange(self.options.num_heads, dtype=torch.float64)
+        return torch.log1p(-torch.exp2(-5.0 - heads))
+
+    def reset_buffers(self) -> None:
+        """Decays and rotary frequencies, on the device of the weights."""
+        super().reset_buffers()
+        frequencies, _ = rope_frequencies(self.key_dim, theta=self.options.rope_theta)
+        self.inverse_frequencies = frequencies.to(self.out_proj.weight.device)
+
+    def rows(self, parts: dict[str, Tensor], meta: PackMeta) -> ScanRows:
+        """Positions restart at documents, as the state does."""
+        q_BTHK, k_BTHK = qk_norm_rope(
+            self.heads(parts["q"]),
+            self.heads(parts["k"]) * self.key_dim**-0.5,
+            meta.positions_BT,
+            self.inverse_frequencies,
+            1.0,
+            backend=self.build.backend,
+        )
+        return self.constant_rows(q_BTHK, k_BTHK, self.heads(parts["v"]))
+
+
+class LightningMixer(ConstantDecayMixer):
+    """Lightning attention: SiLU on q, k and v; head h of H decays by e^(-2^(-8 (h + 1) / H)), less in deeper layers.
+
+    Source: Qin et al. 2024, arXiv 2401.04658, section 3; the factor 1 - layer / (layers - 1) of the exponent is that of
+    MiniMax-01, arXiv 2501.08313, section 2.2.
+    """
+
+    def all_log_decays(self) -> Tensor:
+        """-2^(-8 (h + 1) / H) (1 - order / (count - 1)), and never quite 0."""
+        heads = torch.arange(1, self.options.num_heads + 1, dtype=torch.float64)
+        depth = 1.0 - self.build.order / (self.build.count - 1 + 1e-5) + 1e-5
+        return -torch.exp2(-8.0 * heads / self.options.num_heads) * depth
+
+    def rows(self, parts: dict[str, Tensor], meta: PackMeta) -> ScanRows:
+        """Pointwise in time."""
+        q, k, v = (functional.silu(self.heads(parts[name])) for name in ("q", "k", "v"))
+        return self.constant_rows(q, k, v)
