@@ -1,0 +1,141 @@
+"""The selective scan of Mamba (S6), elementwise in channels and state numbers, and its one-token step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.backend import resolve_backend
+from kernels.diag_scan.reference import diag_by_steps
+from kernels.diag_scan.torch_impl import chunked_diag_scan
+from kernels.shapes import check_documents, check_float, check_shape, drop_single_document
+
+
+class DiagScanOutput(NamedTuple):
+    """Output of `diag_scan`: y, the state after the last token, and the factor of the initial state in it."""
+
+    y_BTC: Tensor
+    final_state_BCN: Tensor
+    total_decay_BCN: Tensor
+
+
+def diag_scan(
+    x_BTC: Tensor,
+    dt_BTC: Tensor,
+    A_log_CN: Tensor,
+    B_BTN: Tensor,
+    C_BTN: Tensor,
+    D_C: Tensor,
+    dt_bias_C: Tensor,
+    *,
+    document_ids_BT: Tensor | None = None,
+    initial_state_BCN: Tensor | None = None,
+    chunk_size: int = 64,
+    backend: str = "torch",
+) -> DiagScanOutput:
+    """Mamba (S6): h_t = e^(dt_t A) h_(t-1) + dt_t x_t B_t, y_t = h_t C_t + D x_t, h = 0 before each document.
+
+    Each of the C channels has N state numbers of its own, with a decay of its own: x [B, T, C], B and C [B, T, N], shared
+    by all channels, in one dtype; dt [B, T, C] raw, softplus(dt + dt_bias) is taken here; A = -exp(A_log) [C, N]; D and
+    dt_bias [C]. Document ids are integers [B, T], equal inside a document. The initial state belongs to the document of
+    each row's first token. Steps, decays and states are float32 (float64 for float64 inputs).
+
+    Returns y [B, T, C] in the dtype of x; the state [B, C, N] after the last token, of that token's document; and the
+    factor [B, C, N] with which the initial state enters it, 0 where the row's documents differ. States of consecutive
+    pieces of a row compose: final = total_decay * initial + (final with no initial state).
+
+    Backward keeps the state that enters each chunk, N / chunk_size float32 numbers for each of x, and walks from it again.
+
+    Raises ValueError for shapes, dtypes or devices that do not fit. Source: Gu and Dao 2023, arXiv 2312.00752.
+    """
+    check_diag(x_BTC, dt_BTC, A_log_CN, B_BTN, C_BTN, D_C, dt_bias_C)
+    B, T, C = x_BTC.shape
+    if T == 0:
+        raise ValueError("a scan needs at least 1 token a row; got 0")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1; got {chunk_size}")
+    check_documents(document_ids_BT, B, T, x_BTC)
+    wide = torch.float64 if x_BTC.dtype == torch.float64 else torch.float32
+    initial = initial_state_BCN
+    if initial is not None:
+        check_shape("initial_state_BCN", initial, (B, C, A_log_CN.shape[1]), x_BTC)
+        check_float("initial_state_BCN", initial)
+        initial = initial.to(wide)
+    backend = resolve_backend(backend, x_BTC.device)
+    if backend == "reference":
+        x, dt, A_log, k, q, D, bias = (t.to(wide) for t in (x_BTC, dt_BTC, A_log_CN, B_BTN, C_BTN, D_C, dt_bias_C))
+        y, final, decay = diag_by_steps(x, dt, A_log, k, q, D, bias, document_ids_BT, initial)
+        return DiagScanOutput(y.to(x_BTC.dtype), final, decay)
+    document_ids_BT = drop_single_document(document_ids_BT)
+    dt_BTC = F.softplus(dt_BTC.to(wide) + dt_bias_C.to(wide))
+    A_CN = -A_log_CN.to(wide).exp()
+    y_BTC, final = _find_scan(backend)(
+        x_BTC, dt_BTC, A_CN, B_BTN, C_BTN, D_C.to(wide), initial, document_ids_BT, chunk_size
+    )
+    return DiagScanOutput(y_BTC, final, _total_decay(dt_BTC, A_CN, document_ids_BT))
+
+
+def diag_step(
+    x_BC: Tensor,
+    dt_BC: Tensor,
+    A_log_CN: Tensor,
+    B_BN: Tensor,
+    C_BN: Tensor,
+    D_C: Tensor,
+    dt_bias_C: Tensor,
+    state_BCN: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """One token of `diag_scan` for decoding: from the state before it to (y [B, C], the state after it, float32).
+
+    Raises ValueError for shapes, dtypes or devices that do not fit.
+    """
+    check_diag(x_BC[:, None], dt_BC[:, None], A_log_CN, B_BN[:, None], C_BN[:, None], D_C, dt_bias_C)
+    check_shape("state_BCN", state_BCN, (*x_BC.shape, A_log_CN.shape[1]), x_BC)
+    check_float("state_BCN", state_BCN)
+    wide = torch.float64 if x_BC.dtype == torch.float64 else torch.float32
+    x = x_BC.to(wide)
+    dt = F.softplus(dt_BC.to(wide) + dt_bias_C.to(wide))
+    decay = (dt[..., None] * -A_log_CN.to(wide).exp()).exp()
+    state = decay * state_BCN.to(wide) + (dt * x)[..., None] * B_BN.to(wide)[:, None]
+    y = (state @ C_BN.to(wide)[..., None])[..., 0] + D_C.to(wide) * x
+    return y.to(x_BC.dtype), state
+
+
+def check_diag(
+    x_BTC: Tensor, dt_BTC: Tensor, A_log_CN: Tensor, B_BTN: Tensor, C_BTN: Tensor, D_C: Tensor, dt_bias_C: Tensor
+) -> None:
+    """Raise ValueError unless these are inputs of `diag_scan`."""
+    check_shape("x", x_BTC, (-1, -1, -1))
+    B, T, C = x_BTC.shape
+    check_shape("dt", dt_BTC, (B, T, C), x_BTC)
+    check_shape("A_log_CN", A_log_CN, (C, -1), x_BTC)
+    N = A_log_CN.shape[1]
+    check_shape("B", B_BTN, (B, T, N), x_BTC)
+    check_shape("C", C_BTN, (B, T, N), x_BTC)
+    for name, vector in (("D_C", D_C), ("dt_bias_C", dt_bias_C)):
+        check_shape(name, vector, (C,), x_BTC)
+    for name, tensor in (("x", x_BTC), ("B", B_BTN), ("C", C_BTN)):
+        check_float(name, tensor, x_BTC)
+    for name, tensor in (("dt", dt_BTC), ("A_log_CN", A_log_CN), ("D_C", D_C), ("dt_bias_C", dt_bias_C)):
+        check_float(name, tensor)
+
+
+def _total_decay(dt_BTC: Tensor, A_CN: Tensor, document_ids_BT: Tensor | None) -> Tensor:
+    """Factor [B, C, N] by which a row scales the state it starts from; 0 where that state's document ends in the row."""
+    decay_BCN = (dt_BTC.sum(1)[..., None] * A_CN).exp()
+    if document_ids_BT is None:
+        return decay_BCN
+    ends_B = document_ids_BT[:, -1] != document_ids_BT[:, 0]
+    return decay_BCN.masked_fill(ends_B[:, None, None], 0.0)
+
+
+def _find_scan(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    if backend == "torch":
+        return chunked_diag_scan
+    from kernels.diag_scan.triton_impl import diag_scan_triton
+
+    return diag_scan_triton

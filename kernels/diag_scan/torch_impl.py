@@ -1,0 +1,239 @@
+"""The selective scan in chunks with PyTorch: tiles of rows and channels that stay in cache, a backward that walks again.
+
+The derivation, with the names used here, is in README.md next to this file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Channels times tokens of a tile: with 16 state numbers 1 MiB of float32 decays, and as much of states.
+_TILE = 16384
+_LOG2_E = math.log2(math.e)
+
+
+def chunked_diag_scan(
+    x_BTC: Tensor,
+    dt_BTC: Tensor,
+    A_CN: Tensor,
+    B_BTN: Tensor,
+    C_BTN: Tensor,
+    D_C: Tensor,
+    initial_state_BCN: Tensor | None,
+    document_ids_BT: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    """h_t = e^(dt_t A) h_(t-1) + dt_t x_t B_t, y_t = h_t C_t + D x_t, h = 0 before the first token of each document.
+
+    dt >= 0, A <= 0 and D in float32 (float64 for float64 inputs), and so the initial state.
+    Returns y [B, T, C] in the dtype of x and the last state [B, C, N] in float32 (float64 for float64 inputs).
+    """
+    begins_BT = None
+    if document_ids_BT is not None:
+        begins_BT = torch.zeros_like(document_ids_BT, dtype=torch.bool)
+        begins_BT[:, 1:] = document_ids_BT[:, 1:] != document_ids_BT[:, :-1]
+    chunk_size = min(chunk_size, x_BTC.shape[1])
+    y, final, _ = _forward(x_BTC, dt_BTC, A_CN, B_BTN, C_BTN, D_C, initial_state_BCN, begins_BT, chunk_size)
+    return y, final
+
+
+class _Tile:
+    """Room for the decays and states of one chunk of L tokens, R rows and some channels: [L, R, N, channels]."""
+
+    def __init__(self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, begins: Tensor | None, chunk: int):
+        """Views of one tile: x, dt [R, T, c], A [c, N], B and C [R, T, N], begins [R, T]."""
+        self.x, self.dt, self.B, self.C, self.begins = x, dt, B, C, begins
+        self.wide, self.T = dt.dtype, x.shape[1]
+        self.A = A.t().contiguous()
+        self.exponents = self.A * _LOG2_E
+        self.chunk = chunk
+        self.shape = (x.shape[0], *self.A.shape)
+        self.room = dt.new_empty(2, chunk, *self.shape)
+
+    def chunks(self) -> list[slice]:
+        """The tokens of each chunk, the last one shorter where the row ends."""
+        return [slice(start, min(start + self.chunk, self.T)) for start in range(0, self.T, self.chunk)]
+
+    def take(self, tensor_RTX: Tensor, tokens: slice) -> Tensor:
+        """Tokens of a [R, T, X] tensor as [L, R, X]."""
+        return tensor_RTX[:, tokens].transpose(0, 1).to(self.wide)
+
+    def walk(self, tokens: slice, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Decays and states [L, R, N, c] of a chunk, from the state [R, N, c] before it; both live until the next walk."""
+        decays, states = self.room[:, : tokens.stop - tokens.start]
+        dt = self.take(self.dt, tokens)
+        torch.mul(dt[:, :, None], self.exponents, out=decays)
+        if self.begins is not None:
+            decays.masked_fill_(self.begins[:, tokens].t()[:, :, None, None], -torch.inf)
+        decays.exp2_()
+        torch.mul((dt * self.take(self.x, tokens))[:, :, None], self.take(self.B, tokens)[..., None], out=states)
+        for decay, after in zip(decays, states):
+            torch.addcmul(after, decay, state, out=after)
+            state = after
+        return decays, states
+
+
+def _tiles(B: int, C: int, chunk: int) -> Iterator[tuple[slice, slice]]:
+    """Rows and channels that are walked together."""
+    room = max(1, _TILE // chunk)
+    rows, channels = max(1, room // C), min(C, room)
+    for row in range(0, B, rows):
+        for channel in range(0, C, channels):
+            yield slice(row, row + rows), slice(channel, channel + channels)
+
+
+@torch.library.custom_op("amfm::diag_scan_torch", mutates_args=())
+def _forward(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    initial: Tensor | None,
+    begins: Tensor | None,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, last state, and the states that enter chunks [B, chunks, N, C]."""
+    num_rows, T, num_channels = x.shape
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    final = dt.new_empty(num_rows, *A.shape)
+    entering = dt.new_empty(num_rows, -(-T // chunk), A.shape[1], num_channels)
+    for rows, channels in _tiles(num_rows, num_channels, chunk):
+        tile = _Tile(
+            x[rows, :, channels], dt[rows, :, channels], A[channels], B[rows], C[rows],
+            None if begins is None else begins[rows], chunk,
+        )  # fmt: skip
+        state = dt.new_zeros(tile.shape) if initial is None else initial[rows, channels].transpose(1, 2)
+        for number, tokens in enumerate(tile.chunks()):
+            entering[rows, number, :, channels] = state
+            _, states = tile.walk(tokens, state)
+            state = states[-1].clone()
+            read = torch.matmul(tile.take(C[rows], tokens)[:, :, None], states)[:, :, 0]
+            out = torch.addcmul(read, tile.take(tile.x, tokens), D[channels])
+            y[rows, tokens, channels] = out.transpose(0, 1).to(y.dtype)
+        final[rows, channels] = state.transpose(1, 2)
+    return y, final, entering
+
+
+@_forward.register_fake
+def _(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    initial: Tensor | None,
+    begins: Tensor | None,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    (rows, T, channels), N = x.shape, A.shape[1]
+    entering = dt.new_empty(rows, -(-T // chunk), N, channels)
+    return x.new_empty(x.shape), dt.new_empty(rows, channels, N), entering
+
+
+@torch.library.custom_op("amfm::diag_scan_torch_backward", mutates_args=())
+def _backward(
+    d_y: Tensor,
+    d_final: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    begins: Tensor | None,
+    entering: Tensor,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, dt, A, B, C, D and the initial state."""
+    num_rows, _, num_channels = x.shape
+    d_x, d_dt = torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(dt)
+    d_A, d_D = torch.zeros_like(A), torch.zeros_like(D)
+    d_B, d_C = dt.new_zeros(B.shape), dt.new_zeros(C.shape)
+    d_initial = dt.new_empty(num_rows, *A.shape)
+    for rows, channels in _tiles(num_rows, num_channels, chunk):
+        tile = _Tile(
+            x[rows, :, channels], dt[rows, :, channels], A[channels], B[rows], C[rows],
+            None if begins is None else begins[rows], chunk,
+        )  # fmt: skip
+        room = dt.new_empty(chunk, *tile.shape)
+        d_A_Nc = dt.new_zeros(tile.A.shape)
+        d_state = dt.new_zeros(tile.shape) if d_final is None else d_final[rows, channels].transpose(1, 2).clone()
+        for number, tokens in reversed(list(enumerate(tile.chunks()))):
+            before = entering[rows, number, :, channels]
+            decays, states = tile.walk(tokens, before)
+            d_out = tile.take(d_y[rows, :, channels], tokens)
+            d_C[rows, tokens] += torch.matmul(states, d_out[..., None])[..., 0].transpose(0, 1)
+            d_states = _walk_back(room, decays, tile.take(C[rows], tokens), d_out, d_state)
+            torch.mul(decays[0], d_states[0], out=d_state)
+            steps, values = tile.take(dt[rows, :, channels], tokens), tile.take(x[rows, :, channels], tokens)
+            d_B[rows, tokens] += torch.matmul(d_states, (steps * values)[..., None])[..., 0].transpose(0, 1)
+            written = torch.matmul(tile.take(B[rows], tokens)[:, :, None], d_states)[:, :, 0]
+            d_exponents = decays
+            d_exponents[0] *= before
+            d_exponents[1:] *= states[:-1]
+            d_exponents *= d_states
+            into_steps = torch.mul(d_exponents, tile.A, out=d_states).sum(2).addcmul_(values, written)
+            d_dt[rows, tokens, channels] = into_steps.transpose(0, 1)
+            d_A_Nc += d_exponents.mul_(steps[:, :, None]).sum((0, 1))
+            through = torch.addcmul(steps * written, d_out, D[channels])
+            d_x[rows, tokens, channels] = through.transpose(0, 1).to(x.dtype)
+            d_D[channels] += (d_out * values).sum((0, 1))
+        d_A[channels] += d_A_Nc.t()
+        d_initial[rows, channels] = d_state.transpose(1, 2)
+    return d_x, d_dt, d_A, d_B.to(B.dtype), d_C.to(C.dtype), d_D, d_initial
+
+
+def _walk_back(room: Tensor, decays: Tensor, C_LRN: Tensor, d_out_LRc: Tensor, d_last: Tensor) -> Tensor:
+    """Gradients [L, R, N, c] of the states of a chunk, from those of its outputs and of the state that leaves it."""
+    d_states = torch.mul(C_LRN[..., None], d_out_LRc[:, :, None], out=room[: len(decays)])
+    d_states[-1] += d_last
+    each = d_states.unbind(0)
+    for t in range(len(each) - 1, 0, -1):
+        torch.addcmul(each[t - 1], decays[t], each[t], out=each[t - 1])
+    return d_states
+
+
+@_backward.register_fake
+def _(
+    d_y: Tensor,
+    d_final: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    begins: Tensor | None,
+    entering: Tensor,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    d_initial = dt.new_empty(x.shape[0], *A.shape)
+    of_inputs = [tensor.new_empty(tensor.shape) for tensor in (x, dt, A, B, C, D)]
+    return (of_inputs[0], of_inputs[1], of_inputs[2], of_inputs[3], of_inputs[4], of_inputs[5], d_initial)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, initial, begins, ctx.chunk = inputs
+    ctx.save_for_backward(*tensors, begins, output[2])
+    ctx.has_initial = initial is not None
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, d_y: Tensor | None, d_final: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    if d_y is None:
+        d_y = torch.zeros_like(saved[0])
+    *gradients, d_initial = _backward(d_y, d_final, *saved, ctx.chunk)
+    return (*gradients, d_initial if ctx.has_initial else None, None, None)
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)

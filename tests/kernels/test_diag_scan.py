@@ -1,0 +1,254 @@
+"""The selective scan in chunks against the step-by-step definition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.diag_scan.op import diag_scan, diag_step
+from tests.helpers.numbers import assert_bitwise, assert_near
+from tests.helpers.scans import ScanCase, make_documents
+
+# float64: rounding of some 100 additions, and of a power of two taken for a power of e.
+FLOAT64 = 1e-12
+# float32: the same sums with 2^-24 a step.
+FLOAT32 = 1e-5
+# bfloat16 inputs are exact here and states float32: what is left is the rounding of outputs and gradients to 2^-9.
+BFLOAT16 = 5e-3
+
+NAMES = ("x", "dt", "A_log", "B", "C", "D", "dt_bias")
+
+
+@dataclass(frozen=True)
+class DiagCase:
+    """Sizes of one scan: B rows, T tokens, C channels, N state numbers, documents as in `ScanCase`."""
+
+    B: int = 2
+    T: int = 63
+    C: int = 6
+    N: int = 5
+    chunk: int = 16
+    lengths: tuple[int, ...] = ()
+    initial: bool = False
+
+    def __str__(self) -> str:
+        return f"B{self.B}-T{self.T}-C{self.C}-N{self.N}-docs{len(self.lengths)}-init{int(self.initial)}"
+
+
+CASES = [
+    DiagCase(T=1, C=1, N=1),
+    DiagCase(T=1, initial=True),
+    DiagCase(C=1, lengths=(1, 1, 61)),
+    DiagCase(T=100, lengths=(1, 39, 1, 59), initial=True),
+    DiagCase(T=129, chunk=64, lengths=(40, 70, 19)),
+    DiagCase(T=129, initial=True),
+    DiagCase(T=64, chunk=32, lengths=(32, 32), initial=True),
+    DiagCase(B=3, T=33, C=1100, N=2, lengths=(9, 24), initial=True),
+]
+
+
+def make(case: DiagCase, dtype: torch.dtype) -> dict[str, Tensor | None]:
+    """Arguments of the scan by name, drawn in float64 so that all dtypes round the same numbers."""
+    generator = torch.Generator().manual_seed(0)
+    B, T, C, N = case.B, case.T, case.C, case.N
+    shapes = ((B, T, C), (B, T, C), (C, N), (B, T, N), (B, T, N), (C,), (C,))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    arguments: dict[str, Tensor | None] = {}
+    for name, shape in zip(NAMES, shapes):
+        drawn = torch.randn(*shape, generator=generator, dtype=torch.float64)
+        drawn = {"dt_bias": drawn - 1.0, "A_log": drawn * 0.5}.get(name, drawn)
+        arguments[name] = drawn.to(wide if name in ("A_log", "D", "dt_bias") else dtype).requires_grad_()
+    state = torch.randn(B, C, N, generator=generator, dtype=torch.float64).to(wide)
+    arguments["initial"] = state.requires_grad_() if case.initial else None
+    arguments["documents"] = make_documents(ScanCase(B=B, T=T, lengths=case.lengths))
+    return arguments
+
+
+def call(
+    arguments: dict[str, Tensor | None],
+    case: DiagCase,
+    backend: str = "torch",
+    scan: Callable[..., tuple[Tensor, ...]] = diag_scan,
+) -> tuple[Tensor, ...]:
+    return scan(
+        *(arguments[name] for name in NAMES),
+        document_ids_BT=arguments["documents"],
+        initial_state_BCN=arguments["initial"],
+        chunk_size=case.chunk,
+        backend=backend,
+    )
+
+
+def run(
+    arguments: dict[str, Tensor | None],
+    case: DiagCase,
+    backend: str = "torch",
+    scan: Callable[..., tuple[Tensor, ...]] = diag_scan,
+) -> dict[str, Tensor]:
+    """Outputs of the scan, and the gradients of their sum with random weights, by name."""
+    outputs = dict(zip(("y", "final_state", "total_decay"), call(arguments, case, backend, scan)))
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in outputs.values()]
+    total = sum((o.double() * w).sum() for o, w in zip(outputs.values(), weights))
+    leaves = {n: t for n, t in arguments.items() if n != "documents" and t is not None}
+    assert isinstance(total, Tensor)
+    gradients = torch.autograd.grad(total, list(leaves.values()))
+    return outputs | {f"d_{name}": gradient for name, gradient in zip(leaves, gradients)}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_chunks_equal_single_steps(case: DiagCase, poisoned_memory: None) -> None:
+    arguments = make(case, torch.float64)
+    expected = run(arguments, case, "reference")
+    for name, value in run(arguments, case).items():
+        assert_near(value, expected[name], FLOAT64, name)
+
+
+def test_compiles_into_one_graph() -> None:
+    case = CASES[3]
+    arguments = make(case, torch.float64)
+    expected = run(arguments, case, "reference")
+    compiled = torch.compile(diag_scan, backend="aot_eager", fullgraph=True)
+    for name, value in run(arguments, case, scan=compiled).items():
+        assert_near(value, expected[name], FLOAT64, name)
+
+
+@pytest.mark.parametrize("case", [CASES[3], CASES[4]], ids=str)
+def test_bfloat16_stays_near_float64(case: DiagCase) -> None:
+    arguments, exact = make(case, torch.bfloat16), make(case, torch.float64)
+    with torch.no_grad():
+        for name in (*NAMES, *(["initial"] if case.initial else [])):
+            exact[name].copy_(arguments[name])
+    expected = run(exact, case, "reference")
+    for name, value in run(arguments, case).items():
+        assert_near(value, expected[name], BFLOAT16, name)
+
+
+def test_gradients_match_finite_differences() -> None:
+    case = DiagCase(B=1, T=7, C=2, N=3, chunk=4, lengths=(2, 5), initial=True)
+    arguments = make(case, torch.float64)
+    names = (*NAMES, "initial")
+
+    def scan(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return call(arguments | dict(zip(names, tensors)), case)
+
+    assert torch.autograd.gradcheck(scan, tuple(arguments[name] for name in names))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_document_never_feels_another(dtype: torch.dtype) -> None:
+    case = DiagCase(B=1, T=100, lengths=(10, 30, 60))
+    arguments = make(case, dtype)
+    before = run(arguments, case)
+    with torch.no_grad():
+        for name in ("x", "dt", "B", "C"):
+            arguments[name][:, 10:40] = torch.randn_like(arguments[name][:, 10:40]) * 3
+    after = run(arguments, case)
+    for name in ("y", "d_x", "d_dt", "d_B", "d_C"):
+        assert_bitwise(after[name][:, :10], before[name][:, :10], f"{name} before")
+        assert_bitwise(after[name][:, 40:], before[name][:, 40:], f"{name} after")
+    assert_bitwise(after["final_state"], before["final_state"], "final_state")
+    assert not torch.equal(after["y"][:, 10:40], before["y"][:, 10:40])
+
+
+@pytest.mark.parametrize("lengths", [(), (20, 80)])
+@pytest.mark.parametrize("cut", [1, 41])
+def test_two_pieces_equal_the_whole(lengths: tuple[int, ...], cut: int) -> None:
+    case = DiagCase(B=1, T=100, lengths=lengths, initial=True)
+    arguments = make(case, torch.float64)
+    whole = call(arguments, case)
+    state, decay, pieces = arguments["initial"], 1.0, []
+    for start, end in ((0, cut), (cut, 100)):
+        part = {n: t[:, start:end] if n in ("x", "dt", "B", "C") else t for n, t in arguments.items()}
+        documents = arguments["documents"]
+        part["documents"] = None if documents is None else documents[:, start:end]
+        y, final, total = call(part | {"initial": state}, case)
+        without = call(part | {"initial": None}, case)[1]
+        assert_near(total * state + without, final, FLOAT64, "composed state")
+        state, decay = final, decay * total
+        pieces.append(y)
+    for name, value, expected in zip(("y", "state", "decay"), (torch.cat(pieces, 1), state, decay), whole):
+        assert_near(value, expected, FLOAT64, name)
+
+
+def test_steps_continue_a_scan() -> None:
+    case = DiagCase(T=9, initial=True)
+    arguments = make(case, torch.float64)
+    y, final, _ = call(arguments, case)
+    x, dt, A_log, B, C, D, bias = (arguments[name] for name in NAMES)
+    state = arguments["initial"]
+    for t in range(9):
+        out, state = diag_step(x[:, t], dt[:, t], A_log, B[:, t], C[:, t], D, bias, state)
+        assert_near(out, y[:, t], FLOAT64, f"token {t}")
+    assert_near(state, final, FLOAT64, "state")
+
+
+def test_decays_that_vanish_leave_everything_finite_and_near() -> None:
+    case = DiagCase(B=2, T=50, lengths=(20, 3, 27), initial=True)
+    arguments, exact = make(case, torch.float32), make(case, torch.float64)
+    with torch.no_grad():
+        for these in (arguments, exact):
+            these["dt"][:, :10] = -200.0  # softplus underflows to 0
+            these["dt"][:, 10:45] = 50.0  # decays of about e^-50 a token
+    expected = run(exact, case, "reference")
+    for name, value in run(arguments, case).items():
+        assert_near(value, expected[name], FLOAT32, name)
+
+
+def test_chunk_size_changes_rounding_only() -> None:
+    case = DiagCase(T=100, lengths=(30, 70))
+    arguments = make(case, torch.float64)
+    expected = call(arguments, case, "reference")
+    for chunk in (1, 7, 64, 256):
+        for value, of_steps in zip(call(arguments, DiagCase(T=100, chunk=chunk)), expected):
+            assert_near(value, of_steps, FLOAT64, f"chunk {chunk}")
+
+
+def test_meta_tensors_have_the_shapes_and_dtypes_of_real_ones() -> None:
+    case = DiagCase(initial=True)
+    real = make(case, torch.bfloat16)
+    meta = {n: None if t is None else t.detach().to("meta").requires_grad_() for n, t in real.items()}
+    for value, expected in zip(call(meta, case), call(real, case)):
+        assert value.device.type == "meta"
+        assert (value.shape, value.dtype) == (expected.shape, expected.dtype)
+
+
+def test_a_scan_saves_only_inputs_and_states_between_chunks() -> None:
+    case = DiagCase(B=1, T=128, C=32, N=16, chunk=64)
+    arguments = make(case, torch.float32)
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        call(arguments, case)
+    states, rows = 2 * 16 * 32 * 4, 128 * 32 * 4
+    # x, raw dt with its bias, and dt; B and C and what a channel has are small beside them.
+    assert sum(saved.values()) <= states + 4 * rows + 2 * 128 * 16 * 4 + 16 * 1024
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dt_BTC": torch.zeros(2, 5, 3)}, r"dt must have shape \[2, 5, 4\]; got \[2, 5, 3\]"),
+        ({"C_BTN": torch.zeros(2, 5, 6).double()}, "C must be torch.float32"),
+        ({"A_log_CN": torch.zeros(3, 6)}, r"A_log_CN must have shape \[4, any\]; got \[3, 6\]"),
+        ({"x_BTC": torch.zeros(2, 5, 4, dtype=torch.int64)}, "x must be floating point"),
+        ({"document_ids_BT": torch.zeros(2, 5)}, "int32 or int64"),
+        ({"initial_state_BCN": torch.zeros(2, 6, 4)}, r"initial_state_BCN must have shape \[2, 4, 6\]"),
+        ({"chunk_size": 0}, "chunk_size must be at least 1; got 0"),
+        ({"backend": "cuda"}, "must be one of auto, triton, torch, reference; got 'cuda'"),
+    ],
+)
+def test_wrong_inputs_are_named(change: dict[str, object], message: str) -> None:
+    sizes = {"x_BTC": (2, 5, 4), "dt_BTC": (2, 5, 4), "A_log_CN": (4, 6), "B_BTN": (2, 5, 6), "C_BTN": (2, 5, 6)}
+    arguments: dict[str, object] = {name: torch.zeros(size) for name, size in sizes.items()}
+    arguments |= {"D_C": torch.zeros(4), "dt_bias_C": torch.zeros(4)}
+    with pytest.raises(ValueError, match=message):
+        diag_scan(**(arguments | change))
