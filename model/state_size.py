@@ -1,4 +1,4 @@
-"""How many bytes a model carries from token to token while decoding, counted on its empty state."""
+"""How many bytes a model carries from token to token while decoding."""
 
 from __future__ import annotations
 
@@ -8,21 +8,30 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.groups import single_rank_groups
 from model.hybrid import HybridModel
-from model.mixer import AttentionCache
+from model.packing import PackMeta
 
 
 def state_bytes(config: ModelConfig, num_tokens: int, dtype: torch.dtype = torch.float32) -> int:
-    """Bytes of the decode state of one sequence after `num_tokens` tokens, with weights of `dtype`; allocates nothing.
+    """Bytes of the decode state of one sequence after `num_tokens` tokens, with weights of `dtype`.
 
-    A key-value cache gets one entry a token; recurrent states and convolution windows have one size from the start.
+    The model reads the tokens on the meta device, so whatever a state does (a cache grows, a window fills, a recurrence
+    stays) is counted, and nothing is computed or allocated.
     """
-    model = HybridModel(config, single_rank_groups(), device="meta").to(dtype)
-    return sum(_count(state, num_tokens) for state in model.empty_state(1).blocks)
+    model = HybridModel(config, single_rank_groups(), device="meta").to(dtype).eval()
+    tokens_BT = torch.zeros(1, num_tokens, dtype=torch.int64, device="meta")
+    with torch.no_grad():
+        output = model(
+            tokens_BT,
+            PackMeta.one_document_a_row(1, num_tokens, device="meta"),
+            state=model.empty_state(1),
+        )
+    assert output.state is not None, "a state was given"
+    return count_bytes(output.state.blocks)
 
 
-def _count(state: object, num_tokens: int) -> int:
-    if isinstance(state, AttentionCache):
-        return sum(num_tokens * tensor[0, :0].new_empty(tensor.shape[2:]).nbytes for tensor in state)
+def count_bytes(state: object) -> int:
+    """Bytes of all tensors in nested tuples and dictionaries."""
     if isinstance(state, Tensor):
         return state.nbytes
-    return sum(_count(part, num_tokens) for part in state) if isinstance(state, tuple) else 0
+    parts = state.values() if isinstance(state, dict) else state if isinstance(state, tuple) else ()
+    return sum(count_bytes(part) for part in parts)
