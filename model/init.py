@@ -16,6 +16,7 @@ from model.config import Mamba2Config, ModelConfig
 from model.groups import ProcessGroupCollection
 from model.layers import Shard, parameter_shards
 from model.mixers.base import SequenceMixer
+from model.mixers.first_values import first_decay_rates, first_time_steps
 from model.pattern import parse_pattern
 
 # Matrices that write into the residual stream. A latent expert's last matrix is latent_up, so experts.down is not one then.
@@ -69,9 +70,12 @@ def first_values(name: str, shape: tuple[int, ...], config: ModelConfig, seed: i
         bound = shape[-1] ** -0.5
         return torch.empty(shape).uniform_(-bound, bound, generator=generator)
     if name.endswith("A_log"):
-        return _first_a_log(shape, _mamba(config), generator)
+        mamba = _mamba(config)
+        return first_decay_rates(shape, generator, low=mamba.a_init_min, high=mamba.a_init_max)
     if name.endswith("dt_bias"):
-        return _first_dt_bias(shape, _mamba(config), generator)
+        mamba = _mamba(config)
+        low, high, floor = mamba.time_step_min, mamba.time_step_max, mamba.time_step_floor
+        return first_time_steps(shape, generator, low=low, high=high, floor=floor)
     return torch.empty(shape).normal_(0.0, _deviation(name, config), generator=generator)
 
 
@@ -88,18 +92,6 @@ def _generator(seed: int, name: str) -> torch.Generator:
 def _mamba(config: ModelConfig) -> Mamba2Config:
     assert config.mamba is not None, "a Mamba2 parameter exists without model.mamba"
     return config.mamba
-
-
-def _first_a_log(shape: tuple[int, ...], mamba: Mamba2Config, generator: torch.Generator) -> Tensor:
-    """log(-A) with -A uniform a head: one decay a head in the range of S4D-Real's 1..N (Gu et al. 2022, arXiv 2206.11893, section 4)."""
-    return torch.empty(shape).uniform_(mamba.a_init_min, mamba.a_init_max, generator=generator).log()
-
-
-def _first_dt_bias(shape: tuple[int, ...], mamba: Mamba2Config, generator: torch.Generator) -> Tensor:
-    """The inverse softplus of a log-uniform time step (Gu and Dao 2023, arXiv 2312.00752, section 3.6)."""
-    low, high = math.log(mamba.time_step_min), math.log(mamba.time_step_max)
-    step = torch.empty(shape).uniform_(low, high, generator=generator).exp().clamp_(min=mamba.time_step_floor)
-    return step + torch.log(-torch.expm1(-step))
 
 
 def _deviation(name: str, config: ModelConfig) -> float:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from model.section import Section
 
@@ -59,3 +59,42 @@ class RetentionOptions(HeadOptions):
 
 class LightningOptions(HeadOptions):
     """Lightning attention (Qin et al. 2024, arXiv 2401.04658): a constant decay a head that weakens with depth."""
+
+
+class DeltaNetOptions(HeadOptions):
+    """The delta rule (Yang et al. 2024, arXiv 2406.06484): each token overwrites what its key reads."""
+
+    conv_kernel: Literal[0, 2, 3, 4] = Field(4, description="Width of the causal convolution over q, k and v; 0: none.")
+    num_key_heads: int | None = Field(
+        None,
+        gt=0,
+        description="Query and key heads, each shared by num_heads / num_key_heads value heads; none: num_heads.",
+    )
+    allow_negative_eigenvalues: bool = Field(
+        False, description="beta in (0, 2) and not (0, 1), so that a state may change sign (arXiv 2411.12537)."
+    )
+
+    @model_validator(mode="after")
+    def _key_heads_divide(self) -> Self:
+        if self.num_heads % self.key_heads():
+            raise ValueError(f"num_key_heads must divide num_heads={self.num_heads}")
+        return self
+
+    def key_heads(self) -> int:
+        """Query and key heads."""
+        return self.num_key_heads or self.num_heads
+
+    def cut_or_copied(self) -> dict[str, int]:
+        """Key heads may be fewer than tensor ranks."""
+        return {"num_key_heads": self.key_heads()}
+
+
+class GatedDeltaNetOptions(DeltaNetOptions):
+    """The gated delta rule (Yang et al. 2024, arXiv 2412.06464), as Qwen3-Next has it; letter `G`."""
+
+
+class DeltaProductOptions(DeltaNetOptions):
+    """Several delta rules a token (Siems et al. 2025, arXiv 2502.10297); letter `P`."""
+
+    num_steps: int = Field(2, ge=1, le=8, description="Delta rules a token, each with its own key, value and beta.")
+    decay: bool = Field(True, description="Forget by a gate before the first of them.")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kernels.decay_scan.carry import decay_read
 from kernels.decay_scan.op import decay_scan, decay_step
+from kernels.delta_scan.op import delta_scan, delta_step
 
 
 class ScanRows(NamedTuple):
@@ -114,6 +115,64 @@ class DecayRecurrence(Recurrence):
     def flops(self, num_heads: int, key_dim: int, value_dim: int) -> float:
         """A state number a token: decay, k times v, add, times q, add."""
         return 5.0 * num_heads * key_dim * value_dim
+
+
+class DeltaRecurrence(Recurrence):
+    """S <- e^(g_t) S, then S <- (I - beta k k^T) S + beta k v^T in each of a token's `num_steps` steps."""
+
+    def __init__(self, num_steps: int = 1) -> None:
+        self.num_steps = num_steps
+
+    def scan(
+        self,
+        rows: ScanRows,
+        document_ids_BT: Tensor | None,
+        state_BHKV: Tensor | None,
+        *,
+        chunk_size: int,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        """As in the base class."""
+        assert rows.beta is not None, "a delta recurrence needs beta"
+        scanned = delta_scan(
+            rows.q,
+            rows.k,
+            rows.v,
+            rows.beta,
+            rows.g,
+            document_ids_BT=document_ids_BT,
+            initial_state_BHKV=state_BHKV,
+            chunk_size=chunk_size,
+            backend=backend,
+        )
+        return scanned.o_BTHV, scanned.final_state_BHKV
+
+    def scan_open(self, rows: ScanRows, document_ids_BT: Tensor | None, *, chunk_size: int, backend: str) -> OpenScan:
+        """As in the base class; about K / V more work than `scan`."""
+        assert rows.beta is not None, "a delta recurrence needs beta"
+        scanned = delta_scan(
+            rows.q,
+            rows.k,
+            rows.v,
+            rows.beta,
+            rows.g,
+            document_ids_BT=document_ids_BT,
+            chunk_size=chunk_size,
+            with_transfer=True,
+            backend=backend,
+        )
+        read_BTHK, transfer_BHKK = scanned.read_BTHK, scanned.transfer_BHKK
+        assert read_BTHK is not None and transfer_BHKK is not None, "delta_scan gives both with_transfer"
+        return OpenScan(scanned.o_BTHV, read_BTHK, scanned.final_state_BHKV, transfer_BHKK)
+
+    def step(self, rows: ScanRows, state_BHKV: Tensor) -> tuple[Tensor, Tensor]:
+        """As in the base class."""
+        assert rows.beta is not None, "a delta recurrence needs beta"
+        return delta_step(rows.q, rows.k, rows.v, rows.beta, rows.g, state_BHKV)
+
+    def flops(self, num_heads: int, key_dim: int, value_dim: int) -> float:
+        """A state number a token: decay, q times it, add; a step: k times it, add, k times the difference, add."""
+        return (3.0 + 4.0 * self.num_steps) * num_heads * key_dim * value_dim
 
 
 def add_entering_state(scan: OpenScan, state_BHKV: Tensor) -> Tensor:

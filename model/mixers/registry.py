@@ -13,7 +13,8 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Literal
 
-from model.mixers.options import LightningOptions, MixerOptions, RetentionOptions
+from model.mixers import options as own
+from model.mixers.options import MixerOptions
 from model.pattern import BLOCK_NAMES, MIXER_LETTERS, MIXER_NAME, SECTIONS
 
 if TYPE_CHECKING:
@@ -49,8 +50,11 @@ class MixerSpec:
 
 
 BUILT_IN = (
-    MixerSpec("lightning", "model.mixers.retention:LightningMixer", LightningOptions),
-    MixerSpec("retnet", "model.mixers.retention:RetentionMixer", RetentionOptions),
+    MixerSpec("deltanet", "model.mixers.delta:DeltaNetMixer", own.DeltaNetOptions),
+    MixerSpec("gated_deltanet", "model.mixers.delta:GatedDeltaNetMixer", own.GatedDeltaNetOptions),
+    MixerSpec("deltaproduct", "model.mixers.delta:DeltaProductMixer", own.DeltaProductOptions),
+    MixerSpec("lightning", "model.mixers.retention:LightningMixer", own.LightningOptions),
+    MixerSpec("retnet", "model.mixers.retention:RetentionMixer", own.RetentionOptions),
 )
 
 

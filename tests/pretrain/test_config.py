@@ -54,6 +54,16 @@ model.moe.num_router_groups model.moe.router_group_top_k model.moe.expert_bias m
 model.moe.auxiliary_loss_weight model.moe.sequence_loss_weight model.moe.z_loss_weight model.moe.latent_size
 model.moe.capacity_factor model.moe.overflow
 model.feed_forward.hidden_size model.feed_forward.activation
+model.mixers.deltanet.num_heads model.mixers.deltanet.head_dim model.mixers.deltanet.value_head_dim
+model.mixers.deltanet.conv_kernel model.mixers.deltanet.chunk_size model.mixers.deltanet.num_key_heads
+model.mixers.deltanet.allow_negative_eigenvalues
+model.mixers.gated_deltanet.num_heads model.mixers.gated_deltanet.head_dim model.mixers.gated_deltanet.value_head_dim
+model.mixers.gated_deltanet.conv_kernel model.mixers.gated_deltanet.chunk_size
+model.mixers.gated_deltanet.num_key_heads model.mixers.gated_deltanet.allow_negative_eigenvalues
+model.mixers.deltaproduct.num_heads model.mixers.deltaproduct.head_dim model.mixers.deltaproduct.value_head_dim
+model.mixers.deltaproduct.conv_kernel model.mixers.deltaproduct.chunk_size model.mixers.deltaproduct.num_key_heads
+model.mixers.deltaproduct.allow_negative_eigenvalues model.mixers.deltaproduct.num_steps
+model.mixers.deltaproduct.decay
 model.mixers.lightning.num_heads model.mixers.lightning.head_dim model.mixers.lightning.value_head_dim
 model.mixers.lightning.conv_kernel model.mixers.lightning.chunk_size
 model.mixers.retnet.num_heads model.mixers.retnet.head_dim model.mixers.retnet.value_head_dim

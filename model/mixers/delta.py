@@ -1,0 +1,110 @@
+"""Linear mixers that overwrite: DeltaNet, Gated DeltaNet and DeltaProduct."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from model.layers import Cut, Shard, divide_units
+from model.mixers.base import BuildContext, LinearMixer, Part
+from model.mixers.first_values import first_decay_rates, first_time_steps
+from model.mixers.head_norm import GatedHeadNorm
+from model.mixers.options import DeltaNetOptions, DeltaProductOptions
+from model.mixers.recurrence import DeltaRecurrence, ScanRows
+from model.packing import PackMeta
+
+
+class DeltaNetMixer(LinearMixer):
+    """q and k of unit length a head, v, and a strength beta = sigmoid(b): S <- (I - beta k k^T) S + beta k v^T.
+
+    q, k and v pass the short convolution with SiLU, q is scaled by 1 / sqrt(K), each head's output is normed.
+    Source: Yang et al. 2024, arXiv 2406.06484, section 3.
+    """
+
+    options: DeltaNetOptions
+    num_steps = 1
+    has_decay = False
+    has_gate = False
+
+    def __init__(self, options: DeltaNetOptions, build: BuildContext) -> None:
+        self.num_key_heads = divide_units(options.key_heads(), build.groups, "num_key_heads")
+        super().__init__(options, build)
+        self.recurrence = DeltaRecurrence(self.num_steps)
+        self.norm = GatedHeadNorm(self.value_dim, build)
+        if self.has_decay:
+            self.A_log = nn.Parameter(torch.empty(self.num_heads))
+            self.dt_bias = nn.Parameter(torch.empty(self.num_heads))
+            by_head = Shard((Cut(0, "tp", (options.num_heads,)),))
+            self.shards |= {"A_log": by_head, "dt_bias": by_head}
+
+    def parts(self) -> dict[str, Part]:
+        """q, k and v; beta; what decides how much is forgotten; the output gate. Steps stand inside a head."""
+        heads, key_heads = self.options.num_heads, self.options.key_heads()
+        parts = {
+            "q": Part(key_heads * self.key_dim, key_heads),
+            "k": Part(key_heads * self.num_steps * self.key_dim, key_heads),
+            "v": Part(heads * self.num_steps * self.value_dim, heads),
+            "beta": Part(heads * self.num_steps, heads),
+        }
+        if self.has_decay:
+            parts["decay"] = Part(heads, heads)
+        if self.has_gate:
+            parts["gate"] = Part(heads * self.value_dim, heads)
+        return parts
+
+    def rows(self, parts: dict[str, Tensor], meta: PackMeta) -> ScanRows:
+        """Pointwise in time; beta and the decay in float32 for bf16."""
+        if self.conv is None:
+            parts |= {name: functional.silu(parts[name]) for name in self.convolved()}
+        q_BTGK = unit_length(parts["q"].unflatten(-1, (self.num_key_heads, self.key_dim))) * self.key_dim**-0.5
+        k_BTGNK = unit_length(parts["k"].unflatten(-1, (self.num_key_heads, self.num_steps, self.key_dim)))
+        v_BTHNV = parts["v"].unflatten(-1, (self.num_heads, self.num_steps, self.value_dim))
+        wide = torch.promote_types(q_BTGK.dtype, torch.float32)
+        beta_BTHN = parts["beta"].unflatten(-1, (self.num_heads, self.num_steps)).to(wide).sigmoid()
+        if self.options.allow_negative_eigenvalues:
+            beta_BTHN = 2.0 * beta_BTHN
+        g_BTH = None
+        if self.has_decay:
+            g_BTH = -self.A_log.to(wide).exp() * functional.softplus(parts["decay"].to(wide) + self.dt_bias.to(wide))
+        return ScanRows(q_BTGK, k_BTGNK.transpose(2, 3), v_BTHNV.transpose(2, 3), g_BTH, beta_BTHN.transpose(2, 3))
+
+    def output(self, o_BTHV: Tensor, parts: dict[str, Tensor]) -> Tensor:
+        """A norm a head, times the gate's SiLU where there is one."""
+        return self.norm(o_BTHV, parts.get("gate"))
+
+    def first_value(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
+        """As Mamba2's decay starts."""
+        if name == "A_log":
+            return first_decay_rates(shape, generator)
+        return first_time_steps(shape, generator) if name == "dt_bias" else None
+
+
+class GatedDeltaNetMixer(DeltaNetMixer):
+    """The delta rule after a decay e^(-exp(A_log) softplus(a + dt_bias)) a head, and an output gate.
+
+    Source: Yang et al. 2024, arXiv 2412.06464, sections 3.1 and 3.3.
+    """
+
+    has_decay = True
+    has_gate = True
+
+
+class DeltaProductMixer(DeltaNetMixer):
+    """num_steps delta rules a token, so that one token's transition is a product of as many reflections.
+
+    Source: Siems et al. 2025, arXiv 2502.10297, section 3.
+    """
+
+    options: DeltaProductOptions
+    has_gate = True
+
+    def __init__(self, options: DeltaProductOptions, build: BuildContext) -> None:
+        self.num_steps, self.has_decay = options.num_steps, options.decay
+        super().__init__(options, build)
+
+
+def unit_length(x: Tensor) -> Tensor:
+    """Each vector of the last dim divided by its length, in the dtype of x, computed in float32; zero stays zero."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)

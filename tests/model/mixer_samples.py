@@ -1,0 +1,29 @@
+"""A small model of each registered mixer, with options made from its own section: registering is enough to be tested."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from model.config import ModelConfig
+from model.mixers.registry import mixer_specs
+from tests.model.small_models import small_config
+
+# What a sample takes of these where the mixer's options have the field.
+USUAL: dict[str, Any] = {"num_heads": 4, "head_dim": 6, "value_head_dim": 5, "conv_kernel": 3, "chunk_size": 8}
+# What a mixer needs besides, or in other sizes.
+SPECIAL: dict[str, dict[str, Any]] = {
+    "deltaproduct": {"num_key_heads": 2, "allow_negative_eigenvalues": True},
+    "gated_deltanet": {"num_key_heads": 2},
+}
+
+
+def sample_options(name: str) -> dict[str, Any]:
+    """Options of a small mixer."""
+    fields = mixer_specs()[name].options.model_fields
+    return {key: value for key, value in USUAL.items() if key in fields} | SPECIAL.get(name, {})
+
+
+def mixer_config(name: str, blocks: int = 2) -> ModelConfig:
+    """A model of so many blocks of one mixer and nothing else."""
+    pattern = mixer_specs()[name].symbol * blocks
+    return small_config(pattern, mixers={name: sample_options(name)})
