@@ -98,3 +98,13 @@ class DeltaProductOptions(DeltaNetOptions):
 
     num_steps: int = Field(2, ge=1, le=8, description="Delta rules a token, each with its own key, value and beta.")
     decay: bool = Field(True, description="Forget by a gate before the first of them.")
+
+
+class GlaOptions(HeadOptions):
+    """Gated linear attention (Yang et al. 2023, arXiv 2312.06635): a decay a key channel."""
+
+    gate_rank: int = Field(16, gt=0, description="Inside of the low-rank projection that gives the decays.")
+
+
+class Hgrn2Options(HeadOptions):
+    """HGRN2 (Qin et al. 2024, arXiv 2404.07904): a forget gate a key channel, and what it forgets as the key; letter `H`."""

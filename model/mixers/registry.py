@@ -53,6 +53,8 @@ BUILT_IN = (
     MixerSpec("deltanet", "model.mixers.delta:DeltaNetMixer", own.DeltaNetOptions),
     MixerSpec("gated_deltanet", "model.mixers.delta:GatedDeltaNetMixer", own.GatedDeltaNetOptions),
     MixerSpec("deltaproduct", "model.mixers.delta:DeltaProductMixer", own.DeltaProductOptions),
+    MixerSpec("gla", "model.mixers.vector_gates:GlaMixer", own.GlaOptions),
+    MixerSpec("hgrn2", "model.mixers.vector_gates:Hgrn2Mixer", own.Hgrn2Options),
     MixerSpec("lightning", "model.mixers.retention:LightningMixer", own.LightningOptions),
     MixerSpec("retnet", "model.mixers.retention:RetentionMixer", own.RetentionOptions),
 )

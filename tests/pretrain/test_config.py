@@ -64,6 +64,10 @@ model.mixers.deltaproduct.num_heads model.mixers.deltaproduct.head_dim model.mix
 model.mixers.deltaproduct.conv_kernel model.mixers.deltaproduct.chunk_size model.mixers.deltaproduct.num_key_heads
 model.mixers.deltaproduct.allow_negative_eigenvalues model.mixers.deltaproduct.num_steps
 model.mixers.deltaproduct.decay
+model.mixers.gla.num_heads model.mixers.gla.head_dim model.mixers.gla.value_head_dim
+model.mixers.gla.conv_kernel model.mixers.gla.chunk_size model.mixers.gla.gate_rank
+model.mixers.hgrn2.num_heads model.mixers.hgrn2.head_dim model.mixers.hgrn2.value_head_dim
+model.mixers.hgrn2.conv_kernel model.mixers.hgrn2.chunk_size
 model.mixers.lightning.num_heads model.mixers.lightning.head_dim model.mixers.lightning.value_head_dim
 model.mixers.lightning.conv_kernel model.mixers.lightning.chunk_size
 model.mixers.retnet.num_heads model.mixers.retnet.head_dim model.mixers.retnet.value_head_dim

@@ -1,0 +1,111 @@
+"""Linear mixers that forget by a gate of each key channel: GLA and HGRN2."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from kernels.linear.op import linear
+from model.layers import Cut, Shard
+from model.mixers.base import BuildContext, LinearMixer, Part
+from model.mixers.head_norm import GatedHeadNorm
+from model.mixers.options import GlaOptions, Hgrn2Options
+from model.mixers.recurrence import DecayRecurrence, ScanRows
+from model.packing import PackMeta
+
+# A gate is divided by it, so that it starts near 1 (Yang et al. 2023, section 4.4).
+GLA_GATE_DIVISOR = 16.0
+# The least share of the state that the first block of HGRN2 keeps when training begins.
+FIRST_BOUND = 1 / 64
+
+
+class GlaMixer(LinearMixer):
+    """Gated linear attention: a decay a key channel from a low-rank projection, an output gate.
+
+    g = logsigmoid(W2 W1 x + b) / 16. Source: Yang et al. 2023, arXiv 2312.06635, section 4.4.
+    """
+
+    options: GlaOptions
+    recurrence = DecayRecurrence()
+
+    def __init__(self, options: GlaOptions, build: BuildContext) -> None:
+        super().__init__(options, build)
+        width = self.num_heads * self.key_dim
+        by_head = Cut(0, "tp", (options.num_heads * self.key_dim,), (options.num_heads,))
+        self.gate_proj = nn.Parameter(torch.empty(width, options.gate_rank))
+        self.gate_bias = nn.Parameter(torch.empty(width))
+        self.shards |= {"gate_proj": Shard((by_head,)), "gate_bias": Shard((by_head,))}
+        self.norm = GatedHeadNorm(self.value_dim, build)
+
+    def parts(self) -> dict[str, Part]:
+        """q, k, v, the output gate by head; the inside of the decay's projection whole."""
+        heads = self.options.num_heads
+        keys, values = Part(heads * self.key_dim, heads), Part(heads * self.value_dim, heads)
+        return {"q": keys, "k": keys, "v": values, "gate": values, "low_rank": Part(self.options.gate_rank, None)}
+
+    def rows(self, parts: dict[str, Tensor], meta: PackMeta) -> ScanRows:
+        """Pointwise in time; the decay in float32 for bf16."""
+        logits_BTX = linear(parts["low_rank"], self.gate_proj)
+        wide = torch.promote_types(logits_BTX.dtype, torch.float32)
+        g_BTX = functional.logsigmoid(logits_BTX.to(wide) + self.gate_bias.to(wide)) / GLA_GATE_DIVISOR
+        q_BTHK = self.heads(parts["q"]) * self.key_dim**-0.5
+        return ScanRows(q_BTHK, self.heads(parts["k"]), self.heads(parts["v"]), self.heads(g_BTX))
+
+    def output(self, o_BTHV: Tensor, parts: dict[str, Tensor]) -> Tensor:
+        """A norm a head, times the gate's SiLU."""
+        return self.norm(o_BTHV, parts["gate"])
+
+    def first_value(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
+        """No bias at first."""
+        return torch.zeros(shape) if name == "gate_bias" else None
+
+
+class Hgrn2Mixer(LinearMixer):
+    """HGRN2: a forget gate f a key channel with a lower bound that rises with depth, and 1 - f as the key.
+
+    f = bound + (1 - bound) sigmoid(W x). Source: Qin et al. 2024, arXiv 2404.07904, section 3. The paper's bounds are
+    cumulative shares of one parameter over all layers, which would tie every pipeline stage to all others; here each block
+    has its own, which begins at its share of the depth.
+    """
+
+    options: Hgrn2Options
+    recurrence = DecayRecurrence()
+
+    def __init__(self, options: Hgrn2Options, build: BuildContext) -> None:
+        super().__init__(options, build)
+        by_head = Cut(0, "tp", (options.num_heads * self.key_dim,), (options.num_heads,))
+        self.bound_logit = nn.Parameter(torch.empty(self.num_heads * self.key_dim))
+        self.shards["bound_logit"] = Shard((by_head,))
+        self.norm = GatedHeadNorm(self.value_dim, build)
+
+    def parts(self) -> dict[str, Part]:
+        """q, the forget gate, v, each by head."""
+        heads = self.options.num_heads
+        keys = Part(heads * self.key_dim, heads)
+        return {"q": keys, "forget": keys, "v": Part(heads * self.value_dim, heads)}
+
+    def convolved(self) -> tuple[str, ...]:
+        """All of them."""
+        return ("q", "forget", "v")
+
+    def rows(self, parts: dict[str, Tensor], meta: PackMeta) -> ScanRows:
+        """Pointwise in time; the gate in float32 for bf16, as a logarithm, so that no gate is quite closed."""
+        q_BTX = parts["q"] if self.conv is not None else functional.silu(parts["q"])
+        wide = torch.promote_types(q_BTX.dtype, torch.float32)
+        bound = self.bound_logit.to(wide)
+        forget_BTX = functional.logsigmoid(parts["forget"].to(wide)) + functional.logsigmoid(-bound)
+        g_BTX = torch.logaddexp(functional.logsigmoid(bound), forget_BTX)
+        k_BTX = -torch.expm1(g_BTX)
+        return ScanRows(self.heads(q_BTX), self.heads(k_BTX.to(q_BTX.dtype)), self.heads(parts["v"]), self.heads(g_BTX))
+
+    def output(self, o_BTHV: Tensor, parts: dict[str, Tensor]) -> Tensor:
+        """A norm a head."""
+        return self.norm(o_BTHV, None)
+
+    def first_value(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
+        """Bounds at this block's share of the depth."""
+        if name != "bound_logit":
+            return None
+        bound = max(FIRST_BOUND, self.build.order / self.build.count)
+        return torch.logit(torch.full(shape, bound))
