@@ -108,3 +108,15 @@ class GlaOptions(HeadOptions):
 
 class Hgrn2Options(HeadOptions):
     """HGRN2 (Qin et al. 2024, arXiv 2404.07904): a forget gate a key channel, and what it forgets as the key; letter `H`."""
+
+
+class TransNormerOptions(HeadOptions):
+    """TransNormer (Qin et al. 2022, arXiv 2210.10340): linear attention with a norm where others divide."""
+
+
+class HedgehogOptions(HeadOptions):
+    """Hedgehog (Zhang et al. 2024, arXiv 2402.04347): linear attention with learned softmax features."""
+
+
+class PlstmOptions(HeadOptions):
+    """pLSTM along a line (Poeppel et al. 2025, arXiv 2506.11997): source, transition and mark gates."""

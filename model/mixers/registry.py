@@ -55,8 +55,11 @@ BUILT_IN = (
     MixerSpec("deltaproduct", "model.mixers.delta:DeltaProductMixer", own.DeltaProductOptions),
     MixerSpec("gla", "model.mixers.vector_gates:GlaMixer", own.GlaOptions),
     MixerSpec("hgrn2", "model.mixers.vector_gates:Hgrn2Mixer", own.Hgrn2Options),
+    MixerSpec("hedgehog", "model.mixers.feature_maps:HedgehogMixer", own.HedgehogOptions),
     MixerSpec("lightning", "model.mixers.retention:LightningMixer", own.LightningOptions),
+    MixerSpec("plstm", "model.mixers.plstm:PlstmMixer", own.PlstmOptions),
     MixerSpec("retnet", "model.mixers.retention:RetentionMixer", own.RetentionOptions),
+    MixerSpec("transnormer", "model.mixers.feature_maps:TransNormerMixer", own.TransNormerOptions),
 )
 
 

@@ -68,6 +68,12 @@ model.mixers.gla.num_heads model.mixers.gla.head_dim model.mixers.gla.value_head
 model.mixers.gla.conv_kernel model.mixers.gla.chunk_size model.mixers.gla.gate_rank
 model.mixers.hgrn2.num_heads model.mixers.hgrn2.head_dim model.mixers.hgrn2.value_head_dim
 model.mixers.hgrn2.conv_kernel model.mixers.hgrn2.chunk_size
+model.mixers.hedgehog.num_heads model.mixers.hedgehog.head_dim model.mixers.hedgehog.value_head_dim
+model.mixers.hedgehog.conv_kernel model.mixers.hedgehog.chunk_size
+model.mixers.plstm.num_heads model.mixers.plstm.head_dim model.mixers.plstm.value_head_dim
+model.mixers.plstm.conv_kernel model.mixers.plstm.chunk_size
+model.mixers.transnormer.num_heads model.mixers.transnormer.head_dim model.mixers.transnormer.value_head_dim
+model.mixers.transnormer.conv_kernel model.mixers.transnormer.chunk_size
 model.mixers.lightning.num_heads model.mixers.lightning.head_dim model.mixers.lightning.value_head_dim
 model.mixers.lightning.conv_kernel model.mixers.lightning.chunk_size
 model.mixers.retnet.num_heads model.mixers.retnet.head_dim model.mixers.retnet.value_head_dim

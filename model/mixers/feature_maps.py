@@ -1,0 +1,98 @@
+"""Linear mixers without decay that put queries and keys through a positive feature map: TransNormer and Hedgehog."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from model.layers import Cut, Shard
+from model.mixers.base import BuildContext, LinearMixer, Part
+from model.mixers.head_norm import GatedHeadNorm
+from model.mixers.options import HeadOptions
+from model.mixers.recurrence import DecayRecurrence, ScanRows
+from model.packing import PackMeta
+
+
+class TransNormerMixer(LinearMixer):
+    """Features elu + 1 and a norm of each head's output where linear attention divides by the sum of its weights.
+
+    Source: Qin et al. 2022, arXiv 2210.10340, section 3.2; its block-local softmax in early layers is the mixer `W`.
+    """
+
+    recurrence = DecayRecurrence()
+
+    def __init__(self, options: HeadOptions, build: BuildContext) -> None:
+        super().__init__(options, build)
+        self.norm = GatedHeadNorm(self.value_dim, build)
+
+    def parts(self) -> dict[str, Part]:
+        """q, k, v, each by head."""
+        return query_key_value(self.options)
+
+    def rows(self, parts: dict[str, Tensor], meta: PackMeta) -> ScanRows:
+        """Pointwise in time."""
+        q, k = (functional.elu(self.heads(parts[name])) + 1.0 for name in ("q", "k"))
+        return ScanRows(q, k, self.heads(parts["v"]), no_decay(q))
+
+    def output(self, o_BTHV: Tensor, parts: dict[str, Tensor]) -> Tensor:
+        """A norm a head."""
+        return self.norm(o_BTHV, None)
+
+
+class HedgehogMixer(LinearMixer):
+    """Learned features [softmax(W x), softmax(-W x)] a head, each side its own W; weights that sum to 1.
+
+    The sum of weights is the last channel of the state's values: v gets a column of ones.
+    Source: Zhang et al. 2024, arXiv 2402.04347, section 4.1.
+    """
+
+    recurrence = DecayRecurrence()
+
+    def __init__(self, options: HeadOptions, build: BuildContext) -> None:
+        super().__init__(options, build)
+        by_head = Shard((Cut(0, "tp", (options.num_heads,)),))
+        shape = (self.num_heads, self.key_dim, self.key_dim)
+        self.query_features = nn.Parameter(torch.empty(shape))
+        self.key_features = nn.Parameter(torch.empty(shape))
+        self.shards |= {"query_features": by_head, "key_features": by_head}
+
+    def parts(self) -> dict[str, Part]:
+        """q, k, v, each by head."""
+        return query_key_value(self.options)
+
+    def rows(self, parts: dict[str, Tensor], meta: PackMeta) -> ScanRows:
+        """Pointwise in time; softmax in float32 for bf16."""
+        q = self._features(self.heads(parts["q"]), self.query_features)
+        k = self._features(self.heads(parts["k"]), self.key_features)
+        v = functional.pad(self.heads(parts["v"]), (0, 1), value=1.0)
+        return ScanRows(q, k, v, no_decay(q))
+
+    def _features(self, x_BTHK: Tensor, weight_HKK: Tensor) -> Tensor:
+        mapped = torch.einsum("bthk,hjk->bthj", x_BTHK, weight_HKK)
+        wide = mapped.to(torch.promote_types(mapped.dtype, torch.float32))
+        return torch.cat([wide.softmax(-1), (-wide).softmax(-1)], dim=-1).to(x_BTHK.dtype)
+
+    def output(self, o_BTHV: Tensor, parts: dict[str, Tensor]) -> Tensor:
+        """The weighted values over the sum of weights, which is positive."""
+        return (o_BTHV[..., :-1] / o_BTHV[..., -1:]).flatten(-2)
+
+    def state_shape(self) -> tuple[int, ...]:
+        """Twice the features, and the sum of weights beside the values."""
+        return self.num_heads, 2 * self.key_dim, self.value_dim + 1
+
+    def first_value(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
+        """Features begin as those of the queries and keys themselves."""
+        return torch.eye(shape[-1]).expand(shape).clone() if name.endswith("features") else None
+
+
+def query_key_value(options: HeadOptions) -> dict[str, Part]:
+    """The three projections of an attention, by head."""
+    heads = options.num_heads
+    keys = Part(heads * options.head_dim, heads)
+    return {"q": keys, "k": keys, "v": Part(heads * options.value_dim(), heads)}
+
+
+def no_decay(q_BTHK: Tensor) -> Tensor:
+    """A gate [B, T, H] that forgets nothing."""
+    return q_BTHK.new_zeros(q_BTHK.shape[:3], dtype=torch.promote_types(q_BTHK.dtype, torch.float32))

@@ -1,0 +1,62 @@
+"""The one-dimensional pLSTM."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from model.layers import Cut, Shard
+from model.mixers.base import BuildContext, LinearMixer, Part
+from model.mixers.head_norm import GatedHeadNorm
+from model.mixers.options import HeadOptions
+from model.mixers.recurrence import DecayRecurrence, ScanRows
+from model.packing import PackMeta
+
+
+class PlstmMixer(LinearMixer):
+    """Three gates a head: source (what enters), transition (what stays), mark (what is read), all sigmoids.
+
+    Source: Poeppel et al. 2025, arXiv 2506.11997, section 3, for a sequence: the graph of a line.
+    """
+
+    recurrence = DecayRecurrence()
+    gates: ClassVar[tuple[str, ...]] = ("source", "transition", "mark")
+
+    def __init__(self, options: HeadOptions, build: BuildContext) -> None:
+        super().__init__(options, build)
+        self.gate_bias = nn.Parameter(torch.empty(len(self.gates), self.num_heads))
+        self.shards["gate_bias"] = Shard((Cut(1, "tp", (options.num_heads,)),))
+        self.norm = GatedHeadNorm(self.value_dim, build)
+
+    def parts(self) -> dict[str, Part]:
+        """q, k, v and the three gates, each by head."""
+        heads = self.options.num_heads
+        keys = Part(heads * self.key_dim, heads)
+        parts = {"q": keys, "k": keys, "v": Part(heads * self.value_dim, heads)}
+        return parts | dict.fromkeys(self.gates, Part(heads, heads))
+
+    def rows(self, parts: dict[str, Tensor], meta: PackMeta) -> ScanRows:
+        """Pointwise in time; gates in float32 for bf16."""
+        dtype = parts["q"].dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        source, transition, mark = (
+            parts[name].to(wide) + bias for name, bias in zip(self.gates, self.gate_bias.to(wide))
+        )
+        q_BTHK = self.heads(parts["q"]) * (mark.sigmoid() * self.key_dim**-0.5).to(dtype)[..., None]
+        v_BTHV = self.heads(parts["v"]) * source.sigmoid().to(dtype)[..., None]
+        return ScanRows(q_BTHK, self.heads(parts["k"]), v_BTHV, functional.logsigmoid(transition))
+
+    def output(self, o_BTHV: Tensor, parts: dict[str, Tensor]) -> Tensor:
+        """A norm a head."""
+        return self.norm(o_BTHV, None)
+
+    def first_value(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
+        """Half open for what enters and is read; transitions from 0.88 in the first head to 0.998 in the last."""
+        if name != "gate_bias":
+            return None
+        bias = torch.zeros(shape)
+        bias[self.gates.index("transition")] = torch.linspace(2.0, 6.0, shape[1])
+        return bias
