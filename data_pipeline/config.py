@@ -111,10 +111,13 @@ class CacheConfig(Section):
     )
 
 
+ProbeName = Literal["mqar", "overwriting", "selective_copying", "parity", "s3", "s4", "a5", "s5"]
+
+
 class ProbeConfig(Section):
     """A synthetic task in the place of text: rows made from the sample number, asked at known places (docs/probes.md)."""
 
-    task: Literal["mqar", "overwriting", "selective_copying", "parity", "s3", "s4", "a5", "s5"] = Field(
+    task: ProbeName = Field(
         description="Recall of pairs, of the last of several writes, copying past noise, parity, or products in a group (symmetric S_n, alternating A_n)."
     )
     num_pairs: int = Field(8, gt=0, description="mqar, overwriting: keys that a row writes and then asks.")

@@ -24,6 +24,7 @@ from data_pipeline.store import Split
 if TYPE_CHECKING:
     from data_pipeline.config import ProbeConfig  # pydantic takes longer to import than everything here
 
+NO_TOKENIZER = "none"  # in the place of a tokenizer's identity
 GENERATOR_VERSION = 1  # of what a sample number gives: another one refuses to resume
 SPLIT_PARTS = 8  # of so many equal parts of all rows one validates
 MAX_DRAWS = 8192  # a split that holds rows at all gives one with far fewer
@@ -56,7 +57,7 @@ class ProbeSettings:
 class ComputedStore:
     """Stands where the token store of text stands: what the rows depend on, and no file."""
 
-    tokenizer_identity = "none"
+    tokenizer_identity = NO_TOKENIZER
 
     def __init__(self, task: ProbeTask) -> None:
         self.vocab_size = task.vocab_size

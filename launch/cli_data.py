@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from launch.cli_config import ConfigArgument, JsonOption, OverridesArgument
+from launch.cli_probe import show_probe_row
 from launch.console import print_json, print_pairs, print_rows, say, show_progress
 
 if TYPE_CHECKING:
@@ -64,6 +65,11 @@ def prepare(
     from pretrain.checks import load_checked
 
     config = load_checked(path, overrides or [])
+    if config.data.probe is not None:
+        if as_json:
+            print_json({"probe": config.data.probe.task, "units_written": 0})
+        say(f"amfm: nothing to prepare: data.probe.task={config.data.probe.task} is computed while it is read")
+        return
     with show_progress("prepare") as show:
         report = prepare_store(config.data, progress=lambda now: show(*describe_progress(now)), address=address)
     if as_json:
@@ -180,6 +186,11 @@ def show_sample(path: str, sample: int, config_path: Path | None, *, as_json: bo
     run = load_config(place)
     stages = resolve_stages(run)
     data = data_of_stages(run)
+    if data.probe is not None:
+        if config_path is not None:
+            raise ValueError(f"{config_path} is of a probe, whose rows no store holds; give its run directory alone")
+        show_probe_row(data, sample, sequence_length=stages[0].sequence_length, seed=run.train.seed, as_json=as_json)
+        return
     if config_path is not None:
         data = data.model_copy(update={"store": path})
     shown = sample_text(data, sample, sequence_length=stages[0].sequence_length, seed=run.train.seed)

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from launch.cli_config import JsonOption
+from launch.cli_probe import ProbeChoice, evaluate_on_probe
 from launch.console import print_json, print_pairs, show_progress
 
 CheckpointArgument = Annotated[
@@ -30,21 +31,52 @@ def evaluate(
     checkpoint: CheckpointArgument,
     *,
     data: Annotated[Path | None, typer.Option(metavar="STORE", help="The token store; default: the run's own.")] = None,
-    split: Annotated[Literal["validation", "train"], typer.Option(help="Which part of the store.")] = "validation",
-    sequence_length: Annotated[int | None, typer.Option(min=1, help="Tokens a row; default: as in training.")] = None,
+    split: Annotated[
+        Literal["validation", "train"] | None, typer.Option(help="Which part of the store; default: validation.")
+    ] = None,
+    sequence_length: Annotated[
+        int | None,
+        typer.Option("--sequence-length", "--length", min=1, help="Tokens a row; default: as in training."),
+    ] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Stop after about so many; default: all.")] = None,
+    probe: Annotated[ProbeChoice | None, typer.Option(help="Ask this probe task instead (docs/probes.md).")] = None,
+    probe_settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A setting of the probe (data.probe), repeatable."),
+    ] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Rows of the probe; default: 256.")] = None,
     device: DeviceOption = "auto",
     backend: BackendOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Measure loss and perplexity on a part of a store, every token predicted once, in float32."""
+    """Measure loss and perplexity on a part of a store, every token predicted once, or the right answers of a probe.
+
+    Computes in float32.
+    """
+    of_text = {"--data": data, "--split": split, "--max-tokens": max_tokens}
+    of_probe = {"--set": probe_settings, "--rows": rows}
+    unread = [name for name, value in (of_text if probe else of_probe).items() if value is not None]
+    if unread:
+        raise ValueError(f"{unread[0]} has no effect {'with' if probe else 'without'} --probe; leave it out")
+    if probe is not None:
+        evaluate_on_probe(
+            checkpoint,
+            probe,
+            probe_settings or [],
+            sequence_length=sequence_length,
+            num_rows=rows,
+            device=choose_device(device),
+            backend=backend,
+            as_json=as_json,
+        )
+        return
     from pretrain.evaluate_checkpoint import evaluate_checkpoint
 
     with show_progress("evaluate", every_seconds=5.0) as show:
         found = evaluate_checkpoint(
             checkpoint,
             store=data,
-            split=split,
+            split=split or "validation",
             sequence_length=sequence_length,
             max_tokens=max_tokens,
             device=choose_device(device),

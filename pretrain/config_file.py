@@ -67,7 +67,19 @@ def load_located(path: str | Path, overrides: Sequence[str] = ()) -> LocatedConf
 def read_schema(path: str | Path, overrides: Sequence[str], schema: type[S]) -> tuple[S, dict[str, Origin]]:
     """A file of any schema with overrides laid over it, and the places of its keys; raises as `load_config`."""
     problems: list[Problem] = []
-    tree = read_tree(Path(path), problems)
+    return settle(read_tree(Path(path), problems), overrides, schema, problems)
+
+
+def change_section(section: S, overrides: Sequence[str]) -> S:
+    """A section with `key=value` overrides laid over it; raises ConfigError as `load_config` does."""
+    tree = TreeReader("the run", keep_lines=False).read(json.dumps(section.model_dump(mode="json")))
+    return settle(tree, overrides, type(section), [])[0]
+
+
+def settle(
+    tree: Entry, overrides: Sequence[str], schema: type[S], problems: list[Problem]
+) -> tuple[S, dict[str, Origin]]:
+    """What a tree with overrides says, and the places of its keys; ConfigError with the given problems and all others."""
     for override in overrides:
         apply_override(tree, override, problems)
     origins = tree.origins()

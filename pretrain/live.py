@@ -35,6 +35,7 @@ class Display:
         self.losses: deque[float] = deque(maxlen=400)
         self.seconds: deque[float] = deque(maxlen=AVERAGED_STEPS)
         self.validation_loss: float | None = None
+        self.accuracy = ""
         self.name = config.run.name or config.run.dir.rstrip("/").rsplit("/", 1)[-1]
         self.live: Live | None = None
         if self.console.is_terminal:
@@ -51,6 +52,8 @@ class Display:
             self.losses.append(metrics["loss"])
         self.seconds.append(metrics["seconds"])
         self.validation_loss = metrics.get("validation_loss", self.validation_loss)
+        if "validation_accuracy" in metrics:
+            self.accuracy = show_accuracy(metrics)
         if self.live is not None:
             self.live.update(self.draw_panel(metrics))
         elif self.is_line_due(metrics):
@@ -91,6 +94,8 @@ class Display:
             parts.append(f"expert load {max(metrics['expert_load'].values()):.2f}")
         if "validation_loss" in metrics:
             parts.append(f"validation loss {show_number(metrics['validation_loss'], '.4f')}")
+        if "validation_accuracy" in metrics:
+            parts.append(show_accuracy(metrics))
         if metrics["skipped"]:
             parts.append("SKIPPED")
         return ", ".join([*parts, f"{self.remaining(step)} left"])
@@ -118,6 +123,8 @@ class Display:
             f"{metrics['tokens']:,} tokens",
         )
         rows: list[Any] = [bar, curve, facts]
+        if self.accuracy:
+            rows.append(Text(self.accuracy))
         if metrics["expert_load"]:
             loads = "  ".join(f"{block}: {load:.2f}" for block, load in metrics["expert_load"].items())
             rows.append(
@@ -137,6 +144,12 @@ def draw_sparkline(values: Sequence[float]) -> str:
     low, high = min(means), max(means)
     span = (high - low) or 1.0
     return "".join(BARS[min(len(BARS) - 1, int((mean - low) / span * len(BARS)))] for mean in means)
+
+
+def show_accuracy(metrics: dict[str, Any]) -> str:
+    """Right answers of a probe, and rows without a wrong one."""
+    answers, rows = metrics["validation_accuracy"], metrics["validation_row_accuracy"]
+    return f"validation accuracy {answers:.1%} of answers, {rows:.1%} of rows"
 
 
 def show_number(value: float | None, form: str) -> str:

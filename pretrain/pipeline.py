@@ -26,10 +26,14 @@ Share = Callable[[ModelOutput], Tensor | None]
 
 @dataclass
 class Pass:
-    """What the schedule is doing now: its micro-batches, what becomes of an output, and the outputs that were made."""
+    """What the schedule is doing now: its micro-batches, what becomes of an output, and the outputs that were made.
+
+    predicts: the last piece names the most likely tokens too.
+    """
 
     inputs: Sequence[MicroBatch] = ()
     share: Share | None = None
+    predicts: bool = False
     outputs: list[ModelOutput] = field(default_factory=list)
 
 
@@ -53,7 +57,7 @@ class StagePart(nn.Module):
         stream = model.embed(micro_batch.tokens_BT) if piece.is_first else Stream(receive(received[0]))
         stream = model.pass_blocks(stream, piece.blocks, micro_batch.meta)
         if piece.is_last:
-            output = model.finish(stream, micro_batch.labels_BT)
+            output = model.finish(stream, micro_batch.labels_BT, predicts=current.predicts)
         else:
             output = ModelOutput(None, None, stream.auxiliary, stream.expert_counts)
         share = None if current.share is None else current.share(output)
@@ -96,7 +100,7 @@ def detach_output(output: ModelOutput) -> ModelOutput:
     """The numbers of an output without the graph, which would keep a micro-batch's activations."""
     loss = None if output.loss is None else replace(output.loss, total=output.loss.total.detach())
     auxiliary = {name: value.detach() for name, value in output.auxiliary.items()}
-    return ModelOutput(None, loss, auxiliary, output.expert_counts)
+    return ModelOutput(None, loss, auxiliary, output.expert_counts, predictions_BT=output.predictions_BT)
 
 
 class Stage(pipelining.PipelineStage):
@@ -149,9 +153,10 @@ class Pipeline:
         return self._finish()
 
     @torch.no_grad()
-    def evaluate(self, inputs: Sequence[MicroBatch]) -> list[ModelOutput]:
-        """The same outputs from forward passes alone."""
+    def evaluate(self, inputs: Sequence[MicroBatch], *, predicts: bool = False) -> list[ModelOutput]:
+        """The same outputs from forward passes alone; on the last stage with the most likely tokens if asked for."""
         self._start(inputs, None)
+        self.current.predicts = predicts
         numbers = torch.arange(len(inputs))
         self._schedule.eval(index=numbers, target=numbers, return_outputs=False)
         return self._finish()
@@ -168,7 +173,7 @@ class Pipeline:
 
     def _finish(self) -> list[ModelOutput]:
         outputs, self.current.outputs = self.current.outputs, []
-        self.current.inputs, self.current.share = (), None
+        self.current.inputs, self.current.share, self.current.predicts = (), None, False
         return outputs
 
     def _build_schedule(self, num_micro_batches: int, rows: int, tokens: int) -> Any:

@@ -49,6 +49,11 @@ def make_cards(record: RunRecord) -> list[Card]:
     ]
     if validation is not None:
         cards.append(Card("Validation loss", f"{validation:.4f}", f"perplexity {perplexity(validation)}"))
+    answers, rows = record.last("validation_accuracy"), record.last("validation_row_accuracy")
+    if answers is not None and rows is not None:
+        cards.append(
+            Card("Validation accuracy", f"{answers:.1%}", f"of answers; {rows:.1%} of rows without a wrong one")
+        )
     cards.append(
         Card("Throughput", f"{count(speed)} tokens/s" if speed is not None else "-", "median of the newer half")
     )
@@ -89,7 +94,9 @@ def describe_data(record: RunRecord) -> Table:
     ]
     total = sum(sum(data["tokens"].values()) for data in newest.values())
     header = ("phase", "source", "tokens", "epochs since the start of the run")
-    return Table(f"Store {record.config.data.store}", header, (*rows, ("all", "", f"{total:,}", "")))
+    probe = record.config.data.probe
+    title = f"Store {record.config.data.store}" if probe is None else f"Probe {probe.task}"
+    return Table(title, header, (*rows, ("all", "", f"{total:,}", "")))
 
 
 def count(value: float) -> str:

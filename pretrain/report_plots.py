@@ -65,6 +65,7 @@ def draw_plots(record: RunRecord) -> list[Plot]:
     """Every plot for which the run has measurements."""
     drawings: list[Callable[[RunRecord], Plot | None]] = [
         draw_loss,
+        draw_accuracy,
         draw_learning_rate,
         draw_gradient_norm,
         draw_throughput,
@@ -92,6 +93,25 @@ def draw_loss(record: RunRecord) -> Plot | None:
             axes.legend(loc="best")
 
     return Plot("Loss", "Negative log-likelihood of a token; perplexity is its exponential.", figure("loss", draw))
+
+
+def draw_accuracy(record: RunRecord) -> Plot | None:
+    """Right answers of a probe, and rows without a wrong one."""
+    steps, answers = record.series("validation_accuracy")
+    if not answers:
+        return None
+    _, rows = record.series("validation_row_accuracy")
+
+    def draw(axes: Any) -> None:
+        for number, (label, values) in enumerate((("answers", answers), ("rows", rows))):
+            axes.plot(steps, values, color=SERIES[number], marker="o", markersize=3, label=label)
+        axes.set_ylim(0, 1.02)
+        axes.set_ylabel("share right")
+        axes.legend(loc="best")
+
+    return Plot(
+        "Accuracy", "Validation: answers that are right, and rows without a wrong one.", figure("accuracy", draw)
+    )
 
 
 def draw_learning_rate(record: RunRecord) -> Plot | None:

@@ -11,6 +11,7 @@ from typing import IO, Any, Literal, cast
 import torch
 
 from data_pipeline.loader import PretrainLoader
+from data_pipeline.probe_rows import NO_TOKENIZER
 from data_pipeline.store import TokenStore
 from kernels.backend import resolve_backend
 from model.flops import count_parameters, flops_per_token
@@ -54,6 +55,8 @@ class Progress:
     rollbacks: int = 0
     recent_losses: list[float] = field(default_factory=list)
     validation_loss: float | None = None
+    validation_accuracy: float | None = None
+    validation_row_accuracy: float | None = None
     validated_step: int | None = None
 
 
@@ -247,8 +250,9 @@ def build_model(config: RunConfig, parallel: Parallel) -> HybridModel:
         pieces=pieces,
     )
     if config.run.initial_weights is not None and not list_checkpoints(Path(config.run.dir) / "checkpoints"):
-        tokenizer_identity = TokenStore.open(config.data.text_store()).tokenizer_identity
-        load_initial_weights(model, config.run.initial_weights, tokenizer_identity)
+        has_text = config.data.probe is None
+        tokenizer = TokenStore.open(config.data.text_store()).tokenizer_identity if has_text else NO_TOKENIZER
+        load_initial_weights(model, config.run.initial_weights, tokenizer)
     if config.train.compile:
         model.compile_blocks()
     model.recompute_blocks(recomputed_letters(config))

@@ -185,19 +185,19 @@ def pass_with_gradients(run: Run, batches: Sequence[Batch], share: LossShare) ->
 
 
 @torch.no_grad()
-def pass_forward(run: Run, batches: Sequence[Batch]) -> Iterator[ModelOutput]:
-    """The outputs of the micro-batches, without gradients."""
+def pass_forward(run: Run, batches: Sequence[Batch], *, predicts: bool = False) -> Iterator[ModelOutput]:
+    """The outputs of the micro-batches, without gradients; with the most likely tokens if asked for."""
     if run.pipeline is not None:
-        yield from run.pipeline.evaluate([move_batch(batch, run.parallel) for batch in batches])
+        yield from run.pipeline.evaluate([move_batch(batch, run.parallel) for batch in batches], predicts=predicts)
         return
     for batch in batches:
-        yield forward_batch(run, batch)
+        yield forward_batch(run, batch, predicts=predicts)
 
 
-def forward_batch(run: Run, batch: Batch) -> ModelOutput:
+def forward_batch(run: Run, batch: Batch, *, predicts: bool = False) -> ModelOutput:
     """Loss, auxiliary losses and expert counts of one micro-batch, through the whole model."""
     given = move_batch(batch, run.parallel)
-    output: ModelOutput = run.engine.forward(given.tokens_BT, given.meta, given.labels_BT)
+    output: ModelOutput = run.engine.forward(given.tokens_BT, given.meta, given.labels_BT, predicts=predicts)
     return output
 
 

@@ -84,7 +84,16 @@ def measure_validation(run: Run) -> None:
     validation = validate(run)
     run.progress.validation_loss = validation.loss
     run.progress.validated_step = run.progress.step
-    run.record_event("validation", loss=validation.loss, perplexity=validation.perplexity, tokens=validation.tokens)
+    details: dict[str, Any] = {
+        "loss": validation.loss,
+        "perplexity": validation.perplexity,
+        "tokens": validation.tokens,
+    }
+    if validation.accuracy is not None:
+        run.progress.validation_accuracy = validation.accuracy.answers
+        run.progress.validation_row_accuracy = validation.accuracy.rows
+        details["accuracy"] = asdict(validation.accuracy)
+    run.record_event("validation", **details)
 
 
 def record(run: Run, result: StepResult) -> None:
@@ -125,6 +134,9 @@ def describe_step(run: Run, result: StepResult) -> dict[str, Any]:
     }
     if run.progress.validated_step == run.progress.step:
         metrics["validation_loss"] = run.progress.validation_loss
+        if run.progress.validation_accuracy is not None:
+            metrics["validation_accuracy"] = run.progress.validation_accuracy
+            metrics["validation_row_accuracy"] = run.progress.validation_row_accuracy
     if run.config.stages:
         metrics["stage"] = run.stage.name
     return metrics
