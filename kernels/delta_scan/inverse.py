@@ -10,7 +10,7 @@ _LEAF = 16
 
 
 def invert_unit_lower(strict_nMM: Tensor) -> Tensor:
-    """(I + strict)^-1 for matrices [n, M, M] that are zero on and above the diagonal.
+    """(I + strict)^-1 for matrices [n, M, M], whose entries on and above the diagonal are taken as zeros.
 
     Diagonal blocks of 16 rows are inverted by forward substitution, all at once; two neighbours of inverses X and Z with
     the block Y below the first then make one: [[X, 0], [-Z Y X, Z]]. Products run at the speed of products, where
@@ -45,7 +45,7 @@ def _invert_leaves(strict_nMM: Tensor, inverse_nMM: Tensor) -> None:
 
 def _substitute(strict_nLL: Tensor) -> Tensor:
     """(I + strict)^-1 row by row: row i is the unit vector minus strict_i times the rows before it."""
-    rows = -strict_nLL
+    rows = strict_nLL.tril(-1).neg_()
     for i in range(1, rows.shape[1]):
         rows[:, i, :i] += torch.bmm(rows[:, i : i + 1, :i], rows[:, :i, :i])[:, 0]
     rows.diagonal(dim1=1, dim2=2).add_(1.0)

@@ -1,20 +1,23 @@
-"""The gated delta product in chunks with PyTorch: matrix products over all chunks, and a loop over chunks for the state.
+"""The gated delta product in chunks with PyTorch, a few chunks of a few rows at a time, so that a processor's cache holds them.
 
 The derivation, with the names used here, is in README.md next to this file.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.chunks import Chunks, Documents, cut_documents, pad_tokens
 from kernels.delta_scan.inverse import invert_unit_lower
+from kernels.delta_scan.terms import Terms
 from kernels.gemm_precision import gemm_dtype
+
+# Matrices [Q, Q N] of a piece: enough that a call costs little beside its work, few enough to stay in the cache.
+_MATRICES = 32
 
 
 def chunked_delta(
@@ -34,7 +37,6 @@ def chunked_delta(
     `product_dtype`, by default what this machine multiplies fast; those that make and apply the inverse are float32.
     Under torch.compile the plain composition runs, which Inductor fuses; otherwise a hand-written backward.
     """
-    chunk_size = min(chunk_size, v_BTNHV.shape[1])
     products = gemm_dtype(v_BTNHV) if product_dtype is None else product_dtype
     rows = (q_BTGK, k_BTNGK, v_BTNHV, beta_BTNH, g_BTH)
     arguments = (*rows, initial_state_BHKV, document_ids_BT, chunk_size, products)
@@ -55,180 +57,68 @@ def compose_delta(
     gemm: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """The same as `chunked_delta` as a plain composition of differentiable operations, for the compiler."""
-    setup = _set_up(q_BTGK, k_BTNGK, v_BTNHV, beta_BTNH, g_BTH, document_ids_BT, chunk_size, gemm)
-    s, wide = setup.sizes, setup.wide
-    shape = (s.B * s.H, s.chunks)
-    strict = setup.interactions() * setup.beta.unsqueeze(-2)
-    identity = torch.eye(setup.M, dtype=wide, device=strict.device)
+    B, _, _, H, V = v_BTNHV.shape
+    terms = Terms.of(q_BTGK, k_BTNGK, v_BTNHV, beta_BTNH, g_BTH, document_ids_BT, chunk_size, gemm)
+    strict = (terms.interactions() * terms.beta.mT).tril(-1)
+    identity = torch.eye(strict.shape[-1], dtype=strict.dtype, device=strict.device)
     inverse = torch.linalg.solve_triangular(strict + identity, identity.expand_as(strict), upper=False)
-    inverse = inverse.view(*shape, setup.M, setup.M)
-    into = setup.keys_from_start().reshape(*shape, setup.M, s.K)
-    out_of = setup.keys_to_end().reshape(*shape, setup.M, s.K).transpose(-1, -2)
-    v, beta, carry = setup.v.reshape(*shape, setup.M, s.V), setup.beta.reshape(*shape, setup.M, 1), setup.carry()
+    into, out_of, carry = terms.from_start(terms.k), terms.to_end(terms.k).mT, terms.carry()
     if initial_state_BHKV is None:
-        state = v.new_zeros(s.B * s.H, s.K, s.V)
+        state = terms.v.new_zeros(B, H, q_BTGK.shape[-1], V)
     else:
-        state = initial_state_BHKV.to(wide).reshape(s.B * s.H, s.K, s.V)
+        state = initial_state_BHKV.to(terms.v.dtype)
     entering, changes = [], []
-    for c in range(s.chunks):
+    for c in range(terms.sizes.chunks):
         entering.append(state)
-        error = v[:, c] - setup.product(into[:, c], state)
-        changes.append(beta[:, c] * (inverse[:, c] @ error))
-        state = carry[:, c] * state + setup.product(out_of[:, c], changes[-1])
-    entered = torch.stack(entering, dim=1).view(s.B, s.H, s.chunks, s.K, s.V)
-    changed = torch.stack(changes, dim=1).view(s.B, s.H, s.chunks, setup.M, s.V)
-    o = setup.product(setup.queries_from_start(), entered) + setup.product(setup.mix(), changed)
-    return setup.tokens(o)[:, : s.T].to(v_BTNHV.dtype), state.view(s.B, s.H, s.K, s.V)
+        errors = inverse[:, :, c] @ (terms.v[:, :, c] - terms.product(into[:, :, c], state))
+        changes.append(terms.beta[:, :, c] * errors)
+        state = carry[:, :, c] * state + terms.product(out_of[:, :, c], changes[-1])
+    o = terms.product(terms.from_start(terms.q), torch.stack(entering, dim=2))
+    o = o + terms.product(terms.mix(), torch.stack(changes, dim=2))
+    return terms.tokens(o).to(v_BTNHV.dtype), state
 
 
-@dataclass
-class _Setup:
-    """What forward and backward both derive from the inputs, heads first: [B, G or H, chunks, steps or tokens, ...].
+class _Piece(NamedTuple):
+    """A block of rows and some of their chunks, which are computed together."""
 
-    A chunk has M = Q N steps, those of a token next to each other. J gates a token: H, or 1 (all zero) without decay.
-    """
+    rows: slice
+    tokens: slice
 
-    sizes: Chunks
-    N: int
-    documents: Documents
-    q: Tensor  # [B, G, chunks, Q, K]
-    k: Tensor  # [B, G, chunks, M, K]
-    v: Tensor  # [B, H, chunks, M, V]
-    beta: Tensor  # [B, H, chunks, M]
-    b_nJQ: Tensor
-    decay: Tensor  # exp(b_i - b_j) for tokens j <= i of one document, 0 elsewhere, [B, J, chunks, Q, Q]
-    gemm: torch.dtype
-    wide: torch.dtype
+    def terms(self, inputs: Sequence[Tensor | None], chunk_size: int, gemm: torch.dtype) -> Terms:
+        """Terms of this piece of (q, k, v, beta, g, document ids)."""
+        q, k, v, beta, g, documents = (None if x is None else x[self.rows, self.tokens] for x in inputs)
+        assert q is not None and k is not None and v is not None and beta is not None, "only gates may be absent"
+        return Terms.of(q, k, v, beta, g, documents, chunk_size, gemm)
 
-    @property
-    def M(self) -> int:
-        """Steps of a chunk."""
-        return self.sizes.Q * self.N
-
-    def heads_first(self, x_nJ: Tensor) -> Tensor:
-        """[B chunks, J, ...] as [B, J, chunks, ...]."""
-        return x_nJ.view(self.sizes.B, self.sizes.chunks, *x_nJ.shape[1:]).transpose(1, 2)
-
-    def grouped(self, x_BJ: Tensor) -> Tensor:
-        """[B, J, ...] as [B, G, R, ...], or [B, 1, 1, ...] where J is 1 for all heads."""
-        B, J = x_BJ.shape[:2]
-        shape = (self.sizes.G, self.sizes.R) if J == self.sizes.H else (1, 1)
-        return x_BJ.reshape(B, *shape, *x_BJ.shape[2:])
-
-    def by_head(self, x_BGR: Tensor) -> Tensor:
-        """[B, G, R, ...] as [B, H, ...]."""
-        return x_BGR.reshape(x_BGR.shape[0], self.sizes.H, *x_BGR.shape[3:])
-
-    def spread(self, x_BG: Tensor, weights_BJ: Tensor) -> Tensor:
-        """Vectors of a group times one weight each of every head, [B, H, chunks, rows, K]."""
-        weights = self.grouped(weights_BJ.expand(-1, self.sizes.H, -1, -1))
-        return self.by_head(x_BG.unsqueeze(2) * weights[..., None])
-
-    def sum_heads(self, x_BH: Tensor) -> Tensor:
-        """The transpose of giving a group's tensor to its heads: [B, H, ...] as [B, G, ...]."""
-        return x_BH if self.sizes.R == 1 else self.grouped(x_BH).sum(2)
-
-    def steps(self, x_BJcQ: Tensor) -> Tensor:
-        """Numbers of tokens as numbers of their steps, [B, J, chunks, M]."""
-        return x_BJcQ if self.N == 1 else x_BJcQ.repeat_interleave(self.N, dim=-1)
-
-    def from_start(self) -> Tensor:
-        """exp(b_i) for tokens of the document that owns the entering state, [B, J, chunks, Q]."""
-        return self.heads_first(self.documents.keep_first(self.b_nJQ.exp()))
-
-    def to_end(self) -> Tensor:
-        """exp(b_end - b_j) for tokens of the chunk's last document, [B, J, chunks, Q]."""
-        return self.heads_first(self.documents.keep_last(self.b_nJQ[..., -1:] - self.b_nJQ).exp())
-
-    def carry(self) -> Tensor:
-        """Factor of the entering state in the leaving one, [B H, chunks, 1, 1]."""
-        s = self.sizes
-        carry = self.heads_first(self.documents.keep_carry(self.b_nJQ[..., -1].exp()))
-        return carry.expand(s.B, s.H, s.chunks).reshape(s.B * s.H, s.chunks, 1, 1)
-
-    def weigh(self, scores: Tensor) -> Tensor:
-        """Scores [B, G, 1 or R, chunks, rows, M] times the decay between their tokens; rows are tokens or steps."""
-        s = self.sizes
-        rows = scores.shape[-2]
-        cut = scores.view(s.B, s.G, -1, s.chunks, s.Q, rows // s.Q, s.Q, self.N)
-        weighed = cut * self.grouped(self.decay)[..., :, None, :, None]
-        return weighed.view(s.B, s.G, -1, s.chunks, rows, self.M)
-
-    def interactions(self) -> Tensor:
-        """(k_i . k_j) exp(b_i - b_j) for steps j < i of one document, 0 elsewhere, [B, H, chunks, M, M]."""
-        k = self.k.to(self.wide)
-        scores = torch.matmul(k, k.transpose(-1, -2)).unsqueeze(2)
-        return self.by_head(self.weigh(scores).expand(-1, -1, self.sizes.R, -1, -1, -1)).tril(-1)
-
-    def mix(self) -> Tensor:
-        """(q_i . k_j) exp(b_i - b_j) for steps j of tokens up to i of one document, [B, H, chunks, Q, M]."""
-        scores = self.product(self.q, self.k.transpose(-1, -2)).unsqueeze(2)
-        return self.by_head(self.weigh(scores).expand(-1, -1, self.sizes.R, -1, -1, -1))
-
-    def keys_from_start(self) -> Tensor:
-        """Keys times `from_start`, [B, H, chunks, M, K]."""
-        return self.spread(self.k, self.steps(self.from_start()))
-
-    def keys_to_end(self) -> Tensor:
-        """Keys times `to_end`, [B, H, chunks, M, K]."""
-        return self.spread(self.k, self.steps(self.to_end()))
-
-    def queries_from_start(self) -> Tensor:
-        """Queries times `from_start`, [B, H, chunks, Q, K]."""
-        return self.spread(self.q, self.from_start())
-
-    def product(self, left: Tensor, right: Tensor) -> Tensor:
-        """left @ right with operands in the dtype of products, wide."""
-        return torch.matmul(left.to(self.gemm), right.to(self.gemm)).to(self.wide)
-
-    def tokens(self, x_BHcQ: Tensor) -> Tensor:
-        """[B, H, chunks, Q, V] as rows of tokens [B, chunks Q, H, V]."""
-        return x_BHcQ.permute(0, 2, 3, 1, 4).flatten(1, 2)
+    def resume(self, state_BHKV: Tensor, document_ids_BT: Tensor | None) -> Tensor:
+        """The state before the piece (or its gradient) where the piece goes on with the document before it, else 0."""
+        start = self.tokens.start
+        if document_ids_BT is None or start == 0:
+            return state_BHKV
+        ids_BT = document_ids_BT[self.rows]
+        continues_B = ids_BT[:, start] == ids_BT[:, start - 1]
+        return torch.where(continues_B.view(-1, 1, 1, 1), state_BHKV, torch.zeros_like(state_BHKV))
 
 
-def _set_up(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    g: Tensor | None,
-    documents_BT: Tensor | None,
-    chunk_size: int,
-    gemm: torch.dtype,
-) -> _Setup:
-    B, T, N, H, V = v.shape
-    G, K = q.shape[2:]
-    s = Chunks.of(B, T, H, G, K, V, chunk_size)
-    wide = beta.dtype
-    q, k, v, beta = (pad_tokens(x, s.padding) for x in (q, k, v, beta))
-    g = beta.new_zeros(B, s.chunks * s.Q, 1) if g is None else pad_tokens(g, s.padding)
-    g_nJQ = g.reshape(s.count, s.Q, -1).transpose(1, 2).contiguous()
-    documents = cut_documents(documents_BT, s, g_nJQ)
-    cut, M = (B, s.chunks, s.Q), s.Q * N
-    b_nJQ = documents.sum_inside(g_nJQ)
+def _cut_pieces(v_BTNHV: Tensor, chunk_size: int) -> list[list[_Piece]]:
+    """Blocks of rows, each as its pieces in order."""
+    B, T, _, H, _ = v_BTNHV.shape
+    rows = max(1, min(B, _MATRICES // H))
+    tokens = chunk_size * max(1, _MATRICES // (rows * H))
+    blocks = [slice(row, min(row + rows, B)) for row in range(0, B, rows)]
+    return [[_Piece(block, slice(at, min(at + tokens, T))) for at in range(0, T, tokens)] for block in blocks]
 
-    def heads_first(x_nJ: Tensor) -> Tensor:
-        return x_nJ.view(B, s.chunks, *x_nJ.shape[1:]).transpose(1, 2)
 
-    b = heads_first(b_nJQ)
-    bias = documents.bias if documents.bias.dim() == 2 else heads_first(documents.bias)
-    return _Setup(
-        s,
-        N,
-        documents,
-        q.to(wide).view(*cut, G, K).permute(0, 3, 1, 2, 4).contiguous(),
-        k.to(wide).view(*cut, N, G, K).permute(0, 4, 1, 2, 3, 5).reshape(B, G, s.chunks, M, K),
-        v.to(wide).view(*cut, N, H, V).permute(0, 4, 1, 2, 3, 5).reshape(B, H, s.chunks, M, V),
-        beta.view(*cut, N, H).permute(0, 4, 1, 2, 3).reshape(B, H, s.chunks, M),
-        b_nJQ,
-        (b[..., :, None] - b[..., None, :] + bias).clamp(max=0.0).exp(),
-        gemm,
-        wide,
-    )
+class _Walked(NamedTuple):
+    """What backward needs of a piece: inverses [B, H, chunks, M, M], errors [.., M, V], entering states [.., K, V]."""
+
+    inverse: Tensor
+    errors: Tensor
+    entering: Tensor
 
 
 class _ChunkedDelta(torch.autograd.Function):
-    """`chunked_delta` with its gradient written out: saves the inputs, o, the inverses, errors and entering states."""
+    """`chunked_delta` with its gradient written out: saves inputs, o, and each piece's inverses, errors and states."""
 
     @staticmethod
     def forward(
@@ -243,19 +133,25 @@ class _ChunkedDelta(torch.autograd.Function):
         chunk_size: int,
         gemm: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
-        setup = _set_up(q, k, v, beta, g, documents_BT, chunk_size, gemm)
-        s = setup.sizes
-        strict = setup.interactions() * setup.beta.unsqueeze(-2)
-        inverse = invert_unit_lower(strict.view(-1, setup.M, setup.M)).view(s.B * s.H, s.chunks, setup.M, setup.M)
-        entering, errors, final = _walk(setup, inverse, initial)
-        changes = errors.view(setup.v.shape) * setup.beta.unsqueeze(-1)
-        o = setup.product(setup.queries_from_start(), entering.view(s.B, s.H, s.chunks, s.K, s.V))
-        o += setup.product(setup.mix(), changes)
-        ctx.save_for_backward(q, k, v, beta, g, documents_BT, o, inverse, entering, errors, final)
+        inputs = (q, k, v, beta, g, documents_BT)
+        B, T, _, H, V = v.shape
+        o = torch.empty(B, T, H, V, dtype=beta.dtype, device=v.device)
+        final = torch.empty(B, H, q.shape[-1], V, dtype=beta.dtype, device=v.device)
+        walked: list[Tensor] = []
+        for pieces in _cut_pieces(v, chunk_size):
+            rows = pieces[0].rows
+            state = torch.zeros_like(final[rows]) if initial is None else initial[rows].to(final.dtype)
+            for piece in pieces:
+                terms = piece.terms(inputs, chunk_size, gemm)
+                state = piece.resume(state, documents_BT)
+                o[piece.rows, piece.tokens], state, saved = _walk(terms, state)
+                walked += saved
+            final[rows] = state
+        ctx.save_for_backward(*inputs, o, final, *walked)
         ctx.chunk_size, ctx.gemm = chunk_size, gemm
         ctx.initial_dtype = None if initial is None else initial.dtype
         ctx.set_materialize_grads(False)
-        return setup.tokens(o)[:, : s.T].to(v.dtype), final.view(s.B, s.H, s.K, s.V).clone()
+        return (o.clone() if o.dtype == v.dtype else o.to(v.dtype)), final.clone()
 
     @staticmethod
     @once_differentiable
@@ -263,92 +159,96 @@ class _ChunkedDelta(torch.autograd.Function):
         return _backward(ctx, d_o, d_final)
 
 
-def _walk(setup: _Setup, inverse: Tensor, initial: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """States entering each chunk [B H, chunks, K, V], errors [B H, chunks, M, V] and the last state [B H, K, V]."""
-    s, M = setup.sizes, setup.M
-    shape = (s.B * s.H, s.chunks)
-    into = setup.keys_from_start().reshape(*shape, M, s.K)
-    out_of = setup.keys_to_end().reshape(*shape, M, s.K).transpose(-1, -2)
-    v, beta, carry = setup.v.reshape(*shape, M, s.V), setup.beta.reshape(*shape, M, 1), setup.carry()
-    entering = v.new_empty(*shape, s.K, s.V)
-    errors = torch.empty_like(v)
-    state = v.new_zeros(s.B * s.H, s.K, s.V) if initial is None else initial.to(v.dtype).reshape(-1, s.K, s.V)
-    for c in range(s.chunks):
-        entering[:, c] = state
-        torch.bmm(inverse[:, c], v[:, c] - setup.product(into[:, c], state), out=errors[:, c])
-        state = (carry[:, c] * state).add_(setup.product(out_of[:, c], beta[:, c] * errors[:, c]))
-    return entering, errors, state
+def _walk(terms: Terms, state: Tensor) -> tuple[Tensor, Tensor, _Walked]:
+    """o [B, T, H, V] of a piece, the state after it, and what its backward needs."""
+    strict = terms.interactions().mul_(terms.beta.mT)
+    inverse = invert_unit_lower(strict.flatten(0, 2)).view_as(strict)
+    into, out_of, carry = terms.from_start(terms.k), terms.to_end(terms.k).mT, terms.carry()
+    chunks = range(terms.sizes.chunks)
+    errors, changes = torch.empty_like(terms.v), torch.empty_like(terms.v)
+    entering = terms.v.new_empty(*terms.v.shape[:3], *state.shape[2:])
+    for c in chunks:
+        entering[:, :, c] = state
+        errors[:, :, c] = inverse[:, :, c] @ (terms.v[:, :, c] - terms.product(into[:, :, c], state))
+        torch.mul(terms.beta[:, :, c], errors[:, :, c], out=changes[:, :, c])
+        state = (carry[:, :, c] * state).add_(terms.product(out_of[:, :, c], changes[:, :, c]))
+    o = terms.product(terms.from_start(terms.q), entering).add_(terms.product(terms.mix(), changes))
+    return terms.tokens(o), state, _Walked(inverse, errors, entering)
 
 
-def _walk_back(
-    setup: _Setup, inverse: Tensor, d_o: Tensor, d_final: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of changes [B, H, chunks, M, V], of v, of the states leaving chunks [B H, chunks, K, V], of the initial."""
-    s, M = setup.sizes, setup.M
-    shape = (s.B * s.H, s.chunks)
-    into = setup.keys_from_start().reshape(*shape, M, s.K).transpose(-1, -2)
-    out_of = setup.keys_to_end().reshape(*shape, M, s.K)
-    beta, carry = setup.beta.reshape(*shape, M, 1), setup.carry()
-    d_changes = setup.product(setup.mix().transpose(-1, -2), d_o).view(*shape, M, s.V)
-    d_read = setup.product(setup.queries_from_start().transpose(-1, -2), d_o).view(*shape, s.K, s.V)
-    d_v = torch.empty_like(d_changes)
-    leaving = torch.empty_like(d_read)
-    d_state = torch.zeros_like(d_read[:, 0]) if d_final is None else d_final.reshape(-1, s.K, s.V)
-    for c in range(s.chunks - 1, -1, -1):
-        leaving[:, c] = d_state
-        d_changes[:, c] += setup.product(out_of[:, c], d_state)
-        torch.bmm(inverse[:, c].transpose(1, 2), beta[:, c] * d_changes[:, c], out=d_v[:, c])
-        d_state = torch.addcmul(d_read[:, c], carry[:, c], d_state).sub_(setup.product(into[:, c], d_v[:, c]))
-    return d_changes.view(setup.v.shape), d_v.view(setup.v.shape), leaving, d_state
+def _walk_back(terms: Terms, walked: _Walked, d_o: Tensor, d_state: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of changes, of v, of the states leaving chunks (shaped as errors and entering), and of the first state."""
+    into, out_of, carry = terms.from_start(terms.k).mT, terms.to_end(terms.k), terms.carry()
+    d_changes = terms.product(terms.mix().mT, d_o)
+    d_read = terms.product(terms.from_start(terms.q).mT, d_o)
+    d_v, leaving = torch.empty_like(d_changes), torch.empty_like(d_read)
+    for c in reversed(range(terms.sizes.chunks)):
+        leaving[:, :, c] = d_state
+        d_changes[:, :, c] += terms.product(out_of[:, :, c], d_state)
+        d_v[:, :, c] = walked.inverse[:, :, c].mT @ (terms.beta[:, :, c] * d_changes[:, :, c])
+        through_errors = terms.product(into[:, :, c], d_v[:, :, c])
+        d_state = (carry[:, :, c] * d_state).add_(d_read[:, :, c]).sub_(through_errors)
+    return d_changes, d_v, leaving, d_state
+
+
+class _Gradients(NamedTuple):
+    """Gradients of the inputs, or of a piece of them."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    beta: Tensor
+    g: Tensor | None
 
 
 def _backward(ctx: Any, d_o: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, beta, g, documents_BT, o, inverse, entering, errors, final = ctx.saved_tensors
-    setup = _set_up(q, k, v, beta, g, documents_BT, ctx.chunk_size, ctx.gemm)
-    s = setup.sizes
+    q, k, v, beta, g, documents_BT, o, final, *saved = ctx.saved_tensors
+    inputs = (q, k, v, beta, g, documents_BT)
     if d_o is None:
-        d_o = v.new_zeros(s.B, s.T, s.H, s.V)
-    d_o = (
-        pad_tokens(d_o, s.padding).to(setup.wide).view(s.B, s.chunks, s.Q, s.H, s.V).permute(0, 3, 1, 2, 4).contiguous()
-    )
-    d_changes, d_v, leaving, d_initial = _walk_back(setup, inverse, d_o, d_final)
-    states = (s.B, s.H, s.chunks, s.K, s.V)
-    entered, left = entering.view(states), leaving.view(states)
-    errors = errors.view(setup.v.shape)
-    changes = errors * setup.beta.unsqueeze(-1)
+        d_o = torch.zeros_like(o)
+    walked = [_Walked(*saved[i : i + 3]) for i in range(0, len(saved), 3)]
+    total = _Gradients(*(torch.empty_like(x) for x in (q, k, v, beta)), None if g is None else torch.empty_like(g))
+    d_initial = torch.empty_like(final)
+    for pieces in reversed(_cut_pieces(v, ctx.chunk_size)):
+        rows = pieces[0].rows
+        d_state = torch.zeros_like(final[rows]) if d_final is None else d_final[rows]
+        after = final[rows]
+        for piece in reversed(pieces):
+            terms, kept = piece.terms(inputs, ctx.chunk_size, ctx.gemm), walked.pop()
+            place = piece.rows, piece.tokens
+            gradients, d_state = _differentiate(terms, kept, o[place], d_o[place], after, d_state, g is not None)
+            d_state = piece.resume(d_state, documents_BT)
+            after = kept.entering[:, :, 0]
+            for whole, part in zip(total, gradients):
+                if whole is not None and part is not None:
+                    whole[place] = part
+        d_initial[rows] = d_state
+    return (*total, None if ctx.initial_dtype is None else d_initial.to(ctx.initial_dtype), None, None, None)
 
-    d_scores = setup.sum_heads(setup.by_head(setup.weigh(setup.grouped(setup.product(d_o, changes.mT)))))
-    d_q = setup.sum_heads(setup.product(d_o, entered.mT) * setup.from_start()[..., None])
-    d_q += setup.product(d_scores, setup.k)
 
-    d_k = setup.product(changes, left.mT) * setup.steps(setup.to_end())[..., None]
-    d_k -= setup.product(d_v, entered.mT) * setup.steps(setup.from_start())[..., None]
-    d_k = setup.sum_heads(d_k) + setup.product(d_scores.mT, setup.q)
-    d_pairs = setup.sum_heads(setup.by_head(setup.weigh(setup.grouped(setup.product(d_v, changes.mT))))).tril(-1)
-    d_k -= setup.product(d_pairs + d_pairs.mT, setup.k)
-
-    d_beta = (errors * (d_changes - setup.interactions().mT @ d_v)).sum(-1)
+def _differentiate(
+    terms: Terms, walked: _Walked, o: Tensor, d_o: Tensor, after: Tensor, d_state: Tensor, gated: bool
+) -> tuple[_Gradients, Tensor]:
+    """Gradients of a piece's inputs and of the state before it, from those of its o and of the state after it."""
+    s, N = terms.sizes, terms.N
+    d_o_heads = terms.heads_first(d_o)
+    d_changes, d_v, leaving, d_state = _walk_back(terms, walked, d_o_heads, d_state)
+    errors, entering = walked.errors, walked.entering
+    changes = errors * terms.beta
+    d_scores = terms.weigh_gradient(terms.product(d_o_heads, changes.mT))
+    d_q = terms.from_start_gradient(terms.product(d_o_heads, entering.mT)).add_(terms.product(d_scores, terms.k))
+    d_k = terms.to_end_gradient(terms.product(changes, leaving.mT))
+    d_k -= terms.from_start_gradient(terms.product(d_v, entering.mT))
+    d_k += terms.product(d_scores.mT, terms.q)
+    d_pairs = terms.weigh_gradient(terms.product(d_v, changes.mT)).tril_(-1)
+    d_k -= terms.product(d_pairs + d_pairs.mT, terms.k)
+    d_beta = (errors * (d_changes - terms.interactions().tril_(-1).mT @ d_v)).sum(-1)
     d_g = None
-    if g is not None:
-        d_b = (d_o * o).sum(-1) - (d_v * setup.v).sum(-1).unflatten(-1, (s.Q, setup.N)).sum(-1)
-        after = torch.cat([entering[:, 1:], final[:, None]], dim=1).view(states)
-        d_b[..., -1] += (after * left).sum((-1, -2))
-        d_b_nHQ = d_b.transpose(1, 2).reshape(s.count, s.H, s.Q)
-        d_g = setup.documents.sum_inside_reversed(d_b_nHQ).transpose(1, 2).reshape(s.B, -1, s.H)[:, : s.T]
-
-    def trim(gradient: Tensor, like: Tensor) -> Tensor:
-        """[B, heads, chunks, Q or M, ...] as the input it belongs to."""
-        rows = gradient.movedim(1, 3).reshape(s.B, s.chunks * s.Q, *like.shape[2:])
-        return rows[:, : s.T].to(like.dtype)
-
-    return (
-        trim(d_q, q),
-        trim(d_k, k),
-        trim(d_v, v),
-        trim(d_beta, beta),
-        d_g,
-        None if ctx.initial_dtype is None else d_initial.view(s.B, s.H, s.K, s.V).to(ctx.initial_dtype),
-        None,
-        None,
-        None,
-    )
+    if gated:
+        d_b = terms.heads_first((o * d_o).sum(-1)) - (d_v * terms.v).sum(-1).unflatten(-1, (s.Q, N)).sum(-1)
+        d_b[..., :-1, -1] += (entering[:, :, 1:] * leaving[:, :, :-1]).sum((-1, -2))
+        d_b[..., -1, -1] += (after * leaving[:, :, -1]).sum((-1, -2))
+        d_g = terms.gate_gradient(d_b)
+    return _Gradients(
+        terms.tokens(d_q), terms.tokens(d_k, N), terms.tokens(d_v, N), terms.tokens(d_beta, N), d_g
+    ), d_state
