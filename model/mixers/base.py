@@ -19,7 +19,7 @@ from model.context import receive_states, receive_windows
 from model.groups import ProcessGroupCollection
 from model.layers import ColumnLinear, Cut, KeepsBuffers, RowLinear, Shard, divide
 from model.mixer import BlockState, MixerOutput, MixerState
-from model.mixers.options import HeadOptions
+from model.mixers.options import LinearOptions
 from model.mixers.recurrence import Recurrence, ScanRows, add_entering_state
 from model.packing import PackMeta
 from model.regions import leave_tensor_region, project_stream
@@ -87,11 +87,11 @@ class LinearMixer(SequenceMixer):
 
     recurrence: Recurrence
 
-    def __init__(self, options: HeadOptions, build: BuildContext) -> None:
+    def __init__(self, options: LinearOptions, build: BuildContext) -> None:
         super().__init__()
         self.options, self.build = options, build
-        self.num_heads = divide(options.num_heads, build.groups, f"num_heads of a {type(self).__name__}")
-        self.key_dim, self.value_dim = options.head_dim, options.value_dim()
+        self.num_heads = divide(options.heads(), build.groups, f"the heads of a {type(self).__name__}")
+        self.key_dim, self.value_dim = options.key_dim(), options.value_dim()
         self.shards: dict[str, Shard] = {}
         num_ranks = build.groups.tp.size()
         parts = self.parts()
@@ -115,7 +115,7 @@ class LinearMixer(SequenceMixer):
         if self.options.conv_kernel:
             convolved = [parts[name] for name in self.convolved()]
             self.conv = ShortConvolution(cut_of(convolved), options.conv_kernel, num_ranks)
-        self.out_proj = RowLinear(options.num_heads * self.value_dim, build.hidden_size, build.groups, name="num_heads")
+        self.out_proj = RowLinear(options.heads() * self.value_dim, build.hidden_size, build.groups, name="num_heads")
 
     @abstractmethod
     def parts(self) -> dict[str, Part]:

@@ -20,6 +20,7 @@ class TransNormerMixer(LinearMixer):
     Source: Qin et al. 2022, arXiv 2210.10340, section 3.2; its block-local softmax in early layers is the mixer `W`.
     """
 
+    options: HeadOptions
     recurrence = DecayRecurrence()
 
     def __init__(self, options: HeadOptions, build: BuildContext) -> None:
@@ -47,6 +48,7 @@ class HedgehogMixer(LinearMixer):
     Source: Zhang et al. 2024, arXiv 2402.04347, section 4.1.
     """
 
+    options: HeadOptions
     recurrence = DecayRecurrence()
 
     def __init__(self, options: HeadOptions, build: BuildContext) -> None:

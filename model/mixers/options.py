@@ -25,18 +25,47 @@ class MixerOptions(Section):
         return 0
 
 
-class HeadOptions(MixerOptions):
-    """What every mixer with heads of matrix states can choose."""
+class LinearOptions(MixerOptions):
+    """What every mixer on a linear recurrence can choose."""
 
-    num_heads: int = Field(gt=0, description="Heads of the recurrence; free of hidden_size.")
-    head_dim: int = Field(64, gt=0, description="Channels of a query and key head.")
-    value_head_dim: int | None = Field(None, gt=0, description="Channels of a value head; none: head_dim.")
     conv_kernel: Literal[0, 2, 3, 4] = Field(
         0, description="Width of the causal depthwise convolution with SiLU before the recurrence; 0: none."
     )
     chunk_size: int = Field(
         64, gt=0, description="Tokens a chunk of the scan; changes speed and rounding, not meaning."
     )
+
+    def heads(self) -> int:
+        """Heads of the recurrence, each with a state [key_dim, value_dim]."""
+        raise NotImplementedError
+
+    def key_dim(self) -> int:
+        """Rows of a head's state."""
+        raise NotImplementedError
+
+    def value_dim(self) -> int:
+        """Columns of a head's state."""
+        raise NotImplementedError
+
+    def window(self) -> int:
+        """What the convolution reads."""
+        return max(0, self.conv_kernel - 1)
+
+
+class HeadOptions(LinearOptions):
+    """What every mixer with query, key and value heads can choose."""
+
+    num_heads: int = Field(gt=0, description="Heads of the recurrence; free of hidden_size.")
+    head_dim: int = Field(64, gt=0, description="Channels of a query and key head.")
+    value_head_dim: int | None = Field(None, gt=0, description="Channels of a value head; none: head_dim.")
+
+    def heads(self) -> int:
+        """num_heads."""
+        return self.num_heads
+
+    def key_dim(self) -> int:
+        """head_dim."""
+        return self.head_dim
 
     def value_dim(self) -> int:
         """Channels of a value head."""
@@ -45,10 +74,6 @@ class HeadOptions(MixerOptions):
     def cut_evenly(self) -> dict[str, int]:
         """Heads."""
         return {"num_heads": self.num_heads}
-
-    def window(self) -> int:
-        """What the convolution reads."""
-        return max(0, self.conv_kernel - 1)
 
 
 class RetentionOptions(HeadOptions):
@@ -120,3 +145,28 @@ class HedgehogOptions(HeadOptions):
 
 class PlstmOptions(HeadOptions):
     """pLSTM along a line (Poeppel et al. 2025, arXiv 2506.11997): source, transition and mark gates."""
+
+
+class Mamba1Options(LinearOptions):
+    """Mamba, the first one (Gu and Dao 2023, arXiv 2312.00752): a decay of each state number (S6)."""
+
+    conv_kernel: Literal[0, 2, 3, 4] = Field(4, description="Width of the causal convolution over x; 0: none.")
+    inner_size: int = Field(gt=0, description="Channels of the scan; usually twice hidden_size.")
+    state_size: int = Field(16, gt=0, description="State numbers a channel.")
+    dt_rank: int | None = Field(None, gt=0, description="Inside of the time step's projection; none: hidden_size / 16.")
+
+    def heads(self) -> int:
+        """Each channel."""
+        return self.inner_size
+
+    def key_dim(self) -> int:
+        """state_size."""
+        return self.state_size
+
+    def value_dim(self) -> int:
+        """One number."""
+        return 1
+
+    def cut_evenly(self) -> dict[str, int]:
+        """Channels."""
+        return {"inner_size": self.inner_size}

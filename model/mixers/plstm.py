@@ -22,6 +22,7 @@ class PlstmMixer(LinearMixer):
     Source: Poeppel et al. 2025, arXiv 2506.11997, section 3, for a sequence: the graph of a line.
     """
 
+    options: HeadOptions
     recurrence = DecayRecurrence()
     gates: ClassVar[tuple[str, ...]] = ("source", "transition", "mark")
 

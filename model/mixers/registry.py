@@ -57,6 +57,7 @@ BUILT_IN = (
     MixerSpec("hgrn2", "model.mixers.vector_gates:Hgrn2Mixer", own.Hgrn2Options),
     MixerSpec("hedgehog", "model.mixers.feature_maps:HedgehogMixer", own.HedgehogOptions),
     MixerSpec("lightning", "model.mixers.retention:LightningMixer", own.LightningOptions),
+    MixerSpec("mamba1", "model.mixers.mamba1:Mamba1Mixer", own.Mamba1Options),
     MixerSpec("plstm", "model.mixers.plstm:PlstmMixer", own.PlstmOptions),
     MixerSpec("retnet", "model.mixers.retention:RetentionMixer", own.RetentionOptions),
     MixerSpec("transnormer", "model.mixers.feature_maps:TransNormerMixer", own.TransNormerOptions),

@@ -18,6 +18,7 @@ from model.packing import PackMeta
 class ConstantDecayMixer(LinearMixer):
     """q, k, v and an output gate from one projection; the decay of each head is a buffer."""
 
+    options: RetentionOptions | LightningOptions
     recurrence = DecayRecurrence()
 
     def __init__(self, options: RetentionOptions | LightningOptions, build: BuildContext) -> None:

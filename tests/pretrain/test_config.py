@@ -54,30 +54,32 @@ model.moe.num_router_groups model.moe.router_group_top_k model.moe.expert_bias m
 model.moe.auxiliary_loss_weight model.moe.sequence_loss_weight model.moe.z_loss_weight model.moe.latent_size
 model.moe.capacity_factor model.moe.overflow
 model.feed_forward.hidden_size model.feed_forward.activation
-model.mixers.deltanet.num_heads model.mixers.deltanet.head_dim model.mixers.deltanet.value_head_dim
-model.mixers.deltanet.conv_kernel model.mixers.deltanet.chunk_size model.mixers.deltanet.num_key_heads
+model.mixers.deltanet.conv_kernel model.mixers.deltanet.chunk_size model.mixers.deltanet.num_heads
+model.mixers.deltanet.head_dim model.mixers.deltanet.value_head_dim model.mixers.deltanet.num_key_heads
 model.mixers.deltanet.allow_negative_eigenvalues
-model.mixers.gated_deltanet.num_heads model.mixers.gated_deltanet.head_dim model.mixers.gated_deltanet.value_head_dim
-model.mixers.gated_deltanet.conv_kernel model.mixers.gated_deltanet.chunk_size
+model.mixers.gated_deltanet.conv_kernel model.mixers.gated_deltanet.chunk_size model.mixers.gated_deltanet.num_heads
+model.mixers.gated_deltanet.head_dim model.mixers.gated_deltanet.value_head_dim
 model.mixers.gated_deltanet.num_key_heads model.mixers.gated_deltanet.allow_negative_eigenvalues
-model.mixers.deltaproduct.num_heads model.mixers.deltaproduct.head_dim model.mixers.deltaproduct.value_head_dim
-model.mixers.deltaproduct.conv_kernel model.mixers.deltaproduct.chunk_size model.mixers.deltaproduct.num_key_heads
+model.mixers.deltaproduct.conv_kernel model.mixers.deltaproduct.chunk_size model.mixers.deltaproduct.num_heads
+model.mixers.deltaproduct.head_dim model.mixers.deltaproduct.value_head_dim model.mixers.deltaproduct.num_key_heads
 model.mixers.deltaproduct.allow_negative_eigenvalues model.mixers.deltaproduct.num_steps
 model.mixers.deltaproduct.decay
-model.mixers.gla.num_heads model.mixers.gla.head_dim model.mixers.gla.value_head_dim
-model.mixers.gla.conv_kernel model.mixers.gla.chunk_size model.mixers.gla.gate_rank
-model.mixers.hgrn2.num_heads model.mixers.hgrn2.head_dim model.mixers.hgrn2.value_head_dim
-model.mixers.hgrn2.conv_kernel model.mixers.hgrn2.chunk_size
-model.mixers.hedgehog.num_heads model.mixers.hedgehog.head_dim model.mixers.hedgehog.value_head_dim
-model.mixers.hedgehog.conv_kernel model.mixers.hedgehog.chunk_size
-model.mixers.plstm.num_heads model.mixers.plstm.head_dim model.mixers.plstm.value_head_dim
-model.mixers.plstm.conv_kernel model.mixers.plstm.chunk_size
-model.mixers.transnormer.num_heads model.mixers.transnormer.head_dim model.mixers.transnormer.value_head_dim
-model.mixers.transnormer.conv_kernel model.mixers.transnormer.chunk_size
-model.mixers.lightning.num_heads model.mixers.lightning.head_dim model.mixers.lightning.value_head_dim
-model.mixers.lightning.conv_kernel model.mixers.lightning.chunk_size
-model.mixers.retnet.num_heads model.mixers.retnet.head_dim model.mixers.retnet.value_head_dim
-model.mixers.retnet.conv_kernel model.mixers.retnet.chunk_size model.mixers.retnet.rope_theta
+model.mixers.gla.conv_kernel model.mixers.gla.chunk_size model.mixers.gla.num_heads model.mixers.gla.head_dim
+model.mixers.gla.value_head_dim model.mixers.gla.gate_rank
+model.mixers.hgrn2.conv_kernel model.mixers.hgrn2.chunk_size model.mixers.hgrn2.num_heads model.mixers.hgrn2.head_dim
+model.mixers.hgrn2.value_head_dim
+model.mixers.hedgehog.conv_kernel model.mixers.hedgehog.chunk_size model.mixers.hedgehog.num_heads
+model.mixers.hedgehog.head_dim model.mixers.hedgehog.value_head_dim
+model.mixers.lightning.conv_kernel model.mixers.lightning.chunk_size model.mixers.lightning.num_heads
+model.mixers.lightning.head_dim model.mixers.lightning.value_head_dim
+model.mixers.mamba1.conv_kernel model.mixers.mamba1.chunk_size model.mixers.mamba1.inner_size
+model.mixers.mamba1.state_size model.mixers.mamba1.dt_rank
+model.mixers.plstm.conv_kernel model.mixers.plstm.chunk_size model.mixers.plstm.num_heads model.mixers.plstm.head_dim
+model.mixers.plstm.value_head_dim
+model.mixers.retnet.conv_kernel model.mixers.retnet.chunk_size model.mixers.retnet.num_heads
+model.mixers.retnet.head_dim model.mixers.retnet.value_head_dim model.mixers.retnet.rope_theta
+model.mixers.transnormer.conv_kernel model.mixers.transnormer.chunk_size model.mixers.transnormer.num_heads
+model.mixers.transnormer.head_dim model.mixers.transnormer.value_head_dim
 data.store data.validation_fraction data.packing data.shuffle data.mask_document_boundaries data.num_workers
 data.on_corruption
 data.cache.folder data.cache.max_bytes data.cache.block_bytes

@@ -1,0 +1,129 @@
+"""Mamba, the first one: a selective scan with a decay of each state number (S6)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from kernels.decay_scan.carry import decay_read
+from kernels.diag_scan.op import diag_scan, diag_step
+from kernels.linear.op import linear
+from model.layers import Cut, RowLinear, Shard
+from model.mixers.base import BuildContext, LinearMixer, Part
+from model.mixers.first_values import first_time_steps
+from model.mixers.options import Mamba1Options
+from model.mixers.recurrence import OpenScan, Recurrence, ScanRows
+from model.packing import PackMeta
+from model.regions import sum_parts
+
+
+class Mamba1Mixer(LinearMixer):
+    """in_proj to x and z; convolution and SiLU over x; dt (low-rank), B and C from x; the scan; times silu(z); out_proj.
+
+    Each channel is a head with a state of [state_size, 1]. Channels are cut over the tensor ranks, which sum what they give
+    to dt, B and C: one all-reduce of dt_rank + 2 state_size numbers a token.
+    Source: Gu and Dao 2023, arXiv 2312.00752, sections 3.2 to 3.4.
+    """
+
+    options: Mamba1Options
+
+    def __init__(self, options: Mamba1Options, build: BuildContext) -> None:
+        super().__init__(options, build)
+        self.dt_rank = options.dt_rank or math.ceil(build.hidden_size / 16)
+        low_rank_size = self.dt_rank + 2 * options.state_size
+        self.x_proj = RowLinear(options.inner_size, low_rank_size, build.groups, name="inner_size")
+        self.dt_proj = nn.Parameter(torch.empty(self.num_heads, self.dt_rank))
+        self.A_log = nn.Parameter(torch.empty(self.num_heads, options.state_size))
+        self.D = nn.Parameter(torch.empty(self.num_heads))
+        self.dt_bias = nn.Parameter(torch.empty(self.num_heads))
+        by_channel = Shard((Cut(0, "tp", (options.inner_size,)),))
+        self.shards |= dict.fromkeys(("dt_proj", "A_log", "D", "dt_bias"), by_channel)
+        self.recurrence = SelectiveRecurrence(self)
+
+    def parts(self) -> dict[str, Part]:
+        """x and the gate z, by channel."""
+        channels = Part(self.options.inner_size, self.options.inner_size)
+        return {"x": channels, "z": channels}
+
+    def convolved(self) -> tuple[str, ...]:
+        """x alone."""
+        return ("x",)
+
+    def rows(self, parts: dict[str, Tensor], meta: PackMeta) -> ScanRows:
+        """C as q, B as k, x as v and the raw time step as g; pointwise in time."""
+        x_BTC = parts["x"] if self.conv is not None else functional.silu(parts["x"])
+        low_BTR = sum_parts(self.x_proj(x_BTC), self.build.groups)
+        size = self.options.state_size
+        dt_BTR, B_BTN, C_BTN = low_BTR.split([self.dt_rank, size, size], dim=-1)
+        return ScanRows(C_BTN, B_BTN, x_BTC, linear(dt_BTR, self.dt_proj))
+
+    def output(self, o_BTHV: Tensor, parts: dict[str, Tensor]) -> Tensor:
+        """Times silu(z)."""
+        return o_BTHV.flatten(-2) * functional.silu(parts["z"])
+
+    def first_value(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
+        """-A = 1..N in each channel, log-uniform time steps (sections 3.6 and E.2)."""
+        if name == "A_log":
+            return torch.arange(1, shape[1] + 1, dtype=torch.float32).log().expand(shape).clone()
+        if name == "dt_bias":
+            return first_time_steps(shape, generator)
+        bound = self.dt_rank**-0.5
+        return torch.empty(shape).uniform_(-bound, bound, generator=generator) if name == "dt_proj" else None
+
+
+class SelectiveRecurrence(Recurrence):
+    """h_t = e^(dt_t A) h_(t-1) + dt_t x_t B_t, y_t = h_t C_t + D x_t, with A and D of a mixer (kernels/diag_scan)."""
+
+    def __init__(self, mixer: Mamba1Mixer) -> None:
+        self.mixer = mixer
+
+    def _arguments(self, rows: ScanRows) -> tuple[Tensor, ...]:
+        mixer = self.mixer
+        assert rows.g is not None, "a selective scan needs time steps"
+        return rows.v, rows.g, mixer.A_log, rows.k, rows.q, mixer.D, mixer.dt_bias
+
+    def scan(
+        self,
+        rows: ScanRows,
+        document_ids_BT: Tensor | None,
+        state_BHKV: Tensor | None,
+        *,
+        chunk_size: int,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        """As in the base class."""
+        scanned = diag_scan(
+            *self._arguments(rows),
+            document_ids_BT=document_ids_BT,
+            initial_state_BCN=None if state_BHKV is None else state_BHKV[..., 0],
+            chunk_size=chunk_size,
+            backend=backend,
+        )
+        return scanned.y_BTC[..., None], scanned.final_state_BCN[..., None]
+
+    def scan_open(self, rows: ScanRows, document_ids_BT: Tensor | None, *, chunk_size: int, backend: str) -> OpenScan:
+        """As in the base class; what reads the state has N numbers a channel and token."""
+        x, dt, A_log, _, C_BTN, _, dt_bias = self._arguments(rows)
+        scanned = diag_scan(
+            *self._arguments(rows), document_ids_BT=document_ids_BT, chunk_size=chunk_size, backend=backend
+        )
+        wide = torch.promote_types(x.dtype, torch.float32)
+        step_BTC = functional.softplus(dt.to(wide) + dt_bias.to(wide))
+        g_BTCN = step_BTC[..., None] * -A_log.to(wide).exp()
+        read_BTCN = decay_read(C_BTN[:, :, None].expand(g_BTCN.shape), g_BTCN, document_ids_BT=document_ids_BT)
+        return OpenScan(
+            scanned.y_BTC[..., None], read_BTCN, scanned.final_state_BCN[..., None], scanned.total_decay_BCN
+        )
+
+    def step(self, rows: ScanRows, state_BHKV: Tensor) -> tuple[Tensor, Tensor]:
+        """As in the base class."""
+        x_BC, dt_BC, A_log_CN, B_BN, C_BN, D_C, dt_bias_C = self._arguments(rows)
+        y_BC, state_BCN = diag_step(x_BC, dt_BC, A_log_CN, B_BN, C_BN, D_C, dt_bias_C, state_BHKV[..., 0])
+        return y_BC[..., None], state_BCN[..., None]
+
+    def flops(self, num_heads: int, key_dim: int, value_dim: int) -> float:
+        """A state number a token: decay, B times x, add, times C, add; then D x."""
+        return 5.0 * num_heads * key_dim * value_dim + 2.0 * num_heads
