@@ -5,11 +5,21 @@ The derivation, with the names used here, is in README.md next to this file.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels.chunks import pad_tokens
 from kernels.gemm_precision import gemm_dtype
+
+# Numbers of q in a tile: with those of k, g and a level's factors they stay in a core's cache.
+_TILE = 131072
+_LOG2_E = math.log2(math.e)
 
 
 def chunked_vector_scan(
@@ -25,7 +35,8 @@ def chunked_vector_scan(
     """o_t = S_t^T q_t with S_t = diag(e^(g_t)) S_(t-1) + k_t v_t^T, S = 0 before the first token of each document.
 
     Returns o [B, T, H, V] in the dtype of v and the last state [B, H, K, V] in float32 (float64 for float64 inputs).
-    Matrix products take operands of `product_dtype`, by default what this machine multiplies fast.
+    Products with v and with states take operands of `product_dtype`, by default what this machine multiplies fast.
+    Under torch.compile the plain composition runs, which Inductor fuses; otherwise a hand-written backward.
 
     Raises ValueError unless the chunk size is a power of two.
     """
@@ -34,9 +45,11 @@ def chunked_vector_scan(
     T = v_BTHV.shape[1]
     chunk_size = min(chunk_size, 1 << (T - 1).bit_length())
     products = gemm_dtype(v_BTHV) if product_dtype is None else product_dtype
-    return compose_vector_scan(
-        q_BTHK, k_BTHK, v_BTHV, g_BTHK, initial_state_BHKV, document_ids_BT, chunk_size, products
-    )
+    g_BTHK = cut_gates(g_BTHK, document_ids_BT)
+    arguments = (q_BTHK, k_BTHK, v_BTHV, g_BTHK, initial_state_BHKV, chunk_size, products)
+    if torch.compiler.is_compiling():
+        return compose_vector_scan(*arguments)
+    return _ChunkedVectorScan.apply(*arguments)
 
 
 def cut_gates(g_BTHK: Tensor, document_ids_BT: Tensor | None) -> Tensor:
@@ -57,16 +70,14 @@ def compose_vector_scan(
     v_BTHV: Tensor,
     g_BTHK: Tensor,
     initial_state_BHKV: Tensor | None,
-    document_ids_BT: Tensor | None,
     chunk_size: int,
     gemm: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """The same as `chunked_vector_scan` as a plain composition of differentiable operations, for the compiler."""
+    """The same as `chunked_vector_scan`, of gates that `cut_gates` returned, as a plain composition of differentiable operations, for the compiler."""
     (B, T, H, V), K, Q = v_BTHV.shape, q_BTHK.shape[3], chunk_size
     chunks = (T + Q - 1) // Q
     wide = g_BTHK.dtype
-    cut = (q_BTHK.to(wide), k_BTHK.to(wide), v_BTHV, cut_gates(g_BTHK, document_ids_BT))
-    padded = (pad_tokens(x, chunks * Q - T) for x in cut)
+    padded = (pad_tokens(x, chunks * Q - T) for x in (q_BTHK.to(wide), k_BTHK.to(wide), v_BTHV, g_BTHK))
     q, k, v, g = (x.view(B, chunks, Q, H, -1).transpose(2, 3) for x in padded)
     scores = (q * k).sum(-1)[..., None, None]
     from_start, to_end = g[..., None, :], torch.zeros_like(g)[..., None, :]
@@ -76,7 +87,7 @@ def compose_vector_scan(
         scores, starts, ends = (x.reshape(shape) for x in (scores, from_start, to_end))
         queries = q.reshape(shape)[..., 1, :, :] * starts[..., 1, :, :].exp()
         keys = k.reshape(shape)[..., 0, :, :] * ends[..., 0, :, :].exp()
-        across = torch.matmul(queries.to(gemm), keys.to(gemm).transpose(-1, -2)).to(wide)
+        across = torch.matmul(queries, keys.transpose(-1, -2))
         upper = torch.cat([scores[..., 0, :, :], torch.zeros_like(across)], dim=-1)
         scores = torch.cat([upper, torch.cat([across, scores[..., 1, :, :]], dim=-1)], dim=-2)
         whole = starts[..., -1:, :]
@@ -95,3 +106,239 @@ def compose_vector_scan(
     o = torch.matmul(scores.to(gemm), v.to(gemm)).to(wide)
     o = o + torch.matmul((q * from_start.exp()).to(gemm), entered).to(wide)
     return o.transpose(2, 3).reshape(B, chunks * Q, H, V)[:, :T].to(v_BTHV.dtype), state
+
+
+@dataclass(frozen=True)
+class _Row:
+    """How rows are cut: B rows, T tokens, H heads, state K x V, chunks of Q tokens."""
+
+    B: int
+    T: int
+    H: int
+    K: int
+    V: int
+    Q: int
+    chunks: int
+
+    @classmethod
+    def of(cls, q_BTHK: Tensor, v_BTHV: Tensor, Q: int) -> _Row:
+        """Sizes of a call."""
+        (B, T, H, V), K = v_BTHV.shape, q_BTHK.shape[3]
+        return cls(B, T, H, K, V, Q, (T + Q - 1) // Q)
+
+    def cut(self, x_BTHX: Tensor) -> Tensor:
+        """[B, T, H, X] as [B, chunks, H, Q, X], tokens of zeros at the end."""
+        x = pad_tokens(x_BTHX, self.chunks * self.Q - self.T)
+        return x.unflatten(1, (self.chunks, self.Q)).transpose(2, 3)
+
+    def empty(self, size: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Room for a result [B, T, H, size], and a view of it as `cut` gives it."""
+        room = like.new_empty(self.B, self.chunks * self.Q, self.H, size)
+        return room[:, : self.T], room.unflatten(1, (self.chunks, self.Q)).transpose(2, 3)
+
+    def tiles(self) -> Iterator[tuple[tuple[slice, slice], list[tuple[slice, slice, slice]]]]:
+        """Rows and heads whose states are walked together, each with its parts of some chunks, first to last."""
+        room = max(1, _TILE // (self.Q * self.K))
+        heads = min(self.H, room)
+        chunks = min(self.chunks, max(1, room // heads))
+        rows = max(1, room // (heads * chunks))
+        for row in range(0, self.B, rows):
+            for head in range(0, self.H, heads):
+                of, at = slice(row, row + rows), slice(head, head + heads)
+                yield (of, at), [(of, slice(c, c + chunks), at) for c in range(0, self.chunks, chunks)]
+
+
+def _walk_levels(g_NQK: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Factors <= 1 for every pair of neighbouring halves, from halves of one token to those of half a chunk.
+
+    Yields (size of a half, factors [N, pairs, 2, size, K]): keys of the first half decay to its end, queries of the
+    second from its start. Last comes (Q, factors [N, 2, Q, K]): the same for the whole chunk, queries from its start at
+    1 and keys to its end at 0.
+    """
+    starts, ends = g_NQK * _LOG2_E, torch.zeros_like(g_NQK)
+    (N, Q, K), size = g_NQK.shape, 1
+    while size < Q:
+        shape = (N, Q // (2 * size), 2, size, K)
+        first, second = ends.view(shape)[:, :, 0], starts.view(shape)[:, :, 1]
+        factors = g_NQK.new_empty(shape)
+        torch.exp2(first, out=factors[:, :, 0])
+        torch.exp2(second, out=factors[:, :, 1])
+        yield size, factors
+        first += second[:, :, -1:]
+        second += starts.view(shape)[:, :, 0, -1:]
+        size *= 2
+    yield Q, torch.stack([ends, starts], dim=1).exp2_()
+
+
+def _halves(x_NQX: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """First and second halves [N, pairs, size, X] of neighbouring pairs of blocks."""
+    pairs = x_NQX.view(x_NQX.shape[0], -1, 2, size, x_NQX.shape[-1])
+    return pairs[:, :, 0], pairs[:, :, 1]
+
+
+def _blocks_below(scores_NQQ: Tensor, size: int) -> Tensor:
+    """The scores [N, size, size, pairs] of second halves with the first halves before them."""
+    N, Q, _ = scores_NQQ.shape
+    pairs = Q // (2 * size)
+    return scores_NQQ.view(N, pairs, 2, size, pairs, 2, size)[:, :, 1, :, :, 0].diagonal(dim1=1, dim2=3)
+
+
+def _dot(queries: Tensor, keys: Tensor) -> Tensor:
+    """[N, pairs, size, K] with itself to [N, pairs, size, size]; libraries are slow at products of one or two rows."""
+    if queries.shape[-2] <= 2:
+        return (queries[..., :, None, :] * keys[..., None, :, :]).sum(-1)
+    return torch.matmul(queries, keys.transpose(-1, -2))
+
+
+def _spread(weights: Tensor, rows: Tensor) -> Tensor:
+    """[N, pairs, size, size] times [N, pairs, size, K]."""
+    if rows.shape[-2] == 1:
+        return weights * rows
+    if rows.shape[-2] == 2:
+        return torch.addcmul(weights[..., :1] * rows[..., :1, :], weights[..., 1:], rows[..., 1:, :])
+    return torch.matmul(weights, rows)
+
+
+class _Tile:
+    """Inputs of some rows, chunks and heads as [N, Q, X], N the product of the three, in the dtype of the gates."""
+
+    def __init__(self, inputs: tuple[Tensor, ...], where: tuple[slice, ...], gemm: torch.dtype) -> None:
+        """Copy a tile of q, k, v and g, each as `_Row.cut` gives it."""
+        q, k, v, g = (x[where] for x in inputs)
+        self.lead = tuple(g.shape[:3])
+        self.q, self.k, self.g = (x.to(g.dtype).flatten(0, 2).contiguous() for x in (q, k, g))
+        self.v = v.to(gemm).flatten(0, 2)
+        self.gemm, self.wide = gemm, g.dtype
+
+    def scores(self, levels: Iterator[tuple[int, Tensor]]) -> tuple[Tensor, Tensor]:
+        """q_i . k_j with their decay, zero above the diagonal, [N, Q, Q]; and the factors of the whole chunk."""
+        N, Q, _ = self.q.shape
+        scores = self.q.new_zeros(N, Q, Q)
+        scores.diagonal(dim1=1, dim2=2).copy_((self.q * self.k).sum(-1))
+        for size, factors in levels:
+            if size == Q:
+                return scores, factors
+            keys = _halves(self.k, size)[0] * factors[:, :, 0]
+            queries = _halves(self.q, size)[1] * factors[:, :, 1]
+            _blocks_below(scores, size).copy_(_dot(queries, keys).permute(0, 2, 3, 1))
+        raise AssertionError("the last level is the whole chunk")
+
+    def multiply(self, left: Tensor, right: Tensor) -> Tensor:
+        """A product of batches of matrices with operands of the product dtype."""
+        return torch.bmm(left.to(self.gemm), right.to(self.gemm)).to(self.wide)
+
+    def whole(self, x_NXX: Tensor) -> Tensor:
+        """[N, X, X] as [rows, chunks, heads, X, X]."""
+        return x_NXX.view(*self.lead, *x_NXX.shape[1:])
+
+
+class _ChunkedVectorScan(torch.autograd.Function):
+    """`chunked_vector_scan` with its gradient written out: saves the inputs, scores, and the states entering chunks."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        initial: Tensor | None,
+        chunk_size: int,
+        gemm: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        row = _Row.of(q, v, chunk_size)
+        inputs = (row.cut(q), row.cut(k), row.cut(v), row.cut(g))
+        o, o_cut = row.empty(row.V, v)
+        entering = g.new_empty(row.B, row.chunks, row.H, row.K, row.V)
+        saved = g.new_empty(row.B, row.chunks, row.H, row.Q, row.Q, dtype=gemm)
+        final = g.new_zeros(row.B, row.H, row.K, row.V) if initial is None else initial.to(g.dtype, copy=True)
+        for walked, parts in row.tiles():
+            state = final[walked]
+            for where in parts:
+                tile = _Tile(inputs, where, gemm)
+                scores, factors = tile.scores(_walk_levels(tile.g))
+                local = tile.whole(tile.multiply((tile.k * factors[:, 0]).transpose(1, 2), tile.v))
+                carry = tile.whole(factors[:, 1, -1, :, None])
+                for c in range(local.shape[1]):
+                    entering[where][:, c] = state
+                    state = torch.addcmul(local[:, c], carry[:, c], state)
+                read = tile.multiply(tile.q * factors[:, 1], entering[where].flatten(0, 2))
+                o_cut[where] = tile.whole(read + tile.multiply(scores, tile.v)).to(v.dtype)
+                saved[where] = tile.whole(scores).to(gemm)
+            final[walked] = state
+        ctx.save_for_backward(q, k, v, g, saved, entering)
+        ctx.chunk_size, ctx.gemm = chunk_size, gemm
+        ctx.initial_dtype = None if initial is None else initial.dtype
+        ctx.set_materialize_grads(False)
+        return o.contiguous(), final
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_o: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, g, scores, entering = ctx.saved_tensors
+        row = _Row.of(q, v, ctx.chunk_size)
+        inputs = (row.cut(q), row.cut(k), row.cut(v), row.cut(g))
+        d_o_cut = row.cut(torch.zeros_like(v) if d_o is None else d_o)
+        gradients, cuts = zip(*(row.empty(x.shape[3], x) for x in (q, k, v, g)))
+        d_initial = torch.zeros_like(entering[:, 0]) if d_final is None else d_final.clone()
+        for walked, parts in row.tiles():
+            d_state = d_initial[walked]
+            for where in reversed(parts):
+                tile = _Tile(inputs, where, ctx.gemm)
+                d_out = d_o_cut[where].to(ctx.gemm).flatten(0, 2)
+                d_state, of_tile = _differentiate(tile, d_out, scores[where], entering[where], d_state)
+                for cut, gradient in zip(cuts, of_tile):
+                    cut[where] = tile.whole(gradient).to(cut.dtype)
+            d_initial[walked] = d_state
+        first = None if ctx.initial_dtype is None else d_initial.to(ctx.initial_dtype)
+        return (*gradients, first, None, None)
+
+
+def _differentiate(
+    tile: _Tile, d_out: Tensor, scores: Tensor, entering: Tensor, d_state: Tensor
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Gradients of the state that enters a tile, and of its q, k, v and g [N, Q, X]."""
+    *levels, (_, factors) = _walk_levels(tile.g)
+    to_end, from_start = factors[:, 0], factors[:, 1]
+    carry = tile.whole(from_start[:, -1, :, None])
+    d_local = tile.whole(tile.multiply((tile.q * from_start).transpose(1, 2), d_out))
+    leaving = torch.empty_like(d_local)
+    for c in reversed(range(d_local.shape[1])):
+        leaving[:, c] = d_state
+        d_state = torch.addcmul(d_local[:, c], carry[:, c], d_state)
+    d_carry = (entering * leaving).sum(-1).mul_(carry[..., 0]).flatten(0, 2)
+    entering, leaving = entering.flatten(0, 2), leaving.flatten(0, 2)
+    d_v = tile.multiply(tile.k * to_end, leaving)
+    d_v += tile.multiply(scores.flatten(0, 2).transpose(1, 2), d_out)
+    d_q = tile.multiply(d_out, entering.transpose(1, 2)).mul_(from_start)
+    d_k = tile.multiply(tile.v, leaving.transpose(1, 2)).mul_(to_end)
+    d_starts, d_ends = d_q * tile.q, d_k * tile.k
+    d_starts[:, -1] += d_carry
+    d_scores = tile.multiply(d_out, tile.v.transpose(1, 2))
+    for size, factors in reversed(levels):
+        _differentiate_level(tile, size, factors, d_scores, (d_q, d_k, d_starts, d_ends))
+    on_diagonal = d_scores.diagonal(dim1=1, dim2=2)[..., None]
+    d_q.addcmul_(on_diagonal, tile.k)
+    d_k.addcmul_(on_diagonal, tile.q)
+    return d_state, (d_q, d_k, d_v, d_starts)
+
+
+def _differentiate_level(
+    tile: _Tile, size: int, factors: Tensor, d_scores: Tensor, sums: tuple[Tensor, Tensor, Tensor, Tensor]
+) -> None:
+    """Add what the pairs of one level give to the gradients of q, k and of the sums of gates from starts and to ends.
+
+    Those sums came from the ones of this level's halves, so their gradients are handed down first.
+    """
+    d_q, d_k, d_starts, d_ends = sums
+    (d_first, d_second), d_to_end = _halves(d_starts, size), _halves(d_ends, size)[0]
+    d_first[:, :, -1] += d_second.sum(2)
+    d_second[:, :, -1] += d_to_end.sum(2)
+    keys, queries = _halves(tile.k, size)[0], _halves(tile.q, size)[1]
+    d_block = _blocks_below(d_scores, size).permute(0, 3, 1, 2).contiguous()
+    of_queries = _spread(d_block, keys * factors[:, :, 0]).mul_(factors[:, :, 1])
+    of_keys = _spread(d_block.transpose(-1, -2), queries * factors[:, :, 1]).mul_(factors[:, :, 0])
+    _halves(d_q, size)[1].add_(of_queries)
+    _halves(d_k, size)[0].add_(of_keys)
+    d_second.addcmul_(of_queries, queries)
+    d_to_end.addcmul_(of_keys, keys)

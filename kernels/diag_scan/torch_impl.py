@@ -45,7 +45,9 @@ def chunked_diag_scan(
 class _Tile:
     """Room for the decays and states of one chunk of L tokens, R rows and some channels: [L, R, N, channels]."""
 
-    def __init__(self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, begins: Tensor | None, chunk: int):
+    def __init__(
+        self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, begins: Tensor | None, chunk: int
+    ) -> None:
         """Views of one tile: x, dt [R, T, c], A [c, N], B and C [R, T, N], begins [R, T]."""
         self.x, self.dt, self.B, self.C, self.begins = x, dt, B, C, begins
         self.wide, self.T = dt.dtype, x.shape[1]
