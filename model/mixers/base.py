@@ -125,6 +125,10 @@ class LinearMixer(SequenceMixer):
         """Which parts pass the short convolution, where the options have one."""
         return ("q", "k", "v")
 
+    def accumulate(self, parts: dict[str, Tensor], meta: PackMeta, state: MixerState | None) -> MixerState:
+        """Adds to the parts what sums over the tokens before each; returns what the decode state keeps of it besides."""
+        return {}
+
     @abstractmethod
     def rows(self, parts: dict[str, Tensor], meta: PackMeta) -> ScanRows:
         """What the recurrence reads, from parts [B, T, channels of this rank]; pointwise in time."""
@@ -142,6 +146,7 @@ class LinearMixer(SequenceMixer):
             o_BTHV = self._scan_segments(parts, meta, meta.segments)
         elif state is None:
             self._convolve(parts, meta.boundaries_BT(), None)
+            self.accumulate(parts, meta, None)
             o_BTHV, _ = self._scan(self.rows(parts, meta), meta.boundaries_BT(), None)
         else:
             assert isinstance(state, dict), f"a registered mixer got a {type(state).__name__}"
@@ -191,6 +196,7 @@ class LinearMixer(SequenceMixer):
             assert inputs_BTC is not None and window_BWC is not None, "the decode state has a window"
             seen_BTC = torch.cat([window_BWC, inputs_BTC.to(window_BWC.dtype)], dim=1)
             following["window"] = seen_BTC[:, seen_BTC.shape[1] - window_BWC.shape[1] :]
+        following |= self.accumulate(parts, meta, state)
         rows = self.rows(parts, meta)
         if num_tokens == 1:
             token = ScanRows(*(None if x is None else x[:, 0] for x in rows))  # type: ignore[arg-type]

@@ -170,3 +170,13 @@ class Mamba1Options(LinearOptions):
     def cut_evenly(self) -> dict[str, int]:
         """Channels."""
         return {"inner_size": self.inner_size}
+
+
+class LightNetOptions(HeadOptions):
+    """LightNet (Qin et al. 2024, arXiv 2405.21022): keys are shares of a running softmax, which decays what came before."""
+
+    gate_rank: int = Field(16, gt=0, description="Inside of the low-rank output gate.")
+
+
+class MalaOptions(HeadOptions):
+    """Magnitude-aware linear attention (Fan et al. 2025, arXiv 2507.00698); experimental in language models."""

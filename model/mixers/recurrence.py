@@ -176,7 +176,9 @@ class DeltaRecurrence(Recurrence):
 
 
 def add_entering_state(scan: OpenScan, state_BHKV: Tensor) -> Tensor:
-    """o [B, T, H, V] of rows that this state entered."""
-    carried_BHTV = torch.matmul(scan.read_BTHK.transpose(1, 2), state_BHKV.to(scan.read_BTHK.dtype))
+    """o [B, T, H, V] of rows that this state entered; several reads a head stand one after the other in H."""
+    read_BHTK = scan.read_BTHK.transpose(1, 2)
+    state_BHKV = state_BHKV.repeat(1, read_BHTK.shape[1] // state_BHKV.shape[1], 1, 1)
+    carried_BHTV = torch.matmul(read_BHTK, state_BHKV.to(read_BHTK.dtype))
     o_BTHV = scan.o_BTHV
     return (o_BTHV + carried_BHTV.transpose(1, 2)).to(o_BTHV.dtype)

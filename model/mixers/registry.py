@@ -57,6 +57,13 @@ BUILT_IN = (
     MixerSpec("hgrn2", "model.mixers.vector_gates:Hgrn2Mixer", own.Hgrn2Options),
     MixerSpec("hedgehog", "model.mixers.feature_maps:HedgehogMixer", own.HedgehogOptions),
     MixerSpec("lightning", "model.mixers.retention:LightningMixer", own.LightningOptions),
+    MixerSpec(
+        "lightnet",
+        "model.mixers.lightnet:LightNetMixer",
+        own.LightNetOptions,
+        refuses={"context": "its running softmax does not pass between ranks yet"},
+    ),
+    MixerSpec("mala", "model.mixers.mala:MalaMixer", own.MalaOptions),
     MixerSpec("mamba1", "model.mixers.mamba1:Mamba1Mixer", own.Mamba1Options),
     MixerSpec("plstm", "model.mixers.plstm:PlstmMixer", own.PlstmOptions),
     MixerSpec("retnet", "model.mixers.retention:RetentionMixer", own.RetentionOptions),

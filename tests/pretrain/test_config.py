@@ -72,6 +72,10 @@ model.mixers.hedgehog.conv_kernel model.mixers.hedgehog.chunk_size model.mixers.
 model.mixers.hedgehog.head_dim model.mixers.hedgehog.value_head_dim
 model.mixers.lightning.conv_kernel model.mixers.lightning.chunk_size model.mixers.lightning.num_heads
 model.mixers.lightning.head_dim model.mixers.lightning.value_head_dim
+model.mixers.lightnet.conv_kernel model.mixers.lightnet.chunk_size model.mixers.lightnet.num_heads
+model.mixers.lightnet.head_dim model.mixers.lightnet.value_head_dim model.mixers.lightnet.gate_rank
+model.mixers.mala.conv_kernel model.mixers.mala.chunk_size model.mixers.mala.num_heads model.mixers.mala.head_dim
+model.mixers.mala.value_head_dim
 model.mixers.mamba1.conv_kernel model.mixers.mamba1.chunk_size model.mixers.mamba1.inner_size
 model.mixers.mamba1.state_size model.mixers.mamba1.dt_rank
 model.mixers.plstm.conv_kernel model.mixers.plstm.chunk_size model.mixers.plstm.num_heads model.mixers.plstm.head_dim

@@ -1,0 +1,81 @@
+"""LightNet's additive decay: keys are shares of a running softmax over the document so far."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from kernels.linear.op import linear
+from model.layers import Cut, Shard
+from model.mixer import MixerState
+from model.mixers.base import BuildContext, LinearMixer, Part
+from model.mixers.head_norm import GatedHeadNorm
+from model.mixers.options import LightNetOptions
+from model.mixers.recurrence import DecayRecurrence, ScanRows
+from model.packing import PackMeta
+
+
+class LightNetMixer(LinearMixer):
+    """With z_t = log(e^(k_1) + ... + e^(k_t)) a key channel: key e^(k_t - z_t), decay e^(z_(t-1) - z_t), low-rank gate.
+
+    Source: Qin et al. 2024, arXiv 2405.21022, section 4.
+    """
+
+    options: LightNetOptions
+    recurrence = DecayRecurrence()
+
+    def __init__(self, options: LightNetOptions, build: BuildContext) -> None:
+        super().__init__(options, build)
+        by_head = Cut(0, "tp", (options.num_heads * self.value_dim,), (options.num_heads,))
+        self.gate_proj = nn.Parameter(torch.empty(self.num_heads * self.value_dim, options.gate_rank))
+        self.shards["gate_proj"] = Shard((by_head,))
+        self.norm = GatedHeadNorm(self.value_dim, build)
+
+    def parts(self) -> dict[str, Part]:
+        """q, k, v by head; the inside of the gate's projection whole."""
+        heads = self.options.num_heads
+        keys = Part(heads * self.key_dim, heads)
+        parts = {"q": keys, "k": keys, "v": Part(heads * self.value_dim, heads)}
+        return parts | {"low_rank": Part(self.options.gate_rank, None)}
+
+    def accumulate(self, parts: dict[str, Tensor], meta: PackMeta, state: MixerState | None) -> MixerState:
+        """z of each token as part `z`, of the token before as `z_before`; the last z goes into the state."""
+        k_BTX = parts["k"]
+        z_BTX = documents_logcumsumexp(k_BTX.to(torch.promote_types(k_BTX.dtype, torch.float32)), meta.boundaries_BT())
+        entered_BX = z_BTX.new_full(z_BTX[:, 0].shape, -torch.inf) if state is None else state["z"].to(z_BTX.dtype)
+        if state is not None:
+            z_BTX = torch.logaddexp(z_BTX, entered_BX[:, None])
+        parts["z"], parts["z_before"] = z_BTX, torch.cat([entered_BX[:, None], z_BTX[:, :-1]], dim=1)
+        return {"z": z_BTX[:, -1]}
+
+    def rows(self, parts: dict[str, Tensor], meta: PackMeta) -> ScanRows:
+        """Gates in float32 for bf16. Before a document's first token there is nothing to forget."""
+        q_BTX, z_BTX, before_BTX = functional.silu(parts["q"]), parts["z"], parts["z_before"]
+        is_first_BT1 = (meta.positions_BT == 0)[..., None]
+        g_BTX = torch.where(is_first_BT1, torch.zeros_like(z_BTX), before_BTX.masked_fill(is_first_BT1, 0.0) - z_BTX)
+        k_BTX = (parts["k"].to(z_BTX.dtype) - z_BTX).exp().to(q_BTX.dtype)
+        return ScanRows(self.heads(q_BTX), self.heads(k_BTX), self.heads(parts["v"]), self.heads(g_BTX).clamp(max=0.0))
+
+    def output(self, o_BTHV: Tensor, parts: dict[str, Tensor]) -> Tensor:
+        """A norm a head, times the low-rank gate's SiLU."""
+        return self.norm(o_BTHV, linear(parts["low_rank"], self.gate_proj))
+
+    def empty_state(self, num_rows: int) -> MixerState:
+        """Also z of no tokens."""
+        state = super().empty_state(num_rows)
+        shape = (num_rows, self.num_heads * self.key_dim)
+        return state | {"z": torch.full(shape, -torch.inf, device=state["state"].device)}
+
+
+def documents_logcumsumexp(x_BTX: Tensor, document_ids_BT: Tensor | None) -> Tensor:
+    """log of the sum of e^x over the document up to each token, [B, T, X], in log2(T) rounds of doubling."""
+    num_tokens, shift = x_BTX.shape[1], 1
+    while shift < num_tokens:
+        earlier_BTX = functional.pad(x_BTX[:, :-shift], (0, 0, shift, 0), value=-torch.inf)
+        if document_ids_BT is not None:
+            is_other_BT = document_ids_BT != functional.pad(document_ids_BT[:, :-shift], (shift, 0), value=-1)
+            earlier_BTX = earlier_BTX.masked_fill(is_other_BT[..., None], -torch.inf)
+        x_BTX = torch.logaddexp(x_BTX, earlier_BTX)
+        shift *= 2
+    return x_BTX

@@ -1,0 +1,102 @@
+"""Magnitude-aware linear attention, which is experimental in language models."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from model.mixers.base import BuildContext, LinearMixer, Part
+from model.mixers.feature_maps import no_decay, query_key_value
+from model.mixers.head_norm import GatedHeadNorm
+from model.mixers.options import HeadOptions
+from model.mixers.recurrence import DecayRecurrence, OpenScan, ScanRows
+from model.packing import PackMeta
+
+
+class MalaMixer(LinearMixer):
+    """o = (1 + 1 / Z) sum_j (q k_j) v_j - Z mean_j v_j with Z = q sum_j k_j over the document so far, then a norm a head.
+
+    Weights of a token sum to 1, but some are negative and untrained ones reach tens: hence the norm, which the paper's
+    vision models do without. The state has a row more than keys, for the sum of values, and a column more than values,
+    for the sum of keys and the count; each token reads both from it.
+    Source: Fan et al. 2025, arXiv 2507.00698, section 3.
+    """
+
+    options: HeadOptions
+
+    def __init__(self, options: HeadOptions, build: BuildContext) -> None:
+        super().__init__(options, build)
+        self.recurrence = TwoReads()
+        self.norm = GatedHeadNorm(self.value_dim, build)
+
+    def parts(self) -> dict[str, Part]:
+        """q, k, v, each by head."""
+        return query_key_value(self.options)
+
+    def rows(self, parts: dict[str, Tensor], meta: PackMeta) -> ScanRows:
+        """Features elu + 1; two queries a head, one for keys and one for the sums. Pointwise in time.
+
+        In float32 for bf16: the output is a difference of two large numbers.
+        """
+        wide = torch.promote_types(parts["q"].dtype, torch.float32)
+        q, k = (functional.elu(self.heads(parts[name]).to(wide)) + 1.0 for name in ("q", "k"))
+        weighted, summed = functional.pad(q, (0, 1)), functional.pad(torch.zeros_like(q), (0, 1), value=1.0)
+        k, v = (functional.pad(x, (0, 1), value=1.0) for x in (k, self.heads(parts["v"]).to(wide)))
+        return ScanRows(torch.cat([weighted, summed], dim=2), k, v, no_decay(k))
+
+    def output(self, o_BTHV: Tensor, parts: dict[str, Tensor]) -> Tensor:
+        """From the two reads of each head."""
+        weighted, summed = o_BTHV.chunk(2, dim=2)
+        total = weighted[..., -1:]
+        mean = summed[..., :-1] / summed[..., -1:]
+        mixed = (1.0 + 1.0 / total) * weighted[..., :-1] - total * mean
+        return self.norm(mixed.to(parts["v"].dtype), None)
+
+    def state_shape(self) -> tuple[int, ...]:
+        """A row and a column for the sums."""
+        return self.num_heads, self.key_dim + 1, self.value_dim + 1
+
+
+class TwoReads(DecayRecurrence):
+    """A decay recurrence whose state two queries read: q [B, T, 2 H, K], all first queries before all second ones."""
+
+    def scan(
+        self,
+        rows: ScanRows,
+        document_ids_BT: Tensor | None,
+        state_BHKV: Tensor | None,
+        *,
+        chunk_size: int,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        """Both outputs, [B, T, 2 H, V], and the one state."""
+        first, second = (
+            super(TwoReads, self).scan(
+                rows._replace(q=q), document_ids_BT, state_BHKV, chunk_size=chunk_size, backend=backend
+            )
+            for q in rows.q.chunk(2, dim=2)
+        )
+        return torch.cat([first[0], second[0]], dim=2), first[1]
+
+    def scan_open(self, rows: ScanRows, document_ids_BT: Tensor | None, *, chunk_size: int, backend: str) -> OpenScan:
+        """Both outputs and both reads."""
+        first, second = (
+            super(TwoReads, self).scan_open(rows._replace(q=q), document_ids_BT, chunk_size=chunk_size, backend=backend)
+            for q in rows.q.chunk(2, dim=2)
+        )
+        return OpenScan(
+            torch.cat([first.o_BTHV, second.o_BTHV], dim=2),
+            torch.cat([first.read_BTHK, second.read_BTHK], dim=2),
+            first.final_BHKV,
+            first.transfer,
+        )
+
+    def step(self, rows: ScanRows, state_BHKV: Tensor) -> tuple[Tensor, Tensor]:
+        """Both outputs of one token."""
+        first, second = (super(TwoReads, self).step(rows._replace(q=q), state_BHKV) for q in rows.q.chunk(2, dim=1))
+        return torch.cat([first[0], second[0]], dim=1), first[1]
+
+    def flops(self, num_heads: int, key_dim: int, value_dim: int) -> float:
+        """Two more a state number for the second read."""
+        return super().flops(num_heads, key_dim, value_dim) + 2.0 * num_heads * key_dim * value_dim
