@@ -149,7 +149,7 @@ def decay_scan(
         return DecayScanOutput(o.to(v_BTHV.dtype), final, decay)
     document_ids_BT = drop_single_document(document_ids_BT)
     if g.dim() == 4:
-        o_BTHV, final = _find_vector_scan(backend)(
+        o_BTHV, final = _find_vector_scan(backend, keep_states)(
             q_BTHK, k_BTHK, v_BTHV, g, initial_state_BHKV, document_ids_BT, chunk_size
         )
     else:
@@ -210,12 +210,12 @@ def _find_scan(backend: str, keep_states: bool) -> Callable[..., tuple[Tensor, T
     return functools.partial(scan_triton, keep_states=keep_states)
 
 
-def _find_vector_scan(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
+def _find_vector_scan(backend: str, keep_states: bool) -> Callable[..., tuple[Tensor, Tensor]]:
     if backend == "torch":
         return chunked_vector_scan
     from kernels.decay_scan.vector_triton import scan_vector_triton
 
-    return scan_vector_triton
+    return functools.partial(scan_vector_triton, keep_states=keep_states)
 
 
 def check_mamba2(

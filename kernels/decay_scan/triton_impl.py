@@ -138,23 +138,28 @@ class _Launch:
         return like.new_empty(self.B, self.chunks, self.H, self.K, self.V)
 
 
-def _rows(x: Tensor) -> Tensor:
+def pack_rows(x: Tensor) -> Tensor:
     """A tensor whose tokens are packed inside; rows and tokens may lie apart, as slices of a wider projection do."""
     return x if x.stride(-1) == 1 and x.stride(-2) == x.shape[-1] else x.contiguous()
 
 
-def _strides(*tensors: Tensor) -> list[int]:
+def outer_strides(*tensors: Tensor) -> list[int]:
+    """Strides of rows and of tokens, tensor by tensor."""
     return [stride for tensor in tensors for stride in tensor.stride()[:2]]
 
 
-def _pass_states(initial: Tensor | None, local: Tensor, decay: Tensor, *, backward: bool) -> tuple[Tensor, Tensor]:
-    """Hand states from segment to segment: [B, segments, H, K, V] entering each, and the one after the last."""
+def pass_states(initial: Tensor | None, local: Tensor, decay: Tensor, *, backward: bool) -> tuple[Tensor, Tensor]:
+    """Hand states from segment to segment: those entering each, in the shape of `local`, and the one after the last.
+
+    local [B, segments, ...]: the state of each segment from zero. decay: as local but for its last dims, which share it.
+    """
     segments = range(local.shape[1])
+    decay = decay.reshape(*decay.shape, *(1,) * (local.dim() - decay.dim()))
     state = torch.zeros_like(local[:, 0]) if initial is None else initial
     entering = torch.empty_like(local)
     for s in reversed(segments) if backward else segments:
         entering[:, s] = state
-        state = decay[:, s, :, None, None] * state + local[:, s]
+        state = decay[:, s] * state + local[:, s]
     return entering, state
 
 
@@ -174,7 +179,7 @@ def _walk(
         name, candidates = ("scan_states_walk", STATES_WALK) if y is None else ("scan_walk", WALK)
         config = launch.config(name, candidates, v)
         walk_kernel[launch.grid(config["BLOCK_V"])](
-            q, k, v, g, scale, skip, firsts, states, y, entering, final, decay, *launch.sizes(), *_strides(q, k, v),
+            q, k, v, g, scale, skip, firsts, states, y, entering, final, decay, *launch.sizes(), *outer_strides(q, k, v),
             SCALE=scale is not None, SKIP=skip is not None, INITIAL=states is not None,
             OUTPUT=y is not None, SAVE=entering is not None, **launch.constants(v, firsts), **config,
         )  # fmt: skip
@@ -182,7 +187,7 @@ def _walk(
 
     if launch.segments == 1:
         return run(initial, y, entering)[0][:, 0]
-    states, last = _pass_states(initial, *run(None, None, None), backward=False)
+    states, last = pass_states(initial, *run(None, None, None), backward=False)
     run(states, y, entering)
     return last
 
@@ -197,14 +202,14 @@ def _walk_back(
     def run(d_states: Tensor | None, *, store: bool) -> tuple[Tensor, Tensor]:
         d_initial, decay = launch.states(d_y), launch.decays(d_y)
         walk_back_kernel[launch.grid(config["BLOCK_V"])](
-            q, g, firsts, d_y, d_states, leaving, d_initial, decay, *launch.sizes(), *_strides(q),
+            q, g, firsts, d_y, d_states, leaving, d_initial, decay, *launch.sizes(), *outer_strides(q),
             D_FINAL=d_states is not None, STORE=store, **launch.constants(d_y, firsts), **config,
         )  # fmt: skip
         return d_initial, decay
 
     if launch.segments == 1:
         return leaving, run(d_final, store=True)[0][:, 0]
-    d_states, d_first = _pass_states(d_final, *run(None, store=False), backward=True)
+    d_states, d_first = pass_states(d_final, *run(None, store=False), backward=True)
     run(d_states, store=True)
     return leaving, d_first
 
@@ -224,7 +229,7 @@ def _forward(
     keep_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, last state, and the states that enter chunks (empty unless they are kept)."""
-    q, k, v, g = _rows(q), _rows(k), _rows(v), g.contiguous()
+    q, k, v, g = pack_rows(q), pack_rows(k), pack_rows(v), g.contiguous()
     scale = None if scale is None else scale.contiguous()
     launch = _Launch.of(q, v, chunk_size, segment_chunks)
     y = torch.empty(v.shape, dtype=v.dtype, device=v.device)
@@ -271,7 +276,7 @@ def _backward(
     segment_chunks: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, g, scale, skip and the initial state; those of absent inputs are empty."""
-    q, k, v, g, d_y = _rows(q), _rows(k), _rows(v), g.contiguous(), d_y.contiguous()
+    q, k, v, g, d_y = pack_rows(q), pack_rows(k), pack_rows(v), g.contiguous(), d_y.contiguous()
     scale = None if scale is None else scale.contiguous()
     d_final = None if d_final is None else d_final.contiguous()
     launch = _Launch.of(q, v, chunk_size, segment_chunks)
@@ -290,7 +295,7 @@ def _backward(
     d_skip = g.new_empty(B, tiles, H if skip is not None else 0)
     gradients_kernel[(B * tiles, G * splits)](
         q, k, v, g, scale, skip, firsts, d_y, entering, leaving, d_q, d_k, d_v, d_g, d_scale, d_skip,
-        T, H, H // G, K, V, launch.chunks, splits, *_strides(q, k, v),
+        T, H, H // G, K, V, launch.chunks, splits, *outer_strides(q, k, v),
         SCALE=scale is not None, SKIP=skip is not None, **launch.constants(v, firsts),
         **launch.config("scan_gradients", GRADIENTS, v),
     )  # fmt: skip
