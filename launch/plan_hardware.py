@@ -8,15 +8,11 @@ what large products, grouped products, attention and passes over memory usually 
 from __future__ import annotations
 
 import difflib
-import json
 from pathlib import Path
-from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from pretrain.config_errors import ConfigError, Problem
-from pretrain.config_file import explain
-from pretrain.config_yaml import read_tree
+from pretrain.config_file import read_schema
 
 GIB = 2**30
 
@@ -112,23 +108,4 @@ def load_hardware(name: str) -> Hardware:
             f"--gpu {name} is not in the table ({', '.join(HARDWARE)}); use {nearest}, or a .yaml file with the fields "
             "that docs/planning.md lists"
         )
-    problems: list[Problem] = []
-    tree = read_tree(path, problems)
-    try:
-        hardware = Hardware.model_validate_json(json.dumps(tree.plain()), strict=True)
-    except ValidationError as error:
-        problems += [explain_field(detail) for detail in error.errors(include_url=False)]
-    if problems:
-        raise ConfigError(problems).located(tree.origins())
-    return hardware
-
-
-def explain_field(detail: Any) -> Problem:
-    """A finding of pydantic about a hardware file."""
-    key, fields = str(detail["loc"][0]) if detail["loc"] else "", Hardware.model_fields
-    if detail["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, fields, n=1)
-        return Problem(key, "unknown field", f"use {near[0]}" if near else f"known are {', '.join(fields)}")
-    if detail["type"] == "missing":
-        return Problem(key, "is missing and has no default", f"add `{key}:` ({fields[key].description})")
-    return explain(detail)
+    return read_schema(path, (), Hardware)[0]

@@ -279,7 +279,7 @@ def test_hardware_can_come_from_a_file(tmp_path):
     with pytest.raises(ValueError) as refused:
         load_hardware(str(path))
     text = str(refused.value)
-    assert f"{path}:2: bf16_flop: unknown field; use bf16_flops" in text
+    assert f"{path}:2: bf16_flop = 100000000000000: unknown key; did you mean bf16_flops?" in text
     assert "float32_flops = -1: must be greater than 0" in text
     assert "memory_gib: is missing" in text
 
