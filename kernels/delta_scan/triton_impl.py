@@ -1,0 +1,283 @@
+"""The Triton delta product as an operation that autograd, torch.compile and meta tensors know."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from kernels.delta_scan.triton_backward import gradients_kernel, walk_back_kernel
+from kernels.delta_scan.triton_forward import prepare_kernel, walk_kernel
+from kernels.documents import first_tokens
+from kernels.interpreter import dot_dtype
+from kernels.tuning import Config, config_for
+
+CHUNK_SIZES = (16, 32, 64)
+LARGEST_KEY_DIM = 256
+# Candidates of each kernel, the fixed one first; BLOCK_V, BLOCK_K: columns of V and K that a program takes, or takes at a
+# time.
+PREPARE = tuple({"num_warps": warps, "num_stages": 1} for warps in (4, 8))
+WALK = tuple(
+    {"BLOCK_V": columns, "num_warps": warps, "num_stages": stages}
+    for columns, warps, stages in ((32, 4, 2), (32, 8, 2), (64, 8, 2), (32, 4, 1))
+)
+STATES_WALK = WALK
+WALK_BACK = tuple(
+    {"BLOCK_V": columns, "num_warps": warps, "num_stages": stages}
+    for columns, warps, stages in ((32, 4, 2), (32, 8, 2), (64, 8, 2), (32, 4, 1))
+)
+GRADIENTS = tuple(
+    {"BLOCK_K": keys, "BLOCK_V": columns, "num_warps": warps, "num_stages": 1}
+    for keys, columns, warps in ((64, 128, 8), (64, 64, 8), (32, 64, 8), (32, 64, 4))
+)
+
+
+def delta_scan_triton(
+    q_BTGK: Tensor,
+    k_BTNGK: Tensor,
+    v_BTNHV: Tensor,
+    beta_BTNH: Tensor,
+    g_BTH: Tensor | None,
+    initial_state_BHKV: Tensor | None,
+    document_ids_BT: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    """As `torch_impl.chunked_delta`, for float32, bfloat16 and float16; beta, gates and states are float32.
+
+    chunk_size counts steps, N a token: 16, 32 or a multiple of 64, which runs as 64. Nothing but the inputs is kept for
+    backward. Raises ValueError for chunk or key sizes without a kernel.
+    """
+    dot_dtype(v_BTNHV.dtype)  # refuses float64
+    chunk = min(chunk_size, CHUNK_SIZES[-1])
+    if chunk not in CHUNK_SIZES or chunk_size % chunk:
+        raise ValueError(f'backend "triton" needs a chunk_size of 16, 32 or a multiple of 64; got {chunk_size}')
+    if q_BTGK.shape[-1] > LARGEST_KEY_DIM:
+        raise ValueError(f'backend "triton" takes keys of up to {LARGEST_KEY_DIM} numbers; got {q_BTGK.shape[-1]}')
+    firsts = None if document_ids_BT is None else first_tokens(document_ids_BT)
+    return _forward(q_BTGK, k_BTNGK, v_BTNHV, beta_BTNH, g_BTH, initial_state_BHKV, firsts, chunk)
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """Sizes of one call, shared by its kernels."""
+
+    B: int
+    T: int
+    N: int
+    H: int
+    G: int
+    K: int
+    V: int
+    Q: int
+    chunks: int
+
+    @classmethod
+    def of(cls, q: Tensor, v: Tensor, chunk_size: int) -> _Launch:
+        B, T, N, H, V = v.shape
+        G, K = q.shape[2:]
+        return cls(B, T, N, H, G, K, V, chunk_size, triton.cdiv(T * N, chunk_size))
+
+    def sizes(self, *, values: bool = True) -> tuple[int, ...]:
+        """Scalars of a kernel, in their order; V only for kernels that take values."""
+        return (self.T, self.H, self.H // self.G, self.K, *((self.V,) if values else ()), self.chunks)
+
+    def constants(self, v: Tensor) -> dict[str, Any]:
+        """What all kernels are compiled for."""
+        tokens = max(16, triton.next_power_of_2(triton.cdiv(self.Q, self.N)))
+        return {"Q": self.Q, "QT": tokens, "N": self.N, "DOT": dot_dtype(v.dtype)}
+
+    @property
+    def keys(self) -> int:
+        """Columns of a tile that holds all of K."""
+        return max(16, triton.next_power_of_2(self.K))
+
+    def config(self, kernel: str, candidates: tuple[Config, ...], v: Tensor) -> dict[str, int]:
+        """The kernel's configuration for these sizes, with no more columns than there are."""
+        config = dict(config_for(kernel, (v.dtype, self.Q, self.N, self.K, self.V), candidates, v.device))
+        for block, size in (("BLOCK_V", self.V), ("BLOCK_K", self.K)):
+            if block in config:
+                config[block] = max(16, min(config[block], triton.next_power_of_2(size)))
+        return config
+
+    def chunk_states(self, like: Tensor) -> Tensor:
+        """Room for one state a chunk, in the dtype of `like`."""
+        return like.new_empty(self.B, self.chunks, self.H, self.K, self.V)
+
+
+class _Prepared(NamedTuple):
+    """What `prepare_kernel` writes."""
+
+    inverse: Tensor
+    scores: Tensor
+    enter: Tensor
+    leave: Tensor
+    carry: Tensor
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """A tensor whose heads are packed inside; tokens and steps may lie apart, as slices of a wider projection do."""
+    return x if x.stride(-1) == 1 and x.stride(-2) == x.shape[-1] else x.contiguous()
+
+
+def _strides(q: Tensor, *steps: Tensor) -> list[int]:
+    """Of q those of rows and tokens, of the others those of steps too."""
+    return [*q.stride()[:2], *(stride for x in steps for stride in x.stride()[:3])]
+
+
+def _prepare(
+    launch: _Launch, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, firsts: Tensor | None
+) -> _Prepared:
+    B, T, N, H, Q = launch.B, launch.T, launch.N, launch.H, launch.Q
+    inverse, scores = v.new_empty(B, T * N, H, Q), v.new_empty(B, T, H, Q)
+    enter, leave = beta.new_empty(B, T * N, H), beta.new_empty(B, T * N, H)
+    carry = beta.new_empty(B, launch.chunks, H)
+    prepare_kernel[(B * launch.chunks, H)](
+        q, k, beta, g, firsts, inverse, scores, enter, leave, carry, *launch.sizes(values=False), *_strides(q, k),
+        PRECISION="ieee" if v.dtype == torch.float32 else "tf32", BLOCK_K=launch.keys, GATE=g is not None,
+        DOCUMENTS=firsts is not None, **launch.constants(v), **launch.config("delta_prepare", PREPARE, v),
+    )  # fmt: skip
+    return _Prepared(inverse, scores, enter, leave, carry)
+
+
+def _walk(
+    launch: _Launch,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    prepared: _Prepared,
+    initial: Tensor | None,
+    o: Tensor | None = None,
+    entering: Tensor | None = None,
+    errors: Tensor | None = None,
+) -> Tensor:
+    """Walk rows forward, writing what is given of o, entering and errors; returns the last state."""
+    q, k, v = inputs
+    final = v.new_empty(launch.B, launch.H, launch.K, launch.V, dtype=torch.float32)
+    name, candidates = ("delta_states_walk", STATES_WALK) if o is None else ("delta_walk", WALK)
+    config = launch.config(name, candidates, v)
+    walk_kernel[(launch.B * launch.H * triton.cdiv(launch.V, config["BLOCK_V"]),)](
+        q, k, v, *prepared, initial, o, entering, errors, final, *launch.sizes(), *_strides(q, k, v),
+        BLOCK_K=launch.keys, INITIAL=initial is not None, OUTPUT=o is not None, SAVE=entering is not None,
+        **launch.constants(v), **config,
+    )  # fmt: skip
+    return final
+
+
+@torch.library.custom_op("amfm::delta_scan_triton", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    initial: Tensor | None,
+    firsts: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    """Output and last state."""
+    q, k, v, beta = _tokens(q), _tokens(k), _tokens(v), beta.contiguous()
+    g = None if g is None else g.contiguous()
+    initial = None if initial is None else initial.contiguous()
+    launch = _Launch.of(q, v, chunk_size)
+    o = v.new_empty(launch.B, launch.T, launch.H, launch.V)
+    prepared = _prepare(launch, q, k, v, beta, g, firsts)
+    return o, _walk(launch, (q, k, v), prepared, initial, o=o)
+
+
+@_forward.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    initial: Tensor | None,
+    firsts: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    B, T, _, H, V = v.shape
+    return v.new_empty(B, T, H, V), v.new_empty(B, H, q.shape[3], V, dtype=torch.float32)
+
+
+@torch.library.custom_op("amfm::delta_scan_triton_backward", mutates_args=())
+def _backward(
+    d_o: Tensor,
+    d_final: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    initial: Tensor | None,
+    firsts: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, beta, g and the initial state; those of absent inputs are empty."""
+    q, k, v, beta, d_o = _tokens(q), _tokens(k), _tokens(v), beta.contiguous(), d_o.contiguous()
+    g = None if g is None else g.contiguous()
+    d_final = None if d_final is None else d_final.contiguous()
+    launch = _Launch.of(q, v, chunk_size)
+    B, T, N, H, G, K, V = launch.B, launch.T, launch.N, launch.H, launch.G, launch.K, launch.V
+    prepared = _prepare(launch, q, k, v, beta, g, firsts)
+    entering, leaving = launch.chunk_states(v), launch.chunk_states(v)
+    errors, d_v = v.new_empty(B, T * N, H, V), v.new_empty(B, T, N, H, V)
+    _walk(launch, (q, k, v), prepared, None if initial is None else initial.contiguous(), None, entering, errors)
+    d_initial = beta.new_empty(B, H, K, V)
+    config = launch.config("delta_walk_back", WALK_BACK, v)
+    walk_back_kernel[(B * H * triton.cdiv(V, config["BLOCK_V"]),)](
+        q, k, *prepared, d_o, d_final, leaving, d_v, d_initial, *launch.sizes(), *_strides(q, k),
+        BLOCK_K=launch.keys, D_FINAL=d_final is not None, **launch.constants(v), **config,
+    )  # fmt: skip
+    share = H // G
+    sums = v.dtype if share == 1 else torch.float32
+    d_q, d_k = q.new_empty(share, B, T, G, K, dtype=sums), q.new_empty(share, B, T, N, G, K, dtype=sums)
+    d_beta = torch.empty_like(beta)
+    d_g = beta.new_empty(0) if g is None else torch.empty_like(g)
+    gradients_kernel[(B * launch.chunks, H)](
+        q, k, beta, g, firsts, prepared.enter, d_o, d_v, errors, entering, leaving, d_q, d_k, d_beta, d_g,
+        *launch.sizes(), *_strides(q, k), GATE=g is not None, DOCUMENTS=firsts is not None,
+        **launch.constants(v), **launch.config("delta_gradients", GRADIENTS, v),
+    )  # fmt: skip
+    d_q, d_k = (d[0] if share == 1 else d.sum(0).to(v.dtype) for d in (d_q, d_k))
+    return d_q, d_k, d_v, d_beta, d_g, d_initial if initial is not None else beta.new_empty(0)
+
+
+@_backward.register_fake
+def _(
+    d_o: Tensor,
+    d_final: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    initial: Tensor | None,
+    firsts: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return (
+        q.new_empty(q.shape),
+        k.new_empty(k.shape),
+        v.new_empty(v.shape),
+        beta.new_empty(beta.shape),
+        beta.new_empty(0 if g is None else g.shape),
+        beta.new_empty(0 if initial is None else initial.shape),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.chunk_size = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, d_o: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, beta, g, initial, firsts = ctx.saved_tensors
+    if d_o is None:
+        d_o = v.new_zeros(v.shape[0], v.shape[1], *v.shape[3:])
+    d_q, d_k, d_v, d_beta, d_g, d_initial = _backward(d_o, d_final, q, k, v, beta, g, initial, firsts, ctx.chunk_size)
+    return d_q, d_k, d_v, d_beta, None if g is None else d_g, None if initial is None else d_initial, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
