@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Channels times tokens of a tile: with 16 state numbers 1 MiB of float32 decays, and as much of states.
-_TILE = 16384
+# Rows times tokens times channels of a tile: with 16 state numbers 2 MiB of float32 decays, and as much of states.
+_TILE = 32768
 _LOG2_E = math.log2(math.e)
 
 
@@ -172,11 +172,11 @@ def _backward(
             before = entering[rows, number, :, channels]
             decays, states = tile.walk(tokens, before)
             d_out = tile.take(d_y[rows, :, channels], tokens)
-            d_C[rows, tokens] += torch.matmul(states, d_out[..., None])[..., 0].transpose(0, 1)
+            d_C[rows, tokens] += _sum_channels(d_out, states)
             d_states = _walk_back(room, decays, tile.take(C[rows], tokens), d_out, d_state)
             torch.mul(decays[0], d_states[0], out=d_state)
             steps, values = tile.take(dt[rows, :, channels], tokens), tile.take(x[rows, :, channels], tokens)
-            d_B[rows, tokens] += torch.matmul(d_states, (steps * values)[..., None])[..., 0].transpose(0, 1)
+            d_B[rows, tokens] += _sum_channels(steps * values, d_states)
             written = torch.matmul(tile.take(B[rows], tokens)[:, :, None], d_states)[:, :, 0]
             d_exponents = decays
             d_exponents[0] *= before
@@ -191,6 +191,14 @@ def _backward(
         d_A[channels] += d_A_Nc.t()
         d_initial[rows, channels] = d_state.transpose(1, 2)
     return d_x, d_dt, d_A, d_B.to(B.dtype), d_C.to(C.dtype), d_D, d_initial
+
+
+def _sum_channels(row_LRc: Tensor, states_LRNc: Tensor) -> Tensor:
+    """Sum of states times a row over channels, [R, L, N].
+
+    The row stands on the left: with the vector on the right, PyTorch's batched product took 12 times as long.
+    """
+    return torch.matmul(row_LRc[:, :, None], states_LRNc.transpose(-1, -2))[:, :, 0].transpose(0, 1)
 
 
 def _walk_back(room: Tensor, decays: Tensor, C_LRN: Tensor, d_out_LRc: Tensor, d_last: Tensor) -> Tensor:
