@@ -14,7 +14,7 @@ from kernels.delta_scan.torch_impl import chunked_delta
 from kernels.shapes import check_documents, check_float, check_shape, drop_single_document
 
 # (q_BTGK, k_BTNGK, v_BTNHV, beta_BTNH, g_BTH or None, initial_state_BHKV or None, document_ids_BT or None, chunk_size)
-# -> (o_BTHV in the dtype of v, the last state [B, H, K, V]); beta, g and the states are float32, or float64 with v.
+# -> (o_BTHV in the dtype of v, the last state [B, H, K, V]); beta, g and states are float32, or float64 with v.
 DeltaFunction = Callable[
     [Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, int], tuple[Tensor, Tensor]
 ]
@@ -48,7 +48,8 @@ def delta_scan(
     k [B, T, N, G, K], v [B, T, N, H, V] in one dtype, with G dividing H; the caller normalises k to length 1. beta
     [B, T, N, H] in (0, 1), or (0, 2) for states that may change sign; g [B, T, H] <= 0 is the log of the decay, absent
     for none. Document ids are integers [B, T], equal inside a document. The initial state belongs to the document of
-    each row's first token. beta, g and states are taken in float32 (float64 for float64 inputs).
+    each row's first token. beta, g and states are taken in float32 (float64 for float64 inputs). A chunk holds chunk_size
+    steps, which changes speed and rounding, not meaning.
 
     Returns o [B, T, H, V] in the dtype of v and the state [B, H, K, V] after the last token. With `with_transfer` also
     read [B, T, H, K] in the dtype of v, 0 outside the row's first document, and transfer [B, H, K, K], 0 where the row's
@@ -170,3 +171,44 @@ def _check_row(
         check_float("the initial state", initial_state)
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1; got {chunk_size}")
+
+
+def delta_flops(
+    B: int, T: int, N: int, G: int, H: int, K: int, V: int, *, chunk_size: int, backward: bool = False
+) -> int:
+    """Floating-point operations of the chunked form for chunks of M = chunk_size steps, with k k^T and q k^T a group.
+
+    A step costs 2 M K G for k k^T, M^2 H for the inverse, 2 M V H for applying it, 4 K V H for reading and writing the
+    state; a token 2 M K G for q k^T, 2 M V H for what it reads inside the chunk, 2 K V H for what it reads before it.
+    Backward: a step 4 M K G, 6 M V H and 8 K V H, a token 6 M K G, 4 M V H and 4 K V H.
+    """
+    M = chunk_size
+    if backward:
+        step = 4 * M * K * G + 6 * M * V * H + 8 * K * V * H
+        return B * T * (N * step + 6 * M * K * G + 4 * M * V * H + 4 * K * V * H)
+    step = 2 * M * K * G + M * M * H + 2 * M * V * H + 4 * K * V * H
+    return B * T * (N * step + 2 * M * K * G + 2 * M * V * H + 2 * K * V * H)
+
+
+def delta_bytes(
+    B: int,
+    T: int,
+    N: int,
+    G: int,
+    H: int,
+    K: int,
+    V: int,
+    *,
+    value_bytes: int = 2,
+    gated: bool = True,
+    backward: bool = False,
+) -> int:
+    """Bytes that must move: each input read once and each output written once; beta and gates are float32.
+
+    Forward: q, k, v, o, beta, g. Backward: q, k, v, do, dq, dk, dv, beta, g and their gradients.
+    """
+    numbers = G * K + N * G * K + N * H * V
+    gates = 4 * (N * H + (H if gated else 0))
+    if backward:
+        return B * T * (value_bytes * (2 * numbers + H * V) + 2 * gates)
+    return B * T * (value_bytes * (numbers + H * V) + gates)

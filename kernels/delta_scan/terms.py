@@ -12,22 +12,21 @@ from kernels.chunks import Chunks, Documents, cut_documents, pad_tokens
 
 @dataclass
 class Terms:
-    """Rows cut into chunks, heads first: [B, G or H, chunks, tokens or steps, ...] in the wide dtype, that of beta.
+    """Rows cut into chunks, chunks and heads first: [c, B, G or H, tokens or steps, ...] in the dtype of beta.
 
     A chunk has Q tokens of N steps, M = Q N, those of a token next to each other. J gates a token: H, or one (zero)
-    where nothing decays. Products take operands in the dtype `gemm`.
+    where nothing decays.
     """
 
     sizes: Chunks
     N: int
     documents: Documents
-    q: Tensor  # [B, G, chunks, Q, K]
-    k: Tensor  # [B, G, chunks, M, K]
-    v: Tensor  # [B, H, chunks, M, V]
-    beta: Tensor  # [B, H, chunks, M, 1]
+    q: Tensor  # [c, B, G, Q, K]
+    k: Tensor  # [c, B, G, M, K]
+    v: Tensor  # [c, B, H, M, V]
+    beta: Tensor  # [c, B, H, M, 1]
     b_nJQ: Tensor
-    decay: Tensor  # e^(b_i - b_j) for tokens j <= i of one document, 0 elsewhere, [B, J, chunks, Q, Q]
-    gemm: torch.dtype
+    decay: Tensor  # e^(b_i - b_j) for tokens j <= i of one document, 0 elsewhere, [c, B, J, Q, Q]
 
     @classmethod
     def of(
@@ -38,19 +37,18 @@ class Terms:
         beta_BTNH: Tensor,
         g_BTH: Tensor | None,
         document_ids_BT: Tensor | None,
-        chunk_size: int,
-        gemm: torch.dtype,
+        chunk_tokens: int,
     ) -> Terms:
-        """Cut rows into chunks of at most `chunk_size` tokens; beta and g are in the wide dtype."""
+        """Cut rows into chunks of at most `chunk_tokens` tokens; beta and g are float32 (float64 for float64 inputs)."""
         B, T, N, H, V = v_BTNHV.shape
         G, K = q_BTGK.shape[2:]
-        s, wide = Chunks.of(B, T, H, G, K, V, min(chunk_size, T)), beta_BTNH.dtype
+        s, wide = Chunks.of(B, T, H, G, K, V, min(chunk_tokens, T)), beta_BTNH.dtype
         g_BTJ = beta_BTNH.new_zeros(B, T, 1) if g_BTH is None else g_BTH
         g_nJQ = pad_tokens(g_BTJ, s.padding).reshape(s.count, s.Q, -1).transpose(1, 2).contiguous()
         documents = cut_documents(document_ids_BT, s, g_nJQ)
         b_nJQ = documents.sum_inside(g_nJQ)
-        b_BJcQ = _rows_first(b_nJQ, s)
-        bias = documents.bias if document_ids_BT is None else _rows_first(documents.bias, s)
+        b_cBJQ = _chunks_first(b_nJQ, s)
+        bias = documents.bias if document_ids_BT is None else _chunks_first(documents.bias, s)
         return cls(
             s,
             N,
@@ -60,65 +58,60 @@ class Terms:
             _heads_first(v_BTNHV, s, wide),
             _heads_first(beta_BTNH.unsqueeze(-1), s, wide),
             b_nJQ,
-            (b_BJcQ[..., :, None] - b_BJcQ[..., None, :]).add_(bias).exp_(),
-            gemm,
+            (b_cBJQ[..., :, None] - b_cBJQ[..., None, :]).add_(bias).exp_(),
         )
 
-    def product(self, left: Tensor, right: Tensor) -> Tensor:
-        """left @ right, wide."""
-        return torch.matmul(left.to(self.gemm), right.to(self.gemm)).to(self.beta.dtype)
-
-    def weigh(self, scores_BGRcXM: Tensor) -> Tensor:
+    def weigh(self, scores_cBGRXM: Tensor) -> Tensor:
         """Numbers of pairs, of tokens or steps X with steps M, times the decay between their tokens; R is 1 or H / G."""
         s = self.sizes
-        pairs = scores_BGRcXM.unflatten(-1, (s.Q, self.N)).unflatten(-3, (s.Q, -1))
+        pairs = scores_cBGRXM.unflatten(-1, (s.Q, self.N)).unflatten(-3, (s.Q, -1))
         return (pairs * self._grouped(self.decay)[..., :, None, :, None]).flatten(-4, -3).flatten(-2)
 
     def interactions(self) -> Tensor:
-        """A: (k_i . k_j) e^(b_i - b_j) for steps i and j of tokens j <= i, [B, H, chunks, M, M]. Only j < i counts."""
-        return self._by_head(self.weigh(torch.matmul(self.k, self.k.mT).unsqueeze(2)))
+        """A: (k_i . k_j) e^(b_i - b_j) for steps i and j of tokens j <= i, [c, B, H, M, M]. Only j < i counts."""
+        return self._by_head(self.weigh(torch.matmul(self.k, self.k.mT).unsqueeze(3)))
 
     def mix(self) -> Tensor:
-        """P: (q_i . k_j) e^(b_i - b_j) for tokens i and steps j of tokens up to i, [B, H, chunks, Q, M]."""
-        return self._by_head(self.weigh(self.product(self.q, self.k.mT).unsqueeze(2)))
+        """P: (q_i . k_j) e^(b_i - b_j) for tokens i and steps j of tokens up to i, [c, B, H, Q, M]."""
+        return self._by_head(self.weigh(torch.matmul(self.q, self.k.mT).unsqueeze(3)))
 
-    def weigh_gradient(self, gradient_BHcXM: Tensor) -> Tensor:
-        """Gradient of the scores of a group [B, G, chunks, X, M] from that of its heads' weighed scores."""
-        return self._sum_group(self.weigh(self._grouped(gradient_BHcXM)))
+    def weigh_gradient(self, gradient_cBHXM: Tensor) -> Tensor:
+        """Gradient of the scores of a group [c, B, G, X, M] from that of its heads' weighed scores."""
+        return self._sum_group(self.weigh(self._grouped(gradient_cBHXM)))
 
-    def from_start(self, x_BGcXK: Tensor) -> Tensor:
-        """Queries or keys times e^b where their token lies in the document that owns the entering state, [B, H, ...]."""
-        return self._by_head(x_BGcXK.unsqueeze(2) * self._grouped(self._start_weights(x_BGcXK)))
+    def from_start(self, x_cBGXK: Tensor) -> Tensor:
+        """Queries or keys times e^b where their token lies in the document that owns the entering state, for each head."""
+        return self._by_head(x_cBGXK.unsqueeze(3) * self._grouped(self._start_weights(x_cBGXK)))
 
-    def to_end(self, x_BGcMK: Tensor) -> Tensor:
-        """Keys times e^(b_end - b) where their token lies in the chunk's last document, [B, H, ...]."""
-        return self._by_head(x_BGcMK.unsqueeze(2) * self._grouped(self._end_weights(x_BGcMK)))
+    def to_end(self, x_cBGMK: Tensor) -> Tensor:
+        """Keys times e^(b_end - b) where their token lies in the chunk's last document, for each head."""
+        return self._by_head(x_cBGMK.unsqueeze(3) * self._grouped(self._end_weights(x_cBGMK)))
 
-    def from_start_gradient(self, gradient_BHcXK: Tensor) -> Tensor:
-        """The transpose of `from_start`."""
-        return self._sum_group(self._grouped(gradient_BHcXK * self._start_weights(gradient_BHcXK)))
+    def from_start_gradient(self, gradient_cBHXK: Tensor) -> Tensor:
+        """The transpose of `from_start`; takes its argument's memory."""
+        return self._sum_group(self._grouped(gradient_cBHXK.mul_(self._start_weights(gradient_cBHXK))))
 
-    def to_end_gradient(self, gradient_BHcMK: Tensor) -> Tensor:
-        """The transpose of `to_end`."""
-        return self._sum_group(self._grouped(gradient_BHcMK * self._end_weights(gradient_BHcMK)))
+    def to_end_gradient(self, gradient_cBHMK: Tensor) -> Tensor:
+        """The transpose of `to_end`; takes its argument's memory."""
+        return self._sum_group(self._grouped(gradient_cBHMK.mul_(self._end_weights(gradient_cBHMK))))
 
     def carry(self) -> Tensor:
-        """Factor of the entering state in the leaving one, [B, J, chunks, 1, 1]."""
-        return _rows_first(self.documents.keep_carry(self.b_nJQ[..., -1].exp()), self.sizes)[..., None, None]
+        """Factor of the entering state in the leaving one, [c, B, J, 1, 1]."""
+        return _chunks_first(self.documents.keep_carry(self.b_nJQ[..., -1].exp()), self.sizes)[..., None, None]
 
-    def gate_gradient(self, b_BHcQ: Tensor) -> Tensor:
+    def gate_gradient(self, b_cBHQ: Tensor) -> Tensor:
         """Gradient of g [B, T, H] from that of its sums b."""
         s = self.sizes
-        d_g_nHQ = self.documents.sum_inside_reversed(b_BHcQ.transpose(1, 2).reshape(s.count, s.H, s.Q))
+        d_g_nHQ = self.documents.sum_inside_reversed(b_cBHQ.transpose(0, 1).reshape(s.count, s.H, s.Q))
         return d_g_nHQ.transpose(1, 2).reshape(s.B, -1, s.H)[:, : s.T]
 
     def heads_first(self, x_BTH: Tensor) -> Tensor:
-        """[B, T, heads, ...] as [B, heads, chunks, Q, ...]."""
+        """[B, T, heads, ...] as [c, B, heads, Q, ...]."""
         return _heads_first(x_BTH.unsqueeze(2), self.sizes, self.beta.dtype)
 
-    def tokens(self, x_BHcX: Tensor, N: int | None = None) -> Tensor:
-        """[B, heads, chunks, Q, ...] as [B, T, heads, ...], or [B, heads, chunks, M, ...] as [B, T, N, heads, ...]."""
-        x = x_BHcX.movedim(1, 3)
+    def tokens_first(self, x_cBHX: Tensor, N: int | None = None) -> Tensor:
+        """[c, B, heads, Q, ...] as [B, T, heads, ...], or [c, B, heads, M, ...] as [B, T, N, heads, ...]."""
+        x = x_cBHX.transpose(0, 1).movedim(3, 2)
         if N is not None:
             x = x.unflatten(2, (-1, N))
         return x.flatten(1, 2)[:, : self.sizes.T]
@@ -130,31 +123,31 @@ class Terms:
         return self._spread(self.documents.keep_last(self.b_nJQ[..., -1:] - self.b_nJQ).exp(), like)
 
     def _spread(self, x_nJQ: Tensor, like: Tensor) -> Tensor:
-        """One number a token as one for each of its rows in `like`, [B, J, chunks, Q or M, 1]."""
-        x_BJcQ = _rows_first(x_nJQ, self.sizes)
+        """One number a token as one for each of its rows in `like`, [c, B, J, Q or M, 1]."""
+        x_cBJQ = _chunks_first(x_nJQ, self.sizes)
         repeats = like.shape[-2] // self.sizes.Q
-        return (x_BJcQ if repeats == 1 else x_BJcQ.repeat_interleave(repeats, dim=-1)).unsqueeze(-1)
+        return (x_cBJQ if repeats == 1 else x_cBJQ.repeat_interleave(repeats, dim=-1)).unsqueeze(-1)
 
-    def _grouped(self, x_BJ: Tensor) -> Tensor:
-        """[B, H, ...] as [B, G, R, ...], or [B, 1, ...] as [B, 1, 1, ...]."""
+    def _grouped(self, x_cBJ: Tensor) -> Tensor:
+        """[c, B, H, ...] as [c, B, G, R, ...], or [c, B, 1, ...] as [c, B, 1, 1, ...]."""
         s = self.sizes
-        return x_BJ.unsqueeze(1) if x_BJ.shape[1] == 1 else x_BJ.unflatten(1, (s.G, s.R))
+        return x_cBJ.unsqueeze(2) if x_cBJ.shape[2] == 1 else x_cBJ.unflatten(2, (s.G, s.R))
 
-    def _by_head(self, x_BGR: Tensor) -> Tensor:
-        """[B, G, 1 or R, ...] as [B, H, ...]."""
-        return x_BGR.expand(-1, -1, self.sizes.R, *x_BGR.shape[3:]).flatten(1, 2)
+    def _by_head(self, x_cBGR: Tensor) -> Tensor:
+        """[c, B, G, 1 or R, ...] as [c, B, H, ...]."""
+        return x_cBGR.expand(-1, -1, -1, self.sizes.R, *x_cBGR.shape[4:]).flatten(2, 3)
 
-    def _sum_group(self, x_BGR: Tensor) -> Tensor:
-        """[B, G, R, ...] summed over the heads of a group."""
-        return x_BGR.squeeze(2) if self.sizes.R == 1 else x_BGR.sum(2)
+    def _sum_group(self, x_cBGR: Tensor) -> Tensor:
+        """[c, B, G, R, ...] summed over the heads of a group."""
+        return x_cBGR.squeeze(3) if self.sizes.R == 1 else x_cBGR.sum(3)
 
 
-def _rows_first(x_nJ: Tensor, s: Chunks) -> Tensor:
-    """[B chunks, J, ...] as [B, J, chunks, ...]."""
-    return x_nJ.unflatten(0, (s.B, s.chunks)).transpose(1, 2)
+def _chunks_first(x_nJ: Tensor, s: Chunks) -> Tensor:
+    """[B c, J, ...] as [c, B, J, ...]."""
+    return x_nJ.unflatten(0, (s.B, s.chunks)).transpose(0, 1)
 
 
 def _heads_first(x_BTNH: Tensor, s: Chunks, dtype: torch.dtype) -> Tensor:
-    """[B, T, N, heads, ...] as [B, heads, chunks, Q N, ...]."""
-    cut = pad_tokens(x_BTNH, s.padding).unflatten(1, (s.chunks, s.Q)).movedim(4, 1)
-    return cut.to(dtype, memory_format=torch.contiguous_format).flatten(3, 4)
+    """[B, T, N, heads, ...] as [c, B, heads, Q N, ...]."""
+    cut = pad_tokens(x_BTNH, s.padding).unflatten(1, (s.chunks, s.Q)).transpose(0, 1).movedim(4, 2)
+    return cut.to(dtype, copy=True, memory_format=torch.contiguous_format).flatten(3, 4)

@@ -14,7 +14,6 @@ from torch.autograd.function import once_differentiable
 
 from kernels.delta_scan.inverse import invert_unit_lower
 from kernels.delta_scan.terms import Terms
-from kernels.gemm_precision import gemm_dtype
 
 # Matrices [Q, Q N] of a piece: enough that a call costs little beside its work, few enough to stay in the cache.
 _MATRICES = 32
@@ -29,17 +28,15 @@ def chunked_delta(
     initial_state_BHKV: Tensor | None,
     document_ids_BT: Tensor | None,
     chunk_size: int,
-    product_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`delta_by_steps` in chunks of `chunk_size` tokens; beta, g and the state are float32 (float64 for float64 inputs).
+    """`delta_by_steps` in chunks of `chunk_size` steps; beta, g and the state are float32 (float64 for float64 inputs).
 
-    Returns o [B, T, H, V] in the dtype of v and the last state [B, H, K, V]. Matrix products take operands of
-    `product_dtype`, by default what this machine multiplies fast; those that make and apply the inverse are float32.
+    Returns o [B, T, H, V] in the dtype of v and the last state [B, H, K, V]. Products are float32 whatever the inputs are.
     Under torch.compile the plain composition runs, which Inductor fuses; otherwise a hand-written backward.
     """
-    products = gemm_dtype(v_BTNHV) if product_dtype is None else product_dtype
+    chunk_tokens = max(1, chunk_size // v_BTNHV.shape[2])
     rows = (q_BTGK, k_BTNGK, v_BTNHV, beta_BTNH, g_BTH)
-    arguments = (*rows, initial_state_BHKV, document_ids_BT, chunk_size, products)
+    arguments = (*rows, initial_state_BHKV, document_ids_BT, chunk_tokens)
     if torch.compiler.is_compiling():
         return compose_delta(*arguments)
     return _ChunkedDelta.apply(*arguments)
@@ -53,12 +50,11 @@ def compose_delta(
     g_BTH: Tensor | None,
     initial_state_BHKV: Tensor | None,
     document_ids_BT: Tensor | None,
-    chunk_size: int,
-    gemm: torch.dtype,
+    chunk_tokens: int,
 ) -> tuple[Tensor, Tensor]:
     """The same as `chunked_delta` as a plain composition of differentiable operations, for the compiler."""
     B, _, _, H, V = v_BTNHV.shape
-    terms = Terms.of(q_BTGK, k_BTNGK, v_BTNHV, beta_BTNH, g_BTH, document_ids_BT, chunk_size, gemm)
+    terms = Terms.of(q_BTGK, k_BTNGK, v_BTNHV, beta_BTNH, g_BTH, document_ids_BT, chunk_tokens)
     strict = (terms.interactions() * terms.beta.mT).tril(-1)
     identity = torch.eye(strict.shape[-1], dtype=strict.dtype, device=strict.device)
     inverse = torch.linalg.solve_triangular(strict + identity, identity.expand_as(strict), upper=False)
@@ -70,12 +66,10 @@ def compose_delta(
     entering, changes = [], []
     for c in range(terms.sizes.chunks):
         entering.append(state)
-        errors = inverse[:, :, c] @ (terms.v[:, :, c] - terms.product(into[:, :, c], state))
-        changes.append(terms.beta[:, :, c] * errors)
-        state = carry[:, :, c] * state + terms.product(out_of[:, :, c], changes[-1])
-    o = terms.product(terms.from_start(terms.q), torch.stack(entering, dim=2))
-    o = o + terms.product(terms.mix(), torch.stack(changes, dim=2))
-    return terms.tokens(o).to(v_BTNHV.dtype), state
+        changes.append(terms.beta[c] * (inverse[c] @ (terms.v[c] - into[c] @ state)))
+        state = carry[c] * state + out_of[c] @ changes[-1]
+    o = terms.from_start(terms.q) @ torch.stack(entering) + terms.mix() @ torch.stack(changes)
+    return terms.tokens_first(o).to(v_BTNHV.dtype), state
 
 
 class _Piece(NamedTuple):
@@ -84,11 +78,11 @@ class _Piece(NamedTuple):
     rows: slice
     tokens: slice
 
-    def terms(self, inputs: Sequence[Tensor | None], chunk_size: int, gemm: torch.dtype) -> Terms:
+    def terms(self, inputs: Sequence[Tensor | None], chunk_tokens: int) -> Terms:
         """Terms of this piece of (q, k, v, beta, g, document ids)."""
         q, k, v, beta, g, documents = (None if x is None else x[self.rows, self.tokens] for x in inputs)
         assert q is not None and k is not None and v is not None and beta is not None, "only gates may be absent"
-        return Terms.of(q, k, v, beta, g, documents, chunk_size, gemm)
+        return Terms.of(q, k, v, beta, g, documents, chunk_tokens)
 
     def resume(self, state_BHKV: Tensor, document_ids_BT: Tensor | None) -> Tensor:
         """The state before the piece (or its gradient) where the piece goes on with the document before it, else 0."""
@@ -100,17 +94,17 @@ class _Piece(NamedTuple):
         return torch.where(continues_B.view(-1, 1, 1, 1), state_BHKV, torch.zeros_like(state_BHKV))
 
 
-def _cut_pieces(v_BTNHV: Tensor, chunk_size: int) -> list[list[_Piece]]:
+def _cut_pieces(v_BTNHV: Tensor, chunk_tokens: int) -> list[list[_Piece]]:
     """Blocks of rows, each as its pieces in order."""
     B, T, _, H, _ = v_BTNHV.shape
     rows = max(1, min(B, _MATRICES // H))
-    tokens = chunk_size * max(1, _MATRICES // (rows * H))
+    tokens = chunk_tokens * max(1, _MATRICES // (rows * H))
     blocks = [slice(row, min(row + rows, B)) for row in range(0, B, rows)]
     return [[_Piece(block, slice(at, min(at + tokens, T))) for at in range(0, T, tokens)] for block in blocks]
 
 
 class _Walked(NamedTuple):
-    """What backward needs of a piece: inverses [B, H, chunks, M, M], errors [.., M, V], entering states [.., K, V]."""
+    """What backward needs of a piece: inverses [c, B, H, M, M], errors [.., M, V], entering states [.., K, V]."""
 
     inverse: Tensor
     errors: Tensor
@@ -130,28 +124,27 @@ class _ChunkedDelta(torch.autograd.Function):
         g: Tensor | None,
         initial: Tensor | None,
         documents_BT: Tensor | None,
-        chunk_size: int,
-        gemm: torch.dtype,
+        chunk_tokens: int,
     ) -> tuple[Tensor, Tensor]:
         inputs = (q, k, v, beta, g, documents_BT)
         B, T, _, H, V = v.shape
         o = torch.empty(B, T, H, V, dtype=beta.dtype, device=v.device)
         final = torch.empty(B, H, q.shape[-1], V, dtype=beta.dtype, device=v.device)
         walked: list[Tensor] = []
-        for pieces in _cut_pieces(v, chunk_size):
+        for pieces in _cut_pieces(v, chunk_tokens):
             rows = pieces[0].rows
             state = torch.zeros_like(final[rows]) if initial is None else initial[rows].to(final.dtype)
             for piece in pieces:
-                terms = piece.terms(inputs, chunk_size, gemm)
+                terms = piece.terms(inputs, chunk_tokens)
                 state = piece.resume(state, documents_BT)
                 o[piece.rows, piece.tokens], state, saved = _walk(terms, state)
                 walked += saved
             final[rows] = state
         ctx.save_for_backward(*inputs, o, final, *walked)
-        ctx.chunk_size, ctx.gemm = chunk_size, gemm
+        ctx.chunk_tokens = chunk_tokens
         ctx.initial_dtype = None if initial is None else initial.dtype
         ctx.set_materialize_grads(False)
-        return (o.clone() if o.dtype == v.dtype else o.to(v.dtype)), final.clone()
+        return o.to(v.dtype), final
 
     @staticmethod
     @once_differentiable
@@ -164,31 +157,35 @@ def _walk(terms: Terms, state: Tensor) -> tuple[Tensor, Tensor, _Walked]:
     strict = terms.interactions().mul_(terms.beta.mT)
     inverse = invert_unit_lower(strict.flatten(0, 2)).view_as(strict)
     into, out_of, carry = terms.from_start(terms.k), terms.to_end(terms.k).mT, terms.carry()
-    chunks = range(terms.sizes.chunks)
     errors, changes = torch.empty_like(terms.v), torch.empty_like(terms.v)
     entering = terms.v.new_empty(*terms.v.shape[:3], *state.shape[2:])
-    for c in chunks:
-        entering[:, :, c] = state
-        errors[:, :, c] = inverse[:, :, c] @ (terms.v[:, :, c] - terms.product(into[:, :, c], state))
-        torch.mul(terms.beta[:, :, c], errors[:, :, c], out=changes[:, :, c])
-        state = (carry[:, :, c] * state).add_(terms.product(out_of[:, :, c], changes[:, :, c]))
-    o = terms.product(terms.from_start(terms.q), entering).add_(terms.product(terms.mix(), changes))
-    return terms.tokens(o), state, _Walked(inverse, errors, entering)
+    for c in range(terms.sizes.chunks):
+        entering[c] = state
+        torch.matmul(inverse[c], _add_product(terms.v[c].clone(), into[c], state, -1.0), out=errors[c])
+        torch.mul(terms.beta[c], errors[c], out=changes[c])
+        state = _add_product(carry[c] * state, out_of[c], changes[c])
+    o = _add_product(torch.matmul(terms.from_start(terms.q), entering), terms.mix(), changes)
+    return terms.tokens_first(o), state, _Walked(inverse, errors, entering)
 
 
 def _walk_back(terms: Terms, walked: _Walked, d_o: Tensor, d_state: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of changes, of v, of the states leaving chunks (shaped as errors and entering), and of the first state."""
     into, out_of, carry = terms.from_start(terms.k).mT, terms.to_end(terms.k), terms.carry()
-    d_changes = terms.product(terms.mix().mT, d_o)
-    d_read = terms.product(terms.from_start(terms.q).mT, d_o)
-    d_v, leaving = torch.empty_like(d_changes), torch.empty_like(d_read)
+    d_changes = torch.matmul(terms.mix().mT, d_o)
+    d_entering = torch.matmul(terms.from_start(terms.q).mT, d_o)
+    d_v, leaving = torch.empty_like(d_changes), torch.empty_like(d_entering)
     for c in reversed(range(terms.sizes.chunks)):
-        leaving[:, :, c] = d_state
-        d_changes[:, :, c] += terms.product(out_of[:, :, c], d_state)
-        d_v[:, :, c] = walked.inverse[:, :, c].mT @ (terms.beta[:, :, c] * d_changes[:, :, c])
-        through_errors = terms.product(into[:, :, c], d_v[:, :, c])
-        d_state = (carry[:, :, c] * d_state).add_(d_read[:, :, c]).sub_(through_errors)
+        leaving[c] = d_state
+        _add_product(d_changes[c], out_of[c], d_state)
+        torch.matmul(walked.inverse[c].mT, terms.beta[c] * d_changes[c], out=d_v[c])
+        d_state = _add_product(torch.addcmul(d_entering[c], carry[c], d_state), into[c], d_v[c], -1.0)
     return d_changes, d_v, leaving, d_state
+
+
+def _add_product(to: Tensor, left: Tensor, right: Tensor, factor: float = 1.0) -> Tensor:
+    """Add factor left @ right to `to`, in place."""
+    to.view(-1, *to.shape[-2:]).baddbmm_(left.flatten(0, -3), right.flatten(0, -3), alpha=factor)
+    return to
 
 
 class _Gradients(NamedTuple):
@@ -207,18 +204,19 @@ def _backward(ctx: Any, d_o: Tensor | None, d_final: Tensor | None) -> tuple[Ten
     if d_o is None:
         d_o = torch.zeros_like(o)
     walked = [_Walked(*saved[i : i + 3]) for i in range(0, len(saved), 3)]
-    total = _Gradients(*(torch.empty_like(x) for x in (q, k, v, beta)), None if g is None else torch.empty_like(g))
+    d_g = None if g is None else torch.empty_like(g)
+    total = _Gradients(torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(beta), d_g)
     d_initial = torch.empty_like(final)
-    for pieces in reversed(_cut_pieces(v, ctx.chunk_size)):
+    for pieces in reversed(_cut_pieces(v, ctx.chunk_tokens)):
         rows = pieces[0].rows
         d_state = torch.zeros_like(final[rows]) if d_final is None else d_final[rows]
         after = final[rows]
         for piece in reversed(pieces):
-            terms, kept = piece.terms(inputs, ctx.chunk_size, ctx.gemm), walked.pop()
+            terms, kept = piece.terms(inputs, ctx.chunk_tokens), walked.pop()
             place = piece.rows, piece.tokens
             gradients, d_state = _differentiate(terms, kept, o[place], d_o[place], after, d_state, g is not None)
             d_state = piece.resume(d_state, documents_BT)
-            after = kept.entering[:, :, 0]
+            after = kept.entering[0]
             for whole, part in zip(total, gradients):
                 if whole is not None and part is not None:
                     whole[place] = part
@@ -230,25 +228,26 @@ def _differentiate(
     terms: Terms, walked: _Walked, o: Tensor, d_o: Tensor, after: Tensor, d_state: Tensor, gated: bool
 ) -> tuple[_Gradients, Tensor]:
     """Gradients of a piece's inputs and of the state before it, from those of its o and of the state after it."""
-    s, N = terms.sizes, terms.N
+    Q, N = terms.sizes.Q, terms.N
     d_o_heads = terms.heads_first(d_o)
     d_changes, d_v, leaving, d_state = _walk_back(terms, walked, d_o_heads, d_state)
     errors, entering = walked.errors, walked.entering
     changes = errors * terms.beta
-    d_scores = terms.weigh_gradient(terms.product(d_o_heads, changes.mT))
-    d_q = terms.from_start_gradient(terms.product(d_o_heads, entering.mT)).add_(terms.product(d_scores, terms.k))
-    d_k = terms.to_end_gradient(terms.product(changes, leaving.mT))
-    d_k -= terms.from_start_gradient(terms.product(d_v, entering.mT))
-    d_k += terms.product(d_scores.mT, terms.q)
-    d_pairs = terms.weigh_gradient(terms.product(d_v, changes.mT)).tril_(-1)
-    d_k -= terms.product(d_pairs + d_pairs.mT, terms.k)
-    d_beta = (errors * (d_changes - terms.interactions().tril_(-1).mT @ d_v)).sum(-1)
+    d_scores = terms.weigh_gradient(torch.matmul(d_o_heads, changes.mT))
+    d_q = terms.from_start_gradient(torch.matmul(d_o_heads, entering.mT))
+    _add_product(d_q, d_scores, terms.k)
+    d_k = terms.to_end_gradient(torch.matmul(changes, leaving.mT))
+    d_k -= terms.from_start_gradient(torch.matmul(d_v, entering.mT))
+    _add_product(d_k, d_scores.mT, terms.q)
+    d_pairs = terms.weigh_gradient(torch.matmul(d_v, changes.mT)).tril_(-1)
+    _add_product(d_k, d_pairs + d_pairs.mT, terms.k, -1.0)
     d_g = None
     if gated:
-        d_b = terms.heads_first((o * d_o).sum(-1)) - (d_v * terms.v).sum(-1).unflatten(-1, (s.Q, N)).sum(-1)
-        d_b[..., :-1, -1] += (entering[:, :, 1:] * leaving[:, :, :-1]).sum((-1, -2))
-        d_b[..., -1, -1] += (after * leaving[:, :, -1]).sum((-1, -2))
+        d_b = terms.heads_first((o * d_o).sum(-1)) - (d_v * terms.v).sum(-1).unflatten(-1, (Q, N)).sum(-1)
+        d_b[:-1, ..., -1] += (entering[1:] * leaving[:-1]).sum((-1, -2))
+        d_b[-1, ..., -1] += (after * leaving[-1]).sum((-1, -2))
         d_g = terms.gate_gradient(d_b)
-    return _Gradients(
-        terms.tokens(d_q), terms.tokens(d_k, N), terms.tokens(d_v, N), terms.tokens(d_beta, N), d_g
-    ), d_state
+    _add_product(d_changes, terms.interactions().tril_(-1).mT, d_v, -1.0)
+    d_beta = d_changes.mul_(errors).sum(-1)
+    d_q, d_k, d_v, d_beta = terms.tokens_first(d_q), *(terms.tokens_first(x, N) for x in (d_k, d_v, d_beta))
+    return _Gradients(d_q, d_k, d_v, d_beta, d_g), d_state
