@@ -13,12 +13,12 @@ from collections.abc import Sequence
 
 import typer
 
-from launch import cli_bench, cli_config, cli_data, cli_launch, cli_plan, cli_train, cli_use
+from launch import cli_bench, cli_config, cli_data, cli_launch, cli_plan, cli_study, cli_train, cli_use
 from launch.console import say
 
 BAD_INPUT = 2
 RUN_FAILED = 3
-RESUMABLE_VERBS = ("train", "prepare", "launch")
+RESUMABLE_VERBS = ("train", "prepare", "launch", "study")
 
 # The machine ran out of something: the same command can go on once there is room again.
 _RESUMABLE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EMFILE, errno.ENOMEM}
@@ -32,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (cli_config, cli_data, cli_plan, cli_train, cli_launch, cli_use, cli_bench):
+for module in (cli_config, cli_data, cli_plan, cli_train, cli_launch, cli_use, cli_bench, cli_study):
     module.add_verbs(app)
 
 
