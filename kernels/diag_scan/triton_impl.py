@@ -1,0 +1,201 @@
+"""The Triton scan of Mamba as an operation that autograd, torch.compile and meta tensors know."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from kernels.backend import INTERPRETED
+from kernels.diag_scan.triton_kernels import diag_backward_kernel, diag_forward_kernel
+from kernels.documents import first_tokens
+from kernels.interpreter import dot_dtype
+from kernels.tuning import Config, config_for
+
+# Tokens of the largest tile, of which a chunk is a multiple.
+LARGEST_TILE = 16
+LARGEST_STATE_SIZE = 16
+
+
+def _candidates(*tiles: tuple[int, int, int]) -> tuple[Config, ...]:
+    """Tokens and channels of a tile and warps, the fixed ones first; few channels in the interpreter."""
+    tiles = ((tiles[0][0], 8, tiles[0][2]), *tiles) if INTERPRETED else tiles
+    return tuple({"Q": tokens, "BLOCK_C": channels, "num_warps": warps} for tokens, channels, warps in tiles)
+
+
+FORWARD = _candidates((16, 64, 8), (8, 64, 8), (16, 32, 8), (16, 32, 4))
+# Backward holds four tiles of states: of 16 x 64 they spill on every card.
+BACKWARD = _candidates((8, 64, 8), (16, 32, 8), (8, 32, 4))
+
+
+def diag_scan_triton(
+    x_BTC: Tensor,
+    dt_BTC: Tensor,
+    A_CN: Tensor,
+    B_BTN: Tensor,
+    C_BTN: Tensor,
+    D_C: Tensor,
+    initial_state_BCN: Tensor | None,
+    document_ids_BT: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    """As `torch_impl.chunked_diag_scan`, for float32, bfloat16 and float16.
+
+    chunk_size is the distance of the states that backward starts from. Raises ValueError for chunk or state sizes without
+    a kernel.
+    """
+    dot_dtype(x_BTC.dtype)  # refuses float64
+    if chunk_size % LARGEST_TILE:
+        raise ValueError(f'backend "triton" needs a chunk_size that is a multiple of {LARGEST_TILE}; got {chunk_size}')
+    if A_CN.shape[1] > LARGEST_STATE_SIZE:
+        raise ValueError(
+            f'backend "triton" holds up to {LARGEST_STATE_SIZE} state numbers a channel; got {A_CN.shape[1]}'
+        )
+    firsts = None if document_ids_BT is None else first_tokens(document_ids_BT)
+    tensors = (x_BTC, dt_BTC, A_CN, B_BTN, C_BTN, D_C, initial_state_BCN, firsts)
+    keep_states = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    return _forward(*tensors, chunk_size, keep_states)[:2]
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Channels packed; rows and tokens may lie apart, as slices of a wider projection do."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    return [stride for tensor in tensors for stride in tensor.stride()[:2]]
+
+
+def _config(kernel: str, candidates: tuple[Config, ...], x: Tensor, N: int, chunk_size: int) -> dict[str, Any]:
+    """Tile and options of a kernel, and the tiles of a chunk."""
+    config = config_for(kernel, (x.dtype, N, chunk_size), candidates, x.device)
+    block_n = triton.next_power_of_2(N)
+    return {**config, "TILES": chunk_size // config["Q"], "BLOCK_N": block_n, "num_stages": 1}
+
+
+@torch.library.custom_op("amfm::diag_scan_triton", mutates_args=())
+def _forward(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    initial: Tensor | None,
+    firsts: Tensor | None,
+    chunk_size: int,
+    keep_states: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, last state, and the states that enter chunks [B, chunks, N, channels] (empty unless they are kept)."""
+    x, B, C, dt, A = _rows(x), _rows(B), _rows(C), dt.contiguous(), A.contiguous()
+    initial = None if initial is None else initial.contiguous()
+    (rows, T, channels), N = x.shape, A.shape[1]
+    chunks = triton.cdiv(T, chunk_size)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    final = dt.new_empty(rows, channels, N)
+    entering = dt.new_empty(rows, chunks, N, channels) if keep_states else None
+    config = _config("diag_forward", FORWARD, x, N, chunk_size)
+    diag_forward_kernel[(triton.cdiv(channels, config["BLOCK_C"]), rows)](
+        x, dt, A, B, C, D, firsts, initial, y, entering, final, T, channels, N, chunks, *_strides(x, B, C),
+        DOCUMENTS=firsts is not None, INITIAL=initial is not None, SAVE=keep_states, **config,
+    )  # fmt: skip
+    return y, final, dt.new_empty(0) if entering is None else entering
+
+
+@_forward.register_fake
+def _(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    initial: Tensor | None,
+    firsts: Tensor | None,
+    chunk_size: int,
+    keep_states: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    (rows, T, channels), N = x.shape, A.shape[1]
+    entering = (rows, (T + chunk_size - 1) // chunk_size, N, channels) if keep_states else (0,)
+    return x.new_empty(x.shape), dt.new_empty(rows, channels, N), dt.new_empty(entering)
+
+
+@torch.library.custom_op("amfm::diag_scan_triton_backward", mutates_args=())
+def _backward(
+    d_y: Tensor,
+    d_final: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    initial: Tensor | None,
+    firsts: Tensor | None,
+    entering: Tensor,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, dt, A, B, C, D and the initial state; that of an absent one is empty."""
+    x, B, C, dt, A, d_y = _rows(x), _rows(B), _rows(C), dt.contiguous(), A.contiguous(), d_y.contiguous()
+    d_final = None if d_final is None else d_final.contiguous()
+    (rows, T, channels), N = x.shape, A.shape[1]
+    config = _config("diag_backward", BACKWARD, x, N, chunk_size)
+    blocks = triton.cdiv(channels, config["BLOCK_C"])
+    room = dt.new_empty(rows, blocks, config["TILES"], config["BLOCK_N"], config["BLOCK_C"])
+    d_x, d_dt = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(dt)
+    d_A, d_D, d_initial = dt.new_empty(rows, channels, N), dt.new_empty(rows, channels), dt.new_empty(rows, channels, N)
+    d_B, d_C = dt.new_empty(blocks, rows, T, N), dt.new_empty(blocks, rows, T, N)
+    diag_backward_kernel[(blocks, rows)](
+        x, dt, A, B, C, D, firsts, d_y, d_final, entering, room, d_x, d_dt, d_A, d_B, d_C, d_D, d_initial,
+        T, channels, N, entering.shape[1], *_strides(x, B, C),
+        DOCUMENTS=firsts is not None, D_FINAL=d_final is not None, **config,
+    )  # fmt: skip
+    d_initial = d_initial if initial is not None else dt.new_empty(0)
+    return d_x, d_dt, d_A.sum(0), d_B.sum(0).to(B.dtype), d_C.sum(0).to(C.dtype), d_D.sum(0), d_initial
+
+
+@_backward.register_fake
+def _(
+    d_y: Tensor,
+    d_final: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    initial: Tensor | None,
+    firsts: Tensor | None,
+    entering: Tensor,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape),
+        dt.new_empty(dt.shape),
+        A.new_empty(A.shape),
+        B.new_empty(B.shape),
+        C.new_empty(C.shape),
+        D.new_empty(D.shape),
+        dt.new_empty(0 if initial is None else initial.shape),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, ctx.chunk_size, keep_states = inputs
+    assert keep_states, "a scan that is to be differentiated keeps its states"
+    ctx.save_for_backward(*tensors, output[2])
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, d_y: Tensor | None, d_final: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    if d_y is None:
+        d_y = torch.zeros_like(saved[0])
+    *gradients, d_initial = _backward(d_y, d_final, *saved, ctx.chunk_size)
+    return *gradients, None if saved[6] is None else d_initial, None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
