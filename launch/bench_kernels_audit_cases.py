@@ -9,11 +9,13 @@ import dataclasses
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.attention.op import attention, attention_bytes, attention_flops
 from kernels.causal_conv1d.op import causal_conv1d, convolution_bytes, convolution_flops
 from kernels.decay_scan.op import mamba2_scan, scan_bytes, scan_flops
+from kernels.delta_scan.op import delta_bytes, delta_flops, delta_scan
 from kernels.linear_cross_entropy.op import cross_entropy_bytes, cross_entropy_flops, linear_cross_entropy
 from kernels.moe.op import expert_feed_forward, feed_forward_bytes, feed_forward_flops, route, route_bytes
 from kernels.norm.op import gated_rms_norm, norm_bytes, norm_flops, rms_norm
@@ -101,6 +103,26 @@ def _segmented_scan(tokens: int, heads: int, chunk: int, segments: int) -> Audit
         forward=(scan_bytes(*sizes), scan_flops(*sizes, chunk_size=chunk)),
         backward=None,
         forward_goal=Goal("4d + 4GN + 4H bytes a token", least, 1.7),
+    )
+
+
+def _deltas() -> Iterator[AuditCase]:
+    """One row of Gated DeltaNet, with two value heads a key head and states as Qwen3-Next has them."""
+    tokens, key_heads, heads, size, chunk = 1024, 2, 4, STATE_SIZE, 64
+    q, v = _leaf(1, tokens, key_heads, size), _leaf(1, tokens, 1, heads, size)
+    k = F.normalize(torch.randn(1, tokens, 1, key_heads, size), dim=-1).to(BF16).requires_grad_()
+    beta = torch.rand(1, tokens, 1, heads).requires_grad_()
+    g = (-torch.rand(1, tokens, heads)).requires_grad_()
+    sizes = (1, tokens, 1, key_heads, heads, size, size)
+    yield AuditCase(
+        op="delta_scan",
+        shape=f"1x{tokens}, {key_heads} key heads, {heads} heads, states of {size} x {size}, chunks of {chunk}",
+        leaves=(q, k, v, beta, g),
+        run=lambda *leaves: delta_scan(*leaves, chunk_size=chunk, backend="triton").o_BTHV,
+        forward=(delta_bytes(*sizes), delta_flops(*sizes, chunk_size=chunk)),
+        backward=(delta_bytes(*sizes, backward=True), delta_flops(*sizes, chunk_size=chunk, backward=True)),
+        forward_goal=Goal("of the formula", delta_bytes(*sizes), 2.2),
+        backward_goal=Goal("of the formula", delta_bytes(*sizes, backward=True), 5),
     )
 
 
@@ -285,6 +307,7 @@ def _heads() -> Iterator[AuditCase]:
 
 BUILDERS: dict[str, Callable[[], Iterator[AuditCase]]] = {
     "decay_scan": _scans,
+    "delta_scan": _deltas,
     "causal_conv1d": _convolutions,
     "norm": _norms,
     "swiglu": _activations,

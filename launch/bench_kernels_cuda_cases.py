@@ -18,6 +18,7 @@ from torch import Tensor
 from kernels.attention.op import attention, attention_bytes, attention_flops
 from kernels.causal_conv1d.op import causal_conv1d, convolution_bytes, convolution_flops
 from kernels.decay_scan.op import decay_scan, mamba2_scan, scan_bytes, scan_flops
+from kernels.delta_scan.op import delta_bytes, delta_flops, delta_scan
 from kernels.linear_cross_entropy.op import cross_entropy_bytes, cross_entropy_flops, linear_cross_entropy
 from kernels.moe.op import expert_feed_forward, feed_forward_bytes, feed_forward_flops
 from kernels.norm.op import gated_rms_norm, norm_bytes, norm_flops, rms_norm
@@ -124,6 +125,33 @@ def _linear_attention(device: torch.device, sizes: Sizes) -> CudaCase:
         variants,
         (scan_bytes(*shape), scan_flops(*shape, chunk_size=64)),
         (scan_bytes(*shape, backward=True), scan_flops(*shape, chunk_size=64, backward=True)),
+    )
+
+
+def _delta(device: torch.device, sizes: Sizes) -> CudaCase:
+    """Gated DeltaNet with two value heads a key head, as Qwen3-Next has it."""
+    H, K, T = sizes.attention_heads, sizes.attention_dim, sizes.tokens
+    G = H // 2
+    q, v = _leaf(device, 1, T, G, K, scale=K**-0.5), _leaf(device, 1, T, 1, H, K)
+    k = F.normalize(torch.randn(1, T, 1, G, K, device=device), dim=-1).bfloat16().requires_grad_()
+    beta, g = torch.rand(1, T, 1, H, device=device), -torch.rand(1, T, H, device=device)
+    variants = _ours(lambda *leaves, backend: delta_scan(*leaves, backend=backend).o_BTHV)
+    theirs = find("fla.ops.gated_delta_rule")
+    if theirs is not None:
+
+        def fla(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor) -> Tensor:
+            queries, keys = (x.repeat_interleave(H // G, dim=2) for x in (q, k[:, :, 0]))
+            return theirs.chunk_gated_delta_rule(queries, keys, v[:, :, 0], g, beta[:, :, 0], scale=1.0)[0]
+
+        variants["fla"] = fla
+    shape = (1, T, 1, G, H, K, K)
+    return CudaCase(
+        "delta_scan",
+        f"1x{T}, {G} key heads, {H} heads, states of {K} x {K}",
+        (q, k, v, beta.requires_grad_(), g.requires_grad_()),
+        variants,
+        (delta_bytes(*shape), delta_flops(*shape, chunk_size=64)),
+        (delta_bytes(*shape, backward=True), delta_flops(*shape, chunk_size=64, backward=True)),
     )
 
 
@@ -256,6 +284,7 @@ def _head(device: torch.device, sizes: Sizes) -> CudaCase:
 CUDA_OPERATIONS: dict[str, Callable[[torch.device, Sizes], CudaCase]] = {
     "decay_scan": _mamba2,
     "linear_attention": _linear_attention,
+    "delta_scan": _delta,
     "causal_conv1d": _convolution,
     "rms_norm": _norm,
     "gated_rms_norm": _gated_norm,

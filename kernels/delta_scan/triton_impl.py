@@ -230,8 +230,7 @@ def _backward(
         BLOCK_K=launch.keys, D_FINAL=d_final is not None, **launch.constants(v), **config,
     )  # fmt: skip
     share = H // G
-    sums = v.dtype if share == 1 else torch.float32
-    d_q, d_k = q.new_empty(share, B, T, G, K, dtype=sums), q.new_empty(share, B, T, N, G, K, dtype=sums)
+    d_q, d_k = q.new_empty(share, B, T, G, K), q.new_empty(share, B, T, N, G, K)
     d_beta = torch.empty_like(beta)
     d_g = beta.new_empty(0) if g is None else torch.empty_like(g)
     gradients_kernel[(B * launch.chunks, H)](
@@ -239,7 +238,7 @@ def _backward(
         *launch.sizes(), *_strides(q, k), GATE=g is not None, DOCUMENTS=firsts is not None,
         **launch.constants(v), **launch.config("delta_gradients", GRADIENTS, v),
     )  # fmt: skip
-    d_q, d_k = (d[0] if share == 1 else d.sum(0).to(v.dtype) for d in (d_q, d_k))
+    d_q, d_k = (d[0] if share == 1 else d.sum(0) for d in (d_q, d_k))
     return d_q, d_k, d_v, d_beta, d_g, d_initial if initial is not None else beta.new_empty(0)
 
 

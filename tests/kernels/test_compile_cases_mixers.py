@@ -1,4 +1,4 @@
-"""Every kernel of scan, convolution and norms compiles for the cards it is meant for; docs/kernels.md has the table."""
+"""Every kernel of scans, convolution and norms compiles for the cards it is meant for; docs/kernels.md has the table."""
 
 import pytest
 
@@ -27,7 +27,12 @@ def check(name: str, architecture: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["scan walk, states only, chunks of 64", "gated norm, groups of 512 (Nemotron), forward"]
+    "name",
+    [
+        "scan walk, states only, chunks of 64",
+        "delta walk, states only, 1 step a token",
+        "gated norm, groups of 512 (Nemotron), forward",
+    ],
 )
 def test_some_kernels_compile_for_hopper_without_spills(name: str) -> None:
     check(name, 90)
