@@ -162,6 +162,11 @@ class PretrainLoader:
             )
         for source in sorted({name for phase in past for name in phase[1]}):
             before, after = state["sources"].get(source), mine["sources"].get(source)
+            if before != after and self.config.probe is not None:
+                raise ValueError(
+                    f"the data state has dataset {before}, data.probe gives {after}; set data.probe back, or start a new "
+                    "run"
+                )
             if before != after:
                 raise ValueError(
                     f"the data state has dataset {state['dataset']} (source {source!r}: {before}), the store "

@@ -14,7 +14,7 @@ from torch import Tensor
 from data_pipeline.store import SPLITS, Part, Split, TokenStore
 from model.hybrid import HybridModel
 from model.packing import PackMeta
-from pretrain.weights import Weights, read_weights
+from pretrain.weights import read_weights
 
 IGNORED = -100
 DEFAULT_SEQUENCE_LENGTH = 1024
@@ -63,17 +63,17 @@ def evaluate_checkpoint(
     Rows are cut from the documents in order; documents do not see each other if the run trained so. `store`: default
     the run's; `sequence_length`: default the run's; `max_tokens`: about so many, each
     source its share; `progress` gets tokens done
-    and in all. Raises ValueError when the store was made with another tokenizer or the part is empty.
+    and in all. Raises ValueError when the store was made with another tokenizer, the model on a probe, or the part is empty.
     """
     if split not in SPLITS:
         raise ValueError(f"split={split!r} must be one of {', '.join(SPLITS)}")
     weights = read_weights(checkpoint)
-    run = weights.run
+    run, identity = weights.run, weights.tokenizer.identity()
     place = store if store is not None or run is None else run.data.store
     if place is None:
         raise ValueError(f"{checkpoint} is an imported model and knows no text; name a store")
     opened = TokenStore.open(place)
-    _check_tokenizer(weights, opened)
+    _check_tokenizer(identity, opened)
     length = sequence_length or weights.trained_length() or DEFAULT_SEQUENCE_LENGTH
     isolated = run.data.mask_document_boundaries if run is not None else True
     model = weights.build(backend=backend, device=device)
@@ -102,11 +102,11 @@ def evaluate_checkpoint(
     return Evaluation(loss, done, by_source, split, str(opened.path), length)
 
 
-def _check_tokenizer(weights: Weights, store: TokenStore) -> None:
-    if store.tokenizer_identity != weights.tokenizer.identity():
+def _check_tokenizer(identity: str, store: TokenStore) -> None:
+    if store.tokenizer_identity != identity:
         raise ValueError(
             f"{store.path} was made with tokenizer {store.tokenizer_identity}, the model with "
-            f"{weights.tokenizer.identity()}; prepare the text with the model's tokenizer (data.tokenizer.model)"
+            f"{identity}; prepare the text with the model's tokenizer (data.tokenizer.model)"
         )
 
 

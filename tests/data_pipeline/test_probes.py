@@ -1,0 +1,237 @@
+"""Probe tasks: answers that a solver of its own finds too, rows that depend on nothing but their numbers, and chance."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_pipeline.config import DataConfig, PhaseConfig, ProbeConfig
+from data_pipeline.loader import PretrainLoader, row_settings
+from data_pipeline.packing import IGNORED_LABEL
+from data_pipeline.probe_rows import ProbeReader
+from data_pipeline.probes.build import SETTINGS, build_task
+from data_pipeline.probes.groups import group_elements
+
+SMALL = {
+    "mqar": ProbeConfig(task="mqar", num_pairs=3, num_keys=5, num_values=4),
+    "overwriting": ProbeConfig(task="overwriting", num_pairs=3, num_writes=3, num_keys=4, num_values=5),
+    "selective_copying": ProbeConfig(task="selective_copying", num_copied=3, num_symbols=4),
+    **{task: ProbeConfig(task=task) for task in SETTINGS if not SETTINGS[task]},
+}
+TASKS = list(SMALL)
+
+
+def open_reader(probe: ProbeConfig, length: int, *, split: Any = "train", seed: int = 5) -> ProbeReader:
+    reader = row_settings(DataConfig(probe=probe), split=split, sequence_length=length, seed=seed).open_reader()
+    assert isinstance(reader, ProbeReader)
+    return reader
+
+
+def answers_of(row: Any) -> list[tuple[int, int]]:
+    return [(place, label) for place, label in enumerate(row.labels_T.tolist()) if label != IGNORED_LABEL]
+
+
+def solve_recall(probe: ProbeConfig, tokens: list[int]) -> list[tuple[int, int]]:
+    """A key before a value writes, a key before anything else asks."""
+    memory: dict[int, int] = {}
+    answers = []
+    for place, (token, following) in enumerate(zip(tokens, [*tokens[1:], 0])):
+        is_key = 1 <= token <= probe.num_keys
+        if is_key and following > probe.num_keys:
+            memory[token] = following
+        elif is_key:
+            answers.append((place, memory[token]))
+    return answers
+
+
+def solve_copying(probe: ProbeConfig, tokens: list[int]) -> list[tuple[int, int]]:
+    symbols = [token for token in tokens if token > 1]
+    return list(zip(range(len(tokens) - probe.num_copied, len(tokens)), symbols, strict=True))
+
+
+def solve_products(probe: ProbeConfig, tokens: list[int]) -> list[tuple[int, int]]:
+    """Products of permutation matrices, in which column i holds a one at the image of i."""
+    elements = group_elements(probe.task)  # type: ignore[arg-type]
+    matrices = [np.eye(len(p), dtype=np.int64)[:, list(p)] for p in elements]
+    state, answers = np.eye(len(elements[0]), dtype=np.int64), []
+    for place, token in enumerate(tokens):
+        state = state @ matrices[token]
+        (number,) = [n for n, matrix in enumerate(matrices) if (matrix == state).all()]
+        answers.append((place, number))
+    return answers
+
+
+def solve(probe: ProbeConfig, tokens: list[int]) -> list[tuple[int, int]]:
+    solver = {"mqar": solve_recall, "overwriting": solve_recall, "selective_copying": solve_copying}
+    return solver.get(probe.task, solve_products)(probe, tokens)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_answers_are_those_of_a_solver_that_reads_the_tokens(task: str) -> None:
+    probe = SMALL[task]
+    built = build_task(probe)
+    for length in (max(built.shortest, 4), 37):
+        reader = open_reader(probe, length)
+        for sample in range(20):
+            row = reader.make_probe_row(sample, length)
+            assert row.tokens_T.shape == row.labels_T.shape == (length,)
+            assert row.tokens_T.min() >= 0 and max(row.tokens_T.max(), row.labels_T.max()) < built.vocab_size
+            assert answers_of(row) == solve(probe, row.tokens_T.tolist()), row
+
+
+def test_parity_is_the_sum_of_bits() -> None:
+    row = open_reader(SMALL["parity"], 65).make_probe_row(3, 65)
+    assert row.labels_T.tolist() == (np.cumsum(row.tokens_T) % 2).tolist()
+
+
+def test_each_key_is_written_as_often_as_asked_for_and_asked_once() -> None:
+    probe = SMALL["overwriting"]
+    row = open_reader(probe, 37).make_probe_row(0, 37)
+    keys = Counter(token for token in row.tokens_T.tolist() if 1 <= token <= probe.num_keys)
+    assert list(keys.values()) == [probe.num_writes + 1] * probe.num_pairs
+    assert len(answers_of(row)) == probe.num_pairs
+
+
+def test_groups_have_their_orders_and_begin_with_the_identity() -> None:
+    for task, order in (("parity", 2), ("s3", 6), ("s4", 24), ("a5", 60), ("s5", 120)):
+        elements = group_elements(task)  # type: ignore[arg-type]
+        assert len(set(elements)) == order and elements[0] == tuple(range(len(elements[0])))
+    even = set(group_elements("a5"))
+    assert all(tuple(p[i] for i in q) in even for p, q in product(list(even)[:12], even)), "even times even is even"
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_rows_are_functions_of_seed_split_and_sample(task: str) -> None:
+    probe = SMALL[task]
+    reader = open_reader(probe, 37)
+    samples = np.array([9, 2, 10**12])
+    (rows, damages), again = reader.read(samples), [open_reader(probe, 37).make_probe_row(n, 37) for n in samples]
+    assert not damages and [row.sample for row in rows] == samples.tolist()
+    for row, expected in zip(rows, again):
+        assert row.labels is not None
+        assert row.tokens.tolist() == [*expected.tokens_T.tolist(), 0]
+        assert row.labels.tolist() == expected.labels_T.tolist()
+    others = [
+        open_reader(probe, 37).make_probe_row(3, 37),
+        open_reader(probe, 37, seed=6).make_probe_row(2, 37),
+        open_reader(probe, 37, split="validation").make_probe_row(2, 37),
+    ]
+    assert all(other.tokens_T.tolist() != again[1].tokens_T.tolist() for other in others)
+
+
+def test_rows_stay_what_they_were_in_every_release() -> None:
+    """Change GENERATOR_VERSION with this digest: a run must not go on with other rows."""
+    digest = hashlib.sha256()
+    for probe in SMALL.values():
+        for sample in range(3):
+            row = open_reader(probe, 37).make_probe_row(sample, 37)
+            digest.update(np.stack(row).astype("<i8").tobytes())
+    assert digest.hexdigest()[:16] == "e5e3f1c660c76877"
+
+
+def test_no_row_of_one_split_occurs_in_the_other_whatever_the_seeds() -> None:
+    train = open_reader(SMALL["parity"], 9, seed=1)
+    validation = open_reader(SMALL["parity"], 9, split="validation", seed=2)
+    trained = {tuple(train.make_probe_row(sample, 9).tokens_T) for sample in range(3000)}
+    validated = {tuple(validation.make_probe_row(sample, 9).tokens_T) for sample in range(600)}
+    assert not trained & validated
+    # Of 512 rows; the hash decides by itself, so that an eighth is 64 with a standard deviation of 7.5.
+    assert len(trained) + len(validated) == 512 and 40 <= len(validated) <= 88
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_no_constant_answer_is_better_than_chance(task: str) -> None:
+    built, length = build_task(SMALL[task]), 37
+    reader = open_reader(SMALL[task], length)
+    labels = Counter(label for n in range(600) for _, label in answers_of(reader.make_probe_row(n, length)))
+    assert len(labels) == built.num_answers
+    # The most frequent of up to 120 answers, of 1800 and more: four standard deviations of a share.
+    chance = 1 / built.num_answers
+    assert max(labels.values()) / labels.total() <= chance + 4 * np.sqrt(chance / labels.total())
+
+
+def stream(loader: PretrainLoader, steps: int) -> dict[int, tuple[Any, ...]]:
+    rows = {}
+    for _ in range(steps):
+        for batch in loader.take(8):
+            assert (batch.loss_mask_BT == (batch.labels_BT != IGNORED_LABEL)).all()
+            assert (batch.document_ids_BT == 0).all(), "a row is one document"
+            for number, sample in enumerate(batch.sample_ids):
+                rows[sample] = batch.tokens_BT[number].tolist(), batch.labels_BT[number].tolist()
+    loader.close()
+    return rows
+
+
+def load(workers: int = 0, **changes: Any) -> PretrainLoader:
+    config = DataConfig(probe=SMALL["overwriting"], num_workers=workers)
+    return PretrainLoader(config, **({"sequence_length": 27, "micro_batch_size": 2, "seed": 7} | changes))
+
+
+def test_order_is_the_same_at_any_world_size_micro_batch_and_worker_count() -> None:
+    expected = stream(load(), 3)
+    assert sorted(expected) == list(range(24))
+    for world_size, micro_batch, workers in ((1, 4, 1), (2, 2, 0), (4, 1, 0)):
+        together = {}
+        for rank in range(world_size):
+            loader = load(workers, micro_batch_size=micro_batch, data_rank=rank, data_world_size=world_size)
+            together |= stream(loader, 3)
+        assert together == expected, (world_size, micro_batch, workers)
+
+
+def test_resume_continues_the_order_and_the_ledger_counts_on() -> None:
+    expected, first, second = stream(load(), 4), load(), load()
+    before = stream(first, 2)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert before | stream(second, 2) == expected
+    (line,) = second.ledger()
+    assert (line.source, line.samples, line.tokens, line.epochs) == ("overwriting", 32, 32 * 27, 0.0)
+    assert second.describe_repeats(10**9) == []
+
+
+def test_a_state_of_other_settings_is_refused() -> None:
+    first = load()
+    first.take(8)
+    other = DataConfig(probe=SMALL["overwriting"].model_copy(update={"num_keys": 6}), num_workers=0)
+    loader = PretrainLoader(other, sequence_length=27, micro_batch_size=2, seed=7)
+    with pytest.raises(
+        ValueError, match=r"the data state has dataset probe-.*, data\.probe gives probe-.*; set data\.probe back"
+    ):
+        loader.load_state_dict(first.state_dict())
+
+
+def test_rows_change_their_length_at_a_phase() -> None:
+    config = DataConfig(probe=SMALL["parity"], num_workers=0, phases=(PhaseConfig(start_sample=4, sequence_length=9),))
+    loader = PretrainLoader(config, sequence_length=5, micro_batch_size=4, seed=0)
+    assert [loader.take(4)[0].tokens_BT.shape[1] for _ in range(2)] == [5, 9]
+    assert [(line.phase, line.tokens) for line in loader.ledger()] == [(0, 20), (1, 36)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"task": "parity", "num_keys": 3}, "num_keys=3 has no effect on the probe parity, whose settings are: none"),
+        (
+            {"task": "mqar", "num_writes": 2},
+            "num_writes=2 has no effect on the probe mqar, whose settings are: num_pairs",
+        ),
+        ({"task": "mqar", "num_pairs": 4, "num_keys": 3}, "num_pairs=4 must be at most num_keys=3"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_task(ProbeConfig(**settings))
+
+
+def test_rows_too_short_for_the_task_or_for_two_splits_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"rows of 20 tokens are too short for the probe overwriting .*; use 21 at least"
+    ):
+        open_reader(SMALL["overwriting"], 20)
+    with pytest.raises(ValueError, match="no validation row of 2 tokens was found for the probe parity"):
+        open_reader(SMALL["parity"], 2, split="validation")
