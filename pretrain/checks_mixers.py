@@ -35,7 +35,7 @@ def refusal_problems(config: RunConfig) -> Iterator[Problem]:
                 yield Problem(f"parallel.{axis}", rule, "use 1, or another mixer", str(ranks))
 
 
-def longest_window(config: RunConfig) -> tuple[int, str]:
+def longest_lookback(config: RunConfig) -> tuple[int, str]:
     """The most tokens before a segment that a registered mixer reads, and the setting that says so; (0, "") for none."""
-    found = [(options.window(), f"model.mixers.{spec.name}.conv_kernel") for spec, options in mixers_in_use(config)]
-    return max(found, default=(0, ""))
+    found = [(options.lookback(), spec.name) for spec, options in mixers_in_use(config)]
+    return max(((tokens, f"model.mixers.{name}.{field}") for (tokens, field), name in found), default=(0, ""))

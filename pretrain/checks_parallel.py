@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from model.pattern import parse_pattern
-from pretrain.checks_mixers import longest_window, mixers_in_use, refusal_problems
+from pretrain.checks_mixers import longest_lookback, mixers_in_use, refusal_problems
 from pretrain.config import RunConfig
 from pretrain.config_errors import Problem
 
@@ -100,7 +100,7 @@ def share_problems(config: RunConfig) -> Iterator[Problem]:
 def length_problems(config: RunConfig) -> Iterator[Problem]:
     """Context ranks take two segments of a row each, and tensor ranks share their tokens where they divide them."""
     section, mamba = config.parallel, config.model.mamba
-    window, window_key = longest_window(config)
+    window, window_key = longest_lookback(config)
     if "M" in pattern_letters(config) and mamba is not None:
         window, window_key = max((window, window_key), (mamba.conv_kernel - 1, "model.mamba.conv_kernel"))
     reason = "sequence_parallel" if section.sequence_parallel else "expert" if section.expert > 1 else None

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels.attention.reference import attention_reference
 from kernels.attention.torch_impl import attention_torch
+from kernels.attention.window_torch import window_attention_torch
 from kernels.backend import resolve_backend
 from kernels.shapes import check_documents, check_float, check_shape
 
@@ -23,25 +24,36 @@ def attention(
     *,
     document_ids_BS: Tensor | None = None,
     scale: float | None = None,
+    window: int | None = None,
     backend: str = "torch",
 ) -> Tensor:
-    """softmax(scale * q k^T) v over the keys of the query's document up to the query itself.
+    """softmax(scale * q k^T) v over the keys of the query's document up to the query itself, or the last `window` of them.
 
     Shapes: q [B, T, H, K], k and v [B, S, J, K] with J dividing H and S >= T -> [B, T, H, K]. The last T keys are those
     of the queries; S > T goes on from a cache, or from the part of a row that other ranks hold. `document_ids_BS` are
     those of the keys, integers that do not decrease inside a row. `scale` defaults to K ** -0.5. Softmax and sums in
     float32 (float64 for float64). Raises ValueError for wrong shapes and dtypes.
-    Source: Dao 2023 (arXiv 2307.08691); Ainslie et al. 2023 (arXiv 2305.13245) for grouped queries.
+    Source: Dao 2023 (arXiv 2307.08691); Ainslie et al. 2023 (arXiv 2305.13245) for grouped queries; Beltagy et al. 2020
+    (arXiv 2004.05150), section 3.1, for windows.
     """
     _check(q_BTHK, k_BSJK, v_BSJK, document_ids_BS)
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1, the query's own key; got {window}")
+    if window is not None and window >= k_BSJK.shape[1]:
+        window = None
     scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
     backend = resolve_backend(backend, q_BTHK.device)
     if backend == "triton":
         from kernels.attention.triton_impl import attention_triton
 
-        return attention_triton(q_BTHK, k_BSJK, v_BSJK, document_ids_BS, scale)
-    implementation = attention_torch if backend == "torch" else attention_reference
-    return implementation(q_BTHK, k_BSJK, v_BSJK, document_ids_BS=document_ids_BS, scale=scale)
+        return attention_triton(q_BTHK, k_BSJK, v_BSJK, document_ids_BS, scale, window)
+    if backend == "reference":
+        return attention_reference(q_BTHK, k_BSJK, v_BSJK, document_ids_BS=document_ids_BS, scale=scale, window=window)
+    if window is not None:
+        return window_attention_torch(
+            q_BTHK, k_BSJK, v_BSJK, document_ids_BS=document_ids_BS, scale=scale, window=window
+        )
+    return attention_torch(q_BTHK, k_BSJK, v_BSJK, document_ids_BS=document_ids_BS, scale=scale)
 
 
 def fastest_backend(backend: str, device: torch.device, *, has_documents: bool, tokens: int, keys: int) -> str:

@@ -7,9 +7,15 @@ from torch import Tensor
 
 
 def attention_reference(
-    q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, *, document_ids_BS: Tensor | None, scale: float
+    q_BTHK: Tensor,
+    k_BSJK: Tensor,
+    v_BSJK: Tensor,
+    *,
+    document_ids_BS: Tensor | None,
+    scale: float,
+    window: int | None = None,
 ) -> Tensor:
-    """Softmax over the keys up to the query (the last keys align with the queries) of the query's document."""
+    """Softmax over the keys up to the query (the last keys align with the queries) of the query's document and window."""
     batch, tokens, heads, _ = q_BTHK.shape
     offset = k_BSJK.shape[1] - tokens
     repeat = heads // k_BSJK.shape[2]
@@ -22,6 +28,8 @@ def attention_reference(
             if document_ids_BS is not None:
                 same = document_ids_BS[row, :end] == document_ids_BS[row, end - 1]
                 begin = int(same.int().argmax())
+            if window is not None:
+                begin = max(begin, end - window)
             scores_HS = torch.einsum("hk,shk->hs", q_BTHK[row, query], k_BSHK[row, begin:end]) * scale
             outputs.append(torch.einsum("hs,shk->hk", scores_HS.softmax(-1), v_BSHK[row, begin:end]))
         rows.append(torch.stack(outputs))

@@ -158,10 +158,29 @@ def _differentiate(ctx: Any, d_y: Tensor | None, _: Tensor | None) -> tuple[Tens
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
+def window_bounds(first_BT: Tensor, ends_BS: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """`document_bounds` where a query also sees no key more than `window` - 1 before its own."""
+    tokens, keys = first_BT.shape[1], ends_BS.shape[1]
+    place = torch.arange(keys, device=first_BT.device, dtype=torch.int32)
+    first_BT = torch.maximum(first_BT, place[keys - tokens :] - (window - 1))
+    return first_BT, torch.minimum(ends_BS, (place + window - (keys - tokens)).clamp(min=0))
+
+
 def attention_triton(
-    q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, document_ids_BS: Tensor | None, scale: float
+    q_BTHK: Tensor,
+    k_BSJK: Tensor,
+    v_BSJK: Tensor,
+    document_ids_BS: Tensor | None,
+    scale: float,
+    window: int | None = None,
 ) -> Tensor:
     """As `attention_reference`, for float32, bfloat16 and float16. Saves q, k, v, the output and its log-sum-exp."""
     dot_dtype(q_BTHK.dtype)  # refuses float64
-    first_BT, ends_BS = (None, None) if document_ids_BS is None else document_bounds(document_ids_BS, q_BTHK.shape[1])
+    first_BT = ends_BS = None
+    if document_ids_BS is None and window is not None:
+        document_ids_BS = torch.zeros(k_BSJK.shape[:2], dtype=torch.int32, device=k_BSJK.device)
+    if document_ids_BS is not None:
+        first_BT, ends_BS = document_bounds(document_ids_BS, q_BTHK.shape[1])
+    if first_BT is not None and ends_BS is not None and window is not None:
+        first_BT, ends_BS = window_bounds(first_BT, ends_BS, window)
     return _forward(q_BTHK, k_BSJK, v_BSJK, first_BT, ends_BS, scale)[0]

@@ -20,9 +20,9 @@ class MixerOptions(Section):
         """Units, by field, that may be fewer than tensor ranks: one number must divide the other."""
         return {}
 
-    def window(self) -> int:
-        """Tokens before a context rank's segment that its first token reads."""
-        return 0
+    def lookback(self) -> tuple[int, str]:
+        """Tokens before a context rank's segment that its first token reads, and the field that says one more."""
+        return 0, ""
 
 
 class LinearOptions(MixerOptions):
@@ -47,9 +47,9 @@ class LinearOptions(MixerOptions):
         """Columns of a head's state."""
         raise NotImplementedError
 
-    def window(self) -> int:
+    def lookback(self) -> tuple[int, str]:
         """What the convolution reads."""
-        return max(0, self.conv_kernel - 1)
+        return max(0, self.conv_kernel - 1), "conv_kernel"
 
 
 class HeadOptions(LinearOptions):
@@ -180,3 +180,43 @@ class LightNetOptions(HeadOptions):
 
 class MalaOptions(HeadOptions):
     """Magnitude-aware linear attention (Fan et al. 2025, arXiv 2507.00698); experimental in language models."""
+
+
+class WindowOptions(MixerOptions):
+    """Attention to the last few tokens (Beltagy et al. 2020, arXiv 2004.05150); letter `W`."""
+
+    window: int = Field(gt=0, description="Keys that a token sees, its own among them.")
+    num_heads: int = Field(gt=0, description="Query heads.")
+    num_kv_heads: int | None = Field(
+        None, gt=0, description="Key and value heads; must divide num_heads. none: num_heads."
+    )
+    head_dim: int = Field(64, gt=0, description="Channels a head; even with positions: rope.")
+    qk_norm: bool = Field(False, description="RMSNorm over each query and key head.")
+    positions: Literal["none", "rope"] = Field(
+        "rope", description="`rope`: rotary positions, which restart at documents."
+    )
+    rope_theta: float = Field(10_000.0, gt=1, description="Base of the rotary frequencies.")
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.num_heads % self.kv_heads():
+            raise ValueError(f"num_kv_heads must divide num_heads={self.num_heads}")
+        if self.positions == "rope" and self.head_dim % 2:
+            raise ValueError("head_dim must be even with positions: rope")
+        return self
+
+    def kv_heads(self) -> int:
+        """Key and value heads."""
+        return self.num_kv_heads or self.num_heads
+
+    def cut_evenly(self) -> dict[str, int]:
+        """Query heads."""
+        return {"num_heads": self.num_heads}
+
+    def cut_or_copied(self) -> dict[str, int]:
+        """Key and value heads may be fewer than tensor ranks."""
+        return {"num_kv_heads": self.kv_heads()}
+
+    def lookback(self) -> tuple[int, str]:
+        """What the window reads."""
+        return self.window - 1, "window"

@@ -15,9 +15,9 @@ def make_inputs(batch, tokens, keys, heads, kv_heads, size, seed=0):
     return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
 
-def run(backend, dtype, inputs, documents, scale=None):
+def run(backend, dtype, inputs, documents, scale=None, window=None):
     leaves = [x.to(dtype).requires_grad_() for x in inputs]
-    y = attention(*leaves, document_ids_BS=documents, scale=scale, backend=backend)
+    y = attention(*leaves, document_ids_BS=documents, scale=scale, window=window, backend=backend)
     probe = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape)
     return [y.detach(), *torch.autograd.grad((y * probe).sum(), leaves)]
 
@@ -51,6 +51,45 @@ def test_torch_path_equals_the_reference_in_outputs_and_gradients(shape, lengths
     for dtype, tolerance in TOLERANCE.items():
         for got, want in zip(run("torch", dtype, inputs, documents, scale=0.3), wanted):
             assert (got - want).norm() <= tolerance * want.norm() + tolerance  # dq of a lone key is exactly zero
+
+
+WINDOWS = [
+    ((1, 1, 1, 1, 1, 4), None, 1),
+    ((2, 63, 63, 4, 1, 8), None, 1),
+    ((2, 63, 63, 4, 2, 8), [1, 30, 32], 7),
+    ((1, 200, 200, 2, 1, 4), [90, 1, 109], 70),
+    ((1, 130, 130, 2, 1, 4), None, 3),
+    ((2, 1, 20, 4, 2, 8), None, 6),
+    ((2, 7, 70, 4, 4, 8), [40, 28, 2], 5),
+    ((2, 30, 63, 4, 1, 8), [1, 30, 32], 40),
+    ((1, 20, 20, 2, 2, 8), [12, 8], 20),
+]
+
+
+@pytest.mark.parametrize(("shape", "lengths", "window"), WINDOWS)
+def test_windows_equal_the_reference_in_outputs_and_gradients(shape, lengths, window):
+    inputs = make_inputs(*shape)
+    documents = None if lengths is None else make_documents(shape[0], lengths)
+    wanted = run("reference", torch.float64, inputs, documents, scale=0.3, window=window)
+    for dtype, tolerance in TOLERANCE.items():
+        for got, want in zip(run("torch", dtype, inputs, documents, scale=0.3, window=window), wanted):
+            assert (got - want).norm() <= tolerance * want.norm() + tolerance  # dq of a lone key is exactly zero
+
+
+def test_a_window_hides_every_bit_of_what_came_before():
+    inputs = make_inputs(1, 60, 60, 2, 1, 8)
+    changed = [x.clone() for x in inputs]
+    for x in changed:
+        x[:, :10] *= 7
+    one = run("torch", torch.float32, inputs, None, window=8)
+    other = run("torch", torch.float32, changed, None, window=8)
+    assert torch.equal(one[0][:, 17:], other[0][:, 17:])
+    assert not torch.equal(one[0][:, 16], other[0][:, 16])
+
+
+def test_a_window_without_a_key_is_refused():
+    with pytest.raises(ValueError, match="window must be at least 1"):
+        attention(*make_inputs(1, 3, 3, 1, 1, 4), window=0)
 
 
 @pytest.mark.parametrize("lengths", [[25, 38, 33], [3, 5, 1, 2, 4, 1, 6]])

@@ -84,6 +84,8 @@ model.mixers.retnet.conv_kernel model.mixers.retnet.chunk_size model.mixers.retn
 model.mixers.retnet.head_dim model.mixers.retnet.value_head_dim model.mixers.retnet.rope_theta
 model.mixers.transnormer.conv_kernel model.mixers.transnormer.chunk_size model.mixers.transnormer.num_heads
 model.mixers.transnormer.head_dim model.mixers.transnormer.value_head_dim
+model.mixers.window.window model.mixers.window.num_heads model.mixers.window.num_kv_heads model.mixers.window.head_dim
+model.mixers.window.qk_norm model.mixers.window.positions model.mixers.window.rope_theta
 data.store data.validation_fraction data.packing data.shuffle data.mask_document_boundaries data.num_workers
 data.on_corruption
 data.cache.folder data.cache.max_bytes data.cache.block_bytes

@@ -35,6 +35,24 @@ def test_tiles_equal_the_definition_twice_bitwise(shape, lengths, poisoned_memor
         assert_bitwise(one, other)
 
 
+@pytest.mark.parametrize(
+    ("shape", "lengths", "window"),
+    [
+        ((1, 63, 63, 2, 1, 8), None, 7),
+        ((2, 35, 70, 2, 1, 8), [20, 30, 19, 1], 18),
+        ((1, 70, 70, 2, 1, 8), [40, 30], 1),
+    ],
+)
+def test_windows_equal_the_definition_twice_bitwise(shape, lengths, window, poisoned_memory):
+    inputs = make_inputs(*shape)
+    documents = None if lengths is None else make_documents(shape[0], lengths)
+    once, again = (run("triton", torch.float32, inputs, documents, scale=0.3, window=window) for _ in range(2))
+    expected = run("reference", torch.float64, inputs, documents, scale=0.3, window=window)
+    assert_all_near(once, expected, FLOAT32)
+    for one, other in zip(once, again):
+        assert_bitwise(one, other)
+
+
 def test_changing_one_document_leaves_every_bit_of_the_others():
     inputs = make_inputs(1, 60, 60, 2, 1, 8)
     documents = make_documents(1, [18, 20, 22])

@@ -1,0 +1,60 @@
+"""Sliding-window attention by PyTorch's scaled_dot_product_attention, in blocks that see themselves and the block before.
+
+A block has as many queries as the window has keys, so that its keys lie in two blocks: work and memory grow with
+tokens x window. What documents and windows hide is masked; a masked weight is zero to the bit.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.gemm_precision import gemm_dtype
+
+# Smaller windows share blocks of this many tokens: a call for a few tokens costs as much as one for many.
+_LEAST_BLOCK_TOKENS = 64
+
+
+def window_attention_torch(
+    q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, *, document_ids_BS: Tensor | None, scale: float, window: int
+) -> Tensor:
+    """As `attention_reference` with a window; bfloat16 is widened on processors that would emulate it."""
+    wanted, dtype = q_BTHK.dtype, gemm_dtype(q_BTHK)
+    batch, tokens, heads, size = q_BTHK.shape
+    block = min(max(window, _LEAST_BLOCK_TOKENS), tokens)
+    # Keys that no query sees are left out; rows begin with a block (or what a block looks back on) of keys for all.
+    padding, before = -tokens % block, max(block, window - 1)
+    missing = before - min(before, k_BSJK.shape[1] - tokens)
+    ids_BS = document_ids_BS
+    if ids_BS is None:
+        ids_BS = torch.zeros(k_BSJK.shape[:2], dtype=torch.int32, device=k_BSJK.device)
+    seen = before - missing + tokens
+    k_BSJK, v_BSJK = (_pad(x[:, -seen:].to(dtype), missing, padding) for x in (k_BSJK, v_BSJK))
+    ids_BS = F.pad(F.pad(ids_BS[:, -seen:], (missing, 0), value=-1), (0, padding), value=-2)
+    q_BTHK = _pad(q_BTHK.to(dtype), 0, padding)
+    blocks = q_BTHK.shape[1] // block
+    q = q_BTHK.view(batch * blocks, block, heads, size).transpose(1, 2)
+    k, v = (_overlapping(x, blocks, block, before).flatten(0, 1).transpose(1, 2) for x in (k_BSJK, v_BSJK))
+    mask = _mask(ids_BS, blocks, block, before, window).flatten(0, 1)[:, None]
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=heads != k.shape[1])
+    return y.transpose(1, 2).reshape(batch, blocks * block, heads, size)[:, :tokens].to(wanted)
+
+
+def _pad(x_BSJK: Tensor, before: int, after: int) -> Tensor:
+    return F.pad(x_BSJK, (0, 0, 0, 0, before, after))
+
+
+def _overlapping(x_BS: Tensor, blocks: int, block: int, before: int) -> Tensor:
+    """[B, before + blocks * block, ...] -> [B, blocks, before + block, ...]: what each block's queries may see."""
+    parts = [x_BS[:, number * block : number * block + before + block] for number in range(blocks)]
+    return torch.stack(parts, dim=1)
+
+
+def _mask(ids_BS: Tensor, blocks: int, block: int, before: int, window: int) -> Tensor:
+    """[B, blocks, block, before + block]: keys of the query's document, up to it, among the last `window`."""
+    keys_BNS = _overlapping(ids_BS, blocks, block, before)
+    same = keys_BNS[:, :, before:, None] == keys_BNS[:, :, None, :]
+    distance = torch.arange(block, device=ids_BS.device)[:, None] + before
+    distance = distance - torch.arange(before + block, device=ids_BS.device)
+    return same & (distance >= 0) & (distance < window)

@@ -1,0 +1,135 @@
+"""Attention over the last few tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.attention.op import attention
+from kernels.rope.frequencies import rope_frequencies
+from kernels.rope.op import qk_norm_rope
+from model.attention import HeadNorm
+from model.context import receive_windows
+from model.layers import ColumnLinear, RowLinear, divide, divide_units
+from model.mixer import BlockState, MixerOutput, MixerState
+from model.mixers.base import BuildContext, SequenceMixer
+from model.mixers.options import WindowOptions
+from model.packing import PackMeta
+from model.regions import leave_tensor_region, project_stream
+from model.segments import Segments
+
+
+class WindowMixer(SequenceMixer):
+    """Causal grouped-query attention to the last `window` tokens of the document, the token itself among them.
+
+    The decode state has the keys and values of window - 1 tokens, whatever the text's length. Context ranks get those
+    before their segments from their neighbours.
+    Source: Beltagy et al. 2020, arXiv 2004.05150, section 3.1.
+    """
+
+    def __init__(self, options: WindowOptions, build: BuildContext) -> None:
+        super().__init__()
+        self.options, self.build = options, build
+        groups, hidden, size = build.groups, build.hidden_size, options.head_dim
+        kv_heads = options.kv_heads()
+        self.num_heads = divide(options.num_heads, groups, "model.mixers.window.num_heads")
+        self.num_kv_heads = divide_units(kv_heads, groups, "model.mixers.window.num_kv_heads")
+        self.in_proj = ColumnLinear(
+            hidden,
+            (options.num_heads * size, kv_heads * size, kv_heads * size),
+            groups,
+            name="model.mixers.window.num_heads",
+            units=(options.num_heads, kv_heads, kv_heads),
+        )
+        self.out_proj = RowLinear(options.num_heads * size, hidden, groups, name="model.mixers.window.num_heads")
+        self.q_norm = HeadNorm(size) if options.qk_norm else None
+        self.k_norm = HeadNorm(size) if options.qk_norm else None
+        self.inverse_frequencies: Tensor | None
+        self.register_buffer("inverse_frequencies", None, persistent=False)
+
+    def reset_buffers(self) -> None:
+        """The rotary frequencies, on the device of the weights."""
+        if self.options.positions == "rope":
+            frequencies, _ = rope_frequencies(self.options.head_dim, theta=self.options.rope_theta)
+            self.inverse_frequencies = frequencies.to(self.out_proj.weight.device)
+
+    def forward(self, x_BTD: Tensor, meta: PackMeta, state: BlockState = None) -> MixerOutput:
+        """x [B, T, D] -> y [B, T, D]; with a state the tokens also see its keys, and the newest keys are returned."""
+        q_BTHK, k_BTJK, v_BTJK = self._project(x_BTD, meta)
+        following: MixerState | None = None
+        if meta.segments is not None:
+            assert state is None, "rows that are cut over context ranks have no decode state"
+            o_BTHK = self._attend_segments(q_BTHK, k_BTJK, v_BTJK, meta.segments)
+        elif state is None:
+            o_BTHK = self._attend(q_BTHK, k_BTJK, v_BTJK, meta.boundaries_BT())
+        else:
+            assert isinstance(state, dict), f"a registered mixer got a {type(state).__name__}"
+            o_BTHK, following = self._go_on(q_BTHK, k_BTJK, v_BTJK, meta, state)
+        return MixerOutput(leave_tensor_region(self.out_proj(o_BTHK.flatten(-2)), self.build.groups), following)
+
+    def _project(self, x_BTD: Tensor, meta: PackMeta) -> tuple[Tensor, Tensor, Tensor]:
+        (projected_BTX,) = project_stream(x_BTD, [self.in_proj.weight], self.build.groups)
+        heads, kv_heads, size = self.num_heads, self.num_kv_heads, self.options.head_dim
+        parts = projected_BTX.split([heads * size, kv_heads * size, kv_heads * size], dim=-1)
+        q_BTHK, k_BTJK, v_BTJK = (part.unflatten(-1, (-1, size)) for part in parts)
+        if self.q_norm is None and self.inverse_frequencies is None:
+            return q_BTHK, k_BTJK, v_BTJK
+        q_BTHK, k_BTJK = qk_norm_rope(
+            q_BTHK,
+            k_BTJK,
+            meta.positions_BT,
+            self.inverse_frequencies,
+            1.0,
+            q_weight_K=None if self.q_norm is None else self.q_norm.weight,
+            k_weight_K=None if self.k_norm is None else self.k_norm.weight,
+            epsilon=self.build.norm_epsilon,
+            backend=self.build.backend,
+        )
+        return q_BTHK, k_BTJK, v_BTJK
+
+    def _attend(self, q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, ids_BS: Tensor | None) -> Tensor:
+        window, backend = self.options.window, self.build.backend
+        return attention(q_BTHK, k_BSJK, v_BSJK, document_ids_BS=ids_BS, window=window, backend=backend)
+
+    def _go_on(
+        self, q_BTHK: Tensor, k_BTJK: Tensor, v_BTJK: Tensor, meta: PackMeta, state: MixerState
+    ) -> tuple[Tensor, MixerState]:
+        k_BSJK, v_BSJK = (torch.cat([state[name], new], dim=1) for name, new in (("k", k_BTJK), ("v", v_BTJK)))
+        kept = self.options.window - 1
+        # Slots of the state that no token has filled yet are another document.
+        slot_S = torch.arange(-kept, k_BTJK.shape[1], device=k_BTJK.device)
+        ids_BS = torch.where(slot_S < -meta.positions_BT[:, :1], -1, 0)
+        following = {"k": k_BSJK[:, k_BSJK.shape[1] - kept :], "v": v_BSJK[:, v_BSJK.shape[1] - kept :]}
+        return self._attend(q_BTHK, k_BSJK, v_BSJK, ids_BS), following
+
+    def _attend_segments(self, q_BTHK: Tensor, k_BTJK: Tensor, v_BTJK: Tensor, segments: Segments) -> Tensor:
+        """Each of this rank's segments as a row, with the window - 1 keys and values before it."""
+        kept = self.options.window - 1
+        if segments.length < kept:
+            raise ValueError(
+                f"segments of {segments.length} tokens are shorter than the {kept} before each that a window of "
+                f"{self.options.window} reads; use longer rows or fewer context ranks"
+            )
+        q_RLHK, k_RLJK, v_RLJK = (segments.as_rows(x) for x in (q_BTHK, k_BTJK, v_BTJK))
+        both_RLX = torch.cat([k_RLJK, v_RLJK], dim=2).flatten(2)
+        tails_B2WX = both_RLX[:, segments.length - kept :].unflatten(0, (-1, 2))
+        before_RWX = receive_windows(tails_B2WX, segments, self.build.groups).flatten(0, 1)
+        both_RSJK = torch.cat([before_RWX, both_RLX], dim=1).unflatten(2, (-1, self.options.head_dim))
+        k_RSJK, v_RSJK = both_RSJK.chunk(2, dim=2)
+        # What the mask of windows hides lies in another document, or before the row.
+        own_RL = segments.as_rows(segments.take(segments.document_ids_BT))
+        seen_RW = segments.window_mask(kept).flatten(0, 1)
+        ids_RS = torch.cat([torch.where(seen_RW, own_RL[:, :1], -1), own_RL], dim=1)
+        o_RLHK = self._attend(q_RLHK, k_RSJK, v_RSJK, ids_RS)
+        return o_RLHK.reshape(q_BTHK.shape)
+
+    def empty_state(self, num_rows: int) -> MixerState:
+        """Slots for the keys and values of window - 1 tokens."""
+        shape = (num_rows, self.options.window - 1, self.num_kv_heads, self.options.head_dim)
+        return {"k": self.out_proj.weight.new_zeros(shape), "v": self.out_proj.weight.new_zeros(shape)}
+
+    def sequence_flops(self, sequence_length: int) -> float:
+        """Two products with the keys that a token sees on average in a row of this length."""
+        window = min(self.options.window, sequence_length)
+        keys = window - window * (window - 1) / (2 * sequence_length)
+        return 4.0 * keys * self.num_heads * self.options.head_dim
