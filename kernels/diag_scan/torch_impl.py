@@ -43,31 +43,40 @@ def chunked_diag_scan(
 
 
 class _Tile:
-    """Room for the decays and states of one chunk of L tokens, R rows and some channels: [L, R, N, channels]."""
+    """R rows and c channels that are walked together, a chunk of L tokens at a time."""
 
     def __init__(
-        self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, begins: Tensor | None, chunk: int
+        self,
+        inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+        begins: Tensor | None,
+        where: tuple[slice, slice],
+        room: Tensor,
     ) -> None:
-        """Views of one tile: x, dt [R, T, c], A [c, N], B and C [R, T, N], begins [R, T]."""
-        self.x, self.dt, self.B, self.C, self.begins = x, dt, B, C, begins
-        self.wide, self.T = dt.dtype, x.shape[1]
-        self.A = A.t().contiguous()
+        """Views of x, dt [R, T, c], A [N, c], B and C [R, T, N], begins [R, T], and of room for [chunk, R, N, c] each."""
+        rows, channels = where
+        x, dt, A, B, C = inputs
+        self.x, self.dt, self.B, self.C = x[rows, :, channels], dt[rows, :, channels], B[rows], C[rows]
+        self.begins = None if begins is None else begins[rows]
+        self.A = A[channels].t().contiguous()
         self.exponents = self.A * _LOG2_E
-        self.chunk = chunk
-        self.shape = (x.shape[0], *self.A.shape)
-        self.room = dt.new_empty(2, chunk, *self.shape)
+        self.shape = (self.x.shape[0], *self.A.shape)
+        self.chunk = room.shape[1]
+        self.decays, self.states, *rest = room[..., : math.prod(self.shape)].unflatten(-1, self.shape)
+        self.gradients = rest[0] if rest else None
 
     def chunks(self) -> list[slice]:
         """The tokens of each chunk, the last one shorter where the row ends."""
-        return [slice(start, min(start + self.chunk, self.T)) for start in range(0, self.T, self.chunk)]
+        T = self.x.shape[1]
+        return [slice(start, min(start + self.chunk, T)) for start in range(0, T, self.chunk)]
 
     def take(self, tensor_RTX: Tensor, tokens: slice) -> Tensor:
         """Tokens of a [R, T, X] tensor as [L, R, X]."""
-        return tensor_RTX[:, tokens].transpose(0, 1).to(self.wide)
+        return tensor_RTX[:, tokens].transpose(0, 1).to(self.dt.dtype)
 
     def walk(self, tokens: slice, state: Tensor) -> tuple[Tensor, Tensor]:
         """Decays and states [L, R, N, c] of a chunk, from the state [R, N, c] before it; both live until the next walk."""
-        decays, states = self.room[:, : tokens.stop - tokens.start]
+        length = tokens.stop - tokens.start
+        decays, states = self.decays[:length], self.states[:length]
         dt = self.take(self.dt, tokens)
         torch.mul(dt[:, :, None], self.exponents, out=decays)
         if self.begins is not None:
@@ -79,14 +88,29 @@ class _Tile:
             state = after
         return decays, states
 
+    def walk_back(self, decays: Tensor, C_LRN: Tensor, d_out_LRc: Tensor, d_last: Tensor) -> Tensor:
+        """Gradients [L, R, N, c] of a chunk's states, from those of its outputs and of the state that leaves it."""
+        assert self.gradients is not None, "only a backward has room for gradients of states"
+        d_states = torch.mul(C_LRN[..., None], d_out_LRc[:, :, None], out=self.gradients[: len(decays)])
+        d_states[-1] += d_last
+        each = d_states.unbind(0)
+        for t in range(len(each) - 1, 0, -1):
+            torch.addcmul(each[t - 1], decays[t], each[t], out=each[t - 1])
+        return d_states
+
 
 def _tiles(B: int, C: int, chunk: int) -> Iterator[tuple[slice, slice]]:
     """Rows and channels that are walked together."""
-    room = max(1, _TILE // chunk)
-    rows, channels = max(1, room // C), min(C, room)
+    rows, channels = _tile_size(B, C, chunk)
     for row in range(0, B, rows):
         for channel in range(0, C, channels):
             yield slice(row, row + rows), slice(channel, channel + channels)
+
+
+def _tile_size(B: int, C: int, chunk: int) -> tuple[int, int]:
+    """How many rows and channels fit a tile: all channels before a second row."""
+    room = max(1, _TILE // chunk)
+    return min(B, max(1, room // C)), min(C, room)
 
 
 @torch.library.custom_op("amfm::diag_scan_torch", mutates_args=())
@@ -103,20 +127,18 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, last state, and the states that enter chunks [B, chunks, N, C]."""
     num_rows, T, num_channels = x.shape
+    room = dt.new_empty(2, chunk, math.prod(_tile_size(num_rows, num_channels, chunk)) * A.shape[1])
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     final = dt.new_empty(num_rows, *A.shape)
     entering = dt.new_empty(num_rows, -(-T // chunk), A.shape[1], num_channels)
     for rows, channels in _tiles(num_rows, num_channels, chunk):
-        tile = _Tile(
-            x[rows, :, channels], dt[rows, :, channels], A[channels], B[rows], C[rows],
-            None if begins is None else begins[rows], chunk,
-        )  # fmt: skip
+        tile = _Tile((x, dt, A, B, C), begins, (rows, channels), room)
         state = dt.new_zeros(tile.shape) if initial is None else initial[rows, channels].transpose(1, 2)
         for number, tokens in enumerate(tile.chunks()):
             entering[rows, number, :, channels] = state
             _, states = tile.walk(tokens, state)
             state = states[-1].clone()
-            read = torch.matmul(tile.take(C[rows], tokens)[:, :, None], states)[:, :, 0]
+            read = torch.matmul(tile.take(tile.C, tokens)[:, :, None], states)[:, :, 0]
             out = torch.addcmul(read, tile.take(tile.x, tokens), D[channels])
             y[rows, tokens, channels] = out.transpose(0, 1).to(y.dtype)
         final[rows, channels] = state.transpose(1, 2)
@@ -156,16 +178,13 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, dt, A, B, C, D and the initial state."""
     num_rows, _, num_channels = x.shape
+    room = dt.new_empty(3, chunk, math.prod(_tile_size(num_rows, num_channels, chunk)) * A.shape[1])
     d_x, d_dt = torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(dt)
     d_A, d_D = torch.zeros_like(A), torch.zeros_like(D)
     d_B, d_C = dt.new_zeros(B.shape), dt.new_zeros(C.shape)
     d_initial = dt.new_empty(num_rows, *A.shape)
     for rows, channels in _tiles(num_rows, num_channels, chunk):
-        tile = _Tile(
-            x[rows, :, channels], dt[rows, :, channels], A[channels], B[rows], C[rows],
-            None if begins is None else begins[rows], chunk,
-        )  # fmt: skip
-        room = dt.new_empty(chunk, *tile.shape)
+        tile = _Tile((x, dt, A, B, C), begins, (rows, channels), room)
         d_A_Nc = dt.new_zeros(tile.A.shape)
         d_state = dt.new_zeros(tile.shape) if d_final is None else d_final[rows, channels].transpose(1, 2).clone()
         for number, tokens in reversed(list(enumerate(tile.chunks()))):
@@ -173,11 +192,11 @@ def _backward(
             decays, states = tile.walk(tokens, before)
             d_out = tile.take(d_y[rows, :, channels], tokens)
             d_C[rows, tokens] += _sum_channels(d_out, states)
-            d_states = _walk_back(room, decays, tile.take(C[rows], tokens), d_out, d_state)
+            d_states = tile.walk_back(decays, tile.take(tile.C, tokens), d_out, d_state)
             torch.mul(decays[0], d_states[0], out=d_state)
-            steps, values = tile.take(dt[rows, :, channels], tokens), tile.take(x[rows, :, channels], tokens)
+            steps, values = tile.take(tile.dt, tokens), tile.take(tile.x, tokens)
             d_B[rows, tokens] += _sum_channels(steps * values, d_states)
-            written = torch.matmul(tile.take(B[rows], tokens)[:, :, None], d_states)[:, :, 0]
+            written = torch.matmul(tile.take(tile.B, tokens)[:, :, None], d_states)[:, :, 0]
             d_exponents = decays
             d_exponents[0] *= before
             d_exponents[1:] *= states[:-1]
@@ -199,16 +218,6 @@ def _sum_channels(row_LRc: Tensor, states_LRNc: Tensor) -> Tensor:
     The row stands on the left: with the vector on the right, PyTorch's batched product took 12 times as long.
     """
     return torch.matmul(row_LRc[:, :, None], states_LRNc.transpose(-1, -2))[:, :, 0].transpose(0, 1)
-
-
-def _walk_back(room: Tensor, decays: Tensor, C_LRN: Tensor, d_out_LRc: Tensor, d_last: Tensor) -> Tensor:
-    """Gradients [L, R, N, c] of the states of a chunk, from those of its outputs and of the state that leaves it."""
-    d_states = torch.mul(C_LRN[..., None], d_out_LRc[:, :, None], out=room[: len(decays)])
-    d_states[-1] += d_last
-    each = d_states.unbind(0)
-    for t in range(len(each) - 1, 0, -1):
-        torch.addcmul(each[t - 1], decays[t], each[t], out=each[t - 1])
-    return d_states
 
 
 @_backward.register_fake
