@@ -38,12 +38,12 @@ def delta_cases() -> Iterator[CompileCase]:
         ("walk", walk_kernel, outputs | whole, delta.WALK[0]),
         ("walk, states only", walk_kernel, states | whole, delta.STATES_WALK[0]),
         ("walk back", walk_back_kernel, {"D_FINAL": False, "d_final": None} | whole, delta.WALK_BACK[0]),
-        ("gradients", gradients_kernel, gates, delta.GRADIENTS[0]),
     )
     chunk = delta.CHUNK_SIZES[-1]
     for steps in (1, 2):
         common = {"Q": chunk, "QT": chunk // steps, "N": steps, "DOT": tl.bfloat16}
-        for name, kernel, special, config in launches:
+        gradients = ("gradients", gradients_kernel, gates, delta.gradient_candidates(steps)[0])
+        for name, kernel, special, config in (*launches, gradients):
             options = {option: config[option] for option in ("num_warps", "num_stages")}
             blocks = {option: size for option, size in config.items() if option not in options}
             constants = common | special | blocks

@@ -86,6 +86,51 @@ def walk_back_kernel(
 
 
 @triton.jit
+def steps_products(
+    do_base, dv_base, errors_base, start, T, H, V,
+    Q: tl.constexpr, QT: tl.constexpr, N: tl.constexpr, BLOCK_V: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """do r^T and dv r^T of a chunk, with the errors r of its steps."""
+    by_read = tl.zeros((QT, Q), tl.float32)
+    by_found = tl.zeros((Q, Q), tl.float32)
+    for v_first in tl.range(0, V, BLOCK_V, disable_licm=True):
+        width = V - v_first
+        do_tile = load_tokens(do_base + v_first, start, T, H * V, width, Q, QT, N, BLOCK_V, DOT)
+        dv_tile = load_steps(dv_base + v_first, start, T, N * H * V, H * V, width, Q, N, BLOCK_V, DOT)
+        error = load_steps(errors_base + v_first, start, T, N * H * V, H * V, width, Q, N, BLOCK_V, DOT)
+        by_read = tl.dot(do_tile, tl.trans(error), by_read, input_precision="ieee")
+        by_found = tl.dot(dv_tile, tl.trans(error), by_found, input_precision="ieee")
+    return by_read, by_found
+
+
+@triton.jit
+def states_products(
+    do_base, dv_base, errors_base, entering, leaving, along, start, T, H, height, V,
+    Q: tl.constexpr, QT: tl.constexpr, N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    DOT: tl.constexpr,
+):  # fmt: skip
+    """do S^T, dv S^T, r dS^T for BLOCK_K rows of the states, of which `height` exist, and `along` plus the sum of S * dS."""
+    k_lane, v_lane = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
+    place = k_lane[:, None] * V + v_lane[None, :]
+    from_read = tl.zeros((QT, BLOCK_K), tl.float32)
+    from_found = tl.zeros((Q, BLOCK_K), tl.float32)
+    written = tl.zeros((Q, BLOCK_K), tl.float32)
+    for v_first in tl.range(0, V, BLOCK_V, disable_licm=True):
+        width = V - v_first
+        in_state = (k_lane < height)[:, None] & (v_lane < width)[None, :]
+        state = tl.load(entering + v_first + place, mask=in_state, other=0.0).to(DOT)
+        d_state = tl.load(leaving + v_first + place, mask=in_state, other=0.0).to(DOT)
+        along += tl.sum(tl.sum(state.to(tl.float32) * d_state.to(tl.float32), axis=1), axis=0)
+        do_tile = load_tokens(do_base + v_first, start, T, H * V, width, Q, QT, N, BLOCK_V, DOT)
+        dv_tile = load_steps(dv_base + v_first, start, T, N * H * V, H * V, width, Q, N, BLOCK_V, DOT)
+        error = load_steps(errors_base + v_first, start, T, N * H * V, H * V, width, Q, N, BLOCK_V, DOT)
+        from_read = tl.dot(do_tile, tl.trans(state), from_read, input_precision="ieee")
+        from_found = tl.dot(dv_tile, tl.trans(state), from_found, input_precision="ieee")
+        written = tl.dot(error, tl.trans(d_state), written, input_precision="ieee")
+    return from_read, from_found, written, along
+
+
+@triton.jit
 def gradients_kernel(
     q, k, beta, g, firsts, enter, d_o, d_v, errors, entering, leaving, d_q, d_k, d_beta, d_g,
     T, H, R, K, V, chunks, stride_qb, stride_qt, stride_kb, stride_kt, stride_kn,
@@ -101,21 +146,12 @@ def gradients_kernel(
     h = tl.program_id(1)
     group, r, groups = h // R, h % R, H // R
     row, start = batch * T, c * Q
-    lane, token, v_lane = tl.arange(0, Q), tl.arange(0, QT), tl.arange(0, BLOCK_V)
+    lane, token = tl.arange(0, Q), tl.arange(0, QT)
     tokens = chunk_tokens(start, T, Q, N)
     inside = start + lane < T * N
     do_base = d_o + row * (H * V) + h * V
     dv_base, errors_base = d_v + row * N * (H * V) + h * V, errors + row * N * (H * V) + h * V
-    by_read = tl.zeros((QT, Q), tl.float32)
-    by_found = tl.zeros((Q, Q), tl.float32)
-    for v_first in tl.range(0, V, BLOCK_V, disable_licm=True):
-        width = V - v_first
-        do_tile = load_tokens(do_base + v_first, start, T, H * V, width, Q, QT, N, BLOCK_V, DOT)
-        dv_tile = load_steps(dv_base + v_first, start, T, N * H * V, H * V, width, Q, N, BLOCK_V, DOT)
-        error = load_steps(errors_base + v_first, start, T, N * H * V, H * V, width, Q, N, BLOCK_V, DOT)
-        by_read = tl.dot(do_tile, tl.trans(error), by_read, input_precision="ieee")
-        by_found = tl.dot(dv_tile, tl.trans(error), by_found, input_precision="ieee")
-
+    by_read, by_found = steps_products(do_base, dv_base, errors_base, start, T, H, V, Q, QT, N, BLOCK_V, DOT)
     gate, b_end, reach, _, last, keep = chunk_gates(g, firsts, row, start, T, h, H, Q, N, GATE, DOCUMENTS)
     reads = read_reach(firsts, row, start, T, Q, QT, N, DOCUMENTS)
     b, b_read = sum_gates(gate, reach), sum_gates(gate, reads)
@@ -123,7 +159,14 @@ def gradients_kernel(
     fall = tl.where(strict, tl.exp(tl.minimum(b[:, None] - b[None, :], 0.0)), 0.0)
     by_found = (by_found * fall).to(DOT)
     fall = tl.where(reads, tl.exp(tl.minimum(b_read[:, None] - b[None, :], 0.0)), 0.0)
-    by_read = (by_read * fall).to(DOT)
+    by_read = by_read * fall
+    # With one step a token: what it reads of its own step does not decay, but would be the largest term on both sides of
+    # the gate's sums, where products of bfloat16 round it twice.
+    own = tl.zeros((QT,), tl.float32)
+    if N == 1:
+        own = tl.sum(tl.where(lane[None, :] == token[:, None], by_read, 0.0), axis=1)
+        by_read = tl.where(lane[None, :] == token[:, None], 0.0, by_read)
+    by_read = by_read.to(DOT)
     out_of = last * tl.exp(tl.minimum(b_end - b, 0.0))
     at = (row * N + start + lane) * H + h
     write = tl.load(beta + at, mask=inside, other=0.0)
@@ -137,23 +180,11 @@ def gradients_kernel(
     k_lane = tl.arange(0, BLOCK_K)
     for k_first in tl.range(0, K, BLOCK_K, disable_licm=True):
         height = K - k_first
-        dq_tile = tl.zeros((QT, BLOCK_K), tl.float32)
-        dk_tile = tl.zeros((Q, BLOCK_K), tl.float32)
-        written = tl.zeros((Q, BLOCK_K), tl.float32)
-        for v_first in tl.range(0, V, BLOCK_V, disable_licm=True):
-            width = V - v_first
-            state_at = ((batch * chunks + c) * H + h) * K * V + k_first * V + v_first
-            place = k_lane[:, None] * V + v_lane[None, :]
-            in_state = (k_lane < height)[:, None] & (v_lane < width)[None, :]
-            state = tl.load(entering + state_at + place, mask=in_state, other=0.0).to(DOT)
-            d_state = tl.load(leaving + state_at + place, mask=in_state, other=0.0).to(DOT)
-            carried += tl.sum(tl.sum(state.to(tl.float32) * d_state.to(tl.float32), axis=1), axis=0)
-            do_tile = load_tokens(do_base + v_first, start, T, H * V, width, Q, QT, N, BLOCK_V, DOT)
-            dv_tile = load_steps(dv_base + v_first, start, T, N * H * V, H * V, width, Q, N, BLOCK_V, DOT)
-            error = load_steps(errors_base + v_first, start, T, N * H * V, H * V, width, Q, N, BLOCK_V, DOT)
-            dq_tile = tl.dot(do_tile, tl.trans(state), dq_tile, input_precision="ieee")
-            dk_tile = tl.dot(dv_tile, tl.trans(state), dk_tile, input_precision="ieee")
-            written = tl.dot(error, tl.trans(d_state), written, input_precision="ieee")
+        state_at = ((batch * chunks + c) * H + h) * K * V + k_first * V
+        dq_tile, dk_tile, written, carried = states_products(
+            do_base, dv_base, errors_base, entering + state_at, leaving + state_at, carried, start, T, H, height, V,
+            Q, QT, N, BLOCK_K, BLOCK_V, DOT,
+        )  # fmt: skip
         k_base = k + batch * stride_kb + group * K + k_first
         k_tile = load_steps(k_base, start, T, stride_kt, stride_kn, height, Q, N, BLOCK_K, DOT)
         q_base = q + batch * stride_qb + group * K + k_first
@@ -170,6 +201,11 @@ def gradients_kernel(
         d_write += along
         d_b += tl.sum(dk_tile * keys, axis=1) - along * write
         d_b_read += tl.sum(dq_tile * q_tile.to(tl.float32), axis=1)
+        if N == 1:
+            queries = q_tile.to(tl.float32) * own[:, None]
+            d_write += tl.sum(queries * keys, axis=1)
+            dq_tile += keys * (own * write)[:, None]
+            written += queries
         dk_tile += written * write[:, None]
         share = r * (tl.num_programs(0) // chunks).to(tl.int64) * T
         column = (k_lane < height)[None, :]

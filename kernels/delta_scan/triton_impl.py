@@ -31,8 +31,13 @@ WALK_BACK = tuple(
 )
 GRADIENTS = tuple(
     {"BLOCK_K": keys, "BLOCK_V": columns, "num_warps": warps, "num_stages": 1}
-    for keys, columns, warps in ((64, 128, 8), (64, 64, 8), (32, 64, 8), (32, 64, 4))
+    for keys, columns, warps in ((64, 128, 8), (64, 64, 8), (32, 128, 8), (32, 64, 4))
 )
+
+
+def gradient_candidates(steps: int) -> tuple[Config, ...]:
+    """Those of the gradient kernel: compiled for sm_90, 64 columns of K spill with more than one step a token."""
+    return GRADIENTS if steps == 1 else GRADIENTS[2:]
 
 
 def delta_scan_triton(
@@ -236,7 +241,7 @@ def _backward(
     gradients_kernel[(B * launch.chunks, H)](
         q, k, beta, g, firsts, prepared.enter, d_o, d_v, errors, entering, leaving, d_q, d_k, d_beta, d_g,
         *launch.sizes(), *_strides(q, k), GATE=g is not None, DOCUMENTS=firsts is not None,
-        **launch.constants(v), **launch.config("delta_gradients", GRADIENTS, v),
+        **launch.constants(v), **launch.config("delta_gradients", gradient_candidates(N), v),
     )  # fmt: skip
     d_q, d_k = (d[0] if share == 1 else d.sum(0) for d in (d_q, d_k))
     return d_q, d_k, d_v, d_beta, d_g, d_initial if initial is not None else beta.new_empty(0)
