@@ -54,6 +54,21 @@ MODEL: dict[str, Any] = {
 VARIANTS: dict[str, dict[str, Any]] = {
     "core": MODEL,
     "latent": MODEL | {"tie_embeddings": True, "moe": MODEL["moe"] | {"latent_size": 12, "activation": "swiglu"}},
+    "mixers": MODEL
+    | {
+        "pattern": "MEG*PE",
+        "mixers": {
+            "gated_deltanet": {
+                "num_heads": 8,
+                "num_key_heads": 2,
+                "head_dim": 6,
+                "value_head_dim": 4,
+                "chunk_size": 16,
+            },
+            # beta below 1: steps that reflect would amplify float32 rounding beyond the tolerance.
+            "deltaproduct": {"num_heads": 8, "head_dim": 4, "chunk_size": 16},
+        },
+    },
     "recycle": MODEL | {"moe": MODEL["moe"] | {"capacity_factor": 1.0, "overflow": "recycle"}},
 }
 
@@ -247,6 +262,12 @@ LAYOUTS = [
     Layout(8, {"context": 4, "zero_stage": 3}, "latent"),
     Layout(8, {"context": 2, "tensor": 2, "sequence_parallel": True, "expert": 2, "zero_stage": 2}),
     Layout(8, {"context": 2, "pipeline": 2, "expert": 4}, "latent"),
+    # Registered mixers beside the core blocks.
+    Layout(4, {"context": 2, "tensor": 2, "sequence_parallel": True, "expert": 2}, "mixers", quick=True),
+    Layout(4, {"tensor": 4, "zero_stage": 2}, "mixers"),
+    Layout(4, {"pipeline": 2, "context": 2, "expert": 2}, "mixers"),
+    Layout(4, {"zero_stage": 3}, "mixers"),
+    Layout(8, {"context": 2, "tensor": 2, "expert": 2, "zero_stage": 2}, "mixers"),
     # Blocks computed again in backward passes.
     Layout(2, {"context": 2, "zero_stage": 0}, settings={"train__recompute": "full"}),
     Layout(2, {"expert": 2}, "recycle", {"train__recompute": "full"}),
