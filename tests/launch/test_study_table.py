@@ -14,6 +14,7 @@ from launch.study_grid import Cell, expand_grid
 from launch.study_table import make_rows, read_result, study_markdown
 from model.flops import count_parameters
 from model.state_size import state_bytes
+from pretrain.config_file import load_config
 from tests.launch.small_study import finish, write_small_study
 
 
@@ -57,6 +58,23 @@ def test_the_numbers_of_table_and_json_are_those_of_the_runs(study_path, capsys)
     assert picture.startswith(b"\x89PNG")
     table = (folder / "study.md").read_text().splitlines()
     assert table[2].startswith("| Mamba2 | no attention | ") and table[2].endswith("| 3.071 (3.000 to 3.143) | 100 |")
+
+
+def test_a_probe_is_judged_by_its_right_answers(study_path):
+    folder = study_path.parent
+    text = load_config(folder / "text.yaml").model_dump(mode="json")
+    text["data"] = {"probe": {"task": "mqar", "num_pairs": 4}, "num_workers": 0}
+    (folder / "recall.yaml").write_text(json.dumps(text))
+    cells = expand_grid(load_study(study_path, ["tasks=[{name: recall, config: recall.yaml}]"]))
+    finish(cells[0], 0)
+    path = Path(cells[0].config.run.dir, "metrics.jsonl")
+    lines = metrics(cells[0])
+    lines[1]["validation_accuracy"], lines[3]["validation_accuracy"] = 0.25, 0.75
+    path.write_text("".join(json.dumps(item) + "\n" for item in lines))
+    result = read_result(cells[0])
+    assert result is not None and (result.value, result.task) == (0.75, "recall")
+    text_table = study_markdown(cells, [result], make_rows(cells, [result], 10), state_tokens=10, slots=1)
+    assert "recall: accuracy" in text_table and "| 0.750 | 100 |" in text_table
 
 
 def test_an_unfinished_run_is_left_out_and_a_point_without_runs_has_no_row(study_path):
