@@ -48,6 +48,7 @@ def validate(run: Run) -> Validation:
         predicted = [output.predictions_BT for output in outputs if output.predictions_BT is not None]
         for batch, predictions_BT in zip(batches, predicted):
             labels_BT = move_batch(batch, run.parallel).labels_BT
+            # Validation begins at sample 0, so that a sample's number is its row here.
             counts_R2[list(batch.sample_ids)] = count_answers(predictions_BT, labels_BT)
     run.engine.module.train()
     sums.reduce(run.parallel, signal=0)
