@@ -15,9 +15,8 @@ import typer
 
 from launch import cli_bench, cli_config, cli_data, cli_launch, cli_plan, cli_study, cli_train, cli_use
 from launch.console import say
+from pretrain.exit_codes import BAD_INPUT, DONE, RUN_FAILED
 
-BAD_INPUT = 2
-RUN_FAILED = 3
 RESUMABLE_VERBS = ("train", "prepare", "launch", "study")
 
 # The machine ran out of something: the same command can go on once there is room again.
@@ -73,7 +72,7 @@ def run(arguments: Sequence[str]) -> int:
             )
             say(f"amfm: {arguments[0]} stopped; {again} (amfm --traceback {arguments[0]} ... shows where it failed)")
         return code
-    return 0
+    return DONE
 
 
 def describe(error: ValueError | RuntimeError | OSError) -> str:

@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperCommand
 
 from launch.console import print_json, print_rows, say
+from pretrain.exit_codes import BAD_INPUT, DONE, RUN_FAILED
 
 if TYPE_CHECKING:
     from launch.doctor import Finding
@@ -121,7 +122,7 @@ def doctor(
     from launch.doctor import examine_machine
 
     if print_findings("This machine", examine_machine(), as_json=as_json):
-        raise typer.Exit(2)
+        raise typer.Exit(BAD_INPUT)
 
 
 def doctor_cluster(shared: Path | None, nproc: int, *, as_json: bool) -> int:
@@ -149,7 +150,7 @@ def doctor_cluster(shared: Path | None, nproc: int, *, as_json: bool) -> int:
     failed = any(item.status == "fail" for item in findings)
     if os.environ["RANK"] == "0":
         print_findings("This cluster", findings, as_json=as_json)
-    return 3 if failed else 0
+    return RUN_FAILED if failed else DONE
 
 
 def print_findings(title: str, findings: Sequence[Finding], *, as_json: bool) -> bool:

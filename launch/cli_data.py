@@ -11,6 +11,7 @@ import typer
 from launch.cli_config import ConfigArgument, JsonOption, OverridesArgument
 from launch.cli_probe import show_probe_row
 from launch.console import print_json, print_pairs, print_rows, say, show_progress
+from pretrain.exit_codes import BAD_INPUT
 
 if TYPE_CHECKING:
     from data_pipeline.prepare import Progress
@@ -153,7 +154,7 @@ def inspect(
     for problem in problems:
         say(f"amfm: {problem}")
     if problems:
-        raise typer.Exit(2)
+        raise typer.Exit(BAD_INPUT)
 
 
 def print_differences(diff: Path, other: Inspection, path: Path, found: Inspection, *, as_json: bool) -> None:

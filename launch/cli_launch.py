@@ -12,6 +12,7 @@ import typer
 
 from launch.cli_config import ConfigArgument, OverridesArgument
 from launch.console import say
+from pretrain.exit_codes import DONE
 
 if TYPE_CHECKING:
     from launch.ray_cluster import RayCluster
@@ -180,7 +181,6 @@ def launch_slurm(
 ) -> int:
     """Submit a batch script, or inside an allocation start the ranks with srun."""
     from launch.slurm import Allocation, is_inside_allocation, submit, write_script
-    from launch.supervise import DONE
     from pretrain.report_data import read_run
 
     again = ["launch", str(path), *overrides, "--on", "slurm", "--nodes", str(nodes), "--nproc-per-node", str(ranks)]

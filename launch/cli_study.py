@@ -12,6 +12,7 @@ import typer
 
 from launch.cli_config import JsonOption, OverridesArgument
 from launch.console import print_json, print_rows, say
+from pretrain.exit_codes import DONE, RUN_FAILED
 
 if TYPE_CHECKING:
     from launch.study import Study
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from launch.study_run import CellEnd, Room
     from launch.study_table import CellResult
 
-DONE, CELLS_FAILED = 0, 3
 
 study = typer.Typer(
     help="Train grids of small models and compare them.",
@@ -63,7 +63,7 @@ def mixers(
         say(f"amfm study: cell {name} failed: {end.cause}")
     if not went_through:
         say("amfm study: stopped as a signal asked; the same command goes on")
-    raise typer.Exit(CELLS_FAILED if failures else DONE)
+    raise typer.Exit(RUN_FAILED if failures else DONE)
 
 
 def run_missing(

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import IO
 
+from pretrain.exit_codes import DONE, RUN_FAILED
 from pretrain.rank_variables import LAUNCHER_PID
 
-DONE, RUN_FAILED = 0, 3
 GRACE_SECONDS = 30.0  # what the other ranks get to end by themselves after one failed
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
 HOST = "127.0.0.1"
@@ -30,8 +30,8 @@ def run_local(arguments: Sequence[str], num_ranks: int) -> int:
     return run_command([sys.executable, "-m", "launch", *arguments], num_ranks)
 
 
-def run_command(command: Sequence[str], num_ranks: int) -> int:
-    """Run any command as ranks that find each other as torchrun's do.
+def run_command(command: Sequence[str], num_ranks: int, variables: Mapping[str, str] = {}) -> int:
+    """Run any command as ranks that find each other as torchrun's do, with more environment variables if given.
 
     This process keeps the store through which they meet, so no port can be lost between choosing and using it. Rank 0
     owns the terminal; lines that the others write to standard error get their rank in front.
@@ -53,7 +53,7 @@ def run_command(command: Sequence[str], num_ranks: int) -> int:
         processes += [
             subprocess.Popen(
                 command,
-                env=environment_of(rank, num_ranks, port, os.environ),
+                env=environment_of(rank, num_ranks, port, {**os.environ, **variables}),
                 stdin=None if rank == 0 else subprocess.DEVNULL,
                 stdout=None if rank == 0 else subprocess.DEVNULL,
                 stderr=None if rank == 0 else subprocess.PIPE,

@@ -18,7 +18,8 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from launch.local import forward_signals
-from launch.supervise import BAD_INPUT, DONE, RUN_FAILED, Attempt, Outcome
+from launch.supervise import Attempt, Outcome
+from pretrain.exit_codes import BAD_INPUT, DONE, RUN_FAILED
 from pretrain.rank_variables import LAUNCHER_PID, RESTART_CAUSE
 
 POLL_SECONDS = 0.5

@@ -9,8 +9,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.supervise import BAD_INPUT, DONE, RUN_FAILED, Attempt, Outcome
+from launch.supervise import Attempt, Outcome
 from pretrain.config import RunConfig
+from pretrain.exit_codes import BAD_INPUT, DONE, RUN_FAILED
 from pretrain.rank_variables import RESTART_CAUSE
 
 FIRST_PORT, NUM_PORTS = 20_000, 12_000

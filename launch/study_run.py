@@ -14,10 +14,11 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from launch.local import DONE, RUN_FAILED, forward_signals
+from launch.local import forward_signals
 from launch.ray_cluster import RankHost, first_line, last_words
 from launch.study_grid import Cell
 from pretrain.config_file import resolved_yaml
+from pretrain.exit_codes import DONE, RUN_FAILED
 
 POLL_SECONDS = 0.5
 OBJECT_STORE_BYTES = 80 * 2**20  # Ray's smallest: nothing but paths and exit codes goes through it

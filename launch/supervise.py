@@ -11,8 +11,8 @@ from launch.console import say
 from pretrain.checks import check_run
 from pretrain.config import RunConfig
 from pretrain.config_errors import ConfigError
+from pretrain.exit_codes import BAD_INPUT, DONE, RUN_FAILED
 
-DONE, BAD_INPUT, RUN_FAILED = 0, 2, 3
 POLL_SECONDS = 1.0
 STUCK_ATTEMPTS = 2  # failures without a newer checkpoint between them: a third would fail like them
 

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from launch.local import forward_signals
-from launch.supervise import BAD_INPUT, DONE, RUN_FAILED, Attempt, Outcome
+from launch.supervise import Attempt, Outcome
+from pretrain.exit_codes import BAD_INPUT, DONE, RUN_FAILED
 from pretrain.rank_variables import RESTART_CAUSE
 
 GRACE_SECONDS = 10.0  # for the other hosts to end by themselves after one failed

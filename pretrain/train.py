@@ -10,14 +10,13 @@ from data_pipeline.loader import SourceUse
 from model.flops import flops_per_token
 from pretrain.config import RunConfig
 from pretrain.evaluate import validate
+from pretrain.exit_codes import DONE, RUN_FAILED
 from pretrain.health import Trouble, is_hopeless
 from pretrain.heartbeat import describe_lost
 from pretrain.run import Run, close_run, enter_stage, finish_saving, return_weights, save, start_run
 from pretrain.signals import SignalWatch, signal_name
 from pretrain.step import StepResult, train_step
 from pretrain.stragglers import STRAGGLER_STEPS
-
-DONE, FAILED = 0, 3
 
 
 def train(config: RunConfig) -> int:
@@ -52,7 +51,7 @@ def run_steps(run: Run) -> int:
             measure_validation(run)
         record(run, result)
         if result.trouble is not None and not mend(run, result.trouble):
-            return FAILED
+            return RUN_FAILED
         if result.signal:
             return stop_on_signal(run, result.signal)
         if is_due(step, train.checkpoint_every_steps):
