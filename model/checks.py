@@ -5,7 +5,8 @@ from __future__ import annotations
 from operator import attrgetter
 
 from model.config import AttentionConfig, Mamba2Config, ModelConfig, MoeConfig, RopeConfig
-from model.mixers.registry import describe_symbol, find_spec
+from model.mixers.options import LinearOptions
+from model.mixers.registry import describe_symbol, find_spec, mixer_specs
 from model.pattern import SECTIONS, mixer_name, parse_pattern
 
 
@@ -29,12 +30,27 @@ def check_model(config: ModelConfig) -> None:
                 f"model.pattern has {letter!r} ({describe_symbol(letter)}) but model.{section} is missing; "
                 f"add model.{section} or take {letter!r} out of the pattern"
             )
+        if name is not None:
+            _check_wrapped(config, name)
     if config.mamba is not None:
         _check_mamba(config.mamba)
     if config.attention is not None:
         _check_attention(config.attention)
     if config.moe is not None:
         _check_moe(config.moe)
+
+
+def _check_wrapped(config: ModelConfig, name: str) -> None:
+    """A mixer that wraps another one finds that one's options, and it is linear."""
+    inside = getattr(config.mixers, name).wraps()
+    if inside is None:
+        return
+    key = f"model.mixers.{name}.mixer={inside}"
+    linear = [spec.name for spec in mixer_specs().values() if issubclass(spec.options, LinearOptions)]
+    if inside not in linear:
+        raise ValueError(f"{key} must be a linear mixer; use one of {', '.join(linear)}")
+    if getattr(config.mixers, inside) is None:
+        raise ValueError(f"{key} reads model.mixers.{inside}, which is missing; add model.mixers.{inside}")
 
 
 def _check_mamba(mamba: Mamba2Config) -> None:

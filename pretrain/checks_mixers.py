@@ -12,7 +12,10 @@ from pretrain.config_errors import Problem
 
 
 def mixers_in_use(config: RunConfig) -> Iterator[tuple[MixerSpec, MixerOptions]]:
-    """The registered mixers of the pattern that have options; the model's own rules report what is wrong with others."""
+    """The registered mixers of the pattern, and those inside them, that have options.
+
+    The model's own rules report what is wrong with others.
+    """
     try:
         letters = parse_pattern(config.model.pattern).letters
     except ValueError:
@@ -22,6 +25,9 @@ def mixers_in_use(config: RunConfig) -> Iterator[tuple[MixerSpec, MixerOptions]]
         options = None if name is None else getattr(config.model.mixers, name, None)
         if name is not None and options is not None:
             yield specs[name], options
+            inside = options.wraps()
+            if inside in specs and getattr(config.model.mixers, inside) is not None:
+                yield specs[inside], getattr(config.model.mixers, inside)
 
 
 def refusal_problems(config: RunConfig) -> Iterator[Problem]:

@@ -14,7 +14,7 @@ from data_pipeline.batch import Batch
 from model.config import ModelConfig
 from model.expert_balance import auxiliary_names
 from model.hybrid import ModelOutput
-from model.pattern import parse_pattern
+from model.pattern import mixer_name, parse_pattern
 from pretrain.health import Trouble, describe_skip, judge_loss, remember_loss
 from pretrain.micro_batch import LossShare, move_batch
 from pretrain.parallel import Parallel
@@ -152,9 +152,12 @@ def empty_sums(config: ModelConfig, device: torch.device) -> StepSums:
     """Nothing added yet, for all blocks of the model."""
     zero = torch.zeros((), device=device)
     sums = StepSums(zero.clone(), zero.clone())
-    blocks = [index for index, letter in enumerate(parse_pattern(config.pattern).letters) if letter == "E"]
+    letters = parse_pattern(config.pattern).letters
+    for name in filter(None, map(mixer_name, letters)):
+        sums.auxiliary |= {loss: zero.clone() for loss in getattr(config.mixers, name).auxiliary_names()}
+    blocks = [index for index, letter in enumerate(letters) if letter == "E"]
     if config.moe is not None and blocks:
-        sums.auxiliary = {name: zero.clone() for name in auxiliary_names(config.moe)}
+        sums.auxiliary |= {name: zero.clone() for name in auxiliary_names(config.moe)}
         sums.expert_counts = {
             block: torch.zeros(config.moe.num_experts, dtype=torch.int64, device=device) for block in blocks
         }

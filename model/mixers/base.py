@@ -7,9 +7,9 @@ short convolution, documents, tensor ranks, states between context ranks, decodi
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from model.mixers.options import LinearOptions
 from model.mixers.recurrence import Recurrence, ScanRows, add_entering_state
 from model.packing import PackMeta
 from model.regions import leave_tensor_region, project_stream
+from model.section import Section
 from model.segments import Segments
 
 
@@ -31,7 +32,7 @@ class BuildContext:
     """Where a mixer is built: the model's sizes, its groups and backend, and its place among the sequence mixers.
 
     order counts the mixers before it that mix over the sequence (attention, Mamba2 and registered ones), count all of
-    them: what a decay that weakens with depth reads.
+    them: what a decay that weakens with depth reads. mixers: the options of all registered mixers.
     """
 
     hidden_size: int
@@ -40,6 +41,11 @@ class BuildContext:
     count: int
     groups: ProcessGroupCollection
     backend: str
+    mixers: Section
+
+    def options_of(self, name: str) -> Any:
+        """The options of a registered mixer, for one that wraps it."""
+        return getattr(self.mixers, name)
 
 
 class SequenceMixer(KeepsBuffers):
@@ -139,28 +145,36 @@ class LinearMixer(SequenceMixer):
 
     def forward(self, x_BTD: Tensor, meta: PackMeta, state: BlockState = None) -> MixerOutput:
         """x [B, T, D] -> y [B, T, D]; with a state it goes on from there and returns the next one."""
-        parts = self._project(x_BTD)
+        parts, _ = self.project(x_BTD)
         next_state: MixerState | None = None
         if meta.segments is not None:
             assert state is None, "rows that are cut over context ranks have no decode state"
             o_BTHV = self._scan_segments(parts, meta, meta.segments)
         elif state is None:
-            self._convolve(parts, meta.boundaries_BT(), None)
-            self.accumulate(parts, meta, None)
-            o_BTHV, _ = self._scan(self.rows(parts, meta), meta.boundaries_BT(), None)
+            o_BTHV = self.mix(parts, meta)
         else:
             assert isinstance(state, dict), f"a registered mixer got a {type(state).__name__}"
-            o_BTHV, next_state = self._go_on(parts, meta, state)
+            o_BTHV, next_state = self.go_on(parts, meta, state)
         y_BTI = self.output(o_BTHV, parts)
         return MixerOutput(leave_tensor_region(self.out_proj(y_BTI), self.build.groups), next_state)
 
-    def _project(self, x_BTD: Tensor) -> dict[str, Tensor]:
-        weights = [self.in_proj.weight] + ([] if self.shared_proj is None else [self.shared_proj])
-        products = project_stream(x_BTD, weights, self.build.groups)
+    def project(self, x_BTD: Tensor, others: Sequence[Tensor] = ()) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+        """The parts [B, T, channels of this rank] of the stream, and its products with other weights.
+
+        Every rank of `groups.tp` must call.
+        """
+        own = [self.in_proj.weight] + ([] if self.shared_proj is None else [self.shared_proj])
+        products = project_stream(x_BTD, [*own, *others], self.build.groups)
         parts = dict(zip(self._cut_sizes, products[0].split(list(self._cut_sizes.values()), dim=-1)))
         if self.shared_proj is not None:
             parts |= zip(self._whole_sizes, products[1].split(list(self._whole_sizes.values()), dim=-1))
-        return parts
+        return parts, products[len(own) :]
+
+    def mix(self, parts: dict[str, Tensor], meta: PackMeta) -> Tensor:
+        """What the recurrence reads [B, T, H, V] in whole rows of documents; convolves the parts."""
+        self._convolve(parts, meta.boundaries_BT(), None)
+        self.accumulate(parts, meta, None)
+        return self._scan(self.rows(parts, meta), meta.boundaries_BT(), None)[0]
 
     def _convolved_inputs(self, parts: dict[str, Tensor]) -> Tensor:
         return torch.cat([parts[name] for name in self.convolved()], dim=-1)
@@ -180,7 +194,7 @@ class LinearMixer(SequenceMixer):
             rows, ids_BT, state_BHKV, chunk_size=self.options.chunk_size, backend=self.build.backend
         )
 
-    def _go_on(self, parts: dict[str, Tensor], meta: PackMeta, state: MixerState) -> tuple[Tensor, MixerState]:
+    def go_on(self, parts: dict[str, Tensor], meta: PackMeta, state: MixerState) -> tuple[Tensor, MixerState]:
         """The tokens after those of a decode state."""
         window_BWC = state.get("window")
         num_tokens = next(iter(parts.values())).shape[1]

@@ -34,7 +34,9 @@ def build_mixer(index: int, config: ModelConfig, groups: ProcessGroupCollection,
     if name is None:
         return CORE_MIXERS[letters[index]](config, groups, backend)
     sequence = [number for number, letter in enumerate(letters) if letter not in CHANNEL_MIXERS]
-    build = BuildContext(config.hidden_size, config.norm_epsilon, sequence.index(index), len(sequence), groups, backend)
+    build = BuildContext(
+        config.hidden_size, config.norm_epsilon, sequence.index(index), len(sequence), groups, backend, config.mixers
+    )
     options = getattr(config.mixers, name)
     assert options is not None, f"check_model was not called: model.mixers.{name} is missing"
     return find_spec(name).load()(options, build)

@@ -46,14 +46,17 @@ class LightNetMixer(LinearMixer):
         entered_BX = z_BTX.new_full(z_BTX[:, 0].shape, -torch.inf) if state is None else state["z"].to(z_BTX.dtype)
         if state is not None:
             z_BTX = torch.logaddexp(z_BTX, entered_BX[:, None])
-        parts["z"], parts["z_before"] = z_BTX, torch.cat([entered_BX[:, None], z_BTX[:, :-1]], dim=1)
+        before_BTX = torch.cat([entered_BX[:, None], z_BTX[:, :-1]], dim=1)
+        if meta.boundaries_BT() is not None:
+            is_new_BT = functional.pad(meta.document_ids_BT.diff(dim=1) != 0, (1, 0))
+            before_BTX = before_BTX.masked_fill(is_new_BT[..., None], -torch.inf)
+        parts["z"], parts["z_before"] = z_BTX, before_BTX
         return {"z": z_BTX[:, -1]}
 
     def rows(self, parts: dict[str, Tensor], meta: PackMeta) -> ScanRows:
         """Gates in float32 for bf16. Before a document's first token there is nothing to forget."""
         q_BTX, z_BTX, before_BTX = functional.silu(parts["q"]), parts["z"], parts["z_before"]
-        is_first_BT1 = (meta.positions_BT == 0)[..., None]
-        g_BTX = torch.where(is_first_BT1, torch.zeros_like(z_BTX), before_BTX.masked_fill(is_first_BT1, 0.0) - z_BTX)
+        g_BTX = torch.where(before_BTX.isinf(), z_BTX, before_BTX) - z_BTX
         k_BTX = (parts["k"].to(z_BTX.dtype) - z_BTX).exp().to(q_BTX.dtype)
         return ScanRows(self.heads(q_BTX), self.heads(k_BTX), self.heads(parts["v"]), self.heads(g_BTX).clamp(max=0.0))
 

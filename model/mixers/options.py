@@ -20,6 +20,14 @@ class MixerOptions(Section):
         """Units, by field, that may be fewer than tensor ranks: one number must divide the other."""
         return {}
 
+    def wraps(self) -> str | None:
+        """The mixer inside, whose own options are read too."""
+        return None
+
+    def auxiliary_names(self) -> tuple[str, ...]:
+        """The auxiliary losses that it adds in training."""
+        return ()
+
     def lookback(self) -> tuple[int, str]:
         """Tokens before a context rank's segment that its first token reads, and the field that says one more."""
         return 0, ""
@@ -220,3 +228,29 @@ class WindowOptions(MixerOptions):
     def lookback(self) -> tuple[int, str]:
         """What the window reads."""
         return self.window - 1, "window"
+
+
+class MomOptions(MixerOptions):
+    """Mixture of memories (Du et al. 2025, arXiv 2502.13685): a linear mixer with several states and a router."""
+
+    mixer: str = Field("gated_deltanet", description="The linear mixer inside; its own section gives its options.")
+    num_memories: int = Field(4, gt=1, description="States among which the router chooses.")
+    top_k: int = Field(2, gt=0, description="States that a token writes and reads.")
+    shared_memory: bool = Field(True, description="One more state, for all tokens.")
+    balance_loss_weight: float = Field(
+        0.01, ge=0, description="Balance over a micro-batch (Fedus et al. 2021, arXiv 2101.03961, section 2.2)."
+    )
+
+    @model_validator(mode="after")
+    def _has_memories(self) -> Self:
+        if self.top_k > self.num_memories:
+            raise ValueError(f"top_k={self.top_k} must be at most num_memories={self.num_memories}")
+        return self
+
+    def wraps(self) -> str:
+        """The mixer inside."""
+        return self.mixer
+
+    def auxiliary_names(self) -> tuple[str, ...]:
+        """Its balance, if that has a weight."""
+        return ("memory_balance",) if self.balance_loss_weight else ()

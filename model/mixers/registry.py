@@ -65,6 +65,12 @@ BUILT_IN = (
     ),
     MixerSpec("mala", "model.mixers.mala:MalaMixer", own.MalaOptions),
     MixerSpec("mamba1", "model.mixers.mamba1:Mamba1Mixer", own.Mamba1Options),
+    MixerSpec(
+        "mom",
+        "model.mixers.mom:MomMixer",
+        own.MomOptions,
+        refuses={"context": "its memories do not pass between ranks yet"},
+    ),
     MixerSpec("plstm", "model.mixers.plstm:PlstmMixer", own.PlstmOptions),
     MixerSpec("retnet", "model.mixers.retention:RetentionMixer", own.RetentionOptions),
     MixerSpec("transnormer", "model.mixers.feature_maps:TransNormerMixer", own.TransNormerOptions),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from model.config import ModelConfig
+from model.mixers.options import LinearOptions
 from model.mixers.registry import mixer_specs
 from tests.model.small_models import small_config
 
@@ -25,7 +26,22 @@ def sample_options(name: str) -> dict[str, Any]:
     return {key: value for key, value in USUAL.items() if key in fields} | SPECIAL.get(name, {})
 
 
-def mixer_config(name: str, blocks: int = 2) -> ModelConfig:
+def sample_names() -> list[str]:
+    """Every registered mixer, and `mom over X` for every linear one."""
+    inside = [spec.name for spec in mixer_specs().values() if issubclass(spec.options, LinearOptions)]
+    return [*mixer_specs(), *(f"mom over {name}" for name in inside)]
+
+
+def registered_name(sample: str) -> str:
+    """The mixer of a sample."""
+    return sample.partition(" ")[0]
+
+
+def mixer_config(sample: str, blocks: int = 2) -> ModelConfig:
     """A model of so many blocks of one mixer and nothing else."""
-    pattern = mixer_specs()[name].symbol * blocks
-    return small_config(pattern, mixers={name: sample_options(name)})
+    name, _, inside = sample.partition(" over ")
+    mixers = {name: sample_options(name)}
+    if name == "mom":
+        inside = inside or "gated_deltanet"
+        mixers = {name: mixers[name] | {"mixer": inside}, inside: sample_options(inside)}
+    return small_config(mixer_specs()[name].symbol * blocks, mixers=mixers)

@@ -1,0 +1,162 @@
+"""Mixture of memories: a linear mixer with several states, of which a router lets each token write and read a few."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from kernels.moe.grouping import count_experts
+from kernels.moe.losses import balance_loss
+from model.layers import Shard
+from model.mixer import BlockState, MixerOutput, MixerState
+from model.mixers.base import BuildContext, LinearMixer, SequenceMixer
+from model.mixers.options import MomOptions
+from model.mixers.registry import find_spec
+from model.packing import PackMeta
+from model.regions import leave_tensor_region
+
+
+class MemoryRows(NamedTuple):
+    """Rows of tokens sorted by memory, document and time, K' copies a token.
+
+    order_BS [B, T K']: which copy (token * K' + choice) stands where. meta: the layout in which each pair of memory and
+    document is a document of its own.
+    """
+
+    order_BS: Tensor
+    meta: PackMeta
+
+
+class MomMixer(SequenceMixer):
+    """Any linear mixer over num_memories states: top_k of them, by a softmax router, and one that all tokens share.
+
+    Copies of tokens are sorted by (memory, document, time) and mixed as packed documents, convolution included, so no state
+    and no window ever sees another memory, document or row. Projections are shared by all memories.
+    Source: Du et al. 2025, arXiv 2502.13685, section 3. Decoding goes token by token, prompts too.
+    """
+
+    def __init__(self, options: MomOptions, build: BuildContext) -> None:
+        super().__init__()
+        self.options, self.build = options, build
+        inner = find_spec(options.mixer).load()(build.options_of(options.mixer), build)
+        assert isinstance(inner, LinearMixer), f"check_model was not called: {options.mixer} is no linear mixer"
+        self.inner = inner
+        self.router = nn.Parameter(torch.empty(options.num_memories, build.hidden_size))
+        # Each rank has the gradient that its own heads give.
+        self.shards = {"router": Shard(partial=("tp",))}
+
+    def forward(self, x_BTD: Tensor, meta: PackMeta, state: BlockState = None) -> MixerOutput:
+        """x [B, T, D] -> y [B, T, D]; with a state it goes on from there and returns the next one."""
+        parts, (logits_BTM,) = self.inner.project(x_BTD, [self.router])
+        probabilities_BTM = logits_BTM.to(torch.promote_types(logits_BTM.dtype, torch.float32)).softmax(-1)
+        weights_BTK, memory_BTK = self._choose(probabilities_BTM)
+        next_state: MixerState | None = None
+        if state is None:
+            y_BTI = self._mix(parts, weights_BTK, memory_BTK, meta)
+        else:
+            assert isinstance(state, dict), f"a registered mixer got a {type(state).__name__}"
+            y_BTI, next_state = self._go_on(parts, weights_BTK, memory_BTK, meta, state)
+        auxiliary = self._balance(probabilities_BTM, memory_BTK) if self.training else {}
+        y_BTD = leave_tensor_region(self.inner.out_proj(y_BTI), self.build.groups)
+        return MixerOutput(y_BTD, next_state, auxiliary)
+
+    def _choose(self, probabilities_BTM: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and memories of each token [B, T, K'], the shared memory last with weight 1."""
+        top_BTK, memory_BTK = probabilities_BTM.topk(self.options.top_k, dim=-1)
+        weights_BTK = top_BTK / top_BTK.sum(-1, keepdim=True)
+        if self.options.shared_memory:
+            weights_BTK = functional.pad(weights_BTK, (0, 1), value=1.0)
+            memory_BTK = functional.pad(memory_BTK, (0, 1), value=self.options.num_memories)
+        return weights_BTK, memory_BTK
+
+    def _mix(self, parts: dict[str, Tensor], weights_BTK: Tensor, memory_BTK: Tensor, meta: PackMeta) -> Tensor:
+        copies = memory_BTK.shape[2]
+        rows = sort_by_memory(memory_BTK, meta)
+        token_BS = rows.order_BS // copies
+        sorted_parts = {name: take_tokens(part, token_BS) for name, part in parts.items()}
+        o_BSHV = self.inner.mix(sorted_parts, rows.meta)
+        y_BSI = self.inner.output(o_BSHV, sorted_parts)
+        place_BS = torch.empty_like(rows.order_BS).scatter_(1, rows.order_BS, _columns(rows.order_BS))
+        y_BTKI = take_tokens(y_BSI, place_BS).unflatten(1, (-1, copies))
+        return (y_BTKI * weights_BTK[..., None].to(y_BTKI.dtype)).sum(2)
+
+    def _go_on(
+        self, parts: dict[str, Tensor], weights_BTK: Tensor, memory_BTK: Tensor, meta: PackMeta, state: MixerState
+    ) -> tuple[Tensor, MixerState]:
+        """Token by token: the states of its memories are taken, go on, and are put back."""
+        state, outputs = dict(state), []
+        num_rows, num_tokens, copies = memory_BTK.shape
+        row_BK = torch.arange(num_rows, device=memory_BTK.device)[:, None].expand(-1, copies)
+        for token in range(num_tokens):
+            memory_BK = memory_BTK[:, token]
+            own = {name: tensor[row_BK, memory_BK].flatten(0, 1) for name, tensor in state.items()}
+            each = {name: part[:, token : token + 1].repeat_interleave(copies, dim=0) for name, part in parts.items()}
+            positions = meta.positions_BT[:, token : token + 1].repeat_interleave(copies, dim=0)
+            layout = replace(
+                PackMeta.one_document_a_row(len(positions), 1, device=positions.device), positions_BT=positions
+            )
+            o_R1HV, following = self.inner.go_on(each, layout, own)
+            y_BKI = self.inner.output(o_R1HV, each)[:, 0].unflatten(0, (num_rows, copies))
+            outputs.append((y_BKI * weights_BTK[:, token, :, None].to(y_BKI.dtype)).sum(1))
+            for name, tensor in following.items():
+                kept = state[name].to(tensor.dtype, copy=True)
+                kept[row_BK, memory_BK] = tensor.unflatten(0, (num_rows, copies))
+                state[name] = kept
+        return torch.stack(outputs, dim=1), state
+
+    def _balance(self, probabilities_BTM: Tensor, memory_BTK: Tensor) -> dict[str, Tensor]:
+        """The weighted loss that keeps memories evenly used (Fedus et al. 2021, arXiv 2101.03961, section 2.2)."""
+        weight, top_k = self.options.balance_loss_weight, self.options.top_k
+        if not weight:
+            return {}
+        counts_M = count_experts(memory_BTK[..., :top_k].flatten(0, 1), self.options.num_memories)
+        loss = weight * balance_loss(probabilities_BTM.flatten(0, 1), counts_M, top_k)
+        # All tensor ranks compute the same loss, and their gradients are summed.
+        return {"memory_balance": loss.detach() + (loss - loss.detach()) / self.build.groups.tp.size()}
+
+    def reset_buffers(self) -> None:
+        """Those of the mixer inside."""
+        self.inner.reset_buffers()
+
+    def first_value(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
+        """Those of the mixer inside."""
+        place, _, own_name = name.partition("inner.")
+        return self.inner.first_value(own_name, shape, generator) if not place else None
+
+    def empty_state(self, num_rows: int) -> MixerState:
+        """The state of the mixer inside once a memory: [B, memories, ...]."""
+        memories = self.options.num_memories + self.options.shared_memory
+        states = self.inner.empty_state(num_rows * memories)
+        return {name: tensor.unflatten(0, (num_rows, memories)) for name, tensor in states.items()}
+
+    def sequence_flops(self, sequence_length: int) -> float:
+        """Each copy of a token passes the recurrence."""
+        copies = self.options.top_k + self.options.shared_memory
+        return copies * self.inner.sequence_flops(sequence_length)
+
+
+def sort_by_memory(memory_BTK: Tensor, meta: PackMeta) -> MemoryRows:
+    """Rows in which the tokens of a memory and document stand together, in time; shapes do not depend on the routing."""
+    ids_BT, copies = meta.document_ids_BT, memory_BTK.shape[2]
+    is_start_BT = torch.zeros_like(ids_BT, dtype=torch.int64)
+    is_start_BT[:, 1:] = ids_BT[:, 1:] != ids_BT[:, :-1]
+    document_BT = is_start_BT.cumsum(1)
+    key_BS = (memory_BTK * ids_BT.shape[1] + document_BT[..., None]).flatten(1)
+    sorted_BS, order_BS = key_BS.sort(dim=1, stable=True)
+    is_other_BS = torch.zeros_like(sorted_BS)
+    is_other_BS[:, 1:] = sorted_BS[:, 1:] != sorted_BS[:, :-1]
+    positions_BS = meta.positions_BT.repeat_interleave(copies, dim=1).gather(1, order_BS)
+    return MemoryRows(order_BS, PackMeta.from_document_ids(is_other_BS.cumsum(1), positions_BS))
+
+
+def take_tokens(x_BTX: Tensor, token_BS: Tensor) -> Tensor:
+    """x[b, token[b, s]]: [B, T, X] -> [B, S, X]."""
+    return x_BTX.gather(1, token_BS[..., None].expand(-1, -1, x_BTX.shape[-1]))
+
+
+def _columns(order_BS: Tensor) -> Tensor:
+    return torch.arange(order_BS.shape[1], device=order_BS.device).expand_as(order_BS)
