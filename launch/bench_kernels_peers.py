@@ -1,7 +1,8 @@
 """Operations of a hybrid block, ours and as transformers' own modules compute them, over the same inputs.
 
 Each case has variants of one computation: a function of its leaves that gives one output. transformers' code is called
-as its models call it; where it has two ways (chunk sizes, expert loops) both are variants.
+as its models call it; where it has two ways (chunk sizes, expert loops) both are variants. `single_steps` is our own
+definition, a loop over tokens that autograd differentiates.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.causal_conv1d.op import causal_conv1d
-from kernels.decay_scan.op import mamba2_scan
+from kernels.decay_scan.op import decay_scan, mamba2_scan
+from kernels.delta_scan.op import delta_scan
+from kernels.diag_scan.op import diag_scan
 from kernels.linear_cross_entropy.op import linear_cross_entropy
 from kernels.moe.op import expert_feed_forward, route
 from kernels.norm.op import gated_rms_norm, rms_norm
 
 ROWS, TOKENS = 4, 512
 HEADS, HEAD_DIM, STATE_SIZE = 8, 64, 128
+SELECTIVE_STATE_SIZE = 16
 # Experts as in Granite-4-H-Tiny, each of the width of the benchmark's model.
 EXPERTS, TOP_K, EXPERT_WIDTH, MODEL_WIDTH = 64, 6, 64, 256
 VOCABULARY = 8192
@@ -81,6 +85,65 @@ def _scan(dtype: torch.dtype) -> Case:
     variants = {"ours": ours, "transformers": transformers(256), "transformers_chunk_64": transformers(64)}
     shape = f"{ROWS}x{TOKENS}, {HEADS} heads x {HEAD_DIM}, state {STATE_SIZE}"
     return Case("decay_scan", shape, dtype, (x, dt, A_log, B, C, D, bias), variants)
+
+
+def _vector_scan(dtype: torch.dtype) -> Case:
+    shape = (ROWS, TOKENS, HEADS, HEAD_DIM)
+    leaves = (
+        *(_normal(dtype, *shape, scale=scale) for scale in (1.0, HEAD_DIM**-0.5, 1.0)),
+        F.logsigmoid(torch.randn(shape)).requires_grad_(),
+    )
+    variants: dict[str, Compute] = {
+        "ours": lambda q, k, v, g: decay_scan(q, k, v, g, chunk_size=64).o_BTHV,
+        "single_steps": lambda q, k, v, g: decay_scan(q, k, v, g, backend="reference").o_BTHV,
+    }
+    sizes = f"{ROWS}x{TOKENS}, {HEADS} heads x {HEAD_DIM}, state {HEAD_DIM}"
+    return Case("decay_scan_vector", sizes, dtype, leaves, variants)
+
+
+def _selective_scan(dtype: torch.dtype) -> Case:
+    from transformers.models.mamba.modeling_mamba import mamba_selective_scan
+
+    channels = HEADS * HEAD_DIM
+    x, dt = _normal(dtype, 1, TOKENS, channels), _normal(dtype, 1, TOKENS, channels)
+    B, C = (_normal(dtype, 1, TOKENS, SELECTIVE_STATE_SIZE, scale=0.3) for _ in range(2))
+    A_log = torch.arange(1.0, SELECTIVE_STATE_SIZE + 1).log().repeat(channels, 1).requires_grad_()
+    D, bias = torch.ones(channels).requires_grad_(), _normal(torch.float32, channels)
+
+    def ours(backend: str) -> Compute:
+        return lambda *leaves: diag_scan(*leaves, backend=backend).y_BTC
+
+    def transformers(x: Tensor, dt: Tensor, A_log: Tensor, B: Tensor, C: Tensor, D: Tensor, bias: Tensor) -> Tensor:
+        x, dt, B, C = (t.transpose(1, 2) for t in (x, dt, B, C))
+        y = mamba_selective_scan(x, dt, -A_log.exp(), B, C, D, delta_bias=bias, delta_softplus=True)
+        return y.transpose(1, 2).to(x.dtype)
+
+    variants = {"ours": ours("torch"), "single_steps": ours("reference"), "transformers": transformers}
+    shape = f"1x{TOKENS}, {channels} channels, state {SELECTIVE_STATE_SIZE}"
+    return Case("diag_scan", shape, dtype, (x, dt, A_log, B, C, D, bias), variants)
+
+
+def _delta(dtype: torch.dtype) -> Case:
+    from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
+
+    q, v = (_normal(dtype, ROWS, TOKENS, HEADS, HEAD_DIM) for _ in range(2))
+    k = F.normalize(torch.randn(ROWS, TOKENS, HEADS, HEAD_DIM), dim=-1).to(dtype).requires_grad_()
+    beta = torch.rand(ROWS, TOKENS, HEADS).requires_grad_()
+    g = F.logsigmoid(2 + torch.randn(ROWS, TOKENS, HEADS)).requires_grad_()
+
+    def ours(backend: str) -> Compute:
+        def run(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor) -> Tensor:
+            k, v, beta = (x.unsqueeze(2) for x in (k, v, beta))
+            return delta_scan(q * HEAD_DIM**-0.5, k, v, beta, g, chunk_size=64, backend=backend).o_BTHV
+
+        return run
+
+    def transformers(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor) -> Tensor:
+        return torch_chunk_gated_delta_rule(q, k, v, g, beta, chunk_size=64)[0]
+
+    variants = {"ours": ours("torch"), "single_steps": ours("reference"), "transformers": transformers}
+    shape = f"{ROWS}x{TOKENS}, {HEADS} heads x {HEAD_DIM}, state {HEAD_DIM}"
+    return Case("delta_scan", shape, dtype, (q, k, v, beta, g), variants)
 
 
 def _gated_norm(dtype: torch.dtype) -> Case:
@@ -181,6 +244,9 @@ def _head(dtype: torch.dtype) -> Case:
 
 OPERATIONS: dict[str, Callable[[torch.dtype], Case]] = {
     "decay_scan": _scan,
+    "decay_scan_vector": _vector_scan,
+    "diag_scan": _selective_scan,
+    "delta_scan": _delta,
     "gated_rms_norm": _gated_norm,
     "causal_conv1d": _convolution,
     "moe": _experts,
