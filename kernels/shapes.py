@@ -37,6 +37,25 @@ def check_documents(
         raise ValueError(f"{name} must be int32 or int64; got {document_ids_BT.dtype}")
 
 
+def check_row(
+    document_ids_BT: Tensor | None,
+    initial_state: Tensor | None,
+    state_shape: tuple[int, ...],
+    chunk_size: int,
+    like: Tensor,
+) -> None:
+    """Raise ValueError unless the rows of a scan, `like` [B, T, ...], have tokens, and documents, state and chunk size fit."""
+    B, T = like.shape[:2]
+    if T == 0:
+        raise ValueError("a scan needs at least 1 token a row; got 0")
+    check_documents(document_ids_BT, B, T, like)
+    if initial_state is not None:
+        check_shape("the initial state", initial_state, state_shape, like)
+        check_float("the initial state", initial_state)
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1; got {chunk_size}")
+
+
 def drop_single_document(document_ids_BT: Tensor | None) -> Tensor | None:
     """None where no row has a boundary, so that the form without masks runs.
 

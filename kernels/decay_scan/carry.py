@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.decay_scan.op import check_mamba2, check_row
+from kernels.decay_scan.op import check_mamba2
 from kernels.gemm_precision import gemm_dtype
-from kernels.shapes import check_documents, check_float, check_shape
+from kernels.shapes import check_documents, check_float, check_row, check_shape
 
 
 def add_carried_state(

@@ -14,7 +14,7 @@ from kernels.backend import resolve_backend
 from kernels.decay_scan.reference import mamba2_by_steps, scan_by_steps
 from kernels.decay_scan.torch_impl import chunked_scan
 from kernels.decay_scan.vector_torch import chunked_vector_scan
-from kernels.shapes import check_documents, check_float, check_shape, drop_single_document
+from kernels.shapes import check_float, check_row, check_shape, drop_single_document
 
 
 class ScanOutput(NamedTuple):
@@ -239,25 +239,6 @@ def check_mamba2(
     check_float("C_BTGN", C_BTGN, x_BTHP)
 
 
-def check_row(
-    document_ids_BT: Tensor | None,
-    initial_state: Tensor | None,
-    state_shape: tuple[int, ...],
-    chunk_size: int,
-    like: Tensor,
-) -> None:
-    """Raise ValueError unless `like` has tokens, and documents, state and chunk size fit it."""
-    B, T = like.shape[:2]
-    if T == 0:
-        raise ValueError("a scan needs at least 1 token a row; got 0")
-    check_documents(document_ids_BT, B, T, like)
-    if initial_state is not None:
-        check_shape("the initial state", initial_state, state_shape, like)
-        check_float("the initial state", initial_state)
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1; got {chunk_size}")
-
-
 def scan_flops(B: int, T: int, H: int, G: int, K: int, V: int, *, chunk_size: int, backward: bool = False) -> int:
     """Floating-point operations of the chunked form with q k^T taken once a group.
 
@@ -277,3 +258,13 @@ def scan_bytes(B: int, T: int, H: int, G: int, K: int, V: int, *, value_bytes: i
     if backward:
         return B * T * (value_bytes * (3 * H * V + 4 * G * K) + 16 * H)
     return B * T * (value_bytes * (2 * H * V + 2 * G * K) + 8 * H)
+
+
+def vector_scan_bytes(B: int, T: int, H: int, K: int, V: int, *, value_bytes: int = 2, backward: bool = False) -> int:
+    """`scan_bytes` with a float32 gate of each key channel: v, o, q, k, g; backward v, do, dv, q, k, dq, dk, g, dg.
+
+    Operations are those of `scan_flops` with a group for each head.
+    """
+    if backward:
+        return B * T * H * (value_bytes * (3 * V + 4 * K) + 8 * K)
+    return B * T * H * (value_bytes * (2 * V + 2 * K) + 4 * K)

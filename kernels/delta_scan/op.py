@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels.backend import resolve_backend
 from kernels.delta_scan.reference import delta_by_steps
 from kernels.delta_scan.torch_impl import chunked_delta
-from kernels.shapes import check_documents, check_float, check_shape, drop_single_document
+from kernels.shapes import check_float, check_row, check_shape, drop_single_document
 
 # (q_BTGK, k_BTNGK, v_BTNHV, beta_BTNH, g_BTH or None, initial_state_BHKV or None, document_ids_BT or None, chunk_size)
 # -> (o_BTHV in the dtype of v, the last state [B, H, K, V]); beta, g and states are float32, or float64 with v.
@@ -62,7 +62,7 @@ def delta_scan(
     check_delta(q_BTGK, k_BTNGK, v_BTNHV, beta_BTNH, g_BTH)
     B, _, _, H, V = v_BTNHV.shape
     K = q_BTGK.shape[3]
-    _check_row(document_ids_BT, initial_state_BHKV, (B, H, K, V), chunk_size, v_BTNHV)
+    check_row(document_ids_BT, initial_state_BHKV, (B, H, K, V), chunk_size, v_BTNHV)
     scan = _find_scan(resolve_backend(backend, v_BTNHV.device))
     wide = torch.float64 if v_BTNHV.dtype == torch.float64 else torch.float32
     initial = None if initial_state_BHKV is None else initial_state_BHKV.to(wide)
@@ -153,24 +153,6 @@ def check_delta(
     if g_BTH is not None:
         check_shape("g_BTH", g_BTH, (B, T, H), v_BTNHV)
         check_float("g_BTH", g_BTH)
-
-
-def _check_row(
-    document_ids_BT: Tensor | None,
-    initial_state: Tensor | None,
-    state_shape: tuple[int, ...],
-    chunk_size: int,
-    like: Tensor,
-) -> None:
-    B, T = like.shape[:2]
-    if T == 0:
-        raise ValueError("a scan needs at least 1 token a row; got 0")
-    check_documents(document_ids_BT, B, T, like)
-    if initial_state is not None:
-        check_shape("the initial state", initial_state, state_shape, like)
-        check_float("the initial state", initial_state)
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1; got {chunk_size}")
 
 
 def delta_flops(
