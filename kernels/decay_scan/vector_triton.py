@@ -26,7 +26,7 @@ PREPARE = tuple({"PART": part, "num_warps": warps, "num_stages": 1} for part, wa
 SCORE_GRADIENTS = tuple({"BLOCK_V": 64, "num_warps": 4, "num_stages": stages} for stages in (2, 3))
 GRADIENTS = tuple(
     {"PART": part, "BLOCK_V": columns, "num_warps": warps, "num_stages": 1}
-    for part, columns, warps in ((32, 64, 4), (32, 32, 4), (64, 64, 8))
+    for part, columns, warps in ((32, 64, 8), (32, 64, 4), (64, 64, 8))
 )
 
 
@@ -264,9 +264,9 @@ def _backward(
         entering = launch.tile_states(v)
         _walk(launch, prepared, v, None if initial is None else initial.contiguous(), None, entering)
     leaving, d_v, d_first = _walk_back(launch, prepared, d_o, d_final)
-    grid, d_scores, documents = (launch.B * launch.tiles, launch.H), prepared.scores, firsts is not None
+    grid, d_scores = (launch.B * launch.tiles, launch.H), prepared.scores
     score_gradients_kernel[grid](
-        v, firsts, d_o, d_scores, launch.T, launch.H, launch.V, *outer_strides(v), DOCUMENTS=documents,
+        v, d_o, d_scores, launch.T, launch.H, launch.V, *outer_strides(v),
         **launch.config("vector_score_gradients", SCORE_GRADIENTS, v),
     )  # fmt: skip
     d_q, d_k = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
@@ -275,7 +275,7 @@ def _backward(
     vector_gradients_kernel[(grid[0], launch.H * triton.cdiv(launch.K, config["PART"]))](
         q, k, v, g, firsts, d_o, d_scores, entering, leaving, d_q, d_k, d_g,
         launch.T, launch.H, launch.K, launch.V, *outer_strides(q, k, v),
-        LEVELS=launch.levels(), DOCUMENTS=documents, **config,
+        LEVELS=launch.levels(), DOCUMENTS=firsts is not None, **config,
     )  # fmt: skip
     return d_q, d_k, d_v, d_g, d_first.contiguous() if initial is not None else g.new_empty(0)
 

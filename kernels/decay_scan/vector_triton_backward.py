@@ -2,7 +2,7 @@
 
 # Triton reads a kernel's parameters from the call: they carry no types.
 # mypy: disable-error-code="no-untyped-def"
-# ruff: noqa: ANN201
+# ruff: noqa: ANN201, SIM300
 
 from __future__ import annotations
 
@@ -10,13 +10,7 @@ import triton
 import triton.language as tl
 
 from kernels.decay_scan.triton_forward import load_tile
-from kernels.decay_scan.vector_triton_forward import (
-    load_decay,
-    power_to_middle,
-    sum_gates,
-    sum_where,
-    tile_masks,
-)
+from kernels.decay_scan.vector_triton_forward import join_halves, last_row, load_decay, load_gates, power_inside
 
 
 @triton.jit
@@ -75,8 +69,7 @@ def vector_walk_back_kernel(
 
 @triton.jit
 def score_gradients_kernel(
-    v, firsts, d_o, d_scores, T, H, V, stride_vb, stride_vt,
-    Q: tl.constexpr, BLOCK_V: tl.constexpr, DOT: tl.constexpr, DOCUMENTS: tl.constexpr,
+    v, d_o, d_scores, T, H, V, stride_vb, stride_vt, Q: tl.constexpr, BLOCK_V: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """d_scores [B, T, H, Q]: the gradients of the weights of a tile's own tokens, one program a tile and head."""
     tiles = tl.cdiv(T, Q)
@@ -89,33 +82,61 @@ def score_gradients_kernel(
         v_tile = load_tile(v_base, start, T, stride_vt, V - v_first, Q, BLOCK_V, DOT)
         do_tile = load_tile(do_base, start, T, H * V, V - v_first, Q, BLOCK_V, DOT)
         total = tl.dot(do_tile, tl.trans(v_tile), total, input_precision="ieee")
-    reach, _, _, _ = tile_masks(firsts, row, start, T, Q, DOCUMENTS)
-    total = tl.where(reach, total, 0.0)
     lane, token = tl.arange(0, Q)[:, None], tl.arange(0, Q)[None, :]
+    total = tl.where(token <= lane, total, 0.0)
     where = ((row + start) * H + h) * Q + (lane * (H * Q) + token)
     tl.store(d_scores + where, total.to(d_scores.dtype.element_ty), mask=lane < T - start)
 
 
 @triton.jit
 def add_own(
-    d_tile, b, own_base, x_base, stride, start, T, H, width,
-    Q: tl.constexpr, LEVELS: tl.constexpr, PART: tl.constexpr, DOT: tl.constexpr, OF_KEYS: tl.constexpr,
+    d_tile, own_base, x_base, stride, g_base, stride_g, firsts, row, start, T, H, width,
+    Q: tl.constexpr, LEVELS: tl.constexpr, PART: tl.constexpr, DOT: tl.constexpr, DOCUMENTS: tl.constexpr,
+    OF_KEYS: tl.constexpr,
 ):  # fmt: skip
     """Add what a tile's own weights give the gradient of q (x is k) or of k (x is q), but for a token with itself.
 
     A loop for each of the two, and what it reads read again each time: more at once would spill.
     """
     lane, token = tl.arange(0, Q)[:, None], tl.arange(0, Q)[None, :]
+    starts = load_gates(g_base, firsts, row, start, T, stride_g, width, Q, PART, DOCUMENTS)
+    ends = tl.zeros((Q, PART), tl.float32)
     for level in tl.range(0, LEVELS, disable_licm=True):
         half = 1 << level
-        power = power_to_middle(b, half, Q, PART)
+        power = power_inside(starts, ends, half, Q)
         x_tile = load_tile(x_base, start, T, stride, width, Q, PART, DOT).to(tl.float32)
         flow = load_tile(own_base, start, T, H * Q, Q, Q, Q, DOT)
         flow = tl.where((lane ^ token) // half == 1, flow, 0.0)
         if OF_KEYS:
             flow = tl.trans(flow)
         d_tile += tl.dot(flow, (x_tile * power).to(DOT), input_precision="ieee") * power
+        starts, ends = join_halves(starts, ends, half, Q, PART)
     return d_tile
+
+
+@triton.jit
+def sum_later(d_b, d_end, firsts, row, start, T, Q: tl.constexpr, DOT: tl.constexpr, DOCUMENTS: tl.constexpr):
+    """The gradient of a tile's gates: d_b summed over a token and those after it in its document, and d_end in the last.
+
+    Products with a mask, so that the sum of one document never holds another's rounding. Three times the 8 bits of
+    bfloat16 are the 24 of float32; of float32 operands the second and third are zero.
+    """
+    lane, token = tl.arange(0, Q)[:, None], tl.arange(0, Q)
+    later = lane <= token[None, :]
+    last = lane >= 0
+    if DOCUMENTS:
+        begin = tl.load(firsts + row + tl.minimum(start + token, T - 1))
+        later = later & (lane >= (begin - start)[None, :])
+        last = lane >= tl.load(firsts + row + tl.minimum(start + Q - 1, T - 1)) - start
+    HALF: tl.constexpr = tl.float32 if DOT == tl.float32 else tl.bfloat16
+    weights = tl.where(later, 1.0, 0.0).to(HALF)
+    high = d_b.to(HALF)
+    rest = d_b - high.to(tl.float32)
+    middle = rest.to(HALF)
+    low = (rest - middle.to(tl.float32)).to(HALF)
+    total = tl.dot(weights, low, input_precision="ieee")
+    total = tl.dot(weights, middle, total, input_precision="ieee")
+    return tl.dot(weights, high, total, input_precision="ieee") + tl.where(last, d_end, 0.0)
 
 
 @triton.jit
@@ -148,22 +169,29 @@ def vector_gradients_kernel(
         dq_tile = tl.dot(do_tile, tl.trans(state), dq_tile, input_precision="ieee")
         dk_tile = tl.dot(v_tile, tl.trans(d_state), dk_tile, input_precision="ieee")
         carried += tl.sum(state.to(tl.float32) * d_state.to(tl.float32), axis=1)
-    reach, first, last, keep = tile_masks(firsts, row, start, T, Q, DOCUMENTS)
-    b, b_end = sum_gates(g + row * (H * K) + h * K + part, start, T, H * K, width, reach, last, Q, PART, DOT)
     q_base, k_base = q + batch * stride_qb + h * K + part, k + batch * stride_kb + h * K + part
-    dq_tile = tl.where(first, dq_tile * tl.exp(b), 0.0)
-    dk_tile = tl.where(last, dk_tile * tl.exp(tl.minimum(b_end - b, 0.0)), 0.0)
+    g_base = g + row * (H * K) + h * K + part
+    starts = load_gates(g_base, firsts, row, start, T, H * K, width, Q, PART, DOCUMENTS)
+    ends = tl.zeros((Q, PART), tl.float32)
+    for level in tl.range(0, LEVELS, disable_licm=True):
+        starts, ends = join_halves(starts, ends, 1 << level, Q, PART)
+    dq_tile = dq_tile * tl.exp(starts)
+    dk_tile = dk_tile * tl.exp(ends)
     k_tile = load_tile(k_base, start, T, stride_kt, width, Q, PART, DOT).to(tl.float32)
-    d_end = tl.sum(k_tile * dk_tile, axis=0)[None, :] + keep * tl.exp(b_end) * carried[None, :]
+    d_end = tl.sum(k_tile * dk_tile, axis=0)[None, :] + tl.exp(last_row(starts, Q)) * carried[None, :]
     own_base = d_scores + (row * H + h) * Q
-    dq_tile = add_own(dq_tile, b, own_base, k_base, stride_kt, start, T, H, width, Q, LEVELS, PART, DOT, False)
-    dk_tile = add_own(dk_tile, b, own_base, q_base, stride_qt, start, T, H, width, Q, LEVELS, PART, DOT, True)
+    dq_tile = add_own(
+        dq_tile, own_base, k_base, stride_kt, g_base, H * K, firsts, row, start, T, H, width,
+        Q, LEVELS, PART, DOT, DOCUMENTS, False,
+    )  # fmt: skip
+    dk_tile = add_own(
+        dk_tile, own_base, q_base, stride_qt, g_base, H * K, firsts, row, start, T, H, width,
+        Q, LEVELS, PART, DOT, DOCUMENTS, True,
+    )  # fmt: skip
     q_tile = load_tile(q_base, start, T, stride_qt, width, Q, PART, DOT).to(tl.float32)
     k_tile = load_tile(k_base, start, T, stride_kt, width, Q, PART, DOT).to(tl.float32)
     d_b = q_tile * dq_tile - k_tile * dk_tile
-    # The transpose of the sum that made b; the masks made again, which would spill through the loop.
-    reach, _, last, _ = tile_masks(firsts, row, start, T, Q, DOCUMENTS)
-    d_gate = sum_where(tl.trans(reach), d_b, DOT) + tl.where(last, d_end, 0.0)
+    d_gate = sum_later(d_b, d_end, firsts, row, start, T, Q, DOT, DOCUMENTS)
     lane, column = tl.arange(0, Q)[:, None], tl.arange(0, PART)[None, :]
     inside = lane < T - start
     diagonal = own_base + tl.cast(start, tl.int64) * (H * Q) + lane * (H * Q + 1)

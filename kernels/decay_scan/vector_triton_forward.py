@@ -2,7 +2,7 @@
 
 # Triton reads a kernel's parameters from the call: they carry no types.
 # mypy: disable-error-code="no-untyped-def"
-# ruff: noqa: ANN201, SIM300
+# ruff: noqa: ANN201
 
 from __future__ import annotations
 
@@ -13,60 +13,39 @@ from kernels.decay_scan.triton_forward import load_tile
 
 
 @triton.jit
-def tile_masks(firsts, row, start, T, Q: tl.constexpr, DOCUMENTS: tl.constexpr):
-    """Of one tile: reach[i, j] for j <= i in one document, first and last [Q, 1], and keep (a float)."""
-    lane = tl.arange(0, Q)
-    t = start + lane
-    reach = lane[None, :] <= lane[:, None]
-    first = (t >= start)[:, None]
-    last = first
-    keep = 1.0
-    if DOCUMENTS:
-        begin = tl.load(firsts + row + tl.minimum(t, T - 1))
-        end_begin = tl.load(firsts + row + tl.minimum(start + Q - 1, T - 1))
-        before = tl.maximum(start - 1, 0)
-        reach = reach & (lane[None, :] >= (begin - start)[:, None])
-        first = (begin <= before)[:, None]
-        last = (t >= end_begin)[:, None]
-        keep = tl.where(end_begin <= before, 1.0, 0.0)
-    return reach, first, last, keep
-
-
-@triton.jit
-def sum_where(mask, x, DOT: tl.constexpr):
-    """The sum of the rows of x that each row of a mask selects, as products that keep the digits of float32.
-
-    Three times the 8 bits of bfloat16 are the 24 of float32; of float32 operands the second and third are zero.
-    """
-    HALF: tl.constexpr = tl.float32 if DOT == tl.float32 else tl.bfloat16
-    weights = tl.where(mask, 1.0, 0.0).to(HALF)
-    high = x.to(HALF)
-    rest = x - high.to(tl.float32)
-    middle = rest.to(HALF)
-    low = (rest - middle.to(tl.float32)).to(HALF)
-    total = tl.dot(weights, low, input_precision="ieee")
-    total = tl.dot(weights, middle, total, input_precision="ieee")
-    return tl.dot(weights, high, total, input_precision="ieee")
-
-
-@triton.jit
-def sum_gates(g_base, start, T, stride, size, reach, last, Q: tl.constexpr, PART: tl.constexpr, DOT: tl.constexpr):
-    """b [Q, PART], the gates summed over a tile from each document's start, and b_end [1, PART].
-
-    A product with a mask, so that the sum of one document never holds another's rounding; three products of halves of
-    the digits keep those of float32.
-    """
+def load_gates(
+    g_base, firsts, row, start, T, stride, size, Q: tl.constexpr, PART: tl.constexpr, DOCUMENTS: tl.constexpr
+):
+    """Gates of a tile [Q, PART], -inf at tokens that begin a document but the row's first: nothing before reaches past."""
     gate = load_tile(g_base, start, T, stride, size, Q, PART, tl.float32)
-    b = sum_where(reach, gate, DOT)
-    return b, tl.sum(tl.where(last, gate, 0.0), axis=0)[None, :]
+    if DOCUMENTS:
+        t = start + tl.arange(0, Q)
+        begin = tl.load(firsts + row + tl.minimum(t, T - 1))
+        gate = tl.where(((begin == t) & (t > 0))[:, None], -float("inf"), gate)
+    return gate
 
 
 @triton.jit
-def power_to_middle(b, half, Q: tl.constexpr, PART: tl.constexpr):
-    """e to the sum of gates between each token and the middle of its block of 2 half tokens, on either side of it."""
+def power_inside(starts, ends, half, Q: tl.constexpr):
+    """What decays a query in a second half from the middle of its block, and a key in a first half to there."""
     lane = tl.arange(0, Q)[:, None]
-    middle = tl.gather(b, tl.broadcast_to(lane // (2 * half) * (2 * half) + half, (Q, PART)), axis=0)
-    return tl.exp(tl.minimum(tl.where((lane & half) != 0, b - middle, middle - b), 0.0))
+    return tl.exp(tl.where((lane & half) != 0, starts, ends))
+
+
+@triton.jit
+def join_halves(starts, ends, half, Q: tl.constexpr, PART: tl.constexpr):
+    """Sums of gates in blocks of 2 half tokens, from those in their halves: up to each token, and after it to the end."""
+    lane = tl.arange(0, Q)[:, None]
+    last_of_other = (lane ^ half) | (half - 1)
+    other = tl.gather(starts, tl.broadcast_to(last_of_other, (Q, PART)), axis=0)
+    is_second = (lane & half) != 0
+    return starts + tl.where(is_second, other, 0.0), ends + tl.where(is_second, 0.0, other)
+
+
+@triton.jit
+def last_row(x, Q: tl.constexpr):
+    """The last row of a tile, [1, columns]."""
+    return tl.sum(tl.where(tl.arange(0, Q)[:, None] == Q - 1, x, 0.0), axis=0)[None, :]
 
 
 @triton.jit
@@ -86,36 +65,34 @@ def prepare_kernel(
     batch, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
     h = tl.program_id(1)
     row, start = batch * T, tile * Q
-    reach, first, last, keep = tile_masks(firsts, row, start, T, Q, DOCUMENTS)
-    lane, column = tl.arange(0, Q)[:, None], tl.arange(0, PART)[None, :]
-    parted = lane ^ tl.arange(0, Q)[None, :]
+    lane, column, token = tl.arange(0, Q)[:, None], tl.arange(0, PART)[None, :], tl.arange(0, Q)[None, :]
     total = tl.zeros((Q, Q), tl.float32)
     here = (row + start) * (H * K) + h * K
     for part in tl.range(0, K, PART, disable_licm=True):
         width = K - part
-        b, b_end = sum_gates(g + row * (H * K) + h * K + part, start, T, H * K, width, reach, last, Q, PART, DOT)
+        g_base = g + row * (H * K) + h * K + part
         q_tile = load_tile(q + batch * stride_qb + h * K + part, start, T, stride_qt, width, Q, PART, DOT).to(
             tl.float32
         )
         k_tile = load_tile(k + batch * stride_kb + h * K + part, start, T, stride_kt, width, Q, PART, DOT).to(
             tl.float32
         )
-        where = here + part + (lane * (H * K) + column)
-        inside = (lane < T - start) & (column < width)
-        from_start = tl.where(first, q_tile * tl.exp(b), 0.0)
-        to_end = tl.where(last, k_tile * tl.exp(tl.minimum(b_end - b, 0.0)), 0.0)
-        tl.store(q_start + where, from_start.to(q_start.dtype.element_ty), mask=inside)
-        tl.store(k_end + where, to_end.to(k_end.dtype.element_ty), mask=inside)
-        place = ((batch * tiles + tile) * H + h) * K + part + column
-        tl.store(decay + place, keep * tl.exp(b_end), mask=column < width)
-        total += tl.where(parted == 0, tl.sum(q_tile * k_tile, axis=1)[:, None], 0.0)
+        total += tl.where(lane == token, tl.sum(q_tile * k_tile, axis=1)[:, None], 0.0)
+        starts = load_gates(g_base, firsts, row, start, T, H * K, width, Q, PART, DOCUMENTS)
+        ends = tl.zeros((Q, PART), tl.float32)
         for level in tl.range(0, LEVELS, disable_licm=True):
             half = 1 << level
-            power = power_to_middle(b, half, Q, PART)
+            power = power_inside(starts, ends, half, Q)
             product = tl.dot((q_tile * power).to(DOT), tl.trans((k_tile * power).to(DOT)), input_precision="ieee")
-            total += tl.where(parted // half == 1, product, 0.0)
-    total = tl.where(reach, total, 0.0)
-    token = tl.arange(0, Q)[None, :]
+            total += tl.where((lane ^ token) // half == 1, product, 0.0)
+            starts, ends = join_halves(starts, ends, half, Q, PART)
+        where = here + part + (lane * (H * K) + column)
+        inside = (lane < T - start) & (column < width)
+        tl.store(q_start + where, (q_tile * tl.exp(starts)).to(q_start.dtype.element_ty), mask=inside)
+        tl.store(k_end + where, (k_tile * tl.exp(ends)).to(k_end.dtype.element_ty), mask=inside)
+        place = ((batch * tiles + tile) * H + h) * K + part + column
+        tl.store(decay + place, tl.exp(last_row(starts, Q)), mask=column < width)
+    total = tl.where(token <= lane, total, 0.0)
     where = ((row + start) * H + h) * Q + (lane * (H * Q) + token)
     tl.store(scores + where, total.to(scores.dtype.element_ty), mask=lane < T - start)
 
