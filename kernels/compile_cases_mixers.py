@@ -14,6 +14,7 @@ from kernels.causal_conv1d import triton_impl as convolution
 from kernels.causal_conv1d.triton_kernels import convolution_backward_kernel, convolution_forward_kernel
 from kernels.compile_cases import CompileCase
 from kernels.compile_cases_delta import delta_cases
+from kernels.compile_cases_gates import gate_cases
 from kernels.decay_scan import triton_impl as scan
 from kernels.decay_scan.triton_backward import gradients_kernel, walk_back_kernel
 from kernels.decay_scan.triton_forward import walk_kernel
@@ -25,7 +26,7 @@ STATE_SIZE = 128
 
 def mixer_cases() -> list[CompileCase]:
     """Every kernel of these operations in bfloat16 with documents, and the tiles that a GPU launch uses."""
-    return [*_scan_cases(), *delta_cases(), *_convolution_cases(), *_norm_cases()]
+    return [*_scan_cases(), *gate_cases(), *delta_cases(), *_convolution_cases(), *_norm_cases()]
 
 
 def _scan_types(kernel: object) -> dict[str, str]:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from kernels.attention.op import attention, attention_bytes, attention_flops
 from kernels.causal_conv1d.op import causal_conv1d, convolution_bytes, convolution_flops
-from kernels.decay_scan.op import mamba2_scan, scan_bytes, scan_flops
+from kernels.decay_scan.op import decay_scan, mamba2_scan, scan_bytes, scan_flops, vector_scan_bytes
 from kernels.delta_scan.op import delta_bytes, delta_flops, delta_scan
+from kernels.diag_scan.op import diag_bytes, diag_flops, diag_scan
 from kernels.linear_cross_entropy.op import cross_entropy_bytes, cross_entropy_flops, linear_cross_entropy
 from kernels.moe.op import expert_feed_forward, feed_forward_bytes, feed_forward_flops, route, route_bytes
 from kernels.norm.op import gated_rms_norm, norm_bytes, norm_flops, rms_norm
@@ -103,6 +104,49 @@ def _segmented_scan(tokens: int, heads: int, chunk: int, segments: int) -> Audit
         forward=(scan_bytes(*sizes), scan_flops(*sizes, chunk_size=chunk)),
         backward=None,
         forward_goal=Goal("4d + 4GN + 4H bytes a token", least, 1.7),
+    )
+
+
+def _vector_scans() -> Iterator[AuditCase]:
+    """One head of HGRN2 with states kept and made again, and of GLA at a width of 2048."""
+    for tokens, K, V, keep_states in ((512, 128, 128, True), (512, 128, 128, False), (1024, 256, 512, False)):
+        sizes, products = (1, tokens, 1, K, V), (1, tokens, 1, 1, K, V)
+        least = [vector_scan_bytes(*sizes, backward=way) for way in (False, True)]
+        flops = [scan_flops(*products, chunk_size=64, backward=way) for way in (False, True)]
+
+        def run(q: Tensor, k: Tensor, v: Tensor, g: Tensor, keep_states: bool = keep_states) -> Tensor:
+            return decay_scan(q, k, v, g, keep_states=keep_states, backend="triton").o_BTHV
+
+        gate = (-torch.rand(1, tokens, 1, K)).requires_grad_()
+        yield AuditCase(
+            op="decay_scan_vector_states_kept" if keep_states else "decay_scan_vector",
+            shape=f"1x{tokens}, 1 head, states of {K} x {V}, chunks of 64",
+            leaves=(_leaf(1, tokens, 1, K, scale=K**-0.5), _leaf(1, tokens, 1, K), _leaf(1, tokens, 1, V), gate),
+            run=run,
+            forward=(least[0], flops[0]),
+            backward=(least[1], flops[1]),
+            forward_goal=None if keep_states else Goal("of the formula", least[0], 2),
+            backward_goal=Goal("of the formula", least[1], 5),
+        )
+
+
+def _diagonals() -> Iterator[AuditCase]:
+    """One block of channels of Mamba, one chunk long: the interpreter takes a scan over tokens a number at a time."""
+    tokens, channels, states = 64, 64, 16
+    rows = (_leaf(1, tokens, channels), _leaf(1, tokens, channels))
+    shared = (_leaf(1, tokens, states), _leaf(1, tokens, states))
+    A_log, D, bias = (_leaf(*shape, dtype=torch.float32) for shape in ((channels, states), (channels,), (channels,)))
+    sizes = (1, tokens, channels, states)
+    least = [diag_bytes(*sizes, backward=way) for way in (False, True)]
+    yield AuditCase(
+        op="diag_scan",
+        shape=f"1x{tokens}x{channels}, {states} state numbers, chunks of 64",
+        leaves=(*rows, A_log, *shared, D, bias),
+        run=lambda *leaves: diag_scan(*leaves, backend="triton").y_BTC,
+        forward=(least[0], diag_flops(*sizes)),
+        backward=(least[1], diag_flops(*sizes, backward=True)),
+        forward_goal=Goal("of the formula", least[0], 1.4),
+        backward_goal=Goal("of the formula", least[1], 2.5),
     )
 
 
@@ -307,6 +351,8 @@ def _heads() -> Iterator[AuditCase]:
 
 BUILDERS: dict[str, Callable[[], Iterator[AuditCase]]] = {
     "decay_scan": _scans,
+    "decay_scan_vector": _vector_scans,
+    "diag_scan": _diagonals,
     "delta_scan": _deltas,
     "causal_conv1d": _convolutions,
     "norm": _norms,

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from kernels.attention.op import attention, attention_bytes, attention_flops
 from kernels.causal_conv1d.op import causal_conv1d, convolution_bytes, convolution_flops
-from kernels.decay_scan.op import decay_scan, mamba2_scan, scan_bytes, scan_flops
+from kernels.decay_scan.op import decay_scan, mamba2_scan, scan_bytes, scan_flops, vector_scan_bytes
 from kernels.delta_scan.op import delta_bytes, delta_flops, delta_scan
+from kernels.diag_scan.op import diag_bytes, diag_flops, diag_scan
 from kernels.linear_cross_entropy.op import cross_entropy_bytes, cross_entropy_flops, linear_cross_entropy
 from kernels.moe.op import expert_feed_forward, feed_forward_bytes, feed_forward_flops
 from kernels.norm.op import gated_rms_norm, norm_bytes, norm_flops, rms_norm
@@ -125,6 +126,51 @@ def _linear_attention(device: torch.device, sizes: Sizes) -> CudaCase:
         variants,
         (scan_bytes(*shape), scan_flops(*shape, chunk_size=64)),
         (scan_bytes(*shape, backward=True), scan_flops(*shape, chunk_size=64, backward=True)),
+    )
+
+
+def _vector_scan(device: torch.device, sizes: Sizes) -> CudaCase:
+    """Heads of HGRN2: a gate for each of as many key channels as a head of attention has."""
+    H, K, T = sizes.attention_heads, sizes.attention_dim, sizes.tokens
+    q, k, v = (_leaf(device, 1, T, H, K, scale=K**-0.5) for _ in range(3))
+    g = (-torch.rand(1, T, H, K, device=device)).requires_grad_()
+    variants = _ours(lambda *leaves, backend: decay_scan(*leaves, backend=backend).o_BTHV)
+    theirs = find("fla.ops.gla")
+    if theirs is not None:
+        variants["fla"] = lambda q, k, v, g: theirs.chunk_gla(q, k, v, g, scale=1.0)[0]
+    shape, products = (1, T, H, K, K), (1, T, H, H, K, K)
+    return CudaCase(
+        "decay_scan_vector",
+        f"1x{T}, {H} heads, states of {K} x {K}",
+        (q, k, v, g),
+        variants,
+        (vector_scan_bytes(*shape), scan_flops(*products, chunk_size=64)),
+        (vector_scan_bytes(*shape, backward=True), scan_flops(*products, chunk_size=64, backward=True)),
+    )
+
+
+def _diagonal(device: torch.device, sizes: Sizes) -> CudaCase:
+    """The first Mamba, with 16 state numbers a channel."""
+    T, C, N = sizes.tokens, sizes.heads * sizes.head_dim, 16
+    x, dt, B, C_out = (_leaf(device, 1, T, width) for width in (C, C, N, N))
+    A_log, D, bias = (_leaf(device, *shape, dtype=torch.float32) for shape in ((C, N), (C,), (C,)))
+    variants = _ours(lambda *leaves, backend: diag_scan(*leaves, backend=backend).y_BTC)
+    theirs = find("mamba_ssm.ops.selective_scan_interface")
+    if theirs is not None:
+
+        def mamba_ssm(x: Tensor, dt: Tensor, A_log: Tensor, B: Tensor, C: Tensor, D: Tensor, bias: Tensor) -> Tensor:
+            x, dt, B, C = (each.transpose(1, 2) for each in (x, dt, B, C))
+            out = theirs.selective_scan_fn(x, dt, -A_log.exp(), B, C, D, delta_bias=bias, delta_softplus=True)
+            return out.transpose(1, 2)
+
+        variants["mamba_ssm"] = mamba_ssm
+    return CudaCase(
+        "diag_scan",
+        f"1x{T}x{C}, {N} state numbers",
+        (x, dt, A_log, B, C_out, D, bias),
+        variants,
+        (diag_bytes(1, T, C, N), diag_flops(1, T, C, N)),
+        (diag_bytes(1, T, C, N, backward=True), diag_flops(1, T, C, N, backward=True)),
     )
 
 
@@ -284,6 +330,8 @@ def _head(device: torch.device, sizes: Sizes) -> CudaCase:
 CUDA_OPERATIONS: dict[str, Callable[[torch.device, Sizes], CudaCase]] = {
     "decay_scan": _mamba2,
     "linear_attention": _linear_attention,
+    "decay_scan_vector": _vector_scan,
+    "diag_scan": _diagonal,
     "delta_scan": _delta,
     "causal_conv1d": _convolution,
     "rms_norm": _norm,

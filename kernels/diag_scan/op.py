@@ -139,3 +139,22 @@ def _find_scan(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
     from kernels.diag_scan.triton_impl import diag_scan_triton
 
     return diag_scan_triton
+
+
+def diag_flops(B: int, T: int, C: int, N: int, *, backward: bool = False) -> int:
+    """Floating-point operations, a power counted as one: 7 a state number and token forward, 26 backward.
+
+    Forward: exponent, power, input, state (2) and output (2). Backward takes the states again (5), the powers of the next
+    tokens (2) and what flows back (3), and twice 8 for the gradients of B, C, x, dt and A.
+    """
+    return B * T * C * N * (26 if backward else 7)
+
+
+def diag_bytes(B: int, T: int, C: int, N: int, *, value_bytes: int = 2, backward: bool = False) -> int:
+    """Bytes that must move: each input read once and each output written once; steps after softplus are float32.
+
+    Forward: x, y, B, C, dt. Backward: x, dy, dx, B, C and their gradients, dt and its gradient.
+    """
+    if backward:
+        return B * T * (value_bytes * (3 * C + 4 * N) + 8 * C)
+    return B * T * (value_bytes * (2 * C + 2 * N) + 4 * C)

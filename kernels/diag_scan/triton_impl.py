@@ -8,7 +8,6 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.backend import INTERPRETED
 from kernels.diag_scan.triton_kernels import diag_backward_kernel, diag_forward_kernel
 from kernels.documents import first_tokens
 from kernels.interpreter import dot_dtype
@@ -19,15 +18,12 @@ LARGEST_TILE = 16
 LARGEST_STATE_SIZE = 16
 
 
-def _candidates(*tiles: tuple[int, int, int]) -> tuple[Config, ...]:
-    """Tokens and channels of a tile and warps, the fixed ones first; few channels in the interpreter."""
-    tiles = ((tiles[0][0], 8, tiles[0][2]), *tiles) if INTERPRETED else tiles
-    return tuple({"Q": tokens, "BLOCK_C": channels, "num_warps": warps} for tokens, channels, warps in tiles)
-
-
-FORWARD = _candidates((16, 64, 8), (8, 64, 8), (16, 32, 8), (16, 32, 4))
-# Backward holds four tiles of states: of 16 x 64 they spill on every card.
-BACKWARD = _candidates((8, 64, 8), (16, 32, 8), (8, 32, 4))
+# Candidates of each kernel, the fixed one first: tokens and channels of a tile. Backward holds four tiles of states at
+# once: of 16 x 64 they spill on every card.
+FORWARD, BACKWARD = (
+    tuple({"Q": tokens, "BLOCK_C": channels, "num_warps": warps, "num_stages": 1} for tokens, channels, warps in tiles)
+    for tiles in (((16, 64, 8), (8, 64, 8), (16, 32, 8)), ((8, 64, 8), (16, 32, 8), (8, 32, 4)))
+)
 
 
 def diag_scan_triton(
@@ -69,10 +65,10 @@ def _strides(*tensors: Tensor) -> list[int]:
 
 
 def _config(kernel: str, candidates: tuple[Config, ...], x: Tensor, N: int, chunk_size: int) -> dict[str, Any]:
-    """Tile and options of a kernel, and the tiles of a chunk."""
-    config = config_for(kernel, (x.dtype, N, chunk_size), candidates, x.device)
-    block_n = triton.next_power_of_2(N)
-    return {**config, "TILES": chunk_size // config["Q"], "BLOCK_N": block_n, "num_stages": 1}
+    """Tile and options of a kernel, with no more channels than there are, and the tiles of a chunk."""
+    config = dict(config_for(kernel, (x.dtype, N, chunk_size), candidates, x.device))
+    config["BLOCK_C"] = min(config["BLOCK_C"], triton.next_power_of_2(x.shape[2]))
+    return config | {"TILES": chunk_size // config["Q"], "BLOCK_N": triton.next_power_of_2(N)}
 
 
 @torch.library.custom_op("amfm::diag_scan_triton", mutates_args=())

@@ -30,6 +30,7 @@ def check(name: str, architecture: int) -> None:
     "name",
     [
         "scan walk, states only, chunks of 64",
+        "vector scan gradients of scores",
         "delta walk, states only, 1 step a token",
         "gated norm, groups of 512 (Nemotron), forward",
     ],
