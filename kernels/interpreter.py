@@ -11,14 +11,16 @@ import triton.language as tl
 
 from kernels.backend import INTERPRETED
 
+# Not empty inside `kernels.emulation.emulate_rounding`, where the interpreter multiplies bfloat16.
+EMULATIONS: list[None] = []
 _DOT_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def dot_dtype(dtype: torch.dtype) -> tl.dtype:
-    """Operand dtype of `tl.dot` for inputs of `dtype` (float32, bfloat16 or float16): float32 in the interpreter."""
+    """Operand dtype of `tl.dot` for inputs of `dtype` (float32, bfloat16 or float16): float32 in the plain interpreter."""
     if dtype not in _DOT_DTYPES:
         raise ValueError(f'backend "triton" takes float32, bfloat16 or float16; got {dtype}; use "torch"')
-    return tl.float32 if INTERPRETED else _DOT_DTYPES[dtype]
+    return tl.float32 if INTERPRETED and not EMULATIONS else _DOT_DTYPES[dtype]
 
 
 def count_programs(device: torch.device, per_processor: int = 2) -> int:
