@@ -12,7 +12,7 @@ from torch import Tensor
 from kernels.backend import resolve_backend
 from kernels.diag_scan.reference import diag_by_steps
 from kernels.diag_scan.torch_impl import chunked_diag_scan
-from kernels.shapes import check_documents, check_float, check_shape, drop_single_document
+from kernels.shapes import check_float, check_row, check_shape, drop_single_document
 
 
 class DiagScanOutput(NamedTuple):
@@ -53,18 +53,9 @@ def diag_scan(
     Raises ValueError for shapes, dtypes or devices that do not fit. Source: Gu and Dao 2023, arXiv 2312.00752.
     """
     check_diag(x_BTC, dt_BTC, A_log_CN, B_BTN, C_BTN, D_C, dt_bias_C)
-    B, T, C = x_BTC.shape
-    if T == 0:
-        raise ValueError("a scan needs at least 1 token a row; got 0")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1; got {chunk_size}")
-    check_documents(document_ids_BT, B, T, x_BTC)
+    check_row(document_ids_BT, initial_state_BCN, (x_BTC.shape[0], *A_log_CN.shape), chunk_size, x_BTC)
     wide = torch.float64 if x_BTC.dtype == torch.float64 else torch.float32
-    initial = initial_state_BCN
-    if initial is not None:
-        check_shape("initial_state_BCN", initial, (B, C, A_log_CN.shape[1]), x_BTC)
-        check_float("initial_state_BCN", initial)
-        initial = initial.to(wide)
+    initial = None if initial_state_BCN is None else initial_state_BCN.to(wide)
     backend = resolve_backend(backend, x_BTC.device)
     if backend == "reference":
         x, dt, A_log, k, q, D, bias = (t.to(wide) for t in (x_BTC, dt_BTC, A_log_CN, B_BTN, C_BTN, D_C, dt_bias_C))
@@ -142,12 +133,12 @@ def _find_scan(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
 
 
 def diag_flops(B: int, T: int, C: int, N: int, *, backward: bool = False) -> int:
-    """Floating-point operations, a power counted as one: 7 a state number and token forward, 26 backward.
+    """Floating-point operations, a power counted as one: 7 a state number and token forward, 22 backward.
 
     Forward: exponent, power, input, state (2) and output (2). Backward takes the states again (5), the powers of the next
-    tokens (2) and what flows back (3), and twice 8 for the gradients of B, C, x, dt and A.
+    tokens (2), what flows back (3), its product with the decayed state (2), and twice 5 for the gradients of B, C, x, dt and A.
     """
-    return B * T * C * N * (26 if backward else 7)
+    return B * T * C * N * (22 if backward else 7)
 
 
 def diag_bytes(B: int, T: int, C: int, N: int, *, value_bytes: int = 2, backward: bool = False) -> int:

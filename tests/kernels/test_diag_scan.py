@@ -170,7 +170,7 @@ def test_a_scan_saves_only_inputs_and_states_between_chunks() -> None:
         ({"A_log_CN": torch.zeros(3, 6)}, r"A_log_CN must have shape \[4, any\]; got \[3, 6\]"),
         ({"x_BTC": torch.zeros(2, 5, 4, dtype=torch.int64)}, "x must be floating point"),
         ({"document_ids_BT": torch.zeros(2, 5)}, "int32 or int64"),
-        ({"initial_state_BCN": torch.zeros(2, 6, 4)}, r"initial_state_BCN must have shape \[2, 4, 6\]"),
+        ({"initial_state_BCN": torch.zeros(2, 6, 4)}, r"initial state must have shape \[2, 4, 6\]"),
         ({"chunk_size": 0}, "chunk_size must be at least 1; got 0"),
         ({"backend": "cuda"}, "must be one of auto, triton, torch, reference; got 'cuda'"),
     ],
