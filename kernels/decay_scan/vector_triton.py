@@ -264,6 +264,7 @@ def _backward(
         entering = launch.tile_states(v)
         _walk(launch, prepared, v, None if initial is None else initial.contiguous(), None, entering)
     leaving, d_v, d_first = _walk_back(launch, prepared, d_o, d_final)
+    # The walk back was the last to read the scores: their gradients take their place.
     grid, d_scores = (launch.B * launch.tiles, launch.H), prepared.scores
     score_gradients_kernel[grid](
         v, d_o, d_scores, launch.T, launch.H, launch.V, *outer_strides(v),

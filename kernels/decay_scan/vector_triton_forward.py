@@ -55,11 +55,12 @@ def prepare_kernel(
 ):  # fmt: skip
     """What a tile of Q = 2^LEVELS tokens needs of q, k and g, so that the walks only multiply; one program a tile and head.
 
-    q_start = first e^b q and k_end = last e^(b_end - b) k, both [B, T, H, K]; scores [B, T, H, Q], the weights of the
-    tile's own tokens; decay [B, tiles, H, K] = keep e^(b_end). PART channels at a time.
+    With the gates summed up to each token (starts) and after it (ends): q_start = e^starts q and k_end = e^ends k, both
+    [B, T, H, K]; decay [B, tiles, H, K], e to the sum over the tile; scores [B, T, H, Q], the weights of its own tokens.
+    PART channels at a time.
 
-    Two tokens part at the middle of the smallest aligned block of 2^n tokens that holds both: there the later one's query
-    and the earlier one's key are scaled to, a product a level.
+    Two tokens part at the middle of the smallest aligned block of 2^n tokens that holds both: the later one's query and the
+    earlier one's key are decayed to there, a product a level.
     """
     tiles = tl.cdiv(T, Q)
     batch, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
@@ -70,14 +71,11 @@ def prepare_kernel(
     here = (row + start) * (H * K) + h * K
     for part in tl.range(0, K, PART, disable_licm=True):
         width = K - part
-        g_base = g + row * (H * K) + h * K + part
-        q_tile = load_tile(q + batch * stride_qb + h * K + part, start, T, stride_qt, width, Q, PART, DOT).to(
-            tl.float32
-        )
-        k_tile = load_tile(k + batch * stride_kb + h * K + part, start, T, stride_kt, width, Q, PART, DOT).to(
-            tl.float32
-        )
+        q_base, k_base = q + batch * stride_qb + h * K + part, k + batch * stride_kb + h * K + part
+        q_tile = load_tile(q_base, start, T, stride_qt, width, Q, PART, DOT).to(tl.float32)
+        k_tile = load_tile(k_base, start, T, stride_kt, width, Q, PART, DOT).to(tl.float32)
         total += tl.where(lane == token, tl.sum(q_tile * k_tile, axis=1)[:, None], 0.0)
+        g_base = g + row * (H * K) + h * K + part
         starts = load_gates(g_base, firsts, row, start, T, H * K, width, Q, PART, DOCUMENTS)
         ends = tl.zeros((Q, PART), tl.float32)
         for level in tl.range(0, LEVELS, disable_licm=True):
