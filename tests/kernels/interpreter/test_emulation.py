@@ -46,6 +46,11 @@ def decay() -> tuple[list[Tensor], Callable[..., Tensor]]:
     return leaves, lambda *x, backend: decay_scan(*x, chunk_size=128, backend=backend).o_BTHV
 
 
+def vector_decay() -> tuple[list[Tensor], Callable[..., Tensor]]:
+    leaves = [draw(1, T, H, K), draw(1, T, H, K, scale=K**-0.5), draw(1, T, H, K), gate(1, T, H, K)]
+    return leaves, lambda *x, backend: decay_scan(*x, document_ids_BT=DOCUMENTS, backend=backend).o_BTHV
+
+
 def delta(steps: int) -> tuple[list[Tensor], Callable[..., Tensor]]:
     keys = F.normalize(torch.randn(1, T, steps, 1, K), dim=-1).bfloat16()
     leaves = [draw(1, T, 1, K), keys, draw(1, T, steps, H, K), 2 * torch.rand(1, T, steps, H), gate(1, T, H)]
@@ -81,8 +86,8 @@ def run(operation: Callable[..., Tensor], leaves: list[Tensor], backend: str) ->
 
 @pytest.mark.parametrize(
     "case",
-    [mamba2, decay, lambda: delta(1), lambda: delta(2), attend, experts, loss],
-    ids=["mamba2", "decay", "delta", "delta product", "attention", "experts", "cross-entropy"],
+    [mamba2, decay, vector_decay, lambda: delta(1), lambda: delta(2), attend, experts, loss],
+    ids=["mamba2", "decay", "vector decay", "delta", "delta product", "attention", "experts", "cross-entropy"],
 )
 def test_kernels_in_bfloat16_stay_near_the_definition(
     case: Callable[[], tuple[list[Tensor], Callable[..., Tensor]]],
