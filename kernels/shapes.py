@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -59,8 +60,11 @@ def check_row(
 def drop_single_document(document_ids_BT: Tensor | None) -> Tensor | None:
     """None where no row has a boundary, so that the form without masks runs.
 
-    Looks at the values on CPU only: on a GPU that would wait for the device, so callers there pass None themselves.
+    Looks at the values on CPU only, where there are any: on a GPU that would wait for the device, so callers there pass
+    None themselves.
     """
     if document_ids_BT is None or document_ids_BT.device.type != "cpu" or torch.compiler.is_compiling():
+        return document_ids_BT
+    if isinstance(document_ids_BT, FakeTensor):
         return document_ids_BT
     return document_ids_BT if bool((document_ids_BT[:, 1:] != document_ids_BT[:, :-1]).any()) else None

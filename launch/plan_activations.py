@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
+from launch.plan_registered import COUNTED_TOKENS, is_registered, registered_block
 from model.config import AttentionConfig, Mamba2Config, ModelConfig, MoeConfig
 
 FLOAT32_BYTES = 4
@@ -57,10 +60,15 @@ def block_bytes(config: ModelConfig, letter: str, storage: Storage, split: Split
     kept = (config.hidden_size * stream + FLOAT32_BYTES) / split.stream + config.hidden_size * e / tokens
     if letter == "M":
         assert config.mamba is not None, "check_model was not called: model.mamba is missing"
-        inner = _mamba_bytes(config.mamba, storage)
+        inner = _mamba_bytes(config.mamba, storage, split.tensor)
     elif letter == "*":
         assert config.attention is not None, "check_model was not called: model.attention is missing"
         inner = _attention_bytes(config.attention, storage)
+    elif is_registered(letter):
+        dtype = torch.float32 if e == FLOAT32_BYTES else torch.bfloat16
+        kept_inside = registered_block(config, letter, dtype, COUNTED_TOKENS).kept_bytes
+        # Gradients of what was kept, at most.
+        inner = BlockBytes(kept_inside, kept_inside)
     elif letter == "E":
         assert config.moe is not None, "check_model was not called: model.moe is missing"
         inner = _moe_bytes(config.moe, config.hidden_size, storage, split)
@@ -69,7 +77,7 @@ def block_bytes(config: ModelConfig, letter: str, storage: Storage, split: Split
         units = config.feed_forward.hidden_size
         rows = up_rows(units, config.feed_forward.activation)
         inner = BlockBytes((rows + units) * e, (rows + units) * e + units * FLOAT32_BYTES)
-    if letter != "E":
+    if letter not in ("M", "E"):
         inner = BlockBytes(inner.kept / split.tensor, inner.working / split.tensor)
     # Gradients of the stream, of the block's input and of its normed input.
     return BlockBytes(kept + inner.kept, inner.working + config.hidden_size * (stream / split.stream + 2 * e))
@@ -86,11 +94,17 @@ def up_rows(units: int, activation: str) -> int:
     return 2 * units if activation == "swiglu" else units
 
 
-def _mamba_bytes(mamba: Mamba2Config, storage: Storage) -> BlockBytes:
-    e, inner, channels, heads = storage.element_bytes, mamba.inner_size(), mamba.conv_channels(), mamba.num_heads
+def _mamba_bytes(mamba: Mamba2Config, storage: Storage, tensor: int) -> BlockBytes:
+    """A rank's part: heads are cut evenly, a group of B and C that several ranks share is on each of them."""
+    e, inner, heads = storage.element_bytes, mamba.inner_size() / tensor, mamba.num_heads / tensor
+    groups = max(1.0, mamba.num_groups / tensor)
+    channels = inner + 2 * groups * mamba.state_size
     # The whole projection (z, x, B, C, dt are views of it), the convolved channels, y before and after the gated norm.
     kept: float = (inner + channels + heads) * e + channels * e + 2 * inner * e
-    kept += (3 * heads + mamba.num_groups) * FLOAT32_BYTES
+    kept += (3 * heads + groups) * FLOAT32_BYTES
+    if mamba.num_groups < tensor:
+        # A norm whose group lies on several ranks: silu(z), gated and scaled in float32, and y and z widened to it.
+        kept += 3 * inner * FLOAT32_BYTES + (2 * inner * FLOAT32_BYTES if e < FLOAT32_BYTES else 0)
     projection = (inner + channels + heads) * e
     if storage.backend == "triton":
         # States that enter chunks of at most 128 tokens, kept or made again, and the gradients of those that leave them.

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import torch
+
 from launch.bench_comm_context import handed_states
-from launch.plan_activations import Storage
+from launch.plan_activations import FLOAT32_BYTES, Storage
 from launch.plan_hardware import Hardware
 from launch.plan_layout import Held, Layout
+from launch.plan_registered import is_registered, registered_block
 from pretrain.config import RunConfig
 
 
@@ -54,6 +57,10 @@ def pass_seconds(
             moved = handed_states(model.mamba, layout.micro_batch_size, layout.tensor) * layout.context
             ring = ring_seconds(moved, layout.context, hardware, calls=2, stride=layout.tensor)
             seconds["context"] += held.letters.count("M") * ring
+        for letter in filter(is_registered, held.letters):
+            numbers = registered_block(model, letter, torch.bfloat16, config.train.sequence_length).state_numbers
+            sent = 2 * FLOAT32_BYTES * layout.micro_batch_size * numbers / layout.tensor * layout.context
+            seconds["context"] += ring_seconds(sent, layout.context, hardware, calls=2, stride=layout.tensor)
     if layout.pipeline > 1:
         sent = 2 * layout.virtual_stages * stream / layout.stream_ranks
         seconds["pipeline"] = (1 - overlap) * sent / (hardware.network_bytes_per_second * hardware.link_efficiency)

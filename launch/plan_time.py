@@ -11,11 +11,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from launch.plan_activations import FLOAT32_BYTES, Storage, up_rows
 from launch.plan_communication import pass_seconds, ring_seconds
 from launch.plan_hardware import Hardware
 from launch.plan_layout import Held, Layout, held_by_stages
 from launch.plan_memory import BUCKET_ELEMENTS
+from launch.plan_registered import is_registered, registered_block
 from model.config import ModelConfig
 from model.pattern import block_kind
 from pretrain.config import RunConfig
@@ -89,6 +92,8 @@ def block_seconds(
         _add_mamba(line, model, tokens, tensor)
     elif letter == "*":
         _add_attention(line, model, tokens, tensor, config.train.sequence_length)
+    elif is_registered(letter):
+        _add_registered(line, config, letter, tokens, tensor)
     elif letter == "E":
         _add_moe(line, model, tokens, layout, imbalance)
     else:
@@ -118,6 +123,16 @@ def _add_mamba(line: Roofline, model: ModelConfig, tokens: float, tensor: int) -
     scan = 2 * mamba.chunk_size * (groups * mamba.state_size + inner) + 4 * inner * mamba.state_size
     states = FLOAT32_BYTES * inner * mamba.state_size / mamba.chunk_size
     line.mixing(tokens * scan, tokens * ((channels + inner) * e + states))
+
+
+def _add_registered(line: Roofline, config: RunConfig, letter: str, tokens: float, tensor: int) -> None:
+    """Products with all matrices, the mixing itself, and what was kept read once more by the passes around it."""
+    block = registered_block(config.model, letter, torch.bfloat16, config.train.sequence_length)
+    for outputs, inputs in block.matrices:
+        line.product(tokens, inputs, outputs / tensor)
+    moved = tokens * block.kept_bytes / tensor
+    line.mixing(tokens * block.sequence_flops / tensor, moved)
+    line.passes(2 * moved)
 
 
 def _add_attention(line: Roofline, model: ModelConfig, tokens: float, tensor: int, sequence_length: int) -> None:
@@ -196,7 +211,8 @@ def _estimate_stage(
 ) -> StepTime:
     passes = layout.micro_batches(config)
     compute = {
-        block_kind(letter): passes * held.letters.count(letter) * block[letter] for letter in dict.fromkeys(held.letters)
+        block_kind(letter): passes * held.letters.count(letter) * block[letter]
+        for letter in dict.fromkeys(held.letters)
     }
     if held.has_head:
         compute["head"] = passes * head_seconds(config, layout, hardware, storage)

@@ -150,7 +150,9 @@ def sort_by_memory(memory_BTK: Tensor, meta: PackMeta) -> MemoryRows:
     is_other_BS = torch.zeros_like(sorted_BS)
     is_other_BS[:, 1:] = sorted_BS[:, 1:] != sorted_BS[:, :-1]
     positions_BS = meta.positions_BT.repeat_interleave(copies, dim=1).gather(1, order_BS)
-    return MemoryRows(order_BS, PackMeta.from_document_ids(is_other_BS.cumsum(1), positions_BS))
+    # Linear mixers read ids and positions; to count documents would wait for the device.
+    own_BS = is_other_BS.cumsum(1).to(torch.int32)
+    return MemoryRows(order_BS, replace(meta, document_ids_BT=own_BS, positions_BT=positions_BS, single_document=False))
 
 
 def take_tokens(x_BTX: Tensor, token_BS: Tensor) -> Tensor:

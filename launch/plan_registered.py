@@ -1,0 +1,91 @@
+"""What the planner knows of registered mixers: nothing by name, all from one that is built of fake tensors.
+
+So a plugin is planned as our own mixers are. What backward keeps is what the torch path saves; kernels save less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from model.config import ModelConfig
+from model.groups import single_rank_groups
+from model.mixers.base import SequenceMixer
+from model.mixers.build import build_mixer
+from model.packing import PackMeta
+from model.pattern import mixer_name, parse_pattern
+
+# Tokens of the row whose pass is counted: several chunks and windows of the usual sizes.
+COUNTED_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class RegisteredBlock:
+    """One registered mixer on one rank: bytes a token that backward keeps, matrices [out, in], operations a token of the
+    recurrence or attention in forward, numbers a row of its decode state (what passes between context ranks)."""
+
+    kept_bytes: float
+    matrices: tuple[tuple[int, int], ...]
+    sequence_flops: float
+    state_numbers: int
+
+
+@lru_cache(maxsize=128)
+def registered_block(config: ModelConfig, letter: str, dtype: torch.dtype, sequence_length: int) -> RegisteredBlock:
+    """Counts one block of a registered mixer without allocating anything."""
+    # Fake tensors and not meta ones: PyTorch chooses its attention by device. They cannot be cast afterwards.
+    with FakeTensorMode(), default_dtype(dtype):
+        mixer = build_mixer(parse_pattern(config.pattern).letters.index(letter), config, single_rank_groups(), "torch")
+        assert isinstance(mixer, SequenceMixer), f"{letter} is no registered mixer"
+        kept = _kept_bytes(mixer, config.hidden_size, dtype) / COUNTED_TOKENS
+        state = mixer.empty_state(1)
+    matrices = tuple(
+        (weight.shape[-2], weight.numel() // weight.shape[-2]) for weight in mixer.parameters() if weight.dim() > 1
+    )
+    numbers = sum(tensor.numel() for tensor in state.values())
+    return RegisteredBlock(kept, matrices, mixer.sequence_flops(sequence_length), numbers)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Parameters made inside have this dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def is_registered(letter: str) -> bool:
+    """Whether blocks of this symbol are counted here."""
+    return mixer_name(letter) is not None
+
+
+def _kept_bytes(mixer: SequenceMixer, hidden_size: int, dtype: torch.dtype) -> int:
+    """Bytes of the storages that a pass over one row saves for backward, weights and the input left out."""
+    x_BTD = torch.empty(1, COUNTED_TOKENS, hidden_size, dtype=dtype, requires_grad=True)
+    known = {id_of(tensor) for tensor in [x_BTD, *mixer.parameters(), *mixer.buffers()]}
+    kept: dict[int, Any] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        if id_of(tensor) not in known:
+            kept[id_of(tensor)] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output = mixer(x_BTD, PackMeta.one_document_a_row(1, COUNTED_TOKENS))
+    del output
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def id_of(tensor: Tensor) -> int:
+    """What views of one storage share."""
+    return tensor.untyped_storage()._cdata
