@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 import typer
 
 from launch.cli_bench_data import data
+from launch.cli_bench_memory import memory
+from launch.cli_bench_plan import plan
 from launch.cli_config import JsonOption, OverridesArgument
 from launch.console import print_json, print_rows, say
 
@@ -36,18 +38,30 @@ def step(
         bool, typer.Option("--comm", help="Count what ranks send instead, under the layout that KEY=VALUE give.")
     ] = False,
     nproc: Annotated[int, typer.Option(min=1, help="Ranks on this machine, with --comm.")] = 1,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="OUT.yaml", help="Measure blocks instead, and write this machine as a file for `amfm plan --gpu`."
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Time a training step of a 19.5M-parameter Granite-shaped hybrid: 4 rows of 512 tokens, same weights for all.
 
-    With --comm: bytes of a small model's step by axis and collective, counted and by formula.
+    With --comm: bytes of a small model's step by axis and collective, counted and by formula. With --calibration: a
+    hardware file, and how well the plan then does.
     """
+    if calibration is not None and (comm or compiled or peer != "none"):
+        raise ValueError("--calibration measures blocks of its own; leave out --comm, --compiled and --peer")
     if comm:
         from launch.cli_bench_comm import count_communication
 
         raise typer.Exit(count_communication(overrides or [], nproc, as_json=as_json))
     if overrides or nproc > 1:
         raise ValueError("KEY=VALUE and --nproc give a layout to count; add --comm, or remove them")
+    if calibration is not None:
+        _calibrate(calibration, rounds, threads, as_json=as_json)
+        return
     from launch.bench_step import bench_step
 
     names = [*(PEER if peer == "transformers" else ()), "bare_loop", *PLAIN, *(COMPILED if compiled else ())]
@@ -56,6 +70,24 @@ def step(
         print_json(result)
     else:
         print_step_table(result)
+
+
+def _calibrate(path: Path, rounds: int, threads: int | None, *, as_json: bool) -> None:
+    if path.suffix not in (".yaml", ".yml") or not path.parent.is_dir():
+        raise ValueError(f"--calibration {path} must end in .yaml and lie in a folder that exists; use hardware.yaml")
+    from launch.bench_calibration import calibrate, write_hardware
+
+    hardware, checks = calibrate(rounds=rounds, num_threads=threads, report=say)
+    write_hardware(hardware, checks, path)
+    if as_json:
+        found = [{"name": c.name, "planned_seconds": c.planned, "measured_seconds": c.measured} for c in checks]
+        print_json({"hardware": hardware.model_dump(), "checks": found})
+    else:
+        print_rows(
+            f"{hardware.name} as in {path}",
+            ("whole steps", "planned s", "measured s", "error"),
+            [(c.name, f"{c.planned:.3f}", f"{c.measured:.3f}", f"{c.error:+.0%}") for c in checks],
+        )
 
 
 def print_step_table(result: dict[str, Any]) -> None:
@@ -265,4 +297,6 @@ def print_audit_table(result: dict[str, Any]) -> None:
 def add_verbs(app: typer.Typer) -> None:
     """Add `bench` to the command."""
     bench.command(epilog="Example: amfm bench data --megabytes 120 --json")(data)
+    bench.command(epilog="Example: amfm bench memory configs/ladder_20m.yaml parallel.tensor=2 --nproc 2")(memory)
+    bench.command(epilog="Example: amfm bench plan configs")(plan)
     app.add_typer(bench, name="bench")

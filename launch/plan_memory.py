@@ -144,29 +144,45 @@ def busiest_pass(config: RunConfig, layout: Layout, storage: Storage, held: Held
 
 def gathered_bytes(layout: Layout, storage: Storage, held: Held) -> float:
     """Whole weights that ZeRO-3 holds besides the shares."""
-    if layout.zero_stage != 3:
-        return 0.0
+    if layout.zero_stage != 3 or layout.dense_sharers == 1:
+        return 0.0  # a single rank computes with its share itself
     # Several ranks' parts arrive in one buffer and are copied out of it, tensor by tensor.
-    arriving = min(held.parameters, PREFETCH_ELEMENTS) if layout.dense_sharers > 1 else 0
+    arriving = min(held.parameters, PREFETCH_ELEMENTS)
     return storage.element_bytes * (min(held.parameters, LIVE_ELEMENTS + held.largest_block) + arriving)
 
 
 def step_bytes(held: Held, layout: Layout, storage: Storage) -> dict[str, float]:
-    """Parts while gradients are reduced and AdamW runs: activations are gone."""
+    """Parts while gradients are reduced or AdamW moves the weights, whichever is more: activations are gone."""
+    return max(
+        reduction_bytes(held, layout, storage),
+        update_bytes(held, layout, storage),
+        key=lambda parts: sum(parts.values()),
+    )
+
+
+def reduction_bytes(held: Held, layout: Layout, storage: Storage) -> dict[str, float]:
+    """Parts while gradients are summed over data ranks, a bucket at a time."""
     e, stage, parameters = storage.element_bytes, layout.zero_stage, held.parameters
     bucket = min(parameters, BUCKET_ELEMENTS if stage else STAGE0_BUCKET_ELEMENTS)
-    whole = e * parameters
+    whole, sent = e * parameters, FLOAT32_BYTES * bucket if e < FLOAT32_BYTES else 0.0
     if stage == 0:
-        copies = FLOAT32_BYTES * parameters if e < FLOAT32_BYTES else 0.0
-        buffers = float(bucket) * (e + FLOAT32_BYTES)  # gradients joined, and what is sent
-        return {"gradients": whole + copies, "communication": max(0.0, buffers - copies)}
-    share = held.share(layout)
+        return {"gradients": whole, "communication": e * bucket + sent}  # joined, and in float32
     if stage == 3:
-        buffers = bucket * FLOAT32_BYTES if layout.dense_sharers > 1 else 0.0
-        stepping = FLOAT32_BYTES * share if e < FLOAT32_BYTES else 0.0
-        return {"gradients": max(whole, stepping), "communication": buffers}
-    reducing = whole + e * share + 2 * bucket * FLOAT32_BYTES
-    stepping = e * share + 2 * e * share + (FLOAT32_BYTES * share if e < FLOAT32_BYTES else 0.0)
-    if reducing >= stepping:
-        return {"gradients": whole + e * share, "communication": 2.0 * bucket * FLOAT32_BYTES}
-    return {"gradients": stepping, "communication": 0.0}
+        return {"gradients": whole, "communication": FLOAT32_BYTES * bucket}
+    # The buffer is there before gradients move into it. Then several ranks' slices of it are joined, and sent in float32.
+    # Of several buckets the first ones leave this rank's share behind.
+    joined = e * bucket if max(layout.dense_sharers, layout.expert_sharers) > 1 else 0.0
+    left = max(0.0, e * (held.share(layout) - bucket)) if parameters > bucket else 0.0
+    return {"gradients": whole + left, "communication": max(e * bucket, joined + sent)}
+
+
+def update_bytes(held: Held, layout: Layout, storage: Storage) -> dict[str, float]:
+    """Parts while AdamW runs: reduced gradients of this rank's share, joined, and in float32."""
+    e, stage, share = storage.element_bytes, layout.zero_stage, held.share(layout)
+    wide = FLOAT32_BYTES if e < FLOAT32_BYTES else 0
+    if stage == 0:
+        # For bf16 weights a float32 copy to step with, and one from which the norm is taken.
+        return {"gradients": (e + 2 * wide) * held.parameters}
+    if stage == 3:
+        return {"gradients": FLOAT32_BYTES * share}
+    return {"gradients": (2 * e + wide) * share}
