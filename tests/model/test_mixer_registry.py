@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from model.checks import check_model
+from model.mixers.registry import BUILT_IN
 from model.pattern import parse_pattern
 from tests.model.mixer_samples import sample_options
 from tests.model.small_models import small_config
@@ -148,3 +149,9 @@ def test_missing_options_are_named(pattern, mixers, message):
 def test_sizes_that_do_not_fit_are_refused(name, change, message):
     with pytest.raises(ValueError, match=message):
         small_config("M", mixers={name: sample_options(name) | change})
+
+
+def test_the_page_of_mixers_names_every_one_of_ours():
+    page = (Path(__file__).parents[2] / "docs" / "mixers.md").read_text()
+    for spec in BUILT_IN:
+        assert f"| `{spec.symbol}` | `{spec.name}` |" in page, spec.name
