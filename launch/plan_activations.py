@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
+from launch.plan_registered import COUNTED_TOKENS, is_registered, registered_block
 from model.config import AttentionConfig, Mamba2Config, ModelConfig, MoeConfig
 
 FLOAT32_BYTES = 4
@@ -61,6 +64,11 @@ def block_bytes(config: ModelConfig, letter: str, storage: Storage, split: Split
     elif letter == "*":
         assert config.attention is not None, "check_model was not called: model.attention is missing"
         inner = _attention_bytes(config.attention, storage)
+    elif is_registered(letter):
+        dtype = torch.float32 if e == FLOAT32_BYTES else torch.bfloat16
+        kept_inside = registered_block(config, letter, dtype, COUNTED_TOKENS).kept_bytes
+        # Gradients of what was kept, at most.
+        inner = BlockBytes(kept_inside, kept_inside)
     elif letter == "E":
         assert config.moe is not None, "check_model was not called: model.moe is missing"
         inner = _moe_bytes(config.moe, config.hidden_size, storage, split)
