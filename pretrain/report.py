@@ -65,22 +65,24 @@ def make_cards(record: RunRecord) -> list[Card]:
 
 
 def describe_model(record: RunRecord) -> Table:
-    """Where parameters and arithmetic are, by kind of block."""
+    """Where parameters and arithmetic are, by kind of block; a column of FLOPs for each row length of the run."""
     config = record.config
     counts = count_parameters(config.model)
-    flops = flops_per_token(config.model, config.train.sequence_length)
-    kinds = dict.fromkeys([*counts.total_by_kind, *flops])
+    phases = [phase.sequence_length for phase in config.data.phases if phase.sequence_length is not None]
+    lengths = dict.fromkeys([*(stage.sequence_length for stage in resolve_stages(config)), *phases])
+    flops = [flops_per_token(config.model, length) for length in lengths]
+    kinds = dict.fromkeys([*counts.total_by_kind, *flops[0]])
     rows = [
         (
             kind.replace("_", " "),
             f"{counts.total_by_kind.get(kind, 0):,}",
             f"{counts.active_by_kind.get(kind, 0):,}",
-            count(flops.get(kind, 0.0)),
+            *(count(column.get(kind, 0.0)) for column in flops),
         )
         for kind in kinds
     ]
-    total = ("all", f"{counts.total:,}", f"{counts.active:,}", count(sum(flops.values())))
-    header = ("part", "parameters", "active", "training FLOPs a token")
+    total = ("all", f"{counts.total:,}", f"{counts.active:,}", *(count(sum(column.values())) for column in flops))
+    header = ("part", "parameters", "active", *(f"training FLOPs a token, rows of {length:,}" for length in lengths))
     return Table(f"Pattern {parse_pattern(config.model.pattern).canonical()}", header, (*rows, total))
 
 

@@ -7,8 +7,9 @@ from xml.etree import ElementTree
 
 import pytest
 
+from model.flops import flops_per_token
 from pretrain.config_file import load_config, resolved_yaml
-from pretrain.report import write_report
+from pretrain.report import count, describe_model, write_report
 from pretrain.report_data import read_run, thin
 from pretrain.report_page import show_time
 from tests.pretrain.test_config import BASE
@@ -168,3 +169,16 @@ def test_a_folder_that_is_no_run_is_named(tmp_path):
 def test_a_run_without_a_step_is_told_to_wait(tmp_path):
     with pytest.raises(ValueError, match=r"has no step yet; write the report after the first training step"):
         write_report(make_run(tmp_path, []))
+
+
+def test_each_row_length_of_the_stages_has_its_own_arithmetic(tmp_path):
+    stages = '[{"name": "short", "tokens": 102400}, {"name": "long", "tokens": 102400, "sequence_length": 256}]'
+    run = make_run(tmp_path, [line(1)], "train.steps=null", f"stages={stages}")
+    record = read_run(run)
+    table = describe_model(record)
+    assert table.header[3:] == ("training FLOPs a token, rows of 128", "training FLOPs a token, rows of 256")
+    for column, length in ((3, 128), (4, 256)):
+        expected = flops_per_token(record.config.model, length)
+        cells = {row[0]: row[column] for row in table.rows}
+        assert cells["attention"] == count(expected["attention"])
+        assert cells["all"] == count(sum(expected.values()))
