@@ -40,9 +40,10 @@ class Segment:
 
 @dataclass(frozen=True)
 class Document:
-    """One text and where it came from."""
+    """One text, its size in UTF-8 and where it came from."""
 
     text: str
+    num_bytes: int
     position: str
 
 
@@ -139,7 +140,7 @@ class SegmentReader:
                 raise
             yield Reject(file.name, f"damaged compressed file: {error}")
         else:
-            yield Document(text, file.name) if text.strip() else Reject(file.name, "empty text")
+            yield self._check_text(text, file.name)
 
     def _jsonl(self) -> Iterator[Document | Reject]:
         file = self.segment.file
@@ -228,13 +229,14 @@ class SegmentReader:
     def _check_text(self, text: object, position: str) -> Document | Reject:
         if not isinstance(text, str):
             return Reject(position, f"field {self.text_column!r} is {type(text).__name__}, not text")
-        if not text.strip():
+        if not text or text.isspace():
             return Reject(position, "empty text")
+        if text.isascii():  # known without looking, as in most of the text
+            return Document(text, len(text), position)
         try:
-            text.encode()
+            return Document(text, len(text.encode()), position)
         except UnicodeEncodeError:
             return Reject(position, "text holds half a surrogate pair")
-        return Document(text, position)
 
 
 def _load_json(line: bytes) -> Any:

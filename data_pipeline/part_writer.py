@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.files import digest_folder, sync_folder
-from data_pipeline.shards import Compression, encode_shard, iterate_shards
+from data_pipeline.files import digest_files, sync, sync_tree
+from data_pipeline.shards import Compression, encode_shard
 from data_pipeline.store import DOCUMENT_CHUNK, MAX_SHARD_TOKENS, Layout, Part, shard_length
 
 
@@ -41,27 +43,66 @@ def write_part(
     final = store / relative
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = final.parent / f".writing-{final.name}-{os.getpid()}-{os.urandom(4).hex()}"
+    arrays = {"tokens": tokens, "document_ends": document_ends, "chunk_heads": tokens[:: layout.chunk_tokens]}
     try:
-        _create_arrays(temporary, len(tokens), len(document_ends), layout, attributes)
-        chunk, codec = layout.chunk_tokens, layout.compression
-        token_shards = _write_shards(temporary / "tokens", tokens, chunk, MAX_SHARD_TOKENS, codec)
-        ends_shards = _write_shards(temporary / "document_ends", document_ends, DOCUMENT_CHUNK, MAX_SHARD_TOKENS, codec)
-        heads = tokens[:: layout.chunk_tokens]
-        heads_shards = _write_shards(temporary / "chunk_heads", heads, DOCUMENT_CHUNK, MAX_SHARD_TOKENS, codec)
-        digest = digest_folder(temporary, durable=True)
+        files = _metadata_files(layout, {name: len(values) for name, values in arrays.items()}, attributes)
+        sizes = {}
+        for name, _, chunk in _declare_arrays(layout):
+            shards = _encode_shards(arrays[name], chunk, layout.compression)
+            files |= {f"{name}/c/{number}": content for number, content in enumerate(shards)}
+            sizes[name] = tuple(map(len, shards))
+        for name, content in files.items():
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            (temporary / name).write_bytes(content)
+        sync_tree(temporary)
         if final.exists():
             shutil.rmtree(final)
         os.rename(temporary, final)
-        sync_folder(final.parent)
+        sync(final.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return Part(relative, len(tokens), len(document_ends), text_bytes, token_shards, ends_shards, heads_shards, digest)
+    return Part(
+        relative,
+        len(tokens),
+        len(document_ends),
+        text_bytes,
+        token_shards=sizes["tokens"],
+        document_shards=sizes["document_ends"],
+        head_shards=sizes["chunk_heads"],
+        digest=digest_files(sorted(files.items())),
+    )
 
 
-def _create_arrays(
-    folder: Path, num_tokens: int, num_documents: int, layout: Layout, attributes: Mapping[str, Any]
-) -> None:
-    """Let zarr-python write the metadata, so that any Zarr v3 reader opens the part."""
+def _declare_arrays(layout: Layout) -> tuple[tuple[str, str, int], ...]:
+    """(name, dtype, values a chunk) of the arrays of a part."""
+    return (
+        ("tokens", layout.dtype, layout.chunk_tokens),
+        ("document_ends", "uint64", DOCUMENT_CHUNK),
+        ("chunk_heads", layout.dtype, DOCUMENT_CHUNK),
+    )
+
+
+def _metadata_files(layout: Layout, lengths: Mapping[str, int], attributes: Mapping[str, Any]) -> dict[str, bytes]:
+    """Content of each zarr.json of a part."""
+    files = {}
+    for file, template in _metadata_templates(layout).items():
+        name = file.rpartition("/")[0]
+        metadata: dict[str, Any] = template | {"attributes": dict(attributes)}
+        if name:
+            (chunk,) = template["chunk_grid"]["configuration"]["chunk_shape"]
+            shard = shard_length(lengths[name], chunk, MAX_SHARD_TOKENS)
+            grid = {"name": "regular", "configuration": {"chunk_shape": [shard]}}
+            metadata = template | {"shape": [lengths[name]], "chunk_grid": grid}
+        files[file] = json.dumps(metadata, indent=2).encode()
+    return files
+
+
+@cache
+def _metadata_templates(layout: Layout) -> dict[str, dict[str, Any]]:
+    """What zarr-python writes for a part with arrays of one chunk, by file, so that any Zarr v3 reader opens the part.
+
+    Parts differ in lengths and attributes alone; to ask zarr-python for each takes as long as to encode its tokens.
+    """
     import zarr  # here, because training only reads and zarr takes most of a second to import
     from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
@@ -72,32 +113,24 @@ def _create_arrays(
             return [blosc, Crc32cCodec()]
         return [ZstdCodec(level=3), Crc32cCodec()] if layout.compression == "zstd" else [Crc32cCodec()]
 
-    group = zarr.create_group(store=str(folder), zarr_format=3, attributes=dict(attributes))
-    for name, length, dtype, chunk in (
-        ("tokens", num_tokens, layout.dtype, layout.chunk_tokens),
-        ("document_ends", num_documents, "uint64", DOCUMENT_CHUNK),
-        ("chunk_heads", -(-num_tokens // layout.chunk_tokens), layout.dtype, DOCUMENT_CHUNK),
-    ):
+    files: dict[str, Any] = {}
+    group = zarr.create_group(store=files, zarr_format=3)
+    for name, dtype, chunk in _declare_arrays(layout):
         group.create_array(
             name,
-            shape=(length,),
+            shape=(chunk,),
             dtype=dtype,
             chunks=(chunk,),
-            shards=(shard_length(length, chunk, MAX_SHARD_TOKENS),),
+            shards=(chunk,),
             compressors=codecs(np.dtype(dtype).itemsize),
             fill_value=0,
         )
+    return {file: json.loads(content.to_bytes()) for file, content in files.items()}
 
 
-def _write_shards(
-    array: Path, values: npt.NDArray[np.generic], chunk: int, limit: int, compression: Compression
-) -> tuple[int, ...]:
+def _encode_shards(values: npt.NDArray[np.generic], chunk: int, compression: Compression) -> list[bytes]:
     # Encoded here and not by zarr-python: the same bytes at 3 to 10 times the speed.
-    shard = shard_length(len(values), chunk, limit)
-    sizes = []
-    for number, piece in iterate_shards(values, shard):
-        encoded = encode_shard(piece, chunk, shard, compression)
-        (array / "c").mkdir(exist_ok=True)
-        (array / "c" / str(number)).write_bytes(encoded)
-        sizes.append(len(encoded))
-    return tuple(sizes)
+    shard = shard_length(len(values), chunk, MAX_SHARD_TOKENS)
+    return [
+        encode_shard(values[start : start + shard], chunk, shard, compression) for start in range(0, len(values), shard)
+    ]

@@ -17,7 +17,8 @@ from data_pipeline.store import Layout
 
 SEGMENTS_PER_PART = 8  # a part mixes ranges from this many places, so that neighbours in a row differ
 MIN_SEGMENT_BYTES = 2**16  # smaller reads cost more than they mix
-UNIT_FORMAT = 3  # raised when the same plan would write other bytes
+UNITS_LEFT = 8  # a unit is at most this share of the text that is left, so that all actors end at about the same time
+UNIT_FORMAT = 4  # raised when the same plan would write other bytes
 
 
 @dataclass(frozen=True)
@@ -120,13 +121,17 @@ def _choose_validation(source: str, files: Sequence[InputFile], config: DataConf
 
 
 def make_units(source: str, segments: Sequence[Segment], settings: UnitSettings) -> list[Unit]:
-    """Gather segments into units of up to part_bytes of text."""
+    """Gather segments into units of up to part_bytes of text, smaller ones towards the end.
+
+    Smallest: part_bytes / SEGMENTS_PER_PART. The sizes don't depend on the number of actors, nor do the bytes.
+    """
     groups: list[list[Segment]] = []
-    filled = 0
+    filled, limit, left = 0, 0, sum(segment.text_bytes for segment in segments)
     for segment in segments:
-        if not groups or filled + segment.text_bytes > settings.part_bytes:
+        if not groups or filled + segment.text_bytes > limit:
             groups.append([])
             filled = 0
+            limit = min(settings.part_bytes, max(left // UNITS_LEFT, settings.part_bytes // SEGMENTS_PER_PART))
         groups[-1].append(segment)
-        filled += segment.text_bytes
+        filled, left = filled + segment.text_bytes, left - segment.text_bytes
     return [Unit(source, number, tuple(group), settings) for number, group in enumerate(groups)]

@@ -26,6 +26,7 @@ from data_pipeline.tokenizer import Tokenizer
 
 BATCH_DOCUMENTS = 512
 BATCH_CHARACTERS = 2_000_000
+SPLIT_LENGTH = 1024  # characters or tokens that decide a document's split together with its size
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -83,9 +84,8 @@ def _hash_unit(unit: Unit, store: Path) -> UnitReport:
     for segment in unit.segments:
         for item in SegmentReader(segment, unit.settings.text_column, reason_to_drop):
             if isinstance(item, Document):
-                content = item.text.encode()
-                digests.append(hash_text(content))
-                text_bytes += len(content)
+                digests.append(hash_text(item.text.encode()))
+                text_bytes += item.num_bytes
     write_hashes(store, unit, digests)
     return UnitReport({split: [] for split in SPLITS}, len(digests), text_bytes, tokens=0, rejects=0, covered_bytes=0)
 
@@ -139,25 +139,27 @@ class _UnitWriter:
                 if isinstance(item, Reject):
                     self.rejects.append(item)
                 elif isinstance(item, TokenDocument):
-                    split = self._split_of(item.tokens.tobytes())
+                    split = self._split_of(item.tokens[:SPLIT_LENGTH].tobytes(), item.tokens.nbytes)
                     self._collect([split], [item.tokens], [item.tokens.nbytes])
                     self._write_full_parts()
                 elif self._is_duplicate():
                     self.rejects.append(Reject(item.position, "filter: the text came before, exact_duplicates=drop"))
                 else:
-                    content = item.text.encode()
-                    yield segment.split or self._split_of(content), item.text, len(content)
+                    split = segment.split or self._split_of(item.text[:SPLIT_LENGTH].encode(), item.num_bytes)
+                    yield split, item.text, item.num_bytes
             self.covered_bytes += reader.covered_bytes
 
     def _is_duplicate(self) -> bool:
         self.places += 1
         return self.places - 1 in self.skips
 
-    def _split_of(self, content: bytes) -> Split:
-        """By content, so that copies of a text never sit on both sides."""
+    def _split_of(self, beginning: bytes, num_bytes: int) -> Split:
+        """By content, so that copies of a text never sit on both sides; its beginning and size are enough for that."""
         if self.unit.settings.validation_fraction == 0:
             return "train"
-        drawn = int.from_bytes(hashlib.blake2b(content, digest_size=8, key=self.split_key).digest(), "little")
+        digest = hashlib.blake2b(beginning, digest_size=8, key=self.split_key)
+        digest.update(num_bytes.to_bytes(8, "little"))
+        drawn = int.from_bytes(digest.digest(), "little")
         return "validation" if drawn < self.unit.settings.validation_fraction * 2**64 else "train"
 
     def _tokenize(self, batch: list[tuple[Split, str, int]]) -> None:
@@ -172,8 +174,8 @@ class _UnitWriter:
         end = np.array([settings.eos_id], documents[0].dtype)  # another type would make all of them wider
         ended = [(ids,) if len(ids) and ids[-1] == settings.eos_id else (ids, end) for ids in documents]
         flat = np.concatenate([piece for pieces in ended for piece in pieces])
-        smallest, largest = int(flat.min()), int(flat.max())
-        if largest >= settings.vocab_size or smallest < 0:
+        if flat.view(f"u{flat.itemsize}").max() >= settings.vocab_size:  # negative ids are the largest unsigned ones
+            smallest, largest = int(flat.min()), int(flat.max())
             raise ValueError(
                 f"source {self.unit.source!r} has token id {largest if smallest >= 0 else smallest}, but the "
                 f"tokenizer's vocabulary is {settings.vocab_size} and the store holds {settings.layout.dtype}; give the "

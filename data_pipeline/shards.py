@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -48,9 +47,9 @@ def encode_shard(values: npt.NDArray[np.generic], chunk: int, shard: int, compre
     return b"".join([*pieces, encoded_index, google_crc32c.value(encoded_index).to_bytes(4, "little")])
 
 
-def _compress(values: npt.NDArray[np.generic], compression: Compression) -> bytes:
+def _compress(values: npt.NDArray[np.generic], compression: Compression) -> bytes | npt.NDArray[np.uint8]:
     if compression == "none":
-        return values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes()
+        return values.astype(values.dtype.newbyteorder("<"), copy=False).view(np.uint8)
     if compression == "lz4hc":
         return bytes(numcodecs.blosc.compress(values, b"lz4hc", LZ4HC_LEVEL, numcodecs.blosc.NOSHUFFLE, 0))
     assert compression == "zstd", f"unknown compression {compression}"
@@ -238,9 +237,3 @@ class ShardedArray:
 
 
 _REMEDY = "so the part can't be used; delete the part's folder and run `amfm prepare CONFIG` to write it again"
-
-
-def iterate_shards(values: npt.NDArray[np.generic], shard: int) -> Iterator[tuple[int, npt.NDArray[np.generic]]]:
-    """Cut an array into (number, values) of its shards; an empty array has none."""
-    for number in range(-(-len(values) // shard)):
-        yield number, values[number * shard : (number + 1) * shard]

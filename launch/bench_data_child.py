@@ -1,7 +1,7 @@
 """What `amfm bench data` measures in a process of its own: the first batch of a store, and a tokenizer alone.
 
-Called as `python -m launch.bench_data_child first SETTINGS` or `... tokenize SETTINGS`, SETTINGS being JSON; prints one
-JSON object.
+Called as `python -m launch.bench_data_child first SETTINGS` or `... tokenize SETTINGS`, SETTINGS being JSON; prints
+JSON objects, a line each.
 """
 
 from __future__ import annotations
@@ -9,11 +9,16 @@ from __future__ import annotations
 import json
 import sys
 import time
-from itertools import islice
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch  # part of the bare process, as in training
+
+if TYPE_CHECKING:
+    from data_pipeline.config import DataConfig
+
+MAX_CHARACTERS = 100_000_000  # of text held in memory
 
 
 def first_batch(settings: dict[str, Any]) -> dict[str, float]:
@@ -40,44 +45,60 @@ def _resident_bytes(name: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {name}; the memory of a process is measured on Linux alone")
 
 
-def tokenize(settings: dict[str, Any]) -> dict[str, float]:
-    """Tokenize texts that are in memory, in batches as preparation does; waits for a line on standard input first."""
+def tokenize(settings: dict[str, Any]) -> None:
+    """Tokenize a share of the text, held in memory, once for every line on standard input; prints a line when ready.
+
+    In batches as preparation makes them. Prints tokens, seconds and CPU seconds as JSON after each turn.
+    """
     from data_pipeline.config import DataConfig
-    from data_pipeline.documents import Document, SegmentReader
-    from data_pipeline.prepare_plan import plan_source
-    from data_pipeline.prepare_unit import BATCH_DOCUMENTS
     from data_pipeline.tokenizer import read_tokenizer_file
 
     config = DataConfig.model_validate(settings["data"])
-    (source,) = config.sources
-    texts = (
-        item.text
-        for segment in plan_source(source, config)
-        for item in SegmentReader(segment, source.text_column, None)
-        if isinstance(item, Document)
-    )
-    batches, waiting, total = [], [], 0
-    for text in texts:
-        waiting.append(text)
-        total += len(text)
-        if len(waiting) == BATCH_DOCUMENTS or total >= settings["characters"]:
-            batches.append(waiting)
-            waiting = []
-        if total >= settings["characters"]:
-            break
-    batches += [waiting] if waiting else []
     assert config.tokenizer.model is not None, "the benchmark trains the tokenizer once and names its file"
     tokenizer = read_tokenizer_file(Path(config.tokenizer.model))
-    tokenizer.encode_batch(list(islice(batches[0], 8)))
-    sys.stdout.write("ready\n")
+    batches = list(_read_batches(config, settings["share"], settings["shares"]))
+    tokenizer.encode_batch(batches[0][:8])
+    _answer("ready")
+    for _ in sys.stdin:
+        started, cpu = time.perf_counter(), time.process_time()
+        tokens = sum(len(ids) for batch in batches for ids in tokenizer.encode_batch(batch))
+        seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu
+        _answer(json.dumps({"tokens": tokens, "seconds": seconds, "cpu_seconds": cpu_seconds}))
+
+
+def _read_batches(config: DataConfig, share: int, shares: int) -> Iterator[list[str]]:
+    """Every `shares`-th segment of the plan, at most MAX_CHARACTERS of text."""
+    from data_pipeline.documents import Document, SegmentReader
+    from data_pipeline.prepare_plan import plan_source
+    from data_pipeline.prepare_unit import BATCH_CHARACTERS, BATCH_DOCUMENTS
+
+    (source,) = config.sources
+    batch: list[str] = []
+    total = waiting = 0
+    for segment in plan_source(source, config)[share::shares]:
+        for item in SegmentReader(segment, source.text_column, None):
+            if not isinstance(item, Document):
+                continue
+            batch.append(item.text)
+            waiting, total = waiting + len(item.text), total + len(item.text)
+            if len(batch) >= BATCH_DOCUMENTS or waiting >= BATCH_CHARACTERS or total >= MAX_CHARACTERS:
+                yield batch
+                batch, waiting = [], 0
+            if total >= MAX_CHARACTERS:
+                return
+    if batch:
+        yield batch
+
+
+def _answer(line: str) -> None:
+    sys.stdout.write(line + "\n")
     sys.stdout.flush()
-    sys.stdin.readline()
-    started, cpu = time.perf_counter(), time.process_time()
-    tokens = sum(len(ids) for batch in batches for ids in tokenizer.encode_batch(batch))
-    return {"tokens": tokens, "seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu}
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     task, given = sys.argv[1], json.loads(sys.argv[2])
-    sys.stdout.write(json.dumps({"first": first_batch, "tokenize": tokenize}[task](given)) + "\n")
+    if task == "first":
+        _answer(json.dumps(first_batch(given)))
+    else:
+        tokenize(given)

@@ -1,14 +1,16 @@
-"""Preparation against the tokenizer alone: tokens a second with as many processes, and what Ray itself costs."""
+"""Preparation against the tokenizer alone, in turns: tokens a second with as many processes, and what Ray itself costs."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,6 @@ from data_pipeline.prepare_unit import UnitFailure, UnitReport
 from data_pipeline.tokenizer import Tokenizer
 from launch.bench_data_files import BenchData
 
-ALONE_CHARACTERS = 24_000_000  # four seconds of the fastest tokenizer
 ACTOR = "ray::PartWriter"
 
 
@@ -36,56 +37,68 @@ class _Moment:
 
 @dataclass
 class _Watched:
-    """Reports of a preparation, and the CPU seconds of its processes as they come in."""
+    """Reports of a preparation with the time at which they came, and the CPU seconds at the first and the last."""
 
-    reports: list[UnitReport] = field(default_factory=list)
+    reports: list[tuple[float, UnitReport]] = field(default_factory=list)
     moments: list[_Moment] = field(default_factory=list)
 
     def run(
         self, units: Sequence[Unit], store: Path, tokenizer: Tokenizer, config: DataConfig
     ) -> Iterator[tuple[Unit, UnitReport | UnitFailure]]:
-        """Write the units on Ray, as `amfm prepare` does, and look at the processes after each."""
+        """Write the units on Ray, as `amfm prepare` does."""
         for unit, report in run_on_ray(units, store, tokenizer, config):
             if isinstance(report, UnitReport):
-                self.reports.append(report)
-                self.moments.append(_look())
+                self.reports.append((time.monotonic(), report))
+                if len(self.reports) in (1, len(units)):
+                    self.moments.append(_look())
             yield unit, report
 
 
 def measure_preparation(settings: BenchData, report: Callable[[str], None]) -> dict[str, Any]:
-    """Prepare the store `fast` on Ray, between two measurements of the tokenizer alone in as many processes.
+    """Prepare the store `fast` on Ray and tokenize the same text in as many processes without it, in turns.
 
-    tokens_per_second: from the first unit's beginning to the last one's end, all actors together. tokenizer_...: of
-    one process while as many work as there are actors. efficiency: per CPU second, of the work inside the actors.
-    ray_cpu_fraction: share of all CPU time that is not the actors' work, from the first report to the last; None where
-    there is no /proc. ray_start_cpu_seconds: what starting and ending up to there cost, whatever the amount of text.
+    Medians of the rounds, ratios formed inside each. tokens_per_second: from the first unit's beginning to the last
+    one's end, all actors together. tokenizer_...: of one process while as many work as there are actors.
+    share_of_tokenizer: the one over the other by the clock. efficiency: the same per CPU second, of the work inside the
+    actors. ray_cpu_fraction: share of all CPU time that is not the actors' work, from the first report to the last;
+    None where there is no /proc. ray_start_cpu_seconds: what starting and ending up to there cost, whatever the text.
     """
-    report(f"preparing: the tokenizer alone in {settings.actors} processes")
-    alone = _tokenize_alone(settings)
-    report(f"preparing: {settings.actors} Ray actors")
-    shutil.rmtree(settings.work / "fast", ignore_errors=True)
-    watched, before = _Watched(), _look()
-    prepare(settings.data_config("fast"), runner=watched.run)
-    report(f"preparing: the tokenizer alone in {settings.actors} processes, again")
-    alone += _tokenize_alone(settings)
-    return _summary(settings, watched, before, alone)
+    rounds: list[dict[str, Any]] = []
+    with _tokenizers_alone(settings) as tokenize_alone:
+        for turn in range(1, settings.rounds + 1):
+            report(f"preparing: round {turn} of {settings.rounds}")
+            alone = tokenize_alone() if turn % 2 else []  # who comes first changes, so that a drift favours neither
+            shutil.rmtree(settings.work / "fast", ignore_errors=True)
+            watched, before = _Watched(), _look()
+            prepare(settings.data_config("fast"), runner=watched.run)
+            rounds.append(_summary(settings, watched, before, alone or tokenize_alone()))
+    shares = [entry["share_of_tokenizer"] for entry in rounds]
+    medians = {
+        key: None if rounds[0][key] is None else statistics.median(entry[key] for entry in rounds) for key in rounds[0]
+    }
+    return {
+        **medians,
+        "actors": settings.actors,
+        "rounds": len(rounds),
+        "share_of_tokenizer_min": min(shares),
+        "share_of_tokenizer_max": max(shares),
+    }
 
 
 def _summary(settings: BenchData, watched: _Watched, before: _Moment, alone: list[dict[str, float]]) -> dict[str, Any]:
-    reports, moments = watched.reports, watched.moments
-    began = min(moment.when - report.seconds for moment, report in zip(moments, reports))
+    """One round."""
+    reports, (first, last) = [report for _, report in watched.reports], (watched.moments[0], watched.moments[-1])
+    began = min(when - report.seconds for when, report in watched.reports)
     tokens = sum(report.tokens for report in reports)
     work = sum(report.cpu_seconds for report in reports)
-    per_second = tokens / (moments[-1].when - began)
-    one_process = sum(entry["tokens"] / entry["seconds"] for entry in alone) / len(alone)
+    per_second = tokens / (watched.reports[-1][0] - began)
+    one_process = statistics.mean(entry["tokens"] / entry["seconds"] for entry in alone)
     per_cpu_second = sum(entry["tokens"] for entry in alone) / sum(entry["cpu_seconds"] for entry in alone)
-    total = moments[-1].total - moments[0].total
-    actors = moments[-1].actors - moments[0].actors
+    total, actors = last.total - first.total, last.actors - first.actors
     return {
         "tokens": tokens,
         "text_bytes": sum(report.text_bytes for report in reports),
-        "parts": len(reports),
-        "actors": settings.actors,
+        "parts": sum(len(parts) for report in reports for parts in report.parts.values()),
         "tokens_per_second": per_second,
         "tokenizer_tokens_per_second": one_process,
         "share_of_tokenizer": per_second / (one_process * settings.actors),
@@ -93,29 +106,41 @@ def _summary(settings: BenchData, watched: _Watched, before: _Moment, alone: lis
         "tokenizer_tokens_per_cpu_second": per_cpu_second,
         "efficiency": tokens / work / per_cpu_second,
         "ray_cpu_fraction": 1 - actors / total if total else None,
-        "ray_start_cpu_seconds": moments[-1].total - before.total - work - (total - actors),
+        "ray_start_cpu_seconds": last.total - before.total - work - (total - actors),
     }
 
 
-def _tokenize_alone(settings: BenchData) -> list[dict[str, float]]:
-    """Tokens, seconds and CPU seconds of each of `actors` processes that tokenize at the same time, without Ray."""
-    config = settings.data_config("fast")
-    arguments = json.dumps({"data": config.model_dump(mode="json"), "characters": ALONE_CHARACTERS})
-    command = [sys.executable, "-m", "launch.bench_data_child", "tokenize", arguments]
-    processes = [
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for _ in range(settings.actors)
-    ]
-    try:
-        for process in processes:
-            assert process.stdout is not None, "the pipe was asked for"
-            if process.stdout.readline() != "ready\n":
-                raise RuntimeError("the process that tokenizes alone ended early; its message is above")
+@contextmanager
+def _tokenizers_alone(settings: BenchData) -> Iterator[Callable[[], list[dict[str, float]]]]:
+    """A function that lets `actors` processes without Ray tokenize at the same time, each its share of the text.
+
+    It returns the tokens, seconds and CPU seconds of each.
+    """
+    config = settings.data_config("fast").model_dump(mode="json")
+    processes = []
+    for share in range(settings.actors):
+        arguments = json.dumps({"data": config, "share": share, "shares": settings.actors})
+        command = [sys.executable, "-m", "launch.bench_data_child", "tokenize", arguments]
+        processes.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+
+    def answer(process: subprocess.Popen[str]) -> str:
+        assert process.stdout is not None, "the pipe was asked for"
+        line = process.stdout.readline()
+        if not line:
+            raise RuntimeError("a process that tokenizes alone ended early; its message is above")
+        return line
+
+    def tokenize_alone() -> list[dict[str, float]]:
         for process in processes:
             assert process.stdin is not None, "the pipe was asked for"
             process.stdin.write("go\n")
             process.stdin.flush()
-        return [json.loads(process.communicate()[0]) for process in processes]
+        return [json.loads(answer(process)) for process in processes]
+
+    try:
+        for process in processes:
+            answer(process)  # its text is in memory
+        yield tokenize_alone
     finally:
         for process in processes:
             process.kill()

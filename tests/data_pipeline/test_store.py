@@ -80,6 +80,26 @@ def test_a_row_that_ends_with_the_first_token_of_a_chunk_leaves_that_chunk_alone
         copied.read_tokens(part, 0, chunk + 2)
 
 
+@pytest.mark.parametrize("preset", ["fast", "balanced", "small"])
+def test_the_metadata_of_a_part_is_what_zarr_python_writes_for_its_lengths(tmp_path, preset):
+    layout, length = Layout("uint16", 64, preset), 1000
+    ends = np.array([300, length], np.uint64)
+    attributes = {"source": "web", "inputs": [["a.jsonl", 0, 9]]}
+    tokens = np.arange(length, dtype=np.uint16)
+    write_part(tmp_path, "part.zarr", tokens, ends, text_bytes=1, layout=layout, attributes=attributes)
+    written = zarr.open_group(tmp_path / "part.zarr", mode="r")
+    twin = zarr.create_group(tmp_path / "twin", zarr_format=3, attributes=attributes)
+    for name in ("tokens", "document_ends", "chunk_heads"):
+        ours = written[name]
+        twin.create_array(
+            name, shape=ours.shape, dtype=ours.dtype, chunks=ours.chunks, shards=ours.shards,
+            compressors=ours.compressors, fill_value=0,
+        )  # fmt: skip
+    assert [written[name].shape for name in ("tokens", "document_ends", "chunk_heads")] == [(1000,), (2,), (16,)]
+    for file in ("zarr.json", "tokens/zarr.json", "document_ends/zarr.json", "chunk_heads/zarr.json"):
+        assert (tmp_path / "part.zarr" / file).read_bytes() == (tmp_path / "twin" / file).read_bytes()
+
+
 @pytest.mark.parametrize("compression", ["none", "lz4hc", "zstd"])
 def test_our_bytes_are_those_that_zarr_python_writes(tmp_path, compression):
     from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
