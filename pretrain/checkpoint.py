@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from data_pipeline.files import sync
 from model.layers import parameter_shards
 from pretrain.checkpoint_commit import (
     Agreement,
@@ -32,7 +33,6 @@ from pretrain.checkpoint_files import (
     measure_tensors,
     rank_file_name,
     read_manifest,
-    sync_directory,
     verify_file,
     write_tensors,
 )
@@ -200,7 +200,7 @@ def write_snapshot(checkpoints_dir: Path, snapshot: Snapshot, ranks: Agreement, 
             with problem.caught():
                 if snapshot.marked:
                     mark(temporary_dir)
-                sync_directory(temporary_dir)
+                sync(temporary_dir)
                 commit(temporary_dir, complete_manifest(snapshot.manifest, reports))
                 prune(checkpoints_dir, snapshot.step, keep_last)
         # Still there only after a failure, on any rank; nobody leaves before it is gone.

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch.distributed as dist
 
+from data_pipeline.files import sync
 from pretrain.checkpoint_files import (
     MANIFEST_NAME,
     MARK_NAME,
     encode_manifest,
     read_manifest,
     replace_text,
-    sync_directory,
 )
 
 LATEST_NAME = "latest"
@@ -124,7 +124,7 @@ def is_marked(checkpoint_dir: Path) -> bool:
 def mark(checkpoint_dir: Path) -> None:
     """Keep a checkpoint for good; any file of the mark's name does the same."""
     (checkpoint_dir / MARK_NAME).touch()
-    sync_directory(checkpoint_dir)
+    sync(checkpoint_dir)
 
 
 def release(checkpoint_dir: Path) -> None:
@@ -160,7 +160,7 @@ def commit(temporary_dir: Path, manifest: dict[str, Any]) -> Path:
             discard(replaced_dir)
         os.rename(final_dir, replaced_dir)
     os.rename(temporary_dir, final_dir)
-    sync_directory(checkpoints_dir)
+    sync(checkpoints_dir)
     if replaced_dir.exists():
         discard(replaced_dir)
     replace_text(checkpoints_dir / LATEST_NAME, final_dir.name + "\n")

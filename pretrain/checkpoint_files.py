@@ -14,6 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from data_pipeline.files import sync
+
 FORMAT = "amfm-checkpoint"
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
@@ -108,15 +110,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     return FileEntry(num_bytes, digest.hexdigest())
 
 
-def sync_directory(path: Path) -> None:
-    """Make the names in a directory durable (an fsync of the directory itself)."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def replace_text(path: Path, text: str) -> None:
     """Put a small file in place at once: the old content or the new one is there after a crash, never a part."""
     temporary = path.with_name(path.name + ".tmp")
@@ -125,7 +118,7 @@ def replace_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.rename(temporary, path)
-    sync_directory(path.parent)
+    sync(path.parent)
 
 
 def encode_manifest(body: Mapping[str, Any]) -> str:

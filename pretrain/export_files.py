@@ -15,19 +15,26 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import pretrain.modeling_template
+from data_pipeline.files import sync
 from model.config import ModelConfig
 from model.flops import count_parameters
 from model.huggingface import NATIVE_TARGETS, Target, explain_unfit
 from model.huggingface_config import TokenIds, huggingface_config
 from model.huggingface_weights import weight_map
+from model.mixers.registry import describe_symbol
 from model.pattern import parse_pattern
-from pretrain.checkpoint_files import sync_directory
 from pretrain.export_tokenizer import write_tokenizer
 from pretrain.weights import Weights
 
 OUR_DESCRIPTION = "amfm_model.json"
 MAX_SHARD_BYTES = 4_000_000_000
-TEMPLATE_FILES = ("configuration_amfm.py", "modeling_amfm.py", "blocks_amfm.py")
+TEMPLATE_FILES = (
+    "configuration_amfm.py",
+    "modeling_amfm.py",
+    "blocks_amfm.py",
+    "mixers_amfm.py",
+    "linear_mixers_amfm.py",
+)
 CLASS_NAMES: dict[Target, str] = {
     "nemotron_h": "NemotronHForCausalLM",
     "granitemoehybrid": "GraniteMoeHybridForCausalLM",
@@ -137,7 +144,7 @@ def put_in_place(temporary: Path, out: Path) -> None:
     if out.exists():
         out.rmdir()
     os.rename(temporary, out)
-    sync_directory(out.resolve().parent)
+    sync(out.resolve().parent)
 
 
 def model_card(plan: ExportPlan) -> str:
@@ -186,9 +193,10 @@ def model_card(plan: ExportPlan) -> str:
 
 
 def _facts(plan: ExportPlan, config: ModelConfig) -> list[tuple[str, str]]:
-    letters = "".join(parse_pattern(config.pattern).letters)
+    pattern = parse_pattern(config.pattern)
+    kinds = ", ".join(f"{symbol} {describe_symbol(symbol)}" for symbol in pattern.counts())
     facts = [
-        ("Blocks", f"`{letters}` (M Mamba2, * attention, E experts, - feed-forward)"),
+        ("Blocks", f"`{''.join(pattern.letters)}` ({kinds})"),
         ("Hidden size", str(config.hidden_size)),
         ("Vocabulary", str(config.vocab_size)),
         ("Trained at", f"{plan.max_position_embeddings} tokens a row"),
