@@ -20,6 +20,7 @@ class TaskConfig(Section):
     config: str = Field(
         description="Run configuration, relative to this file: text gives a validation loss, `data.probe` an accuracy. The study sets model.pattern, train.seed, train.num_threads, run.dir and run.name."
     )
+    between: str = Field("-", description="Channel mixers after each sequence mixer: `-`, `E`, several, or none.")
 
 
 class MixerConfig(Section):
@@ -45,7 +46,6 @@ class StudyConfig(Section):
         description="Linear mixers to attention, such as 3:1 (three, then one attention); `none`: no attention, `all`: nothing else.",
     )
     num_mixers: int = Field(gt=0, description="Sequence mixers of a model, attention among them.")
-    between: str = Field("-", description="Blocks after each of them: `-`, `E`, several, or none.")
     seeds: tuple[int, ...] = Field((0,), min_length=1, description="Of weights and data order; each is a run a cell.")
     state_tokens: int = Field(
         4096, gt=0, description="Length of text at which the bytes of a decode state are counted."

@@ -62,7 +62,7 @@ def expand_grid(study: Study) -> list[Cell]:
 def make_cell(study: Study, task: TaskConfig, index: int, ratio: str, seed: int, label: str, name: str) -> Cell:
     """The run of one point of the grid, checked as `amfm train` would."""
     config, mixer = study.config, study.config.mixers[index]
-    pattern = make_pattern(config, symbol_of(mixer.mixer), ratio)
+    pattern = make_pattern(symbol_of(mixer.mixer), ratio, config.num_mixers, task.between)
     settings = {
         "model.pattern": pattern,
         "train.seed": seed,
@@ -87,11 +87,11 @@ def check_measured(config: RunConfig) -> None:
         raise ConfigError([Problem("data.validation_fraction", rule, "use 0.02, say", "0")])
 
 
-def make_pattern(config: StudyConfig, symbol: str, ratio: str) -> str:
+def make_pattern(symbol: str, ratio: str, num_mixers: int, between: str) -> str:
     """The pattern string of one mixer and ratio: groups of linear mixers that end in attention, channel mixers between."""
     linear, attention = split_ratio(ratio)
     group = [symbol] * linear + [ATTENTION] * attention
-    return "".join(letter + config.between for letter in group * (config.num_mixers // len(group)))
+    return "".join(letter + between for letter in group * (num_mixers // len(group)))
 
 
 def split_ratio(ratio: str) -> tuple[int, int]:
@@ -130,14 +130,7 @@ def axis_problems(config: StudyConfig) -> list[Problem]:
         if letter in (ATTENTION, *CHANNEL_MIXERS):
             remedy = "attention comes with `ratios`, and channel mixers with `between`; use M, say"
             problems.append(Problem(key, "is not a linear sequence mixer", remedy, mixer.mixer))
-    try:
-        letters = parse_pattern(config.between).letters if config.between.strip() else ()
-        others = [letter for letter in letters if letter not in CHANNEL_MIXERS]
-        rule = f"must hold channel mixers only, and {others[0]} is none" if others else ""
-    except ValueError as error:
-        rule = str(error).splitlines()[0]
-    if rule:
-        problems.append(Problem("between", rule, "use -, E, or nothing", config.between))
+    problems += [problem for index, task in enumerate(config.tasks) for problem in between_problems(index, task)]
     named: dict[str, list[str]] = {
         "mixers": [label_of(mixer) for mixer in config.mixers],
         "tasks": [task.name for task in config.tasks],
@@ -150,6 +143,20 @@ def axis_problems(config: StudyConfig) -> list[Problem]:
             remedy = "give each a label of its own" if key == "mixers" else "keep one"
             problems.append(Problem(key, "must differ", remedy, ", ".join(sorted(twice))))
     return problems
+
+
+def between_problems(index: int, task: TaskConfig) -> list[Problem]:
+    """Between sequence mixers stand channel mixers."""
+    try:
+        letters = parse_pattern(task.between).letters if task.between.strip() else ()
+    except ValueError as error:
+        rule = str(error).splitlines()[0]
+    else:
+        others = [letter for letter in letters if letter not in CHANNEL_MIXERS]
+        if not others:
+            return []
+        rule = f"must hold channel mixers only, and {others[0]} is none"
+    return [Problem(f"tasks.{index}.between", rule, "use -, E, or nothing", task.between)]
 
 
 def ratio_problems(config: StudyConfig) -> list[Problem]:

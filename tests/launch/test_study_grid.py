@@ -50,9 +50,12 @@ def test_each_ratio_becomes_whole_groups_that_end_in_attention(folder):
 
 
 def test_a_ratio_may_have_several_of_both_and_blocks_between(folder):
-    study = make_study(folder, ratios=("2:2",), between="E-")
-    assert patterns(study) == {"Mamba2-2to2-text-seed0": "ME-ME-*E-*E-"}
-    assert patterns(make_study(folder, ratios=("1:3",), between="")) == {"Mamba2-1to3-text-seed0": "M***"}
+    both = (
+        TaskConfig(name="text", config="text.yaml", between="E-"),
+        TaskConfig(name="bare", config="text.yaml", between=""),
+    )
+    study = make_study(folder, tasks=both, ratios=("2:2",))
+    assert patterns(study) == {"Mamba2-2to2-text-seed0": "ME-ME-*E-*E-", "Mamba2-2to2-bare-seed0": "MM**"}
 
 
 def test_attention_alone_is_trained_once_for_all_mixers(folder):
@@ -90,7 +93,10 @@ def test_cells_are_ordinary_runs_with_equal_tokens_in_folders_of_their_own(folde
             {"mixers": (MixerConfig(mixer="M"), MixerConfig(mixer="M"))},
             "mixers = Mamba2: must differ; give each a label",
         ),
-        ({"between": "M"}, "between = M: must hold channel mixers only, and M is none; use -, E, or nothing"),
+        (
+            {"tasks": (TaskConfig(name="text", config="text.yaml", between="M"),)},
+            "tasks.0.between = M: must hold channel mixers only, and M is none; use -, E, or nothing",
+        ),
         (
             {"ratios": ("6:1",)},
             "ratios.0 = 6:1: a group of 7 mixers does not fit num_mixers=4 a whole number of times; "
