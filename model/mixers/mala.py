@@ -87,7 +87,7 @@ class TwoReads(DecayRecurrence):
         )
         return OpenScan(
             torch.cat([first.o_BTHV, second.o_BTHV], dim=2),
-            torch.cat([first.read_BTHK, second.read_BTHK], dim=2),
+            lambda state_BHKV: torch.cat([first.read(state_BHKV), second.read(state_BHKV)], dim=2),
             first.final_BHKV,
             first.transfer,
         )

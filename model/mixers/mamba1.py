@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kernels.decay_scan.carry import decay_read
+from kernels.diag_scan.carry import read_carried_state
 from kernels.diag_scan.op import diag_scan, diag_step
 from kernels.linear.op import linear
 from model.layers import Cut, RowLinear, Shard
@@ -105,18 +105,19 @@ class SelectiveRecurrence(Recurrence):
         return scanned.y_BTC[..., None], scanned.final_state_BCN[..., None]
 
     def scan_open(self, rows: ScanRows, document_ids_BT: Tensor | None, *, chunk_size: int, backend: str) -> OpenScan:
-        """As in the base class; what reads the state has N numbers a channel and token."""
-        x, dt, A_log, _, C_BTN, _, dt_bias = self._arguments(rows)
+        """As in the base class; the decays of all tokens, N times as wide as x, are never kept."""
+        _, dt_BTC, A_log_CN, _, C_BTN, _, dt_bias_C = self._arguments(rows)
         scanned = diag_scan(
             *self._arguments(rows), document_ids_BT=document_ids_BT, chunk_size=chunk_size, backend=backend
         )
-        wide = torch.promote_types(x.dtype, torch.float32)
-        step_BTC = functional.softplus(dt.to(wide) + dt_bias.to(wide))
-        g_BTCN = step_BTC[..., None] * -A_log.to(wide).exp()
-        read_BTCN = decay_read(C_BTN[:, :, None].expand(g_BTCN.shape), g_BTCN, document_ids_BT=document_ids_BT)
-        return OpenScan(
-            scanned.y_BTC[..., None], read_BTCN, scanned.final_state_BCN[..., None], scanned.total_decay_BCN
-        )
+
+        def read(state_BHKV: Tensor) -> Tensor:
+            state_BCN = state_BHKV[..., 0]
+            return read_carried_state(dt_BTC, A_log_CN, C_BTN, dt_bias_C, state_BCN, document_ids_BT=document_ids_BT)[
+                ..., None
+            ]
+
+        return OpenScan(scanned.y_BTC[..., None], read, scanned.final_state_BCN[..., None], scanned.total_decay_BCN)
 
     def step(self, rows: ScanRows, state_BHKV: Tensor) -> tuple[Tensor, Tensor]:
         """As in the base class."""

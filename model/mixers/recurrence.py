@@ -8,6 +8,7 @@ Both read o_t = S_t^T q_t.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -33,13 +34,13 @@ class ScanRows(NamedTuple):
 
 
 class OpenScan(NamedTuple):
-    """A scan from zero that a state may still enter: o = o_BTHV + read_BTHK S_in, S_out = transfer S_in + final_BHKV.
+    """A scan from zero that a state may still enter: o = o_BTHV + read(S_in), S_out = transfer S_in + final_BHKV.
 
-    transfer: a factor [B, H], a factor a row [B, H, K] or a matrix [B, H, K, K]; 0 where S_in's document ends in the row.
+    read: linear, from S_in [B, H, K, V] to the shape of o; 0 after the row's first document. transfer: a factor [B, H], a factor a row [B, H, K] or a matrix [B, H, K, K]; 0 where S_in's document ends in the row.
     """
 
     o_BTHV: Tensor
-    read_BTHK: Tensor
+    read: Callable[[Tensor], Tensor]
     final_BHKV: Tensor
     transfer: Tensor
 
@@ -105,7 +106,7 @@ class DecayRecurrence(Recurrence):
             rows.q, rows.k, rows.v, rows.g, document_ids_BT=document_ids_BT, chunk_size=chunk_size, backend=backend
         )
         read_BTHK = decay_read(rows.q, rows.g, document_ids_BT=document_ids_BT)
-        return OpenScan(scanned.o_BTHV, read_BTHK, scanned.final_state_BHKV, scanned.total_decay)
+        return OpenScan(scanned.o_BTHV, read_with(read_BTHK), scanned.final_state_BHKV, scanned.total_decay)
 
     def step(self, rows: ScanRows, state_BHKV: Tensor) -> tuple[Tensor, Tensor]:
         """As in the base class."""
@@ -163,7 +164,7 @@ class DeltaRecurrence(Recurrence):
         )
         read_BTHK, transfer_BHKK = scanned.read_BTHK, scanned.transfer_BHKK
         assert read_BTHK is not None and transfer_BHKK is not None, "delta_scan gives both with_transfer"
-        return OpenScan(scanned.o_BTHV, read_BTHK, scanned.final_state_BHKV, transfer_BHKK)
+        return OpenScan(scanned.o_BTHV, read_with(read_BTHK), scanned.final_state_BHKV, transfer_BHKK)
 
     def step(self, rows: ScanRows, state_BHKV: Tensor) -> tuple[Tensor, Tensor]:
         """As in the base class."""
@@ -175,10 +176,15 @@ class DeltaRecurrence(Recurrence):
         return (3.0 + 4.0 * self.num_steps) * num_heads * key_dim * value_dim
 
 
+def read_with(read_BTHK: Tensor) -> Callable[[Tensor], Tensor]:
+    """What reads a state [B, H, K, V] with a vector a token and head."""
+
+    def read(state_BHKV: Tensor) -> Tensor:
+        return torch.matmul(read_BTHK.transpose(1, 2), state_BHKV.to(read_BTHK.dtype)).transpose(1, 2)
+
+    return read
+
+
 def add_entering_state(scan: OpenScan, state_BHKV: Tensor) -> Tensor:
-    """o [B, T, H, V] of rows that this state entered; several reads a head stand one after the other in H."""
-    read_BHTK = scan.read_BTHK.transpose(1, 2)
-    state_BHKV = state_BHKV.repeat(1, read_BHTK.shape[1] // state_BHKV.shape[1], 1, 1)
-    carried_BHTV = torch.matmul(read_BHTK, state_BHKV.to(read_BHTK.dtype))
-    o_BTHV = scan.o_BTHV
-    return (o_BTHV + carried_BHTV.transpose(1, 2)).to(o_BTHV.dtype)
+    """o [B, T, H, V] of rows that this state entered."""
+    return (scan.o_BTHV + scan.read(state_BHKV)).to(scan.o_BTHV.dtype)

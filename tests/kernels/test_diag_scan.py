@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.diag_scan.carry import read_carried_state
 from kernels.diag_scan.op import diag_scan, diag_step
 from tests.helpers.diags import NAMES, DiagCase, call, make, run
-from tests.helpers.numbers import assert_bitwise, assert_near
+from tests.helpers.numbers import assert_all_near, assert_bitwise, assert_near
 
 # float64: rounding of some 100 additions, and of a power of two taken for a power of e.
 FLOAT64 = 1e-12
@@ -102,6 +103,46 @@ def test_two_pieces_equal_the_whole(lengths: tuple[int, ...], cut: int) -> None:
         pieces.append(y)
     for name, value, expected in zip(("y", "state", "decay"), (torch.cat(pieces, 1), state, decay), whole):
         assert_near(value, expected, FLOAT64, name)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        DiagCase(T=1, initial=True),
+        DiagCase(T=63, lengths=(30, 1, 32), initial=True),
+        DiagCase(B=2, T=40, C=1100, N=3, initial=True),
+    ],
+    ids=str,
+)
+def test_reading_a_state_later_equals_a_scan_that_begins_with_it(case: DiagCase) -> None:
+    arguments = make(case, torch.float64)
+    _, dt, A_log, _, C, _, bias = (arguments[name] for name in NAMES)
+    state = arguments["initial"]
+    later = call(arguments | {"initial": None}, case)[0]
+    later = later + read_carried_state(dt, A_log, C, bias, state, document_ids_BT=arguments["documents"])
+    leaves = [*(arguments[name] for name in NAMES), state]
+    weights = torch.randn(later.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    results = [[y, *torch.autograd.grad((y * weights).sum(), leaves)] for y in (later, call(arguments, case)[0])]
+    assert_all_near(*results, FLOAT64, ["y", *NAMES, "initial"])
+
+
+def test_reading_a_state_saves_nothing_of_the_size_of_its_decays() -> None:
+    dt, A_log, C = torch.randn(1, 64, 32, requires_grad=True), torch.randn(32, 16), torch.randn(1, 64, 16)
+    saved: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        read_carried_state(dt, A_log, C, torch.zeros(32), torch.randn(1, 32, 16))
+    assert max(saved) <= 64 * 32
+
+
+def test_a_carried_state_of_another_shape_is_refused() -> None:
+    dt, A_log, C = torch.zeros(2, 5, 4), torch.zeros(4, 6), torch.zeros(2, 5, 6)
+    with pytest.raises(ValueError, match=r"state_BCN must have shape \[2, 4, 6\]; got \[2, 6, 4\]"):
+        read_carried_state(dt, A_log, C, torch.zeros(4), torch.zeros(2, 6, 4))
 
 
 def test_steps_continue_a_scan() -> None:
