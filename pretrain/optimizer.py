@@ -9,12 +9,13 @@ from torch import nn
 
 from pretrain.config import OptimizerConfig
 
-NEVER_DECAY = ("bias", "A_log", "D", "dt_bias")  # last part of the name; vectors never decay whatever their name
+NEVER_DECAY = ("bias", "A_log", "D")  # end of the name, after a dot or _; vectors never decay whatever their name
 
 
 def decays(name: str, shape: torch.Size) -> bool:
     """Whether weight decay applies: to matrices and stacks of them, not to norms, biases, A_log, D and dt_bias."""
-    return name.rsplit(".", 1)[-1] not in NEVER_DECAY and len(shape) >= 2
+    is_kept = any(f"_{name.rsplit('.', 1)[-1]}".endswith(f"_{end}") for end in NEVER_DECAY)
+    return not is_kept and len(shape) >= 2
 
 
 def group_parameters(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from model.groups import single_rank_groups
 from model.hybrid import HybridModel
 from pretrain.config import OptimizerConfig
 from pretrain.optimizer import build_adamw, group_parameters
+from tests.model.mixer_samples import mixer_config
 from tests.pretrain.tiny_run import MODEL
 
 
@@ -49,3 +50,12 @@ def test_experts_that_are_spread_over_ranks_are_groups_of_their_own_with_the_sam
     assert (spread["moe"], spread["name"]) == (True, "ep_size_2")
     assert decay["parameter_names"] == [name for name in plain["parameter_names"] if name not in experts]
     assert no_decay_again["parameter_names"] == no_decay["parameter_names"]
+
+
+def test_no_decay_or_bias_of_a_registered_mixer_decays() -> None:
+    matrices = {"in_proj.weight", "out_proj.weight", "x_proj.weight", "dt_proj", "conv.weight"}
+    for name, decaying in (("plstm", {"in_proj.weight", "out_proj.weight", "conv.weight"}), ("mamba1", matrices)):
+        model = HybridModel(mixer_config(name, blocks=1), single_rank_groups())
+        decay, _ = group_parameters(model, 0.1)
+        inside = {key.partition(".mixer.")[2] for key in decay["parameter_names"] if ".mixer." in key}
+        assert inside == decaying
