@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 from model.config import ModelConfig, MoeConfig
+from model.mixers.registry import BUILT_IN
 from model.pattern import mixer_name, parse_pattern
 
 Target = Literal["nemotron_h", "granitemoehybrid", "own"]
@@ -22,17 +23,12 @@ TARGETS: tuple[Target, ...] = get_args(Target)
 def explain_unfit(config: ModelConfig, target: str) -> list[str]:
     """Every choice of `config` that `target` cannot hold, each as value, rule and remedy; empty: it fits.
 
-    `own` holds all blocks but registered mixers, `auto` what `choose_target` finds. Raises ValueError for an unknown target.
+    `own` holds all but mixers of other packages, `auto` what `choose_target` finds. Raises ValueError for an unknown target.
     """
     if target == "auto":
         return []
-    registered = [letter for letter in parse_pattern(config.pattern).counts() if mixer_name(letter) is not None]
-    if registered:
-        return [
-            f"model.pattern has {' '.join(registered)}: {target} has no such block; use target auto, and do not export"
-        ]
     if target == "own":
-        return []
+        return _unfit_for_own(config)
     if target == "nemotron_h":
         return _unfit_for_nemotron_h(config)
     if target == "granitemoehybrid":
@@ -43,20 +39,50 @@ def explain_unfit(config: ModelConfig, target: str) -> list[str]:
 def choose_target(config: ModelConfig) -> Target:
     """The first native class that holds the configuration exactly, else `own`.
 
-    Raises ValueError for a model with blocks that none of them has.
+    Raises ValueError for a model with mixers of other packages, which none of them has.
     """
     for target in NATIVE_TARGETS:
         if not explain_unfit(config, target):
             return target
     reasons = explain_unfit(config, "own")
     if reasons:
-        raise ValueError(reasons[0])
+        raise ValueError("; ".join(reasons))
     return "own"
+
+
+def registered_mixers(config: ModelConfig) -> dict[str, str]:
+    """Names of the registered mixers that a model reads, those inside others too, by the symbol in the pattern."""
+    found: dict[str, str] = {}
+    for symbol in parse_pattern(config.pattern).counts():
+        name = mixer_name(symbol)
+        if name is None:
+            continue
+        found[symbol] = name
+        inside = getattr(config.mixers, name).wraps()
+        if inside is not None:
+            found[f"{symbol} over {inside}"] = inside
+    return found
+
+
+def _unfit_for_own(config: ModelConfig) -> list[str]:
+    ours = {spec.name for spec in BUILT_IN}
+    return [
+        f"model.pattern has {symbol}: the mixer {name} of another package is not in our modelling file; "
+        "use a mixer of ours where the model must leave amfm"
+        for symbol, name in registered_mixers(config).items()
+        if name not in ours
+    ]
+
+
+def _unfit_mixers(config: ModelConfig, target: str) -> list[str]:
+    """Registered mixers, which a class of Mamba2 and attention has not."""
+    symbols = " ".join(symbol for symbol in parse_pattern(config.pattern).counts() if mixer_name(symbol) is not None)
+    return [f"model.pattern has {symbols}: {target} has no such block; use target own"] if symbols else []
 
 
 def _unfit_for_nemotron_h(config: ModelConfig) -> list[str]:
     letters = parse_pattern(config.pattern).letters
-    reasons: list[str] = []
+    reasons = _unfit_mixers(config, "nemotron_h")
     if "E" in letters and config.moe is not None:
         moe = config.moe
         if moe.activation != "squared_relu":
@@ -100,7 +126,7 @@ def _unfit_for_nemotron_h(config: ModelConfig) -> list[str]:
 
 def _unfit_for_granite(config: ModelConfig) -> list[str]:
     letters = parse_pattern(config.pattern).letters
-    reasons = _unfit_pairs(letters)
+    reasons = _unfit_mixers(config, "granitemoehybrid") or _unfit_pairs(letters)
     if "E" in letters:
         reasons += _unfit_granite_experts(config)
     if "-" in letters and config.feed_forward is not None and config.feed_forward.activation != "swiglu":

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from model.config import AttentionConfig, FeedForwardConfig, Mamba2Config, ModelConfig, MoeConfig, RopeConfig
-from model.huggingface import Target
+from model.huggingface import Target, registered_mixers
 from model.pattern import SECTIONS, parse_pattern
 
 OWN_MODEL_TYPE = "amfm"
@@ -64,7 +64,9 @@ def huggingface_config(
 def _drop_unused_sections(config: ModelConfig) -> ModelConfig:
     """Without the sections whose letter the pattern lacks: config.json must not depend on what nothing reads."""
     letters = parse_pattern(config.pattern).letters
-    return config.model_copy(update={name: None for letter, name in SECTIONS.items() if letter not in letters})
+    used = {name: getattr(config.mixers, name) for name in registered_mixers(config).values()}
+    unused = {name: None for letter, name in SECTIONS.items() if letter not in letters}
+    return config.model_copy(update=unused | {"mixers": type(config.mixers)(**used)})
 
 
 def _nemotron_h_fields(config: ModelConfig) -> dict[str, Any]:
@@ -222,6 +224,7 @@ def _own_fields(config: ModelConfig) -> dict[str, Any]:
         "attention": config.attention.model_dump() if config.attention else None,
         "moe": config.moe.model_dump() if config.moe else None,
         "feed_forward": config.feed_forward.model_dump() if config.feed_forward else None,
+        "mixers": {name: getattr(config.mixers, name).model_dump() for name in registered_mixers(config).values()},
     }
 
 
@@ -405,6 +408,8 @@ def _from_own(fields: Mapping[str, Any]) -> ModelConfig:
             "norm_epsilon": fields["norm_epsilon"],
             "tie_embeddings": fields["tie_word_embeddings"],
             "initializer_range": fields["initializer_range"],
+            # Exports of earlier versions have none.
+            "mixers": fields.get("mixers") or {},
             **sections,
         }
     )

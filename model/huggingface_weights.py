@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
+from model.groups import single_rank_groups
 from model.huggingface import Target
+from model.mixers.build import build_mixer
 from model.pattern import parse_pattern
 
 Form = Literal["same", "conv", "experts", "copy"]
@@ -112,12 +114,21 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (config.vocab_size, config.hidden_size)}
     for index, letter in enumerate(parse_pattern(config.pattern).letters):
         shapes[f"blocks.{index}.norm.weight"] = (config.hidden_size,)
-        for name, shape in _MIXER_SHAPES[letter](config).items():
+        for name, shape in block_shapes(config, letter).items():
             shapes[f"blocks.{index}.mixer.{name}"] = shape
     shapes["final_norm.weight"] = (config.hidden_size,)
     if not config.tie_embeddings:
         shapes["head.weight"] = (config.vocab_size, config.hidden_size)
     return shapes
+
+
+def block_shapes(config: ModelConfig, letter: str) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every weight of a kind of block, its norm apart; of registered mixers on one that is built."""
+    if letter in _MIXER_SHAPES:
+        return _MIXER_SHAPES[letter](config)
+    with torch.device("meta"):
+        mixer = build_mixer(parse_pattern(config.pattern).letters.index(letter), config, single_rank_groups(), "torch")
+    return {name: tuple(tensor.shape) for name, tensor in mixer.state_dict().items()}
 
 
 def _mamba_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -34,6 +34,7 @@ TEMPLATE_FILES = (
     "blocks_amfm.py",
     "mixers_amfm.py",
     "linear_mixers_amfm.py",
+    "delta_mixers_amfm.py",
 )
 CLASS_NAMES: dict[Target, str] = {
     "nemotron_h": "NemotronHForCausalLM",

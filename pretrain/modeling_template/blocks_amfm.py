@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-BlockState = tuple[Tensor, Tensor] | None
+BlockState = tuple[Tensor, ...] | None
 
 
 class RMSNorm(nn.Module):

@@ -1,14 +1,18 @@
-"""Configuration of an amfm hybrid model: blocks of a pattern (M Mamba2, * attention, E experts, - feed-forward)."""
+"""Configuration of an amfm hybrid model: a pattern of M Mamba2, * attention, E experts, - feed-forward, other mixers."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from transformers import PretrainedConfig
 
 
 class AmfmConfig(PretrainedConfig):
-    """Sizes and choices of each block kind; a section is None where the pattern lacks its letter."""
+    """Sizes and choices of each block kind; a section is None where the pattern lacks its letter.
+
+    `mixers` has the options of other sequence mixers by name; the pattern has their letters or `{name}`.
+    """
 
     model_type = "amfm"
 
@@ -26,6 +30,7 @@ class AmfmConfig(PretrainedConfig):
         attention: dict[str, Any] | None = None,
         moe: dict[str, Any] | None = None,
         feed_forward: dict[str, Any] | None = None,
+        mixers: dict[str, dict[str, Any]] | None = None,
         **kwargs: Any,
     ) -> None:
         self.pattern = pattern
@@ -39,5 +44,10 @@ class AmfmConfig(PretrainedConfig):
         self.attention = attention
         self.moe = moe
         self.feed_forward = feed_forward
-        kwargs["num_hidden_layers"] = len(pattern)
+        self.mixers = mixers or {}
+        kwargs["num_hidden_layers"] = len(self.letters())
         super().__init__(**kwargs)
+
+    def letters(self) -> list[str]:
+        """The blocks in order, by letter or `{name}`."""
+        return re.findall(r"\{[a-z0-9_]+\}|.", self.pattern)

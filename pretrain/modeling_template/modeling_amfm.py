@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .blocks_amfm import Attention, BlockState, Experts, FeedForward, Mamba2, MixtureOfExperts, RMSNorm
+from .blocks_amfm import Attention, BlockState, DepthwiseConv, Experts, FeedForward, Mamba2, MixtureOfExperts, RMSNorm
 from .configuration_amfm import AmfmConfig
+from .linear_mixers_amfm import LinearMixer
+from .mixers_amfm import Memories, build_mixer
 
 
 @dataclass
@@ -25,7 +27,7 @@ class AmfmState:
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take the rows that beam search keeps."""
         self.tokens_BT = self.tokens_BT[beam_idx]
-        self.blocks = tuple(state and (state[0][beam_idx], state[1][beam_idx]) for state in self.blocks)
+        self.blocks = tuple(state and tuple(part[beam_idx] for part in state) for state in self.blocks)
 
 
 @dataclass
@@ -40,9 +42,10 @@ class AmfmOutput(ModelOutput):
 class AmfmBlock(nn.Module):
     """x + mixer(norm(x))."""
 
-    def __init__(self, letter: str, config: AmfmConfig) -> None:
+    def __init__(self, index: int, config: AmfmConfig) -> None:
         super().__init__()
-        self.letter = letter
+        letters = config.letters()
+        self.letter = letter = letters[index]
         self.norm = RMSNorm(config.hidden_size, config.norm_epsilon)
         if letter == "M":
             self.mixer: nn.Module = Mamba2(config)
@@ -50,23 +53,28 @@ class AmfmBlock(nn.Module):
             self.mixer = Attention(config)
         elif letter == "E":
             self.mixer = MixtureOfExperts(config)
-        else:
+        elif letter == "-":
             section = config.feed_forward
             assert section is not None, "the pattern has '-', the configuration no feed_forward section"
             self.mixer = FeedForward(config.hidden_size, section["hidden_size"], section["activation"])
+        else:
+            sequence = [number for number, other in enumerate(letters) if other not in ("E", "-")]
+            self.mixer = build_mixer(letter, config, sequence.index(index), len(sequence))
 
     def forward(
         self, x_BTD: Tensor, mask_BS: Tensor | None, positions_BT: Tensor, state: BlockState
     ) -> tuple[Tensor, BlockState]:
         """x [B, T, D] -> the stream after this block and the block's state."""
         normed_BTD = self.norm(x_BTD)
+        mask_BT = None if mask_BS is None else mask_BS[:, mask_BS.shape[1] - x_BTD.shape[1] :]
         if self.letter == "M":
-            mask_BT = None if mask_BS is None else mask_BS[:, mask_BS.shape[1] - x_BTD.shape[1] :]
             y_BTD, state = self.mixer(normed_BTD, mask_BT, state)
         elif self.letter == "*":
             y_BTD, state = self.mixer(normed_BTD, mask_BS, positions_BT, state)
-        else:
+        elif self.letter in ("E", "-"):
             y_BTD = self.mixer(normed_BTD)
+        else:
+            y_BTD, state = self.mixer(normed_BTD, mask_BT, positions_BT, state)
         return x_BTD + y_BTD, state
 
 
@@ -80,7 +88,14 @@ class AmfmPreTrainedModel(PreTrainedModel):
     # Its state cannot be cut back to an earlier token, which assisted generation would need.
     _is_stateful = True
     # Choosing experts and decay are sensitive to rounding.
-    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["router.weight", "expert_bias", "A_log", "dt_bias"]
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = [
+        "router.weight",
+        "expert_bias",
+        "A_log",
+        "dt_bias",
+        "gate_bias",
+        "bound_logit",
+    ]
 
     def _init_weights(self, module: nn.Module) -> None:
         deviation = self.config.initializer_range
@@ -91,8 +106,14 @@ class AmfmPreTrainedModel(PreTrainedModel):
             nn.init.normal_(module.down, std=deviation)
         elif isinstance(module, MixtureOfExperts) and module.section["expert_bias"]:
             nn.init.zeros_(module.expert_bias)
+        elif isinstance(module, DepthwiseConv):
+            bound = module.weight.shape[1] ** -0.5
+            nn.init.uniform_(module.weight, -bound, bound)
+        elif isinstance(module, LinearMixer | Memories):
+            for parameter in module.parameters(recurse=False):
+                if parameter.dim() > 1:
+                    nn.init.normal_(parameter, std=deviation)
         elif isinstance(module, Mamba2):
-            nn.init.uniform_(module.conv.weight, -(module.width**-0.5), module.width**-0.5)
             nn.init.ones_(module.D)
             with torch.no_grad():
                 module.A_log.uniform_(1, 16).log_()
@@ -103,14 +124,14 @@ class AmfmPreTrainedModel(PreTrainedModel):
 
 
 class AmfmForCausalLM(AmfmPreTrainedModel, GenerationMixin):
-    """Embedding, blocks of the pattern, norm, head; generation costs a constant time a token in Mamba2 blocks."""
+    """Embedding, blocks of the pattern, norm, head; generation costs a constant time a token but in attention."""
 
     _tied_weights_keys: ClassVar[dict[str, str]] = {"head.weight": "embedding.weight"}
 
     def __init__(self, config: AmfmConfig) -> None:
         super().__init__(config)
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.blocks = nn.ModuleList([AmfmBlock(letter, config) for letter in config.pattern])
+        self.blocks = nn.ModuleList([AmfmBlock(index, config) for index in range(len(config.letters()))])
         self.final_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()

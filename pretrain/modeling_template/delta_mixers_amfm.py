@@ -1,0 +1,69 @@
+"""Mixers of an amfm hybrid model that overwrite: DeltaNet, Gated DeltaNet, DeltaProduct; sizes as in linear_mixers_amfm.py.
+
+G key heads, N delta rules a token.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .linear_mixers_amfm import LinearMixer, no_decay, read
+
+
+class DeltaNet(LinearMixer):
+    """S <- (I - beta k k^T) S + beta k v^T (Yang et al. 2024, arXiv 2406.06484)."""
+
+    has_gate = False
+
+    def set_sizes(self) -> None:
+        """Fewer key heads than value heads, several steps a token."""
+        super().set_sizes()
+        self.key_heads, self.steps = self.options["num_key_heads"] or self.heads, self.options.get("num_steps", 1)
+        self.has_decay = self.options.get("decay", self.has_gate)
+        if self.has_decay:
+            self.A_log = nn.Parameter(torch.zeros(self.heads))
+            self.dt_bias = nn.Parameter(torch.zeros(self.heads))
+
+    def part_sizes(self) -> dict[str, int]:
+        """q, k, v, beta, what decides the decay, gate."""
+        keys, values = self.key_heads * self.key_dim, self.heads * self.value_dim
+        sizes = {"q": keys, "k": keys * self.steps, "v": values * self.steps, "beta": self.heads * self.steps}
+        sizes |= {"decay": self.heads} if self.has_decay else {}
+        return sizes | ({"gate": values} if self.has_gate else {})
+
+    def rows(self, parts: dict[str, Tensor], positions_BT: Tensor) -> tuple[Tensor, ...]:
+        """q [B, T, G, K], k [B, T, G, N, K], v [B, T, H, N, V], g [B, T, H, 1], beta [B, T, H, N]."""
+        q, k, v = (parts[name] if self.width else F.silu(parts[name]) for name in self.convolved)
+        q = unit_length(q.unflatten(-1, (self.key_heads, self.key_dim))) * self.key_dim**-0.5
+        k = unit_length(k.unflatten(-1, (self.key_heads, self.steps, self.key_dim)))
+        beta = self.by_head(parts["beta"]).float().sigmoid() * (1 + self.options["allow_negative_eigenvalues"])
+        g = no_decay(beta)
+        if self.has_decay:
+            time = F.softplus(parts["decay"].float() + self.dt_bias.float())
+            g = (-self.A_log.float().exp() * time)[..., None]
+        return q, k, v.unflatten(-1, (self.heads, self.steps, self.value_dim)), g, beta
+
+    def step(self, *token: Tensor) -> tuple[Tensor, Tensor]:
+        """One token: what `rows` gives, the state."""
+        q, k, v, g, beta, state = token
+        repeat = self.heads // self.key_heads
+        state = g.exp()[..., None] * state
+        for index in range(self.steps):
+            key = k[:, :, index].repeat_interleave(repeat, dim=1)
+            change = beta[..., index, None] * (v[:, :, index] - read(state, key))
+            state = state + key[..., :, None] * change[..., None, :]
+        return read(state, q.repeat_interleave(repeat, dim=1)), state
+
+
+class GatedDeltaNet(DeltaNet):
+    """With decay and output gate (Yang et al. 2024, arXiv 2412.06464); also DeltaProduct (Siems et al., arXiv 2502.10297)."""
+
+    has_gate = True
+
+
+def unit_length(x: Tensor) -> Tensor:
+    """Vectors of the last dimension over their lengths."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)

@@ -1,0 +1,163 @@
+"""Registered mixers of an amfm hybrid model by name: windowed attention, mixture of memories, linear ones.
+
+Sizes: B rows, T tokens, D model, H heads, J key-value heads, K head size (or memories of a token), S slots of keys, M
+memories.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .blocks_amfm import RMSNorm, rope_frequencies, rotate
+from .delta_mixers_amfm import DeltaNet, GatedDeltaNet
+from .linear_mixers_amfm import (
+    Gla,
+    Hedgehog,
+    Hgrn2,
+    LightNet,
+    Lightning,
+    LinearMixer,
+    Mala,
+    Mamba1,
+    Plstm,
+    Retention,
+    State,
+    TransNormer,
+)
+
+LETTERS = {"G": "gated_deltanet", "H": "hgrn2", "L": "lightning", "P": "deltaproduct", "W": "window"}
+
+
+class Window(nn.Module):
+    """Attention to the last `window` tokens; the state is keys, values and which slots hold a token."""
+
+    def __init__(self, options: dict[str, Any], config: Any) -> None:
+        super().__init__()
+        self.options, self.size, self.heads = options, options["head_dim"], options["num_heads"]
+        self.kv_heads, self.kept = options["num_kv_heads"] or self.heads, options["window"] - 1
+        width = (self.heads + 2 * self.kv_heads) * self.size
+        self.in_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.out_proj = nn.Linear(self.heads * self.size, config.hidden_size, bias=False)
+        if options["qk_norm"]:
+            self.q_norm = RMSNorm(self.size, config.norm_epsilon)
+            self.k_norm = RMSNorm(self.size, config.norm_epsilon)
+
+    def forward(
+        self, x_BTD: Tensor, mask_BT: Tensor | None, positions_BT: Tensor, state: State | None
+    ) -> tuple[Tensor, State]:
+        """x [B, T, D] -> y [B, T, D] and the state after it."""
+        rows, tokens, _ = x_BTD.shape
+        q, k, v = self._project(x_BTD, positions_BT)
+        is_text_BT = x_BTD.new_ones(rows, tokens, dtype=torch.bool) if mask_BT is None else mask_BT.bool()
+        if state is None:
+            empty = k.new_zeros(rows, self.kept, self.kv_heads, self.size)
+            state = empty, empty, is_text_BT.new_zeros(rows, self.kept)
+        k, v, is_text_BS = (torch.cat(pair, dim=1) for pair in zip(state, (k, v, is_text_BT)))
+        # Query t stands in slot t + kept; a padded one sees itself, so that its softmax has something to sum.
+        slots = torch.arange(k.shape[1], device=k.device)
+        behind_TS = slots[self.kept :, None] - slots[None, :]
+        is_near_TS = (behind_TS >= 0) & (behind_TS <= self.kept)
+        allowed = (is_near_TS & is_text_BS[:, None, None, :]) | (behind_TS == 0)
+        repeat = self.heads // self.kv_heads
+        o_BHTK = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2).repeat_interleave(repeat, dim=1),
+            v.transpose(1, 2).repeat_interleave(repeat, dim=1),
+            attn_mask=allowed,
+        )
+        first = k.shape[1] - self.kept
+        return self.out_proj(o_BHTK.transpose(1, 2).flatten(2)), (k[:, first:], v[:, first:], is_text_BS[:, first:])
+
+    def _project(self, x_BTD: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        queries, keys = self.heads * self.size, self.kv_heads * self.size
+        parts = self.in_proj(x_BTD).split([queries, keys, keys], dim=-1)
+        q, k, v = (part.unflatten(-1, (-1, self.size)) for part in parts)
+        if self.options["qk_norm"]:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.options["positions"] == "rope":
+            rope = {"theta": self.options["rope_theta"], "fraction": 1.0, "scaling": "none"}
+            frequencies, _ = rope_frequencies(rope, self.size)
+            angles = positions_BT[..., None].float() * frequencies.to(positions_BT.device)
+            cos, sin = angles.cos()[:, :, None], angles.sin()[:, :, None]
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        return q, k, v
+
+
+class Memories(nn.Module):
+    """A linear mixer with several states; a router chooses those that a token writes and reads (arXiv 2502.13685)."""
+
+    def __init__(self, options: dict[str, Any], inner: LinearMixer, config: Any) -> None:
+        super().__init__()
+        self.options, self.inner = options, inner
+        self.memories = options["num_memories"] + options["shared_memory"]
+        self.router = nn.Parameter(torch.zeros(options["num_memories"], config.hidden_size))
+
+    def forward(
+        self, x_BTD: Tensor, mask_BT: Tensor | None, positions_BT: Tensor, state: State | None
+    ) -> tuple[Tensor, State]:
+        """x [B, T, D] -> y [B, T, D] and the states [B, M, ...] after it; token after token."""
+        rows, tokens, _ = x_BTD.shape
+        parts = self.inner.project(x_BTD)
+        weights_BTK, memory_BTK = self._choose(F.linear(x_BTD, self.router))
+        if state is None:
+            state = tuple(part.unflatten(0, (rows, -1)) for part in self.inner.empty_state(rows * self.memories))
+        copies = memory_BTK.shape[2]
+        positions_BT = positions_BT.expand(rows, -1)
+        row_BK = torch.arange(rows, device=x_BTD.device)[:, None].expand(-1, copies)
+        outputs = []
+        for token in range(tokens):
+            memory_BK, now = memory_BTK[:, token], slice(token, token + 1)
+            own = tuple(part[row_BK, memory_BK].flatten(0, 1) for part in state)
+            each = {name: part[:, now].repeat_interleave(copies, dim=0) for name, part in parts.items()}
+            mask = None if mask_BT is None else mask_BT[:, now].repeat_interleave(copies, dim=0)
+            o_RTHV, following = self.inner.mix(each, mask, positions_BT[:, now].repeat_interleave(copies, dim=0), own)
+            y_BKI = self.inner.output(o_RTHV, each)[:, 0].unflatten(0, (rows, copies))
+            outputs.append((y_BKI * weights_BTK[:, token, :, None].to(y_BKI.dtype)).sum(1))
+            state = tuple(
+                part.index_put((row_BK, memory_BK), new.unflatten(0, (rows, copies)).to(part.dtype))
+                for part, new in zip(state, following)
+            )
+        return self.inner.out_proj(torch.stack(outputs, dim=1)), state
+
+    def _choose(self, logits_BTM: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and memories of each token, the shared one last."""
+        top_BTK, memory_BTK = logits_BTM.float().softmax(-1).topk(self.options["top_k"], dim=-1)
+        weights_BTK = top_BTK / top_BTK.sum(-1, keepdim=True)
+        if self.options["shared_memory"]:
+            weights_BTK = F.pad(weights_BTK, (0, 1), value=1.0)
+            memory_BTK = F.pad(memory_BTK, (0, 1), value=self.options["num_memories"])
+        return weights_BTK, memory_BTK
+
+
+LINEAR_MIXERS: dict[str, type[LinearMixer]] = {
+    "deltanet": DeltaNet,
+    "gated_deltanet": GatedDeltaNet,
+    "deltaproduct": GatedDeltaNet,
+    "gla": Gla,
+    "hedgehog": Hedgehog,
+    "hgrn2": Hgrn2,
+    "lightning": Lightning,
+    "lightnet": LightNet,
+    "mala": Mala,
+    "mamba1": Mamba1,
+    "plstm": Plstm,
+    "retnet": Retention,
+    "transnormer": TransNormer,
+}
+
+
+def build_mixer(symbol: str, config: Any, order: int, count: int) -> nn.Module:
+    """The mixer of a letter or `{name}`; `order` of `count` blocks that mix over the sequence."""
+    name = LETTERS.get(symbol, symbol.strip("{}"))
+    options = config.mixers[name]
+    if name == "window":
+        return Window(options, config)
+    depth = order / (count - 1 + 1e-5)
+    if name != "mom":
+        return LINEAR_MIXERS[name](options, config, depth)
+    inside = options["mixer"]
+    return Memories(options, LINEAR_MIXERS[inside](config.mixers[inside], config, depth), config)
