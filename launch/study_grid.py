@@ -41,7 +41,7 @@ class Cell:
 
 
 def expand_grid(study: Study) -> list[Cell]:
-    """Every cell, in the order task, mixer, ratio, seed; attention alone is trained once for all mixers.
+    """Every cell, whole seeds one after the other; attention alone is trained once for all mixers.
 
     Raises ConfigError for axes that make no model, and for a cell whose configuration is broken, under its name.
     """
@@ -50,8 +50,8 @@ def expand_grid(study: Study) -> list[Cell]:
     if problems:
         raise ConfigError(problems).located(study.origins)
     cells: dict[str, Cell] = {}
-    axes = itertools.product(config.tasks, enumerate(config.mixers), config.ratios, config.seeds)
-    for task, (index, mixer), ratio, seed in axes:
+    axes = itertools.product(config.seeds, config.tasks, enumerate(config.mixers), config.ratios)
+    for seed, task, (index, mixer), ratio in axes:
         label = describe_symbol(ATTENTION) if ratio == ONLY_ATTENTION else label_of(mixer)
         name = "-".join([label, ratio.replace(":", "to"), task.name, f"seed{seed}"])
         if name not in cells:

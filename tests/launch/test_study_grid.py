@@ -10,6 +10,7 @@ import pytest
 from launch.cli import run
 from launch.study import MixerConfig, Study, StudyConfig, TaskConfig, load_study
 from launch.study_grid import expand_grid
+from model.flops import count_parameters
 from pretrain.config_errors import ConfigError
 from pretrain.config_file import resolved_yaml
 from tests.helpers.tiny_store import make_tiny_store
@@ -63,12 +64,12 @@ def test_attention_alone_is_trained_once_for_all_mixers(folder):
     study = make_study(folder, mixers=mixers, ratios=("none", "all"), seeds=(0, 3))
     cells = {cell.name: cell for cell in expand_grid(study)}
     assert list(cells) == [
-        *("Mamba2-none-text-seed0", "Mamba2-none-text-seed3", "attention-all-text-seed0", "attention-all-text-seed3"),
-        *("wide-none-text-seed0", "wide-none-text-seed3"),
+        *("Mamba2-none-text-seed0", "attention-all-text-seed0", "wide-none-text-seed0"),
+        *("Mamba2-none-text-seed3", "attention-all-text-seed3", "wide-none-text-seed3"),
     ]
     assert [cells[name].config.train.seed for name in ("wide-none-text-seed0", "wide-none-text-seed3")] == [0, 3]
     sizes = [cell.config.model.mamba.state_size for cell in cells.values() if cell.config.model.mamba]
-    assert sizes == [16, 16, 16, 16, 32, 32]
+    assert sizes == [16, 16, 32, 16, 16, 32]
 
 
 def test_cells_are_ordinary_runs_with_equal_tokens_in_folders_of_their_own(folder):
@@ -144,6 +145,18 @@ def test_a_study_file_is_read_with_places_overrides_and_near_misses(folder):
         ConfigError, match="mixers: is missing; add `mixers:`, a list of sections, each with at least mixer"
     ):
         load_study(path)
+
+
+def test_the_study_of_the_hybrid_ratio_compares_models_of_a_size_on_equal_tokens():
+    cells = expand_grid(load_study(Path(__file__).parents[2] / "configs" / "studies" / "hybrid_ratio_1m.yaml"))
+    assert len(cells) == 2 * 2 * (3 * 4 + 1)
+    for task, low, high in (("text", 0.7e6, 1.1e6), ("recall", 0.1e6, 0.2e6)):
+        own = [cell.config for cell in cells if cell.task == task]
+        assert all(low < count_parameters(config.model).total < high for config in own)
+        assert (
+            len({(config.train.model_dump_json(exclude={"seed"}), config.data.model_dump_json()) for config in own})
+            == 1
+        )
 
 
 def test_every_setting_is_documented():
