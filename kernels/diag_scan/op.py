@@ -133,12 +133,12 @@ def _find_scan(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
 
 
 def diag_flops(B: int, T: int, C: int, N: int, *, backward: bool = False) -> int:
-    """Floating-point operations, a power counted as one: 7 a state number and token forward, 22 backward.
+    """Floating-point operations, a power counted as one: 7 a state number and token forward, 20 backward.
 
-    Forward: exponent, power, input, state (2) and output (2). Backward takes the states again (5), the powers of the next
-    tokens (2), what flows back (3), its product with the decayed state (2), and twice 5 for the gradients of B, C, x, dt and A.
+    Forward: exponent, power, input, state (2) and output (2). Backward takes the states again (5), what flows back (3), its
+    product with the decayed state (2), and twice 5 for the gradients of B, C, x, dt and A.
     """
-    return B * T * C * N * (22 if backward else 7)
+    return B * T * C * N * (20 if backward else 7)
 
 
 def diag_bytes(B: int, T: int, C: int, N: int, *, value_bytes: int = 2, backward: bool = False) -> int:

@@ -15,12 +15,6 @@ import triton.language as tl
 
 
 @triton.jit
-def compose(decay, state, next_decay, next_state):
-    """One step after another: h -> next_decay (decay h + state) + next_state."""
-    return decay * next_decay, next_decay * state + next_state
-
-
-@triton.jit
 def load_tile(base, t, T, stride, column, size):
     """Tokens t of a [T, size] matrix in float32, zeros outside, [Q, columns]."""
     inside = (t < T)[:, None] & (column < size)[None, :]
@@ -52,17 +46,36 @@ def decays(dt_tile, rates, firsts, row, t, T, DOCUMENTS: tl.constexpr):
 
 
 @triton.jit
-def scan_tile(decay, new, state, Q: tl.constexpr):
-    """States after each token of a tile, from the state before it."""
-    lane = tl.arange(0, Q)[:, None, None]
-    entered = new + tl.where(lane == 0, decay * state[None, :, :], 0.0)
-    return tl.associative_scan((decay, entered), 0, compose)[1]
+def take_token(tile, token: tl.constexpr, Q: tl.constexpr):
+    """One token of a [Q, N, channels] tile, by bits: sums with zeros of integers cost nothing once compiled."""
+    bits = tl.where(tl.arange(0, Q)[:, None, None] == token, tile.to(tl.int32, bitcast=True), 0)
+    return tl.sum(bits, axis=0).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def take_token(tile, token: tl.constexpr, Q: tl.constexpr):
-    """One token of a [Q, N, channels] tile."""
-    return tl.sum(tl.where(tl.arange(0, Q)[:, None, None] == token, tile, 0.0), axis=0)
+def put_token(tile, row, token: tl.constexpr, Q: tl.constexpr):
+    """A tile with one of its tokens replaced."""
+    return tl.where(tl.arange(0, Q)[:, None, None] == token, row[None, :, :], tile)
+
+
+@triton.jit
+def walk_tile(decay, new, state, Q: tl.constexpr):
+    """States after each token of a tile and after the last, from the state before it."""
+    states = new
+    for token in tl.static_range(Q):
+        state = take_token(decay, token, Q) * state + take_token(new, token, Q)
+        states = put_token(states, state, token, Q)
+    return states, state
+
+
+@triton.jit
+def walk_tile_back(decay, flow, d_state, Q: tl.constexpr):
+    """What reaches each token's state, from its own output and from the token after it; and what the tile passes on."""
+    for back in tl.static_range(Q):
+        row = take_token(flow, Q - 1 - back, Q) + d_state
+        flow = put_token(flow, row, Q - 1 - back, Q)
+        d_state = take_token(decay, Q - 1 - back, Q) * row
+    return flow, d_state
 
 
 @triton.jit
@@ -99,11 +112,10 @@ def diag_forward_kernel(
         B_tile = load_tile(B + batch * stride_bb, t, T, stride_bt, n, N)
         C_tile = load_tile(C + batch * stride_cb, t, T, stride_ct, n, N)
         decay = decays(dt_tile, rates, firsts, row, t, T, DOCUMENTS)
-        states = scan_tile(decay, (dt_tile * x_tile)[:, None, :] * B_tile[:, :, None], state, Q)
+        states, state = walk_tile(decay, (dt_tile * x_tile)[:, None, :] * B_tile[:, :, None], state, Q)
         out = tl.sum(states * C_tile[:, :, None], axis=1) + through[None, :] * x_tile
         where = y + (row + t)[:, None] * channels + column[None, :]
         tl.store(where, out.to(y.dtype.element_ty), mask=(t < T)[:, None] & (column < channels)[None, :])
-        state = take_token(states, Q - 1, Q)
     store_matrix(final + state_base, state, n, column, N, channels)
 
 
@@ -150,8 +162,7 @@ def diag_backward_kernel(
             dt_tile = load_tile(dt_base, t, T, channels, column, channels)
             B_tile = load_tile(B_base, t, T, stride_bt, n, N)
             decay = decays(dt_tile, rates, firsts, row, t, T, DOCUMENTS)
-            states = scan_tile(decay, (dt_tile * x_tile)[:, None, :] * B_tile[:, :, None], state, Q)
-            state = take_token(states, Q - 1, Q)
+            _, state = walk_tile(decay, (dt_tile * x_tile)[:, None, :] * B_tile[:, :, None], state, Q)
         tl.store(room_base + (tiles - 1) * BLOCK_N * BLOCK_C + own, state)
         # Threads may read what others have stored.
         tl.debug_barrier()
@@ -171,16 +182,9 @@ def diag_backward_kernel(
 
             new = (dt_tile * x_tile)[:, None, :] * B_tile[:, :, None]
             decay = decays(dt_tile, rates, firsts, row, t, T, DOCUMENTS)
-            states = scan_tile(decay, new, state, Q)
+            states, _ = walk_tile(decay, new, state, Q)
             tl.store(d_C + wrote_n, tl.sum(states * dy_tile[:, None, :], axis=2), mask=inside_n)
-            # What reaches a token's state: its own output, and through the next token's decay all later ones.
-            flow = dy_tile[:, None, :] * C_tile[:, :, None]
-            flow += tl.where(tl.arange(0, Q)[:, None, None] == Q - 1, d_state[None, :, :], 0.0)
-            dt_next = load_tile(dt_base, t + 1, T, channels, column, channels)
-            flow = tl.associative_scan(
-                (decays(dt_next, rates, firsts, row, t + 1, T, DOCUMENTS), flow), 0, compose, reverse=True
-            )[1]
-            d_state = take_token(decay * flow, 0, Q)
+            flow, d_state = walk_tile_back(decay, dy_tile[:, None, :] * C_tile[:, :, None], d_state, Q)
             tl.store(d_B + wrote_n, tl.sum(flow * (dt_tile * x_tile)[:, None, :], axis=2), mask=inside_n)
             into = tl.sum(flow * B_tile[:, :, None], axis=1)
             dx_tile = dt_tile * into + through[None, :] * dy_tile

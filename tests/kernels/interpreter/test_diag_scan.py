@@ -1,7 +1,4 @@
-"""The Triton scan of Mamba in the interpreter, against the step-by-step definition.
-
-The interpreter takes a scan over tokens one number at a time in Python, so that these sizes are small.
-"""
+"""The Triton scan of Mamba in the interpreter, against the step-by-step definition."""
 
 from __future__ import annotations
 
