@@ -100,13 +100,20 @@ def test_a_failed_cell_is_shown_with_its_cause_after_the_others_are_done(tmp_pat
     assert len(read_events(second, "start")) == 1
 
 
-def test_a_signal_lets_the_running_cell_save_and_the_rest_wait(tmp_path):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_lets_the_running_cell_save_and_the_rest_wait(tmp_path, name):
     command = write_study(tmp_path, steps=STEPS)
     first, second = (tmp_path / "study" / "runs" / name for name in CELLS)
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     wait_until(lambda: (first / "metrics.jsonl").exists() and len(read_metrics(first)) > 5)
-    os.kill(process.pid, signal.SIGTERM)
+    if name == "SIGINT":
+        os.killpg(process.pid, signal.SIGINT)  # as the keyboard does: to everything that the terminal started
+    else:
+        process.terminate()
     _, remarks = process.communicate(timeout=120)
     assert process.returncode == 0
     assert "stopped as a signal asked; the same command goes on" in remarks
-    assert read_events(first, "signal")[0]["name"] == "SIGTERM" and not second.exists()
+    assert len(read_events(first, "signal")) == 1 and not second.exists()
+    assert list((first / "checkpoints").glob("step-*"))
