@@ -84,6 +84,7 @@ def bench_memory(config: RunConfig) -> dict[str, Any]:
         "ranks": parallel.world_size,
         "precision": config.train.precision,
         "layout": layout.describe(),
+        "recompute": config.train.recompute,
         "predicted_bytes": round(memory.total()),
         "measured_bytes": max(measured),
         "measured_bytes_by_rank": measured,

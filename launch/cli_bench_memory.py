@@ -62,7 +62,7 @@ def _print(result: Any, *, as_json: bool) -> None:
             row["preset"],
             row["precision"],
             row["ranks"],
-            row["layout"],
+            row["layout"] + (f" recompute={row['recompute']}" if row["recompute"] != "none" else ""),
             row["fullest_in"],
             f"{row['predicted_bytes'] / 1e6:,.0f}",
             f"{row['measured_bytes'] / 1e6:,.0f}",

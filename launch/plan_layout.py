@@ -104,7 +104,7 @@ class Layout:
         parts = [
             f"{name}={str(value).lower()}"
             for name, value in self.settings().items()
-            if name == "zero_stage" or (value not in (1, False) and not (name == "schedule" and value == "1f1b"))
+            if name == "zero_stage" or value is True or value not in (1, False, "1f1b")
         ]
         return " ".join([*parts, f"micro_batch_size={self.micro_batch_size}"])
 

@@ -217,6 +217,14 @@ def test_an_axis_takes_its_part_of_memory_and_adds_its_exchange():
     assert staged.bubble == pytest.approx(3 * busy / (512 / 16))
 
 
+def test_a_layout_is_described_by_what_is_not_at_its_smallest():
+    assert Layout(1, 0, 2).describe() == "zero_stage=0 micro_batch_size=2"
+    layout = Layout(16, 1, 1, tensor=2, sequence_parallel=True, pipeline=4, schedule="zero_bubble")
+    assert layout.describe() == (
+        "tensor=2 sequence_parallel=true pipeline=4 zero_stage=1 schedule=zero_bubble micro_batch_size=1"
+    )
+
+
 def test_all_to_all_is_bound_by_the_network_once_it_leaves_the_node():
     assert all_to_all_seconds(1e9, 1, H100) == 0
     assert all_to_all_seconds(8e9, 8, H100) == pytest.approx(7e9 / 450e9 / 0.8, rel=1e-3)
