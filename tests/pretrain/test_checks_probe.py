@@ -75,3 +75,8 @@ def test_settings_of_a_section_are_changed_as_overrides_change_a_file(probe: Pat
     assert (changed.num_pairs, changed.num_keys, changed.num_values) == (3, 100, 32)
     with pytest.raises(ConfigError, match=r"override num_pairs=0: must be greater than 0; raise it"):
         change_section(section, ["num_pairs=0"])
+
+
+def test_the_example_runs_are_sound() -> None:
+    paths = sorted((Path(__file__).parents[2] / "configs" / "probes").glob("*.yaml"))
+    assert paths and all(load_checked(path, [], world_size=1).data.probe for path in paths)
