@@ -1,22 +1,22 @@
 """Which transformers class can hold a model exactly, and why another one cannot.
 
-Rules were read from transformers 5.24: `models/nemotron_h` and `models/granitemoehybrid`. A class holds a configuration
-when the function from tokens to logits is the same; names, shapes and fields are in `huggingface_weights.py` and
-`huggingface_config.py`. This module imports no transformers.
+Rules were read from transformers 5.24: `models/nemotron_h` and `models/granitemoehybrid`; those of `models/qwen3_next` are
+in `huggingface_qwen3_next.py`. A class holds a configuration when the function from tokens to logits is the same; names,
+shapes and fields are in `huggingface_weights.py` and `huggingface_config.py`. This module imports no transformers.
 """
 
 from __future__ import annotations
 
 from typing import Literal, get_args
 
-from model.config import ModelConfig, MoeConfig
+from model.config import ModelConfig
+from model.huggingface_fields import unfit_expert_sizes
+from model.huggingface_qwen3_next import unfit_for_qwen3_next
 from model.mixers.registry import BUILT_IN
 from model.pattern import mixer_name, parse_pattern
 
-Target = Literal["nemotron_h", "granitemoehybrid", "own"]
-# transformers multiplies experts with torch's grouped product, whose rows must be whole 16 bytes, in bf16 too.
-EXPERT_SIZE_MULTIPLE = 8
-NATIVE_TARGETS: tuple[Target, ...] = ("nemotron_h", "granitemoehybrid")
+Target = Literal["nemotron_h", "granitemoehybrid", "qwen3_next", "own"]
+NATIVE_TARGETS: tuple[Target, ...] = ("nemotron_h", "granitemoehybrid", "qwen3_next")
 TARGETS: tuple[Target, ...] = get_args(Target)
 
 
@@ -33,6 +33,8 @@ def explain_unfit(config: ModelConfig, target: str) -> list[str]:
         return _unfit_for_nemotron_h(config)
     if target == "granitemoehybrid":
         return _unfit_for_granite(config)
+    if target == "qwen3_next":
+        return unfit_for_qwen3_next(config)
     raise ValueError(f"export target {target!r} is unknown; use auto, {', '.join(TARGETS)}")
 
 
@@ -100,7 +102,7 @@ def _unfit_for_nemotron_h(config: ModelConfig) -> list[str]:
                 f"model.moe.num_experts={moe.num_experts} in num_router_groups={moe.num_router_groups}: nemotron_h ranks "
                 "groups by their two best experts and needs two in each; use fewer groups or more experts, or target own"
             )
-        reasons += _unfit_expert_sizes(config, moe)
+        reasons += unfit_expert_sizes(config, moe)
     if "-" in letters and config.feed_forward is not None and config.feed_forward.activation != "squared_relu":
         reasons.append(
             f"model.feed_forward.activation={config.feed_forward.activation}: the feed-forward of nemotron_h is not "
@@ -192,20 +194,7 @@ def _unfit_granite_experts(config: ModelConfig) -> list[str]:
             f"model.moe.latent_size={moe.latent_size}: experts of granitemoehybrid read the full width; "
             f"leave it out, or {other}"
         )
-    return reasons + _unfit_expert_sizes(config, moe)
-
-
-def _unfit_expert_sizes(config: ModelConfig, moe: MoeConfig) -> list[str]:
-    """Sizes of expert matrices with which the native classes raise an error at their first forward pass."""
-    sizes = {"model.hidden_size": config.hidden_size, "model.moe.expert_hidden_size": moe.expert_hidden_size}
-    if moe.latent_size is not None:
-        sizes["model.moe.latent_size"] = moe.latent_size
-    return [
-        f"{name}={size}: experts in transformers need multiples of {EXPERT_SIZE_MULTIPLE} (rows of 16 bytes in bf16); "
-        f"use {-(-size // EXPERT_SIZE_MULTIPLE) * EXPERT_SIZE_MULTIPLE}, or target own"
-        for name, size in sizes.items()
-        if size % EXPERT_SIZE_MULTIPLE
-    ]
+    return reasons + unfit_expert_sizes(config, moe)
 
 
 def _unfit_granite_attention(config: ModelConfig) -> list[str]:

@@ -1,6 +1,7 @@
 """The config.json of each export target from our ModelConfig, and our ModelConfig from a config.json.
 
-Fields were read from transformers 5.24 (`configuration_nemotron_h.py`, `configuration_granitemoehybrid.py`). Layer names
+Fields were read from transformers 5.24 (`configuration_nemotron_h.py`, `configuration_granitemoehybrid.py`); those of
+qwen3_next are in `huggingface_qwen3_next.py`. Layer names
 are written in the older spelling (`mamba`, `attention`), which both older and newer readers take.
 """
 
@@ -11,7 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from model.config import AttentionConfig, FeedForwardConfig, Mamba2Config, ModelConfig, MoeConfig, RopeConfig
-from model.huggingface import Target, registered_mixers
+from model.huggingface import NATIVE_TARGETS, Target, registered_mixers
+from model.huggingface_fields import require_fields, rope_from_parameters, rope_parameters
+from model.huggingface_qwen3_next import model_config_from_qwen3_next, qwen3_next_fields
 from model.pattern import SECTIONS, parse_pattern
 
 OWN_MODEL_TYPE = "amfm"
@@ -58,6 +61,8 @@ def huggingface_config(
         return fields | _nemotron_h_fields(config)
     if target == "granitemoehybrid":
         return fields | _granite_fields(config)
+    if target == "qwen3_next":
+        return fields | qwen3_next_fields(config)
     return fields | _own_fields(config)
 
 
@@ -190,21 +195,7 @@ def _granite_attention_fields(attention: AttentionConfig) -> dict[str, Any]:
     }
     if attention.positions == "none":
         return fields
-    rope = attention.rope
-    parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": rope.theta}
-    if rope.scaling == "ntk":
-        # NTK-aware scaling is plain RoPE of a larger base (see kernels/rope).
-        size = attention.head_dim
-        parameters["rope_theta"] = rope.theta * (rope.ntk_alpha or 1.0) ** (size / (size - 2))
-    elif rope.scaling == "yarn":
-        parameters |= {
-            "rope_type": "yarn",
-            "factor": rope.yarn_factor,
-            "original_max_position_embeddings": rope.yarn_original_length,
-            "beta_fast": rope.yarn_beta_fast,
-            "beta_slow": rope.yarn_beta_slow,
-        }
-    return fields | {"position_embedding_type": "rope", "rope_parameters": parameters}
+    return fields | {"position_embedding_type": "rope", "rope_parameters": rope_parameters(attention)}
 
 
 def _own_fields(config: ModelConfig) -> dict[str, Any]:
@@ -229,7 +220,7 @@ def _own_fields(config: ModelConfig) -> dict[str, Any]:
 
 
 def model_config_from_huggingface(fields: Mapping[str, Any]) -> ModelConfig:
-    """Our configuration of a model in one of the three classes.
+    """Our configuration of a model in one of the classes that we export to.
 
     `fields` is config.json with the class's defaults filled in. What config.json does not say (initialisation, loss
     weights) gets our defaults. Raises ValueError where the class uses something that our model does not have.
@@ -239,18 +230,12 @@ def model_config_from_huggingface(fields: Mapping[str, Any]) -> ModelConfig:
         return _from_nemotron_h(fields)
     if kind == "granitemoehybrid":
         return _from_granite(fields)
+    if kind == "qwen3_next":
+        return model_config_from_qwen3_next(fields)
     if kind == OWN_MODEL_TYPE:
         return _from_own(fields)
-    raise ValueError(f"config.json: model_type={kind} cannot be imported; use nemotron_h, granitemoehybrid or amfm")
-
-
-def _require(fields: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Refuses fields that our model cannot follow; an absent field has the expected value."""
-    for name, value in expected.items():
-        if fields.get(name, value) not in (value, None):
-            raise ValueError(
-                f"config.json: {name}={fields[name]} cannot be imported; our model has {name}={value} only"
-            )
+    known = ", ".join([*NATIVE_TARGETS, OWN_MODEL_TYPE])
+    raise ValueError(f"config.json: model_type={kind} cannot be imported; use one of {known}")
 
 
 def _letters(names: list[str]) -> list[str]:
@@ -262,7 +247,7 @@ def _letters(names: list[str]) -> list[str]:
 
 def _from_nemotron_h(fields: Mapping[str, Any]) -> ModelConfig:
     no_bias = {"use_bias": False, "mlp_bias": False, "attention_bias": False, "mamba_proj_bias": False}
-    _require(fields, no_bias | {"mlp_hidden_act": "relu2", "mamba_hidden_act": "silu", "sliding_window": None})
+    require_fields(fields, no_bias | {"mlp_hidden_act": "relu2", "mamba_hidden_act": "silu", "sliding_window": None})
     names = fields.get("layers_block_type") or fields.get("layer_types")
     letters = _letters(list(names)) if names else list(fields["hybrid_override_pattern"])
     return ModelConfig(
@@ -314,7 +299,7 @@ def _from_nemotron_h(fields: Mapping[str, Any]) -> ModelConfig:
 
 
 def _from_granite(fields: Mapping[str, Any]) -> ModelConfig:
-    _require(
+    require_fields(
         fields,
         {
             "hidden_act": "silu",
@@ -369,7 +354,7 @@ def _granite_attention(fields: Mapping[str, Any]) -> AttentionConfig:
     scale = float(fields["attention_multiplier"])
     rope = RopeConfig()
     if fields["position_embedding_type"] == "rope":
-        rope = _rope_from_parameters(fields.get("rope_parameters") or {})
+        rope = rope_from_parameters(fields.get("rope_parameters") or {})
     return AttentionConfig(
         num_heads=heads,
         num_kv_heads=fields["num_key_value_heads"],
@@ -378,24 +363,6 @@ def _granite_attention(fields: Mapping[str, Any]) -> AttentionConfig:
         rope=rope,
         softmax_scale=None if scale == head_dim**-0.5 else scale,
     )
-
-
-def _rope_from_parameters(parameters: Mapping[str, Any]) -> RopeConfig:
-    theta = float(parameters.get("rope_theta", 10_000.0))
-    kind = parameters.get("rope_type", "default")
-    if kind == "default":
-        return RopeConfig(theta=theta)
-    if kind == "yarn":
-        _require(parameters, {"attention_factor": None, "mscale": None, "mscale_all_dim": None, "truncate": True})
-        return RopeConfig(
-            theta=theta,
-            scaling="yarn",
-            yarn_factor=parameters["factor"],
-            yarn_original_length=parameters["original_max_position_embeddings"],
-            yarn_beta_fast=parameters.get("beta_fast") or 32.0,
-            yarn_beta_slow=parameters.get("beta_slow") or 1.0,
-        )
-    raise ValueError(f"config.json: rope_type={kind} cannot be imported; use default or yarn")
 
 
 def _from_own(fields: Mapping[str, Any]) -> ModelConfig:

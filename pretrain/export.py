@@ -76,7 +76,7 @@ def export_checkpoint(
 ) -> ExportReport:
     """Write a checkpoint (a run's newest, or an imported model) as a transformers folder and prove it.
 
-    `target`: nemotron_h, granitemoehybrid, own, auto; None: what the run's `export.target` says. Everything is written
+    `target`: nemotron_h, granitemoehybrid, qwen3_next, own, auto; None: what the run's `export.target` says. Everything is written
     to OUT.tmp, made durable, loaded by a fresh process that compares logits, and only then renamed to OUT, so OUT is
     absent or whole. Raises ValueError for a target that cannot hold the model or an OUT that is in use, RuntimeError
     for a failed proof: then the folder stands as OUT.failed, for examination.

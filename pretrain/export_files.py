@@ -39,6 +39,7 @@ TEMPLATE_FILES = (
 CLASS_NAMES: dict[Target, str] = {
     "nemotron_h": "NemotronHForCausalLM",
     "granitemoehybrid": "GraniteMoeHybridForCausalLM",
+    "qwen3_next": "Qwen3NextForCausalLM",
     "own": "AmfmForCausalLM",
 }
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from data_pipeline.tokenizer import Tokenizer, read_tokenizer_file
 from model.checks import check_model
 from model.config import ModelConfig
-from model.huggingface import Target
+from model.huggingface import NATIVE_TARGETS, Target
 from model.huggingface_config import OWN_MODEL_TYPE, TokenIds, huggingface_config, model_config_from_huggingface
 from model.huggingface_weights import weight_map
 from pretrain.export import check_free
@@ -29,6 +29,7 @@ INDEX = "model.safetensors.index.json"
 TARGET_OF_TYPE: dict[str, Target] = {
     "nemotron_h": "nemotron_h",
     "granitemoehybrid": "granitemoehybrid",
+    "qwen3_next": "qwen3_next",
     OWN_MODEL_TYPE: "own",
 }
 # Multi-token prediction heads: transformers leaves them out as well.
@@ -83,7 +84,7 @@ def read_config_json(source: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path} is missing; give a folder that transformers wrote")
     raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if raw.get("model_type") not in ("nemotron_h", "granitemoehybrid"):
+    if raw.get("model_type") not in NATIVE_TARGETS:
         return raw
     from transformers import AutoConfig
 

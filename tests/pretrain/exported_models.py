@@ -29,6 +29,21 @@ GRANITE: dict[str, Any] = {
         "router": "softmax",
     },
 }
+QWEN3_NEXT: dict[str, Any] = {
+    **MODEL,
+    "pattern": "GE*EG-",
+    "mixers": {"gated_deltanet": {"num_heads": 4, "num_key_heads": 2, "head_dim": 8, "chunk_size": 16}},
+    "attention": {
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 8,
+        "qk_norm": True,
+        "positions": "rope",
+        "rope": {"fraction": 0.5},
+    },
+    "feed_forward": {"hidden_size": 40, "activation": "swiglu"},
+    "moe": GRANITE["moe"],
+}
 # Everything at once that no native class holds.
 OWN: dict[str, Any] = {
     **MODEL,
@@ -61,7 +76,7 @@ OWN: dict[str, Any] = {
         "router_group_top_k": 2,
     },
 }
-MODELS = {"nemotron_h": MODEL, "granitemoehybrid": GRANITE, "own": OWN}
+MODELS = {"nemotron_h": MODEL, "granitemoehybrid": GRANITE, "qwen3_next": QWEN3_NEXT, "own": OWN}
 
 
 def random_weights(data: DataConfig, model: dict[str, Any], seed: int = 0) -> Weights:

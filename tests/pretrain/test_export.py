@@ -53,7 +53,7 @@ def test_a_trained_run_exports_with_equal_logits_on_validation_text(data: DataCo
     assert generation["eos_token_id"] == read_weights(tmp_path / "run").tokenizer.eos_id
 
 
-@pytest.mark.parametrize("target", ["granitemoehybrid", "own"])
+@pytest.mark.parametrize("target", ["granitemoehybrid", "qwen3_next", "own"])
 def test_other_targets_are_proved_in_a_fresh_process(data: DataConfig, tmp_path: Path, target: str) -> None:
     report = export_checkpoint(weights_folder(data, tmp_path / "weights", target), tmp_path / "out")
     assert report.target == target
@@ -181,7 +181,7 @@ def test_a_damaged_or_wrong_source_is_refused(data: DataConfig, tmp_path: Path) 
         export_checkpoint(tmp_path, tmp_path / "out")
 
 
-@pytest.mark.parametrize("target", ["nemotron_h", "granitemoehybrid", "own"])
+@pytest.mark.parametrize("target", MODELS)
 def test_transformers_generates_what_we_generate(data: DataConfig, tmp_path: Path, target: str) -> None:
     from pretrain.generate import Sampling, generate_tokens
 

@@ -1,0 +1,90 @@
+"""One tensor of ours and where it lies in another checkpoint: entries that can be walked both ways, and maps of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Form = Literal["same", "conv", "experts", "copy"]
+
+
+@dataclass(frozen=True)
+class WeightEntry:
+    """One tensor of ours and where it lies in the other checkpoint.
+
+    Forms: `same`; `conv` [C, W] <-> [C, 1, W]; `experts` [E, ...] <-> one tensor an expert; `copy` is a second place of a
+    tied weight, which is written but not read back.
+    """
+
+    ours: str
+    theirs: tuple[str, ...]
+    form: Form = "same"
+
+    def split(self, tensor: Tensor) -> dict[str, Tensor]:
+        """Our tensor as theirs, by name. Views of it, made contiguous."""
+        if self.form == "experts":
+            assert tensor.shape[0] == len(self.theirs), (
+                f"{self.ours}: {tensor.shape[0]} experts, {len(self.theirs)} names"
+            )
+            return {name: tensor[index].contiguous() for index, name in enumerate(self.theirs)}
+        return {self.theirs[0]: (tensor.unsqueeze(1) if self.form == "conv" else tensor).contiguous()}
+
+    def join(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Their tensors (by name; at least this entry's) as ours."""
+        if self.form == "experts":
+            return torch.stack([tensors[name] for name in self.theirs])
+        tensor = tensors[self.theirs[0]]
+        return tensor.squeeze(1).contiguous() if self.form == "conv" else tensor
+
+
+@dataclass(frozen=True)
+class WeightMap:
+    """All entries of a model, and the tensors that the class demands but our model lacks (all zeros), with shapes."""
+
+    entries: tuple[WeightEntry, ...]
+    zeros: Mapping[str, tuple[int, ...]]
+
+    def their_names(self) -> set[str]:
+        """Every tensor name in the other checkpoint."""
+        return {name for entry in self.entries for name in entry.theirs} | set(self.zeros)
+
+    def to_theirs(self, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A whole state of ours under their names. The names must be exactly those of the model."""
+        expected = {entry.ours for entry in self.entries}
+        assert expected == set(ours), f"weights differ from the map: {sorted(expected ^ set(ours))[:8]}"
+        tensors: dict[str, Tensor] = {}
+        for entry in self.entries:
+            tensors.update(entry.split(ours[entry.ours]))
+        for name, shape in self.zeros.items():
+            tensors[name] = torch.zeros(shape, dtype=torch.float32)
+        return tensors
+
+    def to_ours(self, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A whole state of theirs under our names; tensors that are always zero are dropped.
+
+        Raises ValueError where a tensor is missing or not in the map, a zero tensor is not zero, or copies differ.
+        """
+        missing, unknown = self.their_names() - set(theirs), set(theirs) - self.their_names()
+        if missing or unknown:
+            raise ValueError(
+                f"the checkpoint's tensors are not those of its configuration: missing {sorted(missing)[:6]}, "
+                f"unknown {sorted(unknown)[:6]}; check config.json"
+            )
+        for name in self.zeros:
+            if torch.count_nonzero(theirs[name]):
+                raise ValueError(
+                    f"{name} is not zero, and the model that the configuration describes has no such weight; where "
+                    "amfm_model.json lies beside the weights, remove it to read config.json instead"
+                )
+        ours = {entry.ours: entry.join(theirs) for entry in self.entries if entry.form != "copy"}
+        for entry in self.entries:
+            if entry.form == "copy" and not torch.equal(theirs[entry.theirs[0]], ours[entry.ours]):
+                raise ValueError(
+                    f"{entry.theirs[0]} differs from {entry.ours}, so the embeddings are no longer tied; "
+                    "remove amfm_model.json to import them as two tensors"
+                )
+        return ours
