@@ -15,6 +15,9 @@ from model.mixers.options import LightNetOptions
 from model.mixers.recurrence import DecayRecurrence, ScanRows
 from model.packing import PackMeta
 
+# Tokens over which a running softmax is summed by doubling, before blocks are joined.
+BLOCK_TOKENS = 64
+
 
 class LightNetMixer(LinearMixer):
     """With z_t = log(e^(k_1) + ... + e^(k_t)) a key channel: key e^(k_t - z_t), decay e^(z_(t-1) - z_t), low-rank gate.
@@ -72,7 +75,30 @@ class LightNetMixer(LinearMixer):
 
 
 def documents_logcumsumexp(x_BTX: Tensor, document_ids_BT: Tensor | None) -> Tensor:
-    """log of the sum of e^x over the document up to each token, [B, T, X], in log2(T) rounds of doubling."""
+    """log of the sum of e^x over the document up to each token, [B, T, X].
+
+    First within blocks of tokens, then over the blocks' last tokens, whose sums enter the next block: a token costs the same
+    in rows of any length. Ids differ between all documents of a row.
+    """
+    num_tokens = x_BTX.shape[1]
+    if num_tokens <= BLOCK_TOKENS:
+        return _by_doubling(x_BTX, document_ids_BT)
+    padding = -num_tokens % BLOCK_TOKENS
+    x_BLQX = functional.pad(x_BTX, (0, 0, 0, padding)).unflatten(1, (-1, BLOCK_TOKENS))
+    ids_BLQ = None
+    if document_ids_BT is not None:
+        ids_BLQ = functional.pad(document_ids_BT, (0, padding), value=-1).unflatten(1, (-1, BLOCK_TOKENS))
+    inside_BLQX = _by_doubling(x_BLQX.flatten(0, 1), None if ids_BLQ is None else ids_BLQ.flatten(0, 1)).view_as(x_BLQX)
+    ends_BL = None if ids_BLQ is None else ids_BLQ[:, :-1, -1]
+    entering_BLX = documents_logcumsumexp(inside_BLQX[:, :-1, -1], ends_BL)[:, :, None]
+    if ids_BLQ is not None and ends_BL is not None:
+        entering_BLX = torch.where((ids_BLQ[:, 1:] == ends_BL[..., None])[..., None], entering_BLX, -torch.inf)
+    later_BLQX = torch.logaddexp(inside_BLQX[:, 1:], entering_BLX)
+    return torch.cat([inside_BLQX[:, :1], later_BLQX], dim=1).flatten(1, 2)[:, :num_tokens]
+
+
+def _by_doubling(x_BTX: Tensor, document_ids_BT: Tensor | None) -> Tensor:
+    """The same in log2(T) rounds over all tokens."""
     num_tokens, shift = x_BTX.shape[1], 1
     while shift < num_tokens:
         earlier_BTX = functional.pad(x_BTX[:, :-shift], (0, 0, shift, 0), value=-torch.inf)
