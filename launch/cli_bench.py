@@ -16,6 +16,7 @@ from launch.console import print_json, print_rows, say
 PLAIN = ("ours_fp32", "ours_bf16")
 COMPILED = ("ours_fp32_compiled", "ours_bf16_compiled")
 PEER = ("transformers_default", "transformers_tuned")
+STEP_ROUNDS = 8
 
 bench = typer.Typer(
     help="Measure side by side, in one run.",
@@ -32,8 +33,25 @@ def step(
     compiled: Annotated[
         bool, typer.Option(help="Also time our step with compiled blocks (minutes to compile).")
     ] = False,
-    rounds: Annotated[int, typer.Option(min=1, help="Timed steps of each variant, taking turns.")] = 8,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all cores.")] = None,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Timed steps of each variant, taking turns; default: 8, with --sweep 3.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads; default: all cores, with --sweep one.")
+    ] = None,
+    sweep: Annotated[
+        Literal["length"] | None,
+        typer.Option(
+            help="Time small models of one mixer each instead, the same tokens cut into longer and longer rows."
+        ),
+    ] = None,
+    mixers: Annotated[
+        str | None, typer.Option(metavar="M,G,gla", help="With --sweep: letters or names; default: all, and attention.")
+    ] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(metavar="1024,16384", help="With --sweep: tokens a row; a step holds the longest row's."),
+    ] = None,
     comm: Annotated[
         bool, typer.Option("--comm", help="Count what ranks send instead, under the layout that KEY=VALUE give.")
     ] = False,
@@ -49,8 +67,21 @@ def step(
     """Time a training step of a 19.5M-parameter Granite-shaped hybrid: 4 rows of 512 tokens, same weights for all.
 
     With --comm: bytes of a small model's step by axis and collective, counted and by formula. With --calibration: a
-    hardware file, and how well the plan then does.
+    hardware file, and how well the plan then does. With --sweep length: tokens a second of each sequence mixer by row
+    length, and which are flat.
     """
+    if sweep is not None:
+        if comm or compiled or calibration is not None or peer != "none" or overrides or nproc > 1:
+            raise ValueError(
+                "--sweep length times models of its own; beside it give --mixers, --lengths, --rounds alone"
+            )
+        from launch.cli_bench_length import sweep_lengths
+
+        sweep_lengths(mixers, lengths, rounds, threads, as_json=as_json)
+        return
+    if mixers is not None or lengths is not None:
+        raise ValueError("--mixers and --lengths choose what --sweep length times; add it, or remove them")
+    rounds = rounds or STEP_ROUNDS
     if calibration is not None and (comm or compiled or peer != "none"):
         raise ValueError("--calibration measures blocks of its own; leave out --comm, --compiled and --peer")
     if comm:
