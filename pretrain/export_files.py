@@ -158,7 +158,7 @@ def model_card(plan: ExportPlan) -> str:
         "---",
         "library_name: transformers",
         "pipeline_tag: text-generation",
-        "tags: [mamba2, mixture-of-experts, hybrid, amfm]",
+        f"tags: [{', '.join(_kinds(config))}, hybrid, amfm]",
         "---",
         "",
         f"# {CLASS_NAMES[plan.target]} pretrained with amfm",
@@ -192,6 +192,12 @@ def model_card(plan: ExportPlan) -> str:
     if reasons:
         lines += ["", "## Why no native class", "", *(f"- {reason}" for reason in reasons)]
     return "\n".join(lines) + "\n"
+
+
+def _kinds(config: ModelConfig) -> list[str]:
+    """Kinds of block as tags."""
+    symbols = parse_pattern(config.pattern).counts()
+    return [describe_symbol(symbol).lower().replace(" ", "-") for symbol in symbols]
 
 
 def _facts(plan: ExportPlan, config: ModelConfig) -> list[tuple[str, str]]:

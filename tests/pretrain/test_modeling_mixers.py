@@ -124,7 +124,8 @@ def test_an_export_with_registered_mixers_is_proved_generates_and_comes_back(dat
     assert report.target == "own"
     assert report.max_logit_difference is not None and report.max_logit_difference <= LOGIT_TOLERANCE
     assert any("nemotron_h has no such block; use target own" in reason for reason in report.reasons)
-    assert "G gated deltanet" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "G gated deltanet" in card and "tags: [mamba2, attention, mixture-of-experts" in card
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, trust_remote_code=True)
     rounded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16, trust_remote_code=True)
     assert rounded.blocks[1].mixer.A_log.dtype == torch.float32
