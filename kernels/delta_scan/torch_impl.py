@@ -5,6 +5,7 @@ The derivation, with the names used here, is in README.md next to this file.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -153,33 +154,55 @@ class _ChunkedDelta(torch.autograd.Function):
 
 
 def _walk(terms: Terms, state: Tensor) -> tuple[Tensor, Tensor, _Walked]:
-    """o [B, T, H, V] of a piece, the state after it, and what its backward needs."""
+    """o [B, T, H, V] of a piece, the state after it, and what its backward needs.
+
+    Rows with few heads have many chunks of few matrices, where each call counts: the loop has only what must wait for a state.
+    """
     strict = terms.interactions().mul_(terms.beta.mT)
     inverse = invert_unit_lower(strict.flatten(0, 2)).view_as(strict)
-    into, out_of, carry = terms.from_start(terms.k), terms.to_end(terms.k).mT, terms.carry()
-    errors, changes = torch.empty_like(terms.v), torch.empty_like(terms.v)
-    entering = terms.v.new_empty(*terms.v.shape[:3], *state.shape[2:])
-    for c in range(terms.sizes.chunks):
-        entering[c] = state
-        torch.matmul(inverse[c], _add_product(terms.v[c].clone(), into[c], state, -1.0), out=errors[c])
-        torch.mul(terms.beta[c], errors[c], out=changes[c])
-        state = _add_product(carry[c] * state, out_of[c], changes[c])
+    errors = torch.empty_like(terms.v)
+    entering, last = state.new_empty(terms.sizes.chunks, *state.shape), state.new_empty(state.shape)
+    entering[0] = state
+    chunks = zip(
+        *map(_by_chunk, (terms.v, terms.from_start(terms.k), inverse, errors)),
+        _by_chunk((terms.to_end(terms.k) * terms.beta).mT),
+        _by_chunk(terms.carry().expand(-1, *state.shape[:2], 1, 1)),
+        itertools.pairwise((*_by_chunk(entering), last.flatten(0, 1))),
+        strict=True,
+    )
+    for v, into, solve, error, out_of, carry, (before, after) in chunks:
+        torch.bmm(solve, torch.baddbmm(v, into, before, alpha=-1.0), out=error)
+        torch.baddbmm(carry * before, out_of, error, out=after)
+    changes = errors * terms.beta
     o = _add_product(torch.matmul(terms.from_start(terms.q), entering), terms.mix(), changes)
-    return terms.tokens_first(o), state, _Walked(inverse, errors, entering)
+    return terms.tokens_first(o), last, _Walked(inverse, errors, entering)
 
 
 def _walk_back(terms: Terms, walked: _Walked, d_o: Tensor, d_state: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of changes, of v, of the states leaving chunks (shaped as errors and entering), and of the first state."""
-    into, out_of, carry = terms.from_start(terms.k).mT, terms.to_end(terms.k), terms.carry()
     d_changes = torch.matmul(terms.mix().mT, d_o)
     d_entering = torch.matmul(terms.from_start(terms.q).mT, d_o)
-    d_v, leaving = torch.empty_like(d_changes), torch.empty_like(d_entering)
-    for c in reversed(range(terms.sizes.chunks)):
-        leaving[c] = d_state
-        _add_product(d_changes[c], out_of[c], d_state)
-        torch.matmul(walked.inverse[c].mT, terms.beta[c] * d_changes[c], out=d_v[c])
-        d_state = _add_product(torch.addcmul(d_entering[c], carry[c], d_state), into[c], d_v[c], -1.0)
-    return d_changes, d_v, leaving, d_state
+    d_v = torch.empty_like(d_changes)
+    d_states = d_entering.new_empty(terms.sizes.chunks + 1, *d_state.shape)
+    d_states[-1] = d_state
+    chunks = zip(
+        *map(_by_chunk, (d_changes, d_entering, d_v, terms.to_end(terms.k))),
+        _by_chunk((walked.inverse * terms.beta).mT),
+        _by_chunk(terms.from_start(terms.k).mT),
+        _by_chunk(terms.carry().expand(-1, *d_state.shape[:2], 1, 1)),
+        itertools.pairwise(_by_chunk(d_states)),
+        strict=True,
+    )
+    for d_change, d_own, d_value, out_of, solve, into, carry, (before, after) in reversed(list(chunks)):
+        d_change.baddbmm_(out_of, after)
+        torch.bmm(solve, d_change, out=d_value)
+        torch.baddbmm(torch.addcmul(d_own, carry, after), into, d_value, alpha=-1.0, out=before)
+    return d_changes, d_v, d_states[1:], d_states[0]
+
+
+def _by_chunk(x_cBH: Tensor) -> tuple[Tensor, ...]:
+    """[c, B, H, X, Y] as c matrices [B H, X, Y], which share its memory where they can."""
+    return x_cBH.flatten(1, 2).unbind(0)
 
 
 def _add_product(to: Tensor, left: Tensor, right: Tensor, factor: float = 1.0) -> Tensor:
