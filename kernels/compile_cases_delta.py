@@ -13,6 +13,7 @@ from kernels.compile_cases import CompileCase
 from kernels.delta_scan import triton_impl as delta
 from kernels.delta_scan.triton_backward import gradients_kernel, walk_back_kernel
 from kernels.delta_scan.triton_forward import prepare_kernel, walk_kernel
+from kernels.limits import DELTA_LIMITS
 
 STATE_SIZE = 128
 
@@ -39,7 +40,7 @@ def delta_cases() -> Iterator[CompileCase]:
         ("walk, states only", walk_kernel, states | whole, delta.STATES_WALK[0]),
         ("walk back", walk_back_kernel, {"D_FINAL": False, "d_final": None} | whole, delta.WALK_BACK[0]),
     )
-    chunk = delta.CHUNK_SIZES[-1]
+    chunk = DELTA_LIMITS.chunk_sizes[-1]
     for steps in (1, 2):
         common = {"Q": chunk, "QT": chunk // steps, "N": steps, "DOT": tl.bfloat16}
         gradients = ("gradients", gradients_kernel, gates, delta.gradient_candidates(steps)[0])

@@ -32,6 +32,8 @@ def check_model(config: ModelConfig) -> None:
             )
         if name is not None:
             _check_wrapped(config, name)
+    for name in mixer_specs():
+        _check_mixer(config, name)
     if config.mamba is not None:
         _check_mamba(config.mamba)
     if config.attention is not None:
@@ -51,6 +53,12 @@ def _check_wrapped(config: ModelConfig, name: str) -> None:
         raise ValueError(f"{key} must be a linear mixer; use one of {', '.join(linear)}")
     if getattr(config.mixers, inside) is None:
         raise ValueError(f"{key} reads model.mixers.{inside}, which is missing; add model.mixers.{inside}")
+
+
+def _check_mixer(config: ModelConfig, name: str) -> None:
+    options = getattr(config.mixers, name)
+    for field, rule in () if options is None else options.broken_rules():
+        raise ValueError(f"model.mixers.{name}.{field}={getattr(options, field)} {rule}")
 
 
 def _check_mamba(mamba: Mamba2Config) -> None:

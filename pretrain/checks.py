@@ -10,6 +10,7 @@ from data_pipeline.config import CacheConfig
 from data_pipeline.object_store import is_url
 from model.checks import check_model
 from model.huggingface import explain_unfit
+from pretrain.checks_mixers import kernel_problems
 from pretrain.checks_parallel import layout_problems, world_problems
 from pretrain.checks_pipeline import micro_batch_problems, pipeline_problems
 from pretrain.checks_probe import probe_length_problems, probe_problems
@@ -66,6 +67,7 @@ def stage_problems(config: RunConfig, world_size: int | None) -> list[Problem]:
     """Rules for a run without stages, or for one stage taken as a run."""
     model = list(model_problems(config))
     problems = [*model, *schedule_problems(config), *layout_problems(config), *recompute_problems(config)]
+    problems += kernel_problems(config, config.kernels.backend)
     if not model:
         problems += [*export_problems(config), *pipeline_problems(config)]
     if world_size is not None:

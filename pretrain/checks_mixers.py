@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from model.mixers.options import MixerOptions
+from kernels.limits import DECAY_LIMITS, ScanLimits
+from model.mixers.options import LinearOptions, MixerOptions
 from model.mixers.registry import MixerSpec, mixer_specs
 from model.pattern import mixer_name, parse_pattern
 from pretrain.config import RunConfig
-from pretrain.config_errors import Problem
+from pretrain.config_errors import ConfigError, Problem
 
 
 def mixers_in_use(config: RunConfig) -> Iterator[tuple[MixerSpec, MixerOptions]]:
@@ -45,3 +46,35 @@ def longest_lookback(config: RunConfig) -> tuple[int, str]:
     """The most tokens before a segment that a registered mixer reads, and the setting that says so; (0, "") for none."""
     found = [(options.lookback(), spec.name) for spec, options in mixers_in_use(config)]
     return max(((tokens, f"model.mixers.{name}.{field}") for (tokens, field), name in found), default=(0, ""))
+
+
+def check_kernels(config: RunConfig, backend: str) -> None:
+    """Raises ConfigError for sizes that the kernels of this backend do not take; `auto` is resolved where ranks have a device."""
+    problems = list(kernel_problems(config, backend))
+    if problems:
+        raise ConfigError(problems)
+
+
+def kernel_problems(config: RunConfig, backend: str) -> Iterator[Problem]:
+    """Chunks and states of scans for which there is no Triton kernel."""
+    if backend != "triton":
+        return
+    for key, limits, chunk_size, (rows, columns) in _scans(config):
+        if not limits.takes_chunk(chunk_size):
+            rule = f"must be {limits.describe_chunks()} for Triton kernels"
+            yield Problem(f"{key}.chunk_size", rule, "use 64, or kernels.backend=torch", str(chunk_size))
+        if not limits.takes_state(rows, columns):
+            rule = (
+                f"has heads with a state of {rows} x {columns}, and Triton kernels hold up to {limits.describe_state()}"
+            )
+            yield Problem(key, rule, "use smaller heads or states, or kernels.backend=torch")
+
+
+def _scans(config: RunConfig) -> Iterator[tuple[str, ScanLimits, int, tuple[int, int]]]:
+    """Section, limits, chunk size and a head's state of each kind of block that scans."""
+    mamba = config.model.mamba
+    if mamba is not None and "M" in config.model.pattern:
+        yield "model.mamba", DECAY_LIMITS, mamba.chunk_size, (mamba.state_size, mamba.head_dim)
+    for spec, options in mixers_in_use(config):
+        if isinstance(options, LinearOptions) and options.scan_limits is not None:
+            yield f"model.mixers.{spec.name}", options.scan_limits, options.chunk_size, options.state_shape()

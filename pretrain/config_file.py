@@ -27,7 +27,7 @@ _KINDS = {
     "int_type": ("must be a whole number", "write it without quotes, fraction or unit"),
     "float_type": ("must be a number", "write it without quotes or unit"),
     "bool_type": ("must be true or false", "write `true` or `false` without quotes"),
-    "string_type": ("must be text", "put it in quotes if it looks like a number"),
+    "string_type": ("must be text", "put it in quotes if it looks like a number or starts with {"),
     "dict_type": ("must be a mapping", "write `{name: value}`, or one `name: value` a line below it"),
     "tuple_type": ("must be a list", "write `[a, b]`, or one `- item` a line"),
     "model_type": ("must be a section with keys", "write its keys indented below it, or remove the line"),

@@ -21,6 +21,7 @@ from pretrain.checkpoint import LoadedCheckpoint, load_newest
 from pretrain.checkpoint_background import BackgroundSaver
 from pretrain.checkpoint_commit import list_checkpoints
 from pretrain.checks import check_run
+from pretrain.checks_mixers import check_kernels
 from pretrain.config import RunConfig
 from pretrain.config_file import resolved_yaml
 from pretrain.engine import ZeroEngine, build_engine
@@ -238,13 +239,15 @@ def build_model(config: RunConfig, parallel: Parallel) -> HybridModel:
     the run exists to replace them.
     """
     section, pieces = config.parallel, None
+    backend = resolve_backend(config.kernels.backend, parallel.device)
+    check_kernels(config, backend)
     if section.pipeline > 1:
         cut = cut_pieces(config.model, section.num_pieces(), config.train.sequence_length)
         pieces = pieces_of_rank(cut, parallel.groups.pp.rank(), section.pipeline)
     model = HybridModel(
         config.model,
         parallel.groups,
-        backend=resolve_backend(config.kernels.backend, parallel.device),
+        backend=backend,
         seed=config.train.seed,
         device=parallel.device,
         pieces=pieces,

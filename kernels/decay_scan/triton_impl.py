@@ -13,10 +13,9 @@ from kernels.decay_scan.triton_backward import gradients_kernel, walk_back_kerne
 from kernels.decay_scan.triton_forward import walk_kernel
 from kernels.documents import first_tokens
 from kernels.interpreter import count_programs, dot_dtype
+from kernels.limits import DECAY_LIMITS
 from kernels.tuning import Config, config_for
 
-CHUNK_SIZES = (16, 32, 64, 128)
-LARGEST_STATE_DIM = 256
 # Tokens of a step: a chunk of 128 is two, which keeps their products in registers.
 LARGEST_TILE = 64
 # Heads of a group that one program of the gradient kernel walks over: fewer fill the card better, more share sums.
@@ -59,14 +58,12 @@ def scan_triton(
     dtype of v), else backward walks the row again for them. Raises ValueError for chunk or state sizes without a kernel.
     """
     dot_dtype(v_BTHV.dtype)  # refuses float64
-    chunk = min(chunk_size, CHUNK_SIZES[-1])
-    if chunk not in CHUNK_SIZES or chunk_size % chunk:
-        raise ValueError(f'backend "triton" needs a chunk_size of 16, 32, 64 or a multiple of 128; got {chunk_size}')
-    sizes = (q_BTGK.shape[-1], v_BTHV.shape[-1])
-    if max(sizes) > LARGEST_STATE_DIM:
-        raise ValueError(
-            f'backend "triton" holds states of up to {LARGEST_STATE_DIM} x {LARGEST_STATE_DIM}; got {sizes}'
-        )
+    limits, sizes = DECAY_LIMITS, (q_BTGK.shape[-1], v_BTHV.shape[-1])
+    if not limits.takes_chunk(chunk_size):
+        raise ValueError(f'backend "triton" needs a chunk_size of {limits.describe_chunks()}; got {chunk_size}')
+    if not limits.takes_state(*sizes):
+        raise ValueError(f'backend "triton" holds states of up to {limits.describe_state()}; got {sizes}')
+    chunk = min(chunk_size, limits.chunk_sizes[-1])
     initial = None if initial_state_BHKV is None else initial_state_BHKV.float()
     firsts = None if document_ids_BT is None else first_tokens(document_ids_BT)
     tensors = (q_BTGK, k_BTGK, v_BTHV, g_BTH, scale_BTH, skip_H, initial, firsts)

@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.decay_scan.triton_impl import LARGEST_STATE_DIM, outer_strides, pack_rows, pass_states
+from kernels.decay_scan.triton_impl import outer_strides, pack_rows, pass_states
 from kernels.decay_scan.vector_triton_backward import (
     score_gradients_kernel,
     vector_gradients_kernel,
@@ -18,9 +18,9 @@ from kernels.decay_scan.vector_triton_backward import (
 from kernels.decay_scan.vector_triton_forward import prepare_kernel, vector_walk_kernel
 from kernels.documents import first_tokens
 from kernels.interpreter import count_programs, dot_dtype
+from kernels.limits import VECTOR_GATE_LIMITS
 from kernels.tuning import Config, config_for
 
-TILES = (16, 32, 64)
 # Candidates of each kernel, the fixed one first. PART: key channels that a program takes, or takes at a time.
 PREPARE = tuple({"PART": part, "num_warps": warps, "num_stages": 1} for part, warps in ((32, 4), (32, 8), (64, 8)))
 SCORE_GRADIENTS = tuple({"BLOCK_V": 64, "num_warps": 4, "num_stages": stages} for stages in (2, 3))
@@ -56,15 +56,16 @@ def scan_vector_triton(
     dtype of v), else backward walks the row again for them. Raises ValueError for chunk or state sizes without a kernel.
     """
     dot_dtype(v_BTHV.dtype)  # refuses float64
-    tile = min(chunk_size, TILES[-1])
-    if tile not in TILES or chunk_size % tile:
+    limits = VECTOR_GATE_LIMITS
+    if not limits.takes_chunk(chunk_size):
         raise ValueError(
-            f'backend "triton" needs a chunk_size of 16, 32 or a multiple of 64 for a vector gate; got {chunk_size}'
+            f'backend "triton" needs a chunk_size of {limits.describe_chunks()} for a vector gate; got {chunk_size}'
         )
-    if q_BTHK.shape[-1] > LARGEST_STATE_DIM:
+    if not limits.takes_state(q_BTHK.shape[-1], v_BTHV.shape[-1]):
         raise ValueError(
-            f'backend "triton" holds states of up to {LARGEST_STATE_DIM} key channels; got {q_BTHK.shape[-1]}'
+            f'backend "triton" holds states of up to {limits.key_dim} key channels; got {q_BTHK.shape[-1]}'
         )
+    tile = min(chunk_size, limits.chunk_sizes[-1])
     initial = None if initial_state_BHKV is None else initial_state_BHKV.float()
     firsts = None if document_ids_BT is None else first_tokens(document_ids_BT)
     tensors = (q_BTHK, k_BTHK, v_BTHV, g_BTHK, initial, firsts)

@@ -13,10 +13,9 @@ from kernels.delta_scan.triton_backward import gradients_kernel, walk_back_kerne
 from kernels.delta_scan.triton_forward import prepare_kernel, walk_kernel
 from kernels.documents import first_tokens
 from kernels.interpreter import dot_dtype
+from kernels.limits import DELTA_LIMITS
 from kernels.tuning import Config, config_for
 
-CHUNK_SIZES = (16, 32, 64)
-LARGEST_KEY_DIM = 256
 # Candidates of each kernel, the fixed one first; BLOCK_V, BLOCK_K: columns of V and K that a program takes, or takes at a
 # time.
 PREPARE = tuple({"num_warps": warps, "num_stages": 1} for warps in (4, 8))
@@ -56,11 +55,12 @@ def delta_scan_triton(
     backward. Raises ValueError for chunk or key sizes without a kernel.
     """
     dot_dtype(v_BTNHV.dtype)  # refuses float64
-    chunk = min(chunk_size, CHUNK_SIZES[-1])
-    if chunk not in CHUNK_SIZES or chunk_size % chunk:
-        raise ValueError(f'backend "triton" needs a chunk_size of 16, 32 or a multiple of 64; got {chunk_size}')
-    if q_BTGK.shape[-1] > LARGEST_KEY_DIM:
-        raise ValueError(f'backend "triton" takes keys of up to {LARGEST_KEY_DIM} numbers; got {q_BTGK.shape[-1]}')
+    limits = DELTA_LIMITS
+    if not limits.takes_chunk(chunk_size):
+        raise ValueError(f'backend "triton" needs a chunk_size of {limits.describe_chunks()}; got {chunk_size}')
+    if not limits.takes_state(q_BTGK.shape[-1], v_BTNHV.shape[-1]):
+        raise ValueError(f'backend "triton" takes keys of up to {limits.key_dim} numbers; got {q_BTGK.shape[-1]}')
+    chunk = min(chunk_size, limits.chunk_sizes[-1])
     firsts = None if document_ids_BT is None else first_tokens(document_ids_BT)
     return _forward(q_BTGK, k_BTNGK, v_BTNHV, beta_BTNH, g_BTH, initial_state_BHKV, firsts, chunk)
 

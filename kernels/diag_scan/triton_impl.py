@@ -11,11 +11,11 @@ from torch import Tensor
 from kernels.diag_scan.triton_kernels import diag_backward_kernel, diag_forward_kernel
 from kernels.documents import first_tokens
 from kernels.interpreter import dot_dtype
+from kernels.limits import DIAG_LIMITS
 from kernels.tuning import Config, config_for
 
 # Tokens of the largest tile, of which a chunk is a multiple.
-LARGEST_TILE = 16
-LARGEST_STATE_SIZE = 16
+LARGEST_TILE = DIAG_LIMITS.chunk_sizes[0]
 
 
 # Candidates of each kernel, the fixed one first: tokens and channels of a tile. Backward holds four tiles of states at
@@ -43,11 +43,13 @@ def diag_scan_triton(
     a kernel.
     """
     dot_dtype(x_BTC.dtype)  # refuses float64
-    if chunk_size % LARGEST_TILE:
-        raise ValueError(f'backend "triton" needs a chunk_size that is a multiple of {LARGEST_TILE}; got {chunk_size}')
-    if A_CN.shape[1] > LARGEST_STATE_SIZE:
+    if not DIAG_LIMITS.takes_chunk(chunk_size):
         raise ValueError(
-            f'backend "triton" holds up to {LARGEST_STATE_SIZE} state numbers a channel; got {A_CN.shape[1]}'
+            f'backend "triton" needs a chunk_size that is {DIAG_LIMITS.describe_chunks()}; got {chunk_size}'
+        )
+    if not DIAG_LIMITS.takes_state(A_CN.shape[1], 1):
+        raise ValueError(
+            f'backend "triton" holds up to {DIAG_LIMITS.key_dim} state numbers a channel; got {A_CN.shape[1]}'
         )
     firsts = None if document_ids_BT is None else first_tokens(document_ids_BT)
     tensors = (x_BTC, dt_BTC, A_CN, B_BTN, C_BTN, D_C, initial_state_BCN, firsts)

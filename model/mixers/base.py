@@ -247,8 +247,8 @@ class LinearMixer(SequenceMixer):
         return part.unflatten(-1, (self.num_heads, -1))
 
     def state_shape(self) -> tuple[int, ...]:
-        """Of one row's state on this rank: heads, key channels, value channels."""
-        return self.num_heads, self.key_dim, self.value_dim
+        """Of one row's state on this rank: heads, then rows and columns of one."""
+        return self.num_heads, *self.options.state_shape()
 
     def empty_state(self, num_rows: int) -> MixerState:
         """Zeros: the window of the convolution in the dtype of the weights, the matrix states in float32."""

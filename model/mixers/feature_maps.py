@@ -79,10 +79,6 @@ class HedgehogMixer(LinearMixer):
         """The weighted values over the sum of weights, which is positive."""
         return (o_BTHV[..., :-1] / o_BTHV[..., -1:]).flatten(-2)
 
-    def state_shape(self) -> tuple[int, ...]:
-        """Twice the features, and the sum of weights beside the values."""
-        return self.num_heads, 2 * self.key_dim, self.value_dim + 1
-
     def first_value(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
         """Features begin as those of the queries and keys themselves."""
         return torch.eye(shape[-1]).expand(shape).clone() if name.endswith("features") else None

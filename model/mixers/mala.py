@@ -53,10 +53,6 @@ class MalaMixer(LinearMixer):
         mixed = (1.0 + 1.0 / total) * weighted[..., :-1] - total * mean
         return self.norm(mixed.to(parts["v"].dtype), None)
 
-    def state_shape(self) -> tuple[int, ...]:
-        """A row and a column for the sums."""
-        return self.num_heads, self.key_dim + 1, self.value_dim + 1
-
 
 class TwoReads(DecayRecurrence):
     """A decay recurrence whose state two queries read: q [B, T, 2 H, K], all first queries before all second ones."""

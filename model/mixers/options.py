@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from collections.abc import Iterator
+from typing import ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
+from kernels.limits import DECAY_LIMITS, DELTA_LIMITS, DIAG_LIMITS, VECTOR_GATE_LIMITS, ScanLimits
 from model.section import Section
 
 
 class MixerOptions(Section):
     """The base of a mixer's options, and what the rules of layouts ask of them."""
+
+    def broken_rules(self) -> Iterator[tuple[str, str]]:
+        """Fields that do not go with the others, each with the rule and a remedy."""
+        yield from ()
 
     def cut_evenly(self) -> dict[str, int]:
         """Sizes that the number of tensor ranks must divide, by field."""
@@ -42,6 +48,8 @@ class LinearOptions(MixerOptions):
     chunk_size: int = Field(
         64, gt=0, description="Tokens a chunk of the scan; changes speed and rounding, not meaning."
     )
+    # What the scan's Triton kernels take; None: not known before they run.
+    scan_limits: ClassVar[ScanLimits | None] = None
 
     def heads(self) -> int:
         """Heads of the recurrence, each with a state [key_dim, value_dim]."""
@@ -54,6 +62,10 @@ class LinearOptions(MixerOptions):
     def value_dim(self) -> int:
         """Columns of a head's state."""
         raise NotImplementedError
+
+    def state_shape(self) -> tuple[int, int]:
+        """Rows and columns of a head's state, with those for sums."""
+        return self.key_dim(), self.value_dim()
 
     def lookback(self) -> tuple[int, str]:
         """What the convolution reads."""
@@ -88,10 +100,18 @@ class RetentionOptions(HeadOptions):
     """Retention (Sun et al. 2023, arXiv 2307.08621): a constant decay a head, rotary positions, output gate."""
 
     rope_theta: float = Field(10_000.0, gt=1, description="Base of the rotary frequencies of queries and keys.")
+    scan_limits: ClassVar[ScanLimits | None] = DECAY_LIMITS
+
+    def broken_rules(self) -> Iterator[tuple[str, str]]:
+        """Channels are rotated in pairs."""
+        if self.head_dim % 2:
+            yield "head_dim", "must be even, because channels are rotated in pairs; add one"
 
 
 class LightningOptions(HeadOptions):
     """Lightning attention (Qin et al. 2024, arXiv 2401.04658): a constant decay a head that weakens with depth."""
+
+    scan_limits: ClassVar[ScanLimits | None] = DECAY_LIMITS
 
 
 class DeltaNetOptions(HeadOptions):
@@ -107,11 +127,12 @@ class DeltaNetOptions(HeadOptions):
         False, description="beta in (0, 2) and not (0, 1), so that a state may change sign (arXiv 2411.12537)."
     )
 
-    @model_validator(mode="after")
-    def _key_heads_divide(self) -> Self:
+    scan_limits: ClassVar[ScanLimits | None] = DELTA_LIMITS
+
+    def broken_rules(self) -> Iterator[tuple[str, str]]:
+        """Value heads share key heads evenly."""
         if self.num_heads % self.key_heads():
-            raise ValueError(f"num_key_heads must divide num_heads={self.num_heads}")
-        return self
+            yield "num_key_heads", f"must divide num_heads={self.num_heads}; use a divisor of it"
 
     def key_heads(self) -> int:
         """Query and key heads."""
@@ -133,26 +154,47 @@ class DeltaProductOptions(DeltaNetOptions):
     decay: bool = Field(True, description="Forget by a gate before the first of them.")
 
 
-class GlaOptions(HeadOptions):
+class VectorGateOptions(HeadOptions):
+    """What every mixer with a decay a key channel can choose."""
+
+    scan_limits: ClassVar[ScanLimits | None] = VECTOR_GATE_LIMITS
+
+    def broken_rules(self) -> Iterator[tuple[str, str]]:
+        """Decays are summed in halves of halves of a chunk."""
+        if self.chunk_size & (self.chunk_size - 1):
+            yield "chunk_size", "must be a power of two with a decay a key channel; use 16, 32 or 64"
+
+
+class GlaOptions(VectorGateOptions):
     """Gated linear attention (Yang et al. 2023, arXiv 2312.06635): a decay a key channel."""
 
     gate_rank: int = Field(16, gt=0, description="Inside of the low-rank projection that gives the decays.")
 
 
-class Hgrn2Options(HeadOptions):
+class Hgrn2Options(VectorGateOptions):
     """HGRN2 (Qin et al. 2024, arXiv 2404.07904): a forget gate a key channel, and what it forgets as the key; letter `H`."""
 
 
 class TransNormerOptions(HeadOptions):
     """TransNormer (Qin et al. 2022, arXiv 2210.10340): linear attention with a norm where others divide."""
 
+    scan_limits: ClassVar[ScanLimits | None] = DECAY_LIMITS
+
 
 class HedgehogOptions(HeadOptions):
     """Hedgehog (Zhang et al. 2024, arXiv 2402.04347): linear attention with learned softmax features."""
 
+    scan_limits: ClassVar[ScanLimits | None] = DECAY_LIMITS
+
+    def state_shape(self) -> tuple[int, int]:
+        """Twice the features, and the sum of weights beside the values."""
+        return 2 * self.key_dim(), self.value_dim() + 1
+
 
 class PlstmOptions(HeadOptions):
     """pLSTM along a line (Poeppel et al. 2025, arXiv 2506.11997): source, transition and mark gates."""
+
+    scan_limits: ClassVar[ScanLimits | None] = DECAY_LIMITS
 
 
 class Mamba1Options(LinearOptions):
@@ -162,6 +204,7 @@ class Mamba1Options(LinearOptions):
     inner_size: int = Field(gt=0, description="Channels of the scan; usually twice hidden_size.")
     state_size: int = Field(16, gt=0, description="State numbers a channel.")
     dt_rank: int | None = Field(None, gt=0, description="Inside of the time step's projection; none: hidden_size / 16.")
+    scan_limits: ClassVar[ScanLimits | None] = DIAG_LIMITS
 
     def heads(self) -> int:
         """Each channel."""
@@ -180,7 +223,7 @@ class Mamba1Options(LinearOptions):
         return {"inner_size": self.inner_size}
 
 
-class LightNetOptions(HeadOptions):
+class LightNetOptions(VectorGateOptions):
     """LightNet (Qin et al. 2024, arXiv 2405.21022): keys are shares of a running softmax, which decays what came before."""
 
     gate_rank: int = Field(16, gt=0, description="Inside of the low-rank output gate.")
@@ -188,6 +231,12 @@ class LightNetOptions(HeadOptions):
 
 class MalaOptions(HeadOptions):
     """Magnitude-aware linear attention (Fan et al. 2025, arXiv 2507.00698); experimental in language models."""
+
+    scan_limits: ClassVar[ScanLimits | None] = DECAY_LIMITS
+
+    def state_shape(self) -> tuple[int, int]:
+        """A row and a column for the sums."""
+        return self.key_dim() + 1, self.value_dim() + 1
 
 
 class WindowOptions(MixerOptions):
@@ -205,13 +254,12 @@ class WindowOptions(MixerOptions):
     )
     rope_theta: float = Field(10_000.0, gt=1, description="Base of the rotary frequencies.")
 
-    @model_validator(mode="after")
-    def _heads_divide(self) -> Self:
+    def broken_rules(self) -> Iterator[tuple[str, str]]:
+        """Query heads share key heads evenly, and channels are rotated in pairs."""
         if self.num_heads % self.kv_heads():
-            raise ValueError(f"num_kv_heads must divide num_heads={self.num_heads}")
+            yield "num_kv_heads", f"must divide num_heads={self.num_heads}; use a divisor of it"
         if self.positions == "rope" and self.head_dim % 2:
-            raise ValueError("head_dim must be even with positions: rope")
-        return self
+            yield "head_dim", "must be even with positions: rope; add one, or use positions: none"
 
     def kv_heads(self) -> int:
         """Key and value heads."""
@@ -241,11 +289,10 @@ class MomOptions(MixerOptions):
         0.01, ge=0, description="Balance over a micro-batch (Fedus et al. 2021, arXiv 2101.03961, section 2.2)."
     )
 
-    @model_validator(mode="after")
-    def _has_memories(self) -> Self:
+    def broken_rules(self) -> Iterator[tuple[str, str]]:
+        """A token chooses among the memories that there are."""
         if self.top_k > self.num_memories:
-            raise ValueError(f"top_k={self.top_k} must be at most num_memories={self.num_memories}")
-        return self
+            yield "top_k", f"must be at most num_memories={self.num_memories}; lower it"
 
     def wraps(self) -> str:
         """The mixer inside."""

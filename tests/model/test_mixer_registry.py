@@ -140,15 +140,19 @@ def test_missing_options_are_named(pattern, mixers, message):
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("gated_deltanet", {"num_key_heads": 3}, "num_key_heads must divide num_heads=4"),
-        ("window", {"num_kv_heads": 3}, "num_kv_heads must divide num_heads=4"),
-        ("window", {"head_dim": 5}, "head_dim must be even"),
-        ("mom", {"top_k": 5}, "top_k=5 must be at most num_memories=4"),
+        ("gated_deltanet", {"num_key_heads": 3}, "num_key_heads=3 must divide num_heads=4; use"),
+        ("window", {"num_kv_heads": 3}, "num_kv_heads=3 must divide num_heads=4; use"),
+        ("window", {"head_dim": 5}, "head_dim=5 must be even with positions: rope; add"),
+        ("retnet", {"head_dim": 5}, "head_dim=5 must be even, because"),
+        ("gla", {"chunk_size": 48}, "chunk_size=48 must be a power of two"),
+        ("hgrn2", {"chunk_size": 48}, "chunk_size=48 must be a power of two"),
+        ("lightnet", {"chunk_size": 48}, "chunk_size=48 must be a power of two"),
+        ("mom", {"top_k": 5}, "top_k=5 must be at most num_memories=4; lower it"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(name, change, message):
-    with pytest.raises(ValueError, match=message):
-        small_config("M", mixers={name: sample_options(name) | change})
+    with pytest.raises(ValueError, match=rf"model\.mixers\.{name}\.{message}"):
+        check_model(small_config("M", mixers={name: sample_options(name) | change}))
 
 
 def test_the_page_of_mixers_names_every_one_of_ours():

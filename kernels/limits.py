@@ -1,0 +1,38 @@
+"""Which sizes the Triton scans have kernels for, known without Triton: a configuration is held against them before it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ScanLimits:
+    """chunk_sizes: those with a kernel, and multiples of the last. key_dim, value_dim: the largest state; None: any."""
+
+    chunk_sizes: tuple[int, ...]
+    key_dim: int
+    value_dim: int | None = None
+
+    def takes_chunk(self, chunk_size: int) -> bool:
+        """Whether there is a kernel for it."""
+        chunk = min(chunk_size, self.chunk_sizes[-1])
+        return chunk in self.chunk_sizes and chunk_size % chunk == 0
+
+    def takes_state(self, key_dim: int, value_dim: int) -> bool:
+        """Whether a head's state of these rows and columns fits."""
+        return key_dim <= self.key_dim and (self.value_dim is None or value_dim <= self.value_dim)
+
+    def describe_chunks(self) -> str:
+        """The chunk sizes in words."""
+        *sizes, last = map(str, self.chunk_sizes)
+        return f"{', '.join(sizes)} or a multiple of {last}" if sizes else f"a multiple of {last}"
+
+    def describe_state(self) -> str:
+        """The largest state in words."""
+        return f"{self.key_dim} rows" if self.value_dim is None else f"{self.key_dim} x {self.value_dim}"
+
+
+DECAY_LIMITS = ScanLimits((16, 32, 64, 128), 256, 256)
+VECTOR_GATE_LIMITS = ScanLimits((16, 32, 64), 256)
+DELTA_LIMITS = ScanLimits((16, 32, 64), 256)
+DIAG_LIMITS = ScanLimits((16,), 16)
