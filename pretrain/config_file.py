@@ -81,7 +81,7 @@ def settle(
 ) -> tuple[S, dict[str, Origin]]:
     """What a tree with overrides says, and the places of its keys; ConfigError with the given problems and all others."""
     for override in overrides:
-        apply_override(tree, override, problems)
+        apply_override(tree, override, problems, schema)
     origins = tree.origins()
     try:
         # JSON in strict mode: no text becomes a number, no number a truth value, and lists are fine for tuples.
@@ -93,7 +93,7 @@ def settle(
     return config, origins
 
 
-def apply_override(tree: Entry, override: str, problems: list[Problem]) -> None:
+def apply_override(tree: Entry, override: str, problems: list[Problem], schema: type[BaseModel] = RunConfig) -> None:
     """Lay `a.b=value` over the tree; a bad override is appended to `problems`."""
     key, equals, text = override.partition("=")
     key = key.strip()
@@ -103,7 +103,10 @@ def apply_override(tree: Entry, override: str, problems: list[Problem]) -> None:
         return
     origin = Origin(f"override {key}={text}")
     reader = TreeReader(origin.source, keep_lines=False)
-    value = reader.read(text) if text.strip() else Entry(None, origin)
+    if text.startswith("{") and takes_text(key, schema):
+        value = Entry(text, origin)  # a pattern such as {retnet}*, which YAML would read as a mapping
+    else:
+        value = reader.read(text) if text.strip() else Entry(None, origin)
     problems += reader.problems
     *parents, last = key.split(".")
     entry = tree
@@ -119,6 +122,14 @@ def apply_override(tree: Entry, override: str, problems: list[Problem]) -> None:
     else:
         assert isinstance(entry.value, dict), "step_into returns mappings and lists only"
         entry.value[last] = merge(entry.value[last], value) if last in entry.value else value
+
+
+def takes_text(key: str, schema: type[BaseModel]) -> bool:
+    """Whether the setting of this dotted key is a text."""
+    *parents, last = key.split(".")
+    section = section_at(tuple(parents), schema)
+    info = section.model_fields.get(last) if section else None
+    return info is not None and info.annotation in (str, str | None)
 
 
 def step_into(entry: Entry, part: str, key: str, origin: Origin, problems: list[Problem]) -> Entry | None:

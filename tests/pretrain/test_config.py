@@ -381,3 +381,9 @@ def test_the_schema_accepts_partial_files_and_knows_every_section():
     assert "required" not in schema
     assert set(schema["properties"]) == {"extends", *RunConfig.model_fields}
     assert schema["$defs"]["TrainConfig"]["properties"]["precision"]["enum"] == ["float32", "bf16"]
+
+
+def test_an_override_may_be_a_pattern_of_mixers_in_braces(base):
+    config = load_config(base, ["model.pattern={retnet}*", "model.mixers.retnet={num_heads: 4, head_dim: 8}"])
+    assert config.model.pattern == "{retnet}*"
+    assert config.model.mixers.retnet.num_heads == 4
