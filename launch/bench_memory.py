@@ -59,8 +59,6 @@ CASES: tuple[tuple[str, int, tuple[str, ...]], ...] = (
     ("ladder_150m", 2, (FLOAT32, "parallel.zero_stage=3")),
     ("ladder_150m", 2, (FLOAT32, "parallel.tensor=2", "parallel.sequence_parallel=true")),
     ("ladder_150m", 2, (FLOAT32, "parallel.expert=2")),
-    ("ladder_150m", 2, (FLOAT32, "parallel.context=2")),
-    ("ladder_150m", 2, (FLOAT32, "parallel.pipeline=2")),
 )
 
 
