@@ -22,10 +22,12 @@ from data_pipeline.probe_rows import NO_TOKENIZER
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer, read_tokenizer_file
 from model.config import ModelConfig
 from model.groups import single_rank_groups
+from model.huggingface import registered_mixers
 from model.huggingface_weights import weight_shapes
 from model.hybrid import HybridModel
 from model.layers import parameter_shards
-from model.pattern import SECTIONS, mixer_name, parse_pattern
+from model.mixers.registry import mixer_specs
+from model.pattern import SECTIONS, parse_pattern
 from pretrain.checkpoint_commit import CHECKPOINT_NAME, list_checkpoints
 from pretrain.checkpoint_files import MANIFEST_NAME, read_manifest
 from pretrain.checkpoint_read import find_checkpoint, read_full_state
@@ -190,7 +192,7 @@ def load_initial_weights(model: HybridModel, path: str | Path, tokenizer_identit
             f"prepared with {tokenizer_identity}; prepare the data with data.tokenizer.model={path}/"
             f"{weights.tokenizer.file_name}"
         )
-    ours, given = _function_settings(model.config), _function_settings(weights.model)
+    ours, given = function_settings(model.config), function_settings(weights.model)
     differing = [
         f"{name}: {given.get(name)} there, {ours.get(name)} here"
         for name in ours | given
@@ -221,6 +223,7 @@ _TRAINING_ONLY = {
     "residual_in_fp32",
     "logits_z_loss_weight",
     "mamba.chunk_size",
+    "mamba.keep_states",
     "mamba.a_init_min",
     "mamba.a_init_max",
     "mamba.time_step_min",
@@ -230,19 +233,20 @@ _TRAINING_ONLY = {
     "moe.auxiliary_loss_weight",
     "moe.sequence_loss_weight",
     "moe.z_loss_weight",
+    *(f"mixers.{name}.{field}" for name in mixer_specs() for field in ("chunk_size", "balance_loss_weight")),
 }
 
 
-def _function_settings(config: ModelConfig) -> dict[str, object]:
-    """Dotted settings that change the function of the model; sections that the pattern does not use are left out."""
+def function_settings(config: ModelConfig) -> dict[str, object]:
+    """Dotted settings that change what a model computes, of the sections that its blocks read (those inside MoM too)."""
     letters = parse_pattern(config.pattern).letters
     settings: dict[str, object] = {"pattern": "".join(letters)}
     for name in ("vocab_size", "hidden_size", "norm_epsilon", "tie_embeddings"):
         settings[name] = getattr(config, name)
-    for letter in [*SECTIONS, *dict.fromkeys(letters)]:
-        section_name = SECTIONS.get(letter, f"mixers.{mixer_name(letter)}")
+    used = [section for letter, section in SECTIONS.items() if letter in letters]
+    for section_name in [*used, *(f"mixers.{name}" for name in registered_mixers(config).values())]:
         section = attrgetter(section_name)(config)
-        if letter in letters and section is not None:
+        if section is not None:
             for name, value in section.model_dump().items():
                 if f"{section_name}.{name}" not in _TRAINING_ONLY:
                     settings[f"{section_name}.{name}"] = value

@@ -11,6 +11,7 @@ from pretrain.checks import check_run
 from pretrain.checks_mixers import check_kernels
 from pretrain.config_errors import ConfigError
 from pretrain.config_file import load_config
+from pretrain.weights import function_settings
 from tests.model.mixer_samples import mixer_config, sample_options
 
 LINEAR = [spec.name for spec in BUILT_IN if issubclass(spec.options, LinearOptions)]
@@ -78,3 +79,15 @@ def test_a_mixer_in_braces_without_quotes_is_read_as_a_mapping_and_said_so(base)
         ConfigError, match=r"must be text; put it in quotes if it looks like a number or starts with \{"
     ):
         load_config(base, ["model.pattern={retnet}"])
+
+
+def test_weights_go_to_the_same_mixers_whatever_their_chunks():
+    def settings(**changes):
+        inner = find_spec("deltanet").options.model_validate(sample_options("deltanet") | changes)
+        model = mixer_config("mom over deltanet")
+        return function_settings(
+            model.model_copy(update={"mixers": model.mixers.model_copy(update={"deltanet": inner})})
+        )
+
+    assert settings(chunk_size=32) == settings()
+    assert settings(allow_negative_eigenvalues=True) != settings(), "the mixer inside changes what MoM computes"
