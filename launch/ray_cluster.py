@@ -24,6 +24,7 @@ from pretrain.rank_variables import LAUNCHER_PID, RESTART_CAUSE
 
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 30.0
+PLACEMENT_SECONDS = 60.0
 SHOWN_LINES = 200
 
 
@@ -88,10 +89,10 @@ class RayCluster:
         """Run one attempt to its end; the first rank that fails, or whose node is lost, ends it for all."""
         group = placement_group([self.need] * attempt.nodes, strategy="STRICT_SPREAD")
         try:
-            if not group.wait(timeout_seconds=max(1.0, self.wait_seconds)):
+            if not self._is_placed(group, attempt.nodes):
                 return Outcome(
                     RUN_FAILED,
-                    f"no {attempt.nodes} nodes with {self.need} free within launch.node_wait_seconds={self.wait_seconds:g}",
+                    f"no {attempt.nodes} nodes with {self.need} free; {self.usable_nodes()} are alive and large enough",
                 )
             return self._run_ranks(attempt, group)
         except RayError as error:
@@ -101,6 +102,19 @@ class RayCluster:
                 ray.kill(actor)
             self.actors = []
             remove_placement_group(group)
+
+    def _is_placed(self, group: Any, nodes: int) -> bool:
+        """Wait until the group has its nodes; False when that takes too long, or too few are left to hope for.
+
+        Ray frees what the attempt before held in the background, and may notice only now that a node is lost.
+        """
+        deadline = time.monotonic() + max(PLACEMENT_SECONDS, self.wait_seconds)
+        while time.monotonic() < deadline:
+            if group.wait(timeout_seconds=1):
+                return True
+            if self.usable_nodes() < nodes:
+                return False
+        return False
 
     def _run_ranks(self, attempt: Attempt, group: Any) -> Outcome:
         host_class = ray.remote(max_concurrency=3, max_restarts=0)(RankHost)

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,8 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
+from launch.ray_cluster import RayCluster
+from launch.supervise import Attempt
 from pretrain.config import RunConfig
 from pretrain.config_file import resolved_yaml
 from tests.pretrain.tiny_run import tiny_config, tiny_data
@@ -107,3 +110,34 @@ def test_a_run_survives_a_lost_worker_and_a_lost_node_with_the_losses_of_an_undi
     assert losses.keys() == undisturbed.keys() == set(range(1, STEPS + 1))
     # Sums over ranks round in another order than sums over micro-batches, and 300 steps add up.
     assert losses == pytest.approx(undisturbed, rel=2e-4)
+
+
+@pytest.mark.slow
+def test_an_attempt_waits_for_what_the_one_before_it_still_holds(cluster: Cluster, tmp_path: Path) -> None:
+    ranks = RayCluster(
+        ["--help"], address=cluster.address, run_dir=str(tmp_path), ranks_per_node=1, gpus=False, wait_seconds=0.5
+    )
+
+    class Holder:
+        def ready(self) -> bool:
+            return True
+
+    holder = ray.remote(num_cpus=1)(Holder).remote()
+    ray.get(holder.ready.remote())
+    freeing = threading.Timer(5.0, ray.kill, [holder])
+    freeing.start()
+    outcome = ranks.start(Attempt(0, 3, None))
+    freeing.join()
+    assert outcome.code == 0, outcome.cause
+    assert "Example: amfm prepare" in (tmp_path / "logs" / "attempt-0" / "rank-2.log").read_text()
+
+
+@pytest.mark.slow
+def test_an_attempt_on_more_nodes_than_there_are_ends_at_once(cluster: Cluster, tmp_path: Path) -> None:
+    ranks = RayCluster(
+        ["--help"], address=cluster.address, run_dir=str(tmp_path), ranks_per_node=1, gpus=False, wait_seconds=0.5
+    )
+    started = time.monotonic()
+    outcome = ranks.start(Attempt(0, 4, None))
+    assert time.monotonic() - started < 30
+    assert (outcome.code, outcome.cause) == (3, "no 4 nodes with {'CPU': 1.0} free; 3 are alive and large enough")
