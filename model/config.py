@@ -142,8 +142,10 @@ _MIXER_FIELDS: dict[str, Any] = {
     spec.name: (spec.options | None, Field(None, description=f"Needed by {spec.symbol}."))
     for spec in mixer_specs().values()
 }
-_RegisteredMixers: type[MixersConfig] = create_model("MixersConfig", __base__=MixersConfig, **_MIXER_FIELDS)
-_RegisteredMixers.__doc__ = MixersConfig.__doc__
+RegisteredMixers: type[MixersConfig] = create_model(
+    "RegisteredMixers", __base__=MixersConfig, __module__=__name__, **_MIXER_FIELDS
+)
+RegisteredMixers.__doc__ = MixersConfig.__doc__
 
 
 class ModelConfig(Section):
@@ -165,7 +167,7 @@ class ModelConfig(Section):
     attention: AttentionConfig | None = Field(None, description="Needed by * (A).")
     moe: MoeConfig | None = Field(None, description="Needed by E (F).")
     feed_forward: FeedForwardConfig | None = Field(None, description="Needed by - (D).")
-    mixers: _RegisteredMixers = Field(_RegisteredMixers(), description="Other sequence mixers; docs/mixers.md.")
+    mixers: RegisteredMixers = Field(RegisteredMixers(), description="Other sequence mixers; docs/mixers.md.")
     residual_in_fp32: bool = Field(False, description="Keep the residual stream in float32 when weights are bf16.")
     logits_z_loss_weight: float = Field(
         0.0, ge=0, description="Squared log-sum-exp of the vocabulary logits (PaLM, arXiv 2204.02311, section 5)."

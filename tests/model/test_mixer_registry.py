@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -159,3 +160,9 @@ def test_the_page_of_mixers_names_every_one_of_ours():
     page = (Path(__file__).parents[2] / "docs" / "mixers.md").read_text()
     for spec in BUILT_IN:
         assert f"| `{spec.symbol}` | `{spec.name}` |" in page, spec.name
+
+
+def test_options_of_mixers_survive_pickling_and_hashing():
+    config = small_config("G", mixers={"gated_deltanet": sample_options("gated_deltanet")})
+    assert pickle.loads(pickle.dumps(config)) == config
+    assert hash(config) == hash(config.model_copy())
