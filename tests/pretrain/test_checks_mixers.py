@@ -74,11 +74,13 @@ def test_auto_is_checked_once_it_is_known_to_be_triton(base):
     assert "model.mamba: has heads with a state of 512 x" in str(caught.value)
 
 
-def test_a_mixer_in_braces_without_quotes_is_read_as_a_mapping_and_said_so(base):
+def test_a_file_with_a_mixer_in_braces_without_quotes_is_told_what_to_write(base, tmp_path):
+    path = tmp_path / "braces.yaml"
+    path.write_text(f"extends: {base}\nmodel:\n  pattern: {{retnet}}\n")
     with pytest.raises(
         ConfigError, match=r"must be text; put it in quotes if it looks like a number or starts with \{"
     ):
-        load_config(base, ["model.pattern={retnet}"])
+        load_config(path)
 
 
 def test_weights_go_to_the_same_mixers_whatever_their_chunks():
