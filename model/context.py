@@ -21,15 +21,24 @@ from model.segments import Segments
 
 
 @torch.compiler.disable
-def receive_windows(tails_B2WC: Tensor, segments: Segments, groups: ProcessGroupCollection) -> Tensor:
-    """The inputs just before each of this rank's segments, from the last inputs of every rank's segments.
+def receive_windows(inputs_RLC: Tensor, width: int, segments: Segments, groups: ProcessGroupCollection) -> Tensor:
+    """The `width` inputs just before each of this rank's segments, [R, width, C], from those of all segments [R, L, C].
 
-    [B, 2, W, C] -> [B, 2, W, C]; zeros for inputs of another document than the segment's first token, which a causal
-    convolution must not see. A rank sends 2 B W C numbers, to its neighbours.
+    Segments are rows, as `Segments.as_rows` makes them. Zeros for inputs of another document than the segment's first
+    token, which a causal convolution must not see. A rank sends R width C numbers, to its neighbours. Raises ValueError
+    where segments are shorter than `width`: a neighbour could not give them all.
     """
+    if segments.length < width:
+        raise ValueError(
+            f"segments of {segments.length} tokens are shorter than the {width} before each that a convolution or window "
+            "reads; use longer rows or fewer context ranks"
+        )
+    if width == 0:
+        return inputs_RLC[:, :0]
+    tails_B2WC = inputs_RLC[:, segments.length - width :].unflatten(0, (-1, 2))
     windows_B2WC: Tensor = _ReceiveTails.apply(tails_B2WC, segments, groups.cp)
-    seen_B2W1 = segments.window_mask(tails_B2WC.shape[2])[..., None]
-    return torch.where(seen_B2W1, windows_B2WC, torch.zeros_like(windows_B2WC))
+    seen_B2W1 = segments.window_mask(width)[..., None]
+    return torch.where(seen_B2W1, windows_B2WC, torch.zeros_like(windows_B2WC)).flatten(0, 1)
 
 
 @torch.compiler.disable

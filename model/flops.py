@@ -66,8 +66,8 @@ def head_flops(config: ModelConfig) -> float:
 def _block_parameters(config: ModelConfig, letter: str) -> tuple[int, int]:
     """(total, active) parameters of one block with its norm."""
     if letter not in SECTIONS:
-        total, active, _ = _registered(config, letter, 1)
-        return total + config.hidden_size, active + config.hidden_size
+        total = _registered(config, letter, 1)[0] + config.hidden_size
+        return total, total
     matrices, active_matrices = _block_matrices(config, letter)
     rest = config.hidden_size
     if letter == "M":
@@ -121,7 +121,7 @@ def _matrices_a_unit(activation: str) -> int:
 
 def _block_forward_flops(config: ModelConfig, letter: str, sequence_length: int) -> float:
     if letter not in SECTIONS:
-        return _registered(config, letter, sequence_length)[2]
+        return _registered(config, letter, sequence_length)[1]
     flops = 2.0 * _block_matrices(config, letter)[1]
     if letter == "M":
         mamba = _section(config.mamba)
@@ -136,8 +136,8 @@ def _block_forward_flops(config: ModelConfig, letter: str, sequence_length: int)
 
 
 @lru_cache(maxsize=256)
-def _registered(config: ModelConfig, letter: str, sequence_length: int) -> tuple[int, int, float]:
-    """(total parameters, active parameters, forward operations a token) of a registered mixer, counted on one that is built."""
+def _registered(config: ModelConfig, letter: str, sequence_length: int) -> tuple[int, float]:
+    """(parameters, forward operations a token) of a registered mixer, counted on one that is built."""
     import torch
 
     from model.groups import single_rank_groups
@@ -147,11 +147,11 @@ def _registered(config: ModelConfig, letter: str, sequence_length: int) -> tuple
     with torch.device("meta"):
         mixer = build_mixer(parse_pattern(config.pattern).letters.index(letter), config, single_rank_groups(), "torch")
     assert isinstance(mixer, SequenceMixer), f"{letter} is no registered mixer"
-    active = mixer.active_parameters()
-    total = sum(parameter.numel() for parameter in mixer.parameters())
+    parameters = list(mixer.parameters())
     # A matrix counts 2 a weight, and so do the taps of a convolution.
-    matrices = sum(active[name] for name, parameter in mixer.named_parameters() if parameter.dim() > 1)
-    return total, sum(active.values()), 2.0 * matrices + mixer.sequence_flops(sequence_length)
+    matrices = sum(parameter.numel() for parameter in parameters if parameter.dim() > 1)
+    total = sum(parameter.numel() for parameter in parameters)
+    return total, 2.0 * matrices + mixer.sequence_flops(sequence_length)
 
 
 def _section(section: _T | None) -> _T:

@@ -90,16 +90,10 @@ class Mamba2Mixer(nn.Module):
         and backward walks the sequence once.
         """
         width, num_rows = self.conv.weight.shape[1] - 1, len(inputs_BTC)
-        if segments.length < width:
-            raise ValueError(
-                f"segments of {segments.length} tokens are shorter than the {width} before each that the convolution "
-                "reads; use longer rows or fewer context ranks"
-            )
         ids_BT = meta.boundaries_BT()
         ids_RL = None if ids_BT is None else segments.as_rows(ids_BT)
         inputs_RLC, dt_RLH = segments.as_rows(inputs_BTC), segments.as_rows(dt_BTH)
-        tails_B2WC = inputs_RLC[:, segments.length - width :].unflatten(0, (num_rows, 2))
-        windows_RWC = receive_windows(tails_B2WC, segments, self.groups).flatten(0, 1)
+        windows_RWC = receive_windows(inputs_RLC, width, segments, self.groups)
         C_RLGN, scanned = self._recur(inputs_RLC, dt_RLH, ids_RL, windows_RWC, None)
         states_B2HPN = receive_states(
             scanned.final_state_BHPN.unflatten(0, (num_rows, 2)),

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from kernels.causal_conv1d.op import causal_conv1d, causal_conv1d_step
+from kernels.causal_conv1d.op import causal_conv1d
 from model.context import receive_states, receive_windows
 from model.groups import ProcessGroupCollection
 from model.layers import ColumnLinear, Cut, KeepsBuffers, RowLinear, Shard, divide
@@ -62,10 +62,6 @@ class SequenceMixer(KeepsBuffers):
     @abstractmethod
     def sequence_flops(self, sequence_length: int) -> float:
         """Operations a token of mixing over the sequence, forward, of all heads on one rank; products with weights are counted elsewhere."""
-
-    def active_parameters(self) -> dict[str, int]:
-        """Parameters that one token passes, by name; all, but where a token takes some of several."""
-        return {name: parameter.numel() for name, parameter in self.named_parameters()}
 
     def first_value(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
         """The whole first value of an own parameter, float32 on the CPU; None: as init.py says for its name."""
@@ -172,22 +168,23 @@ class LinearMixer(SequenceMixer):
 
     def mix(self, parts: dict[str, Tensor], meta: PackMeta) -> Tensor:
         """What the recurrence reads [B, T, H, V] in whole rows of documents; convolves the parts."""
-        self._convolve(parts, meta.boundaries_BT(), None)
+        self._convolve(parts, self._convolved_inputs(parts), meta.boundaries_BT(), None)
         self.accumulate(parts, meta, None)
         return self._scan(self.rows(parts, meta), meta.boundaries_BT(), None)[0]
 
-    def _convolved_inputs(self, parts: dict[str, Tensor]) -> Tensor:
-        return torch.cat([parts[name] for name in self.convolved()], dim=-1)
-
-    def _convolve(self, parts: dict[str, Tensor], ids_BT: Tensor | None, window_BWC: Tensor | None) -> Tensor | None:
-        """Convolves in place of the dictionary's entries; returns the inputs [B, T, C], None without a convolution."""
-        if self.conv is None:
-            return None
-        inputs_BTC = self._convolved_inputs(parts)
+    def _convolve(
+        self, parts: dict[str, Tensor], inputs_BTC: Tensor | None, ids_BT: Tensor | None, window_BWC: Tensor | None
+    ) -> None:
+        """Puts what the convolution makes of its inputs, which begin after this window or zeros, in place of the parts."""
+        if self.conv is None or inputs_BTC is None:
+            return
         convolved_BTC = self.conv(inputs_BTC, ids_BT, window_BWC, self.build.backend)
         sizes = [self._cut_sizes[name] for name in self.convolved()]
         parts |= zip(self.convolved(), convolved_BTC.split(sizes, dim=-1))
-        return inputs_BTC
+
+    def _convolved_inputs(self, parts: dict[str, Tensor]) -> Tensor | None:
+        """[B, T, C]; None without a convolution."""
+        return None if self.conv is None else torch.cat([parts[name] for name in self.convolved()], dim=-1)
 
     def _scan(self, rows: ScanRows, ids_BT: Tensor | None, state_BHKV: Tensor | None) -> tuple[Tensor, Tensor]:
         return self.recurrence.scan(
@@ -196,23 +193,16 @@ class LinearMixer(SequenceMixer):
 
     def go_on(self, parts: dict[str, Tensor], meta: PackMeta, state: MixerState) -> tuple[Tensor, MixerState]:
         """The tokens after those of a decode state."""
-        window_BWC = state.get("window")
-        num_tokens = next(iter(parts.values())).shape[1]
         following: MixerState = {}
-        if self.conv is not None and num_tokens == 1:
-            assert window_BWC is not None, "the decode state of a mixer with a convolution has a window"
-            inputs_BC = self._convolved_inputs(parts)[:, 0]
-            convolved_BC, following["window"] = causal_conv1d_step(inputs_BC, window_BWC, self.conv.weight, None)
-            sizes = [self._cut_sizes[name] for name in self.convolved()]
-            parts |= zip(self.convolved(), convolved_BC[:, None].split(sizes, dim=-1))
-        elif self.conv is not None:
-            inputs_BTC = self._convolve(parts, None, window_BWC)
-            assert inputs_BTC is not None and window_BWC is not None, "the decode state has a window"
+        inputs_BTC = self._convolved_inputs(parts)
+        if inputs_BTC is not None:
+            window_BWC = state["window"]
             seen_BTC = torch.cat([window_BWC, inputs_BTC.to(window_BWC.dtype)], dim=1)
             following["window"] = seen_BTC[:, seen_BTC.shape[1] - window_BWC.shape[1] :]
+            self._convolve(parts, inputs_BTC, None, window_BWC)
         following |= self.accumulate(parts, meta, state)
         rows = self.rows(parts, meta)
-        if num_tokens == 1:
+        if meta.positions_BT.shape[1] == 1:
             token = ScanRows(*(None if x is None else x[:, 0] for x in rows))  # type: ignore[arg-type]
             o_BHV, following["state"] = self.recurrence.step(token, state["state"])
             return o_BHV[:, None], following
@@ -221,18 +211,24 @@ class LinearMixer(SequenceMixer):
 
     def _scan_segments(self, parts: dict[str, Tensor], meta: PackMeta, segments: Segments) -> Tensor:
         """The outputs of this rank's segments, scanned from zero as rows of their own; then what entering states add."""
-        num_rows = len(next(iter(parts.values())))
-        ids_BT = meta.boundaries_BT()
-        ids_RL = None if ids_BT is None else segments.as_rows(ids_BT)
-        if self.conv is not None:
-            inputs_RLC = segments.as_rows(self._convolved_inputs(parts))
-            windows_RWC = self.conv.receive_window(inputs_RLC, segments, self.build.groups)
-            convolved_RLC = self.conv(inputs_RLC, ids_RL, windows_RWC, self.build.backend)
-            convolved_BTC = convolved_RLC.reshape(num_rows, -1, convolved_RLC.shape[-1])
-            sizes = [self._cut_sizes[name] for name in self.convolved()]
-            parts |= zip(self.convolved(), convolved_BTC.split(sizes, dim=-1))
-        rows = ScanRows(*(None if x is None else segments.as_rows(x) for x in self.rows(parts, meta)))  # type: ignore[arg-type]
-        scan = self.recurrence.scan_open(rows, ids_RL, chunk_size=self.options.chunk_size, backend=self.build.backend)
+        own_parts = {name: segments.as_rows(part) for name, part in parts.items()}
+        layout = replace(
+            meta,
+            document_ids_BT=segments.as_rows(meta.document_ids_BT),
+            positions_BT=segments.as_rows(meta.positions_BT),
+            segments=None,
+        )
+        inputs_RLC, windows_RWC = self._convolved_inputs(own_parts), None
+        if self.conv is not None and inputs_RLC is not None:
+            windows_RWC = receive_windows(inputs_RLC, self.conv.weight.shape[1] - 1, segments, self.build.groups)
+        self._convolve(own_parts, inputs_RLC, layout.boundaries_BT(), windows_RWC)
+        scan = self.recurrence.scan_open(
+            self.rows(own_parts, layout),
+            layout.boundaries_BT(),
+            chunk_size=self.options.chunk_size,
+            backend=self.build.backend,
+        )
+        num_rows = len(meta.positions_BT)
         states_B2HKV = receive_states(
             scan.final_BHKV.unflatten(0, (num_rows, 2)),
             scan.transfer.unflatten(0, (num_rows, 2)),
@@ -282,20 +278,6 @@ class ShortConvolution(nn.Module):
             initial_window_BWC=window_BWC,
             backend=backend,
         )
-
-    def receive_window(self, inputs_RLC: Tensor, segments: Segments, groups: ProcessGroupCollection) -> Tensor:
-        """The inputs before each of this rank's segments, [2 B, W - 1, C]. Every rank of `groups.cp` must call.
-
-        Raises ValueError where a segment is shorter than the window.
-        """
-        width = self.weight.shape[1] - 1
-        if segments.length < width:
-            raise ValueError(
-                f"segments of {segments.length} tokens are shorter than the {width} before each that the convolution "
-                "reads; use longer rows or fewer context ranks"
-            )
-        tails_B2WC = inputs_RLC[:, segments.length - width :].unflatten(0, (-1, 2))
-        return receive_windows(tails_B2WC, segments, groups).flatten(0, 1)
 
 
 def cut_of(parts: Iterable[Part]) -> Cut:

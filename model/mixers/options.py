@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import ClassVar, Literal
 
@@ -39,7 +40,7 @@ class MixerOptions(Section):
         return 0, ""
 
 
-class LinearOptions(MixerOptions):
+class LinearOptions(MixerOptions, ABC):
     """What every mixer on a linear recurrence can choose."""
 
     conv_kernel: Literal[0, 2, 3, 4] = Field(
@@ -51,17 +52,17 @@ class LinearOptions(MixerOptions):
     # What the scan's Triton kernels take; None: not known before they run.
     scan_limits: ClassVar[ScanLimits | None] = None
 
+    @abstractmethod
     def heads(self) -> int:
         """Heads of the recurrence, each with a state [key_dim, value_dim]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def key_dim(self) -> int:
         """Rows of a head's state."""
-        raise NotImplementedError
 
+    @abstractmethod
     def value_dim(self) -> int:
         """Columns of a head's state."""
-        raise NotImplementedError
 
     def state_shape(self) -> tuple[int, int]:
         """Rows and columns of a head's state, with those for sums."""

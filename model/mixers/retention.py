@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -39,9 +41,9 @@ class ConstantDecayMixer(LinearMixer):
         own = self.all_log_decays()[first : first + self.num_heads]
         self.log_decay_H = own.to(self.out_proj.weight.device, torch.float32)
 
+    @abstractmethod
     def all_log_decays(self) -> Tensor:
         """The logarithm of each head's decay, [heads of all ranks], float64."""
-        raise NotImplementedError
 
     def constant_rows(self, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor) -> ScanRows:
         """Rows under the constant decays."""

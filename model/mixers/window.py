@@ -105,15 +105,9 @@ class WindowMixer(SequenceMixer):
     def _attend_segments(self, q_BTHK: Tensor, k_BTJK: Tensor, v_BTJK: Tensor, segments: Segments) -> Tensor:
         """Each of this rank's segments as a row, with the window - 1 keys and values before it."""
         kept = self.options.window - 1
-        if segments.length < kept:
-            raise ValueError(
-                f"segments of {segments.length} tokens are shorter than the {kept} before each that a window of "
-                f"{self.options.window} reads; use longer rows or fewer context ranks"
-            )
         q_RLHK, k_RLJK, v_RLJK = (segments.as_rows(x) for x in (q_BTHK, k_BTJK, v_BTJK))
         both_RLX = torch.cat([k_RLJK, v_RLJK], dim=2).flatten(2)
-        tails_B2WX = both_RLX[:, segments.length - kept :].unflatten(0, (-1, 2))
-        before_RWX = receive_windows(tails_B2WX, segments, self.build.groups).flatten(0, 1)
+        before_RWX = receive_windows(both_RLX, kept, segments, self.build.groups)
         both_RSJK = torch.cat([before_RWX, both_RLX], dim=1).unflatten(2, (-1, self.options.head_dim))
         k_RSJK, v_RSJK = both_RSJK.chunk(2, dim=2)
         # What the mask of windows hides lies in another document, or before the row.

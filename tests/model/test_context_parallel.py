@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from launch.bench_comm_context import heads_bytes, states_bytes
 from model.config import MoeConfig
+from model.context import receive_windows
 from model.groups import single_rank_groups
 from model.hybrid import HybridModel
 from model.layers import parameter_shards
@@ -186,3 +187,10 @@ def test_a_row_of_any_length_costs_a_mamba_block_the_same_bytes(num_ranks):
         sent = sum(row[1] for sent in ranks for row in sent["*", length].values())
         assert sent == 2 * keys * (num_ranks - 1)
     assert heads_bytes(mamba, 240, 2, num_ranks, 1, 4) == 10 * heads_bytes(mamba, 24, 2, num_ranks, 1, 4)
+
+
+def test_nothing_is_asked_of_neighbours_where_nothing_is_read():
+    segments = meta_of(torch.zeros(1, 24, dtype=torch.int32)).cut(0, 2).segments
+    assert receive_windows(torch.ones(2, 6, 3), 0, segments, single_rank_groups()).shape == (2, 0, 3)
+    with pytest.raises(ValueError, match="segments of 6 tokens are shorter than the 7 before each"):
+        receive_windows(torch.ones(2, 6, 3), 7, segments, single_rank_groups())
