@@ -22,6 +22,15 @@ class ScanLimits:
         """Whether a head's state of these rows and columns fits."""
         return key_dim <= self.key_dim and (self.value_dim is None or value_dim <= self.value_dim)
 
+    def check(self, chunk_size: int, key_dim: int, value_dim: int) -> None:
+        """Raises ValueError for sizes without a kernel."""
+        if not self.takes_chunk(chunk_size):
+            raise ValueError(f'backend "triton" needs a chunk_size of {self.describe_chunks()}; got {chunk_size}')
+        if not self.takes_state(key_dim, value_dim):
+            raise ValueError(
+                f'backend "triton" holds states of up to {self.describe_state()}; got {key_dim} x {value_dim}'
+            )
+
     def describe_chunks(self) -> str:
         """The chunk sizes in words."""
         *sizes, last = map(str, self.chunk_sizes)

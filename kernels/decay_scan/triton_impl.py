@@ -58,12 +58,8 @@ def scan_triton(
     dtype of v), else backward walks the row again for them. Raises ValueError for chunk or state sizes without a kernel.
     """
     dot_dtype(v_BTHV.dtype)  # refuses float64
-    limits, sizes = DECAY_LIMITS, (q_BTGK.shape[-1], v_BTHV.shape[-1])
-    if not limits.takes_chunk(chunk_size):
-        raise ValueError(f'backend "triton" needs a chunk_size of {limits.describe_chunks()}; got {chunk_size}')
-    if not limits.takes_state(*sizes):
-        raise ValueError(f'backend "triton" holds states of up to {limits.describe_state()}; got {sizes}')
-    chunk = min(chunk_size, limits.chunk_sizes[-1])
+    DECAY_LIMITS.check(chunk_size, q_BTGK.shape[-1], v_BTHV.shape[-1])
+    chunk = min(chunk_size, DECAY_LIMITS.chunk_sizes[-1])
     initial = None if initial_state_BHKV is None else initial_state_BHKV.float()
     firsts = None if document_ids_BT is None else first_tokens(document_ids_BT)
     tensors = (q_BTGK, k_BTGK, v_BTHV, g_BTH, scale_BTH, skip_H, initial, firsts)

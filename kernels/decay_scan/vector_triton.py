@@ -56,16 +56,8 @@ def scan_vector_triton(
     dtype of v), else backward walks the row again for them. Raises ValueError for chunk or state sizes without a kernel.
     """
     dot_dtype(v_BTHV.dtype)  # refuses float64
-    limits = VECTOR_GATE_LIMITS
-    if not limits.takes_chunk(chunk_size):
-        raise ValueError(
-            f'backend "triton" needs a chunk_size of {limits.describe_chunks()} for a vector gate; got {chunk_size}'
-        )
-    if not limits.takes_state(q_BTHK.shape[-1], v_BTHV.shape[-1]):
-        raise ValueError(
-            f'backend "triton" holds states of up to {limits.key_dim} key channels; got {q_BTHK.shape[-1]}'
-        )
-    tile = min(chunk_size, limits.chunk_sizes[-1])
+    VECTOR_GATE_LIMITS.check(chunk_size, q_BTHK.shape[-1], v_BTHV.shape[-1])
+    tile = min(chunk_size, VECTOR_GATE_LIMITS.chunk_sizes[-1])
     initial = None if initial_state_BHKV is None else initial_state_BHKV.float()
     firsts = None if document_ids_BT is None else first_tokens(document_ids_BT)
     tensors = (q_BTHK, k_BTHK, v_BTHV, g_BTHK, initial, firsts)

@@ -55,12 +55,8 @@ def delta_scan_triton(
     backward. Raises ValueError for chunk or key sizes without a kernel.
     """
     dot_dtype(v_BTNHV.dtype)  # refuses float64
-    limits = DELTA_LIMITS
-    if not limits.takes_chunk(chunk_size):
-        raise ValueError(f'backend "triton" needs a chunk_size of {limits.describe_chunks()}; got {chunk_size}')
-    if not limits.takes_state(q_BTGK.shape[-1], v_BTNHV.shape[-1]):
-        raise ValueError(f'backend "triton" takes keys of up to {limits.key_dim} numbers; got {q_BTGK.shape[-1]}')
-    chunk = min(chunk_size, limits.chunk_sizes[-1])
+    DELTA_LIMITS.check(chunk_size, q_BTGK.shape[-1], v_BTNHV.shape[-1])
+    chunk = min(chunk_size, DELTA_LIMITS.chunk_sizes[-1])
     firsts = None if document_ids_BT is None else first_tokens(document_ids_BT)
     return _forward(q_BTGK, k_BTNGK, v_BTNHV, beta_BTNH, g_BTH, initial_state_BHKV, firsts, chunk)
 

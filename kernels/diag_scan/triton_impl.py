@@ -43,14 +43,7 @@ def diag_scan_triton(
     a kernel.
     """
     dot_dtype(x_BTC.dtype)  # refuses float64
-    if not DIAG_LIMITS.takes_chunk(chunk_size):
-        raise ValueError(
-            f'backend "triton" needs a chunk_size that is {DIAG_LIMITS.describe_chunks()}; got {chunk_size}'
-        )
-    if not DIAG_LIMITS.takes_state(A_CN.shape[1], 1):
-        raise ValueError(
-            f'backend "triton" holds up to {DIAG_LIMITS.key_dim} state numbers a channel; got {A_CN.shape[1]}'
-        )
+    DIAG_LIMITS.check(chunk_size, A_CN.shape[1], 1)
     firsts = None if document_ids_BT is None else first_tokens(document_ids_BT)
     tensors = (x_BTC, dt_BTC, A_CN, B_BTN, C_BTN, D_C, initial_state_BCN, firsts)
     keep_states = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)

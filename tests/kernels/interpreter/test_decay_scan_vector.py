@@ -108,9 +108,9 @@ def test_registration_is_complete() -> None:
 
 def test_sizes_without_a_kernel_are_refused() -> None:
     q, k, v, g = (torch.zeros(1, 8, 1, 16) for _ in range(4))
-    with pytest.raises(ValueError, match="chunk_size of 16, 32 or a multiple of 64 for a vector gate; got 24"):
+    with pytest.raises(ValueError, match="chunk_size of 16, 32 or a multiple of 64; got 24"):
         decay_scan(q, k, v, g, chunk_size=24, backend="triton")
-    with pytest.raises(ValueError, match="states of up to 256 key channels; got 300"):
+    with pytest.raises(ValueError, match="states of up to 256 rows; got 300 x"):
         decay_scan(torch.zeros(1, 8, 1, 300), torch.zeros(1, 8, 1, 300), v, torch.zeros(1, 8, 1, 300), backend="triton")
     with pytest.raises(ValueError, match="float64"):
         decay_scan(q.double(), k.double(), v.double(), g, backend="triton")

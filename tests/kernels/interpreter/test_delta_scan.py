@@ -162,5 +162,5 @@ def test_sizes_without_a_kernel_are_refused() -> None:
     with pytest.raises(ValueError, match="float64"):
         delta_scan(q.double(), k.double(), v.double(), beta, backend="triton")
     q, k = torch.zeros(1, 8, 1, 257), torch.zeros(1, 8, 1, 1, 257)
-    with pytest.raises(ValueError, match="keys of up to 256 numbers; got 257"):
+    with pytest.raises(ValueError, match="states of up to 256 rows; got 257 x"):
         delta_scan(q, k, v, beta, backend="triton")

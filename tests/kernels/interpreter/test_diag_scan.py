@@ -98,10 +98,10 @@ def test_registration_is_complete() -> None:
 
 def test_sizes_without_a_kernel_are_refused() -> None:
     arguments = make(DiagCase(), torch.float32)
-    with pytest.raises(ValueError, match="chunk_size that is a multiple of 16; got 24"):
+    with pytest.raises(ValueError, match="chunk_size of a multiple of 16; got 24"):
         call(arguments, DiagCase(chunk=24), "triton")
     with pytest.raises(ValueError, match="float64"):
         call(make(DiagCase(), torch.float64), DiagCase(), "triton")
     case = DiagCase(N=17)
-    with pytest.raises(ValueError, match="up to 16 state numbers a channel; got 17"):
+    with pytest.raises(ValueError, match="states of up to 16 rows; got 17 x 1"):
         call(make(case, torch.float32), case, "triton")
