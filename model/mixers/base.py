@@ -20,7 +20,7 @@ from model.groups import ProcessGroupCollection
 from model.layers import ColumnLinear, Cut, KeepsBuffers, RowLinear, Shard, divide
 from model.mixer import BlockState, MixerOutput, MixerState
 from model.mixers.options import LinearOptions
-from model.mixers.recurrence import Recurrence, ScanRows, add_entering_state
+from model.mixers.recurrence import Recurrence, ScanRows, ScanSettings, add_entering_state
 from model.packing import PackMeta
 from model.regions import leave_tensor_region, project_stream
 from model.section import Section
@@ -170,7 +170,7 @@ class LinearMixer(SequenceMixer):
         """What the recurrence reads [B, T, H, V] in whole rows of documents; convolves the parts."""
         self._convolve(parts, self._convolved_inputs(parts), meta.boundaries_BT(), None)
         self.accumulate(parts, meta, None)
-        return self._scan(self.rows(parts, meta), meta.boundaries_BT(), None)[0]
+        return self.recurrence.scan(self.rows(parts, meta), self._settings(meta.boundaries_BT()), None)[0]
 
     def _convolve(
         self, parts: dict[str, Tensor], inputs_BTC: Tensor | None, ids_BT: Tensor | None, window_BWC: Tensor | None
@@ -186,10 +186,8 @@ class LinearMixer(SequenceMixer):
         """[B, T, C]; None without a convolution."""
         return None if self.conv is None else torch.cat([parts[name] for name in self.convolved()], dim=-1)
 
-    def _scan(self, rows: ScanRows, ids_BT: Tensor | None, state_BHKV: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self.recurrence.scan(
-            rows, ids_BT, state_BHKV, chunk_size=self.options.chunk_size, backend=self.build.backend
-        )
+    def _settings(self, ids_BT: Tensor | None) -> ScanSettings:
+        return ScanSettings(ids_BT, self.options.chunk_size, self.build.backend)
 
     def go_on(self, parts: dict[str, Tensor], meta: PackMeta, state: MixerState) -> tuple[Tensor, MixerState]:
         """The tokens after those of a decode state."""
@@ -206,7 +204,7 @@ class LinearMixer(SequenceMixer):
             token = ScanRows(*(None if x is None else x[:, 0] for x in rows))  # type: ignore[arg-type]
             o_BHV, following["state"] = self.recurrence.step(token, state["state"])
             return o_BHV[:, None], following
-        o_BTHV, following["state"] = self._scan(rows, None, state["state"])
+        o_BTHV, following["state"] = self.recurrence.scan(rows, self._settings(None), state["state"])
         return o_BTHV, following
 
     def _scan_segments(self, parts: dict[str, Tensor], meta: PackMeta, segments: Segments) -> Tensor:
@@ -222,12 +220,7 @@ class LinearMixer(SequenceMixer):
         if self.conv is not None and inputs_RLC is not None:
             windows_RWC = receive_windows(inputs_RLC, self.conv.weight.shape[1] - 1, segments, self.build.groups)
         self._convolve(own_parts, inputs_RLC, layout.boundaries_BT(), windows_RWC)
-        scan = self.recurrence.scan_open(
-            self.rows(own_parts, layout),
-            layout.boundaries_BT(),
-            chunk_size=self.options.chunk_size,
-            backend=self.build.backend,
-        )
+        scan = self.recurrence.scan_open(self.rows(own_parts, layout), self._settings(layout.boundaries_BT()))
         num_rows = len(meta.positions_BT)
         states_B2HKV = receive_states(
             scan.final_BHKV.unflatten(0, (num_rows, 2)),

@@ -10,7 +10,7 @@ from model.mixers.base import BuildContext, LinearMixer, Part
 from model.mixers.feature_maps import no_decay, query_key_value
 from model.mixers.head_norm import GatedHeadNorm
 from model.mixers.options import HeadOptions
-from model.mixers.recurrence import DecayRecurrence, OpenScan, ScanRows
+from model.mixers.recurrence import DecayRecurrence, OpenScan, ScanRows, ScanSettings
 from model.packing import PackMeta
 
 
@@ -57,30 +57,16 @@ class MalaMixer(LinearMixer):
 class TwoReads(DecayRecurrence):
     """A decay recurrence whose state two queries read: q [B, T, 2 H, K], all first queries before all second ones."""
 
-    def scan(
-        self,
-        rows: ScanRows,
-        document_ids_BT: Tensor | None,
-        state_BHKV: Tensor | None,
-        *,
-        chunk_size: int,
-        backend: str,
-    ) -> tuple[Tensor, Tensor]:
+    def scan(self, rows: ScanRows, how: ScanSettings, state_BHKV: Tensor | None) -> tuple[Tensor, Tensor]:
         """Both outputs, [B, T, 2 H, V], and the one state."""
         first, second = (
-            super(TwoReads, self).scan(
-                rows._replace(q=q), document_ids_BT, state_BHKV, chunk_size=chunk_size, backend=backend
-            )
-            for q in rows.q.chunk(2, dim=2)
+            super(TwoReads, self).scan(rows._replace(q=q), how, state_BHKV) for q in rows.q.chunk(2, dim=2)
         )
         return torch.cat([first[0], second[0]], dim=2), first[1]
 
-    def scan_open(self, rows: ScanRows, document_ids_BT: Tensor | None, *, chunk_size: int, backend: str) -> OpenScan:
+    def scan_open(self, rows: ScanRows, how: ScanSettings) -> OpenScan:
         """Both outputs and both reads."""
-        first, second = (
-            super(TwoReads, self).scan_open(rows._replace(q=q), document_ids_BT, chunk_size=chunk_size, backend=backend)
-            for q in rows.q.chunk(2, dim=2)
-        )
+        first, second = (super(TwoReads, self).scan_open(rows._replace(q=q), how) for q in rows.q.chunk(2, dim=2))
         return OpenScan(
             torch.cat([first.o_BTHV, second.o_BTHV], dim=2),
             lambda state_BHKV: torch.cat([first.read(state_BHKV), second.read(state_BHKV)], dim=2),

@@ -15,7 +15,7 @@ from model.layers import Cut, RowLinear, Shard
 from model.mixers.base import BuildContext, LinearMixer, Part
 from model.mixers.first_values import first_time_steps
 from model.mixers.options import Mamba1Options
-from model.mixers.recurrence import OpenScan, Recurrence, ScanRows
+from model.mixers.recurrence import OpenScan, Recurrence, ScanRows, ScanSettings
 from model.packing import PackMeta
 from model.regions import sum_parts
 
@@ -85,37 +85,20 @@ class SelectiveRecurrence(Recurrence):
         assert rows.g is not None, "a selective scan needs time steps"
         return rows.v, rows.g, mixer.A_log, rows.k, rows.q, mixer.D, mixer.dt_bias
 
-    def scan(
-        self,
-        rows: ScanRows,
-        document_ids_BT: Tensor | None,
-        state_BHKV: Tensor | None,
-        *,
-        chunk_size: int,
-        backend: str,
-    ) -> tuple[Tensor, Tensor]:
+    def scan(self, rows: ScanRows, how: ScanSettings, state_BHKV: Tensor | None) -> tuple[Tensor, Tensor]:
         """As in the base class."""
-        scanned = diag_scan(
-            *self._arguments(rows),
-            document_ids_BT=document_ids_BT,
-            initial_state_BCN=None if state_BHKV is None else state_BHKV[..., 0],
-            chunk_size=chunk_size,
-            backend=backend,
-        )
+        initial_BCN = None if state_BHKV is None else state_BHKV[..., 0]
+        scanned = diag_scan(*self._arguments(rows), initial_state_BCN=initial_BCN, **how._asdict())
         return scanned.y_BTC[..., None], scanned.final_state_BCN[..., None]
 
-    def scan_open(self, rows: ScanRows, document_ids_BT: Tensor | None, *, chunk_size: int, backend: str) -> OpenScan:
+    def scan_open(self, rows: ScanRows, how: ScanSettings) -> OpenScan:
         """As in the base class; the decays of all tokens, N times as wide as x, are never kept."""
         _, dt_BTC, A_log_CN, _, C_BTN, _, dt_bias_C = self._arguments(rows)
-        scanned = diag_scan(
-            *self._arguments(rows), document_ids_BT=document_ids_BT, chunk_size=chunk_size, backend=backend
-        )
+        scanned = diag_scan(*self._arguments(rows), **how._asdict())
 
         def read(state_BHKV: Tensor) -> Tensor:
-            state_BCN = state_BHKV[..., 0]
-            return read_carried_state(dt_BTC, A_log_CN, C_BTN, dt_bias_C, state_BCN, document_ids_BT=document_ids_BT)[
-                ..., None
-            ]
+            arguments = (dt_BTC, A_log_CN, C_BTN, dt_bias_C, state_BHKV[..., 0])
+            return read_carried_state(*arguments, document_ids_BT=how.document_ids_BT)[..., None]
 
         return OpenScan(scanned.y_BTC[..., None], read, scanned.final_state_BCN[..., None], scanned.total_decay_BCN)
 

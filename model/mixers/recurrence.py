@@ -33,6 +33,14 @@ class ScanRows(NamedTuple):
     beta: Tensor | None = None
 
 
+class ScanSettings(NamedTuple):
+    """How rows are scanned, under the names of the kernels' arguments: where documents end, chunks, backend."""
+
+    document_ids_BT: Tensor | None
+    chunk_size: int
+    backend: str
+
+
 class OpenScan(NamedTuple):
     """A scan from zero that a state may still enter: o = o_BTHV + read(S_in), S_out = transfer S_in + final_BHKV.
 
@@ -49,19 +57,11 @@ class Recurrence(ABC):
     """A linear recurrence over matrix states [B, H, K, V], reset at documents; states are float32."""
 
     @abstractmethod
-    def scan(
-        self,
-        rows: ScanRows,
-        document_ids_BT: Tensor | None,
-        state_BHKV: Tensor | None,
-        *,
-        chunk_size: int,
-        backend: str,
-    ) -> tuple[Tensor, Tensor]:
+    def scan(self, rows: ScanRows, how: ScanSettings, state_BHKV: Tensor | None) -> tuple[Tensor, Tensor]:
         """(o [B, T, H, V], the state after the last token) of rows that begin with this state, or with zero."""
 
     @abstractmethod
-    def scan_open(self, rows: ScanRows, document_ids_BT: Tensor | None, *, chunk_size: int, backend: str) -> OpenScan:
+    def scan_open(self, rows: ScanRows, how: ScanSettings) -> OpenScan:
         """The rows from zero, and what a state would add once it has arrived."""
 
     @abstractmethod
@@ -76,36 +76,17 @@ class Recurrence(ABC):
 class DecayRecurrence(Recurrence):
     """S_t = diag(e^(g_t)) S_(t-1) + k_t v_t^T."""
 
-    def scan(
-        self,
-        rows: ScanRows,
-        document_ids_BT: Tensor | None,
-        state_BHKV: Tensor | None,
-        *,
-        chunk_size: int,
-        backend: str,
-    ) -> tuple[Tensor, Tensor]:
+    def scan(self, rows: ScanRows, how: ScanSettings, state_BHKV: Tensor | None) -> tuple[Tensor, Tensor]:
         """As in the base class."""
         assert rows.g is not None, "a decay recurrence needs g; zeros for no decay"
-        scanned = decay_scan(
-            rows.q,
-            rows.k,
-            rows.v,
-            rows.g,
-            document_ids_BT=document_ids_BT,
-            initial_state_BHKV=state_BHKV,
-            chunk_size=chunk_size,
-            backend=backend,
-        )
+        scanned = decay_scan(rows.q, rows.k, rows.v, rows.g, initial_state_BHKV=state_BHKV, **how._asdict())
         return scanned.o_BTHV, scanned.final_state_BHKV
 
-    def scan_open(self, rows: ScanRows, document_ids_BT: Tensor | None, *, chunk_size: int, backend: str) -> OpenScan:
+    def scan_open(self, rows: ScanRows, how: ScanSettings) -> OpenScan:
         """As in the base class."""
         assert rows.g is not None, "a decay recurrence needs g; zeros for no decay"
-        scanned = decay_scan(
-            rows.q, rows.k, rows.v, rows.g, document_ids_BT=document_ids_BT, chunk_size=chunk_size, backend=backend
-        )
-        read_BTHK = decay_read(rows.q, rows.g, document_ids_BT=document_ids_BT)
+        scanned = decay_scan(rows.q, rows.k, rows.v, rows.g, **how._asdict())
+        read_BTHK = decay_read(rows.q, rows.g, document_ids_BT=how.document_ids_BT)
         return OpenScan(scanned.o_BTHV, read_with(read_BTHK), scanned.final_state_BHKV, scanned.total_decay)
 
     def step(self, rows: ScanRows, state_BHKV: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,44 +105,16 @@ class DeltaRecurrence(Recurrence):
     def __init__(self, num_steps: int = 1) -> None:
         self.num_steps = num_steps
 
-    def scan(
-        self,
-        rows: ScanRows,
-        document_ids_BT: Tensor | None,
-        state_BHKV: Tensor | None,
-        *,
-        chunk_size: int,
-        backend: str,
-    ) -> tuple[Tensor, Tensor]:
+    def scan(self, rows: ScanRows, how: ScanSettings, state_BHKV: Tensor | None) -> tuple[Tensor, Tensor]:
         """As in the base class."""
         assert rows.beta is not None, "a delta recurrence needs beta"
-        scanned = delta_scan(
-            rows.q,
-            rows.k,
-            rows.v,
-            rows.beta,
-            rows.g,
-            document_ids_BT=document_ids_BT,
-            initial_state_BHKV=state_BHKV,
-            chunk_size=chunk_size,
-            backend=backend,
-        )
+        scanned = delta_scan(rows.q, rows.k, rows.v, rows.beta, rows.g, initial_state_BHKV=state_BHKV, **how._asdict())
         return scanned.o_BTHV, scanned.final_state_BHKV
 
-    def scan_open(self, rows: ScanRows, document_ids_BT: Tensor | None, *, chunk_size: int, backend: str) -> OpenScan:
+    def scan_open(self, rows: ScanRows, how: ScanSettings) -> OpenScan:
         """As in the base class; about K / V more work than `scan`."""
         assert rows.beta is not None, "a delta recurrence needs beta"
-        scanned = delta_scan(
-            rows.q,
-            rows.k,
-            rows.v,
-            rows.beta,
-            rows.g,
-            document_ids_BT=document_ids_BT,
-            chunk_size=chunk_size,
-            with_transfer=True,
-            backend=backend,
-        )
+        scanned = delta_scan(rows.q, rows.k, rows.v, rows.beta, rows.g, with_transfer=True, **how._asdict())
         read_BTHK, transfer_BHKK = scanned.read_BTHK, scanned.transfer_BHKK
         assert read_BTHK is not None and transfer_BHKK is not None, "delta_scan gives both with_transfer"
         return OpenScan(scanned.o_BTHV, read_with(read_BTHK), scanned.final_state_BHKV, transfer_BHKK)
