@@ -117,3 +117,14 @@ def test_steps_continue_a_row() -> None:
 def test_wrong_inputs_are_named(weight: Tensor, bias: Tensor | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         causal_conv1d(torch.zeros(1, 5, 2), weight, bias)
+
+
+# Rows longer than a block of 218 tokens, and so many short rows that one block holds some of them.
+@pytest.mark.parametrize(("B", "T", "C"), [(2, 439, 300), (37, 20, 200)])
+@pytest.mark.parametrize("starts", [None, (1, 17, 217, 218, 220, 437)])
+def test_blocks_join_without_a_seam(
+    B: int, T: int, C: int, starts: tuple[int, ...] | None, poisoned_memory: None
+) -> None:
+    tensors = make(B, T, C, 4, torch.float64, window=False)
+    ids = None if starts is None else documents(T, *(s for s in starts if s < T)).repeat(B, 1)[:B]
+    assert_all_near(run(tensors, ids, "torch"), run(tensors, ids, "reference"), FLOAT64 * T)
