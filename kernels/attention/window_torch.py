@@ -35,7 +35,7 @@ def window_attention_torch(
     q_BTHK = _pad(q_BTHK.to(dtype), 0, padding)
     blocks = q_BTHK.shape[1] // block
     q = q_BTHK.view(batch * blocks, block, heads, size).transpose(1, 2)
-    k, v = (_overlapping(x, blocks, block, before).flatten(0, 1).transpose(1, 2) for x in (k_BSJK, v_BSJK))
+    k, v = (_overlapping(x, blocks, block).flatten(0, 1).transpose(1, 2) for x in (k_BSJK, v_BSJK))
     mask = _mask(ids_BS, blocks, block, before, window).flatten(0, 1)[:, None]
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=heads != k.shape[1])
     return y.transpose(1, 2).reshape(batch, blocks * block, heads, size)[:, :tokens].to(wanted)
@@ -45,15 +45,21 @@ def _pad(x_BSJK: Tensor, before: int, after: int) -> Tensor:
     return F.pad(x_BSJK, (0, 0, 0, 0, before, after))
 
 
-def _overlapping(x_BS: Tensor, blocks: int, block: int, before: int) -> Tensor:
-    """[B, before + blocks * block, ...] -> [B, blocks, before + block, ...]: what each block's queries may see."""
-    parts = [x_BS[:, number * block : number * block + before + block] for number in range(blocks)]
-    return torch.stack(parts, dim=1)
+def _overlapping(x_BS: Tensor, blocks: int, block: int) -> Tensor:
+    """[B, before + blocks * block, ...] -> [B, blocks, before + block, ...]: what each block's queries may see.
+
+    Where there are several blocks a window is no longer than one, so that `before` is one block. Two views of all of
+    them, and not one a block: the backward of each view fills a gradient as long as the row.
+    """
+    if blocks == 1:
+        return x_BS[:, None]
+    halves = (x_BS[:, :-block], x_BS[:, block:])
+    return torch.cat([half.unflatten(1, (blocks, block)) for half in halves], dim=2)
 
 
 def _mask(ids_BS: Tensor, blocks: int, block: int, before: int, window: int) -> Tensor:
     """[B, blocks, block, before + block]: keys of the query's document, up to it, among the last `window`."""
-    keys_BNS = _overlapping(ids_BS, blocks, block, before)
+    keys_BNS = _overlapping(ids_BS, blocks, block)
     same = keys_BNS[:, :, before:, None] == keys_BNS[:, :, None, :]
     distance = torch.arange(block, device=ids_BS.device)[:, None] + before
     distance = distance - torch.arange(before + block, device=ids_BS.device)
