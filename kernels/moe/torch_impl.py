@@ -27,11 +27,18 @@ def choose_experts(appeal_RE: Tensor, top_k: int, num_groups: int, group_top_k: 
 
 
 def _first_largest(values_RE: Tensor, count: int) -> Tensor:
-    """Columns of the `count` largest entries of each row; topk breaks ties at random, argmax takes the first."""
-    left = values_RE.clone()
-    columns = []
+    """Columns of the `count` largest entries of each row, equal ones in order; NaN counts as largest, to be seen.
+
+    topk breaks ties at random and argmax is not vectorized on CPU (64 columns: 240 us a round against 100): a column's
+    place from the end, kept where the column holds the row's largest value, is largest for the first such column.
+    """
+    left = values_RE.nan_to_num(torch.inf, torch.inf, -torch.inf)
+    width = left.shape[1]
+    from_end_E = torch.arange(width, 0, -1, dtype=left.dtype, device=left.device)
+    is_largest, columns = torch.empty_like(left), []
     for _ in range(count):
-        column = left.argmax(-1, keepdim=True)
+        torch.eq(left, left.amax(-1, keepdim=True), out=is_largest)
+        column = (width - is_largest.mul_(from_end_E).amax(-1, keepdim=True)).long()
         columns.append(column)
         left.scatter_(1, column, -torch.inf)
     return torch.cat(columns, dim=1)
@@ -73,11 +80,11 @@ def _forward(
     activation: str,
 ) -> tuple[Tensor, Tensor]:
     """Output [R, D] and hidden [S, F] before the activation; S sorted rows. Without token ids the rows are x itself."""
-    dtype = gemm_dtype(x_RD)
-    up, down = up_EFD.to(dtype), down_EDF.to(dtype)
-    y_SD, hidden_SF = loop_forward(x_RD, weights_S, token_ids_S, offsets_E, up, down, activation)
+    y_SD, hidden_SF = loop_forward(
+        x_RD, weights_S, token_ids_S, offsets_E, up_EFD, down_EDF, activation, gemm_dtype(x_RD)
+    )
     y_RD = y_SD if token_ids_S is None else sum_by_token(y_SD, token_ids_S, x_RD.shape[0])
-    return y_RD.to(x_RD.dtype), hidden_SF.to(x_RD.dtype)
+    return y_RD.to(x_RD.dtype), hidden_SF
 
 
 @_forward.register_fake
@@ -107,13 +114,11 @@ def _backward(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x [R, D], weights [S] (empty without weights), up [E, F, D] and down [E, D, F]."""
-    dtype = gemm_dtype(x_RD)
-    up, down = up_EFD.to(dtype), down_EDF.to(dtype)
     dx_SD, d_weights_S, d_up_EFD, d_down_EDF = loop_backward(
-        dy_RD, x_RD, hidden_SF, weights_S, token_ids_S, offsets_E, up, down, activation
+        dy_RD, x_RD, hidden_SF, weights_S, token_ids_S, offsets_E, up_EFD, down_EDF, activation, gemm_dtype(x_RD)
     )
     dx_RD = dx_SD if token_ids_S is None else sum_by_token(dx_SD, token_ids_S, x_RD.shape[0])
-    return dx_RD.to(x_RD.dtype), d_weights_S, d_up_EFD.to(up_EFD.dtype), d_down_EDF.to(down_EDF.dtype)
+    return dx_RD.to(x_RD.dtype), d_weights_S, d_up_EFD, d_down_EDF
 
 
 @_backward.register_fake

@@ -1,16 +1,20 @@
 """Expert feed-forward, one expert after the other: rows, activations and gradients of one fit a processor's cache.
 
 Whole tensors of sorted rows would pass through memory between steps, and their pages be mapped anew each time. What is
-kept: the hidden rows before the activation, in sorted order.
+kept: the hidden rows before the activation, in sorted order. Where products are taken in another dtype than the tensors
+have, weights and their gradients are converted an expert at a time too, and rows once, before they are gathered.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import repeat
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from kernels.moe.grouping import sort_stably
 
 STEADY_ROWS = 4  # from here on a row of a product does not depend on how many others there are
 
@@ -23,16 +27,32 @@ def loop_forward(
     up_EFD: Tensor,
     down_EDF: Tensor,
     activation: str,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Output rows in sorted order [S, D] and hidden rows [S, F], in the dtype of the weights."""
-    rows = x_RD.shape[0] if token_ids_S is None else token_ids_S.shape[0]
-    y_SD, hidden_SF = up_EFD.new_empty(rows, x_RD.shape[1]), up_EFD.new_empty(rows, up_EFD.shape[1])
-    for expert, part in _experts(offsets_E):
-        hidden = _multiply(_take(x_RD, token_ids_S, part, up_EFD.dtype), up_EFD[expert].T, hidden_SF[part])
+    """Output rows in sorted order [S, D] in `dtype`, that of the products, and hidden rows [S, F] in that of x."""
+    counts = _count_rows(offsets_E)
+    y_SD = x_RD.new_empty(sum(counts), x_RD.shape[1], dtype=dtype)
+    hidden_SF = x_RD.new_empty(sum(counts), up_EFD.shape[1])
+    for count, up, down, rows, weights, kept, y in zip(
+        counts,
+        up_EFD.unbind(0),
+        down_EDF.unbind(0),
+        _take_rows(x_RD.to(dtype), token_ids_S, counts),
+        _take_weights(weights_S, counts),
+        hidden_SF.split(counts),
+        y_SD.split(counts),
+        strict=True,
+    ):
+        if count == 0:
+            continue
+        hidden = kept if kept.dtype == dtype else torch.empty_like(kept, dtype=dtype)
+        _multiply(rows, up.to(dtype).T, hidden)
         active = _activate(hidden, activation)
-        if weights_S is not None:
-            active.mul_(weights_S[part, None])
-        _multiply(active, down_EDF[expert].T, y_SD[part])
+        if weights is not None:
+            active.mul_(weights)
+        _multiply(active, down.to(dtype).T, y)
+        if hidden is not kept:
+            kept.copy_(hidden)
     return y_SD, hidden_SF
 
 
@@ -46,33 +66,47 @@ def loop_backward(
     up_EFD: Tensor,
     down_EDF: Tensor,
     activation: str,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x in sorted order [S, D], of weights [S] (empty without them), of up and of down."""
-    dtype = up_EFD.dtype
+    """Gradients of x in sorted order [S, D] in `dtype`, of weights [S] (empty without them), of up and of down."""
     wide = torch.promote_types(dtype, torch.float32)
-    dx_SD = up_EFD.new_empty(hidden_SF.shape[0], x_RD.shape[1])
+    counts = _count_rows(offsets_E)
+    dx_SD = x_RD.new_empty(hidden_SF.shape[0], x_RD.shape[1], dtype=dtype)
     d_weights_S = x_RD.new_empty(0) if weights_S is None else torch.empty_like(weights_S)
-    d_up_EFD, d_down_EDF = torch.zeros_like(up_EFD), torch.zeros_like(down_EDF)
-    for expert, part in _experts(offsets_E):
-        dy, rows = (_take(each, token_ids_S, part, dtype) for each in (dy_RD, x_RD))
-        hidden = hidden_SF[part].to(dtype)
+    d_up_EFD, d_down_EDF = torch.empty_like(up_EFD), torch.empty_like(down_EDF)
+    for up, down, rows, dy, weights, kept, dx, d_weights, d_up, d_down in zip(
+        up_EFD.unbind(0),
+        down_EDF.unbind(0),
+        _take_rows(x_RD.to(dtype), token_ids_S, counts),
+        _take_rows(dy_RD.to(dtype), token_ids_S, counts),
+        _take_weights(weights_S, counts),
+        hidden_SF.split(counts),
+        dx_SD.split(counts),
+        repeat(None) if weights_S is None else d_weights_S.split(counts),
+        d_up_EFD.unbind(0),
+        d_down_EDF.unbind(0),
+    ):
+        if rows.shape[0] == 0:
+            d_up.zero_()
+            d_down.zero_()
+            continue
+        hidden = kept.to(dtype)
         active, factor = _open_activation(hidden, activation)
-        d_active = _multiply(dy, down_EDF[expert], dy.new_empty(dy.shape[0], down_EDF.shape[2]))
-        if weights_S is not None:
-            weight = weights_S[part, None]
-            d_weights_S[part] = torch.linalg.vecdot(d_active.to(wide), active.to(wide)).to(weights_S.dtype)
-            d_active.mul_(weight)
-            active.mul_(weight)
-        torch.mm(dy.T, active, out=d_down_EDF[expert])
+        d_active = _multiply(dy, down.to(dtype), torch.empty_like(active))
+        if weights is not None and d_weights is not None:
+            d_weights.copy_(torch.linalg.vecdot(d_active.to(wide), active.to(wide)))
+            d_active.mul_(weights)
+            active.mul_(weights)
+        _multiply_outer(dy, active, d_down)
         d_hidden = _activation_backward(d_active, hidden, factor, activation)
-        torch.mm(d_hidden.T, rows, out=d_up_EFD[expert])
-        _multiply(d_hidden, up_EFD[expert], dx_SD[part])
+        _multiply_outer(d_hidden, rows, d_up)
+        _multiply(d_hidden, up.to(dtype), dx)
     return dx_SD, d_weights_S, d_up_EFD, d_down_EDF
 
 
 def sum_by_token(rows_SD: Tensor, token_ids_S: Tensor, tokens: int) -> Tensor:
     """Add each token's rows, which are equally many: [R, D] in the dtype of the rows, sums in float32 at least."""
-    order_S = token_ids_S.argsort(stable=True)
+    order_S = sort_stably(token_ids_S, tokens)
     choices = max(1, rows_SD.shape[0] // max(1, tokens))
     begins_R = torch.arange(0, rows_SD.shape[0], choices, device=rows_SD.device)
     return F.embedding_bag(order_S, rows_SD, begins_R, mode="sum")
@@ -108,18 +142,32 @@ def _activation_backward(d_active: Tensor, hidden_SF: Tensor, factor: Tensor, ac
     return grad
 
 
-def _experts(offsets_E: Tensor) -> Iterator[tuple[int, slice]]:
-    """Each expert that has rows, and where they lie."""
-    begin = 0
-    for expert, end in enumerate(offsets_E.tolist()):
-        if end > begin:
-            yield expert, slice(begin, end)
-        begin = end
+def _count_rows(offsets_E: Tensor) -> list[int]:
+    """Rows of each expert."""
+    ends = offsets_E.tolist()
+    return [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
 
 
-def _take(x_RD: Tensor, token_ids_S: Tensor | None, part: slice, dtype: torch.dtype) -> Tensor:
-    """Rows of one expert."""
-    return (x_RD[part] if token_ids_S is None else x_RD.index_select(0, token_ids_S[part])).to(dtype)
+def _take_rows(x_RD: Tensor, token_ids_S: Tensor | None, counts: list[int]) -> Iterator[Tensor]:
+    """Each expert's rows, gathered when it is their turn."""
+    if token_ids_S is None:
+        yield from x_RD.split(counts)
+    else:
+        for token_ids in token_ids_S.split(counts):
+            yield x_RD.index_select(0, token_ids)
+
+
+def _take_weights(weights_S: Tensor | None, counts: list[int]) -> Iterable[Tensor | None]:
+    """Each expert's weights as a column."""
+    return repeat(None, len(counts)) if weights_S is None else weights_S.unsqueeze(1).split(counts)
+
+
+def _multiply_outer(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """left.T @ right into `out`, which may have a narrower dtype."""
+    if out.dtype == left.dtype:
+        torch.mm(left.T, right, out=out)
+    else:
+        out.copy_(torch.mm(left.T, right))
 
 
 def _multiply(left: Tensor, right: Tensor, out: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kernels.moe import torch_impl
+from kernels.moe.grouping import sort_stably
 from kernels.moe.losses import balance_loss, count_by_row, router_z_loss, sequence_balance_loss
 from kernels.moe.op import expert_feed_forward, group_by_expert, grouped_feed_forward, route
 from tests.helpers.numbers import relative_rms
@@ -56,7 +57,7 @@ def run(
         {"tokens": 33, "model": 10, "hidden": 6, "score": "sigmoid"},
     ],
 )
-def test_torch_path_equals_the_reference_in_outputs_and_gradients(sizes, activation):
+def test_torch_path_equals_the_reference_in_outputs_and_gradients(sizes, activation, poisoned_memory):
     for dtype, tolerance in ((torch.float64, FLOAT64_TOLERANCE), (torch.float32, FLOAT32_TOLERANCE)):
         wanted_routing, wanted = run("reference", torch.float64, activation=activation, **sizes)
         routing, got = run("torch", dtype, activation=activation, **sizes)
@@ -114,6 +115,25 @@ def test_equal_scores_choose_the_lowest_experts():
             routing = route(torch.zeros(4, 6), None, score=score, top_k=3, normalize=True, scaling=1.0, backend=backend)
             assert routing.expert_ids_RK.tolist() == [[0, 1, 2]] * 4
             assert routing.counts_E.tolist() == [4, 4, 4, 0, 0, 0]
+
+
+def test_the_choice_is_that_of_a_stable_sort_with_ties_and_what_is_not_a_number_first():
+    torch.manual_seed(8)
+    for dtype in (torch.float32, torch.float64):
+        logits = torch.randint(-3, 4, (50, 12)).to(dtype)
+        logits[0, 6:], logits[1, 5] = -torch.inf, torch.inf
+        wanted = logits.argsort(dim=-1, descending=True, stable=True)[:, :5]
+        assert torch.equal(torch_impl.choose_experts(logits, 5, 1, 1), wanted)
+    assert torch_impl.choose_experts(torch.tensor([[3.0, torch.nan, 5.0]]), 2, 1, 1).tolist() == [[1, 2]]
+
+
+def test_sorting_on_cpu_is_the_stable_sort_whatever_the_number_of_ids():
+    torch.manual_seed(9)
+    for limit in (1, 7, 32767, 32768, 100_000):
+        ids = torch.randint(0, limit, (3000,))
+        ids[::3] = limit - 1
+        assert torch.equal(sort_stably(ids, limit), ids.argsort(stable=True))
+    assert sort_stably(torch.empty(0, dtype=torch.int32), 5).shape == (0,)
 
 
 def test_bias_changes_the_choice_and_not_the_weights():
