@@ -1,11 +1,13 @@
 """Operations side by side on this machine's CPU: ours against transformers' PyTorch code, forward and backward.
 
 All variants of an operation get the same inputs in the same dtype and take turns, so that a machine that drifts slows
-all of them; a figure is a median.
+all of them; a figure is a median. Element-wise operations of ours are timed a second time as `train.compile` makes them,
+fused, where there is a C++ compiler; what compiles does so in the warm-up, outside of the timed rounds.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import statistics
 import time
@@ -17,12 +19,15 @@ from torch import Tensor
 
 from launch.bench_kernels_peers import OPERATIONS, Case, build_case
 from launch.bench_step import describe_hardware
+from launch.doctor import examine_compiler
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 # Largest relative RMS difference between variants, outputs and gradients: rounding in another order; bfloat16 keeps
 # eight bits at each of some ten steps.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 PASSES = ("forward", "backward", "both")
+# Operations that give the compiler a plain composition of element-wise operations, which it fuses.
+FUSED = ("gated_rms_norm", "causal_conv1d", "rms_norm")
 
 
 def bench_cpu(
@@ -31,9 +36,10 @@ def bench_cpu(
     """Time every case and return `rows` (a row for each operation, dtype, variant and pass) and the hardware.
 
     names: the operations to time, all when None. Rows: `op`, `pass` (forward, backward, both), `shape`, `dtype`,
-    `backend` (ours_torch, or the peer's name), `milliseconds`, `roofline_fraction` (None: no roofline is known for
-    this processor), `ratio` (how many times slower the peer is than ours, None for ours), `relative_difference` of
-    outputs and gradients from ours.
+    `backend` (ours_torch, ours_compiled for the operations of `FUSED` where there is a C++ compiler, or the peer's
+    name), `milliseconds`, `roofline_fraction` (None: no roofline is known for this processor), `ratio` (how many times
+    as long as ours_torch it takes, None for that one: a peer's over that of ours_compiled is how many times as long as
+    compiled it takes), `relative_difference` of outputs and gradients from ours_torch.
 
     Raises ValueError for an unknown operation, RuntimeError where variants disagree: they would not be the same work.
     """
@@ -47,12 +53,24 @@ def bench_cpu(
     try:
         for op in names or OPERATIONS:
             for dtype in DTYPES.values():
-                report(f"timing {op} in {_name(dtype)}")
-                rows += bench_case(build_case(op, dtype), rounds)
+                case, remark = build_case(op, dtype), ""
+                if op in FUSED and examine_compiler().status == "ok":
+                    case = add_compiled(case)
+                elif op in FUSED:
+                    remark = ", ours_compiled left out: there is no C++ compiler (install g++)"
+                report(f"timing {op} in {_name(dtype)}{remark}")
+                rows += bench_case(case, rounds)
         hardware = describe_hardware()
     finally:
         torch.set_num_threads(before)
     return {"rounds": rounds, "hardware": hardware, "rows": rows}
+
+
+def add_compiled(case: Case) -> Case:
+    """The case with ours compiled as a further variant, behind ours and before its peers."""
+    ours = case.variants["ours"]
+    compiled = torch.compile(ours, fullgraph=True, dynamic=False)
+    return dataclasses.replace(case, variants={"ours": ours, "ours_compiled": compiled} | case.variants)
 
 
 def bench_case(case: Case, rounds: int) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from launch import bench_kernels, bench_kernels_compile
 from launch.bench_kernels_cuda import time_case
 from launch.bench_kernels_cuda_cases import CUDA_OPERATIONS, Sizes, build_cuda_case
 from launch.cli import run
+from launch.doctor import examine_compiler
 
 ROW = {"op", "pass", "shape", "dtype", "backend", "milliseconds", "roofline_fraction", "ratio"}
 SMALL = Sizes(
@@ -22,10 +23,15 @@ SMALL = Sizes(
 )  # fmt: skip
 
 
-def test_a_norm_beside_transformers_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_norm_beside_transformers_as_json_without_a_compiler(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
     command = ["bench", "kernels", "--op", "gated_rms_norm", "--rounds", "1", "--json"]
     assert run(command) == 0
-    result = json.loads(capsys.readouterr().out)
+    captured = capsys.readouterr()
+    assert "timing gated_rms_norm in bf16, ours_compiled left out: there is no C++ compiler" in captured.err
+    result = json.loads(captured.out)
     assert len(result["rows"]) == 2 * 2 * 3
     for row in result["rows"]:
         assert set(row) >= ROW
@@ -33,6 +39,17 @@ def test_a_norm_beside_transformers_as_json(capsys: pytest.CaptureFixture[str]) 
         assert row["milliseconds"] > 0
         assert (row["ratio"] is None) == (row["backend"] == "ours_torch")
     assert {"processor", "torch", "transformers", "threads"} <= set(result["hardware"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(examine_compiler().status != "ok", reason="nothing compiles here")
+def test_a_norm_is_timed_compiled_too_where_there_is_a_compiler() -> None:
+    said: list[str] = []
+    rows = bench_kernels.bench_cpu(["rms_norm"], rounds=1, num_threads=1, report=said.append)["rows"]
+    assert [row["backend"] for row in rows[::3]] == ["ours_torch", "ours_compiled", "transformers"] * 2
+    assert said == ["timing rms_norm in float32", "timing rms_norm in bf16"]
+    for ours, compiled in zip(rows[:3], rows[3:6], strict=True):
+        assert compiled["ratio"] == pytest.approx(compiled["milliseconds"] / ours["milliseconds"])
 
 
 def test_an_unknown_operation_is_refused_before_anything_is_timed(capsys: pytest.CaptureFixture[str]) -> None:
