@@ -6,10 +6,10 @@ d_a = r (dy w - n mean(dy w n)) and dw = sum over rows of dy n.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -39,25 +39,33 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _reciprocal_rms(a: Tensor, epsilon: float) -> Tensor:
-    """1 / sqrt(mean(a^2) + epsilon) over the last dim, kept as a dim of 1."""
-    norm = torch.linalg.vector_norm(a, dim=-1, keepdim=True)
-    return norm.mul_(a.shape[-1] ** -0.5).square_().add_(epsilon).rsqrt_()
+def _reciprocal_rms(a: Tensor, epsilon: Tensor, r: Tensor) -> Tensor:
+    """1 / sqrt(mean(a^2) + epsilon) over the last dim, into `r`."""
+    torch.linalg.vector_norm(a, dim=-1, keepdim=True, out=r)
+    return torch.addcmul(epsilon, r, r, value=1 / a.shape[-1], out=r).rsqrt_()
 
 
-def _cut_rows(rows: int, width: int) -> list[slice]:
-    """Blocks of rows whose intermediate values stay in a core's cache, instead of passing through memory."""
-    step = max(1, _BLOCK_VALUES // max(width, 1))
-    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+def _cut_rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Blocks of rows [R, G, size] whose intermediate values stay near a core, instead of passing through memory."""
+    step = _block_rows(tensors[0])
+    return zip(*(tensor.split(step) for tensor in tensors), strict=True)
 
 
-def _normalize_backward(do: Tensor, n: Tensor, r: Tensor, weight: Tensor, out: Tensor, d_weight: Tensor) -> None:
-    """Gradient of the normed input into `out`; adds to d_weight. Rows [rows, groups, size], weight [groups, size]."""
-    torch.mul(do, n, out=out)
-    d_weight += out.sum(0)
-    mean = out.mul_(weight).sum(-1, keepdim=True)
-    torch.mul(do, weight, out=out).mul_(r)
-    out.addcmul_(n, mean.mul_(r), value=-1.0 / n.shape[-1])
+def _make_scratch(count: int, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Room for `count` intermediate tensors of a block [count, block, G, size], which all blocks use in turn."""
+    return rows.new_empty(count, min(_block_rows(rows), rows.shape[0]), *rows.shape[1:], dtype=dtype)
+
+
+def _block_rows(rows: Tensor) -> int:
+    return max(1, _BLOCK_VALUES // (rows.shape[1] * rows.shape[2]))
+
+
+def _normalize_backward(do: Tensor, a: Tensor, r: Tensor, weight: Tensor, out: Tensor, d_weight: Tensor) -> None:
+    """Gradient of the normed input `a` into `out`; adds to d_weight. Rows [rows, G, size], weight [G, size]."""
+    torch.mul(do, a, out=out)
+    d_weight.unsqueeze(1).baddbmm_(r.permute(1, 2, 0), out.transpose(0, 1))
+    mean = out.mul_(weight).sum(-1, keepdim=True).mul_(r).mul_(r)
+    torch.mul(do, weight, out=out).addcmul_(a, mean, value=-1.0 / a.shape[-1]).mul_(r)
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -66,13 +74,18 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         wide = _wide(x)
-        rows, w = x.reshape(-1, x.shape[-1]), weight.to(wide)
+        rows, w = x.reshape(-1, 1, x.shape[-1]), weight.to(wide)
         out = torch.empty_like(rows)
-        r = torch.empty(rows.shape[0], 1, dtype=wide, device=x.device)
-        for block in _cut_rows(*rows.shape):
-            a = rows[block].to(wide)
-            r[block] = _reciprocal_rms(a, epsilon)
-            torch.mul(a * r[block], w, out=out[block])
+        r = rows.new_empty(rows.shape[0], 1, 1, dtype=wide)
+        scratch, epsilon_ = _make_scratch(1, rows, wide), r.new_full((), epsilon)
+        for x_block, r_block, out_block in _cut_rows(rows, r, out):
+            n = scratch[0, : len(x_block)]
+            a = x_block if x_block.dtype == wide else n.copy_(x_block)
+            torch.mul(a, _reciprocal_rms(a, epsilon_, r_block), out=n)
+            if out.dtype == wide:
+                torch.mul(n, w, out=out_block)
+            else:
+                out_block.copy_(n.mul_(w))
         ctx.save_for_backward(x, weight, r)
         return out.view(x.shape)
 
@@ -82,15 +95,16 @@ class _RmsNorm(torch.autograd.Function):
         x, weight, r = ctx.saved_tensors
         wide, width = r.dtype, x.shape[-1]
         rows, dy_rows, w = x.reshape(-1, 1, width), dy.reshape(-1, 1, width), weight.to(wide).unsqueeze(0)
-        r = r.unsqueeze(-1)
-        dx = torch.empty_like(rows)
-        d_weight = torch.zeros_like(w)
-        for block in _cut_rows(rows.shape[0], width):
-            n = rows[block].to(wide) * r[block]
-            out = dx[block] if dx.dtype == wide else torch.empty_like(n)
-            _normalize_backward(dy_rows[block].to(wide), n, r[block], w, out, d_weight)
-            if dx.dtype != wide:
-                dx[block] = out
+        dx, d_weight = torch.empty_like(rows), torch.zeros_like(w)
+        narrow = x.dtype != wide
+        scratch = _make_scratch(3 if narrow else 0, rows, wide)
+        for x_block, dy_block, r_block, dx_block in _cut_rows(rows, dy_rows, r, dx):
+            if narrow:
+                a, do, da = scratch[:, : len(x_block)]
+                _normalize_backward(do.copy_(dy_block), a.copy_(x_block), r_block, w, da, d_weight)
+                dx_block.copy_(da)
+            else:
+                _normalize_backward(dy_block, x_block, r_block, w, dx_block, d_weight)
         return dx.view(x.shape), d_weight[0].to(weight.dtype), None
 
 
@@ -99,15 +113,20 @@ class _GatedRmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, z: Tensor, weight: Tensor, epsilon: float, num_groups: int) -> Tensor:
-        wide, width = _wide(y), y.shape[-1]
-        shape = (-1, num_groups, width // num_groups)
+        wide, shape = _wide(y), (-1, num_groups, y.shape[-1] // num_groups)
         y_rows, z_rows, w = y.reshape(shape), z.reshape(shape), weight.to(wide).view(shape[1:])
         out = torch.empty_like(y_rows)
-        r = torch.empty(y_rows.shape[0], num_groups, 1, dtype=wide, device=y.device)
-        for block in _cut_rows(y_rows.shape[0], width):
-            a = F.silu(z_rows[block].to(wide)).mul_(y_rows[block])
-            r[block] = _reciprocal_rms(a, epsilon)
-            torch.mul(a.mul_(r[block]), w, out=out[block])
+        r = y_rows.new_empty(y_rows.shape[0], num_groups, 1, dtype=wide)
+        scratch, epsilon_ = _make_scratch(2, y_rows, wide), r.new_full((), epsilon)
+        for y_block, z_block, r_block, out_block in _cut_rows(y_rows, z_rows, r, out):
+            a, other = scratch[:, : len(y_block)]
+            torch.ops.aten.silu.out(z_block if out.dtype == wide else other.copy_(z_block), out=a)
+            a.mul_(y_block if out.dtype == wide else other.copy_(y_block))
+            a.mul_(_reciprocal_rms(a, epsilon_, r_block))
+            if out.dtype == wide:
+                torch.mul(a, w, out=out_block)
+            else:
+                out_block.copy_(a.mul_(w))
         ctx.save_for_backward(y, z, weight, r)
         ctx.num_groups = num_groups
         return out.view(y.shape)
@@ -116,22 +135,27 @@ class _GatedRmsNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         y, z, weight, r = ctx.saved_tensors
-        wide, width = r.dtype, y.shape[-1]
-        shape = (-1, ctx.num_groups, width // ctx.num_groups)
+        wide, shape = r.dtype, (-1, ctx.num_groups, y.shape[-1] // ctx.num_groups)
         y_rows, z_rows, do_rows = y.reshape(shape), z.reshape(shape), d_out.reshape(shape)
         w = weight.to(wide).view(shape[1:])
-        dy, dz = torch.empty_like(y_rows), torch.empty_like(z_rows)
-        d_weight = torch.zeros_like(w)
-        for block in _cut_rows(y_rows.shape[0], width):
-            y_block, z_block = y_rows[block].to(wide), z_rows[block].to(wide)
-            gate = F.silu(z_block)
-            n = (gate * y_block).mul_(r[block])
-            da = torch.empty_like(n)
-            _normalize_backward(do_rows[block].to(wide), n, r[block], w, da, d_weight)
-            torch.mul(gate, da, out=dy[block])
-            da.mul_(y_block)
-            if dz.dtype == wide:
-                torch.ops.aten.silu_backward.grad_input(da, z_block, grad_input=dz[block])
+        dy, dz, d_weight = torch.empty_like(y_rows), torch.empty_like(z_rows), torch.zeros_like(w)
+        narrow = y.dtype != wide
+        scratch = _make_scratch(6 if narrow else 3, y_rows, wide)
+        for y_block, z_block, do, r_block, dy_block, dz_block in _cut_rows(y_rows, z_rows, do_rows, r, dy, dz):
+            gate, a, da, *widened = scratch[:, : len(y_block)]
+            if narrow:
+                y_block, z_block, do = (
+                    room.copy_(block) for room, block in zip(widened, (y_block, z_block, do), strict=True)
+                )
+            torch.ops.aten.silu.out(z_block, out=gate)
+            torch.mul(gate, y_block, out=a)
+            _normalize_backward(do, a, r_block, w, da, d_weight)
+            d_gated = a if narrow else dz_block
+            if narrow:
+                dy_block.copy_(gate.mul_(da))
             else:
-                dz[block] = torch.ops.aten.silu_backward(da, z_block)
+                torch.mul(gate, da, out=dy_block)
+            torch.ops.aten.silu_backward.grad_input(da.mul_(y_block), z_block, grad_input=d_gated)
+            if narrow:
+                dz_block.copy_(d_gated)
         return dy.view(y.shape), dz.view(z.shape), d_weight.flatten().to(weight.dtype), None, None

@@ -27,7 +27,7 @@ def with_gradients(output: Tensor | tuple[Tensor, Tensor], tensors: list[Tensor]
     return [*outputs, *torch.autograd.grad(total, tensors)]
 
 
-@pytest.mark.parametrize("shape", [(1, 3), (63, 5), (2, 3, 129)])
+@pytest.mark.parametrize("shape", [(1, 3), (63, 5), (2, 3, 129), (2100, 129)])
 @pytest.mark.parametrize("residual", [False, True])
 def test_norm_equals_its_definition(shape: tuple[int, ...], residual: bool, poisoned_memory: None) -> None:
     x, r, weight = make(torch.float64, shape, shape, shape[-1:])
@@ -39,7 +39,9 @@ def test_norm_equals_its_definition(shape: tuple[int, ...], residual: bool, pois
     assert_all_near(*results, FLOAT64)
 
 
-@pytest.mark.parametrize(("shape", "groups"), [((1, 4), 1), ((63, 24), 8), ((2, 5, 12), 3), ((100, 129), 1)])
+@pytest.mark.parametrize(
+    ("shape", "groups"), [((1, 4), 1), ((63, 24), 8), ((2, 5, 12), 3), ((100, 129), 1), ((2100, 129), 3)]
+)
 def test_gated_norm_equals_its_definition(shape: tuple[int, ...], groups: int, poisoned_memory: None) -> None:
     y, z, weight = make(torch.float64, shape, shape, shape[-1:])
     results = [
@@ -55,11 +57,22 @@ def test_gradients_match_finite_differences() -> None:
     assert torch.autograd.gradcheck(lambda a, b, w: rms_norm(a, w, 1e-5, residual=b), (y, z, weight))
 
 
-def test_bfloat16_stays_near_float64() -> None:
-    tensors = make(torch.bfloat16, (40, 32), (40, 32), (32,))
+@pytest.mark.parametrize("rows", [40, 9000])  # the latter in three blocks, the last one shorter
+def test_bfloat16_stays_near_float64(rows: int, poisoned_memory: None) -> None:
+    tensors = make(torch.bfloat16, (rows, 32), (rows, 32), (32,))
     exact = [t.detach().double().requires_grad_() for t in tensors]
     results = [with_gradients(gated_rms_norm(*t, 1e-5, num_groups=2), t) for t in (tensors, exact)]
     assert_all_near(*results, BFLOAT16)
+    x, _, weight = tensors
+    results = [with_gradients(rms_norm(a, w, 1e-5), [a, w]) for a, w in ((x, weight), (exact[0], exact[2]))]
+    assert_all_near(*results, BFLOAT16)
+
+
+def test_no_rows_give_none_and_a_zero_gradient() -> None:
+    y, z, weight = make(torch.bfloat16, (0, 8), (0, 8), (8,))
+    for output in (gated_rms_norm(y, z, weight, 1e-5, num_groups=2), rms_norm(y, weight, 1e-5)):
+        assert output.shape == (0, 8)
+        assert torch.equal(torch.autograd.grad(output.sum(), weight)[0], torch.zeros_like(weight))
 
 
 def test_rows_do_not_touch_each_other() -> None:
