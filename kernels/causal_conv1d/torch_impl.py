@@ -61,6 +61,11 @@ class _Block(NamedTuple):
         """The block of a tensor of rows."""
         return x_BT[self.rows, self.start : self.end]
 
+    def inputs(self, x_BTC: Tensor, W: int, dtype: torch.dtype) -> tuple[Tensor, int]:
+        """What the block reads, in this dtype once for all taps, and where in the row that begins."""
+        first = max(0, self.start - W + 1)
+        return x_BTC[self.rows, first : self.end].to(dtype), first
+
     def documents(self, document_ids_BT: Tensor | None, W: int) -> Tensor | None:
         """The ids of whole rows; None where all that the block reads is known to be of one document."""
         if document_ids_BT is None:
@@ -107,9 +112,10 @@ class _Convolution(torch.autograd.Function):
         y_BTC = torch.empty_like(totals, dtype=x_BTC.dtype)
         for block in _cut_blocks(x_BTC):
             ids_BT = block.documents(document_ids_BT, W)
-            total = torch.addcmul(start, block.own(x_BTC).to(wide), taps[W - 1], out=block.own(totals))
+            x, first = block.inputs(x_BTC, W, wide)
+            total = torch.addcmul(start, x[:, block.start - first :], taps[W - 1], out=block.own(totals))
             for shift, reading, read in block.shifts(W):
-                source = x_BTC[block.rows, read].to(wide)
+                source = x[:, read.start - first : read.stop - first]
                 if ids_BT is not None:
                     source = source * _same_document(ids_BT[block.rows, read.start : reading.stop], shift, wide)
                 totals[block.rows, reading].addcmul_(source, taps[W - 1 - shift])
@@ -129,17 +135,18 @@ class _Convolution(torch.autograd.Function):
         d_bias = torch.zeros_like(taps[0])
         for block in _cut_blocks(x_BTC):
             ids_BT = block.documents(document_ids_BT, W)
+            x, first = block.inputs(x_BTC, W, wide)
             d_total = torch.ops.aten.silu_backward(block.own(dy_BTC).to(wide), block.own(totals))
             torch.mul(d_total, taps[W - 1], out=block.own(dx_BTC))
             if bias_C is not None:
                 d_bias += d_total.sum((0, 1))
-            d_taps[W - 1] += (d_total * block.own(x_BTC)).sum((0, 1))
+            d_taps[W - 1] += (d_total * x[:, block.start - first :]).sum((0, 1))
             for shift, reading, read in block.shifts(W):
                 # What was read may lie in the block before, which has its own part by now.
                 d_reading = d_total[:, reading.start - block.start :]
                 if ids_BT is not None:
                     d_reading = d_reading * _same_document(ids_BT[block.rows, read.start : reading.stop], shift, wide)
                 dx_BTC[block.rows, read].addcmul_(d_reading, taps[W - 1 - shift])
-                d_taps[W - 1 - shift] += (d_reading * x_BTC[block.rows, read]).sum((0, 1))
+                d_taps[W - 1 - shift] += (d_reading * x[:, read.start - first : read.stop - first]).sum((0, 1))
         d_weight = d_taps.t().to(weight_CW.dtype)
         return dx_BTC.to(x_BTC.dtype), d_weight, None if bias_C is None else d_bias.to(bias_C.dtype), None
