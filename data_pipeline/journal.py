@@ -48,10 +48,9 @@ class Journal:
 
     def append(self, unit: Unit, report: UnitReport) -> None:
         """Record a finished unit; durable when this returns."""
-        key = unit.key()
-        line = json.dumps({"unit": unit.name, "key": key, "report": asdict(report)}) + "\n"
+        line = json.dumps({"unit": unit.name, "key": unit.key(), "report": asdict(report)}) + "\n"
         with self.path.open("ab") as file:
             file.write(line.encode())
             file.flush()
             os.fsync(file.fileno())
-        self._reports[unit.name] = key, report
+        self._reports[unit.name] = unit.key(), report

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.files import digest_files, sync, write_tree
+from data_pipeline.files import digest_files, sync, sync_tree
 from data_pipeline.shards import Compression, encode_shard
 from data_pipeline.store import DOCUMENT_CHUNK, MAX_SHARD_TOKENS, Layout, Part, shard_length
 
@@ -22,14 +21,6 @@ from data_pipeline.store import DOCUMENT_CHUNK, MAX_SHARD_TOKENS, Layout, Part, 
 def import_zarr() -> None:
     """Import zarr-python before the first part needs it: it takes as long as tokenizing a megabyte or two."""
     import zarr.codecs  # noqa: F401
-
-
-@dataclass(frozen=True)
-class EncodedPart:
-    """A part in memory: its record for the manifest, and the content of its files by name."""
-
-    record: Part
-    files: Mapping[str, bytes]
 
 
 def write_part(
@@ -42,34 +33,35 @@ def write_part(
     layout: Layout,
     attributes: Mapping[str, Any],
 ) -> Part:
-    """Encode a part, store it and return its record."""
-    part = encode_part(relative, tokens, document_ends, text_bytes=text_bytes, layout=layout, attributes=attributes)
-    store_part(store, part)
-    return part.record
-
-
-def encode_part(
-    relative: str,
-    tokens: npt.NDArray[np.generic],
-    document_ends: npt.NDArray[np.uint64],
-    *,
-    text_bytes: int,
-    layout: Layout,
-    attributes: Mapping[str, Any],
-) -> EncodedPart:
-    """Make the files of a part; the bytes depend on the arguments alone.
+    """Write one part under a temporary name, make it durable, rename it into place and return its record.
 
     tokens: [N] of layout.dtype. document_ends: [documents] offset after each document, end token included.
+    A part of that name from an earlier attempt is replaced. The bytes depend on the arguments alone. One writer a
+    part; OSError of the disk passes through, with the temporary folder removed.
     """
     assert str(tokens.dtype) == layout.dtype, f"tokens are {tokens.dtype}, the store has {layout.dtype}"
+    final = store / relative
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = final.parent / f".writing-{final.name}-{os.getpid()}-{os.urandom(4).hex()}"
     arrays = {"tokens": tokens, "document_ends": document_ends, "chunk_heads": tokens[:: layout.chunk_tokens]}
-    files = _metadata_files(layout, {name: len(values) for name, values in arrays.items()}, attributes)
-    sizes = {}
-    for name, _, chunk in _declare_arrays(layout):
-        shards = _encode_shards(arrays[name], chunk, layout.compression)
-        files |= {f"{name}/c/{number}": content for number, content in enumerate(shards)}
-        sizes[name] = tuple(map(len, shards))
-    record = Part(
+    try:
+        files = _metadata_files(layout, {name: len(values) for name, values in arrays.items()}, attributes)
+        sizes = {}
+        for name, _, chunk in _declare_arrays(layout):
+            shards = _encode_shards(arrays[name], chunk, layout.compression)
+            files |= {f"{name}/c/{number}": content for number, content in enumerate(shards)}
+            sizes[name] = tuple(map(len, shards))
+        for name, content in files.items():
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            (temporary / name).write_bytes(content)
+        sync_tree(temporary)
+        if final.exists():
+            shutil.rmtree(final)
+        os.rename(temporary, final)
+        sync(final.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return Part(
         relative,
         len(tokens),
         len(document_ends),
@@ -79,26 +71,6 @@ def encode_part(
         head_shards=sizes["chunk_heads"],
         digest=digest_files(sorted(files.items())),
     )
-    return EncodedPart(record, files)
-
-
-def store_part(store: Path, part: EncodedPart) -> None:
-    """Write a part under a temporary name, make it durable and rename it into place.
-
-    A part of that name from an earlier attempt is replaced. One writer a part; OSError of the disk passes through,
-    with the temporary folder removed.
-    """
-    final = store / part.record.path
-    final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = final.parent / f".writing-{final.name}-{os.getpid()}-{os.urandom(4).hex()}"
-    try:
-        write_tree(temporary, part.files)
-        if final.exists():
-            shutil.rmtree(final)
-        os.rename(temporary, final)
-        sync(final.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _declare_arrays(layout: Layout) -> tuple[tuple[str, str, int], ...]:

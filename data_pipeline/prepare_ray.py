@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
-import threading
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.config import DataConfig
-from data_pipeline.memory import keep_freed_memory
 from data_pipeline.part_writer import import_zarr
 from data_pipeline.prepare_plan import Unit
 from data_pipeline.prepare_unit import UnitFailure, UnitReport, run_unit
@@ -22,42 +17,25 @@ from data_pipeline.tokenizer import Tokenizer
 ATTEMPTS = 3  # of a unit whose actor dies: enough for lost nodes, few enough to notice a text that kills the process
 MAX_FAILED_STARTS = 20  # in a row: more than the cores of a node that is lost while its actors start
 NO_CORE_SECONDS = 300  # with no actor at work; a cluster that grows on demand needs minutes
-UNITS_PER_ACTOR = 2  # one is tokenized while the disk makes the other durable
 OBJECT_STORE_BYTES = 80 * 2**20  # Ray's smallest: nothing but paths and counts goes through it
 
 
 class PartWriter:
-    """An actor: keeps the tokenizer, works on one unit at a time, and stores the one before meanwhile."""
+    """An actor: keeps the tokenizer, writes one unit at a time."""
 
     def __init__(self, store: str, tokenizer: Tokenizer) -> None:
         # One actor a core: the tokenizers library would start a thread a core in each. It looks when it first encodes.
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        keep_freed_memory()
         self.store, self.tokenizer = Path(store), tokenizer
-        self.turn, self.counting = threading.Lock(), threading.Lock()
-        self.units_here, self.cpu_counted = 0, 0.0
         import_zarr()
-        gc.freeze()  # or a collection looks at everything that Ray and zarr imported: 50 ms each time
 
     def is_alive(self) -> bool:
         """Answer, once there is a process."""
         return True
 
     def run(self, unit: Unit) -> UnitReport | UnitFailure:
-        """Write the unit's parts; called from two threads.
-
-        Two units share the process: each is given the CPU seconds since the last report, so that their sum is right.
-        """
-        with self.counting:
-            if not self.units_here:  # what came before belongs to no unit
-                self.cpu_counted = time.process_time()
-            self.units_here += 1
-        report = run_unit(unit, self.store, self.tokenizer, self.turn)
-        with self.counting:
-            self.units_here -= 1
-            now = time.process_time()
-            cpu_seconds, self.cpu_counted = now - self.cpu_counted, now
-        return report if isinstance(report, UnitFailure) else replace(report, cpu_seconds=cpu_seconds)
+        """Write the unit's parts."""
+        return run_unit(unit, self.store, self.tokenizer)
 
 
 def run_on_ray(
@@ -92,7 +70,7 @@ def _start_ray(ray: Any, address: str | None, num_cpus: int) -> None:
 
 
 class _Dispatcher:
-    """Keeps every actor that lives busy with one unit and the next one waiting in it, and replaces actors that died.
+    """Keeps every actor that lives busy with one unit, and replaces actors that died.
 
     A new actor gets work when it answers: on a cluster that lost a node it may wait for a core for ever, while the
     others do its share.
@@ -101,14 +79,14 @@ class _Dispatcher:
     def __init__(self, ray: Any, units: Sequence[Unit], store: Path, tokenizer: Tokenizer) -> None:
         self.ray, self.store = ray, store
         self.tokenizer = ray.put(tokenizer)
-        self.actor_class = ray.remote(num_cpus=1, max_restarts=0, max_concurrency=UNITS_PER_ACTOR)(PartWriter)
+        self.actor_class = ray.remote(num_cpus=1, max_restarts=0)(PartWriter)
         self.waiting = list(reversed(units))
         self.failures: dict[str, int] = {}
         self.failed_starts = 0
         self.actors: list[Any] = []
         self.starting: dict[Any, Any] = {}
         self.running: dict[Any, tuple[Unit, Any]] = {}
-        self.units_of: dict[Any, list[Unit]] = {}  # of each actor at work
+        self.idle: list[Any] = []
 
     def run(self, num_actors: int) -> Iterator[tuple[Unit, UnitReport | UnitFailure]]:
         try:
@@ -121,29 +99,13 @@ class _Dispatcher:
                         self._finish_start(answer)
                     elif (done := self._finish_unit(answer)) is not None:
                         finished.append(done)
-                self._hand_out()
+                while self.waiting and self.idle:
+                    unit, actor = self.waiting.pop(), self.idle.pop()
+                    self.running[actor.run.remote(unit)] = unit, actor
                 yield from finished  # last: what is done with a report must not keep its actor waiting
         finally:
             for actor in self.actors:
                 self.ray.kill(actor)
-
-    def _hand_out(self) -> None:
-        """A unit for each actor that has none, then a second one for each that may have it."""
-        for load in range(UNITS_PER_ACTOR):
-            for actor, units in self.units_of.items():
-                if self.waiting and len(units) == load and (load == 0 or self._may_wait(units)):
-                    unit = self.waiting.pop()
-                    units.append(unit)
-                    self.running[actor.run.remote(unit)] = unit, actor
-
-    def _may_wait(self, units: Sequence[Unit]) -> bool:
-        """Whether the next unit may wait in an actor that has these.
-
-        The last units go to who is free first. A unit that was there when an actor died is alone from then on, so that
-        the one that kills actors is known by that.
-        """
-        suspects = any(unit.name in self.failures for unit in (*units, self.waiting[-1]))
-        return len(self.waiting) > len(self.units_of) and not suspects
 
     def _start_actor(self) -> None:
         actor = self.actor_class.remote(str(self.store), self.tokenizer)
@@ -174,7 +136,7 @@ class _Dispatcher:
             self._start_actor()  # its node went while it started: the next one starts elsewhere
         else:
             self.failed_starts = 0
-            self.units_of[actor] = []
+            self.idle.append(actor)
 
     def _finish_unit(self, answer: Any) -> tuple[Unit, UnitReport | UnitFailure] | None:
         unit, actor = self.running.pop(answer)
@@ -184,11 +146,9 @@ class _Dispatcher:
             raise error.cause from error  # as it was raised, without Ray's frames around it
         except self.ray.exceptions.RayActorError as error:
             self._note_failure(unit, error)
-            if self.units_of.pop(actor, None) is not None:  # both units of an actor tell of its end
-                self._start_actor()
+            self._start_actor()
             return None
-        if actor in self.units_of:  # it may have died since, and the other unit told so first
-            self.units_of[actor].remove(unit)
+        self.idle.append(actor)
         return unit, report
 
     def _note_failure(self, unit: Unit, error: Exception) -> None:

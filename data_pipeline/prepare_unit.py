@@ -7,7 +7,6 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +18,7 @@ from data_pipeline.documents import Document, Reject, SegmentReader, TokenDocume
 from data_pipeline.duplicates import hash_text, load_skips, write_hashes
 from data_pipeline.files import write_file_atomically
 from data_pipeline.filters import make_filter
-from data_pipeline.part_writer import EncodedPart, encode_part, store_part
+from data_pipeline.part_writer import write_part
 from data_pipeline.permutation import derive_key, permute
 from data_pipeline.prepare_plan import Unit
 from data_pipeline.store import SPLITS, Part, Split
@@ -35,7 +34,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 class UnitReport:
     """What a unit did; small enough to be a line of the journal.
 
-    seconds, cpu_seconds: what it took, on the clock and of the process that did it (in an actor: since its last report).
+    seconds, cpu_seconds: what it took, on the clock and of the process that did it.
     """
 
     parts: dict[Split, list[Part]]
@@ -64,57 +63,37 @@ class _Collected:
     text_bytes: int = 0
 
 
-def run_unit(
-    unit: Unit, store: Path, tokenizer: Tokenizer, turn: AbstractContextManager[object] | None = None
-) -> UnitReport | UnitFailure:
+def run_unit(unit: Unit, store: Path, tokenizer: Tokenizer) -> UnitReport | UnitFailure:
     """Write the parts of a unit and its rejects, or the hashes of its documents; the bytes depend on the unit alone.
 
-    Everything is durable when this returns. turn: held while there is work for a core and left before the disk is
-    waited for, so that another unit can be worked on meanwhile.
     Errors of the disk come back as UnitFailure, so that the caller can stop in order; others are raised.
     """
+    began, cpu_began = time.monotonic(), time.process_time()
     try:
-        with turn or nullcontext():
-            began, cpu_began = time.monotonic(), time.process_time()
-            task = _UnitHasher(unit, store) if unit.stage == "hash" else _UnitWriter(unit, store, tokenizer)
-            task.work()
-        report = task.store_result()
+        report = _hash_unit(unit, store) if unit.stage == "hash" else _UnitWriter(unit, store, tokenizer).run()
         return replace(report, seconds=time.monotonic() - began, cpu_seconds=time.process_time() - cpu_began)
     except OSError as error:
         reason: Literal["disk_full", "disk_error"] = "disk_full" if error.errno in DISK_FULL else "disk_error"
         return UnitFailure(reason, f"{error.strerror or error} ({error.filename or store})")
 
 
-class _UnitHasher:
-    """Hashes of a unit's documents."""
-
-    def __init__(self, unit: Unit, store: Path) -> None:
-        self.unit, self.store = unit, store
-        self.digests: list[bytes] = []
-        self.text_bytes = 0
-
-    def work(self) -> None:
-        settings = self.unit.settings
-        reason_to_drop = make_filter(settings.filters, self.unit.source)
-        for segment in self.unit.segments:
-            for item in SegmentReader(segment, settings.text_column, reason_to_drop):
-                if isinstance(item, Document):
-                    self.digests.append(hash_text(item.text.encode()))
-                    self.text_bytes += item.num_bytes
-
-    def store_result(self) -> UnitReport:
-        write_hashes(self.store, self.unit, self.digests)
-        parts: dict[Split, list[Part]] = {split: [] for split in SPLITS}
-        return UnitReport(parts, len(self.digests), self.text_bytes, tokens=0, rejects=0, covered_bytes=0)
+def _hash_unit(unit: Unit, store: Path) -> UnitReport:
+    reason_to_drop = make_filter(unit.settings.filters, unit.source)
+    digests: list[bytes] = []
+    text_bytes = 0
+    for segment in unit.segments:
+        for item in SegmentReader(segment, unit.settings.text_column, reason_to_drop):
+            if isinstance(item, Document):
+                digests.append(hash_text(item.text.encode()))
+                text_bytes += item.num_bytes
+    write_hashes(store, unit, digests)
+    return UnitReport({split: [] for split in SPLITS}, len(digests), text_bytes, tokens=0, rejects=0, covered_bytes=0)
 
 
 class _UnitWriter:
-    """Parts and rejects of a unit."""
-
     def __init__(self, unit: Unit, store: Path, tokenizer: Tokenizer) -> None:
         self.unit, self.store, self.tokenizer = unit, store, tokenizer
         self.collected: dict[Split, _Collected] = {split: _Collected() for split in SPLITS}
-        self.encoded: list[EncodedPart] = []  # and not stored yet
         self.parts: dict[Split, list[Part]] = {split: [] for split in SPLITS}
         self.rejects: list[Reject] = []
         self.covered_bytes = 0
@@ -122,18 +101,13 @@ class _UnitWriter:
         self.reason_to_drop = make_filter(unit.settings.filters, unit.source)
         self.skips, self.places = load_skips(store, unit), 0
 
-    def work(self) -> None:
-        """Read, tokenize and encode; parts of a unit whose text is far larger than planned are stored on the way."""
+    def run(self) -> UnitReport:
         for batch in self._batches():
             self._tokenize(batch)
-            self._store_full_parts()
+            self._write_full_parts()
         for split in SPLITS:
             if self.collected[split].pieces:
-                self._encode(split)
-
-    def store_result(self) -> UnitReport:
-        """Make parts and rejects durable."""
-        self._store_encoded()
+                self._write(split)
         self._write_rejects()
         parts = [part for split in SPLITS for part in self.parts[split]]
         return UnitReport(
@@ -165,8 +139,9 @@ class _UnitWriter:
                 if isinstance(item, Reject):
                     self.rejects.append(item)
                 elif isinstance(item, TokenDocument):
-                    self._collect_ids(item.tokens)
-                    self._store_full_parts()
+                    split = self._split_of(item.tokens[:SPLIT_LENGTH].tobytes(), item.tokens.nbytes)
+                    self._collect([split], [item.tokens], [item.tokens.nbytes])
+                    self._write_full_parts()
                 elif self._is_duplicate():
                     self.rejects.append(Reject(item.position, "filter: the text came before, exact_duplicates=drop"))
                 else:
@@ -189,56 +164,43 @@ class _UnitWriter:
 
     def _tokenize(self, batch: list[tuple[Split, str, int]]) -> None:
         splits, texts, text_bytes = zip(*batch)
-        self._collect(splits, *self.tokenizer.encode_documents(texts), text_bytes)
-
-    def _collect_ids(self, ids: npt.NDArray[np.signedinteger]) -> None:
-        """Keep a document that came as tokens."""
-        split = self._split_of(ids[:SPLIT_LENGTH].tobytes(), ids.nbytes)
-        end = self.unit.settings.eos_id
-        ended = ids if ids[-1] == end else np.append(ids, np.array(end, ids.dtype))  # another type would widen the ids
-        self._collect([split], ended, np.array([len(ended)]), [ids.nbytes])
+        self._collect(splits, self.tokenizer.encode_batch(texts), text_bytes)
 
     def _collect(
-        self,
-        splits: Sequence[Split],
-        ids: npt.NDArray[np.signedinteger],
-        ends: npt.NDArray[np.int64],
-        text_bytes: Sequence[int],
+        self, splits: Sequence[Split], documents: Sequence[npt.NDArray[np.signedinteger]], text_bytes: Sequence[int]
     ) -> None:
-        """Keep documents, which lie one after another in `ids`, as views of one array of the store's dtype."""
+        """Keep documents, each ending in one end token, as views of one array of the store's dtype."""
         settings = self.unit.settings
-        if ids.view(f"u{ids.itemsize}").max() >= settings.vocab_size:  # negative ids are the largest unsigned ones
-            smallest, largest = int(ids.min()), int(ids.max())
+        end = np.array([settings.eos_id], documents[0].dtype)  # another type would make all of them wider
+        ended = [(ids,) if len(ids) and ids[-1] == settings.eos_id else (ids, end) for ids in documents]
+        flat = np.concatenate([piece for pieces in ended for piece in pieces])
+        if flat.view(f"u{flat.itemsize}").max() >= settings.vocab_size:  # negative ids are the largest unsigned ones
+            smallest, largest = int(flat.min()), int(flat.max())
             raise ValueError(
                 f"source {self.unit.source!r} has token id {largest if smallest >= 0 else smallest}, but the "
                 f"tokenizer's vocabulary is {settings.vocab_size} and the store holds {settings.layout.dtype}; give the "
                 "tokenizer of these tokens"
             )
-        tokens, start = ids.astype(settings.layout.dtype), 0
-        for split, stop, num_bytes in zip(splits, ends.tolist(), text_bytes):
-            collected = self.collected[split]
+        tokens, start = flat.astype(settings.layout.dtype), 0
+        for split, pieces, num_bytes in zip(splits, ended, text_bytes):
+            collected, stop = self.collected[split], start + sum(map(len, pieces))
             collected.pieces.append(tokens[start:stop])
             collected.text_bytes += num_bytes
             start = stop
 
-    def _store_full_parts(self) -> None:
+    def _write_full_parts(self) -> None:
         for split in SPLITS:
             if self.collected[split].text_bytes >= 2 * self.unit.settings.part_bytes:
-                self._encode(split)
-                self._store_encoded()
+                self._write(split)
 
-    def _store_encoded(self) -> None:
-        while self.encoded:
-            store_part(self.store, self.encoded.pop())
-
-    def _encode(self, split: Split) -> None:
-        """Shuffle the collected documents and make a part of them, in memory."""
+    def _write(self, split: Split) -> None:
         unit, collected = self.unit, self.collected[split]
         number = len(self.parts[split])
         key = derive_key(unit.settings.seed, "documents", unit.name, split, number)
         order = permute(range(len(collected.pieces)), len(collected.pieces), key).tolist()
         pieces = [collected.pieces[index] for index in order]
-        part = encode_part(
+        part = write_part(
+            self.store,
             f"parts/{unit.source}/{split}-{unit.number:06d}-{number:02d}.zarr",
             np.concatenate(pieces),
             np.cumsum([len(piece) for piece in pieces], dtype=np.uint64),
@@ -246,8 +208,7 @@ class _UnitWriter:
             layout=unit.settings.layout,
             attributes=self._attributes(split),
         )
-        self.encoded.append(part)
-        self.parts[split].append(part.record)
+        self.parts[split].append(part)
         self.collected[split] = _Collected()
 
     def _attributes(self, split: Split) -> dict[str, Any]:

@@ -57,11 +57,11 @@ def tokenize(settings: dict[str, Any]) -> None:
     assert config.tokenizer.model is not None, "the benchmark trains the tokenizer once and names its file"
     tokenizer = read_tokenizer_file(Path(config.tokenizer.model))
     batches = list(_read_batches(config, settings["share"], settings["shares"]))
-    tokenizer.encode_documents(batches[0][:8])
+    tokenizer.encode_batch(batches[0][:8])
     _answer("ready")
     for _ in sys.stdin:
         started, cpu = time.perf_counter(), time.process_time()
-        tokens = sum(len(tokenizer.encode_documents(batch)[0]) for batch in batches)
+        tokens = sum(len(ids) for batch in batches for ids in tokenizer.encode_batch(batch))
         seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu
         _answer(json.dumps({"tokens": tokens, "seconds": seconds, "cpu_seconds": cpu_seconds}))
 

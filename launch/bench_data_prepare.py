@@ -150,8 +150,7 @@ def _tokenizers_alone(settings: BenchData) -> Iterator[Callable[[], list[dict[st
 def _look() -> _Moment:
     """CPU seconds of this process, of everything below it, and of the actors among them without Ray's threads.
 
-    An actor works on threads that have its name, and on short-lived ones of the tokenizer. Ray's have names of their
-    own, and the main thread waits for calls.
+    An actor works on its main thread and on short-lived ones of the tokenizer; the others that live are Ray's.
     """
     here = os.times()
     moment = _Moment(time.monotonic(), here.user + here.system, 0.0)
@@ -165,17 +164,8 @@ def _look() -> _Moment:
             name, seconds = _cpu_seconds(Path(f"/proc/{pid}"))
             moment.total += seconds
             if name.startswith(ACTOR):
-                moment.actors += seconds - _ray_seconds(pid, name)
-
-
-def _ray_seconds(pid: int, name: str) -> float:
-    """CPU seconds of the threads of an actor that are Ray's."""
-    total = 0.0
-    for task in Path(f"/proc/{pid}/task").glob("[0-9]*"):
-        thread, seconds = _cpu_seconds(task)
-        if thread != name or task.name == str(pid):
-            total += seconds
-    return total
+                others = [task for task in Path(f"/proc/{pid}/task").glob("[0-9]*") if task.name != str(pid)]
+                moment.actors += seconds - sum(_cpu_seconds(task)[1] for task in others)
 
 
 def _processes() -> dict[int, int]:
