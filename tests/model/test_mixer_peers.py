@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -117,16 +118,9 @@ def test_gated_deltanet_equals_the_layer_of_olmo_hybrid(is_negative: bool) -> No
     compare(whole_rows(mixer), peer)
 
 
-def test_mamba1_equals_the_layer_of_mamba() -> None:
-    from transformers import MambaConfig
-    from transformers.models.mamba.modeling_mamba import MambaMixer
-
-    mixer = our_mixer("{mamba1}", mamba1={"inner_size": 24, "state_size": 5, "dt_rank": 3, "chunk_size": 8})
-    config = MambaConfig(
-        hidden_size=WIDTH, state_size=5, expand=2, time_step_rank=3, num_hidden_layers=1, use_conv_bias=False
-    )
-    peer = MambaMixer(config, 0)
-    weights = {
+def mamba1_weights(mixer: Any) -> dict[str, Tensor]:
+    """Ours under the names of the first Mamba's own code, which peers keep."""
+    return {
         "in_proj.weight": mixer.in_proj.weight,
         "conv1d.weight": mixer.conv.weight[:, None],
         "x_proj.weight": mixer.x_proj.weight,
@@ -136,7 +130,18 @@ def test_mamba1_equals_the_layer_of_mamba() -> None:
         "A_log": mixer.A_log,
         "D": mixer.D,
     }
-    put(peer, weights)
+
+
+def test_mamba1_equals_the_layer_of_mamba() -> None:
+    from transformers import MambaConfig
+    from transformers.models.mamba.modeling_mamba import MambaMixer
+
+    mixer = our_mixer("{mamba1}", mamba1={"inner_size": 24, "state_size": 5, "dt_rank": 3, "chunk_size": 8})
+    config = MambaConfig(
+        hidden_size=WIDTH, state_size=5, expand=2, time_step_rank=3, num_hidden_layers=1, use_conv_bias=False
+    )
+    peer = MambaMixer(config, 0)
+    put(peer, mamba1_weights(mixer))
     compare(whole_rows(mixer), peer)
 
 

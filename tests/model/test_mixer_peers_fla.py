@@ -19,7 +19,17 @@ from model.packing import PackMeta
 from tests.helpers.numbers import assert_near
 from tests.model.mixer_samples import mixer_config, sample_options
 from tests.model.small_models import small_model
-from tests.model.test_mixer_peers import FLOAT32, ROWS, TOKENS, WIDTH, compare, our_mixer, put, whole_rows
+from tests.model.test_mixer_peers import (
+    FLOAT32,
+    ROWS,
+    TOKENS,
+    WIDTH,
+    compare,
+    mamba1_weights,
+    our_mixer,
+    put,
+    whole_rows,
+)
 
 pytest.importorskip("fla", reason="flash-linear-attention (fla) is not installed")
 
@@ -196,17 +206,7 @@ def test_mamba1_equals_the_peers_layer() -> None:
     peer = Mamba(hidden_size=WIDTH, intermediate_size=24, state_size=5, dt_rank=3, use_conv_bias=False)
     # Its own SiLU is a GPU kernel.
     peer.act = torch.nn.SiLU()
-    weights = {
-        "in_proj.weight": mixer.in_proj.weight,
-        "conv1d.weight": mixer.conv.weight[:, None],
-        "x_proj.weight": mixer.x_proj.weight,
-        "dt_proj.weight": mixer.dt_proj,
-        "dt_proj.bias": mixer.dt_bias,
-        "out_proj.weight": mixer.out_proj.weight,
-        "A_log": mixer.A_log,
-        "D": mixer.D,
-    }
-    put(peer, weights)
+    put(peer, mamba1_weights(mixer))
     compare(whole_rows(mixer), lambda x_BTD: peer(x_BTD)[0])
 
 
