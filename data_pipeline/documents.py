@@ -150,7 +150,7 @@ class SegmentReader:
                 for offset, line in self._lines(stream):
                     number += 1
                     position = f"{file.name}:{'byte ' + str(offset) if file.compression == 'none' else number}"
-                    if line.strip():
+                    if not line.isspace():
                         yield self._parse(line, position)
         except _STREAM_ERRORS as error:
             if _is_of_the_disk(error):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
-SYNC_THREADS = 8  # a part has 14 files and folders; more threads cost more than they save
+SYNC_THREADS = 4  # a part has 14 files and folders; more threads cost more than they save
 
 
 def digest_folder(folder: Path) -> str:
@@ -27,15 +28,34 @@ def digest_files(files: Iterable[tuple[str, bytes]]) -> str:
     return digest.hexdigest()
 
 
-def sync_tree(folder: Path) -> None:
-    """Make a folder with all files and folders below it durable, in threads: the disk settles their waits together."""
-    paths = [folder, *folder.rglob("*")]
-    with ThreadPoolExecutor(min(len(paths), SYNC_THREADS)) as threads:
-        for _ in threads.map(sync, paths):
-            pass
+def write_tree(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write files by their names below a new folder, and make them and all folders durable.
+
+    Synced in threads: the disk settles their waits together.
+    """
+    parents = {""}
+    for name in files:
+        while name := name.rpartition("/")[0]:
+            parents.add(name)
+    folders = [f"{folder}/{parent}" for parent in sorted(parents)]
+    for path in folders:  # each after the one that holds it
+        os.mkdir(path)
+    for name, content in files.items():
+        with open(f"{folder}/{name}", "xb", buffering=0) as file:
+            left = memoryview(content)
+            while left:
+                left = left[file.write(left) :]
+    for _ in _sync_threads(os.getpid()).map(sync, [*(f"{folder}/{name}" for name in files), *folders]):
+        pass
 
 
-def sync(path: Path) -> None:
+@cache
+def _sync_threads(process: int) -> ThreadPoolExecutor:
+    """Threads that stay: to start them for each part takes more CPU time than the syncs. A fork has none of them."""
+    return ThreadPoolExecutor(SYNC_THREADS, thread_name_prefix=f"sync-{process}")
+
+
+def sync(path: Path | str) -> None:
     """Make the content of a file, or the renames in a folder, durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -48,9 +48,10 @@ class Journal:
 
     def append(self, unit: Unit, report: UnitReport) -> None:
         """Record a finished unit; durable when this returns."""
-        line = json.dumps({"unit": unit.name, "key": unit.key(), "report": asdict(report)}) + "\n"
+        key = unit.key()
+        line = json.dumps({"unit": unit.name, "key": key, "report": asdict(report)}) + "\n"
         with self.path.open("ab") as file:
             file.write(line.encode())
             file.flush()
             os.fsync(file.fileno())
-        self._reports[unit.name] = unit.key(), report
+        self._reports[unit.name] = key, report

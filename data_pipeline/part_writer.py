@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.files import digest_files, sync, sync_tree
+from data_pipeline.files import digest_files, sync, write_tree
 from data_pipeline.shards import Compression, encode_shard
 from data_pipeline.store import DOCUMENT_CHUNK, MAX_SHARD_TOKENS, Layout, Part, shard_length
 
@@ -51,10 +51,7 @@ def write_part(
             shards = _encode_shards(arrays[name], chunk, layout.compression)
             files |= {f"{name}/c/{number}": content for number, content in enumerate(shards)}
             sizes[name] = tuple(map(len, shards))
-        for name, content in files.items():
-            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-            (temporary / name).write_bytes(content)
-        sync_tree(temporary)
+        write_tree(temporary, files)
         if final.exists():
             shutil.rmtree(final)
         os.rename(temporary, final)

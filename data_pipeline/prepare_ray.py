@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.config import DataConfig
+from data_pipeline.memory import keep_freed_memory
 from data_pipeline.part_writer import import_zarr
 from data_pipeline.prepare_plan import Unit
 from data_pipeline.prepare_unit import UnitFailure, UnitReport, run_unit
@@ -26,8 +28,10 @@ class PartWriter:
     def __init__(self, store: str, tokenizer: Tokenizer) -> None:
         # One actor a core: the tokenizers library would start a thread a core in each. It looks when it first encodes.
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        keep_freed_memory()
         self.store, self.tokenizer = Path(store), tokenizer
         import_zarr()
+        gc.freeze()  # or a collection looks at everything that Ray and zarr imported: 50 ms each time
 
     def is_alive(self) -> bool:
         """Answer, once there is a process."""
@@ -51,7 +55,7 @@ def run_on_ray(
     started = not ray.is_initialized()
     wanted = config.prepare.num_actors or (None if address else len(os.sched_getaffinity(0)))
     if started:
-        _start_ray(ray, address, min(wanted or len(units), len(units)))
+        start_ray(address, min(wanted or len(units), len(units)))
     try:
         num_actors = min(len(units), wanted or int(ray.cluster_resources().get("CPU", 1)))
         yield from _Dispatcher(ray, units, store, tokenizer).run(num_actors)
@@ -60,7 +64,10 @@ def run_on_ray(
             ray.shutdown()
 
 
-def _start_ray(ray: Any, address: str | None, num_cpus: int) -> None:
+def start_ray(address: str | None, num_cpus: int) -> None:
+    """Join the cluster at `address`, or start a small one on this machine; `ray.shutdown()` ends it."""
+    import ray
+
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address is None:
         options |= {"num_cpus": num_cpus, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}

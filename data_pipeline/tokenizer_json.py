@@ -65,6 +65,17 @@ class HuggingFaceTokenizer:
         encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(item.ids, dtype=np.int32) for item in encoded]
 
+    def encode_documents(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+        """Ids of all texts one after another, each ending in one end token, and the offset after each."""
+        end = np.array([self._eos_id], dtype=np.int32)
+        pieces: list[npt.NDArray[np.int32]] = []
+        lengths: list[int] = []
+        for ids in self.encode_batch(texts):
+            ended = (ids,) if len(ids) and ids[-1] == self._eos_id else (ids, end)
+            pieces += ended
+            lengths.append(sum(map(len, ended)))
+        return np.concatenate(pieces), np.cumsum(lengths, dtype=np.int64)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids; special tokens give nothing. ValueError for an id outside the vocabulary."""
         outside = [index for index in ids if not 0 <= index < self._vocab_size]

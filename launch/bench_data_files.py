@@ -38,7 +38,7 @@ class BenchData:
     rounds: int = 7
     cold_reads: int = 100
     vocab_size: int = 32_000
-    part_bytes: int = 8_000_000
+    part_bytes: int = PrepareConfig().part_bytes
     actors: int = 1
     huge_tokens: int = 10**12
 

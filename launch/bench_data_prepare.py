@@ -18,12 +18,17 @@ from typing import Any
 from data_pipeline.config import DataConfig
 from data_pipeline.prepare import prepare
 from data_pipeline.prepare_plan import Unit
-from data_pipeline.prepare_ray import run_on_ray
+from data_pipeline.prepare_ray import run_on_ray, start_ray
 from data_pipeline.prepare_unit import UnitFailure, UnitReport
 from data_pipeline.tokenizer import Tokenizer
 from launch.bench_data_files import BenchData
 
 ACTOR = "ray::PartWriter"
+CALM_SECONDS = 30.0
+
+WAYS = ("tokenizer", "library")  # of encoding alone: as preparation does, and as SentencePiece does by itself
+
+_Alone = dict[str, dict[str, float]]  # tokens, seconds and cpu_seconds by the names of WAYS
 
 
 @dataclass
@@ -41,27 +46,38 @@ class _Watched:
 
     reports: list[tuple[float, UnitReport]] = field(default_factory=list)
     moments: list[_Moment] = field(default_factory=list)
+    started: _Moment | None = None
 
     def run(
         self, units: Sequence[Unit], store: Path, tokenizer: Tokenizer, config: DataConfig
     ) -> Iterator[tuple[Unit, UnitReport | UnitFailure]]:
-        """Write the units on Ray, as `amfm prepare` does."""
-        for unit, report in run_on_ray(units, store, tokenizer, config):
-            if isinstance(report, UnitReport):
-                self.reports.append((time.monotonic(), report))
-                if len(self.reports) in (1, len(units)):
-                    self.moments.append(_look())
-            yield unit, report
+        """Write the units on Ray, as `amfm prepare` does, once Ray's own processes have started."""
+        import ray
+
+        start_ray(None, min(len(units), config.prepare.num_actors or len(units)))
+        try:
+            _wait_until_calm()
+            self.started = _look()
+            for unit, report in run_on_ray(units, store, tokenizer, config):
+                if isinstance(report, UnitReport):
+                    self.reports.append((time.monotonic(), report))
+                    if len(self.reports) in (1, len(units)):
+                        self.moments.append(_look())
+                yield unit, report
+        finally:
+            ray.shutdown()
 
 
 def measure_preparation(settings: BenchData, report: Callable[[str], None]) -> dict[str, Any]:
     """Prepare the store `fast` on Ray and tokenize the same text in as many processes without it, in turns.
 
     Medians of the rounds, ratios formed inside each. tokens_per_second: from the first unit's beginning to the last
-    one's end, all actors together. tokenizer_...: of one process while as many work as there are actors.
-    share_of_tokenizer: the one over the other by the clock. efficiency: the same per CPU second, of the work inside the
-    actors. ray_cpu_fraction: share of all CPU time that is not the actors' work, from the first report to the last;
-    None where there is no /proc. ray_start_cpu_seconds: what starting and ending up to there cost, whatever the text.
+    one's end, all actors together. tokenizer_...: of one process that encodes as preparation does, while as many work as
+    there are actors; library_...: the same with SentencePiece as it comes, whole texts in one call. share_of_...:
+    tokens_per_second over the one or the other by the clock, times actors. efficiency: that of the tokenizer per CPU
+    second, of the work inside the actors. ray_cpu_fraction: share of all CPU time that is not the actors' work, from the
+    first report to the last; None where there is no /proc. ray_start_cpu_seconds: what Ray took to start, which is waited
+    for, so that it counts as neither.
     """
     rounds: list[dict[str, Any]] = []
     with _tokenizers_alone(settings) as tokenize_alone:
@@ -85,36 +101,54 @@ def measure_preparation(settings: BenchData, report: Callable[[str], None]) -> d
     }
 
 
-def _summary(settings: BenchData, watched: _Watched, before: _Moment, alone: list[dict[str, float]]) -> dict[str, Any]:
+def _summary(settings: BenchData, watched: _Watched, before: _Moment, alone: list[_Alone]) -> dict[str, Any]:
     """One round."""
     reports, (first, last) = [report for _, report in watched.reports], (watched.moments[0], watched.moments[-1])
     began = min(when - report.seconds for when, report in watched.reports)
     tokens = sum(report.tokens for report in reports)
     work = sum(report.cpu_seconds for report in reports)
     per_second = tokens / (watched.reports[-1][0] - began)
-    one_process = statistics.mean(entry["tokens"] / entry["seconds"] for entry in alone)
-    per_cpu_second = sum(entry["tokens"] for entry in alone) / sum(entry["cpu_seconds"] for entry in alone)
+    one_process = {
+        way: statistics.mean(entry[way]["tokens"] / entry[way]["seconds"] for entry in alone) for way in WAYS
+    }
+    mine = [entry["tokenizer"] for entry in alone]
+    per_cpu_second = sum(entry["tokens"] for entry in mine) / sum(entry["cpu_seconds"] for entry in mine)
+    assert watched.started is not None, "a preparation was watched"
     total, actors = last.total - first.total, last.actors - first.actors
     return {
         "tokens": tokens,
         "text_bytes": sum(report.text_bytes for report in reports),
         "parts": sum(len(parts) for report in reports for parts in report.parts.values()),
         "tokens_per_second": per_second,
-        "tokenizer_tokens_per_second": one_process,
-        "share_of_tokenizer": per_second / (one_process * settings.actors),
+        **{f"{way}_tokens_per_second": rate for way, rate in one_process.items()},
+        **{f"share_of_{way}": per_second / (rate * settings.actors) for way, rate in one_process.items()},
         "tokens_per_cpu_second": tokens / work,
         "tokenizer_tokens_per_cpu_second": per_cpu_second,
         "efficiency": tokens / work / per_cpu_second,
         "ray_cpu_fraction": 1 - actors / total if total else None,
-        "ray_start_cpu_seconds": last.total - before.total - work - (total - actors),
+        "ray_start_cpu_seconds": watched.started.total - before.total,
     }
 
 
+def _wait_until_calm() -> None:
+    """Until this process and all below it use a tenth of a core or less: Ray's agents import for seconds after it answers.
+
+    Not longer than CALM_SECONDS.
+    """
+    deadline, before = time.monotonic() + CALM_SECONDS, _look()
+    while time.monotonic() < deadline:
+        time.sleep(1)
+        now = _look()
+        if now.total - before.total <= 0.1 * (now.when - before.when):
+            return
+        before = now
+
+
 @contextmanager
-def _tokenizers_alone(settings: BenchData) -> Iterator[Callable[[], list[dict[str, float]]]]:
+def _tokenizers_alone(settings: BenchData) -> Iterator[Callable[[], list[_Alone]]]:
     """A function that lets `actors` processes without Ray tokenize at the same time, each its share of the text.
 
-    It returns the tokens, seconds and CPU seconds of each.
+    It returns the tokens, seconds and CPU seconds of each, by the names of WAYS.
     """
     config = settings.data_config("fast").model_dump(mode="json")
     processes = []
@@ -130,7 +164,7 @@ def _tokenizers_alone(settings: BenchData) -> Iterator[Callable[[], list[dict[st
             raise RuntimeError("a process that tokenizes alone ended early; its message is above")
         return line
 
-    def tokenize_alone() -> list[dict[str, float]]:
+    def tokenize_alone() -> list[_Alone]:
         for process in processes:
             assert process.stdin is not None, "the pipe was asked for"
             process.stdin.write("go\n")

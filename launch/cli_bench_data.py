@@ -74,6 +74,11 @@ def print_data_tables(result: dict[str, Any]) -> None:
             ),
             ("the tokenizer alone", f"{made['tokenizer_tokens_per_second']:,.0f} a process, {made['actors']} at work"),
             ("inside the actors", f"{made['efficiency']:.0%} of the tokenizer alone, a CPU second"),
+            (
+                "against SentencePiece",
+                f"{made['share_of_library']:.0%}; whole texts, their ids not joined: "
+                f"{made['library_tokens_per_second']:,.0f} a process",
+            ),
             ("Ray's share of CPU time", "not measured here" if fraction is None else f"{fraction:.1%}"),
             ("starting Ray", f"{made['ray_start_cpu_seconds']:.1f} CPU s, whatever the text"),
         ],

@@ -93,7 +93,9 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def record_environment(parallel: Parallel, peak: Peak, model_facts: dict[str, Any]) -> dict[str, Any]:
+def record_environment(
+    parallel: Parallel, peak: Peak, model_facts: dict[str, Any], *, keeps_freed_memory: bool
+) -> dict[str, Any]:
     """The content of environment.json: machine, libraries, ranks, model size and the peak behind `mfu`."""
     return {
         "started_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -105,6 +107,7 @@ def record_environment(parallel: Parallel, peak: Peak, model_facts: dict[str, An
         "threads_per_rank": torch.get_num_threads(),
         "device": str(parallel.device.type),
         "device_name": torch.cuda.get_device_name(parallel.device) if parallel.device.type == "cuda" else None,
+        "keeps_freed_memory": keeps_freed_memory,
         "world_size": parallel.world_size,
         "data_world_size": parallel.data_world_size,
         "versions": {library: read_version(library) for library in LIBRARIES},

@@ -11,6 +11,7 @@ from typing import IO, Any, Literal, cast
 import torch
 
 from data_pipeline.loader import PretrainLoader
+from data_pipeline.memory import keep_freed_memory
 from data_pipeline.probe_rows import NO_TOKENIZER
 from data_pipeline.store import TokenStore
 from kernels.backend import resolve_backend
@@ -82,6 +83,7 @@ class Run:
     pipeline: Pipeline | None = None
     stragglers: StepTimes = field(default_factory=StepTimes)
     lock: IO[str] | None = None
+    keeps_freed_memory: bool = False
     log: RunLog | None = None
     display: Display | None = None
     progress: Progress = field(default_factory=Progress)
@@ -131,6 +133,7 @@ def start_run(config: RunConfig, signals: SignalWatch) -> Run:
     parallel = initialize_parallel(
         config.parallel, timeout_seconds=train.timeout_seconds, num_threads=train.num_threads
     )
+    keeps_freed_memory = parallel.device.type == "cpu" and keep_freed_memory()
     check_plot_services(config)
     set_determinism(config.train.seed)
     lock = lock_directory(Path(config.run.dir)) if parallel.is_main else None
@@ -159,6 +162,7 @@ def start_run(config: RunConfig, signals: SignalWatch) -> Run:
         heartbeat=Heartbeat(Path(config.run.dir), parallel.rank, config.launch.heartbeat_seconds),
         pipeline=build_pipeline(config, parallel, engine),
         lock=lock,
+        keeps_freed_memory=keeps_freed_memory,
     )
     loaded = resume(run)
     run.stage = last_stage(config, run.progress.step)
@@ -341,7 +345,7 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None) -> None:
         "active_parameters": counts.active,
         "flops_per_token": sum(flops_per_token(run.model.config, length).values()),
     }
-    environment = record_environment(run.parallel, run.peak, facts)
+    environment = record_environment(run.parallel, run.peak, facts, keeps_freed_memory=run.keeps_freed_memory)
     (run.directory / "config.yaml").write_text(resolved_yaml(run.config), encoding="utf-8")
     (run.directory / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
     run.log = RunLog(run.config, resumed_at_step=run.progress.step)

@@ -1,6 +1,8 @@
 import json
 import pickle
+from itertools import pairwise
 
+import numpy as np
 import pytest
 
 from data_pipeline.config import TokenizerConfig
@@ -23,10 +25,18 @@ HARD_TEXTS = [
 
 @pytest.fixture(scope="module")
 def texts():
-    import numpy as np
-
     random = np.random.default_rng(0)
     return [make_text(random, 60) for _ in range(100)]
+
+
+def documents_one_by_one(tokenizer, texts):
+    return [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts]
+
+
+def documents_together(tokenizer, texts):
+    ids, ends = tokenizer.encode_documents(texts)
+    assert ids.dtype == np.int32 and ends.dtype == np.int64 and ends[-1] == len(ids)
+    return [ids[start:stop].tolist() for start, stop in pairwise([0, *ends.tolist()])]
 
 
 @pytest.mark.parametrize("algorithm", ["unigram", "bpe"])
@@ -40,6 +50,8 @@ def test_decoding_gives_every_text_back(texts, algorithm):
     assert [ids.tolist() for ids in tokenizer.encode_batch(HARD_TEXTS)] == [
         tokenizer.encode(text) for text in HARD_TEXTS
     ]
+    many = [*HARD_TEXTS, "\n".join(texts[:30]), "\n\n" + "\n".join(texts) + "\n"]
+    assert documents_together(tokenizer, many) == documents_one_by_one(tokenizer, many)
 
 
 def test_training_again_gives_the_same_bytes(texts):
@@ -128,6 +140,7 @@ def test_a_tokenizer_json_gives_every_text_back_and_lets_no_text_end_itself(toke
     assert [ids.tolist() for ids in tokenizer.encode_batch(HARD_TEXTS)] == [
         tokenizer.encode(text) for text in HARD_TEXTS
     ]
+    assert documents_together(tokenizer, HARD_TEXTS) == documents_one_by_one(tokenizer, HARD_TEXTS)
     assert pickle.loads(pickle.dumps(tokenizer)).identity() == tokenizer.identity()
 
 

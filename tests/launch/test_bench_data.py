@@ -22,7 +22,13 @@ from launch.cli_bench_data import print_data_tables
 from tests.helpers.tiny_store import run_in_process, write_jsonl
 
 ROW = {"reader", "preset", "microseconds_per_sample", "bytes_per_token", "wall_microseconds_per_sample"}
-PREPARATION = {"tokens_per_second", "tokenizer_tokens_per_second", "ray_cpu_fraction", "efficiency"}
+PREPARATION = {
+    "tokens_per_second",
+    "tokenizer_tokens_per_second",
+    "share_of_tokenizer",
+    "share_of_library",
+    "ray_cpu_fraction",
+}
 
 
 @pytest.fixture(scope="module")

@@ -58,6 +58,7 @@ def test_run_directory_holds_config_environment_metrics_and_events(data: DataCon
     assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == config.model_dump(mode="json")
     environment = json.loads((tmp_path / "environment.json").read_text())
     assert environment["peak"]["flops_per_second"] > 1e9 and "measured" in environment["peak"]["source"]
+    assert environment["keeps_freed_memory"] is True
     events = [event["event"] for event in read_events(tmp_path)]
     assert events == ["start", "validation", "validation", "checkpoint", "end"]
     assert (tmp_path / "checkpoints" / "latest").exists()
