@@ -9,8 +9,9 @@ from collections import OrderedDict
 import numpy as np
 
 from data_pipeline.files import write_file_atomically
+from data_pipeline.manifest import Part, Split
 from data_pipeline.packing import Bins, fit_documents
-from data_pipeline.store import Part, Split, TokenStore
+from data_pipeline.store import TokenStore
 
 MAX_LOADED = 64
 

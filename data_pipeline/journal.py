@@ -7,10 +7,11 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
+from data_pipeline.manifest import SPLITS, Part
 from data_pipeline.prepare_plan import Unit
 from data_pipeline.prepare_unit import UnitReport
 from data_pipeline.shards import DamagedError
-from data_pipeline.store import SPLITS, Part, check_part_files
+from data_pipeline.store import check_part_files
 
 JOURNAL = "journal.jsonl"
 

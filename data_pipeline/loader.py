@@ -14,11 +14,12 @@ import torch
 from data_pipeline.batch import Batch
 from data_pipeline.buffers import BufferPool
 from data_pipeline.config import DataConfig
+from data_pipeline.manifest import Part, Split
 from data_pipeline.packing import Row, assemble_rows
 from data_pipeline.probe_rows import ProbeReader, ProbeSettings
 from data_pipeline.read_ahead import ReadingProcess
 from data_pipeline.samples import Damage, SampleReader, SampleSettings, phases_of
-from data_pipeline.store import Part, Split, TokenStore
+from data_pipeline.store import TokenStore
 
 STATE_VERSION = 2
 READ_AHEAD_BATCHES = 2

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.store import Split, TokenStore
+from data_pipeline.manifest import Split
+from data_pipeline.store import TokenStore
 
 MAGIC = b"MMIDIDX\x00\x00"
 DTYPE_BY_CODE = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}

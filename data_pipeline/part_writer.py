@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.files import digest_files, sync, write_tree
+from data_pipeline.manifest import DOCUMENT_CHUNK, MAX_SHARD_TOKENS, Layout, Part, shard_length
 from data_pipeline.shards import Compression, encode_shard
-from data_pipeline.store import DOCUMENT_CHUNK, MAX_SHARD_TOKENS, Layout, Part, shard_length
 
 
 def import_zarr() -> None:

@@ -17,20 +17,12 @@ from data_pipeline.duplicates import mark_duplicates, units_to_hash
 from data_pipeline.files import write_file_atomically
 from data_pipeline.filters import make_filter
 from data_pipeline.journal import Journal
+from data_pipeline.manifest import MANIFEST, SPLITS, Layout, Part, Split, TokenizerRecord, write_manifest
 from data_pipeline.object_store import is_url
 from data_pipeline.prepare_plan import Unit, UnitSettings, make_units, plan_source
 from data_pipeline.prepare_ray import run_on_ray
 from data_pipeline.prepare_unit import UnitFailure, UnitReport
-from data_pipeline.store import (
-    MANIFEST,
-    SPLITS,
-    Layout,
-    Part,
-    Split,
-    TokenizerRecord,
-    TokenStore,
-    write_manifest,
-)
+from data_pipeline.store import TokenStore
 from data_pipeline.tokenizer import TOKENIZER_FILES, Tokenizer, read_tokenizer_file, train_tokenizer
 
 TOKENIZER_SETTINGS = "tokenizer_settings.json"

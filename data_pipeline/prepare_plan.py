@@ -11,9 +11,9 @@ from typing import Literal
 
 from data_pipeline.config import DataConfig, FilterConfig, SourceConfig
 from data_pipeline.documents import Segment, cut_segments
+from data_pipeline.manifest import Layout
 from data_pipeline.permutation import derive_key, permute
 from data_pipeline.sources import InputFile, list_files
-from data_pipeline.store import Layout
 
 SEGMENTS_PER_PART = 32  # a part mixes ranges from this many places, so that neighbours in a row differ
 MIN_SEGMENT_BYTES = 2**16  # smaller reads cost more than they mix

@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,28 +53,30 @@ def run_on_ray(
     """
     import ray  # here: training and a complete store never need it
 
-    started = not ray.is_initialized()
     wanted = config.prepare.num_actors or (None if address else len(os.sched_getaffinity(0)))
-    if started:
-        start_ray(address, min(wanted or len(units), len(units)))
-    try:
+    with running_ray(address, min(wanted or len(units), len(units))):
         num_actors = min(len(units), wanted or int(ray.cluster_resources().get("CPU", 1)))
         yield from _Dispatcher(ray, units, store, tokenizer).run(num_actors)
-    finally:
-        if started:
-            ray.shutdown()
 
 
-def start_ray(address: str | None, num_cpus: int) -> None:
-    """Join the cluster at `address`, or start a small one on this machine; `ray.shutdown()` ends it."""
+@contextmanager
+def running_ray(address: str | None, num_cpus: int) -> Iterator[None]:
+    """The Ray that runs in this process, else the cluster at `address`, else a small one for the time of the block."""
     import ray
 
+    if ray.is_initialized():
+        yield
+        return
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address is None:
         options |= {"num_cpus": num_cpus, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     package_root = str(Path(__file__).resolve().parent.parent)
     job = ray.job_config.JobConfig(code_search_path=[package_root])
-    ray.init(address=address or "local", job_config=job, **options)  # None would find a cluster that runs here
+    try:
+        ray.init(address=address or "local", job_config=job, **options)  # None would find a cluster that runs here
+        yield
+    finally:
+        ray.shutdown()
 
 
 class _Dispatcher:

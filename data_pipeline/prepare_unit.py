@@ -18,10 +18,10 @@ from data_pipeline.documents import Document, Reject, SegmentReader, TokenDocume
 from data_pipeline.duplicates import hash_text, load_skips, write_hashes
 from data_pipeline.files import write_file_atomically
 from data_pipeline.filters import make_filter
+from data_pipeline.manifest import SPLITS, Part, Split
 from data_pipeline.part_writer import write_part
 from data_pipeline.permutation import derive_key, permute
 from data_pipeline.prepare_plan import Unit
-from data_pipeline.store import SPLITS, Part, Split
 from data_pipeline.tokenizer import Tokenizer
 
 BATCH_DOCUMENTS = 512

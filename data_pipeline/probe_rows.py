@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from data_pipeline.manifest import Split
 from data_pipeline.mixture import Mixture
 from data_pipeline.packing import Row
 from data_pipeline.permutation import derive_key
@@ -19,7 +20,6 @@ from data_pipeline.probes.build import build_task
 from data_pipeline.probes.draws import Draws, Int64
 from data_pipeline.probes.task import NOISE, ProbeRow, ProbeTask
 from data_pipeline.samples import Damage, PhaseSettings, Stretch
-from data_pipeline.store import Split
 
 if TYPE_CHECKING:
     from data_pipeline.config import ProbeConfig  # pydantic takes longer to import than everything here

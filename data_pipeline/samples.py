@@ -15,12 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.bins import BinIndex
+from data_pipeline.manifest import Part, Split
 from data_pipeline.mixture import Mixture
 from data_pipeline.node_cache import CacheSettings
 from data_pipeline.packing import Row, count_windows, starts_in_window
 from data_pipeline.permutation import BLOCK_WINDOWS, BLOCKS_PER_SHUFFLE, derive_key, permute, permute_in_blocks
 from data_pipeline.shards import DamagedError
-from data_pipeline.store import Part, Split, TokenStore
+from data_pipeline.store import TokenStore
 
 if TYPE_CHECKING:
     from data_pipeline.config import DataConfig  # pydantic takes longer to import than everything here

@@ -3,143 +3,39 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import json
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.files import digest_files, digest_folder, write_file_atomically
+from data_pipeline.files import digest_files, digest_folder
+from data_pipeline.manifest import (
+    DOCUMENT_CHUNK,
+    FORMAT_VERSION,
+    MANIFEST,
+    MAX_SHARD_TOKENS,
+    SPLITS,
+    Layout,
+    Part,
+    PartsBySource,
+    Split,
+    TokenizerRecord,
+    identify_source,
+    identify_store,
+    shard_length,
+)
 from data_pipeline.node_cache import CachedFiles, CacheSettings, keep_small_files
 from data_pipeline.object_store import RemoteFolder, is_url
-from data_pipeline.shards import Compression, DamagedError, ShardedArray
+from data_pipeline.shards import DamagedError, ShardedArray
 
-FORMAT_VERSION = 2
-MANIFEST = "manifest.json"
-MAX_SHARD_TOKENS = 64 * 2**20
-DOCUMENT_CHUNK = 8192
 MAX_OPEN_PARTS = 256  # some 50 MB of indexes and document ends; a part that is not open costs several rows
 DEFAULT_CACHE = CacheSettings(folder="~/.cache/amfm", max_bytes=64 * 10**9, block_bytes=4 * 2**20)
-
-Split = Literal["train", "validation"]
-SPLITS: tuple[Split, ...] = ("train", "validation")
-
-COMPRESSION_BY_PRESET: dict[str, Compression] = {"fast": "none", "balanced": "lz4hc", "small": "zstd"}
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """How arrays are cut and encoded; the same for every part of a store. Units: tokens."""
-
-    dtype: str
-    chunk_tokens: int
-    preset: str
-
-    @staticmethod
-    def for_vocabulary(vocab_size: int, chunk_tokens: int, preset: str) -> Layout:
-        """uint16 where every id fits, else uint32; a larger vocabulary is a ValueError."""
-        if vocab_size > 2**32:
-            raise ValueError(f"tokenizer vocabulary {vocab_size} must be at most {2**32}, what uint32 tokens can hold")
-        return Layout("uint16" if vocab_size <= 2**16 else "uint32", chunk_tokens, preset)
-
-    @property
-    def compression(self) -> Compression:
-        """Codec of the preset."""
-        return COMPRESSION_BY_PRESET[self.preset]
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One part as the manifest records it.
-
-    path: relative to the store. token_shards, document_shards, head_shards: bytes of each shard file. digest: blake2b-256 of all
-    files of the part, names included.
-    """
-
-    path: str
-    num_tokens: int
-    num_documents: int
-    text_bytes: int
-    token_shards: tuple[int, ...]
-    document_shards: tuple[int, ...]
-    head_shards: tuple[int, ...]
-    digest: str
-
-    @staticmethod
-    def from_json(record: Mapping[str, Any]) -> Part:
-        """Inverse of dataclasses.asdict after JSON."""
-        return Part(
-            record["path"],
-            record["num_tokens"],
-            record["num_documents"],
-            record["text_bytes"],
-            tuple(record["token_shards"]),
-            tuple(record["document_shards"]),
-            tuple(record.get("head_shards", ())),  # a journal of format 1 has none, and its units are written again
-            record["digest"],
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class TokenizerRecord:
-    """What the manifest says about the tokenizer; `file` is relative to the store."""
-
-    file: str
-    kind: str
-    identity: str
-    vocab_size: int
-    bos_id: int | None
-    eos_id: int
-    pad_id: int | None
-
-
-def shard_length(length: int, chunk: int, limit: int) -> int:
-    """One shard for the whole array up to the limit; at least one chunk, a multiple of the chunk."""
-    limit = max(chunk, limit // chunk * chunk)
-    return min(limit, max(chunk, -(-length // chunk) * chunk))
-
-
-PartsBySource = Mapping[str, Mapping[Split, Sequence[Part]]]
-
-
-def write_manifest(store: Path, tokenizer: TokenizerRecord, layout: Layout, sources: PartsBySource) -> str:
-    """Write manifest.json atomically, last of all, and return the identity of the store."""
-    identity = _identify_store(tokenizer, layout, sources)
-    manifest = {
-        "format": "amfm token store",
-        "version": FORMAT_VERSION,
-        "identity": identity,
-        "tokenizer": asdict(tokenizer),
-        "layout": asdict(layout),
-        "sources": {
-            name: {split: [asdict(part) for part in sources[name][split]] for split in SPLITS}
-            for name in sorted(sources)
-        },
-    }
-    content = json.dumps(manifest, indent=1).encode()
-    if not (store / MANIFEST).is_file() or (store / MANIFEST).read_bytes() != content:
-        write_file_atomically(store / MANIFEST, content)
-    return identity
-
-
-def _identify_source(name: str, split: Split, parts: Sequence[Part]) -> str:
-    digest = hashlib.blake2b(f"{name}\n{split}\n".encode(), digest_size=16)
-    for part in parts:
-        digest.update(f"{part.path} {part.num_tokens} {part.num_documents} {part.digest}\n".encode())
-    return digest.hexdigest()
-
-
-def _identify_store(tokenizer: TokenizerRecord, layout: Layout, sources: PartsBySource) -> str:
-    facts = [FORMAT_VERSION, asdict(tokenizer), asdict(layout)]
-    facts += [_identify_source(name, split, sources[name][split]) for name in sorted(sources) for split in SPLITS]
-    return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 class TokenStore:
@@ -202,7 +98,7 @@ class TokenStore:
             name: {split: tuple(map(Part.from_json, by_split[split])) for split in SPLITS}
             for name, by_split in manifest["sources"].items()
         }
-        identity = _identify_store(tokenizer, layout, sources)
+        identity = identify_store(tokenizer, layout, sources)
         if identity != manifest["identity"]:
             raise DamagedError(
                 f"{file} says identity {manifest['identity']}, but its contents give {identity}: it was edited or "
@@ -263,7 +159,7 @@ class TokenStore:
     def source_identity(self, source: str, split: Split) -> str:
         """Digest of one source alone: unchanged when other sources are added."""
         if (source, split) not in self._source_identities:
-            self._source_identities[source, split] = _identify_source(source, split, self.parts(source, split))
+            self._source_identities[source, split] = identify_source(source, split, self.parts(source, split))
         return self._source_identities[source, split]
 
     def num_tokens(self, source: str, split: Split) -> int:

@@ -14,9 +14,10 @@ import numpy.typing as npt
 import sentencepiece
 
 from data_pipeline.config import TokenizerConfig
+from data_pipeline.manifest import MANIFEST
 from data_pipeline.object_store import is_url
 from data_pipeline.sentencepiece_model import round_scores
-from data_pipeline.store import MANIFEST, TokenStore
+from data_pipeline.store import TokenStore
 from data_pipeline.tokenizer_json import HuggingFaceTokenizer, read_tokenizer_json
 
 Ids = npt.NDArray[np.int32]

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.config import DataConfig
+from data_pipeline.manifest import Part, Split
 from data_pipeline.samples import SampleReader, SampleSettings
 from data_pipeline.shards import DamagedError
-from data_pipeline.store import Part, Split, TokenStore, check_part_files
+from data_pipeline.store import TokenStore, check_part_files
 from data_pipeline.tokenizer import load_tokenizer
 
 READ_TOKENS = 4 * 2**20

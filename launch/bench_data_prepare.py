@@ -18,7 +18,7 @@ from typing import Any
 from data_pipeline.config import DataConfig
 from data_pipeline.prepare import prepare
 from data_pipeline.prepare_plan import Unit
-from data_pipeline.prepare_ray import run_on_ray, start_ray
+from data_pipeline.prepare_ray import run_on_ray, running_ray
 from data_pipeline.prepare_unit import UnitFailure, UnitReport
 from data_pipeline.tokenizer import Tokenizer
 from launch.bench_data_files import BenchData
@@ -52,10 +52,7 @@ class _Watched:
         self, units: Sequence[Unit], store: Path, tokenizer: Tokenizer, config: DataConfig
     ) -> Iterator[tuple[Unit, UnitReport | UnitFailure]]:
         """Write the units on Ray, as `amfm prepare` does, once Ray's own processes have started."""
-        import ray
-
-        start_ray(None, min(len(units), config.prepare.num_actors or len(units)))
-        try:
+        with running_ray(None, min(len(units), config.prepare.num_actors or len(units))):
             _wait_until_calm()
             self.started = _look()
             for unit, report in run_on_ray(units, store, tokenizer, config):
@@ -64,8 +61,6 @@ class _Watched:
                     if len(self.reports) in (1, len(units)):
                         self.moments.append(_look())
                 yield unit, report
-        finally:
-            ray.shutdown()
 
 
 def measure_preparation(settings: BenchData, report: Callable[[str], None]) -> dict[str, Any]:

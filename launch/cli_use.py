@@ -226,8 +226,9 @@ def export_for_deepspeed(checkpoint: Path, out: Path, *, as_json: bool) -> None:
 
 def export_tokens(store_path: Path, out: Path, *, as_json: bool) -> None:
     """Write OUT/SOURCE-SPLIT.bin and .idx for each source and split of a token store."""
+    from data_pipeline.manifest import SPLITS
     from data_pipeline.megatron_files import export_megatron
-    from data_pipeline.store import SPLITS, TokenStore
+    from data_pipeline.store import TokenStore
 
     store = TokenStore.open(store_path)
     documents = {

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.store import SPLITS, Part, Split, TokenStore
+from data_pipeline.manifest import SPLITS, Part, Split
+from data_pipeline.store import TokenStore
 from model.hybrid import HybridModel
 from model.packing import PackMeta
 from pretrain.weights import read_weights

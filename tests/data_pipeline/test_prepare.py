@@ -17,10 +17,11 @@ from data_pipeline.config import DataConfig, FilterConfig, PrepareConfig, Source
 from data_pipeline.corpus import CORPORA, fetch_corpus
 from data_pipeline.documents import Segment
 from data_pipeline.journal import Journal
+from data_pipeline.manifest import Layout
 from data_pipeline.prepare import LOCK, prepare
 from data_pipeline.prepare_plan import UnitSettings, make_units
 from data_pipeline.sources import list_files
-from data_pipeline.store import Layout, TokenStore
+from data_pipeline.store import TokenStore
 from data_pipeline.tokenizer import load_tokenizer
 from tests.helpers.tiny_store import make_tiny_store, run_in_process, write_jsonl
 

@@ -11,10 +11,10 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from data_pipeline.config import FilterConfig
+from data_pipeline.manifest import Layout
 from data_pipeline.prepare import prepare
 from data_pipeline.prepare_plan import UnitSettings, make_units, plan_source
 from data_pipeline.prepare_ray import run_on_ray
-from data_pipeline.store import Layout
 from data_pipeline.tokenizer import SentencePieceTokenizer
 from tests.data_pipeline.test_prepare import ROOT, actor_pids, contents, elsewhere, is_descendant
 from tests.helpers.tiny_store import make_tiny_store, run_in_process
@@ -28,7 +28,7 @@ from data_pipeline.config import DataConfig
 from data_pipeline.prepare import prepare
 from data_pipeline.prepare_plan import UnitSettings, make_units, plan_source
 from data_pipeline.prepare_ray import run_on_ray
-from data_pipeline.store import Layout
+from data_pipeline.manifest import Layout
 from data_pipeline.tokenizer import SentencePieceTokenizer
 config = DataConfig.model_validate_json(sys.argv[2])
 prepare(config, address=sys.argv[3], progress=lambda now: print(now.stage, now.units_done, flush=True))

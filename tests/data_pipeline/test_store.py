@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import zarr
 
+from data_pipeline.manifest import Layout
 from data_pipeline.part_writer import write_part
 from data_pipeline.shards import DamagedError, ShardedArray, encode_shard
-from data_pipeline.store import Layout, TokenStore
+from data_pipeline.store import TokenStore
 from tests.helpers.tiny_store import make_tiny_store
 
 
@@ -116,13 +117,6 @@ def test_our_bytes_are_those_that_zarr_python_writes(tmp_path, compression):
     )  # fmt: skip
     array[:] = tokens
     assert (tmp_path / "a" / "c" / "0").read_bytes() == encode_shard(tokens, 128, 1024, compression)
-
-
-def test_vocabulary_decides_the_dtype_and_too_large_is_refused():
-    assert Layout.for_vocabulary(65536, 64, "fast").dtype == "uint16"
-    assert Layout.for_vocabulary(65537, 64, "fast").dtype == "uint32"
-    with pytest.raises(ValueError, match="vocabulary 4294967297 must be at most 4294967296"):
-        Layout.for_vocabulary(2**32 + 1, 64, "fast")
 
 
 def test_identity_depends_on_the_content_alone(prepared, tmp_path):
