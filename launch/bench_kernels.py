@@ -27,7 +27,7 @@ DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 PASSES = ("forward", "backward", "both")
 # Operations that give the compiler a plain composition of element-wise operations, which it fuses.
-FUSED = ("gated_rms_norm", "causal_conv1d", "rms_norm")
+FUSED = ("gated_rms_norm", "rms_norm")
 
 
 def bench_cpu(

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kernels.shapes import drop_single_document
 
@@ -17,28 +16,8 @@ _NUMBERS = 1 << 16
 
 
 def convolve(x_BTC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, document_ids_BT: Tensor | None) -> Tensor:
-    """Convolution of rows with nothing before them. Under torch.compile the plain composition runs, which fuses."""
-    if torch.compiler.is_compiling():
-        return compose_convolution(x_BTC, weight_CW, bias_C, document_ids_BT)
-    return _Convolution.apply(x_BTC, weight_CW, bias_C, document_ids_BT)
-
-
-def compose_convolution(
-    x_BTC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, document_ids_BT: Tensor | None
-) -> Tensor:
-    """The same as a plain composition of differentiable operations, for the compiler."""
-    wide = _wide(x_BTC)
-    x = x_BTC.to(wide)
-    T, W = x.shape[1], weight_CW.shape[1]
-    total = x * weight_CW[:, W - 1].to(wide)
-    if bias_C is not None:
-        total = total + bias_C.to(wide)
-    for shift in range(1, min(W, T)):
-        source = x[:, : T - shift]
-        if document_ids_BT is not None:
-            source = source * _same_document(document_ids_BT, shift, wide)
-        total = total + F.pad(source * weight_CW[:, W - 1 - shift].to(wide), (0, 0, shift, 0))
-    return F.silu(total).to(x_BTC.dtype)
+    """Convolution of rows with nothing before them; one operation for the compiler, whose own fusion is slower."""
+    return _forward(x_BTC, weight_CW, bias_C, document_ids_BT)[0]
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -92,61 +71,92 @@ def _cut_blocks(x_BTC: Tensor) -> list[_Block]:
     ]
 
 
-class _Convolution(torch.autograd.Function):
-    """Saves x and the sum before SiLU (float32): one more activation, so that backward does not convolve again.
+@torch.library.custom_op("amfm::causal_conv1d_torch", mutates_args=())
+def _forward(
+    x_BTC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, document_ids_BT: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Output, and the sums before SiLU (float32): one more activation, so that backward does not convolve again.
 
     Goes through rows block by block: a temporary as long as a row would be fresh memory, whose pages cost more than the
     arithmetic, and would have left the cache by the next tap.
     """
+    wide = _wide(x_BTC)
+    W = weight_CW.shape[1]
+    # One contiguous row of weights a tap: strided weights make the multiply-adds four times slower.
+    taps = weight_CW.to(wide).t().contiguous()
+    start = torch.zeros_like(taps[0]) if bias_C is None else bias_C.to(wide)
+    totals = x_BTC.new_empty(x_BTC.shape, dtype=wide)
+    y_BTC = x_BTC.new_empty(x_BTC.shape)
+    for block in _cut_blocks(x_BTC):
+        ids_BT = block.documents(document_ids_BT, W)
+        x, first = block.inputs(x_BTC, W, wide)
+        total = torch.addcmul(start, x[:, block.start - first :], taps[W - 1], out=block.own(totals))
+        for shift, reading, read in block.shifts(W):
+            source = x[:, read.start - first : read.stop - first]
+            if ids_BT is not None:
+                source = source * _same_document(ids_BT[block.rows, read.start : reading.stop], shift, wide)
+            totals[block.rows, reading].addcmul_(source, taps[W - 1 - shift])
+        block.own(y_BTC).copy_(F.silu(total))
+    return y_BTC, totals
 
-    @staticmethod
-    def forward(
-        ctx: Any, x_BTC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, document_ids_BT: Tensor | None
-    ) -> Tensor:
-        wide = _wide(x_BTC)
-        W = weight_CW.shape[1]
-        # One contiguous row of weights a tap: strided weights make the multiply-adds four times slower.
-        taps = weight_CW.to(wide).t().contiguous()
-        start = torch.zeros_like(taps[0]) if bias_C is None else bias_C.to(wide)
-        totals = torch.empty(x_BTC.shape, dtype=wide, device=x_BTC.device)
-        y_BTC = torch.empty_like(totals, dtype=x_BTC.dtype)
-        for block in _cut_blocks(x_BTC):
-            ids_BT = block.documents(document_ids_BT, W)
-            x, first = block.inputs(x_BTC, W, wide)
-            total = torch.addcmul(start, x[:, block.start - first :], taps[W - 1], out=block.own(totals))
-            for shift, reading, read in block.shifts(W):
-                source = x[:, read.start - first : read.stop - first]
-                if ids_BT is not None:
-                    source = source * _same_document(ids_BT[block.rows, read.start : reading.stop], shift, wide)
-                totals[block.rows, reading].addcmul_(source, taps[W - 1 - shift])
-            block.own(y_BTC).copy_(F.silu(total))
-        ctx.save_for_backward(x_BTC, weight_CW, bias_C, document_ids_BT, totals)
-        return y_BTC
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy_BTC: Tensor) -> tuple[Tensor | None, ...]:
-        x_BTC, weight_CW, bias_C, document_ids_BT, totals = ctx.saved_tensors
-        wide = totals.dtype
-        W = weight_CW.shape[1]
-        taps = weight_CW.to(wide).t().contiguous()
-        dx_BTC = torch.empty_like(totals)
-        d_taps = torch.zeros_like(taps)
-        d_bias = torch.zeros_like(taps[0])
-        for block in _cut_blocks(x_BTC):
-            ids_BT = block.documents(document_ids_BT, W)
-            x, first = block.inputs(x_BTC, W, wide)
-            d_total = torch.ops.aten.silu_backward(block.own(dy_BTC).to(wide), block.own(totals))
-            torch.mul(d_total, taps[W - 1], out=block.own(dx_BTC))
-            if bias_C is not None:
-                d_bias += d_total.sum((0, 1))
-            d_taps[W - 1] += (d_total * x[:, block.start - first :]).sum((0, 1))
-            for shift, reading, read in block.shifts(W):
-                # What was read may lie in the block before, which has its own part by now.
-                d_reading = d_total[:, reading.start - block.start :]
-                if ids_BT is not None:
-                    d_reading = d_reading * _same_document(ids_BT[block.rows, read.start : reading.stop], shift, wide)
-                dx_BTC[block.rows, read].addcmul_(d_reading, taps[W - 1 - shift])
-                d_taps[W - 1 - shift] += (d_reading * x[:, read.start - first : read.stop - first]).sum((0, 1))
-        d_weight = d_taps.t().to(weight_CW.dtype)
-        return dx_BTC.to(x_BTC.dtype), d_weight, None if bias_C is None else d_bias.to(bias_C.dtype), None
+@_forward.register_fake
+def _(x_BTC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, document_ids_BT: Tensor | None) -> tuple[Tensor, Tensor]:
+    return x_BTC.new_empty(x_BTC.shape), x_BTC.new_empty(x_BTC.shape, dtype=_wide(x_BTC))
+
+
+@torch.library.custom_op("amfm::causal_conv1d_torch_backward", mutates_args=())
+def _backward(
+    dy_BTC: Tensor, x_BTC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, document_ids_BT: Tensor | None,
+    totals: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, of the weight and of a bias."""
+    wide = totals.dtype
+    W = weight_CW.shape[1]
+    taps = weight_CW.to(wide).t().contiguous()
+    dx_BTC = torch.empty_like(totals)
+    d_taps = torch.zeros_like(taps)
+    d_bias = torch.zeros_like(taps[0])
+    for block in _cut_blocks(x_BTC):
+        ids_BT = block.documents(document_ids_BT, W)
+        x, first = block.inputs(x_BTC, W, wide)
+        d_total = torch.ops.aten.silu_backward(block.own(dy_BTC).to(wide), block.own(totals))
+        torch.mul(d_total, taps[W - 1], out=block.own(dx_BTC))
+        if bias_C is not None:
+            d_bias += d_total.sum((0, 1))
+        d_taps[W - 1] += (d_total * x[:, block.start - first :]).sum((0, 1))
+        for shift, reading, read in block.shifts(W):
+            # What was read may lie in the block before, which has its own part by now.
+            d_reading = d_total[:, reading.start - block.start :]
+            if ids_BT is not None:
+                d_reading = d_reading * _same_document(ids_BT[block.rows, read.start : reading.stop], shift, wide)
+            dx_BTC[block.rows, read].addcmul_(d_reading, taps[W - 1 - shift])
+            d_taps[W - 1 - shift] += (d_reading * x[:, read.start - first : read.stop - first]).sum((0, 1))
+    d_weight = d_taps.t().contiguous().to(weight_CW.dtype)
+    return dx_BTC.to(x_BTC.dtype), d_weight, d_bias.to(weight_CW.dtype if bias_C is None else bias_C.dtype)
+
+
+@_backward.register_fake
+def _(
+    dy_BTC: Tensor, x_BTC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, document_ids_BT: Tensor | None,
+    totals: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    d_bias = (weight_CW if bias_C is None else bias_C).new_empty(weight_CW.shape[:1])
+    return x_BTC.new_empty(x_BTC.shape), weight_CW.new_empty(weight_CW.shape), d_bias
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.has_bias = inputs[2] is not None
+    ctx.save_for_backward(*inputs, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, dy_BTC: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if dy_BTC is None:
+        return None, None, None, None
+    dx_BTC, d_weight, d_bias = _backward(dy_BTC, *ctx.saved_tensors)
+    return dx_BTC, d_weight, d_bias if ctx.has_bias else None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from kernels.causal_conv1d.op import causal_conv1d, causal_conv1d_step
-from kernels.causal_conv1d.torch_impl import compose_convolution, convolve
+from kernels.causal_conv1d.torch_impl import _backward, _forward, convolve
 from tests.helpers.numbers import assert_all_near, assert_bitwise, assert_near
+from tests.helpers.registration import assert_registered
 
 FLOAT64 = 1e-13  # a handful of additions in another order
 BFLOAT16 = 1e-2  # inputs and outputs carry 2^-9 each
@@ -56,14 +57,26 @@ def test_gradients_match_finite_differences() -> None:
     )
 
 
-def test_composition_for_the_compiler_equals_the_written_backward() -> None:
-    tensors = make(2, 30, 4, 4, torch.float64, window=False)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_pytorch_knows_the_operation_and_its_gradient(dtype: torch.dtype, bias: bool) -> None:
+    x, weight, bias_C = make(2, 6, 4, 4, dtype, window=False)
+    given = bias_C if bias else None
+    assert_registered(_forward, x, weight, given, documents(6, 2))
+    _, totals = _forward(x, weight, given, None)
+    dy = torch.ones_like(x)
+    assert_registered(_backward, *(t if t is None else t.detach() for t in (dy, x, weight, given, None, totals)))
+
+
+def test_in_a_compiled_graph_it_is_what_runs_without_one() -> None:
+    tensors = make(2, 30, 4, 4, torch.float32, window=False)
     ids = documents(30, 1, 17)
     results = []
-    for form in (convolve, compose_convolution):
+    for form in (convolve, torch.compile(convolve, backend="aot_eager", fullgraph=True)):
         y = form(*tensors, ids)
         results.append([y, *torch.autograd.grad(y.square().sum(), tensors)])
-    assert_all_near(results[0], results[1], FLOAT64)
+    for eager, compiled in zip(*results):
+        assert_bitwise(eager, compiled)
 
 
 def test_bfloat16_stays_near_float64() -> None:

