@@ -15,7 +15,7 @@ def keep_freed_memory() -> bool:
     """Let glibc keep what is freed, and say whether it does.
 
     By itself it gives large blocks back at once and maps them anew for the next request, a page fault every 4 KiB: a
-    tenth of a training step on a CPU. False where there is another C library, or where the environment has settings of
+    fifth of a float32 training step on a CPU. False where there is another C library, or where the environment has settings of
     its own (OWN_SETTINGS), which stay as they are.
     """
     if any(name in os.environ for name in OWN_SETTINGS):

@@ -139,8 +139,7 @@ class _UnitWriter:
                 if isinstance(item, Reject):
                     self.rejects.append(item)
                 elif isinstance(item, TokenDocument):
-                    split = self._split_of(item.tokens[:SPLIT_LENGTH].tobytes(), item.tokens.nbytes)
-                    self._collect([split], [item.tokens], [item.tokens.nbytes])
+                    self._collect_ids(item.tokens)
                     self._write_full_parts()
                 elif self._is_duplicate():
                     self.rejects.append(Reject(item.position, "filter: the text came before, exact_duplicates=drop"))
@@ -164,26 +163,34 @@ class _UnitWriter:
 
     def _tokenize(self, batch: list[tuple[Split, str, int]]) -> None:
         splits, texts, text_bytes = zip(*batch)
-        self._collect(splits, self.tokenizer.encode_batch(texts), text_bytes)
+        self._collect(splits, *self.tokenizer.encode_documents(texts), text_bytes)
+
+    def _collect_ids(self, ids: npt.NDArray[np.signedinteger]) -> None:
+        """Keep a document that came as tokens."""
+        split = self._split_of(ids[:SPLIT_LENGTH].tobytes(), ids.nbytes)
+        end = self.unit.settings.eos_id
+        ended = ids if ids[-1] == end else np.append(ids, np.array(end, ids.dtype))  # another type would widen the ids
+        self._collect([split], ended, np.array([len(ended)]), [ids.nbytes])
 
     def _collect(
-        self, splits: Sequence[Split], documents: Sequence[npt.NDArray[np.signedinteger]], text_bytes: Sequence[int]
+        self,
+        splits: Sequence[Split],
+        ids: npt.NDArray[np.signedinteger],
+        ends: npt.NDArray[np.int64],
+        text_bytes: Sequence[int],
     ) -> None:
-        """Keep documents, each ending in one end token, as views of one array of the store's dtype."""
+        """Keep documents, which lie one after another in `ids`, as views of one array of the store's dtype."""
         settings = self.unit.settings
-        end = np.array([settings.eos_id], documents[0].dtype)  # another type would make all of them wider
-        ended = [(ids,) if len(ids) and ids[-1] == settings.eos_id else (ids, end) for ids in documents]
-        flat = np.concatenate([piece for pieces in ended for piece in pieces])
-        if flat.view(f"u{flat.itemsize}").max() >= settings.vocab_size:  # negative ids are the largest unsigned ones
-            smallest, largest = int(flat.min()), int(flat.max())
+        if ids.view(f"u{ids.itemsize}").max() >= settings.vocab_size:  # negative ids are the largest unsigned ones
+            smallest, largest = int(ids.min()), int(ids.max())
             raise ValueError(
                 f"source {self.unit.source!r} has token id {largest if smallest >= 0 else smallest}, but the "
                 f"tokenizer's vocabulary is {settings.vocab_size} and the store holds {settings.layout.dtype}; give the "
                 "tokenizer of these tokens"
             )
-        tokens, start = flat.astype(settings.layout.dtype), 0
-        for split, pieces, num_bytes in zip(splits, ended, text_bytes):
-            collected, stop = self.collected[split], start + sum(map(len, pieces))
+        tokens, start = ids.astype(settings.layout.dtype), 0
+        for split, stop, num_bytes in zip(splits, ends.tolist(), text_bytes):
+            collected = self.collected[split]
             collected.pieces.append(tokens[start:stop])
             collected.text_bytes += num_bytes
             start = stop

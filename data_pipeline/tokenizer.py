@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
@@ -59,9 +58,6 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without begin or end tokens; control tokens written out in the text stay plain text."""
-
-    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
-        """Ids of each text as int32 arrays; single-threaded, several times cheaper than lists from one call a text."""
 
     def encode_documents(self, texts: Sequence[str]) -> tuple[Ids, Offsets]:
         """Ids of all texts one after another, each ending in one end token, and the offset after each.
@@ -119,11 +115,6 @@ class SentencePieceTokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of one text."""
         return [int(index) for index in self._encode([text], end=b"")[0].tolist()]
-
-    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
-        """Ids of each text as views of one array, computed by one thread."""
-        ids, ends = self._encode(texts, end=b"")
-        return [ids[start:stop] for start, stop in pairwise([0, *ends.tolist()])]
 
     def encode_documents(self, texts: Sequence[str]) -> tuple[Ids, Offsets]:
         """Ids of all texts, an end token after each: SentencePiece never makes one of text, so none is there yet."""

@@ -60,17 +60,16 @@ class HuggingFaceTokenizer:
         """Ids of one text."""
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
-        """Ids of each text; the library uses its own threads unless TOKENIZERS_PARALLELISM is false."""
-        encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(item.ids, dtype=np.int32) for item in encoded]
-
     def encode_documents(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-        """Ids of all texts one after another, each ending in one end token, and the offset after each."""
+        """Ids of all texts one after another, each ending in one end token, and the offset after each.
+
+        The library uses its own threads unless TOKENIZERS_PARALLELISM is false.
+        """
         end = np.array([self._eos_id], dtype=np.int32)
         pieces: list[npt.NDArray[np.int32]] = []
         lengths: list[int] = []
-        for ids in self.encode_batch(texts):
+        for item in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False):
+            ids = np.array(item.ids, dtype=np.int32)
             ended = (ids,) if len(ids) and ids[-1] == self._eos_id else (ids, end)
             pieces += ended
             lengths.append(sum(map(len, ended)))

@@ -42,11 +42,10 @@ class _Moment:
 
 @dataclass
 class _Watched:
-    """Reports of a preparation with the time at which they came, and the CPU seconds at the first and the last."""
+    """Reports of a preparation with the time at which they came; CPU seconds when Ray had started, at the first and the last."""
 
     reports: list[tuple[float, UnitReport]] = field(default_factory=list)
     moments: list[_Moment] = field(default_factory=list)
-    started: _Moment | None = None
 
     def run(
         self, units: Sequence[Unit], store: Path, tokenizer: Tokenizer, config: DataConfig
@@ -54,7 +53,7 @@ class _Watched:
         """Write the units on Ray, as `amfm prepare` does, once Ray's own processes have started."""
         with running_ray(None, min(len(units), config.prepare.num_actors or len(units))):
             _wait_until_calm()
-            self.started = _look()
+            self.moments.append(_look())
             for unit, report in run_on_ray(units, store, tokenizer, config):
                 if isinstance(report, UnitReport):
                     self.reports.append((time.monotonic(), report))
@@ -98,7 +97,8 @@ def measure_preparation(settings: BenchData, report: Callable[[str], None]) -> d
 
 def _summary(settings: BenchData, watched: _Watched, before: _Moment, alone: list[_Alone]) -> dict[str, Any]:
     """One round."""
-    reports, (first, last) = [report for _, report in watched.reports], (watched.moments[0], watched.moments[-1])
+    reports, (started, first, *later) = [report for _, report in watched.reports], watched.moments
+    last = later[-1] if later else first
     began = min(when - report.seconds for when, report in watched.reports)
     tokens = sum(report.tokens for report in reports)
     work = sum(report.cpu_seconds for report in reports)
@@ -108,7 +108,6 @@ def _summary(settings: BenchData, watched: _Watched, before: _Moment, alone: lis
     }
     mine = [entry["tokenizer"] for entry in alone]
     per_cpu_second = sum(entry["tokens"] for entry in mine) / sum(entry["cpu_seconds"] for entry in mine)
-    assert watched.started is not None, "a preparation was watched"
     total, actors = last.total - first.total, last.actors - first.actors
     return {
         "tokens": tokens,
@@ -121,7 +120,7 @@ def _summary(settings: BenchData, watched: _Watched, before: _Moment, alone: lis
         "tokenizer_tokens_per_cpu_second": per_cpu_second,
         "efficiency": tokens / work / per_cpu_second,
         "ray_cpu_fraction": 1 - actors / total if total else None,
-        "ray_start_cpu_seconds": watched.started.total - before.total,
+        "ray_start_cpu_seconds": started.total - before.total,
     }
 
 
