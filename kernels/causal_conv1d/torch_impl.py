@@ -1,9 +1,13 @@
-"""Causal depthwise convolution with SiLU as W shifted multiply-adds over blocks of tokens, with a hand-written backward."""
+"""Causal depthwise convolution with SiLU as one convolution of PyTorch's, with a hand-written backward.
+
+oneDNN convolves rows whose channels lie together in one pass, at a tenth of what W multiply-adds cost; what it knows
+nothing of, documents and the gradient of the weight, is done here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from itertools import product
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +15,10 @@ from torch import Tensor
 
 from kernels.shapes import drop_single_document
 
-# Numbers of a block: enough that a call costs little beside its work, few enough to stay in the cache.
-_NUMBERS = 1 << 16
+# Numbers of a block of `_correlate`: enough that a call costs little beside its work, few enough to stay in the cache.
+_NUMBERS = 1 << 18
+# PyTorch may keep fewer numbers from oneDNN, and then convolves channel by channel.
+_LIBRARY_NUMBERS = 20_480
 
 
 def convolve(x_BTC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, document_ids_BT: Tensor | None) -> Tensor:
@@ -24,51 +30,75 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _same_document(document_ids_BT: Tensor, shift: int, dtype: torch.dtype) -> Tensor:
-    """1 where token t + shift lies in the document of token t, 0 elsewhere, [B, T - shift, 1]."""
-    return (document_ids_BT[:, shift:] == document_ids_BT[:, :-shift]).to(dtype).unsqueeze(-1)
+def _slide(x_BTC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, *, num_zeros: int = 0) -> Tensor:
+    """bias + sum_w weight[:, w] x_(t+w) at each of the places where a window fits into a row with zeros on both sides.
+
+    [B, T + 2 num_zeros - W + 1, C]
+    """
+    B, T, C = x_BTC.shape
+    W = weight_CW.shape[1]
+    on_cpu = x_BTC.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    if on_cpu and x_BTC.dtype == torch.float32 and x_BTC.numel() > _LIBRARY_NUMBERS:
+        image_BC1T = x_BTC.reshape(B, 1, T, C).permute(0, 3, 1, 2)  # in memory as it was: "channels last"
+        out_BC1P = F.conv2d(image_BC1T, weight_CW.reshape(C, 1, 1, W), bias_C, padding=(0, num_zeros), groups=C)
+        return out_BC1P.permute(0, 2, 3, 1).reshape(B, -1, C)
+    x_BTC = F.pad(x_BTC, (0, 0, num_zeros, num_zeros))
+    places = x_BTC.shape[1] - W + 1
+    # One contiguous row of weights a tap: strided weights make the multiply-adds four times slower.
+    taps = weight_CW.t().contiguous()
+    start = torch.zeros_like(taps[0]) if bias_C is None else bias_C
+    out_BPC = torch.addcmul(start, x_BTC[:, W - 1 :], taps[W - 1])
+    for place in range(W - 1):
+        out_BPC.addcmul_(x_BTC[:, place : place + places], taps[place])
+    return out_BPC
 
 
-class _Block(NamedTuple):
-    """Some tokens of a row, or some whole rows: what is computed at once."""
+def _mend_edges(
+    out_BTC: Tensor, x_BTC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, document_ids_BT: Tensor, step: int
+) -> None:
+    """Make anew, from their own documents alone, the sums of tokens whose window reaches into another document.
 
-    rows: slice
-    start: int
-    end: int
-
-    def own(self, x_BT: Tensor) -> Tensor:
-        """The block of a tensor of rows."""
-        return x_BT[self.rows, self.start : self.end]
-
-    def inputs(self, x_BTC: Tensor, W: int, dtype: torch.dtype) -> tuple[Tensor, int]:
-        """What the block reads, in this dtype once for all taps, and where in the row that begins."""
-        first = max(0, self.start - W + 1)
-        return x_BTC[self.rows, first : self.end].to(dtype), first
-
-    def documents(self, document_ids_BT: Tensor | None, W: int) -> Tensor | None:
-        """The ids of whole rows; None where all that the block reads is known to be of one document."""
-        if document_ids_BT is None:
-            return None
-        read_BT = document_ids_BT[self.rows, max(0, self.start - W + 1) : self.end]
-        return None if drop_single_document(read_BT) is None else document_ids_BT
-
-    def shifts(self, W: int) -> Iterator[tuple[int, slice, slice]]:
-        """Each shift with the tokens of the row that read so far back, and those that they read."""
-        for shift in range(1, min(W, self.end)):
-            first = max(self.start, shift)
-            yield shift, slice(first, self.end), slice(first - shift, self.end - shift)
+    step: -1 where a token's window lies before it, 1 where it lies behind it; the weight's last column meets the token.
+    """
+    T, W = document_ids_BT.shape[1], weight_CW.shape[1]
+    crossing_BT = torch.zeros_like(document_ids_BT, dtype=torch.bool)
+    for shift in range(1, min(W, T)):
+        token = slice(shift, None) if step < 0 else slice(None, -shift)
+        crossing_BT[:, token] |= document_ids_BT[:, shift:] != document_ids_BT[:, :-shift]
+    row_N, token_N = crossing_BT.nonzero(as_tuple=True)
+    document_N = document_ids_BT[row_N, token_N]
+    total_NC = torch.zeros_like(out_BTC[row_N, token_N]) if bias_C is None else bias_C.expand(len(row_N), -1)
+    for shift in range(W):
+        place_N = token_N + step * shift
+        read_N = place_N.clamp(0, T - 1)
+        own_N = (place_N == read_N) & (document_ids_BT[row_N, read_N] == document_N)
+        source_NC = x_BTC[row_N, read_N].to(out_BTC.dtype).masked_fill(~own_N.unsqueeze(-1), 0)
+        total_NC = torch.addcmul(total_NC, source_NC, weight_CW[:, W - 1 - shift])
+    out_BTC[row_N, token_N] = total_NC
 
 
-def _cut_blocks(x_BTC: Tensor) -> list[_Block]:
-    """Blocks of about `_NUMBERS` numbers, in order; one of all rows where the device is no processor with a cache."""
+def _correlate(d_padded_BSC: Tensor, x_BTC: Tensor, W: int, document_ids_BT: Tensor | None) -> Tensor:
+    """Gradient of the weight [C, W]: sums over tokens of d_(t+s) x_t, s = W - 1 for the first column.
+
+    Blocks add to one block of products a tap, which is summed at the end: half the passes of sums block by block.
+    """
     B, T, C = x_BTC.shape
     numbers = _NUMBERS if x_BTC.device.type == "cpu" else x_BTC.numel()
     tokens, rows = max(1, min(T, numbers // C)), max(1, min(B, numbers // (T * C)))
-    return [
-        _Block(slice(row, min(row + rows, B)), start, min(start + tokens, T))
-        for row in range(0, B, rows)
-        for start in range(0, T, tokens)
-    ]
+    products = d_padded_BSC.new_zeros(W, rows, tokens, C)
+    for row, start in product(range(0, B, rows), range(0, T, tokens)):
+        own = slice(row, min(row + rows, B))
+        x = x_BTC[own, start : start + tokens].to(d_padded_BSC.dtype)
+        ids_BT = None if document_ids_BT is None else document_ids_BT[own, start : start + tokens + W - 1]
+        ids_BT = drop_single_document(ids_BT)
+        for shift in range(min(W, T - start)):
+            num_tokens = min(tokens, T - start - shift)
+            d_reader, read = d_padded_BSC[own, start + shift : start + shift + num_tokens], x[:, :num_tokens]
+            if ids_BT is not None and shift:
+                same_BT = ids_BT[:, shift : shift + num_tokens] == ids_BT[:, :num_tokens]
+                read = read * same_BT.unsqueeze(-1)
+            products[W - 1 - shift, : len(read), :num_tokens].addcmul_(d_reader, read)
+    return products.flatten(1, 2).sum(1).t().contiguous()
 
 
 @torch.library.custom_op("amfm::causal_conv1d_torch", mutates_args=())
@@ -77,69 +107,51 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """Output, and the sums before SiLU (float32): one more activation, so that backward does not convolve again.
 
-    Goes through rows block by block: a temporary as long as a row would be fresh memory, whose pages cost more than the
-    arithmetic, and would have left the cache by the next tap.
+    The sums have W - 1 places more than a row; those behind its end are nobody's.
     """
-    wide = _wide(x_BTC)
-    W = weight_CW.shape[1]
-    # One contiguous row of weights a tap: strided weights make the multiply-adds four times slower.
-    taps = weight_CW.to(wide).t().contiguous()
-    start = torch.zeros_like(taps[0]) if bias_C is None else bias_C.to(wide)
-    totals = x_BTC.new_empty(x_BTC.shape, dtype=wide)
+    T, W, wide = x_BTC.shape[1], weight_CW.shape[1], _wide(x_BTC)
+    weight, bias = weight_CW.to(wide), None if bias_C is None else bias_C.to(wide)
+    longer = _slide(x_BTC.to(wide), weight, bias, num_zeros=W - 1)
+    totals = longer[:, :T]
+    if document_ids_BT is not None:
+        _mend_edges(totals, x_BTC, weight, bias, document_ids_BT, step=-1)
     y_BTC = x_BTC.new_empty(x_BTC.shape)
-    for block in _cut_blocks(x_BTC):
-        ids_BT = block.documents(document_ids_BT, W)
-        x, first = block.inputs(x_BTC, W, wide)
-        total = torch.addcmul(start, x[:, block.start - first :], taps[W - 1], out=block.own(totals))
-        for shift, reading, read in block.shifts(W):
-            source = x[:, read.start - first : read.stop - first]
-            if ids_BT is not None:
-                source = source * _same_document(ids_BT[block.rows, read.start : reading.stop], shift, wide)
-            totals[block.rows, reading].addcmul_(source, taps[W - 1 - shift])
-        block.own(y_BTC).copy_(F.silu(total))
-    return y_BTC, totals
+    if x_BTC.dtype == wide:
+        torch.ops.aten.silu.out(totals, out=y_BTC)
+    else:
+        y_BTC.copy_(F.silu(totals))
+    return y_BTC, longer
 
 
 @_forward.register_fake
 def _(x_BTC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, document_ids_BT: Tensor | None) -> tuple[Tensor, Tensor]:
-    return x_BTC.new_empty(x_BTC.shape), x_BTC.new_empty(x_BTC.shape, dtype=_wide(x_BTC))
+    B, T, C = x_BTC.shape
+    return x_BTC.new_empty(x_BTC.shape), x_BTC.new_empty(B, T + weight_CW.shape[1] - 1, C, dtype=_wide(x_BTC))
 
 
 @torch.library.custom_op("amfm::causal_conv1d_torch_backward", mutates_args=())
 def _backward(
     dy_BTC: Tensor, x_BTC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, document_ids_BT: Tensor | None,
-    totals: Tensor,
+    longer: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, of the weight and of a bias."""
-    wide = totals.dtype
-    W = weight_CW.shape[1]
-    taps = weight_CW.to(wide).t().contiguous()
-    dx_BTC = torch.empty_like(totals)
-    d_taps = torch.zeros_like(taps)
-    d_bias = torch.zeros_like(taps[0])
-    for block in _cut_blocks(x_BTC):
-        ids_BT = block.documents(document_ids_BT, W)
-        x, first = block.inputs(x_BTC, W, wide)
-        d_total = torch.ops.aten.silu_backward(block.own(dy_BTC).to(wide), block.own(totals))
-        torch.mul(d_total, taps[W - 1], out=block.own(dx_BTC))
-        if bias_C is not None:
-            d_bias += d_total.sum((0, 1))
-        d_taps[W - 1] += (d_total * x[:, block.start - first :]).sum((0, 1))
-        for shift, reading, read in block.shifts(W):
-            # What was read may lie in the block before, which has its own part by now.
-            d_reading = d_total[:, reading.start - block.start :]
-            if ids_BT is not None:
-                d_reading = d_reading * _same_document(ids_BT[block.rows, read.start : reading.stop], shift, wide)
-            dx_BTC[block.rows, read].addcmul_(d_reading, taps[W - 1 - shift])
-            d_taps[W - 1 - shift] += (d_reading * x[:, read.start - first : read.stop - first]).sum((0, 1))
-    d_weight = d_taps.t().contiguous().to(weight_CW.dtype)
-    return dx_BTC.to(x_BTC.dtype), d_weight, d_bias.to(weight_CW.dtype if bias_C is None else bias_C.dtype)
+    T, W, wide = x_BTC.shape[1], weight_CW.shape[1], longer.dtype
+    weight = weight_CW.to(wide)
+    padded = torch.empty_like(longer)
+    padded[:, T:] = 0
+    d_totals = torch.ops.aten.silu_backward.grad_input(dy_BTC.to(wide), longer[:, :T], grad_input=padded[:, :T])
+    dx_BTC = _slide(padded, weight.flip(1), None)
+    if document_ids_BT is not None:
+        _mend_edges(dx_BTC, d_totals, weight, None, document_ids_BT, step=1)
+    d_weight = _correlate(padded, x_BTC, W, document_ids_BT).to(weight_CW.dtype)
+    d_bias = torch.zeros_like(weight_CW[:, 0]) if bias_C is None else padded.flatten(0, 1).sum(0).to(bias_C.dtype)
+    return dx_BTC.to(x_BTC.dtype), d_weight, d_bias
 
 
 @_backward.register_fake
 def _(
     dy_BTC: Tensor, x_BTC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, document_ids_BT: Tensor | None,
-    totals: Tensor,
+    longer: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     d_bias = (weight_CW if bias_C is None else bias_C).new_empty(weight_CW.shape[:1])
     return x_BTC.new_empty(x_BTC.shape), weight_CW.new_empty(weight_CW.shape), d_bias
