@@ -3,43 +3,47 @@
 All variants of an operation get the same inputs in the same dtype and take turns, so that a machine that drifts slows
 all of them; a figure is a median. Element-wise operations of ours are timed a second time as `train.compile` makes them,
 fused, where there is a C++ compiler; what compiles does so in the warm-up, outside of the timed rounds.
+
+What the C library does with freed memory weighs as much as the arithmetic, so both ways are timed, each in a process of
+its own, in turns: `returned`, glibc as it comes and as transformers' trainer runs, and `kept`, as `amfm train` runs.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import gc
+import json
+import os
+import platform
 import statistics
-import time
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from launch.bench_kernels_peers import OPERATIONS, Case, build_case
+from data_pipeline.memory import OWN_SETTINGS
+from launch.bench_kernels_peers import OPERATIONS
+from launch.bench_kernels_rounds import DTYPES, FUSED, can_be_compiled
 from launch.bench_step import describe_hardware
-from launch.doctor import examine_compiler
 
-DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
-# Largest relative RMS difference between variants, outputs and gradients: rounding in another order; bfloat16 keeps
-# eight bits at each of some ten steps.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 PASSES = ("forward", "backward", "both")
-# Operations that give the compiler a plain composition of element-wise operations, which it fuses.
-FUSED = ("gated_rms_norm", "rms_norm")
+RETURNED, KEPT = "returned", "kept"
+
+Ask = Callable[[], Any]
 
 
 def bench_cpu(
     names: list[str] | None = None, *, rounds: int, num_threads: int | None, report: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Time every case and return `rows` (a row for each operation, dtype, variant and pass) and the hardware.
+    """Time every case and return `rows` (for each operation, dtype, treatment of memory, variant and pass) and the hardware.
 
-    names: the operations to time, all when None. Rows: `op`, `pass` (forward, backward, both), `shape`, `dtype`,
-    `backend` (ours_torch, ours_compiled for the operations of `FUSED` where there is a C++ compiler, or the peer's
-    name), `milliseconds`, `roofline_fraction` (None: no roofline is known for this processor), `ratio` (how many times
-    as long as ours_torch it takes, None for that one: a peer's over that of ours_compiled is how many times as long as
-    compiled it takes), `relative_difference` of outputs and gradients from ours_torch.
+    names: the operations to time, all when None. Rows: `op`, `pass` (forward, backward, both), `shape`, `dtype`, `memory`
+    (returned, kept; the environment's name where it has allocator settings of its own), `backend` (ours_torch,
+    ours_compiled for the operations of `FUSED` where there is a C++ compiler, or the peer's name), `milliseconds`,
+    `roofline_fraction` (None: no roofline is known for this processor), `ratio` (how many times as long as ours_torch it
+    takes with memory treated alike, None for that one), `ratio_as_trained` (of peers with memory returned: how many
+    times as long as ours_torch takes with memory kept), `relative_difference` of outputs and gradients from ours_torch.
 
     Raises ValueError for an unknown operation, RuntimeError where variants disagree: they would not be the same work.
     """
@@ -50,96 +54,104 @@ def bench_cpu(
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     rows = []
+    memories, remarks = _choose_treatments()
     try:
         for op in names or OPERATIONS:
-            for dtype in DTYPES.values():
-                case, remark = build_case(op, dtype), ""
-                if op in FUSED and examine_compiler().status == "ok":
-                    case = add_compiled(case)
-                elif op in FUSED:
-                    remark = ", ours_compiled left out: there is no C++ compiler (install g++)"
-                report(f"timing {op} in {_name(dtype)}{remark}")
-                rows += bench_case(case, rounds)
+            rows += _bench_operation(op, memories, rounds, report)
         hardware = describe_hardware()
     finally:
         torch.set_num_threads(before)
-    return {"rounds": rounds, "hardware": hardware, "rows": rows}
+    return {"rounds": rounds, "hardware": hardware, "rows": rows, "remarks": remarks}
 
 
-def add_compiled(case: Case) -> Case:
-    """The case with ours compiled as a further variant, behind ours and before its peers."""
-    ours = case.variants["ours"]
-    compiled = torch.compile(ours, fullgraph=True, dynamic=False)
-    return dataclasses.replace(case, variants={"ours": ours, "ours_compiled": compiled} | case.variants)
+def _choose_treatments() -> tuple[tuple[str, ...], list[str]]:
+    """How freed memory can be treated here, and a remark where that is one way alone."""
+    own = [name for name in OWN_SETTINGS if name in os.environ]
+    if own:
+        return (" ".join(own),), [f"memory is treated one way, as the environment says in {', '.join(own)}"]
+    if platform.libc_ver()[0] != "glibc":
+        return (RETURNED,), ["freed memory is kept where the C library is glibc, which it isn't here"]
+    return (RETURNED, KEPT), []
 
 
-def bench_case(case: Case, rounds: int) -> list[dict[str, Any]]:
-    """Rows of one case: a warm-up that compares all variants with ours, then timed rounds in turns."""
-    results = {name: _run(case, name)[1] for name in case.variants}
-    differences = {name: median_difference(results["ours"], result) for name, result in results.items()}
-    for name, difference in differences.items():
-        if not difference <= TOLERANCE[case.dtype]:
-            raise RuntimeError(
-                f"{case.op} in {_name(case.dtype)}: {name} differs from ours by {difference:.2g} (relative), above "
-                f"{TOLERANCE[case.dtype]:g}; they are not the same work, so their speeds say nothing"
-            )
-    del results
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in case.variants}
-    for _ in range(rounds):
-        for name in case.variants:
-            gc.collect()
-            seconds[name].append(_run(case, name)[0])
-    medians = {
+def _bench_operation(
+    op: str, memories: tuple[str, ...], rounds: int, report: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    rows = []
+    missing = op in FUSED and not can_be_compiled(op)
+    remark = ", ours_compiled left out: there is no C++ compiler (install g++)" if missing else ""
+    with ExitStack() as stack:
+        asks = {memory: stack.enter_context(_process(op, memory, rounds)) for memory in memories}
+        for dtype in DTYPES:
+            report(f"timing {op} in {dtype}{remark}")
+            cases = {memory: ask() for memory, ask in asks.items()}
+            seconds: dict[str, list[dict[str, tuple[float, float]]]] = {memory: [] for memory in memories}
+            for _ in range(rounds):
+                for memory, ask in asks.items():
+                    seconds[memory].append(ask())
+            medians = {memory: _medians(seconds[memory]) for memory in memories}
+            rows += [row for memory in memories for row in _rows(op, dtype, memory, cases[memory], medians)]
+    return rows
+
+
+@contextmanager
+def _process(op: str, memory: str, rounds: int) -> Iterator[Ask]:
+    """A process that times one operation, and how to get its next answer."""
+    settings = {"op": op, "rounds": rounds, "threads": torch.get_num_threads(), "keep_freed_memory": memory == KEPT}
+    command = [sys.executable, "-m", "launch.bench_kernels_rounds", json.dumps(settings)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin is not None and process.stdout is not None, "the pipes were asked for"
+    stdin, stdout = process.stdin, process.stdout
+
+    def ask() -> Any:
+        stdin.write("go\n")
+        stdin.flush()
+        line = stdout.readline()
+        if not line:
+            raise RuntimeError(f"the process that times {op} ended early; its message is above")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise RuntimeError(answer["error"])
+        return answer
+
+    try:
+        yield ask
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _medians(rounds: list[dict[str, tuple[float, float]]]) -> dict[str, tuple[float, float, float]]:
+    """Seconds of PASSES by variant."""
+    return {
         name: (
-            statistics.median(forward for forward, _ in times),
-            statistics.median(backward for _, backward in times),
-            statistics.median(forward + backward for forward, backward in times),
+            statistics.median(times[name][0] for times in rounds),
+            statistics.median(times[name][1] for times in rounds),
+            statistics.median(sum(times[name]) for times in rounds),
         )
-        for name, times in seconds.items()
+        for name in rounds[0]
     }
+
+
+def _rows(
+    op: str, dtype: str, memory: str, case: dict[str, Any], medians: dict[str, dict[str, tuple[float, float, float]]]
+) -> list[dict[str, Any]]:
+    """Rows of one treatment of memory; `medians` has those of all, by treatment and variant."""
+    as_we_train = medians[KEPT]["ours"] if memory == RETURNED and KEPT in medians else None
     return [
         {
-            "op": case.op,
+            "op": op,
             "pass": which,
-            "shape": case.shape,
-            "dtype": _name(case.dtype),
+            "shape": case["shape"],
+            "dtype": dtype,
+            "memory": memory,
             "backend": "ours_torch" if name == "ours" else name,
             "milliseconds": median * 1e3,
             "roofline_fraction": None,
-            "ratio": None if name == "ours" else median / medians["ours"][place],
-            "relative_difference": differences[name],
+            "ratio": None if name == "ours" else median / medians[memory]["ours"][place],
+            "ratio_as_trained": median / as_we_train[place] if as_we_train and not name.startswith("ours") else None,
+            "relative_difference": case["differences"][name],
         }
-        for name, times in medians.items()
+        for name, times in medians[memory].items()
         for place, (which, median) in enumerate(zip(PASSES, times, strict=True))
     ]
-
-
-def _run(case: Case, name: str) -> tuple[tuple[float, float], list[Tensor]]:
-    """One forward and backward of a variant: seconds of each, and output and gradients."""
-    started = time.perf_counter()
-    output = case.variants[name](*case.leaves)
-    between = time.perf_counter()
-    # The same weights of the sum for every variant; a loss is its own sum.
-    direction = torch.ones_like(output) if output.dim() == 0 else _direction(output)
-    again = time.perf_counter()
-    gradients = torch.autograd.grad(output, case.leaves, direction)
-    return (between - started, time.perf_counter() - again), [output.detach(), *gradients]
-
-
-def _direction(output: Tensor) -> Tensor:
-    """Weights of a sum over the output, between -1 and 1, made without a random generator."""
-    return torch.linspace(0, 100, output.numel()).sin().view(output.shape).to(output.dtype)
-
-
-def median_difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
-    """Root mean square of the difference over that of ours, of output and gradients: the median over these tensors.
-
-    The median, for single numbers a head cancel and keep few digits in any implementation.
-    """
-    return statistics.median(
-        float((b.float() - a.float()).norm() / a.float().norm().clamp_min(1e-30)) for a, b in zip(ours, theirs)
-    )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return next(name for name, value in DTYPES.items() if value == dtype)

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from launch.bench_kernels import PASSES, median_difference
+from launch.bench_kernels import PASSES
 from launch.bench_kernels_audit import BYTES_A_SECOND, FLOPS_A_SECOND
 from launch.bench_kernels_cuda_cases import CUDA_OPERATIONS, CudaCase, Sizes, build_cuda_case
+from launch.bench_kernels_rounds import median_difference
 from launch.bench_step import describe_hardware
 
 PEERS = {

@@ -258,35 +258,39 @@ def _time_kernels(names: list[str] | None, rounds: int, threads: int | None) -> 
 
 
 def print_kernel_table(result: dict[str, Any]) -> None:
-    """The rows of `bench_cpu` or `bench_cuda`, a line a variant."""
-    lines: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
-    for row in result["rows"]:
-        key = (row["op"], row["shape"], row["dtype"], row["backend"])
-        lines.setdefault(key, {})[row["pass"]] = row
-    rows = [
-        (
-            *key,
-            *(f"{passes[which]['milliseconds']:.3g}" for which in ("forward", "backward", "both")),
-            f"{passes['both']['ratio']:.2f}" if passes["both"]["ratio"] else "",
-            f"{passes['both']['roofline_fraction']:.0%}" if passes["both"]["roofline_fraction"] else "",
-        )
-        for key, passes in lines.items()
-    ]
-    columns = (
-        "operation",
-        "shape",
-        "dtype",
-        "variant",
-        "forward ms",
-        "backward ms",
-        "both ms",
-        "x ours",
-        "of roofline",
-    )
-    print_rows("Operations side by side, medians", columns, rows)
+    """The rows of `bench_cpu`, a table for each treatment of freed memory, or of `bench_cuda`; a line a variant."""
+    titles = {
+        None: "Operations side by side, medians",
+        "returned": "Freed memory returned, as the C library does by itself",
+    }
+    titles["kept"] = "Freed memory kept, as amfm train does"
+    for treatment in dict.fromkeys(row.get("memory") for row in result["rows"]):
+        rows = [row for row in result["rows"] if row.get("memory") == treatment]
+        _print_variants(titles.get(treatment, f"Freed memory as {treatment} says"), rows, on_cpu=treatment is not None)
     for remark in result.get("remarks", ()):
         say(remark)
     say(", ".join(f"{name} {value}" for name, value in result["hardware"].items()))
+
+
+def _print_variants(title: str, rows: list[dict[str, Any]], *, on_cpu: bool) -> None:
+    lines: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        key = (row["op"], row["shape"], row["dtype"], row["backend"])
+        lines.setdefault(key, {})[row["pass"]] = row
+    last = ("x ours as trained", "ratio_as_trained", ".2f") if on_cpu else ("of roofline", "roofline_fraction", ".0%")
+    table = [
+        (
+            *key,
+            *(f"{passes[which]['milliseconds']:.3g}" for which in ("forward", "backward", "both")),
+            *(
+                format(passes["both"][field], form) if passes["both"][field] else ""
+                for field, form in (("ratio", ".2f"), last[1:])
+            ),
+        )
+        for key, passes in lines.items()
+    ]
+    columns = ("operation", "shape", "dtype", "variant", "forward ms", "backward ms", "both ms", "x ours", last[0])
+    print_rows(title, columns, table)
 
 
 def print_audit_table(result: dict[str, Any]) -> None:

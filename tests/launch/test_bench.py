@@ -13,6 +13,8 @@ from kernels.backend import INTERPRETED
 from launch import bench_kernels, bench_kernels_compile
 from launch.bench_kernels_cuda import time_case
 from launch.bench_kernels_cuda_cases import CUDA_OPERATIONS, Sizes, build_cuda_case
+from launch.bench_kernels_peers import Case
+from launch.bench_kernels_rounds import compare_variants
 from launch.cli import run
 from launch.doctor import examine_compiler
 
@@ -32,13 +34,30 @@ def test_a_norm_beside_transformers_as_json_without_a_compiler(
     captured = capsys.readouterr()
     assert "timing gated_rms_norm in bf16, ours_compiled left out: there is no C++ compiler" in captured.err
     result = json.loads(captured.out)
-    assert len(result["rows"]) == 2 * 2 * 3
+    assert len(result["rows"]) == 2 * 2 * 2 * 3
     for row in result["rows"]:
         assert set(row) >= ROW
         assert row["op"] == "gated_rms_norm"
         assert row["milliseconds"] > 0
         assert (row["ratio"] is None) == (row["backend"] == "ours_torch")
+        assert (row["ratio_as_trained"] is None) == (row["backend"] == "ours_torch" or row["memory"] == "kept")
+    theirs, ours = (
+        next(row for row in result["rows"] if (row["memory"], row["backend"], row["pass"]) == (memory, backend, "both"))
+        for memory, backend in (("returned", "transformers"), ("kept", "ours_torch"))
+    )
+    assert theirs["ratio_as_trained"] == pytest.approx(theirs["milliseconds"] / ours["milliseconds"])
     assert {"processor", "torch", "transformers", "threads"} <= set(result["hardware"])
+
+
+def test_allocator_settings_of_the_environment_are_the_only_treatment_timed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")
+    assert run(["bench", "kernels", "--op", "gated_rms_norm", "--rounds", "1"]) == 0
+    captured = capsys.readouterr()
+    assert "Freed memory as MALLOC_MMAP_MAX_ says" in captured.out
+    assert "memory is treated one way, as the environment says in MALLOC_MMAP_MAX_" in captured.out + captured.err
 
 
 @pytest.mark.slow
@@ -46,7 +65,7 @@ def test_a_norm_beside_transformers_as_json_without_a_compiler(
 def test_a_norm_is_timed_compiled_too_where_there_is_a_compiler() -> None:
     said: list[str] = []
     rows = bench_kernels.bench_cpu(["rms_norm"], rounds=1, num_threads=1, report=said.append)["rows"]
-    assert [row["backend"] for row in rows[::3]] == ["ours_torch", "ours_compiled", "transformers"] * 2
+    assert [row["backend"] for row in rows[::3]] == ["ours_torch", "ours_compiled", "transformers"] * 4
     assert said == ["timing rms_norm in float32", "timing rms_norm in bf16"]
     for ours, compiled in zip(rows[:3], rows[3:6], strict=True):
         assert compiled["ratio"] == pytest.approx(compiled["milliseconds"] / ours["milliseconds"])
@@ -74,11 +93,11 @@ def test_variants_that_compute_something_else_are_refused() -> None:
     def double(x: torch.Tensor) -> torch.Tensor:
         return 2 * x
 
-    case = bench_kernels.Case("copy", "3", torch.float32, (torch.ones(3, requires_grad=True),), {"ours": torch.clone})
+    case = Case("copy", "3", torch.float32, (torch.ones(3, requires_grad=True),), {"ours": torch.clone})
     wrong = dataclasses.replace(case, variants={"ours": torch.clone, "peer": double})
-    assert len(bench_kernels.bench_case(case, 1)) == 3
+    assert compare_variants(case) == {"ours": 0.0}
     with pytest.raises(RuntimeError, match="peer differs from ours by 1 "):
-        bench_kernels.bench_case(wrong, 1)
+        compare_variants(wrong)
 
 
 def test_the_audit_counts_in_a_child_process(capsys: pytest.CaptureFixture[str]) -> None:
