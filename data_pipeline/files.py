@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
+from blake3 import blake3
+
 SYNC_THREADS = 4  # a part has 14 files and folders; more threads cost more than they save
 
 
 def digest_folder(folder: Path) -> str:
-    """blake2b-256 over the names and contents of all files below a folder."""
+    """BLAKE3 over the names and contents of all files below a folder."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return digest_files((path.relative_to(folder).as_posix(), path.read_bytes()) for path in files)
 
 
 def digest_files(files: Iterable[tuple[str, bytes]]) -> str:
     """The same over (name, content) pairs in the order of the names."""
-    digest = hashlib.blake2b(digest_size=32)
+    digest = blake3()
     for name, content in files:
         encoded = name.encode()
         for piece in (len(encoded).to_bytes(8, "little"), encoded, len(content).to_bytes(8, "little"), content):

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from data_pipeline.files import write_file_atomically
 from data_pipeline.shards import Compression
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 MAX_SHARD_TOKENS = 64 * 2**20
 DOCUMENT_CHUNK = 8192
@@ -48,8 +48,8 @@ class Layout:
 class Part:
     """One part as the manifest records it.
 
-    path: relative to the store. token_shards, document_shards, head_shards: bytes of each shard file. digest: blake2b-256 of all
-    files of the part, names included.
+    path: relative to the store. token_shards, document_shards, head_shards: bytes of each shard file. digest: BLAKE3 of all files of the part,
+    names included.
     """
 
     path: str

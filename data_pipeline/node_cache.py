@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from blake3 import blake3
+
 from data_pipeline.files import write_file_atomically
 from data_pipeline.object_store import RemoteFolder
 from data_pipeline.shards import DamagedError
@@ -39,7 +41,7 @@ class CacheSettings:
 
 
 class BlockCache:
-    """Files of one block and its blake2b digest each. A damaged one is fetched again; a full disk is a RuntimeError."""
+    """Files of one block and its BLAKE3 digest each. A damaged one is fetched again; a full disk is a RuntimeError."""
 
     def __init__(self, settings: CacheSettings) -> None:
         self.settings = settings
@@ -167,7 +169,7 @@ class BlockCache:
 
 
 def _digest(block: bytes) -> bytes:
-    return hashlib.blake2b(block, digest_size=DIGEST_BYTES).digest()
+    return blake3(block).digest(DIGEST_BYTES)
 
 
 def _fetch(remote: RemoteFolder, name: str, size: int, number: int, block_bytes: int) -> bytes:

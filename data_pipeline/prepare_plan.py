@@ -18,7 +18,7 @@ from data_pipeline.sources import InputFile, list_files
 SEGMENTS_PER_PART = 32  # a part mixes ranges from this many places, so that neighbours in a row differ
 MIN_SEGMENT_BYTES = 2**16  # smaller reads cost more than they mix
 UNITS_LEFT = 8  # a unit is at most this share of the text that is left, so that all actors end at about the same time
-UNIT_FORMAT = 5  # raised when the same plan would write other bytes
+UNIT_FORMAT = 6  # raised when the same plan would write other bytes
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,8 @@ def running_ray(address: str | None, num_cpus: int) -> Iterator[None]:
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address is None:
         options |= {"num_cpus": num_cpus, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+        # Ray lets everything else on the machine go first (15), but here its work is what the caller waits for.
+        os.environ.setdefault("RAY_worker_niceness", "0")
     package_root = str(Path(__file__).resolve().parent.parent)
     job = ray.job_config.JobConfig(code_search_path=[package_root])
     try:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 UNIGRAM, BPE = 1, 2
-SCORE_STEP = 2.0**-10
+SCORE_STEP = 2.0**-9
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def read_sentencepiece_model(content: bytes) -> SentencePieceModel:
 def round_scores(content: bytes) -> bytes:
     """The same model with every score a multiple of SCORE_STEP.
 
-    Sums of such scores are exact in float32 and in float64 up to 2 ** 14, so the best segmentation is the same for every
+    Sums of such scores are exact in float32 and in float64 up to 2 ** 15, so the best segmentation is the same for every
     implementation of the search, whatever its precision and however many pieces came before; without it equal
     candidates (`#` `##` and `##` `#`) are told apart by rounding noise.
     """

@@ -217,7 +217,7 @@ class TokenStore:
         return {item.name: item.num_bytes for item in self._cached.remote.list()}
 
     def digest_part(self, part: Part) -> str:
-        """blake2b-256 of the files of a part as they are now; the whole part is read, past the node cache."""
+        """BLAKE3 of the files of a part as they are now; the whole part is read, past the node cache."""
         if self._cached is None:
             return digest_folder(self.path / part.path)
         remote = RemoteFolder(f"{self.location}/{part.path}")

@@ -25,7 +25,7 @@ Offsets = npt.NDArray[np.int64]
 TRAINING_THREADS = 4  # fixed: the merge of the trainer's sums depends on it, and stores must be byte-identical
 MAX_TRAINING_LINE = 4096  # bytes; longer lines are cut, the trainer would drop them
 # Characters after which a text is cut at the next newline: few enough that sums of scores (round_scores) stay exact.
-BLOCK_CHARACTERS = 2000
+BLOCK_CHARACTERS = 4000
 TOKENIZER_FILES = ("tokenizer.model", HuggingFaceTokenizer.file_name)
 
 

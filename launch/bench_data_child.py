@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,35 +49,30 @@ def _resident_bytes(name: str) -> int:
 def tokenize(settings: dict[str, Any]) -> None:
     """Tokenize a share of the text, held in memory, once for every line on standard input; prints a line when ready.
 
-    Each batch twice, in turns: by the call of preparation, which cuts texts at newlines and joins their ids
-    ("tokenizer"), and by SentencePiece as it comes, whole texts in one call on one thread ("library"). Prints the
-    tokens, seconds and CPU seconds of both as JSON after each turn.
+    By SentencePiece as it comes, whole texts in one call on one thread, where freed memory is kept as in the actors of
+    preparation; each batch by all calls of CALLS in turns. Prints tokens, seconds and CPU seconds of each as JSON.
     """
     from sentencepiece import SentencePieceProcessor
 
     from data_pipeline.config import DataConfig
-    from data_pipeline.tokenizer import read_tokenizer_file
+    from data_pipeline.memory import keep_freed_memory
+    from launch.bench_data_prepare import CALLS
 
+    keep_freed_memory()
     config = DataConfig.model_validate(settings["data"])
     assert config.tokenizer.model is not None, "the benchmark trains the tokenizer once and names its file"
-    tokenizer = read_tokenizer_file(Path(config.tokenizer.model))
     library = SentencePieceProcessor(model_file=config.tokenizer.model)
-    ways: dict[str, Callable[[list[str]], int]] = {
-        "tokenizer": lambda texts: len(tokenizer.encode_documents(texts)[0]),
-        "library": lambda texts: sum(map(len, library.encode(texts, out_type="numpy", num_threads=1))),
-    }
     batches = list(_read_batches(config, settings["share"], settings["shares"]))
-    for encode in ways.values():
-        encode(batches[0][:8])
+    library.encode(batches[0][:8], out_type="numpy", num_threads=1)
     _answer("ready")
     for _ in sys.stdin:
-        figures = {name: {"tokens": 0, "seconds": 0.0, "cpu_seconds": 0.0} for name in ways}
-        for batch in batches:
-            for name, encode in ways.items():
-                started, cpu = time.perf_counter(), time.process_time()
-                figures[name]["tokens"] += encode(batch)
-                figures[name]["seconds"] += time.perf_counter() - started
-                figures[name]["cpu_seconds"] += time.process_time() - cpu
+        figures = {call: {"tokens": 0, "seconds": 0.0, "cpu_seconds": 0.0} for call in CALLS}
+        for batch, (call, out_type) in product(batches, CALLS.items()):
+            started, cpu = time.perf_counter(), time.process_time()
+            ids = library.encode(batch, out_type=out_type, num_threads=1)
+            figures[call]["seconds"] += time.perf_counter() - started
+            figures[call]["cpu_seconds"] += time.process_time() - cpu
+            figures[call]["tokens"] += sum(map(len, ids))
         _answer(json.dumps(figures))
 
 

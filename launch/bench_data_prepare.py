@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from data_pipeline.config import DataConfig
 from data_pipeline.prepare import prepare
@@ -26,9 +26,10 @@ from launch.bench_data_files import BenchData
 ACTOR = "ray::PartWriter"
 CALM_SECONDS = 30.0
 
-WAYS = ("tokenizer", "library")  # of encoding alone: as preparation does, and as SentencePiece does by itself
+# Calls of SentencePiece: ids as Python's lists, its default, which most pipelines use, and as arrays, its fastest.
+CALLS: dict[str, type[int] | Literal["numpy"]] = {"tokenizer": int, "fastest": "numpy"}
 
-_Alone = dict[str, dict[str, float]]  # tokens, seconds and cpu_seconds by the names of WAYS
+_Alone = dict[str, dict[str, float]]  # tokens, seconds and cpu_seconds by the names of CALLS
 
 
 @dataclass
@@ -66,10 +67,10 @@ def measure_preparation(settings: BenchData, report: Callable[[str], None]) -> d
     """Prepare the store `fast` on Ray and tokenize the same text in as many processes without it, in turns.
 
     Medians of the rounds, ratios formed inside each. tokens_per_second: from the first unit's beginning to the last
-    one's end, all actors together. tokenizer_...: of one process that encodes as preparation does, while as many work as
-    there are actors; library_...: the same with SentencePiece as it comes, whole texts in one call. share_of_...:
-    tokens_per_second over the one or the other by the clock, times actors. efficiency: that of the tokenizer per CPU
-    second, of the work inside the actors. ray_cpu_fraction: share of all CPU time that is not the actors' work, from the
+    one's end, all actors together. tokenizer_...: of one process in which SentencePiece encodes whole texts from memory
+    by its default call, while as many work as there are actors; fastest_...: by its fastest. share_of_...:
+    tokens_per_second over the one or the other by the clock, times actors. efficiency: over the fastest per CPU second,
+    of the work inside the actors. ray_cpu_fraction: share of all CPU time that is not the actors' work, from the
     first report to the last; None where there is no /proc. ray_start_cpu_seconds: what Ray took to start, which is waited
     for, so that it counts as neither.
     """
@@ -82,7 +83,7 @@ def measure_preparation(settings: BenchData, report: Callable[[str], None]) -> d
             watched, before = _Watched(), _look()
             prepare(settings.data_config("fast"), runner=watched.run)
             rounds.append(_summary(settings, watched, before, alone or tokenize_alone()))
-    shares = [entry["share_of_tokenizer"] for entry in rounds]
+    shares = {call: [entry[f"share_of_{call}"] for entry in rounds] for call in CALLS}
     medians = {
         key: None if rounds[0][key] is None else statistics.median(entry[key] for entry in rounds) for key in rounds[0]
     }
@@ -90,8 +91,8 @@ def measure_preparation(settings: BenchData, report: Callable[[str], None]) -> d
         **medians,
         "actors": settings.actors,
         "rounds": len(rounds),
-        "share_of_tokenizer_min": min(shares),
-        "share_of_tokenizer_max": max(shares),
+        **{f"share_of_{call}_min": min(values) for call, values in shares.items()},
+        **{f"share_of_{call}_max": max(values) for call, values in shares.items()},
     }
 
 
@@ -104,20 +105,20 @@ def _summary(settings: BenchData, watched: _Watched, before: _Moment, alone: lis
     work = sum(report.cpu_seconds for report in reports)
     per_second = tokens / (watched.reports[-1][0] - began)
     one_process = {
-        way: statistics.mean(entry[way]["tokens"] / entry[way]["seconds"] for entry in alone) for way in WAYS
+        call: statistics.mean(entry[call]["tokens"] / entry[call]["seconds"] for entry in alone) for call in CALLS
     }
-    mine = [entry["tokenizer"] for entry in alone]
-    per_cpu_second = sum(entry["tokens"] for entry in mine) / sum(entry["cpu_seconds"] for entry in mine)
+    fastest = [entry["fastest"] for entry in alone]
+    per_cpu_second = sum(entry["tokens"] for entry in fastest) / sum(entry["cpu_seconds"] for entry in fastest)
     total, actors = last.total - first.total, last.actors - first.actors
     return {
         "tokens": tokens,
         "text_bytes": sum(report.text_bytes for report in reports),
         "parts": sum(len(parts) for report in reports for parts in report.parts.values()),
         "tokens_per_second": per_second,
-        **{f"{way}_tokens_per_second": rate for way, rate in one_process.items()},
-        **{f"share_of_{way}": per_second / (rate * settings.actors) for way, rate in one_process.items()},
+        **{f"{call}_tokens_per_second": rate for call, rate in one_process.items()},
+        **{f"share_of_{call}": per_second / (rate * settings.actors) for call, rate in one_process.items()},
         "tokens_per_cpu_second": tokens / work,
-        "tokenizer_tokens_per_cpu_second": per_cpu_second,
+        "fastest_tokens_per_cpu_second": per_cpu_second,
         "efficiency": tokens / work / per_cpu_second,
         "ray_cpu_fraction": 1 - actors / total if total else None,
         "ray_start_cpu_seconds": started.total - before.total,
@@ -142,7 +143,7 @@ def _wait_until_calm() -> None:
 def _tokenizers_alone(settings: BenchData) -> Iterator[Callable[[], list[_Alone]]]:
     """A function that lets `actors` processes without Ray tokenize at the same time, each its share of the text.
 
-    It returns the tokens, seconds and CPU seconds of each, by the names of WAYS.
+    It returns the tokens, seconds and CPU seconds of each, by the names of CALLS.
     """
     config = settings.data_config("fast").model_dump(mode="json")
     processes = []

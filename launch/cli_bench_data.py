@@ -67,18 +67,19 @@ def print_data_tables(result: dict[str, Any]) -> None:
         f"Preparation with {made['actors']} Ray actors, {made['text_bytes'] / 1e6:.0f} MB in {made['parts']:.0f} parts",
         [
             ("tokens/s", f"{made['tokens_per_second']:,.0f}, by the clock"),
-            (
-                "against the tokenizer",
-                f"{made['share_of_tokenizer']:.0%} (median of {made['rounds']} rounds in turns, "
-                f"{made['share_of_tokenizer_min']:.0%} to {made['share_of_tokenizer_max']:.0%})",
+            *(
+                (
+                    f"against SentencePiece, {what}",
+                    f"{made[f'share_of_{call}']:.0%} ({made[f'share_of_{call}_min']:.0%} to "
+                    f"{made[f'share_of_{call}_max']:.0%}, {made['rounds']} rounds in turns) of "
+                    f"{made[f'{call}_tokens_per_second']:,.0f} a process, {made['actors']} at work",
+                )
+                for call, what in (
+                    ("tokenizer", "ids as lists (its default)"),
+                    ("fastest", "ids as arrays (its fastest)"),
+                )
             ),
-            ("the tokenizer alone", f"{made['tokenizer_tokens_per_second']:,.0f} a process, {made['actors']} at work"),
-            ("inside the actors", f"{made['efficiency']:.0%} of the tokenizer alone, a CPU second"),
-            (
-                "against SentencePiece",
-                f"{made['share_of_library']:.0%}; whole texts, their ids not joined: "
-                f"{made['library_tokens_per_second']:,.0f} a process",
-            ),
+            ("inside the actors", f"{made['efficiency']:.0%} of its fastest, a CPU second"),
             ("Ray's share of CPU time", "not measured here" if fraction is None else f"{fraction:.1%}"),
             ("starting Ray", f"{made['ray_start_cpu_seconds']:.1f} CPU s, whatever the text"),
         ],

@@ -166,8 +166,8 @@ def test_an_edited_manifest_is_noticed(copied):
     manifest.write_text(text[: len(text) // 2])
     with pytest.raises(DamagedError, match=r"manifest.json is damaged"):
         TokenStore.open(copied.path)
-    manifest.write_text(text.replace('"version": 2', '"version": 9'))
-    with pytest.raises(ValueError, match="format version 9, this program reads 2"):
+    manifest.write_text(text.replace('"version": 3', '"version": 9'))
+    with pytest.raises(ValueError, match="format version 9, this program reads 3"):
         TokenStore.open(copied.path)
 
 

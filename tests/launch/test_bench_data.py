@@ -26,7 +26,7 @@ PREPARATION = {
     "tokens_per_second",
     "tokenizer_tokens_per_second",
     "share_of_tokenizer",
-    "share_of_library",
+    "share_of_fastest",
     "ray_cpu_fraction",
 }
 
