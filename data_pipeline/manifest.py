@@ -48,8 +48,8 @@ class Layout:
 class Part:
     """One part as the manifest records it.
 
-    path: relative to the store. token_shards, document_shards, head_shards: bytes of each shard file. digest: BLAKE3 of all files of the part,
-    names included.
+    path: relative to the store. token_shards, document_shards, head_shards: bytes of each shard file. digest: BLAKE3 of all
+    files of the part, names included.
     """
 
     path: str

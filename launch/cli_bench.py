@@ -262,8 +262,8 @@ def print_kernel_table(result: dict[str, Any]) -> None:
     titles = {
         None: "Operations side by side, medians",
         "returned": "Freed memory returned, as the C library does by itself",
+        "kept": "Freed memory kept, as amfm train does",
     }
-    titles["kept"] = "Freed memory kept, as amfm train does"
     for treatment in dict.fromkeys(row.get("memory") for row in result["rows"]):
         rows = [row for row in result["rows"] if row.get("memory") == treatment]
         _print_variants(titles.get(treatment, f"Freed memory as {treatment} says"), rows, on_cpu=treatment is not None)
