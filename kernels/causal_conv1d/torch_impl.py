@@ -17,8 +17,6 @@ from kernels.shapes import drop_single_document
 
 # Numbers of a block of `_correlate`: enough that a call costs little beside its work, few enough to stay in the cache.
 _NUMBERS = 1 << 18
-# PyTorch may keep fewer numbers from oneDNN, and then convolves channel by channel.
-_LIBRARY_NUMBERS = 20_480
 
 
 def convolve(x_BTC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, document_ids_BT: Tensor | None) -> Tensor:
@@ -37,10 +35,11 @@ def _slide(x_BTC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, *, num_zeros
     """
     B, T, C = x_BTC.shape
     W = weight_CW.shape[1]
-    on_cpu = x_BTC.device.type == "cpu" and torch.backends.mkldnn.is_available()
-    if on_cpu and x_BTC.dtype == torch.float32 and x_BTC.numel() > _LIBRARY_NUMBERS:
+    if x_BTC.device.type == "cpu" and x_BTC.dtype == torch.float32 and torch.backends.mkldnn.is_available():
         image_BC1T = x_BTC.reshape(B, 1, T, C).permute(0, 3, 1, 2)  # in memory as it was: "channels last"
-        out_BC1P = F.conv2d(image_BC1T, weight_CW.reshape(C, 1, 1, W), bias_C, padding=(0, num_zeros), groups=C)
+        weight_C11W = weight_CW.reshape(C, 1, 1, W)
+        # By its own name: conv2d keeps small images from oneDNN, channel by channel and rounded otherwise.
+        out_BC1P = torch.ops.aten.mkldnn_convolution(image_BC1T, weight_C11W, bias_C, [0, num_zeros], [1, 1], [1, 1], C)
         return out_BC1P.permute(0, 2, 3, 1).reshape(B, -1, C)
     x_BTC = F.pad(x_BTC, (0, 0, num_zeros, num_zeros))
     places = x_BTC.shape[1] - W + 1

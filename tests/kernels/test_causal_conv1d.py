@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels.causal_conv1d.op import causal_conv1d, causal_conv1d_step
-from kernels.causal_conv1d.torch_impl import _LIBRARY_NUMBERS, _backward, _forward, convolve
+from kernels.causal_conv1d.torch_impl import _backward, _forward, convolve
 from tests.helpers.numbers import assert_all_near, assert_bitwise, assert_near
 from tests.helpers.registration import assert_registered
 
@@ -91,13 +91,14 @@ def test_without_bias() -> None:
     assert_near(causal_conv1d(x, weight, None), causal_conv1d(x, weight, None, backend="reference"), FLOAT64)
 
 
-@pytest.mark.parametrize(("B", "T", "C"), [(2, 129, 96), (1, 300, 80), (1, 1, 30_000), (9, 3, 1000)])
+@pytest.mark.parametrize(
+    ("B", "T", "C"), [(2, 129, 96), (1, 300, 80), (1, 1, 3000), (9, 3, 1000), (3, 5, 1), (1, 1, 1)]
+)
 @pytest.mark.parametrize("W", [2, 3, 4])
 @pytest.mark.parametrize("starts", [None, (1, 2, 64, 128)])
 def test_rows_that_the_library_convolves_stay_near_float64(
     B: int, T: int, C: int, W: int, starts: tuple[int, ...] | None, poisoned_memory: None
 ) -> None:
-    assert B * T * C > _LIBRARY_NUMBERS
     tensors = make(B, T, C, W, torch.float32, window=False)
     exact = [t.detach().double().requires_grad_() for t in tensors]
     ids = None if starts is None else documents(T, *(s for s in starts if s < T)).repeat(B, 1)[:B]

@@ -28,6 +28,7 @@ from tests.helpers.spawn import run_ranks
 from tests.pretrain.tiny_run import tiny_config, tiny_data
 
 STEPS = 3
+LEARNING_RATE = 1e-3
 
 # Every core kind of block. Four tensor ranks outnumber the key-value heads and the groups of B and C.
 MODEL: dict[str, Any] = {
@@ -110,9 +111,9 @@ def layout_config(layout: Layout, data: DataConfig, run_dir: Path) -> RunConfig:
         "train__global_batch_size": 8,
         "train__sequence_length": 64,
         "train__steps": STEPS,
-        "optimizer__learning_rate": 1e-3,
-        # AdamW would make a step of full length of a gradient that is nothing but rounding.
-        "optimizer__epsilon": 1e-5,
+        "optimizer__learning_rate": LEARNING_RATE,
+        # AdamW would make a step of full length of a gradient that is nothing but rounding; of sums that cancel, too.
+        "optimizer__epsilon": 1e-3,
     }
     settings |= layout.settings
     config = tiny_config(data, run_dir, **settings)
