@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch  # part of the bare process, as in training
 
+from launch.bench_child import answer
+
 if TYPE_CHECKING:
     from data_pipeline.config import DataConfig
 
@@ -64,7 +66,7 @@ def tokenize(settings: dict[str, Any]) -> None:
     library = SentencePieceProcessor(model_file=config.tokenizer.model)
     batches = list(_read_batches(config, settings["share"], settings["shares"]))
     library.encode(batches[0][:8], out_type="numpy", num_threads=1)
-    _answer("ready")
+    answer("ready")
     for _ in sys.stdin:
         figures = {call: {"tokens": 0, "seconds": 0.0, "cpu_seconds": 0.0} for call in CALLS}
         for batch, (call, out_type) in product(batches, CALLS.items()):
@@ -73,7 +75,7 @@ def tokenize(settings: dict[str, Any]) -> None:
             figures[call]["seconds"] += time.perf_counter() - started
             figures[call]["cpu_seconds"] += time.process_time() - cpu
             figures[call]["tokens"] += sum(map(len, ids))
-        _answer(json.dumps(figures))
+        answer(figures)
 
 
 def _read_batches(config: DataConfig, share: int, shares: int) -> Iterator[list[str]]:
@@ -100,15 +102,10 @@ def _read_batches(config: DataConfig, share: int, shares: int) -> Iterator[list[
         yield batch
 
 
-def _answer(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
-
-
 if __name__ == "__main__":
     torch.set_num_threads(1)
     task, given = sys.argv[1], json.loads(sys.argv[2])
     if task == "first":
-        _answer(json.dumps(first_batch(given)))
+        answer(first_batch(given))
     else:
         tokenize(given)

@@ -6,11 +6,9 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +19,7 @@ from data_pipeline.prepare_plan import Unit
 from data_pipeline.prepare_ray import run_on_ray, running_ray
 from data_pipeline.prepare_unit import UnitFailure, UnitReport
 from data_pipeline.tokenizer import Tokenizer
+from launch.bench_child import Child
 from launch.bench_data_files import BenchData
 
 ACTOR = "ray::PartWriter"
@@ -146,34 +145,20 @@ def _tokenizers_alone(settings: BenchData) -> Iterator[Callable[[], list[_Alone]
     It returns the tokens, seconds and CPU seconds of each, by the names of CALLS.
     """
     config = settings.data_config("fast").model_dump(mode="json")
-    processes = []
-    for share in range(settings.actors):
-        arguments = json.dumps({"data": config, "share": share, "shares": settings.actors})
-        command = [sys.executable, "-m", "launch.bench_data_child", "tokenize", arguments]
-        processes.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+    shares = [{"data": config, "share": share, "shares": settings.actors} for share in range(settings.actors)]
+    with ExitStack() as stack:
+        children = [
+            stack.enter_context(Child("launch.bench_data_child", "tokenize", json.dumps(share))) for share in shares
+        ]
+        for child in children:
+            child.receive()  # its text is in memory
 
-    def answer(process: subprocess.Popen[str]) -> str:
-        assert process.stdout is not None, "the pipe was asked for"
-        line = process.stdout.readline()
-        if not line:
-            raise RuntimeError("a process that tokenizes alone ended early; its message is above")
-        return line
+        def tokenize_alone() -> list[_Alone]:
+            for child in children:
+                child.start()
+            return [child.receive() for child in children]
 
-    def tokenize_alone() -> list[_Alone]:
-        for process in processes:
-            assert process.stdin is not None, "the pipe was asked for"
-            process.stdin.write("go\n")
-            process.stdin.flush()
-        return [json.loads(answer(process)) for process in processes]
-
-    try:
-        for process in processes:
-            answer(process)  # its text is in memory
         yield tokenize_alone
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
 
 
 def _look() -> _Moment:

@@ -14,23 +14,20 @@ import json
 import os
 import platform
 import statistics
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 
 from data_pipeline.memory import OWN_SETTINGS
+from launch.bench_child import Child
 from launch.bench_kernels_peers import OPERATIONS
 from launch.bench_kernels_rounds import DTYPES, FUSED, can_be_compiled
 from launch.bench_step import describe_hardware
 
 PASSES = ("forward", "backward", "both")
 RETURNED, KEPT = "returned", "kept"
-
-Ask = Callable[[], Any]
 
 
 def bench_cpu(
@@ -81,44 +78,26 @@ def _bench_operation(
     missing = op in FUSED and not can_be_compiled(op)
     remark = ", ours_compiled left out: there is no C++ compiler (install g++)" if missing else ""
     with ExitStack() as stack:
-        asks = {memory: stack.enter_context(_process(op, memory, rounds)) for memory in memories}
+        children = {memory: stack.enter_context(_start(op, memory, rounds)) for memory in memories}
         for dtype in DTYPES:
             report(f"timing {op} in {dtype}{remark}")
-            cases = {memory: ask() for memory, ask in asks.items()}
+            cases = {memory: child.ask() for memory, child in children.items()}
+            for case in cases.values():
+                if "error" in case:
+                    raise RuntimeError(case["error"])
             seconds: dict[str, list[dict[str, tuple[float, float]]]] = {memory: [] for memory in memories}
             for _ in range(rounds):
-                for memory, ask in asks.items():
-                    seconds[memory].append(ask())
+                for memory, child in children.items():
+                    seconds[memory].append(child.ask())
             medians = {memory: _medians(seconds[memory]) for memory in memories}
             rows += [row for memory in memories for row in _rows(op, dtype, memory, cases[memory], medians)]
     return rows
 
 
-@contextmanager
-def _process(op: str, memory: str, rounds: int) -> Iterator[Ask]:
-    """A process that times one operation, and how to get its next answer."""
+def _start(op: str, memory: str, rounds: int) -> Child:
+    """A process that times one operation with memory treated in one way."""
     settings = {"op": op, "rounds": rounds, "threads": torch.get_num_threads(), "keep_freed_memory": memory == KEPT}
-    command = [sys.executable, "-m", "launch.bench_kernels_rounds", json.dumps(settings)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdin is not None and process.stdout is not None, "the pipes were asked for"
-    stdin, stdout = process.stdin, process.stdout
-
-    def ask() -> Any:
-        stdin.write("go\n")
-        stdin.flush()
-        line = stdout.readline()
-        if not line:
-            raise RuntimeError(f"the process that times {op} ended early; its message is above")
-        answer = json.loads(line)
-        if "error" in answer:
-            raise RuntimeError(answer["error"])
-        return answer
-
-    try:
-        yield ask
-    finally:
-        process.kill()
-        process.wait()
+    return Child("launch.bench_kernels_rounds", json.dumps(settings))
 
 
 def _medians(rounds: list[dict[str, tuple[float, float]]]) -> dict[str, tuple[float, float, float]]:

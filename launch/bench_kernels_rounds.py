@@ -1,8 +1,8 @@
 """One operation on this machine's CPU: its variants compared with ours, then timed in turns, forward and backward.
 
 Called by `amfm bench kernels` as `python -m launch.bench_kernels_rounds SETTINGS`, SETTINGS being JSON: a process for
-each way to treat freed memory, because the C library takes that setting once. It prints a JSON object a dtype when all
-variants agree, and one for each line on standard input: the seconds of one round.
+each way to treat freed memory, because the C library takes that setting once. Answers, one for each line on standard
+input: shape and differences of the variants in one dtype, the seconds of each of its rounds, then the next dtype.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.memory import keep_freed_memory
+from launch.bench_child import answer
 from launch.bench_kernels_peers import Case, build_case
 from launch.doctor import examine_compiler
 
@@ -43,12 +44,12 @@ def serve(settings: dict[str, Any]) -> None:
         try:
             differences = compare_variants(case)
         except RuntimeError as error:
-            _answer({"error": str(error)})
+            answer({"error": str(error)})
             return
-        _answer({"shape": case.shape, "differences": differences})
+        answer({"shape": case.shape, "differences": differences})
         for _ in range(settings["rounds"]):
             sys.stdin.readline()
-            _answer(time_variants(case))
+            answer(time_variants(case))
 
 
 def can_be_compiled(op: str) -> bool:
@@ -73,7 +74,7 @@ def compare_variants(case: Case) -> dict[str, float]:
     for name, difference in differences.items():
         if not difference <= TOLERANCE[case.dtype]:
             raise RuntimeError(
-                f"{case.op} in {name_dtype(case.dtype)}: {name} differs from ours by {difference:.2g} (relative), above "
+                f"{case.op} in {_name(case.dtype)}: {name} differs from ours by {difference:.2g} (relative), above "
                 f"{TOLERANCE[case.dtype]:g}; they are not the same work, so their speeds say nothing"
             )
     return differences
@@ -115,14 +116,9 @@ def median_difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
     )
 
 
-def name_dtype(dtype: torch.dtype) -> str:
+def _name(dtype: torch.dtype) -> str:
     """As the tables call it."""
     return next(name for name, value in DTYPES.items() if value == dtype)
-
-
-def _answer(found: object) -> None:
-    sys.stdout.write(json.dumps(found) + "\n")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,52 @@
+"""A process of a benchmark's own: it gives one line of JSON for each line that it reads."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+
+class Child:
+    """`python -m MODULE ARGUMENTS` behind pipes, killed where the `with` block ends.
+
+    It gets a line for each `start` and answers with one line of JSON. RuntimeError where it ends instead.
+    """
+
+    def __init__(self, module: str, *arguments: str) -> None:
+        command = [sys.executable, "-m", module, *arguments]
+        self._what = " ".join(["python", "-m", module])
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def start(self) -> None:
+        """Let it work on its next answer."""
+        assert self._process.stdin is not None, "the pipe was asked for"
+        self._process.stdin.write("go\n")
+        self._process.stdin.flush()
+
+    def receive(self) -> Any:
+        """Wait for an answer."""
+        assert self._process.stdout is not None, "the pipe was asked for"
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self._what} ended early; its message is above")
+        return json.loads(line)
+
+    def ask(self) -> Any:
+        """Start and receive."""
+        self.start()
+        return self.receive()
+
+
+def answer(found: object) -> None:
+    """In the child: print one line of JSON."""
+    sys.stdout.write(json.dumps(found) + "\n")
+    sys.stdout.flush()
