@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Asked once: torch.compile can't look into the question, and would cut a block's graph at every product.
+_MULTIPLIES_BF16 = torch.cpu._is_avx512_bf16_supported()
+
 
 def gemm_dtype(tensor: Tensor) -> torch.dtype:
     """Dtype for the operands of matrix products on `tensor`: its own where the machine multiplies it natively, else float32.
@@ -14,6 +17,6 @@ def gemm_dtype(tensor: Tensor) -> torch.dtype:
     """
     if tensor.dtype in (torch.float32, torch.float64) or tensor.device.type != "cpu":
         return tensor.dtype
-    if tensor.dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported():
+    if tensor.dtype == torch.bfloat16 and _MULTIPLIES_BF16:
         return tensor.dtype
     return torch.float32

@@ -10,6 +10,16 @@ from tests.model.small_models import MAMBA, MOE, loss_of, packed_batch, small_co
 BATCHES = [((7, 1, 12, 3), (23,)), ((23,), (23,)), ((5, 18), (10, 13))]
 
 
+def count_graph_breaks(pattern, dtype):
+    model = small_model(small_config(pattern, moe=MOE, mamba=MAMBA), dtype=dtype)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model.compile_blocks(compiler="aot_eager")
+    tokens_BT, labels_BT, ids_BT = packed_batch(BATCHES[0])
+    loss_of(model(tokens_BT, PackMeta.from_document_ids(ids_BT), labels_BT)).backward()
+    return sum(torch._dynamo.utils.counters["graph_break"].values())
+
+
 def assert_compiled_equals_eager(pattern, compiler, **moe_changes):
     weights = {"auxiliary_loss_weight": 0.1, "sequence_loss_weight": 0.1, "z_loss_weight": 0.1}
     moe = MOE.model_copy(update=weights | moe_changes)
@@ -45,6 +55,10 @@ def test_blocks_of_a_kind_share_their_graphs():
 
 def test_blocks_that_recycle_choices_share_a_graph_though_each_draws_its_own_seats():
     assert assert_compiled_equals_eager("EE", "aot_eager", capacity_factor=1.0, overflow="recycle") == 1
+
+
+def test_the_dtype_of_products_breaks_no_graph_in_bfloat16():
+    assert count_graph_breaks("M-*E", torch.bfloat16) == 0
 
 
 @pytest.mark.slow
