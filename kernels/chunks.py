@@ -31,14 +31,6 @@ class Chunks:
         chunks = (T + Q - 1) // Q
         return cls(B, T, H, G, H // G, K, V, Q, chunks, B * chunks, chunks * Q - T)
 
-    def head(self, h: int) -> slice:
-        """Columns of head h in a tensor whose last dim is heads times V."""
-        return slice(h * self.V, (h + 1) * self.V)
-
-    def group(self, g: int) -> slice:
-        """Columns of group g in a tensor whose last dim is heads times V."""
-        return slice(g * self.R * self.V, (g + 1) * self.R * self.V)
-
 
 @dataclass(frozen=True)
 class Documents:

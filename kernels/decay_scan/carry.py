@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels.decay_scan.op import check_mamba2
 from kernels.gemm_precision import gemm_dtype
+from kernels.powers import LOG2_E
 from kernels.shapes import check_documents, check_float, check_row, check_shape
 
 
@@ -40,7 +41,7 @@ def add_carried_state(
     check_documents(document_ids_BT, B, T, y_BTHP)
     wide = torch.float64 if y_BTHP.dtype == torch.float64 else torch.float32
     g_BTH = F.softplus(dt_BTH.to(wide) + dt_bias_H.to(wide)) * -A_log_H.to(wide).exp()
-    decay_BTH = g_BTH.cumsum(1).exp()
+    decay_BTH = (g_BTH.cumsum(1) * LOG2_E).exp2()
     if document_ids_BT is not None:
         is_first_BT1 = (document_ids_BT == document_ids_BT[:, :1])[..., None]
         decay_BTH = torch.where(is_first_BT1, decay_BTH, torch.zeros_like(decay_BTH))
@@ -64,11 +65,11 @@ def decay_read(q_BTHK: Tensor, g: Tensor, *, document_ids_BT: Tensor | None = No
     check_float("g", g)
     check_row(document_ids_BT, None, (B, H, K), 1, q_BTHK)
     wide = torch.float64 if q_BTHK.dtype == torch.float64 else torch.float32
-    b = g.to(wide).cumsum(1)
+    b = g.to(wide).cumsum(1) * LOG2_E
     if document_ids_BT is not None:
         is_later_BT = document_ids_BT != document_ids_BT[:, :1]
         b = b.masked_fill(is_later_BT.view(B, T, *(1,) * (g.dim() - 2)), -torch.inf)
-    return q_BTHK.to(wide) * (b if g.dim() == 4 else b[..., None]).exp()
+    return q_BTHK.to(wide) * (b if g.dim() == 4 else b[..., None]).exp2()
 
 
 class _Carry(torch.autograd.Function):

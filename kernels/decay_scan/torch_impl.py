@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels.chunks import Chunks, Documents, cut_documents, pad_tokens
 from kernels.gemm_precision import gemm_dtype
+from kernels.powers import LOG2_E
 
 _TINY = 1e-30
 
@@ -100,40 +101,85 @@ def compose_scan(
 
 @dataclass
 class _Setup:
-    """What forward and backward both derive from the inputs."""
+    """What forward and backward both derive from the inputs; b is times log2(e), for powers of 2."""
 
     sizes: Chunks
     documents: Documents
-    q: Tensor
+    q: Tensor  # [n, G, Q, K]
     k: Tensor
-    v: Tensor
-    b: Tensor
+    v: Tensor  # [n, H, Q, V]
+    b: Tensor  # [n, H, Q]
     b_source: Tensor
     gemm: torch.dtype
     wide: torch.dtype
 
     def weights_to_end(self) -> Tensor:
-        """exp(b_end - b_j) scale_j for tokens of the chunk's last document, [n, Q, H, 1]."""
-        weights = self.documents.keep_last(self.b[..., -1:] - self.b_source).exp_()
-        return weights.transpose(1, 2).unsqueeze(-1)
+        """exp(b_end - b_j) scale_j for tokens of the chunk's last document, [n, H, Q, 1]."""
+        return self.documents.keep_last(self.b[..., -1:] - self.b_source).exp2_().unsqueeze(-1)
 
     def weights_from_start(self) -> Tensor:
-        """exp(b_i) for tokens of the document that owns the entering state, [n, Q, H, 1]."""
-        return self.documents.keep_first(self.b.exp()).transpose(1, 2).unsqueeze(-1)
+        """exp(b_i) for tokens of the document that owns the entering state, [n, H, Q, 1]."""
+        return self.documents.keep_first(self.b.exp2()).unsqueeze(-1)
+
+    def carry(self) -> Tensor:
+        """What is left at a chunk's end of the state that entered it, [B, chunks, G, 1, R, 1]."""
+        s = self.sizes
+        return self.documents.keep_carry(self.b[..., -1].exp2()).view(s.B, s.chunks, s.G, 1, s.R, 1)
 
     def decay_inside(self) -> Tensor:
         """exp(b_i - b_j) scale_j below the diagonal and inside a document, 0 elsewhere, [n, H, Q, Q]."""
         decay = self.b[..., :, None] - self.b_source[..., None, :]
-        return decay.add_(self.documents.bias).exp_()
+        return decay.add_(self.documents.bias).exp2_()
 
-    def mix(self, decay: Tensor) -> Tensor:
-        """(q_i . k_j) times the decay, with the product taken once a group, [n, H, Q, Q]."""
+    def mix(self, scores: Tensor, decay: Tensor) -> Tensor:
+        """Scores of a group [n, G, Q, Q] times the decay of each head, [n, H, Q, Q]."""
+        return (self.grouped(decay) * scores.unsqueeze(2)).flatten(1, 2)
+
+    def grouped(self, x: Tensor) -> Tensor:
+        """[n, H, ...] seen as [n, G, R, ...]."""
+        return x.unflatten(1, (self.sizes.G, self.sizes.R))
+
+    def by_head(self, x: Tensor) -> Tensor:
+        """The heads of a group side by side, [n, G, Q, R V], seen as [n, G, R, Q, V]."""
+        return x.unflatten(3, (self.sizes.R, self.sizes.V)).transpose(2, 3)
+
+    def weigh(self, x: Tensor, weights: Tensor) -> Tensor:
+        """x [n, H, Q, V] times weights [n, H, Q, 1], the heads of a group side by side: [n, G, Q, R V]."""
         s = self.sizes
-        scores = decay.new_empty(s.count, s.G, s.Q, s.Q)
-        for g in range(s.G):
-            _multiply(scores[:, g], self.q[:, :, g], self.k[:, :, g].transpose(1, 2), self.gemm)
-        shape = (s.count, s.G, s.R, s.Q, s.Q)
-        return (decay.view(shape) * scores[:, :, None]).view(decay.shape).to(self.gemm)
+        weighed = self.room(s.G, s.Q, s.R * s.V)
+        torch.mul(self.grouped(x), self.grouped(weights), out=self.by_head(weighed))
+        return weighed
+
+    def multiply(self, left: Tensor, right: Tensor) -> Tensor:
+        """Products of matrices [n, heads, ...], of operands in `gemm`, in the wide dtype."""
+        out = self.room(left.shape[1], left.shape[2], right.shape[3])
+        self.multiply_into(out, left, right, beta=0.0)
+        return out
+
+    def multiply_into(self, out: Tensor, left: Tensor, right: Tensor, *, beta: float = 1.0) -> None:
+        """out = beta out + left @ right."""
+        out, left, right = out.flatten(0, 1), left.flatten(0, 1).to(self.gemm), right.flatten(0, 1).to(self.gemm)
+        if out.dtype == self.gemm:
+            out.baddbmm_(left, right, beta=beta)
+        elif beta == 0.0:
+            out.copy_(torch.bmm(left, right))
+        else:
+            out.add_(torch.bmm(left, right))
+
+    def room(self, *shape: int, chunks: int | None = None) -> Tensor:
+        """A tensor to be filled, [n, ...] in the wide dtype."""
+        n = self.sizes.count if chunks is None else chunks
+        return torch.empty(n, *shape, dtype=self.wide, device=self.b.device)
+
+    def rows(self, x: Tensor, source: Tensor, skip: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """x [n, H, Q, V], plus skip times its source, as rows of tokens again: [B, T, H, V]."""
+        s = self.sizes
+        tokens = self.room(s.Q, s.H, s.V)
+        if skip is None:
+            tokens.copy_(x.transpose(1, 2))
+        else:
+            torch.addcmul(x, source, skip.to(self.wide).view(s.H, 1, 1), out=tokens.transpose(1, 2))
+        return tokens.view(s.B, s.chunks * s.Q, s.H, s.V)[:, : s.T].to(dtype).contiguous()
 
 
 def _set_up(
@@ -147,36 +193,27 @@ def _set_up(
     gemm: torch.dtype,
 ) -> _Setup:
     B, T, H, V = v.shape
-    G, K = q.shape[2:]
-    sizes = Chunks.of(B, T, H, G, K, V, chunk_size)
-    n, Q = sizes.count, sizes.Q
-    wide = g.dtype
-    q, k, v = (pad_tokens(x, sizes.padding).to(gemm).contiguous() for x in (q, k, v))
-    g = pad_tokens(g, sizes.padding).view(n, Q, H).transpose(1, 2).contiguous()
-    documents = cut_documents(documents_BT, sizes, g)
+    s = Chunks.of(B, T, H, *q.shape[2:], V, chunk_size)
+    g = pad_tokens(g, s.padding).view(s.count, s.Q, H).transpose(1, 2) * LOG2_E
+    documents = cut_documents(documents_BT, s, g)
     b = documents.sum_inside(g)
     b_source = b
     if scale is not None:
         # A factor on v_j is a shift of its exponent: no pass over [Q, Q] or over v is spent on it.
-        b_source = b - pad_tokens(scale, sizes.padding).view(n, Q, H).transpose(1, 2).log()
-    return _Setup(
-        sizes, documents, q.view(n, Q, G, K), k.view(n, Q, G, K), v.view(n, Q, H * V), b, b_source, gemm, wide
-    )
+        b_source = b - pad_tokens(scale, s.padding).view(s.count, s.Q, H).transpose(1, 2).log2()
+    q, k, v = (_heads_first(x, s, gemm) for x in (q, k, v))
+    return _Setup(s, documents, q, k, v, b, b_source, gemm, g.dtype)
 
 
-def _multiply(out: Tensor, left: Tensor, right: Tensor, gemm: torch.dtype, beta: float = 0.0) -> None:
-    """out = beta out + left @ right for batches of matrices that may be strided views; operands are cast to `gemm`."""
-    left, right = left.to(gemm), right.to(gemm)
-    if out.dtype == gemm:
-        out.baddbmm_(left, right, beta=beta)
-    elif beta == 0.0:
-        out.copy_(torch.bmm(left, right))
-    else:
-        out.add_(torch.bmm(left, right))
+def _heads_first(x: Tensor, s: Chunks, dtype: torch.dtype) -> Tensor:
+    """[B, T, heads, X] cut into chunks, the tokens of a head side by side: [n, heads, Q, X]."""
+    x = pad_tokens(x, s.padding).reshape(s.count, s.Q, *x.shape[2:])
+    # Two passes, moved and then widened, take two thirds of the time of one that does both.
+    return x.transpose(1, 2).contiguous().to(dtype)
 
 
 class _ChunkedScan(torch.autograd.Function):
-    """`chunked_scan` with its gradient written out: saves the inputs, y, the decays and the states entering chunks."""
+    """`chunked_scan` with its gradient written out: saves the inputs, y, scores, decays and the states entering chunks."""
 
     @staticmethod
     def forward(
@@ -194,29 +231,18 @@ class _ChunkedScan(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         setup = _set_up(q, k, v, g, scale, documents_BT, chunk_size, gemm)
         s = setup.sizes
-        decay = setup.decay_inside()
-        mixed = setup.mix(decay)
+        scores, decay = setup.multiply(setup.q, setup.k.mT), setup.decay_inside()
+        y = setup.multiply(setup.mix(scores, decay), setup.v)
         entering, final = _scan_states(setup, initial)
-        y = torch.empty(s.count, s.Q, s.H * s.V, dtype=setup.wide, device=v.device)
-        for i in range(s.G):
-            _multiply(y[:, :, s.group(i)], setup.q[:, :, i], entering[:, i], setup.gemm)
-        y_heads = y.view(s.count, s.Q, s.H, s.V)
-        y_heads.mul_(setup.weights_from_start())
-        for h in range(s.H):
-            _multiply(y[:, :, s.head(h)], mixed[:, h], setup.v[:, :, s.head(h)], setup.gemm, beta=1.0)
-        saved_y = y = y_heads.view(s.B, s.chunks * s.Q, s.H, s.V)
-        if skip is not None:
-            # Kept apart from the saved y, whose gradient is a difference that a large skip would drown in rounding.
-            y = torch.addcmul(y, setup.v.view_as(y).to(setup.wide), skip.to(setup.wide).view(s.H, 1))
-        y = y[:, : s.T].to(v.dtype)
-        if s.padding:
-            y = y.contiguous()
-        ctx.save_for_backward(q, k, v, g, scale, skip, documents_BT, saved_y, decay, entering, final)
+        across = setup.by_head(setup.multiply(setup.q, entering))
+        setup.grouped(y).addcmul_(across, setup.grouped(setup.weights_from_start()))
+        ctx.save_for_backward(q, k, v, g, scale, skip, documents_BT, y, scores, decay, entering, final)
         ctx.chunk_size, ctx.gemm = chunk_size, gemm
         ctx.initial_dtype = None if initial is None else initial.dtype
         ctx.set_materialize_grads(False)
-        final_state = final.view(s.B, s.G, s.K, s.R, s.V).transpose(2, 3).reshape(s.B, s.H, s.K, s.V)
-        return y, final_state.clone() if final_state.data_ptr() == final.data_ptr() else final_state
+        # The skip is kept apart from the saved y, whose gradient is a difference that a large skip would drown in rounding.
+        rows = setup.rows(y, setup.v.to(setup.wide), skip, v.dtype)
+        return rows, final.transpose(2, 3).clone(memory_format=torch.contiguous_format).view(s.B, s.H, s.K, s.V)
 
     @staticmethod
     @once_differentiable
@@ -225,121 +251,111 @@ class _ChunkedScan(torch.autograd.Function):
 
 
 def _scan_states(setup: _Setup, initial: Tensor | None) -> tuple[Tensor, Tensor]:
-    """States entering each chunk [n, G, K, R V] and the state after the last one [B, G, K, R V]."""
+    """States entering each chunk [n, G, K, R V] and the state after the last one [B, G, K, R, V].
+
+    A chunk's own part is made where its leaving state will stand, which is where the next chunk's entering state stands;
+    the state before a row takes the place of the last one of the row before it.
+    """
     s = setup.sizes
-    weighted = setup.v.view(s.count, s.Q, s.H, s.V) * setup.weights_to_end()
-    weighted = weighted.view(s.count, s.Q, s.H * s.V)
-    local = torch.empty(s.count, s.G, s.K, s.R * s.V, dtype=setup.wide, device=weighted.device)
-    for i in range(s.G):
-        _multiply(local[:, i], setup.k[:, :, i].transpose(1, 2), weighted[:, :, s.group(i)], setup.gemm)
-    local = local.view(s.B, s.chunks, s.G, s.K, s.R, s.V)
-    carry = setup.documents.keep_carry(setup.b[..., -1].exp()).view(s.B, s.chunks, s.G, 1, s.R, 1)
-    entering = torch.empty_like(local)
+    states = setup.room(s.G, s.K, s.R * s.V, chunks=s.count + 1)
+    weighted = setup.weigh(setup.v, setup.weights_to_end())
+    setup.multiply_into(states[1:], setup.k.mT, weighted, beta=0.0)
+    entering, leaving = (x.view(s.B, s.chunks, s.G, s.K, s.R, s.V) for x in (states[:-1], states[1:]))
+    carry = setup.carry()
+    if initial is not None:
+        initial = initial.view(s.B, s.G, s.R, s.K, s.V).transpose(2, 3).to(setup.wide)
+        leaving[:, 0].addcmul_(carry[:, 0], initial)
+    for c in range(1, s.chunks):
+        leaving[:, c].addcmul_(carry[:, c], leaving[:, c - 1])
+    final = leaving[:, -1].clone()
     if initial is None:
         entering[:, 0].zero_()
     else:
-        entering[:, 0].copy_(initial.view(s.B, s.G, s.R, s.K, s.V).transpose(2, 3))
-    for c in range(s.chunks - 1):
-        torch.addcmul(local[:, c], carry[:, c], entering[:, c], out=entering[:, c + 1])
-    final = torch.addcmul(local[:, -1], carry[:, -1], entering[:, -1])
-    return entering.view(s.count, s.G, s.K, s.R * s.V), final.view(s.B, s.G, s.K, s.R * s.V)
+        entering[:, 0].copy_(initial)
+    return states[:-1], final
 
 
-def _walk_back(setup: _Setup, d_local: Tensor, d_final: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Gradients of the states leaving each chunk (in place of `d_local`, those entering) and of the initial state."""
+def _walk_back(
+    setup: _Setup, states: Tensor, entering: Tensor, final: Tensor, d_final: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the states leaving each chunk, of the initial state, and of b at each chunk's end [n, H].
+
+    states: [n + 1, G, K, R V], whose first n hold what the gradients of the entering states get from their own chunk.
+    Every gradient is made where it stands, as in `_scan_states`.
+    """
     s = setup.sizes
-    shape = (s.B, s.chunks, s.G, s.K, s.R, s.V)
-    d_local = d_local.view(shape)
-    carry = setup.documents.keep_carry(setup.b[..., -1].exp()).view(s.B, s.chunks, s.G, 1, s.R, 1)
-    leaving = torch.empty_like(d_local)
+    d_entering, leaving, entering = (
+        x.view(s.B, s.chunks, s.G, s.K, s.R, s.V) for x in (states[:-1], states[1:], entering)
+    )
+    carry = setup.carry()
+    ends = torch.zeros(s.B, s.chunks, s.G, s.R, dtype=setup.wide, device=states.device)
+    if d_final is not None:
+        d_final = d_final.view(s.B, s.G, s.R, s.K, s.V).transpose(2, 3)
+        ends[:, -1] = (final * d_final).sum((2, 4))
+        d_entering[:, -1].addcmul_(carry[:, -1], d_final)
+    for c in range(s.chunks - 2, -1, -1):
+        ends[:, c] = (entering[:, c + 1] * leaving[:, c]).sum((2, 4))
+        d_entering[:, c].addcmul_(carry[:, c], leaving[:, c])
+    d_initial = d_entering[:, 0].transpose(2, 3).clone(memory_format=torch.contiguous_format)
     if d_final is None:
         leaving[:, -1].zero_()
     else:
-        leaving[:, -1].copy_(d_final.view(s.B, s.G, s.R, s.K, s.V).transpose(2, 3))
-    for c in range(s.chunks - 1, 0, -1):
-        torch.addcmul(d_local[:, c], carry[:, c], leaving[:, c], out=leaving[:, c - 1])
-    d_initial = torch.addcmul(d_local[:, 0], carry[:, 0], leaving[:, 0])
-    return leaving.view(s.count, s.G, s.K, s.R * s.V), d_initial.transpose(2, 3).reshape(s.B, s.H, s.K, s.V)
+        leaving[:, -1].copy_(d_final)
+    return states[1:], d_initial.view(s.B, s.H, s.K, s.V), ends.view(s.count, s.H)
+
+
+def _through_states(
+    setup: _Setup, dy: Tensor, entering: Tensor, final: Tensor, d_final: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What gradients get through the states: of q, k [n, G, Q, K], v [n, H, Q, V], the initial state, and b at chunks' ends."""
+    s = setup.sizes
+    from_start = setup.weigh(dy, setup.weights_from_start())
+    states = setup.room(s.G, s.K, s.R * s.V, chunks=s.count + 1)
+    setup.multiply_into(states[:-1], setup.q.mT, from_start, beta=0.0)
+    dq = setup.multiply(from_start, entering.mT)
+    leaving, d_initial, d_ends = _walk_back(setup, states, entering, final, d_final)
+    to_end = setup.weights_to_end()
+    dk = setup.multiply(setup.weigh(setup.v, to_end), leaving.mT)
+    dv = torch.empty_like(dy)
+    across = setup.by_head(setup.multiply(setup.k, leaving))
+    torch.mul(across, setup.grouped(to_end), out=setup.grouped(dv))
+    return dq, dk, dv, d_initial, d_ends
 
 
 def _backward(ctx: Any, dy: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, g, scale, skip, documents_BT, y, decay, entering, final = ctx.saved_tensors
+    q, k, v, g, scale, skip, documents_BT, y, scores, decay, entering, final = ctx.saved_tensors
     setup = _set_up(q, k, v, g, scale, documents_BT, ctx.chunk_size, ctx.gemm)
-    s, gemm, wide = setup.sizes, setup.gemm, setup.wide
-    n, Q, heads = s.count, s.Q, (s.count, s.Q, s.H, s.V)
-    if dy is None:
-        dy = torch.zeros_like(v)
-    dy = pad_tokens(dy, s.padding).contiguous().view(n, Q, s.H * s.V)
-    dy_gemm = dy.to(gemm)
-    dy_wide = dy.to(wide).view(heads)
-    v_wide = setup.v.to(wide).view(heads)
+    s = setup.sizes
+    dy = _heads_first(torch.zeros_like(v) if dy is None else dy, s, setup.wide)
+    dq, dk, dv, d_initial, d_ends = _through_states(setup, dy, entering, final, d_final)
 
-    from_start = (dy_wide * setup.weights_from_start()).view(n, Q, s.H * s.V).to(gemm)
-    d_entering = torch.empty(n, s.G, s.K, s.R * s.V, dtype=wide, device=v.device)
-    dq = torch.empty(n, Q, s.G, s.K, dtype=wide, device=v.device)
-    for i in range(s.G):
-        _multiply(d_entering[:, i], setup.q[:, :, i].transpose(1, 2), from_start[:, :, s.group(i)], gemm)
-        _multiply(dq[:, :, i], from_start[:, :, s.group(i)], entering[:, i].transpose(1, 2), gemm)
-    leaving, d_initial = _walk_back(setup, d_entering, d_final)
-
-    to_end = setup.weights_to_end()
-    weighted = (v_wide * to_end).view(n, Q, s.H * s.V).to(gemm)
-    dv = torch.empty(n, Q, s.H * s.V, dtype=wide, device=v.device)
-    dk = torch.empty_like(dq)
-    for i in range(s.G):
-        _multiply(dv[:, :, s.group(i)], setup.k[:, :, i], leaving[:, i], gemm)
-        _multiply(dk[:, :, i], weighted[:, :, s.group(i)], leaving[:, i].transpose(1, 2), gemm)
-    dv.view(heads).mul_(to_end)
-    mixed = setup.mix(decay)
-    d_mixed = torch.empty(n, s.H, Q, Q, dtype=wide, device=v.device)
-    for h in range(s.H):
-        _multiply(dv[:, :, s.head(h)], mixed[:, h].transpose(1, 2), dy_gemm[:, :, s.head(h)], gemm, beta=1.0)
-        _multiply(d_mixed[:, h], dy_gemm[:, :, s.head(h)], setup.v[:, :, s.head(h)].transpose(1, 2), gemm)
-    d_scores = d_mixed.mul_(decay).view(n, s.G, s.R, Q, Q)
+    setup.multiply_into(dv, setup.mix(scores, decay).mT, dy)
+    d_mixed = setup.multiply(dy, setup.v.mT)
+    # What a token's own v does to its output stands on the diagonal, before the decay.
+    d_skip = None if skip is None else d_mixed.diagonal(dim1=2, dim2=3).sum((0, 2)).to(skip.dtype)
+    d_scores = setup.grouped(d_mixed.mul_(decay))
     d_scores = d_scores.sum(2) if s.R > 1 else d_scores[:, :, 0]
-    for i in range(s.G):
-        _multiply(dq[:, :, i], d_scores[:, i], setup.k[:, :, i], gemm, beta=1.0)
-        _multiply(dk[:, :, i], d_scores[:, i].transpose(1, 2), setup.q[:, :, i], gemm, beta=1.0)
+    setup.multiply_into(dq, d_scores, setup.k)
+    setup.multiply_into(dk, d_scores.mT, setup.q)
 
     # Every exponent sits in a product with y_i (as b_i) or v_j (as -b_j), so two row sums give its gradient.
-    dv_heads = dv.view(heads)
-    into_source = (v_wide * dv_heads).sum(-1)
-    d_b = (dy_wide * y.view(heads)).sum(-1).sub_(into_source)
-    d_skip = None
-    if skip is not None:
-        through_skip = (dy_wide * v_wide).sum(-1)
-        d_skip = through_skip.sum((0, 1)).to(skip.dtype)
-        dv_heads.addcmul_(dy_wide, skip.to(wide).view(s.H, 1))
-    d_b = d_b.transpose(1, 2).contiguous()
-    d_b[..., -1] += _end_gradient(s, entering, final, leaving)
-    dg = setup.documents.sum_inside_reversed(d_b).transpose(1, 2).reshape(s.B, s.chunks * Q, s.H)[:, : s.T]
-    d_scale = None
-    if scale is not None:
-        d_scale = into_source.view(s.B, s.chunks * Q, s.H)[:, : s.T] / scale.clamp(min=_TINY)
+    into_source = (setup.v.to(setup.wide) * dv).sum(-1)
+    d_b = (dy * y).sum(-1).sub_(into_source)
+    d_b[..., -1] += d_ends
+    dg = setup.documents.sum_inside_reversed(d_b)
 
     def trim(gradient: Tensor, like: Tensor) -> Tensor:
-        return gradient.view(s.B, s.chunks * Q, *like.shape[2:])[:, : s.T].to(like.dtype)
+        return gradient.transpose(1, 2).reshape(s.B, s.chunks * s.Q, *like.shape[2:])[:, : s.T].to(like.dtype)
 
     return (
         trim(dq, q),
         trim(dk, k),
-        trim(dv, v),
-        dg,
-        d_scale,
+        setup.rows(dv, dy, skip, v.dtype),
+        trim(dg, g),
+        None if scale is None else trim(into_source, scale) / scale.clamp(min=_TINY),
         d_skip,
         None if ctx.initial_dtype is None else d_initial.to(ctx.initial_dtype),
         None,
         None,
         None,
     )
-
-
-def _end_gradient(s: Chunks, entering: Tensor, final: Tensor, leaving: Tensor) -> Tensor:
-    """Gradient of b at each chunk's end, [n, H]: the state that leaves the chunk times its gradient."""
-    shape = (s.B, s.chunks, s.G, s.K, s.R, s.V)
-    entering, leaving = entering.view(shape), leaving.view(shape)
-    ends = torch.empty(s.B, s.chunks, s.H, dtype=leaving.dtype, device=leaving.device)
-    ends[:, -1] = (final.view(s.B, s.G, s.K, s.R, s.V) * leaving[:, -1]).sum((2, 4)).view(s.B, s.H)
-    if s.chunks > 1:
-        ends[:, :-1] = (entering[:, 1:] * leaving[:, :-1]).sum((3, 5)).view(s.B, s.chunks - 1, s.H)
-    return ends.view(s.count, s.H)

@@ -5,7 +5,6 @@ The derivation, with the names used here, is in README.md next to this file.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +15,10 @@ from torch.autograd.function import once_differentiable
 
 from kernels.chunks import pad_tokens
 from kernels.gemm_precision import gemm_dtype
+from kernels.powers import LOG2_E
 
 # Numbers of q in a tile, 512 KiB of float32: smaller tiles spend their time in calls, larger ones in memory.
 _TILE = 131072
-_LOG2_E = math.log2(math.e)
 
 
 def chunked_vector_scan(
@@ -155,7 +154,7 @@ def _walk_levels(g_NQK: Tensor) -> Iterator[tuple[int, Tensor]]:
     second from its start. Last comes (Q, factors [N, 2, Q, K]): the same for the whole chunk, queries from its start at
     1 and keys to its end at 0.
     """
-    starts, ends = g_NQK * _LOG2_E, torch.zeros_like(g_NQK)
+    starts, ends = g_NQK * LOG2_E, torch.zeros_like(g_NQK)
     (N, Q, K), size = g_NQK.shape, 1
     while size < Q:
         shape = (N, Q // (2 * size), 2, size, K)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.chunks import Chunks, Documents, cut_documents, pad_tokens
+from kernels.powers import LOG2_E
 
 
 @dataclass
@@ -25,7 +26,7 @@ class Terms:
     k: Tensor  # [c, B, G, M, K]
     v: Tensor  # [c, B, H, M, V]
     beta: Tensor  # [c, B, H, M, 1]
-    b_nJQ: Tensor
+    b_nJQ: Tensor  # times log2(e), for powers of 2
     decay: Tensor  # e^(b_i - b_j) for tokens j <= i of one document, 0 elsewhere, [c, B, J, Q, Q]
 
     @classmethod
@@ -44,7 +45,7 @@ class Terms:
         G, K = q_BTGK.shape[2:]
         s, wide = Chunks.of(B, T, H, G, K, V, min(chunk_tokens, T)), beta_BTNH.dtype
         g_BTJ = beta_BTNH.new_zeros(B, T, 1) if g_BTH is None else g_BTH
-        g_nJQ = pad_tokens(g_BTJ, s.padding).reshape(s.count, s.Q, -1).transpose(1, 2).contiguous()
+        g_nJQ = pad_tokens(g_BTJ, s.padding).reshape(s.count, s.Q, -1).transpose(1, 2) * LOG2_E
         documents = cut_documents(document_ids_BT, s, g_nJQ)
         b_nJQ = documents.sum_inside(g_nJQ)
         b_cBJQ = _chunks_first(b_nJQ, s)
@@ -58,7 +59,7 @@ class Terms:
             _heads_first(v_BTNHV, s, wide),
             _heads_first(beta_BTNH.unsqueeze(-1), s, wide),
             b_nJQ,
-            (b_cBJQ[..., :, None] - b_cBJQ[..., None, :]).add_(bias).exp_(),
+            (b_cBJQ[..., :, None] - b_cBJQ[..., None, :]).add_(bias).exp2_(),
         )
 
     def weigh(self, scores_cBGRXM: Tensor) -> Tensor:
@@ -97,7 +98,7 @@ class Terms:
 
     def carry(self) -> Tensor:
         """Factor of the entering state in the leaving one, [c, B, J, 1, 1]."""
-        return _chunks_first(self.documents.keep_carry(self.b_nJQ[..., -1].exp()), self.sizes)[..., None, None]
+        return _chunks_first(self.documents.keep_carry(self.b_nJQ[..., -1].exp2()), self.sizes)[..., None, None]
 
     def gate_gradient(self, b_cBHQ: Tensor) -> Tensor:
         """Gradient of g [B, T, H] from that of its sums b."""
@@ -117,10 +118,10 @@ class Terms:
         return x.flatten(1, 2)[:, : self.sizes.T]
 
     def _start_weights(self, like: Tensor) -> Tensor:
-        return self._spread(self.documents.keep_first(self.b_nJQ.exp()), like)
+        return self._spread(self.documents.keep_first(self.b_nJQ.exp2()), like)
 
     def _end_weights(self, like: Tensor) -> Tensor:
-        return self._spread(self.documents.keep_last(self.b_nJQ[..., -1:] - self.b_nJQ).exp(), like)
+        return self._spread(self.documents.keep_last(self.b_nJQ[..., -1:] - self.b_nJQ).exp2(), like)
 
     def _spread(self, x_nJQ: Tensor, like: Tensor) -> Tensor:
         """One number a token as one for each of its rows in `like`, [c, B, J, Q or M, 1]."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -10,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.powers import LOG2_E
 from kernels.shapes import check_documents, check_float, check_shape
 
 # Rows times tokens times channels that are taken at once: few on a CPU, where their decays stay near the cache.
 _PIECE_ON_CPU, _PIECE = 1 << 15, 1 << 22
-_LOG2_E = math.log2(math.e)
 
 
 def read_carried_state(
@@ -97,4 +96,4 @@ def _pieces(elapsed_BTC: Tensor) -> list[slice]:
 
 def _decays(elapsed_BLC: Tensor, A_NC: Tensor) -> Tensor:
     """Factors [B, L, N, C] of the entering state at each token."""
-    return (elapsed_BLC[:, :, None] * (A_NC * _LOG2_E)).exp2_()
+    return (elapsed_BLC[:, :, None] * (A_NC * LOG2_E)).exp2_()

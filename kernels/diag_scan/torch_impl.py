@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.powers import LOG2_E
+
 # Rows times tokens times channels of a tile: with 16 state numbers 2 MiB of float32 decays, and as much of states.
 _TILE = 32768
-_LOG2_E = math.log2(math.e)
 
 
 def chunked_diag_scan(
@@ -58,7 +59,7 @@ class _Tile:
         self.x, self.dt, self.B, self.C = x[rows, :, channels], dt[rows, :, channels], B[rows], C[rows]
         self.begins = None if begins is None else begins[rows]
         self.A = A[channels].t().contiguous()
-        self.exponents = self.A * _LOG2_E
+        self.exponents = self.A * LOG2_E
         self.shape = (self.x.shape[0], *self.A.shape)
         self.chunk = room.shape[1]
         self.decays, self.states, *rest = room[..., : math.prod(self.shape)].unflatten(-1, self.shape)
