@@ -17,8 +17,8 @@ from kernels.chunks import pad_tokens
 from kernels.gemm_precision import gemm_dtype
 from kernels.powers import LOG2_E
 
-# Numbers of q in a tile, 512 KiB of float32: smaller tiles spend their time in calls, larger ones in memory.
-_TILE = 131072
+# Numbers of q in a tile for each thread, 1 MiB of float32: smaller tiles spend their time in calls, larger ones in memory.
+_TILE = 262144
 
 
 def chunked_vector_scan(
@@ -137,7 +137,7 @@ class _Row:
 
     def tiles(self) -> Iterator[tuple[tuple[slice, slice], list[tuple[slice, slice, slice]]]]:
         """Rows and heads whose states are walked together, each with its parts of some chunks, first to last."""
-        room = max(1, _TILE // (self.Q * self.K))
+        room = max(1, _TILE * torch.get_num_threads() // (self.Q * self.K))
         heads = min(self.H, room)
         chunks = min(self.chunks, max(1, room // heads))
         rows = max(1, room // (heads * chunks))

@@ -16,8 +16,8 @@ from torch.autograd.function import once_differentiable
 from kernels.delta_scan.inverse import invert_unit_lower
 from kernels.delta_scan.terms import Terms
 
-# Matrices [Q, Q N] of a piece: enough that a call costs little beside its work, few enough to stay in the cache.
-_MATRICES = 32
+# Matrices [Q, Q N] of a piece for each thread: enough that a call costs little beside its work, few enough to stay in the cache.
+_MATRICES = 64
 
 
 def chunked_delta(
@@ -95,11 +95,11 @@ class _Piece(NamedTuple):
         return torch.where(continues_B.view(-1, 1, 1, 1), state_BHKV, torch.zeros_like(state_BHKV))
 
 
-def _cut_pieces(v_BTNHV: Tensor, chunk_tokens: int) -> list[list[_Piece]]:
-    """Blocks of rows, each as its pieces in order."""
+def _cut_pieces(v_BTNHV: Tensor, chunk_tokens: int, matrices: int) -> list[list[_Piece]]:
+    """Blocks of rows, each as its pieces of about so many matrices in order."""
     B, T, _, H, _ = v_BTNHV.shape
-    rows = max(1, min(B, _MATRICES // H))
-    tokens = chunk_tokens * max(1, _MATRICES // (rows * H))
+    rows = max(1, min(B, matrices // H))
+    tokens = chunk_tokens * max(1, matrices // (rows * H))
     blocks = [slice(row, min(row + rows, B)) for row in range(0, B, rows)]
     return [[_Piece(block, slice(at, min(at + tokens, T))) for at in range(0, T, tokens)] for block in blocks]
 
@@ -132,7 +132,8 @@ class _ChunkedDelta(torch.autograd.Function):
         o = torch.empty(B, T, H, V, dtype=beta.dtype, device=v.device)
         final = torch.empty(B, H, q.shape[-1], V, dtype=beta.dtype, device=v.device)
         walked: list[Tensor] = []
-        for pieces in _cut_pieces(v, chunk_tokens):
+        matrices = _MATRICES * torch.get_num_threads()
+        for pieces in _cut_pieces(v, chunk_tokens, matrices):
             rows = pieces[0].rows
             state = torch.zeros_like(final[rows]) if initial is None else initial[rows].to(final.dtype)
             for piece in pieces:
@@ -142,7 +143,7 @@ class _ChunkedDelta(torch.autograd.Function):
                 walked += saved
             final[rows] = state
         ctx.save_for_backward(*inputs, o, final, *walked)
-        ctx.chunk_tokens = chunk_tokens
+        ctx.chunk_tokens, ctx.matrices = chunk_tokens, matrices
         ctx.initial_dtype = None if initial is None else initial.dtype
         ctx.set_materialize_grads(False)
         return o.to(v.dtype), final
@@ -230,7 +231,7 @@ def _backward(ctx: Any, d_o: Tensor | None, d_final: Tensor | None) -> tuple[Ten
     d_g = None if g is None else torch.empty_like(g)
     total = _Gradients(torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(beta), d_g)
     d_initial = torch.empty_like(final)
-    for pieces in reversed(_cut_pieces(v, ctx.chunk_tokens)):
+    for pieces in reversed(_cut_pieces(v, ctx.chunk_tokens, ctx.matrices)):
         rows = pieces[0].rows
         d_state = torch.zeros_like(final[rows]) if d_final is None else d_final[rows]
         after = final[rows]

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.norm.reference import normalize, normalize_gated
+from kernels.powers import LOG2_E
 
-# Values of one intermediate tensor in a block: 512 KiB of float32.
-_BLOCK_VALUES = 131072
+# Values of one intermediate tensor in a block, for each thread: 1 MiB of float32.
+_BLOCK_VALUES = 262144
 
 
 def rms_norm_torch(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -57,7 +58,12 @@ def _make_scratch(count: int, rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _block_rows(rows: Tensor) -> int:
-    return max(1, _BLOCK_VALUES // (rows.shape[1] * rows.shape[2]))
+    return max(1, _BLOCK_VALUES * torch.get_num_threads() // (rows.shape[1] * rows.shape[2]))
+
+
+def _sigmoid(x: Tensor, out: Tensor) -> Tensor:
+    """1 / (1 + e^-x) into `out`, by a power of 2."""
+    return torch.mul(x, -LOG2_E, out=out).exp2_().add_(1.0).reciprocal_()
 
 
 def _normalize_backward(do: Tensor, a: Tensor, r: Tensor, weight: Tensor, out: Tensor, d_weight: Tensor) -> None:
@@ -117,16 +123,15 @@ class _GatedRmsNorm(torch.autograd.Function):
         y_rows, z_rows, w = y.reshape(shape), z.reshape(shape), weight.to(wide).view(shape[1:])
         out = torch.empty_like(y_rows)
         r = y_rows.new_empty(y_rows.shape[0], num_groups, 1, dtype=wide)
-        scratch, epsilon_ = _make_scratch(2, y_rows, wide), r.new_full((), epsilon)
+        narrow, epsilon_ = out.dtype != wide, r.new_full((), epsilon)
+        scratch = _make_scratch(2 if narrow else 0, y_rows, wide)
         for y_block, z_block, r_block, out_block in _cut_rows(y_rows, z_rows, r, out):
-            a, other = scratch[:, : len(y_block)]
-            torch.ops.aten.silu.out(z_block if out.dtype == wide else other.copy_(z_block), out=a)
-            a.mul_(y_block if out.dtype == wide else other.copy_(y_block))
-            a.mul_(_reciprocal_rms(a, epsilon_, r_block))
-            if out.dtype == wide:
-                torch.mul(a, w, out=out_block)
-            else:
-                out_block.copy_(a.mul_(w))
+            a, *widened = scratch[:, : len(y_block)] if narrow else (out_block,)
+            torch.ops.aten.silu.out(widened[0].copy_(z_block) if narrow else z_block, out=a)
+            a.mul_(widened[0].copy_(y_block) if narrow else y_block)
+            a.mul_(_reciprocal_rms(a, epsilon_, r_block)).mul_(w)
+            if narrow:
+                out_block.copy_(a)
         ctx.save_for_backward(y, z, weight, r)
         ctx.num_groups = num_groups
         return out.view(y.shape)
@@ -140,22 +145,23 @@ class _GatedRmsNorm(torch.autograd.Function):
         w = weight.to(wide).view(shape[1:])
         dy, dz, d_weight = torch.empty_like(y_rows), torch.empty_like(z_rows), torch.zeros_like(w)
         narrow = y.dtype != wide
-        scratch = _make_scratch(6 if narrow else 3, y_rows, wide)
+        scratch = _make_scratch(7 if narrow else 2, y_rows, wide)
         for y_block, z_block, do, r_block, dy_block, dz_block in _cut_rows(y_rows, z_rows, do_rows, r, dy, dz):
-            gate, a, da, *widened = scratch[:, : len(y_block)]
+            a, da, *widened = scratch[:, : len(y_block)]
+            # Results of the wide dtype are made where they stay.
+            gate, sigmoid = widened[3:] if narrow else (dy_block, dz_block)
             if narrow:
                 y_block, z_block, do = (
-                    room.copy_(block) for room, block in zip(widened, (y_block, z_block, do), strict=True)
+                    room.copy_(block) for room, block in zip(widened, (y_block, z_block, do), strict=False)
                 )
-            torch.ops.aten.silu.out(z_block, out=gate)
+            torch.mul(_sigmoid(z_block, sigmoid), z_block, out=gate)
             torch.mul(gate, y_block, out=a)
             _normalize_backward(do, a, r_block, w, da, d_weight)
-            d_gated = a if narrow else dz_block
+            # silu' = sigmoid + silu (1 - sigmoid)
+            slope = torch.addcmul(gate, gate, sigmoid, value=-1.0, out=a).add_(sigmoid)
+            torch.mul(slope, y_block, out=sigmoid).mul_(da)
+            gate.mul_(da)
             if narrow:
-                dy_block.copy_(gate.mul_(da))
-            else:
-                torch.mul(gate, da, out=dy_block)
-            torch.ops.aten.silu_backward.grad_input(da.mul_(y_block), z_block, grad_input=d_gated)
-            if narrow:
-                dz_block.copy_(d_gated)
+                dy_block.copy_(gate)
+                dz_block.copy_(sigmoid)
         return dy.view(y.shape), dz.view(z.shape), d_weight.flatten().to(weight.dtype), None, None

@@ -9,6 +9,15 @@ import torch
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Run on one thread: blocks that have a size for each thread are as small as they get."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """Fill every torch.empty with NaN, so that a kernel that leaves an output unwritten shows it."""
     before = torch.are_deterministic_algorithms_enabled()

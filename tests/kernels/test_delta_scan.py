@@ -30,13 +30,15 @@ CASES = [
     DeltaCase(T=100, N=3, G=1, chunk=48, initial=True, transfer=True),
     DeltaCase(T=129, chunk=64, lengths=(40, 70, 19), gated=False, initial=True, transfer=True),
     DeltaCase(T=129, N=2, G=1, H=3, chunk=64, lengths=(64, 64, 1), initial=True),
+    # Several pieces of all rows and some chunks each.
+    DeltaCase(T=150, chunk=16, lengths=(40, 110), initial=True),
     # More heads than a piece of work holds: rows are walked one by one and a chunk at a time.
     DeltaCase(B=3, T=40, G=20, H=40, K=2, V=3, chunk=16, lengths=(16, 3, 21), initial=True),
 ]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_chunks_equal_single_steps(case: DeltaCase, poisoned_memory: None) -> None:
+def test_chunks_equal_single_steps(case: DeltaCase, poisoned_memory: None, one_thread: None) -> None:
     inputs = make_delta_inputs(case, torch.float64)
     expected = run_delta(case, inputs, "reference")
     for name, value in run_delta(case, inputs, "torch").items():

@@ -10,6 +10,7 @@ from kernels.norm.op import gated_rms_norm, rms_norm
 from tests.helpers.numbers import assert_all_near, assert_near
 
 FLOAT64 = 1e-13  # means over at most some hundred values, in another order
+FLOAT32 = 1e-5  # what lies along the normed row is taken away: a difference of larger numbers
 BFLOAT16 = 1e-2  # inputs and outputs carry 2^-9 each
 
 
@@ -27,9 +28,11 @@ def with_gradients(output: Tensor | tuple[Tensor, Tensor], tensors: list[Tensor]
     return [*outputs, *torch.autograd.grad(total, tensors)]
 
 
-@pytest.mark.parametrize("shape", [(1, 3), (63, 5), (2, 3, 129), (2100, 129)])
+@pytest.mark.parametrize("shape", [(1, 3), (63, 5), (2, 3, 129), (4200, 129)])
 @pytest.mark.parametrize("residual", [False, True])
-def test_norm_equals_its_definition(shape: tuple[int, ...], residual: bool, poisoned_memory: None) -> None:
+def test_norm_equals_its_definition(
+    shape: tuple[int, ...], residual: bool, poisoned_memory: None, one_thread: None
+) -> None:
     x, r, weight = make(torch.float64, shape, shape, shape[-1:])
     leaves = [x, weight, r] if residual else [x, weight]
     results = [
@@ -40,9 +43,11 @@ def test_norm_equals_its_definition(shape: tuple[int, ...], residual: bool, pois
 
 
 @pytest.mark.parametrize(
-    ("shape", "groups"), [((1, 4), 1), ((63, 24), 8), ((2, 5, 12), 3), ((100, 129), 1), ((2100, 129), 3)]
+    ("shape", "groups"), [((1, 4), 1), ((63, 24), 8), ((2, 5, 12), 3), ((100, 129), 1), ((4200, 129), 3)]
 )
-def test_gated_norm_equals_its_definition(shape: tuple[int, ...], groups: int, poisoned_memory: None) -> None:
+def test_gated_norm_equals_its_definition(
+    shape: tuple[int, ...], groups: int, poisoned_memory: None, one_thread: None
+) -> None:
     y, z, weight = make(torch.float64, shape, shape, shape[-1:])
     results = [
         with_gradients(gated_rms_norm(y, z, weight, 1e-5, num_groups=groups, backend=backend), [y, z, weight])
@@ -57,8 +62,8 @@ def test_gradients_match_finite_differences() -> None:
     assert torch.autograd.gradcheck(lambda a, b, w: rms_norm(a, w, 1e-5, residual=b), (y, z, weight))
 
 
-@pytest.mark.parametrize("rows", [40, 9000])  # the latter in three blocks, the last one shorter
-def test_bfloat16_stays_near_float64(rows: int, poisoned_memory: None) -> None:
+@pytest.mark.parametrize("rows", [40, 18000])  # the latter in three blocks, the last one shorter
+def test_bfloat16_stays_near_float64(rows: int, poisoned_memory: None, one_thread: None) -> None:
     tensors = make(torch.bfloat16, (rows, 32), (rows, 32), (32,))
     exact = [t.detach().double().requires_grad_() for t in tensors]
     results = [with_gradients(gated_rms_norm(*t, 1e-5, num_groups=2), t) for t in (tensors, exact)]
@@ -79,6 +84,15 @@ def test_rows_do_not_touch_each_other() -> None:
     y, z, weight = make(torch.float32, (200, 16), (200, 16), (16,))
     whole = gated_rms_norm(y, z, weight, 1e-5)
     assert torch.equal(gated_rms_norm(y[150:], z[150:], weight, 1e-5), whole[150:])
+
+
+def test_gates_far_from_zero_open_or_close_wholly() -> None:
+    y, z, weight = make(torch.float32, (6, 8), (6, 8), (8,))
+    with torch.no_grad():
+        z[:, :6] = torch.tensor([-1e4, -200.0, -30.0, 30.0, 200.0, 1e4])
+    exact = [t.detach().double().requires_grad_() for t in (y, z, weight)]
+    expected = with_gradients(gated_rms_norm(*exact, 1e-5, backend="reference"), exact)
+    assert_all_near(with_gradients(gated_rms_norm(y, z, weight, 1e-5), [y, z, weight]), expected, FLOAT32)
 
 
 def test_zero_rows_give_zero_not_nan() -> None:
