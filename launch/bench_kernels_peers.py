@@ -19,6 +19,7 @@ from kernels.causal_conv1d.op import causal_conv1d
 from kernels.decay_scan.op import decay_scan, mamba2_scan
 from kernels.delta_scan.op import delta_scan
 from kernels.diag_scan.op import diag_scan
+from kernels.linear.op import linear
 from kernels.linear_cross_entropy.op import linear_cross_entropy
 from kernels.moe.op import expert_feed_forward, route
 from kernels.norm.op import gated_rms_norm, rms_norm
@@ -191,7 +192,7 @@ def _experts(dtype: torch.dtype) -> Case:
 
     def ours(x: Tensor, router: Tensor, up: Tensor, down: Tensor) -> Tensor:
         rows = x.reshape(-1, MODEL_WIDTH)
-        logits = F.linear(rows, router).float()
+        logits = linear(rows, router).float()
         chosen = route(logits, None, score="softmax", top_k=TOP_K, normalize=True, scaling=1.0)
         y = expert_feed_forward(rows, chosen.expert_ids_RK, chosen.weights_RK, up, down, activation="swiglu")
         return y.view_as(x)
