@@ -158,7 +158,8 @@ class _Setup:
 
     def multiply_into(self, out: Tensor, left: Tensor, right: Tensor, *, beta: float = 1.0) -> None:
         """out = beta out + left @ right."""
-        out, left, right = out.flatten(0, 1), left.flatten(0, 1).to(self.gemm), right.flatten(0, 1).to(self.gemm)
+        out = out.view(-1, *out.shape[2:])  # raises where flatten would write into a copy
+        left, right = left.flatten(0, 1).to(self.gemm), right.flatten(0, 1).to(self.gemm)
         if out.dtype == self.gemm:
             out.baddbmm_(left, right, beta=beta)
         elif beta == 0.0:
@@ -193,7 +194,8 @@ def _set_up(
     gemm: torch.dtype,
 ) -> _Setup:
     B, T, H, V = v.shape
-    s = Chunks.of(B, T, H, *q.shape[2:], V, chunk_size)
+    G, K = q.shape[2:]
+    s = Chunks.of(B, T, H, G, K, V, chunk_size)
     g = pad_tokens(g, s.padding).view(s.count, s.Q, H).transpose(1, 2) * LOG2_E
     documents = cut_documents(documents_BT, s, g)
     b = documents.sum_inside(g)
