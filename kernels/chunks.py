@@ -77,6 +77,13 @@ class Documents:
         """
         return exponents_nHQ if self.last is None else exponents_nHQ + self.last
 
+    def chunks_first(self, s: Chunks) -> Documents:
+        """The masks in the order [chunks, B], in which cut rows are [B, chunks]."""
+        if self.inside is None or self.first is None or self.last is None or self.carry is None:
+            return self
+        masks = (self.bias, self.inside, self.first, self.last, self.carry)
+        return Documents(*(x.unflatten(0, (s.B, s.chunks)).transpose(0, 1).flatten(0, 1) for x in masks))
+
     def keep_carry(self, carry_nH: Tensor) -> Tensor:
         """Zero the decay of states that do not outlive the chunk."""
         return carry_nH if self.carry is None else carry_nH * self.carry

@@ -101,7 +101,11 @@ def compose_scan(
 
 @dataclass
 class _Setup:
-    """What forward and backward both derive from the inputs; b is times log2(e), for powers of 2."""
+    """What forward and backward both derive from the inputs; b is times log2(e), for powers of 2.
+
+    The n chunks lie in the order [chunks, B]: those with a chunk before them in their row, and those with one behind, are
+    one piece each.
+    """
 
     sizes: Chunks
     documents: Documents
@@ -122,9 +126,9 @@ class _Setup:
         return self.documents.keep_first(self.b.exp2()).unsqueeze(-1)
 
     def carry(self) -> Tensor:
-        """What is left at a chunk's end of the state that entered it, [B, chunks, G, 1, R, 1]."""
+        """What is left at a chunk's end of the state that entered it, [chunks, B, G, 1, R, 1]."""
         s = self.sizes
-        return self.documents.keep_carry(self.b[..., -1].exp2()).view(s.B, s.chunks, s.G, 1, s.R, 1)
+        return self.documents.keep_carry(self.b[..., -1].exp2()).view(s.chunks, s.B, s.G, 1, s.R, 1)
 
     def decay_inside(self) -> Tensor:
         """exp(b_i - b_j) scale_j below the diagonal and inside a document, 0 elsewhere, [n, H, Q, Q]."""
@@ -146,19 +150,19 @@ class _Setup:
     def weigh(self, x: Tensor, weights: Tensor) -> Tensor:
         """x [n, H, Q, V] times weights [n, H, Q, 1], the heads of a group side by side: [n, G, Q, R V]."""
         s = self.sizes
-        weighed = self.room(s.G, s.Q, s.R * s.V)
+        weighed = self.room(len(x), s.G, s.Q, s.R * s.V)
         torch.mul(self.grouped(x), self.grouped(weights), out=self.by_head(weighed))
         return weighed
 
     def multiply(self, left: Tensor, right: Tensor) -> Tensor:
         """Products of matrices [n, heads, ...], of operands in `gemm`, in the wide dtype."""
-        out = self.room(left.shape[1], left.shape[2], right.shape[3])
+        out = self.room(*left.shape[:3], right.shape[3])
         self.multiply_into(out, left, right, beta=0.0)
         return out
 
     def multiply_into(self, out: Tensor, left: Tensor, right: Tensor, *, beta: float = 1.0) -> None:
         """out = beta out + left @ right."""
-        out = out.view(-1, *out.shape[2:])  # raises where flatten would write into a copy
+        out = out.view(out.shape[0] * out.shape[1], *out.shape[2:])  # raises where flatten would write into a copy
         left, right = left.flatten(0, 1).to(self.gemm), right.flatten(0, 1).to(self.gemm)
         if out.dtype == self.gemm:
             out.baddbmm_(left, right, beta=beta)
@@ -167,20 +171,20 @@ class _Setup:
         else:
             out.add_(torch.bmm(left, right))
 
-    def room(self, *shape: int, chunks: int | None = None) -> Tensor:
-        """A tensor to be filled, [n, ...] in the wide dtype."""
-        n = self.sizes.count if chunks is None else chunks
-        return torch.empty(n, *shape, dtype=self.wide, device=self.b.device)
+    def room(self, *shape: int) -> Tensor:
+        """A tensor to be filled, in the wide dtype."""
+        return torch.empty(shape, dtype=self.wide, device=self.b.device)
 
     def rows(self, x: Tensor, source: Tensor, skip: Tensor | None, dtype: torch.dtype) -> Tensor:
         """x [n, H, Q, V], plus skip times its source, as rows of tokens again: [B, T, H, V]."""
         s = self.sizes
-        tokens = self.room(s.Q, s.H, s.V)
+        tokens = self.room(s.B, s.chunks, s.Q, s.H, s.V)
+        out = tokens.permute(1, 0, 3, 2, 4)
         if skip is None:
-            tokens.copy_(x.transpose(1, 2))
+            out.copy_(x.view(out.shape))
         else:
-            torch.addcmul(x, source, skip.to(self.wide).view(s.H, 1, 1), out=tokens.transpose(1, 2))
-        return tokens.view(s.B, s.chunks * s.Q, s.H, s.V)[:, : s.T].to(dtype).contiguous()
+            torch.addcmul(x.view(out.shape), source.view(out.shape), skip.to(self.wide).view(s.H, 1, 1), out=out)
+        return tokens.flatten(1, 2)[:, : s.T].to(dtype).contiguous()
 
 
 def _set_up(
@@ -196,22 +200,22 @@ def _set_up(
     B, T, H, V = v.shape
     G, K = q.shape[2:]
     s = Chunks.of(B, T, H, G, K, V, chunk_size)
-    g = pad_tokens(g, s.padding).view(s.count, s.Q, H).transpose(1, 2) * LOG2_E
-    documents = cut_documents(documents_BT, s, g)
+    g = _heads_first(g.unsqueeze(-1), s, g.dtype).squeeze(-1) * LOG2_E
+    documents = cut_documents(documents_BT, s, g).chunks_first(s)
     b = documents.sum_inside(g)
     b_source = b
     if scale is not None:
         # A factor on v_j is a shift of its exponent: no pass over [Q, Q] or over v is spent on it.
-        b_source = b - pad_tokens(scale, s.padding).view(s.count, s.Q, H).transpose(1, 2).log2()
+        b_source = b - _heads_first(scale.unsqueeze(-1), s, scale.dtype).squeeze(-1).log2()
     q, k, v = (_heads_first(x, s, gemm) for x in (q, k, v))
     return _Setup(s, documents, q, k, v, b, b_source, gemm, g.dtype)
 
 
 def _heads_first(x: Tensor, s: Chunks, dtype: torch.dtype) -> Tensor:
     """[B, T, heads, X] cut into chunks, the tokens of a head side by side: [n, heads, Q, X]."""
-    x = pad_tokens(x, s.padding).reshape(s.count, s.Q, *x.shape[2:])
+    x = pad_tokens(x, s.padding).unflatten(1, (s.chunks, s.Q)).permute(1, 0, 3, 2, 4)
     # Two passes, moved and then widened, take two thirds of the time of one that does both.
-    return x.transpose(1, 2).contiguous().to(dtype)
+    return x.contiguous().flatten(0, 1).to(dtype)
 
 
 class _ChunkedScan(torch.autograd.Function):
@@ -236,8 +240,9 @@ class _ChunkedScan(torch.autograd.Function):
         scores, decay = setup.multiply(setup.q, setup.k.mT), setup.decay_inside()
         y = setup.multiply(setup.mix(scores, decay), setup.v)
         entering, final = _scan_states(setup, initial)
-        across = setup.by_head(setup.multiply(setup.q, entering))
-        setup.grouped(y).addcmul_(across, setup.grouped(setup.weights_from_start()))
+        entered = slice(s.B if initial is None else 0, None)
+        across = setup.by_head(setup.multiply(setup.q[entered], entering[entered]))
+        setup.grouped(y[entered]).addcmul_(across, setup.grouped(setup.weights_from_start()[entered]))
         ctx.save_for_backward(q, k, v, g, scale, skip, documents_BT, y, scores, decay, entering, final)
         ctx.chunk_size, ctx.gemm = chunk_size, gemm
         ctx.initial_dtype = None if initial is None else initial.dtype
@@ -255,72 +260,69 @@ class _ChunkedScan(torch.autograd.Function):
 def _scan_states(setup: _Setup, initial: Tensor | None) -> tuple[Tensor, Tensor]:
     """States entering each chunk [n, G, K, R V] and the state after the last one [B, G, K, R, V].
 
-    A chunk's own part is made where its leaving state will stand, which is where the next chunk's entering state stands;
-    the state before a row takes the place of the last one of the row before it.
+    A chunk's own part is made where its leaving state will stand, which is where the next chunk's entering state stands.
     """
     s = setup.sizes
-    states = setup.room(s.G, s.K, s.R * s.V, chunks=s.count + 1)
+    states = setup.room(s.count + s.B, s.G, s.K, s.R * s.V)
     weighted = setup.weigh(setup.v, setup.weights_to_end())
-    setup.multiply_into(states[1:], setup.k.mT, weighted, beta=0.0)
-    entering, leaving = (x.view(s.B, s.chunks, s.G, s.K, s.R, s.V) for x in (states[:-1], states[1:]))
-    carry = setup.carry()
-    if initial is not None:
-        initial = initial.view(s.B, s.G, s.R, s.K, s.V).transpose(2, 3).to(setup.wide)
-        leaving[:, 0].addcmul_(carry[:, 0], initial)
-    for c in range(1, s.chunks):
-        leaving[:, c].addcmul_(carry[:, c], leaving[:, c - 1])
-    final = leaving[:, -1].clone()
+    setup.multiply_into(states[s.B :], setup.k.mT, weighted, beta=0.0)
+    walked = states.view(s.chunks + 1, s.B, s.G, s.K, s.R, s.V)
     if initial is None:
-        entering[:, 0].zero_()
+        walked[0].zero_()
     else:
-        entering[:, 0].copy_(initial)
-    return states[:-1], final
+        walked[0].copy_(initial.view(s.B, s.G, s.R, s.K, s.V).transpose(2, 3))
+    for before, after, carry in zip(walked[:-1], walked[1:], setup.carry(), strict=True):
+        after.addcmul_(carry, before)
+    return states[: s.count], walked[-1]
 
 
 def _walk_back(
-    setup: _Setup, states: Tensor, entering: Tensor, final: Tensor, d_final: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the states leaving each chunk, of the initial state, and of b at each chunk's end [n, H].
+    setup: _Setup, states: Tensor, entering: Tensor, final: Tensor, d_final: Tensor | None, has_initial: bool
+) -> Tensor:
+    """Gradient of b at each chunk's end, [n, H], and on the way those of the states, in place.
 
-    states: [n + 1, G, K, R V], whose first n hold what the gradients of the entering states get from their own chunk.
-    Every gradient is made where it stands, as in `_scan_states`.
+    states: [n + B, G, K, R V], of whose first n each holds what the gradient of the state that enters the chunk gets from
+    that chunk, and will hold all of it; behind them the gradient of the last state is put, if it has one.
     """
     s = setup.sizes
-    d_entering, leaving, entering = (
-        x.view(s.B, s.chunks, s.G, s.K, s.R, s.V) for x in (states[:-1], states[1:], entering)
-    )
-    carry = setup.carry()
-    ends = torch.zeros(s.B, s.chunks, s.G, s.R, dtype=setup.wide, device=states.device)
+    gradients = states.view(s.chunks + 1, s.B, s.G, s.K, s.R, s.V)
     if d_final is not None:
-        d_final = d_final.view(s.B, s.G, s.R, s.K, s.V).transpose(2, 3)
-        ends[:, -1] = (final * d_final).sum((2, 4))
-        d_entering[:, -1].addcmul_(carry[:, -1], d_final)
-    for c in range(s.chunks - 2, -1, -1):
-        ends[:, c] = (entering[:, c + 1] * leaving[:, c]).sum((2, 4))
-        d_entering[:, c].addcmul_(carry[:, c], leaving[:, c])
-    d_initial = d_entering[:, 0].transpose(2, 3).clone(memory_format=torch.contiguous_format)
-    if d_final is None:
-        leaving[:, -1].zero_()
-    else:
-        leaving[:, -1].copy_(d_final)
-    return states[1:], d_initial.view(s.B, s.H, s.K, s.V), ends.view(s.count, s.H)
+        gradients[-1].copy_(d_final.view(s.B, s.G, s.R, s.K, s.V).transpose(2, 3))
+    left = [*entering.view(gradients[:-1].shape)[1:], final]
+    carry = setup.carry()
+    ends = torch.zeros(s.chunks, s.B, s.G, s.R, dtype=setup.wide, device=states.device)
+    for c in reversed(range(s.chunks if d_final is not None else s.chunks - 1)):
+        ends[c] = (left[c] * gradients[c + 1]).sum((2, 4))
+        if c > 0 or has_initial:
+            gradients[c].addcmul_(carry[c], gradients[c + 1])
+    return ends.view(s.count, s.H)
 
 
 def _through_states(
-    setup: _Setup, dy: Tensor, entering: Tensor, final: Tensor, d_final: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What gradients get through the states: of q, k [n, G, Q, K], v [n, H, Q, V], the initial state, and b at chunks' ends."""
-    s = setup.sizes
-    from_start = setup.weigh(dy, setup.weights_from_start())
-    states = setup.room(s.G, s.K, s.R * s.V, chunks=s.count + 1)
-    setup.multiply_into(states[:-1], setup.q.mT, from_start, beta=0.0)
-    dq = setup.multiply(from_start, entering.mT)
-    leaving, d_initial, d_ends = _walk_back(setup, states, entering, final, d_final)
-    to_end = setup.weights_to_end()
-    dk = setup.multiply(setup.weigh(setup.v, to_end), leaving.mT)
-    dv = torch.empty_like(dy)
-    across = setup.by_head(setup.multiply(setup.k, leaving))
-    torch.mul(across, setup.grouped(to_end), out=setup.grouped(dv))
+    setup: _Setup, dy: Tensor, entering: Tensor, final: Tensor, d_final: Tensor | None, has_initial: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    """What gradients get through the states: of q, k [n, G, Q, K], v [n, H, Q, V], the initial state, and b at chunks' ends.
+
+    Nothing enters a row's first chunk unless it was given, nothing that leaves its last one counts unless it has a gradient.
+    """
+    s, n = setup.sizes, setup.sizes.count
+    first, last = 0 if has_initial else s.B, n if d_final is not None else n - s.B
+    states = setup.room(n + s.B, s.G, s.K, s.R * s.V)
+    dq, dk, dv = setup.room(*setup.q.shape), setup.room(*setup.k.shape), torch.empty_like(dy)
+    dq[:first].zero_()
+    dk[last:].zero_()
+    dv[last:].zero_()
+    from_start = setup.weigh(dy[first:], setup.weights_from_start()[first:])
+    setup.multiply_into(states[first:n], setup.q[first:].mT, from_start, beta=0.0)
+    setup.multiply_into(dq[first:], from_start, entering[first:].mT, beta=0.0)
+    d_ends = _walk_back(setup, states, entering, final, d_final, has_initial)
+    leaving, to_end = states[s.B :][:last], setup.weights_to_end()[:last]
+    setup.multiply_into(dk[:last], setup.weigh(setup.v[:last], to_end), leaving.mT, beta=0.0)
+    across = setup.by_head(setup.multiply(setup.k[:last], leaving))
+    torch.mul(across, setup.grouped(to_end), out=setup.grouped(dv[:last]))
+    d_initial = None
+    if has_initial:
+        d_initial = states[: s.B].view(s.B, s.G, s.K, s.R, s.V).transpose(2, 3).reshape(s.B, s.H, s.K, s.V)
     return dq, dk, dv, d_initial, d_ends
 
 
@@ -329,7 +331,8 @@ def _backward(ctx: Any, dy: Tensor | None, d_final: Tensor | None) -> tuple[Tens
     setup = _set_up(q, k, v, g, scale, documents_BT, ctx.chunk_size, ctx.gemm)
     s = setup.sizes
     dy = _heads_first(torch.zeros_like(v) if dy is None else dy, s, setup.wide)
-    dq, dk, dv, d_initial, d_ends = _through_states(setup, dy, entering, final, d_final)
+    has_initial = ctx.initial_dtype is not None
+    dq, dk, dv, d_initial, d_ends = _through_states(setup, dy, entering, final, d_final, has_initial)
 
     setup.multiply_into(dv, setup.mix(scores, decay).mT, dy)
     d_mixed = setup.multiply(dy, setup.v.mT)
@@ -347,7 +350,8 @@ def _backward(ctx: Any, dy: Tensor | None, d_final: Tensor | None) -> tuple[Tens
     dg = setup.documents.sum_inside_reversed(d_b)
 
     def trim(gradient: Tensor, like: Tensor) -> Tensor:
-        return gradient.transpose(1, 2).reshape(s.B, s.chunks * s.Q, *like.shape[2:])[:, : s.T].to(like.dtype)
+        tokens = gradient.unflatten(0, (s.chunks, s.B)).transpose(0, 1).transpose(2, 3).flatten(1, 2)
+        return tokens[:, : s.T].to(like.dtype)
 
     return (
         trim(dq, q),
@@ -356,7 +360,7 @@ def _backward(ctx: Any, dy: Tensor | None, d_final: Tensor | None) -> tuple[Tens
         trim(dg, g),
         None if scale is None else trim(into_source, scale) / scale.clamp(min=_TINY),
         d_skip,
-        None if ctx.initial_dtype is None else d_initial.to(ctx.initial_dtype),
+        None if d_initial is None else d_initial.to(ctx.initial_dtype),
         None,
         None,
         None,

@@ -38,6 +38,27 @@ def test_chunks_equal_single_steps(case: ScanCase, poisoned_memory: None) -> Non
         assert_near(value, expected[name], FLOAT64, name)
 
 
+@pytest.mark.parametrize("initial", [False, True])
+@pytest.mark.parametrize(("T", "lengths"), [(1, ()), (32, ()), (33, (7, 26)), (100, ()), (129, (1, 63, 65))])
+def test_gradients_of_outputs_alone_equal_single_steps(
+    T: int, lengths: tuple[int, ...], initial: bool, poisoned_memory: None
+) -> None:
+    case = ScanCase(T=T, H=4, G=2, lengths=lengths, initial=initial)
+    inputs = make_inputs(case, torch.float64)
+    leaves = [*inputs.tensors, inputs.initial] if initial else inputs.tensors
+    results = []
+    for backend in ("torch", "reference"):
+        y, *_ = mamba2_scan(
+            *inputs.tensors,
+            document_ids_BT=inputs.documents,
+            initial_state_BHPN=inputs.initial,
+            chunk_size=case.chunk,
+            backend=backend,
+        )
+        results.append([y, *torch.autograd.grad((y * inputs.weights[0]).sum(), leaves)])
+    assert_all_near(*results, FLOAT64)
+
+
 @pytest.mark.parametrize("lengths", [(), (5, 1, 34)])
 def test_composition_for_the_compiler_equals_the_written_backward(lengths: tuple[int, ...]) -> None:
     case = ScanCase(T=40, G=2, lengths=lengths, initial=True)
