@@ -11,7 +11,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Chunks:
-    """Sizes of a scan in chunks of Q tokens: B rows, T tokens, H heads in G groups of R, state K x V."""
+    """Sizes of a scan in chunks of Q tokens: B rows, T tokens, H heads in G groups of R, state K x V.
+
+    The `count` (n) chunks of all rows lie in the order [chunks, B]: those that follow another one in their row, and those
+    that another one follows, are one piece each.
+    """
 
     B: int
     T: int
@@ -77,13 +81,6 @@ class Documents:
         """
         return exponents_nHQ if self.last is None else exponents_nHQ + self.last
 
-    def chunks_first(self, s: Chunks) -> Documents:
-        """The masks in the order [chunks, B], in which cut rows are [B, chunks]."""
-        if self.inside is None or self.first is None or self.last is None or self.carry is None:
-            return self
-        masks = (self.bias, self.inside, self.first, self.last, self.carry)
-        return Documents(*(x.unflatten(0, (s.B, s.chunks)).transpose(0, 1).flatten(0, 1) for x in masks))
-
     def keep_carry(self, carry_nH: Tensor) -> Tensor:
         """Zero the decay of states that do not outlive the chunk."""
         return carry_nH if self.carry is None else carry_nH * self.carry
@@ -99,9 +96,9 @@ def cut_documents(document_ids_BT: Tensor | None, s: Chunks, like: Tensor) -> Do
     ids = document_ids_BT
     if s.padding:
         ids = torch.cat([ids, ids[:, -1:].expand(-1, s.padding)], dim=1)
-    ids = ids.reshape(s.B, s.chunks, s.Q)
+    ids = ids.reshape(s.B, s.chunks, s.Q).transpose(0, 1).contiguous()
     end = ids[..., -1]
-    owner = torch.cat([ids[:, 0, :1], end[:, :-1]], dim=1)
+    owner = torch.cat([ids[:1, :, 0], end[:-1]])
     same = ((ids[..., :, None] == ids[..., None, :]) & lower).view(s.count, s.Q, s.Q)
     bias = torch.zeros(same.shape, dtype=dtype, device=device).masked_fill(~same, -torch.inf)
     return Documents(
@@ -113,6 +110,18 @@ def cut_documents(document_ids_BT: Tensor | None, s: Chunks, like: Tensor) -> Do
         .view(s.count, 1, s.Q),
         (end == owner).to(dtype).view(s.count, 1),
     )
+
+
+def heads_first(x_BTH: Tensor, s: Chunks) -> Tensor:
+    """Rows [B, T, heads, ...] cut into chunks, the tokens of a head side by side: [n, heads, Q, ...]."""
+    x = pad_tokens(x_BTH, s.padding).unflatten(1, (s.chunks, s.Q))
+    return x.transpose(0, 1).transpose(2, 3).contiguous().flatten(0, 1)
+
+
+def tokens_first(x_nHQ: Tensor, s: Chunks) -> Tensor:
+    """The inverse of `heads_first`: [B, T, heads, ...]."""
+    x = x_nHQ.unflatten(0, (s.chunks, s.B)).transpose(2, 3).transpose(0, 1)
+    return x.flatten(1, 2)[:, : s.T]
 
 
 def pad_tokens(x_BT: Tensor, padding: int) -> Tensor:

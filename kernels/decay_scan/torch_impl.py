@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.chunks import Chunks, Documents, cut_documents, pad_tokens
+from kernels.chunks import Chunks, Documents, cut_documents, heads_first, tokens_first
 from kernels.gemm_precision import gemm_dtype
 from kernels.powers import LOG2_E
 
@@ -61,51 +61,39 @@ def compose_scan(
     """The same as `chunked_scan` as a plain composition of differentiable operations, for the compiler."""
     B, T, H, V = v_BTHV.shape
     G, K = q_BTGK.shape[2:]
-    Q, R = chunk_size, H // G
-    sizes = Chunks.of(B, T, H, G, K, V, Q)
-    n = sizes.count
-    wide = g_BTH.dtype
-    q, k, v, g = (pad_tokens(x, sizes.padding) for x in (q_BTGK, k_BTGK, v_BTHV, g_BTH))
-    q = q.reshape(n, Q, G, K).transpose(1, 2).to(gemm)
-    k = k.reshape(n, Q, G, K).transpose(1, 2).to(gemm)
-    v = v.reshape(n, Q, G, R, V).to(wide)
-    scaled = v if scale_BTH is None else v * pad_tokens(scale_BTH, sizes.padding).reshape(n, Q, G, R, 1)
-    g = g.reshape(n, Q, H).transpose(1, 2)
-    documents = cut_documents(document_ids_BT, sizes, g)
+    s, wide = Chunks.of(B, T, H, G, K, V, chunk_size), g_BTH.dtype
+    q, k = (heads_first(x, s).to(gemm) for x in (q_BTGK, k_BTGK))
+    v, g = heads_first(v_BTHV, s).to(wide), heads_first(g_BTH, s)
+    scaled = v if scale_BTH is None else v * heads_first(scale_BTH, s).unsqueeze(-1)
+    documents = cut_documents(document_ids_BT, s, g)
     b = documents.sum_inside(g)
     decay_in_chunk = (b[..., :, None] - b[..., None, :] + documents.bias).clamp(max=0.0).exp()
-    scores = torch.matmul(q, k.transpose(-1, -2)).to(wide)
-    mixed = (decay_in_chunk.view(n, G, R, Q, Q) * scores[:, :, None]).to(gemm)
-    inside = torch.matmul(mixed, scaled.permute(0, 2, 3, 1, 4).to(gemm)).to(wide)
-    to_end = documents.keep_last(b[..., -1:] - b).exp().transpose(1, 2).reshape(n, Q, G, R, 1)
-    weighted = (scaled * to_end).permute(0, 2, 1, 3, 4).reshape(n, G, Q, R * V).to(gemm)
-    local = torch.matmul(k.transpose(-1, -2), weighted).to(wide).view(B, sizes.chunks, G, K, R, V)
-    carry = documents.keep_carry(b[..., -1].exp()).view(B, sizes.chunks, G, 1, R, 1)
+    scores = torch.matmul(q, k.mT).to(wide)
+    mixed = (decay_in_chunk.unflatten(1, (G, s.R)) * scores.unsqueeze(2)).flatten(1, 2).to(gemm)
+    inside = torch.matmul(mixed, scaled.to(gemm)).to(wide)
+    to_end = documents.keep_last(b[..., -1:] - b).exp().unsqueeze(-1)
+    weighted = (scaled * to_end).unflatten(1, (G, s.R)).transpose(2, 3).flatten(3).to(gemm)
+    local = torch.matmul(k.mT, weighted).to(wide).view(s.chunks, B, G, K, s.R, V)
+    carry = documents.keep_carry(b[..., -1].exp()).view(s.chunks, B, G, 1, s.R, 1)
     if initial_state_BHKV is None:
-        state = local.new_zeros(B, G, K, R, V)
+        state = local.new_zeros(B, G, K, s.R, V)
     else:
-        state = initial_state_BHKV.to(wide).view(B, G, R, K, V).transpose(2, 3)
+        state = initial_state_BHKV.to(wide).view(B, G, s.R, K, V).transpose(2, 3)
     entering = []
-    for c in range(sizes.chunks):
+    for c in range(s.chunks):
         entering.append(state)
-        state = carry[:, c] * state + local[:, c]
-    entered = torch.stack(entering, dim=1).view(n, G, K, R * V).to(gemm)
-    across = torch.matmul(q, entered).to(wide).view(n, G, Q, R, V)
-    from_start = documents.keep_first(b.exp()).view(n, G, R, Q).transpose(2, 3)
-    y = inside.permute(0, 3, 1, 2, 4) + (across * from_start[..., None]).transpose(1, 2)
+        state = carry[c] * state + local[c]
+    entered = torch.stack(entering).view(s.count, G, K, s.R * V).to(gemm)
+    across = torch.matmul(q, entered).to(wide).unflatten(3, (s.R, V)).transpose(2, 3).flatten(1, 2)
+    y = inside + across * documents.keep_first(b.exp()).unsqueeze(-1)
     if skip_H is not None:
-        y = y + v * skip_H.to(wide).view(G, R, 1)
-    y = y.reshape(B, sizes.chunks * Q, H, V)[:, :T]
-    return y.to(v_BTHV.dtype), state.transpose(2, 3).reshape(B, H, K, V)
+        y = y + v * skip_H.to(wide).view(H, 1, 1)
+    return tokens_first(y, s).to(v_BTHV.dtype), state.transpose(2, 3).reshape(B, H, K, V)
 
 
 @dataclass
 class _Setup:
-    """What forward and backward both derive from the inputs; b is times log2(e), for powers of 2.
-
-    The n chunks lie in the order [chunks, B]: those with a chunk before them in their row, and those with one behind, are
-    one piece each.
-    """
+    """What forward and backward both derive from the inputs; b is times log2(e), for powers of 2."""
 
     sizes: Chunks
     documents: Documents
@@ -200,22 +188,16 @@ def _set_up(
     B, T, H, V = v.shape
     G, K = q.shape[2:]
     s = Chunks.of(B, T, H, G, K, V, chunk_size)
-    g = _heads_first(g.unsqueeze(-1), s, g.dtype).squeeze(-1) * LOG2_E
-    documents = cut_documents(documents_BT, s, g).chunks_first(s)
+    g = heads_first(g, s) * LOG2_E
+    documents = cut_documents(documents_BT, s, g)
     b = documents.sum_inside(g)
     b_source = b
     if scale is not None:
         # A factor on v_j is a shift of its exponent: no pass over [Q, Q] or over v is spent on it.
-        b_source = b - _heads_first(scale.unsqueeze(-1), s, scale.dtype).squeeze(-1).log2()
-    q, k, v = (_heads_first(x, s, gemm) for x in (q, k, v))
+        b_source = b - heads_first(scale, s).log2()
+    # Moved and then widened: a single pass that does both takes half as long again.
+    q, k, v = (heads_first(x, s).to(gemm) for x in (q, k, v))
     return _Setup(s, documents, q, k, v, b, b_source, gemm, g.dtype)
-
-
-def _heads_first(x: Tensor, s: Chunks, dtype: torch.dtype) -> Tensor:
-    """[B, T, heads, X] cut into chunks, the tokens of a head side by side: [n, heads, Q, X]."""
-    x = pad_tokens(x, s.padding).unflatten(1, (s.chunks, s.Q)).permute(1, 0, 3, 2, 4)
-    # Two passes, moved and then widened, take two thirds of the time of one that does both.
-    return x.contiguous().flatten(0, 1).to(dtype)
 
 
 class _ChunkedScan(torch.autograd.Function):
@@ -276,13 +258,12 @@ def _scan_states(setup: _Setup, initial: Tensor | None) -> tuple[Tensor, Tensor]
     return states[: s.count], walked[-1]
 
 
-def _walk_back(
-    setup: _Setup, states: Tensor, entering: Tensor, final: Tensor, d_final: Tensor | None, has_initial: bool
-) -> Tensor:
+def _walk_back(setup: _Setup, states: Tensor, entering: Tensor, final: Tensor, d_final: Tensor | None) -> Tensor:
     """Gradient of b at each chunk's end, [n, H], and on the way those of the states, in place.
 
     states: [n + B, G, K, R V], of whose first n each holds what the gradient of the state that enters the chunk gets from
-    that chunk, and will hold all of it; behind them the gradient of the last state is put, if it has one.
+    that chunk, and will hold all of it; behind them the gradient of the last state is put, if it has one. The first B are
+    nobody's, and may hold anything, where no state was given.
     """
     s = setup.sizes
     gradients = states.view(s.chunks + 1, s.B, s.G, s.K, s.R, s.V)
@@ -293,8 +274,7 @@ def _walk_back(
     ends = torch.zeros(s.chunks, s.B, s.G, s.R, dtype=setup.wide, device=states.device)
     for c in reversed(range(s.chunks if d_final is not None else s.chunks - 1)):
         ends[c] = (left[c] * gradients[c + 1]).sum((2, 4))
-        if c > 0 or has_initial:
-            gradients[c].addcmul_(carry[c], gradients[c + 1])
+        gradients[c].addcmul_(carry[c], gradients[c + 1])
     return ends.view(s.count, s.H)
 
 
@@ -315,7 +295,7 @@ def _through_states(
     from_start = setup.weigh(dy[first:], setup.weights_from_start()[first:])
     setup.multiply_into(states[first:n], setup.q[first:].mT, from_start, beta=0.0)
     setup.multiply_into(dq[first:], from_start, entering[first:].mT, beta=0.0)
-    d_ends = _walk_back(setup, states, entering, final, d_final, has_initial)
+    d_ends = _walk_back(setup, states, entering, final, d_final)
     leaving, to_end = states[s.B :][:last], setup.weights_to_end()[:last]
     setup.multiply_into(dk[:last], setup.weigh(setup.v[:last], to_end), leaving.mT, beta=0.0)
     across = setup.by_head(setup.multiply(setup.k[:last], leaving))
@@ -330,7 +310,7 @@ def _backward(ctx: Any, dy: Tensor | None, d_final: Tensor | None) -> tuple[Tens
     q, k, v, g, scale, skip, documents_BT, y, scores, decay, entering, final = ctx.saved_tensors
     setup = _set_up(q, k, v, g, scale, documents_BT, ctx.chunk_size, ctx.gemm)
     s = setup.sizes
-    dy = _heads_first(torch.zeros_like(v) if dy is None else dy, s, setup.wide)
+    dy = heads_first(torch.zeros_like(v) if dy is None else dy, s).to(setup.wide)
     has_initial = ctx.initial_dtype is not None
     dq, dk, dv, d_initial, d_ends = _through_states(setup, dy, entering, final, d_final, has_initial)
 
@@ -349,16 +329,12 @@ def _backward(ctx: Any, dy: Tensor | None, d_final: Tensor | None) -> tuple[Tens
     d_b[..., -1] += d_ends
     dg = setup.documents.sum_inside_reversed(d_b)
 
-    def trim(gradient: Tensor, like: Tensor) -> Tensor:
-        tokens = gradient.unflatten(0, (s.chunks, s.B)).transpose(0, 1).transpose(2, 3).flatten(1, 2)
-        return tokens[:, : s.T].to(like.dtype)
-
     return (
-        trim(dq, q),
-        trim(dk, k),
+        tokens_first(dq, s).to(q.dtype),
+        tokens_first(dk, s).to(k.dtype),
         setup.rows(dv, dy, skip, v.dtype),
-        trim(dg, g),
-        None if scale is None else trim(into_source, scale) / scale.clamp(min=_TINY),
+        tokens_first(dg, s),
+        None if scale is None else tokens_first(into_source, s) / scale.clamp(min=_TINY),
         d_skip,
         None if d_initial is None else d_initial.to(ctx.initial_dtype),
         None,

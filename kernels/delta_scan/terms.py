@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.chunks import Chunks, Documents, cut_documents, pad_tokens
+from kernels.chunks import Chunks, Documents, cut_documents, heads_first, pad_tokens, tokens_first
 from kernels.powers import LOG2_E
 
 
@@ -45,11 +45,10 @@ class Terms:
         G, K = q_BTGK.shape[2:]
         s, wide = Chunks.of(B, T, H, G, K, V, min(chunk_tokens, T)), beta_BTNH.dtype
         g_BTJ = beta_BTNH.new_zeros(B, T, 1) if g_BTH is None else g_BTH
-        g_nJQ = pad_tokens(g_BTJ, s.padding).reshape(s.count, s.Q, -1).transpose(1, 2) * LOG2_E
+        g_nJQ = heads_first(g_BTJ, s) * LOG2_E
         documents = cut_documents(document_ids_BT, s, g_nJQ)
         b_nJQ = documents.sum_inside(g_nJQ)
-        b_cBJQ = _chunks_first(b_nJQ, s)
-        bias = documents.bias if document_ids_BT is None else _chunks_first(documents.bias, s)
+        decay_nJQQ = (b_nJQ[..., :, None] - b_nJQ[..., None, :]).add_(documents.bias).exp2_()
         return cls(
             s,
             N,
@@ -59,7 +58,7 @@ class Terms:
             _heads_first(v_BTNHV, s, wide),
             _heads_first(beta_BTNH.unsqueeze(-1), s, wide),
             b_nJQ,
-            (b_cBJQ[..., :, None] - b_cBJQ[..., None, :]).add_(bias).exp2_(),
+            decay_nJQQ.unflatten(0, (s.chunks, B)),
         )
 
     def weigh(self, scores_cBGRXM: Tensor) -> Tensor:
@@ -98,13 +97,12 @@ class Terms:
 
     def carry(self) -> Tensor:
         """Factor of the entering state in the leaving one, [c, B, J, 1, 1]."""
-        return _chunks_first(self.documents.keep_carry(self.b_nJQ[..., -1].exp2()), self.sizes)[..., None, None]
+        carry_nJ = self.documents.keep_carry(self.b_nJQ[..., -1].exp2())
+        return carry_nJ.view(self.sizes.chunks, self.sizes.B, -1, 1, 1)
 
     def gate_gradient(self, b_cBHQ: Tensor) -> Tensor:
         """Gradient of g [B, T, H] from that of its sums b."""
-        s = self.sizes
-        d_g_nHQ = self.documents.sum_inside_reversed(b_cBHQ.transpose(0, 1).reshape(s.count, s.H, s.Q))
-        return d_g_nHQ.transpose(1, 2).reshape(s.B, -1, s.H)[:, : s.T]
+        return tokens_first(self.documents.sum_inside_reversed(b_cBHQ.flatten(0, 1)), self.sizes)
 
     def heads_first(self, x_BTH: Tensor) -> Tensor:
         """[B, T, heads, ...] as [c, B, heads, Q, ...]."""
@@ -125,7 +123,7 @@ class Terms:
 
     def _spread(self, x_nJQ: Tensor, like: Tensor) -> Tensor:
         """One number a token as one for each of its rows in `like`, [c, B, J, Q or M, 1]."""
-        x_cBJQ = _chunks_first(x_nJQ, self.sizes)
+        x_cBJQ = x_nJQ.unflatten(0, (self.sizes.chunks, self.sizes.B))
         repeats = like.shape[-2] // self.sizes.Q
         return (x_cBJQ if repeats == 1 else x_cBJQ.repeat_interleave(repeats, dim=-1)).unsqueeze(-1)
 
@@ -141,11 +139,6 @@ class Terms:
     def _sum_group(self, x_cBGR: Tensor) -> Tensor:
         """[c, B, G, R, ...] summed over the heads of a group."""
         return x_cBGR.squeeze(3) if self.sizes.R == 1 else x_cBGR.sum(3)
-
-
-def _chunks_first(x_nJ: Tensor, s: Chunks) -> Tensor:
-    """[B c, J, ...] as [c, B, J, ...]."""
-    return x_nJ.unflatten(0, (s.B, s.chunks)).transpose(0, 1)
 
 
 def _heads_first(x_BTNH: Tensor, s: Chunks, dtype: torch.dtype) -> Tensor:

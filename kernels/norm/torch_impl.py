@@ -147,12 +147,12 @@ class _GatedRmsNorm(torch.autograd.Function):
         narrow = y.dtype != wide
         scratch = _make_scratch(7 if narrow else 2, y_rows, wide)
         for y_block, z_block, do, r_block, dy_block, dz_block in _cut_rows(y_rows, z_rows, do_rows, r, dy, dz):
-            a, da, *widened = scratch[:, : len(y_block)]
+            rooms = [*scratch[:, : len(y_block)]]
             # Results of the wide dtype are made where they stay.
-            gate, sigmoid = widened[3:] if narrow else (dy_block, dz_block)
+            a, da, gate, sigmoid, *widened = rooms if narrow else [*rooms, dy_block, dz_block]
             if narrow:
                 y_block, z_block, do = (
-                    room.copy_(block) for room, block in zip(widened, (y_block, z_block, do), strict=False)
+                    room.copy_(block) for room, block in zip(widened, (y_block, z_block, do), strict=True)
                 )
             torch.mul(_sigmoid(z_block, sigmoid), z_block, out=gate)
             torch.mul(gate, y_block, out=a)
