@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from triton.runtime import interpreter
 
 from kernels.backend import INTERPRETED
+from kernels.interpreter import memories_of, replace_methods
 
 
 @dataclass
@@ -72,13 +73,8 @@ class _Counter:
         self.element_bytes: dict[str, int] = {}
 
     def begin(self, kernel: str, arguments: dict[str, Any]) -> None:
-        storages: dict[int, tuple[list[str], torch.UntypedStorage]] = {}
-        for name, value in arguments.items():
-            if isinstance(value, torch.Tensor) and value.numel():
-                storage = value.untyped_storage()
-                storages.setdefault(storage.data_ptr(), ([], storage))[0].append(name)
         self.launches.append(Launch(kernel))
-        self.regions = [_Region("|".join(names), storage) for names, storage in storages.values()]
+        self.regions = [_Region(name, storage) for name, storage in memories_of(arguments)]
 
     def end(self) -> None:
         for region in self.regions:
@@ -154,18 +150,11 @@ def count_launches() -> Iterator[list[Launch]]:
         counter.dot(left, right)
         return multiply(left, right, *rest, **named)
 
-    patches = {
+    methods: dict[str, Callable[..., Any]] = {
         "create_masked_load": counted_load,
         "create_masked_store": counted_store,
         "create_atomic_rmw": counted_update,
         "create_dot": counted_dot,
     }
-    for name, replacement in patches.items():
-        setattr(builder, name, replacement)
-    interpreter.GridExecutor.__call__ = counted_run
-    try:
+    with replace_methods(builder, methods), replace_methods(interpreter.GridExecutor, {"__call__": counted_run}):
         yield counter.launches
-    finally:
-        interpreter.GridExecutor.__call__ = run
-        for name in patches:
-            delattr(builder, name)

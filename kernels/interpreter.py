@@ -6,6 +6,10 @@ load, convert to float32, compute, and cast to the constexpr DOT_DTYPE right bef
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 import triton.language as tl
 
@@ -28,3 +32,29 @@ def count_programs(device: torch.device, per_processor: int = 2) -> int:
     if device.type != "cuda":
         return 4
     return torch.cuda.get_device_properties(device).multi_processor_count * per_processor
+
+
+def memories_of(arguments: dict[str, Any]) -> list[tuple[str, torch.UntypedStorage]]:
+    """The memory behind a launch's tensors, each with the names of the arguments that share it."""
+    memories: dict[int, tuple[list[str], torch.UntypedStorage]] = {}
+    for name, value in arguments.items():
+        if isinstance(value, torch.Tensor) and value.numel():
+            storage = value.untyped_storage()
+            memories.setdefault(storage.data_ptr(), ([], storage))[0].append(name)
+    return [("|".join(names), storage) for names, storage in memories.values()]
+
+
+@contextmanager
+def replace_methods(owner: Any, methods: dict[str, Callable[..., Any]]) -> Iterator[None]:
+    """Inside, `owner` has these methods; afterwards those of before. Such blocks may nest."""
+    before = {name: vars(owner)[name] for name in methods if name in vars(owner)}
+    for name, method in methods.items():
+        setattr(owner, name, method)
+    try:
+        yield
+    finally:
+        for name in methods:
+            if name in before:
+                setattr(owner, name, before[name])
+            else:
+                delattr(owner, name)
