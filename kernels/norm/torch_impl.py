@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.norm.reference import normalize, normalize_gated
-from kernels.powers import LOG2_E
 
 # Values of one intermediate tensor in a block, for each thread: 1 MiB of float32.
 _BLOCK_VALUES = 262144
@@ -59,11 +58,6 @@ def _make_scratch(count: int, rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _block_rows(rows: Tensor) -> int:
     return max(1, _BLOCK_VALUES * torch.get_num_threads() // (rows.shape[1] * rows.shape[2]))
-
-
-def _sigmoid(x: Tensor, out: Tensor) -> Tensor:
-    """1 / (1 + e^-x) into `out`, by a power of 2."""
-    return torch.mul(x, -LOG2_E, out=out).exp2_().add_(1.0).reciprocal_()
 
 
 def _normalize_backward(do: Tensor, a: Tensor, r: Tensor, weight: Tensor, out: Tensor, d_weight: Tensor) -> None:
@@ -145,21 +139,20 @@ class _GatedRmsNorm(torch.autograd.Function):
         w = weight.to(wide).view(shape[1:])
         dy, dz, d_weight = torch.empty_like(y_rows), torch.empty_like(z_rows), torch.zeros_like(w)
         narrow = y.dtype != wide
-        scratch = _make_scratch(7 if narrow else 2, y_rows, wide)
+        scratch, one = _make_scratch(6 if narrow else 2, y_rows, wide), r.new_ones(())
         for y_block, z_block, do, r_block, dy_block, dz_block in _cut_rows(y_rows, z_rows, do_rows, r, dy, dz):
             rooms = [*scratch[:, : len(y_block)]]
             # Results of the wide dtype are made where they stay.
             a, da, gate, sigmoid, *widened = rooms if narrow else [*rooms, dy_block, dz_block]
             if narrow:
-                y_block, z_block, do = (
-                    room.copy_(block) for room, block in zip(widened, (y_block, z_block, do), strict=True)
-                )
-            torch.mul(_sigmoid(z_block, sigmoid), z_block, out=gate)
+                z_block = gate.copy_(z_block)
+                y_block, do = widened[0].copy_(y_block), widened[1].copy_(do)
+            torch.sigmoid(z_block, out=sigmoid)
+            torch.mul(z_block, sigmoid, out=gate)
             torch.mul(gate, y_block, out=a)
             _normalize_backward(do, a, r_block, w, da, d_weight)
             # silu' = sigmoid + silu (1 - sigmoid)
-            slope = torch.addcmul(gate, gate, sigmoid, value=-1.0, out=a).add_(sigmoid)
-            torch.mul(slope, y_block, out=sigmoid).mul_(da)
+            torch.lerp(gate, one, sigmoid, out=sigmoid).mul_(y_block).mul_(da)
             gate.mul_(da)
             if narrow:
                 dy_block.copy_(gate)
