@@ -2,7 +2,8 @@
 
 All variants of an operation get the same inputs in the same dtype and take turns, so that a machine that drifts slows
 all of them; a figure is a median. Element-wise operations of ours are timed a second time as `train.compile` makes them,
-fused, where there is a C++ compiler; what compiles does so in the warm-up, outside of the timed rounds.
+fused, where there is a C++ compiler; what compiles does so in the warm-up, outside of the timed rounds. Before each pass
+all threads write a tensor larger than a cache, so that neither warm caches nor sleeping threads are timed.
 
 What the C library does with freed memory weighs as much as the arithmetic, so both ways are timed, each in a process of
 its own, in turns: `returned`, glibc as it comes and as transformers' trainer runs, and `kept`, as `amfm train` runs.

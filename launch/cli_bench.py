@@ -253,8 +253,10 @@ def _time_kernels(names: list[str] | None, rounds: int, threads: int | None) -> 
 
         return bench_cuda(names, report=say)
     from launch.bench_kernels import bench_cpu
+    from launch.bench_kernels_goals import compare_with_goals
 
-    return bench_cpu(names, rounds=rounds, num_threads=threads, report=say)
+    result = bench_cpu(names, rounds=rounds, num_threads=threads, report=say)
+    return result | {"goals": compare_with_goals(result["rows"])}
 
 
 def print_kernel_table(result: dict[str, Any]) -> None:
@@ -267,6 +269,8 @@ def print_kernel_table(result: dict[str, Any]) -> None:
     for treatment in dict.fromkeys(row.get("memory") for row in result["rows"]):
         rows = [row for row in result["rows"] if row.get("memory") == treatment]
         _print_variants(titles.get(treatment, f"Freed memory as {treatment} says"), rows, on_cpu=treatment is not None)
+    if result.get("goals"):
+        print_goals(result["goals"])
     for remark in result.get("remarks", ()):
         say(remark)
     say(", ".join(f"{name} {value}" for name, value in result["hardware"].items()))
@@ -291,6 +295,24 @@ def _print_variants(title: str, rows: list[dict[str, Any]], *, on_cpu: bool) -> 
     ]
     columns = ("operation", "shape", "dtype", "variant", "forward ms", "backward ms", "both ms", "x ours", last[0])
     print_rows(title, columns, table)
+
+
+def print_goals(goals: list[dict[str, Any]]) -> None:
+    """The rows of `compare_with_goals`."""
+    table = [
+        (
+            goal["op"],
+            goal["dtype"],
+            f"{'holds' if goal['holds'] else 'MISSED'}, >= {goal['limit']:g}",
+            *(
+                "" if goal[field] is None else f"{goal[field]:.2f}"
+                for field in ("as_trained", "compiled", "returned", "kept")
+            ),
+        )
+        for goal in goals
+    ]
+    columns = ("operation", "dtype", "goal", "each as it trains", "ours compiled", "both returned", "both kept")
+    print_rows("Goals: how many times as long as ours transformers takes, each as it trains", columns, table)
 
 
 def print_audit_table(result: dict[str, Any]) -> None:

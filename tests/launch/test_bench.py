@@ -13,9 +13,11 @@ from kernels.backend import INTERPRETED
 from launch import bench_kernels, bench_kernels_compile
 from launch.bench_kernels_cuda import time_case
 from launch.bench_kernels_cuda_cases import CUDA_OPERATIONS, Sizes, build_cuda_case
+from launch.bench_kernels_goals import compare_with_goals
 from launch.bench_kernels_peers import Case
 from launch.bench_kernels_rounds import compare_variants
 from launch.cli import run
+from launch.cli_bench import print_goals
 from launch.doctor import examine_compiler
 
 ROW = {"op", "pass", "shape", "dtype", "backend", "milliseconds", "roofline_fraction", "ratio"}
@@ -47,6 +49,40 @@ def test_a_norm_beside_transformers_as_json_without_a_compiler(
     )
     assert theirs["ratio_as_trained"] == pytest.approx(theirs["milliseconds"] / ours["milliseconds"])
     assert {"processor", "torch", "transformers", "threads"} <= set(result["hardware"])
+    assert [(goal["op"], goal["dtype"], goal["limit"]) for goal in result["goals"]] == [
+        ("gated_rms_norm", "float32", 3.0),
+        ("gated_rms_norm", "bf16", 3.0),
+    ]
+    assert result["goals"][0]["as_trained"] == pytest.approx(theirs["ratio_as_trained"])
+    assert result["goals"][0]["returned"] == pytest.approx(theirs["ratio"])
+    assert result["goals"][0]["compiled"] is None
+
+
+def test_a_goal_is_missed_by_a_hair_and_held_at_its_limit(capsys: pytest.CaptureFixture[str]) -> None:
+    def row(dtype: str, backend: str, memory: str, milliseconds: float) -> dict[str, object]:
+        return {
+            "op": "gated_rms_norm", "pass": "both", "dtype": dtype, "memory": memory, "backend": backend,
+            "milliseconds": milliseconds,
+        }  # fmt: skip
+
+    rows = [
+        row(dtype, backend, memory, milliseconds)
+        for dtype, theirs in (("float32", 6.0), ("bf16", 5.99))
+        for backend, memory, milliseconds in (
+            ("ours_torch", "returned", 4.0),
+            ("transformers", "returned", theirs),
+            ("ours_torch", "kept", 2.0),
+            ("ours_compiled", "kept", 1.0),
+            ("transformers", "kept", 3.0),
+        )
+    ]
+    held, missed = compare_with_goals(rows)
+    assert held["holds"] and not missed["holds"]
+    assert [held[name] for name in ("as_trained", "compiled", "returned", "kept")] == [3.0, 6.0, 1.5, 1.5]
+    print_goals([held, missed])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if "gated_rms_norm" in line]
+    assert "holds," in lines[0] and "MISSED," in lines[1]
+    assert compare_with_goals([row for row in rows if row["memory"] == "kept"]) == []
 
 
 def test_allocator_settings_of_the_environment_are_the_only_treatment_timed(
@@ -58,6 +94,7 @@ def test_allocator_settings_of_the_environment_are_the_only_treatment_timed(
     captured = capsys.readouterr()
     assert "Freed memory as MALLOC_MMAP_MAX_ says" in captured.out
     assert "memory is treated one way, as the environment says in MALLOC_MMAP_MAX_" in captured.out + captured.err
+    assert "Goals" not in captured.out
 
 
 @pytest.mark.slow
