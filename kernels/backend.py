@@ -19,6 +19,9 @@ BACKENDS = ("auto", "triton", "torch", "reference")
 # One process is either interpreted or compiled: Triton reads the variable when it is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
+# Multiply-adds are fused on purpose: unasked, Triton 3.9 fuses and warns, and later releases are not to fuse.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
 _LOG = logging.getLogger(__name__)
 
 # (first bad version, first good version, compute capability major, what goes wrong)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -41,3 +44,13 @@ def test_versions_that_miscompile_on_hopper_are_known() -> None:
     assert find_miscompile((3, 7, 1), 9) is None
     assert find_miscompile((3, 9, 0), 9) is None
     assert find_miscompile((3, 6, 0), 8) is None
+
+
+@pytest.mark.parametrize(("said", "fuses"), [(None, "True"), ("0", "False")])
+def test_multiply_adds_fuse_without_a_warning_unless_the_environment_forbids(said: str | None, fuses: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_DEFAULT_FP_FUSION"}
+    environment |= {} if said is None else {"TRITON_DEFAULT_FP_FUSION": said}
+    code = "import kernels.backend; from triton import knobs; print(knobs.language.fp_fusion_enabled(None))"
+    command = [sys.executable, "-W", "error::UserWarning", "-c", code]
+    child = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (child.stdout.strip(), child.stderr) == (fuses, "")
