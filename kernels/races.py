@@ -30,7 +30,7 @@ Integers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Race:
-    """The first of its kind in a launch: `argument` names whose memory it is, `line` where the later access stands."""
+    """The first of its kind in a kernel: `argument` names whose memory it is, `line` where the later access stands."""
 
     kernel: str
     argument: str

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
+
+# Said by megatron-core where it is imported, of things that we don't use; `launch.cli` leaves it out likewise.
+QUIET = ("-W", "ignore:Transformer Engine and Apex are not installed:UserWarning")
 
 
 class Child:
@@ -15,7 +20,7 @@ class Child:
     """
 
     def __init__(self, module: str, *arguments: str) -> None:
-        command = [sys.executable, "-m", module, *arguments]
+        command = [sys.executable, *QUIET, "-m", module, *arguments]
         self._what = " ".join(["python", "-m", module])
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
@@ -46,7 +51,13 @@ class Child:
         return self.receive()
 
 
-def answer(found: object) -> None:
-    """In the child: print one line of JSON."""
-    sys.stdout.write(json.dumps(found) + "\n")
-    sys.stdout.flush()
+def open_answers() -> Callable[[object], None]:
+    """In the child: a function that answers with one line of JSON. What libraries print goes to standard error from now on."""
+    lines = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+    def answer(found: object) -> None:
+        lines.write(json.dumps(found) + "\n")
+        lines.flush()
+
+    return answer

@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch  # part of the bare process, as in training
 
-from launch.bench_child import answer
+from launch.bench_child import open_answers
 
 if TYPE_CHECKING:
     from data_pipeline.config import DataConfig
@@ -48,7 +48,7 @@ def _resident_bytes(name: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {name}; the memory of a process is measured on Linux alone")
 
 
-def tokenize(settings: dict[str, Any]) -> None:
+def tokenize(settings: dict[str, Any], answer: Callable[[object], None]) -> None:
     """Tokenize a share of the text, held in memory, once for every line on standard input; prints a line when ready.
 
     By SentencePiece as it comes, whole texts in one call on one thread, where freed memory is kept as in the actors of
@@ -104,8 +104,8 @@ def _read_batches(config: DataConfig, share: int, shares: int) -> Iterator[list[
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    task, given = sys.argv[1], json.loads(sys.argv[2])
+    task, given, answer = sys.argv[1], json.loads(sys.argv[2]), open_answers()
     if task == "first":
         answer(first_batch(given))
     else:
-        tokenize(given)
+        tokenize(given, answer)

@@ -12,8 +12,6 @@ its own, in turns: `returned`, glibc as it comes and as transformers' trainer ru
 from __future__ import annotations
 
 import json
-import os
-import platform
 import statistics
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -21,14 +19,13 @@ from typing import Any
 
 import torch
 
-from data_pipeline.memory import OWN_SETTINGS
 from launch.bench_child import Child
 from launch.bench_kernels_peers import OPERATIONS
 from launch.bench_kernels_rounds import DTYPES, FUSED, can_be_compiled
 from launch.bench_step import describe_hardware
+from launch.freed_memory import KEPT, RETURNED, choose_treatments
 
 PASSES = ("forward", "backward", "both")
-RETURNED, KEPT = "returned", "kept"
 
 
 def bench_cpu(
@@ -52,7 +49,7 @@ def bench_cpu(
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     rows = []
-    memories, remarks = _choose_treatments()
+    memories, remarks = choose_treatments()
     try:
         for op in names or OPERATIONS:
             rows += _bench_operation(op, memories, rounds, report)
@@ -60,16 +57,6 @@ def bench_cpu(
     finally:
         torch.set_num_threads(before)
     return {"rounds": rounds, "hardware": hardware, "rows": rows, "remarks": remarks}
-
-
-def _choose_treatments() -> tuple[tuple[str, ...], list[str]]:
-    """How freed memory can be treated here, and a remark where that is one way alone."""
-    own = [name for name in OWN_SETTINGS if name in os.environ]
-    if own:
-        return (" ".join(own),), [f"memory is treated one way, as the environment says in {', '.join(own)}"]
-    if platform.libc_ver()[0] != "glibc":
-        return (RETURNED,), ["freed memory is kept where the C library is glibc, which it isn't here"]
-    return (RETURNED, KEPT), []
 
 
 def _bench_operation(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.memory import keep_freed_memory
-from launch.bench_child import answer
+from launch.bench_child import open_answers
 from launch.bench_kernels_peers import Case, build_case
 from launch.doctor import examine_compiler
 
@@ -36,6 +36,7 @@ SWEPT_BYTES = 64 * 2**20
 
 def serve(settings: dict[str, Any]) -> None:
     """Compare and time the variants of settings["op"] in every dtype, settings["rounds"] rounds of each."""
+    answer = open_answers()
     torch.set_num_threads(settings["threads"])
     if settings["keep_freed_memory"]:
         assert keep_freed_memory(), "the caller looked whether this process can"

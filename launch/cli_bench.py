@@ -12,6 +12,7 @@ from launch.cli_bench_memory import memory
 from launch.cli_bench_plan import plan
 from launch.cli_config import JsonOption, OverridesArgument
 from launch.console import print_json, print_rows, say
+from launch.freed_memory import title_of
 
 PLAIN = ("ours_fp32", "ours_bf16")
 COMPILED = ("ours_fp32_compiled", "ours_bf16_compiled")
@@ -122,21 +123,32 @@ def _calibrate(path: Path, rounds: int, threads: int | None, *, as_json: bool) -
 
 
 def print_step_table(result: dict[str, Any]) -> None:
-    """The variants of `bench_step` as a table, and what they were measured on."""
-    rows = [
-        (
-            name,
-            f"{figures['seconds']:.3f}",
-            f"{figures['seconds_min']:.3f} to {figures['seconds_max']:.3f}",
-            f"{figures['tokens_per_second']:,.0f}",
-            f"{figures['ratio_to_transformers_default']:.2f}" if figures["ratio_to_transformers_default"] else "",
-            f"{figures['first_loss']:.5f}",
-        )
-        for name, figures in result["variants"].items()
-    ]
-    columns = ("variant", "median s", "min to max s", "tokens/s", "x transformers", "first loss")
-    print_rows(f"A training step, {result['rounds']} rounds in turns", columns, rows)
+    """The variants of `bench_step`: each as it trains, then with memory treated alike, and what they were measured on."""
+    variants = result["variants"]
+    if all(figures["as_trained"] for figures in variants.values()):
+        rows = [
+            (name, *_step_figures(figures["as_trained"]), f"{figures['first_loss']:.5f}")
+            for name, figures in variants.items()
+        ]
+        columns = ("variant", "median s", "tokens/s", "x transformers", "first loss")
+        title = "Each as it trains: transformers returns freed memory, ours keeps it"
+        print_rows(f"A training step, {result['rounds']} rounds in turns. {title}", columns, rows)
+    for treatment in next(iter(variants.values()))["memory"]:
+        rows = []
+        for name, figures in variants.items():
+            taken = figures["memory"][treatment]
+            rows.append((name, *_step_figures(taken), f"{taken['seconds_min']:.3f} to {taken['seconds_max']:.3f}"))
+        columns = ("variant", "median s", "tokens/s", "x transformers", "min to max s")
+        print_rows(title_of(treatment), columns, rows)
+    for remark in result["remarks"]:
+        say(remark)
     say(", ".join(f"{name} {value}" for name, value in result["hardware"].items()))
+
+
+def _step_figures(figures: dict[str, Any]) -> tuple[str, str, str]:
+    """Median seconds, tokens a second, and how many times as fast as transformers' default."""
+    ratio = figures["ratio_to_transformers_default"]
+    return f"{figures['seconds']:.3f}", f"{figures['tokens_per_second']:,.0f}", f"{ratio:.2f}" if ratio else ""
 
 
 @bench.command(epilog="Example: amfm bench checkpoint --folder runs --json")
@@ -261,14 +273,10 @@ def _time_kernels(names: list[str] | None, rounds: int, threads: int | None) -> 
 
 def print_kernel_table(result: dict[str, Any]) -> None:
     """The rows of `bench_cpu`, a table for each treatment of freed memory, or of `bench_cuda`; a line a variant."""
-    titles = {
-        None: "Operations side by side, medians",
-        "returned": "Freed memory returned, as the C library does by itself",
-        "kept": "Freed memory kept, as amfm train does",
-    }
     for treatment in dict.fromkeys(row.get("memory") for row in result["rows"]):
         rows = [row for row in result["rows"] if row.get("memory") == treatment]
-        _print_variants(titles.get(treatment, f"Freed memory as {treatment} says"), rows, on_cpu=treatment is not None)
+        title = title_of(treatment) if treatment else "Operations side by side, medians"
+        _print_variants(title, rows, on_cpu=treatment is not None)
     if result.get("goals"):
         print_goals(result["goals"])
     for remark in result.get("remarks", ()):
