@@ -28,22 +28,32 @@ class Child:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.wait()
+        self._end()
 
     def start(self) -> None:
         """Let it work on its next answer."""
         assert self._process.stdin is not None, "the pipe was asked for"
-        self._process.stdin.write("go\n")
-        self._process.stdin.flush()
+        try:
+            self._process.stdin.write("go\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise self._early_end() from None
 
     def receive(self) -> Any:
         """Wait for an answer."""
         assert self._process.stdout is not None, "the pipe was asked for"
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{self._what} ended early; its message is above")
+            raise self._early_end()
         return json.loads(line)
+
+    def _early_end(self) -> RuntimeError:
+        self._end()
+        return RuntimeError(f"{self._what} ended early; its message is above")
+
+    def _end(self) -> None:
+        self._process.kill()
+        self._process.wait()
 
     def ask(self) -> Any:
         """Start and receive."""

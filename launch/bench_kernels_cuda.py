@@ -34,7 +34,8 @@ def bench_cuda(
     """Time every case on the current card: `rows` as `bench_cpu` has them, with `roofline_fraction` against an H100.
 
     A variant that cannot run its case is named in `remarks` with its reason and has no row. `relative_error` is the
-    median over output and gradients of the relative RMS difference from our PyTorch code in float32.
+    median over output and gradients of the relative RMS difference from our PyTorch code in float32. `faults` are those
+    of our own kernels.
     Raises RuntimeError without a CUDA device, ValueError for an unknown operation.
     """
     from kernels.timing import measure_milliseconds
@@ -47,7 +48,18 @@ def bench_cuda(
         report(f"timing {op}")
         rows += time_case(build_cuda_case(op, device, sizes or Sizes()), measure_milliseconds, remarks)
         torch.cuda.empty_cache()
-    return {"hardware": _describe_card(device), "rows": rows, "remarks": remarks}
+    faults = find_faults(names or [*CUDA_OPERATIONS], rows)
+    return {"hardware": _describe_card(device), "rows": rows, "remarks": remarks, "faults": faults}
+
+
+def find_faults(names: list[str], rows: list[dict[str, Any]]) -> list[str]:
+    """What is wrong with our own kernels of these operations: they did not run, or are far from float32."""
+    errors = {row["op"]: row["relative_error"] for row in rows if row["backend"] == "triton"}
+    return [
+        f"{op} did not run" if op not in errors else f"{op} is off by {errors[op]:.2g}, above {LARGEST_ERROR:g}"
+        for op in names
+        if not errors.get(op, float("nan")) <= LARGEST_ERROR
+    ]
 
 
 def tune_cuda(

@@ -235,6 +235,10 @@ def kernels(
         say(f"wrote {result['path']}: {len(result['configs'])} kernels")
     elif compile_table is None:
         print_kernel_table(result)
+    if result.get("faults"):
+        raise RuntimeError(
+            f"our kernels are at fault on this card: {'; '.join(result['faults'])}; train with kernels.backend: torch"
+        )
 
 
 def _write_compile_table(document: Path) -> dict[str, Any]:
@@ -289,20 +293,24 @@ def _print_variants(title: str, rows: list[dict[str, Any]], *, on_cpu: bool) -> 
     for row in rows:
         key = (row["op"], row["shape"], row["dtype"], row["backend"])
         lines.setdefault(key, {})[row["pass"]] = row
-    last = ("x ours as trained", "ratio_as_trained", ".2f") if on_cpu else ("of roofline", "roofline_fraction", ".0%")
+    last = (
+        [("x ours as trained", "ratio_as_trained", ".2f")]
+        if on_cpu
+        else [("of roofline", "roofline_fraction", ".0%"), ("off float32", "relative_error", ".2g")]
+    )
     table = [
         (
             *key,
             *(f"{passes[which]['milliseconds']:.3g}" for which in ("forward", "backward", "both")),
             *(
                 format(passes["both"][field], form) if passes["both"][field] else ""
-                for field, form in (("ratio", ".2f"), last[1:])
+                for _, field, form in (("x ours", "ratio", ".2f"), *last)
             ),
         )
         for key, passes in lines.items()
     ]
-    columns = ("operation", "shape", "dtype", "variant", "forward ms", "backward ms", "both ms", "x ours", last[0])
-    print_rows(title, columns, table)
+    columns = ["operation", "shape", "dtype", "variant", "forward ms", "backward ms", "both ms", "x ours"]
+    print_rows(title, [*columns, *(name for name, _, _ in last)], table)
 
 
 def print_goals(goals: list[dict[str, Any]]) -> None:

@@ -11,13 +11,13 @@ import torch
 
 from kernels.backend import INTERPRETED
 from launch import bench_kernels, bench_kernels_compile
-from launch.bench_kernels_cuda import time_case
-from launch.bench_kernels_cuda_cases import CUDA_OPERATIONS, Sizes, build_cuda_case
+from launch.bench_kernels_cuda import find_faults, time_case
+from launch.bench_kernels_cuda_cases import CUDA_OPERATIONS, CudaCase, Sizes, build_cuda_case
 from launch.bench_kernels_goals import compare_with_goals
 from launch.bench_kernels_peers import Case
 from launch.bench_kernels_rounds import compare_variants
 from launch.cli import run
-from launch.cli_bench import print_goals
+from launch.cli_bench import print_goals, print_kernel_table
 from launch.doctor import examine_compiler
 
 ROW = {"op", "pass", "shape", "dtype", "backend", "milliseconds", "roofline_fraction", "ratio"}
@@ -171,6 +171,23 @@ def test_cases_for_cards_compute_what_float32_does() -> None:
         assert row["relative_error"] < 5e-2, row
     if not INTERPRETED:
         assert any("decay_scan: triton cannot run here" in remark for remark in remarks)
+        assert find_faults([*CUDA_OPERATIONS], rows) == [f"{op} did not run" for op in CUDA_OPERATIONS]
+
+
+@pytest.mark.parametrize("error", [0.01, 0.3, float("nan")])
+def test_a_kernel_of_ours_that_is_far_from_float32_on_a_card_is_a_fault(
+    error: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    x = torch.ones(8, requires_grad=True)
+    variants = {"torch": lambda x: 2 * x, "triton": lambda x: 2 * (1 + error) * x, "peer": lambda x: 3 * x}
+    case = CudaCase("double", "8", (x,), variants, (64, 8), (64, 8))
+    remarks: list[str] = []
+    rows = time_case(case, lambda work: 1.0, remarks)
+    assert remarks == []
+    assert len(find_faults(["double"], rows)) == (error != 0.01)
+    print_kernel_table({"rows": rows, "remarks": remarks, "hardware": {"card": "none"}})
+    out = capsys.readouterr().out
+    assert "off float32" in out and f"{error:.2g}" in out and "0.5" in out
 
 
 def test_the_compile_table_goes_between_its_markers(tmp_path) -> None:

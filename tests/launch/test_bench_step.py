@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from launch.bench_child import Child
 from launch.bench_step import Shape, _check_losses, bench_step, granite_shape
 from launch.cli import run
 from launch.cli_bench import print_step_table
@@ -78,3 +79,11 @@ def test_variants_that_are_not_the_same_model_are_refused() -> None:
 def test_layouts_without_comm_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["bench", "step", "--nproc", "2"]) == 2
     assert "add --comm, or remove them" in capsys.readouterr().err
+
+
+def test_a_process_that_ended_is_an_error_of_whoever_asks_it() -> None:
+    with Child("launch.no_such_module") as child:
+        with pytest.raises(RuntimeError, match=r"python -m launch\.no_such_module ended early; its message is above"):
+            child.receive()
+        with pytest.raises(RuntimeError, match="ended early"):
+            child.start()
