@@ -1,0 +1,45 @@
+"""What every Triton kernel of ours keeps to, because Triton's interpreter forgives what a card does not."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "kernels"
+FILES = sorted(path for path in FOLDER.rglob("*.py") if "import triton.language as tl" in path.read_text())
+
+
+def _calls(path: Path, name: str) -> Iterator[tuple[int, set[str]]]:
+    """Line and named arguments of each `tl.NAME(...)` in a file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr == name
+            and isinstance(node.func.value, ast.Name)
+            and node.func.value.id == "tl"
+        ):
+            yield node.lineno, {keyword.arg for keyword in node.keywords if keyword.arg is not None}
+
+
+def test_all_kernels_are_looked_at() -> None:
+    assert {path.parent.name for path in FILES} >= {
+        "attention", "causal_conv1d", "decay_scan", "delta_scan", "diag_scan", "linear_cross_entropy", "moe", "norm",
+        "rope", "swiglu",
+    }  # fmt: skip
+    assert sum(1 for path in FILES for _ in _calls(path, "load")) > 100
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_masked_loads_say_what_hidden_lanes_hold(path: Path) -> None:
+    """On a card they hold anything, in the interpreter zero."""
+    assert [line for line, named in _calls(path, "load") if "mask" in named and "other" not in named] == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_products_say_their_precision(path: Path) -> None:
+    """On a card float32 operands are cut to tf32 unless told, in the interpreter never."""
+    assert [line for line, named in _calls(path, "dot") if "input_precision" not in named] == []
