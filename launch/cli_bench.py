@@ -283,6 +283,8 @@ def print_kernel_table(result: dict[str, Any]) -> None:
         _print_variants(title, rows, on_cpu=treatment is not None)
     if result.get("goals"):
         print_goals(result["goals"])
+    for op, shape in {row["op"]: row["shape"] for row in result["rows"]}.items():
+        say(f"{op}: {shape}")
     for remark in result.get("remarks", ()):
         say(remark)
     say(", ".join(f"{name} {value}" for name, value in result["hardware"].items()))
@@ -291,10 +293,10 @@ def print_kernel_table(result: dict[str, Any]) -> None:
 def _print_variants(title: str, rows: list[dict[str, Any]], *, on_cpu: bool) -> None:
     lines: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
     for row in rows:
-        key = (row["op"], row["shape"], row["dtype"], row["backend"])
+        key = (row["op"], row["dtype"], row["backend"])
         lines.setdefault(key, {})[row["pass"]] = row
     last = (
-        [("x ours as trained", "ratio_as_trained", ".2f")]
+        [("as trained", "ratio_as_trained", ".2f")]
         if on_cpu
         else [("of roofline", "roofline_fraction", ".0%"), ("off float32", "relative_error", ".2g")]
     )
@@ -309,7 +311,7 @@ def _print_variants(title: str, rows: list[dict[str, Any]], *, on_cpu: bool) -> 
         )
         for key, passes in lines.items()
     ]
-    columns = ["operation", "shape", "dtype", "variant", "forward ms", "backward ms", "both ms", "x ours"]
+    columns = ["operation", "dtype", "variant", "forward ms", "backward", "both", "x ours"]
     print_rows(title, [*columns, *(name for name, _, _ in last)], table)
 
 
@@ -327,8 +329,12 @@ def print_goals(goals: list[dict[str, Any]]) -> None:
         )
         for goal in goals
     ]
-    columns = ("operation", "dtype", "goal", "each as it trains", "ours compiled", "both returned", "both kept")
-    print_rows("Goals: how many times as long as ours transformers takes, each as it trains", columns, table)
+    columns = ("operation", "dtype", "goal", "as trained", "compiled", "returned", "kept")
+    print_rows(
+        "Goals: how many times as long as ours transformers takes, each as it trains; ours compiled; memory alike",
+        columns,
+        table,
+    )
 
 
 def print_audit_table(result: dict[str, Any]) -> None:
