@@ -25,7 +25,10 @@ from kernels.interpreter import memories_of, replace_methods
 
 _NOBODY, _SEVERAL = -1, -2
 
-Integers = npt.NDArray[np.int64]
+# What may not meet each kind of access to the same element.
+_CONFLICTS = {"reads": ("writes", "updates"), "writes": ("reads", "writes", "updates"), "updates": ("reads", "writes")}
+
+_Integers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -45,14 +48,14 @@ class _Accesses:
         self.program = np.full(size, _NOBODY)
         self.time = np.zeros(size, dtype=np.int64)
 
-    def by_others(self, at: Integers, program: int) -> bool:
+    def by_others(self, at: _Integers, program: int) -> bool:
         return bool(np.any((self.program[at] != _NOBODY) & (self.program[at] != program)))
 
-    def unordered(self, at: Integers, program: int, time: int) -> bool:
+    def unordered(self, at: _Integers, program: int, time: int) -> bool:
         """Whether this program touched any of them since its last barrier."""
         return bool(np.any((self.program[at] == program) & (self.time[at] == time)))
 
-    def note(self, at: Integers, program: int, time: int) -> None:
+    def note(self, at: _Integers, program: int, time: int) -> None:
         before = self.program[at]
         self.program[at] = np.where((before == _NOBODY) | (before == program), program, _SEVERAL)
         self.time[at] = time
@@ -64,7 +67,7 @@ class _Memory:
     def __init__(self, name: str, storage: torch.UntypedStorage) -> None:
         self.name = name
         self.begin, self.size = storage.data_ptr(), storage.nbytes()
-        self.reads, self.writes, self.updates = (_Accesses(self.size) for _ in range(3))
+        self.accesses = {kind: _Accesses(self.size) for kind in _CONFLICTS}
 
 
 class _Watch:
@@ -85,36 +88,22 @@ class _Watch:
         """What follows comes after what a program did before: a barrier, or the next program."""
         self.time += 1
 
-    def read(self, pointers: Any, mask: Any) -> None:
-        for memory, at, _ in self._lanes(pointers, mask):
-            self._hold(memory, at, "reads", {"writes": memory.writes, "updates": memory.updates})
-            memory.reads.note(at, self.program, self.time)
-
-    def write(self, pointers: Any, mask: Any, value: Any) -> None:
+    def touch(self, does: str, pointers: Any, mask: Any, value: Any = None) -> None:
+        """Report what nothing orders before this access (a key of _CONFLICTS; writes have a value), and note it."""
         for memory, at, lanes in self._lanes(pointers, mask):
-            self._hold(
-                memory, at, "writes", {"reads": memory.reads, "writes": memory.writes, "updates": memory.updates}
-            )
-            _, first, same = np.unique(at, return_index=True, return_inverse=True)
-            values = np.broadcast_to(value.data, pointers.data.shape).ravel()[lanes]
-            if values[first][same].tobytes() != values.tobytes():
-                self._report(memory, "writes two values to one place in one store")
-            memory.writes.note(at, self.program, self.time)
+            for did in _CONFLICTS[does]:
+                if memory.accesses[did].by_others(at, self.program):
+                    self._report(memory, f"{does} what another program {did}")
+                if memory.accesses[did].unordered(at, self.program, self.time):
+                    self._report(memory, f"{does} what it {did} itself, with no barrier between")
+            if value is not None:
+                _, first, same = np.unique(at, return_index=True, return_inverse=True)
+                values = np.broadcast_to(value.data, pointers.data.shape).ravel()[lanes]
+                if values[first][same].tobytes() != values.tobytes():
+                    self._report(memory, "writes two values to one place in one store")
+            memory.accesses[does].note(at, self.program, self.time)
 
-    def update(self, pointers: Any, mask: Any) -> None:
-        for memory, at, _ in self._lanes(pointers, mask):
-            self._hold(memory, at, "updates", {"reads": memory.reads, "writes": memory.writes})
-            memory.updates.note(at, self.program, self.time)
-
-    def _hold(self, memory: _Memory, at: Integers, does: str, others: dict[str, _Accesses]) -> None:
-        """Report what of `others` nothing orders before this access."""
-        for did, accesses in others.items():
-            if accesses.by_others(at, self.program):
-                self._report(memory, f"{does} what another program {did}")
-            if accesses.unordered(at, self.program, self.time):
-                self._report(memory, f"{does} what it {did} itself, with no barrier between")
-
-    def _lanes(self, pointers: Any, mask: Any) -> Iterator[tuple[_Memory, Integers, Integers]]:
+    def _lanes(self, pointers: Any, mask: Any) -> Iterator[tuple[_Memory, _Integers, _Integers]]:
         """For each memory touched: its elements, and the flat lanes of the block that touch them."""
         lanes = np.flatnonzero(np.broadcast_to(mask.data.astype(bool), pointers.data.shape))
         addresses = pointers.data.ravel()[lanes].astype(np.int64)
@@ -168,15 +157,15 @@ def find_races() -> Iterator[list[Race]]:
         return barrier()
 
     def watched_load(pointers: Any, mask: Any, *rest: Any, **named: Any) -> Any:
-        watch.read(pointers, mask)
+        watch.touch("reads", pointers, mask)
         return load(pointers, mask, *rest, **named)
 
     def watched_store(pointers: Any, value: Any, mask: Any, *rest: Any, **named: Any) -> Any:
-        watch.write(pointers, mask, value)
+        watch.touch("writes", pointers, mask, value)
         return store(pointers, value, mask, *rest, **named)
 
     def watched_update(operation: Any, pointers: Any, value: Any, mask: Any, *rest: Any, **named: Any) -> Any:
-        watch.update(pointers, mask)
+        watch.touch("updates", pointers, mask)
         return update(operation, pointers, value, mask, *rest, **named)
 
     methods: dict[str, Callable[..., Any]] = {

@@ -9,8 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-# Said by megatron-core where it is imported, of things that we don't use; `launch.cli` leaves it out likewise.
-QUIET = ("-W", "ignore:Transformer Engine and Apex are not installed:UserWarning")
+from launch.console import UNUSED_LIBRARIES
 
 
 class Child:
@@ -20,7 +19,7 @@ class Child:
     """
 
     def __init__(self, module: str, *arguments: str) -> None:
-        command = [sys.executable, *QUIET, "-m", module, *arguments]
+        command = [sys.executable, "-W", f"ignore:{UNUSED_LIBRARIES}", "-m", module, *arguments]
         self._what = " ".join(["python", "-m", module])
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 

@@ -22,31 +22,23 @@ def compare_with_goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     same over ours as `train.compile` makes it, None where that was not timed), `returned` and `kept` (both sides alike),
     and `holds`, which is said of `as_trained`. Empty where memory could be treated in one way alone.
     """
-    times = {
-        (row["op"], row["dtype"], row["backend"], row["memory"]): row["milliseconds"]
-        for row in rows
-        if row["pass"] == "both"
-    }
-    if {memory for *_, memory in times} != {RETURNED, KEPT}:
-        return []
-    named = {row["op"] for row in rows}
-    return [_compare(op, dtype, limit, times) for op in GOALS if op in named for dtype, limit in GOALS[op].items()]
-
-
-def _compare(op: str, dtype: str, limit: float, times: dict[tuple[str, str, str, str], float]) -> dict[str, Any]:
-    def ratio(theirs: str, backend: str, ours: str) -> float | None:
-        time = times.get((op, dtype, backend, ours))
-        return None if time is None else times[op, dtype, "transformers", theirs] / time
-
-    as_trained = ratio(RETURNED, "ours_torch", KEPT)
-    assert as_trained is not None, "ours is timed in every run"
-    return {
-        "op": op,
-        "dtype": dtype,
-        "limit": limit,
-        "as_trained": as_trained,
-        "compiled": ratio(RETURNED, "ours_compiled", KEPT),
-        "returned": ratio(RETURNED, "ours_torch", RETURNED),
-        "kept": ratio(KEPT, "ours_torch", KEPT),
-        "holds": as_trained >= limit,
-    }
+    both = {(row["op"], row["dtype"], row["backend"], row["memory"]): row for row in rows if row["pass"] == "both"}
+    found = []
+    for op, dtype, limit in ((op, dtype, limit) for op, limits in GOALS.items() for dtype, limit in limits.items()):
+        returned, kept = (both.get((op, dtype, "transformers", memory)) for memory in (RETURNED, KEPT))
+        if returned is None or kept is None:
+            continue
+        compiled = both.get((op, dtype, "ours_compiled", KEPT))
+        found.append(
+            {
+                "op": op,
+                "dtype": dtype,
+                "limit": limit,
+                "as_trained": returned["ratio_as_trained"],
+                "compiled": returned["milliseconds"] / compiled["milliseconds"] if compiled else None,
+                "returned": returned["ratio"],
+                "kept": kept["ratio"],
+                "holds": returned["ratio_as_trained"] >= limit,
+            }
+        )
+    return found

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import typer
 
 from launch import cli_bench, cli_config, cli_data, cli_launch, cli_plan, cli_study, cli_train, cli_use
-from launch.console import say
+from launch.console import UNUSED_LIBRARIES, say
 from pretrain.exit_codes import BAD_INPUT, DONE, RUN_FAILED
 
 RESUMABLE_VERBS = ("train", "prepare", "launch", "study")
@@ -52,7 +52,7 @@ def main() -> None:
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code; a bug's exception passes through."""
     # Said at each start by libraries below us, of things that we don't use or can't change.
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    warnings.filterwarnings("ignore", message=UNUSED_LIBRARIES)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     try:
         app(args=list(arguments), prog_name="amfm")

@@ -13,6 +13,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
+# How a warning of megatron-core begins, at each import, about libraries that we don't use.
+UNUSED_LIBRARIES = "Transformer Engine and Apex are not installed"
+
 
 def print_json(value: object) -> None:
     """One JSON object on standard output, for scripts."""

@@ -7,33 +7,13 @@ import json
 import pytest
 
 from launch.bench_child import Child
-from launch.bench_step import Shape, _check_losses, bench_step, granite_shape
+from launch.bench_step import Shape, _check_losses, bench_step
 from launch.cli import run
 from launch.cli_bench import print_step_table
 from launch.freed_memory import KEPT, RETURNED
-from model.config import AttentionConfig, Mamba2Config, MoeConfig
+from tests.model.huggingface_cases import GRANITE
 
-SMALL = Shape(
-    rows=1,
-    tokens=48,
-    model=granite_shape().model_copy(
-        update={
-            "pattern": "ME*E",
-            "vocab_size": 64,
-            "hidden_size": 32,
-            "mamba": Mamba2Config(num_heads=2, head_dim=16, state_size=16, num_groups=1, chunk_size=32),
-            "attention": AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=16),
-            "moe": MoeConfig(
-                num_experts=4,
-                top_k=2,
-                expert_hidden_size=16,
-                shared_expert_hidden_size=16,
-                activation="swiglu",
-                router="softmax",
-            ),
-        }
-    ),
-)
+SMALL = Shape(rows=1, tokens=48, model=GRANITE)
 
 
 def test_each_variant_is_timed_as_it_trains(capsys: pytest.CaptureFixture[str]) -> None:
