@@ -13,7 +13,8 @@ from collections.abc import Sequence
 
 import typer
 
-from launch import cli_bench, cli_config, cli_data, cli_launch, cli_plan, cli_study, cli_train, cli_use
+from launch.commands import config, data, doctor, evaluate, export, launch, plan, study, train
+from launch.commands.bench import verbs as bench
 from launch.console import UNUSED_LIBRARIES, say
 from pretrain.exit_codes import BAD_INPUT, DONE, RUN_FAILED
 
@@ -31,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (cli_config, cli_data, cli_plan, cli_train, cli_launch, cli_use, cli_bench, cli_study):
+for module in (config, doctor, data, plan, train, launch, evaluate, export, bench, study):
     module.add_verbs(app)
 
 

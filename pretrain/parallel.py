@@ -134,7 +134,7 @@ def name_accelerator() -> None:
 def follow_launcher() -> None:
     """End this process when the one that launched it dies, however it dies: no orphan may write to the run directory.
 
-    Only on Linux, and only for ranks of `launch/local.py`.
+    Only on Linux, and only for ranks of `launch/cluster/local.py`.
     """
     launcher = os.environ.get(LAUNCHER_PID)
     if launcher is None or not sys.platform.startswith("linux"):
@@ -148,7 +148,7 @@ def follow_launcher() -> None:
 def start_process_group(timeout_seconds: float) -> tuple[int, int, int, int]:
     """Join the default process group and return (rank, world size, local rank, local world size).
 
-    With a launcher's environment (torchrun, launch/local.py) through its store; without one, a group of this process
+    With a launcher's environment (torchrun, launch/cluster/local.py) through its store; without one, a group of this process
     alone, which needs no port. Keys carry the attempt's number: a restarted group that reads the last attempt's keys
     hangs (pytorch issue 135712).
     """

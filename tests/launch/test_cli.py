@@ -18,7 +18,7 @@ from data_pipeline.prepare import Progress
 from data_pipeline.store import TokenStore
 from data_pipeline.tokenizer import load_tokenizer, read_tokenizer_file
 from launch.cli import app, describe, exit_code, run
-from launch.cli_data import describe_progress
+from launch.commands.data import describe_progress
 from pretrain.config_file import load_config
 from tests.helpers.tiny_store import make_tiny_store
 from tests.pretrain.test_config import BASE

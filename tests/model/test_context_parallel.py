@@ -6,14 +6,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from launch.bench_comm_context import heads_bytes, states_bytes
+from launch.bench.count_collectives import CommunicationCounter
+from launch.plan.context_traffic import heads_bytes, states_bytes
 from model.config import MoeConfig
 from model.context import receive_windows
 from model.groups import single_rank_groups
 from model.hybrid import HybridModel
 from model.layers import parameter_shards
 from model.packing import PackMeta
-from pretrain.communication import CommunicationCounter
 from pretrain.config import ParallelConfig
 from pretrain.parallel import initialize_parallel
 from tests.helpers.spawn import run_ranks

@@ -8,12 +8,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from launch.bench.count_collectives import CommunicationCounter, Traffic, sum_traffic
 from model.config import AttentionConfig, Mamba2Config, ModelConfig, MoeConfig
 from model.expert_dispatch import RowTransfer
 from model.groups import ProcessGroupCollection, single_rank_groups
 from model.hybrid import HybridModel
 from model.layers import parameter_shards
-from pretrain.communication import CommunicationCounter, Traffic, sum_traffic
 from pretrain.config import ParallelConfig
 from pretrain.grads import find_partial_gradients, sum_partial_gradients
 from pretrain.parallel import initialize_parallel

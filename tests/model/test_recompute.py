@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from launch.plan_activations import Storage, block_bytes, recomputed_bytes
+from launch.plan.activations import Storage, block_bytes, recomputed_bytes
 from model.config import MoeConfig
 from model.groups import single_rank_groups
 from model.hybrid import HybridModel

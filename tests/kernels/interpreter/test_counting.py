@@ -10,7 +10,7 @@ from kernels.counting import count_launches
 from kernels.decay_scan.op import mamba2_scan
 from kernels.linear_cross_entropy.op import linear_cross_entropy
 from kernels.swiglu.op import swiglu, swiglu_bytes
-from launch.bench_kernels_audit import count_named
+from launch.bench.kernels.audit import count_named
 
 
 def test_elementwise_kernel_moves_each_byte_once() -> None:

@@ -1,0 +1,59 @@
+"""Arguments and options that several verbs share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from launch.console import print_rows
+
+
+def choose_device(name: str) -> str:
+    """The device to compute on; ValueError for a CUDA that is not there."""
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda needs a CUDA device, and torch sees none; use --device cpu")
+    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The configuration file of the run.")]
+
+
+OverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE...", help="Overrides such as train.steps=20 or data.sources.0.weight=2."),
+]
+
+
+CheckpointArgument = Annotated[
+    Path,
+    typer.Argument(metavar="CHECKPOINT", help="A run directory (its newest checkpoint), a checkpoint, or an import."),
+]
+
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="One JSON object on standard output; remarks on standard error.")
+]
+
+
+class CommandWithFields(TyperCommand):
+    """A verb whose help ends with the table of configuration fields."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """The usual help, then every field of the schema."""
+        super().format_help(ctx, formatter)
+        print_fields()
+
+
+def print_fields() -> None:
+    """Every setting with type, default and meaning, from the schema."""
+    from pretrain.config_fields import describe_fields
+
+    rows = [
+        (row.key, row.type, "required" if row.default is None else row.default, row.meaning)
+        for row in describe_fields()
+    ]
+    print_rows("Settings (as keys of the file or as KEY=VALUE)", ("key", "type", "default", "meaning"), rows)

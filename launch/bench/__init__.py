@@ -1,0 +1,1 @@
+"""Benchmarks: what `amfm bench` measures side by side."""

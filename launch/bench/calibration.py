@@ -1,0 +1,255 @@
+"""A hardware file for `amfm plan --gpu FILE` from training steps on this machine.
+
+Peaks are those of a large product and a large copy here (of the data sheet for a card in the plan's table). The four
+efficiencies are those with which the plan comes nearest to measured steps of small models: one of each kind of block, all
+kinds together, and a step of so few tokens that moving its weights is what takes time. At last steps that were not fitted are planned with the file and held against measured ones.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kernels.linear.op import linear
+from launch.bench.communication import DEFAULTS
+from launch.bench.hardware import multiplies_bf16, processor_name
+from launch.bench.step import OPTIMIZER, ROWS, TOKENS, granite_shape
+from launch.plan.hardware import GIB, HARDWARE, Hardware
+from launch.plan.layout import Layout
+from launch.plan.memory import storage_of
+from launch.plan.time import estimate_step
+from model.config import FeedForwardConfig, ModelConfig
+from model.hybrid import HybridModel
+from model.packing import PackMeta
+from pretrain.config import RunConfig
+from pretrain.engine import Precision, build_engine
+from pretrain.parallel import Parallel, initialize_parallel
+
+FITTED = ("product_efficiency", "grouped_efficiency", "attention_efficiency", "memory_efficiency")
+LEAST = 1e-3  # of an efficiency
+SWEEPS, HALVINGS = 12, 24  # over all efficiencies, and of the range of one
+KINDS = ("-", "E", "M", "*")
+BLOCKS = 4  # of a model of one kind
+FEW_TOKENS = 64
+MIXED_WEIGHT = 4  # of the model of all kinds against one of a single kind: it is what is trained
+
+
+@dataclass(frozen=True)
+class Check:
+    """A whole step: seconds planned with the file, and measured."""
+
+    name: str
+    planned: float
+    measured: float
+
+    @property
+    def error(self) -> float:
+        """Of the plan."""
+        return self.planned / self.measured - 1
+
+
+def calibrate(*, rounds: int, num_threads: int | None, report: Callable[[str], None]) -> tuple[Hardware, list[Check]]:
+    """Measure this machine; the checks say how well the plan then does. Needs a process of its own, with one rank."""
+    parallel = initialize_parallel(timeout_seconds=600, num_threads=num_threads)
+    precision: Precision = "bf16" if multiplies_bf16(parallel.device) else "float32"
+    report("measuring peaks")
+    peaks = measure_peaks(parallel.device)
+    shape = granite_shape()
+    dense = shape.model_copy(update={"feed_forward": FeedForwardConfig(hidden_size=1024, activation="swiglu")})
+    fitted = [run_config(dense.model_copy(update={"pattern": BLOCKS * kind}), precision, ROWS) for kind in KINDS]
+    fitted += [run_config(_widen(shape), precision, 1, FEW_TOKENS), run_config(shape, precision, ROWS)]
+    others = [run_config(shape, precision, ROWS // 2), run_config(_widen(shape), precision, ROWS)]
+    measured = time_steps([*fitted, *others], parallel, rounds, report)
+    weights = [1] * (len(fitted) - 1) + [MIXED_WEIGHT]
+    hardware = fit(peaks, [*zip(fitted, measured, weights)])
+    names = ("the benchmark's step, fitted", "half of its rows", "twice its width")
+    checks = [
+        Check(name, planned_seconds(config, hardware), seconds)
+        for name, config, seconds in zip(names, [fitted[-1], *others], measured[len(fitted) - 1 :])
+    ]
+    return hardware, checks
+
+
+def planned_seconds(config: RunConfig, hardware: Hardware) -> float:
+    """A step of one rank, as `amfm plan` says."""
+    return estimate_step(config, Layout.of(config, 1), hardware, storage_of(config), overlap=0.5).total()
+
+
+def fit(hardware: Hardware, targets: Sequence[tuple[RunConfig, float, int]]) -> Hardware:
+    """The efficiencies with the least weighted squares of log(planned / measured); targets: (run, seconds, weight).
+
+    One after the other by golden sections of its logarithm (Kiefer 1953), several times over: planned seconds only fall
+    with each, so that every one has a single valley.
+    """
+
+    def loss(found: Hardware) -> float:
+        return sum(weight * math.log(planned_seconds(run, found) / seconds) ** 2 for run, seconds, weight in targets)
+
+    ratio = (5**0.5 - 1) / 2
+    for _ in range(SWEEPS):
+        for field in FITTED:
+
+            def at(power: float, hardware: Hardware = hardware, field: str = field) -> Hardware:
+                return hardware.model_copy(update={field: LEAST**power})
+
+            low, high = 0.0, 1.0
+            for _ in range(HALVINGS):
+                left, right = high - ratio * (high - low), low + ratio * (high - low)
+                low, high = (low, right) if loss(at(left)) < loss(at(right)) else (left, high)
+            hardware = at(low if low < 1e-3 else (low + high) / 2)
+    return hardware
+
+
+def time_steps(
+    configs: Sequence[RunConfig], parallel: Parallel, rounds: int, report: Callable[[str], None]
+) -> list[float]:
+    """Least seconds of a step of each run, all taking turns: what else the machine does can only add to them."""
+    steps = [_build_step(config, parallel) for config in configs]
+    seconds: list[list[float]] = [[] for _ in steps]
+    for number in range(2 + rounds):
+        report(f"round {number + 1} of {2 + rounds}" if number > 1 else "warming up")
+        for step, times in zip(steps, seconds):
+            gc.collect()
+            started = now(parallel.device)
+            step()
+            times.append(now(parallel.device) - started)
+    return [min(times[2:]) for times in seconds]
+
+
+def _build_step(config: RunConfig, parallel: Parallel) -> Callable[[], None]:
+    device, train = parallel.device, config.train
+    model = HybridModel(config.model, parallel.groups, backend="auto", seed=0, device=device).train()
+    engine = build_engine(model, optimizer=OPTIMIZER, precision=train.precision, zero_stage=1, parallel=parallel)
+    tokens_BT = torch.randint(config.model.vocab_size, (train.micro_batch_size, train.sequence_length), device=device)
+    meta = PackMeta.one_document_a_row(*tokens_BT.shape, device=device)
+
+    def step() -> None:
+        with engine.accumulate(1):
+            engine.backward(engine.forward(tokens_BT, meta, labels_BT=tokens_BT).loss.total / tokens_BT.numel())
+        engine.step(OPTIMIZER.learning_rate)
+
+    return step
+
+
+def now(device: torch.device) -> float:
+    """Seconds on a clock, after the device has done what it was given.
+
+    One thread's own time on a CPU, so that other work on the machine does not count.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif torch.get_num_threads() == 1:
+        return time.process_time()
+    return time.perf_counter()
+
+
+def run_config(model: ModelConfig, precision: Precision, rows: int, tokens: int = TOKENS) -> RunConfig:
+    """A run of one micro-batch a step on one rank; its data are never read."""
+    data = {**DEFAULTS["data"], "tokenizer": {"vocab_size": model.vocab_size}}
+    train = {
+        **DEFAULTS["train"],
+        "sequence_length": tokens,
+        "micro_batch_size": rows,
+        "global_batch_size": rows,
+        "precision": precision,
+    }
+    tree = {**DEFAULTS, "model": model.model_dump(), "data": data, "train": train, "kernels": {}}
+    return RunConfig.model_validate(tree)
+
+
+def _widen(model: ModelConfig) -> ModelConfig:
+    """The same blocks twice as wide: twice the heads, channels and inner widths."""
+    assert model.mamba is not None and model.attention is not None and model.moe is not None, "granite_shape has all"
+    moe = model.moe
+    return model.model_copy(
+        update={
+            "hidden_size": 2 * model.hidden_size,
+            "mamba": model.mamba.model_copy(update={"num_heads": 2 * model.mamba.num_heads}),
+            "attention": model.attention.model_copy(update={"num_heads": 2 * model.attention.num_heads}),
+            "moe": moe.model_copy(
+                update={
+                    "expert_hidden_size": 2 * moe.expert_hidden_size,
+                    "shared_expert_hidden_size": 2 * moe.shared_expert_hidden_size,
+                }
+            ),
+        }
+    )
+
+
+def measure_peaks(device: torch.device) -> Hardware:
+    """Peaks, memory and bandwidth with all efficiencies at 1; a card of the table keeps its data sheet and links."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        memory, name = properties.total_memory / GIB, properties.name
+        for key, known in HARDWARE.items():
+            if key.upper() in name.upper():
+                return known.model_copy(update={"name": name, "memory_gib": round(memory, 1)})
+    else:
+        memory, name = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, processor_name()
+    copied = copied_bytes_per_second(device)
+    return Hardware(
+        name=f"{name}, {torch.get_num_threads()} thread(s)" if device.type == "cpu" else name,
+        bf16_flops=product_flops(device, torch.bfloat16),
+        float32_flops=product_flops(device, torch.float32),
+        memory_gib=round(memory, 1),
+        memory_bytes_per_second=copied,
+        gpus_per_node=max(1, torch.cuda.device_count()),
+        # Ranks of one machine without links of their own: what one hands over is written and read once.
+        node_link_bytes_per_second=copied / 2,
+        network_bytes_per_second=copied / 2,
+        product_efficiency=1.0,
+        grouped_efficiency=1.0,
+        attention_efficiency=1.0,
+        memory_efficiency=1.0,
+    )
+
+
+def product_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """The best rate of large square products of our `linear`."""
+    sizes = (4096, 8192) if device.type == "cuda" else (1024, 2048)
+    return max(2 * size**3 / _least_seconds(partial(linear, *_squares(size, device, dtype)), device) for size in sizes)
+
+
+def _squares(size: int, device: torch.device, dtype: torch.dtype) -> Sequence[torch.Tensor]:
+    return [torch.randn(size, size, device=device).to(dtype) for _ in range(2)]
+
+
+def copied_bytes_per_second(device: torch.device) -> float:
+    """Bytes read and written a second by copies far larger than any cache."""
+    source = torch.ones(1 << (28 if device.type == "cuda" else 26), device=device)
+    target = torch.empty_like(source)
+    return 2 * 4 * source.numel() / _least_seconds(lambda: target.copy_(source), device)
+
+
+def _least_seconds(work: Callable[[], Any], device: torch.device) -> float:
+    seconds = []
+    for _ in range(6):
+        started = now(device)
+        work()
+        seconds.append(now(device) - started)
+    return min(seconds[1:])
+
+
+def write_hardware(hardware: Hardware, checks: Sequence[Check], path: Path) -> None:
+    """The file for `amfm plan --gpu`, with what was checked as comments."""
+    lines = [
+        "# Written by `amfm bench step --calibration`. Links were not measured, and are those of the plan's table or a copy",
+        "# through memory; `amfm doctor --nproc N` measures them.",
+        *(
+            f"# {check.name}: planned {check.planned:.3f} s, measured {check.measured:.3f} s ({check.error:+.0%})"
+            for check in checks
+        ),
+    ]
+    for field, value in hardware.model_dump().items():
+        lines.append(f"{field}: {value:.5e}" if isinstance(value, float) else f"{field}: {json.dumps(value)}")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,0 +1,197 @@
+"""Saving side by side: until it is on the disk, beside training, and the same state by torch's own checkpoints.
+
+What training waits for is the stall. A save in the background copies the state and lets a thread write it while steps go
+on; those steps share processors and memory with the thread, so their time is shown beside that of steps alone.
+"""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import state_dict_saver
+
+from launch.bench.hardware import describe_hardware
+from launch.bench.step import OPTIMIZER, granite_shape
+from model.hybrid import HybridModel
+from model.packing import PackMeta
+from pretrain.checkpoint import save_checkpoint
+from pretrain.checkpoint_background import BackgroundSaver
+from pretrain.checkpoint_fragments import collect_fragments
+from pretrain.config import RunConfig
+from pretrain.engine import ZeroEngine, build_engine
+from pretrain.parallel import initialize_parallel
+
+ROWS, TOKENS = 1, 512
+STEPS_ALONE = 3
+
+
+@dataclass
+class Timings:
+    """Seconds of every round: the stall, the time until the state is durable, and steps begun while it was written."""
+
+    stall: list[float] = field(default_factory=list)
+    durable: list[float] = field(default_factory=list)
+    steps: list[float] = field(default_factory=list)
+
+    def medians(self) -> dict[str, float | None]:
+        """By name, None where nothing was measured."""
+        return {
+            f"{name}_seconds": statistics.median(values) if values else None
+            for name, values in (("stall", self.stall), ("durable", self.durable), ("step_beside", self.steps))
+        }
+
+
+class Trainer:
+    """The benchmark's model, and what saving needs to know of it."""
+
+    def __init__(self, num_threads: int | None) -> None:
+        parallel = initialize_parallel(timeout_seconds=600, num_threads=num_threads)
+        model = HybridModel(granite_shape(), parallel.groups, backend="auto", seed=0, device=parallel.device).train()
+        self.engine: ZeroEngine = build_engine(
+            model, optimizer=OPTIMIZER, precision="bf16", zero_stage=1, parallel=parallel
+        )
+        self.device = parallel.device
+        self.config = RunConfig.model_validate(
+            {
+                "run": {"dir": "unused"},
+                "model": granite_shape().model_dump(),
+                "data": {"store": "unused", "sources": [{"name": "text", "paths": ["unused"]}]},
+                "train": {
+                    "steps": 1000,
+                    "sequence_length": TOKENS,
+                    "micro_batch_size": ROWS,
+                    "global_batch_size": ROWS,
+                },
+                "optimizer": OPTIMIZER.model_dump(),
+            }
+        )
+        self.step_number = 0
+
+    def step(self) -> float:
+        """Train one step; its seconds."""
+        begun = time.perf_counter()
+        tokens_BT = torch.randint(0, 8192, (ROWS, TOKENS), device=self.device)
+        meta = PackMeta.one_document_a_row(ROWS, TOKENS, device=self.device)
+        with self.engine.accumulate(1):
+            loss = self.engine.forward(tokens_BT, meta, labels_BT=tokens_BT).loss
+            self.engine.backward(loss.total / tokens_BT.numel())
+        self.engine.step(OPTIMIZER.learning_rate)
+        self.step_number += 1
+        return time.perf_counter() - begun
+
+    def arguments(self, folder: Path) -> tuple[Path, int, ZeroEngine]:
+        """Where, which step, of what."""
+        return folder, self.step_number, self.engine
+
+    def settings(self) -> dict[str, Any]:
+        """The rest of what both kinds of save take."""
+        return {"state": {}, "config": self.config, "identities": {}, "keep_last": 2}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The same masters and moments as a plain state dict."""
+        fragments = collect_fragments(self.engine.deepspeed)
+        return {f"{kind}/{part.name}": tensor for part in fragments for kind, tensor in part.tensors.items()}
+
+
+def save_blocking(trainer: Trainer, folder: Path, timings: Timings) -> None:
+    """Ours, waiting until it is durable."""
+    begun = time.perf_counter()
+    save_checkpoint(*trainer.arguments(folder), **trainer.settings())
+    timings.stall.append(time.perf_counter() - begun)
+    timings.durable.append(timings.stall[-1])
+
+
+def save_beside(trainer: Trainer, saver: BackgroundSaver, folder: Path, timings: Timings) -> None:
+    """Ours, in the background, with steps until it is durable."""
+    begun = time.perf_counter()
+    saver.save(*trainer.arguments(folder), **trainer.settings())
+    timings.stall.append(time.perf_counter() - begun)
+    assert saver.pending is not None, "a save was begun"
+    step_until(saver.pending.done, trainer, timings)
+    saver.wait()
+    timings.durable.append(time.perf_counter() - begun)
+
+
+def save_torch(trainer: Trainer, folder: Path, timings: Timings) -> None:
+    """torch.distributed.checkpoint, waiting; it neither hashes nor looks for NaN."""
+    shutil.rmtree(folder, ignore_errors=True)
+    begun = time.perf_counter()
+    state_dict_saver.save(trainer.tensors(), checkpoint_id=folder)
+    timings.stall.append(time.perf_counter() - begun)
+    timings.durable.append(timings.stall[-1])
+
+
+def save_torch_beside(trainer: Trainer, folder: Path, timings: Timings) -> None:
+    """torch.distributed.checkpoint in its own thread."""
+    shutil.rmtree(folder, ignore_errors=True)
+    begun = time.perf_counter()
+    pending: Any = state_dict_saver.async_save(trainer.tensors(), checkpoint_id=folder)
+    timings.stall.append(time.perf_counter() - begun)
+    step_until(pending.done, trainer, timings)
+    pending.result()
+    timings.durable.append(time.perf_counter() - begun)
+
+
+def step_until(is_done: Callable[[], bool], trainer: Trainer, timings: Timings) -> None:
+    """Train while a thread writes; a step that outlives the writing does not count."""
+    while not is_done():
+        seconds = trainer.step()
+        if not is_done():
+            timings.steps.append(seconds)
+
+
+def bench_checkpoint(
+    place: Path | None, *, rounds: int, num_threads: int | None, report: Callable[[str], None]
+) -> dict[str, Any]:
+    """Measure and return one object: by variant the medians and the stall's ratio to our blocking save.
+
+    Variants take turns. The first round warms up files and memory; it is left out of the medians, and its stall stands
+    beside them, because a run pays it once. `place`: a folder on the disk to measure; none: the system's folder for
+    temporary files.
+    """
+    trainer = Trainer(num_threads)
+    saver = BackgroundSaver(trainer.engine, timeout_seconds=600)
+    with tempfile.TemporaryDirectory(dir=place) as root:
+        variants: dict[str, Callable[[Timings], None]] = {
+            "blocking": lambda timings: save_blocking(trainer, Path(root, "blocking"), timings),
+            "background": lambda timings: save_beside(trainer, saver, Path(root, "background"), timings),
+            "torch_dcp": lambda timings: save_torch(trainer, Path(root, "dcp"), timings),
+            "torch_dcp_async": lambda timings: save_torch_beside(trainer, Path(root, "dcp_async"), timings),
+        }
+        trainer.step()
+        first, timings = ({name: Timings() for name in variants} for _ in range(2))
+        alone: list[float] = []
+        for number in range(rounds + 1):
+            report(f"round {number} of {rounds}" if number else "warming up")
+            measured = timings if number else first
+            for name, run in variants.items():
+                steps = [trainer.step() for _ in range(STEPS_ALONE)]
+                alone += steps if number else []
+                gc.collect()
+                run(measured[name])
+    blocking = statistics.median(timings["blocking"].stall)
+    return {
+        "shape": {"rows": ROWS, "tokens": TOKENS, "model": granite_shape().model_dump()},
+        "bytes": sum(tensor.numel() * tensor.element_size() for tensor in trainer.tensors().values()),
+        "rounds": rounds,
+        "hardware": describe_hardware(),
+        "step_alone_seconds": statistics.median(alone),
+        "variants": {
+            name: {
+                **entry.medians(),
+                "ratio_to_blocking": statistics.median(entry.stall) / blocking,
+                "first_stall_seconds": first[name].stall[0],
+            }
+            for name, entry in timings.items()
+        },
+    }

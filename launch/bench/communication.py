@@ -1,0 +1,169 @@
+"""What a training step sends between ranks: counted on a small model under any layout, beside what formulas say."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from data_pipeline.batch import Batch
+from launch.bench.count_collectives import CommunicationCounter, Traffic, sum_traffic
+from launch.plan.context_traffic import compare_context
+from launch.plan.traffic import check_countable, expected_bytes
+from model.hybrid import ModelOutput
+from pretrain.checks import load_checked
+from pretrain.config import RunConfig
+from pretrain.engine import ZeroEngine, build_engine
+from pretrain.micro_batch import LossShare, move_batch
+from pretrain.parallel import Parallel, initialize_parallel, set_determinism
+from pretrain.pipeline import Pipeline
+from pretrain.run import build_model, build_pipeline
+from pretrain.step import count_valid_tokens, empty_sums
+
+# Every core kind of block, small enough for a moment on a laptop, and with sizes that up to eight ranks divide.
+DEFAULTS: dict[str, Any] = {
+    "run": {"dir": "unused", "tensorboard": False},
+    "model": {
+        "pattern": "ME*-ME",
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "mamba": {"num_heads": 8, "head_dim": 16, "state_size": 16, "num_groups": 8, "chunk_size": 16},
+        "attention": {"num_heads": 8, "num_kv_heads": 8, "head_dim": 8},
+        "feed_forward": {"hidden_size": 128, "activation": "swiglu"},
+        "moe": {
+            "num_experts": 8,
+            "top_k": 2,
+            "expert_hidden_size": 32,
+            "shared_expert_hidden_size": 64,
+            "activation": "swiglu",
+        },
+    },
+    "data": {"store": "none", "tokenizer": {"vocab_size": 512}, "sources": [{"name": "none", "paths": ["none.txt"]}]},
+    "train": {
+        "steps": 10,
+        "sequence_length": 128,
+        "micro_batch_size": 2,
+        "global_batch_size": 16,
+        "precision": "float32",
+        "num_threads": 1,
+        "timeout_seconds": 120,
+    },
+    "optimizer": {"learning_rate": 1e-4},
+    "kernels": {"backend": "torch"},
+}
+
+
+def random_batches(config: RunConfig, parallel: Parallel) -> list[Batch]:
+    """This data rank's micro-batches of a step: random tokens, in documents of a quarter of a row."""
+    train = config.train
+    number = train.global_batch_size // train.micro_batch_size // parallel.data_world_size
+    generator = torch.Generator().manual_seed(parallel.data_rank)
+    rows, tokens, length = train.micro_batch_size, train.sequence_length, train.sequence_length // 4
+    place_T = torch.arange(tokens)
+    batches = []
+    for _ in range(number):
+        tokens_BT = torch.randint(config.model.vocab_size, (rows, tokens), generator=generator)
+        batches.append(
+            Batch(
+                tokens_BT=tokens_BT,
+                labels_BT=tokens_BT.roll(-1, dims=1),
+                loss_mask_BT=torch.ones_like(tokens_BT, dtype=torch.bool),
+                positions_BT=(place_T % length).int().repeat(rows, 1),
+                document_ids_BT=(place_T // length).int().repeat(rows, 1),
+                cu_seqlens=torch.arange(0, rows * tokens + 1, length, dtype=torch.int32),
+                sample_ids=tuple(range(rows)),
+                source_ids=(0,) * rows,
+            )
+        )
+    return batches
+
+
+def load_layout(overrides: Sequence[str], world_size: int) -> RunConfig:
+    """The benchmark's configuration with overrides.
+
+    Raises ConfigError with every problem, ValueError for settings whose bytes have no formula.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "bench_comm.yaml")
+        path.write_text(yaml.safe_dump(DEFAULTS), encoding="utf-8")
+        config = load_checked(path, overrides, world_size=world_size)
+    check_countable(config)
+    return config
+
+
+def bench_comm(config: RunConfig) -> dict[str, Any]:
+    """A step's collectives by axis, kind and type of number: bytes counted and by formula, and whether all agree.
+
+    With context ranks also what a Mamba2 block sends, beside the method that exchanges tokens for heads.
+    Every rank must call this; all get the same.
+    """
+    counted, world_size = count_step(config), torch.distributed.get_world_size()
+    expected = expected_bytes(config, world_size)
+    found = {(row.axis, row.collective, row.dtype): row for row in counted}
+    rows = []
+    for key in sorted(found.keys() | expected.keys()):
+        row = found.get(key, Traffic(*key, 0, 0, 0))
+        rows.append({**asdict(row), "formula_bytes": expected.get(key, 0)})
+    context = compare_context(config)
+    return {
+        "ranks": world_size,
+        "parallel": config.parallel.model_dump(),
+        "tokens_a_step": config.train.global_batch_size * config.train.sequence_length,
+        "rows": rows,
+        "context": None if context is None else {**asdict(context), "equal_length": context.equal_length},
+        "equal": all(row["handed_bytes"] == row["formula_bytes"] for row in rows),
+    }
+
+
+def count_step(config: RunConfig) -> list[Traffic]:
+    """Train two steps and count what all ranks together send in the second. Every rank must call this."""
+    parallel = initialize_parallel(
+        config.parallel, timeout_seconds=config.train.timeout_seconds, num_threads=config.train.num_threads
+    )
+    set_determinism(config.train.seed)
+    engine = build_engine(
+        build_model(config, parallel),
+        optimizer=config.optimizer,
+        precision=config.train.precision,
+        zero_stage=config.parallel.zero_stage,
+        parallel=parallel,
+    )
+    pipeline = build_pipeline(config, parallel, engine)
+    take_step(config, parallel, engine, pipeline)
+    with CommunicationCounter(parallel.groups) as counter:
+        take_step(config, parallel, engine, pipeline)
+    return sum_traffic(parallel.gather_objects(counter.traffic()))
+
+
+def take_step(config: RunConfig, parallel: Parallel, engine: ZeroEngine, pipeline: Pipeline | None) -> None:
+    """What `pretrain.step.train_step` sends, without a run around it."""
+    batches = random_batches(config, parallel)
+    share = LossShare(count_valid_tokens(batches, parallel), len(batches) * parallel.data_world_size)
+    sums = empty_sums(config.model, parallel.device)
+    inputs = [move_batch(batch, parallel) for batch in batches]
+    engine.module.train()
+    with engine.accumulate(len(inputs)):
+        if pipeline is not None:
+            for output in pipeline.train(inputs, lambda output: scaled_share(share, engine, output)):
+                sums.add(output)
+        else:
+            for given in inputs:
+                output = engine.forward(given.tokens_BT, given.meta, given.labels_BT)
+                loss = share.of(output)
+                assert loss is not None, "a batch has labels"
+                engine.backward(loss)
+                sums.add(output)
+    sums.reduce(parallel, 0)
+    engine.step(config.optimizer.learning_rate)
+    engine.module.update_expert_bias(sums.expert_counts)
+
+
+def scaled_share(share: LossShare, engine: ZeroEngine, output: ModelOutput) -> torch.Tensor | None:
+    """What a stage differentiates of an output."""
+    part = share.of(output)
+    return None if part is None else engine.scale(part)

@@ -1,0 +1,1 @@
+"""`amfm bench data`."""

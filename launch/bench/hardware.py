@@ -1,0 +1,37 @@
+"""Describe the processor that a benchmark ran on."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether the device has instructions for bf16 products; a CPU without them emulates them many times slower."""
+    return device.type == "cuda" or bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def describe_hardware() -> dict[str, Any]:
+    """What the numbers were taken on."""
+    return {
+        "processor": processor_name(),
+        "threads": torch.get_num_threads(),
+        "bf16_products": multiplies_bf16(torch.device("cpu")),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": importlib.metadata.version("transformers"),
+    }
+
+
+def processor_name() -> str:
+    """The CPU, as it calls itself."""
+    description = Path("/proc/cpuinfo")
+    if description.exists():
+        for line in description.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,226 @@
+"""Training speed by row length: a model of one mixer, the same tokens a step cut into few long or many short rows.
+
+A linear mixer costs a token the same at every length; attention costs it what came before. Lengths take turns within a
+round, forwards and backwards, so that a machine that drifts slows all of them, and each is held against the shortest of
+its own round.
+"""
+
+from __future__ import annotations
+
+import gc
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+
+from launch.bench.hardware import processor_name
+from model.config import AttentionConfig, Mamba2Config, ModelConfig
+from model.hybrid import HybridModel
+from model.mixers.options import MixerOptions
+from model.mixers.registry import describe_symbol, find_spec, mixer_specs
+from model.packing import PackMeta
+from model.pattern import BLOCK_NAMES, MIXER_LETTERS, block_kind
+from pretrain.parallel import initialize_parallel
+
+LENGTHS = (1024, 2048, 4096, 8192, 16384)
+# How far a rate may be off that of the shortest rows and still count as flat.
+TOLERANCE = 0.15
+HIDDEN_SIZE, VOCAB_SIZE = 128, 256
+MAMBA = Mamba2Config(num_heads=4, head_dim=64, state_size=64, num_groups=1)
+ATTENTION = AttentionConfig(num_heads=2, num_kv_heads=2, head_dim=64)
+# What a mixer's options take of these where they have the field.
+OPTIONS: dict[str, Any] = {"num_heads": 2, "head_dim": 64, "inner_size": 256, "window": 256}
+
+Clock = Literal["cpu", "wall"]
+# One step: seconds by clock.
+Seconds = dict[str, float]
+
+
+def choose_mixers(names: str | None) -> list[str]:
+    """Symbols of a pattern from letters and names with commas between; None: all linear mixers, then attention.
+
+    Raises ValueError for what mixes nothing along the sequence, or is not there.
+    """
+    if names is None:
+        return ["M", *(spec.symbol for spec in mixer_specs().values()), "*"]
+    own = {block_kind(letter): letter for letter in ("M", "*")}
+    symbols = []
+    for name in (part.strip().strip("{}") for part in names.split(",")):
+        if name in BLOCK_NAMES and name not in own.values():
+            raise ValueError(f"--mixers {name}: {BLOCK_NAMES[name]} mixes no tokens along the row; leave it out")
+        letter = own.get(name, name)
+        symbols.append(letter if letter in own.values() else find_spec(MIXER_LETTERS.get(letter, letter)).symbol)
+    return list(dict.fromkeys(symbols))
+
+
+def choose_lengths(text: str | None) -> tuple[int, ...]:
+    """Row lengths with commas between, in rising order; None: 1K to 16K. Raises ValueError where rows come out uneven."""
+    if text is None:
+        return LENGTHS
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise ValueError(f"--lengths {text} must be whole numbers with commas between; use 1024,4096")
+    lengths = sorted({int(part) for part in parts})
+    uneven = [length for length in lengths if lengths[-1] % length]
+    if uneven or len(lengths) < 2:
+        raise ValueError(
+            f"--lengths {text} must be two or more that divide the longest, which is what a step holds; use 1024,4096"
+        )
+    return tuple(lengths)
+
+
+def length_config(symbol: str) -> ModelConfig:
+    """One block of this mixer, and no more of a model than a loss needs.
+
+    Raises ValueError for a mixer with options that have no default and that this benchmark knows no value for.
+    """
+    mixers: dict[str, MixerOptions] = {}
+    name: str | None = block_kind(symbol) if symbol not in BLOCK_NAMES else None
+    while name is not None:
+        section = find_spec(name).options
+        needed = {key for key, field in section.model_fields.items() if field.is_required()} - OPTIONS.keys()
+        if needed:
+            raise ValueError(
+                f"--sweep length knows no value for {', '.join(sorted(needed))} of model.mixers.{name}; choose others "
+                "with --mixers"
+            )
+        mixers[name] = section(**{key: value for key, value in OPTIONS.items() if key in section.model_fields})
+        name = mixers[name].wraps()
+    return ModelConfig(
+        pattern=symbol,
+        vocab_size=VOCAB_SIZE,
+        hidden_size=HIDDEN_SIZE,
+        tie_embeddings=True,
+        mamba=MAMBA,
+        attention=ATTENTION,
+        mixers=mixers,
+    )
+
+
+def bench_lengths(
+    symbols: Sequence[str],
+    lengths: Sequence[int],
+    *,
+    rounds: int,
+    num_threads: int | None,
+    report: Callable[[str], None],
+) -> dict[str, Any]:
+    """Measure and return one object: for each mixer tokens a second by length, ratios to the shortest, and a mark."""
+    configs = [length_config(symbol) for symbol in symbols]
+    parallel = initialize_parallel(timeout_seconds=600, num_threads=num_threads)
+    device = parallel.device
+    timed: dict[str, dict[int, list[Seconds]]] = {}
+    for number, config in enumerate(configs, start=1):
+        report(f"{number} of {len(configs)}: {describe_symbol(config.pattern)}")
+        model = HybridModel(config, parallel.groups, backend="auto", seed=0, device=device).train()
+        seconds = time_lengths(model, lengths, rounds=rounds, device=device)
+        timed[block_kind(config.pattern)] = seconds
+        report(_say_rates(seconds))
+    clock: Clock = "wall" if device.type == "cuda" else steadier_clock(timed)
+    return {
+        "lengths": list(lengths),
+        "tokens_a_step": max(lengths),
+        "rounds": rounds,
+        "judged_by": clock,
+        "tolerance": TOLERANCE,
+        "hardware": {
+            "processor": processor_name() if device.type == "cpu" else torch.cuda.get_device_name(device),
+            "threads": torch.get_num_threads(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        },
+        "mixers": {name: summarize(seconds, clock) for name, seconds in timed.items()},
+    }
+
+
+def time_lengths(
+    model: HybridModel, lengths: Sequence[int], *, rounds: int, device: torch.device
+) -> dict[int, list[Seconds]]:
+    """Seconds of forward and backward passes over max(lengths) tokens, by row length: one to warm up, then the rounds."""
+    generator = torch.Generator().manual_seed(1)
+    tokens_T = torch.randint(VOCAB_SIZE, (max(lengths) + 1,), generator=generator).to(device)
+    seconds: dict[int, list[Seconds]] = {length: [] for length in lengths}
+    for length in lengths:
+        _time_step(model, tokens_T, length)
+    for number in range(rounds):
+        for length in lengths if number % 2 == 0 else reversed(lengths):
+            seconds[length].append(_time_step(model, tokens_T, length))
+    return seconds
+
+
+def _time_step(model: HybridModel, tokens_T: torch.Tensor, length: int) -> Seconds:
+    tokens_BT, labels_BT = tokens_T[:-1].view(-1, length), tokens_T[1:].view(-1, length)
+    meta = PackMeta.one_document_a_row(*tokens_BT.shape, device=tokens_BT.device)
+    model.zero_grad(set_to_none=True)
+    gc.collect()
+    on_cuda = tokens_T.device.type == "cuda"
+    if on_cuda:
+        torch.cuda.synchronize()
+    wall, cpu = time.perf_counter(), time.process_time()
+    output = model(tokens_BT, meta, labels_BT=labels_BT)
+    (output.loss.total / labels_BT.numel() + sum(output.auxiliary.values())).backward()
+    if on_cuda:
+        torch.cuda.synchronize()
+    return {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
+
+
+def steadier_clock(timed: dict[str, dict[int, list[Seconds]]]) -> Clock:
+    """The clock whose rounds differ less from each other, in the middle of all mixers and lengths."""
+    spread = {
+        clock: statistics.median(
+            _spread([step[clock] for step in steps]) for by_length in timed.values() for steps in by_length.values()
+        )
+        for clock in ("cpu", "wall")
+    }
+    return "cpu" if spread["cpu"] <= spread["wall"] else "wall"
+
+
+def _say_rates(seconds: dict[int, list[Seconds]]) -> str:
+    """A mixer's figures as far as one clock or the other says, in a line."""
+    rows = summarize(seconds, "cpu")["rows"]
+    names = ("ratio_cpu", "ratio_fastest", "ratio_wall")
+    cpu, fastest, wall = (", ".join(f"{row[name]:.2f}" for row in rows) for name in names)
+    rates = ", ".join(f"{row['tokens_per_cpu_second']:,.0f}" for row in rows)
+    return (
+        f"  {rates} tokens a second of CPU time; x the shortest rows {cpu} by CPU time ({fastest} between the fastest "
+        f"steps), {wall} by wall time"
+    )
+
+
+def _spread(values: Sequence[float]) -> float:
+    return (max(values) - min(values)) / statistics.median(values)
+
+
+def summarize(seconds: dict[int, list[Seconds]], clock: Clock) -> dict[str, Any]:
+    """A mixer's figures by length, and how its rate goes: `flat`, or `falls` or `rises` by more than the tolerance.
+
+    The ratio of a length is the median over the rounds of its rate over that of the shortest rows in the same round;
+    `ratio_fastest` compares the fastest step of each instead, which says more on a machine that others load.
+    """
+    shortest, tokens = min(seconds), max(seconds)
+    rows = []
+    for length, steps in seconds.items():
+        ratios = {
+            each: [base[each] / step[each] for base, step in zip(seconds[shortest], steps, strict=True)]
+            for each in ("cpu", "wall")
+        }
+        rows.append(
+            {
+                "length": length,
+                "tokens_per_second": tokens / statistics.median(step[clock] for step in steps),
+                "tokens_per_cpu_second": tokens / statistics.median(step["cpu"] for step in steps),
+                "tokens_per_wall_second": tokens / statistics.median(step["wall"] for step in steps),
+                "ratio": statistics.median(ratios[clock]),
+                "ratio_min": min(ratios[clock]),
+                "ratio_max": max(ratios[clock]),
+                "ratio_fastest": min(base[clock] for base in seconds[shortest]) / min(step[clock] for step in steps),
+                "ratio_cpu": statistics.median(ratios["cpu"]),
+                "ratio_wall": statistics.median(ratios["wall"]),
+            }
+        )
+    furthest = max((row["ratio"] for row in rows), key=lambda ratio: abs(ratio - 1))
+    mark = "flat" if abs(furthest - 1) <= TOLERANCE else "falls" if furthest < 1 else "rises"
+    return {"rows": rows, "furthest_ratio": furthest, "mark": mark}

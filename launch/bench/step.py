@@ -1,0 +1,154 @@
+"""A training step side by side: our model under our engine, in a bare loop, and the same model in transformers.
+
+All variants start from the same weights, see the same batch and use fused AdamW. They take turns, so that a machine
+that drifts slows all of them; a variant's figure is its median. On a CPU each is timed with freed memory returned and
+kept, a process each, in turns: transformers' trainer returns it, `amfm train` keeps it.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from launch.bench.freed_memory import CARD, KEPT, RETURNED, choose_treatments
+from launch.bench.hardware import describe_hardware
+from launch.bench.process import Child
+from model.config import AttentionConfig, Mamba2Config, ModelConfig, MoeConfig
+from pretrain.config import OptimizerConfig
+
+ROWS, TOKENS = 4, 512
+OPTIMIZER = OptimizerConfig(learning_rate=1e-4)
+# Losses of the first step, same weights and batch, float32 against float32: sums over 2,048 tokens in another order.
+LOSS_TOLERANCE = 1e-4
+
+
+def granite_shape() -> ModelConfig:
+    """The benchmark's model: 6 Mamba2 and 2 attention layers, each followed by 8 experts, 19.5M parameters."""
+    return ModelConfig(
+        pattern="(ME)*3 *E (ME)*3 *E",
+        vocab_size=8192,
+        hidden_size=256,
+        tie_embeddings=True,
+        mamba=Mamba2Config(num_heads=8, head_dim=64, state_size=128, num_groups=1, chunk_size=64),
+        attention=AttentionConfig(num_heads=8, num_kv_heads=2, head_dim=32),
+        moe=MoeConfig(
+            num_experts=8,
+            top_k=2,
+            expert_hidden_size=256,
+            shared_expert_hidden_size=256,
+            activation="swiglu",
+            router="softmax",
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a step works on."""
+
+    rows: int
+    tokens: int
+    model: ModelConfig
+
+
+def bench_step(
+    names: list[str],
+    *,
+    rounds: int,
+    num_threads: int | None,
+    report: Callable[[str], None],
+    shape: Shape | None = None,
+) -> dict[str, Any]:
+    """Measure and return one object: variants with seconds, tokens a second and ratio to transformers' default.
+
+    `as_trained` of a variant is transformers with freed memory returned and ours with it kept, `memory` has both ways of
+    each. On a card, or where memory can be treated in one way alone, there is that way only.
+
+    Raises RuntimeError when float32 variants disagree in their first loss: they would not be the same model.
+    """
+    shape = shape or Shape(ROWS, TOKENS, granite_shape())
+    treatments, remarks = ((CARD,), []) if torch.cuda.is_available() else choose_treatments()
+    settings = {
+        "names": names,
+        "rows": shape.rows,
+        "tokens": shape.tokens,
+        "model": shape.model.model_dump(mode="json"),
+    }
+    seconds: dict[str, dict[str, list[float]]] = {each: {name: [] for name in names} for each in treatments}
+    first_losses: dict[str, float] = {}
+    with ExitStack() as stack:
+        children = {}
+        for each in treatments:
+            asked = settings | {"threads": num_threads, "keep_freed_memory": each == KEPT}
+            children[each] = stack.enter_context(Child("launch.bench.step_child", json.dumps(asked)))
+            threads = children[each].receive()["threads"]
+        for name in names:
+            report(f"warming up {name}")
+            for child in children.values():
+                first_losses[name] = child.ask()["first_loss"]
+        _check_losses(first_losses)
+        for number in range(rounds):
+            report(f"round {number + 1} of {rounds}")
+            for each, child in children.items():
+                for name, taken in child.ask().items():
+                    seconds[each][name].append(taken)
+    figures = {each: _summarize(seconds[each], shape) for each in treatments}
+    return {
+        "shape": {"rows": shape.rows, "tokens": shape.tokens, "model": shape.model.model_dump()},
+        "rounds": rounds,
+        "hardware": describe_hardware() | {"threads": threads},
+        "remarks": remarks,
+        "variants": {
+            name: {
+                "first_loss": first_losses[name],
+                "as_trained": _as_trained(name, figures),
+                "memory": {each: figures[each][name] for each in treatments},
+            }
+            for name in names
+        },
+    }
+
+
+def _summarize(seconds: dict[str, list[float]], shape: Shape) -> dict[str, dict[str, Any]]:
+    """Figures of the variants under one treatment of memory."""
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    base = medians.get("transformers_default")
+    return {
+        name: {
+            "seconds": median,
+            "seconds_min": min(seconds[name]),
+            "seconds_max": max(seconds[name]),
+            "tokens_per_second": shape.rows * shape.tokens / median,
+            "ratio_to_transformers_default": base / median if base else None,
+        }
+        for name, median in medians.items()
+    }
+
+
+def _as_trained(name: str, figures: dict[str, dict[str, dict[str, Any]]]) -> dict[str, Any] | None:
+    """Seconds of a variant as its trainer treats memory, over transformers' default likewise; None with one treatment."""
+    if set(figures) != {RETURNED, KEPT}:
+        return None
+    own = figures[RETURNED if name.startswith("transformers") else KEPT][name]
+    base = figures[RETURNED].get("transformers_default")
+    return {
+        "seconds": own["seconds"],
+        "tokens_per_second": own["tokens_per_second"],
+        "ratio_to_transformers_default": base["seconds"] / own["seconds"] if base else None,
+    }
+
+
+def _check_losses(first_losses: dict[str, float]) -> None:
+    """Raise RuntimeError where float32 variants disagree."""
+    exact = {name: loss for name, loss in first_losses.items() if "bf16" not in name and name != "transformers_tuned"}
+    if exact and max(exact.values()) - min(exact.values()) > LOSS_TOLERANCE:
+        raise RuntimeError(
+            f"the float32 variants differ in their first loss by more than {LOSS_TOLERANCE}: {exact}; "
+            "they are not the same model, so their speeds say nothing"
+        )

@@ -1,0 +1,213 @@
+"""Launch on Ray: one actor a rank in a placement group of whole nodes; the actor starts the rank and waits for it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from launch.cluster.local import forward_signals
+from launch.cluster.supervise import Attempt, Outcome
+from pretrain.exit_codes import BAD_INPUT, DONE, RUN_FAILED
+from pretrain.rank_variables import LAUNCHER_PID, RESTART_CAUSE
+
+POLL_SECONDS = 0.5
+GRACE_SECONDS = 30.0
+PLACEMENT_SECONDS = 60.0
+SHOWN_LINES = 200
+
+
+class RankHost:
+    """An actor: the process that one rank belongs to. The rank dies with it (LAUNCHER_PID)."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def describe(self) -> tuple[str, str, int]:
+        """Host name, address in the cluster, and a port that is free now."""
+        with socket.create_server(("", 0)) as listener:
+            port = int(listener.getsockname()[1])
+        return socket.gethostname(), str(ray.util.get_node_ip_address()), port
+
+    def run(self, command: list[str], variables: dict[str, str], directory: str, log: str) -> int:
+        """Start the rank, with its output in a file, and return its exit code."""
+        path = Path(directory, log)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        environment = {**os.environ, **variables, LAUNCHER_PID: str(os.getpid())}
+        with path.open("ab") as output:
+            self.process = subprocess.Popen(
+                command, env=environment, cwd=directory, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+            )
+        return self.process.wait()
+
+    def signal(self, number: int) -> None:
+        """Hand a signal on to the rank."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(number)
+
+
+class RayCluster:
+    """Starts the ranks of a run on the nodes of a Ray cluster, one attempt at a time."""
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        *,
+        address: str | None,
+        run_dir: str,
+        ranks_per_node: int,
+        gpus: bool,
+        wait_seconds: float,
+    ) -> None:
+        self.command = [sys.executable, "-m", "launch", *arguments]
+        self.run_dir, self.ranks_per_node, self.wait_seconds = run_dir, ranks_per_node, wait_seconds
+        self.need = {"GPU" if gpus else "CPU": float(ranks_per_node)}
+        self.actors: list[Any] = []
+        if not ray.is_initialized():
+            ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="error")
+
+    def usable_nodes(self) -> int:
+        """Nodes of the cluster with room for a node's ranks."""
+        return sum(
+            1
+            for node in ray.nodes()
+            if node["Alive"] and all(node["Resources"].get(name, 0) >= amount for name, amount in self.need.items())
+        )
+
+    def start(self, attempt: Attempt) -> Outcome:
+        """Run one attempt to its end; the first rank that fails, or whose node is lost, ends it for all."""
+        group = placement_group([self.need] * attempt.nodes, strategy="STRICT_SPREAD")
+        try:
+            if not self._is_placed(group, attempt.nodes):
+                return Outcome(
+                    RUN_FAILED,
+                    f"no {attempt.nodes} nodes with {self.need} free; {self.usable_nodes()} are alive and large enough",
+                )
+            return self._run_ranks(attempt, group)
+        except RayError as error:
+            return Outcome(RUN_FAILED, first_line(error))
+        finally:
+            for actor in self.actors:
+                ray.kill(actor)
+            self.actors = []
+            remove_placement_group(group)
+
+    def _is_placed(self, group: Any, nodes: int) -> bool:
+        """Wait until the group has its nodes; False when that takes too long, or too few are left to hope for.
+
+        Ray frees what the attempt before held in the background, and may notice only now that a node is lost.
+        """
+        deadline = time.monotonic() + max(PLACEMENT_SECONDS, self.wait_seconds)
+        while time.monotonic() < deadline:
+            if group.wait(timeout_seconds=1):
+                return True
+            if self.usable_nodes() < nodes:
+                return False
+        return False
+
+    def _run_ranks(self, attempt: Attempt, group: Any) -> Outcome:
+        host_class = ray.remote(max_concurrency=3, max_restarts=0)(RankHost)
+        resource = {"num_gpus": 1, "num_cpus": 0} if "GPU" in self.need else {"num_cpus": 1}
+        num_ranks = attempt.nodes * self.ranks_per_node
+        self.actors = [
+            host_class.options(
+                **resource,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    group, placement_group_bundle_index=rank // self.ranks_per_node
+                ),
+            ).remote()
+            for rank in range(num_ranks)
+        ]
+        places = ray.get([actor.describe.remote() for actor in self.actors], timeout=max(60.0, self.wait_seconds))
+        logs = [str(Path(self.run_dir, "logs", f"attempt-{attempt.number}", f"rank-{r}.log")) for r in range(num_ranks)]
+        running = {
+            actor.run.remote(self.command, self._variables(attempt, rank, places), os.getcwd(), logs[rank]): rank
+            for rank, actor in enumerate(self.actors)
+        }
+        with forward_signals(self._forward):
+            return self._wait(running, [place[0] for place in places], logs)
+
+    def _variables(self, attempt: Attempt, rank: int, places: Sequence[tuple[str, str, int]]) -> dict[str, str]:
+        _, address, port = places[0]
+        variables = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank % self.ranks_per_node),
+            "WORLD_SIZE": str(len(places)),
+            "LOCAL_WORLD_SIZE": str(self.ranks_per_node),
+            "MASTER_ADDR": address,
+            "MASTER_PORT": str(port),
+        }
+        if "GPU" in self.need:
+            # Ray shows each actor its own card, which is then number 0.
+            variables["LOCAL_RANK"] = "0"
+        return variables | ({RESTART_CAUSE: attempt.cause} if attempt.cause else {})
+
+    def _forward(self, number: int) -> None:
+        for actor in self.actors:
+            actor.signal.remote(number)
+
+    def _wait(self, running: dict[Any, int], hosts: Sequence[str], logs: Sequence[str]) -> Outcome:
+        shown, codes = Follower(Path(logs[0])), []
+        failed: Outcome | None = None
+        deadline: float | None = None
+        while running and (deadline is None or time.monotonic() < deadline):
+            done, _ = ray.wait(list(running), num_returns=1, timeout=POLL_SECONDS)
+            shown.show()
+            for reference in done:
+                rank = running.pop(reference)
+                place = f"rank {rank} on {hosts[rank]}"
+                try:
+                    codes.append(ray.get(reference))
+                except RayError as error:
+                    codes.append(RUN_FAILED)
+                    failed = failed or Outcome(RUN_FAILED, f"{place} was lost: {first_line(error)}")
+                if codes[-1] != DONE and failed is None:
+                    failed = Outcome(codes[-1], f"{place}: {last_words(Path(logs[rank]), codes[-1])}")
+            if failed is not None and deadline is None:
+                deadline = time.monotonic() + GRACE_SECONDS
+        shown.show()
+        if failed is None:
+            return Outcome(DONE)
+        return Outcome(BAD_INPUT if BAD_INPUT in codes else RUN_FAILED, failed.cause)
+
+
+class Follower:
+    """Copies what is added to a file to standard error: the view of rank 0."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.offset = path, path.stat().st_size if path.exists() else 0
+
+    def show(self) -> None:
+        """Copy what is new."""
+        if self.path.exists():
+            with self.path.open("rb") as file:
+                file.seek(self.offset)
+                text = file.read()
+            self.offset += len(text)
+            sys.stderr.write(text.decode(errors="replace"))
+            sys.stderr.flush()
+
+
+def last_words(log: Path, code: int) -> str:
+    """What a rank said last about its end: amfm's message, else its last line, else the signal that killed it."""
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name}"
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-SHOWN_LINES:] if log.exists() else []
+    words = [line for line in lines if line.startswith("amfm: ")] or [line for line in lines if line.strip()]
+    return words[0] if words and words[0].startswith("amfm: ") else (words[-1] if words else f"exit code {code}")
+
+
+def first_line(error: RayError) -> str:
+    """An error of Ray without its pages of advice."""
+    return str(error).strip().splitlines()[0]

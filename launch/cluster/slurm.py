@@ -1,0 +1,166 @@
+"""Launch on Slurm: the batch script, its submission, and inside the allocation one `srun` an attempt."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch.cluster.supervise import Attempt, Outcome
+from pretrain.config import RunConfig
+from pretrain.exit_codes import BAD_INPUT, DONE, RUN_FAILED
+from pretrain.rank_variables import RESTART_CAUSE
+
+FIRST_PORT, NUM_PORTS = 20_000, 12_000
+# Each task takes its number as a rank from the variables that Slurm sets for it.
+AS_RANK = 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID; exec "$@"'
+
+
+def write_script(config: RunConfig, arguments: Sequence[str], *, nodes: int, ranks_per_node: int) -> str:
+    """The text of the batch script: it runs `amfm launch` again, which finds itself inside the allocation.
+
+    `arguments` is the `amfm launch` command line. Slurm signals the ranks before the time limit; they save and end, and
+    the job is queued again until the run is finished.
+    """
+    slurm = config.launch.slurm
+    directives = {
+        "job-name": config.run.name or Path(config.run.dir).name,
+        "nodes": nodes,
+        "ntasks-per-node": ranks_per_node,
+        "gpus-per-node": ranks_per_node if slurm.gpus else None,
+        "cpus-per-task": slurm.cpus_per_task,
+        "partition": slurm.partition,
+        "account": slurm.account,
+        "qos": slurm.qos,
+        "time": slurm.time_limit,
+        "signal": f"USR1@{slurm.signal_seconds}",
+        "open-mode": "append",
+        "output": log_file(config),
+    }
+    lines = [f"#SBATCH --{name}={value}" for name, value in directives.items() if value is not None]
+    lines += ["#SBATCH --requeue" if slurm.requeue else "#SBATCH --no-requeue", "#SBATCH --no-kill"]
+    lines += [f"#SBATCH {line}" for line in slurm.extra]
+    body = [f"cd {shlex.quote(os.getcwd())}"]
+    if config.launch.setup:
+        body.append(config.launch.setup)
+    body.append(f"exec {shlex.join([sys.executable, '-m', 'launch', *arguments])}")
+    return "\n".join(["#!/bin/bash", *lines, "", "set -e", *body]) + "\n"
+
+
+def log_file(config: RunConfig) -> str:
+    """Where Slurm appends the output of all attempts of all jobs of the run."""
+    return str((Path(config.run.dir) / "logs" / "slurm-%j.log").absolute())
+
+
+def submit(config: RunConfig, script: str) -> str:
+    """Write the script into the run directory, give it to sbatch and return its answer.
+
+    Raises RuntimeError when there is no sbatch here or it refuses the script.
+    """
+    path = Path(config.run.dir) / "launch" / "job.sbatch"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Path(log_file(config)).parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(script, encoding="utf-8")
+    try:
+        done = subprocess.run(["sbatch", str(path)], capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        raise RuntimeError(
+            f"sbatch is not on this machine; run this on a login node of the cluster, or submit {path} there"
+        ) from error
+    if done.returncode:
+        raise RuntimeError(f"sbatch refused {path}: {done.stderr.strip()}")
+    return done.stdout.strip()
+
+
+def is_inside_allocation() -> bool:
+    """Whether this process runs in an allocation (sbatch or salloc), which then takes the ranks."""
+    return "SLURM_JOB_ID" in os.environ
+
+
+class Allocation:
+    """The nodes that Slurm gave this job; one `srun` starts all ranks of an attempt."""
+
+    def __init__(self, config: RunConfig, arguments: Sequence[str], *, ranks_per_node: int) -> None:
+        self.config, self.arguments, self.ranks_per_node = config, list(arguments), ranks_per_node
+        self.job = os.environ["SLURM_JOB_ID"]
+
+    def command(self, nodes: int) -> list[str]:
+        """The srun command line."""
+        slurm = self.config.launch.slurm
+        container = [f"--container-image={slurm.container_image}"] if slurm.container_image else []
+        if slurm.container_mounts:
+            container.append(f"--container-mounts={slurm.container_mounts}")
+        return [
+            "srun",
+            f"--nodes={nodes}",
+            f"--ntasks={nodes * self.ranks_per_node}",
+            f"--ntasks-per-node={self.ranks_per_node}",
+            "--kill-on-bad-exit=1",
+            *container,
+            *("bash", "-c", AS_RANK, "rank", sys.executable, "-m", "launch"),
+            *self.arguments,
+        ]
+
+    def environment(self, attempt: Attempt) -> dict[str, str]:
+        """Where the ranks meet: on the first node, at a port that belongs to this job and attempt."""
+        number = int(self.job) + attempt.number
+        variables = {
+            "WORLD_SIZE": str(attempt.nodes * self.ranks_per_node),
+            "LOCAL_WORLD_SIZE": str(self.ranks_per_node),
+            "MASTER_ADDR": address_of(self.hosts()[0]),
+            "MASTER_PORT": str(FIRST_PORT + number % NUM_PORTS),
+        }
+        if attempt.cause:
+            variables[RESTART_CAUSE] = attempt.cause
+        return os.environ | variables
+
+    def hosts(self) -> list[str]:
+        """Names of the allocated nodes that are up, in Slurm's order."""
+        listed = os.environ["SLURM_JOB_NODELIST"]
+        names = ask("scontrol", "show", "hostnames", listed).split()
+        down = set(ask("sinfo", "-h", "-N", "-n", listed, "-t", "down,fail,drain", "-o", "%N").split())
+        return [name for name in names if name not in down]
+
+    def usable_nodes(self) -> int:
+        """How many nodes of the allocation are up."""
+        return len(self.hosts())
+
+    def start(self, attempt: Attempt) -> Outcome:
+        """Run one attempt to its end; Slurm stops all ranks when one fails."""
+        message = srun_error = ""
+        with subprocess.Popen(
+            self.command(attempt.nodes), env=self.environment(attempt), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        ) as process:
+            assert process.stdout is not None, "started with a pipe"
+            for raw in process.stdout:
+                line = raw.decode(errors="replace").rstrip("\n")
+                if "amfm: " in line:
+                    message = message or line
+                elif line.startswith("srun: error"):
+                    srun_error = srun_error or line
+                print(line, flush=True)
+        code = process.returncode
+        if code in (DONE, BAD_INPUT):
+            return Outcome(code)
+        return Outcome(RUN_FAILED, message or srun_error or f"srun ended with code {code}")
+
+    def queue_again(self) -> None:
+        """Put the job back into the queue: a signal ended the ranks in good order before the run was finished."""
+        ask("scontrol", "requeue", self.job)
+
+
+def address_of(node: str) -> str:
+    """Where Slurm reaches a node: its name on most clusters, not on all."""
+    fields = dict(field.partition("=")[::2] for field in ask("scontrol", "-o", "show", "node", node).split())
+    return fields.get("NodeAddr", node)
+
+
+def ask(*command: str) -> str:
+    """The answer of one of Slurm's programs. Raises RuntimeError with what it wrote when it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{shlex.join(command)} failed: {done.stderr.strip()}")
+    return done.stdout

@@ -1,0 +1,219 @@
+"""Launch with torchrun: the command of each node, run here, or on every host of a list through a remote shell."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from launch.cluster.local import forward_signals
+from launch.cluster.supervise import Attempt, Outcome
+from pretrain.exit_codes import BAD_INPUT, DONE, RUN_FAILED
+from pretrain.rank_variables import RESTART_CAUSE
+
+GRACE_SECONDS = 10.0  # for the other hosts to end by themselves after one failed
+TORCHRUN_STOP_SECONDS = 45.0  # torchrun gives its ranks 30 s after a signal, then kills them
+ANSWER_SECONDS = 10.0
+KEPT_LINES = 60  # torchrun ends with a report of this length
+
+
+@dataclass(frozen=True)
+class NodeCommand:
+    """What one node runs: the ranks of `arguments` (an `amfm` command line)."""
+
+    arguments: Sequence[str]
+    nodes: int
+    ranks_per_node: int
+    node_rank: int
+    master: str
+    port: int
+    setup: str | None = None
+    python: str = sys.executable
+
+    def torchrun(self, *, max_restarts: int) -> list[str]:
+        """The torchrun command line; torchrun itself sets rank variables and stops all ranks of a node when one fails."""
+        return [
+            self.python,
+            *("-m", "torch.distributed.run"),
+            f"--nnodes={self.nodes}",
+            f"--nproc-per-node={self.ranks_per_node}",
+            f"--node-rank={self.node_rank}",
+            f"--master-addr={self.master}",
+            f"--master-port={self.port}",
+            f"--max-restarts={max_restarts}",
+            *("-m", "launch"),
+            *self.arguments,
+        ]
+
+    def shell_line(self, *, directory: str, pid_file: str, cause: str | None) -> str:
+        """One line for the shell of another host: directory, process number for signals, setup, torchrun."""
+        steps = [f"cd {shlex.quote(directory)}", f"echo $$ > {shlex.quote(pid_file)}"]
+        if self.setup:
+            steps.append(self.setup)
+        variable = f"env {RESTART_CAUSE}={shlex.quote(cause)} " if cause else ""
+        steps.append(f"exec {variable}{shlex.join(self.torchrun(max_restarts=0))}")
+        return " && ".join(steps)
+
+
+def read_hosts(path: Path) -> list[str]:
+    """Hosts of a file, one a line; `#` begins a remark. Raises ValueError for an empty file or a host named twice."""
+    lines = [line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    hosts = [line for line in lines if line]
+    if not hosts:
+        raise ValueError(f"{path} names no host; write one host a line")
+    twice = {host for host in hosts if hosts.count(host) > 1}
+    if twice:
+        raise ValueError(f"{path} names {', '.join(sorted(twice))} more than once; one line a host")
+    return hosts
+
+
+def run_here(command: NodeCommand, *, max_restarts: int) -> int:
+    """Run this node's part and return the exit code; torchrun starts its ranks again by itself."""
+    process = subprocess.Popen(command.torchrun(max_restarts=max_restarts))
+    with forward_signals(lambda number: signal_children(process.pid, number)):
+        code = process.wait()
+    return RUN_FAILED if code else DONE
+
+
+def signal_children(pid: int, number: int) -> None:
+    """Signal the ranks below a torchrun: they save and end well, where torchrun would kill them after a while."""
+    subprocess.run(["pkill", f"-{number}", "-P", str(pid)], check=False)
+
+
+@dataclass
+class HostRun:
+    """One host's torchrun behind a remote shell; its output passes through, amfm's first message and the end are kept."""
+
+    host: str
+    process: subprocess.Popen[bytes]
+    message: str = ""
+    lines: deque[str] = field(default_factory=lambda: deque(maxlen=KEPT_LINES))
+    reader: threading.Thread | None = None
+
+    def follow(self) -> None:
+        """Copy the output to standard error with the host in front, and remember its end."""
+        assert self.process.stdout is not None, "started with a pipe"
+        for raw in self.process.stdout:
+            line = raw.decode(errors="replace").rstrip("\r\n")
+            self.lines.append(line)
+            if line.startswith("amfm: "):
+                self.message = self.message or line
+            sys.stderr.write(f"{self.host}: {line}\n")
+            sys.stderr.flush()
+
+    def stop(self, number: int) -> None:
+        """Signal the remote shell; when ssh ends, the far side is hung up on, which ends torchrun and its ranks."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, number)
+
+
+class RemoteHosts:
+    """Starts a run on a list of hosts, each through `[*remote_shell, host, line]`, one attempt at a time."""
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        hosts: Sequence[str],
+        *,
+        ranks_per_node: int,
+        port: int,
+        run_dir: str,
+        setup: str | None,
+        remote_shell: Sequence[str],
+    ) -> None:
+        self.arguments, self.hosts, self.ranks_per_node, self.port = arguments, list(hosts), ranks_per_node, port
+        self.run_dir, self.setup, self.remote_shell = run_dir, setup, list(remote_shell)
+        self.usable = list(hosts)
+        self.runs: list[HostRun] = []
+
+    def commands(self, attempt: Attempt) -> list[list[str]]:
+        """The command line of each host for one attempt, in node order."""
+        hosts = self.usable[: attempt.nodes]
+        lines = [
+            NodeCommand(
+                # Another port each time: ranks of the last attempt may still hold theirs.
+                *(self.arguments, len(hosts), self.ranks_per_node, node_rank, hosts[0], self.port + attempt.number),
+                setup=self.setup,
+            ).shell_line(directory=os.getcwd(), pid_file=self.pid_file(node_rank), cause=attempt.cause)
+            for node_rank in range(len(hosts))
+        ]
+        return [[*self.remote_shell, host, line] for host, line in zip(hosts, lines)]
+
+    def pid_file(self, node_rank: int) -> str:
+        """Where a node notes the number of its torchrun: in the run directory, which all nodes share."""
+        return str(Path(self.run_dir) / "launch" / f"node-{node_rank}.pid")
+
+    def start(self, attempt: Attempt) -> Outcome:
+        """Run one attempt on all hosts to its end; the first host that fails ends it for all."""
+        Path(self.pid_file(0)).parent.mkdir(parents=True, exist_ok=True)
+        self.runs = []
+        for host, command in zip(self.usable, self.commands(attempt)):
+            process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+            )
+            run = HostRun(host, process)
+            run.reader = threading.Thread(target=run.follow, daemon=True)
+            run.reader.start()
+            self.runs.append(run)
+        with forward_signals(self._forward):
+            return self._wait()
+
+    def usable_nodes(self) -> int:
+        """How many hosts answer now; they are the ones that the next attempt uses."""
+        self.usable = [host for host in self.hosts if self._answers(host)]
+        return len(self.usable)
+
+    def _answers(self, host: str) -> bool:
+        try:
+            done = subprocess.run(
+                [*self.remote_shell, host, "true"],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                check=False,
+                timeout=ANSWER_SECONDS,
+            )
+        except subprocess.TimeoutExpired:
+            return False
+        return done.returncode == 0
+
+    def _forward(self, number: int) -> None:
+        for node_rank, run in enumerate(self.runs):
+            line = f"pkill -{number} -P $(cat {shlex.quote(self.pid_file(node_rank))})"
+            subprocess.run([*self.remote_shell, run.host, line], stdin=subprocess.DEVNULL, check=False)
+
+    def _wait(self) -> Outcome:
+        failed: HostRun | None = None
+        escalation = [signal.SIGTERM, signal.SIGKILL]  # once each: torchrun counts a second one as another order
+        deadline = float("inf")
+        while any(run.process.poll() is None for run in self.runs):
+            if failed is None:
+                failed = next((run for run in self.runs if run.process.poll()), None)
+                deadline = float("inf") if failed is None else time.monotonic() + GRACE_SECONDS
+            if escalation and time.monotonic() > deadline:
+                number = escalation.pop(0)
+                deadline = time.monotonic() + TORCHRUN_STOP_SECONDS
+                for run in self.runs:
+                    run.stop(number)
+            time.sleep(0.1)
+        for run in self.runs:
+            assert run.reader is not None, "every host has a reader"
+            run.reader.join()
+        failed = failed or next((run for run in self.runs if run.process.poll()), None)
+        return Outcome(DONE) if failed is None else explain_failure(failed)
+
+
+def explain_failure(run: HostRun) -> Outcome:
+    """Exit code and cause of a host's failure, from what torchrun wrote last."""
+    text = "\n".join(run.lines)
+    codes = {int(code) for code in re.findall(r"exitcode\s*:\s*(-?\d+)", text)}
+    cause = run.message or (run.lines[-1] if run.lines else f"exit code {run.process.returncode}")
+    return Outcome(BAD_INPUT if BAD_INPUT in codes else RUN_FAILED, f"{run.host}: {cause}")

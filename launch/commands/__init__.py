@@ -1,0 +1,1 @@
+"""The verbs of `amfm`: signatures and tables; the work is done elsewhere."""

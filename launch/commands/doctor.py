@@ -1,0 +1,88 @@
+"""Verb doctor."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from launch.arguments import JsonOption
+from launch.console import print_json, print_rows, say
+from pretrain.exit_codes import BAD_INPUT, DONE, RUN_FAILED
+
+if TYPE_CHECKING:
+    from launch.doctor.machine import Finding
+
+
+def doctor(
+    *,
+    cluster: Annotated[
+        bool, typer.Option("--cluster", help="Compare all ranks of a launcher and measure what lies between them.")
+    ] = False,
+    shared: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="cluster: the folder that all hosts should see, as run.dir.")
+    ] = None,
+    nproc: Annotated[int, typer.Option(min=1, help="cluster: ranks on this machine, without another launcher.")] = 1,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what this machine, or with --cluster every host, has, what it can run, and what to mend."""
+    if cluster:
+        raise typer.Exit(doctor_cluster(shared, nproc, as_json=as_json))
+    if shared is not None or nproc > 1:
+        given = f"--nproc {nproc}" if shared is None else f"--shared {shared}"
+        raise ValueError(f"{given} belongs to --cluster; add --cluster, or leave it out")
+    from launch.doctor.machine import examine_machine
+
+    if print_findings("This machine", examine_machine(), as_json=as_json):
+        raise typer.Exit(BAD_INPUT)
+
+
+def doctor_cluster(shared: Path | None, nproc: int, *, as_json: bool) -> int:
+    """Start the ranks, or be one of them; rank 0 prints. Returns the exit code, the same on every rank."""
+    if nproc > 1:
+        from launch.cluster.local import run_local
+
+        folder = [] if shared is None else ["--shared", str(shared)]
+        return run_local(["doctor", "--cluster", *folder, *(["--json"] if as_json else [])], nproc)
+    if "RANK" not in os.environ:
+        raise ValueError(
+            "--cluster compares ranks, and this is none; add --nproc 2, start it with torchrun or srun, or "
+            "amfm launch CONFIG.yaml --on ... --doctor"
+        )
+    from launch.doctor.machine import examine_packages
+
+    missing = [item for item in examine_packages() if item.status == "fail"]
+    if missing:
+        texts = ", ".join(f"{item.name} is {item.found} ({item.remedy})" for item in missing)
+        raise RuntimeError(f"rank {os.environ['RANK']} on {socket.gethostname()} cannot join: {texts}")
+    from launch.doctor.cluster import examine_cluster, leave_cluster
+
+    findings = examine_cluster(shared, report=say)
+    leave_cluster()
+    failed = any(item.status == "fail" for item in findings)
+    if os.environ["RANK"] == "0":
+        print_findings("This cluster", findings, as_json=as_json)
+    return RUN_FAILED if failed else DONE
+
+
+def print_findings(title: str, findings: Sequence[Finding], *, as_json: bool) -> bool:
+    """Findings on standard output; returns whether any is a failure, which is also said."""
+    failed = [finding for finding in findings if finding.status == "fail"]
+    if as_json:
+        print_json({"ok": not failed, "findings": [finding.as_dict() for finding in findings]})
+    else:
+        marks = {"ok": "ok", "warn": "WARN", "fail": "FAIL"}
+        rows = [(marks[item.status], item.name, item.found, item.remedy) for item in findings]
+        print_rows(title, ("", "what", "found", "remedy"), rows)
+    if failed:
+        say(f"amfm: {len(failed)} thing(s) that amfm needs are missing or wrong; the remedies are in the table")
+    return bool(failed)
+
+
+def add_verbs(app: typer.Typer) -> None:
+    """Register the verb of this file."""
+    app.command(epilog="Example: amfm doctor --cluster --nproc 2 --shared runs")(doctor)

@@ -1,0 +1,138 @@
+"""Verbs evaluate and generate."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from launch.arguments import CheckpointArgument, JsonOption, choose_device
+from launch.commands.synthetic import ProbeChoice, evaluate_on_probe
+from launch.console import print_json, print_pairs, show_progress
+
+DeviceOption = Annotated[
+    Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute; auto: cuda if there is one, else cpu.")
+]
+BackendOption = Annotated[
+    Literal["auto", "triton", "torch", "reference"], typer.Option(help="Kernels, as kernels.backend of a run.")
+]
+
+
+def evaluate(
+    checkpoint: CheckpointArgument,
+    *,
+    data: Annotated[Path | None, typer.Option(metavar="STORE", help="The token store; default: the run's own.")] = None,
+    split: Annotated[
+        Literal["validation", "train"] | None, typer.Option(help="Which part of the store; default: validation.")
+    ] = None,
+    sequence_length: Annotated[
+        int | None,
+        typer.Option("--sequence-length", "--length", min=1, help="Tokens a row; default: as in training."),
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Stop after about so many; default: all.")] = None,
+    probe: Annotated[ProbeChoice | None, typer.Option(help="Ask this probe task instead (docs/probes.md).")] = None,
+    probe_settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A setting of the probe (data.probe), repeatable."),
+    ] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Rows of the probe; default: 256.")] = None,
+    device: DeviceOption = "auto",
+    backend: BackendOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Measure loss and perplexity on a part of a store, every token predicted once, or the right answers of a probe.
+
+    Computes in float32.
+    """
+    of_text = {"--data": data, "--split": split, "--max-tokens": max_tokens}
+    of_probe = {"--set": probe_settings, "--rows": rows}
+    unread = [name for name, value in (of_text if probe else of_probe).items() if value is not None]
+    if unread:
+        raise ValueError(f"{unread[0]} has no effect {'with' if probe else 'without'} --probe; leave it out")
+    if probe is not None:
+        evaluate_on_probe(
+            checkpoint,
+            probe,
+            probe_settings or [],
+            sequence_length=sequence_length,
+            num_rows=rows,
+            device=choose_device(device),
+            backend=backend,
+            as_json=as_json,
+        )
+        return
+    from pretrain.evaluate_checkpoint import evaluate_checkpoint
+
+    with show_progress("evaluate", every_seconds=5.0) as show:
+        found = evaluate_checkpoint(
+            checkpoint,
+            store=data,
+            split=split or "validation",
+            sequence_length=sequence_length,
+            max_tokens=max_tokens,
+            device=choose_device(device),
+            backend=backend,
+            progress=lambda done, total: show(done, total, "tokens"),
+        )
+    if as_json:
+        print_json(
+            {
+                "loss": found.loss,
+                "perplexity": found.perplexity,
+                "tokens": found.tokens,
+                "by_source": {name: {"loss": loss, "tokens": n} for name, (loss, n) in found.by_source.items()},
+                "split": found.split,
+                "store": found.store,
+                "sequence_length": found.sequence_length,
+            }
+        )
+        return
+    pairs = [("loss", f"{found.loss:.4f} nats a token"), ("perplexity", f"{found.perplexity:,.2f}")]
+    if len(found.by_source) > 1:
+        pairs += [(f"loss of {name}", f"{loss:.4f}, {n:,} tokens") for name, (loss, n) in found.by_source.items()]
+    pairs.append(("measured on", f"{found.tokens:,} tokens of the {found.split} part of {found.store}"))
+    print_pairs(f"Evaluation of {checkpoint}", pairs)
+
+
+def generate(
+    checkpoint: CheckpointArgument,
+    *,
+    prompt: Annotated[str, typer.Option(help="The text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="At most so many tokens.")] = 200,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most likely token.")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Choose among the k most likely only.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Choose within this probability only.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the random choices.")] = 0,
+    device: DeviceOption = "auto",
+    backend: BackendOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Continue a text, carrying the recurrent state: a token costs the same however long the text is."""
+    from pretrain.generate import Sampling
+    from pretrain.generate import generate as generate_text
+
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    pieces = generate_text(
+        checkpoint,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        device=choose_device(device),
+        backend=backend,
+    )
+    if as_json:
+        print_json({"prompt": prompt, "text": "".join(pieces)})
+        return
+    sys.stdout.write(prompt)
+    for piece in pieces:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+def add_verbs(app: typer.Typer) -> None:
+    """Register the verbs of this file."""
+    app.command(epilog="Example: amfm evaluate runs/tiny_cpu --data data/shakespeare --json")(evaluate)
+    app.command(epilog='Example: amfm generate runs/tiny_cpu --prompt "To be, or not to be" --top-p 0.9')(generate)

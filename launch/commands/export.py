@@ -1,0 +1,184 @@
+"""Verbs export and import."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from launch.arguments import CheckpointArgument, JsonOption
+from launch.console import print_json, print_pairs
+
+OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; it must not exist or be empty.")]
+
+
+def export(
+    checkpoint: CheckpointArgument,
+    out: OutArgument,
+    *,
+    file_format: Annotated[
+        Literal["huggingface", "deepspeed-universal", "megatron"],
+        typer.Option(
+            "--format",
+            help="A model for transformers, a whole training state for DeepSpeed's loader, or the tokens of a store as "
+            ".bin and .idx.",
+        ),
+    ] = "huggingface",
+    target: Annotated[
+        Literal["nemotron_h", "granitemoehybrid", "qwen3_next", "own", "auto"] | None,
+        typer.Option(help="The transformers class; default: export.target of the run."),
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Load it back with transformers and compare logits.")
+    ] = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a transformers checkpoint, then prove in a fresh process that it gives the same logits."""
+    from pretrain.export import export_checkpoint
+
+    if file_format != "huggingface" and (target is not None or not verify):
+        raise ValueError(f"--target and --no-verify are about transformers; leave them out with {file_format}")
+    if file_format == "megatron":
+        export_tokens(checkpoint, out, as_json=as_json)
+        return
+    if file_format == "deepspeed-universal":
+        export_for_deepspeed(checkpoint, out, as_json=as_json)
+        return
+    report = export_checkpoint(checkpoint, out, target=target, verify=verify)
+    if as_json:
+        print_json(
+            {
+                "path": str(report.path),
+                "target": report.target,
+                "class": report.class_name,
+                "max_logit_difference": report.max_logit_difference,
+                "same_argmax": report.same_argmax,
+                "tokens_compared": report.tokens_compared,
+                "compared": report.compared,
+                "files": list(report.files),
+                "reasons": list(report.reasons),
+            }
+        )
+        return
+    proof = "not verified"
+    if report.max_logit_difference is not None:
+        same = "same most likely token everywhere" if report.same_argmax else "another most likely token somewhere"
+        proof = (
+            f"largest logit difference {report.max_logit_difference:.1e} over {report.tokens_compared:,} tokens, {same}"
+        )
+    pairs = [("folder", report.path), ("class", report.class_name), ("proof", proof), ("compared on", report.compared)]
+    pairs += [("why no native class", reason) for reason in report.reasons]
+    print_pairs("Export", pairs)
+
+
+def export_for_deepspeed(checkpoint: Path, out: Path, *, as_json: bool) -> None:
+    """Write what `load_checkpoint` of DeepSpeed reads with `load_universal`, and say what it is."""
+    from pretrain.export_universal import export_universal
+
+    report = export_universal(checkpoint, out)
+    if as_json:
+        print_json({**asdict(report), "path": str(report.path)})
+        return
+    pairs = [
+        ("folder", str(report.path)),
+        ("tag", report.tag),
+        ("tensors", f"{report.num_tensors:,}, with two moments each"),
+        ("bytes", f"{report.num_bytes:,}"),
+    ]
+    print_pairs("Export for DeepSpeed's universal loading", pairs)
+
+
+def export_tokens(store_path: Path, out: Path, *, as_json: bool) -> None:
+    """Write OUT/SOURCE-SPLIT.bin and .idx for each source and split of a token store."""
+    from data_pipeline.manifest import SPLITS
+    from data_pipeline.megatron_files import export_megatron
+    from data_pipeline.store import TokenStore
+
+    store = TokenStore.open(store_path)
+    documents = {
+        f"{source}-{split}": export_megatron(store, source, split, out / f"{source}-{split}")
+        for source in store.source_names
+        for split in SPLITS
+        if store.parts(source, split)
+    }
+    if as_json:
+        print_json({"path": str(out), "documents": documents})
+    else:
+        print_pairs(f"Megatron files in {out}", [(name, f"{count:,} documents") for name, count in documents.items()])
+
+
+def import_(
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="A folder that transformers wrote, an export, or a .tiktoken file.")
+    ],
+    out: OutArgument,
+    *,
+    pattern: Annotated[
+        str | None, typer.Option(help="Of a .tiktoken file: regular expression of the pieces it cuts a text into.")
+    ] = None,
+    special: Annotated[
+        list[str] | None, typer.Option(metavar="TOKEN=ID", help="Of a .tiktoken file: a special token, repeatable.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Read a transformers checkpoint of a class that we export to, for continued pretraining, export or use.
+
+    A .tiktoken file becomes OUT/tokenizer.json.
+    """
+    if source.suffix == ".tiktoken":
+        import_tokenizer(source, out, pattern, special or [], as_json=as_json)
+        return
+    if pattern is not None or special:
+        raise ValueError(f"--pattern and --special are for a .tiktoken file, and {source} is none; leave them out")
+    from pretrain.import_huggingface import import_huggingface
+
+    report = import_huggingface(source, out)
+    if as_json:
+        print_json(
+            {
+                "path": str(report.path),
+                "target": report.target,
+                "tensors": report.num_tensors,
+                "parameters": report.num_parameters,
+                "skipped": list(report.skipped),
+                "model": report.model.model_dump(mode="json"),
+            }
+        )
+        return
+    pairs = [
+        ("folder", str(report.path)),
+        ("read as", report.target),
+        ("pattern", report.model.pattern),
+        ("tensors", f"{report.num_tensors:,}"),
+        ("parameters", f"{report.num_parameters:,}"),
+    ]
+    pairs += [("left out", name) for name in report.skipped]
+    print_pairs("Import", pairs)
+
+
+def import_tokenizer(source: Path, out: Path, pattern: str | None, special: list[str], *, as_json: bool) -> None:
+    """Convert a .tiktoken file."""
+    from data_pipeline.tiktoken_file import convert_tiktoken
+
+    if pattern is None:
+        raise ValueError(f"{source} doesn't hold the pattern that cuts texts into pieces; give it with --pattern")
+    pairs = [text.rpartition("=") for text in special]
+    wrong = [text for text, (name, _, index) in zip(special, pairs) if not name or not index.isdecimal()]
+    if wrong:
+        raise ValueError(f"--special {wrong[0]} must be TOKEN=ID, such as '<|endoftext|>=100257'")
+    content = convert_tiktoken(source, pattern=pattern, special_tokens={name: int(index) for name, _, index in pairs})
+    out.mkdir(parents=True, exist_ok=True)
+    target = out / "tokenizer.json"
+    target.write_bytes(content)
+    if as_json:
+        print_json({"path": str(target)})
+    else:
+        print_pairs("Tokenizer", [("file", target), ("use", f"data.tokenizer.model={target} and its eos_token")])
+
+
+def add_verbs(app: typer.Typer) -> None:
+    """Register the verbs of this file."""
+    app.command(epilog="Example: amfm export runs/tiny_cpu exports/tiny_cpu --format huggingface")(export)
+    app.command("import", epilog="Example: amfm import exports/tiny_cpu imports/tiny_cpu")(import_)

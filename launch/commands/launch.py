@@ -1,0 +1,231 @@
+"""The verb that starts a run on many nodes: launch."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from launch.arguments import ConfigArgument, OverridesArgument
+from launch.console import say
+from pretrain.exit_codes import DONE
+
+if TYPE_CHECKING:
+    from launch.cluster.ray import RayCluster
+    from launch.cluster.slurm import Allocation
+    from launch.cluster.torchrun import RemoteHosts
+    from pretrain.config import RunConfig
+
+DEFAULT_PORT = 29500
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the ranks run: an `amfm` command line; `max_restarts` is none where there is nothing to go on from."""
+
+    arguments: list[str]
+    max_restarts: int | None
+
+
+def launch(
+    path: ConfigArgument,
+    overrides: OverridesArgument = None,
+    *,
+    on: Annotated[Literal["torchrun", "slurm", "ray"], typer.Option(help="Who starts the ranks.")],
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes.")] = 1,
+    nproc_per_node: Annotated[
+        int | None, typer.Option(min=1, help="Ranks a node; default: the GPUs of this machine, or 1.")
+    ] = None,
+    doctor: Annotated[
+        bool, typer.Option("--doctor", help="Examine the ranks, hosts and links that the run would have; don't train.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print exactly what would run, and run nothing.")] = False,
+    hosts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="torchrun: start every host of this file (one a line).")
+    ] = None,
+    remote_shell: Annotated[
+        str, typer.Option(metavar="COMMAND", help="torchrun: how to run a line on a host: COMMAND HOST LINE.")
+    ] = "ssh -tt -o BatchMode=yes -o ConnectTimeout=10",
+    node_rank: Annotated[
+        int | None, typer.Option(min=0, help="torchrun without hosts: which node this machine is.")
+    ] = None,
+    master: Annotated[
+        str | None, typer.Option(metavar="HOST[:PORT]", help="torchrun: where ranks meet; with hosts: the first one.")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="ray: an existing cluster, such as auto or HOST:6379; none: one on this machine.")
+    ] = None,
+) -> None:
+    """Start a run on many nodes and keep it alive: restarts from the newest checkpoint, on fewer nodes if it must."""
+    from pretrain.checks import load_checked
+
+    ranks = nproc_per_node or count_gpus() or 1
+    config = load_checked(path, overrides or [], world_size=nodes * ranks)
+    check_options(on, nodes=nodes, hosts=hosts, node_rank=node_rank, master=master, address=address, dry_run=dry_run)
+    work = Work(["train", str(path), *(overrides or [])], config.launch.max_restarts)
+    if doctor:
+        work = Work(["doctor", "--cluster", "--shared", config.run.dir], None)
+    if on == "torchrun":
+        code = launch_torchrun(
+            config, work, nodes, ranks, hosts, shlex.split(remote_shell), node_rank, master, dry_run=dry_run
+        )
+    elif on == "slurm":
+        code = launch_slurm(config, work, path, overrides or [], nodes, ranks, dry_run=dry_run)
+    else:
+        code = launch_ray(config, work, nodes, ranks, address, dry_run=dry_run)
+    raise typer.Exit(code)
+
+
+def check_options(
+    on: str,
+    *,
+    nodes: int,
+    hosts: Path | None,
+    node_rank: int | None,
+    master: str | None,
+    address: str | None,
+    dry_run: bool,
+) -> None:
+    """Refuse options that cannot take effect, with what would."""
+    given = {"--hosts": hosts, "--node-rank": node_rank, "--master": master}
+    if on != "torchrun":
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(f"{name} {value} belongs to --on torchrun; leave it out with --on {on}")
+    if on != "ray" and address is not None:
+        raise ValueError(f"--address {address} belongs to --on ray; leave it out with --on {on}")
+    if hosts is not None and node_rank is not None:
+        raise ValueError("--hosts starts every node and --node-rank only this one; give one of them")
+    if node_rank is not None and node_rank >= nodes:
+        raise ValueError(f"--node-rank {node_rank} must be less than --nodes {nodes}; count from 0")
+    if on == "torchrun" and nodes > 1 and hosts is None and not dry_run and (node_rank is None or master is None):
+        raise ValueError(
+            f"--nodes {nodes} with torchrun needs --hosts FILE to start them all, or --node-rank and --master HOST[:PORT] "
+            "to start this one; --dry-run prints the command of each node"
+        )
+
+
+def count_gpus() -> int:
+    """GPUs of this machine; 0 without CUDA."""
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def run_attempts(
+    config: RunConfig, work: Work, cluster: RemoteHosts | Allocation | RayCluster, nodes: int, ranks: int
+) -> int:
+    """Once where there is nothing to go on from, else under supervision; the exit code."""
+    from launch.cluster.supervise import start_once, supervise
+
+    if work.max_restarts is None:
+        return start_once(cluster.start, nodes)
+    return supervise(config, cluster.start, nodes=nodes, ranks_per_node=ranks, usable_nodes=cluster.usable_nodes)
+
+
+def launch_torchrun(
+    config: RunConfig,
+    work: Work,
+    nodes: int,
+    ranks: int,
+    hosts: Path | None,
+    remote_shell: list[str],
+    node_rank: int | None,
+    master: str | None,
+    *,
+    dry_run: bool,
+) -> int:
+    """All hosts of a list under supervision, or this node's part, which torchrun itself restarts."""
+    from launch.cluster.supervise import Attempt
+    from launch.cluster.torchrun import NodeCommand, RemoteHosts, read_hosts, run_here
+
+    host, _, port = (master or "").partition(":")
+    if port and not port.isdigit():
+        raise ValueError(f"--master {master} must be HOST or HOST:PORT with a number; use {host}:{DEFAULT_PORT}")
+    number = int(port or DEFAULT_PORT)
+    if hosts is not None:
+        names = read_hosts(hosts)
+        if len(names) < nodes:
+            raise ValueError(f"--nodes {nodes} and {hosts} names {len(names)} hosts; add hosts, or lower --nodes")
+        remote = RemoteHosts(
+            work.arguments,
+            names,
+            ranks_per_node=ranks,
+            port=number,
+            run_dir=config.run.dir,
+            setup=config.launch.setup,
+            remote_shell=remote_shell,
+        )
+        if dry_run:
+            for line in remote.commands(Attempt(0, nodes, None)):
+                print(shlex.join(line))
+            return 0
+        return run_attempts(config, work, remote, nodes, ranks)
+    node_numbers = range(nodes) if node_rank is None else [node_rank]
+    commands = [
+        NodeCommand(work.arguments, nodes, ranks, number_, host or "localhost", number) for number_ in node_numbers
+    ]
+    if dry_run:
+        for command in commands:
+            print(shlex.join(command.torchrun(max_restarts=work.max_restarts or 0)))
+        return 0
+    return run_here(commands[0], max_restarts=work.max_restarts or 0)
+
+
+def launch_slurm(
+    config: RunConfig, work: Work, path: Path, overrides: list[str], nodes: int, ranks: int, *, dry_run: bool
+) -> int:
+    """Submit a batch script, or inside an allocation start the ranks with srun."""
+    from launch.cluster.slurm import Allocation, is_inside_allocation, submit, write_script
+    from pretrain.report_data import read_run
+
+    again = ["launch", str(path), *overrides, "--on", "slurm", "--nodes", str(nodes), "--nproc-per-node", str(ranks)]
+    again += ["--doctor"] if work.max_restarts is None else []
+    if dry_run:
+        sys.stdout.write(write_script(config, again, nodes=nodes, ranks_per_node=ranks))
+        return DONE
+    if not is_inside_allocation():
+        print(submit(config, write_script(config, again, nodes=nodes, ranks_per_node=ranks)))
+        return DONE
+    allocation = Allocation(config, work.arguments, ranks_per_node=ranks)
+    code = run_attempts(config, work, allocation, nodes, ranks)
+    if work.max_restarts is None or code != DONE or not config.launch.slurm.requeue:
+        return code
+    if not read_run(config.run.dir).is_finished():
+        say("amfm launch: the run was asked to stop before its last step; the job is queued again")
+        allocation.queue_again()
+    return code
+
+
+def launch_ray(config: RunConfig, work: Work, nodes: int, ranks: int, address: str | None, *, dry_run: bool) -> int:
+    """Ranks as actors of a Ray cluster, under supervision."""
+    gpus = count_gpus() > 0
+    if dry_run:
+        print(
+            f"ray cluster {address or 'on this machine'}: {nodes} bundles of "
+            f"{{'{'GPU' if gpus else 'CPU'}': {ranks}}} on {nodes} nodes (STRICT_SPREAD), one actor a rank, each runs:"
+        )
+        print(shlex.join([sys.executable, "-m", "launch", *work.arguments]))
+        return 0
+    from launch.cluster.ray import RayCluster
+
+    cluster = RayCluster(
+        work.arguments,
+        address=address,
+        run_dir=config.run.dir,
+        ranks_per_node=ranks,
+        gpus=gpus,
+        wait_seconds=config.launch.node_wait_seconds,
+    )
+    return run_attempts(config, work, cluster, nodes, ranks)
+
+
+def add_verbs(app: typer.Typer) -> None:
+    """Register the verb of this file."""
+    app.command(
+        epilog="Example: amfm launch configs/granite4_h_small.yaml --on slurm --nodes 16 --nproc-per-node 8 --dry-run"
+    )(launch)

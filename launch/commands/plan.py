@@ -1,0 +1,162 @@
+"""The verb that says what a run will cost: plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from launch.arguments import ConfigArgument, JsonOption, OverridesArgument
+from launch.console import print_json, print_pairs, print_rows, say
+
+if TYPE_CHECKING:
+    from launch.plan.plan import Estimate, Plan
+
+SHOWN_LAYOUTS = 8
+
+
+def plan(
+    path: ConfigArgument,
+    overrides: OverridesArgument = None,
+    *,
+    gpus: Annotated[int, typer.Option(min=1, help="Accelerators, one rank each.")],
+    gpu: Annotated[str, typer.Option(metavar="a100|h100|h200|b200|FILE.yaml", help="Which accelerator.")] = "h100",
+    tokens: Annotated[float | None, typer.Option(help="Tokens of the run; default: as train.steps says.")] = None,
+    margin: Annotated[
+        float, typer.Option(min=0, max=1, help="Memory for fragmentation and small things, part of the rest.")
+    ] = 0.1,
+    overlap: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Part of ZeRO-3's gathers and of pipeline sends that runs beside compute."),
+    ] = 0.5,
+    imbalance: Annotated[
+        float, typer.Option(min=1, help="Routed rows of the fullest rank over the mean, where experts are spread.")
+    ] = 1.0,
+    search: Annotated[
+        bool, typer.Option("--search", help="Rank layouts of all axes, not only ZeRO stages and micro-batch sizes.")
+    ] = False,
+    picture: Annotated[
+        Path | None,
+        typer.Option(metavar="OUT", help="Also draw memory by part and the step by stream: .png, .svg or .pdf."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what a run needs before anything is rented: parameters, FLOPs, memory, time, and the layouts that fit."""
+    from launch.plan.hardware import load_hardware
+    from launch.plan.picture import check_picture, draw_plan
+    from launch.plan.plan import Assumptions, make_plan, plan_as_dict
+    from pretrain.checks import load_checked
+
+    hardware = load_hardware(gpu)
+    if picture is not None:
+        check_picture(picture)
+    if tokens is not None and not tokens > 0:
+        raise ValueError(f"--tokens {tokens:g} must be greater than 0; use 1e12, say")
+    assumptions = Assumptions(margin=margin, overlap=overlap, imbalance=imbalance)
+    config = load_checked(path, overrides or [], world_size=None if search else gpus)
+    made = make_plan(config, hardware, gpus, assumptions, tokens=tokens, search=search)
+    if picture is not None:
+        draw_plan(made, assumptions, picture)
+        say(f"wrote {picture}")
+    if as_json:
+        print_json(plan_as_dict(made))
+    else:
+        print_plan(made, str(path))
+
+
+def print_plan(made: Plan, title: str) -> None:
+    """The plan as tables."""
+    from launch.plan.hardware import GIB
+    from launch.plan.plan import SECONDS_A_DAY, advise
+
+    counts, own = made.counts, made.own
+    kinds = [kind for kind, total in counts.total_by_kind.items() if total]
+    rows = [
+        (kind, f"{counts.total_by_kind[kind]:,}", f"{counts.active_by_kind[kind]:,}", f"{made.flops.get(kind, 0):.3e}")
+        for kind in kinds
+    ]
+    rows.append(("all", f"{counts.total:,}", f"{counts.active:,}", f"{sum(made.flops.values()):.3e}"))
+    print_rows(f"Model of {title}", ("part", "parameters", "active", "FLOPs a token"), rows)
+    parts = [(name, f"{size / GIB:,.2f} GiB") for name, size in own.memory.parts.items()]
+    parts.append(("all", f"{own.memory.total() / GIB:,.2f} of {made.hardware.memory_gib:,.1f} GiB"))
+    print_pairs(f"Memory of a rank, fullest in the {own.memory.phase}: {describe_layout(own)}", parts)
+    step = own.step
+    times = [(kind, f"{seconds:,.3f} s") for kind, seconds in step.compute.items()]
+    times += [(f"communication, {axis}", f"{seconds:,.3f} s") for axis, seconds in step.communication.items()]
+    times += [("pipeline bubble", f"{step.bubble:,.3f} s")] if step.bubble else []
+    times += [
+        ("optimizer and sums of gradients", f"{step.optimizer:,.3f} s"),
+        ("reduction", f"{step.reduction:,.3f} s"),
+    ]
+    times += [("gathers not hidden", f"{step.exposed_gathers:,.3f} s"), ("all", f"{step.total():,.3f} s")]
+    times.append(("MFU", f"{own.mfu:.1%}"))
+    days = made.seconds() / SECONDS_A_DAY
+    times.append(("tokens a day", f"{made.tokens / days:.3e}"))
+    times.append(
+        ("whole run", f"{made.tokens:.3e} tokens, {days:,.1f} days, {days * 24 * own.layout.ranks:,.0f} GPU-hours")
+    )
+    print_pairs(f"A step on {own.layout.ranks} x {made.hardware.name}", times)
+    if len(made.stages) > 1:
+        print_stages(made)
+    print_layouts(made)
+    if not made.is_own:
+        say(
+            f"amfm: the configuration's own layout does not suit {own.layout.ranks} ranks; shown is {describe_layout(own)}"
+        )
+    advice = advise(made)
+    if advice:
+        say(f"amfm: {advice}")
+
+
+def print_layouts(made: Plan) -> None:
+    """The fastest layouts that fit, then those that nearly do, with why not."""
+    from launch.plan.hardware import GIB
+
+    rows = [
+        (
+            describe_layout(item),
+            f"{item.memory.total() / GIB:,.1f}",
+            f"{item.step.total():,.3f}",
+            f"{item.mfu:.1%}",
+            "fits",
+        )
+        for item in made.layouts[:SHOWN_LAYOUTS]
+    ]
+    rows += [
+        (describe_layout(item), f"{item.memory.total() / GIB:,.1f}", f"{item.step.total():,.3f}", "", item.reason)
+        for item in made.near_misses
+    ]
+    print_rows("Layouts, fastest first; then near misses", ("layout", "GiB", "s a step", "MFU", ""), rows)
+
+
+def print_stages(made: Plan) -> None:
+    """What each stage of the run takes."""
+    from launch.plan.hardware import GIB
+    from launch.plan.plan import SECONDS_A_DAY
+
+    rows = [
+        (
+            entry.stage.name,
+            f"{entry.stage.num_tokens():.3e}",
+            f"{entry.stage.num_steps:,}",
+            f"{entry.stage.global_batch_size} x {entry.stage.sequence_length}",
+            f"{entry.estimate.memory.total() / GIB:,.1f}",
+            f"{entry.estimate.step.total():,.3f}",
+            f"{entry.estimate.mfu:.1%}",
+            f"{entry.seconds() / SECONDS_A_DAY:,.2f}",
+            entry.estimate.reason or "fits",
+        )
+        for entry in made.stages
+    ]
+    print_rows("Stages", ("stage", "tokens", "steps", "rows", "GiB", "s a step", "MFU", "days", ""), rows)
+
+
+def describe_layout(item: Estimate) -> str:
+    """A layout as the settings that choose it."""
+    return item.layout.describe()
+
+
+def add_verbs(app: typer.Typer) -> None:
+    """Register the verbs of this file."""
+    app.command(epilog="Example: amfm plan configs/ladder_8b_a1b.yaml --gpus 64 --gpu h100 --json")(plan)

@@ -1,0 +1,154 @@
+"""Verbs that compare whole runs: `amfm study ...`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from launch.arguments import JsonOption, OverridesArgument
+from launch.console import print_json, print_rows, say
+from pretrain.exit_codes import DONE, RUN_FAILED
+
+if TYPE_CHECKING:
+    from launch.study.grid import Cell
+    from launch.study.run import CellEnd, Room
+    from launch.study.study import Study
+    from launch.study.table import CellResult
+
+
+study = typer.Typer(
+    help="Train grids of small models and compare them.",
+    epilog="Example: amfm study mixers configs/studies/hybrid_ratio_1m.yaml",
+    no_args_is_help=True,
+)
+
+
+@study.command(epilog="Example: amfm study mixers configs/studies/hybrid_ratio_1m.yaml seeds=[0] --dry-run")
+def mixers(
+    path: Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="The file of the study (docs/studies.md).")],
+    overrides: OverridesArgument = None,
+    *,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells and what is done; train nothing.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train every cell of a grid of mixer x share of attention that is not done yet, and write table and plots."""
+    from launch.study.grid import expand_grid
+    from launch.study.run import find_room
+    from launch.study.study import load_study
+    from launch.study.table import read_result
+
+    plan = load_study(path, overrides or [])
+    cells = expand_grid(plan)
+    results = [read_result(cell) for cell in cells]
+    if dry_run:
+        print_cells(cells, results, plan.config.state_tokens, as_json=as_json)
+        return
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    room = find_room(plan.config.threads_per_run, plan.config.runs_at_once, gpus)
+    missing = [cell for cell, result in zip(cells, results) if result is None]
+    failures, went_through = run_missing(plan, cells, missing, room) if missing else ({}, True)
+    summary = write_results(plan, cells, room.slots)
+    if as_json:
+        print_json({**summary, "failed": {name: end.cause for name, end in failures.items()}})
+    else:
+        print(Path(plan.config.dir, "study.md").read_text(encoding="utf-8"), end="")
+    for name, end in failures.items():
+        say(f"amfm study: cell {name} failed: {end.cause}")
+    if not went_through:
+        say("amfm study: stopped as a signal asked; the same command goes on")
+    raise typer.Exit(RUN_FAILED if failures else DONE)
+
+
+def run_missing(
+    plan: Study, cells: Sequence[Cell], missing: Sequence[Cell], room: Room
+) -> tuple[dict[str, CellEnd], bool]:
+    """Run what is missing under a live view; the ends of failed cells by name, and whether no signal cut it short.
+
+    Raises ValueError before anything starts when a task's text isn't prepared.
+    """
+    from data_pipeline.store import TokenStore
+    from launch.study.run import run_cells
+    from launch.study.show import StudyDisplay
+    from launch.study.table import read_result
+
+    for data in {
+        cell.config.data.store: cell.config.data for cell in missing if cell.config.data.probe is None
+    }.values():
+        TokenStore.open(data.text_store())
+    waiting = {cell.name for cell in missing}
+    done = [result for cell in cells if cell.name not in waiting and (result := read_result(cell)) is not None]
+    display = StudyDisplay(cells, done)
+    failures: dict[str, CellEnd] = {}
+
+    def hear_end(cell: Cell, end: CellEnd) -> None:
+        display.end(cell, end, read_result(cell))
+        if end.cause:
+            failures[cell.name] = end
+
+    try:
+        whole = run_cells(missing, Path(plan.config.dir), room, begins=display.begin, ends=hear_end, polls=display.poll)
+    finally:
+        display.close()
+    return failures, whole
+
+
+def write_results(plan: Study, cells: Sequence[Cell], slots: int) -> dict[str, Any]:
+    """Write study.json, study.md and study.png of the runs that are finished, and return what study.json holds."""
+    from launch.study.plots import draw_study
+    from launch.study.table import make_rows, measure_of, read_result, study_json, study_markdown
+
+    folder, tokens = Path(plan.config.dir), plan.config.state_tokens
+    results = [result for cell in cells if (result := read_result(cell)) is not None]
+    rows = make_rows(cells, results, tokens)
+    summary = study_json(cells, results, rows, state_tokens=tokens, slots=slots)
+    texts = {
+        "study.json": json.dumps(summary, indent=2) + "\n",
+        "study.md": study_markdown(cells, results, rows, state_tokens=tokens, slots=slots),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        temporary = folder / f"{name}.part"
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, folder / name)
+    if rows:
+        measures = {cell.task: measure_of(cell.config) for cell in cells}
+        draw_study(rows, measures, tokens, folder / "study.png")
+    return summary
+
+
+def print_cells(
+    cells: Sequence[Cell], results: Sequence[CellResult | None], state_tokens: int, *, as_json: bool
+) -> None:
+    """The grid before it runs."""
+    from launch.study.table import count_state, show_ratio
+    from model.flops import count_parameters
+    from pretrain.stages import total_steps
+
+    rows = [
+        {
+            "cell": cell.name,
+            "pattern": cell.config.model.pattern,
+            "parameters": count_parameters(cell.config.model).total,
+            "state_bytes": count_state(cell.config, state_tokens),
+            "ratio": show_ratio(cell.ratio),
+            "steps": total_steps(cell.config),
+            "done": result is not None,
+        }
+        for cell, result in zip(cells, results)
+    ]
+    if as_json:
+        print_json(rows)
+    else:
+        print_rows(f"{len(rows)} cells", list(rows[0]), [list(row.values()) for row in rows])
+
+
+def add_verbs(app: typer.Typer) -> None:
+    """Register the verbs of this file."""
+    app.add_typer(study, name="study")

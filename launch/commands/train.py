@@ -1,0 +1,77 @@
+"""Verbs about a run: train, report."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from launch.arguments import CommandWithFields, ConfigArgument, JsonOption, OverridesArgument
+from launch.console import print_json, print_pairs
+
+
+def train(
+    path: ConfigArgument,
+    overrides: OverridesArgument = None,
+    *,
+    nproc: Annotated[int, typer.Option(min=1, help="Ranks on this machine; the losses don't depend on it.")] = 1,
+    as_json: JsonOption = False,
+) -> None:
+    """Train, resuming by itself from run.dir; SIGTERM, SIGUSR1 and train.stop_after_steps save and end with code 0."""
+    from pretrain.checks import load_checked
+
+    # Under torchrun or --nproc this process is one rank of several.
+    world_size = nproc if nproc > 1 else int(os.environ.get("WORLD_SIZE", "1"))
+    config = load_checked(path, overrides or [], world_size=world_size)
+    if nproc > 1:
+        from launch.cluster.local import run_local
+
+        code = run_local(["train", str(path), *(overrides or [])], nproc)
+    else:
+        from pretrain.train import train as train_run
+
+        code = train_run(config)
+    if as_json and os.environ.get("RANK", "0") == "0":
+        print_json(summarize(config.run.dir))
+    raise typer.Exit(code)
+
+
+def summarize(run_dir: str) -> dict[str, Any]:
+    """How far a run is, for scripts."""
+    from pretrain.report_data import read_run
+
+    record = read_run(run_dir)
+    return {
+        "run_dir": run_dir,
+        "finished": record.is_finished(),
+        "step": record.last_step(),
+        "tokens": record.last("tokens"),
+        "loss": record.last("loss"),
+        "validation_loss": record.last("validation_loss"),
+    }
+
+
+def report(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The directory of a run, finished or not.")],
+    *,
+    as_json: JsonOption = False,
+) -> None:
+    """Write RUN_DIR/report.html: one self-contained page with curves, expert load, events and configuration."""
+    from pretrain.report import write_report
+
+    page = write_report(run_dir)
+    if as_json:
+        print_json({"report": str(page), "bytes": page.stat().st_size})
+    else:
+        print_pairs("Report", [("page", page), ("kilobytes", f"{page.stat().st_size / 1e3:.0f}")])
+
+
+def add_verbs(app: typer.Typer) -> None:
+    """Register the verbs of this file."""
+    app.command(
+        cls=CommandWithFields,
+        epilog="Example: amfm train configs/tiny_cpu.yaml train.stop_after_steps=20 --nproc 2",
+    )(train)
+    app.command(epilog="Example: amfm report runs/tiny_cpu")(report)

@@ -1,0 +1,1 @@
+"""`amfm doctor`: what a machine or a cluster has and can run."""

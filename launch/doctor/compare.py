@@ -1,0 +1,176 @@
+"""What follows from the reports of all ranks: findings that name the ranks and hosts that differ. No rank is asked here."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from launch.doctor.links import Link, Skew, group_by_host
+from launch.doctor.machine import MIN_FREE_GIB, Finding
+from launch.doctor.rank import RankReport
+
+SLOW_LINK = 0.5  # of the median of its kind
+MAX_SKEW_SECONDS = 1.0
+SHOWN = 4  # hosts or links of a finding that are named; the others are counted
+
+
+def compare_reports(reports: Sequence[RankReport]) -> list[Finding]:
+    """Every finding that needs no measurement between ranks; `reports` are in rank order."""
+    hosts = [report.host for report in reports]
+    findings = [
+        compare_values(
+            name,
+            [report.versions[name] for report in reports],
+            hosts,
+            remedy="one environment and one checkout on every host, or one that they share (launch.setup)",
+            # Ranks of two patch levels of Python work; anything else differs in numbers or in what goes over the wire.
+            status="warn" if name == "python" else "fail",
+        )
+        for name in reports[0].versions
+    ]
+    findings.append(
+        compare_values(
+            "devices",
+            [report.device for report in reports],
+            hosts,
+            remedy="the slowest and smallest device sets the pace and the memory: leave its host out",
+            status="warn",
+        )
+    )
+    shared_cards = compare_cards(reports)
+    return [
+        *findings,
+        *([shared_cards] if shared_cards else []),
+        *merge_host_findings(reports),
+        compare_caches(reports),
+        compare_disks(reports),
+    ]
+
+
+def compare_values(
+    name: str, values: Sequence[str], hosts: Sequence[str], *, remedy: str, status: Literal["warn", "fail"]
+) -> Finding:
+    """Whether all ranks say the same; those that differ from most ranks are named with their hosts."""
+    usual, count = Counter(values).most_common(1)[0]
+    if count == len(values):
+        return Finding(name, "ok", usual)
+    others = [
+        f"{value} on {name_ranks([rank for rank, own in enumerate(values) if own == value], hosts)}"
+        for value in dict.fromkeys(values)
+        if value != usual
+    ]
+    return Finding(name, status, f"{usual} on {count} of {len(values)} ranks; {shorten(others)}", remedy)
+
+
+def name_ranks(ranks: Sequence[int], hosts: Sequence[str]) -> str:
+    """Ranks with their hosts."""
+    named: dict[str, list[str]] = {}
+    for rank in ranks:
+        named.setdefault(hosts[rank], []).append(str(rank))
+    return shorten([f"{host} ({'ranks' if own[1:] else 'rank'} {', '.join(own)})" for host, own in named.items()])
+
+
+def shorten(items: Sequence[str]) -> str:
+    """The first few of a list, and how many more there are."""
+    more = f" and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
+    return ", ".join(items[:SHOWN]) + more
+
+
+def compare_cards(reports: Sequence[RankReport]) -> Finding | None:
+    """A failure when ranks share a card; none when each has its own, or there are none."""
+    cards = Counter(report.device_id for report in reports if report.device_id is not None)
+    twice = [report.rank for report in reports if report.device_id is not None and cards[report.device_id] > 1]
+    if not twice:
+        return None
+    found = f"one card for several ranks: {name_ranks(twice, [report.host for report in reports])}"
+    return Finding("cards", "fail", found, "no more ranks a node than it has cards: --nproc-per-node")
+
+
+def merge_host_findings(reports: Sequence[RankReport]) -> list[Finding]:
+    """What hosts find amiss of themselves, a line for all that find the same."""
+    hosts: dict[Finding, list[str]] = {}
+    for report in first_reports(reports):
+        for finding in report.findings:
+            hosts.setdefault(finding, []).append(report.host)
+    return [Finding(item.name, item.status, f"{shorten(on)}: {item.found}", item.remedy) for item, on in hosts.items()]
+
+
+def first_reports(reports: Sequence[RankReport]) -> list[RankReport]:
+    """One report a host."""
+    return [reports[ranks[0]] for ranks in group_by_host([report.host for report in reports]).values()]
+
+
+def compare_caches(reports: Sequence[RankReport]) -> Finding:
+    """Each host's folder of compiled Triton kernels: writable, and its own."""
+    own = first_reports(reports)
+    broken = [f"{report.host}: {report.cache.problem}" for report in own if report.cache.problem]
+    if broken:
+        remedy = "make it writable, or TRITON_CACHE_DIR=FOLDER in launch.setup"
+        on_cards = any(report.device_id is not None for report in own if report.cache.problem)
+        return Finding("triton cache", "fail" if on_cards else "warn", shorten(broken), remedy)
+    remote = [f"{report.host}: {report.cache.path} on {report.cache.file_system}" for report in own]
+    remote = [text for text, report in zip(remote, own) if report.cache.is_on_network()]
+    if remote:
+        remedy = "a folder on each host's own disk, such as TRITON_CACHE_DIR=/tmp/triton in launch.setup"
+        return Finding("triton cache", "warn", shorten(remote), remedy)
+    return Finding("triton cache", "ok", shorten(list(dict.fromkeys(report.cache.path for report in own))))
+
+
+def compare_disks(reports: Sequence[RankReport]) -> Finding:
+    """The least free room of each host's own folders."""
+    room = [
+        (free, f"{report.host}: {free:.1f} GiB for {what}")
+        for report in first_reports(reports)
+        for what, free in report.free_gib.items()
+    ]
+    short = [text for free, text in room if free < MIN_FREE_GIB]
+    if short:
+        return Finding("disk", "warn", shorten(short), "make room, or TMPDIR=FOLDER on a larger disk in launch.setup")
+    return Finding("disk", "ok", f"at least {min(room)[0]:.1f} GiB free on every host")
+
+
+def examine_all_reduce(gigabytes_per_second: float, num_ranks: int) -> Finding:
+    """The measured rate of all ranks together; what is good depends on the network, so nothing is warned of."""
+    return Finding("all-reduce", "ok", f"{gigabytes_per_second:.2f} GB/s by each of {num_ranks} ranks")
+
+
+def examine_links(links: Sequence[Link], hosts: Sequence[str]) -> list[Finding]:
+    """Each kind of link: its median, and links far below it."""
+    findings = []
+    for kind in dict.fromkeys(link.kind for link in links):
+        own = sorted((link for link in links if link.kind == kind), key=lambda link: link.gigabytes_per_second)
+        median = statistics.median(link.gigabytes_per_second for link in own)
+        texts = [
+            f"{link.gigabytes_per_second:.2f} GB/s between {name_ranks([link.first], hosts)} and "
+            f"{name_ranks([link.second], hosts)}"
+            for link in own
+        ]
+        slow = [text for text, link in zip(texts, own) if link.gigabytes_per_second < SLOW_LINK * median]
+        found = f"{len(own)} link(s), median {median:.2f} GB/s each way"
+        if slow:
+            remedy = (
+                "look at the card or cable that these links share (nvidia-smi topo -m, ibstat), or leave the host out"
+            )
+            findings.append(Finding(f"links {kind}", "warn", f"{found}; {shorten(slow)}", remedy))
+        else:
+            findings.append(Finding(f"links {kind}", "ok", f"{found}; slowest {texts[0]}"))
+    return findings
+
+
+def examine_clocks(skews: Mapping[str, Skew]) -> Finding:
+    """Hosts whose clock is, or may be, further than allowed from the middle one's."""
+    middle = statistics.median_low(skew.seconds for skew in skews.values())
+    leads = {host: Skew(skew.seconds - middle, skew.error) for host, skew in skews.items()}
+    far = [
+        f"{host}: {lead.seconds:+.3f} s (give or take {lead.error:.3f})"
+        for host, lead in leads.items()
+        if abs(lead.seconds) + lead.error > MAX_SKEW_SECONDS
+    ]
+    if far:
+        remedy = "start chronyd or systemd-timesyncd there; logs and heartbeats are compared by time"
+        return Finding("clocks", "warn", f"off the middle of the hosts: {shorten(far)}", remedy)
+    spread = max(abs(lead.seconds) for lead in leads.values())
+    error = max(lead.error for lead in leads.values())
+    return Finding("clocks", "ok", f"{len(leads)} host(s) within {spread:.3f} s (give or take {error:.4f})")

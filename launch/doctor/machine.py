@@ -1,0 +1,203 @@
+"""What this machine has and can run: a finding a line, each with a remedy where something is amiss."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+GIB = 2**30
+MIN_FREE_GIB = 2.0
+MIN_MEMORY_GIB = 4.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing examined: `fail` means amfm cannot work, `warn` that something is slower or missing."""
+
+    name: str
+    status: Literal["ok", "warn", "fail"]
+    found: str
+    remedy: str = ""
+
+    def as_dict(self) -> dict[str, str]:
+        """For JSON."""
+        return asdict(self)
+
+
+def examine_machine() -> list[Finding]:
+    """Every finding, in the order of a person's questions: interpreter, packages, devices, room."""
+    return [
+        examine_python(),
+        *examine_packages(),
+        *examine_known_bad(),
+        *examine_devices(),
+        examine_triton(),
+        examine_compiler(),
+        examine_cores(),
+        examine_memory(),
+        examine_disk(),
+    ]
+
+
+def examine_python() -> Finding:
+    """The interpreter: 3.11 to 3.13."""
+    found = f"{platform.python_version()} ({sys.executable})"
+    if not (3, 11) <= sys.version_info[:2] < (3, 14):
+        return Finding("python", "fail", found, "make a virtual environment with Python 3.11, 3.12 or 3.13")
+    return Finding("python", "ok", found)
+
+
+def needed_packages() -> list[Requirement]:
+    """What amfm declares to need: from the installed distribution, else from pyproject.toml beside the code."""
+    try:
+        declared = importlib.metadata.requires("amfm-pretrain") or []
+    except importlib.metadata.PackageNotFoundError:
+        import tomllib
+
+        project = Path(__file__).resolve().parent.parent.parent / "pyproject.toml"
+        declared = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["dependencies"]
+    requirements = [Requirement(text) for text in declared]
+    return [item for item in requirements if item.marker is None or item.marker.evaluate({"extra": ""})]
+
+
+def examine_packages() -> list[Finding]:
+    """Each needed package: there, and in the range that amfm declares."""
+    findings = []
+    for need in needed_packages():
+        version = installed_version(need.name)
+        wanted = f'pip install "{need.name}{need.specifier}"'
+        if version is None:
+            findings.append(Finding(need.name, "fail", "not installed", wanted))
+        elif not need.specifier.contains(version, prereleases=True):
+            findings.append(Finding(need.name, "warn", f"{version}, outside {need.specifier}", wanted))
+        else:
+            findings.append(Finding(need.name, "ok", version))
+    return findings
+
+
+def installed_version(name: str) -> str | None:
+    """The version of an installed distribution, None without it."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def examine_known_bad() -> list[Finding]:
+    """Combinations that install without a word and then fail or give wrong numbers."""
+    findings = []
+    kernels = installed_version("kernels")
+    if kernels is not None:
+        found = f"the Hugging Face distribution `kernels` {kernels} is installed; its package has the name of ours"
+        findings.append(Finding("kernels", "warn", found, "pip uninstall kernels"))
+    transformers = installed_version("transformers")
+    if transformers is not None and Version(transformers) < Version("5.24"):
+        found = f"{transformers} carries the state between chunks wrongly in its Mamba2 classes on CPU"
+        findings.append(Finding("export proof", "warn", found, 'pip install "transformers>=5.24"'))
+    return findings
+
+
+def has_cuda() -> bool:
+    """Whether torch is there and sees a CUDA device."""
+    if importlib.util.find_spec("torch") is None:
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def examine_devices() -> list[Finding]:
+    """torch and what it can compute on."""
+    if importlib.util.find_spec("torch") is None:
+        return []
+    import torch
+
+    if not torch.cuda.is_available():
+        threads = (
+            f"CPU only, {torch.get_num_threads()} threads (torch {torch.__version__}); kernels.backend auto is torch"
+        )
+        return [Finding("devices", "ok", threads)]
+    findings = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found = describe_card(properties)
+        status: Literal["ok", "warn"] = "ok" if properties.major >= 8 else "warn"
+        remedy = "" if status == "ok" else "bf16 needs capability 8.0 or more: train.precision=float32"
+        findings.append(Finding(f"cuda:{index}", status, found, remedy))
+    triton = installed_version("triton")
+    hopper = any(torch.cuda.get_device_capability(index)[0] == 9 for index in range(torch.cuda.device_count()))
+    if triton and hopper and Version("3.4") <= Version(triton) <= Version("3.7.0"):
+        found = f"Triton {triton} on Hopper miscompiles some scan kernels"
+        findings.append(
+            Finding("triton on Hopper", "warn", found, 'pip install "triton>3.7.0", or kernels.backend=torch')
+        )
+    return findings
+
+
+def describe_card(properties: Any) -> str:
+    """A card in words, from what torch says of it."""
+    return (
+        f"{properties.name}, {properties.total_memory / GIB:.0f} GiB, capability {properties.major}.{properties.minor}"
+    )
+
+
+def examine_triton() -> Finding:
+    """Whether Triton kernels run natively, only in the interpreter, or not at all."""
+    version = installed_version("triton")
+    if version is None:
+        return Finding("triton kernels", "warn", "not installed", "needed on GPUs only: pip install triton")
+    if has_cuda():
+        return Finding("triton kernels", "ok", f"{version}, native")
+    found = f"{version}, interpreter only (no GPU)"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return Finding("triton kernels", "ok", f"{found}, switched on")
+    return Finding("triton kernels", "ok", found, "to test kernels on CPU: TRITON_INTERPRET=1 before the command")
+
+
+def examine_compiler() -> Finding:
+    """A C++ compiler: only torch.compile and DeepSpeed's own CPU operations need one."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        return Finding("C++ compiler", "warn", "none", "needed by train.compile=true only: install g++")
+    return Finding("C++ compiler", "ok", compiler)
+
+
+def examine_cores() -> Finding:
+    """Processors this process may use."""
+    return Finding("cores", "ok", f"{usable_cores()} usable of {os.cpu_count()}, {platform.machine()}")
+
+
+def usable_cores() -> int:
+    """Cores in this process's affinity mask, where the system has one."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def examine_memory() -> Finding:
+    """Main memory, total."""
+    if "SC_PHYS_PAGES" not in os.sysconf_names:
+        return Finding("memory", "ok", "unknown on this system")
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
+    if total < MIN_MEMORY_GIB:
+        return Finding("memory", "warn", f"{total:.1f} GiB", f"tiny runs need about {MIN_MEMORY_GIB:.0f} GiB")
+    return Finding("memory", "ok", f"{total:.1f} GiB")
+
+
+def examine_disk() -> Finding:
+    """Free room in the working directory, where runs and stores go by default."""
+    free = shutil.disk_usage(Path.cwd()).free / GIB
+    found = f"{free:.1f} GiB free at {Path.cwd()}"
+    if free < MIN_FREE_GIB:
+        return Finding(
+            "disk", "warn", found, f"a tiny run needs about {MIN_FREE_GIB:.0f} GiB: set run.dir to a larger disk"
+        )
+    return Finding("disk", "ok", found)

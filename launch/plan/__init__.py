@@ -1,0 +1,1 @@
+"""`amfm plan`: memory, traffic and time of a layout, by formulas."""

@@ -1,0 +1,169 @@
+"""Bytes that a forward pass keeps for the backward pass, and what each block needs while its own backward pass runs.
+
+Counted from what the kernels save: each tensor once, views of one storage together. Kernels recompute what they always
+do; blocks of `train.recompute` keep their input alone. Sizes are a token; multiply by the tokens of a micro-batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from launch.plan.registered import COUNTED_TOKENS, is_registered, registered_block
+from model.config import AttentionConfig, Mamba2Config, ModelConfig, MoeConfig
+
+FLOAT32_BYTES = 4
+# Slices of the head's logits, in elements, and their least rows (kernels/linear_cross_entropy).
+LOGITS_SLICE = {"triton": 1 << 28, "torch": 1 << 21}
+LOGITS_LEAST_ROWS = {"triton": 256, "torch": 128}
+
+
+@dataclass(frozen=True)
+class BlockBytes:
+    """Bytes a token: `kept` until the block's backward pass, `working` while it runs."""
+
+    kept: float
+    working: float
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How numbers are kept: bytes of a weight or activation, and which kernels run (triton or torch)."""
+
+    element_bytes: int
+    backend: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a rank's part of a block is smaller than the block: widths over `tensor` ranks, tokens between blocks over `stream`.
+
+    `tokens`: tensor ranks among which a router's tokens are cut. `is_spread`: experts live on other ranks, so rows are
+    copied on their way. `rows`: routed rows of the fullest rank over the mean.
+    """
+
+    tensor: int = 1
+    stream: int = 1
+    tokens: int = 1
+    is_spread: bool = False
+    rows: float = 1.0
+
+
+def block_bytes(config: ModelConfig, letter: str, storage: Storage, split: Split = Split()) -> BlockBytes:
+    """Both kinds of bytes a token for one block of the pattern, its norm and residual stream included."""
+    e = storage.element_bytes
+    stream = FLOAT32_BYTES if config.residual_in_fp32 else e
+    # The summed stream and one number a row for the norm, then the normed input that the first product keeps: of cut
+    # tokens this rank's, because projections gather them again in backward. Routed experts keep all that they gathered.
+    tokens = 1 if letter == "E" else split.stream
+    kept = (config.hidden_size * stream + FLOAT32_BYTES) / split.stream + config.hidden_size * e / tokens
+    if letter == "M":
+        assert config.mamba is not None, "check_model was not called: model.mamba is missing"
+        inner = _mamba_bytes(config.mamba, storage, split.tensor)
+    elif letter == "*":
+        assert config.attention is not None, "check_model was not called: model.attention is missing"
+        inner = _attention_bytes(config.attention, storage)
+    elif is_registered(letter):
+        dtype = torch.float32 if e == FLOAT32_BYTES else torch.bfloat16
+        kept_inside = registered_block(config, letter, dtype, COUNTED_TOKENS).kept_bytes
+        # Gradients of what was kept, at most.
+        inner = BlockBytes(kept_inside, kept_inside)
+    elif letter == "E":
+        assert config.moe is not None, "check_model was not called: model.moe is missing"
+        inner = _moe_bytes(config.moe, config.hidden_size, storage, split)
+    else:
+        assert config.feed_forward is not None, "check_model was not called: model.feed_forward is missing"
+        units = config.feed_forward.hidden_size
+        rows = up_rows(units, config.feed_forward.activation)
+        inner = BlockBytes((rows + units) * e, (rows + units) * e + units * FLOAT32_BYTES)
+    if letter not in ("M", "E"):
+        inner = BlockBytes(inner.kept / split.tensor, inner.working / split.tensor)
+    # Gradients of the stream, of the block's input and of its normed input.
+    return BlockBytes(kept + inner.kept, inner.working + config.hidden_size * (stream / split.stream + 2 * e))
+
+
+def recomputed_bytes(block: BlockBytes, config: ModelConfig, storage: Storage, stream_ranks: int = 1) -> BlockBytes:
+    """The same block when its backward pass computes it again: the summed stream stays, the rest is there meanwhile."""
+    stream = config.hidden_size * (FLOAT32_BYTES if config.residual_in_fp32 else storage.element_bytes) / stream_ranks
+    return BlockBytes(stream, block.kept - stream + block.working)
+
+
+def up_rows(units: int, activation: str) -> int:
+    """Rows of the up projection: gate and up for SwiGLU."""
+    return 2 * units if activation == "swiglu" else units
+
+
+def _mamba_bytes(mamba: Mamba2Config, storage: Storage, tensor: int) -> BlockBytes:
+    """A rank's part: heads are cut evenly, a group of B and C that several ranks share is on each of them."""
+    e, inner, heads = storage.element_bytes, mamba.inner_size() / tensor, mamba.num_heads / tensor
+    groups = max(1.0, mamba.num_groups / tensor)
+    channels = inner + 2 * groups * mamba.state_size
+    # The whole projection (z, x, B, C, dt are views of it), the convolved channels, y before and after the gated norm.
+    kept: float = (inner + channels + heads) * e + channels * e + 2 * inner * e
+    kept += (3 * heads + groups) * FLOAT32_BYTES
+    if mamba.num_groups < tensor:
+        # A norm whose group lies on several ranks: silu(z), gated and scaled in float32, and y and z widened to it.
+        kept += 3 * inner * FLOAT32_BYTES + (2 * inner * FLOAT32_BYTES if e < FLOAT32_BYTES else 0)
+    projection = (inner + channels + heads) * e
+    if storage.backend == "triton":
+        # States that enter chunks of at most 128 tokens, kept or made again, and the gradients of those that leave them.
+        states = inner * mamba.state_size / min(mamba.chunk_size, 128) * e
+        kept += states if mamba.keep_states else 0.0
+        working = 2 * projection + channels * FLOAT32_BYTES + 2 * inner * e + states
+        return BlockBytes(kept, working if mamba.keep_states else working + states)
+    states = inner * mamba.state_size / mamba.chunk_size * FLOAT32_BYTES
+    # PyTorch also keeps the sums before SiLU, y before the skip, decays inside chunks, and the states entering them.
+    square = heads * mamba.chunk_size * FLOAT32_BYTES
+    kept += (channels + inner) * FLOAT32_BYTES + square + states
+    return BlockBytes(kept, projection + (3 * inner + 2 * channels) * FLOAT32_BYTES + 3 * square + 2 * states)
+
+
+def _attention_bytes(attention: AttentionConfig, storage: Storage) -> BlockBytes:
+    e, size = storage.element_bytes, attention.head_dim
+    query, keys = attention.num_heads * size, 2 * attention.num_kv_heads * size
+    # q, k, v, the output and its log-sum-exp; with a norm or rotation q and k before it too.
+    kept: float = (2 * query + keys) * e + attention.num_heads * FLOAT32_BYTES
+    if attention.qk_norm or attention.positions == "rope":
+        kept += (query + keys / 2) * e
+    if storage.backend == "torch":
+        kept += query * e  # documents are attended one by one and joined
+    return BlockBytes(kept, (2 * query + keys) * e + (query + keys) * FLOAT32_BYTES)
+
+
+def _moe_bytes(moe: MoeConfig, hidden_size: int, storage: Storage, split: Split) -> BlockBytes:
+    e, width = storage.element_bytes, moe.latent_size or hidden_size
+    rows = up_rows(moe.expert_hidden_size, moe.activation)
+    # Router logits and scores, ids and weights of the choices; the hidden rows of the chosen experts.
+    kept = 3.0 * moe.num_experts * FLOAT32_BYTES + moe.top_k * (8 + 8 + 2 * FLOAT32_BYTES)
+    if e < FLOAT32_BYTES:
+        kept += hidden_size * FLOAT32_BYTES  # the router's input in float32
+    if moe.latent_size is not None:
+        kept += 2 * moe.latent_size * e
+    kept /= split.tokens
+    # Either tokens or widths of the routed experts are cut over tensor ranks.
+    choices = moe.top_k * split.rows / split.tensor
+    kept += choices * rows * e
+    if split.is_spread:
+        kept += 2 * choices * width * e  # rows as they came, and results as they went back
+    shared = moe.shared_expert_hidden_size
+    shared_rows = up_rows(shared, moe.activation)
+    kept += (shared_rows + shared) * e / split.tensor
+    # Rows and their gradients in expert order, hidden rows with activation and gradient, sums by token in float32.
+    working = choices * (3 * width * e + (rows + 3 * moe.expert_hidden_size) * e) + 2 * width * FLOAT32_BYTES
+    return BlockBytes(kept, working)
+
+
+def head_bytes(config: ModelConfig, storage: Storage, tokens: float, tensor: int = 1) -> tuple[float, float]:
+    """(kept, working) bytes of the head for `tokens` tokens in one pass: the gradients that the loss makes in forward.
+
+    Kept: gradients of hidden and weight. Working: a slice of float32 logits with its gradient, and the weight's sums.
+    """
+    e, vocab, hidden = storage.element_bytes, config.vocab_size // tensor, config.hidden_size
+    backend = storage.backend
+    rows = min(tokens, max(LOGITS_LEAST_ROWS[backend], LOGITS_SLICE[backend] // vocab))
+    if backend == "triton":
+        rows = min(rows, 4096)
+    kept = tokens * hidden * 3 * e + vocab * hidden * e
+    sums = vocab * hidden * FLOAT32_BYTES if e < FLOAT32_BYTES else 0
+    return kept, rows * vocab * (FLOAT32_BYTES + e) + sums

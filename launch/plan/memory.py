@@ -1,0 +1,188 @@
+"""Bytes that one rank needs for a step: what stays, and the fuller of two phases, the passes and the optimizer's step.
+
+Every pipeline stage is counted; the fullest one is what a device must hold. Gradients lie whole on every rank, in the
+dtype of the weights, until the last backward pass of a step (they are reduced once a step, at every ZeRO stage), and
+with bf16 and several micro-batches a rank also as float32 sums. So ZeRO-2 and 3 spare no gradient memory here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from launch.plan.activations import FLOAT32_BYTES, Split, Storage, block_bytes, head_bytes, recomputed_bytes
+from launch.plan.layout import Held, Layout, held_by_stages
+from pretrain.config import RunConfig
+from pretrain.recompute import recomputed_letters
+
+BUCKET_ELEMENTS = 200_000_000  # of a reduction (pretrain/engine.py)
+STAGE0_BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's own all-reduce
+PREFETCH_ELEMENTS = 50_000_000  # that it gathers ahead
+LIVE_ELEMENTS = 1_000_000_000  # weights that ZeRO-3 keeps gathered
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of the fullest rank by part, at the moment when they are most; `phase` names that moment."""
+
+    parts: dict[str, float]
+    phase: str
+
+    def total(self) -> float:
+        """All parts together."""
+        return sum(self.parts.values())
+
+
+def storage_of(config: RunConfig, *, on_gpu: bool = True) -> Storage:
+    """Bytes an element and kernels that will run; `auto` is Triton on a GPU."""
+    backend = config.kernels.backend
+    if backend == "auto":
+        backend = "triton" if on_gpu else "torch"
+    return Storage(2 if config.train.precision == "bf16" else 4, "triton" if backend == "triton" else "torch")
+
+
+def estimate_memory(
+    config: RunConfig, layout: Layout, storage: Storage, *, margin: float, imbalance: float = 1.0
+) -> Memory:
+    """Peak bytes of the fullest rank. `margin`: part of the rest for fragmentation and small things.
+
+    `imbalance`: routed rows of the fullest rank over the mean, where experts are spread.
+    """
+    stages = held_by_stages(config.model, layout, config.train.sequence_length)
+    found = [_estimate_stage(config, layout, storage, held, imbalance) for held in stages]
+    fullest = max(found, key=Memory.total)
+    parts = fullest.parts | {"margin": margin * fullest.total()}
+    return Memory({name: size for name, size in parts.items() if size > 0}, fullest.phase)
+
+
+def _estimate_stage(config: RunConfig, layout: Layout, storage: Storage, held: Held, imbalance: float) -> Memory:
+    stays = lasting_bytes(held, layout, storage)
+    pass_parts = busiest_pass(config, layout, storage, held, imbalance)
+    step_parts = step_bytes(held, layout, storage)
+    phase = "passes" if sum(pass_parts.values()) >= sum(step_parts.values()) else "optimizer step"
+    place = f" of pipeline stage {held.stage}" if layout.pipeline > 1 else ""
+    return Memory(stays | (pass_parts if phase == "passes" else step_parts), f"{phase}{place}")
+
+
+def lasting_bytes(held: Held, layout: Layout, storage: Storage) -> dict[str, float]:
+    """Weights, float32 masters and moments, and buffers that live as long as the run."""
+    e, stage = storage.element_bytes, layout.zero_stage
+    share = held.share(layout) if stage else held.parameters
+    has_masters = stage > 0 or e < FLOAT32_BYTES
+    return {
+        "weights": e * (share if stage == 3 else held.parameters),
+        "masters": FLOAT32_BYTES * share if has_masters else 0.0,
+        "moments": 2 * FLOAT32_BYTES * share,
+        "gradient share": e * share if stage == 3 else 0.0,
+        "reduction bucket": FLOAT32_BYTES * min(held.parameters, BUCKET_ELEMENTS) if stage == 3 else 0.0,
+    }
+
+
+def in_flight(layout: Layout, stage: int, micro_batches: int) -> float:
+    """Micro-batches whose activations a rank of a stage holds at once, in passes through all of its blocks.
+
+    1F1B: as many as stages follow, itself included; interleaved schedules begin with more pieces of a rank's blocks
+    (Narayanan et al. 2021, arXiv 2104.04473, section 2.2).
+    """
+    following = layout.pipeline - stage
+    if layout.schedule == "1f1b":
+        return min(micro_batches, following)
+    pieces = 2 * (following - 1) + (layout.virtual_stages - 1) * layout.pipeline + 1
+    return min(micro_batches * layout.virtual_stages, pieces) / layout.virtual_stages
+
+
+def split_of(layout: Layout, imbalance: float) -> Split:
+    """How blocks are smaller on a rank of this layout."""
+    is_spread = layout.expert > 1
+    return Split(
+        tensor=layout.tensor,
+        stream=layout.stream_ranks,
+        tokens=layout.tensor if is_spread else layout.stream_ranks,
+        is_spread=is_spread,
+        rows=imbalance if is_spread else 1.0,
+    )
+
+
+def busiest_pass(config: RunConfig, layout: Layout, storage: Storage, held: Held, imbalance: float) -> dict[str, float]:
+    """Parts at the fullest moment of forward and backward: activations shrink while gradients grow."""
+    model, tokens, e = config.model, layout.tokens(config), storage.element_bytes
+    micro_batches = layout.micro_batches(config)
+    accumulates = micro_batches > 1  # then this is not the step's first micro-batch, and all gradients exist
+    kinds = set(held.letters)
+    split = split_of(layout, imbalance)
+    sizes = {letter: block_bytes(model, letter, storage, split) for letter in kinds}
+    for letter in recomputed_letters(config) & kinds:
+        sizes[letter] = recomputed_bytes(sizes[letter], model, storage, layout.stream_ranks)
+    gradient_bytes = e + (FLOAT32_BYTES if accumulates and e < FLOAT32_BYTES else 0)
+    whole = held.parameters * gradient_bytes
+    block_gradients = whole / max(1, len(held.letters))
+    kept_head, working_head = head_bytes(model, storage, tokens, layout.tensor) if held.has_head else (0.0, 0.0)
+    one_pass = tokens * sum(sizes[letter].kept for letter in held.letters)
+    others = one_pass * (in_flight(layout, held.stage, micro_batches) - 1)
+    activations: float = one_pass
+    gathered = gathered_bytes(layout, storage, held)
+
+    def moment(kept: float, working: float, gradients: float, logits: float) -> dict[str, float]:
+        return {
+            "gradients": gradients,
+            "activations": kept + others,
+            "working space": working,
+            "logits": logits,
+            "gathered weights": gathered,
+        }
+
+    best = moment(activations, 0.0, whole if accumulates else 0.0, kept_head + working_head)
+    made: float = model.vocab_size * model.hidden_size * e / layout.tensor * held.has_head
+    for letter in reversed(held.letters):
+        made += block_gradients
+        gradients = whole if accumulates else min(made, whole)
+        found = moment(activations, tokens * sizes[letter].working, gradients, 0.0)
+        if sum(found.values()) > sum(best.values()):
+            best = found
+        activations -= tokens * sizes[letter].kept
+    return best
+
+
+def gathered_bytes(layout: Layout, storage: Storage, held: Held) -> float:
+    """Whole weights that ZeRO-3 holds besides the shares."""
+    if layout.zero_stage != 3 or layout.dense_sharers == 1:
+        return 0.0  # a single rank computes with its share itself
+    # Several ranks' parts arrive in one buffer and are copied out of it, tensor by tensor.
+    arriving = min(held.parameters, PREFETCH_ELEMENTS)
+    return storage.element_bytes * (min(held.parameters, LIVE_ELEMENTS + held.largest_block) + arriving)
+
+
+def step_bytes(held: Held, layout: Layout, storage: Storage) -> dict[str, float]:
+    """Parts while gradients are reduced or AdamW moves the weights, whichever is more: activations are gone."""
+    return max(
+        reduction_bytes(held, layout, storage),
+        update_bytes(held, layout, storage),
+        key=lambda parts: sum(parts.values()),
+    )
+
+
+def reduction_bytes(held: Held, layout: Layout, storage: Storage) -> dict[str, float]:
+    """Parts while gradients are summed over data ranks, a bucket at a time."""
+    e, stage, parameters = storage.element_bytes, layout.zero_stage, held.parameters
+    bucket = min(parameters, BUCKET_ELEMENTS if stage else STAGE0_BUCKET_ELEMENTS)
+    whole, sent = e * parameters, FLOAT32_BYTES * bucket if e < FLOAT32_BYTES else 0.0
+    if stage == 0:
+        return {"gradients": whole, "communication": e * bucket + sent}  # joined, and in float32
+    if stage == 3:
+        return {"gradients": whole, "communication": FLOAT32_BYTES * bucket}
+    # The buffer is there before gradients move into it. Then several ranks' slices of it are joined, and sent in float32.
+    # Of several buckets the first ones leave this rank's share behind.
+    joined = e * bucket if max(layout.dense_sharers, layout.expert_sharers) > 1 else 0.0
+    left = max(0.0, e * (held.share(layout) - bucket)) if parameters > bucket else 0.0
+    return {"gradients": whole + left, "communication": max(e * bucket, joined + sent)}
+
+
+def update_bytes(held: Held, layout: Layout, storage: Storage) -> dict[str, float]:
+    """Parts while AdamW runs: reduced gradients of this rank's share, joined, and in float32."""
+    e, stage, share = storage.element_bytes, layout.zero_stage, held.share(layout)
+    wide = FLOAT32_BYTES if e < FLOAT32_BYTES else 0
+    if stage == 0:
+        # For bf16 weights a float32 copy to step with, and one from which the norm is taken.
+        return {"gradients": (e + 2 * wide) * held.parameters}
+    if stage == 3:
+        return {"gradients": FLOAT32_BYTES * share}
+    return {"gradients": (2 * e + wide) * share}

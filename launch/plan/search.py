@@ -1,0 +1,82 @@
+"""Which layouts there are for a number of ranks: those that obey every rule of a run, near the configuration or anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+
+from launch.plan.layout import Layout
+from pretrain.checks import batch_problems
+from pretrain.checks_parallel import layout_problems, world_problems
+from pretrain.checks_pipeline import micro_batch_problems, pipeline_problems
+from pretrain.config import ParallelConfig, RunConfig
+
+ZERO_STAGES = (0, 1, 2, 3)
+MICRO_BATCH_SIZES = (1, 2, 4, 8)
+LARGEST_CONTEXT = 16
+
+
+def near_layouts(config: RunConfig, ranks: int) -> Iterator[Layout]:
+    """The configuration's axes with every ZeRO stage and every micro-batch size that shares the global batch evenly."""
+    own = Layout.of(config, ranks)
+    rows = config.train.global_batch_size // own.data
+    for stage, size in product(ZERO_STAGES, [size for size in range(1, min(rows, 64) + 1) if rows % size == 0]):
+        layout = replace(own, zero_stage=stage, micro_batch_size=size)
+        if is_allowed(with_layout(config, layout), ranks):
+            yield layout
+
+
+def all_layouts(config: RunConfig, ranks: int, gpus_per_node: int) -> Iterator[Layout]:
+    """Every combination of axes in powers of two, with sequence parallel wherever there is tensor parallel.
+
+    Tensor parallel stays inside a node. The configuration's own cuts, schedule and recomputation are kept.
+    """
+    model = config.model
+    experts = model.moe.num_experts if model.moe is not None else 1
+    for tensor, context, pipeline in product(
+        powers_of_two(min(gpus_per_node, ranks)),
+        powers_of_two(min(LARGEST_CONTEXT, ranks)),
+        powers_of_two(min(64, ranks)),
+    ):
+        if ranks % (tensor * context * pipeline):
+            continue
+        for expert in powers_of_two(min(experts, ranks // pipeline)):
+            if experts % expert or ranks % (expert * pipeline):
+                continue
+            # With experts or stages of its own a rank gains nothing from gathering weights as well.
+            for stage, size in product((1,) if expert * pipeline > 1 else ZERO_STAGES, MICRO_BATCH_SIZES):
+                layout = Layout(
+                    ranks,
+                    stage,
+                    size,
+                    tensor,
+                    tensor > 1,
+                    expert,
+                    1 if expert > 1 else tensor,
+                    context,
+                    pipeline,
+                    config.parallel.virtual_stages if pipeline > 1 else 1,
+                    config.parallel.schedule if pipeline > 1 else "1f1b",
+                )
+                if is_allowed(with_layout(config, layout), ranks):
+                    yield layout
+
+
+def powers_of_two(largest: int) -> list[int]:
+    """1, 2, 4, ... up to `largest`."""
+    return [1 << power for power in range(largest.bit_length()) if 1 << power <= largest]
+
+
+def with_layout(config: RunConfig, layout: Layout) -> RunConfig:
+    """The configuration in another layout."""
+    section = ParallelConfig.model_validate(layout.settings())
+    train = config.train.model_copy(update={"micro_batch_size": layout.micro_batch_size})
+    return config.model_copy(update={"parallel": section, "train": train})
+
+
+def is_allowed(config: RunConfig, ranks: int) -> bool:
+    """Whether a run without stages obeys the rules of layouts."""
+    if any(world_problems(config, ranks)) or any(layout_problems(config)) or any(batch_problems(config, ranks)):
+        return False
+    return not any(micro_batch_problems(config, ranks)) and not any(pipeline_problems(config))

@@ -1,0 +1,269 @@
+"""Seconds of a step: each operation at its roofline, ZeRO's collectives on rings, AdamW and gradient sums by bandwidth.
+
+Roofline: an operation takes the longer of its arithmetic at a stated part of the peak and its bytes at a stated part of
+the bandwidth (Williams et al. 2009, "Roofline", section 3). Ring collectives over N ranks move (N - 1) / N of the bytes
+once for a gather or scatter and twice for an all-reduce (Thakur et al. 2005, "Optimization of Collective Communication
+Operations in MPICH", section 3). A pipeline waits (stages - 1) / pieces a rank micro-batches long, a third of that where
+the schedule cuts backward passes in two (Qi et al. 2023, arXiv 2401.10241, section 2).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from launch.plan.activations import FLOAT32_BYTES, Storage, up_rows
+from launch.plan.communication import pass_seconds, ring_seconds
+from launch.plan.hardware import Hardware
+from launch.plan.layout import Held, Layout, held_by_stages
+from launch.plan.memory import BUCKET_ELEMENTS
+from launch.plan.registered import is_registered, registered_block
+from model.config import ModelConfig
+from model.pattern import block_kind
+from pretrain.config import RunConfig
+from pretrain.recompute import recomputed_letters
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step of the slowest pipeline stage, by part.
+
+    `communication`: inside the passes, by axis. `bubble`: waiting for other stages. `exposed_gathers` is what compute
+    does not hide of ZeRO-3's.
+    """
+
+    compute: dict[str, float]
+    communication: dict[str, float]
+    bubble: float
+    optimizer: float
+    reduction: float
+    exposed_gathers: float
+
+    def total(self) -> float:
+        """The whole step."""
+        passes = sum(self.compute.values()) + sum(self.communication.values())
+        return passes + self.bubble + self.optimizer + self.reduction + self.exposed_gathers
+
+
+class Roofline:
+    """Adds up the seconds of forward and backward operations on one device; `forwards` is 2 where blocks are recomputed."""
+
+    def __init__(self, hardware: Hardware, precision: str, element_bytes: int, forwards: int = 1) -> None:
+        self.hardware, self.element_bytes, self.forwards = hardware, element_bytes, forwards
+        self.peak = hardware.peak_flops(precision)
+        self.bandwidth = hardware.memory_bytes_per_second * hardware.memory_efficiency
+        self.seconds = 0.0
+
+    def product(self, rows: float, inputs: float, outputs: float, *, groups: int = 1, wide: bool = False) -> None:
+        """[rows, in] times [in, out], and the two products of its backward pass; `groups` matrices share the rows.
+
+        `wide`: in float32, as the router's logits are.
+        """
+        hardware = self.hardware
+        efficiency = hardware.grouped_efficiency if groups > 1 else hardware.product_efficiency
+        peak = hardware.float32_flops if wide else self.peak
+        size = FLOAT32_BYTES if wide else self.element_bytes
+        moved = size * (rows * (inputs + outputs) + groups * inputs * outputs)
+        self.seconds += (self.forwards + 2) * max(
+            2 * rows * inputs * outputs / (peak * efficiency), moved / self.bandwidth
+        )
+
+    def mixing(self, flops: float, moved: float) -> None:
+        """Attention or a scan: forward `flops` and bytes; backward computes the scores again, 2.5 times as much."""
+        rate = self.peak * self.hardware.attention_efficiency
+        self.seconds += (self.forwards + 2.5) * max(flops / rate, moved / self.bandwidth)
+
+    def passes(self, moved: float) -> None:
+        """Bytes that operations without products move, forward and backward together; a third of them are forward's."""
+        self.seconds += (self.forwards + 2) / 3 * moved / self.bandwidth
+
+
+def block_seconds(
+    config: RunConfig, letter: str, layout: Layout, hardware: Hardware, storage: Storage, imbalance: float
+) -> float:
+    """Forward and backward seconds of a rank's part of one block for a micro-batch."""
+    model, e, tokens, tensor = config.model, storage.element_bytes, layout.tokens(config), layout.tensor
+    forwards = 2 if letter in recomputed_letters(config) else 1
+    line = Roofline(hardware, config.train.precision, e, forwards)
+    # The norm with its residual: two tensors read and two written; backward reads three and writes two.
+    line.passes(9 * tokens / layout.stream_ranks * model.hidden_size * e)
+    if letter == "M":
+        _add_mamba(line, model, tokens, tensor)
+    elif letter == "*":
+        _add_attention(line, model, tokens, tensor, config.train.sequence_length)
+    elif is_registered(letter):
+        _add_registered(line, config, letter, tokens, tensor)
+    elif letter == "E":
+        _add_moe(line, model, tokens, layout, imbalance)
+    else:
+        assert model.feed_forward is not None, "check_model was not called: model.feed_forward is missing"
+        feed_forward = model.feed_forward
+        units = feed_forward.hidden_size / tensor
+        _add_feed_forward(line, tokens, model.hidden_size, units, feed_forward.activation)
+    return line.seconds
+
+
+def _add_feed_forward(line: Roofline, rows: float, width: int, units: float, activation: str, groups: int = 1) -> None:
+    up = up_rows(1, activation) * units
+    line.product(rows, width, up, groups=groups)
+    line.product(rows, units, width, groups=groups)
+    line.passes(rows * (3 * up + 2 * units) * line.element_bytes)
+
+
+def _add_mamba(line: Roofline, model: ModelConfig, tokens: float, tensor: int) -> None:
+    assert model.mamba is not None, "check_model was not called: model.mamba is missing"
+    mamba, e = model.mamba, line.element_bytes
+    inner, groups = mamba.inner_size() / tensor, max(1, mamba.num_groups / tensor)
+    channels = inner + 2 * groups * mamba.state_size
+    line.product(tokens, model.hidden_size, inner + channels + mamba.num_heads / tensor)
+    line.product(tokens, inner, model.hidden_size)
+    line.passes(tokens * channels * 5 * e + tokens * inner * 8 * e)  # convolution, gated norm
+    # Scores once a group, their product with x, and the state's way in and out.
+    scan = 2 * mamba.chunk_size * (groups * mamba.state_size + inner) + 4 * inner * mamba.state_size
+    states = FLOAT32_BYTES * inner * mamba.state_size / mamba.chunk_size
+    line.mixing(tokens * scan, tokens * ((channels + inner) * e + states))
+
+
+def _add_registered(line: Roofline, config: RunConfig, letter: str, tokens: float, tensor: int) -> None:
+    """Products with all matrices, the mixing itself, and what was kept read once more by the passes around it."""
+    block = registered_block(config.model, letter, torch.bfloat16, config.train.sequence_length)
+    for outputs, inputs in block.matrices:
+        line.product(tokens, inputs, outputs / tensor)
+    moved = tokens * block.kept_bytes / tensor
+    line.mixing(tokens * block.sequence_flops / tensor, moved)
+    line.passes(2 * moved)
+
+
+def _add_attention(line: Roofline, model: ModelConfig, tokens: float, tensor: int, sequence_length: int) -> None:
+    assert model.attention is not None, "check_model was not called: model.attention is missing"
+    attention, e = model.attention, line.element_bytes
+    query = attention.num_heads / tensor * attention.head_dim
+    keys = max(1, attention.num_kv_heads / tensor) * attention.head_dim
+    line.product(tokens, model.hidden_size, query + 2 * keys)
+    line.product(tokens, query, model.hidden_size)
+    if attention.qk_norm or attention.positions == "rope":
+        line.passes(5 * tokens * (query + keys) * e)
+    line.mixing(tokens * 4 * (sequence_length + 1) / 2 * query, tokens * (2 * query + 2 * keys) * e)
+
+
+def _add_moe(line: Roofline, model: ModelConfig, tokens: float, layout: Layout, imbalance: float) -> None:
+    assert model.moe is not None, "check_model was not called: model.moe is missing"
+    moe, e, hidden = model.moe, line.element_bytes, model.hidden_size
+    width, is_spread = moe.latent_size or hidden, layout.expert > 1
+    routed = tokens / (layout.tensor if is_spread else layout.stream_ranks)  # whose router runs here
+    line.product(routed, hidden, moe.num_experts, wide=True)
+    line.passes(6 * routed * moe.num_experts * FLOAT32_BYTES)
+    if moe.latent_size is not None:
+        line.product(routed, hidden, width)
+        line.product(routed, width, hidden)
+    # Spread experts: this rank's tokens' worth of rows, gathered over the ranks that cut an expert's width.
+    rows = tokens * moe.top_k
+    if is_spread:
+        rows *= imbalance * layout.expert_tensor / layout.tensor
+    units = moe.expert_hidden_size / layout.width_ranks
+    _add_feed_forward(line, rows, width, units, moe.activation, groups=moe.num_experts // layout.expert)
+    line.passes(rows * width * (4 * e + 2 * FLOAT32_BYTES))  # into expert order, back, and both gradients
+    if moe.shared_expert_hidden_size:
+        _add_feed_forward(line, tokens, hidden, moe.shared_expert_hidden_size / layout.tensor, moe.activation)
+
+
+def head_seconds(config: RunConfig, layout: Layout, hardware: Hardware, storage: Storage) -> float:
+    """Final norm, logits, loss and both gradients; logits pass through memory in float32."""
+    model, tokens = config.model, layout.tokens(config)
+    vocab = model.vocab_size / layout.tensor
+    line = Roofline(hardware, config.train.precision, storage.element_bytes)
+    line.product(tokens, model.hidden_size, vocab)
+    line.passes(4 * FLOAT32_BYTES * tokens * vocab + 9 * tokens * model.hidden_size * storage.element_bytes)
+    return line.seconds
+
+
+def estimate_step(
+    config: RunConfig,
+    layout: Layout,
+    hardware: Hardware,
+    storage: Storage,
+    *,
+    overlap: float,
+    imbalance: float = 1.0,
+) -> StepTime:
+    """Seconds of one step. `overlap`: part of ZeRO-3's gathers and of a pipeline's sends that may run beside compute.
+
+    Reductions come after the last backward pass, so nothing hides them.
+    """
+    stages = held_by_stages(config.model, layout, config.train.sequence_length)
+    block = {
+        letter: block_seconds(config, letter, layout, hardware, storage, imbalance)
+        for letter in {letter for held in stages for letter in held.letters}
+    }
+    found = [_estimate_stage(config, layout, hardware, storage, held, block, overlap) for held in stages]
+    return max(found, key=StepTime.total)
+
+
+def _estimate_stage(
+    config: RunConfig,
+    layout: Layout,
+    hardware: Hardware,
+    storage: Storage,
+    held: Held,
+    block: dict[str, float],
+    overlap: float,
+) -> StepTime:
+    passes = layout.micro_batches(config)
+    compute = {
+        block_kind(letter): passes * held.letters.count(letter) * block[letter]
+        for letter in dict.fromkeys(held.letters)
+    }
+    if held.has_head:
+        compute["head"] = passes * head_seconds(config, layout, hardware, storage)
+    one_pass = pass_seconds(config, layout, hardware, storage, held, overlap=overlap)
+    communication = {axis: passes * seconds for axis, seconds in one_pass.items() if seconds}
+    busy = (sum(compute.values()) + sum(communication.values())) / passes
+    bubble = (layout.pipeline - 1) / layout.virtual_stages * busy / (3 if layout.schedule == "zero_bubble" else 1)
+    gathers = 0.0
+    if layout.zero_stage == 3:
+        # Forward and backward of each micro-batch, block by block.
+        moved = storage.element_bytes * held.parameters
+        gathers = 2 * passes * ring_seconds(moved, layout.dense_sharers, hardware, calls=len(held.letters))
+    hidden = min(gathers * overlap, sum(compute.values()))
+    return StepTime(
+        compute,
+        communication,
+        bubble,
+        optimizer_seconds(held, passes, layout, hardware, storage),
+        reduction_seconds(held, layout, hardware, storage),
+        gathers - hidden,
+    )
+
+
+def optimizer_seconds(held: Held, passes: int, layout: Layout, hardware: Hardware, storage: Storage) -> float:
+    """Float32 sums of bf16 gradients, the check for finite ones, and AdamW on this rank's share."""
+    e, parameters = storage.element_bytes, held.parameters
+    share = held.share(layout) if layout.zero_stage else parameters
+    moved = e * parameters + (7 * FLOAT32_BYTES + e) * share
+    if e < FLOAT32_BYTES and passes > 1:
+        moved += passes * (2 * e + 2 * FLOAT32_BYTES) * parameters
+    return moved / (hardware.memory_bytes_per_second * hardware.memory_efficiency)
+
+
+def reduction_seconds(held: Held, layout: Layout, hardware: Hardware, storage: Storage) -> float:
+    """Gradients, in float32: an all-reduce at stages 0 to 2, a scatter at 3; then weights gathered at 1 and 2."""
+    seconds = 0.0
+    groups = (
+        (held.dense, layout.dense_sharers, layout.tensor),
+        (
+            held.routed,
+            layout.expert_sharers,
+            layout.expert * layout.width_ranks,
+        ),
+    )
+    for parameters, ranks, stride in groups:
+        calls = int(-(-parameters // BUCKET_ELEMENTS))
+        scatter = ring_seconds(FLOAT32_BYTES * parameters, ranks, hardware, calls=calls, stride=stride)
+        if layout.zero_stage == 3:
+            seconds += scatter
+            continue
+        moved = storage.element_bytes * parameters
+        gather = ring_seconds(moved, ranks, hardware, calls=calls, stride=stride)
+        seconds += 2 * scatter + (gather if layout.zero_stage else 0.0)
+    return seconds

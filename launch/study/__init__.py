@@ -1,0 +1,1 @@
+"""`amfm study`: grids of small models, compared."""

@@ -1,0 +1,177 @@
+"""The cells of a study: which patterns its axes make, and the run configuration of each."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from dataclasses import dataclass
+
+from launch.study.study import MixerConfig, Study, StudyConfig, TaskConfig
+from model.mixers.registry import describe_symbol, find_spec
+from model.pattern import mixer_name, parse_pattern
+from pretrain.checks import load_checked
+from pretrain.config import RunConfig
+from pretrain.config_errors import ConfigError, Problem
+
+ATTENTION = "*"
+CHANNEL_MIXERS = ("-", "E")
+NO_ATTENTION, ONLY_ATTENTION = "none", "all"
+_RATIO = re.compile(r"([1-9][0-9]*):([1-9][0-9]*)")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the grid. `name` is its folder below `DIR/runs`; `mixer` is `attention` for a ratio of `all`."""
+
+    name: str
+    mixer: str
+    ratio: str
+    task: str
+    seed: int
+    config: RunConfig
+
+    @property
+    def attention_share(self) -> float:
+        """Attention blocks over all sequence mixers."""
+        letters = [
+            letter for letter in parse_pattern(self.config.model.pattern).letters if letter not in CHANNEL_MIXERS
+        ]
+        return letters.count(ATTENTION) / len(letters)
+
+
+def expand_grid(study: Study) -> list[Cell]:
+    """Every cell, whole seeds one after the other; attention alone is trained once for all mixers.
+
+    Raises ConfigError for axes that make no model, and for a cell whose configuration is broken, under its name.
+    """
+    config = study.config
+    problems = [*axis_problems(config), *ratio_problems(config)]
+    if problems:
+        raise ConfigError(problems).located(study.origins)
+    cells: dict[str, Cell] = {}
+    axes = itertools.product(config.seeds, config.tasks, enumerate(config.mixers), config.ratios)
+    for seed, task, (index, mixer), ratio in axes:
+        label = describe_symbol(ATTENTION) if ratio == ONLY_ATTENTION else label_of(mixer)
+        name = "-".join([label, ratio.replace(":", "to"), task.name, f"seed{seed}"])
+        if name not in cells:
+            cells[name] = make_cell(study, task, index, ratio, seed, label, name)
+    return list(cells.values())
+
+
+def make_cell(study: Study, task: TaskConfig, index: int, ratio: str, seed: int, label: str, name: str) -> Cell:
+    """The run of one point of the grid, checked as `amfm train` would."""
+    config, mixer = study.config, study.config.mixers[index]
+    pattern = make_pattern(symbol_of(mixer.mixer), ratio, config.num_mixers, task.between)
+    settings = {
+        "model.pattern": pattern,
+        "train.seed": seed,
+        "train.num_threads": config.threads_per_run,
+        "run.dir": f"{config.dir}/runs/{name}",
+        "run.name": name,
+    }
+    overrides = [] if ratio == ONLY_ATTENTION else list(mixer.overrides)
+    overrides += [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+    try:
+        run = load_checked(study.task_path(task), overrides, world_size=1)
+        check_measured(run)
+    except ConfigError as error:
+        raise ConfigError([Problem("", f"cell {name}: {problem}", "") for problem in error.problems]) from error
+    return Cell(name, label, ratio, task.name, seed, run)
+
+
+def check_measured(config: RunConfig) -> None:
+    """Refuse a task that would end without the number that the study compares. Raises ConfigError."""
+    if config.data.probe is None and config.data.validation_fraction == 0:
+        rule = "a study compares losses on text that is held out"
+        raise ConfigError([Problem("data.validation_fraction", rule, "use 0.02, say", "0")])
+
+
+def make_pattern(symbol: str, ratio: str, num_mixers: int, between: str) -> str:
+    """The pattern string of one mixer and ratio: groups of linear mixers that end in attention, channel mixers between."""
+    linear, attention = split_ratio(ratio)
+    group = [symbol] * linear + [ATTENTION] * attention
+    return "".join(letter + between for letter in group * (num_mixers // len(group)))
+
+
+def split_ratio(ratio: str) -> tuple[int, int]:
+    """(linear mixers, attention blocks) of a group."""
+    if ratio in (NO_ATTENTION, ONLY_ATTENTION):
+        return (1, 0) if ratio == NO_ATTENTION else (0, 1)
+    found = _RATIO.fullmatch(ratio)
+    assert found is not None, f"ratio_problems let {ratio!r} pass"
+    return int(found[1]), int(found[2])
+
+
+def symbol_of(mixer: str) -> str:
+    """How a pattern spells a mixer that is given as a letter or a name."""
+    return mixer if len(mixer) == 1 or mixer.startswith("{") else f"{{{mixer}}}"
+
+
+def label_of(mixer: MixerConfig) -> str:
+    """The name of a mixer in cells, table and plots: short, and fit for a folder."""
+    return mixer.label or describe_symbol(symbol_of(mixer.mixer)).replace(" ", "_")
+
+
+def axis_problems(config: StudyConfig) -> list[Problem]:
+    """Mixers that are sequence mixers, channel mixers between them, and every value once."""
+    problems = []
+    for index, mixer in enumerate(config.mixers):
+        key = f"mixers.{index}.mixer"
+        try:
+            (letter,) = parse_pattern(symbol_of(mixer.mixer)).letters
+            name = mixer_name(letter)
+            if name is not None:
+                find_spec(name)
+        except ValueError as error:
+            rule = str(error).splitlines()[0]
+            problems.append(Problem(key, rule, "name one sequence mixer by its letter or name", mixer.mixer))
+            continue
+        if letter in (ATTENTION, *CHANNEL_MIXERS):
+            remedy = "attention comes with `ratios`, and channel mixers with `between`; use M, say"
+            problems.append(Problem(key, "is not a linear sequence mixer", remedy, mixer.mixer))
+    problems += [problem for index, task in enumerate(config.tasks) for problem in between_problems(index, task)]
+    named: dict[str, list[str]] = {
+        "mixers": [label_of(mixer) for mixer in config.mixers],
+        "tasks": [task.name for task in config.tasks],
+        "seeds": [str(seed) for seed in config.seeds],
+        "ratios": list(config.ratios),
+    }
+    for key, names in named.items():
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            remedy = "give each a label of its own" if key == "mixers" else "keep one"
+            problems.append(Problem(key, "must differ", remedy, ", ".join(sorted(twice))))
+    return problems
+
+
+def between_problems(index: int, task: TaskConfig) -> list[Problem]:
+    """Between sequence mixers stand channel mixers."""
+    try:
+        letters = parse_pattern(task.between).letters if task.between.strip() else ()
+    except ValueError as error:
+        rule = str(error).splitlines()[0]
+    else:
+        others = [letter for letter in letters if letter not in CHANNEL_MIXERS]
+        if not others:
+            return []
+        rule = f"must hold channel mixers only, and {others[0]} is none"
+    return [Problem(f"tasks.{index}.between", rule, "use -, E, or nothing", task.between)]
+
+
+def ratio_problems(config: StudyConfig) -> list[Problem]:
+    """Every ratio is one, and its group fits the depth a whole number of times."""
+    problems = []
+    for index, ratio in enumerate(config.ratios):
+        key = f"ratios.{index}"
+        if ratio not in (NO_ATTENTION, ONLY_ATTENTION) and not _RATIO.fullmatch(ratio):
+            rule = "must be none, all, or LINEAR:ATTENTION in whole numbers from 1"
+            problems.append(Problem(key, rule, "write 3:1, say", ratio))
+            continue
+        group = sum(split_ratio(ratio))
+        if config.num_mixers % group:
+            fitting = [f"{size - 1}:1" for size in range(config.num_mixers, 1, -1) if config.num_mixers % size == 0]
+            rule = f"a group of {group} mixers does not fit num_mixers={config.num_mixers} a whole number of times"
+            remedy = f"use {' or '.join(fitting) or 'none or all'}, or num_mixers={group * max(1, round(config.num_mixers / group))}"
+            problems.append(Problem(key, rule, remedy, ratio))
+    return problems

@@ -1,0 +1,124 @@
+"""The plots of a study: each measure against the share of attention, one line a mixer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from launch.study.grid import ONLY_ATTENTION
+from launch.study.table import ACCURACY, Measure, Row, show_ratio
+from pretrain.report_plots import short
+
+# Told apart by people who don't see all colours (Wong 2011, Nature Methods 8, 441), and by marker.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000")
+MARKERS = "osv^DPX*"
+_STYLE = {
+    "font.size": 9,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+}
+Point = tuple[float, float, float]  # value, lowest, highest
+
+
+def draw_study(rows: Sequence[Row], measures: Mapping[str, Measure], state_tokens: int, path: Path) -> None:
+    """Write one PNG: a panel a task, the first task's tokens a second, and the bytes of a decode state."""
+    first = next(iter(measures))
+    panels: list[tuple[str, str, Callable[[Row], Point | None]]] = [
+        (f"{task}: {measure.name}", measure.unit, value_of(task)) for task, measure in measures.items()
+    ]
+    values = [point for _, _, point in panels]
+    panels.append((f"{first}: throughput", "tokens / s", speed_of(first)))
+    panels.append((f"Decode state after {state_tokens:,} tokens", "KiB a sequence", size_of))
+    ratios = sorted({row.ratio: row.attention_share for row in rows}.items(), key=lambda pair: pair[1])
+    places = {ratio: place for place, (ratio, _) in enumerate(ratios)}
+    with matplotlib.rc_context(_STYLE):
+        columns = 2
+        lines = -(-len(panels) // columns)
+        canvas = Figure(figsize=(5.2 * columns, 3.4 * lines + 0.4), layout="constrained")
+        axes = list(canvas.subplots(lines, columns, squeeze=False).flat)
+        for (title, unit, point), panel in zip(panels, axes):
+            draw_panel(panel, rows, places, point)
+            panel.set_title(title)
+            panel.set_ylabel(unit)
+            panel.set_xticks(list(places.values()), [show_ratio(ratio).replace(" ", "\n") for ratio in places])
+            if unit == ACCURACY.unit:
+                panel.set_ylim(0, 1.03)
+            elif point is size_of:
+                panel.set_yscale("log")
+                panel.yaxis.set_major_formatter(FuncFormatter(short))
+            elif point not in values:
+                panel.set_ylim(0, 1.08 * panel.dataLim.ymax)
+                panel.yaxis.set_major_formatter(FuncFormatter(short))
+        for panel in axes[len(panels) :]:
+            panel.set_axis_off()
+        for panel in axes[max(0, len(panels) - columns) : len(panels)]:
+            panel.set_xlabel("linear mixers : attention")
+        handles, labels = axes[0].get_legend_handles_labels()
+        canvas.legend(handles, labels, loc="outside upper center", ncols=min(6, len(labels)))
+        temporary = path.with_suffix(".png.part")
+        canvas.savefig(temporary, format="png", dpi=130, metadata={"Software": None})
+    os.replace(temporary, path)
+
+
+def draw_panel(axes: Any, rows: Sequence[Row], places: Mapping[str, int], point: Callable[[Row], Point | None]) -> None:
+    """One line a mixer over the ratios, with bars from the lowest to the highest seed."""
+    mixers = list(dict.fromkeys(row.mixer for row in rows))
+    for index, mixer in enumerate(mixers):
+        is_attention = all(row.ratio == ONLY_ATTENTION for row in rows if row.mixer == mixer)
+        beside = (
+            0.0 if is_attention else 0.05 * (index - (len(mixers) - 1) / 2)
+        )  # bars of several don't hide each other
+        found = [(places[row.ratio], point(row)) for row in rows if row.mixer == mixer]
+        measured = sorted((place, value) for place, value in found if value is not None)
+        if not measured:
+            continue
+        values = [value for _, (value, _, _) in measured]
+        below = [value - low for _, (value, low, _) in measured]
+        above = [high - value for _, (value, _, high) in measured]
+        axes.errorbar(
+            [place + beside for place, _ in measured],
+            values,
+            yerr=[below, above],
+            label=mixer,
+            color="#000000" if is_attention else COLOURS[index % len(COLOURS)],
+            marker="D" if is_attention else MARKERS[index % len(MARKERS)],
+            markersize=5,
+            linewidth=1.4,
+            capsize=2.5,
+        )
+
+
+def value_of(task: str) -> Callable[[Row], Point | None]:
+    """What the task measured."""
+
+    def point(row: Row) -> Point | None:
+        found = row.tasks.get(task)
+        return (found.mean, found.low, found.high) if found else None
+
+    return point
+
+
+def speed_of(task: str) -> Callable[[Row], Point | None]:
+    """How fast it trained."""
+
+    def point(row: Row) -> Point | None:
+        found = row.tasks.get(task)
+        return (found.tokens_per_second,) * 3 if found else None
+
+    return point
+
+
+def size_of(row: Row) -> Point:
+    """KiB of a decode state."""
+    return (row.state_bytes / 1024,) * 3

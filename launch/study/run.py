@@ -1,0 +1,151 @@
+"""Runs the cells of a study side by side: each is an `amfm train` below a Ray actor, and resumes from its checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from launch.cluster.local import forward_signals
+from launch.cluster.ray import RankHost, first_line, last_words
+from launch.study.grid import Cell
+from pretrain.config_file import resolved_yaml
+from pretrain.exit_codes import DONE, RUN_FAILED
+
+POLL_SECONDS = 0.5
+OBJECT_STORE_BYTES = 80 * 2**20  # Ray's smallest: nothing but paths and exit codes goes through it
+
+
+@dataclass(frozen=True)
+class CellEnd:
+    """How the process of a cell ended; `cause` is empty when it did what it was asked."""
+
+    code: int
+    cause: str = ""
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a run takes, and how many runs go side by side."""
+
+    slots: int
+    threads: int
+    gpus: bool
+
+
+def find_room(threads_per_run: int, runs_at_once: int | None, num_gpus: int) -> Room:
+    """As many runs as were asked for, else one a GPU, else one for each so many cores.
+
+    Raises ValueError for more than the machine holds.
+    """
+    cores = len(os.sched_getaffinity(0))
+    most, what = (num_gpus, f"{num_gpus} GPU(s)") if num_gpus else (cores // threads_per_run, f"{cores} core(s)")
+    if (runs_at_once or 1) > most:
+        raise ValueError(
+            f"runs_at_once={runs_at_once or 1} with threads_per_run={threads_per_run} needs more than the {what} of this "
+            f"machine; use at most {most} runs at once" + ("" if most else ", and fewer threads")
+        )
+    return Room(runs_at_once or most, threads_per_run, num_gpus > 0)
+
+
+def run_cells(
+    cells: Sequence[Cell],
+    study_dir: Path,
+    room: Room,
+    *,
+    begins: Callable[[Cell], None],
+    ends: Callable[[Cell, CellEnd], None],
+    polls: Callable[[], None],
+) -> bool:
+    """Run every cell to its end, a failed one too, and return False when a signal asked to stop before that.
+
+    `begins` and `ends` hear of each cell, `polls` twice a second. A signal goes on to the running cells, which save and
+    end; the rest doesn't start.
+    """
+    ray.init(
+        "local",
+        num_cpus=room.slots * room.threads,
+        object_store_memory=OBJECT_STORE_BYTES,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+    try:
+        return _Dispatcher(cells, study_dir, room, begins, ends).run(polls)
+    finally:
+        ray.shutdown()
+
+
+class _Dispatcher:
+    """Keeps every slot busy with one cell, on an actor of its own: whatever a cell does to it, the next one gets a fresh one."""
+
+    def __init__(
+        self,
+        cells: Sequence[Cell],
+        study_dir: Path,
+        room: Room,
+        begins: Callable[[Cell], None],
+        ends: Callable[[Cell, CellEnd], None],
+    ) -> None:
+        self.waiting, self.study_dir, self.room = list(cells), study_dir, room
+        self.begins, self.ends = begins, ends
+        need = {"num_gpus": 1, "num_cpus": 0} if room.gpus else {"num_cpus": room.threads}
+        self.host_class = ray.remote(max_concurrency=3, max_restarts=0, **need)(RankHost)
+        self.running: dict[Any, tuple[Cell, Any]] = {}
+        self.stopping = False
+
+    def run(self, polls: Callable[[], None]) -> bool:
+        """Until nothing runs and nothing waits."""
+        with forward_signals(self._stop, (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)):
+            while self.running or (self.waiting and not self.stopping):
+                while self.waiting and not self.stopping and len(self.running) < self.room.slots:
+                    self._start(self.waiting.pop(0))
+                done, _ = ray.wait(list(self.running), num_returns=1, timeout=POLL_SECONDS)
+                for answer in done:
+                    self._finish(answer)
+                polls()
+        return not self.stopping
+
+    def _start(self, cell: Cell) -> None:
+        path = self.study_dir / "configs" / f"{cell.name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(resolved_yaml(cell.config), encoding="utf-8")
+        log_of(cell, self.study_dir).unlink(missing_ok=True)  # a cause is looked for in it
+        threads = str(self.room.threads)
+        host = self.host_class.remote()
+        answer = host.run.remote(
+            [sys.executable, "-m", "launch", "train", str(path)],
+            {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
+            os.getcwd(),
+            str(log_of(cell, self.study_dir)),
+        )
+        self.running[answer] = cell, host
+        self.begins(cell)
+
+    def _finish(self, answer: Any) -> None:
+        cell, host = self.running.pop(answer)
+        try:
+            code = int(ray.get(answer))
+            end = CellEnd(code, "" if code == DONE else last_words(log_of(cell, self.study_dir), code))
+        except RayError as error:
+            end = CellEnd(RUN_FAILED, f"its process was lost: {first_line(error)}")
+        ray.kill(host)
+        self.ends(cell, end)
+
+    def _stop(self, number: int) -> None:
+        self.stopping = True
+        for _, host in self.running.values():
+            host.signal.remote(signal.SIGTERM)
+
+
+def log_of(cell: Cell, study_dir: Path) -> Path:
+    """What the runs of a cell wrote to the terminal."""
+    return study_dir / "logs" / f"{cell.name}.log"

@@ -1,0 +1,211 @@
+"""The result of a study: what its finished runs measured, cell by cell and as one table of mixers and ratios."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+
+from launch.study.grid import NO_ATTENTION, ONLY_ATTENTION, Cell
+from model.flops import count_parameters
+from model.state_size import state_bytes
+from pretrain.config import RunConfig
+from pretrain.config_file import diff_configs
+from pretrain.report_data import read_run
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What a task is judged by: key in metrics.jsonl, name, and unit."""
+
+    key: str
+    name: str
+    unit: str
+
+
+LOSS = Measure("validation_loss", "validation loss", "nats a token")
+ACCURACY = Measure("validation_accuracy", "accuracy", "of the answers")
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """A finished run, in numbers of its metrics.jsonl; tokens_per_second is the median of its newer half."""
+
+    name: str
+    mixer: str
+    ratio: str
+    task: str
+    seed: int
+    run_dir: str
+    value: float
+    training_loss: float | None
+    tokens: int
+    tokens_per_second: float
+    seconds: float
+    hardware: str
+
+
+@dataclass(frozen=True)
+class TaskSummary:
+    """One task at one point of the grid: mean, lowest and highest over its seeds."""
+
+    mean: float
+    low: float
+    high: float
+    tokens_per_second: float
+    seeds: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One mixer at one ratio. Parameters and bytes are those of the first task's model."""
+
+    mixer: str
+    ratio: str
+    attention_share: float
+    parameters: int
+    state_bytes: int
+    tasks: dict[str, TaskSummary]
+
+
+def measure_of(config: RunConfig) -> Measure:
+    """Accuracy for a probe, loss for text."""
+    return LOSS if config.data.probe is None else ACCURACY
+
+
+def read_result(cell: Cell) -> CellResult | None:
+    """What a cell's run measured; None while it is not finished.
+
+    Raises ValueError for a run directory that was trained with other settings, because its numbers belong to another
+    study.
+    """
+    folder = Path(cell.config.run.dir)
+    if not (folder / "config.yaml").is_file() or not (folder / "metrics.jsonl").is_file():
+        return None
+    try:
+        record = read_run(folder)
+    except ValueError:
+        return None  # started, and no step yet
+    changed = [item for item in diff_configs(record.config, cell.config) if not item.key.startswith("run.")]
+    if changed:
+        raise ValueError(
+            f"{folder} was trained with other settings than the study now gives it ({changed[0]}); name another `dir` for "
+            "this study, or remove that folder to train it again"
+        )
+    measure = measure_of(cell.config)
+    value, speed, tokens = record.last(measure.key), record.typical("tokens_per_second"), record.last("tokens")
+    if not record.is_finished() or value is None or speed is None or tokens is None:
+        return None
+    return CellResult(
+        name=cell.name,
+        mixer=cell.mixer,
+        ratio=cell.ratio,
+        task=cell.task,
+        seed=cell.seed,
+        run_dir=cell.config.run.dir,
+        value=value,
+        training_loss=record.last("loss"),
+        tokens=int(tokens),
+        tokens_per_second=speed,
+        seconds=record.seconds(),
+        hardware=describe_machine(record.environment),
+    )
+
+
+def describe_machine(environment: dict[str, Any]) -> str:
+    """What a run was trained on, from its environment.json."""
+    device = environment.get("device_name") or f"{environment.get('processor')}, {environment.get('cores')} cores"
+    return f"{device}, {environment.get('threads_per_rank')} thread(s) a run"
+
+
+def make_rows(cells: Sequence[Cell], results: Iterable[CellResult], state_tokens: int) -> list[Row]:
+    """A row for each mixer and ratio that has a finished run, in the order of the cells."""
+    by_place: dict[tuple[str, str], dict[str, list[CellResult]]] = {}
+    for result in results:
+        by_place.setdefault((result.mixer, result.ratio), {}).setdefault(result.task, []).append(result)
+    rows = []
+    for cell in {(cell.mixer, cell.ratio): cell for cell in reversed(cells)}.values():
+        found = by_place.get((cell.mixer, cell.ratio))
+        if not found:
+            continue
+        model = cell.config.model
+        rows.append(
+            Row(
+                mixer=cell.mixer,
+                ratio=cell.ratio,
+                attention_share=cell.attention_share,
+                parameters=count_parameters(model).total,
+                state_bytes=count_state(cell.config, state_tokens),
+                tasks={task: summarize(entries) for task, entries in found.items()},
+            )
+        )
+    order = list(dict.fromkeys((cell.mixer, cell.ratio) for cell in cells))
+    return sorted(rows, key=lambda row: order.index((row.mixer, row.ratio)))
+
+
+def count_state(config: RunConfig, num_tokens: int) -> int:
+    """Bytes of a decode state after so many tokens, with weights as they are trained."""
+    return state_bytes(config.model, num_tokens, torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
+
+
+def summarize(results: Sequence[CellResult]) -> TaskSummary:
+    """One task's seeds as one."""
+    values = [result.value for result in results]
+    speed = mean(result.tokens_per_second for result in results)
+    return TaskSummary(mean(values), min(values), max(values), speed, len(values))
+
+
+def study_json(
+    cells: Sequence[Cell], results: Sequence[CellResult], rows: Sequence[Row], *, state_tokens: int, slots: int
+) -> dict[str, Any]:
+    """Everything that the table and the plots show, and each run beside it."""
+    return {
+        "cells": len(cells),
+        "finished": len(results),
+        "runs_at_once": slots,
+        "state_tokens": state_tokens,
+        "tasks": {cell.task: asdict(measure_of(cell.config)) for cell in cells},
+        "table": [asdict(row) for row in rows],
+        "runs": [asdict(result) for result in results],
+    }
+
+
+def study_markdown(
+    cells: Sequence[Cell], results: Sequence[CellResult], rows: Sequence[Row], *, state_tokens: int, slots: int
+) -> str:
+    """The table as Markdown, with what it was made of."""
+    measures = {cell.task: measure_of(cell.config) for cell in cells}
+    header = ["mixer", "linear : attention", "parameters", f"state at {state_tokens:,} tokens"]
+    for task, measure in measures.items():
+        header += [f"{task}: {measure.name}", f"{task}: tokens/s"]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for row in rows:
+        columns = [row.mixer, show_ratio(row.ratio), f"{row.parameters:,}", f"{row.state_bytes / 1024:,.0f} KiB"]
+        for task in measures:
+            columns += show_summary(row.tasks.get(task))
+        lines.append("| " + " | ".join(columns) + " |")
+    tokens = {task: {result.tokens for result in results if result.task == task} for task in measures}
+    facts = [
+        f"{task}: {', '.join(f'{n:,}' for n in sorted(found))} tokens a run" for task, found in tokens.items() if found
+    ]
+    facts.append(f"{len(results)} of {len(cells)} runs are finished, {slots} at once")
+    facts += dict.fromkeys(result.hardware for result in results)
+    facts.append("where there are several seeds, the mean and (lowest to highest)")
+    return "\n".join(lines) + "\n\n" + "; ".join(facts) + ".\n"
+
+
+def show_summary(summary: TaskSummary | None) -> list[str]:
+    """Two columns of the table; dashes where nothing is measured yet."""
+    if summary is None:
+        return ["-", "-"]
+    spread = f" ({summary.low:.3f} to {summary.high:.3f})" if summary.seeds > 1 else ""
+    return [f"{summary.mean:.3f}{spread}", f"{summary.tokens_per_second:,.0f}"]
+
+
+def show_ratio(ratio: str) -> str:
+    """A ratio in words."""
+    return {NO_ATTENTION: "no attention", ONLY_ATTENTION: "attention only"}.get(ratio, ratio)

@@ -1,0 +1,109 @@
+"""`amfm bench step --comm`: the bytes that ranks hand to collectives are those of the formulas, on every axis."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from launch.bench.communication import bench_comm, load_layout
+from launch.cli import run
+from launch.plan.traffic import expected_bytes
+from tests.helpers.spawn import run_ranks
+
+TWO_RANKS = [
+    "expert=2",
+    "tensor=2 sequence_parallel=true zero_stage=2 model.attention.qk_norm=true",
+    "context=2 model.moe.auxiliary_loss_weight=0.1 model.moe.sequence_loss_weight=0.1",
+    "pipeline=2 model.tie_embeddings=true",
+]
+FOUR_RANKS = [
+    "expert=4 zero_stage=2 model.moe.latent_size=24",
+    "expert=2 expert_tensor=2",
+    "tensor=2 zero_stage=0",
+    "tensor=2 expert=4 model.moe.latent_size=24",
+    "tensor=2 sequence_parallel=true expert=4",
+    "tensor=2 sequence_parallel=true expert=2 expert_tensor=2",
+    "tensor=4 model.mamba.num_groups=2 model.attention.num_kv_heads=2",
+    "context=2 tensor=2 sequence_parallel=true",
+    "context=2 expert=4",
+    "pipeline=2 tensor=2 sequence_parallel=true model.tie_embeddings=true",
+    "pipeline=2 expert=2 schedule=interleaved virtual_stages=2",
+    "pipeline=2 context=2",
+    "expert=2 train.precision=bf16",
+    "tensor=2 train.precision=bf16",
+]
+
+
+def overrides(layout: str) -> list[str]:
+    return [word if word.startswith(("model", "train")) else f"parallel.{word}" for word in layout.split()]
+
+
+def count_all(layouts: list[str], num_ranks: int) -> list[dict[str, Any]]:
+    return [bench_comm(load_layout(overrides(layout), num_ranks)) for layout in layouts]
+
+
+def assert_equal(results: list[dict[str, Any]], layouts: list[str]) -> None:
+    for layout, result in zip(layouts, results, strict=True):
+        differing = [row for row in result["rows"] if row["handed_bytes"] != row["formula_bytes"]]
+        assert result["equal"] and not differing, (layout, differing)
+        assert sum(row["handed_bytes"] for row in result["rows"]) > 1e6
+
+
+def test_counted_bytes_are_those_of_the_formulas_on_each_axis() -> None:
+    assert_equal(run_ranks(count_all, TWO_RANKS, 2, num_ranks=2)[0], TWO_RANKS)
+
+
+@pytest.mark.slow
+def test_counted_bytes_are_those_of_the_formulas_where_axes_compose() -> None:
+    assert_equal(run_ranks(count_all, FOUR_RANKS, 4, num_ranks=4)[0], FOUR_RANKS)
+
+
+def test_tokens_travel_to_experts_at_the_latent_width() -> None:
+    key = ("ep", "all_to_all", "float32")
+    plain, latent = (
+        expected_bytes(load_layout(["parallel.expert=2", *more], 2), 2)[key]
+        for more in ([], ["model.moe.latent_size=24"])
+    )
+    # 16 rows of 128 tokens, 2 choices, 2 blocks, there and back, forward and backward.
+    assert plain == 16 * 128 * 2 * 2 * 4 * 64 * 4
+    assert latent * 64 == plain * 24
+
+
+@pytest.mark.slow
+def test_the_verb_starts_ranks_and_prints_one_object() -> None:
+    command = [sys.executable, "-m", "launch", "bench", "step", "--comm", "--nproc", "2", "--json", "parallel.expert=2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=200)
+    result = json.loads(done.stdout)
+    assert result["equal"] and result["ranks"] == 2 and result["parallel"]["expert"] == 2
+    (rows,) = [row for row in result["rows"] if row["axis"] == "ep" and row["dtype"] == "float32"]
+    assert rows["handed_bytes"] == rows["formula_bytes"] == 16 * 128 * 2 * 2 * 4 * 64 * 4
+    assert 0 < rows["sent_bytes"] < rows["handed_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--comm"], "there is one; add --nproc 2"),
+        (["parallel.tensor=2"], "give a layout to count; add --comm, or remove them"),
+        (["--comm", "--nproc", "2", "parallel.zero_stage=3"], "parallel.zero_stage=3 has no formula"),
+        (
+            ["--comm", "--nproc", "2", "parallel.zero_stage=0", "train.precision=bf16"],
+            "parallel.zero_stage=0 in bf16 has no formula",
+        ),
+        (["--comm", "--nproc", "2", "train.recompute=full"], "train.recompute=full has no formula"),
+        (
+            ["--comm", "--nproc", "2", "parallel.expert=2", "model.moe.capacity_factor=1.5"],
+            "model.moe.capacity_factor=1.5 has no formula with parallel.expert=2",
+        ),
+        (["--comm", "--nproc", "2", "parallel.expert=3"], "parallel.expert=3: must divide model.moe.num_experts=8"),
+    ],
+)
+def test_what_cannot_be_counted_is_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["bench", "step", *arguments]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())

@@ -1,0 +1,69 @@
+"""`amfm bench step`: the same model in all variants, each timed as it trains and with memory treated alike."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from launch.bench.freed_memory import KEPT, RETURNED
+from launch.bench.process import Child
+from launch.bench.step import Shape, _check_losses, bench_step
+from launch.cli import run
+from launch.commands.bench.verbs import print_step_table
+from tests.model.huggingface_cases import GRANITE
+
+SMALL = Shape(rows=1, tokens=48, model=GRANITE)
+
+
+def test_each_variant_is_timed_as_it_trains(capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["transformers_default", "bare_loop", "ours_fp32"]
+    said: list[str] = []
+    result = bench_step(names, rounds=2, num_threads=1, report=said.append, shape=SMALL)
+    assert said == [*(f"warming up {name}" for name in names), "round 1 of 2", "round 2 of 2"]
+    assert result["hardware"]["threads"] == 1
+    variants = result["variants"]
+    assert len({round(variants[name]["first_loss"], 3) for name in names}) == 1
+    returned, kept = (variants["transformers_default"]["memory"][each]["seconds"] for each in (RETURNED, KEPT))
+    ours = variants["ours_fp32"]["memory"]
+    assert variants["ours_fp32"]["as_trained"]["ratio_to_transformers_default"] == returned / ours[KEPT]["seconds"]
+    assert variants["transformers_default"]["as_trained"]["ratio_to_transformers_default"] == 1
+    assert ours[KEPT]["ratio_to_transformers_default"] == kept / ours[KEPT]["seconds"]
+    assert ours[RETURNED]["tokens_per_second"] == 48 / ours[RETURNED]["seconds"]
+    json.dumps(result)
+    print_step_table(result)
+    out = capsys.readouterr().out
+    assert out.count("ours_fp32") == 3
+    assert "transformers returns freed memory, ours keeps it" in out and "Freed memory kept" in out
+
+
+def test_allocator_settings_of_the_environment_are_the_only_treatment_of_a_step(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")
+    result = bench_step(["bare_loop"], rounds=1, num_threads=1, report=lambda _: None, shape=SMALL)
+    assert list(result["variants"]["bare_loop"]["memory"]) == ["MALLOC_MMAP_MAX_"]
+    assert result["variants"]["bare_loop"]["as_trained"] is None
+    print_step_table(result)
+    captured = capsys.readouterr()
+    assert captured.out.count("bare_loop") == 1
+    assert "memory is treated one way, as the environment says in MALLOC_MMAP_MAX_" in captured.out + captured.err
+
+
+def test_variants_that_are_not_the_same_model_are_refused() -> None:
+    _check_losses({"ours_fp32": 4.0, "bare_loop": 4.00005, "ours_bf16": 4.3, "transformers_tuned": 4.2})
+    with pytest.raises(RuntimeError, match="differ in their first loss by more than"):
+        _check_losses({"ours_fp32": 4.0, "transformers_default": 4.001})
+
+
+def test_layouts_without_comm_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["bench", "step", "--nproc", "2"]) == 2
+    assert "add --comm, or remove them" in capsys.readouterr().err
+
+
+def test_a_process_that_ended_is_an_error_of_whoever_asks_it() -> None:
+    with Child("launch.no_such_module") as child:
+        with pytest.raises(RuntimeError, match=r"python -m launch\.no_such_module ended early; its message is above"):
+            child.receive()
+        with pytest.raises(RuntimeError, match="ended early"):
+            child.start()

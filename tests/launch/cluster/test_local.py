@@ -1,0 +1,74 @@
+"""Several ranks on this machine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch.cluster.local import join_codes, run_command
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+def test_ranks_get_the_variables_of_torchrun(tmp_path: Path) -> None:
+    code = (
+        "import os, pathlib; names = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE');"
+        f"pathlib.Path({str(tmp_path)!r}, os.environ['RANK']).write_text(' '.join(os.environ[n] for n in names))"
+    )
+    assert run_command(python(code), 3) == 0
+    assert [(tmp_path / str(rank)).read_text() for rank in range(3)] == ["0 0 3 3", "1 1 3 3", "2 2 3 3"]
+
+
+@pytest.mark.parametrize(
+    ("codes", "joined"), [([0, 0], 0), ([3, 0], 3), ([3, 2], 2), ([0, 1], 1), ([-9, 0], 3), ([3, -9], 3)]
+)
+def test_the_most_telling_code_wins(codes: list[int], joined: int) -> None:
+    assert join_codes(codes) == joined
+
+
+def test_other_ranks_errors_carry_their_number(capfd: pytest.CaptureFixture[str]) -> None:
+    code = "import os, sys; sys.stderr.write('broken\\n'); sys.exit(3 * int(os.environ['RANK']))"
+    assert run_command(python(code), 2) == 3
+    assert sorted(capfd.readouterr().err.splitlines()) == ["broken", "rank 1: broken"]
+
+
+def test_a_killed_rank_is_named(capfd: pytest.CaptureFixture[str]) -> None:
+    code = (
+        "import os, signal, time; os.environ['RANK'] == '1' and os.kill(os.getpid(), signal.SIGKILL); time.sleep(0.5)"
+    )
+    assert run_command(python(code), 2) == 3
+    assert capfd.readouterr().err == "rank 1: ended by SIGKILL\n"
+
+
+WAITING = (
+    "import os, pathlib, signal, sys, time\n"
+    "from pretrain.signals import SignalWatch\n"
+    "with SignalWatch() as watch:\n"
+    "    pathlib.Path(sys.argv[1], 'ready' + os.environ['RANK']).touch()\n"
+    "    end = time.monotonic() + 30\n"
+    "    while not watch.received and time.monotonic() < end:\n"
+    "        time.sleep(0.05)\n"
+    "    pathlib.Path(sys.argv[1], os.environ['RANK']).write_text(str(watch.received))\n"
+)
+
+
+def test_signals_reach_every_rank(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WAITING, str(tmp_path)]
+    launcher = subprocess.Popen(
+        python(f"import sys; from launch.local import run_command; sys.exit(run_command({command!r}, 2))")
+    )
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob("ready*"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.2)
+    os.kill(launcher.pid, signal.SIGUSR1)
+    assert launcher.wait(timeout=60) == 0
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == [str(int(signal.SIGUSR1))] * 2

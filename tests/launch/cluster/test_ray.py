@@ -1,0 +1,143 @@
+"""Launching on a real Ray cluster of three local nodes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from launch.cluster.ray import RayCluster
+from launch.cluster.supervise import Attempt
+from pretrain.config import RunConfig
+from pretrain.config_file import resolved_yaml
+from tests.pretrain.tiny_run import tiny_config, tiny_data
+
+STEPS = 300
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    """Three raylets of one CPU each, the first with the head."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    for _ in range(2):
+        cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def write_config(folder: Path, name: str) -> RunConfig:
+    # 12 rows in micro-batches of 2: one, two and three ranks can share them.
+    config = tiny_config(
+        tiny_data(folder / "data"),
+        folder / name,
+        train__steps=STEPS,
+        train__global_batch_size=12,
+        train__checkpoint_every_steps=10,
+        train__timeout_seconds=20,
+        launch__node_wait_seconds=3,
+        launch__heartbeat_seconds=30,
+    )
+    (folder / f"{name}.yaml").write_text(resolved_yaml(config))
+    return config
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def wait_for_step(run_dir: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        lines = read_lines(run_dir / "metrics.jsonl")
+        if lines and lines[-1]["step"] >= step:
+            return
+        time.sleep(0.05)
+    raise TimeoutError(f"{run_dir} did not come to step {step}")
+
+
+def rank_processes(config_path: Path) -> list[psutil.Process]:
+    wanted = ["-m", "launch", "train", str(config_path)]
+    return [process for process in psutil.process_iter(["cmdline"]) if (process.info["cmdline"] or [])[1:5] == wanted]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_run_survives_a_lost_worker_and_a_lost_node_with_the_losses_of_an_undisturbed_one(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path, "disturbed")
+    path, run_dir = tmp_path / "disturbed.yaml", Path(config.run.dir)
+    command = [sys.executable, "-m", "launch", "launch", str(path), "--on", "ray", "--nodes", "3"]
+    launcher = subprocess.Popen([*command, "--address", cluster.address], stderr=subprocess.PIPE, text=True)
+    wait_for_step(run_dir, 25)
+    rank_processes(path)[1].kill()
+    before = len(read_lines(run_dir / "events.jsonl"))
+    deadline = time.monotonic() + 120
+    while len([event for event in read_lines(run_dir / "events.jsonl") if event["event"] == "start"]) < 2:
+        assert time.monotonic() < deadline, launcher.poll()
+        time.sleep(0.1)
+    wait_for_step(run_dir, 60)
+    os.kill(cluster.list_all_nodes()[-1].all_processes["raylet"][0].process.pid, signal.SIGKILL)
+    _, errors = launcher.communicate(timeout=240)
+    assert launcher.returncode == 0, errors
+    assert before, "events are written"
+
+    events = read_lines(run_dir / "events.jsonl")
+    assert [event["world_size"] for event in events if event["event"] == "start"] == [3, 3, 2]
+    causes = [event["cause"] for event in events if event["event"] == "restarted"]
+    assert "killed by SIGKILL" in causes[0]
+    assert "was lost" in causes[1]
+    assert "going on with 2 of 3 nodes" in errors
+
+    calm = write_config(tmp_path, "calm")
+    subprocess.run([sys.executable, "-m", "launch", "train", str(tmp_path / "calm.yaml")], check=True)
+    losses = {line["step"]: line["loss"] for line in read_lines(run_dir / "metrics.jsonl")}
+    undisturbed = {line["step"]: line["loss"] for line in read_lines(Path(calm.run.dir) / "metrics.jsonl")}
+    assert losses.keys() == undisturbed.keys() == set(range(1, STEPS + 1))
+    # Sums over ranks round in another order than sums over micro-batches, and 300 steps add up.
+    assert losses == pytest.approx(undisturbed, rel=2e-4)
+
+
+@pytest.mark.slow
+def test_an_attempt_waits_for_what_the_one_before_it_still_holds(cluster: Cluster, tmp_path: Path) -> None:
+    ranks = RayCluster(
+        ["--help"], address=cluster.address, run_dir=str(tmp_path), ranks_per_node=1, gpus=False, wait_seconds=0.5
+    )
+
+    class Holder:
+        def ready(self) -> bool:
+            return True
+
+    holder = ray.remote(num_cpus=1)(Holder).remote()
+    ray.get(holder.ready.remote())
+    freeing = threading.Timer(5.0, ray.kill, [holder])
+    freeing.start()
+    outcome = ranks.start(Attempt(0, 3, None))
+    freeing.join()
+    assert outcome.code == 0, outcome.cause
+    assert "Example: amfm prepare" in (tmp_path / "logs" / "attempt-0" / "rank-2.log").read_text()
+
+
+@pytest.mark.slow
+def test_an_attempt_on_more_nodes_than_there_are_ends_at_once(cluster: Cluster, tmp_path: Path) -> None:
+    ranks = RayCluster(
+        ["--help"], address=cluster.address, run_dir=str(tmp_path), ranks_per_node=1, gpus=False, wait_seconds=0.5
+    )
+    started = time.monotonic()
+    outcome = ranks.start(Attempt(0, 4, None))
+    assert time.monotonic() - started < 30
+    assert (outcome.code, outcome.cause) == (3, "no 4 nodes with {'CPU': 1.0} free; 3 are alive and large enough")

@@ -1,0 +1,238 @@
+"""The batch script by its text, and where Slurm is installed a real cluster of two nodes on this machine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from launch.cli import run
+from launch.cluster.slurm import Allocation, write_script
+from launch.cluster.supervise import Attempt, Outcome
+from pretrain.config import RunConfig
+from pretrain.config_file import resolved_yaml
+from pretrain.report_data import read_run
+from tests.pretrain.tiny_run import tiny_config, tiny_data
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
+HAS_SLURM = os.geteuid() == 0 and all(shutil.which(name) for name in PROGRAMS)
+
+SLURM_CONF = """
+ClusterName=test
+SlurmctldHost={host}
+SlurmctldPort={port}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+CredType=cred/munge
+SlurmUser=root
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool-%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+MpiDefault=none
+ReturnToService=2
+NodeName=n[1-2] NodeHostname={host} Port=[{first}-{second}] CPUs=2 State=UNKNOWN
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    # Slow enough for a signal to arrive in the middle.
+    config = tiny_config(
+        tiny_data(tmp_path / "data"),
+        tmp_path / "run",
+        train__steps=400,
+        train__global_batch_size=12,
+        train__checkpoint_every_steps=20,
+        launch__slurm={"gpus": False, "time_limit": "00:10:00", "signal_seconds": 60},
+    )
+    (tmp_path / "run.yaml").write_text(resolved_yaml(config))
+    return config
+
+
+def test_the_script_asks_for_what_the_configuration_says(tmp_path: Path) -> None:
+    config = tiny_config(
+        tiny_data(tmp_path / "data"),
+        tmp_path / "run",
+        launch__setup="source env/bin/activate",
+        launch__slurm={"partition": "main", "time_limit": "1-00:00:00", "extra": ["--constraint=h100"]},
+    )
+    script = write_script(config, ["launch", "a b.yaml", "--on", "slurm"], nodes=4, ranks_per_node=8)
+    lines = script.splitlines()
+    assert lines[0] == "#!/bin/bash"
+    for line in (
+        "--nodes=4",
+        "--ntasks-per-node=8",
+        "--gpus-per-node=8",
+        "--partition=main",
+        "--time=1-00:00:00",
+        "--signal=USR1@180",
+        "--open-mode=append",
+        "--requeue",
+        "--constraint=h100",
+        f"--output={tmp_path}/run/logs/slurm-%j.log",
+    ):
+        assert f"#SBATCH {line}" in lines
+    assert lines.index("source env/bin/activate") == len(lines) - 2
+    assert lines[-1] == f"exec {sys.executable} -m launch launch 'a b.yaml' --on slurm"
+
+
+def test_the_script_is_what_a_dry_run_prints(
+    config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(tmp_path / "run.yaml")
+    arguments = ["launch", path, "--on", "slurm", "--nodes", "2", "--nproc-per-node", "1"]
+    assert run([*arguments, "--dry-run"]) == 0
+    assert capsys.readouterr().out == write_script(config, arguments, nodes=2, ranks_per_node=1)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(shutil.which("sbatch") is not None, reason="sbatch is installed")
+def test_without_sbatch_the_script_stays_for_a_login_node(
+    config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert run(["launch", str(tmp_path / "run.yaml"), "--on", "slurm", "--nproc-per-node", "1"]) == 3
+    assert "sbatch is not on this machine" in capsys.readouterr().err
+    assert (tmp_path / "run/launch/job.sbatch").exists()
+
+
+def test_the_cause_of_a_failure_is_kept_above_a_long_traceback(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs = {
+        "scontrol": "echo n1",
+        "sinfo": ":",
+        "srun": "echo starting; echo 'amfm: rank 1: no progress'; seq 200; echo 'srun: error: n1: task 1'; exit 3",
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n1")
+    allocation = Allocation(config, ["train"], ranks_per_node=2)
+    assert allocation.start(Attempt(0, 1, None)) == Outcome(3, "amfm: rank 1: no progress")
+
+
+def free_port() -> int:
+    with socket.create_server(("", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """munge, a controller and two nodes, all on this machine and of this test."""
+    folder = tmp_path / "slurm"
+    for name in ("state", "munge"):
+        (folder / name).mkdir(parents=True)
+    host, ports = socket.gethostname().partition(".")[0], [free_port() for _ in range(3)]
+    conf = folder / "slurm.conf"
+    conf.write_text(SLURM_CONF.format(folder=folder, host=host, port=ports[0], first=ports[1], second=ports[2]))
+    # slurm.conf writes the two ports of n[1-2] as a range of two, which the system rarely gives side by side.
+    conf.write_text(
+        conf.read_text().replace(
+            f"NodeName=n[1-2] NodeHostname={host} Port=[{ports[1]}-{ports[2]}]",
+            f"NodeName=n1 NodeHostname={host} Port={ports[1]} CPUs=2 State=UNKNOWN\n"
+            f"NodeName=n2 NodeHostname={host} Port={ports[2]}",
+        )
+    )
+    key = folder / "munge.key"
+    key.write_bytes(os.urandom(128))
+    key.chmod(0o600)
+    monkeypatch.setenv("SLURM_CONF", str(conf))
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    daemons = [
+        ["munged", "--foreground", "--force", f"--socket={folder}/munge.socket", f"--key-file={key}"]
+        + [f"--{name}-file={folder}/munge/{name}" for name in ("pid", "seed", "log")],
+        ["slurmctld", "-D"],
+        ["slurmd", "-D", "-N", "n1"],
+        ["slurmd", "-D", "-N", "n2"],
+    ]
+    processes = []
+    for daemon in daemons:
+        processes.append(subprocess.Popen(daemon, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+        time.sleep(1)
+    deadline = time.monotonic() + 30
+    while (ask("sinfo", "-h", "-t", "idle", "-o", "%D") or "0") != "2":
+        assert time.monotonic() < deadline, ask("sinfo")
+        time.sleep(0.5)
+    yield
+    ask("scancel", "--user=root")
+    time.sleep(1)
+    for process in reversed(processes):
+        process.terminate()
+        process.wait(timeout=30)
+
+
+def ask(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_SLURM, reason="needs root and Debian's slurm-wlm and munge")
+@pytest.mark.timeout(400)
+def test_a_job_saves_before_its_time_limit_is_queued_again_and_finishes(
+    cluster: None, config: RunConfig, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "launch", "launch", str(tmp_path / "run.yaml"), "--on", "slurm"]
+    command += ["--nodes", "2", "--nproc-per-node", "1"]
+    script = tmp_path / "script.sbatch"
+    script.write_text(subprocess.run([*command, "--dry-run"], capture_output=True, text=True, check=True).stdout)
+    assert subprocess.run(["sbatch", "--test-only", str(script)], check=False).returncode == 0
+
+    submitted = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    job = submitted.split()[-1]
+    assert submitted.startswith("Submitted batch job")
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run/metrics.jsonl").exists():
+        assert time.monotonic() < deadline, (tmp_path / f"run/logs/slurm-{job}.log").read_text()
+        time.sleep(0.2)
+    # What the controller does when the time limit comes near.
+    assert subprocess.run(["scancel", "--signal=USR1", job], check=False).returncode == 0
+    while "queued again" not in (log := (tmp_path / f"run/logs/slurm-{job}.log").read_text()):
+        assert time.monotonic() < deadline, log
+        time.sleep(0.2)
+    # Slurm holds a job back for a while after a requeue; the user needs not wait.
+    deadline = time.monotonic() + 240
+    while not read_run(tmp_path / "run").is_finished():
+        subprocess.run(["scontrol", "release", job], capture_output=True, check=False)
+        subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], capture_output=True, check=False)
+        assert time.monotonic() < deadline, (tmp_path / f"run/logs/slurm-{job}.log").read_text()
+        time.sleep(0.5)
+    assert "resumed from" in (tmp_path / f"run/logs/slurm-{job}.log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_SLURM, reason="needs root and Debian's slurm-wlm and munge")
+@pytest.mark.timeout(400)
+def test_the_doctor_runs_once_as_a_job_and_its_findings_are_in_the_log(
+    cluster: None, config: RunConfig, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "launch", "launch", str(tmp_path / "run.yaml"), "--on", "slurm"]
+    command += ["--nodes", "2", "--nproc-per-node", "1", "--doctor"]
+    job = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
+    log = tmp_path / f"run/logs/slurm-{job}.log"
+    deadline = time.monotonic() + 120
+    while ask("squeue", "-h", "-j", job, "-o", "%T"):
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.5)
+    assert "JobState=COMPLETED" in ask("scontrol", "show", "job", job), log.read_text()
+    text = log.read_text()
+    assert "shared storage" in text
+    assert "GB/s by each of 2 ranks" in text
+    assert "FAIL" not in text
+    assert not (tmp_path / "run/metrics.jsonl").exists()

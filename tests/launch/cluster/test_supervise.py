@@ -1,0 +1,89 @@
+"""When the supervisor starts again, on how many nodes, and when it stops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launch.cluster.supervise import Attempt, Outcome, fitting_nodes, supervise
+from pretrain.config import RunConfig
+from tests.pretrain.tiny_run import tiny_config, tiny_data
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    # 12 rows in micro-batches of 2: one, two, three and six ranks can share them.
+    return tiny_config(
+        tiny_data(tmp_path / "data"), tmp_path / "run", train__global_batch_size=12, launch__node_wait_seconds=3
+    )
+
+
+class Script:
+    """Attempts with given outcomes; each may leave a checkpoint of a step behind."""
+
+    def __init__(self, config: RunConfig, *outcomes: tuple[int, str, int | None]) -> None:
+        self.directory = Path(config.run.dir) / "checkpoints"
+        self.outcomes = list(outcomes)
+        self.attempts: list[Attempt] = []
+
+    def __call__(self, attempt: Attempt) -> Outcome:
+        self.attempts.append(attempt)
+        code, cause, saved_step = self.outcomes.pop(0)
+        if saved_step is not None:
+            folder = self.directory / f"step-{saved_step:08d}"
+            folder.mkdir(parents=True)
+            (folder / "manifest.json").write_text("{}")
+        return Outcome(code, cause)
+
+
+def run(config: RunConfig, script: Script, usable: Callable[[], int] = lambda: 3, nodes: int = 3) -> int:
+    return supervise(config, script, nodes=nodes, ranks_per_node=1, usable_nodes=usable)
+
+
+def test_a_failure_with_progress_is_started_again_with_its_cause(config: RunConfig) -> None:
+    script = Script(config, (3, "rank 1 was lost", 10), (0, "", 20))
+    assert run(config, script) == 0
+    assert [(attempt.nodes, attempt.cause) for attempt in script.attempts] == [(3, None), (3, "rank 1 was lost")]
+
+
+def test_refused_input_is_not_started_again(config: RunConfig) -> None:
+    script = Script(config, (2, "wrong tokenizer", None))
+    assert run(config, script) == 2
+    assert len(script.attempts) == 1
+
+
+def test_a_crash_loop_stops_with_its_first_cause(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    script = Script(config, (3, "an old trouble", 10), (3, "rank 0: out of memory", None), (3, "peer gone", None))
+    assert run(config, script) == 3
+    assert len(script.attempts) == 3
+    assert "came to no newer checkpoint; not starting again" in (errors := capsys.readouterr().err)
+    assert "failed because: rank 0: out of memory" in errors
+
+
+def test_restarts_are_counted(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    script = Script(config, *[(3, f"trouble {step}", step) for step in range(1, 6)])
+    assert run(config, script) == 3
+    assert len(script.attempts) == 1 + config.launch.max_restarts
+    assert "launch.max_restarts=3 are used up" in capsys.readouterr().err
+
+
+def test_a_lost_node_leaves_as_many_as_can_share_the_batch(config: RunConfig) -> None:
+    script = Script(config, (3, "node lost", 10), (0, "", 20))
+    assert run(config, script, usable=lambda: 5, nodes=6) == 0
+    assert [attempt.nodes for attempt in script.attempts] == [6, 3]
+
+
+def test_a_node_that_comes_back_in_time_is_waited_for(config: RunConfig) -> None:
+    script = Script(config, (3, "node lost", 10), (0, "", 20))
+    answers = [2, 3]
+    assert run(config, script, usable=lambda: answers.pop(0)) == 0
+    assert [attempt.nodes for attempt in script.attempts] == [3, 3]
+
+
+def test_too_few_nodes_is_an_error_with_both_numbers(config: RunConfig) -> None:
+    with pytest.raises(RuntimeError, match=r"0 node\(s\) can be used and launch.min_nodes=1; bring nodes back"):
+        fitting_nodes(config, 0, 1)
+    with pytest.raises(RuntimeError, match=r"no number of nodes from 1 to 1 fits the run.*train\.global_batch_size"):
+        fitting_nodes(config, 1, 5)

@@ -1,0 +1,37 @@
+"""Registered mixers in the planner: what is counted without memory is what a real pass keeps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from launch.plan.registered import COUNTED_TOKENS, id_of, registered_block
+from model.mixers.registry import mixer_specs
+from model.packing import PackMeta
+from tests.model.mixer_samples import mixer_config
+from tests.model.small_models import small_model
+
+
+@pytest.mark.parametrize("name", list(mixer_specs()))
+def test_kept_bytes_are_those_of_a_real_pass(name):
+    config = mixer_config(name, blocks=1)
+    mixer = small_model(config, dtype=torch.float32).blocks[0].mixer
+    x_BTD = torch.randn(1, COUNTED_TOKENS, config.hidden_size, requires_grad=True)
+    known = {id_of(tensor) for tensor in [x_BTD, *mixer.parameters(), *mixer.buffers()]}
+    kept = {}
+
+    def note(tensor):
+        if id_of(tensor) not in known:
+            kept[id_of(tensor)] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output = mixer(x_BTD, PackMeta.one_document_a_row(1, COUNTED_TOKENS))
+    measured = sum(storage.nbytes() for storage in kept.values())
+    del output
+    counted = registered_block(config, mixer_specs()[name].symbol, torch.float32, COUNTED_TOKENS)
+    # PyTorch pads what its attention keeps of each query.
+    assert counted.kept_bytes * COUNTED_TOKENS == pytest.approx(measured, rel=0.03)
+    assert sum(rows * columns for rows, columns in counted.matrices) == sum(
+        weight.numel() for weight in mixer.parameters() if weight.dim() > 1
+    )
