@@ -50,7 +50,7 @@ class CommandWithFields(TyperCommand):
 
 def print_fields() -> None:
     """Every setting with type, default and meaning, from the schema."""
-    from pretrain.config_fields import describe_fields
+    from pretrain.config.fields import describe_fields
 
     rows = [
         (row.key, row.type, "required" if row.default is None else row.default, row.meaning)

@@ -16,7 +16,7 @@ import typer
 from launch.commands import config, data, doctor, evaluate, export, launch, plan, study, train
 from launch.commands.bench import verbs as bench
 from launch.console import UNUSED_LIBRARIES, say
-from pretrain.exit_codes import BAD_INPUT, DONE, RUN_FAILED
+from pretrain.launcher_protocol import BAD_INPUT, DONE, RUN_FAILED
 
 RESUMABLE_VERBS = ("train", "prepare", "launch", "study")
 

@@ -99,7 +99,7 @@ def inspect_store(path: str, *, quick: bool = False) -> Inspection:
 
 def inspect_checkpoint(folder: Path) -> Inspection:
     """A checkpoint: its manifest, the SHA-256 of every file, and no NaN in any tensor."""
-    from pretrain.checkpoint_read import inspect_checkpoint as inspect
+    from pretrain.checkpoint.inspect import inspect_checkpoint as inspect
 
     found = inspect(folder)
     facts = {name: value for name, value in found.items() if name not in ("kind", "path", "ok", "problems")}
@@ -108,8 +108,8 @@ def inspect_checkpoint(folder: Path) -> Inspection:
 
 def mark_checkpoint(folder: Path, keep: bool) -> None:
     """Mark a checkpoint that verifies, or take its mark away; ValueError for anything else."""
-    from pretrain.checkpoint_commit import mark, release
-    from pretrain.checkpoint_files import verify_checkpoint
+    from pretrain.checkpoint.commit import mark, release
+    from pretrain.checkpoint.files import verify_checkpoint
 
     manifest, problems = verify_checkpoint(folder)
     if manifest is None or (keep and problems):
@@ -119,10 +119,10 @@ def mark_checkpoint(folder: Path, keep: bool) -> None:
 
 def inspect_run(folder: Path) -> Inspection:
     """A run directory: every checkpoint in it, verified, and how far the metrics reach."""
-    from pretrain.checkpoint_commit import list_checkpoints
-    from pretrain.checkpoint_files import verify_checkpoint
-    from pretrain.config_file import flatten, load_config
-    from pretrain.report_data import read_json_lines
+    from pretrain.checkpoint.commit import list_checkpoints
+    from pretrain.checkpoint.files import verify_checkpoint
+    from pretrain.config.file import flatten, load_config
+    from pretrain.report.data import read_json_lines
     from pretrain.stages import total_steps
 
     problems, steps = [], []
@@ -145,8 +145,8 @@ def inspect_run(folder: Path) -> Inspection:
 
 def inspect_weights(folder: Path) -> Inspection:
     """What `amfm import` wrote: the SHA-256 of every file, and every tensor against the configuration."""
-    from pretrain.config_file import flatten
-    from pretrain.weights import read_weights
+    from pretrain.config.file import flatten
+    from pretrain.inference.weights import read_weights
 
     description = json.loads((folder / "weights.json").read_text(encoding="utf-8"))
     facts = {"origin": description.get("origin")}
@@ -214,8 +214,8 @@ def compare_index(index: Path, tensors: dict[str, str]) -> Iterator[str]:
 
 def compare_checkpoints(first: Path, second: Path) -> dict[str, Any]:
     """Where two checkpoints without problems differ: numbers, settings, state, layout."""
-    from pretrain.checkpoint_files import read_manifest
-    from pretrain.checkpoint_read import compare_checkpoints as compare
+    from pretrain.checkpoint.files import read_manifest
+    from pretrain.checkpoint.inspect import compare_checkpoints as compare
 
     return compare((first, second), [read_manifest(folder) for folder in (first, second)])
 

@@ -22,8 +22,8 @@ from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-define
 from torch.distributed.rendezvous import rendezvous
 
 from model.groups import AXES, ProcessGroupCollection
-from pretrain.config import ParallelConfig
-from pretrain.rank_variables import LAUNCHER_PID
+from pretrain.config.schema import ParallelConfig
+from pretrain.launcher_protocol import LAUNCHER_PID
 
 DATA_PARALLEL = ParallelConfig()
 
@@ -184,7 +184,7 @@ def initialize_parallel(
 ) -> Parallel:
     """Join the other ranks, build the groups of a layout with Megatron-core, and set threads. Every rank must call this.
 
-    The layout must have passed `pretrain.checks.layout_problems`. A later call in the same process (tests) replaces the
+    The layout must have passed `pretrain.checks.parallel.layout_problems`. A later call in the same process (tests) replaces the
     groups of the one before, which works no more, unless the layout is the same.
     """
     rank, world_size, local_rank, local_world_size = start_process_group(timeout_seconds)

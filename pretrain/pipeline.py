@@ -17,7 +17,7 @@ from torch.distributed import pipelining
 
 from model.hybrid import HybridModel, ModelOutput, Stream
 from model.stages import Piece
-from pretrain.config import ParallelConfig
+from pretrain.config.schema import ParallelConfig
 from pretrain.micro_batch import MicroBatch
 from pretrain.parallel import Parallel
 

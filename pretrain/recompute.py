@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from model.pattern import parse_letters, parse_pattern
-from pretrain.config import RunConfig
-from pretrain.config_errors import Problem
+from pretrain.config.errors import Problem
+from pretrain.config.schema import RunConfig
 
 
 def recomputed_letters(config: RunConfig) -> frozenset[str]:

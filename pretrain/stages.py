@@ -13,7 +13,7 @@ from itertools import pairwise
 
 from data_pipeline.config import DataConfig, PhaseConfig
 from model.config import ModelConfig, RopeConfig
-from pretrain.config import BatchRampConfig, RunConfig, ScheduleConfig, StageConfig
+from pretrain.config.schema import BatchRampConfig, RunConfig, ScheduleConfig, StageConfig
 from pretrain.schedule import learning_rate
 
 

@@ -15,8 +15,8 @@ from model.config import ModelConfig
 from model.expert_balance import auxiliary_names
 from model.hybrid import ModelOutput
 from model.pattern import mixer_name, parse_pattern
-from pretrain.health import Trouble, describe_skip, judge_loss, remember_loss
 from pretrain.micro_batch import LossShare, move_batch
+from pretrain.monitor.anomalies import Trouble, describe_skip, judge_loss, remember_loss
 from pretrain.parallel import Parallel
 from pretrain.run import Run
 

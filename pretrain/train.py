@@ -8,15 +8,17 @@ from typing import Any
 
 from data_pipeline.loader import SourceUse
 from model.flops import flops_per_token
-from pretrain.config import RunConfig
-from pretrain.evaluate import validate
-from pretrain.exit_codes import DONE, RUN_FAILED
-from pretrain.health import Trouble, is_hopeless
-from pretrain.heartbeat import describe_lost
-from pretrain.run import Run, close_run, enter_stage, finish_saving, return_weights, save, start_run
-from pretrain.signals import SignalWatch, signal_name
+from pretrain.config.schema import RunConfig
+from pretrain.launcher_protocol import DONE, RUN_FAILED
+from pretrain.monitor.anomalies import Trouble, is_hopeless
+from pretrain.monitor.heartbeat import describe_lost
+from pretrain.monitor.signals import SignalWatch, signal_name
+from pretrain.monitor.stragglers import STRAGGLER_STEPS
+from pretrain.run import Run, enter_stage
+from pretrain.saving import finish_saving, return_weights, save
+from pretrain.start import close_run, start_run
 from pretrain.step import StepResult, train_step
-from pretrain.stragglers import STRAGGLER_STEPS
+from pretrain.validate import validate
 
 
 def train(config: RunConfig) -> int:

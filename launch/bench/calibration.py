@@ -31,8 +31,8 @@ from launch.plan.time import estimate_step
 from model.config import FeedForwardConfig, ModelConfig
 from model.hybrid import HybridModel
 from model.packing import PackMeta
-from pretrain.config import RunConfig
-from pretrain.engine import Precision, build_engine
+from pretrain.config.schema import RunConfig
+from pretrain.engine.engine import Precision, build_engine
 from pretrain.parallel import Parallel, initialize_parallel
 
 FITTED = ("product_efficiency", "grouped_efficiency", "attention_efficiency", "memory_efficiency")

@@ -24,11 +24,11 @@ from launch.bench.hardware import describe_hardware
 from launch.bench.step import OPTIMIZER, granite_shape
 from model.hybrid import HybridModel
 from model.packing import PackMeta
-from pretrain.checkpoint import save_checkpoint
-from pretrain.checkpoint_background import BackgroundSaver
-from pretrain.checkpoint_fragments import collect_fragments
-from pretrain.config import RunConfig
-from pretrain.engine import ZeroEngine, build_engine
+from pretrain.checkpoint.background import BackgroundSaver
+from pretrain.checkpoint.fragments import collect_fragments
+from pretrain.checkpoint.save import save_checkpoint
+from pretrain.config.schema import RunConfig
+from pretrain.engine.engine import ZeroEngine, build_engine
 from pretrain.parallel import initialize_parallel
 
 ROWS, TOKENS = 1, 512

@@ -16,13 +16,13 @@ from launch.bench.count_collectives import CommunicationCounter, Traffic, sum_tr
 from launch.plan.context_traffic import compare_context
 from launch.plan.traffic import check_countable, expected_bytes
 from model.hybrid import ModelOutput
-from pretrain.checks import load_checked
-from pretrain.config import RunConfig
-from pretrain.engine import ZeroEngine, build_engine
+from pretrain.checks.check_run import load_checked
+from pretrain.config.schema import RunConfig
+from pretrain.engine.engine import ZeroEngine, build_engine
 from pretrain.micro_batch import LossShare, move_batch
 from pretrain.parallel import Parallel, initialize_parallel, set_determinism
 from pretrain.pipeline import Pipeline
-from pretrain.run import build_model, build_pipeline
+from pretrain.start import build_model, build_pipeline
 from pretrain.step import count_valid_tokens, empty_sums
 
 # Every core kind of block, small enough for a moment on a laptop, and with sizes that up to eight ranks divide.

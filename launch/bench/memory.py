@@ -21,11 +21,11 @@ from launch.bench.communication import take_step
 from launch.bench.hardware import processor_name
 from launch.plan.layout import Layout
 from launch.plan.memory import estimate_memory, storage_of
-from pretrain.config import RunConfig
-from pretrain.engine import ZeroEngine, build_engine
+from pretrain.config.schema import RunConfig
+from pretrain.engine.engine import ZeroEngine, build_engine
 from pretrain.parallel import Parallel, initialize_parallel, set_determinism
 from pretrain.pipeline import Pipeline
-from pretrain.run import build_model, build_pipeline
+from pretrain.start import build_model, build_pipeline
 
 STEPS = 2  # the first allocates moments, the second has them during its passes
 STATUS, PEAK_RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")

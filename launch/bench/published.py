@@ -15,7 +15,7 @@ from launch.plan.hardware import HARDWARE
 from launch.plan.layout import Layout
 from launch.plan.plan import Assumptions, estimate
 from model.flops import flops_per_token
-from pretrain.checks import load_checked
+from pretrain.checks.check_run import load_checked
 
 TOKENS_A_ROW = 4096
 GIGA, TERA = 1e9, 1e12

@@ -20,7 +20,7 @@ from launch.bench.freed_memory import CARD, KEPT, RETURNED, choose_treatments
 from launch.bench.hardware import describe_hardware
 from launch.bench.process import Child
 from model.config import AttentionConfig, Mamba2Config, ModelConfig, MoeConfig
-from pretrain.config import OptimizerConfig
+from pretrain.config.schema import OptimizerConfig
 
 ROWS, TOKENS = 4, 512
 OPTIMIZER = OptimizerConfig(learning_rate=1e-4)

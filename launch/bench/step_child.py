@@ -28,8 +28,8 @@ from model.huggingface_config import TokenIds, huggingface_config
 from model.huggingface_weights import weight_map
 from model.hybrid import HybridModel
 from model.packing import PackMeta
-from pretrain.engine import Precision, build_engine
-from pretrain.optimizer import build_adamw
+from pretrain.engine.engine import Precision, build_engine
+from pretrain.engine.optimizer import build_adamw
 from pretrain.parallel import Parallel, initialize_parallel
 
 

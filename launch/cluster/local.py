@@ -13,8 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import IO
 
-from pretrain.exit_codes import DONE, RUN_FAILED
-from pretrain.rank_variables import LAUNCHER_PID
+from pretrain.launcher_protocol import DONE, LAUNCHER_PID, RUN_FAILED
 
 GRACE_SECONDS = 30.0  # what the other ranks get to end by themselves after one failed
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1)

@@ -19,8 +19,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from launch.cluster.local import forward_signals
 from launch.cluster.supervise import Attempt, Outcome
-from pretrain.exit_codes import BAD_INPUT, DONE, RUN_FAILED
-from pretrain.rank_variables import LAUNCHER_PID, RESTART_CAUSE
+from pretrain.launcher_protocol import BAD_INPUT, DONE, LAUNCHER_PID, RESTART_CAUSE, RUN_FAILED
 
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 30.0

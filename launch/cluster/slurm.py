@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.cluster.supervise import Attempt, Outcome
-from pretrain.config import RunConfig
-from pretrain.exit_codes import BAD_INPUT, DONE, RUN_FAILED
-from pretrain.rank_variables import RESTART_CAUSE
+from pretrain.config.schema import RunConfig
+from pretrain.launcher_protocol import BAD_INPUT, DONE, RESTART_CAUSE, RUN_FAILED
 
 FIRST_PORT, NUM_PORTS = 20_000, 12_000
 # Each task takes its number as a rank from the variables that Slurm sets for it.

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.console import say
-from pretrain.checks import check_run
-from pretrain.config import RunConfig
-from pretrain.config_errors import ConfigError
-from pretrain.exit_codes import BAD_INPUT, DONE, RUN_FAILED
+from pretrain.checks.check_run import check_run
+from pretrain.config.errors import ConfigError
+from pretrain.config.schema import RunConfig
+from pretrain.launcher_protocol import BAD_INPUT, DONE, RUN_FAILED
 
 POLL_SECONDS = 1.0
 STUCK_ATTEMPTS = 2  # failures without a newer checkpoint between them: a third would fail like them
@@ -93,7 +93,7 @@ def start_once(start: Callable[[Attempt], Outcome], nodes: int) -> int:
 
 def newest_step(config: RunConfig) -> int:
     """Step of the newest complete checkpoint by name, -1 without one."""
-    from pretrain.checkpoint_commit import list_checkpoints
+    from pretrain.checkpoint.commit import list_checkpoints
 
     directory = Path(config.run.dir) / "checkpoints"
     return max((int(path.name.split("-")[1].split(".")[0]) for path in list_checkpoints(directory)), default=-1)

@@ -17,8 +17,7 @@ from pathlib import Path
 
 from launch.cluster.local import forward_signals
 from launch.cluster.supervise import Attempt, Outcome
-from pretrain.exit_codes import BAD_INPUT, DONE, RUN_FAILED
-from pretrain.rank_variables import RESTART_CAUSE
+from pretrain.launcher_protocol import BAD_INPUT, DONE, RESTART_CAUSE, RUN_FAILED
 
 GRACE_SECONDS = 10.0  # for the other hosts to end by themselves after one failed
 TORCHRUN_STOP_SECONDS = 45.0  # torchrun gives its ranks 30 s after a signal, then kills them

@@ -31,8 +31,8 @@ def config(
         return
     if path is None:
         raise ValueError("no CONFIG.yaml given; name a file, or ask for --schema, --fields or --reference")
-    from pretrain.checks import load_checked
-    from pretrain.config_file import diff_configs, load_config, resolved_yaml
+    from pretrain.checks.check_run import load_checked
+    from pretrain.config.file import diff_configs, load_config, resolved_yaml
 
     resolved = load_checked(path, overrides or [], world_size=ranks)
     if diff is not None:
@@ -51,8 +51,8 @@ def config(
 
 def print_about_schema(*, schema: bool, reference: bool, as_json: bool) -> None:
     """The schema itself in one of its forms."""
-    from pretrain.config_fields import describe_fields, reference_page
-    from pretrain.config_file import config_schema
+    from pretrain.config.fields import describe_fields, reference_page
+    from pretrain.config.file import config_schema
 
     if schema:
         print_json(config_schema())

@@ -11,7 +11,7 @@ import typer
 from launch.arguments import ConfigArgument, JsonOption, OverridesArgument
 from launch.commands.synthetic import show_probe_row
 from launch.console import print_json, print_pairs, print_rows, say, show_progress
-from pretrain.exit_codes import BAD_INPUT
+from pretrain.launcher_protocol import BAD_INPUT
 
 if TYPE_CHECKING:
     from data_pipeline.prepare import Progress
@@ -63,7 +63,7 @@ def prepare(
 ) -> None:
     """Train or load the tokenizer and turn all sources into the token store; does only what is missing."""
     from data_pipeline.prepare import prepare as prepare_store
-    from pretrain.checks import load_checked
+    from pretrain.checks.check_run import load_checked
 
     config = load_checked(path, overrides or [])
     if config.data.probe is not None:
@@ -178,7 +178,7 @@ def print_differences(diff: Path, other: Inspection, path: Path, found: Inspecti
 def show_sample(path: str, sample: int, config_path: Path | None, *, as_json: bool) -> None:
     """Decode the row of a global sample: a pure function of the configuration and the store."""
     from data_pipeline.verify import sample_text
-    from pretrain.config_file import load_config
+    from pretrain.config.file import load_config
     from pretrain.stages import data_of_stages, resolve_stages, stage_of, step_of_sample
 
     place = config_path or Path(path) / "config.yaml"

@@ -12,7 +12,7 @@ import typer
 
 from launch.arguments import JsonOption
 from launch.console import print_json, print_rows, say
-from pretrain.exit_codes import BAD_INPUT, DONE, RUN_FAILED
+from pretrain.launcher_protocol import BAD_INPUT, DONE, RUN_FAILED
 
 if TYPE_CHECKING:
     from launch.doctor.machine import Finding

@@ -63,7 +63,7 @@ def evaluate(
             as_json=as_json,
         )
         return
-    from pretrain.evaluate_checkpoint import evaluate_checkpoint
+    from pretrain.inference.evaluate import evaluate_checkpoint
 
     with show_progress("evaluate", every_seconds=5.0) as show:
         found = evaluate_checkpoint(
@@ -110,8 +110,8 @@ def generate(
     as_json: JsonOption = False,
 ) -> None:
     """Continue a text, carrying the recurrent state: a token costs the same however long the text is."""
-    from pretrain.generate import Sampling
-    from pretrain.generate import generate as generate_text
+    from pretrain.inference.generate import Sampling
+    from pretrain.inference.generate import generate as generate_text
 
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     pieces = generate_text(

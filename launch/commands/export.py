@@ -36,7 +36,7 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """Write a transformers checkpoint, then prove in a fresh process that it gives the same logits."""
-    from pretrain.export import export_checkpoint
+    from pretrain.export.export import export_checkpoint
 
     if file_format != "huggingface" and (target is not None or not verify):
         raise ValueError(f"--target and --no-verify are about transformers; leave them out with {file_format}")
@@ -75,7 +75,7 @@ def export(
 
 def export_for_deepspeed(checkpoint: Path, out: Path, *, as_json: bool) -> None:
     """Write what `load_checkpoint` of DeepSpeed reads with `load_universal`, and say what it is."""
-    from pretrain.export_universal import export_universal
+    from pretrain.export.universal import export_universal
 
     report = export_universal(checkpoint, out)
     if as_json:
@@ -132,7 +132,7 @@ def import_(
         return
     if pattern is not None or special:
         raise ValueError(f"--pattern and --special are for a .tiktoken file, and {source} is none; leave them out")
-    from pretrain.import_huggingface import import_huggingface
+    from pretrain.export.import_huggingface import import_huggingface
 
     report = import_huggingface(source, out)
     if as_json:

@@ -12,13 +12,13 @@ import typer
 
 from launch.arguments import ConfigArgument, OverridesArgument
 from launch.console import say
-from pretrain.exit_codes import DONE
+from pretrain.launcher_protocol import DONE
 
 if TYPE_CHECKING:
     from launch.cluster.ray import RayCluster
     from launch.cluster.slurm import Allocation
     from launch.cluster.torchrun import RemoteHosts
-    from pretrain.config import RunConfig
+    from pretrain.config.schema import RunConfig
 
 DEFAULT_PORT = 29500
 
@@ -61,7 +61,7 @@ def launch(
     ] = None,
 ) -> None:
     """Start a run on many nodes and keep it alive: restarts from the newest checkpoint, on fewer nodes if it must."""
-    from pretrain.checks import load_checked
+    from pretrain.checks.check_run import load_checked
 
     ranks = nproc_per_node or count_gpus() or 1
     config = load_checked(path, overrides or [], world_size=nodes * ranks)
@@ -181,7 +181,7 @@ def launch_slurm(
 ) -> int:
     """Submit a batch script, or inside an allocation start the ranks with srun."""
     from launch.cluster.slurm import Allocation, is_inside_allocation, submit, write_script
-    from pretrain.report_data import read_run
+    from pretrain.report.data import read_run
 
     again = ["launch", str(path), *overrides, "--on", "slurm", "--nodes", str(nodes), "--nproc-per-node", str(ranks)]
     again += ["--doctor"] if work.max_restarts is None else []

@@ -46,7 +46,7 @@ def plan(
     from launch.plan.hardware import load_hardware
     from launch.plan.picture import check_picture, draw_plan
     from launch.plan.plan import Assumptions, make_plan, plan_as_dict
-    from pretrain.checks import load_checked
+    from pretrain.checks.check_run import load_checked
 
     hardware = load_hardware(gpu)
     if picture is not None:

@@ -12,7 +12,7 @@ import typer
 
 from launch.arguments import JsonOption, OverridesArgument
 from launch.console import print_json, print_rows, say
-from pretrain.exit_codes import DONE, RUN_FAILED
+from pretrain.launcher_protocol import DONE, RUN_FAILED
 
 if TYPE_CHECKING:
     from launch.study.grid import Cell

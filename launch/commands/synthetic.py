@@ -26,7 +26,7 @@ def evaluate_on_probe(
     as_json: bool,
 ) -> None:
     """Measure and print the share of right answers."""
-    from pretrain.evaluate_probe import DEFAULT_ROWS, evaluate_probe
+    from pretrain.inference.evaluate_probe import DEFAULT_ROWS, evaluate_probe
 
     with show_progress("evaluate", every_seconds=5.0) as show:
         found = evaluate_probe(

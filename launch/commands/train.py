@@ -20,7 +20,7 @@ def train(
     as_json: JsonOption = False,
 ) -> None:
     """Train, resuming by itself from run.dir; SIGTERM, SIGUSR1 and train.stop_after_steps save and end with code 0."""
-    from pretrain.checks import load_checked
+    from pretrain.checks.check_run import load_checked
 
     # Under torchrun or --nproc this process is one rank of several.
     world_size = nproc if nproc > 1 else int(os.environ.get("WORLD_SIZE", "1"))
@@ -40,7 +40,7 @@ def train(
 
 def summarize(run_dir: str) -> dict[str, Any]:
     """How far a run is, for scripts."""
-    from pretrain.report_data import read_run
+    from pretrain.report.data import read_run
 
     record = read_run(run_dir)
     return {
@@ -59,7 +59,7 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """Write RUN_DIR/report.html: one self-contained page with curves, expert load, events and configuration."""
-    from pretrain.report import write_report
+    from pretrain.report.report import write_report
 
     page = write_report(run_dir)
     if as_json:

@@ -9,7 +9,7 @@ from launch.plan.context_traffic import handed_states
 from launch.plan.hardware import Hardware
 from launch.plan.layout import Held, Layout
 from launch.plan.registered import is_registered, registered_block
-from pretrain.config import RunConfig
+from pretrain.config.schema import RunConfig
 
 
 def ring_seconds(moved: float, ranks: int, hardware: Hardware, *, calls: float, stride: int = 1) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from model.config import Mamba2Config
-from pretrain.config import RunConfig
+from pretrain.config.schema import RunConfig
 
 STATE_BYTES = 4
 

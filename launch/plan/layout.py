@@ -11,7 +11,7 @@ from model.config import ModelConfig
 from model.flops import count_parameters
 from model.pattern import block_kind, parse_pattern
 from model.stages import cut_pieces, pieces_of_rank
-from pretrain.config import RunConfig
+from pretrain.config.schema import RunConfig
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 from launch.plan.hardware import GIB
 from launch.plan.plan import Assumptions, Plan, estimate
 from launch.plan.search import ZERO_STAGES, is_allowed, with_layout
-from pretrain.checks_stages import run_of_stage
+from pretrain.checks.stages import run_of_stage
 
 FORMATS = (".png", ".svg", ".pdf")
 

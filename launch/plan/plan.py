@@ -12,8 +12,8 @@ from launch.plan.memory import Memory, estimate_memory, lasting_bytes, storage_o
 from launch.plan.search import all_layouts, is_allowed, near_layouts, with_layout
 from launch.plan.time import StepTime, estimate_step
 from model.flops import Counts, count_parameters, flops_per_token
-from pretrain.checks_stages import run_of_stage
-from pretrain.config import RunConfig
+from pretrain.checks.stages import run_of_stage
+from pretrain.config.schema import RunConfig
 from pretrain.stages import RunStage, resolve_stages
 
 SECONDS_A_DAY = 86_400

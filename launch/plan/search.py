@@ -7,10 +7,9 @@ from dataclasses import replace
 from itertools import product
 
 from launch.plan.layout import Layout
-from pretrain.checks import batch_problems
-from pretrain.checks_parallel import layout_problems, world_problems
-from pretrain.checks_pipeline import micro_batch_problems, pipeline_problems
-from pretrain.config import ParallelConfig, RunConfig
+from pretrain.checks.check_run import batch_problems
+from pretrain.checks.parallel import layout_problems, micro_batch_problems, pipeline_problems, world_problems
+from pretrain.config.schema import ParallelConfig, RunConfig
 
 ZERO_STAGES = (0, 1, 2, 3)
 MICRO_BATCH_SIZES = (1, 2, 4, 8)

@@ -21,7 +21,7 @@ from launch.plan.memory import BUCKET_ELEMENTS
 from launch.plan.registered import is_registered, registered_block
 from model.config import ModelConfig
 from model.pattern import block_kind
-from pretrain.config import RunConfig
+from pretrain.config.schema import RunConfig
 from pretrain.recompute import recomputed_letters
 
 

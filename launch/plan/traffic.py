@@ -19,8 +19,8 @@ from model.hybrid import HybridModel
 from model.layers import parameter_shards
 from model.pattern import parse_pattern
 from model.stages import cut_pieces, pieces_of_rank
-from pretrain.config import RunConfig
-from pretrain.optimizer import decays
+from pretrain.config.schema import RunConfig
+from pretrain.engine.optimizer import decays
 
 Key = tuple[str, str, str]
 FLOAT32, INT64 = 4, 8

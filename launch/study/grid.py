@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from launch.study.study import MixerConfig, Study, StudyConfig, TaskConfig
 from model.mixers.registry import describe_symbol, find_spec
 from model.pattern import mixer_name, parse_pattern
-from pretrain.checks import load_checked
-from pretrain.config import RunConfig
-from pretrain.config_errors import ConfigError, Problem
+from pretrain.checks.check_run import load_checked
+from pretrain.config.errors import ConfigError, Problem
+from pretrain.config.schema import RunConfig
 
 ATTENTION = "*"
 CHANNEL_MIXERS = ("-", "E")

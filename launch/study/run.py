@@ -17,8 +17,8 @@ from ray.exceptions import RayError
 from launch.cluster.local import forward_signals
 from launch.cluster.ray import RankHost, first_line, last_words
 from launch.study.grid import Cell
-from pretrain.config_file import resolved_yaml
-from pretrain.exit_codes import DONE, RUN_FAILED
+from pretrain.config.file import resolved_yaml
+from pretrain.launcher_protocol import DONE, RUN_FAILED
 
 POLL_SECONDS = 0.5
 OBJECT_STORE_BYTES = 80 * 2**20  # Ray's smallest: nothing but paths and exit codes goes through it

@@ -18,7 +18,7 @@ from rich.table import Table
 from launch.study.grid import Cell
 from launch.study.run import CellEnd
 from launch.study.table import CellResult, measure_of
-from pretrain.live import format_duration
+from pretrain.monitor.display import format_duration
 from pretrain.stages import total_steps
 
 State = Literal["running", "failed", "waiting", "stopped", "done"]

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from pydantic import Field
 
-from pretrain.config import Section
-from pretrain.config_errors import Origin
-from pretrain.config_file import read_schema
+from pretrain.config.errors import Origin
+from pretrain.config.file import read_schema
+from pretrain.config.schema import Section
 
 
 class TaskConfig(Section):

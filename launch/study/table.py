@@ -13,9 +13,9 @@ import torch
 from launch.study.grid import NO_ATTENTION, ONLY_ATTENTION, Cell
 from model.flops import count_parameters
 from model.state_size import state_bytes
-from pretrain.config import RunConfig
-from pretrain.config_file import diff_configs
-from pretrain.report_data import read_run
+from pretrain.config.file import diff_configs
+from pretrain.config.schema import RunConfig
+from pretrain.report.data import read_run
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pretrain.run import close_run, start_run
-from pretrain.signals import SignalWatch
+from pretrain.monitor.signals import SignalWatch
+from pretrain.start import close_run, start_run
 from pretrain.step import train_step
 from tests.pretrain.tiny_run import tiny_config, tiny_data
 

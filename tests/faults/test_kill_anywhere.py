@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from data_pipeline.config import DataConfig
-from pretrain.checkpoint_read import diff_checkpoints
+from pretrain.checkpoint.inspect import diff_checkpoints
 from tests.faults.attempt import Attempt
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.tiny_run import read_events, tiny_data

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch.multiprocessing
 
-from pretrain.engine import ZeroEngine
+from pretrain.engine.engine import ZeroEngine
 from pretrain.parallel import initialize_parallel
 from tests.helpers.spawn import run_ranks
-from tests.pretrain.checkpoint_toys import digest_state, load, make_engine, run_steps, save
+from tests.pretrain.checkpoint.toys import digest_state, load, make_engine, run_steps, save
 
 # Everything that the protocol asks of the disk, and through which a kill may fall.
 OPERATIONS = ("mkdir", "fsync", "rename", "unlink", "rmdir")

@@ -19,10 +19,10 @@ from data_pipeline.store import TokenStore
 from data_pipeline.tokenizer import load_tokenizer, read_tokenizer_file
 from launch.cli import app, describe, exit_code, run
 from launch.commands.data import describe_progress
-from pretrain.config_file import load_config
+from pretrain.config.file import load_config
 from tests.helpers.tiny_store import make_tiny_store
-from tests.pretrain.test_config import BASE
-from tests.pretrain.test_report import line, make_run
+from tests.pretrain.config.test_config import BASE
+from tests.pretrain.report.test_report import line, make_run
 
 VERBS = [command.name or command.callback.__name__ for command in app.registered_commands]
 
@@ -149,7 +149,7 @@ def test_a_run_that_failed_says_how_to_go_on(monkeypatch, base, capsys):
     def failing(*arguments: object, **options: object) -> None:
         raise RuntimeError("rank 1 died")
 
-    monkeypatch.setattr("pretrain.checks.load_checked", failing)
+    monkeypatch.setattr("pretrain.checks.check_run.load_checked", failing)
     assert run(["train", str(base)]) == 3
     assert capsys.readouterr().err.splitlines() == [
         "amfm: rank 1 died",
@@ -162,7 +162,7 @@ def test_a_bug_keeps_its_traceback(kind, monkeypatch, base):
     def broken(*arguments: object, **options: object) -> None:
         raise kind("bug")
 
-    monkeypatch.setattr("pretrain.checks.load_checked", broken)
+    monkeypatch.setattr("pretrain.checks.check_run.load_checked", broken)
     with pytest.raises(kind, match="bug"):
         run(["config", str(base)])
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from launch.cli import run
-from pretrain.engine import ZeroEngine
+from pretrain.engine.engine import ZeroEngine
 from pretrain.parallel import initialize_parallel
-from tests.pretrain.checkpoint_toys import make_engine, save
+from tests.pretrain.checkpoint.toys import make_engine, save
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from model.groups import single_rank_groups
 from model.hybrid import HybridModel
 from model.layers import parameter_shards
 from model.packing import PackMeta
-from pretrain.config import ParallelConfig
+from pretrain.config.schema import ParallelConfig
 from pretrain.parallel import initialize_parallel
 from tests.helpers.spawn import run_ranks
 from tests.model.small_models import StandInGroup, cut_batch, loss_of, meta_of, packed_batch, small_config

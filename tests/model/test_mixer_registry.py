@@ -90,7 +90,7 @@ def test_a_package_registers_its_mixer_by_entry_point(tmp_path):
     assert (
         "model.mixers.halving.share"
         in run_python(
-            "from pretrain.config_fields import describe_fields\nprint([row.key for row in describe_fields()])",
+            "from pretrain.config.fields import describe_fields\nprint([row.key for row in describe_fields()])",
             os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(__file__).parents[2]}"},
         ).stdout
     )

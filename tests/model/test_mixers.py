@@ -15,8 +15,8 @@ from model.layers import parameter_shards
 from model.mixers.registry import mixer_specs
 from model.packing import PackMeta
 from model.state_size import state_bytes
-from pretrain.config import ParallelConfig
-from pretrain.grads import find_partial_gradients, sum_partial_gradients
+from pretrain.config.schema import ParallelConfig
+from pretrain.engine.gradients import find_partial_gradients, sum_partial_gradients
 from pretrain.parallel import initialize_parallel
 from tests.helpers.numbers import assert_bitwise, assert_near
 from tests.helpers.shards import join_parts

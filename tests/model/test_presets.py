@@ -11,7 +11,7 @@ from model.groups import single_rank_groups
 from model.huggingface_config import TokenIds, huggingface_config, model_config_from_huggingface
 from model.hybrid import HybridModel
 from model.pattern import parse_pattern
-from pretrain.checks import load_checked
+from pretrain.checks.check_run import load_checked
 from pretrain.stages import resolve_stages
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -9,8 +9,8 @@ from model.flops import flops_per_token
 from model.groups import single_rank_groups
 from model.hybrid import HybridModel
 from model.stages import Piece, balanced_edges, cut_pieces, piece_costs, pieces_of_rank
-from pretrain.config import ParallelConfig
-from pretrain.grads import find_partial_gradients, sum_partial_gradients
+from pretrain.config.schema import ParallelConfig
+from pretrain.engine.gradients import find_partial_gradients, sum_partial_gradients
 from pretrain.parallel import initialize_parallel
 from tests.helpers.numbers import assert_near, relative_rms
 from tests.helpers.spawn import run_ranks

@@ -13,8 +13,8 @@ from model.groups import ProcessGroupCollection, single_rank_groups
 from model.hybrid import HybridModel
 from model.layers import parameter_shards
 from model.packing import PackMeta
-from pretrain.config import ParallelConfig
-from pretrain.grads import find_partial_gradients, sum_partial_gradients
+from pretrain.config.schema import ParallelConfig
+from pretrain.engine.gradients import find_partial_gradients, sum_partial_gradients
 from pretrain.parallel import initialize_parallel
 from tests.helpers.shards import join_parts
 from tests.helpers.spawn import run_ranks

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from data_pipeline.config import DataConfig
 from model.layers import parameter_shards
-from pretrain.config import RunConfig
-from pretrain.run import Run, close_run, start_run
-from pretrain.signals import SignalWatch
+from pretrain.config.schema import RunConfig
+from pretrain.monitor.signals import SignalWatch
+from pretrain.run import Run
+from pretrain.start import close_run, start_run
 from pretrain.step import train_step
 from tests.helpers.shards import join_parts
 from tests.helpers.spawn import run_ranks

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from data_pipeline.config import DataConfig
-from pretrain.checkpoint import save_checkpoint
-from pretrain.checkpoint_read import diff_checkpoints
-from pretrain.run import close_run, start_run
-from pretrain.signals import SignalWatch
+from pretrain.checkpoint.inspect import diff_checkpoints
+from pretrain.checkpoint.save import save_checkpoint
+from pretrain.monitor.signals import SignalWatch
+from pretrain.start import close_run, start_run
 from pretrain.train import run_steps
 from tests.helpers.spawn import run_ranks
 from tests.parallel.layouts import Layout, layout_config

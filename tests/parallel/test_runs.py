@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from data_pipeline.config import DataConfig
-from pretrain.config import RunConfig
-from pretrain.run import close_run, start_run
-from pretrain.signals import SignalWatch
+from pretrain.config.schema import RunConfig
+from pretrain.monitor.signals import SignalWatch
+from pretrain.start import close_run, start_run
 from pretrain.step import StepResult, train_step
 from tests.helpers.spawn import run_ranks
 from tests.parallel.layouts import Layout, gather_weights, layout_config, outcomes_of

@@ -9,12 +9,12 @@ import torch
 
 from data_pipeline.config import DataConfig
 from model.hybrid import HybridModel
-from pretrain.checkpoint_read import inspect_checkpoint
-from pretrain.evaluate_checkpoint import evaluate_checkpoint
-from pretrain.export import LOGIT_TOLERANCE, export_checkpoint
-from pretrain.generate import Sampling, generate
+from pretrain.checkpoint.inspect import inspect_checkpoint
+from pretrain.export.export import LOGIT_TOLERANCE, export_checkpoint
+from pretrain.inference.evaluate import evaluate_checkpoint
+from pretrain.inference.generate import Sampling, generate
+from pretrain.inference.weights import read_weights
 from pretrain.train import train
-from pretrain.weights import read_weights
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.tiny_run import tiny_config
 

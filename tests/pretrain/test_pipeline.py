@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from data_pipeline.config import DataConfig
-from pretrain.config import RunConfig
-from pretrain.run import close_run, start_run
-from pretrain.signals import SignalWatch
+from pretrain.config.schema import RunConfig
+from pretrain.monitor.signals import SignalWatch
+from pretrain.start import close_run, start_run
 from pretrain.step import StepResult, train_step
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.tiny_run import Trained, collect_weights, tiny_config, train_and_collect

@@ -12,16 +12,17 @@ from data_pipeline.config import DataConfig, ProbeConfig
 from model.groups import single_rank_groups
 from model.hybrid import HybridModel
 from model.packing import PackMeta
-from pretrain.answers import count_answers, measure_accuracy
-from pretrain.config import RunConfig
-from pretrain.evaluate import Validation, validate
-from pretrain.evaluate_probe import evaluate_probe
-from pretrain.run import Run, close_run, start_run
-from pretrain.signals import SignalWatch
+from pretrain.accuracy import count_answers, measure_accuracy
+from pretrain.config.schema import RunConfig
+from pretrain.inference.evaluate_probe import evaluate_probe
+from pretrain.inference.weights import load_initial_weights, read_weights
+from pretrain.monitor.signals import SignalWatch
+from pretrain.run import Run
+from pretrain.start import close_run, start_run
 from pretrain.train import train
-from pretrain.weights import load_initial_weights, read_weights
+from pretrain.validate import Validation, validate
 from tests.helpers.spawn import run_ranks
-from tests.pretrain.exported_models import weights_folder
+from tests.pretrain.export.exported_models import weights_folder
 from tests.pretrain.tiny_run import read_events, read_metrics, tiny_config, train_and_collect
 
 COPYING = ProbeConfig(task="selective_copying", num_copied=2, num_symbols=4)

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from data_pipeline.config import DataConfig
-from pretrain.run import Run, close_run, start_run
-from pretrain.signals import SignalWatch
+from pretrain.monitor.signals import SignalWatch
+from pretrain.run import Run
+from pretrain.start import close_run, start_run
 from pretrain.step import StepResult, train_step
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.tiny_run import Trained, collect_weights, read_events, tiny_config, train_and_collect

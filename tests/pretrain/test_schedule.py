@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from pretrain.config import ScheduleConfig
+from pretrain.config.schema import ScheduleConfig
 from pretrain.schedule import learning_rate
 
 PEAK, STEPS = 2.0, 100

@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from data_pipeline.config import DataConfig
-from pretrain.checks import check_run
-from pretrain.config import RunConfig
-from pretrain.config_errors import ConfigError
-from pretrain.run import close_run, enter_stage, return_weights, start_run
-from pretrain.signals import SignalWatch
+from pretrain.checks.check_run import check_run
+from pretrain.config.errors import ConfigError
+from pretrain.config.schema import RunConfig
+from pretrain.inference.weights import read_weights
+from pretrain.monitor.signals import SignalWatch
+from pretrain.run import enter_stage
+from pretrain.saving import return_weights
 from pretrain.stages import (
     data_of_stages,
     model_of_stage,
@@ -22,9 +24,9 @@ from pretrain.stages import (
     step_of_sample,
     total_steps,
 )
+from pretrain.start import close_run, start_run
 from pretrain.step import train_step
 from pretrain.train import run_steps
-from pretrain.weights import read_weights
 from tests.helpers.tiny_store import make_tiny_store
 from tests.pretrain.tiny_run import MODEL, Trained, read_events, tiny_config, train_and_collect
 

@@ -17,11 +17,11 @@ import yaml
 
 from data_pipeline.config import DataConfig, PhaseConfig, TokenizerConfig
 from data_pipeline.prepare import prepare
-from pretrain.evaluate import validate
-from pretrain.run import close_run, lock_directory, start_run
-from pretrain.signals import SignalWatch
+from pretrain.monitor.signals import SignalWatch
+from pretrain.start import close_run, lock_directory, start_run
 from pretrain.step import train_step
 from pretrain.train import run_steps, train
+from pretrain.validate import validate
 from tests.helpers.spawn import run_ranks
 from tests.helpers.tiny_store import make_tiny_store, run_in_process
 from tests.pretrain.tiny_run import collect_weights, read_events, read_metrics, tiny_config

@@ -12,9 +12,10 @@ import deepspeed
 import torch
 
 from data_pipeline.config import DataConfig
-from pretrain.config import RunConfig
-from pretrain.run import Run, close_run, start_run
-from pretrain.signals import SignalWatch
+from pretrain.config.schema import RunConfig
+from pretrain.monitor.signals import SignalWatch
+from pretrain.run import Run
+from pretrain.start import close_run, start_run
 from pretrain.train import run_steps
 from tests.helpers.tiny_store import make_tiny_store
 

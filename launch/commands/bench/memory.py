@@ -34,7 +34,7 @@ def memory(
 
         _print(measure_cases(table, report=say), as_json=as_json)
         return
-    from pretrain.checks import load_checked
+    from pretrain.checks.check_run import load_checked
 
     assert path is not None, "one of both was given"
     config = load_checked(path, overrides or [], world_size=int(os.environ.get("WORLD_SIZE", str(nproc))))

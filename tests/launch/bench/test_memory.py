@@ -9,7 +9,7 @@ import pytest
 
 from launch.bench.memory import CASES, ROWS
 from launch.cli import run
-from pretrain.checks import load_checked
+from pretrain.checks.check_run import load_checked
 
 ROOT = Path(__file__).parents[3]
 CONFIGS = ROOT / "configs"

@@ -8,7 +8,7 @@ import pytest
 from launch.bench.published import plan_anchors
 from launch.cli import run
 from model.flops import count_parameters, flops_per_token
-from pretrain.checks import load_checked
+from pretrain.checks.check_run import load_checked
 
 ROOT = Path(__file__).parents[3]
 CONFIGS = ROOT / "configs"

@@ -20,8 +20,8 @@ from ray.cluster_utils import Cluster
 
 from launch.cluster.ray import RayCluster
 from launch.cluster.supervise import Attempt
-from pretrain.config import RunConfig
-from pretrain.config_file import resolved_yaml
+from pretrain.config.file import resolved_yaml
+from pretrain.config.schema import RunConfig
 from tests.pretrain.tiny_run import tiny_config, tiny_data
 
 STEPS = 300

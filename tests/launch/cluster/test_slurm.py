@@ -16,9 +16,9 @@ import pytest
 from launch.cli import run
 from launch.cluster.slurm import Allocation, write_script
 from launch.cluster.supervise import Attempt, Outcome
-from pretrain.config import RunConfig
-from pretrain.config_file import resolved_yaml
-from pretrain.report_data import read_run
+from pretrain.config.file import resolved_yaml
+from pretrain.config.schema import RunConfig
+from pretrain.report.data import read_run
 from tests.pretrain.tiny_run import tiny_config, tiny_data
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun")

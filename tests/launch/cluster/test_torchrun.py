@@ -16,8 +16,8 @@ import pytest
 
 from launch.cli import run
 from launch.cluster.torchrun import NodeCommand, read_hosts
-from pretrain.config import RunConfig
-from pretrain.config_file import resolved_yaml
+from pretrain.config.file import resolved_yaml
+from pretrain.config.schema import RunConfig
 from tests.pretrain.tiny_run import tiny_config, tiny_data
 
 

@@ -20,7 +20,7 @@ from launch.doctor.links import Link, Skew, estimate_skew, measure_skews, plan_l
 from launch.doctor.machine import Finding
 from launch.doctor.rank import CacheFolder, RankReport, describe_rank, examine_cache, file_system_of
 from launch.doctor.storage import StorageTest, examine_storage
-from pretrain.config_file import resolved_yaml
+from pretrain.config.file import resolved_yaml
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.tiny_run import tiny_config, tiny_data
 

@@ -15,7 +15,7 @@ from launch.plan.plan import Assumptions, advise, make_plan, plan_as_dict
 from launch.plan.time import estimate_step
 from model.flops import count_parameters, flops_per_token
 from model.pattern import parse_pattern
-from pretrain.checks import load_checked
+from pretrain.checks.check_run import load_checked
 
 ROOT = Path(__file__).parents[3]
 CONFIGS = ROOT / "configs"

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 from launch.study.grid import Cell
-from pretrain.config_file import resolved_yaml
+from pretrain.config.file import resolved_yaml
 from tests.helpers.tiny_store import make_tiny_store
-from tests.pretrain.test_report import line
+from tests.pretrain.report.test_report import line
 from tests.pretrain.tiny_run import tiny_config
 
 STUDY = """\

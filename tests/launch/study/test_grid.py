@@ -11,8 +11,8 @@ from launch.cli import run
 from launch.study.grid import expand_grid
 from launch.study.study import MixerConfig, Study, StudyConfig, TaskConfig, load_study
 from model.flops import count_parameters
-from pretrain.config_errors import ConfigError
-from pretrain.config_file import resolved_yaml
+from pretrain.config.errors import ConfigError
+from pretrain.config.file import resolved_yaml
 from tests.helpers.tiny_store import make_tiny_store
 from tests.pretrain.tiny_run import tiny_config
 

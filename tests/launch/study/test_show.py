@@ -15,7 +15,7 @@ from launch.study.show import StudyDisplay, last_metrics
 from launch.study.study import load_study
 from launch.study.table import read_result
 from tests.launch.study.small_study import finish, write_small_study
-from tests.pretrain.test_report import line
+from tests.pretrain.report.test_report import line
 
 
 @pytest.fixture

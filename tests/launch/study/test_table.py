@@ -14,7 +14,7 @@ from launch.study.study import load_study
 from launch.study.table import make_rows, read_result, study_markdown
 from model.flops import count_parameters
 from model.state_size import state_bytes
-from pretrain.config_file import load_config
+from pretrain.config.file import load_config
 from tests.launch.study.small_study import finish, write_small_study
 
 

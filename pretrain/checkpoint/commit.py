@@ -1,0 +1,205 @@
+"""Making a checkpoint appear at once or not at all: agreement of the ranks, renames, the `latest` hint, pruning."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from data_pipeline.files import sync
+from pretrain.checkpoint.files import MANIFEST_NAME, MARK_NAME, encode_manifest, read_manifest, replace_text
+
+LATEST_NAME = "latest"
+# `step-N.old` is a complete checkpoint that is being replaced by another of the same step.
+CHECKPOINT_NAME = re.compile(r"step-(\d{8,})(\.old)?")
+TEMPORARY_NAME = re.compile(r"step-\d{8,}(\.old)?\.tmp")
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """The ranks that save or load together; every method must be called by all of them."""
+
+    rank: int
+    world_size: int
+    group: dist.ProcessGroup | None = None
+
+    def check(self, problem: str | None, doing: str) -> None:
+        """Raise RuntimeError on every rank when any rank has a problem, naming rank and problem."""
+        problems = [(rank, text) for rank, text in enumerate(self.gather_everywhere(problem)) if text is not None]
+        if problems:
+            raise RuntimeError(f"{doing}: " + "; ".join(f"rank {rank}: {text}" for rank, text in problems))
+
+    def gather_everywhere(self, value: Any) -> list[Any]:
+        """Small values of all ranks, in order, on all ranks."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def gather(self, value: Any) -> list[Any]:
+        """Values of all ranks, in order, on rank 0; an empty list elsewhere."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
+        dist.gather_object(value, values, dst=0, group=self.group)
+        return values or []
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's value on all ranks."""
+        if self.world_size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self.group)
+        return values[0]
+
+
+class Problem:
+    """Collects what went wrong on this rank, so that all ranks can agree before any of them leaves."""
+
+    def __init__(self) -> None:
+        self.text: str | None = None
+
+    @contextmanager
+    def caught(self) -> Iterator[None]:
+        """Turn an error of the machine or of the values into text; later blocks are the caller's to skip."""
+        try:
+            yield
+        except OSError as error:
+            where = f" ({error.filename})" if error.filename else ""
+            self.text = self.text or f"{error.strerror or error}{where}"
+        except (RuntimeError, ValueError) as error:
+            self.text = self.text or str(error)
+
+
+def checkpoint_name(step: int) -> str:
+    """Folder name of a step."""
+    return f"step-{step:08d}"
+
+
+def list_checkpoints(checkpoints_dir: Path) -> list[Path]:
+    """Folders that are checkpoints by name, newest step first, a replaced one behind its successor."""
+    if not checkpoints_dir.is_dir():
+        return []
+    found = []
+    for path in checkpoints_dir.iterdir():
+        match = CHECKPOINT_NAME.fullmatch(path.name)
+        if match is not None and path.is_dir():
+            found.append((int(match[1]), match[2] is None, path))
+    return [path for _, _, path in sorted(found, reverse=True)]
+
+
+def remove_temporary(checkpoints_dir: Path) -> None:
+    """Remove what an interrupted save left behind. One rank calls it, while nobody saves."""
+    for path in list(checkpoints_dir.iterdir()):
+        if TEMPORARY_NAME.fullmatch(path.name):
+            shutil.rmtree(path)
+
+
+def discard(checkpoint_dir: Path) -> None:
+    """Remove a checkpoint; renamed first, so that a kill half way leaves no broken one under its name."""
+    doomed_dir = checkpoint_dir.with_name(checkpoint_dir.name + ".tmp")
+    os.rename(checkpoint_dir, doomed_dir)
+    shutil.rmtree(doomed_dir)
+
+
+def is_marked(checkpoint_dir: Path) -> bool:
+    """Whether pruning leaves a checkpoint alone."""
+    return (checkpoint_dir / MARK_NAME).exists()
+
+
+def mark(checkpoint_dir: Path) -> None:
+    """Keep a checkpoint for good; any file of the mark's name does the same."""
+    (checkpoint_dir / MARK_NAME).touch()
+    sync(checkpoint_dir)
+
+
+def release(checkpoint_dir: Path) -> None:
+    """Let pruning have a checkpoint again."""
+    (checkpoint_dir / MARK_NAME).unlink(missing_ok=True)
+
+
+def check_free_space(checkpoints_dir: Path, needed_bytes: int) -> None:
+    """RuntimeError when the disk below the folder has less room than a save needs."""
+    free_bytes = shutil.disk_usage(checkpoints_dir).free
+    if free_bytes < needed_bytes:
+        raise RuntimeError(
+            f"not enough space in {checkpoints_dir}: the checkpoint needs {needed_bytes} bytes, {free_bytes} are free; "
+            "free some, lower train.keep_last or move run.dir"
+        )
+
+
+def commit(temporary_dir: Path, manifest: dict[str, Any]) -> Path:
+    """Turn a written temporary folder into the checkpoint of its step, durably. Rank 0 calls it, after all have acked.
+
+    Order: manifest in place (written aside, fsync, rename), folder renamed, parent fsync'ed, `latest` renamed. Killed
+    anywhere in between, the folder is either not a checkpoint or a whole one. A checkpoint of the same step steps
+    aside as `.old`, still loadable, until the new one stands, which inherits its mark.
+    """
+    checkpoints_dir = temporary_dir.parent
+    final_dir = checkpoints_dir / checkpoint_name(manifest["step"])
+    replaced_dir = final_dir.with_name(final_dir.name + ".old")
+    replace_text(temporary_dir / MANIFEST_NAME, encode_manifest(manifest))
+    if final_dir.exists():
+        if is_marked(final_dir):
+            mark(temporary_dir)
+        if replaced_dir.exists():
+            discard(replaced_dir)
+        os.rename(final_dir, replaced_dir)
+    os.rename(temporary_dir, final_dir)
+    sync(checkpoints_dir)
+    if replaced_dir.exists():
+        discard(replaced_dir)
+    replace_text(checkpoints_dir / LATEST_NAME, final_dir.name + "\n")
+    return final_dir
+
+
+def prune(checkpoints_dir: Path, step: int, keep_last: int) -> list[Path]:
+    """Remove all but the newest `keep_last` whole checkpoints up to `step`, and return what was removed.
+
+    Marked ones neither count nor go. A folder with a broken manifest or a file of the wrong size neither counts nor goes: it can't serve as a
+    predecessor, and it may be what somebody has to look at. Those of later steps stay too (a run that fell back to an
+    older checkpoint will write them anew). Rank 0 calls it, after the commit.
+    """
+    whole = []
+    for path in list_checkpoints(checkpoints_dir):
+        try:
+            manifest = read_manifest(path)
+        except RuntimeError:
+            continue
+        sizes_match = all(
+            (path / name).is_file() and (path / name).stat().st_size == entry["bytes"]
+            for name, entry in manifest["files"].items()
+        )
+        if sizes_match and manifest["step"] <= step and not is_marked(path):
+            whole.append(path)
+    for path in whole[keep_last:]:
+        discard(path)
+    return whole[keep_last:]
+
+
+def examine_latest(checkpoints_dir: Path, chosen: Path) -> str | None:
+    """What is odd about the `latest` hint, given the checkpoint that verification chose; None when it agrees."""
+    path = checkpoints_dir / LATEST_NAME
+    try:
+        text = path.read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return f"{path} is absent; took {chosen.name} by its manifest"
+    except (OSError, UnicodeDecodeError) as error:
+        return f"{path} cannot be read ({error}); took {chosen.name} by its manifest"
+    if text == chosen.name:
+        return None
+    if not text:
+        return f"{path} is empty; took {chosen.name} by its manifest"
+    if CHECKPOINT_NAME.fullmatch(text) is None:
+        return f"{path} holds {text[:60]!r}, which names no checkpoint; took {chosen.name} by its manifest"
+    if not (checkpoints_dir / text).is_dir():
+        return f"{path} names {text}, which does not exist; took {chosen.name} by its manifest"
+    return f"{path} names {text}; took {chosen.name}, the newest that verifies"

@@ -1,0 +1,155 @@
+"""What may differ between a checkpoint and the run that resumes from it, and the refusal of everything else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import fields
+from itertools import zip_longest
+from typing import Any
+
+from pydantic import ValidationError
+
+from pretrain.config.schema import RunConfig
+from pretrain.stages import resolve_stages
+
+# Settings that a resumed run may change: where it runs, how it is spread, what it reports and when it saves. A name
+# ending in ".*" allows a whole section. docs/checkpoints.md says why for each; everything else is refused.
+MAY_CHANGE = (
+    "run.*",
+    "export.*",
+    "health.*",
+    "kernels.*",
+    "launch.*",
+    "parallel.*",
+    "stages.*",
+    "train.steps",
+    "train.stop_after_steps",
+    "train.micro_batch_size",
+    "train.checkpoint_every_steps",
+    "train.checkpoint_in_background",
+    "train.keep_last",
+    "train.keep_every_steps",
+    "train.precision",
+    "train.validate_every_steps",
+    "train.validation_batches",
+    "train.log_every_steps",
+    "train.timeout_seconds",
+    "train.max_skipped_steps",
+    "train.compile",
+    "train.recompute",
+    "train.recompute_blocks",
+    "train.num_threads",
+    "data.store",
+    "data.cache.*",
+    "data.sources.*",
+    "data.phases.*",
+    "data.num_workers",
+    "data.on_corruption",
+    "data.prepare.*",
+    "data.tokenizer.*",
+)
+# An identity that may change: the data state refuses other text or weights for what was read, and lets sources join.
+GUARDED_BY_DATA_STATE = "dataset"
+
+
+def digest_config(config: RunConfig) -> str:
+    """SHA-256 of the resolved configuration, written with sorted keys."""
+    text = json.dumps(config.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def flatten_settings(section: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings as dotted names; items of a list carry their number."""
+    if isinstance(section, dict):
+        items = [(str(key), value) for key, value in section.items()]
+    elif isinstance(section, list) and section and isinstance(section[0], dict):
+        items = [(str(index), value) for index, value in enumerate(section)]
+    else:
+        return {prefix: section}
+    flat: dict[str, Any] = {}
+    for key, value in items:
+        flat |= flatten_settings(value, f"{prefix}.{key}" if prefix else key)
+    return flat
+
+
+def may_change(name: str) -> bool:
+    """Whether a resumed run may set this dotted name to another value."""
+    return any(
+        name == allowed.removesuffix(".*") or (allowed.endswith(".*") and name.startswith(allowed.removesuffix("*")))
+        for allowed in MAY_CHANGE
+    )
+
+
+def complete_settings(saved: dict[str, Any]) -> dict[str, Any]:
+    """A saved configuration with the defaults of fields that came into being after it was saved.
+
+    Raises ValueError when this program no longer understands it.
+    """
+    try:
+        return RunConfig.model_validate(saved).model_dump(mode="json")
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise ValueError(
+            f"the checkpoint was saved with a configuration that this version does not understand: {name}: "
+            f"{first['msg']}; resume it with the version that wrote it"
+        ) from error
+
+
+def compare_settings(saved: dict[str, Any], current: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted names whose values differ: name -> (saved, current); a missing one shows as None."""
+    before, now = flatten_settings(saved), flatten_settings(current)
+    names = sorted(before.keys() | now.keys())
+    return {name: (before.get(name), now.get(name)) for name in names if before.get(name) != now.get(name)}
+
+
+def stage_faults(saved: RunConfig, current: RunConfig, steps_done: int) -> list[str]:
+    """How stages that have begun differ: all of a finished one must stay, of the present one all but its end."""
+    begun = [stage for stage in resolve_stages(saved) if stage.first_step < steps_done]
+    now = resolve_stages(current)
+    faults = []
+    for before, after in zip_longest(begun, now[: len(begun)]):
+        if after is None:
+            faults.append(f"stages.{before.index}: the checkpoint has {before.name}, this run ends before it")
+            continue
+        free = {"name", "micro_batch_size"} | ({"num_steps"} if before is begun[-1] else set())
+        for name in [item.name for item in fields(before) if item.name not in free]:
+            saved_value, value = getattr(before, name), getattr(after, name)
+            if saved_value != value:
+                faults.append(
+                    f"stages.{before.index} ({before.name}): {name}: the checkpoint has {saved_value!r}, this run has "
+                    f"{value!r}"
+                )
+    return faults
+
+
+def check_resumable(manifest: dict[str, Any], config: RunConfig, identities: dict[str, str]) -> tuple[str, ...]:
+    """Refuse to resume from a checkpoint of another run; return the allowed changes as sentences for the event log.
+
+    Raises ValueError naming each refused setting or identity (dataset, tokenizer) with both values.
+    """
+    refused, changes = [], []
+    for name in sorted(manifest["identities"].keys() | identities.keys()):
+        saved, given = manifest["identities"].get(name), identities.get(name)
+        if saved != given and name == GUARDED_BY_DATA_STATE:
+            changes.append(f"{name}: {saved!r} -> {given!r}")
+        elif saved != given:
+            refused.append(f"{name}: the checkpoint has {saved}, this run has {given}")
+    before = complete_settings(manifest["config"])
+    saved_config = RunConfig.model_validate(before)
+    if saved_config.stages or config.stages:
+        refused += stage_faults(saved_config, config, int(manifest["step"]))
+    differences = compare_settings(before, config.model_dump(mode="json"))
+    for name, (saved, given) in differences.items():
+        if may_change(name):
+            changes.append(f"{name}: {saved!r} -> {given!r}")
+        else:
+            refused.append(f"{name}: the checkpoint has {saved!r}, this run has {given!r}")
+    if refused:
+        raise ValueError(
+            f"cannot resume step {manifest['step']}: "
+            + "; ".join(refused)
+            + ". Restore the value, or give run.dir another name to start a new run."
+        )
+    return tuple(changes)

@@ -1,0 +1,179 @@
+"""Reading checkpoints without DeepSpeed: whole weights for export and generation, inspection, comparison."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pretrain.checkpoint.commit import CHECKPOINT_NAME, is_marked, list_checkpoints
+from pretrain.checkpoint.compatibility import compare_settings
+from pretrain.checkpoint.files import MANIFEST_NAME, find_foreign_files, read_manifest, verify_checkpoint
+from pretrain.checkpoint.reader import KINDS, RangeReader
+from pretrain.config.schema import RunConfig
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that a path means: itself, or the newest that verifies in a `checkpoints` folder or run directory.
+
+    Raises RuntimeError when there is none, naming each that failed with its reason.
+    """
+    if (path / MANIFEST_NAME).exists() or CHECKPOINT_NAME.fullmatch(path.name):
+        return path
+    checkpoints_dir = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    failed = []
+    for candidate in list_checkpoints(checkpoints_dir):
+        _, problems = verify_checkpoint(candidate)
+        if not problems:
+            return candidate
+        failed.append(f"{candidate.name}: {'; '.join(problems)}")
+    if failed:
+        raise RuntimeError(f"no checkpoint in {checkpoints_dir} verifies: " + " | ".join(failed))
+    raise RuntimeError(f"{path} holds no checkpoint; give a step folder, a checkpoints folder or a run directory")
+
+
+def require_sound(checkpoint_dir: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose every file verifies; RuntimeError naming each problem otherwise."""
+    manifest, problems = verify_checkpoint(checkpoint_dir)
+    if manifest is None or problems:
+        raise RuntimeError(f"checkpoint {checkpoint_dir} is damaged: " + "; ".join(problems))
+    return manifest
+
+
+def read_config(checkpoint_dir: Path) -> RunConfig:
+    """The resolved configuration of the run that saved a checkpoint."""
+    return RunConfig.model_validate(read_manifest(checkpoint_dir)["config"])
+
+
+def read_full_state(checkpoint_dir: Path) -> dict[str, Tensor]:
+    """All weights and buffers of the model in float32 on the CPU, by global name, put together from all shards.
+
+    Verifies every digest first; RuntimeError when one fails. A tied head is absent, as in the model. Float buffers
+    (the router's bias) come as float32, others keep their dtype. `model.load_state_dict` takes the result.
+    """
+    manifest = require_sound(checkpoint_dir)
+    state = dict(read_parameters(checkpoint_dir, manifest, "weight"))
+    state |= {
+        name: buffer.float() if buffer.is_floating_point() else buffer
+        for name, buffer in read_buffers(checkpoint_dir, manifest)
+    }
+    return state
+
+
+def read_parameters(checkpoint_dir: Path, manifest: dict[str, Any], kind: str) -> Iterator[tuple[str, Tensor]]:
+    """Whole float32 tensors of one kind (weight, exp_avg, exp_avg_sq), one parameter after the other."""
+    reader = RangeReader(checkpoint_dir, manifest)
+    for name in manifest["parameters"]:
+        yield name, reader.whole(kind, name)
+    reader.close()
+
+
+def read_buffers(checkpoint_dir: Path, manifest: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Buffers of the model in the dtype they were saved with."""
+    reader = RangeReader(checkpoint_dir, manifest)
+    for name in manifest["buffers"]:
+        yield name, reader.buffer(name)
+    reader.close()
+
+
+def inspect_checkpoint(checkpoint_dir: Path) -> dict[str, Any]:
+    """What a folder is and whether all of it verifies, as JSON can hold it; never raises for damage.
+
+    Keys: kind, path, ok, problems, warnings; with a readable manifest also step, saved_at, marked, pattern, parameters
+    (total, tensors, by_group), buffers, bytes, files, layout, identities, config_sha256, versions, state.
+    """
+    manifest, problems = verify_checkpoint(checkpoint_dir)
+    found: dict[str, Any] = {
+        "kind": "checkpoint",
+        "path": str(checkpoint_dir),
+        "ok": not problems,
+        "problems": problems,
+        "warnings": [],
+    }
+    if manifest is None:
+        return found
+    _, others = find_foreign_files(checkpoint_dir, manifest)
+    by_group: dict[str, int] = {}
+    for entry in manifest["parameters"].values():
+        by_group[entry["group"]] = by_group.get(entry["group"], 0) + math.prod(entry["shape"])
+    return {
+        **found,
+        "warnings": [f"{name} is not part of the checkpoint" for name in others],
+        "step": manifest["step"],
+        "saved_at": manifest["saved_at"],
+        "marked": is_marked(checkpoint_dir),
+        "pattern": manifest["config"]["model"]["pattern"],
+        "parameters": {
+            "total": sum(by_group.values()),
+            "tensors": len(manifest["parameters"]),
+            "by_group": by_group,
+        },
+        "buffers": len(manifest["buffers"]),
+        "bytes": sum(entry["bytes"] for entry in manifest["files"].values()),
+        "files": len(manifest["files"]),
+        **{key: manifest[key] for key in ("layout", "identities", "config_sha256", "versions", "state")},
+    }
+
+
+def diff_checkpoints(first_dir: Path, second_dir: Path) -> dict[str, Any]:
+    """`compare_checkpoints` after verifying both; RuntimeError when one is damaged."""
+    return compare_checkpoints((first_dir, second_dir), [require_sound(path) for path in (first_dir, second_dir)])
+
+
+def compare_checkpoints(paths: tuple[Path, Path], manifests: list[dict[str, Any]]) -> dict[str, Any]:
+    """Where two verified checkpoints differ, in numbers and in what was set, as JSON can hold it.
+
+    Keys: same (layouts aside), steps, only_in_first, only_in_second, tensors (name -> kind -> largest absolute
+    difference, differing ones alone); settings, identities, state, groups (of parameters: their settings) and layout:
+    dotted name -> both values.
+    """
+    saved = [{**manifest["parameters"], **manifest["buffers"]} for manifest in manifests]
+    shapes = [{name: entry["shape"] for name, entry in entries.items()} for entries in saved]
+    common = {name for name in shapes[0].keys() & shapes[1].keys() if shapes[0][name] == shapes[1][name]}
+    tensors: dict[str, dict[str, float]] = {}
+    for kind in (*KINDS, "buffer"):
+        for name, difference in measure_differences(paths, manifests, kind, common):
+            if difference > 0:
+                tensors.setdefault(name, {})[kind] = difference
+    first, second = manifests
+    counters = [{name: entry["optimizer_step"] for name, entry in m["parameters"].items()} for m in manifests]
+    pairs = {
+        "settings": compare_settings(first["config"], second["config"]),
+        "identities": compare_settings(first["identities"], second["identities"]),
+        "state": compare_settings(first["state"], second["state"]),
+        "groups": compare_settings(first["groups"], second["groups"]),
+        "optimizer_steps": compare_settings(*counters),
+    }
+    only_in_first, only_in_second = (sorted(shapes[index].keys() - common) for index in (0, 1))
+    same = not (tensors or only_in_first or only_in_second or any(pairs.values()))
+    pairs["layout"] = compare_settings(first["layout"], second["layout"])
+    return {
+        "same": same,
+        "steps": [manifest["step"] for manifest in manifests],
+        "only_in_first": only_in_first,
+        "only_in_second": only_in_second,
+        "tensors": tensors,
+        **{key: {name: list(values) for name, values in pair.items()} for key, pair in pairs.items()},
+    }
+
+
+def measure_differences(
+    paths: tuple[Path, Path], manifests: list[dict[str, Any]], kind: str, common: set[str]
+) -> Iterator[tuple[str, float]]:
+    """Largest absolute difference of each tensor of one kind that both checkpoints hold in the same shape."""
+    first, second = paths
+    if kind == "buffer":
+        others = dict(read_buffers(second, manifests[1]))
+        tensors = ((name, value, others.get(name)) for name, value in read_buffers(first, manifests[0]))
+    else:
+        reader = RangeReader(second, manifests[1])
+        tensors = (
+            (name, value, reader.whole(kind, name) if name in common else None)
+            for name, value in read_parameters(first, manifests[0], kind)
+        )
+    for name, value, other in tensors:
+        if name in common and other is not None and value.numel() > 0:
+            yield name, float((value.double() - other.double()).abs().max())

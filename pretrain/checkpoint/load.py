@@ -1,0 +1,192 @@
+"""Load the newest checkpoint that verifies, under the layout of this run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from pretrain.checkpoint.commit import (
+    Agreement,
+    Problem,
+    examine_latest,
+    list_checkpoints,
+)
+from pretrain.checkpoint.compatibility import check_resumable
+from pretrain.checkpoint.files import (
+    find_foreign_files,
+    rank_file_name,
+    read_manifest,
+    verify_file,
+)
+from pretrain.checkpoint.fragments import (
+    base_optimizer,
+    collect_buffers,
+    create_state,
+    list_parts,
+    name_groups,
+    refresh_working_weights,
+    restore_group_settings,
+)
+from pretrain.checkpoint.random_state import restore_random_state
+from pretrain.checkpoint.reader import KINDS, RangeReader
+from pretrain.checkpoint.save import ENGINE_COUNTERS, agreement_of, collect_versions
+from pretrain.checkpoint.writers import place_parameters
+from pretrain.config.schema import RunConfig
+from pretrain.engine.engine import ZeroEngine
+
+
+@dataclass(frozen=True)
+class LoadedCheckpoint:
+    """What `load_newest` found: the step done, the loop's own state, and what deserves a line in the event log.
+
+    `skipped`: newer checkpoints that were passed over, each with its reason. `warnings`: oddities that did no harm.
+    `changes`: settings that differ from the saved run and may.
+    """
+
+    step: int
+    state: dict[str, Any]
+    path: Path
+    skipped: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    changes: tuple[str, ...] = ()
+
+
+def load_newest(
+    checkpoints_dir: Path, engine: ZeroEngine, *, config: RunConfig, identities: dict[str, str]
+) -> LoadedCheckpoint | None:
+    """Put the newest checkpoint that verifies into the engine; None when there is none at all.
+
+    All ranks must call it; each verifies a share of the files. A broken checkpoint is passed over for the one before.
+    Raises RuntimeError when checkpoints exist but none verifies, naming each with its reason: training would
+    otherwise start anew without a word. Raises ValueError when the newest sound one belongs to another model, dataset
+    or schedule. The layout may be another than the one that saved: each rank reads what its shards and ranges need.
+    """
+    ranks = agreement_of(engine)
+    names = ranks.share([path.name for path in list_checkpoints(checkpoints_dir)] if ranks.rank == 0 else None)
+    skipped: list[str] = []
+    for path in [checkpoints_dir / name for name in names]:
+        manifest, problems = verify_together(path, ranks)
+        if manifest is None or problems:
+            skipped.append(f"{path.name}: {'; '.join(problems)}")
+            continue
+        changes = check_resumable(manifest, config, identities)
+        warnings = ranks.share(list_warnings(checkpoints_dir, path, manifest) if ranks.rank == 0 else None)
+        mismatches = find_mismatches(manifest, engine, ranks)
+        if mismatches:
+            raise RuntimeError(f"checkpoint {path} does not fit this model: " + "; ".join(mismatches))
+        own_warnings = restore(path, manifest, engine, ranks.rank)
+        warnings += [text for share in ranks.gather_everywhere(own_warnings) for text in share]
+        for name in ENGINE_COUNTERS:
+            setattr(engine.deepspeed, name, manifest["engine"][name])
+        state = manifest["state"]
+        return LoadedCheckpoint(manifest["step"], state, path, tuple(skipped), tuple(warnings), changes)
+    if skipped:
+        raise RuntimeError(
+            f"none of the {len(skipped)} checkpoints in {checkpoints_dir} can be loaded: "
+            + " | ".join(skipped)
+            + f". Move {checkpoints_dir} away to start anew."
+        )
+    return None
+
+
+def verify_together(checkpoint_dir: Path, ranks: Agreement) -> tuple[dict[str, Any] | None, list[str]]:
+    """Verify a checkpoint with all ranks, each its share of the files; the same answer everywhere."""
+    manifest: dict[str, Any] | None = None
+    problem = Problem()
+    foreign: list[str] = []
+    if ranks.rank == 0:
+        with problem.caught():
+            manifest = read_manifest(checkpoint_dir)
+            foreign, _ = find_foreign_files(checkpoint_dir, manifest)
+    manifest, text = ranks.share((manifest, problem.text))
+    if manifest is None:
+        return None, [str(text)]
+    problems = [f"{checkpoint_dir / name}: is not in the manifest" for name in foreign]
+    for name, entry in list(manifest["files"].items())[ranks.rank :: ranks.world_size]:
+        file_problem = verify_file(checkpoint_dir, name, entry)
+        if file_problem is not None:
+            problems.append(file_problem)
+    return manifest, [text for share in ranks.gather_everywhere(problems) for text in share]
+
+
+def list_warnings(checkpoints_dir: Path, chosen: Path, manifest: dict[str, Any]) -> list[str]:
+    """Oddities around a sound checkpoint: a wrong `latest`, files that don't belong, other library versions."""
+    warnings = []
+    about_latest = examine_latest(checkpoints_dir, chosen)
+    if about_latest is not None:
+        warnings.append(about_latest)
+    _, others = find_foreign_files(chosen, manifest)
+    warnings += [f"{chosen / name} is not part of the checkpoint; ignored" for name in others]
+    now = collect_versions()
+    for library, version in manifest["versions"].items():
+        if now.get(library) != version:
+            warnings.append(f"saved with {library} {version}, this is {now.get(library)}: results may differ in bits")
+    return warnings
+
+
+def find_mismatches(manifest: dict[str, Any], engine: ZeroEngine, ranks: Agreement) -> list[str]:
+    """Every parameter and buffer that is missing, surplus, of another shape or in another group; the same on all ranks.
+
+    All ranks must call it: a pipeline stage has its own parameters only.
+    """
+    placements = place_parameters(engine)
+    shapes = {name: list(placement.whole) for name, placement in placements.items()}
+    saved_shapes = {name: entry["shape"] for name, entry in manifest["parameters"].items()}
+    shapes |= {f"buffer {name}": list(tensor.shape) for name, tensor in collect_buffers(engine.module).items()}
+    saved_shapes |= {f"buffer {name}": entry["shape"] for name, entry in manifest["buffers"].items()}
+    faults = {f"{name} is in the model but not in the checkpoint" for name in shapes.keys() - saved_shapes.keys()}
+    for name in shapes.keys() & saved_shapes.keys():
+        if shapes[name] != saved_shapes[name]:
+            faults.add(f"{name} has shape {shapes[name]}, in the checkpoint {saved_shapes[name]}")
+    groups = name_groups(base_optimizer(engine.deepspeed))
+    for part in list_parts(engine.deepspeed):
+        for span in part.spans:
+            saved_group = manifest["parameters"].get(span.name, {}).get("group", groups[part.group])
+            if saved_group != groups[part.group]:
+                faults.add(f"{span.name} is in group {groups[part.group]}, in the checkpoint in {saved_group}")
+    known: set[str] = set()
+    for own_names, own_faults in ranks.gather_everywhere((list(shapes), faults)):
+        known |= set(own_names)
+        faults |= own_faults
+    faults |= {f"{name} is in the checkpoint but not in the model" for name in saved_shapes.keys() - known}
+    return sorted(faults)
+
+
+@torch.no_grad()
+def restore(checkpoint_dir: Path, manifest: dict[str, Any], engine: ZeroEngine, rank: int) -> list[str]:
+    """Fill masters, moments, counters, group settings, buffers and random state; return warnings.
+
+    The files must have been verified and `find_mismatches` must have found nothing. All ranks must call it; each reads
+    what its own ranges need.
+    """
+    reader = RangeReader(checkpoint_dir, manifest)
+    placements = place_parameters(engine)
+    for part in list_parts(engine.deepspeed):
+        steps = {manifest["parameters"][span.name]["optimizer_step"] for span in part.spans}
+        assert len(steps) <= 1, f"parameters stepped together were saved with different counters: {sorted(steps)}"
+        flats = create_state(engine.deepspeed, part, steps.pop() if steps else 0)
+        for span in part.spans:
+            for kind in KINDS:
+                place = flats[kind][span.flat_start : span.flat_start + span.numel]
+                reader.fill(place, kind, span.name, placements[span.name], span.start)
+    for name, buffer in collect_buffers(engine.module).items():
+        buffer.copy_(reader.buffer(name))
+    reader.close()
+    restore_group_settings(engine.deepspeed, manifest["groups"])
+    refresh_working_weights(engine.deepspeed)
+    return restore_rank_random_state(checkpoint_dir, manifest, rank)
+
+
+def restore_rank_random_state(checkpoint_dir: Path, manifest: dict[str, Any], rank: int) -> list[str]:
+    """Each rank takes the generators of its number; one that did not exist keeps those that it was seeded with."""
+    saved_world_size = manifest["layout"]["world_size"]
+    if rank >= saved_world_size:
+        return [f"rank {rank} did not exist among the {saved_world_size} that saved; it keeps its own random state"]
+    with safe_open(checkpoint_dir / rank_file_name(rank), framework="pt") as file:
+        keys = [key for key in file.keys() if key.startswith("random/")]  # noqa: SIM118 - not a dict
+        restore_random_state({key.removeprefix("random/"): file.get_tensor(key) for key in keys})
+    return []

@@ -1,0 +1,80 @@
+"""The manifest of a checkpoint, put together from what all ranks wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pretrain.checkpoint.files import FileEntry, rank_file_name
+from pretrain.checkpoint.placement import check_cover
+from pretrain.checkpoint.reader import check_tiling, read_shards
+
+
+@dataclass(frozen=True)
+class RankReport:
+    """What one rank wrote: parameters and buffers by name, its shards of them, the ranges (name, start, numel), the file.
+
+    `groups`: settings of its parameter groups. `file` is None until it is written.
+    """
+
+    parameters: dict[str, dict[str, Any]]
+    shards: dict[str, dict[str, Any]]
+    ranges: list[tuple[str, int, int]]
+    buffers: dict[str, dict[str, Any]]
+    groups: dict[str, dict[str, Any]]
+    file: FileEntry | None = None
+
+
+def describe_tensor(shape: Sequence[int], dtype: torch.dtype) -> dict[str, Any]:
+    """Shape and dtype as the manifest has them."""
+    return {"shape": list(shape), "dtype": str(dtype).removeprefix("torch.")}
+
+
+def complete_manifest(manifest: dict[str, Any], reports: Sequence[RankReport]) -> dict[str, Any]:
+    """Add what only all ranks together know: parameters, shards, buffers and group settings, files with digests.
+
+    Asserts that ranks agree on what they share, that the ranges tile each shard, and the shards cover each parameter.
+    """
+    parameters: dict[str, dict[str, Any]] = {}
+    shards: dict[str, dict[str, dict[str, Any]]] = {}
+    buffers: dict[str, dict[str, Any]] = {}
+    groups: dict[str, dict[str, Any]] = {}
+    files = {}
+    for rank, report in enumerate(reports):
+        assert report.file is not None, f"rank {rank} reports before it wrote"
+        file_name = rank_file_name(rank)
+        files[file_name] = {"bytes": report.file.num_bytes, "sha256": report.file.sha256}
+        merge(parameters, report.parameters, rank)
+        merge(groups, report.groups, rank)
+        buffers |= {name: {**entry, "file": file_name} for name, entry in report.buffers.items()}
+        for name, start, numel in report.ranges:
+            described = report.shards[name]
+            # Equal shards have one entry, whoever wrote which range of it.
+            known = shards.setdefault(name, {}).setdefault(str(described["where"]), {**described, "ranges": []})
+            known["ranges"].append([start, numel, file_name])
+    complete = {
+        **manifest,
+        "groups": groups,
+        "parameters": parameters,
+        "shards": {name: list(entries.values()) for name, entries in shards.items()},
+        "buffers": buffers,
+        "files": files,
+    }
+    for name, entries in complete["shards"].items():
+        for entry in entries:
+            entry["ranges"].sort()
+        shards_of_name = read_shards(complete, name)
+        for shard in shards_of_name:
+            check_tiling(name, shard)
+        check_cover(name, [shard.placement for shard in shards_of_name])
+    return complete
+
+
+def merge(known: dict[str, dict[str, Any]], given: dict[str, dict[str, Any]], rank: int) -> None:
+    """Add one rank's entries to those of the ranks before it, which must not say anything else."""
+    for name, entry in given.items():
+        agreed = known.setdefault(name, entry)
+        assert agreed == entry, f"rank {rank} describes {name} as {entry}, a rank before it as {agreed}"

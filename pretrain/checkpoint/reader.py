@@ -1,0 +1,144 @@
+"""Reading parameters from the files of a checkpoint: any range of any shard, from whatever shards were saved."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from pretrain.checkpoint.placement import Placement, find_blocks, place_whole, placement_from_json
+
+# What is saved of each parameter: the float32 master weights and AdamW's two moments.
+MOMENTS = ("exp_avg", "exp_avg_sq")
+KINDS = ("weight", *MOMENTS)
+
+
+@dataclass(frozen=True)
+class SavedShard:
+    """One shard of a parameter in the files: where it lies, and which flat range (start, numel) is in which file."""
+
+    placement: Placement
+    ranges: tuple[tuple[int, int, str], ...]
+
+
+def read_shards(manifest: dict[str, Any], name: str) -> list[SavedShard]:
+    """The shards in which a parameter was saved."""
+    shape = manifest["parameters"][name]["shape"]
+    return [
+        SavedShard(
+            placement_from_json(shape, shard["where"]),
+            tuple((start, numel, file_name) for start, numel, file_name in shard["ranges"]),
+        )
+        for shard in manifest["shards"][name]
+    ]
+
+
+class RangeReader:
+    """Reads from the verified files of one checkpoint; opens each file once, when it is needed.
+
+    `rows_numel`: a shard that must be put together from others is read about so many numbers at a time.
+    """
+
+    def __init__(self, checkpoint_dir: Path, manifest: dict[str, Any], *, rows_numel: int = 1 << 24) -> None:
+        self.checkpoint_dir = checkpoint_dir
+        self.manifest = manifest
+        self.rows_numel = rows_numel
+        self.open_files: dict[str, Any] = {}
+        self.known_shards: dict[str, list[SavedShard]] = {}
+
+    def shards(self, name: str) -> list[SavedShard]:
+        """The shards in which a parameter was saved."""
+        if name not in self.known_shards:
+            self.known_shards[name] = read_shards(self.manifest, name)
+        return self.known_shards[name]
+
+    def file(self, name: str) -> Any:
+        """An open handle of one tensor file."""
+        if name not in self.open_files:
+            handle: Any = safe_open(self.checkpoint_dir / name, framework="pt")
+            self.open_files[name] = handle.__enter__()
+        return self.open_files[name]
+
+    def close(self) -> None:
+        """Close all handles."""
+        for handle in self.open_files.values():
+            handle.__exit__(None, None, None)
+        self.open_files.clear()
+
+    def buffer(self, name: str) -> Tensor:
+        """A buffer of the model, as it was saved."""
+        return self.file(self.manifest["buffers"][name]["file"]).get_tensor(f"buffer/{name}")
+
+    def whole(self, kind: str, name: str) -> Tensor:
+        """One whole float32 tensor."""
+        placement = place_whole(self.manifest["parameters"][name]["shape"])
+        flat = torch.empty(placement.numel, dtype=torch.float32)
+        self.fill(flat, kind, name, placement, 0)
+        return flat.view(placement.whole)
+
+    def fill(self, flat: Tensor, kind: str, name: str, wanted: Placement, start: int) -> None:
+        """Copy the range that begins at `start` of the wanted, flattened shard into a flat view of its length.
+
+        Reads the rows that the range touches, a few at a time where it was cut otherwise when it was saved.
+        """
+        for shard in self.shards(name):
+            if shard.placement == wanted:
+                for offset, values in self.pieces(kind, name, shard, start, flat.numel()):
+                    flat[offset : offset + values.numel()].copy_(values)
+                return
+        row_numel = math.prod(wanted.shape[1:])
+        end_row = -(-(start + flat.numel()) // row_numel)
+        rows_at_once = max(1, self.rows_numel // row_numel)
+        for first_row in range(start // row_numel, end_row, rows_at_once):
+            rows = self.rows(kind, name, wanted, first_row, min(end_row, first_row + rows_at_once))
+            low = max(start, first_row * row_numel)
+            high = min(start + flat.numel(), first_row * row_numel + rows.numel())
+            flat[low - start : high - start].copy_(
+                rows.view(-1)[low - first_row * row_numel : high - first_row * row_numel]
+            )
+
+    def rows(self, kind: str, name: str, wanted: Placement, first_row: int, end_row: int) -> Tensor:
+        """Some rows of the wanted shard, put together from all saved ones that share numbers with them."""
+        # Files with NaN are refused, so a NaN that is left marks a number that no shard holds.
+        rows = torch.full((end_row - first_row, *wanted.shape[1:]), math.nan)
+        for shard in self.shards(name):
+            saved_shape = shard.placement.shape
+            row_numel = math.prod(saved_shape[1:])
+            for shared, blocks in find_blocks(shard.placement, wanted, first_row, end_row):
+                saved = torch.empty(shared.length * row_numel)
+                for offset, values in self.pieces(kind, name, shard, shared.saved * row_numel, saved.numel()):
+                    saved[offset : offset + values.numel()] = values
+                saved = saved.view(shared.length, *saved_shape[1:])
+                target = rows[shared.wanted - first_row : shared.wanted - first_row + shared.length]
+                for block in blocks:
+                    source_slices = [slice(run.saved, run.saved + run.length) for run in block]
+                    target_slices = [slice(run.wanted, run.wanted + run.length) for run in block]
+                    target[(slice(None), *target_slices)] = saved[(slice(None), *source_slices)]
+        assert not bool(torch.isnan(rows).any()), f"{kind} of {name}: the checkpoint holds a part of it only"
+        return rows
+
+    def pieces(self, kind: str, name: str, shard: SavedShard, start: int, numel: int) -> Iterator[tuple[int, Tensor]]:
+        """Saved pieces of one range of one saved shard: (offset inside the range, flat float32 values)."""
+        found = 0
+        for saved_start, saved_numel, file_name in shard.ranges:
+            low, high = max(start, saved_start), min(start + numel, saved_start + saved_numel)
+            if low < high:
+                saved = self.file(file_name).get_slice(f"{kind}/{name}/{saved_start}")
+                yield low - start, saved[low - saved_start : high - saved_start]
+                found += high - low
+        assert found == numel, f"{kind} of {name}: {found} of {numel} numbers are in the checkpoint"
+
+
+def check_tiling(name: str, shard: SavedShard) -> None:
+    """Assert that the ranges of a shard, sorted, cover it exactly once."""
+    end = 0
+    for start, numel, _ in shard.ranges:
+        assert start == end, f"parameter {name}: a range starts at {start}, the one before it ends at {end}"
+        end += numel
+    assert end == shard.placement.numel, f"parameter {name}: ranges cover {end} of {shard.placement.numel} numbers"

@@ -1,0 +1,187 @@
+"""Durable checkpoints of a training run: save all state at once or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import platform
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from data_pipeline.files import sync
+from model.layers import parameter_shards
+from pretrain.checkpoint.commit import (
+    Agreement,
+    Problem,
+    check_free_space,
+    checkpoint_name,
+    commit,
+    mark,
+    prune,
+    remove_temporary,
+)
+from pretrain.checkpoint.compatibility import digest_config
+from pretrain.checkpoint.files import (
+    measure_tensors,
+    rank_file_name,
+    write_tensors,
+)
+from pretrain.checkpoint.fragments import collect_buffers, collect_fragments, collect_group_settings
+from pretrain.checkpoint.manifest import RankReport, complete_manifest, describe_tensor
+from pretrain.checkpoint.placement import list_axes
+from pretrain.checkpoint.random_state import collect_random_state
+from pretrain.checkpoint.writers import Duties, assign_duties
+from pretrain.config.schema import RunConfig
+from pretrain.engine.engine import ZeroEngine
+
+# Room for the manifest, directories and the `latest` file, beyond the tensors.
+SPARE_BYTES = 1 << 20
+LIBRARIES = ("amfm-pretrain", "torch", "deepspeed", "megatron-core", "numpy", "safetensors")
+ENGINE_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All that this rank will write for one step, before anything is written."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    report: RankReport
+    manifest: dict[str, Any]
+    marked: bool
+
+    def metadata(self) -> dict[str, str]:
+        """Head of the rank's tensor file."""
+        return {"format": "pt", "step": str(self.step)}
+
+
+def save_checkpoint(
+    checkpoints_dir: Path,
+    step: int,
+    engine: ZeroEngine,
+    *,
+    state: dict[str, Any],
+    config: RunConfig,
+    identities: dict[str, str],
+    keep_last: int,
+) -> Path:
+    """Save everything that an exact resume needs as `checkpoints_dir/step-N`, and prune to `keep_last` checkpoints.
+
+    All ranks must call it, at a step boundary (no gradients pending), with the same `state` (JSON: data cursor,
+    counters). Raises RuntimeError on every rank when any rank fails (disk full, read-only folder, NaN in a tensor):
+    then the temporary folder is gone and older checkpoints are untouched. Returns the folder once it is durable.
+    """
+    ranks = agreement_of(engine)
+    duties = assign_duties(engine, ranks)
+    snapshot = take_snapshot(step, engine, ranks, duties, state=state, config=config, identities=identities)
+    return write_snapshot(checkpoints_dir, snapshot, ranks, keep_last)
+
+
+def agreement_of(engine: ZeroEngine) -> Agreement:
+    """The ranks that share this engine's checkpoints."""
+    return Agreement(engine.deepspeed.global_rank, engine.deepspeed.world_size)
+
+
+def take_snapshot(
+    step: int,
+    engine: ZeroEngine,
+    ranks: Agreement,
+    duties: Duties,
+    *,
+    state: dict[str, Any],
+    config: RunConfig,
+    identities: dict[str, str],
+) -> Snapshot:
+    """Views of the state that this rank writes, and the manifest's part that is known beforehand. No communication."""
+    held = [fragment for fragment in collect_fragments(engine.deepspeed) if fragment.name in duties.parameters]
+    fragments = [share for share in (fragment.share(ranks.rank) for fragment in held) if share is not None]
+    buffers = {name: buffer for name, buffer in collect_buffers(engine.module).items() if name in duties.buffers}
+    tensors = {f"{kind}/{part.name}/{part.start}": part.tensors[kind] for part in fragments for kind in part.tensors}
+    tensors |= {f"buffer/{name}": buffer.detach() for name, buffer in buffers.items()}
+    tensors |= {f"random/{name}": tensor for name, tensor in collect_random_state().items()}
+    dtypes = {name: parameter.dtype for name, parameter, _ in parameter_shards(engine.module)}
+    report = RankReport(
+        parameters={
+            part.name: {
+                **describe_tensor(duties.placements[part.name].whole, dtypes[part.name]),
+                "group": part.group,
+                "optimizer_step": part.optimizer_step,
+            }
+            for part in fragments
+        },
+        shards={
+            part.name: {"where": duties.placements[part.name].to_json(), "coordinates": duties.coordinates[part.name]}
+            for part in fragments
+        },
+        ranges=[(part.name, part.start, part.numel) for part in fragments],
+        buffers={name: describe_tensor(buffer.shape, buffer.dtype) for name, buffer in buffers.items()},
+        groups=collect_group_settings(engine.deepspeed),
+    )
+    manifest = {
+        "step": step,
+        "saved_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "layout": {
+            "world_size": ranks.world_size,
+            "axes": list_axes(engine.groups),
+            "zero_stage": engine.zero_stage,
+            "precision": config.train.precision,
+        },
+        "identities": identities,
+        "config_sha256": digest_config(config),
+        "config": config.model_dump(mode="json"),
+        "state": state,
+        "engine": {name: int(getattr(engine.deepspeed, name)) for name in ENGINE_COUNTERS},
+        "versions": collect_versions(),
+    }
+    keep_every = config.train.keep_every_steps
+    return Snapshot(step, tensors, report, manifest, marked=keep_every is not None and step % keep_every == 0)
+
+
+def collect_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries whose change could change numbers."""
+    versions = {"python": platform.python_version()}
+    for library in LIBRARIES:
+        try:
+            versions[library] = importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:
+            versions[library] = "not installed as a distribution"
+    return versions
+
+
+def write_snapshot(checkpoints_dir: Path, snapshot: Snapshot, ranks: Agreement, keep_last: int) -> Path:
+    """Write, acknowledge, commit, prune; all ranks must call it. Raises RuntimeError as `save_checkpoint` says."""
+    temporary_dir = checkpoints_dir / f"{checkpoint_name(snapshot.step)}.tmp"
+    doing = f"checkpoint of step {snapshot.step} in {checkpoints_dir} was not saved"
+    needed_bytes = sum(ranks.gather(measure_tensors(snapshot.tensors, snapshot.metadata())))
+    problem = Problem()
+    if ranks.rank == 0:
+        with problem.caught():
+            checkpoints_dir.mkdir(parents=True, exist_ok=True)
+            remove_temporary(checkpoints_dir)
+            check_free_space(checkpoints_dir, needed_bytes + SPARE_BYTES)
+            temporary_dir.mkdir()
+    ranks.check(problem.text, doing)
+
+    report = snapshot.report
+    with problem.caught():
+        path = temporary_dir / rank_file_name(ranks.rank)
+        report = dataclasses.replace(report, file=write_tensors(path, snapshot.tensors, snapshot.metadata()))
+    reports = ranks.gather(report)
+    all_written = all(text is None for text in ranks.gather_everywhere(problem.text))
+    if ranks.rank == 0:
+        if all_written:
+            with problem.caught():
+                if snapshot.marked:
+                    mark(temporary_dir)
+                sync(temporary_dir)
+                commit(temporary_dir, complete_manifest(snapshot.manifest, reports))
+                prune(checkpoints_dir, snapshot.step, keep_last)
+        # Still there only after a failure, on any rank; nobody leaves before it is gone.
+        shutil.rmtree(temporary_dir, ignore_errors=True)
+    ranks.check(problem.text, doing)
+    return checkpoints_dir / checkpoint_name(snapshot.step)

@@ -1,0 +1,1 @@
+"""What a configuration must fulfil beyond its schema."""

@@ -1,0 +1,220 @@
+"""Rules that tie sections of a configuration together, checked before anything is allocated."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from data_pipeline.config import CacheConfig
+from data_pipeline.object_store import is_url
+from model.checks import check_model
+from model.huggingface import explain_unfit
+from pretrain.checks.mixers import kernel_problems
+from pretrain.checks.parallel import layout_problems, micro_batch_problems, pipeline_problems, world_problems
+from pretrain.checks.probe import probe_length_problems, probe_problems
+from pretrain.checks.stages import (
+    declaration_problems,
+    ramp_problems,
+    ramp_share_problems,
+    relocate,
+    run_of_stage,
+    total_problems,
+)
+from pretrain.config.errors import ConfigError, Problem
+from pretrain.config.file import load_located
+from pretrain.config.schema import RunConfig
+from pretrain.recompute import recompute_problems
+from pretrain.stages import resolve_stages, total_steps
+
+_MODEL_KEY = re.compile(r"model(\.[a-z_0-9]+)+")
+
+
+def load_checked(path: str | Path, overrides: Sequence[str] = (), *, world_size: int | None = None) -> RunConfig:
+    """`load_config` and `check_run` in one, so that broken rules name file and line too.
+
+    Raises ConfigError with every problem, FileNotFoundError if the file is absent.
+    """
+    located = load_located(path, overrides)
+    try:
+        check_run(located.config, world_size)
+    except ConfigError as error:
+        raise error.located(located.origins) from error
+    return located.config
+
+
+def check_run(config: RunConfig, world_size: int | None = None) -> None:
+    """Refuse a run whose sections do not fit together or whose ranks cannot share its batch.
+
+    `world_size` counts all ranks; None leaves out the rules that depend on it. Raises ConfigError with every broken
+    rule. Touches no device and reads no file.
+    """
+    declared, probe = list(declaration_problems(config)), list(probe_problems(config))
+    problems = [*declared, *vocabulary_problems(config), *data_problems(config), *probe, *keeping_problems(config)]
+    if not declared and not probe:
+        problems += probe_length_problems(config)
+    if not declared:
+        problems += [*ramp_problems(config), *total_problems(config), *loop_problems(config)]
+        for stage in resolve_stages(config):
+            found = stage_problems(run_of_stage(config, stage), world_size)
+            problems += [relocate(problem, config, stage) for problem in found]
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))  # what is wrong in every stage alike is said once
+
+
+def stage_problems(config: RunConfig, world_size: int | None) -> list[Problem]:
+    """Rules for a run without stages, or for one stage taken as a run."""
+    model = list(model_problems(config))
+    problems = [*model, *schedule_problems(config), *layout_problems(config), *recompute_problems(config)]
+    problems += kernel_problems(config, config.kernels.backend)
+    if not model:
+        problems += [*export_problems(config), *pipeline_problems(config)]
+    if world_size is not None:
+        shares = [*world_problems(config, world_size), *batch_problems(config, world_size)]
+        problems += shares or [*micro_batch_problems(config, world_size), *ramp_share_problems(config, world_size)]
+    return problems
+
+
+def model_problems(config: RunConfig) -> Iterator[Problem]:
+    """The model's own rules: pattern, heads, groups, experts."""
+    try:
+        check_model(config.model)
+    except ValueError as error:
+        yield whole_message(str(error))
+
+
+def whole_message(text: str) -> Problem:
+    """A problem from a message that says value, rule and remedy itself; its first key gives the place."""
+    key = _MODEL_KEY.search(text)
+    return Problem(key.group() if key else "model", text, "")
+
+
+def vocabulary_problems(config: RunConfig) -> Iterator[Problem]:
+    """Every piece of the tokenizer needs a row of the embedding."""
+    if config.data.probe is not None:
+        return
+    pieces, rows = config.data.tokenizer.vocab_size, config.model.vocab_size
+    # The size of a given tokenizer file is known only when it is read: training compares it with the store.
+    if config.data.tokenizer.model is None and config.data.tokenizer.eos_token is not None:
+        rule = "is of a tokenizer file, and data.tokenizer.model names none"
+        yield Problem("data.tokenizer.eos_token", rule, "name the file, or remove it", config.data.tokenizer.eos_token)
+    if config.data.tokenizer.model is None and pieces > rows:
+        rule = f"must be at least data.tokenizer.vocab_size={pieces}"
+        yield Problem("model.vocab_size", rule, f"use {pieces} or a multiple of 64 above it", str(rows))
+
+
+def data_problems(config: RunConfig) -> Iterator[Problem]:
+    """A store and sources that are told apart by name, phases that follow each other and weigh those sources, and a run in a folder of its own."""
+    store = config.data.store
+    if config.data.probe is not None:
+        return
+    if store is None:
+        yield Problem("data.store", "is missing", "name the folder that `amfm prepare` writes, or give data.probe")
+    if not config.data.sources:
+        yield Problem("data.sources", "is missing", "name at least one, with name and paths, or give data.probe")
+        return
+    names = [source.name for source in config.data.sources]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            rule = f"is also the name of data.sources.{names.index(name)}"
+            yield Problem(f"data.sources.{index}.name", rule, "give each source its own name", name)
+    start = 0
+    for index, phase in enumerate(config.data.phases):
+        key = f"data.phases.{index}"
+        if phase.weights is None and phase.sequence_length is None:
+            yield Problem(key, "changes nothing", "give it weights or a sequence_length")
+        if phase.sequence_length is not None and phase.start_sample % config.train.global_batch_size:
+            batch = config.train.global_batch_size
+            rule = f"must be a multiple of train.global_batch_size={batch}, because rows change their length there"
+            remedy = f"use {(phase.start_sample // batch + 1) * batch}"
+            yield Problem(f"{key}.start_sample", rule, remedy, str(phase.start_sample))
+        for name in phase.weights or {}:
+            if name not in names:
+                remedy = f"use one of {', '.join(names)}"
+                yield Problem(f"{key}.weights.{name}", "is no name of data.sources", remedy)
+        if phase.start_sample <= start:
+            rule = f"must be greater than {start}, where the phase before starts"
+            yield Problem(f"{key}.start_sample", rule, "put the phases in order", str(phase.start_sample))
+        start = phase.start_sample
+    if not any(source.weight for source in config.data.sources):
+        yield Problem("data.sources", "have no weight above 0", "give a weight to what the run begins with")
+    if store is None:
+        return
+    if config.data.cache != CacheConfig() and not is_url(store):
+        yield Problem("data.cache", "has no effect: data.store is a folder", "remove it, or name a URL in data.store")
+    if Path(config.run.dir) == Path(store):
+        yield Problem("run.dir", "is the folder of data.store too", "use two folders", config.run.dir)
+
+
+def keeping_problems(config: RunConfig) -> Iterator[Problem]:
+    """What is kept for good must be saved in the first place."""
+    every, saved = config.train.keep_every_steps, config.train.checkpoint_every_steps
+    if every is not None and (saved is None or every % saved):
+        rule = f"must be a multiple of train.checkpoint_every_steps={'null' if saved is None else saved}"
+        remedy = "set that first" if saved is None else f"use {(every // saved + 1) * saved}"
+        yield Problem("train.keep_every_steps", rule, remedy, str(every))
+
+
+def schedule_problems(config: RunConfig) -> Iterator[Problem]:
+    """Warm-up and decay fit into the run, and no setting of another schedule is given."""
+    schedule, steps = config.schedule, total_steps(config)
+    warmup_steps = schedule.warmup_length(steps)
+    if warmup_steps >= steps:
+        rule = f"must be less than train.steps={steps}"
+        remedy = (
+            f"use {steps // 10}, say, or raise train.steps; for a short trial train.stop_after_steps keeps the schedule"
+        )
+        yield Problem("schedule.warmup_steps", rule, remedy, str(warmup_steps))
+    if schedule.kind == "inverse_sqrt" and warmup_steps == 0:
+        remedy = "use 100, say, or raise train.steps"
+        yield Problem("schedule.warmup_steps", "must be at least 1 with schedule.kind=inverse_sqrt", remedy, "0")
+    if schedule.kind != "wsd":
+        for key, value in (("decay_steps", schedule.decay_steps), ("decay_shape", schedule.decay_shape)):
+            if value != type(schedule).model_fields[key].default:
+                rule = f"has no effect with schedule.kind={schedule.kind}"
+                yield Problem(f"schedule.{key}", rule, "remove it, or use schedule.kind=wsd", str(value))
+    elif schedule.decay_steps is not None and warmup_steps < steps < warmup_steps + schedule.decay_steps:
+        rule = f"schedule.warmup_steps={warmup_steps} and the decay must fit into train.steps={steps}"
+        remedy = f"use at most {steps - warmup_steps}; for a short trial train.stop_after_steps keeps the schedule"
+        yield Problem("schedule.decay_steps", rule, remedy, str(schedule.decay_steps))
+
+
+def loop_problems(config: RunConfig) -> Iterator[Problem]:
+    """Settings of the loop that could never take effect."""
+    train, steps = config.train, total_steps(config)
+    if train.stop_after_steps is not None and train.stop_after_steps > steps:
+        rule = f"is beyond the {steps} steps of the stages" if config.stages else f"is beyond train.steps={steps}"
+        yield Problem("train.stop_after_steps", rule, "lower it, or remove it", str(train.stop_after_steps))
+    if train.validate_every_steps is not None and config.data.validation_fraction == 0:
+        rule = "needs documents kept for validation, and data.validation_fraction is 0"
+        remedy = "set data.validation_fraction=0.02, say, or remove it"
+        yield Problem("train.validate_every_steps", rule, remedy, str(train.validate_every_steps))
+    for name in ("on_nonfinite", "on_spike"):
+        if getattr(config.health, name) == "rollback" and train.checkpoint_every_steps is None:
+            rule = "needs checkpoints to go back to, and train.checkpoint_every_steps is null"
+            yield Problem(f"health.{name}", rule, "set train.checkpoint_every_steps=1000, say", "rollback")
+    if train.compile and config.kernels.backend == "reference":
+        rule = "cannot speed up kernels.backend=reference, which runs step by step in Python"
+        yield Problem("train.compile", rule, "use kernels.backend=torch, or train.compile=false", "true")
+
+
+def batch_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:
+    """Every data rank takes the same number of micro-batches of the global batch."""
+    assert world_size > 0, f"world_size is {world_size}"
+    train = config.train
+    data_ranks = config.parallel.data_ranks(world_size)
+    unit = train.micro_batch_size * data_ranks
+    if train.global_batch_size % unit:
+        below = train.global_batch_size // unit * unit
+        nearest = " or ".join(str(value) for value in (below, below + unit) if value)
+        rule = (
+            f"must be a multiple of train.micro_batch_size={train.micro_batch_size} x {data_ranks} data rank"
+            f"{'s' if data_ranks > 1 else ''} = {unit}"
+        )
+        yield Problem("train.global_batch_size", rule, f"use {nearest}", str(train.global_batch_size))
+
+
+def export_problems(config: RunConfig) -> Iterator[Problem]:
+    """The declared export class can hold the model."""
+    for reason in explain_unfit(config.model, config.export.target):
+        yield whole_message(f"export.target={config.export.target} cannot hold this model: {reason}")

@@ -1,0 +1,80 @@
+"""Rules of registered mixers: what ranks can share of them, and what they cannot do yet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from kernels.limits import DECAY_LIMITS, ScanLimits
+from model.mixers.options import LinearOptions, MixerOptions
+from model.mixers.registry import MixerSpec, mixer_specs
+from model.pattern import mixer_name, parse_pattern
+from pretrain.config.errors import ConfigError, Problem
+from pretrain.config.schema import RunConfig
+
+
+def mixers_in_use(config: RunConfig) -> Iterator[tuple[MixerSpec, MixerOptions]]:
+    """The registered mixers of the pattern, and those inside them, that have options.
+
+    The model's own rules report what is wrong with others.
+    """
+    try:
+        letters = parse_pattern(config.model.pattern).letters
+    except ValueError:
+        return
+    specs = mixer_specs()
+    for name in dict.fromkeys(mixer_name(letter) for letter in letters):
+        options = None if name is None else getattr(config.model.mixers, name, None)
+        if name is not None and options is not None:
+            yield specs[name], options
+            inside = options.wraps()
+            if inside in specs and getattr(config.model.mixers, inside) is not None:
+                yield specs[inside], getattr(config.model.mixers, inside)
+
+
+def refusal_problems(config: RunConfig) -> Iterator[Problem]:
+    """Axes over which a mixer of the pattern cannot be spread."""
+    section = config.parallel
+    for spec, _ in mixers_in_use(config):
+        for axis, reason in spec.refuses.items():
+            ranks = getattr(section, axis)
+            if ranks > 1:
+                rule = f"cannot spread the mixer {spec.symbol} of model.pattern: {reason}"
+                yield Problem(f"parallel.{axis}", rule, "use 1, or another mixer", str(ranks))
+
+
+def longest_lookback(config: RunConfig) -> tuple[int, str]:
+    """The most tokens before a segment that a registered mixer reads, and the setting that says so; (0, "") for none."""
+    found = [(options.lookback(), spec.name) for spec, options in mixers_in_use(config)]
+    return max(((tokens, f"model.mixers.{name}.{field}") for (tokens, field), name in found), default=(0, ""))
+
+
+def check_kernels(config: RunConfig, backend: str) -> None:
+    """Raises ConfigError for sizes that the kernels of this backend do not take; `auto` is resolved where ranks have a device."""
+    problems = list(kernel_problems(config, backend))
+    if problems:
+        raise ConfigError(problems)
+
+
+def kernel_problems(config: RunConfig, backend: str) -> Iterator[Problem]:
+    """Chunks and states of scans for which there is no Triton kernel."""
+    if backend != "triton":
+        return
+    for key, limits, chunk_size, (rows, columns) in _scans(config):
+        if not limits.takes_chunk(chunk_size):
+            rule = f"must be {limits.describe_chunks()} for Triton kernels"
+            yield Problem(f"{key}.chunk_size", rule, "use 64, or kernels.backend=torch", str(chunk_size))
+        if not limits.takes_state(rows, columns):
+            rule = (
+                f"has heads with a state of {rows} x {columns}, and Triton kernels hold up to {limits.describe_state()}"
+            )
+            yield Problem(key, rule, "use smaller heads or states, or kernels.backend=torch")
+
+
+def _scans(config: RunConfig) -> Iterator[tuple[str, ScanLimits, int, tuple[int, int]]]:
+    """Section, limits, chunk size and a head's state of each kind of block that scans."""
+    mamba = config.model.mamba
+    if mamba is not None and "M" in config.model.pattern:
+        yield "model.mamba", DECAY_LIMITS, mamba.chunk_size, (mamba.state_size, mamba.head_dim)
+    for spec, options in mixers_in_use(config):
+        if isinstance(options, LinearOptions) and options.scan_limits is not None:
+            yield f"model.mixers.{spec.name}", options.scan_limits, options.chunk_size, options.state_shape()

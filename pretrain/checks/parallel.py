@@ -1,0 +1,216 @@
+"""Rules of the `parallel` section: what ranks can share, and which axes do not go together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from model.pattern import parse_pattern
+from model.stages import cut_pieces
+from pretrain.checks.mixers import longest_lookback, mixers_in_use, refusal_problems
+from pretrain.config.errors import Problem
+from pretrain.config.schema import ParallelConfig, RunConfig
+
+
+def layout_problems(config: RunConfig) -> Iterator[Problem]:
+    """Rules that hold for any number of ranks."""
+    yield from ineffective_problems(config)
+    yield from excluded_problems(config)
+    yield from refusal_problems(config)
+    yield from share_problems(config)
+
+
+def ineffective_problems(config: RunConfig) -> Iterator[Problem]:
+    """Settings that nothing would read."""
+    section = config.parallel
+    if section.sequence_parallel and section.tensor == 1:
+        rule = "cuts tokens over the tensor ranks, and parallel.tensor is 1"
+        yield Problem("parallel.sequence_parallel", rule, "raise parallel.tensor, or use false", "true")
+    if section.expert_tensor is not None and section.expert == 1 and section.expert_tensor != section.tensor:
+        rule = f"must be parallel.tensor={section.tensor} while parallel.expert is 1"
+        remedy = "remove it, or raise parallel.expert"
+        yield Problem("parallel.expert_tensor", rule, remedy, str(section.expert_tensor))
+    if section.expert > 1 and "E" not in pattern_letters(config):
+        rule = "spreads routed experts, and model.pattern has no E block"
+        yield Problem("parallel.expert", rule, "use 1", str(section.expert))
+    if section.offload_optimizer and section.zero_stage == 0:
+        rule = "moves what ZeRO spreads, and parallel.zero_stage is 0"
+        yield Problem("parallel.offload_optimizer", rule, "use parallel.zero_stage=1 or higher, or false", "true")
+    if section.schedule != "1f1b" and section.pipeline == 1:
+        rule = "orders pipeline stages, and parallel.pipeline is 1"
+        yield Problem("parallel.schedule", rule, "remove it, or raise parallel.pipeline", section.schedule)
+    if section.virtual_stages > 1 and section.schedule == "1f1b":
+        rule = "needs a schedule that interleaves pieces of the pipeline, and parallel.schedule is 1f1b"
+        remedy = "use parallel.schedule=interleaved with parallel.pipeline above 1, or virtual_stages=1"
+        yield Problem("parallel.virtual_stages", rule, remedy, str(section.virtual_stages))
+    if section.virtual_stages == 1 and section.schedule == "interleaved":
+        rule = "interleaves several pieces a rank, and parallel.virtual_stages is 1"
+        yield Problem("parallel.schedule", rule, "use parallel.virtual_stages=2, or schedule=1f1b", "interleaved")
+
+
+def excluded_problems(config: RunConfig) -> Iterator[Problem]:
+    """Axes that DeepSpeed cannot join: each rule with its reason."""
+    section, stage = config.parallel, config.parallel.zero_stage
+    if section.expert > 1 and stage not in (1, 2):
+        reason = (
+            "gathers weights over ranks that hold other experts"
+            if stage == 3
+            else "takes the gradient norm without the experts of other ranks"
+        )
+        rule = f"does not go with parallel.expert={section.expert}: ZeRO {stage} {reason}"
+        yield Problem("parallel.zero_stage", rule, "use 1 or 2, or parallel.expert=1", str(stage))
+    if section.pipeline > 1 and stage == 3:
+        reason = (
+            "ZeRO 3 gathers weights in the order of one forward and one backward pass, and a schedule mixes several"
+        )
+        rule = f"does not go with parallel.pipeline={section.pipeline}: {reason}"
+        yield Problem("parallel.zero_stage", rule, "use 0, 1 or 2, or parallel.pipeline=1", str(stage))
+
+
+def share_problems(config: RunConfig) -> Iterator[Problem]:
+    """Sizes that the ranks of an axis divide among themselves."""
+    section, model, letters = config.parallel, config.model, pattern_letters(config)
+    tensor, expert_tensor = section.tensor, section.expert_tensor_size()
+    sizes = [("tensor", tensor, "model.vocab_size", model.vocab_size)]
+    if "M" in letters and model.mamba is not None:
+        sizes.append(("tensor", tensor, "model.mamba.num_heads", model.mamba.num_heads))
+        yield from unit_problems("model.mamba.num_groups", model.mamba.num_groups, tensor)
+    if "*" in letters and model.attention is not None:
+        sizes.append(("tensor", tensor, "model.attention.num_heads", model.attention.num_heads))
+        yield from unit_problems("model.attention.num_kv_heads", model.attention.num_kv_heads, tensor)
+    if "-" in letters and model.feed_forward is not None:
+        sizes.append(("tensor", tensor, "model.feed_forward.hidden_size", model.feed_forward.hidden_size))
+    for spec, options in mixers_in_use(config):
+        name = f"model.mixers.{spec.name}"
+        sizes += [("tensor", tensor, f"{name}.{field}", size) for field, size in options.cut_evenly().items()]
+        for field, units in options.cut_or_copied().items():
+            yield from unit_problems(f"{name}.{field}", units, tensor)
+    if "E" in letters and model.moe is not None:
+        moe = model.moe
+        sizes.append(("expert", section.expert, "model.moe.num_experts", moe.num_experts))
+        sizes.append(("expert_tensor", expert_tensor, "model.moe.expert_hidden_size", moe.expert_hidden_size))
+        if moe.shared_expert_hidden_size:
+            shared = ("tensor", tensor, "model.moe.shared_expert_hidden_size", moe.shared_expert_hidden_size)
+            sizes.append(shared)
+    for axis, ranks, name, size in sizes:
+        if size % ranks:
+            yield Problem(f"parallel.{axis}", f"must divide {name}={size}", f"use {divisors(size)}", str(ranks))
+    yield from length_problems(config)
+
+
+def length_problems(config: RunConfig) -> Iterator[Problem]:
+    """Context ranks take two segments of a row each, and tensor ranks share their tokens where they divide them."""
+    section, mamba = config.parallel, config.model.mamba
+    window, window_key = longest_lookback(config)
+    if "M" in pattern_letters(config) and mamba is not None:
+        window, window_key = max((window, window_key), (mamba.conv_kernel - 1, "model.mamba.conv_kernel"))
+    reason = "sequence_parallel" if section.sequence_parallel else "expert" if section.expert > 1 else None
+    tensor = section.tensor if reason else 1
+    parts = tensor if section.context == 1 else math.lcm(2 * section.context, section.context * tensor)
+    shares = f"parallel.tensor={tensor} (parallel.{reason})" if reason else ""
+    if section.context > 1:
+        shares = f"2 x parallel.context={section.context}" + (f" and of parallel.context x {shares}" if reason else "")
+    lengths = {"train.sequence_length": config.train.sequence_length}
+    for index, phase in enumerate(config.data.phases):
+        if phase.sequence_length is not None:
+            lengths[f"data.phases.{index}.sequence_length"] = phase.sequence_length
+    for key, length in lengths.items():
+        if length % parts:
+            nearest = " or ".join(
+                str(value) for value in (length // parts * parts, (length // parts + 1) * parts) if value
+            )
+            yield Problem(key, f"must be a multiple of {shares}", f"use {nearest}", str(length))
+        elif section.context > 1:
+            least = 2 * section.context * window
+            if length < least:
+                rule = f"gives segments shorter than what {window_key}={window + 1} looks back on"
+                yield Problem(key, rule, f"use at least {least}, or lower parallel.context", str(length))
+
+
+def unit_problems(name: str, units: int, tensor: int) -> Iterator[Problem]:
+    """Key-value heads and groups are split evenly, or each is held by the same number of ranks."""
+    if units % tensor and tensor % units:
+        rule = f"must divide {name}={units}, or be a multiple of it"
+        yield Problem("parallel.tensor", rule, f"use {divisors(units)} or a multiple of {units}", str(tensor))
+
+
+def world_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:
+    """The axes tile the ranks that there are."""
+    section = config.parallel
+    dense = section.model_ranks()
+    if world_size % dense:
+        rule = f"tensor {section.tensor} x context {section.context} x pipeline {section.pipeline} = {dense} must divide the {ranks(world_size)}"
+        yield Problem("parallel", rule, f"start a multiple of {dense} ranks, or lower an axis")
+    experts = section.expert_tensor_size() * section.expert * section.pipeline
+    if world_size % experts and experts != dense:
+        rule = (
+            f"expert_tensor {section.expert_tensor_size()} x expert {section.expert} x pipeline {section.pipeline} = "
+            f"{experts} must divide the {ranks(world_size)}"
+        )
+        yield Problem("parallel", rule, f"start a multiple of {experts} ranks, or lower an axis")
+
+
+def ranks(count: int) -> str:
+    """1 rank, 2 ranks."""
+    return f"{count} rank{'s' if count > 1 else ''}"
+
+
+def pattern_letters(config: RunConfig) -> set[str]:
+    """Kinds of block that the model has; none while its pattern does not parse, which the model's own rules report."""
+    try:
+        return set(parse_pattern(config.model.pattern).letters)
+    except ValueError:
+        return set()
+
+
+def divisors(number: int) -> str:
+    """The divisors of a number, as a remedy lists them."""
+    found = [str(part) for part in range(1, number + 1) if number % part == 0]
+    return ", ".join(found[:12]) + (", ..." if len(found) > 12 else "")
+
+
+def pipeline_problems(config: RunConfig) -> Iterator[Problem]:
+    """Rules that hold for any number of ranks; the model's own must hold."""
+    section, train = config.parallel, config.train
+    if section.pipeline == 1:
+        return
+    try:
+        cut_pieces(config.model, section.num_pieces(), train.sequence_length)
+    except ValueError as error:
+        yield Problem("parallel.pipeline", str(error), "")
+    if section.schedule == "zero_bubble" and train.compile:
+        rule = "does not go with parallel.schedule=zero_bubble, which cuts backward passes in two: compiled blocks have one"
+        yield Problem("train.compile", rule, "use false, or another schedule", "true")
+
+
+def micro_batch_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:
+    """A schedule needs micro-batches to fill the pipeline, in each batch of a ramp too.
+
+    `pretrain.checks.check_run.batch_problems` must have found none.
+    """
+    section, train = config.parallel, config.train
+    if section.pipeline == 1:
+        return
+    unit = train.micro_batch_size * section.data_ranks(world_size)
+    sizes = {"train.global_batch_size": train.global_batch_size}
+    if train.batch_ramp is not None:
+        sizes["train.batch_ramp.start_size"] = train.batch_ramp.start_size
+        if section.schedule != "1f1b":
+            sizes["train.batch_ramp.increment"] = train.batch_ramp.increment
+    for key, size in sizes.items():
+        yield from fill_problems(section, key, size, unit)
+
+
+def fill_problems(section: ParallelConfig, key: str, size: int, unit: int) -> Iterator[Problem]:
+    """The rule of the schedule for `size` rows, of which all data ranks take `unit` at a time."""
+    number = size // unit
+    given = f"gives each data rank {number} micro-batch{'es' if number > 1 else ''}, and parallel.schedule={section.schedule}"
+    if section.schedule == "1f1b" and number < section.pipeline:
+        rule = f"{given} needs at least parallel.pipeline={section.pipeline} to fill the pipeline"
+        remedy = f"use {section.pipeline * unit} or more, or a smaller train.micro_batch_size"
+        yield Problem(key, rule, remedy, str(size))
+    elif section.schedule != "1f1b" and number % section.pipeline:
+        rule = f"{given} takes them in rounds of parallel.pipeline={section.pipeline}"
+        rounds = (number // section.pipeline, number // section.pipeline + 1)
+        nearest = " or ".join(str(each * section.pipeline * unit) for each in rounds if each)
+        yield Problem(key, rule, f"use {nearest}", str(size))

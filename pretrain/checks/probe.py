@@ -1,0 +1,58 @@
+"""Rules of a run on a probe: its settings fit together, into the rows and into the vocabulary, and nothing is about text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from data_pipeline.config import DataConfig
+from data_pipeline.probes.build import build_task
+from pretrain.config.errors import Problem
+from pretrain.config.schema import RunConfig
+from pretrain.stages import resolve_stages
+
+ABOUT_TEXT = (
+    "store",
+    "cache",
+    "sources",
+    "tokenizer",
+    "prepare",
+    "phases",
+    "packing",
+    "shuffle",
+    "mask_document_boundaries",
+    "on_corruption",
+)
+
+
+def probe_problems(config: RunConfig) -> Iterator[Problem]:
+    """Everything about data.probe but the length of rows; none for a run on text."""
+    probe = config.data.probe
+    if probe is None:
+        return
+    for name in ABOUT_TEXT:
+        if getattr(config.data, name) != DataConfig.model_fields[name].default:
+            yield Problem(f"data.{name}", "has no effect on data.probe, which is no text", "remove one of the two")
+    for index, stage in enumerate(config.stages):
+        if stage.weights is not None:
+            yield Problem(f"stages.{index}.weights", "has no effect on data.probe, the only source", "remove it")
+    try:
+        task = build_task(probe)
+    except ValueError as error:
+        yield Problem("data.probe", f"data.probe.{error}", "")
+        return
+    if task.vocab_size > config.model.vocab_size:
+        rule = f"must be at least {task.vocab_size}, the tokens of data.probe.task={probe.task} with its settings"
+        yield Problem("model.vocab_size", rule, "raise it", str(config.model.vocab_size))
+
+
+def probe_length_problems(config: RunConfig) -> Iterator[Problem]:
+    """Rows hold what the probe writes and asks, in every stage; `probe_problems` and the stages' rules found none."""
+    if config.data.probe is None:
+        return
+    shortest = build_task(config.data.probe).shortest
+    for stage in resolve_stages(config):
+        if stage.sequence_length < shortest:
+            own = config.stages and config.stages[stage.index].sequence_length is not None
+            key = f"stages.{stage.index}.sequence_length" if own else "train.sequence_length"
+            rule = f"must be at least {shortest}, the shortest row of data.probe.task={config.data.probe.task} with its settings"
+            yield Problem(key, rule, "raise it", str(stage.sequence_length))

@@ -1,0 +1,109 @@
+"""Rules of stages: how they are declared, and everything that any run must obey, once for each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from pretrain.config.errors import Problem
+from pretrain.config.schema import RunConfig, StageConfig
+from pretrain.stages import RunStage, model_of_stage, resolve_stages, total_steps
+
+
+def declaration_problems(config: RunConfig) -> Iterator[Problem]:
+    """What must hold before stages can be resolved."""
+    if not config.stages:
+        if config.train.steps is None:
+            yield Problem("train.steps", "is missing", "set train.steps, or declare stages with tokens")
+        return
+    names = [section.name for section in config.stages]
+    sources = [source.name for source in config.data.sources]
+    if config.data.phases:
+        remedy = "give the stages their weights and sequence_length, and remove data.phases"
+        yield Problem("data.phases", "has no effect beside stages, which say when data change", remedy)
+    for index, section in enumerate(config.stages):
+        key = f"stages.{index}"
+        if section.name in names[:index]:
+            rule = f"is also the name of stages.{names.index(section.name)}"
+            yield Problem(f"{key}.name", rule, "give each stage its own name", section.name)
+        if (section.tokens is None) == (section.steps is None):
+            rule = "has neither tokens nor steps" if section.tokens is None else "has both tokens and steps"
+            yield Problem(key, rule, "give it one of them")
+        if section.rope is not None and (config.model.attention is None or config.model.attention.positions == "none"):
+            rule = "has no effect: model.attention.positions is none"
+            yield Problem(f"{key}.rope", rule, "remove it, or use model.attention.positions=rope")
+        for name in section.weights or {}:
+            if name not in sources and config.data.probe is None:
+                rule = "is no name of data.sources"
+                yield Problem(f"{key}.weights.{name}", rule, f"use one of {', '.join(sources)}")
+
+
+def ramp_problems(config: RunConfig) -> Iterator[Problem]:
+    """The ramp leads in equal additions to the full batch; stages must be declared rightly."""
+    ramp = config.train.batch_ramp
+    if ramp is None:
+        return
+    first = resolve_stages(config)[0]
+    full = first.global_batch_size
+    if ramp.start_size >= full:
+        rule = f"must be less than the global batch of {full} rows"
+        yield Problem("train.batch_ramp.start_size", rule, "lower it, or remove the ramp", str(ramp.start_size))
+    elif (full - ramp.start_size) % ramp.increment:
+        rule = f"must lead from {ramp.start_size} to {full} rows in whole additions"
+        divisors = [size for size in range(1, full - ramp.start_size + 1) if (full - ramp.start_size) % size == 0]
+        nearest = min(divisors, key=lambda size: abs(size - ramp.increment))
+        yield Problem("train.batch_ramp.increment", rule, f"use {nearest}", str(ramp.increment))
+    if ramp.steps >= first.num_steps:
+        rule = f"must be less than the {first.num_steps} steps of the {'first stage' if config.stages else 'run'}"
+        yield Problem("train.batch_ramp.steps", rule, "lower it", str(ramp.steps))
+
+
+def ramp_share_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:
+    """Ranks share every batch of the ramp, not only the full one."""
+    ramp = config.train.batch_ramp
+    if ramp is None:
+        return
+    unit = config.train.micro_batch_size * config.parallel.data_ranks(world_size)
+    for name, value in (("start_size", ramp.start_size), ("increment", ramp.increment)):
+        if value % unit:
+            rule = f"must be a multiple of micro-batch x data ranks = {unit}"
+            nearest = max(1, round(value / unit)) * unit
+            yield Problem(f"train.batch_ramp.{name}", rule, f"use {nearest}", str(value))
+
+
+def total_problems(config: RunConfig) -> Iterator[Problem]:
+    """A number of steps beside stages must be theirs."""
+    if config.stages and config.train.steps is not None:
+        total = total_steps(config)
+        if config.train.steps != total:
+            rule = f"is not the sum of the stages, {total}"
+            remedy = "remove it, or change the stages; for a short trial use train.stop_after_steps"
+            yield Problem("train.steps", rule, remedy, str(config.train.steps))
+
+
+def run_of_stage(config: RunConfig, stage: RunStage) -> RunConfig:
+    """A run that is this stage and nothing else: what rules for runs are applied to."""
+    train = config.train.model_copy(
+        update={
+            "steps": stage.num_steps,
+            "stop_after_steps": None,
+            "sequence_length": stage.sequence_length,
+            "micro_batch_size": stage.micro_batch_size,
+            "global_batch_size": stage.global_batch_size,
+            "batch_ramp": stage.ramp,
+        }
+    )
+    return config.model_copy(
+        update={"stages": (), "train": train, "schedule": stage.schedule, "model": model_of_stage(config, stage)}
+    )
+
+
+def relocate(problem: Problem, config: RunConfig, stage: RunStage) -> Problem:
+    """The problem with the stage's name and the key at which it declares the value; as it is where no stage could."""
+    own_key = problem.key.removeprefix("train.").removeprefix("model.attention.")
+    field = own_key.partition(".")[0]
+    if not config.stages or field not in StageConfig.model_fields:
+        return problem
+    declared = getattr(config.stages[stage.index], field) is not None
+    key = f"stages.{stage.index}.{own_key}" if declared else problem.key
+    return replace(problem, key=key, rule=f"in stage {stage.name}: {problem.rule}")

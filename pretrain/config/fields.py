@@ -1,0 +1,166 @@
+"""The fields of the configuration, read off the schema: for tables of help, for the docs, for near-miss keys."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from pretrain.config.schema import RunConfig
+
+ITEM = "*"  # stands for the position in a list of sections: data.sources.*.weight
+
+_BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+
+
+@dataclass(frozen=True)
+class FieldRow:
+    """One setting: dotted key, type with its bounds, default as YAML writes it (None: must be given), meaning."""
+
+    key: str
+    type: str
+    default: str | None
+    meaning: str
+
+
+@dataclass(frozen=True)
+class SectionRow:
+    """One section: dotted key, what it is about, and its own fields."""
+
+    key: str
+    meaning: str
+    fields: tuple[FieldRow, ...]
+
+
+def describe_sections(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[SectionRow]:
+    """Every section below `model` in the order of the schema, sections in sections after their parent."""
+    if prefix:
+        rows = [
+            describe_field(f"{prefix}.{name}", info)
+            for name, info in model.model_fields.items()
+            if section_of(info.annotation) is None
+        ]
+        meaning = (model.__doc__ or "").strip().splitlines()[0]
+        yield SectionRow(prefix, meaning, tuple(rows))
+    for name, info in model.model_fields.items():
+        section = section_of(info.annotation)
+        if section is not None:
+            child, is_list = section
+            key = f"{prefix}.{name}" if prefix else name
+            yield from describe_sections(child, f"{key}.{ITEM}" if is_list else key)
+
+
+def describe_fields(root: type[BaseModel] = RunConfig) -> list[FieldRow]:
+    """Every setting in the sections below `root` in the order of the schema."""
+    return [row for section in describe_sections(root) for row in section.fields]
+
+
+def describe_field(key: str, info: FieldInfo) -> FieldRow:
+    """The row of one setting."""
+    bounds = [
+        f"{sign} {getattr(rule, name):g}"
+        for rule in info.metadata
+        for name, sign in _BOUNDS.items()
+        if getattr(rule, name, None) is not None
+    ]
+    kind = name_type(info.annotation)
+    if bounds and kind.endswith(" or null"):
+        kind = f"{kind.removesuffix(' or null')} {', '.join(bounds)} or null"
+    elif bounds:
+        kind = f"{kind} {', '.join(bounds)}"
+    default = None if info.default is PydanticUndefined else show_value(info.default)
+    return FieldRow(key, kind, default, info.description or "")
+
+
+def section_of(annotation: Any) -> tuple[type[BaseModel], bool] | None:
+    """(section, is a list of them) of an annotation such as `Section`, `Section | None`, `tuple[Section, ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation, False
+    if typing.get_origin(annotation) is tuple:
+        inner = section_of(typing.get_args(annotation)[0])
+        return (inner[0], True) if inner else None
+    if typing.get_origin(annotation) in {typing.Union, types.UnionType}:
+        for argument in typing.get_args(annotation):
+            inner = section_of(argument)
+            if inner:
+                return inner
+    return None
+
+
+def section_at(parts: tuple[str | int, ...], root: type[BaseModel] = RunConfig) -> type[BaseModel] | None:
+    """The section class at a path of keys and list positions below `root`; None where the schema has no section."""
+    model = root
+    for part in parts:
+        if isinstance(part, int) or part.isdigit():
+            continue
+        info = model.model_fields.get(part)
+        found = section_of(info.annotation) if info else None
+        if found is None:
+            return None
+        model = found[0]
+    return model
+
+
+def name_type(annotation: Any) -> str:
+    """A type in words: `int`, `text`, `float or null`, `softmax | sigmoid`, `list of text`."""
+    origin = typing.get_origin(annotation)
+    if origin is Literal:
+        return " | ".join(show_value(value) for value in typing.get_args(annotation))
+    if origin is tuple:
+        return f"list of {name_type(typing.get_args(annotation)[0])}"
+    if origin in {dict, Mapping}:
+        return " to ".join(name_type(argument) for argument in typing.get_args(annotation)) + " mapping"
+    if origin in {typing.Union, types.UnionType}:
+        return " or ".join(name_type(argument) for argument in typing.get_args(annotation))
+    names = {str: "text", type(None): "null", bool: "true | false", int: "int", float: "float"}
+    return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
+
+
+def show_value(value: object) -> str:
+    """A scalar as YAML writes it, on one line."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e6:
+        return f"{value:.1f}"
+    return str(value)
+
+
+def reference_page() -> str:
+    """docs/configuration.md: every section and setting as Markdown tables."""
+    lines = [
+        "# Configuration",
+        "",
+        "One YAML file is one run. This page is written by `make docs` (`amfm config --reference`) and a test keeps it",
+        "fresh, so change the descriptions in the schema, not here.",
+        "",
+        "- `extends: other.yaml` (relative to the file) lays a file over another one: sections merge key by key, a list",
+        "  or a plain value replaces what was below, `null` removes an optional section.",
+        "- Dotted overrides come last: `amfm train run.yaml train.steps=20 model.moe.top_k=2 data.sources.0.weight=2`.",
+        "- `1e-3` is a number, `1e6` a whole number, `no` and `on` are text; quote a text that looks like a number.",
+        "- An unknown key, a wrong type or a value out of range stops before anything starts (exit code 2), with the",
+        "  file, line, key, value, rule and remedy of every problem at once.",
+        "- `amfm config run.yaml` prints the resolved file, `--diff OTHER` what two runs differ in, `--ranks 8` checks",
+        "  that so many ranks can share its batch.",
+        "- Editors complete and check keys with `configs/schema.json`: put the line",
+        "  `# yaml-language-server: $schema=schema.json` (the path from the file) on top.",
+        "",
+    ]
+    for section in describe_sections():
+        lines += [f"## `{section.key}`", "", section.meaning, ""]
+        if section.fields:
+            lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
+        for row in section.fields:
+            default = "required" if row.default is None else f"`{row.default}`"
+            name = row.key.rsplit(".", 1)[1]
+            kind, meaning = (text.replace("|", "\\|") for text in (row.type, row.meaning))
+            lines.append(f"| `{name}` | {kind} | {default} | {meaning} |")
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"

@@ -1,0 +1,311 @@
+"""From a YAML file and dotted overrides to a RunConfig, and back to text, schema and differences."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from pretrain.config.errors import ConfigError, Origin, Problem
+from pretrain.config.fields import describe_fields, section_at, section_of
+from pretrain.config.schema import RunConfig
+from pretrain.config.yaml_tree import Entry, TreeReader, merge, read_tree
+
+S = TypeVar("S", bound=BaseModel)
+Schema = type[BaseModel]
+Parts = tuple[str | int, ...]
+
+_OVERRIDE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*\Z")
+_KINDS = {
+    "int_type": ("must be a whole number", "write it without quotes, fraction or unit"),
+    "float_type": ("must be a number", "write it without quotes or unit"),
+    "bool_type": ("must be true or false", "write `true` or `false` without quotes"),
+    "string_type": ("must be text", "put it in quotes if it looks like a number or starts with {"),
+    "dict_type": ("must be a mapping", "write `{name: value}`, or one `name: value` a line below it"),
+    "tuple_type": ("must be a list", "write `[a, b]`, or one `- item` a line"),
+    "model_type": ("must be a section with keys", "write its keys indented below it, or remove the line"),
+    "model_attributes_type": ("must be a section with keys", "write its keys indented below it, or remove the line"),
+    "greater_than": ("must be greater than {gt}", "raise it"),
+    "greater_than_equal": ("must be at least {ge}", "raise it"),
+    "less_than": ("must be less than {lt}", "lower it"),
+    "less_than_equal": ("must be at most {le}", "lower it"),
+    "string_pattern_mismatch": ("must match {pattern}", "use only those characters"),
+    "string_too_short": ("must have at least {min_length} character(s)", "fill it in"),
+    "too_short": ("must have at least {min_length} item(s)", "add one"),
+    "finite_number": ("must be finite", "write an ordinary number"),
+}
+
+
+@dataclass(frozen=True)
+class LocatedConfig:
+    """A RunConfig with the place of every key that was written (dotted key -> place)."""
+
+    config: RunConfig
+    origins: dict[str, Origin]
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration of a YAML file with `a.b=value` overrides laid over it.
+
+    Raises ConfigError with every problem found, FileNotFoundError if the file is absent. Touches no device.
+    """
+    return load_located(path, overrides).config
+
+
+def load_located(path: str | Path, overrides: Sequence[str] = ()) -> LocatedConfig:
+    """`load_config`, keeping the places, so that later rules can name file and line too."""
+    return LocatedConfig(*read_schema(path, overrides, RunConfig))
+
+
+def read_schema(path: str | Path, overrides: Sequence[str], schema: type[S]) -> tuple[S, dict[str, Origin]]:
+    """A file of any schema with overrides laid over it, and the places of its keys; raises as `load_config`."""
+    problems: list[Problem] = []
+    return settle(read_tree(Path(path), problems), overrides, schema, problems)
+
+
+def change_section(section: S, overrides: Sequence[str]) -> S:
+    """A section with `key=value` overrides laid over it; raises ConfigError as `load_config` does."""
+    tree = TreeReader("the run", keep_lines=False).read(json.dumps(section.model_dump(mode="json")))
+    return settle(tree, overrides, type(section), [])[0]
+
+
+def settle(
+    tree: Entry, overrides: Sequence[str], schema: type[S], problems: list[Problem]
+) -> tuple[S, dict[str, Origin]]:
+    """What a tree with overrides says, and the places of its keys; ConfigError with the given problems and all others."""
+    for override in overrides:
+        apply_override(tree, override, problems, schema)
+    origins = tree.origins()
+    try:
+        # JSON in strict mode: no text becomes a number, no number a truth value, and lists are fine for tuples.
+        config = schema.model_validate_json(json.dumps(tree.plain()), strict=True)
+    except ValidationError as error:
+        problems += [explain(detail, schema) for detail in first_causes(error.errors(include_url=False))]
+    if problems:
+        raise ConfigError(problems).located(origins)
+    return config, origins
+
+
+def apply_override(tree: Entry, override: str, problems: list[Problem], schema: type[BaseModel] = RunConfig) -> None:
+    """Lay `a.b=value` over the tree; a bad override is appended to `problems`."""
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    if not equals or not _OVERRIDE.match(key):
+        origin = Origin(f"override {override}")
+        problems.append(Problem("", "not an override", "write key.key=value, such as train.steps=20", origin=origin))
+        return
+    origin = Origin(f"override {key}={text}")
+    reader = TreeReader(origin.source, keep_lines=False)
+    if text.startswith("{") and takes_text(key, schema):
+        value = Entry(text, origin)  # a pattern such as {retnet}*, which YAML would read as a mapping
+    else:
+        value = reader.read(text) if text.strip() else Entry(None, origin)
+    problems += reader.problems
+    *parents, last = key.split(".")
+    entry = tree
+    for depth, part in enumerate(parents):
+        child = step_into(entry, part, ".".join(parents[: depth + 1]), origin, problems)
+        if child is None:
+            return
+        entry = child
+    if isinstance(entry.value, list):
+        item = step_into(entry, last, key, origin, problems)
+        if item is not None:
+            entry.value[int(last)] = merge(item, value)
+    else:
+        assert isinstance(entry.value, dict), "step_into returns mappings and lists only"
+        entry.value[last] = merge(entry.value[last], value) if last in entry.value else value
+
+
+def takes_text(key: str, schema: type[BaseModel]) -> bool:
+    """Whether the setting of this dotted key is a text."""
+    *parents, last = key.split(".")
+    section = section_at(tuple(parents), schema)
+    info = section.model_fields.get(last) if section else None
+    return info is not None and info.annotation in (str, str | None)
+
+
+def step_into(entry: Entry, part: str, key: str, origin: Origin, problems: list[Problem]) -> Entry | None:
+    """The child `part` of a mapping or list, made if a mapping lacks it; None after noting a problem."""
+    if isinstance(entry.value, list):
+        if not part.isdigit() or int(part) >= len(entry.value):
+            rule = f"{key.rpartition('.')[0]} is a list of {len(entry.value)}, so {part} is not a position in it"
+            problems.append(Problem("", rule, "use a smaller one, counted from 0", origin=origin))
+            return None
+        return entry.value[int(part)]
+    assert isinstance(entry.value, dict), "step_into is asked for mappings and lists only"
+    child = entry.value.get(part)
+    if child is None or child.value is None:
+        child = entry.value[part] = Entry({}, origin)
+    if not isinstance(child.value, (dict, list)):
+        remedy = f"override {key} itself"
+        problems.append(Problem("", f"{key} is the value {shown(child.plain())}, not a section", remedy, origin=origin))
+        return None
+    return child
+
+
+def first_causes(details: Sequence[Any]) -> list[Any]:
+    """Pydantic's findings without "too few items" where an item itself was refused."""
+    return [
+        detail
+        for detail in details
+        if detail["type"] != "too_short"
+        or not any(other is not detail and other["loc"][: len(detail["loc"])] == detail["loc"] for other in details)
+    ]
+
+
+def explain(detail: Any, schema: Schema) -> Problem:
+    """One finding of pydantic in our words."""
+    parts: tuple[str | int, ...] = detail["loc"]
+    key = ".".join(str(part) for part in parts)
+    value = shown(detail["input"])
+    kind, context = detail["type"], detail.get("ctx", {})
+    if kind == "extra_forbidden":
+        return Problem(key, "unknown key", nearest_key(parts, schema), value)
+    if kind == "missing":
+        return explain_missing(parts, schema)
+    if kind == "literal_error":
+        return explain_choice(parts, detail["input"], value, schema)
+    if kind in _KINDS:
+        rule, remedy = _KINDS[kind]
+        if kind.startswith("float_type") and isinstance(detail["input"], str):
+            remedy = "write it as a plain number such as 0.001 or 1e-3, without quotes or unit"
+        return Problem(key, rule.format(**{name: plain_number(item) for name, item in context.items()}), remedy, value)
+    return Problem(
+        key, str(detail["msg"]).removeprefix("Value error, "), meaning_of(parts, schema) or "correct it", value
+    )
+
+
+def explain_missing(parts: Parts, schema: Schema) -> Problem:
+    """A key or section that has no default and was not given."""
+    key, parent = ".".join(str(part) for part in parts), section_at(parts[:-1], schema)
+    info = parent.model_fields.get(str(parts[-1])) if parent else None
+    section = section_of(info.annotation) if info else None
+    if section is None:
+        return Problem(key, "is missing and has no default", f"add `{parts[-1]}:` ({meaning_of(parts, schema)})")
+    child, is_list = section
+    needed = [name for name, field in child.model_fields.items() if field.is_required()]
+    shape = "a list of sections, each" if is_list else "a section"
+    return Problem(key, "is missing", f"add `{parts[-1]}:`, {shape} with at least {', '.join(needed)}")
+
+
+def explain_choice(parts: Parts, given: object, value: str, schema: Schema) -> Problem:
+    """A value that is not among the allowed ones."""
+    parent = section_at(parts[:-1], schema)
+    assert parent is not None, f"no section holds {parts}"
+    allowed = [str(item) for item in literal_values(parent.model_fields[str(parts[-1])].annotation)]
+    near = difflib.get_close_matches(str(given), allowed, n=1)
+    key, names = ".".join(str(part) for part in parts), ", ".join(allowed)
+    return Problem(key, f"must be one of: {names}", f"use {near[0]}" if near else f"use {allowed[0]}, say", value)
+
+
+def literal_values(annotation: Any) -> list[object]:
+    """The members of a Literal, also inside `Literal[...] | None`."""
+    found: list[object] = []
+    for item in get_args(annotation):
+        found += literal_values(item) if get_args(item) else [item]
+    return [item for item in found if item is not type(None)]
+
+
+def nearest_key(parts: Parts, schema: Schema) -> str:
+    """The remedy for an unknown key: a near miss in its section (a nearer one if the word stands elsewhere), that, or the list."""
+    section, word = section_at(parts[:-1], schema), str(parts[-1])
+    assert section is not None, f"no section holds {parts}"
+    names = list(section.model_fields)
+    place = "".join(f"{part}." for part in parts[:-1])
+    if "." in word:
+        return "nest it: a dot joins sections in overrides only"
+    elsewhere = [row.key for row in describe_fields(schema) if row.key.rsplit(".", 1)[-1] == word]
+    near = difflib.get_close_matches(word, names, n=1, cutoff=0.8 if elsewhere else 0.6)
+    if near:
+        return f"did you mean {place}{near[0]}?"
+    if elsewhere:
+        return f"it belongs elsewhere: {' or '.join(elsewhere)}"
+    return f"known keys here: {', '.join(names)}"
+
+
+def meaning_of(parts: Parts, schema: Schema) -> str:
+    """The description of a field, without its last full stop."""
+    parent = section_at(parts[:-1], schema)
+    info = parent.model_fields.get(str(parts[-1])) if parent and parts else None
+    return (info.description or "").rstrip(".") if info else ""
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it: texts in quotes, long things cut."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def plain_number(value: object) -> str:
+    """A bound without a needless `.0`."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def resolved_yaml(config: RunConfig) -> str:
+    """The whole configuration, defaults included, as YAML that `load_config` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def config_schema() -> dict[str, Any]:
+    """JSON Schema of a configuration file, for editors.
+
+    Nothing is `required` in it: any key may come from an extended file or an override. `load_config` finds what is
+    missing.
+    """
+    schema = drop_required(RunConfig.model_json_schema())
+    extends = {"type": "string", "description": "Another YAML file, relative to this one, that this one is laid over."}
+    schema["properties"] = {"extends": extends} | schema["properties"]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | schema | {"title": "amfm run configuration"}
+
+
+def drop_required(schema: Any) -> Any:
+    """A schema without its `required` lists."""
+    if isinstance(schema, dict):
+        return {
+            key: drop_required(value)
+            for key, value in schema.items()
+            if not (key == "required" and isinstance(value, list))
+        }
+    return [drop_required(item) for item in schema] if isinstance(schema, list) else schema
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A key whose value differs; `absent` stands for a key that one side does not have."""
+
+    key: str
+    first: object
+    second: object
+
+    absent = "(absent)"
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.first} -> {self.second}"
+
+
+def diff_configs(first: RunConfig, second: RunConfig) -> list[Difference]:
+    """The keys in which two configurations differ, in the order of the schema."""
+    flat_first, flat_second = flatten(first.model_dump(mode="json")), flatten(second.model_dump(mode="json"))
+    keys = dict.fromkeys([*flat_first, *flat_second])
+    absent = Difference.absent
+    pairs = [Difference(key, flat_first.get(key, absent), flat_second.get(key, absent)) for key in keys]
+    return [pair for pair in pairs if pair.first != pair.second]
+
+
+def flatten(value: object, prefix: str = "") -> dict[str, object]:
+    """Dotted key -> scalar."""
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if children is None:
+        return {prefix: value}
+    flat: dict[str, object] = {}
+    for key, child in children:
+        flat |= flatten(child, f"{prefix}.{key}" if prefix else str(key))
+    return flat

@@ -1,0 +1,182 @@
+"""Reads YAML into a tree that keeps the file and line of every key, and merges such trees.
+
+Scalars follow the YAML 1.2 core rules rather than PyYAML's 1.1: `1e-3` is a number, `on`, `no` and `2026-01-01` are
+text. A whole number in exponent form (`1e6`) is an integer, so that counts can be written short.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from pretrain.config.errors import ConfigError, Origin, Problem
+
+Scalar = str | int | float | bool | None
+
+_NULL = re.compile(r"(~|null|Null|NULL|)\Z")
+_TRUE = re.compile(r"(true|True|TRUE)\Z")
+_FALSE = re.compile(r"(false|False|FALSE)\Z")
+_INTEGER = re.compile(r"[-+]?[0-9]+(_[0-9]+)*\Z")
+_WHOLE_EXPONENT = re.compile(r"([-+]?[0-9]+)(\.0*)?[eE]\+?([0-9]{1,2})\Z")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?\Z")
+_SPECIAL = {".inf": float("inf"), "+.inf": float("inf"), "-.inf": float("-inf"), ".nan": float("nan")}
+
+
+@dataclass
+class Entry:
+    """A value with the place where its key was written; mappings and lists hold further entries."""
+
+    value: Scalar | dict[str, Entry] | list[Entry]
+    origin: Origin
+
+    def plain(self) -> object:
+        """The value without places: dicts, lists and scalars."""
+        if isinstance(self.value, dict):
+            return {key: entry.plain() for key, entry in self.value.items()}
+        if isinstance(self.value, list):
+            return [entry.plain() for entry in self.value]
+        return self.value
+
+    def origins(self, prefix: str = "") -> dict[str, Origin]:
+        """Dotted key -> place, for this entry and everything below it."""
+        found = {prefix: self.origin}
+        if isinstance(self.value, dict):
+            children = list(self.value.items())
+        elif isinstance(self.value, list):
+            children = [(str(index), entry) for index, entry in enumerate(self.value)]
+        else:
+            children = []
+        for key, entry in children:
+            found |= entry.origins(f"{prefix}.{key}" if prefix else key)
+        return found
+
+
+def parse_scalar(text: str) -> Scalar:
+    """What an unquoted scalar means."""
+    if _NULL.match(text):
+        return None
+    if _TRUE.match(text):
+        return True
+    if _FALSE.match(text):
+        return False
+    if _INTEGER.match(text):
+        return int(text)
+    whole = _WHOLE_EXPONENT.match(text)
+    if whole:
+        return int(whole.group(1)) * 10 ** int(whole.group(3))
+    if _FLOAT.match(text):
+        return float(text)
+    return _SPECIAL.get(text.lower(), text)
+
+
+class TreeReader:
+    """Turns PyYAML's node tree of one source into entries, collecting problems instead of stopping at the first."""
+
+    def __init__(self, source: str, *, keep_lines: bool = True) -> None:
+        self.source = source
+        self.keep_lines = keep_lines
+        self.problems: list[Problem] = []
+
+    def read(self, text: str) -> Entry:
+        """Parse `text`; raises ConfigError for text that is not YAML."""
+        try:
+            node = yaml.compose(text, Loader=yaml.SafeLoader)
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            origin = Origin(self.source, mark.line + 1) if mark and self.keep_lines else Origin(self.source)
+            reason = getattr(error, "problem", None) or str(error)
+            remedy = "check the indentation, colons and quotes there and on the line before"
+            raise ConfigError([Problem("", f"not valid YAML ({reason})", remedy, origin=origin)]) from error
+        if node is None:
+            return Entry({}, self.origin(None))
+        return self.convert(node, "", self.origin(None))
+
+    def origin(self, node: yaml.Node | None) -> Origin:
+        """The line of a node."""
+        if not self.keep_lines:
+            return Origin(self.source)
+        return Origin(self.source, node.start_mark.line + 1 if node is not None else 1)
+
+    def convert(self, node: yaml.Node, key: str, origin: Origin) -> Entry:
+        """The entry of a node whose key is at `origin`."""
+        if isinstance(node, yaml.MappingNode):
+            return Entry(self.convert_mapping(node, key), origin)
+        if isinstance(node, yaml.SequenceNode):
+            items = [self.convert(item, f"{key}.{index}", self.origin(item)) for index, item in enumerate(node.value)]
+            return Entry(items, origin)
+        assert isinstance(node, yaml.ScalarNode), f"unexpected YAML node {node!r}"
+        # A quoted scalar is text whatever it looks like.
+        return Entry(node.value if node.style else parse_scalar(node.value), origin)
+
+    def convert_mapping(self, node: yaml.MappingNode, parent: str) -> dict[str, Entry]:
+        """The entries of a mapping; a key that occurs twice is a problem."""
+        mapping: dict[str, Entry] = {}
+        for key_node, value_node in node.value:
+            origin = self.origin(key_node)
+            if not isinstance(key_node, yaml.ScalarNode):
+                rule = "a key must be a word, not a list or mapping"
+                self.problems.append(Problem(parent, rule, "write `key: value`", origin=origin))
+                continue
+            name = str(key_node.value)
+            key = f"{parent}.{name}" if parent else name
+            if name in mapping:
+                rule = f"the key occurs twice (first on line {mapping[name].origin.line})"
+                self.problems.append(Problem(key, rule, "keep one of the two", origin=origin))
+                continue
+            mapping[name] = self.convert(value_node, key, origin)
+        return mapping
+
+
+def merge(below: Entry, above: Entry) -> Entry:
+    """`above` laid over `below`: mappings merge key by key, everything else (lists too) replaces."""
+    if not (isinstance(below.value, dict) and isinstance(above.value, dict)):
+        return above
+    merged = dict(below.value)
+    for key, entry in above.value.items():
+        merged[key] = merge(merged[key], entry) if key in merged else entry
+    return Entry(merged, above.origin)
+
+
+def read_tree(path: Path, problems: list[Problem], *, chain: tuple[Path, ...] = ()) -> Entry:
+    """The tree of a file with everything it extends below it.
+
+    `extends: other.yaml` is relative to the file that says it and may itself extend; a cycle is refused. Problems
+    that still allow reading on are appended to `problems`. Raises FileNotFoundError and ConfigError.
+    """
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"{path} {what}; name an existing YAML file")
+    reader = TreeReader(str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        rule = f"not UTF-8 text (byte {error.start})"
+        raise ConfigError([Problem("", rule, "save the file as UTF-8", origin=Origin(str(path)))]) from error
+    entry = reader.read(text)
+    problems += reader.problems
+    if not isinstance(entry.value, dict):
+        rule = "a configuration is a mapping of sections"
+        raise ConfigError([Problem("", rule, "start with `run:`, `model:`, `data:`, ...", origin=entry.origin)])
+    extends = entry.value.pop("extends", None)
+    if extends is None:
+        return entry
+    if not isinstance(extends.value, str):
+        rule = "must be the path of one YAML file"
+        shown = str(extends.plain())
+        raise ConfigError([Problem("extends", rule, "write `extends: other.yaml`", shown, extends.origin)])
+    chain = (*chain, path.resolve())
+    parent = path.parent / extends.value
+    if parent.resolve() in chain:
+        names = " -> ".join(item.name for item in (*chain, parent))
+        remedy = "remove one `extends` of the circle"
+        raise ConfigError(
+            [Problem("extends", f"files extend each other in a circle: {names}", remedy, extends.value, extends.origin)]
+        )
+    if not parent.is_file():
+        rule = f"{parent} does not exist"
+        remedy = "name a file relative to the one that extends it"
+        raise ConfigError([Problem("extends", rule, remedy, extends.value, extends.origin)])
+    return merge(read_tree(parent, problems, chain=chain), entry)

@@ -1,0 +1,1 @@
+"""DeepSpeed's engine, and what happens to gradients before it steps."""

@@ -1,0 +1,259 @@
+"""DeepSpeed behind one small class: ZeRO 0-3, float32 and bf16, several backward passes a step, one reduction."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from model.groups import ProcessGroupCollection
+from pretrain.config.schema import OptimizerConfig
+from pretrain.engine.deepspeed_experts import announced_experts
+from pretrain.engine.deepspeed_zero3 import OutputBridge, is_not_about_types
+from pretrain.engine.grad_norm import GlobalNorm
+from pretrain.engine.gradients import (
+    Float32Accumulator,
+    GradientFault,
+    clip_by_norm,
+    find_fault,
+    find_partial_gradients,
+    spoil_gradients,
+    sum_partial_gradients,
+)
+from pretrain.engine.optimizer import build_adamw
+from pretrain.parallel import Parallel, name_accelerator
+
+name_accelerator()
+
+import deepspeed  # noqa: E402
+from deepspeed.ops import __compatible_ops__  # noqa: E402
+from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
+
+Precision = Literal["float32", "bf16"]
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What a step did: the global gradient norm before clipping, and whether the weights moved."""
+
+    grad_norm: float
+    applied: bool
+
+
+class ZeroEngine:
+    """A module under DeepSpeed. Each step: `with engine.accumulate(n):` n times `backward(loss)`, then `step(rate)`.
+
+    Losses must already be shares of the global batch (divided by global counts): gradients are summed, over backward
+    passes, over the ranks that hold parts of them, and over data ranks. bf16 gradients of several passes are summed in
+    float32. Every rank must enter `accumulate` and call `step`.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        groups: ProcessGroupCollection,
+        norm: GlobalNorm,
+        *,
+        precision: Precision,
+        zero_stage: int,
+        clip_norm: float | None,
+    ) -> None:
+        self.deepspeed = engine
+        self.groups = groups
+        self.norm = norm
+        self.partials = find_partial_gradients(engine.module, groups)
+        self.precision = precision
+        self.zero_stage = zero_stage
+        self.clip_norm = clip_norm
+        self.fault: GradientFault | None = None
+        self.is_refused = False
+        self.accumulator: Float32Accumulator | None = None
+
+    @property
+    def module(self) -> Any:
+        """The model itself; its parameters are partitioned under ZeRO-3."""
+        return self.deepspeed.module
+
+    @property
+    def optimizer(self) -> Any:
+        """DeepSpeed's optimizer: a ZeRO optimizer, its unfused float32-master wrapper, or AdamW itself."""
+        return self.deepspeed.optimizer
+
+    @property
+    def adamw(self) -> torch.optim.AdamW:
+        """AdamW below the wrappers: its groups and, per flat fragment, its moments and step counters."""
+        return self.deepspeed.basic_optimizer
+
+    @property
+    def data_world_size(self) -> int:
+        """Ranks over which gradients are summed."""
+        return int(self.deepspeed.dp_world_size)
+
+    def forward(self, *inputs: Any, **keywords: Any) -> Any:
+        """The module's forward pass, with ZeRO-3's gathering of weights."""
+        return self.deepspeed(*inputs, **keywords)
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """What to differentiate for a loss: DeepSpeed divides by the number of data ranks, our losses ask for the sum."""
+        return loss * self.data_world_size
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a loss to those that this rank holds; nothing is reduced yet."""
+        loss = self.scale(loss)
+        if self.zero_stage == 0:
+            loss.backward()
+        else:
+            self.deepspeed.backward(loss, scale_wrt_gas=False)
+
+    @contextmanager
+    def accumulate(self, num_backwards: int) -> Iterator[None]:
+        """Gradients stay on this rank inside the block and are reduced once, on leaving it."""
+        self.accumulator = Float32Accumulator(self.module) if self.precision == "bf16" and num_backwards > 1 else None
+        if self.zero_stage > 0:
+            with self.deepspeed.coalesce_grad_reduction():
+                yield
+                self._close_accumulation()
+        else:
+            yield
+            self._close_accumulation()
+            self.deepspeed.allreduce_gradients()
+
+    def take_gradients(self, module: nn.Module) -> None:
+        """Take gradients that were added without autograd's hooks into the sums of this step, inside `accumulate`."""
+        if self.accumulator is not None:
+            self.accumulator.take(module)
+
+    def refuse_step(self) -> None:
+        """Inside `accumulate`: let the coming step move nothing, on any rank, as if its gradients were not finite."""
+        self.is_refused = True
+
+    def _close_accumulation(self) -> None:
+        if self.accumulator is not None:
+            self.accumulator.finish()
+        self.accumulator = None
+        sum_partial_gradients(self.partials, self.groups)
+        self.fault = find_fault(self.module)
+        if self.is_refused:
+            spoil_gradients(self.module)
+            self.is_refused = False
+
+    def step(self, learning_rate: float) -> StepOutcome:
+        """Clip by the global norm and let AdamW move the weights; a non-finite norm moves nothing, on any rank."""
+        for group in self.adamw.param_groups:
+            group["lr"] = learning_rate
+        if self.zero_stage == 0 and self.precision == "float32":
+            # Plain AdamW: DeepSpeed neither reports the norm nor refuses a bad one here.
+            parameters = list(self.module.parameters())
+            grad_norm = float(self.norm.of_whole(parameters))
+            clip_by_norm([p.grad for p in parameters if p.grad is not None], grad_norm, self.clip_norm)
+            if not math.isfinite(grad_norm):
+                self.deepspeed.zero_grad()
+                return StepOutcome(grad_norm, applied=False)
+            self.deepspeed.step()
+            return StepOutcome(grad_norm, applied=True)
+        self.deepspeed.step()
+        applied = bool(self.deepspeed.was_step_applied())
+        return StepOutcome(float(self.deepspeed.get_global_grad_norm()), applied)
+
+
+def build_engine(
+    module: nn.Module,
+    *,
+    optimizer: OptimizerConfig,
+    precision: Precision,
+    zero_stage: int,
+    parallel: Parallel,
+    offload_optimizer: bool = False,
+) -> ZeroEngine:
+    """Put a module, built in float32 and alike on all data ranks, under DeepSpeed. Every rank must call this.
+
+    With bf16 the weights become bf16 copies of float32 masters; buffers (the router's balancing bias, say) stay
+    float32, because they are state that small steps move. `offload_optimizer` (ZeRO 1-3): masters and moments stay in
+    the memory of the host, where torch's fused AdamW steps them.
+    """
+    quiet_deepspeed()
+    if parallel.device.type == "cpu":
+        # The shared-memory collectives need a compiler at first use; gloo does the work without them.
+        __compatible_ops__["deepspeed_shm_comm"] = False
+    module.to(parallel.device)
+    buffers = {name: buffer for name, buffer in module.named_buffers() if buffer.is_floating_point()}
+    bridge = OutputBridge(module) if zero_stage == 3 else None
+    if bridge is not None:
+        bridge.open()
+    with announced_experts(module, parallel.groups):
+        engine, _, _, _ = deepspeed.initialize(
+            model=module,
+            optimizer=build_adamw(module, optimizer),
+            mpu=parallel.mpu,
+            config=describe_for_deepspeed(
+                module, optimizer, precision, zero_stage, offload_optimizer=offload_optimizer
+            ),
+            dist_init_required=False if deepspeed.comm.is_initialized() else None,
+        )
+    if bridge is not None:
+        bridge.close()
+    restore_buffers(module, buffers)
+    engine.basic_optimizer.state.clear()  # the unfused wrapper has stepped once, with zeros, to allocate
+    norm = GlobalNorm(module, parallel)
+    norm.install(engine)
+    return ZeroEngine(
+        engine,
+        parallel.groups,
+        norm,
+        precision=precision,
+        zero_stage=zero_stage,
+        clip_norm=optimizer.clip_grad_norm,
+    )
+
+
+def describe_for_deepspeed(
+    module: nn.Module, optimizer: OptimizerConfig, precision: Precision, zero_stage: int, *, offload_optimizer: bool
+) -> dict[str, Any]:
+    """DeepSpeed's configuration. Micro-batches are our loop's affair, so it sees one micro-batch a step."""
+    num_parameters = sum(parameter.numel() for parameter in module.parameters())
+    # Reduction buffers are allocated in full; their size must be even.
+    bucket_elements = min(num_parameters + num_parameters % 2, 200_000_000)
+    host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        # Plain AdamW's gradients are clipped in `ZeroEngine.step`; DeepSpeed would clip them again, by a norm of its own.
+        "gradient_clipping": 0.0 if zero_stage == 0 and precision == "float32" else optimizer.clip_grad_norm or 0.0,
+        "bf16": {"enabled": precision == "bf16", "check_grad_overflow": True},
+        "communication_data_type": "fp32",
+        "zero_allow_untested_optimizer": True,
+        # DeepSpeed's own AdamW for the host needs a compiler at first use.
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {
+            "stage": zero_stage,
+            **({"offload_optimizer": host} if offload_optimizer else {}),
+            "overlap_comm": False,
+            "reduce_bucket_size": bucket_elements,
+            "allgather_bucket_size": bucket_elements,
+            # ZeRO-3 keeps smaller weights whole on every rank: gathering them costs more than they weigh.
+            "stage3_param_persistence_threshold": min(100_000, num_parameters // 100),
+        },
+        "steps_per_print": None,
+    }
+
+
+def restore_buffers(module: nn.Module, buffers: dict[str, Tensor]) -> None:
+    """Put the float buffers back that a cast of the whole module replaced."""
+    for name, buffer in buffers.items():
+        owner, _, last = name.rpartition(".")
+        setattr(module.get_submodule(owner), last, buffer)
+
+
+def quiet_deepspeed() -> None:
+    """Warnings and errors only, through the root logger to standard error: standard output belongs to results."""
+    deepspeed_logger.setLevel(logging.WARNING)
+    deepspeed_logger.addFilter(is_not_about_types)
+    deepspeed_logger.handlers.clear()
+    deepspeed_logger.propagate = True

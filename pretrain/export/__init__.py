@@ -1,0 +1,1 @@
+"""Checkpoints for transformers and DeepSpeed, and the way back."""

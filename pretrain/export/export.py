@@ -1,0 +1,234 @@
+"""From a checkpoint to a folder that transformers loads, proved before it gets its name."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import pretrain.export.verify
+from data_pipeline.store import TokenStore
+from data_pipeline.tokenizer import Tokenizer
+from model.huggingface import TARGETS, Target, choose_target, explain_unfit
+from model.packing import PackMeta
+from pretrain.export.files import CLASS_NAMES, MAX_SHARD_BYTES, ExportPlan, put_in_place, sync_files, write_export
+from pretrain.inference.weights import Weights, read_weights
+
+# Two float32 implementations that add in another order; real text, logits of order 10.
+LOGIT_TOLERANCE = 1e-4
+PROOF_ROWS = 2
+PROOF_TOKENS = 320
+# A SentencePiece model with unrounded scores decides near ties by rounding noise (data_pipeline/sentencepiece_model.py).
+MAX_WRONG_IDS = 1e-3
+SAMPLE_TEXT = (
+    "The quick brown fox jumps over the lazy dog. In the beginning there were 7 heavens, and a man said:\n\n"
+    '  "What is a word worth?"\tNobody knew; it cost 12.50 that year.\n'
+)
+ODD_TEXTS = (
+    "",
+    " ",
+    "  two  spaces and trailing   ",
+    "\n\n\n leading newlines\n",
+    "tab\there\t\tand\r\ncarriage return",
+    "<s> </s> <pad> <unk> <0x0A> written out",
+    "\u00a0no-break, caf\u00e9, \u03a9mega, \u6f22\u5b57, \U0001f600, e\u0301, \u200b\ufeff",
+    "1234567890 3.14159 -- ### *** ____ a_b-c/d",
+)
+DEFAULT_MAX_POSITIONS = 4096
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written and what the proof found; the differences are None without a proof.
+
+    class_name: of transformers, or AmfmForCausalLM. reasons: why no native class holds the model. compared: on what
+    text the logits were compared.
+    """
+
+    path: Path
+    target: Target
+    class_name: str
+    max_logit_difference: float | None
+    same_argmax: bool | None
+    tokens_compared: int
+    compared: str
+    files: tuple[str, ...]
+    reasons: tuple[str, ...]
+
+
+def export_checkpoint(
+    checkpoint_dir: str | Path,
+    out_dir: str | Path,
+    *,
+    target: str | None = None,
+    verify: bool = True,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> ExportReport:
+    """Write a checkpoint (a run's newest, or an imported model) as a transformers folder and prove it.
+
+    `target`: nemotron_h, granitemoehybrid, qwen3_next, own, auto; None: what the run's `export.target` says. Everything is written
+    to OUT.tmp, made durable, loaded by a fresh process that compares logits, and only then renamed to OUT, so OUT is
+    absent or whole. Raises ValueError for a target that cannot hold the model or an OUT that is in use, RuntimeError
+    for a failed proof: then the folder stands as OUT.failed, for examination.
+    """
+    out = Path(out_dir)
+    check_free(out)
+    weights = read_weights(checkpoint_dir)
+    asked = target or (weights.run.export.target if weights.run is not None else "auto")
+    plan = ExportPlan(weights, resolve_target(weights, asked), _max_positions(weights), max_shard_bytes)
+    temporary = out.with_name(out.name + ".tmp")
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    temporary.mkdir(parents=True)
+    write_export(plan, temporary)
+    sync_files(temporary)
+    proof: dict[str, Any] = {}
+    compared = "nothing: not verified"
+    if verify:
+        tokens_BT, texts, compared = proof_text(weights)
+        proof = run_proof(plan, temporary, tokens_BT, texts)
+        problems = find_problems(plan, proof)
+        if problems:
+            raise RuntimeError(_fail(temporary, out, problems))
+    put_in_place(temporary, out)
+    return ExportReport(
+        path=out,
+        target=plan.target,
+        class_name=CLASS_NAMES[plan.target],
+        max_logit_difference=proof.get("max_logit_difference"),
+        same_argmax=proof.get("same_argmax"),
+        tokens_compared=proof.get("tokens", 0),
+        compared=compared,
+        files=tuple(sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())),
+        reasons=tuple(plan.unfit_reasons()),
+    )
+
+
+def check_free(out: Path) -> None:
+    """ValueError when the place is taken; an empty folder is free."""
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    if out.exists():
+        raise ValueError(f"{out} exists and is not empty; name another folder, or remove it first")
+
+
+def resolve_target(weights: Weights, asked: str) -> Target:
+    """The target to write; ValueError with every reason when the one asked for cannot hold the model."""
+    reasons = explain_unfit(weights.model, asked)
+    if reasons:
+        raise ValueError(f"export target {asked} cannot hold this model: " + "; ".join(reasons))
+    if asked == "auto":
+        return choose_target(weights.model)
+    return next(target for target in TARGETS if target == asked)
+
+
+def _max_positions(weights: Weights) -> int:
+    return weights.trained_length() or DEFAULT_MAX_POSITIONS
+
+
+def proof_text(weights: Weights) -> tuple[Tensor, list[str], str]:
+    """Tokens [2, T] of real text, texts to encode, and a word on where they come from.
+
+    The validation part of the run's store (its training part when there is none); for an import, which has no store, a
+    built-in sample.
+    """
+    tokenizer = weights.tokenizer
+    if weights.run is None:
+        ids = tokenizer.encode(SAMPLE_TEXT)
+        source = "a built-in sample"
+    else:
+        ids, source = _store_tokens(weights.run.data.text_store(), PROOF_ROWS * PROOF_TOKENS)
+    wanted = min(PROOF_TOKENS, _max_positions(weights))
+    while len(ids) < PROOF_ROWS * wanted:
+        ids = ids + ids
+    tokens_BT = torch.tensor(ids[: PROOF_ROWS * wanted]).view(PROOF_ROWS, wanted)
+    text = tokenizer.decode([index for index in ids if index != tokenizer.eos_id])
+    return tokens_BT, [text, SAMPLE_TEXT, *ODD_TEXTS], source
+
+
+def _store_tokens(path: str, count: int) -> tuple[list[int], str]:
+    """At least one and about `count` tokens from the beginnings of a store's parts."""
+    store = TokenStore.open(path)
+    for split in ("validation", "train"):
+        ids: list[int] = []
+        for _, part_split, part in store.all_parts():
+            if part_split == split and len(ids) < count:
+                ids += store.read_tokens(part, 0, min(part.num_tokens, count - len(ids))).tolist()
+        if ids:
+            store.close()
+            return ids, f"the {split} part of {path}"
+    raise RuntimeError(f"the store {path} holds no tokens; prepare it again, or export without verification")
+
+
+def run_proof(plan: ExportPlan, folder: Path, tokens_BT: Tensor, texts: list[str]) -> dict[str, Any]:
+    """Load the folder in a fresh process and compare with our model; what `export_proof.py` found."""
+    with torch.no_grad():
+        meta = PackMeta.one_document_a_row(*tokens_BT.shape)
+        logits_BTV = plan.weights.build()(tokens_BT, meta).logits_BTV
+    assert logits_BTV is not None, "no labels were given"
+    tokenizer: Tokenizer = plan.weights.tokenizer
+    encoded = [(text, tokenizer.encode(text)) for text in texts]
+    job = {
+        "export": str(folder.resolve()),
+        "remote_code": plan.target == "own",
+        "tolerance": LOGIT_TOLERANCE,
+        # Text that survives our tokenizer must survive theirs.
+        "texts": [(text, ids, tokenizer.decode(ids) == text) for text, ids in encoded],
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        save_file({"tokens_BT": tokens_BT, "logits_BTV": logits_BTV.contiguous()}, f"{scratch}/reference.safetensors")
+        Path(scratch, "job.json").write_text(json.dumps(job), encoding="utf-8")
+        # -P: our folders must not stand in for modules that transformers looks for.
+        command = [sys.executable, "-P", str(pretrain.export.verify.__file__), scratch]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=scratch)
+        if done.returncode:
+            return {"crash": find_error(done.stderr) or f"exit code {done.returncode}"}
+        result: dict[str, Any] = json.loads(Path(scratch, "result.json").read_text(encoding="utf-8"))
+        return result
+
+
+def find_error(output: str) -> str:
+    """The message of the last error in what a Python process said, without its traceback."""
+    _, _, last = output.rpartition("Traceback (most recent call last):")
+    message = [line for line in last.splitlines() if line.strip() and not line.startswith("  ")]
+    return " ".join(message)[:600]
+
+
+def find_problems(plan: ExportPlan, proof: dict[str, Any]) -> list[str]:
+    """What speaks against the export; empty: it is proved."""
+    if "crash" in proof:
+        return [f"transformers could not load or run it: {proof['crash']}"]
+    problems = []
+    if proof["keys"]:
+        problems.append(f"weights did not match the class: {proof['keys']}")
+    if proof["class_name"] != CLASS_NAMES[plan.target]:
+        problems.append(f"it loads as {proof['class_name']}, not {CLASS_NAMES[plan.target]}")
+    difference = proof["max_logit_difference"]
+    if not difference <= LOGIT_TOLERANCE:
+        problems.append(f"logits differ by up to {difference:.2e}, at most {LOGIT_TOLERANCE:.0e} is allowed")
+    if not proof["same_argmax"]:
+        problems.append("the most likely token differs")
+    if proof["wrong_ids"] > MAX_WRONG_IDS * proof["num_ids"]:
+        problems.append(f"AutoTokenizer gives other ids for {proof['differing_texts'][:3]}")
+    if proof["undecoded_texts"]:
+        problems.append(f"AutoTokenizer does not give back {proof['undecoded_texts'][:3]}")
+    return problems
+
+
+def _fail(temporary: Path, out: Path, problems: list[str]) -> str:
+    """Put the folder aside and say what is wrong."""
+    failed = out.with_name(out.name + ".failed")
+    if failed.exists():
+        shutil.rmtree(failed)
+    os.rename(temporary, failed)
+    return f"the export to {out} failed its proof: " + "; ".join(problems) + f". It stands as {failed} for examination."

@@ -1,0 +1,215 @@
+"""The files of an export folder: sharded weights, configuration, generation settings, model card."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import pretrain.export.modeling_template
+from data_pipeline.files import sync
+from model.config import ModelConfig
+from model.flops import count_parameters
+from model.huggingface import NATIVE_TARGETS, Target, explain_unfit
+from model.huggingface_config import TokenIds, huggingface_config
+from model.huggingface_weights import weight_map
+from model.mixers.registry import describe_symbol
+from model.pattern import parse_pattern
+from pretrain.export.tokenizer import write_tokenizer
+from pretrain.inference.weights import Weights
+
+OUR_DESCRIPTION = "amfm_model.json"
+MAX_SHARD_BYTES = 4_000_000_000
+TEMPLATE_FILES = (
+    "configuration_amfm.py",
+    "modeling_amfm.py",
+    "blocks_amfm.py",
+    "mixers_amfm.py",
+    "linear_mixers_amfm.py",
+    "delta_mixers_amfm.py",
+)
+CLASS_NAMES: dict[Target, str] = {
+    "nemotron_h": "NemotronHForCausalLM",
+    "granitemoehybrid": "GraniteMoeHybridForCausalLM",
+    "qwen3_next": "Qwen3NextForCausalLM",
+    "own": "AmfmForCausalLM",
+}
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """What is exported and as what."""
+
+    weights: Weights
+    target: Target
+    max_position_embeddings: int
+    max_shard_bytes: int = MAX_SHARD_BYTES
+
+    @property
+    def token_ids(self) -> TokenIds:
+        """Special ids for the configuration."""
+        tokenizer = self.weights.tokenizer
+        return TokenIds(tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
+
+    def unfit_reasons(self) -> list[str]:
+        """Why the target is not a native class; empty when it is one."""
+        if self.target != "own":
+            return []
+        fitting = [target for target in NATIVE_TARGETS if not explain_unfit(self.weights.model, target)]
+        if fitting:
+            return [f"export target own was asked for, though {fitting[0]} holds this model"]
+        return [reason for target in NATIVE_TARGETS for reason in explain_unfit(self.weights.model, target)]
+
+
+def write_export(plan: ExportPlan, folder: Path) -> None:
+    """Write every file of the export into an existing empty folder; durability is the caller's."""
+    write_shards(plan, folder)
+    config = huggingface_config(
+        plan.weights.model, plan.target, plan.token_ids, max_position_embeddings=plan.max_position_embeddings
+    )
+    write_json(folder / "config.json", config)
+    ids = plan.token_ids
+    special = {"bos_token_id": ids.bos, "eos_token_id": ids.eos, "pad_token_id": ids.pad}
+    generation: dict[str, Any] = {name: value for name, value in special.items() if value is not None}
+    write_json(folder / "generation_config.json", generation | {"do_sample": True, "temperature": 1.0})
+    write_tokenizer(plan.weights.tokenizer, folder, max_length=plan.max_position_embeddings)
+    write_json(
+        folder / OUR_DESCRIPTION,
+        {"origin": plan.weights.origin, "target": plan.target, "model": plan.weights.model.model_dump(mode="json")},
+    )
+    if plan.target == "own":
+        template = Path(pretrain.export.modeling_template.__file__).parent
+        for name in TEMPLATE_FILES:
+            (folder / name).write_text((template / name).read_text(encoding="utf-8"), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(plan), encoding="utf-8")
+
+
+def write_shards(plan: ExportPlan, folder: Path) -> None:
+    """Write float32 weights as safetensors: one file, or several of at most `max_shard_bytes` and their index."""
+    tensors = weight_map(plan.weights.model, plan.target).to_theirs(plan.weights.state)
+    shards = list(plan_shards(tensors, plan.max_shard_bytes))
+    total = sum(tensor.numel() * 4 for tensor in tensors.values())
+    index: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        # Cloned: views of one tensor (a tied head) would otherwise be refused.
+        part = {name: tensors[name].to(torch.float32).clone() for name in names}
+        save_file(part, folder / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        write_json(
+            folder / "model.safetensors.index.json",
+            {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))},
+        )
+
+
+def plan_shards(tensors: Mapping[str, Tensor], max_bytes: int) -> Iterator[list[str]]:
+    """Names in order, cut so that no shard exceeds `max_bytes` unless one tensor alone does."""
+    names: list[str] = []
+    size = 0
+    for name, tensor in tensors.items():
+        num_bytes = tensor.numel() * 4
+        if names and size + num_bytes > max_bytes:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += num_bytes
+    yield names
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Indented JSON with a newline at its end; a number that JSON cannot spell is our bug."""
+    assert not any(isinstance(item, float) and not math.isfinite(item) for item in value.values()), str(path)
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def sync_files(folder: Path) -> None:
+    """Force every file of a folder, its folders, and itself to the disk."""
+    for path in [*sorted(folder.rglob("*"), reverse=True), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def put_in_place(temporary: Path, out: Path) -> None:
+    """Give a finished folder its name, where an empty one may lie, and make the name durable."""
+    if out.exists():
+        out.rmdir()
+    os.rename(temporary, out)
+    sync(out.resolve().parent)
+
+
+def model_card(plan: ExportPlan) -> str:
+    """README.md: what the model is, how to load it, and why it has the class that it has."""
+    config = plan.weights.model
+    counts = count_parameters(config)
+    remote = ", trust_remote_code=True" if plan.target == "own" else ""
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        f"tags: [{', '.join(_kinds(config))}, hybrid, amfm]",
+        "---",
+        "",
+        f"# {CLASS_NAMES[plan.target]} pretrained with amfm",
+        "",
+        f"A base language model of {counts.total:,} parameters ({counts.active:,} active a token), not tuned to follow "
+        "instructions.",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in _facts(plan, config)),
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'path = "."  # this folder',
+        f"model = AutoModelForCausalLM.from_pretrained(path{remote})",
+        "tokenizer = AutoTokenizer.from_pretrained(path)",
+        'inputs = tokenizer("Once upon a time", return_tensors="pt")',
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))",
+        "```",
+        "",
+        "Weights are float32. Router, decay and time step are sensitive to rounding: in bf16 some tokens choose other "
+        "experts than in float32.",
+    ]
+    if plan.target == "nemotron_h" and config.tie_embeddings:
+        lines += [
+            "",
+            "Embedding and head were trained as one matrix; the class cannot tie them, so the head is a copy.",
+        ]
+    reasons = plan.unfit_reasons()
+    if reasons:
+        lines += ["", "## Why no native class", "", *(f"- {reason}" for reason in reasons)]
+    return "\n".join(lines) + "\n"
+
+
+def _kinds(config: ModelConfig) -> list[str]:
+    """Kinds of block as tags."""
+    symbols = parse_pattern(config.pattern).counts()
+    return [describe_symbol(symbol).lower().replace(" ", "-") for symbol in symbols]
+
+
+def _facts(plan: ExportPlan, config: ModelConfig) -> list[tuple[str, str]]:
+    pattern = parse_pattern(config.pattern)
+    kinds = ", ".join(f"{symbol} {describe_symbol(symbol)}" for symbol in pattern.counts())
+    facts = [
+        ("Blocks", f"`{''.join(pattern.letters)}` ({kinds})"),
+        ("Hidden size", str(config.hidden_size)),
+        ("Vocabulary", str(config.vocab_size)),
+        ("Trained at", f"{plan.max_position_embeddings} tokens a row"),
+        ("From", f"`{plan.weights.origin}`"),
+    ]
+    if plan.weights.step is not None:
+        facts.append(("Training", f"{plan.weights.step:,} steps, {plan.weights.tokens:,} tokens"))
+    return facts

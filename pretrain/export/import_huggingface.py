@@ -1,0 +1,143 @@
+"""From a transformers folder to weights that training, generation, evaluation and export accept."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from data_pipeline.tokenizer import Tokenizer, read_tokenizer_file
+from model.checks import check_model
+from model.config import ModelConfig
+from model.huggingface import NATIVE_TARGETS, Target
+from model.huggingface_config import OWN_MODEL_TYPE, TokenIds, huggingface_config, model_config_from_huggingface
+from model.huggingface_weights import weight_map
+from pretrain.export.export import check_free
+from pretrain.export.files import OUR_DESCRIPTION, put_in_place, sync_files
+from pretrain.export.tokenizer import MODEL_FILE, ORIGINAL_JSON
+from pretrain.inference.weights import Weights, check_shapes, write_weights
+
+INDEX = "model.safetensors.index.json"
+TARGET_OF_TYPE: dict[str, Target] = {
+    "nemotron_h": "nemotron_h",
+    "granitemoehybrid": "granitemoehybrid",
+    "qwen3_next": "qwen3_next",
+    OWN_MODEL_TYPE: "own",
+}
+# Multi-token prediction heads: transformers leaves them out as well.
+SKIPPED_PREFIXES = ("mtp.",)
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    """What was read: the class it was written for, our configuration, tensors read, and names left out with why."""
+
+    path: Path
+    target: Target
+    model: ModelConfig
+    num_tensors: int
+    num_parameters: int
+    skipped: tuple[str, ...]
+
+
+def import_huggingface(hf_dir: str | Path, out_dir: str | Path) -> ImportReport:
+    """Read a folder of a class that we export to and write a weights folder; the import of an export is bit-equal.
+
+    A run starts from it with `run.initial_weights: OUT`. Raises ValueError for another class, a choice that our model
+    does not have, tensors that do not fit, a missing tokenizer or an OUT that is in use.
+    """
+    source, out = Path(hf_dir), Path(out_dir)
+    check_free(out)
+    fields = read_config_json(source)
+    target = TARGET_OF_TYPE.get(str(fields.get("model_type")))
+    if target is None:
+        known = ", ".join(TARGET_OF_TYPE)
+        raise ValueError(f"{source}/config.json has model_type={fields.get('model_type')}; known are {known}")
+    config = choose_config(source, fields, target)
+    tokenizer = read_tokenizer(source, fields)
+    tensors, skipped = read_tensors(source)
+    state = {name: tensor.to(torch.float32) for name, tensor in weight_map(config, target).to_ours(tensors).items()}
+    check_shapes(config, state, str(source))
+    weights = Weights(config, state, tokenizer, f"imported from {source}")
+    temporary = out.with_name(out.name + ".tmp")
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    temporary.mkdir(parents=True)
+    write_weights(temporary, weights)
+    sync_files(temporary)
+    put_in_place(temporary, out)
+    num_parameters = sum(tensor.numel() for tensor in state.values())
+    return ImportReport(out, target, config, len(tensors), num_parameters, tuple(skipped))
+
+
+def read_config_json(source: Path) -> dict[str, Any]:
+    """config.json with the defaults of its transformers class filled in."""
+    path = source / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; give a folder that transformers wrote")
+    raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if raw.get("model_type") not in NATIVE_TARGETS:
+        return raw
+    from transformers import AutoConfig
+
+    complete: dict[str, Any] = AutoConfig.from_pretrained(source, local_files_only=True).to_dict()
+    return complete
+
+
+def read_tokenizer(source: Path, fields: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer that training used where an export kept it, else tokenizer.json with the end id of config.json."""
+    for name in (MODEL_FILE, ORIGINAL_JSON, "tokenizer.json"):
+        if (source / name).is_file():
+            eos_id = fields.get("eos_token_id")
+            return read_tokenizer_file(source / name, eos_id[0] if isinstance(eos_id, list) else eos_id)
+    raise ValueError(f"{source} has no tokenizer; put tokenizer.model or tokenizer.json of this checkpoint there")
+
+
+def choose_config(source: Path, fields: Mapping[str, Any], target: Target) -> ModelConfig:
+    """Our own description when it lies beside the weights and still agrees with config.json, else config.json alone.
+
+    The description also knows what config.json has no field for, such as tied embeddings in nemotron_h.
+    """
+    try:
+        config = model_config_from_huggingface(fields)
+        path = source / OUR_DESCRIPTION
+        if path.is_file():
+            described = ModelConfig.model_validate(json.loads(path.read_text(encoding="utf-8"))["model"])
+            if _same_config_json(described, config, target):
+                config = described
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{source}: {name}={first.get('input')} cannot be imported: {first['msg']}") from error
+    check_model(config)
+    return config
+
+
+def _same_config_json(described: ModelConfig, read: ModelConfig, target: Target) -> bool:
+    none = TokenIds(None, None, None)
+    left, right = (huggingface_config(c, target, none, max_position_embeddings=1) for c in (described, read))
+    return left == right
+
+
+def read_tensors(source: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """All tensors of the safetensors files, and the names that were left out."""
+    index = source / INDEX
+    if index.is_file():
+        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    else:
+        files = ["model.safetensors"]
+    tensors: dict[str, Tensor] = {}
+    for name in files:
+        if not (source / name).is_file():
+            raise ValueError(f"{source / name} is missing; copy the whole folder")
+        tensors |= load_file(source / name)
+    skipped = [name for name in tensors if name.startswith(SKIPPED_PREFIXES)]
+    return {name: tensor for name, tensor in tensors.items() if name not in skipped}, skipped

@@ -1,0 +1,158 @@
+"""Loss and perplexity of a checkpoint on the whole validation part of a store, every token predicted once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipeline.manifest import SPLITS, Part, Split
+from data_pipeline.store import TokenStore
+from model.hybrid import HybridModel
+from model.packing import PackMeta
+from pretrain.inference.weights import read_weights
+
+IGNORED = -100
+DEFAULT_SEQUENCE_LENGTH = 1024
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean negative log-likelihood a token in nats, how many tokens were predicted, and both for each source."""
+
+    loss: float
+    tokens: int
+    by_source: dict[str, tuple[float, int]]
+    split: Split
+    store: str
+    sequence_length: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return math.exp(min(self.loss, 700.0))
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One row of text: ids, the next id where it counts, and the number of its document."""
+
+    tokens_T: Tensor
+    labels_T: Tensor
+    document_ids_T: Tensor
+
+
+def evaluate_checkpoint(
+    checkpoint: str | Path,
+    *,
+    store: str | Path | None = None,
+    split: Split = "validation",
+    sequence_length: int | None = None,
+    rows_at_once: int = 8,
+    max_tokens: int | None = None,
+    device: str = "cpu",
+    backend: str = "auto",
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Measure a checkpoint, a run or an imported model on one part of a store, in float32.
+
+    Rows are cut from the documents in order; documents do not see each other if the run trained so. `store`: default
+    the run's; `sequence_length`: default the run's; `max_tokens`: about so many, each
+    source its share; `progress` gets tokens done
+    and in all. Raises ValueError when the store was made with another tokenizer, the model on a probe, or the part is empty.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r} must be one of {', '.join(SPLITS)}")
+    weights = read_weights(checkpoint)
+    run, identity = weights.run, weights.tokenizer.identity()
+    place = store if store is not None or run is None else run.data.store
+    if place is None:
+        raise ValueError(f"{checkpoint} is an imported model and knows no text; name a store")
+    opened = TokenStore.open(place)
+    _check_tokenizer(identity, opened)
+    length = sequence_length or weights.trained_length() or DEFAULT_SEQUENCE_LENGTH
+    isolated = run.data.mask_document_boundaries if run is not None else True
+    model = weights.build(backend=backend, device=device)
+    total = sum(opened.num_tokens(name, split) for name in opened.source_names)
+    share = 1.0 if max_tokens is None else min(1.0, max_tokens / max(1, total))
+    by_source: dict[str, tuple[float, int]] = {}
+    done = 0
+    for name in opened.source_names:
+        nll, tokens = 0.0, 0
+        wanted = math.ceil(opened.num_tokens(name, split) * share)
+        rows = (row for part in opened.parts(name, split) for row in _cut_rows(opened, part, length, isolated))
+        for batch in _group(rows, rows_at_once):
+            if tokens >= wanted:
+                break
+            batch_nll, batch_tokens = _measure(model, batch)
+            nll, tokens = nll + batch_nll, tokens + batch_tokens
+            done += batch_tokens
+            if progress is not None:
+                progress(done, math.ceil(total * share))
+        if tokens:
+            by_source[name] = (nll / tokens, tokens)
+    opened.close()
+    if not done:
+        raise ValueError(f"the {split} part of {opened.path} has no tokens to predict; choose another split or store")
+    loss = sum(mean * tokens for mean, tokens in by_source.values()) / done
+    return Evaluation(loss, done, by_source, split, str(opened.path), length)
+
+
+def _check_tokenizer(identity: str, store: TokenStore) -> None:
+    if store.tokenizer_identity != identity:
+        raise ValueError(
+            f"{store.path} was made with tokenizer {store.tokenizer_identity}, the model with "
+            f"{identity}; prepare the text with the model's tokenizer (data.tokenizer.model)"
+        )
+
+
+def _cut_rows(store: TokenStore, part: Part, length: int, isolated: bool) -> Iterator[_Row]:
+    """Rows of up to `length` tokens of one part; the label of a row's last token is the next row's first."""
+    ends = store.document_ends(part)
+    for start in range(0, part.num_tokens, length):
+        stop = min(start + length, part.num_tokens)
+        read = store.read_tokens(part, start, min(stop + 1, part.num_tokens)).astype(np.int64)
+        tokens_T = torch.from_numpy(read[: stop - start])
+        labels_T = torch.full_like(tokens_T, IGNORED)
+        following = torch.from_numpy(read[1:])[: stop - start]
+        labels_T[: len(following)] = following
+        document_ids_T = torch.zeros(stop - start, dtype=torch.int32)
+        if isolated:
+            places = np.arange(start, stop, dtype=np.uint64)
+            numbers = np.searchsorted(ends, places, side="right")
+            document_ids_T = torch.from_numpy((numbers - numbers[0]).astype(np.int32))
+            is_last = torch.from_numpy(np.isin(places + np.uint64(1), ends))
+            labels_T[is_last] = IGNORED
+        yield _Row(tokens_T, labels_T, document_ids_T)
+
+
+def _group(rows: Iterator[_Row], count: int) -> Iterator[list[_Row]]:
+    """Up to `count` rows of equal length at a time."""
+    batch: list[_Row] = []
+    for row in rows:
+        if batch and (len(batch) == count or len(row.tokens_T) != len(batch[0].tokens_T)):
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+@torch.inference_mode()
+def _measure(model: HybridModel, batch: list[_Row]) -> tuple[float, int]:
+    """Summed negative log-likelihood and number of predicted tokens."""
+    device = model.head_weight().device
+    labels_BT = torch.stack([row.labels_T for row in batch]).to(device)
+    tokens = int((labels_BT != IGNORED).sum())
+    if not tokens:
+        return 0.0, 0
+    tokens_BT = torch.stack([row.tokens_T for row in batch]).to(device)
+    meta = PackMeta.from_document_ids(torch.stack([row.document_ids_T for row in batch]).to(device))
+    output = model(tokens_BT, meta, labels_BT)
+    assert output.loss is not None, "labels were given"
+    return float(output.loss.nll_sum.double()), tokens

@@ -1,0 +1,142 @@
+"""Text from a checkpoint, a token at a time, carrying the recurrent state instead of reading the past again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data_pipeline.tokenizer import Tokenizer
+from model.hybrid import HybridModel
+from model.packing import PackMeta
+from pretrain.inference.weights import read_weights
+
+# A character has at most four bytes, so never more byte pieces have to wait for one.
+MAX_PENDING = 4
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. temperature 0: always the most likely one; then top_k, top_p and seed do nothing.
+
+    top_k: only the k most likely tokens; top_p: only the smallest set of most likely tokens that holds this probability
+    (Holtzman et al. 2020, arXiv 1904.09751, section 3.1). None: all tokens.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+
+    def check(self) -> None:
+        """ValueError for a value out of range."""
+        if self.temperature < 0:
+            raise ValueError(f"temperature={self.temperature} must be at least 0; use 0 for the most likely token")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k={self.top_k} must be at least 1; leave it out to allow all tokens")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1; leave it out to allow all tokens")
+
+
+def generate(
+    checkpoint: str | Path,
+    prompt: str,
+    *,
+    max_new_tokens: int = 200,
+    sampling: Sampling | None = None,
+    device: str = "cpu",
+    backend: str = "auto",
+) -> Iterator[str]:
+    """Pieces of text that continue the prompt, as soon as they are whole characters; ends at end-of-text.
+
+    `checkpoint`: a checkpoint, a run directory or an imported model. A token costs the same time and memory in Mamba2
+    blocks however long the text is. Raises ValueError for an empty prompt or impossible settings.
+    """
+    sampling = sampling or Sampling()
+    sampling.check()
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    weights = read_weights(checkpoint)
+    ids = weights.tokenizer.encode(prompt)
+    if not ids:
+        raise ValueError("the prompt is empty; give at least one character (training inserts no begin token)")
+    model = weights.build(backend=backend, device=device)
+    tokens = generate_tokens(
+        model, ids, max_new_tokens, sampling, vocab_size=weights.tokenizer.vocab_size, eos_id=weights.tokenizer.eos_id
+    )
+    return stream_text(weights.tokenizer, ids, tokens)
+
+
+@torch.inference_mode()
+def generate_tokens(
+    model: HybridModel,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    sampling: Sampling,
+    *,
+    vocab_size: int | None = None,
+    eos_id: int | None = None,
+) -> Iterator[int]:
+    """New token ids after the prompt's, at most `max_new_tokens`; `eos_id` ends the text and is not given.
+
+    Ids from `vocab_size` on, which the tokenizer does not have, are never chosen.
+    """
+    device = model.head_weight().device
+    generator = torch.Generator().manual_seed(sampling.seed)
+    state = model.empty_state(1)
+    tokens_BT = torch.tensor([list(prompt)], device=device)
+    for _ in range(max_new_tokens):
+        meta = PackMeta.one_document_a_row(1, tokens_BT.shape[1], start=state.length, device=device)
+        output = model(tokens_BT, meta, state=state)
+        assert output.logits_BTV is not None and output.state is not None, "a state was given and no labels"
+        state = output.state
+        token = choose_token(output.logits_BTV[0, -1, :vocab_size].float().cpu(), sampling, generator)
+        if token == eos_id:
+            return
+        yield token
+        tokens_BT = torch.tensor([[token]], device=device)
+
+
+def choose_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """One token from float32 logits [V] on the CPU."""
+    if sampling.temperature == 0:
+        return int(logits_V.argmax())
+    logits_V = logits_V / sampling.temperature
+    if sampling.top_k is not None and sampling.top_k < len(logits_V):
+        smallest = logits_V.topk(sampling.top_k).values[-1]
+        logits_V = logits_V.masked_fill(logits_V < smallest, -torch.inf)
+    if sampling.top_p is not None:
+        logits_V = _keep_top_p(logits_V, sampling.top_p)
+    return int(torch.multinomial(logits_V.softmax(dim=-1), 1, generator=generator))
+
+
+def _keep_top_p(logits_V: Tensor, top_p: float) -> Tensor:
+    """Logits with everything below the nucleus at minus infinity; the most likely token always stays."""
+    ordered_V, order_V = logits_V.sort(descending=True)
+    probabilities_V = ordered_V.softmax(dim=-1)
+    before_V = probabilities_V.cumsum(dim=-1) - probabilities_V
+    return logits_V.index_fill(0, order_V[before_V >= top_p], -torch.inf)
+
+
+def stream_text(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Iterator[int]) -> Iterator[str]:
+    """Text of the tokens as they come; bytes of one character wait for each other."""
+    context = list(prompt[-1:])
+    pending: list[int] = []
+    for token in tokens:
+        pending.append(token)
+        text = _text_after(tokenizer, context, pending)
+        if text.endswith("\ufffd") and len(pending) < MAX_PENDING:
+            continue
+        yield text
+        context, pending = pending[-1:], []
+    if pending:
+        yield _text_after(tokenizer, context, pending)
+
+
+def _text_after(tokenizer: Tokenizer, context: list[int], pending: list[int]) -> str:
+    """What the pending ids add to the context: some tokenizers drop the space of a text's first piece."""
+    before = tokenizer.decode(context)
+    return tokenizer.decode(context + pending)[len(before) :]

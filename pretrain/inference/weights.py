@@ -1,0 +1,258 @@
+"""Whole models as tensors by name: read from a checkpoint, a run or an import; kept without optimizer state.
+
+A weights folder is what `amfm import` writes: `weights.safetensors` (our names, float32), `weights.json` (the model's
+configuration, where it came from, digests) and the tokenizer's file. `run.initial_weights` starts a run from one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from operator import attrgetter
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from data_pipeline.probe_rows import NO_TOKENIZER
+from data_pipeline.tokenizer import Tokenizer, load_tokenizer, read_tokenizer_file
+from model.config import ModelConfig
+from model.groups import single_rank_groups
+from model.huggingface import registered_mixers
+from model.huggingface_weights import weight_shapes
+from model.hybrid import HybridModel
+from model.layers import parameter_shards
+from model.mixers.registry import mixer_specs
+from model.pattern import SECTIONS, parse_pattern
+from pretrain.checkpoint.commit import CHECKPOINT_NAME, list_checkpoints
+from pretrain.checkpoint.files import MANIFEST_NAME, read_manifest
+from pretrain.checkpoint.inspect import find_checkpoint, read_full_state
+from pretrain.config.schema import RunConfig
+from pretrain.stages import last_stage, model_of_stage
+
+WEIGHTS_FORMAT = "amfm-weights"
+WEIGHTS_VERSION = 1
+DESCRIPTION = "weights.json"
+TENSORS = "weights.safetensors"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model outside of training: its configuration, every weight and buffer in float32 on the CPU, its tokenizer.
+
+    `given_tokenizer` is None for a model that was trained on a probe.
+    `run` is the configuration of the run that made it, after so many steps and tokens, None for an import; `origin` says
+    where it came from.
+    """
+
+    model: ModelConfig
+    state: Mapping[str, Tensor]
+    given_tokenizer: Tokenizer | None
+    origin: str
+    run: RunConfig | None = None
+    step: int | None = None
+    tokens: int | None = None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Of the text; ValueError for a model that was trained on a probe and knows none."""
+        if self.given_tokenizer is None:
+            raise ValueError(
+                f"{self.origin} was trained on a probe task and knows no text; give a model of text, or measure this one "
+                "with `amfm evaluate --probe`"
+            )
+        return self.given_tokenizer
+
+    def tokenizer_identity(self) -> str:
+        """Of its tokenizer; that of probes where there is none."""
+        return NO_TOKENIZER if self.given_tokenizer is None else self.given_tokenizer.identity()
+
+    def trained_length(self) -> int | None:
+        """Tokens a row in the last step of the training, None for an import."""
+        if self.run is None or self.step is None:
+            return None
+        return last_stage(self.run, self.step).sequence_length
+
+    def build(self, *, backend: str = "torch", device: str = "cpu") -> HybridModel:
+        """The model in float32, in eval mode."""
+        model = HybridModel(self.model, single_rank_groups(), backend=backend, device=device)
+        model.load_state_dict(dict(self.state))
+        return model.eval()
+
+
+def read_weights(path: str | Path) -> Weights:
+    """Weights of a checkpoint folder, of the newest sound checkpoint of a run, or of a weights folder.
+
+    Every byte is verified. Raises ValueError when the path is none of these, RuntimeError for damaged files or a
+    tokenizer that is not the one of the training.
+    """
+    folder = Path(path)
+    if (folder / DESCRIPTION).is_file():
+        return _read_weights_folder(folder)
+    is_checkpoint = (folder / MANIFEST_NAME).is_file() or CHECKPOINT_NAME.fullmatch(folder.name) is not None
+    if is_checkpoint or list_checkpoints(folder) or list_checkpoints(folder / "checkpoints"):
+        return _read_checkpoint(find_checkpoint(folder))
+    if (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is a transformers model; run `amfm import {folder} OUT` and give OUT")
+    raise ValueError(
+        f"{folder} is no checkpoint, run directory or imported model; give RUN_DIR, RUN_DIR/checkpoints/step-N or the "
+        "folder that `amfm import` wrote"
+    )
+
+
+def _read_checkpoint(folder: Path) -> Weights:
+    manifest = read_manifest(folder)
+    run = RunConfig.model_validate(manifest["config"])
+    state = read_full_state(folder)
+    tokenizer = load_tokenizer(run.data.text_store()) if run.data.probe is None else None
+    expected = manifest["identities"].get("tokenizer")
+    if tokenizer is not None and expected is not None and tokenizer.identity() != expected:
+        raise RuntimeError(
+            f"{run.data.store} holds tokenizer {tokenizer.identity()}, but {folder} was trained with {expected}; "
+            "restore the store"
+        )
+    step = int(manifest["step"])
+    model = model_of_stage(run, last_stage(run, step))
+    tokens = int(manifest["state"]["progress"]["tokens"])
+    return Weights(model, state, tokenizer, f"{folder} (step {step})", run, step, tokens)
+
+
+def write_weights(folder: Path, weights: Weights) -> None:
+    """Write a weights folder into an existing empty folder; durability is the caller's."""
+    save_file(
+        {name: tensor.contiguous() for name, tensor in weights.state.items()},
+        folder / TENSORS,
+        metadata={"format": "pt"},
+    )
+    tokenizer_file = weights.tokenizer.file_name
+    (folder / tokenizer_file).write_bytes(weights.tokenizer.to_bytes())
+    description = {
+        "format": WEIGHTS_FORMAT,
+        "version": WEIGHTS_VERSION,
+        "origin": weights.origin,
+        "model": weights.model.model_dump(mode="json"),
+        "tokenizer": {"file": tokenizer_file, "eos_id": weights.tokenizer.eos_id},
+        "sha256": {name: _digest(folder / name) for name in (TENSORS, tokenizer_file)},
+    }
+    (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_weights_folder(folder: Path) -> Weights:
+    description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+    if description.get("format") != WEIGHTS_FORMAT or description.get("version") != WEIGHTS_VERSION:
+        raise ValueError(
+            f"{folder / DESCRIPTION} is format {description.get('format')} {description.get('version')}, this program "
+            f"reads {WEIGHTS_FORMAT} {WEIGHTS_VERSION}; import the model again"
+        )
+    for name, expected in description["sha256"].items():
+        found = _digest(folder / name)
+        if found != expected:
+            raise RuntimeError(f"{folder / name} has SHA-256 {found}, written was {expected}; import the model again")
+    try:
+        model = ModelConfig.model_validate(description["model"])
+    except ValidationError as error:
+        raise ValueError(f"{folder / DESCRIPTION} holds a model that this version does not know: {error}") from error
+    state = load_file(folder / TENSORS)
+    check_shapes(model, state, str(folder))
+    tokenizer = read_tokenizer_file(folder / description["tokenizer"]["file"], description["tokenizer"]["eos_id"])
+    return Weights(model, state, tokenizer, description["origin"])
+
+
+def check_shapes(model: ModelConfig, state: Mapping[str, Tensor], where: str) -> None:
+    """ValueError naming tensors that are missing, surplus or of another shape than the configuration says."""
+    expected = weight_shapes(model)
+    faults = [f"{name} is missing" for name in expected.keys() - state.keys()]
+    faults += [f"{name} does not belong" for name in state.keys() - expected.keys()]
+    for name in expected.keys() & state.keys():
+        if tuple(state[name].shape) != expected[name]:
+            faults.append(f"{name} is {tuple(state[name].shape)}, the configuration says {expected[name]}")
+    if faults:
+        raise ValueError(f"weights in {where} do not fit their configuration: " + "; ".join(sorted(faults)[:8]))
+
+
+def load_initial_weights(model: HybridModel, path: str | Path, tokenizer_identity: str) -> str:
+    """Put weights into a freshly built model, before the engine takes it, and say where they came from.
+
+    The function that the weights compute must be the run's, and so must the tokenizer: ValueError names what differs.
+    """
+    weights = read_weights(path)
+    given_identity = weights.tokenizer_identity()
+    if given_identity != tokenizer_identity and NO_TOKENIZER in (given_identity, tokenizer_identity):
+        raise ValueError(
+            f"run.initial_weights={path} was trained on {'a probe' if given_identity == NO_TOKENIZER else 'text'}, and "
+            f"this run is on {'a probe' if tokenizer_identity == NO_TOKENIZER else 'text'}; tokens mean other things there"
+        )
+    if given_identity != tokenizer_identity:
+        raise ValueError(
+            f"run.initial_weights={path} was trained with tokenizer {given_identity}, data.store was "
+            f"prepared with {tokenizer_identity}; prepare the data with data.tokenizer.model={path}/"
+            f"{weights.tokenizer.file_name}"
+        )
+    ours, given = function_settings(model.config), function_settings(weights.model)
+    differing = [
+        f"{name}: {given.get(name)} there, {ours.get(name)} here"
+        for name in ours | given
+        if ours.get(name) != given.get(name)
+    ]
+    if differing:
+        raise ValueError(f"run.initial_weights={path} holds another model: " + "; ".join(differing))
+    take_own_part(model, weights.state)
+    return weights.origin
+
+
+@torch.no_grad()
+def take_own_part(model: HybridModel, state: Mapping[str, Tensor]) -> None:
+    """Copy from whole tensors what this rank's model holds: its blocks, and of each parameter its shard."""
+    parameters = {name: (parameter, shard) for name, parameter, shard in parameter_shards(model)}
+    for name, own in model.state_dict(keep_vars=True).items():
+        if name in parameters:
+            parameter, shard = parameters[name]
+            parameter.copy_(shard.take(state[name], model.groups))
+        else:
+            own.copy_(state[name])
+
+
+# Settings of how a model is trained, not of what it computes.
+_TRAINING_ONLY = {
+    "initializer_range",
+    "depth_scaled_init",
+    "residual_in_fp32",
+    "logits_z_loss_weight",
+    "mamba.chunk_size",
+    "mamba.keep_states",
+    "mamba.a_init_min",
+    "mamba.a_init_max",
+    "mamba.time_step_min",
+    "mamba.time_step_max",
+    "mamba.time_step_floor",
+    "moe.bias_update_rate",
+    "moe.auxiliary_loss_weight",
+    "moe.sequence_loss_weight",
+    "moe.z_loss_weight",
+    *(f"mixers.{name}.{field}" for name in mixer_specs() for field in ("chunk_size", "balance_loss_weight")),
+}
+
+
+def function_settings(config: ModelConfig) -> dict[str, object]:
+    """Dotted settings that change what a model computes, of the sections that its blocks read (those inside MoM too)."""
+    letters = parse_pattern(config.pattern).letters
+    settings: dict[str, object] = {"pattern": "".join(letters)}
+    for name in ("vocab_size", "hidden_size", "norm_epsilon", "tie_embeddings"):
+        settings[name] = getattr(config, name)
+    used = [section for letter, section in SECTIONS.items() if letter in letters]
+    for section_name in [*used, *(f"mixers.{name}" for name in registered_mixers(config).values())]:
+        section = attrgetter(section_name)(config)
+        if section is not None:
+            for name, value in section.model_dump().items():
+                if f"{section_name}.{name}" not in _TRAINING_ONLY:
+                    settings[f"{section_name}.{name}"] = value
+    return settings
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

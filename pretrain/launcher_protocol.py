@@ -1,0 +1,11 @@
+"""What launchers and ranks agree on: exit codes and environment variables; imports nothing, so that a launcher is quick."""
+
+from __future__ import annotations
+
+DONE = 0
+BAD_INPUT = 2  # settings and files: the same command would be refused again
+RUN_FAILED = 3  # the machine's state: the same command may go on
+
+
+LAUNCHER_PID = "AMFM_LAUNCHER_PID"  # of launch/cluster/local.py: its ranks end with it
+RESTART_CAUSE = "AMFM_RESTART_CAUSE"  # why the attempt before this one ended; goes into the event log

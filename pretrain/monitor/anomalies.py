@@ -1,0 +1,77 @@
+"""Steps that went wrong: gradients that are not finite and losses that jump, what is known of them, and what follows."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from data_pipeline.batch import Batch
+from pretrain.config.schema import HealthConfig
+from pretrain.engine.gradients import GradientFault
+from pretrain.parallel import Parallel
+
+
+def describe_skip(
+    parallel: Parallel, batches: Sequence[Batch], losses: Sequence[float], fault: GradientFault | None
+) -> dict[str, Any]:
+    """What is known about a skipped step: its samples, and per rank the first bad parameter and the bad micro-batches.
+
+    Every rank must call this; the answer is the same on all.
+    """
+    own = {
+        "rank": parallel.rank,
+        "sample_ids": [list(batch.sample_ids) for batch in batches],
+        "losses": [repr(loss) for loss in losses],
+        "fault": None if fault is None else asdict(fault),
+    }
+    reports = parallel.gather_objects(own)
+    bad_samples = [
+        ids
+        for report in reports
+        for ids, loss in zip(report["sample_ids"], report["losses"])
+        if loss in ("nan", "inf", "-inf")
+    ]
+    return {
+        "sample_ids": sorted({sample for report in reports for ids in report["sample_ids"] for sample in ids}),
+        "samples_with_bad_loss": bad_samples,
+        "faults": [{"rank": report["rank"], **report["fault"]} for report in reports if report["fault"] is not None],
+    }
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """Why a step went wrong."""
+
+    kind: Literal["nonfinite", "spike"]
+    text: str
+
+    def policy(self, health: HealthConfig) -> str:
+        """What the configuration says to do about it."""
+        return health.on_spike if self.kind == "spike" else health.on_nonfinite
+
+
+def judge_loss(loss: float, recent_losses: Sequence[float], health: HealthConfig) -> Trouble | None:
+    """A spike: a loss far above the median of the full window of recent ones; None otherwise, and with on_spike: ignore."""
+    if health.on_spike == "ignore" or len(recent_losses) < health.spike_window:
+        return None
+    median = statistics.median(recent_losses)
+    if not loss > health.spike_ratio * median:
+        return None
+    return Trouble(
+        "spike",
+        f"loss {loss:.4f} is above {health.spike_ratio:g} x {median:.4f}, the median of {len(recent_losses)} steps",
+    )
+
+
+def remember_loss(loss: float, recent_losses: list[float], health: HealthConfig) -> None:
+    """Add a step's loss to the window, in place; nothing is kept where nothing judges."""
+    if health.on_spike != "ignore":
+        recent_losses.append(loss)
+        del recent_losses[: -health.spike_window]
+
+
+def is_hopeless(skipped_in_row: int, max_skipped_steps: int) -> bool:
+    """Whether the run must stop: `max_skipped_steps` in a row were skipped (the first one already if that is 0)."""
+    return skipped_in_row > 0 and skipped_in_row >= max_skipped_steps

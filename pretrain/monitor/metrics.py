@@ -1,0 +1,114 @@
+"""Where a run writes what happens: metrics.jsonl, events.jsonl, TensorBoard and, on request, Weights & Biases."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.util
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from pretrain.config.schema import RunConfig
+
+Metrics = dict[str, Any]
+
+
+class RunLog:
+    """The open files of one run; only the main rank makes one.
+
+    A line is on its way to the disk when the call returns. Raises OSError when the directory cannot be written.
+    """
+
+    def __init__(self, config: RunConfig, *, resumed_at_step: int) -> None:
+        directory = Path(config.run.dir)
+        keep_until(directory / "metrics.jsonl", resumed_at_step)
+        self.metrics: IO[str] = (directory / "metrics.jsonl").open("a", encoding="utf-8")
+        self.events: IO[str] = (directory / "events.jsonl").open("a", encoding="utf-8")
+        self.tensorboard = open_tensorboard(directory, resumed_at_step) if config.run.tensorboard else None
+        self.wandb = open_wandb(config) if config.run.wandb_project is not None else None
+
+    def write_metrics(self, metrics: Metrics) -> None:
+        """One line a step; numbers also go to the plots, nested ones as `expert_load/3`."""
+        self.metrics.write(json.dumps(metrics) + "\n")
+        self.metrics.flush()
+        step, numbers = int(metrics["step"]), flatten_numbers(metrics)
+        if self.tensorboard is not None:
+            for name, value in numbers.items():
+                self.tensorboard.add_scalar(name, value, step)
+        if self.wandb is not None:
+            self.wandb.log(numbers, step=step)
+
+    def write_event(self, event: str, step: int, **details: Any) -> None:
+        """One line for what does not happen at every step: start, checkpoint, validation, signal, skip, end."""
+        time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        self.events.write(json.dumps({"time": time, "event": event, "step": step, **details}) + "\n")
+        self.events.flush()
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        self.metrics.close()
+        self.events.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drop the lines of steps that a resumed run will do again, and a line that a kill cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            if int(json.loads(line)["step"]) <= step:
+                kept.append(line + "\n")
+        except json.JSONDecodeError:
+            continue
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def open_tensorboard(directory: Path, resumed_at_step: int) -> Any:
+    """A writer below the run directory; points of steps that will be done again disappear from the plots."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(directory / "tensorboard"), purge_step=resumed_at_step + 1)
+
+
+def check_plot_services(config: RunConfig) -> None:
+    """Refuse, on every rank and before any work, a plot service whose package is missing. Raises ValueError."""
+    if config.run.wandb_project is not None and importlib.util.find_spec("wandb") is None:
+        raise ValueError(
+            f"run.wandb_project={config.run.wandb_project} needs the wandb package, which is not installed; "
+            "pip install wandb, or remove run.wandb_project"
+        )
+
+
+def open_wandb(config: RunConfig) -> Any:
+    """Join or start the Weights & Biases run that carries this run's name."""
+    import wandb
+
+    name = config.run.name or Path(config.run.dir).name
+    return wandb.init(
+        project=config.run.wandb_project,
+        name=name,
+        id=name,
+        resume="allow",
+        dir=config.run.dir,
+        config=config.model_dump(mode="json"),
+    )
+
+
+def flatten_numbers(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """All numbers of nested metrics, named by their path; the step itself is left out."""
+    flat: dict[str, float] = {}
+    for name, value in metrics.items():
+        if isinstance(value, Mapping):
+            flat |= flatten_numbers(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and prefix + name != "step":
+            flat[prefix + name] = float(value)
+    return flat

@@ -1,0 +1,1 @@
+"""`amfm report`: one page of a run."""

@@ -1,0 +1,135 @@
+"""Reads a run directory into what a report shows; works while the run is still going."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from pretrain.config.file import load_config
+from pretrain.config.schema import RunConfig
+from pretrain.stages import total_steps
+
+Metrics = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run as its directory tells it: metrics by step, events and environment; `notes` says what was unreadable."""
+
+    directory: Path
+    config: RunConfig
+    metrics: tuple[Metrics, ...]
+    events: tuple[dict[str, Any], ...]
+    environment: dict[str, Any]
+    notes: tuple[str, ...]
+
+    def name(self) -> str:
+        """The name of the run: as configured, else the last part of its directory."""
+        return self.config.run.name or Path(self.config.run.dir).name
+
+    def last_step(self) -> int:
+        """The newest step that has metrics."""
+        return int(self.metrics[-1]["step"])
+
+    def is_finished(self) -> bool:
+        """Whether all steps of the configuration are done."""
+        return self.last_step() >= total_steps(self.config)
+
+    def series(self, key: str) -> tuple[list[int], list[float]]:
+        """(steps, values) of one metric, at the steps that have it as a finite number."""
+        pairs = [(int(line["step"]), float(line[key])) for line in self.metrics if is_number(line.get(key))]
+        return [step for step, _ in pairs], [value for _, value in pairs]
+
+    def named_series(self, key: str) -> dict[str, tuple[list[int], list[float]]]:
+        """name -> (steps, values) of a metric that holds one number a name (auxiliary losses, expert load)."""
+        found: dict[str, tuple[list[int], list[float]]] = {}
+        for line in self.metrics:
+            for name, value in (line.get(key) or {}).items():
+                if is_number(value):
+                    steps, values = found.setdefault(str(name), ([], []))
+                    steps.append(int(line["step"]))
+                    values.append(float(value))
+        return found
+
+    def last(self, key: str) -> float | None:
+        """The newest value of one metric, None where it was never measured."""
+        values = self.series(key)[1]
+        return values[-1] if values else None
+
+    def typical(self, key: str) -> float | None:
+        """The median of the newer half of a metric: its start includes warm-up of caches and compilers."""
+        values = self.series(key)[1]
+        return median(values[len(values) // 2 :]) if values else None
+
+    def seconds(self) -> float:
+        """Time inside steps, summed over all starts of the run."""
+        return sum(self.series("seconds")[1])
+
+
+def is_number(value: object) -> bool:
+    """Whether a metric can be drawn."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def read_run(directory: str | Path) -> RunRecord:
+    """Read a run directory.
+
+    Raises FileNotFoundError if it is no run directory, ValueError if no step was logged yet or the configuration in it
+    can't be read. A step that was logged twice (a resumed run repeats the steps after its checkpoint) counts once, as
+    logged last.
+    """
+    folder = Path(directory)
+    config_path, metrics_path = folder / "config.yaml", folder / "metrics.jsonl"
+    for path in (config_path, metrics_path):
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{folder} holds no {path.name}, so it is no run directory; give run.dir of a started run"
+            )
+    lines, notes = read_json_lines(metrics_path)
+    by_step = {int(line["step"]): line for line in lines if is_number(line.get("step"))}
+    if not by_step:
+        raise ValueError(f"{metrics_path} has no step yet; write the report after the first training step")
+    events_path, environment_path = folder / "events.jsonl", folder / "environment.json"
+    events, event_notes = read_json_lines(events_path) if events_path.is_file() else ([], [])
+    environment = json.loads(environment_path.read_text(encoding="utf-8")) if environment_path.is_file() else {}
+    return RunRecord(
+        directory=folder,
+        config=load_config(config_path),
+        metrics=tuple(by_step[step] for step in sorted(by_step)),
+        events=tuple(events),
+        environment=environment,
+        notes=(*notes, *event_notes),
+    )
+
+
+def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """(objects, notes) of a file with one JSON object a line; a line cut short by a kill is left out and noted."""
+    objects: list[dict[str, Any]] = []
+    notes: list[str] = []
+    for number, text in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        if not text.strip():
+            continue
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            notes.append(f"{path.name}: line {number} is cut short or damaged and left out")
+            continue
+        if isinstance(value, dict):
+            objects.append(value)
+        else:
+            notes.append(f"{path.name}: line {number} is not an object and left out")
+    return objects, notes
+
+
+def thin(steps: Sequence[int], values: Sequence[float], limit: int) -> tuple[list[float], list[float]]:
+    """At most `limit` points: means over equal runs of neighbouring points, so that long runs stay small files."""
+    width = math.ceil(len(values) / limit) if values else 1
+    starts = range(0, len(values), width)
+    mean_steps = [sum(steps[start : start + width]) / len(steps[start : start + width]) for start in starts]
+    mean_values = [sum(values[start : start + width]) / len(values[start : start + width]) for start in starts]
+    return mean_steps, mean_values

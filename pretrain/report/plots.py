@@ -1,0 +1,287 @@
+"""The plots of a report as inline SVG whose colours follow the page's theme."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from pretrain.report.data import RunRecord, thin
+from pretrain.stages import resolve_stages
+
+MAX_POINTS = 800
+MAX_COLUMNS = 160
+
+# Stand-in colours: matplotlib writes them, `themed` turns them into the page's variables, so one SVG serves both themes.
+INK, GRID = "#010101", "#020202"
+SERIES = ("#030301", "#030302", "#030303", "#030304", "#030305", "#030306")
+_VARIABLES = {INK: "var(--muted)", GRID: "var(--line)"} | {
+    colour: f"var(--series-{number})" for number, colour in enumerate(SERIES, start=1)
+}
+
+_STYLE = {
+    "svg.fonttype": "none",
+    "font.size": 8.8,
+    "font.family": "sans-serif",
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": INK,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "text.color": INK,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "xtick.minor.size": 0,
+    "ytick.minor.size": 0,
+    "legend.frameon": False,
+    "lines.linewidth": 1.4,
+    "lines.solid_capstyle": "round",
+}
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A drawn figure: title, one line on what to see in it, and the SVG element."""
+
+    title: str
+    caption: str
+    svg: str
+
+
+def draw_plots(record: RunRecord) -> list[Plot]:
+    """Every plot for which the run has measurements."""
+    drawings: list[Callable[[RunRecord], Plot | None]] = [
+        draw_loss,
+        draw_accuracy,
+        draw_learning_rate,
+        draw_gradient_norm,
+        draw_throughput,
+        draw_expert_load,
+        draw_auxiliary,
+    ]
+    return [plot for plot in (draw(record) for draw in drawings) if plot is not None]
+
+
+def draw_loss(record: RunRecord) -> Plot | None:
+    """Training loss, faint a step and strong smoothed, and validation loss."""
+    steps, losses = record.series("loss")
+    if not losses:
+        return None
+
+    def draw(axes: Any) -> None:
+        draw_line(axes, steps, losses, SERIES[0], faint=len(losses) > 20)
+        if len(losses) > 20:
+            draw_line(axes, steps, smooth(losses), SERIES[0], label="training, smoothed")
+        validated, validation = record.series("validation_loss")
+        if validation:
+            axes.plot(validated, validation, color=SERIES[1], marker="o", markersize=3, label="validation")
+        axes.set_ylabel("nats a token")
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(loc="best")
+
+    return Plot("Loss", "Negative log-likelihood of a token; perplexity is its exponential.", figure("loss", draw))
+
+
+def draw_accuracy(record: RunRecord) -> Plot | None:
+    """Right answers of a probe, and rows without a wrong one."""
+    steps, answers = record.series("validation_accuracy")
+    if not answers:
+        return None
+    _, rows = record.series("validation_row_accuracy")
+
+    def draw(axes: Any) -> None:
+        for number, (label, values) in enumerate((("answers", answers), ("rows", rows))):
+            axes.plot(steps, values, color=SERIES[number], marker="o", markersize=3, label=label)
+        axes.set_ylim(0, 1.02)
+        axes.set_ylabel("share right")
+        axes.legend(loc="best")
+
+    return Plot(
+        "Accuracy", "Validation: answers that are right, and rows without a wrong one.", figure("accuracy", draw)
+    )
+
+
+def draw_learning_rate(record: RunRecord) -> Plot | None:
+    """The schedule as it was applied."""
+    steps, rates = record.series("lr")
+    if not rates:
+        return None
+
+    def draw(axes: Any) -> None:
+        draw_line(axes, steps, rates, SERIES[2])
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+
+    kinds = ", ".join(f"{stage.name} {stage.schedule.kind}" for stage in resolve_stages(record.config))
+    caption = f"By stage: {kinds}." if record.config.stages else f"Schedule {record.config.schedule.kind}."
+    return Plot("Learning rate", caption, figure("rate", draw))
+
+
+def draw_gradient_norm(record: RunRecord) -> Plot | None:
+    """Global gradient norm before clipping, on a logarithmic axis."""
+    steps, norms = record.series("grad_norm")
+    if not norms:
+        return None
+    limit = record.config.optimizer.clip_grad_norm
+
+    def draw(axes: Any) -> None:
+        draw_line(axes, steps, norms, SERIES[3])
+        if min(norms) > 0:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axes.yaxis.set_major_formatter(FuncFormatter(short))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        if limit is not None:
+            axes.axhline(limit, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
+
+    caption = "Before clipping." if limit is None else f"Before clipping; clipped above {limit:g} (dashed)."
+    return Plot("Gradient norm", caption, figure("gradient", draw))
+
+
+def draw_throughput(record: RunRecord) -> Plot | None:
+    """Tokens a second, with MFU on the right where the device's peak is known."""
+    steps, speeds = record.series("tokens_per_second")
+    if not speeds:
+        return None
+    mfu = record.series("mfu")[1]
+
+    def draw(axes: Any) -> None:
+        draw_line(axes, steps, speeds, SERIES[4])
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter(FuncFormatter(short))
+        axes.set_ylabel("tokens / s")
+        if mfu:
+            # MFU is tokens a second times a constant, so it is a second scale of the same line.
+            ratio = 100 * median(mfu) / median(speeds[-len(mfu) :])
+            right = axes.twinx()
+            right.grid(visible=False)
+            right.set_ylim(0, axes.get_ylim()[1] * ratio)
+            right.set_ylabel("MFU %")
+
+    caption = "All ranks together." + (" MFU: model FLOPs over the device's peak." if mfu else "")
+    return Plot("Throughput", caption, figure("throughput", draw))
+
+
+def draw_expert_load(record: RunRecord) -> Plot | None:
+    """Fullest expert over the mean, a row a MoE block, a column a span of steps."""
+    loads = record.named_series("expert_load")
+    if not loads:
+        return None
+    blocks = sorted(loads, key=lambda name: (len(name), name))
+    rows = [thin(*loads[block], limit=MAX_COLUMNS)[1] for block in blocks]
+    width = max(len(row) for row in rows)
+    grid = np.full((len(rows), width), np.nan)
+    for index, row in enumerate(rows):
+        grid[index, : len(row)] = row
+    first, last = loads[blocks[0]][0][0], loads[blocks[0]][0][-1]
+
+    def draw(axes: Any) -> None:
+        # Half a step on either side, so that a single step still has a width.
+        extent = (first - 0.5, last + 0.5, len(rows) - 0.5, -0.5)
+        top = max(1.2, float(np.nanmax(grid)))
+        image = axes.imshow(
+            grid, aspect="auto", interpolation="nearest", cmap="viridis", vmin=1.0, vmax=top, extent=extent
+        )
+        axes.grid(visible=False)
+        shown = range(0, len(blocks), max(1, len(blocks) // 10))
+        axes.set_yticks(list(shown), [blocks[index] for index in shown])
+        axes.set_ylabel("block")
+        bar = axes.figure.colorbar(image, ax=axes, pad=0.02, aspect=16)
+        bar.outline.set_visible(False)
+        bar.ax.yaxis.set_major_locator(MaxNLocator(4))
+
+    caption = "Tokens of the fullest expert over the mean, by MoE block: 1 is even, the number of experts is collapse."
+    return Plot("Expert load", caption, figure("experts", draw))
+
+
+def draw_auxiliary(record: RunRecord) -> Plot | None:
+    """Auxiliary losses, weighted as they enter the sum."""
+    series = {name: pair for name, pair in record.named_series("auxiliary").items() if any(pair[1])}
+    if not series:
+        return None
+
+    def draw(axes: Any) -> None:
+        for (name, (steps, values)), colour in zip(series.items(), SERIES * (1 + len(series) // len(SERIES))):
+            draw_line(axes, steps, values, colour, label=name.replace("_", " "))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+        axes.legend(loc="best")
+
+    return Plot("Auxiliary losses", "Weighted, as they are added to the loss.", figure("auxiliary", draw))
+
+
+def draw_line(
+    axes: Any, steps: Sequence[int], values: Sequence[float], colour: str, *, label: str = "", faint: bool = False
+) -> None:
+    """One series; a single point gets a marker, since a line would not show."""
+    x, y = thin(steps, values, MAX_POINTS)
+    marker = "o" if len(x) == 1 else ""
+    axes.plot(
+        x,
+        y,
+        color=colour,
+        marker=marker,
+        markersize=4,
+        label=label or "_hidden",
+        alpha=0.35 if faint else 1.0,
+        linewidth=0.9 if faint else 1.5,
+    )
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """Exponential mean over about a hundredth of the run, corrected for its start."""
+    keep = 1 - 1 / max(2.0, len(values) / 100)
+    total = weight = 0.0
+    smoothed = []
+    for value in values:
+        total, weight = keep * total + value, keep * weight + 1
+        smoothed.append(total / weight)
+    return smoothed
+
+
+def short(value: float, _position: int | None = None) -> str:
+    """12345 -> 12k, for tick labels."""
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.3g}"
+
+
+def figure(name: str, draw: Callable[[Any], None]) -> str:
+    """Draw on one pair of axes over steps and return the SVG element, with ids that are unique on the page."""
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
+        canvas = Figure(figsize=(4.5, 2.6), layout="constrained")
+        axes = canvas.subplots()
+        draw(axes)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+        axes.xaxis.set_major_formatter(FuncFormatter(short))
+        axes.set_xlabel("step")
+        buffer = io.StringIO()
+        canvas.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    return themed(buffer.getvalue(), name)
+
+
+def themed(document: str, name: str) -> str:
+    """The <svg> element of a matplotlib document: page colours, own ids, no fixed size."""
+    svg = document[document.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r'(url\(|href=")#', rf"\1#{name}-", svg)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r"font: ([0-9.]+)px [^;\"]*", r"font-size: \1px", svg)
+    for colour, variable in _VARIABLES.items():
+        svg = svg.replace(colour, variable)
+    return svg

@@ -1,0 +1,125 @@
+"""`amfm report`: one self-contained HTML page of a run, finished or not."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+from model.flops import count_parameters, flops_per_token
+from model.mixers.registry import describe_symbol
+from model.pattern import parse_pattern
+from pretrain.report.data import RunRecord, read_run
+from pretrain.report.page import Card, Table, render_page
+from pretrain.report.plots import draw_plots
+from pretrain.stages import resolve_stages, total_steps
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Write `report.html` into the run directory and return its path; call it on one rank.
+
+    Raises FileNotFoundError for something that is no run directory, ValueError before the first step.
+    """
+    record = read_run(run_dir)
+    tables = {"Model": describe_model(record), "Data": describe_data(record)}
+    page = render_page(record, make_cards(record), draw_plots(record), tables)
+    path = record.directory / "report.html"
+    temporary = path.with_suffix(".html.part")
+    temporary.write_text(page, encoding="utf-8")
+    os.replace(temporary, path)
+    return path
+
+
+def make_cards(record: RunRecord) -> list[Card]:
+    """The summary: what the model is, how far it came, how good and how fast it is."""
+    config = record.config
+    counts = count_parameters(config.model)
+    pattern = parse_pattern(config.model.pattern)
+    blocks = ", ".join(f"{number} {describe_symbol(letter)}" for letter, number in pattern.counts().items())
+    loss, validation = record.last("loss"), record.last("validation_loss")
+    speed, mfu = record.typical("tokens_per_second"), record.typical("mfu")
+    tokens = record.last("tokens")
+    lengths = ", ".join(dict.fromkeys(f"{stage.sequence_length:,}" for stage in resolve_stages(config)))
+    cards = [
+        Card("Steps", f"{record.last_step():,}", f"of {total_steps(config):,}"),
+        Card("Parameters", count(counts.total), f"{count(counts.active)} active a token"),
+        Card("Model", f"{len(pattern.letters)} blocks", blocks),
+        Card("Tokens", count(tokens) if tokens is not None else "-", f"rows of {lengths}"),
+        Card("Training loss", f"{loss:.4f}" if loss is not None else "-", "newest step, nats a token"),
+    ]
+    if validation is not None:
+        cards.append(Card("Validation loss", f"{validation:.4f}", f"perplexity {perplexity(validation)}"))
+    answers, rows = record.last("validation_accuracy"), record.last("validation_row_accuracy")
+    if answers is not None and rows is not None:
+        cards.append(
+            Card("Validation accuracy", f"{answers:.1%}", f"of answers; {rows:.1%} of rows without a wrong one")
+        )
+    cards.append(
+        Card("Throughput", f"{count(speed)} tokens/s" if speed is not None else "-", "median of the newer half")
+    )
+    if mfu is not None:
+        source = record.environment.get("peak", {}).get("source", "of the device's peak")
+        cards.append(Card("MFU", f"{100 * mfu:.1f} %", source))
+    cards.append(Card("Time", duration(record.seconds()), "inside training steps"))
+    return cards
+
+
+def describe_model(record: RunRecord) -> Table:
+    """Where parameters and arithmetic are, by kind of block; a column of FLOPs for each row length of the run."""
+    config = record.config
+    counts = count_parameters(config.model)
+    phases = [phase.sequence_length for phase in config.data.phases if phase.sequence_length is not None]
+    lengths = dict.fromkeys([*(stage.sequence_length for stage in resolve_stages(config)), *phases])
+    flops = [flops_per_token(config.model, length) for length in lengths]
+    kinds = dict.fromkeys([*counts.total_by_kind, *flops[0]])
+    rows = [
+        (
+            kind.replace("_", " "),
+            f"{counts.total_by_kind.get(kind, 0):,}",
+            f"{counts.active_by_kind.get(kind, 0):,}",
+            *(count(column.get(kind, 0.0)) for column in flops),
+        )
+        for kind in kinds
+    ]
+    total = ("all", f"{counts.total:,}", f"{counts.active:,}", *(count(sum(column.values())) for column in flops))
+    header = ("part", "parameters", "active", *(f"training FLOPs a token, rows of {length:,}" for length in lengths))
+    return Table(f"Pattern {parse_pattern(config.model.pattern).canonical()}", header, (*rows, total))
+
+
+def describe_data(record: RunRecord) -> Table:
+    """Tokens and epochs that each source gave in each phase."""
+    newest = {line["data"]["phase"]: line["data"] for line in record.metrics if "data" in line}
+    rows = [
+        (str(phase), source, f"{tokens:,}", f"{data['epochs'][source]:.3f}")
+        for phase, data in sorted(newest.items())
+        for source, tokens in data["tokens"].items()
+    ]
+    total = sum(sum(data["tokens"].values()) for data in newest.values())
+    header = ("phase", "source", "tokens", "epochs since the start of the run")
+    probe = record.config.data.probe
+    title = f"Store {record.config.data.store}" if probe is None else f"Probe {probe.task}"
+    return Table(title, header, (*rows, ("all", "", f"{total:,}", "")))
+
+
+def count(value: float) -> str:
+    """1234567 -> 1.23M."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.3g}"
+
+
+def perplexity(loss: float) -> str:
+    """exp(loss), short; a loss beyond any vocabulary is not exponentiated."""
+    return f"{math.exp(loss):,.1f}" if loss < 30 else "very large"
+
+
+def duration(seconds: float) -> str:
+    """3725 -> 1 h 2 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"

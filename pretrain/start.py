@@ -1,0 +1,238 @@
+"""Build a run: ranks, data, model, engine and log, resumed from its newest checkpoint."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from pathlib import Path
+from typing import IO, Literal
+
+import torch
+
+from data_pipeline.loader import PretrainLoader
+from data_pipeline.memory import keep_freed_memory
+from data_pipeline.probe_rows import NO_TOKENIZER
+from data_pipeline.store import TokenStore
+from kernels.backend import resolve_backend
+from model.flops import count_parameters, flops_per_token
+from model.hybrid import HybridModel
+from model.stages import cut_pieces, pieces_of_rank
+from pretrain.checkpoint.background import BackgroundSaver
+from pretrain.checkpoint.commit import list_checkpoints
+from pretrain.checkpoint.load import LoadedCheckpoint
+from pretrain.checks.check_run import check_run
+from pretrain.checks.mixers import check_kernels
+from pretrain.config.file import resolved_yaml
+from pretrain.config.schema import RunConfig
+from pretrain.engine.engine import ZeroEngine, build_engine
+from pretrain.inference.weights import load_initial_weights
+from pretrain.launcher_protocol import RESTART_CAUSE
+from pretrain.monitor.display import Display
+from pretrain.monitor.environment import find_peak, record_environment
+from pretrain.monitor.heartbeat import Heartbeat
+from pretrain.monitor.metrics import RunLog, check_plot_services
+from pretrain.monitor.signals import SignalWatch
+from pretrain.parallel import (
+    Parallel,
+    describe_environment,
+    initialize_parallel,
+    set_determinism,
+    start_process_group,
+)
+from pretrain.pipeline import Pipeline
+from pretrain.recompute import recomputed_letters
+from pretrain.run import Run
+from pretrain.saving import resume
+from pretrain.stages import RunStage, data_of_stages, last_stage, resolve_stages
+
+
+def start_run(config: RunConfig, signals: SignalWatch) -> Run:
+    """Join the ranks, build data, model and engine, resume from the newest checkpoint, and open the log.
+
+    Every rank must call this. Raises ValueError for settings, data or a checkpoint that do not fit together,
+    RuntimeError or OSError for the machine's state; the run directory changes only after everything fits.
+    """
+    train = config.train
+    _, world_size, _, _ = start_process_group(train.timeout_seconds)
+    check_run(config, world_size)
+    parallel = initialize_parallel(
+        config.parallel, timeout_seconds=train.timeout_seconds, num_threads=train.num_threads
+    )
+    keeps_freed_memory = parallel.device.type == "cpu" and keep_freed_memory()
+    check_plot_services(config)
+    set_determinism(config.train.seed)
+    lock = lock_directory(Path(config.run.dir)) if parallel.is_main else None
+    stages = resolve_stages(config)
+    loader = open_loader(config, parallel, "train", stages[0])
+    check_vocabulary(config, loader)
+    engine = build_engine(
+        build_model(config, parallel),
+        optimizer=config.optimizer,
+        precision=config.train.precision,
+        zero_stage=config.parallel.zero_stage,
+        parallel=parallel,
+        offload_optimizer=config.parallel.offload_optimizer,
+    )
+    run = Run(
+        config=config,
+        parallel=parallel,
+        engine=engine,
+        saver=BackgroundSaver(engine, config.train.timeout_seconds),
+        loader=loader,
+        validations=open_validations(config, parallel, stages),
+        peak=find_peak(parallel, config.train.precision),
+        stages=stages,
+        stage=stages[0],
+        signals=signals,
+        heartbeat=Heartbeat(Path(config.run.dir), parallel.rank, config.launch.heartbeat_seconds),
+        pipeline=build_pipeline(config, parallel, engine),
+        lock=lock,
+        keeps_freed_memory=keeps_freed_memory,
+    )
+    loaded = resume(run)
+    run.stage = last_stage(config, run.progress.step)
+    run.model.set_rope(run.stage.rope)
+    if parallel.is_main:
+        open_log(run, loaded)
+    run.heartbeat.start()
+    return run
+
+
+def lock_directory(directory: Path) -> IO[str]:
+    """Make the run directory and hold it: two runs that write to one directory destroy each other's checkpoints.
+
+    The lock ends with the process, however it ends. Raises RuntimeError when another process holds it.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = (directory / "lock").open("w", encoding="utf-8")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise RuntimeError(
+            f"another process trains in {directory}; wait for it, end it, or give this run another run.dir"
+        ) from error
+    return lock
+
+
+def open_loader(
+    config: RunConfig, parallel: Parallel, split: Literal["train", "validation"], stage: RunStage
+) -> PretrainLoader:
+    """This rank's stream of micro-batches; the training text goes through all stages, validation has one length."""
+    return PretrainLoader(
+        data_of_stages(config),
+        split=split,
+        sequence_length=stage.sequence_length,
+        micro_batch_size=stage.micro_batch_size,
+        seed=config.train.seed,
+        data_rank=parallel.data_rank,
+        data_world_size=parallel.data_world_size,
+    )
+
+
+def open_validations(config: RunConfig, parallel: Parallel, stages: tuple[RunStage, ...]) -> dict[int, PretrainLoader]:
+    """Held-out text for every length of rows that the run will come to, so that a lack of it shows at the start."""
+    if config.data.validation_fraction == 0:
+        return {}
+    by_length = {stage.sequence_length: stage for stage in stages}
+    return {length: open_loader(config, parallel, "validation", stage) for length, stage in by_length.items()}
+
+
+def check_vocabulary(config: RunConfig, loader: PretrainLoader) -> None:
+    """Every token of the store needs a row of the embedding."""
+    if loader.store.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size={config.model.vocab_size} must be at least {loader.store.vocab_size}, the vocabulary of "
+            f"the store {config.data.store}; raise model.vocab_size, or prepare the store with a smaller tokenizer"
+        )
+
+
+def build_model(config: RunConfig, parallel: Parallel) -> HybridModel:
+    """The model in float32 with its first weights, alike on all ranks; its blocks compiled if the run asks for it.
+
+    With a pipeline it is the part of this rank. First weights are random, or `run.initial_weights` when no checkpoint of
+    the run exists to replace them.
+    """
+    section, pieces = config.parallel, None
+    backend = resolve_backend(config.kernels.backend, parallel.device)
+    check_kernels(config, backend)
+    if section.pipeline > 1:
+        cut = cut_pieces(config.model, section.num_pieces(), config.train.sequence_length)
+        pieces = pieces_of_rank(cut, parallel.groups.pp.rank(), section.pipeline)
+    model = HybridModel(
+        config.model,
+        parallel.groups,
+        backend=backend,
+        seed=config.train.seed,
+        device=parallel.device,
+        pieces=pieces,
+    )
+    if config.run.initial_weights is not None and not list_checkpoints(Path(config.run.dir) / "checkpoints"):
+        has_text = config.data.probe is None
+        tokenizer = TokenStore.open(config.data.text_store()).tokenizer_identity if has_text else NO_TOKENIZER
+        load_initial_weights(model, config.run.initial_weights, tokenizer)
+    if config.train.compile:
+        model.compile_blocks()
+    model.recompute_blocks(recomputed_letters(config))
+    return model
+
+
+def build_pipeline(config: RunConfig, parallel: Parallel, engine: ZeroEngine) -> Pipeline | None:
+    """The stages around the engine's model; None without a pipeline."""
+    if config.parallel.pipeline == 1:
+        return None
+    return Pipeline(engine.module, config.parallel, parallel, after_weights=engine.take_gradients)
+
+
+def open_log(run: Run, loaded: LoadedCheckpoint | None) -> None:
+    """Write the resolved configuration and the environment, open the logs, and say how the run begins."""
+    counts = count_parameters(run.config.model)
+    length = run.stage.sequence_length
+    facts = {
+        "pattern": run.model.pattern.canonical(),
+        "parameters": counts.total,
+        "active_parameters": counts.active,
+        "flops_per_token": sum(flops_per_token(run.model.config, length).values()),
+    }
+    environment = record_environment(run.parallel, run.peak, facts, keeps_freed_memory=run.keeps_freed_memory)
+    (run.directory / "config.yaml").write_text(resolved_yaml(run.config), encoding="utf-8")
+    (run.directory / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+    run.log = RunLog(run.config, resumed_at_step=run.progress.step)
+    run.display = Display(run.config, first_step=run.progress.step)
+    run.say(
+        f"{facts['pattern']}: {counts.total:,} parameters ({counts.active:,} active), {run.config.train.precision}, "
+        f"ZeRO {run.engine.zero_stage}, {run.parallel.world_size} rank(s) on {run.parallel.device.type} with "
+        f"{torch.get_num_threads()} thread(s), {run.stage.global_batch_size} x {length} tokens a step"
+    )
+    for remark in run.loader.describe_repeats(run.stages[-1].first_sample + run.stages[-1].num_samples()):
+        run.say(remark)
+    run.record_event("start", world_size=run.parallel.world_size, resumed_from=loaded and loaded.path.name)
+    cause = describe_environment([RESTART_CAUSE]).get(RESTART_CAUSE)
+    if cause is not None:
+        run.record_event("restarted", cause=cause)
+    if loaded is not None:
+        run.say(f"resumed from {loaded.path} at step {loaded.step}")
+        remarks = {
+            "passed over": loaded.skipped,
+            "warning": loaded.warnings,
+            "changed since the checkpoint": loaded.changes,
+        }
+        for kind, texts in remarks.items():
+            for text in texts:
+                run.say(f"{kind}: {text}")
+                run.record_event("resume", kind=kind, text=text)
+
+
+def close_run(run: Run) -> None:
+    """Close data, logs and display, after a checkpoint that is still being written. Every rank must call this."""
+    run.heartbeat.close()
+    run.saver.close()
+    run.loader.close()
+    for validation in run.validations.values():
+        validation.close()
+    if run.log is not None:
+        run.log.close()
+    if run.display is not None:
+        run.display.close()
+    if run.lock is not None:
+        run.lock.close()

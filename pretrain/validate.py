@@ -1,0 +1,56 @@
+"""Loss on held-out text, and on a probe the share of right answers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from pretrain.accuracy import Accuracy, count_answers, measure_accuracy
+from pretrain.micro_batch import move_batch
+from pretrain.run import Run
+from pretrain.step import count_valid_tokens, empty_sums, pass_forward
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Mean negative log-likelihood a token in nats, and how many tokens it was measured on; of a probe the accuracy too."""
+
+    loss: float
+    tokens: int
+    accuracy: Accuracy | None = None
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return math.exp(min(self.loss, 700.0))
+
+
+def validate(run: Run) -> Validation:
+    """Measure the loss on the same first `train.validation_batches` global batches of the validation split each time.
+
+    Leaves weights, gradients, random state and the training data's cursor alone. Every rank must call this.
+    """
+    assert run.validation is not None, "data.validation_fraction is 0, so there is nothing to validate on"
+    run.validation.seek(0)
+    sums = empty_sums(run.config.model, run.parallel.device)
+    tokens, is_probe = 0, run.config.data.probe is not None
+    num_rows = run.config.train.validation_batches * run.stage.global_batch_size
+    counts_R2 = torch.zeros(num_rows, 2, dtype=torch.float64, device=run.parallel.device)
+    run.engine.module.eval()
+    for _ in range(run.config.train.validation_batches):
+        batches = run.validation.take(run.stage.global_batch_size, run.stage.micro_batch_size)
+        tokens += count_valid_tokens(batches, run.parallel)
+        outputs = list(pass_forward(run, batches, predicts=is_probe))
+        for output in outputs:
+            sums.add(output)
+        predicted = [output.predictions_BT for output in outputs if output.predictions_BT is not None]
+        for batch, predictions_BT in zip(batches, predicted):
+            labels_BT = move_batch(batch, run.parallel).labels_BT
+            # Validation begins at sample 0, so that a sample's number is its row here.
+            counts_R2[list(batch.sample_ids)] = count_answers(predictions_BT, labels_BT)
+    run.engine.module.train()
+    sums.reduce(run.parallel, signal=0)
+    accuracy = measure_accuracy(run.parallel.sum_over_shares(counts_R2)) if is_probe else None
+    return Validation(float(sums.nll) / max(1, tokens), tokens, accuracy)

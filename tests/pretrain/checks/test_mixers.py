@@ -1,0 +1,95 @@
+"""Sizes of registered mixers that Triton kernels do not take are named before anything runs."""
+
+from __future__ import annotations
+
+import pytest
+
+from model.config import ModelConfig
+from model.mixers.options import LinearOptions
+from model.mixers.registry import BUILT_IN, find_spec
+from pretrain.checks.check_run import check_run
+from pretrain.checks.mixers import check_kernels
+from pretrain.config.errors import ConfigError
+from pretrain.config.file import load_config
+from pretrain.inference.weights import function_settings
+from tests.model.mixer_samples import mixer_config, sample_options
+
+LINEAR = [spec.name for spec in BUILT_IN if issubclass(spec.options, LinearOptions)]
+
+
+def run_of(base, model: ModelConfig, backend="triton"):
+    config = load_config(base, [f"kernels.backend={backend}"])
+    sections = {"pattern": model.pattern, "mixers": model.mixers}
+    return config.model_copy(update={"model": config.model.model_copy(update=sections)})
+
+
+def mixer_run(base, name: str, backend="triton", **changes):
+    options = find_spec(name).options.model_validate(sample_options(name) | {"chunk_size": 64} | changes)
+    model = mixer_config(name)
+    return run_of(
+        base, model.model_copy(update={"mixers": model.mixers.model_copy(update={name: options})}), backend=backend
+    )
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_every_linear_mixer_is_held_against_its_kernels(name, base):
+    check_run(mixer_run(base, name))
+    check_run(mixer_run(base, name, backend="torch", chunk_size=8))
+    with pytest.raises(ConfigError) as caught:
+        check_run(mixer_run(base, name, chunk_size=8))
+    assert f"model.mixers.{name}.chunk_size = 8: must be " in str(caught.value)
+    assert "for Triton kernels; use 64, or kernels.backend=torch" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("gated_deltanet", {"head_dim": 257}, "heads with a state of 257 x 5, and Triton kernels hold up to 256 rows"),
+        ("hgrn2", {"head_dim": 257}, "a state of 257 x 5, and Triton kernels hold up to 256 rows"),
+        ("hedgehog", {"head_dim": 129}, "a state of 258 x 6, and Triton kernels hold up to 256 x 256"),
+        ("mala", {"value_head_dim": 256}, "a state of 7 x 257, and Triton kernels hold up to 256 x 256"),
+        ("mamba1", {"state_size": 17}, "a state of 17 x 1, and Triton kernels hold up to 16 rows"),
+    ],
+)
+def test_states_that_no_kernel_holds_are_named_with_their_sums(name, changes, message, base):
+    with pytest.raises(ConfigError) as caught:
+        check_run(mixer_run(base, name, **changes))
+    assert message in str(caught.value)
+
+
+def test_a_mixer_inside_mom_is_held_against_its_kernels_too(base):
+    with pytest.raises(ConfigError, match=r"model\.mixers\.gated_deltanet\.chunk_size = 8"):
+        check_run(run_of(base, mixer_config("mom")))
+
+
+def test_auto_is_checked_once_it_is_known_to_be_triton(base):
+    config = load_config(base, ["model.mamba.chunk_size=48", "model.mamba.state_size=512"])
+    check_run(config)
+    check_kernels(config, "torch")
+    with pytest.raises(ConfigError) as caught:
+        check_kernels(config, "triton")
+    assert "model.mamba.chunk_size = 48: must be 16, 32, 64 or a multiple of 128 for Triton kernels" in str(
+        caught.value
+    )
+    assert "model.mamba: has heads with a state of 512 x" in str(caught.value)
+
+
+def test_a_file_with_a_mixer_in_braces_without_quotes_is_told_what_to_write(base, tmp_path):
+    path = tmp_path / "braces.yaml"
+    path.write_text(f"extends: {base}\nmodel:\n  pattern: {{retnet}}\n")
+    with pytest.raises(
+        ConfigError, match=r"must be text; put it in quotes if it looks like a number or starts with \{"
+    ):
+        load_config(path)
+
+
+def test_weights_go_to_the_same_mixers_whatever_their_chunks():
+    def settings(**changes):
+        inner = find_spec("deltanet").options.model_validate(sample_options("deltanet") | changes)
+        model = mixer_config("mom over deltanet")
+        return function_settings(
+            model.model_copy(update={"mixers": model.mixers.model_copy(update={"deltanet": inner})})
+        )
+
+    assert settings(chunk_size=32) == settings()
+    assert settings(allow_negative_eigenvalues=True) != settings(), "the mixer inside changes what MoM computes"

@@ -1,0 +1,82 @@
+"""Rules of a run on a probe: each broken one names value, rule and remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pretrain.checks.check_run import check_run, load_checked
+from pretrain.config.errors import ConfigError
+from pretrain.config.file import change_section, load_config, resolved_yaml
+from tests.pretrain.config.test_config import BASE
+
+PROBE = BASE[: BASE.index("data:")] + "data: {probe: {task: mqar}}\n" + BASE[BASE.index("train:") :]
+
+
+@pytest.fixture
+def probe(tmp_path: Path) -> Path:
+    path = tmp_path / "probe.yaml"
+    path.write_text(PROBE, encoding="utf-8")
+    return path
+
+
+def broken(path: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        check_run(load_config(path, overrides))
+    return str(caught.value)
+
+
+def test_a_run_on_a_probe_needs_no_store_and_reads_back(probe: Path, tmp_path: Path) -> None:
+    config = load_checked(probe, [], world_size=2)
+    assert config.data.store is None and config.data.sources == ()
+    again = tmp_path / "again.yaml"
+    again.write_text(resolved_yaml(config))
+    assert load_config(again) == config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.store=x"], "data.store: has no effect on data.probe, which is no text; remove one of the two"),
+        (["data.tokenizer.vocab_size=512"], "data.tokenizer: has no effect on data.probe"),
+        (["data.sources=[{name: a, paths: [a]}]"], "data.sources: has no effect on data.probe"),
+        (["data.phases=[{start_sample: 4, sequence_length: 256}]"], "data.phases: has no effect on data.probe"),
+        (["data.shuffle=block"], "data.shuffle: has no effect on data.probe"),
+        (["model.vocab_size=64"], "model.vocab_size = 64: must be at least 65, the tokens of data.probe.task=mqar"),
+        (["data.probe.num_writes=2"], "data.probe.num_writes=2 has no effect on the probe mqar"),
+        (["data.probe.num_pairs=33"], "data.probe.num_pairs=33 must be at most num_keys=32"),
+        (["data.probe.task=s7"], "must be one of: mqar, overwriting, selective_copying, parity, s3, s4, a5, s5"),
+        (["train.sequence_length=23"], "train.sequence_length = 23: must be at least 24, the shortest row of"),
+        (
+            ["train.steps=null", "stages=[{name: a, steps: 40}, {name: b, steps: 40, sequence_length: 16}]"],
+            "stages.1.sequence_length = 16: must be at least 24",
+        ),
+        (
+            ["train.steps=null", "stages=[{name: a, steps: 40, weights: {mqar: 1}}]"],
+            "stages.0.weights: has no effect on data.probe, the only source; remove it",
+        ),
+    ],
+)
+def test_a_broken_rule_is_explained(probe: Path, overrides: list[str], message: str) -> None:
+    assert message in broken(probe, *overrides)
+
+
+def test_without_a_probe_text_is_needed(probe: Path) -> None:
+    message = broken(probe, "data.probe=null", "data.tokenizer.vocab_size=512")
+    assert "data.store: is missing; name the folder that `amfm prepare` writes, or give data.probe" in message
+    assert "data.sources: is missing; name at least one, with name and paths, or give data.probe" in message
+
+
+def test_settings_of_a_section_are_changed_as_overrides_change_a_file(probe: Path) -> None:
+    section = load_config(probe).data.probe
+    assert section is not None
+    changed = change_section(section, ["num_pairs=3", "num_keys=1e2"])
+    assert (changed.num_pairs, changed.num_keys, changed.num_values) == (3, 100, 32)
+    with pytest.raises(ConfigError, match=r"override num_pairs=0: must be greater than 0; raise it"):
+        change_section(section, ["num_pairs=0"])
+
+
+def test_the_example_runs_are_sound() -> None:
+    paths = sorted((Path(__file__).parents[3] / "configs" / "probes").glob("*.yaml"))
+    assert paths and all(load_checked(path, [], world_size=1).data.probe for path in paths)

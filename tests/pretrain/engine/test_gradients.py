@@ -1,0 +1,70 @@
+"""Summing in float32, finding faults, clipping."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from pretrain.engine.gradients import Float32Accumulator, GradientFault, clip_by_norm, find_fault
+
+
+def test_bf16_gradients_are_summed_in_float32_and_rounded_once() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(7, 5, bias=False).bfloat16()
+    inputs = torch.randn(64, 3, 7).bfloat16()
+    expected = torch.zeros(5, 7, dtype=torch.float64)
+    accumulator = Float32Accumulator(layer)
+    for x in inputs:
+        (own,) = torch.autograd.grad(layer(x).float().sum(), layer.weight)
+        expected += own.double()
+        layer(x).float().sum().backward()
+    accumulator.finish()
+    assert layer.weight.grad is not None and layer.weight.grad.dtype == torch.bfloat16
+    assert torch.equal(layer.weight.grad, expected.to(torch.float32).bfloat16())
+
+    layer.weight.grad = None
+    for x in inputs:
+        layer(x).float().sum().backward()
+    plain = layer.weight.grad
+    assert not torch.equal(plain, expected.to(torch.float32).bfloat16()), "the plain sum would have done as well"
+
+
+def test_accumulator_leaves_float32_parameters_alone_and_removes_its_hooks() -> None:
+    layer = nn.Linear(3, 2)
+    accumulator = Float32Accumulator(layer)
+    for _ in range(2):
+        layer(torch.ones(1, 3)).sum().backward()
+    accumulator.finish()
+    assert layer.weight.grad is not None and torch.equal(layer.weight.grad, torch.full((2, 3), 2.0))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_fault_names_the_first_parameter(bad: float) -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2), nn.Linear(2, 1))
+    model(torch.ones(1, 3)).sum().backward()
+    assert find_fault(model) is None
+    for index in (1, 2):
+        grad = model[index].weight.grad
+        assert grad is not None
+        grad.flatten()[0] = bad
+    assert find_fault(model) == GradientFault("1.weight", 2)
+
+
+def test_no_gradients_are_no_fault() -> None:
+    assert find_fault(nn.Linear(2, 2)) is None
+
+
+@pytest.mark.parametrize(("largest", "factor"), [(None, 1.0), (100.0, 1.0), (1.0, 1 / 5)])
+def test_clipping_scales_all_gradients_by_the_joint_norm(largest: float | None, factor: float) -> None:
+    first, second = torch.tensor([3.0, 0.0]), torch.tensor([-4.0])
+    clip_by_norm([first, second], 5.0, largest)
+    # The formula adds 1e-6 to the norm.
+    torch.testing.assert_close(first, torch.tensor([3.0, 0.0]) * factor, rtol=1e-6, atol=0)
+    torch.testing.assert_close(second, torch.tensor([-4.0]) * factor, rtol=1e-6, atol=0)
+
+
+def test_nothing_is_scaled_when_the_norm_is_not_finite() -> None:
+    gradient = torch.tensor([2.0])
+    clip_by_norm([gradient], float("inf"), 1.0)
+    assert gradient.item() == 2.0

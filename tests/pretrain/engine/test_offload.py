@@ -1,0 +1,67 @@
+"""Master weights and moments in the host's memory: the same training, skips and resumes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_pipeline.config import DataConfig
+from pretrain.monitor.signals import SignalWatch
+from pretrain.start import close_run, start_run
+from tests.helpers.spawn import run_ranks
+from tests.pretrain.test_ranks import poison_gradient
+from tests.pretrain.tiny_run import Trained, collect_weights, tiny_config, train_and_collect
+
+CASES = [(1, "float32"), (3, "bf16")]
+
+
+def train_with_and_without(data: DataConfig, folder: str) -> list[list[Trained]]:
+    """For each case: on the device, offloaded, and offloaded with a stop and a resume in between."""
+    results = []
+    for stage, precision in CASES:
+        trained = []
+        for name, offload, stops in (("device", False, [None]), ("host", True, [None]), ("twice", True, [2, None])):
+            for stop in stops:
+                config = tiny_config(
+                    data,
+                    Path(folder, f"{stage}{precision}{name}"),
+                    parallel__zero_stage=stage,
+                    parallel__offload_optimizer=offload,
+                    train__precision=precision,
+                    train__stop_after_steps=stop,
+                )
+                last = train_and_collect(config)
+            trained.append(last)
+        results.append(trained)
+    return results
+
+
+def test_offloaded_training_is_the_same_and_resumes_to_the_bit(data: DataConfig, tmp_path: Path) -> None:
+    for on_device, on_host, resumed in run_ranks(train_with_and_without, data, str(tmp_path), num_ranks=1)[0]:
+        assert on_host.series("loss") == on_device.series("loss")
+        assert resumed.series("loss") == on_host.series("loss")
+        for name, weight in on_host.weights.items():
+            assert torch.equal(weight, on_device.weights[name]), name
+            assert torch.equal(weight, resumed.weights[name]), name
+
+
+def skip_offloaded(data: DataConfig, folder: str) -> list[tuple[bool, bool]]:
+    seen = []
+    for stage in (2, 3):
+        config = tiny_config(
+            data, Path(folder, str(stage)), parallel__zero_stage=stage, parallel__offload_optimizer=True
+        )
+        with SignalWatch() as signals:
+            run = start_run(config, signals)
+            before = collect_weights(run)
+            result = poison_gradient(run)
+            after: dict[str, Any] = collect_weights(run)
+            close_run(run)
+        seen.append((result.applied, all(torch.equal(before[name], after[name]) for name in before)))
+    return seen
+
+
+def test_a_bad_gradient_moves_nothing_on_the_host(data: DataConfig, tmp_path: Path) -> None:
+    assert run_ranks(skip_offloaded, data, str(tmp_path), num_ranks=2) == [[(False, True)] * 2] * 2

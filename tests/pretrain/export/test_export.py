@@ -1,0 +1,302 @@
+"""An export is what was trained, or it does not exist: loaded by transformers, compared, whole, refused when in use."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from data_pipeline.config import DataConfig, PhaseConfig, TokenizerConfig
+from data_pipeline.sentencepiece_model import SCORE_STEP, read_sentencepiece_model
+from data_pipeline.tokenizer import read_tokenizer_file, train_tokenizer
+from model.packing import PackMeta
+from pretrain.export.export import LOGIT_TOLERANCE, ODD_TEXTS, export_checkpoint, find_problems, proof_text, run_proof
+from pretrain.export.files import ExportPlan, write_export
+from pretrain.export.tokenizer import write_tokenizer
+from pretrain.inference.weights import read_weights, write_weights
+from pretrain.train import train
+from tests.helpers.tiny_store import make_text
+from tests.pretrain.export.exported_models import MODELS, random_weights, weights_folder
+from tests.pretrain.tiny_run import tiny_config
+
+
+def sample_text() -> str:
+    return make_text(np.random.default_rng(5), 40)
+
+
+def load_with_transformers(folder: Path):
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=True
+    )
+    assert not any(info.values()), info
+    return model
+
+
+def test_a_trained_run_exports_with_equal_logits_on_validation_text(data: DataConfig, tmp_path: Path) -> None:
+    assert train(tiny_config(data, tmp_path / "run")) == 0
+    report = export_checkpoint(tmp_path / "run", tmp_path / "out")
+    assert report.class_name == "NemotronHForCausalLM"
+    assert report.max_logit_difference is not None and report.max_logit_difference <= LOGIT_TOLERANCE
+    assert report.same_argmax
+    assert report.compared.startswith("the validation part of")
+    assert not (tmp_path / "out.tmp").exists()
+    assert {"config.json", "generation_config.json", "tokenizer.json", "README.md"} <= set(report.files)
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == read_weights(tmp_path / "run").tokenizer.eos_id
+
+
+@pytest.mark.parametrize("target", ["granitemoehybrid", "qwen3_next", "own"])
+def test_other_targets_are_proved_in_a_fresh_process(data: DataConfig, tmp_path: Path, target: str) -> None:
+    report = export_checkpoint(weights_folder(data, tmp_path / "weights", target), tmp_path / "out")
+    assert report.target == target
+    assert report.max_logit_difference is not None and report.max_logit_difference <= LOGIT_TOLERANCE
+    assert report.same_argmax
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert ("trust_remote_code=True" in card) == (target == "own")
+    if target == "own":
+        assert any("qk_norm=true" in reason for reason in report.reasons)
+        assert "qk_norm=true" in card, "the model card must say why no native class fits"
+        assert (tmp_path / "out" / "modeling_amfm.py").is_file()
+
+
+def test_the_card_counts_the_tokens_of_longer_rows_too(data: DataConfig, tmp_path: Path) -> None:
+    longer = data.model_copy(update={"phases": (PhaseConfig(start_sample=8, sequence_length=96),)})
+    assert train(tiny_config(longer, tmp_path / "run")) == 0
+    export_checkpoint(tmp_path / "run", tmp_path / "out", verify=False)
+    assert "| Training | 4 steps, 1,152 tokens |" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_sharded_weights_and_index_agree_and_load(data: DataConfig, tmp_path: Path) -> None:
+    folder = weights_folder(data, tmp_path / "weights", "nemotron_h")
+    report = export_checkpoint(folder, tmp_path / "out", verify=False, max_shard_bytes=30_000)
+    assert report.max_logit_difference is None
+    shards = sorted(name for name in report.files if name.endswith(".safetensors"))
+    assert len(shards) > 2
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    stored = {name: shard for shard in shards for name in load_file(tmp_path / "out" / shard)}
+    assert index["weight_map"] == stored
+    sizes = [tensor.numel() * 4 for shard in shards for tensor in load_file(tmp_path / "out" / shard).values()]
+    assert index["metadata"]["total_size"] == sum(sizes)
+    load_with_transformers(tmp_path / "out")
+
+
+def test_a_missing_head_fails_the_proof(data: DataConfig, tmp_path: Path) -> None:
+    # transformers only warns about a missing head and fills it with random numbers.
+    plan = ExportPlan(random_weights(data, MODELS["nemotron_h"]), "nemotron_h", 48)
+    write_export(plan, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    tokens_BT, texts, _ = proof_text(plan.weights)
+    problems = "; ".join(find_problems(plan, run_proof(plan, tmp_path, tokens_BT, texts)))
+    assert "lm_head.weight" in problems
+    assert "logits differ" in problems
+
+
+def test_a_failed_proof_is_a_failed_export_and_leaves_no_folder(data: DataConfig, tmp_path: Path) -> None:
+    weights = random_weights(data, MODELS["nemotron_h"])
+    state = dict(weights.state)
+    state["final_norm.weight"] = torch.full_like(state["final_norm.weight"], torch.nan)
+    (tmp_path / "weights").mkdir()
+    write_weights(tmp_path / "weights", replace(weights, state=state))
+    with pytest.raises(
+        RuntimeError, match=r"failed its proof: logits differ by up to nan.*out\.failed for examination"
+    ):
+        export_checkpoint(tmp_path / "weights", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.tmp").exists()
+    assert (tmp_path / "out.failed" / "config.json").is_file()
+
+
+def test_what_speaks_against_an_export_is_said(data: DataConfig) -> None:
+    plan = ExportPlan(random_weights(data, MODELS["nemotron_h"]), "nemotron_h", 48)
+    good = {
+        "class_name": "NemotronHForCausalLM",
+        "keys": {},
+        "max_logit_difference": 1e-6,
+        "same_argmax": True,
+        "wrong_ids": 0,
+        "num_ids": 100,
+        "differing_texts": [],
+        "undecoded_texts": [],
+    }
+    assert find_problems(plan, good) == []
+    for change, expected in [
+        ({"max_logit_difference": 2e-4}, "logits differ by up to 2.00e-04"),
+        ({"max_logit_difference": math.nan}, "logits differ"),
+        ({"same_argmax": False}, "most likely token differs"),
+        ({"keys": {"unexpected_keys": ["x"]}}, "did not match the class"),
+        ({"class_name": "LlamaForCausalLM"}, "loads as LlamaForCausalLM"),
+        ({"wrong_ids": 1, "differing_texts": ["abc"]}, "other ids for"),
+        ({"undecoded_texts": ["abc"]}, "does not give back"),
+    ]:
+        (problem,) = find_problems(plan, good | change)
+        assert expected in problem
+
+
+def test_a_folder_that_cannot_be_loaded_is_reported_with_the_reason(data: DataConfig, tmp_path: Path) -> None:
+    plan = ExportPlan(random_weights(data, MODELS["nemotron_h"]), "nemotron_h", 48)
+    (tmp_path / "config.json").write_text('{"model_type": "nothing_like_it"}')
+    tokens_BT, texts, _ = proof_text(plan.weights)
+    (problem,) = find_problems(plan, run_proof(plan, tmp_path, tokens_BT, texts))
+    assert "nothing_like_it" in problem
+
+
+def test_an_export_over_something_is_refused_and_leftovers_of_a_killed_one_are_not(
+    data: DataConfig, tmp_path: Path
+) -> None:
+    folder = weights_folder(data, tmp_path / "weights", "nemotron_h")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out.tmp").mkdir()
+    (tmp_path / "out.tmp" / "half").write_text("killed here")
+    report = export_checkpoint(folder, tmp_path / "out", verify=False)
+    assert "half" not in report.files
+    with pytest.raises(ValueError, match="exists and is not empty; name another folder"):
+        export_checkpoint(folder, tmp_path / "out", verify=False)
+
+
+def test_a_target_that_cannot_hold_the_model_is_refused_with_every_reason(data: DataConfig, tmp_path: Path) -> None:
+    folder = weights_folder(data, tmp_path / "weights", "own")
+    with pytest.raises(ValueError, match=r"nemotron_h cannot hold.*activation=swiglu.*positions=rope.*qk_norm=true"):
+        export_checkpoint(folder, tmp_path / "out", target="nemotron_h")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_or_wrong_source_is_refused(data: DataConfig, tmp_path: Path) -> None:
+    folder = weights_folder(data, tmp_path / "weights", "nemotron_h")
+    content = bytearray((folder / "weights.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "weights.safetensors").write_bytes(content)
+    with pytest.raises(RuntimeError, match=r"weights\.safetensors has SHA-256"):
+        export_checkpoint(folder, tmp_path / "out")
+    with pytest.raises(ValueError, match="no checkpoint, run directory or imported model"):
+        export_checkpoint(tmp_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("target", MODELS)
+def test_transformers_generates_what_we_generate(data: DataConfig, tmp_path: Path, target: str) -> None:
+    from pretrain.inference.generate import Sampling, generate_tokens
+
+    folder = weights_folder(data, tmp_path / "weights", target)
+    export_checkpoint(folder, tmp_path / "out", verify=False)
+    weights = read_weights(folder)
+    prompt = weights.tokenizer.encode(sample_text())[:11]
+    ours = list(generate_tokens(weights.build(), prompt, 24, Sampling(temperature=0)))
+    theirs = load_with_transformers(tmp_path / "out")
+    settings = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": 3}
+    assert theirs.generate(torch.tensor([prompt]), **settings)[0, len(prompt) :].tolist() == ours
+
+
+def test_our_class_generates_alike_with_and_without_state_padding_and_beams(data: DataConfig, tmp_path: Path) -> None:
+    folder = weights_folder(data, tmp_path / "weights", "own")
+    export_checkpoint(folder, tmp_path / "out", verify=False)
+    model = load_with_transformers(tmp_path / "out")
+    text = read_weights(folder).tokenizer.encode(sample_text())
+    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 3}
+    short, long = text[:5], text[5:16]
+    alone = [model.generate(torch.tensor([ids]), use_cache=False, **settings)[0, len(ids) :] for ids in (short, long)]
+    padded = torch.tensor([[3] * (len(long) - len(short)) + short, long])
+    mask = torch.tensor([[0] * (len(long) - len(short)) + [1] * len(short), [1] * len(long)])
+    together = model.generate(padded, attention_mask=mask, **settings)[:, len(long) :]
+    assert torch.equal(together, torch.stack(alone))
+    beams = settings | {"num_beams": 3}
+    with_state = model.generate(torch.tensor([long]), **beams)
+    assert torch.equal(with_state, model.generate(torch.tensor([long]), use_cache=False, **beams))
+
+
+def test_our_class_trains_in_transformers_with_the_same_gradients(data: DataConfig, tmp_path: Path) -> None:
+    folder = weights_folder(data, tmp_path / "weights", "own")
+    export_checkpoint(folder, tmp_path / "out", verify=False)
+    weights = read_weights(folder)
+    ours, theirs = weights.build(), load_with_transformers(tmp_path / "out")
+    tokens_BT = torch.tensor(weights.tokenizer.encode(sample_text())[:60]).view(2, 30)
+    labels_BT = tokens_BT.roll(-1, 1)
+    labels_BT[:, -1] = -100
+    loss = ours(tokens_BT, PackMeta.one_document_a_row(2, 30), labels_BT).loss
+    (loss.total / 58).backward()
+    their_loss = theirs(tokens_BT, labels=tokens_BT).loss
+    their_loss.backward()
+    torch.testing.assert_close(their_loss, loss.nll_sum / 58, rtol=1e-5, atol=0)
+    theirs_by_name = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        scale = parameter.grad.abs().max()
+        # float32 on both sides, summed in another order.
+        assert (theirs_by_name[name].grad - parameter.grad).abs().max() <= 2e-5 * scale, name
+
+
+def test_bf16_and_resaving_keep_our_class_usable(data: DataConfig, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    export_checkpoint(weights_folder(data, tmp_path / "weights", "own"), tmp_path / "out", verify=False)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16, trust_remote_code=True)
+    assert model.blocks[2].mixer.router.weight.dtype == torch.float32
+    assert model(torch.tensor([[5, 6, 7]])).logits.isfinite().all()
+    model.save_pretrained(tmp_path / "again")
+    load_with_transformers(tmp_path / "again")
+
+
+@pytest.mark.parametrize("algorithm", ["unigram", "bpe"])
+def test_auto_tokenizer_gives_our_ids_and_text_back(algorithm: str, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    text = sample_text() * 30 + "\n".join(["### A heading", "----", "it was 1999, ha ha ha!  (two  spaces)"] * 40)
+    tokenizer = train_tokenizer([text], TokenizerConfig(vocab_size=300, algorithm=algorithm))
+    write_tokenizer(tokenizer, tmp_path, max_length=128)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for sample in (*ODD_TEXTS, text, text.replace(" ", "  ").upper(), "#" * 99 + "-" * 50, "\u2581 \u2581\u2581"):
+        ids = tokenizer.encode(sample)
+        assert theirs(sample)["input_ids"] == ids, sample[:40]
+        if "\u2581" not in sample:
+            assert theirs.decode(ids) == sample == tokenizer.decode(ids)
+    assert theirs.eos_token_id == tokenizer.eos_id
+    assert theirs.bos_token_id == tokenizer.bos_id
+    assert theirs.pad_token_id == tokenizer.pad_id
+    assert len(theirs) == tokenizer.vocab_size
+
+
+def test_scores_of_trained_tokenizers_are_exact_in_float32() -> None:
+    tokenizer = train_tokenizer([sample_text() * 30], TokenizerConfig(vocab_size=300))
+    pieces = read_sentencepiece_model(tokenizer.to_bytes()).pieces
+    assert len(pieces) == 300
+    assert all((piece.score / SCORE_STEP).is_integer() for piece in pieces)
+
+
+def test_a_model_without_validation_text_is_compared_on_a_sample(data: DataConfig) -> None:
+    weights = random_weights(data, MODELS["nemotron_h"])
+    tokens_BT, texts, source = proof_text(weights)
+    assert source == "a built-in sample"
+    assert tokens_BT.shape[0] == 2 and tokens_BT.shape[1] > 64, "longer than a chunk, so that states are carried"
+    assert set(ODD_TEXTS) <= set(texts)
+
+
+def test_a_given_tokenizer_json_loses_only_what_adds_tokens(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import AutoTokenizer
+
+    given = Tokenizer(models.BPE())
+    given.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    given.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<end>"], initial_alphabet=alphabet)
+    given.train_from_iterator([sample_text()], trainer)
+    given.post_processor = processors.TemplateProcessing(single="<end> $A", special_tokens=[("<end>", 0)])
+    given.enable_truncation(5)
+    given.save(str(tmp_path / "given.json"))
+    ours = read_tokenizer_file(tmp_path / "given.json", "<end>")
+    (tmp_path / "out").mkdir()
+    write_tokenizer(ours, tmp_path / "out", max_length=128)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    for sample in (*ODD_TEXTS, sample_text(), "an <end> written out"):
+        ids = ours.encode(sample)
+        assert theirs(sample)["input_ids"] == ids, sample
+        assert theirs.decode(ids) == sample == ours.decode(ids)
+    assert theirs.eos_token == "<end>"
+    assert read_tokenizer_file(tmp_path / "out" / "amfm_tokenizer.json", 0).identity() == ours.identity()

@@ -1,0 +1,144 @@
+"""What was exported comes back bit for bit, what transformers changed comes back as it is, and the rest is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from data_pipeline.config import DataConfig
+from model.config import ModelConfig
+from model.groups import single_rank_groups
+from model.hybrid import HybridModel
+from model.packing import PackMeta
+from model.stages import cut_pieces
+from pretrain.export.export import export_checkpoint
+from pretrain.export.import_huggingface import import_huggingface
+from pretrain.inference.weights import load_initial_weights, read_weights
+from pretrain.train import train
+from tests.pretrain.export.exported_models import MODELS, random_weights, weights_folder
+from tests.pretrain.tiny_run import MODEL, tiny_config
+
+
+def edit_json(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("target", MODELS)
+def test_the_import_of_an_export_is_bit_equal(data: DataConfig, tmp_path: Path, target: str) -> None:
+    source = weights_folder(data, tmp_path / "weights", target)
+    export_checkpoint(source, tmp_path / "out", verify=False, max_shard_bytes=40_000)
+    report = import_huggingface(tmp_path / "out", tmp_path / "back")
+    before, after = read_weights(source), read_weights(tmp_path / "back")
+    assert report.target == target
+    assert after.model == before.model
+    assert after.state.keys() == before.state.keys()
+    assert all(torch.equal(after.state[name], before.state[name]) for name in before.state)
+    assert after.tokenizer.identity() == before.tokenizer.identity()
+    assert sum(tensor.numel() for tensor in after.state.values()) == report.num_parameters
+
+
+@pytest.mark.parametrize("target", MODELS)
+def test_what_transformers_saves_again_is_read_without_our_description(
+    data: DataConfig, tmp_path: Path, target: str
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = weights_folder(data, tmp_path / "weights", target)
+    export_checkpoint(source, tmp_path / "out", verify=False)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, trust_remote_code=True)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.add_(0.01)
+        expected = model(torch.tensor([[5, 6, 7, 8]])).logits
+    model.save_pretrained(tmp_path / "saved")
+    AutoTokenizer.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved" / "amfm_model.json").exists()
+    import_huggingface(tmp_path / "saved", tmp_path / "back")
+    weights = read_weights(tmp_path / "back")
+    with torch.no_grad():
+        ours = weights.build()(torch.tensor([[5, 6, 7, 8]]), PackMeta.one_document_a_row(1, 4)).logits_BTV
+    # Two float32 implementations, logits of order 10.
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
+    text = "some of ours, \u00e9 too"
+    assert weights.tokenizer.encode(text) == read_weights(source).tokenizer.encode(text)
+
+
+def test_a_description_that_no_longer_fits_is_not_believed(data: DataConfig, tmp_path: Path) -> None:
+    export_checkpoint(weights_folder(data, tmp_path / "weights", "nemotron_h"), tmp_path / "out", verify=False)
+    edit_json(tmp_path / "out" / "config.json", routed_scaling_factor=3.0)
+    report = import_huggingface(tmp_path / "out", tmp_path / "back")
+    assert report.model.moe is not None and report.model.moe.routed_scaling == 3.0
+    assert report.model.moe.auxiliary_loss_weight == 0.0, "what config.json does not say has its default"
+
+
+def test_foreign_classes_missing_files_and_wrong_tensors_are_refused(data: DataConfig, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match=r"config\.json is missing"):
+        import_huggingface(tmp_path, tmp_path / "back")
+    export_checkpoint(weights_folder(data, tmp_path / "weights", "nemotron_h"), out, verify=False)
+    tensors = load_file(out / "model.safetensors")
+    cut = {**tensors, "backbone.norm_f.weight": torch.ones(5)}
+    save_file(cut, out / "model.safetensors")
+    with pytest.raises(ValueError, match=r"final_norm\.weight is \(5,\), the configuration says \(32,\)"):
+        import_huggingface(out, tmp_path / "back")
+    del cut["backbone.norm_f.weight"]
+    save_file(cut, out / "model.safetensors")
+    with pytest.raises(ValueError, match=r"missing \['backbone\.norm_f\.weight'\]"):
+        import_huggingface(out, tmp_path / "back")
+    edit_json(out / "config.json", model_type="mamba2")
+    with pytest.raises(ValueError, match="model_type=mamba2; known are nemotron_h, granitemoehybrid, qwen3_next, amfm"):
+        import_huggingface(out, tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+    (tmp_path / "back").mkdir()
+    (tmp_path / "back" / "mine").touch()
+    with pytest.raises(ValueError, match="exists and is not empty"):
+        import_huggingface(out, tmp_path / "back")
+
+
+def test_prediction_heads_for_later_tokens_are_left_out_and_named(data: DataConfig, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    export_checkpoint(weights_folder(data, tmp_path / "weights", "nemotron_h"), out, verify=False)
+    save_file(
+        load_file(out / "model.safetensors") | {"mtp.layers.0.norm.weight": torch.ones(3)}, out / "model.safetensors"
+    )
+    assert import_huggingface(out, tmp_path / "back").skipped == ("mtp.layers.0.norm.weight",)
+
+
+def test_a_run_starts_from_an_import_and_then_from_its_own_checkpoint(data: DataConfig, tmp_path: Path) -> None:
+    first = tmp_path / "first"
+    assert train(tiny_config(data, first, train__steps=6)) == 0
+    export_checkpoint(first, tmp_path / "out", verify=False)
+    import_huggingface(tmp_path / "out", tmp_path / "back")
+    trained = read_weights(first)
+
+    def losses(run: Path) -> list[float]:
+        return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+    second = tiny_config(data, tmp_path / "second", run__initial_weights=str(tmp_path / "back"), train__steps=4)
+    assert train(second) == 0
+    assert losses(tmp_path / "second")[0] < losses(first)[0] - 0.05, "it did not start where the first run ended"
+    assert read_weights(tmp_path / "second").model == trained.model
+    more = tiny_config(data, tmp_path / "second", run__initial_weights=str(tmp_path / "gone"), train__steps=5)
+    assert train(more) == 0, "a resumed run has its own weights and does not read the others again"
+
+
+def test_initial_weights_of_another_model_or_tokenizer_are_refused(data: DataConfig, tmp_path: Path) -> None:
+    folder = weights_folder(data, tmp_path / "weights", "nemotron_h")
+    identity = read_weights(folder).tokenizer.identity()
+    other = {**MODEL, "attention": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "positions": "rope"}}
+    model = HybridModel(ModelConfig.model_validate(other), single_rank_groups())
+    with pytest.raises(ValueError, match=r"attention\.positions: none there, rope here"):
+        load_initial_weights(model, folder, identity)
+    same = HybridModel(random_weights(data, MODEL).model, single_rank_groups(), seed=9)
+    with pytest.raises(ValueError, match="was trained with tokenizer"):
+        load_initial_weights(same, folder, "another")
+    load_initial_weights(same, folder, identity)
+    expected = read_weights(folder).state
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in same.state_dict().items())
+    stage = HybridModel(same.config, single_rank_groups(), seed=9, pieces=cut_pieces(same.config, 2, 48)[1:])
+    load_initial_weights(stage, folder, identity)
+    assert 0 < len(stage.state_dict()) < len(expected)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in stage.state_dict().items())

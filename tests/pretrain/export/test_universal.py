@@ -1,0 +1,155 @@
+"""DeepSpeed's own universal loading takes what we export, and its next step is ours."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+from torch import Tensor
+
+from data_pipeline.config import DataConfig
+from launch.cli import run
+from model.groups import single_rank_groups
+from model.hybrid import HybridModel
+from model.packing import PackMeta
+from pretrain.checkpoint.files import read_manifest
+from pretrain.checkpoint.fragments import collect_fragments, collect_group_settings
+from pretrain.checkpoint.load import load_newest
+from pretrain.checkpoint.placement import place_whole
+from pretrain.checkpoint.reader import RangeReader
+from pretrain.config.schema import RunConfig
+from pretrain.engine.engine import build_engine
+from pretrain.engine.optimizer import build_adamw
+from pretrain.export.universal import export_universal
+from pretrain.parallel import initialize_parallel
+from pretrain.train import train
+from tests.helpers.spawn import run_ranks
+from tests.pretrain.tiny_run import tiny_config
+
+RATE = 1e-3
+
+
+def saved_run(data: DataConfig, place: str) -> None:
+    assert train(tiny_config(data, Path(place), train__stop_after_steps=2, parallel__tensor=2)) == 0
+
+
+def plain_engine(config: RunConfig, stage: int) -> Any:
+    """Our model under DeepSpeed as anybody would put it there, with other weights and settings than the checkpoint's."""
+    model = HybridModel(config.model, single_rank_groups(), seed=5)
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": config.optimizer.clip_grad_norm,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": stage, "overlap_comm": False},
+        "checkpoint": {"load_universal": True},
+    }
+    optimizer = build_adamw(model, config.optimizer)
+    for group in optimizer.param_groups:
+        group["eps"] = 0.5
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
+
+
+def check_loaded(engine: Any, reader: RangeReader) -> None:
+    """Every range that this rank holds, the counters and the groups' settings."""
+    for part in collect_fragments(engine):
+        place = place_whole(reader.manifest["parameters"][part.name]["shape"])
+        assert part.optimizer_step == reader.manifest["parameters"][part.name]["optimizer_step"] == 2
+        for kind, values in part.tensors.items():
+            expected = torch.empty(part.numel)
+            reader.fill(expected, kind, part.name, place, part.start)
+            assert torch.equal(values.cpu(), expected), (part.name, kind)
+    assert collect_group_settings(engine) == reader.manifest["groups"]
+    assert engine.global_steps == 2
+
+
+def batch() -> tuple[Tensor, PackMeta, Tensor]:
+    tokens_BT = torch.randint(0, 448, (2, 24), generator=torch.Generator().manual_seed(0))
+    return tokens_BT, PackMeta.one_document_a_row(2, 24), tokens_BT.roll(-1, 1)
+
+
+def load_everywhere(config: RunConfig, out: str) -> dict[int, float]:
+    """Load in each stage; in 1 and 2 step once, beside our own engine. Returns the largest difference of a weight."""
+    parallel = initialize_parallel(timeout_seconds=60, num_threads=1)
+    folder = Path(config.run.dir, "checkpoints")
+    reader = RangeReader(folder / "step-00000002", read_manifest(folder / "step-00000002"))
+    differences = {}
+    for stage in (1, 2, 3):
+        engine = plain_engine(config, stage)
+        _, client_state = engine.load_checkpoint(out)
+        check_loaded(engine, reader)
+        assert client_state["state"]["progress"]["step"] == 2
+        if stage == 3:
+            continue
+        engine.module.load_state_dict(client_state["buffers"], strict=False)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = RATE
+        loss = engine(*batch()).loss.total / 48
+        engine.backward(loss)
+        engine.step()
+        ours = own_step(config, parallel, stage)
+        theirs = dict(engine.module.named_parameters())
+        differences[stage] = max(float((weight - theirs[name]).abs().max()) for name, weight in ours.items())
+    return differences
+
+
+def own_step(config: RunConfig, parallel: Any, stage: int) -> dict[str, Tensor]:
+    """The same step by our engine, from our checkpoint."""
+    model = HybridModel(config.model, parallel.groups, seed=6)
+    engine = build_engine(model, optimizer=config.optimizer, precision="float32", zero_stage=stage, parallel=parallel)
+    identities = read_manifest(Path(config.run.dir, "checkpoints", "step-00000002"))["identities"]
+    assert load_newest(Path(config.run.dir, "checkpoints"), engine, config=config, identities=identities) is not None
+    with engine.accumulate(1):
+        engine.backward(engine.forward(*batch()).loss.total / 48 / parallel.data_world_size)
+    engine.step(RATE)
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def exported(data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Path]:
+    """A run of two tensor ranks, two steps long, and its export."""
+    place = tmp_path_factory.mktemp("universal")
+    run_ranks(saved_run, data, str(place / "run"), num_ranks=2)
+    report = export_universal(place / "run", place / "out")
+    assert (report.tag, report.step) == ("global_step2", 2) and report.num_bytes > 0
+    return tiny_config(data, place / "run"), place / "out"
+
+
+def test_one_rank_of_deepspeed_loads_it_and_steps_like_ours(exported: tuple[RunConfig, Path]) -> None:
+    config, out = exported
+    # The same sums in the same order, but for the clipping coefficient.
+    for difference in run_ranks(load_everywhere, config, str(out), num_ranks=1)[0].values():
+        assert difference < 1e-7
+
+
+@pytest.mark.slow
+def test_two_ranks_of_deepspeed_load_it(exported: tuple[RunConfig, Path]) -> None:
+    config, out = exported
+    for ranks in run_ranks(load_everywhere, config, str(out), num_ranks=2):
+        assert all(difference < 1e-7 for difference in ranks.values())
+
+
+def test_a_place_that_is_taken_and_a_damaged_checkpoint_are_refused(
+    exported: tuple[RunConfig, Path], tmp_path: Path
+) -> None:
+    config, out = exported
+    with pytest.raises(ValueError, match="exists and is not empty"):
+        export_universal(config.run.dir, out)
+    with pytest.raises(RuntimeError, match="holds no checkpoint"):
+        export_universal(tmp_path, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_command_names_the_tag_and_refuses_what_is_about_transformers(
+    exported: tuple[RunConfig, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["export", exported[0].run.dir, str(tmp_path / "out"), "--format", "deepspeed-universal"]
+    assert run([*command, "--target", "own"]) == 2
+    assert "--target and --no-verify are about transformers" in capsys.readouterr().err
+    assert run([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["tag"], found["step"]) == ("global_step2", 2)
+    assert (tmp_path / "out" / "latest_universal").read_text() == "global_step2"

@@ -1,0 +1,79 @@
+"""What a person sees."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from data_pipeline.config import DataConfig
+from pretrain.monitor.display import Display, draw_sparkline, format_duration
+from tests.pretrain.tiny_run import tiny_config
+
+
+def metrics_of(step: int, **changes: Any) -> dict[str, Any]:
+    return {
+        "step": step,
+        "loss": 5.5,
+        "grad_norm": 1.25,
+        "lr": 1e-3,
+        "tokens": 192 * step,
+        "tokens_per_second": 1234.5,
+        "mfu": 0.25,
+        "seconds": 2.0,
+        "auxiliary": {},
+        "expert_load": {"1": 1.5},
+        "skipped": False,
+        **changes,
+    }
+
+
+def test_piped_output_is_plain_lines_at_the_configured_pace(data: DataConfig, tmp_path: Path) -> None:
+    out = io.StringIO()
+    config = tiny_config(data, tmp_path, train__steps=20, train__log_every_steps=5)
+    display = Display(config, first_step=0, console=Console(file=out, soft_wrap=True))
+    for step in range(1, 9):
+        display.show(metrics_of(step, **({"skipped": True, "loss": None} if step == 7 else {})))
+    display.say("[not markup]")
+    display.close()
+    lines = out.getvalue().splitlines()
+    assert "\x1b" not in out.getvalue()
+    assert [line.split(",")[0] for line in lines] == ["step 1/20", "step 5/20", "step 7/20", "[not markup]"]
+    assert lines[0] == (
+        "step 1/20, loss 5.5000, grad norm 1.250, lr 1.00e-03, 1,234 tokens/s, MFU 25.0%, expert load 1.50, 38s left"
+    )
+    assert "SKIPPED" in lines[2] and "loss -" in lines[2]
+
+
+def test_terminal_shows_progress_curve_pace_and_experts(data: DataConfig, tmp_path: Path) -> None:
+    out = io.StringIO()
+    config = tiny_config(data, tmp_path / "my-run", train__steps=20)
+    display = Display(config, first_step=0, console=Console(file=out, force_terminal=True, width=110))
+    for step in range(1, 4):
+        display.show(metrics_of(step, loss=6.0 - step, validation_loss=4.0))
+    display.close()
+    shown = out.getvalue()
+    for text in (
+        "amfm train my-run",
+        "3/20",
+        "34s left",
+        "loss 3.0000",
+        "validation 4.0000",
+        "MFU 25.0%",
+        "1: 1.50",
+        "█",
+    ):
+        assert text in shown, text
+
+
+def test_sparkline_spans_the_range_and_averages_long_histories() -> None:
+    assert draw_sparkline([3.0, 2.0, 1.0]) == "█▅▁"
+    assert draw_sparkline([1.0]) == "▁"
+    assert draw_sparkline([]) == ""
+    assert len(draw_sparkline([float(value) for value in range(1000)])) == 48
+
+
+def test_durations_name_their_two_largest_units() -> None:
+    assert [format_duration(seconds) for seconds in (0.4, 59, 61, 3_700)] == ["0s", "59s", "1m01s", "1h01m"]

@@ -1,0 +1,105 @@
+"""A rank without progress ends itself and names who holds it up."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from pretrain.monitor.heartbeat import HUNG, Beat, Heartbeat, describe_lost, name_laggards, read_beats
+
+HANG = (
+    "import sys, time\n"
+    "from pathlib import Path\n"
+    "from pretrain.heartbeat import Heartbeat\n"
+    "heartbeat = Heartbeat(Path(sys.argv[1]), rank=1, timeout_seconds=0.8)\n"
+    "heartbeat.start()\n"
+    "for _ in range(6):\n"
+    "    heartbeat.at(4, 'forward')\n"
+    "    time.sleep(0.2)\n"
+    "heartbeat.at(5, 'reduce')\n"
+    "print('moved for longer than the timeout', flush=True)\n"
+    "time.sleep(30)\n"
+)
+STOPPED = (
+    "import sys\n"
+    "from pathlib import Path\n"
+    "from pretrain.heartbeat import Heartbeat\n"
+    "heartbeat = Heartbeat(Path(sys.argv[1]), rank=1, timeout_seconds=1.2)\n"
+    "heartbeat.start()\n"
+    "print('ready', flush=True)\n"
+    "sys.stdin.readline()\n"
+    "heartbeat.close()\n"
+    "print('closed')\n"
+)
+
+
+def beat(rank: int, step: int, phase: str, *, unseen_seconds: float = 0.0) -> Beat:
+    return Beat(rank, f"host{rank}", step, phase, seen=time.time() - unseen_seconds)
+
+
+def test_a_rank_without_progress_ends_with_its_place_and_its_stack(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", HANG, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == HUNG
+    assert done.stdout == "moved for longer than the timeout\n"
+    assert "rank 1 on " in done.stderr
+    assert "(launch.heartbeat_seconds=0.8) at step 5, reduce" in done.stderr
+    assert "time.sleep" in done.stderr or "<string>" in done.stderr
+
+
+def test_a_rank_that_was_stopped_itself_gets_its_time_again(tmp_path: Path) -> None:
+    rank = subprocess.Popen(
+        [sys.executable, "-c", STOPPED, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert rank.stdout is not None and rank.stdout.readline() == "ready\n"
+    rank.send_signal(signal.SIGSTOP)
+    time.sleep(2.0)
+    rank.send_signal(signal.SIGCONT)
+    time.sleep(0.5)
+    assert rank.communicate("go on\n")[0] == "closed\n" and rank.returncode == 0
+
+
+def test_a_rank_that_moves_and_closes_leaves_nothing(tmp_path: Path) -> None:
+    heartbeat = Heartbeat(tmp_path, rank=0, timeout_seconds=0.4)
+    heartbeat.start()
+    for step in range(6):
+        heartbeat.at(step, "forward")
+        time.sleep(0.15)
+    assert [(found.rank, found.phase) for found in read_beats(tmp_path / "heartbeats")] == [(0, "forward")]
+    heartbeat.close()
+    assert not read_beats(tmp_path / "heartbeats")
+
+
+def test_a_rank_that_stopped_beating_is_found_and_one_that_beats_or_ended_is_not(tmp_path: Path) -> None:
+    own, living, ended = (Heartbeat(tmp_path, rank=rank, timeout_seconds=0.8) for rank in (0, 1, 3))
+    for heartbeat in (own, living, ended):
+        heartbeat.start()
+    gone = beat(2, 7, "reduce")
+    for number in (2, 9):  # rank 9 is of an earlier start with more ranks
+        text = json.dumps(asdict(replace(gone, rank=number)))
+        (tmp_path / "heartbeats" / f"rank-{number}.json").write_text(text)
+    ended.close()
+    lost = own.find_lost(4)
+    assert describe_lost(lost) == "rank 2 on host2 is lost (last seen at step 7, reduce)"
+    living.close()
+    own.close()
+    assert Heartbeat(tmp_path, rank=0, timeout_seconds=1.0).find_lost(4) == []
+
+
+def test_a_heartbeat_that_never_started_closes_without_a_trace(tmp_path: Path) -> None:
+    Heartbeat(tmp_path, rank=0, timeout_seconds=1.0).close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_who_is_not_seen_is_named_before_who_is_behind() -> None:
+    beats = [beat(0, 7, "reduce"), beat(1, 7, "data", unseen_seconds=20), beat(2, 7, "data")]
+    assert name_laggards(beats, 0, 6.0).startswith(
+        "not seen any more: rank 1 on host1 (for 20 s, last at step 7, data)"
+    )
+    assert name_laggards([beats[0], beats[2]], 0, 6.0) == "behind the others: rank 2 on host2 (at step 7, data)"
+    same = [beat(0, 7, "reduce"), beat(1, 7, "reduce")]
+    assert "all ranks are at the same place" in name_laggards(same, 0, 6.0)

@@ -1,0 +1,60 @@
+"""The files of a run's log."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.config import DataConfig
+from pretrain.monitor.metrics import RunLog, check_plot_services, flatten_numbers, keep_until
+from tests.pretrain.tiny_run import tiny_config
+
+HAS_WANDB = importlib.util.find_spec("wandb") is not None
+
+
+def test_resume_drops_steps_to_be_done_again_and_a_line_cut_short(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3)) + '{"step": 4, "lo')
+    keep_until(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    keep_until(tmp_path / "absent.jsonl", 2)
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_nested_numbers_are_named_by_their_path() -> None:
+    metrics = {"step": 3, "loss": 1.5, "expert_load": {"1": 2.0}, "grad_norm": None, "note": "x"}
+    assert flatten_numbers(metrics) == {"loss": 1.5, "expert_load/1": 2.0}
+
+
+def test_tensorboard_gets_every_number(data: DataConfig, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = RunLog(tiny_config(data, tmp_path, run__tensorboard=True), resumed_at_step=0)
+    log.write_metrics({"step": 1, "loss": 2.0, "expert_load": {"1": 1.25}})
+    log.close()
+    reader = EventAccumulator(str(tmp_path / "tensorboard"))
+    reader.Reload()
+    assert set(reader.Tags()["scalars"]) == {"loss", "expert_load/1"}
+    assert [(point.step, point.value) for point in reader.Scalars("loss")] == [(1, 2.0)]
+
+
+@pytest.mark.skipif(HAS_WANDB, reason="wandb is installed")
+def test_wandb_without_its_package_is_refused_with_a_remedy(data: DataConfig, tmp_path: Path) -> None:
+    config = tiny_config(data, tmp_path, run__wandb_project="hybrids")
+    with pytest.raises(ValueError, match=r"run\.wandb_project=hybrids needs the wandb package.*pip install wandb"):
+        check_plot_services(config)
+
+
+@pytest.mark.skipif(not HAS_WANDB, reason="wandb is not installed")
+def test_wandb_keeps_an_offline_run_in_the_run_directory(
+    data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    config = tiny_config(data, tmp_path, run__wandb_project="hybrids")
+    log = RunLog(config, resumed_at_step=0)
+    log.write_metrics({"step": 1, "loss": 2.0})
+    log.close()
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))

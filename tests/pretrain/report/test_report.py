@@ -1,0 +1,184 @@
+"""The report: one self-contained page of any run directory, finished, unfinished or cut short."""
+
+import json
+import re
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from model.flops import flops_per_token
+from pretrain.config.file import load_config, resolved_yaml
+from pretrain.report.data import read_run, thin
+from pretrain.report.page import show_time
+from pretrain.report.report import count, describe_model, write_report
+from tests.pretrain.config.test_config import BASE
+
+
+def line(step: int, **more: object) -> dict[str, object]:
+    return {
+        "step": step,
+        "loss": 8.0 / step,
+        "grad_norm": 1.0 / step,
+        "lr": 1e-3,
+        "tokens": 512 * step,
+        "tokens_per_second": 1000.0,
+        "mfu": 0.25,
+        "seconds": 0.5,
+        **more,
+    }
+
+
+def make_run(folder: Path, lines: list[dict[str, object]], *overrides: str) -> Path:
+    source = folder / "source.yaml"
+    source.write_text(BASE)
+    run = folder / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(resolved_yaml(load_config(source, overrides)))
+    (run / "metrics.jsonl").write_text("".join(json.dumps(item) + "\n" for item in lines))
+    return run
+
+
+def figures(page: str) -> dict[str, ElementTree.Element]:
+    """Title -> SVG; parsing proves that each is well-formed."""
+    found = re.findall(r"<figcaption><b>(.*?)</b>.*?</figcaption>(<svg.*?</svg>)", page, flags=re.DOTALL)
+    return {title: ElementTree.fromstring(svg) for title, svg in found}
+
+
+def test_a_finished_run_shows_its_numbers_and_all_its_plots(tmp_path):
+    lines = [
+        line(
+            step,
+            expert_load={"1": 1.5, "3": 2.0},
+            auxiliary={"balance": 0.01},
+            validation_loss=3.0,
+            data={"phase": step // 60, "tokens": {"plays": 512 * (step % 60)}, "epochs": {"plays": step / 80}},
+        )
+        for step in range(1, 101)
+    ]
+    run = make_run(tmp_path, lines)
+    (run / "events.jsonl").write_text(json.dumps({"time": 0, "event": "checkpoint", "step": 50, "seconds": 1.5}) + "\n")
+    (run / "environment.json").write_text(json.dumps({"torch": "2.13.0", "host": {"cores": 2}}))
+    page = write_report(run).read_text()
+    assert set(figures(page)) == {
+        "Loss",
+        "Learning rate",
+        "Gradient norm",
+        "Throughput",
+        "Expert load",
+        "Auxiliary losses",
+    }
+    assert ">finished<" in page
+    assert "perplexity 20.1" in page
+    assert "25.0 %" in page
+    assert "<td>checkpoint</td><td>seconds: 1.5</td>" in page
+    assert "<th>host.cores</th><td>2</td>" in page
+    assert "pattern: M*-" in page
+    assert "<code>Pattern M*-</code>" in page
+    assert "<tr><td>0</td><td>plays</td><td>30,208</td><td>0.738</td></tr>" in page
+    assert "<tr><td>1</td><td>plays</td><td>20,480</td><td>1.250</td></tr>" in page
+    assert "<tr><td>all</td><td></td><td>50,688</td><td></td></tr>" in page
+
+
+def test_one_step_of_an_unfinished_run_is_enough(tmp_path):
+    page = write_report(make_run(tmp_path, [line(1)])).read_text()
+    assert "unfinished: step 1 of 100" in page
+    assert set(figures(page)) == {"Loss", "Learning rate", "Gradient norm", "Throughput"}
+    assert "No events were logged." in page
+
+
+def test_the_page_asks_for_nothing_outside_itself(tmp_path):
+    run = make_run(tmp_path, [line(step, expert_load={"1": 1.5}) for step in range(1, 30)])
+    page = write_report(run).read_text()
+    links = re.findall(r"""(?:src|href)=["']([^"']*)""", page) + re.findall(r"url\(([^)]*)\)", page)
+    assert [link for link in links if not link.startswith(("#", "data:"))] == []
+    assert "<script" not in page
+    assert "<link" not in page
+
+
+def test_ids_of_the_plots_do_not_clash(tmp_path):
+    page = write_report(make_run(tmp_path, [line(step) for step in range(1, 30)])).read_text()
+    ids = re.findall(r'\bid="([^"]*)"', page)
+    references = re.findall(r'(?:url\(|href=")#([^")]*)', page)
+    assert len(ids) == len(set(ids))
+    assert set(references) <= set(ids)
+
+
+def test_plot_colours_follow_the_theme(tmp_path):
+    page = write_report(make_run(tmp_path, [line(step) for step in range(1, 30)])).read_text()
+    assert "var(--series-1)" in page
+    assert re.search(r"#0[1-3]0[1-3]0[1-6]", page) is None
+    assert "prefers-color-scheme: dark" in page
+
+
+def test_a_step_repeated_after_a_resume_counts_once_as_logged_last(tmp_path):
+    record = read_run(make_run(tmp_path, [line(1), line(2), line(3), line(2, loss=9.0), line(3, loss=7.0)]))
+    assert record.series("loss") == ([1, 2, 3], [8.0, 9.0, 7.0])
+    assert record.seconds() == 1.5
+
+
+def test_a_line_cut_by_a_kill_is_left_out_and_said(tmp_path):
+    run = make_run(tmp_path, [line(1), line(2)])
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    page = write_report(run).read_text()
+    assert "metrics.jsonl: line 3 is cut short or damaged and left out" in page
+    assert "unfinished: step 2 of 100" in page
+
+
+def test_values_that_are_no_finite_numbers_are_not_drawn(tmp_path):
+    run = make_run(tmp_path, [line(1), line(2, loss=float("nan"), mfu=None), line(3)])
+    assert read_run(run).series("loss")[0] == [1, 3]
+    write_report(run)
+
+
+def test_times_are_shown_in_one_form():
+    assert show_time(0) == "1970-01-01 00:00:00 UTC"
+    assert show_time("2026-11-24T17:28:07+01:00") == "2026-11-24 16:28:07 UTC"
+    assert show_time("yesterday") == "yesterday"
+    assert show_time(None) == ""
+
+
+def test_text_of_the_run_cannot_become_markup(tmp_path):
+    run = make_run(tmp_path, [line(1)], "run.name=<b>bold</b>")
+    (run / "events.jsonl").write_text(json.dumps({"event": "<script>x</script>"}) + "\n")
+    page = write_report(run).read_text()
+    assert "<script>" not in page
+    assert "&lt;b&gt;bold&lt;/b&gt;" in page
+
+
+def test_a_long_run_stays_a_small_file(tmp_path):
+    run = make_run(tmp_path, [line(step, expert_load={"1": 1.5}) for step in range(1, 20_001)])
+    assert write_report(run).stat().st_size < 400_000
+
+
+def test_thinning_keeps_the_mean_and_the_order():
+    steps, values = list(range(1, 1001)), [float(step) for step in range(1, 1001)]
+    thin_steps, thin_values = thin(steps, values, 100)
+    assert len(thin_values) == 100
+    assert sum(thin_values) / 100 == sum(values) / 1000
+    assert thin_steps == sorted(thin_steps)
+    assert thin([1], [2.0], 100) == ([1.0], [2.0])
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no config\.yaml, so it is no run directory; give run\.dir"):
+        write_report(tmp_path)
+
+
+def test_a_run_without_a_step_is_told_to_wait(tmp_path):
+    with pytest.raises(ValueError, match=r"has no step yet; write the report after the first training step"):
+        write_report(make_run(tmp_path, []))
+
+
+def test_each_row_length_of_the_stages_has_its_own_arithmetic(tmp_path):
+    stages = '[{"name": "short", "tokens": 102400}, {"name": "long", "tokens": 102400, "sequence_length": 256}]'
+    run = make_run(tmp_path, [line(1)], "train.steps=null", f"stages={stages}")
+    record = read_run(run)
+    table = describe_model(record)
+    assert table.header[3:] == ("training FLOPs a token, rows of 128", "training FLOPs a token, rows of 256")
+    for column, length in ((3, 128), (4, 256)):
+        expected = flops_per_token(record.config.model, length)
+        cells = {row[0]: row[column] for row in table.rows}
+        assert cells["attention"] == count(expected["attention"])
+        assert cells["all"] == count(sum(expected.values()))
