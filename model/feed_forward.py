@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from kernels.swiglu.op import squared_relu, swiglu
-from model.config import Activation, ModelConfig
-from model.groups import ProcessGroupCollection
-from model.layers import ColumnLinear, RowLinear
-from model.mixer import BlockState, MixerOutput
+from model.config.schema import Activation, ModelConfig
+from model.mixers.interface import BlockState, MixerOutput
 from model.packing import PackMeta
-from model.regions import leave_tensor_region, project_stream
+from model.parallel.groups import ProcessGroupCollection
+from model.parallel.layers import ColumnLinear, RowLinear
+from model.parallel.regions import leave_tensor_region, project_stream
 
 
 def up_segments(hidden_size: int, activation: Activation) -> tuple[int, ...]:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeVar
 
-from model.config import AttentionConfig, FeedForwardConfig, Mamba2Config, ModelConfig, MoeConfig
-from model.pattern import SECTIONS, block_kind, parse_pattern
+from model.config.pattern import SECTIONS, block_kind, parse_pattern
+from model.config.schema import AttentionConfig, FeedForwardConfig, Mamba2Config, ModelConfig, MoeConfig
 
 _T = TypeVar("_T")
 
@@ -140,9 +140,9 @@ def _registered(config: ModelConfig, letter: str, sequence_length: int) -> tuple
     """(parameters, forward operations a token) of a registered mixer, counted on one that is built."""
     import torch
 
-    from model.groups import single_rank_groups
-    from model.mixers.base import SequenceMixer
-    from model.mixers.build import build_mixer
+    from model.build import build_mixer
+    from model.mixers.interface import SequenceMixer
+    from model.parallel.groups import single_rank_groups
 
     with torch.device("meta"):
         mixer = build_mixer(parse_pattern(config.pattern).letters.index(letter), config, single_rank_groups(), "torch")

@@ -12,22 +12,21 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.backend import resolve_backend
 from kernels.linear_cross_entropy.op import CrossEntropy
-from model.attention import AttentionMixer
-from model.checks import check_model
-from model.config import ModelConfig, RopeConfig
-from model.groups import ProcessGroupCollection
+from model.build import build_mixer
+from model.config.checks import check_model
+from model.config.pattern import parse_pattern
+from model.config.schema import ModelConfig, RopeConfig
 from model.init import initialize_parameters, named_seed
-from model.layers import ColumnLinear, RMSNorm, VocabEmbedding
 from model.loss import head_cross_entropy, head_logits
-from model.mamba2 import Mamba2Mixer
-from model.mixer import BlockState, DecodeState, MixerOutput
-from model.mixers.base import SequenceMixer
-from model.mixers.build import build_mixer
-from model.moe import MoeMixer
+from model.mixers.attention import AttentionMixer
+from model.mixers.interface import BlockState, DecodeState, MixerOutput, SequenceMixer
+from model.mixers.mamba2 import Mamba2Mixer
+from model.moe.block import MoeMixer
 from model.packing import PackMeta
-from model.pattern import parse_pattern
-from model.regions import enter_tensor_region
-from model.stages import Piece, whole_piece
+from model.parallel.groups import ProcessGroupCollection
+from model.parallel.layers import ColumnLinear, RMSNorm, VocabEmbedding
+from model.parallel.regions import enter_tensor_region
+from model.pipeline_split import Piece, whole_piece
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from model.config import Mamba2Config, ModelConfig
-from model.groups import ProcessGroupCollection
-from model.layers import Shard, parameter_shards
-from model.mixers.base import SequenceMixer
-from model.mixers.first_values import first_decay_rates, first_time_steps
-from model.pattern import parse_pattern
+from model.config.pattern import parse_pattern
+from model.config.schema import Mamba2Config, ModelConfig
+from model.mixers.initial_values import first_decay_rates, first_time_steps
+from model.mixers.interface import SequenceMixer
+from model.parallel.groups import ProcessGroupCollection
+from model.parallel.shards import Shard, parameter_shards
 
 # Matrices that write into the residual stream. A latent expert's last matrix is latent_up, so experts.down is not one then.
 _OUTPUT_PROJECTIONS = ("out_proj.weight", "o_proj.weight", "down_proj.weight", "latent_up.weight")

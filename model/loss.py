@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels.linear.op import linear
 from kernels.linear_cross_entropy.op import CrossEntropy, linear_cross_entropy, linear_statistics
-from model.groups import ProcessGroupCollection
+from model.parallel.groups import ProcessGroupCollection
 
 IGNORE_INDEX = -100
 

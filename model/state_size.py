@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model.config import ModelConfig
-from model.groups import single_rank_groups
+from model.config.schema import ModelConfig
 from model.hybrid import HybridModel
 from model.packing import PackMeta
+from model.parallel.groups import single_rank_groups
 
 
 def state_bytes(config: ModelConfig, num_tokens: int, dtype: torch.dtype = torch.float32) -> int:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
-from model.groups import AXES, ProcessGroupCollection
+from model.parallel.groups import AXES, ProcessGroupCollection
 from pretrain.config.schema import ParallelConfig
 from pretrain.launcher_protocol import LAUNCHER_PID
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed import pipelining
 
 from model.hybrid import HybridModel, ModelOutput, Stream
-from model.stages import Piece
+from model.pipeline_split import Piece
 from pretrain.config.schema import ParallelConfig
 from pretrain.micro_batch import MicroBatch
 from pretrain.parallel import Parallel

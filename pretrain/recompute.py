@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from model.pattern import parse_letters, parse_pattern
+from model.config.pattern import parse_letters, parse_pattern
 from pretrain.config.errors import Problem
 from pretrain.config.schema import RunConfig
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from data_pipeline.config import DataConfig, PhaseConfig
-from model.config import ModelConfig, RopeConfig
+from model.config.schema import ModelConfig, RopeConfig
 from pretrain.config.schema import BatchRampConfig, RunConfig, ScheduleConfig, StageConfig
 from pretrain.schedule import learning_rate
 

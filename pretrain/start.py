@@ -16,7 +16,7 @@ from data_pipeline.store import TokenStore
 from kernels.backend import resolve_backend
 from model.flops import count_parameters, flops_per_token
 from model.hybrid import HybridModel
-from model.stages import cut_pieces, pieces_of_rank
+from model.pipeline_split import cut_pieces, pieces_of_rank
 from pretrain.checkpoint.background import BackgroundSaver
 from pretrain.checkpoint.commit import list_checkpoints
 from pretrain.checkpoint.load import LoadedCheckpoint

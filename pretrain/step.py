@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from data_pipeline.batch import Batch
-from model.config import ModelConfig
-from model.expert_balance import auxiliary_names
+from model.config.pattern import mixer_name, parse_pattern
+from model.config.schema import ModelConfig
 from model.hybrid import ModelOutput
-from model.pattern import mixer_name, parse_pattern
+from model.moe.balance import auxiliary_names
 from pretrain.micro_batch import LossShare, move_batch
 from pretrain.monitor.anomalies import Trouble, describe_skip, judge_loss, remember_loss
 from pretrain.parallel import Parallel

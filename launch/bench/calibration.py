@@ -28,7 +28,7 @@ from launch.plan.hardware import GIB, HARDWARE, Hardware
 from launch.plan.layout import Layout
 from launch.plan.memory import storage_of
 from launch.plan.time import estimate_step
-from model.config import FeedForwardConfig, ModelConfig
+from model.config.schema import FeedForwardConfig, ModelConfig
 from model.hybrid import HybridModel
 from model.packing import PackMeta
 from pretrain.config.schema import RunConfig

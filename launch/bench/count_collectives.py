@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.groups import AXES, ProcessGroupCollection
+from model.parallel.groups import AXES, ProcessGroupCollection
 
 # What torch.distributed's operators are called here, and which argument holds what a rank hands in.
 COLLECTIVES = {

@@ -17,12 +17,12 @@ from typing import Any, Literal
 import torch
 
 from launch.bench.hardware import processor_name
-from model.config import AttentionConfig, Mamba2Config, ModelConfig
+from model.config.mixer_options import MixerOptions
+from model.config.mixer_registry import describe_symbol, find_spec, mixer_specs
+from model.config.pattern import BLOCK_NAMES, MIXER_LETTERS, block_kind
+from model.config.schema import AttentionConfig, Mamba2Config, ModelConfig
 from model.hybrid import HybridModel
-from model.mixers.options import MixerOptions
-from model.mixers.registry import describe_symbol, find_spec, mixer_specs
 from model.packing import PackMeta
-from model.pattern import BLOCK_NAMES, MIXER_LETTERS, block_kind
 from pretrain.parallel import initialize_parallel
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384)

@@ -19,7 +19,7 @@ import torch
 from launch.bench.freed_memory import CARD, KEPT, RETURNED, choose_treatments
 from launch.bench.hardware import describe_hardware
 from launch.bench.process import Child
-from model.config import AttentionConfig, Mamba2Config, ModelConfig, MoeConfig
+from model.config.schema import AttentionConfig, Mamba2Config, ModelConfig, MoeConfig
 from pretrain.config.schema import OptimizerConfig
 
 ROWS, TOKENS = 4, 512

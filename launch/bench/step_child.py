@@ -23,9 +23,9 @@ from data_pipeline.memory import keep_freed_memory
 from launch.bench.hardware import multiplies_bf16
 from launch.bench.process import open_answers
 from launch.bench.step import OPTIMIZER
-from model.config import ModelConfig
-from model.huggingface_config import TokenIds, huggingface_config
-from model.huggingface_weights import weight_map
+from model.config.schema import ModelConfig
+from model.huggingface.config import TokenIds, huggingface_config
+from model.huggingface.weights import weight_map
 from model.hybrid import HybridModel
 from model.packing import PackMeta
 from pretrain.engine.engine import Precision, build_engine

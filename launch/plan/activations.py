@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from launch.plan.registered import COUNTED_TOKENS, is_registered, registered_block
-from model.config import AttentionConfig, Mamba2Config, ModelConfig, MoeConfig
+from model.config.schema import AttentionConfig, Mamba2Config, ModelConfig, MoeConfig
 
 FLOAT32_BYTES = 4
 # Slices of the head's logits, in elements, and their least rows (kernels/linear_cross_entropy).

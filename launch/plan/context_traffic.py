@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from model.config import Mamba2Config
+from model.config.schema import Mamba2Config
 from pretrain.config.schema import RunConfig
 
 STATE_BYTES = 4

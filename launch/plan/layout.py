@@ -7,10 +7,10 @@ from functools import lru_cache
 from typing import Any
 
 from launch.plan.activations import up_rows
-from model.config import ModelConfig
+from model.config.pattern import block_kind, parse_pattern
+from model.config.schema import ModelConfig
 from model.flops import count_parameters
-from model.pattern import block_kind, parse_pattern
-from model.stages import cut_pieces, pieces_of_rank
+from model.pipeline_split import cut_pieces, pieces_of_rank
 from pretrain.config.schema import RunConfig
 
 

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from model.config import ModelConfig
-from model.groups import single_rank_groups
-from model.mixers.base import SequenceMixer
-from model.mixers.build import build_mixer
+from model.build import build_mixer
+from model.config.pattern import mixer_name, parse_pattern
+from model.config.schema import ModelConfig
+from model.mixers.interface import SequenceMixer
 from model.packing import PackMeta
-from model.pattern import mixer_name, parse_pattern
+from model.parallel.groups import single_rank_groups
 
 # Tokens of the row whose pass is counted: several chunks and windows of the usual sizes.
 COUNTED_TOKENS = 2048

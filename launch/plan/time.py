@@ -19,8 +19,8 @@ from launch.plan.hardware import Hardware
 from launch.plan.layout import Held, Layout, held_by_stages
 from launch.plan.memory import BUCKET_ELEMENTS
 from launch.plan.registered import is_registered, registered_block
-from model.config import ModelConfig
-from model.pattern import block_kind
+from model.config.pattern import block_kind
+from model.config.schema import ModelConfig
 from pretrain.config.schema import RunConfig
 from pretrain.recompute import recomputed_letters
 

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from launch.plan.context_traffic import exchanged_windows, handed_states
-from model.config import MoeConfig
-from model.expert_balance import auxiliary_names
-from model.groups import AXES, ProcessGroupCollection
+from model.config.pattern import parse_pattern
+from model.config.schema import MoeConfig
 from model.hybrid import HybridModel
-from model.layers import parameter_shards
-from model.pattern import parse_pattern
-from model.stages import cut_pieces, pieces_of_rank
+from model.moe.balance import auxiliary_names
+from model.parallel.groups import AXES, ProcessGroupCollection
+from model.parallel.shards import parameter_shards
+from model.pipeline_split import cut_pieces, pieces_of_rank
 from pretrain.config.schema import RunConfig
 from pretrain.engine.optimizer import decays
 

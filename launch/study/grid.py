@@ -8,8 +8,8 @@ import re
 from dataclasses import dataclass
 
 from launch.study.study import MixerConfig, Study, StudyConfig, TaskConfig
-from model.mixers.registry import describe_symbol, find_spec
-from model.pattern import mixer_name, parse_pattern
+from model.config.mixer_registry import describe_symbol, find_spec
+from model.config.pattern import mixer_name, parse_pattern
 from pretrain.checks.check_run import load_checked
 from pretrain.config.errors import ConfigError, Problem
 from pretrain.config.schema import RunConfig

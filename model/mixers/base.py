@@ -8,67 +8,22 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from kernels.causal_conv1d.op import causal_conv1d
-from model.context import receive_states, receive_windows
-from model.groups import ProcessGroupCollection
-from model.layers import ColumnLinear, Cut, KeepsBuffers, RowLinear, Shard, divide
-from model.mixer import BlockState, MixerOutput, MixerState
-from model.mixers.options import LinearOptions
+from model.config.mixer_options import LinearOptions
+from model.mixers.interface import BlockState, BuildContext, MixerOutput, MixerState, SequenceMixer
 from model.mixers.recurrence import Recurrence, ScanRows, ScanSettings, add_entering_state
 from model.packing import PackMeta
-from model.regions import leave_tensor_region, project_stream
-from model.section import Section
+from model.parallel.context import receive_states, receive_windows
+from model.parallel.layers import ColumnLinear, RowLinear
+from model.parallel.regions import leave_tensor_region, project_stream
+from model.parallel.shards import Cut, Shard, divide
 from model.segments import Segments
-
-
-@dataclass(frozen=True)
-class BuildContext:
-    """Where a mixer is built: the model's sizes, its groups and backend, and its place among the sequence mixers.
-
-    order counts the mixers before it that mix over the sequence (attention, Mamba2 and registered ones), count all of
-    them: what a decay that weakens with depth reads. mixers: the options of all registered mixers.
-    """
-
-    hidden_size: int
-    norm_epsilon: float
-    order: int
-    count: int
-    groups: ProcessGroupCollection
-    backend: str
-    mixers: Section
-
-    def options_of(self, name: str) -> Any:
-        """The options of a registered mixer, for one that wraps it."""
-        return getattr(self.mixers, name)
-
-
-class SequenceMixer(KeepsBuffers):
-    """A registered mixer: `shards` places its own parameters, buffers keep float32."""
-
-    @abstractmethod
-    def forward(self, x_BTD: Tensor, meta: PackMeta, state: BlockState = None) -> MixerOutput:
-        """x [B, T, D] -> y [B, T, D]; with a state it goes on from there and returns the next one."""
-
-    @abstractmethod
-    def empty_state(self, num_rows: int) -> MixerState:
-        """The state before the first token of `num_rows` rows."""
-
-    @abstractmethod
-    def sequence_flops(self, sequence_length: int) -> float:
-        """Operations a token of mixing over the sequence, forward, of all heads on one rank; products with weights are counted elsewhere."""
-
-    def first_value(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
-        """The whole first value of an own parameter, float32 on the CPU; None: as init.py says for its name."""
-        return None
-
-    def reset_buffers(self) -> None:
-        """Computes the buffers, on the device of the weights; `HybridModel.initialize` calls it."""
 
 
 class Part(NamedTuple):

@@ -6,13 +6,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model.layers import Cut, Shard, divide_units
-from model.mixers.base import BuildContext, LinearMixer, Part
-from model.mixers.first_values import first_decay_rates, first_time_steps
+from model.config.mixer_options import DeltaNetOptions, DeltaProductOptions
+from model.mixers.base import LinearMixer, Part
 from model.mixers.head_norm import GatedHeadNorm
-from model.mixers.options import DeltaNetOptions, DeltaProductOptions
+from model.mixers.initial_values import first_decay_rates, first_time_steps
+from model.mixers.interface import BuildContext
 from model.mixers.recurrence import DeltaRecurrence, ScanRows
 from model.packing import PackMeta
+from model.parallel.shards import Cut, Shard, divide_units
 
 
 class DeltaNetMixer(LinearMixer):

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model.layers import Cut, Shard
-from model.mixers.base import BuildContext, LinearMixer, Part
+from model.config.mixer_options import HeadOptions
+from model.mixers.base import LinearMixer, Part
 from model.mixers.head_norm import GatedHeadNorm
-from model.mixers.options import HeadOptions
+from model.mixers.interface import BuildContext
 from model.mixers.recurrence import DecayRecurrence, ScanRows
 from model.packing import PackMeta
+from model.parallel.shards import Cut, Shard
 
 
 class TransNormerMixer(LinearMixer):

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kernels.norm.op import rms_norm
-from model.layers import Shard
-from model.mixers.base import BuildContext
+from model.mixers.interface import BuildContext
+from model.parallel.shards import Shard
 
 
 class GatedHeadNorm(nn.Module):

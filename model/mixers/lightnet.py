@@ -7,13 +7,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kernels.linear.op import linear
-from model.layers import Cut, Shard
-from model.mixer import MixerState
-from model.mixers.base import BuildContext, LinearMixer, Part
+from model.config.mixer_options import LightNetOptions
+from model.mixers.base import LinearMixer, Part
 from model.mixers.head_norm import GatedHeadNorm
-from model.mixers.options import LightNetOptions
+from model.mixers.interface import BuildContext, MixerState
 from model.mixers.recurrence import DecayRecurrence, ScanRows
 from model.packing import PackMeta
+from model.parallel.shards import Cut, Shard
 
 # Tokens over which a running softmax is summed by doubling, before blocks are joined.
 BLOCK_TOKENS = 64

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from model.mixers.base import BuildContext, LinearMixer, Part
+from model.config.mixer_options import HeadOptions
+from model.mixers.base import LinearMixer, Part
 from model.mixers.feature_maps import no_decay, query_key_value
 from model.mixers.head_norm import GatedHeadNorm
-from model.mixers.options import HeadOptions
+from model.mixers.interface import BuildContext
 from model.mixers.recurrence import DecayRecurrence, OpenScan, ScanRows, ScanSettings
 from model.packing import PackMeta
 

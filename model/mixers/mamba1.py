@@ -11,13 +11,15 @@ from torch.nn import functional
 from kernels.diag_scan.carry import read_carried_state
 from kernels.diag_scan.op import diag_scan, diag_step
 from kernels.linear.op import linear
-from model.layers import Cut, RowLinear, Shard
-from model.mixers.base import BuildContext, LinearMixer, Part
-from model.mixers.first_values import first_time_steps
-from model.mixers.options import Mamba1Options
+from model.config.mixer_options import Mamba1Options
+from model.mixers.base import LinearMixer, Part
+from model.mixers.initial_values import first_time_steps
+from model.mixers.interface import BuildContext
 from model.mixers.recurrence import OpenScan, Recurrence, ScanRows, ScanSettings
 from model.packing import PackMeta
-from model.regions import sum_parts
+from model.parallel.layers import RowLinear
+from model.parallel.regions import sum_parts
+from model.parallel.shards import Cut, Shard
 
 
 class Mamba1Mixer(LinearMixer):

@@ -12,13 +12,13 @@ from torch.nn import functional
 
 from kernels.moe.grouping import count_experts
 from kernels.moe.losses import balance_loss
-from model.layers import Shard
-from model.mixer import BlockState, MixerOutput, MixerState
-from model.mixers.base import BuildContext, LinearMixer, SequenceMixer
-from model.mixers.options import MomOptions
-from model.mixers.registry import find_spec
+from model.config.mixer_options import MomOptions
+from model.config.mixer_registry import find_spec
+from model.mixers.base import LinearMixer
+from model.mixers.interface import BlockState, BuildContext, MixerOutput, MixerState, SequenceMixer
 from model.packing import PackMeta
-from model.regions import leave_tensor_region
+from model.parallel.regions import leave_tensor_region
+from model.parallel.shards import Shard
 
 
 class MemoryRows(NamedTuple):

@@ -10,9 +10,10 @@ from torch.nn import functional
 
 from kernels.rope.frequencies import rope_frequencies
 from kernels.rope.op import qk_norm_rope
-from model.mixers.base import BuildContext, LinearMixer, Part
+from model.config.mixer_options import LightningOptions, RetentionOptions
+from model.mixers.base import LinearMixer, Part
 from model.mixers.head_norm import GatedHeadNorm
-from model.mixers.options import LightningOptions, RetentionOptions
+from model.mixers.interface import BuildContext
 from model.mixers.recurrence import DecayRecurrence, ScanRows
 from model.packing import PackMeta
 

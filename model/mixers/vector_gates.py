@@ -7,12 +7,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kernels.linear.op import linear
-from model.layers import Cut, Shard
-from model.mixers.base import BuildContext, LinearMixer, Part
+from model.config.mixer_options import GlaOptions, Hgrn2Options
+from model.mixers.base import LinearMixer, Part
 from model.mixers.head_norm import GatedHeadNorm
-from model.mixers.options import GlaOptions, Hgrn2Options
+from model.mixers.interface import BuildContext
 from model.mixers.recurrence import DecayRecurrence, ScanRows
 from model.packing import PackMeta
+from model.parallel.shards import Cut, Shard
 
 # A gate is divided by it, so that it starts near 1 (Yang et al. 2023, section 4.4).
 GLA_GATE_DIVISOR = 16.0

@@ -8,14 +8,14 @@ from torch import Tensor
 from kernels.attention.op import attention
 from kernels.rope.frequencies import rope_frequencies
 from kernels.rope.op import qk_norm_rope
-from model.attention import HeadNorm
-from model.context import receive_windows
-from model.layers import ColumnLinear, RowLinear, divide, divide_units
-from model.mixer import BlockState, MixerOutput, MixerState
-from model.mixers.base import BuildContext, SequenceMixer
-from model.mixers.options import WindowOptions
+from model.config.mixer_options import WindowOptions
+from model.mixers.attention import HeadNorm
+from model.mixers.interface import BlockState, BuildContext, MixerOutput, MixerState, SequenceMixer
 from model.packing import PackMeta
-from model.regions import leave_tensor_region, project_stream
+from model.parallel.context import receive_windows
+from model.parallel.layers import ColumnLinear, RowLinear
+from model.parallel.regions import leave_tensor_region, project_stream
+from model.parallel.shards import divide, divide_units
 from model.segments import Segments
 
 

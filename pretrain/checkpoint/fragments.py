@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.layers import parameter_shards
+from model.parallel.shards import parameter_shards
 from pretrain.checkpoint.reader import MOMENTS
 from pretrain.parallel import name_accelerator
 

@@ -14,8 +14,8 @@ from itertools import pairwise, product
 import numpy
 import torch
 
-from model.groups import ProcessGroupCollection
-from model.layers import Shard
+from model.parallel.groups import ProcessGroupCollection
+from model.parallel.shards import Shard
 
 Interval = tuple[int, int]
 LAYOUT_AXES = ("tp", "cp", "ep", "expt_tp", "pp", "dp")

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from data_pipeline.files import sync
-from model.layers import parameter_shards
+from model.parallel.shards import parameter_shards
 from pretrain.checkpoint.commit import (
     Agreement,
     Problem,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from model.layers import parameter_shards
+from model.parallel.shards import parameter_shards
 from pretrain.checkpoint.commit import Agreement
 from pretrain.checkpoint.fragments import collect_buffers, list_parts, parameter_shape
 from pretrain.checkpoint.placement import Placement, locate_rank, place_shard

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from data_pipeline.config import CacheConfig
 from data_pipeline.object_store import is_url
-from model.checks import check_model
-from model.huggingface import explain_unfit
+from model.config.checks import check_model
+from model.huggingface.targets import explain_unfit
 from pretrain.checks.mixers import kernel_problems
 from pretrain.checks.parallel import layout_problems, micro_batch_problems, pipeline_problems, world_problems
 from pretrain.checks.probe import probe_length_problems, probe_problems

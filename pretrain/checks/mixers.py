@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from kernels.limits import DECAY_LIMITS, ScanLimits
-from model.mixers.options import LinearOptions, MixerOptions
-from model.mixers.registry import MixerSpec, mixer_specs
-from model.pattern import mixer_name, parse_pattern
+from model.config.mixer_options import LinearOptions, MixerOptions
+from model.config.mixer_registry import MixerSpec, mixer_specs
+from model.config.pattern import mixer_name, parse_pattern
 from pretrain.config.errors import ConfigError, Problem
 from pretrain.config.schema import RunConfig
 

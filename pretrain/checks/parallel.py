@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from model.pattern import parse_pattern
-from model.stages import cut_pieces
+from model.config.pattern import parse_pattern
+from model.pipeline_split import cut_pieces
 from pretrain.checks.mixers import longest_lookback, mixers_in_use, refusal_problems
 from pretrain.config.errors import Problem
 from pretrain.config.schema import ParallelConfig, RunConfig

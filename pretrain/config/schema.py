@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from data_pipeline.config import DataConfig
-from model.config import ModelConfig, RopeConfig
+from model.config.schema import ModelConfig, RopeConfig
 
 
 class Section(BaseModel):

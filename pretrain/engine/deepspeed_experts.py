@@ -13,8 +13,8 @@ from contextlib import contextmanager
 import torch.distributed
 from torch import nn
 
-from model.groups import ProcessGroupCollection
-from model.layers import parameter_shards
+from model.parallel.groups import ProcessGroupCollection
+from model.parallel.shards import parameter_shards
 from pretrain.parallel import name_accelerator
 
 name_accelerator()

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from model.groups import ProcessGroupCollection
+from model.parallel.groups import ProcessGroupCollection
 from pretrain.config.schema import OptimizerConfig
 from pretrain.engine.deepspeed_experts import announced_experts
 from pretrain.engine.deepspeed_zero3 import OutputBridge, is_not_about_types

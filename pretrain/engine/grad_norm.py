@@ -14,8 +14,8 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from model.groups import ProcessGroupCollection
-from model.layers import Shard, parameter_shards
+from model.parallel.groups import ProcessGroupCollection
+from model.parallel.shards import Shard, parameter_shards
 from pretrain.parallel import Parallel, name_accelerator
 
 name_accelerator()

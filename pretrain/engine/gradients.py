@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from model.groups import ProcessGroupCollection
-from model.layers import Axis, Cut, parameter_shards
+from model.parallel.groups import ProcessGroupCollection
+from model.parallel.shards import Axis, Cut, parameter_shards
 
 
 class Float32Accumulator:

@@ -19,7 +19,7 @@ from torch import Tensor
 import pretrain.export.verify
 from data_pipeline.store import TokenStore
 from data_pipeline.tokenizer import Tokenizer
-from model.huggingface import TARGETS, Target, choose_target, explain_unfit
+from model.huggingface.targets import TARGETS, Target, choose_target, explain_unfit
 from model.packing import PackMeta
 from pretrain.export.files import CLASS_NAMES, MAX_SHARD_BYTES, ExportPlan, put_in_place, sync_files, write_export
 from pretrain.inference.weights import Weights, read_weights

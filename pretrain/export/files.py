@@ -16,13 +16,13 @@ from torch import Tensor
 
 import pretrain.export.modeling_template
 from data_pipeline.files import sync
-from model.config import ModelConfig
+from model.config.mixer_registry import describe_symbol
+from model.config.pattern import parse_pattern
+from model.config.schema import ModelConfig
 from model.flops import count_parameters
-from model.huggingface import NATIVE_TARGETS, Target, explain_unfit
-from model.huggingface_config import TokenIds, huggingface_config
-from model.huggingface_weights import weight_map
-from model.mixers.registry import describe_symbol
-from model.pattern import parse_pattern
+from model.huggingface.config import TokenIds, huggingface_config
+from model.huggingface.targets import NATIVE_TARGETS, Target, explain_unfit
+from model.huggingface.weights import weight_map
 from pretrain.export.tokenizer import write_tokenizer
 from pretrain.inference.weights import Weights
 

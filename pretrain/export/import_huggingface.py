@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from data_pipeline.tokenizer import Tokenizer, read_tokenizer_file
-from model.checks import check_model
-from model.config import ModelConfig
-from model.huggingface import NATIVE_TARGETS, Target
-from model.huggingface_config import OWN_MODEL_TYPE, TokenIds, huggingface_config, model_config_from_huggingface
-from model.huggingface_weights import weight_map
+from model.config.checks import check_model
+from model.config.schema import ModelConfig
+from model.huggingface.config import OWN_MODEL_TYPE, TokenIds, huggingface_config, model_config_from_huggingface
+from model.huggingface.targets import NATIVE_TARGETS, Target
+from model.huggingface.weights import weight_map
 from pretrain.export.export import check_free
 from pretrain.export.files import OUR_DESCRIPTION, put_in_place, sync_files
 from pretrain.export.tokenizer import MODEL_FILE, ORIGINAL_JSON

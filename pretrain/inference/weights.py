@@ -20,14 +20,14 @@ from torch import Tensor
 
 from data_pipeline.probe_rows import NO_TOKENIZER
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer, read_tokenizer_file
-from model.config import ModelConfig
-from model.groups import single_rank_groups
-from model.huggingface import registered_mixers
-from model.huggingface_weights import weight_shapes
+from model.config.mixer_registry import mixer_specs
+from model.config.pattern import SECTIONS, parse_pattern
+from model.config.schema import ModelConfig
+from model.huggingface.targets import registered_mixers
+from model.huggingface.weights import weight_shapes
 from model.hybrid import HybridModel
-from model.layers import parameter_shards
-from model.mixers.registry import mixer_specs
-from model.pattern import SECTIONS, parse_pattern
+from model.parallel.groups import single_rank_groups
+from model.parallel.shards import parameter_shards
 from pretrain.checkpoint.commit import CHECKPOINT_NAME, list_checkpoints
 from pretrain.checkpoint.files import MANIFEST_NAME, read_manifest
 from pretrain.checkpoint.inspect import find_checkpoint, read_full_state

@@ -6,9 +6,9 @@ import math
 import os
 from pathlib import Path
 
+from model.config.mixer_registry import describe_symbol
+from model.config.pattern import parse_pattern
 from model.flops import count_parameters, flops_per_token
-from model.mixers.registry import describe_symbol
-from model.pattern import parse_pattern
 from pretrain.report.data import RunRecord, read_run
 from pretrain.report.page import Card, Table, render_page
 from pretrain.report.plots import draw_plots

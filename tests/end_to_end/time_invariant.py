@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kernels.limits import DECAY_LIMITS
-from model.layers import Cut, Shard
-from model.mixers.base import BuildContext, LinearMixer, Part
-from model.mixers.first_values import first_decay_rates, first_time_steps
+from model.config.mixer_options import HeadOptions
+from model.config.mixer_registry import MixerSpec
+from model.mixers.base import LinearMixer, Part
 from model.mixers.head_norm import GatedHeadNorm
-from model.mixers.options import HeadOptions
+from model.mixers.initial_values import first_decay_rates, first_time_steps
+from model.mixers.interface import BuildContext
 from model.mixers.recurrence import DecayRecurrence, ScanRows
-from model.mixers.registry import MixerSpec
 from model.packing import PackMeta
+from model.parallel.shards import Cut, Shard
 
 
 class TimeInvariantOptions(HeadOptions):

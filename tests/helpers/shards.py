@@ -6,8 +6,8 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from model.groups import ProcessGroupCollection
-from model.layers import Shard
+from model.parallel.groups import ProcessGroupCollection
+from model.parallel.shards import Shard
 
 
 def join_parts(part: Tensor, shard: Shard, groups: ProcessGroupCollection, *, alike: bool = True) -> Tensor:

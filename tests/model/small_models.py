@@ -2,10 +2,10 @@
 
 import torch
 
-from model.config import AttentionConfig, FeedForwardConfig, Mamba2Config, ModelConfig, MoeConfig, RopeConfig
-from model.groups import SingleRankGroup, single_rank_groups
+from model.config.schema import AttentionConfig, FeedForwardConfig, Mamba2Config, ModelConfig, MoeConfig, RopeConfig
 from model.hybrid import HybridModel
 from model.packing import PackMeta
+from model.parallel.groups import SingleRankGroup, single_rank_groups
 
 MAMBA = Mamba2Config(num_heads=6, head_dim=4, state_size=5, num_groups=2, chunk_size=8)
 ATTENTION = AttentionConfig(

@@ -2,10 +2,10 @@
 
 import pytest
 
-from model.config import AttentionConfig, FeedForwardConfig, Mamba2Config, ModelConfig, MoeConfig
+from model.config.schema import AttentionConfig, FeedForwardConfig, Mamba2Config, ModelConfig, MoeConfig
 from model.flops import count_parameters, flops_per_token
-from model.groups import single_rank_groups
 from model.hybrid import HybridModel
+from model.parallel.groups import single_rank_groups
 from tests.model.small_models import MAMBA, MOE, small_config
 
 NO_POSITIONS = AttentionConfig(num_heads=3, num_kv_heads=3, head_dim=6)

@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.config import AttentionConfig, FeedForwardConfig, Mamba2Config, MoeConfig, RopeConfig
-from model.groups import single_rank_groups
+from model.config.schema import AttentionConfig, FeedForwardConfig, Mamba2Config, MoeConfig, RopeConfig
 from model.hybrid import HybridModel
 from model.packing import PackMeta
+from model.parallel.groups import single_rank_groups
 from tests.model.reference_model import reference_forward
 from tests.model.small_models import MOE, StandInGroup, loss_of, meta_of, packed_batch, small_config, small_model
 

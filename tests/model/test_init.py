@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from model.config import AttentionConfig, FeedForwardConfig, Mamba2Config, ModelConfig, MoeConfig
-from model.groups import single_rank_groups
+from model.config.schema import AttentionConfig, FeedForwardConfig, Mamba2Config, ModelConfig, MoeConfig
 from model.hybrid import HybridModel
+from model.parallel.groups import single_rank_groups
 
 WIDE = ModelConfig(
     pattern="M*E-",

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from model.config import ModelConfig
-from model.groups import single_rank_groups
+from model.config.schema import ModelConfig
 from model.hybrid import HybridModel
 from model.packing import PackMeta
+from model.parallel.groups import single_rank_groups
 from model.state_size import count_bytes, state_bytes
 from tests.model.small_models import small_config
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.config import DataConfig
-from model.layers import parameter_shards
+from model.parallel.shards import parameter_shards
 from pretrain.config.schema import RunConfig
 from pretrain.monitor.signals import SignalWatch
 from pretrain.run import Run

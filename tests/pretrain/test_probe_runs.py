@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from data_pipeline.config import DataConfig, ProbeConfig
-from model.groups import single_rank_groups
 from model.hybrid import HybridModel
 from model.packing import PackMeta
+from model.parallel.groups import single_rank_groups
 from pretrain.accuracy import count_answers, measure_accuracy
 from pretrain.config.schema import RunConfig
 from pretrain.inference.evaluate_probe import evaluate_probe

@@ -12,7 +12,7 @@ from launch.bench.calibration import Check, fit, planned_seconds, run_config, wr
 from launch.bench.step import granite_shape
 from launch.cli import run
 from launch.plan.hardware import HARDWARE, load_hardware
-from model.config import FeedForwardConfig
+from model.config.schema import FeedForwardConfig
 
 ROOT = Path(__file__).parents[3]
 KNOWN = {

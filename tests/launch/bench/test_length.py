@@ -8,8 +8,8 @@ import pytest
 
 from launch.bench.length import choose_mixers, length_config, steadier_clock, summarize
 from launch.cli import run
-from model.mixers.registry import mixer_specs
-from model.pattern import parse_pattern
+from model.config.mixer_registry import mixer_specs
+from model.config.pattern import parse_pattern
 
 
 def steps(*cpu_seconds: float, waiting: float = 1.0) -> list[dict[str, float]]:

@@ -50,7 +50,7 @@ def test_a_killed_rank_is_named(capfd: pytest.CaptureFixture[str]) -> None:
 
 WAITING = (
     "import os, pathlib, signal, sys, time\n"
-    "from pretrain.signals import SignalWatch\n"
+    "from pretrain.monitor.signals import SignalWatch\n"
     "with SignalWatch() as watch:\n"
     "    pathlib.Path(sys.argv[1], 'ready' + os.environ['RANK']).touch()\n"
     "    end = time.monotonic() + 30\n"
@@ -63,7 +63,7 @@ WAITING = (
 def test_signals_reach_every_rank(tmp_path: Path) -> None:
     command = [sys.executable, "-c", WAITING, str(tmp_path)]
     launcher = subprocess.Popen(
-        python(f"import sys; from launch.local import run_command; sys.exit(run_command({command!r}, 2))")
+        python(f"import sys; from launch.cluster.local import run_command; sys.exit(run_command({command!r}, 2))")
     )
     deadline = time.monotonic() + 60
     while len(list(tmp_path.glob("ready*"))) < 2 and time.monotonic() < deadline:

@@ -13,8 +13,8 @@ from launch.plan.layout import Layout, held_by_stages
 from launch.plan.memory import estimate_memory, in_flight, reduction_bytes, storage_of
 from launch.plan.plan import Assumptions, advise, make_plan, plan_as_dict
 from launch.plan.time import estimate_step
+from model.config.pattern import parse_pattern
 from model.flops import count_parameters, flops_per_token
-from model.pattern import parse_pattern
 from pretrain.checks.check_run import load_checked
 
 ROOT = Path(__file__).parents[3]

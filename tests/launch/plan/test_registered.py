@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from launch.plan.registered import COUNTED_TOKENS, id_of, registered_block
-from model.mixers.registry import mixer_specs
+from model.config.mixer_registry import mixer_specs
 from model.packing import PackMeta
-from tests.model.mixer_samples import mixer_config
+from tests.model.mixers.samples import mixer_config
 from tests.model.small_models import small_model
 
 

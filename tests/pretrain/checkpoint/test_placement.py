@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.groups import ProcessGroupCollection
-from model.layers import Cut, Shard
+from model.parallel.groups import ProcessGroupCollection
+from model.parallel.shards import Cut, Shard
 from pretrain.checkpoint.files import write_tensors
 from pretrain.checkpoint.manifest import RankReport, complete_manifest, describe_tensor
 from pretrain.checkpoint.placement import Placement, check_cover, join_indices, place_shard, placement_from_json

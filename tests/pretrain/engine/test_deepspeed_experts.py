@@ -5,7 +5,7 @@ from __future__ import annotations
 from deepspeed.moe.utils import is_moe_param
 from deepspeed.utils import groups as registry
 
-from model.config import ModelConfig
+from model.config.schema import ModelConfig
 from model.hybrid import HybridModel
 from pretrain.config.schema import OptimizerConfig, ParallelConfig
 from pretrain.engine.deepspeed_experts import SIGN

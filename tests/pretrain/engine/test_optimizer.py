@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from model.config import ModelConfig
-from model.groups import single_rank_groups
+from model.config.schema import ModelConfig
 from model.hybrid import HybridModel
+from model.parallel.groups import single_rank_groups
 from pretrain.config.schema import OptimizerConfig
 from pretrain.engine.optimizer import build_adamw, group_parameters
-from tests.model.mixer_samples import mixer_config
+from tests.model.mixers.samples import mixer_config
 from tests.pretrain.tiny_run import MODEL
 
 

@@ -9,9 +9,9 @@ import torch
 
 from data_pipeline.config import DataConfig
 from data_pipeline.tokenizer import load_tokenizer
-from model.config import ModelConfig
-from model.groups import single_rank_groups
+from model.config.schema import ModelConfig
 from model.hybrid import HybridModel
+from model.parallel.groups import single_rank_groups
 from pretrain.inference.weights import Weights, write_weights
 from tests.pretrain.tiny_run import MODEL
 

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data_pipeline.config import DataConfig
-from model.config import ModelConfig
-from model.groups import single_rank_groups
+from model.config.schema import ModelConfig
 from model.hybrid import HybridModel
 from model.packing import PackMeta
-from model.stages import cut_pieces
+from model.parallel.groups import single_rank_groups
+from model.pipeline_split import cut_pieces
 from pretrain.export.export import export_checkpoint
 from pretrain.export.import_huggingface import import_huggingface
 from pretrain.inference.weights import load_initial_weights, read_weights

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from data_pipeline.config import DataConfig
-from model.huggingface import choose_target, explain_unfit
-from model.huggingface_config import TokenIds, huggingface_config, model_config_from_huggingface
-from model.huggingface_weights import weight_map, weight_shapes
+from model.config import mixer_registry as registry
+from model.huggingface.config import TokenIds, huggingface_config, model_config_from_huggingface
+from model.huggingface.targets import choose_target, explain_unfit
+from model.huggingface.weights import weight_map, weight_shapes
 from model.hybrid import HybridModel
-from model.mixers import registry
 from model.packing import PackMeta
 from pretrain.export.export import LOGIT_TOLERANCE, export_checkpoint
 from pretrain.export.import_huggingface import import_huggingface
@@ -22,7 +22,7 @@ from pretrain.export.modeling_template.configuration_amfm import AmfmConfig
 from pretrain.export.modeling_template.modeling_amfm import AmfmForCausalLM
 from pretrain.inference.weights import read_weights, write_weights
 from tests.helpers.numbers import assert_near, relative_rms
-from tests.model.mixer_samples import mixer_config, sample_names, sample_options
+from tests.model.mixers.samples import mixer_config, sample_names, sample_options
 from tests.model.small_models import small_model
 from tests.pretrain.export.exported_models import random_weights
 from tests.pretrain.tiny_run import MODEL

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from data_pipeline.config import DataConfig
 from launch.cli import run
-from model.groups import single_rank_groups
 from model.hybrid import HybridModel
 from model.packing import PackMeta
+from model.parallel.groups import single_rank_groups
 from pretrain.checkpoint.files import read_manifest
 from pretrain.checkpoint.fragments import collect_fragments, collect_group_settings
 from pretrain.checkpoint.load import load_newest

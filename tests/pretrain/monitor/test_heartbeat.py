@@ -15,7 +15,7 @@ from pretrain.monitor.heartbeat import HUNG, Beat, Heartbeat, describe_lost, nam
 HANG = (
     "import sys, time\n"
     "from pathlib import Path\n"
-    "from pretrain.heartbeat import Heartbeat\n"
+    "from pretrain.monitor.heartbeat import Heartbeat\n"
     "heartbeat = Heartbeat(Path(sys.argv[1]), rank=1, timeout_seconds=0.8)\n"
     "heartbeat.start()\n"
     "for _ in range(6):\n"
@@ -28,7 +28,7 @@ HANG = (
 STOPPED = (
     "import sys\n"
     "from pathlib import Path\n"
-    "from pretrain.heartbeat import Heartbeat\n"
+    "from pretrain.monitor.heartbeat import Heartbeat\n"
     "heartbeat = Heartbeat(Path(sys.argv[1]), rank=1, timeout_seconds=1.2)\n"
     "heartbeat.start()\n"
     "print('ready', flush=True)\n"

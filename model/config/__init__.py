@@ -1,0 +1,1 @@
+"""The model's configuration: patterns, sections, the registry of mixers. Imports no torch."""

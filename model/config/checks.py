@@ -1,0 +1,167 @@
+"""The rules that the sections of a model's configuration must obey together, checked before anything is allocated."""
+
+from __future__ import annotations
+
+from operator import attrgetter
+
+from model.config.mixer_options import LinearOptions
+from model.config.mixer_registry import describe_symbol, find_spec, mixer_specs
+from model.config.pattern import SECTIONS, mixer_name, parse_pattern
+from model.config.schema import AttentionConfig, Mamba2Config, ModelConfig, MoeConfig, RopeConfig
+
+
+def check_model(config: ModelConfig) -> None:
+    """Raises ValueError with value, rule and remedy for the first broken rule.
+
+    A section whose letter the pattern lacks is not read, so that one file can serve several patterns; its own rules are
+    checked all the same.
+    """
+    try:
+        pattern = parse_pattern(config.pattern)
+    except ValueError as error:
+        raise ValueError(f"model.{error}") from error
+    for letter in pattern.counts():
+        name = mixer_name(letter)
+        if name is not None:
+            find_spec(name)
+        section = SECTIONS.get(letter, f"mixers.{name}")
+        if attrgetter(section)(config) is None:
+            raise ValueError(
+                f"model.pattern has {letter!r} ({describe_symbol(letter)}) but model.{section} is missing; "
+                f"add model.{section} or take {letter!r} out of the pattern"
+            )
+        if name is not None:
+            _check_wrapped(config, name)
+    for name in mixer_specs():
+        _check_mixer(config, name)
+    if config.mamba is not None:
+        _check_mamba(config.mamba)
+    if config.attention is not None:
+        _check_attention(config.attention)
+    if config.moe is not None:
+        _check_moe(config.moe)
+
+
+def _check_wrapped(config: ModelConfig, name: str) -> None:
+    """A mixer that wraps another one finds that one's options, and it is linear."""
+    inside = getattr(config.mixers, name).wraps()
+    if inside is None:
+        return
+    key = f"model.mixers.{name}.mixer={inside}"
+    linear = [spec.name for spec in mixer_specs().values() if issubclass(spec.options, LinearOptions)]
+    if inside not in linear:
+        raise ValueError(f"{key} must be a linear mixer; use one of {', '.join(linear)}")
+    if getattr(config.mixers, inside) is None:
+        raise ValueError(f"{key} reads model.mixers.{inside}, which is missing; add model.mixers.{inside}")
+
+
+def _check_mixer(config: ModelConfig, name: str) -> None:
+    options = getattr(config.mixers, name)
+    for field, rule in () if options is None else options.broken_rules():
+        raise ValueError(f"model.mixers.{name}.{field}={getattr(options, field)} {rule}")
+
+
+def _check_mamba(mamba: Mamba2Config) -> None:
+    _check_divides("model.mamba.num_groups", mamba.num_groups, "model.mamba.num_heads", mamba.num_heads)
+    for low, high in (("a_init_min", "a_init_max"), ("time_step_min", "time_step_max")):
+        if getattr(mamba, low) > getattr(mamba, high):
+            raise ValueError(
+                f"model.mamba.{low}={getattr(mamba, low)} must not exceed model.mamba.{high}={getattr(mamba, high)}; "
+                "swap them"
+            )
+
+
+def _check_attention(attention: AttentionConfig) -> None:
+    _check_divides(
+        "model.attention.num_kv_heads", attention.num_kv_heads, "model.attention.num_heads", attention.num_heads
+    )
+    if attention.positions == "rope":
+        _check_rope(attention.rope, attention.head_dim)
+    elif attention.rope != RopeConfig():
+        raise ValueError(
+            "model.attention.rope is set but model.attention.positions=none never reads it; "
+            "use positions: rope, or remove the rope section"
+        )
+
+
+def _check_rope(rope: RopeConfig, head_dim: int) -> None:
+    rotated = head_dim * rope.fraction
+    if rotated != int(rotated) or int(rotated) % 2 or rotated < 2:
+        raise ValueError(
+            f"model.attention.rope.fraction={rope.fraction} of head_dim={head_dim} rotates {rotated:g} channels; "
+            "they must be an even whole number of at least 2: change fraction or head_dim"
+        )
+    if rope.scaling == "ntk" and rotated < 4:
+        raise ValueError(
+            f"model.attention.rope.scaling=ntk needs at least 4 rotated channels, not {rotated:g}; raise head_dim or fraction"
+        )
+    if rope.theta <= 1:
+        raise ValueError(f"model.attention.rope.theta={rope.theta} must be above 1; use 10000")
+    needed = {"ntk": ("ntk_alpha",), "yarn": ("yarn_factor", "yarn_original_length"), "none": ()}
+    for scaling, fields in needed.items():
+        for field in fields:
+            value = getattr(rope, field)
+            if rope.scaling == scaling and value is None:
+                raise ValueError(f"model.attention.rope.scaling={scaling} needs model.attention.rope.{field}; set it")
+            if rope.scaling != scaling and value is not None:
+                raise ValueError(
+                    f"model.attention.rope.{field}={value} is only read with scaling: {scaling}, not {rope.scaling}; "
+                    f"remove it or set scaling: {scaling}"
+                )
+    if rope.scaling != "yarn" and (rope.yarn_beta_fast, rope.yarn_beta_slow) != (32.0, 1.0):
+        raise ValueError(
+            "model.attention.rope.yarn_beta_fast and yarn_beta_slow are only read with scaling: yarn, "
+            f"not {rope.scaling}; remove them or set scaling: yarn"
+        )
+    if rope.yarn_beta_slow >= rope.yarn_beta_fast:
+        raise ValueError(
+            f"model.attention.rope.yarn_beta_slow={rope.yarn_beta_slow} must be under yarn_beta_fast={rope.yarn_beta_fast}; "
+            "use 1 and 32"
+        )
+
+
+def _check_moe(moe: MoeConfig) -> None:
+    if moe.top_k > moe.num_experts:
+        raise ValueError(
+            f"model.moe.top_k={moe.top_k} must be at most model.moe.num_experts={moe.num_experts}; lower top_k"
+        )
+    _check_divides("model.moe.num_router_groups", moe.num_router_groups, "model.moe.num_experts", moe.num_experts)
+    if moe.router_group_top_k > moe.num_router_groups:
+        raise ValueError(
+            f"model.moe.router_group_top_k={moe.router_group_top_k} must be at most "
+            f"model.moe.num_router_groups={moe.num_router_groups}; lower it"
+        )
+    group_size = moe.num_experts // moe.num_router_groups
+    if moe.num_router_groups > 1 and group_size < 2:
+        raise ValueError(
+            f"model.moe.num_router_groups={moe.num_router_groups} leaves {group_size} expert a group; a group is judged by "
+            "its two best experts: use fewer groups"
+        )
+    reachable = moe.router_group_top_k * group_size
+    if moe.top_k > reachable:
+        raise ValueError(
+            f"model.moe.top_k={moe.top_k} must be at most the {reachable} experts that router_group_top_k="
+            f"{moe.router_group_top_k} groups of {group_size} hold; lower top_k or raise router_group_top_k"
+        )
+    if moe.expert_bias and moe.router != "sigmoid":
+        raise ValueError(
+            f"model.moe.expert_bias=true needs model.moe.router=sigmoid, not {moe.router}; "
+            "use router: sigmoid, or balance with auxiliary_loss_weight"
+        )
+    if moe.overflow == "recycle" and moe.capacity_factor is None:
+        raise ValueError(
+            "model.moe.overflow=recycle needs model.moe.capacity_factor: without it no expert is ever full; "
+            "set capacity_factor: 1.5, or remove overflow"
+        )
+    if moe.overflow == "recycle" and moe.capacity_factor is not None and moe.capacity_factor < 1:
+        raise ValueError(
+            f"model.moe.overflow=recycle needs model.moe.capacity_factor of at least 1, not {moe.capacity_factor}: "
+            "experts have room for fewer choices than there are; raise it, or use overflow: drop"
+        )
+
+
+def _check_divides(part_name: str, part: int, whole_name: str, whole: int) -> None:
+    if whole % part:
+        divisors = [number for number in range(1, whole + 1) if whole % number == 0]
+        shown = ", ".join(map(str, divisors[:12])) + (", ..." if len(divisors) > 12 else "")
+        raise ValueError(f"{part_name}={part} must divide {whole_name}={whole}; use one of {shown}")

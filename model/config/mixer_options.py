@@ -1,0 +1,304 @@
+"""The options of our mixers: one frozen section each. No torch here."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from kernels.limits import DECAY_LIMITS, DELTA_LIMITS, DIAG_LIMITS, VECTOR_GATE_LIMITS, ScanLimits
+from model.config.section import Section
+
+
+class MixerOptions(Section):
+    """The base of a mixer's options, and what the rules of layouts ask of them."""
+
+    def broken_rules(self) -> Iterator[tuple[str, str]]:
+        """Fields that do not go with the others, each with the rule and a remedy."""
+        yield from ()
+
+    def cut_evenly(self) -> dict[str, int]:
+        """Sizes that the number of tensor ranks must divide, by field."""
+        return {}
+
+    def cut_or_copied(self) -> dict[str, int]:
+        """Units, by field, that may be fewer than tensor ranks: one number must divide the other."""
+        return {}
+
+    def wraps(self) -> str | None:
+        """The mixer inside, whose own options are read too."""
+        return None
+
+    def auxiliary_names(self) -> tuple[str, ...]:
+        """The auxiliary losses that it adds in training."""
+        return ()
+
+    def lookback(self) -> tuple[int, str]:
+        """Tokens before a context rank's segment that its first token reads, and the field that says one more."""
+        return 0, ""
+
+
+class LinearOptions(MixerOptions, ABC):
+    """What every mixer on a linear recurrence can choose."""
+
+    conv_kernel: Literal[0, 2, 3, 4] = Field(
+        0, description="Width of the causal depthwise convolution with SiLU before the recurrence; 0: none."
+    )
+    chunk_size: int = Field(
+        64, gt=0, description="Tokens a chunk of the scan; changes speed and rounding, not meaning."
+    )
+    # What the scan's Triton kernels take; None: not known before they run.
+    scan_limits: ClassVar[ScanLimits | None] = None
+
+    @abstractmethod
+    def heads(self) -> int:
+        """Heads of the recurrence, each with a state [key_dim, value_dim]."""
+
+    @abstractmethod
+    def key_dim(self) -> int:
+        """Rows of a head's state."""
+
+    @abstractmethod
+    def value_dim(self) -> int:
+        """Columns of a head's state."""
+
+    def state_shape(self) -> tuple[int, int]:
+        """Rows and columns of a head's state, with those for sums."""
+        return self.key_dim(), self.value_dim()
+
+    def lookback(self) -> tuple[int, str]:
+        """What the convolution reads."""
+        return max(0, self.conv_kernel - 1), "conv_kernel"
+
+
+class HeadOptions(LinearOptions):
+    """What every mixer with query, key and value heads can choose."""
+
+    num_heads: int = Field(gt=0, description="Heads of the recurrence; free of hidden_size.")
+    head_dim: int = Field(64, gt=0, description="Channels of a query and key head.")
+    value_head_dim: int | None = Field(None, gt=0, description="Channels of a value head; none: head_dim.")
+
+    def heads(self) -> int:
+        """num_heads."""
+        return self.num_heads
+
+    def key_dim(self) -> int:
+        """head_dim."""
+        return self.head_dim
+
+    def value_dim(self) -> int:
+        """Channels of a value head."""
+        return self.value_head_dim or self.head_dim
+
+    def cut_evenly(self) -> dict[str, int]:
+        """Heads."""
+        return {"num_heads": self.num_heads}
+
+
+class RetentionOptions(HeadOptions):
+    """Retention (Sun et al. 2023, arXiv 2307.08621): a constant decay a head, rotary positions, output gate."""
+
+    rope_theta: float = Field(10_000.0, gt=1, description="Base of the rotary frequencies of queries and keys.")
+    scan_limits: ClassVar[ScanLimits | None] = DECAY_LIMITS
+
+    def broken_rules(self) -> Iterator[tuple[str, str]]:
+        """Channels are rotated in pairs."""
+        if self.head_dim % 2:
+            yield "head_dim", "must be even, because channels are rotated in pairs; add one"
+
+
+class LightningOptions(HeadOptions):
+    """Lightning attention (Qin et al. 2024, arXiv 2401.04658): a constant decay a head that weakens with depth."""
+
+    scan_limits: ClassVar[ScanLimits | None] = DECAY_LIMITS
+
+
+class DeltaNetOptions(HeadOptions):
+    """The delta rule (Yang et al. 2024, arXiv 2406.06484): each token overwrites what its key reads."""
+
+    conv_kernel: Literal[0, 2, 3, 4] = Field(4, description="Width of the causal convolution over q, k and v; 0: none.")
+    num_key_heads: int | None = Field(
+        None,
+        gt=0,
+        description="Query and key heads, each shared by num_heads / num_key_heads value heads; none: num_heads.",
+    )
+    allow_negative_eigenvalues: bool = Field(
+        False, description="beta in (0, 2) and not (0, 1), so that a state may change sign (arXiv 2411.12537)."
+    )
+
+    scan_limits: ClassVar[ScanLimits | None] = DELTA_LIMITS
+
+    def broken_rules(self) -> Iterator[tuple[str, str]]:
+        """Value heads share key heads evenly."""
+        if self.num_heads % self.key_heads():
+            yield "num_key_heads", f"must divide num_heads={self.num_heads}; use a divisor of it"
+
+    def key_heads(self) -> int:
+        """Query and key heads."""
+        return self.num_key_heads or self.num_heads
+
+    def cut_or_copied(self) -> dict[str, int]:
+        """Key heads may be fewer than tensor ranks."""
+        return {"num_key_heads": self.key_heads()}
+
+
+class GatedDeltaNetOptions(DeltaNetOptions):
+    """The gated delta rule (Yang et al. 2024, arXiv 2412.06464), as Qwen3-Next has it; letter `G`."""
+
+
+class DeltaProductOptions(DeltaNetOptions):
+    """Several delta rules a token (Siems et al. 2025, arXiv 2502.10297); letter `P`."""
+
+    num_steps: int = Field(2, ge=1, le=8, description="Delta rules a token, each with its own key, value and beta.")
+    decay: bool = Field(True, description="Forget by a gate before the first of them.")
+
+
+class VectorGateOptions(HeadOptions):
+    """What every mixer with a decay a key channel can choose."""
+
+    scan_limits: ClassVar[ScanLimits | None] = VECTOR_GATE_LIMITS
+
+    def broken_rules(self) -> Iterator[tuple[str, str]]:
+        """Decays are summed in halves of halves of a chunk."""
+        if self.chunk_size & (self.chunk_size - 1):
+            yield "chunk_size", "must be a power of two with a decay a key channel; use 16, 32 or 64"
+
+
+class GlaOptions(VectorGateOptions):
+    """Gated linear attention (Yang et al. 2023, arXiv 2312.06635): a decay a key channel."""
+
+    gate_rank: int = Field(16, gt=0, description="Inside of the low-rank projection that gives the decays.")
+
+
+class Hgrn2Options(VectorGateOptions):
+    """HGRN2 (Qin et al. 2024, arXiv 2404.07904): a forget gate a key channel, and what it forgets as the key; letter `H`."""
+
+
+class TransNormerOptions(HeadOptions):
+    """TransNormer (Qin et al. 2022, arXiv 2210.10340): linear attention with a norm where others divide."""
+
+    scan_limits: ClassVar[ScanLimits | None] = DECAY_LIMITS
+
+
+class HedgehogOptions(HeadOptions):
+    """Hedgehog (Zhang et al. 2024, arXiv 2402.04347): linear attention with learned softmax features."""
+
+    scan_limits: ClassVar[ScanLimits | None] = DECAY_LIMITS
+
+    def state_shape(self) -> tuple[int, int]:
+        """Twice the features, and the sum of weights beside the values."""
+        return 2 * self.key_dim(), self.value_dim() + 1
+
+
+class PlstmOptions(HeadOptions):
+    """pLSTM along a line (Poeppel et al. 2025, arXiv 2506.11997): source, transition and mark gates."""
+
+    scan_limits: ClassVar[ScanLimits | None] = DECAY_LIMITS
+
+
+class Mamba1Options(LinearOptions):
+    """Mamba, the first one (Gu and Dao 2023, arXiv 2312.00752): a decay of each state number (S6)."""
+
+    conv_kernel: Literal[0, 2, 3, 4] = Field(4, description="Width of the causal convolution over x; 0: none.")
+    inner_size: int = Field(gt=0, description="Channels of the scan; usually twice hidden_size.")
+    state_size: int = Field(16, gt=0, description="State numbers a channel.")
+    dt_rank: int | None = Field(None, gt=0, description="Inside of the time step's projection; none: hidden_size / 16.")
+    scan_limits: ClassVar[ScanLimits | None] = DIAG_LIMITS
+
+    def heads(self) -> int:
+        """Each channel."""
+        return self.inner_size
+
+    def key_dim(self) -> int:
+        """state_size."""
+        return self.state_size
+
+    def value_dim(self) -> int:
+        """One number."""
+        return 1
+
+    def cut_evenly(self) -> dict[str, int]:
+        """Channels."""
+        return {"inner_size": self.inner_size}
+
+
+class LightNetOptions(VectorGateOptions):
+    """LightNet (Qin et al. 2024, arXiv 2405.21022): keys are shares of a running softmax, which decays what came before."""
+
+    gate_rank: int = Field(16, gt=0, description="Inside of the low-rank output gate.")
+
+
+class MalaOptions(HeadOptions):
+    """Magnitude-aware linear attention (Fan et al. 2025, arXiv 2507.00698); experimental in language models."""
+
+    scan_limits: ClassVar[ScanLimits | None] = DECAY_LIMITS
+
+    def state_shape(self) -> tuple[int, int]:
+        """A row and a column for the sums."""
+        return self.key_dim() + 1, self.value_dim() + 1
+
+
+class WindowOptions(MixerOptions):
+    """Attention to the last few tokens (Beltagy et al. 2020, arXiv 2004.05150); letter `W`."""
+
+    window: int = Field(gt=0, description="Keys that a token sees, its own among them.")
+    num_heads: int = Field(gt=0, description="Query heads.")
+    num_kv_heads: int | None = Field(
+        None, gt=0, description="Key and value heads; must divide num_heads. none: num_heads."
+    )
+    head_dim: int = Field(64, gt=0, description="Channels a head; even with positions: rope.")
+    qk_norm: bool = Field(False, description="RMSNorm over each query and key head.")
+    positions: Literal["none", "rope"] = Field(
+        "rope", description="`rope`: rotary positions, which restart at documents."
+    )
+    rope_theta: float = Field(10_000.0, gt=1, description="Base of the rotary frequencies.")
+
+    def broken_rules(self) -> Iterator[tuple[str, str]]:
+        """Query heads share key heads evenly, and channels are rotated in pairs."""
+        if self.num_heads % self.kv_heads():
+            yield "num_kv_heads", f"must divide num_heads={self.num_heads}; use a divisor of it"
+        if self.positions == "rope" and self.head_dim % 2:
+            yield "head_dim", "must be even with positions: rope; add one, or use positions: none"
+
+    def kv_heads(self) -> int:
+        """Key and value heads."""
+        return self.num_kv_heads or self.num_heads
+
+    def cut_evenly(self) -> dict[str, int]:
+        """Query heads."""
+        return {"num_heads": self.num_heads}
+
+    def cut_or_copied(self) -> dict[str, int]:
+        """Key and value heads may be fewer than tensor ranks."""
+        return {"num_kv_heads": self.kv_heads()}
+
+    def lookback(self) -> tuple[int, str]:
+        """What the window reads."""
+        return self.window - 1, "window"
+
+
+class MomOptions(MixerOptions):
+    """Mixture of memories (Du et al. 2025, arXiv 2502.13685): a linear mixer with several states and a router."""
+
+    mixer: str = Field("gated_deltanet", description="The linear mixer inside; its own section gives its options.")
+    num_memories: int = Field(4, gt=1, description="States among which the router chooses.")
+    top_k: int = Field(2, gt=0, description="States that a token writes and reads.")
+    shared_memory: bool = Field(True, description="One more state, for all tokens.")
+    balance_loss_weight: float = Field(
+        0.01, ge=0, description="Balance over a micro-batch (Fedus et al. 2021, arXiv 2101.03961, section 2.2)."
+    )
+
+    def broken_rules(self) -> Iterator[tuple[str, str]]:
+        """A token chooses among the memories that there are."""
+        if self.top_k > self.num_memories:
+            yield "top_k", f"must be at most num_memories={self.num_memories}; lower it"
+
+    def wraps(self) -> str:
+        """The mixer inside."""
+        return self.mixer
+
+    def auxiliary_names(self) -> tuple[str, ...]:
+        """Its balance, if that has a weight."""
+        return ("memory_balance",) if self.balance_loss_weight else ()

@@ -1,0 +1,121 @@
+"""Which mixers there are: ours and those of installed packages, under their names.
+
+A package registers a mixer with an entry point of the group `amfm.mixers` that names a `MixerSpec`. This module imports no
+torch: configurations are read before any mixer is.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Literal
+
+from model.config import mixer_options as own
+from model.config.mixer_options import MixerOptions
+from model.config.pattern import BLOCK_NAMES, MIXER_LETTERS, MIXER_NAME, SECTIONS
+
+ENTRY_POINTS = "amfm.mixers"
+_LETTERS = {name: letter for letter, name in MIXER_LETTERS.items()}
+
+
+@dataclass(frozen=True)
+class MixerSpec:
+    """What the pattern, the configuration and the checks know of a mixer without importing it.
+
+    name: lower case, as in `{name}`. mixer: `package.module:Class`, a SequenceMixer. options: its section, whose class
+    docstring and field descriptions become the documentation. refuses: what it cannot do yet, with the reason.
+    """
+
+    name: str
+    mixer: str
+    options: type[MixerOptions]
+    refuses: Mapping[Literal["context", "tensor"], str] = field(default_factory=dict)
+
+    @property
+    def symbol(self) -> str:
+        """How the pattern spells it: its letter, or `{name}`."""
+        return _LETTERS.get(self.name, f"{{{self.name}}}")
+
+    def load(self) -> type[Any]:
+        """Import the class: a `model.mixers.interface.SequenceMixer`."""
+        module, _, name = self.mixer.partition(":")
+        found: type[Any] = getattr(importlib.import_module(module), name)
+        return found
+
+
+BUILT_IN = (
+    MixerSpec("deltanet", "model.mixers.delta:DeltaNetMixer", own.DeltaNetOptions),
+    MixerSpec("gated_deltanet", "model.mixers.delta:GatedDeltaNetMixer", own.GatedDeltaNetOptions),
+    MixerSpec("deltaproduct", "model.mixers.delta:DeltaProductMixer", own.DeltaProductOptions),
+    MixerSpec("gla", "model.mixers.vector_gates:GlaMixer", own.GlaOptions),
+    MixerSpec("hgrn2", "model.mixers.vector_gates:Hgrn2Mixer", own.Hgrn2Options),
+    MixerSpec("hedgehog", "model.mixers.feature_maps:HedgehogMixer", own.HedgehogOptions),
+    MixerSpec("lightning", "model.mixers.retention:LightningMixer", own.LightningOptions),
+    MixerSpec(
+        "lightnet",
+        "model.mixers.lightnet:LightNetMixer",
+        own.LightNetOptions,
+        refuses={"context": "its running softmax does not pass between ranks yet"},
+    ),
+    MixerSpec("mala", "model.mixers.mala:MalaMixer", own.MalaOptions),
+    MixerSpec("mamba1", "model.mixers.mamba1:Mamba1Mixer", own.Mamba1Options),
+    MixerSpec(
+        "mom",
+        "model.mixers.mom:MomMixer",
+        own.MomOptions,
+        refuses={"context": "its memories do not pass between ranks yet"},
+    ),
+    MixerSpec("plstm", "model.mixers.plstm:PlstmMixer", own.PlstmOptions),
+    MixerSpec("retnet", "model.mixers.retention:RetentionMixer", own.RetentionOptions),
+    MixerSpec("transnormer", "model.mixers.feature_maps:TransNormerMixer", own.TransNormerOptions),
+    MixerSpec("window", "model.mixers.window:WindowMixer", own.WindowOptions),
+)
+
+
+@cache
+def mixer_specs() -> dict[str, MixerSpec]:
+    """All mixers by name: ours in the order above, then those of installed packages.
+
+    Raises RuntimeError for an entry point that cannot be imported, is no MixerSpec or takes another mixer's name.
+    """
+    specs = {spec.name: spec for spec in BUILT_IN}
+    for entry in entry_points(group=ENTRY_POINTS):
+        spec = _load_entry(entry)
+        if spec.name in specs or spec.name in SECTIONS.values():
+            raise RuntimeError(f"{_say(entry)} registers a mixer {spec.name!r}, which there is already; uninstall one")
+        specs[spec.name] = spec
+    return specs
+
+
+def find_spec(name: str) -> MixerSpec:
+    """The mixer of this name. Raises ValueError for a name that nothing registers."""
+    specs = mixer_specs()
+    if name not in specs:
+        raise ValueError(
+            f"no mixer is called {name!r}; there are {', '.join(specs)} and what packages register under the entry "
+            f"point group {ENTRY_POINTS}: install the package, or take another"
+        )
+    return specs[name]
+
+
+def describe_symbol(symbol: str) -> str:
+    """A kind of block in words, from its symbol in a pattern."""
+    return BLOCK_NAMES.get(symbol) or MIXER_LETTERS.get(symbol, symbol.strip("{}")).replace("_", " ")
+
+
+def _load_entry(entry: EntryPoint) -> MixerSpec:
+    try:
+        spec = entry.load()
+    except (ImportError, AttributeError) as error:
+        raise RuntimeError(f"{_say(entry)} cannot be loaded ({error}); mend or uninstall its package") from error
+    if isinstance(spec, MixerSpec) and MIXER_NAME.fullmatch(spec.name):
+        return spec
+    raise RuntimeError(f"{_say(entry)} is {spec!r}; it must be a MixerSpec with a lower-case name: mend its package")
+
+
+def _say(entry: EntryPoint) -> str:
+    package = entry.dist.name if entry.dist is not None else "an unknown package"
+    return f"the entry point {entry.name} = {entry.value} of {package} (group {ENTRY_POINTS})"

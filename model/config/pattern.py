@@ -1,0 +1,193 @@
+"""The pattern string: which blocks a model has, in which order, and where pipeline stages are cut.
+
+Grammar (spaces mean nothing):
+
+    pattern = item { item }
+    item    = letter | "{" name "}" | "|" | "(" pattern ")" [ repeat ]
+    repeat  = ( "*" | "x" ) digits
+
+Letters are Megatron's `M` Mamba2, `*` attention, `E` mixture of experts, `-` dense feed-forward; Hunyuan's `A`, `F` and
+`D` mean `*`, `E` and `-`. Other sequence mixers stand under their name in braces, `{retnet}`, and some have a letter too
+(`model/config/mixer_registry.py`; whether there is one of a name is not known here). A `*` that a digit follows is a repetition and must follow a `)`; every other `*` is an
+attention block. So `(ME)*8` is eight pairs, `(ME)*E` is a pair, an attention block and an `E`, and `M*8` is refused: a
+single letter is repeated as `(M)*8`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from dataclasses import dataclass
+
+# The section of a model's configuration that each kind of block reads.
+SECTIONS = {"M": "mamba", "*": "attention", "E": "moe", "-": "feed_forward"}
+BLOCK_NAMES = {"M": "Mamba2", "*": "attention", "E": "mixture of experts", "-": "dense feed-forward"}
+# Letters of other sequence mixers, which have a name besides.
+MIXER_LETTERS = {"G": "gated_deltanet", "H": "hgrn2", "L": "lightning", "P": "deltaproduct", "W": "window"}
+MIXER_NAME = re.compile(r"[a-z][a-z0-9_]*")
+HUNYUAN_LETTERS = {"A": "*", "F": "E", "D": "-"}
+MAX_BLOCKS = 4096
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Blocks in order, in Megatron's letters or as `{name}`; `stage_cuts` are the block indices at which a new pipeline stage starts."""
+
+    letters: tuple[str, ...]
+    stage_cuts: tuple[int, ...] = ()
+
+    def canonical(self) -> str:
+        """The one spelling of this pattern: a letter where there is one, no repetition, `|` at each stage cut."""
+        cuts = set(self.stage_cuts)
+        return "".join(("|" if index in cuts else "") + letter for index, letter in enumerate(self.letters))
+
+    def counts(self) -> dict[str, int]:
+        """Blocks of each kind that occurs, in the order `M * E -`, then other mixers as they occur."""
+        kinds = [letter for letter in BLOCK_NAMES if letter in self.letters]
+        kinds += [letter for letter in dict.fromkeys(self.letters) if letter not in BLOCK_NAMES]
+        return {letter: self.letters.count(letter) for letter in kinds}
+
+    def stages(self) -> tuple[tuple[str, ...], ...]:
+        """The letters of each pipeline stage; one stage without cuts."""
+        edges = (0, *self.stage_cuts, len(self.letters))
+        return tuple(self.letters[start:end] for start, end in itertools.pairwise(edges))
+
+
+def mixer_name(symbol: str) -> str | None:
+    """The name of a registered mixer from its letter or `{name}`; None for the blocks that have a section of their own."""
+    if symbol in SECTIONS:
+        return None
+    return MIXER_LETTERS.get(symbol, symbol.strip("{}"))
+
+
+def block_kind(symbol: str) -> str:
+    """The name under which blocks of this symbol are counted: that of their section, or of their mixer."""
+    return SECTIONS.get(symbol) or mixer_name(symbol) or symbol
+
+
+def parse_pattern(text: str) -> Pattern:
+    """Reads a pattern string into its blocks.
+
+    Raises ValueError with the position, a caret under it and the rule where the text is not a pattern.
+    """
+    parser = _Parser(text)
+    items, end = parser.sequence(0, opened_at=None)
+    assert end == len(text), f"the parser stopped at {end} of {len(text)}"
+    letters: list[str] = []
+    cuts: list[int] = []
+    for symbol, position in items:
+        if symbol != "|":
+            letters.append(symbol)
+        elif len(letters) == (cuts[-1] if cuts else 0):
+            raise parser.error(position, "a stage cut '|' needs a block before it; remove this one")
+        else:
+            cuts.append(len(letters))
+    if not letters:
+        raise parser.error(0, "a pattern needs at least one block: M, * (A), E (F), - (D) or a mixer such as {retnet}")
+    if cuts and cuts[-1] == len(letters):
+        raise parser.error(items[-1][1], "a stage cut '|' needs a block after it; remove this one")
+    return Pattern(tuple(letters), tuple(cuts))
+
+
+def parse_letters(text: str) -> frozenset[str]:
+    """Kinds of block named as in a pattern, in any order. Raises ValueError for what is not the name of a block."""
+    symbols = [_one_spelling(symbol) for symbol in re.findall(r"\{[^}]*\}|\S", text)]
+    for symbol in symbols:
+        if symbol not in BLOCK_NAMES and symbol not in MIXER_LETTERS and not symbol.startswith("{"):
+            known = " ".join([*BLOCK_NAMES, *MIXER_LETTERS])
+            raise ValueError(f"{symbol!r} is no letter of a block; use some of {known}, or a mixer such as {{retnet}}")
+    return frozenset(symbols)
+
+
+def _one_spelling(symbol: str) -> str:
+    """Megatron's letter for Hunyuan's, and a mixer's letter for its name where it has one."""
+    letters = HUNYUAN_LETTERS | {f"{{{name}}}": letter for letter, name in MIXER_LETTERS.items()}
+    return letters.get(symbol, symbol)
+
+
+class _Parser:
+    """Recursive descent over the text; an item is a letter, `{name}` or `|` with the position it was written at."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def error(self, position: int, rule: str) -> ValueError:
+        shown = self.text.replace("\n", " ").replace("\t", " ")
+        return ValueError(f"pattern, character {position + 1}: {rule}\n  {shown}\n  {' ' * position}^")
+
+    def sequence(self, position: int, opened_at: int | None) -> tuple[list[tuple[str, int]], int]:
+        """Items from `position` to the closing parenthesis of `opened_at`, or to the end; and where they end."""
+        items: list[tuple[str, int]] = []
+        while position < len(self.text):
+            symbol = self.text[position]
+            if symbol == ")" and opened_at is not None:
+                return items, position
+            if symbol.isspace():
+                position += 1
+                continue
+            if symbol == "(":
+                group, position = self.group(position)
+                items += group
+            elif symbol == "{":
+                name, end = self.name(position)
+                items.append((name, position))
+                position = end
+            else:
+                items.append((self.letter(position), position))
+                position += 1
+            if len(items) > MAX_BLOCKS:
+                raise self.error(position - 1, f"more than {MAX_BLOCKS} blocks; use a smaller repetition")
+        if opened_at is not None:
+            raise self.error(opened_at, "this parenthesis is never closed; add ')'")
+        return items, position
+
+    def group(self, opened_at: int) -> tuple[list[tuple[str, int]], int]:
+        """A parenthesised sequence with its repetition applied, and the position after it."""
+        items, closed_at = self.sequence(opened_at + 1, opened_at)
+        if not items:
+            raise self.error(opened_at, "empty parentheses; put blocks between them or remove them")
+        position = closed_at + 1
+        if not self.starts_repeat(position):
+            return items, position
+        end = position + 1
+        while end < len(self.text) and self.is_digit(end):
+            end += 1
+        digits = self.text[position + 1 : end]
+        times = int(digits[:9])
+        if times == 0:
+            raise self.error(position + 1, "a repetition of 0 leaves nothing; use 1 or more, or remove the parentheses")
+        if len(digits) > 9 or times * len(items) > MAX_BLOCKS:
+            raise self.error(position + 1, f"more than {MAX_BLOCKS} blocks; use a smaller repetition")
+        return items * times, end
+
+    def name(self, opened_at: int) -> tuple[str, int]:
+        """A mixer in braces: its letter or `{name}`, and the position after it."""
+        closed_at = self.text.find("}", opened_at)
+        name = self.text[opened_at + 1 : closed_at if closed_at > 0 else None].strip()
+        if closed_at < 0 or not MIXER_NAME.fullmatch(name):
+            raise self.error(opened_at, "braces hold the name of a mixer in lower case, such as {retnet}")
+        return _one_spelling(f"{{{name}}}"), closed_at + 1
+
+    def letter(self, position: int) -> str:
+        """The Megatron letter (or `|`) at this position."""
+        symbol = self.text[position]
+        if self.starts_repeat(position):
+            raise self.error(
+                position,
+                f"{symbol!r} before a digit repeats a group and must follow ')'; write (M)x8 to repeat a block",
+            )
+        symbol = _one_spelling(symbol)
+        if symbol in BLOCK_NAMES or symbol in MIXER_LETTERS or symbol == "|":
+            return symbol
+        if symbol == ")":
+            raise self.error(position, "nothing to close here; remove ')' or add '(' before it")
+        if self.is_digit(position):
+            raise self.error(position, "a number must follow directly on ')*' or ')x', as in (ME)x8")
+        known = f"M, * or A, E or F, - or D, {', '.join(MIXER_LETTERS)}, and mixers in braces such as {{retnet}}"
+        raise self.error(position, f"no block is called {symbol!r}; blocks are {known}")
+
+    def starts_repeat(self, position: int) -> bool:
+        return self.text[position : position + 1] in ("*", "x") and self.is_digit(position + 1)
+
+    def is_digit(self, position: int) -> bool:
+        return self.text[position : position + 1] in tuple("0123456789")

@@ -1,0 +1,174 @@
+"""What a hybrid model is made of: one frozen section a kind of block."""
+
+from typing import Any, Literal
+
+from pydantic import Field, create_model
+
+from model.config.mixer_registry import mixer_specs
+from model.config.section import Section
+
+Activation = Literal["swiglu", "squared_relu"]
+
+
+class Mamba2Config(Section):
+    """Mamba2 mixer (Dao and Gu 2024, arXiv 2405.21060); letter `M`."""
+
+    num_heads: int = Field(gt=0, description="Heads of the recurrence; free of hidden_size.")
+    head_dim: int = Field(64, gt=0, description="Channels a head; inner width = num_heads * head_dim.")
+    state_size: int = Field(128, gt=0, description="State numbers a channel (N).")
+    num_groups: int = Field(
+        8,
+        gt=0,
+        description="Groups that share B and C; must divide num_heads. vLLM needs a multiple of its tensor ranks.",
+    )
+    conv_kernel: int = Field(4, ge=2, le=4, description="Width of the causal depthwise convolution over x, B and C.")
+    conv_bias: bool = Field(True, description="Bias in the convolution.")
+    chunk_size: int = Field(
+        64, gt=0, description="Tokens a chunk of the scan; changes speed and rounding, not meaning."
+    )
+    keep_states: bool = Field(
+        True,
+        description="Keep the states that enter chunks for backward (state_size / chunk_size times x); else it makes "
+        "them again: less memory, a tenth more traffic. Triton only: torch always keeps them.",
+    )
+    a_init_min: float = Field(
+        1.0, gt=0, description="-A starts uniform in [a_init_min, a_init_max], one number a head."
+    )
+    a_init_max: float = Field(16.0, gt=0, description="Upper end of the range for -A.")
+    time_step_min: float = Field(1e-3, gt=0, description="dt starts log-uniform in [time_step_min, time_step_max].")
+    time_step_max: float = Field(1e-1, gt=0, description="Upper end of the range for the first dt.")
+    time_step_floor: float = Field(1e-4, gt=0, description="Smallest first dt; dt is never clamped at run time.")
+
+    def inner_size(self) -> int:
+        """Width of x and z: num_heads * head_dim."""
+        return self.num_heads * self.head_dim
+
+    def conv_channels(self) -> int:
+        """Channels that pass the convolution: x, B and C."""
+        return self.inner_size() + 2 * self.num_groups * self.state_size
+
+
+class RopeConfig(Section):
+    """Rotary positions (Su et al. 2021, arXiv 2104.09864) and how they are stretched to longer texts."""
+
+    theta: float = Field(10_000.0, gt=0, description="Base of the frequencies.")
+    fraction: float = Field(1.0, gt=0, le=1, description="Part of each head that is rotated.")
+    scaling: Literal["none", "ntk", "yarn"] = Field(
+        "none", description="`ntk`: theta * alpha^(d/(d-2)); `yarn`: Peng et al. 2023 (arXiv 2309.00071)."
+    )
+    ntk_alpha: float | None = Field(
+        None, ge=1, description="NTK-aware alpha (Hunyuan: 50 for 32K, 1000 for 256K); only with scaling: ntk."
+    )
+    yarn_factor: float | None = Field(
+        None, ge=1, description="Length to come / length trained; only with scaling: yarn."
+    )
+    yarn_original_length: int | None = Field(
+        None, gt=0, description="Length trained before stretching; only with scaling: yarn."
+    )
+    yarn_beta_fast: float = Field(32.0, gt=0, description="Rotations above which a frequency is left alone.")
+    yarn_beta_slow: float = Field(1.0, gt=0, description="Rotations below which a frequency is interpolated.")
+
+
+class AttentionConfig(Section):
+    """Causal grouped-query attention; letter `*` (Hunyuan: `A`)."""
+
+    num_heads: int = Field(gt=0, description="Query heads.")
+    num_kv_heads: int = Field(gt=0, description="Key and value heads; must divide num_heads.")
+    head_dim: int = Field(gt=0, description="Channels a head; free of hidden_size.")
+    qk_norm: bool = Field(
+        False, description="RMSNorm over each query and key head (no native transformers class holds it)."
+    )
+    positions: Literal["none", "rope"] = Field("none", description="`none`: order comes from the Mamba2 layers alone.")
+    rope: RopeConfig = Field(RopeConfig(), description="Only read with positions: rope.")
+    softmax_scale: float | None = Field(None, gt=0, description="Default: head_dim ** -0.5.")
+
+
+class FeedForwardConfig(Section):
+    """Dense feed-forward; letter `-` (Hunyuan: `D`)."""
+
+    hidden_size: int = Field(gt=0, description="Inner width.")
+    activation: Activation = Field(
+        "squared_relu", description="`swiglu` is gated and has a third matrix; `squared_relu` is not gated."
+    )
+
+
+class MoeConfig(Section):
+    """Mixture of experts with optional shared expert; letter `E` (Hunyuan: `F`)."""
+
+    num_experts: int = Field(gt=0, description="Routed experts.")
+    top_k: int = Field(gt=0, description="Routed experts a token; at most num_experts.")
+    expert_hidden_size: int = Field(gt=0, description="Inner width of a routed expert.")
+    shared_expert_hidden_size: int = Field(0, ge=0, description="Inner width of the shared expert; 0: none.")
+    activation: Activation = Field("squared_relu", description="Of routed and shared experts.")
+    router: Literal["softmax", "sigmoid"] = Field("sigmoid", description="How logits become scores.")
+    normalize_probabilities: bool = Field(True, description="Divide the chosen scores by their sum.")
+    routed_scaling: float = Field(1.0, gt=0, description="Factor on the chosen probabilities.")
+    num_router_groups: int = Field(1, gt=0, description="Groups of experts for group-limited routing; 1: no limit.")
+    router_group_top_k: int = Field(1, gt=0, description="Groups a token may use; at most num_router_groups.")
+    expert_bias: bool = Field(
+        False,
+        description="Add a balancing bias to the scores when choosing (Wang et al. 2024, arXiv 2408.15664); sigmoid only.",
+    )
+    bias_update_rate: float = Field(1e-3, ge=0, description="Change of the balancing bias after each step.")
+    auxiliary_loss_weight: float = Field(
+        0.0, ge=0, description="Balance over a micro-batch (Fedus et al. 2021, arXiv 2101.03961, section 2.2)."
+    )
+    sequence_loss_weight: float = Field(
+        0.0, ge=0, description="Balance inside each row (DeepSeek-V3, arXiv 2412.19437, section 2.1.2)."
+    )
+    z_loss_weight: float = Field(
+        0.0, ge=0, description="Squared log-sum-exp of the router logits (Zoph et al. 2022, arXiv 2202.08906)."
+    )
+    latent_size: int | None = Field(
+        None, gt=0, description="Width at which tokens travel to routed experts; none: hidden_size."
+    )
+    capacity_factor: float | None = Field(
+        None,
+        gt=0,
+        description="While training, an expert takes this many times its even share of a micro-batch's choices; none: all that come.",
+    )
+    overflow: Literal["drop", "recycle"] = Field(
+        "drop",
+        description="Choices over capacity are lost, or go to a random expert with room (Hunyuan-Large, arXiv 2411.02265).",
+    )
+
+
+class MixersConfig(Section):
+    """Options of registered mixers, by name; needed by their letter or `{name}` in the pattern."""
+
+
+# A field a registered mixer, so that files, overrides, the schema and its pages treat plugins like our own.
+_MIXER_FIELDS: dict[str, Any] = {
+    spec.name: (spec.options | None, Field(None, description=f"Needed by {spec.symbol}."))
+    for spec in mixer_specs().values()
+}
+RegisteredMixers: type[MixersConfig] = create_model(
+    "RegisteredMixers", __base__=MixersConfig, __module__=__name__, **_MIXER_FIELDS
+)
+RegisteredMixers.__doc__ = MixersConfig.__doc__
+
+
+class ModelConfig(Section):
+    """A hybrid decoder: embedding, blocks of the pattern, norm, head."""
+
+    pattern: str = Field(
+        min_length=1,
+        description="Blocks in order: M Mamba2, * attention, E MoE, - dense; or Hunyuan's A, M, F, D; other mixers by letter or `{name}` (docs/mixers.md). `(MF)*8 AF` or `((ME)x8 *E)x7 ME` repeats, `|` cuts pipeline stages.",
+    )
+    vocab_size: int = Field(gt=0, description="Rows of the embedding; at least the tokenizer's.")
+    hidden_size: int = Field(gt=0, description="Width of the residual stream.")
+    norm_epsilon: float = Field(1e-5, gt=0, description="Of every RMSNorm.")
+    tie_embeddings: bool = Field(False, description="Head shares the embedding's weights.")
+    initializer_range: float = Field(0.02, gt=0, description="Standard deviation of first weights.")
+    depth_scaled_init: bool = Field(
+        True, description="Divide the deviation of output projections by sqrt(number of blocks)."
+    )
+    mamba: Mamba2Config | None = Field(None, description="Needed by M.")
+    attention: AttentionConfig | None = Field(None, description="Needed by * (A).")
+    moe: MoeConfig | None = Field(None, description="Needed by E (F).")
+    feed_forward: FeedForwardConfig | None = Field(None, description="Needed by - (D).")
+    mixers: RegisteredMixers = Field(RegisteredMixers(), description="Other sequence mixers; docs/mixers.md.")
+    residual_in_fp32: bool = Field(False, description="Keep the residual stream in float32 when weights are bf16.")
+    logits_z_loss_weight: float = Field(
+        0.0, ge=0, description="Squared log-sum-exp of the vocabulary logits (PaLM, arXiv 2204.02311, section 5)."
+    )

@@ -1,0 +1,1 @@
+"""Maps between our weights and those of transformers' classes."""

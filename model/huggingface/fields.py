@@ -1,0 +1,71 @@
+"""What several transformers classes share: rotary parameters of config.json, sizes of experts, refused fields."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from model.config.schema import AttentionConfig, ModelConfig, MoeConfig, RopeConfig
+
+# transformers multiplies experts with torch's grouped product, whose rows must be whole 16 bytes, in bf16 too.
+EXPERT_SIZE_MULTIPLE = 8
+
+
+def unfit_expert_sizes(config: ModelConfig, moe: MoeConfig) -> list[str]:
+    """Sizes of expert matrices with which the native classes raise an error at their first forward pass."""
+    sizes = {"model.hidden_size": config.hidden_size, "model.moe.expert_hidden_size": moe.expert_hidden_size}
+    if moe.latent_size is not None:
+        sizes["model.moe.latent_size"] = moe.latent_size
+    return [
+        f"{name}={size}: experts in transformers need multiples of {EXPERT_SIZE_MULTIPLE} (rows of 16 bytes in bf16); "
+        f"use {-(-size // EXPERT_SIZE_MULTIPLE) * EXPERT_SIZE_MULTIPLE}, or target own"
+        for name, size in sizes.items()
+        if size % EXPERT_SIZE_MULTIPLE
+    ]
+
+
+def require_fields(fields: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Refuses fields that our model cannot follow; an absent field has the expected value."""
+    for name, value in expected.items():
+        if fields.get(name, value) not in (value, None):
+            raise ValueError(
+                f"config.json: {name}={fields[name]} cannot be imported; our model has {name}={value} only"
+            )
+
+
+def rope_parameters(attention: AttentionConfig) -> dict[str, Any]:
+    """`rope_parameters` of an attention with rotary positions; the rotated part of a head is the class's matter."""
+    rope = attention.rope
+    parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": rope.theta}
+    if rope.scaling == "ntk":
+        # NTK-aware scaling is plain RoPE of a larger base (see kernels/rope).
+        size = int(attention.head_dim * rope.fraction)
+        parameters["rope_theta"] = rope.theta * (rope.ntk_alpha or 1.0) ** (size / (size - 2))
+    elif rope.scaling == "yarn":
+        parameters |= {
+            "rope_type": "yarn",
+            "factor": rope.yarn_factor,
+            "original_max_position_embeddings": rope.yarn_original_length,
+            "beta_fast": rope.yarn_beta_fast,
+            "beta_slow": rope.yarn_beta_slow,
+        }
+    return parameters
+
+
+def rope_from_parameters(parameters: Mapping[str, Any]) -> RopeConfig:
+    """Our rotary section from `rope_parameters`. Raises ValueError for a kind that we have not."""
+    theta = float(parameters.get("rope_theta", 10_000.0))
+    kind = parameters.get("rope_type", "default")
+    if kind == "default":
+        return RopeConfig(theta=theta)
+    if kind == "yarn":
+        require_fields(parameters, {"attention_factor": None, "mscale": None, "mscale_all_dim": None, "truncate": True})
+        return RopeConfig(
+            theta=theta,
+            scaling="yarn",
+            yarn_factor=parameters["factor"],
+            yarn_original_length=parameters["original_max_position_embeddings"],
+            yarn_beta_fast=parameters.get("beta_fast") or 32.0,
+            yarn_beta_slow=parameters.get("beta_slow") or 1.0,
+        )
+    raise ValueError(f"config.json: rope_type={kind} cannot be imported; use default or yarn")

@@ -1,0 +1,227 @@
+"""What transformers' `qwen3_next` can hold of a model, and its config.json: Gated DeltaNet, attention, experts.
+
+Read from transformers 5.24 (`configuration_qwen3_next.py`, `modeling_qwen3_next.py`). Every layer is a mixer and a
+feed-forward, each after a norm. Its attention and its shared expert have gates that ours have not: a sigmoid of zero is one
+half, so that zero weights for the gate and twice ours for the matrix after it are the same function
+(`huggingface_qwen3_next_weights.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from model.config.mixer_options import GatedDeltaNetOptions
+from model.config.pattern import parse_pattern
+from model.config.schema import AttentionConfig, FeedForwardConfig, ModelConfig, MoeConfig
+from model.huggingface.fields import require_fields, rope_from_parameters, rope_parameters, unfit_expert_sizes
+
+LAYER_TYPES = {"G": "linear_attention", "*": "full_attention"}
+LETTERS = {name: letter for letter, name in LAYER_TYPES.items()}
+
+
+def unfit_for_qwen3_next(config: ModelConfig) -> list[str]:
+    """Every choice that the class cannot hold, as value, rule and remedy."""
+    letters = parse_pattern(config.pattern).letters
+    reasons = _unfit_pairs(letters)
+    if "G" in letters:
+        reasons += _unfit_delta(config)
+    if "*" in letters and config.attention is not None:
+        reasons += _unfit_attention(config.attention)
+    if "E" in letters and config.moe is not None:
+        reasons += _unfit_experts(config, config.moe)
+    if "-" in letters and config.feed_forward is not None and config.feed_forward.activation != "swiglu":
+        reasons.append(
+            f"model.feed_forward.activation={config.feed_forward.activation}: the feed-forward of qwen3_next is gated; "
+            "use swiglu, or target own"
+        )
+    return reasons
+
+
+def _unfit_pairs(letters: tuple[str, ...]) -> list[str]:
+    mixers, seconds = letters[0::2], letters[1::2]
+    is_paired = len(mixers) == len(seconds) and set(mixers) <= set("G*") and set(seconds) <= set("E-")
+    if is_paired:
+        return []
+    return [
+        f"model.pattern={''.join(letters)}: layers of qwen3_next are pairs, G or * and then E or -; use such a pattern, or "
+        "target own"
+    ]
+
+
+def _unfit_delta(config: ModelConfig) -> list[str]:
+    options = delta_options(config)
+    reasons = []
+    if options.allow_negative_eigenvalues:
+        reasons.append(
+            "model.mixers.gated_deltanet.allow_negative_eigenvalues=true: beta of qwen3_next is below 1; use false, or "
+            "target own"
+        )
+    if not options.conv_kernel:
+        reasons.append(
+            "model.mixers.gated_deltanet.conv_kernel=0: qwen3_next always convolves; use 2 to 4, or target own"
+        )
+    return reasons
+
+
+def _unfit_attention(attention: AttentionConfig) -> list[str]:
+    reasons = []
+    if not attention.qk_norm:
+        reasons.append("model.attention.qk_norm=false: qwen3_next norms queries and keys; use true, or target own")
+    if attention.positions != "rope":
+        reasons.append(
+            f"model.attention.positions={attention.positions}: attention of qwen3_next is rotary; use rope, or target own"
+        )
+    scale = attention.softmax_scale
+    if scale is not None and scale != attention.head_dim**-0.5:
+        reasons.append(
+            f"model.attention.softmax_scale={scale}: qwen3_next scales by head_dim ** -0.5 = "
+            f"{attention.head_dim**-0.5:.6g}; leave it out, or target own"
+        )
+    return reasons
+
+
+def _unfit_experts(config: ModelConfig, moe: MoeConfig) -> list[str]:
+    wanted = {
+        "activation": ("swiglu", "its experts are gated"),
+        "router": ("softmax", "it scores experts with a softmax"),
+        "routed_scaling": (1.0, "it has no such factor"),
+        "num_router_groups": (1, "it does not group experts"),
+        "expert_bias": (False, "its router has no bias"),
+        "latent_size": (None, "its experts read the full width"),
+    }
+    reasons = []
+    for name, (value, rule) in wanted.items():
+        found = getattr(moe, name)
+        if found != value:
+            remedy = "leave it out" if value is None else f"use {_spell(value)}"
+            reasons.append(f"model.moe.{name}={_spell(found)}: of qwen3_next, {rule}; {remedy}, or target own")
+    return reasons + unfit_expert_sizes(config, moe)
+
+
+def _spell(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def delta_options(config: ModelConfig) -> GatedDeltaNetOptions:
+    """The options of G, which the pattern has."""
+    options: GatedDeltaNetOptions = getattr(config.mixers, "gated_deltanet")  # noqa: B009
+    return options
+
+
+def qwen3_next_fields(config: ModelConfig) -> dict[str, Any]:
+    """The fields of config.json that are the class's own."""
+    letters = parse_pattern(config.pattern).letters
+    mixers, seconds = letters[0::2], letters[1::2]
+    fields: dict[str, Any] = {
+        "architectures": ["Qwen3NextForCausalLM"],
+        "model_type": "qwen3_next",
+        "num_hidden_layers": len(mixers),
+        "layer_types": [LAYER_TYPES[letter] for letter in mixers],
+        "mlp_only_layers": [layer for layer, letter in enumerate(seconds) if letter == "-"],
+        "decoder_sparse_step": 1,
+        "rms_norm_eps": config.norm_epsilon,
+        "tie_word_embeddings": config.tie_embeddings,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        # A model without attention still needs sizes that the class accepts.
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 1.0},
+    }
+    if config.attention is not None:
+        attention = config.attention
+        rope = rope_parameters(attention) | {"partial_rotary_factor": attention.rope.fraction}
+        fields |= {
+            "num_attention_heads": attention.num_heads,
+            "num_key_value_heads": attention.num_kv_heads,
+            "head_dim": attention.head_dim,
+            "rope_parameters": rope,
+        }
+    if "G" in mixers:
+        options = delta_options(config)
+        fields |= {
+            "linear_conv_kernel_dim": options.conv_kernel,
+            "linear_key_head_dim": options.key_dim(),
+            "linear_value_head_dim": options.value_dim(),
+            "linear_num_key_heads": options.key_heads(),
+            "linear_num_value_heads": options.num_heads,
+        }
+    if config.feed_forward is not None:
+        fields["intermediate_size"] = config.feed_forward.hidden_size
+    if config.moe is None:
+        return fields | {"num_experts": 0}
+    moe = config.moe
+    return fields | {
+        "num_experts": moe.num_experts,
+        "num_experts_per_tok": moe.top_k,
+        "moe_intermediate_size": moe.expert_hidden_size,
+        "shared_expert_intermediate_size": moe.shared_expert_hidden_size or 1,
+        "norm_topk_prob": moe.normalize_probabilities,
+    }
+
+
+def model_config_from_qwen3_next(fields: Mapping[str, Any]) -> ModelConfig:
+    """Our configuration from config.json with the class's defaults filled in.
+
+    Raises ValueError where the class uses something that our model does not have; gates are refused by their weights.
+    """
+    require_fields(fields, {"hidden_act": "silu", "attention_bias": False, "decoder_sparse_step": 1})
+    dense = set(fields.get("mlp_only_layers") or ())
+    if not fields["num_experts"]:
+        dense = set(range(len(fields["layer_types"])))
+    letters = [LETTERS[kind] + ("-" if layer in dense else "E") for layer, kind in enumerate(fields["layer_types"])]
+    pattern = "".join(letters)
+    return ModelConfig.model_validate(
+        {
+            "pattern": pattern,
+            "vocab_size": fields["vocab_size"],
+            "hidden_size": fields["hidden_size"],
+            "norm_epsilon": fields["rms_norm_eps"],
+            "tie_embeddings": fields["tie_word_embeddings"],
+            "initializer_range": fields["initializer_range"],
+            "attention": _attention(fields) if "*" in pattern else None,
+            "mixers": {"gated_deltanet": _delta(fields)} if "G" in pattern else {},
+            "moe": _moe(fields) if "E" in pattern else None,
+            "feed_forward": FeedForwardConfig(hidden_size=fields["intermediate_size"], activation="swiglu")
+            if "-" in pattern
+            else None,
+        }
+    )
+
+
+def _attention(fields: Mapping[str, Any]) -> AttentionConfig:
+    parameters = fields.get("rope_parameters") or {}
+    fraction = float(parameters.get("partial_rotary_factor") or 1.0)
+    return AttentionConfig(
+        num_heads=fields["num_attention_heads"],
+        num_kv_heads=fields["num_key_value_heads"],
+        head_dim=fields["head_dim"],
+        qk_norm=True,
+        positions="rope",
+        rope=rope_from_parameters(parameters).model_copy(update={"fraction": fraction}),
+    )
+
+
+def _delta(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "conv_kernel": fields["linear_conv_kernel_dim"],
+        "num_heads": fields["linear_num_value_heads"],
+        "num_key_heads": fields["linear_num_key_heads"],
+        "head_dim": fields["linear_key_head_dim"],
+        "value_head_dim": fields["linear_value_head_dim"],
+    }
+
+
+def _moe(fields: Mapping[str, Any]) -> MoeConfig:
+    return MoeConfig(
+        num_experts=fields["num_experts"],
+        top_k=fields["num_experts_per_tok"],
+        expert_hidden_size=fields["moe_intermediate_size"],
+        shared_expert_hidden_size=fields["shared_expert_intermediate_size"],
+        activation="swiglu",
+        router="softmax",
+        normalize_probabilities=fields["norm_topk_prob"],
+    )

@@ -1,0 +1,180 @@
+"""Where each of our weights lies in a checkpoint of transformers' `qwen3_next`.
+
+Exact both ways but for one thing: its norms are 1 + w, so that a norm of ours below 0.5 is rounded at 2^-24.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.config.pattern import parse_pattern
+from model.config.schema import ModelConfig
+from model.huggingface.entries import WeightEntry, WeightMap
+from model.huggingface.qwen3_next import delta_options
+
+
+@dataclass(frozen=True)
+class NormEntry(WeightEntry):
+    """w of ours is 1 + w of theirs."""
+
+    def split(self, tensor: Tensor) -> dict[str, Tensor]:
+        """As in the base class."""
+        return {self.theirs[0]: tensor - 1.0}
+
+    def join(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """As in the base class."""
+        return tensors[self.theirs[0]] + 1.0
+
+
+@dataclass(frozen=True)
+class DoubledEntry(WeightEntry):
+    """Twice ours, after a gate that is one half everywhere."""
+
+    def split(self, tensor: Tensor) -> dict[str, Tensor]:
+        """As in the base class."""
+        return {self.theirs[0]: tensor * 2.0}
+
+    def join(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """As in the base class."""
+        return tensors[self.theirs[0]] * 0.5
+
+
+@dataclass(frozen=True)
+class QueryEntry(WeightEntry):
+    """Of each head `head_dim` rows of queries, then as many of its gate: zeros."""
+
+    head_dim: int = 0
+
+    def split(self, tensor: Tensor) -> dict[str, Tensor]:
+        """As in the base class."""
+        queries_HKD = tensor.unflatten(0, (-1, self.head_dim))
+        return {self.theirs[0]: torch.cat([queries_HKD, torch.zeros_like(queries_HKD)], dim=1).flatten(0, 1)}
+
+    def join(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """As in the base class; raises ValueError for a gate that does something."""
+        queries_HKD, gate_HKD = tensors[self.theirs[0]].unflatten(0, (-1, 2 * self.head_dim)).chunk(2, dim=1)
+        if torch.count_nonzero(gate_HKD):
+            raise ValueError(f"{self.theirs[0]} has an output gate, and our attention has none: it cannot be imported")
+        return queries_HKD.flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class GatedEntry(WeightEntry):
+    """Rows of the gate and rows above it, [.., 2 F, D], as two tensors; of experts as two tensors each."""
+
+    def split(self, tensor: Tensor) -> dict[str, Tensor]:
+        """As in the base class."""
+        experts = tensor.unbind() if tensor.dim() == 3 else (tensor,)
+        halves = [half.contiguous() for expert in experts for half in expert.chunk(2)]
+        return dict(zip(self.theirs, halves, strict=True))
+
+    def join(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """As in the base class."""
+        halves = [tensors[name] for name in self.theirs]
+        if self.form != "experts":
+            return torch.cat(halves)
+        return torch.stack([torch.cat(halves[place : place + 2]) for place in range(0, len(halves), 2)])
+
+
+@dataclass(frozen=True)
+class DeltaEntry(WeightEntry):
+    """Our rows q, k, v, beta, decay, gate as two tensors: q, k, v and gate of a key head together, and beta and decay.
+
+    sizes: rows of one key head of q, k, v, beta, decay and gate.
+    """
+
+    sizes: tuple[int, ...] = ()
+
+    def split(self, tensor: Tensor) -> dict[str, Tensor]:
+        """As in the base class."""
+        heads = len(tensor) // sum(self.sizes)
+        parts = tensor.split([heads * size for size in self.sizes])
+        q, k, v, beta, decay, gate = (part.unflatten(0, (heads, -1)) for part in parts)
+        first, second = torch.cat([q, k, v, gate], dim=1), torch.cat([beta, decay], dim=1)
+        return {self.theirs[0]: first.flatten(0, 1), self.theirs[1]: second.flatten(0, 1)}
+
+    def join(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """As in the base class."""
+        first, second = (tensors[name] for name in self.theirs)
+        keys, _, values, beta, decay, gate = self.sizes
+        of_head = (keys, keys, values, gate)
+        heads = len(first) // sum(of_head)
+        q, k, v, z = first.unflatten(0, (heads, -1)).split(of_head, dim=1)
+        b, a = second.unflatten(0, (heads, -1)).split((beta, decay), dim=1)
+        return torch.cat([part.flatten(0, 1) for part in (q, k, v, b, a, z)])
+
+
+def qwen3_next_map(config: ModelConfig) -> WeightMap:
+    """The map of a model that fits the class."""
+    entries = [WeightEntry("embedding.weight", ("model.embed_tokens.weight",))]
+    zeros: dict[str, tuple[int, ...]] = {}
+    blocks = {"G": _delta_entries, "*": _attention_entries, "E": _expert_entries, "-": _dense_entries}
+    for index, letter in enumerate(parse_pattern(config.pattern).letters):
+        ours, theirs = f"blocks.{index}.", f"model.layers.{index // 2}."
+        norm = "input_layernorm" if letter in "G*" else "post_attention_layernorm"
+        entries.append(NormEntry(f"{ours}norm.weight", (f"{theirs}{norm}.weight",)))
+        entries += blocks[letter](config, f"{ours}mixer.", theirs)
+        if letter == "E":
+            zeros |= _gate_zeros(config, f"{theirs}mlp.")
+    entries.append(NormEntry("final_norm.weight", ("model.norm.weight",)))
+    if not config.tie_embeddings:
+        entries.append(WeightEntry("head.weight", ("lm_head.weight",)))
+    return WeightMap(tuple(entries), zeros)
+
+
+def _delta_entries(config: ModelConfig, ours: str, layer: str) -> Iterator[WeightEntry]:
+    options, theirs = delta_options(config), f"{layer}linear_attn."
+    shared = options.num_heads // options.key_heads()
+    values = shared * options.value_dim()
+    sizes = (options.key_dim(), options.key_dim(), values, shared, shared, values)
+    names = (f"{theirs}in_proj_qkvz.weight", f"{theirs}in_proj_ba.weight")
+    yield DeltaEntry(f"{ours}in_proj.weight", names, sizes=sizes)
+    yield WeightEntry(f"{ours}conv.weight", (f"{theirs}conv1d.weight",), "conv")
+    for name in ("A_log", "dt_bias", "norm.weight", "out_proj.weight"):
+        yield WeightEntry(ours + name, (theirs + name,))
+
+
+def _attention_entries(config: ModelConfig, ours: str, layer: str) -> Iterator[WeightEntry]:
+    assert config.attention is not None, "the pattern has *, the configuration no attention section"
+    theirs = f"{layer}self_attn."
+    yield QueryEntry(f"{ours}q_proj.weight", (f"{theirs}q_proj.weight",), head_dim=config.attention.head_dim)
+    for name in ("k_proj.weight", "v_proj.weight"):
+        yield WeightEntry(ours + name, (theirs + name,))
+    yield DoubledEntry(f"{ours}o_proj.weight", (f"{theirs}o_proj.weight",))
+    for name in ("q_norm.weight", "k_norm.weight"):
+        yield NormEntry(ours + name, (theirs + name,))
+
+
+def _dense_entries(config: ModelConfig, ours: str, layer: str) -> Iterator[WeightEntry]:
+    theirs = f"{layer}mlp."
+    yield GatedEntry(f"{ours}up_proj.weight", (f"{theirs}gate_proj.weight", f"{theirs}up_proj.weight"))
+    yield WeightEntry(f"{ours}down_proj.weight", (f"{theirs}down_proj.weight",))
+
+
+def _expert_entries(config: ModelConfig, ours: str, layer: str) -> Iterator[WeightEntry]:
+    assert config.moe is not None, "the pattern has E, the configuration no moe section"
+    theirs = f"{layer}mlp."
+    yield WeightEntry(f"{ours}router.weight", (f"{theirs}gate.weight",))
+    experts = [f"{theirs}experts.{expert}." for expert in range(config.moe.num_experts)]
+    gated = tuple(f"{expert}{half}_proj.weight" for expert in experts for half in ("gate", "up"))
+    yield GatedEntry(f"{ours}experts.up", gated, "experts")
+    yield WeightEntry(f"{ours}experts.down", tuple(f"{expert}down_proj.weight" for expert in experts), "experts")
+    if config.moe.shared_expert_hidden_size:
+        shared = f"{theirs}shared_expert."
+        yield GatedEntry(f"{ours}shared.up_proj.weight", (f"{shared}gate_proj.weight", f"{shared}up_proj.weight"))
+        yield DoubledEntry(f"{ours}shared.down_proj.weight", (f"{shared}down_proj.weight",))
+
+
+def _gate_zeros(config: ModelConfig, theirs: str) -> dict[str, tuple[int, ...]]:
+    """The gate of the shared expert, and a shared expert of width 1 where we have none."""
+    assert config.moe is not None, "the pattern has E, the configuration no moe section"
+    width = config.hidden_size
+    zeros: dict[str, tuple[int, ...]] = {f"{theirs}shared_expert_gate.weight": (1, width)}
+    if not config.moe.shared_expert_hidden_size:
+        zeros |= {f"{theirs}shared_expert.{name}_proj.weight": (1, width) for name in ("gate", "up")}
+        zeros[f"{theirs}shared_expert.down_proj.weight"] = (width, 1)
+    return zeros

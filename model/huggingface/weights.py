@@ -1,0 +1,210 @@
+"""Where each of our weights lies in a transformers checkpoint: names, and the few changes of shape between them.
+
+Names on disk are those of the published checkpoints (transformers renames some while loading).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from model.build import build_mixer
+from model.config.pattern import parse_pattern
+from model.config.schema import ModelConfig
+from model.huggingface.entries import Form, WeightEntry, WeightMap
+from model.huggingface.qwen3_next_weights import qwen3_next_map
+from model.huggingface.targets import Target
+from model.parallel.groups import single_rank_groups
+
+
+def weight_map(config: ModelConfig, target: Target) -> WeightMap:
+    """The map between our names and those of `target`; the configuration must fit it (`explain_unfit`)."""
+    if target == "nemotron_h":
+        return _nemotron_h_map(config)
+    if target == "granitemoehybrid":
+        return _granite_map(config)
+    if target == "qwen3_next":
+        return qwen3_next_map(config)
+    return WeightMap(tuple(WeightEntry(name, (name,)) for name in weight_shapes(config)), {})
+
+
+def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every weight of our model (the router's bias buffer included), in order."""
+    shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (config.vocab_size, config.hidden_size)}
+    for index, letter in enumerate(parse_pattern(config.pattern).letters):
+        shapes[f"blocks.{index}.norm.weight"] = (config.hidden_size,)
+        for name, shape in block_shapes(config, letter).items():
+            shapes[f"blocks.{index}.mixer.{name}"] = shape
+    shapes["final_norm.weight"] = (config.hidden_size,)
+    if not config.tie_embeddings:
+        shapes["head.weight"] = (config.vocab_size, config.hidden_size)
+    return shapes
+
+
+def block_shapes(config: ModelConfig, letter: str) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every weight of a kind of block, its norm apart; of registered mixers on one that is built."""
+    if letter in _MIXER_SHAPES:
+        return _MIXER_SHAPES[letter](config)
+    with torch.device("meta"):
+        mixer = build_mixer(parse_pattern(config.pattern).letters.index(letter), config, single_rank_groups(), "torch")
+    return {name: tuple(tensor.shape) for name, tensor in mixer.state_dict().items()}
+
+
+def _mamba_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    mamba, width = config.mamba, config.hidden_size
+    assert mamba is not None, "the pattern has M, the configuration no mamba section"
+    inner, channels = mamba.inner_size(), mamba.conv_channels()
+    shapes: dict[str, tuple[int, ...]] = {
+        "in_proj.weight": (inner + channels + mamba.num_heads, width),
+        "conv.weight": (channels, mamba.conv_kernel),
+    }
+    if mamba.conv_bias:
+        shapes["conv.bias"] = (channels,)
+    heads = (mamba.num_heads,)
+    return shapes | {
+        "A_log": heads,
+        "D": heads,
+        "dt_bias": heads,
+        "norm.weight": (inner,),
+        "out_proj.weight": (width, inner),
+    }
+
+
+def _attention_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    attention, width = config.attention, config.hidden_size
+    assert attention is not None, "the pattern has *, the configuration no attention section"
+    queries, keys = attention.num_heads * attention.head_dim, attention.num_kv_heads * attention.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "q_proj.weight": (queries, width),
+        "k_proj.weight": (keys, width),
+        "v_proj.weight": (keys, width),
+        "o_proj.weight": (width, queries),
+    }
+    if attention.qk_norm:
+        shapes |= {"q_norm.weight": (attention.head_dim,), "k_norm.weight": (attention.head_dim,)}
+    return shapes
+
+
+def _feed_forward_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    dense = config.feed_forward
+    assert dense is not None, "the pattern has -, the configuration no feed_forward section"
+    return _mlp_shapes("", config.hidden_size, dense.hidden_size, dense.activation)
+
+
+def _moe_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    moe, width = config.moe, config.hidden_size
+    assert moe is not None, "the pattern has E, the configuration no moe section"
+    shapes: dict[str, tuple[int, ...]] = {"router.weight": (moe.num_experts, width)}
+    if moe.expert_bias:
+        shapes["expert_bias"] = (moe.num_experts,)
+    read, hidden = moe.latent_size or width, moe.expert_hidden_size
+    shapes["experts.up"] = (moe.num_experts, hidden * (2 if moe.activation == "swiglu" else 1), read)
+    shapes["experts.down"] = (moe.num_experts, read, hidden)
+    if moe.shared_expert_hidden_size:
+        shapes |= _mlp_shapes("shared.", width, moe.shared_expert_hidden_size, moe.activation)
+    if moe.latent_size is not None:
+        shapes |= {"latent_down.weight": (moe.latent_size, width), "latent_up.weight": (width, moe.latent_size)}
+    return shapes
+
+
+def _mlp_shapes(prefix: str, width: int, hidden: int, activation: str) -> dict[str, tuple[int, ...]]:
+    rows = 2 * hidden if activation == "swiglu" else hidden
+    return {f"{prefix}up_proj.weight": (rows, width), f"{prefix}down_proj.weight": (width, hidden)}
+
+
+_MIXER_SHAPES = {"M": _mamba_shapes, "*": _attention_shapes, "-": _feed_forward_shapes, "E": _moe_shapes}
+
+# Mamba2 tensors are named alike in both native classes, but for the convolution.
+_CONV_FORMS: dict[str, tuple[str, Form]] = {
+    "conv.weight": ("conv1d.weight", "conv"),
+    "conv.bias": ("conv1d.bias", "same"),
+}
+
+
+def _nemotron_h_map(config: ModelConfig) -> WeightMap:
+    entries = [WeightEntry("embedding.weight", ("backbone.embeddings.weight",))]
+    zeros: dict[str, tuple[int, ...]] = {}
+    for index, letter in enumerate(parse_pattern(config.pattern).letters):
+        ours, theirs = f"blocks.{index}.mixer.", f"backbone.layers.{index}.mixer."
+        entries.append(WeightEntry(f"blocks.{index}.norm.weight", (f"backbone.layers.{index}.norm.weight",)))
+        for name in _MIXER_SHAPES[letter](config):
+            entries.append(_nemotron_h_entry(ours + name, theirs, name, config))
+        if letter == "E":
+            zeros |= _nemotron_h_zeros(theirs, config)
+    entries.append(WeightEntry("final_norm.weight", ("backbone.norm_f.weight",)))
+    # The class never ties its head: without its own copy of a tied weight it would start at random.
+    tied = config.tie_embeddings
+    entries.append(
+        WeightEntry("embedding.weight" if tied else "head.weight", ("lm_head.weight",), "copy" if tied else "same")
+    )
+    return WeightMap(tuple(entries), zeros)
+
+
+_NEMOTRON_H_MOE = {
+    "router.weight": "gate.weight",
+    "expert_bias": "gate.e_score_correction_bias",
+    "shared.up_proj.weight": "shared_experts.up_proj.weight",
+    "shared.down_proj.weight": "shared_experts.down_proj.weight",
+    "latent_down.weight": "fc1_latent_proj.weight",
+    "latent_up.weight": "fc2_latent_proj.weight",
+}
+
+
+def _nemotron_h_entry(ours: str, theirs: str, name: str, config: ModelConfig) -> WeightEntry:
+    if name in ("experts.up", "experts.down"):
+        assert config.moe is not None, "experts without a moe section"
+        suffix = "up_proj" if name == "experts.up" else "down_proj"
+        names = tuple(f"{theirs}experts.{expert}.{suffix}.weight" for expert in range(config.moe.num_experts))
+        return WeightEntry(ours, names, "experts")
+    if name in _CONV_FORMS:
+        other, form = _CONV_FORMS[name]
+        return WeightEntry(ours, (theirs + other,), form)
+    return WeightEntry(ours, (theirs + _NEMOTRON_H_MOE.get(name, name),))
+
+
+def _nemotron_h_zeros(theirs: str, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Tensors the class always has: a shared expert of width 1 and a routing bias, both zero where we have none."""
+    moe, width = config.moe, config.hidden_size
+    assert moe is not None, "the pattern has E, the configuration no moe section"
+    zeros: dict[str, tuple[int, ...]] = {}
+    if not moe.expert_bias:
+        zeros[f"{theirs}gate.e_score_correction_bias"] = (moe.num_experts,)
+    if not moe.shared_expert_hidden_size:
+        zeros[f"{theirs}shared_experts.up_proj.weight"] = (1, width)
+        zeros[f"{theirs}shared_experts.down_proj.weight"] = (width, 1)
+    return zeros
+
+
+_GRANITE_SECOND = {
+    "router.weight": "block_sparse_moe.router.layer.weight",
+    "experts.up": "block_sparse_moe.input_linear.weight",
+    "experts.down": "block_sparse_moe.output_linear.weight",
+    "shared.up_proj.weight": "shared_mlp.input_linear.weight",
+    "shared.down_proj.weight": "shared_mlp.output_linear.weight",
+    "up_proj.weight": "shared_mlp.input_linear.weight",
+    "down_proj.weight": "shared_mlp.output_linear.weight",
+}
+
+
+def _granite_map(config: ModelConfig) -> WeightMap:
+    entries = [WeightEntry("embedding.weight", ("model.embed_tokens.weight",))]
+    zeros: dict[str, tuple[int, ...]] = {}
+    for index, letter in enumerate(parse_pattern(config.pattern).letters):
+        layer = f"model.layers.{index // 2}."
+        norm = "input_layernorm" if letter in "M*" else "post_attention_layernorm"
+        entries.append(WeightEntry(f"blocks.{index}.norm.weight", (f"{layer}{norm}.weight",)))
+        for name in _MIXER_SHAPES[letter](config):
+            ours = f"blocks.{index}.mixer.{name}"
+            if letter == "M":
+                other, form = _CONV_FORMS.get(name, (name, "same"))
+                entries.append(WeightEntry(ours, (f"{layer}mamba.{other}",), form))
+            elif letter == "*":
+                entries.append(WeightEntry(ours, (f"{layer}self_attn.{name}",)))
+            else:
+                entries.append(WeightEntry(ours, (layer + _GRANITE_SECOND[name],)))
+        if letter == "E" and config.moe is not None and not config.moe.shared_expert_hidden_size:
+            zeros[f"{layer}shared_mlp.input_linear.weight"] = (2, config.hidden_size)
+            zeros[f"{layer}shared_mlp.output_linear.weight"] = (config.hidden_size, 1)
+    entries.append(WeightEntry("final_norm.weight", ("model.norm.weight",)))
+    if not config.tie_embeddings:
+        entries.append(WeightEntry("head.weight", ("lm_head.weight",)))
+    return WeightMap(tuple(entries), zeros)

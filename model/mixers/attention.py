@@ -1,0 +1,132 @@
+"""The attention block's mixer: causal grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from kernels.attention.op import attention, fastest_backend
+from kernels.rope.op import qk_norm_rope, rope_frequencies
+from model.config.schema import AttentionConfig, ModelConfig
+from model.mixers.interface import AttentionCache, BlockState, MixerOutput
+from model.packing import PackMeta
+from model.parallel.context import gather_rows
+from model.parallel.groups import ProcessGroupCollection
+from model.parallel.layers import ColumnLinear, KeepsBuffers, RowLinear
+from model.parallel.regions import leave_tensor_region, project_stream
+from model.parallel.shards import Shard, divide, divide_units
+from model.segments import Segments
+
+
+class AttentionMixer(KeepsBuffers):
+    """q, k, v projections, optional norm a head, optional rotary positions, attention inside each document, o_proj.
+
+    Query and key-value heads are cut over the tensor-parallel ranks; where key-value heads are fewer, neighbouring ranks hold
+    the same one. Positions restart at each document. Rotation angles and the softmax are computed in float32 for bf16
+    weights.
+    """
+
+    def __init__(self, config: ModelConfig, groups: ProcessGroupCollection, backend: str) -> None:
+        super().__init__()
+        assert config.attention is not None, "check_model was not called: model.attention is missing"
+        section: AttentionConfig = config.attention
+        self.section, self.backend, self.epsilon = section, backend, config.norm_epsilon
+        self.groups = groups
+        self.head_dim, self.scale = section.head_dim, section.softmax_scale
+        self.num_heads = divide(section.num_heads, groups, "model.attention.num_heads")
+        self.num_kv_heads = divide_units(section.num_kv_heads, groups, "model.attention.num_kv_heads")
+        query_width, kv_width = section.num_heads * self.head_dim, section.num_kv_heads * self.head_dim
+        hidden, kv_name, kv_units = config.hidden_size, "model.attention.num_kv_heads", (section.num_kv_heads,)
+        self.q_proj = ColumnLinear(hidden, (query_width,), groups, name="model.attention.num_heads")
+        self.k_proj = ColumnLinear(hidden, (kv_width,), groups, name=kv_name, units=kv_units)
+        self.v_proj = ColumnLinear(hidden, (kv_width,), groups, name=kv_name, units=kv_units)
+        self.o_proj = RowLinear(query_width, hidden, groups, name="model.attention.num_heads")
+        self.q_norm = HeadNorm(self.head_dim) if section.qk_norm else None
+        self.k_norm = HeadNorm(self.head_dim) if section.qk_norm else None
+        self.attention_factor = 1.0
+        self.inverse_frequencies: Tensor | None
+        self.register_buffer("inverse_frequencies", None, persistent=False)
+        self.reset_buffers()
+
+    def reset_buffers(self) -> None:
+        """Computes the rotary frequencies again, on the device of the weights."""
+        if self.section.positions == "none":
+            return
+        rope = self.section.rope
+        frequencies, self.attention_factor = rope_frequencies(
+            self.head_dim,
+            theta=rope.theta,
+            fraction=rope.fraction,
+            scaling=rope.scaling,
+            ntk_alpha=rope.ntk_alpha,
+            yarn_factor=rope.yarn_factor,
+            yarn_original_length=rope.yarn_original_length,
+            yarn_beta_fast=rope.yarn_beta_fast,
+            yarn_beta_slow=rope.yarn_beta_slow,
+        )
+        self.inverse_frequencies = frequencies.to(self.q_proj.weight.device)
+
+    def forward(self, x_BTD: Tensor, meta: PackMeta, state: BlockState = None) -> MixerOutput:
+        """x [B, T, D] -> y [B, T, D]; with a cache the tokens also see all of its keys, and the longer cache is returned."""
+        weights = [self.q_proj.weight, self.k_proj.weight, self.v_proj.weight]
+        q_BTX, k_BTX, v_BSX = project_stream(x_BTD, weights, self.groups)
+        q_BTHK = q_BTX.unflatten(-1, (self.num_heads, self.head_dim))
+        k_BTJK = k_BTX.unflatten(-1, (self.num_kv_heads, self.head_dim))
+        v_BSJK = v_BSX.unflatten(-1, (self.num_kv_heads, self.head_dim))
+        if self.q_norm is not None or self.inverse_frequencies is not None:
+            q_BTHK, k_BTJK = qk_norm_rope(
+                q_BTHK,
+                k_BTJK,
+                meta.positions_BT,
+                self.inverse_frequencies,
+                self.attention_factor,
+                q_weight_K=None if self.q_norm is None else self.q_norm.weight,
+                k_weight_K=None if self.k_norm is None else self.k_norm.weight,
+                epsilon=self.epsilon,
+                backend=self.backend,
+            )
+        k_BSJK, cache = k_BTJK, None
+        if state is not None:
+            assert isinstance(state, AttentionCache), f"an attention block got a {type(state).__name__}"
+            k_BSJK = torch.cat([state.k_BSJK, k_BTJK], dim=1)
+            v_BSJK = torch.cat([state.v_BSJK, v_BSJK], dim=1)
+            cache = AttentionCache(k_BSJK, v_BSJK)
+        if meta.segments is not None:
+            assert state is None, "rows that are cut over context ranks have no decode state"
+            o_BTHK = self._attend_segments(q_BTHK, k_BSJK, v_BSJK, meta, meta.segments)
+        else:
+            o_BTHK = self._attend(q_BTHK, k_BSJK, v_BSJK, meta.boundaries_BT())
+        return MixerOutput(leave_tensor_region(self.o_proj(o_BTHK.flatten(-2)), self.groups), cache)
+
+    def _attend_segments(
+        self, q_BTHK: Tensor, k_BTJK: Tensor, v_BTJK: Tensor, meta: PackMeta, segments: Segments
+    ) -> Tensor:
+        """Queries of this rank's segments to the keys of whole rows, which all context ranks gather: few heads, once."""
+        k_BSJK, v_BSJK = gather_rows(torch.stack([k_BTJK, v_BTJK]), segments, self.groups).unbind()
+        outputs = []
+        for number, q_BLHK in zip(segments.own, q_BTHK.chunk(2, dim=1)):
+            seen = (number + 1) * segments.length
+            ids_BS = None if meta.single_document else segments.document_ids_BT[:, :seen]
+            outputs.append(self._attend(q_BLHK, k_BSJK[:, :seen], v_BSJK[:, :seen], ids_BS))
+        return torch.cat(outputs, dim=1)
+
+    def _attend(self, q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, ids_BS: Tensor | None) -> Tensor:
+        """Attention by whatever is fastest for these queries and keys on this device."""
+        tokens, keys, has_documents = q_BTHK.shape[1], k_BSJK.shape[1], ids_BS is not None
+        backend = fastest_backend(self.backend, q_BTHK.device, has_documents=has_documents, tokens=tokens, keys=keys)
+        return attention(q_BTHK, k_BSJK, v_BSJK, document_ids_BS=ids_BS, scale=self.scale, backend=backend)
+
+    def empty_state(self, num_rows: int) -> AttentionCache:
+        """The cache before the first token: no keys."""
+        empty = self.k_proj.weight.new_zeros(num_rows, 0, self.num_kv_heads, self.head_dim)
+        return AttentionCache(empty, empty)
+
+
+class HeadNorm(nn.Module):
+    """The weight [head_dim] of the RMSNorm that every query (or key) head passes."""
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(head_dim))
+        # One weight serves the heads of all tensor ranks.
+        self.shards = {"weight": Shard(partial=("tp",))}

@@ -1,0 +1,57 @@
+"""The losses that keep a router's experts evenly used, over all tokens of a micro-batch wherever they lie."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.moe.losses import balance_loss, count_by_row, router_z_loss, sequence_balance_loss
+from kernels.moe.op import Routing
+from model.config.schema import MoeConfig
+from model.parallel.groups import ProcessGroupCollection
+
+
+def auxiliary_names(moe: MoeConfig) -> list[str]:
+    """The losses that `auxiliary_losses` gives."""
+    weights = {
+        "balance": moe.auxiliary_loss_weight,
+        "sequence_balance": moe.sequence_loss_weight,
+        "router_z": moe.z_loss_weight,
+    }
+    return [name for name, weight in weights.items() if weight]
+
+
+def auxiliary_losses(
+    logits_RE: Tensor, routing: Routing, num_rows: int, moe: MoeConfig, groups: ProcessGroupCollection
+) -> dict[str, Tensor]:
+    """The weighted losses that keep a router balanced and its logits small; those of weight 0 are left out.
+
+    The tokens given are those of all tensor ranks and of this context rank. Each value is this context rank's share: over
+    `groups.cp`, whose ranks must all call, they add up to the means over the micro-batch, and so do their gradients.
+    That is exact, because counts carry no gradient: with those of all tokens known, the rest is a sum over tokens.
+    """
+    losses: dict[str, Tensor] = {}
+    if moe.auxiliary_loss_weight:
+        counts_E = sum_over_context(routing.counts_E, groups)
+        losses["balance"] = moe.auxiliary_loss_weight * balance_loss(routing.scores_RE, counts_E, moe.top_k)
+    if moe.sequence_loss_weight:
+        ids_BTK, scores_BTE = (
+            values.unflatten(0, (num_rows, -1)) for values in (routing.expert_ids_RK, routing.scores_RE)
+        )
+        counts_BE = sum_over_context(count_by_row(ids_BTK, moe.num_experts), groups)
+        losses["sequence_balance"] = moe.sequence_loss_weight * sequence_balance_loss(scores_BTE, counts_BE)
+    if moe.z_loss_weight:
+        losses["router_z"] = moe.z_loss_weight * router_z_loss(logits_RE)
+    return {name: loss / groups.cp.size() for name, loss in losses.items()}
+
+
+def sum_over_context(counts: Tensor, groups: ProcessGroupCollection) -> Tensor:
+    """Counts of all context ranks added up."""
+    return counts if groups.cp.size() == 1 else _sum(counts, groups)
+
+
+@torch.compiler.disable
+def _sum(counts: Tensor, groups: ProcessGroupCollection) -> Tensor:
+    total = counts.clone()
+    torch.distributed.all_reduce(total, group=groups.cp)
+    return total

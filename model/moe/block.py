@@ -1,0 +1,184 @@
+"""The mixture-of-experts block's mixer: a router, routed experts, an optional shared expert, and what balances them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from kernels.moe.op import expert_feed_forward, route
+from model.config.schema import ModelConfig, MoeConfig
+from model.feed_forward import FeedForward, up_segments
+from model.mixers.interface import BlockState, MixerOutput
+from model.moe.balance import auxiliary_losses
+from model.moe.capacity import Choices, limit_choices
+from model.moe.dispatch import dispatch_feed_forward
+from model.packing import PackMeta
+from model.parallel.groups import ProcessGroupCollection
+from model.parallel.layers import KeepsBuffers, Linear
+from model.parallel.regions import (
+    enter_tensor_region,
+    gather_tokens,
+    join_tokens,
+    leave_tensor_region,
+    part_tokens,
+    sum_gradients,
+    take_tokens,
+)
+from model.parallel.shards import Cut, Shard, divide
+
+
+class MoeMixer(KeepsBuffers):
+    """y = sum over the top-k experts of weight * expert(x), plus the shared expert.
+
+    Logits, scores and weights are computed in float32 (or more) whatever the dtype of the weights, and the balancing bias
+    stays in float32 under any cast. With `latent_size`, latent_down narrows what the routed experts see and latent_up
+    widens their sum; router and shared expert read the full width. All tensor ranks choose alike, for all tokens. Where
+    experts are spread over `groups.ep`, each tensor rank sends its share of the tokens to them; else every rank has a
+    part of each expert's inner width.
+
+    Dropless, unless `capacity_factor` limits, while training, the choices an expert takes of a micro-batch.
+    `draw_seed` is of recycled choices; the model sets one a block.
+
+    Auxiliary losses come weighted, by name: `balance`, `sequence_balance`, `router_z`. Each is a mean over the tokens (or
+    rows) of the micro-batch it was computed on. Adding up: a model sums them over its blocks; a step averages them over
+    its micro-batches, those of all data ranks, and adds them to the mean loss a token.
+    """
+
+    def __init__(self, config: ModelConfig, groups: ProcessGroupCollection, backend: str) -> None:
+        super().__init__()
+        assert config.moe is not None, "check_model was not called: model.moe is missing"
+        moe: MoeConfig = config.moe
+        self.section, self.backend, self.groups = moe, backend, groups
+        # A tensor, so that compiled blocks of different seeds share their graph.
+        self.draw_seed = torch.zeros((), dtype=torch.int64, device="cpu")
+        self.router = Linear(config.hidden_size, moe.num_experts, groups)
+        self.expert_bias: Tensor | None
+        self.register_buffer("expert_bias", torch.zeros(moe.num_experts) if moe.expert_bias else None)
+        width = moe.latent_size or config.hidden_size
+        self.latent_down = Linear(config.hidden_size, width, groups) if moe.latent_size else None
+        self.latent_up = Linear(width, config.hidden_size, groups) if moe.latent_size else None
+        self.experts = Experts(moe, width, groups)
+        self.shared = None
+        if moe.shared_expert_hidden_size:
+            self.shared = FeedForward(
+                config.hidden_size,
+                moe.shared_expert_hidden_size,
+                moe.activation,
+                groups,
+                name="model.moe.shared_expert_hidden_size",
+                backend=backend,
+            )
+
+    def reset_buffers(self) -> None:
+        """Sets the balancing bias to zero."""
+        if self.expert_bias is not None:
+            self.expert_bias.zero_()
+
+    def forward(self, x_BTD: Tensor, meta: PackMeta, state: BlockState = None) -> MixerOutput:
+        """x [B, T, D] -> y [B, T, D], the auxiliary losses, and how many token choices each expert got [E]."""
+        logits_RE = gather_tokens(self._logits(x_BTD), self.groups).flatten(0, 1)
+        moe = self.section
+        routing = route(
+            logits_RE,
+            self.expert_bias,
+            score=moe.router,
+            top_k=moe.top_k,
+            normalize=moe.normalize_probabilities,
+            scaling=moe.routed_scaling,
+            num_groups=moe.num_router_groups,
+            group_top_k=moe.router_group_top_k,
+            backend=self.backend,
+        )
+        if self.training and moe.capacity_factor is not None:
+            chosen = limit_choices(routing, meta, moe, self.groups, self.draw_seed)
+        else:
+            chosen = Choices(routing.expert_ids_RK, routing.weights_RK)
+        compute = self._dispatched if self.groups.ep.size() > 1 else self._routed
+        y_BTD, shared_BTD = compute(x_BTD, chosen)
+        if shared_BTD is not None:
+            y_BTD = y_BTD + shared_BTD
+        auxiliary = auxiliary_losses(logits_RE, routing, x_BTD.shape[0], moe, self.groups) if self.training else {}
+        return MixerOutput(y_BTD, None, auxiliary, routing.counts_E)
+
+    def _logits(self, x_BTD: Tensor) -> Tensor:
+        dtype = torch.promote_types(x_BTD.dtype, torch.float32)
+        return functional.linear(x_BTD.to(dtype), self.router.weight.to(dtype))
+
+    def _routed(self, x_BTD: Tensor, chosen: Choices) -> tuple[Tensor, Tensor | None]:
+        """Routed and shared output where every rank has a part of every expert, for all tokens of the tensor ranks."""
+        narrow_BTD = x_BTD if self.latent_down is None else self.latent_down(x_BTD)
+        narrow_BTD = enter_tensor_region(narrow_BTD, self.groups)
+        y_RD = expert_feed_forward(
+            narrow_BTD.flatten(0, 1),
+            # A lost choice has weight 0; any expert will do.
+            chosen.expert_ids_RK.clamp(max=self.section.num_experts - 1),
+            sum_gradients(chosen.weights_RK, self.groups),
+            self.experts.up,
+            self.experts.down,
+            activation=self.section.activation,
+            backend=self.backend,
+        )
+        y_BTD = leave_tensor_region(y_RD.view_as(narrow_BTD), self.groups)
+        if self.latent_up is not None:
+            y_BTD = self.latent_up(y_BTD)
+        return y_BTD, self._shared(x_BTD)
+
+    def _dispatched(self, x_BTD: Tensor, chosen: Choices) -> tuple[Tensor, Tensor | None]:
+        """The same where experts are spread over ranks; the shared expert works while tokens travel."""
+        narrow_BTD = x_BTD if self.latent_down is None else self.latent_down(x_BTD)
+        own_BTD = part_tokens(narrow_BTD, self.groups)
+        ids_BTK, weights_BTK = (
+            take_tokens(choices_RK.unflatten(0, (x_BTD.shape[0], -1)), self.groups)
+            for choices_RK in (chosen.expert_ids_RK, chosen.weights_RK)
+        )
+        y_RD, shared_BTD = dispatch_feed_forward(
+            own_BTD.flatten(0, 1),
+            ids_BTK.flatten(0, 1),
+            weights_BTK.flatten(0, 1),
+            self.experts.up,
+            self.experts.down,
+            self.groups,
+            activation=self.section.activation,
+            backend=self.backend,
+            meanwhile=lambda: self._shared(x_BTD),
+        )
+        y_BTD = join_tokens(y_RD.view_as(own_BTD), self.groups)
+        return y_BTD if self.latent_up is None else self.latent_up(y_BTD), shared_BTD
+
+    def _shared(self, x_BTD: Tensor) -> Tensor | None:
+        return None if self.shared is None else self.shared(x_BTD)
+
+    @torch.no_grad()
+    def update_expert_bias(self, counts_E: Tensor) -> None:
+        """Moves each expert's bias by the update rate towards the mean load (Wang et al. 2024, arXiv 2408.15664, algorithm 1).
+
+        counts_E [E] are the choices of the whole step, already summed over micro-batches and data ranks.
+        """
+        if self.expert_bias is None:
+            return
+        counts_E = counts_E.to(self.expert_bias)
+        self.expert_bias.add_(torch.sign(counts_E.mean() - counts_E), alpha=self.section.bias_update_rate)
+
+
+class Experts(nn.Module):
+    """The stacked weights of the routed experts that this rank holds: up [e, F, D] (SwiGLU: gate rows, then up rows), down
+    [e, D, F]; e experts of `groups.ep`'s cut, F of `groups.expt_tp`'s."""
+
+    def __init__(self, moe: MoeConfig, width: int, groups: ProcessGroupCollection) -> None:
+        super().__init__()
+        if groups.ep.size() == 1 and groups.expt_tp.size() != groups.tp.size():
+            raise ValueError(
+                f"the expt_tp group has {groups.expt_tp.size()} ranks and the tp group {groups.tp.size()}; without expert "
+                "ranks every tensor rank has a part of each expert: give both the same ranks"
+            )
+        segments = up_segments(moe.expert_hidden_size, moe.activation)
+        inner = divide(moe.expert_hidden_size, groups, "model.moe.expert_hidden_size", axis="expert_tensor")
+        experts = divide(moe.num_experts, groups, "model.moe.num_experts", axis="expert")
+        self.up = nn.Parameter(torch.empty(experts, inner * len(segments), width))
+        self.down = nn.Parameter(torch.empty(experts, width, inner))
+        by_expert = Cut(0, "ep", (moe.num_experts,))
+        self.shards = {
+            "up": Shard((by_expert, Cut(1, "expt_tp", segments))),
+            "down": Shard((by_expert, Cut(2, "expt_tp", (moe.expert_hidden_size,)))),
+        }

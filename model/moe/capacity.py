@@ -1,0 +1,62 @@
+"""Which choices of a router are carried out where an expert takes only so many of a micro-batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.moe.capacity import drop_overflow, expert_capacity, recycle_overflow
+from kernels.moe.op import Routing
+from model.config.schema import MoeConfig
+from model.packing import PackMeta
+from model.parallel.context import gather_rows
+from model.parallel.groups import ProcessGroupCollection
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What is carried out: expert ids [R, K], `num_experts` for a lost choice, and weights [R, K], 0 for it."""
+
+    expert_ids_RK: Tensor
+    weights_RK: Tensor
+
+
+def limit_choices(
+    routing: Routing, meta: PackMeta, moe: MoeConfig, groups: ProcessGroupCollection, seed: Tensor
+) -> Choices:
+    """What is left of a router's choices when an expert takes `capacity_factor` times its even share of a micro-batch.
+
+    The tokens are those of this context rank, for all tensor ranks alike; decided is over the whole rows of all context
+    ranks, by each alike, so a layout changes nothing as long as micro-batches are the same. Experts take tokens by their
+    place in the row, then by row. A dropped choice leaves the weights of the others as they were; with recycling the
+    weights are those that the router gives to the experts that get the token. Every rank of `groups.cp` must call.
+    """
+    assert moe.capacity_factor is not None, "there is a capacity to keep to"
+    num_rows = meta.document_ids_BT.shape[0]
+    ids_BTK = routing.expert_ids_RK.unflatten(0, (num_rows, -1))
+    if meta.segments is not None:
+        ids_BTK = gather_rows(ids_BTK[None], meta.segments, groups)[0]
+    ids_RK = ids_BTK.transpose(0, 1).flatten(0, 1)
+    capacity = expert_capacity(len(ids_RK), moe.top_k, moe.num_experts, moe.capacity_factor)
+    if moe.overflow == "drop":
+        kept_RK = drop_overflow(ids_RK, moe.num_experts, capacity)
+    else:
+        kept_RK = recycle_overflow(ids_RK, moe.num_experts, capacity, seed)
+    kept_BTK = kept_RK.unflatten(0, (-1, num_rows)).transpose(0, 1)
+    if meta.segments is not None:
+        kept_BTK = meta.segments.take(kept_BTK)
+    own_RK = kept_BTK.flatten(0, 1)
+    return Choices(own_RK, _weights(routing, own_RK, moe))
+
+
+def _weights(routing: Routing, ids_RK: Tensor, moe: MoeConfig) -> Tensor:
+    is_kept_RK = ids_RK < moe.num_experts
+    if moe.overflow == "drop":
+        return torch.where(is_kept_RK, routing.weights_RK, 0.0)
+    scores_RK = routing.scores_RE.gather(1, ids_RK.clamp(max=moe.num_experts - 1))
+    scores_RK = torch.where(is_kept_RK, scores_RK, 0.0)
+    if moe.normalize_probabilities:
+        scores_RK = scores_RK / (scores_RK.sum(-1, keepdim=True) + 1e-20)
+    return scores_RK * moe.routed_scaling

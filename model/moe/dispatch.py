@@ -1,0 +1,268 @@
+"""Tokens to the ranks that hold their experts and back: dropless, over `groups.ep` and `groups.expt_tp`.
+
+Every rank comes with tokens of its own and their choices. Rows (one a token and choice) travel sorted by expert, after
+their numbers: to the rank of `groups.ep` that holds the expert, where each rank of `groups.expt_tp` with the same experts
+gets the rows of all, computes its part of the inner width, and gives back sums; then home, where each token adds up its
+rows by weight. Splits are as uneven as the router makes them; an expert, or a rank, that gets nothing is no exception.
+
+Every rank of both groups must call, forward and backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kernels.moe.op import group_by_expert, grouped_feed_forward
+from model.parallel.groups import ProcessGroupCollection
+
+Meanwhile = TypeVar("Meanwhile")
+
+
+@torch.compiler.disable
+def dispatch_feed_forward(
+    x_RD: Tensor,
+    expert_ids_RK: Tensor,
+    weights_RK: Tensor,
+    up_eFD: Tensor,
+    down_eDF: Tensor,
+    groups: ProcessGroupCollection,
+    *,
+    activation: str,
+    backend: str,
+    meanwhile: Callable[[], Meanwhile],
+) -> tuple[Tensor, Meanwhile]:
+    """Sum over each token's choices of weight times expert, and what `meanwhile()` gives, called while rows travel.
+
+    Shapes: x [R, D], of this rank alone; expert ids [R, K] in the numbering of all experts, where the number of experts
+    itself marks a lost choice, which sends nothing; weights [R, K]; up [experts of this rank, F of this rank, D], down
+    [experts of this rank, D, F of this rank] -> [R, D]. Sums are in float32 at least.
+    """
+    num_experts = up_eFD.shape[0] * groups.ep.size()
+    choices = group_by_expert(expert_ids_RK, num_experts + 1)
+    plan = exchange_counts(choices.counts_E[:num_experts], groups)
+    order_S = choices.order[: plan.num_sent]
+    rows_SD = gather_choices(x_RD, order_S, expert_ids_RK.shape[1])
+    going = RowTransfer(groups.ep, plan.sent, plan.received)
+    rows_SD = going.start(rows_SD)
+    other = meanwhile()
+    rows_SD = going.finish(rows_SD)
+    # Each rank of expt_tp has a part of the inner width: the rows of all go to all, and their sums come back.
+    spread = RowTransfer(groups.expt_tp, [len(rows_SD)] * groups.expt_tp.size(), plan.received_beside)
+    rows_SD = rows_SD if spread.is_local else spread.run(rows_SD.repeat(groups.expt_tp.size(), 1))
+    y_SD = _local_experts(rows_SD, plan, up_eFD, down_eDF, activation, backend)
+    if not spread.is_local:
+        y_SD = spread.back().run(y_SD).unflatten(0, (groups.expt_tp.size(), -1)).sum(0)
+    y_SD = going.back().run(y_SD)
+    return combine_choices(y_SD, order_S, weights_RK), other
+
+
+def _local_experts(
+    rows_SD: Tensor, plan: RowPlan, up_eFD: Tensor, down_eDF: Tensor, activation: str, backend: str
+) -> Tensor:
+    """The feed-forward of rows that lie by sender and, of each, by expert; in the same order."""
+    counts_Xe = plan.arrived_Xe
+    senders, num_local = counts_Xe.shape
+    experts_e = torch.arange(num_local, device=rows_SD.device)
+    expert_S = experts_e.repeat(senders).repeat_interleave(counts_Xe.flatten(), output_size=len(rows_SD))
+    by_expert_S = expert_S.argsort(stable=True)
+    y_SD = grouped_feed_forward(
+        reorder_rows(rows_SD, by_expert_S), counts_Xe.sum(0), up_eFD, down_eDF, activation=activation, backend=backend
+    )
+    return reorder_rows(y_SD, _inverse(by_expert_S))
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """How many rows go where. `sent` and `received` [ep]; `received_beside` [expt_tp] the rows that each rank with the
+    same experts got from `ep`; `arrived_Xe` how many rows of each of those came from each sender for each expert."""
+
+    sent: list[int]
+    received: list[int]
+    received_beside: list[int]
+    arrived_Xe: Tensor
+
+    @property
+    def num_sent(self) -> int:
+        """Rows that leave home: all choices but the lost."""
+        return sum(self.sent)
+
+
+def exchange_counts(counts_E: Tensor, groups: ProcessGroupCollection) -> RowPlan:
+    """Tell every rank how many rows of this one come to each of its experts. Waits for the device once."""
+    ranks, beside = groups.ep.size(), groups.expt_tp.size()
+    arrived_Xe = torch.empty_like(counts_E)
+    dist.all_to_all_single(arrived_Xe, counts_E.contiguous(), group=groups.ep)
+    if beside > 1:
+        own, arrived_Xe = arrived_Xe, arrived_Xe.new_empty(beside * arrived_Xe.numel())
+        dist.all_gather_into_tensor(arrived_Xe, own, group=groups.expt_tp)
+    arrived_Xe = arrived_Xe.view(beside * ranks, -1)
+    totals = torch.cat([counts_E.view(ranks, -1).sum(1), arrived_Xe.sum(1)]).tolist()
+    sent, received = totals[:ranks], [totals[start : start + ranks] for start in range(ranks, len(totals), ranks)]
+    return RowPlan(sent, received[groups.expt_tp.rank()], [sum(rows) for rows in received], arrived_Xe)
+
+
+class RowTransfer:
+    """Rows [S, D] from every rank of a group to every other: `sent[r]` to rank r, in order, `received[r]` from it.
+
+    Between `start` and `finish` the rows are under way and other work may be done, in backward too: there the transfer
+    starts where `finish` stands and ends where `start` does. A transfer serves one forward and one backward pass.
+    """
+
+    def __init__(self, group: Any, sent: list[int], received: list[int]) -> None:
+        self.group, self.sent, self.received = group, sent, received
+        self.under_way: Any = None
+        self.gradient: Tensor | None = None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether there is no other rank."""
+        return bool(self.group.size() == 1)
+
+    def start(self, rows_SD: Tensor) -> Tensor:
+        """The rows that will have arrived after `finish`."""
+        arrived_SD: Tensor = _Depart.apply(rows_SD, self)
+        return arrived_SD
+
+    def finish(self, rows_SD: Tensor) -> Tensor:
+        """Waits until what `start` returned has arrived."""
+        arrived_SD: Tensor = _Arrive.apply(rows_SD, self)
+        return arrived_SD
+
+    def run(self, rows_SD: Tensor) -> Tensor:
+        """`start` and `finish` in one."""
+        return self.finish(self.start(rows_SD))
+
+    def back(self) -> RowTransfer:
+        """The transfer that returns what this one brought."""
+        return RowTransfer(self.group, self.received, self.sent)
+
+    def launch(self, rows_SD: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        """Begin to move rows; `wait` before reading them."""
+        assert self.under_way is None, "a transfer moves one batch of rows at a time"
+        arrived_SD = rows_SD.new_empty(sum(received), rows_SD.shape[1])
+        self.under_way = dist.all_to_all_single(
+            arrived_SD, rows_SD.contiguous(), received, sent, group=self.group, async_op=True
+        )
+        return arrived_SD
+
+    def wait(self) -> None:
+        """Until the rows are here (on CUDA: for what is queued from now on)."""
+        self.under_way.wait()
+        self.under_way = None
+
+
+class _Depart(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_SD: Tensor, transfer: RowTransfer) -> Tensor:
+        ctx.transfer = transfer
+        return transfer.launch(rows_SD, transfer.sent, transfer.received)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        transfer: RowTransfer = ctx.transfer
+        gradient, transfer.gradient = transfer.gradient, None
+        assert gradient is not None, "the rows' gradient travels once, after the rows arrived"
+        transfer.wait()
+        return gradient, None
+
+
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_SD: Tensor, transfer: RowTransfer) -> Tensor:
+        ctx.transfer = transfer
+        transfer.wait()
+        return rows_SD.view_as(rows_SD)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        transfer: RowTransfer = ctx.transfer
+        transfer.gradient = transfer.launch(gradients[0], transfer.received, transfer.sent)
+        return gradients[0], None
+
+
+def gather_choices(x_RD: Tensor, order_S: Tensor, top_k: int) -> Tensor:
+    """Rows [S, D] of tokens by sorted choice: row s is of token order[s] // top_k; gradients add up in float32 at least."""
+    rows_SD: Tensor = _GatherChoices.apply(x_RD, order_S, top_k)
+    return rows_SD
+
+
+def combine_choices(rows_SD: Tensor, order_S: Tensor, weights_RK: Tensor) -> Tensor:
+    """Each token's rows, found by `order`, added up by weight: [R, D]; a choice without a row adds nothing."""
+    y_RD: Tensor = _CombineChoices.apply(rows_SD, order_S, weights_RK)
+    return y_RD
+
+
+def reorder_rows(rows_SD: Tensor, order_S: Tensor) -> Tensor:
+    """rows[order], for an order that names each row once."""
+    ordered_SD: Tensor = _Reorder.apply(rows_SD, order_S)
+    return ordered_SD
+
+
+class _GatherChoices(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_RD: Tensor, order_S: Tensor, top_k: int) -> Tensor:
+        ctx.save_for_backward(order_S)
+        ctx.shape_RK = (x_RD.shape[0], top_k)
+        return x_RD.index_select(0, order_S // top_k)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (order_S,) = ctx.saved_tensors
+        return _sum_by_token(gradients[0], order_S, None, ctx.shape_RK), None, None
+
+
+class _CombineChoices(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_SD: Tensor, order_S: Tensor, weights_RK: Tensor) -> Tensor:
+        ctx.save_for_backward(rows_SD, order_S, weights_RK)
+        return _sum_by_token(rows_SD, order_S, weights_RK, (weights_RK.shape[0], weights_RK.shape[1]))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        rows_SD, order_S, weights_RK = ctx.saved_tensors
+        wide = torch.promote_types(rows_SD.dtype, torch.float32)
+        dy_SD = gradients[0].index_select(0, order_S // weights_RK.shape[1])
+        weights_S = weights_RK.flatten().index_select(0, order_S)
+        d_rows_SD = (dy_SD * weights_S[:, None]).to(rows_SD.dtype)
+        d_weights_S = torch.linalg.vecdot(dy_SD.to(wide), rows_SD.to(wide)).to(weights_RK.dtype)
+        d_weights_RK = torch.zeros_like(weights_RK).flatten().index_copy(0, order_S, d_weights_S).view_as(weights_RK)
+        return d_rows_SD, None, d_weights_RK
+
+
+class _Reorder(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_SD: Tensor, order_S: Tensor) -> Tensor:
+        ctx.save_for_backward(order_S)
+        return rows_SD.index_select(0, order_S)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (order_S,) = ctx.saved_tensors
+        return gradients[0].index_select(0, _inverse(order_S)), None
+
+
+def _sum_by_token(rows_SD: Tensor, order_S: Tensor, weights_RK: Tensor | None, shape_RK: tuple[int, int]) -> Tensor:
+    """Choice by choice in a fixed order, so that sums do not depend on chance."""
+    tokens, top_k = shape_RK
+    wide = torch.promote_types(rows_SD.dtype, torch.float32)
+    total_RD = torch.zeros(tokens, rows_SD.shape[1], dtype=wide, device=rows_SD.device)
+    if len(rows_SD) == 0:
+        return total_RD.to(rows_SD.dtype)
+    row_RK = torch.full((tokens * top_k,), -1, device=order_S.device)
+    row_RK.index_copy_(0, order_S, torch.arange(len(order_S), device=order_S.device))
+    for column, row_R in enumerate(row_RK.view(tokens, top_k).unbind(1)):
+        factor_R = (row_R >= 0).to(wide)
+        if weights_RK is not None:
+            factor_R = factor_R * weights_RK[:, column]
+        total_RD.addcmul_(rows_SD.index_select(0, row_R.clamp(min=0)).to(wide), factor_R[:, None].to(wide))
+    return total_RD.to(rows_SD.dtype)
+
+
+def _inverse(order_S: Tensor) -> Tensor:
+    return torch.empty_like(order_S).index_copy_(0, order_S, torch.arange(len(order_S), device=order_S.device))

@@ -1,0 +1,1 @@
+"""How tensors are shared over ranks: groups, shards, parallel layers, context ranks."""

@@ -1,0 +1,190 @@
+"""What the ranks of a context group tell each other while each computes its segments of every row.
+
+A recurrence needs the state that the tokens before a segment leave behind, and no more: each rank scans its segments from
+zero, gives their last states and total decays to all, and every rank composes the states that enter its own. That is one
+collective a layer each way, of a size that does not depend on the row's length. A convolution needs the few inputs before
+the segment, attention the keys and values of the whole row. Every rank of `groups.cp` must call these functions; backward
+passes exchange as much as forward ones. Tensors of a rank's segments are [B, 2, ...], as `Segments` orders them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from model.parallel.groups import ProcessGroupCollection
+from model.segments import Segments
+
+
+@torch.compiler.disable
+def receive_windows(inputs_RLC: Tensor, width: int, segments: Segments, groups: ProcessGroupCollection) -> Tensor:
+    """The `width` inputs just before each of this rank's segments, [R, width, C], from those of all segments [R, L, C].
+
+    Segments are rows, as `Segments.as_rows` makes them. Zeros for inputs of another document than the segment's first
+    token, which a causal convolution must not see. A rank sends R width C numbers, to its neighbours. Raises ValueError
+    where segments are shorter than `width`: a neighbour could not give them all.
+    """
+    if segments.length < width:
+        raise ValueError(
+            f"segments of {segments.length} tokens are shorter than the {width} before each that a convolution or window "
+            "reads; use longer rows or fewer context ranks"
+        )
+    if width == 0:
+        return inputs_RLC[:, :0]
+    tails_B2WC = inputs_RLC[:, segments.length - width :].unflatten(0, (-1, 2))
+    windows_B2WC: Tensor = _ReceiveTails.apply(tails_B2WC, segments, groups.cp)
+    seen_B2W1 = segments.window_mask(width)[..., None]
+    return torch.where(seen_B2W1, windows_B2WC, torch.zeros_like(windows_B2WC)).flatten(0, 1)
+
+
+@torch.compiler.disable
+def receive_states(final_B2HKV: Tensor, transfer: Tensor, segments: Segments, groups: ProcessGroupCollection) -> Tensor:
+    """The state that enters each of this rank's segments, [B, 2, H, K, V], from what every segment does to states.
+
+    final [B, 2, H, K, V] is the state after a segment that began with zero, transfer what the segment does to an
+    entering state: a factor [B, 2, H], a factor a row [B, 2, H, K], or a matrix [B, 2, H, K, K] to its left; 0 where its
+    document ends inside. A state stops where a document does. A rank gives its final states and transfers to all others.
+    """
+    states_B2HKV: Tensor = _ReceiveStates.apply(final_B2HKV, transfer, segments, groups.cp)
+    return states_B2HKV
+
+
+@torch.compiler.disable
+def gather_rows(parts_CBTX: Tensor, segments: Segments, groups: ProcessGroupCollection) -> Tensor:
+    """Whole rows from every rank's segments: [C, B, T / ranks, ...] -> [C, B, T, ...]; backward sums the ranks' gradients."""
+    rows_CBTX: Tensor = _GatherRows.apply(parts_CBTX, segments, groups.cp)
+    return rows_CBTX
+
+
+class _ReceiveTails(torch.autograd.Function):
+    """Segment z + 1 gets the tail of segment z, which lies on a neighbouring rank, or on the same at the row's middle."""
+
+    @staticmethod
+    def forward(ctx: Any, tails_B2WC: Tensor, segments: Segments, group: Any) -> Tensor:
+        ctx.segments, ctx.group = segments, group
+        first, second = tails_B2WC.unbind(1)
+        from_lower, from_higher = _swap_with_neighbours(second, first, segments, group)
+        return torch.stack([from_lower, first if _is_middle(segments) else from_higher], dim=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_windows_B2WC: Tensor) -> tuple[Tensor, None, None]:
+        first, second = d_windows_B2WC.unbind(1)
+        from_lower, from_higher = _swap_with_neighbours(first, second, ctx.segments, ctx.group)
+        return torch.stack([second if _is_middle(ctx.segments) else from_higher, from_lower], dim=1), None, None
+
+
+def _is_middle(segments: Segments) -> bool:
+    """Whether this rank's segments touch."""
+    return segments.rank == segments.num_ranks - 1
+
+
+def _swap_with_neighbours(to_lower: Tensor, to_higher: Tensor, segments: Segments, group: Any) -> tuple[Tensor, Tensor]:
+    """Send one tensor to the rank before and one to the rank after; what those sent, zeros where there is no such rank."""
+    rank, num_ranks = segments.rank, segments.num_ranks
+    neighbours = {rank - 1: to_lower, rank + 1: to_higher}
+    counts = [to_lower.numel() if other in neighbours else 0 for other in range(num_ranks)]
+    sent = torch.cat([neighbours[other].flatten() for other in range(num_ranks) if other in neighbours])
+    received = torch.empty_like(sent)
+    torch.distributed.all_to_all_single(received, sent, counts, counts, group=group)
+    parts = dict(zip(range(num_ranks), received.split(counts)))
+    zeros = torch.zeros_like(to_lower)
+    lower = parts[rank - 1].view_as(to_lower) if rank > 0 else zeros
+    higher = parts[rank + 1].view_as(to_lower) if rank + 1 < num_ranks else zeros
+    return lower, higher
+
+
+class _ReceiveStates(torch.autograd.Function):
+    """Forward walks the segments from the row's start, backward from its end; either after one all-gather.
+
+    With S_z the state entering segment z and F_z the one after it, F_z = P_z S_z + final_z, and S_(z+1) is F_z where
+    the document goes on, else 0. Kept for backward: this rank's S and everyone's transfers P.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, final_B2HKV: Tensor, transfer: Tensor, segments: Segments, group: Any) -> Tensor:
+        numbers = final_B2HKV[0, 0, 0].numel()
+        summary = torch.cat(
+            [final_B2HKV.flatten(3), transfer.flatten(3) if transfer.dim() > 3 else transfer[..., None]], -1
+        )
+        gathered_ZBHX = segments.order(_all_gather(summary.transpose(0, 1), segments, group))
+        final_ZBHKV = gathered_ZBHX[..., :numbers].unflatten(-1, final_B2HKV.shape[3:])
+        transfer_Z = gathered_ZBHX[..., numbers:].reshape(segments.count, len(transfer), *transfer.shape[2:])
+        entering: dict[int, Tensor] = {}
+        state_BHKV = torch.zeros_like(final_ZBHKV[0])
+        for number in range(segments.own[1] + 1):
+            if number in segments.own:
+                entering[number] = state_BHKV
+            after_BHKV = _pass_through(transfer_Z[number], state_BHKV) + final_ZBHKV[number]
+            state_BHKV = _stop_at_documents(after_BHKV, number + 1, segments)
+        entering_B2HKV = torch.stack([entering[number] for number in segments.own], dim=1)
+        ctx.save_for_backward(entering_B2HKV, transfer_Z)
+        ctx.segments, ctx.group = segments, group
+        return entering_B2HKV
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_entering_B2HKV: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        entering_B2HKV, transfer_Z = ctx.saved_tensors
+        segments: Segments = ctx.segments
+        d_entering_ZBHKV = segments.order(_all_gather(d_entering_B2HKV.transpose(0, 1), segments, ctx.group))
+        is_matrix = transfer_Z.dim() == d_entering_ZBHKV.dim()
+        d_after: dict[int, Tensor] = {}
+        d_after_BHKV = torch.zeros_like(d_entering_ZBHKV[0])
+        for number in reversed(range(segments.own[0], segments.count)):
+            if number in segments.own:
+                d_after[number] = d_after_BHKV
+            back = transfer_Z[number].transpose(-1, -2) if is_matrix else transfer_Z[number]
+            d_state_BHKV = _pass_through(back, d_after_BHKV) + d_entering_ZBHKV[number]
+            d_after_BHKV = _stop_at_documents(d_state_BHKV, number, segments)
+        d_final_B2HKV = torch.stack([d_after[number] for number in segments.own], dim=1)
+        if is_matrix:
+            return d_final_B2HKV, d_final_B2HKV @ entering_B2HKV.transpose(-1, -2), None, None
+        d_transfer = (entering_B2HKV * d_final_B2HKV).sum(-1)
+        return d_final_B2HKV, d_transfer if transfer_Z.dim() == 4 else d_transfer.sum(-1), None, None
+
+
+def _pass_through(transfer: Tensor, state_BHKV: Tensor) -> Tensor:
+    """What a segment makes of a state: transfer [B, H], [B, H, K] or [B, H, K, K]."""
+    if transfer.dim() == 4:
+        return transfer @ state_BHKV
+    return transfer.view(*transfer.shape, *[1] * (4 - transfer.dim())) * state_BHKV
+
+
+def _stop_at_documents(state_BHKV: Tensor, number: int, segments: Segments) -> Tensor:
+    """What crosses the border before segment `number`; after the row's last segment nothing is left to reach."""
+    if number == segments.count:
+        return torch.zeros_like(state_BHKV)
+    goes_on_B = segments.continues_BZ[:, number].view(-1, 1, 1, 1)
+    return torch.where(goes_on_B, state_BHKV, torch.zeros_like(state_BHKV))
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, parts_CBTX: Tensor, segments: Segments, group: Any) -> Tensor:
+        ctx.segments, ctx.group = segments, group
+        both_2CBLX = parts_CBTX.unflatten(2, (2, segments.length)).movedim(2, 0)
+        ordered_ZCBLX = segments.order(_all_gather(both_2CBLX, segments, group))
+        return ordered_ZCBLX.movedim(0, 2).flatten(2, 3)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_rows_CBTX: Tensor) -> tuple[Tensor, None, None]:
+        segments: Segments = ctx.segments
+        d_ZCBLX = d_rows_CBTX.unflatten(2, (segments.count, segments.length)).movedim(2, 0)
+        sent = segments.by_rank(d_ZCBLX).contiguous()
+        own_2CBLX = torch.empty_like(sent[0])
+        torch.distributed.reduce_scatter_tensor(own_2CBLX, sent.flatten(0, 1), group=ctx.group)
+        return own_2CBLX.movedim(0, 2).flatten(2, 3), None, None
+
+
+def _all_gather(part: Tensor, segments: Segments, group: Any) -> Tensor:
+    """[...] of every rank -> [ranks, ...]."""
+    part = part.contiguous()
+    gathered = part.new_empty(segments.num_ranks * part.shape[0], *part.shape[1:])
+    torch.distributed.all_gather_into_tensor(gathered, part, group=group)
+    return gathered.unflatten(0, (segments.num_ranks, part.shape[0]))

@@ -1,0 +1,189 @@
+"""Linear and embedding layers on Megatron-core's parallel ones: same weights, own initialisation, free at size 1.
+
+Megatron's layer holds the weight that this rank's part of the work needs, and the product is ours; the collectives stand
+where a block enters and leaves its tensor-parallel part (`model/parallel/regions.py`), once for all layers inside. A layer holds
+its part of a whole parameter; which part is a `Shard`, from which initialisation and checkpoints cut and join.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.tensor_parallel import layers as megatron_layers
+from torch import Tensor, nn
+from torch.nn import functional
+
+from kernels.linear.op import linear
+from kernels.norm.op import rms_norm
+from model.parallel.groups import ProcessGroupCollection
+from model.parallel.shards import REPLICATED, Cut, Shard, divide
+
+
+def _megatron_settings() -> ModelParallelConfig:
+    # CPU initialisation without performing it means "allocate on torch's current default device and leave it alone".
+    return ModelParallelConfig(
+        params_dtype=torch.get_default_dtype(), use_cpu_initialization=True, perform_initialization=False
+    )
+
+
+def _leave_alone(_: Tensor) -> None:
+    """First values come from model/init.py."""
+
+
+def _drop_extra_state(layer: nn.Module) -> None:
+    # Megatron adds a Transformer Engine key to loaded state dicts; our checkpoints have parameters only.
+    layer._load_state_dict_pre_hooks.clear()
+
+
+class ColumnLinear(megatron_layers.ColumnParallelLinear):
+    """y = x W^T with the rows of W cut over the tensor-parallel ranks: [..., in] -> [..., out of this rank].
+
+    `segments` are the whole row counts of the matrices stacked in W, `units` what cannot be cut in each (see `Cut`).
+    Its input comes from `enter_tensor_region`; `project_stream` enters and multiplies, once for all layers that read it.
+    """
+
+    get_extra_state: Callable[[nn.Module], object] = nn.Module.get_extra_state
+    set_extra_state: Callable[[nn.Module, object], None] = nn.Module.set_extra_state
+
+    def __init__(
+        self,
+        input_size: int,
+        segments: tuple[int, ...],
+        groups: ProcessGroupCollection,
+        *,
+        name: str,
+        units: tuple[int, ...] = (),
+    ) -> None:
+        if not units:
+            for segment in segments:
+                divide(segment, groups, name)
+        cut = Cut(0, "tp", segments, units)
+        num_ranks = groups.tp.size()
+        super().__init__(
+            input_size,
+            sum(cut.local_segments(num_ranks)) * num_ranks,
+            config=_megatron_settings(),
+            init_method=_leave_alone,
+            bias=False,
+            tp_group=groups.tp,
+        )
+        self.shards = {"weight": Shard((cut,))}
+        _drop_extra_state(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out of this rank]."""
+        return linear(x, self.weight)
+
+
+class RowLinear(megatron_layers.RowParallelLinear):
+    """This rank's part of y = x W^T with the columns of W cut over the tensor-parallel ranks: [..., in of this rank] -> [..., out].
+
+    The parts are summed by `leave_tensor_region`.
+    """
+
+    get_extra_state: Callable[[nn.Module], object] = nn.Module.get_extra_state
+    set_extra_state: Callable[[nn.Module, object], None] = nn.Module.set_extra_state
+
+    def __init__(self, input_size: int, output_size: int, groups: ProcessGroupCollection, *, name: str) -> None:
+        divide(input_size, groups, name)
+        super().__init__(
+            input_size,
+            output_size,
+            config=_megatron_settings(),
+            init_method=_leave_alone,
+            bias=False,
+            input_is_parallel=True,
+            skip_bias_add=False,
+            tp_group=groups.tp,
+        )
+        self.shards = {"weight": Shard((Cut(1, "tp", (input_size,)),))}
+        _drop_extra_state(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in of this rank] -> [..., out], a part of the sum over ranks."""
+        return linear(x, self.weight)
+
+
+class VocabEmbedding(megatron_layers.VocabParallelEmbedding):
+    """Rows of a table [V, D] by token, the vocabulary cut over the tensor-parallel ranks: ids [B, T] -> the stream [B, T, D].
+
+    Under sequence parallel the stream has this rank's share of the tokens. Every rank of `groups.tp` must call.
+    """
+
+    def __init__(self, vocab_size: int, hidden_size: int, groups: ProcessGroupCollection) -> None:
+        divide(vocab_size, groups, "model.vocab_size")
+        super().__init__(
+            vocab_size,
+            hidden_size,
+            init_method=_leave_alone,
+            reduce_scatter_embeddings=groups.sequence_parallel and groups.tp.size() > 1,
+            config=_megatron_settings(),
+            tp_group=groups.tp,
+        )
+        self.is_single_rank: bool = groups.tp.size() == 1
+        self.shards = {"weight": Shard((Cut(0, "tp", (vocab_size,)),))}
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        """Token ids [B, T] -> [B, T, D]."""
+        if self.is_single_rank:
+            return functional.embedding(tokens_BT, self.weight)
+        rows: Tensor = super().forward(tokens_BT)
+        # Megatron's reduce-scatter puts tokens first.
+        return rows.transpose(0, 1) if self.reduce_scatter_embeddings else rows
+
+
+def stream_shard(groups: ProcessGroupCollection) -> Shard:
+    """The place of a whole weight that reads the stream between blocks: under sequence parallel each rank sees its tokens."""
+    return Shard(partial=("tp",)) if groups.sequence_parallel else REPLICATED
+
+
+class Linear(nn.Module):
+    """y = x W^T with the whole W on every rank, over the stream between blocks."""
+
+    def __init__(self, input_size: int, output_size: int, groups: ProcessGroupCollection) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(output_size, input_size))
+        self.shards = {"weight": stream_shard(groups)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        return linear(x, self.weight)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm of the stream (Zhang and Sennrich 2019, arXiv 1910.07467, section 4), float32 inside."""
+
+    def __init__(self, size: int, epsilon: float, backend: str, groups: ProcessGroupCollection) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.shards = {"weight": stream_shard(groups)}
+        self.epsilon = epsilon
+        self.backend = backend
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., size] -> the same shape, in the dtype of x."""
+        y: Tensor = rms_norm(x, self.weight, self.epsilon, backend=self.backend)
+        return y
+
+    def add(self, delta: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(norm(delta + residual), delta + residual) in one pass over memory, in the dtype of the residual."""
+        delta = delta.to(residual.dtype)
+        y, total = rms_norm(delta, self.weight, self.epsilon, residual=residual, backend=self.backend)
+        return y, total
+
+
+class KeepsBuffers(nn.Module):
+    """A module whose buffers keep their float32 when its parameters are cast; they do move between devices."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KeepsBuffers:
+        kept = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            after = self._buffers[name]
+            if before is None or after is None or after.dtype == before.dtype:
+                continue
+            # From the values before the cast: going through bf16 and back would round them.
+            self._buffers[name] = after.to(before.dtype) if before.is_meta else before.to(after.device)
+        return self

@@ -1,0 +1,141 @@
+"""Where a stream of tokens enters and leaves the part of a block that tensor-parallel ranks compute together.
+
+Between blocks every rank of `groups.tp` has the stream alike, [B, T, D], or under sequence parallel its share of the
+tokens, [B, T / ranks, D] (Korthikanti et al. 2022, arXiv 2205.05198, section 4.2). Inside, every rank has all tokens and a
+part of the heads or of the inner width. Every rank of `groups.tp` must call these functions; on one rank they do nothing.
+Megatron-core's mappings cut along dim 0, so tokens are brought there and back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import mappings
+from torch import Tensor
+
+from kernels.linear.op import linear, linear_gradients
+from model.parallel.groups import ProcessGroupCollection
+
+
+def enter_tensor_region(x_BTD: Tensor, groups: ProcessGroupCollection) -> Tensor:
+    """The stream with all tokens on every rank; backward sums the ranks' gradients, each a part of the whole."""
+    if groups.tp.size() > 1 and groups.sequence_parallel:
+        return _gather(x_BTD, groups.tp)
+    return sum_gradients(x_BTD, groups)
+
+
+def project_stream(x_BTD: Tensor, weights: Sequence[Tensor], groups: ProcessGroupCollection) -> tuple[Tensor, ...]:
+    """Enter the region and multiply: x W^T of all tokens for each weight [out of this rank, D] -> [B, T, out].
+
+    Under sequence parallel backward gathers the tokens again, so that what is kept for it is this rank's share.
+    """
+    if groups.tp.size() > 1 and groups.sequence_parallel:
+        products: tuple[Tensor, ...] = _ProjectGathered.apply(x_BTD, groups.tp, *weights)
+        return products
+    x_BTD = enter_tensor_region(x_BTD, groups)
+    return tuple(linear(x_BTD, weight) for weight in weights)
+
+
+class _ProjectGathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, own_BTD: Tensor, group: Any, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.group = group
+        ctx.save_for_backward(own_BTD, *weights)
+        x_BTD = _gather(own_BTD, group)
+        return tuple(linear(x_BTD, weight) for weight in weights)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        own_BTD, *weights = ctx.saved_tensors
+        x_BTD = _gather(own_BTD, ctx.group)
+        pairs = [linear_gradients(x_BTD, weight, grad) for weight, grad in zip(weights, grads, strict=True)]
+        grad_BTD = sum((grad for grad, _ in pairs[1:]), start=pairs[0][0])
+        return _reduce_scatter(grad_BTD, ctx.group), None, *(grad for _, grad in pairs)
+
+
+def _gather(own_BTD: Tensor, group: Any, *, gradients_are_parts: bool = True) -> Tensor:
+    """All tokens from every rank; backward keeps this rank's tokens of the gradient, summed over ranks where each has a part."""
+    gathered_TBD: Tensor = mappings.gather_from_sequence_parallel_region(
+        own_BTD.transpose(0, 1), tensor_parallel_output_grad=gradients_are_parts, group=group
+    )
+    return gathered_TBD.transpose(0, 1).contiguous()
+
+
+def _reduce_scatter(part_BTD: Tensor, group: Any) -> Tensor:
+    own_TBD: Tensor = mappings.reduce_scatter_to_sequence_parallel_region(part_BTD.transpose(0, 1), group=group)
+    return own_TBD.transpose(0, 1).contiguous()
+
+
+def leave_tensor_region(part_BTD: Tensor, groups: ProcessGroupCollection) -> Tensor:
+    """The sum of what the ranks computed, as the stream: all tokens, or under sequence parallel this rank's."""
+    if groups.tp.size() > 1 and groups.sequence_parallel:
+        return _reduce_scatter(part_BTD, groups.tp)
+    return _reduce(part_BTD, groups)
+
+
+def gather_tokens(x_BTD: Tensor, groups: ProcessGroupCollection) -> Tensor:
+    """The stream with all tokens for a computation that every rank does alike and whole; backward keeps this rank's part."""
+    if groups.tp.size() == 1 or not groups.sequence_parallel:
+        return x_BTD
+    return _gather(x_BTD, groups.tp, gradients_are_parts=False)
+
+
+def sum_gradients(weight: Tensor, groups: ProcessGroupCollection) -> Tensor:
+    """A tensor that all ranks hold alike, used by each for a part of the work: backward sums the parts."""
+    if groups.tp.size() == 1:
+        return weight
+    same: Tensor = mappings.copy_to_tensor_model_parallel_region(weight, group=groups.tp)
+    return same
+
+
+def sum_parts(part: Tensor, groups: ProcessGroupCollection) -> Tensor:
+    """The sum over the ranks of a tensor that each goes on with in its own way; backward sums the gradients too."""
+    return sum_gradients(_reduce(part, groups), groups)
+
+
+def _reduce(part: Tensor, groups: ProcessGroupCollection) -> Tensor:
+    if groups.tp.size() == 1:
+        return part
+    # The mapping sums in place.
+    total: Tensor = mappings.reduce_from_tensor_model_parallel_region(part.contiguous(), group=groups.tp)
+    return total
+
+
+def part_tokens(x_BTD: Tensor, groups: ProcessGroupCollection) -> Tensor:
+    """This rank's share of the stream's tokens, [B, T / ranks, D], for work that ranks divide by token.
+
+    Under sequence parallel the stream is that already. Backward gathers the shares' gradients. Raises ValueError where
+    the ranks do not divide T.
+    """
+    if groups.tp.size() == 1 or groups.sequence_parallel:
+        return x_BTD
+    num_tokens, num_ranks = x_BTD.shape[1], groups.tp.size()
+    if num_tokens % num_ranks:
+        raise ValueError(
+            f"rows of {num_tokens} tokens cannot be shared by parallel.tensor={num_ranks} ranks that hold different "
+            f"experts; use a multiple of {num_ranks}"
+        )
+    own_TBD: Tensor = mappings.scatter_to_sequence_parallel_region(x_BTD.transpose(0, 1), group=groups.tp)
+    return own_TBD.transpose(0, 1)
+
+
+def join_tokens(own_BTD: Tensor, groups: ProcessGroupCollection) -> Tensor:
+    """The stream again, from every rank's share of its tokens; backward keeps this rank's part of the gradient."""
+    if groups.tp.size() == 1 or groups.sequence_parallel:
+        return own_BTD
+    return _gather(own_BTD, groups.tp, gradients_are_parts=False)
+
+
+def take_tokens(alike_BTX: Tensor, groups: ProcessGroupCollection) -> Tensor:
+    """This rank's tokens of what all ranks computed alike from `gather_tokens`, in the order of `part_tokens`.
+
+    In backward every rank gets what it needs to go on alike: from the others' shares without sequence parallel; with it,
+    `gather_tokens` keeps this rank's part alone.
+    """
+    if groups.tp.size() == 1:
+        return alike_BTX
+    if not groups.sequence_parallel:
+        return part_tokens(alike_BTX, groups)
+    return alike_BTX.chunk(groups.tp.size(), dim=1)[groups.tp.rank()]

@@ -1,0 +1,128 @@
+"""How a parameter is cut over ranks: the one source for first values, checkpoints, norms and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from model.parallel.groups import ProcessGroupCollection
+
+Axis = Literal["tp", "expt_tp", "ep", "embd"]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How one dimension of a whole parameter is cut over the ranks of a group: each segment by itself.
+
+    `segments` are the whole sizes of the parts that stand one after the other along `dim` (a gate and an up matrix, say);
+    each rank holds its slice of every segment. `units` counts what cannot be cut in each segment (key-value heads, groups
+    of B and C); where ranks outnumber them, neighbouring ranks hold copies of one unit. No `units`: any slice will do.
+    """
+
+    dim: int
+    axis: Axis
+    segments: tuple[int, ...]
+    units: tuple[int, ...] = ()
+
+    def slices(self, size: int) -> tuple[int, ...]:
+        """In how many different slices `size` ranks hold each segment; rank r holds number r * slices // size."""
+        units = self.units or self.segments
+        for number in units:
+            assert number % size == 0 or size % number == 0, f"{size} ranks cannot share {number} units of {self}"
+        return tuple(min(number, size) for number in units)
+
+    def local_segments(self, size: int) -> tuple[int, ...]:
+        """Sizes of the slices that each of `size` ranks holds."""
+        return tuple(segment // slices for segment, slices in zip(self.segments, self.slices(size)))
+
+    def take(self, whole: Tensor, rank: int, size: int) -> Tensor:
+        """What `rank` of `size` holds of a tensor that is whole along `dim`."""
+        pieces = whole.split(list(self.segments), dim=self.dim)
+        own = [
+            piece.chunk(slices, dim=self.dim)[rank * slices // size] for piece, slices in zip(pieces, self.slices(size))
+        ]
+        return torch.cat(own, dim=self.dim)
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """The tensor whole along `dim` from the parts of all ranks of the axis, in rank order; of copies the first."""
+        size = len(parts)
+        pieces = [part.split(list(self.local_segments(size)), dim=self.dim) for part in parts]
+        columns = [
+            torch.cat([column[index * size // slices] for index in range(slices)], dim=self.dim)
+            for column, slices in zip(zip(*pieces), self.slices(size))
+        ]
+        return torch.cat(columns, dim=self.dim)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A parameter's place among the ranks: `cuts`, of different dimensions over different axes, and else replicated.
+
+    `partial` names the axes over whose ranks the gradient of a replicated parameter is only a part: it must be summed
+    over them before it is one (a norm of sequence-parallel tokens, or over `embd` a tied embedding that the first and the
+    last pipeline stage hold). What a cut holds in copies is partial too.
+    A cut over `ep` is of dim 0, which counts experts, and each expert has its own first values.
+    """
+
+    cuts: tuple[Cut, ...] = ()
+    partial: tuple[Axis, ...] = ()
+
+    @property
+    def per_expert(self) -> bool:
+        """Whether dim 0 counts experts."""
+        return any(cut.axis == "ep" for cut in self.cuts)
+
+    def take(self, whole: Tensor, groups: ProcessGroupCollection) -> Tensor:
+        """The part of a whole tensor that this rank holds."""
+        for cut in self.cuts:
+            group = getattr(groups, cut.axis)
+            whole = cut.take(whole, group.rank(), group.size())
+        return whole
+
+    def whole_shape(self, part_shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of the whole parameter, from that of any rank's part."""
+        shape = list(part_shape)
+        for cut in self.cuts:
+            shape[cut.dim] = sum(cut.segments)
+        return tuple(shape)
+
+
+REPLICATED = Shard()
+
+
+def parameter_shards(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Shard]]:
+    """Every parameter of the model with its global name and how it is cut; a tied parameter comes once."""
+    seen: set[int] = set()
+    for module_name, module in model.named_modules():
+        shards: dict[str, Shard] = getattr(module, "shards", {})
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield f"{module_name}.{name}" if module_name else name, parameter, shards.get(name, REPLICATED)
+
+
+# The axes that cut sizes, by the name of their setting below `parallel`.
+_GROUPS = {"tensor": "tp", "expert_tensor": "expt_tp", "expert": "ep"}
+
+
+def divide(total: int, groups: ProcessGroupCollection, name: str, *, axis: str = "tensor") -> int:
+    """This rank's share of `total`. Raises ValueError where the ranks of the axis do not divide it."""
+    size: int = getattr(groups, _GROUPS[axis]).size()
+    if total % size:
+        raise ValueError(f"parallel.{axis}={size} must divide {name}={total}; use a divisor of {total}")
+    return total // size
+
+
+def divide_units(total: int, groups: ProcessGroupCollection, name: str) -> int:
+    """This rank's number of `total` key-value heads or groups, one where tensor ranks outnumber them.
+
+    Raises ValueError where neither number divides the other.
+    """
+    size: int = groups.tp.size()
+    if total % size and size % total:
+        raise ValueError(f"parallel.tensor={size} must divide {name}={total} or be a multiple of it")
+    return max(1, total // size)

@@ -1,0 +1,102 @@
+"""Where a model is cut for a pipeline: runs of consecutive blocks, at the pattern's `|` or balanced by operations."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+from model.config.pattern import parse_pattern
+from model.config.schema import ModelConfig
+from model.flops import block_flops, head_flops
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Blocks `start` to `stop` (not included) of the pattern; the first piece embeds, the last has final norm and head."""
+
+    start: int
+    stop: int
+    is_first: bool
+    is_last: bool
+
+    @property
+    def blocks(self) -> range:
+        """Global indices of its blocks."""
+        return range(self.start, self.stop)
+
+
+def whole_piece(config: ModelConfig) -> Piece:
+    """The model without cuts."""
+    return Piece(0, len(parse_pattern(config.pattern).letters), is_first=True, is_last=True)
+
+
+@lru_cache(maxsize=256)
+def cut_pieces(config: ModelConfig, num_pieces: int, sequence_length: int) -> tuple[Piece, ...]:
+    """The pieces of a pipeline in order: at each `|` of the pattern, else so that the costliest costs least.
+
+    Raises ValueError where the `|` make another number of pieces, and where there are more pieces than blocks.
+    """
+    pattern = parse_pattern(config.pattern)
+    if pattern.stage_cuts:
+        if len(pattern.stages()) != num_pieces:
+            raise ValueError(
+                f"model.pattern has {len(pattern.stage_cuts)} '|' and so {len(pattern.stages())} parts, where parallel.pipeline "
+                f"x parallel.virtual_stages = {num_pieces} are needed; put {num_pieces - 1} '|', or none to have it balanced"
+            )
+        edges = (0, *pattern.stage_cuts, len(pattern.letters))
+    elif num_pieces > len(pattern.letters):
+        raise ValueError(
+            f"parallel.pipeline x parallel.virtual_stages = {num_pieces} pieces need a block each, and model.pattern has "
+            f"{len(pattern.letters)}; use at most {len(pattern.letters)} pieces"
+        )
+    else:
+        edges = balanced_edges(piece_costs(config, sequence_length), num_pieces)
+    return tuple(
+        Piece(start, stop, is_first=start == 0, is_last=stop == len(pattern.letters))
+        for start, stop in itertools.pairwise(edges)
+    )
+
+
+def piece_costs(config: ModelConfig, sequence_length: int) -> list[float]:
+    """Operations a token of each block, the head's with the last; the embedding is a look-up and costs none."""
+    costs = [block_flops(config, letter, sequence_length) for letter in parse_pattern(config.pattern).letters]
+    costs[-1] += head_flops(config)
+    return costs
+
+
+def balanced_edges(costs: list[float], num_pieces: int) -> tuple[int, ...]:
+    """Edges of `num_pieces` runs of at least one cost each, such that the largest sum of a run is smallest.
+
+    Of several such cuts it is the one whose squared sums are smallest: no run is longer than it must be. Linear
+    partitioning by dynamic programming (Skiena 2008, The Algorithm Design Manual, section 8.5), twice.
+    """
+    largest, _ = _partition(costs, num_pieces, max)
+    _, edges = _partition(costs, num_pieces, lambda run, rest: rest + (run**2 if run <= largest else math.inf))
+    return edges
+
+
+def _partition(
+    costs: list[float], num_pieces: int, join: Callable[[float, float], float]
+) -> tuple[float, tuple[int, ...]]:
+    """The best value and edges; `join` gives the value of a run's sum after that of the runs before it."""
+    sums = [0.0, *itertools.accumulate(costs)]
+    # best[n]: value and edges of the first n costs, cut into as many runs as loops were made.
+    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, (0,))}
+    for pieces_left in reversed(range(num_pieces)):
+        best = {
+            stop: min(
+                (join(sums[stop] - sums[start], value), (*edges, stop))
+                for start, (value, edges) in best.items()
+                if start < stop
+            )
+            for stop in range(num_pieces - pieces_left, len(costs) - pieces_left + 1)
+        }
+    return best[len(costs)]
+
+
+def pieces_of_rank(pieces: tuple[Piece, ...], rank: int, num_ranks: int) -> tuple[Piece, ...]:
+    """What one rank of the pipeline holds: with several pieces a rank, every `num_ranks`-th (Narayanan et al. 2021, section 2.2)."""
+    return pieces[rank::num_ranks]

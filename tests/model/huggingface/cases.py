@@ -1,0 +1,138 @@
+"""Models that each native class of transformers holds, in all the choices that it leaves open."""
+
+from __future__ import annotations
+
+from model.config.schema import AttentionConfig, FeedForwardConfig, Mamba2Config, ModelConfig, MoeConfig, RopeConfig
+
+VOCABULARY = 61
+
+
+def nemotron_h_config(**changes) -> ModelConfig:
+    fields = {
+        "pattern": "M*EM-E",
+        "vocab_size": VOCABULARY,
+        "hidden_size": 24,
+        "mamba": Mamba2Config(num_heads=3, head_dim=8, state_size=5, num_groups=1, chunk_size=16),
+        "attention": AttentionConfig(num_heads=4, num_kv_heads=1, head_dim=12),
+        "feed_forward": FeedForwardConfig(hidden_size=20),
+        "moe": MoeConfig(
+            num_experts=4, top_k=2, expert_hidden_size=16, shared_expert_hidden_size=12, routed_scaling=2.5
+        ),
+    }
+    return ModelConfig(**(fields | changes))
+
+
+def granite_config(**changes) -> ModelConfig:
+    fields = {
+        "pattern": "ME*EME",
+        "vocab_size": VOCABULARY,
+        "hidden_size": 24,
+        "mamba": Mamba2Config(num_heads=6, head_dim=8, state_size=5, num_groups=2, chunk_size=16),
+        "attention": AttentionConfig(num_heads=4, num_kv_heads=1, head_dim=6, positions="rope"),
+        "moe": MoeConfig(
+            num_experts=4,
+            top_k=2,
+            expert_hidden_size=16,
+            shared_expert_hidden_size=12,
+            activation="swiglu",
+            router="softmax",
+        ),
+    }
+    return ModelConfig(**(fields | changes))
+
+
+def delta_mixers(**changes) -> dict:
+    options = {"num_heads": 4, "num_key_heads": 2, "head_dim": 6, "value_head_dim": 5, "chunk_size": 16}
+    return {"gated_deltanet": options | changes}
+
+
+def qwen3_next_config(**changes) -> ModelConfig:
+    fields = {
+        "pattern": "GE*EG-",
+        "vocab_size": VOCABULARY,
+        "hidden_size": 24,
+        "mixers": delta_mixers(),
+        "attention": AttentionConfig(
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=8,
+            qk_norm=True,
+            positions="rope",
+            rope=RopeConfig(theta=200.0, fraction=0.5),
+        ),
+        "feed_forward": FeedForwardConfig(hidden_size=20, activation="swiglu"),
+        "moe": GRANITE.moe,
+    }
+    return ModelConfig(**(fields | changes))
+
+
+def grouped(moe: MoeConfig | None, **changes) -> MoeConfig:
+    assert moe is not None
+    return moe.model_copy(update=changes)
+
+
+NEMOTRON_H = nemotron_h_config()
+GRANITE = granite_config()
+QWEN3_NEXT = qwen3_next_config()
+YARN = RopeConfig(theta=500.0, scaling="yarn", yarn_factor=4.0, yarn_original_length=32)
+CASES = {
+    "nemotron_h, one group, three heads": NEMOTRON_H,
+    "nemotron_h, two groups, no shared expert, tied": nemotron_h_config(
+        tie_embeddings=True,
+        mamba=Mamba2Config(num_heads=6, head_dim=4, state_size=8, num_groups=2, conv_bias=False),
+        moe=grouped(NEMOTRON_H.moe, shared_expert_hidden_size=0, expert_bias=True),
+    ),
+    "nemotron_h, latent experts in router groups, plain weights": nemotron_h_config(
+        moe=grouped(
+            NEMOTRON_H.moe,
+            num_experts=6,
+            num_router_groups=3,
+            router_group_top_k=2,
+            latent_size=8,
+            expert_bias=True,
+            normalize_probabilities=False,
+        )
+    ),
+    "nemotron_h, no Mamba2": nemotron_h_config(pattern="*E", mamba=None),
+    "nemotron_h, Mamba2 alone": nemotron_h_config(pattern="MM", attention=None, moe=None, feed_forward=None),
+    "granitemoehybrid, no Mamba2": granite_config(pattern="*E*E", mamba=None),
+    "granitemoehybrid, no attention": granite_config(pattern="ME", attention=None),
+    "granitemoehybrid, rope": GRANITE,
+    "granitemoehybrid, tied, no positions, no shared expert, one group, scale": granite_config(
+        tie_embeddings=True,
+        mamba=Mamba2Config(num_heads=3, head_dim=8, state_size=8, num_groups=1, conv_kernel=3),
+        attention=AttentionConfig(num_heads=4, num_kv_heads=4, head_dim=6, softmax_scale=0.3),
+        moe=grouped(GRANITE.moe, shared_expert_hidden_size=0),
+    ),
+    "granitemoehybrid, ntk": granite_config(
+        attention=AttentionConfig(
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=6,
+            positions="rope",
+            rope=RopeConfig(theta=300.0, scaling="ntk", ntk_alpha=50.0),
+        )
+    ),
+    "granitemoehybrid, yarn": granite_config(
+        attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=6, positions="rope", rope=YARN)
+    ),
+    "granitemoehybrid, dense": granite_config(
+        pattern="M-*-", moe=None, feed_forward=FeedForwardConfig(hidden_size=20, activation="swiglu")
+    ),
+    "qwen3_next, dense and sparse layers": QWEN3_NEXT,
+    "qwen3_next, tied, no shared expert, plain weights, as many key heads, yarn": qwen3_next_config(
+        tie_embeddings=True,
+        mixers=delta_mixers(num_key_heads=None, value_head_dim=None, conv_kernel=3),
+        moe=grouped(GRANITE.moe, shared_expert_hidden_size=0, normalize_probabilities=False),
+        attention=QWEN3_NEXT.attention.model_copy(update={"rope": YARN}),
+    ),
+    "qwen3_next, no attention, dense": qwen3_next_config(pattern="G-G-", attention=None, moe=None),
+    "qwen3_next, no Gated DeltaNet, ntk": qwen3_next_config(
+        pattern="*E",
+        mixers={},
+        feed_forward=None,
+        attention=QWEN3_NEXT.attention.model_copy(
+            update={"rope": RopeConfig(theta=300.0, scaling="ntk", ntk_alpha=50.0, fraction=0.5)}
+        ),
+    ),
+}

@@ -1,0 +1,47 @@
+"""A small model of each registered mixer, with options made from its own section: registering is enough to be tested."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from model.config.mixer_options import LinearOptions
+from model.config.mixer_registry import mixer_specs
+from model.config.schema import ModelConfig
+from tests.model.small_models import small_config
+
+# What a sample takes of these where the mixer's options have the field.
+USUAL: dict[str, Any] = {"num_heads": 4, "head_dim": 6, "value_head_dim": 5, "conv_kernel": 3, "chunk_size": 8}
+# What a mixer needs besides, or in other sizes.
+SPECIAL: dict[str, dict[str, Any]] = {
+    "deltaproduct": {"num_key_heads": 2, "allow_negative_eigenvalues": True},
+    "mamba1": {"inner_size": 10, "state_size": 4},
+    "window": {"window": 6, "num_kv_heads": 2, "qk_norm": True},
+    "gated_deltanet": {"num_key_heads": 2},
+}
+
+
+def sample_options(name: str) -> dict[str, Any]:
+    """Options of a small mixer."""
+    fields = mixer_specs()[name].options.model_fields
+    return {key: value for key, value in USUAL.items() if key in fields} | SPECIAL.get(name, {})
+
+
+def sample_names() -> list[str]:
+    """Every registered mixer, and `mom over X` for every linear one."""
+    inside = [spec.name for spec in mixer_specs().values() if issubclass(spec.options, LinearOptions)]
+    return [*mixer_specs(), *(f"mom over {name}" for name in inside)]
+
+
+def registered_name(sample: str) -> str:
+    """The mixer of a sample."""
+    return sample.partition(" ")[0]
+
+
+def mixer_config(sample: str, blocks: int = 2) -> ModelConfig:
+    """A model of so many blocks of one mixer and nothing else."""
+    name, _, inside = sample.partition(" over ")
+    mixers = {name: sample_options(name)}
+    if name == "mom":
+        inside = inside or "gated_deltanet"
+        mixers = {name: mixers[name] | {"mixer": inside}, inside: sample_options(inside)}
+    return small_config(mixer_specs()[name].symbol * blocks, mixers=mixers)

@@ -1,0 +1,217 @@
+"""What every registered mixer must keep: the same suite for ours and for plugins, which are tested by being registered."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.config.mixer_registry import mixer_specs
+from model.flops import count_parameters, flops_per_token
+from model.hybrid import HybridModel
+from model.packing import PackMeta
+from model.parallel.groups import single_rank_groups
+from model.parallel.shards import parameter_shards
+from model.state_size import state_bytes
+from pretrain.config.schema import ParallelConfig
+from pretrain.engine.gradients import find_partial_gradients, sum_partial_gradients
+from pretrain.parallel import initialize_parallel
+from tests.helpers.numbers import assert_bitwise, assert_near
+from tests.helpers.shards import join_parts
+from tests.helpers.spawn import run_ranks
+from tests.model.mixers.samples import mixer_config, registered_name, sample_names
+from tests.model.small_models import cut_batch, loss_of, meta_of, packed_batch, small_model
+
+# float64: the same sums in another order.
+EXACT = 1e-10
+# bfloat16 weights and activations carry 2^-9 each.
+BFLOAT16 = 2e-2
+NAMES = sample_names()
+# Mixers that sort tokens: what one document or later token changes moves where chunks begin for others, and so rounding.
+SORTED = tuple(name for name in NAMES if registered_name(name) == "mom")
+DOCUMENTS = ((7, 1, 13, 3), (24,))
+
+
+def run_model(model: HybridModel, documents: Any = DOCUMENTS, groups: Any = None) -> dict[str, Tensor]:
+    """Loss, logits and gradients of packed rows in training mode."""
+    tokens_BT, labels_BT, meta = cut_batch(documents, groups or single_rank_groups())
+    output = model(tokens_BT, meta, labels_BT)
+    loss = loss_of(output)
+    loss.backward()
+    with torch.no_grad():
+        logits_BTV = model(tokens_BT, meta).logits_BTV
+    gradients = {name: weight.grad for name, weight in model.named_parameters()}
+    return {"loss": loss.detach(), "logits": logits_BTV} | gradients
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_chunked_form_equals_the_definition_with_gradients(name: str) -> None:
+    chunked = run_model(small_model(mixer_config(name)))
+    definition = run_model(small_model(mixer_config(name), backend="reference"))
+    for key, value in definition.items():
+        assert_near(chunked[key], value, EXACT, key)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bfloat16_stays_near_float64(name: str) -> None:
+    exact = small_model(mixer_config(name, blocks=1))
+    rounded = small_model(mixer_config(name, blocks=1), dtype=torch.bfloat16)
+    exact.load_state_dict({key: value.double() for key, value in rounded.state_dict().items()})
+    expected, actual = run_model(exact), run_model(rounded)
+    assert_near(actual["logits"], expected["logits"], BFLOAT16, "logits")
+
+
+def assert_unmoved(name: str, actual: Tensor, expected: Tensor, what: str) -> None:
+    if name in SORTED:
+        assert_near(actual, expected, EXACT, what)
+    else:
+        assert_bitwise(actual, expected, what)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_output_depends_on_a_later_token(name: str) -> None:
+    model = small_model(mixer_config(name)).train()
+    tokens_BT, _, _ = packed_batch(((24,),))
+    before = model(tokens_BT, PackMeta.one_document_a_row(1, 24)).logits_BTV
+    changed_BT = tokens_BT.clone()
+    changed_BT[0, 11] = (changed_BT[0, 11] + 1) % 40
+    after = model(changed_BT, PackMeta.one_document_a_row(1, 24)).logits_BTV
+    assert_unmoved(name, after[:, :11], before[:, :11], "outputs before the changed token")
+    assert not torch.equal(after[:, 11:], before[:, 11:]), "the changed token must change something"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_gradient_reaches_another_document_row_or_later_token(name: str) -> None:
+    mixer = small_model(mixer_config(name, blocks=1)).train().blocks[0].mixer
+    x_BTD = torch.randn(2, 24, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(5), requires_grad=True)
+    meta = meta_of(packed_batch(DOCUMENTS)[2])
+    mixer(x_BTD, meta).y_BTD[0, 8:15].sum().backward()
+    reached_BT = x_BTD.grad.abs().sum(-1) > 0
+    assert not bool(reached_BT[1].any()), "the other row"
+    assert not bool(reached_BT[0, :8].any()), "documents before"
+    assert not bool(reached_BT[0, 15:].any()), "tokens after"
+    assert bool(reached_BT[0, 8:15].all())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_packed_documents_are_as_if_apart(name: str) -> None:
+    lengths = (7, 1, 13, 3)
+    packed = small_model(mixer_config(name))
+    expected = small_model(mixer_config(name))
+    tokens_BT, labels_BT, ids_BT = packed_batch((lengths,))
+    output = packed(tokens_BT, meta_of(ids_BT), labels_BT)
+    output.loss.total.backward()
+    logits_BTV = packed(tokens_BT, meta_of(ids_BT)).logits_BTV
+    start = 0
+    for length in lengths:
+        piece = slice(start, start + length)
+        meta = PackMeta.one_document_a_row(1, length)
+        expected(tokens_BT[:, piece], meta, labels_BT[:, piece]).loss.total.backward()
+        assert_near(logits_BTV[:, piece], expected(tokens_BT[:, piece], meta).logits_BTV, EXACT, f"document at {start}")
+        start += length
+    for (key, weight), (_, other) in zip(packed.named_parameters(), expected.named_parameters()):
+        assert_near(weight.grad, other.grad, EXACT, key)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_and_documents_do_not_feel_each_other(name: str) -> None:
+    model = small_model(mixer_config(name), dtype=torch.float64 if name in SORTED else torch.float32).train()
+    tokens_BT, _, ids_BT = packed_batch(DOCUMENTS)
+    with torch.no_grad():
+        before = model(tokens_BT, meta_of(ids_BT)).logits_BTV
+        changed_BT = tokens_BT.clone()
+        changed_BT[0, 8:21] = (changed_BT[0, 8:21] + 1) % 40
+        after = model(changed_BT, meta_of(ids_BT)).logits_BTV
+    assert_bitwise(after[1], before[1], "the other row")
+    assert_unmoved(name, after[0, :8], before[0, :8], "documents before")
+    assert_unmoved(name, after[0, 21:], before[0, 21:], "the document after")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_text_in_pieces_is_the_whole_text(name: str) -> None:
+    model = small_model(mixer_config(name)).eval()
+    tokens_BT, _, _ = packed_batch(((31,), (31,)))
+    with torch.no_grad():
+        whole_BTV = model(tokens_BT, PackMeta.one_document_a_row(2, 31)).logits_BTV
+        state, pieces, start = model.empty_state(2), [], 0
+        for length in (9, 1, 1, 2, 17, 1):
+            meta = PackMeta.one_document_a_row(2, length, start=start)
+            output = model(tokens_BT[:, start : start + length], meta, state=state)
+            state, start = output.state, start + length
+            pieces.append(output.logits_BTV)
+    assert_near(torch.cat(pieces, dim=1), whole_BTV, EXACT, "logits")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_state_has_the_bytes_that_are_counted(name: str) -> None:
+    config = mixer_config(name)
+    model = small_model(config, dtype=torch.float32)
+    with torch.no_grad():
+        output = model(
+            torch.ones(1, 19, dtype=torch.long), PackMeta.one_document_a_row(1, 19), state=model.empty_state(1)
+        )
+    held = sum(tensor.nbytes for block in output.state.blocks for tensor in block.values())
+    assert held == state_bytes(config, 19)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters_are_counted_without_the_model(name: str) -> None:
+    config = mixer_config(name, blocks=3)
+    counted = count_parameters(config)
+    assert counted.total == sum(weight.numel() for weight in small_model(config).parameters())
+    assert counted.active <= counted.total
+    assert flops_per_token(config, 64)[registered_name(name)] > 6 * 0.5 * counted.active_by_kind[registered_name(name)]
+
+
+def run_spread(name: str, section: ParallelConfig) -> dict[str, Tensor]:
+    """What `run_model` gives, of whole weights, on every rank."""
+    groups = initialize_parallel(section, timeout_seconds=60, num_threads=1).groups
+    model = HybridModel(mixer_config(name), groups, seed=1).double()
+    found = run_model(model, groups=groups)
+    sum_partial_gradients(find_partial_gradients(model, groups), groups)
+    if groups.cp.size() > 1:
+        for value in [found["loss"], *(weight.grad for weight in model.parameters())]:
+            torch.distributed.all_reduce(value, group=groups.cp)
+    gradients = {key: join_parts(weight.grad, shard, groups) for key, weight, shard in parameter_shards(model)}
+    weights = {f"weight of {key}": join_parts(w.detach(), shard, groups) for key, w, shard in parameter_shards(model)}
+    return {"loss": found["loss"], "logits": found["logits"]} | gradients | weights
+
+
+def run_all_spread(layouts: list[tuple[str, ParallelConfig]]) -> list[dict[str, Tensor]]:
+    return [run_spread(name, section) for name, section in layouts]
+
+
+SECTIONS = {
+    "tensor": ParallelConfig(tensor=2),
+    "tokens too": ParallelConfig(tensor=2, sequence_parallel=True),
+    "context": ParallelConfig(context=2),
+}
+LAYOUTS = [
+    (name, kind)
+    for name in NAMES
+    for kind in SECTIONS
+    if ("context" if kind == "context" else "tensor") not in mixer_specs()[registered_name(name)].refuses
+]
+
+
+@pytest.fixture(scope="module")
+def spread() -> dict[tuple[str, str], list[dict[str, Tensor]]]:
+    ranks = run_ranks(run_all_spread, [(name, SECTIONS[kind]) for name, kind in LAYOUTS], num_ranks=2)
+    return {layout: list(results) for layout, results in zip(LAYOUTS, zip(*ranks))}
+
+
+@pytest.mark.parametrize(("name", "kind"), LAYOUTS)
+def test_two_ranks_compute_what_one_does(name: str, kind: str, spread: dict[Any, Any]) -> None:
+    model = HybridModel(mixer_config(name), single_rank_groups(), seed=1).double()
+    expected = run_model(model) | {f"weight of {key}": weight.detach() for key, weight in model.named_parameters()}
+    for rank, actual in enumerate(spread[name, kind]):
+        logits_BTV = expected["logits"]
+        if kind == "context":
+            segments = meta_of(packed_batch(DOCUMENTS)[2]).cut(rank, 2).segments
+            logits_BTV = segments.take(logits_BTV)
+        assert_near(actual["logits"], logits_BTV, EXACT, "logits")
+        for key, value in expected.items():
+            if key != "logits":
+                assert_near(actual[key], value, EXACT, key)

@@ -1,0 +1,208 @@
+"""Experts spread over ranks: losses, loads and gradients of one rank, whatever the router does, at any layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from launch.bench.count_collectives import CommunicationCounter, Traffic, sum_traffic
+from model.config.schema import AttentionConfig, Mamba2Config, ModelConfig, MoeConfig
+from model.hybrid import HybridModel
+from model.moe.dispatch import RowTransfer
+from model.parallel.groups import ProcessGroupCollection, single_rank_groups
+from model.parallel.shards import parameter_shards
+from pretrain.config.schema import ParallelConfig
+from pretrain.engine.gradients import find_partial_gradients, sum_partial_gradients
+from pretrain.parallel import initialize_parallel
+from tests.helpers.shards import join_parts
+from tests.helpers.spawn import run_ranks
+from tests.model.small_models import cut_batch, loss_of, small_config
+
+NUM_BATCHES = 4
+DOCUMENTS = ((7, 1, 12, 4), (24,))
+BASE = MoeConfig(
+    num_experts=8,
+    top_k=3,
+    expert_hidden_size=4,
+    shared_expert_hidden_size=12,
+    activation="swiglu",
+    expert_bias=True,
+    auxiliary_loss_weight=0.1,
+    sequence_loss_weight=0.2,
+    z_loss_weight=0.1,
+)
+
+
+def config_of(**changes: object) -> ModelConfig:
+    return small_config(
+        "ME*E",
+        moe=BASE.model_copy(update=changes),
+        mamba=Mamba2Config(num_heads=4, head_dim=4, state_size=5, num_groups=2, chunk_size=8),
+        attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=6),
+    )
+
+
+CONFIGS = {
+    "dropless": config_of(),
+    "latent": config_of(latent_size=6, activation="squared_relu", shared_expert_hidden_size=0),
+    "drop": config_of(capacity_factor=1.0),
+    "recycle": config_of(capacity_factor=1.0, overflow="recycle"),
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A layout of four ranks, which configs run on it, and which experts nobody may choose."""
+
+    section: ParallelConfig
+    configs: tuple[str, ...] = ("dropless",)
+    shunned: tuple[int, ...] = ()
+
+
+LAYOUTS = {
+    "ep2": Layout(ParallelConfig(expert=2), ("dropless", "latent", "drop", "recycle"), shunned=(1,)),
+    "ep4, a rank gets nothing": Layout(ParallelConfig(expert=4), ("dropless", "latent"), shunned=(2, 3)),
+    "tp2 ep2": Layout(ParallelConfig(tensor=2, expert=2), ("dropless", "latent", "drop")),
+    "tp2 sp ep4": Layout(ParallelConfig(tensor=2, sequence_parallel=True, expert=4), ("dropless", "latent", "recycle")),
+    "ep2 etp2": Layout(ParallelConfig(expert=2, expert_tensor=2), ("dropless", "drop")),
+    "tp2 sp ep2 etp2": Layout(ParallelConfig(tensor=2, sequence_parallel=True, expert=2, expert_tensor=2), ("latent",)),
+    "cp2 ep2": Layout(ParallelConfig(context=2, expert=2), ("dropless", "drop", "recycle")),
+    "tp2 cp2 sp ep4": Layout(
+        ParallelConfig(tensor=2, context=2, sequence_parallel=True, expert=4), ("dropless", "recycle")
+    ),
+}
+
+
+@dataclass
+class Outcome:
+    """Sums over the micro-batches, and gradients joined over ranks, by name."""
+
+    loss: torch.Tensor
+    auxiliary: dict[str, torch.Tensor]
+    counts: dict[int, torch.Tensor]
+    gradients: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def run_batches(config: ModelConfig, layout: Layout, groups: ProcessGroupCollection) -> Outcome:
+    """Forward and backward of this rank's share of four micro-batches; nothing is reduced yet but partial gradients."""
+    model = HybridModel(config, groups, seed=3).double()
+    for _, mixer in model.routed_mixers():
+        mixer.expert_bias[list(layout.shunned)] = -100.0
+    outcome = Outcome(torch.zeros((), dtype=torch.float64), {}, {})
+    for number in range(groups.dp.rank(), NUM_BATCHES, groups.dp.size()):
+        tokens_BT, labels_BT, meta = cut_batch(DOCUMENTS, groups, seed=number)
+        output = model(tokens_BT, meta, labels_BT)
+        loss = loss_of(output)
+        loss.backward()
+        outcome.loss += loss.detach()
+        for name, value in output.auxiliary.items():
+            outcome.auxiliary[name] = outcome.auxiliary.get(name, 0) + value.detach()
+        for block, counts_E in output.expert_counts.items():
+            outcome.counts[block] = outcome.counts.get(block, 0) + counts_E
+    sum_partial_gradients(find_partial_gradients(model, groups), groups)
+    outcome.gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    if isinstance(groups.dp_cp, dist.ProcessGroup):
+        reduce_outcome(outcome, model, groups)
+    return outcome
+
+
+def reduce_outcome(outcome: Outcome, model: HybridModel, groups: ProcessGroupCollection) -> None:
+    """What the step and the engine do: sums over the ranks that had other tokens, joins over those that have other parts."""
+    for value in (outcome.loss, *outcome.auxiliary.values(), *outcome.counts.values()):
+        dist.all_reduce(value, group=groups.dp_cp)
+    for name, _, shard in parameter_shards(model):
+        gradient = outcome.gradients[name].contiguous()
+        dist.all_reduce(gradient, group=groups.expt_dp if shard.per_expert else groups.dp_cp)
+        outcome.gradients[name] = join_parts(gradient, shard, groups)
+
+
+def run_layouts() -> dict[tuple[str, str], Outcome]:
+    results = {}
+    for name, layout in LAYOUTS.items():
+        parallel = initialize_parallel(layout.section, timeout_seconds=60, num_threads=1)
+        for config in layout.configs:
+            results[name, config] = run_batches(CONFIGS[config], layout, parallel.groups)
+    return results
+
+
+@pytest.fixture(scope="module")
+def four_ranks() -> list[dict[tuple[str, str], Outcome]]:
+    return run_ranks(run_layouts, num_ranks=4)
+
+
+@pytest.mark.parametrize(("name", "config"), [(name, config) for name in LAYOUTS for config in LAYOUTS[name].configs])
+def test_ranks_compute_what_one_does(name: str, config: str, four_ranks: list[dict[tuple[str, str], Outcome]]) -> None:
+    expected = run_batches(CONFIGS[config], LAYOUTS[name], single_rank_groups())
+    for ranks in four_ranks:
+        actual = ranks[name, config]
+        # float64: only the order of sums differs.
+        torch.testing.assert_close(actual.loss, expected.loss, rtol=1e-10, atol=0)
+        torch.testing.assert_close(actual.auxiliary, expected.auxiliary, rtol=1e-10, atol=0)
+        torch.testing.assert_close(actual.counts, expected.counts, rtol=0, atol=0)
+        assert actual.gradients.keys() == expected.gradients.keys()
+        for key, gradient in expected.gradients.items():
+            torch.testing.assert_close(
+                actual.gradients[key], gradient, rtol=1e-8, atol=1e-10, msg=lambda text, key=key: f"{key}: {text}"
+            )
+    for expert in LAYOUTS[name].shunned:
+        assert all(counts_E[expert] == 0 for counts_E in expected.counts.values())
+        # Who has room is given what others cannot take, wanted or not.
+        is_used = config == "recycle"
+        assert bool(expected.gradients["blocks.1.mixer.experts.up"][expert].any()) == is_used
+
+
+def count_bytes() -> dict[str, list[Traffic]]:
+    """What two ranks send each other in a forward and backward pass of one block of experts, plain and at half the width."""
+    parallel = initialize_parallel(ParallelConfig(expert=2), timeout_seconds=60, num_threads=1)
+    counted = {}
+    for name, latent_size in (("plain", None), ("latent", 6)):
+        moe = BASE.model_copy(
+            update={"latent_size": latent_size, "auxiliary_loss_weight": 0.0, "sequence_loss_weight": 0.0}
+        )
+        model = HybridModel(small_config("E", moe=moe), parallel.groups, seed=3).double()
+        tokens_BT, labels_BT, meta = cut_batch(DOCUMENTS, parallel.groups, seed=parallel.rank)
+        with CommunicationCounter(parallel.groups) as counter:
+            loss_of(model(tokens_BT, meta, labels_BT)).backward()
+        counted[name] = counter.traffic()
+    return counted
+
+
+def test_bytes_between_experts_shrink_exactly_with_the_width() -> None:
+    ranks = run_ranks(count_bytes, num_ranks=2)
+    plain, latent = (sum_traffic([counted[name] for counted in ranks]) for name in ("plain", "latent"))
+    choices = 2 * 2 * 24 * BASE.top_k  # ranks x rows x tokens
+    for traffic, width in ((plain, 12), (latent, 6)):
+        rows, counts = traffic
+        assert (rows.axis, rows.collective, rows.dtype) == ("ep", "all_to_all", "float64")
+        # There and back, forward and backward, on two ranks; and each rank's numbers of rows for 8 experts, once.
+        assert (rows.calls, rows.handed_bytes) == (8, 4 * choices * width * 8)
+        assert counts == Traffic("ep", "all_to_all", "int64", 2, 2 * 8 * 8, 2 * 4 * 8)
+    assert 0 < latent[0].sent_bytes < latent[0].handed_bytes
+    assert plain[0].sent_bytes * 6 == latent[0].sent_bytes * 12
+
+
+def transfer_rows() -> tuple[list[bool], torch.Tensor, torch.Tensor]:
+    """Rank 0 sends one row of three to rank 1, which keeps its two."""
+    parallel = initialize_parallel(ParallelConfig(expert=2), timeout_seconds=60, num_threads=1)
+    sent, received = (([2, 1], [2, 0]), ([0, 2], [1, 2]))[parallel.rank]
+    transfer = RowTransfer(parallel.groups.ep, sent, received)
+    rows_SD = (torch.arange(6.0).view(-1, 2)[: sum(sent)] + 10 * parallel.rank).requires_grad_()
+    arriving_SD = transfer.start(rows_SD)
+    states = [transfer.under_way is not None]
+    arrived_SD = transfer.finish(arriving_SD)
+    states.append(transfer.under_way is not None)
+    (arrived_SD * (parallel.rank + 1)).sum().backward()
+    states.append(transfer.under_way is not None)
+    return states, arrived_SD.detach(), rows_SD.grad
+
+
+def test_rows_travel_while_other_work_is_done_and_gradients_travel_back() -> None:
+    (states, first, first_grad), (other_states, second, second_grad) = run_ranks(transfer_rows, num_ranks=2)
+    assert states == other_states == [True, False, False]
+    assert first.tolist() == [[0.0, 1.0], [2.0, 3.0]]
+    assert second.tolist() == [[4.0, 5.0], [10.0, 11.0], [12.0, 13.0]]
+    assert first_grad.tolist() == [[1.0, 1.0], [1.0, 1.0], [2.0, 2.0]]
+    assert second_grad.tolist() == [[2.0, 2.0], [2.0, 2.0]]

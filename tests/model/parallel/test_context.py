@@ -1,0 +1,196 @@
+"""Rows cut over two and four context ranks: the outputs and all gradients of one rank, and how much ranks tell each other."""
+
+import functools
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from launch.bench.count_collectives import CommunicationCounter
+from launch.plan.context_traffic import heads_bytes, states_bytes
+from model.config.schema import MoeConfig
+from model.hybrid import HybridModel
+from model.packing import PackMeta
+from model.parallel.context import receive_windows
+from model.parallel.groups import single_rank_groups
+from model.parallel.shards import parameter_shards
+from pretrain.config.schema import ParallelConfig
+from pretrain.parallel import initialize_parallel
+from tests.helpers.spawn import run_ranks
+from tests.model.small_models import StandInGroup, cut_batch, loss_of, meta_of, packed_batch, small_config
+
+MOE = MoeConfig(
+    num_experts=5,
+    top_k=2,
+    expert_hidden_size=8,
+    auxiliary_loss_weight=0.1,
+    sequence_loss_weight=0.1,
+    z_loss_weight=0.1,
+)
+# Four ranks have segments of three tokens, the least that a convolution of width 4 can look back on.
+DOCUMENTS = {
+    "documents across, at and inside segment borders": (
+        (24,),
+        (3, 3, 6, 12),
+        (1,) * 24,
+        (7, 1, 12, 4),
+        (2, 1, 20, 1),
+        (11, 1, 1, 11),
+    ),
+    "one document a row": ((24,), (24,)),
+}
+CONFIGS = {
+    "mamba": small_config("MM"),
+    "whole": small_config("M*E-M", moe=MOE, logits_z_loss_weight=0.05),
+    "tied": small_config("*M", tie_embeddings=True),
+}
+CASES = [(config, documents) for config in CONFIGS for documents in DOCUMENTS]
+COMPILED = ("whole", next(iter(DOCUMENTS)))
+# Only the order of sums differs.
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 3e-5}
+
+
+def run_model(case, groups, dtype=torch.float64, *, compiled=False):
+    """Loss and logits of this rank's part of the rows, and what it adds to each gradient."""
+    config, documents = CONFIGS[case[0]], DOCUMENTS[case[1]]
+    model = HybridModel(config, groups, seed=3).to(dtype)
+    if compiled:
+        model.compile_blocks(compiler="aot_eager")
+        model.recompute_blocks("M*E-")
+    tokens_BT, labels_BT, meta = cut_batch(documents, groups)
+    output = model(tokens_BT, meta, labels_BT)
+    loss = loss_of(output)
+    loss.backward()
+    with torch.no_grad():
+        logits_BTV = model(tokens_BT, meta).logits_BTV
+    gradients = {name: parameter.grad for name, parameter, _ in parameter_shards(model)}
+    return {"loss": loss.detach(), "logits": logits_BTV, "counts": output.expert_counts, "gradients": gradients}
+
+
+def run_cut(num_ranks, compiled):
+    parallel = initialize_parallel(ParallelConfig(context=num_ranks), timeout_seconds=60, num_threads=1)
+    if compiled:
+        results = {"compiled": run_model(COMPILED, parallel.groups, compiled=True)}
+    else:
+        results = {(case, dtype): run_model(case, parallel.groups, dtype) for case in CASES for dtype in TOLERANCES}
+    for result in results.values():
+        for value in [result["loss"], *result["gradients"].values(), *result["counts"].values()]:
+            dist.all_reduce(value, group=parallel.groups.cp)
+    return results
+
+
+@functools.cache
+def cut_results(num_ranks):
+    return run_ranks(run_cut, num_ranks, False, num_ranks=num_ranks)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_context_ranks_compute_what_one_does(num_ranks, case, dtype):
+    assert_same(case, [results[case, dtype] for results in cut_results(num_ranks)], TOLERANCES[dtype])
+
+
+@pytest.mark.slow
+def test_compiled_and_recomputed_blocks_exchange_alike():
+    ranks = [results["compiled"] for results in run_ranks(run_cut, 2, True, num_ranks=2)]
+    assert_same(COMPILED, ranks, TOLERANCES[torch.float64])
+
+
+def assert_same(case, ranks, tolerance):
+    wanted = run_model(case, single_rank_groups())
+    ids_BT = packed_batch(DOCUMENTS[case[1]])[2]
+    num_ranks = len(ranks)
+    for rank, got in enumerate(ranks):
+        segments = meta_of(ids_BT).cut(rank, num_ranks).segments
+        assert abs(float(got["loss"] - wanted["loss"])) <= tolerance * float(wanted["loss"])
+        logits_BTV = segments.take(wanted["logits"])
+        assert (got["logits"] - logits_BTV).norm() <= tolerance * logits_BTV.norm()
+        assert all(torch.equal(got["counts"][block], counts) for block, counts in wanted["counts"].items())
+        assert got["gradients"].keys() == wanted["gradients"].keys()
+        for name, gradient in wanted["gradients"].items():
+            error = float((got["gradients"][name] - gradient).norm())
+            assert error <= tolerance * float(gradient.norm()), f"{name} is off by {error}"
+
+
+def test_ranks_share_the_keys_evenly_and_every_token_once():
+    ids_BT = torch.zeros(1, 48, dtype=torch.int32)
+    for num_ranks in (2, 3, 4):
+        parts = [meta_of(ids_BT).cut(rank, num_ranks) for rank in range(num_ranks)]
+        positions = [part.positions_BT[0].tolist() for part in parts]
+        assert sorted(place for own in positions for place in own) == list(range(48))
+        assert len({sum(place + 1 for place in own) for own in positions}) == 1
+
+
+def test_segments_know_which_go_on_and_what_a_convolution_may_see():
+    ids_BT = packed_batch(((5, 3, 1, 7), (4, 4, 8)))[2]
+    meta = meta_of(ids_BT).cut(0, 2)
+    assert meta.segments.own == (0, 3)
+    assert meta.segments.continues_BZ.tolist() == [[False, True, False, True], [False, False, False, True]]
+    assert meta.segments.window_mask(3).tolist() == [
+        [[False] * 3, [True] * 3],
+        [[False] * 3, [True] * 3],
+    ]
+    assert meta_of(ids_BT).cut(1, 2).segments.window_mask(3)[0].tolist() == [
+        [True] * 3,
+        [False] * 3,
+    ]
+    assert meta.document_ids_BT[0].tolist() == [0, 0, 0, 0, 3, 3, 3, 3]
+    assert meta.positions_BT[0].tolist() == [0, 1, 2, 3, 3, 4, 5, 6]
+
+
+def test_rows_that_cannot_be_cut_are_refused():
+    meta = meta_of(packed_batch(((22,),))[2])
+    with pytest.raises(
+        ValueError, match="rows of 22 tokens cannot be cut into 2 x 2 equal segments; use a multiple of 4"
+    ):
+        meta.cut(0, 2)
+    model = HybridModel(small_config("M"), single_rank_groups())
+    with pytest.raises(ValueError, match=r"cut for 11 context rank\(s\) and the model's cp group has 1"):
+        model(torch.zeros(1, 2, dtype=torch.int64), meta.cut(0, 11))
+    groups = single_rank_groups()
+    groups.cp = StandInGroup(11)
+    with pytest.raises(
+        ValueError, match=r"segments of 1 tokens are shorter than the 3 before each .*; use longer rows"
+    ):
+        HybridModel(small_config("M"), groups)(torch.zeros(1, 2, dtype=torch.int64), meta.cut(0, 11))
+
+
+LENGTHS = (24, 48, 240)
+
+
+def count_bytes(num_ranks):
+    """Bytes that this rank sends for a Mamba2 block and for an attention block, forward and backward, by row length."""
+    parallel = initialize_parallel(ParallelConfig(context=num_ranks), timeout_seconds=60, num_threads=1)
+    groups, sent = parallel.groups, {}
+    for pattern in "M*":
+        model = HybridModel(small_config(pattern), groups, seed=3)
+        for length in LENGTHS:
+            meta = PackMeta.one_document_a_row(2, length).cut(groups.cp.rank(), num_ranks)
+            x_BTD = torch.randn(2, length // num_ranks, model.config.hidden_size, requires_grad=True)
+            with CommunicationCounter(groups) as counter:
+                model.blocks[0](x_BTD, None, meta)[1].y_BTD.sum().backward()
+            sent[pattern, length] = {row.collective: (row.calls, row.sent_bytes) for row in counter.traffic()}
+    return sent
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_a_row_of_any_length_costs_a_mamba_block_the_same_bytes(num_ranks):
+    ranks = run_ranks(count_bytes, num_ranks, num_ranks=num_ranks)
+    mamba, attention = small_config("M").mamba, small_config("*").attention
+    for length in LENGTHS:
+        # Once forward and once backward: the states of all segments, and the inputs before them.
+        assert {name: row[0] for name, row in ranks[0]["M", length].items()} == {"all_gather": 2, "all_to_all": 2}
+        total = sum(row[1] for sent in ranks for row in sent["M", length].values())
+        assert total == states_bytes(mamba, 2, num_ranks, 1, 4)
+        keys = 2 * 2 * length * attention.num_kv_heads * attention.head_dim * 4
+        sent = sum(row[1] for sent in ranks for row in sent["*", length].values())
+        assert sent == 2 * keys * (num_ranks - 1)
+    assert heads_bytes(mamba, 240, 2, num_ranks, 1, 4) == 10 * heads_bytes(mamba, 24, 2, num_ranks, 1, 4)
+
+
+def test_nothing_is_asked_of_neighbours_where_nothing_is_read():
+    segments = meta_of(torch.zeros(1, 24, dtype=torch.int32)).cut(0, 2).segments
+    assert receive_windows(torch.ones(2, 6, 3), 0, segments, single_rank_groups()).shape == (2, 0, 3)
+    with pytest.raises(ValueError, match="segments of 6 tokens are shorter than the 7 before each"):
+        receive_windows(torch.ones(2, 6, 3), 7, segments, single_rank_groups())
