@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.config import DataConfig
-from data_pipeline.manifest import Part, Split
-from data_pipeline.samples import SampleReader, SampleSettings
-from data_pipeline.shards import DamagedError
-from data_pipeline.store import TokenStore, check_part_files
-from data_pipeline.tokenizer import load_tokenizer
+from data_pipeline.samples.samples import SampleReader, SampleSettings
+from data_pipeline.store.manifest import Part, Split
+from data_pipeline.store.shards import DamagedError
+from data_pipeline.store.store import TokenStore, check_part_files
+from data_pipeline.tokenizer.tokenizer import load_tokenizer
 
 READ_TOKENS = 4 * 2**20
 

@@ -37,7 +37,7 @@ def inspect_path(path: str | Path, *, quick: bool = False) -> Inspection:
     quick: of a token store only sizes, indices and document ends. Raises FileNotFoundError if it does not exist,
     ValueError if it is nothing that amfm writes, or for `quick` of anything but a store.
     """
-    from data_pipeline.object_store import is_url
+    from data_pipeline.store.object_store import is_url
 
     if is_url(str(path)):
         return inspect_store(str(path), quick=quick)
@@ -68,8 +68,8 @@ def inspect_path(path: str | Path, *, quick: bool = False) -> Inspection:
 
 def inspect_store(path: str, *, quick: bool = False) -> Inspection:
     """A token store in a folder or behind a URL: manifest, tokenizer, sizes and, unless quick, every chunk and digest."""
-    from data_pipeline.shards import DamagedError
-    from data_pipeline.store import TokenStore
+    from data_pipeline.store.shards import DamagedError
+    from data_pipeline.store.store import TokenStore
     from data_pipeline.verify import verify_store
 
     problems = verify_store(path, full=not quick)

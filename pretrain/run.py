@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, cast
 
-from data_pipeline.loader import PretrainLoader
+from data_pipeline.loader.loader import PretrainLoader
 from model.hybrid import HybridModel
 from pretrain.checkpoint.background import BackgroundSaver
 from pretrain.config.schema import RunConfig

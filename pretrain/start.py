@@ -9,10 +9,10 @@ from typing import IO, Literal
 
 import torch
 
-from data_pipeline.loader import PretrainLoader
+from data_pipeline.loader.loader import PretrainLoader
 from data_pipeline.memory import keep_freed_memory
-from data_pipeline.probe_rows import NO_TOKENIZER
-from data_pipeline.store import TokenStore
+from data_pipeline.probes.rows import NO_TOKENIZER
+from data_pipeline.store.store import TokenStore
 from kernels.backend import resolve_backend
 from model.flops import count_parameters, flops_per_token
 from model.hybrid import HybridModel

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from data_pipeline.loader import SourceUse
+from data_pipeline.loader.loader import SourceUse
 from model.flops import flops_per_token
 from pretrain.config.schema import RunConfig
 from pretrain.launcher_protocol import DONE, RUN_FAILED

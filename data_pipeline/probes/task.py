@@ -6,8 +6,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from data_pipeline.packing import IGNORED_LABEL
 from data_pipeline.probes.draws import Draws, Int64
+from data_pipeline.samples.packing import IGNORED_LABEL
 
 NOISE = 0  # the token of places that hold nothing
 

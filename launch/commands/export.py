@@ -92,9 +92,9 @@ def export_for_deepspeed(checkpoint: Path, out: Path, *, as_json: bool) -> None:
 
 def export_tokens(store_path: Path, out: Path, *, as_json: bool) -> None:
     """Write OUT/SOURCE-SPLIT.bin and .idx for each source and split of a token store."""
-    from data_pipeline.manifest import SPLITS
-    from data_pipeline.megatron_files import export_megatron
-    from data_pipeline.store import TokenStore
+    from data_pipeline.store.manifest import SPLITS
+    from data_pipeline.store.megatron_files import export_megatron
+    from data_pipeline.store.store import TokenStore
 
     store = TokenStore.open(store_path)
     documents = {
@@ -160,7 +160,7 @@ def import_(
 
 def import_tokenizer(source: Path, out: Path, pattern: str | None, special: list[str], *, as_json: bool) -> None:
     """Convert a .tiktoken file."""
-    from data_pipeline.tiktoken_file import convert_tiktoken
+    from data_pipeline.tokenizer.tiktoken import convert_tiktoken
 
     if pattern is None:
         raise ValueError(f"{source} doesn't hold the pattern that cuts texts into pieces; give it with --pattern")

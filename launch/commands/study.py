@@ -73,7 +73,7 @@ def run_missing(
 
     Raises ValueError before anything starts when a task's text isn't prepared.
     """
-    from data_pipeline.store import TokenStore
+    from data_pipeline.store.store import TokenStore
     from launch.study.run import run_cells
     from launch.study.show import StudyDisplay
     from launch.study.table import read_result

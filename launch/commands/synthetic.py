@@ -67,7 +67,7 @@ def evaluate_on_probe(
 
 def show_probe_row(data: DataConfig, sample: int, *, sequence_length: int, seed: int, as_json: bool) -> None:
     """Print the training row of a global sample: a pure function of the configuration."""
-    from data_pipeline.loader import PretrainLoader
+    from data_pipeline.loader.loader import PretrainLoader
 
     loader = PretrainLoader(data, sequence_length=sequence_length, micro_batch_size=1, seed=seed)
     ((row,), _) = loader.reader.read_block(sample, 1, 1)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from data_pipeline.config import CacheConfig
-from data_pipeline.object_store import is_url
+from data_pipeline.store.object_store import is_url
 from model.config.checks import check_model
 from model.huggingface.targets import explain_unfit
 from pretrain.checks.mixers import kernel_problems

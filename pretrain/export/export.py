@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import pretrain.export.verify
-from data_pipeline.store import TokenStore
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.store.store import TokenStore
+from data_pipeline.tokenizer.tokenizer import Tokenizer
 from model.huggingface.targets import TARGETS, Target, choose_target, explain_unfit
 from model.packing import PackMeta
 from pretrain.export.files import CLASS_NAMES, MAX_SHARD_BYTES, ExportPlan, put_in_place, sync_files, write_export
@@ -28,7 +28,7 @@ from pretrain.inference.weights import Weights, read_weights
 LOGIT_TOLERANCE = 1e-4
 PROOF_ROWS = 2
 PROOF_TOKENS = 320
-# A SentencePiece model with unrounded scores decides near ties by rounding noise (data_pipeline/sentencepiece_model.py).
+# A SentencePiece model with unrounded scores decides near ties by rounding noise (data_pipeline/tokenizer/sentencepiece_model.py).
 MAX_WRONG_IDS = 1e-3
 SAMPLE_TEXT = (
     "The quick brown fox jumps over the lazy dog. In the beginning there were 7 heavens, and a man said:\n\n"

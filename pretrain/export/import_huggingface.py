@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from data_pipeline.tokenizer import Tokenizer, read_tokenizer_file
+from data_pipeline.tokenizer.tokenizer import Tokenizer, read_tokenizer_file
 from model.config.checks import check_model
 from model.config.schema import ModelConfig
 from model.huggingface.config import OWN_MODEL_TYPE, TokenIds, huggingface_config, model_config_from_huggingface

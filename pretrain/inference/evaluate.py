@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.manifest import SPLITS, Part, Split
-from data_pipeline.store import TokenStore
+from data_pipeline.store.manifest import SPLITS, Part, Split
+from data_pipeline.store.store import TokenStore
 from model.hybrid import HybridModel
 from model.packing import PackMeta
 from pretrain.inference.weights import read_weights

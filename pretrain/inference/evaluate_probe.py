@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from data_pipeline.config import DataConfig, ProbeConfig, ProbeName
-from data_pipeline.loader import PretrainLoader
+from data_pipeline.loader.loader import PretrainLoader
 from data_pipeline.probes.build import SETTINGS, build_task
 from model.packing import PackMeta
 from pretrain.accuracy import Accuracy, count_answers, measure_accuracy

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizer.tokenizer import Tokenizer
 from model.hybrid import HybridModel
 from model.packing import PackMeta
 from pretrain.inference.weights import read_weights

@@ -18,8 +18,8 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from data_pipeline.probe_rows import NO_TOKENIZER
-from data_pipeline.tokenizer import Tokenizer, load_tokenizer, read_tokenizer_file
+from data_pipeline.probes.rows import NO_TOKENIZER
+from data_pipeline.tokenizer.tokenizer import Tokenizer, load_tokenizer, read_tokenizer_file
 from model.config.mixer_registry import mixer_specs
 from model.config.pattern import SECTIONS, parse_pattern
 from model.config.schema import ModelConfig

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from data_pipeline.config import DataConfig, PhaseConfig, ProbeConfig
-from data_pipeline.loader import PretrainLoader, row_settings
-from data_pipeline.packing import IGNORED_LABEL
-from data_pipeline.probe_rows import ProbeReader
+from data_pipeline.loader.loader import PretrainLoader, row_settings
 from data_pipeline.probes.build import SETTINGS, build_task
 from data_pipeline.probes.groups import group_elements
+from data_pipeline.probes.rows import ProbeReader
+from data_pipeline.samples.packing import IGNORED_LABEL
 
 SMALL = {
     "mqar": ProbeConfig(task="mqar", num_pairs=3, num_keys=5, num_values=4),

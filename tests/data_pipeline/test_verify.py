@@ -3,11 +3,11 @@ import shutil
 import numpy as np
 import pytest
 
-from data_pipeline.loader import PretrainLoader
-from data_pipeline.manifest import DOCUMENT_CHUNK
-from data_pipeline.shards import encode_shard
-from data_pipeline.store import TokenStore
-from data_pipeline.tokenizer import load_tokenizer
+from data_pipeline.loader.loader import PretrainLoader
+from data_pipeline.store.manifest import DOCUMENT_CHUNK
+from data_pipeline.store.shards import encode_shard
+from data_pipeline.store.store import TokenStore
+from data_pipeline.tokenizer.tokenizer import load_tokenizer
 from data_pipeline.verify import sample_text, verify_store
 from tests.helpers.tiny_store import make_tiny_store
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from data_pipeline.loader import PretrainLoader
-from data_pipeline.megatron_files import read_megatron_index
-from data_pipeline.prepare import Progress
-from data_pipeline.store import TokenStore
-from data_pipeline.tokenizer import load_tokenizer, read_tokenizer_file
+from data_pipeline.loader.loader import PretrainLoader
+from data_pipeline.prepare.prepare import Progress
+from data_pipeline.store.megatron_files import read_megatron_index
+from data_pipeline.store.store import TokenStore
+from data_pipeline.tokenizer.tokenizer import load_tokenizer, read_tokenizer_file
 from launch.cli import app, describe, exit_code, run
 from launch.commands.data import describe_progress
 from pretrain.config.file import load_config

@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from data_pipeline.config import DataConfig, PhaseConfig, TokenizerConfig
-from data_pipeline.prepare import prepare
+from data_pipeline.prepare.prepare import prepare
 from pretrain.monitor.signals import SignalWatch
 from pretrain.start import close_run, lock_directory, start_run
 from pretrain.step import train_step

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 
 from data_pipeline.config import SourceConfig
-from data_pipeline.corpus_python import collect_python_sources
-from data_pipeline.documents import Document, SegmentReader
 from data_pipeline.files import write_file_atomically
-from data_pipeline.prepare_plan import plan_source
-from data_pipeline.store import TokenStore
-from data_pipeline.tokenizer import train_tokenizer
+from data_pipeline.prepare.documents import Document, SegmentReader
+from data_pipeline.prepare.plan import plan_source
+from data_pipeline.prepare.python_sources import collect_python_sources
+from data_pipeline.store.store import TokenStore
+from data_pipeline.tokenizer.tokenizer import train_tokenizer
 from launch.bench.data.cold import measure_cold_reads
 from launch.bench.data.files import PRESETS, BenchData, export_for_megatron, make_huge_store, recode_store
 from launch.bench.data.prepare import measure_preparation

@@ -27,7 +27,7 @@ MAX_CHARACTERS = 100_000_000  # of text held in memory
 def first_batch(settings: dict[str, Any]) -> dict[str, float]:
     """Seconds from a path to a batch, and memory on top of what the process had with its imports done."""
     from data_pipeline.config import DataConfig
-    from data_pipeline.loader import PretrainLoader
+    from data_pipeline.loader.loader import PretrainLoader
 
     config = DataConfig.model_validate(settings["data"])
     before, started, cpu = _resident_bytes("VmRSS"), time.perf_counter(), time.process_time()
@@ -80,9 +80,9 @@ def tokenize(settings: dict[str, Any], answer: Callable[[object], None]) -> None
 
 def _read_batches(config: DataConfig, share: int, shares: int) -> Iterator[list[str]]:
     """Every `shares`-th segment of the plan, at most MAX_CHARACTERS of text."""
-    from data_pipeline.documents import Document, SegmentReader
-    from data_pipeline.prepare_plan import plan_source
-    from data_pipeline.prepare_unit import BATCH_CHARACTERS, BATCH_DOCUMENTS
+    from data_pipeline.prepare.documents import Document, SegmentReader
+    from data_pipeline.prepare.plan import plan_source
+    from data_pipeline.prepare.unit import BATCH_CHARACTERS, BATCH_DOCUMENTS
 
     (source,) = config.sources
     batch: list[str] = []

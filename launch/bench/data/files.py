@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.config import DataConfig, PrepareConfig, SourceConfig, TokenizerConfig
-from data_pipeline.manifest import write_manifest
-from data_pipeline.megatron_files import export_megatron
-from data_pipeline.packing import count_windows
-from data_pipeline.part_writer import write_part
-from data_pipeline.store import TokenStore
+from data_pipeline.samples.packing import count_windows
+from data_pipeline.store.manifest import write_manifest
+from data_pipeline.store.megatron_files import export_megatron
+from data_pipeline.store.part_writer import write_part
+from data_pipeline.store.store import TokenStore
 
 SOURCE = "text"
 PRESETS = ("fast", "balanced", "small")

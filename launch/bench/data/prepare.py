@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_pipeline.config import DataConfig
-from data_pipeline.prepare import prepare
-from data_pipeline.prepare_plan import Unit
-from data_pipeline.prepare_ray import run_on_ray, running_ray
-from data_pipeline.prepare_unit import UnitFailure, UnitReport
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.prepare.plan import Unit
+from data_pipeline.prepare.prepare import prepare
+from data_pipeline.prepare.ray_actors import run_on_ray, running_ray
+from data_pipeline.prepare.unit import UnitFailure, UnitReport
+from data_pipeline.tokenizer.tokenizer import Tokenizer
 from launch.bench.data.files import BenchData
 from launch.bench.process import Child
 

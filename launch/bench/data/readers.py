@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from data_pipeline.loader import PretrainLoader
-from data_pipeline.samples import SampleReader
-from data_pipeline.store import TokenStore
+from data_pipeline.loader.loader import PretrainLoader
+from data_pipeline.samples.samples import SampleReader
+from data_pipeline.store.store import TokenStore
 from launch.bench.data.files import SOURCE, BenchData, bytes_below, megatron_cache, windows
 
 Tokens = npt.NDArray[np.generic]

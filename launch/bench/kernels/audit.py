@@ -47,7 +47,7 @@ def audit_kernels(names: list[str] | None = None) -> dict[str, Any]:
 
 def audit_case(case: AuditCase) -> list[dict[str, Any]]:
     """Count one case; only in a process that interprets Triton."""
-    from kernels.counting import count_launches
+    from kernels.proof.counting import count_launches
 
     with count_launches() as launches:
         output = case.run(*case.leaves)

@@ -27,10 +27,10 @@ def compile_kernels(architectures: Sequence[int] = ARCHITECTURES, *, report: Cal
     Rows: `kernel`, `architecture`, `registers` a thread, `spill_bytes` a thread, `shared_bytes` a program, `wgmma`,
     `multiplies` (has products, so that wgmma is wanted on sm_90). Raises RuntimeError in Triton's interpreter.
     """
-    from kernels.audit import compile_ahead
     from kernels.backend import triton_version
-    from kernels.compile_cases import compile_cases
-    from kernels.compile_cases_mixers import mixer_cases
+    from kernels.proof.ahead_of_time import compile_ahead
+    from kernels.proof.compile_cases import compile_cases
+    from kernels.proof.compile_cases_mixers import mixer_cases
 
     cases = [*mixer_cases(), *compile_cases()]
     rows = []

@@ -38,7 +38,7 @@ def bench_cuda(
     of our own kernels.
     Raises RuntimeError without a CUDA device, ValueError for an unknown operation.
     """
-    from kernels.timing import measure_milliseconds
+    from kernels.proof.timing import measure_milliseconds
 
     _check_names(names)
     device = torch.device("cuda")
@@ -70,7 +70,7 @@ def tune_cuda(
     Every candidate is held against our PyTorch code in float32 before it is timed, forward and backward together.
     Raises ValueError for an unknown operation, RuntimeError where this compiler miscompiles a kernel as it stands.
     """
-    from kernels.timing import measure_milliseconds
+    from kernels.proof.timing import measure_milliseconds
     from kernels.tuning import Table, find_environment, tune
 
     _check_names(names)

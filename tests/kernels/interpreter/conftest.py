@@ -14,7 +14,7 @@ collect_ignore_glob = [] if INTERPRETED else ["test_*.py"]
 @pytest.fixture(autouse=True)
 def no_races() -> Iterator[None]:
     """Hold every launch of every test here to accesses that something orders."""
-    from kernels.races import find_races
+    from kernels.proof.races import find_races
 
     with find_races() as races:
         yield

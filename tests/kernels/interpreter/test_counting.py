@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from kernels.causal_conv1d.op import causal_conv1d, convolution_bytes
-from kernels.counting import count_launches
 from kernels.decay_scan.op import mamba2_scan
 from kernels.linear_cross_entropy.op import linear_cross_entropy
+from kernels.proof.counting import count_launches
 from kernels.swiglu.op import swiglu, swiglu_bytes
 from launch.bench.kernels.audit import count_named
 

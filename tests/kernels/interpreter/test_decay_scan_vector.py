@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.decay_scan import vector_triton
 from kernels.decay_scan.op import decay_scan
-from kernels.decay_scan.vector_triton import scan_vector_triton
+from kernels.decay_scan.vector import triton_impl as vector_triton
+from kernels.decay_scan.vector.triton_impl import scan_vector_triton
 from tests.helpers.numbers import assert_bitwise, assert_near
 from tests.helpers.registration import assert_registered
 from tests.helpers.scans import ScanCase, make_inputs, run_scan

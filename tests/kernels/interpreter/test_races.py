@@ -7,8 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.counting import count_launches
-from kernels.races import Race, find_races
+from kernels.proof.counting import count_launches
+from kernels.proof.races import Race, find_races
 from kernels.swiglu.op import swiglu
 
 

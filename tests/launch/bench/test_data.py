@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.prepare import prepare
-from data_pipeline.store import TokenStore
+from data_pipeline.prepare.prepare import prepare
+from data_pipeline.store.store import TokenStore
 from launch.bench.data import bench as bench_data
 from launch.bench.data.files import BenchData, export_for_megatron, recode_store, windows
 from launch.bench.data.readers import megatron_readers, memmap_reader, our_reader, zarr_reader

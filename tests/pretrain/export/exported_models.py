@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from data_pipeline.config import DataConfig
-from data_pipeline.tokenizer import load_tokenizer
+from data_pipeline.tokenizer.tokenizer import load_tokenizer
 from model.config.schema import ModelConfig
 from model.hybrid import HybridModel
 from model.parallel.groups import single_rank_groups

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data_pipeline.config import DataConfig, PhaseConfig, TokenizerConfig
-from data_pipeline.sentencepiece_model import SCORE_STEP, read_sentencepiece_model
-from data_pipeline.tokenizer import read_tokenizer_file, train_tokenizer
+from data_pipeline.tokenizer.sentencepiece_model import SCORE_STEP, read_sentencepiece_model
+from data_pipeline.tokenizer.tokenizer import read_tokenizer_file, train_tokenizer
 from model.packing import PackMeta
 from pretrain.export.export import LOGIT_TOLERANCE, ODD_TEXTS, export_checkpoint, find_problems, proof_text, run_proof
 from pretrain.export.files import ExportPlan, write_export

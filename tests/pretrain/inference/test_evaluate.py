@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data_pipeline.config import DataConfig
-from data_pipeline.store import TokenStore
+from data_pipeline.store.store import TokenStore
 from model.packing import PackMeta
 from pretrain.inference.evaluate import evaluate_checkpoint
 from pretrain.inference.weights import read_weights

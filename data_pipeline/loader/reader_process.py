@@ -1,0 +1,117 @@
+"""A reading process: gets micro-batches to read on standard input, gives rows on standard output, ends with its parent.
+
+Started as a fresh interpreter and not forked: the trainer has threads, and a fork would copy their locks. It imports
+numpy, not torch. Its answers wait in the pipe until the trainer takes them, so it never runs far ahead of the pipe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.loader.prefetch import FetchAhead
+from data_pipeline.probes.rows import ProbeReader, ProbeSettings
+from data_pipeline.samples.packing import Row
+from data_pipeline.samples.samples import Damage, SampleReader, SampleSettings
+from data_pipeline.store.shards import DamagedError
+
+PIPE_BYTES = 2**20
+_START = "import sys; sys.path.insert(0, sys.argv[1]); from data_pipeline.loader.reader_process import serve; serve()"
+
+
+class ReadingProcess:
+    """The trainer's end of one reading process; requests are answered in order."""
+
+    def __init__(self, settings: SampleSettings | ProbeSettings) -> None:
+        root = str(Path(__file__).resolve().parent.parent.parent)
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _START, root], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        assert self._process.stdin is not None and self._process.stdout is not None, "both pipes were asked for"
+        self._requests, self._answers = self._process.stdin, self._process.stdout
+        if hasattr(fcntl, "F_SETPIPE_SZ"):
+            # Over the user's limit for pipes less is read ahead; nothing else changes.
+            with contextlib.suppress(PermissionError):
+                fcntl.fcntl(self._answers.fileno(), fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+        self._send(settings)
+
+    def request(self, first_sample: int, count: int, stride: int) -> None:
+        """Ask for the rows of global samples [first_sample, first_sample + count); the next begin `stride` later."""
+        self._send((first_sample, count, stride))
+
+    def receive(self) -> tuple[list[Row], list[Damage]]:
+        """Rows of the oldest request; DamagedError as raised there, RuntimeError when the process died."""
+        try:
+            answer = pickle.load(self._answers)
+        except EOFError as error:
+            raise RuntimeError(self._explain_death()) from error
+        if isinstance(answer, Exception):
+            raise answer
+        rows, damages = answer
+        return rows, damages
+
+    def close(self) -> None:
+        """End the process."""
+        with contextlib.suppress(BrokenPipeError):  # it died with a request on its way
+            self._requests.close()
+        self._answers.close()
+        self._process.wait()
+
+    def _send(self, message: object) -> None:
+        try:
+            pickle.dump(message, self._requests)
+            self._requests.flush()
+        except BrokenPipeError as error:
+            raise RuntimeError(self._explain_death()) from error
+
+    def _explain_death(self) -> str:
+        code = self._process.wait()
+        reason = f"signal {-code}" if code < 0 else f"exit code {code}"
+        return (
+            f"a process that reads data ahead died ({reason}); its message is above, or it was killed for memory: "
+            "start again to resume, with data.num_workers=0 to read in the training process"
+        )
+
+
+def serve() -> None:
+    """Body of the reading process: answer requests until standard input ends."""
+    # Signals of the terminal or the scheduler reach the whole group; the trainer decides, and still needs rows to save.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    requests: Any = sys.stdin.buffer
+    try:
+        reader: SampleReader | ProbeReader | None = None
+        fetcher: FetchAhead | None = None
+        while True:
+            message = pickle.load(requests)
+            if isinstance(message, (SampleSettings, ProbeSettings)):
+                reader = message.open_reader()
+                if isinstance(reader, SampleReader) and reader.store.remote_cache is not None:
+                    fetcher = FetchAhead(reader)
+                    fetcher.start()
+                continue
+            assert reader is not None, "the settings come first"
+            if fetcher is not None:
+                fetcher.move_to(*message)
+            pickle.dump(_answer(reader, *message), answers, protocol=5)
+            answers.flush()
+    except (EOFError, BrokenPipeError):
+        os._exit(0)  # the trainer is gone; nothing here needs to be written
+
+
+def _answer(
+    reader: SampleReader | ProbeReader, first: int, count: int, stride: int
+) -> tuple[list[Row], list[Damage]] | DamagedError:
+    try:
+        return reader.read_block(first, count, stride)
+    except DamagedError as error:
+        return error

@@ -1,0 +1,1 @@
+"""Writing: text from sources to tokens in a store, by Ray actors."""

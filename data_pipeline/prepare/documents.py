@@ -1,0 +1,265 @@
+"""Readers: files, byte ranges and row groups become documents, and what can't be used becomes a reject with a reason."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import IO, Any, Literal, cast
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow
+import pyarrow.ipc
+import pyarrow.parquet
+import pydantic_core
+
+from data_pipeline.prepare.filters import Filter
+from data_pipeline.prepare.sources import InputFile
+from data_pipeline.store.megatron_files import read_megatron_documents, read_megatron_index
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What is read in one go: bytes [start, stop) of jsonl, row groups of parquet, documents of an .idx, or the file.
+
+    text_bytes: estimated text, for planning. split: of text files, decided by the plan; None: by content.
+    """
+
+    file: InputFile
+    start: int
+    stop: int
+    text_bytes: int
+    split: Literal["train", "validation"] | None = None
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text, its size in UTF-8 and where it came from."""
+
+    text: str
+    num_bytes: int
+    position: str
+
+
+@dataclass(frozen=True)
+class TokenDocument:
+    """A document that is token ids already."""
+
+    tokens: npt.NDArray[np.int64]
+    position: str
+
+
+@dataclass(frozen=True)
+class Reject:
+    """One record that gives no document; position as in `Document`."""
+
+    position: str
+    reason: str
+
+
+def cut_segments(file: InputFile, segment_bytes: int) -> list[Segment]:
+    """Cut a file into segments of about segment_bytes that together cover it exactly once.
+
+    Plain jsonl by byte ranges, parquet by row groups, Megatron by documents; other files are one segment. Empty files
+    have none.
+    """
+    if file.num_bytes == 0:
+        return []
+    if file.kind == "parquet" and file.compression == "none":
+        metadata = _read_parquet_metadata(file)
+        sizes = [metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups)]
+        return [Segment(file, number, number + 1, size) for number, size in enumerate(sizes)]
+    if file.kind == "megatron":
+        offsets = read_megatron_index(Path(file.path)).offsets
+        bounds = [0]
+        while bounds[-1] < len(offsets) - 1:
+            reach = int(np.searchsorted(offsets, offsets[bounds[-1]] + segment_bytes, side="right")) - 1
+            bounds.append(max(bounds[-1] + 1, reach))
+        return [Segment(file, low, high, int(offsets[high] - offsets[low])) for low, high in pairwise(bounds)]
+    if file.kind == "jsonl" and file.compression == "none":
+        starts = range(0, file.num_bytes, segment_bytes)
+        stops = [min(start + segment_bytes, file.num_bytes) for start in starts]
+        return [Segment(file, start, stop, stop - start) for start, stop in zip(starts, stops)]
+    estimate = file.num_bytes * (4 if file.compression != "none" else 1)
+    return [Segment(file, 0, file.num_bytes, estimate)]
+
+
+def _read_parquet_metadata(file: InputFile) -> Any:
+    try:
+        with file.open_arrow() as opened:
+            return pyarrow.parquet.read_metadata(opened)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        if _is_of_the_disk(error):
+            raise
+        raise ValueError(f"{file.path} isn't a readable parquet file ({error}); restore or remove it") from error
+
+
+# What gzip, zlib and zstd raise for broken streams; an OSError with a number is the disk's and is not for us.
+_STREAM_ERRORS = (EOFError, OSError, zlib.error)
+
+
+def _is_of_the_disk(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno is not None
+
+
+class SegmentReader:
+    """Iterate over a segment's documents and rejects; `covered_bytes` then says how much of a plain jsonl it read.
+
+    OSError of the disk passes through.
+    """
+
+    def __init__(self, segment: Segment, text_column: str, reason_to_drop: Filter | None = None) -> None:
+        self.segment, self.text_column = segment, text_column
+        self.reason_to_drop = reason_to_drop
+        self.covered_bytes = 0
+
+    def __iter__(self) -> Iterator[Document | TokenDocument | Reject]:
+        if self.segment.file.kind == "megatron":
+            yield from self._megatron()
+            return
+        readers = {"text": self._text, "jsonl": self._jsonl, "parquet": self._parquet, "arrow": self._arrow}
+        for item in readers[self.segment.file.kind]():
+            reason = self.reason_to_drop(item.text) if self.reason_to_drop and isinstance(item, Document) else None
+            yield item if reason is None else Reject(item.position, reason)
+
+    def _text(self) -> Iterator[Document | Reject]:
+        file = self.segment.file
+        try:
+            with open_input(file) as stream:
+                text = stream.read().decode()
+        except UnicodeDecodeError as error:
+            yield Reject(file.name, f"not UTF-8: {error.reason} at byte {error.start}")
+        except _STREAM_ERRORS as error:
+            if _is_of_the_disk(error):
+                raise
+            yield Reject(file.name, f"damaged compressed file: {error}")
+        else:
+            yield self._check_text(text, file.name)
+
+    def _jsonl(self) -> Iterator[Document | Reject]:
+        file = self.segment.file
+        number = 0
+        try:
+            with open_input(file) as stream:
+                for offset, line in self._lines(stream):
+                    number += 1
+                    position = f"{file.name}:{'byte ' + str(offset) if file.compression == 'none' else number}"
+                    if not line.isspace():
+                        yield self._parse(line, position)
+        except _STREAM_ERRORS as error:
+            if _is_of_the_disk(error):
+                raise
+            yield Reject(f"{file.name}:{number + 1}", f"damaged compressed file, the rest is lost: {error}")
+
+    def _lines(self, stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
+        """Lines whose first byte lies in the segment: each line of the file is in exactly one segment."""
+        if self.segment.file.compression != "none":
+            yield from ((0, line) for line in stream)
+            return
+        offset = self.segment.start
+        if offset:
+            stream.seek(offset - 1)
+            offset += len(stream.readline()) - 1
+        while offset < self.segment.stop:
+            line = stream.readline()
+            if not line:
+                return
+            self.covered_bytes += len(line)
+            yield offset, line
+            offset += len(line)
+
+    def _parse(self, line: bytes, position: str) -> Document | Reject:
+        try:
+            record = _load_json(line)
+        except (ValueError, RecursionError) as error:
+            return Reject(position, f"not JSON: {error}")
+        if not isinstance(record, dict) or self.text_column not in record:
+            return Reject(position, f"no field {self.text_column!r}")
+        return self._check_text(record[self.text_column], position)
+
+    def _parquet(self) -> Iterator[Document | Reject]:
+        file = self.segment.file
+        try:
+            with open_seekable(file) as opened:
+                table = pyarrow.parquet.ParquetFile(opened)
+                if self.text_column not in table.schema_arrow.names:
+                    names = ", ".join(table.schema_arrow.names)
+                    yield Reject(file.name, f"no column {self.text_column!r} among {names}")
+                    return
+                whole = file.compression != "none"  # then the segment is the file, in bytes
+                for group in range(table.num_row_groups) if whole else range(self.segment.start, self.segment.stop):
+                    rows = table.read_row_group(group, columns=[self.text_column], use_threads=False)
+                    for row, text in enumerate(rows[self.text_column]):
+                        yield self._check_text(text.as_py(), f"{file.name}:group {group} row {row}")
+        except (pyarrow.ArrowInvalid, *_STREAM_ERRORS) as error:
+            if _is_of_the_disk(error):
+                raise
+            yield Reject(file.name, f"damaged parquet: {error}")
+
+    def _arrow(self) -> Iterator[Document | Reject]:
+        """A Hugging Face dataset saved to disk is one or more Arrow streams; `datasets` isn't needed to read them."""
+        file = self.segment.file
+        try:
+            with open_seekable(file) as opened, pyarrow.ipc.open_stream(opened) as stream:
+                if self.text_column not in stream.schema.names:
+                    yield Reject(file.name, f"no column {self.text_column!r} among {', '.join(stream.schema.names)}")
+                    return
+                row = 0
+                for batch in stream:
+                    for text in batch.column(self.text_column):
+                        yield self._check_text(text.as_py(), f"{file.name}:row {row}")
+                        row += 1
+        except (pyarrow.ArrowInvalid, *_STREAM_ERRORS) as error:
+            if _is_of_the_disk(error):
+                raise
+            yield Reject(file.name, f"damaged arrow stream: {error}")
+
+    def _megatron(self) -> Iterator[TokenDocument | Reject]:
+        documents = read_megatron_documents(Path(self.segment.file.path), self.segment.start, self.segment.stop)
+        for number, tokens in enumerate(documents, start=self.segment.start):
+            position = f"{self.segment.file.name}:document {number}"
+            yield TokenDocument(tokens, position) if len(tokens) else Reject(position, "empty document")
+
+    def _check_text(self, text: object, position: str) -> Document | Reject:
+        if not isinstance(text, str):
+            return Reject(position, f"field {self.text_column!r} is {type(text).__name__}, not text")
+        if not text or text.isspace():
+            return Reject(position, "empty text")
+        if text.isascii():  # known without looking, as in most of the text
+            return Document(text, len(text), position)
+        try:
+            return Document(text, len(text.encode()), position)
+        except UnicodeEncodeError:
+            return Reject(position, "text holds half a surrogate pair")
+
+
+def _load_json(line: bytes) -> Any:
+    """As json.loads, in half the time; what the fast parser refuses the other one judges and explains."""
+    try:
+        return pydantic_core.from_json(line)
+    except ValueError:
+        return json.loads(line)
+
+
+def open_input(file: InputFile) -> IO[bytes]:
+    """Open a file for reading, decompressed."""
+    if file.compression == "gz":
+        return cast(IO[bytes], gzip.open(file.open()))
+    if file.compression == "zst":
+        stream: Any = pyarrow.CompressedInputStream(file.open_arrow(), "zstd")
+        return cast(IO[bytes], io.BufferedReader(stream))
+    return file.open()
+
+
+def open_seekable(file: InputFile) -> Any:
+    """The same for pyarrow; a compressed file is held in memory, because its readers jump."""
+    if file.compression == "none":
+        return file.open_arrow()
+    with open_input(file) as stream:
+        return pyarrow.BufferReader(stream.read())

@@ -1,0 +1,137 @@
+"""The plan of a preparation: which byte ranges make which part, the same on every machine and for any number of actors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
+from typing import Literal
+
+from data_pipeline.config import DataConfig, FilterConfig, SourceConfig
+from data_pipeline.prepare.documents import Segment, cut_segments
+from data_pipeline.prepare.sources import InputFile, list_files
+from data_pipeline.samples.permutation import derive_key, permute
+from data_pipeline.store.manifest import Layout
+
+SEGMENTS_PER_PART = 32  # a part mixes ranges from this many places, so that neighbours in a row differ
+MIN_SEGMENT_BYTES = 2**16  # smaller reads cost more than they mix
+UNITS_LEFT = 8  # a unit is at most this share of the text that is left, so that all actors end at about the same time
+UNIT_FORMAT = 6  # raised when the same plan would write other bytes
+
+
+@dataclass(frozen=True)
+class UnitSettings:
+    """What shapes the bytes of a part besides its inputs."""
+
+    text_column: str
+    filters: FilterConfig
+    validation_fraction: float
+    seed: int
+    part_bytes: int
+    layout: Layout
+    tokenizer_identity: str
+    vocab_size: int
+    eos_id: int
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The work of one actor call: segments of one source that become one part (more, if the text is far larger).
+
+    stage: `hash` only hashes the documents, to find duplicates. duplicates: digest of the list of those to skip.
+    """
+
+    source: str
+    number: int
+    segments: tuple[Segment, ...]
+    settings: UnitSettings
+    stage: Literal["hash", "write"] = "write"
+    duplicates: str = ""
+
+    @property
+    def name(self) -> str:
+        """Name in the journal."""
+        return f"{self.source}/{self.number:06d}"
+
+    @property
+    def text_bytes(self) -> int:
+        """Estimated text."""
+        return sum(segment.text_bytes for segment in self.segments)
+
+    def key(self) -> str:
+        """Digest of everything that decides the unit's output, modification times of its inputs included."""
+        inputs = [
+            (item.file.name, item.file.num_bytes, item.file.modified_ns, item.start, item.stop, item.split)
+            for item in self.segments
+        ]
+        settings = asdict(self.settings) | {"filters": self.settings.filters.model_dump()}
+        facts = [UNIT_FORMAT, self.source, self.number, inputs, settings, self.stage, self.duplicates]
+        return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def plan_source(source: SourceConfig, config: DataConfig) -> list[Segment]:
+    """Segments of a source in the order in which they are dealt into parts.
+
+    Text files are split into train and validation here, because their number is known: at least one of two or more
+    validates. Records of jsonl and parquet are split when they are read, by the hash of their text.
+    ValueError for missing or empty input.
+    """
+    files = list_files(source)
+    if any(file.kind == "megatron" for file in files):
+        if source.filters != FilterConfig():
+            raise ValueError(f"source {source.name!r}: filters need text, but an .idx holds tokens; remove them")
+        if config.tokenizer.model is None:
+            raise ValueError(
+                f"source {source.name!r} is an .idx, whose tokens mean nothing to a tokenizer trained here; name the file "
+                "of the tokenizer that made them in data.tokenizer.model"
+            )
+    part_bytes = config.prepare.part_bytes
+    segment_bytes = max(part_bytes // SEGMENTS_PER_PART, min(part_bytes, MIN_SEGMENT_BYTES))
+    validating = _choose_validation(source.name, [file for file in files if file.kind == "text"], config)
+    segments = [
+        replace(segment, split="validation" if file.name in validating else "train") if file.kind == "text" else segment
+        for file in files
+        for segment in cut_segments(file, segment_bytes)
+    ]
+    if not segments:
+        raise ValueError(
+            f"source {source.name!r} has no text: its {len(files)} files are all empty; name files that hold text"
+        )
+    order = permute(range(len(segments)), len(segments), derive_key(config.prepare.seed, "plan", source.name))
+    return _take_bytes([segments[index] for index in order.tolist()], source.max_bytes)
+
+
+def _take_bytes(segments: list[Segment], max_bytes: int | None) -> list[Segment]:
+    """The first segments whose text stays within the limit; one at least, or a small limit would leave nothing."""
+    if max_bytes is None:
+        return segments
+    total = list(accumulate(segment.text_bytes for segment in segments))
+    return segments[: max(1, sum(1 for bytes_so_far in total if bytes_so_far <= max_bytes))]
+
+
+def _choose_validation(source: str, files: Sequence[InputFile], config: DataConfig) -> frozenset[str]:
+    texts = [file.name for file in files if file.num_bytes]
+    if config.validation_fraction == 0 or len(texts) < 2:
+        return frozenset()
+    wanted = min(len(texts) - 1, max(1, round(config.validation_fraction * len(texts))))
+    ranked = sorted(texts, key=lambda name: derive_key(config.prepare.seed, "validation", source, name))
+    return frozenset(ranked[:wanted])
+
+
+def make_units(source: str, segments: Sequence[Segment], settings: UnitSettings) -> list[Unit]:
+    """Gather segments into units of up to part_bytes of text, smaller ones towards the end.
+
+    Smallest: part_bytes / SEGMENTS_PER_PART. The sizes don't depend on the number of actors, nor do the bytes.
+    """
+    groups: list[list[Segment]] = []
+    filled, limit, left = 0, 0, sum(segment.text_bytes for segment in segments)
+    for segment in segments:
+        if not groups or filled + segment.text_bytes > limit:
+            groups.append([])
+            filled = 0
+            limit = min(settings.part_bytes, max(left // UNITS_LEFT, settings.part_bytes // SEGMENTS_PER_PART))
+        groups[-1].append(segment)
+        filled, left = filled + segment.text_bytes, left - segment.text_bytes
+    return [Unit(source, number, tuple(group), settings) for number, group in enumerate(groups)]

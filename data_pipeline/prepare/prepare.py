@@ -1,0 +1,371 @@
+"""Text to token store: plan, tokenizer, parts by Ray actors, journal, and the manifest last."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_pipeline.config import DataConfig, SourceConfig
+from data_pipeline.files import write_file_atomically
+from data_pipeline.prepare.documents import Document, Segment, SegmentReader
+from data_pipeline.prepare.duplicates import mark_duplicates, units_to_hash
+from data_pipeline.prepare.filters import make_filter
+from data_pipeline.prepare.journal import Journal
+from data_pipeline.prepare.plan import Unit, UnitSettings, make_units, plan_source
+from data_pipeline.prepare.ray_actors import run_on_ray
+from data_pipeline.prepare.unit import UnitFailure, UnitReport
+from data_pipeline.store.manifest import MANIFEST, SPLITS, Layout, Part, Split, TokenizerRecord, write_manifest
+from data_pipeline.store.object_store import is_url
+from data_pipeline.store.store import TokenStore
+from data_pipeline.tokenizer.tokenizer import TOKENIZER_FILES, Tokenizer, read_tokenizer_file, train_tokenizer
+
+TOKENIZER_SETTINGS = "tokenizer_settings.json"
+LOCK = ".lock"
+
+Runner = Callable[[Sequence[Unit], Path, Tokenizer, DataConfig], Iterator[tuple[Unit, UnitReport | UnitFailure]]]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a preparation stands; rates count what this call read in this stage.
+
+    stage: "tokenizer" while it is trained, "duplicates" while they are looked for, then "tokenize". eta_seconds: None
+    before the first part is done.
+    """
+
+    stage: str
+    units_done: int
+    units_total: int
+    documents: int
+    text_bytes: int
+    tokens: int
+    rejects: int
+    seconds: float
+    eta_seconds: float | None
+
+    @property
+    def documents_per_second(self) -> float:
+        """Documents over the seconds of this stage."""
+        return self.documents / max(self.seconds, 1e-9)
+
+    @property
+    def megabytes_per_second(self) -> float:
+        """10^6 bytes of text over the seconds of this stage."""
+        return self.text_bytes / 1e6 / max(self.seconds, 1e-9)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens over the seconds of this stage."""
+        return self.tokens / max(self.seconds, 1e-9)
+
+
+@dataclass(frozen=True)
+class PrepareReport:
+    """What a preparation found and did. tokens and documents: by source and split, of the whole store."""
+
+    store: str
+    identity: str
+    tokenizer_identity: str
+    vocab_size: int
+    units_total: int
+    units_written: int
+    tokens: dict[str, dict[Split, int]]
+    documents: dict[str, dict[Split, int]]
+    text_bytes: int
+    rejects: int
+    seconds: float
+
+
+def prepare(
+    config: DataConfig,
+    *,
+    progress: Callable[[Progress], None] | None = None,
+    address: str | None = None,
+    runner: Runner | None = None,
+) -> PrepareReport:
+    """Make or complete the token store of a configuration.
+
+    The second call with the same inputs writes nothing; after a crash, or when a source is added, only the missing
+    parts are written. Ray is started only if parts are missing, on this machine unless `address` names a cluster
+    (whose nodes must see the same paths), and stopped if it was started here; `runner` replaces it in tests.
+    ValueError for settings and input, RuntimeError for a full disk or another preparation of the same store.
+    """
+    began, place = time.monotonic(), config.text_store()
+    plans = {source.name: plan_source(source, config) for source in config.sources}
+    if len(plans) < len(config.sources):
+        raise ValueError(
+            f"data.sources has two sources of one name among {[s.name for s in config.sources]}; rename one"
+        )
+    if is_url(place):
+        raise ValueError(
+            f"data.store={place!r} must be a folder to write in; prepare there, copy the folder to the object "
+            "store with any tool, manifest.json last, and train from the URL"
+        )
+    store = Path(place)
+    try:
+        store.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise ValueError(f"data.store={place!r} can't be made ({error.strerror}); name a writable folder") from error
+    with _only_writer(store):
+        tokenizer = _settle_tokenizer(store, config, plans, progress)
+        layout = Layout.for_vocabulary(tokenizer.vocab_size, config.prepare.chunk_tokens, config.prepare.preset)
+        units: dict[str, Sequence[Unit]] = {
+            source.name: make_units(source.name, plans[source.name], _unit_settings(source, config, tokenizer, layout))
+            for source in config.sources
+        }
+        journal = Journal(store)
+        run = runner or (lambda *arguments: run_on_ray(*arguments, address=address))
+        units = _without_duplicates(units, config, store, tokenizer, run, progress)
+        missing = [unit for of_source in units.values() for unit in of_source if journal.find(store, unit) is None]
+        _write_missing(
+            missing, journal, run(missing, store, tokenizer, config) if missing else iter(()), store, progress
+        )
+        reports = {name: [_must_find(journal, store, unit) for unit in of_source] for name, of_source in units.items()}
+        for source in config.sources:
+            _check_source(source, plans[source.name], reports[source.name], store)
+        identity = _finish(store, tokenizer, layout, reports)
+    seconds = time.monotonic() - began
+    return _report(config, identity, tokenizer, reports, units_written=len(missing), seconds=seconds)
+
+
+@contextmanager
+def _only_writer(store: Path) -> Iterator[None]:
+    with (store / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RuntimeError(
+                f"another `amfm prepare` is writing {store}; wait for it, or stop it and run this again"
+            ) from error
+        yield
+
+
+def _unit_settings(source: SourceConfig, config: DataConfig, tokenizer: Tokenizer, layout: Layout) -> UnitSettings:
+    return UnitSettings(
+        text_column=source.text_column,
+        filters=source.filters,
+        validation_fraction=config.validation_fraction,
+        seed=config.prepare.seed,
+        part_bytes=config.prepare.part_bytes,
+        layout=layout,
+        tokenizer_identity=tokenizer.identity(),
+        vocab_size=tokenizer.vocab_size,
+        eos_id=tokenizer.eos_id,
+    )
+
+
+def _settle_tokenizer(
+    store: Path,
+    config: DataConfig,
+    plans: Mapping[str, Sequence[Segment]],
+    progress: Callable[[Progress], None] | None,
+) -> Tokenizer:
+    """The store's tokenizer: kept if the store has one of the same settings, else loaded or trained and stored."""
+    settings_file, wanted = store / TOKENIZER_SETTINGS, config.tokenizer
+    given = read_tokenizer_file(Path(wanted.model), wanted.eos_token) if wanted.model else None
+    settings = (
+        {"given": given.identity()}
+        if given
+        else {"trained": wanted.model_dump(mode="json", exclude={"model", "eos_token"})}
+    )
+    files = [store / name for name in TOKENIZER_FILES if (store / name).exists()]
+    if settings_file.exists() and files:
+        before = json.loads(settings_file.read_bytes())
+        if before != settings:
+            raise ValueError(
+                f"data.tokenizer is {settings}, but the store {store} was prepared with {before}; one store has one "
+                "tokenizer: name another data.store, or delete this one to prepare it again"
+            )
+        return read_tokenizer_file(files[0], wanted.eos_token)
+    if given is None:
+        if progress:
+            progress(Progress("tokenizer", 0, 1, 0, 0, 0, 0, 0.0, None))
+        given = train_tokenizer(_training_texts(config, plans), wanted)
+    with _explain_full_disk(store, 0, 0):
+        write_file_atomically(store / given.file_name, given.to_bytes())
+        write_file_atomically(settings_file, json.dumps(settings).encode())
+    return given
+
+
+def _training_texts(config: DataConfig, plans: Mapping[str, Sequence[Segment]]) -> Iterator[str]:
+    """Text for the tokenizer: from each source by its weight, in the order of the plan, validation files left out."""
+    total_weight = sum(source.weight for source in config.sources)
+    for source in config.sources:
+        budget = config.tokenizer.training_bytes * source.weight / total_weight
+        reason_to_drop = make_filter(source.filters, source.name)
+        for segment in plans[source.name]:
+            if segment.split == "validation":
+                continue
+            for item in SegmentReader(segment, source.text_column, reason_to_drop):
+                if budget <= 0:
+                    break
+                if isinstance(item, Document):
+                    text = item.text[: int(budget) + 1]
+                    budget -= len(text.encode())
+                    yield text
+            if budget <= 0:
+                break
+
+
+def _without_duplicates(
+    units: Mapping[str, Sequence[Unit]],
+    config: DataConfig,
+    store: Path,
+    tokenizer: Tokenizer,
+    run: Runner,
+    progress: Callable[[Progress], None] | None,
+) -> dict[str, Sequence[Unit]]:
+    """The units, told what to skip where a source drops exact duplicates."""
+    chosen = [source.name for source in config.sources if source.filters.exact_duplicates == "drop"]
+    missing = [unit for name in chosen for unit in units_to_hash(store, units[name])]
+    if missing:
+        _write_missing(missing, None, run(missing, store, tokenizer, config), store, progress)
+    with _explain_full_disk(store, 0, 0):
+        return {
+            name: mark_duplicates(store, of_source) if name in chosen else of_source
+            for name, of_source in units.items()
+        }
+
+
+def _write_missing(
+    missing: Sequence[Unit],
+    journal: Journal | None,
+    results: Iterator[tuple[Unit, UnitReport | UnitFailure]],
+    store: Path,
+    progress: Callable[[Progress], None] | None,
+) -> None:
+    began = time.monotonic()
+    expected = sum(unit.text_bytes for unit in missing)
+    done = documents = text_bytes = tokens = rejects = planned = 0
+    for unit, report in results:
+        if isinstance(report, UnitFailure):
+            _raise_failure(report, store, done, len(missing))
+        assert isinstance(report, UnitReport), "a unit gives a report or a failure"
+        if journal is not None:  # hashes are their own record
+            with _explain_full_disk(store, done, len(missing)):
+                journal.append(unit, report)
+        done, planned = done + 1, planned + unit.text_bytes
+        documents, text_bytes = documents + report.documents, text_bytes + report.text_bytes
+        tokens, rejects = tokens + report.tokens, rejects + report.rejects
+        if progress:
+            seconds = time.monotonic() - began
+            eta = seconds * (expected - planned) / max(planned, 1)
+            stage = "tokenize" if journal is not None else "duplicates"
+            progress(Progress(stage, done, len(missing), documents, text_bytes, tokens, rejects, seconds, eta))
+
+
+def _raise_failure(failure: UnitFailure, store: Path, done: int, total: int) -> None:
+    what = "the disk is full" if failure.reason == "disk_full" else "the disk failed"
+    raise RuntimeError(
+        f"{what} while writing {store}: {failure.message}; {done} of {total} missing parts are done and kept: "
+        "make room and run the same command to go on"
+    )
+
+
+@contextmanager
+def _explain_full_disk(store: Path, done: int, total: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        _raise_failure(UnitFailure("disk_full", str(error)), store, done, total)
+
+
+def _must_find(journal: Journal, store: Path, unit: Unit) -> UnitReport:
+    report = journal.find(store, unit)
+    if report is None:
+        raise RuntimeError(
+            f"part {unit.name} of {store} disappeared or its input changed while the store was being prepared; "
+            "run `amfm prepare CONFIG` again"
+        )
+    return report
+
+
+def _check_source(source: SourceConfig, plan: Sequence[Segment], reports: Sequence[UnitReport], store: Path) -> None:
+    """Every byte of jsonl was read exactly once, and something came of it."""
+    planned = sum(
+        item.stop - item.start for item in plan if item.file.kind == "jsonl" and item.file.compression == "none"
+    )
+    covered = sum(report.covered_bytes for report in reports)
+    if source.max_bytes is None and planned != covered:  # with a limit the last line of a range may be longer than it
+        raise RuntimeError(
+            f"source {source.name!r}: {covered} of {planned} bytes of jsonl were read; a file changed while it was "
+            "being read: run `amfm prepare CONFIG` again"
+        )
+    if not any(report.parts["train"] for report in reports):
+        rejects = sum(report.rejects for report in reports)
+        raise ValueError(
+            f"source {source.name!r} gave no training document: {rejects} records were rejected, the reasons are in "
+            f"{store / 'rejects' / source.name}; check text_column={source.text_column!r} and the files"
+        )
+
+
+def _finish(store: Path, tokenizer: Tokenizer, layout: Layout, reports: Mapping[str, Sequence[UnitReport]]) -> str:
+    """Write the manifest if it isn't there already, then delete what belongs to no part."""
+    sources: dict[str, dict[Split, Sequence[Part]]] = {
+        name: {split: [part for report in of_source for part in report.parts[split]] for split in SPLITS}
+        for name, of_source in reports.items()
+    }
+    record = TokenizerRecord(
+        file=tokenizer.file_name,
+        kind=tokenizer.kind,
+        identity=tokenizer.identity(),
+        vocab_size=tokenizer.vocab_size,
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+        pad_id=tokenizer.pad_id,
+    )
+    with _explain_full_disk(store, len(reports), len(reports)):
+        identity = write_manifest(store, record, layout, sources)
+    kept = {part.path for by_split in sources.values() for parts in by_split.values() for part in parts}
+    for folder in sorted((store / "parts").glob("*/*")):
+        if folder.relative_to(store).as_posix() not in kept:
+            shutil.rmtree(folder)
+    for pattern in (".writing-*", "rejects/*/.writing-*", "duplicates/*/.writing-*"):  # of calls that were killed
+        for path in store.glob(pattern):
+            path.unlink()
+    return identity
+
+
+def _report(
+    config: DataConfig,
+    identity: str,
+    tokenizer: Tokenizer,
+    reports: Mapping[str, Sequence[UnitReport]],
+    *,
+    units_written: int,
+    seconds: float,
+) -> PrepareReport:
+    def total(count: Callable[[Part], int]) -> dict[str, dict[Split, int]]:
+        return {
+            name: {split: sum(count(part) for item in of_source for part in item.parts[split]) for split in SPLITS}
+            for name, of_source in reports.items()
+        }
+
+    everything = [report for of_source in reports.values() for report in of_source]
+    return PrepareReport(
+        store=config.text_store(),
+        identity=identity,
+        tokenizer_identity=tokenizer.identity(),
+        vocab_size=tokenizer.vocab_size,
+        units_total=len(everything),
+        units_written=units_written,
+        tokens=total(lambda part: part.num_tokens),
+        documents=total(lambda part: part.num_documents),
+        text_bytes=sum(report.text_bytes for report in everything),
+        rejects=sum(report.rejects for report in everything),
+        seconds=seconds,
+    )
+
+
+def is_prepared(config: DataConfig) -> bool:
+    """Whether the store's manifest is there and names every source of the configuration."""
+    place = config.text_store()
+    if not is_url(place) and not (Path(place) / MANIFEST).is_file():
+        return False
+    return {source.name for source in config.sources} <= set(TokenStore.open(place).source_names)

@@ -1,0 +1,174 @@
+"""Ray actors that write parts: they get paths and byte ranges and return counts and digests, never text or tokens."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.config import DataConfig
+from data_pipeline.memory import keep_freed_memory
+from data_pipeline.prepare.plan import Unit
+from data_pipeline.prepare.unit import UnitFailure, UnitReport, run_unit
+from data_pipeline.store.part_writer import import_zarr
+from data_pipeline.tokenizer.tokenizer import Tokenizer
+
+ATTEMPTS = 3  # of a unit whose actor dies: enough for lost nodes, few enough to notice a text that kills the process
+MAX_FAILED_STARTS = 20  # in a row: more than the cores of a node that is lost while its actors start
+NO_CORE_SECONDS = 300  # with no actor at work; a cluster that grows on demand needs minutes
+OBJECT_STORE_BYTES = 80 * 2**20  # Ray's smallest: nothing but paths and counts goes through it
+
+
+class PartWriter:
+    """An actor: keeps the tokenizer, writes one unit at a time."""
+
+    def __init__(self, store: str, tokenizer: Tokenizer) -> None:
+        # One actor a core: the tokenizers library would start a thread a core in each. It looks when it first encodes.
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        keep_freed_memory()
+        self.store, self.tokenizer = Path(store), tokenizer
+        import_zarr()
+        gc.freeze()  # or a collection looks at everything that Ray and zarr imported: 50 ms each time
+
+    def is_alive(self) -> bool:
+        """Answer, once there is a process."""
+        return True
+
+    def run(self, unit: Unit) -> UnitReport | UnitFailure:
+        """Write the unit's parts."""
+        return run_unit(unit, self.store, self.tokenizer)
+
+
+def run_on_ray(
+    units: Sequence[Unit], store: Path, tokenizer: Tokenizer, config: DataConfig, *, address: str | None = None
+) -> Iterator[tuple[Unit, UnitReport | UnitFailure]]:
+    """Write units on Ray actors and yield each report as it comes.
+
+    Uses the running Ray of this process, else the cluster at `address`, else starts a small one for the time of the
+    call. A unit whose actor dies is given to a new actor, three times at most, then RuntimeError.
+    """
+    import ray  # here: training and a complete store never need it
+
+    wanted = config.prepare.num_actors or (None if address else len(os.sched_getaffinity(0)))
+    with running_ray(address, min(wanted or len(units), len(units))):
+        num_actors = min(len(units), wanted or int(ray.cluster_resources().get("CPU", 1)))
+        yield from _Dispatcher(ray, units, store, tokenizer).run(num_actors)
+
+
+@contextmanager
+def running_ray(address: str | None, num_cpus: int) -> Iterator[None]:
+    """The Ray that runs in this process, else the cluster at `address`, else a small one for the time of the block."""
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if address is None:
+        options |= {"num_cpus": num_cpus, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+        # Ray lets everything else on the machine go first (15), but here its work is what the caller waits for.
+        os.environ.setdefault("RAY_worker_niceness", "0")
+    package_root = str(Path(__file__).resolve().parent.parent.parent)
+    job = ray.job_config.JobConfig(code_search_path=[package_root])
+    try:
+        ray.init(address=address or "local", job_config=job, **options)  # None would find a cluster that runs here
+        yield
+    finally:
+        ray.shutdown()
+
+
+class _Dispatcher:
+    """Keeps every actor that lives busy with one unit, and replaces actors that died.
+
+    A new actor gets work when it answers: on a cluster that lost a node it may wait for a core for ever, while the
+    others do its share.
+    """
+
+    def __init__(self, ray: Any, units: Sequence[Unit], store: Path, tokenizer: Tokenizer) -> None:
+        self.ray, self.store = ray, store
+        self.tokenizer = ray.put(tokenizer)
+        self.actor_class = ray.remote(num_cpus=1, max_restarts=0)(PartWriter)
+        self.waiting = list(reversed(units))
+        self.failures: dict[str, int] = {}
+        self.failed_starts = 0
+        self.actors: list[Any] = []
+        self.starting: dict[Any, Any] = {}
+        self.running: dict[Any, tuple[Unit, Any]] = {}
+        self.idle: list[Any] = []
+
+    def run(self, num_actors: int) -> Iterator[tuple[Unit, UnitReport | UnitFailure]]:
+        try:
+            for _ in range(num_actors):
+                self._start_actor()
+            while self.waiting or self.running:
+                finished = []
+                for answer in self._wait():
+                    if answer in self.starting:
+                        self._finish_start(answer)
+                    elif (done := self._finish_unit(answer)) is not None:
+                        finished.append(done)
+                while self.waiting and self.idle:
+                    unit, actor = self.waiting.pop(), self.idle.pop()
+                    self.running[actor.run.remote(unit)] = unit, actor
+                yield from finished  # last: what is done with a report must not keep its actor waiting
+        finally:
+            for actor in self.actors:
+                self.ray.kill(actor)
+
+    def _start_actor(self) -> None:
+        actor = self.actor_class.remote(str(self.store), self.tokenizer)
+        self.actors.append(actor)
+        self.starting[actor.is_alive.remote()] = actor
+
+    def _wait(self) -> list[Any]:
+        pending = [*self.running, *self.starting]
+        done, _ = self.ray.wait(pending, num_returns=1, timeout=None if self.running else NO_CORE_SECONDS)
+        if not done:
+            raise RuntimeError(
+                f"Ray gave no core within {NO_CORE_SECONDS} seconds: {len(self.waiting)} parts wait, what is done is kept; "
+                "look at `ray status`, and run the same command to go on"
+            )
+        return list(done)
+
+    def _finish_start(self, answer: Any) -> None:
+        actor = self.starting.pop(answer)
+        try:
+            self.ray.get(answer)
+        except self.ray.exceptions.RayActorError as error:
+            self.failed_starts += 1
+            if self.failed_starts >= MAX_FAILED_STARTS:
+                raise RuntimeError(
+                    f"processes that write parts can't start on the Ray cluster ({str(error).splitlines()[-1]}); its nodes need this package "
+                    "and its requirements at the same versions"
+                ) from error
+            self._start_actor()  # its node went while it started: the next one starts elsewhere
+        else:
+            self.failed_starts = 0
+            self.idle.append(actor)
+
+    def _finish_unit(self, answer: Any) -> tuple[Unit, UnitReport | UnitFailure] | None:
+        unit, actor = self.running.pop(answer)
+        try:
+            report = self.ray.get(answer)
+        except self.ray.exceptions.RayTaskError as error:
+            raise error.cause from error  # as it was raised, without Ray's frames around it
+        except self.ray.exceptions.RayActorError as error:
+            self._note_failure(unit, error)
+            self._start_actor()
+            return None
+        self.idle.append(actor)
+        return unit, report
+
+    def _note_failure(self, unit: Unit, error: Exception) -> None:
+        self.failures[unit.name] = self.failures.get(unit.name, 0) + 1
+        if self.failures[unit.name] >= ATTEMPTS:
+            raise RuntimeError(
+                f"the process that writes part {unit.name} died {ATTEMPTS} times ({str(error).splitlines()[0]}); its inputs are "
+                f"{', '.join(sorted({item.file.path for item in unit.segments}))}. Out of memory? Then lower "
+                "data.prepare.part_bytes or num_actors; what is done is kept"
+            ) from error
+        self.waiting.append(unit)

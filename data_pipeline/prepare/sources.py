@@ -1,0 +1,195 @@
+"""The files of a source: local files, folders and globs, the same below a URL, and which kind each one is."""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import pyarrow
+
+from data_pipeline.config import SourceConfig
+from data_pipeline.store.object_store import RemoteFolder, is_url, split_url
+
+Kind = Literal["text", "jsonl", "parquet", "arrow", "megatron"]
+Compression = Literal["none", "gz", "zst"]
+
+KIND_BY_SUFFIX: dict[str, Kind] = {
+    ".txt": "text",
+    ".md": "text",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".idx": "megatron",
+}
+COMPRESSION_BY_SUFFIX: dict[str, Compression] = {".gz": "gz", ".zst": "zst"}
+BUFFER_BYTES = 2**18  # a line of jsonl is often longer than the buffer that Python would take: a third of the CPU time
+DATASET_DICT = "dataset_dict.json"  # written by the datasets library beside one folder a split
+MAPPED = "cache-*.arrow"  # left by the datasets library beside the data: results of map and filter
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """A file of a source. path: local, or a URL. name: stable across machines, the index of the path and what follows."""
+
+    path: str
+    name: str
+    kind: Kind
+    compression: Compression
+    num_bytes: int
+    modified_ns: int
+
+    def open(self) -> IO[bytes]:
+        """The bytes as they are stored, to be read at random."""
+        if not is_url(self.path):
+            return open(self.path, "rb", buffering=BUFFER_BYTES)
+        folder, name = split_url(self.path)
+        return RemoteFolder(folder).open(name)
+
+    def open_arrow(self) -> Any:
+        """The same for pyarrow, which reads local files without Python."""
+        return pyarrow.PythonFile(self.open(), mode="r") if is_url(self.path) else pyarrow.OSFile(self.path)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A file below the folder, glob or URL that was given; name: relative to it."""
+
+    name: str
+    path: str
+    num_bytes: int
+    modified_ns: int
+
+
+def list_files(source: SourceConfig) -> list[InputFile]:
+    """Find the files of a source, sorted by name.
+
+    ValueError for a path, glob or URL that matches nothing, a file of unknown kind, an empty file named directly, or
+    a dataset of several splits; RuntimeError when an object store can't be reached.
+    """
+    files: list[InputFile] = []
+    for number, given in enumerate(source.paths):
+        where = f"source {source.name!r}: path {given!r}"
+        found = _list_remote(given, where) if is_url(given) else _list_local(given, where)
+        files += [_describe(item, f"{number}/{item.name}") for item in found]
+    return sorted(files, key=lambda file: file.name)
+
+
+def _list_local(given: str, where: str) -> list[_Found]:
+    path = Path(given).expanduser()
+    if path.is_dir():
+        items = [item for item in path.rglob("*") if item.is_file()]
+        return _choose_in_folder([_stat(item, item.relative_to(path).as_posix()) for item in items], where)
+    if path.is_file():
+        return _choose_one(_stat(path, path.name), where)
+    matches = [Path(item) for item in glob.glob(str(path), recursive=True)]
+    root = _fixed_root(str(path))
+    found = [_stat(item, item.relative_to(root).as_posix()) for item in matches if item.is_file()]
+    return _choose_matches(found, where)
+
+
+def _stat(path: Path, name: str) -> _Found:
+    facts = path.stat()
+    return _Found(name, str(path.resolve()), facts.st_size, facts.st_mtime_ns)
+
+
+def _list_remote(given: str, where: str) -> list[_Found]:
+    given = given.rstrip("/")
+    is_glob = glob.has_magic(given.partition("://")[2])
+    root = re.split(r"[*?[]", given)[0].rpartition("/")[0] if is_glob else given
+    found = [
+        _Found(item.name, f"{root}/{item.name}", item.num_bytes, item.modified_ns) for item in RemoteFolder(root).list()
+    ]
+    if is_glob:
+        pattern = _compile_glob(given.removeprefix(f"{root}/"))
+        return _choose_matches([item for item in found if pattern.fullmatch(item.name)], where)
+    if found:
+        return _choose_in_folder(found, where)
+    folder, name = split_url(given)  # a prefix without objects below it may be an object itself
+    try:
+        facts = RemoteFolder(folder).look_up(name)
+    except FileNotFoundError as error:
+        raise ValueError(f"{where} doesn't exist; {_REMEDY}") from error
+    return _choose_one(_Found(name, given, facts.num_bytes, facts.modified_ns), where)
+
+
+def _compile_glob(pattern: str) -> re.Pattern[str]:
+    """The glob as a regular expression: `**/` any folders, `*` and `?` within one, [...] a set."""
+    pieces = []
+    for part in re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]+\])", pattern):
+        known = {"**/": "(?:[^/]+/)*", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+        pieces.append(known.get(part) or (fnmatch.translate(part)[4:-3] if part.startswith("[") else re.escape(part)))
+    return re.compile("".join(pieces))
+
+
+def _choose_in_folder(found: Sequence[_Found], where: str) -> list[_Found]:
+    splits = [item.name.removesuffix(DATASET_DICT) for item in found if item.name.endswith(DATASET_DICT)]
+    if splits:
+        below = sorted({item.name.removeprefix(splits[0]).partition("/")[0] for item in found if "/" in item.name})
+        raise ValueError(f"{where} is a dataset of the splits {', '.join(below)}; name the folder of one of them")
+    matches = [item for item in found if _is_data(item.name)]
+    if not matches:
+        raise ValueError(f"{where} holds no {', '.join(KIND_BY_SUFFIX)} file; name a folder that does")
+    return matches
+
+
+def _choose_matches(found: Sequence[_Found], where: str) -> list[_Found]:
+    matches = [item for item in found if _is_data(item.name)]
+    if not matches:
+        raise ValueError(f"{where} doesn't exist; {_REMEDY}")
+    return matches
+
+
+def _choose_one(found: _Found, where: str) -> list[_Found]:
+    if _kind_of(found.name) is None:
+        raise ValueError(f"{where} must end in {', '.join(KIND_BY_SUFFIX)}, alone or with .gz or .zst")
+    if found.num_bytes == 0:
+        raise ValueError(f"{where} is an empty file; remove it from data.sources or put text into it")
+    return [found]
+
+
+_REMEDY = "name a file, a folder or a glob that matches text files"
+
+
+def _is_data(name: str) -> bool:
+    """A file of a kind that is read, not hidden, and not a by-product of the datasets library."""
+    parts = name.split("/")
+    hidden = any(part.startswith(".") for part in parts)
+    return not hidden and _kind_of(name) is not None and not fnmatch.fnmatchcase(parts[-1], MAPPED)
+
+
+def _fixed_root(pattern: str) -> Path:
+    """The folders of a glob before its first magic character."""
+    parts = Path(pattern).parts
+    fixed = [part for number, part in enumerate(parts) if not glob.has_magic("/".join(parts[: number + 1]))]
+    return Path(*fixed) if fixed else Path()
+
+
+def _split_suffixes(name: str) -> tuple[str, Compression]:
+    suffix = Path(name).suffix
+    if suffix in COMPRESSION_BY_SUFFIX:
+        return name[: -len(suffix)], COMPRESSION_BY_SUFFIX[suffix]
+    return name, "none"
+
+
+def _kind_of(name: str) -> Kind | None:
+    return KIND_BY_SUFFIX.get(Path(_split_suffixes(name)[0]).suffix)
+
+
+def _describe(found: _Found, name: str) -> InputFile:
+    kind = _kind_of(found.name)
+    assert kind is not None, f"{found.path} has no known kind"
+    num_bytes, modified_ns = found.num_bytes, found.modified_ns
+    if kind == "megatron":
+        if is_url(found.path):
+            raise ValueError(f"{found.path} must be a local file: copy the .idx and the .bin here, and name the .idx")
+        tokens = Path(found.path).with_suffix(".bin")
+        if not tokens.is_file():
+            raise ValueError(f"{found.path} needs {tokens.name} beside it; restore the pair")
+        num_bytes, modified_ns = tokens.stat().st_size, tokens.stat().st_mtime_ns
+    return InputFile(found.path, name, kind, _split_suffixes(found.name)[1], num_bytes, modified_ns)

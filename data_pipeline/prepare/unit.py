@@ -1,0 +1,246 @@
+"""What one actor does: read segments, tokenize, shuffle the documents, write the parts. No Ray in here."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from data_pipeline.files import write_file_atomically
+from data_pipeline.prepare.documents import Document, Reject, SegmentReader, TokenDocument
+from data_pipeline.prepare.duplicates import hash_text, load_skips, write_hashes
+from data_pipeline.prepare.filters import make_filter
+from data_pipeline.prepare.plan import Unit
+from data_pipeline.samples.permutation import derive_key, permute
+from data_pipeline.store.manifest import SPLITS, Part, Split
+from data_pipeline.store.part_writer import write_part
+from data_pipeline.tokenizer.tokenizer import Tokenizer
+
+BATCH_DOCUMENTS = 512
+BATCH_CHARACTERS = 2_000_000
+SPLIT_LENGTH = 1024  # characters or tokens that decide a document's split together with its size
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True)
+class UnitReport:
+    """What a unit did; small enough to be a line of the journal.
+
+    seconds, cpu_seconds: what it took, on the clock and of the process that did it.
+    """
+
+    parts: dict[Split, list[Part]]
+    documents: int
+    text_bytes: int
+    tokens: int
+    rejects: int
+    covered_bytes: int
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class UnitFailure:
+    """Why a unit can't be written now; the disk's error, not a bug."""
+
+    reason: Literal["disk_full", "disk_error"]
+    message: str
+
+
+@dataclass
+class _Collected:
+    """Tokens of one split since the last part."""
+
+    pieces: list[npt.NDArray[np.generic]] = field(default_factory=list)
+    text_bytes: int = 0
+
+
+def run_unit(unit: Unit, store: Path, tokenizer: Tokenizer) -> UnitReport | UnitFailure:
+    """Write the parts of a unit and its rejects, or the hashes of its documents; the bytes depend on the unit alone.
+
+    Errors of the disk come back as UnitFailure, so that the caller can stop in order; others are raised.
+    """
+    began, cpu_began = time.monotonic(), time.process_time()
+    try:
+        report = _hash_unit(unit, store) if unit.stage == "hash" else _UnitWriter(unit, store, tokenizer).run()
+        return replace(report, seconds=time.monotonic() - began, cpu_seconds=time.process_time() - cpu_began)
+    except OSError as error:
+        reason: Literal["disk_full", "disk_error"] = "disk_full" if error.errno in DISK_FULL else "disk_error"
+        return UnitFailure(reason, f"{error.strerror or error} ({error.filename or store})")
+
+
+def _hash_unit(unit: Unit, store: Path) -> UnitReport:
+    reason_to_drop = make_filter(unit.settings.filters, unit.source)
+    digests: list[bytes] = []
+    text_bytes = 0
+    for segment in unit.segments:
+        for item in SegmentReader(segment, unit.settings.text_column, reason_to_drop):
+            if isinstance(item, Document):
+                digests.append(hash_text(item.text.encode()))
+                text_bytes += item.num_bytes
+    write_hashes(store, unit, digests)
+    return UnitReport({split: [] for split in SPLITS}, len(digests), text_bytes, tokens=0, rejects=0, covered_bytes=0)
+
+
+class _UnitWriter:
+    def __init__(self, unit: Unit, store: Path, tokenizer: Tokenizer) -> None:
+        self.unit, self.store, self.tokenizer = unit, store, tokenizer
+        self.collected: dict[Split, _Collected] = {split: _Collected() for split in SPLITS}
+        self.parts: dict[Split, list[Part]] = {split: [] for split in SPLITS}
+        self.rejects: list[Reject] = []
+        self.covered_bytes = 0
+        self.split_key = derive_key(unit.settings.seed, "validation")
+        self.reason_to_drop = make_filter(unit.settings.filters, unit.source)
+        self.skips, self.places = load_skips(store, unit), 0
+
+    def run(self) -> UnitReport:
+        for batch in self._batches():
+            self._tokenize(batch)
+            self._write_full_parts()
+        for split in SPLITS:
+            if self.collected[split].pieces:
+                self._write(split)
+        self._write_rejects()
+        parts = [part for split in SPLITS for part in self.parts[split]]
+        return UnitReport(
+            parts=self.parts,
+            documents=sum(part.num_documents for part in parts),
+            text_bytes=sum(part.text_bytes for part in parts),
+            tokens=sum(part.num_tokens for part in parts),
+            rejects=len(self.rejects),
+            covered_bytes=self.covered_bytes,
+        )
+
+    def _batches(self) -> Iterator[list[tuple[Split, str, int]]]:
+        batch: list[tuple[Split, str, int]] = []
+        characters = 0
+        for split, text, num_bytes in self._documents():
+            batch.append((split, text, num_bytes))
+            characters += len(text)
+            if len(batch) >= BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
+                yield batch
+                batch, characters = [], 0
+        if batch:
+            yield batch
+
+    def _documents(self) -> Iterator[tuple[Split, str, int]]:
+        """Texts to tokenize and their bytes; documents that are tokens already are collected on the way."""
+        for segment in self.unit.segments:
+            reader = SegmentReader(segment, self.unit.settings.text_column, self.reason_to_drop)
+            for item in reader:
+                if isinstance(item, Reject):
+                    self.rejects.append(item)
+                elif isinstance(item, TokenDocument):
+                    self._collect_ids(item.tokens)
+                    self._write_full_parts()
+                elif self._is_duplicate():
+                    self.rejects.append(Reject(item.position, "filter: the text came before, exact_duplicates=drop"))
+                else:
+                    split = segment.split or self._split_of(item.text[:SPLIT_LENGTH].encode(), item.num_bytes)
+                    yield split, item.text, item.num_bytes
+            self.covered_bytes += reader.covered_bytes
+
+    def _is_duplicate(self) -> bool:
+        self.places += 1
+        return self.places - 1 in self.skips
+
+    def _split_of(self, beginning: bytes, num_bytes: int) -> Split:
+        """By content, so that copies of a text never sit on both sides; its beginning and size are enough for that."""
+        if self.unit.settings.validation_fraction == 0:
+            return "train"
+        digest = hashlib.blake2b(beginning, digest_size=8, key=self.split_key)
+        digest.update(num_bytes.to_bytes(8, "little"))
+        drawn = int.from_bytes(digest.digest(), "little")
+        return "validation" if drawn < self.unit.settings.validation_fraction * 2**64 else "train"
+
+    def _tokenize(self, batch: list[tuple[Split, str, int]]) -> None:
+        splits, texts, text_bytes = zip(*batch)
+        self._collect(splits, *self.tokenizer.encode_documents(texts), text_bytes)
+
+    def _collect_ids(self, ids: npt.NDArray[np.signedinteger]) -> None:
+        """Keep a document that came as tokens."""
+        split = self._split_of(ids[:SPLIT_LENGTH].tobytes(), ids.nbytes)
+        end = self.unit.settings.eos_id
+        ended = ids if ids[-1] == end else np.append(ids, np.array(end, ids.dtype))  # another type would widen the ids
+        self._collect([split], ended, np.array([len(ended)]), [ids.nbytes])
+
+    def _collect(
+        self,
+        splits: Sequence[Split],
+        ids: npt.NDArray[np.signedinteger],
+        ends: npt.NDArray[np.int64],
+        text_bytes: Sequence[int],
+    ) -> None:
+        """Keep documents, which lie one after another in `ids`, as views of one array of the store's dtype."""
+        settings = self.unit.settings
+        if ids.view(f"u{ids.itemsize}").max() >= settings.vocab_size:  # negative ids are the largest unsigned ones
+            smallest, largest = int(ids.min()), int(ids.max())
+            raise ValueError(
+                f"source {self.unit.source!r} has token id {largest if smallest >= 0 else smallest}, but the "
+                f"tokenizer's vocabulary is {settings.vocab_size} and the store holds {settings.layout.dtype}; give the "
+                "tokenizer of these tokens"
+            )
+        tokens, start = ids.astype(settings.layout.dtype), 0
+        for split, stop, num_bytes in zip(splits, ends.tolist(), text_bytes):
+            collected = self.collected[split]
+            collected.pieces.append(tokens[start:stop])
+            collected.text_bytes += num_bytes
+            start = stop
+
+    def _write_full_parts(self) -> None:
+        for split in SPLITS:
+            if self.collected[split].text_bytes >= 2 * self.unit.settings.part_bytes:
+                self._write(split)
+
+    def _write(self, split: Split) -> None:
+        unit, collected = self.unit, self.collected[split]
+        number = len(self.parts[split])
+        key = derive_key(unit.settings.seed, "documents", unit.name, split, number)
+        order = permute(range(len(collected.pieces)), len(collected.pieces), key).tolist()
+        pieces = [collected.pieces[index] for index in order]
+        part = write_part(
+            self.store,
+            f"parts/{unit.source}/{split}-{unit.number:06d}-{number:02d}.zarr",
+            np.concatenate(pieces),
+            np.cumsum([len(piece) for piece in pieces], dtype=np.uint64),
+            text_bytes=collected.text_bytes,
+            layout=unit.settings.layout,
+            attributes=self._attributes(split),
+        )
+        self.parts[split].append(part)
+        self.collected[split] = _Collected()
+
+    def _attributes(self, split: Split) -> dict[str, Any]:
+        settings = self.unit.settings
+        return {
+            "format": "amfm token part",
+            "version": 2,
+            "source": self.unit.source,
+            "split": split,
+            "tokenizer_identity": settings.tokenizer_identity,
+            "vocab_size": settings.vocab_size,
+            "eos_id": settings.eos_id,
+            "inputs": [[item.file.name, item.start, item.stop] for item in self.unit.segments],
+        }
+
+    def _write_rejects(self) -> None:
+        path = rejects_path(self.store, self.unit)
+        if not self.rejects:
+            path.unlink(missing_ok=True)
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps({"position": item.position, "reason": item.reason}) + "\n" for item in self.rejects]
+        write_file_atomically(path, "".join(lines).encode())
+
+
+def rejects_path(store: Path, unit: Unit) -> Path:
+    """File with a line for each record of the unit that gave no document."""
+    return store / "rejects" / unit.source / f"{unit.number:06d}.jsonl"

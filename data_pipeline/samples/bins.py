@@ -1,0 +1,64 @@
+"""Best-fit bins of every part for one row length: computed once, kept beside the parts, found again by digest."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import OrderedDict
+
+import numpy as np
+
+from data_pipeline.files import write_file_atomically
+from data_pipeline.samples.packing import Bins, fit_documents
+from data_pipeline.store.manifest import Part, Split
+from data_pipeline.store.store import TokenStore
+
+MAX_LOADED = 64
+
+
+class BinIndex:
+    """Bins of the parts of a store for rows of `capacity` tokens.
+
+    Files in store/bins/CAPACITY are a cache: a pure function of the parts, rewritten when missing, and not written at
+    all when the store is read-only.
+    """
+
+    def __init__(self, store: TokenStore, capacity: int) -> None:
+        self.store, self.capacity = store, capacity
+        self._folder = store.path / "bins" / str(capacity)
+        self._loaded: OrderedDict[str, Bins] = OrderedDict()
+
+    def count(self, source: str, split: Split) -> list[int]:
+        """Rows of each part of a source, in order; the first call for a store fits all its documents."""
+        path = self._folder / f"{source}-{split}-{self.store.source_identity(source, split)}.json"
+        if path.is_file():
+            return [int(count) for count in json.loads(path.read_bytes())]
+        counts = [self.load(part).num_bins for part in self.store.parts(source, split)]
+        self._keep(path.name, json.dumps(counts).encode())
+        return counts
+
+    def load(self, part: Part) -> Bins:
+        """Bins of a part."""
+        if part.path in self._loaded:
+            self._loaded.move_to_end(part.path)
+            return self._loaded[part.path]
+        path = self._folder / f"{part.digest}.npz"
+        if path.is_file():
+            with np.load(path, allow_pickle=False) as arrays:
+                bins = Bins(arrays["first"], arrays["length"], arrays["bin_offsets"])
+        else:
+            bins = fit_documents(self.store.document_ends(part), self.capacity)
+            content = io.BytesIO()
+            np.savez(content, first=bins.first, length=bins.length, bin_offsets=bins.bin_offsets)
+            self._keep(path.name, content.getvalue())
+        self._loaded[part.path] = bins
+        if len(self._loaded) > MAX_LOADED:
+            self._loaded.popitem(last=False)
+        return bins
+
+    def _keep(self, name: str, content: bytes) -> None:
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            write_file_atomically(self._folder / name, content)
+        except OSError:
+            return  # a read-only or full disk only costs computing the bins again in the next process

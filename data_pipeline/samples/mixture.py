@@ -1,0 +1,158 @@
+"""Which source a global sample comes from: integer quotas, exact in every block and the same on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from data_pipeline.samples.permutation import Indices, derive_key, permute
+
+MIN_BLOCK_SAMPLES = 4096
+
+
+def make_quotas(weights: Sequence[float]) -> tuple[int, ...]:
+    """Turn weights into integers that sum to the samples of a mixture block (largest remainder).
+
+    The block has 4096 samples, or the power of two of at least 8 / (smallest share), so that each source gets 8 or
+    more and no share is off by more than one sample a block. Raises ValueError for a weight that isn't positive.
+    """
+    for weight in weights:
+        if not weight > 0 or not np.isfinite(weight):
+            raise ValueError(f"weight {weight} must be a positive finite number; leave the source out to not use it")
+    total = float(sum(weights))
+    shares = [weight / total for weight in weights]
+    if min(shares) < 2**-30:
+        raise ValueError(f"the smallest weight is {min(shares):.2e} of all; it must be at least {2**-30:.2e}")
+    block_samples = MIN_BLOCK_SAMPLES
+    while block_samples < 8 / min(shares):
+        block_samples *= 2
+    exact = [share * block_samples for share in shares]
+    quotas = [int(value) for value in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda index: (quotas[index] - exact[index], index))
+    for index in by_remainder[: block_samples - sum(quotas)]:
+        quotas[index] += 1
+    return tuple(quotas)
+
+
+@lru_cache(maxsize=32)
+def _block_slots(quotas: tuple[int, ...], key: bytes) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+    """Source of each sample of a block, and how many samples of that source come before it in the block."""
+    block_samples = sum(quotas)
+    bounds = np.cumsum(quotas)
+    sources = np.searchsorted(bounds, permute(np.arange(block_samples), block_samples, key), side="right")
+    ranks = np.empty(block_samples, dtype=np.int64)
+    for source in range(len(quotas)):
+        mine = sources == source
+        ranks[mine] = np.arange(int(mine.sum()))
+    return sources.astype(np.int32), ranks
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of global samples with fixed weights, and how far each source had been drawn when it began.
+
+    start_sample: first global sample. sources: names. quotas: samples of each source in a block.
+    first_draws: number of the first draw of each source here; draws are counted over the whole run.
+    """
+
+    start_sample: int
+    sources: tuple[str, ...]
+    quotas: tuple[int, ...]
+    first_draws: tuple[int, ...]
+    seed: int
+
+    @property
+    def block_samples(self) -> int:
+        """Samples after which every quota is met exactly."""
+        return sum(self.quotas)
+
+    def draws(self, samples: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+        """Map global samples of this phase to (index of the source, number of the draw from it)."""
+        offset = samples - self.start_sample
+        if len(self.quotas) == 1:
+            return np.zeros(len(samples), dtype=np.int32), offset + self.first_draws[0]
+        blocks, inside = np.divmod(offset, self.block_samples)
+        sources = np.empty(len(samples), dtype=np.int32)
+        draws = np.empty(len(samples), dtype=np.int64)
+        quotas, first = np.array(self.quotas), np.array(self.first_draws)
+        for block in np.unique(blocks):
+            mine = blocks == block
+            slot_sources, slot_ranks = _block_slots(self.quotas, self._block_key(int(block)))
+            chosen = slot_sources[inside[mine]]
+            sources[mine] = chosen
+            draws[mine] = first[chosen] + block * quotas[chosen] + slot_ranks[inside[mine]]
+        return sources, draws
+
+    def draws_before(self, sample: int) -> dict[str, int]:
+        """Draws taken from each source in the whole run before a global sample of this phase or right after it."""
+        block, inside = divmod(sample - self.start_sample, self.block_samples)
+        counts = np.array(self.first_draws) + block * np.array(self.quotas)
+        if inside:
+            slot_sources, _ = _block_slots(self.quotas, self._block_key(block))
+            counts = counts + np.bincount(slot_sources[:inside], minlength=len(self.quotas))
+        return dict(zip(self.sources, (int(count) for count in counts)))
+
+    def _block_key(self, block: int) -> bytes:
+        return derive_key(self.seed, "mixture", self.start_sample, block)
+
+
+class Mixture:
+    """The phases of a run in order; a pure function of (seed, weights, starts) that no resume or world size changes."""
+
+    def __init__(self, phases: Sequence[tuple[int, Mapping[str, float]]], seed: int) -> None:
+        """Take (first global sample, weight by source) for each phase; the first starts at 0."""
+        if not phases or phases[0][0] != 0:
+            raise ValueError("the first phase must start at global sample 0")
+        self.phases: list[Phase] = []
+        drawn: dict[str, int] = {}
+        for start, weights in phases:
+            if self.phases:
+                if start <= self.phases[-1].start_sample:
+                    raise ValueError(
+                        f"a phase starts at sample {start}, but the one before at {self.phases[-1].start_sample}; "
+                        "order the phases by their start"
+                    )
+                drawn |= self.phases[-1].draws_before(start)
+            names = tuple(sorted(weights))
+            quotas = make_quotas([weights[name] for name in names])
+            first_draws = tuple(drawn.get(name, 0) for name in names)
+            self.phases.append(Phase(start, names, quotas, first_draws, seed))
+
+    def draws_by_source(self, samples: npt.NDArray[np.int64]) -> dict[str, tuple[Indices, Indices]]:
+        """For each source that gives some of the samples: their places among the samples, and the numbers of the draws."""
+        starts = np.array([phase.start_sample for phase in self.phases])
+        phase_of = np.searchsorted(starts, samples, side="right") - 1
+        found: dict[str, list[tuple[Indices, Indices]]] = {}
+        for number in np.unique(phase_of).tolist():
+            phase, where = self.phases[number], np.flatnonzero(phase_of == number)
+            sources, draws = phase.draws(samples[where])
+            for source in np.unique(sources).tolist():
+                mine = sources == source
+                found.setdefault(phase.sources[source], []).append((where[mine], draws[mine]))
+        return {
+            name: (np.concatenate([where for where, _ in pieces]), np.concatenate([draws for _, draws in pieces]))
+            for name, pieces in found.items()
+        }
+
+    def draws(self, samples: npt.NDArray[np.int64]) -> list[tuple[str, int]]:
+        """(source name, number of the draw from it) of each global sample."""
+        out: list[tuple[str, int]] = [("", 0)] * len(samples)
+        for name, (places, draws) in self.draws_by_source(samples).items():
+            for place, draw in zip(places.tolist(), draws.tolist()):
+                out[place] = (name, draw)
+        return out
+
+    def draws_before(self, sample: int) -> list[dict[str, int]]:
+        """Draws by source within each phase that began before the global sample: the token ledger counts from these."""
+        taken = []
+        for number, phase in enumerate(self.phases):
+            if number and phase.start_sample >= sample:
+                break
+            later = self.phases[number + 1].start_sample if number + 1 < len(self.phases) else sample
+            ends = phase.draws_before(min(sample, later))
+            taken.append({name: ends[name] - first for name, first in zip(phase.sources, phase.first_draws)})
+        return taken

@@ -1,0 +1,352 @@
+"""Global sample number -> row: mixture, shuffle, window or bin, read and verified. numpy only, for reading processes.
+
+Everything here is a pure function of (settings, dataset identities, global sample number).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from data_pipeline.samples.bins import BinIndex
+from data_pipeline.samples.mixture import Mixture
+from data_pipeline.samples.packing import Row, count_windows, starts_in_window
+from data_pipeline.samples.permutation import BLOCK_WINDOWS, BLOCKS_PER_SHUFFLE, derive_key, permute, permute_in_blocks
+from data_pipeline.store.manifest import Part, Split
+from data_pipeline.store.node_cache import CacheSettings
+from data_pipeline.store.shards import DamagedError
+from data_pipeline.store.store import TokenStore
+
+if TYPE_CHECKING:
+    from data_pipeline.config import DataConfig  # pydantic takes longer to import than everything here
+
+Int64 = npt.NDArray[np.int64]
+
+LOCATED_AHEAD = 512  # samples: from here on the cost of a place is that of its arithmetic
+
+
+@dataclass(frozen=True)
+class PhaseSettings:
+    """Weights and row length from a global sample on."""
+
+    start_sample: int
+    weights: Mapping[str, float]
+    sequence_length: int
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """What decides the order and the rows. The first phase starts at sample 0."""
+
+    store: str
+    split: Split
+    seed: int
+    packing: Literal["concatenate", "best_fit"]
+    shuffle: Literal["full", "block"]
+    phases: tuple[PhaseSettings, ...]
+    on_corruption: Literal["raise", "quarantine"]
+    cache: CacheSettings
+
+    @staticmethod
+    def from_config(config: DataConfig, *, split: Split, sequence_length: int, seed: int) -> SampleSettings:
+        """Settings of a run; ValueError for a phase that weighs a source the configuration doesn't have.
+
+        sequence_length: of the first phase. Validation is the first phase alone, so that its losses stay comparable.
+        """
+        phases = phases_of(config, sequence_length)
+        return SampleSettings(
+            store=config.text_store(),
+            split=split,
+            seed=seed,
+            packing=config.packing,
+            shuffle=config.shuffle,
+            phases=phases if split == "train" else phases[:1],
+            on_corruption=config.on_corruption,
+            cache=CacheSettings(**config.cache.model_dump()),
+        )
+
+    def open_reader(self) -> SampleReader:
+        """A reader of these rows."""
+        return SampleReader(self)
+
+
+def phases_of(config: DataConfig, sequence_length: int) -> tuple[PhaseSettings, ...]:
+    """The sources' own weights from sample 0, unless a given phase starts there, then the given phases.
+
+    A probe is a source of its own. ValueError for a phase that weighs a source the configuration doesn't have.
+    """
+    known = {source.name: source.weight for source in config.sources}
+    if config.probe is not None:
+        known = {config.probe.task: 1.0}
+    phases = [PhaseSettings(0, {name: weight for name, weight in known.items() if weight}, sequence_length)]
+    for given in config.phases:
+        unknown = sorted(set(given.weights or {}) - set(known))
+        if unknown:
+            raise ValueError(
+                f"data.phases: the phase at sample {given.start_sample} weighs {unknown[0]!r}, which must be one of "
+                f"data.sources: {', '.join(sorted(known))}"
+            )
+        before = phases[-1]
+        weights, length = given.weights or before.weights, given.sequence_length or before.sequence_length
+        phases.append(PhaseSettings(given.start_sample, dict(weights), length))
+    return tuple(phases[1:] if len(phases) > 1 and phases[1].start_sample == 0 else phases)
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A sample that could not be read and was given as a row without labels."""
+
+    sample: int
+    part: str
+    reason: str
+
+
+class Place(NamedTuple):
+    """Where a sample lies: row `row` of a part cut into rows of a length, drawn in an epoch of its source."""
+
+    source: str
+    epoch: int
+    part: Part
+    row: int
+    sequence_length: int
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Draws of one source between two changes of the row length; it begins with a new epoch.
+
+    repeats: share of the source that the epoch before had given already when it was left unfinished.
+    """
+
+    first_draw: int
+    first_epoch: int
+    sequence_length: int
+    rows_per_epoch: int
+    repeats: float
+
+
+class SampleReader:
+    """Reads the rows of any global sample numbers, in any order and on any rank alike."""
+
+    def __init__(self, settings: SampleSettings, store: TokenStore | None = None) -> None:
+        self.settings = settings
+        self.store = store or TokenStore.open(settings.store, settings.cache)
+        self._bins: dict[int, BinIndex] = {}
+        self._row_bounds: dict[tuple[str, int], Int64] = {}
+        self._located: dict[tuple[int, int], list[Place]] = {}
+        for phase in settings.phases:
+            for name in phase.weights:
+                self._count_source(name, phase.sequence_length)
+        self.source_names = tuple(sorted({name for name, _ in self._row_bounds}))
+        phases = self._usable_phases()
+        self.mixture = Mixture(phases, settings.seed)
+        self._stretches = {name: self._find_stretches(name) for name in self.source_names}
+        self._identities = {name: self.store.source_identity(name, settings.split) for name in self.source_names}
+        self._check_cache()
+
+    def rows_per_epoch(self, source: str, sequence_length: int | None = None) -> int:
+        """Rows of one pass over a source; sequence_length: by default that with which the source begins."""
+        length = sequence_length or next(p.sequence_length for p in self.settings.phases if source in p.weights)
+        return int(self._row_bounds[source, length][-1])
+
+    def sequence_length_at(self, sample: int) -> int:
+        """Tokens in the row of a global sample."""
+        return [phase.sequence_length for phase in self.settings.phases if phase.start_sample <= sample][-1]
+
+    def stretches(self, source: str) -> Sequence[Stretch]:
+        """How the draws of a source fall into stretches of one row length."""
+        return self._stretches[source]
+
+    def epochs_after(self, source: str, draws: int) -> float:
+        """Passes over a source that its first draws make."""
+        stretches, epochs = self._stretches[source], 0.0
+        for number, stretch in enumerate(stretches):
+            end = stretches[number + 1].first_draw if number + 1 < len(stretches) else draws
+            epochs += max(0, min(draws, end) - stretch.first_draw) / stretch.rows_per_epoch
+        return epochs
+
+    def with_own_files(self) -> SampleReader:
+        """A reader of the same rows that shares no open file with this one, for another thread."""
+        other = copy.copy(self)
+        other.store = self.store.with_own_files()
+        other._bins = {length: BinIndex(other.store, length) for length in self._bins}
+        other._located = {}
+        return other
+
+    def locate(self, samples: Int64) -> list[Place]:
+        """Where each global sample lies."""
+        places: dict[int, Place] = {}
+        for source, (where, draws) in self.mixture.draws_by_source(samples).items():
+            parts = self.store.parts(source, self.settings.split)
+            firsts = [stretch.first_draw for stretch in self._stretches[source]]
+            which = np.searchsorted(firsts, draws, side="right") - 1
+            for number in np.unique(which).tolist():
+                stretch, mine = self._stretches[source][number], which == number
+                epochs, positions = np.divmod(draws[mine] - stretch.first_draw, stretch.rows_per_epoch)
+                epochs += stretch.first_epoch
+                rows = self._shuffled(source, stretch.rows_per_epoch, epochs, positions)
+                bounds = self._row_bounds[source, stretch.sequence_length]
+                chosen = bounds.searchsorted(rows, side="right") - 1
+                rows -= bounds[chosen]
+                for sample, epoch, part, row in zip(
+                    where[mine].tolist(), epochs.tolist(), chosen.tolist(), rows.tolist()
+                ):
+                    places[sample] = Place(source, epoch, parts[part], row, stretch.sequence_length)
+        return [places[number] for number in range(len(samples))]
+
+    def read(self, samples: Int64) -> tuple[list[Row], list[Damage]]:
+        """Rows of global samples; a damaged one raises, or is a row without labels and a note when quarantined."""
+        return self._read_places(samples.tolist(), self.locate(samples))
+
+    def read_block(self, first: int, count: int, stride: int) -> tuple[list[Row], list[Damage]]:
+        """Rows of the global samples [first, first + count), as `read` gives them.
+
+        stride: from this block to the one that is wanted next. The places of the next blocks are found together:
+        for one block alone that would cost as much as reading it.
+        """
+        if (first, count) not in self._located:
+            firsts = np.arange(first, first + max(1, LOCATED_AHEAD // count) * stride, stride)
+            samples = firsts[:, None] + np.arange(count)
+            places = self.locate(samples.reshape(-1))
+            self._located = {
+                (start, count): places[number * count : (number + 1) * count]
+                for number, start in enumerate(firsts.tolist())
+            }
+        return self._read_places(range(first, first + count), self._located.pop((first, count)))
+
+    def _read_places(self, samples: Sequence[int], places: Sequence[Place]) -> tuple[list[Row], list[Damage]]:
+        rows, damages = [], []
+        for sample, place in zip(samples, places):
+            source = self.source_names.index(place.source)
+            try:
+                row = self._read_bin(place, sample, source) if self._bins else self._read_window(place, sample, source)
+            except DamagedError as error:
+                if self.settings.on_corruption == "raise":
+                    raise
+                damages.append(Damage(sample, place.part.path, str(error)))
+                row = self._empty_row(place, sample, source)
+            rows.append(row)
+        return rows, damages
+
+    def first_token(self, place: Place) -> int:
+        """Offset in the part of the first token of a row."""
+        if self._bins:
+            bins = self._bins[place.sequence_length].load(place.part)
+            return int(bins.first[bins.bin_offsets[place.row]])
+        return place.row * place.sequence_length
+
+    def _usable_phases(self) -> list[tuple[int, dict[str, float]]]:
+        """Phases over the sources that have rows: a small source may have nothing to validate on."""
+        usable = []
+        for phase in self.settings.phases:
+            length = phase.sequence_length
+            empty = [name for name in sorted(phase.weights) if self.rows_per_epoch(name, length) == 0]
+            kept = {name: weight for name, weight in phase.weights.items() if name not in empty}
+            if empty and (self.settings.split == "train" or not kept):
+                raise ValueError(self._explain_empty(empty[0], length))
+            usable.append((phase.start_sample, kept))
+        return usable
+
+    def _find_stretches(self, source: str) -> list[Stretch]:
+        """Where a source changes its row length, by the number of its draw."""
+        found: list[Stretch] = []
+        for phase, settings in zip(self.mixture.phases, self.settings.phases):
+            length = settings.sequence_length
+            if source not in phase.sources or (found and found[-1].sequence_length == length):
+                continue
+            first, epoch, repeats = phase.first_draws[phase.sources.index(source)], 0, 0.0
+            if found:
+                passes = (first - found[-1].first_draw) / found[-1].rows_per_epoch
+                epoch, repeats = found[-1].first_epoch + math.ceil(passes), passes % 1
+            found.append(Stretch(first, epoch, length, self.rows_per_epoch(source, length), repeats))
+        return found
+
+    def _check_cache(self) -> None:
+        """What is read at random must fit the node cache, or most samples would cost a request."""
+        cache, needed = self.store.remote_cache, 0
+        if cache is None:
+            return
+        for source in filter(self._stretches.get, self.source_names):
+            num_bytes = sum(sum(part.token_shards) for part in self.store.parts(source, self.settings.split))
+            longest = max(stretch.sequence_length for stretch in self._stretches[source])
+            shuffled = BLOCK_WINDOWS * BLOCKS_PER_SHUFFLE * longest * np.dtype(self.store.layout.dtype).itemsize
+            needed += num_bytes if self.settings.shuffle == "full" else min(num_bytes, shuffled)
+        if needed > cache.max_bytes:
+            raise ValueError(
+                f"data.cache.max_bytes={cache.max_bytes} must be at least {needed}, the bytes that "
+                f"data.shuffle={self.settings.shuffle} reads at random from {self.store.location}; raise it"
+                f"{', or use data.shuffle=block' if self.settings.shuffle == 'full' else ''}"
+            )
+
+    def _explain_empty(self, source: str, length: int) -> str:
+        split = self.settings.split
+        parts = self.store.parts(source, split)
+        longest = max((part.num_tokens for part in parts), default=0)
+        if longest == 0:
+            return (
+                f"source {source!r} has no {split} documents in the store {self.settings.store}; give more documents "
+                "(one file of text is one document) or raise data.validation_fraction, and run `amfm prepare CONFIG`"
+            )
+        return (
+            f"train.sequence_length={length} must be below the {longest} tokens of the largest {split} part of source "
+            f"{source!r}; shorten it, or give more text"
+        )
+
+    def _count_source(self, source: str, length: int) -> None:
+        if (source, length) in self._row_bounds:
+            return
+        split = self.settings.split
+        if self.settings.packing == "best_fit":
+            rows = self._bins.setdefault(length, BinIndex(self.store, length)).count(source, split)
+        else:
+            rows = [count_windows(part.num_tokens, length) for part in self.store.parts(source, split)]
+        self._row_bounds[source, length] = np.cumsum([0, *rows], dtype=np.int64)
+
+    def _shuffled(self, source: str, size: int, epochs: Int64, positions: Int64) -> Int64:
+        out = np.empty_like(positions)
+        for epoch in set(epochs.tolist()):
+            mine = epochs == epoch
+            key = derive_key(self.settings.seed, "order", self._identities[source], epoch)
+            shuffle = permute_in_blocks if self.settings.shuffle == "block" else permute
+            out[mine] = shuffle(positions[mine], size, key)
+        return out
+
+    def _read_window(self, place: Place, sample: int, source: int) -> Row:
+        length = place.sequence_length
+        first = place.row * length
+        tokens = self.store.read_tokens(place.part, first, first + length + 1)
+        starts = starts_in_window(self.store.document_ends(place.part), first, length + 1)
+        return Row(tokens, starts, length + 1, sample, source)
+
+    def _read_bin(self, place: Place, sample: int, source: int) -> Row:
+        length = place.sequence_length
+        bins = self._bins[length].load(place.part)
+        pieces = range(int(bins.bin_offsets[place.row]), int(bins.bin_offsets[place.row + 1]))
+        firsts, lengths = bins.first[pieces.start : pieces.stop], bins.length[pieces.start : pieces.stop]
+        starts = np.concatenate((np.zeros(1, np.int64), np.cumsum(lengths)[:-1])).astype(np.int32)
+        num_valid = int(lengths.sum())
+        end = int(firsts[0] + lengths[0])
+        if len(pieces) == 1 and num_valid == length and not self._is_document_end(place.part, end):
+            return Row(self.store.read_tokens(place.part, end - length, end + 1), starts, length + 1, sample, source)
+        tokens = np.full(length + 1, self._fill_id(), dtype=self.store.layout.dtype)
+        for start, first, size in zip(starts.tolist(), firsts.tolist(), lengths.tolist()):
+            tokens[start : start + size] = self.store.read_tokens(place.part, first, first + size)
+        return Row(tokens, starts, num_valid, sample, source)
+
+    def _is_document_end(self, part: Part, offset: int) -> bool:
+        ends = self.store.document_ends(part)
+        return int(ends[np.searchsorted(ends, offset)]) == offset
+
+    def _empty_row(self, place: Place, sample: int, source: int) -> Row:
+        tokens = np.full(place.sequence_length + 1, self._fill_id(), dtype=self.store.layout.dtype)
+        return Row(tokens, np.zeros(1, np.int32), 1, sample, source)
+
+    def _fill_id(self) -> int:
+        pad = self.store.tokenizer.pad_id
+        return self.store.eos_id if pad is None else pad

@@ -1,0 +1,1 @@
+"""The token store: manifest, shards, part files, caches."""

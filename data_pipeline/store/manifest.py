@@ -1,0 +1,133 @@
+"""What the manifest of a token store records: layout, tokenizer and parts, and the identity that follows from them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from data_pipeline.files import write_file_atomically
+from data_pipeline.store.shards import Compression
+
+FORMAT_VERSION = 3
+MANIFEST = "manifest.json"
+MAX_SHARD_TOKENS = 64 * 2**20
+DOCUMENT_CHUNK = 8192
+
+Split = Literal["train", "validation"]
+SPLITS: tuple[Split, ...] = ("train", "validation")
+
+COMPRESSION_BY_PRESET: dict[str, Compression] = {"fast": "none", "balanced": "lz4hc", "small": "zstd"}
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How arrays are cut and encoded; the same for every part of a store. Units: tokens."""
+
+    dtype: str
+    chunk_tokens: int
+    preset: str
+
+    @staticmethod
+    def for_vocabulary(vocab_size: int, chunk_tokens: int, preset: str) -> Layout:
+        """uint16 where every id fits, else uint32; a larger vocabulary is a ValueError."""
+        if vocab_size > 2**32:
+            raise ValueError(f"tokenizer vocabulary {vocab_size} must be at most {2**32}, what uint32 tokens can hold")
+        return Layout("uint16" if vocab_size <= 2**16 else "uint32", chunk_tokens, preset)
+
+    @property
+    def compression(self) -> Compression:
+        """Codec of the preset."""
+        return COMPRESSION_BY_PRESET[self.preset]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One part as the manifest records it.
+
+    path: relative to the store. token_shards, document_shards, head_shards: bytes of each shard file. digest: BLAKE3 of all
+    files of the part, names included.
+    """
+
+    path: str
+    num_tokens: int
+    num_documents: int
+    text_bytes: int
+    token_shards: tuple[int, ...]
+    document_shards: tuple[int, ...]
+    head_shards: tuple[int, ...]
+    digest: str
+
+    @staticmethod
+    def from_json(record: Mapping[str, Any]) -> Part:
+        """Inverse of dataclasses.asdict after JSON."""
+        return Part(
+            record["path"],
+            record["num_tokens"],
+            record["num_documents"],
+            record["text_bytes"],
+            tuple(record["token_shards"]),
+            tuple(record["document_shards"]),
+            tuple(record.get("head_shards", ())),  # a journal of format 1 has none, and its units are written again
+            record["digest"],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerRecord:
+    """What the manifest says about the tokenizer; `file` is relative to the store."""
+
+    file: str
+    kind: str
+    identity: str
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int
+    pad_id: int | None
+
+
+def shard_length(length: int, chunk: int, limit: int) -> int:
+    """One shard for the whole array up to the limit; at least one chunk, a multiple of the chunk."""
+    limit = max(chunk, limit // chunk * chunk)
+    return min(limit, max(chunk, -(-length // chunk) * chunk))
+
+
+PartsBySource = Mapping[str, Mapping[Split, Sequence[Part]]]
+
+
+def write_manifest(store: Path, tokenizer: TokenizerRecord, layout: Layout, sources: PartsBySource) -> str:
+    """Write manifest.json atomically, last of all, and return the identity of the store."""
+    identity = identify_store(tokenizer, layout, sources)
+    manifest = {
+        "format": "amfm token store",
+        "version": FORMAT_VERSION,
+        "identity": identity,
+        "tokenizer": asdict(tokenizer),
+        "layout": asdict(layout),
+        "sources": {
+            name: {split: [asdict(part) for part in sources[name][split]] for split in SPLITS}
+            for name in sorted(sources)
+        },
+    }
+    content = json.dumps(manifest, indent=1).encode()
+    if not (store / MANIFEST).is_file() or (store / MANIFEST).read_bytes() != content:
+        write_file_atomically(store / MANIFEST, content)
+    return identity
+
+
+def identify_source(name: str, split: Split, parts: Sequence[Part]) -> str:
+    """Digest of a source's parts in one split, in their order."""
+    digest = hashlib.blake2b(f"{name}\n{split}\n".encode(), digest_size=16)
+    for part in parts:
+        digest.update(f"{part.path} {part.num_tokens} {part.num_documents} {part.digest}\n".encode())
+    return digest.hexdigest()
+
+
+def identify_store(tokenizer: TokenizerRecord, layout: Layout, sources: PartsBySource) -> str:
+    """Digest of everything that a manifest says."""
+    facts = [FORMAT_VERSION, asdict(tokenizer), asdict(layout)]
+    facts += [identify_source(name, split, sources[name][split]) for name in sorted(sources) for split in SPLITS]
+    return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()

@@ -1,0 +1,264 @@
+"""Parts of a remote store on this node's disk: fetched by blocks, checked by digest, the least recently used go first.
+
+All processes of a node share the folder. A block is fetched once a node and serves the windows that lie in it, so a
+sample costs a request only when it opens a new block.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from blake3 import blake3
+
+from data_pipeline.files import write_file_atomically
+from data_pipeline.store.object_store import RemoteFolder
+from data_pipeline.store.shards import DamagedError
+
+DIGEST_BYTES = 16
+MAX_OPEN_BLOCKS = 128
+NUM_LOCKS = 64
+FETCHES_PER_SCAN = 32  # other processes fill the folder too: so often its size is measured and not only counted
+KEPT_AFTER_EVICTION = 0.9
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """Where blocks are kept, how many bytes of them, and how many bytes a block has."""
+
+    folder: str
+    max_bytes: int
+    block_bytes: int
+
+
+class BlockCache:
+    """Files of one block and its BLAKE3 digest each. A damaged one is fetched again; a full disk is a RuntimeError."""
+
+    def __init__(self, settings: CacheSettings) -> None:
+        self.settings = settings
+        self._folder = Path(settings.folder).expanduser() / "blocks"
+        self._open: OrderedDict[str, int] = OrderedDict()
+        self._checked: set[str] = set()
+        self._bytes = 0
+        self._fetches = 0
+
+    def open_block(self, remote: RemoteFolder, name: str, content: str, size: int, number: int) -> int:
+        """Descriptor of a file that begins with block `number` of an object of `size` bytes.
+
+        content: digest of what the object holds, so that an object that was replaced is not taken from the cache.
+        DamagedError when the object is missing or has another size.
+        """
+        key = self._key(remote, name, content, number)
+        if key in self._open:
+            self._open.move_to_end(key)
+            return self._open[key]
+        path = self._path(key)
+        descriptor = self._open_checked(path, key)
+        if descriptor is None:
+            with self._locked(f"{int(key[:8], 16) % NUM_LOCKS:02d}"):
+                descriptor = self._open_checked(path, key)  # another process may have fetched it meanwhile
+                if descriptor is None:
+                    descriptor = self._keep(path, _fetch(remote, name, size, number, self.settings.block_bytes))
+                    self._checked.add(key)
+            self._count_fetch()
+        self._open[key] = descriptor
+        if len(self._open) > MAX_OPEN_BLOCKS:
+            os.close(self._open.popitem(last=False)[1])
+        return descriptor
+
+    def drop(self, remote: RemoteFolder, name: str, content: str, number: int) -> None:
+        """Remove a block, if it is here."""
+        key = self._key(remote, name, content, number)
+        if key in self._open:
+            os.close(self._open.pop(key))
+        self._checked.discard(key)
+        self._path(key).unlink(missing_ok=True)
+
+    def _key(self, remote: RemoteFolder, name: str, content: str, number: int) -> str:
+        facts = f"{remote.url}/{name}\n{content}\n{self.settings.block_bytes}\n{number}"
+        return hashlib.blake2b(facts.encode(), digest_size=20).hexdigest()
+
+    def _path(self, key: str) -> Path:
+        return self._folder / key[:2] / key
+
+    def close(self) -> None:
+        """Close all blocks."""
+        for descriptor in self._open.values():
+            os.close(descriptor)
+        self._open.clear()
+
+    def _open_checked(self, path: Path, key: str) -> int | None:
+        """The block, its digest compared when this process opens it for the first time; None if it must be fetched."""
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        if key not in self._checked:
+            content = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
+            if _digest(content[:-DIGEST_BYTES]) != content[-DIGEST_BYTES:]:
+                logger.warning("%s is damaged; the block is fetched again", path)
+                os.close(descriptor)
+                return None
+            self._checked.add(key)
+        os.utime(descriptor)  # least recently used: by the time of the file
+        return descriptor
+
+    def _keep(self, path: Path, block: bytes) -> int:
+        """Write a block and return a descriptor of it, which stays good when another process evicts the file."""
+        temporary = path.with_name(f".writing-{path.name}-{os.getpid()}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(block + _digest(block))
+            descriptor = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC)
+            os.replace(temporary, path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise RuntimeError(
+                f"data.cache.folder={self.settings.folder} can't take a block ({error.strerror}); make room, lower "
+                "data.cache.max_bytes, or name another folder"
+            ) from error
+        self._bytes += len(block)
+        return descriptor
+
+    def _count_fetch(self) -> None:
+        self._fetches += 1
+        if self._fetches % FETCHES_PER_SCAN == 1 or self._bytes > self.settings.max_bytes:
+            with self._locked("evict"):
+                self._evict()
+
+    def _evict(self) -> None:
+        """Delete the blocks that were not used for longest, down to nine tenths of the limit."""
+        blocks = []
+        for folder in self._folder.iterdir():
+            for entry in os.scandir(folder) if folder.is_dir() else ():
+                try:
+                    facts = entry.stat()
+                except FileNotFoundError:
+                    continue
+                blocks.append((facts.st_mtime_ns, facts.st_size, entry.path))
+        self._bytes = sum(size for _, size, _ in blocks)
+        if self._bytes <= self.settings.max_bytes:
+            return
+        for _, size, path in sorted(blocks):
+            if self._bytes <= KEPT_AFTER_EVICTION * self.settings.max_bytes:
+                return
+            Path(path).unlink(missing_ok=True)  # who has it open keeps reading it
+            self._bytes -= size
+
+    @contextmanager
+    def _locked(self, name: str) -> Iterator[None]:
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            file = (self._folder / f".lock-{name}").open("w")
+        except OSError as error:
+            raise RuntimeError(
+                f"data.cache.folder={self.settings.folder} can't be used ({error.strerror}); name a writable folder"
+            ) from error
+        with file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+def _digest(block: bytes) -> bytes:
+    return blake3(block).digest(DIGEST_BYTES)
+
+
+def _fetch(remote: RemoteFolder, name: str, size: int, number: int, block_bytes: int) -> bytes:
+    """One ranged request for a block, held to the size that the manifest names."""
+    start, stop = number * block_bytes, min(size, (number + 1) * block_bytes)
+    try:
+        block, found = remote.read_range(name, start, stop)
+    except FileNotFoundError as error:
+        raise DamagedError(f"{remote.url}/{name} is missing; {_REMEDY}") from error
+    except RuntimeError:
+        found = remote.look_up(name).num_bytes
+        if found == size:
+            raise
+        block = b""
+    if found != size or len(block) != stop - start:
+        raise DamagedError(f"{remote.url}/{name} has {found} bytes, the manifest says {size}; {_REMEDY}")
+    return block
+
+
+_REMEDY = "copy the store to its place again"
+
+
+class CachedFiles:
+    """The shard files of a remote store, as a ShardedArray reads them."""
+
+    def __init__(self, remote: RemoteFolder, settings: CacheSettings) -> None:
+        self.remote, self.cache = remote, BlockCache(settings)
+        self._block_bytes = settings.block_bytes
+        self._expected: dict[str, tuple[int, str]] = {}
+        self._handles: dict[int, tuple[str, int, str]] = {}
+        self._next = 0
+
+    def expect(self, path: str, size: int, content: str) -> None:
+        """Say what the manifest knows about a file: its bytes and the digest of its part."""
+        self._expected[path] = size, content
+
+    def open(self, path: str) -> int:
+        """A handle; nothing is fetched yet."""
+        self._next += 1
+        size, content = self._expected[path]
+        self._handles[self._next] = path.removeprefix(f"{self.remote.url}/"), size, content
+        return self._next
+
+    def size(self, handle: int) -> int:
+        """Bytes as the manifest says; what is fetched is held to it."""
+        return self._handles[handle][1]
+
+    def pread(self, handle: int, size: int, offset: int, /) -> bytes:
+        """Bytes [offset, offset + size), fewer where the file ends; blocks that aren't here are fetched."""
+        name, whole, content = self._handles[handle]
+        stop, pieces = min(offset + size, whole), []
+        while offset < stop:
+            number, inside = divmod(offset, self._block_bytes)
+            count = min(stop - offset, self._block_bytes - inside)
+            block = self.cache.open_block(self.remote, name, content, whole, number)
+            pieces.append(os.pread(block, count, inside))
+            offset += count
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def forget(self, paths: Iterable[str]) -> None:
+        """Drop the blocks of files that turned out to be damaged."""
+        for path in paths:
+            size, content = self._expected[path]
+            for number in range(-(-size // self._block_bytes)):
+                self.cache.drop(self.remote, path.removeprefix(f"{self.remote.url}/"), content, number)
+
+    def close(self, handle: int) -> None:
+        """Give a handle back; its blocks stay."""
+        del self._handles[handle]
+
+
+def keep_small_files(
+    remote: RemoteFolder, identity: str, names: Mapping[str, bytes | None], cache: CacheSettings
+) -> Path:
+    """The folder of the node cache that stands for a store, with these files in it; None: fetch it.
+
+    DamagedError when a file is missing, RuntimeError when the cache's folder can't be used.
+    """
+    key = hashlib.blake2b(f"{remote.url}\n{identity}".encode(), digest_size=16).hexdigest()
+    folder = Path(cache.folder).expanduser() / "stores" / key
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in names.items():
+            if not (folder / name).is_file():
+                write_file_atomically(folder / name, remote.read(name) if content is None else content)
+    except FileNotFoundError as error:
+        raise DamagedError(f"{error}; copy the store to its place again") from error
+    except OSError as error:
+        raise RuntimeError(
+            f"data.cache.folder={cache.folder} can't be used ({error.strerror}); name a writable folder with room"
+        ) from error
+    return folder

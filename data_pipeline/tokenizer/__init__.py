@@ -1,0 +1,1 @@
+"""Tokenizers: SentencePiece, tokenizer.json, tiktoken."""

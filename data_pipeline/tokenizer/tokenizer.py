@@ -1,0 +1,265 @@
+"""Text to token ids and back: SentencePiece models, trained here or given, and tokenizer.json; known by their content."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import sentencepiece
+
+from data_pipeline.config import TokenizerConfig
+from data_pipeline.store.manifest import MANIFEST
+from data_pipeline.store.object_store import is_url
+from data_pipeline.store.store import TokenStore
+from data_pipeline.tokenizer.huggingface import HuggingFaceTokenizer, read_tokenizer_json
+from data_pipeline.tokenizer.sentencepiece_model import round_scores
+
+Ids = npt.NDArray[np.int32]
+Offsets = npt.NDArray[np.int64]
+
+TRAINING_THREADS = 4  # fixed: the merge of the trainer's sums depends on it, and stores must be byte-identical
+MAX_TRAINING_LINE = 4096  # bytes; longer lines are cut, the trainer would drop them
+# Characters after which a text is cut at the next newline: few enough that sums of scores (round_scores) stay exact.
+BLOCK_CHARACTERS = 4000
+TOKENIZER_FILES = ("tokenizer.model", HuggingFaceTokenizer.file_name)
+
+
+class Tokenizer(Protocol):
+    """What preparation, generation and export need of a tokenizer."""
+
+    @property
+    def kind(self) -> str:
+        """Format of the file."""
+
+    @property
+    def file_name(self) -> str:
+        """Name of the file in a store."""
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+
+    @property
+    def bos_id(self) -> int | None:
+        """Begin-of-text token, which we never insert."""
+
+    @property
+    def eos_id(self) -> int:
+        """Token that ends a document."""
+
+    @property
+    def pad_id(self) -> int | None:
+        """Token that fills rows."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without begin or end tokens; control tokens written out in the text stay plain text."""
+
+    def encode_documents(self, texts: Sequence[str]) -> tuple[Ids, Offsets]:
+        """Ids of all texts one after another, each ending in one end token, and the offset after each.
+
+        What preparation calls: to join the ids of blocks to texts, and texts to documents, costs one copy.
+        """
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids."""
+
+    def identity(self) -> str:
+        """Content hash: equal identities give equal ids for every text."""
+
+    def to_bytes(self) -> bytes:
+        """Content of the tokenizer file."""
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model (Kudo and Richardson 2018, arXiv 1808.06226); unigram or BPE."""
+
+    kind = "sentencepiece"
+    file_name = "tokenizer.model"
+
+    def __init__(self, model: bytes) -> None:
+        self._model = model
+        self._processor = sentencepiece.SentencePieceProcessor()
+        self._processor.LoadFromSerializedProto(model)
+        if self._processor.eos_id() < 0:
+            raise ValueError("the SentencePiece model has no end-of-text piece (eos_id); train it with one")
+        self._newline_id = _find_newline_id(self._processor)
+
+    def __reduce__(self) -> tuple[type[SentencePieceTokenizer], tuple[bytes]]:
+        return SentencePieceTokenizer, (self._model,)
+
+    @property
+    def vocab_size(self) -> int:
+        """Pieces of the model."""
+        return int(self._processor.vocab_size())
+
+    @property
+    def bos_id(self) -> int | None:
+        """Begin-of-text id, None if the model has none."""
+        return _none_if_negative(self._processor.bos_id())
+
+    @property
+    def eos_id(self) -> int:
+        """End-of-text id."""
+        return int(self._processor.eos_id())
+
+    @property
+    def pad_id(self) -> int | None:
+        """Padding id, None if the model has none."""
+        return _none_if_negative(self._processor.pad_id())
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of one text."""
+        return [int(index) for index in self._encode([text], end=b"")[0].tolist()]
+
+    def encode_documents(self, texts: Sequence[str]) -> tuple[Ids, Offsets]:
+        """Ids of all texts, an end token after each: SentencePiece never makes one of text, so none is there yet."""
+        return self._encode(texts, end=np.int32(self.eos_id).tobytes())
+
+    def _encode(self, texts: Sequence[str], end: bytes) -> tuple[Ids, Offsets]:
+        """Ids of all texts, `end` after each, and the offset after each.
+
+        Where the model allows it a text is encoded in blocks that end at newlines: SentencePiece adds up scores in
+        float32, so in a long text noise would decide between segmentations, differently at each place.
+        """
+        blocks = [[text] if self._newline_id is None else _cut_at_newlines(text) for text in texts]
+        flat = [block for text_blocks in blocks for block in text_blocks]
+        encoded = self._processor.encode(flat, out_type="numpy", num_threads=1)
+        newline = np.int32(self._newline_id or 0).tobytes()
+        documents, start = [], 0
+        for text_blocks in blocks:  # joined as bytes: half the time of np.concatenate for thousands of short arrays
+            stop = start + len(text_blocks)
+            documents.append(newline.join(encoded[start:stop]) + end)
+            start = stop
+        ends = np.cumsum([len(document) // np.dtype(np.int32).itemsize for document in documents], dtype=np.int64)
+        return np.frombuffer(b"".join(documents), np.int32), ends
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids; control pieces give nothing. ValueError for an id outside the vocabulary."""
+        outside = [index for index in ids if not 0 <= index < self.vocab_size]
+        if outside:
+            raise ValueError(f"token id {outside[0]} must be in range({self.vocab_size}), the tokenizer's vocabulary")
+        return str(self._processor.decode([int(index) for index in ids]))
+
+    def identity(self) -> str:
+        """SHA-256 of the model file: the normaliser and all options are inside it."""
+        return hashlib.sha256(b"sentencepiece\0" + self._model).hexdigest()
+
+    def to_bytes(self) -> bytes:
+        """Content of the .model file."""
+        return self._model
+
+
+def _cut_at_newlines(text: str) -> list[str]:
+    """Blocks of the text, each cut at the first newline after BLOCK_CHARACTERS; the newlines between them are left out."""
+    blocks, start = [], 0
+    while (cut := text.find("\n", start + BLOCK_CHARACTERS)) >= 0:
+        blocks.append(text[start:cut])
+        start = cut + 1
+    return [*blocks, text[start:]]
+
+
+def _find_newline_id(processor: sentencepiece.SentencePieceProcessor) -> int | None:
+    """Id of the newline, if encoding the parts around one by themselves gives the ids of the whole; else None."""
+    ids = processor.encode("\n", out_type=int)
+    holds_newline = any(
+        "\n" in processor.id_to_piece(index) for index in range(processor.vocab_size()) if [index] != ids
+    )
+    if len(ids) != 1 or ids[0] == processor.unk_id() or holds_newline:
+        return None
+    # A model that adds a space in front, drops spaces or rewrites characters shows it here.
+    left, right = "a\u00e9 \n", " \n\u00e9a"
+    parts = [*processor.encode(left, out_type=int), ids[0], *processor.encode(right, out_type=int)]
+    return int(ids[0]) if parts == processor.encode(f"{left}\n{right}", out_type=int) else None
+
+
+def _none_if_negative(index: int) -> int | None:
+    return None if index < 0 else int(index)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Load a tokenizer from a prepared store, or from a SentencePiece .model or a Hugging Face tokenizer.json file.
+
+    From a store its content is checked against the identity in the manifest. ValueError when the file is missing or
+    no tokenizer, RuntimeError when the store's tokenizer was changed.
+    """
+    if not is_url(str(path)) and not Path(path).is_dir() and not (Path(path) / MANIFEST).exists():
+        return read_tokenizer_file(Path(path))
+    store = TokenStore.open(path)
+    tokenizer = read_tokenizer_file(store.tokenizer_path, store.eos_id)
+    if tokenizer.identity() != store.tokenizer_identity:
+        raise RuntimeError(
+            f"{store.tokenizer_path} has identity {tokenizer.identity()}, but the store was written with "
+            f"{store.tokenizer_identity}; restore the file from a copy or prepare the store again"
+        )
+    return tokenizer
+
+
+def read_tokenizer_file(path: Path, eos: str | int | None = None) -> Tokenizer:
+    """Load a SentencePiece .model file, or a tokenizer.json whose end-of-text token is `eos` (token or id).
+
+    A .model names its own end; for a .json without `eos`, tokenizer_config.json beside it must.
+    """
+    if not path.is_file():
+        raise ValueError(
+            f"tokenizer file {path} doesn't exist; name a SentencePiece .model file, a tokenizer.json or a prepared store"
+        )
+    if path.suffix == ".json":
+        return read_tokenizer_json(path, eos)
+    content = path.read_bytes()
+    try:
+        return SentencePieceTokenizer(content)
+    except RuntimeError as error:
+        raise ValueError(f"{path} isn't a SentencePiece model ({error}); name a .model file") from error
+
+
+def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> SentencePieceTokenizer:
+    """Train a SentencePiece model on texts; the same texts and settings give the same bytes.
+
+    Text is kept as it is (no normalisation, no added space, spaces kept), newlines and unknown characters become
+    byte pieces, so decoding gives the text back. Ids 0 to 3: unknown, begin, end, padding.
+    ValueError when the text is too small for the vocabulary.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_training_lines(texts),
+            model_writer=model,
+            model_type=config.algorithm,
+            vocab_size=config.vocab_size,
+            byte_fallback=config.byte_fallback,
+            user_defined_symbols=[] if config.byte_fallback else ["\n"],
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            shuffle_input_sentence=False,
+            max_sentence_length=2 * MAX_TRAINING_LINE,
+            num_threads=TRAINING_THREADS,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=3,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].rpartition("] ")[2].rstrip(".") or "no text to train on"
+        raise ValueError(
+            f"data.tokenizer.vocab_size={config.vocab_size} must fit the training text (SentencePiece: {reason}); "
+            "lower it, or give more text"
+        ) from error
+    return SentencePieceTokenizer(round_scores(model.getvalue()))
+
+
+def _training_lines(texts: Iterable[str]) -> Iterable[str]:
+    for text in texts:
+        for line in text.split("\n"):
+            for start in range(0, len(line), MAX_TRAINING_LINE // 4):
+                piece = line[start : start + MAX_TRAINING_LINE // 4].replace("\0", "")
+                if piece.strip():
+                    yield piece

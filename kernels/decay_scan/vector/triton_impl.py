@@ -1,0 +1,311 @@
+"""The Triton scan with a gate of each key channel as an operation that autograd, torch.compile and meta tensors know."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from kernels.decay_scan.triton_impl import outer_strides, pack_rows, pass_states
+from kernels.decay_scan.vector.triton_backward import (
+    score_gradients_kernel,
+    vector_gradients_kernel,
+    vector_walk_back_kernel,
+)
+from kernels.decay_scan.vector.triton_forward import prepare_kernel, vector_walk_kernel
+from kernels.documents import first_tokens
+from kernels.interpreter import count_programs, dot_dtype
+from kernels.limits import VECTOR_GATE_LIMITS
+from kernels.tuning import Config, config_for
+
+# Candidates of each kernel, the fixed one first. PART: key channels that a program takes, or takes at a time.
+PREPARE = tuple({"PART": part, "num_warps": warps, "num_stages": 1} for part, warps in ((32, 4), (32, 8), (64, 8)))
+SCORE_GRADIENTS = tuple({"BLOCK_V": 64, "num_warps": 4, "num_stages": stages} for stages in (2, 3))
+GRADIENTS = tuple(
+    {"PART": part, "BLOCK_V": columns, "num_warps": warps, "num_stages": 1}
+    for part, columns, warps in ((32, 64, 8), (32, 64, 4), (64, 64, 8))
+)
+
+
+def walk_candidates(K: int) -> tuple[Config, ...]:
+    """Configurations of the walks: a state of 128 x 64 or of 256 x 32 stays in registers."""
+    fixed, other = (64, 32) if K <= 128 else (32, 64)
+    choices = ((fixed, 8, 2), (fixed, 4, 2), (other, 8, 2), (fixed, 8, 1))
+    return tuple({"BLOCK_V": columns, "num_warps": warps, "num_stages": stages} for columns, warps, stages in choices)
+
+
+def scan_vector_triton(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    g_BTHK: Tensor,
+    initial_state_BHKV: Tensor | None,
+    document_ids_BT: Tensor | None,
+    chunk_size: int,
+    segment_tiles: int = 0,
+    keep_states: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """As `vector_torch.chunked_vector_scan`, for float32, bfloat16 and float16.
+
+    chunk_size is the distance of the states that backward reads: 16, 32, or a multiple of 64, which runs as 64.
+    segment_tiles cuts rows into segments of so many chunks that are walked at the same time; 0 cuts only where the
+    rows and heads alone would leave processors idle. With keep_states forward saves the states that enter chunks (in the
+    dtype of v), else backward walks the row again for them. Raises ValueError for chunk or state sizes without a kernel.
+    """
+    dot_dtype(v_BTHV.dtype)  # refuses float64
+    VECTOR_GATE_LIMITS.check(chunk_size, q_BTHK.shape[-1], v_BTHV.shape[-1])
+    tile = min(chunk_size, VECTOR_GATE_LIMITS.chunk_sizes[-1])
+    initial = None if initial_state_BHKV is None else initial_state_BHKV.float()
+    firsts = None if document_ids_BT is None else first_tokens(document_ids_BT)
+    tensors = (q_BTHK, k_BTHK, v_BTHV, g_BTHK, initial, firsts)
+    keep_states = keep_states and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    return _forward(*tensors, tile, segment_tiles, keep_states)[:2]
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """Sizes of one call, shared by its kernels."""
+
+    B: int
+    T: int
+    H: int
+    K: int
+    V: int
+    Q: int
+    tiles: int
+    segments: int
+    segment_tiles: int
+
+    @classmethod
+    def of(cls, q: Tensor, v: Tensor, Q: int, segment_tiles: int) -> _Launch:
+        (B, T, H, V), K = v.shape, q.shape[3]
+        tiles = triton.cdiv(T, Q)
+        if segment_tiles == 0:
+            programs = B * H * triton.cdiv(V, walk_candidates(K)[0]["BLOCK_V"])
+            wanted = max(1, count_programs(v.device, 1) // programs) if v.device.type == "cuda" else 1
+            segment_tiles = triton.cdiv(tiles, min(wanted, tiles))
+        return cls(B, T, H, K, V, Q, tiles, triton.cdiv(tiles, segment_tiles), segment_tiles)
+
+    def config(self, kernel: str, candidates: tuple[Config, ...], v: Tensor) -> dict[str, Any]:
+        """The kernel's configuration for these sizes, with blocks no larger than K and V, and what all kernels take."""
+        config = dict(config_for(kernel, (v.dtype, self.Q, self.K, self.V), candidates, v.device))
+        for block, size in (("PART", self.K), ("BLOCK_V", self.V)):
+            if block in config:
+                config[block] = max(16, min(config[block], triton.next_power_of_2(size)))
+        return {"Q": self.Q, "DOT": dot_dtype(v.dtype)} | config
+
+    def walk(self, kernel: str, v: Tensor) -> tuple[tuple[int, int], dict[str, Any]]:
+        """Grid and constants of a walk: heads and blocks of V, segments."""
+        config = self.config(kernel, walk_candidates(self.K), v)
+        grid = (self.B * self.H * triton.cdiv(self.V, config["BLOCK_V"]), self.segments)
+        return grid, config | {"BLOCK_K": max(16, triton.next_power_of_2(self.K))}
+
+    def levels(self) -> int:
+        """How often a tile can be halved."""
+        return self.Q.bit_length() - 1
+
+    def walk_sizes(self) -> tuple[int, ...]:
+        """Scalars of the walks, in their order."""
+        return self.T, self.H, self.K, self.V, self.tiles, self.segments, self.segment_tiles
+
+    def segment_ends(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Room for a state and for the factors of one, a segment."""
+        shape = (self.B, self.segments, self.H, self.K)
+        return like.new_empty(*shape, self.V, dtype=torch.float32), like.new_empty(shape, dtype=torch.float32)
+
+    def tile_states(self, like: Tensor) -> Tensor:
+        """Room for one state a tile, in the dtype of `like`."""
+        return like.new_empty(self.B, self.tiles, self.H, self.K, self.V)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What the walks read instead of q, k and g; `vector_triton_forward.prepare_kernel` says what each is."""
+
+    q_start: Tensor
+    k_end: Tensor
+    scores: Tensor
+    decay: Tensor
+
+
+def _prepare(launch: _Launch, q: Tensor, k: Tensor, g: Tensor, firsts: Tensor | None) -> _Prepared:
+    B, T, H, K, tiles = launch.B, launch.T, launch.H, launch.K, launch.tiles
+    prepared = _Prepared(
+        q.new_empty(B, T, H, K), q.new_empty(B, T, H, K), q.new_empty(B, T, H, launch.Q), g.new_empty(B, tiles, H, K)
+    )
+    prepare_kernel[(B * tiles, H)](
+        q, k, g, firsts, prepared.q_start, prepared.k_end, prepared.scores, prepared.decay,
+        T, H, K, *outer_strides(q, k), LEVELS=launch.levels(), DOCUMENTS=firsts is not None,
+        **launch.config("vector_prepare", PREPARE, q),
+    )  # fmt: skip
+    return prepared
+
+
+def _walk(
+    launch: _Launch,
+    prepared: _Prepared,
+    v: Tensor,
+    initial: Tensor | None,
+    o: Tensor | None,
+    entering: Tensor | None,
+) -> Tensor:
+    """Walk rows forward, writing o and the states that enter tiles where they are given; returns the last state."""
+    p = prepared
+
+    def run(states: Tensor | None, o: Tensor | None, entering: Tensor | None) -> tuple[Tensor, Tensor]:
+        final, total = launch.segment_ends(v)
+        grid, constants = launch.walk("vector_walk" if o is not None else "vector_states_walk", v)
+        vector_walk_kernel[grid](
+            p.q_start, p.k_end, v, p.scores, p.decay, states, o, entering, final, total,
+            *launch.walk_sizes(), *outer_strides(v), INITIAL=states is not None, OUTPUT=o is not None,
+            SAVE=entering is not None, **constants,
+        )  # fmt: skip
+        return final, total
+
+    if launch.segments == 1:
+        return run(initial, o, entering)[0][:, 0]
+    states, last = pass_states(initial, *run(None, None, None), backward=False)
+    run(states, o, entering)
+    return last
+
+
+def _walk_back(
+    launch: _Launch, prepared: _Prepared, d_o: Tensor, d_final: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the states that leave tiles [B, tiles, H, K, V], in the dtype of d_o, of v, and of the first state."""
+    leaving, d_v = launch.tile_states(d_o), torch.empty_like(d_o)
+    p = prepared
+
+    def run(d_states: Tensor | None, *, store: bool) -> tuple[Tensor, Tensor]:
+        d_initial, total = launch.segment_ends(d_o)
+        grid, constants = launch.walk("vector_walk_back", d_o)
+        vector_walk_back_kernel[grid](
+            p.q_start, p.k_end, p.scores, p.decay, d_o, d_states, leaving, d_v, d_initial, total,
+            *launch.walk_sizes(), D_FINAL=d_states is not None, STORE=store, **constants,
+        )  # fmt: skip
+        return d_initial, total
+
+    if launch.segments == 1:
+        return leaving, d_v, run(d_final, store=True)[0][:, 0]
+    d_states, d_first = pass_states(d_final, *run(None, store=False), backward=True)
+    run(d_states, store=True)
+    return leaving, d_v, d_first
+
+
+@torch.library.custom_op("amfm::vector_scan_triton", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    initial: Tensor | None,
+    firsts: Tensor | None,
+    tile: int,
+    segment_tiles: int,
+    keep_states: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, last state, and the states that enter tiles (empty unless they are kept)."""
+    q, k, v, g = pack_rows(q), pack_rows(k), pack_rows(v), g.contiguous()
+    launch = _Launch.of(q, v, tile, segment_tiles)
+    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    entering = launch.tile_states(v) if keep_states else None
+    initial = None if initial is None else initial.contiguous()
+    last = _walk(launch, _prepare(launch, q, k, g, firsts), v, initial, o, entering)
+    return o, last.contiguous(), v.new_empty(0) if entering is None else entering
+
+
+@_forward.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    initial: Tensor | None,
+    firsts: Tensor | None,
+    tile: int,
+    segment_tiles: int,
+    keep_states: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    (B, T, H, V), K = v.shape, q.shape[3]
+    entering = (B, (T + tile - 1) // tile, H, K, V) if keep_states else (0,)
+    return v.new_empty(v.shape), v.new_empty(B, H, K, V, dtype=torch.float32), v.new_empty(entering)
+
+
+@torch.library.custom_op("amfm::vector_scan_triton_backward", mutates_args=())
+def _backward(
+    d_o: Tensor,
+    d_final: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    initial: Tensor | None,
+    firsts: Tensor | None,
+    entering: Tensor | None,
+    tile: int,
+    segment_tiles: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, g and the initial state; that of an absent one is empty."""
+    q, k, v, g, d_o = pack_rows(q), pack_rows(k), pack_rows(v), g.contiguous(), d_o.contiguous()
+    d_final = None if d_final is None else d_final.contiguous()
+    launch = _Launch.of(q, v, tile, segment_tiles)
+    prepared = _prepare(launch, q, k, g, firsts)
+    if entering is None:
+        entering = launch.tile_states(v)
+        _walk(launch, prepared, v, None if initial is None else initial.contiguous(), None, entering)
+    leaving, d_v, d_first = _walk_back(launch, prepared, d_o, d_final)
+    # The walk back was the last to read the scores: their gradients take their place.
+    grid, d_scores = (launch.B * launch.tiles, launch.H), prepared.scores
+    score_gradients_kernel[grid](
+        v, d_o, d_scores, launch.T, launch.H, launch.V, *outer_strides(v),
+        **launch.config("vector_score_gradients", SCORE_GRADIENTS, v),
+    )  # fmt: skip
+    d_q, d_k = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    d_g = torch.empty_like(g)
+    config = launch.config("vector_gradients", GRADIENTS, v)
+    vector_gradients_kernel[(grid[0], launch.H * triton.cdiv(launch.K, config["PART"]))](
+        q, k, v, g, firsts, d_o, d_scores, entering, leaving, d_q, d_k, d_g,
+        launch.T, launch.H, launch.K, launch.V, *outer_strides(q, k, v),
+        LEVELS=launch.levels(), DOCUMENTS=firsts is not None, **config,
+    )  # fmt: skip
+    return d_q, d_k, d_v, d_g, d_first.contiguous() if initial is not None else g.new_empty(0)
+
+
+@_backward.register_fake
+def _(
+    d_o: Tensor,
+    d_final: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    initial: Tensor | None,
+    firsts: Tensor | None,
+    entering: Tensor | None,
+    tile: int,
+    segment_tiles: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    d_initial = g.new_empty(0 if initial is None else initial.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), g.new_empty(g.shape), d_initial
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, ctx.tile, ctx.segment_tiles, keep_states = inputs
+    ctx.save_for_backward(*tensors, output[2] if keep_states else None)
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, d_o: Tensor | None, d_final: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    v, initial = saved[2], saved[4]
+    if d_o is None:
+        d_o = torch.zeros_like(v)
+    *gradients, d_initial = _backward(d_o, d_final, *saved, ctx.tile, ctx.segment_tiles)
+    return *gradients, None if initial is None else d_initial, None, None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)

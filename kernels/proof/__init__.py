@@ -1,0 +1,1 @@
+"""Proofs of kernels: compiled ahead of time, counted traffic, races, emulated rounding, timing."""

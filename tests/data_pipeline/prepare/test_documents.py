@@ -1,0 +1,183 @@
+import gzip
+import json
+
+import pyarrow
+import pyarrow.ipc
+import pyarrow.parquet
+import pytest
+
+from data_pipeline.config import SourceConfig
+from data_pipeline.prepare.documents import Document, Reject, Segment, SegmentReader, cut_segments
+from data_pipeline.prepare.sources import list_files
+
+
+def source_of(*paths, **settings):
+    return SourceConfig(name="web", paths=tuple(str(path) for path in paths), **settings)
+
+
+def read_all(files, segment_bytes, column="text"):
+    return [
+        item
+        for file in files
+        for segment in cut_segments(file, segment_bytes)
+        for item in SegmentReader(segment, column)
+    ]
+
+
+def texts_of(items):
+    return [item.text for item in items if isinstance(item, Document)]
+
+
+def jsonl(records):
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+@pytest.mark.parametrize("last_newline", [True, False])
+@pytest.mark.parametrize("segment_bytes", [1, 7, 64, 1000, 10**6])
+def test_byte_ranges_of_any_size_read_each_line_exactly_once(tmp_path, segment_bytes, last_newline):
+    records = [{"text": f"{number} é 漢 " + "x" * (number * 7 % 53)} for number in range(60)]
+    content = jsonl(records)
+    path = tmp_path / "a.jsonl"
+    path.write_text(content if last_newline else content.rstrip("\n"))
+    (file,) = list_files(source_of(path))
+    segments = cut_segments(file, segment_bytes)
+    readers = [SegmentReader(segment, "text") for segment in segments]
+    texts = [item.text for reader in readers for item in reader]
+    assert texts == [record["text"] for record in records]
+    assert sum(reader.covered_bytes for reader in readers) == file.num_bytes
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("kind", ["txt", "md", "jsonl", "parquet", "arrow"])
+def test_every_kind_reads_alike_in_every_compression(tmp_path, kind, suffix):
+    text = "First line.\n\nSecond é 漢.\n"
+    table, sink = pyarrow.table({"text": [text]}), pyarrow.BufferOutputStream()
+    if kind == "parquet":
+        pyarrow.parquet.write_table(table, sink)
+    elif kind == "arrow":
+        with pyarrow.ipc.new_stream(sink, table.schema) as stream:
+            stream.write_table(table)
+    else:
+        sink.write((jsonl([{"text": text}]) if kind == "jsonl" else text).encode())
+    content = sink.getvalue().to_pybytes()
+    path = tmp_path / f"a.{kind}{suffix}"
+    if suffix == ".gz":
+        path.write_bytes(gzip.compress(content))
+    elif suffix == ".zst":
+        with pyarrow.CompressedOutputStream(str(path), "zstd") as stream:
+            stream.write(content)
+    else:
+        path.write_bytes(content)
+    assert texts_of(read_all(list_files(source_of(path)), 1000)) == [text]
+
+
+def test_parquet_is_read_by_row_groups(tmp_path):
+    texts = [f"document {number}" for number in range(50)]
+    table = pyarrow.table({"id": range(50), "body": texts})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=7)
+    files = list_files(source_of(tmp_path / "a.parquet"))
+    assert len(cut_segments(files[0], 10)) == 8
+    assert texts_of(read_all(files, 10, "body")) == texts
+
+
+def test_a_hugging_face_dataset_on_disk_is_read(tmp_path):
+    """save_to_disk writes data-*.arrow streams beside two .json files that aren't text."""
+    table = pyarrow.table({"text": ["one", "two", None, "three"]})
+    for number in range(2):
+        with pyarrow.ipc.new_stream(tmp_path / f"data-0000{number}-of-00002.arrow", table.schema) as stream:
+            stream.write_table(table, max_chunksize=2)
+    (tmp_path / "state.json").write_text("{}")
+    items = read_all(list_files(source_of(tmp_path)), 1000)
+    assert texts_of(items) == ["one", "two", "three"] * 2
+    (tmp_path / "data-00001-of-00002.arrow").write_bytes(b"broken")
+    assert any(
+        isinstance(item, Reject) and "damaged arrow stream" in item.reason
+        for item in read_all(list_files(source_of(tmp_path)), 1000)
+    )
+
+
+def test_by_products_of_the_datasets_library_are_left_out_and_its_splits_must_be_named(tmp_path):
+    """map and filter leave cache-*.arrow beside the data; a DatasetDict has a folder a split."""
+    table = pyarrow.table({"text": ["one"]})
+    for name in ("train/data-00000-of-00001.arrow", "train/cache-1f.arrow", "test/data-00000-of-00001.arrow"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        with pyarrow.ipc.new_stream(tmp_path / name, table.schema) as stream:
+            stream.write_table(table)
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    with pytest.raises(ValueError, match=r"is a dataset of the splits test, train; name the folder of one of them"):
+        list_files(source_of(tmp_path))
+    assert texts_of(read_all(list_files(source_of(tmp_path / "train")), 1000)) == ["one"]
+
+
+def test_bad_records_become_rejects_with_place_and_reason(tmp_path):
+    lines = [
+        b'{"text": "good"}', b"", b"not json", b'["list"]', b'{"body": "x"}', b'{"text": 5}', b'{"text": null}',
+        b'{"text": "  "}', b'{"text": "\xff"}', b'{"text": "\\ud800"}', b'{"text": "also good"}',
+    ]  # fmt: skip
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    items = read_all(list_files(source_of(tmp_path / "a.jsonl")), 1000)
+    assert texts_of(items) == ["good", "also good"]
+    rejects = [item for item in items if isinstance(item, Reject)]
+    reasons = [reject.reason for reject in rejects]
+    for reason, part in zip(
+        reasons, ["not JSON", "no field 'text'", "no field 'text'", "is int, not text", "is NoneType", "empty text", "not JSON", "surrogate"]
+    ):  # fmt: skip
+        assert part in reason
+    assert len(reasons) == 8
+    assert rejects[0].position == "0/a.jsonl:byte 18"
+
+
+def test_text_that_is_not_utf8_is_rejected_with_the_byte(tmp_path):
+    (tmp_path / "bad.txt").write_bytes(b"abc\xff\xfe")
+    (tmp_path / "good.txt").write_text("good")
+    items = read_all(list_files(source_of(tmp_path)), 1000)
+    assert texts_of(items) == ["good"]
+    assert items[0].reason.startswith("not UTF-8") and items[0].reason.endswith("byte 3")
+
+
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.gz", "a.parquet.gz", "a.txt.zst", "a.jsonl.zst", "a.arrow.zst"])
+def test_a_broken_compressed_file_is_rejected(tmp_path, name):
+    (tmp_path / name).write_bytes(b"this is no compressed stream at all")
+    (item,) = read_all(list_files(source_of(tmp_path / name)), 1000)
+    assert isinstance(item, Reject) and item.reason.startswith("damaged ")
+
+
+def test_a_broken_parquet_file_is_an_error_that_names_it(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(ValueError, match=r"a.parquet isn't a readable parquet file"):
+        read_all(list_files(source_of(tmp_path / "a.parquet")), 1000)
+
+
+def test_folders_and_globs_give_names_that_do_not_depend_on_where_they_are(tmp_path):
+    for root in ("here", "there"):
+        (tmp_path / root / "sub").mkdir(parents=True)
+        for name in ("b.txt", "a.md", "sub/c.jsonl", "skip.bin", ".hidden.txt"):
+            (tmp_path / root / name).write_text("x")
+    names = [[file.name for file in list_files(source_of(tmp_path / root))] for root in ("here", "there")]
+    assert names[0] == names[1] == ["0/a.md", "0/b.txt", "0/sub/c.jsonl"]
+    globbed = list_files(source_of(tmp_path / "here" / "**" / "*.*"))
+    assert [file.name for file in globbed] == ["0/a.md", "0/b.txt", "0/sub/c.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda root: root / "missing.txt", r"source 'web': path '.*missing.txt' doesn't exist; name a file"),
+        (lambda root: root / "no*.txt", "doesn't exist; name a file, a folder or a glob"),
+        (lambda root: root / "empty", r"holds no .txt, .md, .jsonl"),
+        (lambda root: root / "a.docx", "must end in .txt, .md, .jsonl"),
+        (lambda root: root / "zero.txt", "is an empty file; remove it from data.sources or put text into it"),
+    ],
+)
+def test_paths_that_give_nothing_are_refused_with_a_remedy(tmp_path, make, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a.docx").write_text("x")
+    (tmp_path / "zero.txt").touch()
+    with pytest.raises(ValueError, match=message):
+        list_files(source_of(make(tmp_path)))
+
+
+def test_a_segment_beyond_the_last_line_start_is_empty(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x" * 100}) + "\n")
+    (file,) = list_files(source_of(tmp_path / "a.jsonl"))
+    assert list(SegmentReader(Segment(file, 50, file.num_bytes, 50), "text")) == []

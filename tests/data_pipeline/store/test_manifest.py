@@ -1,0 +1,25 @@
+"""What a manifest records."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+
+from data_pipeline.store.manifest import Layout, Part, shard_length
+
+
+def test_vocabulary_decides_the_dtype_and_too_large_is_refused():
+    assert Layout.for_vocabulary(65536, 64, "fast").dtype == "uint16"
+    assert Layout.for_vocabulary(65537, 64, "fast").dtype == "uint32"
+    with pytest.raises(ValueError, match="vocabulary 4294967297 must be at most 4294967296"):
+        Layout.for_vocabulary(2**32 + 1, 64, "fast")
+
+
+def test_a_part_comes_back_from_json_as_it_was():
+    part = Part("parts/a.zarr", 10, 2, 40, token_shards=(24,), document_shards=(20, 4), head_shards=(8,), digest="d")
+    assert Part.from_json(json.loads(json.dumps(asdict(part)))) == part
+
+
+@pytest.mark.parametrize(("length", "expected"), [(1, 64), (64, 64), (65, 128), (1000, 192)])
+def test_a_shard_is_whole_chunks_and_no_longer_than_the_limit(length: int, expected: int):
+    assert shard_length(length, chunk=64, limit=200) == expected

@@ -1,0 +1,109 @@
+import numpy as np
+import pytest
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+
+from data_pipeline.config import DataConfig, PrepareConfig, SourceConfig, TokenizerConfig
+from data_pipeline.prepare.prepare import prepare
+from data_pipeline.store.megatron_files import export_megatron, read_megatron_documents, read_megatron_index
+from data_pipeline.store.store import TokenStore
+from data_pipeline.verify import verify_store
+from tests.helpers.tiny_store import make_tiny_store, run_in_process
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return make_tiny_store(tmp_path_factory.mktemp("data"))
+
+
+def documents_of(store, source, split):
+    out = []
+    for part in store.parts(source, split):
+        tokens = store.read_tokens(part, 0, part.num_tokens)
+        out += [piece.tolist() for piece in np.split(tokens, store.document_ends(part)[:-1].astype(int))]
+    return out
+
+
+def test_megatron_core_reads_what_we_export(tiny, tmp_path):
+    store = TokenStore.open(tiny.store)
+    count = export_megatron(store, "source0", "train", tmp_path / "out" / "web")
+    theirs = IndexedDataset(str(tmp_path / "out" / "web"))
+    ours = documents_of(store, "source0", "train")
+    assert count == len(ours) == len(theirs) == len(theirs.document_indices) - 1
+    assert [theirs[number].tolist() for number in range(count)] == ours
+
+
+def import_config(tiny, tmp_path, path, **settings):
+    model = str(TokenStore.open(tiny.store).tokenizer_path)
+    return DataConfig(
+        store=str(tmp_path / "imported"),
+        sources=(SourceConfig(name="web", paths=(str(path),), **settings),),
+        tokenizer=TokenizerConfig(model=model),
+        prepare=PrepareConfig(part_bytes=20_000, chunk_tokens=512),
+        validation_fraction=0.1,
+    )
+
+
+def test_what_megatron_core_writes_is_imported_without_tokenizing(tiny, tmp_path):
+    """Documents of one or several sequences, with and without an end token of their own."""
+    random = np.random.default_rng(0)
+    documents = [random.integers(4, 400, size=random.integers(1, 90)).tolist() for _ in range(300)]
+    for number in range(0, 300, 3):
+        documents[number].append(2)
+    builder = IndexedDatasetBuilder(str(tmp_path / "web.bin"), dtype=np.int32)
+    for number, document in enumerate(documents):
+        cut = len(document) // 2 if number % 5 == 0 and len(document) > 1 else len(document)
+        for sequence in (document[:cut], document[cut:]):
+            if sequence:
+                builder.add_item(torch.tensor(sequence, dtype=torch.int32))
+        builder.end_document()
+    builder.finalize(str(tmp_path / "web.idx"))
+    index = read_megatron_index(tmp_path / "web.idx")
+    assert index.num_documents == 300 and index.dtype == "int32"
+    read = [tokens.tolist() for tokens in read_megatron_documents(tmp_path / "web.idx", 7, 20)]
+    assert read == documents[7:20]
+    config = import_config(tiny, tmp_path, tmp_path / "web.idx")
+    report = prepare(config, runner=run_in_process)
+    assert report.units_total > 2 and report.units_written == report.units_total
+    store = TokenStore.open(config.store)
+    found = documents_of(store, "web", "train") + documents_of(store, "web", "validation")
+    expected = [document if document[-1] == 2 else [*document, 2] for document in documents]
+    assert sorted(found) == sorted(expected)
+    assert store.layout.dtype == "uint16" and verify_store(config.store) == []
+
+
+def test_export_of_an_import_gives_the_same_documents(tiny, tmp_path):
+    store = TokenStore.open(tiny.store)
+    export_megatron(store, "source0", "train", tmp_path / "a")
+    config = import_config(tiny, tmp_path, tmp_path / "a.idx")
+    prepare(config.model_copy(update={"validation_fraction": 0.0}), runner=run_in_process)
+    again = TokenStore.open(config.store)
+    assert sorted(documents_of(again, "web", "train")) == sorted(documents_of(store, "source0", "train"))
+
+
+def test_bad_megatron_input_is_refused(tiny, tmp_path):
+    export_megatron(TokenStore.open(tiny.store), "source0", "train", tmp_path / "a")
+    index, tokens = tmp_path / "a.idx", tmp_path / "a.bin"
+    with pytest.raises(ValueError, match=r"filters need text, but an .idx holds tokens"):
+        prepare(import_config(tiny, tmp_path, index, filters={"min_characters": 5}), runner=run_in_process)
+    config = import_config(tiny, tmp_path, index)
+    with pytest.raises(ValueError, match=r"name the file of the tokenizer that made them in data.tokenizer.model"):
+        prepare(config.model_copy(update={"tokenizer": TokenizerConfig()}), runner=run_in_process)
+    content = tokens.read_bytes()
+    tokens.write_bytes(content[:-2])
+    with pytest.raises(ValueError, match=r"a.bin has \d+ bytes, its index says \d+; restore both"):
+        read_megatron_index(index)
+    wrong = bytearray(content)
+    wrong[:2] = (4000).to_bytes(2, "little")
+    tokens.write_bytes(wrong)
+    with pytest.raises(ValueError, match="source 'web' has token id 4000, but the tokenizer's vocabulary is 400"):
+        prepare(import_config(tiny, tmp_path, index), runner=run_in_process)
+    index.write_bytes(index.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"a.idx is cut short"):
+        read_megatron_index(index)
+    index.write_bytes(b"something else that is no index at all, long enough")
+    with pytest.raises(ValueError, match=r"a.idx isn't a Megatron index"):
+        read_megatron_index(index)
+    tokens.unlink()
+    with pytest.raises(ValueError, match=r"needs a.bin beside it"):
+        prepare(import_config(tiny, tmp_path, index), runner=run_in_process)

@@ -1,0 +1,12 @@
+"""Rounding is emulated in Triton's interpreter alone; tests/kernels/interpreter/test_emulation.py has the numbers."""
+
+import pytest
+
+from kernels.backend import INTERPRETED
+from kernels.proof.emulation import emulate_rounding
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this process interprets")
+def test_rounding_is_emulated_in_the_interpreter_only():
+    with pytest.raises(RuntimeError, match="start Python with TRITON_INTERPRET=1"), emulate_rounding():
+        pass

@@ -1,0 +1,12 @@
+"""Races outside the interpreter; what is found inside it is tested in `interpreter/test_races.py`."""
+
+import pytest
+
+from kernels.backend import INTERPRETED
+from kernels.proof.races import find_races
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this process interprets")
+def test_finding_races_outside_the_interpreter_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"), find_races():
+        pass
