@@ -32,14 +32,14 @@ def initialize_parameters(model: nn.Module, config: ModelConfig, groups: Process
         if shard.per_expert:
             _fill_experts(name, parameter, shard, shape, config, groups, seed)
         else:
-            parameter.copy_(shard.take(first_values(name, shape, config, seed) if own is None else own, groups))
+            parameter.copy_(shard.shard(initial_values(name, shape, config, seed) if own is None else own, groups))
 
 
 def _mixer_values(model: nn.Module, name: str, shape: tuple[int, ...], seed: int) -> Tensor | None:
     """What a registered mixer says of its own parameter; None where it says nothing."""
     place, inside, own_name = name.partition(".mixer.")
     mixer = model.get_submodule(f"{place}.mixer") if inside else None
-    return mixer.first_value(own_name, shape, _generator(seed, name)) if isinstance(mixer, SequenceMixer) else None
+    return mixer.init_parameter(own_name, shape, _generator(seed, name)) if isinstance(mixer, SequenceMixer) else None
 
 
 def _fill_experts(
@@ -53,13 +53,13 @@ def _fill_experts(
 ) -> None:
     """Fills a stack [experts of this rank, ...], each expert by its global number."""
     by_expert, *inner = shard.cuts
-    own = by_expert.take(torch.arange(shape[0]), groups.ep.rank(), groups.ep.size())
+    own = by_expert.shard(torch.arange(shape[0]), groups.ep.rank(), groups.ep.size())
     each = Shard(tuple(replace(cut, dim=cut.dim - 1) for cut in inner))
     for row, expert in zip(stack, own.tolist(), strict=True):
-        row.copy_(each.take(first_values(f"{name}.{expert}", shape[1:], config, seed), groups))
+        row.copy_(each.shard(initial_values(f"{name}.{expert}", shape[1:], config, seed), groups))
 
 
-def first_values(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor:
+def initial_values(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor:
     """The whole first value of a parameter (of one expert's, with `.{expert}` at the name's end), float32 on the CPU."""
     generator = _generator(seed, name)
     if name.endswith(("norm.weight", "mixer.D")):

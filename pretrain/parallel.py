@@ -98,7 +98,7 @@ class Parallel:
             torch.distributed.all_reduce(values, group=self.groups.dp)
         return values
 
-    def sum_over_shares(self, values: Tensor) -> Tensor:
+    def all_reduce_unique(self, values: Tensor) -> Tensor:
         """Sum over all data, context and pipeline ranks what tensor ranks hold alike, in place; the same on every rank.
 
         Every rank must call this.
@@ -126,12 +126,12 @@ class Parallel:
         return gathered
 
 
-def name_accelerator() -> None:
+def set_deepspeed_accelerator() -> None:
     """Tell DeepSpeed which accelerator to use, before it is imported: on its own it guesses, and prints that it did."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 
-def follow_launcher() -> None:
+def die_with_launcher() -> None:
     """End this process when the one that launched it dies, however it dies: no orphan may write to the run directory.
 
     Only on Linux, and only for ranks of `launch/cluster/local.py`.
@@ -152,7 +152,7 @@ def start_process_group(timeout_seconds: float) -> tuple[int, int, int, int]:
     alone, which needs no port. Keys carry the attempt's number: a restarted group that reads the last attempt's keys
     hangs (pytorch issue 135712).
     """
-    follow_launcher()
+    die_with_launcher()
     rank = int(os.environ.get("RANK", "0"))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))

@@ -99,7 +99,7 @@ class Run:
             self.log.write_event(event, self.progress.step, **details)
 
 
-def enter_stage(run: Run) -> None:
+def apply_stage(run: Run) -> None:
     """Set the model to the stage of the next step, if it is another one than before. Every rank must call this."""
     stage = stage_of(run.stages, run.progress.step)
     if stage == run.stage:

@@ -18,7 +18,7 @@ def resume(run: Run) -> LoadedCheckpoint | None:
     return loaded
 
 
-def return_weights(run: Run) -> int | None:
+def restore_newest_weights(run: Run) -> int | None:
     """Put weights and optimizer back to the newest checkpoint, which may be being written; its step, None without one.
 
     Progress and data stay where they are. Every rank must call this.

@@ -16,7 +16,7 @@ from model.config.schema import ModelConfig
 from model.hybrid import ModelOutput
 from model.moe.balance import auxiliary_names
 from pretrain.micro_batch import LossShare, move_batch
-from pretrain.monitor.anomalies import Trouble, describe_skip, judge_loss, remember_loss
+from pretrain.monitor.anomalies import StepAnomaly, describe_skip, judge_loss, remember_loss
 from pretrain.parallel import Parallel
 from pretrain.run import Run
 
@@ -39,7 +39,7 @@ class StepResult:
     seconds: float
     signal: int
     busy_seconds: float
-    trouble: Trouble | None = None
+    trouble: StepAnomaly | None = None
     skip: dict[str, Any] | None = None
 
 
@@ -74,7 +74,7 @@ class StepSums:
         parts = [self.nll, self.z_loss, *(self.auxiliary[name] for name in names)]
         vectors = [torch.stack([part.double() for part in parts])]
         vectors += [self.expert_counts[block].double() for block in blocks]
-        joined = parallel.sum_over_shares(torch.cat(vectors))
+        joined = parallel.all_reduce_unique(torch.cat(vectors))
         scalars, *counts = joined.split([len(vector) for vector in vectors])
         self.nll, self.z_loss = scalars[0], scalars[1]
         self.auxiliary = dict(zip(names, scalars[2:]))
@@ -102,7 +102,7 @@ def train_step(run: Run) -> StepResult:
     losses: list[Tensor] = []
     engine.module.train()
     with engine.accumulate(len(batches)):
-        for output in pass_with_gradients(run, batches, LossShare(valid_tokens, num_micro_batches)):
+        for output in forward_backward(run, batches, LossShare(valid_tokens, num_micro_batches)):
             sums.add(output)
             if output.loss is not None:
                 losses.append(output.loss.total.detach() / valid_tokens)
@@ -112,7 +112,7 @@ def train_step(run: Run) -> StepResult:
         loss = float(sums.nll) / valid_tokens
         trouble = judge_loss(loss, progress.recent_losses, run.config.health)
         if trouble is not None and run.config.health.on_spike == "skip":
-            engine.refuse_step()
+            engine.skip_next_step()
     rate = stage.rate(progress.step + 1)
     run.heartbeat.at(progress.step + 1, "optimizer")
     outcome = engine.step(rate)
@@ -122,7 +122,7 @@ def train_step(run: Run) -> StepResult:
         progress.skipped_in_row = 0
         remember_loss(loss, progress.recent_losses, run.config.health)
     else:
-        trouble = trouble or Trouble("nonfinite", "gradients are not finite")
+        trouble = trouble or StepAnomaly("nonfinite", "gradients are not finite")
         skip = describe_skip(run.parallel, batches, [float(loss) for loss in losses], engine.fault)
         progress.skipped_in_row += 1
         progress.skipped_steps += 1
@@ -164,7 +164,7 @@ def empty_sums(config: ModelConfig, device: torch.device) -> StepSums:
     return sums
 
 
-def pass_with_gradients(run: Run, batches: Sequence[Batch], share: LossShare) -> Iterator[ModelOutput]:
+def forward_backward(run: Run, batches: Sequence[Batch], share: LossShare) -> Iterator[ModelOutput]:
     """Forward and backward of each micro-batch inside `accumulate`, and what this rank's blocks gave.
 
     With pipeline stages a rank gives an output for each of its pieces, and a loss on the last stage alone.
@@ -188,7 +188,7 @@ def pass_with_gradients(run: Run, batches: Sequence[Batch], share: LossShare) ->
 
 
 @torch.no_grad()
-def pass_forward(run: Run, batches: Sequence[Batch], *, predicts: bool = False) -> Iterator[ModelOutput]:
+def forward_only(run: Run, batches: Sequence[Batch], *, predicts: bool = False) -> Iterator[ModelOutput]:
     """The outputs of the micro-batches, without gradients; with the most likely tokens if asked for."""
     if run.pipeline is not None:
         yield from run.pipeline.evaluate([move_batch(batch, run.parallel) for batch in batches], predicts=predicts)

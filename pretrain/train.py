@@ -10,12 +10,12 @@ from data_pipeline.loader.loader import SourceUse
 from model.flops import flops_per_token
 from pretrain.config.schema import RunConfig
 from pretrain.launcher_protocol import DONE, RUN_FAILED
-from pretrain.monitor.anomalies import Trouble, is_hopeless
+from pretrain.monitor.anomalies import StepAnomaly, too_many_skips
 from pretrain.monitor.heartbeat import describe_lost
 from pretrain.monitor.signals import SignalWatch, signal_name
 from pretrain.monitor.stragglers import STRAGGLER_STEPS
-from pretrain.run import Run, enter_stage
-from pretrain.saving import finish_saving, return_weights, save
+from pretrain.run import Run, apply_stage
+from pretrain.saving import finish_saving, restore_newest_weights, save
 from pretrain.start import close_run, start_run
 from pretrain.step import StepResult, train_step
 from pretrain.validate import validate
@@ -46,13 +46,13 @@ def run_steps(run: Run) -> int:
     """Step until the run is over, and say why it is."""
     train, steps = run.config.train, run.stages[-1].last_step
     while run.progress.step < last_step(run):
-        enter_stage(run)
+        apply_stage(run)
         result = train_step(run)
         step = run.progress.step
         if is_due(step, train.validate_every_steps) or step == steps:
             measure_validation(run)
         record(run, result)
-        if result.trouble is not None and not mend(run, result.trouble):
+        if result.trouble is not None and not handle_anomaly(run, result.trouble):
             return RUN_FAILED
         if result.signal:
             return stop_on_signal(run, result.signal)
@@ -109,7 +109,7 @@ def record(run: Run, result: StepResult) -> None:
         run.say(f"step {run.progress.step}: {result.trouble.text}; the step was skipped on every rank")
     run.stragglers.add(result.busy_seconds)
     if is_due(run.progress.step, STRAGGLER_STEPS):
-        name_stragglers(run)
+        report_stragglers(run)
 
 
 def describe_step(run: Run, result: StepResult) -> dict[str, Any]:
@@ -167,30 +167,30 @@ def stop_on_signal(run: Run, number: int) -> int:
     return DONE
 
 
-def mend(run: Run, trouble: Trouble) -> bool:
+def handle_anomaly(run: Run, trouble: StepAnomaly) -> bool:
     """Do what the configuration says about a step that went wrong; False when the run must end. Every rank must call this."""
     policy = trouble.policy(run.config.health)
     if policy == "stop":
-        return give_up(run, f"{trouble.text} (health.on_{trouble.kind}=stop)")
+        return abort_run(run, f"{trouble.text} (health.on_{trouble.kind}=stop)")
     if policy == "rollback":
         return roll_back(run, trouble)
-    if is_hopeless(run.progress.skipped_in_row, run.config.train.max_skipped_steps):
+    if too_many_skips(run.progress.skipped_in_row, run.config.train.max_skipped_steps):
         limit = f"train.max_skipped_steps={run.config.train.max_skipped_steps}"
-        return give_up(run, f"{run.progress.skipped_in_row} steps in a row were skipped ({limit}): {trouble.text}")
+        return abort_run(run, f"{run.progress.skipped_in_row} steps in a row were skipped ({limit}): {trouble.text}")
     return True
 
 
-def roll_back(run: Run, trouble: Trouble) -> bool:
+def roll_back(run: Run, trouble: StepAnomaly) -> bool:
     """Take the weights of the newest checkpoint and go on after the data of the steps since; False when that is not left.
 
     The steps since then count as skipped: schedule, stages and data stay functions of the step. Every rank must call this.
     """
     progress, limit = run.progress, run.config.health.max_rollbacks
     if progress.rollbacks >= limit:
-        return give_up(run, f"{trouble.text}, after {limit} rollbacks (health.max_rollbacks)")
-    back_at = return_weights(run)
+        return abort_run(run, f"{trouble.text}, after {limit} rollbacks (health.max_rollbacks)")
+    back_at = restore_newest_weights(run)
     if back_at is None:
-        return give_up(run, f"{trouble.text}, and there is no checkpoint to go back to")
+        return abort_run(run, f"{trouble.text}, and there is no checkpoint to go back to")
     progress.rollbacks += 1
     run.record_event("rolled_back", cause=trouble.text, weights_of_step=back_at, rollbacks=progress.rollbacks)
     run.say(
@@ -201,7 +201,7 @@ def roll_back(run: Run, trouble: Trouble) -> bool:
     return True
 
 
-def give_up(run: Run, cause: str) -> bool:
+def abort_run(run: Run, cause: str) -> bool:
     """End a run that no longer learns; the newest checkpoint is from before the trouble or inside it, and stands."""
     finish_saving(run)
     run.record_event("gave_up", cause=cause, skipped_in_row=run.progress.skipped_in_row)
@@ -212,7 +212,7 @@ def give_up(run: Run, cause: str) -> bool:
     return False
 
 
-def name_stragglers(run: Run) -> None:
+def report_stragglers(run: Run) -> None:
     """Write down which ranks compute much longer than the others. Every rank must call this."""
     percent = run.config.health.straggler_percent
     slow = run.stragglers.find(run.parallel, percent)

@@ -10,7 +10,7 @@ import torch
 from pretrain.accuracy import Accuracy, count_answers, measure_accuracy
 from pretrain.micro_batch import move_batch
 from pretrain.run import Run
-from pretrain.step import count_valid_tokens, empty_sums, pass_forward
+from pretrain.step import count_valid_tokens, empty_sums, forward_only
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def validate(run: Run) -> Validation:
     for _ in range(run.config.train.validation_batches):
         batches = run.validation.take(run.stage.global_batch_size, run.stage.micro_batch_size)
         tokens += count_valid_tokens(batches, run.parallel)
-        outputs = list(pass_forward(run, batches, predicts=is_probe))
+        outputs = list(forward_only(run, batches, predicts=is_probe))
         for output in outputs:
             sums.add(output)
         predicted = [output.predictions_BT for output in outputs if output.predictions_BT is not None]
@@ -52,5 +52,5 @@ def validate(run: Run) -> Validation:
             counts_R2[list(batch.sample_ids)] = count_answers(predictions_BT, labels_BT)
     run.engine.module.train()
     sums.reduce(run.parallel, signal=0)
-    accuracy = measure_accuracy(run.parallel.sum_over_shares(counts_R2)) if is_probe else None
+    accuracy = measure_accuracy(run.parallel.all_reduce_unique(counts_R2)) if is_probe else None
     return Validation(float(sums.nll) / max(1, tokens), tokens, accuracy)

@@ -17,7 +17,7 @@ from data_pipeline.loader.reader_process import ReadingProcess
 from data_pipeline.probes.rows import ProbeReader, ProbeSettings
 from data_pipeline.samples.buffers import BufferPool
 from data_pipeline.samples.packing import Row, assemble_rows
-from data_pipeline.samples.samples import Damage, SampleReader, SampleSettings, phases_of
+from data_pipeline.samples.samples import CorruptSample, SampleReader, SampleSettings, phases_of
 from data_pipeline.store.manifest import Part, Split
 from data_pipeline.store.store import TokenStore
 
@@ -72,7 +72,7 @@ class PretrainLoader:
         self.reader = self._open_reader()
         self.store = self.reader.store
         self.global_sample = 0
-        self.quarantined: list[Damage] = []
+        self.quarantined: list[CorruptSample] = []
         self._pool = BufferPool()
         self._processes: list[ReadingProcess] = []
         self._requested: deque[tuple[int, ReadingProcess]] = deque()
@@ -145,7 +145,7 @@ class PretrainLoader:
         cursor = int(state["global_sample"])
         self._check_past(state, mine, cursor)
         self.global_sample = cursor
-        self.quarantined = [Damage(*entry) for entry in state["quarantined"]]
+        self.quarantined = [CorruptSample(*entry) for entry in state["quarantined"]]
 
     def _check_past(self, state: dict[str, Any], mine: dict[str, Any], cursor: int) -> None:
         past = [phase for phase in state["phases"] if phase[0] == 0 or phase[0] < cursor]
@@ -293,7 +293,7 @@ class PretrainLoader:
             process.request(first, self.micro_batch_size, self._stride * len(self._processes))
             self._requested.append((first, process))
 
-    def _note(self, rows: list[Row], damages: list[Damage]) -> list[Row]:
+    def _note(self, rows: list[Row], damages: list[CorruptSample]) -> list[Row]:
         for damage in damages:
             logger.warning("sample %d skipped: %s", damage.sample, damage.reason)
         self.quarantined += damages

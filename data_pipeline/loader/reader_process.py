@@ -19,7 +19,7 @@ from typing import Any
 from data_pipeline.loader.prefetch import FetchAhead
 from data_pipeline.probes.rows import ProbeReader, ProbeSettings
 from data_pipeline.samples.packing import Row
-from data_pipeline.samples.samples import Damage, SampleReader, SampleSettings
+from data_pipeline.samples.samples import CorruptSample, SampleReader, SampleSettings
 from data_pipeline.store.shards import DamagedError
 
 PIPE_BYTES = 2**20
@@ -46,7 +46,7 @@ class ReadingProcess:
         """Ask for the rows of global samples [first_sample, first_sample + count); the next begin `stride` later."""
         self._send((first_sample, count, stride))
 
-    def receive(self) -> tuple[list[Row], list[Damage]]:
+    def receive(self) -> tuple[list[Row], list[CorruptSample]]:
         """Rows of the oldest request; DamagedError as raised there, RuntimeError when the process died."""
         try:
             answer = pickle.load(self._answers)
@@ -110,7 +110,7 @@ def serve() -> None:
 
 def _answer(
     reader: SampleReader | ProbeReader, first: int, count: int, stride: int
-) -> tuple[list[Row], list[Damage]] | DamagedError:
+) -> tuple[list[Row], list[CorruptSample]] | DamagedError:
     try:
         return reader.read_block(first, count, stride)
     except DamagedError as error:

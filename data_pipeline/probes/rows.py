@@ -18,7 +18,7 @@ from data_pipeline.probes.task import NOISE, ProbeRow, ProbeTask
 from data_pipeline.samples.mixture import Mixture
 from data_pipeline.samples.packing import Row
 from data_pipeline.samples.permutation import derive_key
-from data_pipeline.samples.samples import Damage, PhaseSettings, Stretch
+from data_pipeline.samples.samples import CorruptSample, EpochSpan, PhaseSettings
 from data_pipeline.store.manifest import Split
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class ProbeReader:
         """Tokens in the row of a global sample."""
         return [phase.sequence_length for phase in self.settings.phases if phase.start_sample <= sample][-1]
 
-    def stretches(self, source: str) -> tuple[Stretch, ...]:
+    def stretches(self, source: str) -> tuple[EpochSpan, ...]:
         """Rows are never drawn again, so no change of their length cuts an epoch short."""
         return ()
 
@@ -100,11 +100,11 @@ class ProbeReader:
         """None is ever full."""
         return 0.0
 
-    def read(self, samples: Int64) -> tuple[list[Row], list[Damage]]:
+    def read(self, samples: Int64) -> tuple[list[Row], list[CorruptSample]]:
         """Rows of global samples; nothing can be damaged."""
         return [self._make_row(sample) for sample in samples.tolist()], []
 
-    def read_block(self, first: int, count: int, stride: int) -> tuple[list[Row], list[Damage]]:
+    def read_block(self, first: int, count: int, stride: int) -> tuple[list[Row], list[CorruptSample]]:
         """Rows of the global samples [first, first + count); stride is for readers that look ahead."""
         return self.read(np.arange(first, first + count))
 

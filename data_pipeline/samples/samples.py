@@ -99,7 +99,7 @@ def phases_of(config: DataConfig, sequence_length: int) -> tuple[PhaseSettings, 
 
 
 @dataclass(frozen=True)
-class Damage:
+class CorruptSample:
     """A sample that could not be read and was given as a row without labels."""
 
     sample: int
@@ -107,7 +107,7 @@ class Damage:
     reason: str
 
 
-class Place(NamedTuple):
+class SampleLocation(NamedTuple):
     """Where a sample lies: row `row` of a part cut into rows of a length, drawn in an epoch of its source."""
 
     source: str
@@ -118,7 +118,7 @@ class Place(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Stretch:
+class EpochSpan:
     """Draws of one source between two changes of the row length; it begins with a new epoch.
 
     repeats: share of the source that the epoch before had given already when it was left unfinished.
@@ -139,7 +139,7 @@ class SampleReader:
         self.store = store or TokenStore.open(settings.store, settings.cache)
         self._bins: dict[int, BinIndex] = {}
         self._row_bounds: dict[tuple[str, int], Int64] = {}
-        self._located: dict[tuple[int, int], list[Place]] = {}
+        self._located: dict[tuple[int, int], list[SampleLocation]] = {}
         for phase in settings.phases:
             for name in phase.weights:
                 self._count_source(name, phase.sequence_length)
@@ -159,7 +159,7 @@ class SampleReader:
         """Tokens in the row of a global sample."""
         return [phase.sequence_length for phase in self.settings.phases if phase.start_sample <= sample][-1]
 
-    def stretches(self, source: str) -> Sequence[Stretch]:
+    def stretches(self, source: str) -> Sequence[EpochSpan]:
         """How the draws of a source fall into stretches of one row length."""
         return self._stretches[source]
 
@@ -179,9 +179,9 @@ class SampleReader:
         other._located = {}
         return other
 
-    def locate(self, samples: Int64) -> list[Place]:
+    def locate(self, samples: Int64) -> list[SampleLocation]:
         """Where each global sample lies."""
-        places: dict[int, Place] = {}
+        places: dict[int, SampleLocation] = {}
         for source, (where, draws) in self.mixture.draws_by_source(samples).items():
             parts = self.store.parts(source, self.settings.split)
             firsts = [stretch.first_draw for stretch in self._stretches[source]]
@@ -197,14 +197,14 @@ class SampleReader:
                 for sample, epoch, part, row in zip(
                     where[mine].tolist(), epochs.tolist(), chosen.tolist(), rows.tolist()
                 ):
-                    places[sample] = Place(source, epoch, parts[part], row, stretch.sequence_length)
+                    places[sample] = SampleLocation(source, epoch, parts[part], row, stretch.sequence_length)
         return [places[number] for number in range(len(samples))]
 
-    def read(self, samples: Int64) -> tuple[list[Row], list[Damage]]:
+    def read(self, samples: Int64) -> tuple[list[Row], list[CorruptSample]]:
         """Rows of global samples; a damaged one raises, or is a row without labels and a note when quarantined."""
         return self._read_places(samples.tolist(), self.locate(samples))
 
-    def read_block(self, first: int, count: int, stride: int) -> tuple[list[Row], list[Damage]]:
+    def read_block(self, first: int, count: int, stride: int) -> tuple[list[Row], list[CorruptSample]]:
         """Rows of the global samples [first, first + count), as `read` gives them.
 
         stride: from this block to the one that is wanted next. The places of the next blocks are found together:
@@ -220,7 +220,9 @@ class SampleReader:
             }
         return self._read_places(range(first, first + count), self._located.pop((first, count)))
 
-    def _read_places(self, samples: Sequence[int], places: Sequence[Place]) -> tuple[list[Row], list[Damage]]:
+    def _read_places(
+        self, samples: Sequence[int], places: Sequence[SampleLocation]
+    ) -> tuple[list[Row], list[CorruptSample]]:
         rows, damages = [], []
         for sample, place in zip(samples, places):
             source = self.source_names.index(place.source)
@@ -229,12 +231,12 @@ class SampleReader:
             except DamagedError as error:
                 if self.settings.on_corruption == "raise":
                     raise
-                damages.append(Damage(sample, place.part.path, str(error)))
+                damages.append(CorruptSample(sample, place.part.path, str(error)))
                 row = self._empty_row(place, sample, source)
             rows.append(row)
         return rows, damages
 
-    def first_token(self, place: Place) -> int:
+    def first_token(self, place: SampleLocation) -> int:
         """Offset in the part of the first token of a row."""
         if self._bins:
             bins = self._bins[place.sequence_length].load(place.part)
@@ -253,9 +255,9 @@ class SampleReader:
             usable.append((phase.start_sample, kept))
         return usable
 
-    def _find_stretches(self, source: str) -> list[Stretch]:
+    def _find_stretches(self, source: str) -> list[EpochSpan]:
         """Where a source changes its row length, by the number of its draw."""
-        found: list[Stretch] = []
+        found: list[EpochSpan] = []
         for phase, settings in zip(self.mixture.phases, self.settings.phases):
             length = settings.sequence_length
             if source not in phase.sources or (found and found[-1].sequence_length == length):
@@ -264,7 +266,7 @@ class SampleReader:
             if found:
                 passes = (first - found[-1].first_draw) / found[-1].rows_per_epoch
                 epoch, repeats = found[-1].first_epoch + math.ceil(passes), passes % 1
-            found.append(Stretch(first, epoch, length, self.rows_per_epoch(source, length), repeats))
+            found.append(EpochSpan(first, epoch, length, self.rows_per_epoch(source, length), repeats))
         return found
 
     def _check_cache(self) -> None:
@@ -317,14 +319,14 @@ class SampleReader:
             out[mine] = shuffle(positions[mine], size, key)
         return out
 
-    def _read_window(self, place: Place, sample: int, source: int) -> Row:
+    def _read_window(self, place: SampleLocation, sample: int, source: int) -> Row:
         length = place.sequence_length
         first = place.row * length
         tokens = self.store.read_tokens(place.part, first, first + length + 1)
         starts = starts_in_window(self.store.document_ends(place.part), first, length + 1)
         return Row(tokens, starts, length + 1, sample, source)
 
-    def _read_bin(self, place: Place, sample: int, source: int) -> Row:
+    def _read_bin(self, place: SampleLocation, sample: int, source: int) -> Row:
         length = place.sequence_length
         bins = self._bins[length].load(place.part)
         pieces = range(int(bins.bin_offsets[place.row]), int(bins.bin_offsets[place.row + 1]))
@@ -343,7 +345,7 @@ class SampleReader:
         ends = self.store.document_ends(part)
         return int(ends[np.searchsorted(ends, offset)]) == offset
 
-    def _empty_row(self, place: Place, sample: int, source: int) -> Row:
+    def _empty_row(self, place: SampleLocation, sample: int, source: int) -> Row:
         tokens = np.full(place.sequence_length + 1, self._fill_id(), dtype=self.store.layout.dtype)
         return Row(tokens, np.zeros(1, np.int32), 1, sample, source)
 

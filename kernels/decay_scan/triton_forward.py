@@ -64,7 +64,7 @@ def state_step(state, k_tile, v_tile, b, b_end, u, last, keep, DOT: tl.constexpr
 
 
 @triton.jit
-def walk_kernel(
+def chunk_state_kernel(
     q, k, v, g, scale, skip, firsts, initial, y, entering, final, decay,
     T, H, R, K, V, chunks, segments, segment_chunks,
     stride_qb, stride_qt, stride_kb, stride_kt, stride_vb, stride_vt,

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from kernels.decay_scan.triton_backward import gradients_kernel, walk_back_kernel
-from kernels.decay_scan.triton_forward import walk_kernel
+from kernels.decay_scan.triton_forward import chunk_state_kernel
 from kernels.documents import first_tokens
 from kernels.interpreter import count_programs, dot_dtype
 from kernels.limits import DECAY_LIMITS
@@ -171,7 +171,7 @@ def _walk(
         final, decay = launch.states(v), launch.decays(v)
         name, candidates = ("scan_states_walk", STATES_WALK) if y is None else ("scan_walk", WALK)
         config = launch.config(name, candidates, v)
-        walk_kernel[launch.grid(config["BLOCK_V"])](
+        chunk_state_kernel[launch.grid(config["BLOCK_V"])](
             q, k, v, g, scale, skip, firsts, states, y, entering, final, decay, *launch.sizes(), *outer_strides(q, k, v),
             SCALE=scale is not None, SKIP=skip is not None, INITIAL=states is not None,
             OUTPUT=y is not None, SAVE=entering is not None, **launch.constants(v, firsts), **config,

@@ -174,7 +174,7 @@ def prepare_kernel(
 
 
 @triton.jit
-def walk_kernel(
+def chunk_state_kernel(
     q, k, v, inverse, scores, enter, leave, carry, initial, o, entering, errors, final,
     T, H, R, K, V, chunks,
     stride_qb, stride_qt, stride_kb, stride_kt, stride_kn, stride_vb, stride_vt, stride_vn,

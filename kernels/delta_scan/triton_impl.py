@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from kernels.delta_scan.triton_backward import gradients_kernel, walk_back_kernel
-from kernels.delta_scan.triton_forward import prepare_kernel, walk_kernel
+from kernels.delta_scan.triton_forward import chunk_state_kernel, prepare_kernel
 from kernels.documents import first_tokens
 from kernels.interpreter import dot_dtype
 from kernels.limits import DELTA_LIMITS
@@ -157,7 +157,7 @@ def _walk(
     final = v.new_empty(launch.B, launch.H, launch.K, launch.V, dtype=torch.float32)
     name, candidates = ("delta_states_walk", STATES_WALK) if o is None else ("delta_walk", WALK)
     config = launch.config(name, candidates, v)
-    walk_kernel[(launch.B * launch.H * triton.cdiv(launch.V, config["BLOCK_V"]),)](
+    chunk_state_kernel[(launch.B * launch.H * triton.cdiv(launch.V, config["BLOCK_V"]),)](
         q, k, v, *prepared, initial, o, entering, errors, final, *launch.sizes(), *_strides(q, k, v),
         BLOCK_K=launch.keys, INITIAL=initial is not None, OUTPUT=o is not None, SAVE=entering is not None,
         **launch.constants(v), **config,

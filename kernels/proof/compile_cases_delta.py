@@ -11,7 +11,7 @@ import triton.language as tl
 
 from kernels.delta_scan import triton_impl as delta
 from kernels.delta_scan.triton_backward import gradients_kernel, walk_back_kernel
-from kernels.delta_scan.triton_forward import prepare_kernel, walk_kernel
+from kernels.delta_scan.triton_forward import chunk_state_kernel, prepare_kernel
 from kernels.limits import DELTA_LIMITS
 from kernels.proof.compile_cases import CompileCase
 
@@ -36,8 +36,8 @@ def delta_cases() -> Iterator[CompileCase]:
     whole = {"BLOCK_K": STATE_SIZE}
     launches = (
         ("prepare", prepare_kernel, gates | whole | {"PRECISION": "tf32"}, delta.PREPARE[0]),
-        ("walk", walk_kernel, outputs | whole, delta.WALK[0]),
-        ("walk, states only", walk_kernel, states | whole, delta.STATES_WALK[0]),
+        ("walk", chunk_state_kernel, outputs | whole, delta.WALK[0]),
+        ("walk, states only", chunk_state_kernel, states | whole, delta.STATES_WALK[0]),
         ("walk back", walk_back_kernel, {"D_FINAL": False, "d_final": None} | whole, delta.WALK_BACK[0]),
     )
     chunk = DELTA_LIMITS.chunk_sizes[-1]

@@ -14,7 +14,7 @@ from kernels.causal_conv1d import triton_impl as convolution
 from kernels.causal_conv1d.triton_kernels import convolution_backward_kernel, convolution_forward_kernel
 from kernels.decay_scan import triton_impl as scan
 from kernels.decay_scan.triton_backward import gradients_kernel, walk_back_kernel
-from kernels.decay_scan.triton_forward import walk_kernel
+from kernels.decay_scan.triton_forward import chunk_state_kernel
 from kernels.norm.triton_impl import TILE_VALUES, WARP_VALUES
 from kernels.norm.triton_kernels import norm_backward_kernel, norm_forward_kernel
 from kernels.proof.compile_cases import CompileCase
@@ -46,9 +46,9 @@ def _scan_cases() -> Iterator[CompileCase]:
     states = scaled | {"SKIP": False, "skip": None, "OUTPUT": False, "y": None, "SAVE": True}
     back = {"D_FINAL": False, "d_final": None, "STORE": True}
     launches = (
-        ("walk", walk_kernel, outputs | {"SAVE": False, "entering": None}, scan.WALK[0]),
-        ("walk, states kept", walk_kernel, outputs | {"SAVE": True}, scan.WALK[0]),
-        ("walk, states only", walk_kernel, states, scan.STATES_WALK[0]),
+        ("walk", chunk_state_kernel, outputs | {"SAVE": False, "entering": None}, scan.WALK[0]),
+        ("walk, states kept", chunk_state_kernel, outputs | {"SAVE": True}, scan.WALK[0]),
+        ("walk, states only", chunk_state_kernel, states, scan.STATES_WALK[0]),
         ("walk back", walk_back_kernel, back, scan.WALK_BACK[0]),
         ("gradients", gradients_kernel, {"SCALE": True, "SKIP": True}, scan.GRADIENTS[0]),
     )

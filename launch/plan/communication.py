@@ -7,7 +7,7 @@ import torch
 from launch.plan.activations import FLOAT32_BYTES, Storage
 from launch.plan.context_traffic import handed_states
 from launch.plan.hardware import Hardware
-from launch.plan.layout import Held, Layout
+from launch.plan.layout import Layout, StageShare
 from launch.plan.registered import is_registered, registered_block
 from pretrain.config.schema import RunConfig
 
@@ -31,7 +31,7 @@ def all_to_all_seconds(sent: float, ranks: int, hardware: Hardware, *, stride: i
 
 
 def pass_seconds(
-    config: RunConfig, layout: Layout, hardware: Hardware, storage: Storage, held: Held, *, overlap: float
+    config: RunConfig, layout: Layout, hardware: Hardware, storage: Storage, held: StageShare, *, overlap: float
 ) -> dict[str, float]:
     """Communication inside one micro-batch's forward and backward pass on one rank, by axis."""
     model, e, tokens = config.model, storage.element_bytes, layout.tokens(config)

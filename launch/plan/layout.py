@@ -110,7 +110,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Held:
+class StageShare:
     """What one rank of a pipeline stage holds: its blocks, and parameters by how ZeRO spreads them."""
 
     stage: int
@@ -141,7 +141,7 @@ def routed_parameters(model: ModelConfig) -> int:
 
 
 @lru_cache(maxsize=1024)
-def held_by_stages(model: ModelConfig, layout: Layout, sequence_length: int) -> tuple[Held, ...]:
+def held_by_stages(model: ModelConfig, layout: Layout, sequence_length: int) -> tuple[StageShare, ...]:
     """One rank of each pipeline stage. Norms and routers, which every tensor rank holds, count as cut: they are small."""
     letters = parse_pattern(model.pattern).letters
     counts = count_parameters(model)
@@ -161,7 +161,7 @@ def held_by_stages(model: ModelConfig, layout: Layout, sequence_length: int) -> 
         experts = sum(routed[letter] for letter in own)
         largest = max((whole[letter] for letter in own), default=0.0)
         held.append(
-            Held(
+            StageShare(
                 stage,
                 own,
                 (dense + tables) / layout.tensor,

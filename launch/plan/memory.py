@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from launch.plan.activations import FLOAT32_BYTES, Split, Storage, block_bytes, head_bytes, recomputed_bytes
-from launch.plan.layout import Held, Layout, held_by_stages
+from launch.plan.layout import Layout, StageShare, held_by_stages
 from pretrain.config.schema import RunConfig
 from pretrain.recompute import recomputed_letters
 
@@ -54,8 +54,8 @@ def estimate_memory(
     return Memory({name: size for name, size in parts.items() if size > 0}, fullest.phase)
 
 
-def _estimate_stage(config: RunConfig, layout: Layout, storage: Storage, held: Held, imbalance: float) -> Memory:
-    stays = lasting_bytes(held, layout, storage)
+def _estimate_stage(config: RunConfig, layout: Layout, storage: Storage, held: StageShare, imbalance: float) -> Memory:
+    stays = persistent_bytes(held, layout, storage)
     pass_parts = busiest_pass(config, layout, storage, held, imbalance)
     step_parts = step_bytes(held, layout, storage)
     phase = "passes" if sum(pass_parts.values()) >= sum(step_parts.values()) else "optimizer step"
@@ -63,7 +63,7 @@ def _estimate_stage(config: RunConfig, layout: Layout, storage: Storage, held: H
     return Memory(stays | (pass_parts if phase == "passes" else step_parts), f"{phase}{place}")
 
 
-def lasting_bytes(held: Held, layout: Layout, storage: Storage) -> dict[str, float]:
+def persistent_bytes(held: StageShare, layout: Layout, storage: Storage) -> dict[str, float]:
     """Weights, float32 masters and moments, and buffers that live as long as the run."""
     e, stage = storage.element_bytes, layout.zero_stage
     share = held.share(layout) if stage else held.parameters
@@ -102,7 +102,9 @@ def split_of(layout: Layout, imbalance: float) -> Split:
     )
 
 
-def busiest_pass(config: RunConfig, layout: Layout, storage: Storage, held: Held, imbalance: float) -> dict[str, float]:
+def busiest_pass(
+    config: RunConfig, layout: Layout, storage: Storage, held: StageShare, imbalance: float
+) -> dict[str, float]:
     """Parts at the fullest moment of forward and backward: activations shrink while gradients grow."""
     model, tokens, e = config.model, layout.tokens(config), storage.element_bytes
     micro_batches = layout.micro_batches(config)
@@ -142,7 +144,7 @@ def busiest_pass(config: RunConfig, layout: Layout, storage: Storage, held: Held
     return best
 
 
-def gathered_bytes(layout: Layout, storage: Storage, held: Held) -> float:
+def gathered_bytes(layout: Layout, storage: Storage, held: StageShare) -> float:
     """Whole weights that ZeRO-3 holds besides the shares."""
     if layout.zero_stage != 3 or layout.dense_sharers == 1:
         return 0.0  # a single rank computes with its share itself
@@ -151,7 +153,7 @@ def gathered_bytes(layout: Layout, storage: Storage, held: Held) -> float:
     return storage.element_bytes * (min(held.parameters, LIVE_ELEMENTS + held.largest_block) + arriving)
 
 
-def step_bytes(held: Held, layout: Layout, storage: Storage) -> dict[str, float]:
+def step_bytes(held: StageShare, layout: Layout, storage: Storage) -> dict[str, float]:
     """Parts while gradients are reduced or AdamW moves the weights, whichever is more: activations are gone."""
     return max(
         reduction_bytes(held, layout, storage),
@@ -160,7 +162,7 @@ def step_bytes(held: Held, layout: Layout, storage: Storage) -> dict[str, float]
     )
 
 
-def reduction_bytes(held: Held, layout: Layout, storage: Storage) -> dict[str, float]:
+def reduction_bytes(held: StageShare, layout: Layout, storage: Storage) -> dict[str, float]:
     """Parts while gradients are summed over data ranks, a bucket at a time."""
     e, stage, parameters = storage.element_bytes, layout.zero_stage, held.parameters
     bucket = min(parameters, BUCKET_ELEMENTS if stage else STAGE0_BUCKET_ELEMENTS)
@@ -176,7 +178,7 @@ def reduction_bytes(held: Held, layout: Layout, storage: Storage) -> dict[str, f
     return {"gradients": whole + left, "communication": max(e * bucket, joined + sent)}
 
 
-def update_bytes(held: Held, layout: Layout, storage: Storage) -> dict[str, float]:
+def update_bytes(held: StageShare, layout: Layout, storage: Storage) -> dict[str, float]:
     """Parts while AdamW runs: reduced gradients of this rank's share, joined, and in float32."""
     e, stage, share = storage.element_bytes, layout.zero_stage, held.share(layout)
     wide = FLOAT32_BYTES if e < FLOAT32_BYTES else 0

@@ -8,8 +8,8 @@ from typing import Any
 
 from launch.plan.hardware import GIB, Hardware
 from launch.plan.layout import Layout, held_by_stages
-from launch.plan.memory import Memory, estimate_memory, lasting_bytes, storage_of
-from launch.plan.search import all_layouts, is_allowed, near_layouts, with_layout
+from launch.plan.memory import Memory, estimate_memory, persistent_bytes, storage_of
+from launch.plan.search import all_layouts, is_allowed, neighbour_layouts, with_layout
 from launch.plan.time import StepTime, estimate_step
 from model.flops import Counts, count_parameters, flops_per_token
 from pretrain.checks.stages import run_of_stage
@@ -107,7 +107,7 @@ def make_plan(
         )
     stages = resolve_stages(config)
     runs = [run_of_stage(config, stage) for stage in stages]
-    found = all_layouts(runs[0], ranks, hardware.gpus_per_node) if search else near_layouts(runs[0], ranks)
+    found = all_layouts(runs[0], ranks, hardware.gpus_per_node) if search else neighbour_layouts(runs[0], ranks)
     fitting, misses = rank_layouts(config, runs, found, hardware, assumptions)
     is_own = all(is_allowed(run, ranks) for run in runs)
     if not is_own:
@@ -217,7 +217,7 @@ def explain_no_layout(plan: Plan) -> str:
         key=lambda entry: entry.parameters,
     )
     # What no number of data ranks and rows takes away.
-    fixed = sum(lasting_bytes(held, layout, storage).values()) + storage.element_bytes * held.parameters
+    fixed = sum(persistent_bytes(held, layout, storage).values()) + storage.element_bytes * held.parameters
     causes = []
     if fixed > room:
         causes.append(

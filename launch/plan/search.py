@@ -16,7 +16,7 @@ MICRO_BATCH_SIZES = (1, 2, 4, 8)
 LARGEST_CONTEXT = 16
 
 
-def near_layouts(config: RunConfig, ranks: int) -> Iterator[Layout]:
+def neighbour_layouts(config: RunConfig, ranks: int) -> Iterator[Layout]:
     """The configuration's axes with every ZeRO stage and every micro-batch size that shares the global batch evenly."""
     own = Layout.of(config, ranks)
     rows = config.train.global_batch_size // own.data

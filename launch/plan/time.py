@@ -16,7 +16,7 @@ import torch
 from launch.plan.activations import FLOAT32_BYTES, Storage, up_rows
 from launch.plan.communication import pass_seconds, ring_seconds
 from launch.plan.hardware import Hardware
-from launch.plan.layout import Held, Layout, held_by_stages
+from launch.plan.layout import Layout, StageShare, held_by_stages
 from launch.plan.memory import BUCKET_ELEMENTS
 from launch.plan.registered import is_registered, registered_block
 from model.config.pattern import block_kind
@@ -205,7 +205,7 @@ def _estimate_stage(
     layout: Layout,
     hardware: Hardware,
     storage: Storage,
-    held: Held,
+    held: StageShare,
     block: dict[str, float],
     overlap: float,
 ) -> StepTime:
@@ -236,7 +236,7 @@ def _estimate_stage(
     )
 
 
-def optimizer_seconds(held: Held, passes: int, layout: Layout, hardware: Hardware, storage: Storage) -> float:
+def optimizer_seconds(held: StageShare, passes: int, layout: Layout, hardware: Hardware, storage: Storage) -> float:
     """Float32 sums of bf16 gradients, the check for finite ones, and AdamW on this rank's share."""
     e, parameters = storage.element_bytes, held.parameters
     share = held.share(layout) if layout.zero_stage else parameters
@@ -246,7 +246,7 @@ def optimizer_seconds(held: Held, passes: int, layout: Layout, hardware: Hardwar
     return moved / (hardware.memory_bytes_per_second * hardware.memory_efficiency)
 
 
-def reduction_seconds(held: Held, layout: Layout, hardware: Hardware, storage: Storage) -> float:
+def reduction_seconds(held: StageShare, layout: Layout, hardware: Hardware, storage: Storage) -> float:
     """Gradients, in float32: an all-reduce at stages 0 to 2, a scatter at 3; then weights gathered at 1 and 2."""
     seconds = 0.0
     groups = (

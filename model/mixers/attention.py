@@ -12,13 +12,13 @@ from model.mixers.interface import AttentionCache, BlockState, MixerOutput
 from model.packing import PackMeta
 from model.parallel.context import gather_rows
 from model.parallel.groups import ProcessGroupCollection
-from model.parallel.layers import ColumnLinear, KeepsBuffers, RowLinear
+from model.parallel.layers import ColumnLinear, Float32Buffers, RowLinear
 from model.parallel.regions import leave_tensor_region, project_stream
 from model.parallel.shards import Shard, divide, divide_units
 from model.segments import Segments
 
 
-class AttentionMixer(KeepsBuffers):
+class AttentionMixer(Float32Buffers):
     """q, k, v projections, optional norm a head, optional rotary positions, attention inside each document, o_proj.
 
     Query and key-value heads are cut over the tensor-parallel ranks; where key-value heads are fewer, neighbouring ranks hold

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from kernels.causal_conv1d.op import causal_conv1d
 from model.config.mixer_options import LinearOptions
 from model.mixers.interface import BlockState, BuildContext, MixerOutput, MixerState, SequenceMixer
-from model.mixers.recurrence import Recurrence, ScanRows, ScanSettings, add_entering_state
+from model.mixers.recurrence import Recurrence, ScanRows, ScanSettings, add_initial_state
 from model.packing import PackMeta
 from model.parallel.context import receive_states, receive_windows
 from model.parallel.layers import ColumnLinear, RowLinear
 from model.parallel.regions import leave_tensor_region, project_stream
-from model.parallel.shards import Cut, Shard, divide
+from model.parallel.shards import Shard, ShardSpec, divide
 from model.segments import Segments
 
 
@@ -105,7 +105,7 @@ class LinearMixer(SequenceMixer):
             o_BTHV = self.mix(parts, meta)
         else:
             assert isinstance(state, dict), f"a registered mixer got a {type(state).__name__}"
-            o_BTHV, next_state = self.go_on(parts, meta, state)
+            o_BTHV, next_state = self.extend(parts, meta, state)
         y_BTI = self.output(o_BTHV, parts)
         return MixerOutput(leave_tensor_region(self.out_proj(y_BTI), self.build.groups), next_state)
 
@@ -144,7 +144,7 @@ class LinearMixer(SequenceMixer):
     def _settings(self, ids_BT: Tensor | None) -> ScanSettings:
         return ScanSettings(ids_BT, self.options.chunk_size, self.build.backend)
 
-    def go_on(self, parts: dict[str, Tensor], meta: PackMeta, state: MixerState) -> tuple[Tensor, MixerState]:
+    def extend(self, parts: dict[str, Tensor], meta: PackMeta, state: MixerState) -> tuple[Tensor, MixerState]:
         """The tokens after those of a decode state."""
         following: MixerState = {}
         inputs_BTC = self._convolved_inputs(parts)
@@ -175,7 +175,7 @@ class LinearMixer(SequenceMixer):
         if self.conv is not None and inputs_RLC is not None:
             windows_RWC = receive_windows(inputs_RLC, self.conv.weight.shape[1] - 1, segments, self.build.groups)
         self._convolve(own_parts, inputs_RLC, layout.boundaries_BT(), windows_RWC)
-        scan = self.recurrence.scan_open(self.rows(own_parts, layout), self._settings(layout.boundaries_BT()))
+        scan = self.recurrence.scan_with_transfer(self.rows(own_parts, layout), self._settings(layout.boundaries_BT()))
         num_rows = len(meta.positions_BT)
         states_B2HKV = receive_states(
             scan.final_BHKV.unflatten(0, (num_rows, 2)),
@@ -183,7 +183,7 @@ class LinearMixer(SequenceMixer):
             segments,
             self.build.groups,
         )
-        o_RLHV = add_entering_state(scan, states_B2HKV.flatten(0, 1))
+        o_RLHV = add_initial_state(scan, states_B2HKV.flatten(0, 1))
         return o_RLHV.reshape(num_rows, -1, *o_RLHV.shape[2:])
 
     def heads(self, part: Tensor) -> Tensor:
@@ -211,7 +211,7 @@ class LinearMixer(SequenceMixer):
 class ShortConvolution(nn.Module):
     """The causal depthwise convolution with SiLU before a recurrence: weight [C of this rank, W]."""
 
-    def __init__(self, cut: Cut, width: int, num_ranks: int) -> None:
+    def __init__(self, cut: ShardSpec, width: int, num_ranks: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(sum(cut.local_segments(num_ranks)), width))
         self.shards = {"weight": Shard((cut,))}
@@ -228,7 +228,7 @@ class ShortConvolution(nn.Module):
         )
 
 
-def cut_of(parts: Iterable[Part]) -> Cut:
+def cut_of(parts: Iterable[Part]) -> ShardSpec:
     """How the rows of a stacked projection, or the channels of its convolution, are cut over the tensor ranks."""
     found = list(parts)
-    return Cut(0, "tp", tuple(part.size for part in found), tuple(part.units or 0 for part in found))
+    return ShardSpec(0, "tp", tuple(part.size for part in found), tuple(part.units or 0 for part in found))

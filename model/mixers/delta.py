@@ -13,7 +13,7 @@ from model.mixers.initial_values import first_decay_rates, first_time_steps
 from model.mixers.interface import BuildContext
 from model.mixers.recurrence import DeltaRecurrence, ScanRows
 from model.packing import PackMeta
-from model.parallel.shards import Cut, Shard, divide_units
+from model.parallel.shards import Shard, ShardSpec, divide_units
 
 
 class DeltaNetMixer(LinearMixer):
@@ -36,7 +36,7 @@ class DeltaNetMixer(LinearMixer):
         if self.has_decay:
             self.A_log = nn.Parameter(torch.empty(self.num_heads))
             self.dt_bias = nn.Parameter(torch.empty(self.num_heads))
-            by_head = Shard((Cut(0, "tp", (options.num_heads,)),))
+            by_head = Shard((ShardSpec(0, "tp", (options.num_heads,)),))
             self.shards |= {"A_log": by_head, "dt_bias": by_head}
 
     def parts(self) -> dict[str, Part]:
@@ -74,7 +74,7 @@ class DeltaNetMixer(LinearMixer):
         """A norm a head, times the gate's SiLU where there is one."""
         return self.norm(o_BTHV, parts.get("gate"))
 
-    def first_value(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
+    def init_parameter(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
         """As Mamba2's decay starts."""
         if name == "A_log":
             return first_decay_rates(shape, generator)

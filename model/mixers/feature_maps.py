@@ -12,7 +12,7 @@ from model.mixers.head_norm import GatedHeadNorm
 from model.mixers.interface import BuildContext
 from model.mixers.recurrence import DecayRecurrence, ScanRows
 from model.packing import PackMeta
-from model.parallel.shards import Cut, Shard
+from model.parallel.shards import Shard, ShardSpec
 
 
 class TransNormerMixer(LinearMixer):
@@ -54,7 +54,7 @@ class HedgehogMixer(LinearMixer):
 
     def __init__(self, options: HeadOptions, build: BuildContext) -> None:
         super().__init__(options, build)
-        by_head = Shard((Cut(0, "tp", (options.num_heads,)),))
+        by_head = Shard((ShardSpec(0, "tp", (options.num_heads,)),))
         shape = (self.num_heads, self.key_dim, self.key_dim)
         self.query_features = nn.Parameter(torch.empty(shape))
         self.key_features = nn.Parameter(torch.empty(shape))
@@ -80,7 +80,7 @@ class HedgehogMixer(LinearMixer):
         """The weighted values over the sum of weights, which is positive."""
         return (o_BTHV[..., :-1] / o_BTHV[..., -1:]).flatten(-2)
 
-    def first_value(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
+    def init_parameter(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
         """Features begin as those of the queries and keys themselves."""
         return torch.eye(shape[-1]).expand(shape).clone() if name.endswith("features") else None
 

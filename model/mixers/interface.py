@@ -12,7 +12,7 @@ from torch import Tensor
 from model.config.section import Section
 from model.packing import PackMeta
 from model.parallel.groups import ProcessGroupCollection
-from model.parallel.layers import KeepsBuffers
+from model.parallel.layers import Float32Buffers
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class BuildContext:
         return getattr(self.mixers, name)
 
 
-class SequenceMixer(KeepsBuffers):
+class SequenceMixer(Float32Buffers):
     """A registered mixer: `shards` places its own parameters, buffers keep float32."""
 
     @abstractmethod
@@ -51,7 +51,7 @@ class SequenceMixer(KeepsBuffers):
     def sequence_flops(self, sequence_length: int) -> float:
         """Operations a token of mixing over the sequence, forward, of all heads on one rank; products with weights are counted elsewhere."""
 
-    def first_value(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
+    def init_parameter(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
         """The whole first value of an own parameter, float32 on the CPU; None: as init.py says for its name."""
         return None
 

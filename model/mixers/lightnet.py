@@ -13,7 +13,7 @@ from model.mixers.head_norm import GatedHeadNorm
 from model.mixers.interface import BuildContext, MixerState
 from model.mixers.recurrence import DecayRecurrence, ScanRows
 from model.packing import PackMeta
-from model.parallel.shards import Cut, Shard
+from model.parallel.shards import Shard, ShardSpec
 
 # Tokens over which a running softmax is summed by doubling, before blocks are joined.
 BLOCK_TOKENS = 64
@@ -30,7 +30,7 @@ class LightNetMixer(LinearMixer):
 
     def __init__(self, options: LightNetOptions, build: BuildContext) -> None:
         super().__init__(options, build)
-        by_head = Cut(0, "tp", (options.num_heads * self.value_dim,), (options.num_heads,))
+        by_head = ShardSpec(0, "tp", (options.num_heads * self.value_dim,), (options.num_heads,))
         self.gate_proj = nn.Parameter(torch.empty(self.num_heads * self.value_dim, options.gate_rank))
         self.shards["gate_proj"] = Shard((by_head,))
         self.norm = GatedHeadNorm(self.value_dim, build)

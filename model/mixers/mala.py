@@ -65,9 +65,11 @@ class TwoReads(DecayRecurrence):
         )
         return torch.cat([first[0], second[0]], dim=2), first[1]
 
-    def scan_open(self, rows: ScanRows, how: ScanSettings) -> OpenScan:
+    def scan_with_transfer(self, rows: ScanRows, how: ScanSettings) -> OpenScan:
         """Both outputs and both reads."""
-        first, second = (super(TwoReads, self).scan_open(rows._replace(q=q), how) for q in rows.q.chunk(2, dim=2))
+        first, second = (
+            super(TwoReads, self).scan_with_transfer(rows._replace(q=q), how) for q in rows.q.chunk(2, dim=2)
+        )
         return OpenScan(
             torch.cat([first.o_BTHV, second.o_BTHV], dim=2),
             lambda state_BHKV: torch.cat([first.read(state_BHKV), second.read(state_BHKV)], dim=2),

@@ -19,7 +19,7 @@ from model.mixers.recurrence import OpenScan, Recurrence, ScanRows, ScanSettings
 from model.packing import PackMeta
 from model.parallel.layers import RowLinear
 from model.parallel.regions import sum_parts
-from model.parallel.shards import Cut, Shard
+from model.parallel.shards import Shard, ShardSpec
 
 
 class Mamba1Mixer(LinearMixer):
@@ -41,7 +41,7 @@ class Mamba1Mixer(LinearMixer):
         self.A_log = nn.Parameter(torch.empty(self.num_heads, options.state_size))
         self.D = nn.Parameter(torch.empty(self.num_heads))
         self.dt_bias = nn.Parameter(torch.empty(self.num_heads))
-        by_channel = Shard((Cut(0, "tp", (options.inner_size,)),))
+        by_channel = Shard((ShardSpec(0, "tp", (options.inner_size,)),))
         self.shards |= dict.fromkeys(("dt_proj", "A_log", "D", "dt_bias"), by_channel)
         self.recurrence = SelectiveRecurrence(self)
 
@@ -66,7 +66,7 @@ class Mamba1Mixer(LinearMixer):
         """Times silu(z)."""
         return o_BTHV.flatten(-2) * functional.silu(parts["z"])
 
-    def first_value(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
+    def init_parameter(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
         """-A = 1..N in each channel, log-uniform time steps (sections 3.6 and E.2)."""
         if name == "A_log":
             return torch.arange(1, shape[1] + 1, dtype=torch.float32).log().expand(shape).clone()
@@ -93,7 +93,7 @@ class SelectiveRecurrence(Recurrence):
         scanned = diag_scan(*self._arguments(rows), initial_state_BCN=initial_BCN, **how._asdict())
         return scanned.y_BTC[..., None], scanned.final_state_BCN[..., None]
 
-    def scan_open(self, rows: ScanRows, how: ScanSettings) -> OpenScan:
+    def scan_with_transfer(self, rows: ScanRows, how: ScanSettings) -> OpenScan:
         """As in the base class; the decays of all tokens, N times as wide as x, are never kept."""
         _, dt_BTC, A_log_CN, _, C_BTN, _, dt_bias_C = self._arguments(rows)
         scanned = diag_scan(*self._arguments(rows), **how._asdict())

@@ -17,7 +17,7 @@ from model.parallel.context import receive_states, receive_windows
 from model.parallel.groups import ProcessGroupCollection
 from model.parallel.layers import ColumnLinear, RowLinear
 from model.parallel.regions import leave_tensor_region, project_stream, sum_parts
-from model.parallel.shards import Cut, Shard, divide, divide_units
+from model.parallel.shards import Shard, ShardSpec, divide, divide_units
 from model.segments import Segments
 
 
@@ -52,7 +52,7 @@ class Mamba2Mixer(nn.Module):
         self.A_log = nn.Parameter(torch.empty(self.num_heads))
         self.D = nn.Parameter(torch.empty(self.num_heads))
         self.dt_bias = nn.Parameter(torch.empty(self.num_heads))
-        by_head = Shard((Cut(0, "tp", (mamba.num_heads,)),))
+        by_head = Shard((ShardSpec(0, "tp", (mamba.num_heads,)),))
         self.shards = {"A_log": by_head, "D": by_head, "dt_bias": by_head}
         self.norm = GatedNorm(inner, mamba.num_groups, config.norm_epsilon, groups, backend)
         self.out_proj = RowLinear(inner, config.hidden_size, groups, name="model.mamba.num_heads")
@@ -178,7 +178,7 @@ class DepthwiseConv(nn.Module):
         super().__init__()
         group_width = mamba.num_groups * mamba.state_size
         units = (mamba.num_heads, mamba.num_groups, mamba.num_groups)
-        cut = Cut(0, "tp", (mamba.inner_size(), group_width, group_width), units)
+        cut = ShardSpec(0, "tp", (mamba.inner_size(), group_width, group_width), units)
         self.channels = sum(cut.local_segments(groups.tp.size()))
         self.weight = nn.Parameter(torch.empty(self.channels, mamba.conv_kernel))
         self.bias = nn.Parameter(torch.empty(self.channels)) if mamba.conv_bias else None
@@ -194,7 +194,7 @@ class GatedNorm(nn.Module):
         super().__init__()
         num_ranks = groups.tp.size()
         self.weight = nn.Parameter(torch.empty(inner_size // num_ranks))
-        self.shards = {"weight": Shard((Cut(0, "tp", (inner_size,)),))}
+        self.shards = {"weight": Shard((ShardSpec(0, "tp", (inner_size,)),))}
         self.num_groups, self.epsilon, self.backend, self.groups = num_groups, epsilon, backend, groups
         self.group_size = inner_size // num_groups
         self.spans_ranks = num_groups < num_ranks

@@ -101,7 +101,7 @@ class MomMixer(SequenceMixer):
             layout = replace(
                 PackMeta.one_document_a_row(len(positions), 1, device=positions.device), positions_BT=positions
             )
-            o_R1HV, following = self.inner.go_on(each, layout, own)
+            o_R1HV, following = self.inner.extend(each, layout, own)
             y_BKI = self.inner.output(o_R1HV, each)[:, 0].unflatten(0, (num_rows, copies))
             outputs.append((y_BKI * weights_BTK[:, token, :, None].to(y_BKI.dtype)).sum(1))
             for name, tensor in following.items():
@@ -124,10 +124,10 @@ class MomMixer(SequenceMixer):
         """Those of the mixer inside."""
         self.inner.reset_buffers()
 
-    def first_value(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
+    def init_parameter(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
         """Those of the mixer inside."""
         place, _, own_name = name.partition("inner.")
-        return self.inner.first_value(own_name, shape, generator) if not place else None
+        return self.inner.init_parameter(own_name, shape, generator) if not place else None
 
     def empty_state(self, num_rows: int) -> MixerState:
         """The state of the mixer inside once a memory: [B, memories, ...]."""

@@ -14,7 +14,7 @@ from model.mixers.head_norm import GatedHeadNorm
 from model.mixers.interface import BuildContext
 from model.mixers.recurrence import DecayRecurrence, ScanRows
 from model.packing import PackMeta
-from model.parallel.shards import Cut, Shard
+from model.parallel.shards import Shard, ShardSpec
 
 
 class PlstmMixer(LinearMixer):
@@ -30,7 +30,7 @@ class PlstmMixer(LinearMixer):
     def __init__(self, options: HeadOptions, build: BuildContext) -> None:
         super().__init__(options, build)
         self.gate_bias = nn.Parameter(torch.empty(len(self.gates), self.num_heads))
-        self.shards["gate_bias"] = Shard((Cut(1, "tp", (options.num_heads,)),))
+        self.shards["gate_bias"] = Shard((ShardSpec(1, "tp", (options.num_heads,)),))
         self.norm = GatedHeadNorm(self.value_dim, build)
 
     def parts(self) -> dict[str, Part]:
@@ -55,7 +55,7 @@ class PlstmMixer(LinearMixer):
         """A norm a head."""
         return self.norm(o_BTHV, None)
 
-    def first_value(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
+    def init_parameter(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
         """Half open for what enters and is read; transitions from 0.88 in the first head to 0.998 in the last."""
         if name != "gate_bias":
             return None

@@ -61,7 +61,7 @@ class Recurrence(ABC):
         """(o [B, T, H, V], the state after the last token) of rows that begin with this state, or with zero."""
 
     @abstractmethod
-    def scan_open(self, rows: ScanRows, how: ScanSettings) -> OpenScan:
+    def scan_with_transfer(self, rows: ScanRows, how: ScanSettings) -> OpenScan:
         """The rows from zero, and what a state would add once it has arrived."""
 
     @abstractmethod
@@ -82,7 +82,7 @@ class DecayRecurrence(Recurrence):
         scanned = decay_scan(rows.q, rows.k, rows.v, rows.g, initial_state_BHKV=state_BHKV, **how._asdict())
         return scanned.o_BTHV, scanned.final_state_BHKV
 
-    def scan_open(self, rows: ScanRows, how: ScanSettings) -> OpenScan:
+    def scan_with_transfer(self, rows: ScanRows, how: ScanSettings) -> OpenScan:
         """As in the base class."""
         assert rows.g is not None, "a decay recurrence needs g; zeros for no decay"
         scanned = decay_scan(rows.q, rows.k, rows.v, rows.g, **how._asdict())
@@ -111,7 +111,7 @@ class DeltaRecurrence(Recurrence):
         scanned = delta_scan(rows.q, rows.k, rows.v, rows.beta, rows.g, initial_state_BHKV=state_BHKV, **how._asdict())
         return scanned.o_BTHV, scanned.final_state_BHKV
 
-    def scan_open(self, rows: ScanRows, how: ScanSettings) -> OpenScan:
+    def scan_with_transfer(self, rows: ScanRows, how: ScanSettings) -> OpenScan:
         """As in the base class; about K / V more work than `scan`."""
         assert rows.beta is not None, "a delta recurrence needs beta"
         scanned = delta_scan(rows.q, rows.k, rows.v, rows.beta, rows.g, with_transfer=True, **how._asdict())
@@ -138,6 +138,6 @@ def read_with(read_BTHK: Tensor) -> Callable[[Tensor], Tensor]:
     return read
 
 
-def add_entering_state(scan: OpenScan, state_BHKV: Tensor) -> Tensor:
+def add_initial_state(scan: OpenScan, state_BHKV: Tensor) -> Tensor:
     """o [B, T, H, V] of rows that this state entered."""
     return (scan.o_BTHV + scan.read(state_BHKV)).to(scan.o_BTHV.dtype)

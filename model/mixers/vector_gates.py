@@ -13,7 +13,7 @@ from model.mixers.head_norm import GatedHeadNorm
 from model.mixers.interface import BuildContext
 from model.mixers.recurrence import DecayRecurrence, ScanRows
 from model.packing import PackMeta
-from model.parallel.shards import Cut, Shard
+from model.parallel.shards import Shard, ShardSpec
 
 # A gate is divided by it, so that it starts near 1 (Yang et al. 2023, section 4.4).
 GLA_GATE_DIVISOR = 16.0
@@ -33,7 +33,7 @@ class GlaMixer(LinearMixer):
     def __init__(self, options: GlaOptions, build: BuildContext) -> None:
         super().__init__(options, build)
         width = self.num_heads * self.key_dim
-        by_head = Cut(0, "tp", (options.num_heads * self.key_dim,), (options.num_heads,))
+        by_head = ShardSpec(0, "tp", (options.num_heads * self.key_dim,), (options.num_heads,))
         self.gate_proj = nn.Parameter(torch.empty(width, options.gate_rank))
         self.gate_bias = nn.Parameter(torch.empty(width))
         self.shards |= {"gate_proj": Shard((by_head,)), "gate_bias": Shard((by_head,))}
@@ -57,7 +57,7 @@ class GlaMixer(LinearMixer):
         """A norm a head, times the gate's SiLU."""
         return self.norm(o_BTHV, parts["gate"])
 
-    def first_value(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
+    def init_parameter(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
         """No bias at first."""
         return torch.zeros(shape) if name == "gate_bias" else None
 
@@ -75,7 +75,7 @@ class Hgrn2Mixer(LinearMixer):
 
     def __init__(self, options: Hgrn2Options, build: BuildContext) -> None:
         super().__init__(options, build)
-        by_head = Cut(0, "tp", (options.num_heads * self.key_dim,), (options.num_heads,))
+        by_head = ShardSpec(0, "tp", (options.num_heads * self.key_dim,), (options.num_heads,))
         self.bound_logit = nn.Parameter(torch.empty(self.num_heads * self.key_dim))
         self.shards["bound_logit"] = Shard((by_head,))
         self.norm = GatedHeadNorm(self.value_dim, build)
@@ -104,7 +104,7 @@ class Hgrn2Mixer(LinearMixer):
         """A norm a head."""
         return self.norm(o_BTHV, None)
 
-    def first_value(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
+    def init_parameter(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
         """Bounds at this block's share of the depth."""
         if name != "bound_logit":
             return None

@@ -15,20 +15,20 @@ from model.moe.capacity import Choices, limit_choices
 from model.moe.dispatch import dispatch_feed_forward
 from model.packing import PackMeta
 from model.parallel.groups import ProcessGroupCollection
-from model.parallel.layers import KeepsBuffers, Linear
+from model.parallel.layers import Float32Buffers, Linear
 from model.parallel.regions import (
     enter_tensor_region,
+    gather_stream,
     gather_tokens,
-    join_tokens,
     leave_tensor_region,
-    part_tokens,
+    scatter_tokens,
+    slice_tokens,
     sum_gradients,
-    take_tokens,
 )
-from model.parallel.shards import Cut, Shard, divide
+from model.parallel.shards import Shard, ShardSpec, divide
 
 
-class MoeMixer(KeepsBuffers):
+class MoeMixer(Float32Buffers):
     """y = sum over the top-k experts of weight * expert(x), plus the shared expert.
 
     Logits, scores and weights are computed in float32 (or more) whatever the dtype of the weights, and the balancing bias
@@ -77,7 +77,7 @@ class MoeMixer(KeepsBuffers):
 
     def forward(self, x_BTD: Tensor, meta: PackMeta, state: BlockState = None) -> MixerOutput:
         """x [B, T, D] -> y [B, T, D], the auxiliary losses, and how many token choices each expert got [E]."""
-        logits_RE = gather_tokens(self._logits(x_BTD), self.groups).flatten(0, 1)
+        logits_RE = gather_stream(self._logits(x_BTD), self.groups).flatten(0, 1)
         moe = self.section
         routing = route(
             logits_RE,
@@ -127,9 +127,9 @@ class MoeMixer(KeepsBuffers):
     def _dispatched(self, x_BTD: Tensor, chosen: Choices) -> tuple[Tensor, Tensor | None]:
         """The same where experts are spread over ranks; the shared expert works while tokens travel."""
         narrow_BTD = x_BTD if self.latent_down is None else self.latent_down(x_BTD)
-        own_BTD = part_tokens(narrow_BTD, self.groups)
+        own_BTD = scatter_tokens(narrow_BTD, self.groups)
         ids_BTK, weights_BTK = (
-            take_tokens(choices_RK.unflatten(0, (x_BTD.shape[0], -1)), self.groups)
+            slice_tokens(choices_RK.unflatten(0, (x_BTD.shape[0], -1)), self.groups)
             for choices_RK in (chosen.expert_ids_RK, chosen.weights_RK)
         )
         y_RD, shared_BTD = dispatch_feed_forward(
@@ -141,9 +141,9 @@ class MoeMixer(KeepsBuffers):
             self.groups,
             activation=self.section.activation,
             backend=self.backend,
-            meanwhile=lambda: self._shared(x_BTD),
+            overlap_fn=lambda: self._shared(x_BTD),
         )
-        y_BTD = join_tokens(y_RD.view_as(own_BTD), self.groups)
+        y_BTD = gather_tokens(y_RD.view_as(own_BTD), self.groups)
         return y_BTD if self.latent_up is None else self.latent_up(y_BTD), shared_BTD
 
     def _shared(self, x_BTD: Tensor) -> Tensor | None:
@@ -177,8 +177,8 @@ class Experts(nn.Module):
         experts = divide(moe.num_experts, groups, "model.moe.num_experts", axis="expert")
         self.up = nn.Parameter(torch.empty(experts, inner * len(segments), width))
         self.down = nn.Parameter(torch.empty(experts, width, inner))
-        by_expert = Cut(0, "ep", (moe.num_experts,))
+        by_expert = ShardSpec(0, "ep", (moe.num_experts,))
         self.shards = {
-            "up": Shard((by_expert, Cut(1, "expt_tp", segments))),
-            "down": Shard((by_expert, Cut(2, "expt_tp", (moe.expert_hidden_size,)))),
+            "up": Shard((by_expert, ShardSpec(1, "expt_tp", segments))),
+            "down": Shard((by_expert, ShardSpec(2, "expt_tp", (moe.expert_hidden_size,)))),
         }

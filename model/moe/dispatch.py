@@ -21,7 +21,7 @@ from torch import Tensor
 from kernels.moe.op import group_by_expert, grouped_feed_forward
 from model.parallel.groups import ProcessGroupCollection
 
-Meanwhile = TypeVar("Meanwhile")
+Overlapped = TypeVar("Overlapped")
 
 
 @torch.compiler.disable
@@ -35,9 +35,9 @@ def dispatch_feed_forward(
     *,
     activation: str,
     backend: str,
-    meanwhile: Callable[[], Meanwhile],
-) -> tuple[Tensor, Meanwhile]:
-    """Sum over each token's choices of weight times expert, and what `meanwhile()` gives, called while rows travel.
+    overlap_fn: Callable[[], Overlapped],
+) -> tuple[Tensor, Overlapped]:
+    """Sum over each token's choices of weight times expert, and what `overlap_fn()` gives, called while rows travel.
 
     Shapes: x [R, D], of this rank alone; expert ids [R, K] in the numbering of all experts, where the number of experts
     itself marks a lost choice, which sends nothing; weights [R, K]; up [experts of this rank, F of this rank, D], down
@@ -50,7 +50,7 @@ def dispatch_feed_forward(
     rows_SD = gather_choices(x_RD, order_S, expert_ids_RK.shape[1])
     going = RowTransfer(groups.ep, plan.sent, plan.received)
     rows_SD = going.start(rows_SD)
-    other = meanwhile()
+    other = overlap_fn()
     rows_SD = going.finish(rows_SD)
     # Each rank of expt_tp has a part of the inner width: the rows of all go to all, and their sums come back.
     spread = RowTransfer(groups.expt_tp, [len(rows_SD)] * groups.expt_tp.size(), plan.received_beside)
@@ -126,12 +126,12 @@ class RowTransfer:
 
     def start(self, rows_SD: Tensor) -> Tensor:
         """The rows that will have arrived after `finish`."""
-        arrived_SD: Tensor = _Depart.apply(rows_SD, self)
+        arrived_SD: Tensor = _AllToAllStart.apply(rows_SD, self)
         return arrived_SD
 
     def finish(self, rows_SD: Tensor) -> Tensor:
         """Waits until what `start` returned has arrived."""
-        arrived_SD: Tensor = _Arrive.apply(rows_SD, self)
+        arrived_SD: Tensor = _AllToAllWait.apply(rows_SD, self)
         return arrived_SD
 
     def run(self, rows_SD: Tensor) -> Tensor:
@@ -157,7 +157,7 @@ class RowTransfer:
         self.under_way = None
 
 
-class _Depart(torch.autograd.Function):
+class _AllToAllStart(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_SD: Tensor, transfer: RowTransfer) -> Tensor:
         ctx.transfer = transfer
@@ -172,7 +172,7 @@ class _Depart(torch.autograd.Function):
         return gradient, None
 
 
-class _Arrive(torch.autograd.Function):
+class _AllToAllWait(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_SD: Tensor, transfer: RowTransfer) -> Tensor:
         ctx.transfer = transfer

@@ -18,7 +18,7 @@ from torch.nn import functional
 from kernels.linear.op import linear
 from kernels.norm.op import rms_norm
 from model.parallel.groups import ProcessGroupCollection
-from model.parallel.shards import REPLICATED, Cut, Shard, divide
+from model.parallel.shards import REPLICATED, Shard, ShardSpec, divide
 
 
 def _megatron_settings() -> ModelParallelConfig:
@@ -40,7 +40,7 @@ def _drop_extra_state(layer: nn.Module) -> None:
 class ColumnLinear(megatron_layers.ColumnParallelLinear):
     """y = x W^T with the rows of W cut over the tensor-parallel ranks: [..., in] -> [..., out of this rank].
 
-    `segments` are the whole row counts of the matrices stacked in W, `units` what cannot be cut in each (see `Cut`).
+    `segments` are the whole row counts of the matrices stacked in W, `units` what cannot be cut in each (see `ShardSpec`).
     Its input comes from `enter_tensor_region`; `project_stream` enters and multiplies, once for all layers that read it.
     """
 
@@ -59,7 +59,7 @@ class ColumnLinear(megatron_layers.ColumnParallelLinear):
         if not units:
             for segment in segments:
                 divide(segment, groups, name)
-        cut = Cut(0, "tp", segments, units)
+        cut = ShardSpec(0, "tp", segments, units)
         num_ranks = groups.tp.size()
         super().__init__(
             input_size,
@@ -98,7 +98,7 @@ class RowLinear(megatron_layers.RowParallelLinear):
             skip_bias_add=False,
             tp_group=groups.tp,
         )
-        self.shards = {"weight": Shard((Cut(1, "tp", (input_size,)),))}
+        self.shards = {"weight": Shard((ShardSpec(1, "tp", (input_size,)),))}
         _drop_extra_state(self)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ class VocabEmbedding(megatron_layers.VocabParallelEmbedding):
             tp_group=groups.tp,
         )
         self.is_single_rank: bool = groups.tp.size() == 1
-        self.shards = {"weight": Shard((Cut(0, "tp", (vocab_size,)),))}
+        self.shards = {"weight": Shard((ShardSpec(0, "tp", (vocab_size,)),))}
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Token ids [B, T] -> [B, T, D]."""
@@ -174,10 +174,10 @@ class RMSNorm(nn.Module):
         return y, total
 
 
-class KeepsBuffers(nn.Module):
+class Float32Buffers(nn.Module):
     """A module whose buffers keep their float32 when its parameters are cast; they do move between devices."""
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KeepsBuffers:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float32Buffers:
         kept = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, before in kept.items():

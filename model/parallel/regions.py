@@ -75,7 +75,7 @@ def leave_tensor_region(part_BTD: Tensor, groups: ProcessGroupCollection) -> Ten
     return _reduce(part_BTD, groups)
 
 
-def gather_tokens(x_BTD: Tensor, groups: ProcessGroupCollection) -> Tensor:
+def gather_stream(x_BTD: Tensor, groups: ProcessGroupCollection) -> Tensor:
     """The stream with all tokens for a computation that every rank does alike and whole; backward keeps this rank's part."""
     if groups.tp.size() == 1 or not groups.sequence_parallel:
         return x_BTD
@@ -103,7 +103,7 @@ def _reduce(part: Tensor, groups: ProcessGroupCollection) -> Tensor:
     return total
 
 
-def part_tokens(x_BTD: Tensor, groups: ProcessGroupCollection) -> Tensor:
+def scatter_tokens(x_BTD: Tensor, groups: ProcessGroupCollection) -> Tensor:
     """This rank's share of the stream's tokens, [B, T / ranks, D], for work that ranks divide by token.
 
     Under sequence parallel the stream is that already. Backward gathers the shares' gradients. Raises ValueError where
@@ -121,21 +121,21 @@ def part_tokens(x_BTD: Tensor, groups: ProcessGroupCollection) -> Tensor:
     return own_TBD.transpose(0, 1)
 
 
-def join_tokens(own_BTD: Tensor, groups: ProcessGroupCollection) -> Tensor:
+def gather_tokens(own_BTD: Tensor, groups: ProcessGroupCollection) -> Tensor:
     """The stream again, from every rank's share of its tokens; backward keeps this rank's part of the gradient."""
     if groups.tp.size() == 1 or groups.sequence_parallel:
         return own_BTD
     return _gather(own_BTD, groups.tp, gradients_are_parts=False)
 
 
-def take_tokens(alike_BTX: Tensor, groups: ProcessGroupCollection) -> Tensor:
-    """This rank's tokens of what all ranks computed alike from `gather_tokens`, in the order of `part_tokens`.
+def slice_tokens(alike_BTX: Tensor, groups: ProcessGroupCollection) -> Tensor:
+    """This rank's tokens of what all ranks computed alike from `gather_stream`, in the order of `scatter_tokens`.
 
     In backward every rank gets what it needs to go on alike: from the others' shares without sequence parallel; with it,
-    `gather_tokens` keeps this rank's part alone.
+    `gather_stream` keeps this rank's part alone.
     """
     if groups.tp.size() == 1:
         return alike_BTX
     if not groups.sequence_parallel:
-        return part_tokens(alike_BTX, groups)
+        return scatter_tokens(alike_BTX, groups)
     return alike_BTX.chunk(groups.tp.size(), dim=1)[groups.tp.rank()]

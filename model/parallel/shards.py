@@ -15,7 +15,7 @@ Axis = Literal["tp", "expt_tp", "ep", "embd"]
 
 
 @dataclass(frozen=True)
-class Cut:
+class ShardSpec:
     """How one dimension of a whole parameter is cut over the ranks of a group: each segment by itself.
 
     `segments` are the whole sizes of the parts that stand one after the other along `dim` (a gate and an up matrix, say);
@@ -39,7 +39,7 @@ class Cut:
         """Sizes of the slices that each of `size` ranks holds."""
         return tuple(segment // slices for segment, slices in zip(self.segments, self.slices(size)))
 
-    def take(self, whole: Tensor, rank: int, size: int) -> Tensor:
+    def shard(self, whole: Tensor, rank: int, size: int) -> Tensor:
         """What `rank` of `size` holds of a tensor that is whole along `dim`."""
         pieces = whole.split(list(self.segments), dim=self.dim)
         own = [
@@ -47,7 +47,7 @@ class Cut:
         ]
         return torch.cat(own, dim=self.dim)
 
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
+    def unshard(self, parts: Sequence[Tensor]) -> Tensor:
         """The tensor whole along `dim` from the parts of all ranks of the axis, in rank order; of copies the first."""
         size = len(parts)
         pieces = [part.split(list(self.local_segments(size)), dim=self.dim) for part in parts]
@@ -68,7 +68,7 @@ class Shard:
     A cut over `ep` is of dim 0, which counts experts, and each expert has its own first values.
     """
 
-    cuts: tuple[Cut, ...] = ()
+    cuts: tuple[ShardSpec, ...] = ()
     partial: tuple[Axis, ...] = ()
 
     @property
@@ -76,11 +76,11 @@ class Shard:
         """Whether dim 0 counts experts."""
         return any(cut.axis == "ep" for cut in self.cuts)
 
-    def take(self, whole: Tensor, groups: ProcessGroupCollection) -> Tensor:
+    def shard(self, whole: Tensor, groups: ProcessGroupCollection) -> Tensor:
         """The part of a whole tensor that this rank holds."""
         for cut in self.cuts:
             group = getattr(groups, cut.axis)
-            whole = cut.take(whole, group.rank(), group.size())
+            whole = cut.shard(whole, group.rank(), group.size())
         return whole
 
     def whole_shape(self, part_shape: Sequence[int]) -> tuple[int, ...]:

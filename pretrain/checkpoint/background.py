@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pretrain.checkpoint.commit import Agreement
-from pretrain.checkpoint.save import Snapshot, agreement_of, take_snapshot, write_snapshot
-from pretrain.checkpoint.writers import assign_duties
+from pretrain.checkpoint.commit import RankGroup
+from pretrain.checkpoint.save import Snapshot, ranks_of, take_snapshot, write_snapshot
+from pretrain.checkpoint.writers import assign_writers
 from pretrain.config.schema import RunConfig
 from pretrain.engine.engine import ZeroEngine
 
@@ -32,11 +32,11 @@ class BackgroundSaver:
     """
 
     def __init__(self, engine: ZeroEngine, timeout_seconds: float) -> None:
-        everyone = agreement_of(engine)
+        everyone = ranks_of(engine)
         timeout = datetime.timedelta(seconds=timeout_seconds)
         group = dist.new_group(backend="gloo", timeout=timeout) if everyone.world_size > 1 else None
-        self.ranks = Agreement(everyone.rank, everyone.world_size, group)
-        self.duties = assign_duties(engine, everyone)
+        self.ranks = RankGroup(everyone.rank, everyone.world_size, group)
+        self.duties = assign_writers(engine, everyone)
         self.pending: Future[Path] | None = None
         self.memory: dict[str, Tensor] = {}
 

@@ -23,7 +23,7 @@ TEMPORARY_NAME = re.compile(r"step-\d{8,}(\.old)?\.tmp")
 
 
 @dataclass(frozen=True)
-class Agreement:
+class RankGroup:
     """The ranks that save or load together; every method must be called by all of them."""
 
     rank: int

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from model.parallel.shards import parameter_shards
 from pretrain.checkpoint.reader import MOMENTS
-from pretrain.parallel import name_accelerator
+from pretrain.parallel import set_deepspeed_accelerator
 
-name_accelerator()
+set_deepspeed_accelerator()
 
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer  # noqa: E402
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer  # noqa: E402

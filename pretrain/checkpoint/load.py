@@ -10,8 +10,8 @@ import torch
 from safetensors import safe_open
 
 from pretrain.checkpoint.commit import (
-    Agreement,
     Problem,
+    RankGroup,
     examine_latest,
     list_checkpoints,
 )
@@ -33,7 +33,7 @@ from pretrain.checkpoint.fragments import (
 )
 from pretrain.checkpoint.random_state import restore_random_state
 from pretrain.checkpoint.reader import KINDS, RangeReader
-from pretrain.checkpoint.save import ENGINE_COUNTERS, agreement_of, collect_versions
+from pretrain.checkpoint.save import ENGINE_COUNTERS, collect_versions, ranks_of
 from pretrain.checkpoint.writers import place_parameters
 from pretrain.config.schema import RunConfig
 from pretrain.engine.engine import ZeroEngine
@@ -65,7 +65,7 @@ def load_newest(
     otherwise start anew without a word. Raises ValueError when the newest sound one belongs to another model, dataset
     or schedule. The layout may be another than the one that saved: each rank reads what its shards and ranges need.
     """
-    ranks = agreement_of(engine)
+    ranks = ranks_of(engine)
     names = ranks.share([path.name for path in list_checkpoints(checkpoints_dir)] if ranks.rank == 0 else None)
     skipped: list[str] = []
     for path in [checkpoints_dir / name for name in names]:
@@ -93,7 +93,7 @@ def load_newest(
     return None
 
 
-def verify_together(checkpoint_dir: Path, ranks: Agreement) -> tuple[dict[str, Any] | None, list[str]]:
+def verify_together(checkpoint_dir: Path, ranks: RankGroup) -> tuple[dict[str, Any] | None, list[str]]:
     """Verify a checkpoint with all ranks, each its share of the files; the same answer everywhere."""
     manifest: dict[str, Any] | None = None
     problem = Problem()
@@ -128,7 +128,7 @@ def list_warnings(checkpoints_dir: Path, chosen: Path, manifest: dict[str, Any])
     return warnings
 
 
-def find_mismatches(manifest: dict[str, Any], engine: ZeroEngine, ranks: Agreement) -> list[str]:
+def find_mismatches(manifest: dict[str, Any], engine: ZeroEngine, ranks: RankGroup) -> list[str]:
     """Every parameter and buffer that is missing, surplus, of another shape or in another group; the same on all ranks.
 
     All ranks must call it: a pipeline stage has its own parameters only.

@@ -69,7 +69,7 @@ def place_shard(local_shape: Sequence[int], shard: Shard, groups: ProcessGroupCo
     for cut in shard.cuts:
         group = getattr(groups, cut.axis)
         whole[cut.dim] = sum(cut.segments)
-        indices = replace(cut, dim=0).take(torch.arange(whole[cut.dim]), group.rank(), group.size())
+        indices = replace(cut, dim=0).shard(torch.arange(whole[cut.dim]), group.rank(), group.size())
         assert len(indices) == local_shape[cut.dim], f"dim {cut.dim} holds {local_shape[cut.dim]}, not {len(indices)}"
         intervals[cut.dim] = join_indices(indices.tolist())
     return Placement(tuple(whole), tuple(intervals))

@@ -16,8 +16,8 @@ from torch import Tensor
 from data_pipeline.files import sync
 from model.parallel.shards import parameter_shards
 from pretrain.checkpoint.commit import (
-    Agreement,
     Problem,
+    RankGroup,
     check_free_space,
     checkpoint_name,
     commit,
@@ -35,7 +35,7 @@ from pretrain.checkpoint.fragments import collect_buffers, collect_fragments, co
 from pretrain.checkpoint.manifest import RankReport, complete_manifest, describe_tensor
 from pretrain.checkpoint.placement import list_axes
 from pretrain.checkpoint.random_state import collect_random_state
-from pretrain.checkpoint.writers import Duties, assign_duties
+from pretrain.checkpoint.writers import WriterAssignment, assign_writers
 from pretrain.config.schema import RunConfig
 from pretrain.engine.engine import ZeroEngine
 
@@ -76,22 +76,22 @@ def save_checkpoint(
     counters). Raises RuntimeError on every rank when any rank fails (disk full, read-only folder, NaN in a tensor):
     then the temporary folder is gone and older checkpoints are untouched. Returns the folder once it is durable.
     """
-    ranks = agreement_of(engine)
-    duties = assign_duties(engine, ranks)
+    ranks = ranks_of(engine)
+    duties = assign_writers(engine, ranks)
     snapshot = take_snapshot(step, engine, ranks, duties, state=state, config=config, identities=identities)
     return write_snapshot(checkpoints_dir, snapshot, ranks, keep_last)
 
 
-def agreement_of(engine: ZeroEngine) -> Agreement:
+def ranks_of(engine: ZeroEngine) -> RankGroup:
     """The ranks that share this engine's checkpoints."""
-    return Agreement(engine.deepspeed.global_rank, engine.deepspeed.world_size)
+    return RankGroup(engine.deepspeed.global_rank, engine.deepspeed.world_size)
 
 
 def take_snapshot(
     step: int,
     engine: ZeroEngine,
-    ranks: Agreement,
-    duties: Duties,
+    ranks: RankGroup,
+    duties: WriterAssignment,
     *,
     state: dict[str, Any],
     config: RunConfig,
@@ -153,7 +153,7 @@ def collect_versions() -> dict[str, str]:
     return versions
 
 
-def write_snapshot(checkpoints_dir: Path, snapshot: Snapshot, ranks: Agreement, keep_last: int) -> Path:
+def write_snapshot(checkpoints_dir: Path, snapshot: Snapshot, ranks: RankGroup, keep_last: int) -> Path:
     """Write, acknowledge, commit, prune; all ranks must call it. Raises RuntimeError as `save_checkpoint` says."""
     temporary_dir = checkpoints_dir / f"{checkpoint_name(snapshot.step)}.tmp"
     doing = f"checkpoint of step {snapshot.step} in {checkpoints_dir} was not saved"

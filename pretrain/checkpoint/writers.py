@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from model.parallel.shards import parameter_shards
-from pretrain.checkpoint.commit import Agreement
+from pretrain.checkpoint.commit import RankGroup
 from pretrain.checkpoint.fragments import collect_buffers, list_parts, parameter_shape
 from pretrain.checkpoint.placement import Placement, locate_rank, place_shard
 from pretrain.engine.engine import ZeroEngine
 
 
 @dataclass(frozen=True)
-class Duties:
+class WriterAssignment:
     """Of this rank: where its shards lie, its coordinates on the axes that cut them, and the names that it writes.
 
     Of a parameter that ZeRO spreads, a rank that writes it writes its own range.
@@ -32,7 +32,7 @@ def place_parameters(engine: ZeroEngine) -> dict[str, Placement]:
     }
 
 
-def assign_duties(engine: ZeroEngine, ranks: Agreement) -> Duties:
+def assign_writers(engine: ZeroEngine, ranks: RankGroup) -> WriterAssignment:
     """Agree on one writer for everything; all ranks must call it, once for an engine.
 
     Ranks with equal shards of a parameter (tensor ranks of a norm, first and last stage of a tied embedding) form
@@ -52,7 +52,7 @@ def assign_duties(engine: ZeroEngine, ranks: Agreement) -> Duties:
             writers[name, intervals] = min(group, writers.get((name, intervals), group))
         for name in names:
             owners.setdefault(name, rank)
-    return Duties(
+    return WriterAssignment(
         placements=placements,
         coordinates={name: locate_rank(shard, engine.groups) for name, _, shard in parameter_shards(engine.module)},
         parameters=frozenset(

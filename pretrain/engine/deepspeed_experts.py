@@ -15,9 +15,9 @@ from torch import nn
 
 from model.parallel.groups import ProcessGroupCollection
 from model.parallel.shards import parameter_shards
-from pretrain.parallel import name_accelerator
+from pretrain.parallel import set_deepspeed_accelerator
 
-name_accelerator()
+set_deepspeed_accelerator()
 
 from deepspeed.moe.layer import MoE  # noqa: E402
 from deepspeed.utils import groups as registry  # noqa: E402
@@ -25,7 +25,7 @@ from deepspeed.utils import groups as registry  # noqa: E402
 SIGN = "deepspeed_experts"
 
 
-class ExpertsSign(MoE):
+class DeepSpeedMoeMarker(MoE):
     """Tells DeepSpeed that the model has routed experts; computes nothing and has no parameters."""
 
     def __init__(self, num_experts: int) -> None:
@@ -37,7 +37,7 @@ class ExpertsSign(MoE):
 
 
 @contextmanager
-def announced_experts(module: nn.Module, groups: ProcessGroupCollection) -> Iterator[None]:
+def register_experts_with_deepspeed(module: nn.Module, groups: ProcessGroupCollection) -> Iterator[None]:
     """Inside the block DeepSpeed, in `initialize`, finds experts and their groups; without spread experts nothing is done.
 
     The marks on the parameters stay: gradients of experts are summed over `groups.expt_dp`, and ZeRO spreads their
@@ -60,6 +60,6 @@ def announced_experts(module: nn.Module, groups: ProcessGroupCollection) -> Iter
         parameter.allreduce = False  # type: ignore[attr-defined]
         parameter.group_name = name  # type: ignore[attr-defined]
     (num_experts,) = {shard.cuts[0].segments[0] for _, shard in experts}
-    module.add_module(SIGN, ExpertsSign(num_experts))
+    module.add_module(SIGN, DeepSpeedMoeMarker(num_experts))
     yield
     delattr(module, SIGN)

@@ -50,7 +50,7 @@ def replace_tensors(value: Any, tensors: Iterator[Tensor]) -> Any:
     return value
 
 
-class OutputBridge:
+class DataclassOutputHooks:
     """The two hooks on every module. `open` before `deepspeed.initialize`, `close` after it."""
 
     def __init__(self, module: nn.Module) -> None:

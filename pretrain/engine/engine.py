@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from model.parallel.groups import ProcessGroupCollection
 from pretrain.config.schema import OptimizerConfig
-from pretrain.engine.deepspeed_experts import announced_experts
-from pretrain.engine.deepspeed_zero3 import OutputBridge, is_not_about_types
+from pretrain.engine.deepspeed_experts import register_experts_with_deepspeed
+from pretrain.engine.deepspeed_zero3 import DataclassOutputHooks, is_not_about_types
 from pretrain.engine.grad_norm import GlobalNorm
 from pretrain.engine.gradients import (
     Float32Accumulator,
@@ -23,13 +23,13 @@ from pretrain.engine.gradients import (
     clip_by_norm,
     find_fault,
     find_partial_gradients,
-    spoil_gradients,
+    poison_gradients,
     sum_partial_gradients,
 )
 from pretrain.engine.optimizer import build_adamw
-from pretrain.parallel import Parallel, name_accelerator
+from pretrain.parallel import Parallel, set_deepspeed_accelerator
 
-name_accelerator()
+set_deepspeed_accelerator()
 
 import deepspeed  # noqa: E402
 from deepspeed.ops import __compatible_ops__  # noqa: E402
@@ -130,7 +130,7 @@ class ZeroEngine:
         if self.accumulator is not None:
             self.accumulator.take(module)
 
-    def refuse_step(self) -> None:
+    def skip_next_step(self) -> None:
         """Inside `accumulate`: let the coming step move nothing, on any rank, as if its gradients were not finite."""
         self.is_refused = True
 
@@ -141,7 +141,7 @@ class ZeroEngine:
         sum_partial_gradients(self.partials, self.groups)
         self.fault = find_fault(self.module)
         if self.is_refused:
-            spoil_gradients(self.module)
+            poison_gradients(self.module)
             self.is_refused = False
 
     def step(self, learning_rate: float) -> StepOutcome:
@@ -184,10 +184,10 @@ def build_engine(
         __compatible_ops__["deepspeed_shm_comm"] = False
     module.to(parallel.device)
     buffers = {name: buffer for name, buffer in module.named_buffers() if buffer.is_floating_point()}
-    bridge = OutputBridge(module) if zero_stage == 3 else None
+    bridge = DataclassOutputHooks(module) if zero_stage == 3 else None
     if bridge is not None:
         bridge.open()
-    with announced_experts(module, parallel.groups):
+    with register_experts_with_deepspeed(module, parallel.groups):
         engine, _, _, _ = deepspeed.initialize(
             model=module,
             optimizer=build_adamw(module, optimizer),

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from model.parallel.groups import ProcessGroupCollection
 from model.parallel.shards import Shard, parameter_shards
-from pretrain.parallel import Parallel, name_accelerator
+from pretrain.parallel import Parallel, set_deepspeed_accelerator
 
-name_accelerator()
+set_deepspeed_accelerator()
 
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer  # noqa: E402
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3  # noqa: E402

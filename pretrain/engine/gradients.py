@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from model.parallel.groups import ProcessGroupCollection
-from model.parallel.shards import Axis, Cut, parameter_shards
+from model.parallel.shards import Axis, ShardSpec, parameter_shards
 
 
 class Float32Accumulator:
@@ -61,7 +61,7 @@ class PartialGradient:
     name: str
     parameter: nn.Parameter
     axis: Axis
-    cut: Cut | None = None
+    cut: ShardSpec | None = None
 
 
 def find_partial_gradients(module: nn.Module, groups: ProcessGroupCollection) -> list[PartialGradient]:
@@ -141,7 +141,7 @@ class GradientFault:
     num_parameters: int
 
 
-def spoil_gradients(module: nn.Module) -> None:
+def poison_gradients(module: nn.Module) -> None:
     """Make this rank's gradients not finite: the one way to have every optimizer leave out a step whole."""
     next(parameter.grad for parameter in module.parameters() if parameter.grad is not None).fill_(float("inf"))
 

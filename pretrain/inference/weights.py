@@ -211,7 +211,7 @@ def take_own_part(model: HybridModel, state: Mapping[str, Tensor]) -> None:
     for name, own in model.state_dict(keep_vars=True).items():
         if name in parameters:
             parameter, shard = parameters[name]
-            parameter.copy_(shard.take(state[name], model.groups))
+            parameter.copy_(shard.shard(state[name], model.groups))
         else:
             own.copy_(state[name])
 

@@ -41,7 +41,7 @@ def describe_skip(
 
 
 @dataclass(frozen=True)
-class Trouble:
+class StepAnomaly:
     """Why a step went wrong."""
 
     kind: Literal["nonfinite", "spike"]
@@ -52,14 +52,14 @@ class Trouble:
         return health.on_spike if self.kind == "spike" else health.on_nonfinite
 
 
-def judge_loss(loss: float, recent_losses: Sequence[float], health: HealthConfig) -> Trouble | None:
+def judge_loss(loss: float, recent_losses: Sequence[float], health: HealthConfig) -> StepAnomaly | None:
     """A spike: a loss far above the median of the full window of recent ones; None otherwise, and with on_spike: ignore."""
     if health.on_spike == "ignore" or len(recent_losses) < health.spike_window:
         return None
     median = statistics.median(recent_losses)
     if not loss > health.spike_ratio * median:
         return None
-    return Trouble(
+    return StepAnomaly(
         "spike",
         f"loss {loss:.4f} is above {health.spike_ratio:g} x {median:.4f}, the median of {len(recent_losses)} steps",
     )
@@ -72,6 +72,6 @@ def remember_loss(loss: float, recent_losses: list[float], health: HealthConfig)
         del recent_losses[: -health.spike_window]
 
 
-def is_hopeless(skipped_in_row: int, max_skipped_steps: int) -> bool:
+def too_many_skips(skipped_in_row: int, max_skipped_steps: int) -> bool:
     """Whether the run must stop: `max_skipped_steps` in a row were skipped (the first one already if that is 0)."""
     return skipped_in_row > 0 and skipped_in_row >= max_skipped_steps

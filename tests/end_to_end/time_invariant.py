@@ -19,7 +19,7 @@ from model.mixers.initial_values import first_decay_rates, first_time_steps
 from model.mixers.interface import BuildContext
 from model.mixers.recurrence import DecayRecurrence, ScanRows
 from model.packing import PackMeta
-from model.parallel.shards import Cut, Shard
+from model.parallel.shards import Shard, ShardSpec
 
 
 class TimeInvariantOptions(HeadOptions):
@@ -36,7 +36,7 @@ class TimeInvariantMixer(LinearMixer):
 
     def __init__(self, options: TimeInvariantOptions, build: BuildContext) -> None:
         super().__init__(options, build)
-        by_head = Shard((Cut(0, "tp", (options.num_heads,)),))
+        by_head = Shard((ShardSpec(0, "tp", (options.num_heads,)),))
         self.B = nn.Parameter(torch.empty(self.num_heads, self.key_dim))
         self.C = nn.Parameter(torch.empty(self.num_heads, self.key_dim))
         self.A_log, self.dt_bias, self.D = (nn.Parameter(torch.empty(self.num_heads)) for _ in range(3))
@@ -64,7 +64,7 @@ class TimeInvariantMixer(LinearMixer):
         """D x beside what was read; a norm a head."""
         return self.norm(o_BTHV + self.heads(parts["x"]) * self.D[:, None], None)
 
-    def first_value(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
+    def init_parameter(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
         """As Mamba2's decay starts; B and C of length 1 or so."""
         if name == "A_log":
             return first_decay_rates(shape, generator)

@@ -20,7 +20,7 @@ def join_parts(part: Tensor, shard: Shard, groups: ProcessGroupCollection, *, al
         if group.size() > 1:
             parts = [torch.empty_like(part) for _ in range(group.size())]
             torch.distributed.all_gather(parts, part.contiguous(), group=group)
-            part = cut.join(parts)
-            taken = [cut.take(part, rank, group.size()) for rank in range(group.size())]
+            part = cut.unshard(parts)
+            taken = [cut.shard(part, rank, group.size()) for rank in range(group.size())]
             assert not alike or all(map(torch.equal, taken, parts)), f"copies differ between ranks of {cut}"
     return part

@@ -14,8 +14,8 @@ from pretrain.config.errors import ConfigError
 from pretrain.config.schema import RunConfig
 from pretrain.inference.weights import read_weights
 from pretrain.monitor.signals import SignalWatch
-from pretrain.run import enter_stage
-from pretrain.saving import return_weights
+from pretrain.run import apply_stage
+from pretrain.saving import restore_newest_weights
 from pretrain.stages import (
     data_of_stages,
     model_of_stage,
@@ -253,10 +253,10 @@ def test_losses_of_another_stage_are_forgotten_on_entering_and_on_rolling_back(
         close_run(run)
         run = start_run(config, signals)
         assert len(run.progress.recent_losses) == 3
-        enter_stage(run)
+        apply_stage(run)
         assert run.progress.recent_losses == []
         train_step(run)
-        assert return_weights(run) == 3 and run.progress.recent_losses == []
+        assert restore_newest_weights(run) == 3 and run.progress.recent_losses == []
         close_run(run)
 
 

@@ -46,7 +46,7 @@ class PeerRecurrence(Recurrence):
         assert how.document_ids_BT is None and state_BHKV is None, "a peer has no documents"
         return self.read(rows), rows.v.new_empty(0)
 
-    def scan_open(self, rows: ScanRows, how: ScanSettings) -> OpenScan:
+    def scan_with_transfer(self, rows: ScanRows, how: ScanSettings) -> OpenScan:
         raise NotImplementedError
 
     def step(self, rows: ScanRows, state_BHKV: Tensor) -> tuple[Tensor, Tensor]:

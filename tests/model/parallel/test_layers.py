@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from model.parallel.groups import single_rank_groups
-from model.parallel.layers import ColumnLinear, KeepsBuffers, RowLinear, VocabEmbedding
-from model.parallel.regions import part_tokens
-from model.parallel.shards import Cut, Shard, divide, divide_units
+from model.parallel.layers import ColumnLinear, Float32Buffers, RowLinear, VocabEmbedding
+from model.parallel.regions import scatter_tokens
+from model.parallel.shards import Shard, ShardSpec, divide, divide_units
 from tests.model.small_models import StandInGroup, small_config, small_model
 
 
@@ -27,25 +27,25 @@ def test_on_one_rank_layers_are_plain_products_and_look_ups():
 
 
 def parts_of(cut, whole, size):
-    return [cut.take(whole, rank, size) for rank in range(size)]
+    return [cut.shard(whole, rank, size) for rank in range(size)]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 6])
 def test_parts_of_a_cut_tensor_join_to_the_whole(size):
     whole = torch.arange(12.0 * 18).view(18, 12)
-    rows, columns = Cut(0, "tp", (6, 12)), Cut(1, "tp", (6, 6))
+    rows, columns = ShardSpec(0, "tp", (6, 12)), ShardSpec(1, "tp", (6, 6))
     for cut in (rows, columns):
         parts = parts_of(cut, whole, size)
         assert [part.shape[cut.dim] for part in parts] == [whole.shape[cut.dim] // size] * size
-        assert torch.equal(cut.join(parts), whole)
+        assert torch.equal(cut.unshard(parts), whole)
 
 
 @pytest.mark.parametrize("size", [2, 4, 8])
 def test_neighbouring_ranks_hold_copies_where_units_are_fewer(size):
     whole = torch.arange(8.0 * 3).view(8, 3).repeat(2, 1)
-    cut = Cut(0, "tp", (8, 4, 4), units=(8, 2, 4))
+    cut = ShardSpec(0, "tp", (8, 4, 4), units=(8, 2, 4))
     parts = parts_of(cut, whole, size)
-    assert torch.equal(cut.join(parts), whole)
+    assert torch.equal(cut.unshard(parts), whole)
     assert cut.slices(8) == (8, 2, 4) and cut.local_segments(8) == (1, 2, 1)
     if size == 8:
         assert torch.equal(parts[3][1:3], whole[8:10]) and torch.equal(parts[4][1:3], whole[10:12])
@@ -53,12 +53,12 @@ def test_neighbouring_ranks_hold_copies_where_units_are_fewer(size):
 
 def test_units_that_ranks_cannot_share_are_a_bug():
     with pytest.raises(AssertionError, match="4 ranks cannot share 6 units"):
-        Cut(0, "tp", (12,), units=(6,)).slices(4)
+        ShardSpec(0, "tp", (12,), units=(6,)).slices(4)
 
 
 def test_each_rank_gets_its_slice_of_every_segment():
     whole = torch.tensor([0, 1, 2, 3, 10, 11])
-    assert Cut(0, "tp", (4, 2)).take(whole, 1, 2).tolist() == [2, 3, 11]
+    assert ShardSpec(0, "tp", (4, 2)).take(whole, 1, 2).tolist() == [2, 3, 11]
     assert torch.equal(Shard().take(whole, single_rank_groups()), whole)
 
 
@@ -66,8 +66,8 @@ def test_a_parameter_is_cut_over_several_axes():
     groups = single_rank_groups()
     groups.ep = groups.expt_tp = StandInGroup(2, rank=1)
     whole = torch.arange(4 * 6 * 5).view(4, 6, 5)
-    shard = Shard((Cut(0, "ep", (4,)), Cut(1, "expt_tp", (4, 2))))
-    part = shard.take(whole, groups)
+    shard = Shard((ShardSpec(0, "ep", (4,)), ShardSpec(1, "expt_tp", (4, 2))))
+    part = shard.shard(whole, groups)
     assert torch.equal(part, whole[2:, [2, 3, 5]])
     assert shard.per_expert and shard.whole_shape(part.shape) == (4, 6, 5)
 
@@ -85,11 +85,11 @@ def test_tokens_that_tensor_ranks_cannot_share_are_refused():
     groups = single_rank_groups()
     groups.tp = StandInGroup(3)
     with pytest.raises(ValueError, match=r"rows of 7 tokens .* by parallel.tensor=3 ranks .*; use a multiple of 3"):
-        part_tokens(torch.zeros(2, 7, 4), groups)
+        scatter_tokens(torch.zeros(2, 7, 4), groups)
 
 
 def test_buffers_keep_float32_and_their_exact_values_under_casts():
-    class Holder(KeepsBuffers):
+    class Holder(Float32Buffers):
         def __init__(self):
             super().__init__()
             self.weight = nn.Parameter(torch.ones(2))

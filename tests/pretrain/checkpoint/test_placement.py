@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from model.parallel.groups import ProcessGroupCollection
-from model.parallel.shards import Cut, Shard
+from model.parallel.shards import Shard, ShardSpec
 from pretrain.checkpoint.files import write_tensors
 from pretrain.checkpoint.manifest import RankReport, complete_manifest, describe_tensor
 from pretrain.checkpoint.placement import Placement, check_cover, join_indices, place_shard, placement_from_json
@@ -32,11 +32,11 @@ SHAPES = {
 SHARDS = {
     "norm": Shard(partial=("tp",)),
     "scalar": Shard(),
-    "rows": Shard((Cut(0, "tp", (8, 4)),)),
-    "columns": Shard((Cut(1, "tp", (8,)),)),
-    "fused": Shard((Cut(0, "tp", (16, 10, 6), units=(4, 2, 1)),)),
-    "up": Shard((Cut(0, "ep", (4,)), Cut(1, "expt_tp", (4, 4)))),
-    "down": Shard((Cut(0, "ep", (4,)), Cut(2, "expt_tp", (4,)))),
+    "rows": Shard((ShardSpec(0, "tp", (8, 4)),)),
+    "columns": Shard((ShardSpec(1, "tp", (8,)),)),
+    "fused": Shard((ShardSpec(0, "tp", (16, 10, 6), units=(4, 2, 1)),)),
+    "up": Shard((ShardSpec(0, "ep", (4,)), ShardSpec(1, "expt_tp", (4, 4)))),
+    "down": Shard((ShardSpec(0, "ep", (4,)), ShardSpec(2, "expt_tp", (4,)))),
 }
 
 
@@ -103,7 +103,7 @@ def write_checkpoint(folder: Path, layout: Layout) -> dict[str, Any]:
     for rank, (groups, number) in enumerate(layout.ranks()):
         tensors, ranges, shards = {}, [], {}
         for name, shard in SHARDS.items():
-            part = shard.take(whole_tensor(name, "weight"), groups)
+            part = shard.shard(whole_tensor(name, "weight"), groups)
             placement = place_shard(part.shape, shard, groups)
             low, high = own_range(part.numel(), number, layout.spread)
             if low == high or (name, placement, low) in written:
@@ -112,7 +112,7 @@ def write_checkpoint(folder: Path, layout: Layout) -> dict[str, Any]:
             shards[name] = {"where": placement.to_json(), "coordinates": {}}
             ranges.append((name, low, high - low))
             for kind in KINDS:
-                flat = shard.take(whole_tensor(name, kind), groups).reshape(-1)
+                flat = shard.shard(whole_tensor(name, kind), groups).reshape(-1)
                 tensors[f"{kind}/{name}/{low}"] = flat[low:high]
         parameters = {
             name: {**describe_tensor(SHAPES[name], torch.float32), "group": "decay", "optimizer_step": 3}
@@ -126,7 +126,7 @@ def write_checkpoint(folder: Path, layout: Layout) -> dict[str, Any]:
 def check_every_range(reader: RangeReader, layout: Layout) -> None:
     for groups, number in layout.ranks():
         for (name, shard), kind in itertools.product(SHARDS.items(), KINDS):
-            expected = shard.take(whole_tensor(name, kind), groups)
+            expected = shard.shard(whole_tensor(name, kind), groups)
             low, high = own_range(expected.numel(), number, layout.spread)
             flat = torch.full((high - low,), float("nan"))
             reader.fill(flat, kind, name, place_shard(expected.shape, shard, groups), low)
