@@ -184,7 +184,7 @@ def print_checkpoint_table(result: dict[str, Any]) -> None:
         )
         for name, figures in result["variants"].items()
     ]
-    columns = ("variant", "training waits s", "of blocking", "first time s", "durable after s", "step overlap_fn s")
+    columns = ("variant", "training waits s", "of blocking", "first time s", "durable after s", "step meanwhile s")
     print_rows(f"Saving {result['bytes'] / 1e6:.0f} MB, medians of {result['rounds']} rounds", columns, rows)
     say(f"a step alone takes {result['step_alone_seconds']:.3f} s")
     say(", ".join(f"{name} {value}" for name, value in result["hardware"].items()))
