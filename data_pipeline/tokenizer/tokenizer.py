@@ -17,7 +17,6 @@ from data_pipeline.store.manifest import MANIFEST
 from data_pipeline.store.object_store import is_url
 from data_pipeline.store.store import TokenStore
 from data_pipeline.tokenizer.huggingface import HuggingFaceTokenizer, read_tokenizer_json
-from data_pipeline.tokenizer.sentencepiece_model import round_scores
 
 Ids = npt.NDArray[np.int32]
 Offsets = npt.NDArray[np.int64]
@@ -224,6 +223,9 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> SentencePi
     byte pieces, so decoding gives the text back. Ids 0 to 3: unknown, begin, end, padding.
     ValueError when the text is too small for the vocabulary.
     """
+    # Needs protobuf: reading tokenizers doesn't, so a run on a prepared store goes without.
+    from data_pipeline.tokenizer.sentencepiece_model import round_scores
+
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

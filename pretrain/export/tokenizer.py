@@ -18,7 +18,7 @@ from data_pipeline.tokenizer.sentencepiece_model import (
     UNIGRAM,
     UNKNOWN,
     USER_DEFINED,
-    SentencePieceModel,
+    ModelProto,
     read_sentencepiece_model,
 )
 from data_pipeline.tokenizer.tokenizer import Tokenizer
@@ -40,8 +40,8 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_length: int) -> l
     if tokenizer.kind == "sentencepiece":
         model = read_sentencepiece_model(content)
         build_fast_tokenizer(model).save(str(folder / "tokenizer.json"))
-        special["unk_token"] = model.first_of_kind(UNKNOWN)
-        texts = {name: model.pieces[index].text for name, index in special.items() if index is not None}
+        special["unk_token"] = _find_unknown(model)
+        texts = {name: model.pieces[index].piece for name, index in special.items() if index is not None}
         original = MODEL_FILE
     else:
         plain = without_added_tokens(content)
@@ -78,21 +78,22 @@ def _token_text(content: bytes, index: int) -> str:
     return str(Tokenizer.from_buffer(content).id_to_token(index))
 
 
-def build_fast_tokenizer(model: SentencePieceModel) -> Any:
+def build_fast_tokenizer(model: ModelProto) -> Any:
     """A `tokenizers.Tokenizer` that gives the ids of the SentencePiece model."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 
-    if model.whitespace_is_suffix:
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    if trainer.treat_whitespace_as_suffix:
         raise ValueError("treat_whitespace_as_suffix=true cannot be exported; train the tokenizer without it")
     fast = Tokenizer(_build_model(model))
     steps: list[Any] = []
-    if model.charsmap:
-        steps.append(normalizers.Precompiled(model.charsmap))
-    if model.remove_extra_whitespaces:
+    if normalizer.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(normalizer.precompiled_charsmap))
+    if normalizer.remove_extra_whitespaces:
         steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
-    if model.add_dummy_prefix:
+    if normalizer.add_dummy_prefix:
         steps.append(normalizers.Prepend(" "))
-    if model.escape_whitespaces:
+    if normalizer.escape_whitespaces:
         steps.append(normalizers.Replace(" ", SPACE))
     fast.normalizer = normalizers.Sequence(steps)
     strangers = _characters_to_isolate(model)
@@ -100,54 +101,59 @@ def build_fast_tokenizer(model: SentencePieceModel) -> Any:
         pattern = Regex("[" + "".join(f"\\x{{{ord(character):x}}}" for character in strangers) + "]+")
         fast.pre_tokenizer = pre_tokenizers.Split(pattern, behavior="isolated")
     ends: list[Any] = [decoders.Replace(SPACE, " ")]
-    if model.byte_fallback:
+    if trainer.byte_fallback:
         ends.append(decoders.ByteFallback())
     ends.append(decoders.Fuse())
-    if model.add_dummy_prefix:
+    if normalizer.add_dummy_prefix:
         ends.append(decoders.Strip(content=" ", left=1, right=0))
     fast.decoder = decoders.Sequence(ends)
     special = [
-        AddedToken(piece.text, normalized=False, special=True) for piece in model.pieces if piece.kind == CONTROL
+        AddedToken(piece.piece, normalized=False, special=True) for piece in model.pieces if piece.type == CONTROL
     ]
     fast.add_special_tokens(special)
     fast.add_tokens(
-        [AddedToken(p.text, normalized=False, special=False) for p in model.pieces if p.kind == USER_DEFINED]
+        [AddedToken(p.piece, normalized=False, special=False) for p in model.pieces if p.type == USER_DEFINED]
     )
     return fast
 
 
-def _build_model(model: SentencePieceModel) -> Any:
+def _build_model(model: ModelProto) -> Any:
     from tokenizers import models
 
-    unknown = model.first_of_kind(UNKNOWN)
-    if model.algorithm == UNIGRAM:
+    unknown, trainer = _find_unknown(model), model.trainer_spec
+    if trainer.model_type == UNIGRAM:
         # SentencePiece matches text with normal pieces only; the library would match any, so others score too low to win
         # against normal ones. An unknown character scores lower still and stays the last resort that it was.
-        vocabulary = [(piece.text, piece.score if piece.kind == NORMAL else NEVER) for piece in model.pieces]
-        return models.Unigram(vocabulary, unk_id=unknown, byte_fallback=model.byte_fallback)
-    if model.algorithm == BPE:
+        vocabulary = [(piece.piece, piece.score if piece.type == NORMAL else NEVER) for piece in model.pieces]
+        return models.Unigram(vocabulary, unk_id=unknown, byte_fallback=trainer.byte_fallback)
+    if trainer.model_type == BPE:
         return models.BPE(
-            vocab={piece.text: index for index, piece in enumerate(model.pieces)},
+            vocab={piece.piece: index for index, piece in enumerate(model.pieces)},
             merges=_ranked_merges(model),
-            unk_token=model.pieces[unknown].text if unknown is not None else None,
+            unk_token=model.pieces[unknown].piece if unknown is not None else None,
             fuse_unk=True,
-            byte_fallback=model.byte_fallback,
+            byte_fallback=trainer.byte_fallback,
         )
-    raise ValueError(f"SentencePiece model type {model.algorithm} cannot be exported; use unigram (1) or bpe (2)")
+    raise ValueError(f"SentencePiece model type {trainer.model_type} cannot be exported; use unigram (1) or bpe (2)")
 
 
-def _characters_to_isolate(model: SentencePieceModel) -> list[str]:
+def _find_unknown(model: ModelProto) -> int | None:
+    """Find the id of the piece that stands for unknown characters; None if the model has none."""
+    return next((index for index, piece in enumerate(model.pieces) if piece.type == UNKNOWN), None)
+
+
+def _characters_to_isolate(model: ModelProto) -> list[str]:
     """Unknown characters of pieces that text must never match, such as `<` of `<s>`: apart they cannot form the piece."""
-    if model.algorithm != UNIGRAM:
+    if model.trainer_spec.model_type != UNIGRAM:
         return []
-    known = {piece.text for piece in model.pieces if piece.kind == NORMAL}
-    literal = "".join(piece.text for piece in model.pieces if piece.kind not in (NORMAL, USER_DEFINED))
+    known = {piece.piece for piece in model.pieces if piece.type == NORMAL}
+    literal = "".join(piece.piece for piece in model.pieces if piece.type not in (NORMAL, USER_DEFINED))
     return sorted(set(literal) - known)
 
 
-def _ranked_merges(model: SentencePieceModel) -> list[tuple[str, str]]:
+def _ranked_merges(model: ModelProto) -> list[tuple[str, str]]:
     """Pairs in the order in which SentencePiece prefers their union: by its score, then by its id."""
-    normal = {piece.text: (-piece.score, index) for index, piece in enumerate(model.pieces) if piece.kind == NORMAL}
+    normal = {piece.piece: (-piece.score, index) for index, piece in enumerate(model.pieces) if piece.type == NORMAL}
     ranked = [
         (rank, text[:cut], text[cut:])
         for text, rank in normal.items()
