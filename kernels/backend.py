@@ -70,24 +70,34 @@ def find_miscompile(version: tuple[int, int, int], capability_major: int) -> str
     return None
 
 
+@torch.compiler.assume_constant_result
 def _check_triton(device: torch.device) -> None:
-    """Raise ValueError where Triton kernels cannot run on `device`."""
+    """Raise ValueError where Triton kernels cannot run on `device`; every call of an operation asks."""
+    refusal = _refuse_triton(device)
+    if refusal is not None:
+        raise ValueError(refusal)
+
+
+@functools.cache
+def _refuse_triton(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on `device`; looked up once a device, because it reads installed packages."""
     version = triton_version()
     if version is None:
-        raise ValueError('kernels backend "triton" needs the package triton, which is not installed; use "torch"')
+        return 'kernels backend "triton" needs the package triton, which is not installed; use "torch"'
     if INTERPRETED or device.type == "meta":
-        return
+        return None
     if device.type != "cuda":
-        raise ValueError(
+        return (
             f'kernels backend "triton" needs a CUDA device; the tensors are on {device.type}. Use "torch", or set '
             "TRITON_INTERPRET=1 before Python starts to run the kernels in Triton's (slow) interpreter"
         )
     fault = find_miscompile(version, torch.cuda.get_device_capability(device)[0])
     if fault is not None:
         shown = ".".join(map(str, version))
-        raise ValueError(
+        return (
             f'kernels backend "triton" refuses Triton {shown} on this card: {fault}; install triton>=3.9 or use "torch"'
         )
+    return None
 
 
 @functools.cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from model.config.mixer_registry import find_spec
-from model.config.pattern import mixer_name, parse_pattern
+from model.config.pattern import mixer_name
 from model.config.schema import ModelConfig
 from model.feed_forward import FeedForwardMixer
 from model.mixers.attention import AttentionMixer
@@ -29,7 +29,7 @@ def build_mixer(index: int, config: ModelConfig, groups: ProcessGroupCollection,
 
     Raises ValueError for a name that nothing registers and for sizes that the ranks cannot share.
     """
-    letters = parse_pattern(config.pattern).letters
+    letters = config.letters
     name = mixer_name(letters[index])
     if name is None:
         return CORE_MIXERS[letters[index]](config, groups, backend)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeVar
 
-from model.config.pattern import SECTIONS, block_kind, parse_pattern
+from model.config.pattern import SECTIONS, block_kind
 from model.config.schema import AttentionConfig, FeedForwardConfig, Mamba2Config, ModelConfig, MoeConfig
 
 _T = TypeVar("_T")
@@ -30,7 +30,7 @@ def count_parameters(config: ModelConfig) -> Counts:
     """Parameters of the model by kind; a tied head counts once, as the embedding. Buffers do not count."""
     total: dict[str, int] = {"embedding": config.vocab_size * config.hidden_size}
     active = dict(total)
-    for letter, number in parse_pattern(config.pattern).counts().items():
+    for letter, number in config.parsed_pattern.counts().items():
         whole, used = _block_parameters(config, letter)
         total[block_kind(letter)] = number * whole
         active[block_kind(letter)] = number * used
@@ -48,7 +48,7 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> dict[str, floa
     whichever chunk size computes it. Norms, activations and the embedding's look-up count as nothing.
     """
     flops = {"head": head_flops(config)}
-    for letter, number in parse_pattern(config.pattern).counts().items():
+    for letter, number in config.parsed_pattern.counts().items():
         flops[block_kind(letter)] = number * block_flops(config, letter, sequence_length)
     return flops
 
@@ -145,7 +145,7 @@ def _registered(config: ModelConfig, letter: str, sequence_length: int) -> tuple
     from model.parallel.groups import single_rank_groups
 
     with torch.device("meta"):
-        mixer = build_mixer(parse_pattern(config.pattern).letters.index(letter), config, single_rank_groups(), "torch")
+        mixer = build_mixer(config.letters.index(letter), config, single_rank_groups(), "torch")
     assert isinstance(mixer, SequenceMixer), f"{letter} is no registered mixer"
     parameters = list(mixer.parameters())
     # A matrix counts 2 a weight, and so do the taps of a convolution.

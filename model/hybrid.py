@@ -14,7 +14,6 @@ from kernels.backend import resolve_backend
 from kernels.linear_cross_entropy.op import CrossEntropy
 from model.build import build_mixer
 from model.config.checks import check_model
-from model.config.pattern import parse_pattern
 from model.config.schema import ModelConfig, RopeConfig
 from model.init import initialize_parameters, named_seed
 from model.loss import head_cross_entropy, head_logits
@@ -56,7 +55,7 @@ class Block(nn.Module):
 
     def __init__(self, index: int, config: ModelConfig, groups: ProcessGroupCollection, backend: str) -> None:
         super().__init__()
-        self.letter = parse_pattern(config.pattern).letters[index]
+        self.letter = config.letters[index]
         self.recomputes = False
         self.norm = RMSNorm(config.hidden_size, config.norm_epsilon, backend, groups)
         self.mixer = build_mixer(index, config, groups, backend)
@@ -142,7 +141,7 @@ class HybridModel(nn.Module):
         super().__init__()
         check_model(config)
         _check_groups(groups, has_pieces=pieces is not None)
-        pattern = parse_pattern(config.pattern)
+        pattern = config.parsed_pattern
         target = torch.device(device if device is not None else "cpu")
         backend = resolve_backend(backend, target)
         self.config, self.groups, self.pattern, self.backend, self.seed = config, groups, pattern, backend, seed

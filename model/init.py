@@ -12,7 +12,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from model.config.pattern import parse_pattern
 from model.config.schema import Mamba2Config, ModelConfig
 from model.mixers.initial_values import first_decay_rates, first_time_steps
 from model.mixers.interface import SequenceMixer
@@ -98,5 +97,5 @@ def _deviation(name: str, config: ModelConfig) -> float:
     has_latent = config.moe is not None and config.moe.latent_size is not None
     is_output = name.endswith(_OUTPUT_PROJECTIONS) or (".experts.down." in name and not has_latent)
     if config.depth_scaled_init and is_output:
-        return config.initializer_range / math.sqrt(len(parse_pattern(config.pattern).letters))
+        return config.initializer_range / math.sqrt(len(config.letters))
     return config.initializer_range

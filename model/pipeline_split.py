@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from model.config.pattern import parse_pattern
 from model.config.schema import ModelConfig
 from model.flops import block_flops, head_flops
 
@@ -30,7 +29,7 @@ class Piece:
 
 def whole_piece(config: ModelConfig) -> Piece:
     """The model without cuts."""
-    return Piece(0, len(parse_pattern(config.pattern).letters), is_first=True, is_last=True)
+    return Piece(0, len(config.letters), is_first=True, is_last=True)
 
 
 @lru_cache(maxsize=256)
@@ -39,7 +38,7 @@ def cut_pieces(config: ModelConfig, num_pieces: int, sequence_length: int) -> tu
 
     Raises ValueError where the `|` make another number of pieces, and where there are more pieces than blocks.
     """
-    pattern = parse_pattern(config.pattern)
+    pattern = config.parsed_pattern
     if pattern.stage_cuts:
         if len(pattern.stages()) != num_pieces:
             raise ValueError(
@@ -62,7 +61,7 @@ def cut_pieces(config: ModelConfig, num_pieces: int, sequence_length: int) -> tu
 
 def piece_costs(config: ModelConfig, sequence_length: int) -> list[float]:
     """Operations a token of each block, the head's with the last; the embedding is a look-up and costs none."""
-    costs = [block_flops(config, letter, sequence_length) for letter in parse_pattern(config.pattern).letters]
+    costs = [block_flops(config, letter, sequence_length) for letter in config.letters]
     costs[-1] += head_flops(config)
     return costs
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from model.config.pattern import parse_letters, parse_pattern
+from model.config.pattern import parse_letters
 from pretrain.config.errors import Problem
 from pretrain.config.schema import RunConfig
 
@@ -14,7 +14,7 @@ def recomputed_letters(config: RunConfig) -> frozenset[str]:
     if config.train.recompute == "none":
         return frozenset()
     if config.train.recompute == "full":
-        return frozenset(parse_pattern(config.model.pattern).letters)
+        return frozenset(config.model.letters)
     return parse_letters(config.train.recompute_blocks)
 
 
@@ -30,7 +30,7 @@ def recompute_problems(config: RunConfig) -> Iterator[Problem]:
             yield Problem(key, rule, "remove it, or use train.recompute=selective", train.recompute_blocks)
         return
     try:
-        present = set(parse_pattern(config.model.pattern).letters)
+        present = set(config.model.letters)
     except ValueError:
         return  # the model's own rules report it
     try:

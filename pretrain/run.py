@@ -73,6 +73,16 @@ class Run:
         return Path(self.config.run.dir)
 
     @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.stages[-1].last_step
+
+    @property
+    def last_step(self) -> int:
+        """The step after which this start of the run ends."""
+        return min(self.num_steps, self.config.train.stop_after_steps or self.num_steps)
+
+    @property
     def validation(self) -> PretrainLoader | None:
         """Held-out text in rows of the stage's length; None where nothing is held out."""
         return self.validations.get(self.stage.sequence_length)

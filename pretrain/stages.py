@@ -137,9 +137,8 @@ def stage_of(stages: tuple[RunStage, ...], steps_done: int) -> RunStage:
     return stages[min(bisect_right(starts, steps_done), len(stages)) - 1]
 
 
-def data_of_stages(config: RunConfig) -> DataConfig:
+def data_of_stages(config: RunConfig, stages: tuple[RunStage, ...]) -> DataConfig:
     """The data section with a phase for each stage that changes the mixture or the length of rows."""
-    stages = resolve_stages(config)
     phases = []
     for before, stage in pairwise((stages[0], *stages)):
         length = stage.sequence_length if stage.sequence_length != before.sequence_length else None
@@ -170,6 +169,6 @@ def step_of_sample(stages: tuple[RunStage, ...], sample: int) -> tuple[int, int]
     return step, inside - stage.samples_before(step)
 
 
-def last_stage(config: RunConfig, steps_done: int) -> RunStage:
+def last_stage(stages: tuple[RunStage, ...], steps_done: int) -> RunStage:
     """The stage of the last step done: what a checkpoint of that step was trained as."""
-    return stage_of(resolve_stages(config), max(0, steps_done - 1))
+    return stage_of(stages, max(0, steps_done - 1))

@@ -9,6 +9,7 @@ from typing import IO, Literal
 
 import torch
 
+from data_pipeline.config import DataConfig
 from data_pipeline.loader.loader import PretrainLoader
 from data_pipeline.memory import keep_freed_memory
 from data_pipeline.probes.rows import NO_TOKENIZER
@@ -63,7 +64,8 @@ def start_run(config: RunConfig, signals: SignalWatch) -> Run:
     set_determinism(config.train.seed)
     lock = lock_directory(Path(config.run.dir)) if parallel.is_main else None
     stages = resolve_stages(config)
-    loader = open_loader(config, parallel, "train", stages[0])
+    data = data_of_stages(config, stages)
+    loader = open_loader(config, data, parallel, "train", stages[0])
     check_vocabulary(config, loader)
     engine = build_engine(
         build_model(config, parallel),
@@ -79,7 +81,7 @@ def start_run(config: RunConfig, signals: SignalWatch) -> Run:
         engine=engine,
         saver=BackgroundSaver(engine, config.train.timeout_seconds),
         loader=loader,
-        validations=open_validations(config, parallel, stages),
+        validations=open_validations(config, data, parallel, stages),
         peak=find_peak(parallel, config.train.precision),
         stages=stages,
         stage=stages[0],
@@ -90,7 +92,7 @@ def start_run(config: RunConfig, signals: SignalWatch) -> Run:
         keeps_freed_memory=keeps_freed_memory,
     )
     loaded = resume(run)
-    run.stage = last_stage(config, run.progress.step)
+    run.stage = last_stage(stages, run.progress.step)
     run.model.set_rope(run.stage.rope)
     if parallel.is_main:
         open_log(run, loaded)
@@ -116,11 +118,11 @@ def lock_directory(directory: Path) -> IO[str]:
 
 
 def open_loader(
-    config: RunConfig, parallel: Parallel, split: Literal["train", "validation"], stage: RunStage
+    config: RunConfig, data: DataConfig, parallel: Parallel, split: Literal["train", "validation"], stage: RunStage
 ) -> PretrainLoader:
     """This rank's stream of micro-batches; the training text goes through all stages, validation has one length."""
     return PretrainLoader(
-        data_of_stages(config),
+        data,
         split=split,
         sequence_length=stage.sequence_length,
         micro_batch_size=stage.micro_batch_size,
@@ -130,12 +132,14 @@ def open_loader(
     )
 
 
-def open_validations(config: RunConfig, parallel: Parallel, stages: tuple[RunStage, ...]) -> dict[int, PretrainLoader]:
+def open_validations(
+    config: RunConfig, data: DataConfig, parallel: Parallel, stages: tuple[RunStage, ...]
+) -> dict[int, PretrainLoader]:
     """Held-out text for every length of rows that the run will come to, so that a lack of it shows at the start."""
     if config.data.validation_fraction == 0:
         return {}
     by_length = {stage.sequence_length: stage for stage in stages}
-    return {length: open_loader(config, parallel, "validation", stage) for length, stage in by_length.items()}
+    return {length: open_loader(config, data, parallel, "validation", stage) for length, stage in by_length.items()}
 
 
 def check_vocabulary(config: RunConfig, loader: PretrainLoader) -> None:
@@ -198,7 +202,7 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None) -> None:
     (run.directory / "config.yaml").write_text(resolved_yaml(run.config), encoding="utf-8")
     (run.directory / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
     run.log = RunLog(run.config, resumed_at_step=run.progress.step)
-    run.display = Display(run.config, first_step=run.progress.step)
+    run.display = Display(run.config, first_step=run.progress.step, last_step=run.last_step)
     run.say(
         f"{facts['pattern']}: {counts.total:,} parameters ({counts.active:,} active), {run.config.train.precision}, "
         f"ZeRO {run.engine.zero_stage}, {run.parallel.world_size} rank(s) on {run.parallel.device.type} with "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.batch import Batch
-from model.config.pattern import mixer_name, parse_pattern
+from model.config.pattern import mixer_name
 from model.config.schema import ModelConfig
 from model.hybrid import ModelOutput
 from model.moe.balance import auxiliary_names
@@ -152,7 +152,7 @@ def empty_sums(config: ModelConfig, device: torch.device) -> StepSums:
     """Nothing added yet, for all blocks of the model."""
     zero = torch.zeros((), device=device)
     sums = StepSums(zero.clone(), zero.clone())
-    letters = parse_pattern(config.pattern).letters
+    letters = config.letters
     for name in filter(None, map(mixer_name, letters)):
         sums.auxiliary |= {loss: zero.clone() for loss in getattr(config.mixers, name).auxiliary_names()}
     blocks = [index for index, letter in enumerate(letters) if letter == "E"]

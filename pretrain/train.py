@@ -44,8 +44,8 @@ def train(config: RunConfig) -> int:
 
 def run_steps(run: Run) -> int:
     """Step until the run is over, and say why it is."""
-    train, steps = run.config.train, run.stages[-1].last_step
-    while run.progress.step < last_step(run):
+    train, steps = run.config.train, run.num_steps
+    while run.progress.step < run.last_step:
         apply_stage(run)
         result = train_step(run)
         step = run.progress.step
@@ -64,12 +64,6 @@ def run_steps(run: Run) -> int:
     run.record_event("end", reason="finished" if finished else "stop_after_steps")
     run.say(f"{'finished' if finished else 'stopped'} at step {run.progress.step} of {steps}; saved")
     return DONE
-
-
-def last_step(run: Run) -> int:
-    """The step after which this start of the run ends."""
-    steps = run.stages[-1].last_step
-    return min(steps, run.config.train.stop_after_steps or steps)
 
 
 def is_due(step: int, every_steps: int | None) -> bool:

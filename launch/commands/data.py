@@ -186,7 +186,7 @@ def show_sample(path: str, sample: int, config_path: Path | None, *, as_json: bo
         raise ValueError(f"--sample {sample} of {path} needs a run directory, or a store and --config CONFIG")
     run = load_config(place)
     stages = resolve_stages(run)
-    data = data_of_stages(run)
+    data = data_of_stages(run, stages)
     if data.probe is not None:
         if config_path is not None:
             raise ValueError(f"{config_path} is of a probe, whose rows no store holds; give its run directory alone")

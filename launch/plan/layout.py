@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 from launch.plan.activations import up_rows
-from model.config.pattern import block_kind, parse_pattern
+from model.config.pattern import block_kind
 from model.config.schema import ModelConfig
 from model.flops import count_parameters
 from model.pipeline_split import cut_pieces, pieces_of_rank
@@ -143,7 +143,7 @@ def routed_parameters(model: ModelConfig) -> int:
 @lru_cache(maxsize=1024)
 def held_by_stages(model: ModelConfig, layout: Layout, sequence_length: int) -> tuple[StageShare, ...]:
     """One rank of each pipeline stage. Norms and routers, which every tensor rank holds, count as cut: they are small."""
-    letters = parse_pattern(model.pattern).letters
+    letters = model.letters
     counts = count_parameters(model)
     number = {letter: letters.count(letter) for letter in letters}
     whole = {letter: counts.total_by_kind[block_kind(letter)] / number[letter] for letter in number}

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from model.build import build_mixer
-from model.config.pattern import mixer_name, parse_pattern
+from model.config.pattern import mixer_name
 from model.config.schema import ModelConfig
 from model.mixers.interface import SequenceMixer
 from model.packing import PackMeta
@@ -42,7 +42,7 @@ def registered_block(config: ModelConfig, letter: str, dtype: torch.dtype, seque
     """Counts one block of a registered mixer without allocating anything."""
     # Fake tensors and not meta ones: PyTorch chooses its attention by device. They cannot be cast afterwards.
     with FakeTensorMode(), default_dtype(dtype):
-        mixer = build_mixer(parse_pattern(config.pattern).letters.index(letter), config, single_rank_groups(), "torch")
+        mixer = build_mixer(config.letters.index(letter), config, single_rank_groups(), "torch")
         assert isinstance(mixer, SequenceMixer), f"{letter} is no registered mixer"
         kept = _kept_bytes(mixer, config.hidden_size, dtype) / COUNTED_TOKENS
         state = mixer.empty_state(1)

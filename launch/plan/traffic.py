@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from launch.plan.context_traffic import exchanged_windows, handed_states
-from model.config.pattern import parse_pattern
 from model.config.schema import MoeConfig
 from model.hybrid import HybridModel
 from model.moe.balance import auxiliary_names
@@ -86,7 +85,7 @@ class StepShape:
     @property
     def letters(self) -> tuple[str, ...]:
         """Kinds of all blocks."""
-        return tuple(parse_pattern(self.config.model.pattern).letters)
+        return tuple(self.config.model.letters)
 
     @cached_property
     def stages(self) -> list[HybridModel]:

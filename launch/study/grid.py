@@ -34,9 +34,7 @@ class Cell:
     @property
     def attention_share(self) -> float:
         """Attention blocks over all sequence mixers."""
-        letters = [
-            letter for letter in parse_pattern(self.config.model.pattern).letters if letter not in CHANNEL_MIXERS
-        ]
+        letters = [letter for letter in self.config.model.letters if letter not in CHANNEL_MIXERS]
         return letters.count(ATTENTION) / len(letters)
 
 

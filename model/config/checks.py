@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from operator import attrgetter
 
 from model.config.mixer_options import LinearOptions
 from model.config.mixer_registry import describe_symbol, find_spec, mixer_specs
-from model.config.pattern import SECTIONS, mixer_name, parse_pattern
+from model.config.pattern import SECTIONS, mixer_name
 from model.config.schema import AttentionConfig, Mamba2Config, ModelConfig, MoeConfig, RopeConfig
 
 
+@lru_cache(maxsize=256)
 def check_model(config: ModelConfig) -> None:
-    """Raises ValueError with value, rule and remedy for the first broken rule.
+    """Raise ValueError with value, rule and remedy for the first broken rule; a configuration that passed is not read again.
 
     A section whose letter the pattern lacks is not read, so that one file can serve several patterns; its own rules are
     checked all the same.
     """
     try:
-        pattern = parse_pattern(config.pattern)
+        pattern = config.parsed_pattern
     except ValueError as error:
         raise ValueError(f"model.{error}") from error
     for letter in pattern.counts():

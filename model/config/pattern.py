@@ -18,6 +18,7 @@ from __future__ import annotations
 import itertools
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 # The section of a model's configuration that each kind of block reads.
 SECTIONS = {"M": "mamba", "*": "attention", "E": "moe", "-": "feed_forward"}
@@ -65,8 +66,9 @@ def block_kind(symbol: str) -> str:
     return SECTIONS.get(symbol) or mixer_name(symbol) or symbol
 
 
+@lru_cache(maxsize=256)
 def parse_pattern(text: str) -> Pattern:
-    """Reads a pattern string into its blocks.
+    """Read a pattern string into its blocks; the same string is read once.
 
     Raises ValueError with the position, a caret under it and the rule where the text is not a pattern.
     """

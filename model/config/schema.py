@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import Field, create_model
 
 from model.config.mixer_registry import mixer_specs
+from model.config.pattern import Pattern, parse_pattern
 from model.config.section import Section
 
 Activation = Literal["swiglu", "squared_relu"]
@@ -172,3 +173,13 @@ class ModelConfig(Section):
     logits_z_loss_weight: float = Field(
         0.0, ge=0, description="Squared log-sum-exp of the vocabulary logits (PaLM, arXiv 2204.02311, section 5)."
     )
+
+    @property
+    def parsed_pattern(self) -> Pattern:
+        """The blocks of `pattern`, in order. Raises ValueError where the text is not a pattern."""
+        return parse_pattern(self.pattern)
+
+    @property
+    def letters(self) -> tuple[str, ...]:
+        """The symbol of each block, in order; raises as `parsed_pattern` does."""
+        return self.parsed_pattern.letters

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from model.config.pattern import SECTIONS, parse_pattern
+from model.config.pattern import SECTIONS
 from model.config.schema import AttentionConfig, FeedForwardConfig, Mamba2Config, ModelConfig, MoeConfig, RopeConfig
 from model.huggingface.fields import require_fields, rope_from_parameters, rope_parameters
 from model.huggingface.qwen3_next import model_config_from_qwen3_next, qwen3_next_fields
@@ -68,14 +68,14 @@ def huggingface_config(
 
 def _drop_unused_sections(config: ModelConfig) -> ModelConfig:
     """Without the sections whose letter the pattern lacks: config.json must not depend on what nothing reads."""
-    letters = parse_pattern(config.pattern).letters
+    letters = config.letters
     used = {name: getattr(config.mixers, name) for name in registered_mixers(config).values()}
     unused = {name: None for letter, name in SECTIONS.items() if letter not in letters}
     return config.model_copy(update=unused | {"mixers": type(config.mixers)(**used)})
 
 
 def _nemotron_h_fields(config: ModelConfig) -> dict[str, Any]:
-    letters = parse_pattern(config.pattern).letters
+    letters = config.letters
     fields: dict[str, Any] = {
         "architectures": ["NemotronHForCausalLM"],
         "model_type": "nemotron_h",
@@ -130,7 +130,7 @@ def _nemotron_h_fields(config: ModelConfig) -> dict[str, Any]:
 
 
 def _granite_fields(config: ModelConfig) -> dict[str, Any]:
-    letters = parse_pattern(config.pattern).letters
+    letters = config.letters
     mixers = letters[0::2]
     fields: dict[str, Any] = {
         "architectures": ["GraniteMoeHybridForCausalLM"],
@@ -199,7 +199,7 @@ def _granite_attention_fields(attention: AttentionConfig) -> dict[str, Any]:
 
 
 def _own_fields(config: ModelConfig) -> dict[str, Any]:
-    letters = parse_pattern(config.pattern).letters
+    letters = config.letters
     return {
         "architectures": ["AmfmForCausalLM"],
         "model_type": OWN_MODEL_TYPE,

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from model.config.mixer_options import GatedDeltaNetOptions
-from model.config.pattern import parse_pattern
 from model.config.schema import AttentionConfig, FeedForwardConfig, ModelConfig, MoeConfig
 from model.huggingface.fields import require_fields, rope_from_parameters, rope_parameters, unfit_expert_sizes
 
@@ -22,7 +21,7 @@ LETTERS = {name: letter for letter, name in LAYER_TYPES.items()}
 
 def unfit_for_qwen3_next(config: ModelConfig) -> list[str]:
     """Every choice that the class cannot hold, as value, rule and remedy."""
-    letters = parse_pattern(config.pattern).letters
+    letters = config.letters
     reasons = _unfit_pairs(letters)
     if "G" in letters:
         reasons += _unfit_delta(config)
@@ -111,7 +110,7 @@ def delta_options(config: ModelConfig) -> GatedDeltaNetOptions:
 
 def qwen3_next_fields(config: ModelConfig) -> dict[str, Any]:
     """The fields of config.json that are the class's own."""
-    letters = parse_pattern(config.pattern).letters
+    letters = config.letters
     mixers, seconds = letters[0::2], letters[1::2]
     fields: dict[str, Any] = {
         "architectures": ["Qwen3NextForCausalLM"],

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.config.pattern import parse_pattern
 from model.config.schema import ModelConfig
 from model.huggingface.entries import WeightEntry, WeightMap
 from model.huggingface.qwen3_next import delta_options
@@ -113,7 +112,7 @@ def qwen3_next_map(config: ModelConfig) -> WeightMap:
     entries = [WeightEntry("embedding.weight", ("model.embed_tokens.weight",))]
     zeros: dict[str, tuple[int, ...]] = {}
     blocks = {"G": _delta_entries, "*": _attention_entries, "E": _expert_entries, "-": _dense_entries}
-    for index, letter in enumerate(parse_pattern(config.pattern).letters):
+    for index, letter in enumerate(config.letters):
         ours, theirs = f"blocks.{index}.", f"model.layers.{index // 2}."
         norm = "input_layernorm" if letter in "G*" else "post_attention_layernorm"
         entries.append(NormEntry(f"{ours}norm.weight", (f"{theirs}{norm}.weight",)))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 from model.config.mixer_registry import BUILT_IN
-from model.config.pattern import mixer_name, parse_pattern
+from model.config.pattern import mixer_name
 from model.config.schema import ModelConfig
 from model.huggingface.fields import unfit_expert_sizes
 from model.huggingface.qwen3_next import unfit_for_qwen3_next
@@ -55,7 +55,7 @@ def choose_target(config: ModelConfig) -> Target:
 def registered_mixers(config: ModelConfig) -> dict[str, str]:
     """Names of the registered mixers that a model reads, those inside others too, by the symbol in the pattern."""
     found: dict[str, str] = {}
-    for symbol in parse_pattern(config.pattern).counts():
+    for symbol in config.parsed_pattern.counts():
         name = mixer_name(symbol)
         if name is None:
             continue
@@ -78,12 +78,12 @@ def _unfit_for_own(config: ModelConfig) -> list[str]:
 
 def _unfit_mixers(config: ModelConfig, target: str) -> list[str]:
     """Registered mixers, which a class of Mamba2 and attention has not."""
-    symbols = " ".join(symbol for symbol in parse_pattern(config.pattern).counts() if mixer_name(symbol) is not None)
+    symbols = " ".join(symbol for symbol in config.parsed_pattern.counts() if mixer_name(symbol) is not None)
     return [f"model.pattern has {symbols}: {target} has no such block; use target own"] if symbols else []
 
 
 def _unfit_for_nemotron_h(config: ModelConfig) -> list[str]:
-    letters = parse_pattern(config.pattern).letters
+    letters = config.letters
     reasons = _unfit_mixers(config, "nemotron_h")
     if "E" in letters and config.moe is not None:
         moe = config.moe
@@ -127,7 +127,7 @@ def _unfit_for_nemotron_h(config: ModelConfig) -> list[str]:
 
 
 def _unfit_for_granite(config: ModelConfig) -> list[str]:
-    letters = parse_pattern(config.pattern).letters
+    letters = config.letters
     reasons = _unfit_mixers(config, "granitemoehybrid") or _unfit_pairs(letters)
     if "E" in letters:
         reasons += _unfit_granite_experts(config)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 
 from model.build import build_mixer
-from model.config.pattern import parse_pattern
 from model.config.schema import ModelConfig
 from model.huggingface.entries import Form, WeightEntry, WeightMap
 from model.huggingface.qwen3_next_weights import qwen3_next_map
@@ -30,7 +29,7 @@ def weight_map(config: ModelConfig, target: Target) -> WeightMap:
 def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every weight of our model (the router's bias buffer included), in order."""
     shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (config.vocab_size, config.hidden_size)}
-    for index, letter in enumerate(parse_pattern(config.pattern).letters):
+    for index, letter in enumerate(config.letters):
         shapes[f"blocks.{index}.norm.weight"] = (config.hidden_size,)
         for name, shape in block_shapes(config, letter).items():
             shapes[f"blocks.{index}.mixer.{name}"] = shape
@@ -45,7 +44,7 @@ def block_shapes(config: ModelConfig, letter: str) -> dict[str, tuple[int, ...]]
     if letter in _MIXER_SHAPES:
         return _MIXER_SHAPES[letter](config)
     with torch.device("meta"):
-        mixer = build_mixer(parse_pattern(config.pattern).letters.index(letter), config, single_rank_groups(), "torch")
+        mixer = build_mixer(config.letters.index(letter), config, single_rank_groups(), "torch")
     return {name: tuple(tensor.shape) for name, tensor in mixer.state_dict().items()}
 
 
@@ -123,7 +122,7 @@ _CONV_FORMS: dict[str, tuple[str, Form]] = {
 def _nemotron_h_map(config: ModelConfig) -> WeightMap:
     entries = [WeightEntry("embedding.weight", ("backbone.embeddings.weight",))]
     zeros: dict[str, tuple[int, ...]] = {}
-    for index, letter in enumerate(parse_pattern(config.pattern).letters):
+    for index, letter in enumerate(config.letters):
         ours, theirs = f"blocks.{index}.mixer.", f"backbone.layers.{index}.mixer."
         entries.append(WeightEntry(f"blocks.{index}.norm.weight", (f"backbone.layers.{index}.norm.weight",)))
         for name in _MIXER_SHAPES[letter](config):
@@ -188,7 +187,7 @@ _GRANITE_SECOND = {
 def _granite_map(config: ModelConfig) -> WeightMap:
     entries = [WeightEntry("embedding.weight", ("model.embed_tokens.weight",))]
     zeros: dict[str, tuple[int, ...]] = {}
-    for index, letter in enumerate(parse_pattern(config.pattern).letters):
+    for index, letter in enumerate(config.letters):
         layer = f"model.layers.{index // 2}."
         norm = "input_layernorm" if letter in "M*" else "post_attention_layernorm"
         entries.append(WeightEntry(f"blocks.{index}.norm.weight", (f"{layer}{norm}.weight",)))

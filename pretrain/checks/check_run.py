@@ -25,7 +25,7 @@ from pretrain.config.errors import ConfigError, Problem
 from pretrain.config.file import load_located
 from pretrain.config.schema import RunConfig
 from pretrain.recompute import recompute_problems
-from pretrain.stages import resolve_stages, total_steps
+from pretrain.stages import resolve_stages
 
 _MODEL_KEY = re.compile(r"model(\.[a-z_0-9]+)+")
 
@@ -51,11 +51,17 @@ def check_run(config: RunConfig, world_size: int | None = None) -> None:
     """
     declared, probe = list(declaration_problems(config)), list(probe_problems(config))
     problems = [*declared, *vocabulary_problems(config), *data_problems(config), *probe, *keeping_problems(config)]
-    if not declared and not probe:
-        problems += probe_length_problems(config)
     if not declared:
-        problems += [*ramp_problems(config), *total_problems(config), *loop_problems(config)]
-        for stage in resolve_stages(config):
+        stages = resolve_stages(config)
+        steps = stages[-1].last_step
+        if not probe:
+            problems += probe_length_problems(config, stages)
+        problems += [
+            *ramp_problems(config, stages[0]),
+            *total_problems(config, steps),
+            *loop_problems(config, steps),
+        ]
+        for stage in stages:
             found = stage_problems(run_of_stage(config, stage), world_size)
             problems += [relocate(problem, config, stage) for problem in found]
     if problems:
@@ -157,7 +163,8 @@ def keeping_problems(config: RunConfig) -> Iterator[Problem]:
 
 def schedule_problems(config: RunConfig) -> Iterator[Problem]:
     """Warm-up and decay fit into the run, and no setting of another schedule is given."""
-    schedule, steps = config.schedule, total_steps(config)
+    schedule, steps = config.schedule, config.train.steps
+    assert steps is not None, "run_of_stage gives a run its steps"
     warmup_steps = schedule.warmup_length(steps)
     if warmup_steps >= steps:
         rule = f"must be less than train.steps={steps}"
@@ -179,9 +186,9 @@ def schedule_problems(config: RunConfig) -> Iterator[Problem]:
         yield Problem("schedule.decay_steps", rule, remedy, str(schedule.decay_steps))
 
 
-def loop_problems(config: RunConfig) -> Iterator[Problem]:
+def loop_problems(config: RunConfig, steps: int) -> Iterator[Problem]:
     """Settings of the loop that could never take effect."""
-    train, steps = config.train, total_steps(config)
+    train = config.train
     if train.stop_after_steps is not None and train.stop_after_steps > steps:
         rule = f"is beyond the {steps} steps of the stages" if config.stages else f"is beyond train.steps={steps}"
         yield Problem("train.stop_after_steps", rule, "lower it, or remove it", str(train.stop_after_steps))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from kernels.limits import DECAY_LIMITS, ScanLimits
 from model.config.mixer_options import LinearOptions, MixerOptions
 from model.config.mixer_registry import MixerSpec, mixer_specs
-from model.config.pattern import mixer_name, parse_pattern
+from model.config.pattern import mixer_name
 from pretrain.config.errors import ConfigError, Problem
 from pretrain.config.schema import RunConfig
 
@@ -18,7 +18,7 @@ def mixers_in_use(config: RunConfig) -> Iterator[tuple[MixerSpec, MixerOptions]]
     The model's own rules report what is wrong with others.
     """
     try:
-        letters = parse_pattern(config.model.pattern).letters
+        letters = config.model.letters
     except ValueError:
         return
     specs = mixer_specs()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from model.config.pattern import parse_pattern
 from model.pipeline_split import cut_pieces
 from pretrain.checks.mixers import longest_lookback, mixers_in_use, refusal_problems
 from pretrain.config.errors import Problem
@@ -158,7 +157,7 @@ def ranks(count: int) -> str:
 def pattern_letters(config: RunConfig) -> set[str]:
     """Kinds of block that the model has; none while its pattern does not parse, which the model's own rules report."""
     try:
-        return set(parse_pattern(config.model.pattern).letters)
+        return set(config.model.letters)
     except ValueError:
         return set()
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from data_pipeline.config import DataConfig
 from data_pipeline.probes.build import build_task
 from pretrain.config.errors import Problem
 from pretrain.config.schema import RunConfig
-from pretrain.stages import resolve_stages
+from pretrain.stages import RunStage
 
 ABOUT_TEXT = (
     "store",
@@ -45,12 +45,12 @@ def probe_problems(config: RunConfig) -> Iterator[Problem]:
         yield Problem("model.vocab_size", rule, "raise it", str(config.model.vocab_size))
 
 
-def probe_length_problems(config: RunConfig) -> Iterator[Problem]:
+def probe_length_problems(config: RunConfig, stages: Sequence[RunStage]) -> Iterator[Problem]:
     """Rows hold what the probe writes and asks, in every stage; `probe_problems` and the stages' rules found none."""
     if config.data.probe is None:
         return
     shortest = build_task(config.data.probe).shortest
-    for stage in resolve_stages(config):
+    for stage in stages:
         if stage.sequence_length < shortest:
             own = config.stages and config.stages[stage.index].sequence_length is not None
             key = f"stages.{stage.index}.sequence_length" if own else "train.sequence_length"

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from pretrain.config.errors import Problem
 from pretrain.config.schema import RunConfig, StageConfig
-from pretrain.stages import RunStage, model_of_stage, resolve_stages, total_steps
+from pretrain.stages import RunStage, model_of_stage
 
 
 def declaration_problems(config: RunConfig) -> Iterator[Problem]:
@@ -38,12 +38,11 @@ def declaration_problems(config: RunConfig) -> Iterator[Problem]:
                 yield Problem(f"{key}.weights.{name}", rule, f"use one of {', '.join(sources)}")
 
 
-def ramp_problems(config: RunConfig) -> Iterator[Problem]:
+def ramp_problems(config: RunConfig, first: RunStage) -> Iterator[Problem]:
     """The ramp leads in equal additions to the full batch; stages must be declared rightly."""
     ramp = config.train.batch_ramp
     if ramp is None:
         return
-    first = resolve_stages(config)[0]
     full = first.global_batch_size
     if ramp.start_size >= full:
         rule = f"must be less than the global batch of {full} rows"
@@ -71,14 +70,12 @@ def ramp_share_problems(config: RunConfig, world_size: int) -> Iterator[Problem]
             yield Problem(f"train.batch_ramp.{name}", rule, f"use {nearest}", str(value))
 
 
-def total_problems(config: RunConfig) -> Iterator[Problem]:
+def total_problems(config: RunConfig, total: int) -> Iterator[Problem]:
     """A number of steps beside stages must be theirs."""
-    if config.stages and config.train.steps is not None:
-        total = total_steps(config)
-        if config.train.steps != total:
-            rule = f"is not the sum of the stages, {total}"
-            remedy = "remove it, or change the stages; for a short trial use train.stop_after_steps"
-            yield Problem("train.steps", rule, remedy, str(config.train.steps))
+    if config.stages and config.train.steps not in (None, total):
+        rule = f"is not the sum of the stages, {total}"
+        remedy = "remove it, or change the stages; for a short trial use train.stop_after_steps"
+        yield Problem("train.steps", rule, remedy, str(config.train.steps))
 
 
 def run_of_stage(config: RunConfig, stage: RunStage) -> RunConfig:

@@ -17,7 +17,6 @@ from torch import Tensor
 import pretrain.export.modeling_template
 from data_pipeline.files import sync
 from model.config.mixer_registry import describe_symbol
-from model.config.pattern import parse_pattern
 from model.config.schema import ModelConfig
 from model.flops import count_parameters
 from model.huggingface.config import TokenIds, huggingface_config
@@ -196,12 +195,12 @@ def model_card(plan: ExportPlan) -> str:
 
 def _kinds(config: ModelConfig) -> list[str]:
     """Kinds of block as tags."""
-    symbols = parse_pattern(config.pattern).counts()
+    symbols = config.parsed_pattern.counts()
     return [describe_symbol(symbol).lower().replace(" ", "-") for symbol in symbols]
 
 
 def _facts(plan: ExportPlan, config: ModelConfig) -> list[tuple[str, str]]:
-    pattern = parse_pattern(config.pattern)
+    pattern = config.parsed_pattern
     kinds = ", ".join(f"{symbol} {describe_symbol(symbol)}" for symbol in pattern.counts())
     facts = [
         ("Blocks", f"`{''.join(pattern.letters)}` ({kinds})"),

@@ -21,7 +21,7 @@ from torch import Tensor
 from data_pipeline.probes.rows import NO_TOKENIZER
 from data_pipeline.tokenizer.tokenizer import Tokenizer, load_tokenizer, read_tokenizer_file
 from model.config.mixer_registry import mixer_specs
-from model.config.pattern import SECTIONS, parse_pattern
+from model.config.pattern import SECTIONS
 from model.config.schema import ModelConfig
 from model.huggingface.targets import registered_mixers
 from model.huggingface.weights import weight_shapes
@@ -32,7 +32,7 @@ from pretrain.checkpoint.commit import CHECKPOINT_NAME, list_checkpoints
 from pretrain.checkpoint.files import MANIFEST_NAME, read_manifest
 from pretrain.checkpoint.inspect import find_checkpoint, read_full_state
 from pretrain.config.schema import RunConfig
-from pretrain.stages import last_stage, model_of_stage
+from pretrain.stages import last_stage, model_of_stage, resolve_stages
 
 WEIGHTS_FORMAT = "amfm-weights"
 WEIGHTS_VERSION = 1
@@ -75,7 +75,7 @@ class Weights:
         """Tokens a row in the last step of the training, None for an import."""
         if self.run is None or self.step is None:
             return None
-        return last_stage(self.run, self.step).sequence_length
+        return last_stage(resolve_stages(self.run), self.step).sequence_length
 
     def build(self, *, backend: str = "torch", device: str = "cpu") -> HybridModel:
         """The model in float32, in eval mode."""
@@ -116,7 +116,7 @@ def _read_checkpoint(folder: Path) -> Weights:
             "restore the store"
         )
     step = int(manifest["step"])
-    model = model_of_stage(run, last_stage(run, step))
+    model = model_of_stage(run, last_stage(resolve_stages(run), step))
     tokens = int(manifest["state"]["progress"]["tokens"])
     return Weights(model, state, tokenizer, f"{folder} (step {step})", run, step, tokens)
 
@@ -239,7 +239,7 @@ _TRAINING_ONLY = {
 
 def function_settings(config: ModelConfig) -> dict[str, object]:
     """Dotted settings that change what a model computes, of the sections that its blocks read (those inside MoM too)."""
-    letters = parse_pattern(config.pattern).letters
+    letters = config.letters
     settings: dict[str, object] = {"pattern": "".join(letters)}
     for name in ("vocab_size", "hidden_size", "norm_epsilon", "tie_embeddings"):
         settings[name] = getattr(config, name)

@@ -17,7 +17,6 @@ from rich.table import Table
 from rich.text import Text
 
 from pretrain.config.schema import RunConfig
-from pretrain.stages import total_steps
 
 BARS = "▁▂▃▄▅▆▇█"
 SPARKLINE_WIDTH = 48
@@ -27,10 +26,10 @@ AVERAGED_STEPS = 20
 class Display:
     """Shows the steps of one start of a run. The main rank alone makes one."""
 
-    def __init__(self, config: RunConfig, *, first_step: int, console: Console | None = None) -> None:
+    def __init__(self, config: RunConfig, *, first_step: int, last_step: int, console: Console | None = None) -> None:
         self.config = config
         self.first_step = first_step
-        self.last_step = min(total_steps(config), config.train.stop_after_steps or total_steps(config))
+        self.last_step = last_step
         self.console = console or Console(file=sys.stderr, highlight=False, soft_wrap=True)
         self.losses: deque[float] = deque(maxlen=400)
         self.seconds: deque[float] = deque(maxlen=AVERAGED_STEPS)

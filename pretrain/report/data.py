@@ -6,13 +6,14 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from pretrain.config.file import load_config
 from pretrain.config.schema import RunConfig
-from pretrain.stages import total_steps
+from pretrain.stages import RunStage, resolve_stages
 
 Metrics = dict[str, Any]
 
@@ -28,6 +29,16 @@ class RunRecord:
     environment: dict[str, Any]
     notes: tuple[str, ...]
 
+    @cached_property
+    def stages(self) -> tuple[RunStage, ...]:
+        """The training stages of the run."""
+        return resolve_stages(self.config)
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.stages[-1].last_step
+
     def name(self) -> str:
         """The name of the run: as configured, else the last part of its directory."""
         return self.config.run.name or Path(self.config.run.dir).name
@@ -38,7 +49,7 @@ class RunRecord:
 
     def is_finished(self) -> bool:
         """Whether all steps of the configuration are done."""
-        return self.last_step() >= total_steps(self.config)
+        return self.last_step() >= self.num_steps
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """(steps, values) of one metric, at the steps that have it as a finite number."""

@@ -12,7 +12,6 @@ from html import escape
 from pretrain.config.file import resolved_yaml
 from pretrain.report.data import RunRecord
 from pretrain.report.plots import Plot
-from pretrain.stages import total_steps
 
 MAX_EVENTS = 200
 
@@ -94,8 +93,8 @@ class Table:
 def render_page(record: RunRecord, cards: Sequence[Card], plots: Sequence[Plot], tables: Mapping[str, Table]) -> str:
     """The whole page as text; `tables` by their headings."""
     finished = record.is_finished()
-    state = "finished" if finished else f"unfinished: step {record.last_step():,} of {total_steps(record.config):,}"
-    progress = min(100.0, 100 * record.last_step() / total_steps(record.config))
+    state = "finished" if finished else f"unfinished: step {record.last_step():,} of {record.num_steps:,}"
+    progress = min(100.0, 100 * record.last_step() / record.num_steps)
     written = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     name = escape(record.name())
     parts = [

@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from pretrain.report.data import RunRecord, thin
-from pretrain.stages import resolve_stages
 
 MAX_POINTS = 800
 MAX_COLUMNS = 160
@@ -125,7 +124,7 @@ def draw_learning_rate(record: RunRecord) -> Plot | None:
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
 
-    kinds = ", ".join(f"{stage.name} {stage.schedule.kind}" for stage in resolve_stages(record.config))
+    kinds = ", ".join(f"{stage.name} {stage.schedule.kind}" for stage in record.stages)
     caption = f"By stage: {kinds}." if record.config.stages else f"Schedule {record.config.schedule.kind}."
     return Plot("Learning rate", caption, figure("rate", draw))
 

@@ -7,12 +7,10 @@ import os
 from pathlib import Path
 
 from model.config.mixer_registry import describe_symbol
-from model.config.pattern import parse_pattern
 from model.flops import count_parameters, flops_per_token
 from pretrain.report.data import RunRecord, read_run
 from pretrain.report.page import Card, Table, render_page
 from pretrain.report.plots import draw_plots
-from pretrain.stages import resolve_stages, total_steps
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -34,14 +32,14 @@ def make_cards(record: RunRecord) -> list[Card]:
     """The summary: what the model is, how far it came, how good and how fast it is."""
     config = record.config
     counts = count_parameters(config.model)
-    pattern = parse_pattern(config.model.pattern)
+    pattern = config.model.parsed_pattern
     blocks = ", ".join(f"{number} {describe_symbol(letter)}" for letter, number in pattern.counts().items())
     loss, validation = record.last("loss"), record.last("validation_loss")
     speed, mfu = record.typical("tokens_per_second"), record.typical("mfu")
     tokens = record.last("tokens")
-    lengths = ", ".join(dict.fromkeys(f"{stage.sequence_length:,}" for stage in resolve_stages(config)))
+    lengths = ", ".join(dict.fromkeys(f"{stage.sequence_length:,}" for stage in record.stages))
     cards = [
-        Card("Steps", f"{record.last_step():,}", f"of {total_steps(config):,}"),
+        Card("Steps", f"{record.last_step():,}", f"of {record.num_steps:,}"),
         Card("Parameters", count(counts.total), f"{count(counts.active)} active a token"),
         Card("Model", f"{len(pattern.letters)} blocks", blocks),
         Card("Tokens", count(tokens) if tokens is not None else "-", f"rows of {lengths}"),
@@ -69,7 +67,7 @@ def describe_model(record: RunRecord) -> Table:
     config = record.config
     counts = count_parameters(config.model)
     phases = [phase.sequence_length for phase in config.data.phases if phase.sequence_length is not None]
-    lengths = dict.fromkeys([*(stage.sequence_length for stage in resolve_stages(config)), *phases])
+    lengths = dict.fromkeys([*(stage.sequence_length for stage in record.stages), *phases])
     flops = [flops_per_token(config.model, length) for length in lengths]
     kinds = dict.fromkeys([*counts.total_by_kind, *flops[0]])
     rows = [
@@ -83,7 +81,7 @@ def describe_model(record: RunRecord) -> Table:
     ]
     total = ("all", f"{counts.total:,}", f"{counts.active:,}", *(count(sum(column.values())) for column in flops))
     header = ("part", "parameters", "active", *(f"training FLOPs a token, rows of {length:,}" for length in lengths))
-    return Table(f"Pattern {parse_pattern(config.model.pattern).canonical()}", header, (*rows, total))
+    return Table(f"Pattern {config.model.parsed_pattern.canonical()}", header, (*rows, total))
 
 
 def describe_data(record: RunRecord) -> Table:

@@ -93,7 +93,8 @@ def test_what_a_stage_leaves_open_is_as_before_it(two_sources: DataConfig, tmp_p
 
 
 def test_stages_become_phases_of_the_data(two_sources: DataConfig, tmp_path: Path) -> None:
-    phases = data_of_stages(staged(two_sources, tmp_path)).phases
+    config = staged(two_sources, tmp_path)
+    phases = data_of_stages(config, resolve_stages(config)).phases
     assert [(phase.start_sample, phase.weights, phase.sequence_length) for phase in phases] == [
         (12, {"source0": 1.0, "source1": 3.0}, None),
         (30, None, 256),

@@ -13,7 +13,6 @@ from launch.plan.layout import Layout, held_by_stages
 from launch.plan.memory import estimate_memory, in_flight, reduction_bytes, storage_of
 from launch.plan.plan import Assumptions, advise, make_plan, plan_as_dict
 from launch.plan.time import estimate_step
-from model.config.pattern import parse_pattern
 from model.flops import count_parameters, flops_per_token
 from pretrain.checks.check_run import load_checked
 
@@ -71,7 +70,7 @@ def test_recomputed_blocks_keep_their_input_alone():
         activations[overrides] = estimate_memory(config, layout, storage_of(config), margin=0.0).parts["activations"]
     kept, some, least = activations.values()
     assert least < some < kept
-    blocks = len(parse_pattern(config.model.pattern).letters)
+    blocks = len(config.model.letters)
     assert least >= 2 * config.train.sequence_length * config.model.hidden_size * blocks
     assert least < 0.1 * kept
 
@@ -180,7 +179,7 @@ def test_the_parts_of_all_ranks_make_the_model(layout):
     )
     # Without an expert axis experts are cut over the tensor ranks.
     assert total == pytest.approx(count_parameters(model).total, rel=1e-6)
-    assert sum(len(entry.letters) for entry in held) == len(parse_pattern(model.pattern).letters)
+    assert sum(len(entry.letters) for entry in held) == len(model.letters)
 
 
 def test_pipelines_hold_what_their_schedule_has_in_flight():

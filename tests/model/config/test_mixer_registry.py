@@ -105,7 +105,7 @@ def test_a_package_registers_its_mixer_by_entry_point(tmp_path):
     ],
 )
 def test_a_broken_package_is_named(entry_points, message, tmp_path):
-    found = run_python("import model.config", install(tmp_path, entry_points))
+    found = run_python("import model.config.schema", install(tmp_path, entry_points))
     assert found.returncode != 0
     assert message in found.stderr and "of halving (group amfm.mixers)" in found.stderr
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 import transformers
 
-from model.config.pattern import parse_pattern
 from model.flops import count_parameters
 from model.huggingface.config import TokenIds, huggingface_config, model_config_from_huggingface
 from model.hybrid import HybridModel
@@ -98,7 +97,7 @@ def count_on_meta(build):
 
 def sizes_of(model):
     """A model's configuration as plain values, with the pattern spelled out and without training-only settings."""
-    fields = model.model_dump() | {"pattern": "".join(parse_pattern(model.pattern).letters)}
+    fields = model.model_dump() | {"pattern": "".join(model.letters)}
     return fields | {"moe": {key: value for key, value in fields["moe"].items() if key not in TRAINING_ONLY}}
 
 
@@ -114,7 +113,7 @@ def test_turbos_has_its_published_size_and_blocks():
     counts = count_parameters(config.model)
     assert counts.total == pytest.approx(560e9, rel=0.01)
     assert counts.active == pytest.approx(56e9, rel=0.02)
-    assert parse_pattern(config.model.pattern).counts() == {"M": 57, "*": 7, "E": 64}
+    assert config.model.parsed_pattern.counts() == {"M": 57, "*": 7, "E": 64}
 
 
 def test_turbos_has_the_four_stages_of_its_report():
@@ -133,7 +132,7 @@ def test_jamba_has_its_published_size():
     counts = count_parameters(config.model)
     assert counts.total == pytest.approx(398e9, rel=0.01)
     assert counts.active == pytest.approx(94e9, rel=0.01)
-    assert parse_pattern(config.model.pattern).counts() == {"M": 63, "*": 9, "-": 36, "E": 36}
+    assert config.model.parsed_pattern.counts() == {"M": 63, "*": 9, "-": 36, "E": 36}
 
 
 @pytest.mark.parametrize(

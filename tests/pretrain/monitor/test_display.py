@@ -10,6 +10,7 @@ from rich.console import Console
 
 from data_pipeline.config import DataConfig
 from pretrain.monitor.display import Display, draw_sparkline, format_duration
+from pretrain.stages import total_steps
 from tests.pretrain.tiny_run import tiny_config
 
 
@@ -33,7 +34,7 @@ def metrics_of(step: int, **changes: Any) -> dict[str, Any]:
 def test_piped_output_is_plain_lines_at_the_configured_pace(data: DataConfig, tmp_path: Path) -> None:
     out = io.StringIO()
     config = tiny_config(data, tmp_path, train__steps=20, train__log_every_steps=5)
-    display = Display(config, first_step=0, console=Console(file=out, soft_wrap=True))
+    display = Display(config, first_step=0, last_step=total_steps(config), console=Console(file=out, soft_wrap=True))
     for step in range(1, 9):
         display.show(metrics_of(step, **({"skipped": True, "loss": None} if step == 7 else {})))
     display.say("[not markup]")
@@ -50,7 +51,9 @@ def test_piped_output_is_plain_lines_at_the_configured_pace(data: DataConfig, tm
 def test_terminal_shows_progress_curve_pace_and_experts(data: DataConfig, tmp_path: Path) -> None:
     out = io.StringIO()
     config = tiny_config(data, tmp_path / "my-run", train__steps=20)
-    display = Display(config, first_step=0, console=Console(file=out, force_terminal=True, width=110))
+    display = Display(
+        config, first_step=0, last_step=total_steps(config), console=Console(file=out, force_terminal=True, width=110)
+    )
     for step in range(1, 4):
         display.show(metrics_of(step, loss=6.0 - step, validation_loss=4.0))
     display.close()
