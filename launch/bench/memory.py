@@ -37,7 +37,7 @@ WITHOUT_CACHES = {
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0",
     "LRU_CACHE_CAPACITY": "1",
 }
-# The table of docs/planning.md: preset, ranks, settings. Rows of 512 tokens, 2 rows a micro-batch, 4 a rank.
+# The table of docs/benchmarks/planning.md: preset, ranks, settings. Rows of 512 tokens, 2 rows a micro-batch, 4 a rank.
 ROWS = ("train.sequence_length=512", "train.micro_batch_size=2", "train.num_threads=1", "kernels.backend=torch")
 FLOAT32 = "train.precision=float32"
 CASES: tuple[tuple[str, int, tuple[str, ...]], ...] = (

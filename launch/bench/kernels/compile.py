@@ -1,4 +1,4 @@
-"""What every kernel takes on cards that need not be here: the table of docs/kernels.md, by compiling ahead of time."""
+"""What every kernel takes on cards that need not be here: the table of docs/benchmarks/kernels_ahead_of_time.md, by compiling ahead of time."""
 
 from __future__ import annotations
 

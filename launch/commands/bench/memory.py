@@ -21,14 +21,17 @@ def memory(
     table: Annotated[
         Path | None,
         typer.Option(
-            metavar="FOLDER", help="Measure all layouts of docs/planning.md with the ladder presets in FOLDER."
+            metavar="FOLDER",
+            help="Measure all layouts of docs/benchmarks/planning.md with the ladder presets in FOLDER.",
         ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Train two steps on random tokens and hold the peak of memory against what `amfm plan` predicts, margin 0."""
     if (path is None) == (table is None):
-        raise ValueError("give either CONFIG.yaml, for one layout, or --table configs, for those of docs/planning.md")
+        raise ValueError(
+            "give either CONFIG.yaml, for one layout, or --table configs, for those of docs/benchmarks/planning.md"
+        )
     if table is not None:
         from launch.bench.memory import measure_cases
 

@@ -16,7 +16,7 @@ def plan(
     *,
     as_json: JsonOption = False,
 ) -> None:
-    """Plan runs whose speed on H100 is published, and print the error of each: the table of docs/planning.md."""
+    """Plan runs whose speed on H100 is published, and print the error of each: the table of docs/benchmarks/planning.md."""
     from launch.bench.published import plan_anchors
 
     rows = plan_anchors(presets)

@@ -1,4 +1,4 @@
-"""Every kernel of scans, convolution and norms compiles for the cards it is meant for; docs/kernels.md has the table."""
+"""Every kernel of scans, convolution and norms compiles for the cards it is meant for; docs/benchmarks/kernels_ahead_of_time.md has the table."""
 
 import pytest
 
@@ -10,7 +10,7 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles no
 
 CASES = {case.name: case for case in mixer_cases()}
 
-# Most bytes of spills a thread on sm_90; everything else has none. Reasons stand in docs/kernels.md.
+# Most bytes of spills a thread on sm_90; everything else has none. Reasons stand in docs/benchmarks/kernels_ahead_of_time.md.
 SPILLS = {
     "scan gradients, chunks of 64": 64,
     "scan gradients, chunks of 128": 128,

@@ -94,6 +94,6 @@ def test_a_calibrated_plan_knows_the_step_that_was_measured(tmp_path):
     )
     found = json.loads(done.stdout)
     fitted = found["checks"][0]
-    # On a quiet machine within some per cent (docs/planning.md); here others may take its cores while it measures.
+    # On a quiet machine within some per cent (docs/benchmarks/planning.md); here others may take its cores while it measures.
     assert fitted["planned_seconds"] == pytest.approx(fitted["measured_seconds"], rel=0.35)
     assert load_hardware(str(path)).name == found["hardware"]["name"]

@@ -115,7 +115,7 @@ def test_an_unknown_operation_is_refused_before_anything_is_timed(capsys: pytest
 
 
 def test_options_that_exclude_each_other_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["bench", "kernels", "--audit", "--compile-table", "docs/kernels.md"]) == 2
+    assert run(["bench", "kernels", "--audit", "--compile-table", "docs/benchmarks/kernels_ahead_of_time.md"]) == 2
     assert "give one of them" in capsys.readouterr().err
 
 

@@ -32,7 +32,7 @@ def test_every_case_obeys_the_rules_of_a_run():
     ],
 )
 def test_predicted_memory_is_within_a_tenth_of_real_steps(ranks, overrides):
-    # Around the tensors lie pages of the allocator and buffers of gloo; docs/planning.md has the whole table.
+    # Around the tensors lie pages of the allocator and buffers of gloo; docs/benchmarks/planning.md has the whole table.
     settings = [*ROWS, f"train.global_batch_size={4 * ranks}", "train.precision=float32", *overrides]
     command = [sys.executable, "-m", "launch", "bench", "memory", str(CONFIGS / "ladder_20m.yaml"), *settings]
     done = subprocess.run(

@@ -28,7 +28,7 @@ def test_the_stand_in_for_deepseek_v3_has_its_size_and_arithmetic():
 
 
 def test_the_documentation_holds_what_the_command_prints():
-    text = (ROOT / "docs" / "planning.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "benchmarks" / "planning.md").read_text(encoding="utf-8")
     rows = plan_anchors(CONFIGS)
     assert [row["name"] for row in rows].count("DeepSeek-V3") == 2
     for row in rows:

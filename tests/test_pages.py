@@ -1,0 +1,185 @@
+"""What the pages name exists: link targets and headings, paths, `make` targets, `amfm` verbs and flags, settings.
+
+Pages are the Markdown files at the root and below docs/ and recipes/. Nothing is run: verbs and flags are looked up in the
+command line's own description, settings in the schema.
+"""
+
+import re
+import shlex
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+import typer
+
+from launch.cli import app
+from pretrain.config.fields import describe_fields
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("recipes/**/*.md")])
+FOLDERS = "configs|data_pipeline|docs|kernels|launch|model|pretrain|recipes|tests"
+SECTIONS = sorted({field.key.split(".")[0] for field in describe_fields()})
+
+FENCE = re.compile(r"^```.*?^```\s*?$", re.MULTILINE | re.DOTALL)
+SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+PATH = re.compile(rf"(?<![\w./<{{-])(?:{FOLDERS})/[\w./*-]*[\w*/]")
+# Settings as the pages write them: `train.steps`, `launch.slurm.*`; not files, modules or calls.
+SETTING = re.compile(rf"(?:{'|'.join(SECTIONS)})(?:\.(?:[a-z_0-9]+|\*))+")
+# The mixer of your own that docs/mixers.md writes.
+EXAMPLES = {"model.mixers.halving"}
+# Flags of other programs that pages name.
+FOREIGN_FLAGS = {"--mem", "--cpus-per-task", "--container-image", "--container-mounts"}
+
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+@cache
+def read(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+@cache
+def slugs(page: Path) -> set[str]:
+    """The anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", read(page)), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def code_lines(page: Path) -> Iterator[str]:
+    """Inline code, and the lines of fenced blocks with continued lines joined and comments cut."""
+    text = read(page)
+    for block in FENCE.findall(text):
+        for line in block.replace("\\\n", " ").splitlines()[1:-1]:
+            yield re.sub(r"(^|\s)#.*", "", line).strip()
+    yield from SPAN.findall(FENCE.sub("", text))
+
+
+@cache
+def command_line() -> typer.core.TyperGroup:
+    return typer.main.get_command(app)
+
+
+@cache
+def settings() -> tuple[str, ...]:
+    return tuple(field.key for field in describe_fields())
+
+
+def find_command(words: list[str]) -> tuple[typer.core.TyperCommand | None, list[str]]:
+    """The command that `words` (after `amfm`) name, and the words after its name; None where there is no such verb."""
+    command = command_line()
+    while hasattr(command, "commands"):
+        words = words[1:] if words[:1] == ["--traceback"] else words
+        if not words or not re.fullmatch(r"[a-z][a-z-]*", words[0]):
+            return command, words  # `amfm --help`, `amfm bench ...`
+        if words[0] not in command.commands:
+            return None, words
+        command, words = command.commands[words[0]], words[1:]
+    return command, words
+
+
+@cache
+def flags_of(command: object) -> set[str]:
+    params = getattr(command, "params", [])
+    return {flag for param in params for flag in (*param.opts, *param.secondary_opts)} | {"-h", "--help"}
+
+
+@cache
+def all_flags() -> set[str]:
+    waiting, flags = [command_line()], set()
+    while waiting:
+        command = waiting.pop()
+        flags |= flags_of(command)
+        waiting.extend(getattr(command, "commands", {}).values())
+    return flags
+
+
+def commands_in(line: str) -> Iterator[list[str]]:
+    """The words after each `amfm` of a line, up to what ends a command."""
+    for part in re.split(r"\s*(?:&&|\|\||;|\s\|\s|, then )\s*", line):
+        found = re.search(r"(?:^|[\s(])(?:\.venv/bin/)?amfm (.+)$", part)
+        if found:
+            try:
+                yield shlex.split(found[1])
+            except ValueError:
+                yield found[1].split()
+
+
+@every_page
+def test_links_lead_somewhere(page: Path) -> None:
+    wrong = []
+    for target in LINK.findall(FENCE.sub("", read(page))):
+        if target.startswith(("http://", "https://", "mailto:")):
+            continue
+        name, _, anchor = target.partition("#")
+        file = (page.parent / name).resolve() if name else page
+        if not file.exists() or (anchor and file.suffix == ".md" and anchor not in slugs(file)):
+            wrong.append(target)
+    assert not wrong, f"{page.relative_to(ROOT)} links to what is not there: {wrong}"
+
+
+@every_page
+def test_paths_exist(page: Path) -> None:
+    text = re.sub(r"https?://\S+", "", LINK.sub("]()", read(page)))
+    named = sorted(set(PATH.findall(text)))
+    wrong = [path for path in named if not any(ROOT.glob(path.rstrip("/")))]
+    assert not wrong, f"{page.relative_to(ROOT)} names files that are not there: {wrong}"
+
+
+@every_page
+def test_verbs_and_flags_exist(page: Path) -> None:
+    wrong = []
+    for line in code_lines(page):
+        for words in commands_in(line):
+            command, rest = find_command(words)
+            if command is None:
+                wrong.append(f"amfm {' '.join(words)}: no such verb")
+                continue
+            flags = {word.partition("=")[0] for word in rest if re.match(r"--?[a-z]", word)}
+            if unknown := sorted(flags - flags_of(command)):
+                wrong.append(f"amfm {' '.join(words)}: no such flag: {unknown}")
+        if re.fullmatch(r"--[a-z][\w-]*( .*)?", line) and line.split()[0] not in all_flags() | FOREIGN_FLAGS:
+            wrong.append(f"{line}: no verb has this flag")
+    assert not wrong, f"{page.relative_to(ROOT)}: {wrong}"
+
+
+@every_page
+def test_make_targets_exist(page: Path) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", read(ROOT / "Makefile"), re.MULTILINE))
+    named = {found for line in code_lines(page) for found in re.findall(r"(?:^|\s)make ([a-z-]+)", line)}
+    assert named <= targets, f"{page.relative_to(ROOT)} names no target of the Makefile: {named - targets}"
+
+
+@every_page
+def test_settings_exist(page: Path) -> None:
+    if page.parent.name == "log":
+        pytest.skip("results of a month keep the names of their day")
+    wrong = []
+    for span in SPAN.findall(FENCE.sub("", read(page))):
+        name = re.split(r"[=: ]", span)[0]
+        if (
+            SETTING.fullmatch(name)
+            and name not in EXAMPLES
+            and not name.endswith((".py", ".yaml"))
+            and not is_setting(name)
+            and not is_python(name)
+        ):
+            wrong.append(name)
+    assert not wrong, f"{page.relative_to(ROOT)} names settings that do not exist: {wrong}"
+
+
+def is_setting(name: str) -> bool:
+    """Whether the schema has this key or section; `data.sources.0.paths` is written for `data.sources.*.paths`."""
+    wanted = re.sub(r"\.\d+(?=\.|$)", ".*", name.removesuffix(".*"))
+    return any(key == wanted or key.startswith(wanted + ".") for key in settings())
+
+
+def is_python(name: str) -> bool:
+    """Whether the dotted name is a module of ours, or a name that a module's source defines."""
+    path = ROOT / name.replace(".", "/")
+    if path.is_dir() or path.with_suffix(".py").exists():
+        return True
+    module, _, attribute = name.rpartition(".")
+    source = (ROOT / module.replace(".", "/")).with_suffix(".py")
+    return source.exists() and re.search(rf"\b{attribute}\b", source.read_text()) is not None
