@@ -142,7 +142,7 @@ class ParallelConfig(Section):
         1, gt=0, description="Ranks that share each matrix, head by head; keep them inside one machine."
     )
     sequence_parallel: bool = Field(
-        False, description="ShardSpec the tokens between blocks over the tensor ranks: less memory for activations."
+        False, description="Cut the tokens between blocks over the tensor ranks: less memory for activations."
     )
     expert: int = Field(1, gt=0, description="Ranks over which the routed experts are spread.")
     expert_tensor: int | None = Field(

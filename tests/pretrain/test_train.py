@@ -163,7 +163,7 @@ def test_sigterm_saves_at_the_next_boundary_and_the_run_goes_on(data: DataConfig
     config = tiny_config(data, tmp_path / "run", train__steps=100_000)
     (tmp_path / "config.json").write_text(config.model_dump_json())
     code = (
-        "import sys; from pretrain.config import RunConfig; from pretrain.train import train\n"
+        "import sys; from pretrain.config.schema import RunConfig; from pretrain.train import train\n"
         "sys.exit(train(RunConfig.model_validate_json(open(sys.argv[1]).read())))"
     )
     process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code, str(tmp_path / "config.json")])

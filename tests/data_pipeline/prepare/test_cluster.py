@@ -25,11 +25,11 @@ DRIVER = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from data_pipeline.config import DataConfig
-from data_pipeline.prepare import prepare
+from data_pipeline.prepare.prepare import prepare
 from data_pipeline.prepare.plan import UnitSettings, make_units, plan_source
 from data_pipeline.prepare.ray_actors import run_on_ray
 from data_pipeline.store.manifest import Layout
-from data_pipeline.tokenizer import SentencePieceTokenizer
+from data_pipeline.tokenizer.tokenizer import SentencePieceTokenizer
 config = DataConfig.model_validate_json(sys.argv[2])
 prepare(config, address=sys.argv[3], progress=lambda now: print(now.stage, now.units_done, flush=True))
 """

@@ -128,7 +128,7 @@ KILLED_DRIVER = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from data_pipeline.config import DataConfig
-from data_pipeline.prepare import prepare
+from data_pipeline.prepare.prepare import prepare
 from tests.helpers.tiny_store import run_in_process
 prepare(DataConfig.model_validate_json(sys.argv[2]), runner=run_in_process, progress=lambda p: print(p.stage, flush=True))
 """

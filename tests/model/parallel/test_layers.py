@@ -58,8 +58,8 @@ def test_units_that_ranks_cannot_share_are_a_bug():
 
 def test_each_rank_gets_its_slice_of_every_segment():
     whole = torch.tensor([0, 1, 2, 3, 10, 11])
-    assert ShardSpec(0, "tp", (4, 2)).take(whole, 1, 2).tolist() == [2, 3, 11]
-    assert torch.equal(Shard().take(whole, single_rank_groups()), whole)
+    assert ShardSpec(0, "tp", (4, 2)).shard(whole, 1, 2).tolist() == [2, 3, 11]
+    assert torch.equal(Shard().shard(whole, single_rank_groups()), whole)
 
 
 def test_a_parameter_is_cut_over_several_axes():

@@ -193,7 +193,7 @@ def test_a_rank_reads_no_more_than_the_rows_that_it_needs(tmp_path: Path) -> Non
     reader = CountingReader(tmp_path / "saved", write_checkpoint(tmp_path / "saved", Layout(tp=2, ep=2, spread=3)))
     groups, _ = Layout(tp=4, ep=4).ranks()[1]
     for name, factor in (("norm", 1), ("rows", 1), ("columns", 2), ("up", 1)):
-        part = SHARDS[name].take(whole_tensor(name, "weight"), groups)
+        part = SHARDS[name].shard(whole_tensor(name, "weight"), groups)
         low, high = part.numel() // 2, part.numel()
         reader.taken = 0
         reader.fill(torch.empty(high - low), "weight", name, place_shard(part.shape, SHARDS[name], groups), low)
