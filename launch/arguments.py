@@ -20,6 +20,19 @@ def choose_device(name: str) -> str:
     return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
+PICTURE_FORMATS = (".png", ".svg", ".pdf")
+
+
+def check_picture(path: Path) -> None:
+    """Refuse, before any work, a file that cannot be written. Raises ValueError."""
+    if path.suffix not in PICTURE_FORMATS:
+        raise ValueError(
+            f"--picture {path} must end in one of {', '.join(PICTURE_FORMATS)}; use {path.stem or 'picture'}.png"
+        )
+    if not path.parent.is_dir():
+        raise ValueError(f"--picture {path}: {path.parent} is no folder; make it, or name another place")
+
+
 ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The configuration file of the run.")]
 
 

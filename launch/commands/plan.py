@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from launch.arguments import ConfigArgument, JsonOption, OverridesArgument
+from launch.arguments import ConfigArgument, JsonOption, OverridesArgument, check_picture
 from launch.console import print_json, print_pairs, print_rows, say
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def plan(
 ) -> None:
     """Say what a run needs before anything is rented: parameters, FLOPs, memory, time, and the layouts that fit."""
     from launch.plan.hardware import load_hardware
-    from launch.plan.picture import check_picture, draw_plan
+    from launch.plan.picture import draw_plan
     from launch.plan.plan import Assumptions, make_plan, plan_as_dict
     from pretrain.checks.check_run import load_checked
 

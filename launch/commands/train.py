@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from launch.arguments import CommandWithFields, ConfigArgument, JsonOption, OverridesArgument
+from launch.arguments import CommandWithFields, ConfigArgument, JsonOption, OverridesArgument, check_picture
 from launch.console import print_json, print_pairs
 
 
@@ -56,16 +56,28 @@ def summarize(run_dir: str) -> dict[str, Any]:
 def report(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The directory of a run, finished or not.")],
     *,
+    picture: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw its curves too, as one .png, .svg or .pdf.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write RUN_DIR/report.html: one self-contained page with curves, expert load, events and configuration."""
+    if picture is not None:
+        check_picture(picture)
     from pretrain.report.report import write_report
 
     page = write_report(run_dir)
+    if picture is not None:
+        from pretrain.report.data import read_run
+        from pretrain.report.picture import draw_picture
+
+        draw_picture(read_run(run_dir), picture)
     if as_json:
-        print_json({"report": str(page), "bytes": page.stat().st_size})
+        drawn = {} if picture is None else {"picture": str(picture)}
+        print_json({"report": str(page), "bytes": page.stat().st_size} | drawn)
     else:
-        print_pairs("Report", [("page", page), ("kilobytes", f"{page.stat().st_size / 1e3:.0f}")])
+        pairs: list[tuple[str, Any]] = [("page", page), ("kilobytes", f"{page.stat().st_size / 1e3:.0f}")]
+        print_pairs("Report", [*pairs, ("picture", picture)] if picture is not None else pairs)
 
 
 def add_verbs(app: typer.Typer) -> None:
@@ -74,4 +86,4 @@ def add_verbs(app: typer.Typer) -> None:
         cls=CommandWithFields,
         epilog="Example: amfm train configs/tiny_cpu.yaml train.stop_after_steps=20 --nproc 2",
     )(train)
-    app.command(epilog="Example: amfm report runs/tiny_cpu")(report)
+    app.command(epilog="Example: amfm report runs/tiny_cpu --picture tiny_cpu.svg")(report)

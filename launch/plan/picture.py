@@ -11,16 +11,6 @@ from launch.plan.plan import Assumptions, Plan, estimate
 from launch.plan.search import ZERO_STAGES, is_allowed, with_layout
 from pretrain.checks.stages import run_of_stage
 
-FORMATS = (".png", ".svg", ".pdf")
-
-
-def check_picture(path: Path) -> None:
-    """Refuse, before any work, a file that cannot be written. Raises ValueError."""
-    if path.suffix not in FORMATS:
-        raise ValueError(f"--picture {path} must end in one of {', '.join(FORMATS)}; use {path.stem or 'plan'}.png")
-    if not path.parent.is_dir():
-        raise ValueError(f"--picture {path}: {path.parent} is no folder; make it, or name another place")
-
 
 def draw_plan(plan: Plan, assumptions: Assumptions, path: Path) -> None:
     """Write the picture; its format follows the file's name."""

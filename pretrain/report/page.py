@@ -10,20 +10,24 @@ from datetime import UTC, datetime
 from html import escape
 
 from pretrain.config.file import resolved_yaml
+from pretrain.report.colours import DARK, LIGHT
 from pretrain.report.data import RunRecord
 from pretrain.report.plots import Plot
 
 MAX_EVENTS = 200
 
-STYLE = """
-:root { color-scheme: light dark;
-  --page: #f6f7f9; --card: #ffffff; --ink: #16191d; --muted: #5b6470; --line: #e3e6ea; --accent: #2f6fde;
-  --good: #1a7f4b; --wait: #9a6200; --bad: #c0362c;
-  --series-1: #2f6fde; --series-2: #d4572a; --series-3: #7a4fd0; --series-4: #b8860b; --series-5: #12866d; --series-6: #c23d80; }
-@media (prefers-color-scheme: dark) { :root {
-  --page: #0f1216; --card: #181c22; --ink: #e8eaed; --muted: #9aa3ae; --line: #2a3038; --accent: #7aa7ff;
-  --good: #5ed39a; --wait: #e6b455; --bad: #ff8a80;
-  --series-1: #7aa7ff; --series-2: #ff9466; --series-3: #b79bff; --series-4: #e6c15a; --series-5: #56d0b3; --series-6: #ff8fc0; } }
+VARIABLES = f"""
+:root {{ color-scheme: light dark; {LIGHT.css()}
+  --page: #f6f7f9; --card: #ffffff; --ink: #16191d; --accent: #2f6fde;
+  --good: #1a7f4b; --wait: #9a6200; --bad: #c0362c; }}
+@media (prefers-color-scheme: dark) {{ :root {{ {DARK.css()}
+  --page: #0f1216; --card: #181c22; --ink: #e8eaed; --accent: #7aa7ff;
+  --good: #5ed39a; --wait: #e6b455; --bad: #ff8a80; }} }}
+"""
+
+STYLE = (
+    VARIABLES
+    + """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); line-height: 1.45;
   font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
@@ -70,6 +74,7 @@ code { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; fo
   table { font-size: .8rem; } th, td { padding: 6px 7px; } th, td:first-child { white-space: normal; } td:last-child { min-width: 6.5em; } }
 @media print { details { display: block; } body { background: none; } .card, figure, .panel { break-inside: avoid; } }
 """
+)
 
 
 @dataclass(frozen=True)
@@ -130,7 +135,7 @@ def render_card(card: Card) -> str:
 def render_plot(plot: Plot) -> str:
     """One figure with title and caption."""
     caption = f"<figcaption><b>{escape(plot.title)}</b>{escape(plot.caption)}</figcaption>"
-    return f'<figure role="img" aria-label="{escape(plot.title)}">{caption}{plot.svg}</figure>'
+    return f'<figure role="img" aria-label="{escape(plot.title)}">{caption}{plot.svg()}</figure>'
 
 
 def render_table(table: Table) -> str:

@@ -1,4 +1,4 @@
-"""The plots of a report as inline SVG whose colours follow the page's theme."""
+"""The plots of a report: drawn by matplotlib, and turned into inline SVG whose colours follow the page's theme."""
 
 from __future__ import annotations
 
@@ -14,151 +14,136 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from pretrain.report.colours import THEMED, Colours
 from pretrain.report.data import RunRecord, thin
 
 MAX_POINTS = 800
 MAX_COLUMNS = 160
 
-# Stand-in colours: matplotlib writes them, `themed` turns them into the page's variables, so one SVG serves both themes.
-INK, GRID = "#010101", "#020202"
-SERIES = ("#030301", "#030302", "#030303", "#030304", "#030305", "#030306")
-_VARIABLES = {INK: "var(--muted)", GRID: "var(--line)"} | {
-    colour: f"var(--series-{number})" for number, colour in enumerate(SERIES, start=1)
-}
-
-_STYLE = {
-    "svg.fonttype": "none",
-    "font.size": 8.8,
-    "font.family": "sans-serif",
-    "axes.edgecolor": GRID,
-    "axes.labelcolor": INK,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "grid.color": GRID,
-    "grid.linewidth": 0.6,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "text.color": INK,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "xtick.minor.size": 0,
-    "ytick.minor.size": 0,
-    "legend.frameon": False,
-    "lines.linewidth": 1.4,
-    "lines.solid_capstyle": "round",
-}
-
 
 @dataclass(frozen=True)
 class Plot:
-    """A drawn figure: title, one line on what to see in it, and the SVG element."""
+    """A figure: title, one line on what to see in it, and what draws it on a pair of axes over steps."""
 
+    name: str
     title: str
     caption: str
-    svg: str
+    draw: Callable[[Any, Colours], None]
+
+    def svg(self) -> str:
+        """The SVG element, in the page's variables for colours and with ids that are unique on the page."""
+        with matplotlib.rc_context({**style(THEMED), "svg.hashsalt": self.name}):
+            canvas = Figure(figsize=(4.5, 2.6), layout="constrained")
+            self.draw_over_steps(canvas.subplots(), THEMED)
+            buffer = io.StringIO()
+            canvas.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        return themed(buffer.getvalue(), self.name)
+
+    def draw_over_steps(self, axes: Any, colours: Colours) -> None:
+        """Draw, and label the axis of steps."""
+        self.draw(axes, colours)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+        axes.xaxis.set_major_formatter(FuncFormatter(short))
+        axes.set_xlabel("step")
 
 
-def draw_plots(record: RunRecord) -> list[Plot]:
+def make_plots(record: RunRecord) -> list[Plot]:
     """Every plot for which the run has measurements."""
     drawings: list[Callable[[RunRecord], Plot | None]] = [
-        draw_loss,
-        draw_accuracy,
-        draw_learning_rate,
-        draw_gradient_norm,
-        draw_throughput,
-        draw_expert_load,
-        draw_auxiliary,
+        loss_plot,
+        accuracy_plot,
+        learning_rate_plot,
+        gradient_norm_plot,
+        throughput_plot,
+        expert_load_plot,
+        auxiliary_plot,
     ]
     return [plot for plot in (draw(record) for draw in drawings) if plot is not None]
 
 
-def draw_loss(record: RunRecord) -> Plot | None:
+def loss_plot(record: RunRecord) -> Plot | None:
     """Training loss, faint a step and strong smoothed, and validation loss."""
     steps, losses = record.series("loss")
     if not losses:
         return None
 
-    def draw(axes: Any) -> None:
-        draw_line(axes, steps, losses, SERIES[0], faint=len(losses) > 20)
+    def draw(axes: Any, colours: Colours) -> None:
+        draw_line(axes, steps, losses, colours.series[0], faint=len(losses) > 20)
         if len(losses) > 20:
-            draw_line(axes, steps, smooth(losses), SERIES[0], label="training, smoothed")
+            draw_line(axes, steps, smooth(losses), colours.series[0], label="training, smoothed")
         validated, validation = record.series("validation_loss")
         if validation:
-            axes.plot(validated, validation, color=SERIES[1], marker="o", markersize=3, label="validation")
+            axes.plot(validated, validation, color=colours.series[1], marker="o", markersize=3, label="validation")
         axes.set_ylabel("nats a token")
         if axes.get_legend_handles_labels()[0]:
             axes.legend(loc="best")
 
-    return Plot("Loss", "Negative log-likelihood of a token; perplexity is its exponential.", figure("loss", draw))
+    return Plot("loss", "Loss", "Negative log-likelihood of a token; perplexity is its exponential.", draw)
 
 
-def draw_accuracy(record: RunRecord) -> Plot | None:
+def accuracy_plot(record: RunRecord) -> Plot | None:
     """Right answers of a probe, and rows without a wrong one."""
     steps, answers = record.series("validation_accuracy")
     if not answers:
         return None
     _, rows = record.series("validation_row_accuracy")
 
-    def draw(axes: Any) -> None:
+    def draw(axes: Any, colours: Colours) -> None:
         for number, (label, values) in enumerate((("answers", answers), ("rows", rows))):
-            axes.plot(steps, values, color=SERIES[number], marker="o", markersize=3, label=label)
+            axes.plot(steps, values, color=colours.series[number], marker="o", markersize=3, label=label)
         axes.set_ylim(0, 1.02)
         axes.set_ylabel("share right")
         axes.legend(loc="best")
 
-    return Plot(
-        "Accuracy", "Validation: answers that are right, and rows without a wrong one.", figure("accuracy", draw)
-    )
+    return Plot("accuracy", "Accuracy", "Validation: answers that are right, and rows without a wrong one.", draw)
 
 
-def draw_learning_rate(record: RunRecord) -> Plot | None:
+def learning_rate_plot(record: RunRecord) -> Plot | None:
     """The schedule as it was applied."""
     steps, rates = record.series("lr")
     if not rates:
         return None
 
-    def draw(axes: Any) -> None:
-        draw_line(axes, steps, rates, SERIES[2])
+    def draw(axes: Any, colours: Colours) -> None:
+        draw_line(axes, steps, rates, colours.series[2])
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
 
     kinds = ", ".join(f"{stage.name} {stage.schedule.kind}" for stage in record.stages)
     caption = f"By stage: {kinds}." if record.config.stages else f"Schedule {record.config.schedule.kind}."
-    return Plot("Learning rate", caption, figure("rate", draw))
+    return Plot("rate", "Learning rate", caption, draw)
 
 
-def draw_gradient_norm(record: RunRecord) -> Plot | None:
+def gradient_norm_plot(record: RunRecord) -> Plot | None:
     """Global gradient norm before clipping, on a logarithmic axis."""
     steps, norms = record.series("grad_norm")
     if not norms:
         return None
     limit = record.config.optimizer.clip_grad_norm
 
-    def draw(axes: Any) -> None:
-        draw_line(axes, steps, norms, SERIES[3])
+    def draw(axes: Any, colours: Colours) -> None:
+        draw_line(axes, steps, norms, colours.series[3])
         if min(norms) > 0:
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
             axes.yaxis.set_major_formatter(FuncFormatter(short))
             axes.yaxis.set_minor_formatter(NullFormatter())
         if limit is not None:
-            axes.axhline(limit, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
+            axes.axhline(limit, color=colours.ink, linewidth=0.8, linestyle=(0, (4, 3)))
 
     caption = "Before clipping." if limit is None else f"Before clipping; clipped above {limit:g} (dashed)."
-    return Plot("Gradient norm", caption, figure("gradient", draw))
+    return Plot("gradient", "Gradient norm", caption, draw)
 
 
-def draw_throughput(record: RunRecord) -> Plot | None:
+def throughput_plot(record: RunRecord) -> Plot | None:
     """Tokens a second, with MFU on the right where the device's peak is known."""
     steps, speeds = record.series("tokens_per_second")
     if not speeds:
         return None
     mfu = record.series("mfu")[1]
 
-    def draw(axes: Any) -> None:
-        draw_line(axes, steps, speeds, SERIES[4])
+    def draw(axes: Any, colours: Colours) -> None:
+        draw_line(axes, steps, speeds, colours.series[4])
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(FuncFormatter(short))
         axes.set_ylabel("tokens / s")
@@ -171,10 +156,10 @@ def draw_throughput(record: RunRecord) -> Plot | None:
             right.set_ylabel("MFU %")
 
     caption = "All ranks together." + (" MFU: model FLOPs over the device's peak." if mfu else "")
-    return Plot("Throughput", caption, figure("throughput", draw))
+    return Plot("throughput", "Throughput", caption, draw)
 
 
-def draw_expert_load(record: RunRecord) -> Plot | None:
+def expert_load_plot(record: RunRecord) -> Plot | None:
     """Fullest expert over the mean, a row a MoE block, a column a span of steps."""
     loads = record.named_series("expert_load")
     if not loads:
@@ -187,7 +172,7 @@ def draw_expert_load(record: RunRecord) -> Plot | None:
         grid[index, : len(row)] = row
     first, last = loads[blocks[0]][0][0], loads[blocks[0]][0][-1]
 
-    def draw(axes: Any) -> None:
+    def draw(axes: Any, colours: Colours) -> None:
         # Half a step on either side, so that a single step still has a width.
         extent = (first - 0.5, last + 0.5, len(rows) - 0.5, -0.5)
         top = max(1.2, float(np.nanmax(grid)))
@@ -200,25 +185,30 @@ def draw_expert_load(record: RunRecord) -> Plot | None:
         axes.set_ylabel("block")
         bar = axes.figure.colorbar(image, ax=axes, pad=0.02, aspect=16)
         bar.outline.set_visible(False)
+        bar.set_label("fullest / mean")
         bar.ax.yaxis.set_major_locator(MaxNLocator(4))
 
-    caption = "Tokens of the fullest expert over the mean, by MoE block: 1 is even, the number of experts is collapse."
-    return Plot("Expert load", caption, figure("experts", draw))
+    moe = record.config.model.moe
+    most = "" if moe is None else f"; {moe.num_experts / moe.top_k:g}, the most possible, is collapse"
+    caption = f"Tokens of the fullest expert over the mean, by MoE block: 1 is even{most}."
+    return Plot("experts", "Expert load", caption, draw)
 
 
-def draw_auxiliary(record: RunRecord) -> Plot | None:
+def auxiliary_plot(record: RunRecord) -> Plot | None:
     """Auxiliary losses, weighted as they enter the sum."""
     series = {name: pair for name, pair in record.named_series("auxiliary").items() if any(pair[1])}
     if not series:
         return None
 
-    def draw(axes: Any) -> None:
-        for (name, (steps, values)), colour in zip(series.items(), SERIES * (1 + len(series) // len(SERIES))):
+    def draw(axes: Any, colours: Colours) -> None:
+        for (name, (steps, values)), colour in zip(
+            series.items(), colours.series * (1 + len(series) // len(colours.series))
+        ):
             draw_line(axes, steps, values, colour, label=name.replace("_", " "))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
         axes.legend(loc="best")
 
-    return Plot("Auxiliary losses", "Weighted, as they are added to the loss.", figure("auxiliary", draw))
+    return Plot("auxiliary", "Auxiliary losses", "Weighted, as they are added to the loss.", draw)
 
 
 def draw_line(
@@ -258,18 +248,27 @@ def short(value: float, _position: int | None = None) -> str:
     return f"{value:.3g}"
 
 
-def figure(name: str, draw: Callable[[Any], None]) -> str:
-    """Draw on one pair of axes over steps and return the SVG element, with ids that are unique on the page."""
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
-        canvas = Figure(figsize=(4.5, 2.6), layout="constrained")
-        axes = canvas.subplots()
-        draw(axes)
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
-        axes.xaxis.set_major_formatter(FuncFormatter(short))
-        axes.set_xlabel("step")
-        buffer = io.StringIO()
-        canvas.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    return themed(buffer.getvalue(), name)
+def style(colours: Colours) -> dict[str, Any]:
+    """matplotlib's settings of a figure in these colours."""
+    ink = dict.fromkeys(("axes.labelcolor", "xtick.color", "ytick.color", "text.color"), colours.ink)
+    no_ticks = dict.fromkeys(("xtick.major.size", "ytick.major.size", "xtick.minor.size", "ytick.minor.size"), 0)
+    return {
+        **ink,
+        **no_ticks,
+        "svg.fonttype": "none",
+        "font.size": 8.8,
+        "font.family": "sans-serif",
+        "axes.edgecolor": colours.line,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "grid.color": colours.line,
+        "grid.linewidth": 0.6,
+        "legend.frameon": False,
+        "lines.linewidth": 1.4,
+        "lines.solid_capstyle": "round",
+    }
 
 
 def themed(document: str, name: str) -> str:
@@ -281,6 +280,6 @@ def themed(document: str, name: str) -> str:
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r"font: ([0-9.]+)px [^;\"]*", r"font-size: \1px", svg)
-    for colour, variable in _VARIABLES.items():
-        svg = svg.replace(colour, variable)
+    for name_of_colour, colour in THEMED.named():
+        svg = svg.replace(colour, f"var(--{name_of_colour})")
     return svg

@@ -10,7 +10,7 @@ from model.config.mixer_registry import describe_symbol
 from model.flops import count_parameters, flops_per_token
 from pretrain.report.data import RunRecord, read_run
 from pretrain.report.page import Card, Table, render_page
-from pretrain.report.plots import draw_plots
+from pretrain.report.plots import make_plots
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -20,7 +20,7 @@ def write_report(run_dir: str | Path) -> Path:
     """
     record = read_run(run_dir)
     tables = {"Model": describe_model(record), "Data": describe_data(record)}
-    page = render_page(record, make_cards(record), draw_plots(record), tables)
+    page = render_page(record, make_cards(record), make_plots(record), tables)
     path = record.directory / "report.html"
     temporary = path.with_suffix(".html.part")
     temporary.write_text(page, encoding="utf-8")

@@ -194,6 +194,11 @@ def test_report_writes_a_page(tmp_path, capsys):
     assert run(["report", str(run_dir), "--json"]) == 0
     page = Path(str(one_object(capsys.readouterr().out)["report"]))
     assert page.read_text().startswith("<!doctype html>")
+    picture = tmp_path / "curves.png"
+    assert run(["report", str(run_dir), "--picture", str(picture), "--json"]) == 0
+    assert one_object(capsys.readouterr().out)["picture"] == str(picture) and picture.stat().st_size > 10_000
+    assert run(["report", str(run_dir), "--picture", str(tmp_path / "curves.gif")]) == 2
+    assert "must end in one of .png, .svg, .pdf; use curves.png" in capsys.readouterr().err
     assert run(["report", str(tmp_path / "none")]) == 2
 
 

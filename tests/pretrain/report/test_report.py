@@ -11,6 +11,7 @@ from model.flops import flops_per_token
 from pretrain.config.file import load_config, resolved_yaml
 from pretrain.report.data import read_run, thin
 from pretrain.report.page import show_time
+from pretrain.report.picture import draw_picture
 from pretrain.report.report import count, describe_model, write_report
 from tests.pretrain.config.test_config import BASE
 
@@ -109,6 +110,21 @@ def test_plot_colours_follow_the_theme(tmp_path):
     assert "var(--series-1)" in page
     assert re.search(r"#0[1-3]0[1-3]0[1-6]", page) is None
     assert "prefers-color-scheme: dark" in page
+
+
+@pytest.mark.parametrize(("suffix", "begins"), [("svg", b"<?xml"), ("png", b"\x89PNG"), ("pdf", b"%PDF")])
+def test_a_picture_has_the_curves_and_the_size_of_the_run(tmp_path, suffix, begins):
+    record = read_run(make_run(tmp_path, [line(step, validation_loss=3.0) for step in range(1, 30)]))
+    path = tmp_path / f"run.{suffix}"
+    draw_picture(record, path)
+    assert path.read_bytes().startswith(begins)
+    if suffix == "svg":
+        texts = [element.text for element in ElementTree.parse(path).iter() if element.text]
+        assert {"Loss", "Gradient norm", "Throughput"} <= set(texts)
+        assert any("29 steps" in text and "validation loss 3.00" in text for text in texts)
+        before = path.read_bytes()
+        draw_picture(record, path)
+        assert path.read_bytes() == before, "the same run gives the same file"
 
 
 def test_a_step_repeated_after_a_resume_counts_once_as_logged_last(tmp_path):

@@ -1,0 +1,52 @@
+"""One picture of a run for a page or a talk: loss, balance of experts, speed and gradients, with the run's size above."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+from model.flops import count_parameters
+from pretrain.report.colours import LIGHT
+from pretrain.report.data import RunRecord
+from pretrain.report.plots import make_plots, short, style
+
+MAX_PANELS = 4
+
+
+def draw_picture(record: RunRecord, path: Path) -> None:
+    """Write the first four of the report's plots as one picture; its format follows the suffix of `path`.
+
+    The learning rate gives way to measurements. The same run gives the same SVG.
+    """
+    plots = [plot for plot in make_plots(record) if plot.name != "rate"][:MAX_PANELS]
+    lines = -(-len(plots) // 2)
+    with matplotlib.rc_context({**style(LIGHT), "svg.hashsalt": record.name(), "axes.titlelocation": "left"}):
+        canvas = Figure(figsize=(9.6, 2.6 * lines + 0.5), layout=ConstrainedLayoutEngine(w_pad=0.12))
+        canvas.suptitle(describe_run(record), x=0.01, ha="left", fontsize=10.5, fontweight="bold")
+        panels = list(canvas.subplots(lines, 2, squeeze=False).flat)
+        for plot, axes in zip(plots, panels):
+            plot.draw_over_steps(axes, LIGHT)
+            axes.set_title(plot.title, fontsize=9.5)
+        for axes in panels[len(plots) :]:
+            axes.set_axis_off()
+        temporary = path.with_suffix(f"{path.suffix}.part")
+        dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
+        kind = path.suffix.removeprefix(".")
+        canvas.savefig(temporary, format=kind, dpi=144, metadata=dates.get(kind))
+    os.replace(temporary, path)
+
+
+def describe_run(record: RunRecord) -> str:
+    """Name, size and result of a run in one line."""
+    counts = count_parameters(record.config.model)
+    facts = [f"{short(counts.total)} parameters", f"{record.last_step():,} steps"]
+    tokens, validation = record.last("tokens"), record.last("validation_loss")
+    if tokens is not None:
+        facts.append(f"{short(tokens)} tokens")
+    if validation is not None:
+        facts.append(f"validation loss {validation:.2f}")
+    return f"{record.name()}: {', '.join(facts)}"
