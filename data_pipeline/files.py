@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +10,8 @@ from functools import cache
 from pathlib import Path
 
 from blake3 import blake3
+
+from data_pipeline.naming import named
 
 SYNC_THREADS = 4  # a part has 14 files and folders; more threads cost more than they save
 
@@ -57,10 +60,17 @@ def _sync_threads(process: int) -> ThreadPoolExecutor:
 
 
 def sync(path: Path | str) -> None:
-    """Make the content of a file, or the renames in a folder, durable."""
+    """Make the content of a file, or the renames in a folder, durable. Raises OSError with the path.
+
+    Some network mounts refuse it for folders (EINVAL); they make renames durable by themselves.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with named(path):
+            os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not os.path.isdir(path):
+            raise
     finally:
         os.close(descriptor)
 
@@ -69,7 +79,7 @@ def write_file_atomically(path: Path, content: bytes) -> None:
     """Replace a file so that a reader, or a crash, sees the old content or the new one and nothing between."""
     temporary = path.with_name(f".writing-{path.name}-{os.getpid()}-{os.urandom(4).hex()}")
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("wb") as file, named(temporary):
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

@@ -6,7 +6,6 @@ Heavy packages are imported inside the verbs, so that help and mistakes answer a
 
 from __future__ import annotations
 
-import errno
 import sys
 import warnings
 from collections.abc import Sequence
@@ -16,12 +15,10 @@ import typer
 from launch.commands import config, data, doctor, evaluate, export, launch, plan, study, train
 from launch.commands.bench import verbs as bench
 from launch.console import UNUSED_LIBRARIES, say
-from pretrain.launcher_protocol import BAD_INPUT, DONE, RUN_FAILED
+from pretrain.failures import describe, exit_code, is_bug
+from pretrain.launcher_protocol import DONE, RUN_FAILED
 
 RESUMABLE_VERBS = ("train", "prepare", "launch", "study")
-
-# The machine ran out of something: the same command can go on once there is room again.
-_RESUMABLE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EMFILE, errno.ENOMEM}
 
 app = typer.Typer(
     name="amfm",
@@ -60,8 +57,7 @@ def run(arguments: Sequence[str]) -> int:
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except (ValueError, RuntimeError, OSError) as error:
-        # Python derives these two from RuntimeError, but they are bugs.
-        if isinstance(error, RecursionError | NotImplementedError) or "--traceback" in arguments:
+        if is_bug(error) or "--traceback" in arguments:
             raise
         code = exit_code(error)
         say(f"amfm: {describe(error)}")
@@ -74,22 +70,3 @@ def run(arguments: Sequence[str]) -> int:
             say(f"amfm: {arguments[0]} stopped; {again} (amfm --traceback {arguments[0]} ... shows where it failed)")
         return code
     return DONE
-
-
-def describe(error: ValueError | RuntimeError | OSError) -> str:
-    """The message of an error; the system's own ones get the path and a remedy."""
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        remedy = (
-            "make room and go on"
-            if error.errno in _RESUMABLE
-            else "name another path, or make this one readable and writable"
-        )
-        return f"{error.filename}: {error.strerror}; {remedy}"
-    return str(error) or type(error).__name__
-
-
-def exit_code(error: ValueError | RuntimeError | OSError) -> int:
-    """2 for what the user can correct (settings, files), 3 for the machine's state."""
-    if isinstance(error, OSError):
-        return RUN_FAILED if error.errno in _RESUMABLE else BAD_INPUT
-    return BAD_INPUT if isinstance(error, ValueError) else RUN_FAILED

@@ -60,7 +60,7 @@ class Run:
     heartbeat: Heartbeat
     pipeline: Pipeline | None = None
     stragglers: StepTimes = field(default_factory=StepTimes)
-    lock: IO[str] | None = None
+    lock: IO[bytes] | None = None
     keeps_freed_memory: bool = False
     log: RunLog | None = None
     display: Display | None = None

@@ -43,6 +43,8 @@ def save(run: Run) -> None:
     if run.saved_step == run.progress.step:
         return
     run.heartbeat.at(run.progress.step, "save")
+    if run.log is not None:
+        run.log.sync()
     loader_state = run.loader.state_dict()
     # The cursor is the same everywhere; what a rank left out because it was damaged is its own.
     damages = [entry for entries in run.parallel.gather_objects(loader_state["quarantined"]) for entry in entries]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from pathlib import Path
 from typing import IO, Literal
@@ -11,6 +10,7 @@ import torch
 
 from data_pipeline.config import DataConfig
 from data_pipeline.loader.loader import PretrainLoader
+from data_pipeline.locks import take_lock
 from data_pipeline.memory import keep_freed_memory
 from data_pipeline.probes.rows import NO_TOKENIZER
 from data_pipeline.store.store import TokenStore
@@ -100,20 +100,17 @@ def start_run(config: RunConfig, signals: SignalWatch) -> Run:
     return run
 
 
-def lock_directory(directory: Path) -> IO[str]:
+def lock_directory(directory: Path) -> IO[bytes]:
     """Make the run directory and hold it: two runs that write to one directory destroy each other's checkpoints.
 
     The lock ends with the process, however it ends. Raises RuntimeError when another process holds it.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    lock = (directory / "lock").open("w", encoding="utf-8")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        lock.close()
+    lock = take_lock(directory / "lock", wait=False)
+    if lock is None:
         raise RuntimeError(
             f"another process trains in {directory}; wait for it, end it, or give this run another run.dir"
-        ) from error
+        )
     return lock
 
 
@@ -210,6 +207,8 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None) -> None:
     )
     for remark in run.loader.describe_repeats(run.stages[-1].first_sample + run.stages[-1].num_samples()):
         run.say(remark)
+    if run.log.dropped_lines:
+        run.say(f"metrics.jsonl: {run.log.dropped_lines} line(s) were cut short or damaged and are left out")
     run.record_event("start", world_size=run.parallel.world_size, resumed_from=loaded and loaded.path.name)
     cause = describe_environment([RESTART_CAUSE]).get(RESTART_CAUSE)
     if cause is not None:

@@ -9,6 +9,7 @@ from typing import Any
 from data_pipeline.loader.loader import SourceUse
 from model.flops import flops_per_token
 from pretrain.config.schema import RunConfig
+from pretrain.failures import describe, is_bug, while_running
 from pretrain.launcher_protocol import DONE, RUN_FAILED
 from pretrain.monitor.anomalies import StepAnomaly, too_many_skips
 from pretrain.monitor.heartbeat import describe_lost
@@ -26,20 +27,33 @@ def train(config: RunConfig) -> int:
 
     0: the steps asked for are done, or a signal asked to stop, and everything is saved. 3: too many steps in a row had
     gradients that are not finite; the newest checkpoint stands. Raises ValueError for settings and data that do not
-    fit, RuntimeError and OSError for the machine's state; where another rank is gone, the message names it.
+    fit, OSError while it starts, RuntimeError for the machine's state and for all that ends a run under way; where another
+    rank is gone, the message names it.
     """
     with SignalWatch() as signals:
         run = start_run(config, signals)
-        try:
-            return run_steps(run)
-        except (RuntimeError, OSError) as error:
-            lost = describe_lost(run.heartbeat.find_lost(run.parallel.world_size))
-            run.record_event("failed", error=f"{lost}: {error}" if lost else str(error))
-            if lost:
-                raise RuntimeError(f"{lost}: {error}") from error
-            raise
-        finally:
-            close_run(run)
+        with while_running():
+            try:
+                with while_running():
+                    return run_steps(run)
+            except RuntimeError as error:
+                text = record_failure(run, str(error))
+                if is_bug(error) or text == str(error):
+                    raise
+                raise RuntimeError(text) from error
+            finally:
+                close_run(run)
+
+
+def record_failure(run: Run, text: str) -> str:
+    """Write down why a run ends, with the ranks that are gone, and return what to say; a full disk must not hide it."""
+    lost = describe_lost(run.heartbeat.find_lost(run.parallel.world_size))
+    text = f"{lost}: {text}" if lost else text
+    try:
+        run.record_event("failed", error=text)
+    except OSError as error:
+        return f"{text} (nor could this be written down: {describe(error)})"
+    return text
 
 
 def run_steps(run: Run) -> int:

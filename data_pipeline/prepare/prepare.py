@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from data_pipeline.config import DataConfig, SourceConfig
 from data_pipeline.files import write_file_atomically
+from data_pipeline.locks import take_lock
 from data_pipeline.prepare.documents import Document, Segment, SegmentReader
 from data_pipeline.prepare.duplicates import mark_duplicates, units_to_hash
 from data_pipeline.prepare.filters import make_filter
@@ -136,13 +136,10 @@ def prepare(
 
 @contextmanager
 def _only_writer(store: Path) -> Iterator[None]:
-    with (store / LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RuntimeError(
-                f"another `amfm prepare` is writing {store}; wait for it, or stop it and run this again"
-            ) from error
+    lock = take_lock(store / LOCK, wait=False)
+    if lock is None:
+        raise RuntimeError(f"another `amfm prepare` is writing {store}; wait for it, or stop it and run this again")
+    with lock:
         yield
 
 

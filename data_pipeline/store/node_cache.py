@@ -6,7 +6,6 @@ sample costs a request only when it opens a new block.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import os
@@ -19,6 +18,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from data_pipeline.files import write_file_atomically
+from data_pipeline.locks import take_lock
 from data_pipeline.store.object_store import RemoteFolder
 from data_pipeline.store.shards import DamagedError
 
@@ -158,13 +158,13 @@ class BlockCache:
     def _locked(self, name: str) -> Iterator[None]:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            file = (self._folder / f".lock-{name}").open("w")
+            lock = take_lock(self._folder / f".lock-{name}", wait=True)
         except OSError as error:
             raise RuntimeError(
                 f"data.cache.folder={self.settings.folder} can't be used ({error.strerror}); name a writable folder"
             ) from error
-        with file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        assert lock is not None, "waited for"
+        with lock:
             yield
 
 

@@ -2,8 +2,10 @@
 
 A hung collective makes no noise: the rank that hangs may be stopped, asleep or waiting for data, and all others wait for
 it. Every rank therefore has a thread that writes a small file, `run.dir/heartbeats/rank-N.json`, with step and phase,
-and that ends the process when the phase has not changed for `launch.heartbeat_seconds`. The launcher then ends the
-attempt and starts the next one from the newest checkpoint.
+and another that ends the process when the phase has not changed for `launch.heartbeat_seconds`. The launcher then ends
+the attempt and starts the next one from the newest checkpoint. They are two, because storage may hang as well: the one
+that ends the process touches no file before its time is over, and then waits a few seconds at most for what the files of
+the others say. A file that can't be written (full disk, folder removed) is tried again at the next beat.
 """
 
 from __future__ import annotations
@@ -15,13 +17,18 @@ import socket
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
+
+from data_pipeline.lines import parse_line
 
 # In the order in which a step passes them: who is in an earlier one than the others is waited for.
 PHASES = ("start", "data", "forward", "reduce", "optimizer", "validate", "save")
 HUNG = 3  # the exit code: the run failed and can be resumed
 WRITE_SECONDS = 2.0
+LOOK_SECONDS = 5.0  # for the words of the other ranks, from storage that may hang
+MAX_BEAT_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,7 @@ class Beat:
 
 
 class Heartbeat:
-    """The thread of one rank, from `start` to `close`. `at` costs an assignment; the thread alone writes files.
+    """The threads of one rank, from `start` to `close`. `at` costs an assignment; a thread alone writes files.
 
     `timeout_seconds`: None only writes. What comes before the first step is not watched: collectives time out there.
     """
@@ -51,13 +58,14 @@ class Heartbeat:
         self.interval = WRITE_SECONDS if timeout_seconds is None else min(WRITE_SECONDS, timeout_seconds / 4)
         self._place = (0, PHASES[0], time.monotonic())
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
+        self._writer = threading.Thread(target=self._write_always, name="heartbeat", daemon=True)
+        self._watcher = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def start(self) -> None:
-        """Begin to write and to watch."""
-        self.directory.mkdir(parents=True, exist_ok=True)
+        """Begin to write and to watch. Raises OSError where the first beat can't be written."""
         self._write()
-        self._thread.start()
+        self._writer.start()
+        self._watcher.start()
 
     def at(self, step: int, phase: str) -> None:
         """This rank has come to a phase of a step."""
@@ -68,10 +76,10 @@ class Heartbeat:
 
         Waits for a sign of life of every rank, at most three of its intervals. Who ended in good order left no file.
         """
-        if self._thread.ident is None:
+        if self._writer.ident is None:
             return []
         silent = {beat.rank: beat for beat in read_beats(self.directory) if beat.rank < num_ranks}
-        del silent[self.rank]
+        silent.pop(self.rank, None)  # on a full disk, or where somebody removed it, there is none
         deadline = time.monotonic() + 3 * self.interval
         while silent and time.monotonic() < deadline:
             time.sleep(self.interval / 8)
@@ -80,12 +88,14 @@ class Heartbeat:
         return list(silent.values())
 
     def close(self) -> None:
-        """End the thread and remove the file; nothing happens without a start."""
+        """End the threads and remove the file; nothing happens without a start."""
         self._closed.set()
-        if self._thread.ident is None:
+        if self._writer.ident is None:
             return
-        self._thread.join()
-        self._path(self.rank).unlink(missing_ok=True)
+        self._watcher.join()
+        self._writer.join(LOOK_SECONDS)  # not for ever: it may hang in the storage
+        with suppress(OSError):  # a beat that stays is taken for a lost rank only while others still run
+            self._path(self.rank).unlink(missing_ok=True)
 
     def _path(self, rank: int) -> Path:
         return self.directory / f"rank-{rank}.json"
@@ -93,9 +103,15 @@ class Heartbeat:
     def _write(self) -> None:
         step, phase, _ = self._place
         beat = Beat(self.rank, socket.gethostname(), step, phase, time.time())
+        self.directory.mkdir(parents=True, exist_ok=True)
         temporary = self._path(self.rank).with_suffix(".tmp")
         temporary.write_text(json.dumps(asdict(beat)), encoding="utf-8")
         os.replace(temporary, self._path(self.rank))
+
+    def _write_always(self) -> None:
+        while not self._closed.wait(self.interval):
+            with suppress(OSError):  # tried again at the next beat; training itself says what is wrong with the disk
+                self._write()
 
     def _watch(self) -> None:
         awake_since = woken = time.monotonic()
@@ -103,7 +119,6 @@ class Heartbeat:
             before, woken = woken, time.monotonic()
             if woken - before > 3 * self.interval:  # the process was itself stopped (SIGSTOP): it gets its time again
                 awake_since = woken
-            self._write()
             seconds = woken - max(self._place[2], awake_since)
             if self.timeout_seconds is not None and seconds > self.timeout_seconds:
                 self._end(seconds)
@@ -112,23 +127,35 @@ class Heartbeat:
         step, phase, _ = self._place
         sys.stderr.write(
             f"amfm: rank {self.rank} on {socket.gethostname()}: no progress for {seconds:.0f} s "
-            f"(launch.heartbeat_seconds={self.timeout_seconds:g}) at step {step}, {phase}; "
-            f"{name_laggards(read_beats(self.directory), self.rank, 3 * self.interval)}\n"
+            f"(launch.heartbeat_seconds={self.timeout_seconds:g}) at step {step}, {phase}; {self._look_around()}\n"
         )
         faulthandler.dump_traceback(all_threads=True)
         sys.stderr.flush()
         os._exit(HUNG)
 
+    def _look_around(self) -> str:
+        """Who holds this rank up, by the files of the others, if the storage gives them in time."""
+        found: list[list[Beat]] = []
+        looker = threading.Thread(target=lambda: found.append(read_beats(self.directory)), daemon=True)
+        looker.start()
+        looker.join(LOOK_SECONDS)
+        if not found:
+            return f"{self.directory} does not answer, so the storage is the suspect"
+        return name_laggards(found[0], self.rank, 3 * self.interval)
+
 
 def read_beats(directory: Path) -> list[Beat]:
-    """The last word of every rank that has not ended in good order, in rank order."""
+    """The last word of every rank that has not ended in good order, in rank order; what can't be read is left out."""
     beats = []
     for path in directory.glob("rank-*.json"):
         try:
-            text = path.read_text(encoding="utf-8")
-        except FileNotFoundError:  # it ended just now
+            with path.open("rb") as file:
+                beat = Beat(**(parse_line(file.read(MAX_BEAT_BYTES)) or {}))
+        except (OSError, TypeError):  # it ended just now, or the file is not what a rank wrote
             continue
-        beats.append(Beat(**json.loads(text)))
+        kinds: tuple[type | tuple[type, ...], ...] = (int, str, int, str, (int, float))
+        if beat.phase in PHASES and all(isinstance(value, kind) for value, kind in zip(astuple(beat), kinds)):
+            beats.append(beat)
     return sorted(beats, key=lambda beat: beat.rank)
 
 
@@ -148,7 +175,7 @@ def name_laggards(beats: list[Beat], own_rank: int, unseen_seconds: float) -> st
             f"rank {beat.rank} on {beat.host} (for {now - beat.seen:.0f} s, last at step {beat.step}, {beat.phase})"
             for beat in gone
         )
-    furthest = max(beat.place() for beat in beats)
+    furthest = max((beat.place() for beat in beats), default=(0, 0))
     behind = [beat for beat in beats if beat.place() < furthest]
     if behind:
         return "behind the others: " + ", ".join(

@@ -8,8 +8,11 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from data_pipeline.files import sync
+from data_pipeline.lines import LineFile, read_lines
+from data_pipeline.naming import named
 from pretrain.config.schema import RunConfig
 
 Metrics = dict[str, Any]
@@ -18,21 +21,21 @@ Metrics = dict[str, Any]
 class RunLog:
     """The open files of one run; only the main rank makes one.
 
-    A line is on its way to the disk when the call returns. Raises OSError when the directory cannot be written.
+    A line is with the operating system when the call returns, and on the disk after `sync`. `dropped_lines`: lines of
+    metrics.jsonl that were cut or damaged, left out at the start. Raises OSError when the directory cannot be written.
     """
 
     def __init__(self, config: RunConfig, *, resumed_at_step: int) -> None:
         directory = Path(config.run.dir)
-        keep_until(directory / "metrics.jsonl", resumed_at_step)
-        self.metrics: IO[str] = (directory / "metrics.jsonl").open("a", encoding="utf-8")
-        self.events: IO[str] = (directory / "events.jsonl").open("a", encoding="utf-8")
+        self.dropped_lines = keep_until(directory / "metrics.jsonl", resumed_at_step)
+        self.metrics = LineFile(directory / "metrics.jsonl")
+        self.events = LineFile(directory / "events.jsonl")
         self.tensorboard = open_tensorboard(directory, resumed_at_step) if config.run.tensorboard else None
         self.wandb = open_wandb(config) if config.run.wandb_project is not None else None
 
     def write_metrics(self, metrics: Metrics) -> None:
         """One line a step; numbers also go to the plots, nested ones as `expert_load/3`."""
-        self.metrics.write(json.dumps(metrics) + "\n")
-        self.metrics.flush()
+        self.metrics.write(metrics)
         step, numbers = int(metrics["step"]), flatten_numbers(metrics)
         if self.tensorboard is not None:
             for name, value in numbers.items():
@@ -43,8 +46,12 @@ class RunLog:
     def write_event(self, event: str, step: int, **details: Any) -> None:
         """One line for what does not happen at every step: start, checkpoint, validation, signal, skip, end."""
         time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        self.events.write(json.dumps({"time": time, "event": event, "step": step, **details}) + "\n")
-        self.events.flush()
+        self.events.write({"time": time, "event": event, "step": step, **details})
+
+    def sync(self) -> None:
+        """Make the lines durable: a checkpoint of a step must not outlive the line of the step."""
+        self.metrics.sync()
+        self.events.sync()
 
     def close(self) -> None:
         """Flush and close everything."""
@@ -56,20 +63,27 @@ class RunLog:
             self.wandb.finish()
 
 
-def keep_until(path: Path, step: int) -> None:
-    """Drop the lines of steps that a resumed run will do again, and a line that a kill cut short."""
+def keep_until(path: Path, step: int) -> int:
+    """Drop the lines of steps that a resumed run will do again, and those that are cut or damaged; returns how many were.
+
+    The file is replaced at once, line by line, so that neither a kill nor its size matters.
+    """
     if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            if int(json.loads(line)["step"]) <= step:
-                kept.append(line + "\n")
-        except json.JSONDecodeError:
-            continue
+        return 0
+    damaged = 0
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
+    with temporary.open("wb") as file, named(temporary):
+        for _, record in read_lines(path):
+            found = None if record is None else record.get("step")
+            if not isinstance(found, int):
+                damaged += 1
+            elif found <= step:
+                file.write(json.dumps(record).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
+    sync(path.parent)
+    return damaged
 
 
 def open_tensorboard(directory: Path, resumed_at_step: int) -> Any:

@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from data_pipeline.lines import read_lines
 from pretrain.config.file import load_config
 from pretrain.config.schema import RunConfig
 from pretrain.stages import RunStage, resolve_stages
@@ -122,18 +123,11 @@ def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """(objects, notes) of a file with one JSON object a line; a line cut short by a kill is left out and noted."""
     objects: list[dict[str, Any]] = []
     notes: list[str] = []
-    for number, text in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
-        if not text.strip():
-            continue
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError:
-            notes.append(f"{path.name}: line {number} is cut short or damaged and left out")
-            continue
-        if isinstance(value, dict):
-            objects.append(value)
+    for number, record in read_lines(path):
+        if record is not None:
+            objects.append(record)
         else:
-            notes.append(f"{path.name}: line {number} is not an object and left out")
+            notes.append(f"{path.name}: line {number} is cut short or damaged and left out")
     return objects, notes
 
 

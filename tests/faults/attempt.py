@@ -13,6 +13,7 @@ from typing import Any
 import torch.distributed
 
 from data_pipeline.config import DataConfig
+from pretrain.failures import describe, exit_code
 from pretrain.train import train
 from tests.pretrain.tiny_run import tiny_config
 
@@ -23,8 +24,8 @@ PATIENCE_SECONDS = 60.0
 class Attempt:
     """The ranks of one start of a run, each a forked process: what they import is in memory already.
 
-    `prepare` is called in each rank with its number, before it trains. A rank that fails leaves its message in
-    `run_dir/error-N.txt`.
+    `prepare` is called in each rank with its number, before it trains. A rank that fails ends with the code that `amfm`
+    would and leaves its message in `run_dir/error-N.txt`.
     """
 
     data: DataConfig
@@ -52,8 +53,9 @@ class Attempt:
             if self.prepare is not None:
                 self.prepare(rank)
             code = train(tiny_config(self.data, self.run_dir, **self.settings))
-        except RuntimeError as error:
-            (self.run_dir / f"error-{rank}.txt").write_text(str(error), encoding="utf-8")
+        except (RuntimeError, ValueError, OSError) as error:
+            (self.run_dir / f"error-{rank}.txt").write_text(describe(error), encoding="utf-8")
+            code = exit_code(error)
         finally:
             os._exit(code)
 

@@ -25,6 +25,18 @@ HANG = (
     "print('moved for longer than the timeout', flush=True)\n"
     "time.sleep(30)\n"
 )
+WITHOUT_FOLDER = (
+    "import shutil, sys, time\n"
+    "from pathlib import Path\n"
+    "from pretrain.monitor.heartbeat import Heartbeat\n"
+    "heartbeat = Heartbeat(Path(sys.argv[1]), rank=1, timeout_seconds=0.8)\n"
+    "heartbeat.start()\n"
+    "shutil.rmtree(sys.argv[1])\n"
+    "Path(sys.argv[1]).write_text('no folder any more')\n"
+    "assert heartbeat.find_lost(2) == []\n"
+    "heartbeat.at(5, 'reduce')\n"
+    "time.sleep(30)\n"
+)
 STOPPED = (
     "import sys\n"
     "from pathlib import Path\n"
@@ -49,6 +61,29 @@ def test_a_rank_without_progress_ends_with_its_place_and_its_stack(tmp_path: Pat
     assert "rank 1 on " in done.stderr
     assert "(launch.heartbeat_seconds=0.8) at step 5, reduce" in done.stderr
     assert "time.sleep" in done.stderr or "<string>" in done.stderr
+
+
+def test_the_watchdog_outlives_the_loss_of_its_folder(tmp_path: Path) -> None:
+    place = str(tmp_path / "run")
+    done = subprocess.run([sys.executable, "-c", WITHOUT_FOLDER, place], capture_output=True, text=True, check=False)
+    assert done.returncode == HUNG, done.stderr
+    assert "at step 5, reduce" in done.stderr
+
+
+def test_beats_that_no_rank_wrote_are_left_out(tmp_path: Path) -> None:
+    good = asdict(beat(2, 7, "reduce"))
+    texts = [
+        "",
+        "null",
+        "[]",
+        '{"rank": 1}',
+        "{",
+        json.dumps({**good, "phase": "x"}),
+        json.dumps({**good, "step": None}),
+    ]
+    for number, text in enumerate([*texts, json.dumps(good)]):
+        (tmp_path / f"rank-{number}.json").write_text(text)
+    assert [found.rank for found in read_beats(tmp_path)] == [2]
 
 
 def test_a_rank_that_was_stopped_itself_gets_its_time_again(tmp_path: Path) -> None:

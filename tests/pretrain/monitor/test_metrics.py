@@ -18,10 +18,17 @@ HAS_WANDB = importlib.util.find_spec("wandb") is not None
 def test_resume_drops_steps_to_be_done_again_and_a_line_cut_short(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3)) + '{"step": 4, "lo')
-    keep_until(path, 2)
+    assert keep_until(path, 2) == 1
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
-    keep_until(tmp_path / "absent.jsonl", 2)
+    assert keep_until(tmp_path / "absent.jsonl", 2) == 0
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_resume_leaves_out_lines_that_are_no_step(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('null\n[1]\n{"step": "2"}\n{"loss": 1}\n{"step": 2}\n')
+    assert keep_until(path, 2) == 4
+    assert path.read_text() == '{"step": 2}\n'
 
 
 def test_nested_numbers_are_named_by_their_path() -> None:

@@ -1,0 +1,79 @@
+"""Files of JSON lines that a crash may cut anywhere: appended whole or not at all, repaired when they are opened again."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.naming import named
+
+MAX_LINE_BYTES = 1 << 26
+
+
+class LineFile:
+    """A file to append lines to; one process writes it.
+
+    What a crash cut short at the end is dropped when it is opened, so that the next line does not continue it. A line
+    that the disk did not take is taken back as far as it came. Raises OSError with the path.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with named(path):
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+            self._drop_torn_end()
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one line; it is with the operating system when this returns."""
+        left = memoryview(json.dumps(record).encode() + b"\n")
+        with named(self.path):
+            start = os.fstat(self._descriptor).st_size
+            try:
+                while left:
+                    left = left[os.write(self._descriptor, left) :]
+            except OSError:
+                os.ftruncate(self._descriptor, start)
+                raise
+
+    def sync(self) -> None:
+        """Return when the disk holds every line."""
+        with named(self.path):
+            os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._descriptor)
+
+    def _drop_torn_end(self) -> None:
+        size = os.fstat(self._descriptor).st_size
+        tail = os.pread(self._descriptor, min(size, MAX_LINE_BYTES), max(0, size - MAX_LINE_BYTES))
+        torn = len(tail) - (tail.rfind(b"\n") + 1)
+        if torn and parse_line(tail[-torn:]) is not None:  # written by hand, without the last newline
+            os.write(self._descriptor, b"\n")
+        elif torn:
+            os.ftruncate(self._descriptor, size - torn)
+
+
+def parse_line(line: bytes) -> dict[str, Any] | None:
+    """The object on a line; None for anything else, cut or damaged or of another kind."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """(number from 1, object or None) of every line that is not blank; lines longer than 64 MiB count as damaged."""
+    with path.open("rb") as file, named(path):
+        number = 0
+        while line := file.readline(MAX_LINE_BYTES):
+            number += 1
+            is_whole = line.endswith(b"\n") or len(line) < MAX_LINE_BYTES
+            while not line.endswith(b"\n") and (rest := file.readline(MAX_LINE_BYTES)):
+                line = rest  # of a line that is too long the end alone is looked for
+            if line.strip() or not is_whole:
+                yield number, parse_line(line) if is_whole else None

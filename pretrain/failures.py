@@ -1,0 +1,60 @@
+"""What an error means, judged in one place: exit code and words, by the phase that it came up in.
+
+While a command starts, what its user can correct (a setting, a path) ends with 2 and everything else of the machine with
+3. Once a run is under way nothing is the settings' fault any more: whatever the machine refuses ends with 3, so that a
+supervisor starts again from the newest checkpoint. A bug (AssertionError, TypeError, ...) is neither and keeps its
+traceback. Messages of the system carry the path they are about (`data_pipeline.naming.named`).
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pretrain.launcher_protocol import BAD_INPUT, RUN_FAILED
+
+# What a path in the settings can be wrong about; the rest of the system's errors are the machine's state.
+CORRECTABLE = {
+    *(errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS, errno.EINVAL),
+}
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+
+
+def exit_code(error: ValueError | RuntimeError | OSError) -> int:
+    """2 for what the user can correct, 3 for the machine's state; for an error that ended a start, or a whole verb."""
+    if isinstance(error, OSError):
+        # Libraries raise some without a number, for files that are not there.
+        return BAD_INPUT if error.errno is None or error.errno in CORRECTABLE else RUN_FAILED
+    return BAD_INPUT if isinstance(error, ValueError) else RUN_FAILED
+
+
+def is_bug(error: BaseException) -> bool:
+    """Whether an error is a bug although Python derives it from RuntimeError."""
+    return isinstance(error, RecursionError | NotImplementedError)
+
+
+def describe(error: Exception) -> str:
+    """The message of an error; the system's own ones with path and remedy."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}; {choose_remedy(error.errno)}"
+    return str(error) or type(error).__name__
+
+
+def choose_remedy(number: int | None) -> str:
+    """What helps against an error of the system."""
+    if number in FULL:
+        return "make room and go on"
+    if number in CORRECTABLE:
+        return "name another path, or make this one readable and writable"
+    return "the storage failed; go on when it answers again"
+
+
+@contextmanager
+def while_running() -> Iterator[None]:
+    """Inside the block a run is under way: errors of the system and of values become RuntimeError, which ends with 3."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise RuntimeError(describe(error)) from error

@@ -1,0 +1,29 @@
+"""A lock file is held by one, and is no way to another file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.locks import take_lock
+
+
+def test_a_lock_has_one_holder_and_keeps_what_is_in_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    path.write_text("a remark")
+    first = take_lock(path, wait=False)
+    assert first is not None and take_lock(path, wait=False) is None
+    first.close()
+    second = take_lock(path, wait=True)
+    assert second is not None and path.read_text() == "a remark"
+    second.close()
+
+
+def test_a_link_in_the_place_of_a_lock_is_refused_and_its_target_untouched(tmp_path: Path) -> None:
+    victim, path = tmp_path / "thesis.tex", tmp_path / "lock"
+    victim.write_text("years of work")
+    path.symlink_to(victim)
+    with pytest.raises(OSError, match="symbolic links"):
+        take_lock(path, wait=False)
+    assert victim.read_text() == "years of work"

@@ -1,0 +1,53 @@
+"""The library of disk.c, built once, and the variables that put it in front of a process."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).with_name("disk.c")
+ROOT = SOURCE.parent.parent.parent
+
+
+@functools.cache
+def build_library() -> Path:
+    """The shared library; a machine without a compiler skips the test, and says what was not tested."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None or not sys.platform.startswith("linux"):
+        pytest.skip("NOT TESTED: faults of storage need Linux and a C compiler (cc or gcc)")
+    digest = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
+    library = Path(tempfile.gettempdir(), f"amfm-disk-{digest}-{os.getuid()}.so")
+    if not library.exists():
+        made = library.with_suffix(f".{os.getpid()}")
+        subprocess.run(
+            [compiler, "-O1", "-shared", "-fPIC", "-w", "-o", str(made), str(SOURCE), "-lpthread"], check=True
+        )
+        os.replace(made, library)
+    return library
+
+
+def fault(operation: str, pattern: str, error: str, *, after: int = 0, when: Path | None = None) -> str:
+    """A rule by the name of an error (ESTALE), or an effect in the words of disk.c (sleep=3)."""
+    effect = error if "=" in error else f"errno={getattr(errno, error)}"
+    return f"{operation} {pattern} after={after} {f'when={when} ' if when else ''}{effect}"
+
+
+def with_faults(rules: Sequence[str]) -> dict[str, str]:
+    """The environment of a process that meets these faults."""
+    return {**os.environ, "LD_PRELOAD": str(build_library()), "AMFM_FAULTS": ";".join(rules), "PYTHONPATH": str(ROOT)}
+
+
+def with_record(record: Path, under: Path) -> dict[str, str]:
+    """The environment of a process whose changes below a folder are written down."""
+    variables = {"LD_PRELOAD": str(build_library()), "AMFM_RECORD": str(record), "AMFM_RECORD_UNDER": str(under)}
+    return {**os.environ, **variables, "PYTHONPATH": str(ROOT)}

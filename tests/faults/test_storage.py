@@ -1,0 +1,76 @@
+"""Storage that fails while a run is under way: it ends with 3, says which path, and goes on as if nothing had been."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretrain.launcher_protocol import RUN_FAILED
+from tests.faults.disk import fault, with_faults
+from tests.pretrain.tiny_run import read_events, read_metrics, tiny_data
+
+SETTINGS = {"train__steps": 4, "train__checkpoint_every_steps": 2}
+
+# Name -> (operation, path below the run directory, error, calls that pass before it).
+PASSING = {
+    "stale metrics": ("write", "metrics.jsonl", "ESTALE", 2),
+    "read-only metrics": ("write", "metrics.jsonl", "EROFS", 2),
+    "events time out": ("write", "events.jsonl", "ETIMEDOUT", 1),
+    "disconnected metrics": ("fsync", "metrics.jsonl", "ENOTCONN", 0),
+    "full log": ("write", "*.jsonl", "ENOSPC", 3),
+    "quota of the checkpoint": ("write", "checkpoints/*.safetensors", "EDQUOT", 0),
+    "broken checkpoint disk": ("fsync", "checkpoints/*.safetensors", "EIO", 1),
+    "torn manifest": ("write", "checkpoints/*manifest.json*", "torn=5", 1),
+}
+
+
+def run_jobs(place: Path, jobs: dict[str, Any], rules: list[str]) -> dict[str, Any]:
+    """The results of storage_child.py for runs under these rules."""
+    (place / "jobs.json").write_text(json.dumps(jobs))
+    subprocess.run(
+        [sys.executable, "-m", "tests.faults.storage_child", str(place)],
+        env=with_faults(rules),
+        check=True,
+        timeout=250,
+    )
+    return json.loads((place / "results.json").read_text())
+
+
+def run_under_faults(place: Path, faults: dict[str, tuple[str, str, str, int]]) -> dict[str, Any]:
+    """An undisturbed run, then for each fault one that meets it and is started again without it."""
+    rules, runs = [], {"straight": {"run": "straight", "settings": SETTINGS, "ranks": 1}}
+    for number, (operation, path, error, after) in enumerate(faults.values()):
+        run = f"run{number}"
+        rules.append(fault(operation, f"*/{run}/{path}", error, after=after, when=place / f"fault{number}.on"))
+        runs[f"fault{number}"] = {"run": run, "settings": SETTINGS, "ranks": 1}
+        runs[f"again{number}"] = {"run": run, "settings": SETTINGS, "ranks": 1}
+    jobs = {"data": tiny_data(place / "data").model_dump(mode="json"), "runs": runs}
+    return run_jobs(place, jobs, rules)
+
+
+def check_survived(place: Path, results: dict[str, Any], faults: dict[str, tuple[str, str, str, int]]) -> None:
+    losses = {line["step"]: line["loss"] for line in read_metrics(place / "straight")}
+    assert results["straight"]["codes"] == [0] and len(losses) == SETTINGS["train__steps"]
+    for number, name in enumerate(faults):
+        run_dir = place / f"run{number}"
+        outcome = results[f"fault{number}"]
+        assert outcome["codes"] == [RUN_FAILED], (name, outcome)
+        assert str(run_dir) in outcome["said"][0], (name, outcome)
+        assert results[f"again{number}"] == {"codes": [0], "said": [""]}, (name, results[f"again{number}"])
+        assert {line["step"]: line["loss"] for line in read_metrics(run_dir)} == losses, name
+        read_events(run_dir)
+
+
+def test_a_passing_fault_of_the_storage_ends_with_3_and_loses_nothing(tmp_path: Path) -> None:
+    faults = {name: PASSING[name] for name in ("stale metrics", "broken checkpoint disk")}
+    check_survived(tmp_path, run_under_faults(tmp_path, faults), faults)
+
+
+@pytest.mark.slow
+def test_every_passing_fault_of_the_storage_ends_with_3_and_loses_nothing(tmp_path: Path) -> None:
+    check_survived(tmp_path, run_under_faults(tmp_path, PASSING), PASSING)

@@ -1,0 +1,33 @@
+"""An error is judged by its kind and by the phase of the run."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from pretrain.failures import describe, exit_code, while_running
+
+
+@pytest.mark.parametrize("name", ["ESTALE", "EIO", "ETIMEDOUT", "ENOTCONN", "ENOSPC", "EDQUOT", "EHOSTDOWN"])
+def test_the_machines_state_can_be_resumed_in_every_phase(name: str) -> None:
+    assert exit_code(OSError(getattr(errno, name), "x", "path")) == 3
+
+
+@pytest.mark.parametrize("name", ["ENOENT", "EACCES", "EROFS", "ENOTDIR", "ELOOP"])
+def test_a_path_is_the_users_to_correct_until_the_run_is_under_way(name: str) -> None:
+    refusal = OSError(getattr(errno, name), "refused", "runs/x/metrics.jsonl")
+    assert exit_code(refusal) == 2
+    with pytest.raises(RuntimeError, match=r"runs/x/metrics\.jsonl: refused; ") as raised, while_running():
+        raise refusal
+    assert exit_code(raised.value) == 3
+
+
+def test_a_bug_keeps_its_type() -> None:
+    with pytest.raises(KeyError), while_running():
+        raise KeyError("step")
+
+
+def test_words_of_the_system_carry_path_and_remedy() -> None:
+    stale = OSError(errno.ESTALE, "Stale file handle", "runs/x")
+    assert describe(stale) == "runs/x: Stale file handle; the storage failed; go on when it answers again"
