@@ -1,15 +1,21 @@
-"""Seconds of collectives on the declared links: rings for gathers and reductions, all ranks at once for all-to-all."""
+"""Seconds of collectives on the declared links: rings for gathers and reductions, all ranks at once for all-to-all.
+
+How it works: `exchanges.py` says which bytes a stage hands to which collective; here each row is timed with the links
+between the ranks of its axis. Ranks are numbered with the tensor axis innermost, so an axis of `ranks` neighbours lies
+`stride` ranks apart, which decides whether it stays inside a node. Nothing overlaps but what `overlap` says.
+"""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Iterable
 
-from launch.plan.activations import FLOAT32_BYTES, Storage
-from launch.plan.context_traffic import handed_states
+from launch.plan.exchanges import Exchange, pass_exchanges
 from launch.plan.hardware import Hardware
 from launch.plan.layout import Layout, StageShare
-from launch.plan.registered import is_registered, registered_block
 from pretrain.config.schema import RunConfig
+
+# Axes of process groups under the names of the plan's parts.
+PARTS = {"tp": "tensor", "ep": "expert", "expt_tp": "expert", "cp": "context", "pp": "pipeline"}
 
 
 def ring_seconds(moved: float, ranks: int, hardware: Hardware, *, calls: float, stride: int = 1) -> float:
@@ -20,48 +26,63 @@ def ring_seconds(moved: float, ranks: int, hardware: Hardware, *, calls: float, 
     return moved * (ranks - 1) / ranks / speed + calls * (ranks - 1) * hardware.hop_seconds
 
 
-def all_to_all_seconds(sent: float, ranks: int, hardware: Hardware, *, stride: int = 1) -> float:
+def all_to_all_seconds(sent: float, ranks: int, hardware: Hardware, *, calls: int = 1, stride: int = 1) -> float:
     """Every rank sends `sent` bytes, evenly over all: those that leave the node share its network, the rest its links."""
     if ranks == 1:
         return 0.0
     together = min(ranks, max(1, hardware.gpus_per_node // stride))
     inside = sent * (together - 1) / ranks / hardware.node_link_bytes_per_second
     across = sent * (ranks - together) / ranks / hardware.network_bytes_per_second
-    return max(inside, across) / hardware.link_efficiency + hardware.hop_seconds
+    return max(inside, across) / hardware.link_efficiency + calls * hardware.hop_seconds
+
+
+def axis_place(axis: str, layout: Layout) -> tuple[int, int]:
+    """Ranks of a group of this axis, and how many ranks lie from one of them to the next."""
+    match axis:
+        case "tp":
+            return layout.tensor, 1
+        case "expt_tp":
+            return layout.expert_tensor, 1
+        case "ep":
+            return layout.expert, layout.expert_tensor
+        case "cp":
+            return layout.context, layout.tensor
+        case "pp":
+            return layout.pipeline, layout.stage_ranks
+        case "dp_cp":
+            return layout.dense_sharers, layout.tensor
+    assert axis == "expt_dp", f"{axis} is no axis of a layout"
+    return layout.expert_sharers, layout.expert * layout.width_ranks
+
+
+def exchange_seconds(exchange: Exchange, layout: Layout, hardware: Hardware) -> float:
+    """Seconds of all calls of one exchange; a send goes over the network, as pipeline stages are on different nodes."""
+    ranks, stride = axis_place(exchange.axis, layout)
+    handed = exchange.stage_bytes / layout.stage_ranks
+    if exchange.collective == "send":
+        return handed / (hardware.network_bytes_per_second * hardware.link_efficiency)
+    if exchange.collective == "all_to_all":
+        return all_to_all_seconds(handed, ranks, hardware, calls=exchange.calls, stride=stride)
+    # Bytes that a ring moves: a gather's result, a scatter's input, and an all-reduce's twice.
+    rings = 2 if exchange.collective == "all_reduce" else 1
+    moved = handed * ranks if exchange.collective == "all_gather" else handed
+    return rings * ring_seconds(moved, ranks, hardware, calls=exchange.calls, stride=stride)
+
+
+def total_seconds(exchanges: Iterable[Exchange], layout: Layout, hardware: Hardware) -> float:
+    """Seconds of exchanges that come one after the other."""
+    return sum(exchange_seconds(exchange, layout, hardware) for exchange in exchanges)
 
 
 def pass_seconds(
-    config: RunConfig, layout: Layout, hardware: Hardware, storage: Storage, held: StageShare, *, overlap: float
+    config: RunConfig, layout: Layout, hardware: Hardware, held: StageShare, *, overlap: float
 ) -> dict[str, float]:
-    """Communication inside one micro-batch's forward and backward pass on one rank, by axis."""
-    model, e, tokens = config.model, storage.element_bytes, layout.tokens(config)
-    stream = tokens * model.hidden_size * e
-    seconds = dict.fromkeys(("tensor", "expert", "context", "pipeline"), 0.0)
-    # A gather and a scatter each way, or two all-reduces: the same bytes. The head and the embedding do it too.
-    crossings = 4 * (len(held.letters) + held.has_embedding + held.has_head)
-    seconds["tensor"] = crossings * ring_seconds(stream, layout.tensor, hardware, calls=1)
-    experts = held.letters.count("E")
-    if layout.expert > 1 and model.moe is not None:
-        width = model.moe.latent_size or model.hidden_size
-        rows = tokens / layout.tensor * model.moe.top_k * width * e
-        one_way = all_to_all_seconds(rows, layout.expert, hardware, stride=layout.expert_tensor)
-        beside = ring_seconds(rows * layout.expert_tensor, layout.expert_tensor, hardware, calls=1)
-        seconds["expert"] = 4 * experts * (one_way + beside)
-    if layout.context > 1:
-        if model.attention is not None:
-            heads = max(1, model.attention.num_kv_heads / layout.tensor)
-            keys = 2 * tokens * layout.context * heads * model.attention.head_dim * e
-            ring = ring_seconds(keys, layout.context, hardware, calls=1, stride=layout.tensor)
-            seconds["context"] += 2 * held.letters.count("*") * ring
-        if model.mamba is not None:
-            moved = handed_states(model.mamba, layout.micro_batch_size, layout.tensor) * layout.context
-            ring = ring_seconds(moved, layout.context, hardware, calls=2, stride=layout.tensor)
-            seconds["context"] += held.letters.count("M") * ring
-        for letter in filter(is_registered, held.letters):
-            numbers = registered_block(model, letter, torch.bfloat16, config.train.sequence_length).state_numbers
-            sent = 2 * FLOAT32_BYTES * layout.micro_batch_size * numbers / layout.tensor * layout.context
-            seconds["context"] += ring_seconds(sent, layout.context, hardware, calls=2, stride=layout.tensor)
-    if layout.pipeline > 1:
-        sent = 2 * layout.virtual_stages * stream / layout.stream_ranks
-        seconds["pipeline"] = (1 - overlap) * sent / (hardware.network_bytes_per_second * hardware.link_efficiency)
+    """Communication inside one micro-batch's forward and backward pass on one rank, by axis.
+
+    `overlap`: the part of a pipeline's sends that runs beside compute; all else waits.
+    """
+    seconds = dict.fromkeys(PARTS.values(), 0.0)
+    for exchange in pass_exchanges(config, layout, held):
+        seconds[PARTS[exchange.axis]] += exchange_seconds(exchange, layout, hardware)
+    seconds["pipeline"] *= 1 - overlap
     return seconds

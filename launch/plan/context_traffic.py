@@ -8,6 +8,7 @@ from model.config.schema import Mamba2Config
 from pretrain.config.schema import RunConfig
 
 STATE_BYTES = 4
+SEGMENTS = 2  # of a row on each context rank
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,13 @@ def states_bytes(mamba: Mamba2Config, rows: int, context: int, tensor: int, widt
 
 def handed_states(mamba: Mamba2Config, rows: int, tensor: int) -> int:
     """Bytes that a rank hands to both all-gathers of a block: states and decays of two segments a row, whatever their length."""
-    state = mamba.head_dim * mamba.state_size
-    return 2 * rows * (mamba.num_heads // tensor) * (2 * state + 1) * STATE_BYTES
+    heads = mamba.num_heads // tensor
+    return segment_states(rows, heads * mamba.head_dim * mamba.state_size) + SEGMENTS * rows * heads * STATE_BYTES
+
+
+def segment_states(rows: int, numbers: int) -> int:
+    """Bytes of the states of a rank's segments and of their gradients, for a state of so many numbers a row."""
+    return SEGMENTS * rows * 2 * numbers * STATE_BYTES
 
 
 def exchanged_windows(mamba: Mamba2Config, rows: int, context: int, tensor: int, width: int) -> int:

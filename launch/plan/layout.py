@@ -54,6 +54,11 @@ class Layout:
         return max(1, self.ranks // (self.tensor * self.context * self.pipeline))
 
     @property
+    def stage_ranks(self) -> int:
+        """Ranks of one pipeline stage."""
+        return self.ranks // self.pipeline
+
+    @property
     def dense_sharers(self) -> int:
         """Ranks with the same dense weights: ZeRO spreads over them."""
         return self.data * self.context
@@ -79,9 +84,9 @@ class Layout:
         """Micro-batches of a data rank and step."""
         return max(1, config.train.global_batch_size // (self.micro_batch_size * self.data))
 
-    def tokens(self, config: RunConfig) -> float:
+    def tokens(self, config: RunConfig) -> int:
         """Tokens of a micro-batch on one context rank."""
-        return self.micro_batch_size * config.train.sequence_length / self.context
+        return self.micro_batch_size * config.train.sequence_length // self.context
 
     def settings(self) -> dict[str, Any]:
         """The `parallel` section that asks for it."""
@@ -125,6 +130,12 @@ class StageShare:
     def parameters(self) -> float:
         """All that the rank computes with."""
         return self.dense + self.routed
+
+    def gradient_groups(self, layout: Layout) -> tuple[tuple[float, bool], ...]:
+        """(parameters, whether they are experts spread over ranks) of all that is reduced over the same ranks."""
+        if layout.expert == 1:
+            return ((self.parameters, False),)
+        return ((self.dense, False), (self.routed, True))
 
     def share(self, layout: Layout) -> float:
         """Its part of the states that ZeRO spreads."""

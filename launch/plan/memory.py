@@ -10,11 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from launch.plan.activations import FLOAT32_BYTES, Split, Storage, block_bytes, head_bytes, recomputed_bytes
+from launch.plan.exchanges import BUCKET_ELEMENTS
 from launch.plan.layout import Layout, StageShare, held_by_stages
 from pretrain.config.schema import RunConfig
 from pretrain.recompute import recomputed_letters
 
-BUCKET_ELEMENTS = 200_000_000  # of a reduction (pretrain/engine/engine.py)
 STAGE0_BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's own all-reduce
 PREFETCH_ELEMENTS = 50_000_000  # that it gathers ahead
 LIVE_ELEMENTS = 1_000_000_000  # weights that ZeRO-3 keeps gathered

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 
 from launch.plan.activations import FLOAT32_BYTES, Storage, up_rows
-from launch.plan.communication import pass_seconds, ring_seconds
+from launch.plan.communication import pass_seconds, ring_seconds, total_seconds
+from launch.plan.exchanges import reduction_exchanges
 from launch.plan.hardware import Hardware
 from launch.plan.layout import Layout, StageShare, held_by_stages
-from launch.plan.memory import BUCKET_ELEMENTS
 from launch.plan.registered import is_registered, registered_block
 from model.config.pattern import block_kind
 from model.config.schema import ModelConfig
@@ -216,7 +216,7 @@ def _estimate_stage(
     }
     if held.has_head:
         compute["head"] = passes * head_seconds(config, layout, hardware, storage)
-    one_pass = pass_seconds(config, layout, hardware, storage, held, overlap=overlap)
+    one_pass = pass_seconds(config, layout, hardware, held, overlap=overlap)
     communication = {axis: passes * seconds for axis, seconds in one_pass.items() if seconds}
     busy = (sum(compute.values()) + sum(communication.values())) / passes
     bubble = (layout.pipeline - 1) / layout.virtual_stages * busy / (3 if layout.schedule == "zero_bubble" else 1)
@@ -231,7 +231,7 @@ def _estimate_stage(
         communication,
         bubble,
         optimizer_seconds(held, passes, layout, hardware, storage),
-        reduction_seconds(held, layout, hardware, storage),
+        reduction_seconds(config, layout, hardware, held),
         gathers - hidden,
     )
 
@@ -246,24 +246,9 @@ def optimizer_seconds(held: StageShare, passes: int, layout: Layout, hardware: H
     return moved / (hardware.memory_bytes_per_second * hardware.memory_efficiency)
 
 
-def reduction_seconds(held: StageShare, layout: Layout, hardware: Hardware, storage: Storage) -> float:
+def reduction_seconds(config: RunConfig, layout: Layout, hardware: Hardware, held: StageShare) -> float:
     """Gradients, in float32: an all-reduce at stages 0 to 2, a scatter at 3; then weights gathered at 1 and 2."""
-    seconds = 0.0
-    groups = (
-        (held.dense, layout.dense_sharers, layout.tensor),
-        (
-            held.routed,
-            layout.expert_sharers,
-            layout.expert * layout.width_ranks,
-        ),
+    return sum(
+        total_seconds(reduction_exchanges(config, layout, parameters, is_spread=is_spread), layout, hardware)
+        for parameters, is_spread in held.gradient_groups(layout)
     )
-    for parameters, ranks, stride in groups:
-        calls = int(-(-parameters // BUCKET_ELEMENTS))
-        scatter = ring_seconds(FLOAT32_BYTES * parameters, ranks, hardware, calls=calls, stride=stride)
-        if layout.zero_stage == 3:
-            seconds += scatter
-            continue
-        moved = storage.element_bytes * parameters
-        gather = ring_seconds(moved, ranks, hardware, calls=calls, stride=stride)
-        seconds += 2 * scatter + (gather if layout.zero_stage else 0.0)
-    return seconds

@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from typing import Any
 
 import pytest
 
 from launch.bench.communication import bench_comm, load_layout
 from launch.cli import run
+from launch.plan.exchanges import pass_exchanges
+from launch.plan.layout import Layout, held_by_stages
 from launch.plan.traffic import expected_bytes
 from tests.helpers.spawn import run_ranks
 
+LIGHTNING = "model.mixers.lightning={num_heads: 8, head_dim: 8}"
 TWO_RANKS = [
     "expert=2",
     "tensor=2 sequence_parallel=true zero_stage=2 model.attention.qk_norm=true",
@@ -51,6 +55,21 @@ def assert_equal(results: list[dict[str, Any]], layouts: list[str]) -> None:
         differing = [row for row in result["rows"] if row["handed_bytes"] != row["formula_bytes"]]
         assert result["equal"] and not differing, (layout, differing)
         assert sum(row["handed_bytes"] for row in result["rows"]) > 1e6
+        assert_calls_equal(result, layout)
+
+
+def assert_calls_equal(result: dict[str, Any], layout: str) -> None:
+    """What the plan's latencies count: calls in the passes, without all-reduces, which gradients have too."""
+    config = load_layout(overrides(layout), result["ranks"])
+    place = Layout.of(config, result["ranks"])
+    planned: Counter[tuple[str, str, str]] = Counter()
+    for held in held_by_stages(config.model, place, config.train.sequence_length):
+        for found in pass_exchanges(config, place, held):
+            calls = found.calls * place.stage_ranks * place.micro_batches(config)
+            planned[found.axis, found.collective, found.dtype] += calls
+    counted = {(row["axis"], row["collective"], row["dtype"]): row["calls"] for row in result["rows"]}
+    differing = {key: (calls, counted.get(key)) for key, calls in planned.items() if calls != counted.get(key)}
+    assert not {key: pair for key, pair in differing.items() if key[1] != "all_reduce"}, (layout, differing)
 
 
 def test_counted_bytes_are_those_of_the_formulas_on_each_axis() -> None:
@@ -98,6 +117,10 @@ def test_the_verb_starts_ranks_and_prints_one_object() -> None:
         (
             ["--comm", "--nproc", "2", "parallel.expert=2", "model.moe.capacity_factor=1.5"],
             "model.moe.capacity_factor=1.5 has no formula with parallel.expert=2",
+        ),
+        (
+            ["--comm", "--nproc", "2", "parallel.context=2", "model.pattern=MEL*-E", LIGHTNING],
+            "model.pattern has L, whose exchange has no formula with parallel.context=2",
         ),
         (["--comm", "--nproc", "2", "parallel.expert=3"], "parallel.expert=3: must divide model.moe.num_experts=8"),
     ],

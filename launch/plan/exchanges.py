@@ -1,0 +1,203 @@
+"""What one pipeline stage hands to collectives: in a micro-batch's forward and backward pass, and with its gradients.
+
+How it works: every function returns `Exchange` rows for all ranks of a stage together, from the layout and the letters
+of the stage alone, so that a search over thousands of layouts builds no model. `communication.py` turns the rows into
+seconds; `traffic.py` adds them up over micro-batches and stages, and `amfm bench step --comm` holds the sums against
+bytes counted in a real step. Why one source: a plan that times other bytes than those which are counted is wrong without
+anybody noticing. An axis of one rank sends nothing and has no row.
+
+Letters in the comments: B rows of a micro-batch, T tokens of a row on a context rank, D hidden size, K choices a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from launch.plan.context_traffic import exchanged_windows, handed_states, segment_states
+from launch.plan.layout import Layout, StageShare
+from launch.plan.registered import is_registered, registered_block
+from model.config.schema import ModelConfig, MoeConfig
+from pretrain.config.schema import RunConfig
+
+FLOAT32, INT64 = 4, 8
+BUCKET_ELEMENTS = 200_000_000  # gradients of one reduction (pretrain/engine/engine.py)
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Calls of one collective over one axis, with numbers of one type.
+
+    `calls`: of each rank. `stage_bytes`: handed in by all ranks of the pipeline stage together.
+    """
+
+    axis: str
+    collective: str
+    dtype: str
+    calls: int
+    stage_bytes: float
+
+
+def element_type(config: RunConfig) -> tuple[str, int]:
+    """Name and bytes of the numbers that weights and activations are made of."""
+    return {"float32": ("float32", 4), "bf16": ("bfloat16", 2)}[config.train.precision]
+
+
+def pass_exchanges(config: RunConfig, layout: Layout, held: StageShare) -> list[Exchange]:
+    """All exchanges of one micro-batch on a stage, forward and backward; `config` says all but the layout."""
+    return [
+        *tensor_exchanges(config, layout, held),
+        *expert_exchanges(config, layout, held),
+        *context_exchanges(config, layout, held),
+        *pipeline_exchanges(config, layout, held),
+    ]
+
+
+def tensor_exchanges(config: RunConfig, layout: Layout, held: StageShare) -> Iterator[Exchange]:
+    """Regions in and out, embedding, loss: once each way on every rank of the stage that has them."""
+    if layout.tensor == 1:
+        return
+    model, moe = config.model, config.model.moe
+    ranks, tokens = layout.stage_ranks, layout.tokens(config)
+    routers, scans = held.letters.count("E"), held.letters.count("M")
+    others = len(held.letters) - routers
+    yield from _crossing(config, layout, model.hidden_size, times=2 * others, again=others)
+    if routers:
+        assert moe is not None, "E blocks need model.moe"
+        yield from _router_exchanges(config, layout, moe, routers)
+    if scans and model.mamba is not None and model.mamba.num_groups < layout.tensor:
+        # Mean squares of a norm whose group lies on several ranks.
+        numbers = ranks * tokens * model.mamba.num_groups
+        yield Exchange("tp", "all_reduce", "float32", 2 * scans, 2 * scans * numbers * FLOAT32)
+    # The embedding's sum goes one way, the gradient of the head's input the other.
+    if held.has_embedding:
+        yield from _crossing(config, layout, model.hidden_size, times=1)
+    if held.has_head:
+        yield from _crossing(config, layout, model.hidden_size, times=1)
+        # The loss: largest logit, logit of the label, sum of exponentials.
+        yield Exchange("tp", "all_reduce", "float32", 3, 3 * ranks * tokens * FLOAT32)
+
+
+def _crossing(config: RunConfig, layout: Layout, width: int, *, times: int, again: int = 0) -> Iterator[Exchange]:
+    """A stream of `width` numbers a token enters or leaves a tensor region `times` times, backward passes included.
+
+    Without sequence parallel a crossing is one sum: forward where a region ends, backward where it begins. With it a
+    crossing is a gather and a scatter, and projections gather the stream `again` in backward rather than keep it.
+    """
+    dtype, size = element_type(config)
+    whole = layout.stage_ranks * layout.tokens(config) * width * size
+    if layout.sequence_parallel:
+        gathers = times + again
+        share = layout.stage_ranks * (layout.tokens(config) // layout.tensor) * width * size
+        yield Exchange("tp", "all_gather", dtype, gathers, gathers * share)
+        yield Exchange("tp", "reduce_scatter", dtype, times, times * whole)
+    else:
+        yield Exchange("tp", "all_reduce", dtype, times, times * whole)
+
+
+def _router_exchanges(config: RunConfig, layout: Layout, moe: MoeConfig, blocks: int) -> Iterator[Exchange]:
+    """E blocks: the shared expert is a region; routed experts are one only where every rank has a part of each."""
+    share = layout.stage_ranks * (layout.tokens(config) // layout.tensor)
+    width = moe.latent_size or config.model.hidden_size
+    if moe.shared_expert_hidden_size:
+        yield from _crossing(config, layout, config.model.hidden_size, times=2 * blocks, again=blocks)
+    if layout.expert == 1:
+        yield from _crossing(config, layout, width, times=2 * blocks)
+        choices = layout.stage_ranks * layout.tokens(config) * moe.top_k
+        yield Exchange("tp", "all_reduce", "float32", blocks, blocks * choices * FLOAT32)
+    elif not layout.sequence_parallel:
+        # Tokens are shared out among tensor ranks: results come together in forward, gradients in backward.
+        dtype, size = element_type(config)
+        yield Exchange("tp", "all_gather", dtype, 2 * blocks, 2 * blocks * share * width * size)
+        yield Exchange("tp", "all_gather", "float32", blocks, blocks * share * moe.top_k * FLOAT32)
+    if layout.sequence_parallel:
+        yield Exchange("tp", "all_gather", "float32", blocks, blocks * share * moe.num_experts * FLOAT32)
+
+
+def expert_exchanges(config: RunConfig, layout: Layout, held: StageShare) -> Iterator[Exchange]:
+    """Every choice travels there and back, forward and backward, at the width of the experts, whatever the router does.
+
+    With x expert-tensor ranks each row goes to all of them, and x parts of it come back.
+    """
+    moe, blocks = config.model.moe, held.letters.count("E")
+    if layout.expert == 1 or moe is None or not blocks:
+        return
+    dtype, size = element_type(config)
+    ranks, beside = layout.stage_ranks, layout.expert_tensor
+    choices = ranks // layout.tensor * layout.tokens(config) * moe.top_k
+    rows = 4 * blocks * choices * (moe.latent_size or config.model.hidden_size) * size
+    counts = blocks * ranks * moe.num_experts * INT64
+    yield Exchange("ep", "all_to_all", dtype, 4 * blocks, rows)
+    yield Exchange("ep", "all_to_all", "int64", blocks, counts)
+    if beside > 1:
+        yield Exchange("expt_tp", "all_to_all", dtype, 4 * blocks, beside * rows)
+        yield Exchange("expt_tp", "all_gather", "int64", blocks, counts)
+
+
+def context_exchanges(config: RunConfig, layout: Layout, held: StageShare) -> Iterator[Exchange]:
+    """States and windows of two segments a row, whatever their length; keys and values of attention; router counts."""
+    model, context, tensor = config.model, layout.context, layout.tensor
+    if context == 1:
+        return
+    dtype, size = element_type(config)
+    ranks, rows = layout.stage_ranks, layout.micro_batch_size
+    blocks = held.letters.count("M")
+    if model.mamba is not None and blocks:
+        states = ranks * handed_states(model.mamba, rows, tensor)
+        windows = ranks // context * exchanged_windows(model.mamba, rows, context, tensor, size)
+        yield Exchange("cp", "all_gather", "float32", 2 * blocks, blocks * states)
+        yield Exchange("cp", "all_to_all", dtype, 2 * blocks, blocks * windows)
+    blocks = held.letters.count("*")
+    if model.attention is not None and blocks:
+        heads = max(1, model.attention.num_kv_heads // tensor)
+        keys = ranks * 2 * layout.tokens(config) * heads * model.attention.head_dim * size
+        yield Exchange("cp", "all_gather", dtype, blocks, blocks * keys)
+        yield Exchange("cp", "reduce_scatter", dtype, blocks, context * blocks * keys)
+    blocks = held.letters.count("E")
+    if model.moe is not None and blocks:
+        weights = model.moe.auxiliary_loss_weight, model.moe.sequence_loss_weight
+        counts = bool(weights[0]) + rows * bool(weights[1])
+        counted = blocks * ranks * counts * model.moe.num_experts * INT64
+        yield Exchange("cp", "all_reduce", "int64", blocks * sum(map(bool, weights)), counted)
+    yield from _registered_exchanges(model, layout, held, config.train.sequence_length)
+
+
+def _registered_exchanges(
+    model: ModelConfig, layout: Layout, held: StageShare, sequence_length: int
+) -> Iterator[Exchange]:
+    """States of registered mixers, two segments a row each way: an estimate, for their transfers are their own affair."""
+    for letter in filter(is_registered, held.letters):
+        numbers = registered_block(model, letter, torch.bfloat16, sequence_length).state_numbers
+        states = layout.stage_ranks * segment_states(layout.micro_batch_size, numbers // layout.tensor)
+        yield Exchange("cp", "all_gather", "float32", 2, states)
+
+
+def pipeline_exchanges(config: RunConfig, layout: Layout, held: StageShare) -> Iterator[Exchange]:
+    """The stream from each piece to the next one, and its gradient back."""
+    if layout.pipeline == 1:
+        return
+    dtype, size = ("float32", FLOAT32) if config.model.residual_in_fp32 else element_type(config)
+    tokens = layout.tokens(config) // layout.stream_ranks
+    sends = 2 * layout.virtual_stages - held.has_embedding - held.has_head
+    moved = layout.stage_ranks * tokens * config.model.hidden_size * size
+    yield Exchange("pp", "send", dtype, sends, sends * moved)
+
+
+def reduction_exchanges(config: RunConfig, layout: Layout, parameters: float, *, is_spread: bool) -> Iterator[Exchange]:
+    """Once a step, for one parameter group of a rank: gradients over the ranks with the same weights, and weights back.
+
+    `is_spread`: experts that lie on different ranks of the expert axis. DeepSpeed reduces in float32 and pads a group to
+    a multiple of twice the ranks that share its state. ZeRO-3 scatters, and gathers in the passes.
+    """
+    axis, ranks = ("expt_dp", layout.expert_sharers) if is_spread else ("dp_cp", layout.dense_sharers)
+    if ranks == 1 or not parameters:
+        return
+    calls = int(-(-parameters // BUCKET_ELEMENTS))
+    reduction = "reduce_scatter" if layout.zero_stage == 3 else "all_reduce"
+    yield Exchange(axis, reduction, "float32", calls, layout.stage_ranks * parameters * FLOAT32)
+    if layout.zero_stage in (1, 2):
+        dtype, size = element_type(config)
+        padded = -(-parameters // (2 * ranks)) * 2 * ranks
+        yield Exchange(axis, "all_gather", dtype, calls, layout.stage_ranks // ranks * padded * size)
