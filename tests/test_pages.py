@@ -57,6 +57,12 @@ def code_lines(page: Path) -> Iterator[str]:
 
 
 @cache
+def source_files() -> set[str]:
+    """The names of all Python files, for pages that name one without its folder."""
+    return {path.name for folder in FOLDERS.split("|") for path in (ROOT / folder).rglob("*.py")}
+
+
+@cache
 def command_line() -> typer.core.TyperGroup:
     return typer.main.get_command(app)
 
@@ -124,6 +130,8 @@ def test_paths_exist(page: Path) -> None:
     text = re.sub(r"https?://\S+", "", LINK.sub("]()", read(page)))
     named = sorted(set(PATH.findall(text)))
     wrong = [path for path in named if not any(ROOT.glob(path.rstrip("/")))]
+    modules = {span for span in SPAN.findall(FENCE.sub("", text)) if re.fullmatch(r"\w+\.py", span)}
+    wrong += sorted(modules - source_files() - {"utils.py"})  # CONTRIBUTING says that there is none
     assert not wrong, f"{page.relative_to(ROOT)} names files that are not there: {wrong}"
 
 
