@@ -98,7 +98,9 @@ def _mamba_matrices(mamba: Mamba2Config, hidden_size: int) -> int:
 
 
 def _attention_matrices(attention: AttentionConfig, hidden_size: int) -> int:
-    return 2 * hidden_size * attention.head_dim * (attention.num_heads + attention.num_kv_heads)
+    gates = {"none": 0, "head": attention.num_heads, "element": attention.num_heads * attention.head_dim}
+    projections = 2 * attention.head_dim * (attention.num_heads + attention.num_kv_heads)
+    return hidden_size * (projections + gates[attention.gate])
 
 
 def _feed_forward_matrices(feed_forward: FeedForwardConfig, hidden_size: int) -> int:
@@ -109,7 +111,7 @@ def _moe_matrices(moe: MoeConfig, hidden_size: int) -> tuple[int, int]:
     units = _matrices_a_unit(moe.activation)
     routed_width = moe.latent_size or hidden_size
     expert = units * routed_width * moe.expert_hidden_size
-    every_token = hidden_size * (moe.num_experts + units * moe.shared_expert_hidden_size)
+    every_token = hidden_size * (moe.num_experts + units * moe.shared_expert_hidden_size + moe.shared_expert_gate)
     if moe.latent_size is not None:
         every_token += 2 * hidden_size * moe.latent_size
     return every_token + moe.num_experts * expert, every_token + moe.top_k * expert

@@ -47,7 +47,7 @@ class ModelOutput:
 
 
 class Block(nn.Module):
-    """A pre-norm residual block: x + mixer(norm(x)), with the addition left to the next norm, which reads both anyway.
+    """A pre-norm residual block: x + multiplier * mixer(norm(x)), with the addition left to the next norm, which reads both anyway.
 
     With `recomputes` a block keeps its summed input alone for the backward pass, which computes the rest again
     (Chen et al. 2016, arXiv 1604.06174).
@@ -57,6 +57,7 @@ class Block(nn.Module):
         super().__init__()
         self.letter = config.letters[index]
         self.recomputes = False
+        self.multiplier = config.multipliers.residual
         self.norm = RMSNorm(config.hidden_size, config.norm_epsilon, backend, groups)
         self.mixer = build_mixer(index, config, groups, backend)
 
@@ -69,12 +70,13 @@ class Block(nn.Module):
             if delta_BTD is not None:
                 residual_BTD = residual_BTD + delta_BTD.to(residual_BTD.dtype)
             mixed: MixerOutput = checkpoint(self._mix, residual_BTD, meta, use_reentrant=False)
-            return residual_BTD, mixed
+            return residual_BTD, mixed._replace(y_BTD=_multiply(mixed.y_BTD, self.multiplier))
         if delta_BTD is None:
             normed_BTD = self.norm(residual_BTD)
         else:
             normed_BTD, residual_BTD = self.norm.add(delta_BTD, residual_BTD)
-        return residual_BTD, self.mixer(normed_BTD.to(self.norm.weight.dtype), meta, state)
+        mixed = self.mixer(normed_BTD.to(self.norm.weight.dtype), meta, state)
+        return residual_BTD, mixed._replace(y_BTD=_multiply(mixed.y_BTD, self.multiplier))
 
     def _mix(self, residual_BTD: Tensor, meta: PackMeta) -> MixerOutput:
         mixed: MixerOutput = self.mixer(self.norm(residual_BTD).to(self.norm.weight.dtype), meta)
@@ -220,7 +222,7 @@ class HybridModel(nn.Module):
     def embed(self, tokens_BT: Tensor) -> Stream:
         """The stream before the first block."""
         assert self.embedding is not None, "the first piece of the pipeline embeds"
-        residual_BTD = self.embedding(tokens_BT)
+        residual_BTD = _multiply(self.embedding(tokens_BT), self.config.multipliers.embedding)
         return Stream(residual_BTD.to(self.stream_dtype()))
 
     def stream_dtype(self) -> torch.dtype:
@@ -251,6 +253,8 @@ class HybridModel(nn.Module):
         assert self.final_norm is not None, "the last piece of the pipeline has the head"
         assert stream.delta_BTD is not None, "a piece has at least one block"
         hidden_BTD = self.final_norm.add(stream.delta_BTD, stream.residual_BTD)[0].to(self.final_norm.weight.dtype)
+        # The head is linear: a factor on what it reads is the factor on the logits.
+        hidden_BTD = _multiply(hidden_BTD, self.config.multipliers.logits)
         hidden_BTD = enter_tensor_region(hidden_BTD, self.groups)
         if labels_BT is None:
             logits_BTV = head_logits(hidden_BTD, self.head_weight(), self.groups)
@@ -313,6 +317,10 @@ class HybridModel(nn.Module):
             mixer = self.blocks[index].mixer
             if isinstance(mixer, MoeMixer):
                 yield index, mixer
+
+
+def _multiply(x: Tensor, multiplier: float) -> Tensor:
+    return x if multiplier == 1.0 else x * multiplier
 
 
 def _check_groups(groups: ProcessGroupCollection, *, has_pieces: bool) -> None:

@@ -27,7 +27,7 @@ def export(
         ),
     ] = "huggingface",
     target: Annotated[
-        Literal["nemotron_h", "granitemoehybrid", "qwen3_next", "own", "auto"] | None,
+        Literal["nemotron_h", "granitemoehybrid", "qwen3_next", "qwen3_5_moe", "own", "auto"] | None,
         typer.Option(help="The transformers class; default: export.target of the run."),
     ] = None,
     verify: Annotated[

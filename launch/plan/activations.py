@@ -126,6 +126,9 @@ def _attention_bytes(attention: AttentionConfig, storage: Storage) -> BlockBytes
     kept: float = (2 * query + keys) * e + attention.num_heads * FLOAT32_BYTES
     if attention.qk_norm or attention.positions == "rope":
         kept += (query + keys / 2) * e
+    if attention.gate != "none":
+        # The gates, and the gated output beside the one before.
+        kept += (query + (query if attention.gate == "element" else attention.num_heads)) * e
     if storage.backend == "torch":
         kept += query * e  # documents are attended one by one and joined
     return BlockBytes(kept, (2 * query + keys) * e + (query + keys) * FLOAT32_BYTES)
@@ -149,6 +152,8 @@ def _moe_bytes(moe: MoeConfig, hidden_size: int, storage: Storage, split: Split)
     shared = moe.shared_expert_hidden_size
     shared_rows = up_rows(shared, moe.activation)
     kept += (shared_rows + shared) * e / split.tensor
+    if moe.shared_expert_gate:
+        kept += (hidden_size + 1) * e / split.tokens  # what is gated, and the gate
     # Rows and their gradients in expert order, hidden rows with activation and gradient, sums by token in float32.
     working = choices * (3 * width * e + (rows + 3 * moe.expert_hidden_size) * e) + 2 * width * FLOAT32_BYTES
     return BlockBytes(kept, working)

@@ -140,8 +140,11 @@ def _add_attention(line: Roofline, model: ModelConfig, tokens: float, tensor: in
     attention, e = model.attention, line.element_bytes
     query = attention.num_heads / tensor * attention.head_dim
     keys = max(1, attention.num_kv_heads / tensor) * attention.head_dim
-    line.product(tokens, model.hidden_size, query + 2 * keys)
+    gates = {"none": 0.0, "head": query / attention.head_dim, "element": query}[attention.gate]
+    line.product(tokens, model.hidden_size, query + 2 * keys + gates)
     line.product(tokens, query, model.hidden_size)
+    if gates:
+        line.passes(tokens * (5 * query + 3 * gates) * e)
     if attention.qk_norm or attention.positions == "rope":
         line.passes(5 * tokens * (query + keys) * e)
     line.mixing(tokens * 4 * (sequence_length + 1) / 2 * query, tokens * (2 * query + 2 * keys) * e)
@@ -166,6 +169,8 @@ def _add_moe(line: Roofline, model: ModelConfig, tokens: float, layout: Layout, 
     line.passes(rows * width * (4 * e + 2 * FLOAT32_BYTES))  # into expert order, back, and both gradients
     if moe.shared_expert_hidden_size:
         _add_feed_forward(line, tokens, hidden, moe.shared_expert_hidden_size / layout.tensor, moe.activation)
+    if moe.shared_expert_gate:
+        line.passes(tokens / layout.stream_ranks * 5 * hidden * e)
 
 
 def head_seconds(config: RunConfig, layout: Layout, hardware: Hardware, storage: Storage) -> float:

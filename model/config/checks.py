@@ -145,6 +145,11 @@ def _check_moe(moe: MoeConfig) -> None:
             f"model.moe.top_k={moe.top_k} must be at most the {reachable} experts that router_group_top_k="
             f"{moe.router_group_top_k} groups of {group_size} hold; lower top_k or raise router_group_top_k"
         )
+    if moe.shared_expert_gate and not moe.shared_expert_hidden_size:
+        raise ValueError(
+            "model.moe.shared_expert_gate=true needs model.moe.shared_expert_hidden_size above 0: there is no shared "
+            "expert to gate; set its size, or remove the gate"
+        )
     if moe.expert_bias and moe.router != "sigmoid":
         raise ValueError(
             f"model.moe.expert_bias=true needs model.moe.router=sigmoid, not {moe.router}; "

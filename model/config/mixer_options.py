@@ -11,6 +11,8 @@ from pydantic import Field
 from kernels.limits import DECAY_LIMITS, DELTA_LIMITS, DIAG_LIMITS, VECTOR_GATE_LIMITS, ScanLimits
 from model.config.section import Section
 
+OutputGate = Literal["none", "element", "head"]
+
 
 class MixerOptions(Section):
     """The base of a mixer's options, and what the rules of layouts ask of them."""
@@ -254,6 +256,9 @@ class WindowOptions(MixerOptions):
         "rope", description="`rope`: rotary positions, which restart at documents."
     )
     rope_theta: float = Field(10_000.0, gt=1, description="Base of the rotary frequencies.")
+    gate: OutputGate = Field(
+        "none", description="Sigmoid of the input times each head's output: a gate a channel, or a head."
+    )
 
     def broken_rules(self) -> Iterator[tuple[str, str]]:
         """Query heads share key heads evenly, and channels are rotated in pairs."""

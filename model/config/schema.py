@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, create_model
 
+from model.config.mixer_options import OutputGate
 from model.config.mixer_registry import mixer_specs
 from model.config.pattern import Pattern, parse_pattern
 from model.config.section import Section
@@ -81,7 +82,13 @@ class AttentionConfig(Section):
     )
     positions: Literal["none", "rope"] = Field("none", description="`none`: order comes from the Mamba2 layers alone.")
     rope: RopeConfig = Field(RopeConfig(), description="Only read with positions: rope.")
-    softmax_scale: float | None = Field(None, gt=0, description="Default: head_dim ** -0.5.")
+    softmax_scale: float | None = Field(
+        None, gt=0, description="Default: head_dim ** -0.5. Granite's attention_multiplier."
+    )
+    gate: OutputGate = Field(
+        "none",
+        description="Sigmoid of the input times each head's output before o_proj: a gate a channel (`element`, as Qwen3-Next) or a head.",
+    )
 
 
 class FeedForwardConfig(Section):
@@ -100,6 +107,9 @@ class MoeConfig(Section):
     top_k: int = Field(gt=0, description="Routed experts a token; at most num_experts.")
     expert_hidden_size: int = Field(gt=0, description="Inner width of a routed expert.")
     shared_expert_hidden_size: int = Field(0, ge=0, description="Inner width of the shared expert; 0: none.")
+    shared_expert_gate: bool = Field(
+        False, description="Sigmoid of the input, a number a token, times the shared expert's output, as Qwen3-Next."
+    )
     activation: Activation = Field("squared_relu", description="Of routed and shared experts.")
     router: Literal["softmax", "sigmoid"] = Field("sigmoid", description="How logits become scores.")
     normalize_probabilities: bool = Field(True, description="Divide the chosen scores by their sum.")
@@ -131,6 +141,16 @@ class MoeConfig(Section):
     overflow: Literal["drop", "recycle"] = Field(
         "drop",
         description="Choices over capacity are lost, or go to a random expert with room (Hunyuan-Large, arXiv 2411.02265).",
+    )
+
+
+class MultipliersConfig(Section):
+    """Constant factors in the forward pass, as Granite 4 and Falcon-H1 train with; that on scores is attention.softmax_scale."""
+
+    embedding: float = Field(1.0, gt=0, description="On what the embedding gives; not on a tied head.")
+    residual: float = Field(1.0, gt=0, description="On what each block adds to the residual stream.")
+    logits: float = Field(
+        1.0, gt=0, description="On the logits (Granite: 1 / logits_scaling; Falcon-H1: lm_head_multiplier)."
     )
 
 
@@ -169,6 +189,7 @@ class ModelConfig(Section):
     moe: MoeConfig | None = Field(None, description="Needed by E (F).")
     feed_forward: FeedForwardConfig | None = Field(None, description="Needed by - (D).")
     mixers: RegisteredMixers = Field(RegisteredMixers(), description="Other sequence mixers; docs/mixers.md.")
+    multipliers: MultipliersConfig = Field(MultipliersConfig(), description="Constant factors in the forward pass.")
     residual_in_fp32: bool = Field(False, description="Keep the residual stream in float32 when weights are bf16.")
     logits_z_loss_weight: float = Field(
         0.0, ge=0, description="Squared log-sum-exp of the vocabulary logits (PaLM, arXiv 2204.02311, section 5)."

@@ -1,8 +1,7 @@
 """The config.json of each export target from our ModelConfig, and our ModelConfig from a config.json.
 
-Fields were read from transformers 5.24 (`configuration_nemotron_h.py`, `configuration_granitemoehybrid.py`); those of
-qwen3_next are in `huggingface_qwen3_next.py`. Layer names
-are written in the older spelling (`mamba`, `attention`), which both older and newer readers take.
+Fields were read from transformers 5.24 (`configuration_nemotron_h.py`); those of other classes are in `granitemoehybrid.py`
+and `qwen3_next.py`. Layer names are written in the older spelling (`mamba`, `attention`), which both older and newer readers take.
 """
 
 from __future__ import annotations
@@ -12,24 +11,34 @@ from dataclasses import dataclass
 from typing import Any
 
 from model.config.pattern import SECTIONS
-from model.config.schema import AttentionConfig, FeedForwardConfig, Mamba2Config, ModelConfig, MoeConfig, RopeConfig
-from model.huggingface.fields import require_fields, rope_from_parameters, rope_parameters
-from model.huggingface.qwen3_next import model_config_from_qwen3_next, qwen3_next_fields
-from model.huggingface.targets import NATIVE_TARGETS, Target, registered_mixers
+from model.config.schema import (
+    AttentionConfig,
+    FeedForwardConfig,
+    Mamba2Config,
+    ModelConfig,
+    MoeConfig,
+)
+from model.huggingface.fields import LAYER_NAMES, letters_of, require_fields
+from model.huggingface.granitemoehybrid import granite_fields, model_config_from_granite
+from model.huggingface.qwen3_next import (
+    QWEN3_5_MOE_TYPE,
+    model_config_from_qwen3_next,
+    qwen3_5_moe_fields,
+    qwen3_next_fields,
+)
+from model.huggingface.targets import Target, registered_mixers
 
 OWN_MODEL_TYPE = "amfm"
+TARGET_OF_TYPE: dict[str, Target] = {
+    "nemotron_h": "nemotron_h",
+    "granitemoehybrid": "granitemoehybrid",
+    "qwen3_next": "qwen3_next",
+    QWEN3_5_MOE_TYPE: "qwen3_5_moe",
+    OWN_MODEL_TYPE: "own",
+}
 # The class clamps dt at run time to at least `time_step_min`; training does not. 0 fails in its initialisation (log).
 # `time_step_limit` is left at its default (0, infinity), which JSON cannot spell.
 NO_CLAMP_TIME_STEP = 1e-30
-NEMOTRON_H_NAMES = {"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}
-LETTERS_OF_NAMES = {
-    "mamba": "M",
-    "linear_attention": "M",
-    "attention": "*",
-    "full_attention": "*",
-    "moe": "E",
-    "mlp": "-",
-}
 
 
 @dataclass(frozen=True)
@@ -60,9 +69,11 @@ def huggingface_config(
     if target == "nemotron_h":
         return fields | _nemotron_h_fields(config)
     if target == "granitemoehybrid":
-        return fields | _granite_fields(config)
+        return fields | granite_fields(config)
     if target == "qwen3_next":
         return fields | qwen3_next_fields(config)
+    if target == "qwen3_5_moe":
+        return fields | qwen3_5_moe_fields(config)
     return fields | _own_fields(config)
 
 
@@ -80,7 +91,7 @@ def _nemotron_h_fields(config: ModelConfig) -> dict[str, Any]:
         "architectures": ["NemotronHForCausalLM"],
         "model_type": "nemotron_h",
         "hybrid_override_pattern": "".join(letters),
-        "layers_block_type": [NEMOTRON_H_NAMES[letter] for letter in letters],
+        "layers_block_type": [LAYER_NAMES[letter] for letter in letters],
         "layer_norm_epsilon": config.norm_epsilon,
         "tie_word_embeddings": False,
         "mlp_hidden_act": "relu2",
@@ -129,75 +140,6 @@ def _nemotron_h_fields(config: ModelConfig) -> dict[str, Any]:
     return fields
 
 
-def _granite_fields(config: ModelConfig) -> dict[str, Any]:
-    letters = config.letters
-    mixers = letters[0::2]
-    fields: dict[str, Any] = {
-        "architectures": ["GraniteMoeHybridForCausalLM"],
-        "model_type": "granitemoehybrid",
-        "num_hidden_layers": len(mixers),
-        "layer_types": [NEMOTRON_H_NAMES[letter] for letter in mixers],
-        "rms_norm_eps": config.norm_epsilon,
-        "tie_word_embeddings": config.tie_embeddings,
-        "hidden_act": "silu",
-        "embedding_multiplier": 1.0,
-        "residual_multiplier": 1.0,
-        "logits_scaling": 1.0,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "mamba_proj_bias": False,
-        "position_embedding_type": None,
-        # A model without Mamba2 or attention still needs sizes that the class accepts.
-        "num_attention_heads": 1,
-        "num_key_value_heads": 1,
-        "attention_multiplier": 1.0,
-        "mamba_n_heads": 1,
-        "mamba_d_head": config.hidden_size,
-        "mamba_expand": 1,
-    }
-    if config.moe is not None:
-        fields |= {
-            "num_local_experts": config.moe.num_experts,
-            "num_experts_per_tok": config.moe.top_k,
-            "intermediate_size": config.moe.expert_hidden_size,
-            "shared_intermediate_size": config.moe.shared_expert_hidden_size or 1,
-        }
-    elif config.feed_forward is not None:
-        fields |= {
-            "num_local_experts": 0,
-            "num_experts_per_tok": 0,
-            "intermediate_size": config.feed_forward.hidden_size,
-            "shared_intermediate_size": config.feed_forward.hidden_size,
-        }
-    if config.attention is not None:
-        fields |= _granite_attention_fields(config.attention)
-    if config.mamba is not None:
-        mamba = config.mamba
-        fields |= {
-            "mamba_n_heads": mamba.num_heads,
-            "mamba_d_head": mamba.head_dim,
-            "mamba_expand": mamba.inner_size() // config.hidden_size,
-            "mamba_d_state": mamba.state_size,
-            "mamba_n_groups": mamba.num_groups,
-            "mamba_d_conv": mamba.conv_kernel,
-            "mamba_conv_bias": mamba.conv_bias,
-            "mamba_chunk_size": mamba.chunk_size,
-        }
-    return fields
-
-
-def _granite_attention_fields(attention: AttentionConfig) -> dict[str, Any]:
-    fields: dict[str, Any] = {
-        "num_attention_heads": attention.num_heads,
-        "num_key_value_heads": attention.num_kv_heads,
-        # The class multiplies by this and defaults to 1.
-        "attention_multiplier": attention.softmax_scale or attention.head_dim**-0.5,
-    }
-    if attention.positions == "none":
-        return fields
-    return fields | {"position_embedding_type": "rope", "rope_parameters": rope_parameters(attention)}
-
-
 def _own_fields(config: ModelConfig) -> dict[str, Any]:
     letters = config.letters
     return {
@@ -211,6 +153,7 @@ def _own_fields(config: ModelConfig) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_embeddings,
         "pattern": "".join(letters),
         "norm_epsilon": config.norm_epsilon,
+        "multipliers": config.multipliers.model_dump(),
         "mamba": config.mamba.model_dump() if config.mamba else None,
         "attention": config.attention.model_dump() if config.attention else None,
         "moe": config.moe.model_dump() if config.moe else None,
@@ -229,27 +172,20 @@ def model_config_from_huggingface(fields: Mapping[str, Any]) -> ModelConfig:
     if kind == "nemotron_h":
         return _from_nemotron_h(fields)
     if kind == "granitemoehybrid":
-        return _from_granite(fields)
-    if kind == "qwen3_next":
+        return model_config_from_granite(fields)
+    if kind in ("qwen3_next", QWEN3_5_MOE_TYPE):
         return model_config_from_qwen3_next(fields)
     if kind == OWN_MODEL_TYPE:
         return _from_own(fields)
-    known = ", ".join([*NATIVE_TARGETS, OWN_MODEL_TYPE])
+    known = ", ".join(TARGET_OF_TYPE)
     raise ValueError(f"config.json: model_type={kind} cannot be imported; use one of {known}")
-
-
-def _letters(names: list[str]) -> list[str]:
-    unknown = sorted(set(names) - set(LETTERS_OF_NAMES))
-    if unknown:
-        raise ValueError(f"config.json: layer kinds {unknown} cannot be imported; known are {sorted(LETTERS_OF_NAMES)}")
-    return [LETTERS_OF_NAMES[name] for name in names]
 
 
 def _from_nemotron_h(fields: Mapping[str, Any]) -> ModelConfig:
     no_bias = {"use_bias": False, "mlp_bias": False, "attention_bias": False, "mamba_proj_bias": False}
     require_fields(fields, no_bias | {"mlp_hidden_act": "relu2", "mamba_hidden_act": "silu", "sliding_window": None})
     names = fields.get("layers_block_type") or fields.get("layer_types")
-    letters = _letters(list(names)) if names else list(fields["hybrid_override_pattern"])
+    letters = letters_of(list(names)) if names else list(fields["hybrid_override_pattern"])
     return ModelConfig(
         pattern="".join(letters),
         vocab_size=fields["vocab_size"],
@@ -298,73 +234,6 @@ def _from_nemotron_h(fields: Mapping[str, Any]) -> ModelConfig:
     )
 
 
-def _from_granite(fields: Mapping[str, Any]) -> ModelConfig:
-    require_fields(
-        fields,
-        {
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "mamba_proj_bias": False,
-            "embedding_multiplier": 1.0,
-            "residual_multiplier": 1.0,
-            "logits_scaling": 1.0,
-        },
-    )
-    mixers = _letters(list(fields["layer_types"]))
-    second = "E" if fields["num_local_experts"] else "-"
-    return ModelConfig(
-        pattern="".join(mixer + second for mixer in mixers),
-        vocab_size=fields["vocab_size"],
-        hidden_size=fields["hidden_size"],
-        norm_epsilon=fields["rms_norm_eps"],
-        tie_embeddings=fields["tie_word_embeddings"],
-        initializer_range=fields["initializer_range"],
-        mamba=Mamba2Config(
-            num_heads=fields["mamba_n_heads"],
-            head_dim=fields["mamba_d_head"],
-            state_size=fields["mamba_d_state"],
-            num_groups=fields["mamba_n_groups"],
-            conv_kernel=fields["mamba_d_conv"],
-            conv_bias=fields["mamba_conv_bias"],
-            chunk_size=fields["mamba_chunk_size"],
-        )
-        if "M" in mixers
-        else None,
-        attention=_granite_attention(fields) if "*" in mixers else None,
-        feed_forward=FeedForwardConfig(hidden_size=fields["shared_intermediate_size"], activation="swiglu")
-        if second == "-"
-        else None,
-        moe=MoeConfig(
-            num_experts=fields["num_local_experts"],
-            top_k=fields["num_experts_per_tok"],
-            expert_hidden_size=fields["intermediate_size"],
-            shared_expert_hidden_size=fields["shared_intermediate_size"],
-            activation="swiglu",
-            router="softmax",
-            normalize_probabilities=True,
-        )
-        if second == "E"
-        else None,
-    )
-
-
-def _granite_attention(fields: Mapping[str, Any]) -> AttentionConfig:
-    heads = fields["num_attention_heads"]
-    head_dim = fields.get("head_dim") or fields["hidden_size"] // heads
-    scale = float(fields["attention_multiplier"])
-    rope = RopeConfig()
-    if fields["position_embedding_type"] == "rope":
-        rope = rope_from_parameters(fields.get("rope_parameters") or {})
-    return AttentionConfig(
-        num_heads=heads,
-        num_kv_heads=fields["num_key_value_heads"],
-        head_dim=head_dim,
-        positions="rope" if fields["position_embedding_type"] == "rope" else "none",
-        rope=rope,
-        softmax_scale=None if scale == head_dim**-0.5 else scale,
-    )
-
-
 def _from_own(fields: Mapping[str, Any]) -> ModelConfig:
     sections = {name: fields.get(name) for name in ("mamba", "attention", "moe", "feed_forward")}
     return ModelConfig.model_validate(
@@ -377,6 +246,7 @@ def _from_own(fields: Mapping[str, Any]) -> ModelConfig:
             "initializer_range": fields["initializer_range"],
             # Exports of earlier versions have none.
             "mixers": fields.get("mixers") or {},
+            "multipliers": fields.get("multipliers") or {},
             **sections,
         }
     )

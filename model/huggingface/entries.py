@@ -14,7 +14,7 @@ Form = Literal["same", "conv", "experts", "copy"]
 
 @dataclass(frozen=True)
 class WeightEntry:
-    """One tensor of ours and where it lies in the other checkpoint.
+    """One tensor of ours and where it lies in the other checkpoint; a subclass may hold several of ours.
 
     Forms: `same`; `conv` [C, W] <-> [C, 1, W]; `experts` [E, ...] <-> one tensor an expert; `copy` is a second place of a
     tied weight, which is written but not read back.
@@ -23,6 +23,18 @@ class WeightEntry:
     ours: str
     theirs: tuple[str, ...]
     form: Form = "same"
+
+    def our_names(self) -> tuple[str, ...]:
+        """Every tensor of ours that lies here; `ours` is the first."""
+        return (self.ours,)
+
+    def write(self, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Theirs, by name, from our tensors (at least this entry's)."""
+        return self.split(ours[self.ours])
+
+    def read(self, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Ours, by name, from their tensors (at least this entry's)."""
+        return {self.ours: self.join(theirs)}
 
     def split(self, tensor: Tensor) -> dict[str, Tensor]:
         """Our tensor as theirs, by name. Views of it, made contiguous."""
@@ -54,11 +66,11 @@ class WeightMap:
 
     def to_theirs(self, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A whole state of ours under their names. The names must be exactly those of the model."""
-        expected = {entry.ours for entry in self.entries}
+        expected = {name for entry in self.entries for name in entry.our_names()}
         assert expected == set(ours), f"weights differ from the map: {sorted(expected ^ set(ours))[:8]}"
         tensors: dict[str, Tensor] = {}
         for entry in self.entries:
-            tensors.update(entry.split(ours[entry.ours]))
+            tensors.update(entry.write(ours))
         for name, shape in self.zeros.items():
             tensors[name] = torch.zeros(shape, dtype=torch.float32)
         return tensors
@@ -80,7 +92,10 @@ class WeightMap:
                     f"{name} is not zero, and the model that the configuration describes has no such weight; where "
                     "amfm_model.json lies beside the weights, remove it to read config.json instead"
                 )
-        ours = {entry.ours: entry.join(theirs) for entry in self.entries if entry.form != "copy"}
+        ours: dict[str, Tensor] = {}
+        for entry in self.entries:
+            if entry.form != "copy":
+                ours.update(entry.read(theirs))
         for entry in self.entries:
             if entry.form == "copy" and not torch.equal(theirs[entry.theirs[0]], ours[entry.ours]):
                 raise ValueError(

@@ -9,6 +9,15 @@ from model.config.schema import AttentionConfig, ModelConfig, MoeConfig, RopeCon
 
 # transformers multiplies experts with torch's grouped product, whose rows must be whole 16 bytes, in bf16 too.
 EXPERT_SIZE_MULTIPLE = 8
+LAYER_NAMES = {"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}
+LETTERS_OF_NAMES = {
+    "mamba": "M",
+    "linear_attention": "M",
+    "attention": "*",
+    "full_attention": "*",
+    "moe": "E",
+    "mlp": "-",
+}
 
 
 def unfit_expert_sizes(config: ModelConfig, moe: MoeConfig) -> list[str]:
@@ -22,6 +31,30 @@ def unfit_expert_sizes(config: ModelConfig, moe: MoeConfig) -> list[str]:
         for name, size in sizes.items()
         if size % EXPERT_SIZE_MULTIPLE
     ]
+
+
+def unfit_multipliers(config: ModelConfig, target: str) -> list[str]:
+    """Constant factors in the forward pass, which most classes have not."""
+    return [
+        f"model.multipliers.{name}={value}: {target} has no such factor; use 1.0, or target granitemoehybrid or own"
+        for name, value in config.multipliers
+        if value != 1.0
+    ]
+
+
+def unfit_gates(config: ModelConfig, target: str) -> list[str]:
+    """Gates on the outputs of attention and of the shared expert, in blocks that the pattern has."""
+    letters = config.letters
+    reasons = []
+    if "*" in letters and config.attention is not None and config.attention.gate != "none":
+        reasons.append(
+            f"model.attention.gate={config.attention.gate}: attention of {target} has no gate; use none, or target own"
+        )
+    if "E" in letters and config.moe is not None and config.moe.shared_expert_gate:
+        reasons.append(
+            f"model.moe.shared_expert_gate=true: the shared expert of {target} has no gate; use false, or target own"
+        )
+    return reasons
 
 
 def require_fields(fields: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
@@ -69,3 +102,11 @@ def rope_from_parameters(parameters: Mapping[str, Any]) -> RopeConfig:
             yarn_beta_slow=parameters.get("beta_slow") or 1.0,
         )
     raise ValueError(f"config.json: rope_type={kind} cannot be imported; use default or yarn")
+
+
+def letters_of(names: list[str]) -> list[str]:
+    """Our letters of layer names, older or newer. Raises ValueError for a kind that we have not."""
+    unknown = sorted(set(names) - set(LETTERS_OF_NAMES))
+    if unknown:
+        raise ValueError(f"config.json: layer kinds {unknown} cannot be imported; known are {sorted(LETTERS_OF_NAMES)}")
+    return [LETTERS_OF_NAMES[name] for name in names]

@@ -1,9 +1,10 @@
-"""What transformers' `qwen3_next` can hold of a model, and its config.json: Gated DeltaNet, attention, experts.
+"""What transformers' `qwen3_next` and `qwen3_5_moe` can hold of a model, and their config.json: Gated DeltaNet, attention, experts.
 
-Read from transformers 5.24 (`configuration_qwen3_next.py`, `modeling_qwen3_next.py`). Every layer is a mixer and a
-feed-forward, each after a norm. Its attention and its shared expert have gates that ours have not: a sigmoid of zero is one
-half, so that zero weights for the gate and twice ours for the matrix after it are the same function
-(`huggingface_qwen3_next_weights.py`).
+Read from transformers 5.24 (`configuration_qwen3_next.py`, `modeling_qwen3_next.py`, and those of `qwen3_5_moe`, whose text
+model alone, `qwen3_5_moe_text`, is meant: the same function, with an expert block in every layer). Every layer is a mixer and
+a feed-forward, each after a norm. Attention and shared expert have gates; for a model of ours without them, a sigmoid of zero
+is one half, so that zero weights for the gate and twice ours for the matrix after it are the same function
+(`qwen3_next_weights.py`).
 """
 
 from __future__ import annotations
@@ -13,16 +14,51 @@ from typing import Any
 
 from model.config.mixer_options import GatedDeltaNetOptions
 from model.config.schema import AttentionConfig, FeedForwardConfig, ModelConfig, MoeConfig
-from model.huggingface.fields import require_fields, rope_from_parameters, rope_parameters, unfit_expert_sizes
+from model.huggingface.fields import (
+    require_fields,
+    rope_from_parameters,
+    rope_parameters,
+    unfit_expert_sizes,
+    unfit_multipliers,
+)
 
+QWEN3_5_MOE_TYPE = "qwen3_5_moe_text"
 LAYER_TYPES = {"G": "linear_attention", "*": "full_attention"}
 LETTERS = {name: letter for letter, name in LAYER_TYPES.items()}
+
+
+def unfit_tokenizer(target: str, kind: str) -> list[str]:
+    """Why AutoTokenizer would not give the ids of a tokenizer of this kind (sentencepiece or huggingface).
+
+    transformers 5.24 reads every folder of qwen3_5_moe_text with Qwen's byte-level BPE, whatever its files say.
+    """
+    if target != "qwen3_5_moe" or kind != "sentencepiece":
+        return []
+    return [
+        "its tokenizer is a SentencePiece model, and AutoTokenizer reads qwen3_5_moe as Qwen's byte-level BPE; use a "
+        "tokenizer.json of that kind, or target qwen3_next"
+    ]
+
+
+def unfit_for_qwen3_5_moe(config: ModelConfig) -> list[str]:
+    """Every choice that the class cannot hold: what qwen3_next cannot, a dense layer, and weights that do not sum to 1."""
+    reasons = [reason.replace("qwen3_next", "qwen3_5_moe") for reason in unfit_for_qwen3_next(config)]
+    if "-" in config.letters:
+        reasons.append(
+            f"model.pattern={config.pattern}: every layer of qwen3_5_moe has experts; use E in place of -, or target own"
+        )
+    elif config.moe is not None and not config.moe.normalize_probabilities:
+        reasons.append(
+            "model.moe.normalize_probabilities=false: qwen3_5_moe divides the chosen probabilities by their sum; use true, "
+            "or target own"
+        )
+    return reasons
 
 
 def unfit_for_qwen3_next(config: ModelConfig) -> list[str]:
     """Every choice that the class cannot hold, as value, rule and remedy."""
     letters = config.letters
-    reasons = _unfit_pairs(letters)
+    reasons = _unfit_pairs(letters) + unfit_multipliers(config, "qwen3_next")
     if "G" in letters:
         reasons += _unfit_delta(config)
     if "*" in letters and config.attention is not None:
@@ -70,6 +106,10 @@ def _unfit_attention(attention: AttentionConfig) -> list[str]:
     if attention.positions != "rope":
         reasons.append(
             f"model.attention.positions={attention.positions}: attention of qwen3_next is rotary; use rope, or target own"
+        )
+    if attention.gate == "head":
+        reasons.append(
+            "model.attention.gate=head: qwen3_next gates every element of a head; use element, or target own"
         )
     scale = attention.softmax_scale
     if scale is not None and scale != attention.head_dim**-0.5:
@@ -162,10 +202,17 @@ def qwen3_next_fields(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def model_config_from_qwen3_next(fields: Mapping[str, Any]) -> ModelConfig:
-    """Our configuration from config.json with the class's defaults filled in.
+def qwen3_5_moe_fields(config: ModelConfig) -> dict[str, Any]:
+    """The fields of config.json that are the text model's own."""
+    unknown = ("mlp_only_layers", "decoder_sparse_step", "norm_topk_prob", "intermediate_size")
+    fields = {name: value for name, value in qwen3_next_fields(config).items() if name not in unknown}
+    return fields | {"architectures": ["Qwen3_5MoeForCausalLM"], "model_type": QWEN3_5_MOE_TYPE}
 
-    Raises ValueError where the class uses something that our model does not have; gates are refused by their weights.
+
+def model_config_from_qwen3_next(fields: Mapping[str, Any]) -> ModelConfig:
+    """Our configuration from config.json of either class, with the class's defaults filled in.
+
+    Raises ValueError where the class uses something that our model does not have.
     """
     require_fields(fields, {"hidden_act": "silu", "attention_bias": False, "decoder_sparse_step": 1})
     dense = set(fields.get("mlp_only_layers") or ())
@@ -199,6 +246,7 @@ def _attention(fields: Mapping[str, Any]) -> AttentionConfig:
         num_kv_heads=fields["num_key_value_heads"],
         head_dim=fields["head_dim"],
         qk_norm=True,
+        gate="element",
         positions="rope",
         rope=rope_from_parameters(parameters).model_copy(update={"fraction": fraction}),
     )
@@ -220,7 +268,8 @@ def _moe(fields: Mapping[str, Any]) -> MoeConfig:
         top_k=fields["num_experts_per_tok"],
         expert_hidden_size=fields["moe_intermediate_size"],
         shared_expert_hidden_size=fields["shared_expert_intermediate_size"],
+        shared_expert_gate=True,
         activation="swiglu",
         router="softmax",
-        normalize_probabilities=fields["norm_topk_prob"],
+        normalize_probabilities=fields.get("norm_topk_prob", True),
     )

@@ -1,6 +1,7 @@
-"""Where each of our weights lies in a checkpoint of transformers' `qwen3_next`.
+"""Where each of our weights lies in a checkpoint of transformers' `qwen3_next` or `qwen3_5_moe`.
 
-Exact both ways but for one thing: its norms are 1 + w, so that a norm of ours below 0.5 is rounded at 2^-24.
+Exact both ways but for one thing: their norms are 1 + w, so that a norm of ours below 0.5 is rounded at 2^-24. The classes
+differ in the projections of Gated DeltaNet alone.
 """
 
 from __future__ import annotations
@@ -57,8 +58,56 @@ class QueryEntry(WeightEntry):
         """As in the base class; raises ValueError for a gate that does something."""
         queries_HKD, gate_HKD = tensors[self.theirs[0]].unflatten(0, (-1, 2 * self.head_dim)).chunk(2, dim=1)
         if torch.count_nonzero(gate_HKD):
-            raise ValueError(f"{self.theirs[0]} has an output gate, and our attention has none: it cannot be imported")
+            raise ValueError(
+                f"{self.theirs[0]} has an output gate, and the model that the configuration describes has none; remove "
+                "amfm_model.json beside the weights to read config.json instead"
+            )
         return queries_HKD.flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class GatedQueryEntry(WeightEntry):
+    """Of each head `head_dim` rows of queries, then as many of its gate, which is another tensor of ours."""
+
+    gate: str = ""
+    head_dim: int = 0
+
+    def our_names(self) -> tuple[str, ...]:
+        """As in the base class."""
+        return self.ours, self.gate
+
+    def write(self, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """As in the base class."""
+        heads = [ours[name].unflatten(0, (-1, self.head_dim)) for name in self.our_names()]
+        return {self.theirs[0]: torch.cat(heads, dim=1).flatten(0, 1)}
+
+    def read(self, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """As in the base class."""
+        halves = theirs[self.theirs[0]].unflatten(0, (-1, 2 * self.head_dim)).chunk(2, dim=1)
+        return {name: half.flatten(0, 1) for name, half in zip(self.our_names(), halves, strict=True)}
+
+
+@dataclass(frozen=True)
+class RowsEntry(WeightEntry):
+    """Consecutive rows of ours, so many in each part, as tensors of which one may hold several parts.
+
+    takes: the parts in each of theirs.
+    """
+
+    sizes: tuple[int, ...] = ()
+    takes: tuple[tuple[int, ...], ...] = ()
+
+    def split(self, tensor: Tensor) -> dict[str, Tensor]:
+        """As in the base class."""
+        parts = tensor.split(list(self.sizes))
+        return {name: torch.cat([parts[part] for part in take]) for name, take in zip(self.theirs, self.takes)}
+
+    def join(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """As in the base class."""
+        parts: dict[int, Tensor] = {}
+        for name, take in zip(self.theirs, self.takes):
+            parts |= zip(take, tensors[name].split([self.sizes[part] for part in take]))
+        return torch.cat([parts[part] for part in range(len(self.sizes))])
 
 
 @dataclass(frozen=True)
@@ -107,11 +156,12 @@ class DeltaEntry(WeightEntry):
         return torch.cat([part.flatten(0, 1) for part in (q, k, v, b, a, z)])
 
 
-def qwen3_next_map(config: ModelConfig) -> WeightMap:
-    """The map of a model that fits the class."""
+def qwen3_next_map(config: ModelConfig, *, is_next: bool = True) -> WeightMap:
+    """The map of a model that fits the class: qwen3_next, or else qwen3_5_moe."""
     entries = [WeightEntry("embedding.weight", ("model.embed_tokens.weight",))]
     zeros: dict[str, tuple[int, ...]] = {}
-    blocks = {"G": _delta_entries, "*": _attention_entries, "E": _expert_entries, "-": _dense_entries}
+    delta_entries = _delta_entries if is_next else _plain_delta_entries
+    blocks = {"G": delta_entries, "*": _attention_entries, "E": _expert_entries, "-": _dense_entries}
     for index, letter in enumerate(config.letters):
         ours, theirs = f"blocks.{index}.", f"model.layers.{index // 2}."
         norm = "input_layernorm" if letter in "G*" else "post_attention_layernorm"
@@ -132,6 +182,21 @@ def _delta_entries(config: ModelConfig, ours: str, layer: str) -> Iterator[Weigh
     sizes = (options.key_dim(), options.key_dim(), values, shared, shared, values)
     names = (f"{theirs}in_proj_qkvz.weight", f"{theirs}in_proj_ba.weight")
     yield DeltaEntry(f"{ours}in_proj.weight", names, sizes=sizes)
+    yield from _scan_entries(ours, theirs)
+
+
+def _plain_delta_entries(config: ModelConfig, ours: str, layer: str) -> Iterator[WeightEntry]:
+    options, theirs = delta_options(config), f"{layer}linear_attn."
+    keys, values = options.key_heads() * options.key_dim(), options.num_heads * options.value_dim()
+    # q, k and v together; beta, decay and gate apart.
+    names = tuple(f"{theirs}in_proj_{part}.weight" for part in ("qkv", "b", "a", "z"))
+    sizes = (keys, keys, values, options.num_heads, options.num_heads, values)
+    yield RowsEntry(f"{ours}in_proj.weight", names, sizes=sizes, takes=((0, 1, 2), (3,), (4,), (5,)))
+    yield from _scan_entries(ours, theirs)
+
+
+def _scan_entries(ours: str, theirs: str) -> Iterator[WeightEntry]:
+    """What follows the projections, alike in both classes."""
     yield WeightEntry(f"{ours}conv.weight", (f"{theirs}conv1d.weight",), "conv")
     for name in ("A_log", "dt_bias", "norm.weight", "out_proj.weight"):
         yield WeightEntry(ours + name, (theirs + name,))
@@ -140,10 +205,16 @@ def _delta_entries(config: ModelConfig, ours: str, layer: str) -> Iterator[Weigh
 def _attention_entries(config: ModelConfig, ours: str, layer: str) -> Iterator[WeightEntry]:
     assert config.attention is not None, "the pattern has *, the configuration no attention section"
     theirs = f"{layer}self_attn."
-    yield QueryEntry(f"{ours}q_proj.weight", (f"{theirs}q_proj.weight",), head_dim=config.attention.head_dim)
+    is_gated, head_dim = config.attention.gate != "none", config.attention.head_dim
+    names = (f"{theirs}q_proj.weight",)
+    if is_gated:
+        yield GatedQueryEntry(f"{ours}q_proj.weight", names, gate=f"{ours}g_proj.weight", head_dim=head_dim)
+    else:
+        yield QueryEntry(f"{ours}q_proj.weight", names, head_dim=head_dim)
     for name in ("k_proj.weight", "v_proj.weight"):
         yield WeightEntry(ours + name, (theirs + name,))
-    yield DoubledEntry(f"{ours}o_proj.weight", (f"{theirs}o_proj.weight",))
+    after_gate = WeightEntry if is_gated else DoubledEntry
+    yield after_gate(f"{ours}o_proj.weight", (f"{theirs}o_proj.weight",))
     for name in ("q_norm.weight", "k_norm.weight"):
         yield NormEntry(ours + name, (theirs + name,))
 
@@ -165,13 +236,18 @@ def _expert_entries(config: ModelConfig, ours: str, layer: str) -> Iterator[Weig
     if config.moe.shared_expert_hidden_size:
         shared = f"{theirs}shared_expert."
         yield GatedEntry(f"{ours}shared.up_proj.weight", (f"{shared}gate_proj.weight", f"{shared}up_proj.weight"))
-        yield DoubledEntry(f"{ours}shared.down_proj.weight", (f"{shared}down_proj.weight",))
+        after_gate = WeightEntry if config.moe.shared_expert_gate else DoubledEntry
+        yield after_gate(f"{ours}shared.down_proj.weight", (f"{shared}down_proj.weight",))
+    if config.moe.shared_expert_gate:
+        yield WeightEntry(f"{ours}shared_gate.weight", (f"{theirs}shared_expert_gate.weight",))
 
 
 def _gate_zeros(config: ModelConfig, theirs: str) -> dict[str, tuple[int, ...]]:
-    """The gate of the shared expert, and a shared expert of width 1 where we have none."""
+    """The gate of the shared expert where ours has none, and a shared expert of width 1 where we have none."""
     assert config.moe is not None, "the pattern has E, the configuration no moe section"
     width = config.hidden_size
+    if config.moe.shared_expert_gate:
+        return {}
     zeros: dict[str, tuple[int, ...]] = {f"{theirs}shared_expert_gate.weight": (1, width)}
     if not config.moe.shared_expert_hidden_size:
         zeros |= {f"{theirs}shared_expert.{name}_proj.weight": (1, width) for name in ("gate", "up")}

@@ -1,8 +1,8 @@
 """Which transformers class can hold a model exactly, and why another one cannot.
 
 Rules were read from transformers 5.24: `models/nemotron_h` and `models/granitemoehybrid`; those of `models/qwen3_next` are
-in `huggingface_qwen3_next.py`. A class holds a configuration when the function from tokens to logits is the same; names,
-shapes and fields are in `huggingface_weights.py` and `huggingface_config.py`. This module imports no transformers.
+in `qwen3_next.py`. A class holds a configuration when the function from tokens to logits is the same; names,
+shapes and fields are in `weights.py` and `config.py`. This module imports no transformers.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Literal, get_args
 from model.config.mixer_registry import BUILT_IN
 from model.config.pattern import mixer_name
 from model.config.schema import ModelConfig
-from model.huggingface.fields import unfit_expert_sizes
-from model.huggingface.qwen3_next import unfit_for_qwen3_next
+from model.huggingface.fields import unfit_expert_sizes, unfit_gates, unfit_multipliers
+from model.huggingface.qwen3_next import unfit_for_qwen3_5_moe, unfit_for_qwen3_next
 
-Target = Literal["nemotron_h", "granitemoehybrid", "qwen3_next", "own"]
-NATIVE_TARGETS: tuple[Target, ...] = ("nemotron_h", "granitemoehybrid", "qwen3_next")
+Target = Literal["nemotron_h", "granitemoehybrid", "qwen3_next", "qwen3_5_moe", "own"]
+NATIVE_TARGETS: tuple[Target, ...] = ("nemotron_h", "granitemoehybrid", "qwen3_next", "qwen3_5_moe")
 TARGETS: tuple[Target, ...] = get_args(Target)
 
 
@@ -35,6 +35,8 @@ def explain_unfit(config: ModelConfig, target: str) -> list[str]:
         return _unfit_for_granite(config)
     if target == "qwen3_next":
         return unfit_for_qwen3_next(config)
+    if target == "qwen3_5_moe":
+        return unfit_for_qwen3_5_moe(config)
     raise ValueError(f"export target {target!r} is unknown; use auto, {', '.join(TARGETS)}")
 
 
@@ -84,7 +86,8 @@ def _unfit_mixers(config: ModelConfig, target: str) -> list[str]:
 
 def _unfit_for_nemotron_h(config: ModelConfig) -> list[str]:
     letters = config.letters
-    reasons = _unfit_mixers(config, "nemotron_h")
+    reasons = _unfit_mixers(config, "nemotron_h") + unfit_gates(config, "nemotron_h")
+    reasons += unfit_multipliers(config, "nemotron_h")
     if "E" in letters and config.moe is not None:
         moe = config.moe
         if moe.activation != "squared_relu":
@@ -129,6 +132,7 @@ def _unfit_for_nemotron_h(config: ModelConfig) -> list[str]:
 def _unfit_for_granite(config: ModelConfig) -> list[str]:
     letters = config.letters
     reasons = _unfit_mixers(config, "granitemoehybrid") or _unfit_pairs(letters)
+    reasons += unfit_gates(config, "granitemoehybrid")
     if "E" in letters:
         reasons += _unfit_granite_experts(config)
     if "-" in letters and config.feed_forward is not None and config.feed_forward.activation != "swiglu":

@@ -23,6 +23,8 @@ def weight_map(config: ModelConfig, target: Target) -> WeightMap:
         return _granite_map(config)
     if target == "qwen3_next":
         return qwen3_next_map(config)
+    if target == "qwen3_5_moe":
+        return qwen3_next_map(config, is_next=False)
     return WeightMap(tuple(WeightEntry(name, (name,)) for name in weight_shapes(config)), {})
 
 
@@ -78,6 +80,8 @@ def _attention_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "v_proj.weight": (keys, width),
         "o_proj.weight": (width, queries),
     }
+    if attention.gate != "none":
+        shapes["g_proj.weight"] = (queries if attention.gate == "element" else attention.num_heads, width)
     if attention.qk_norm:
         shapes |= {"q_norm.weight": (attention.head_dim,), "k_norm.weight": (attention.head_dim,)}
     return shapes
@@ -100,6 +104,8 @@ def _moe_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     shapes["experts.down"] = (moe.num_experts, read, hidden)
     if moe.shared_expert_hidden_size:
         shapes |= _mlp_shapes("shared.", width, moe.shared_expert_hidden_size, moe.activation)
+    if moe.shared_expert_gate:
+        shapes["shared_gate.weight"] = (1, width)
     if moe.latent_size is not None:
         shapes |= {"latent_down.weight": (moe.latent_size, width), "latent_up.weight": (width, moe.latent_size)}
     return shapes

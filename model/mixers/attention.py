@@ -9,6 +9,7 @@ from kernels.attention.op import attention, fastest_backend
 from kernels.rope.op import qk_norm_rope, rope_frequencies
 from model.config.schema import AttentionConfig, ModelConfig
 from model.mixers.interface import AttentionCache, BlockState, MixerOutput
+from model.mixers.output_gate import gate_heads, gate_projection
 from model.packing import PackMeta
 from model.parallel.context import gather_rows
 from model.parallel.groups import ProcessGroupCollection
@@ -19,7 +20,8 @@ from model.segments import Segments
 
 
 class AttentionMixer(Float32Buffers):
-    """q, k, v projections, optional norm a head, optional rotary positions, attention inside each document, o_proj.
+    """q, k, v projections, optional norm a head, optional rotary positions, attention inside each document, optional gate,
+    o_proj.
 
     Query and key-value heads are cut over the tensor-parallel ranks; where key-value heads are fewer, neighbouring ranks hold
     the same one. Positions restart at each document. Rotation angles and the softmax are computed in float32 for bf16
@@ -41,6 +43,9 @@ class AttentionMixer(Float32Buffers):
         self.k_proj = ColumnLinear(hidden, (kv_width,), groups, name=kv_name, units=kv_units)
         self.v_proj = ColumnLinear(hidden, (kv_width,), groups, name=kv_name, units=kv_units)
         self.o_proj = RowLinear(query_width, hidden, groups, name="model.attention.num_heads")
+        self.g_proj = gate_projection(
+            section.gate, hidden, section.num_heads, self.head_dim, groups, name="model.attention.num_heads"
+        )
         self.q_norm = HeadNorm(self.head_dim) if section.qk_norm else None
         self.k_norm = HeadNorm(self.head_dim) if section.qk_norm else None
         self.attention_factor = 1.0
@@ -69,7 +74,9 @@ class AttentionMixer(Float32Buffers):
     def forward(self, x_BTD: Tensor, meta: PackMeta, state: BlockState = None) -> MixerOutput:
         """x [B, T, D] -> y [B, T, D]; with a cache the tokens also see all of its keys, and the longer cache is returned."""
         weights = [self.q_proj.weight, self.k_proj.weight, self.v_proj.weight]
-        q_BTX, k_BTX, v_BSX = project_stream(x_BTD, weights, self.groups)
+        if self.g_proj is not None:
+            weights.append(self.g_proj.weight)
+        q_BTX, k_BTX, v_BSX, *gate_BTX = project_stream(x_BTD, weights, self.groups)
         q_BTHK = q_BTX.unflatten(-1, (self.num_heads, self.head_dim))
         k_BTJK = k_BTX.unflatten(-1, (self.num_kv_heads, self.head_dim))
         v_BSJK = v_BSX.unflatten(-1, (self.num_kv_heads, self.head_dim))
@@ -96,6 +103,8 @@ class AttentionMixer(Float32Buffers):
             o_BTHK = self._attend_segments(q_BTHK, k_BSJK, v_BSJK, meta, meta.segments)
         else:
             o_BTHK = self._attend(q_BTHK, k_BSJK, v_BSJK, meta.boundaries_BT())
+        if gate_BTX:
+            o_BTHK = gate_heads(o_BTHK, gate_BTX[0])
         return MixerOutput(leave_tensor_region(self.o_proj(o_BTHK.flatten(-2)), self.groups), cache)
 
     def _attend_segments(

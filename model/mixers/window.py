@@ -11,6 +11,7 @@ from kernels.rope.op import qk_norm_rope
 from model.config.mixer_options import WindowOptions
 from model.mixers.attention import HeadNorm
 from model.mixers.interface import BlockState, BuildContext, MixerOutput, MixerState, SequenceMixer
+from model.mixers.output_gate import gate_heads, gate_projection
 from model.packing import PackMeta
 from model.parallel.context import receive_windows
 from model.parallel.layers import ColumnLinear, RowLinear
@@ -41,6 +42,9 @@ class WindowMixer(SequenceMixer):
             name="model.mixers.window.num_heads",
             units=(options.num_heads, kv_heads, kv_heads),
         )
+        self.g_proj = gate_projection(
+            options.gate, hidden, options.num_heads, size, groups, name="model.mixers.window.num_heads"
+        )
         self.out_proj = RowLinear(options.num_heads * size, hidden, groups, name="model.mixers.window.num_heads")
         self.q_norm = HeadNorm(size) if options.qk_norm else None
         self.k_norm = HeadNorm(size) if options.qk_norm else None
@@ -55,7 +59,9 @@ class WindowMixer(SequenceMixer):
 
     def forward(self, x_BTD: Tensor, meta: PackMeta, state: BlockState = None) -> MixerOutput:
         """x [B, T, D] -> y [B, T, D]; with a state the tokens also see its keys, and the newest keys are returned."""
-        q_BTHK, k_BTJK, v_BTJK = self._project(x_BTD, meta)
+        weights = [self.in_proj.weight] + ([] if self.g_proj is None else [self.g_proj.weight])
+        projected_BTX, *gate_BTX = project_stream(x_BTD, weights, self.build.groups)
+        q_BTHK, k_BTJK, v_BTJK = self._heads(projected_BTX, meta)
         following: MixerState | None = None
         if meta.segments is not None:
             assert state is None, "rows that are cut over context ranks have no decode state"
@@ -65,10 +71,11 @@ class WindowMixer(SequenceMixer):
         else:
             assert isinstance(state, dict), f"a registered mixer got a {type(state).__name__}"
             o_BTHK, following = self._go_on(q_BTHK, k_BTJK, v_BTJK, meta, state)
+        if gate_BTX:
+            o_BTHK = gate_heads(o_BTHK, gate_BTX[0])
         return MixerOutput(leave_tensor_region(self.out_proj(o_BTHK.flatten(-2)), self.build.groups), following)
 
-    def _project(self, x_BTD: Tensor, meta: PackMeta) -> tuple[Tensor, Tensor, Tensor]:
-        (projected_BTX,) = project_stream(x_BTD, [self.in_proj.weight], self.build.groups)
+    def _heads(self, projected_BTX: Tensor, meta: PackMeta) -> tuple[Tensor, Tensor, Tensor]:
         heads, kv_heads, size = self.num_heads, self.num_kv_heads, self.options.head_dim
         parts = projected_BTX.split([heads * size, kv_heads * size, kv_heads * size], dim=-1)
         q_BTHK, k_BTJK, v_BTJK = (part.unflatten(-1, (-1, size)) for part in parts)

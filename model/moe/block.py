@@ -29,7 +29,7 @@ from model.parallel.shards import Shard, ShardSpec, divide
 
 
 class MoeMixer(Float32Buffers):
-    """y = sum over the top-k experts of weight * expert(x), plus the shared expert.
+    """y = sum over the top-k experts of weight * expert(x), plus the shared expert, times its gate where it has one.
 
     Logits, scores and weights are computed in float32 (or more) whatever the dtype of the weights, and the balancing bias
     stays in float32 under any cast. With `latent_size`, latent_down narrows what the routed experts see and latent_up
@@ -69,6 +69,7 @@ class MoeMixer(Float32Buffers):
                 name="model.moe.shared_expert_hidden_size",
                 backend=backend,
             )
+        self.shared_gate = Linear(config.hidden_size, 1, groups) if moe.shared_expert_gate else None
 
     def reset_buffers(self) -> None:
         """Sets the balancing bias to zero."""
@@ -147,7 +148,10 @@ class MoeMixer(Float32Buffers):
         return y_BTD if self.latent_up is None else self.latent_up(y_BTD), shared_BTD
 
     def _shared(self, x_BTD: Tensor) -> Tensor | None:
-        return None if self.shared is None else self.shared(x_BTD)
+        if self.shared is None:
+            return None
+        y_BTD: Tensor = self.shared(x_BTD)
+        return y_BTD if self.shared_gate is None else y_BTD * torch.sigmoid(self.shared_gate(x_BTD))
 
     @torch.no_grad()
     def update_expert_bias(self, counts_E: Tensor) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from data_pipeline.config import CacheConfig
 from data_pipeline.store.object_store import is_url
 from model.config.checks import check_model
+from model.huggingface.qwen3_next import unfit_tokenizer
 from model.huggingface.targets import explain_unfit
 from pretrain.checks.mixers import kernel_problems
 from pretrain.checks.parallel import layout_problems, micro_batch_problems, pipeline_problems, world_problems
@@ -225,3 +226,7 @@ def export_problems(config: RunConfig) -> Iterator[Problem]:
     """The declared export class can hold the model."""
     for reason in explain_unfit(config.model, config.export.target):
         yield whole_message(f"export.target={config.export.target} cannot hold this model: {reason}")
+    own_tokenizer = config.data.tokenizer.model
+    kind = "huggingface" if own_tokenizer is not None and own_tokenizer.endswith(".json") else "sentencepiece"
+    for reason in unfit_tokenizer(config.export.target, kind):
+        yield whole_message(f"export.target={config.export.target} cannot hold this run: {reason}")

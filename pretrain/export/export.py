@@ -19,6 +19,7 @@ from torch import Tensor
 import pretrain.export.verify
 from data_pipeline.store.store import TokenStore
 from data_pipeline.tokenizer.tokenizer import Tokenizer
+from model.huggingface.qwen3_next import unfit_tokenizer
 from model.huggingface.targets import TARGETS, Target, choose_target, explain_unfit
 from model.packing import PackMeta
 from pretrain.export.files import CLASS_NAMES, MAX_SHARD_BYTES, ExportPlan, put_in_place, sync_files, write_export
@@ -76,7 +77,7 @@ def export_checkpoint(
 ) -> ExportReport:
     """Write a checkpoint (a run's newest, or an imported model) as a transformers folder and prove it.
 
-    `target`: nemotron_h, granitemoehybrid, qwen3_next, own, auto; None: what the run's `export.target` says. Everything is written
+    `target`: nemotron_h, granitemoehybrid, qwen3_next, qwen3_5_moe, own, auto; None: what the run's `export.target` says. Everything is written
     to OUT.tmp, made durable, loaded by a fresh process that compares logits, and only then renamed to OUT, so OUT is
     absent or whole. Raises ValueError for a target that cannot hold the model or an OUT that is in use, RuntimeError
     for a failed proof: then the folder stands as OUT.failed, for examination.
@@ -125,6 +126,8 @@ def check_free(out: Path) -> None:
 def resolve_target(weights: Weights, asked: str) -> Target:
     """The target to write; ValueError with every reason when the one asked for cannot hold the model."""
     reasons = explain_unfit(weights.model, asked)
+    if weights.given_tokenizer is not None:
+        reasons += unfit_tokenizer(asked, weights.given_tokenizer.kind)
     if reasons:
         raise ValueError(f"export target {asked} cannot hold this model: " + "; ".join(reasons))
     if asked == "auto":

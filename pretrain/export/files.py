@@ -39,6 +39,7 @@ CLASS_NAMES: dict[Target, str] = {
     "nemotron_h": "NemotronHForCausalLM",
     "granitemoehybrid": "GraniteMoeHybridForCausalLM",
     "qwen3_next": "Qwen3NextForCausalLM",
+    "qwen3_5_moe": "Qwen3_5MoeForCausalLM",
     "own": "AmfmForCausalLM",
 }
 

@@ -17,8 +17,14 @@ from torch import Tensor
 from data_pipeline.tokenizer.tokenizer import Tokenizer, read_tokenizer_file
 from model.config.checks import check_model
 from model.config.schema import ModelConfig
-from model.huggingface.config import OWN_MODEL_TYPE, TokenIds, huggingface_config, model_config_from_huggingface
-from model.huggingface.targets import NATIVE_TARGETS, Target
+from model.huggingface.config import (
+    OWN_MODEL_TYPE,
+    TARGET_OF_TYPE,
+    TokenIds,
+    huggingface_config,
+    model_config_from_huggingface,
+)
+from model.huggingface.targets import Target
 from model.huggingface.weights import weight_map
 from pretrain.export.export import check_free
 from pretrain.export.files import OUR_DESCRIPTION, put_in_place, sync_files
@@ -26,12 +32,6 @@ from pretrain.export.tokenizer import MODEL_FILE, ORIGINAL_JSON
 from pretrain.inference.weights import Weights, check_shapes, write_weights
 
 INDEX = "model.safetensors.index.json"
-TARGET_OF_TYPE: dict[str, Target] = {
-    "nemotron_h": "nemotron_h",
-    "granitemoehybrid": "granitemoehybrid",
-    "qwen3_next": "qwen3_next",
-    OWN_MODEL_TYPE: "own",
-}
 # Multi-token prediction heads: transformers leaves them out as well.
 SKIPPED_PREFIXES = ("mtp.",)
 
@@ -84,7 +84,7 @@ def read_config_json(source: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path} is missing; give a folder that transformers wrote")
     raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if raw.get("model_type") not in NATIVE_TARGETS:
+    if raw.get("model_type") not in set(TARGET_OF_TYPE) - {OWN_MODEL_TYPE}:
         return raw
     from transformers import AutoConfig
 

@@ -14,7 +14,8 @@ LETTERS = {"A": "*", "F": "E", "D": "-"}
 
 def reference_forward(config, pattern, parameters, tokens_BT, document_ids_BT, biases=None):
     """Logits [B, T, V] and auxiliary losses by name of plain pattern letters, in the dtype of the parameters."""
-    x_BTD = parameters["embedding.weight"][tokens_BT]
+    factors = config.multipliers
+    x_BTD = parameters["embedding.weight"][tokens_BT] * factors.embedding
     auxiliary = {}
     for index, letter in enumerate(pattern):
         prefix = f"blocks.{index}."
@@ -23,12 +24,12 @@ def reference_forward(config, pattern, parameters, tokens_BT, document_ids_BT, b
         normed_BTD = norm(x_BTD, here["norm.weight"], config.norm_epsilon)
         bias = None if biases is None else biases.get(index)
         y_BTD, losses = reference_block(LETTERS.get(letter, letter), config, mixer, normed_BTD, document_ids_BT, bias)
-        x_BTD = x_BTD + y_BTD
+        x_BTD = x_BTD + y_BTD * factors.residual
         for name, value in losses.items():
             auxiliary[name] = auxiliary.get(name, 0.0) + value
     hidden_BTD = norm(x_BTD, parameters["final_norm.weight"], config.norm_epsilon)
     head_VD = parameters["embedding.weight"] if config.tie_embeddings else parameters["head.weight"]
-    return hidden_BTD @ head_VD.T, auxiliary
+    return hidden_BTD @ head_VD.T * factors.logits, auxiliary
 
 
 def reference_block(letter, config, p, x_BTD, document_ids_BT, bias=None):
@@ -107,7 +108,11 @@ def attention(config, p, x_TD):
             scores = k_TJK[: t + 1, j] @ q_THK[t, h] * scale
             rows.append(torch.exp(scores - torch.logsumexp(scores, 0)) @ v_TJK[: t + 1, j])
         heads.append(torch.stack(rows))
-    return torch.stack(heads, 1).reshape(T, H * K) @ p["o_proj.weight"].T
+    o_THK = torch.stack(heads, 1)
+    if section.gate != "none":
+        gate_TX = 1 / (1 + torch.exp(-(x_TD @ p["g_proj.weight"].T)))
+        o_THK = o_THK * (gate_TX.view(T, H, K) if section.gate == "element" else gate_TX[:, :, None])
+    return o_THK.reshape(T, H * K) @ p["o_proj.weight"].T
 
 
 def rotate(section, q_THK):
@@ -166,7 +171,10 @@ def moe(section, p, x_BTD, bias):
         if "latent_up.weight" in p:
             y = p["latent_up.weight"] @ y
         if "shared.up_proj.weight" in p:
-            y = y + feed_forward(p["shared.up_proj.weight"], p["shared.down_proj.weight"], section, x_RD[r])
+            shared = feed_forward(p["shared.up_proj.weight"], p["shared.down_proj.weight"], section, x_RD[r])
+            if section.shared_expert_gate:
+                shared = shared / (1 + torch.exp(-(p["shared_gate.weight"] @ x_RD[r])))
+            y = y + shared
         rows.append(y)
     losses = {}
     shares = scores / scores.sum(-1, keepdim=True)

@@ -87,6 +87,14 @@ def test_flops_are_six_a_used_weight_plus_what_has_no_weights():
     [
         ("M*E-", {}),
         ("ME", {"tie_embeddings": True, "mamba": MAMBA.model_copy(update={"conv_bias": False})}),
+        (
+            "*E",
+            {
+                "attention": NO_POSITIONS.model_copy(update={"gate": "element"}),
+                "moe": MOE.model_copy(update={"shared_expert_gate": True}),
+            },
+        ),
+        ("*", {"attention": NO_POSITIONS.model_copy(update={"gate": "head"})}),
         ("*E", {"moe": MOE.model_copy(update={"latent_size": 5, "activation": "swiglu"})}),
         ("E*", {"moe": MoeConfig(num_experts=3, top_k=1, expert_hidden_size=4), "attention": NO_POSITIONS}),
     ],

@@ -4,7 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.config.schema import AttentionConfig, FeedForwardConfig, Mamba2Config, MoeConfig, RopeConfig
+from model.config.schema import (
+    AttentionConfig,
+    FeedForwardConfig,
+    Mamba2Config,
+    MoeConfig,
+    MultipliersConfig,
+    RopeConfig,
+)
 from model.hybrid import HybridModel
 from model.packing import PackMeta
 from model.parallel.groups import single_rank_groups
@@ -104,11 +111,15 @@ GROUPED = MoeConfig(
         ("*", {}),
         ("*", {"attention": ROPE_PARTIAL}),
         ("*", {"attention": NO_POSITIONS}),
+        ("*", {"attention": NO_POSITIONS.model_copy(update={"gate": "head"})}),
+        ("*", {"attention": ROPE_PARTIAL.model_copy(update={"gate": "element"})}),
         ("-", {}),
         ("-", {"feed_forward": FeedForwardConfig(hidden_size=9)}),
         ("E", {}),
         ("E", {"moe": BALANCED}),
         ("E", {"moe": GROUPED}),
+        ("E", {"moe": GROUPED.model_copy(update={"shared_expert_gate": True})}),
+        ("*-", {"multipliers": MultipliersConfig(embedding=3.0, residual=0.22, logits=0.3), "tie_embeddings": True}),
         ("(ME)x2 *E M-", {"logits_z_loss_weight": 0.05}),
     ],
 )

@@ -55,7 +55,13 @@ MODEL: dict[str, Any] = {
 # The same with what other settings of the blocks bring.
 VARIANTS: dict[str, dict[str, Any]] = {
     "core": MODEL,
-    "latent": MODEL | {"tie_embeddings": True, "moe": MODEL["moe"] | {"latent_size": 12, "activation": "swiglu"}},
+    "latent": MODEL
+    | {
+        "tie_embeddings": True,
+        "attention": MODEL["attention"] | {"gate": "element"},
+        "moe": MODEL["moe"] | {"latent_size": 12, "activation": "swiglu", "shared_expert_gate": True},
+        "multipliers": {"embedding": 2.0, "residual": 0.5, "logits": 0.5},
+    },
     "mixers": MODEL
     | {
         "pattern": "MEG*PE",

@@ -140,6 +140,10 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(self.num_heads * self.head_dim, width, bias=False)
+        # Exports of earlier versions have no gate.
+        self.gate = section.get("gate", "none")
+        if self.gate != "none":
+            self.g_proj = nn.Linear(width, self.num_heads * gate_size(self.gate, self.head_dim), bias=False)
         if section["qk_norm"]:
             self.q_norm = RMSNorm(self.head_dim, config.norm_epsilon)
             self.k_norm = RMSNorm(self.head_dim, config.norm_epsilon)
@@ -177,7 +181,20 @@ class Attention(nn.Module):
             attn_mask=allowed,
             scale=self.scale,
         )
-        return self.o_proj(o_BHTK.transpose(1, 2).reshape(rows, tokens, -1)), (k_BJTK, v_BJTK)
+        o_BTHK = o_BHTK.transpose(1, 2)
+        if self.gate != "none":
+            o_BTHK = gate_heads(o_BTHK, self.g_proj(x_BTD))
+        return self.o_proj(o_BTHK.reshape(rows, tokens, -1)), (k_BJTK, v_BJTK)
+
+
+def gate_size(kind: str, head_dim: int) -> int:
+    """Gates a head."""
+    return head_dim if kind == "element" else 1
+
+
+def gate_heads(o_BTHK: Tensor, gate_BTX: Tensor) -> Tensor:
+    """Outputs times the sigmoid of as many gates, or of one a head."""
+    return o_BTHK * torch.sigmoid(gate_BTX).unflatten(-1, (o_BTHK.shape[2], -1))
 
 
 def rope_frequencies(rope: dict[str, Any], head_dim: int) -> tuple[Tensor, float]:
@@ -270,6 +287,10 @@ class MixtureOfExperts(nn.Module):
         self.experts = Experts(section, latent or width)
         if section["shared_expert_hidden_size"]:
             self.shared = FeedForward(width, section["shared_expert_hidden_size"], section["activation"])
+        # Exports of earlier versions have no gate.
+        self.has_gate = section.get("shared_expert_gate", False)
+        if self.has_gate:
+            self.shared_gate = nn.Linear(width, 1, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """x [B, T, D] -> y [B, T, D]."""
@@ -280,7 +301,8 @@ class MixtureOfExperts(nn.Module):
         if has_latent:
             y_RD = self.latent_up(y_RD)
         if self.section["shared_expert_hidden_size"]:
-            y_RD = y_RD + self.shared(x_RD)
+            shared_RD = self.shared(x_RD)
+            y_RD = y_RD + (shared_RD * torch.sigmoid(self.shared_gate(x_RD)) if self.has_gate else shared_RD)
         return y_RD.view_as(x_BTD)
 
     def _route(self, logits_RE: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 
 
 class AmfmConfig(PretrainedConfig):
-    """Sizes and choices of each block kind; a section is None where the pattern lacks its letter.
+    """Sizes and choices of each block kind, and constant factors; a section is None where the pattern lacks its letter.
 
     `mixers` has the options of other sequence mixers by name; the pattern has their letters or `{name}`.
     """
@@ -31,6 +31,7 @@ class AmfmConfig(PretrainedConfig):
         moe: dict[str, Any] | None = None,
         feed_forward: dict[str, Any] | None = None,
         mixers: dict[str, dict[str, Any]] | None = None,
+        multipliers: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
         self.pattern = pattern
@@ -45,6 +46,8 @@ class AmfmConfig(PretrainedConfig):
         self.moe = moe
         self.feed_forward = feed_forward
         self.mixers = mixers or {}
+        # Exports of earlier versions have none.
+        self.multipliers = {"embedding": 1.0, "residual": 1.0, "logits": 1.0} | (multipliers or {})
         kwargs["num_hidden_layers"] = len(self.letters())
         super().__init__(**kwargs)
 

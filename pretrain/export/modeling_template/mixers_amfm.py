@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blocks_amfm import RMSNorm, rope_frequencies, rotate
+from .blocks_amfm import RMSNorm, gate_heads, gate_size, rope_frequencies, rotate
 from .delta_mixers_amfm import DeltaNet, GatedDeltaNet
 from .linear_mixers_amfm import (
     Gla,
@@ -42,6 +42,10 @@ class Window(nn.Module):
         width = (self.heads + 2 * self.kv_heads) * self.size
         self.in_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.out_proj = nn.Linear(self.heads * self.size, config.hidden_size, bias=False)
+        # Exports of earlier versions have no gate.
+        self.gate = options.get("gate", "none")
+        if self.gate != "none":
+            self.g_proj = nn.Linear(config.hidden_size, self.heads * gate_size(self.gate, self.size), bias=False)
         if options["qk_norm"]:
             self.q_norm = RMSNorm(self.size, config.norm_epsilon)
             self.k_norm = RMSNorm(self.size, config.norm_epsilon)
@@ -70,7 +74,10 @@ class Window(nn.Module):
             attn_mask=allowed,
         )
         first = k.shape[1] - self.kept
-        return self.out_proj(o_BHTK.transpose(1, 2).flatten(2)), (k[:, first:], v[:, first:], is_text_BS[:, first:])
+        o_BTHK = o_BHTK.transpose(1, 2)
+        if self.gate != "none":
+            o_BTHK = gate_heads(o_BTHK, self.g_proj(x_BTD))
+        return self.out_proj(o_BTHK.flatten(2)), (k[:, first:], v[:, first:], is_text_BS[:, first:])
 
     def _project(self, x_BTD: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         queries, keys = self.heads * self.size, self.kv_heads * self.size

@@ -40,12 +40,13 @@ class AmfmOutput(ModelOutput):
 
 
 class AmfmBlock(nn.Module):
-    """x + mixer(norm(x))."""
+    """x + multiplier * mixer(norm(x))."""
 
     def __init__(self, index: int, config: AmfmConfig) -> None:
         super().__init__()
         letters = config.letters()
         self.letter = letter = letters[index]
+        self.multiplier = config.multipliers["residual"]
         self.norm = RMSNorm(config.hidden_size, config.norm_epsilon)
         if letter == "M":
             self.mixer: nn.Module = Mamba2(config)
@@ -75,7 +76,7 @@ class AmfmBlock(nn.Module):
             y_BTD = self.mixer(normed_BTD)
         else:
             y_BTD, state = self.mixer(normed_BTD, mask_BT, positions_BT, state)
-        return x_BTD + y_BTD, state
+        return x_BTD + y_BTD * self.multiplier, state
 
 
 class AmfmPreTrainedModel(PreTrainedModel):
@@ -176,7 +177,7 @@ class AmfmForCausalLM(AmfmPreTrainedModel, GenerationMixin):
             positions_BT = torch.arange(seen, seen + input_ids.shape[1], device=input_ids.device)[None]
         else:
             positions_BT = (mask_BS.long().cumsum(dim=-1) - 1).clamp(min=0)[:, seen:]
-        x_BTD = self.embedding(input_ids)
+        x_BTD = self.embedding(input_ids) * self.config.multipliers["embedding"]
         block_states: list[BlockState] = []
         for index, block in enumerate(self.blocks):
             x_BTD, block_state = block(x_BTD, mask_BS, positions_BT, None if state is None else state.blocks[index])
@@ -184,7 +185,7 @@ class AmfmForCausalLM(AmfmPreTrainedModel, GenerationMixin):
         hidden_BTD = self.final_norm(x_BTD)
         if logits_to_keep:
             hidden_BTD = hidden_BTD[:, -logits_to_keep:]
-        logits = self.head(hidden_BTD).float()
+        logits = self.head(hidden_BTD).float() * self.config.multipliers["logits"]
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)

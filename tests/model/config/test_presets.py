@@ -68,6 +68,9 @@ GRANITE_H_SMALL = {
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
     "attention_multiplier": 0.0078125,
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.22,
+    "logits_scaling": 16.0,
     "num_local_experts": 72,
     "num_experts_per_tok": 10,
     "intermediate_size": 768,
@@ -174,6 +177,19 @@ def test_granite_is_its_public_configuration_in_the_class_of_transformers():
     counted = count_on_meta(lambda: transformers.GraniteMoeHybridForCausalLM(public))
     assert count_parameters(preset).total == counted
     assert counted == pytest.approx(32e9, rel=0.02)
+
+
+def test_qwen3_next_is_its_public_configuration_in_the_class_of_transformers():
+    # The class's defaults are the released 80B-A3B, but for the base of its positions.
+    rope = {"rope_type": "default", "rope_theta": 10_000_000.0, "partial_rotary_factor": 0.25}
+    public = transformers.Qwen3NextConfig(rope_parameters=rope)
+    preset = load("qwen3_next_80b").model
+    assert sizes_of(preset) == sizes_of(model_config_from_huggingface(public.to_dict()))
+    counts = count_parameters(preset)
+    assert counts.total == count_on_meta(lambda: transformers.Qwen3NextForCausalLM(public))
+    # 80B total and 3B active in its name; the embedding's table left out.
+    assert counts.total == pytest.approx(80e9, rel=0.01)
+    assert counts.active - counts.active_by_kind["embedding"] == pytest.approx(3.5e9, rel=0.1)
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("ladder")])

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from model.config.schema import AttentionConfig, FeedForwardConfig, Mamba2Config, ModelConfig, MoeConfig, RopeConfig
+from model.config.schema import (
+    AttentionConfig,
+    FeedForwardConfig,
+    Mamba2Config,
+    ModelConfig,
+    MoeConfig,
+    MultipliersConfig,
+    RopeConfig,
+)
 
 VOCABULARY = 61
 
@@ -66,9 +74,19 @@ def qwen3_next_config(**changes) -> ModelConfig:
     return ModelConfig(**(fields | changes))
 
 
+def qwen3_5_moe_config(**changes) -> ModelConfig:
+    return qwen3_next_config(**({"pattern": "GE*E"} | changes))
+
+
 def grouped(moe: MoeConfig | None, **changes) -> MoeConfig:
     assert moe is not None
     return moe.model_copy(update=changes)
+
+
+def gated(config: ModelConfig) -> ModelConfig:
+    assert config.attention is not None
+    attention = config.attention.model_copy(update={"gate": "element"})
+    return config.model_copy(update={"attention": attention, "moe": grouped(config.moe, shared_expert_gate=True)})
 
 
 NEMOTRON_H = nemotron_h_config()
@@ -116,6 +134,10 @@ CASES = {
     "granitemoehybrid, yarn": granite_config(
         attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=6, positions="rope", rope=YARN)
     ),
+    "granitemoehybrid, multipliers": granite_config(
+        attention=AttentionConfig(num_heads=4, num_kv_heads=1, head_dim=6, softmax_scale=0.2),
+        multipliers=MultipliersConfig(embedding=3.0, residual=0.22, logits=1 / 6),
+    ),
     "granitemoehybrid, dense": granite_config(
         pattern="M-*-", moe=None, feed_forward=FeedForwardConfig(hidden_size=20, activation="swiglu")
     ),
@@ -126,6 +148,7 @@ CASES = {
         moe=grouped(GRANITE.moe, shared_expert_hidden_size=0, normalize_probabilities=False),
         attention=QWEN3_NEXT.attention.model_copy(update={"rope": YARN}),
     ),
+    "qwen3_next, gated": gated(QWEN3_NEXT),
     "qwen3_next, no attention, dense": qwen3_next_config(pattern="G-G-", attention=None, moe=None),
     "qwen3_next, no Gated DeltaNet, ntk": qwen3_next_config(
         pattern="*E",
@@ -135,4 +158,6 @@ CASES = {
             update={"rope": RopeConfig(theta=300.0, scaling="ntk", ntk_alpha=50.0, fraction=0.5)}
         ),
     ),
+    "qwen3_5_moe, gated": gated(qwen3_5_moe_config()),
+    "qwen3_5_moe, no gates, as many key heads": qwen3_5_moe_config(mixers=delta_mixers(num_key_heads=None)),
 }

@@ -9,7 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.config.schema import AttentionConfig, FeedForwardConfig, Mamba2Config, ModelConfig, RopeConfig
+from model.config.schema import (
+    AttentionConfig,
+    FeedForwardConfig,
+    Mamba2Config,
+    ModelConfig,
+    MultipliersConfig,
+    RopeConfig,
+)
 from model.huggingface.config import TokenIds, huggingface_config, model_config_from_huggingface
 from model.huggingface.targets import choose_target, explain_unfit
 from model.huggingface.weights import weight_map, weight_shapes
@@ -26,6 +33,7 @@ from tests.model.huggingface.cases import (
     granite_config,
     grouped,
     nemotron_h_config,
+    qwen3_5_moe_config,
     qwen3_next_config,
 )
 
@@ -33,6 +41,10 @@ from tests.model.huggingface.cases import (
 RELATIVE_TOLERANCE = 1e-5
 # Our own float32 gradients, which pass every layer twice: up to 1.3e-5 from float64 on one processor. As whole models elsewhere.
 GRADIENT_TOLERANCE = 5e-5
+
+
+# The name of a case begins with its class.
+TARGETED = {name: (name.split(",")[0], config) for name, config in CASES.items()}
 
 
 def build_ours(config: ModelConfig, seed: int = 0) -> HybridModel:
@@ -51,14 +63,15 @@ def build_ours(config: ModelConfig, seed: int = 0) -> HybridModel:
     return model.eval()
 
 
-def load_into_transformers(ours: HybridModel, tmp_path) -> torch.nn.Module:
+def load_into_transformers(ours: HybridModel, tmp_path, target: str = "auto") -> torch.nn.Module:
     """The transformers model with our weights, through our maps and the files that an export writes."""
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
 
     config = ours.config
-    target = choose_target(config)
+    target = choose_target(config) if target == "auto" else target
     assert target != "own", explain_unfit(config, target)
+    assert not explain_unfit(config, target)
     state = {name: tensor.detach() for name, tensor in ours.state_dict().items()}
     theirs = {name: tensor.clone() for name, tensor in weight_map(config, target).to_theirs(state).items()}
     save_file(theirs, tmp_path / "model.safetensors", metadata={"format": "pt"})
@@ -74,10 +87,10 @@ def relative_difference(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).abs().max()) / scale
 
 
-@pytest.mark.parametrize("config", CASES.values(), ids=CASES.keys())
-def test_logits_and_all_gradients_equal_transformers(config: ModelConfig, tmp_path) -> None:
+@pytest.mark.parametrize(("target", "config"), TARGETED.values(), ids=TARGETED.keys())
+def test_logits_and_all_gradients_equal_transformers(target: str, config: ModelConfig, tmp_path) -> None:
     ours = build_ours(config)
-    theirs = load_into_transformers(ours, tmp_path)
+    theirs = load_into_transformers(ours, tmp_path, target)
     generator = torch.Generator().manual_seed(1)
     tokens_BT = torch.randint(0, VOCABULARY, (2, 37), generator=generator)
     weight_BTV = torch.randn(2, 37, VOCABULARY, generator=generator)
@@ -94,7 +107,7 @@ def test_logits_and_all_gradients_equal_transformers(config: ModelConfig, tmp_pa
     exact.zero_grad()
     (exact(tokens_BT, PackMeta.one_document_a_row(2, 37)).logits_BTV * weight_BTV).sum().backward()
     exact_gradients = {name: parameter.grad for name, parameter in exact.named_parameters()}
-    their_gradients = gradients_by_our_name(ours, theirs)
+    their_gradients = gradients_by_our_name(ours, theirs, target)
     compared = 0
     for name, parameter in ours.named_parameters():
         rounded = relative_difference(parameter.grad, their_gradients[name])
@@ -106,42 +119,42 @@ def test_logits_and_all_gradients_equal_transformers(config: ModelConfig, tmp_pa
     assert compared == len(list(ours.parameters()))
 
 
-def gradients_by_our_name(ours: HybridModel, theirs: torch.nn.Module) -> dict[str, Tensor]:
+def gradients_by_our_name(ours: HybridModel, theirs: torch.nn.Module, target: str) -> dict[str, Tensor]:
     """Gradients of the transformers model under our names; a tied weight's are the sum over its places."""
     from transformers.core_model_loading import revert_weight_conversion
 
     raw = {name: parameter.grad for name, parameter in theirs.named_parameters() if parameter.grad is not None}
     on_disk = revert_weight_conversion(theirs, raw)
     weights, gradients = ours.state_dict(), dict[str, Tensor]()
-    for entry in weight_map(ours.config, choose_target(ours.config)).entries:
+    for entry in weight_map(ours.config, target).entries:
         if entry.ours.endswith("expert_bias"):
             continue
         # Through the map itself: some of theirs are twice ours.
-        weight = weights[entry.ours].detach().clone().requires_grad_()
-        parts = [(part, on_disk[name]) for name, part in entry.split(weight).items() if name in on_disk]
-        (gradient,) = torch.autograd.grad([part for part, _ in parts], weight, [other for _, other in parts])
-        gradients[entry.ours] = gradients[entry.ours] + gradient if entry.ours in gradients else gradient
+        own = {name: weights[name].detach().clone().requires_grad_() for name in entry.our_names()}
+        parts = [(part, on_disk[name]) for name, part in entry.write(own).items() if name in on_disk]
+        found = torch.autograd.grad([part for part, _ in parts], list(own.values()), [other for _, other in parts])
+        for name, gradient in zip(own, found, strict=True):
+            gradients[name] = gradients[name] + gradient if name in gradients else gradient
     return gradients
 
 
-@pytest.mark.parametrize("config", CASES.values(), ids=CASES.keys())
-def test_maps_cover_every_weight_and_go_back_without_change(config: ModelConfig) -> None:
+@pytest.mark.parametrize(("target", "config"), TARGETED.values(), ids=TARGETED.keys())
+def test_maps_cover_every_weight_and_go_back_without_change(target: str, config: ModelConfig) -> None:
     ours = build_ours(config).state_dict()
     assert weight_shapes(config) == {name: tuple(tensor.shape) for name, tensor in ours.items()}
-    mapping = weight_map(config, choose_target(config))
+    mapping = weight_map(config, target)
     back = mapping.to_ours(mapping.to_theirs(ours))
     assert back.keys() == ours.keys()
     for name, tensor in ours.items():
-        if choose_target(config) == "qwen3_next" and name.endswith("norm.weight"):
+        if target.startswith("qwen3") and name.endswith("norm.weight"):
             # Norms of the class are 1 + w: what is below 0.5 is rounded.
             assert float((back[name] - tensor).abs().max()) <= 2**-24
             tensor = torch.where(tensor < 0.5, back[name], tensor)
         assert torch.equal(back[name], tensor), name
 
 
-@pytest.mark.parametrize("config", CASES.values(), ids=CASES.keys())
-def test_config_json_gives_the_configuration_back(config: ModelConfig) -> None:
-    target = choose_target(config)
+@pytest.mark.parametrize(("target", "config"), TARGETED.values(), ids=TARGETED.keys())
+def test_config_json_gives_the_configuration_back(target: str, config: ModelConfig) -> None:
     none = TokenIds(None, None, None)
     fields = huggingface_config(config, target, none, max_position_embeddings=64)
     read = model_config_from_huggingface(fields)
@@ -170,6 +183,11 @@ UNFIT = {
         "model.attention.softmax_scale=0.5": {
             "attention": AttentionConfig(num_heads=4, num_kv_heads=1, head_dim=12, softmax_scale=0.5)
         },
+        "model.attention.gate=element": {
+            "attention": AttentionConfig(num_heads=4, num_kv_heads=1, head_dim=12, gate="element")
+        },
+        "model.moe.shared_expert_gate=true": {"moe": grouped(NEMOTRON_H.moe, shared_expert_gate=True)},
+        "model.multipliers.residual=0.5": {"multipliers": MultipliersConfig(residual=0.5)},
     },
     "granitemoehybrid": {
         "model.pattern=MM*E": {"pattern": "MM*E"},
@@ -210,6 +228,8 @@ UNFIT = {
         "model.attention.softmax_scale=0.5": {
             "attention": QWEN3_NEXT.attention.model_copy(update={"softmax_scale": 0.5})
         },
+        "model.attention.gate=head": {"attention": QWEN3_NEXT.attention.model_copy(update={"gate": "head"})},
+        "model.multipliers.logits=0.5": {"multipliers": MultipliersConfig(logits=0.5)},
         "model.moe.activation=squared_relu": {"moe": grouped(QWEN3_NEXT.moe, activation="squared_relu")},
         "model.moe.router=sigmoid": {"moe": grouped(QWEN3_NEXT.moe, router="sigmoid")},
         "model.moe.routed_scaling=2.5": {"moe": grouped(QWEN3_NEXT.moe, routed_scaling=2.5)},
@@ -221,8 +241,18 @@ UNFIT = {
             "feed_forward": FeedForwardConfig(hidden_size=8, activation="squared_relu"),
         },
     },
+    "qwen3_5_moe": {
+        "model.pattern=GE*-": {"pattern": "GE*-"},
+        "model.moe.normalize_probabilities=false": {"moe": grouped(QWEN3_NEXT.moe, normalize_probabilities=False)},
+        "of qwen3_5_moe, it scores experts with a softmax": {"moe": grouped(QWEN3_NEXT.moe, router="sigmoid")},
+    },
 }
-BASES = {"nemotron_h": nemotron_h_config, "granitemoehybrid": granite_config, "qwen3_next": qwen3_next_config}
+BASES = {
+    "nemotron_h": nemotron_h_config,
+    "granitemoehybrid": granite_config,
+    "qwen3_next": qwen3_next_config,
+    "qwen3_5_moe": qwen3_5_moe_config,
+}
 
 
 @pytest.mark.parametrize(
@@ -312,21 +342,28 @@ def test_what_our_model_lacks_is_refused_on_import(changes: dict, message: str) 
         model_config_from_huggingface(fields | changes)
 
 
-def test_gates_that_do_something_are_refused_on_import() -> None:
+def test_gates_that_the_description_does_not_have_are_refused_on_import() -> None:
     mapping = weight_map(QWEN3_NEXT, "qwen3_next")
     theirs = mapping.to_theirs(build_ours(QWEN3_NEXT).state_dict())
     attention = "model.layers.1.self_attn.q_proj.weight"
-    with pytest.raises(ValueError, match=r"q_proj\.weight has an output gate, and our attention has none"):
+    with pytest.raises(
+        ValueError, match=r"q_proj\.weight has an output gate, and the model .* has none; remove amfm_model\.json"
+    ):
         mapping.to_ours(theirs | {attention: theirs[attention] + 1})
     shared = "model.layers.0.mlp.shared_expert_gate.weight"
     with pytest.raises(ValueError, match=r"shared_expert_gate\.weight is not zero"):
         mapping.to_ours(theirs | {shared: theirs[shared] + 1})
 
 
-def test_granite_multipliers_are_refused_on_import() -> None:
-    fields = huggingface_config(GRANITE, "granitemoehybrid", TokenIds(None, None, None), max_position_embeddings=64)
-    with pytest.raises(ValueError, match=r"residual_multiplier=0\.22 cannot be imported"):
-        model_config_from_huggingface(fields | {"residual_multiplier": 0.22})
+def test_released_multipliers_of_granite_come_back_whole() -> None:
+    none = TokenIds(None, None, None)
+    fields = huggingface_config(GRANITE, "granitemoehybrid", none, max_position_embeddings=64)
+    released = {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 6.0}
+    released["attention_multiplier"] = 0.0078125
+    read = model_config_from_huggingface(fields | released)
+    assert read.multipliers == MultipliersConfig(embedding=12.0, residual=0.22, logits=1 / 6)
+    again = huggingface_config(read, "granitemoehybrid", none, max_position_embeddings=64)
+    assert again == fields | released
 
 
 def test_missing_and_foreign_tensors_are_named() -> None:

@@ -15,7 +15,7 @@ USUAL: dict[str, Any] = {"num_heads": 4, "head_dim": 6, "value_head_dim": 5, "co
 SPECIAL: dict[str, dict[str, Any]] = {
     "deltaproduct": {"num_key_heads": 2, "allow_negative_eigenvalues": True},
     "mamba1": {"inner_size": 10, "state_size": 4},
-    "window": {"window": 6, "num_kv_heads": 2, "qk_norm": True},
+    "window": {"window": 6, "num_kv_heads": 2, "qk_norm": True, "gate": "element"},
     "gated_deltanet": {"num_key_heads": 2},
 }
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.config.schema import AttentionConfig, Mamba2Config, ModelConfig, MoeConfig
+from model.config.schema import AttentionConfig, Mamba2Config, ModelConfig, MoeConfig, MultipliersConfig
 from model.hybrid import HybridModel
 from model.packing import PackMeta
 from model.parallel.groups import ProcessGroupCollection, single_rank_groups
@@ -25,6 +25,7 @@ MOE = MoeConfig(
     top_k=2,
     expert_hidden_size=8,
     shared_expert_hidden_size=10,
+    shared_expert_gate=True,
     activation="swiglu",
     latent_size=6,
     auxiliary_loss_weight=0.1,
@@ -42,13 +43,14 @@ CONFIGS = {
         "*E",
         tie_embeddings=True,
         moe=MOE.model_copy(update={"latent_size": None, "activation": "squared_relu"}),
-        attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=6),
+        attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=6, gate="head"),
+        multipliers=MultipliersConfig(embedding=3.0, residual=0.22, logits=0.3),
     ),
     # One key-value head and one group of B and C, which both ranks hold; a norm group spans the ranks.
     "copies": small_config(
         "M*",
         mamba=Mamba2Config(num_heads=4, head_dim=3, state_size=5, num_groups=1, chunk_size=8),
-        attention=AttentionConfig(num_heads=4, num_kv_heads=1, head_dim=6, qk_norm=True),
+        attention=AttentionConfig(num_heads=4, num_kv_heads=1, head_dim=6, qk_norm=True, gate="element"),
     ),
 }
 CASES = [(name, sequence_parallel) for name in CONFIGS for sequence_parallel in (False, True)]
@@ -138,7 +140,9 @@ COPIES = {"blocks.0.mixer.in_proj.weight", "blocks.0.mixer.conv.weight", "blocks
 COPIES |= {f"blocks.1.mixer.{name}" for name in ("k_proj.weight", "v_proj.weight", "q_norm.weight", "k_norm.weight")}
 SUMMED = {
     ("whole", False): HEADS,
-    ("whole", True): HEADS | STREAM | {f"blocks.1.mixer.latent_{way}.weight" for way in ("down", "up")},
+    ("whole", True): HEADS
+    | STREAM
+    | {f"blocks.1.mixer.{name}.weight" for name in ("latent_down", "latent_up", "shared_gate")},
     ("copies", False): COPIES,
 }
 

@@ -44,12 +44,12 @@ model.mamba.num_heads model.mamba.head_dim model.mamba.state_size model.mamba.nu
 model.mamba.conv_bias model.mamba.chunk_size model.mamba.keep_states model.mamba.a_init_min model.mamba.a_init_max
 model.mamba.time_step_min model.mamba.time_step_max model.mamba.time_step_floor
 model.attention.num_heads model.attention.num_kv_heads model.attention.head_dim model.attention.qk_norm
-model.attention.positions model.attention.softmax_scale
+model.attention.positions model.attention.softmax_scale model.attention.gate
 model.attention.rope.theta model.attention.rope.fraction model.attention.rope.scaling model.attention.rope.ntk_alpha
 model.attention.rope.yarn_factor model.attention.rope.yarn_original_length model.attention.rope.yarn_beta_fast
 model.attention.rope.yarn_beta_slow
 model.moe.num_experts model.moe.top_k model.moe.expert_hidden_size model.moe.shared_expert_hidden_size
-model.moe.activation model.moe.router model.moe.normalize_probabilities model.moe.routed_scaling
+model.moe.shared_expert_gate model.moe.activation model.moe.router model.moe.normalize_probabilities model.moe.routed_scaling
 model.moe.num_router_groups model.moe.router_group_top_k model.moe.expert_bias model.moe.bias_update_rate
 model.moe.auxiliary_loss_weight model.moe.sequence_loss_weight model.moe.z_loss_weight model.moe.latent_size
 model.moe.capacity_factor model.moe.overflow
@@ -88,6 +88,8 @@ model.mixers.transnormer.conv_kernel model.mixers.transnormer.chunk_size model.m
 model.mixers.transnormer.head_dim model.mixers.transnormer.value_head_dim
 model.mixers.window.window model.mixers.window.num_heads model.mixers.window.num_kv_heads model.mixers.window.head_dim
 model.mixers.window.qk_norm model.mixers.window.positions model.mixers.window.rope_theta
+model.mixers.window.gate
+model.multipliers.embedding model.multipliers.residual model.multipliers.logits
 data.store data.validation_fraction data.packing data.shuffle data.mask_document_boundaries data.num_workers
 data.on_corruption
 data.cache.folder data.cache.max_bytes data.cache.block_bytes

@@ -19,7 +19,8 @@ GRANITE: dict[str, Any] = {
     **MODEL,
     "pattern": "ME*E",
     "tie_embeddings": True,
-    "attention": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "positions": "rope"},
+    "attention": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "positions": "rope", "softmax_scale": 0.3},
+    "multipliers": {"embedding": 3.0, "residual": 0.22, "logits": 0.125},
     "moe": {
         "num_experts": 4,
         "top_k": 2,
@@ -40,19 +41,22 @@ QWEN3_NEXT: dict[str, Any] = {
         "qk_norm": True,
         "positions": "rope",
         "rope": {"fraction": 0.5},
+        "gate": "element",
     },
     "feed_forward": {"hidden_size": 40, "activation": "swiglu"},
-    "moe": GRANITE["moe"],
+    "moe": GRANITE["moe"] | {"shared_expert_gate": True},
 }
 # Everything at once that no native class holds.
 OWN: dict[str, Any] = {
     **MODEL,
     "pattern": "M*E-M*",
+    "multipliers": {"embedding": 2.0, "residual": 0.5, "logits": 0.3},
     "attention": {
         "num_heads": 4,
         "num_kv_heads": 2,
         "head_dim": 8,
         "qk_norm": True,
+        "gate": "head",
         "positions": "rope",
         "rope": {
             "theta": 300.0,
@@ -68,6 +72,7 @@ OWN: dict[str, Any] = {
         "top_k": 2,
         "expert_hidden_size": 12,
         "shared_expert_hidden_size": 16,
+        "shared_expert_gate": True,
         "activation": "swiglu",
         "latent_size": 10,
         "expert_bias": True,
@@ -76,7 +81,12 @@ OWN: dict[str, Any] = {
         "router_group_top_k": 2,
     },
 }
-MODELS = {"nemotron_h": MODEL, "granitemoehybrid": GRANITE, "qwen3_next": QWEN3_NEXT, "own": OWN}
+MODELS = {
+    "nemotron_h": MODEL,
+    "granitemoehybrid": GRANITE,
+    "qwen3_next": QWEN3_NEXT,
+    "own": OWN,
+}
 
 
 def random_weights(data: DataConfig, model: dict[str, Any], seed: int = 0) -> Weights:

@@ -18,11 +18,12 @@ from data_pipeline.tokenizer.tokenizer import read_tokenizer_file, train_tokeniz
 from model.packing import PackMeta
 from pretrain.export.export import LOGIT_TOLERANCE, ODD_TEXTS, export_checkpoint, find_problems, proof_text, run_proof
 from pretrain.export.files import ExportPlan, write_export
+from pretrain.export.import_huggingface import import_huggingface
 from pretrain.export.tokenizer import write_tokenizer
 from pretrain.inference.weights import read_weights, write_weights
 from pretrain.train import train
 from tests.helpers.tiny_store import make_text
-from tests.pretrain.export.exported_models import MODELS, random_weights, weights_folder
+from tests.pretrain.export.exported_models import MODELS, QWEN3_NEXT, random_weights, weights_folder
 from tests.pretrain.tiny_run import tiny_config
 
 
@@ -65,6 +66,26 @@ def test_other_targets_are_proved_in_a_fresh_process(data: DataConfig, tmp_path:
         assert any("qk_norm=true" in reason for reason in report.reasons)
         assert "qk_norm=true" in card, "the model card must say why no native class fits"
         assert (tmp_path / "out" / "modeling_amfm.py").is_file()
+
+
+def test_qwen3_5_moe_takes_byte_level_bpe_alone_and_is_proved_with_it(data: DataConfig, tmp_path: Path) -> None:
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+    from transformers.models.qwen3_5.tokenization_qwen3_5 import Qwen3_5Tokenizer
+
+    weights = random_weights(data, QWEN3_NEXT | {"pattern": "GE*E"})
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    write_weights(tmp_path / "first", weights)
+    with pytest.raises(ValueError, match=r"tokenizer is a SentencePiece model.*or target qwen3_next"):
+        export_checkpoint(tmp_path / "first", tmp_path / "out", target="qwen3_5_moe")
+    letters = {letter: index for index, letter in enumerate([*bytes_to_unicode().values(), "<|endoftext|>", "th"])}
+    Qwen3_5Tokenizer(vocab=letters, merges=[("t", "h")]).backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = read_tokenizer_file(tmp_path / "tokenizer.json", letters["<|endoftext|>"])
+    write_weights(tmp_path / "second", replace(weights, given_tokenizer=tokenizer))
+    report = export_checkpoint(tmp_path / "second", tmp_path / "out", target="qwen3_5_moe")
+    assert report.class_name == "Qwen3_5MoeForCausalLM" and report.same_argmax
+    back = import_huggingface(tmp_path / "out", tmp_path / "back")
+    assert back.target == "qwen3_5_moe" and back.model == weights.model
 
 
 def test_the_card_counts_the_tokens_of_longer_rows_too(data: DataConfig, tmp_path: Path) -> None:

@@ -1,0 +1,25 @@
+"""A gate on the output of attention heads (Qiu et al. 2025, arXiv 2505.06708, section 2.2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from model.config.mixer_options import OutputGate
+from model.parallel.groups import ProcessGroupCollection
+from model.parallel.layers import ColumnLinear
+
+
+def gate_projection(
+    kind: OutputGate, hidden_size: int, num_heads: int, head_dim: int, groups: ProcessGroupCollection, *, name: str
+) -> ColumnLinear | None:
+    """The projection that gives a gate an element of each head, or one a head, cut by heads; None without gates."""
+    if kind == "none":
+        return None
+    rows = num_heads * (head_dim if kind == "element" else 1)
+    return ColumnLinear(hidden_size, (rows,), groups, name=name, units=(num_heads,))
+
+
+def gate_heads(o_BTHK: Tensor, gate_BTX: Tensor) -> Tensor:
+    """o [B, T, H, K] times sigmoid(gate), of which each head has K numbers or one: [B, T, H K] or [B, T, H]."""
+    return o_BTHK * torch.sigmoid(gate_BTX).unflatten(-1, (o_BTHK.shape[2], -1))
