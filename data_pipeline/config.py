@@ -26,7 +26,9 @@ class FilterConfig(Section):
 class SourceConfig(Section):
     """One named body of text."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="Name in the store, the metrics and the ledger.")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*$", description="Name in the store, the metrics and the ledger."
+    )
     paths: tuple[str, ...] = Field(
         min_length=1,
         description="Files, folders, globs or URLs (s3://, gs://, az://): .txt, .md (a file is a document), .jsonl, .parquet, .arrow (a Hugging Face dataset on disk), .idx (Megatron tokens, .bin beside it); all but the last also as .gz, .zst.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -13,6 +14,7 @@ from blake3 import blake3
 
 from data_pipeline.naming import named
 
+UNFINISHED = re.compile(r"\.writing-.*", re.DOTALL)  # files and folders that have no name of their own yet
 SYNC_THREADS = 4  # a part has 14 files and folders; more threads cost more than they save
 
 
@@ -79,7 +81,7 @@ def write_file_atomically(path: Path, content: bytes) -> None:
     """Replace a file so that a reader, or a crash, sees the old content or the new one and nothing between."""
     temporary = path.with_name(f".writing-{path.name}-{os.getpid()}-{os.urandom(4).hex()}")
     try:
-        with temporary.open("wb") as file, named(temporary):
+        with named(temporary), temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

@@ -49,11 +49,13 @@ class LineFile:
 
     def _drop_torn_end(self) -> None:
         size = os.fstat(self._descriptor).st_size
+        if size == 0 or os.pread(self._descriptor, 1, size - 1) == b"\n":
+            return
         tail = os.pread(self._descriptor, min(size, MAX_LINE_BYTES), max(0, size - MAX_LINE_BYTES))
         torn = len(tail) - (tail.rfind(b"\n") + 1)
-        if torn and parse_line(tail[-torn:]) is not None:  # written by hand, without the last newline
+        if parse_line(tail[-torn:]) is not None:  # written by hand, without the last newline
             os.write(self._descriptor, b"\n")
-        elif torn:
+        else:
             os.ftruncate(self._descriptor, size - torn)
 
 
@@ -68,7 +70,7 @@ def parse_line(line: bytes) -> dict[str, Any] | None:
 
 def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
     """(number from 1, object or None) of every line that is not blank; lines longer than 64 MiB count as damaged."""
-    with path.open("rb") as file, named(path):
+    with named(path), path.open("rb") as file:
         number = 0
         while line := file.readline(MAX_LINE_BYTES):
             number += 1

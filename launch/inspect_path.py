@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from data_pipeline.foreign_files import read_object, take
 
 
 @dataclass(frozen=True)
@@ -148,9 +149,10 @@ def inspect_weights(folder: Path) -> Inspection:
     from pretrain.config.file import flatten
     from pretrain.inference.weights import read_weights
 
-    description = json.loads((folder / "weights.json").read_text(encoding="utf-8"))
-    facts = {"origin": description.get("origin")}
+    facts: dict[str, Any] = {}
     try:
+        description = read_object(folder / "weights.json")
+        facts["origin"] = description.get("origin")
         weights = read_weights(folder)
     except (ValueError, RuntimeError) as error:
         return Inspection("imported weights", (str(error),), facts)
@@ -167,9 +169,10 @@ def inspect_weights(folder: Path) -> Inspection:
 def inspect_export(folder: Path) -> Inspection:
     """A transformers checkpoint: config.json, and every tensor of every safetensors file, against the index."""
     import torch
-    from safetensors import SafetensorError, safe_open
 
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    from pretrain.tensor_files import open_tensors
+
+    config = read_object(folder / "config.json")
     problems, tensors, parameters, num_bytes = [], {}, 0, 0
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -177,7 +180,7 @@ def inspect_export(folder: Path) -> Inspection:
     for path in files:
         num_bytes += path.stat().st_size
         try:
-            with safe_open(path, framework="pt") as opened:
+            with open_tensors(path) as opened:
                 names = opened.keys()
                 for name in names:
                     tensor = opened.get_tensor(name)
@@ -188,13 +191,16 @@ def inspect_export(folder: Path) -> Inspection:
                     raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
                     digest = hashlib.sha256(raw.tobytes()).hexdigest()[:16]
                     tensors[name] = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} {digest}"
-        except SafetensorError as error:
-            problems.append(f"{path}: is not a whole safetensors file ({error})")
+        except ValueError as error:
+            problems.append(str(error))
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        problems += compare_index(index, tensors)
+        try:
+            problems += compare_index(index, tensors)
+        except ValueError as error:
+            problems.append(str(error))
     facts = {
-        "class": (config.get("architectures") or ["?"])[0],
+        "class": next(iter(config.get("architectures") or ()), "?"),
         "model_type": config.get("model_type"),
         "parameters": parameters,
         "tensors": len(tensors),
@@ -206,7 +212,7 @@ def inspect_export(folder: Path) -> Inspection:
 
 def compare_index(index: Path, tensors: dict[str, str]) -> Iterator[str]:
     """Problems where the index and the files name different tensors."""
-    listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    listed = take(read_object(index), "weight_map", dict, index)
     for name in sorted(set(listed) ^ set(tensors)):
         where = "is in no file" if name in listed else "is not in the index"
         yield f"{index}: tensor {name} {where}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
+from pretrain.checkpoint.commit import SavedCheckpoint
 from pretrain.checkpoint.load import LoadedCheckpoint, load_newest
 from pretrain.run import Progress, Run
 
@@ -59,8 +60,7 @@ def save(run: Run) -> None:
         keep_last=run.config.train.keep_last,
     )
     run.saved_step = run.progress.step
-    if finished is not None:
-        run.record_event("checkpoint", path=finished.name)
+    record_saved(run, finished)
     if not run.config.train.checkpoint_in_background:
         finish_saving(run)
 
@@ -68,5 +68,14 @@ def save(run: Run) -> None:
 def finish_saving(run: Run) -> None:
     """Wait until the checkpoint that is being written stands. Every rank must call this; RuntimeError if it failed."""
     finished = run.saver.wait()
-    if finished is not None:
-        run.record_event("checkpoint", path=finished.name)
+    record_saved(run, finished)
+
+
+def record_saved(run: Run, saved: SavedCheckpoint | None) -> None:
+    """Write down a checkpoint that stands, and what can't be cleared away around it."""
+    if saved is None:
+        return
+    remarks = {"remarks": list(saved.remarks)} if saved.remarks else {}
+    run.record_event("checkpoint", path=saved.name, **remarks)
+    for remark in saved.remarks:
+        run.say(f"warning: {remark}")

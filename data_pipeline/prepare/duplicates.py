@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +18,13 @@ import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
+from data_pipeline.deletion import delete
 from data_pipeline.files import write_file_atomically
 from data_pipeline.prepare.plan import Unit
 
 # A document: its hash as two numbers and its place among the documents of the unit. Files are sorted by the hash.
 HASHED = np.dtype([("high", "<u8"), ("low", "<u8"), ("place", "<u4")])
+HASHES_NAME = re.compile(r"\d{6,}-[0-9a-f]+\.hashes\.npy")
 PARTITION_DOCUMENTS = 4_000_000  # merged at a time: about 250 MB
 
 Hashes = npt.NDArray[np.void]
@@ -67,7 +70,7 @@ def mark_duplicates(store: Path, units: Sequence[Unit]) -> list[Unit]:
             write_file_atomically(_skips_path(store, unit), content)
         write_file_atomically(_summary_path(store, units), json.dumps([_key(units), known]).encode())
     for path in _folder(store, units[0]).glob("*.hashes.npy"):
-        path.unlink()
+        delete(path, HASHES_NAME)
     return [replace(unit, duplicates=known[unit.name]) for unit in units]
 
 
@@ -122,7 +125,10 @@ def _find_known(store: Path, units: Sequence[Unit]) -> dict[str, str] | None:
     path = _summary_path(store, units)
     if not path.is_file():
         return None
-    key, known = json.loads(path.read_bytes())
+    try:
+        key, known = json.loads(path.read_bytes())
+    except (ValueError, TypeError):  # cut or damaged: found again
+        return None
     return known if key == _key(units) and all(_skips_path(store, unit).is_file() for unit in units) else None
 
 

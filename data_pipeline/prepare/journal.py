@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from data_pipeline.lines import LineFile, read_lines
 from data_pipeline.prepare.plan import Unit
 from data_pipeline.prepare.unit import UnitReport
 from data_pipeline.store.manifest import SPLITS, Part
@@ -17,22 +19,26 @@ JOURNAL = "journal.jsonl"
 
 
 class Journal:
-    """A line a finished unit, fsynced. A line that a crash cut short is dropped; of two lines the last counts."""
+    """A line a finished unit, fsynced, with its own digest; of two lines of a unit the last counts.
+
+    A line that a crash cut short or that changed since it was written counts as none: its unit is written again.
+    """
 
     def __init__(self, store: Path) -> None:
         self.path = store / JOURNAL
         self._reports: dict[str, tuple[str, UnitReport]] = {}
-        content = self.path.read_bytes() if self.path.exists() else b""
-        complete = content[: content.rfind(b"\n") + 1]
-        if len(complete) < len(content):
-            with self.path.open("r+b") as file:
-                file.truncate(len(complete))
-        for line in complete.splitlines():
-            record = json.loads(line)
-            record["report"]["parts"] = {
-                split: [Part.from_json(part) for part in record["report"]["parts"][split]] for split in SPLITS
-            }
-            self._reports[record["unit"]] = record["key"], UnitReport(**record["report"])
+        for _, record in read_lines(self.path) if self.path.exists() else ():
+            if record is not None and record.pop("digest", None) == _digest(record):
+                self._remember(record)
+
+    def _remember(self, record: dict[str, Any]) -> None:
+        report = record["report"]
+        parts = {split: [Part.from_json(part) for part in report["parts"][split]] for split in SPLITS}
+        self._reports[record["unit"]] = record["key"], UnitReport(**{**report, "parts": parts})
+
+    def source_names(self) -> set[str]:
+        """Sources of which units were ever finished."""
+        return {name.rpartition("/")[0] for name in self._reports}
 
     def find(self, store: Path, unit: Unit) -> UnitReport | None:
         """Report of a unit that was finished with the same inputs and settings and whose files are all there."""
@@ -50,9 +56,14 @@ class Journal:
     def append(self, unit: Unit, report: UnitReport) -> None:
         """Record a finished unit; durable when this returns."""
         key = unit.key()
-        line = json.dumps({"unit": unit.name, "key": key, "report": asdict(report)}) + "\n"
-        with self.path.open("ab") as file:
-            file.write(line.encode())
-            file.flush()
-            os.fsync(file.fileno())
+        record: dict[str, Any] = {"unit": unit.name, "key": key, "report": asdict(report)}
+        file = LineFile(self.path)
+        file.write({**record, "digest": _digest(record)})
+        file.sync()
+        file.close()
         self._reports[unit.name] = key, report
+
+
+def _digest(record: dict[str, Any]) -> str:
+    """Digest of a line; NaN and infinity, which no report holds, would differ from themselves."""
+    return hashlib.blake2b(json.dumps(record, sort_keys=True).encode(), digest_size=16).hexdigest()

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data_pipeline.config import DataConfig, SourceConfig
-from data_pipeline.files import write_file_atomically
+from data_pipeline.deletion import try_to_delete
+from data_pipeline.files import UNFINISHED, write_file_atomically
+from data_pipeline.foreign_files import read_object
 from data_pipeline.locks import take_lock
 from data_pipeline.prepare.documents import Document, Segment, SegmentReader
 from data_pipeline.prepare.duplicates import mark_duplicates, units_to_hash
@@ -20,7 +21,16 @@ from data_pipeline.prepare.journal import Journal
 from data_pipeline.prepare.plan import Unit, UnitSettings, make_units, plan_source
 from data_pipeline.prepare.ray_actors import run_on_ray
 from data_pipeline.prepare.unit import UnitFailure, UnitReport
-from data_pipeline.store.manifest import MANIFEST, SPLITS, Layout, Part, Split, TokenizerRecord, write_manifest
+from data_pipeline.store.manifest import (
+    MANIFEST,
+    PART_NAME,
+    SPLITS,
+    Layout,
+    Part,
+    Split,
+    TokenizerRecord,
+    write_manifest,
+)
 from data_pipeline.store.object_store import is_url
 from data_pipeline.store.store import TokenStore
 from data_pipeline.tokenizer.tokenizer import TOKENIZER_FILES, Tokenizer, read_tokenizer_file, train_tokenizer
@@ -67,7 +77,10 @@ class Progress:
 
 @dataclass(frozen=True)
 class PrepareReport:
-    """What a preparation found and did. tokens and documents: by source and split, of the whole store."""
+    """What a preparation found and did. tokens and documents: by source and split, of the whole store.
+
+    remarks: on leftovers that could not be deleted.
+    """
 
     store: str
     identity: str
@@ -80,6 +93,7 @@ class PrepareReport:
     text_bytes: int
     rejects: int
     seconds: float
+    remarks: tuple[str, ...] = ()
 
 
 def prepare(
@@ -129,9 +143,11 @@ def prepare(
         reports = {name: [_must_find(journal, store, unit) for unit in of_source] for name, of_source in units.items()}
         for source in config.sources:
             _check_source(source, plans[source.name], reports[source.name], store)
-        identity = _finish(store, tokenizer, layout, reports)
+        names = journal.source_names() | reports.keys()
+        identity, remarks = _finish(store, tokenizer, layout, reports, names)
     seconds = time.monotonic() - began
-    return _report(config, identity, tokenizer, reports, units_written=len(missing), seconds=seconds)
+    report = _report(config, identity, tokenizer, reports, units_written=len(missing), seconds=seconds)
+    return replace(report, remarks=tuple(remarks))
 
 
 @contextmanager
@@ -173,7 +189,7 @@ def _settle_tokenizer(
     )
     files = [store / name for name in TOKENIZER_FILES if (store / name).exists()]
     if settings_file.exists() and files:
-        before = json.loads(settings_file.read_bytes())
+        before = read_object(settings_file)
         if before != settings:
             raise ValueError(
                 f"data.tokenizer is {settings}, but the store {store} was prepared with {before}; one store has one "
@@ -302,8 +318,17 @@ def _check_source(source: SourceConfig, plan: Sequence[Segment], reports: Sequen
         )
 
 
-def _finish(store: Path, tokenizer: Tokenizer, layout: Layout, reports: Mapping[str, Sequence[UnitReport]]) -> str:
-    """Write the manifest if it isn't there already, then delete what belongs to no part."""
+def _finish(
+    store: Path,
+    tokenizer: Tokenizer,
+    layout: Layout,
+    reports: Mapping[str, Sequence[UnitReport]],
+    source_names: set[str],
+) -> tuple[str, list[str]]:
+    """Write the manifest if it isn't there already, then delete what we wrote and no part holds; identity and remarks.
+
+    source_names: those whose parts may be ours, also of earlier configurations.
+    """
     sources: dict[str, dict[Split, Sequence[Part]]] = {
         name: {split: [part for report in of_source for part in report.parts[split]] for split in SPLITS}
         for name, of_source in reports.items()
@@ -320,13 +345,17 @@ def _finish(store: Path, tokenizer: Tokenizer, layout: Layout, reports: Mapping[
     with _explain_full_disk(store, len(reports), len(reports)):
         identity = write_manifest(store, record, layout, sources)
     kept = {part.path for by_split in sources.values() for parts in by_split.values() for part in parts}
-    for folder in sorted((store / "parts").glob("*/*")):
-        if folder.relative_to(store).as_posix() not in kept:
-            shutil.rmtree(folder)
-    for pattern in (".writing-*", "rejects/*/.writing-*", "duplicates/*/.writing-*"):  # of calls that were killed
-        for path in store.glob(pattern):
-            path.unlink()
-    return identity
+    left = [
+        folder
+        for name in sorted(source_names)
+        for folder in sorted((store / "parts" / name).glob("*.zarr"))
+        if PART_NAME.fullmatch(folder.name) and folder.relative_to(store).as_posix() not in kept
+    ]
+    remarks = [remark for folder in left for remark in try_to_delete(folder, PART_NAME)]
+    for pattern in (".writing-*", "parts/*/.writing-*", "rejects/*/.writing-*", "duplicates/*/.writing-*"):
+        for path in store.glob(pattern):  # of calls that were killed
+            remarks += try_to_delete(path, UNFINISHED)
+    return identity, remarks
 
 
 def _report(

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+from data_pipeline.deletion import delete
 from data_pipeline.files import write_file_atomically
 
 FILE_BYTES = 16_000_000
+FILE_NAME = re.compile(r"python-\d{3,}\.jsonl")
 COLLECTED = "collected.json"
 
 
@@ -22,7 +25,7 @@ def collect_python_sources(folder: str | Path, megabytes: int) -> list[Path]:
     """
     target = Path(folder)
     settings = {"megabytes": megabytes}
-    present = sorted(target.glob("python-*.jsonl"))
+    present = sorted(path for path in target.glob("python-*.jsonl") if FILE_NAME.fullmatch(path.name))
     if present and (target / COLLECTED).is_file() and json.loads((target / COLLECTED).read_bytes()) == settings:
         return present
     installed = sum(path.stat().st_size for path in _find_sources().values())
@@ -33,7 +36,7 @@ def collect_python_sources(folder: str | Path, megabytes: int) -> list[Path]:
         )
     target.mkdir(parents=True, exist_ok=True)
     for old in present:
-        old.unlink()
+        delete(old, FILE_NAME)
     files: list[Path] = []
     lines: list[bytes] = []
     waiting = total = 0

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from data_pipeline.files import write_file_atomically
-from data_pipeline.store.shards import Compression
+from data_pipeline.store.shards import Compression, DamagedError
 
 FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 MAX_SHARD_TOKENS = 64 * 2**20
 DOCUMENT_CHUNK = 8192
+PART_PATH = re.compile(r"parts/[A-Za-z0-9_-][A-Za-z0-9_.-]*/(train|validation)-\d{6,}-\d{2,}\.zarr")
+PART_NAME = re.compile(r"(train|validation)-\d{6,}-\d{2,}\.zarr")
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
@@ -63,7 +66,11 @@ class Part:
 
     @staticmethod
     def from_json(record: Mapping[str, Any]) -> Part:
-        """Inverse of dataclasses.asdict after JSON."""
+        """Inverse of dataclasses.asdict after JSON. Raises DamagedError for a path that is not a part's."""
+        if not PART_PATH.fullmatch(str(record["path"])):
+            raise DamagedError(
+                f"a part lies at {str(record['path'])!r:.200}, which is no place of a part below a store"
+            )
         return Part(
             record["path"],
             record["num_tokens"],

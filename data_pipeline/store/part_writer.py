@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -13,8 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.files import digest_files, sync, write_tree
-from data_pipeline.store.manifest import DOCUMENT_CHUNK, MAX_SHARD_TOKENS, Layout, Part, shard_length
+from data_pipeline.deletion import delete, try_to_delete
+from data_pipeline.files import UNFINISHED, digest_files, sync, write_tree
+from data_pipeline.store.manifest import DOCUMENT_CHUNK, MAX_SHARD_TOKENS, PART_NAME, Layout, Part, shard_length
 from data_pipeline.store.shards import Compression, encode_shard
 
 
@@ -52,12 +52,12 @@ def write_part(
             files |= {f"{name}/c/{number}": content for number, content in enumerate(shards)}
             sizes[name] = tuple(map(len, shards))
         write_tree(temporary, files)
-        if final.exists():
-            shutil.rmtree(final)
+        if os.path.lexists(final):
+            delete(final, PART_NAME)
         os.rename(temporary, final)
         sync(final.parent)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        try_to_delete(temporary, UNFINISHED)
     return Part(
         relative,
         len(tokens),

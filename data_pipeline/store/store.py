@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.files import digest_files, digest_folder
+from data_pipeline.foreign_files import inside, parse_object, read_bounded, understood
 from data_pipeline.store.manifest import (
     DOCUMENT_CHUNK,
     FORMAT_VERSION,
@@ -71,7 +71,7 @@ class TokenStore:
         remote = RemoteFolder(str(path)) if is_url(str(path)) else None
         file = f"{path}/{MANIFEST}"
         try:
-            content = Path(file).read_bytes() if remote is None else remote.read(MANIFEST)
+            content = read_bounded(Path(file)) if remote is None else remote.read(MANIFEST)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise ValueError(
                 f"data.store={str(path)!r} must hold a prepared store; run `amfm prepare CONFIG` first"
@@ -83,27 +83,26 @@ class TokenStore:
     def _from_manifest(
         cls, path: str | Path, remote: RemoteFolder | None, file: str, content: bytes, cache: CacheSettings
     ) -> TokenStore:
-        try:
-            manifest = json.loads(content)
-        except ValueError as error:
-            raise DamagedError(f"{file} is damaged: {error}; run `amfm prepare CONFIG` to write it again") from error
+        def damaged(text: str) -> DamagedError:
+            return DamagedError(f"{text}; run `amfm prepare CONFIG` to write it again")
+
+        manifest = parse_object(content, file, damaged)
         if manifest.get("version") != FORMAT_VERSION:
             raise ValueError(
                 f"{file} has format version {manifest.get('version')}, this program reads {FORMAT_VERSION}; "
                 "prepare the store again or use the matching release"
             )
-        tokenizer = TokenizerRecord(**manifest["tokenizer"])
-        layout = Layout(**manifest["layout"])
-        sources: dict[str, dict[Split, Sequence[Part]]] = {
-            name: {split: tuple(map(Part.from_json, by_split[split])) for split in SPLITS}
-            for name, by_split in manifest["sources"].items()
-        }
-        identity = identify_store(tokenizer, layout, sources)
-        if identity != manifest["identity"]:
-            raise DamagedError(
-                f"{file} says identity {manifest['identity']}, but its contents give {identity}: it was edited or "
-                "damaged; run `amfm prepare CONFIG` to write it again"
-            )
+        with understood(file, damaged):
+            tokenizer = TokenizerRecord(**manifest["tokenizer"])
+            inside(Path(str(path)), tokenizer.file, damaged)
+            layout = Layout(**manifest["layout"])
+            sources: dict[str, dict[Split, Sequence[Part]]] = {
+                name: {split: tuple(map(Part.from_json, by_split[split])) for split in SPLITS}
+                for name, by_split in manifest["sources"].items()
+            }
+            identity, stated = identify_store(tokenizer, layout, sources), manifest["identity"]
+        if identity != stated:
+            raise damaged(f"{file} says identity {stated}, but its contents give {identity}: it was edited or damaged")
         if remote is None:
             return cls(Path(path), identity, tokenizer, layout, sources)
         mirror = keep_small_files(remote, identity, {MANIFEST: content, tokenizer.file: None}, cache)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import tokenizers
+
+from data_pipeline.foreign_files import read_object
 
 
 class HuggingFaceTokenizer:
@@ -117,5 +118,6 @@ def read_tokenizer_json(path: Path, eos: str | int | None) -> HuggingFaceTokeniz
 def _configured_eos(path: Path) -> str | None:
     if not path.is_file():
         return None
-    token = json.loads(path.read_bytes()).get("eos_token")
-    return token["content"] if isinstance(token, dict) else token
+    token = read_object(path).get("eos_token")
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None

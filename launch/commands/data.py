@@ -73,6 +73,8 @@ def prepare(
         return
     with show_progress("prepare") as show:
         report = prepare_store(config.data, progress=lambda now: show(*describe_progress(now)), address=address)
+    for remark in report.remarks:
+        say(f"warning: {remark}")
     if as_json:
         print_json(asdict(report))
         return

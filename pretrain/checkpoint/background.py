@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pretrain.checkpoint.commit import RankGroup
+from pretrain.checkpoint.commit import RankGroup, SavedCheckpoint
 from pretrain.checkpoint.save import Snapshot, ranks_of, take_snapshot, write_snapshot
 from pretrain.checkpoint.writers import assign_writers
 from pretrain.config.schema import RunConfig
@@ -37,7 +37,7 @@ class BackgroundSaver:
         group = dist.new_group(backend="gloo", timeout=timeout) if everyone.world_size > 1 else None
         self.ranks = RankGroup(everyone.rank, everyone.world_size, group)
         self.duties = assign_writers(engine, everyone)
-        self.pending: Future[Path] | None = None
+        self.pending: Future[SavedCheckpoint] | None = None
         self.memory: dict[str, Tensor] = {}
 
     def save(
@@ -50,8 +50,8 @@ class BackgroundSaver:
         config: RunConfig,
         identities: dict[str, str],
         keep_last: int,
-    ) -> Path | None:
-        """Copy the state as it is now and begin to write it; returns the folder of the save before, if one was pending.
+    ) -> SavedCheckpoint | None:
+        """Copy the state as it is now and begin to write it; returns the save before, if one was pending.
 
         Waits for the save before, so that memory holds one copy at most. Arguments as for `save_checkpoint`.
         """
@@ -68,8 +68,8 @@ class BackgroundSaver:
         writer.shutdown(wait=False)
         return finished
 
-    def wait(self) -> Path | None:
-        """Return when nothing is being written any more: the folder of the save that was pending, or None.
+    def wait(self) -> SavedCheckpoint | None:
+        """Return when nothing is being written any more: the save that was pending, or None.
 
         Raises RuntimeError when that save failed.
         """

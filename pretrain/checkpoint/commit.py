@@ -13,13 +13,16 @@ from typing import Any
 
 import torch.distributed as dist
 
+from data_pipeline.deletion import try_to_delete
 from data_pipeline.files import sync
 from pretrain.checkpoint.files import MANIFEST_NAME, MARK_NAME, encode_manifest, read_manifest, replace_text
 
 LATEST_NAME = "latest"
 # `step-N.old` is a complete checkpoint that is being replaced by another of the same step.
 CHECKPOINT_NAME = re.compile(r"step-(\d{8,})(\.old)?")
-TEMPORARY_NAME = re.compile(r"step-\d{8,}(\.old)?\.tmp")
+# Numbered where one of the name can't be deleted.
+TEMPORARY_NAME = re.compile(r"step-\d{8,}(\.old)?(\.\d+)?\.tmp")
+MAX_LEFTOVERS = 100
 
 
 @dataclass(frozen=True)
@@ -96,18 +99,38 @@ def list_checkpoints(checkpoints_dir: Path) -> list[Path]:
     return [path for _, _, path in sorted(found, reverse=True)]
 
 
-def remove_temporary(checkpoints_dir: Path) -> None:
-    """Remove what an interrupted save left behind. One rank calls it, while nobody saves."""
-    for path in list(checkpoints_dir.iterdir()):
-        if TEMPORARY_NAME.fullmatch(path.name):
-            shutil.rmtree(path)
+def remove_temporary(checkpoints_dir: Path) -> list[str]:
+    """Remove what an interrupted save left behind; remarks about what can't be. One rank calls it, while nobody saves."""
+    found = [path for path in checkpoints_dir.iterdir() if TEMPORARY_NAME.fullmatch(path.name)]
+    return [remark for path in found for remark in try_to_delete(path, TEMPORARY_NAME)]
 
 
-def discard(checkpoint_dir: Path) -> None:
-    """Remove a checkpoint; renamed first, so that a kill half way leaves no broken one under its name."""
-    doomed_dir = checkpoint_dir.with_name(checkpoint_dir.name + ".tmp")
+def make_temporary(checkpoints_dir: Path, step: int) -> Path:
+    """Make the folder in which a checkpoint is written, numbered when an older one of its name can't be removed."""
+    for path in temporary_paths(checkpoints_dir / checkpoint_name(step)):
+        try:
+            path.mkdir()
+        except FileExistsError:
+            continue
+        return path
+    raise RuntimeError(f"{checkpoints_dir} is full of leftovers of step {step} that can't be deleted; delete *.tmp")
+
+
+def temporary_paths(checkpoint_dir: Path) -> Iterator[Path]:
+    """Names for a checkpoint that is not one yet or no more."""
+    yield checkpoint_dir.with_name(f"{checkpoint_dir.name}.tmp")
+    for number in range(1, MAX_LEFTOVERS):
+        yield checkpoint_dir.with_name(f"{checkpoint_dir.name}.{number}.tmp")
+
+
+def discard(checkpoint_dir: Path) -> list[str]:
+    """Remove a checkpoint, and remark on what stays; renamed first, so that a kill leaves no broken one of its name.
+
+    Raises OSError when it can't even be renamed.
+    """
+    doomed_dir = next(path for path in temporary_paths(checkpoint_dir) if not os.path.lexists(path))
     os.rename(checkpoint_dir, doomed_dir)
-    shutil.rmtree(doomed_dir)
+    return try_to_delete(doomed_dir, TEMPORARY_NAME)
 
 
 def is_marked(checkpoint_dir: Path) -> bool:
@@ -136,37 +159,63 @@ def check_free_space(checkpoints_dir: Path, needed_bytes: int) -> None:
         )
 
 
-def commit(temporary_dir: Path, manifest: dict[str, Any]) -> Path:
+@dataclass(frozen=True)
+class SavedCheckpoint:
+    """A checkpoint that stands, and what went wrong around it without harm (on rank 0 alone)."""
+
+    path: Path
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Name of its folder."""
+        return self.path.name
+
+
+def commit(temporary_dir: Path, manifest: dict[str, Any]) -> SavedCheckpoint:
     """Turn a written temporary folder into the checkpoint of its step, durably. Rank 0 calls it, after all have acked.
 
     Order: manifest in place (written aside, fsync, rename), folder renamed, parent fsync'ed, `latest` renamed. Killed
     anywhere in between, the folder is either not a checkpoint or a whole one. A checkpoint of the same step steps
-    aside as `.old`, still loadable, until the new one stands, which inherits its mark.
+    aside as `.old`, still loadable, until the new one stands, which inherits its mark. What fails after that is a remark.
     """
     checkpoints_dir = temporary_dir.parent
     final_dir = checkpoints_dir / checkpoint_name(manifest["step"])
     replaced_dir = final_dir.with_name(final_dir.name + ".old")
+    remarks: list[str] = []
     replace_text(temporary_dir / MANIFEST_NAME, encode_manifest(manifest))
-    if final_dir.exists():
+    if os.path.lexists(final_dir):
         if is_marked(final_dir):
             mark(temporary_dir)
-        if replaced_dir.exists():
-            discard(replaced_dir)
+        if os.path.lexists(replaced_dir):
+            remarks += discard(replaced_dir)
         os.rename(final_dir, replaced_dir)
     os.rename(temporary_dir, final_dir)
     sync(checkpoints_dir)
-    if replaced_dir.exists():
-        discard(replaced_dir)
-    replace_text(checkpoints_dir / LATEST_NAME, final_dir.name + "\n")
-    return final_dir
+    with remarked(remarks, f"{checkpoints_dir} keeps what {final_dir.name} replaces"):
+        if os.path.lexists(replaced_dir):
+            remarks += discard(replaced_dir)
+    with remarked(remarks, f"{checkpoints_dir / LATEST_NAME} stays as it was"):
+        replace_text(checkpoints_dir / LATEST_NAME, final_dir.name + "\n")
+    return SavedCheckpoint(final_dir, tuple(remarks))
 
 
-def prune(checkpoints_dir: Path, step: int, keep_last: int) -> list[Path]:
-    """Remove all but the newest `keep_last` whole checkpoints up to `step`, and return what was removed.
+@contextmanager
+def remarked(remarks: list[str], consequence: str) -> Iterator[None]:
+    """After the commit: an error of the disk is a remark, because the checkpoint stands."""
+    try:
+        yield
+    except OSError as error:
+        remarks.append(f"{consequence}: {error.strerror or error} ({error.filename})")
 
-    Marked ones neither count nor go. A folder with a broken manifest or a file of the wrong size neither counts nor goes: it can't serve as a
-    predecessor, and it may be what somebody has to look at. Those of later steps stay too (a run that fell back to an
-    older checkpoint will write them anew). Rank 0 calls it, after the commit.
+
+def prune(checkpoints_dir: Path, step: int, keep_last: int) -> list[str]:
+    """Remove all but the newest `keep_last` whole checkpoints up to `step`; returns remarks on those that can't be.
+
+    Marked ones neither count nor go, nor do links: who moved a checkpoint elsewhere and left a link wants to keep it. A
+    folder with a broken manifest or a file of the wrong size neither counts nor goes: it can't serve as a predecessor,
+    and it may be what somebody has to look at. Those of later steps stay too (a run that fell back to an older
+    checkpoint will write them anew). Rank 0 calls it, after the commit.
     """
     whole = []
     for path in list_checkpoints(checkpoints_dir):
@@ -178,11 +227,13 @@ def prune(checkpoints_dir: Path, step: int, keep_last: int) -> list[Path]:
             (path / name).is_file() and (path / name).stat().st_size == entry["bytes"]
             for name, entry in manifest["files"].items()
         )
-        if sizes_match and manifest["step"] <= step and not is_marked(path):
+        if sizes_match and manifest["step"] <= step and not is_marked(path) and not path.is_symlink():
             whole.append(path)
+    remarks: list[str] = []
     for path in whole[keep_last:]:
-        discard(path)
-    return whole[keep_last:]
+        with remarked(remarks, f"{path} is kept beyond train.keep_last"):
+            remarks += discard(path)
+    return remarks
 
 
 def examine_latest(checkpoints_dir: Path, chosen: Path) -> str | None:

@@ -11,17 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from data_pipeline.files import sync
+from data_pipeline.foreign_files import inside, parse_object, read_bounded, take, understood
+from data_pipeline.naming import named
+from pretrain.tensor_files import open_tensors
 
 FORMAT = "amfm-checkpoint"
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 # A checkpoint with a file of this name is never pruned; what is in it doesn't matter.
 MARK_NAME = "keep"
+# What a manifest has besides its step.
+MAPPINGS = (
+    *("files", "parameters", "shards", "buffers", "groups", "engine"),
+    *("state", "config", "identities", "layout", "versions"),
+)
 CHUNK_BYTES = 1 << 24
+FLOAT32_KINDS = ("weight/", "exp_avg/", "exp_avg_sq/")
 NO_DIGEST = "0" * 64
 
 # Names of the safetensors format for the dtypes that a model or a random state may hold.
@@ -90,7 +98,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """
     digest = hashlib.sha256()
     num_bytes = 0
-    with path.open("xb") as file:
+    with named(path), path.open("xb") as file:
 
         def put(block: bytes | memoryview) -> None:
             nonlocal num_bytes
@@ -113,7 +121,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 def replace_text(path: Path, text: str) -> None:
     """Put a small file in place at once: the old content or the new one is there after a crash, never a part."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    with named(temporary), temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -136,15 +144,12 @@ def read_manifest(checkpoint_dir: Path) -> dict[str, Any]:
     """
     path = checkpoint_dir / MANIFEST_NAME
     try:
-        raw = path.read_bytes()
+        raw = read_bounded(path, error=RuntimeError)
     except OSError as error:
         raise RuntimeError(f"{path}: cannot be read ({error.strerror}); the checkpoint was never completed") from error
-    try:
-        text = raw.decode()
-        manifest = json.loads(text)
-    except ValueError as error:
-        raise RuntimeError(f"{path}: is not valid JSON ({error})") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    manifest = parse_object(raw, path, RuntimeError)
+    text = raw.decode()
+    if manifest.get("format") != FORMAT:
         raise RuntimeError(f"{path}: is not an amfm checkpoint manifest")
     version = manifest.get("format_version")
     if version not in (1, FORMAT_VERSION):
@@ -153,10 +158,33 @@ def read_manifest(checkpoint_dir: Path) -> dict[str, Any]:
     found = hashlib.sha256(text.replace(stated, NO_DIGEST, 1).encode()).hexdigest()
     if found != stated:
         raise RuntimeError(f"{path}: content changed since it was written (SHA-256 {found}, states {stated})")
+    with understood(path, RuntimeError):
+        manifest = manifest if version == FORMAT_VERSION else upgrade_manifest(manifest)
+        check_manifest(checkpoint_dir, manifest)
     named_step = checkpoint_dir.name.removesuffix(".old").removeprefix("step-")
     if named_step.isdigit() and int(named_step) != manifest["step"]:
         raise RuntimeError(f"{path}: is of step {manifest['step']} but lies in {checkpoint_dir.name}")
-    return manifest if version == FORMAT_VERSION else upgrade_manifest(manifest)
+    return manifest
+
+
+def check_manifest(checkpoint_dir: Path, manifest: dict[str, Any]) -> None:
+    """Hold a manifest to its form: every key is there, and every file that it names lies in the folder and is listed."""
+    path = checkpoint_dir / MANIFEST_NAME
+    take(manifest, "step", int, path, RuntimeError)
+    for key in MAPPINGS:
+        take(manifest, key, dict, path, RuntimeError)
+    for name, entry in manifest["files"].items():
+        inside(checkpoint_dir, name, RuntimeError)
+        take(entry, "bytes", int, path, RuntimeError)
+        take(entry, "sha256", str, path, RuntimeError)
+    used = {entry["file"] for entry in manifest["buffers"].values()}
+    used |= {file for shards in manifest["shards"].values() for shard in shards for _, _, file in shard["ranges"]}
+    if not used <= manifest["files"].keys():
+        raise RuntimeError(
+            f"{path}: names {sorted(used - manifest['files'].keys())[:3]}, which its `files` do not list"
+        )
+    if manifest["parameters"].keys() != manifest["shards"].keys():
+        raise RuntimeError(f"{path}: parameters and shards name different tensors")
 
 
 def upgrade_manifest(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -186,15 +214,17 @@ def verify_file(checkpoint_dir: Path, name: str, entry: Mapping[str, Any]) -> st
                 digest.update(block)
         if digest.hexdigest() != entry["sha256"]:
             return f"{path}: SHA-256 {digest.hexdigest()}, the manifest says {entry['sha256']}"
-        with safe_open(path, framework="pt") as tensors:
+        with open_tensors(path, RuntimeError) as tensors:
             for key in tensors.keys():  # noqa: SIM118 - not a dict, can't be iterated
                 tensor = tensors.get_tensor(key)
+                if key.startswith(FLOAT32_KINDS) and tensor.dtype != torch.float32:
+                    return f"{path}: tensor {key} is {tensor.dtype}, saved are float32"
                 if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                     return f"{path}: tensor {key} holds NaN or infinity"
     except OSError as error:
         return f"{path}: cannot be read ({error.strerror})"
-    except SafetensorError as error:
-        return f"{path}: is not a safetensors file ({error})"
+    except RuntimeError as error:
+        return str(error)
     return None
 
 

@@ -6,21 +6,24 @@ import dataclasses
 import datetime
 import importlib.metadata
 import platform
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from data_pipeline.deletion import try_to_delete
 from data_pipeline.files import sync
 from model.parallel.shards import parameter_shards
 from pretrain.checkpoint.commit import (
+    TEMPORARY_NAME,
     Problem,
     RankGroup,
+    SavedCheckpoint,
     check_free_space,
     checkpoint_name,
     commit,
+    make_temporary,
     mark,
     prune,
     remove_temporary,
@@ -69,12 +72,13 @@ def save_checkpoint(
     config: RunConfig,
     identities: dict[str, str],
     keep_last: int,
-) -> Path:
+) -> SavedCheckpoint:
     """Save everything that an exact resume needs as `checkpoints_dir/step-N`, and prune to `keep_last` checkpoints.
 
     All ranks must call it, at a step boundary (no gradients pending), with the same `state` (JSON: data cursor,
     counters). Raises RuntimeError on every rank when any rank fails (disk full, read-only folder, NaN in a tensor):
-    then the temporary folder is gone and older checkpoints are untouched. Returns the folder once it is durable.
+    then the temporary folder is gone and older checkpoints are untouched. Returns once the folder is durable; whatever can't
+    be cleared away after that is a remark.
     """
     ranks = ranks_of(engine)
     duties = assign_writers(engine, ranks)
@@ -153,19 +157,21 @@ def collect_versions() -> dict[str, str]:
     return versions
 
 
-def write_snapshot(checkpoints_dir: Path, snapshot: Snapshot, ranks: RankGroup, keep_last: int) -> Path:
+def write_snapshot(checkpoints_dir: Path, snapshot: Snapshot, ranks: RankGroup, keep_last: int) -> SavedCheckpoint:
     """Write, acknowledge, commit, prune; all ranks must call it. Raises RuntimeError as `save_checkpoint` says."""
-    temporary_dir = checkpoints_dir / f"{checkpoint_name(snapshot.step)}.tmp"
     doing = f"checkpoint of step {snapshot.step} in {checkpoints_dir} was not saved"
     needed_bytes = sum(ranks.gather(measure_tensors(snapshot.tensors, snapshot.metadata())))
     problem = Problem()
+    remarks: list[str] = []
+    temporary_dir = checkpoints_dir
     if ranks.rank == 0:
         with problem.caught():
             checkpoints_dir.mkdir(parents=True, exist_ok=True)
-            remove_temporary(checkpoints_dir)
+            remarks += remove_temporary(checkpoints_dir)
             check_free_space(checkpoints_dir, needed_bytes + SPARE_BYTES)
-            temporary_dir.mkdir()
+            temporary_dir = make_temporary(checkpoints_dir, snapshot.step)
     ranks.check(problem.text, doing)
+    temporary_dir = checkpoints_dir / ranks.share(temporary_dir.name)
 
     report = snapshot.report
     with problem.caught():
@@ -173,15 +179,16 @@ def write_snapshot(checkpoints_dir: Path, snapshot: Snapshot, ranks: RankGroup, 
         report = dataclasses.replace(report, file=write_tensors(path, snapshot.tensors, snapshot.metadata()))
     reports = ranks.gather(report)
     all_written = all(text is None for text in ranks.gather_everywhere(problem.text))
+    saved = SavedCheckpoint(checkpoints_dir / checkpoint_name(snapshot.step))
     if ranks.rank == 0:
         if all_written:
             with problem.caught():
                 if snapshot.marked:
                     mark(temporary_dir)
                 sync(temporary_dir)
-                commit(temporary_dir, complete_manifest(snapshot.manifest, reports))
-                prune(checkpoints_dir, snapshot.step, keep_last)
-        # Still there only after a failure, on any rank; nobody leaves before it is gone.
-        shutil.rmtree(temporary_dir, ignore_errors=True)
+                saved = commit(temporary_dir, complete_manifest(snapshot.manifest, reports))
+                remarks += [*saved.remarks, *prune(checkpoints_dir, snapshot.step, keep_last)]
+        # Still there only after a failure, on any rank; nobody leaves before it is gone, or can't be.
+        remarks += try_to_delete(temporary_dir, TEMPORARY_NAME)
     ranks.check(problem.text, doing)
-    return checkpoints_dir / checkpoint_name(snapshot.step)
+    return dataclasses.replace(saved, remarks=tuple(remarks))

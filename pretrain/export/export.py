@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,7 +21,15 @@ from data_pipeline.tokenizer.tokenizer import Tokenizer
 from model.huggingface.qwen3_next import unfit_tokenizer
 from model.huggingface.targets import TARGETS, Target, choose_target, explain_unfit
 from model.packing import PackMeta
-from pretrain.export.files import CLASS_NAMES, MAX_SHARD_BYTES, ExportPlan, put_in_place, sync_files, write_export
+from pretrain.export.files import (
+    CLASS_NAMES,
+    MAX_SHARD_BYTES,
+    ExportPlan,
+    begin_export,
+    put_in_place,
+    sync_files,
+    write_export,
+)
 from pretrain.inference.weights import Weights, read_weights
 
 # Two float32 implementations that add in another order; real text, logits of order 10.
@@ -78,19 +85,16 @@ def export_checkpoint(
     """Write a checkpoint (a run's newest, or an imported model) as a transformers folder and prove it.
 
     `target`: nemotron_h, granitemoehybrid, qwen3_next, qwen3_5_moe, own, auto; None: what the run's `export.target` says. Everything is written
-    to OUT.tmp, made durable, loaded by a fresh process that compares logits, and only then renamed to OUT, so OUT is
+    to a hidden folder beside OUT, made durable, loaded by a fresh process that compares logits, and only then renamed to OUT, so OUT is
     absent or whole. Raises ValueError for a target that cannot hold the model or an OUT that is in use, RuntimeError
-    for a failed proof: then the folder stands as OUT.failed, for examination.
+    for a failed proof: then the folder stands as OUT.failed (numbered where there is one), for examination.
     """
     out = Path(out_dir)
     check_free(out)
     weights = read_weights(checkpoint_dir)
     asked = target or (weights.run.export.target if weights.run is not None else "auto")
     plan = ExportPlan(weights, resolve_target(weights, asked), _max_positions(weights), max_shard_bytes)
-    temporary = out.with_name(out.name + ".tmp")
-    if temporary.exists():
-        shutil.rmtree(temporary)
-    temporary.mkdir(parents=True)
+    temporary = begin_export(out)
     write_export(plan, temporary)
     sync_files(temporary)
     proof: dict[str, Any] = {}
@@ -230,8 +234,7 @@ def find_problems(plan: ExportPlan, proof: dict[str, Any]) -> list[str]:
 
 def _fail(temporary: Path, out: Path, problems: list[str]) -> str:
     """Put the folder aside and say what is wrong."""
-    failed = out.with_name(out.name + ".failed")
-    if failed.exists():
-        shutil.rmtree(failed)
+    names = (out.with_name(f"{out.name}{number}.failed") for number in ("", *(f".{count}" for count in range(1, 1000))))
+    failed = next(path for path in names if not os.path.lexists(path))
     os.rename(temporary, failed)
     return f"the export to {out} failed its proof: " + "; ".join(problems) + f". It stands as {failed} for examination."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import pretrain.export.modeling_template
+from data_pipeline.deletion import delete
 from data_pipeline.files import sync
 from model.config.mixer_registry import describe_symbol
 from model.config.schema import ModelConfig
@@ -26,6 +28,7 @@ from pretrain.export.tokenizer import write_tokenizer
 from pretrain.inference.weights import Weights
 
 OUR_DESCRIPTION = "amfm_model.json"
+UNFINISHED = re.compile(r"\..+\.amfm-export", re.DOTALL)
 MAX_SHARD_BYTES = 4_000_000_000
 TEMPLATE_FILES = (
     "configuration_amfm.py",
@@ -139,6 +142,14 @@ def sync_files(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def begin_export(out: Path) -> Path:
+    """An empty folder beside OUT to write into; what a killed export left there is removed."""
+    temporary = out.with_name(f".{out.name}.amfm-export")
+    delete(temporary, UNFINISHED)
+    temporary.mkdir(parents=True)
+    return temporary
 
 
 def put_in_place(temporary: Path, out: Path) -> None:

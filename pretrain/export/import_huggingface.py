@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +9,9 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from data_pipeline.foreign_files import inside, read_object, take
 from data_pipeline.tokenizer.tokenizer import Tokenizer, read_tokenizer_file
 from model.config.checks import check_model
 from model.config.schema import ModelConfig
@@ -27,9 +25,10 @@ from model.huggingface.config import (
 from model.huggingface.targets import Target
 from model.huggingface.weights import weight_map
 from pretrain.export.export import check_free
-from pretrain.export.files import OUR_DESCRIPTION, put_in_place, sync_files
+from pretrain.export.files import OUR_DESCRIPTION, begin_export, put_in_place, sync_files
 from pretrain.export.tokenizer import MODEL_FILE, ORIGINAL_JSON
 from pretrain.inference.weights import Weights, check_shapes, write_weights
+from pretrain.tensor_files import read_tensors as read_tensors_of
 
 INDEX = "model.safetensors.index.json"
 # Multi-token prediction heads: transformers leaves them out as well.
@@ -67,10 +66,7 @@ def import_huggingface(hf_dir: str | Path, out_dir: str | Path) -> ImportReport:
     state = {name: tensor.to(torch.float32) for name, tensor in weight_map(config, target).to_ours(tensors).items()}
     check_shapes(config, state, str(source))
     weights = Weights(config, state, tokenizer, f"imported from {source}")
-    temporary = out.with_name(out.name + ".tmp")
-    if temporary.exists():
-        shutil.rmtree(temporary)
-    temporary.mkdir(parents=True)
+    temporary = begin_export(out)
     write_weights(temporary, weights)
     sync_files(temporary)
     put_in_place(temporary, out)
@@ -83,7 +79,7 @@ def read_config_json(source: Path) -> dict[str, Any]:
     path = source / "config.json"
     if not path.is_file():
         raise ValueError(f"{path} is missing; give a folder that transformers wrote")
-    raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    raw = read_object(path)
     if raw.get("model_type") not in set(TARGET_OF_TYPE) - {OWN_MODEL_TYPE}:
         return raw
     from transformers import AutoConfig
@@ -110,7 +106,7 @@ def choose_config(source: Path, fields: Mapping[str, Any], target: Target) -> Mo
         config = model_config_from_huggingface(fields)
         path = source / OUR_DESCRIPTION
         if path.is_file():
-            described = ModelConfig.model_validate(json.loads(path.read_text(encoding="utf-8"))["model"])
+            described = ModelConfig.model_validate(read_object(path).get("model"))
             if _same_config_json(described, config, target):
                 config = described
     except ValidationError as error:
@@ -131,13 +127,14 @@ def read_tensors(source: Path) -> tuple[dict[str, Tensor], list[str]]:
     """All tensors of the safetensors files, and the names that were left out."""
     index = source / INDEX
     if index.is_file():
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        files = sorted({str(name) for name in take(read_object(index), "weight_map", dict, index).values()})
     else:
         files = ["model.safetensors"]
     tensors: dict[str, Tensor] = {}
     for name in files:
-        if not (source / name).is_file():
-            raise ValueError(f"{source / name} is missing; copy the whole folder")
-        tensors |= load_file(source / name)
+        path = inside(source, name)
+        if not path.is_file():
+            raise ValueError(f"{path} is missing; copy the whole folder")
+        tensors |= read_tensors_of(path)
     skipped = [name for name in tensors if name.startswith(SKIPPED_PREFIXES)]
     return {name: tensor for name, tensor in tensors.items() if name not in skipped}, skipped

@@ -8,7 +8,6 @@ layout. The file names and keys are those that `load_checkpoint` of DeepSpeed 0.
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 from pretrain.checkpoint.inspect import find_checkpoint, read_buffers, require_sound
 from pretrain.checkpoint.reader import RangeReader
 from pretrain.export.export import check_free
-from pretrain.export.files import put_in_place, sync_files
+from pretrain.export.files import begin_export, put_in_place, sync_files
 
 # Our kinds by DeepSpeed's names.
 STATES = {"fp32": "weight", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
@@ -45,9 +44,7 @@ def export_universal(checkpoint: str | Path, out_dir: str | Path) -> UniversalRe
     check_free(out)
     source = find_checkpoint(Path(checkpoint))
     manifest = require_sound(source)
-    temporary = out.with_name(out.name + ".tmp")
-    if temporary.exists():
-        shutil.rmtree(temporary)
+    temporary = begin_export(out)
     tag = f"global_step{manifest['step']}"
     folder = temporary / tag
     write_parameters(folder / "zero", source, manifest)

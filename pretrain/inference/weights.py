@@ -15,9 +15,10 @@ from pathlib import Path
 
 import torch
 from pydantic import ValidationError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from data_pipeline.foreign_files import inside, read_object, take
 from data_pipeline.probes.rows import NO_TOKENIZER
 from data_pipeline.tokenizer.tokenizer import Tokenizer, load_tokenizer, read_tokenizer_file
 from model.config.mixer_registry import mixer_specs
@@ -33,6 +34,7 @@ from pretrain.checkpoint.files import MANIFEST_NAME, read_manifest
 from pretrain.checkpoint.inspect import find_checkpoint, read_full_state
 from pretrain.config.schema import RunConfig
 from pretrain.stages import last_stage, model_of_stage, resolve_stages
+from pretrain.tensor_files import read_tensors
 
 WEIGHTS_FORMAT = "amfm-weights"
 WEIGHTS_VERSION = 1
@@ -142,24 +144,30 @@ def write_weights(folder: Path, weights: Weights) -> None:
 
 
 def _read_weights_folder(folder: Path) -> Weights:
-    description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+    file = folder / DESCRIPTION
+    description = read_object(file)
     if description.get("format") != WEIGHTS_FORMAT or description.get("version") != WEIGHTS_VERSION:
         raise ValueError(
-            f"{folder / DESCRIPTION} is format {description.get('format')} {description.get('version')}, this program "
-            f"reads {WEIGHTS_FORMAT} {WEIGHTS_VERSION}; import the model again"
+            f"{file} is format {description.get('format')} {description.get('version')}, this program reads "
+            f"{WEIGHTS_FORMAT} {WEIGHTS_VERSION}; import the model again"
         )
-    for name, expected in description["sha256"].items():
-        found = _digest(folder / name)
+    digests = take(description, "sha256", dict, file)
+    tokenizer_record = take(description, "tokenizer", dict, file)
+    tokenizer_file = inside(folder, tokenizer_record.get("file"))
+    for name, expected in digests.items():
+        found = _digest(inside(folder, name))
         if found != expected:
             raise RuntimeError(f"{folder / name} has SHA-256 {found}, written was {expected}; import the model again")
+    if not {TENSORS, tokenizer_record["file"]} <= digests.keys():
+        raise RuntimeError(f"{file} does not list its files with their SHA-256; import the model again")
     try:
-        model = ModelConfig.model_validate(description["model"])
+        model = ModelConfig.model_validate(description.get("model"))
     except ValidationError as error:
-        raise ValueError(f"{folder / DESCRIPTION} holds a model that this version does not know: {error}") from error
-    state = load_file(folder / TENSORS)
+        raise ValueError(f"{file} holds a model that this version does not know: {error}") from error
+    state = read_tensors(folder / TENSORS)
     check_shapes(model, state, str(folder))
-    tokenizer = read_tokenizer_file(folder / description["tokenizer"]["file"], description["tokenizer"]["eos_id"])
-    return Weights(model, state, tokenizer, description["origin"])
+    tokenizer = read_tokenizer_file(tokenizer_file, take(tokenizer_record, "eos_id", int, file))
+    return Weights(model, state, tokenizer, take(description, "origin", str, file))
 
 
 def check_shapes(model: ModelConfig, state: Mapping[str, Tensor], where: str) -> None:

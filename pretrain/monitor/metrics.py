@@ -72,7 +72,7 @@ def keep_until(path: Path, step: int) -> int:
         return 0
     damaged = 0
     temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file, named(temporary):
+    with named(temporary), temporary.open("wb") as file:
         for _, record in read_lines(path):
             found = None if record is None else record.get("step")
             if not isinstance(found, int):

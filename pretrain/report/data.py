@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from data_pipeline.foreign_files import read_object
 from data_pipeline.lines import read_lines
 from pretrain.config.file import load_config
 from pretrain.config.schema import RunConfig
@@ -108,7 +108,7 @@ def read_run(directory: str | Path) -> RunRecord:
         raise ValueError(f"{metrics_path} has no step yet; write the report after the first training step")
     events_path, environment_path = folder / "events.jsonl", folder / "environment.json"
     events, event_notes = read_json_lines(events_path) if events_path.is_file() else ([], [])
-    environment = json.loads(environment_path.read_text(encoding="utf-8")) if environment_path.is_file() else {}
+    environment = read_object(environment_path) if environment_path.is_file() else {}
     return RunRecord(
         directory=folder,
         config=load_config(config_path),

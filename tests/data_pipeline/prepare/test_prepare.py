@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -23,6 +24,7 @@ from data_pipeline.prepare.sources import list_files
 from data_pipeline.store.manifest import Layout
 from data_pipeline.store.store import TokenStore
 from data_pipeline.tokenizer.tokenizer import load_tokenizer
+from data_pipeline.verify import verify_store
 from tests.helpers.tiny_store import make_tiny_store, run_in_process, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -320,6 +322,43 @@ def test_two_preparations_of_one_store_do_not_meet(reference, tmp_path):
     shutil.rmtree(next(Path(config.store).glob("parts/source0/*")))
     prepare(config, runner=second)
     assert messages
+
+
+def test_one_changed_digit_of_the_journal_writes_its_unit_again_and_changes_nothing(reference, tmp_path):
+    shutil.copytree(reference.store, tmp_path / "store")
+    config = elsewhere(reference, tmp_path)
+    store = Path(config.store)
+    manifest, journal = (store / "manifest.json").read_bytes(), store / "journal.jsonl"
+    lines = journal.read_text().splitlines(keepends=True)
+    number = re.search(r'"num_tokens": (\d)', lines[1])
+    lines[1] = lines[1][: number.start(1)] + str((int(number[1]) + 1) % 10) + lines[1][number.end(1) :]
+    journal.write_text("".join(lines))
+    assert in_process(config).units_written == 1
+    assert (store / "manifest.json").read_bytes() == manifest and not verify_store(store)
+    assert in_process(config).units_written == 0
+
+
+def test_what_is_not_ours_in_a_store_stays(reference, tmp_path):
+    shutil.copytree(reference.store, tmp_path / "store")
+    config = elsewhere(reference, tmp_path)
+    store, part = Path(config.store), next(Path(config.store).glob("parts/source0/*.zarr"))
+    others = [
+        store / "parts" / "mine" / "notes.txt",
+        part.parent / ".nfs0001",
+        store / "parts" / "mine" / part.name / "x",
+    ]
+    for path in others:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+    shutil.copytree(part, stale := part.with_name("train-009999-00.zarr"))
+    assert in_process(config).remarks == ()
+    assert all(path.read_text() == "mine" for path in others) and not stale.exists()
+
+
+@pytest.mark.parametrize("name", ["..", ".", ".hidden", "a/b", ""])
+def test_a_source_whose_name_is_no_folder_is_refused(name):
+    with pytest.raises(ValueError, match="should match pattern"):
+        SourceConfig(name=name, paths=("x",))
 
 
 def test_a_store_path_that_is_a_file_is_refused(reference, tmp_path):

@@ -16,7 +16,16 @@ def test_vocabulary_decides_the_dtype_and_too_large_is_refused():
 
 
 def test_a_part_comes_back_from_json_as_it_was():
-    part = Part("parts/a.zarr", 10, 2, 40, token_shards=(24,), document_shards=(20, 4), head_shards=(8,), digest="d")
+    part = Part(
+        "parts/a/train-000000-00.zarr",
+        10,
+        2,
+        40,
+        token_shards=(24,),
+        document_shards=(20, 4),
+        head_shards=(8,),
+        digest="d",
+    )
     assert Part.from_json(json.loads(json.dumps(asdict(part)))) == part
 
 

@@ -6,6 +6,7 @@ import ctypes
 import os
 import re
 import resource
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +27,7 @@ from pretrain.config.schema import RunConfig
 from pretrain.engine.engine import ZeroEngine
 from pretrain.parallel import initialize_parallel
 from tests.helpers.spawn import run_ranks
-from tests.pretrain.checkpoint.toys import IDENTITIES, load, make_engine, run_steps, save, toy_config
+from tests.pretrain.checkpoint.toys import IDENTITIES, load, make_engine, run_steps, save, save_whole, toy_config
 
 CHECKPOINTS_PAGE = Path(__file__).parents[3] / "docs" / "checkpoints.md"
 READ_ONLY = 1
@@ -208,6 +209,33 @@ def test_another_run_is_refused_naming_both_values(
         load(tmp_path, engine, **change)  # type: ignore[arg-type]
     assert text in str(caught.value)
     assert "give run.dir another name" in str(caught.value)
+
+
+def test_a_checkpoint_moved_away_behind_a_link_is_left_alone(engine: ZeroEngine, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    save(folder, 1, engine, keep_last=1)
+    shutil.move(folder / "step-00000001", tmp_path / "archive")
+    (folder / "step-00000001").symlink_to(tmp_path / "archive")
+    for step in (2, 3):
+        save(folder, step, engine, keep_last=1)
+    assert names(folder) == ["latest", "step-00000001", "step-00000003"]
+    assert inspect_checkpoint(tmp_path / "archive")["ok"]
+
+
+def test_what_cannot_be_cleared_away_is_a_remark_and_saving_goes_on(engine: ZeroEngine, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    with small_disk(folder / "step-00000001.tmp", 100_000), small_disk(folder / "step-00000002.tmp", 100_000):
+        # A mounted folder can be neither removed nor renamed, by nobody.
+        first = save_whole(folder, 1, engine, keep_last=1)
+        second = save_whole(folder, 2, engine, keep_last=1)
+        assert any("step-00000001.tmp can't be deleted" in remark for remark in first.remarks)
+        assert any("step-00000002.tmp can't be deleted" in remark for remark in second.remarks)
+        loaded = load(folder, engine)
+        assert loaded is not None and loaded.step == 2
+        assert [path.name for path in list_checkpoints(folder)] == ["step-00000002"]
+    save(folder, 3, engine, keep_last=1)
+    assert names(folder) == ["latest", "step-00000003"]
 
 
 def test_harmless_changes_are_allowed_and_reported(engine: ZeroEngine, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
+from pretrain.checkpoint.commit import SavedCheckpoint
 from pretrain.checkpoint.fragments import collect_fragments
 from pretrain.checkpoint.load import LoadedCheckpoint, load_newest
 from pretrain.checkpoint.save import save_checkpoint
@@ -104,7 +105,12 @@ def digest_state(engine: ZeroEngine) -> str:
 
 
 def save(folder: Path, step: int, engine: ZeroEngine, *, keep_last: int = 9, **changes: Any) -> Path:
-    """Save with the toy's config and identities."""
+    """Save with the toy's config and identities; the checkpoint's folder."""
+    return save_whole(folder, step, engine, keep_last=keep_last, **changes).path
+
+
+def save_whole(folder: Path, step: int, engine: ZeroEngine, *, keep_last: int = 9, **changes: Any) -> SavedCheckpoint:
+    """The same, with remarks."""
     return save_checkpoint(
         folder,
         step,

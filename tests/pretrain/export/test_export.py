@@ -48,7 +48,7 @@ def test_a_trained_run_exports_with_equal_logits_on_validation_text(data: DataCo
     assert report.max_logit_difference is not None and report.max_logit_difference <= LOGIT_TOLERANCE
     assert report.same_argmax
     assert report.compared.startswith("the validation part of")
-    assert not (tmp_path / "out.tmp").exists()
+    assert not (tmp_path / ".out.amfm-export").exists()
     assert {"config.json", "generation_config.json", "tokenizer.json", "README.md"} <= set(report.files)
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert generation["eos_token_id"] == read_weights(tmp_path / "run").tokenizer.eos_id
@@ -133,7 +133,7 @@ def test_a_failed_proof_is_a_failed_export_and_leaves_no_folder(data: DataConfig
     ):
         export_checkpoint(tmp_path / "weights", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    assert not (tmp_path / "out.tmp").exists()
+    assert not (tmp_path / ".out.amfm-export").exists()
     assert (tmp_path / "out.failed" / "config.json").is_file()
 
 
@@ -176,8 +176,8 @@ def test_an_export_over_something_is_refused_and_leftovers_of_a_killed_one_are_n
 ) -> None:
     folder = weights_folder(data, tmp_path / "weights", "nemotron_h")
     (tmp_path / "out").mkdir()
-    (tmp_path / "out.tmp").mkdir()
-    (tmp_path / "out.tmp" / "half").write_text("killed here")
+    (tmp_path / ".out.amfm-export").mkdir()
+    (tmp_path / ".out.amfm-export" / "half").write_text("killed here")
     report = export_checkpoint(folder, tmp_path / "out", verify=False)
     assert "half" not in report.files
     with pytest.raises(ValueError, match="exists and is not empty; name another folder"):

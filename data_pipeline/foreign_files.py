@@ -1,0 +1,76 @@
+"""Reading files that somebody else may have written: manifests, indexes, configurations, descriptions.
+
+Held to three rules in one place: a name inside a file leads to a file below the folder and nowhere else; the size is
+looked at before anything is read; and whatever is not as it must be (no JSON, `null`, `[]`, a key that is missing or of
+another type) gives one message that names the file, as the error that the caller asks for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+
+MAX_JSON_BYTES = 1 << 28  # a manifest of 10^6 parts has half of it
+Error = Callable[[str], Exception]
+Value = TypeVar("Value")
+
+
+def inside(folder: Path, name: object, error: Error = ValueError) -> Path:
+    """The path of a name that a file gave, below the folder; refuses absolute names, `..` and what is no name.
+
+    Links below the folder are followed: who made the folder made them (model hubs keep files behind links).
+    """
+    parts = PurePosixPath(name).parts if isinstance(name, str) else ()
+    if not parts or parts[0] == "/" or ".." in parts or "\0" in str(name):
+        raise error(
+            f"{folder} names the file {name!r:.200}, which is not one below it; the folder was edited or damaged"
+        )
+    return folder / str(name)
+
+
+def read_bounded(path: Path, max_bytes: int = MAX_JSON_BYTES, error: Error = ValueError) -> bytes:
+    """The bytes of a regular file of at most so many. Raises OSError when it can't be read."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > max_bytes:
+            raise error(f"{path} has {size} bytes, more than the {max_bytes} that such a file may have")
+        return file.read(max_bytes)
+
+
+def parse_object(content: bytes, path: Path | str, error: Error = ValueError) -> dict[str, Any]:
+    """The JSON object in the content of a file."""
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as problem:
+        raise error(f"{path} is damaged: it is not valid JSON ({problem})") from problem
+    if not isinstance(value, dict):
+        raise error(f"{path} must hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+def read_object(path: Path, *, max_bytes: int = MAX_JSON_BYTES, error: Error = ValueError) -> dict[str, Any]:
+    """The JSON object in a file. Raises OSError when it can't be read."""
+    return parse_object(read_bounded(path, max_bytes, error), path, error)
+
+
+@contextmanager
+def understood(path: Path | str, error: Error = ValueError) -> Iterator[None]:
+    """Around code that picks a record apart: a key that is missing or of another kind becomes one message."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, AttributeError) as problem:
+        what = f"{problem} is missing" if isinstance(problem, KeyError) else str(problem)
+        raise error(f"{path} is not what amfm writes there: {what}; it was edited or damaged") from problem
+
+
+def take(record: Mapping[str, Any], key: str, kind: type[Value], path: Path | str, error: Error = ValueError) -> Value:
+    """The value of a key, which must be there and of the kind."""
+    value = record.get(key)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        found = "is missing" if key not in record else f"is {value!r:.80}"
+        raise error(f"{path}: {key} {found}, it must be {kind.__name__}; the file was edited or damaged")
+    return value
