@@ -77,6 +77,7 @@ def _forward(
             d_logits = _gradient_of(logits, labels, log_sum_R[part], d_log_sum, -kept_R[part], hidden)
             torch.mm(d_logits, weight_VD, out=d_hidden_RD[part])
             d_weight_VD = _accumulate(d_weight_VD, d_logits, hidden)
+            del d_logits  # or two slices' would lie there while the next one's is made
     nll_R = (log_sum_R - target_R) * kept_R
     total = nll_R.sum() + z_loss_weight * (log_sum_R.square() * kept_R).sum()
     if d_weight_VD is None:
@@ -143,6 +144,7 @@ def _statistics_backward(
         )  # fmt: skip
         torch.mm(d_logits, weight_VD, out=d_hidden_RD[part])
         d_weight_VD = _accumulate(d_weight_VD, d_logits, hidden)
+        del d_logits
     if d_weight_VD is None:
         d_weight_VD = torch.zeros_like(weight_VD)
     return d_hidden_RD, d_weight_VD.to(weight_VD.dtype)

@@ -69,14 +69,15 @@ class CommunicationCounter(TorchDispatchMode):
     ) -> Any:
         """Count a collective before it runs; everything else passes."""
         if func.namespace == "c10d":
-            self._count(func._opname, args)
+            self.count(func._opname, args)
         return func(*args, **(kwargs or {}))
 
-    def _count(self, operator: str, args: Sequence[Any]) -> None:
+    def count(self, operator: str, args: Sequence[Any]) -> None:
+        """Count one call of an operator of `torch.ops.c10d`."""
         if operator in SILENT:
             return
         assert operator in COLLECTIVES, f"c10d.{operator} is a collective that nobody has taught this counter"
-        group = _group_of(args)
+        group = group_of(args)
         if group.size() == 1:
             return
         collective, position = COLLECTIVES[operator]
@@ -114,7 +115,8 @@ def sum_traffic(ranks: Iterable[Sequence[Traffic]]) -> list[Traffic]:
     return [totals[key] for key in sorted(totals)]
 
 
-def _group_of(args: Sequence[Any]) -> Any:
+def group_of(args: Sequence[Any]) -> Any:
+    """The process group among an operator's arguments."""
     (group,) = (
         argument
         for argument in args

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -15,13 +16,17 @@ from launch.console import UNUSED_LIBRARIES
 class Child:
     """`python -m MODULE ARGUMENTS` behind pipes, killed where the `with` block ends.
 
-    It gets a line for each `start` and answers with one line of JSON. RuntimeError where it ends instead.
+    It gets a line for each `start` and answers with lines of JSON. RuntimeError where it ends instead. `quiet`: what it
+    prints to standard error is shown only then.
     """
 
-    def __init__(self, module: str, *arguments: str) -> None:
+    def __init__(self, module: str, *arguments: str, quiet: bool = False) -> None:
         command = [sys.executable, "-W", f"ignore:{UNUSED_LIBRARIES}", "-m", module, *arguments]
         self._what = " ".join(["python", "-m", module])
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._errors = tempfile.TemporaryFile("w+") if quiet else None  # noqa: SIM115 (lives as long as the process)
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
+        )
 
     def __enter__(self) -> Child:
         return self
@@ -29,11 +34,11 @@ class Child:
     def __exit__(self, *_: object) -> None:
         self._end()
 
-    def start(self) -> None:
+    def start(self, line: str = "go") -> None:
         """Let it work on its next answer."""
         assert self._process.stdin is not None, "the pipe was asked for"
         try:
-            self._process.stdin.write("go\n")
+            self._process.stdin.write(f"{line}\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             raise self._early_end() from None
@@ -48,7 +53,10 @@ class Child:
 
     def _early_end(self) -> RuntimeError:
         self._end()
-        return RuntimeError(f"{self._what} ended early; its message is above")
+        if self._errors is None:
+            return RuntimeError(f"{self._what} ended early; its message is above")
+        self._errors.seek(0)
+        return RuntimeError(f"{self._what} ended early: {self._errors.read()[-4000:].strip()}")
 
     def _end(self) -> None:
         self._process.kill()

@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from launch.arguments import ConfigArgument, JsonOption, OverridesArgument, check_picture
-from launch.console import print_json, print_pairs, print_rows, say
+from launch.commands.trace import print_trace
+from launch.console import print_json, print_pairs, print_rows, say, show_progress
 
 if TYPE_CHECKING:
+    from launch.plan.hardware import Hardware
     from launch.plan.plan import Estimate, Plan
+    from launch.simulate.trace import TracedRank
+    from pretrain.config.schema import RunConfig
 
 SHOWN_LAYOUTS = 8
 
@@ -40,15 +44,28 @@ def plan(
         Path | None,
         typer.Option(metavar="OUT", help="Also draw memory by part and the step by stream: .png, .svg or .pdf."),
     ] = None,
+    trace: Annotated[
+        bool,
+        typer.Option(
+            "--trace", help="Also build and step ranks of this run on simulated cards, beside what is planned."
+        ),
+    ] = False,
+    rank: Annotated[
+        int | None, typer.Option(help="With --trace: which rank; default: one of the first and last pipeline stage.")
+    ] = None,
+    stage: Annotated[str | None, typer.Option(help="With --trace: which training stage; default: the first.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Say what a run needs before anything is rented: parameters, FLOPs, memory, time, and the layouts that fit."""
     from launch.plan.hardware import load_hardware
     from launch.plan.picture import draw_plan
     from launch.plan.plan import Assumptions, make_plan, plan_as_dict
+    from launch.simulate.picture import draw_trace
+    from launch.simulate.trace import trace_as_dict
     from pretrain.checks.check_run import load_checked
 
     hardware = load_hardware(gpu)
+    check_trace_options(trace, search, rank, stage)
     if picture is not None:
         check_picture(picture)
     if tokens is not None and not tokens > 0:
@@ -56,13 +73,41 @@ def plan(
     assumptions = Assumptions(margin=margin, overlap=overlap, imbalance=imbalance)
     config = load_checked(path, overrides or [], world_size=None if search else gpus)
     made = make_plan(config, hardware, gpus, assumptions, tokens=tokens, search=search)
+    traced = trace_ranks(config, gpus, hardware, rank, stage) if trace else []
     if picture is not None:
-        draw_plan(made, assumptions, picture)
+        if traced:
+            draw_trace(traced, picture)
+        else:
+            draw_plan(made, assumptions, picture)
         say(f"wrote {picture}")
     if as_json:
-        print_json(plan_as_dict(made))
-    else:
-        print_plan(made, str(path))
+        print_json(plan_as_dict(made) | ({"trace": [trace_as_dict(entry) for entry in traced]} if trace else {}))
+        return
+    print_plan(made, str(path))
+    for entry in traced:
+        print_trace(entry)
+
+
+def check_trace_options(trace: bool, search: bool, rank: int | None, stage: str | None) -> None:
+    """Refuse options that would have no effect. Raises ValueError."""
+    if trace and search:
+        raise ValueError(
+            "--trace runs the configuration's own layout, and --search looks for another; give one of them"
+        )
+    if not trace and (rank is not None or stage is not None):
+        raise ValueError(
+            f"{'--rank' if rank is not None else '--stage'} has no effect without --trace; add it, or leave it out"
+        )
+
+
+def trace_ranks(
+    config: RunConfig, gpus: int, hardware: Hardware, rank: int | None, stage: str | None
+) -> list[TracedRank]:
+    """The traced ranks, with a progress line."""
+    from launch.simulate.trace import trace_run
+
+    with show_progress("trace") as report:
+        return trace_run(config, gpus, hardware, only_rank=rank, stage_name=stage, report=report)
 
 
 def print_plan(made: Plan, title: str) -> None:

@@ -48,13 +48,14 @@ def estimate_memory(
     `imbalance`: routed rows of the fullest rank over the mean, where experts are spread.
     """
     stages = held_by_stages(config.model, layout, config.train.sequence_length)
-    found = [_estimate_stage(config, layout, storage, held, imbalance) for held in stages]
+    found = [estimate_stage(config, layout, storage, held, imbalance) for held in stages]
     fullest = max(found, key=Memory.total)
     parts = fullest.parts | {"margin": margin * fullest.total()}
     return Memory({name: size for name, size in parts.items() if size > 0}, fullest.phase)
 
 
-def _estimate_stage(config: RunConfig, layout: Layout, storage: Storage, held: StageShare, imbalance: float) -> Memory:
+def estimate_stage(config: RunConfig, layout: Layout, storage: Storage, held: StageShare, imbalance: float) -> Memory:
+    """Peak bytes of a rank of one pipeline stage, without a margin."""
     stays = persistent_bytes(held, layout, storage)
     pass_parts = busiest_pass(config, layout, storage, held, imbalance)
     step_parts = step_bytes(held, layout, storage)

@@ -1,0 +1,100 @@
+"""How `amfm plan --trace` is shown: predicted beside traced, a table each."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from launch.console import print_pairs, print_rows, say
+
+if TYPE_CHECKING:
+    from launch.simulate.trace import TracedRank
+
+SHOWN_LINES = 12
+
+
+def print_trace(entry: TracedRank) -> None:
+    """All tables of one rank."""
+    place = f"rank {entry.rank} of {entry.layout.ranks}, stage {entry.stage}"
+    print_memory(entry, place)
+    print_flops(entry, place)
+    print_bytes(entry, place)
+    print_launches(entry, place)
+    waits = entry.traced["host_waits"]
+    rows = [(line, f"{count:,}") for line, count in waits.items()]
+    print_rows(f"Waits of the host for the card in a step: {sum(waits.values()):,}", ("line", "times"), rows)
+    for name, difference in entry.traced["mismatches"].items():
+        say(f"amfm: the fake function of {name} is wrong: {difference}")
+
+
+def print_memory(entry: TracedRank, place: str) -> None:
+    """Predicted parts, traced phases, and the lines that hold the most at the peak."""
+    from launch.plan.hardware import GIB
+
+    traced, predicted = entry.traced, entry.predicted
+    pairs = [
+        ("parameters held", f"{traced['parameters']:,} of {entry.held_parameters():,.0f} planned"),
+        ("before the first step", f"{traced['held_bytes'] / GIB:,.3f} GiB"),
+    ]
+    pairs += [(f"traced, {phase}", f"{size / GIB:,.3f} GiB") for phase, size in traced["phases"].items()]
+    pairs += [(f"planned, {name}", f"{size / GIB:,.3f} GiB") for name, size in predicted.parts.items()]
+    pairs.append(
+        (
+            "peak of a step",
+            f"{predicted.total() / GIB:,.3f} GiB planned ({predicted.phase}), {entry.peak_bytes / GIB:,.3f} GiB traced "
+            f"({traced['peak_phase']}), {entry.error():+.1%}",
+        )
+    )
+    print_pairs(f"Memory of {place}, {traced['micro_batches']} micro-batches: {entry.layout.describe()}", pairs)
+    lines = list(traced["by_line"].items())
+    rows = [(f"{size / GIB:,.3f}", line) for line, size in lines[:SHOWN_LINES]]
+    rest = sum(size for _, size in lines[SHOWN_LINES:])
+    rows.append((f"{rest / GIB:,.3f}", f"{len(lines[SHOWN_LINES:])} more lines"))
+    print_rows("At the peak, by the line that allocated", ("GiB", "line"), rows)
+
+
+def print_flops(entry: TracedRank, place: str) -> None:
+    """Operations of products by kind of block."""
+    from launch.simulate.trace import predicted_flops, traced_flops
+
+    planned, traced = predicted_flops(entry), traced_flops(entry)
+    rows = []
+    for kind in dict.fromkeys([*planned, *traced]):
+        both = planned.get(kind, 0.0), traced.get(kind, 0.0)
+        ratio = f"{both[1] / both[0] - 1:+.1%}" if both[0] else ""
+        rows.append((kind, f"{both[0]:.4g}", f"{both[1]:.4g}", ratio))
+    print_rows(f"FLOPs of a step, {place}", ("kind", "planned (as for MFU)", "traced", ""), rows)
+
+
+def print_bytes(entry: TracedRank, place: str) -> None:
+    """Bytes by axis and collective."""
+    from launch.simulate.trace import predicted_bytes, traced_bytes
+
+    planned, traced = predicted_bytes(entry), traced_bytes(entry)
+    if isinstance(planned, str):
+        say(f"amfm: no formula for the bytes of this layout: {planned}")
+        planned = {}
+    rows = []
+    for axis, collective in sorted(planned.keys() | traced.keys()):
+        found = traced.get((axis, collective), {"passes": 0, "once a step": 0})
+        formula = f"{planned[axis, collective]:,.0f}" if (axis, collective) in planned else ""
+        rows.append((axis, collective, formula, f"{found['passes']:,}", f"{found['once a step']:,}"))
+    columns = ("axis", "collective", "formula, mean of all ranks", "traced, passes", "traced, once a step")
+    print_rows(f"Bytes handed to collectives in a step, {place}", columns, rows)
+
+
+def print_launches(entry: TracedRank, place: str) -> None:
+    """Launches by kind of block, a step and a pass through one block."""
+    from launch.simulate.trace import kind_of
+
+    launches, passes = entry.traced["launches"], entry.traced["passes"]
+    rows = []
+    for letter in dict.fromkeys([*launches["triton"], *launches["other"]]):
+        both = launches["triton"].get(letter, 0), launches["other"].get(letter, 0)
+        times = passes.get(letter)
+        each = f"{both[0] / times:,.1f} + {both[1] / times:,.1f}" if times else ""
+        rows.append((kind_of(letter), f"{both[0]:,}", f"{both[1]:,}", each))
+    sums = Counter(triton=sum(launches["triton"].values()), other=sum(launches["other"].values()))
+    rows.append(("all", f"{sums['triton']:,}", f"{sums['other']:,}", ""))
+    columns = ("kind", "Triton kernels", "others", "a block, forward and backward")
+    print_rows(f"Launches of a step, {place}", columns, rows)

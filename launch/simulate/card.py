@@ -1,0 +1,101 @@
+"""What torch.cuda answers in a simulated rank: one card of a node that is always ready and never computes."""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+GENERATOR_STATE_BYTES = 16  # of a CUDA generator: seed and offset
+
+Wait = Callable[[str], None]
+
+
+class SimulatedCard:
+    """The questions that libraries ask torch.cuda, with the answers of an H100.
+
+    `index`: the card's number in its node of `count`. `note_wait` is told each time that the host waits for the card.
+    """
+
+    def __init__(self, index: int, count: int, note_wait: Wait) -> None:
+        self.index, self.count, self.note_wait = index, count, note_wait
+        self.properties = types.SimpleNamespace(
+            name="NVIDIA H100 80GB HBM3",
+            major=9,
+            minor=0,
+            total_memory=85_000_000_000,
+            multi_processor_count=132,
+            shared_memory_per_block_optin=232_448,
+            max_threads_per_multi_processor=2048,
+            warp_size=32,
+            regs_per_multiprocessor=65_536,
+        )
+        self.stream = make_stream(self)
+
+    def answers(self) -> dict[str, Any]:
+        """By name of a torch.cuda function or class: what stands in its place."""
+        constant = {
+            "is_available": True,
+            "is_initialized": True,
+            "is_bf16_supported": True,
+            "device_count": self.count,
+            # As a device: a build without CUDA takes a bare number for a device of another accelerator.
+            "current_device": torch.device("cuda", self.index),
+            "get_device_capability": (9, 0),
+            "get_device_properties": self.properties,
+            "get_device_name": self.properties.name,
+            "current_stream": self.stream,
+            "default_stream": self.stream,
+            "memory_stats": {},
+        }
+        silent: tuple[str, ...] = (
+            "_lazy_init",
+            "_lazy_call",
+            "init",
+            "set_device",
+            "empty_cache",
+            "manual_seed",
+            "manual_seed_all",
+        )
+        silent += ("set_rng_state", "_set_rng_state_offset", "reset_peak_memory_stats")
+        silent += ("reset_max_memory_allocated", "reset_max_memory_cached")
+        sizes = ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved")
+        answers: dict[str, Any] = {name: always(value) for name, value in constant.items()}
+        answers |= {name: always(None) for name in silent} | {name: always(0) for name in sizes}
+        return answers | {
+            "synchronize": lambda *_, **__: self.note_wait("torch.cuda.synchronize"),
+            "get_rng_state": lambda *_: torch.zeros(GENERATOR_STATE_BYTES, dtype=torch.uint8),
+            "Stream": lambda *_, **__: make_stream(self),
+            "Event": lambda *_, **__: make_event(self),
+            "stream": lambda _: contextlib.nullcontext(),
+            "device": lambda _: contextlib.nullcontext(),
+            "default_generators": [torch.Generator() for _ in range(self.count)],
+        }
+
+
+def always(value: Any) -> Callable[..., Any]:
+    """A function that gives this value whatever it is asked."""
+    return lambda *_, **__: value
+
+
+def make_stream(card: SimulatedCard) -> Any:
+    """A stream on which everything is done at once."""
+    stream = types.SimpleNamespace(
+        cuda_stream=0, stream_id=0, device=torch.device("cuda", card.index), device_index=card.index, device_type=1
+    )
+    stream.wait_stream = stream.wait_event = always(None)
+    stream.query = always(True)
+    stream.record_event = lambda event=None: event or make_event(card)
+    stream.synchronize = lambda: card.note_wait("Stream.synchronize")
+    return stream
+
+
+def make_event(card: SimulatedCard) -> Any:
+    """An event that has happened."""
+    event = types.SimpleNamespace(record=always(None), wait=always(None), query=always(True))
+    event.elapsed_time = always(1.0)
+    event.synchronize = lambda: card.note_wait("Event.synchronize")
+    return event

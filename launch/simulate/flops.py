@@ -1,0 +1,94 @@
+"""Operations of products: torch's own formulas for its operations, ours for what multiplies inside a Triton kernel.
+
+Products that the body of an operation leaves to torch are counted there, and are not counted here again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch.utils.flop_counter import flop_registry
+
+from kernels.attention.op import attention_flops
+from kernels.decay_scan.op import scan_flops
+from kernels.delta_scan.op import delta_flops
+from kernels.diag_scan.op import diag_flops
+
+Named = dict[str, Any]
+
+
+def count_flops(func: Any, args: Any, kwargs: Named, out: Any) -> int:
+    """Operations of one call; 0 for what multiplies no matrices."""
+    if func.namespace == "amfm":
+        count = KERNELS.get(func._opname)
+        return 0 if count is None else int(count(name_arguments(func, args, kwargs)))
+    formula = flop_registry.get(func._overloadpacket)
+    return 0 if formula is None else int(formula(*args, **kwargs, out_val=out))
+
+
+def name_arguments(func: Any, args: Any, kwargs: Named) -> Named:
+    """The arguments of a call by their names in the schema."""
+    names = [argument.name for argument in func._schema.arguments]
+    return {**dict(zip(names, args)), **kwargs}
+
+
+def _attention(given: Named, *, backward: bool) -> int:
+    """Of keys longer than queries (a context rank's) each query sees half on average."""
+    batch, queries, heads, size = given["q_BTHK"].shape
+    keys = given["k_BSJK"].shape[1]
+    return attention_flops(batch, queries, heads, size, backward=backward) * keys // max(1, queries)
+
+
+def _decay(given: Named, *, backward: bool) -> int:
+    (rows, tokens, groups, size), (heads, width) = given["k"].shape, given["v"].shape[2:]
+    return scan_flops(rows, tokens, heads, groups, size, width, chunk_size=given["chunk_size"], backward=backward)
+
+
+def _vector(given: Named, *, backward: bool) -> int:
+    (rows, tokens, heads, size), width = given["k"].shape, given["v"].shape[-1]
+    return scan_flops(rows, tokens, heads, heads, size, width, chunk_size=given["tile"], backward=backward)
+
+
+def _delta(given: Named, *, backward: bool) -> int:
+    (rows, tokens, groups, size), steps = given["q"].shape, given["k"].shape[2] if given["k"].dim() == 5 else 1
+    heads, width = given["v"].shape[-2:]
+    sizes = (rows, tokens, steps, groups, heads, size, width)
+    return delta_flops(*sizes, chunk_size=given["chunk_size"], backward=backward)
+
+
+def _diagonal(given: Named, *, backward: bool) -> int:
+    rows, tokens, channels = given["x"].shape
+    return diag_flops(rows, tokens, channels, given["A"].shape[1], backward=backward)
+
+
+def _experts(given: Named, *, times: int) -> int:
+    choices = 1 if given["weights_RK"] is None else given["weights_RK"].shape[1]
+    weights = given["up_EFD"][0].numel() + given["down_EDF"][0].numel()
+    return times * 2 * given["x_RD"].shape[0] * choices * weights
+
+
+def _logits(given: Named) -> int:
+    return 2 * given["hidden_RD"].shape[0] * given["weight_VD"].numel()
+
+
+def _both(formula: Callable[..., int], name: str) -> dict[str, Callable[[Named], int]]:
+    return {
+        name: lambda given: formula(given, backward=False),
+        f"{name}_backward": lambda given: formula(given, backward=True),
+    }
+
+
+KERNELS: dict[str, Callable[[Named], int]] = {
+    **_both(_attention, "attention_triton"),
+    **_both(_decay, "decay_scan_triton"),
+    **_both(_vector, "vector_scan_triton"),
+    **_both(_delta, "delta_scan_triton"),
+    **_both(_diagonal, "diag_scan_triton"),
+    "expert_feed_forward_triton": lambda given: _experts(given, times=1),
+    "expert_feed_forward_triton_backward": lambda given: _experts(given, times=2),
+    # Gradients are products of torch's inside the bodies; the logits are the kernel's.
+    "linear_cross_entropy_triton": _logits,
+    "linear_statistics_triton": _logits,
+    "linear_statistics_triton_backward": _logits,
+}

@@ -1,0 +1,150 @@
+"""Everything of other libraries that a simulated rank replaces, each with its reason; no other file replaces anything.
+
+It works by private names of torch, so it is written for the releases of torch that launch/simulate/trace.py names. On a build of torch
+without CUDA, C++ (autograd's engine, composite operations) takes a fake CUDA tensor for one of the meta device below
+it, while Python and FakeTensorMode see the card; what C++ then asks of "meta" the tracer turns back (tracer.py).
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+# torch.compile's machinery reads signatures of what is replaced below when it is first imported.
+import torch._dynamo
+import triton
+from torch._subclasses import fake_tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from launch.simulate.card import SimulatedCard, always
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One replaced attribute: of what, and why."""
+
+    target: str
+    reason: str
+
+
+INSTALLED: list[Patch] = []
+LAUNCHES: Counter[str] = Counter()
+
+
+def replace(owner: Any, name: str, value: Any, reason: str) -> None:
+    """Put `value` in the place of `owner.name` for the rest of this process, and remember why."""
+    INSTALLED.append(Patch(f"{getattr(owner, '__name__', type(owner).__name__)}.{name}", reason))
+    setattr(owner, name, value)
+
+
+def install(
+    card: SimulatedCard, note_launch: Callable[[str], None], read_list: Callable[[FakeTensor], list[Any]]
+) -> None:
+    """Replace what must be before DeepSpeed is imported.
+
+    `note_launch` is told the name of each Triton kernel, `read_list` answers `Tensor.tolist`.
+    """
+    os.environ["DS_ACCELERATOR"] = "cuda"
+    for name, answer in card.answers().items():
+        replace(torch.cuda, name, answer, "there is no card: ask the simulated one")
+    for name in ("range_push", "range_pop"):
+        replace(torch.cuda.nvtx, name, always(None), "marks for a profiler of a card")
+    install_fake_tensors()
+
+    def tolist(tensor: FakeTensor) -> list[Any]:
+        return read_list(tensor)
+
+    replace(FakeTensor, "tolist", tolist, "one wait for all numbers, not one for each")
+    replace(
+        triton.runtime.jit.JITFunction,
+        "__getitem__",
+        lambda kernel, grid: lambda *_, **__: note_launch(kernel.fn.__name__),
+        "a launch is counted and computes nothing: its results were allocated before it",
+    )
+
+
+def install_fake_tensors() -> None:
+    """Let fake CUDA tensors pass where torch would touch a device, and through autograd on a build without CUDA."""
+    replace(fake_tensor, "init_gpu_context", always(None), "allocates a real tensor on the card")
+    replace(FakeTensorMode, "avoid_device_init", property(lambda _: True), "asks torch.cuda, which says yes here")
+    replace(FakeTensor, "record_stream", always(None), "no allocator waits for a stream here")
+    replace(
+        torch.nn.Module,
+        "_apply",
+        apply_to_module,
+        "torch swaps fake parameters instead of setting their data as it does for real ones, and DeepSpeed's references "
+        "to them would go stale",
+    )
+    if torch.backends.cuda.is_built():
+        return
+    make_subclass = torch.Tensor._make_subclass
+
+    def make_without_cuda(cls: type, data: torch.Tensor, requires_grad: bool = False, **settings: Any) -> torch.Tensor:
+        device = settings.get("device_for_backend_keys")
+        if issubclass(cls, FakeTensor) and device is not None and torch.device(device).type == "cuda":
+            settings["dispatch_device"] = False
+        return make_subclass(cls, data, requires_grad, **settings)
+
+    replace(
+        torch.Tensor,
+        "_make_subclass",
+        staticmethod(make_without_cuda),
+        "autograd of a build without CUDA refuses tensors that say they are on CUDA",
+    )
+    replace(FakeTensor, "to", move_fake, "C++ would think that it moves from the meta device")
+
+
+def move_fake(tensor: Any, *args: Any, **keywords: Any) -> Any:
+    """Tensor.to of a fake tensor: a move to the card where it lies is none."""
+    if tensor.fake_device.type != "cuda":
+        return torch.Tensor.to(tensor, *args, **keywords)
+    copy = keywords.pop("copy", False)
+    other = args[0] if args and isinstance(args[0], torch.Tensor) else keywords.pop("other", None)
+    if other is not None:
+        device, dtype, non_blocking, layout = other.device, other.dtype, False, None
+    else:
+        device, dtype, non_blocking, layout = torch._C._nn._parse_to(*args, **keywords)
+    if device is not None and device.type == "cuda" and device.index in (None, tensor.fake_device.index):
+        device = None
+    extra: dict[str, Any] = {} if layout is None else {"memory_format": layout}
+    if device is None:
+        return torch.Tensor.to(tensor, dtype or tensor.dtype, copy=copy, **extra)
+    return torch.Tensor.to(tensor, device, dtype or tensor.dtype, non_blocking, copy, **extra)
+
+
+def apply_to_module(module: Any, change: Callable[[Any], Any], recurse: bool = True) -> Any:
+    """nn.Module._apply as torch does it for real tensors: parameters stay the objects that they are."""
+    if recurse:
+        for child in module.children():
+            child._apply(change)
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            with torch.no_grad():
+                changed = change(parameter)
+            if changed is not parameter:
+                parameter.data = changed
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            module._buffers[name] = change(buffer)
+    return module
+
+
+def install_deepspeed(index: int) -> None:
+    """Replace what DeepSpeed asks of its accelerator and of other ranks."""
+    from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
+    from deepspeed.runtime.zero import partitioned_param_coordinator
+
+    reason = "DeepSpeed wants the card's number where torch.cuda.current_device gives a device"
+    replace(CUDA_Accelerator, "current_device_name", lambda _: f"cuda:{index}", reason)
+    replace(CUDA_Accelerator, "current_device", lambda _: index, reason)
+    replace(
+        partitioned_param_coordinator,
+        "assert_ints_same_as_other_ranks",
+        always(None),
+        "compares with numbers that rank 0 would have sent",
+    )

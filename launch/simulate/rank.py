@@ -1,0 +1,205 @@
+"""A process that is one rank of a simulated cluster: builds the run, takes two steps, copies the state for a checkpoint.
+
+Called as `python -m launch.simulate.rank`; SETTINGS, JSON on its first line of input, says which rank of which run. It
+answers in lines of JSON: `progress`, then `result` or `refused`. A process of its own, because it replaces parts of torch.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import time
+import types
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from launch.bench.process import open_answers
+from launch.simulate import patches
+from launch.simulate.batches import simulated_batches
+from launch.simulate.card import SimulatedCard
+from launch.simulate.tracer import DeviceWords, Tracer
+from pretrain.config.schema import RunConfig
+
+STEPS = 2  # the first allocates moments, the second has them during its passes
+PHASES = {"data": "forward", "forward": "forward", "reduce": "reduction", "optimizer": "optimizer"}
+
+
+def serve() -> None:
+    """Read the settings, answer with progress and the result."""
+    answer = open_answers()
+    settings = json.loads(sys.stdin.readline())
+    started = time.perf_counter()
+
+    def report(what: str) -> None:
+        answer({"progress": what, "seconds": time.perf_counter() - started})
+
+    try:
+        config = RunConfig.model_validate(settings["config"])
+        answer({"result": trace_rank(config, settings, report)})
+    except ValueError as error:
+        answer({"refused": str(error)})
+
+
+def trace_rank(config: RunConfig, settings: dict[str, Any], report: Callable[[str], None]) -> dict[str, Any]:
+    """What rank `settings["rank"]` of `settings["ranks"]` holds, computes, sends and waits for.
+
+    `config` is one training stage taken as a run, with as many micro-batches as shall be traced.
+    """
+    rank, ranks, node = settings["rank"], settings["ranks"], settings["gpus_per_node"]
+    # The first card of its node whatever the rank: what is made on "cuda" without a number lies there.
+    tracer = Tracer(torch.device("cuda", 0))
+    card = SimulatedCard(0, node, tracer.note_wait)
+    patches.install(card, tracer.note_launch, tracer.read_list)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK="0", LOCAL_WORLD_SIZE=str(min(node, ranks)))
+    torch.set_num_threads(1)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
+    from pretrain.parallel import initialize_parallel, set_determinism
+
+    parallel = initialize_parallel(config.parallel, timeout_seconds=600, num_threads=1)
+    patches.install_deepspeed(card.index)
+    set_determinism(config.train.seed)
+    tracer.watch(parallel.groups)
+    planned = planned_traffic(config, ranks)
+    report("groups")
+    with ExitStack() as modes:
+        for mode in (FakeTensorMode(allow_non_fake_inputs=True), tracer, DeviceWords(tracer)):
+            modes.enter_context(mode)
+        return run_steps(config, parallel, tracer, report) | {"planned_traffic": planned}
+
+
+def planned_traffic(config: RunConfig, ranks: int) -> list[tuple[str, str, int]] | str:
+    """Axis, collective and bytes of all ranks by formula, or why there is none; where there are process groups.
+
+    Without them Megatron-core's layers take every group for one rank.
+    """
+    from launch.plan.traffic import expected_bytes
+
+    try:
+        expected = expected_bytes(config, ranks)
+    except ValueError as reason:
+        return str(reason)
+    return [(axis, collective, size) for (axis, collective, _), size in expected.items()]
+
+
+def run_steps(config: RunConfig, parallel: Any, tracer: Tracer, report: Callable[[str], None]) -> dict[str, Any]:
+    """Build, step and stage a checkpoint under the tracer."""
+    from pretrain.step import train_step
+
+    run = build_run(config, parallel, tracer, report)
+    build_peaks = dict(tracer.memory.peaks)
+    held = tracer.memory.held
+    parameters = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in run.engine.module.parameters())
+    for number in range(STEPS):
+        tracer.enter("forward")
+        tracer.memory.forget_peaks()
+        tracer.begin_step()
+        tracer.memory.record_from(tracer.operations)
+        train_step(run)
+        report(f"step {number + 1} of {STEPS}")
+    step_peaks, by_line = dict(tracer.memory.peaks), dict(tracer.memory.by_line)
+    tally, traffic, curve = tracer.tally, tracer.traffic, list(tracer.memory.curve)
+    blocks = dict(tracer.blocks.passes)
+    tracer.begin_step()
+    tracer.enter("checkpoint staging")
+    stage_checkpoint(run)
+    peaks = {**build_peaks, **step_peaks, "checkpoint staging": tracer.memory.peaks["checkpoint staging"]}
+    return {
+        "parameters": parameters,
+        "held_bytes": held,
+        "phases": peaks,
+        "peak_bytes": max(step_peaks.values()),
+        "peak_phase": max(step_peaks, key=lambda phase: step_peaks[phase]),
+        "by_line": by_line,
+        "curve": curve,
+        "micro_batches": len(run.loader.take(0, 0)),
+        "passes": blocks,
+        "flops": dict(tally.flops),
+        "launches": {"triton": dict(tally.triton_launches), "other": dict(tally.other_launches)},
+        "host_waits": dict(tally.host_waits.most_common()),
+        "traffic": [
+            {"when": when, "axis": row.axis, "collective": row.collective, "dtype": row.dtype, "calls": row.calls,
+             "bytes": row.handed_bytes}
+            for when, counter in traffic.items()
+            for row in counter.traffic()
+        ],
+        "mismatches": tracer.bodies.mismatches,
+        "compared": dict(tracer.bodies.compared),
+        "operations": tracer.operations,
+        "patches": [vars(patch) for patch in patches.INSTALLED],
+    }  # fmt: skip
+
+
+def build_run(config: RunConfig, parallel: Any, tracer: Tracer, report: Callable[[str], None]) -> Any:
+    """A `Run` as `start_run` builds it, with simulated batches and without files."""
+    from pretrain.engine.engine import build_engine
+    from pretrain.run import Run
+    from pretrain.stages import resolve_stages
+    from pretrain.start import build_model, build_pipeline
+
+    model = build_model(config, parallel)
+    for block in model.blocks:
+        tracer.blocks.wrap(block, "forward", block.letter)
+        tracer.blocks.wrap(block, "_mix", block.letter)
+    tracer.blocks.wrap(model, "embed", "embedding")
+    tracer.blocks.wrap(model, "finish", "head")
+    report("model")
+    tracer.enter("engine")
+    engine = build_engine(
+        model,
+        optimizer=config.optimizer,
+        precision=config.train.precision,
+        zero_stage=config.parallel.zero_stage,
+        parallel=parallel,
+        offload_optimizer=config.parallel.offload_optimizer,
+    )
+    del model
+    gc.collect()
+    report("engine")
+    stages = resolve_stages(config)
+    with unset_fake_temporarily():
+        batches = simulated_batches(config, parallel.data_world_size)
+    loader: Any = types.SimpleNamespace(
+        sequence_length=config.train.sequence_length, take=lambda total, micro: list(batches)
+    )
+    heartbeat: Any = types.SimpleNamespace(at=lambda step, phase: tracer.enter(PHASES[phase]))
+    nothing: Any = None
+    signals: Any = types.SimpleNamespace(received=0)
+    return Run(
+        config=config,
+        parallel=parallel,
+        engine=engine,
+        saver=nothing,
+        loader=loader,
+        validations={},
+        peak=nothing,
+        stages=stages,
+        stage=stages[0],
+        signals=signals,
+        heartbeat=heartbeat,
+        pipeline=build_pipeline(config, parallel, engine),
+    )
+
+
+def stage_checkpoint(run: Any) -> None:
+    """Copy to the host what this rank would write; every rank that ZeRO spreads over writes its own range."""
+    from pretrain.checkpoint.fragments import collect_fragments
+
+    tensors: dict[str, Any] = {}
+    for fragment in collect_fragments(run.engine.deepspeed):
+        share = fragment.share(run.parallel.rank)
+        if share is not None:
+            tensors |= {f"{kind}/{share.name}": tensor for kind, tensor in share.tensors.items()}
+    for tensor in tensors.values():
+        tensor.detach().to("cpu")
+
+
+if __name__ == "__main__":
+    serve()

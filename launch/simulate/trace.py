@@ -1,0 +1,238 @@
+"""`amfm plan --trace`: ranks of a run on the simulated cluster, each in a process of its own, beside what the plan says."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from launch.bench.process import Child
+from launch.plan.hardware import Hardware
+from launch.plan.layout import Layout, held_by_stages
+from launch.plan.memory import Memory, estimate_stage, storage_of
+from model.config.pattern import block_kind
+from model.flops import block_flops, head_flops
+from pretrain.checks.parallel import micro_batch_problems
+from pretrain.checks.stages import run_of_stage
+from pretrain.config.schema import RunConfig
+from pretrain.recompute import recomputed_letters
+from pretrain.stages import resolve_stages
+
+Report = Callable[[int, int, str], None]
+TORCH_RELEASES = ("2.13",)  # for whose private parts launch/simulate/patches.py is written
+PROGRESS_LINES = 6  # that a rank gives: start, groups, model, engine, two steps
+
+
+@dataclass(frozen=True)
+class TracedRank:
+    """One rank: what the plan says of it and what it did. `traced` is what launch/simulate/rank.py answers."""
+
+    rank: int
+    stage: str
+    config: RunConfig
+    layout: Layout
+    predicted: Memory
+    traced: dict[str, Any]
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes of the second step."""
+        return int(self.traced["peak_bytes"])
+
+    @property
+    def build_bytes(self) -> int:
+        """The most bytes before the first step: the model, then the engine around it."""
+        return max(self.traced["phases"][phase] for phase in ("build", "engine"))
+
+    def held_parameters(self) -> float:
+        """Parameters that the plan gives this rank."""
+        stages = held_by_stages(self.config.model, self.layout, self.config.train.sequence_length)
+        return stages[pipeline_stage(self.config, self.layout.ranks, self.rank)].parameters
+
+    def error(self) -> float:
+        """How much more the plan says than the trace found, in parts of what was found."""
+        return self.predicted.total() / self.peak_bytes - 1
+
+
+def trace_run(
+    config: RunConfig,
+    ranks: int,
+    hardware: Hardware,
+    *,
+    only_rank: int | None,
+    stage_name: str | None,
+    report: Report,
+) -> list[TracedRank]:
+    """Trace one rank, or by default the first rank of the first and of the last pipeline stage.
+
+    `stage_name`: a training stage of the run; None is the first. Raises ValueError for a rank or a stage that is not there
+    and for what a simulated rank cannot run, RuntimeError where its process ends early.
+    """
+    check_torch(torch.__version__)
+    traced = traced_config(config, ranks, stage_name)
+    chosen = chosen_ranks(traced, ranks, only_rank)
+    found = []
+    for number, rank in enumerate(chosen):
+        settings = {
+            "config": traced.model_dump(mode="json"),
+            "rank": rank,
+            "ranks": ranks,
+            "gpus_per_node": hardware.gpus_per_node,
+        }
+        result = run_child(settings, partial(tell, report, number * PROGRESS_LINES, len(chosen) * PROGRESS_LINES))
+        layout = Layout.of(traced, ranks)
+        held = held_by_stages(traced.model, layout, traced.train.sequence_length)[pipeline_stage(traced, ranks, rank)]
+        predicted = estimate_stage(traced, layout, storage_of(traced), held, 1.0)
+        found.append(TracedRank(rank, stage_name or resolve_stages(config)[0].name, traced, layout, predicted, result))
+    return found
+
+
+def check_torch(version: str) -> None:
+    """Refuse a torch for which the simulated rank was not written. Raises ValueError."""
+    if ".".join(version.split(".")[:2]) not in TORCH_RELEASES:
+        raise ValueError(
+            f"--trace is written for torch {', '.join(TORCH_RELEASES)}, and this is {version}: it replaces private parts of "
+            "torch; install a supported release, or plan without --trace"
+        )
+
+
+def tell(report: Report, before: int, lines: int, done: int, what: str) -> None:
+    """One rank's progress as a part of that of all."""
+    report(before + done, lines, what)
+
+
+def traced_config(config: RunConfig, ranks: int, stage_name: str | None) -> RunConfig:
+    """One training stage as a run, with pipeline + 1 micro-batches (more where its schedule asks, fewer where it has fewer).
+
+    Blocks are traced as written: `train.compile` is off. Raises ValueError for an unknown stage.
+    """
+    stages = resolve_stages(config)
+    names = [stage.name for stage in stages]
+    if stage_name is not None and stage_name not in names:
+        raise ValueError(f"--stage {stage_name} is no training stage of this run; use one of {', '.join(names)}")
+    run = run_of_stage(config, stages[names.index(stage_name) if stage_name else 0])
+    unit = run.train.micro_batch_size * run.parallel.data_ranks(ranks)
+    most = run.train.global_batch_size // unit
+    for count in range(min(most, run.parallel.pipeline + 1), most + 1):
+        updates = {"global_batch_size": count * unit, "batch_ramp": None, "compile": False}
+        section = run.run.model_copy(update={"initial_weights": None})
+        traced = run.model_copy(update={"train": run.train.model_copy(update=updates), "run": section})
+        if not any(micro_batch_problems(traced, ranks)):
+            return traced
+    raise AssertionError("check_run was not called: no number of micro-batches suits the schedule")
+
+
+def chosen_ranks(config: RunConfig, ranks: int, only: int | None) -> list[int]:
+    """The rank asked for, or the first of the first and of the last pipeline stage. Raises ValueError."""
+    if only is None:
+        pipeline = config.parallel.pipeline
+        return sorted({0, (pipeline - 1) * (ranks // pipeline)})
+    if not 0 <= only < ranks:
+        raise ValueError(f"--rank {only} is not among the {ranks} ranks of --gpus; use 0 to {ranks - 1}")
+    return [only]
+
+
+def pipeline_stage(config: RunConfig, ranks: int, rank: int) -> int:
+    """The stage of a rank: pipeline is the outermost axis."""
+    return rank // (ranks // config.parallel.pipeline)
+
+
+def run_child(settings: dict[str, Any], report: Callable[[int, str], None]) -> dict[str, Any]:
+    """One simulated rank. Raises ValueError with what it refuses."""
+    rank = settings["rank"]
+    report(0, f"rank {rank}: imports")
+    with Child("launch.simulate.rank", quiet=True) as child:
+        child.start(json.dumps(settings))
+        done = 0
+        while True:
+            answer = child.receive()
+            if "refused" in answer:
+                raise ValueError(answer["refused"])
+            if "result" in answer:
+                result: dict[str, Any] = answer["result"]
+                return result
+            done += 1
+            report(done, f"rank {rank}: {answer['progress']}, {answer['seconds']:.0f} s")
+
+
+def predicted_flops(entry: TracedRank) -> dict[str, float]:
+    """Operations of a step on this rank by kind, as they count for MFU, and a third more where blocks are recomputed."""
+    config, layout = entry.config, entry.layout
+    tokens = layout.tokens(config) * layout.micro_batches(config) / layout.tensor
+    stage = pipeline_stage(config, layout.ranks, entry.rank)
+    held = held_by_stages(config.model, layout, config.train.sequence_length)[stage]
+    again = recomputed_letters(config)
+    flops: dict[str, float] = dict.fromkeys(map(block_kind, held.letters), 0.0)
+    for letter in held.letters:
+        times = 4 / 3 if letter in again else 1
+        flops[block_kind(letter)] += times * tokens * block_flops(config.model, letter, config.train.sequence_length)
+    if held.has_head:
+        flops["head"] = tokens * head_flops(config.model)
+    return flops
+
+
+def traced_flops(entry: TracedRank) -> dict[str, float]:
+    """The same as traced: every product, those of recomputation and inside kernels too."""
+    found: Counter[str] = Counter()
+    for kind, flops in entry.traced["flops"].items():
+        found[kind_of(kind)] += flops
+    return dict(found)
+
+
+def kind_of(place: str) -> str:
+    """A block's letter as its kind; other places of a step keep their names."""
+    return place if place in ("embedding", "head", "step") else block_kind(place)
+
+
+def predicted_bytes(entry: TracedRank) -> dict[tuple[str, str], float] | str:
+    """Bytes handed to collectives by axis and collective in the mean of all ranks, or why there is no formula."""
+    planned = entry.traced["planned_traffic"]
+    if isinstance(planned, str):
+        return planned
+    found: dict[tuple[str, str], float] = {}
+    for axis, collective, size in planned:
+        found[axis, collective] = found.get((axis, collective), 0.0) + size / entry.layout.ranks
+    return found
+
+
+def traced_bytes(entry: TracedRank) -> dict[tuple[str, str], dict[str, int]]:
+    """Bytes that this rank handed in, by axis and collective: in the passes, and once a step."""
+    found: dict[tuple[str, str], dict[str, int]] = {}
+    for row in entry.traced["traffic"]:
+        place = found.setdefault((row["axis"], row["collective"]), {"passes": 0, "once a step": 0})
+        place[row["when"]] += row["bytes"]
+    return found
+
+
+def trace_as_dict(entry: TracedRank) -> dict[str, Any]:
+    """One rank for scripts."""
+    traced = entry.traced
+    by_axis: dict[str, dict[str, dict[str, int]]] = {}
+    for (axis, collective), sizes in traced_bytes(entry).items():
+        by_axis.setdefault(axis, {})[collective] = sizes
+    return {
+        "rank": entry.rank,
+        "stage": entry.stage,
+        "pipeline_stage": pipeline_stage(entry.config, entry.layout.ranks, entry.rank),
+        "micro_batches": traced["micro_batches"],
+        "predicted_bytes": round(entry.predicted.total()),
+        "traced_bytes": entry.peak_bytes,
+        "build_bytes": entry.build_bytes,
+        "predicted_by_part": {name: round(size) for name, size in entry.predicted.parts.items()},
+        "traced_by_phase": traced["phases"],
+        "traced_by_line": traced["by_line"],
+        "parameters": traced["parameters"],
+        "held_bytes": traced["held_bytes"],
+        "bytes_by_axis": by_axis,
+        "flops": traced_flops(entry),
+        "predicted_flops": predicted_flops(entry),
+        "launches": traced["launches"],
+        "host_waits": traced["host_waits"],
+        "fake_functions_compared": traced["compared"],
+        "fake_functions_wrong": traced["mismatches"],
+    }

@@ -1,0 +1,205 @@
+"""Sees every operation of a simulated rank: what it allocates, computes, sends, and where the host waits for the card."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._distributed_c10d import FakeWork
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor
+from torch.distributed._tools.fake_collectives import CollectiveOp
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from launch.bench.count_collectives import CommunicationCounter
+from launch.simulate.bodies import BodyRunner
+from launch.simulate.collectives import fill_received
+from launch.simulate.flops import count_flops
+from launch.simulate.memory import MemoryMeter
+from launch.simulate.place import BlockTracker, current_line
+from launch.simulate.values import KnownValues, leaves, real_tensors
+from model.parallel.groups import ProcessGroupCollection
+
+aten = torch.ops.aten
+# Functions whose question to the device is answered with no: "is anything wrong?"
+DENIED = ("overflow", "invalid", "nan", "inf")
+PASSES = ("forward", "backward")
+
+
+@dataclass
+class Tally:
+    """What a step did, by kind of block or by line."""
+
+    flops: Counter[str] = field(default_factory=Counter)
+    triton_launches: Counter[str] = field(default_factory=Counter)
+    other_launches: Counter[str] = field(default_factory=Counter)
+    host_waits: Counter[str] = field(default_factory=Counter)
+
+
+class Tracer(TorchDispatchMode):
+    """Stands before FakeTensorMode. `device` is the simulated card."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+        self.memory, self.values, self.blocks = MemoryMeter(), KnownValues(), BlockTracker()
+        self.bodies = BodyRunner()
+        self.operations = 0
+        self.meant_meta = 0
+        self.base_phase = "build"
+        self.tally = Tally()
+
+    def watch(self, groups: ProcessGroupCollection) -> None:
+        """Know the axes of the ranks' groups; before the first operation."""
+        self.groups = groups
+        self.begin_step()
+
+    def begin_step(self) -> None:
+        """Count from nothing."""
+        self.tally = Tally()
+        self.traffic = {when: CommunicationCounter(self.groups) for when in ("passes", "once a step")}
+        self.blocks.forget_passes()
+
+    def enter(self, phase: str) -> None:
+        """The phase as the run names it; backward passes are told apart here."""
+        self.base_phase = phase
+        self.memory.enter(phase)
+
+    def note_launch(self, kernel: str) -> None:
+        """A Triton kernel was launched."""
+        self.tally.triton_launches[self.blocks.current()] += 1
+
+    def note_wait(self, what: str) -> None:
+        """The host waits for the card here."""
+        self.tally.host_waits[f"{current_line()}: {what}"] += 1
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operation on fake tensors, and write down what it did."""
+        kwargs = dict(kwargs or {})
+        self.operations += 1
+        self._tell_backward()
+        asked = kwargs.get("device")
+        if asked is not None and asked.type == "meta" and not self.meant_meta:
+            kwargs["device"] = self.device  # what C++ sees below a fake CUDA tensor
+        if func is aten._local_scalar_dense.default:
+            return self._answer_scalar(args[0])
+        if func.namespace == "c10d":
+            return self._communicate(func, args, kwargs)
+        is_ours = func.namespace == "amfm"
+        out = self.bodies.run(func, args, kwargs, self) if is_ours else self._run(func, args, kwargs)
+        self.memory.track(out, self.operations)
+        self.values.follow(func, args, kwargs, out)
+        self.values.assume(func, out)
+        self._count(func, args, kwargs, out)
+        return out
+
+    def _tell_backward(self) -> None:
+        if self.base_phase == "forward":
+            phase = "backward" if self.blocks.is_backward() else "forward"
+            if phase != self.memory.phase:
+                self.memory.enter(phase)
+
+    def _run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if func is aten._pin_memory.default:
+            func, kwargs = aten.clone.default, {}  # fake tensors know no pinned memory
+        try:
+            return func(*args, **kwargs)
+        except DynamicOutputShapeException:
+            found = self.values.compute(func, args, kwargs)
+            if found is None:
+                raise RuntimeError(
+                    f"{current_line()}: {func} gives a tensor whose size only the device knows, and the simulated rank does "
+                    "not know its input"
+                ) from None
+            device = next(leaves((args, kwargs))).device
+            if device.type == "cuda":
+                self.note_wait(f"size of {func._opname}")
+            return torch.empty(found.shape, dtype=found.dtype, device=device)
+
+    def _answer_scalar(self, tensor: Tensor) -> Any:
+        """A number that Python asks of a tensor."""
+        if isinstance(tensor, FakeTensor) and tensor.fake_device.type == "cuda":
+            self.note_wait("a number of the device")
+        known = self.values.read(tensor)
+        if known is not None:
+            while isinstance(known, list):
+                (known,) = known
+            return known
+        line = current_line().rpartition(" ")[2]
+        value = not any(word in line for word in DENIED)
+        if tensor.dtype == torch.bool:
+            return value
+        return float(value) if tensor.dtype.is_floating_point else int(value)
+
+    def read_list(self, tensor: FakeTensor) -> list[Any]:
+        """Tensor.tolist: one wait for all numbers."""
+        if tensor.fake_device.type == "cuda":
+            self.note_wait("numbers of the device")
+        known = self.values.read(tensor)
+        if known is None:  # of losses and what was summed together with them: only the log reads those
+            with real_tensors():
+                return torch.zeros(tensor.shape).tolist()
+        return known
+
+    def _communicate(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        when = "passes" if self.base_phase in PASSES else "once a step"
+        self.traffic[when].count(func._opname, args)
+        fill_received(func._opname, args, self.values)
+        work = FakeWork().boxed()
+        if func in CollectiveOp.WK:
+            return work
+        assert func in CollectiveOp.WK_ARG_1, f"{func} is a collective that nobody has taught this tracer"
+        return args[0], work
+
+    def _count(self, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+        kind = self.blocks.current()
+        flops = count_flops(func, args, kwargs, out)
+        if flops:
+            self.tally.flops[kind] += flops
+        if func in (aten._to_copy.default, aten.copy_.default):
+            self._note_copy(func, args, out)
+        if func.namespace != "amfm" and computes_on_card(func, out):
+            self.tally.other_launches[kind] += 1
+
+    def _note_copy(self, func: Any, args: Any, out: Any) -> None:
+        source, target = (args[0], out) if func is aten._to_copy.default else (args[1], args[0])
+        ends = (source.device.type, target.device.type)
+        if ends == ("cuda", "cpu"):
+            self.note_wait("copy to the host")
+        elif ends == ("cpu", "cuda") and not (source.dim() == 0 and func is aten.copy_.default):
+            self.note_wait("copy from the host")
+
+
+def computes_on_card(func: Any, out: Any) -> bool:
+    """Whether an operation launches a kernel: it is no view, and makes no empty tensor."""
+    if func.is_view or "empty" in func._opname or func._opname in ("detach", "lift_fresh", "_unsafe_view", "alias"):
+        return False
+    return any(tensor.device.type == "cuda" for tensor in leaves(out))
+
+
+class DeviceWords(TorchFunctionMode):
+    """What Python says about devices: a number is a card, and "meta" is meant where it is said."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Pass the call on with devices by name."""
+        kwargs = dict(kwargs or {})
+        if isinstance(kwargs.get("device"), int):
+            kwargs["device"] = torch.device("cuda", kwargs["device"])
+        said = (kwargs.get("device"), *(entry for entry in args if isinstance(entry, (str, torch.device))))
+        is_meant = any(isinstance(entry, (str, torch.device)) and str(entry) == "meta" for entry in said)
+        self.tracer.meant_meta += is_meant
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self.tracer.meant_meta -= is_meant

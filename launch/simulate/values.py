@@ -1,0 +1,165 @@
+"""The few values that a simulated rank knows: integers and masks that come from the host, carried along on the CPU.
+
+A fake tensor has a shape and no values, but what a step asks of the device (how many documents, how many rows for each
+rank) follows from small integer tensors that began on the host. Their storages have a real twin here. A twin is dropped
+as soon as something unknown is written into it. Collectives answer as if every rank held what this one holds.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+# Larger ones are data that nothing on the host reads.
+MOST_NUMBERS = 1 << 22
+
+
+class KnownValues:
+    """Twins of storages, by the storage."""
+
+    def __init__(self) -> None:
+        self.twins: dict[int, Tensor] = {}
+
+    def of(self, tensor: Tensor) -> Tensor | None:
+        """The values of a tensor: a real tensor on the CPU that shares memory with those of its views; None if unknown."""
+        if not isinstance(tensor, FakeTensor):
+            return tensor if tensor.device.type == "cpu" else None
+        if tensor.constant is not None:
+            return tensor.constant
+        twin = self.twins.get(tensor.untyped_storage()._cdata)
+        if twin is None:
+            return None
+        with real_tensors():
+            whole = twin.view(tensor.dtype)
+            return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+    def read(self, tensor: Tensor) -> Any:
+        """The values as Python's numbers, in lists as of `tolist`; None if unknown."""
+        known = self.of(tensor)
+        if known is None:
+            return None
+        with real_tensors():
+            return known.tolist()
+
+    def learn(self, tensor: Tensor, values: Tensor) -> None:
+        """From now on the tensor's storage has these values."""
+        storage = tensor.untyped_storage()
+        if storage.nbytes() > 8 * MOST_NUMBERS:
+            return
+        with real_tensors():
+            twin = torch.zeros(-(-storage.nbytes() // 8) * 8, dtype=torch.uint8)
+            own = twin.view(tensor.dtype).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+            own.copy_(values)
+        if storage._cdata not in self.twins:
+            weakref.finalize(storage, self.twins.pop, storage._cdata, None)
+        self.twins[storage._cdata] = twin
+
+    def forget(self, tensor: Tensor) -> None:
+        """Something unknown was written."""
+        self.twins.pop(tensor.untyped_storage()._cdata, None)
+
+    def compute(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """What the operation gives on known values, in place too; None where an input is unknown or the numbers many."""
+        tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+        values = {}
+        for tensor in tensors:
+            if tensor.is_floating_point() or tensor.numel() > MOST_NUMBERS or (known := self.of(tensor)) is None:
+                return None
+            values[id(tensor)] = known
+        if not tensors and math.prod(created_shape(func, args, kwargs)) > MOST_NUMBERS:
+            return None
+        twin_args, twin_kwargs = tree_map_only(Tensor, lambda tensor: values[id(tensor)], (args, kwargs))
+        if twin_kwargs.get("device") is not None:
+            twin_kwargs = {**twin_kwargs, "device": torch.device("cpu")}
+        twin_kwargs.pop("pin_memory", None)
+        with real_tensors():
+            return func(*twin_args, **twin_kwargs)
+
+    def follow(self, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+        """After an operation on fake tensors: learn its integer results, or forget what it wrote into."""
+        written: list[Tensor] = [tensor for tensor in written_tensors(func, args, kwargs) if is_fake(tensor)]
+        results: list[Tensor] = [tensor for tensor in leaves(out) if is_fake(tensor)]
+        if not any(not tensor.is_floating_point() for tensor in results):
+            for tensor in written:
+                self.forget(tensor)
+            return
+        inputs = {
+            tensor.untyped_storage()._cdata for tensor in leaves((args, kwargs)) if isinstance(tensor, FakeTensor)
+        }
+        fresh = [tensor for tensor in results if tensor.untyped_storage()._cdata not in inputs]
+        if not fresh and not written:
+            return  # views of what is known already
+        found = self.compute(func, args, kwargs)
+        if found is None:
+            for tensor in written:
+                self.forget(tensor)
+            return
+        for tensor, values in zip(leaves(out), leaves(found)):
+            if any(tensor is each for each in fresh):
+                self.learn(tensor, values)
+
+    def assume(self, func: Any, out: Any) -> None:
+        """Routers choose experts in turn, so that all get the same: nothing else is known of a choice among scores."""
+        if func._opname == "route_triton":
+            ids_RK, _, counts_E, _ = out
+            experts = counts_E.shape[0]
+        elif func._opname == "topk" and not out[1].is_floating_point():
+            ids_RK, counts_E, experts = out[1], None, 0
+        else:
+            return
+        with real_tensors():
+            chosen = torch.arange(ids_RK.numel()).view(ids_RK.shape) % max(experts, ids_RK.shape[-1])
+            counts = torch.bincount(chosen.flatten(), minlength=experts)
+        self.learn(ids_RK, chosen)
+        if counts_E is not None:
+            self.learn(counts_E, counts)
+
+
+def real_tensors() -> Any:
+    """Inside, operations are real: neither fake nor traced, and without gradients."""
+    return _RealTensors()
+
+
+class _RealTensors:
+    def __enter__(self) -> None:
+        self.contexts = (_disable_current_modes(), torch.no_grad(), unset_fake_temporarily())
+        for context in self.contexts:
+            context.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        for context in reversed(self.contexts):
+            context.__exit__(*error)
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor has no values."""
+    return isinstance(tensor, FakeTensor)
+
+
+def leaves(value: Any) -> Iterator[Tensor]:
+    """The tensors of arguments or results, in order."""
+    yield from (leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, Tensor))
+
+
+def written_tensors(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    """The arguments that an operation writes into, as its schema says."""
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[position] if position < len(args) else kwargs.get(argument.name)
+            yield from leaves(value)
+
+
+def created_shape(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[int, ...]:
+    """The shape of what a factory makes; a range counts as its end."""
+    if args and isinstance(args[0], (list, tuple)):
+        return tuple(int(size) for size in args[0])
+    numbers = [value for value in args if isinstance(value, (int, float))]
+    return (int(max([abs(value) for value in numbers], default=0)),)

@@ -1,0 +1,95 @@
+"""Simulated ranks of a small run beside the plan, the waits that are allowed, and what wrong input is told."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from launch.bench.communication import DEFAULTS
+from launch.cli import run
+from launch.plan.hardware import HARDWARE
+from launch.simulate.trace import check_torch, predicted_bytes, trace_run, traced_bytes, traced_config
+from pretrain.checks.check_run import load_checked
+
+ROOT = Path(__file__).parents[3]
+H100 = HARDWARE["h100"]
+ALLOWED_WAITS = Path(__file__).with_name("host_waits.txt")
+
+
+def allowed_waits():
+    """Lines of the list: file, function and what is waited for, without the number of the line."""
+    return {line for line in ALLOWED_WAITS.read_text(encoding="utf-8").splitlines() if line and line[0] != "#"}
+
+
+def unnumbered(waits):
+    """Waits as the list names them: the line's number changes with every edit."""
+    return {f"{wait.partition(':')[0]} {wait.partition(' ')[2]}" for wait in waits}
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A path of a run with every core kind of block."""
+    path = tmp_path / "small.yaml"
+    settings = DEFAULTS | {"kernels": {"backend": "triton"}}
+    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    return path
+
+
+def trace(path, ranks, *overrides):
+    config = load_checked(path, overrides, world_size=ranks)
+    return trace_run(config, ranks, H100, only_rank=None, stage_name=None, report=lambda *_: None)
+
+
+def test_a_composed_layout_sends_the_bytes_of_the_formulas_and_waits_where_it_may(small):
+    layout = ("parallel.tensor=2", "parallel.sequence_parallel=true", "parallel.expert=2", "parallel.context=2")
+    (entry,) = trace(small, 8, *layout)
+    # The plan counts norms and routers, which every tensor rank holds, as cut.
+    assert entry.traced["parameters"] == pytest.approx(entry.held_parameters(), rel=0.01)
+    assert entry.traced["mismatches"] == {}
+    assert unnumbered(entry.traced["host_waits"]) <= allowed_waits()
+    found = {key: sum(sizes.values()) for key, sizes in traced_bytes(entry).items()}
+    assert found == predicted_bytes(entry)
+
+
+def test_trace_gives_json_and_a_picture(small, tmp_path, capsys):
+    picture = tmp_path / "memory.svg"
+    arguments = ["plan", str(small), "--gpus", "4", "--trace", "--rank", "3", "--json", "--picture", str(picture)]
+    assert run([*arguments, "parallel.pipeline=2"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["trace"]
+    assert (found["rank"], found["stage"], found["pipeline_stage"]) == (3, "training", 1)
+    assert found["micro_batches"] == 3
+    names = {"predicted_bytes", "traced_bytes", "build_bytes", "bytes_by_axis", "flops", "launches", "host_waits"}
+    assert names <= found.keys()
+    assert found["bytes_by_axis"]["pp"]["send"]["passes"] > 0
+    assert picture.read_text(encoding="utf-8").startswith("<?xml")
+
+
+def test_the_schedule_gets_the_micro_batches_that_it_asks_for(small):
+    section = ("parallel.pipeline=2", "parallel.schedule=interleaved", "parallel.virtual_stages=2")
+    config = load_checked(small, (*section, "train.global_batch_size=32"), world_size=2)
+    assert traced_config(config, 2, None).train.global_batch_size == 4 * config.train.micro_batch_size
+    one = load_checked(small, ("train.global_batch_size=2",), world_size=1)
+    assert traced_config(one, 1, None).train.global_batch_size == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--trace", "--rank", "8"), "use 0 to 7"),
+        (("--trace", "--stage", "annealing"), "use one of training"),
+        (("--rank", "0"), "has no effect without --trace"),
+        (("--trace", "--search"), "give one of them"),
+        (("--trace", "parallel.tensor=3"), "must divide"),
+    ],
+)
+def test_wrong_input_is_one_message_and_exit_2(small, capsys, options, message):
+    assert run(["plan", str(small), "--gpus", "8", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_another_torch_is_refused():
+    check_torch(torch.__version__)
+    with pytest.raises(ValueError, match=r"written for torch 2\.13, and this is 2\.9\.1"):
+        check_torch("2.9.1+cu128")
