@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import typer
 
-from launch.commands import config, data, doctor, evaluate, export, launch, plan, study, train
+from launch.commands import config, data, doctor, evaluate, export, init, launch, plan, study, train
 from launch.commands.bench import verbs as bench
 from launch.console import UNUSED_LIBRARIES, say
 from pretrain.failures import describe, exit_code, is_bug
@@ -29,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (config, doctor, data, plan, train, launch, evaluate, export, bench, study):
+for module in (init, config, doctor, data, plan, train, launch, evaluate, export, bench, study):
     module.add_verbs(app)
 
 

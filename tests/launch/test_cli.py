@@ -43,7 +43,7 @@ def one_object(text: str) -> dict[str, object]:
 def test_the_verbs_are_those_of_the_contract():
     assert set(VERBS) == {
         *("doctor", "config", "corpus", "prepare", "train", "inspect", "report", "plan", "launch"),
-        *("evaluate", "generate", "export", "import"),
+        *("evaluate", "generate", "export", "import", "init"),
     }
 
 

@@ -1,0 +1,90 @@
+"""The verb that writes a first configuration: init."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from launch.arguments import JsonOption
+from launch.console import print_json, print_pairs, say
+from launch.init.shapes import SIZES, STYLES
+
+if TYPE_CHECKING:
+    from launch.init.write import Written
+
+QUESTIONS = {
+    "size": "Size of the model ({})",
+    "style": "Style ({})",
+    "data": "Text: a file, folder, glob or URL",
+    "hardware": "Hardware (cpu, 1xh100, 8xh100, 64xb200, 8xFILE.yaml)",
+}
+CHOICES = {"size": SIZES, "style": STYLES}
+DEFAULTS = {"size": "20m", "style": "nemotron", "hardware": "cpu"}
+
+
+def init(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Where run.yaml goes; made if it is not there.")
+    ] = Path(),
+    *,
+    size: Annotated[str | None, typer.Option(metavar="|".join(SIZES), help="Parameters of the model.")] = None,
+    style: Annotated[str | None, typer.Option(metavar="|".join(STYLES), help="Which family's blocks.")] = None,
+    data: Annotated[str | None, typer.Option(metavar="PATH", help="Text: a file, folder, glob or URL.")] = None,
+    hardware: Annotated[
+        str | None, typer.Option(metavar="cpu|8xh100|8xFILE.yaml", help="What it shall run on.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a first configuration that passes every check and fits by the plan; asks for what is not given."""
+    given = {"size": size, "style": style, "data": data, "hardware": hardware}
+    answers = {name: value if value is not None else ask(name) for name, value in given.items()}
+    for name, choices in CHOICES.items():
+        if answers[name] not in choices:
+            raise ValueError(f"--{name} {answers[name]} must be one of {', '.join(choices)}")
+    from launch.init.machine import find_machine
+    from launch.init.write import Answers, next_commands, write_config
+
+    asked = Answers(folder, answers["size"], answers["style"], answers["data"], find_machine(answers["hardware"]))
+    written = write_config(asked)
+    facts, commands = describe(written), next_commands(asked)
+    if as_json:
+        print_json(facts | {"next": commands})
+        return
+    print_pairs("Configuration", facts.items())
+    say("next:\n" + "\n".join(f"  {command}" for command in commands))
+
+
+def ask(name: str) -> str:
+    """The answer of a person at a terminal. Raises ValueError where nobody can be asked."""
+    if not sys.stdin.isatty():
+        raise ValueError(
+            f"--{name} is not given, and there is no terminal to ask at; add --{name} {DEFAULTS.get(name, 'PATH')}"
+        )
+    text = QUESTIONS[name].format(", ".join(CHOICES.get(name, ())))
+    return str(typer.prompt(text, default=DEFAULTS.get(name), err=True))
+
+
+def describe(written: Written) -> dict[str, Any]:
+    """What was written, for people and scripts."""
+    from model.flops import count_parameters
+
+    choice = written.choice
+    counts = count_parameters(choice.config.model)
+    return {
+        "config": str(written.path),
+        "parameters": counts.total,
+        "active_parameters": counts.active,
+        "layout": choice.estimate.layout.describe(),
+        "recompute": choice.config.train.recompute,
+        "memory_gib": round(choice.estimate.memory.total() / 2**30, 1),
+    }
+
+
+def add_verbs(app: typer.Typer) -> None:
+    """Register the verb of this file."""
+    app.command(
+        epilog="Example: amfm init shakespeare --size 20m --style nemotron --data data/corpus/shakespeare --hardware cpu"
+    )(init)

@@ -1,0 +1,1 @@
+"""`amfm init`: a first configuration from a size, a style, text and hardware."""

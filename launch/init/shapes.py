@@ -1,0 +1,201 @@
+"""The models that `amfm init` offers: sizes of the ladder of presets, in the styles of four published families.
+
+A size says how wide and deep a model is and how it is trained; a style says which blocks it has and how they are built.
+Nemotron's style of a size is the preset of that size under configs/, which a test holds to this table; at 30B, Nemotron's
+and Granite's are the published models.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+SWIGLU_SHARE = (
+    2 / 3
+)  # of the width of squared ReLU: three matrices in the place of two (Shazeer 2020, arXiv 2002.05202)
+
+
+@dataclass(frozen=True)
+class Size:
+    """One rung: shapes with Nemotron's blocks, and the run that suits them. Widths of experts are those of squared ReLU.
+
+    `pattern`: of mixers `M` or `*` and experts `E`. `delta_pattern`: the same depth in groups of three Gated DeltaNet blocks and one of attention.
+    """
+
+    pattern: str
+    delta_pattern: str
+    vocab_size: int
+    hidden_size: int
+    mamba: tuple[int, int, int]  # heads of 64, state numbers, groups
+    attention: tuple[int, int, int]  # heads, key-value heads, width of a head
+    experts: tuple[int, int, int, int]  # experts, choices a token, width, width of the shared one
+    sequence_length: int
+    global_batch_size: int
+    steps: int
+    learning_rate: float
+    warmup_steps: int
+    decay_steps: int
+
+
+SIZES = {
+    "20m": Size(
+        pattern="(ME)*3 *E (ME)*2",
+        delta_pattern="((GE)*3 *E)*2",
+        vocab_size=16_384,
+        hidden_size=256,
+        mamba=(8, 64, 1),
+        attention=(4, 2, 64),
+        experts=(16, 2, 192, 384),
+        sequence_length=1024,
+        global_batch_size=64,
+        steps=10_000,
+        learning_rate=2.0e-3,
+        warmup_steps=500,
+        decay_steps=2_000,
+    ),
+    "150m": Size(
+        pattern="((ME)*4 *E)*2 ME",
+        delta_pattern="((GE)*3 *E)*3",
+        vocab_size=32_768,
+        hidden_size=512,
+        mamba=(16, 128, 2),
+        attention=(8, 2, 64),
+        experts=(32, 4, 256, 512),
+        sequence_length=2048,
+        global_batch_size=256,
+        steps=12_000,
+        learning_rate=1.2e-3,
+        warmup_steps=600,
+        decay_steps=2_400,
+    ),
+    "1b": Size(
+        pattern="((ME)*4 *E)*2 (ME)*2",
+        delta_pattern="((GE)*3 *E)*3",
+        vocab_size=65_536,
+        hidden_size=1024,
+        mamba=(32, 128, 8),
+        attention=(16, 4, 64),
+        experts=(64, 6, 480, 960),
+        sequence_length=4096,
+        global_batch_size=512,
+        steps=15_000,
+        learning_rate=8.0e-4,
+        warmup_steps=750,
+        decay_steps=3_000,
+    ),
+    "8b": Size(
+        pattern="((ME)*4 *E)*2 (ME)*3",
+        delta_pattern="((GE)*3 *E)*3",
+        vocab_size=65_536,
+        hidden_size=2048,
+        mamba=(64, 128, 8),
+        attention=(16, 4, 128),
+        experts=(128, 6, 1024, 2048),
+        sequence_length=4096,
+        global_batch_size=1024,
+        steps=50_000,
+        learning_rate=5.0e-4,
+        warmup_steps=2_000,
+        decay_steps=10_000,
+    ),
+    "30b": Size(
+        pattern="MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
+        delta_pattern="((GE)*3 *E)*6",
+        vocab_size=131_072,
+        hidden_size=2688,
+        mamba=(64, 128, 8),
+        attention=(32, 2, 128),
+        experts=(128, 6, 1856, 3712),
+        sequence_length=8192,
+        global_batch_size=3072,
+        steps=100_000,
+        learning_rate=1.0e-3,
+        warmup_steps=2_000,
+        decay_steps=20_000,
+    ),
+}
+
+STYLES = {
+    "nemotron": "Mamba2, few attention blocks without positions, experts of squared ReLU behind a sigmoid router",
+    "granite": "Mamba2, few attention blocks without positions, SwiGLU experts behind a softmax router",
+    "qwen3next": "three Gated DeltaNet blocks to one of attention with rotary positions, SwiGLU experts",
+    "turbos": "Mamba2 and attention with rotary positions and normed queries and keys, SwiGLU experts",
+}
+EXPORTS = {"nemotron": "nemotron_h", "granite": "granitemoehybrid", "qwen3next": "qwen3_next", "turbos": "own"}
+
+# Granite 4.0 H-Small (its public config.json), in the place of the 30B of the table.
+_GRANITE_30B = {
+    "pattern": "(ME)*5 *E ((ME)*9 *E)*3 (ME)*4",
+    "vocab_size": 100_352,
+    "hidden_size": 4096,
+    "mamba": (128, 128, 1),
+    "attention": (32, 8, 128),
+}
+
+
+def size_of(name: str, style: str) -> Size:
+    """The size as a style has it: Granite's 30B has shapes of its own."""
+    size = SIZES[name]
+    return replace(size, **_GRANITE_30B) if (name, style) == ("30b", "granite") else size
+
+
+def model_section(name: str, style: str) -> dict[str, Any]:
+    """The `model` section of a size in a style, as the file of a run has it."""
+    size = size_of(name, style)
+    section: dict[str, Any] = {
+        "pattern": pattern_of(name, style),
+        "vocab_size": size.vocab_size,
+        "hidden_size": size.hidden_size,
+    }
+    if style == "granite" and name == "30b":
+        section["tie_embeddings"] = True
+    heads, state, groups = size.mamba
+    if style == "qwen3next":
+        options = {"num_heads": heads, "head_dim": 64, "num_key_heads": max(1, heads // 2)}
+        section["mixers"] = {"gated_deltanet": options}
+    else:
+        section["mamba"] = {"num_heads": heads, "head_dim": 64, "state_size": state, "num_groups": groups}
+        section["mamba"] |= {"chunk_size": 128} if name == "30b" else {}
+    section["attention"] = attention_section(size, style)
+    section["moe"] = moe_section(size, name, style)
+    return section
+
+
+def pattern_of(name: str, style: str) -> str:
+    """The pattern in the letters of the style's family."""
+    size = size_of(name, style)
+    if style == "qwen3next":
+        return size.delta_pattern
+    if style == "turbos":
+        pairs = "((ME)*4 AE)*4 (ME)*4" if name == "30b" else size.pattern.replace("*E", "AE")
+        return pairs.replace("E", "F")
+    return size.pattern
+
+
+def attention_section(size: Size, style: str) -> dict[str, Any]:
+    """Heads, and the positions of the style."""
+    heads, kv_heads, head_dim = size.attention
+    section: dict[str, Any] = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": head_dim}
+    return section | ({"qk_norm": True, "positions": "rope"} if style in ("qwen3next", "turbos") else {})
+
+
+def moe_section(size: Size, name: str, style: str) -> dict[str, Any]:
+    """Experts, router and what keeps them evenly used."""
+    experts, top_k, width, shared = size.experts
+    if style == "nemotron":
+        section = {"num_experts": experts, "top_k": top_k, "expert_hidden_size": width}
+        section |= {"shared_expert_hidden_size": shared, "activation": "squared_relu", "router": "sigmoid"}
+        section |= {"routed_scaling": 2.5} if name == "30b" else {}
+        return section | {"expert_bias": True, "bias_update_rate": 1.0e-3, "sequence_loss_weight": 1.0e-4}
+    if style == "granite" and name == "30b":
+        experts, top_k, width, shared = 72, 10, 768, 1536
+    else:
+        width, shared = narrow(width), narrow(shared)
+    section = {"num_experts": experts, "top_k": top_k, "expert_hidden_size": width}
+    section |= {"shared_expert_hidden_size": shared, "activation": "swiglu", "router": "softmax"}
+    return section | {"auxiliary_loss_weight": 1.0e-3}
+
+
+def narrow(width: int) -> int:
+    """The width of a SwiGLU that has about the parameters of a squared ReLU of this width; a multiple of 32."""
+    return max(32, round(width * SWIGLU_SHARE / 32) * 32)

@@ -1,0 +1,217 @@
+"""From the answers to a commented configuration: composed, laid out by the plan, checked, and only then written."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data_pipeline.config import SourceConfig
+from data_pipeline.prepare.sources import list_files
+from data_pipeline.store.object_store import is_url
+from launch.init.machine import Choice, Machine, find_layout, larger_machines
+from launch.init.shapes import EXPORTS, STYLES, Size, model_section, size_of
+from pretrain.checks.check_run import load_checked
+
+FILE_NAME = "run.yaml"
+# Pieces that a tokenizer trained on so little text should have; SentencePiece refuses more than it can find.
+SMALL_VOCABULARIES = ((2e6, 1_024), (10e6, 2_048), (50e6, 8_192))
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a first configuration follows from. `data`: a file, folder, glob or URL with text."""
+
+    folder: Path
+    size: str
+    style: str
+    data: str
+    machine: Machine
+
+
+@dataclass(frozen=True)
+class Written:
+    """The file, and the layout that the plan chose for it."""
+
+    path: Path
+    choice: Choice
+
+
+def write_config(answers: Answers) -> Written:
+    """Write `FOLDER/run.yaml`. Raises ValueError for text that is not there, a model that does not fit, or a file that is."""
+    path = answers.folder / FILE_NAME
+    if path.exists():
+        raise ValueError(f"{path} is there already; name another folder, or move it away")
+    num_bytes = sum(file.num_bytes for file in list_files(SourceConfig(name="text", paths=(answers.data,))))
+    tree = compose(answers, num_bytes)
+    with tempfile.TemporaryDirectory() as scratch:
+        draft = Path(scratch) / FILE_NAME
+        choice = lay_out(tree, answers.machine, draft)
+        if choice is None:
+            raise ValueError(
+                f"--size {answers.size} does not fit --hardware {answers.machine.name} "
+                f"({answers.machine.hardware.memory_gib:.1f} GiB a rank); take a smaller --size"
+                + name_enough(answers, num_bytes, draft)
+            )
+        tree["train"] |= {"micro_batch_size": choice.config.train.micro_batch_size}
+        tree["train"] |= {"recompute": "full"} if choice.config.train.recompute == "full" else {}
+        tree["parallel"] = changed_settings(choice)
+        text = explain(answers, choice, tree)
+        draft.write_text(text, encoding="utf-8")
+        load_checked(draft, world_size=answers.machine.ranks)
+    answers.folder.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".yaml.part")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+    return Written(path, choice)
+
+
+def lay_out(tree: dict[str, Any], machine: Machine, draft: Path) -> Choice | None:
+    """Check the sections as a file at `draft`, and find a layout for them; None where nothing fits."""
+    draft.write_text(to_yaml(tree, {}), encoding="utf-8")
+    return find_layout(load_checked(draft), machine)
+
+
+def name_enough(answers: Answers, num_bytes: int, draft: Path) -> str:
+    """The first larger machine on which it fits, as a remedy; empty where none is found."""
+    for machine in larger_machines(answers.machine):
+        if lay_out(compose(replace(answers, machine=machine), num_bytes), machine, draft) is not None:
+            return f", or --hardware {machine.name}"
+    return ""
+
+
+def compose(answers: Answers, num_bytes: int) -> dict[str, Any]:
+    """All sections but the layout, as the file has them."""
+    size, folder = size_of(answers.size, answers.style), answers.folder
+    model = model_section(answers.size, answers.style)
+    if not is_url(answers.data):
+        fitting = [pieces for limit, pieces in SMALL_VOCABULARIES if num_bytes < limit]
+        model["vocab_size"] = min([model["vocab_size"], *fitting])
+    return {
+        "run": {"dir": str(folder / "runs" / f"{answers.style}_{answers.size}")},
+        "model": model,
+        "data": {
+            "store": str(folder / "store"),
+            "sources": [{"name": "text", "paths": [answers.data]}],
+            "tokenizer": {"vocab_size": model["vocab_size"], "training_bytes": 200_000_000},
+            "validation_fraction": 0.01 if num_bytes < 1e9 else 0.0005,
+        },
+        "train": short_training() if answers.machine.is_cpu else training(size),
+        "optimizer": {"learning_rate": size.learning_rate, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1},
+        "schedule": short_schedule() if answers.machine.is_cpu else schedule(size),
+        "export": {"target": EXPORTS[answers.style]},
+    }
+
+
+def training(size: Size) -> dict[str, Any]:
+    """The run that suits a size on accelerators."""
+    return {
+        "steps": size.steps,
+        "sequence_length": size.sequence_length,
+        "micro_batch_size": 1,
+        "global_batch_size": size.global_batch_size,
+        "precision": "bf16",
+        "checkpoint_every_steps": 500,
+        "validate_every_steps": 500,
+    }
+
+
+def short_training() -> dict[str, Any]:
+    """An hour or so on a processor, to see text come out."""
+    return {
+        "steps": 400,
+        "sequence_length": 256,
+        "micro_batch_size": 1,
+        "global_batch_size": 16,
+        "precision": "float32",
+        "checkpoint_every_steps": 50,
+        "validate_every_steps": 50,
+    }
+
+
+def schedule(size: Size) -> dict[str, Any]:
+    """Warm-up, constant, and a decay to a tenth."""
+    return {"kind": "wsd", "warmup_steps": size.warmup_steps, "decay_steps": size.decay_steps, "min_ratio": 0.1}
+
+
+def short_schedule() -> dict[str, Any]:
+    """The same for the short run."""
+    return {"kind": "wsd", "warmup_steps": 20, "decay_steps": 80, "min_ratio": 0.1}
+
+
+def changed_settings(choice: Choice) -> dict[str, Any]:
+    """The `parallel` section without what is at its default."""
+    settings = choice.estimate.layout.settings()
+    return {name: value for name, value in settings.items() if name == "zero_stage" or value not in (1, False, "1f1b")}
+
+
+# Said beside a key of the file: why it has this value, and when to change it.
+REMARKS = {
+    "run.dir": "checkpoints, metrics and the report; the same directory resumes",
+    "model.pattern": "M Mamba2, G Gated DeltaNet, * or A attention, E or F experts",
+    "model.vocab_size": "of the tokenizer below",
+    "data.store": "where amfm prepare writes tokens",
+    "data.sources": "more of them may follow, each with a weight",
+    "data.tokenizer": "trained on the text; or name yours: {model: tokenizer.json}",
+    "train.steps": "optimizer steps",
+    "train.global_batch_size": "rows a step, over all ranks",
+    "train.micro_batch_size": "rows a pass: the largest that fits, by the plan",
+    "train.checkpoint_every_steps": "what a crash may cost",
+    "train.recompute": "without it nothing fits",
+    "optimizer.learning_rate": "lower it if the loss jumps",
+    "parallel.zero_stage": "the layout is the plan's fastest that fits",
+    "export.target": "what amfm export writes",
+}
+
+
+def explain(answers: Answers, choice: Choice, tree: dict[str, Any]) -> str:
+    """The file: what it is, each section with remarks, and what to run next."""
+    memory, hardware = choice.estimate.memory.total() / 2**30, answers.machine.hardware
+    head = [
+        f"A model of {answers.size} parameters in the style of {answers.style}: {STYLES[answers.style]}.",
+        f"Planned for {answers.machine.name}: {memory:.1f} of {hardware.memory_gib:.1f} GiB on the fullest rank.",
+        "Paths are relative to where amfm is called. Next:",
+        *(f"  {command}" for command in next_commands(answers)),
+        "Every setting: docs/configuration.md, or amfm config --fields.",
+    ]
+    return "\n".join(f"# {line}" for line in head) + "\n\n" + to_yaml(tree, REMARKS)
+
+
+def next_commands(answers: Answers) -> list[str]:
+    """What to run after the file was written, in order."""
+    path, ranks = answers.folder / FILE_NAME, answers.machine.ranks
+    run_dir = answers.folder / "runs" / f"{answers.style}_{answers.size}"
+    per_node = answers.machine.hardware.gpus_per_node
+    if ranks <= per_node:
+        train = f"amfm train {path}" + (f" --nproc {ranks}" if ranks > 1 else "")
+    else:
+        train = f"amfm launch {path} --on slurm --nodes {ranks // per_node} --nproc-per-node {per_node} --dry-run"
+    return [
+        f"amfm prepare {path}",
+        train,
+        f"amfm generate {run_dir} --prompt 'Once upon a time'",
+        f"amfm report {run_dir}",
+    ]
+
+
+def to_yaml(tree: dict[str, Any], remarks: dict[str, str]) -> str:
+    """Sections as blocks with one key a line, deeper mappings in braces, remarks behind their keys."""
+    lines = []
+    for section, keys in tree.items():
+        lines.append(f"{section}:")
+        for key, value in keys.items():
+            text = f"  {key}: {flow(value)}"
+            remark = remarks.get(f"{section}.{key}")
+            lines.append(f"{text:<40}  # {remark}" if remark else text)
+        lines.append("")
+    return "\n".join(lines)
+
+
+def flow(value: object) -> str:
+    """A value on one line."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=10_000, sort_keys=False)
+    return text.removesuffix("\n").removesuffix("\n...")

@@ -1,0 +1,159 @@
+"""`amfm init`: configurations that pass every check and fit by the plan, for every combination of flags."""
+
+import itertools
+import json
+import os
+import pty
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.cli import run
+from launch.init.machine import find_machine
+from launch.init.shapes import EXPORTS, SIZES, STYLES, model_section
+from launch.plan.plan import Assumptions, make_plan
+from model.config.checks import check_model
+from model.config.schema import ModelConfig
+from model.flops import count_parameters
+from pretrain.checks.check_run import load_checked
+from pretrain.config.file import load_config
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+PRESETS = {
+    "20m": "ladder_20m",
+    "150m": "ladder_150m",
+    "1b": "ladder_1b_a300m",
+    "8b": "ladder_8b_a1b",
+    "30b": "nemotron3_nano_30b",
+}
+SAID = {"20m": 20e6, "150m": 150e6, "1b": 1e9, "8b": 8e9, "30b": 30e9}
+# What each size needs at least; a combination with less is refused.
+HARDWARE = {"20m": "cpu", "150m": "1xh100", "1b": "1xh100", "8b": "8xh100", "30b": "64xh100"}
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    chooser = random.Random(0)
+    words = ["".join(chooser.choices("abcdefghiklmnoprstu", k=chooser.randint(2, 9))) for _ in range(2_000)]
+    path = tmp_path / "text.jsonl"
+    documents = (" ".join(chooser.choices(words, k=60)) for _ in range(800))
+    path.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    return path
+
+
+def call(folder: Path, text: Path, size: str, style: str, hardware: str) -> int:
+    flags = {"--size": size, "--style": style, "--data": str(text), "--hardware": hardware}
+    return run(["init", str(folder), *itertools.chain(*flags.items()), "--json"])
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_nemotron_style_is_the_preset_of_its_size(size: str) -> None:
+    made = ModelConfig.model_validate(model_section(size, "nemotron"))
+    preset = load_config(CONFIGS / f"{PRESETS[size]}.yaml")
+    assert made == preset.model
+    row = SIZES[size]
+    assert (row.sequence_length, row.global_batch_size) == (
+        preset.train.sequence_length,
+        preset.train.global_batch_size,
+    )
+    assert row.learning_rate == preset.optimizer.learning_rate
+
+
+def test_granite_at_30b_is_the_published_model() -> None:
+    made = ModelConfig.model_validate(model_section("30b", "granite"))
+    preset = load_config(CONFIGS / "granite4_h_small.yaml").model
+    assert made.parsed_pattern == preset.parsed_pattern
+    assert count_parameters(made) == count_parameters(preset)
+
+
+@pytest.mark.parametrize(("size", "style"), itertools.product(SIZES, STYLES))
+def test_every_model_has_the_size_that_it_is_named_for(size: str, style: str) -> None:
+    model = ModelConfig.model_validate(model_section(size, style))
+    check_model(model)
+    assert count_parameters(model).total == pytest.approx(SAID[size], rel=0.35)
+
+
+def test_a_config_passes_and_its_plan_fits(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check_written(tmp_path / "new" / "folder", text, "8b", "granite", "8xh100", capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "style"), itertools.product(SIZES, STYLES))
+@pytest.mark.parametrize("hardware", ["cpu", "1xh100", "8xh100", "64xh100"])
+def test_every_combination_fits_or_is_refused_with_what_fits(
+    tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str], size: str, style: str, hardware: str
+) -> None:
+    ranks = {"cpu": 0, "1xh100": 1, "8xh100": 8, "64xh100": 64}
+    if ranks[hardware] >= ranks[HARDWARE[size]]:
+        check_written(tmp_path / "run", text, size, style, hardware, capsys)
+    elif (
+        call(tmp_path / "run", text, size, style, hardware) == 2
+    ):  # a large machine's CPU holds more than is asked here
+        remedy = capsys.readouterr().err.rpartition("or --hardware ")[2].strip()
+        check_written(tmp_path / "run", text, size, style, remedy, capsys)
+
+
+def check_written(
+    folder: Path, text: Path, size: str, style: str, hardware: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(folder, text, size, style, hardware) == 0, capsys.readouterr().err
+    said = json.loads(capsys.readouterr().out)
+    machine = find_machine(hardware)
+    config = load_checked(said["config"], world_size=machine.ranks)
+    assert config.export.target == EXPORTS[style]
+    made = make_plan(config, machine.hardware, machine.ranks, Assumptions())
+    assert made.is_own and made.own.fits(), made.own.reason
+    head = Path(said["config"]).read_text().split("\n\n")[0]
+    assert all(f"#   {command}" in head for command in said["next"])
+
+
+def test_what_cannot_be_is_refused(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cases = [
+        (("20m", "mamba", "cpu"), "--style mamba must be one of nemotron, granite, qwen3next, turbos"),
+        (("2b", "granite", "cpu"), "--size 2b must be one of 20m, 150m, 1b, 8b, 30b"),
+        (("20m", "granite", "h100"), "--hardware h100 must be cpu, or a number and an accelerator"),
+        (("20m", "granite", "8xh1000"), "use h100"),
+        (("30b", "granite", "1xh100"), "--size 30b does not fit --hardware 1xh100 (79.1 GiB a rank)"),
+    ]
+    for answers, message in cases:
+        assert call(tmp_path / "run", text, *answers) == 2
+        assert message in capsys.readouterr().err
+    assert call(tmp_path / "run", tmp_path / "none", "20m", "granite", "cpu") == 2
+    assert "none" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists(), "nothing is written where something is refused"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.yaml").write_text("mine")
+    assert call(tmp_path / "run", text, "20m", "granite", "cpu") == 2
+    assert "is there already" in capsys.readouterr().err
+    assert (tmp_path / "run" / "run.yaml").read_text() == "mine"
+
+
+def test_without_a_terminal_it_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["init", str(tmp_path / "run"), "--size", "20m", "--data", "text"]) == 2
+    assert "--style is not given, and there is no terminal to ask at; add --style nemotron" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_at_a_terminal_it_asks(tmp_path: Path, text: Path) -> None:
+    command = [sys.executable, "-m", "launch", "init", str(tmp_path / "run")]
+    main, other = pty.openpty()
+    with subprocess.Popen(command, stdin=other, stdout=subprocess.PIPE, stderr=other, text=True) as process:
+        os.write(main, f"150m\n\n{text}\n1xh100\n".encode())
+        assert process.wait(timeout=120) == 0
+    os.close(other)
+    os.close(main)
+    config = load_checked(tmp_path / "run" / "run.yaml", world_size=1)
+    assert config.model == ModelConfig.model_validate(
+        model_section("150m", "nemotron") | {"vocab_size": config.model.vocab_size}
+    )
+
+
+@pytest.mark.slow
+def test_the_one_for_a_cpu_trains(tmp_path: Path, text: Path) -> None:
+    assert call(tmp_path / "run", text, "20m", "nemotron", "cpu") == 0
+    path = str(tmp_path / "run" / "run.yaml")
+    assert run(["prepare", path]) == 0
+    assert run(["train", path, "train.stop_after_steps=2", "train.global_batch_size=4"]) == 0
