@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperCommand
 
 from launch.console import print_rows
 
@@ -52,13 +51,23 @@ JsonOption = Annotated[
 ]
 
 
-class CommandWithFields(TyperCommand):
-    """A verb whose help ends with the table of configuration fields."""
+def show_help_all(context: typer.Context, asked: bool) -> None:
+    """Print the help of the verb and every setting below it, and end."""
+    if not asked or context.resilient_parsing:
+        return
+    text = context.get_help()
+    if text:  # where it is not printed by rich already
+        typer.echo(text)
+    print_fields()
+    raise typer.Exit
 
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        """The usual help, then every field of the schema."""
-        super().format_help(ctx, formatter)
-        print_fields()
+
+HelpAllOption = Annotated[
+    bool,
+    typer.Option(
+        "--help-all", is_eager=True, callback=show_help_all, help="Show this message and every setting, and exit."
+    ),
+]
 
 
 def print_fields() -> None:

@@ -6,18 +6,25 @@ Heavy packages are imported inside the verbs, so that help and mistakes answer a
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import typer
 
 from launch.commands import config, data, doctor, evaluate, export, init, launch, plan, study, train
 from launch.commands.bench import verbs as bench
-from launch.console import UNUSED_LIBRARIES, say
+from launch.console import UNUSED_LIBRARIES, print_json, say
+from pretrain.config.errors import ConfigError
 from pretrain.failures import describe, exit_code, is_bug
-from pretrain.launcher_protocol import DONE, RUN_FAILED
+from pretrain.launcher_protocol import BAD_INPUT, DONE, RUN_FAILED
 
+DISTRIBUTION = "amfm-pretrain"
+INTERRUPTED = 130
+# Wrong options and arguments. Typer exports no name for this class: it has click inside in later releases, beside it before.
+USAGE_ERROR: Any = typer.BadParameter.__base__
 RESUMABLE_VERBS = ("train", "prepare", "launch", "study")
 
 app = typer.Typer(
@@ -25,7 +32,6 @@ app = typer.Typer(
     help="Pretrain hybrid Mamba2 + attention + mixture-of-experts language models out of one YAML file.",
     epilog="Example: amfm prepare configs/tiny_cpu.yaml, then amfm train configs/tiny_cpu.yaml train.stop_after_steps=20",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -33,10 +39,25 @@ for module in (init, config, doctor, data, plan, train, launch, evaluate, export
     module.add_verbs(app)
 
 
+def print_version(asked: bool) -> None:
+    """Print `amfm VERSION`; a checkout that was never installed has none."""
+    if not asked:
+        return
+    try:
+        number = importlib.metadata.version(DISTRIBUTION)
+    except importlib.metadata.PackageNotFoundError:
+        number = "(not installed)"
+    typer.echo(f"amfm {number}")
+    raise typer.Exit
+
+
 @app.callback()
 def options(
     context: typer.Context,
     traceback: bool = typer.Option(False, "--traceback", help="Show where in the program an error was raised."),
+    version: bool = typer.Option(
+        False, "--version", is_eager=True, callback=print_version, help="Print the version and exit."
+    ),
 ) -> None:
     """Options of every verb."""
     context.obj = traceback
@@ -52,15 +73,26 @@ def run(arguments: Sequence[str]) -> int:
     # Said at each start by libraries below us, of things that we don't use or can't change.
     warnings.filterwarnings("ignore", message=UNUSED_LIBRARIES)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    as_json = "--json" in arguments
     try:
-        app(args=list(arguments), prog_name="amfm")
+        # With --json, usage errors come back as exceptions, to be said as JSON too.
+        code = app(args=list(arguments), prog_name="amfm", standalone_mode=not as_json)
+        return code if isinstance(code, int) else DONE
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except typer.Abort:
+        return INTERRUPTED
+    except USAGE_ERROR as error:
+        error.show()
+        print_json(describe_as_json(error.format_message(), BAD_INPUT, error))
+        return BAD_INPUT
     except (ValueError, RuntimeError, OSError) as error:
         if is_bug(error) or "--traceback" in arguments:
             raise
         code = exit_code(error)
         say(f"amfm: {describe(error)}")
+        if as_json:
+            print_json(describe_as_json(describe(error), code, error))
         if code == RUN_FAILED:
             again = (
                 "resume with the same command"
@@ -69,4 +101,20 @@ def run(arguments: Sequence[str]) -> int:
             )
             say(f"amfm: {arguments[0]} stopped; {again} (amfm --traceback {arguments[0]} ... shows where it failed)")
         return code
-    return DONE
+
+
+def describe_as_json(message: str, code: int, error: BaseException) -> dict[str, Any]:
+    """An error for scripts: the message, the exit code, and each problem of a configuration with its place."""
+    problems = error.problems if isinstance(error, ConfigError) else ()
+    listed = [
+        {
+            "key": problem.key,
+            "value": problem.value,
+            "file": problem.origin and problem.origin.source,
+            "line": problem.origin and (problem.origin.line or None),
+            "rule": problem.rule,
+            "remedy": problem.remedy,
+        }
+        for problem in problems
+    ]
+    return {"error": message, "exit_code": code} | ({"problems": listed} if listed else {})

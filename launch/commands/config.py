@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from launch.arguments import CommandWithFields, JsonOption, OverridesArgument, print_fields
+from launch.arguments import HelpAllOption, JsonOption, OverridesArgument, print_fields
 from launch.console import print_json, print_rows
 
 
@@ -23,6 +23,7 @@ def config(
         bool, typer.Option("--fields", help="List every setting with type, default and meaning.")
     ] = False,
     reference: Annotated[bool, typer.Option("--reference", help="Print docs/configuration.md.")] = False,
+    help_all: HelpAllOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Check a configuration and print it resolved: extends and overrides applied, defaults filled in."""
@@ -69,6 +70,5 @@ def print_about_schema(*, schema: bool, reference: bool, as_json: bool) -> None:
 def add_verbs(app: typer.Typer) -> None:
     """Register the verbs of this file."""
     app.command(
-        cls=CommandWithFields,
         epilog="Example: amfm config configs/tiny_cpu.yaml train.seed=1 --diff configs/tiny_cpu.yaml",
     )(config)

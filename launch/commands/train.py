@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from launch.arguments import CommandWithFields, ConfigArgument, JsonOption, OverridesArgument, check_picture
+from launch.arguments import ConfigArgument, HelpAllOption, JsonOption, OverridesArgument, check_picture
 from launch.console import print_json, print_pairs
 
 
@@ -17,6 +17,7 @@ def train(
     overrides: OverridesArgument = None,
     *,
     nproc: Annotated[int, typer.Option(min=1, help="Ranks on this machine; the losses don't depend on it.")] = 1,
+    help_all: HelpAllOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train, resuming by itself from run.dir; SIGTERM, SIGUSR1 and train.stop_after_steps save and end with code 0."""
@@ -83,7 +84,6 @@ def report(
 def add_verbs(app: typer.Typer) -> None:
     """Register the verbs of this file."""
     app.command(
-        cls=CommandWithFields,
         epilog="Example: amfm train configs/tiny_cpu.yaml train.stop_after_steps=20 --nproc 2",
     )(train)
     app.command(epilog="Example: amfm report runs/tiny_cpu --picture tiny_cpu.svg")(report)

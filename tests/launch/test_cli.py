@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import subprocess
 import sys
 import time
@@ -53,11 +54,52 @@ def test_every_verb_has_help_with_an_example(verb, capsys):
     assert f"Example: amfm {verb}" in capsys.readouterr().out
 
 
-def test_help_of_config_lists_every_setting_of_the_schema(capsys):
-    assert run(["config", "--help"]) == 0
+@pytest.mark.parametrize("verb", ["config", "train"])
+def test_help_fits_a_screen_and_whole_help_lists_every_setting_of_the_schema(verb, capsys):
+    assert run([verb, "--help"]) == 0
     text = capsys.readouterr().out
+    assert "--help-all" in text and "model.moe.top_k" not in text and text.count("\n") <= 50
+    assert run([verb, "--help-all"]) == 0
+    text = capsys.readouterr().out
+    assert f"Example: amfm {verb}" in text
     for key in ("train.steps", "model.moe.top_k", "data.sources.*.weight"):
         assert key in text
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    assert run(["--version"]) == 0
+    assert re.fullmatch(r"amfm (\d+\.\d+\.\d+\S*|\(not installed\))\n", capsys.readouterr().out)
+
+
+def test_a_shell_completes_verbs_and_flags(monkeypatch, capsys):
+    monkeypatch.setenv("_AMFM_COMPLETE", "complete_bash")
+    for words, number, expected in (("amfm tr", "1", "train"), ("amfm plan --gp", "2", "--gpus")):
+        monkeypatch.setenv("COMP_WORDS", words)
+        monkeypatch.setenv("COMP_CWORD", number)
+        assert run([]) == 0
+        assert expected in capsys.readouterr().out.split()
+
+
+def test_errors_are_json_under_json(base, capsys):
+    base.write_text(BASE.replace("steps: 1e2", "steps: 0"))
+    assert run(["config", str(base), "--json"]) == 2
+    captured = capsys.readouterr()
+    error = one_object(captured.out)
+    assert error["exit_code"] == 2 and str(error["error"]) in captured.err
+    assert error["problems"] == [
+        {
+            "key": "train.steps",
+            "value": "0",
+            "file": str(base),
+            "line": BASE[: BASE.index("steps")].count("\n") + 1,
+            "rule": "must be greater than 0",
+            "remedy": "raise it",
+        }
+    ]
+    assert run(["plan", str(base), "--json"]) == 2
+    assert one_object(capsys.readouterr().out) == {"error": "Missing option '--gpus'.", "exit_code": 2}
+    assert run(["report", str(base.parent / "none"), "--json"]) == 2
+    assert "is no run directory" in str(one_object(capsys.readouterr().out)["error"])
 
 
 def test_help_answers_in_a_second_without_heavy_packages():
