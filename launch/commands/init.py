@@ -21,7 +21,7 @@ QUESTIONS = {
     "data": "Text: a file, folder, glob or URL",
     "hardware": "Hardware (cpu, 1xh100, 8xh100, 64xb200, 8xFILE.yaml)",
 }
-CHOICES = {"size": SIZES, "style": STYLES}
+CHOICES: dict[str, tuple[str, ...]] = {"size": tuple(SIZES), "style": tuple(STYLES)}
 DEFAULTS = {"size": "20m", "style": "nemotron", "hardware": "cpu"}
 
 

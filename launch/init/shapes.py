@@ -124,7 +124,7 @@ STYLES = {
 EXPORTS = {"nemotron": "nemotron_h", "granite": "granitemoehybrid", "qwen3next": "qwen3_next", "turbos": "own"}
 
 # Granite 4.0 H-Small (its public config.json), in the place of the 30B of the table.
-_GRANITE_30B = {
+_GRANITE_30B: dict[str, Any] = {
     "pattern": "(ME)*5 *E ((ME)*9 *E)*3 (ME)*4",
     "vocab_size": 100_352,
     "hidden_size": 4096,
@@ -182,18 +182,17 @@ def attention_section(size: Size, style: str) -> dict[str, Any]:
 def moe_section(size: Size, name: str, style: str) -> dict[str, Any]:
     """Experts, router and what keeps them evenly used."""
     experts, top_k, width, shared = size.experts
-    if style == "nemotron":
-        section = {"num_experts": experts, "top_k": top_k, "expert_hidden_size": width}
-        section |= {"shared_expert_hidden_size": shared, "activation": "squared_relu", "router": "sigmoid"}
-        section |= {"routed_scaling": 2.5} if name == "30b" else {}
-        return section | {"expert_bias": True, "bias_update_rate": 1.0e-3, "sequence_loss_weight": 1.0e-4}
     if style == "granite" and name == "30b":
         experts, top_k, width, shared = 72, 10, 768, 1536
-    else:
+    elif style != "nemotron":
         width, shared = narrow(width), narrow(shared)
-    section = {"num_experts": experts, "top_k": top_k, "expert_hidden_size": width}
-    section |= {"shared_expert_hidden_size": shared, "activation": "swiglu", "router": "softmax"}
-    return section | {"auxiliary_loss_weight": 1.0e-3}
+    section: dict[str, Any] = {"num_experts": experts, "top_k": top_k, "expert_hidden_size": width}
+    section["shared_expert_hidden_size"] = shared
+    if style != "nemotron":
+        return section | {"activation": "swiglu", "router": "softmax", "auxiliary_loss_weight": 1.0e-3}
+    section |= {"activation": "squared_relu", "router": "sigmoid"}
+    section |= {"routed_scaling": 2.5} if name == "30b" else {}
+    return section | {"expert_bias": True, "bias_update_rate": 1.0e-3, "sequence_loss_weight": 1.0e-4}
 
 
 def narrow(width: int) -> int:
