@@ -1,0 +1,61 @@
+"""`amfm corpus`, `prepare` and `inspect --sample`: what they refuse and what they print."""
+
+import json
+from dataclasses import replace
+
+from data_pipeline.loader.loader import PretrainLoader
+from data_pipeline.prepare.prepare import Progress
+from data_pipeline.tokenizer.tokenizer import load_tokenizer
+from launch.cli import run
+from launch.commands.data import describe_progress
+from pretrain.config.file import load_config
+from tests.helpers.json_output import one_object
+from tests.helpers.tiny_store import make_tiny_store
+
+
+def test_corpus_names_the_known_ones(capsys):
+    assert run(["corpus", "encyclopedia"]) == 2
+    assert "corpus 'encyclopedia' must be one of shakespeare" in capsys.readouterr().err
+
+
+def test_prepare_checks_the_whole_configuration_first(base, capsys):
+    assert run(["prepare", str(base), "train.stop_after_steps=200"]) == 2
+    assert "train.stop_after_steps=200: is beyond train.steps=100" in capsys.readouterr().err
+
+
+def test_prepare_names_missing_text(base, capsys, tmp_path):
+    assert (
+        run(["prepare", str(base), f"data.store={tmp_path}/store", f"data.sources.0.paths=[{tmp_path}/none.txt]"]) == 2
+    )
+    assert "none.txt" in capsys.readouterr().err
+
+
+def test_progress_of_a_preparation_names_rates_and_the_time_to_go():
+    now = Progress("tokenize", 3, 8, 1500, 6_000_000, 2_000_000, rejects=4, seconds=2.0, eta_seconds=3.4)
+    remark = "2,000,000 tokens, 750 documents/s, 3.0 MB/s, 1,000,000 tokens/s, 3 s to go"
+    assert describe_progress(now) == (3, 8, remark)
+    assert describe_progress(replace(now, stage="duplicates"))[2] == "looking for duplicates, 3.0 MB/s"
+    assert describe_progress(replace(now, stage="tokenizer"))[2] == "training the tokenizer"
+
+
+def test_inspect_decodes_what_a_global_sample_trains_on(tmp_path, base, capsys):
+    data = make_tiny_store(tmp_path / "data")
+    settings = load_config(base).model_dump(mode="json") | {"data": data.model_dump(mode="json")}
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps(settings))
+    loader = PretrainLoader(
+        data, sequence_length=settings["train"]["sequence_length"], micro_batch_size=1, seed=settings["train"]["seed"]
+    )
+    loader.seek(9)
+    expected = loader.take(1)[0].tokens_BT[0].tolist()
+    for arguments in ([str(tmp_path)], [data.store, "--config", str(config)]):
+        assert run(["inspect", *arguments, "--sample", "9", "--json"]) == 0
+        assert one_object(capsys.readouterr().out)["tokens"] == expected
+    assert run(["inspect", str(tmp_path), "--sample", "9"]) == 0
+    shown = capsys.readouterr().out
+    text = load_tokenizer(data.store).decode(expected[:20])
+    assert "source0, epoch 0" in shown and "--- document" in shown and text.split()[1] in shown
+    assert run(["inspect", data.store, "--sample", "9"]) == 2
+    assert "needs a run directory, or a store and --config CONFIG" in capsys.readouterr().err
+    assert run(["inspect", data.store, "--config", str(config)]) == 2
+    assert "is for --sample G" in capsys.readouterr().err
