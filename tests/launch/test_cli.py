@@ -9,7 +9,7 @@ import pytest
 
 from launch.cli import app, describe, exit_code, run
 from tests.helpers.json_output import one_object
-from tests.pretrain.config.test_config import BASE
+from tests.pretrain.config.files import BASE
 
 VERBS = [command.name or command.callback.__name__ for command in app.registered_commands]
 

@@ -1,7 +1,5 @@
 import json
-import multiprocessing
 import shutil
-import signal
 from itertools import pairwise
 
 import numpy as np
@@ -9,38 +7,11 @@ import pytest
 import torch
 
 from data_pipeline.config import PhaseConfig
-from data_pipeline.loader.loader import PretrainLoader
 from data_pipeline.store.shards import DamagedError
 from data_pipeline.store.store import TokenStore
 from data_pipeline.tokenizer.tokenizer import load_tokenizer
+from tests.data_pipeline.loader.loading import LENGTH, load, stream
 from tests.helpers.tiny_store import make_tiny_store
-
-LENGTH = 32
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    return make_tiny_store(tmp_path_factory.mktemp("data"), num_sources=2)
-
-
-def load(config, **changes):
-    settings = {"sequence_length": LENGTH, "micro_batch_size": 2, "seed": 7} | changes
-    return PretrainLoader(config, **settings)
-
-
-def stream(loader, steps, global_batch):
-    """Rows by global sample number."""
-    rows = {}
-    for _ in range(steps):
-        for batch in loader.take(global_batch):
-            for number, sample in enumerate(batch.sample_ids):
-                rows[sample] = (
-                    batch.source_ids[number],
-                    batch.tokens_BT[number].tolist(),
-                    batch.labels_BT[number].tolist(),
-                )
-    loader.close()
-    return rows
 
 
 @pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
@@ -143,139 +114,6 @@ def test_weights_are_met_exactly_in_every_block(config):
     loader = load(config)
     sources = [place.source for place in loader.reader.locate(np.arange(4096, dtype=np.int64))]
     assert sources.count("source0") == round(4096 / 3) and sources.count("source1") == 4096 - round(4096 / 3)
-
-
-def test_a_phase_changes_the_weights_from_its_sample_on_and_resumes_across_it(config):
-    phases = (PhaseConfig(start_sample=20, weights={"source1": 1.0}),)
-    changed = config.model_copy(update={"phases": phases})
-    before, after = stream(load(config), 8, 8), stream(load(changed), 8, 8)
-    assert all(before[sample] == after[sample] for sample in range(20))
-    assert {after[sample][0] for sample in range(20, 64)} == {1}
-    first = load(config)
-    first.take(8)
-    first.take(8)
-    resumed = load(changed)
-    resumed.load_state_dict(first.state_dict())  # appended after the cursor: allowed
-    assert stream(resumed, 6, 8) == {sample: row for sample, row in after.items() if sample >= 16}
-
-
-LONGER = (PhaseConfig(start_sample=24, sequence_length=80), PhaseConfig(start_sample=48, weights={"source1": 1.0}))
-
-
-@pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
-def test_a_phase_changes_the_row_length_the_same_way_at_any_world_size_and_after_any_resume(config, packing):
-    config = config.model_copy(update={"phases": LONGER, "packing": packing})
-    expected = stream(load(config, micro_batch_size=4), 9, 8)
-    assert {sample: len(row[1]) for sample, row in expected.items()} == {s: 32 if s < 24 else 80 for s in range(72)}
-    assert {expected[sample][0] for sample in range(24, 48)} == {0, 1} and expected[50][0] == 1
-    before = stream(load(config.model_copy(update={"phases": ()})), 3, 8)
-    assert all(expected[sample] == row for sample, row in before.items()), "a later phase changes nothing before it"
-    for world_size, micro_batch, workers, stop in ((1, 1, 1, 24), (2, 2, 0, 16), (8, 1, 0, 32)):
-        first = load(config)
-        for _ in range(stop // 8):
-            first.take(8)
-        state, together = json.loads(json.dumps(first.state_dict())), {}
-        for rank in range(world_size):
-            settings = config.model_copy(update={"num_workers": workers})
-            loader = load(settings, micro_batch_size=micro_batch, data_rank=rank, data_world_size=world_size)
-            loader.load_state_dict(state)
-            together |= stream(loader, (72 - stop) // 8, 8)
-        assert together == {sample: row for sample, row in expected.items() if sample >= stop}
-
-
-def test_a_new_row_length_begins_a_complete_epoch_and_says_what_it_repeats(config):
-    settings = config.model_copy(update={"phases": LONGER[:1]})
-    loader = load(settings)
-    rows = {name: loader.reader.rows_per_epoch(name, 80) for name in loader.source_names}
-    places = loader.reader.locate(np.arange(24, 24 + 3 * sum(rows.values()), dtype=np.int64))
-    for name, count in rows.items():
-        first = [(place.part.path, place.row) for place in places if place.source == name and place.epoch == 1]
-        assert len(first) == len(set(first)) == count
-    drawn = loader.reader.mixture.draws_before(24)[0]
-    remarks = loader.describe_repeats(32)
-    assert loader.describe_repeats(24) == [], "the change lies beyond the run"
-    for name, remark in zip(loader.source_names, remarks, strict=True):
-        share = drawn[name] / loader.reader.rows_per_epoch(name)
-        assert f"source {name!r}: rows of 80 tokens begin epoch 1 when {share:.1%}" in remark
-    loader.seek(32)
-    ledger = loader.ledger()
-    assert sum(line.tokens for line in ledger) == 24 * 32 + 8 * 80
-    for line in ledger:
-        if line.phase == 1:
-            share = drawn[line.source] / loader.reader.rows_per_epoch(line.source)
-            assert line.epochs == pytest.approx(share + line.samples / rows[line.source])
-    assert load(config).describe_repeats(24) == []
-
-
-def test_sources_of_more_than_one_epoch_are_named_before_the_run(config):
-    loader = load(config)
-    samples = 2 * sum(loader.reader.rows_per_epoch(name) for name in loader.source_names)
-    loader.seek(samples)
-    epochs = {line.source: line.epochs for line in loader.ledger()}
-    loader.seek(0)
-    assert loader.describe_repeats(samples) == [
-        f"source {name!r} gives {epochs[name]:.2f} epochs in the {samples} samples of this run" for name in epochs
-    ]
-    assert min(epochs.values()) > 1
-
-
-def test_rows_of_two_lengths_in_one_batch_are_refused(config):
-    loader = load(config.model_copy(update={"phases": LONGER}))
-    loader.seek(20)
-    with pytest.raises(
-        ValueError, match=r"rows of 80 tokens start at sample 24, inside the .* 20 to 27; use start_sample 28"
-    ):
-        loader.take(8)
-    loader.take(4, micro_batch_size=4)
-    assert loader.sequence_length == 80 and loader.take(8)[0].tokens_BT.shape == (4, 80)
-
-
-def test_validation_keeps_the_first_phase(config):
-    changed = config.model_copy(update={"phases": LONGER})
-    assert stream(load(changed, split="validation"), 8, 8) == stream(load(config, split="validation"), 8, 8)
-
-
-def test_a_source_of_weight_0_waits_for_its_phase_and_may_join_later(config):
-    idle = config.sources[1].model_copy(update={"weight": 0.0})
-    phases = (PhaseConfig(start_sample=24, weights={"source0": 1.0, "source1": 1.0}),)
-    alone = config.model_copy(update={"sources": config.sources[:1]})
-    joined = config.model_copy(update={"sources": (config.sources[0], idle), "phases": phases})
-    before, after = stream(load(alone), 3, 8), stream(load(joined), 6, 8)
-    # Source 0 has the same number among the names either way.
-    assert all(after[sample] == row for sample, row in before.items())
-    assert {after[sample][0] for sample in range(24, 48)} == {0, 1}
-    first = load(alone)
-    for _ in range(3):
-        first.take(8)
-    resumed = load(joined)
-    resumed.load_state_dict(json.loads(json.dumps(first.state_dict())))
-    assert stream(resumed, 3, 8) == {sample: row for sample, row in after.items() if sample >= 24}
-
-
-def test_past_weights_cannot_be_rewritten(config):
-    first = load(config)
-    for _ in range(4):
-        first.take(8)
-    rewritten = config.model_copy(update={"phases": (PhaseConfig(start_sample=20, weights={"source1": 1.0}),)})
-    with pytest.raises(ValueError, match=r"append the change to data.phases with start_sample 32 or later"):
-        load(rewritten).load_state_dict(first.state_dict())
-
-
-def test_ledger_counts_samples_tokens_and_epochs_by_source_and_phase(config):
-    phases = (PhaseConfig(start_sample=100, weights={"source1": 1.0}),)
-    loader = load(config.model_copy(update={"phases": phases}))
-    loader.seek(160)
-    ledger = loader.ledger()
-    assert sum(line.samples for line in ledger if line.phase == 0) == 100
-    assert [(line.source, line.samples) for line in ledger if line.phase == 1] == [("source1", 60)]
-    assert sum(line.tokens for line in ledger) == 160 * LENGTH
-    total = sum(line.samples for line in ledger if line.source == "source1")
-    assert ledger[-1].epochs == pytest.approx(total / loader.reader.rows_per_epoch("source1"))
-
-
-def test_a_phase_of_an_unknown_source_is_refused(config):
-    with pytest.raises(ValueError, match=r"weighs 'web', which must be one of data.sources: source0, source1"):
-        load(config.model_copy(update={"phases": (PhaseConfig(start_sample=20, weights={"web": 1.0}),)}))
 
 
 @pytest.mark.parametrize(
@@ -403,27 +241,6 @@ def test_a_missing_part_is_found_at_the_start(config, tmp_path):
         load(config.model_copy(update={"store": str(tmp_path / "store")}))
 
 
-def test_a_killed_reading_process_is_one_clear_error(config):
-    loader = load(config.model_copy(update={"num_workers": 1}))
-    loader.take(8)
-    loader._processes[0]._process.send_signal(signal.SIGKILL)
-    with pytest.raises(RuntimeError, match=r"reads data ahead died \(signal 9\)"):
-        for _ in range(10):
-            loader.take(8)
-    loader.close()
-
-
-def test_reading_processes_outlive_signals_and_end_with_the_loader(config):
-    loader = load(config.model_copy(update={"num_workers": 1}))
-    loader.take(8)
-    process = loader._processes[0]._process
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        process.send_signal(number)
-    assert len(loader.take(8)) == 4
-    loader.close()
-    assert process.returncode == 0
-
-
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_batch_that_is_kept_is_not_written_over_by_later_ones(config, workers):
     """The memory of batches is used again, but only of those that nobody holds."""
@@ -434,27 +251,6 @@ def test_a_batch_that_is_kept_is_not_written_over_by_later_ones(config, workers)
         loader.take(8)
     loader.close()
     assert all(torch.equal(batch.tokens_BT, copy) for batch, copy in zip(kept, copies))
-
-
-def read_in_a_child(config, results):
-    results.put(stream(load(config), 3, 8))
-
-
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_loader_in_a_forked_or_spawned_process_gives_the_same_rows(config, method, workers):
-    """Also after the parent has read: open files and reading processes of its own don't get in the way."""
-    config = config.model_copy(update={"num_workers": workers})
-    parent = load(config)
-    parent.take(8)
-    context = multiprocessing.get_context(method)
-    results = context.Queue()
-    child = context.Process(target=read_in_a_child, args=(config, results))
-    child.start()
-    rows = results.get(timeout=60)
-    child.join(timeout=60)
-    parent.close()
-    assert child.exitcode == 0 and rows == stream(load(config), 3, 8)
 
 
 @pytest.mark.parametrize("packing", ["concatenate", "best_fit"])

@@ -16,7 +16,7 @@ from data_pipeline.prepare.prepare import prepare
 from data_pipeline.prepare.ray_actors import run_on_ray
 from data_pipeline.store.manifest import Layout
 from data_pipeline.tokenizer.tokenizer import SentencePieceTokenizer
-from tests.data_pipeline.prepare.test_prepare import ROOT, actor_pids, contents, elsewhere, is_descendant
+from tests.data_pipeline.prepare.stores import ROOT, actor_pids, contents, elsewhere, is_descendant
 from tests.helpers.tiny_store import make_tiny_store, run_in_process
 
 pytestmark = pytest.mark.slow

@@ -14,10 +14,8 @@ from data_pipeline.config import FilterConfig
 from data_pipeline.prepare.prepare import prepare
 from data_pipeline.store.store import TokenStore
 from data_pipeline.tokenizer.tokenizer import load_tokenizer
-from tests.data_pipeline.prepare.test_prepare import KILLED_DRIVER, ROOT, contents, elsewhere, ray_session
+from tests.data_pipeline.prepare.stores import KILLED_DRIVER, ROOT, contents, elsewhere
 from tests.helpers.tiny_store import make_tiny_store, run_in_process
-
-__all__ = ["ray_session"]
 
 
 def in_process(config, **arguments):

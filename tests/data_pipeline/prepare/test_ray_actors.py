@@ -1,11 +1,23 @@
-"""The Ray that preparation starts for itself; what it writes stands in test_prepare.py and test_prepare_cluster.py."""
+"""Actors of Ray: what they write, killed or not, and the Ray that preparation starts for itself."""
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from data_pipeline.prepare.prepare import prepare
+from data_pipeline.store.store import TokenStore
+from tests.data_pipeline.prepare.stores import (
+    actor_pids,
+    contents,
+    elsewhere,
+    is_descendant,
+)
 
 # In a process of its own: a session's Ray would be used instead of one that is started.
 DRIVER = """
@@ -26,8 +38,41 @@ def priorities(environment: dict[str, str]) -> str:
     ).stdout.splitlines()[-1]  # fmt: skip
 
 
-def test_actors_of_a_ray_of_our_own_run_at_the_priority_of_their_driver_unless_the_environment_says() -> None:
+def test_actors_of_a_ray_of_our_own_run_at_the_priority_of_their_driver_unless_the_environment_says(
+    alone_with_ray: None,
+) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "RAY_worker_niceness"}
     own = os.nice(0)
     assert priorities(environment) == f"nice {own}"
     assert priorities(environment | {"RAY_worker_niceness": "7"}) == f"nice {min(own + 7, 19)}"
+
+
+@pytest.mark.parametrize("num_actors", [1, 3])
+def test_ray_writes_the_same_bytes_with_any_number_of_actors(reference, ray_session, tmp_path, num_actors):
+    config = elsewhere(reference, tmp_path, num_actors=num_actors)
+    seen = []
+    report = prepare(config, progress=seen.append)
+    assert contents(config.store) == contents(reference.store)
+    assert report.units_written == report.units_total == seen[-1].units_done > 6
+    assert report.identity == TokenStore.open(reference.store).identity()
+    last = seen[-1]
+    assert last.documents == 600 and last.eta_seconds == 0
+    assert last.documents_per_second > 0 and last.megabytes_per_second > 0 and last.tokens_per_second > 0
+    assert prepare(config).units_written == 0
+
+
+def test_killed_actors_lose_and_duplicate_nothing(reference, ray_session, tmp_path):
+    config = elsewhere(reference, tmp_path, num_actors=2)
+    killed = []
+
+    def kill_one(progress):
+        if len(killed) < 2:
+            for pid in actor_pids():
+                if is_descendant(pid, os.getpid()):
+                    os.kill(pid, signal.SIGKILL)
+                    killed.append(pid)
+                    break
+
+    prepare(config, progress=kill_one)
+    assert killed
+    assert contents(config.store) == contents(reference.store)

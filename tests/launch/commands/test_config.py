@@ -2,7 +2,7 @@
 
 from launch.cli import run
 from tests.helpers.json_output import one_object
-from tests.pretrain.config.test_config import BASE
+from tests.pretrain.config.files import BASE
 
 
 def test_config_prints_the_resolved_file(base, capsys, tmp_path):

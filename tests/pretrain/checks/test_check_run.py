@@ -7,7 +7,7 @@ import pytest
 from pretrain.checks.check_run import check_run, load_checked
 from pretrain.config.errors import ConfigError
 from pretrain.config.file import load_config
-from tests.pretrain.config.test_config import BASE
+from tests.pretrain.config.files import BASE
 
 
 def broken(base: Path, *overrides: str, world_size: int | None = None) -> str:

@@ -9,7 +9,7 @@ import pytest
 from pretrain.checks.check_run import check_run, load_checked
 from pretrain.config.errors import ConfigError
 from pretrain.config.file import change_section, load_config, resolved_yaml
-from tests.pretrain.config.test_config import BASE
+from tests.pretrain.config.files import BASE
 
 PROBE = BASE[: BASE.index("data:")] + "data: {probe: {task: mqar}}\n" + BASE[BASE.index("train:") :]
 

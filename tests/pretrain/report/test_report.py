@@ -13,7 +13,7 @@ from pretrain.report.data import read_run, thin
 from pretrain.report.page import show_time
 from pretrain.report.picture import draw_picture
 from pretrain.report.report import count, describe_model, write_report
-from tests.pretrain.config.test_config import BASE
+from tests.pretrain.config.files import BASE
 
 
 def line(step: int, **more: object) -> dict[str, object]:

@@ -1,0 +1,50 @@
+"""Processes that read ahead: how they end, and loaders in processes that were forked or spawned."""
+
+import multiprocessing
+import signal
+
+import pytest
+
+from tests.data_pipeline.loader.loading import load, stream
+
+
+def test_a_killed_reading_process_is_one_clear_error(config):
+    loader = load(config.model_copy(update={"num_workers": 1}))
+    loader.take(8)
+    loader._processes[0]._process.send_signal(signal.SIGKILL)
+    with pytest.raises(RuntimeError, match=r"reads data ahead died \(signal 9\)"):
+        for _ in range(10):
+            loader.take(8)
+    loader.close()
+
+
+def test_reading_processes_outlive_signals_and_end_with_the_loader(config):
+    loader = load(config.model_copy(update={"num_workers": 1}))
+    loader.take(8)
+    process = loader._processes[0]._process
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        process.send_signal(number)
+    assert len(loader.take(8)) == 4
+    loader.close()
+    assert process.returncode == 0
+
+
+def read_in_a_child(config, results):
+    results.put(stream(load(config), 3, 8))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_loader_in_a_forked_or_spawned_process_gives_the_same_rows(config, method, workers):
+    """Also after the parent has read: open files and reading processes of its own don't get in the way."""
+    config = config.model_copy(update={"num_workers": workers})
+    parent = load(config)
+    parent.take(8)
+    context = multiprocessing.get_context(method)
+    results = context.Queue()
+    child = context.Process(target=read_in_a_child, args=(config, results))
+    child.start()
+    rows = results.get(timeout=60)
+    child.join(timeout=60)
+    parent.close()
+    assert child.exitcode == 0 and rows == stream(load(config), 3, 8)
