@@ -1,13 +1,16 @@
-"""Runs the tests of `interpreter/` in Triton's interpreter: one child process for each file.
+"""Runs the tests of `interpreter/` in Triton's interpreter: one process for each file, forked from one that has imported Triton.
 
-A process either interprets Triton kernels or compiles them, decided when Triton is imported.
+A process either interprets Triton kernels or compiles them, decided when Triton is imported. Imports take longer than most
+files, so one child imports for all of them.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,11 +20,50 @@ from kernels.backend import INTERPRETED
 FOLDER = Path(__file__).parent / "interpreter"
 ROOT = Path(__file__).parents[2]
 
+# For each line [arguments of pytest, log] a fork runs pytest; the answer is its exit code.
+SERVER = """
+import json, os, sys
+import pytest, torch
+import kernels.proof.races
+
+for line in sys.stdin:
+    arguments, log = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        output = os.open(log, os.O_WRONLY | os.O_CREAT)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        code = pytest.main(arguments)
+        sys.stdout.flush()
+        os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def run_interpreted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], tuple[int, str]]]:
+    """Exit code and output of a file's tests in a fork that interprets."""
+    log = tmp_path_factory.mktemp("interpreter") / "log"
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", SERVER]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as server:
+        assert server.stdin is not None and server.stdout is not None
+
+        def run(file: str) -> tuple[int, str]:
+            log.write_text("")
+            server.stdin.write(json.dumps([["-x", "-p", "no:cacheprovider", str(FOLDER / file)], str(log)]) + "\n")
+            server.stdin.flush()
+            answer = server.stdout.readline()
+            assert answer, "the server ended; its message is above"
+            return int(answer), log.read_text()
+
+        yield run
+
 
 @pytest.mark.skipif(INTERPRETED, reason="this process interprets already")
 @pytest.mark.parametrize("file", sorted(path.name for path in FOLDER.glob("test_*.py")))
-def test_triton_kernels_hold_in_the_interpreter(file: str) -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", str(FOLDER / file)]
-    child = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert child.returncode == 0, child.stdout + child.stderr
+def test_triton_kernels_hold_in_the_interpreter(run_interpreted: Callable[[str], tuple[int, str]], file: str) -> None:
+    code, output = run_interpreted(file)
+    assert code == 0, output
