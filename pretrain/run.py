@@ -95,8 +95,7 @@ class Run:
     @property
     def identities(self) -> dict[str, str]:
         """What a checkpoint of this run is tied to."""
-        store = self.loader.store
-        return {"dataset": store.identity(), "tokenizer": store.tokenizer_identity}
+        return identities_of(self.loader)
 
     def say(self, text: str) -> None:
         """A remark for the person who watches; the main rank alone speaks."""
@@ -107,6 +106,11 @@ class Run:
         """A line in events.jsonl at the current step; the main rank alone writes."""
         if self.log is not None:
             self.log.write_event(event, self.progress.step, **details)
+
+
+def identities_of(loader: PretrainLoader) -> dict[str, str]:
+    """Digests of the tokens and of the tokenizer that a loader reads."""
+    return {"dataset": loader.store.identity(), "tokenizer": loader.store.tokenizer_identity}
 
 
 def apply_stage(run: Run) -> None:

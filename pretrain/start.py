@@ -14,6 +14,7 @@ from data_pipeline.locks import take_lock
 from data_pipeline.memory import keep_freed_memory
 from data_pipeline.probes.rows import NO_TOKENIZER
 from data_pipeline.store.store import TokenStore
+from data_pipeline.tokenizer.tokenizer import load_tokenizer
 from kernels.backend import resolve_backend
 from model.flops import count_parameters, flops_per_token
 from model.hybrid import HybridModel
@@ -26,6 +27,7 @@ from pretrain.checks.mixers import check_kernels
 from pretrain.config.file import resolved_yaml
 from pretrain.config.schema import RunConfig
 from pretrain.engine.engine import ZeroEngine, build_engine
+from pretrain.identity import describe_start, require_same_on_all_ranks
 from pretrain.inference.weights import load_initial_weights
 from pretrain.launcher_protocol import RESTART_CAUSE
 from pretrain.monitor.display import Display
@@ -42,7 +44,7 @@ from pretrain.parallel import (
 )
 from pretrain.pipeline import Pipeline
 from pretrain.recompute import recomputed_letters
-from pretrain.run import Run
+from pretrain.run import Run, identities_of
 from pretrain.saving import resume
 from pretrain.stages import RunStage, data_of_stages, last_stage, resolve_stages
 
@@ -55,6 +57,7 @@ def start_run(config: RunConfig, signals: SignalWatch) -> Run:
     """
     train = config.train
     _, world_size, _, _ = start_process_group(train.timeout_seconds)
+    require_same_on_all_ranks(describe_start(config))
     check_run(config, world_size)
     parallel = initialize_parallel(
         config.parallel, timeout_seconds=train.timeout_seconds, num_threads=train.num_threads
@@ -67,6 +70,8 @@ def start_run(config: RunConfig, signals: SignalWatch) -> Run:
     data = data_of_stages(config, stages)
     loader = open_loader(config, data, parallel, "train", stages[0])
     check_vocabulary(config, loader)
+    check_tokenizer(config)
+    require_same_on_all_ranks(identities_of(loader))
     engine = build_engine(
         build_model(config, parallel),
         optimizer=config.optimizer,
@@ -146,6 +151,12 @@ def check_vocabulary(config: RunConfig, loader: PretrainLoader) -> None:
             f"model.vocab_size={config.model.vocab_size} must be at least {loader.store.vocab_size}, the vocabulary of "
             f"the store {config.data.store}; raise model.vocab_size, or prepare the store with a smaller tokenizer"
         )
+
+
+def check_tokenizer(config: RunConfig) -> None:
+    """The store's tokenizer must be the one that made the tokens: exports and generation will need it. RuntimeError if not."""
+    if config.data.probe is None:
+        load_tokenizer(config.data.text_store())
 
 
 def build_model(config: RunConfig, parallel: Parallel) -> HybridModel:

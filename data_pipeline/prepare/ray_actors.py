@@ -13,6 +13,7 @@ from typing import Any
 from data_pipeline.config import DataConfig
 from data_pipeline.memory import keep_freed_memory
 from data_pipeline.prepare.plan import Unit
+from data_pipeline.prepare.ray_token import ask_for_token
 from data_pipeline.prepare.unit import UnitFailure, UnitReport, run_unit
 from data_pipeline.store.part_writer import import_zarr
 from data_pipeline.tokenizer.tokenizer import Tokenizer
@@ -62,23 +63,38 @@ def run_on_ray(
 @contextmanager
 def running_ray(address: str | None, num_cpus: int) -> Iterator[None]:
     """The Ray that runs in this process, else the cluster at `address`, else a small one for the time of the block."""
+    if address is None:
+        ask_for_token()
     import ray
 
     if ray.is_initialized():
         yield
         return
-    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    options: dict[str, Any] = {}
     if address is None:
-        options |= {"num_cpus": num_cpus, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+        options |= {"num_cpus": num_cpus, "object_store_memory": OBJECT_STORE_BYTES}
         # Ray lets everything else on the machine go first (15), but here its work is what the caller waits for.
         os.environ.setdefault("RAY_worker_niceness", "0")
-    package_root = str(Path(__file__).resolve().parent.parent.parent)
-    job = ray.job_config.JobConfig(code_search_path=[package_root])
     try:
-        ray.init(address=address or "local", job_config=job, **options)  # None would find a cluster that runs here
+        start_ray(address, **options)
         yield
     finally:
         ray.shutdown()
+
+
+def start_ray(address: str | None, **options: Any) -> None:
+    """Join the cluster at an address, or start one on this machine; `ask_for_token` before keeps strangers out of it.
+
+    Workers find our packages before whatever lies in the working directory.
+    """
+    import ray
+
+    if address is None:
+        options["include_dashboard"] = False
+    package_root = str(Path(__file__).resolve().parent.parent.parent)
+    job = ray.job_config.JobConfig(code_search_path=[package_root])
+    # Without an address Ray itself would join a cluster that runs here.
+    ray.init(address=address or "local", job_config=job, log_to_driver=False, logging_level=logging.ERROR, **options)
 
 
 class _Dispatcher:

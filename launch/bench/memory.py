@@ -10,7 +10,6 @@ import gc
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from launch.bench.communication import take_step
 from launch.bench.hardware import processor_name
 from launch.plan.layout import Layout
 from launch.plan.memory import estimate_memory, storage_of
+from launch.rank_command import rank_command
 from pretrain.config.schema import RunConfig
 from pretrain.engine.engine import ZeroEngine, build_engine
 from pretrain.parallel import Parallel, initialize_parallel, set_determinism
@@ -154,7 +154,7 @@ def measure_cases(presets: Path, report: Callable[[str], None]) -> list[dict[str
     for number, (preset, ranks, overrides) in enumerate(CASES, start=1):
         settings = [*ROWS, f"train.global_batch_size={4 * ranks}", *overrides]
         report(f"{number} of {len(CASES)}: {preset} on {ranks} rank(s), {' '.join(overrides)}")
-        command = [sys.executable, "-m", "launch", "bench", "memory", str(presets / f"{preset}.yaml"), *settings]
+        command = rank_command(["bench", "memory", str(presets / f"{preset}.yaml"), *settings])
         done = subprocess.run([*command, "--nproc", str(ranks), "--json"], capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"{preset} on {ranks} rank(s) with {' '.join(overrides)} failed: {done.stderr[-2000:]}")

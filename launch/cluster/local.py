@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import IO
 
+from launch.rank_command import rank_command, source_variables
 from pretrain.launcher_protocol import DONE, LAUNCHER_PID, RUN_FAILED
 
 GRACE_SECONDS = 30.0  # what the other ranks get to end by themselves after one failed
@@ -26,7 +27,7 @@ def run_local(arguments: Sequence[str], num_ranks: int) -> int:
     0 when every rank ended well; the code of a rank that refused its input or hit a bug; else 3, also when a rank was
     killed.
     """
-    return run_command([sys.executable, "-m", "launch", *arguments], num_ranks)
+    return run_command(rank_command(arguments), num_ranks)
 
 
 def run_command(command: Sequence[str], num_ranks: int, variables: Mapping[str, str] = {}) -> int:
@@ -52,7 +53,7 @@ def run_command(command: Sequence[str], num_ranks: int, variables: Mapping[str, 
         processes += [
             subprocess.Popen(
                 command,
-                env=environment_of(rank, num_ranks, port, {**os.environ, **variables}),
+                env=environment_of(rank, num_ranks, port, {**os.environ, **source_variables(), **variables}),
                 stdin=None if rank == 0 else subprocess.DEVNULL,
                 stdout=None if rank == 0 else subprocess.DEVNULL,
                 stderr=None if rank == 0 else subprocess.PIPE,

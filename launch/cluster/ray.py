@@ -17,8 +17,10 @@ from ray.exceptions import RayError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from data_pipeline.prepare.ray_actors import start_ray
 from launch.cluster.local import forward_signals
 from launch.cluster.supervise import Attempt, Outcome
+from launch.rank_command import rank_command, source_variables
 from pretrain.launcher_protocol import BAD_INPUT, DONE, LAUNCHER_PID, RESTART_CAUSE, RUN_FAILED
 
 POLL_SECONDS = 0.5
@@ -69,12 +71,12 @@ class RayCluster:
         gpus: bool,
         wait_seconds: float,
     ) -> None:
-        self.command = [sys.executable, "-m", "launch", *arguments]
+        self.command = rank_command(arguments)
         self.run_dir, self.ranks_per_node, self.wait_seconds = run_dir, ranks_per_node, wait_seconds
         self.need = {"GPU" if gpus else "CPU": float(ranks_per_node)}
         self.actors: list[Any] = []
         if not ray.is_initialized():
-            ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="error")
+            start_ray(address)
 
     def usable_nodes(self) -> int:
         """Nodes of the cluster with room for a node's ranks."""
@@ -150,7 +152,7 @@ class RayCluster:
         if "GPU" in self.need:
             # Ray shows each actor its own card, which is then number 0.
             variables["LOCAL_RANK"] = "0"
-        return variables | ({RESTART_CAUSE: attempt.cause} if attempt.cause else {})
+        return source_variables() | variables | ({RESTART_CAUSE: attempt.cause} if attempt.cause else {})
 
     def _forward(self, number: int) -> None:
         for actor in self.actors:

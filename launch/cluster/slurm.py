@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from launch.cluster.lines import sbatch_directive, sbatch_extra, shell_line, with_variables
 from launch.cluster.supervise import Attempt, Outcome
+from launch.rank_command import rank_command, source_variables
 from pretrain.config.schema import RunConfig
 from pretrain.launcher_protocol import BAD_INPUT, DONE, RESTART_CAUSE, RUN_FAILED
 
@@ -22,30 +23,30 @@ def write_script(config: RunConfig, arguments: Sequence[str], *, nodes: int, ran
     """The text of the batch script: it runs `amfm launch` again, which finds itself inside the allocation.
 
     `arguments` is the `amfm launch` command line. Slurm signals the ranks before the time limit; they save and end, and
-    the job is queued again until the run is finished.
+    the job is queued again until the run is finished. Raises ValueError for a setting that would become another line.
     """
     slurm = config.launch.slurm
     directives = {
-        "job-name": config.run.name or Path(config.run.dir).name,
-        "nodes": nodes,
-        "ntasks-per-node": ranks_per_node,
-        "gpus-per-node": ranks_per_node if slurm.gpus else None,
-        "cpus-per-task": slurm.cpus_per_task,
-        "partition": slurm.partition,
-        "account": slurm.account,
-        "qos": slurm.qos,
-        "time": slurm.time_limit,
-        "signal": f"USR1@{slurm.signal_seconds}",
-        "open-mode": "append",
-        "output": log_file(config),
+        "job-name": ("run.name", config.run.name or Path(config.run.dir).name),
+        "nodes": ("--nodes", nodes),
+        "ntasks-per-node": ("--nproc-per-node", ranks_per_node),
+        "gpus-per-node": ("launch.slurm.gpus", ranks_per_node if slurm.gpus else None),
+        "cpus-per-task": ("launch.slurm.cpus_per_task", slurm.cpus_per_task),
+        "partition": ("launch.slurm.partition", slurm.partition),
+        "account": ("launch.slurm.account", slurm.account),
+        "qos": ("launch.slurm.qos", slurm.qos),
+        "time": ("launch.slurm.time_limit", slurm.time_limit),
+        "signal": ("launch.slurm.signal_seconds", f"USR1@{slurm.signal_seconds}"),
+        "open-mode": ("", "append"),
+        "output": ("run.dir", log_file(config)),
     }
-    lines = [f"#SBATCH --{name}={value}" for name, value in directives.items() if value is not None]
+    lines = [sbatch_directive(name, value, key) for name, (key, value) in directives.items() if value is not None]
     lines += ["#SBATCH --requeue" if slurm.requeue else "#SBATCH --no-requeue", "#SBATCH --no-kill"]
-    lines += [f"#SBATCH {line}" for line in slurm.extra]
-    body = [f"cd {shlex.quote(os.getcwd())}"]
+    lines += [sbatch_extra(line) for line in slurm.extra]
+    body = [shell_line([["cd", os.getcwd()]])]
     if config.launch.setup:
         body.append(config.launch.setup)
-    body.append(f"exec {shlex.join([sys.executable, '-m', 'launch', *arguments])}")
+    body.append(shell_line([["exec", *with_variables(source_variables(), rank_command(arguments))]]))
     return "\n".join(["#!/bin/bash", *lines, "", "set -e", *body]) + "\n"
 
 
@@ -99,8 +100,8 @@ class Allocation:
             f"--ntasks-per-node={self.ranks_per_node}",
             "--kill-on-bad-exit=1",
             *container,
-            *("bash", "-c", AS_RANK, "rank", sys.executable, "-m", "launch"),
-            *self.arguments,
+            *("bash", "-c", AS_RANK, "rank"),
+            *rank_command(self.arguments),
         ]
 
     def environment(self, attempt: Attempt) -> dict[str, str]:
@@ -114,7 +115,7 @@ class Allocation:
         }
         if attempt.cause:
             variables[RESTART_CAUSE] = attempt.cause
-        return os.environ | variables
+        return os.environ | source_variables() | variables
 
     def hosts(self) -> list[str]:
         """Names of the allocated nodes that are up, in Slurm's order."""

@@ -15,8 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from launch.cluster.lines import check_host, remote_command, shell_line, with_variables
 from launch.cluster.local import forward_signals
 from launch.cluster.supervise import Attempt, Outcome
+from launch.rank_command import source_variables
 from pretrain.launcher_protocol import BAD_INPUT, DONE, RESTART_CAUSE, RUN_FAILED
 
 GRACE_SECONDS = 10.0  # for the other hosts to end by themselves after one failed
@@ -40,31 +42,36 @@ class NodeCommand:
 
     def torchrun(self, *, max_restarts: int) -> list[str]:
         """The torchrun command line; torchrun itself sets rank variables and stops all ranks of a node when one fails."""
+        check_host(self.master, "--master")
         return [
             self.python,
-            *("-m", "torch.distributed.run"),
+            *("-P", "-m", "torch.distributed.run"),
             f"--nnodes={self.nodes}",
             f"--nproc-per-node={self.ranks_per_node}",
             f"--node-rank={self.node_rank}",
             f"--master-addr={self.master}",
             f"--master-port={self.port}",
             f"--max-restarts={max_restarts}",
-            *("-m", "launch"),
+            # As a program: torchrun's own way to start Python would look into the working directory.
+            *("--no-python", self.python, "-P", "-m", "launch"),
             *self.arguments,
         ]
 
     def shell_line(self, *, directory: str, pid_file: str, cause: str | None) -> str:
         """One line for the shell of another host: directory, process number for signals, setup, torchrun."""
-        steps = [f"cd {shlex.quote(directory)}", f"echo $$ > {shlex.quote(pid_file)}"]
-        if self.setup:
-            steps.append(self.setup)
-        variable = f"env {RESTART_CAUSE}={shlex.quote(cause)} " if cause else ""
-        steps.append(f"exec {variable}{shlex.join(self.torchrun(max_restarts=0))}")
-        return " && ".join(steps)
+        variables = source_variables() | ({RESTART_CAUSE: " ".join(cause.split())} if cause else {})
+        return shell_line(
+            [
+                ["cd", directory],
+                f"echo $$ > {shlex.quote(pid_file)}",
+                *([self.setup] if self.setup else []),
+                ["exec", *with_variables(variables, self.torchrun(max_restarts=0))],
+            ]
+        )
 
 
 def read_hosts(path: Path) -> list[str]:
-    """Hosts of a file, one a line; `#` begins a remark. Raises ValueError for an empty file or a host named twice."""
+    """Hosts of a file, one a line; `#` begins a remark. Raises ValueError for an empty file or a host named twice or none."""
     lines = [line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
     hosts = [line for line in lines if line]
     if not hosts:
@@ -72,12 +79,12 @@ def read_hosts(path: Path) -> list[str]:
     twice = {host for host in hosts if hosts.count(host) > 1}
     if twice:
         raise ValueError(f"{path} names {', '.join(sorted(twice))} more than once; one line a host")
-    return hosts
+    return [check_host(host, str(path)) for host in hosts]
 
 
 def run_here(command: NodeCommand, *, max_restarts: int) -> int:
     """Run this node's part and return the exit code; torchrun starts its ranks again by itself."""
-    process = subprocess.Popen(command.torchrun(max_restarts=max_restarts))
+    process = subprocess.Popen(command.torchrun(max_restarts=max_restarts), env=os.environ | source_variables())
     with forward_signals(lambda number: signal_children(process.pid, number)):
         code = process.wait()
     return RUN_FAILED if code else DONE
@@ -145,7 +152,7 @@ class RemoteHosts:
             ).shell_line(directory=os.getcwd(), pid_file=self.pid_file(node_rank), cause=attempt.cause)
             for node_rank in range(len(hosts))
         ]
-        return [[*self.remote_shell, host, line] for host, line in zip(hosts, lines)]
+        return [remote_command(self.remote_shell, host, line) for host, line in zip(hosts, lines)]
 
     def pid_file(self, node_rank: int) -> str:
         """Where a node notes the number of its torchrun: in the run directory, which all nodes share."""
@@ -174,7 +181,7 @@ class RemoteHosts:
     def _answers(self, host: str) -> bool:
         try:
             done = subprocess.run(
-                [*self.remote_shell, host, "true"],
+                remote_command(self.remote_shell, host, "true"),
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 check=False,
@@ -187,7 +194,7 @@ class RemoteHosts:
     def _forward(self, number: int) -> None:
         for node_rank, run in enumerate(self.runs):
             line = f"pkill -{number} -P $(cat {shlex.quote(self.pid_file(node_rank))})"
-            subprocess.run([*self.remote_shell, run.host, line], stdin=subprocess.DEVNULL, check=False)
+            subprocess.run(remote_command(self.remote_shell, run.host, line), stdin=subprocess.DEVNULL, check=False)
 
     def _wait(self) -> Outcome:
         failed: HostRun | None = None

@@ -12,6 +12,7 @@ import typer
 
 from launch.arguments import ConfigArgument, OverridesArgument
 from launch.console import say
+from launch.rank_command import rank_command
 from pretrain.launcher_protocol import DONE
 
 if TYPE_CHECKING:
@@ -209,8 +210,12 @@ def launch_ray(config: RunConfig, work: Work, nodes: int, ranks: int, address: s
             f"ray cluster {address or 'on this machine'}: {nodes} bundles of "
             f"{{'{'GPU' if gpus else 'CPU'}': {ranks}}} on {nodes} nodes (STRICT_SPREAD), one actor a rank, each runs:"
         )
-        print(shlex.join([sys.executable, "-m", "launch", *work.arguments]))
+        print(shlex.join(rank_command(work.arguments)))
         return 0
+    from data_pipeline.prepare.ray_token import ask_for_token
+
+    if address is None:
+        ask_for_token()
     from launch.cluster.ray import RayCluster
 
     cluster = RayCluster(

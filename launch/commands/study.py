@@ -37,6 +37,9 @@ def mixers(
     as_json: JsonOption = False,
 ) -> None:
     """Train every cell of a grid of mixer x share of attention that is not done yet, and write table and plots."""
+    from data_pipeline.prepare.ray_token import ask_for_token
+
+    ask_for_token()
     from launch.study.grid import expand_grid
     from launch.study.run import find_room
     from launch.study.study import load_study

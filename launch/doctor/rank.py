@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import shutil
@@ -26,9 +25,9 @@ from launch.doctor.machine import (
     installed_version,
     usable_cores,
 )
+from pretrain.identity import ROOT, digest_code
 
 COMPARED_PACKAGES = ("torch", "deepspeed", "megatron-core", "triton")
-OWN_PACKAGES = ("launch", "pretrain", "model", "kernels", "data_pipeline")
 NETWORK_FILE_SYSTEMS = {
     *("nfs", "nfs4", "cifs", "smb3", "afs", "9p", "virtiofs", "ceph", "lustre", "gpfs", "beegfs"),
     *("glusterfs", "panfs", "pvfs2", "wekafs", "daos"),
@@ -102,15 +101,7 @@ def collect_versions() -> dict[str, str]:
     else:
         versions["nccl"] = "none (CPU)"
     own = installed_version("amfm-pretrain") or "not installed"
-    return versions | {"amfm": f"{own}, code {digest_code(Path(__file__).resolve().parent.parent.parent)}"}
-
-
-def digest_code(root: Path) -> str:
-    """A short digest of our packages' source files: two checkouts of one version may differ."""
-    digest = hashlib.sha256()
-    for path in sorted(path for package in OWN_PACKAGES for path in (root / package).rglob("*.py")):
-        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:12]
+    return versions | {"amfm": f"{own}, code {digest_code(ROOT)}"}
 
 
 def describe_device() -> tuple[str, str | None]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +12,10 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from data_pipeline.prepare.ray_actors import start_ray
 from launch.cluster.local import forward_signals
 from launch.cluster.ray import RankHost, first_line, last_words
+from launch.rank_command import rank_command
 from launch.study.grid import Cell
 from pretrain.config.file import resolved_yaml
 from pretrain.launcher_protocol import DONE, RUN_FAILED
@@ -70,14 +70,7 @@ def run_cells(
     `begins` and `ends` hear of each cell, `polls` twice a second. A signal goes on to the running cells, which save and
     end; the rest doesn't start.
     """
-    ray.init(
-        "local",
-        num_cpus=room.slots * room.threads,
-        object_store_memory=OBJECT_STORE_BYTES,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    start_ray(None, num_cpus=room.slots * room.threads, object_store_memory=OBJECT_STORE_BYTES)
     try:
         return _Dispatcher(cells, study_dir, room, begins, ends).run(polls)
     finally:
@@ -122,7 +115,7 @@ class _Dispatcher:
         threads = str(self.room.threads)
         host = self.host_class.remote()
         answer = host.run.remote(
-            [sys.executable, "-m", "launch", "train", str(path)],
+            rank_command(["train", str(path)]),
             {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
             os.getcwd(),
             str(log_of(cell, self.study_dir)),

@@ -33,10 +33,11 @@ from pretrain.checkpoint.fragments import (
 )
 from pretrain.checkpoint.random_state import restore_random_state
 from pretrain.checkpoint.reader import KINDS, RangeReader
-from pretrain.checkpoint.save import ENGINE_COUNTERS, collect_versions, ranks_of
+from pretrain.checkpoint.save import ENGINE_COUNTERS, ranks_of
 from pretrain.checkpoint.writers import place_parameters
 from pretrain.config.schema import RunConfig
 from pretrain.engine.engine import ZeroEngine
+from pretrain.identity import collect_versions
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import importlib.metadata
-import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,10 +39,10 @@ from pretrain.checkpoint.random_state import collect_random_state
 from pretrain.checkpoint.writers import WriterAssignment, assign_writers
 from pretrain.config.schema import RunConfig
 from pretrain.engine.engine import ZeroEngine
+from pretrain.identity import collect_versions
 
 # Room for the manifest, directories and the `latest` file, beyond the tensors.
 SPARE_BYTES = 1 << 20
-LIBRARIES = ("amfm-pretrain", "torch", "deepspeed", "megatron-core", "numpy", "safetensors")
 ENGINE_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 
 
@@ -144,17 +142,6 @@ def take_snapshot(
     }
     keep_every = config.train.keep_every_steps
     return Snapshot(step, tensors, report, manifest, marked=keep_every is not None and step % keep_every == 0)
-
-
-def collect_versions() -> dict[str, str]:
-    """Versions of Python and of the libraries whose change could change numbers."""
-    versions = {"python": platform.python_version()}
-    for library in LIBRARIES:
-        try:
-            versions[library] = importlib.metadata.version(library)
-        except importlib.metadata.PackageNotFoundError:
-            versions[library] = "not installed as a distribution"
-    return versions
 
 
 def write_snapshot(checkpoints_dir: Path, snapshot: Snapshot, ranks: RankGroup, keep_last: int) -> SavedCheckpoint:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +10,7 @@ import typer
 
 from launch.arguments import JsonOption, OverridesArgument
 from launch.console import print_json, print_rows, say
+from launch.rank_command import rank_command
 
 
 def memory(
@@ -45,7 +45,7 @@ def memory(
         from launch.bench.memory import WITHOUT_CACHES
         from launch.cluster.local import run_command
 
-        command = [sys.executable, "-m", "launch", "bench", "memory", str(path), *(overrides or [])]
+        command = rank_command(["bench", "memory", str(path), *(overrides or [])])
         raise typer.Exit(run_command([*command, *(["--json"] if as_json else [])], nproc, WITHOUT_CACHES))
     from launch.bench.memory import bench_memory
 

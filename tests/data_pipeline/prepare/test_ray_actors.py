@@ -76,3 +76,20 @@ def test_killed_actors_lose_and_duplicate_nothing(reference, ray_session, tmp_pa
     prepare(config, progress=kill_one)
     assert killed
     assert contents(config.store) == contents(reference.store)
+WITH_TOKEN = """
+import os, subprocess, sys
+from data_pipeline.prepare.ray_actors import running_ray
+with running_ray(None, 1):
+    import ray
+    address = ray.get_runtime_context().gcs_address
+    stranger = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")} | {"HOME": "/nowhere"}
+    words = f"import ray; ray.init({address!r}); print(ray.nodes())"
+    sys.exit(subprocess.run([sys.executable, "-c", words], env=stranger, stderr=subprocess.DEVNULL).returncode == 0)
+"""
+
+
+@pytest.mark.slow
+def test_a_stranger_cannot_join_a_ray_of_our_own() -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    root = Path(__file__).parents[3]
+    subprocess.run([sys.executable, "-c", WITH_TOKEN], env=environment, cwd=root, check=True, timeout=200)

@@ -71,7 +71,7 @@ def wait_for_step(run_dir: Path, step: int) -> None:
 
 def rank_processes(config_path: Path) -> list[psutil.Process]:
     wanted = ["-m", "launch", "train", str(config_path)]
-    return [process for process in psutil.process_iter(["cmdline"]) if (process.info["cmdline"] or [])[1:5] == wanted]
+    return [process for process in psutil.process_iter(["cmdline"]) if (process.info["cmdline"] or [])[2:6] == wanted]
 
 
 @pytest.mark.slow

@@ -87,7 +87,7 @@ def test_the_script_asks_for_what_the_configuration_says(tmp_path: Path) -> None
     ):
         assert f"#SBATCH {line}" in lines
     assert lines.index("source env/bin/activate") == len(lines) - 2
-    assert lines[-1] == f"exec {sys.executable} -m launch launch 'a b.yaml' --on slurm"
+    assert lines[-1] == f"exec {sys.executable} -P -m launch launch 'a b.yaml' --on slurm"
 
 
 def test_the_script_is_what_a_dry_run_prints(

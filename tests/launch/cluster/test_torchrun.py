@@ -37,10 +37,10 @@ def test_each_node_has_its_own_command(tmp_path: Path, capsys: pytest.CaptureFix
     arguments = ["launch", path, "train.seed=3", "--on", "torchrun", "--nodes", "3", "--nproc-per-node", "2"]
     assert run([*arguments, "--master", "first:1234", "--dry-run"]) == 0
     lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line[5] for line in lines] == ["--node-rank=0", "--node-rank=1", "--node-rank=2"]
-    assert lines[1][:3] == [sys.executable, "-m", "torch.distributed.run"]
+    assert [line[6] for line in lines] == ["--node-rank=0", "--node-rank=1", "--node-rank=2"]
+    assert lines[1][:4] == [sys.executable, "-P", "-m", "torch.distributed.run"]
     assert {"--nnodes=3", "--nproc-per-node=2", "--master-addr=first", "--master-port=1234"} < set(lines[1])
-    assert lines[1][-5:] == ["-m", "launch", "train", path, "train.seed=3"]
+    assert lines[1][-8:] == ["--no-python", sys.executable, "-P", "-m", "launch", "train", path, "train.seed=3"]
 
 
 def test_a_line_for_a_host_goes_to_the_directory_sets_up_and_says_why_it_starts_again() -> None:
@@ -48,7 +48,7 @@ def test_a_line_for_a_host_goes_to_the_directory_sets_up_and_says_why_it_starts_
     line = command.shell_line(directory="/a b", pid_file="run/launch/node-1.pid", cause="rank 3 was lost")
     steps = line.split(" && ")
     assert steps[:3] == ["cd '/a b'", "echo $$ > run/launch/node-1.pid", "module load cuda"]
-    assert steps[3].startswith("exec env AMFM_RESTART_CAUSE='rank 3 was lost' ")
+    assert steps[3].startswith("exec env 'AMFM_RESTART_CAUSE=rank 3 was lost' ")
 
 
 @pytest.mark.parametrize(

@@ -225,7 +225,7 @@ def test_launchers_start_the_doctor_where_the_run_would_be(
     lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
     if launcher == "slurm":
         # The batch script calls the launcher again, which then is inside the allocation.
-        assert lines[-1] == ["exec", sys.executable, "-m", "launch", *arguments]
+        assert lines[-1] == ["exec", sys.executable, "-P", "-m", "launch", *arguments]
         return
     doctor = ["-m", "launch", "doctor", "--cluster", "--shared", str(tmp_path / "run")]
     assert lines[-1][-6:] == doctor

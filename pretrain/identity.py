@@ -1,0 +1,93 @@
+"""What a run is made of, in one record: settings, store, tokenizer, our own code, and versions of libraries.
+
+All ranks compare it at the start: ranks that were started by hand or by a scheduler with other settings, another store or
+another checkout would train together without a word. Every checkpoint carries it (`config`, `identities`, `versions`), and
+a start that goes on from one says what changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import socket
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+import torch.distributed
+
+from pretrain.checkpoint.compatibility import flatten_settings
+from pretrain.config.schema import RunConfig
+
+LIBRARIES = ("amfm-pretrain", "torch", "deepspeed", "megatron-core", "numpy", "safetensors")
+OWN_PACKAGES = ("launch", "pretrain", "model", "kernels", "data_pipeline")
+OWN_CODE = "amfm's source files"
+ROOT = Path(__file__).resolve().parent.parent
+SHOWN_RANKS = 4
+
+
+def collect_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries whose change could change numbers, and a digest of our own code."""
+    versions = {"python": platform.python_version()}
+    for library in LIBRARIES:
+        try:
+            versions[library] = importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:
+            versions[library] = "not installed as a distribution"
+    return versions | {OWN_CODE: digest_code(ROOT)}
+
+
+@cache
+def digest_code(root: Path) -> str:
+    """A short digest of our packages' source files: two checkouts of one version may differ."""
+    digest = hashlib.sha256()
+    for path in sorted(path for package in OWN_PACKAGES for path in (root / package).rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
+
+
+def describe_start(config: RunConfig) -> dict[str, str]:
+    """The part of the record that is known before any data is open: versions and code, then settings by dotted name."""
+    settings = flatten_settings(config.model_dump(mode="json"))
+    return collect_versions() | {name: json.dumps(value, sort_keys=True) for name, value in settings.items()}
+
+
+def require_same_on_all_ranks(record: Mapping[str, str]) -> None:
+    """Compare this rank's record with those of all others. Every rank must call this, in the default process group.
+
+    Digests are compared first, so that many ranks exchange little. Raises ValueError on every rank, naming the ranks and
+    hosts that differ from most and the first entry in which they do.
+    """
+    world_size = torch.distributed.get_world_size()
+    if world_size == 1:
+        return
+    digest = hashlib.sha256(json.dumps(list(record.items())).encode()).hexdigest()
+    digests: list[str] = [""] * world_size
+    torch.distributed.all_gather_object(digests, digest)
+    if len(set(digests)) == 1:
+        return
+    records: list[tuple[str, Mapping[str, str]]] = [("", {})] * world_size
+    torch.distributed.all_gather_object(records, (socket.gethostname(), dict(record)))
+    raise ValueError(describe_difference(records))
+
+
+def describe_difference(records: Sequence[tuple[str, Mapping[str, str]]]) -> str:
+    """Which ranks differ from most, in the first entry that is not the same everywhere. records: (host, record) by rank."""
+    names = dict.fromkeys(name for _, record in records for name in record)
+    absent = "(absent)"
+    for name in names:
+        values = [record.get(name, absent) for _, record in records]
+        if len(set(values)) == 1:
+            continue
+        usual, _ = Counter(values).most_common(1)[0]  # of equally many the one of the lowest rank
+        odd = [rank for rank, value in enumerate(values) if value != usual]
+        shown = ", ".join(f"rank {rank} on {records[rank][0]}" for rank in odd[:SHOWN_RANKS])
+        more = f" and {len(odd) - SHOWN_RANKS} more" if len(odd) > SHOWN_RANKS else ""
+        return (
+            f"ranks were not started alike: {shown}{more} has {name}={values[odd[0]]}, the others {usual}; start all "
+            "ranks with the same configuration, data and code"
+        )
+    raise AssertionError("records of equal entries have equal digests")

@@ -1,0 +1,81 @@
+"""Ranks that were not started alike refuse to train together, and say what differs where."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_pipeline.config import DataConfig
+from pretrain.identity import OWN_PACKAGES, ROOT, collect_versions, describe_difference, digest_code
+from tests.faults.attempt import Attempt
+from tests.helpers.spawn import run_ranks
+from tests.pretrain.tiny_run import tiny_data
+
+
+def differ(attempt: Attempt, changes: dict[str, Any], rank: int) -> None:
+    """In the process of rank 1 alone."""
+    if rank == 1:
+        attempt.data = changes.pop("data", attempt.data)
+        attempt.settings = attempt.settings | changes
+
+
+def start_differing(
+    data: DataConfig, place: str, cases: list[dict[str, Any]]
+) -> list[tuple[list[int], list[str], bool]]:
+    found = []
+    for number, changes in enumerate(cases):
+        run_dir = Path(place, str(number))
+        run_dir.mkdir()
+        attempt = Attempt(data, run_dir, {"train__steps": 2}, num_ranks=2)
+        attempt.prepare = partial(differ, attempt, changes)
+        attempt.start()
+        codes = attempt.finish()
+        attempt.prepare = None  # it holds the attempt, whose store must not be left to a collector in the next fork
+        said = [(run_dir / f"error-{rank}.txt").read_text() for rank in range(2) if codes[rank]]
+        found.append((codes, said, (run_dir / "metrics.jsonl").exists()))
+    return found
+
+
+def test_other_settings_or_another_store_on_one_rank_are_refused_by_all(tmp_path: Path) -> None:
+    data = tiny_data(tmp_path / "data")
+    other = tiny_data(tmp_path / "other").model_copy(update={"store": data.store})
+    replaced = data.model_copy(update={"store": str(tmp_path / "moved")})
+    shutil.copytree(other.store, tmp_path / "moved")
+    cases = [{"train__seed": 5}, {"optimizer__learning_rate": 1.0, "train__steps": 3}, {"data": replaced}]
+    host = socket.gethostname()
+    results = run_ranks(start_differing, data, str(tmp_path), cases, num_ranks=1)[0]
+    for (codes, said, trained), words in zip(
+        results, ["train.seed=5, the others 0", "train.steps=3, the others 2", f'data.store="{tmp_path}/moved"']
+    ):
+        assert codes == [2, 2] and not trained, (codes, said)
+        assert all(text.startswith(f"ranks were not started alike: rank 1 on {host} has {words}") for text in said), (
+            said
+        )
+
+
+def test_the_ranks_that_differ_from_most_are_named() -> None:
+    usual, odd = {"torch": "2.9", "train.seed": "0"}, {"torch": "2.9", "train.seed": "1"}
+    text = describe_difference([("a", odd), ("a", usual), ("b", usual), ("b", {"torch": "2.9"})])
+    assert "rank 0 on a, rank 3 on b has train.seed=1, the others 0" in text
+    versions = [("a", usual), ("a", usual), *[("c", {**usual, "torch": "2.10"})] * 7]
+    assert "rank 0 on a, rank 1 on a has torch=2.9, the others 2.10" in describe_difference(versions)
+    with pytest.raises(AssertionError):
+        describe_difference([("a", usual), ("b", usual)])
+
+
+def test_one_changed_byte_of_our_code_is_another_version(tmp_path: Path) -> None:
+    for package in OWN_PACKAGES:
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "file.py").write_text("x = 1")
+    before = digest_code(tmp_path)
+    digest_code.cache_clear()
+    assert digest_code(tmp_path) == before
+    (tmp_path / "model" / "file.py").write_text("x = 2")
+    digest_code.cache_clear()
+    assert digest_code(tmp_path) != before
+    assert collect_versions()["amfm's source files"] == digest_code(ROOT)
