@@ -24,7 +24,7 @@ from pretrain.checkpoint.commit import list_checkpoints
 from pretrain.checkpoint.load import LoadedCheckpoint
 from pretrain.checks.check_run import check_run
 from pretrain.checks.mixers import check_kernels
-from pretrain.config.file import resolved_yaml
+from pretrain.config.file import resolved_yaml, without_secrets
 from pretrain.config.schema import RunConfig
 from pretrain.engine.engine import ZeroEngine, build_engine
 from pretrain.identity import describe_start, require_same_on_all_ranks
@@ -55,6 +55,7 @@ def start_run(config: RunConfig, signals: SignalWatch) -> Run:
     Every rank must call this. Raises ValueError for settings, data or a checkpoint that do not fit together,
     RuntimeError or OSError for the machine's state; the run directory changes only after everything fits.
     """
+    config = without_secrets(config)
     train = config.train
     _, world_size, _, _ = start_process_group(train.timeout_seconds)
     require_same_on_all_ranks(describe_start(config))

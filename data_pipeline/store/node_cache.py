@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import stat
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -62,6 +63,7 @@ class BlockCache:
             self._open.move_to_end(key)
             return self._open[key]
         path = self._path(key)
+        own_folder(self._folder)
         descriptor = self._open_checked(path, key)
         if descriptor is None:
             with self._locked(f"{int(key[:8], 16) % NUM_LOCKS:02d}"):
@@ -156,8 +158,8 @@ class BlockCache:
 
     @contextmanager
     def _locked(self, name: str) -> Iterator[None]:
+        own_folder(self._folder)
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
             lock = take_lock(self._folder / f".lock-{name}", wait=True)
         except OSError as error:
             raise RuntimeError(
@@ -166,6 +168,24 @@ class BlockCache:
         assert lock is not None, "waited for"
         with lock:
             yield
+
+
+def own_folder(folder: Path) -> None:
+    """Make a folder of the cache that nobody else can write to, or hold one that is there to that.
+
+    Blocks are checked by a digest that lies beside them, which finds damage and no malice: whoever can write here decides
+    what a run reads. Raises RuntimeError for a folder of somebody else, a link, or one that others may write to.
+    """
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        facts = os.lstat(folder)
+    except OSError as error:
+        raise RuntimeError(f"data.cache: {folder} can't be used ({error.strerror}); name a writable folder") from error
+    if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.geteuid() or facts.st_mode & 0o022:
+        raise RuntimeError(
+            f"data.cache: {folder} must be a folder of this user that nobody else can write to (chmod 700); what others "
+            "put there would be trained on: name a data.cache.folder of your own"
+        )
 
 
 def _digest(block: bytes) -> bytes:
@@ -251,7 +271,8 @@ def keep_small_files(
     key = hashlib.blake2b(f"{remote.url}\n{identity}".encode(), digest_size=16).hexdigest()
     folder = Path(cache.folder).expanduser() / "stores" / key
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        own_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
         for name, content in names.items():
             if not (folder / name).is_file():
                 write_file_atomically(folder / name, remote.read(name) if content is None else content)

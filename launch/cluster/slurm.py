@@ -63,6 +63,8 @@ def submit(config: RunConfig, script: str) -> str:
     path = Path(config.run.dir) / "launch" / "job.sbatch"
     path.parent.mkdir(parents=True, exist_ok=True)
     Path(log_file(config)).parent.mkdir(parents=True, exist_ok=True)
+    path.touch(mode=0o600)  # launch.setup is in it, and may hold secrets
+    path.chmod(0o600)
     path.write_text(script, encoding="utf-8")
     try:
         done = subprocess.run(["sbatch", str(path)], capture_output=True, text=True, check=False)

@@ -17,7 +17,7 @@ from launch.cluster.local import forward_signals
 from launch.cluster.ray import RankHost, first_line, last_words
 from launch.rank_command import rank_command
 from launch.study.grid import Cell
-from pretrain.config.file import resolved_yaml
+from pretrain.config.file import resolved_yaml, without_secrets
 from pretrain.launcher_protocol import DONE, RUN_FAILED
 
 POLL_SECONDS = 0.5
@@ -110,7 +110,7 @@ class _Dispatcher:
     def _start(self, cell: Cell) -> None:
         path = self.study_dir / "configs" / f"{cell.name}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(resolved_yaml(cell.config), encoding="utf-8")
+        path.write_text(resolved_yaml(without_secrets(cell.config)), encoding="utf-8")
         log_of(cell, self.study_dir).unlink(missing_ok=True)  # a cause is looked for in it
         threads = str(self.room.threads)
         host = self.host_class.remote()

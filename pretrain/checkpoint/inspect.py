@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,19 +16,24 @@ from pretrain.checkpoint.files import MANIFEST_NAME, find_foreign_files, read_ma
 from pretrain.checkpoint.reader import KINDS, RangeReader
 from pretrain.config.schema import RunConfig
 
+logger = logging.getLogger(__name__)
+
 
 def find_checkpoint(path: Path) -> Path:
     """The checkpoint that a path means: itself, or the newest that verifies in a `checkpoints` folder or run directory.
 
-    Raises RuntimeError when there is none, naming each that failed with its reason.
+    Newer ones that it passes over are named in a warning. Raises RuntimeError when there is none, naming each that failed
+    with its reason.
     """
     if (path / MANIFEST_NAME).exists() or CHECKPOINT_NAME.fullmatch(path.name):
         return path
     checkpoints_dir = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    failed = []
+    failed: list[str] = []
     for candidate in list_checkpoints(checkpoints_dir):
         _, problems = verify_checkpoint(candidate)
         if not problems:
+            if failed:
+                logger.warning("warning: taking %s, because newer ones are damaged: %s", candidate, " | ".join(failed))
             return candidate
         failed.append(f"{candidate.name}: {'; '.join(problems)}")
     if failed:

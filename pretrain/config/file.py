@@ -42,6 +42,8 @@ _KINDS = {
     "finite_number": ("must be finite", "write an ordinary number"),
 }
 
+NOT_RECORDED = "false # launch.setup is not recorded, because it may hold secrets"
+
 
 @dataclass(frozen=True)
 class LocatedConfig:
@@ -252,6 +254,13 @@ def plain_number(value: object) -> str:
 def resolved_yaml(config: RunConfig) -> str:
     """The whole configuration, defaults included, as YAML that `load_config` reads back to an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def without_secrets(config: RunConfig) -> RunConfig:
+    """The configuration for records: `launch.setup`, a line for shells that may hold tokens, is a line that fails."""
+    if config.launch.setup is None:
+        return config
+    return config.model_copy(update={"launch": config.launch.model_copy(update={"setup": NOT_RECORDED})})
 
 
 def config_schema() -> dict[str, Any]:

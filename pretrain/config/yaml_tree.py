@@ -12,6 +12,7 @@ from pathlib import Path
 
 import yaml
 
+from data_pipeline.foreign_files import read_bounded
 from pretrain.config.errors import ConfigError, Origin, Problem
 
 Scalar = str | int | float | bool | None
@@ -22,6 +23,9 @@ _FALSE = re.compile(r"(false|False|FALSE)\Z")
 _INTEGER = re.compile(r"[-+]?[0-9]+(_[0-9]+)*\Z")
 _WHOLE_EXPONENT = re.compile(r"([-+]?[0-9]+)(\.0*)?[eE]\+?([0-9]{1,2})\Z")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?\Z")
+MAX_NODES = 100_000
+MAX_DEPTH = 64
+MAX_BYTES = 1 << 24
 _SPECIAL = {".inf": float("inf"), "+.inf": float("inf"), "-.inf": float("-inf"), ".nan": float("nan")}
 
 
@@ -79,11 +83,15 @@ class TreeReader:
         self.source = source
         self.keep_lines = keep_lines
         self.problems: list[Problem] = []
+        self.num_nodes = 0
+        self.above: set[int] = set()
 
     def read(self, text: str) -> Entry:
         """Parse `text`; raises ConfigError for text that is not YAML."""
         try:
             node = yaml.compose(text, Loader=yaml.SafeLoader)
+        except RecursionError as error:
+            raise self.refuse("nested too deeply", None) from error
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             origin = Origin(self.source, mark.line + 1) if mark and self.keep_lines else Origin(self.source)
@@ -102,14 +110,30 @@ class TreeReader:
 
     def convert(self, node: yaml.Node, key: str, origin: Origin) -> Entry:
         """The entry of a node whose key is at `origin`."""
-        if isinstance(node, yaml.MappingNode):
-            return Entry(self.convert_mapping(node, key), origin)
-        if isinstance(node, yaml.SequenceNode):
-            items = [self.convert(item, f"{key}.{index}", self.origin(item)) for index, item in enumerate(node.value)]
-            return Entry(items, origin)
+        self.num_nodes += 1
+        if self.num_nodes > MAX_NODES:
+            raise self.refuse(f"more than {MAX_NODES:,} values with all aliases written out", node)
+        if id(node) in self.above:
+            raise self.refuse("an alias names a value that holds it", node)
+        if len(self.above) > MAX_DEPTH:
+            raise self.refuse("nested too deeply", node)
+        if isinstance(node, yaml.CollectionNode):
+            self.above.add(id(node))
+            found: dict[str, Entry] | list[Entry]
+            if isinstance(node, yaml.MappingNode):
+                found = self.convert_mapping(node, key)
+            else:
+                items = enumerate(node.value)
+                found = [self.convert(item, f"{key}.{index}", self.origin(item)) for index, item in items]
+            self.above.remove(id(node))
+            return Entry(found, origin)
         assert isinstance(node, yaml.ScalarNode), f"unexpected YAML node {node!r}"
         # A quoted scalar is text whatever it looks like.
         return Entry(node.value if node.style else parse_scalar(node.value), origin)
+
+    def refuse(self, rule: str, node: yaml.Node | None) -> ConfigError:
+        """The error of a text that is YAML and no configuration."""
+        return ConfigError([Problem("", rule, "write it out, shorter and flatter", origin=self.origin(node))])
 
     def convert_mapping(self, node: yaml.MappingNode, parent: str) -> dict[str, Entry]:
         """The entries of a mapping; a key that occurs twice is a problem."""
@@ -151,7 +175,7 @@ def read_tree(path: Path, problems: list[Problem], *, chain: tuple[Path, ...] = 
         raise FileNotFoundError(f"{path} {what}; name an existing YAML file")
     reader = TreeReader(str(path))
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_bounded(path, MAX_BYTES).decode()
     except UnicodeDecodeError as error:
         rule = f"not UTF-8 text (byte {error.start})"
         raise ConfigError([Problem("", rule, "save the file as UTF-8", origin=Origin(str(path)))]) from error

@@ -99,7 +99,7 @@ def record_environment(
     """The content of environment.json: machine, libraries, ranks, model size and the peak behind `mfu`."""
     return {
         "started_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": sys.argv,
+        "command": [hide_secrets(word) for word in sys.argv],
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": read_processor_name(),
@@ -115,6 +115,11 @@ def record_environment(
         "model": model_facts,
         "peak": asdict(peak),
     }
+
+
+def hide_secrets(word: str) -> str:
+    """A word of the command line without the value of `launch.setup`, which may hold tokens."""
+    return "launch.setup=(not recorded)" if word.startswith("launch.setup=") else word
 
 
 def read_version(library: str) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -203,6 +204,28 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(data: DataConfig, tmp_p
 def test_two_runs_in_one_directory_are_refused(data: DataConfig, tmp_path: Path) -> None:
     with lock_directory(tmp_path), pytest.raises(RuntimeError, match=r"another process trains in .*another run\.dir"):
         train(tiny_config(data, tmp_path))
+
+
+def test_a_secret_of_the_setup_is_in_no_record(
+    data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["amfm", "train", "run.yaml", "launch.setup=export TOKEN=hunter2"])
+    settings = {"train__steps": 4, "train__checkpoint_every_steps": 1, "launch__setup": "export TOKEN=hunter2"}
+    for steps in (1, 2):  # the second start compares its settings with those of the first
+        assert train(tiny_config(data, tmp_path, **settings, train__stop_after_steps=steps)) == 0
+    texts = {path.name: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert not [name for name, text in texts.items() if b"hunter2" in text]
+    assert b"false # launch.setup is not recorded" in texts["config.yaml"]
+
+
+def test_a_damaged_tokenizer_in_the_store_is_noticed_before_training(data: DataConfig, tmp_path: Path) -> None:
+    shutil.copytree(data.store, tmp_path / "store")
+    model = bytearray((tmp_path / "store" / "tokenizer.model").read_bytes())
+    model[-1] ^= 1
+    (tmp_path / "store" / "tokenizer.model").write_bytes(model)
+    with pytest.raises((RuntimeError, ValueError), match=r"tokenizer\.model"):
+        train(tiny_config(data.model_copy(update={"store": str(tmp_path / "store")}), tmp_path / "run"))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_vocabulary_smaller_than_the_stores_is_refused(data: DataConfig, tmp_path: Path) -> None:

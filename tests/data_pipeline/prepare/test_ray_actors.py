@@ -76,6 +76,8 @@ def test_killed_actors_lose_and_duplicate_nothing(reference, ray_session, tmp_pa
     prepare(config, progress=kill_one)
     assert killed
     assert contents(config.store) == contents(reference.store)
+
+
 WITH_TOKEN = """
 import os, subprocess, sys
 from data_pipeline.prepare.ray_actors import running_ray

@@ -20,6 +20,7 @@ from pretrain.parallel import initialize_parallel
 from tests.pretrain.checkpoint.toys import digest_state, load, make_engine, run_steps, save
 
 SHARD = "rank-00000.safetensors"
+HEAD = ("format", "format_version", "sha256")
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +147,11 @@ DAMAGES = [
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_passed_over_with_its_reason(
-    folder: Path, engine: ZeroEngine, pristine: tuple[Path, dict[int, str]], damage: object
+    folder: Path,
+    engine: ZeroEngine,
+    pristine: tuple[Path, dict[int, str]],
+    damage: object,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     assert callable(damage)
     reason = damage(folder)
@@ -159,6 +164,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_its_reason(
     found = inspect_checkpoint(step_dir(folder, 3))
     assert (found["kind"], found["ok"]) == ("checkpoint", False) and reason in found["problems"][0]
     assert find_checkpoint(folder) == step_dir(folder, 2)
+    assert "because newer ones are damaged: step-00000003: " in caplog.text and reason in caplog.text
     with pytest.raises(RuntimeError, match="is damaged"):
         read_full_state(step_dir(folder, 3))
 
@@ -201,6 +207,39 @@ def test_latest_is_only_a_hint(folder: Path, engine: ZeroEngine, content: bytes 
     assert loaded is not None
     assert loaded.step == 3 and loaded.skipped == ()
     assert len(loaded.warnings) == 1 and reason in loaded.warnings[0]
+
+
+def test_tensors_of_another_dtype_with_a_sound_digest_are_refused(folder: Path, engine: ZeroEngine) -> None:
+    place = step_dir(folder, 3)
+    tensors = load_file(place / SHARD)
+    name = next(key for key in tensors if key.startswith("weight/"))
+    (place / SHARD).unlink()
+    entry = write_tensors(place / SHARD, {**tensors, name: tensors[name].half()}, {"format": "pt"})
+    manifest = read_manifest(place)
+    manifest["files"][SHARD] = {"bytes": entry.num_bytes, "sha256": entry.sha256}
+    (place / "manifest.json").write_text(encode_manifest({k: v for k, v in manifest.items() if k not in HEAD}))
+    loaded = load(folder, engine)
+    assert loaded is not None and loaded.step == 2
+    assert f"tensor {name} is torch.float16, saved are float32" in loaded.skipped[0]
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd"])
+def test_a_manifest_that_names_a_file_outside_its_folder_reads_nothing_there(folder: Path, name: str) -> None:
+    place = step_dir(folder, 3)
+    manifest = read_manifest(place)
+    manifest["files"][name] = {"bytes": 1, "sha256": "0" * 64}
+    (place / "manifest.json").write_text(encode_manifest({k: v for k, v in manifest.items() if k not in HEAD}))
+    with pytest.raises(RuntimeError, match="which is not one below it"):
+        read_manifest(place)
+
+
+@pytest.mark.parametrize("key", ["step", "files", "state", "layout", "versions", "buffers"])
+def test_a_manifest_that_lacks_a_key_is_one_message(folder: Path, key: str) -> None:
+    place = step_dir(folder, 3)
+    manifest = {k: v for k, v in read_manifest(place).items() if k not in (*HEAD, key)}
+    (place / "manifest.json").write_text(encode_manifest(manifest))
+    with pytest.raises(RuntimeError, match=f"{key} is missing"):
+        read_manifest(place)
 
 
 def test_latest_names_the_newest_after_a_save(folder: Path) -> None:
