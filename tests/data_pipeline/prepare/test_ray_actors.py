@@ -12,12 +12,7 @@ import pytest
 
 from data_pipeline.prepare.prepare import prepare
 from data_pipeline.store.store import TokenStore
-from tests.data_pipeline.prepare.stores import (
-    actor_pids,
-    contents,
-    elsewhere,
-    is_descendant,
-)
+from tests.data_pipeline.prepare.stores import actor_pids, contents, elsewhere, is_descendant
 
 # In a process of its own: a session's Ray would be used instead of one that is started.
 DRIVER = """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from model.config.schema import (
     AttentionConfig,
     FeedForwardConfig,
@@ -11,6 +13,8 @@ from model.config.schema import (
     MultipliersConfig,
     RopeConfig,
 )
+from model.hybrid import HybridModel
+from model.parallel.groups import single_rank_groups
 
 VOCABULARY = 61
 
@@ -161,3 +165,22 @@ CASES = {
     "qwen3_5_moe, gated": gated(qwen3_5_moe_config()),
     "qwen3_5_moe, no gates, as many key heads": qwen3_5_moe_config(mixers=delta_mixers(num_key_heads=None)),
 }
+
+# The name of a case begins with its class.
+TARGETED = {name: (name.split(",")[0], config) for name, config in CASES.items()}
+
+
+def build_ours(config: ModelConfig, seed: int = 0) -> HybridModel:
+    """A model whose weights are large enough for every part to matter, with a bias that moves the routing."""
+    model = HybridModel(config, single_rank_groups(), seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight") or name.endswith((".D", "conv.bias")):
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
+            elif not name.endswith(("A_log", "dt_bias")):
+                parameter.mul_(6.0)
+        for name, buffer in model.named_buffers():
+            if name.endswith("expert_bias"):
+                buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.1)
+    return model.eval()

@@ -11,8 +11,6 @@ from launch.bench.kernels.cuda import find_faults, time_case
 from launch.bench.kernels.cuda_cases import CUDA_OPERATIONS, Sizes, build_cuda_case
 
 ROW = {"op", "pass", "shape", "dtype", "backend", "milliseconds", "roofline_fraction", "ratio"}
-
-
 SMALL = Sizes(
     tokens=64, model=32, heads=2, head_dim=16, state=16, experts=4, top_k=2, expert_width=16,
     attention_heads=2, kv_heads=1, attention_dim=16, vocabulary=64,

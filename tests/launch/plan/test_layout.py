@@ -1,0 +1,37 @@
+"""Layouts: what each stage holds, and how one is written."""
+
+import pytest
+
+from launch.plan.layout import Layout, held_by_stages
+from model.flops import count_parameters
+from tests.launch.plan.presets import preset
+
+LAYOUTS = [
+    Layout(8, 1, 1),
+    Layout(64, 1, 1, tensor=4, sequence_parallel=True),
+    Layout(64, 1, 1, tensor=2, expert=8, pipeline=2),
+    Layout(64, 1, 1, tensor=4, expert=4, expert_tensor=2, pipeline=4, virtual_stages=2, schedule="interleaved"),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_parts_of_all_ranks_make_the_model(layout):
+    model = preset("nemotron3_nano_30b").model
+    held = held_by_stages(model, layout, 4096)
+    assert len(held) == layout.pipeline
+    total = sum(
+        entry.dense * layout.tensor
+        + entry.routed * (layout.expert * layout.expert_tensor if layout.expert > 1 else layout.tensor)
+        for entry in held
+    )
+    # Without an expert axis experts are cut over the tensor ranks.
+    assert total == pytest.approx(count_parameters(model).total, rel=1e-6)
+    assert sum(len(entry.letters) for entry in held) == len(model.letters)
+
+
+def test_a_layout_is_described_by_what_is_not_at_its_smallest():
+    assert Layout(1, 0, 2).describe() == "zero_stage=0 micro_batch_size=2"
+    layout = Layout(16, 1, 1, tensor=2, sequence_parallel=True, pipeline=4, schedule="zero_bubble")
+    assert layout.describe() == (
+        "tensor=2 sequence_parallel=true pipeline=4 zero_stage=1 schedule=zero_bubble micro_batch_size=1"
+    )

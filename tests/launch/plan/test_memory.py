@@ -1,0 +1,122 @@
+"""Memory by its parts: states, activations, gradients on their way, and what an axis takes of it."""
+
+import pytest
+
+from launch.plan.activations import Split, block_bytes
+from launch.plan.layout import Layout, held_by_stages
+from launch.plan.memory import estimate_memory, in_flight, reduction_bytes, storage_of
+from launch.plan.time import estimate_step
+from model.flops import count_parameters
+from tests.launch.plan.presets import H100, preset
+
+
+def test_memory_of_states_follows_the_zero_stage():
+    config = preset("ladder_1b_a300m")
+    total = count_parameters(config.model).total
+    parts = {
+        stage: estimate_memory(config, Layout(8, stage, 1), storage_of(config), margin=0.0).parts for stage in range(4)
+    }
+    assert [parts[stage]["weights"] for stage in range(4)] == [2 * total, 2 * total, 2 * total, 2 * total / 8]
+    assert [parts[stage]["moments"] for stage in range(4)] == [8 * total, total, total, total]
+    # bf16 gradients of several micro-batches are also summed in float32, whole on every rank, at any stage.
+    assert all(parts[stage]["gradients"] == 6 * total for stage in range(4) if "activations" in parts[stage])
+
+
+def test_activations_grow_with_rows_and_one_micro_batch_needs_no_float32_sums():
+    config = preset("ladder_1b_a300m")
+    one, two = (estimate_memory(config, Layout(8, 2, rows), storage_of(config), margin=0.0) for rows in (1, 2))
+    assert two.parts["activations"] == pytest.approx(2 * one.parts["activations"])
+    single = config.model_copy(update={"train": config.train.model_copy(update={"global_batch_size": 8})})
+    alone = estimate_memory(single, Layout(8, 2, 1), storage_of(single), margin=0.0)
+    assert alone.total() < one.total()
+
+
+def test_recomputed_blocks_keep_their_input_alone():
+    layout = Layout(8, 2, 1)
+    activations = {}
+    for overrides in ((), ("train.recompute=selective", "train.recompute_blocks=M"), ("train.recompute=full",)):
+        config = preset("ladder_1b_a300m", *overrides)
+        activations[overrides] = estimate_memory(config, layout, storage_of(config), margin=0.0).parts["activations"]
+    kept, some, least = activations.values()
+    assert least < some < kept
+    blocks = len(config.model.letters)
+    assert least >= 2 * config.train.sequence_length * config.model.hidden_size * blocks
+    assert least < 0.1 * kept
+
+
+def test_margin_is_a_part_of_the_rest():
+    config = preset("ladder_150m")
+    plain, wide = (estimate_memory(config, Layout(1, 1, 1), storage_of(config), margin=m).total() for m in (0.0, 0.2))
+    assert wide == pytest.approx(1.2 * plain)
+
+
+def test_gradients_on_their_way_take_a_bucket_and_what_is_sent():
+    config = preset("ladder_1b_a300m")
+    parameters = count_parameters(config.model).total
+    bucket = 200_000_000
+    for precision, ranks, communication in (
+        ("float32", 1, 4 * bucket),  # the buffer alone
+        ("bf16", 1, 4 * bucket),  # what is sent, in float32
+        ("bf16", 8, 6 * bucket),  # and the ranks' slices, joined
+    ):
+        run = preset("ladder_1b_a300m", f"train.precision={precision}")
+        layout, storage = Layout(ranks, 1, 1), storage_of(run)
+        (held,) = held_by_stages(run.model, layout, run.train.sequence_length)
+        parts = reduction_bytes(held, layout, storage)
+        left = max(0.0, storage.element_bytes * (parameters / ranks - bucket))  # this rank's share of earlier buckets
+        assert parts["communication"] == communication
+        assert parts["gradients"] == pytest.approx(storage.element_bytes * parameters + left)
+
+
+def test_a_single_rank_gathers_no_weights_under_zero_3():
+    config = preset("ladder_150m")
+    alone, two = (estimate_memory(config, Layout(ranks, 3, 1), storage_of(config), margin=0.0) for ranks in (1, 2))
+    assert "gathered weights" not in alone.parts
+    total = count_parameters(config.model).total
+    assert two.parts["gathered weights"] == pytest.approx(2 * (total + 50_000_000))
+
+
+def test_what_tensor_ranks_do_not_cut_stays_whole():
+    # One group of B and C for two ranks: their channels are on both, and a norm of y that lies on both keeps more.
+    config = preset("ladder_20m")
+    storage = storage_of(config)
+    whole, half = (block_bytes(config.model, "M", storage, Split(tensor=size)) for size in (1, 2))
+    stream = 256 * 2 * 2 + 4
+    assert (half.kept - stream) > 0.5 * (whole.kept - stream) + 2 * 64 * storage.element_bytes
+    wide = config.model.model_copy(update={"mamba": config.model.mamba.model_copy(update={"num_groups": 2})})
+    whole, half = (block_bytes(wide, "M", storage, Split(tensor=size)) for size in (1, 2))
+    assert half.kept - stream == pytest.approx(0.5 * (whole.kept - stream))
+
+
+def test_pipelines_hold_what_their_schedule_has_in_flight():
+    plain, interleaved = (
+        Layout(4, 1, 1, pipeline=4),
+        Layout(4, 1, 1, pipeline=4, virtual_stages=2, schedule="interleaved"),
+    )
+    assert [in_flight(plain, stage, 8) for stage in range(4)] == [4, 3, 2, 1]
+    assert in_flight(plain, 0, 2) == 2
+    assert [in_flight(interleaved, stage, 8) for stage in range(4)] == [5.5, 4.5, 3.5, 2.5]
+
+
+def test_an_axis_takes_its_part_of_memory_and_adds_its_exchange():
+    config = preset("ladder_8b_a1b", "train.global_batch_size=512")
+    storage = storage_of(config)
+    alone = estimate_memory(config, Layout(64, 1, 1), storage, margin=0.0).parts
+    cut = estimate_memory(
+        config, Layout(64, 1, 1, tensor=4, sequence_parallel=True, expert_tensor=4), storage, margin=0.0
+    )
+    assert cut.parts["weights"] == pytest.approx(alone["weights"] / 4)
+    assert alone["activations"] / 4 < cut.parts["activations"] < 0.5 * alone["activations"]
+    spread = estimate_memory(config, Layout(64, 1, 1, expert=8), storage, margin=0.0, imbalance=1.0)
+    uneven = estimate_memory(config, Layout(64, 1, 1, expert=8), storage, margin=0.0, imbalance=2.0)
+    assert spread.parts["weights"] < 0.3 * alone["weights"]
+    assert uneven.total() > spread.total()
+    for layout, axis in (
+        (Layout(64, 1, 1, tensor=4, sequence_parallel=True, expert_tensor=4), "tensor"),
+        (Layout(64, 1, 1, expert=8), "expert"),
+        (Layout(64, 1, 1, context=2), "context"),
+    ):
+        assert set(estimate_step(config, layout, H100, storage, overlap=0.5).communication) == {axis}
+    staged = estimate_step(config, Layout(64, 1, 1, pipeline=4), H100, storage, overlap=0.5)
+    busy = sum(staged.compute.values()) + sum(staged.communication.values())
+    assert staged.bubble == pytest.approx(3 * busy / (512 / 16))

@@ -1,0 +1,40 @@
+"""Seconds of a step: arithmetic at its peak bounds them, overlap hides what it can."""
+
+from launch.plan.layout import Layout
+from launch.plan.memory import storage_of
+from launch.plan.time import estimate_step
+from model.flops import flops_per_token
+from tests.launch.plan.presets import H100, PRESETS, preset
+
+
+def test_recomputed_blocks_pass_forward_twice():
+    plain, again = preset("ladder_1b_a300m"), preset("ladder_1b_a300m", "train.recompute=full")
+    before, after = (
+        estimate_step(config, Layout(8, 2, 1), H100, storage_of(config), overlap=1.0).compute
+        for config in (plain, again)
+    )
+    assert after.pop("head") == before.pop("head")
+    for kind, seconds in before.items():
+        # A forward pass is a third of three, or one of three and a half in attention and scans.
+        assert 1 + 1 / 3.5 <= after[kind] / seconds <= 1 + 1 / 3 + 1e-9
+
+
+def test_a_step_is_never_faster_than_its_arithmetic_at_peak():
+    for name in PRESETS:
+        config = preset(name)
+        step = estimate_step(config, Layout(1, 1, 1), H100, storage_of(config), overlap=1.0)
+        train = config.train
+        flops = sum(flops_per_token(config.model, train.sequence_length).values())
+        tokens = train.global_batch_size * train.sequence_length
+        assert step.total() > flops * tokens / H100.peak_flops(train.precision)
+        assert step.reduction == step.exposed_gathers == 0.0
+
+
+def test_overlap_hides_gathers_but_no_more_than_there_is_compute():
+    config = preset("ladder_8b_a1b")
+    steps = [
+        estimate_step(config, Layout(64, 3, 1), H100, storage_of(config), overlap=part) for part in (0.0, 0.5, 1.0)
+    ]
+    assert steps[0].exposed_gathers > steps[1].exposed_gathers > steps[2].exposed_gathers >= 0
+    hidden = steps[0].exposed_gathers - steps[2].exposed_gathers
+    assert hidden <= sum(steps[2].compute.values()) * (1 + 1e-9)

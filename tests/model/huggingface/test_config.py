@@ -1,0 +1,85 @@
+"""config.json: what it says of a model, and the model that it gives back."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from model.config.schema import ModelConfig, MultipliersConfig
+from model.huggingface.config import TokenIds, huggingface_config, model_config_from_huggingface
+from model.huggingface.weights import weight_map
+from tests.model.huggingface.cases import (
+    GRANITE,
+    NEMOTRON_H,
+    QWEN3_NEXT,
+    TARGETED,
+    build_ours,
+    grouped,
+    nemotron_h_config,
+)
+
+
+@pytest.mark.parametrize(("target", "config"), TARGETED.values(), ids=TARGETED.keys())
+def test_config_json_gives_the_configuration_back(target: str, config: ModelConfig) -> None:
+    none = TokenIds(None, None, None)
+    fields = huggingface_config(config, target, none, max_position_embeddings=64)
+    read = model_config_from_huggingface(fields)
+    again = huggingface_config(read, target, none, max_position_embeddings=64)
+    assert again == fields
+    assert json.loads(json.dumps(fields, allow_nan=False)) == fields, "JSON must hold every field"
+
+
+def test_config_json_avoids_the_known_traps() -> None:
+    none = TokenIds(None, None, None)
+    without_shared = nemotron_h_config(moe=grouped(NEMOTRON_H.moe, shared_expert_hidden_size=0))
+    fields = huggingface_config(without_shared, "nemotron_h", none, max_position_embeddings=64)
+    assert 0 < fields["time_step_min"] < 1e-20, "0 makes the class fail, 0.001 clamps"
+    assert fields["n_shared_experts"] == 1, "vLLM multiplies by it"
+    assert fields["moe_shared_expert_intermediate_size"] == 1, "0 would become intermediate_size"
+    assert fields["tie_word_embeddings"] is False
+    assert fields["rescale_prenorm_residual"] is False
+    assert fields["hybrid_override_pattern"] == "M*EM-E", "vLLM reads it"
+    granite = huggingface_config(GRANITE, "granitemoehybrid", none, max_position_embeddings=64)
+    assert granite["attention_multiplier"] == 6**-0.5, "the class's default is 1"
+    multipliers = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
+    assert all(granite[name] == 1.0 for name in multipliers)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "llama"}, "model_type=llama cannot be imported"),
+        ({"use_bias": True}, "use_bias=True cannot be imported; our model has use_bias=False only"),
+        ({"sliding_window": 128}, "sliding_window=128 cannot be imported"),
+        ({"layers_block_type": ["mamba", "conv"]}, r"layer kinds \['conv'\] cannot be imported"),
+    ],
+)
+def test_what_our_model_lacks_is_refused_on_import(changes: dict, message: str) -> None:
+    fields = huggingface_config(NEMOTRON_H, "nemotron_h", TokenIds(None, None, None), max_position_embeddings=64)
+    with pytest.raises(ValueError, match=message):
+        model_config_from_huggingface(fields | changes)
+
+
+def test_gates_that_the_description_does_not_have_are_refused_on_import() -> None:
+    mapping = weight_map(QWEN3_NEXT, "qwen3_next")
+    theirs = mapping.to_theirs(build_ours(QWEN3_NEXT).state_dict())
+    attention = "model.layers.1.self_attn.q_proj.weight"
+    with pytest.raises(
+        ValueError, match=r"q_proj\.weight has an output gate, and the model .* has none; remove amfm_model\.json"
+    ):
+        mapping.to_ours(theirs | {attention: theirs[attention] + 1})
+    shared = "model.layers.0.mlp.shared_expert_gate.weight"
+    with pytest.raises(ValueError, match=r"shared_expert_gate\.weight is not zero"):
+        mapping.to_ours(theirs | {shared: theirs[shared] + 1})
+
+
+def test_released_multipliers_of_granite_come_back_whole() -> None:
+    none = TokenIds(None, None, None)
+    fields = huggingface_config(GRANITE, "granitemoehybrid", none, max_position_embeddings=64)
+    released = {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 6.0}
+    released["attention_multiplier"] = 0.0078125
+    read = model_config_from_huggingface(fields | released)
+    assert read.multipliers == MultipliersConfig(embedding=12.0, residual=0.22, logits=1 / 6)
+    again = huggingface_config(read, "granitemoehybrid", none, max_position_embeddings=64)
+    assert again == fields | released

@@ -1,0 +1,136 @@
+"""Which classes of transformers hold a model, and the reason for each that does not."""
+
+from __future__ import annotations
+
+import pytest
+
+from model.config.schema import AttentionConfig, FeedForwardConfig, Mamba2Config, MultipliersConfig, RopeConfig
+from model.huggingface.targets import choose_target, explain_unfit
+from tests.model.huggingface.cases import (
+    GRANITE,
+    NEMOTRON_H,
+    QWEN3_NEXT,
+    delta_mixers,
+    granite_config,
+    grouped,
+    nemotron_h_config,
+    qwen3_5_moe_config,
+    qwen3_next_config,
+)
+
+UNFIT = {
+    "nemotron_h": {
+        "model.moe.activation=swiglu": {"moe": grouped(NEMOTRON_H.moe, activation="swiglu")},
+        "model.moe.router=softmax": {"moe": grouped(NEMOTRON_H.moe, router="softmax")},
+        "num_router_groups=4": {"moe": grouped(NEMOTRON_H.moe, num_router_groups=4, router_group_top_k=2)},
+        "model.moe.expert_hidden_size=12": {"moe": grouped(NEMOTRON_H.moe, expert_hidden_size=12)},
+        "model.moe.latent_size=6": {"moe": grouped(NEMOTRON_H.moe, latent_size=6)},
+        "model.hidden_size=20": {"hidden_size": 20},
+        "model.feed_forward.activation=swiglu": {
+            "feed_forward": FeedForwardConfig(hidden_size=20, activation="swiglu")
+        },
+        "model.attention.positions=rope": {
+            "attention": AttentionConfig(num_heads=4, num_kv_heads=1, head_dim=12, positions="rope")
+        },
+        "model.attention.qk_norm=true": {
+            "attention": AttentionConfig(num_heads=4, num_kv_heads=1, head_dim=12, qk_norm=True)
+        },
+        "model.attention.softmax_scale=0.5": {
+            "attention": AttentionConfig(num_heads=4, num_kv_heads=1, head_dim=12, softmax_scale=0.5)
+        },
+        "model.attention.gate=element": {
+            "attention": AttentionConfig(num_heads=4, num_kv_heads=1, head_dim=12, gate="element")
+        },
+        "model.moe.shared_expert_gate=true": {"moe": grouped(NEMOTRON_H.moe, shared_expert_gate=True)},
+        "model.multipliers.residual=0.5": {"multipliers": MultipliersConfig(residual=0.5)},
+    },
+    "granitemoehybrid": {
+        "model.pattern=MM*E": {"pattern": "MM*E"},
+        "model.pattern=MEM": {"pattern": "MEM"},
+        "model.pattern=MEM-": {
+            "pattern": "MEM-",
+            "feed_forward": FeedForwardConfig(hidden_size=8, activation="swiglu"),
+        },
+        "model.moe.activation=squared_relu": {"moe": grouped(GRANITE.moe, activation="squared_relu")},
+        "model.moe.router=sigmoid": {"moe": grouped(GRANITE.moe, router="sigmoid")},
+        "model.moe.normalize_probabilities=false": {"moe": grouped(GRANITE.moe, normalize_probabilities=False)},
+        "model.moe.routed_scaling=2.5": {"moe": grouped(GRANITE.moe, routed_scaling=2.5)},
+        "model.moe.num_router_groups=2": {"moe": grouped(GRANITE.moe, num_router_groups=2, router_group_top_k=2)},
+        "model.moe.expert_bias=true": {"moe": grouped(GRANITE.moe, expert_bias=True)},
+        "model.moe.latent_size=8": {"moe": grouped(GRANITE.moe, latent_size=8)},
+        "model.feed_forward.activation=squared_relu": {
+            "pattern": "M-",
+            "feed_forward": FeedForwardConfig(hidden_size=8, activation="squared_relu"),
+        },
+        "head_dim=8 = 32": {"attention": AttentionConfig(num_heads=4, num_kv_heads=1, head_dim=8)},
+        "model.attention.qk_norm=true": {
+            "attention": AttentionConfig(num_heads=4, num_kv_heads=1, head_dim=6, qk_norm=True)
+        },
+        "model.attention.rope.fraction=0.5": {
+            "attention": AttentionConfig(
+                num_heads=4, num_kv_heads=1, head_dim=6, positions="rope", rope=RopeConfig(fraction=0.5)
+            )
+        },
+        "= 28: granitemoehybrid needs": {"mamba": Mamba2Config(num_heads=7, head_dim=4, num_groups=1)},
+    },
+    "qwen3_next": {
+        "model.pattern=GE*": {"pattern": "GE*"},
+        "model.pattern=MEG-": {"pattern": "MEG-", "mamba": GRANITE.mamba},
+        "allow_negative_eigenvalues=true": {"mixers": delta_mixers(allow_negative_eigenvalues=True)},
+        "conv_kernel=0": {"mixers": delta_mixers(conv_kernel=0)},
+        "model.attention.qk_norm=false": {"attention": QWEN3_NEXT.attention.model_copy(update={"qk_norm": False})},
+        "model.attention.positions=none": {"attention": QWEN3_NEXT.attention.model_copy(update={"positions": "none"})},
+        "model.attention.softmax_scale=0.5": {
+            "attention": QWEN3_NEXT.attention.model_copy(update={"softmax_scale": 0.5})
+        },
+        "model.attention.gate=head": {"attention": QWEN3_NEXT.attention.model_copy(update={"gate": "head"})},
+        "model.multipliers.logits=0.5": {"multipliers": MultipliersConfig(logits=0.5)},
+        "model.moe.activation=squared_relu": {"moe": grouped(QWEN3_NEXT.moe, activation="squared_relu")},
+        "model.moe.router=sigmoid": {"moe": grouped(QWEN3_NEXT.moe, router="sigmoid")},
+        "model.moe.routed_scaling=2.5": {"moe": grouped(QWEN3_NEXT.moe, routed_scaling=2.5)},
+        "model.moe.num_router_groups=2": {"moe": grouped(QWEN3_NEXT.moe, num_router_groups=2, router_group_top_k=2)},
+        "model.moe.expert_bias=true": {"moe": grouped(QWEN3_NEXT.moe, expert_bias=True)},
+        "model.moe.latent_size=8": {"moe": grouped(QWEN3_NEXT.moe, latent_size=8)},
+        "model.moe.expert_hidden_size=12": {"moe": grouped(QWEN3_NEXT.moe, expert_hidden_size=12)},
+        "model.feed_forward.activation=squared_relu": {
+            "feed_forward": FeedForwardConfig(hidden_size=8, activation="squared_relu"),
+        },
+    },
+    "qwen3_5_moe": {
+        "model.pattern=GE*-": {"pattern": "GE*-"},
+        "model.moe.normalize_probabilities=false": {"moe": grouped(QWEN3_NEXT.moe, normalize_probabilities=False)},
+        "of qwen3_5_moe, it scores experts with a softmax": {"moe": grouped(QWEN3_NEXT.moe, router="sigmoid")},
+    },
+}
+
+
+BASES = {
+    "nemotron_h": nemotron_h_config,
+    "granitemoehybrid": granite_config,
+    "qwen3_next": qwen3_next_config,
+    "qwen3_5_moe": qwen3_5_moe_config,
+}
+
+
+@pytest.mark.parametrize(
+    ("target", "expected", "changes"),
+    [(target, expected, changes) for target, cases in UNFIT.items() for expected, changes in cases.items()],
+)
+def test_each_choice_a_class_cannot_hold_is_named_with_a_remedy(target: str, expected: str, changes: dict) -> None:
+    base = BASES[target]
+    assert explain_unfit(base(), target) == []
+    (reason,) = explain_unfit(base(**changes), target)
+    assert expected in reason
+    assert "; " in reason and "own" in reason, "a remedy is missing"
+    assert choose_target(base(**changes)) != target
+    assert explain_unfit(base(**changes), "own") == []
+
+
+def test_sections_that_the_pattern_does_not_use_stop_no_target() -> None:
+    config = nemotron_h_config(pattern="M-", moe=grouped(NEMOTRON_H.moe, activation="swiglu"))
+    assert choose_target(config) == "nemotron_h"
+
+
+def test_unknown_target_is_refused() -> None:
+    with pytest.raises(ValueError, match="'mamba2' is unknown; use auto, nemotron_h"):
+        explain_unfit(NEMOTRON_H, "mamba2")

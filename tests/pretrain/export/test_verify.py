@@ -1,0 +1,87 @@
+"""The proof of an export: what fails it, and what is said then."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from data_pipeline.config import DataConfig
+from pretrain.export.export import ODD_TEXTS, export_checkpoint, find_problems, proof_text, run_proof
+from pretrain.export.files import ExportPlan, write_export
+from pretrain.inference.weights import write_weights
+from tests.pretrain.export.exported_models import MODELS, random_weights
+
+
+def test_a_missing_head_fails_the_proof(data: DataConfig, tmp_path: Path) -> None:
+    # transformers only warns about a missing head and fills it with random numbers.
+    plan = ExportPlan(random_weights(data, MODELS["nemotron_h"]), "nemotron_h", 48)
+    write_export(plan, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    tokens_BT, texts, _ = proof_text(plan.weights)
+    problems = "; ".join(find_problems(plan, run_proof(plan, tmp_path, tokens_BT, texts)))
+    assert "lm_head.weight" in problems
+    assert "logits differ" in problems
+
+
+def test_a_failed_proof_is_a_failed_export_and_leaves_no_folder(data: DataConfig, tmp_path: Path) -> None:
+    weights = random_weights(data, MODELS["nemotron_h"])
+    state = dict(weights.state)
+    state["final_norm.weight"] = torch.full_like(state["final_norm.weight"], torch.nan)
+    (tmp_path / "weights").mkdir()
+    write_weights(tmp_path / "weights", replace(weights, state=state))
+    with pytest.raises(
+        RuntimeError, match=r"failed its proof: logits differ by up to nan.*out\.failed for examination"
+    ):
+        export_checkpoint(tmp_path / "weights", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / ".out.amfm-export").exists()
+    assert (tmp_path / "out.failed" / "config.json").is_file()
+
+
+def test_what_speaks_against_an_export_is_said(data: DataConfig) -> None:
+    plan = ExportPlan(random_weights(data, MODELS["nemotron_h"]), "nemotron_h", 48)
+    good = {
+        "class_name": "NemotronHForCausalLM",
+        "keys": {},
+        "max_logit_difference": 1e-6,
+        "same_argmax": True,
+        "wrong_ids": 0,
+        "num_ids": 100,
+        "differing_texts": [],
+        "undecoded_texts": [],
+    }
+    assert find_problems(plan, good) == []
+    for change, expected in [
+        ({"max_logit_difference": 2e-4}, "logits differ by up to 2.00e-04"),
+        ({"max_logit_difference": math.nan}, "logits differ"),
+        ({"same_argmax": False}, "most likely token differs"),
+        ({"keys": {"unexpected_keys": ["x"]}}, "did not match the class"),
+        ({"class_name": "LlamaForCausalLM"}, "loads as LlamaForCausalLM"),
+        ({"wrong_ids": 1, "differing_texts": ["abc"]}, "other ids for"),
+        ({"undecoded_texts": ["abc"]}, "does not give back"),
+    ]:
+        (problem,) = find_problems(plan, good | change)
+        assert expected in problem
+
+
+def test_a_folder_that_cannot_be_loaded_is_reported_with_the_reason(data: DataConfig, tmp_path: Path) -> None:
+    plan = ExportPlan(random_weights(data, MODELS["nemotron_h"]), "nemotron_h", 48)
+    (tmp_path / "config.json").write_text('{"model_type": "nothing_like_it"}')
+    tokens_BT, texts, _ = proof_text(plan.weights)
+    (problem,) = find_problems(plan, run_proof(plan, tmp_path, tokens_BT, texts))
+    assert "nothing_like_it" in problem
+
+
+def test_a_model_without_validation_text_is_compared_on_a_sample(data: DataConfig) -> None:
+    weights = random_weights(data, MODELS["nemotron_h"])
+    tokens_BT, texts, source = proof_text(weights)
+    assert source == "a built-in sample"
+    assert tokens_BT.shape[0] == 2 and tokens_BT.shape[1] > 64, "longer than a chunk, so that states are carried"
+    assert set(ODD_TEXTS) <= set(texts)
