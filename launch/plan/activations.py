@@ -163,12 +163,15 @@ def head_bytes(config: ModelConfig, storage: Storage, tokens: float, tensor: int
     """(kept, working) bytes of the head for `tokens` tokens in one pass: the gradients that the loss makes in forward.
 
     Kept: gradients of hidden and weight. Working: a slice of float32 logits with its gradient, and the weight's sums.
+    Tensor ranks' Triton kernels make the logits again in backward, a slice of their gradient alone.
     """
     e, vocab, hidden = storage.element_bytes, config.vocab_size // tensor, config.hidden_size
     backend = storage.backend
     rows = min(tokens, max(LOGITS_LEAST_ROWS[backend], LOGITS_SLICE[backend] // vocab))
     if backend == "triton":
         rows = min(rows, 4096)
-    kept = tokens * hidden * 3 * e + vocab * hidden * e
     sums = vocab * hidden * FLOAT32_BYTES if e < FLOAT32_BYTES else 0
+    if tensor > 1 and backend == "triton":
+        return tokens * hidden * 2 * e, tokens * hidden * e + rows * vocab * e + sums
+    kept = tokens * hidden * 3 * e + vocab * hidden * e
     return kept, rows * vocab * (FLOAT32_BYTES + e) + sums

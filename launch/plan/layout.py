@@ -12,6 +12,7 @@ from model.config.schema import ModelConfig
 from model.flops import count_parameters
 from model.pipeline_split import cut_pieces, pieces_of_rank
 from pretrain.config.schema import RunConfig
+from pretrain.recompute import recomputed_letters
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Layout:
     pipeline: int = 1
     virtual_stages: int = 1
     schedule: str = "1f1b"
+    recompute: frozenset[str] = frozenset()  # letters of the blocks that are computed again
 
     @classmethod
     def of(cls, config: RunConfig, ranks: int) -> Layout:
@@ -46,6 +48,7 @@ class Layout:
             section.pipeline,
             section.virtual_stages,
             section.schedule,
+            recomputed_letters(config),
         )
 
     @property
@@ -104,6 +107,13 @@ class Layout:
             section |= {"schedule": self.schedule, "virtual_stages": self.virtual_stages}
         return section
 
+    def train_settings(self, model: ModelConfig) -> dict[str, Any]:
+        """What of the `train` section belongs to it: the rows of a micro-batch, and which blocks are computed again."""
+        kinds = frozenset(model.letters)
+        name = "none" if not self.recompute else "full" if self.recompute >= kinds else "selective"
+        blocks = "".join(sorted(self.recompute)) if name == "selective" else ""
+        return {"micro_batch_size": self.micro_batch_size, "recompute": name, "recompute_blocks": blocks}
+
     def describe(self) -> str:
         """The settings that are not at their smallest, as overrides write them."""
         parts = [
@@ -111,7 +121,8 @@ class Layout:
             for name, value in self.settings().items()
             if name == "zero_stage" or value is True or value not in (1, False, "1f1b")
         ]
-        return " ".join([*parts, f"micro_batch_size={self.micro_batch_size}"])
+        again = [f"recompute={''.join(sorted(self.recompute))}"] if self.recompute else []
+        return " ".join([*parts, f"micro_batch_size={self.micro_batch_size}", *again])
 
 
 @dataclass(frozen=True)
@@ -151,9 +162,32 @@ def routed_parameters(model: ModelConfig) -> int:
     return moe.num_experts * rows * (moe.latent_size or model.hidden_size)
 
 
-@lru_cache(maxsize=1024)
 def held_by_stages(model: ModelConfig, layout: Layout, sequence_length: int) -> tuple[StageShare, ...]:
     """One rank of each pipeline stage. Norms and routers, which every tensor rank holds, count as cut: they are small."""
+    # Of all that a layout says only what cuts the model: a search asks for the same shares again and again.
+    cuts = Layout(
+        0,
+        0,
+        1,
+        tensor=layout.tensor,
+        expert=layout.expert,
+        expert_tensor=layout.expert_tensor,
+        pipeline=layout.pipeline,
+        virtual_stages=layout.virtual_stages,
+    )
+    return _held(model, cuts, sequence_length)
+
+
+def distinct_stages(stages: tuple[StageShare, ...]) -> tuple[StageShare, ...]:
+    """The first of the stages that hold the same: a later one needs no more memory, and no more time."""
+    first: dict[object, StageShare] = {}
+    for held in stages:
+        first.setdefault((held.letters, held.has_embedding, held.has_head), held)
+    return tuple(first.values())
+
+
+@lru_cache(maxsize=1024)
+def _held(model: ModelConfig, layout: Layout, sequence_length: int) -> tuple[StageShare, ...]:
     letters = model.letters
     counts = count_parameters(model)
     number = {letter: letters.count(letter) for letter in letters}

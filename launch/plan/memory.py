@@ -1,8 +1,9 @@
-"""Bytes that one rank needs for a step: what stays, and the fuller of two phases, the passes and the optimizer's step.
+"""Bytes that one rank needs: what stays, and the fuller of two phases of a step, the passes and the optimizer's step.
 
-Every pipeline stage is counted; the fullest one is what a device must hold. Gradients lie whole on every rank, in the
-dtype of the weights, until the last backward pass of a step (they are reduced once a step, at every ZeRO stage), and
-with bf16 and several micro-batches a rank also as float32 sums. So ZeRO-2 and 3 spare no gradient memory here.
+Before them comes the phase of building: a rank's model is made whole, in float32, on the device. Every pipeline stage is
+counted; the fullest one is what a device must hold. Gradients lie whole on every rank, in the dtype of the weights, until
+the last backward pass of a step (they are reduced once a step, at every ZeRO stage), and with bf16 and several
+micro-batches a rank also as float32 sums. So ZeRO-2 and 3 spare no gradient memory here.
 """
 
 from __future__ import annotations
@@ -11,9 +12,8 @@ from dataclasses import dataclass
 
 from launch.plan.activations import FLOAT32_BYTES, Split, Storage, block_bytes, head_bytes, recomputed_bytes
 from launch.plan.exchanges import BUCKET_ELEMENTS
-from launch.plan.layout import Layout, StageShare, held_by_stages
+from launch.plan.layout import Layout, StageShare, distinct_stages, held_by_stages
 from pretrain.config.schema import RunConfig
-from pretrain.recompute import recomputed_letters
 
 STAGE0_BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's own all-reduce
 PREFETCH_ELEMENTS = 50_000_000  # that it gathers ahead
@@ -47,7 +47,7 @@ def estimate_memory(
 
     `imbalance`: routed rows of the fullest rank over the mean, where experts are spread.
     """
-    stages = held_by_stages(config.model, layout, config.train.sequence_length)
+    stages = distinct_stages(held_by_stages(config.model, layout, config.train.sequence_length))
     found = [estimate_stage(config, layout, storage, held, imbalance) for held in stages]
     fullest = max(found, key=Memory.total)
     parts = fullest.parts | {"margin": margin * fullest.total()}
@@ -57,11 +57,29 @@ def estimate_memory(
 def estimate_stage(config: RunConfig, layout: Layout, storage: Storage, held: StageShare, imbalance: float) -> Memory:
     """Peak bytes of a rank of one pipeline stage, without a margin."""
     stays = persistent_bytes(held, layout, storage)
-    pass_parts = busiest_pass(config, layout, storage, held, imbalance)
-    step_parts = step_bytes(held, layout, storage)
-    phase = "passes" if sum(pass_parts.values()) >= sum(step_parts.values()) else "optimizer step"
+    moments = {
+        "passes": stays | busiest_pass(config, layout, storage, held, imbalance),
+        "optimizer step": stays | step_bytes(held, layout, storage),
+        "building": building_bytes(held, layout, storage),
+    }
+    phase = max(moments, key=lambda name: sum(moments[name].values()))
     place = f" of pipeline stage {held.stage}" if layout.pipeline > 1 else ""
-    return Memory(stays | (pass_parts if phase == "passes" else step_parts), f"{phase}{place}")
+    return Memory(moments[phase], f"{phase}{place}")
+
+
+def building_bytes(held: StageShare, layout: Layout, storage: Storage) -> dict[str, float]:
+    """Parts before the first step: the rank's model whole and in float32, or DeepSpeed's copies of it while it spreads them."""
+    e, parameters = storage.element_bytes, held.parameters
+    first = {"weights in float32": FLOAT32_BYTES * parameters}
+    stays = persistent_bytes(held, layout, storage)
+    if layout.zero_stage == 0:
+        # The wrapper of bf16 steps once, with gradients of zeros, to allocate moments.
+        then = stays | ({"gradients": (FLOAT32_BYTES + e) * parameters} if e < FLOAT32_BYTES else {"moments": 0.0})
+    elif layout.zero_stage == 3:
+        then = stays | {"moments": 0.0}
+    else:
+        then = stays | {"joined weights": e * parameters, "moments": 0.0}
+    return max(first, then, key=lambda parts: sum(parts.values()))
 
 
 def persistent_bytes(held: StageShare, layout: Layout, storage: Storage) -> dict[str, float]:
@@ -81,11 +99,11 @@ def persistent_bytes(held: StageShare, layout: Layout, storage: Storage) -> dict
 def in_flight(layout: Layout, stage: int, micro_batches: int) -> float:
     """Micro-batches whose activations a rank of a stage holds at once, in passes through all of its blocks.
 
-    1F1B: as many as stages follow, itself included; interleaved schedules begin with more pieces of a rank's blocks
-    (Narayanan et al. 2021, arXiv 2104.04473, section 2.2).
+    1F1B: as many as stages follow, itself included, and zero-bubble schedules begin alike; interleaved ones begin with more
+    pieces of a rank's blocks (Narayanan et al. 2021, arXiv 2104.04473, section 2.2).
     """
     following = layout.pipeline - stage
-    if layout.schedule == "1f1b":
+    if layout.schedule != "interleaved":
         return min(micro_batches, following)
     pieces = 2 * (following - 1) + (layout.virtual_stages - 1) * layout.pipeline + 1
     return min(micro_batches * layout.virtual_stages, pieces) / layout.virtual_stages
@@ -113,7 +131,7 @@ def busiest_pass(
     kinds = set(held.letters)
     split = split_of(layout, imbalance)
     sizes = {letter: block_bytes(model, letter, storage, split) for letter in kinds}
-    for letter in recomputed_letters(config) & kinds:
+    for letter in layout.recompute & kinds:
         sizes[letter] = recomputed_bytes(sizes[letter], model, storage, layout.stream_ranks)
     gradient_bytes = e + (FLOAT32_BYTES if accumulates and e < FLOAT32_BYTES else 0)
     whole = held.parameters * gradient_bytes

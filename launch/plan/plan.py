@@ -9,7 +9,7 @@ from typing import Any
 from launch.plan.hardware import GIB, Hardware
 from launch.plan.layout import Layout, held_by_stages
 from launch.plan.memory import Memory, estimate_memory, persistent_bytes, storage_of
-from launch.plan.search import all_layouts, is_allowed, neighbour_layouts, with_layout
+from launch.plan.search import all_layouts, is_allowed, neighbour_layouts, recomputed, with_layout
 from launch.plan.time import StepTime, estimate_step
 from model.flops import Counts, count_parameters, flops_per_token
 from pretrain.checks.stages import run_of_stage
@@ -18,6 +18,7 @@ from pretrain.stages import RunStage, resolve_stages
 
 SECONDS_A_DAY = 86_400
 NEAR_MISSES = 3
+KEPT_PARTS = ("weights", "masters", "moments", "gradients")  # that no recomputation spares
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,10 @@ class Assumptions:
 
 @dataclass(frozen=True)
 class Estimate:
-    """One layout: what it needs and how fast it is. `reason` says why it does not fit; empty: it fits."""
+    """One layout: what it needs and how fast it is. `reason` says why it does not fit; empty: it fits.
+
+    `train`: what of the `train` section the layout decides.
+    """
 
     layout: Layout
     memory: Memory
@@ -39,6 +43,7 @@ class Estimate:
     mfu: float
     tokens_per_second: float
     reason: str
+    train: dict[str, Any]
 
     def fits(self) -> bool:
         """Whether a rank's bytes are fewer than the device's."""
@@ -108,7 +113,7 @@ def make_plan(
     stages = resolve_stages(config)
     runs = [run_of_stage(config, stage) for stage in stages]
     found = all_layouts(runs[0], ranks, hardware.gpus_per_node) if search else neighbour_layouts(runs[0], ranks)
-    fitting, misses = rank_layouts(config, runs, found, hardware, assumptions)
+    fitting, misses = rank_layouts(config, runs, found, hardware, assumptions, recomputes=search)
     is_own = all(is_allowed(run, ranks) for run in runs)
     if not is_own:
         if not (fitting or misses):
@@ -135,27 +140,57 @@ def rank_layouts(
     layouts: Iterable[Layout],
     hardware: Hardware,
     assumptions: Assumptions,
+    *,
+    recomputes: bool,
 ) -> tuple[tuple[Estimate, ...], tuple[Estimate, ...]]:
-    """The layouts that every stage obeys and fits in, fastest in the first stage first; and the nearest of the others."""
+    """The layouts that every stage obeys and fits in, fastest in the first stage first; and the nearest of the others.
+
+    `recomputes`: a layout that does not fit is tried again with more blocks recomputed.
+    """
     fitting: list[Estimate] = []
-    misses: list[Estimate] = []
-    for layout in layouts:
-        item = estimate(runs[0], layout, hardware, assumptions)
-        for index, run in enumerate(runs[1:], start=1):
-            if not item.fits():
-                break
-            name, later = config.stages[index].name, at_stage(layout, config, index, run)
-            if not is_allowed(with_layout(run, later), layout.ranks):
-                item = replace(item, reason=f"stage {name} breaks a rule in this layout")
-                break
-            found = estimate(run, later, hardware, assumptions)
-            if not found.fits():
-                item = replace(item, memory=found.memory, reason=f"stage {name} {found.reason}")
-        (fitting if item.fits() else misses).append(item)
-    fitting.sort(key=lambda item: item.step.total())
+    misses: list[tuple[Layout, Memory, str]] = []
     room = hardware.memory_gib * GIB
-    misses.sort(key=lambda item: (item.memory.total() <= room, item.memory.total()))  # broken rules last
-    return tuple(fitting), tuple(misses[:NEAR_MISSES])
+    for layout in layouts:
+        for option in recomputed(runs[0], layout) if recomputes else (layout,):
+            memory, reason = memory_of_stages(config, runs, option, hardware, assumptions)
+            if not reason or sum(memory.parts.get(name, 0.0) for name in KEPT_PARTS) > room:
+                break
+        if reason:
+            misses.append((option, memory, reason))
+        else:
+            fitting.append(estimate(runs[0], option, hardware, assumptions))
+    fitting.sort(key=lambda item: item.step.total())
+    misses.sort(key=lambda miss: (miss[1].total() <= room, miss[1].total()))  # broken rules last
+    nearest = [
+        replace(estimate(runs[0], layout, hardware, assumptions), memory=memory, reason=reason)
+        for layout, memory, reason in misses[:NEAR_MISSES]
+    ]
+    return tuple(fitting), tuple(nearest)
+
+
+def memory_of_stages(
+    config: RunConfig, runs: list[RunConfig], layout: Layout, hardware: Hardware, assumptions: Assumptions
+) -> tuple[Memory, str]:
+    """Memory in the first training stage, or in the first that a layout does not suit, and why it does not."""
+    found: tuple[Memory, str] | None = None
+    for index, run in enumerate(runs):
+        here = at_stage(layout, config, index, run) if index else layout
+        stage = f"stage {config.stages[index].name} " if index else ""
+        if found is not None and not is_allowed(with_layout(run, here), layout.ranks):
+            return found[0], f"{stage}breaks a rule in this layout"
+        memory = memory_of(run, here, assumptions)
+        reason = explain_misfit(memory, hardware)
+        if reason:
+            return memory, stage + reason
+        found = found or (memory, "")
+    assert found is not None, "a run has a stage"
+    return found
+
+
+def memory_of(config: RunConfig, layout: Layout, assumptions: Assumptions) -> Memory:
+    """Memory of the fullest rank of a run without stages."""
+    storage = storage_of(config)
+    return estimate_memory(config, layout, storage, margin=assumptions.margin, imbalance=assumptions.imbalance)
 
 
 def at_stage(layout: Layout, config: RunConfig, index: int, run: RunConfig) -> Layout:
@@ -167,7 +202,7 @@ def at_stage(layout: Layout, config: RunConfig, index: int, run: RunConfig) -> L
 def estimate(config: RunConfig, layout: Layout, hardware: Hardware, assumptions: Assumptions) -> Estimate:
     """Memory and time of one layout; the configuration is a run without stages."""
     storage = storage_of(config)
-    memory = estimate_memory(config, layout, storage, margin=assumptions.margin, imbalance=assumptions.imbalance)
+    memory = memory_of(config, layout, assumptions)
     step = estimate_step(
         config, layout, hardware, storage, overlap=assumptions.overlap, imbalance=assumptions.imbalance
     )
@@ -177,7 +212,7 @@ def estimate(config: RunConfig, layout: Layout, hardware: Hardware, assumptions:
     seconds = step.total()
     mfu = flops * tokens / layout.ranks / seconds / hardware.peak_flops(train.precision)
     reason = explain_misfit(memory, hardware)
-    return Estimate(layout, memory, step, mfu, tokens / seconds, reason)
+    return Estimate(layout, memory, step, mfu, tokens / seconds, reason, layout.train_settings(config.model))
 
 
 def explain_misfit(memory: Memory, hardware: Hardware) -> str:
@@ -283,7 +318,7 @@ def estimate_as_dict(item: Estimate) -> dict[str, Any]:
     step = item.step
     return {
         "parallel": item.layout.settings(),
-        "train": {"micro_batch_size": item.layout.micro_batch_size},
+        "train": item.train,
         "fits": item.fits(),
         "reason": item.reason,
         "memory": {

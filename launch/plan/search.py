@@ -7,12 +7,15 @@ from dataclasses import replace
 from itertools import product
 
 from launch.plan.layout import Layout
+from model.flops import block_flops
 from pretrain.checks.check_run import batch_problems
 from pretrain.checks.parallel import layout_problems, micro_batch_problems, pipeline_problems, world_problems
 from pretrain.config.schema import ParallelConfig, RunConfig
 
 ZERO_STAGES = (0, 1, 2, 3)
 MICRO_BATCH_SIZES = (1, 2, 4, 8)
+# Schedules with the pieces of the pipeline that a rank holds.
+SCHEDULES = (("1f1b", 1), ("zero_bubble", 1), ("interleaved", 2), ("interleaved", 4))
 LARGEST_CONTEXT = 16
 
 
@@ -29,7 +32,7 @@ def neighbour_layouts(config: RunConfig, ranks: int) -> Iterator[Layout]:
 def all_layouts(config: RunConfig, ranks: int, gpus_per_node: int) -> Iterator[Layout]:
     """Every combination of axes in powers of two, with sequence parallel wherever there is tensor parallel.
 
-    Tensor parallel stays inside a node. The configuration's own cuts, schedule and recomputation are kept.
+    Tensor parallel stays inside a node. Every schedule of the pipeline; nothing is recomputed yet (`recomputed`).
     """
     model = config.model
     experts = model.moe.num_experts if model.moe is not None else 1
@@ -44,7 +47,9 @@ def all_layouts(config: RunConfig, ranks: int, gpus_per_node: int) -> Iterator[L
             if experts % expert or ranks % (expert * pipeline):
                 continue
             # With experts or stages of its own a rank gains nothing from gathering weights as well.
-            for stage, size in product((1,) if expert * pipeline > 1 else ZERO_STAGES, MICRO_BATCH_SIZES):
+            zero_stages = (1,) if expert * pipeline > 1 else ZERO_STAGES
+            schedules = SCHEDULES if pipeline > 1 else SCHEDULES[:1]
+            for stage, size, (schedule, pieces) in product(zero_stages, MICRO_BATCH_SIZES, schedules):
                 layout = Layout(
                     ranks,
                     stage,
@@ -55,11 +60,29 @@ def all_layouts(config: RunConfig, ranks: int, gpus_per_node: int) -> Iterator[L
                     1 if expert > 1 else tensor,
                     context,
                     pipeline,
-                    config.parallel.virtual_stages if pipeline > 1 else 1,
-                    config.parallel.schedule if pipeline > 1 else "1f1b",
+                    pieces,
+                    schedule,
                 )
                 if is_allowed(with_layout(config, layout), ranks):
                     yield layout
+
+
+def recomputed(config: RunConfig, layout: Layout) -> Iterator[Layout]:
+    """The layout with ever more blocks computed again: none, one kind (that of the fewest operations first), all.
+
+    The first that fits is the fastest that does. A schedule that cuts backward passes in two recomputes nothing.
+    """
+    yield layout
+    if layout.schedule == "zero_bubble":
+        return
+    letters = config.model.letters
+    kinds = sorted(
+        set(letters),
+        key=lambda letter: letters.count(letter) * block_flops(config.model, letter, config.train.sequence_length),
+    )
+    for letter in kinds[: len(kinds) if len(kinds) > 1 else 0]:
+        yield replace(layout, recompute=frozenset(letter))
+    yield replace(layout, recompute=frozenset(kinds))
 
 
 def powers_of_two(largest: int) -> list[int]:
@@ -70,7 +93,7 @@ def powers_of_two(largest: int) -> list[int]:
 def with_layout(config: RunConfig, layout: Layout) -> RunConfig:
     """The configuration in another layout."""
     section = ParallelConfig.model_validate(layout.settings())
-    train = config.train.model_copy(update={"micro_batch_size": layout.micro_batch_size})
+    train = config.train.model_copy(update=layout.train_settings(config.model))
     return config.model_copy(update={"parallel": section, "train": train})
 
 

@@ -17,12 +17,11 @@ from launch.plan.activations import FLOAT32_BYTES, Storage, up_rows
 from launch.plan.communication import pass_seconds, ring_seconds, total_seconds
 from launch.plan.exchanges import reduction_exchanges
 from launch.plan.hardware import Hardware
-from launch.plan.layout import Layout, StageShare, held_by_stages
+from launch.plan.layout import Layout, StageShare, distinct_stages, held_by_stages
 from launch.plan.registered import is_registered, registered_block
 from model.config.pattern import block_kind
 from model.config.schema import ModelConfig
 from pretrain.config.schema import RunConfig
-from pretrain.recompute import recomputed_letters
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def block_seconds(
 ) -> float:
     """Forward and backward seconds of a rank's part of one block for a micro-batch."""
     model, e, tokens, tensor = config.model, storage.element_bytes, layout.tokens(config), layout.tensor
-    forwards = 2 if letter in recomputed_letters(config) else 1
+    forwards = 2 if letter in layout.recompute else 1
     line = Roofline(hardware, config.train.precision, e, forwards)
     # The norm with its residual: two tensors read and two written; backward reads three and writes two.
     line.passes(9 * tokens / layout.stream_ranks * model.hidden_size * e)
@@ -196,7 +195,7 @@ def estimate_step(
 
     Reductions come after the last backward pass, so nothing hides them.
     """
-    stages = held_by_stages(config.model, layout, config.train.sequence_length)
+    stages = distinct_stages(held_by_stages(config.model, layout, config.train.sequence_length))
     block = {
         letter: block_seconds(config, letter, layout, hardware, storage, imbalance)
         for letter in {letter for held in stages for letter in held.letters}

@@ -1,12 +1,15 @@
 """Memory by its parts: states, activations, gradients on their way, and what an axis takes of it."""
 
+from dataclasses import replace
+
 import pytest
 
 from launch.plan.activations import Split, block_bytes
 from launch.plan.layout import Layout, held_by_stages
-from launch.plan.memory import estimate_memory, in_flight, reduction_bytes, storage_of
+from launch.plan.memory import building_bytes, estimate_memory, in_flight, reduction_bytes, storage_of
 from launch.plan.time import estimate_step
 from model.flops import count_parameters
+from pretrain.recompute import recomputed_letters
 from tests.launch.plan.presets import H100, preset
 
 
@@ -32,10 +35,11 @@ def test_activations_grow_with_rows_and_one_micro_batch_needs_no_float32_sums():
 
 
 def test_recomputed_blocks_keep_their_input_alone():
-    layout = Layout(8, 2, 1)
+    plain = Layout(8, 2, 1)
     activations = {}
     for overrides in ((), ("train.recompute=selective", "train.recompute_blocks=M"), ("train.recompute=full",)):
         config = preset("ladder_1b_a300m", *overrides)
+        layout = replace(plain, recompute=recomputed_letters(config))
         activations[overrides] = estimate_memory(config, layout, storage_of(config), margin=0.0).parts["activations"]
     kept, some, least = activations.values()
     assert least < some < kept
@@ -95,6 +99,7 @@ def test_pipelines_hold_what_their_schedule_has_in_flight():
     )
     assert [in_flight(plain, stage, 8) for stage in range(4)] == [4, 3, 2, 1]
     assert in_flight(plain, 0, 2) == 2
+    assert in_flight(replace(plain, schedule="zero_bubble"), 0, 8) == 4
     assert [in_flight(interleaved, stage, 8) for stage in range(4)] == [5.5, 4.5, 3.5, 2.5]
 
 
@@ -120,3 +125,14 @@ def test_an_axis_takes_its_part_of_memory_and_adds_its_exchange():
     staged = estimate_step(config, Layout(64, 1, 1, pipeline=4), H100, storage, overlap=0.5)
     busy = sum(staged.compute.values()) + sum(staged.communication.values())
     assert staged.bubble == pytest.approx(3 * busy / (512 / 16))
+
+
+def test_building_needs_the_whole_model_in_float32_before_it_is_spread():
+    config = preset("nemotron3_nano_30b")
+    layout = Layout(64, 3, 1, tensor=8)
+    (held,) = held_by_stages(config.model, layout, config.train.sequence_length)
+    parts = building_bytes(held, layout, storage_of(config))
+    assert parts == {"weights in float32": 4 * held.parameters}
+    # ZeRO 1: the bf16 weights, DeepSpeed's joined copy of them, and this rank's masters.
+    alone = building_bytes(held, Layout(1, 1, 1, tensor=8), storage_of(config))
+    assert sum(alone.values()) == 8 * held.parameters

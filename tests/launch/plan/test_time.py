@@ -4,13 +4,16 @@ from launch.plan.layout import Layout
 from launch.plan.memory import storage_of
 from launch.plan.time import estimate_step
 from model.flops import flops_per_token
+from pretrain.recompute import recomputed_letters
 from tests.launch.plan.presets import H100, PRESETS, preset
 
 
 def test_recomputed_blocks_pass_forward_twice():
     plain, again = preset("ladder_1b_a300m"), preset("ladder_1b_a300m", "train.recompute=full")
     before, after = (
-        estimate_step(config, Layout(8, 2, 1), H100, storage_of(config), overlap=1.0).compute
+        estimate_step(
+            config, Layout(8, 2, 1, recompute=recomputed_letters(config)), H100, storage_of(config), overlap=1.0
+        ).compute
         for config in (plain, again)
     )
     assert after.pop("head") == before.pop("head")
