@@ -44,4 +44,5 @@ class ScanLimits:
 DECAY_LIMITS = ScanLimits((16, 32, 64, 128), 256, 256)
 VECTOR_GATE_LIMITS = ScanLimits((16, 32, 64), 256)
 DELTA_LIMITS = ScanLimits((16, 32, 64), 256)
+VECTOR_DELTA_LIMITS = ScanLimits((16, 32, 64), 256)
 DIAG_LIMITS = ScanLimits((16,), 16)

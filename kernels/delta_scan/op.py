@@ -13,7 +13,7 @@ from kernels.delta_scan.reference import delta_by_steps
 from kernels.delta_scan.torch_impl import chunked_delta
 from kernels.shapes import check_float, check_row, check_shape, drop_single_document
 
-# (q_BTGK, k_BTNGK, v_BTNHV, beta_BTNH, g_BTH or None, initial_state_BHKV or None, document_ids_BT or None, chunk_size)
+# (q_BTGK, k_BTNGK, v_BTNHV, beta_BTNH, g_BTH, g_BTHK or None, initial_state_BHKV or None, document_ids_BT or None, chunk_size)
 # -> (o_BTHV in the dtype of v, the last state [B, H, K, V]); beta, g and states are float32, or float64 with v.
 DeltaFunction = Callable[
     [Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, int], tuple[Tensor, Tensor]
@@ -42,12 +42,13 @@ def delta_scan(
     with_transfer: bool = False,
     backend: str = "torch",
 ) -> DeltaScanOutput:
-    """S <- e^(g_t) S, then S <- (I - beta k k^T) S + beta k v^T for each of a token's N steps, then o_t = S^T q_t.
+    """S <- diag(e^(g_t)) S, then S <- (I - beta k k^T) S + beta k v^T for each of a token's N steps, then o_t = S^T q_t.
 
     S = 0 before the first token of each document. N = 1 is the (gated) delta rule, N > 1 DeltaProduct. q [B, T, G, K],
     k [B, T, N, G, K], v [B, T, N, H, V] in one dtype, with G dividing H; the caller normalises k to length 1. beta
     [B, T, N, H] in (0, 1), or (0, 2) for states that may change sign; g [B, T, H] <= 0 is the log of the decay, absent
-    for none. Document ids are integers [B, T], equal inside a document. The initial state belongs to the document of
+    for none. g [B, T, H, K] has a decay a key channel (Kimi Delta Attention) and asks for N = 1, G = H and a chunk_size that
+    is a power of two. Document ids are integers [B, T], equal inside a document. The initial state belongs to the document of
     each row's first token. beta, g and states are taken in float32 (float64 for float64 inputs). A chunk holds chunk_size
     steps, which changes speed and rounding, not meaning.
 
@@ -57,12 +58,14 @@ def delta_scan(
     state). They cost as much again as K more columns of v do.
 
     Raises ValueError for shapes, dtypes or devices that do not fit. Sources: Yang et al. 2024 (arXiv 2406.06484), Yang
-    et al. 2024 (arXiv 2412.06464), Siems et al. 2025 (arXiv 2502.10297).
+    et al. 2024 (arXiv 2412.06464), Siems et al. 2025 (arXiv 2502.10297), Kimi Team 2025 (arXiv 2510.26692).
     """
     check_delta(q_BTGK, k_BTNGK, v_BTNHV, beta_BTNH, g_BTH)
     B, _, _, H, V = v_BTNHV.shape
     K = q_BTGK.shape[3]
     check_row(document_ids_BT, initial_state_BHKV, (B, H, K, V), chunk_size, v_BTNHV)
+    if g_BTH is not None and g_BTH.dim() == 4 and chunk_size & (chunk_size - 1):
+        raise ValueError(f"chunk_size={chunk_size} must be a power of two for a vector gate; use 16, 32 or 64")
     scan = _find_scan(resolve_backend(backend, v_BTNHV.device))
     wide = torch.float64 if v_BTNHV.dtype == torch.float64 else torch.float32
     initial = None if initial_state_BHKV is None else initial_state_BHKV.to(wide)
@@ -150,7 +153,15 @@ def check_delta(
     check_float("q_BTGK", q_BTGK, v_BTNHV)
     check_float("k_BTNGK", k_BTNGK, v_BTNHV)
     check_float("beta_BTNH", beta_BTNH)
-    if g_BTH is not None:
+    if g_BTH is not None and g_BTH.dim() == 4:
+        check_shape("g_BTHK", g_BTH, (B, T, H, K), v_BTNHV)
+        check_float("g_BTHK", g_BTH)
+        if N > 1 or G != H:
+            raise ValueError(
+                f"a gate of each key channel needs 1 step a token and a key head for each head; got {N} steps and {G} key "
+                f"heads for {H} heads"
+            )
+    elif g_BTH is not None:
         check_shape("g_BTH", g_BTH, (B, T, H), v_BTNHV)
         check_float("g_BTH", g_BTH)
 

@@ -15,9 +15,9 @@ def delta_by_steps(
     initial_state_BHKV: Tensor | None,
     document_ids_BT: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """S <- e^(g_t) S, then S <- (I - beta k k^T) S + beta k v^T for each of a token's N steps, then o_t = S^T q_t.
+    """S <- diag(e^(g_t)) S, then S <- (I - beta k k^T) S + beta k v^T for each of a token's N steps, then o_t = S^T q_t.
 
-    S = 0 before the first token of each document. Returns o [B, T, H, V] and the state [B, H, K, V] after the last token.
+    g has one number a head or, as [B, T, H, K], one a key channel. S = 0 before the first token of each document. Returns o [B, T, H, V] and the state [B, H, K, V] after the last token.
     """
     B, T, G, K = q_BTGK.shape
     N, H, V = v_BTNHV.shape[2:]
@@ -28,7 +28,8 @@ def delta_by_steps(
             continues = document_ids_BT[:, t] == document_ids_BT[:, t - 1]
             state = torch.where(continues[:, None, None, None], state, torch.zeros_like(state))
         if g_BTH is not None:
-            state = g_BTH[:, t].exp()[..., None, None] * state
+            decay = g_BTH[:, t].exp()
+            state = (decay[..., None, None] if decay.dim() == 2 else decay[..., None]) * state
         for j in range(N):
             k_BHK = k_BTNGK[:, t, j].repeat_interleave(H // G, dim=1)
             remembered_BHV = torch.einsum("bhkv,bhk->bhv", state, k_BHK)

@@ -12,20 +12,36 @@ from kernels.powers import LOG2_E
 
 
 @dataclass
-class Terms:
+class ChunkedRows:
     """Rows cut into chunks, chunks and heads first: [c, B, G or H, tokens or steps, ...] in the dtype of beta.
 
-    A chunk has Q tokens of N steps, M = Q N, those of a token next to each other. J gates a token: H, or one (zero)
-    where nothing decays.
+    A chunk has Q tokens of N steps, M = Q N, those of a token next to each other.
     """
 
     sizes: Chunks
     N: int
-    documents: Documents
     q: Tensor  # [c, B, G, Q, K]
     k: Tensor  # [c, B, G, M, K]
     v: Tensor  # [c, B, H, M, V]
     beta: Tensor  # [c, B, H, M, 1]
+
+    def heads_first(self, x_BTH: Tensor) -> Tensor:
+        """[B, T, heads, ...] as [c, B, heads, Q, ...]."""
+        return steps_of_heads(x_BTH.unsqueeze(2), self.sizes, self.beta.dtype)
+
+    def tokens_first(self, x_cBHX: Tensor, N: int | None = None) -> Tensor:
+        """[c, B, heads, Q, ...] as [B, T, heads, ...], or [c, B, heads, M, ...] as [B, T, N, heads, ...]."""
+        x = x_cBHX.transpose(0, 1).movedim(3, 2)
+        if N is not None:
+            x = x.unflatten(2, (-1, N))
+        return x.flatten(1, 2)[:, : self.sizes.T]
+
+
+@dataclass
+class Terms(ChunkedRows):
+    """What chunks contribute where a gate is a number a token and head. J gates a token: H, or one (zero) where nothing decays."""
+
+    documents: Documents
     b_nJQ: Tensor  # times log2(e), for powers of 2
     decay: Tensor  # e^(b_i - b_j) for tokens j <= i of one document, 0 elsewhere, [c, B, J, Q, Q]
 
@@ -52,11 +68,11 @@ class Terms:
         return cls(
             s,
             N,
+            steps_of_heads(q_BTGK.unsqueeze(2), s, wide),
+            steps_of_heads(k_BTNGK, s, wide),
+            steps_of_heads(v_BTNHV, s, wide),
+            steps_of_heads(beta_BTNH.unsqueeze(-1), s, wide),
             documents,
-            _heads_first(q_BTGK.unsqueeze(2), s, wide),
-            _heads_first(k_BTNGK, s, wide),
-            _heads_first(v_BTNHV, s, wide),
-            _heads_first(beta_BTNH.unsqueeze(-1), s, wide),
             b_nJQ,
             decay_nJQQ.unflatten(0, (s.chunks, B)),
         )
@@ -104,17 +120,6 @@ class Terms:
         """Gradient of g [B, T, H] from that of its sums b."""
         return tokens_first(self.documents.sum_inside_reversed(b_cBHQ.flatten(0, 1)), self.sizes)
 
-    def heads_first(self, x_BTH: Tensor) -> Tensor:
-        """[B, T, heads, ...] as [c, B, heads, Q, ...]."""
-        return _heads_first(x_BTH.unsqueeze(2), self.sizes, self.beta.dtype)
-
-    def tokens_first(self, x_cBHX: Tensor, N: int | None = None) -> Tensor:
-        """[c, B, heads, Q, ...] as [B, T, heads, ...], or [c, B, heads, M, ...] as [B, T, N, heads, ...]."""
-        x = x_cBHX.transpose(0, 1).movedim(3, 2)
-        if N is not None:
-            x = x.unflatten(2, (-1, N))
-        return x.flatten(1, 2)[:, : self.sizes.T]
-
     def _start_weights(self, like: Tensor) -> Tensor:
         return self._spread(self.documents.keep_first(self.b_nJQ.exp2()), like)
 
@@ -141,7 +146,7 @@ class Terms:
         return x_cBGR.squeeze(3) if self.sizes.R == 1 else x_cBGR.sum(3)
 
 
-def _heads_first(x_BTNH: Tensor, s: Chunks, dtype: torch.dtype) -> Tensor:
+def steps_of_heads(x_BTNH: Tensor, s: Chunks, dtype: torch.dtype) -> Tensor:
     """[B, T, N, heads, ...] as [c, B, heads, Q N, ...]."""
     cut = pad_tokens(x_BTNH, s.padding).unflatten(1, (s.chunks, s.Q)).transpose(0, 1).movedim(4, 2)
     return cut.to(dtype, copy=True, memory_format=torch.contiguous_format).flatten(3, 4)

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.channel_gates import cut_gates
 from kernels.delta_scan.inverse import invert_unit_lower
 from kernels.delta_scan.terms import Terms
+from kernels.delta_scan.vector.terms import ScoreSums, VectorTerms
 
 # Matrices [Q, Q N] of a piece for each thread: enough that a call costs little beside its work, few enough to stay in the cache.
 _MATRICES = 64
@@ -32,10 +34,12 @@ def chunked_delta(
 ) -> tuple[Tensor, Tensor]:
     """`delta_by_steps` in chunks of `chunk_size` steps; beta, g and the state are float32 (float64 for float64 inputs).
 
-    Returns o [B, T, H, V] in the dtype of v and the last state [B, H, K, V]. Products are float32 whatever the inputs are.
+    g may be [B, T, H, K], a gate a key channel: then N = 1, G = H and the chunk size is a power of two. Returns o [B, T, H, V] in the dtype of v and the last state [B, H, K, V]. Products are float32 whatever the inputs are.
     Under torch.compile the plain composition runs, which Inductor fuses; otherwise a hand-written backward.
     """
     chunk_tokens = max(1, chunk_size // v_BTNHV.shape[2])
+    if g_BTH is not None and g_BTH.dim() == 4:
+        g_BTH = cut_gates(g_BTH, document_ids_BT)
     rows = (q_BTGK, k_BTNGK, v_BTNHV, beta_BTNH, g_BTH)
     arguments = (*rows, initial_state_BHKV, document_ids_BT, chunk_tokens)
     if torch.compiler.is_compiling():
@@ -55,7 +59,11 @@ def compose_delta(
 ) -> tuple[Tensor, Tensor]:
     """The same as `chunked_delta` as a plain composition of differentiable operations, for the compiler."""
     B, _, _, H, V = v_BTNHV.shape
-    terms = Terms.of(q_BTGK, k_BTNGK, v_BTNHV, beta_BTNH, g_BTH, document_ids_BT, chunk_tokens)
+    terms: Terms | VectorTerms
+    if g_BTH is not None and g_BTH.dim() == 4:
+        terms = VectorTerms.of(q_BTGK, k_BTNGK, v_BTNHV, beta_BTNH, g_BTH, chunk_tokens, composed=True)
+    else:
+        terms = Terms.of(q_BTGK, k_BTNGK, v_BTNHV, beta_BTNH, g_BTH, document_ids_BT, chunk_tokens)
     strict = (terms.interactions() * terms.beta.mT).tril(-1)
     identity = torch.eye(strict.shape[-1], dtype=strict.dtype, device=strict.device)
     inverse = torch.linalg.solve_triangular(strict + identity, identity.expand_as(strict), upper=False)
@@ -79,10 +87,14 @@ class _Piece(NamedTuple):
     rows: slice
     tokens: slice
 
-    def terms(self, inputs: Sequence[Tensor | None], chunk_tokens: int) -> Terms:
-        """Terms of this piece of (q, k, v, beta, g, document ids)."""
+    def terms(
+        self, inputs: Sequence[Tensor | None], chunk_tokens: int, scores: Tensor | None = None
+    ) -> Terms | VectorTerms:
+        """Terms of this piece of (q, k, v, beta, g, document ids); of gates a channel with the scores from forward."""
         q, k, v, beta, g, documents = (None if x is None else x[self.rows, self.tokens] for x in inputs)
         assert q is not None and k is not None and v is not None and beta is not None, "only gates may be absent"
+        if g is not None and g.dim() == 4:
+            return VectorTerms.of(q, k, v, beta, g, chunk_tokens, scores)
         return Terms.of(q, k, v, beta, g, documents, chunk_tokens)
 
     def resume(self, state_BHKV: Tensor, document_ids_BT: Tensor | None) -> Tensor:
@@ -105,11 +117,15 @@ def _cut_pieces(v_BTNHV: Tensor, chunk_tokens: int, matrices: int) -> list[list[
 
 
 class _Walked(NamedTuple):
-    """What backward needs of a piece: inverses [c, B, H, M, M], errors [.., M, V], entering states [.., K, V]."""
+    """What backward needs of a piece: inverses [c, B, H, M, M], errors [.., M, V], entering states [.., K, V].
+
+    scores: of gates a channel, whose products are dear, those of `VectorTerms`; else None.
+    """
 
     inverse: Tensor
     errors: Tensor
     entering: Tensor
+    scores: Tensor | None
 
 
 class _ChunkedDelta(torch.autograd.Function):
@@ -131,7 +147,7 @@ class _ChunkedDelta(torch.autograd.Function):
         B, T, _, H, V = v.shape
         o = torch.empty(B, T, H, V, dtype=beta.dtype, device=v.device)
         final = torch.empty(B, H, q.shape[-1], V, dtype=beta.dtype, device=v.device)
-        walked: list[Tensor] = []
+        walked: list[Tensor | None] = []
         matrices = _MATRICES * torch.get_num_threads()
         for pieces in _cut_pieces(v, chunk_tokens, matrices):
             rows = pieces[0].rows
@@ -154,7 +170,7 @@ class _ChunkedDelta(torch.autograd.Function):
         return _backward(ctx, d_o, d_final)
 
 
-def _walk(terms: Terms, state: Tensor) -> tuple[Tensor, Tensor, _Walked]:
+def _walk(terms: Terms | VectorTerms, state: Tensor) -> tuple[Tensor, Tensor, _Walked]:
     """o [B, T, H, V] of a piece, the state after it, and what its backward needs.
 
     Rows with few heads have many chunks of few matrices, where each call counts: the loop has only what must wait for a state.
@@ -167,7 +183,7 @@ def _walk(terms: Terms, state: Tensor) -> tuple[Tensor, Tensor, _Walked]:
     chunks = zip(
         *map(_by_chunk, (terms.v, terms.from_start(terms.k), inverse, errors)),
         _by_chunk((terms.to_end(terms.k) * terms.beta).mT),
-        _by_chunk(terms.carry().expand(-1, *state.shape[:2], 1, 1)),
+        _by_chunk(terms.carry().expand(-1, *state.shape[:2], -1, -1)),
         itertools.pairwise((*_by_chunk(entering), last.flatten(0, 1))),
         strict=True,
     )
@@ -176,10 +192,13 @@ def _walk(terms: Terms, state: Tensor) -> tuple[Tensor, Tensor, _Walked]:
         torch.baddbmm(carry * before, out_of, error, out=after)
     changes = errors * terms.beta
     o = _add_product(torch.matmul(terms.from_start(terms.q), entering), terms.mix(), changes)
-    return terms.tokens_first(o), last, _Walked(inverse, errors, entering)
+    scores = terms.scores if isinstance(terms, VectorTerms) else None
+    return terms.tokens_first(o), last, _Walked(inverse, errors, entering, scores)
 
 
-def _walk_back(terms: Terms, walked: _Walked, d_o: Tensor, d_state: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _walk_back(
+    terms: Terms | VectorTerms, walked: _Walked, d_o: Tensor, d_state: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of changes, of v, of the states leaving chunks (shaped as errors and entering), and of the first state."""
     d_changes = torch.matmul(terms.mix().mT, d_o)
     d_entering = torch.matmul(terms.from_start(terms.q).mT, d_o)
@@ -190,7 +209,7 @@ def _walk_back(terms: Terms, walked: _Walked, d_o: Tensor, d_state: Tensor) -> t
         *map(_by_chunk, (d_changes, d_entering, d_v, terms.to_end(terms.k))),
         _by_chunk((walked.inverse * terms.beta).mT),
         _by_chunk(terms.from_start(terms.k).mT),
-        _by_chunk(terms.carry().expand(-1, *d_state.shape[:2], 1, 1)),
+        _by_chunk(terms.carry().expand(-1, *d_state.shape[:2], -1, -1)),
         itertools.pairwise(_by_chunk(d_states)),
         strict=True,
     )
@@ -227,7 +246,8 @@ def _backward(ctx: Any, d_o: Tensor | None, d_final: Tensor | None) -> tuple[Ten
     inputs = (q, k, v, beta, g, documents_BT)
     if d_o is None:
         d_o = torch.zeros_like(o)
-    walked = [_Walked(*saved[i : i + 3]) for i in range(0, len(saved), 3)]
+    size = len(_Walked._fields)
+    walked = [_Walked(*saved[i : i + size]) for i in range(0, len(saved), size)]
     d_g = None if g is None else torch.empty_like(g)
     total = _Gradients(torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(beta), d_g)
     d_initial = torch.empty_like(final)
@@ -236,9 +256,13 @@ def _backward(ctx: Any, d_o: Tensor | None, d_final: Tensor | None) -> tuple[Ten
         d_state = torch.zeros_like(final[rows]) if d_final is None else d_final[rows]
         after = final[rows]
         for piece in reversed(pieces):
-            terms, kept = piece.terms(inputs, ctx.chunk_tokens), walked.pop()
+            kept = walked.pop()
+            terms = piece.terms(inputs, ctx.chunk_tokens, kept.scores)
             place = piece.rows, piece.tokens
-            gradients, d_state = _differentiate(terms, kept, o[place], d_o[place], after, d_state, g is not None)
+            if isinstance(terms, VectorTerms):
+                gradients, d_state = _differentiate_vector(terms, kept, d_o[place], d_state)
+            else:
+                gradients, d_state = _differentiate(terms, kept, o[place], d_o[place], after, d_state, g is not None)
             d_state = piece.resume(d_state, documents_BT)
             after = kept.entering[0]
             for whole, part in zip(total, gradients):
@@ -274,4 +298,30 @@ def _differentiate(
     _add_product(d_changes, terms.interactions().tril_(-1).mT, d_v, -1.0)
     d_beta = d_changes.mul_(errors).sum(-1)
     d_q, d_k, d_v, d_beta = terms.tokens_first(d_q), *(terms.tokens_first(x, N) for x in (d_k, d_v, d_beta))
+    return _Gradients(d_q, d_k, d_v, d_beta, d_g), d_state
+
+
+def _differentiate_vector(
+    terms: VectorTerms, walked: _Walked, d_o: Tensor, d_state: Tensor
+) -> tuple[_Gradients, Tensor]:
+    """`_differentiate` for gates of key channels, whose gradients come from the sums that each product's factors are."""
+    d_o_heads = terms.heads_first(d_o)
+    d_changes, d_v, leaving, d_state = _walk_back(terms, walked, d_o_heads, d_state)
+    errors, entering = walked.errors, walked.entering
+    changes = errors * terms.beta
+    d_q = torch.matmul(d_o_heads, entering.mT).mul_(terms.start)
+    d_found = torch.matmul(d_v, entering.mT).mul_(terms.start).neg_()
+    d_written = torch.matmul(changes, leaving.mT).mul_(terms.end)
+    d_starts = (d_q * terms.q).addcmul_(d_found, terms.k)
+    d_starts[..., -1, :] += (entering * leaving).sum(-1).mul_(terms.start[..., -1, :])
+    d_ends = d_written * terms.k
+    d_scores = torch.stack([torch.matmul(d_o_heads, changes.mT), torch.matmul(d_v, changes.mT).neg_()], dim=3)
+    sums = ScoreSums(*(x.flatten(0, 2) for x in (d_q, d_found.add_(d_written), d_starts, d_ends)))
+    terms.score_gradients(d_scores.flatten(0, 2), sums)
+    _add_product(d_changes, terms.interactions().mT, d_v, -1.0)
+    d_beta = d_changes.mul_(errors).sum(-1)
+    lead = d_q.shape[:3]
+    d_q, d_k, d_g = (x.unflatten(0, lead) for x in (sums.q, sums.k, sums.starts))
+    d_q, d_g = terms.tokens_first(d_q), terms.tokens_first(d_g)
+    d_k, d_v, d_beta = (terms.tokens_first(x, 1) for x in (d_k, d_v, d_beta))
     return _Gradients(d_q, d_k, d_v, d_beta, d_g), d_state

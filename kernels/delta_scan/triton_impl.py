@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kernels.delta_scan.triton_backward import gradients_kernel, walk_back_kernel
 from kernels.delta_scan.triton_forward import chunk_state_kernel, prepare_kernel
+from kernels.delta_scan.vector.triton_impl import delta_vector_triton
 from kernels.documents import first_tokens
 from kernels.interpreter import dot_dtype
 from kernels.limits import DELTA_LIMITS
@@ -52,8 +53,12 @@ def delta_scan_triton(
     """As `torch_impl.chunked_delta`, for float32, bfloat16 and float16; beta, gates and states are float32.
 
     chunk_size counts steps, N a token: 16, 32 or a multiple of 64, which runs as 64. Nothing but the inputs is kept for
-    backward. Raises ValueError for chunk or key sizes without a kernel.
+    backward. Gates of key channels go to the kernels in vector/. Raises ValueError for chunk or key sizes without a kernel.
     """
+    if g_BTH is not None and g_BTH.dim() == 4:
+        steps = (k_BTNGK, v_BTNHV, beta_BTNH)
+        k, v, beta = (x.squeeze(2) for x in steps)
+        return delta_vector_triton(q_BTGK, k, v, beta, g_BTH, initial_state_BHKV, document_ids_BT, chunk_size)
     dot_dtype(v_BTNHV.dtype)  # refuses float64
     DELTA_LIMITS.check(chunk_size, q_BTGK.shape[-1], v_BTNHV.shape[-1])
     chunk = min(chunk_size, DELTA_LIMITS.chunk_sizes[-1])

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from kernels.limits import DECAY_LIMITS, DELTA_LIMITS, DIAG_LIMITS, VECTOR_GATE_LIMITS, ScanLimits
+from kernels.limits import DECAY_LIMITS, DELTA_LIMITS, DIAG_LIMITS, VECTOR_DELTA_LIMITS, VECTOR_GATE_LIMITS, ScanLimits
 from model.config.section import Section
 
 OutputGate = Literal["none", "element", "head"]
@@ -176,6 +176,23 @@ class GlaOptions(VectorGateOptions):
 
 class Hgrn2Options(VectorGateOptions):
     """HGRN2 (Qin et al. 2024, arXiv 2404.07904): a forget gate a key channel, and what it forgets as the key; letter `H`."""
+
+
+class KdaOptions(VectorGateOptions):
+    """Kimi Delta Attention (Kimi Team 2025, arXiv 2510.26692): the delta rule with a decay a key channel; letter `K`."""
+
+    conv_kernel: Literal[0, 2, 3, 4] = Field(4, description="Width of the causal convolution over q, k and v; 0: none.")
+    gate_rank: int | None = Field(
+        None, gt=0, description="Inside of the low-rank projections of decay and output gate; none: head_dim."
+    )
+    allow_negative_eigenvalues: bool = Field(
+        False, description="beta in (0, 2) and not (0, 1), so that a state may change sign (arXiv 2411.12537)."
+    )
+    scan_limits: ClassVar[ScanLimits | None] = VECTOR_DELTA_LIMITS
+
+    def rank(self) -> int:
+        """Inside of the low-rank projections."""
+        return self.gate_rank or self.head_dim
 
 
 class TransNormerOptions(HeadOptions):

@@ -52,6 +52,7 @@ BUILT_IN = (
     MixerSpec("deltaproduct", "model.mixers.delta:DeltaProductMixer", own.DeltaProductOptions),
     MixerSpec("gla", "model.mixers.vector_gates:GlaMixer", own.GlaOptions),
     MixerSpec("hgrn2", "model.mixers.vector_gates:Hgrn2Mixer", own.Hgrn2Options),
+    MixerSpec("kda", "model.mixers.kda:KdaMixer", own.KdaOptions),
     MixerSpec("hedgehog", "model.mixers.feature_maps:HedgehogMixer", own.HedgehogOptions),
     MixerSpec("lightning", "model.mixers.retention:LightningMixer", own.LightningOptions),
     MixerSpec(

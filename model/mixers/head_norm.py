@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -12,10 +14,13 @@ from model.parallel.shards import Shard
 
 
 class GatedHeadNorm(nn.Module):
-    """RMSNorm over each head, then times silu(gate): [B, T, H, V] -> [B, T, H V]; one weight [V] for all heads."""
+    """RMSNorm over each head, then times `activate`(gate): [B, T, H, V] -> [B, T, H V]; one weight [V] for all heads."""
 
-    def __init__(self, value_dim: int, build: BuildContext) -> None:
+    def __init__(
+        self, value_dim: int, build: BuildContext, activate: Callable[[Tensor], Tensor] = functional.silu
+    ) -> None:
         super().__init__()
+        self.activate = activate
         self.weight = nn.Parameter(torch.empty(value_dim))
         # One weight serves the heads of all tensor ranks.
         self.shards = {"weight": Shard(partial=("tp",))}
@@ -27,4 +32,4 @@ class GatedHeadNorm(nn.Module):
         if gate_BTI is None:
             return normed_BTI
         wide = torch.promote_types(gate_BTI.dtype, torch.float32)
-        return (normed_BTI.to(wide) * functional.silu(gate_BTI.to(wide))).to(o_BTHV.dtype)
+        return (normed_BTI.to(wide) * self.activate(gate_BTI.to(wide))).to(o_BTHV.dtype)

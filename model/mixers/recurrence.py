@@ -1,7 +1,7 @@
 """The two recurrences that carry linear mixers, as a mixer uses them: whole rows, segments of rows, one token.
 
 Decay: S_t = diag(e^(g_t)) S_(t-1) + k_t v_t^T, with one decay a head or one a key channel (kernels/decay_scan).
-Delta: S <- e^(g_t) S, then for each micro-step S <- (I - beta k k^T) S + beta k v^T (kernels/delta_scan).
+Delta: S <- diag(e^(g_t)) S, with one decay a head, one a key channel or none, then for each micro-step S <- (I - beta k k^T) S + beta k v^T (kernels/delta_scan).
 Both read o_t = S_t^T q_t.
 """
 
@@ -23,7 +23,8 @@ class ScanRows(NamedTuple):
     """What a recurrence reads of rows; of one token without the dimension T.
 
     Decay: q and k [B, T, H, K], v [B, T, H, V], g [B, T, H] or [B, T, H, K], all of one H. Delta: q [B, T, G, K],
-    k [B, T, N, G, K] of unit length, v [B, T, N, H, V], g [B, T, H] or None, beta [B, T, N, H].
+    k [B, T, N, G, K] of unit length, v [B, T, N, H, V], g [B, T, H], [B, T, H, K] (then N = 1, G = H) or None, beta
+    [B, T, N, H].
     """
 
     q: Tensor

@@ -51,6 +51,7 @@ def install_ablation(folder: Path) -> None:
         ("s3", ["model.mixers.deltaproduct.num_steps=1"], 32, 0.15, 0.6),
         ("overwriting", [], 64, 0.97, 1.0),
         ("overwriting", ["model.pattern={transnormer}"], 64, 0.0, 0.6),
+        ("overwriting", ["model.pattern=K", "model.mixers.kda={num_heads: 2, head_dim: 16}"], 64, 0.95, 1.0),
         ("mqar", [], 48, 0.98, 1.0),
         ("mqar", ["model.pattern=MM"], 48, 0.0, 0.6),
         ("selective_copying", [], 96, 0.95, 1.0),

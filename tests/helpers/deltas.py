@@ -26,10 +26,11 @@ class DeltaCase:
     lengths: tuple[int, ...] = ()  # of the documents in row 0; the other rows hold them in reverse
     initial: bool = False
     gated: bool = True
+    channels: bool = False  # a gate of each key channel
     transfer: bool = False
 
     def __str__(self) -> str:
-        flags = f"docs{len(self.lengths)}-init{int(self.initial)}-gate{int(self.gated)}-transfer{int(self.transfer)}"
+        flags = f"docs{len(self.lengths)}-init{int(self.initial)}-gate{int(self.gated) + int(self.channels)}-transfer{int(self.transfer)}"
         return f"T{self.T}-N{self.N}-G{self.G}-H{self.H}-{flags}"
 
 
@@ -79,7 +80,8 @@ def make_delta_inputs(case: DeltaCase, dtype: torch.dtype, seed: int = 0) -> Del
     B, T, N, G, H, K, V = case.B, case.T, case.N, case.G, case.H, case.K, case.V
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     q, k, v = draw(B, T, G, K), F.normalize(draw(B, T, N, G, K), dim=-1), draw(B, T, N, H, V)
-    beta, g, initial = 2 * torch.sigmoid(draw(B, T, N, H)), -0.2 * draw(B, T, H).abs(), draw(B, H, K, V)
+    gates = (B, T, H, K) if case.channels else (B, T, H)
+    beta, g, initial = 2 * torch.sigmoid(draw(B, T, N, H)), -0.2 * draw(*gates).abs(), draw(B, H, K, V)
     q, k, v = (x.to(dtype).requires_grad_() for x in (q, k, v))
     return DeltaInputs(
         q,

@@ -64,7 +64,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "mixers": MODEL
     | {
-        "pattern": "MEG*PE",
+        "pattern": "MEGK*PE",
         "mixers": {
             "gated_deltanet": {
                 "num_heads": 8,
@@ -73,6 +73,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
                 "value_head_dim": 4,
                 "chunk_size": 16,
             },
+            "kda": {"num_heads": 8, "head_dim": 4, "gate_rank": 6, "chunk_size": 16},
             # beta below 1: steps that reflect would amplify float32 rounding beyond the tolerance.
             "deltaproduct": {"num_heads": 8, "head_dim": 4, "chunk_size": 16},
         },

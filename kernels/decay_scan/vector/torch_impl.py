@@ -13,9 +13,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.channel_gates import (
+    blocks_below,
+    compose_scores,
+    cut_gates,
+    dot_rows,
+    halves,
+    spread_rows,
+    walk_levels,
+)
 from kernels.chunks import pad_tokens
 from kernels.gemm_precision import gemm_dtype
-from kernels.powers import LOG2_E
 
 # Numbers of q in a tile for each thread, 1 MiB of float32: smaller tiles spend their time in calls, larger ones in memory.
 _TILE = 262144
@@ -51,18 +59,6 @@ def chunked_vector_scan(
     return _ChunkedVectorScan.apply(*arguments)
 
 
-def cut_gates(g_BTHK: Tensor, document_ids_BT: Tensor | None) -> Tensor:
-    """Gates of -inf at the first token of each document but the row's first: nothing before it reaches past it.
-
-    Exponents are sums of gates and never differences, so that -inf stays -inf and its power is an exact zero.
-    """
-    if document_ids_BT is None:
-        return g_BTHK
-    begins_BT = document_ids_BT[:, 1:] != document_ids_BT[:, :-1]
-    begins_BT = torch.cat([torch.zeros_like(begins_BT[:, :1]), begins_BT], dim=1)
-    return g_BTHK.masked_fill(begins_BT[..., None, None], -torch.inf)
-
-
 def compose_vector_scan(
     q_BTHK: Tensor,
     k_BTHK: Tensor,
@@ -78,22 +74,7 @@ def compose_vector_scan(
     wide = g_BTHK.dtype
     padded = (pad_tokens(x, chunks * Q - T) for x in (q_BTHK.to(wide), k_BTHK.to(wide), v_BTHV, g_BTHK))
     q, k, v, g = (x.view(B, chunks, Q, H, -1).transpose(2, 3) for x in padded)
-    scores = (q * k).sum(-1)[..., None, None]
-    from_start, to_end = g[..., None, :], torch.zeros_like(g)[..., None, :]
-    size = 1
-    while size < Q:
-        shape = (B, chunks, H, Q // (2 * size), 2, size, -1)
-        scores, starts, ends = (x.reshape(shape) for x in (scores, from_start, to_end))
-        queries = q.reshape(shape)[..., 1, :, :] * starts[..., 1, :, :].exp()
-        keys = k.reshape(shape)[..., 0, :, :] * ends[..., 0, :, :].exp()
-        across = torch.matmul(queries, keys.transpose(-1, -2))
-        upper = torch.cat([scores[..., 0, :, :], torch.zeros_like(across)], dim=-1)
-        scores = torch.cat([upper, torch.cat([across, scores[..., 1, :, :]], dim=-1)], dim=-2)
-        whole = starts[..., -1:, :]
-        from_start = torch.cat([starts[..., 0, :, :], starts[..., 1, :, :] + whole[..., 0, :, :]], dim=-2)
-        to_end = torch.cat([ends[..., 0, :, :] + whole[..., 1, :, :], ends[..., 1, :, :]], dim=-2)
-        size *= 2
-    scores, from_start, to_end = (x.view(B, chunks, H, Q, -1) for x in (scores, from_start, to_end))
+    (scores,), from_start, to_end = compose_scores((q,), k, g)
     local = torch.matmul((k * to_end.exp()).to(gemm).transpose(-1, -2), v.to(gemm)).to(wide)
     carry = from_start[..., -1, :, None].exp()
     state = local.new_zeros(B, H, K, V) if initial_state_BHKV is None else initial_state_BHKV.to(wide)
@@ -147,57 +128,6 @@ class _Row:
                 yield (of, at), [(of, slice(c, c + chunks), at) for c in range(0, self.chunks, chunks)]
 
 
-def _walk_levels(g_NQK: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Factors <= 1 for every pair of neighbouring halves, from halves of one token to those of half a chunk.
-
-    Yields (size of a half, factors [N, pairs, 2, size, K]): keys of the first half decay to its end, queries of the
-    second from its start. Last comes (Q, factors [N, 2, Q, K]): the same for the whole chunk, queries from its start at
-    1 and keys to its end at 0.
-    """
-    starts, ends = g_NQK * LOG2_E, torch.zeros_like(g_NQK)
-    (N, Q, K), size = g_NQK.shape, 1
-    while size < Q:
-        shape = (N, Q // (2 * size), 2, size, K)
-        first, second = ends.view(shape)[:, :, 0], starts.view(shape)[:, :, 1]
-        factors = g_NQK.new_empty(shape)
-        torch.exp2(first, out=factors[:, :, 0])
-        torch.exp2(second, out=factors[:, :, 1])
-        yield size, factors
-        first += second[:, :, -1:]
-        second += starts.view(shape)[:, :, 0, -1:]
-        size *= 2
-    yield Q, torch.stack([ends, starts], dim=1).exp2_()
-
-
-def _halves(x_NQX: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """First and second halves [N, pairs, size, X] of neighbouring pairs of blocks."""
-    pairs = x_NQX.view(x_NQX.shape[0], -1, 2, size, x_NQX.shape[-1])
-    return pairs[:, :, 0], pairs[:, :, 1]
-
-
-def _blocks_below(scores_NQQ: Tensor, size: int) -> Tensor:
-    """The scores [N, size, size, pairs] of second halves with the first halves before them."""
-    N, Q, _ = scores_NQQ.shape
-    pairs = Q // (2 * size)
-    return scores_NQQ.view(N, pairs, 2, size, pairs, 2, size)[:, :, 1, :, :, 0].diagonal(dim1=1, dim2=3)
-
-
-def _dot(queries: Tensor, keys: Tensor) -> Tensor:
-    """[N, pairs, size, K] with itself to [N, pairs, size, size]; libraries are slow at products of one or two rows."""
-    if queries.shape[-2] <= 2:
-        return (queries[..., :, None, :] * keys[..., None, :, :]).sum(-1)
-    return torch.matmul(queries, keys.transpose(-1, -2))
-
-
-def _spread(weights: Tensor, rows: Tensor) -> Tensor:
-    """[N, pairs, size, size] times [N, pairs, size, K]."""
-    if rows.shape[-2] == 1:
-        return weights * rows
-    if rows.shape[-2] == 2:
-        return torch.addcmul(weights[..., :1] * rows[..., :1, :], weights[..., 1:], rows[..., 1:, :])
-    return torch.matmul(weights, rows)
-
-
 class _Tile:
     """Inputs of some rows, chunks and heads as [N, Q, X], N the product of the three, in the dtype of the gates."""
 
@@ -217,9 +147,9 @@ class _Tile:
         for size, factors in levels:
             if size == Q:
                 return scores, factors
-            keys = _halves(self.k, size)[0] * factors[:, :, 0]
-            queries = _halves(self.q, size)[1] * factors[:, :, 1]
-            _blocks_below(scores, size).copy_(_dot(queries, keys).permute(0, 2, 3, 1))
+            keys = halves(self.k, size)[0] * factors[:, :, 0]
+            queries = halves(self.q, size)[1] * factors[:, :, 1]
+            blocks_below(scores, size).copy_(dot_rows(queries, keys).permute(0, 2, 3, 1))
         raise AssertionError("the last level is the whole chunk")
 
     def multiply(self, left: Tensor, right: Tensor) -> Tensor:
@@ -255,7 +185,7 @@ class _ChunkedVectorScan(torch.autograd.Function):
             state = final[walked]
             for where in parts:
                 tile = _Tile(inputs, where, gemm)
-                scores, factors = tile.scores(_walk_levels(tile.g))
+                scores, factors = tile.scores(walk_levels(tile.g))
                 local = tile.whole(tile.multiply((tile.k * factors[:, 0]).transpose(1, 2), tile.v))
                 carry = tile.whole(factors[:, 1, -1, :, None])
                 for c in range(local.shape[1]):
@@ -297,7 +227,7 @@ def _differentiate(
     tile: _Tile, d_out: Tensor, scores: Tensor, entering: Tensor, d_state: Tensor
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Gradients of the state that enters a tile, and of its q, k, v and g [N, Q, X]."""
-    *levels, (_, factors) = _walk_levels(tile.g)
+    *levels, (_, factors) = walk_levels(tile.g)
     to_end, from_start = factors[:, 0], factors[:, 1]
     carry = tile.whole(from_start[:, -1, :, None])
     d_local = tile.whole(tile.multiply((tile.q * from_start).transpose(1, 2), d_out))
@@ -330,14 +260,14 @@ def _differentiate_level(
     Those sums came from the ones of this level's halves, so their gradients are handed down first.
     """
     d_q, d_k, d_starts, d_ends = sums
-    (d_first, d_second), d_to_end = _halves(d_starts, size), _halves(d_ends, size)[0]
+    (d_first, d_second), d_to_end = halves(d_starts, size), halves(d_ends, size)[0]
     d_first[:, :, -1] += d_second.sum(2)
     d_second[:, :, -1] += d_to_end.sum(2)
-    keys, queries = _halves(tile.k, size)[0], _halves(tile.q, size)[1]
-    d_block = _blocks_below(d_scores, size).permute(0, 3, 1, 2).contiguous()
-    of_queries = _spread(d_block, keys * factors[:, :, 0]).mul_(factors[:, :, 1])
-    of_keys = _spread(d_block.transpose(-1, -2), queries * factors[:, :, 1]).mul_(factors[:, :, 0])
-    _halves(d_q, size)[1].add_(of_queries)
-    _halves(d_k, size)[0].add_(of_keys)
+    keys, queries = halves(tile.k, size)[0], halves(tile.q, size)[1]
+    d_block = blocks_below(d_scores, size).permute(0, 3, 1, 2).contiguous()
+    of_queries = spread_rows(d_block, keys * factors[:, :, 0]).mul_(factors[:, :, 1])
+    of_keys = spread_rows(d_block.transpose(-1, -2), queries * factors[:, :, 1]).mul_(factors[:, :, 0])
+    halves(d_q, size)[1].add_(of_queries)
+    halves(d_k, size)[0].add_(of_keys)
     d_second.addcmul_(of_queries, queries)
     d_to_end.addcmul_(of_keys, keys)

@@ -1,4 +1,4 @@
-"""Mixers of an amfm hybrid model that overwrite: DeltaNet, Gated DeltaNet, DeltaProduct; sizes as in linear_mixers_amfm.py.
+"""Mixers of an amfm hybrid model that overwrite: DeltaNet, Gated DeltaNet, DeltaProduct, KDA; sizes as in linear_mixers_amfm.py.
 
 G key heads, N delta rules a token.
 """
@@ -61,6 +61,35 @@ class GatedDeltaNet(DeltaNet):
     """With decay and output gate (Yang et al. 2024, arXiv 2412.06464); also DeltaProduct (Siems et al., arXiv 2502.10297)."""
 
     has_gate = True
+
+
+class Kda(DeltaNet):
+    """With a decay a key channel and a sigmoid as output gate, both of low rank (Kimi Team 2025, arXiv 2510.26692)."""
+
+    def set_sizes(self) -> None:
+        """Weights of the decay and of the output gate."""
+        self.options = self.options | {"num_key_heads": None}
+        super().set_sizes()
+        rank = self.options["gate_rank"] or self.key_dim
+        self.A_log = nn.Parameter(torch.zeros(self.heads))
+        self.dt_bias = nn.Parameter(torch.zeros(self.heads * self.key_dim))
+        self.decay_proj = nn.Parameter(torch.zeros(self.heads * self.key_dim, rank))
+        self.gate_proj = nn.Parameter(torch.zeros(self.heads * self.value_dim, rank))
+
+    def shared_sizes(self) -> dict[str, int]:
+        """The insides of both gates."""
+        return dict.fromkeys(("decay_inside", "gate_inside"), self.decay_proj.shape[1])
+
+    def rows(self, parts: dict[str, Tensor], positions_BT: Tensor) -> tuple[Tensor, ...]:
+        """g [B, T, H, K]."""
+        q, k, v, _, beta = super().rows(parts, positions_BT)
+        time = F.softplus(F.linear(parts["decay_inside"], self.decay_proj).float() + self.dt_bias.float())
+        return q, k, v, self.by_head(time) * -self.A_log.float().exp()[:, None], beta
+
+    def output(self, o_BTHV: Tensor, parts: dict[str, Tensor]) -> Tensor:
+        """A norm a head times the gate's sigmoid."""
+        gate = F.linear(parts["gate_inside"], self.gate_proj).float()
+        return (self.norm(o_BTHV).flatten(-2).float() * gate.sigmoid()).to(o_BTHV.dtype)
 
 
 def unit_length(x: Tensor) -> Tensor:

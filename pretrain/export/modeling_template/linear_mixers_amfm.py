@@ -36,7 +36,8 @@ class LinearMixer(nn.Module):
         self.set_sizes()
         self.parts = self.part_sizes()
         self.in_proj = nn.Linear(config.hidden_size, sum(self.parts.values()), bias=False)
-        rank = options.get("gate_rank")
+        self.shared_parts = self.shared_sizes()
+        rank = sum(self.shared_parts.values())
         self.shared_proj = nn.Parameter(torch.zeros(rank, config.hidden_size)) if rank else None
         self.channels, self.width = sum(self.parts[name] for name in self.convolved), options["conv_kernel"]
         self.conv = DepthwiseConv(self.channels, self.width, has_bias=False) if self.width else None
@@ -54,6 +55,11 @@ class LinearMixer(nn.Module):
         """Channels of what in_proj gives, in order."""
         keys = self.heads * self.key_dim
         return {"q": keys, "k": keys, "v": self.heads * self.value_dim}
+
+    def shared_sizes(self) -> dict[str, int]:
+        """Channels of what shared_proj gives, in order: the insides of low-rank projections."""
+        rank = self.options.get("gate_rank")
+        return {"low_rank": rank} if rank else {}
 
     def empty_state(self, rows: int) -> State:
         """The window of the convolution and the state before the first token."""
@@ -73,7 +79,9 @@ class LinearMixer(nn.Module):
         """The parts [B, T, channels]."""
         parts = dict(zip(self.parts, self.in_proj(x_BTD).split(list(self.parts.values()), dim=-1)))
         if self.shared_proj is not None:
-            parts["low_rank"] = F.linear(x_BTD, self.shared_proj)
+            parts |= zip(
+                self.shared_parts, F.linear(x_BTD, self.shared_proj).split([*self.shared_parts.values()], dim=-1)
+            )
         return parts
 
     def mix(

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocks_amfm import RMSNorm, gate_heads, gate_size, rope_frequencies, rotate
-from .delta_mixers_amfm import DeltaNet, GatedDeltaNet
+from .delta_mixers_amfm import DeltaNet, GatedDeltaNet, Kda
 from .linear_mixers_amfm import (
     Gla,
     Hedgehog,
@@ -29,7 +29,7 @@ from .linear_mixers_amfm import (
     TransNormer,
 )
 
-LETTERS = {"G": "gated_deltanet", "H": "hgrn2", "L": "lightning", "P": "deltaproduct", "W": "window"}
+LETTERS = {"G": "gated_deltanet", "H": "hgrn2", "K": "kda", "L": "lightning", "P": "deltaproduct", "W": "window"}
 
 
 class Window(nn.Module):
@@ -147,6 +147,7 @@ LINEAR_MIXERS: dict[str, type[LinearMixer]] = {
     "gla": Gla,
     "hedgehog": Hedgehog,
     "hgrn2": Hgrn2,
+    "kda": Kda,
     "lightning": Lightning,
     "lightnet": LightNet,
     "mala": Mala,

@@ -57,6 +57,12 @@ def delta(steps: int) -> tuple[list[Tensor], Callable[..., Tensor]]:
     return leaves, lambda *x, backend: delta_scan(*x, document_ids_BT=DOCUMENTS, backend=backend).o_BTHV
 
 
+def channel_delta() -> tuple[list[Tensor], Callable[..., Tensor]]:
+    keys = F.normalize(torch.randn(1, T, 1, H, K), dim=-1).bfloat16()
+    leaves = [draw(1, T, H, K), keys, draw(1, T, 1, H, K), 2 * torch.rand(1, T, 1, H), gate(1, T, H, K)]
+    return leaves, lambda *x, backend: delta_scan(*x, document_ids_BT=DOCUMENTS, backend=backend).o_BTHV
+
+
 def attend() -> tuple[list[Tensor], Callable[..., Tensor]]:
     leaves = [draw(1, T, H, K), draw(1, T, 1, K), draw(1, T, 1, K)]
     return leaves, lambda *x, backend: attention(*x, document_ids_BS=DOCUMENTS, backend=backend)
@@ -86,8 +92,18 @@ def run(operation: Callable[..., Tensor], leaves: list[Tensor], backend: str) ->
 
 @pytest.mark.parametrize(
     "case",
-    [mamba2, decay, vector_decay, lambda: delta(1), lambda: delta(2), attend, experts, loss],
-    ids=["mamba2", "decay", "vector decay", "delta", "delta product", "attention", "experts", "cross-entropy"],
+    [mamba2, decay, vector_decay, lambda: delta(1), lambda: delta(2), channel_delta, attend, experts, loss],
+    ids=[
+        "mamba2",
+        "decay",
+        "vector decay",
+        "delta",
+        "delta product",
+        "delta of channels",
+        "attention",
+        "experts",
+        "cross-entropy",
+    ],
 )
 def test_kernels_in_bfloat16_stay_near_the_definition(
     case: Callable[[], tuple[list[Tensor], Callable[..., Tensor]]],

@@ -70,7 +70,7 @@ DELTA_FIELDS = {
 
 def delta_parts(mixer: LinearMixer) -> dict[str, Tensor]:
     """Rows of the projection by what they give."""
-    sizes = {name: part.size for name, part in mixer.parts().items()}
+    sizes = {name: part.size for name, part in mixer.parts().items() if part.units is not None}
     return dict(zip(sizes, mixer.in_proj.weight.split(list(sizes.values()))))
 
 
@@ -113,6 +113,39 @@ def test_gated_deltanet_equals_the_layer_of_olmo_hybrid(is_negative: bool) -> No
         "o_proj.weight": mixer.out_proj.weight,
         "A_log": mixer.A_log,
         "dt_bias": mixer.dt_bias,
+    }
+    put(peer, weights)
+    compare(whole_rows(mixer), peer)
+
+
+def test_kda_equals_the_layer_of_kimi_linear() -> None:
+    from transformers import KimiLinearConfig
+    from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearDeltaAttention
+
+    mixer = our_mixer("K", kda={"num_heads": 3, "head_dim": 6, "conv_kernel": 3, "chunk_size": 8})
+    config = KimiLinearConfig(
+        hidden_size=WIDTH,
+        linear_num_heads=3,
+        linear_head_dim=6,
+        linear_conv_kernel_dim=3,
+        num_hidden_layers=1,
+        layer_types=["linear_attention"],
+        rms_norm_eps=1e-5,
+    )
+    peer = KimiLinearDeltaAttention(config, 0)
+    weights = {f"{name}_proj.weight": rows for name, rows in delta_parts(mixer).items() if name in ("q", "k", "v")}
+    decay_inside, gate_inside = mixer.shared_proj.chunk(2)
+    weights |= {
+        "b_proj.weight": mixer.in_proj.weight[-3:],
+        "conv1d.weight": mixer.conv.weight[:, None],
+        "forget_gate.f_a_proj.weight": decay_inside,
+        "forget_gate.f_b_proj.weight": mixer.decay_proj,
+        "forget_gate.dt_bias": mixer.dt_bias,
+        "forget_gate.A_log": mixer.A_log.view(1, 1, 3, 1),
+        "g_a_proj.weight": gate_inside,
+        "g_b_proj.weight": mixer.gate_proj,
+        "o_norm.weight": mixer.norm.weight,
+        "o_proj.weight": mixer.out_proj.weight,
     }
     put(peer, weights)
     compare(whole_rows(mixer), peer)

@@ -40,6 +40,8 @@ model.mixers.gla.conv_kernel model.mixers.gla.chunk_size model.mixers.gla.num_he
 model.mixers.gla.value_head_dim model.mixers.gla.gate_rank
 model.mixers.hgrn2.conv_kernel model.mixers.hgrn2.chunk_size model.mixers.hgrn2.num_heads model.mixers.hgrn2.head_dim
 model.mixers.hgrn2.value_head_dim
+model.mixers.kda.conv_kernel model.mixers.kda.chunk_size model.mixers.kda.num_heads model.mixers.kda.head_dim
+model.mixers.kda.value_head_dim model.mixers.kda.gate_rank model.mixers.kda.allow_negative_eigenvalues
 model.mixers.hedgehog.conv_kernel model.mixers.hedgehog.chunk_size model.mixers.hedgehog.num_heads
 model.mixers.hedgehog.head_dim model.mixers.hedgehog.value_head_dim
 model.mixers.lightning.conv_kernel model.mixers.lightning.chunk_size model.mixers.lightning.num_heads

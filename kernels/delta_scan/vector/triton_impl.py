@@ -1,0 +1,262 @@
+"""The Triton delta rule with a gate of each key channel as an operation that autograd, torch.compile and meta tensors know."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from kernels.decay_scan.triton_impl import outer_strides, pack_rows
+from kernels.delta_scan.vector.triton_backward import (
+    vector_gradients_kernel,
+    vector_pairs_kernel,
+    vector_walk_back_kernel,
+)
+from kernels.delta_scan.vector.triton_forward import vector_prepare_kernel, vector_walk_kernel
+from kernels.documents import first_tokens
+from kernels.interpreter import dot_dtype
+from kernels.limits import VECTOR_DELTA_LIMITS
+from kernels.tuning import Config, config_for
+
+# Candidates of each kernel, the fixed one first. PART: key channels that a program takes, or takes at a time.
+PREPARE = tuple({"PART": part, "num_warps": warps, "num_stages": 1} for part, warps in ((32, 8), (32, 4), (64, 8)))
+WALK = tuple(
+    {"BLOCK_V": columns, "num_warps": warps, "num_stages": stages}
+    for columns, warps, stages in ((32, 4, 2), (32, 8, 2), (64, 8, 2), (32, 4, 1))
+)
+PAIRS = tuple({"BLOCK_V": 64, "num_warps": 8, "num_stages": stages} for stages in (2, 1))
+GRADIENTS = tuple(
+    {"PART": part, "BLOCK_V": columns, "num_warps": warps, "num_stages": 1}
+    for part, columns, warps in ((32, 64, 8), (32, 32, 8), (32, 64, 4))
+)
+
+
+def delta_vector_triton(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    beta_BTH: Tensor,
+    g_BTHK: Tensor,
+    initial_state_BHKV: Tensor | None,
+    document_ids_BT: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    """As `torch_impl.chunked_delta` with one step a token, for float32, bfloat16 and float16; beta, gates and states are float32.
+
+    chunk_size: 16, 32 or a multiple of 64, which runs as 64. Nothing but the inputs is kept for backward. Raises
+    ValueError for chunk or key sizes without a kernel.
+    """
+    dot_dtype(v_BTHV.dtype)  # refuses float64
+    VECTOR_DELTA_LIMITS.check(chunk_size, q_BTHK.shape[-1], v_BTHV.shape[-1])
+    chunk = min(chunk_size, VECTOR_DELTA_LIMITS.chunk_sizes[-1])
+    firsts = None if document_ids_BT is None else first_tokens(document_ids_BT)
+    return _forward(q_BTHK, k_BTHK, v_BTHV, beta_BTH, g_BTHK, initial_state_BHKV, firsts, chunk)
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """Sizes of one call, shared by its kernels."""
+
+    B: int
+    T: int
+    H: int
+    K: int
+    V: int
+    Q: int
+    chunks: int
+
+    @classmethod
+    def of(cls, q: Tensor, v: Tensor, chunk_size: int) -> _Launch:
+        (B, T, H, V), K = v.shape, q.shape[3]
+        return cls(B, T, H, K, V, chunk_size, triton.cdiv(T, chunk_size))
+
+    def config(self, kernel: str, candidates: tuple[Config, ...], v: Tensor) -> dict[str, Any]:
+        """The kernel's configuration for these sizes, with blocks no larger than K and V, and what all kernels take."""
+        config = dict(config_for(kernel, (v.dtype, self.Q, self.K, self.V), candidates, v.device))
+        for block, size in (("PART", self.K), ("BLOCK_V", self.V)):
+            if block in config:
+                config[block] = max(16, min(config[block], triton.next_power_of_2(size)))
+        return {"Q": self.Q, "DOT": dot_dtype(v.dtype)} | config
+
+    def walk(self, kernel: str, v: Tensor) -> tuple[tuple[int], dict[str, Any]]:
+        """Grid and constants of a walk: heads and blocks of V."""
+        config = self.config(kernel, WALK, v)
+        grid = (self.B * self.H * triton.cdiv(self.V, config["BLOCK_V"]),)
+        return grid, config | {"BLOCK_K": max(16, triton.next_power_of_2(self.K))}
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Scalars of the walks, in their order."""
+        return self.T, self.H, self.K, self.V, self.chunks
+
+    @property
+    def levels(self) -> int:
+        """How often a chunk can be halved."""
+        return self.Q.bit_length() - 1
+
+    def chunk_states(self, like: Tensor) -> Tensor:
+        """Room for one state a chunk, in the dtype of `like`."""
+        return like.new_empty(self.B, self.chunks, self.H, self.K, self.V)
+
+
+class _Prepared(NamedTuple):
+    """What `vector_prepare_kernel` writes."""
+
+    q_start: Tensor
+    k_start: Tensor
+    k_end: Tensor
+    inverse: Tensor
+    scores: Tensor
+    decay: Tensor
+
+
+def _prepare(launch: _Launch, q: Tensor, k: Tensor, beta: Tensor, g: Tensor, firsts: Tensor | None) -> _Prepared:
+    B, T, H, K, chunks = launch.B, launch.T, launch.H, launch.K, launch.chunks
+    keys, pairs = (q.new_empty(B, T, H, size) for size in (K, launch.Q))
+    decay = g.new_empty(B, chunks, H, K)
+    prepared = _Prepared(keys, torch.empty_like(keys), torch.empty_like(keys), pairs, torch.empty_like(pairs), decay)
+    vector_prepare_kernel[(B * chunks, H)](
+        q, k, beta, g, firsts, *prepared, T, H, K, chunks, *outer_strides(q, k),
+        LEVELS=launch.levels, PRECISION="ieee" if q.dtype == torch.float32 else "tf32", DOCUMENTS=firsts is not None,
+        **launch.config("vector_delta_prepare", PREPARE, q),
+    )  # fmt: skip
+    return prepared
+
+
+def _walk(
+    launch: _Launch,
+    prepared: _Prepared,
+    v: Tensor,
+    initial: Tensor | None,
+    o: Tensor | None = None,
+    entering: Tensor | None = None,
+    errors: Tensor | None = None,
+) -> Tensor:
+    """Walk rows forward, writing what is given of o, entering and errors; returns the last state."""
+    p = prepared
+    final = v.new_empty(launch.B, launch.H, launch.K, launch.V, dtype=torch.float32)
+    grid, constants = launch.walk("vector_delta_states_walk" if o is None else "vector_delta_walk", v)
+    vector_walk_kernel[grid](
+        p.q_start, p.k_start, p.k_end, v, p.inverse, p.scores, p.decay, initial, o, entering, errors, final,
+        *launch.sizes, *outer_strides(v), INITIAL=initial is not None, OUTPUT=o is not None, SAVE=entering is not None,
+        **constants,
+    )  # fmt: skip
+    return final
+
+
+@torch.library.custom_op("amfm::delta_vector_triton", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor,
+    initial: Tensor | None,
+    firsts: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    """Output and last state."""
+    q, k, v, beta, g = pack_rows(q), pack_rows(k), pack_rows(v), beta.contiguous(), g.contiguous()
+    initial = None if initial is None else initial.contiguous()
+    launch = _Launch.of(q, v, chunk_size)
+    o = v.new_empty(v.shape)
+    return o, _walk(launch, _prepare(launch, q, k, beta, g, firsts), v, initial, o=o)
+
+
+@_forward.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor,
+    initial: Tensor | None,
+    firsts: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    B, _, H, V = v.shape
+    return v.new_empty(v.shape), v.new_empty(B, H, q.shape[3], V, dtype=torch.float32)
+
+
+@torch.library.custom_op("amfm::delta_vector_triton_backward", mutates_args=())
+def _backward(
+    d_o: Tensor,
+    d_final: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor,
+    initial: Tensor | None,
+    firsts: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, beta, g and the initial state; that of an absent one is empty."""
+    q, k, v, beta, g = pack_rows(q), pack_rows(k), pack_rows(v), beta.contiguous(), g.contiguous()
+    d_o = d_o.contiguous()
+    d_final = None if d_final is None else d_final.contiguous()
+    launch = _Launch.of(q, v, chunk_size)
+    B, T, H, K, V = launch.B, launch.T, launch.H, launch.K, launch.V
+    p = _prepare(launch, q, k, beta, g, firsts)
+    entering, leaving = launch.chunk_states(v), launch.chunk_states(v)
+    errors, d_v = torch.empty_like(d_o), torch.empty_like(d_o)
+    _walk(launch, p, v, None if initial is None else initial.contiguous(), None, entering, errors)
+    d_initial = beta.new_empty(B, H, K, V)
+    grid, constants = launch.walk("vector_delta_walk_back", d_o)
+    vector_walk_back_kernel[grid](
+        p.q_start, p.k_start, p.k_end, p.inverse, p.scores, p.decay, d_o, d_final, leaving, d_v, d_initial,
+        *launch.sizes, D_FINAL=d_final is not None, **constants,
+    )  # fmt: skip
+    # The walk back was the last to read the scores and inverses: gradients of pairs take their place.
+    vector_pairs_kernel[(B * launch.chunks, H)](
+        d_o, d_v, errors, p.scores, p.inverse, T, H, V, launch.chunks,
+        **launch.config("vector_delta_pairs", PAIRS, v),
+    )  # fmt: skip
+    config = launch.config("vector_delta_gradients", GRADIENTS, v)
+    parts = triton.cdiv(K, config["PART"])
+    d_q, d_k, d_g = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, g))
+    d_beta = beta.new_empty(parts, B, T, H)
+    vector_gradients_kernel[(B * launch.chunks, H * parts)](
+        q, k, beta, g, firsts, d_o, d_v, errors, p.scores, p.inverse, entering, leaving, d_q, d_k, d_beta, d_g,
+        *launch.sizes, *outer_strides(q, k), LEVELS=launch.levels, DOCUMENTS=firsts is not None, **config,
+    )  # fmt: skip
+    d_beta = d_beta[0] if parts == 1 else d_beta.sum(0)
+    return d_q, d_k, d_v, d_beta, d_g, d_initial if initial is not None else beta.new_empty(0)
+
+
+@_backward.register_fake
+def _(
+    d_o: Tensor,
+    d_final: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor,
+    initial: Tensor | None,
+    firsts: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    d_initial = beta.new_empty(0 if initial is None else initial.shape)
+    d_q, d_k, d_v, d_beta, d_g = (x.new_empty(x.shape) for x in (q, k, v, beta, g))
+    return d_q, d_k, d_v, d_beta, d_g, d_initial
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.chunk_size = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, d_o: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
+    v, initial = ctx.saved_tensors[2], ctx.saved_tensors[5]
+    if d_o is None:
+        d_o = torch.zeros_like(v)
+    *gradients, d_initial = _backward(d_o, d_final, *ctx.saved_tensors, ctx.chunk_size)
+    return *gradients, None if initial is None else d_initial, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
