@@ -113,13 +113,13 @@ class CacheConfig(Section):
     )
 
 
-ProbeName = Literal["mqar", "overwriting", "selective_copying", "parity", "s3", "s4", "a5", "s5"]
+TaskName = Literal["mqar", "overwriting", "selective_copying", "parity", "s3", "s4", "a5", "s5"]
 
 
-class ProbeConfig(Section):
-    """A synthetic task in the place of text: rows made from the sample number, asked at known places (docs/probes.md)."""
+class SyntheticConfig(Section):
+    """A synthetic task in the place of text: rows generated from the sample number, with labels at known places (docs/synthetic_tasks.md)."""
 
-    task: ProbeName = Field(
+    task: TaskName = Field(
         description="Recall of pairs, of the last of several writes, copying past noise, parity, or products in a group (symmetric S_n, alternating A_n)."
     )
     num_pairs: int = Field(8, gt=0, description="mqar, overwriting: keys that a row writes and then asks.")
@@ -131,17 +131,17 @@ class ProbeConfig(Section):
 
 
 class DataConfig(Section):
-    """The data of a run: text in a store, or a probe."""
+    """The data of a run: text in a store, or a synthetic task."""
 
     store: str | None = Field(
         None,
-        description="Token store: the folder that `amfm prepare` writes; training also reads a copy at s3://, gs:// or az://. Needed but with a probe.",
+        description="Token store: the folder that `amfm prepare` writes; training also reads a copy at s3://, gs:// or az://. Needed unless data.probe is given.",
     )
     cache: CacheConfig = Field(CacheConfig(), description="Node cache of a store behind a URL.")
     sources: tuple[SourceConfig, ...] = Field(
-        (), description="Bodies of text and their weights; one at least, but with a probe."
+        (), description="Bodies of text and their weights; one at least, unless data.probe is given."
     )
-    probe: ProbeConfig | None = Field(None, description="Train on a probe task, without a store and sources.")
+    probe: SyntheticConfig | None = Field(None, description="Train on a synthetic task, without a store and sources.")
     tokenizer: TokenizerConfig = Field(TokenizerConfig(), description="How text becomes tokens.")
     prepare: PrepareConfig = Field(PrepareConfig(), description="How the store is written.")
     phases: tuple[PhaseConfig, ...] = Field(
@@ -165,7 +165,7 @@ class DataConfig(Section):
     )
 
     def text_store(self) -> str:
-        """Where the token store is; ValueError for a run on a probe, which has none."""
+        """Where the token store is; ValueError for a run on a synthetic task, which has none."""
         if self.store is None:
-            raise ValueError("the run has no data.store but a probe, whose rows are computed; this needs text")
+            raise ValueError("the run has no data.store but a synthetic task, whose rows are computed; this needs text")
         return self.store

@@ -1,4 +1,4 @@
-"""How many answers of a probe are right, of all that were asked and row by row."""
+"""Accuracy on a synthetic task: of all labelled tokens, and of whole rows."""
 
 from __future__ import annotations
 
@@ -12,23 +12,32 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Shares of right answers: of all that were asked, and of rows in which every answer is right."""
+    """Shares predicted right: of the labelled tokens, and of the rows in which every labelled token is right."""
 
-    answers: float
-    rows: float
-    num_answers: int
+    token_accuracy: float
+    row_accuracy: float
+    num_labels: int
     num_rows: int
 
+    def to_event(self) -> dict[str, float | int]:
+        """Build the `accuracy` field of a validation event, whose keys are older than the names here."""
+        return {
+            "answers": self.token_accuracy,
+            "rows": self.row_accuracy,
+            "num_answers": self.num_labels,
+            "num_rows": self.num_rows,
+        }
 
-def count_answers(predictions_BT: Tensor, labels_BT: Tensor) -> Tensor:
-    """Answers asked and right in each row, or in the part of it that is here, [B, 2] float64."""
-    is_asked_BT = labels_BT != IGNORED
-    is_right_BT = is_asked_BT & (predictions_BT == labels_BT)
-    return torch.stack([is_asked_BT.sum(1), is_right_BT.sum(1)], dim=1).double()
+
+def count_correct(predictions_BT: Tensor, labels_BT: Tensor) -> Tensor:
+    """Count labelled and rightly predicted tokens of each row, or of the part of it on this rank: [B, 2] float64."""
+    is_labelled_BT = labels_BT != IGNORED
+    is_right_BT = is_labelled_BT & (predictions_BT == labels_BT)
+    return torch.stack([is_labelled_BT.sum(1), is_right_BT.sum(1)], dim=1).double()
 
 
 def measure_accuracy(counts_B2: Tensor) -> Accuracy:
-    """The accuracy over rows of `count_answers`; each asks something."""
-    asked, right = counts_B2.sum(0).tolist()
+    """Compute the accuracy from the counts of `count_correct`; each row has a label."""
+    labelled, right = counts_B2.sum(0).tolist()
     whole = (counts_B2[:, 0] == counts_B2[:, 1]).double().mean()
-    return Accuracy(right / max(1.0, asked), float(whole), int(asked), len(counts_B2))
+    return Accuracy(right / max(1.0, labelled), float(whole), int(labelled), len(counts_B2))

@@ -12,8 +12,8 @@ from data_pipeline.config import DataConfig
 from data_pipeline.loader.loader import PretrainLoader
 from data_pipeline.locks import take_lock
 from data_pipeline.memory import keep_freed_memory
-from data_pipeline.probes.rows import NO_TOKENIZER
 from data_pipeline.store.store import TokenStore
+from data_pipeline.synthetic.rows import NO_TOKENIZER
 from data_pipeline.tokenizer.tokenizer import load_tokenizer
 from kernels.backend import resolve_backend
 from model.flops import count_parameters, flops_per_token

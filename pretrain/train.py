@@ -99,9 +99,9 @@ def measure_validation(run: Run) -> None:
         "tokens": validation.tokens,
     }
     if validation.accuracy is not None:
-        run.progress.validation_accuracy = validation.accuracy.answers
-        run.progress.validation_row_accuracy = validation.accuracy.rows
-        details["accuracy"] = asdict(validation.accuracy)
+        run.progress.validation_accuracy = validation.accuracy.token_accuracy
+        run.progress.validation_row_accuracy = validation.accuracy.row_accuracy
+        details["accuracy"] = validation.accuracy.to_event()
     run.record_event("validation", **details)
 
 

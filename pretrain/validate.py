@@ -1,4 +1,4 @@
-"""Loss on held-out text, and on a probe the share of right answers."""
+"""Loss on held-out text, and accuracy on a synthetic task."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pretrain.accuracy import Accuracy, count_answers, measure_accuracy
+from pretrain.accuracy import Accuracy, count_correct, measure_accuracy
 from pretrain.micro_batch import move_batch
 from pretrain.run import Run
 from pretrain.step import count_valid_tokens, empty_sums, forward_only
@@ -15,7 +15,7 @@ from pretrain.step import count_valid_tokens, empty_sums, forward_only
 
 @dataclass(frozen=True)
 class Validation:
-    """Mean negative log-likelihood a token in nats, and how many tokens it was measured on; of a probe the accuracy too."""
+    """Mean negative log-likelihood a token in nats, and how many tokens it was measured on; of a synthetic task the accuracy too."""
 
     loss: float
     tokens: int
@@ -35,22 +35,22 @@ def validate(run: Run) -> Validation:
     assert run.validation is not None, "data.validation_fraction is 0, so there is nothing to validate on"
     run.validation.seek(0)
     sums = empty_sums(run.config.model, run.parallel.device)
-    tokens, is_probe = 0, run.config.data.probe is not None
+    tokens, is_synthetic = 0, run.config.data.probe is not None
     num_rows = run.config.train.validation_batches * run.stage.global_batch_size
     counts_R2 = torch.zeros(num_rows, 2, dtype=torch.float64, device=run.parallel.device)
     run.engine.module.eval()
     for _ in range(run.config.train.validation_batches):
         batches = run.validation.take(run.stage.global_batch_size, run.stage.micro_batch_size)
         tokens += count_valid_tokens(batches, run.parallel)
-        outputs = list(forward_only(run, batches, predicts=is_probe))
+        outputs = list(forward_only(run, batches, predicts=is_synthetic))
         for output in outputs:
             sums.add(output)
         predicted = [output.predictions_BT for output in outputs if output.predictions_BT is not None]
         for batch, predictions_BT in zip(batches, predicted):
             labels_BT = move_batch(batch, run.parallel).labels_BT
             # Validation begins at sample 0, so that a sample's number is its row here.
-            counts_R2[list(batch.sample_ids)] = count_answers(predictions_BT, labels_BT)
+            counts_R2[list(batch.sample_ids)] = count_correct(predictions_BT, labels_BT)
     run.engine.module.train()
     sums.reduce(run.parallel, signal=0)
-    accuracy = measure_accuracy(run.parallel.all_reduce_unique(counts_R2)) if is_probe else None
+    accuracy = measure_accuracy(run.parallel.all_reduce_unique(counts_R2)) if is_synthetic else None
     return Validation(float(sums.nll) / max(1, tokens), tokens, accuracy)

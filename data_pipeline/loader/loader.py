@@ -14,12 +14,12 @@ import torch
 from data_pipeline.batch import Batch
 from data_pipeline.config import DataConfig
 from data_pipeline.loader.reader_process import ReadingProcess
-from data_pipeline.probes.rows import ProbeReader, ProbeSettings
 from data_pipeline.samples.buffers import BufferPool
 from data_pipeline.samples.packing import Row, assemble_rows
 from data_pipeline.samples.samples import CorruptSample, SampleReader, SampleSettings, phases_of
 from data_pipeline.store.manifest import Part, Split
 from data_pipeline.store.store import TokenStore
+from data_pipeline.synthetic.rows import SyntheticReader, SyntheticSettings
 
 STATE_VERSION = 2
 READ_AHEAD_BATCHES = 2
@@ -221,9 +221,9 @@ class PretrainLoader:
         self._requested.clear()
         self.store.close()
 
-    def _open_reader(self) -> SampleReader | ProbeReader:
-        if isinstance(self.settings, ProbeSettings):
-            return ProbeReader(self.settings)
+    def _open_reader(self) -> SampleReader | SyntheticReader:
+        if isinstance(self.settings, SyntheticSettings):
+            return SyntheticReader(self.settings)
         store = TokenStore.open(self.settings.store, self.settings.cache)
         if self.data_rank == 0 and self.settings.on_corruption == "raise":
             # Now, and not at the step that reads the missing part; a huge store is checked in a stretch a batch.
@@ -316,11 +316,11 @@ class PretrainLoader:
 
 def row_settings(
     config: DataConfig, *, split: Split, sequence_length: int, seed: int
-) -> SampleSettings | ProbeSettings:
-    """What decides the rows of a configuration, of text or of a probe; errors as those of the two."""
+) -> SampleSettings | SyntheticSettings:
+    """What decides the rows of a configuration, of text or of a synthetic task; errors as those of the two."""
     if config.probe is None:
         return SampleSettings.from_config(config, split=split, sequence_length=sequence_length, seed=seed)
-    return ProbeSettings.from_config(config.probe, phases_of(config, sequence_length), split=split, seed=seed)
+    return SyntheticSettings.from_config(config.probe, phases_of(config, sequence_length), split=split, seed=seed)
 
 
 def _one_or_all(lengths: list[int]) -> int | list[int]:

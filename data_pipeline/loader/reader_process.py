@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.loader.prefetch import FetchAhead
-from data_pipeline.probes.rows import ProbeReader, ProbeSettings
 from data_pipeline.samples.packing import Row
 from data_pipeline.samples.samples import CorruptSample, SampleReader, SampleSettings
 from data_pipeline.store.shards import DamagedError
+from data_pipeline.synthetic.rows import SyntheticReader, SyntheticSettings
 
 PIPE_BYTES = 2**20
 _START = "import sys; sys.path.insert(0, sys.argv[1]); from data_pipeline.loader.reader_process import serve; serve()"
@@ -29,7 +29,7 @@ _START = "import sys; sys.path.insert(0, sys.argv[1]); from data_pipeline.loader
 class ReadingProcess:
     """The trainer's end of one reading process; requests are answered in order."""
 
-    def __init__(self, settings: SampleSettings | ProbeSettings) -> None:
+    def __init__(self, settings: SampleSettings | SyntheticSettings) -> None:
         root = str(Path(__file__).resolve().parent.parent.parent)
         self._process = subprocess.Popen(
             [sys.executable, "-c", _START, root], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -89,11 +89,11 @@ def serve() -> None:
     os.dup2(2, 1)
     requests: Any = sys.stdin.buffer
     try:
-        reader: SampleReader | ProbeReader | None = None
+        reader: SampleReader | SyntheticReader | None = None
         fetcher: FetchAhead | None = None
         while True:
             message = pickle.load(requests)
-            if isinstance(message, (SampleSettings, ProbeSettings)):
+            if isinstance(message, (SampleSettings, SyntheticSettings)):
                 reader = message.open_reader()
                 if isinstance(reader, SampleReader) and reader.store.remote_cache is not None:
                     fetcher = FetchAhead(reader)
@@ -109,7 +109,7 @@ def serve() -> None:
 
 
 def _answer(
-    reader: SampleReader | ProbeReader, first: int, count: int, stride: int
+    reader: SampleReader | SyntheticReader, first: int, count: int, stride: int
 ) -> tuple[list[Row], list[CorruptSample]] | DamagedError:
     try:
         return reader.read_block(first, count, stride)

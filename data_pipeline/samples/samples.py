@@ -79,7 +79,7 @@ class SampleSettings:
 def phases_of(config: DataConfig, sequence_length: int) -> tuple[PhaseSettings, ...]:
     """The sources' own weights from sample 0, unless a given phase starts there, then the given phases.
 
-    A probe is a source of its own. ValueError for a phase that weighs a source the configuration doesn't have.
+    A synthetic task is a source of its own. ValueError for a phase that weighs a source the configuration doesn't have.
     """
     known = {source.name: source.weight for source in config.sources}
     if config.probe is not None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from launch.arguments import ConfigArgument, JsonOption, OverridesArgument
-from launch.commands.synthetic import show_probe_row
+from launch.commands.synthetic import show_synthetic_row
 from launch.console import print_json, print_pairs, print_rows, say, show_progress
 from pretrain.launcher_protocol import BAD_INPUT
 
@@ -191,8 +191,12 @@ def show_sample(path: str, sample: int, config_path: Path | None, *, as_json: bo
     data = data_of_stages(run, stages)
     if data.probe is not None:
         if config_path is not None:
-            raise ValueError(f"{config_path} is of a probe, whose rows no store holds; give its run directory alone")
-        show_probe_row(data, sample, sequence_length=stages[0].sequence_length, seed=run.train.seed, as_json=as_json)
+            raise ValueError(
+                f"{config_path} is of a synthetic task, whose rows no store holds; give its run directory alone"
+            )
+        show_synthetic_row(
+            data, sample, sequence_length=stages[0].sequence_length, seed=run.train.seed, as_json=as_json
+        )
         return
     if config_path is not None:
         data = data.model_copy(update={"store": path})

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from launch.arguments import CheckpointArgument, JsonOption, choose_device
-from launch.commands.synthetic import ProbeChoice, evaluate_on_probe
+from launch.commands.synthetic import TaskChoice, evaluate_on_synthetic
 from launch.console import print_json, print_pairs, show_progress
 
 DeviceOption = Annotated[
@@ -32,27 +32,29 @@ def evaluate(
         typer.Option("--sequence-length", "--length", min=1, help="Tokens a row; default: as in training."),
     ] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Stop after about so many; default: all.")] = None,
-    probe: Annotated[ProbeChoice | None, typer.Option(help="Ask this probe task instead (docs/probes.md).")] = None,
+    probe: Annotated[
+        TaskChoice | None, typer.Option(help="Evaluate this synthetic task instead (docs/synthetic_tasks.md).")
+    ] = None,
     probe_settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="A setting of the probe (data.probe), repeatable."),
+        typer.Option("--set", metavar="KEY=VALUE", help="A setting of the synthetic task (data.probe), repeatable."),
     ] = None,
-    rows: Annotated[int | None, typer.Option(min=1, help="Rows of the probe; default: 256.")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Rows of the synthetic task; default: 256.")] = None,
     device: DeviceOption = "auto",
     backend: BackendOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Measure loss and perplexity on a part of a store, every token predicted once, or the right answers of a probe.
+    """Measure loss and perplexity on a part of a store, every token predicted once, or the accuracy on a synthetic task.
 
     Computes in float32.
     """
     of_text = {"--data": data, "--split": split, "--max-tokens": max_tokens}
-    of_probe = {"--set": probe_settings, "--rows": rows}
-    unread = [name for name, value in (of_text if probe else of_probe).items() if value is not None]
+    of_synthetic = {"--set": probe_settings, "--rows": rows}
+    unread = [name for name, value in (of_text if probe else of_synthetic).items() if value is not None]
     if unread:
         raise ValueError(f"{unread[0]} has no effect {'with' if probe else 'without'} --probe; leave it out")
     if probe is not None:
-        evaluate_on_probe(
+        evaluate_on_synthetic(
             checkpoint,
             probe,
             probe_settings or [],

@@ -1,4 +1,4 @@
-"""The parts of `amfm evaluate` and `amfm inspect` that are about probes."""
+"""The parts of `amfm evaluate` and `amfm inspect` for synthetic tasks."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ if TYPE_CHECKING:
     from data_pipeline.config import DataConfig
 
 # As data.probe.task of a configuration, whose import would slow every verb's help down.
-ProbeChoice = Literal["mqar", "overwriting", "selective_copying", "parity", "s3", "s4", "a5", "s5"]
+TaskChoice = Literal["mqar", "overwriting", "selective_copying", "parity", "s3", "s4", "a5", "s5"]
 
 
-def evaluate_on_probe(
+def evaluate_on_synthetic(
     checkpoint: Path,
-    task: ProbeChoice,
+    task: TaskChoice,
     settings: list[str],
     *,
     sequence_length: int | None,
@@ -25,11 +25,11 @@ def evaluate_on_probe(
     backend: str,
     as_json: bool,
 ) -> None:
-    """Measure and print the share of right answers."""
-    from pretrain.inference.evaluate_probe import DEFAULT_ROWS, evaluate_probe
+    """Measure and print the accuracy of a checkpoint on a synthetic task."""
+    from pretrain.inference.evaluate_synthetic import DEFAULT_ROWS, evaluate_synthetic
 
     with show_progress("evaluate", every_seconds=5.0) as show:
-        found = evaluate_probe(
+        found = evaluate_synthetic(
             checkpoint,
             task,
             overrides=settings,
@@ -46,36 +46,39 @@ def evaluate_on_probe(
                 "probe": found.task,
                 "settings": found.settings,
                 "sequence_length": found.sequence_length,
-                "accuracy": accuracy.answers,
-                "row_accuracy": accuracy.rows,
+                "accuracy": accuracy.token_accuracy,
+                "row_accuracy": accuracy.row_accuracy,
                 "chance": found.chance,
                 "loss": found.loss,
-                "answers": accuracy.num_answers,
+                "answers": accuracy.num_labels,
                 "rows": accuracy.num_rows,
             }
         )
         return
     named = ", ".join(f"{name} {value}" for name, value in found.settings.items())
     pairs = [
-        ("probe", f"{found.task}{f' ({named})' if named else ''}, rows of {found.sequence_length:,} tokens"),
-        ("accuracy", f"{accuracy.answers:.4f} of {accuracy.num_answers:,} answers; guessing gives {found.chance:.4f}"),
-        ("rows without a wrong answer", f"{accuracy.rows:.4f} of {accuracy.num_rows:,}"),
-        ("loss", f"{found.loss:.4f} nats an answer"),
+        ("task", f"{found.task}{f' ({named})' if named else ''}, rows of {found.sequence_length:,} tokens"),
+        (
+            "accuracy",
+            f"{accuracy.token_accuracy:.4f} of {accuracy.num_labels:,} tokens; guessing gives {found.chance:.4f}",
+        ),
+        ("rows without an error", f"{accuracy.row_accuracy:.4f} of {accuracy.num_rows:,}"),
+        ("loss", f"{found.loss:.4f} nats a labelled token"),
     ]
     print_pairs(f"Evaluation of {checkpoint}", pairs)
 
 
-def show_probe_row(data: DataConfig, sample: int, *, sequence_length: int, seed: int, as_json: bool) -> None:
+def show_synthetic_row(data: DataConfig, sample: int, *, sequence_length: int, seed: int, as_json: bool) -> None:
     """Print the training row of a global sample: a pure function of the configuration."""
     from data_pipeline.loader.loader import PretrainLoader
 
     loader = PretrainLoader(data, sequence_length=sequence_length, micro_batch_size=1, seed=seed)
     ((row,), _) = loader.reader.read_block(sample, 1, 1)
-    assert row.labels is not None and data.probe is not None, "the configuration is of a probe"
+    assert row.labels is not None and data.probe is not None, "the configuration is of a synthetic task"
     tokens, labels = row.tokens[:-1].tolist(), row.labels.tolist()
     if as_json:
         print_json({"sample": sample, "probe": data.probe.task, "tokens": tokens, "labels": labels})
         return
-    answers = ", ".join(f"{label} at {place}" for place, label in enumerate(labels) if label >= 0)
-    pairs = [("tokens", " ".join(map(str, tokens))), ("answers", answers)]
-    print_pairs(f"Sample {sample} of the probe {data.probe.task}", pairs)
+    label_text = ", ".join(f"{label} at {place}" for place, label in enumerate(labels) if label >= 0)
+    pairs = [("tokens", " ".join(map(str, tokens))), ("labels", label_text)]
+    print_pairs(f"Sample {sample} of the synthetic task {data.probe.task}", pairs)

@@ -28,7 +28,7 @@ class Measure:
 
 
 LOSS = Measure("validation_loss", "validation loss", "nats a token")
-ACCURACY = Measure("validation_accuracy", "accuracy", "of the answers")
+ACCURACY = Measure("validation_accuracy", "accuracy", "of labelled tokens")
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Row:
 
 
 def measure_of(config: RunConfig) -> Measure:
-    """Accuracy for a probe, loss for text."""
+    """Accuracy for a synthetic task, loss for text."""
     return LOSS if config.data.probe is None else ACCURACY
 
 

@@ -13,7 +13,6 @@ from model.huggingface.qwen3_next import unfit_tokenizer
 from model.huggingface.targets import explain_unfit
 from pretrain.checks.mixers import kernel_problems
 from pretrain.checks.parallel import layout_problems, micro_batch_problems, pipeline_problems, world_problems
-from pretrain.checks.probe import probe_length_problems, probe_problems
 from pretrain.checks.stages import (
     declaration_problems,
     ramp_problems,
@@ -22,6 +21,7 @@ from pretrain.checks.stages import (
     run_of_stage,
     total_problems,
 )
+from pretrain.checks.synthetic import synthetic_length_problems, synthetic_problems
 from pretrain.config.errors import ConfigError, Problem
 from pretrain.config.file import load_located
 from pretrain.config.schema import RunConfig
@@ -50,13 +50,13 @@ def check_run(config: RunConfig, world_size: int | None = None) -> None:
     `world_size` counts all ranks; None leaves out the rules that depend on it. Raises ConfigError with every broken
     rule. Touches no device and reads no file.
     """
-    declared, probe = list(declaration_problems(config)), list(probe_problems(config))
-    problems = [*declared, *vocabulary_problems(config), *data_problems(config), *probe, *keeping_problems(config)]
+    declared, synthetic = list(declaration_problems(config)), list(synthetic_problems(config))
+    problems = [*declared, *vocabulary_problems(config), *data_problems(config), *synthetic, *keeping_problems(config)]
     if not declared:
         stages = resolve_stages(config)
         steps = stages[-1].last_step
-        if not probe:
-            problems += probe_length_problems(config, stages)
+        if not synthetic:
+            problems += synthetic_length_problems(config, stages)
         problems += [
             *ramp_problems(config, stages[0]),
             *total_problems(config, steps),

@@ -64,7 +64,7 @@ def evaluate_checkpoint(
     Rows are cut from the documents in order; documents do not see each other if the run trained so. `store`: default
     the run's; `sequence_length`: default the run's; `max_tokens`: about so many, each
     source its share; `progress` gets tokens done
-    and in all. Raises ValueError when the store was made with another tokenizer, the model on a probe, or the part is empty.
+    and in all. Raises ValueError when the store was made with another tokenizer, the model on a synthetic task, or the part is empty.
     """
     if split not in SPLITS:
         raise ValueError(f"split={split!r} must be one of {', '.join(SPLITS)}")

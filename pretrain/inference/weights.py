@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data_pipeline.foreign_files import inside, read_object, take
-from data_pipeline.probes.rows import NO_TOKENIZER
+from data_pipeline.synthetic.rows import NO_TOKENIZER
 from data_pipeline.tokenizer.tokenizer import Tokenizer, load_tokenizer, read_tokenizer_file
 from model.config.mixer_registry import mixer_specs
 from model.config.pattern import SECTIONS
@@ -46,7 +46,7 @@ TENSORS = "weights.safetensors"
 class Weights:
     """A model outside of training: its configuration, every weight and buffer in float32 on the CPU, its tokenizer.
 
-    `given_tokenizer` is None for a model that was trained on a probe.
+    `given_tokenizer` is None for a model that was trained on a synthetic task.
     `run` is the configuration of the run that made it, after so many steps and tokens, None for an import; `origin` says
     where it came from.
     """
@@ -61,16 +61,16 @@ class Weights:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Of the text; ValueError for a model that was trained on a probe and knows none."""
+        """Of the text; ValueError for a model that was trained on a synthetic task and knows none."""
         if self.given_tokenizer is None:
             raise ValueError(
-                f"{self.origin} was trained on a probe task and knows no text; give a model of text, or measure this one "
+                f"{self.origin} was trained on a synthetic task and knows no text; give a model of text, or measure this one "
                 "with `amfm evaluate --probe`"
             )
         return self.given_tokenizer
 
     def tokenizer_identity(self) -> str:
-        """Of its tokenizer; that of probes where there is none."""
+        """Of its tokenizer; that of synthetic tasks where there is none."""
         return NO_TOKENIZER if self.given_tokenizer is None else self.given_tokenizer.identity()
 
     def trained_length(self) -> int | None:
@@ -191,8 +191,8 @@ def load_initial_weights(model: HybridModel, path: str | Path, tokenizer_identit
     given_identity = weights.tokenizer_identity()
     if given_identity != tokenizer_identity and NO_TOKENIZER in (given_identity, tokenizer_identity):
         raise ValueError(
-            f"run.initial_weights={path} was trained on {'a probe' if given_identity == NO_TOKENIZER else 'text'}, and "
-            f"this run is on {'a probe' if tokenizer_identity == NO_TOKENIZER else 'text'}; tokens mean other things there"
+            f"run.initial_weights={path} was trained on {'a synthetic task' if given_identity == NO_TOKENIZER else 'text'}, and "
+            f"this run is on {'a synthetic task' if tokenizer_identity == NO_TOKENIZER else 'text'}; tokens mean other things there"
         )
     if given_identity != tokenizer_identity:
         raise ValueError(

@@ -146,9 +146,9 @@ def draw_sparkline(values: Sequence[float]) -> str:
 
 
 def show_accuracy(metrics: dict[str, Any]) -> str:
-    """Right answers of a probe, and rows without a wrong one."""
-    answers, rows = metrics["validation_accuracy"], metrics["validation_row_accuracy"]
-    return f"validation accuracy {answers:.1%} of answers, {rows:.1%} of rows"
+    """Format the accuracy on a synthetic task, of tokens and of whole rows."""
+    tokens, rows = metrics["validation_accuracy"], metrics["validation_row_accuracy"]
+    return f"validation accuracy {tokens:.1%} of tokens, {rows:.1%} of rows"
 
 
 def show_number(value: float | None, form: str) -> str:

@@ -82,20 +82,25 @@ def loss_plot(record: RunRecord) -> Plot | None:
 
 
 def accuracy_plot(record: RunRecord) -> Plot | None:
-    """Right answers of a probe, and rows without a wrong one."""
-    steps, answers = record.series("validation_accuracy")
-    if not answers:
+    """Plot the accuracy on a synthetic task, of tokens and of whole rows."""
+    steps, tokens = record.series("validation_accuracy")
+    if not tokens:
         return None
     _, rows = record.series("validation_row_accuracy")
 
     def draw(axes: Any, colours: Colours) -> None:
-        for number, (label, values) in enumerate((("answers", answers), ("rows", rows))):
+        for number, (label, values) in enumerate((("tokens", tokens), ("rows", rows))):
             axes.plot(steps, values, color=colours.series[number], marker="o", markersize=3, label=label)
         axes.set_ylim(0, 1.02)
         axes.set_ylabel("share right")
         axes.legend(loc="best")
 
-    return Plot("accuracy", "Accuracy", "Validation: answers that are right, and rows without a wrong one.", draw)
+    return Plot(
+        "accuracy",
+        "Accuracy",
+        "Validation: share of labelled tokens that are right, and of rows without a wrong one.",
+        draw,
+    )
 
 
 def learning_rate_plot(record: RunRecord) -> Plot | None:

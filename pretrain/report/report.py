@@ -47,10 +47,10 @@ def make_cards(record: RunRecord) -> list[Card]:
     ]
     if validation is not None:
         cards.append(Card("Validation loss", f"{validation:.4f}", f"perplexity {perplexity(validation)}"))
-    answers, rows = record.last("validation_accuracy"), record.last("validation_row_accuracy")
-    if answers is not None and rows is not None:
+    tokens, rows = record.last("validation_accuracy"), record.last("validation_row_accuracy")
+    if tokens is not None and rows is not None:
         cards.append(
-            Card("Validation accuracy", f"{answers:.1%}", f"of answers; {rows:.1%} of rows without a wrong one")
+            Card("Validation accuracy", f"{tokens:.1%}", f"of labelled tokens; {rows:.1%} of rows without a wrong one")
         )
     cards.append(
         Card("Throughput", f"{count(speed)} tokens/s" if speed is not None else "-", "median of the newer half")
@@ -94,8 +94,8 @@ def describe_data(record: RunRecord) -> Table:
     ]
     total = sum(sum(data["tokens"].values()) for data in newest.values())
     header = ("phase", "source", "tokens", "epochs since the start of the run")
-    probe = record.config.data.probe
-    title = f"Store {record.config.data.store}" if probe is None else f"Probe {probe.task}"
+    task = record.config.data.probe
+    title = f"Store {record.config.data.store}" if task is None else f"Synthetic task {task.task}"
     return Table(title, header, (*rows, ("all", "", f"{total:,}", "")))
 
 

@@ -1,4 +1,4 @@
-"""Probes on the command line: asked of a run, shown row by row, and what does not go with them."""
+"""Synthetic tasks on the command line: a run evaluated, shown row by row, and what does not go with them."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import pytest
 import yaml
 
 from launch.cli import run
-from tests.pretrain.test_probe_runs import probe_config
+from tests.pretrain.test_synthetic_runs import synthetic_config
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from pretrain.train import train
 
-    folder = tmp_path_factory.mktemp("probe")
-    assert train(probe_config(folder, train__steps=2, schedule__warmup_steps=1)) == 0
+    folder = tmp_path_factory.mktemp("task")
+    assert train(synthetic_config(folder, train__steps=2, schedule__warmup_steps=1)) == 0
     return folder
 
 
@@ -42,7 +42,7 @@ def test_evaluate_asks_the_task_of_the_run_and_others(trained: Path, capsys: pyt
     )
     assert (other["answers"], other["sequence_length"], other["chance"]) == (20, 21, pytest.approx(1 / 3))
     assert run(["evaluate", str(trained), "--probe", "parity", "--rows", "4"]) == 0
-    assert "of 40 answers; guessing gives 0.5000" in capsys.readouterr().out
+    assert "of 40 tokens; guessing gives 0.5000" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -50,8 +50,8 @@ def test_evaluate_asks_the_task_of_the_run_and_others(trained: Path, capsys: pyt
     [
         (["--probe", "parity", "--split", "train"], "--split has no effect with --probe; leave it out"),
         (["--rows", "5"], "--rows has no effect without --probe; leave it out"),
-        (["--probe", "s5"], "the probe s5 has 120 tokens with these settings"),
-        ([], "was trained on a probe task and knows no text"),
+        (["--probe", "s5"], "the synthetic task s5 has 120 tokens with these settings"),
+        ([], "was trained on a synthetic task and knows no text"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(
@@ -64,8 +64,8 @@ def test_options_that_do_not_go_together_are_refused(
 def test_there_is_nothing_to_prepare_and_a_row_can_be_seen(
     trained: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    config = tmp_path / "probe.yaml"
-    config.write_text(yaml.safe_dump(probe_config(tmp_path / "run").model_dump(mode="json")))
+    config = tmp_path / "task.yaml"
+    config.write_text(yaml.safe_dump(synthetic_config(tmp_path / "run").model_dump(mode="json")))
     assert run(["prepare", str(config)]) == 0
     assert "nothing to prepare: data.probe.task=selective_copying is computed" in capsys.readouterr().err
     assert printed(capsys, "prepare", str(config)) == {"probe": "selective_copying", "units_written": 0}

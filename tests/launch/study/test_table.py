@@ -60,7 +60,7 @@ def test_the_numbers_of_table_and_json_are_those_of_the_runs(study_path, capsys)
     assert table[2].startswith("| Mamba2 | no attention | ") and table[2].endswith("| 3.357 (3.000 to 3.714) | 102 |")
 
 
-def test_a_probe_is_judged_by_its_right_answers(study_path):
+def test_a_synthetic_task_is_judged_by_its_accuracy(study_path):
     folder = study_path.parent
     text = load_config(folder / "text.yaml").model_dump(mode="json")
     text["data"] = {"probe": {"task": "mqar", "num_pairs": 4}, "num_workers": 0}

@@ -1,4 +1,4 @@
-"""How much a checkpoint gets right of a probe, at any length of rows, on rows that no training sees."""
+"""Accuracy of a checkpoint on a synthetic task, at any length of rows, on rows that no training sees."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.config import DataConfig, ProbeConfig, ProbeName
+from data_pipeline.config import DataConfig, SyntheticConfig, TaskName
 from data_pipeline.loader.loader import PretrainLoader
-from data_pipeline.probes.build import SETTINGS, build_task
+from data_pipeline.synthetic.build import SETTINGS, build_task
 from model.packing import PackMeta
-from pretrain.accuracy import Accuracy, count_answers, measure_accuracy
+from pretrain.accuracy import Accuracy, count_correct, measure_accuracy
 from pretrain.config.file import change_section
 from pretrain.inference.weights import Weights, read_weights
 
@@ -21,13 +21,13 @@ DEFAULT_ROWS = 256
 
 
 @dataclass(frozen=True)
-class ProbeEvaluation:
-    """Right answers, mean negative log-likelihood an answer in nats, and what was asked.
+class SyntheticEvaluation:
+    """Accuracy, mean negative log-likelihood a labelled token in nats, and the task they were measured on.
 
-    `settings`: those that the task reads. `chance`: the share of answers that guessing the same one always gets right.
+    `settings`: those that the task reads. `chance`: the accuracy of always predicting the same label.
     """
 
-    task: ProbeName
+    task: TaskName
     settings: dict[str, int]
     sequence_length: int
     accuracy: Accuracy
@@ -35,9 +35,9 @@ class ProbeEvaluation:
     chance: float
 
 
-def evaluate_probe(
+def evaluate_synthetic(
     checkpoint: str | Path,
-    task: ProbeName,
+    task: TaskName,
     *,
     overrides: Sequence[str] = (),
     sequence_length: int | None = None,
@@ -46,25 +46,25 @@ def evaluate_probe(
     device: str = "cpu",
     backend: str = "auto",
     progress: Callable[[int, int], None] | None = None,
-) -> ProbeEvaluation:
-    """Ask a checkpoint, a run or an imported model the validation rows of a probe, in float32.
+) -> SyntheticEvaluation:
+    """Evaluate a checkpoint, a run or an imported model on the validation rows of a synthetic task, in float32.
 
     `overrides`: settings of the task as `key=value`, over those of the run if it trained on the task; `sequence_length`:
     default the run's; `progress` gets rows done and in all. Raises ValueError for settings that do not fit together, for
     rows too short for the task and for a vocabulary smaller than the task's.
     """
     weights = read_weights(checkpoint)
-    probe = choose_probe(weights, task, overrides)
+    config = choose_task(weights, task, overrides)
     length = sequence_length or weights.trained_length() or DEFAULT_LENGTH
-    built = build_task(probe)
+    built = build_task(config)
     if built.vocab_size > weights.model.vocab_size:
         raise ValueError(
-            f"the probe {task} has {built.vocab_size} tokens with these settings, and {weights.origin} has "
+            f"the synthetic task {task} has {built.vocab_size} tokens with these settings, and {weights.origin} has "
             f"model.vocab_size={weights.model.vocab_size}; choose settings with fewer, or train with more"
         )
     rows_at_once = min(rows_at_once, num_rows)
     loader = PretrainLoader(
-        DataConfig(probe=probe, num_workers=0),
+        DataConfig(probe=config, num_workers=0),
         split="validation",
         sequence_length=length,
         micro_batch_size=1,
@@ -82,19 +82,19 @@ def evaluate_probe(
             )
         assert output.loss is not None and output.predictions_BT is not None, "labels and predictions were asked for"
         nll += float(output.loss.nll_sum.double())
-        counts.append(count_answers(output.predictions_BT, labels_BT).cpu())
+        counts.append(count_correct(output.predictions_BT, labels_BT).cpu())
         if progress is not None:
             progress(first + size, num_rows)
     loader.close()
     accuracy = measure_accuracy(torch.cat(counts))
-    settings = {name: getattr(probe, name) for name in SETTINGS[probe.task]}
-    return ProbeEvaluation(task, settings, length, accuracy, nll / accuracy.num_answers, 1 / built.num_answers)
+    settings = {name: getattr(config, name) for name in SETTINGS[config.task]}
+    return SyntheticEvaluation(task, settings, length, accuracy, nll / accuracy.num_labels, 1 / built.num_classes)
 
 
-def choose_probe(weights: Weights, task: ProbeName, overrides: Sequence[str]) -> ProbeConfig:
+def choose_task(weights: Weights, task: TaskName, overrides: Sequence[str]) -> SyntheticConfig:
     """The task with the settings of the run, if it trained on it, else with the defaults, and the overrides over them."""
     trained = weights.run.data.probe if weights.run is not None else None
-    probe = change_section(trained if trained and trained.task == task else ProbeConfig(task=task), overrides)
-    if probe.task != task:
-        raise ValueError(f"task={probe.task} can't be set on the probe {task}; name the task itself")
-    return probe
+    config = change_section(trained if trained and trained.task == task else SyntheticConfig(task=task), overrides)
+    if config.task != task:
+        raise ValueError(f"task={config.task} can't be set on the synthetic task {task}; name the task itself")
+    return config

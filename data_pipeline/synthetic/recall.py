@@ -1,4 +1,4 @@
-"""Associative recall: keys with values, then keys alone, whose values are asked."""
+"""Associative recall: keys with values, then keys alone, to be completed by their values."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_pipeline.probes.draws import Draws
-from data_pipeline.probes.task import NOISE, ProbeRow, empty_row
+from data_pipeline.synthetic.draws import Draws
+from data_pipeline.synthetic.task import NOISE, SyntheticRow, empty_row
 
 
 @dataclass(frozen=True)
 class AssociativeRecall:
-    """Rows write each of `num_pairs` different keys `num_writes` times in random order, each time with a value of its
-    own, and then ask each key once for the value written last.
+    """Multi-query associative recall, with each key written once or several times.
 
-    One write is multi-query associative recall (Arora et al. 2023, arXiv 2312.04927, section 3); with several a state
-    must forget what it overwrites. A write is the key's token and the value's; a question is the key's token, answered
-    at once and not written into the row. Questions stand at places drawn uniformly from the rest of the row, which
-    else is noise (the paper draws the distance from a power law). Tokens: noise, keys, values.
+    A row writes `num_pairs` different keys `num_writes` times each, in random order and with a fresh value each time,
+    and then queries each key once for the value written last.
+
+    One write is the task of Arora et al. 2023 (arXiv 2312.04927, section 3); with several, a state must forget what is
+    overwritten. A write is two tokens, key and value; a query is the key's token, labelled with the value. Queries stand
+    at places drawn uniformly from the rest of the row, which is noise otherwise (the paper draws the distance from a
+    power law). Tokens: noise, keys, values. Raises ValueError for more pairs than keys.
     """
 
     num_pairs: int
@@ -35,21 +37,21 @@ class AssociativeRecall:
 
     @property
     def vocab_size(self) -> int:
-        """Noise, keys and values."""
+        """Number of token ids: noise, keys and values."""
         return 1 + self.num_keys + self.num_values
 
     @property
-    def num_answers(self) -> int:
-        """Any value."""
+    def num_classes(self) -> int:
+        """Number of different labels: every value."""
         return self.num_values
 
     @property
     def shortest(self) -> int:
-        """Two tokens a write, one a question."""
+        """Fewest tokens of a row: two a write, one a query."""
         return self.num_pairs * (2 * self.num_writes + 1)
 
-    def make_row(self, draws: Draws, length: int) -> ProbeRow:
-        """Writes first, then questions between noise."""
+    def make_row(self, draws: Draws, length: int) -> SyntheticRow:
+        """Make a row of `length` tokens: the writes, then the queries among noise."""
         tokens_T, labels_T = row = empty_row(length)
         keys = NOISE + 1 + draws.choose(self.num_keys, self.num_pairs)
         written = draws.shuffle(np.tile(np.arange(self.num_pairs), self.num_writes))

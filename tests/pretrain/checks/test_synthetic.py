@@ -1,4 +1,4 @@
-"""Rules of a run on a probe: each broken one names value, rule and remedy."""
+"""Rules of a run on a synthetic task: each broken one names value, rule and remedy."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pretrain.config.errors import ConfigError
 from pretrain.config.file import change_section, load_config, resolved_yaml
 from tests.pretrain.config.files import BASE
 
-PROBE = BASE[: BASE.index("data:")] + "data: {probe: {task: mqar}}\n" + BASE[BASE.index("train:") :]
+TASK = BASE[: BASE.index("data:")] + "data: {probe: {task: mqar}}\n" + BASE[BASE.index("train:") :]
 
 
 @pytest.fixture
-def probe(tmp_path: Path) -> Path:
-    path = tmp_path / "probe.yaml"
-    path.write_text(PROBE, encoding="utf-8")
+def task_file(tmp_path: Path) -> Path:
+    path = tmp_path / "task.yaml"
+    path.write_text(TASK, encoding="utf-8")
     return path
 
 
@@ -27,8 +27,8 @@ def broken(path: Path, *overrides: str) -> str:
     return str(caught.value)
 
 
-def test_a_run_on_a_probe_needs_no_store_and_reads_back(probe: Path, tmp_path: Path) -> None:
-    config = load_checked(probe, [], world_size=2)
+def test_a_run_on_a_synthetic_task_needs_no_store_and_reads_back(task_file: Path, tmp_path: Path) -> None:
+    config = load_checked(task_file, [], world_size=2)
     assert config.data.store is None and config.data.sources == ()
     again = tmp_path / "again.yaml"
     again.write_text(resolved_yaml(config))
@@ -44,7 +44,7 @@ def test_a_run_on_a_probe_needs_no_store_and_reads_back(probe: Path, tmp_path: P
         (["data.phases=[{start_sample: 4, sequence_length: 256}]"], "data.phases: has no effect on data.probe"),
         (["data.shuffle=block"], "data.shuffle: has no effect on data.probe"),
         (["model.vocab_size=64"], "model.vocab_size = 64: must be at least 65, the tokens of data.probe.task=mqar"),
-        (["data.probe.num_writes=2"], "data.probe.num_writes=2 has no effect on the probe mqar"),
+        (["data.probe.num_writes=2"], "data.probe.num_writes=2 has no effect on the synthetic task mqar"),
         (["data.probe.num_pairs=33"], "data.probe.num_pairs=33 must be at most num_keys=32"),
         (["data.probe.task=s7"], "must be one of: mqar, overwriting, selective_copying, parity, s3, s4, a5, s5"),
         (["train.sequence_length=23"], "train.sequence_length = 23: must be at least 24, the shortest row of"),
@@ -58,18 +58,18 @@ def test_a_run_on_a_probe_needs_no_store_and_reads_back(probe: Path, tmp_path: P
         ),
     ],
 )
-def test_a_broken_rule_is_explained(probe: Path, overrides: list[str], message: str) -> None:
-    assert message in broken(probe, *overrides)
+def test_a_broken_rule_is_explained(task_file: Path, overrides: list[str], message: str) -> None:
+    assert message in broken(task_file, *overrides)
 
 
-def test_without_a_probe_text_is_needed(probe: Path) -> None:
-    message = broken(probe, "data.probe=null", "data.tokenizer.vocab_size=512")
+def test_without_a_synthetic_task_text_is_needed(task_file: Path) -> None:
+    message = broken(task_file, "data.probe=null", "data.tokenizer.vocab_size=512")
     assert "data.store: is missing; name the folder that `amfm prepare` writes, or give data.probe" in message
     assert "data.sources: is missing; name at least one, with name and paths, or give data.probe" in message
 
 
-def test_settings_of_a_section_are_changed_as_overrides_change_a_file(probe: Path) -> None:
-    section = load_config(probe).data.probe
+def test_settings_of_a_section_are_changed_as_overrides_change_a_file(task_file: Path) -> None:
+    section = load_config(task_file).data.probe
     assert section is not None
     changed = change_section(section, ["num_pairs=3", "num_keys=1e2"])
     assert (changed.num_pairs, changed.num_keys, changed.num_values) == (3, 100, 32)

@@ -1,11 +1,11 @@
-"""Rules of a run on a probe: its settings fit together, into the rows and into the vocabulary, and nothing is about text."""
+"""Rules of a run on a synthetic task: its settings fit together, into the rows and into the vocabulary, and nothing is about text."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
 from data_pipeline.config import DataConfig
-from data_pipeline.probes.build import build_task
+from data_pipeline.synthetic.build import build_task
 from pretrain.config.errors import Problem
 from pretrain.config.schema import RunConfig
 from pretrain.stages import RunStage
@@ -24,10 +24,10 @@ ABOUT_TEXT = (
 )
 
 
-def probe_problems(config: RunConfig) -> Iterator[Problem]:
-    """Everything about data.probe but the length of rows; none for a run on text."""
-    probe = config.data.probe
-    if probe is None:
+def synthetic_problems(config: RunConfig) -> Iterator[Problem]:
+    """Find what is wrong with data.probe, but for the length of rows; nothing for a run on text."""
+    settings = config.data.probe
+    if settings is None:
         return
     for name in ABOUT_TEXT:
         if getattr(config.data, name) != DataConfig.model_fields[name].default:
@@ -36,17 +36,17 @@ def probe_problems(config: RunConfig) -> Iterator[Problem]:
         if stage.weights is not None:
             yield Problem(f"stages.{index}.weights", "has no effect on data.probe, the only source", "remove it")
     try:
-        task = build_task(probe)
+        task = build_task(settings)
     except ValueError as error:
         yield Problem("data.probe", f"data.probe.{error}", "")
         return
     if task.vocab_size > config.model.vocab_size:
-        rule = f"must be at least {task.vocab_size}, the tokens of data.probe.task={probe.task} with its settings"
+        rule = f"must be at least {task.vocab_size}, the tokens of data.probe.task={settings.task} with its settings"
         yield Problem("model.vocab_size", rule, "raise it", str(config.model.vocab_size))
 
 
-def probe_length_problems(config: RunConfig, stages: Sequence[RunStage]) -> Iterator[Problem]:
-    """Rows hold what the probe writes and asks, in every stage; `probe_problems` and the stages' rules found none."""
+def synthetic_length_problems(config: RunConfig, stages: Sequence[RunStage]) -> Iterator[Problem]:
+    """Find stages whose rows are too short for the task; call it when `synthetic_problems` and the stages' rules found nothing."""
     if config.data.probe is None:
         return
     shortest = build_task(config.data.probe).shortest

@@ -1,4 +1,4 @@
-"""Random numbers of one row: functions of a key alone, on every machine and with every release of numpy."""
+"""Random numbers of one row, a function of its key alone: equal on every machine and under every release of numpy."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ Int64 = npt.NDArray[np.int64]
 
 
 class Draws:
-    """A stream of numbers from a key of 16 bytes or more, of which the first 16 count.
+    """Stream of random numbers from a key of at least 16 bytes, of which the first 16 are used.
 
-    Only the raw words of Philox (Salmon et al. 2011) are used: numpy keeps those of a bit generator for good, not what
-    its distributions make of them (NEP 19).
+    Built on the raw words of Philox (Salmon et al. 2011): numpy guarantees the words of a bit generator for ever, but
+    may change what its distributions derive from them (NEP 19).
     """
 
     def __init__(self, key: bytes) -> None:
         self._bits = np.random.Philox(key=int.from_bytes(key[:16], "little"))
 
     def below(self, bound: int, count: int) -> Int64:
-        """`count` independent numbers in [0, bound), uniform to 1 part in 2^63 / bound."""
+        """Draw `count` independent integers in [0, bound); the bias of a value is at most bound / 2^63."""
         return (self._words(count) >> np.uint64(1)).astype(np.int64) % bound
 
     def choose(self, bound: int, count: int) -> Int64:
-        """`count` different numbers in [0, bound), in random order."""
+        """Draw `count` different integers in [0, bound), in random order."""
         assert count <= bound, f"{count} different numbers of {bound}"
         return np.argsort(self._words(bound), kind="stable")[:count]
 
     def shuffle(self, values: Int64) -> Int64:
-        """The values in random order."""
+        """Return the values in random order."""
         return values[self.choose(len(values), len(values))]
 
     def _words(self, count: int) -> npt.NDArray[np.uint64]:

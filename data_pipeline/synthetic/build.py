@@ -1,16 +1,16 @@
-"""The task that a configuration names."""
+"""Build the synthetic task that `data.probe` configures."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from data_pipeline.probes.copying import SelectiveCopying
-from data_pipeline.probes.groups import WordProblem
-from data_pipeline.probes.recall import AssociativeRecall
-from data_pipeline.probes.task import ProbeTask
+from data_pipeline.synthetic.copying import SelectiveCopying
+from data_pipeline.synthetic.groups import WordProblem
+from data_pipeline.synthetic.recall import AssociativeRecall
+from data_pipeline.synthetic.task import SyntheticTask
 
 if TYPE_CHECKING:
-    from data_pipeline.config import ProbeConfig  # pydantic takes longer to import than everything here
+    from data_pipeline.config import SyntheticConfig  # pydantic takes longer to import than everything here
 
 # Which settings of `data.probe` each task reads, beside its name.
 SETTINGS: dict[str, tuple[str, ...]] = {
@@ -25,8 +25,11 @@ SETTINGS: dict[str, tuple[str, ...]] = {
 }
 
 
-def build_task(config: ProbeConfig) -> ProbeTask:
-    """The task with its settings; ValueError where they don't fit together or the task doesn't read one that is set."""
+def build_task(config: SyntheticConfig) -> SyntheticTask:
+    """Build the task of a configuration.
+
+    Raises ValueError for settings that don't fit together, and for one that is set but not read by the task.
+    """
     unread = [
         name
         for name, field in type(config).model_fields.items()
@@ -35,7 +38,7 @@ def build_task(config: ProbeConfig) -> ProbeTask:
     if unread:
         known = ", ".join(SETTINGS[config.task]) or "none"
         raise ValueError(
-            f"{unread[0]}={getattr(config, unread[0])} has no effect on the probe {config.task}, whose settings are: "
+            f"{unread[0]}={getattr(config, unread[0])} has no effect on the synthetic task {config.task}, whose settings are: "
             f"{known}; remove it"
         )
     if config.task == "mqar":

@@ -1,1 +1,0 @@
-"""Synthetic tasks with known answers: what a model remembers, copies and tracks. numpy only, for reading processes."""
