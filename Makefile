@@ -6,6 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/tiny_cpu
 EXPORT := exports/tiny_cpu
+# Processes that share the tests; each has one thread, and tests start up to eight ranks of their own.
+WORKERS ?= 2
 
 .PHONY: quickstart install test test-slow check format docs bench clean
 
@@ -34,7 +36,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	touch $@
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 3600
