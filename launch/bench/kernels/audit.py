@@ -11,13 +11,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from launch.bench.kernels.case import AuditCase, Goal
+from kernels.proof.cases.case import NOTHING, CountedProblem, Goal, Minimum
+from kernels.proof.cases.operations import OPERATIONS, check_names
 
 FLOPS_A_SECOND, BYTES_A_SECOND = 800e12, 3.0e12
 
@@ -31,7 +32,7 @@ def audit_kernels(names: list[str] | None = None) -> dict[str, Any]:
 
     Raises ValueError for an unknown operation, RuntimeError when the child fails, with what it said.
     """
-    _find_builders(names or [])
+    check_names(names, OPERATIONS)
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "launch.bench.kernels.audit", *(names or ())]
     root = Path(__file__).parents[3]
@@ -45,46 +46,46 @@ def audit_kernels(names: list[str] | None = None) -> dict[str, Any]:
     }
 
 
-def audit_case(case: AuditCase) -> list[dict[str, Any]]:
-    """Count one case; only in a process that interprets Triton."""
+def count_problem(counted: CountedProblem) -> list[dict[str, Any]]:
+    """A row for each pass of one problem; only in a process that interprets Triton."""
     from kernels.proof.counting import count_launches
 
+    problem = counted.problem
     with count_launches() as launches:
-        output = case.run(*case.leaves)
+        output = problem.run(*problem.leaves, backend="triton")
         forward = len(launches)
-        if case.backward is not None:
-            torch.autograd.grad(output, case.leaves, torch.ones_like(output))
-    rows = [_row(case, "forward", launches[:forward], case.forward, case.forward_goal, case.library)]
-    if case.backward is not None:
-        rows.append(_row(case, "backward", launches[forward:], case.backward, case.backward_goal, (0, 0)))
+        if counted.has_backward:
+            torch.autograd.grad(output, problem.leaves, torch.ones_like(output))
+    rows = [_row(counted, "forward", launches[:forward], problem.forward, counted.forward_goal, counted.library)]
+    if counted.has_backward:
+        rows.append(_row(counted, "backward", launches[forward:], problem.backward, counted.backward_goal))
     return rows
 
 
 def _row(
-    case: AuditCase,
+    counted: CountedProblem,
     which: str,
     launches: list[Any],
-    minimum: tuple[int, int],
+    minimum: Minimum,
     goal: Goal | None,
-    library: tuple[int, int],
+    library: Minimum = NOTHING,
 ) -> dict[str, Any]:
-    flops = sum(launch.dot_flops for launch in launches) + library[0]
-    moved = sum(launch.distinct_bytes for launch in launches) + library[1]
-    minimum_bytes, minimum_flops = minimum
+    flops = sum(launch.dot_flops for launch in launches) + library.operations
+    moved = sum(launch.distinct_bytes for launch in launches) + library.bytes
     seconds = max(flops / FLOPS_A_SECOND, moved / BYTES_A_SECOND)
-    ratio = None if goal is None else _goal_bytes(case, launches, moved) / goal.bytes
+    ratio = None if goal is None else _goal_bytes(goal, launches, moved) / goal.bytes
     return {
-        "op": case.op,
+        "op": counted.op,
         "pass": which,
-        "shape": case.shape,
+        "shape": counted.problem.shape,
         "backend": "triton",
         "bytes": moved,
-        "minimum_bytes": minimum_bytes,
-        "requested_bytes": sum(launch.requested_bytes for launch in launches) + library[1],
+        "minimum_bytes": minimum.bytes,
+        "requested_bytes": sum(launch.requested_bytes for launch in launches) + library.bytes,
         "flops": flops,
-        "minimum_flops": minimum_flops,
+        "minimum_flops": minimum.operations,
         "milliseconds": seconds * 1e3,
-        "roofline_fraction": max(minimum_flops / FLOPS_A_SECOND, minimum_bytes / BYTES_A_SECOND) / seconds,
+        "roofline_fraction": max(minimum.operations / FLOPS_A_SECOND, minimum.bytes / BYTES_A_SECOND) / seconds,
         "launches": [launch.kernel for launch in launches],
         "goal": None if goal is None else goal.text,
         "goal_ratio": ratio,
@@ -93,32 +94,20 @@ def _row(
     }
 
 
-def _goal_bytes(case: AuditCase, launches: list[Any], moved: int) -> int:
-    """The bytes that a case's goal speaks of: all that moved, or the logits read by cross-entropy."""
-    if case.op != "linear_cross_entropy":
+def _goal_bytes(goal: Goal, launches: list[Any], moved: int) -> int:
+    """The bytes that a goal speaks of: all that moved, or what programs ask to read of one argument."""
+    if goal.argument is None:
         return moved
-    return sum(
-        traffic.requested_read for launch in launches for name, traffic in launch.traffic.items() if name == "logits"
-    )
+    return sum(launch.traffic[goal.argument].requested_read for launch in launches if goal.argument in launch.traffic)
 
 
 def count_named(names: list[str]) -> Iterator[dict[str, Any]]:
-    """Rows of the named cases, all where none is named. Raises ValueError for an unknown name."""
-    builders = _find_builders(names)
+    """Rows of the named operations, all where none is named. Raises ValueError for an unknown name."""
+    check_names(names, OPERATIONS)
     torch.manual_seed(0)
-    for build in builders:
-        for case in build():
-            yield from audit_case(case)
-
-
-def _find_builders(names: list[str]) -> list[Callable[[], Iterator[AuditCase]]]:
-    """What makes the cases of these operations, of all where none is named."""
-    from launch.bench.kernels.audit_cases import BUILDERS
-
-    for name in names:
-        if name not in BUILDERS:
-            raise ValueError(f"--op {name}: there is no such operation; use {', '.join(BUILDERS)}")
-    return [BUILDERS[name] for name in names or BUILDERS]
+    for name in names or OPERATIONS:
+        for counted in OPERATIONS[name].counted():
+            yield from count_problem(counted)
 
 
 if __name__ == "__main__":

@@ -1,33 +1,43 @@
-"""One case of `amfm bench kernels --audit`, and the goal that its counted traffic is held to."""
+"""A case of `kernels.proof.cases` as benchmarks time it: with one function a variant, ours and the peers'."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Goal:
-    """At most `limit` times `bytes`; `text` says what that is."""
-
-    text: str
-    bytes: float
-    limit: float
+from kernels.proof.cases.case import CardSizes, Compute, HostSizes, Minimum, Problem
+from kernels.proof.cases.operations import card_problem, host_problem
+from launch.bench.kernels.transformers_peers import add_transformers
 
 
 @dataclass(frozen=True)
-class AuditCase:
-    """A call to count: a function of leaves, what must move and be multiplied each way, and the goals."""
+class TimedCase:
+    """One operation in one dtype: leaves (what gets gradients), each variant's function of them, least work a pass."""
 
     op: str
     shape: str
+    dtype: torch.dtype
     leaves: tuple[Tensor, ...]
-    run: Callable[..., Tensor]
-    forward: tuple[int, int]
-    backward: tuple[int, int] | None
-    forward_goal: Goal | None = None
-    backward_goal: Goal | None = None
-    # Operations left to PyTorch's own products in forward, and the bytes that those move.
-    library: tuple[int, int] = (0, 0)
+    variants: dict[str, Compute]
+    forward: Minimum
+    backward: Minimum
+
+
+def card_case(op: str, device: torch.device, sizes: CardSizes) -> TimedCase:
+    """An operation of `ON_CARD` in bfloat16: our two backends, PyTorch's own and the public packages found here."""
+    problem = card_problem(op, device, sizes)
+    ours = {"triton": problem.on("triton"), "torch": problem.on("torch")}
+    return _timed(op, torch.bfloat16, problem, ours | problem.peers())
+
+
+def host_case(op: str, dtype: torch.dtype, sizes: HostSizes | None = None) -> TimedCase:
+    """An operation of `ON_HOST`: ours on PyTorch, our definition a token at a time, and transformers' own modules."""
+    sizes = sizes or HostSizes()
+    problem = host_problem(op, dtype, sizes)
+    return _timed(op, dtype, problem, add_transformers(op, problem, dtype, sizes))
+
+
+def _timed(op: str, dtype: torch.dtype, problem: Problem, variants: dict[str, Compute]) -> TimedCase:
+    return TimedCase(op, problem.shape, dtype, problem.leaves, variants, problem.forward, problem.backward)

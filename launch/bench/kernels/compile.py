@@ -29,10 +29,9 @@ def compile_kernels(architectures: Sequence[int] = ARCHITECTURES, *, report: Cal
     """
     from kernels.backend import triton_version
     from kernels.proof.ahead_of_time import compile_ahead
-    from kernels.proof.compile_cases import compile_cases
-    from kernels.proof.compile_cases_mixers import mixer_cases
+    from kernels.proof.cases.operations import all_launches
 
-    cases = [*mixer_cases(), *compile_cases()]
+    cases = [*all_launches()]
     rows = []
     for number, case in enumerate(cases):
         report(f"compiling {case.name} ({number + 1} of {len(cases)})")

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
+from kernels.proof.cases.operations import ON_HOST, check_names
 from launch.bench.freed_memory import KEPT, RETURNED, choose_treatments
 from launch.bench.hardware import describe_hardware
-from launch.bench.kernels.cpu_cases import OPERATIONS
 from launch.bench.kernels.cpu_rounds import DTYPES, FUSED, can_be_compiled
 from launch.bench.process import Child
 
@@ -42,16 +42,14 @@ def bench_cpu(
 
     Raises ValueError for an unknown operation, RuntimeError where variants disagree: they would not be the same work.
     """
-    for name in names or ():
-        if name not in OPERATIONS:
-            raise ValueError(f"--op {name}: there is no such operation; use {', '.join(OPERATIONS)}")
+    check_names(names, ON_HOST)
     before = torch.get_num_threads()
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     rows = []
     memories, remarks = choose_treatments()
     try:
-        for op in names or OPERATIONS:
+        for op in names or ON_HOST:
             rows += _bench_operation(op, memories, rounds, report)
         hardware = describe_hardware()
     finally:

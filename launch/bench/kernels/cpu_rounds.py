@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.memory import keep_freed_memory
-from launch.bench.kernels.cpu_cases import Case, build_case
+from launch.bench.kernels.case import TimedCase, host_case
 from launch.bench.process import open_answers
 from launch.doctor.machine import examine_compiler
 
@@ -42,7 +42,7 @@ def serve(settings: dict[str, Any]) -> None:
         assert keep_freed_memory(), "the caller looked whether this process can"
     for dtype in DTYPES.values():
         sys.stdin.readline()
-        case = build_case(settings["op"], dtype)
+        case = host_case(settings["op"], dtype)
         if can_be_compiled(case.op):
             case = add_compiled(case)
         try:
@@ -61,14 +61,14 @@ def can_be_compiled(op: str) -> bool:
     return op in FUSED and examine_compiler().status == "ok"
 
 
-def add_compiled(case: Case) -> Case:
+def add_compiled(case: TimedCase) -> TimedCase:
     """The case with ours compiled as a further variant, behind ours and before its peers."""
     ours = case.variants["ours"]
     compiled = torch.compile(ours, fullgraph=True, dynamic=False)
     return dataclasses.replace(case, variants={"ours": ours, "ours_compiled": compiled} | case.variants)
 
 
-def compare_variants(case: Case) -> dict[str, float]:
+def compare_variants(case: TimedCase) -> dict[str, float]:
     """Run each variant once, which compiles what compiles; its difference from ours by name.
 
     RuntimeError where variants disagree: they would not be the same work.
@@ -84,7 +84,7 @@ def compare_variants(case: Case) -> dict[str, float]:
     return differences
 
 
-def time_variants(case: Case) -> dict[str, tuple[float, float]]:
+def time_variants(case: TimedCase) -> dict[str, tuple[float, float]]:
     """One round: seconds of forward and of backward, by variant."""
     seconds = {}
     for name in case.variants:
@@ -93,7 +93,7 @@ def time_variants(case: Case) -> dict[str, tuple[float, float]]:
     return seconds
 
 
-def _run(case: Case, name: str) -> tuple[tuple[float, float], list[Tensor]]:
+def _run(case: TimedCase, name: str) -> tuple[tuple[float, float], list[Tensor]]:
     """One forward and backward of a variant: seconds of each, and output and gradients."""
     _sweep_caches()
     started = time.perf_counter()

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.proof.cases.case import CardSizes
+from kernels.proof.cases.operations import ON_CARD, check_names
 from launch.bench.hardware import describe_hardware
 from launch.bench.kernels.audit import BYTES_A_SECOND, FLOPS_A_SECOND
+from launch.bench.kernels.case import TimedCase, card_case
 from launch.bench.kernels.cpu import PASSES
 from launch.bench.kernels.cpu_rounds import median_difference
-from launch.bench.kernels.cuda_cases import CUDA_OPERATIONS, CudaCase, Sizes, build_cuda_case
 
 PEERS = {
     "mamba_ssm": "mamba_ssm",
@@ -29,7 +31,7 @@ Measure = Callable[[Callable[[], object]], float]
 
 
 def bench_cuda(
-    names: list[str] | None = None, *, report: Callable[[str], None], sizes: Sizes | None = None
+    names: list[str] | None = None, *, report: Callable[[str], None], sizes: CardSizes | None = None
 ) -> dict[str, Any]:
     """Time every case on the current card: `rows` as `bench_cpu` has them, with `roofline_fraction` against an H100.
 
@@ -40,15 +42,15 @@ def bench_cuda(
     """
     from kernels.proof.timing import measure_milliseconds
 
-    _check_names(names)
+    check_names(names, ON_CARD)
     device = torch.device("cuda")
     rows: list[dict[str, Any]] = []
     remarks: list[str] = []
-    for op in names or CUDA_OPERATIONS:
+    for op in names or ON_CARD:
         report(f"timing {op}")
-        rows += time_case(build_cuda_case(op, device, sizes or Sizes()), measure_milliseconds, remarks)
+        rows += time_case(card_case(op, device, sizes or CardSizes()), measure_milliseconds, remarks)
         torch.cuda.empty_cache()
-    faults = find_faults(names or [*CUDA_OPERATIONS], rows)
+    faults = find_faults(names or [*ON_CARD], rows)
     return {"hardware": _describe_card(device), "rows": rows, "remarks": remarks, "faults": faults}
 
 
@@ -63,7 +65,7 @@ def find_faults(names: list[str], rows: list[dict[str, Any]]) -> list[str]:
 
 
 def tune_cuda(
-    names: list[str] | None = None, *, report: Callable[[str], None], sizes: Sizes | None = None
+    names: list[str] | None = None, *, report: Callable[[str], None], sizes: CardSizes | None = None
 ) -> dict[str, Any]:
     """Tune the kernels of these operations on the current card and save its table: `path`, `environment`, `configs`.
 
@@ -73,11 +75,11 @@ def tune_cuda(
     from kernels.proof.timing import measure_milliseconds
     from kernels.tuning import Table, find_environment, tune
 
-    _check_names(names)
+    check_names(names, ON_CARD)
     device = torch.device("cuda")
     table = Table.load(find_environment(device))
-    for op in names or CUDA_OPERATIONS:
-        case = build_cuda_case(op, device, sizes or Sizes())
+    for op in names or ON_CARD:
+        case = card_case(op, device, sizes or CardSizes())
         exact = _results(case.variants["torch"], tuple(leaf.detach().float().requires_grad_() for leaf in case.leaves))
         report(f"tuning {op}")
         run = functools.partial(_results, case.variants["triton"], case.leaves)
@@ -86,13 +88,7 @@ def tune_cuda(
     return {"path": str(table.save()), "environment": vars(table.environment), "configs": table.configs}
 
 
-def _check_names(names: list[str] | None) -> None:
-    for name in names or ():
-        if name not in CUDA_OPERATIONS:
-            raise ValueError(f"--op {name}: there is no such operation; use {', '.join(CUDA_OPERATIONS)}")
-
-
-def time_case(case: CudaCase, measure: Measure, remarks: list[str]) -> list[dict[str, Any]]:
+def time_case(case: TimedCase, measure: Measure, remarks: list[str]) -> list[dict[str, Any]]:
     """Rows of one case, a variant after the other; reasons of variants that cannot run go to `remarks`."""
     exact = _results(case.variants["torch"], tuple(leaf.detach().float().requires_grad_() for leaf in case.leaves))
     rows, ours = [], None
@@ -121,7 +117,7 @@ def time_case(case: CudaCase, measure: Measure, remarks: list[str]) -> list[dict
     return rows
 
 
-def _time(case: CudaCase, variant: Callable[..., Tensor], measure: Measure) -> tuple[float, float, float]:
+def _time(case: TimedCase, variant: Callable[..., Tensor], measure: Measure) -> tuple[float, float, float]:
     """Milliseconds of forward, of backward, and of both in a row."""
     output = variant(*case.leaves)
     direction = torch.ones_like(output)
@@ -136,7 +132,7 @@ def _time(case: CudaCase, variant: Callable[..., Tensor], measure: Measure) -> t
     )
 
 
-def _fraction(case: CudaCase, which: str, milliseconds: float) -> float:
+def _fraction(case: TimedCase, which: str, milliseconds: float) -> float:
     """The least time that an H100 could take over the time taken."""
     passes = {"forward": (case.forward,), "backward": (case.backward,), "both": (case.forward, case.backward)}[which]
     least = sum(max(moved / BYTES_A_SECOND, flops / FLOPS_A_SECOND) for moved, flops in passes)

@@ -7,7 +7,8 @@ import dataclasses
 import pytest
 import torch
 
-from launch.bench.kernels.cpu_cases import Case
+from kernels.proof.cases.case import NOTHING
+from launch.bench.kernels.case import TimedCase
 from launch.bench.kernels.cpu_rounds import compare_variants
 
 
@@ -15,7 +16,9 @@ def test_variants_that_compute_something_else_are_refused() -> None:
     def double(x: torch.Tensor) -> torch.Tensor:
         return 2 * x
 
-    case = Case("copy", "3", torch.float32, (torch.ones(3, requires_grad=True),), {"ours": torch.clone})
+    case = TimedCase(
+        "copy", "3", torch.float32, (torch.ones(3, requires_grad=True),), {"ours": torch.clone}, NOTHING, NOTHING
+    )
     wrong = dataclasses.replace(case, variants={"ours": torch.clone, "peer": double})
     assert compare_variants(case) == {"ours": 0.0}
     with pytest.raises(RuntimeError, match="peer differs from ours by 1 "):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kernels.proof.cases.case import Minimum
+from launch.bench.kernels.case import TimedCase
 from launch.bench.kernels.cuda import find_faults, time_case
-from launch.bench.kernels.cuda_cases import CudaCase
 from launch.cli import run
 from launch.commands.bench.verbs import print_kernel_table
 
@@ -23,7 +24,7 @@ def test_a_kernel_of_ours_that_is_far_from_float32_on_a_card_is_a_fault(
 ) -> None:
     x = torch.ones(8, requires_grad=True)
     variants = {"torch": lambda x: 2 * x, "triton": lambda x: 2 * (1 + error) * x, "peer": lambda x: 3 * x}
-    case = CudaCase("double", "8", (x,), variants, (64, 8), (64, 8))
+    case = TimedCase("double", "8", torch.bfloat16, (x,), variants, Minimum(64, 8), Minimum(64, 8))
     remarks: list[str] = []
     rows = time_case(case, lambda work: 1.0, remarks)
     assert remarks == []

@@ -1,0 +1,201 @@
+"""What a case of an operation is made of; `operations.py` lists the cases.
+
+Four commands ask the same about an operation: what does its kernel take on a card (ahead-of-time table), what does it
+move (audit in the interpreter), how fast is it on this card and on this CPU. Each needs inputs, a call, the least that
+must move, and sizes of its own. So a case has one builder of `Problem` from sizes, and every command brings its sizes.
+Nothing here needs more than torch, triton and numpy: a bare machine with a card can run every case. Peers that are
+public kernel packages belong to a problem and are looked for when asked; transformers, on the CPU, is launch's business.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Compute = Callable[..., Tensor]
+EPSILON = 1e-5
+
+
+class Minimum(NamedTuple):
+    """What a pass must do at least: bytes moved between memory and chip, floating-point operations."""
+
+    bytes: int
+    operations: int
+
+
+NOTHING = Minimum(0, 0)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Makes leaves (tensors that get gradients) on one device, in one dtype unless another is named."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def normal(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        """Normal numbers times `scale`."""
+        values = torch.randn(*shape, device=self.device) * scale
+        return values.to(dtype or self.dtype).requires_grad_()
+
+    def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+        """Float32 numbers between two bounds, as gates and weights are."""
+        return (low + (high - low) * torch.rand(*shape, device=self.device)).requires_grad_()
+
+    def directions(self, *shape: int) -> Tensor:
+        """Vectors of length 1 along the last dimension, as keys of delta rules are."""
+        return torch.nn.functional.normalize(torch.randn(*shape, device=self.device), dim=-1).to(self.dtype)
+
+
+def bfloat16_inputs() -> Inputs:
+    """Inputs of what the interpreter counts."""
+    return Inputs(torch.device("cpu"), torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One operation at one size.
+
+    `run(*leaves, backend=...)` is our operation, with backend triton, torch or reference (see the operation's op.py), as
+    one tensor. `forward`, `backward`: the least of each pass for 2-byte numbers. `peers`: the same computation by public
+    packages, as they are called on a card; those that are not installed are left out. `labels`: what a loss is of.
+    """
+
+    shape: str
+    leaves: tuple[Tensor, ...]
+    run: Compute
+    forward: Minimum
+    backward: Minimum
+    peers: Callable[[], dict[str, Compute]] = dict
+    labels: Tensor | None = None
+
+    def on(self, backend: str) -> Compute:
+        """Our operation with one backend, as a function of the leaves alone."""
+        return lambda *leaves: self.run(*leaves, backend=backend)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """Counted bytes are to be at most `limit` times `bytes`; `text` says what that is.
+
+    `argument`: of these the bytes that programs ask to read of this kernel argument, not all that moves.
+    """
+
+    text: str
+    bytes: float
+    limit: float
+    argument: str | None = None
+
+
+@dataclass(frozen=True)
+class CountedProblem:
+    """A problem small enough for the interpreter, under the name and the goals of the audit.
+
+    `has_backward`: whether its backward pass is counted too. `library`: products that forward leaves to PyTorch, which
+    nobody counts.
+    """
+
+    op: str
+    problem: Problem
+    forward_goal: Goal | None = None
+    backward_goal: Goal | None = None
+    has_backward: bool = True
+    library: Minimum = NOTHING
+
+
+@dataclass(frozen=True)
+class KernelLaunch:
+    """One kernel as production launches it: arguments of `kernels.proof.ahead_of_time.compile_ahead`, and a name."""
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    options: dict[str, int] = field(default_factory=dict)
+    multiplies: bool = False
+
+
+@dataclass(frozen=True)
+class CardSizes:
+    """Sizes of problems on a card; the defaults are those of Granite-4-H-Small on one row of 8,192 tokens."""
+
+    tokens: int = 8192
+    model: int = 4096
+    heads: int = 128
+    head_dim: int = 64
+    state: int = 128
+    experts: int = 72
+    top_k: int = 10
+    expert_width: int = 768
+    attention_heads: int = 32
+    kv_heads: int = 8
+    attention_dim: int = 128
+    vocabulary: int = 100352
+
+
+@dataclass(frozen=True)
+class HostSizes:
+    """Sizes of problems on a CPU: the benchmark's model, with the experts of Granite-4-H-Tiny."""
+
+    rows: int = 4
+    tokens: int = 512
+    model: int = 256
+    heads: int = 8
+    head_dim: int = 64
+    state: int = 128
+    selective_state: int = 16
+    experts: int = 64
+    top_k: int = 6
+    expert_width: int = 64
+    norm_width: int = 1024
+    vocabulary: int = 8192
+
+
+@dataclass(frozen=True)
+class OperationCase:
+    """An operation of `kernels/`: every way in which it is compiled, counted, checked and timed.
+
+    `launches`: its kernels in bfloat16 with documents and the tiles of a card. `counted`: problems of the audit.
+    `on_card`, `on_host`: builders of the problems that are timed, by the name that the benchmarks give them.
+    """
+
+    name: str
+    launches: Callable[[], Iterator[KernelLaunch]]
+    counted: Callable[[], Iterator[CountedProblem]]
+    on_card: Mapping[str, Callable[[Inputs, CardSizes], Problem]] = field(default_factory=dict)
+    on_host: Mapping[str, Callable[[Inputs, HostSizes], Problem]] = field(default_factory=dict)
+
+
+def formula_goals(problem: Problem, limit: float) -> tuple[Goal, Goal]:
+    """Of each pass: at most `limit` times the bytes of the formula."""
+    return Goal("of the formula", problem.forward.bytes, limit), Goal("of the formula", problem.backward.bytes, limit)
+
+
+def kernel_launch(
+    name: str,
+    kernel: Any,
+    types: Mapping[str, str],
+    constants: Mapping[str, Any],
+    config: Mapping[str, int] | None = None,
+) -> KernelLaunch:
+    """A launch with the types of those arguments that are no constants.
+
+    `config`: one of the kernel's configurations; its warps and stages become options, the rest constants.
+    """
+    given = dict(config or {})
+    options: dict[str, int] = {option: given.pop(option) for option in ("num_warps", "num_stages") if option in given}
+    constants = {**constants, **given}
+    signature = {argument: types[argument] for argument in kernel.arg_names if argument not in constants}
+    return KernelLaunch(name, kernel, signature, constants, options, multiplies="DOT" in constants)
+
+
+def find_package(module: str) -> Any:
+    """A module of a package that may not be installed: None where it is not."""
+    top = module.partition(".")[0]
+    return importlib.import_module(module) if importlib.util.find_spec(top) is not None else None

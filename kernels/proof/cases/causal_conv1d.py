@@ -1,0 +1,97 @@
+"""The short causal convolution with SiLU, of width 4 as every published Mamba2 hybrid has it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from kernels.causal_conv1d.op import causal_conv1d, convolution_bytes, convolution_flops
+from kernels.proof.cases.case import (
+    CardSizes,
+    Compute,
+    CountedProblem,
+    HostSizes,
+    Inputs,
+    KernelLaunch,
+    Minimum,
+    OperationCase,
+    Problem,
+    bfloat16_inputs,
+    find_package,
+    formula_goals,
+    kernel_launch,
+)
+
+WIDTH = 4
+
+
+def convolution_problem(inputs: Inputs, rows: int, tokens: int, channels: int, text: str = ", SiLU") -> Problem:
+    """With bias, without documents."""
+    leaves = (
+        inputs.normal(rows, tokens, channels),
+        inputs.normal(channels, WIDTH, scale=0.3),
+        inputs.normal(channels),
+    )
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor, backend: str) -> Tensor:
+        return causal_conv1d(x, weight, bias, backend=backend)
+
+    def peers() -> dict[str, Compute]:
+        theirs = find_package("causal_conv1d")
+        if theirs is None:
+            return {}
+
+        def public(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            y: Tensor = theirs.causal_conv1d_fn(x.transpose(1, 2), weight, bias, activation="silu")
+            return y.transpose(1, 2)
+
+        return {"causal_conv1d": public}
+
+    forward, backward = (
+        Minimum(
+            convolution_bytes(rows, tokens, channels, backward=way),
+            convolution_flops(rows, tokens, channels, WIDTH, backward=way),
+        )
+        for way in (False, True)
+    )
+    return Problem(f"{rows}x{tokens}x{channels}, width {WIDTH}{text}", leaves, run, forward, backward, peers)
+
+
+def counted_problems() -> Iterator[CountedProblem]:
+    """One strip of channels."""
+    problem = convolution_problem(bfloat16_inputs(), 1, 512, 128, "")
+    yield CountedProblem("causal_conv1d", problem, *formula_goals(problem, 1.1))
+
+
+def launches() -> Iterator[KernelLaunch]:
+    """Both kernels, with documents."""
+    from kernels.causal_conv1d import triton_impl as convolution
+    from kernels.causal_conv1d.triton_kernels import convolution_backward_kernel, convolution_forward_kernel
+
+    types = dict.fromkeys(("x", "y", "d_y", "d_x"), "*bf16") | dict.fromkeys(("weight", "bias", "partial"), "*fp32")
+    types |= {"ids": "*i32"} | dict.fromkeys(("T", "C", "stride_b", "stride_t"), "i32:16")
+    types |= dict.fromkeys(("blocks_per_strip", "strips"), "i32")
+    flags = {"W": WIDTH, "BIAS": True, "DOCUMENTS": True}
+    for name, kernel, config in (
+        ("forward", convolution_forward_kernel, convolution.FORWARD[0]),
+        ("backward", convolution_backward_kernel, convolution.BACKWARD[0]),
+    ):
+        yield kernel_launch(f"convolution {name}, width {WIDTH}", kernel, types, flags, config)
+
+
+def _on_card(inputs: Inputs, sizes: CardSizes) -> Problem:
+    return convolution_problem(inputs, 1, sizes.tokens, sizes.heads * sizes.head_dim + 2 * sizes.state)
+
+
+def _on_host(inputs: Inputs, sizes: HostSizes) -> Problem:
+    return convolution_problem(inputs, sizes.rows, sizes.tokens, sizes.heads * sizes.head_dim + 2 * sizes.state)
+
+
+CASE = OperationCase(
+    "causal_conv1d",
+    launches,
+    counted_problems,
+    on_card={"causal_conv1d": _on_card},
+    on_host={"causal_conv1d": _on_host},
+)

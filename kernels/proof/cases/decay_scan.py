@@ -1,0 +1,193 @@
+"""Mamba2's scan, and linear attention with a gate a head: one kernel at two shapes.
+
+TurboS, Nemotron-3-Nano and Granite-4-H all have heads of 64 channels with 128 state numbers, so that the launches of one
+stand for the three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from kernels.decay_scan.op import decay_scan, mamba2_scan, scan_bytes, scan_flops
+from kernels.proof.cases.case import (
+    CardSizes,
+    Compute,
+    CountedProblem,
+    Goal,
+    HostSizes,
+    Inputs,
+    KernelLaunch,
+    Minimum,
+    OperationCase,
+    Problem,
+    bfloat16_inputs,
+    find_package,
+    kernel_launch,
+)
+
+HEAD_DIM, STATE_SIZE = 64, 128
+
+
+def mamba2_problem(
+    inputs: Inputs, rows: int, tokens: int, heads: int, head_dim: int, state: int, chunk: int = 64, keep: bool = True
+) -> Problem:
+    """The scan of Mamba2 from dt before its softplus to y, in chunks of `chunk`; `keep`: states stay for backward."""
+    H, P, N, T = heads, head_dim, state, tokens
+    x, dt = inputs.normal(rows, T, H, P), inputs.normal(rows, T, H)
+    B, C = (inputs.normal(rows, T, 1, N, scale=0.3) for _ in range(2))
+    A_log, D, bias = inputs.uniform(H), inputs.uniform(H, low=1.0), inputs.uniform(H, low=-1.0)
+
+    def run(*leaves: Tensor, backend: str) -> Tensor:
+        return mamba2_scan(*leaves, chunk_size=chunk, keep_states=keep, backend=backend).y_BTHP
+
+    def peers() -> dict[str, Compute]:
+        theirs = find_package("mamba_ssm.ops.triton.ssd_combined")
+        if theirs is None:
+            return {}
+
+        def mamba_ssm(x: Tensor, dt: Tensor, A_log: Tensor, B: Tensor, C: Tensor, D: Tensor, bias: Tensor) -> Tensor:
+            A = -A_log.exp()
+            return theirs.mamba_chunk_scan_combined(x, dt, A, B, C, 256, D=D, dt_bias=bias, dt_softplus=True)
+
+        return {"mamba_ssm": mamba_ssm}
+
+    shape = (rows, T, H, 1, N, P)
+    forward, backward = (
+        Minimum(scan_bytes(*shape, backward=way), scan_flops(*shape, chunk_size=chunk, backward=way))
+        for way in (False, True)
+    )
+    text = f"{rows}x{T}, {H} heads x {P}, state {N}"
+    return Problem(text, (x, dt, A_log, B, C, D, bias), run, forward, backward, peers)
+
+
+def linear_attention_problem(inputs: Inputs, tokens: int, heads: int, size: int) -> Problem:
+    """Heads with keys of their own and a gate a head, as in RetNet and simple GLA."""
+    leaves = tuple(inputs.normal(1, tokens, heads, size, scale=size**-0.5) for _ in range(3))
+
+    def peers() -> dict[str, Compute]:
+        theirs = find_package("fla.ops.simple_gla")
+        return {"fla": lambda q, k, v, g: theirs.chunk_simple_gla(q, k, v, g=g, scale=1.0)[0]} if theirs else {}
+
+    shape = (1, tokens, heads, heads, size, size)
+    forward, backward = (
+        Minimum(scan_bytes(*shape, backward=way), scan_flops(*shape, chunk_size=64, backward=way))
+        for way in (False, True)
+    )
+    return Problem(
+        f"1x{tokens}, {heads} heads x {size}",
+        (*leaves, inputs.uniform(1, tokens, heads, low=-1.0, high=0.0)),
+        lambda *leaves, backend: decay_scan(*leaves, backend=backend).o_BTHV,
+        forward,
+        backward,
+        peers,
+    )
+
+
+def counted_problems() -> Iterator[CountedProblem]:
+    """Rows long enough that what is written once a row weighs as little as in production.
+
+    Each goal is one of a policy: forward's where backward walks the row again, backward's where the states are kept.
+    """
+    for op, heads, chunk, keep, has_backward in (
+        ("decay_scan", 8, 64, False, False),  # the goal of backward is one of chunks of 128
+        ("decay_scan", 16, 128, False, True),
+        ("decay_scan_states_kept", 16, 128, True, True),
+    ):
+        tokens, width = 2048, heads * HEAD_DIM
+        problem = mamba2_problem(bfloat16_inputs(), 1, tokens, heads, HEAD_DIM, STATE_SIZE, chunk, keep)
+        yield CountedProblem(
+            op,
+            _with_chunks(problem, f"chunks of {chunk}"),
+            None if keep else Goal("4d + 4GN + 4H bytes a token", _least_bytes(tokens, heads), 1.15),
+            Goal("d bytes a token", tokens * width, 16) if keep else None,
+            has_backward,
+        )
+    yield _segmented_problem(tokens=8192, heads=4, chunk=128, segments=2)
+
+
+def _least_bytes(tokens: int, heads: int) -> int:
+    return tokens * (4 * heads * HEAD_DIM + 4 * STATE_SIZE + 4 * heads)
+
+
+def _with_chunks(problem: Problem, text: str, run: Compute | None = None) -> Problem:
+    return Problem(
+        f"{problem.shape}, {text}", problem.leaves, run or problem.run, problem.forward, problem.backward, problem.peers
+    )
+
+
+def _segmented_problem(tokens: int, heads: int, chunk: int, segments: int) -> CountedProblem:
+    """The walk cut into segments, as long rows with few heads are; forward alone, with no choice of backend."""
+    whole = mamba2_problem(bfloat16_inputs(), 1, tokens, heads, HEAD_DIM, STATE_SIZE, chunk)
+    per_segment = tokens // chunk // segments
+
+    def run(
+        x: Tensor, dt: Tensor, A_log: Tensor, B: Tensor, C: Tensor, D: Tensor, bias: Tensor, backend: str
+    ) -> Tensor:
+        from kernels.decay_scan.triton_impl import scan_triton
+
+        assert backend == "triton", "segments are a matter of the Triton kernel"
+        del A_log, bias
+        scale = dt.float().abs()
+        return scan_triton(C, B, x, -scale, scale, D, None, None, chunk, segment_chunks=per_segment)[0]
+
+    return CountedProblem(
+        "decay_scan_segmented",
+        _with_chunks(whole, f"{segments} segments", run),
+        Goal("4d + 4GN + 4H bytes a token", _least_bytes(tokens, heads), 1.7),
+        has_backward=False,
+    )
+
+
+def launches() -> Iterator[KernelLaunch]:
+    """The scan's kernels at both chunk sizes, with documents."""
+    import triton.language as tl
+
+    from kernels.decay_scan import triton_impl as scan
+    from kernels.decay_scan.triton_backward import gradients_kernel, walk_back_kernel
+    from kernels.decay_scan.triton_forward import chunk_state_kernel
+
+    types = dict.fromkeys(("q", "k", "v", "y", "d_y", "d_v", "d_q", "d_k", "entering", "leaving"), "*bf16")
+    floats = ("g", "scale", "skip", "final", "decay", "initial", "d_final", "d_initial", "d_g", "d_scale", "d_skip")
+    types |= dict.fromkeys(floats, "*fp32") | {"firsts": "*i32"}
+    strides = ("stride_qb", "stride_qt", "stride_kb", "stride_kt", "stride_vb", "stride_vt")
+    types |= dict.fromkeys(("T", "K", "V", *strides), "i32:16")
+    types |= dict.fromkeys(("H", "R", "chunks", "segments", "segment_chunks", "splits"), "i32")
+    scaled = {"SCALE": True, "INITIAL": False, "initial": None}
+    outputs = scaled | {"SKIP": True, "OUTPUT": True}
+    states = scaled | {"SKIP": False, "skip": None, "OUTPUT": False, "y": None, "SAVE": True}
+    back = {"D_FINAL": False, "d_final": None, "STORE": True}
+    kernels = (
+        ("walk", chunk_state_kernel, outputs | {"SAVE": False, "entering": None}, scan.WALK[0]),
+        ("walk, states kept", chunk_state_kernel, outputs | {"SAVE": True}, scan.WALK[0]),
+        ("walk, states only", chunk_state_kernel, states, scan.STATES_WALK[0]),
+        ("walk back", walk_back_kernel, back, scan.WALK_BACK[0]),
+        ("gradients", gradients_kernel, {"SCALE": True, "SKIP": True}, scan.GRADIENTS[0]),
+    )
+    for tiles in (1, 2):
+        common = {"Q": scan.LARGEST_TILE, "TILES": tiles, "BLOCK_K": STATE_SIZE, "DOT": tl.bfloat16, "DOCUMENTS": True}
+        for name, kernel, special, config in kernels:
+            label = f"scan {name}, chunks of {tiles * scan.LARGEST_TILE}"
+            yield kernel_launch(label, kernel, types, common | special, config)
+
+
+def _on_card(inputs: Inputs, sizes: CardSizes) -> Problem:
+    return mamba2_problem(inputs, 1, sizes.tokens, sizes.heads, sizes.head_dim, sizes.state)
+
+
+def _on_host(inputs: Inputs, sizes: HostSizes) -> Problem:
+    return mamba2_problem(inputs, sizes.rows, sizes.tokens, sizes.heads, sizes.head_dim, sizes.state)
+
+
+def _linear_attention_on_card(inputs: Inputs, sizes: CardSizes) -> Problem:
+    return linear_attention_problem(inputs, sizes.tokens, sizes.attention_heads, sizes.attention_dim)
+
+
+CASE = OperationCase(
+    "decay_scan",
+    launches,
+    counted_problems,
+    on_card={"decay_scan": _on_card, "linear_attention": _linear_attention_on_card},
+    on_host={"decay_scan": _on_host},
+)

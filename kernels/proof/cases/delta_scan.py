@@ -1,0 +1,161 @@
+"""The delta rule: Gated DeltaNet as in Qwen3-Next (states of 128 x 128, one step a token) and its relatives.
+
+Compiled ahead of time are also DeltaProduct with two steps a token, and Kimi Delta Attention as in Kimi Linear (a gate of
+each of 128 key channels).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from kernels.delta_scan.op import delta_bytes, delta_flops, delta_scan
+from kernels.limits import DELTA_LIMITS, VECTOR_DELTA_LIMITS
+from kernels.proof.cases.case import (
+    CardSizes,
+    Compute,
+    CountedProblem,
+    Goal,
+    HostSizes,
+    Inputs,
+    KernelLaunch,
+    Minimum,
+    OperationCase,
+    Problem,
+    bfloat16_inputs,
+    find_package,
+    kernel_launch,
+)
+from kernels.tuning import Config
+
+CHUNK_SIZE, STATE_SIZE = 64, 128
+
+
+def delta_problem(
+    inputs: Inputs, rows: int, tokens: int, key_heads: int, heads: int, size: int, text: str | None = None
+) -> Problem:
+    """Gated, one step a token, heads / key_heads value heads a key head; `text` describes heads and states."""
+    T, G, H, K = tokens, key_heads, heads, size
+    q, v = inputs.normal(rows, T, G, K, scale=K**-0.5), inputs.normal(rows, T, 1, H, K)
+    k, beta = inputs.directions(rows, T, 1, G, K).requires_grad_(), inputs.uniform(rows, T, 1, H)
+    g = inputs.uniform(rows, T, H, low=-1.0, high=0.0)
+
+    def peers() -> dict[str, Compute]:
+        theirs = find_package("fla.ops.gated_delta_rule")
+        if theirs is None:
+            return {}
+
+        def fla(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor) -> Tensor:
+            queries, keys = (x.repeat_interleave(H // G, dim=2) for x in (q, k[:, :, 0]))
+            return theirs.chunk_gated_delta_rule(queries, keys, v[:, :, 0], g, beta[:, :, 0], scale=1.0)[0]
+
+        return {"fla": fla}
+
+    shape = (rows, T, 1, G, H, K, K)
+    forward, backward = (
+        Minimum(delta_bytes(*shape, backward=way), delta_flops(*shape, chunk_size=CHUNK_SIZE, backward=way))
+        for way in (False, True)
+    )
+    return Problem(
+        f"{rows}x{T}, {text or f'{G} key heads, {H} heads, states of {K} x {K}'}",
+        (q, k, v, beta, g),
+        lambda *leaves, backend: delta_scan(*leaves, chunk_size=CHUNK_SIZE, backend=backend).o_BTHV,
+        forward,
+        backward,
+        peers,
+    )
+
+
+def counted_problems() -> Iterator[CountedProblem]:
+    """One row, with two value heads a key head and states as Qwen3-Next has them."""
+    text = f"2 key heads, 4 heads, states of {STATE_SIZE} x {STATE_SIZE}, chunks of {CHUNK_SIZE}"
+    problem = delta_problem(bfloat16_inputs(), 1, 1024, 2, 4, STATE_SIZE, text)
+    yield CountedProblem(
+        "delta_scan",
+        problem,
+        Goal("of the formula", problem.forward.bytes, 2.2),
+        Goal("of the formula", problem.backward.bytes, 5),
+    )
+
+
+def launches() -> Iterator[KernelLaunch]:
+    """Every kernel with gates and documents, for one and two steps a token."""
+    import triton.language as tl
+
+    from kernels.delta_scan import triton_impl as delta
+    from kernels.delta_scan.triton_backward import gradients_kernel, walk_back_kernel
+    from kernels.delta_scan.triton_forward import chunk_state_kernel, prepare_kernel
+
+    types = _types()
+    gates, whole = {"GATE": True, "DOCUMENTS": True}, {"BLOCK_K": STATE_SIZE}
+    outputs = {"INITIAL": False, "initial": None, "OUTPUT": True, "SAVE": False, "entering": None, "errors": None}
+    states = {"INITIAL": False, "initial": None, "OUTPUT": False, "SAVE": True, "o": None}
+    kernels = (
+        ("prepare", prepare_kernel, gates | whole | {"PRECISION": "tf32"}, delta.PREPARE[0]),
+        ("walk", chunk_state_kernel, outputs | whole, delta.WALK[0]),
+        ("walk, states only", chunk_state_kernel, states | whole, delta.STATES_WALK[0]),
+        ("walk back", walk_back_kernel, {"D_FINAL": False, "d_final": None} | whole, delta.WALK_BACK[0]),
+    )
+    chunk = DELTA_LIMITS.chunk_sizes[-1]
+    for steps in (1, 2):
+        common = {"Q": chunk, "QT": chunk // steps, "N": steps, "DOT": tl.bfloat16}
+        gradients = ("gradients", gradients_kernel, gates, delta.gradient_candidates(steps)[0])
+        for name, kernel, special, config in (*kernels, gradients):
+            label = f"delta {name}, {steps} {'step' if steps == 1 else 'steps'} a token"
+            yield kernel_launch(label, kernel, types, common | special, config)
+    yield from _channel_launches(types)
+
+
+def _types() -> dict[str, str]:
+    """Triton's type of each argument."""
+    wide = ["q", "k", "v", "o", "d_o", "d_q", "d_k", "d_v", "inverse", "scores", "entering", "leaving", "errors"]
+    wide += ["q_start", "k_start", "k_end", "by_read", "by_found"]
+    floats = ["beta", "g", "enter", "leave", "carry", "decay", "initial", "final"]
+    floats += ["d_final", "d_initial", "d_beta", "d_g"]
+    types = dict.fromkeys(wide, "*bf16") | dict.fromkeys(floats, "*fp32") | {"firsts": "*i32"}
+    strides = [f"stride_{name}{dim}" for name in "qkv" for dim in "btn"]
+    return types | dict.fromkeys(("T", "H", "K", "V", *strides), "i32:16") | dict.fromkeys(("R", "chunks"), "i32")
+
+
+def _channel_launches(types: dict[str, str]) -> Iterator[KernelLaunch]:
+    """Every kernel of gates of key channels."""
+    import triton.language as tl
+
+    from kernels.delta_scan.vector import triton_backward as backward
+    from kernels.delta_scan.vector import triton_impl as vector
+    from kernels.delta_scan.vector.triton_forward import vector_prepare_kernel, vector_walk_kernel
+
+    chunk = VECTOR_DELTA_LIMITS.chunk_sizes[-1]
+    common = {"Q": chunk, "DOT": tl.bfloat16}
+    halved = {"LEVELS": chunk.bit_length() - 1, "DOCUMENTS": True}
+    whole = {"BLOCK_K": STATE_SIZE}
+    outputs = {"INITIAL": False, "initial": None, "OUTPUT": True, "SAVE": False, "entering": None, "errors": None}
+    states = {"INITIAL": False, "initial": None, "OUTPUT": False, "SAVE": True, "o": None}
+    kernels: tuple[tuple[str, Any, dict[str, Any], Config], ...] = (
+        ("prepare", vector_prepare_kernel, halved | {"PRECISION": "tf32"}, vector.PREPARE[0]),
+        ("walk", vector_walk_kernel, outputs | whole, vector.WALK[0]),
+        ("walk, states only", vector_walk_kernel, states | whole, vector.WALK[0]),
+        ("walk back", backward.vector_walk_back_kernel, {"D_FINAL": False, "d_final": None} | whole, vector.WALK[0]),
+        ("gradients of pairs", backward.vector_pairs_kernel, {}, vector.PAIRS[0]),
+        ("gradients", backward.vector_gradients_kernel, halved, vector.GRADIENTS[0]),
+    )
+    for name, kernel, special, config in kernels:
+        yield kernel_launch(f"delta of channels {name}", kernel, types, common | special, config)
+
+
+def _on_card(inputs: Inputs, sizes: CardSizes) -> Problem:
+    heads = sizes.attention_heads
+    return delta_problem(inputs, 1, sizes.tokens, heads // 2, heads, sizes.attention_dim)
+
+
+def _on_host(inputs: Inputs, sizes: HostSizes) -> Problem:
+    heads, size = sizes.heads, sizes.head_dim
+    text = f"{heads} heads x {size}, state {size}"
+    return delta_problem(inputs, sizes.rows, sizes.tokens, heads, heads, size, text)
+
+
+CASE = OperationCase(
+    "delta_scan", launches, counted_problems, on_card={"delta_scan": _on_card}, on_host={"delta_scan": _on_host}
+)

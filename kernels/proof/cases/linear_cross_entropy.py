@@ -1,0 +1,103 @@
+"""The head: logits, loss and both gradients in one forward pass, without the logits in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from kernels.linear_cross_entropy.op import cross_entropy_bytes, cross_entropy_flops, linear_cross_entropy
+from kernels.proof.cases.case import (
+    NOTHING,
+    CardSizes,
+    Compute,
+    CountedProblem,
+    Goal,
+    HostSizes,
+    Inputs,
+    KernelLaunch,
+    Minimum,
+    OperationCase,
+    Problem,
+    bfloat16_inputs,
+    find_package,
+    kernel_launch,
+)
+
+VALUE_BYTES = 2
+
+
+def head_problem(inputs: Inputs, rows: int, model: int, vocabulary: int) -> Problem:
+    """The mean loss of `rows` tokens. Gradients are made in forward, so its minimum holds both."""
+    labels = torch.randint(0, vocabulary, (rows,), device=inputs.device)
+
+    def run(hidden: Tensor, weight: Tensor, backend: str) -> Tensor:
+        return linear_cross_entropy(hidden, weight, labels, backend=backend).total / rows
+
+    def peers() -> dict[str, Compute]:
+        theirs = find_package("liger_kernel.transformers")
+        if theirs is None:
+            return {}
+        loss = theirs.LigerFusedLinearCrossEntropyLoss(reduction="mean")
+        return {"liger_kernel": lambda hidden, weight: loss(weight, hidden, labels)}
+
+    forward = Minimum(
+        cross_entropy_bytes(rows, vocabulary, model, VALUE_BYTES),
+        cross_entropy_flops(rows, vocabulary, model, recompute=False),
+    )
+    leaves = (inputs.normal(rows, model), inputs.normal(vocabulary, model, scale=model**-0.5))
+    return Problem(f"{rows}x{model}x{vocabulary}", leaves, run, forward, NOTHING, peers, labels)
+
+
+def counted_problems() -> Iterator[CountedProblem]:
+    """One slice of logits."""
+    rows, model, vocabulary = 128, 128, 512
+    problem = head_problem(bfloat16_inputs(), rows, model, vocabulary)
+    # Each of the two products of a slice reads the logits' gradient and the weight or hidden, and writes its result.
+    moved = 2 * VALUE_BYTES * (rows * vocabulary + vocabulary * model + rows * model)
+    yield CountedProblem(
+        "linear_cross_entropy",
+        problem,
+        Goal("reads of each float32 logit", 4 * rows * vocabulary, 2, argument="logits"),
+        has_backward=False,
+        library=Minimum(moved, 4 * rows * vocabulary * model),
+    )
+
+
+def launches() -> Iterator[KernelLaunch]:
+    """Statistics and gradients, for a whole vocabulary and for a tensor rank's shard of it."""
+    import triton.language as tl
+
+    from kernels.linear_cross_entropy import triton_impl as loss
+    from kernels.linear_cross_entropy import triton_kernels
+
+    types = dict.fromkeys(("hidden", "weight", "d_logits"), "*bf16") | {"labels": "*i64"}
+    floats = ("peaks", "sums", "targets", "logits", "logits_out", "log_sums", "d_log_sums", "d_targets")
+    types |= dict.fromkeys(floats, "*fp32") | dict.fromkeys(("rows", "vocab", "model"), "i32:16")
+    types |= {"first_row": "i32", "tiles_per_split": "i32"}
+    product, config = {"DOT": tl.bfloat16}, {**loss.TILE, **loss.PRODUCT_OPTIONS}
+    for store, name in ((True, "whole"), (False, "shard")):
+        constants = {"STORE": store, **product} | ({} if store else {"logits_out": None})
+        kernel = triton_kernels.statistics_kernel
+        yield kernel_launch(f"cross-entropy statistics, {name}", kernel, types, constants, config)
+    yield kernel_launch("cross-entropy gradient, shard", triton_kernels.gradient_kernel, types, product, config)
+    stored = triton_kernels.stored_gradient_kernel
+    yield kernel_launch("cross-entropy gradient, whole", stored, types, {}, loss.ELEMENTWISE_TILE)
+
+
+def _on_card(inputs: Inputs, sizes: CardSizes) -> Problem:
+    return head_problem(inputs, sizes.tokens // 2, sizes.model, sizes.vocabulary)
+
+
+def _on_host(inputs: Inputs, sizes: HostSizes) -> Problem:
+    return head_problem(inputs, sizes.rows * sizes.tokens, sizes.model, sizes.vocabulary)
+
+
+CASE = OperationCase(
+    "linear_cross_entropy",
+    launches,
+    counted_problems,
+    on_card={"linear_cross_entropy": _on_card},
+    on_host={"linear_cross_entropy": _on_host},
+)

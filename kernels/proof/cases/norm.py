@@ -1,0 +1,146 @@
+"""RMS norm, with the residual stream's sum, and gated: one kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.norm.op import gated_rms_norm, norm_bytes, norm_flops, rms_norm
+from kernels.proof.cases.case import (
+    EPSILON,
+    CardSizes,
+    Compute,
+    CountedProblem,
+    HostSizes,
+    Inputs,
+    KernelLaunch,
+    Minimum,
+    OperationCase,
+    Problem,
+    bfloat16_inputs,
+    find_package,
+    formula_goals,
+    kernel_launch,
+)
+
+
+def norm_problem(inputs: Inputs, *shape: int) -> Problem:
+    """y = x / rms(x) * weight over the last dimension."""
+
+    def run(x: Tensor, weight: Tensor, backend: str) -> Tensor:
+        return rms_norm(x, weight, EPSILON, backend=backend)
+
+    def peers() -> dict[str, Compute]:
+        found: dict[str, Compute] = {"torch_rms_norm": lambda x, weight: F.rms_norm(x, shape[-1:], weight, EPSILON)}
+        theirs = find_package("liger_kernel.transformers.rms_norm")
+        if theirs is not None:
+            module = theirs.LigerRMSNorm(shape[-1], eps=EPSILON).to(inputs.device, inputs.dtype)
+            found["liger_kernel"] = lambda x, weight: torch.func.functional_call(module, {"weight": weight}, (x,))
+        return found
+
+    leaves = (inputs.normal(*shape), inputs.normal(shape[-1]))
+    return Problem(_text(shape), leaves, run, *_minima(shape), peers)
+
+
+def residual_problem(inputs: Inputs, *shape: int) -> Problem:
+    """The norm of x + residual, and that sum, stacked."""
+
+    def run(x: Tensor, residual: Tensor, weight: Tensor, backend: str) -> Tensor:
+        return torch.stack(rms_norm(x, weight, EPSILON, residual=residual, backend=backend))
+
+    leaves = (inputs.normal(*shape), inputs.normal(*shape), inputs.normal(shape[-1]))
+    return Problem(_text(shape), leaves, run, *_minima(shape, residual=True))
+
+
+def gated_problem(inputs: Inputs, *shape: int) -> Problem:
+    """The norm of y silu(z), one group a row, as Mamba2 ends."""
+
+    def run(y: Tensor, z: Tensor, weight: Tensor, backend: str) -> Tensor:
+        return gated_rms_norm(y, z, weight, EPSILON, backend=backend)
+
+    def peers() -> dict[str, Compute]:
+        theirs = find_package("mamba_ssm.ops.triton.layernorm_gated")
+        if theirs is None:
+            return {}
+        settings = {"eps": EPSILON, "group_size": shape[-1], "norm_before_gate": False}
+        return {"mamba_ssm": lambda y, z, weight: theirs.rmsnorm_fn(y, weight, None, z=z, **settings)}
+
+    leaves = (inputs.normal(*shape), inputs.normal(*shape), inputs.normal(shape[-1]))
+    return Problem(_text(shape), leaves, run, *_minima(shape, gated=True), peers)
+
+
+def _text(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _minima(shape: tuple[int, ...], *, gated: bool = False, residual: bool = False) -> tuple[Minimum, Minimum]:
+    values = torch.Size(shape).numel()
+    forward, backward = (
+        Minimum(
+            norm_bytes(values, gated=gated, residual=residual, backward=way),
+            norm_flops(values, gated=gated, backward=way),
+        )
+        for way in (False, True)
+    )
+    return forward, backward
+
+
+def counted_problems() -> Iterator[CountedProblem]:
+    """All three, at the same size."""
+    for op, build in (
+        ("rms_norm", norm_problem),
+        ("rms_norm_residual", residual_problem),
+        ("gated_rms_norm", gated_problem),
+    ):
+        problem = build(bfloat16_inputs(), 512, 512)
+        yield CountedProblem(op, problem, *formula_goals(problem, 1.1))
+
+
+def launches() -> Iterator[KernelLaunch]:
+    """Both kernels at the widths of presets."""
+    from kernels.norm.triton_impl import TILE_VALUES, WARP_VALUES
+    from kernels.norm.triton_kernels import norm_backward_kernel, norm_forward_kernel
+
+    names = ("x", "other", "z", "out", "h", "d_out", "d_h", "d_x", "d_z", "weight")
+    types = dict.fromkeys(names, "*bf16") | {"reciprocal": "*fp32", "partial": "*fp32", "epsilon": "fp32"}
+    types |= dict.fromkeys(("rows", "size", "stride_x", "stride_other", "stride_z"), "i32:16")
+    for label, block, gated in (
+        ("norm with residual, up to 4096 wide", 4096, False),
+        ("norm with residual, up to 8192 wide", 8192, False),
+        ("gated norm, groups of 512 (Nemotron)", 512, True),
+        ("gated norm, up to 8192 wide (Granite)", 8192, True),
+    ):
+        rows = max(1, TILE_VALUES // block)
+        config = {"BLOCK_S": block, "BLOCK_R": rows, "num_warps": max(1, min(16, block * rows // WARP_VALUES))}
+        forward = {"GATED": gated, "RESIDUAL": not gated} | ({"h": None} if gated else {})
+        backward = {"GATED": gated, "D_H": not gated} | ({"d_h": None} if gated else {"z": None, "d_z": None})
+        yield kernel_launch(f"{label}, forward", norm_forward_kernel, types, forward, config)
+        yield kernel_launch(f"{label}, backward", norm_backward_kernel, types, backward, config)
+
+
+def _on_card(inputs: Inputs, sizes: CardSizes) -> Problem:
+    return norm_problem(inputs, sizes.tokens, sizes.model)
+
+
+def _gated_on_card(inputs: Inputs, sizes: CardSizes) -> Problem:
+    return gated_problem(inputs, sizes.tokens, sizes.heads * sizes.head_dim)
+
+
+def _on_host(inputs: Inputs, sizes: HostSizes) -> Problem:
+    return norm_problem(inputs, sizes.rows, sizes.tokens, sizes.norm_width)
+
+
+def _gated_on_host(inputs: Inputs, sizes: HostSizes) -> Problem:
+    return gated_problem(inputs, sizes.rows, sizes.tokens, sizes.heads * sizes.head_dim)
+
+
+CASE = OperationCase(
+    "norm",
+    launches,
+    counted_problems,
+    on_card={"rms_norm": _on_card, "gated_rms_norm": _gated_on_card},
+    on_host={"gated_rms_norm": _gated_on_host, "rms_norm": _on_host},
+)

@@ -1,0 +1,65 @@
+"""The norm of queries and keys and their rotation by position, in one kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from kernels.proof.cases.case import (
+    CountedProblem,
+    Inputs,
+    KernelLaunch,
+    Minimum,
+    OperationCase,
+    Problem,
+    bfloat16_inputs,
+    kernel_launch,
+)
+from kernels.rope.op import qk_norm_rope, qk_norm_rope_bytes, qk_norm_rope_flops, rope_frequencies
+
+VALUE_BYTES = 2
+
+
+def rotation_problem(inputs: Inputs, tokens: int, heads: int, kv_heads: int, size: int) -> Problem:
+    """Queries and keys, normed and rotated, joined along the heads."""
+    frequencies, factor = rope_frequencies(size, theta=10000.0)
+    frequencies, positions = frequencies.to(inputs.device), torch.arange(tokens, device=inputs.device)[None]
+
+    def run(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, backend: str) -> Tensor:
+        pair = qk_norm_rope(
+            q, k, positions, frequencies, factor, q_weight_K=q_weight, k_weight_K=k_weight, backend=backend
+        )
+        return torch.cat(pair, dim=2)
+
+    forward, backward = (
+        Minimum(
+            qk_norm_rope_bytes(tokens, heads + kv_heads, size, VALUE_BYTES, backward=way),
+            qk_norm_rope_flops(tokens, heads + kv_heads, size, backward=way),
+        )
+        for way in (False, True)
+    )
+    q, k = (inputs.normal(1, tokens, number, size) for number in (heads, kv_heads))
+    leaves = (q, k, inputs.normal(size), inputs.normal(size))
+    return Problem(f"1x{tokens}, {heads} + {kv_heads} heads x {size}", leaves, run, forward, backward)
+
+
+def counted_problems() -> Iterator[CountedProblem]:
+    """No goal is set."""
+    yield CountedProblem("qk_norm_rope", rotation_problem(bfloat16_inputs(), 256, 8, 2, 64))
+
+
+def launches() -> Iterator[KernelLaunch]:
+    """Both kernels, for heads of 128."""
+    from kernels.rope import triton_impl as rope
+
+    types = dict.fromkeys(("x", "y", "d_y", "d_x", "weight"), "*bf16")
+    types |= dict.fromkeys(("cosine", "sine", "d_weight"), "*fp32")
+    types |= dict.fromkeys(("rows", "heads", "size", "half"), "i32:16") | {"epsilon": "fp32"}
+    constants = {"NORM": True, "ROTATE": True, "BLOCK": rope.BLOCK_HEADS, "HALF": 64, "REST": 2}
+    yield kernel_launch("QK-norm and rotation forward", rope.norm_rope_forward_kernel, types, constants)
+    yield kernel_launch("QK-norm and rotation backward", rope.norm_rope_backward_kernel, types, constants)
+
+
+CASE = OperationCase("rope", launches, counted_problems)

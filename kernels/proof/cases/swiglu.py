@@ -1,0 +1,98 @@
+"""Activations of feed-forward blocks: SwiGLU of gate and up side by side, and squared ReLU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from kernels.proof.cases.case import (
+    CardSizes,
+    Compute,
+    CountedProblem,
+    Inputs,
+    KernelLaunch,
+    Minimum,
+    OperationCase,
+    Problem,
+    bfloat16_inputs,
+    find_package,
+    formula_goals,
+    kernel_launch,
+)
+from kernels.swiglu.op import squared_relu, squared_relu_bytes, swiglu, swiglu_bytes, swiglu_flops
+
+VALUE_BYTES = 2
+
+
+def swiglu_problem(inputs: Inputs, rows: int, width: int) -> Problem:
+    """silu(gate) * up, both of `width`."""
+    count = rows * width
+
+    def peers() -> dict[str, Compute]:
+        theirs = find_package("liger_kernel.ops.swiglu")
+        if theirs is None:
+            return {}
+
+        def liger(x: Tensor) -> Tensor:
+            return theirs.LigerSiLUMulFunction.apply(*(half.contiguous() for half in x.chunk(2, dim=-1)))
+
+        return {"liger_kernel": liger}
+
+    forward, backward = (
+        Minimum(swiglu_bytes(count, VALUE_BYTES, backward=way), swiglu_flops(count, backward=way))
+        for way in (False, True)
+    )
+    return Problem(
+        f"{rows}x{width}",
+        (inputs.normal(rows, 2 * width),),
+        lambda x, backend: swiglu(x, backend=backend),
+        forward,
+        backward,
+        peers,
+    )
+
+
+def squared_relu_problem(inputs: Inputs, rows: int, width: int) -> Problem:
+    """max(x, 0)^2."""
+    count = rows * width
+    forward, backward = (
+        Minimum(squared_relu_bytes(count, VALUE_BYTES, backward=way), count * (2 + way)) for way in (False, True)
+    )
+    return Problem(
+        f"{rows}x{width}",
+        (inputs.normal(rows, width),),
+        lambda x, backend: squared_relu(x, backend=backend),
+        forward,
+        backward,
+    )
+
+
+def counted_problems() -> Iterator[CountedProblem]:
+    """Both, at the same size."""
+    for op, build in (("swiglu", swiglu_problem), ("squared_relu", squared_relu_problem)):
+        problem = build(bfloat16_inputs(), 256, 512)
+        yield CountedProblem(op, problem, *formula_goals(problem, 1.05))
+
+
+def launches() -> Iterator[KernelLaunch]:
+    """All four kernels."""
+    from kernels.swiglu import triton_impl as activations
+
+    types = dict.fromkeys(("gate_up", "x", "y", "d_y", "d_x", "d_gate_up"), "*bf16")
+    types |= dict.fromkeys(("rows", "columns"), "i32:16")
+    tile = {"BLOCK_R": activations.BLOCK_ROWS, "BLOCK_C": activations.BLOCK_COLUMNS}
+    for name, kernel in (
+        ("SwiGLU forward", activations.swiglu_forward_kernel),
+        ("SwiGLU backward", activations.swiglu_backward_kernel),
+        ("squared ReLU forward", activations.squared_relu_forward_kernel),
+        ("squared ReLU backward", activations.squared_relu_backward_kernel),
+    ):
+        yield kernel_launch(name, kernel, types, tile)
+
+
+def _on_card(inputs: Inputs, sizes: CardSizes) -> Problem:
+    return swiglu_problem(inputs, sizes.tokens, 2 * sizes.model)
+
+
+CASE = OperationCase("swiglu", launches, counted_problems, on_card={"swiglu": _on_card})

@@ -1,0 +1,77 @@
+"""Every kernel compiles for the cards it is meant for; docs/benchmarks/kernels_ahead_of_time.md has the table."""
+
+import pytest
+import torch
+
+from kernels.backend import INTERPRETED
+from kernels.proof.ahead_of_time import compile_ahead
+from kernels.proof.cases.case import CardSizes, Inputs
+from kernels.proof.cases.operations import ON_CARD, all_launches, card_problem
+
+compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+
+LAUNCHES = {launch.name: launch for launch in all_launches()}
+SMALL = CardSizes(
+    tokens=63, model=32, heads=2, head_dim=16, state=16, experts=4, top_k=2, expert_width=16,
+    attention_heads=2, kv_heads=1, attention_dim=16, vocabulary=64,
+)  # fmt: skip
+
+# Most bytes of spills a thread on sm_90; everything else has none. Reasons stand in
+# docs/benchmarks/kernels_ahead_of_time.md.
+SPILLS = {
+    "scan gradients, chunks of 64": 64,
+    "scan gradients, chunks of 128": 128,
+    # Value, two hidden tiles and their gradients at once; a tile of half the height would halve the product's reuse.
+    "experts down backward, SwiGLU, 1024 rows an expert": 16,
+}
+
+
+def check(name: str, architecture: int) -> None:
+    launch = LAUNCHES[name]
+    compiled = compile_ahead(launch.kernel, launch.signature, launch.constants, architecture, **launch.options)
+    assert compiled.shared_bytes <= {80: 163, 90: 227, 100: 227}[architecture] * 1024, compiled
+    if architecture == 90:
+        assert compiled.spill_bytes <= SPILLS.get(name, 0), compiled
+        assert compiled.uses_wgmma == launch.multiplies, compiled
+
+
+@compiles
+@pytest.mark.parametrize(
+    "name",
+    [
+        "attention forward, head 64",
+        "experts d_up",
+        "router forward, Granite, 64",
+        "scan walk, states only, chunks of 64",
+        "vector scan gradients of scores",
+        "delta walk, states only, 1 step a token",
+        "gated norm, groups of 512 (Nemotron), forward",
+    ],
+)
+def test_some_kernels_compile_for_hopper_without_spills(name: str) -> None:
+    check(name, 90)
+
+
+@compiles
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_every_kernel_compiles(name: str, architecture: int) -> None:
+    check(name, architecture)
+
+
+def test_each_problem_is_the_same_in_every_process() -> None:
+    for name in ON_CARD:
+        first, second = (card_problem(name, torch.device("cpu"), SMALL) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first.leaves, second.leaves, strict=True)), name
+
+
+@pytest.mark.parametrize("name", [name for name in ON_CARD if name not in ("attention", "swiglu")])
+def test_a_problem_in_float64_agrees_with_its_reference(name: str) -> None:
+    problem = ON_CARD[name](Inputs(torch.device("cpu"), torch.float64), SMALL)
+    results = []
+    for backend in ("torch", "reference"):
+        output = problem.on(backend)(*problem.leaves)
+        results.append([output, *torch.autograd.grad(output, problem.leaves, torch.ones_like(output))])
+    for ours, exact in zip(*results, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-5)
