@@ -77,6 +77,14 @@ def sync(path: Path | str) -> None:
         os.close(descriptor)
 
 
+def make_folders(path: Path) -> None:
+    """Make a folder and those above it durably: what is fsynced inside would go with a name that a crash takes back."""
+    missing = [folder for folder in (path, *path.parents) if not folder.is_dir()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in reversed(missing):
+        sync(folder.parent)
+
+
 def write_file_atomically(path: Path, content: bytes) -> None:
     """Replace a file so that a reader, or a crash, sees the old content or the new one and nothing between."""
     temporary = path.with_name(f".writing-{path.name}-{os.getpid()}-{os.urandom(4).hex()}")

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from blake3 import blake3
 
 from data_pipeline.deletion import delete
-from data_pipeline.files import write_file_atomically
+from data_pipeline.files import make_folders, write_file_atomically
 from data_pipeline.prepare.plan import Unit
 
 # A document: its hash as two numbers and its place among the documents of the unit. Files are sorted by the hash.
@@ -41,7 +41,7 @@ def write_hashes(store: Path, unit: Unit, digests: Sequence[bytes]) -> None:
     numbers = np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2)
     hashes["high"], hashes["low"], hashes["place"] = numbers[:, 0], numbers[:, 1], np.arange(len(digests))
     path = _hashes_path(store, unit)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folders(path.parent)
     write_file_atomically(path, _to_bytes(hashes[np.lexsort((hashes["place"], hashes["low"], hashes["high"]))]))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from data_pipeline.config import DataConfig, SourceConfig
 from data_pipeline.deletion import try_to_delete
-from data_pipeline.files import UNFINISHED, write_file_atomically
+from data_pipeline.files import UNFINISHED, make_folders, write_file_atomically
 from data_pipeline.foreign_files import read_object
 from data_pipeline.locks import take_lock
 from data_pipeline.prepare.documents import Document, Segment, SegmentReader
@@ -123,7 +123,7 @@ def prepare(
         )
     store = Path(place)
     try:
-        store.mkdir(parents=True, exist_ok=True)
+        make_folders(store)
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
         raise ValueError(f"data.store={place!r} can't be made ({error.strerror}); name a writable folder") from error
     with _only_writer(store):

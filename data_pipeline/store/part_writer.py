@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.deletion import delete, try_to_delete
-from data_pipeline.files import UNFINISHED, digest_files, sync, write_tree
+from data_pipeline.files import UNFINISHED, digest_files, make_folders, sync, write_tree
 from data_pipeline.store.manifest import DOCUMENT_CHUNK, MAX_SHARD_TOKENS, PART_NAME, Layout, Part, shard_length
 from data_pipeline.store.shards import Compression, encode_shard
 
@@ -41,7 +41,7 @@ def write_part(
     """
     assert str(tokens.dtype) == layout.dtype, f"tokens are {tokens.dtype}, the store has {layout.dtype}"
     final = store / relative
-    final.parent.mkdir(parents=True, exist_ok=True)
+    make_folders(final.parent)
     temporary = final.parent / f".writing-{final.name}-{os.getpid()}-{os.urandom(4).hex()}"
     arrays = {"tokens": tokens, "document_ends": document_ends, "chunk_heads": tokens[:: layout.chunk_tokens]}
     try:

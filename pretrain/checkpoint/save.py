@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from data_pipeline.deletion import try_to_delete
-from data_pipeline.files import sync
+from data_pipeline.files import make_folders, sync
 from model.parallel.shards import parameter_shards
 from pretrain.checkpoint.commit import (
     TEMPORARY_NAME,
@@ -153,7 +153,7 @@ def write_snapshot(checkpoints_dir: Path, snapshot: Snapshot, ranks: RankGroup, 
     temporary_dir = checkpoints_dir
     if ranks.rank == 0:
         with problem.caught():
-            checkpoints_dir.mkdir(parents=True, exist_ok=True)
+            make_folders(checkpoints_dir)
             remarks += remove_temporary(checkpoints_dir)
             check_free_space(checkpoints_dir, needed_bytes + SPARE_BYTES)
             temporary_dir = make_temporary(checkpoints_dir, snapshot.step)

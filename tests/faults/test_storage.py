@@ -74,3 +74,22 @@ def test_a_passing_fault_of_the_storage_ends_with_3_and_loses_nothing(tmp_path: 
 @pytest.mark.slow
 def test_every_passing_fault_of_the_storage_ends_with_3_and_loses_nothing(tmp_path: Path) -> None:
     check_survived(tmp_path, run_under_faults(tmp_path, PASSING), PASSING)
+
+
+@pytest.mark.slow
+def test_slow_storage_and_folders_that_refuse_fsync_change_nothing(tmp_path: Path) -> None:
+    """Writes of 200 kB a second, a save that waits 3 s in an fsync while the next is due, EINVAL for folders."""
+    settings = {**SETTINGS, "train__checkpoint_every_steps": 1}
+    names = ("straight", "slow", "stuck", "refused")
+    rules = [
+        fault("write", "*/slow/checkpoints/*.safetensors", "rate=2e5"),
+        fault("fsync", "*/stuck/checkpoints/*.safetensors", "sleep=3"),
+        fault("fsync", "*/refused/checkpoints", "EINVAL"),
+    ]
+    runs = {name: {"run": name, "settings": settings, "ranks": 1} for name in names}
+    results = run_jobs(tmp_path, {"data": tiny_data(tmp_path / "data").model_dump(mode="json"), "runs": runs}, rules)
+    losses = [line["loss"] for line in read_metrics(tmp_path / "straight")]
+    for name in names:
+        assert results[name] == {"codes": [0], "said": [""]}, (name, results[name])
+        assert [line["loss"] for line in read_metrics(tmp_path / name)] == losses
+        assert len([event for event in read_events(tmp_path / name) if event["event"] == "checkpoint"]) == 4

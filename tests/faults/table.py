@@ -1,0 +1,127 @@
+"""The fault table: every way in which we know that a run can be hurt, and the tests that show what happens then.
+
+`python -m tests.faults.table` prints it and checks that each test exists; `--run` runs them (quick ones; `--slow` all) and
+prints a verdict a row. Exit code 1 when a row has no test, or one that fails.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import xml.etree.ElementTree
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+@dataclass(frozen=True)
+class Row:
+    """A fault, what must follow, and the tests that inject it: file::beginning of the test's name."""
+
+    number: int
+    fault: str
+    outcome: str
+    tests: tuple[str, ...]
+
+
+F, P, L, D = "tests/faults/", "tests/pretrain/", "tests/launch/", "tests/data_pipeline/"
+TABLE = (
+    Row(1, "stop and resume", "bit for bit", ("tests/end_to_end/test_resume.py::", "tests/parallel/test_reshard.py::")),
+    Row(2, "kill -9 of a rank in a step", "named, restarted, same end", (F + "test_lost_rank.py::", F + "test_kill_anywhere.py::")),
+    Row(3, "kill -9 before each disk operation of a save", "old or new checkpoint", (F + "test_kill_while_saving.py::",)),
+    Row(4, "power lost: unsynced bytes and names gone in any order", "nothing durable lost", (F + "test_crash_states.py::",)),
+    Row(5, "kill -9 of the launcher", "its ranks end with it", (F + "test_lost_launcher.py::",)),
+    Row(6, "SIGTERM", "saved, code 0", (P + "test_train.py::test_sigterm", P + "test_train.py::test_a_signal_to_one_rank")),
+    Row(7, "full disk, quota, EIO, read-only, stale handle, time-out", "code 3, path named, nothing lost", (F + "test_storage.py::", P + "checkpoint/test_save.py::test_a_disk_that_fills_up", P + "checkpoint/test_save.py::test_a_read_only")),
+    Row(8, "a cut file", "named, older checkpoint taken", (P + "checkpoint/test_damage.py::test_a_damaged_checkpoint_is_passed_over",)),
+    Row(9, "a flipped bit", "found", (P + "checkpoint/test_damage.py::test_every_flipped_bit",)),
+    Row(10, "a lost, foreign or swapped file", "named, older checkpoint taken", (P + "checkpoint/test_damage.py::",)),
+    Row(11, "`latest` empty, wrong, dangling", "warning", (P + "checkpoint/test_damage.py::test_latest",)),
+    Row(12, "NaN in the gradients of one rank", "all ranks skip the step", (P + "monitor/test_anomalies.py::",)),
+    Row(13, "NaN again and again; a loss spike", "stop or rollback", (P + "monitor/test_anomalies.py::",)),
+    Row(14, "NaN or another dtype in a checkpoint with a right digest", "refused", (P + "checkpoint/test_damage.py::test_tensors_of_another_dtype", P + "checkpoint/test_save.py::test_a_state_with_nan")),
+    Row(15, "a rank that hangs or is stopped; storage that hangs under the watchdog", "named, ended", (P + "monitor/test_heartbeat.py::",)),
+    Row(16, "a slow rank", "named", (P + "monitor/test_anomalies.py::test_slow_ranks",)),
+    Row(17, "a slow or stuck store while saving", "waits, same end", (F + "test_storage.py::test_slow_storage", P + "checkpoint/test_background.py::")),
+    Row(18, "weights change during a background save", "saved as at the call", (P + "checkpoint/test_background.py::",)),
+    Row(19, "another layout at the resume", "equal", ("tests/parallel/test_reshard.py::",)),
+    Row(20, "parameter groups at another layout", "equal by name", ("tests/parallel/test_reshard.py::",)),
+    Row(21, "gradients and norms of layouts", "those of one rank", ("tests/parallel/test_layouts.py::",)),
+    Row(22, "other settings at the resume", "refused by name", (P + "checkpoint/test_save.py::test_another_run_is_refused",)),
+    Row(23, "another tokenizer or store; a damaged tokenizer", "refused", (P + "test_train.py::test_a_damaged_tokenizer", P + "checkpoint/test_save.py::test_another_run_is_refused")),
+    Row(24, "a node lost", "waited for, then fewer", (L + "cluster/test_supervise.py::", L + "cluster/test_ray.py::")),
+    Row(25, "damaged shards of the store", "named, skipped or stopped", (D + "store/test_store.py::", D + "test_verify.py::")),
+    Row(26, "ranks with other versions, settings or data", "all refuse, code 2", (P + "test_identity.py::",)),
+    Row(27, "export: keys, numbers, traps", "proved or refused", (P + "export/test_export.py::",)),
+    Row(28, "leftovers of a killed export", "OUT absent or whole", (P + "export/test_export.py::",)),
+    Row(29, "a prune or a clean-up that fails", "warning, saving goes on", (P + "checkpoint/test_save.py::test_what_cannot_be_cleared", P + "checkpoint/test_save.py::test_a_checkpoint_moved_away")),
+    Row(30, "a changed journal; files of others in a store", "written again; untouched", (D + "prepare/",)),
+    Row(31, "settings that would become shell, hosts that are options", "refused, code 2", (L + "cluster/test_lines.py::",)),
+    Row(32, "packages of our names in the working directory", "not run", (L + "test_rank_command.py::",)),
+    Row(33, "mutated files under every reader", "one message", (F + "test_fuzz.py::", D + "test_foreign_files.py::", P + "config/test_yaml_tree.py::")),
+    Row(34, "a lock or a deletion through a link; a cache of others", "refused", (D + "test_locks.py::", D + "test_deletion.py::", D + "store/test_node_cache.py::")),
+)  # fmt: skip
+
+
+def find_missing(row: Row) -> list[str]:
+    """Tests of a row that are not there."""
+    missing = []
+    for test in row.tests:
+        path, _, name = test.partition("::")
+        place = ROOT / path
+        files = [place] if place.is_file() else sorted(place.glob("test_*.py")) if place.is_dir() else []
+        if not any(f"def test_{name.removeprefix('test_')}" in file.read_text(encoding="utf-8") for file in files):
+            missing.append(test)
+    return missing
+
+
+def run_tests(marks: str) -> dict[str, str]:
+    """Outcome by file::test of all files that the table names."""
+    files = sorted({test.partition("::")[0] for row in TABLE for test in row.tests})
+    with TemporaryDirectory() as folder:
+        report = Path(folder, "report.xml")
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-m",
+            marks,
+            "--timeout",
+            "3600",
+            f"--junitxml={report}",
+            *files,
+        ]
+        subprocess.run(command, cwd=ROOT, check=False, stdout=sys.stderr)
+        outcomes = {}
+        for case in xml.etree.ElementTree.parse(report).getroot().iter("testcase"):
+            kinds = {child.tag for child in case} & {"failure", "error", "skipped"}
+            name = f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}"
+            outcomes[name] = min(kinds, default="shown")
+    return outcomes
+
+
+def judge(row: Row, outcomes: dict[str, str]) -> str:
+    """One word about a row."""
+    found = [outcome for name, outcome in outcomes.items() if any(name.startswith(test) for test in row.tests)]
+    if any(outcome in ("failure", "error") for outcome in found):
+        return "FAILED"
+    return "shown" if "shown" in found else "not run"
+
+
+if __name__ == "__main__":
+    marks = "not gpu" if "--slow" in sys.argv else "not slow and not gpu"
+    outcomes = run_tests(marks) if "--run" in sys.argv else {}
+    bad = False
+    print(f"| # | fault | must follow | tests |{' verdict |' if outcomes else ''}")
+    for row in TABLE:
+        missing = find_missing(row)
+        verdict = f" {judge(row, outcomes)} |" if outcomes else ""
+        tests = ", ".join(test.removeprefix("tests/").removesuffix("::") for test in row.tests)
+        print(
+            f"| {row.number} | {row.fault} | {row.outcome} | {tests}{' MISSING: ' + str(missing) if missing else ''} |{verdict}"
+        )
+        bad = bad or bool(missing) or "FAILED" in verdict
+    sys.exit(bad)
