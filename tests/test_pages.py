@@ -1,6 +1,6 @@
 """What the pages name exists: link targets and headings, paths, `make` targets, `amfm` verbs and flags, settings.
 
-Pages are the Markdown files at the root and below docs/ and recipes/. Nothing is run: verbs and flags are looked up in the
+Pages are the Markdown files at the root and below docs/ and recipes/, and the scripts of recipes/. Nothing is run: verbs and flags are looked up in the
 command line's own description, settings in the schema.
 """
 
@@ -17,20 +17,22 @@ from launch.cli import app
 from pretrain.config.fields import describe_fields
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("recipes/**/*.md")])
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("recipes/**/*.md"), *ROOT.glob("recipes/*.sh")]
+)
 FOLDERS = "configs|data_pipeline|docs|kernels|launch|model|pretrain|recipes|tests"
 SECTIONS = sorted({field.key.split(".")[0] for field in describe_fields()})
 
 FENCE = re.compile(r"^```.*?^```\s*?$", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-PATH = re.compile(rf"(?<![\w./<{{-])(?:{FOLDERS})/[\w./*-]*[\w*/]")
+PATH = re.compile(rf"(?<![\w./<{{$-])(?:{FOLDERS})/[\w./*-]*[\w*/]")
 # Settings as the pages write them: `train.steps`, `launch.slurm.*`; not files, modules or calls.
 SETTING = re.compile(rf"(?:{'|'.join(SECTIONS)})(?:\.(?:[a-z_0-9]+|\*))+")
 # The mixer of your own that docs/mixers.md writes.
 EXAMPLES = {"model.mixers.halving"}
-# Flags of other programs that pages name.
-FOREIGN_FLAGS = {"--mem", "--cpus-per-task", "--container-image", "--container-mounts"}
+# Flags of other programs that pages name, and of our recipes.
+FOREIGN_FLAGS = {"--toy", "--mem", "--cpus-per-task", "--container-image", "--container-mounts"}
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -49,7 +51,7 @@ def slugs(page: Path) -> set[str]:
 
 def code_lines(page: Path) -> Iterator[str]:
     """Inline code, and the lines of fenced blocks with continued lines joined and comments cut."""
-    text = read(page)
+    text = read(page) if page.suffix == ".md" else f"```\n{read(page)}\n```"
     for block in FENCE.findall(text):
         for line in block.replace("\\\n", " ").splitlines()[1:-1]:
             yield re.sub(r"(^|\s)#.*", "", line).strip()

@@ -19,7 +19,8 @@ SWIGLU_SHARE = (
 class Size:
     """One rung: shapes with Nemotron's blocks, and the run that suits them. Widths of experts are those of squared ReLU.
 
-    `pattern`: of mixers `M` or `*` and experts `E`. `delta_pattern`: the same depth in groups of three Gated DeltaNet blocks and one of attention.
+    `pattern`: of mixers `M` or `*` and experts `E`. `delta_pattern`: about the same depth, in groups of three Gated
+    DeltaNet blocks and one of attention.
     """
 
     pattern: str

@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# One GPU: from a text to a model that transformers loads. Page: recipes/README.md.
+#
+#   recipes/one_gpu.sh WORK TEXT         WORK: a new folder for everything; TEXT: a file, folder, glob or URL
+#   recipes/one_gpu.sh WORK --toy        the same steps on a CPU in minutes, with a text that needs no network
+#
+# From the environment: SIZE (150m), STYLE (nemotron), HARDWARE (1xh100), AMFM_OVERRIDES (KEY=VALUE ...) for training.
+# Stopped at any point, the same command goes on with what is missing.
+set -euo pipefail
+
+work=${1:?usage: recipes/one_gpu.sh WORK TEXT|--toy}
+text=${2:?usage: recipes/one_gpu.sh WORK TEXT|--toy}
+size=${SIZE:-150m} style=${STYLE:-nemotron} hardware=${HARDWARE:-1xh100}
+read -r -a overrides <<< "${AMFM_OVERRIDES:-}"
+
+if [ "$text" = --toy ]; then
+    text=$work/text size=20m hardware=cpu
+    amfm corpus python-sources "$text" --megabytes 1
+    overrides=(train.steps=4 train.global_batch_size=4 train.sequence_length=128 train.checkpoint_every_steps=2
+        train.validate_every_steps=4 train.validation_batches=1 schedule.warmup_steps=1 schedule.decay_steps=1 "${overrides[@]}")
+fi
+
+amfm doctor
+if [ ! -e "$work/run.yaml" ]; then
+    amfm init "$work" --size "$size" --style "$style" --data "$text" --hardware "$hardware"
+fi
+run=$work/runs/${style}_$size
+amfm prepare "$work/run.yaml"
+amfm train "$work/run.yaml" "${overrides[@]}"
+amfm evaluate "$run"
+amfm report "$run" --picture "$run/curves.svg"
+if [ ! -e "$work/export" ]; then
+    amfm export "$run" "$work/export"
+fi
+amfm generate "$run" --prompt "The" --max-new-tokens 20
+echo "one_gpu: run $run, report $run/report.html, transformers checkpoint $work/export"

@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# One node of eight GPUs: FineWeb-Edu by name, at three budgets, to a model that transformers loads. Page: recipes/README.md.
+#
+#   recipes/one_node_8gpu.sh WORK small|medium|large     WORK: a new folder for everything
+#   recipes/one_node_8gpu.sh WORK --toy                  the same steps on two CPU ranks, with a text that needs no network
+#
+# From the environment: STYLE (nemotron), HARDWARE (8xh100), RANKS (8), AMFM_OVERRIDES (KEY=VALUE ...) for training.
+# Stopped at any point, the same command goes on with what is missing. Text: HuggingFaceFW/fineweb-edu (ODC-By), by `hf`,
+# which comes with transformers.
+set -euo pipefail
+
+work=${1:?usage: recipes/one_node_8gpu.sh WORK small|medium|large|--toy}
+budget=${2:?usage: recipes/one_node_8gpu.sh WORK small|medium|large|--toy}
+style=${STYLE:-nemotron} hardware=${HARDWARE:-8xh100} ranks=${RANKS:-8} text=$work/text
+read -r -a overrides <<< "${AMFM_OVERRIDES:-}"
+
+case $budget in
+    small) size=150m sample=sample/10BT ;;
+    medium) size=1b sample=sample/100BT ;;
+    large) size=8b sample=sample/350BT ;;
+    --toy) size=20m hardware=cpu ranks=2 ;;
+    *) echo "one_node_8gpu: the budget is $budget and must be small, medium, large or --toy" >&2; exit 2 ;;
+esac
+
+if [ "$budget" = --toy ]; then
+    amfm corpus python-sources "$text" --megabytes 1
+    overrides=(train.steps=4 train.global_batch_size=8 train.sequence_length=128 train.checkpoint_every_steps=2
+        train.validate_every_steps=4 train.validation_batches=1 schedule.warmup_steps=1 schedule.decay_steps=1 train.num_threads=1 "${overrides[@]}")
+else
+    hf download HuggingFaceFW/fineweb-edu --repo-type dataset --include "$sample/*" --local-dir "$text"
+    text=$text/$sample
+fi
+
+amfm doctor
+if [ ! -e "$work/run.yaml" ]; then
+    amfm init "$work" --size "$size" --style "$style" --data "$text" --hardware "$hardware"
+fi
+run=$work/runs/${style}_$size
+amfm prepare "$work/run.yaml"
+amfm train "$work/run.yaml" "${overrides[@]}" --nproc "$ranks"
+amfm evaluate "$run"
+amfm report "$run" --picture "$run/curves.svg"
+if [ ! -e "$work/export" ]; then
+    amfm export "$run" "$work/export"
+fi
+amfm generate "$run" --prompt "The" --max-new-tokens 20
+echo "one_node_8gpu: run $run, report $run/report.html, transformers checkpoint $work/export"

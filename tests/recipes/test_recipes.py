@@ -1,0 +1,62 @@
+"""The recipes: each parses, refuses what it can't do, and runs whole at toy size on a CPU; called again it goes on."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+SCRIPTS = sorted(path.name for path in RECIPES.glob("*.sh"))
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """An `amfm` of this checkout on the path, whatever is installed."""
+    shim = tmp_path / "bin" / "amfm"
+    shim.parent.mkdir()
+    shim.write_text(f'#!/bin/sh\nexec {sys.executable} -m launch "$@"\n')
+    shim.chmod(0o755)
+    path = os.pathsep.join([str(shim.parent), os.environ["PATH"]])
+    return {**os.environ, "PATH": path, "PYTHONPATH": str(RECIPES.parent), "OMP_NUM_THREADS": "1"}
+
+
+def play(script: str, *arguments: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    command = ["bash", str(RECIPES / script), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_parses_and_says_how_it_is_used(script: str, environment: dict[str, str]) -> None:
+    assert subprocess.run(["bash", "-n", str(RECIPES / script)], check=False).returncode == 0
+    assert os.access(RECIPES / script, os.X_OK)
+    done = play(script, environment=environment)
+    assert done.returncode != 0 and f"usage: recipes/{script}" in done.stderr
+
+
+def test_a_budget_that_is_none_is_refused(tmp_path: Path, environment: dict[str, str]) -> None:
+    done = play("one_node_8gpu.sh", str(tmp_path / "work"), "huge", environment=environment)
+    assert done.returncode == 2 and "must be small, medium, large or --toy" in done.stderr
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("script", "times"), [("one_gpu.sh", 2), ("one_node_8gpu.sh", 1)])
+def test_from_text_to_an_export_and_again(tmp_path: Path, script: str, times: int, environment: dict[str, str]) -> None:
+    work = tmp_path / "work"
+    for _ in range(times):
+        done = play(script, str(work), "--toy", environment=environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+    run = work / "runs" / "nemotron_20m"
+    assert (run / "checkpoints" / "step-00000004").is_dir()
+    for made in (run / "report.html", run / "curves.svg", work / "export" / "model.safetensors"):
+        assert made.is_file(), made
+
+
+@pytest.mark.slow
+def test_an_ablation_of_two_cells(tmp_path: Path, environment: dict[str, str]) -> None:
+    done = play("ablate_mixers.sh", str(tmp_path / "work"), "--toy", environment=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "work" / "study" / "study.png").is_file()
+    assert "Mamba2" in (tmp_path / "work" / "study" / "study.md").read_text()
