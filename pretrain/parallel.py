@@ -24,6 +24,7 @@ from torch.distributed.rendezvous import rendezvous
 from model.parallel.groups import AXES, ProcessGroupCollection
 from pretrain.config.schema import ParallelConfig
 from pretrain.launcher_protocol import LAUNCHER_PID
+from pretrain.rank_group import RankGroup
 
 DATA_PARALLEL = ParallelConfig()
 
@@ -119,11 +120,7 @@ class Parallel:
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Every rank's picklable value, in rank order. Every rank must call this."""
-        if self.world_size == 1:
-            return [value]
-        gathered: list[Any] = [None] * self.world_size
-        torch.distributed.all_gather_object(gathered, value)
-        return gathered
+        return RankGroup(self.rank, self.world_size).all_gather(value)
 
 
 def set_deepspeed_accelerator() -> None:

@@ -11,7 +11,7 @@ from pretrain.run import Progress, Run
 
 def resume(run: Run) -> LoadedCheckpoint | None:
     """Continue from the newest checkpoint that verifies, if there is one. Every rank must call this."""
-    loaded = load_newest(run.directory / "checkpoints", run.engine, config=run.config, identities=run.identities)
+    loaded = load_newest(run.directory / "checkpoints", run.saver.layout, config=run.config, identities=run.identities)
     if loaded is not None:
         run.loader.load_state_dict(loaded.state["loader"])
         run.progress = Progress(**loaded.state["progress"])
@@ -25,7 +25,7 @@ def restore_newest_weights(run: Run) -> int | None:
     Progress and data stay where they are. Every rank must call this.
     """
     finish_saving(run)
-    loaded = load_newest(run.directory / "checkpoints", run.engine, config=run.config, identities=run.identities)
+    loaded = load_newest(run.directory / "checkpoints", run.saver.layout, config=run.config, identities=run.identities)
     if loaded is None:
         return None
     run.progress.skipped_steps += run.progress.step - loaded.step
@@ -53,7 +53,6 @@ def save(run: Run) -> None:
     finished = run.saver.save(
         run.directory / "checkpoints",
         run.progress.step,
-        run.engine,
         state={"progress": asdict(run.progress), "loader": loader_state},
         config=run.config,
         identities=run.identities,

@@ -25,7 +25,7 @@ from launch.bench.step import OPTIMIZER, granite_shape
 from model.hybrid import HybridModel
 from model.packing import PackMeta
 from pretrain.checkpoint.background import BackgroundSaver
-from pretrain.checkpoint.fragments import collect_fragments
+from pretrain.checkpoint.fragments import collect_fragments, list_parts
 from pretrain.checkpoint.save import save_checkpoint
 from pretrain.config.schema import RunConfig
 from pretrain.engine.engine import ZeroEngine, build_engine
@@ -89,24 +89,20 @@ class Trainer:
         self.step_number += 1
         return time.perf_counter() - begun
 
-    def arguments(self, folder: Path) -> tuple[Path, int, ZeroEngine]:
-        """Where, which step, of what."""
-        return folder, self.step_number, self.engine
-
     def settings(self) -> dict[str, Any]:
         """The rest of what both kinds of save take."""
         return {"state": {}, "config": self.config, "identities": {}, "keep_last": 2}
 
     def tensors(self) -> dict[str, Tensor]:
         """The same masters and moments as a plain state dict."""
-        fragments = collect_fragments(self.engine.deepspeed)
+        fragments = collect_fragments(self.engine.deepspeed, list_parts(self.engine.deepspeed))
         return {f"{kind}/{part.name}": tensor for part in fragments for kind, tensor in part.tensors.items()}
 
 
 def save_blocking(trainer: Trainer, folder: Path, timings: Timings) -> None:
     """Ours, waiting until it is durable."""
     begun = time.perf_counter()
-    save_checkpoint(*trainer.arguments(folder), **trainer.settings())
+    save_checkpoint(folder, trainer.step_number, trainer.engine, **trainer.settings())
     timings.stall.append(time.perf_counter() - begun)
     timings.durable.append(timings.stall[-1])
 
@@ -114,7 +110,7 @@ def save_blocking(trainer: Trainer, folder: Path, timings: Timings) -> None:
 def save_beside(trainer: Trainer, saver: BackgroundSaver, folder: Path, timings: Timings) -> None:
     """Ours, in the background, with steps until it is durable."""
     begun = time.perf_counter()
-    saver.save(*trainer.arguments(folder), **trainer.settings())
+    saver.save(folder, trainer.step_number, **trainer.settings())
     timings.stall.append(time.perf_counter() - begun)
     assert saver.pending is not None, "a save was begun"
     step_until(saver.pending.done, trainer, timings)

@@ -14,11 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pretrain.checkpoint.commit import RankGroup, SavedCheckpoint
+from pretrain.checkpoint.commit import SavedCheckpoint
+from pretrain.checkpoint.engine_layout import EngineLayout
 from pretrain.checkpoint.save import Snapshot, ranks_of, take_snapshot, write_snapshot
 from pretrain.checkpoint.writers import assign_writers
 from pretrain.config.schema import RunConfig
 from pretrain.engine.engine import ZeroEngine
+from pretrain.rank_group import RankGroup
 
 
 class BackgroundSaver:
@@ -36,7 +38,8 @@ class BackgroundSaver:
         timeout = datetime.timedelta(seconds=timeout_seconds)
         group = dist.new_group(backend="gloo", timeout=timeout) if everyone.world_size > 1 else None
         self.ranks = RankGroup(everyone.rank, everyone.world_size, group)
-        self.duties = assign_writers(engine, everyone)
+        self.layout = EngineLayout.of(engine)
+        self.writers = assign_writers(self.layout, everyone)
         self.pending: Future[SavedCheckpoint] | None = None
         self.memory: dict[str, Tensor] = {}
 
@@ -44,7 +47,6 @@ class BackgroundSaver:
         self,
         checkpoints_dir: Path,
         step: int,
-        engine: ZeroEngine,
         *,
         state: dict[str, Any],
         config: RunConfig,
@@ -57,7 +59,7 @@ class BackgroundSaver:
         """
         finished = self.wait()
         snapshot = take_snapshot(
-            step, engine, self.ranks, self.duties, state=state, config=config, identities=identities
+            step, self.layout, self.ranks, self.writers, state=state, config=config, identities=identities
         )
         own_snapshot = copy_snapshot(snapshot, self.memory)
         self.memory = own_snapshot.tensors

@@ -7,11 +7,8 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch.distributed as dist
 
 from data_pipeline.deletion import try_to_delete
 from data_pipeline.files import sync
@@ -25,47 +22,8 @@ TEMPORARY_NAME = re.compile(r"step-\d{8,}(\.old)?(\.\d+)?\.tmp")
 MAX_LEFTOVERS = 100
 
 
-@dataclass(frozen=True)
-class RankGroup:
-    """The ranks that save or load together; every method must be called by all of them."""
-
-    rank: int
-    world_size: int
-    group: dist.ProcessGroup | None = None
-
-    def check(self, problem: str | None, doing: str) -> None:
-        """Raise RuntimeError on every rank when any rank has a problem, naming rank and problem."""
-        problems = [(rank, text) for rank, text in enumerate(self.gather_everywhere(problem)) if text is not None]
-        if problems:
-            raise RuntimeError(f"{doing}: " + "; ".join(f"rank {rank}: {text}" for rank, text in problems))
-
-    def gather_everywhere(self, value: Any) -> list[Any]:
-        """Small values of all ranks, in order, on all ranks."""
-        if self.world_size == 1:
-            return [value]
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self.group)
-        return values
-
-    def gather(self, value: Any) -> list[Any]:
-        """Values of all ranks, in order, on rank 0; an empty list elsewhere."""
-        if self.world_size == 1:
-            return [value]
-        values: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
-        dist.gather_object(value, values, dst=0, group=self.group)
-        return values or []
-
-    def share(self, value: Any) -> Any:
-        """Rank 0's value on all ranks."""
-        if self.world_size == 1:
-            return value
-        values = [value]
-        dist.broadcast_object_list(values, src=0, group=self.group)
-        return values[0]
-
-
-class Problem:
-    """Collects what went wrong on this rank, so that all ranks can agree before any of them leaves."""
+class RankFailure:
+    """Keeps the first thing that went wrong on this rank, so that all ranks can agree before any of them leaves."""
 
     def __init__(self) -> None:
         self.text: str | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -186,15 +186,15 @@ def list_ranks(process_group: Any) -> tuple[int, ...]:
     return tuple(torch.distributed.get_process_group_ranks(process_group))
 
 
-def collect_fragments(engine: Any) -> list[Fragment]:
-    """Views (no copies) of all parameter state on this rank.
+def collect_fragments(engine: Any, parts: Sequence[Part]) -> list[Fragment]:
+    """Views (no copies) of all parameter state on this rank, from the parts of `list_parts`.
 
     A part that was never stepped has no moments yet; it gets zeros and step 0, which is what AdamW will start from.
     """
     optimizer = base_optimizer(engine)
     group_names = name_groups(optimizer)
     fragments = []
-    for part in list_parts(engine):
+    for part in parts:
         state = optimizer.state.get(part.master, {})
         flats = {"weight": part.master.detach().reshape(-1)}
         for moment in MOMENTS:
@@ -275,9 +275,3 @@ def refresh_working_weights(engine: Any) -> None:
         for members, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
             for parameter, master in zip(members, masters, strict=True):
                 parameter.copy_(master)
-
-
-def collect_buffers(module: torch.nn.Module) -> dict[str, Tensor]:
-    """Buffers that belong to the model's state (router bias and the like), by global name."""
-    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-    return {name: tensor for name, tensor in module.state_dict(keep_vars=True).items() if name not in parameters}

@@ -10,12 +10,12 @@ import torch
 from safetensors import safe_open
 
 from pretrain.checkpoint.commit import (
-    Problem,
-    RankGroup,
+    RankFailure,
     examine_latest,
     list_checkpoints,
 )
 from pretrain.checkpoint.compatibility import check_resumable
+from pretrain.checkpoint.engine_layout import EngineLayout
 from pretrain.checkpoint.files import (
     find_foreign_files,
     rank_file_name,
@@ -23,21 +23,16 @@ from pretrain.checkpoint.files import (
     verify_file,
 )
 from pretrain.checkpoint.fragments import (
-    base_optimizer,
-    collect_buffers,
     create_state,
-    list_parts,
-    name_groups,
     refresh_working_weights,
     restore_group_settings,
 )
 from pretrain.checkpoint.random_state import restore_random_state
 from pretrain.checkpoint.reader import KINDS, RangeReader
 from pretrain.checkpoint.save import ENGINE_COUNTERS, ranks_of
-from pretrain.checkpoint.writers import place_parameters
 from pretrain.config.schema import RunConfig
-from pretrain.engine.engine import ZeroEngine
 from pretrain.identity import collect_versions
+from pretrain.rank_group import RankGroup
 
 
 @dataclass(frozen=True)
@@ -57,7 +52,7 @@ class LoadedCheckpoint:
 
 
 def load_newest(
-    checkpoints_dir: Path, engine: ZeroEngine, *, config: RunConfig, identities: dict[str, str]
+    checkpoints_dir: Path, layout: EngineLayout, *, config: RunConfig, identities: dict[str, str]
 ) -> LoadedCheckpoint | None:
     """Put the newest checkpoint that verifies into the engine; None when there is none at all.
 
@@ -66,8 +61,9 @@ def load_newest(
     otherwise start anew without a word. Raises ValueError when the newest sound one belongs to another model, dataset
     or schedule. The layout may be another than the one that saved: each rank reads what its shards and ranges need.
     """
+    engine = layout.engine
     ranks = ranks_of(engine)
-    names = ranks.share([path.name for path in list_checkpoints(checkpoints_dir)] if ranks.rank == 0 else None)
+    names = ranks.broadcast([path.name for path in list_checkpoints(checkpoints_dir)] if ranks.rank == 0 else None)
     skipped: list[str] = []
     for path in [checkpoints_dir / name for name in names]:
         manifest, problems = verify_together(path, ranks)
@@ -75,12 +71,12 @@ def load_newest(
             skipped.append(f"{path.name}: {'; '.join(problems)}")
             continue
         changes = check_resumable(manifest, config, identities)
-        warnings = ranks.share(list_warnings(checkpoints_dir, path, manifest) if ranks.rank == 0 else None)
-        mismatches = find_mismatches(manifest, engine, ranks)
+        warnings = ranks.broadcast(list_warnings(checkpoints_dir, path, manifest) if ranks.rank == 0 else None)
+        mismatches = find_mismatches(manifest, layout, ranks)
         if mismatches:
             raise RuntimeError(f"checkpoint {path} does not fit this model: " + "; ".join(mismatches))
-        own_warnings = restore(path, manifest, engine, ranks.rank)
-        warnings += [text for share in ranks.gather_everywhere(own_warnings) for text in share]
+        own_warnings = restore(path, manifest, layout, ranks.rank)
+        warnings += [text for share in ranks.all_gather(own_warnings) for text in share]
         for name in ENGINE_COUNTERS:
             setattr(engine.deepspeed, name, manifest["engine"][name])
         state = manifest["state"]
@@ -97,13 +93,13 @@ def load_newest(
 def verify_together(checkpoint_dir: Path, ranks: RankGroup) -> tuple[dict[str, Any] | None, list[str]]:
     """Verify a checkpoint with all ranks, each its share of the files; the same answer everywhere."""
     manifest: dict[str, Any] | None = None
-    problem = Problem()
+    problem = RankFailure()
     foreign: list[str] = []
     if ranks.rank == 0:
         with problem.caught():
             manifest = read_manifest(checkpoint_dir)
             foreign, _ = find_foreign_files(checkpoint_dir, manifest)
-    manifest, text = ranks.share((manifest, problem.text))
+    manifest, text = ranks.broadcast((manifest, problem.text))
     if manifest is None:
         return None, [str(text)]
     problems = [f"{checkpoint_dir / name}: is not in the manifest" for name in foreign]
@@ -111,7 +107,7 @@ def verify_together(checkpoint_dir: Path, ranks: RankGroup) -> tuple[dict[str, A
         file_problem = verify_file(checkpoint_dir, name, entry)
         if file_problem is not None:
             problems.append(file_problem)
-    return manifest, [text for share in ranks.gather_everywhere(problems) for text in share]
+    return manifest, [text for share in ranks.all_gather(problems) for text in share]
 
 
 def list_warnings(checkpoints_dir: Path, chosen: Path, manifest: dict[str, Any]) -> list[str]:
@@ -129,28 +125,27 @@ def list_warnings(checkpoints_dir: Path, chosen: Path, manifest: dict[str, Any])
     return warnings
 
 
-def find_mismatches(manifest: dict[str, Any], engine: ZeroEngine, ranks: RankGroup) -> list[str]:
+def find_mismatches(manifest: dict[str, Any], layout: EngineLayout, ranks: RankGroup) -> list[str]:
     """Every parameter and buffer that is missing, surplus, of another shape or in another group; the same on all ranks.
 
     All ranks must call it: a pipeline stage has its own parameters only.
     """
-    placements = place_parameters(engine)
-    shapes = {name: list(placement.whole) for name, placement in placements.items()}
+    shapes = {name: list(placement.whole) for name, placement in layout.placements.items()}
     saved_shapes = {name: entry["shape"] for name, entry in manifest["parameters"].items()}
-    shapes |= {f"buffer {name}": list(tensor.shape) for name, tensor in collect_buffers(engine.module).items()}
+    shapes |= {f"buffer {name}": list(tensor.shape) for name, tensor in layout.buffers().items()}
     saved_shapes |= {f"buffer {name}": entry["shape"] for name, entry in manifest["buffers"].items()}
     faults = {f"{name} is in the model but not in the checkpoint" for name in shapes.keys() - saved_shapes.keys()}
     for name in shapes.keys() & saved_shapes.keys():
         if shapes[name] != saved_shapes[name]:
             faults.add(f"{name} has shape {shapes[name]}, in the checkpoint {saved_shapes[name]}")
-    groups = name_groups(base_optimizer(engine.deepspeed))
-    for part in list_parts(engine.deepspeed):
+    for part in layout.parts:
+        label = layout.group_labels[part.group]
         for span in part.spans:
-            saved_group = manifest["parameters"].get(span.name, {}).get("group", groups[part.group])
-            if saved_group != groups[part.group]:
-                faults.add(f"{span.name} is in group {groups[part.group]}, in the checkpoint in {saved_group}")
+            saved_group = manifest["parameters"].get(span.name, {}).get("group", label)
+            if saved_group != label:
+                faults.add(f"{span.name} is in group {label}, in the checkpoint in {saved_group}")
     known: set[str] = set()
-    for own_names, own_faults in ranks.gather_everywhere((list(shapes), faults)):
+    for own_names, own_faults in ranks.all_gather((list(shapes), faults)):
         known |= set(own_names)
         faults |= own_faults
     faults |= {f"{name} is in the checkpoint but not in the model" for name in saved_shapes.keys() - known}
@@ -158,27 +153,27 @@ def find_mismatches(manifest: dict[str, Any], engine: ZeroEngine, ranks: RankGro
 
 
 @torch.no_grad()
-def restore(checkpoint_dir: Path, manifest: dict[str, Any], engine: ZeroEngine, rank: int) -> list[str]:
+def restore(checkpoint_dir: Path, manifest: dict[str, Any], layout: EngineLayout, rank: int) -> list[str]:
     """Fill masters, moments, counters, group settings, buffers and random state; return warnings.
 
     The files must have been verified and `find_mismatches` must have found nothing. All ranks must call it; each reads
     what its own ranges need.
     """
+    engine = layout.engine.deepspeed
     reader = RangeReader(checkpoint_dir, manifest)
-    placements = place_parameters(engine)
-    for part in list_parts(engine.deepspeed):
+    for part in layout.parts:
         steps = {manifest["parameters"][span.name]["optimizer_step"] for span in part.spans}
         assert len(steps) <= 1, f"parameters stepped together were saved with different counters: {sorted(steps)}"
-        flats = create_state(engine.deepspeed, part, steps.pop() if steps else 0)
+        flats = create_state(engine, part, steps.pop() if steps else 0)
         for span in part.spans:
             for kind in KINDS:
                 place = flats[kind][span.flat_start : span.flat_start + span.numel]
-                reader.fill(place, kind, span.name, placements[span.name], span.start)
-    for name, buffer in collect_buffers(engine.module).items():
+                reader.fill(place, kind, span.name, layout.placements[span.name], span.start)
+    for name, buffer in layout.buffers().items():
         buffer.copy_(reader.buffer(name))
     reader.close()
-    restore_group_settings(engine.deepspeed, manifest["groups"])
-    refresh_working_weights(engine.deepspeed)
+    restore_group_settings(engine, manifest["groups"])
+    refresh_working_weights(engine)
     return restore_rank_random_state(checkpoint_dir, manifest, rank)
 
 

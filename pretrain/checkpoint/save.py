@@ -12,11 +12,9 @@ from torch import Tensor
 
 from data_pipeline.deletion import try_to_delete
 from data_pipeline.files import make_folders, sync
-from model.parallel.shards import parameter_shards
 from pretrain.checkpoint.commit import (
     TEMPORARY_NAME,
-    Problem,
-    RankGroup,
+    RankFailure,
     SavedCheckpoint,
     check_free_space,
     checkpoint_name,
@@ -27,12 +25,13 @@ from pretrain.checkpoint.commit import (
     remove_temporary,
 )
 from pretrain.checkpoint.compatibility import digest_config
+from pretrain.checkpoint.engine_layout import EngineLayout
 from pretrain.checkpoint.files import (
     measure_tensors,
     rank_file_name,
     write_tensors,
 )
-from pretrain.checkpoint.fragments import collect_buffers, collect_fragments, collect_group_settings
+from pretrain.checkpoint.fragments import collect_fragments, collect_group_settings
 from pretrain.checkpoint.manifest import RankReport, complete_manifest, describe_tensor
 from pretrain.checkpoint.placement import list_axes
 from pretrain.checkpoint.random_state import collect_random_state
@@ -40,6 +39,7 @@ from pretrain.checkpoint.writers import WriterAssignment, assign_writers
 from pretrain.config.schema import RunConfig
 from pretrain.engine.engine import ZeroEngine
 from pretrain.identity import collect_versions
+from pretrain.rank_group import RankGroup
 
 # Room for the manifest, directories and the `latest` file, beyond the tensors.
 SPARE_BYTES = 1 << 20
@@ -79,8 +79,9 @@ def save_checkpoint(
     be cleared away after that is a remark.
     """
     ranks = ranks_of(engine)
-    duties = assign_writers(engine, ranks)
-    snapshot = take_snapshot(step, engine, ranks, duties, state=state, config=config, identities=identities)
+    layout = EngineLayout.of(engine)
+    writers = assign_writers(layout, ranks)
+    snapshot = take_snapshot(step, layout, ranks, writers, state=state, config=config, identities=identities)
     return write_snapshot(checkpoints_dir, snapshot, ranks, keep_last)
 
 
@@ -91,33 +92,37 @@ def ranks_of(engine: ZeroEngine) -> RankGroup:
 
 def take_snapshot(
     step: int,
-    engine: ZeroEngine,
+    layout: EngineLayout,
     ranks: RankGroup,
-    duties: WriterAssignment,
+    writers: WriterAssignment,
     *,
     state: dict[str, Any],
     config: RunConfig,
     identities: dict[str, str],
 ) -> Snapshot:
     """Views of the state that this rank writes, and the manifest's part that is known beforehand. No communication."""
-    held = [fragment for fragment in collect_fragments(engine.deepspeed) if fragment.name in duties.parameters]
+    engine = layout.engine
+    held = [
+        fragment
+        for fragment in collect_fragments(engine.deepspeed, layout.parts)
+        if fragment.name in writers.parameters
+    ]
     fragments = [share for share in (fragment.share(ranks.rank) for fragment in held) if share is not None]
-    buffers = {name: buffer for name, buffer in collect_buffers(engine.module).items() if name in duties.buffers}
+    buffers = {name: buffer for name, buffer in layout.buffers().items() if name in writers.buffers}
     tensors = {f"{kind}/{part.name}/{part.start}": part.tensors[kind] for part in fragments for kind in part.tensors}
     tensors |= {f"buffer/{name}": buffer.detach() for name, buffer in buffers.items()}
     tensors |= {f"random/{name}": tensor for name, tensor in collect_random_state().items()}
-    dtypes = {name: parameter.dtype for name, parameter, _ in parameter_shards(engine.module)}
     report = RankReport(
         parameters={
             part.name: {
-                **describe_tensor(duties.placements[part.name].whole, dtypes[part.name]),
+                **describe_tensor(layout.placements[part.name].whole, layout.dtypes[part.name]),
                 "group": part.group,
                 "optimizer_step": part.optimizer_step,
             }
             for part in fragments
         },
         shards={
-            part.name: {"where": duties.placements[part.name].to_json(), "coordinates": duties.coordinates[part.name]}
+            part.name: {"where": layout.placements[part.name].to_json(), "coordinates": layout.coordinates[part.name]}
             for part in fragments
         },
         ranges=[(part.name, part.start, part.numel) for part in fragments],
@@ -148,7 +153,7 @@ def write_snapshot(checkpoints_dir: Path, snapshot: Snapshot, ranks: RankGroup, 
     """Write, acknowledge, commit, prune; all ranks must call it. Raises RuntimeError as `save_checkpoint` says."""
     doing = f"checkpoint of step {snapshot.step} in {checkpoints_dir} was not saved"
     needed_bytes = sum(ranks.gather(measure_tensors(snapshot.tensors, snapshot.metadata())))
-    problem = Problem()
+    problem = RankFailure()
     remarks: list[str] = []
     temporary_dir = checkpoints_dir
     if ranks.rank == 0:
@@ -157,15 +162,15 @@ def write_snapshot(checkpoints_dir: Path, snapshot: Snapshot, ranks: RankGroup, 
             remarks += remove_temporary(checkpoints_dir)
             check_free_space(checkpoints_dir, needed_bytes + SPARE_BYTES)
             temporary_dir = make_temporary(checkpoints_dir, snapshot.step)
-    ranks.check(problem.text, doing)
-    temporary_dir = checkpoints_dir / ranks.share(temporary_dir.name)
+    ranks.raise_together(problem.text, doing)
+    temporary_dir = checkpoints_dir / ranks.broadcast(temporary_dir.name)
 
     report = snapshot.report
     with problem.caught():
         path = temporary_dir / rank_file_name(ranks.rank)
         report = dataclasses.replace(report, file=write_tensors(path, snapshot.tensors, snapshot.metadata()))
     reports = ranks.gather(report)
-    all_written = all(text is None for text in ranks.gather_everywhere(problem.text))
+    all_written = all(text is None for text in ranks.all_gather(problem.text))
     saved = SavedCheckpoint(checkpoints_dir / checkpoint_name(snapshot.step))
     if ranks.rank == 0:
         if all_written:
@@ -177,5 +182,5 @@ def write_snapshot(checkpoints_dir: Path, snapshot: Snapshot, ranks: RankGroup, 
                 remarks += [*saved.remarks, *prune(checkpoints_dir, snapshot.step, keep_last)]
         # Still there only after a failure, on any rank; nobody leaves before it is gone, or can't be.
         remarks += try_to_delete(temporary_dir, TEMPORARY_NAME)
-    ranks.check(problem.text, doing)
+    ranks.raise_together(problem.text, doing)
     return dataclasses.replace(saved, remarks=tuple(remarks))

@@ -31,7 +31,7 @@ def save_while_training(place: str) -> tuple[int, list[str | None], str]:
     for step in (1, 2, 3):
         run_steps(engine, step - 1, step)
         save(Path(place, "waiting"), step, engine)
-        finished.append(saver.save(Path(place, "background"), step, engine, **arguments(step)))
+        finished.append(saver.save(Path(place, "background"), step, **arguments(step)))
         with torch.no_grad():
             engine.module.expert_bias += 0.125  # undone below; a save that still looked at it would show it
         run_steps(engine, 7, 8)
@@ -40,7 +40,7 @@ def save_while_training(place: str) -> tuple[int, list[str | None], str]:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     if parallel.rank == parallel.world_size - 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
-    saver.save(Path(place, "background"), 4, engine, **arguments(4))
+    saver.save(Path(place, "background"), 4, **arguments(4))
     try:
         saver.wait()
         text = "saved"

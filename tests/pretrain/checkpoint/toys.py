@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.checkpoint.commit import SavedCheckpoint
-from pretrain.checkpoint.fragments import collect_fragments
+from pretrain.checkpoint.engine_layout import EngineLayout
+from pretrain.checkpoint.fragments import collect_fragments, list_parts
 from pretrain.checkpoint.load import LoadedCheckpoint, load_newest
 from pretrain.checkpoint.save import save_checkpoint
 from pretrain.config.schema import RunConfig
@@ -88,7 +89,7 @@ def run_steps(engine: ZeroEngine, first: int, last: int) -> list[tuple[float, fl
 def digest_state(engine: ZeroEngine) -> str:
     """SHA-256 of all that this rank holds: masters, moments, counters, working weights, buffers, random state."""
     digest = hashlib.sha256()
-    for fragment in collect_fragments(engine.deepspeed):
+    for fragment in collect_fragments(engine.deepspeed, list_parts(engine.deepspeed)):
         digest.update(f"{fragment.name} {fragment.start} {fragment.numel} {fragment.optimizer_step}".encode())
         for tensor in fragment.tensors.values():
             digest.update(tensor.contiguous().numpy().tobytes())
@@ -126,4 +127,6 @@ def load(
     folder: Path, engine: ZeroEngine, *, identities: dict[str, str] | None = None, **changes: Any
 ) -> LoadedCheckpoint | None:
     """Load with the toy's config and identities."""
-    return load_newest(folder, engine, config=toy_config(**changes), identities=identities or IDENTITIES)
+    return load_newest(
+        folder, EngineLayout.of(engine), config=toy_config(**changes), identities=identities or IDENTITIES
+    )

@@ -16,8 +16,9 @@ from launch.cli import run
 from model.hybrid import HybridModel
 from model.packing import PackMeta
 from model.parallel.groups import single_rank_groups
+from pretrain.checkpoint.engine_layout import EngineLayout
 from pretrain.checkpoint.files import read_manifest
-from pretrain.checkpoint.fragments import collect_fragments, collect_group_settings
+from pretrain.checkpoint.fragments import collect_fragments, collect_group_settings, list_parts
 from pretrain.checkpoint.load import load_newest
 from pretrain.checkpoint.placement import place_whole
 from pretrain.checkpoint.reader import RangeReader
@@ -55,7 +56,7 @@ def plain_engine(config: RunConfig, stage: int) -> Any:
 
 def check_loaded(engine: Any, reader: RangeReader) -> None:
     """Every range that this rank holds, the counters and the groups' settings."""
-    for part in collect_fragments(engine):
+    for part in collect_fragments(engine, list_parts(engine)):
         place = place_whole(reader.manifest["parameters"][part.name]["shape"])
         assert part.optimizer_step == reader.manifest["parameters"][part.name]["optimizer_step"] == 2
         for kind, values in part.tensors.items():
@@ -103,7 +104,10 @@ def own_step(config: RunConfig, parallel: Any, stage: int) -> dict[str, Tensor]:
     model = HybridModel(config.model, parallel.groups, seed=6)
     engine = build_engine(model, optimizer=config.optimizer, precision="float32", zero_stage=stage, parallel=parallel)
     identities = read_manifest(Path(config.run.dir, "checkpoints", "step-00000002"))["identities"]
-    assert load_newest(Path(config.run.dir, "checkpoints"), engine, config=config, identities=identities) is not None
+    assert (
+        load_newest(Path(config.run.dir, "checkpoints"), EngineLayout.of(engine), config=config, identities=identities)
+        is not None
+    )
     with engine.accumulate(1):
         engine.backward(engine.forward(*batch()).loss.total / 48 / parallel.data_world_size)
     engine.step(RATE)

@@ -1,0 +1,59 @@
+"""What one rank holds of an engine's state: the layout that saving and loading share.
+
+DeepSpeed's wrappers keep the same state in different ways, and each parallel axis cuts parameters in its own. Both
+questions are answered here, once for an engine, because nothing of the answer changes while it lives: saving asks which
+ranges this rank writes, loading which ranges it must fill.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.parallel.shards import parameter_shards
+from pretrain.checkpoint.fragments import Part, base_optimizer, list_parts, name_groups, parameter_shape
+from pretrain.checkpoint.placement import Placement, locate_rank, place_shard
+from pretrain.engine.engine import ZeroEngine
+
+
+@dataclass(frozen=True)
+class EngineLayout:
+    """The state of an engine on this rank; building it communicates nothing.
+
+    parts: the tensors that the optimizer steps, with the parameter ranges inside each. group_labels: of the optimizer's
+    parameter groups, in its order. placements: where this rank's shard of each parameter lies in the whole one.
+    coordinates: its place on each axis that cuts the parameter. dtypes: of the parameters. All by global name.
+    buffer_names: of the buffers that belong to the state (router bias and the like).
+    """
+
+    engine: ZeroEngine
+    parts: tuple[Part, ...]
+    group_labels: tuple[str, ...]
+    placements: dict[str, Placement]
+    coordinates: dict[str, dict[str, int]]
+    dtypes: dict[str, torch.dtype]
+    buffer_names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, engine: ZeroEngine) -> EngineLayout:
+        """Read the layout of an engine; asserts that its optimizer holds every trainable parameter."""
+        parameters = list(parameter_shards(engine.module))
+        named = {name for name, _ in engine.module.named_parameters(remove_duplicate=False)}
+        return cls(
+            engine=engine,
+            parts=tuple(list_parts(engine.deepspeed)),
+            group_labels=tuple(name_groups(base_optimizer(engine.deepspeed))),
+            placements={
+                name: place_shard(parameter_shape(parameter), shard, engine.groups)
+                for name, parameter, shard in parameters
+            },
+            coordinates={name: locate_rank(shard, engine.groups) for name, _, shard in parameters},
+            dtypes={name: parameter.dtype for name, parameter, _ in parameters},
+            buffer_names=tuple(name for name in engine.module.state_dict(keep_vars=True) if name not in named),
+        )
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The buffers of the state as they are now, by global name."""
+        return {name: self.engine.module.get_buffer(name) for name in self.buffer_names}
