@@ -26,3 +26,8 @@ class Batch:
     cu_seqlens: torch.Tensor
     sample_ids: tuple[int, ...]
     source_ids: tuple[int, ...]
+
+    @property
+    def num_documents(self) -> int:
+        """Documents of all rows, a row's padding counted as one."""
+        return len(self.cu_seqlens) - 1

@@ -1,7 +1,14 @@
-"""Where documents begin and end in a packed batch: built once a micro-batch and read by every block."""
+"""Where documents begin and end in a packed micro-batch.
+
+A packed row holds several documents, and nothing may pass from one to the next: attention masks, convolutions and
+recurrent states reset. What blocks need for that is found once, on the CPU, while the micro-batch is still there (reading
+a value of a device tensor makes the host wait for all that is queued), and moved to the device as a whole. No block looks
+at values again: whether there is anything to reset at all is a Python bool.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,19 +19,16 @@ from model.segments import Segments
 
 @dataclass(frozen=True)
 class PackMeta:
-    """Document layout of one micro-batch.
+    """Document layout of one micro-batch of B rows of T tokens.
 
-    document_ids_BT [B, T] int32, nondecreasing inside a row. positions_BT [B, T] int64, the place inside the document.
-    cu_seqlens [documents + 1] int32, starts in the flattened B * T tokens, the total last. single_document: no row has
-    a boundary, so blocks may take the path without masks. first_continues: each row's first token goes on with the
-    document that a decode state holds. segments: where ids and positions are those of this rank's part of the rows, T
-    its tokens; the other fields stay those of whole rows.
+    document_ids_BT [B, T] int32, nondecreasing inside a row. positions_BT [B, T] int32, the place inside the document.
+    single_document: no row has a boundary, so blocks may take the path without masks. first_continues: each row's first
+    token goes on with the document that a decode state holds. segments: where ids and positions are those of this rank's
+    part of the rows, T its tokens; the other fields stay those of whole rows.
     """
 
     document_ids_BT: Tensor
     positions_BT: Tensor
-    cu_seqlens: Tensor
-    max_document_length: int
     single_document: bool
     first_continues: bool = False
     segments: Segments | None = None
@@ -33,28 +37,21 @@ class PackMeta:
     def from_document_ids(cls, document_ids_BT: Tensor, positions_BT: Tensor | None = None) -> PackMeta:
         """Layout of packed rows; positions restart at each document when they are not given.
 
-        Raises ValueError where ids decrease inside a row.
+        Reads values: give it tensors on the CPU and move the result. Raises ValueError where ids decrease inside a row.
         """
         if document_ids_BT.dim() != 2 or document_ids_BT.numel() == 0:
             raise ValueError(f"document_ids must be [rows, tokens] and not empty, not {tuple(document_ids_BT.shape)}")
-        num_rows, num_tokens = document_ids_BT.shape
-        device = document_ids_BT.device
-        step_BT = torch.diff(document_ids_BT, dim=1)
-        if bool((step_BT < 0).any()):
+        steps_BT = torch.diff(document_ids_BT, dim=1)
+        if bool((steps_BT < 0).any()):
             raise ValueError("document_ids must not decrease inside a row; number documents in the order they stand")
-        starts_BT = torch.ones(num_rows, num_tokens, dtype=torch.bool, device=device)
-        starts_BT[:, 1:] = step_BT > 0
-        starts = starts_BT.flatten().nonzero().flatten()
-        cu_seqlens = torch.cat([starts, starts.new_tensor([num_rows * num_tokens])])
         if positions_BT is None:
-            column_T = torch.arange(num_tokens, device=device)
+            column_T = torch.arange(document_ids_BT.shape[1], device=document_ids_BT.device)
+            starts_BT = torch.nn.functional.pad(steps_BT > 0, (1, 0), value=True)
             positions_BT = column_T - torch.where(starts_BT, column_T, 0).cummax(dim=1).values
         return cls(
             document_ids_BT=document_ids_BT.to(torch.int32),
-            positions_BT=positions_BT.to(torch.int64),
-            cu_seqlens=cu_seqlens.to(torch.int32),
-            max_document_length=int(cu_seqlens.diff().max()),
-            single_document=len(starts) == num_rows,
+            positions_BT=positions_BT.to(torch.int32),
+            single_document=not bool(steps_BT.any()),
         )
 
     @classmethod
@@ -63,9 +60,8 @@ class PackMeta:
     ) -> PackMeta:
         """Layout of rows without boundaries whose first token stands at position `start`; start > 0 continues a state."""
         ids_BT = torch.zeros(num_rows, num_tokens, dtype=torch.int32, device=device)
-        positions_T = torch.arange(start, start + num_tokens, device=device)
-        cu_seqlens = torch.arange(0, (num_rows + 1) * num_tokens, num_tokens, dtype=torch.int32, device=device)
-        return cls(ids_BT, positions_T.expand(num_rows, -1), cu_seqlens, num_tokens, True, first_continues=start > 0)
+        positions_T = torch.arange(start, start + num_tokens, dtype=torch.int32, device=device)
+        return cls(ids_BT, positions_T.expand(num_rows, -1), single_document=True, first_continues=start > 0)
 
     def cut(self, rank: int, num_ranks: int) -> PackMeta:
         """The layout of the part that one of `num_ranks` context ranks has of these rows; of one rank, this one.
@@ -80,6 +76,15 @@ class PackMeta:
             document_ids_BT=segments.take(self.document_ids_BT),
             positions_BT=segments.take(self.positions_BT),
             segments=segments,
+        )
+
+    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> PackMeta:
+        """The same layout with every tensor changed alike: moved to a device, say."""
+        return replace(
+            self,
+            document_ids_BT=change(self.document_ids_BT),
+            positions_BT=change(self.positions_BT),
+            segments=None if self.segments is None else self.segments.map_tensors(change),
         )
 
     def boundaries_BT(self) -> Tensor | None:

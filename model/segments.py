@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,6 +35,10 @@ class Segments:
         continues_BZ = torch.zeros(len(document_ids_BT), count, dtype=torch.bool, device=document_ids_BT.device)
         continues_BZ[:, 1:] = document_ids_BT[:, length::length] == document_ids_BT[:, length - 1 : -1 : length]
         return cls(rank, num_ranks, document_ids_BT, continues_BZ)
+
+    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> Segments:
+        """The same segments with every tensor changed alike: moved to a device, say."""
+        return replace(self, document_ids_BT=change(self.document_ids_BT), continues_BZ=change(self.continues_BZ))
 
     @property
     def count(self) -> int:

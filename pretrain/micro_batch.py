@@ -1,9 +1,11 @@
-"""One micro-batch as the model takes it, and what its loss adds to the step's."""
+"""A micro-batch on its way from the loader into the model, and what its loss adds to the step's."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from data_pipeline.batch import Batch
@@ -14,22 +16,43 @@ from pretrain.parallel import Parallel
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The model's input on its device: tokens and labels [B, T of this context rank], and where documents begin."""
+    """The model's input: tokens and labels [B, T of this context rank], and where documents begin."""
 
     tokens_BT: Tensor
-    meta: PackMeta
     labels_BT: Tensor
+    meta: PackMeta
+
+    @classmethod
+    def from_batch(cls, batch: Batch, rank: int, num_ranks: int) -> MicroBatch:
+        """The part that one of `num_ranks` context ranks has of a batch of the loader, on the CPU like the batch.
+
+        The loader has counted the documents, so that nothing is searched for here. Raises ValueError where rows cannot
+        be cut evenly.
+        """
+        meta = PackMeta(
+            document_ids_BT=batch.document_ids_BT,
+            positions_BT=batch.positions_BT,
+            single_document=batch.num_documents == len(batch.tokens_BT),
+        ).cut(rank, num_ranks)
+        if meta.segments is None:
+            return cls(batch.tokens_BT, batch.labels_BT, meta)
+        return cls(meta.segments.take(batch.tokens_BT), meta.segments.take(batch.labels_BT), meta)
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same on a device. Copies to CUDA go through pinned memory and do not wait for what is queued there."""
+        if device.type == "cuda":
+            return self.map_tensors(lambda tensor: tensor.pin_memory().to(device, non_blocking=True))
+        return self.map_tensors(lambda tensor: tensor.to(device))
+
+    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> MicroBatch:
+        """The same with every tensor changed alike."""
+        return MicroBatch(change(self.tokens_BT), change(self.labels_BT), self.meta.map_tensors(change))
 
 
 def move_batch(batch: Batch, parallel: Parallel) -> MicroBatch:
     """This rank's part of a batch of the loader, on the device that computes; context ranks cut its rows."""
-    device, group = parallel.device, parallel.groups.cp
-    tokens_BT, labels_BT = batch.tokens_BT.to(device), batch.labels_BT.to(device)
-    meta = PackMeta.from_document_ids(batch.document_ids_BT.to(device), batch.positions_BT.to(device))
-    meta = meta.cut(group.rank(), group.size())
-    if meta.segments is not None:
-        tokens_BT, labels_BT = meta.segments.take(tokens_BT), meta.segments.take(labels_BT)
-    return MicroBatch(tokens_BT, meta, labels_BT)
+    group = parallel.groups.cp
+    return MicroBatch.from_batch(batch, group.rank(), group.size()).to(parallel.device)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from model.config.pattern import mixer_name
 from model.config.schema import ModelConfig
 from model.hybrid import ModelOutput
 from model.moe.balance import auxiliary_names
-from pretrain.micro_batch import LossShare, move_batch
+from pretrain.micro_batch import LossShare, MicroBatch, move_batch
 from pretrain.monitor.anomalies import StepAnomaly, describe_skip, judge_loss, remember_loss
 from pretrain.parallel import Parallel
 from pretrain.run import Run
@@ -102,7 +102,8 @@ def train_step(run: Run) -> StepResult:
     losses: list[Tensor] = []
     engine.module.train()
     with engine.accumulate(len(batches)):
-        for output in forward_backward(run, batches, LossShare(valid_tokens, num_micro_batches)):
+        micro_batches = [move_batch(batch, run.parallel) for batch in batches]
+        for output in forward_backward(run, micro_batches, LossShare(valid_tokens, num_micro_batches)):
             sums.add(output)
             if output.loss is not None:
                 losses.append(output.loss.total.detach() / valid_tokens)
@@ -164,7 +165,7 @@ def empty_sums(config: ModelConfig, device: torch.device) -> StepSums:
     return sums
 
 
-def forward_backward(run: Run, batches: Sequence[Batch], share: LossShare) -> Iterator[ModelOutput]:
+def forward_backward(run: Run, micro_batches: Sequence[MicroBatch], share: LossShare) -> Iterator[ModelOutput]:
     """Forward and backward of each micro-batch inside `accumulate`, and what this rank's blocks gave.
 
     With pipeline stages a rank gives an output for each of its pieces, and a loss on the last stage alone.
@@ -176,11 +177,11 @@ def forward_backward(run: Run, batches: Sequence[Batch], share: LossShare) -> It
         return None if part is None else run.engine.scale(part)
 
     if run.pipeline is not None:
-        yield from run.pipeline.train([move_batch(batch, run.parallel) for batch in batches], scaled_share)
+        yield from run.pipeline.train(micro_batches, scaled_share)
         return
-    for batch in batches:
+    for micro_batch in micro_batches:
         run.heartbeat.at(run.progress.step + 1, "forward")
-        output = forward_batch(run, batch)
+        output = forward_micro_batch(run, micro_batch)
         loss = share.of(output)
         assert loss is not None, "a batch has labels"
         run.engine.backward(loss)
@@ -188,18 +189,17 @@ def forward_backward(run: Run, batches: Sequence[Batch], share: LossShare) -> It
 
 
 @torch.no_grad()
-def forward_only(run: Run, batches: Sequence[Batch], *, predicts: bool = False) -> Iterator[ModelOutput]:
+def forward_only(run: Run, micro_batches: Sequence[MicroBatch], *, predicts: bool = False) -> Iterator[ModelOutput]:
     """The outputs of the micro-batches, without gradients; with the most likely tokens if asked for."""
     if run.pipeline is not None:
-        yield from run.pipeline.evaluate([move_batch(batch, run.parallel) for batch in batches], predicts=predicts)
+        yield from run.pipeline.evaluate(micro_batches, predicts=predicts)
         return
-    for batch in batches:
-        yield forward_batch(run, batch, predicts=predicts)
+    for micro_batch in micro_batches:
+        yield forward_micro_batch(run, micro_batch, predicts=predicts)
 
 
-def forward_batch(run: Run, batch: Batch, *, predicts: bool = False) -> ModelOutput:
+def forward_micro_batch(run: Run, given: MicroBatch, *, predicts: bool = False) -> ModelOutput:
     """Loss, auxiliary losses and expert counts of one micro-batch, through the whole model."""
-    given = move_batch(batch, run.parallel)
     output: ModelOutput = run.engine.forward(given.tokens_BT, given.meta, given.labels_BT, predicts=predicts)
     return output
 

@@ -42,14 +42,14 @@ def validate(run: Run) -> Validation:
     for _ in range(run.config.train.validation_batches):
         batches = run.validation.take(run.stage.global_batch_size, run.stage.micro_batch_size)
         tokens += count_valid_tokens(batches, run.parallel)
-        outputs = list(forward_only(run, batches, predicts=is_synthetic))
+        micro_batches = [move_batch(batch, run.parallel) for batch in batches]
+        outputs = list(forward_only(run, micro_batches, predicts=is_synthetic))
         for output in outputs:
             sums.add(output)
         predicted = [output.predictions_BT for output in outputs if output.predictions_BT is not None]
-        for batch, predictions_BT in zip(batches, predicted):
-            labels_BT = move_batch(batch, run.parallel).labels_BT
+        for batch, micro_batch, predictions_BT in zip(batches, micro_batches, predicted):
             # Validation begins at sample 0, so that a sample's number is its row here.
-            counts_R2[list(batch.sample_ids)] = count_correct(predictions_BT, labels_BT)
+            counts_R2[list(batch.sample_ids)] = count_correct(predictions_BT, micro_batch.labels_BT)
     run.engine.module.train()
     sums.reduce(run.parallel, signal=0)
     accuracy = measure_accuracy(run.parallel.all_reduce_unique(counts_R2)) if is_synthetic else None

@@ -147,12 +147,12 @@ def _group(rows: Iterator[_Row], count: int) -> Iterator[list[_Row]]:
 def _measure(model: HybridModel, batch: list[_Row]) -> tuple[float, int]:
     """Summed negative log-likelihood and number of predicted tokens."""
     device = model.head_weight().device
-    labels_BT = torch.stack([row.labels_T for row in batch]).to(device)
+    labels_BT = torch.stack([row.labels_T for row in batch])
     tokens = int((labels_BT != IGNORED).sum())
     if not tokens:
         return 0.0, 0
-    tokens_BT = torch.stack([row.tokens_T for row in batch]).to(device)
-    meta = PackMeta.from_document_ids(torch.stack([row.document_ids_T for row in batch]).to(device))
-    output = model(tokens_BT, meta, labels_BT)
+    tokens_BT = torch.stack([row.tokens_T for row in batch])
+    meta = PackMeta.from_document_ids(torch.stack([row.document_ids_T for row in batch]))
+    output = model(tokens_BT.to(device), meta.map_tensors(lambda tensor: tensor.to(device)), labels_BT.to(device))
     assert output.loss is not None, "labels were given"
     return float(output.loss.nll_sum.double()), tokens
