@@ -260,13 +260,6 @@ def set_determinism(seed: int) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def shutdown(parallel: Parallel) -> None:
-    """Leave the process group in good order. Every rank must call this; nothing of `parallel` works afterwards."""
-    if torch.distributed.is_initialized():
-        destroy_groups()
-        torch.distributed.destroy_process_group()
-
-
 def describe_environment(names: Sequence[str]) -> dict[str, str]:
     """The named environment variables that are set, for the record of a run."""
     return {name: os.environ[name] for name in names if name in os.environ}

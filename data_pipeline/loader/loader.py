@@ -227,7 +227,7 @@ class PretrainLoader:
         store = TokenStore.open(self.settings.store, self.settings.cache)
         if self.data_rank == 0 and self.settings.on_corruption == "raise":
             # Now, and not at the step that reads the missing part; a huge store is checked in a stretch a batch.
-            self._unchecked = store.check_files_one_by_one()
+            self._unchecked = store.check_files()
             self._check_files(PARTS_CHECKED_FIRST)
         return SampleReader(self.settings, store)
 

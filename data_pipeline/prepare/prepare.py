@@ -22,7 +22,6 @@ from data_pipeline.prepare.plan import Unit, UnitSettings, make_units, plan_sour
 from data_pipeline.prepare.ray_actors import run_on_ray
 from data_pipeline.prepare.unit import UnitFailure, UnitReport
 from data_pipeline.store.manifest import (
-    MANIFEST,
     PART_NAME,
     SPLITS,
     Layout,
@@ -32,7 +31,6 @@ from data_pipeline.store.manifest import (
     write_manifest,
 )
 from data_pipeline.store.object_store import is_url
-from data_pipeline.store.store import TokenStore
 from data_pipeline.tokenizer.tokenizer import TOKENIZER_FILES, Tokenizer, read_tokenizer_file, train_tokenizer
 
 TOKENIZER_SETTINGS = "tokenizer_settings.json"
@@ -387,11 +385,3 @@ def _report(
         rejects=sum(report.rejects for report in everything),
         seconds=seconds,
     )
-
-
-def is_prepared(config: DataConfig) -> bool:
-    """Whether the store's manifest is there and names every source of the configuration."""
-    place = config.text_store()
-    if not is_url(place) and not (Path(place) / MANIFEST).is_file():
-        return False
-    return {source.name for source in config.sources} <= set(TokenStore.open(place).source_names)

@@ -194,16 +194,12 @@ class TokenStore:
         """Settings of the node cache of a store behind a URL; None for a store in a folder."""
         return None if self._cached is None else self._cached.cache.settings
 
-    def check_files(self) -> None:
-        """Compare the size of every shard file: DamagedError for the first part with a missing file or another size.
+    def check_files(self) -> Iterator[Part]:
+        """Compare the size of every shard file, part by part: DamagedError for a missing file or another size.
 
-        A folder is asked for each file, a URL for a listing.
+        A folder is asked for each file, a URL for a listing. The caller decides how many parts to check at a time: 100,000
+        take half a second, and on a busy network minutes.
         """
-        for _ in self.check_files_one_by_one():
-            pass
-
-    def check_files_one_by_one(self) -> Iterator[Part]:
-        """As check_files, pausing after each part: 100,000 parts take half a second, and on a busy network minutes."""
         listed = self.list_files()
         for _, _, part in self.all_parts():
             check_part_files(self.location, part, listed)

@@ -65,7 +65,7 @@ def linear_statistics(
     """What one shard of the vocabulary adds to the cross-entropy: (log-sum-exp [R], label's logit [R]), differentiable.
 
     The shard holds rows first_row .. first_row + V of the head. A label elsewhere (another shard, or ignored) gives
-    logit 0. Over all shards, the label's logits add up and the log-sum-exps combine by `combine_log_sums`; their
+    logit 0. Over all shards, the label's logits add up and `torch.logsumexp` joins the log-sum-exps; their
     difference is the negative log-likelihood. Backward computes the logits again. Float32 (float64 for float64).
 
     Shapes: hidden [R, D], weight [V, D] of this shard, labels [R] int64 in the whole vocabulary.
@@ -79,11 +79,6 @@ def linear_statistics(
         return linear_statistics_triton(hidden_RD, weight_VD, labels_R, first_row)
     implementation = linear_statistics_torch if backend == "torch" else linear_statistics_reference
     return implementation(hidden_RD, weight_VD, labels_R, first_row=first_row)
-
-
-def combine_log_sums(log_sum_SR: Tensor) -> Tensor:
-    """Log-sum-exp of the whole vocabulary [R] from that of each of S shards [S, R]."""
-    return log_sum_SR.logsumexp(0)
 
 
 def _check(hidden_RD: Tensor, weight_VD: Tensor, labels_R: Tensor) -> None:

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from pretrain.checkpoint.commit import CHECKPOINT_NAME, is_marked, list_checkpoints
 from pretrain.checkpoint.compatibility import compare_settings
-from pretrain.checkpoint.files import MANIFEST_NAME, find_foreign_files, read_manifest, verify_checkpoint
+from pretrain.checkpoint.files import MANIFEST_NAME, find_foreign_files, verify_checkpoint
 from pretrain.checkpoint.reader import KINDS, RangeReader
-from pretrain.config.schema import RunConfig
 
 logger = logging.getLogger(__name__)
 
@@ -47,11 +46,6 @@ def require_sound(checkpoint_dir: Path) -> dict[str, Any]:
     if manifest is None or problems:
         raise RuntimeError(f"checkpoint {checkpoint_dir} is damaged: " + "; ".join(problems))
     return manifest
-
-
-def read_config(checkpoint_dir: Path) -> RunConfig:
-    """The resolved configuration of the run that saved a checkpoint."""
-    return RunConfig.model_validate(read_manifest(checkpoint_dir)["config"])
 
 
 def read_full_state(checkpoint_dir: Path) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pretrain.checkpoint.inspect import diff_checkpoints
-from pretrain.parallel import initialize_parallel, shutdown
+from pretrain.parallel import initialize_parallel
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.checkpoint.toys import digest_state, load, make_engine, run_steps, save
 
@@ -35,7 +35,6 @@ def resume_in_every_stage(folder: str) -> dict[str, Any]:
             assert loaded is not None
             facts = (loaded.step, loaded.state, loaded.skipped, loaded.warnings)
             results[f"{precision}-{stage}"] = (at_save == at_load, straight == resumed, facts)
-    shutdown(parallel)
     return results
 
 
@@ -51,7 +50,6 @@ def load_into_other_stages(folder: str, target: str) -> list[str]:
             assert loaded is not None
             warnings += loaded.warnings
             save(Path(target, f"{precision}-{stage}-{other}"), 3, engine, train__precision=precision)
-    shutdown(parallel)
     return warnings
 
 

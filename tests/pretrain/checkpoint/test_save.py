@@ -20,10 +20,8 @@ from pretrain.checkpoint.inspect import (
     diff_checkpoints,
     find_checkpoint,
     inspect_checkpoint,
-    read_config,
     read_full_state,
 )
-from pretrain.config.schema import RunConfig
 from pretrain.engine.engine import ZeroEngine
 from pretrain.parallel import initialize_parallel
 from tests.helpers.spawn import run_ranks
@@ -281,14 +279,13 @@ def test_another_model_is_named_tensor_by_tensor(tmp_path: Path) -> None:
 
 
 def test_full_state_fills_a_plain_module(engine: ZeroEngine, tmp_path: Path) -> None:
-    path = save(tmp_path, 1, engine)
+    save(tmp_path, 1, engine)
     state = read_full_state(find_checkpoint(tmp_path))
     assert all(tensor.dtype == torch.float32 for tensor in state.values())
     expected = engine.module.state_dict()
     assert state.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(state[name], tensor), name
-    assert isinstance(read_config(path), RunConfig) and read_config(path) == toy_config()
 
 
 def test_inspect_and_diff_tell_what_is_inside(engine: ZeroEngine, tmp_path: Path) -> None:
