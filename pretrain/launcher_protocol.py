@@ -1,4 +1,4 @@
-"""What launchers and ranks agree on: exit codes and environment variables; imports nothing, so that a launcher is quick."""
+"""Exit codes and environment variables that launchers and ranks share; imports nothing, so that launchers start fast."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which blocks are computed again in the backward pass instead of kept."""
+"""Activation recomputation: which blocks are computed again in the backward pass instead of keeping activations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pretrain.config.schema import RunConfig
 
 
 def recomputed_letters(config: RunConfig) -> frozenset[str]:
-    """The kinds of block, by letter, of a configuration that obeys the rules below."""
+    """Symbols of the kinds of block that recompute, for a configuration without `recompute_problems`."""
     if config.train.recompute == "none":
         return frozenset()
     if config.train.recompute == "full":
@@ -19,7 +19,7 @@ def recomputed_letters(config: RunConfig) -> frozenset[str]:
 
 
 def recompute_problems(config: RunConfig) -> Iterator[Problem]:
-    """Letters where they have an effect, and a schedule whose backward passes can compute anything again."""
+    """Check that `recompute_blocks` has an effect and that the pipeline schedule can recompute at all."""
     train, schedule, key = config.train, config.parallel.schedule, "train.recompute_blocks"
     if schedule == "zero_bubble" and train.recompute != "none":
         rule = "does not go with parallel.schedule=zero_bubble, which cuts backward passes in two: each would compute again"

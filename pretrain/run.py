@@ -1,4 +1,4 @@
-"""Everything a training run holds while it runs."""
+"""The state of a training run: what start.py builds, the loop steps and checkpoints restore."""
 
 from __future__ import annotations
 
@@ -17,16 +17,19 @@ from pretrain.monitor.heartbeat import Heartbeat
 from pretrain.monitor.metrics import RunLog
 from pretrain.monitor.signals import SignalWatch
 from pretrain.monitor.stragglers import StepTimes
-from pretrain.parallel import (
-    Parallel,
-)
+from pretrain.parallel import Parallel
 from pretrain.pipeline import Pipeline
 from pretrain.stages import RunStage, stage_of
 
 
 @dataclass
 class Progress:
-    """How far the run is. Saved in every checkpoint and the same on all ranks."""
+    """How far the run is: saved in every checkpoint, the same on all ranks.
+
+    step, tokens: done so far, skipped steps included. skipped_in_row: since the last step that was applied. rollbacks: to
+    the weights of an older checkpoint. recent_losses: the window that a spike is judged by. validation_*: of the newest
+    validation, which was after step `validated_step`.
+    """
 
     step: int = 0
     tokens: int = 0
@@ -42,9 +45,12 @@ class Progress:
 
 @dataclass
 class Run:
-    """One training run in this process. `log` and `display` exist on the main rank alone.
+    """One training run in this process.
 
-    `stage` is that of the last step taken, at first the first. `validations`: by length of rows.
+    stages: all training stages; stage: the one the model is set to. loader: this rank's micro-batches of training text;
+    validations: of held-out text, by length of rows. pipeline: runs the schedule where the model is cut over ranks.
+    peak: the device's arithmetic, for MFU. lock, log, display: on the main rank alone. saved_step: of the newest checkpoint
+    that was begun, None after a rollback.
     """
 
     config: RunConfig
@@ -84,26 +90,26 @@ class Run:
 
     @property
     def validation(self) -> PretrainLoader | None:
-        """Held-out text in rows of the stage's length; None where nothing is held out."""
+        """Loader of held-out text in rows of the present stage's length; None where nothing is held out."""
         return self.validations.get(self.stage.sequence_length)
 
     @property
     def model(self) -> HybridModel:
-        """The model below the engine."""
+        """The model inside the engine; with a pipeline, this rank's part."""
         return cast(HybridModel, self.engine.module)
 
     @property
     def identities(self) -> dict[str, str]:
-        """What a checkpoint of this run is tied to."""
+        """Hashes of dataset and tokenizer, which a checkpoint is tied to."""
         return identities_of(self.loader)
 
     def say(self, text: str) -> None:
-        """A remark for the person who watches; the main rank alone speaks."""
+        """Print a remark for the person who watches; does nothing but on the main rank."""
         if self.display is not None:
             self.display.say(text)
 
     def record_event(self, event: str, **details: Any) -> None:
-        """A line in events.jsonl at the current step; the main rank alone writes."""
+        """Write a line to events.jsonl at the current step; does nothing but on the main rank."""
         if self.log is not None:
             self.log.write_event(event, self.progress.step, **details)
 
@@ -114,7 +120,10 @@ def identities_of(loader: PretrainLoader) -> dict[str, str]:
 
 
 def apply_stage(run: Run) -> None:
-    """Set the model to the stage of the next step, if it is another one than before. Every rank must call this."""
+    """Enter the next step's training stage if that is a new one: its rotary positions, a fresh loss window, an event.
+
+    Every rank must call this.
+    """
     stage = stage_of(run.stages, run.progress.step)
     if stage == run.stage:
         return

@@ -1,4 +1,8 @@
-"""Save a run, resume it, and put back the weights of its newest checkpoint."""
+"""Save a run, resume it, and restore the weights of its newest checkpoint.
+
+A checkpoint (checkpoint/save.py) holds what the engine has, and as its state the run's `Progress` and the loader's cursor.
+`resume` restores all of it; a rollback restores the engine alone, because the steps in between are not taken back.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,10 @@ from pretrain.run import Progress, Run
 
 
 def resume(run: Run) -> LoadedCheckpoint | None:
-    """Continue from the newest checkpoint that verifies, if there is one. Every rank must call this."""
+    """Restore engine, progress and data from the newest checkpoint that verifies; None when there is none.
+
+    Every rank must call this. Raises as `load_newest` does.
+    """
     loaded = load_newest(run.directory / "checkpoints", run.saver.layout, config=run.config, identities=run.identities)
     if loaded is not None:
         run.loader.load_state_dict(loaded.state["loader"])
@@ -20,9 +27,10 @@ def resume(run: Run) -> LoadedCheckpoint | None:
 
 
 def restore_newest_weights(run: Run) -> int | None:
-    """Put weights and optimizer back to the newest checkpoint, which may be being written; its step, None without one.
+    """Restore weights and optimizer from the newest checkpoint and return its step; None when there is none.
 
-    Progress and data stay where they are. Every rank must call this.
+    Waits for a save in progress. Step and data stay where they are: the steps since the checkpoint count as skipped. Every
+    rank must call this.
     """
     finish_saving(run)
     loaded = load_newest(run.directory / "checkpoints", run.saver.layout, config=run.config, identities=run.identities)
@@ -37,9 +45,9 @@ def restore_newest_weights(run: Run) -> int | None:
 
 
 def save(run: Run) -> None:
-    """Begin to write a checkpoint of the current step boundary, once; its event follows when it stands.
+    """Start a checkpoint of the current step, unless this step has one; its event is logged when it is on the disk.
 
-    Every rank must call this. Raises RuntimeError when the save before failed.
+    Every rank must call this. Raises RuntimeError when the previous save failed.
     """
     if run.saved_step == run.progress.step:
         return
@@ -47,7 +55,7 @@ def save(run: Run) -> None:
     if run.log is not None:
         run.log.sync()
     loader_state = run.loader.state_dict()
-    # The cursor is the same everywhere; what a rank left out because it was damaged is its own.
+    # Quarantined samples differ per rank; gather them.
     damages = [entry for entries in run.parallel.gather_objects(loader_state["quarantined"]) for entry in entries]
     loader_state["quarantined"] = sorted(damages)
     finished = run.saver.save(
@@ -65,7 +73,7 @@ def save(run: Run) -> None:
 
 
 def finish_saving(run: Run) -> None:
-    """Wait until the checkpoint that is being written stands. Every rank must call this; RuntimeError if it failed."""
+    """Wait for the checkpoint in progress, if any. Every rank must call this; raises RuntimeError when it failed."""
     finished = run.saver.wait()
     record_saved(run, finished)
 

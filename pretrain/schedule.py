@@ -8,7 +8,7 @@ from pretrain.config.schema import ScheduleConfig
 
 
 def learning_rate(step: int, config: ScheduleConfig, *, peak: float, total_steps: int) -> float:
-    """Rate of optimizer step number `step`, counted from 1 to `total_steps`.
+    """Compute the learning rate of optimizer step number `step`, counted from 1 to `total_steps`.
 
     Warm-up rises linearly and reaches the peak at its last step; decays reach `min_ratio * peak` at the last step.
     `inverse_sqrt` (Vaswani et al. 2017, arXiv 1706.03762, section 5.3) falls no lower than `min_ratio * peak`.
@@ -30,13 +30,13 @@ def learning_rate(step: int, config: ScheduleConfig, *, peak: float, total_steps
 
 
 def decay_length(config: ScheduleConfig, total_steps: int) -> int:
-    """Steps of the final decay of `wsd`: as configured, else a fifth of the run, never reaching into the warm-up."""
+    """Number of steps of the final decay of `wsd`: as configured, else a fifth of the run, never reaching into warm-up."""
     asked = config.decay_steps if config.decay_steps is not None else max(1, total_steps // 5)
     return min(asked, total_steps - config.warmup_length(total_steps))
 
 
 def fall(shape: str, progress: float) -> float:
-    """What is left of the way from peak to floor, from 1 at progress 0 to 0 at progress 1."""
+    """Decay factor between peak (1, at progress 0) and floor (0, at progress 1)."""
     if shape == "linear":
         return 1 - progress
     if shape == "sqrt":

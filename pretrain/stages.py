@@ -1,7 +1,9 @@
-"""A run as consecutive stages: each with its own length, rows, batch, positions, mixture and learning rate.
+"""Training stages: a run as consecutive stages, each with its own row length, batch, positions, mixture and learning rate.
 
-A run that declares no stages is one stage. Everything here is a pure function of the configuration and the number of
-optimizer steps done, so a resumed run needs no other state.
+Pretraining, annealing and long-context training are stages of one run. A stage leaves open what does not change, so it is
+resolved against the one before it; a run that declares none is one stage. Everything here is a pure function of the
+configuration and the number of optimizer steps done, so a resumed run needs no other state. (The parts of a model that a
+pipeline spreads over ranks are `Piece`s in model/pipeline_split.py.)
 """
 
 from __future__ import annotations
@@ -19,9 +21,11 @@ from pretrain.schedule import learning_rate
 
 @dataclass(frozen=True)
 class RunStage:
-    """One stage with nothing left open. `first_step`, `first_sample`: what all stages before it did and drew.
+    """One training stage with every setting resolved.
 
-    Sizes are in rows; `peak` is its highest learning rate, which its schedule spreads over `num_steps`.
+    first_step, first_sample: steps done and rows drawn by all stages before it. micro_batch_size, global_batch_size: in
+    rows of sequence_length tokens. peak: highest learning rate, which its schedule spreads over num_steps. weights: of the
+    data mixture, None where it does not change. ramp: of the batch size, in the first stage only.
     """
 
     index: int
@@ -40,15 +44,15 @@ class RunStage:
 
     @property
     def last_step(self) -> int:
-        """The step, counted from 1 over the whole run, with which it ends."""
+        """Its last step, counted from 1 over the whole run."""
         return self.first_step + self.num_steps
 
     def batch_size(self, step: int) -> int:
-        """Rows of step number `step`, counted from 1 over the whole run."""
+        """Global batch size in rows of step number `step`, counted from 1 over the whole run."""
         return ramped_size(self.ramp, self.global_batch_size, step - self.first_step)
 
     def samples_before(self, step: int) -> int:
-        """Rows that its steps before number `step` take."""
+        """Number of rows that its steps before number `step` take."""
         inside = step - self.first_step - 1
         if self.ramp is None:
             return inside * self.global_batch_size
@@ -57,11 +61,11 @@ class RunStage:
         return sizes + (inside - grown) * self.global_batch_size
 
     def num_samples(self) -> int:
-        """Rows of the whole stage."""
+        """Number of rows of the whole stage."""
         return self.samples_before(self.last_step + 1)
 
     def num_tokens(self) -> int:
-        """Tokens of the whole stage."""
+        """Number of tokens of the whole stage."""
         return self.num_samples() * self.sequence_length
 
     def rate(self, step: int) -> float:
@@ -70,7 +74,7 @@ class RunStage:
 
 
 def ramped_size(ramp: BatchRampConfig | None, full_size: int, number: int) -> int:
-    """Rows of the stage's step `number`, counted from 1: equal shares of the ramp, an increment larger each."""
+    """Global batch size of the stage's step `number`, counted from 1: rises by one increment in each equal share of the ramp."""
     if ramp is None or number > ramp.steps:
         return full_size
     num_increments = (full_size - ramp.start_size) // ramp.increment
@@ -78,7 +82,7 @@ def ramped_size(ramp: BatchRampConfig | None, full_size: int, number: int) -> in
 
 
 def resolve_stages(config: RunConfig) -> tuple[RunStage, ...]:
-    """All stages of a run, in order; what a stage leaves open is as in the stage before it, at first as in `train`."""
+    """Resolve the stages of a run, in order; what one leaves open is as in the stage before it, at first as in `train`."""
     assert config.stages or config.train.steps, "check_run was not called: a run without stages has train.steps"
     declared = config.stages or (StageConfig(name="training", steps=config.train.steps),)
     stages: list[RunStage] = []
@@ -111,7 +115,7 @@ def resolve_stages(config: RunConfig) -> tuple[RunStage, ...]:
 
 
 def count_steps(section: StageConfig, rows: int, length: int, ramp: BatchRampConfig | None) -> int:
-    """Steps that give at least the stage's tokens."""
+    """Smallest number of steps that gives at least the stage's tokens."""
     assert section.tokens is not None, "check_run was not called: a stage has tokens or steps"
     samples = math.ceil(section.tokens / length)
     if ramp is None:
@@ -127,18 +131,18 @@ def count_steps(section: StageConfig, rows: int, length: int, ramp: BatchRampCon
 
 
 def total_steps(config: RunConfig) -> int:
-    """Optimizer steps of the whole run."""
+    """Number of optimizer steps of the whole run."""
     return resolve_stages(config)[-1].last_step
 
 
 def stage_of(stages: tuple[RunStage, ...], steps_done: int) -> RunStage:
-    """The stage that the next step belongs to; after the last step, the last stage."""
+    """Find the stage of the next step; after the last step, the last stage."""
     starts = [stage.first_step for stage in stages]
     return stages[min(bisect_right(starts, steps_done), len(stages)) - 1]
 
 
 def data_of_stages(config: RunConfig, stages: tuple[RunStage, ...]) -> DataConfig:
-    """The data section with a phase for each stage that changes the mixture or the length of rows."""
+    """Build the data section of a run: a phase for each stage that changes the mixture or the length of rows."""
     phases = []
     for before, stage in pairwise((stages[0], *stages)):
         length = stage.sequence_length if stage.sequence_length != before.sequence_length else None
@@ -148,7 +152,7 @@ def data_of_stages(config: RunConfig, stages: tuple[RunStage, ...]) -> DataConfi
 
 
 def model_of_stage(config: RunConfig, stage: RunStage) -> ModelConfig:
-    """The model with the positions of a stage."""
+    """Build the model section of a stage, with its rotary positions."""
     attention = config.model.attention
     if attention is None or stage.rope is None or stage.rope == attention.rope:
         return config.model
@@ -156,7 +160,7 @@ def model_of_stage(config: RunConfig, stage: RunStage) -> ModelConfig:
 
 
 def step_of_sample(stages: tuple[RunStage, ...], sample: int) -> tuple[int, int]:
-    """The step, counted from 1, that takes a global sample, and the sample's place in its batch."""
+    """Find the step, counted from 1, that takes a global sample, and the sample's place in its batch."""
     starts = [stage.first_sample for stage in stages]
     stage = stages[bisect_right(starts, sample) - 1]
     inside = sample - stage.first_sample
@@ -170,5 +174,5 @@ def step_of_sample(stages: tuple[RunStage, ...], sample: int) -> tuple[int, int]
 
 
 def last_stage(stages: tuple[RunStage, ...], steps_done: int) -> RunStage:
-    """The stage of the last step done: what a checkpoint of that step was trained as."""
+    """Find the stage of the last step done: the one that a checkpoint of that step was trained in."""
     return stage_of(stages, max(0, steps_done - 1))

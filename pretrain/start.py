@@ -1,4 +1,9 @@
-"""Build a run: ranks, data, model, engine and log, resumed from its newest checkpoint."""
+"""Build a run: ranks, data, model, engine and log, resumed from its newest checkpoint.
+
+The order matters. Settings are checked before anything is opened, data before the model is built (a missing store should
+not cost minutes of initialisation), the checkpoint is loaded before the log is opened, and the run directory is written to
+only when everything fits: a refused start leaves no trace in the run that it was refused for.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +55,7 @@ from pretrain.stages import RunStage, data_of_stages, last_stage, resolve_stages
 
 
 def start_run(config: RunConfig, signals: SignalWatch) -> Run:
-    """Join the ranks, build data, model and engine, resume from the newest checkpoint, and open the log.
+    """Join the ranks, check the settings, build data, model and engine, resume, and open the log.
 
     Every rank must call this. Raises ValueError for settings, data or a checkpoint that do not fit together,
     RuntimeError or OSError for the machine's state; the run directory changes only after everything fits.
@@ -107,7 +112,7 @@ def start_run(config: RunConfig, signals: SignalWatch) -> Run:
 
 
 def lock_directory(directory: Path) -> IO[bytes]:
-    """Make the run directory and hold it: two runs that write to one directory destroy each other's checkpoints.
+    """Create the run directory and lock it: two runs that write to one directory destroy each other's checkpoints.
 
     The lock ends with the process, however it ends. Raises RuntimeError when another process holds it.
     """
@@ -123,7 +128,7 @@ def lock_directory(directory: Path) -> IO[bytes]:
 def open_loader(
     config: RunConfig, data: DataConfig, parallel: Parallel, split: Literal["train", "validation"], stage: RunStage
 ) -> PretrainLoader:
-    """This rank's stream of micro-batches; the training text goes through all stages, validation has one length."""
+    """Open this rank's loader: training text through all stages, or held-out text in rows of one stage's length."""
     return PretrainLoader(
         data,
         split=split,
@@ -138,7 +143,7 @@ def open_loader(
 def open_validations(
     config: RunConfig, data: DataConfig, parallel: Parallel, stages: tuple[RunStage, ...]
 ) -> dict[int, PretrainLoader]:
-    """Held-out text for every length of rows that the run will come to, so that a lack of it shows at the start."""
+    """Open held-out text for every row length that the run will come to, so that missing text shows at the start."""
     if config.data.validation_fraction == 0:
         return {}
     by_length = {stage.sequence_length: stage for stage in stages}
@@ -146,7 +151,7 @@ def open_validations(
 
 
 def check_vocabulary(config: RunConfig, loader: PretrainLoader) -> None:
-    """Every token of the store needs a row of the embedding."""
+    """Raise ValueError where the store has tokens without a row in the embedding."""
     if loader.store.vocab_size > config.model.vocab_size:
         raise ValueError(
             f"model.vocab_size={config.model.vocab_size} must be at least {loader.store.vocab_size}, the vocabulary of "
@@ -161,10 +166,10 @@ def check_tokenizer(config: RunConfig) -> None:
 
 
 def build_model(config: RunConfig, parallel: Parallel) -> HybridModel:
-    """The model in float32 with its first weights, alike on all ranks; its blocks compiled if the run asks for it.
+    """Build the model in float32 with its initial weights, compiled and recomputed as the run asks.
 
-    With a pipeline it is the part of this rank. First weights are random, or `run.initial_weights` when no checkpoint of
-    the run exists to replace them.
+    With a pipeline it is this rank's part. Initial weights are random functions of the seed, the same on all layouts of
+    ranks, or `run.initial_weights` when no checkpoint of the run exists to replace them.
     """
     section, pieces = config.parallel, None
     backend = resolve_backend(config.kernels.backend, parallel.device)
@@ -191,14 +196,14 @@ def build_model(config: RunConfig, parallel: Parallel) -> HybridModel:
 
 
 def build_pipeline(config: RunConfig, parallel: Parallel, engine: ZeroEngine) -> Pipeline | None:
-    """The stages around the engine's model; None without a pipeline."""
+    """Wrap the engine's model into pipeline stages; None without a pipeline."""
     if config.parallel.pipeline == 1:
         return None
     return Pipeline(engine.module, config.parallel, parallel, after_weights=engine.take_gradients)
 
 
 def open_log(run: Run, loaded: LoadedCheckpoint | None) -> None:
-    """Write the resolved configuration and the environment, open the logs, and say how the run begins."""
+    """Write configuration and environment, open log and display, and report how the run begins. Main rank only."""
     counts = count_parameters(run.config.model)
     length = run.stage.sequence_length
     facts = {
@@ -239,7 +244,7 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None) -> None:
 
 
 def close_run(run: Run) -> None:
-    """Close data, logs and display, after a checkpoint that is still being written. Every rank must call this."""
+    """Close heartbeat, data, logs and display, waiting for a checkpoint that is being written. Every rank must call this."""
     run.heartbeat.close()
     run.saver.close()
     run.loader.close()

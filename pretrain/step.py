@@ -1,4 +1,14 @@
-"""One optimizer step: several backward passes over micro-batches, one reduction, one move of the weights."""
+"""One optimizer step: forward and backward of every micro-batch, one reduction of gradients, one update of the weights.
+
+The loss of a step is a mean over the valid tokens of its whole global batch. How many those are is asked of all data ranks
+before the first forward pass, so every micro-batch's loss can be divided at once, and gradients are only ever summed: over
+micro-batches, over ranks that hold parts of them, and over data ranks (engine/engine.py draws the way). Whichever way the
+global batch is cut into micro-batches and ranks, the sum is the same.
+
+Inside the loop over micro-batches nothing waits for the device: losses, counts and auxiliary losses add up in device
+tensors (`StepSums`) and cross to the host once, in one reduction over all ranks, together with the signal that any rank
+may have received.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +33,13 @@ from pretrain.run import Run
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step gives to the log, alike on all ranks but for `busy_seconds`: reading and computing, without waiting.
+    """What a step reports, the same on every rank but for `busy_seconds`.
 
-    `signal`: a stop asked for on any rank, 0 for none.
+    loss: mean negative log-likelihood a token, in nats. auxiliary: weighted auxiliary losses, means over micro-batches.
+    expert_counts: token choices by expert, for each MoE block. grad_norm: before clipping. applied: whether the weights
+    moved. signal: number of the signal that asks some rank to stop, 0 for none. busy_seconds: time in which this rank read
+    data and computed, without waiting for others. anomaly: what went wrong, if anything; skip: what is known about a
+    step that was not applied.
     """
 
     loss: float
@@ -39,15 +53,16 @@ class StepResult:
     seconds: float
     signal: int
     busy_seconds: float
-    trouble: StepAnomaly | None = None
+    anomaly: StepAnomaly | None = None
     skip: dict[str, Any] | None = None
 
 
 @dataclass
 class StepSums:
-    """Sums over this rank's micro-batches, then over all ranks: everything a step reports, in one reduction.
+    """Everything a step reports, summed over this rank's micro-batches and then over all ranks in one reduction.
 
-    Every rank holds the same keys, those of the whole model, though its own blocks may give only some.
+    Every rank holds the keys of the whole model, also where a pipeline gives it only some of the blocks: a reduction needs
+    tensors of equal shape everywhere.
     """
 
     nll: Tensor
@@ -56,7 +71,7 @@ class StepSums:
     expert_counts: dict[int, Tensor] = field(default_factory=dict)
 
     def add(self, output: ModelOutput) -> None:
-        """Add one micro-batch; waits for nothing."""
+        """Add one micro-batch's output, on the device."""
         if output.loss is not None:
             self.nll += output.loss.nll_sum
             self.z_loss += output.loss.total.detach() - output.loss.nll_sum
@@ -68,7 +83,7 @@ class StepSums:
     def reduce(self, parallel: Parallel, signal: int) -> int:
         """Sum over all ranks that saw other tokens or blocks, in float64, which holds counts exactly.
 
-        Returns the agreed signal. Every rank must call this.
+        Returns the largest signal number of all ranks, so that all stop together. Every rank must call this.
         """
         names, blocks = list(self.auxiliary), list(self.expert_counts)
         parts = [self.nll, self.z_loss, *(self.auxiliary[name] for name in names)]
@@ -83,10 +98,10 @@ class StepSums:
 
 
 def train_step(run: Run) -> StepResult:
-    """Take the next global batch, accumulate its gradients, step. Every rank must call this.
+    """Train on the next global batch: accumulate its gradients, update the weights, advance `progress`.
 
-    The loss is the sum over tokens divided by the valid tokens of the global batch; auxiliary losses are means over its
-    micro-batches. Neither depends on how the batch is cut into micro-batches and ranks.
+    Every rank must call this. A loss spike under `health.on_spike=skip` poisons the gradients before the update, and
+    non-finite gradients leave the weights alone; either way all ranks skip together.
     """
     start = time.perf_counter()
     stage, progress, engine = run.stage, run.progress, run.engine
@@ -111,8 +126,8 @@ def train_step(run: Run) -> StepResult:
         busy_seconds = time.perf_counter() - start - waited_seconds
         signal = sums.reduce(run.parallel, run.signals.received)
         loss = float(sums.nll) / valid_tokens
-        trouble = judge_loss(loss, progress.recent_losses, run.config.health)
-        if trouble is not None and run.config.health.on_spike == "skip":
+        anomaly = judge_loss(loss, progress.recent_losses, run.config.health)
+        if anomaly is not None and run.config.health.on_spike == "skip":
             engine.skip_next_step()
     rate = stage.rate(progress.step + 1)
     run.heartbeat.at(progress.step + 1, "optimizer")
@@ -123,7 +138,7 @@ def train_step(run: Run) -> StepResult:
         progress.skipped_in_row = 0
         remember_loss(loss, progress.recent_losses, run.config.health)
     else:
-        trouble = trouble or StepAnomaly("nonfinite", "gradients are not finite")
+        anomaly = anomaly or StepAnomaly("nonfinite", "gradients are not finite")
         skip = describe_skip(run.parallel, batches, [float(loss) for loss in losses], engine.fault)
         progress.skipped_in_row += 1
         progress.skipped_steps += 1
@@ -144,13 +159,13 @@ def train_step(run: Run) -> StepResult:
         seconds=time.perf_counter() - start,
         signal=signal,
         busy_seconds=busy_seconds,
-        trouble=trouble,
+        anomaly=anomaly,
         skip=skip,
     )
 
 
 def empty_sums(config: ModelConfig, device: torch.device) -> StepSums:
-    """Nothing added yet, for all blocks of the model."""
+    """Zero sums with the keys of the whole model: every auxiliary loss and every MoE block."""
     zero = torch.zeros((), device=device)
     sums = StepSums(zero.clone(), zero.clone())
     letters = config.letters
@@ -166,9 +181,10 @@ def empty_sums(config: ModelConfig, device: torch.device) -> StepSums:
 
 
 def forward_backward(run: Run, micro_batches: Sequence[MicroBatch], share: LossShare) -> Iterator[ModelOutput]:
-    """Forward and backward of each micro-batch inside `accumulate`, and what this rank's blocks gave.
+    """Run forward and backward of each micro-batch, inside `engine.accumulate`, and yield the outputs.
 
-    With pipeline stages a rank gives an output for each of its pieces, and a loss on the last stage alone.
+    With a pipeline a rank yields one output for each micro-batch and each piece of the model it holds; a loss is in those
+    of the last piece alone.
     """
 
     def scaled_share(output: ModelOutput) -> Tensor | None:
@@ -190,7 +206,7 @@ def forward_backward(run: Run, micro_batches: Sequence[MicroBatch], share: LossS
 
 @torch.no_grad()
 def forward_only(run: Run, micro_batches: Sequence[MicroBatch], *, predicts: bool = False) -> Iterator[ModelOutput]:
-    """The outputs of the micro-batches, without gradients; with the most likely tokens if asked for."""
+    """Run the micro-batches without gradients and yield the outputs; `predicts`: with the most likely tokens."""
     if run.pipeline is not None:
         yield from run.pipeline.evaluate(micro_batches, predicts=predicts)
         return
@@ -199,12 +215,12 @@ def forward_only(run: Run, micro_batches: Sequence[MicroBatch], *, predicts: boo
 
 
 def forward_micro_batch(run: Run, given: MicroBatch, *, predicts: bool = False) -> ModelOutput:
-    """Loss, auxiliary losses and expert counts of one micro-batch, through the whole model."""
+    """Run one micro-batch through the whole model: loss, auxiliary losses and expert counts."""
     output: ModelOutput = run.engine.forward(given.tokens_BT, given.meta, given.labels_BT, predicts=predicts)
     return output
 
 
 def count_valid_tokens(batches: Sequence[Batch], parallel: Parallel) -> int:
-    """Labels that count, over all micro-batches of all data ranks. Every data rank must call this."""
+    """Count the labels that are not masked, over all micro-batches of all data ranks. Every rank must call this."""
     own = sum(int(batch.loss_mask_BT.sum()) for batch in batches)
     return int(parallel.sum_over_data(torch.tensor(own, dtype=torch.int64, device=parallel.device)))

@@ -1,4 +1,19 @@
-"""The training loop, from a configuration to a finished run."""
+"""The training loop, from a configuration to a finished run.
+
+`train` builds a run (start.py), steps it to its end (step.py) and closes it. Between steps the loop validates, writes the
+log, saves (saving.py) and compares ranks.
+
+Every rank runs the same lines. What one rank alone knows (a signal, a NaN, a damaged sample) is reduced or gathered inside
+the step, before anything branches on it: ranks that branched differently would wait in different collectives.
+
+A run resumes bit for bit because all that changes lies in four places, and each is in every checkpoint: `Progress`, the
+loader's cursor, the engine and the random generators. Learning rate, batch size, stage and order of samples are functions
+of the step, so the loop has no state of its own.
+
+A step with non-finite gradients or a loss spike is a `StepAnomaly`. The step itself was skipped on every rank or applied
+on every rank; `handle_anomaly` then goes on, goes back to the newest checkpoint's weights, or ends the run, as the
+section `health` says.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +72,7 @@ def record_failure(run: Run, text: str) -> str:
 
 
 def run_steps(run: Run) -> int:
-    """Step until the run is over, and say why it is."""
+    """Step until the last step, a signal or an anomaly that ends the run; returns the exit code. Every rank must call this."""
     train, steps = run.config.train, run.num_steps
     while run.progress.step < run.last_step:
         apply_stage(run)
@@ -66,7 +81,7 @@ def run_steps(run: Run) -> int:
         if is_due(step, train.validate_every_steps) or step == steps:
             measure_validation(run)
         record(run, result)
-        if result.trouble is not None and not handle_anomaly(run, result.trouble):
+        if result.anomaly is not None and not handle_anomaly(run, result.anomaly):
             return RUN_FAILED
         if result.signal:
             return stop_on_signal(run, result.signal)
@@ -81,12 +96,12 @@ def run_steps(run: Run) -> int:
 
 
 def is_due(step: int, every_steps: int | None) -> bool:
-    """Whether something that happens each so many steps happens after this one."""
+    """Whether something that is done every `every_steps` steps is due after this one; never, for None."""
     return every_steps is not None and step % every_steps == 0
 
 
 def measure_validation(run: Run) -> None:
-    """Validate, if there is text for it, and remember the loss for this step's line. Every rank must call this."""
+    """Validate, if text is held out, and keep the result for this step's log line. Every rank must call this."""
     if run.validation is None:
         return
     run.heartbeat.at(run.progress.step, "validate")
@@ -106,22 +121,25 @@ def measure_validation(run: Run) -> None:
 
 
 def record(run: Run, result: StepResult) -> None:
-    """Write the step's line, show it, and write down a skip."""
+    """Log a step: its line of metrics, the display, the event of a skip, and now and then the slow ranks.
+
+    Every rank must call this.
+    """
     metrics = describe_step(run, result)
     if run.log is not None:
         run.log.write_metrics(metrics)
     if run.display is not None:
         run.display.show(metrics)
-    if result.skip is not None and result.trouble is not None:
-        run.record_event("skipped_step", cause=result.trouble.text, in_row=run.progress.skipped_in_row, **result.skip)
-        run.say(f"step {run.progress.step}: {result.trouble.text}; the step was skipped on every rank")
+    if result.skip is not None and result.anomaly is not None:
+        run.record_event("skipped_step", cause=result.anomaly.text, in_row=run.progress.skipped_in_row, **result.skip)
+        run.say(f"step {run.progress.step}: {result.anomaly.text}; the step was skipped on every rank")
     run.stragglers.add(result.busy_seconds)
     if is_due(run.progress.step, STRAGGLER_STEPS):
         report_stragglers(run)
 
 
 def describe_step(run: Run, result: StepResult) -> dict[str, Any]:
-    """The line of metrics.jsonl; a number that is not finite is null there, because JSON has no word for it."""
+    """The step's line of metrics.jsonl; NaN and infinities become null, because JSON has no word for them."""
     tokens_per_second = result.tokens / result.seconds
     flops = sum(flops_per_token(run.config.model, result.sequence_length).values())
     metrics: dict[str, Any] = {
@@ -152,7 +170,7 @@ def describe_step(run: Run, result: StepResult) -> dict[str, Any]:
 
 
 def describe_data(ledger: Sequence[SourceUse]) -> dict[str, Any]:
-    """The ledger at the newest phase: tokens that each source gave in it, and its epochs since the run began."""
+    """Data use for the log: tokens of each source in the newest phase, and its epochs since the run began."""
     newest = [line for line in ledger if line.phase == ledger[-1].phase]
     return {
         "phase": ledger[-1].phase,
@@ -167,7 +185,7 @@ def finite(value: float) -> float | None:
 
 
 def stop_on_signal(run: Run, number: int) -> int:
-    """Save and end as a signal asked, on whichever rank it arrived."""
+    """Save and end, because a signal asked any of the ranks to; returns the exit code. Every rank must call this."""
     save(run)
     finish_saving(run)
     run.record_event("signal", name=signal_name(number))
@@ -175,34 +193,39 @@ def stop_on_signal(run: Run, number: int) -> int:
     return DONE
 
 
-def handle_anomaly(run: Run, trouble: StepAnomaly) -> bool:
-    """Do what the configuration says about a step that went wrong; False when the run must end. Every rank must call this."""
-    policy = trouble.policy(run.config.health)
+def handle_anomaly(run: Run, anomaly: StepAnomaly) -> bool:
+    """Skip, roll back or stop after a step that went wrong, as `health` says; False when the run must end.
+
+    Every rank must call this.
+    """
+    policy = anomaly.policy(run.config.health)
     if policy == "stop":
-        return abort_run(run, f"{trouble.text} (health.on_{trouble.kind}=stop)")
+        return abort_run(run, f"{anomaly.text} (health.on_{anomaly.kind}=stop)")
     if policy == "rollback":
-        return roll_back(run, trouble)
+        return roll_back(run, anomaly)
     if too_many_skips(run.progress.skipped_in_row, run.config.train.max_skipped_steps):
         limit = f"train.max_skipped_steps={run.config.train.max_skipped_steps}"
-        return abort_run(run, f"{run.progress.skipped_in_row} steps in a row were skipped ({limit}): {trouble.text}")
+        return abort_run(run, f"{run.progress.skipped_in_row} steps in a row were skipped ({limit}): {anomaly.text}")
     return True
 
 
-def roll_back(run: Run, trouble: StepAnomaly) -> bool:
-    """Take the weights of the newest checkpoint and go on after the data of the steps since; False when that is not left.
+def roll_back(run: Run, anomaly: StepAnomaly) -> bool:
+    """Restore the newest checkpoint's weights and go on with the data after this step; False when that is not possible.
 
-    The steps since then count as skipped: schedule, stages and data stay functions of the step. Every rank must call this.
+    The data that led here is not read again, and the steps since the checkpoint count as skipped, so that schedule, stages
+    and data stay functions of the step. Saves at once: a restart must not meet the old data again. Every rank must call
+    this.
     """
     progress, limit = run.progress, run.config.health.max_rollbacks
     if progress.rollbacks >= limit:
-        return abort_run(run, f"{trouble.text}, after {limit} rollbacks (health.max_rollbacks)")
+        return abort_run(run, f"{anomaly.text}, after {limit} rollbacks (health.max_rollbacks)")
     back_at = restore_newest_weights(run)
     if back_at is None:
-        return abort_run(run, f"{trouble.text}, and there is no checkpoint to go back to")
+        return abort_run(run, f"{anomaly.text}, and there is no checkpoint to go back to")
     progress.rollbacks += 1
-    run.record_event("rolled_back", cause=trouble.text, weights_of_step=back_at, rollbacks=progress.rollbacks)
+    run.record_event("rolled_back", cause=anomaly.text, weights_of_step=back_at, rollbacks=progress.rollbacks)
     run.say(
-        f"step {progress.step}: {trouble.text}; back to the weights of step {back_at}, on with the data after step "
+        f"step {progress.step}: {anomaly.text}; back to the weights of step {back_at}, on with the data after step "
         f"{progress.step}"
     )
     save(run)
@@ -210,7 +233,7 @@ def roll_back(run: Run, trouble: StepAnomaly) -> bool:
 
 
 def abort_run(run: Run, cause: str) -> bool:
-    """End a run that no longer learns; the newest checkpoint is from before the trouble or inside it, and stands."""
+    """Give up a run that no longer learns, saying what to do; the newest checkpoint stays. Every rank must call this."""
     finish_saving(run)
     run.record_event("gave_up", cause=cause, skipped_in_row=run.progress.skipped_in_row)
     run.say(
@@ -221,7 +244,7 @@ def abort_run(run: Run, cause: str) -> bool:
 
 
 def report_stragglers(run: Run) -> None:
-    """Write down which ranks compute much longer than the others. Every rank must call this."""
+    """Log the ranks that compute much longer than the median. Every rank must call this."""
     percent = run.config.health.straggler_percent
     slow = run.stragglers.find(run.parallel, percent)
     if slow:

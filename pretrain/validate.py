@@ -1,4 +1,4 @@
-"""Loss on held-out text, and accuracy on a synthetic task."""
+"""Validation: loss on held-out text, and the accuracy where the data is a synthetic task."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pretrain.step import count_valid_tokens, empty_sums, forward_only
 
 @dataclass(frozen=True)
 class Validation:
-    """Mean negative log-likelihood a token in nats, and how many tokens it was measured on; of a synthetic task the accuracy too."""
+    """Mean negative log-likelihood a token in nats, the tokens it was measured on, and the accuracy on a synthetic task."""
 
     loss: float
     tokens: int
@@ -28,9 +28,10 @@ class Validation:
 
 
 def validate(run: Run) -> Validation:
-    """Measure the loss on the same first `train.validation_batches` global batches of the validation split each time.
+    """Measure loss and accuracy on the first `train.validation_batches` global batches of the validation split.
 
-    Leaves weights, gradients, random state and the training data's cursor alone. Every rank must call this.
+    The same text each time. Leaves weights, gradients, random state and the training data's cursor alone. Every rank must
+    call this.
     """
     assert run.validation is not None, "data.validation_fraction is 0, so there is nothing to validate on"
     run.validation.seek(0)

@@ -36,11 +36,11 @@ def test_a_spike_is_judged_against_the_median_of_a_full_window() -> None:
         remember_loss(loss, window, health)
     remember_loss(3.0, window, health)
     assert judge_loss(6.0, window, health) is None
-    trouble = judge_loss(6.1, window, health)
-    assert trouble is not None and trouble.text == "loss 6.1000 is above 2 x 3.0000, the median of 8 steps"
+    anomaly = judge_loss(6.1, window, health)
+    assert anomaly is not None and anomaly.text == "loss 6.1000 is above 2 x 3.0000, the median of 8 steps"
     remember_loss(5.0, window, health)
     assert window == [3.0, 9.0, 1.0, 3.0, 3.0, 3.0, 3.0, 5.0]
-    assert judge_loss(float("nan"), window, health) is None  # gradients that are not finite are another trouble
+    assert judge_loss(float("nan"), window, health) is None  # gradients that are not finite are another anomaly
 
 
 def train_with_a_blow(data: DataConfig, folder: str, settings: dict[str, Any]) -> Trained:
