@@ -1,4 +1,22 @@
-"""The model: embedding, blocks of the pattern, norm, head."""
+"""The hybrid model: embedding, the blocks of a pattern string, final norm and head.
+
+    stream = embed(tokens)                                # [B, T, D]
+    for block in pattern:
+        stream = stream + block.mixer(block.norm(stream))        # times a multiplier, if set
+    logits = head(final_norm(stream))
+
+Blocks differ in their mixer alone (build.py), which mixes over the sequence (Mamba2, attention, registered mixers) or
+over channels (mixture of experts, dense feed-forward). Every mixer gets the `PackMeta` that keeps documents apart.
+
+Residual and delta: a block does not add its output to the stream. Between blocks the stream is a pair, the residual and
+the newest mixer's output (delta), because the next norm must read both and adds them in the same pass over memory. The
+residual may be wider than the weights (`residual_in_fp32`). What else blocks give (auxiliary losses, expert counts, decode
+states) collects in `Stream` on the way and ends in `ModelOutput`.
+
+Pieces: a pipeline rank holds one or several runs of consecutive blocks. A model that is built with `pieces` has only
+those, under their indices in the whole pattern, so names, initial values and checkpoints do not depend on how the model is
+cut. Its owner calls `embed`, `pass_blocks` and `finish` itself and sends residual + delta on as one tensor.
+"""
 
 from __future__ import annotations
 
@@ -30,12 +48,12 @@ from model.pipeline_split import Piece, whole_piece
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """What a forward pass gives.
+    """What a forward pass returns.
 
-    logits_BTV [B, T, V] without labels, else None; loss the cross entropy with labels, else None; auxiliary the weighted
-    losses of the routers summed over blocks, by name (empty in eval mode); expert_counts the token choices each expert
-    got, [E] int64 by block index; state the decode state after these tokens when one was given; predictions_BT the most
-    likely token after each, [B, T] int64, where labels and predictions were asked for.
+    logits_BTV [B, T, V]: without labels, else None. loss: cross entropy with labels, else None. auxiliary: weighted
+    auxiliary losses summed over blocks, by name; empty in eval mode. expert_counts: token choices of each expert, [E] int64
+    by block index. state: the decode state after these tokens, when one was given. predictions_BT: the most likely token
+    after each, [B, T] int64, where labels and predictions were asked for.
     """
 
     logits_BTV: Tensor | None
@@ -47,10 +65,10 @@ class ModelOutput:
 
 
 class Block(nn.Module):
-    """A pre-norm residual block: x + multiplier * mixer(norm(x)), with the addition left to the next norm, which reads both anyway.
+    """Pre-norm residual block, x + multiplier * mixer(norm(x)); the addition is left to the next norm.
 
-    With `recomputes` a block keeps its summed input alone for the backward pass, which computes the rest again
-    (Chen et al. 2016, arXiv 1604.06174).
+    With `recomputes` only the block's input is kept for the backward pass, which computes the rest again (Chen et al. 2016,
+    arXiv 1604.06174).
     """
 
     def __init__(self, index: int, config: ModelConfig, groups: ProcessGroupCollection, backend: str) -> None:
@@ -64,7 +82,7 @@ class Block(nn.Module):
     def forward(
         self, residual_BTD: Tensor, delta_BTD: Tensor | None, meta: PackMeta, state: BlockState = None
     ) -> tuple[Tensor, MixerOutput]:
-        """The stream is residual + delta. Returns it summed, and the mixer's output, which is the next delta."""
+        """Add delta to residual, both [B, T, D], and mix: returns the sum, and the mixer's output as the next delta."""
         if self.recomputes and torch.is_grad_enabled():
             assert state is None, "decoding has no backward pass"
             if delta_BTD is not None:
@@ -84,7 +102,7 @@ class Block(nn.Module):
 
 
 class Blocks(nn.Module):
-    """Blocks under their index in the whole pattern, of which a pipeline stage holds some."""
+    """The blocks that this rank holds, registered under their index in the whole pattern."""
 
     def __init__(self, blocks: dict[int, Block]) -> None:
         super().__init__()
@@ -101,13 +119,17 @@ class Blocks(nn.Module):
         return len(self._modules)
 
     def indices(self) -> list[int]:
-        """Which blocks are here, in order."""
+        """Indices of the blocks held here, in order."""
         return [int(name) for name in self._modules]
 
 
 @dataclass
 class Stream:
-    """What flows from block to block: the sum of a residual and the newest delta; and what blocks gave on the way."""
+    """What flows from block to block.
+
+    residual_BTD + delta_BTD [B, T, D] is the residual stream; delta is None before the first block. auxiliary, expert_counts
+    and states: what the blocks passed so far have given, as in `ModelOutput`.
+    """
 
     residual_BTD: Tensor
     delta_BTD: Tensor | None = None
@@ -119,15 +141,14 @@ class Stream:
 class HybridModel(nn.Module):
     """A hybrid decoder built from a pattern string; every rank of `groups.tp` must build and call it alike.
 
-    With `pieces` it is what one rank of a pipeline holds: only their blocks, under their global indices, the embedding
-    with the first piece, final norm and head with the last (and there, when they are tied, a copy of the embedding,
-    named in `copied_parameters`). Such a model has no `forward`: its owner passes the stream from `embed` through
-    `pass_blocks` to `finish`.
+    With `pieces` it is what one pipeline rank holds: their blocks, the embedding with the first piece, final norm and head
+    with the last (and there, when they are tied, a copy of the embedding, named in `copied_parameters`). Such a model is
+    not called: its owner passes the stream from `embed` through `pass_blocks` to `finish`.
 
-    Parameters have torch's default dtype at first; `.bfloat16()` casts them all, and the model then computes in bf16
-    except where a block says float32. On the meta device nothing is allocated or initialised: move with `to_empty` and
-    call `initialize`. Raises ValueError for a configuration that breaks a rule, for groups it cannot be built on and for
-    a backend that this device does not have.
+    Parameters have torch's default dtype; `.bfloat16()` casts them all, and the model then computes in bf16 except where a
+    block says float32. On the meta device nothing is allocated or initialised: move with `to_empty`, then call
+    `initialize`. Raises ValueError for a configuration that breaks a rule, for groups it cannot be built on and for a
+    backend that this device does not have.
     """
 
     def __init__(
@@ -166,30 +187,30 @@ class HybridModel(nn.Module):
             mixer.draw_seed = torch.tensor(named_seed(seed, f"blocks.{index}.mixer.draws"))
         self.copied_parameters = frozenset() if has_first or self.embedding is None else frozenset({"embedding.weight"})
         if self.embedding is not None and config.tie_embeddings and not (has_first and has_last):
-            # Each end of the pipeline has a part of the gradient.
+            # The first and the last pipeline rank each compute a part of the gradient.
             self.embedding.shards["weight"] = replace(self.embedding.shards["weight"], partial=("embd",))
         if target.type != "meta":
             self.initialize()
 
     def initialize(self) -> None:
-        """First values of all parameters and buffers, functions of the seed and each name alone."""
+        """Fill all parameters and buffers with initial values, each a function of the seed and its name."""
         for module in self.modules():
             if isinstance(module, (AttentionMixer, MoeMixer, SequenceMixer)):
                 module.reset_buffers()
         initialize_parameters(self, self.config, self.groups, self.seed)
 
     def compile_blocks(self, *, compiler: str = "inductor") -> None:
-        """Compiles the mixer of every block with torch.compile (`compiler` is its backend), from the next call on.
+        """Compile the mixer of every block with torch.compile, whose backend is `compiler`; takes effect at the next call.
 
-        One graph serves all blocks of a kind; rows with and without document boundaries, training and evaluation each
-        have their own. What is compiled is the mixer and not the block: torch bounds the graphs of one function, and all
-        kinds of blocks share theirs.
+        One graph serves all blocks of a kind; rows with and without document boundaries, training and evaluation each have
+        their own. The mixer is compiled, not the block: torch limits the number of graphs a function may have, and blocks of
+        all kinds share one function.
         """
         for block in self.blocks:
             block.mixer.compile(backend=compiler)
 
     def recompute_blocks(self, letters: Collection[str]) -> None:
-        """From the next call on, blocks of these kinds keep their input alone and are computed again in backward passes.
+        """Recompute blocks of these kinds in backward passes instead of keeping their activations, from the next call on.
 
         Losses and gradients do not change, in float32 not by a bit.
         """
@@ -205,11 +226,11 @@ class HybridModel(nn.Module):
         *,
         predicts: bool = False,
     ) -> ModelOutput:
-        """Tokens [B, T] to logits, or with labels [B, T] (-100: does not count) to the loss without making logits.
+        """Compute logits of tokens [B, T]; with labels [B, T] (-100: masked) the loss instead, without making logits.
 
-        `predicts`: beside the loss also the most likely tokens, for which logits are made.
-        With a state (from `empty_state`, or the last output's) the tokens follow those that made it: give rows of one
-        document whose positions go on, `PackMeta.one_document_a_row(rows, tokens, start=state.length)`.
+        predicts: beside the loss also the most likely tokens, which does make logits. state: from `empty_state` or the
+        previous output; the tokens continue it, so give rows of one document whose positions go on,
+        `PackMeta.one_document_a_row(rows, tokens, start=state.length)`.
         """
         if state is not None:
             _check_continues(meta, state)
@@ -220,20 +241,20 @@ class HybridModel(nn.Module):
         return replace(output, state=DecodeState(tuple(stream.states), state.length + tokens_BT.shape[1]))
 
     def embed(self, tokens_BT: Tensor) -> Stream:
-        """The stream before the first block."""
+        """Embed tokens [B, T] (int64): the stream before the first block."""
         assert self.embedding is not None, "the first piece of the pipeline embeds"
         residual_BTD = _multiply(self.embedding(tokens_BT), self.config.multipliers.embedding)
         return Stream(residual_BTD.to(self.stream_dtype()))
 
     def stream_dtype(self) -> torch.dtype:
-        """Of the residual between blocks."""
+        """Dtype of the residual between blocks."""
         dtype = next(self.parameters()).dtype
         return torch.promote_types(dtype, torch.float32) if self.config.residual_in_fp32 else dtype
 
     def pass_blocks(
         self, stream: Stream, indices: Iterable[int], meta: PackMeta, state: DecodeState | None = None
     ) -> Stream:
-        """The stream after the blocks of these indices, with their auxiliary losses and counts added to it."""
+        """Pass the stream through the blocks of these indices, adding their auxiliary losses, counts and states to it."""
         _check_cut(meta, self.groups)
         residual_BTD, delta_BTD = stream.residual_BTD, stream.delta_BTD
         auxiliary, expert_counts, states = dict(stream.auxiliary), dict(stream.expert_counts), list(stream.states)
@@ -249,7 +270,7 @@ class HybridModel(nn.Module):
         return Stream(residual_BTD, delta_BTD, auxiliary, expert_counts, states)
 
     def finish(self, stream: Stream, labels_BT: Tensor | None, *, predicts: bool = False) -> ModelOutput:
-        """Final norm and head on the stream after the last block: logits, or with labels the loss and what is predicted."""
+        """Apply final norm and head to the stream after the last block: logits, or with labels the loss and predictions."""
         assert self.final_norm is not None, "the last piece of the pipeline has the head"
         assert stream.delta_BTD is not None, "a piece has at least one block"
         hidden_BTD = self.final_norm.add(stream.delta_BTD, stream.residual_BTD)[0].to(self.final_norm.weight.dtype)
@@ -273,14 +294,14 @@ class HybridModel(nn.Module):
         return ModelOutput(None, loss, stream.auxiliary, stream.expert_counts, predictions_BT=predictions_BT)
 
     def head_weight(self) -> Tensor:
-        """The matrix [V of this rank, D] that makes logits: the head's, or the embedding's when they are tied."""
+        """The output matrix [V of this rank, D]: the head's weight, or the embedding's when they are tied."""
         if self.head is not None:
             return cast(Tensor, self.head.weight)
         assert self.embedding is not None, "the last piece of the pipeline has a copy of the tied embedding"
         return cast(Tensor, self.embedding.weight)
 
     def empty_state(self, num_rows: int) -> DecodeState:
-        """The decode state of `num_rows` rows before their first token."""
+        """Build the decode state of `num_rows` rows before their first token."""
         mixers = [block.mixer for block in self.blocks]
         return DecodeState(
             tuple(
@@ -291,7 +312,7 @@ class HybridModel(nn.Module):
         )
 
     def set_rope(self, rope: RopeConfig | None) -> None:
-        """Give every attention block these rotary positions; None or the present ones change nothing."""
+        """Set the rotary positions of every attention block; None or the present ones change nothing."""
         attention = self.config.attention
         if rope is None or attention is None or attention.rope == rope:
             return
@@ -303,7 +324,7 @@ class HybridModel(nn.Module):
                 module.reset_buffers()
 
     def update_expert_bias(self, counts: dict[int, Tensor]) -> None:
-        """Moves the balancing bias of each MoE block that is here, by block index, against the loads of the whole step.
+        """Move the balancing bias of each MoE block held here against the expert loads of the whole step.
 
         Sum `ModelOutput.expert_counts` over micro-batches and all ranks first, then call on every rank.
         """
@@ -312,7 +333,7 @@ class HybridModel(nn.Module):
                 mixer.update_expert_bias(counts[index])
 
     def routed_mixers(self) -> Iterator[tuple[int, MoeMixer]]:
-        """The mixers of the MoE blocks that are here, by block index."""
+        """Iterate over the mixers of the MoE blocks held here, with their block indices."""
         for index in self.blocks.indices():
             mixer = self.blocks[index].mixer
             if isinstance(mixer, MoeMixer):
@@ -324,7 +345,7 @@ def _multiply(x: Tensor, multiplier: float) -> Tensor:
 
 
 def _check_groups(groups: ProcessGroupCollection, *, has_pieces: bool) -> None:
-    """A stage must know which blocks are its own."""
+    """Refuse a pipeline rank that was not told which blocks it holds."""
     if groups.pp.size() > 1 and not has_pieces:
         raise ValueError(f"the pp group has {groups.pp.size()} ranks; give the pieces of the model that this one holds")
 

@@ -1,4 +1,22 @@
-"""The mixture-of-experts block's mixer: a router, routed experts, an optional shared expert, and what balances them."""
+"""The mixer of a mixture-of-experts block: router, routed experts, an optional shared expert, load balancing.
+
+A token's way through it:
+
+1. Router: one matrix gives a logit for each expert, in float32. Under sequence parallelism the narrow logits are gathered,
+   not the tokens, so that all tensor ranks choose alike.
+2. Choice: logits become scores, and the top k experts are taken, within the best groups of experts if that is asked for.
+   A balancing bias counts for the choice but not for the weight (kernels/moe).
+3. Capacity: only where a factor limits it, and only in training, choices over an expert's capacity are dropped or given to
+   another one (capacity.py). Else nothing is ever dropped.
+4. Latent: with `latent_size` the token is projected down before it goes to the routed experts.
+5. Dispatch: the token's k copies reach their experts. Where every rank has a part of each expert (`_routed`) they are
+   sorted by expert; where experts are spread over `groups.ep` (`_dispatched`) they travel by all-to-all (dispatch.py),
+   while the shared expert computes.
+6. Experts: each is a feed-forward of its own. The k results are summed by weight in float32, and projected up again.
+7. Shared expert: sees every token at full width; its output is added.
+8. Balance: auxiliary losses (balance.py) push the router towards even loads through its gradient; after the optimizer's
+   step `update_expert_bias` moves the bias of step 2 against the load of the whole global batch.
+"""
 
 from __future__ import annotations
 
@@ -31,18 +49,12 @@ from model.parallel.shards import Shard, ShardSpec, divide
 class MoeMixer(Float32Buffers):
     """y = sum over the top-k experts of weight * expert(x), plus the shared expert, times its gate where it has one.
 
-    Logits, scores and weights are computed in float32 (or more) whatever the dtype of the weights, and the balancing bias
-    stays in float32 under any cast. With `latent_size`, latent_down narrows what the routed experts see and latent_up
-    widens their sum; router and shared expert read the full width. All tensor ranks choose alike, for all tokens. Where
-    experts are spread over `groups.ep`, each tensor rank sends its share of the tokens to them; else every rank has a
-    part of each expert's inner width.
-
-    Dropless, unless `capacity_factor` limits, while training, the choices an expert takes of a micro-batch.
-    `draw_seed` is of recycled choices; the model sets one a block.
+    Logits, scores and weights are computed in float32 at least, and the balancing bias stays float32 under any cast.
+    `draw_seed` seeds the draws of recycled choices (step 3); the model sets one for each block.
 
     Auxiliary losses come weighted, by name: `balance`, `sequence_balance`, `router_z`. Each is a mean over the tokens (or
-    rows) of the micro-batch it was computed on. Adding up: a model sums them over its blocks; a step averages them over
-    its micro-batches, those of all data ranks, and adds them to the mean loss a token.
+    rows) of its micro-batch. A model sums them over its blocks; a step averages them over the micro-batches of all data
+    ranks and adds them to the mean loss a token.
     """
 
     def __init__(self, config: ModelConfig, groups: ProcessGroupCollection, backend: str) -> None:
@@ -72,12 +84,12 @@ class MoeMixer(Float32Buffers):
         self.shared_gate = Linear(config.hidden_size, 1, groups) if moe.shared_expert_gate else None
 
     def reset_buffers(self) -> None:
-        """Sets the balancing bias to zero."""
+        """Set the balancing bias to zero."""
         if self.expert_bias is not None:
             self.expert_bias.zero_()
 
     def forward(self, x_BTD: Tensor, meta: PackMeta, state: BlockState = None) -> MixerOutput:
-        """x [B, T, D] -> y [B, T, D], the auxiliary losses, and how many token choices each expert got [E]."""
+        """Mix x [B, T, D] -> y [B, T, D], with the auxiliary losses and the token choices of each expert, [E] int64."""
         logits_RE = gather_stream(self._logits(x_BTD), self.groups).flatten(0, 1)
         moe = self.section
         routing = route(
@@ -107,7 +119,7 @@ class MoeMixer(Float32Buffers):
         return functional.linear(x_BTD.to(dtype), self.router.weight.to(dtype))
 
     def _routed(self, x_BTD: Tensor, chosen: Choices) -> tuple[Tensor, Tensor | None]:
-        """Routed and shared output where every rank has a part of every expert, for all tokens of the tensor ranks."""
+        """Compute routed and shared output where every tensor rank has a part of each expert's inner width."""
         narrow_BTD = x_BTD if self.latent_down is None else self.latent_down(x_BTD)
         narrow_BTD = enter_tensor_region(narrow_BTD, self.groups)
         y_RD = expert_feed_forward(
@@ -126,7 +138,7 @@ class MoeMixer(Float32Buffers):
         return y_BTD, self._shared(x_BTD)
 
     def _dispatched(self, x_BTD: Tensor, chosen: Choices) -> tuple[Tensor, Tensor | None]:
-        """The same where experts are spread over ranks; the shared expert works while tokens travel."""
+        """Compute the same where experts are spread over ranks; the shared expert computes while tokens travel."""
         narrow_BTD = x_BTD if self.latent_down is None else self.latent_down(x_BTD)
         own_BTD = scatter_tokens(narrow_BTD, self.groups)
         ids_BTK, weights_BTK = (
@@ -155,9 +167,9 @@ class MoeMixer(Float32Buffers):
 
     @torch.no_grad()
     def update_expert_bias(self, counts_E: Tensor) -> None:
-        """Moves each expert's bias by the update rate towards the mean load (Wang et al. 2024, arXiv 2408.15664, algorithm 1).
+        """Move each expert's bias by the update rate towards the mean load (Wang et al. 2024, arXiv 2408.15664, algorithm 1).
 
-        counts_E [E] are the choices of the whole step, already summed over micro-batches and data ranks.
+        counts_E [E]: the choices of the whole step, summed over micro-batches and data ranks.
         """
         if self.expert_bias is None:
             return
@@ -166,8 +178,11 @@ class MoeMixer(Float32Buffers):
 
 
 class Experts(nn.Module):
-    """The stacked weights of the routed experts that this rank holds: up [e, F, D] (SwiGLU: gate rows, then up rows), down
-    [e, D, F]; e experts of `groups.ep`'s cut, F of `groups.expt_tp`'s."""
+    """Stacked weights of the routed experts that this rank holds: up [e, F, D] and down [e, D, F].
+
+    e of the experts are here, cut over `groups.ep`, with F of their inner width, cut over `groups.expt_tp`; SwiGLU's up has
+    gate rows, then up rows.
+    """
 
     def __init__(self, moe: MoeConfig, width: int, groups: ProcessGroupCollection) -> None:
         super().__init__()

@@ -1,4 +1,21 @@
-"""Durable checkpoints of a training run: save all state at once or not at all."""
+"""Durable checkpoints: the state of a training run is saved as a whole or not at all.
+
+The commit protocol, for step N. Every rank takes part:
+
+1. Each rank takes a snapshot: views of the ranges of float32 masters and moments that it writes (writers.py chooses one
+   writer for every shard), its buffers and its random state. The background saver copies the views, so that training may
+   go on.
+2. Rank 0 removes what interrupted saves left, checks the free space for all, and makes the folder `step-N.tmp`.
+3. Each rank writes one safetensors file into it, computing SHA-256 on the way, syncs it to the disk, and reports what it
+   wrote. NaN in a tensor is an error: a broken state must not replace a good one.
+4. If any rank failed, rank 0 removes the folder and all ranks raise the same error. Older checkpoints were not touched.
+5. Else rank 0 joins the reports into the manifest, asserts that the ranges cover every parameter exactly, and renames
+   `step-N.tmp` to `step-N` (commit.py). The rename is the commit: before it there is no checkpoint, after it a whole one.
+6. Only then are older checkpoints pruned.
+
+So a kill at any moment leaves every folder called `step-N` whole. Loading (load.py) trusts digests and not names, and falls
+back to the one before.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +65,7 @@ ENGINE_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_ste
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All that this rank will write for one step, before anything is written."""
+    """Everything that this rank writes for one step: tensors by key, its report, and the manifest's part known beforehand."""
 
     step: int
     tensors: dict[str, Tensor]
@@ -57,7 +74,7 @@ class Snapshot:
     marked: bool
 
     def metadata(self) -> dict[str, str]:
-        """Head of the rank's tensor file."""
+        """Metadata of the rank's safetensors file."""
         return {"format": "pt", "step": str(self.step)}
 
 
@@ -86,7 +103,7 @@ def save_checkpoint(
 
 
 def ranks_of(engine: ZeroEngine) -> RankGroup:
-    """The ranks that share this engine's checkpoints."""
+    """The group of ranks that save and load this engine's checkpoints together."""
     return RankGroup(engine.deepspeed.global_rank, engine.deepspeed.world_size)
 
 
@@ -100,7 +117,7 @@ def take_snapshot(
     config: RunConfig,
     identities: dict[str, str],
 ) -> Snapshot:
-    """Views of the state that this rank writes, and the manifest's part that is known beforehand. No communication."""
+    """Collect views of the state that this rank writes (step 1 of the protocol). Communicates nothing."""
     engine = layout.engine
     held = [
         fragment
@@ -150,7 +167,7 @@ def take_snapshot(
 
 
 def write_snapshot(checkpoints_dir: Path, snapshot: Snapshot, ranks: RankGroup, keep_last: int) -> SavedCheckpoint:
-    """Write, acknowledge, commit, prune; all ranks must call it. Raises RuntimeError as `save_checkpoint` says."""
+    """Write, report, commit and prune (steps 2 to 6). All ranks must call it; raises as `save_checkpoint` says."""
     doing = f"checkpoint of step {snapshot.step} in {checkpoints_dir} was not saved"
     needed_bytes = sum(ranks.gather(measure_tensors(snapshot.tensors, snapshot.metadata())))
     problem = RankFailure()

@@ -1,4 +1,34 @@
-"""DeepSpeed behind one small class: ZeRO 0-3, float32 and bf16, several backward passes a step, one reduction."""
+"""DeepSpeed behind one small class: ZeRO 0-3, float32 and bf16, several backward passes a step, one reduction.
+
+What happens to a gradient in a step:
+
+    loss of a micro-batch               a share of the global batch's loss, times the number of data ranks (`scale`):
+        |                               DeepSpeed averages over them, shares ask for the sum
+        |  backward, once for each micro-batch
+        v
+    parameter.grad                      float32: autograd adds up; bf16: a hook moves each one into a float32 sum
+        |                               (`Float32Accumulator`), which is rounded to bf16 once, at the end
+        |  end of `accumulate`
+        v
+    sums over tensor, expert            where a rank saw only its tokens, heads or pipeline end, its gradient is a part
+    and pipeline ranks                  (`sum_partial_gradients`)
+        |
+        v
+    check                               `find_fault` names a parameter with NaN; a step to be skipped is poisoned here, so
+        |                               that every optimizer, on every rank, leaves it out
+        v
+    sum over data x context ranks       by DeepSpeed, once for all micro-batches
+        |
+        |  `step`
+        v
+    global norm, clipping               `GlobalNorm`: every element of the model counts once, however many ranks hold it
+        |
+        v
+    AdamW on float32 masters            each data rank its range (ZeRO 1-3); weights follow from the masters
+
+DeepSpeed's own accumulation is not used (it sees one micro-batch a step): it would reduce after every micro-batch under
+ZeRO 2 and 3, add up in bf16, and know nothing of partial gradients.
+"""
 
 from __future__ import annotations
 
@@ -41,18 +71,17 @@ DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What a step did: the global gradient norm before clipping, and whether the weights moved."""
+    """Result of an optimizer step: the global gradient norm before clipping, and whether the weights moved."""
 
     grad_norm: float
     applied: bool
 
 
 class ZeroEngine:
-    """A module under DeepSpeed. Each step: `with engine.accumulate(n):` n times `backward(loss)`, then `step(rate)`.
+    """Runs a module under DeepSpeed. A step is `with engine.accumulate(n):` n times `backward(loss)`, then `step(rate)`.
 
-    Losses must already be shares of the global batch (divided by global counts): gradients are summed, over backward
-    passes, over the ranks that hold parts of them, and over data ranks. bf16 gradients of several passes are summed in
-    float32. Every rank must enter `accumulate` and call `step`.
+    Losses must be shares of the global batch's loss (divided by global counts), because gradients are only summed. Every
+    rank must enter `accumulate` and call `step`. `fault`: what was wrong with this rank's gradients in the last step.
     """
 
     def __init__(
@@ -97,15 +126,15 @@ class ZeroEngine:
         return int(self.deepspeed.dp_world_size)
 
     def forward(self, *inputs: Any, **keywords: Any) -> Any:
-        """The module's forward pass, with ZeRO-3's gathering of weights."""
+        """Run the module's forward pass; under ZeRO-3 each layer's weights are gathered on the way."""
         return self.deepspeed(*inputs, **keywords)
 
     def scale(self, loss: Tensor) -> Tensor:
-        """What to differentiate for a loss: DeepSpeed divides by the number of data ranks, our losses ask for the sum."""
+        """Multiply a loss by the number of data ranks, by which DeepSpeed divides: gradients shall be summed."""
         return loss * self.data_world_size
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of a loss to those that this rank holds; nothing is reduced yet."""
+        """Add the gradients of a loss to this rank's; nothing is reduced yet."""
         loss = self.scale(loss)
         if self.zero_stage == 0:
             loss.backward()
@@ -114,7 +143,7 @@ class ZeroEngine:
 
     @contextmanager
     def accumulate(self, num_backwards: int) -> Iterator[None]:
-        """Gradients stay on this rank inside the block and are reduced once, on leaving it."""
+        """Keep gradients on this rank inside the block and reduce them once, on leaving it. Every rank must enter."""
         self.accumulator = Float32Accumulator(self.module) if self.precision == "bf16" and num_backwards > 1 else None
         if self.zero_stage > 0:
             with self.deepspeed.coalesce_grad_reduction():
@@ -126,12 +155,12 @@ class ZeroEngine:
             self.deepspeed.allreduce_gradients()
 
     def take_gradients(self, module: nn.Module) -> None:
-        """Take gradients that were added without autograd's hooks into the sums of this step, inside `accumulate`."""
+        """Collect gradients that a pipeline schedule added past autograd's hooks, inside `accumulate`."""
         if self.accumulator is not None:
             self.accumulator.take(module)
 
     def skip_next_step(self) -> None:
-        """Inside `accumulate`: let the coming step move nothing, on any rank, as if its gradients were not finite."""
+        """Make the coming step move nothing on any rank, as if its gradients were not finite; inside `accumulate`."""
         self.is_refused = True
 
     def _close_accumulation(self) -> None:
@@ -145,7 +174,10 @@ class ZeroEngine:
             self.is_refused = False
 
     def step(self, learning_rate: float) -> StepOutcome:
-        """Clip by the global norm and let AdamW move the weights; a non-finite norm moves nothing, on any rank."""
+        """Clip by the global norm and update the weights at this rate; a non-finite norm updates nothing, on any rank.
+
+        Every rank must call this.
+        """
         for group in self.adamw.param_groups:
             group["lr"] = learning_rate
         if self.zero_stage == 0 and self.precision == "float32":
@@ -216,7 +248,7 @@ def build_engine(
 def describe_for_deepspeed(
     module: nn.Module, optimizer: OptimizerConfig, precision: Precision, zero_stage: int, *, offload_optimizer: bool
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration. Micro-batches are our loop's affair, so it sees one micro-batch a step."""
+    """Build DeepSpeed's configuration, in which a step has one micro-batch: accumulation is done in `ZeroEngine`."""
     num_parameters = sum(parameter.numel() for parameter in module.parameters())
     # Reduction buffers are allocated in full; their size must be even.
     bucket_elements = min(num_parameters + num_parameters % 2, 200_000_000)
@@ -245,14 +277,14 @@ def describe_for_deepspeed(
 
 
 def restore_buffers(module: nn.Module, buffers: dict[str, Tensor]) -> None:
-    """Put the float buffers back that a cast of the whole module replaced."""
+    """Restore the float32 buffers that a cast of the whole module replaced."""
     for name, buffer in buffers.items():
         owner, _, last = name.rpartition(".")
         setattr(module.get_submodule(owner), last, buffer)
 
 
 def quiet_deepspeed() -> None:
-    """Warnings and errors only, through the root logger to standard error: standard output belongs to results."""
+    """Let DeepSpeed log warnings and errors only, to standard error: standard output belongs to results."""
     deepspeed_logger.setLevel(logging.WARNING)
     deepspeed_logger.addFilter(is_not_about_types)
     deepspeed_logger.handlers.clear()
