@@ -1,4 +1,4 @@
-"""The mixer of a block, from its place in the pattern."""
+"""Builds the mixer of a block from its symbol in the pattern."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CHANNEL_MIXERS = ("E", "-")
 
 
 def build_mixer(index: int, config: ModelConfig, groups: ProcessGroupCollection, backend: str) -> nn.Module:
-    """The mixer of block `index` of the whole pattern, this rank's part of it.
+    """Build the mixer of block `index` of the whole pattern, this rank's part of it.
 
     Raises ValueError for a name that nothing registers and for sizes that the ranks cannot share.
     """

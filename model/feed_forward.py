@@ -14,12 +14,12 @@ from model.parallel.regions import leave_tensor_region, project_stream
 
 
 def up_segments(hidden_size: int, activation: Activation) -> tuple[int, ...]:
-    """Rows of the matrices stacked in an up projection: gate and up for SwiGLU, up alone for squared ReLU."""
+    """Row counts of the matrices stacked in an up projection: gate and up for SwiGLU, up alone for squared ReLU."""
     return (hidden_size, hidden_size) if activation == "swiglu" else (hidden_size,)
 
 
 class FeedForward(nn.Module):
-    """down(activation(up(x))); the inner width is cut over the tensor-parallel ranks."""
+    """down(activation(up(x))); the inner width is sharded over the tensor-parallel ranks."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class FeedForward(nn.Module):
         self.down_proj = RowLinear(inner_size, outer_size, groups, name=name)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The stream x [B, T, D] -> [B, T, D]."""
+        """Map the stream x [B, T, D] -> [B, T, D]."""
         activate = swiglu if self.activation == "swiglu" else squared_relu
         (inner,) = project_stream(x, [self.up_proj.weight], self.groups)
         return leave_tensor_region(self.down_proj(activate(inner, backend=self.backend)), self.groups)
@@ -58,5 +58,5 @@ class FeedForwardMixer(FeedForward):
         )
 
     def forward(self, x_BTD: Tensor, meta: PackMeta, state: BlockState = None) -> MixerOutput:  # type: ignore[override]
-        """x [B, T, D] -> y [B, T, D]; tokens do not see each other."""
+        """Mix x [B, T, D] -> y [B, T, D], each token by itself."""
         return MixerOutput(super().forward(x_BTD))

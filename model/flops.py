@@ -1,4 +1,4 @@
-"""Parameters and floating-point operations of a model, from its configuration alone: nothing is allocated.
+"""Parameter and FLOP counts of a model, from its configuration alone: nothing is allocated.
 
 Kinds: `mamba`, `attention`, `moe`, `feed_forward`, registered mixers by name, `embedding`, `head`, `final_norm`; a block's
 norm counts with the block. A registered mixer is counted by building one on the meta device.
@@ -18,7 +18,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Counts:
-    """Numbers in parameters; `active` are those that one token passes (top_k of the routed experts)."""
+    """Numbers of parameters; `active` counts those that one token passes (top_k of the routed experts)."""
 
     total: int
     active: int
@@ -27,7 +27,7 @@ class Counts:
 
 
 def count_parameters(config: ModelConfig) -> Counts:
-    """Parameters of the model by kind; a tied head counts once, as the embedding. Buffers do not count."""
+    """Count the parameters by kind; a tied head counts once, as the embedding. Buffers do not count."""
     total: dict[str, int] = {"embedding": config.vocab_size * config.hidden_size}
     active = dict(total)
     for letter, number in config.parsed_pattern.counts().items():
@@ -41,7 +41,7 @@ def count_parameters(config: ModelConfig) -> Counts:
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int) -> dict[str, float]:
-    """Floating-point operations a token of training by kind: three times the forward pass.
+    """Estimate the training FLOPs of one token by kind: three times the forward pass.
 
     A multiply and an add are two. Matrices count as 2 a weight; causal attention counts the (T + 1) / 2 keys that a token
     sees on average in a row of T = sequence_length; the Mamba2 scan counts the recurrence itself (5 a state number),
@@ -54,12 +54,12 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> dict[str, floa
 
 
 def block_flops(config: ModelConfig, letter: str, sequence_length: int) -> float:
-    """Operations a token of training in one block, counted as in `flops_per_token`."""
+    """Training FLOPs of one token in one block, counted as in `flops_per_token`."""
     return 3.0 * _block_forward_flops(config, letter, sequence_length)
 
 
 def head_flops(config: ModelConfig) -> float:
-    """Operations a token of training in the head, counted as in `flops_per_token`."""
+    """Training FLOPs of one token in the head, counted as in `flops_per_token`."""
     return 6.0 * config.vocab_size * config.hidden_size
 
 

@@ -1,4 +1,4 @@
-"""First values of every parameter: each a function of the seed and the parameter's global name alone.
+"""Initial values of every parameter: each a function of the seed and the parameter's global name alone.
 
 So a model starts equal on any layout of ranks, and a block starts equal wherever else the pattern changes.
 """
@@ -24,7 +24,7 @@ _OUTPUT_PROJECTIONS = ("out_proj.weight", "o_proj.weight", "down_proj.weight", "
 
 @torch.no_grad()
 def initialize_parameters(model: nn.Module, config: ModelConfig, groups: ProcessGroupCollection, seed: int) -> None:
-    """Fills every parameter of the model in place, this rank's part of it where it is cut. No collectives."""
+    """Fill every parameter of the model in place, of a sharded one this rank's part. No collectives."""
     for name, parameter, shard in parameter_shards(model):
         shape = shard.whole_shape(parameter.shape)
         own = _mixer_values(model, name, shape, seed)
@@ -35,7 +35,7 @@ def initialize_parameters(model: nn.Module, config: ModelConfig, groups: Process
 
 
 def _mixer_values(model: nn.Module, name: str, shape: tuple[int, ...], seed: int) -> Tensor | None:
-    """What a registered mixer says of its own parameter; None where it says nothing."""
+    """Ask a registered mixer for the initial value of its own parameter; None where it leaves that to this file."""
     place, inside, own_name = name.partition(".mixer.")
     mixer = model.get_submodule(f"{place}.mixer") if inside else None
     return mixer.init_parameter(own_name, shape, _generator(seed, name)) if isinstance(mixer, SequenceMixer) else None
@@ -50,7 +50,7 @@ def _fill_experts(
     groups: ProcessGroupCollection,
     seed: int,
 ) -> None:
-    """Fills a stack [experts of this rank, ...], each expert by its global number."""
+    """Fill a stack [experts of this rank, ...], each expert by its global number."""
     by_expert, *inner = shard.cuts
     own = by_expert.shard(torch.arange(shape[0]), groups.ep.rank(), groups.ep.size())
     each = Shard(tuple(replace(cut, dim=cut.dim - 1) for cut in inner))
@@ -59,7 +59,7 @@ def _fill_experts(
 
 
 def initial_values(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor:
-    """The whole first value of a parameter (of one expert's, with `.{expert}` at the name's end), float32 on the CPU."""
+    """Draw the whole initial value of a parameter (of one expert's, with `.{expert}` at the name's end), float32 on the CPU."""
     generator = _generator(seed, name)
     if name.endswith(("norm.weight", "mixer.D")):
         return torch.ones(shape)
@@ -79,7 +79,7 @@ def initial_values(name: str, shape: tuple[int, ...], config: ModelConfig, seed:
 
 
 def named_seed(seed: int, name: str) -> int:
-    """A number below 2^63 that depends on the seed and the name alone."""
+    """Derive a number below 2^63 from the seed and the name alone."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 

@@ -1,4 +1,4 @@
-"""Logits and cross entropy of the head, on one rank or with the vocabulary cut over the tensor-parallel ranks."""
+"""Logits and cross entropy of the head, on one rank or with the vocabulary sharded over the tensor-parallel ranks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ IGNORE_INDEX = -100
 
 
 def head_logits(hidden: Tensor, weight_VD: Tensor, groups: ProcessGroupCollection) -> Tensor:
-    """hidden [..., D] times the head's rows of this rank -> [..., V], whole on every rank of `groups.tp`; all must call.
+    """Compute logits [..., V] from hidden [..., D], whole on every rank of `groups.tp`, all of which must call.
 
     hidden comes from `enter_tensor_region`, for the loss too.
     """
@@ -37,7 +37,7 @@ def head_cross_entropy(
     z_loss_weight: float,
     backend: str,
 ) -> CrossEntropy:
-    """Summed negative log-likelihood of the labels under softmax(hidden W^T); labels of -100 do not count.
+    """Sum the negative log-likelihood of the labels under softmax(hidden W^T); labels of -100 do not count.
 
     hidden [R, D], weight [V of this rank, D], labels [R] in the whole vocabulary. Every rank of `groups.tp` must call, and
     all get the same sums.
@@ -57,7 +57,7 @@ def _vocab_parallel(
     z_loss_weight: float,
     backend: str,
 ) -> CrossEntropy:
-    """Each rank reads its rows of the head once, without ever holding their logits; three numbers a token travel."""
+    """Cross entropy with a sharded vocabulary: no rank holds logits, and three numbers a token are reduced."""
     group = groups.tp
     first_row = group.rank() * weight_VD.shape[0]
     own_log_sum_R, own_logit_R = linear_statistics(hidden_RD, weight_VD, labels_R, first_row=first_row, backend=backend)

@@ -35,7 +35,7 @@ class PackMeta:
 
     @classmethod
     def from_document_ids(cls, document_ids_BT: Tensor, positions_BT: Tensor | None = None) -> PackMeta:
-        """Layout of packed rows; positions restart at each document when they are not given.
+        """Build the layout of packed rows; positions restart at each document when they are not given.
 
         Reads values: give it tensors on the CPU and move the result. Raises ValueError where ids decrease inside a row.
         """
@@ -58,13 +58,13 @@ class PackMeta:
     def one_document_a_row(
         cls, num_rows: int, num_tokens: int, *, start: int = 0, device: torch.device | str | None = None
     ) -> PackMeta:
-        """Layout of rows without boundaries whose first token stands at position `start`; start > 0 continues a state."""
+        """Build the layout of rows without boundaries whose first token has position `start`; start > 0 continues a state."""
         ids_BT = torch.zeros(num_rows, num_tokens, dtype=torch.int32, device=device)
         positions_T = torch.arange(start, start + num_tokens, dtype=torch.int32, device=device)
         return cls(ids_BT, positions_T.expand(num_rows, -1), single_document=True, first_continues=start > 0)
 
     def cut(self, rank: int, num_ranks: int) -> PackMeta:
-        """The layout of the part that one of `num_ranks` context ranks has of these rows; of one rank, this one.
+        """Cut out the part of these rows that one of `num_ranks` context ranks has; with one rank, all of them.
 
         Cut tokens and labels alike, with `segments.take`. Raises ValueError where rows cannot be cut evenly.
         """
@@ -79,7 +79,7 @@ class PackMeta:
         )
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> PackMeta:
-        """The same layout with every tensor changed alike: moved to a device, say."""
+        """Apply a function to every tensor of the layout: a move to a device, say."""
         return replace(
             self,
             document_ids_BT=change(self.document_ids_BT),
@@ -88,5 +88,5 @@ class PackMeta:
         )
 
     def boundaries_BT(self) -> Tensor | None:
-        """The ids that kernels need to reset at documents; None where there is nothing to reset."""
+        """Document ids where kernels must reset at documents; None where there is nothing to reset."""
         return None if self.single_document else self.document_ids_BT

@@ -1,4 +1,4 @@
-"""Where a model is cut for a pipeline: runs of consecutive blocks, at the pattern's `|` or balanced by operations."""
+"""Pieces of a model for a pipeline: runs of consecutive blocks, cut at the pattern's `|` or balanced by FLOPs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from model.flops import block_flops, head_flops
 
 @dataclass(frozen=True)
 class Piece:
-    """Blocks `start` to `stop` (not included) of the pattern; the first piece embeds, the last has final norm and head."""
+    """Blocks `start` to `stop` (exclusive) of the pattern; the first piece embeds, the last has final norm and head."""
 
     start: int
     stop: int
@@ -28,24 +28,24 @@ class Piece:
 
 
 def whole_piece(config: ModelConfig) -> Piece:
-    """The model without cuts."""
+    """The piece of a model that is not cut."""
     return Piece(0, len(config.letters), is_first=True, is_last=True)
 
 
 @lru_cache(maxsize=256)
 def cut_pieces(config: ModelConfig, num_pieces: int, sequence_length: int) -> tuple[Piece, ...]:
-    """The pieces of a pipeline in order: at each `|` of the pattern, else so that the costliest costs least.
+    """Cut a model into the pieces of a pipeline: at each `|` of the pattern, else so that the costliest costs least.
 
     Raises ValueError where the `|` make another number of pieces, and where there are more pieces than blocks.
     """
     pattern = config.parsed_pattern
-    if pattern.stage_cuts:
-        if len(pattern.stages()) != num_pieces:
+    if pattern.piece_cuts:
+        if len(pattern.pieces()) != num_pieces:
             raise ValueError(
-                f"model.pattern has {len(pattern.stage_cuts)} '|' and so {len(pattern.stages())} parts, where parallel.pipeline "
+                f"model.pattern has {len(pattern.piece_cuts)} '|' and so {len(pattern.pieces())} parts, where parallel.pipeline "
                 f"x parallel.virtual_stages = {num_pieces} are needed; put {num_pieces - 1} '|', or none to have it balanced"
             )
-        edges = (0, *pattern.stage_cuts, len(pattern.letters))
+        edges = (0, *pattern.piece_cuts, len(pattern.letters))
     elif num_pieces > len(pattern.letters):
         raise ValueError(
             f"parallel.pipeline x parallel.virtual_stages = {num_pieces} pieces need a block each, and model.pattern has "
@@ -60,14 +60,14 @@ def cut_pieces(config: ModelConfig, num_pieces: int, sequence_length: int) -> tu
 
 
 def piece_costs(config: ModelConfig, sequence_length: int) -> list[float]:
-    """Operations a token of each block, the head's with the last; the embedding is a look-up and costs none."""
+    """FLOPs a token of each block, the head's counted with the last; the embedding is a look-up and costs none."""
     costs = [block_flops(config, letter, sequence_length) for letter in config.letters]
     costs[-1] += head_flops(config)
     return costs
 
 
 def balanced_edges(costs: list[float], num_pieces: int) -> tuple[int, ...]:
-    """Edges of `num_pieces` runs of at least one cost each, such that the largest sum of a run is smallest.
+    """Cut costs into `num_pieces` non-empty runs such that the largest sum of a run is smallest; returns their edges.
 
     Of several such cuts it is the one whose squared sums are smallest: no run is longer than it must be. Linear
     partitioning by dynamic programming (Skiena 2008, The Algorithm Design Manual, section 8.5), twice.
@@ -97,5 +97,5 @@ def _partition(
 
 
 def pieces_of_rank(pieces: tuple[Piece, ...], rank: int, num_ranks: int) -> tuple[Piece, ...]:
-    """What one rank of the pipeline holds: with several pieces a rank, every `num_ranks`-th (Narayanan et al. 2021, section 2.2)."""
+    """Pieces that one pipeline rank holds: with several a rank, every `num_ranks`-th (Narayanan et al. 2021, section 2.2)."""
     return pieces[rank::num_ranks]

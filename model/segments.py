@@ -1,4 +1,4 @@
-"""How the rows of a micro-batch are cut over the ranks of a context group."""
+"""How context parallelism cuts the rows of a micro-batch over ranks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Segments:
-    """This rank's two parts of every row: the segments `rank` and `2 * num_ranks - 1 - rank` of Z = 2 * num_ranks equal ones.
+    """This rank's two segments of every row: numbers `rank` and `2 * num_ranks - 1 - rank` of Z = 2 * num_ranks equal ones.
 
     One from either end: in causal attention all ranks then see equally many keys. They stand one after the other in
     whatever is cut, [B, T / num_ranks, ...]. document_ids_BT [B, T] int32 are those of the whole rows. continues_BZ
@@ -37,12 +37,12 @@ class Segments:
         return cls(rank, num_ranks, document_ids_BT, continues_BZ)
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> Segments:
-        """The same segments with every tensor changed alike: moved to a device, say."""
+        """Apply a function to every tensor: a move to a device, say."""
         return replace(self, document_ids_BT=change(self.document_ids_BT), continues_BZ=change(self.continues_BZ))
 
     @property
     def count(self) -> int:
-        """Segments of a row."""
+        """Number of segments of a row, Z."""
         return 2 * self.num_ranks
 
     @property
@@ -52,28 +52,28 @@ class Segments:
 
     @property
     def own(self) -> tuple[int, int]:
-        """The numbers of this rank's segments."""
+        """Numbers of this rank's two segments."""
         return self.rank, self.count - 1 - self.rank
 
     def take(self, x_BT: Tensor) -> Tensor:
-        """This rank's part [B, T / num_ranks, ...] of whole rows [B, T, ...]."""
+        """Cut this rank's part [B, T / num_ranks, ...] out of whole rows [B, T, ...]."""
         parts = x_BT.chunk(self.count, dim=1)
         return torch.cat([parts[number] for number in self.own], dim=1)
 
     def as_rows(self, x_BT: Tensor) -> Tensor:
-        """This rank's segments as rows of their own: [B, T / num_ranks, ...] -> [2 B, T / (2 num_ranks), ...]."""
+        """View this rank's segments as rows of their own: [B, T / num_ranks, ...] -> [2 B, T / (2 num_ranks), ...]."""
         return x_BT.unflatten(1, (2, self.length)).flatten(0, 1)
 
     def order(self, gathered: Tensor) -> Tensor:
-        """The segments of all ranks in their order in the row: [num_ranks, 2, ...] -> [Z, ...]."""
+        """Put the segments of all ranks into their order in the row: [num_ranks, 2, ...] -> [Z, ...]."""
         return torch.cat([gathered[:, 0], gathered[:, 1].flip(0)])
 
     def by_rank(self, ordered: Tensor) -> Tensor:
-        """The inverse of `order`: [Z, ...] -> [num_ranks, 2, ...]."""
+        """Invert `order`: [Z, ...] -> [num_ranks, 2, ...]."""
         return torch.stack([ordered[: self.num_ranks], ordered[self.num_ranks :].flip(0)], dim=1)
 
     def window_mask(self, width: int) -> Tensor:
-        """Which of the `width` tokens before each of this rank's segments lie in its first document: [B, 2, width]."""
+        """Mask of the `width` tokens before each of this rank's segments that lie in its first document: [B, 2, width]."""
         ids_BT, masks = self.document_ids_BT, []
         for number in self.own:
             start = number * self.length

@@ -1,4 +1,4 @@
-"""How many bytes a model carries from token to token while decoding."""
+"""Size of a model's decode state."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from model.parallel.groups import single_rank_groups
 
 
 def state_bytes(config: ModelConfig, num_tokens: int, dtype: torch.dtype = torch.float32) -> int:
-    """Bytes of the decode state of one sequence after `num_tokens` tokens, with weights of `dtype`.
+    """Measure the bytes of one sequence's decode state after `num_tokens` tokens, with weights of `dtype`.
 
     The model reads the tokens on the meta device, so whatever a state does (a cache grows, a window fills, a recurrence
     stays) is counted, and nothing is computed or allocated.
@@ -30,7 +30,7 @@ def state_bytes(config: ModelConfig, num_tokens: int, dtype: torch.dtype = torch
 
 
 def count_bytes(state: object) -> int:
-    """Bytes of all tensors in nested tuples and dictionaries."""
+    """Sum the bytes of all tensors in nested tuples and dictionaries."""
     if isinstance(state, Tensor):
         return state.nbytes
     parts = state.values() if isinstance(state, dict) else state if isinstance(state, tuple) else ()

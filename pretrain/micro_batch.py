@@ -24,7 +24,7 @@ class MicroBatch:
 
     @classmethod
     def from_batch(cls, batch: Batch, rank: int, num_ranks: int) -> MicroBatch:
-        """The part that one of `num_ranks` context ranks has of a batch of the loader, on the CPU like the batch.
+        """Cut out what one of `num_ranks` context ranks has of a batch of the loader, on the CPU like the batch.
 
         The loader has counted the documents, so that nothing is searched for here. Raises ValueError where rows cannot
         be cut evenly.
@@ -39,25 +39,25 @@ class MicroBatch:
         return cls(meta.segments.take(batch.tokens_BT), meta.segments.take(batch.labels_BT), meta)
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same on a device. Copies to CUDA go through pinned memory and do not wait for what is queued there."""
+        """Copy to a device. Copies to CUDA go through pinned memory and do not wait for what is queued there."""
         if device.type == "cuda":
             return self.map_tensors(lambda tensor: tensor.pin_memory().to(device, non_blocking=True))
         return self.map_tensors(lambda tensor: tensor.to(device))
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> MicroBatch:
-        """The same with every tensor changed alike."""
+        """Apply a function to every tensor."""
         return MicroBatch(change(self.tokens_BT), change(self.labels_BT), self.meta.map_tensors(change))
 
 
 def move_batch(batch: Batch, parallel: Parallel) -> MicroBatch:
-    """This rank's part of a batch of the loader, on the device that computes; context ranks cut its rows."""
+    """Prepare a batch of the loader for this rank: cut for its place in the context group, and copied to its device."""
     group = parallel.groups.cp
     return MicroBatch.from_batch(batch, group.rank(), group.size()).to(parallel.device)
 
 
 @dataclass(frozen=True)
 class LossShare:
-    """How a micro-batch's sums become its share of the step's loss, whose gradients are then summed over all of them.
+    """Turns a micro-batch's sums into its share of the step's loss; gradients of all shares are then summed.
 
     The loss is a sum over tokens divided by the global batch's valid tokens; each auxiliary loss is a mean over its
     micro-batches, of all data ranks.
@@ -67,7 +67,7 @@ class LossShare:
     num_micro_batches: int
 
     def of(self, output: ModelOutput) -> Tensor | None:
-        """The share of what is in the output; None when there is neither a loss nor an auxiliary one."""
+        """Compute the share of an output; None when it has neither a loss nor an auxiliary one."""
         parts = [value / self.num_micro_batches for value in output.auxiliary.values()]
         if output.loss is not None:
             parts.insert(0, output.loss.total / self.valid_tokens)

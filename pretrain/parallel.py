@@ -1,4 +1,4 @@
-"""Ranks and process groups: the only file that reads the launcher's environment and process-wide parallel state."""
+"""Ranks, devices and process groups: the only file that reads the launcher's environment and process-wide parallel state."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DATA_PARALLEL = ParallelConfig()
 
 
 class DataParallelUnit:
-    """What DeepSpeed calls `mpu`: Megatron-core's groups under the names that DeepSpeed asks for.
+    """DeepSpeed's `mpu`: Megatron-core's groups under the names that DeepSpeed asks for.
 
     DeepSpeed builds no group of its own when it gets this object, so every collective runs on a group that was made
     with the run's timeout. Its model-parallel group is Megatron's tensor x pipeline group; its data-parallel group, over
@@ -42,23 +42,23 @@ class DataParallelUnit:
         return getattr(parallel_state, name)
 
     def get_model_parallel_rank(self) -> int:
-        """This rank's place in the tensor group."""
+        """Rank in the tensor group."""
         return int(parallel_state.get_tensor_model_parallel_rank())
 
     def get_model_parallel_world_size(self) -> int:
-        """Ranks of the tensor group."""
+        """Number of ranks of the tensor group."""
         return int(parallel_state.get_tensor_model_parallel_world_size())
 
     def get_data_parallel_group(self) -> torch.distributed.ProcessGroup:
-        """The ranks that hold the same dense weights as this one."""
+        """Group of the ranks that hold the same dense weights as this one."""
         return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
     def get_data_parallel_world_size(self) -> int:
-        """Ranks of that group."""
+        """Number of ranks of that group."""
         return int(parallel_state.get_data_parallel_world_size(with_context_parallel=True))
 
     def get_data_parallel_rank(self) -> int:
-        """This rank's place in that group."""
+        """Rank in that group."""
         return int(parallel_state.get_data_parallel_rank(with_context_parallel=True))
 
     def get_data_parallel_group_ranks(self) -> list[int]:
@@ -68,7 +68,7 @@ class DataParallelUnit:
 
 @dataclass(frozen=True)
 class Parallel:
-    """This process among all: its numbers, its device, the groups to pass down, and DeepSpeed's view of them."""
+    """This process among all: its ranks, its device, the groups to pass down, and DeepSpeed's view of them."""
 
     rank: int
     world_size: int
@@ -80,17 +80,17 @@ class Parallel:
 
     @property
     def is_main(self) -> bool:
-        """True on the one rank that writes files and the terminal."""
+        """Whether this is the one rank that writes files and the terminal."""
         return self.rank == 0
 
     @property
     def data_rank(self) -> int:
-        """Which share of the micro-batches is ours; all tensor, context and pipeline ranks of a share have its number."""
+        """Index of this rank's share of the micro-batches; tensor, context and pipeline ranks of one share have the same."""
         return int(self.groups.dp.rank())
 
     @property
     def data_world_size(self) -> int:
-        """Over how many shares the micro-batches are spread."""
+        """Number of shares over which the micro-batches are spread."""
         return int(self.groups.dp.size())
 
     def sum_over_data(self, values: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ class Parallel:
         return values
 
     def all_reduce_unique(self, values: Tensor) -> Tensor:
-        """Sum over all data, context and pipeline ranks what tensor ranks hold alike, in place; the same on every rank.
+        """Sum, in place, what tensor ranks hold alike over all data, context and pipeline ranks; the same on every rank.
 
         Every rank must call this.
         """
@@ -111,7 +111,7 @@ class Parallel:
         return values
 
     def max_over_all(self, value: int) -> int:
-        """The largest of the ranks' numbers. Every rank must call this."""
+        """Compute the maximum over all ranks. Every rank must call this."""
         if self.world_size == 1:
             return value
         tensor = torch.tensor(value, dtype=torch.int64, device=self.device)
@@ -119,17 +119,17 @@ class Parallel:
         return int(tensor.item())
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """Every rank's picklable value, in rank order. Every rank must call this."""
+        """Gather every rank's picklable value, in rank order. Every rank must call this."""
         return RankGroup(self.rank, self.world_size).all_gather(value)
 
 
 def set_deepspeed_accelerator() -> None:
-    """Tell DeepSpeed which accelerator to use, before it is imported: on its own it guesses, and prints that it did."""
+    """Tell DeepSpeed which accelerator to use before it is imported: on its own it guesses, and prints that it did."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def die_with_launcher() -> None:
-    """End this process when the one that launched it dies, however it dies: no orphan may write to the run directory.
+    """Have this process killed when its launcher dies, however it dies: no orphan may write to the run directory.
 
     Only on Linux, and only for ranks of `launch/cluster/local.py`.
     """
@@ -226,7 +226,7 @@ def _has_sizes(section: ParallelConfig) -> bool:
 
 
 def destroy_groups() -> None:
-    """Give back the groups of a layout; the default process group stays. Every rank must call this."""
+    """Destroy the groups of a layout; the default process group stays. Every rank must call this."""
     groups = [group for group in parallel_state._global_process_group_list or [] if group is not None]
     parallel_state.destroy_model_parallel()
     for group in groups:
@@ -240,7 +240,7 @@ def place_megatron_buffers_on_cpu() -> None:
 
 
 def count_cores() -> int:
-    """Processors that this process may use; a container or taskset may give fewer than the machine has."""
+    """Number of processors that this process may use; a container or taskset may give fewer than the machine has."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -261,5 +261,5 @@ def set_determinism(seed: int) -> None:
 
 
 def describe_environment(names: Sequence[str]) -> dict[str, str]:
-    """The named environment variables that are set, for the record of a run."""
+    """Look up the named environment variables that are set, for the record of a run."""
     return {name: os.environ[name] for name in names if name in os.environ}

@@ -1,8 +1,10 @@
-"""Pipeline parallelism: a rank's micro-batches through the stages, in the order of a schedule of torch.distributed.pipelining.
+"""Pipeline parallelism: micro-batches pass through the pieces of a model, in the order of a torch.distributed.pipelining schedule.
 
-Every rank of a pipeline reads the same micro-batches, so tokens, labels and documents are never sent: a stage looks its
-micro-batch up by number. Between stages one tensor flows, the residual plus the newest delta [B, T, D] in the dtype of
-the residual stream: the next norm would add them anyway, and two tensors would be twice the bytes.
+A rank holds one or several pieces (model/pipeline_split.py; torch calls each a stage). All ranks of a pipeline read the
+same micro-batches, so tokens, labels and documents are never sent: a piece looks its micro-batch up by number. Between
+pieces one tensor flows, residual + delta [B, T, D] in the dtype of the residual: the next norm adds them anyway, and two
+tensors would be twice the bytes. An auxiliary loss is not sent on to the last piece either: `AddLoss` gives it its
+gradient where it arises.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ Share = Callable[[ModelOutput], Tensor | None]
 
 @dataclass
 class Pass:
-    """What the schedule is doing now: its micro-batches, what becomes of an output, and the outputs that were made.
+    """What the schedule is running now: its micro-batches, what to do with an output, and the outputs so far.
 
     predicts: the last piece names the most likely tokens too.
     """
@@ -37,7 +39,7 @@ class Pass:
     outputs: list[ModelOutput] = field(default_factory=list)
 
 
-class StagePart(nn.Module):
+class PieceModule(nn.Module):
     """One piece of the model as a schedule calls it: the stream of a micro-batch in, the next stream or the loss out."""
 
     def __init__(self, model: HybridModel, piece: Piece, current: Pass) -> None:
@@ -51,7 +53,7 @@ class StagePart(nn.Module):
         self._model = (model,)  # not registered again
 
     def forward(self, *received: Tensor, index: Tensor) -> Tensor:
-        """The stream [B, T, D] after this piece, or on the last one what the schedule calls backward on."""
+        """Compute the stream [B, T, D] after this piece; in the last piece the loss that the schedule differentiates."""
         model, piece, current = self._model[0], self.piece, self.current
         micro_batch = current.inputs[int(index)]
         stream = model.embed(micro_batch.tokens_BT) if piece.is_first else Stream(receive(received[0]))
@@ -73,7 +75,7 @@ class StagePart(nn.Module):
 
 
 def receive(stream_BTD: Tensor) -> Tensor:
-    """The stream as it came, whose gradient will lie in memory as it can be sent."""
+    """View the received stream such that its gradient will be contiguous, as sending it back requires."""
     viewed_BTD = stream_BTD.view_as(stream_BTD)
     if viewed_BTD.requires_grad:
         viewed_BTD.register_hook(Tensor.contiguous)
@@ -81,39 +83,39 @@ def receive(stream_BTD: Tensor) -> Tensor:
 
 
 class AddLoss(torch.autograd.Function):
-    """Hands x on and gives `loss` a gradient of one, so that what a stage adds to the loss needs not travel to the last."""
+    """Identity on x that gives `loss` a gradient of one, so that a piece's auxiliary loss need not travel to the last piece."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
-        """x unchanged."""
+        """Return x unchanged."""
         ctx.save_for_backward(loss)
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradient of x unchanged, and one."""
+        """Return the gradient of x unchanged, and one for the loss."""
         (loss,) = ctx.saved_tensors
         return gradients[0], torch.ones_like(loss)
 
 
 def detach_output(output: ModelOutput) -> ModelOutput:
-    """The numbers of an output without the graph, which would keep a micro-batch's activations."""
+    """Detach an output from its graph, which would keep a micro-batch's activations."""
     loss = None if output.loss is None else replace(output.loss, total=output.loss.total.detach())
     auxiliary = {name: value.detach() for name, value in output.auxiliary.items()}
     return ModelOutput(None, loss, auxiliary, output.expert_counts, predictions_BT=output.predictions_BT)
 
 
-class Stage(pipelining.PipelineStage):
-    """A stage that tells when a schedule has computed gradients of weights by themselves, past autograd's accumulation."""
+class PieceStage(pipelining.PipelineStage):
+    """A pipelining stage that reports when a schedule has computed weight gradients itself, past autograd's accumulation."""
 
     def __init__(
-        self, part: StagePart, after_weights: Callable[[nn.Module], None], *settings: Any, **named: Any
+        self, part: PieceModule, after_weights: Callable[[nn.Module], None], *settings: Any, **named: Any
     ) -> None:
         super().__init__(part, *settings, **named)
         self.after_weights = after_weights
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
-        """The second half of a backward pass that was cut in two."""
+        """Compute the weight gradients of a split backward pass, make them contiguous and report them."""
         super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
         for parameter in self.submod.parameters():
             if parameter.grad is not None and not parameter.grad.is_contiguous():
@@ -123,7 +125,7 @@ class Stage(pipelining.PipelineStage):
 
 
 class Pipeline:
-    """The stages of this rank and the schedule that runs them. Every rank of the pipeline must call alike.
+    """This rank's pieces and the schedule that runs them. Every rank of the pipeline must make the same calls.
 
     `after_weights` gets the modules whose gradients a schedule has just added to by hand (zero_bubble).
     """
@@ -137,12 +139,12 @@ class Pipeline:
     ) -> None:
         self.model, self.section, self.parallel, self.after_weights = model, section, parallel, after_weights
         self.current = Pass()
-        self.parts = [StagePart(model, piece, self.current) for piece in model.pieces]
+        self.parts = [PieceModule(model, piece, self.current) for piece in model.pieces]
         self._shape: tuple[int, ...] = ()
         self._schedule: Any = None
 
     def train(self, inputs: Sequence[MicroBatch], share: Share) -> list[ModelOutput]:
-        """Forward and backward of all micro-batches; gradients are added to those that the parameters have.
+        """Run forward and backward of all micro-batches, adding to the parameters' gradients.
 
         `share` makes of an output what is differentiated; on a stage before the last it gets the auxiliary losses alone.
         Returns this rank's outputs: a loss on the last stage only, auxiliary losses and counts of each piece's blocks.
@@ -154,7 +156,7 @@ class Pipeline:
 
     @torch.no_grad()
     def evaluate(self, inputs: Sequence[MicroBatch], *, predicts: bool = False) -> list[ModelOutput]:
-        """The same outputs from forward passes alone; on the last stage with the most likely tokens if asked for."""
+        """Run forward passes alone; `predicts`: the last piece's outputs name the most likely tokens."""
         self._start(inputs, None)
         self.current.predicts = predicts
         numbers = torch.arange(len(inputs))
@@ -185,8 +187,8 @@ class Pipeline:
             return pipelining.ScheduleInterleaved1F1B(stages, num_micro_batches, **settings)
         return pipelining.ScheduleInterleavedZeroBubble(stages, num_micro_batches, **settings)
 
-    def _build_stage(self, part: StagePart, rows: int, tokens: int) -> Stage:
-        """With shapes given beforehand: the schedule would else find them with a forward and a backward pass of its own."""
+    def _build_stage(self, part: PieceModule, rows: int, tokens: int) -> PieceStage:
+        """Wrap a piece, with shapes given beforehand: the schedule would else run a forward and a backward pass to find them."""
         groups, piece = self.parallel.groups, part.piece
         if groups.sequence_parallel:
             tokens //= groups.tp.size()
@@ -200,7 +202,7 @@ class Pipeline:
         )
         loss = torch.empty((), dtype=torch.float32, device="meta", requires_grad=True)
         place = self.model.pieces.index(piece) * groups.pp.size() + groups.pp.rank()
-        return Stage(
+        return PieceStage(
             part,
             self.after_weights,
             place,

@@ -1,4 +1,4 @@
-"""The rules that the sections of a model's configuration must obey together, checked before anything is allocated."""
+"""Checks of the rules that sections of a model's configuration obey together, before anything is allocated."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ _LETTERS = {name: letter for letter, name in MIXER_LETTERS.items()}
 
 @dataclass(frozen=True)
 class MixerSpec:
-    """What the pattern, the configuration and the checks know of a mixer without importing it.
+    """A registered mixer as pattern, configuration and checks see it, without importing it.
 
     name: lower case, as in `{name}`. mixer: `package.module:Class`, a SequenceMixer. options: its section, whose class
     docstring and field descriptions become the documentation. refuses: what it cannot do yet, with the reason.
@@ -36,7 +36,7 @@ class MixerSpec:
 
     @property
     def symbol(self) -> str:
-        """How the pattern spells it: its letter, or `{name}`."""
+        """Its symbol in a pattern: its letter, or `{name}`."""
         return _LETTERS.get(self.name, f"{{{self.name}}}")
 
     def load(self) -> type[Any]:
@@ -78,7 +78,7 @@ BUILT_IN = (
 
 @cache
 def mixer_specs() -> dict[str, MixerSpec]:
-    """All mixers by name: ours in the order above, then those of installed packages.
+    """Collect all mixers by name: ours in the order above, then those of installed packages.
 
     Raises RuntimeError for an entry point that cannot be imported, is no MixerSpec or takes another mixer's name.
     """
@@ -92,7 +92,7 @@ def mixer_specs() -> dict[str, MixerSpec]:
 
 
 def find_spec(name: str) -> MixerSpec:
-    """The mixer of this name. Raises ValueError for a name that nothing registers."""
+    """Look up the mixer of this name. Raises ValueError for a name that nothing registers."""
     specs = mixer_specs()
     if name not in specs:
         raise ValueError(
@@ -103,7 +103,7 @@ def find_spec(name: str) -> MixerSpec:
 
 
 def describe_symbol(symbol: str) -> str:
-    """A kind of block in words, from its symbol in a pattern."""
+    """Name a kind of block in words, from its symbol in a pattern."""
     return BLOCK_NAMES.get(symbol) or MIXER_LETTERS.get(symbol, symbol.strip("{}")).replace("_", " ")
 
 

@@ -1,4 +1,4 @@
-"""The pattern string: which blocks a model has, in which order, and where pipeline stages are cut.
+"""The pattern string: which blocks a model has, in which order, and where a pipeline cuts it into pieces.
 
 Grammar (spaces mean nothing):
 
@@ -32,37 +32,37 @@ MAX_BLOCKS = 4096
 
 @dataclass(frozen=True)
 class Pattern:
-    """Blocks in order, in Megatron's letters or as `{name}`; `stage_cuts` are the block indices at which a new pipeline stage starts."""
+    """Blocks in order, as Megatron's letters or `{name}`; `piece_cuts`: the blocks at which a new piece of a pipeline starts."""
 
     letters: tuple[str, ...]
-    stage_cuts: tuple[int, ...] = ()
+    piece_cuts: tuple[int, ...] = ()
 
     def canonical(self) -> str:
-        """The one spelling of this pattern: a letter where there is one, no repetition, `|` at each stage cut."""
-        cuts = set(self.stage_cuts)
+        """Write the pattern in its one canonical spelling: letters where there are any, no repetition, `|` at each cut."""
+        cuts = set(self.piece_cuts)
         return "".join(("|" if index in cuts else "") + letter for index, letter in enumerate(self.letters))
 
     def counts(self) -> dict[str, int]:
-        """Blocks of each kind that occurs, in the order `M * E -`, then other mixers as they occur."""
+        """Count the blocks of each kind that occurs, in the order `M * E -`, then other mixers as they occur."""
         kinds = [letter for letter in BLOCK_NAMES if letter in self.letters]
         kinds += [letter for letter in dict.fromkeys(self.letters) if letter not in BLOCK_NAMES]
         return {letter: self.letters.count(letter) for letter in kinds}
 
-    def stages(self) -> tuple[tuple[str, ...], ...]:
-        """The letters of each pipeline stage; one stage without cuts."""
-        edges = (0, *self.stage_cuts, len(self.letters))
+    def pieces(self) -> tuple[tuple[str, ...], ...]:
+        """Split the letters at the cuts, one tuple for each piece of the pipeline; one piece without cuts."""
+        edges = (0, *self.piece_cuts, len(self.letters))
         return tuple(self.letters[start:end] for start, end in itertools.pairwise(edges))
 
 
 def mixer_name(symbol: str) -> str | None:
-    """The name of a registered mixer from its letter or `{name}`; None for the blocks that have a section of their own."""
+    """Name the registered mixer of a letter or `{name}`; None for blocks that have a section of their own."""
     if symbol in SECTIONS:
         return None
     return MIXER_LETTERS.get(symbol, symbol.strip("{}"))
 
 
 def block_kind(symbol: str) -> str:
-    """The name under which blocks of this symbol are counted: that of their section, or of their mixer."""
+    """Name under which blocks of this symbol are counted: that of their section, or of their mixer."""
     return SECTIONS.get(symbol) or mixer_name(symbol) or symbol
 
 
@@ -92,7 +92,7 @@ def parse_pattern(text: str) -> Pattern:
 
 
 def parse_letters(text: str) -> frozenset[str]:
-    """Kinds of block named as in a pattern, in any order. Raises ValueError for what is not the name of a block."""
+    """Read kinds of block named as in a pattern, in any order. Raises ValueError for what names no block."""
     symbols = [_one_spelling(symbol) for symbol in re.findall(r"\{[^}]*\}|\S", text)]
     for symbol in symbols:
         if symbol not in BLOCK_NAMES and symbol not in MIXER_LETTERS and not symbol.startswith("{"):

@@ -1,4 +1,4 @@
-"""What a hybrid model is made of: one frozen section a kind of block."""
+"""Sections of a model's configuration: one frozen section for each kind of block."""
 
 from typing import Any, Literal
 

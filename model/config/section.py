@@ -1,9 +1,9 @@
-"""The base of every part of a configuration that describes the model."""
+"""Base class of the sections of a model's configuration."""
 
 from pydantic import BaseModel, ConfigDict
 
 
 class Section(BaseModel):
-    """A part of the configuration: immutable, and an unknown key is an error."""
+    """A section of the configuration: immutable; an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -1,4 +1,4 @@
-"""The config.json of each export target from our ModelConfig, and our ModelConfig from a config.json.
+"""Converts our ModelConfig to the config.json of each export target and back.
 
 Fields were read from transformers 5.24 (`configuration_nemotron_h.py`); those of other classes are in `granitemoehybrid.py`
 and `qwen3_next.py`. Layer names are written in the older spelling (`mamba`, `attention`), which both older and newer readers take.
@@ -53,7 +53,7 @@ class TokenIds:
 def huggingface_config(
     config: ModelConfig, target: Target, tokens: TokenIds, *, max_position_embeddings: int
 ) -> dict[str, Any]:
-    """config.json as a dict, for weights in float32. The configuration must fit the target (`explain_unfit`)."""
+    """Build config.json as a dict, for weights in float32. The configuration must fit the target (`explain_unfit`)."""
     config = _drop_unused_sections(config)
     fields: dict[str, Any] = {
         "vocab_size": config.vocab_size,
@@ -163,7 +163,7 @@ def _own_fields(config: ModelConfig) -> dict[str, Any]:
 
 
 def model_config_from_huggingface(fields: Mapping[str, Any]) -> ModelConfig:
-    """Our configuration of a model in one of the classes that we export to.
+    """Build our configuration from the config.json of one of the classes that we export to.
 
     `fields` is config.json with the class's defaults filled in. What config.json does not say (initialisation, loss
     weights) gets our defaults. Raises ValueError where the class uses something that our model does not have.

@@ -1,4 +1,4 @@
-"""One tensor of ours and where it lies in another checkpoint: entries that can be walked both ways, and maps of them."""
+"""Weight maps between our checkpoints and others: entries that convert one tensor in both directions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Form = Literal["same", "conv", "experts", "copy"]
 
 @dataclass(frozen=True)
 class WeightEntry:
-    """One tensor of ours and where it lies in the other checkpoint; a subclass may hold several of ours.
+    """One of our tensors and its place in the other checkpoint.
 
     Forms: `same`; `conv` [C, W] <-> [C, 1, W]; `experts` [E, ...] <-> one tensor an expert; `copy` is a second place of a
     tied weight, which is written but not read back.
@@ -37,7 +37,7 @@ class WeightEntry:
         return {self.ours: self.join(theirs)}
 
     def split(self, tensor: Tensor) -> dict[str, Tensor]:
-        """Our tensor as theirs, by name. Views of it, made contiguous."""
+        """Convert our tensor to theirs, by name: views, made contiguous."""
         if self.form == "experts":
             assert tensor.shape[0] == len(self.theirs), (
                 f"{self.ours}: {tensor.shape[0]} experts, {len(self.theirs)} names"
@@ -46,7 +46,7 @@ class WeightEntry:
         return {self.theirs[0]: (tensor.unsqueeze(1) if self.form == "conv" else tensor).contiguous()}
 
     def join(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Their tensors (by name; at least this entry's) as ours."""
+        """Convert their tensors (by name; at least this entry's) to ours."""
         if self.form == "experts":
             return torch.stack([tensors[name] for name in self.theirs])
         tensor = tensors[self.theirs[0]]
@@ -55,7 +55,7 @@ class WeightEntry:
 
 @dataclass(frozen=True)
 class WeightMap:
-    """All entries of a model, and the tensors that the class demands but our model lacks (all zeros), with shapes."""
+    """All entries of a model, and the shapes of tensors that the class demands but our model lacks (all zeros)."""
 
     entries: tuple[WeightEntry, ...]
     zeros: Mapping[str, tuple[int, ...]]
@@ -65,7 +65,7 @@ class WeightMap:
         return {name for entry in self.entries for name in entry.theirs} | set(self.zeros)
 
     def to_theirs(self, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A whole state of ours under their names. The names must be exactly those of the model."""
+        """Convert a whole state of ours to their names. The names must be exactly those of the model."""
         expected = {name for entry in self.entries for name in entry.our_names()}
         assert expected == set(ours), f"weights differ from the map: {sorted(expected ^ set(ours))[:8]}"
         tensors: dict[str, Tensor] = {}
@@ -76,7 +76,7 @@ class WeightMap:
         return tensors
 
     def to_ours(self, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A whole state of theirs under our names; tensors that are always zero are dropped.
+        """Convert a whole state of theirs to our names; tensors that are always zero are dropped.
 
         Raises ValueError where a tensor is missing or not in the map, a zero tensor is not zero, or copies differ.
         """

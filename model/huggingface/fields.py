@@ -1,4 +1,4 @@
-"""What several transformers classes share: rotary parameters of config.json, sizes of experts, refused fields."""
+"""Fields of config.json that several transformers classes share: rotary parameters, expert sizes, refused fields."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LETTERS_OF_NAMES = {
 
 
 def unfit_expert_sizes(config: ModelConfig, moe: MoeConfig) -> list[str]:
-    """Sizes of expert matrices with which the native classes raise an error at their first forward pass."""
+    """List expert sizes with which the native classes raise an error at their first forward pass."""
     sizes = {"model.hidden_size": config.hidden_size, "model.moe.expert_hidden_size": moe.expert_hidden_size}
     if moe.latent_size is not None:
         sizes["model.moe.latent_size"] = moe.latent_size
@@ -58,7 +58,7 @@ def unfit_gates(config: ModelConfig, target: str) -> list[str]:
 
 
 def require_fields(fields: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Refuses fields that our model cannot follow; an absent field has the expected value."""
+    """Refuse fields that our model cannot follow; an absent field has the expected value."""
     for name, value in expected.items():
         if fields.get(name, value) not in (value, None):
             raise ValueError(
@@ -67,7 +67,7 @@ def require_fields(fields: Mapping[str, Any], expected: Mapping[str, Any]) -> No
 
 
 def rope_parameters(attention: AttentionConfig) -> dict[str, Any]:
-    """`rope_parameters` of an attention with rotary positions; the rotated part of a head is the class's matter."""
+    """Build `rope_parameters` of an attention with rotary positions; each class places the rotated part of a head."""
     rope = attention.rope
     parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": rope.theta}
     if rope.scaling == "ntk":
@@ -86,7 +86,7 @@ def rope_parameters(attention: AttentionConfig) -> dict[str, Any]:
 
 
 def rope_from_parameters(parameters: Mapping[str, Any]) -> RopeConfig:
-    """Our rotary section from `rope_parameters`. Raises ValueError for a kind that we have not."""
+    """Build our rotary section from `rope_parameters`. Raises ValueError for a kind that we lack."""
     theta = float(parameters.get("rope_theta", 10_000.0))
     kind = parameters.get("rope_type", "default")
     if kind == "default":

@@ -1,4 +1,4 @@
-"""What transformers' `qwen3_next` and `qwen3_5_moe` can hold of a model, and their config.json: Gated DeltaNet, attention, experts.
+"""The transformers class `qwen3_next` (Gated DeltaNet, attention, experts): which models fit it, and its config.json.
 
 Read from transformers 5.24 (`configuration_qwen3_next.py`, `modeling_qwen3_next.py`, and those of `qwen3_5_moe`, whose text
 model alone, `qwen3_5_moe_text`, is meant: the same function, with an expert block in every layer). Every layer is a mixer and
@@ -56,7 +56,7 @@ def unfit_for_qwen3_5_moe(config: ModelConfig) -> list[str]:
 
 
 def unfit_for_qwen3_next(config: ModelConfig) -> list[str]:
-    """Every choice that the class cannot hold, as value, rule and remedy."""
+    """List every choice that the class cannot hold, as value, rule and remedy."""
     letters = config.letters
     reasons = _unfit_pairs(letters) + unfit_multipliers(config, "qwen3_next")
     if "G" in letters:
@@ -143,13 +143,13 @@ def _spell(value: Any) -> str:
 
 
 def delta_options(config: ModelConfig) -> GatedDeltaNetOptions:
-    """The options of G, which the pattern has."""
+    """Options of the Gated DeltaNet blocks, which the pattern has."""
     options: GatedDeltaNetOptions = getattr(config.mixers, "gated_deltanet")  # noqa: B009
     return options
 
 
 def qwen3_next_fields(config: ModelConfig) -> dict[str, Any]:
-    """The fields of config.json that are the class's own."""
+    """Build the fields of config.json that are the class's own."""
     letters = config.letters
     mixers, seconds = letters[0::2], letters[1::2]
     fields: dict[str, Any] = {
@@ -210,7 +210,7 @@ def qwen3_5_moe_fields(config: ModelConfig) -> dict[str, Any]:
 
 
 def model_config_from_qwen3_next(fields: Mapping[str, Any]) -> ModelConfig:
-    """Our configuration from config.json of either class, with the class's defaults filled in.
+    """Build our configuration from config.json with the class's defaults filled in.
 
     Raises ValueError where the class uses something that our model does not have.
     """

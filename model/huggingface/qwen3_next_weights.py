@@ -1,4 +1,4 @@
-"""Where each of our weights lies in a checkpoint of transformers' `qwen3_next` or `qwen3_5_moe`.
+"""The weight map of transformers' `qwen3_next`.
 
 Exact both ways but for one thing: their norms are 1 + w, so that a norm of ours below 0.5 is rounded at 2^-24. The classes
 differ in the projections of Gated DeltaNet alone.
@@ -19,7 +19,7 @@ from model.huggingface.qwen3_next import delta_options
 
 @dataclass(frozen=True)
 class NormEntry(WeightEntry):
-    """w of ours is 1 + w of theirs."""
+    """A norm whose weight in the class is stored as an offset from one: ours is 1 + theirs."""
 
     def split(self, tensor: Tensor) -> dict[str, Tensor]:
         """As in the base class."""
@@ -32,7 +32,7 @@ class NormEntry(WeightEntry):
 
 @dataclass(frozen=True)
 class DoubledEntry(WeightEntry):
-    """Twice ours, after a gate that is one half everywhere."""
+    """A matrix behind a gate that is one half everywhere: theirs is twice ours."""
 
     def split(self, tensor: Tensor) -> dict[str, Tensor]:
         """As in the base class."""
@@ -45,7 +45,7 @@ class DoubledEntry(WeightEntry):
 
 @dataclass(frozen=True)
 class QueryEntry(WeightEntry):
-    """Of each head `head_dim` rows of queries, then as many of its gate: zeros."""
+    """Query rows interleaved with the rows of a gate that we lack: of each head `head_dim` rows of queries, then zeros."""
 
     head_dim: int = 0
 
@@ -112,7 +112,7 @@ class RowsEntry(WeightEntry):
 
 @dataclass(frozen=True)
 class GatedEntry(WeightEntry):
-    """Rows of the gate and rows above it, [.., 2 F, D], as two tensors; of experts as two tensors each."""
+    """Gate rows above up rows, [.., 2 F, D], stored as two tensors; of experts as two tensors each."""
 
     def split(self, tensor: Tensor) -> dict[str, Tensor]:
         """As in the base class."""
@@ -130,7 +130,7 @@ class GatedEntry(WeightEntry):
 
 @dataclass(frozen=True)
 class DeltaEntry(WeightEntry):
-    """Our rows q, k, v, beta, decay, gate as two tensors: q, k, v and gate of a key head together, and beta and decay.
+    """Rows q, k, v, beta, decay, gate, stored as two tensors: q, k, v and gate by key head, and beta with decay.
 
     sizes: rows of one key head of q, k, v, beta, decay and gate.
     """
@@ -157,7 +157,7 @@ class DeltaEntry(WeightEntry):
 
 
 def qwen3_next_map(config: ModelConfig, *, is_next: bool = True) -> WeightMap:
-    """The map of a model that fits the class: qwen3_next, or else qwen3_5_moe."""
+    """Build the weight map of a model that fits the class."""
     entries = [WeightEntry("embedding.weight", ("model.embed_tokens.weight",))]
     zeros: dict[str, tuple[int, ...]] = {}
     delta_entries = _delta_entries if is_next else _plain_delta_entries

@@ -1,4 +1,4 @@
-"""Which transformers class can hold a model exactly, and why another one cannot.
+"""Choice of the transformers class that can hold a model exactly, and reasons why another one cannot.
 
 Rules were read from transformers 5.24: `models/nemotron_h` and `models/granitemoehybrid`; those of `models/qwen3_next` are
 in `qwen3_next.py`. A class holds a configuration when the function from tokens to logits is the same; names,
@@ -21,7 +21,7 @@ TARGETS: tuple[Target, ...] = get_args(Target)
 
 
 def explain_unfit(config: ModelConfig, target: str) -> list[str]:
-    """Every choice of `config` that `target` cannot hold, each as value, rule and remedy; empty: it fits.
+    """List every choice of `config` that `target` cannot hold, each as value, rule and remedy; empty: it fits.
 
     `own` holds all but mixers of other packages, `auto` what `choose_target` finds. Raises ValueError for an unknown target.
     """
@@ -41,7 +41,7 @@ def explain_unfit(config: ModelConfig, target: str) -> list[str]:
 
 
 def choose_target(config: ModelConfig) -> Target:
-    """The first native class that holds the configuration exactly, else `own`.
+    """Choose the first native class that holds the configuration exactly, else `own`.
 
     Raises ValueError for a model with mixers of other packages, which none of them has.
     """
@@ -55,7 +55,7 @@ def choose_target(config: ModelConfig) -> Target:
 
 
 def registered_mixers(config: ModelConfig) -> dict[str, str]:
-    """Names of the registered mixers that a model reads, those inside others too, by the symbol in the pattern."""
+    """Names of the registered mixers that a model uses, wrapped ones too, by their symbol in the pattern."""
     found: dict[str, str] = {}
     for symbol in config.parsed_pattern.counts():
         name = mixer_name(symbol)

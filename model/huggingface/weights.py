@@ -1,4 +1,4 @@
-"""Where each of our weights lies in a transformers checkpoint: names, and the few changes of shape between them.
+"""Weight maps of the transformers classes: names, and the few changes of shape between them.
 
 Names on disk are those of the published checkpoints (transformers renames some while loading).
 """
@@ -16,7 +16,7 @@ from model.parallel.groups import single_rank_groups
 
 
 def weight_map(config: ModelConfig, target: Target) -> WeightMap:
-    """The map between our names and those of `target`; the configuration must fit it (`explain_unfit`)."""
+    """Build the map between our names and those of `target`; the configuration must fit it (`explain_unfit`)."""
     if target == "nemotron_h":
         return _nemotron_h_map(config)
     if target == "granitemoehybrid":
@@ -29,7 +29,7 @@ def weight_map(config: ModelConfig, target: Target) -> WeightMap:
 
 
 def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every weight of our model (the router's bias buffer included), in order."""
+    """Names and shapes of all weights of our model (the router's bias buffer included), in order."""
     shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (config.vocab_size, config.hidden_size)}
     for index, letter in enumerate(config.letters):
         shapes[f"blocks.{index}.norm.weight"] = (config.hidden_size,)
@@ -42,7 +42,7 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def block_shapes(config: ModelConfig, letter: str) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every weight of a kind of block, its norm apart; of registered mixers on one that is built."""
+    """Names and shapes of all weights of a kind of block, without its norm; registered mixers are built to ask them."""
     if letter in _MIXER_SHAPES:
         return _MIXER_SHAPES[letter](config)
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""The losses that keep a router's experts evenly used, over all tokens of a micro-batch wherever they lie."""
+"""Auxiliary losses that balance the load of experts, over all tokens of a micro-batch wherever they lie."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from model.parallel.groups import ProcessGroupCollection
 
 
 def auxiliary_names(moe: MoeConfig) -> list[str]:
-    """The losses that `auxiliary_losses` gives."""
+    """Names of the losses that `auxiliary_losses` gives."""
     weights = {
         "balance": moe.auxiliary_loss_weight,
         "sequence_balance": moe.sequence_loss_weight,
@@ -24,7 +24,7 @@ def auxiliary_names(moe: MoeConfig) -> list[str]:
 def auxiliary_losses(
     logits_RE: Tensor, routing: Routing, num_rows: int, moe: MoeConfig, groups: ProcessGroupCollection
 ) -> dict[str, Tensor]:
-    """The weighted losses that keep a router balanced and its logits small; those of weight 0 are left out.
+    """Compute the weighted losses that balance the router and keep its logits small; those of weight 0 are left out.
 
     The tokens given are those of all tensor ranks and of this context rank. Each value is this context rank's share: over
     `groups.cp`, whose ranks must all call, they add up to the means over the micro-batch, and so do their gradients.
@@ -46,7 +46,7 @@ def auxiliary_losses(
 
 
 def sum_over_context(counts: Tensor, groups: ProcessGroupCollection) -> Tensor:
-    """Counts of all context ranks added up."""
+    """Sum counts over all context ranks, which must all call."""
     return counts if groups.cp.size() == 1 else _sum(counts, groups)
 
 

@@ -1,4 +1,4 @@
-"""Which choices of a router are carried out where an expert takes only so many of a micro-batch."""
+"""Capacity limits: which of a router's choices are carried out where an expert takes only so many of a micro-batch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from model.parallel.groups import ProcessGroupCollection
 
 @dataclass(frozen=True)
 class Choices:
-    """What is carried out: expert ids [R, K], `num_experts` for a lost choice, and weights [R, K], 0 for it."""
+    """Choices that are carried out: expert ids [R, K], `num_experts` for a dropped one, and weights [R, K], 0 for it."""
 
     expert_ids_RK: Tensor
     weights_RK: Tensor
@@ -26,7 +26,7 @@ class Choices:
 def limit_choices(
     routing: Routing, meta: PackMeta, moe: MoeConfig, groups: ProcessGroupCollection, seed: Tensor
 ) -> Choices:
-    """What is left of a router's choices when an expert takes `capacity_factor` times its even share of a micro-batch.
+    """Drop or recycle the choices beyond `capacity_factor` times an expert's even share of a micro-batch.
 
     The tokens are those of this context rank, for all tensor ranks alike; decided is over the whole rows of all context
     ranks, by each alike, so a layout changes nothing as long as micro-batches are the same. Experts take tokens by their

@@ -1,4 +1,4 @@
-"""Tokens to the ranks that hold their experts and back: dropless, over `groups.ep` and `groups.expt_tp`.
+"""Expert parallelism: sends tokens to the ranks that hold their experts and back, over `groups.ep` and `groups.expt_tp`.
 
 Every rank comes with tokens of its own and their choices. Rows (one a token and choice) travel sorted by expert, after
 their numbers: to the rank of `groups.ep` that holds the expert, where each rank of `groups.expt_tp` with the same experts
@@ -37,7 +37,7 @@ def dispatch_feed_forward(
     backend: str,
     overlap_fn: Callable[[], Overlapped],
 ) -> tuple[Tensor, Overlapped]:
-    """Sum over each token's choices of weight times expert, and what `overlap_fn()` gives, called while rows travel.
+    """Sum weight times expert over each token's choices, and call `overlap_fn()` while rows travel; returns both.
 
     Shapes: x [R, D], of this rank alone; expert ids [R, K] in the numbering of all experts, where the number of experts
     itself marks a lost choice, which sends nothing; weights [R, K]; up [experts of this rank, F of this rank, D], down
@@ -65,7 +65,7 @@ def dispatch_feed_forward(
 def _local_experts(
     rows_SD: Tensor, plan: RowPlan, up_eFD: Tensor, down_eDF: Tensor, activation: str, backend: str
 ) -> Tensor:
-    """The feed-forward of rows that lie by sender and, of each, by expert; in the same order."""
+    """Feed-forward of rows sorted by sender and then by expert; the result keeps their order."""
     counts_Xe = plan.arrived_Xe
     senders, num_local = counts_Xe.shape
     experts_e = torch.arange(num_local, device=rows_SD.device)
@@ -79,8 +79,11 @@ def _local_experts(
 
 @dataclass(frozen=True)
 class RowPlan:
-    """How many rows go where. `sent` and `received` [ep]; `received_beside` [expt_tp] the rows that each rank with the
-    same experts got from `ep`; `arrived_Xe` how many rows of each of those came from each sender for each expert."""
+    """How many rows go where.
+
+    sent, received [ep]: rows to and from each expert rank. received_beside [expt_tp]: rows that each rank with the same
+    experts got from `ep`. arrived_Xe: rows of each of those, by sender X and expert e of this rank.
+    """
 
     sent: list[int]
     received: list[int]
@@ -89,12 +92,12 @@ class RowPlan:
 
     @property
     def num_sent(self) -> int:
-        """Rows that leave home: all choices but the lost."""
+        """Rows that leave this rank: all choices but the dropped."""
         return sum(self.sent)
 
 
 def exchange_counts(counts_E: Tensor, groups: ProcessGroupCollection) -> RowPlan:
-    """Tell every rank how many rows of this one come to each of its experts. Waits for the device once."""
+    """Tell every rank how many of this rank's rows come to each of its experts. Waits for the device once."""
     ranks, beside = groups.ep.size(), groups.expt_tp.size()
     arrived_Xe = torch.empty_like(counts_E)
     dist.all_to_all_single(arrived_Xe, counts_E.contiguous(), group=groups.ep)
@@ -108,7 +111,7 @@ def exchange_counts(counts_E: Tensor, groups: ProcessGroupCollection) -> RowPlan
 
 
 class RowTransfer:
-    """Rows [S, D] from every rank of a group to every other: `sent[r]` to rank r, in order, `received[r]` from it.
+    """An all-to-all of rows [S, D] in a group: `sent[r]` to rank r, in order, `received[r]` from it.
 
     Between `start` and `finish` the rows are under way and other work may be done, in backward too: there the transfer
     starts where `finish` stands and ends where `start` does. A transfer serves one forward and one backward pass.
@@ -125,25 +128,25 @@ class RowTransfer:
         return bool(self.group.size() == 1)
 
     def start(self, rows_SD: Tensor) -> Tensor:
-        """The rows that will have arrived after `finish`."""
+        """Start sending; returns the buffer whose rows will have arrived after `finish`."""
         arrived_SD: Tensor = _AllToAllStart.apply(rows_SD, self)
         return arrived_SD
 
     def finish(self, rows_SD: Tensor) -> Tensor:
-        """Waits until what `start` returned has arrived."""
+        """Wait for the rows that `start` returned."""
         arrived_SD: Tensor = _AllToAllWait.apply(rows_SD, self)
         return arrived_SD
 
     def run(self, rows_SD: Tensor) -> Tensor:
-        """`start` and `finish` in one."""
+        """Send and wait: `start` and `finish` in one."""
         return self.finish(self.start(rows_SD))
 
     def back(self) -> RowTransfer:
-        """The transfer that returns what this one brought."""
+        """Build the transfer that returns what this one brought."""
         return RowTransfer(self.group, self.received, self.sent)
 
     def launch(self, rows_SD: Tensor, sent: list[int], received: list[int]) -> Tensor:
-        """Begin to move rows; `wait` before reading them."""
+        """Launch the all-to-all; `wait` before reading the rows."""
         assert self.under_way is None, "a transfer moves one batch of rows at a time"
         arrived_SD = rows_SD.new_empty(sum(received), rows_SD.shape[1])
         self.under_way = dist.all_to_all_single(
@@ -152,7 +155,7 @@ class RowTransfer:
         return arrived_SD
 
     def wait(self) -> None:
-        """Until the rows are here (on CUDA: for what is queued from now on)."""
+        """Wait for the rows; on CUDA the stream waits, not the host."""
         self.under_way.wait()
         self.under_way = None
 
@@ -187,19 +190,19 @@ class _AllToAllWait(torch.autograd.Function):
 
 
 def gather_choices(x_RD: Tensor, order_S: Tensor, top_k: int) -> Tensor:
-    """Rows [S, D] of tokens by sorted choice: row s is of token order[s] // top_k; gradients add up in float32 at least."""
+    """Gather rows [S, D] of tokens by sorted choice: row s is of token order[s] // top_k; gradients add up in float32 at least."""
     rows_SD: Tensor = _GatherChoices.apply(x_RD, order_S, top_k)
     return rows_SD
 
 
 def combine_choices(rows_SD: Tensor, order_S: Tensor, weights_RK: Tensor) -> Tensor:
-    """Each token's rows, found by `order`, added up by weight: [R, D]; a choice without a row adds nothing."""
+    """Sum each token's rows, found by `order`, by weight: [R, D]; a choice without a row adds nothing."""
     y_RD: Tensor = _CombineChoices.apply(rows_SD, order_S, weights_RK)
     return y_RD
 
 
 def reorder_rows(rows_SD: Tensor, order_S: Tensor) -> Tensor:
-    """rows[order], for an order that names each row once."""
+    """Permute rows: rows[order], for an order that names each row once."""
     ordered_SD: Tensor = _Reorder.apply(rows_SD, order_S)
     return ordered_SD
 
@@ -248,7 +251,7 @@ class _Reorder(torch.autograd.Function):
 
 
 def _sum_by_token(rows_SD: Tensor, order_S: Tensor, weights_RK: Tensor | None, shape_RK: tuple[int, int]) -> Tensor:
-    """Choice by choice in a fixed order, so that sums do not depend on chance."""
+    """Sum choice by choice in a fixed order, so that results are reproducible."""
     tokens, top_k = shape_RK
     wide = torch.promote_types(rows_SD.dtype, torch.float32)
     total_RD = torch.zeros(tokens, rows_SD.shape[1], dtype=wide, device=rows_SD.device)

@@ -1,4 +1,4 @@
-"""What the ranks of a context group tell each other while each computes its segments of every row.
+"""Context parallelism: what ranks exchange while each computes its segments of every row.
 
 A recurrence needs the state that the tokens before a segment leave behind, and no more: each rank scans its segments from
 zero, gives their last states and total decays to all, and every rank composes the states that enter its own. That is one
@@ -22,7 +22,7 @@ from model.segments import Segments
 
 @torch.compiler.disable
 def receive_windows(inputs_RLC: Tensor, width: int, segments: Segments, groups: ProcessGroupCollection) -> Tensor:
-    """The `width` inputs just before each of this rank's segments, [R, width, C], from those of all segments [R, L, C].
+    """Receive the `width` inputs before each of this rank's segments: [R, width, C], from inputs [R, L, C] of all segments.
 
     Segments are rows, as `Segments.as_rows` makes them. Zeros for inputs of another document than the segment's first
     token, which a causal convolution must not see. A rank sends R width C numbers, to its neighbours. Raises ValueError
@@ -43,7 +43,7 @@ def receive_windows(inputs_RLC: Tensor, width: int, segments: Segments, groups: 
 
 @torch.compiler.disable
 def receive_states(final_B2HKV: Tensor, transfer: Tensor, segments: Segments, groups: ProcessGroupCollection) -> Tensor:
-    """The state that enters each of this rank's segments, [B, 2, H, K, V], from what every segment does to states.
+    """Compute the state that enters each of this rank's segments, [B, 2, H, K, V], from what every segment does to states.
 
     final [B, 2, H, K, V] is the state after a segment that began with zero, transfer what the segment does to an
     entering state: a factor [B, 2, H], a factor a row [B, 2, H, K], or a matrix [B, 2, H, K, K] to its left; 0 where its
@@ -55,13 +55,13 @@ def receive_states(final_B2HKV: Tensor, transfer: Tensor, segments: Segments, gr
 
 @torch.compiler.disable
 def gather_rows(parts_CBTX: Tensor, segments: Segments, groups: ProcessGroupCollection) -> Tensor:
-    """Whole rows from every rank's segments: [C, B, T / ranks, ...] -> [C, B, T, ...]; backward sums the ranks' gradients."""
+    """Gather whole rows from all ranks' segments: [C, B, T / ranks, ...] -> [C, B, T, ...]; backward sums gradients."""
     rows_CBTX: Tensor = _GatherRows.apply(parts_CBTX, segments, groups.cp)
     return rows_CBTX
 
 
 class _ReceiveTails(torch.autograd.Function):
-    """Segment z + 1 gets the tail of segment z, which lies on a neighbouring rank, or on the same at the row's middle."""
+    """Gives segment z + 1 the tail of segment z, which lies on a neighbouring rank, or on the same one at the row's middle."""
 
     @staticmethod
     def forward(ctx: Any, tails_B2WC: Tensor, segments: Segments, group: Any) -> Tensor:
@@ -84,7 +84,7 @@ def _is_middle(segments: Segments) -> bool:
 
 
 def _swap_with_neighbours(to_lower: Tensor, to_higher: Tensor, segments: Segments, group: Any) -> tuple[Tensor, Tensor]:
-    """Send one tensor to the rank before and one to the rank after; what those sent, zeros where there is no such rank."""
+    """Send one tensor to the previous rank and one to the next; returns what those sent, zeros where there is no rank."""
     rank, num_ranks = segments.rank, segments.num_ranks
     neighbours = {rank - 1: to_lower, rank + 1: to_higher}
     counts = [to_lower.numel() if other in neighbours else 0 for other in range(num_ranks)]
@@ -99,7 +99,7 @@ def _swap_with_neighbours(to_lower: Tensor, to_higher: Tensor, segments: Segment
 
 
 class _ReceiveStates(torch.autograd.Function):
-    """Forward walks the segments from the row's start, backward from its end; either after one all-gather.
+    """Composes states over the segments, from the row's start forward and from its end backward, after one all-gather each.
 
     With S_z the state entering segment z and F_z the one after it, F_z = P_z S_z + final_z, and S_(z+1) is F_z where
     the document goes on, else 0. Kept for backward: this rank's S and everyone's transfers P.
@@ -149,14 +149,14 @@ class _ReceiveStates(torch.autograd.Function):
 
 
 def _pass_through(transfer: Tensor, state_BHKV: Tensor) -> Tensor:
-    """What a segment makes of a state: transfer [B, H], [B, H, K] or [B, H, K, K]."""
+    """Apply a segment's transfer, [B, H], [B, H, K] or [B, H, K, K], to a state."""
     if transfer.dim() == 4:
         return transfer @ state_BHKV
     return transfer.view(*transfer.shape, *[1] * (4 - transfer.dim())) * state_BHKV
 
 
 def _stop_at_documents(state_BHKV: Tensor, number: int, segments: Segments) -> Tensor:
-    """What crosses the border before segment `number`; after the row's last segment nothing is left to reach."""
+    """Zero the state where a document ends before segment `number`; after the row's last segment it is zero."""
     if number == segments.count:
         return torch.zeros_like(state_BHKV)
     goes_on_B = segments.continues_BZ[:, number].view(-1, 1, 1, 1)

@@ -1,4 +1,4 @@
-"""The process groups that a model is built on, as one object that is passed down."""
+"""Process groups that a model is built on, as one object that is passed down."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ AXES = ["tp", "pp", "mp", "cp", "tp_cp", "ep", "expt_tp", "expt_dp", "tp_ep", "d
 
 
 class ProcessGroupCollection(process_groups_config.ProcessGroupCollection):
-    """Megatron-core's groups, and whether the tokens between blocks are cut over the tensor ranks.
+    """Megatron-core's groups, and whether tokens between blocks are sharded over the tensor ranks.
 
     `tp` tensor, `ep` expert, `expt_tp` tensor inside experts, `expt_dp` data of experts, `cp` context, `pp` pipeline,
     `dp` data, `dp_cp` data x context (all ranks whose dense gradients are summed), `mp` tensor x pipeline, `tp_cp`
@@ -20,17 +20,17 @@ class ProcessGroupCollection(process_groups_config.ProcessGroupCollection):
 
 
 class SingleRankGroup:
-    """A group of this process alone: what blocks ask of a process group, without torch.distributed."""
+    """A group of this process alone, with what blocks ask of a process group and without torch.distributed."""
 
     def size(self) -> int:
-        """Ranks in the group."""
+        """Number of ranks in the group."""
         return 1
 
     def rank(self) -> int:
-        """This process's place in the group."""
+        """This process's rank in the group."""
         return 0
 
 
 def single_rank_groups() -> ProcessGroupCollection:
-    """Groups of size 1 on every axis; needs no initialised process group. Any rank may call it alone."""
+    """Build groups of size 1 on every axis; needs no initialised process group. Any rank may call it alone."""
     return ProcessGroupCollection(**dict.fromkeys(AXES, SingleRankGroup()))

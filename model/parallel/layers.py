@@ -1,4 +1,4 @@
-"""Linear and embedding layers on Megatron-core's parallel ones: same weights, own initialisation, free at size 1.
+"""Linear and embedding layers on Megatron-core's parallel ones, with our initial values and no cost on one rank.
 
 Megatron's layer holds the weight that this rank's part of the work needs, and the product is ours; the collectives stand
 where a block enters and leaves its tensor-parallel part (`model/parallel/regions.py`), once for all layers inside. A layer holds
@@ -29,7 +29,7 @@ def _megatron_settings() -> ModelParallelConfig:
 
 
 def _leave_alone(_: Tensor) -> None:
-    """First values come from model/init.py."""
+    """Initialise nothing: initial values come from model/init.py."""
 
 
 def _drop_extra_state(layer: nn.Module) -> None:
@@ -38,7 +38,7 @@ def _drop_extra_state(layer: nn.Module) -> None:
 
 
 class ColumnLinear(megatron_layers.ColumnParallelLinear):
-    """y = x W^T with the rows of W cut over the tensor-parallel ranks: [..., in] -> [..., out of this rank].
+    """y = x W^T with the rows of W sharded over the tensor-parallel ranks: [..., in] -> [..., out of this rank].
 
     `segments` are the whole row counts of the matrices stacked in W, `units` what cannot be cut in each (see `ShardSpec`).
     Its input comes from `enter_tensor_region`; `project_stream` enters and multiplies, once for all layers that read it.
@@ -73,12 +73,12 @@ class ColumnLinear(megatron_layers.ColumnParallelLinear):
         _drop_extra_state(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out of this rank]."""
+        """Multiply x [..., in] -> [..., out of this rank]."""
         return linear(x, self.weight)
 
 
 class RowLinear(megatron_layers.RowParallelLinear):
-    """This rank's part of y = x W^T with the columns of W cut over the tensor-parallel ranks: [..., in of this rank] -> [..., out].
+    """This rank's part of y = x W^T, the columns of W sharded over the tensor-parallel ranks: [..., in of this rank] -> [..., out].
 
     The parts are summed by `leave_tensor_region`.
     """
@@ -102,12 +102,12 @@ class RowLinear(megatron_layers.RowParallelLinear):
         _drop_extra_state(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in of this rank] -> [..., out], a part of the sum over ranks."""
+        """Multiply x [..., in of this rank] -> [..., out], one addend of the sum over ranks."""
         return linear(x, self.weight)
 
 
 class VocabEmbedding(megatron_layers.VocabParallelEmbedding):
-    """Rows of a table [V, D] by token, the vocabulary cut over the tensor-parallel ranks: ids [B, T] -> the stream [B, T, D].
+    """Embedding table [V, D], the vocabulary sharded over the tensor-parallel ranks: ids [B, T] -> the stream [B, T, D].
 
     Under sequence parallel the stream has this rank's share of the tokens. Every rank of `groups.tp` must call.
     """
@@ -126,7 +126,7 @@ class VocabEmbedding(megatron_layers.VocabParallelEmbedding):
         self.shards = {"weight": Shard((ShardSpec(0, "tp", (vocab_size,)),))}
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
-        """Token ids [B, T] -> [B, T, D]."""
+        """Look up token ids [B, T] -> [B, T, D]."""
         if self.is_single_rank:
             return functional.embedding(tokens_BT, self.weight)
         rows: Tensor = super().forward(tokens_BT)
@@ -135,7 +135,7 @@ class VocabEmbedding(megatron_layers.VocabParallelEmbedding):
 
 
 def stream_shard(groups: ProcessGroupCollection) -> Shard:
-    """The place of a whole weight that reads the stream between blocks: under sequence parallel each rank sees its tokens."""
+    """Shard of a replicated weight that reads the stream: under sequence parallelism each rank sees only its tokens."""
     return Shard(partial=("tp",)) if groups.sequence_parallel else REPLICATED
 
 
@@ -148,7 +148,7 @@ class Linear(nn.Module):
         self.shards = {"weight": stream_shard(groups)}
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out]."""
+        """Multiply x [..., in] -> [..., out]."""
         return linear(x, self.weight)
 
 
@@ -163,19 +163,19 @@ class RMSNorm(nn.Module):
         self.backend = backend
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., size] -> the same shape, in the dtype of x."""
+        """Normalise x [..., size], keeping shape and dtype."""
         y: Tensor = rms_norm(x, self.weight, self.epsilon, backend=self.backend)
         return y
 
     def add(self, delta: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """(norm(delta + residual), delta + residual) in one pass over memory, in the dtype of the residual."""
+        """Compute (norm(delta + residual), delta + residual) in one pass over memory, in the dtype of the residual."""
         delta = delta.to(residual.dtype)
         y, total = rms_norm(delta, self.weight, self.epsilon, residual=residual, backend=self.backend)
         return y, total
 
 
 class Float32Buffers(nn.Module):
-    """A module whose buffers keep their float32 when its parameters are cast; they do move between devices."""
+    """A module whose buffers stay float32 when its parameters are cast; they do move between devices."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float32Buffers:
         kept = dict(self._buffers)

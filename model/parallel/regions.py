@@ -1,4 +1,4 @@
-"""Where a stream of tokens enters and leaves the part of a block that tensor-parallel ranks compute together.
+"""Tensor and sequence parallelism: how the stream enters and leaves what tensor-parallel ranks compute together.
 
 Between blocks every rank of `groups.tp` has the stream alike, [B, T, D], or under sequence parallel its share of the
 tokens, [B, T / ranks, D] (Korthikanti et al. 2022, arXiv 2205.05198, section 4.2). Inside, every rank has all tokens and a
@@ -20,14 +20,14 @@ from model.parallel.groups import ProcessGroupCollection
 
 
 def enter_tensor_region(x_BTD: Tensor, groups: ProcessGroupCollection) -> Tensor:
-    """The stream with all tokens on every rank; backward sums the ranks' gradients, each a part of the whole."""
+    """Give every rank the stream with all tokens; backward sums the ranks' gradients, each a part of the whole."""
     if groups.tp.size() > 1 and groups.sequence_parallel:
         return _gather(x_BTD, groups.tp)
     return sum_gradients(x_BTD, groups)
 
 
 def project_stream(x_BTD: Tensor, weights: Sequence[Tensor], groups: ProcessGroupCollection) -> tuple[Tensor, ...]:
-    """Enter the region and multiply: x W^T of all tokens for each weight [out of this rank, D] -> [B, T, out].
+    """Enter the region and project: x W^T of all tokens for each weight [out of this rank, D] -> [B, T, out].
 
     Under sequence parallel backward gathers the tokens again, so that what is kept for it is this rank's share.
     """
@@ -56,7 +56,7 @@ class _ProjectGathered(torch.autograd.Function):
 
 
 def _gather(own_BTD: Tensor, group: Any, *, gradients_are_parts: bool = True) -> Tensor:
-    """All tokens from every rank; backward keeps this rank's tokens of the gradient, summed over ranks where each has a part."""
+    """All-gather tokens; backward keeps this rank's tokens of the gradient, summed over ranks where each has a part."""
     gathered_TBD: Tensor = mappings.gather_from_sequence_parallel_region(
         own_BTD.transpose(0, 1), tensor_parallel_output_grad=gradients_are_parts, group=group
     )
@@ -69,21 +69,21 @@ def _reduce_scatter(part_BTD: Tensor, group: Any) -> Tensor:
 
 
 def leave_tensor_region(part_BTD: Tensor, groups: ProcessGroupCollection) -> Tensor:
-    """The sum of what the ranks computed, as the stream: all tokens, or under sequence parallel this rank's."""
+    """Sum what the ranks computed into the stream: all tokens, or under sequence parallelism this rank's."""
     if groups.tp.size() > 1 and groups.sequence_parallel:
         return _reduce_scatter(part_BTD, groups.tp)
     return _reduce(part_BTD, groups)
 
 
 def gather_stream(x_BTD: Tensor, groups: ProcessGroupCollection) -> Tensor:
-    """The stream with all tokens for a computation that every rank does alike and whole; backward keeps this rank's part."""
+    """Give every rank the stream with all tokens for a replicated computation; backward keeps this rank's part."""
     if groups.tp.size() == 1 or not groups.sequence_parallel:
         return x_BTD
     return _gather(x_BTD, groups.tp, gradients_are_parts=False)
 
 
 def sum_gradients(weight: Tensor, groups: ProcessGroupCollection) -> Tensor:
-    """A tensor that all ranks hold alike, used by each for a part of the work: backward sums the parts."""
+    """Use a replicated tensor for a part of the work: identity forward, all-reduce of the gradient backward."""
     if groups.tp.size() == 1:
         return weight
     same: Tensor = mappings.copy_to_tensor_model_parallel_region(weight, group=groups.tp)
@@ -91,7 +91,7 @@ def sum_gradients(weight: Tensor, groups: ProcessGroupCollection) -> Tensor:
 
 
 def sum_parts(part: Tensor, groups: ProcessGroupCollection) -> Tensor:
-    """The sum over the ranks of a tensor that each goes on with in its own way; backward sums the gradients too."""
+    """Sum partial results that each rank then uses in its own way: all-reduce forward and backward."""
     return sum_gradients(_reduce(part, groups), groups)
 
 
@@ -104,7 +104,7 @@ def _reduce(part: Tensor, groups: ProcessGroupCollection) -> Tensor:
 
 
 def scatter_tokens(x_BTD: Tensor, groups: ProcessGroupCollection) -> Tensor:
-    """This rank's share of the stream's tokens, [B, T / ranks, D], for work that ranks divide by token.
+    """Take this rank's share of the stream's tokens, [B, T / ranks, D], for work that ranks divide by token.
 
     Under sequence parallel the stream is that already. Backward gathers the shares' gradients. Raises ValueError where
     the ranks do not divide T.
@@ -122,14 +122,14 @@ def scatter_tokens(x_BTD: Tensor, groups: ProcessGroupCollection) -> Tensor:
 
 
 def gather_tokens(own_BTD: Tensor, groups: ProcessGroupCollection) -> Tensor:
-    """The stream again, from every rank's share of its tokens; backward keeps this rank's part of the gradient."""
+    """Gather every rank's share of the tokens into the stream; backward keeps this rank's part of the gradient."""
     if groups.tp.size() == 1 or groups.sequence_parallel:
         return own_BTD
     return _gather(own_BTD, groups.tp, gradients_are_parts=False)
 
 
 def slice_tokens(alike_BTX: Tensor, groups: ProcessGroupCollection) -> Tensor:
-    """This rank's tokens of what all ranks computed alike from `gather_stream`, in the order of `scatter_tokens`.
+    """Slice this rank's tokens out of a replicated result of `gather_stream`, in the order of `scatter_tokens`.
 
     In backward every rank gets what it needs to go on alike: from the others' shares without sequence parallel; with it,
     `gather_stream` keeps this rank's part alone.

@@ -1,4 +1,4 @@
-"""How a parameter is cut over ranks: the one source for first values, checkpoints, norms and gradients."""
+"""Sharding of parameters: the one source for initial values, checkpoints, norms and gradients."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Axis = Literal["tp", "expt_tp", "ep", "embd"]
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """How one dimension of a whole parameter is cut over the ranks of a group: each segment by itself.
+    """Sharding of one dimension of a parameter over the ranks of a group, each of its segments by itself.
 
     `segments` are the whole sizes of the parts that stand one after the other along `dim` (a gate and an up matrix, say);
     each rank holds its slice of every segment. `units` counts what cannot be cut in each segment (key-value heads, groups
@@ -29,7 +29,7 @@ class ShardSpec:
     units: tuple[int, ...] = ()
 
     def slices(self, size: int) -> tuple[int, ...]:
-        """In how many different slices `size` ranks hold each segment; rank r holds number r * slices // size."""
+        """Number of different slices into which `size` ranks cut each segment; rank r holds number r * slices // size."""
         units = self.units or self.segments
         for number in units:
             assert number % size == 0 or size % number == 0, f"{size} ranks cannot share {number} units of {self}"
@@ -40,7 +40,7 @@ class ShardSpec:
         return tuple(segment // slices for segment, slices in zip(self.segments, self.slices(size)))
 
     def shard(self, whole: Tensor, rank: int, size: int) -> Tensor:
-        """What `rank` of `size` holds of a tensor that is whole along `dim`."""
+        """Cut out what `rank` of `size` holds of a tensor that is whole along `dim`."""
         pieces = whole.split(list(self.segments), dim=self.dim)
         own = [
             piece.chunk(slices, dim=self.dim)[rank * slices // size] for piece, slices in zip(pieces, self.slices(size))
@@ -48,7 +48,7 @@ class ShardSpec:
         return torch.cat(own, dim=self.dim)
 
     def unshard(self, parts: Sequence[Tensor]) -> Tensor:
-        """The tensor whole along `dim` from the parts of all ranks of the axis, in rank order; of copies the first."""
+        """Join the parts of all ranks of the axis, in rank order, to the tensor whole along `dim`; of copies the first counts."""
         size = len(parts)
         pieces = [part.split(list(self.local_segments(size)), dim=self.dim) for part in parts]
         columns = [
@@ -60,7 +60,7 @@ class ShardSpec:
 
 @dataclass(frozen=True)
 class Shard:
-    """A parameter's place among the ranks: `cuts`, of different dimensions over different axes, and else replicated.
+    """A parameter's sharding: `cuts` of different dimensions over different axes; replicated over all other axes.
 
     `partial` names the axes over whose ranks the gradient of a replicated parameter is only a part: it must be summed
     over them before it is one (a norm of sequence-parallel tokens, or over `embd` a tied embedding that the first and the
@@ -77,14 +77,14 @@ class Shard:
         return any(cut.axis == "ep" for cut in self.cuts)
 
     def shard(self, whole: Tensor, groups: ProcessGroupCollection) -> Tensor:
-        """The part of a whole tensor that this rank holds."""
+        """Cut out the part of a whole tensor that this rank holds."""
         for cut in self.cuts:
             group = getattr(groups, cut.axis)
             whole = cut.shard(whole, group.rank(), group.size())
         return whole
 
     def whole_shape(self, part_shape: Sequence[int]) -> tuple[int, ...]:
-        """The shape of the whole parameter, from that of any rank's part."""
+        """Shape of the whole parameter, from that of any rank's part."""
         shape = list(part_shape)
         for cut in self.cuts:
             shape[cut.dim] = sum(cut.segments)
@@ -95,7 +95,7 @@ REPLICATED = Shard()
 
 
 def parameter_shards(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Shard]]:
-    """Every parameter of the model with its global name and how it is cut; a tied parameter comes once."""
+    """Iterate over the parameters of a model: global name, parameter and sharding; a tied parameter comes once."""
     seen: set[int] = set()
     for module_name, module in model.named_modules():
         shards: dict[str, Shard] = getattr(module, "shards", {})
@@ -110,7 +110,7 @@ _GROUPS = {"tensor": "tp", "expert_tensor": "expt_tp", "expert": "ep"}
 
 
 def divide(total: int, groups: ProcessGroupCollection, name: str, *, axis: str = "tensor") -> int:
-    """This rank's share of `total`. Raises ValueError where the ranks of the axis do not divide it."""
+    """Divide `total` by the ranks of an axis. Raises ValueError where they do not divide it."""
     size: int = getattr(groups, _GROUPS[axis]).size()
     if total % size:
         raise ValueError(f"parallel.{axis}={size} must divide {name}={total}; use a divisor of {total}")
@@ -118,7 +118,7 @@ def divide(total: int, groups: ProcessGroupCollection, name: str, *, axis: str =
 
 
 def divide_units(total: int, groups: ProcessGroupCollection, name: str) -> int:
-    """This rank's number of `total` key-value heads or groups, one where tensor ranks outnumber them.
+    """Number of `total` key-value heads or groups that this rank holds, one where tensor ranks outnumber them.
 
     Raises ValueError where neither number divides the other.
     """

@@ -1,4 +1,4 @@
-"""Saving while training goes on: the step waits for a copy in memory, a thread writes and commits it."""
+"""Background saving: the step waits for a copy in memory, and a thread writes and commits it while training goes on."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class BackgroundSaver:
         identities: dict[str, str],
         keep_last: int,
     ) -> SavedCheckpoint | None:
-        """Copy the state as it is now and begin to write it; returns the save before, if one was pending.
+        """Copy the state and start writing it; returns the previous save, if one was pending.
 
         Waits for the save before, so that memory holds one copy at most. Arguments as for `save_checkpoint`.
         """
@@ -71,7 +71,7 @@ class BackgroundSaver:
         return finished
 
     def wait(self) -> SavedCheckpoint | None:
-        """Return when nothing is being written any more: the save that was pending, or None.
+        """Wait until nothing is being written: returns the save that was pending, or None.
 
         Raises RuntimeError when that save failed.
         """
@@ -79,13 +79,13 @@ class BackgroundSaver:
         return None if pending is None else pending.result()
 
     def close(self) -> None:
-        """Let a pending save end, well or badly; for the way out of a run that failed itself."""
+        """Let a pending save end, successfully or not; for the way out of a run that failed itself."""
         if self.pending is not None:
             wait_for([self.pending])
 
 
 def copy_snapshot(snapshot: Snapshot, memory: dict[str, Tensor]) -> Snapshot:
-    """The same values on the CPU in memory that no later step touches.
+    """Copy a snapshot to CPU memory that no later step touches.
 
     `memory`: tensors of an earlier copy, overwritten where they fit; new pages cost several times the copy itself.
     """

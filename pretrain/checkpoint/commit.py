@@ -1,4 +1,4 @@
-"""Making a checkpoint appear at once or not at all: agreement of the ranks, renames, the `latest` hint, pruning."""
+"""Atomic commits of checkpoints: renames, the `latest` hint, marks and pruning."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class RankFailure:
 
     @contextmanager
     def caught(self) -> Iterator[None]:
-        """Turn an error of the machine or of the values into text; later blocks are the caller's to skip."""
+        """Keep an error of the machine or of the values as text; later blocks are the caller's to skip."""
         try:
             yield
         except OSError as error:
@@ -42,12 +42,12 @@ class RankFailure:
 
 
 def checkpoint_name(step: int) -> str:
-    """Folder name of a step."""
+    """Folder name of a step's checkpoint."""
     return f"step-{step:08d}"
 
 
 def list_checkpoints(checkpoints_dir: Path) -> list[Path]:
-    """Folders that are checkpoints by name, newest step first, a replaced one behind its successor."""
+    """List the folders that are checkpoints by name, newest step first, a replaced one behind its successor."""
     if not checkpoints_dir.is_dir():
         return []
     found = []
@@ -93,23 +93,23 @@ def discard(checkpoint_dir: Path) -> list[str]:
 
 
 def is_marked(checkpoint_dir: Path) -> bool:
-    """Whether pruning leaves a checkpoint alone."""
+    """Whether pruning must leave a checkpoint alone."""
     return (checkpoint_dir / MARK_NAME).exists()
 
 
 def mark(checkpoint_dir: Path) -> None:
-    """Keep a checkpoint for good; any file of the mark's name does the same."""
+    """Mark a checkpoint to be kept for good; any file of the mark's name does the same."""
     (checkpoint_dir / MARK_NAME).touch()
     sync(checkpoint_dir)
 
 
 def release(checkpoint_dir: Path) -> None:
-    """Let pruning have a checkpoint again."""
+    """Unmark a checkpoint, so that pruning may remove it."""
     (checkpoint_dir / MARK_NAME).unlink(missing_ok=True)
 
 
 def check_free_space(checkpoints_dir: Path, needed_bytes: int) -> None:
-    """RuntimeError when the disk below the folder has less room than a save needs."""
+    """Raise RuntimeError when the disk below the folder has less room than a save needs."""
     free_bytes = shutil.disk_usage(checkpoints_dir).free
     if free_bytes < needed_bytes:
         raise RuntimeError(
@@ -120,7 +120,7 @@ def check_free_space(checkpoints_dir: Path, needed_bytes: int) -> None:
 
 @dataclass(frozen=True)
 class SavedCheckpoint:
-    """A checkpoint that stands, and what went wrong around it without harm (on rank 0 alone)."""
+    """A checkpoint that is complete, and what went wrong around it without harm (on rank 0 alone)."""
 
     path: Path
     remarks: tuple[str, ...] = ()
@@ -132,7 +132,7 @@ class SavedCheckpoint:
 
 
 def commit(temporary_dir: Path, manifest: dict[str, Any]) -> SavedCheckpoint:
-    """Turn a written temporary folder into the checkpoint of its step, durably. Rank 0 calls it, after all have acked.
+    """Turn a written temporary folder into the checkpoint of its step, durably. Rank 0 calls it, after all have reported.
 
     Order: manifest in place (written aside, fsync, rename), folder renamed, parent fsync'ed, `latest` renamed. Killed
     anywhere in between, the folder is either not a checkpoint or a whole one. A checkpoint of the same step steps
@@ -196,7 +196,7 @@ def prune(checkpoints_dir: Path, step: int, keep_last: int) -> list[str]:
 
 
 def examine_latest(checkpoints_dir: Path, chosen: Path) -> str | None:
-    """What is odd about the `latest` hint, given the checkpoint that verification chose; None when it agrees."""
+    """Describe what is odd about the `latest` hint, given the checkpoint that verification chose; None when it agrees."""
     path = checkpoints_dir / LATEST_NAME
     try:
         text = path.read_text(encoding="utf-8").strip()

@@ -1,4 +1,4 @@
-"""What may differ between a checkpoint and the run that resumes from it, and the refusal of everything else."""
+"""Rules of resuming: what may differ between a checkpoint and the run that resumes from it; everything else is refused."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ GUARDED_BY_DATA_STATE = "dataset"
 
 
 def digest_config(config: RunConfig) -> str:
-    """SHA-256 of the resolved configuration, written with sorted keys."""
+    """Hash the resolved configuration: SHA-256 of its JSON with sorted keys."""
     text = json.dumps(config.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def flatten_settings(section: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested settings as dotted names; items of a list carry their number."""
+    """Flatten nested settings to dotted names; items of a list carry their number."""
     if isinstance(section, dict):
         items = [(str(key), value) for key, value in section.items()]
     elif isinstance(section, list) and section and isinstance(section[0], dict):
@@ -82,7 +82,7 @@ def may_change(name: str) -> bool:
 
 
 def complete_settings(saved: dict[str, Any]) -> dict[str, Any]:
-    """A saved configuration with the defaults of fields that came into being after it was saved.
+    """Fill a saved configuration with the defaults of fields that were added after it was saved.
 
     Raises ValueError when this program no longer understands it.
     """
@@ -98,14 +98,14 @@ def complete_settings(saved: dict[str, Any]) -> dict[str, Any]:
 
 
 def compare_settings(saved: dict[str, Any], current: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Dotted names whose values differ: name -> (saved, current); a missing one shows as None."""
+    """Compare settings: dotted names whose values differ -> (saved, current); a missing one shows as None."""
     before, now = flatten_settings(saved), flatten_settings(current)
     names = sorted(before.keys() | now.keys())
     return {name: (before.get(name), now.get(name)) for name in names if before.get(name) != now.get(name)}
 
 
 def stage_faults(saved: RunConfig, current: RunConfig, steps_done: int) -> list[str]:
-    """How stages that have begun differ: all of a finished one must stay, of the present one all but its end."""
+    """List how stages that have begun differ: a finished one must stay as it was, the present one may move its end."""
     begun = [stage for stage in resolve_stages(saved) if stage.first_step < steps_done]
     now = resolve_stages(current)
     faults = []

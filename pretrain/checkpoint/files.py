@@ -1,4 +1,4 @@
-"""The files of a checkpoint: safetensors written while hashing, a manifest that guards itself, and their verification."""
+"""Files of a checkpoint: safetensors hashed while written, a manifest that guards itself, and their verification."""
 
 from __future__ import annotations
 
@@ -49,19 +49,19 @@ DTYPE_NAMES = {
 
 @dataclass(frozen=True)
 class FileEntry:
-    """What the manifest knows of a file: its size and the SHA-256 of its bytes."""
+    """A file as the manifest lists it: its size and the SHA-256 of its bytes."""
 
     num_bytes: int
     sha256: str
 
 
 def rank_file_name(rank: int) -> str:
-    """Name of the file that this rank writes."""
+    """Name of the file that a rank writes."""
     return f"rank-{rank:05d}.safetensors"
 
 
 def encode_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """The head of a safetensors file: length, then JSON with dtype, shape and byte range of each tensor in order."""
+    """Encode the head of a safetensors file: length, then JSON with dtype, shape and byte range of each tensor in order."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
     for key, tensor in tensors.items():
@@ -78,13 +78,13 @@ def encode_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) ->
 
 
 def measure_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
-    """Bytes that `write_tensors` will write."""
+    """Compute the bytes that `write_tensors` will write."""
     data_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     return len(encode_header(tensors, metadata)) + data_bytes
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor, without a copy when it is contiguous and on the CPU."""
+    """View the bytes of a tensor, without a copy when it is contiguous and on the CPU."""
     array: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return memoryview(array)
 
@@ -119,7 +119,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Put a small file in place at once: the old content or the new one is there after a crash, never a part."""
+    """Replace a small file atomically: after a crash the old content or the new one is there, never a part."""
     temporary = path.with_name(path.name + ".tmp")
     with named(temporary), temporary.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -130,14 +130,14 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def encode_manifest(body: Mapping[str, Any]) -> str:
-    """JSON text of a manifest that carries the SHA-256 of itself (computed with 64 zeros in that place)."""
+    """Encode a manifest as JSON that carries its own SHA-256 (computed with 64 zeros in that place)."""
     document = {"format": FORMAT, "format_version": FORMAT_VERSION, "sha256": NO_DIGEST, **body}
     text = json.dumps(document, indent=1) + "\n"
     return text.replace(NO_DIGEST, hashlib.sha256(text.encode()).hexdigest(), 1)
 
 
 def read_manifest(checkpoint_dir: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint, proved unchanged since it was written.
+    """Read the manifest of a checkpoint and verify its own digest.
 
     Raises RuntimeError that names the file and what is wrong: absent, not JSON, another format or version, a digest
     that does not match, or the step of another folder.
@@ -188,7 +188,7 @@ def check_manifest(checkpoint_dir: Path, manifest: dict[str, Any]) -> None:
 
 
 def upgrade_manifest(manifest: dict[str, Any]) -> dict[str, Any]:
-    """What version 1 says, in the words of version 2: every parameter was whole, and rank 0 wrote the buffers."""
+    """Convert a manifest of version 1 to version 2: every parameter was whole, and rank 0 wrote the buffers."""
     upgraded = {key: value for key, value in manifest.items() if key != "fragments"}
     upgraded["shards"] = {
         name: [{"where": {}, "coordinates": {}, "ranges": ranges}] for name, ranges in manifest["fragments"].items()
@@ -199,7 +199,7 @@ def upgrade_manifest(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def verify_file(checkpoint_dir: Path, name: str, entry: Mapping[str, Any]) -> str | None:
-    """Read one file of a checkpoint and say what is wrong with it, or None.
+    """Verify one file of a checkpoint: returns what is wrong with it, or None.
 
     Compares size and SHA-256 with the manifest's entry; then refuses a NaN or an infinity in any float tensor.
     """
@@ -229,7 +229,7 @@ def verify_file(checkpoint_dir: Path, name: str, entry: Mapping[str, Any]) -> st
 
 
 def find_foreign_files(checkpoint_dir: Path, manifest: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Files in the folder that the manifest does not list: (tensor files, which are a fault; others, worth a word)."""
+    """List files that the manifest does not: (tensor files, which are a fault; others, which deserve a warning)."""
     known = {MANIFEST_NAME, MARK_NAME, *manifest["files"]}
     foreign = sorted(entry.name for entry in checkpoint_dir.iterdir() if entry.name not in known)
     tensor_files = [name for name in foreign if name.endswith(".safetensors")]
@@ -237,7 +237,7 @@ def find_foreign_files(checkpoint_dir: Path, manifest: Mapping[str, Any]) -> tup
 
 
 def verify_checkpoint(checkpoint_dir: Path) -> tuple[dict[str, Any] | None, list[str]]:
-    """Read everything in a checkpoint: its manifest (None when that is broken) and all problems found."""
+    """Verify all of a checkpoint: returns its manifest (None when that is broken) and all problems found."""
     try:
         manifest = read_manifest(checkpoint_dir)
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""What each rank holds of the optimizer's state, in DeepSpeed's words and in ours: ranges of named parameters."""
+"""The optimizer's state on one rank, translated between DeepSpeed's flat tensors and ranges of named parameters."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ GROUP_SETTINGS = ("lr", "initial_lr", "betas", "eps", "weight_decay")
 
 @dataclass(frozen=True)
 class Span:
-    """A contiguous range of one flattened parameter and where it lies in a flat master tensor."""
+    """A contiguous range of one flattened parameter, and its place in a flat master tensor."""
 
     name: str
     start: int
@@ -37,7 +37,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Part:
-    """One tensor that the optimizer steps (float32 master weights) with the parameter ranges inside it.
+    """One float32 master tensor that the optimizer steps, with the parameter ranges inside it.
 
     `data_ranks`: the global ranks that hold the same shards of parameters, over which ZeRO spreads them. `replicated`:
     it spreads nothing, every one of them holds the same part (ZeRO 0).
@@ -76,7 +76,7 @@ class Fragment:
 
 
 def parameter_shape(parameter: Tensor) -> tuple[int, ...]:
-    """Shape of a parameter, also where ZeRO 3 has taken its data away."""
+    """Shape of a parameter, also where ZeRO-3 has partitioned its data away."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
@@ -105,7 +105,7 @@ def name_groups(optimizer: torch.optim.Adam) -> list[str]:
 
 
 def list_parts(engine: Any) -> list[Part]:
-    """The parts of the optimizer's state on this rank, for every wrapper that DeepSpeed may choose.
+    """List the parts of the optimizer's state on this rank, for every wrapper that DeepSpeed may choose.
 
     `engine` is a `deepspeed.DeepSpeedEngine`. No communication. Asserts that each trainable parameter belongs to the
     optimizer, because one left out would be lost without a word.
@@ -187,7 +187,7 @@ def list_ranks(process_group: Any) -> tuple[int, ...]:
 
 
 def collect_fragments(engine: Any, parts: Sequence[Part]) -> list[Fragment]:
-    """Views (no copies) of all parameter state on this rank, from the parts of `list_parts`.
+    """Collect views (no copies) of all parameter state on this rank, from the parts of `list_parts`.
 
     A part that was never stepped has no moments yet; it gets zeros and step 0, which is what AdamW will start from.
     """
@@ -213,7 +213,7 @@ def collect_fragments(engine: Any, parts: Sequence[Part]) -> list[Fragment]:
 
 
 def collect_group_settings(engine: Any) -> dict[str, dict[str, Any]]:
-    """Hyper-parameters of the parameter groups by label, as JSON can hold them."""
+    """Collect the hyper-parameters of the parameter groups by label, as JSON can hold them."""
     optimizer = base_optimizer(engine)
     settings: dict[str, dict[str, Any]] = {}
     for name, group in zip(name_groups(optimizer), optimizer.param_groups, strict=True):
@@ -237,7 +237,7 @@ def restore_group_settings(engine: Any, settings: dict[str, dict[str, Any]]) -> 
 
 
 def create_state(engine: Any, part: Part, optimizer_step: int) -> dict[str, Tensor]:
-    """Give a part the optimizer state of a given step with zero moments, and return flat views to fill, by kind.
+    """Create the optimizer state of a part at a given step with zero moments, and return flat views to fill, by kind.
 
     Padding between and behind the spans stays zero in all three, as in an engine that never stopped.
     """

@@ -1,4 +1,4 @@
-"""Reading checkpoints without DeepSpeed: whole weights for export and generation, inspection, comparison."""
+"""Reads checkpoints without DeepSpeed: whole weights for export and generation, inspection, comparison."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that a path means: itself, or the newest that verifies in a `checkpoints` folder or run directory.
+    """Find the checkpoint that a path means: itself, or the newest that verifies in a folder of them or a run directory.
 
     Newer ones that it passes over are named in a warning. Raises RuntimeError when there is none, naming each that failed
     with its reason.
@@ -41,7 +41,7 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def require_sound(checkpoint_dir: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose every file verifies; RuntimeError naming each problem otherwise."""
+    """Verify a checkpoint and return its manifest; raises RuntimeError naming each problem."""
     manifest, problems = verify_checkpoint(checkpoint_dir)
     if manifest is None or problems:
         raise RuntimeError(f"checkpoint {checkpoint_dir} is damaged: " + "; ".join(problems))
@@ -49,7 +49,7 @@ def require_sound(checkpoint_dir: Path) -> dict[str, Any]:
 
 
 def read_full_state(checkpoint_dir: Path) -> dict[str, Tensor]:
-    """All weights and buffers of the model in float32 on the CPU, by global name, put together from all shards.
+    """Read all weights and buffers in float32 on the CPU, by global name, assembled from all shards.
 
     Verifies every digest first; RuntimeError when one fails. A tied head is absent, as in the model. Float buffers
     (the router's bias) come as float32, others keep their dtype. `model.load_state_dict` takes the result.
@@ -64,7 +64,7 @@ def read_full_state(checkpoint_dir: Path) -> dict[str, Tensor]:
 
 
 def read_parameters(checkpoint_dir: Path, manifest: dict[str, Any], kind: str) -> Iterator[tuple[str, Tensor]]:
-    """Whole float32 tensors of one kind (weight, exp_avg, exp_avg_sq), one parameter after the other."""
+    """Read whole float32 tensors of one kind (weight, exp_avg, exp_avg_sq), one parameter after the other."""
     reader = RangeReader(checkpoint_dir, manifest)
     for name in manifest["parameters"]:
         yield name, reader.whole(kind, name)
@@ -72,7 +72,7 @@ def read_parameters(checkpoint_dir: Path, manifest: dict[str, Any], kind: str) -
 
 
 def read_buffers(checkpoint_dir: Path, manifest: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Buffers of the model in the dtype they were saved with."""
+    """Read the model's buffers in the dtype they were saved with."""
     reader = RangeReader(checkpoint_dir, manifest)
     for name in manifest["buffers"]:
         yield name, reader.buffer(name)
@@ -80,7 +80,7 @@ def read_buffers(checkpoint_dir: Path, manifest: dict[str, Any]) -> Iterator[tup
 
 
 def inspect_checkpoint(checkpoint_dir: Path) -> dict[str, Any]:
-    """What a folder is and whether all of it verifies, as JSON can hold it; never raises for damage.
+    """Describe a folder and whether all of it verifies, as JSON can hold it; never raises for damage.
 
     Keys: kind, path, ok, problems, warnings; with a readable manifest also step, saved_at, marked, pattern, parameters
     (total, tensors, by_group), buffers, bytes, files, layout, identities, config_sha256, versions, state.
@@ -119,12 +119,12 @@ def inspect_checkpoint(checkpoint_dir: Path) -> dict[str, Any]:
 
 
 def diff_checkpoints(first_dir: Path, second_dir: Path) -> dict[str, Any]:
-    """`compare_checkpoints` after verifying both; RuntimeError when one is damaged."""
+    """Verify and compare two checkpoints as `compare_checkpoints` does; RuntimeError when one is damaged."""
     return compare_checkpoints((first_dir, second_dir), [require_sound(path) for path in (first_dir, second_dir)])
 
 
 def compare_checkpoints(paths: tuple[Path, Path], manifests: list[dict[str, Any]]) -> dict[str, Any]:
-    """Where two verified checkpoints differ, in numbers and in what was set, as JSON can hold it.
+    """Compare two verified checkpoints, their numbers and their settings, as JSON can hold it.
 
     Keys: same (layouts aside), steps, only_in_first, only_in_second, tensors (name -> kind -> largest absolute
     difference, differing ones alone); settings, identities, state, groups (of parameters: their settings) and layout:
@@ -163,7 +163,7 @@ def compare_checkpoints(paths: tuple[Path, Path], manifests: list[dict[str, Any]
 def measure_differences(
     paths: tuple[Path, Path], manifests: list[dict[str, Any]], kind: str, common: set[str]
 ) -> Iterator[tuple[str, float]]:
-    """Largest absolute difference of each tensor of one kind that both checkpoints hold in the same shape."""
+    """Measure the largest absolute difference of each tensor of one kind that both hold in the same shape."""
     first, second = paths
     if kind == "buffer":
         others = dict(read_buffers(second, manifests[1]))

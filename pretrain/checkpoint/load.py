@@ -1,4 +1,10 @@
-"""Load the newest checkpoint that verifies, under the layout of this run."""
+"""Load the newest checkpoint that verifies, under the layout of this run.
+
+The checkpoint may have been saved by another number of ranks, another ZeRO stage and other parallel axes. It stores each
+parameter as shards that say which intervals of the whole parameter they hold (placement.py), so loading asks one question
+per range of masters and moments that this rank steps: which saved ranges overlap it? Each rank then reads those parts of
+the files and nothing else. At last the working weights are derived from the masters, as after an optimizer step.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +43,7 @@ from pretrain.rank_group import RankGroup
 
 @dataclass(frozen=True)
 class LoadedCheckpoint:
-    """What `load_newest` found: the step done, the loop's own state, and what deserves a line in the event log.
+    """A checkpoint that was loaded: its step, the loop's own state, and what deserves a line in the event log.
 
     `skipped`: newer checkpoints that were passed over, each with its reason. `warnings`: oddities that did no harm.
     `changes`: settings that differ from the saved run and may.
@@ -54,7 +60,7 @@ class LoadedCheckpoint:
 def load_newest(
     checkpoints_dir: Path, layout: EngineLayout, *, config: RunConfig, identities: dict[str, str]
 ) -> LoadedCheckpoint | None:
-    """Put the newest checkpoint that verifies into the engine; None when there is none at all.
+    """Load the newest checkpoint that verifies into the engine; None when there is none at all.
 
     All ranks must call it; each verifies a share of the files. A broken checkpoint is passed over for the one before.
     Raises RuntimeError when checkpoints exist but none verifies, naming each with its reason: training would
@@ -111,7 +117,7 @@ def verify_together(checkpoint_dir: Path, ranks: RankGroup) -> tuple[dict[str, A
 
 
 def list_warnings(checkpoints_dir: Path, chosen: Path, manifest: dict[str, Any]) -> list[str]:
-    """Oddities around a sound checkpoint: a wrong `latest`, files that don't belong, other library versions."""
+    """List oddities around a sound checkpoint: a wrong `latest`, files that don't belong, other library versions."""
     warnings = []
     about_latest = examine_latest(checkpoints_dir, chosen)
     if about_latest is not None:
@@ -126,7 +132,7 @@ def list_warnings(checkpoints_dir: Path, chosen: Path, manifest: dict[str, Any])
 
 
 def find_mismatches(manifest: dict[str, Any], layout: EngineLayout, ranks: RankGroup) -> list[str]:
-    """Every parameter and buffer that is missing, surplus, of another shape or in another group; the same on all ranks.
+    """List parameters and buffers that are missing, surplus, of another shape or in another group; the same on all ranks.
 
     All ranks must call it: a pipeline stage has its own parameters only.
     """
@@ -154,7 +160,7 @@ def find_mismatches(manifest: dict[str, Any], layout: EngineLayout, ranks: RankG
 
 @torch.no_grad()
 def restore(checkpoint_dir: Path, manifest: dict[str, Any], layout: EngineLayout, rank: int) -> list[str]:
-    """Fill masters, moments, counters, group settings, buffers and random state; return warnings.
+    """Fill masters, moments, counters, group settings, buffers and random state; returns warnings.
 
     The files must have been verified and `find_mismatches` must have found nothing. All ranks must call it; each reads
     what its own ranges need.
@@ -178,7 +184,7 @@ def restore(checkpoint_dir: Path, manifest: dict[str, Any], layout: EngineLayout
 
 
 def restore_rank_random_state(checkpoint_dir: Path, manifest: dict[str, Any], rank: int) -> list[str]:
-    """Each rank takes the generators of its number; one that did not exist keeps those that it was seeded with."""
+    """Restore the random generators of this rank; a rank that did not exist keeps those it was seeded with."""
     saved_world_size = manifest["layout"]["world_size"]
     if rank >= saved_world_size:
         return [f"rank {rank} did not exist among the {saved_world_size} that saved; it keeps its own random state"]

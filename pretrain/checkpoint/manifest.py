@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint, put together from what all ranks wrote."""
+"""The manifest of a checkpoint, joined from the reports of all ranks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pretrain.checkpoint.reader import check_tiling, read_shards
 
 @dataclass(frozen=True)
 class RankReport:
-    """What one rank wrote: parameters and buffers by name, its shards of them, the ranges (name, start, numel), the file.
+    """Report of what one rank wrote: its parameters, shards, ranges (name, start, numel) and buffers, and the file.
 
     `groups`: settings of its parameter groups. `file` is None until it is written.
     """
@@ -29,12 +29,12 @@ class RankReport:
 
 
 def describe_tensor(shape: Sequence[int], dtype: torch.dtype) -> dict[str, Any]:
-    """Shape and dtype as the manifest has them."""
+    """Describe shape and dtype as the manifest does."""
     return {"shape": list(shape), "dtype": str(dtype).removeprefix("torch.")}
 
 
 def complete_manifest(manifest: dict[str, Any], reports: Sequence[RankReport]) -> dict[str, Any]:
-    """Add what only all ranks together know: parameters, shards, buffers and group settings, files with digests.
+    """Join the reports into the manifest: parameters, shards, buffers, group settings, and files with digests.
 
     Asserts that ranks agree on what they share, that the ranges tile each shard, and the shards cover each parameter.
     """
@@ -74,7 +74,7 @@ def complete_manifest(manifest: dict[str, Any], reports: Sequence[RankReport]) -
 
 
 def merge(known: dict[str, dict[str, Any]], given: dict[str, dict[str, Any]], rank: int) -> None:
-    """Add one rank's entries to those of the ranks before it, which must not say anything else."""
+    """Merge one rank's entries into those of the ranks before it, with which they must agree."""
     for name, entry in given.items():
         agreed = known.setdefault(name, entry)
         assert agreed == entry, f"rank {rank} describes {name} as {entry}, a rank before it as {agreed}"

@@ -1,4 +1,4 @@
-"""Where a rank's shard lies in a whole parameter, and what the shards of two layouts have in common.
+"""Where a shard lies in a whole parameter, and which parts the shards of two layouts share.
 
 A shard is described by what it holds, not by how many ranks cut it: along each dim, the intervals of the whole that lie
 one after the other in it. So shards of any two layouts compare directly, and equal ones are replicas.
@@ -23,7 +23,7 @@ LAYOUT_AXES = ("tp", "cp", "ep", "expt_tp", "pp", "dp")
 
 @dataclass(frozen=True)
 class Placement:
-    """A shard of a whole tensor: the shape of the whole, and along each dim the intervals [start, stop) of the whole, in order."""
+    """Place of a shard: the shape of the whole tensor, and along each dim the intervals [start, stop) it holds, in order."""
 
     whole: tuple[int, ...]
     intervals: tuple[tuple[Interval, ...], ...]
@@ -35,11 +35,11 @@ class Placement:
 
     @property
     def numel(self) -> int:
-        """Numbers in the shard."""
+        """Number of elements of the shard."""
         return math.prod(self.shape)
 
     def to_json(self) -> dict[str, list[list[int]]]:
-        """The dims that are cut, with their intervals; empty for a shard that is the whole."""
+        """Encode the dims that are cut, with their intervals; empty for a shard that is the whole."""
         return {
             str(dim): [list(interval) for interval in intervals]
             for dim, (size, intervals) in enumerate(zip(self.whole, self.intervals, strict=True))
@@ -48,23 +48,23 @@ class Placement:
 
 
 def whole_dim(size: int) -> tuple[Interval, ...]:
-    """The intervals of a dim that is not cut."""
+    """Intervals of a dim that is not cut."""
     return ((0, size),)
 
 
 def place_whole(shape: Sequence[int]) -> Placement:
-    """The placement of a tensor that every rank holds whole."""
+    """Place a tensor that every rank holds whole."""
     return Placement(tuple(shape), tuple(whole_dim(size) for size in shape))
 
 
 def placement_from_json(shape: Sequence[int], where: dict[str, list[list[int]]]) -> Placement:
-    """The reverse of `Placement.to_json`."""
+    """Decode what `Placement.to_json` encoded."""
     dims = [tuple((start, stop) for start, stop in where.get(str(dim), [[0, size]])) for dim, size in enumerate(shape)]
     return Placement(tuple(shape), tuple(dims))
 
 
 def place_shard(local_shape: Sequence[int], shard: Shard, groups: ProcessGroupCollection) -> Placement:
-    """Where this rank's shard of a parameter lies. No communication."""
+    """Find where this rank's shard of a parameter lies. No communication."""
     whole, intervals = list(local_shape), [whole_dim(size) for size in local_shape]
     for cut in shard.cuts:
         group = getattr(groups, cut.axis)
@@ -76,18 +76,18 @@ def place_shard(local_shape: Sequence[int], shard: Shard, groups: ProcessGroupCo
 
 
 def locate_rank(shard: Shard, groups: ProcessGroupCollection) -> dict[str, int]:
-    """This rank's coordinate on each axis of several ranks that cuts the parameter."""
+    """Coordinates of this rank on the axes of several ranks that cut the parameter."""
     axes = {cut.axis: getattr(groups, cut.axis) for cut in shard.cuts}
     return {axis: group.rank() for axis, group in axes.items() if group.size() > 1}
 
 
 def list_axes(groups: ProcessGroupCollection) -> dict[str, int]:
-    """Ranks on each axis of the layout."""
+    """Number of ranks on each axis of the layout."""
     return {axis: getattr(groups, axis).size() for axis in LAYOUT_AXES}
 
 
 def join_indices(indices: Sequence[int]) -> tuple[Interval, ...]:
-    """Runs of consecutive numbers as intervals."""
+    """Join runs of consecutive indices to intervals."""
     if not indices:
         return ()
     edges = [place for place, (before, after) in enumerate(pairwise(indices), 1) if after != before + 1]
@@ -96,20 +96,20 @@ def join_indices(indices: Sequence[int]) -> tuple[Interval, ...]:
 
 @dataclass(frozen=True)
 class Run:
-    """Consecutive numbers along one dim that two shards share: where they begin in each, and how many."""
+    """A run of consecutive indices along one dim that two shards share: where it begins in each, and its length."""
 
     saved: int
     wanted: int
     length: int
 
     def within(self, low: int, high: int) -> Run | None:
-        """What of it lies between `low` and `high` of the wanted shard."""
+        """Clip the run to rows `low` to `high` of the wanted shard."""
         start, stop = max(self.wanted, low), min(self.wanted + self.length, high)
         return Run(self.saved + start - self.wanted, start, stop - start) if start < stop else None
 
 
 def find_runs(saved: Sequence[Interval], wanted: Sequence[Interval]) -> list[Run]:
-    """What the intervals of two shards share along one dim."""
+    """Find what the intervals of two shards share along one dim."""
     runs = []
     wanted_start = 0
     for low, high in wanted:
@@ -126,7 +126,7 @@ def find_runs(saved: Sequence[Interval], wanted: Sequence[Interval]) -> list[Run
 def find_blocks(
     saved: Placement, wanted: Placement, first_row: int, end_row: int
 ) -> Iterator[tuple[Run, list[tuple[Run, ...]]]]:
-    """What two shards share among rows (dim 0) of the wanted one: a run of rows, and the other dims' runs of each block."""
+    """Find what two shards share among some rows (dim 0) of the wanted one: a run of rows, and the other dims' runs."""
     assert saved.whole == wanted.whole, f"shards of {list(saved.whole)} and {list(wanted.whole)} have nothing in common"
     inner = [find_runs(*dims) for dims in zip(saved.intervals[1:], wanted.intervals[1:], strict=True)]
     blocks = list(product(*inner))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def collect_random_state() -> dict[str, Tensor]:
-    """Copies of the states of all generators that a rank may draw from, as bytes."""
+    """Copy the states of all generators that a rank may draw from, as bytes."""
     numpy_state: Any = numpy.random.get_state(legacy=False)
     numpy_state["state"]["key"] = numpy_state["state"]["key"].tolist()
     version, numbers, gauss = random.getstate()
@@ -27,7 +27,7 @@ def collect_random_state() -> dict[str, Tensor]:
 
 
 def restore_random_state(states: dict[str, Tensor]) -> None:
-    """Put the generators back to collected states; a CUDA state is dropped where there is no CUDA."""
+    """Restore the generators from collected states; a CUDA state is dropped where there is no CUDA."""
     torch.set_rng_state(states["torch"])
     numpy_state = decode_json(states["numpy"])
     numpy_state["state"]["key"] = numpy.array(numpy_state["state"]["key"], dtype=numpy.uint32)
@@ -39,10 +39,10 @@ def restore_random_state(states: dict[str, Tensor]) -> None:
 
 
 def encode_json(value: Any) -> Tensor:
-    """JSON text as a tensor of bytes (JSON writes floats so that they read back exactly)."""
+    """Encode a value as JSON in a tensor of bytes (JSON writes floats so that they read back exactly)."""
     return torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
 
 
 def decode_json(encoded: Tensor) -> Any:
-    """The value of `encode_json`."""
+    """Decode what `encode_json` encoded."""
     return json.loads(bytes(encoded.tolist()))

@@ -1,4 +1,4 @@
-"""Reading parameters from the files of a checkpoint: any range of any shard, from whatever shards were saved."""
+"""Reads parameters from the files of a checkpoint: any range of any shard, from whatever shards were saved."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ KINDS = ("weight", *MOMENTS)
 
 @dataclass(frozen=True)
 class SavedShard:
-    """One shard of a parameter in the files: where it lies, and which flat range (start, numel) is in which file."""
+    """One saved shard of a parameter: where it lies, and which flat range (start, numel) is in which file."""
 
     placement: Placement
     ranges: tuple[tuple[int, int, str], ...]
 
 
 def read_shards(manifest: dict[str, Any], name: str) -> list[SavedShard]:
-    """The shards in which a parameter was saved."""
+    """List the shards in which a parameter was saved."""
     shape = manifest["parameters"][name]["shape"]
     return [
         SavedShard(
@@ -40,7 +40,7 @@ def read_shards(manifest: dict[str, Any], name: str) -> list[SavedShard]:
 
 
 class RangeReader:
-    """Reads from the verified files of one checkpoint; opens each file once, when it is needed.
+    """Reader of the verified files of one checkpoint; opens each file once, when it is needed.
 
     `rows_numel`: a shard that must be put together from others is read about so many numbers at a time.
     """
@@ -53,13 +53,13 @@ class RangeReader:
         self.known_shards: dict[str, list[SavedShard]] = {}
 
     def shards(self, name: str) -> list[SavedShard]:
-        """The shards in which a parameter was saved."""
+        """List the shards in which a parameter was saved, remembering the answer."""
         if name not in self.known_shards:
             self.known_shards[name] = read_shards(self.manifest, name)
         return self.known_shards[name]
 
     def file(self, name: str) -> Any:
-        """An open handle of one tensor file."""
+        """Open one tensor file, or return its open handle."""
         if name not in self.open_files:
             handle: Any = safe_open(self.checkpoint_dir / name, framework="pt")
             self.open_files[name] = handle.__enter__()
@@ -72,11 +72,11 @@ class RangeReader:
         self.open_files.clear()
 
     def buffer(self, name: str) -> Tensor:
-        """A buffer of the model, as it was saved."""
+        """Read a buffer of the model, as it was saved."""
         return self.file(self.manifest["buffers"][name]["file"]).get_tensor(f"buffer/{name}")
 
     def whole(self, kind: str, name: str) -> Tensor:
-        """One whole float32 tensor."""
+        """Read one whole float32 tensor."""
         placement = place_whole(self.manifest["parameters"][name]["shape"])
         flat = torch.empty(placement.numel, dtype=torch.float32)
         self.fill(flat, kind, name, placement, 0)
@@ -104,7 +104,7 @@ class RangeReader:
             )
 
     def rows(self, kind: str, name: str, wanted: Placement, first_row: int, end_row: int) -> Tensor:
-        """Some rows of the wanted shard, put together from all saved ones that share numbers with them."""
+        """Assemble some rows of the wanted shard from all saved ones that overlap them."""
         # Files with NaN are refused, so a NaN that is left marks a number that no shard holds.
         rows = torch.full((end_row - first_row, *wanted.shape[1:]), math.nan)
         for shard in self.shards(name):
@@ -124,7 +124,7 @@ class RangeReader:
         return rows
 
     def pieces(self, kind: str, name: str, shard: SavedShard, start: int, numel: int) -> Iterator[tuple[int, Tensor]]:
-        """Saved pieces of one range of one saved shard: (offset inside the range, flat float32 values)."""
+        """Read the saved pieces of one range of one saved shard: (offset inside the range, flat float32 values)."""
         found = 0
         for saved_start, saved_numel, file_name in shard.ranges:
             low, high = max(start, saved_start), min(start + numel, saved_start + saved_numel)

@@ -1,4 +1,4 @@
-"""Rules that tie sections of a configuration together, checked before anything is allocated."""
+"""Checks of a whole run: rules that tie sections of a configuration together, before anything is allocated."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _MODEL_KEY = re.compile(r"model(\.[a-z_0-9]+)+")
 
 
 def load_checked(path: str | Path, overrides: Sequence[str] = (), *, world_size: int | None = None) -> RunConfig:
-    """`load_config` and `check_run` in one, so that broken rules name file and line too.
+    """Load and check a configuration in one, so that broken rules name file and line too.
 
     Raises ConfigError with every problem, FileNotFoundError if the file is absent.
     """
@@ -70,7 +70,7 @@ def check_run(config: RunConfig, world_size: int | None = None) -> None:
 
 
 def stage_problems(config: RunConfig, world_size: int | None) -> list[Problem]:
-    """Rules for a run without stages, or for one stage taken as a run."""
+    """Check the rules of a run without stages, or of one stage taken as a run."""
     model = list(model_problems(config))
     problems = [*model, *schedule_problems(config), *layout_problems(config), *recompute_problems(config)]
     problems += kernel_problems(config, config.kernels.backend)
@@ -83,7 +83,7 @@ def stage_problems(config: RunConfig, world_size: int | None) -> list[Problem]:
 
 
 def model_problems(config: RunConfig) -> Iterator[Problem]:
-    """The model's own rules: pattern, heads, groups, experts."""
+    """Check the model's own rules: pattern, heads, groups, experts."""
     try:
         check_model(config.model)
     except ValueError as error:
@@ -91,13 +91,13 @@ def model_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def whole_message(text: str) -> Problem:
-    """A problem from a message that says value, rule and remedy itself; its first key gives the place."""
+    """Build a problem from a message that says value, rule and remedy itself; its first key gives the place."""
     key = _MODEL_KEY.search(text)
     return Problem(key.group() if key else "model", text, "")
 
 
 def vocabulary_problems(config: RunConfig) -> Iterator[Problem]:
-    """Every piece of the tokenizer needs a row of the embedding."""
+    """Check that every piece of the tokenizer has a row of the embedding."""
     if config.data.probe is not None:
         return
     pieces, rows = config.data.tokenizer.vocab_size, config.model.vocab_size
@@ -111,7 +111,7 @@ def vocabulary_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def data_problems(config: RunConfig) -> Iterator[Problem]:
-    """A store and sources that are told apart by name, phases that follow each other and weigh those sources, and a run in a folder of its own."""
+    """Check that sources have different names, that phases are in order and weigh those sources, and that folders differ."""
     store = config.data.store
     if config.data.probe is not None:
         return
@@ -154,7 +154,7 @@ def data_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def keeping_problems(config: RunConfig) -> Iterator[Problem]:
-    """What is kept for good must be saved in the first place."""
+    """Check that checkpoints which are kept for good are saved in the first place."""
     every, saved = config.train.keep_every_steps, config.train.checkpoint_every_steps
     if every is not None and (saved is None or every % saved):
         rule = f"must be a multiple of train.checkpoint_every_steps={'null' if saved is None else saved}"
@@ -163,7 +163,7 @@ def keeping_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def schedule_problems(config: RunConfig) -> Iterator[Problem]:
-    """Warm-up and decay fit into the run, and no setting of another schedule is given."""
+    """Check that warm-up and decay fit into the run, and that no setting of another schedule is given."""
     schedule, steps = config.schedule, config.train.steps
     assert steps is not None, "run_of_stage gives a run its steps"
     warmup_steps = schedule.warmup_length(steps)
@@ -188,7 +188,7 @@ def schedule_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def loop_problems(config: RunConfig, steps: int) -> Iterator[Problem]:
-    """Settings of the loop that could never take effect."""
+    """Check that settings of the loop can take effect."""
     train = config.train
     if train.stop_after_steps is not None and train.stop_after_steps > steps:
         rule = f"is beyond the {steps} steps of the stages" if config.stages else f"is beyond train.steps={steps}"
@@ -207,7 +207,7 @@ def loop_problems(config: RunConfig, steps: int) -> Iterator[Problem]:
 
 
 def batch_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:
-    """Every data rank takes the same number of micro-batches of the global batch."""
+    """Check that every data rank takes the same number of micro-batches of the global batch."""
     assert world_size > 0, f"world_size is {world_size}"
     train = config.train
     data_ranks = config.parallel.data_ranks(world_size)
@@ -223,7 +223,7 @@ def batch_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:
 
 
 def export_problems(config: RunConfig) -> Iterator[Problem]:
-    """The declared export class can hold the model."""
+    """Check that the declared export class can hold the model."""
     for reason in explain_unfit(config.model, config.export.target):
         yield whole_message(f"export.target={config.export.target} cannot hold this model: {reason}")
     own_tokenizer = config.data.tokenizer.model

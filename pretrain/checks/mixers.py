@@ -1,4 +1,4 @@
-"""Rules of registered mixers: what ranks can share of them, and what they cannot do yet."""
+"""Checks of registered mixers: over which axes ranks can share them, and which kernels take their sizes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pretrain.config.schema import RunConfig
 
 
 def mixers_in_use(config: RunConfig) -> Iterator[tuple[MixerSpec, MixerOptions]]:
-    """The registered mixers of the pattern, and those inside them, that have options.
+    """Iterate over the registered mixers of the pattern, and those they wrap, that have options.
 
     The model's own rules report what is wrong with others.
     """
@@ -32,7 +32,7 @@ def mixers_in_use(config: RunConfig) -> Iterator[tuple[MixerSpec, MixerOptions]]
 
 
 def refusal_problems(config: RunConfig) -> Iterator[Problem]:
-    """Axes over which a mixer of the pattern cannot be spread."""
+    """Refuse axes over which a mixer of the pattern cannot be spread."""
     section = config.parallel
     for spec, _ in mixers_in_use(config):
         for axis, reason in spec.refuses.items():
@@ -43,20 +43,20 @@ def refusal_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def longest_lookback(config: RunConfig) -> tuple[int, str]:
-    """The most tokens before a segment that a registered mixer reads, and the setting that says so; (0, "") for none."""
+    """Find the most tokens before a segment that a registered mixer reads, and the setting that says so; (0, "") for none."""
     found = [(options.lookback(), spec.name) for spec, options in mixers_in_use(config)]
     return max(((tokens, f"model.mixers.{name}.{field}") for (tokens, field), name in found), default=(0, ""))
 
 
 def check_kernels(config: RunConfig, backend: str) -> None:
-    """Raises ConfigError for sizes that the kernels of this backend do not take; `auto` is resolved where ranks have a device."""
+    """Raise ConfigError for sizes that the kernels of this backend do not take; `auto` must be resolved."""
     problems = list(kernel_problems(config, backend))
     if problems:
         raise ConfigError(problems)
 
 
 def kernel_problems(config: RunConfig, backend: str) -> Iterator[Problem]:
-    """Chunks and states of scans for which there is no Triton kernel."""
+    """Check that the Triton kernels take the chunks and states of all scans."""
     if backend != "triton":
         return
     for key, limits, chunk_size, (rows, columns) in _scans(config):

@@ -1,4 +1,4 @@
-"""Rules of the `parallel` section: what ranks can share, and which axes do not go together."""
+"""Checks of the `parallel` section: what ranks can share, and which axes exclude each other."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pretrain.config.schema import ParallelConfig, RunConfig
 
 
 def layout_problems(config: RunConfig) -> Iterator[Problem]:
-    """Rules that hold for any number of ranks."""
+    """Check the rules that hold for any number of ranks."""
     yield from ineffective_problems(config)
     yield from excluded_problems(config)
     yield from refusal_problems(config)
@@ -20,7 +20,7 @@ def layout_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def ineffective_problems(config: RunConfig) -> Iterator[Problem]:
-    """Settings that nothing would read."""
+    """Refuse settings that nothing would read."""
     section = config.parallel
     if section.sequence_parallel and section.tensor == 1:
         rule = "cuts tokens over the tensor ranks, and parallel.tensor is 1"
@@ -48,7 +48,7 @@ def ineffective_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def excluded_problems(config: RunConfig) -> Iterator[Problem]:
-    """Axes that DeepSpeed cannot join: each rule with its reason."""
+    """Refuse axes that DeepSpeed cannot combine, each with its reason."""
     section, stage = config.parallel, config.parallel.zero_stage
     if section.expert > 1 and stage not in (1, 2):
         reason = (
@@ -67,7 +67,7 @@ def excluded_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def share_problems(config: RunConfig) -> Iterator[Problem]:
-    """Sizes that the ranks of an axis divide among themselves."""
+    """Check that the ranks of an axis divide the sizes they share."""
     section, model, letters = config.parallel, config.model, pattern_letters(config)
     tensor, expert_tensor = section.tensor, section.expert_tensor_size()
     sizes = [("tensor", tensor, "model.vocab_size", model.vocab_size)]
@@ -98,7 +98,7 @@ def share_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def length_problems(config: RunConfig) -> Iterator[Problem]:
-    """Context ranks take two segments of a row each, and tensor ranks share their tokens where they divide them."""
+    """Check row lengths: context ranks take two segments of a row each, and tensor ranks share tokens evenly."""
     section, mamba = config.parallel, config.model.mamba
     window, window_key = longest_lookback(config)
     if "M" in pattern_letters(config) and mamba is not None:
@@ -127,14 +127,14 @@ def length_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def unit_problems(name: str, units: int, tensor: int) -> Iterator[Problem]:
-    """Key-value heads and groups are split evenly, or each is held by the same number of ranks."""
+    """Check that key-value heads and groups are split evenly, or each is held by the same number of ranks."""
     if units % tensor and tensor % units:
         rule = f"must divide {name}={units}, or be a multiple of it"
         yield Problem("parallel.tensor", rule, f"use {divisors(units)} or a multiple of {units}", str(tensor))
 
 
 def world_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:
-    """The axes tile the ranks that there are."""
+    """Check that the axes tile the ranks that there are."""
     section = config.parallel
     dense = section.model_ranks()
     if world_size % dense:
@@ -150,12 +150,12 @@ def world_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:
 
 
 def ranks(count: int) -> str:
-    """1 rank, 2 ranks."""
+    """Write a number of ranks: 1 rank, 2 ranks."""
     return f"{count} rank{'s' if count > 1 else ''}"
 
 
 def pattern_letters(config: RunConfig) -> set[str]:
-    """Kinds of block that the model has; none while its pattern does not parse, which the model's own rules report."""
+    """Kinds of block that the model has; none where its pattern does not parse, which the model's own rules report."""
     try:
         return set(config.model.letters)
     except ValueError:
@@ -163,13 +163,13 @@ def pattern_letters(config: RunConfig) -> set[str]:
 
 
 def divisors(number: int) -> str:
-    """The divisors of a number, as a remedy lists them."""
+    """List the divisors of a number, as a remedy names them."""
     found = [str(part) for part in range(1, number + 1) if number % part == 0]
     return ", ".join(found[:12]) + (", ..." if len(found) > 12 else "")
 
 
 def pipeline_problems(config: RunConfig) -> Iterator[Problem]:
-    """Rules that hold for any number of ranks; the model's own must hold."""
+    """Check the pipeline's rules for any number of ranks; the model's own rules must hold."""
     section, train = config.parallel, config.train
     if section.pipeline == 1:
         return
@@ -183,7 +183,7 @@ def pipeline_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def micro_batch_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:
-    """A schedule needs micro-batches to fill the pipeline, in each batch of a ramp too.
+    """Check that there are enough micro-batches to fill the pipeline, in each batch of a ramp too.
 
     `pretrain.checks.check_run.batch_problems` must have found none.
     """
@@ -201,7 +201,7 @@ def micro_batch_problems(config: RunConfig, world_size: int) -> Iterator[Problem
 
 
 def fill_problems(section: ParallelConfig, key: str, size: int, unit: int) -> Iterator[Problem]:
-    """The rule of the schedule for `size` rows, of which all data ranks take `unit` at a time."""
+    """Check the schedule's rule for `size` rows, of which all data ranks take `unit` at a time."""
     number = size // unit
     given = f"gives each data rank {number} micro-batch{'es' if number > 1 else ''}, and parallel.schedule={section.schedule}"
     if section.schedule == "1f1b" and number < section.pipeline:

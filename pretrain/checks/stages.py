@@ -1,4 +1,4 @@
-"""Rules of stages: how they are declared, and everything that any run must obey, once for each of them."""
+"""Checks of training stages: how they are declared, and that each obeys what any run must obey."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pretrain.stages import RunStage, model_of_stage
 
 
 def declaration_problems(config: RunConfig) -> Iterator[Problem]:
-    """What must hold before stages can be resolved."""
+    """Check what must hold before stages can be resolved."""
     if not config.stages:
         if config.train.steps is None:
             yield Problem("train.steps", "is missing", "set train.steps, or declare stages with tokens")
@@ -39,7 +39,7 @@ def declaration_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def ramp_problems(config: RunConfig, first: RunStage) -> Iterator[Problem]:
-    """The ramp leads in equal additions to the full batch; stages must be declared rightly."""
+    """Check that the ramp leads in equal increments to the full batch of the first stage."""
     ramp = config.train.batch_ramp
     if ramp is None:
         return
@@ -58,7 +58,7 @@ def ramp_problems(config: RunConfig, first: RunStage) -> Iterator[Problem]:
 
 
 def ramp_share_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:
-    """Ranks share every batch of the ramp, not only the full one."""
+    """Check that ranks share every batch of the ramp, not only the full one."""
     ramp = config.train.batch_ramp
     if ramp is None:
         return
@@ -71,7 +71,7 @@ def ramp_share_problems(config: RunConfig, world_size: int) -> Iterator[Problem]
 
 
 def total_problems(config: RunConfig, total: int) -> Iterator[Problem]:
-    """A number of steps beside stages must be theirs."""
+    """Check that a number of steps beside stages is their sum."""
     if config.stages and config.train.steps not in (None, total):
         rule = f"is not the sum of the stages, {total}"
         remedy = "remove it, or change the stages; for a short trial use train.stop_after_steps"
@@ -79,7 +79,7 @@ def total_problems(config: RunConfig, total: int) -> Iterator[Problem]:
 
 
 def run_of_stage(config: RunConfig, stage: RunStage) -> RunConfig:
-    """A run that is this stage and nothing else: what rules for runs are applied to."""
+    """Build a run that is this stage and nothing else, to which the rules for runs apply."""
     train = config.train.model_copy(
         update={
             "steps": stage.num_steps,
@@ -96,7 +96,7 @@ def run_of_stage(config: RunConfig, stage: RunStage) -> RunConfig:
 
 
 def relocate(problem: Problem, config: RunConfig, stage: RunStage) -> Problem:
-    """The problem with the stage's name and the key at which it declares the value; as it is where no stage could."""
+    """Move a problem to the key at which the stage declares the value, if it does, and name the stage."""
     own_key = problem.key.removeprefix("train.").removeprefix("model.attention.")
     field = own_key.partition(".")[0]
     if not config.stages or field not in StageConfig.model_fields:

@@ -1,4 +1,4 @@
-"""What DeepSpeed must know of experts that are spread over ranks: whose gradients it sums over which ranks.
+"""Tells DeepSpeed which experts are spread over ranks, and so over which ranks it must sum their gradients.
 
 It asks for its own mixture-of-experts module, for groups in its registry, and for parameter groups that hold experts
 alone. Ours are none of that, so the module is shown while DeepSpeed looks, the registry gets Megatron-core's groups, and
@@ -26,19 +26,19 @@ SIGN = "deepspeed_experts"
 
 
 class DeepSpeedMoeMarker(MoE):
-    """Tells DeepSpeed that the model has routed experts; computes nothing and has no parameters."""
+    """Marker by which DeepSpeed recognises a model with routed experts; computes nothing and has no parameters."""
 
     def __init__(self, num_experts: int) -> None:
         nn.Module.__init__(self)
         self.num_experts = num_experts
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
-        """DeepSpeed would build groups here; ours are there already."""
+        """Do nothing: DeepSpeed would build expert groups here, and ours exist already."""
 
 
 @contextmanager
 def register_experts_with_deepspeed(module: nn.Module, groups: ProcessGroupCollection) -> Iterator[None]:
-    """Inside the block DeepSpeed, in `initialize`, finds experts and their groups; without spread experts nothing is done.
+    """Let DeepSpeed find experts and their groups inside the block, around `initialize`; nothing without spread experts.
 
     The marks on the parameters stay: gradients of experts are summed over `groups.expt_dp`, and ZeRO spreads their
     optimizer state over it. DeepSpeed divides by the data ranks of dense weights for them too, which is what a loss

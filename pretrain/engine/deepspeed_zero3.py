@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 
 def find_tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors that take part in a backward pass, in a fixed order."""
+    """Find the tensors that take part in a backward pass, in a fixed order."""
     if isinstance(value, Tensor):
         if value.requires_grad:
             yield value
@@ -33,7 +33,7 @@ def find_tensors(value: Any) -> Iterator[Tensor]:
 
 
 def replace_tensors(value: Any, tensors: Iterator[Tensor]) -> Any:
-    """A copy of the value with the tensors that `find_tensors` found replaced, in its order."""
+    """Copy a value with the tensors that `find_tensors` found replaced, in its order."""
     if isinstance(value, Tensor):
         return next(tensors) if value.requires_grad else value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -51,19 +51,19 @@ def replace_tensors(value: Any, tensors: Iterator[Tensor]) -> Any:
 
 
 class DataclassOutputHooks:
-    """The two hooks on every module. `open` before `deepspeed.initialize`, `close` after it."""
+    """Two hooks on every module: `open` before `deepspeed.initialize`, `close` after it."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.outputs: list[Any] = []
 
     def open(self) -> None:
-        """Show DeepSpeed tuples of tensors."""
+        """Return tuples of tensors from modules, which DeepSpeed understands."""
         for module in self.module.modules():
             module.register_forward_hook(self._flatten)
 
     def close(self) -> None:
-        """Give the caller its dataclass back."""
+        """Return the dataclass to the caller again."""
         for module in self.module.modules():
             module.register_forward_hook(self._rebuild)
 
@@ -76,5 +76,5 @@ class DataclassOutputHooks:
 
 
 def is_not_about_types(record: logging.LogRecord) -> bool:
-    """False for DeepSpeed's warning that it cannot look into a type: the bridge looked for it."""
+    """Filter DeepSpeed's warning that it cannot look into a type: the hooks did so for it."""
     return record.funcName != "apply_to_tensors_only"

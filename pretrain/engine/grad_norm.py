@@ -1,4 +1,4 @@
-"""The global gradient norm under any layout: every element of the model counts once, whoever holds it.
+"""The global gradient norm under any layout: every element of the model counts once, however many ranks hold it.
 
 DeepSpeed's wrappers know two kinds of parameters, cut over tensor ranks or alike on them. Ours also are cut over other
 axes, or in part held in copies, so the wrappers get their norm from here: each rank sums the squares that it has, divided
@@ -26,7 +26,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer  # noqa:
 
 
 class GlobalNorm:
-    """The norm of a module's gradients. `install` gives it to DeepSpeed's wrapper; every rank then steps together."""
+    """Computes the norm of a module's gradients, and gives it to DeepSpeed's wrapper (`install`), so that all ranks agree."""
 
     def __init__(self, module: nn.Module, parallel: Parallel) -> None:
         self.parallel = parallel
@@ -36,12 +36,12 @@ class GlobalNorm:
         }
 
     def of_whole(self, parameters: list[nn.Parameter]) -> Tensor:
-        """The norm where every data rank holds whole gradients (ZeRO 0). Every rank must call this."""
+        """Compute the norm where every data rank holds whole gradients (ZeRO 0). Every rank must call this."""
         pieces = [(p, p.grad, 0) for p in parameters if p.grad is not None]
         return self._reduce(pieces, self.parallel.groups.mp if self.parallel.groups.mp.size() > 1 else None)
 
     def of_ranges(self, pieces: list[tuple[nn.Parameter, Tensor, int]]) -> Tensor:
-        """The norm where each element lies on one data rank: (parameter, range of its gradient, where it starts)."""
+        """Compute the norm where each element lies on one data rank: (parameter, range of its gradient, where it starts)."""
         return self._reduce(pieces, torch.distributed.group.WORLD if self.parallel.world_size > 1 else None)
 
     def _reduce(self, pieces: list[tuple[nn.Parameter, Tensor, int]], group: Any) -> Tensor:
@@ -60,7 +60,7 @@ class GlobalNorm:
         return total.sqrt()
 
     def install(self, engine: Any) -> None:
-        """Let the wrapper that DeepSpeed chose ask here; for plain AdamW (ZeRO 0 in float32) the caller asks itself."""
+        """Make DeepSpeed's wrapper ask for this norm; plain AdamW (ZeRO 0 in float32) has no wrapper, and the caller asks."""
         optimizer = engine.optimizer
         if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
             optimizer._get_norm_groups = lambda: [self.of_ranges(list(_ranges_of_stage3(optimizer)))]
@@ -72,7 +72,7 @@ class GlobalNorm:
             assert isinstance(optimizer, torch.optim.Optimizer), f"no norm for a {type(optimizer).__name__}"
 
     def _clip_after(self, optimizer: Any, clip: Callable[..., Any]) -> Callable[..., Any]:
-        """The unfused wrapper computes a norm of its own and clips by what it is given: give it ours."""
+        """Make the unfused wrapper clip by this norm instead of its own."""
 
         def clip_by_global_norm(total_norm: Any, apply_scale: bool = True) -> Any:
             norm = self.of_whole([parameter for group in optimizer.fp16_groups for parameter in group])
@@ -113,7 +113,7 @@ def _ranges_of_stage3(optimizer: Any) -> Iterator[tuple[nn.Parameter, Tensor, in
 
 
 def count_copies(shard: Shard, shape: tuple[int, ...], groups: ProcessGroupCollection) -> int | Tensor:
-    """How many ranks of this data rank's share hold each element: one number, or one an element of the flat tensor.
+    """Count the ranks within one data share that hold each element: one number, or one for each element of the flat tensor.
 
     `shape` is that of this rank's part.
     """

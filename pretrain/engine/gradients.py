@@ -1,4 +1,4 @@
-"""What happens to gradients between the backward passes and the optimizer: summing over passes and ranks, checking, clipping."""
+"""Gradients between backward passes and optimizer: summed over passes and ranks, checked, clipped."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from model.parallel.shards import Axis, ShardSpec, parameter_shards
 
 
 class Float32Accumulator:
-    """Sums the bf16 gradients of several micro-batches in float32 and hands them back, rounded once.
+    """Sums the bf16 gradients of several micro-batches in float32 and writes the sum back, rounded once.
 
     Without it `grad += new` rounds to bf16 after every micro-batch, which loses the small ones. A hook on each
     parameter moves the fresh gradient into a float32 buffer and leaves zeros; `finish` writes the sums over them, in
@@ -56,7 +56,7 @@ class Float32Accumulator:
 
 @dataclass(frozen=True)
 class PartialGradient:
-    """A gradient of which each rank of `axis` has a part: all of it, or what a cut holds in copies."""
+    """A gradient of which each rank of `axis` has only a part: the whole of it, or what a cut holds in copies."""
 
     name: str
     parameter: nn.Parameter
@@ -65,7 +65,7 @@ class PartialGradient:
 
 
 def find_partial_gradients(module: nn.Module, groups: ProcessGroupCollection) -> list[PartialGradient]:
-    """The gradients that ranks must sum before they are whole, in the order of the parameters; none on one rank.
+    """List the gradients that ranks must sum before they are complete, in the order of the parameters; none on one rank.
 
     Norms, router and latent projections of sequence-parallel tokens; norms of query and key heads, whose heads are spread
     over ranks; key and value heads, and groups of B and C, that several tensor ranks hold.
@@ -84,7 +84,7 @@ def find_partial_gradients(module: nn.Module, groups: ProcessGroupCollection) ->
 
 @torch.no_grad()
 def sum_partial_gradients(partials: Sequence[PartialGradient], groups: ProcessGroupCollection) -> None:
-    """Complete these gradients in place, in float32 or wider, with one reduction an axis and type.
+    """Sum these gradients over ranks in place, in float32 or wider, with one reduction for each axis and dtype.
 
     Every rank must call this, after the last backward pass and before gradients are reduced over data ranks. The two ends
     of a pipeline must get the same bits for what they both hold, or it would drift apart; but each end has its own order
@@ -135,19 +135,19 @@ def _pieces(partial: PartialGradient, rank: int, size: int) -> Iterator[tuple[Te
 
 @dataclass(frozen=True)
 class GradientFault:
-    """The first parameter whose gradient on this rank is not finite, and how many there are."""
+    """The first parameter with a gradient that is not finite on this rank, and how many there are."""
 
     parameter: str
     num_parameters: int
 
 
 def poison_gradients(module: nn.Module) -> None:
-    """Make this rank's gradients not finite: the one way to have every optimizer leave out a step whole."""
+    """Make this rank's gradients infinite: the one way to have every optimizer skip a step as a whole."""
     next(parameter.grad for parameter in module.parameters() if parameter.grad is not None).fill_(float("inf"))
 
 
 def find_fault(module: nn.Module) -> GradientFault | None:
-    """Look for a gradient with NaN or infinity among this rank's own, before they are reduced; None when all are fine.
+    """Look for NaN or infinity in this rank's own gradients, before they are reduced; None when all are finite.
 
     Costs one read of the gradients and one synchronisation with the device.
     """

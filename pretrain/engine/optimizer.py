@@ -1,4 +1,4 @@
-"""AdamW and its groups: matrices decay, everything else does not."""
+"""AdamW and its parameter groups: matrices decay, everything else does not."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def decays(name: str, shape: torch.Size) -> bool:
 
 
 def group_parameters(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups `decay` and `no_decay`, in the order of the module's parameters; empty ones are left out.
+    """Sort parameters into the groups `decay` and `no_decay`, in the module's order; empty ones are left out.
 
     `parameter_names` of a group names its parameters, in their order. Experts that are spread over ranks, marked with
     the `group_name` of those that hold the same ones, are groups of their own, of the same label: DeepSpeed reads their
@@ -41,7 +41,7 @@ def group_parameters(module: nn.Module, weight_decay: float) -> list[dict[str, A
 
 
 def build_adamw(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Fused AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) over the groups of `group_parameters`.
+    """Build fused AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) over the groups of `group_parameters`.
 
     The rate starts at zero: wrappers that step once to allocate their states must not move a weight, and the loop sets
     the schedule's rate before each step.

@@ -1,4 +1,4 @@
-"""Steps that went wrong: gradients that are not finite and losses that jump, what is known of them, and what follows."""
+"""Anomalies of a step: gradients that are not finite and losses that jump; their detection and description."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pretrain.parallel import Parallel
 def describe_skip(
     parallel: Parallel, batches: Sequence[Batch], losses: Sequence[float], fault: GradientFault | None
 ) -> dict[str, Any]:
-    """What is known about a skipped step: its samples, and per rank the first bad parameter and the bad micro-batches.
+    """Describe a skipped step: its samples, and per rank the first bad parameter and the bad micro-batches.
 
     Every rank must call this; the answer is the same on all.
     """
@@ -42,18 +42,18 @@ def describe_skip(
 
 @dataclass(frozen=True)
 class StepAnomaly:
-    """Why a step went wrong."""
+    """What went wrong in a step: its kind, and a sentence for the log."""
 
     kind: Literal["nonfinite", "spike"]
     text: str
 
     def policy(self, health: HealthConfig) -> str:
-        """What the configuration says to do about it."""
+        """Look up what the configuration says to do about it."""
         return health.on_spike if self.kind == "spike" else health.on_nonfinite
 
 
 def judge_loss(loss: float, recent_losses: Sequence[float], health: HealthConfig) -> StepAnomaly | None:
-    """A spike: a loss far above the median of the full window of recent ones; None otherwise, and with on_spike: ignore."""
+    """Detect a spike: a loss far above the median of the full window of recent ones; None for no spike and on_spike=ignore."""
     if health.on_spike == "ignore" or len(recent_losses) < health.spike_window:
         return None
     median = statistics.median(recent_losses)
@@ -66,12 +66,12 @@ def judge_loss(loss: float, recent_losses: Sequence[float], health: HealthConfig
 
 
 def remember_loss(loss: float, recent_losses: list[float], health: HealthConfig) -> None:
-    """Add a step's loss to the window, in place; nothing is kept where nothing judges."""
+    """Add a step's loss to the window, in place; does nothing where spikes are ignored."""
     if health.on_spike != "ignore":
         recent_losses.append(loss)
         del recent_losses[: -health.spike_window]
 
 
 def too_many_skips(skipped_in_row: int, max_skipped_steps: int) -> bool:
-    """Whether the run must stop: `max_skipped_steps` in a row were skipped (the first one already if that is 0)."""
+    """Whether the run must stop: `max_skipped_steps` in a row were skipped (with 0 the first one already)."""
     return skipped_in_row > 0 and skipped_in_row >= max_skipped_steps

@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: a live panel on a terminal, plain lines anywhere else. All on standard error."""
+"""Progress display: a live panel on a terminal, plain lines anywhere else, all on standard error."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ AVERAGED_STEPS = 20
 
 
 class Display:
-    """Shows the steps of one start of a run. The main rank alone makes one."""
+    """Shows the steps of one start of a run; exists on the main rank alone."""
 
     def __init__(self, config: RunConfig, *, first_step: int, last_step: int, console: Console | None = None) -> None:
         self.config = config
@@ -42,7 +42,7 @@ class Display:
             self.live.start()
 
     def say(self, text: str) -> None:
-        """A remark between steps; on a terminal it scrolls above the panel."""
+        """Print a remark between steps; on a terminal it scrolls above the panel."""
         self.console.print(escape(text))
 
     def show(self, metrics: dict[str, Any]) -> None:
@@ -59,12 +59,12 @@ class Display:
             self.console.print(escape(self.format_line(metrics)))
 
     def close(self) -> None:
-        """Leave the last panel standing."""
+        """Stop updating; the last panel stays on the terminal."""
         if self.live is not None:
             self.live.stop()
 
     def is_line_due(self, metrics: dict[str, Any]) -> bool:
-        """The first and last step, every `log_every_steps`, and whatever is unusual."""
+        """Whether to print a step: the first and last one, every `log_every_steps`, and whatever is unusual."""
         step = metrics["step"]
         return (
             step % self.config.train.log_every_steps == 0
@@ -74,12 +74,12 @@ class Display:
         )
 
     def remaining(self, step: int) -> str:
-        """Time to the last step at the pace of the last few."""
+        """Estimate the time to the last step at the pace of the last few."""
         pace = sum(self.seconds) / len(self.seconds)
         return format_duration(pace * (self.last_step - step))
 
     def format_line(self, metrics: dict[str, Any]) -> str:
-        """One step as one line without control characters."""
+        """Format a step as one line without control characters."""
         step = metrics["step"]
         parts = [
             f"step {step}/{self.last_step}",
@@ -100,7 +100,7 @@ class Display:
         return ", ".join([*parts, f"{self.remaining(step)} left"])
 
     def draw_panel(self, metrics: dict[str, Any]) -> Panel:
-        """The live panel: progress, loss curve, pace, experts."""
+        """Draw the live panel: progress, loss curve, pace, experts."""
         step = metrics["step"]
         bar = Table.grid(padding=(0, 1))
         bar.add_row(
@@ -133,7 +133,7 @@ class Display:
 
 
 def draw_sparkline(values: Sequence[float]) -> str:
-    """Values as a row of bars, averaged to the width."""
+    """Draw values as a row of bars, averaged to the width."""
     if not values:
         return ""
     numbers = list(values)
@@ -152,12 +152,12 @@ def show_accuracy(metrics: dict[str, Any]) -> str:
 
 
 def show_number(value: float | None, form: str) -> str:
-    """A number in a format, a dash where it was not measured, `nan` where it was not finite."""
+    """Format a number; a dash where it was not measured, `nan` where it was not finite."""
     return "-" if value is None else format(value, form)
 
 
 def format_duration(seconds: float) -> str:
-    """Hours, minutes and seconds, the two largest that count."""
+    """Format seconds as hours, minutes and seconds, the two largest that count."""
     whole = int(seconds + 0.5)
     hours, minutes = divmod(whole // 60, 60)
     if hours:

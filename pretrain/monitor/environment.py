@@ -1,4 +1,4 @@
-"""What a run ran on: the record beside its metrics, and the peak that its MFU is measured against."""
+"""Environment of a run: the record beside its metrics, and the peak that its MFU is measured against."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ MEASURED_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class Peak:
-    """Matrix FLOP/s of all ranks together, and where the number comes from."""
+    """Peak matrix FLOP/s of all ranks together, and where the number comes from."""
 
     flops_per_second: float
     source: str
 
 
 def find_peak(parallel: Parallel, precision: str) -> Peak:
-    """The card's data-sheet number, or on a CPU (or an unknown card) a short measurement on all ranks at once.
+    """Look up the card's data-sheet number; on a CPU or an unknown card measure for a moment on all ranks at once.
 
     Every rank must call this.
     """
@@ -74,7 +74,7 @@ def find_peak(parallel: Parallel, precision: str) -> Peak:
 
 
 def measure_matmul(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the best square product within a tenth of a second: what a quiet moment of this machine gives."""
+    """Measure the FLOP/s of the best square product within a tenth of a second."""
     matrix = torch.ones(MEASURED_SIZE, MEASURED_SIZE, device=device, dtype=dtype)
     best_seconds = float("inf")
     deadline = time.perf_counter() + MEASURED_SECONDS
@@ -88,7 +88,7 @@ def measure_matmul(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the device to finish what was asked of it."""
+    """Wait for the device to finish what is queued."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -96,7 +96,7 @@ def synchronize(device: torch.device) -> None:
 def record_environment(
     parallel: Parallel, peak: Peak, model_facts: dict[str, Any], *, keeps_freed_memory: bool
 ) -> dict[str, Any]:
-    """The content of environment.json: machine, libraries, ranks, model size and the peak behind `mfu`."""
+    """Build the content of environment.json: machine, libraries, ranks, model size and the peak behind `mfu`."""
     return {
         "started_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": [hide_secrets(word) for word in sys.argv],
@@ -123,7 +123,7 @@ def hide_secrets(word: str) -> str:
 
 
 def read_version(library: str) -> str | None:
-    """Installed version of a distribution, None where it is missing."""
+    """Look up the installed version of a distribution, None where it is missing."""
     try:
         return importlib.metadata.version(library)
     except importlib.metadata.PackageNotFoundError:
@@ -131,7 +131,7 @@ def read_version(library: str) -> str | None:
 
 
 def read_processor_name() -> str:
-    """Name of the processor as the kernel tells it, else what Python knows."""
+    """Read the processor's name as the kernel tells it, else what Python knows."""
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
             for line in file:

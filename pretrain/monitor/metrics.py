@@ -1,4 +1,4 @@
-"""Where a run writes what happens: metrics.jsonl, events.jsonl, TensorBoard and, on request, Weights & Biases."""
+"""Logs of a run: metrics.jsonl, events.jsonl, TensorBoard and, on request, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Metrics = dict[str, Any]
 
 
 class RunLog:
-    """The open files of one run; only the main rank makes one.
+    """The open log files of one run; exists on the main rank alone.
 
     A line is with the operating system when the call returns, and on the disk after `sync`. `dropped_lines`: lines of
     metrics.jsonl that were cut or damaged, left out at the start. Raises OSError when the directory cannot be written.
@@ -34,7 +34,7 @@ class RunLog:
         self.wandb = open_wandb(config) if config.run.wandb_project is not None else None
 
     def write_metrics(self, metrics: Metrics) -> None:
-        """One line a step; numbers also go to the plots, nested ones as `expert_load/3`."""
+        """Write one step's line; numbers also go to the plots, nested ones as `expert_load/3`."""
         self.metrics.write(metrics)
         step, numbers = int(metrics["step"]), flatten_numbers(metrics)
         if self.tensorboard is not None:
@@ -44,7 +44,7 @@ class RunLog:
             self.wandb.log(numbers, step=step)
 
     def write_event(self, event: str, step: int, **details: Any) -> None:
-        """One line for what does not happen at every step: start, checkpoint, validation, signal, skip, end."""
+        """Write one line for what does not happen at every step: start, checkpoint, validation, signal, skip, end."""
         time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self.events.write({"time": time, "event": event, "step": step, **details})
 
@@ -87,7 +87,7 @@ def keep_until(path: Path, step: int) -> int:
 
 
 def open_tensorboard(directory: Path, resumed_at_step: int) -> Any:
-    """A writer below the run directory; points of steps that will be done again disappear from the plots."""
+    """Open a TensorBoard writer; points of steps that will be done again disappear from the plots."""
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(directory / "tensorboard"), purge_step=resumed_at_step + 1)
@@ -118,7 +118,7 @@ def open_wandb(config: RunConfig) -> Any:
 
 
 def flatten_numbers(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """All numbers of nested metrics, named by their path; the step itself is left out."""
+    """Flatten nested metrics to numbers named by their path; the step itself is left out."""
     flat: dict[str, float] = {}
     for name, value in metrics.items():
         if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1 become a wish to save and stop at the next step boundary."""
+"""Signals: SIGTERM and SIGUSR1 ask the run to save and stop at the next step boundary."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ WATCHED = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class SignalWatch:
-    """Context manager: inside it the watched signals are remembered instead of ending the process.
+    """Context manager inside which the watched signals are remembered instead of ending the process.
 
     `received` is the number of the last one, 0 for none; ranks may differ and must agree before they act on it. Only the
     main thread of a process may enter.
@@ -29,7 +29,7 @@ class SignalWatch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Put the former handlers back."""
+        """Restore the former handlers."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -38,5 +38,5 @@ class SignalWatch:
 
 
 def signal_name(number: int) -> str:
-    """SIGTERM for 15, and so on."""
+    """Name a signal by its number: SIGTERM for 15."""
     return signal.Signals(number).name

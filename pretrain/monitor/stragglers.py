@@ -1,4 +1,4 @@
-"""Which ranks are slow: each times what it does between two meetings with the others, and the times are compared."""
+"""Straggler detection: each rank times its own work between collectives, and the times are compared."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class StepTimes:
     seconds: list[float] = field(default_factory=list)
 
     def add(self, seconds: float) -> None:
-        """Add a step: the time in which this rank read and computed, without waiting for others."""
+        """Add a step's busy seconds: reading and computing, without waiting for others."""
         self.seconds.append(seconds)
 
     def find(self, parallel: Parallel, percent: float | None) -> list[Straggler]:
-        """The slow ranks, slowest first, and begin anew. The median step of a rank counts, so one pause names nobody.
+        """Find the slow ranks, slowest first, and start over. A rank's median step counts, so one pause names nobody.
 
         Ranks that exchange activations (tensor, context, pipeline, expert) wait for each other and look alike: all of a
         group are named. Every rank must call this.
@@ -48,7 +48,7 @@ class StepTimes:
 
 
 def compare_ranks(reports: list[tuple[str, float]], percent: float) -> list[Straggler]:
-    """Stragglers among (host, seconds) of all ranks, in rank order."""
+    """Find the stragglers among (host, seconds) of all ranks, in rank order."""
     median = statistics.median(seconds for _, seconds in reports)
     excess = [(100 * (seconds / median - 1), rank, host) for rank, (host, seconds) in enumerate(reports)]
     return [Straggler(rank, host, slower) for slower, rank, host in sorted(excess, reverse=True) if slower > percent]

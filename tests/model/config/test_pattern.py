@@ -33,11 +33,11 @@ def test_turbos_preset_has_the_published_counts():
     assert parse_pattern("((ME)x8 *E)x7 ME") == parse_pattern("((MF)*8 AF)*7 MF")
 
 
-def test_stage_cuts_are_block_indices():
+def test_piece_cuts_are_block_indices():
     pattern = parse_pattern("ME | (*E|)x2 -")
     assert pattern == Pattern(tuple("ME*E*E-"), (2, 4, 6))
     assert pattern.canonical() == "ME|*E|*E|-"
-    assert pattern.stages() == (("M", "E"), ("*", "E"), ("*", "E"), ("-",))
+    assert pattern.pieces() == (("M", "E"), ("*", "E"), ("*", "E"), ("-",))
 
 
 @pytest.mark.parametrize(
@@ -119,4 +119,4 @@ def test_any_text_is_a_pattern_or_a_message_with_a_caret(text):
         assert str(error).endswith("^")
     else:
         assert parse_pattern(pattern.canonical()) == pattern
-        assert all(pattern.stages())
+        assert all(pattern.pieces())
