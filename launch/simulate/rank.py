@@ -190,10 +190,10 @@ def build_run(config: RunConfig, parallel: Any, tracer: Tracer, report: Callable
 
 def stage_checkpoint(run: Any) -> None:
     """Copy to the host what this rank would write; every rank that ZeRO spreads over writes its own range."""
-    from pretrain.checkpoint.fragments import collect_fragments
+    from pretrain.checkpoint.fragments import collect_fragments, list_parts
 
     tensors: dict[str, Any] = {}
-    for fragment in collect_fragments(run.engine.deepspeed):
+    for fragment in collect_fragments(run.engine.deepspeed, list_parts(run.engine.deepspeed)):
         share = fragment.share(run.parallel.rank)
         if share is not None:
             tensors |= {f"{kind}/{share.name}": tensor for kind, tensor in share.tensors.items()}

@@ -86,6 +86,8 @@ class Tracer(TorchDispatchMode):
         asked = kwargs.get("device")
         if asked is not None and asked.type == "meta" and not self.meant_meta:
             kwargs["device"] = self.device  # what C++ sees below a fake CUDA tensor
+        if func is aten._pin_memory.default:
+            func, args, kwargs = aten.clone.default, args[:1], {}  # fake tensors know no pinned memory
         if func is aten._local_scalar_dense.default:
             return self._answer_scalar(args[0])
         if func.namespace == "c10d":
@@ -105,8 +107,6 @@ class Tracer(TorchDispatchMode):
                 self.memory.enter(phase)
 
     def _run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        if func is aten._pin_memory.default:
-            func, kwargs = aten.clone.default, {}  # fake tensors know no pinned memory
         try:
             return func(*args, **kwargs)
         except DynamicOutputShapeException:
@@ -162,17 +162,19 @@ class Tracer(TorchDispatchMode):
         if flops:
             self.tally.flops[kind] += flops
         if func in (aten._to_copy.default, aten.copy_.default):
-            self._note_copy(func, args, out)
+            self._note_copy(func, args, kwargs, out)
         if func.namespace != "amfm" and computes_on_card(func, out):
             self.tally.other_launches[kind] += 1
 
-    def _note_copy(self, func: Any, args: Any, out: Any) -> None:
+    def _note_copy(self, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
         source, target = (args[0], out) if func is aten._to_copy.default else (args[1], args[0])
         ends = (source.device.type, target.device.type)
         if ends == ("cuda", "cpu"):
             self.note_wait("copy to the host")
         elif ends == ("cpu", "cuda") and not (source.dim() == 0 and func is aten.copy_.default):
-            self.note_wait("copy from the host")
+            is_pinned = bool(kwargs.get("non_blocking"))  # so it is meant; fake tensors do not know
+            if not is_pinned:
+                self.note_wait("copy from the host")
 
 
 def computes_on_card(func: Any, out: Any) -> bool:
