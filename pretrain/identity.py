@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch.distributed
 
-from pretrain.checkpoint.compatibility import flatten_settings
+from pretrain.config.fields import flatten_settings
 from pretrain.config.schema import RunConfig
 
 LIBRARIES = ("amfm-pretrain", "torch", "deepspeed", "megatron-core", "numpy", "safetensors")

@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from pretrain.config.fields import flatten_settings
 from pretrain.config.schema import RunConfig
 from pretrain.stages import resolve_stages
 
@@ -57,20 +58,6 @@ def digest_config(config: RunConfig) -> str:
     """Hash the resolved configuration: SHA-256 of its JSON with sorted keys."""
     text = json.dumps(config.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def flatten_settings(section: Any, prefix: str = "") -> dict[str, Any]:
-    """Flatten nested settings to dotted names; items of a list carry their number."""
-    if isinstance(section, dict):
-        items = [(str(key), value) for key, value in section.items()]
-    elif isinstance(section, list) and section and isinstance(section[0], dict):
-        items = [(str(index), value) for index, value in enumerate(section)]
-    else:
-        return {prefix: section}
-    flat: dict[str, Any] = {}
-    for key, value in items:
-        flat |= flatten_settings(value, f"{prefix}.{key}" if prefix else key)
-    return flat
 
 
 def may_change(name: str) -> bool:

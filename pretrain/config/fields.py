@@ -164,3 +164,17 @@ def reference_page() -> str:
             lines.append(f"| `{name}` | {kind} | {default} | {meaning} |")
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"
+
+
+def flatten_settings(section: Any, prefix: str = "") -> dict[str, Any]:
+    """Flatten nested settings to dotted names; items of a list carry their number."""
+    if isinstance(section, dict):
+        items = [(str(key), value) for key, value in section.items()]
+    elif isinstance(section, list) and section and isinstance(section[0], dict):
+        items = [(str(index), value) for index, value in enumerate(section)]
+    else:
+        return {prefix: section}
+    flat: dict[str, Any] = {}
+    for key, value in items:
+        flat |= flatten_settings(value, f"{prefix}.{key}" if prefix else key)
+    return flat

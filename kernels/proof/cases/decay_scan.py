@@ -129,7 +129,8 @@ def _segmented_problem(tokens: int, heads: int, chunk: int, segments: int) -> Co
 
         assert backend == "triton", "segments are a matter of the Triton kernel"
         del A_log, bias
-        scale = dt.float().abs()
+        # Without gradients, or states would be kept for a backward pass.
+        x, B, C, D, scale = (each.detach() for each in (x, B, C, D, dt.float().abs()))
         return scan_triton(C, B, x, -scale, scale, D, None, None, chunk, segment_chunks=per_segment)[0]
 
     return CountedProblem(

@@ -15,13 +15,14 @@ import pytest
 import torch
 
 from pretrain.checkpoint.commit import list_checkpoints
-from pretrain.checkpoint.compatibility import MAY_CHANGE, flatten_settings, may_change
+from pretrain.checkpoint.compatibility import MAY_CHANGE, may_change
 from pretrain.checkpoint.inspect import (
     diff_checkpoints,
     find_checkpoint,
     inspect_checkpoint,
     read_full_state,
 )
+from pretrain.config.fields import flatten_settings
 from pretrain.engine.engine import ZeroEngine
 from pretrain.parallel import initialize_parallel
 from tests.helpers.spawn import run_ranks
