@@ -19,6 +19,14 @@ from pretrain.checks.check_run import load_checked
 
 TOKENS_A_ROW = 4096
 GIGA, TERA = 1e9, 1e12
+# Takes back the layout that a preset has for its own cluster.
+WITHOUT_LAYOUT = (
+    "parallel.tensor=1",
+    "parallel.sequence_parallel=false",
+    "parallel.expert=1",
+    "parallel.pipeline=1",
+    "train.recompute_blocks=''",
+)
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,7 @@ def _plan_anchor(anchor: Anchor, presets: Path) -> Iterator[dict[str, Any]]:
     for size in anchor.micro_batch_sizes:
         for recompute in ("none", "full"):
             overrides = [
+                *WITHOUT_LAYOUT,
                 *anchor.layout,
                 "parallel.zero_stage=1",
                 f"train.recompute={recompute}",

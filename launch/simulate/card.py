@@ -81,15 +81,16 @@ def always(value: Any) -> Callable[..., Any]:
     return lambda *_, **__: value
 
 
-class Hashable(types.SimpleNamespace):
-    """A key of the tables in which libraries keep streams."""
+class StandIn:
+    """An object of these attributes; libraries keep it as a key of their tables."""
 
-    __hash__ = object.__hash__
+    def __init__(self, **attributes: Any) -> None:
+        self.__dict__.update(attributes)
 
 
 def make_stream(card: SimulatedCard) -> Any:
     """A stream on which everything is done at once."""
-    stream = Hashable(
+    stream: Any = StandIn(
         cuda_stream=0, stream_id=0, device=torch.device("cuda", card.index), device_index=card.index, device_type=1
     )
     stream.wait_stream = stream.wait_event = always(None)
@@ -101,7 +102,7 @@ def make_stream(card: SimulatedCard) -> Any:
 
 def make_event(card: SimulatedCard) -> Any:
     """An event that has happened."""
-    event = Hashable(record=always(None), wait=always(None), query=always(True))
+    event: Any = StandIn(record=always(None), wait=always(None), query=always(True))
     event.elapsed_time = always(1.0)
     event.synchronize = lambda: card.note_wait("Event.synchronize")
     return event

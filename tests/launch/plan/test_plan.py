@@ -7,17 +7,20 @@ import pytest
 from launch.cli import run
 from launch.plan.plan import advise, plan_as_dict
 from model.flops import count_parameters
-from tests.launch.plan.presets import CONFIGS, H100, PRESETS, plan_of, preset
+from tests.launch.plan.presets import CONFIGS, H100, PRESET_GPUS, PRESETS, ZERO_ALONE, plan_of, preset
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_can_be_planned(name):
-    found = plan_as_dict(plan_of(name, ranks=1024 if name == "turbos_560b" else 2))
+def test_every_preset_fits_on_its_own_cluster(name):
+    plan = plan_of(name, ranks=PRESET_GPUS[name])
+    assert plan.is_own
+    assert [entry.estimate.reason for entry in plan.stages] == [""] * len(plan.stages)
+    found = plan_as_dict(plan)
     assert found["parameters"]["total"] == count_parameters(preset(name).model).total
     assert found["memory"]["total_bytes"] == pytest.approx(sum(found["memory"]["by_part"].values()), abs=20)
     assert 0 < found["step"]["mfu"] < 1
     assert found["step"]["seconds"] > 0
-    assert found["fits"] == (found["memory"]["total_bytes"] <= H100.memory_gib * 2**30)
+    assert found["memory"]["total_bytes"] <= H100.memory_gib * 2**30
     assert json.loads(json.dumps(found)) == found
 
 
@@ -33,13 +36,13 @@ def test_layouts_fit_are_ranked_and_near_misses_say_why():
 
 @pytest.mark.parametrize("name", ["nemotron3_super_120b", "nemotron3_ultra_550b"])
 def test_what_zero_cannot_fit_is_said_plainly(name):
-    plan = plan_of(name, ranks=1024)
+    plan = plan_of(name, *ZERO_ALONE, ranks=1024)
     assert plan.layouts == ()
     assert "cut the model by parallel.tensor, expert or pipeline; --search finds how" in advise(plan)
 
 
 def test_a_model_whose_rows_are_what_does_not_fit_is_told_so():
-    plan = plan_of("granite4_h_small", ranks=1024)
+    plan = plan_of("granite4_h_small", *ZERO_ALONE, ranks=1024)
     assert plan.layouts == ()
     assert "spares the float32 sums of gradients" in advise(plan)
 
