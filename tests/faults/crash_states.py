@@ -134,7 +134,7 @@ class CrashState:
 
 
 def crash_states(
-    initial: Path, operations: Sequence[Operation], max_pending: int = MAX_PENDING
+    initial: Path, operations: Sequence[Operation], max_pending: int = MAX_PENDING, each_file: bool = True
 ) -> Iterator[CrashState]:
     """Every state that a crash may leave, each once, from the folder as it was before the first operation."""
     found = sorted(path for path in initial.rglob("*"))
@@ -146,7 +146,7 @@ def crash_states(
     now, on_disk, seen = start.copy(), set(), set()
     named: list[tuple[int, Operation]] = []  # so far, in order
     for number in range(len(operations) + 1):
-        for state in _states_at(number, len(operations), start, named, on_disk, contents, max_pending):
+        for state in _states_at(number, len(operations), start, named, on_disk, contents, max_pending, each_file):
             key = hash((frozenset(state.files.items()), state.folders))
             if key not in seen:
                 seen.add(key)
@@ -175,6 +175,7 @@ def _states_at(
     on_disk: set[int],
     contents: dict[int, Content],
     max_pending: int,
+    each_file: bool,
 ) -> Iterator[CrashState]:
     free = [index for index, _ in named if index not in on_disk][-max_pending:]
     for chosen in itertools.product((True, False), repeat=len(free)):
@@ -184,9 +185,9 @@ def _states_at(
             if index not in left_out:
                 tree.apply(operation, index)
         loose = [index for index in set(tree.files.values()) if contents[index].pending]
-        # All bytes there, none, half, and for each file alone none and half.
+        # All bytes there, none, half, and (`each_file`) for each file alone none and half.
         fates: list[dict[int, str]] = [{}, dict.fromkeys(loose, "none"), dict.fromkeys(loose, "half")]
-        fates += [{index: fate} for index in loose for fate in ("none", "half")]
+        fates += [{index: fate} for index in loose for fate in ("none", "half")] if each_file else []
         for fate in fates if loose else [{}]:
             files = {}
             for name, index in tree.files.items():

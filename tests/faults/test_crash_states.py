@@ -81,7 +81,7 @@ def test_after_a_crash_in_prepare_the_store_is_the_old_or_the_new_one_and_prepar
     config = config.model_copy(update={"store": str(tmp_path / "state")})
     survived = 0
     operations = read_operations(place, "prepare")
-    for state in crash_states(place / "initial" / "prepare", operations, max_pending=2):
+    for state in crash_states(place / "initial" / "prepare", operations, max_pending=2, each_file=False):
         folder = state.write(tmp_path / "state")
         assert verify_store(folder) == [], (state.after, sorted(state.files))
         assert TokenStore.open(folder).identity() in (old, new)
