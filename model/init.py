@@ -1,6 +1,8 @@
 """Initial values of every parameter: each a function of the seed and the parameter's global name alone.
 
-So a model starts equal on any layout of ranks, and a block starts equal wherever else the pattern changes.
+No generator runs from one parameter to the next, so a model starts equal on any layout of ranks, a pipeline rank draws its
+own blocks only, and a block starts equal wherever else the pattern changes. A rank draws the whole parameter and keeps its
+slice: drawing is cheap beside training, and there is nothing to exchange.
 """
 
 from __future__ import annotations

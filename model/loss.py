@@ -1,4 +1,9 @@
-"""Logits and cross entropy of the head, on one rank or with the vocabulary sharded over the tensor-parallel ranks."""
+"""Logits and cross entropy of the head, on one rank or with the vocabulary sharded over the tensor-parallel ranks.
+
+In training the logits [B, T, V] would be the largest tensor of all, and only their cross entropy is wanted. So the loss is
+computed from hidden states and weight, a part of the vocabulary at a time (kernels/linear_cross_entropy), and logits are
+made only where somebody asks for them: in decoding, evaluation of a task, and comparison with other implementations.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,10 @@
-"""Background saving: the step waits for a copy in memory, and a thread writes and commits it while training goes on."""
+"""Background saving: the step waits for a copy in memory, and a thread writes and commits it while training goes on.
+
+A step that is saved costs training one copy of the state to host memory; hashing, writing, syncing and the messages between
+ranks happen in the thread. One save is in flight at most: the next one waits for it, so memory holds one copy. A save that
+fails cannot raise inside the thread that trains, so its error is kept and raised at the next call, which all ranks make at
+the same step and therefore fail together.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,10 @@
-"""The optimizer's state on one rank, translated between DeepSpeed's flat tensors and ranges of named parameters."""
+"""The optimizer's state on one rank, translated between DeepSpeed's flat tensors and ranges of named parameters.
+
+DeepSpeed keeps float32 masters and moments in shapes of its own. ZeRO 0: a tensor for each parameter. ZeRO 1 and 2: one
+flat tensor for each group, cut by rank wherever that falls inside a parameter. ZeRO 3: every parameter cut into equal
+ranges. Here each becomes `Part`s (a master tensor) with `Span`s (which range of which parameter lies where in it), and what
+saves and loads knows nothing else: that is why a checkpoint of one ZeRO stage loads under another.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """The global gradient norm under any layout: every element of the model counts once, however many ranks hold it.
 
-DeepSpeed's wrappers know two kinds of parameters, cut over tensor ranks or alike on them. Ours also are cut over other
-axes, or in part held in copies, so the wrappers get their norm from here: each rank sums the squares that it has, divided
-by the number of ranks that have the same element, and one reduction adds the ranks. Clipping stays the wrappers' affair.
+DeepSpeed's wrappers compute norms of what lies on a rank. With tensor, expert and pipeline ranks that counts elements twice
+that several ranks hold (norms, routers, key-value heads, tied embeddings), and ranks that clip by different norms drift
+apart. So each rank divides the squares of its elements by the number of ranks that hold a copy (`count_copies`, from the
+shards), one all-reduce adds them up, and `install` puts the result where DeepSpeed would compute its own.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""AdamW and its parameter groups: matrices decay, everything else does not."""
+"""AdamW and its parameter groups: matrices decay, everything else does not.
+
+Groups carry labels and the names of their parameters, because DeepSpeed flattens and splits them: checkpoints find a
+group's settings by label, whatever became of the tensors.
+"""
 
 from __future__ import annotations
 

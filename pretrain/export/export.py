@@ -1,4 +1,9 @@
-"""From a checkpoint to a folder that transformers loads, proved before it gets its name."""
+"""Exports a checkpoint to a folder that transformers loads, and proves it before the folder gets its name.
+
+The folder is written under a temporary name; a fresh process without any of our code on its path loads it as a user
+would, and its logits and token ids are compared with ours. Only a folder that passed is renamed to the name that was asked
+for, so an export that exists is one that was right.
+"""
 
 from __future__ import annotations
 
@@ -178,7 +183,7 @@ def _store_tokens(path: str, count: int) -> tuple[list[int], str]:
 
 
 def run_proof(plan: ExportPlan, folder: Path, tokens_BT: Tensor, texts: list[str]) -> dict[str, Any]:
-    """Load the folder in a fresh process and compare with our model; what `export_proof.py` found."""
+    """Load the folder in a fresh process and compare with our model; returns what `verify.py` found."""
     with torch.no_grad():
         meta = PackMeta.one_document_a_row(*tokens_BT.shape)
         logits_BTV = plan.weights.build()(tokens_BT, meta).logits_BTV

@@ -1,4 +1,8 @@
-"""Text from a checkpoint, a token at a time, carrying the recurrent state instead of reading the past again."""
+"""Generates text from a checkpoint, a token at a time.
+
+The prompt is read in one pass, which leaves a decode state: windows and matrix states of recurrent blocks, whose size does
+not grow, and key-value caches of attention. Every further token is computed from the last token and that state alone.
+"""
 
 from __future__ import annotations
 
