@@ -40,6 +40,10 @@ def plan(
     search: Annotated[
         bool, typer.Option("--search", help="Rank layouts of all axes, not only ZeRO stages and micro-batch sizes.")
     ] = False,
+    write: Annotated[
+        bool,
+        typer.Option("--write-layout", help="With --search: write the fastest layout that fits into CONFIG.yaml."),
+    ] = False,
     picture: Annotated[
         Path | None,
         typer.Option(metavar="OUT", help="Also draw memory by part and the step by stream: .png, .svg or .pdf."),
@@ -66,6 +70,7 @@ def plan(
 
     hardware = load_hardware(gpu)
     check_trace_options(trace, search, rank, stage)
+    check_write_options(write, search, overrides)
     if picture is not None:
         check_picture(picture)
     if tokens is not None and not tokens > 0:
@@ -80,6 +85,8 @@ def plan(
         else:
             draw_plan(made, assumptions, picture)
         say(f"wrote {picture}")
+    if write:
+        write_winner(made, path)
     if as_json:
         print_json(plan_as_dict(made) | ({"trace": [trace_as_dict(entry) for entry in traced]} if trace else {}))
         return
@@ -98,6 +105,25 @@ def check_trace_options(trace: bool, search: bool, rank: int | None, stage: str 
         raise ValueError(
             f"{'--rank' if rank is not None else '--stage'} has no effect without --trace; add it, or leave it out"
         )
+
+
+def check_write_options(write: bool, search: bool, overrides: list[str] | None) -> None:
+    """Refuse to write what was not searched for the file as it is. Raises ValueError."""
+    if write and (overrides or not search):
+        raise ValueError(
+            "--write-layout writes what --search finds for CONFIG.yaml as it is: add --search, without overrides"
+        )
+
+
+def write_winner(made: Plan, path: Path) -> None:
+    """Put the fastest layout that fits into the configuration's file. Raises ValueError where none does."""
+    from launch.plan.plan import advise
+    from launch.plan.write_layout import write_layout
+
+    if not made.layouts:
+        raise ValueError(f"--write-layout: {advise(made)}")
+    write_layout(path, made.layouts[0])
+    say(f"wrote {path}: {describe_layout(made.layouts[0])}")
 
 
 def trace_ranks(

@@ -1,0 +1,40 @@
+"""The winner of a search in the configuration's file."""
+
+import pytest
+import yaml
+
+from launch.cli import run
+from launch.plan.write_layout import edited
+from pretrain.config.file import load_config
+from tests.launch.plan.presets import CONFIGS
+
+PARALLEL = {"tensor": 2, "sequence_parallel": True, "zero_stage": 1}
+TRAIN = {"micro_batch_size": 4, "recompute": "selective", "recompute_blocks": "M"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "# Mine.\ntrain: {steps: 5, micro_batch_size: 2} # rows\nparallel: {zero_stage: 3} # one\noptimizer: {a: 1}\n",
+        "parallel:\n  zero_stage: 3  # one\n\n# Mine.\ntrain:\n  steps: 5\n  # rows\n  micro_batch_size: 2\noptimizer: {a: 1}\n",
+        "optimizer: {a: 1}  # one\n# Mine., rows\n",
+    ],
+    ids=["on one line", "on several lines", "without the sections"],
+)
+def test_only_the_layout_changes(text):
+    found = edited(text, PARALLEL, TRAIN)
+    before, after = yaml.safe_load(text), yaml.safe_load(found)
+    assert after == before | {"parallel": PARALLEL, "train": before.get("train", {}) | TRAIN}
+    assert all(comment in found for comment in ("# Mine.", "rows", "# one"))
+
+
+def test_the_winner_is_written_and_checked(tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"extends: {CONFIGS}/ladder_20m.yaml\n\nrun: {{dir: run}}  # mine\n", encoding="utf-8")
+    assert run(["plan", str(path), "--gpus", "2", "--write-layout"]) == 2
+    assert "--search" in capsys.readouterr().err
+    assert run(["plan", str(path), "--gpus", "2", "--search", "--write-layout"]) == 0
+    assert f"wrote {path}" in capsys.readouterr().err.replace("\n", "")
+    assert "# mine" in path.read_text(encoding="utf-8")
+    assert load_config(path, ()).parallel.zero_stage in (0, 1, 2, 3)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run.yaml"]
