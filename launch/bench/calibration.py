@@ -243,7 +243,7 @@ def _least_seconds(work: Callable[[], Any], device: torch.device) -> float:
 def write_hardware(hardware: Hardware, checks: Sequence[Check], path: Path) -> None:
     """The file for `amfm plan --gpu`, with what was checked as comments."""
     lines = [
-        "# Written by `amfm bench step --calibration`. Links were not measured, and are those of the plan's table or a copy",
+        "# Written by `amfm bench calibrate`. Links were not measured, and are those of the plan's table or a copy",
         "# through memory; `amfm doctor --nproc N` measures them.",
         *(
             f"# {check.name}: planned {check.planned:.3f} s, measured {check.measured:.3f} s ({check.error:+.0%})"

@@ -84,7 +84,7 @@ def length_config(symbol: str) -> ModelConfig:
         needed = {key for key, field in section.model_fields.items() if field.is_required()} - OPTIONS.keys()
         if needed:
             raise ValueError(
-                f"--sweep length knows no value for {', '.join(sorted(needed))} of model.mixers.{name}; choose others "
+                f"bench length knows no value for {', '.join(sorted(needed))} of model.mixers.{name}; choose others "
                 "with --mixers"
             )
         mixers[name] = section(**{key: value for key, value in OPTIONS.items() if key in section.model_fields})

@@ -2,7 +2,7 @@
 
 Passes and whole gradients are those of `exchanges.py`, which the plan times too, added up over stages and micro-batches.
 What only a built model says is added here: gradients that are partial on an axis, and the padding of ZeRO's groups. So
-are the few numbers that end a step. `amfm bench step --comm` counts the same bytes in a real step, to the byte.
+are the few numbers that end a step. `amfm bench communication` counts the same bytes in a real step, to the byte.
 """
 
 from __future__ import annotations

@@ -1,18 +1,33 @@
-"""`amfm bench step --sweep length`: what was asked for is checked, lengths are timed, and a table says what is flat."""
+"""`amfm bench length`: sequence mixers timed at row length after row length, and a table of which are flat."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
+import typer
+
+from launch.arguments import JsonOption
 from launch.console import print_json, print_rows, say
 
 ROUNDS = 3
 
 
-def sweep_lengths(
-    mixers: str | None, lengths: str | None, rounds: int | None, threads: int | None, *, as_json: bool
+def length(
+    *,
+    mixers: Annotated[
+        str | None, typer.Option(metavar="M,G,gla", help="Letters or names; default: all, and attention.")
+    ] = None,
+    lengths: Annotated[
+        str | None, typer.Option(metavar="1024,16384", help="Tokens a row; a step holds the longest row's.")
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Timed steps of each, taking turns; default: 3.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: one.")] = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Time each mixer at each row length and print it. One thread where none is asked for, so that CPU time means something."""
+    """Time small models of one mixer each, the same tokens cut into longer and longer rows, and say which are flat.
+
+    One thread where none is asked for, so that CPU time means something.
+    """
     from launch.bench.length import bench_lengths, choose_lengths, choose_mixers
 
     symbols, chosen = choose_mixers(mixers), choose_lengths(lengths)

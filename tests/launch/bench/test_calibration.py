@@ -63,7 +63,7 @@ def test_the_file_is_one_that_the_plan_reads(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["own.txt"], "--calibration own.txt must end in .yaml and lie in a folder that exists; use hardware.yaml"),
+        (["own.txt"], "own.txt must end in .yaml and lie in a folder that exists; use hardware.yaml"),
         (["nowhere/own.yaml"], "must end in .yaml and lie in a folder that exists"),
         (
             ["own.yaml", "--compiled"],

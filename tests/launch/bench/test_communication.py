@@ -1,4 +1,4 @@
-"""`amfm bench step --comm`: the bytes that ranks hand to collectives are those of the formulas, on every axis."""
+"""`amfm bench communication`: the bytes that ranks hand to collectives are those of the formulas, on every axis."""
 
 from __future__ import annotations
 
@@ -130,3 +130,21 @@ def test_what_cannot_be_counted_is_refused(
 ) -> None:
     assert run(["bench", "step", *arguments]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["communication"], "there is one; add --nproc 2"),
+        (["communication", "parallel.zero_stage=3", "--nproc", "2"], "parallel.zero_stage=3 has no formula"),
+        (["length", "--mixers", "nonsense"], "nonsense"),
+        (["calibrate", "own.txt"], "own.txt must end in .yaml and lie in a folder that exists"),
+    ],
+)
+def test_what_flags_of_step_measured_has_verbs_of_its_own(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["bench", *arguments]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert run(["bench", "step", "--help"]) == 0
+    assert "--comm" not in capsys.readouterr().out.replace("--compiled", "")

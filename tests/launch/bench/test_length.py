@@ -1,4 +1,4 @@
-"""`amfm bench step --sweep length`: which mixers and lengths it takes, what it says of rates that are known, its JSON."""
+"""`amfm bench length`: which mixers and lengths it takes, what it says of rates that are known, its JSON."""
 
 from __future__ import annotations
 

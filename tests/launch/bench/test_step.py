@@ -10,7 +10,7 @@ from launch.bench.freed_memory import KEPT, RETURNED
 from launch.bench.process import Child
 from launch.bench.step import Shape, _check_losses, bench_step
 from launch.cli import run
-from launch.commands.bench.verbs import print_step_table
+from launch.commands.bench.step import print_step_table
 from tests.model.huggingface.cases import GRANITE
 
 SMALL = Shape(rows=1, tokens=48, model=GRANITE)

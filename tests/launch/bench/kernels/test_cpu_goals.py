@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from launch.bench.kernels.cpu_goals import compare_with_goals
-from launch.commands.bench.verbs import print_goals
+from launch.commands.bench.kernels import print_goals
 
 
 def test_a_goal_is_missed_by_a_hair_and_held_at_its_limit(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ from kernels.proof.cases.case import Minimum
 from launch.bench.kernels.case import TimedCase
 from launch.bench.kernels.cuda import find_faults, time_case
 from launch.cli import run
-from launch.commands.bench.verbs import print_kernel_table
+from launch.commands.bench.kernels import print_kernel_table
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine can tune")

@@ -1,0 +1,102 @@
+"""`amfm bench step`: our training step beside transformers', and the flags that were verbs' before they had names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from launch.arguments import JsonOption
+from launch.bench.freed_memory import title_of
+from launch.commands.bench.calibrate import calibrate
+from launch.commands.bench.communication import communication
+from launch.commands.bench.length import length
+from launch.console import print_json, print_rows, say
+
+PLAIN = ("ours_fp32", "ours_bf16")
+COMPILED = ("ours_fp32_compiled", "ours_bf16_compiled")
+PEER = ("transformers_default", "transformers_tuned")
+STEP_ROUNDS = 8
+
+
+def step(
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", hidden=True)] = None,
+    *,
+    peer: Annotated[Literal["transformers", "none"], typer.Option(help="Whose step to time beside ours.")] = "none",
+    compiled: Annotated[
+        bool, typer.Option(help="Also time our step with compiled blocks (minutes to compile).")
+    ] = False,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Timed steps of each variant, taking turns; default: 8.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all cores.")] = None,
+    sweep: Annotated[Literal["length"] | None, typer.Option(hidden=True)] = None,
+    mixers: Annotated[str | None, typer.Option(hidden=True)] = None,
+    lengths: Annotated[str | None, typer.Option(hidden=True)] = None,
+    comm: Annotated[bool, typer.Option("--comm", hidden=True)] = False,
+    nproc: Annotated[int, typer.Option(min=1, hidden=True)] = 1,
+    calibration: Annotated[Path | None, typer.Option(hidden=True)] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Time a training step of a 19.5M-parameter Granite-shaped hybrid: 4 rows of 512 tokens, same weights for all.
+
+    What ranks send, speed by row length and a hardware file of this machine: see communication, length and calibrate.
+    """
+    # Hidden flags: --comm, --sweep length and --calibration were the other three verbs, and scripts still say so.
+    if sweep is not None:
+        if comm or compiled or calibration is not None or peer != "none" or overrides or nproc > 1:
+            raise ValueError(
+                "--sweep length times models of its own; beside it give --mixers, --lengths, --rounds alone"
+            )
+        length(mixers=mixers, lengths=lengths, rounds=rounds, threads=threads, as_json=as_json)
+        return
+    if mixers is not None or lengths is not None:
+        raise ValueError("--mixers and --lengths choose what --sweep length times; add it, or remove them")
+    if calibration is not None and (comm or compiled or peer != "none"):
+        raise ValueError("--calibration measures blocks of its own; leave out --comm, --compiled and --peer")
+    if comm:
+        communication(overrides, nproc=nproc, as_json=as_json)
+        return
+    if overrides or nproc > 1:
+        raise ValueError("KEY=VALUE and --nproc give a layout to count; add --comm, or remove them")
+    if calibration is not None:
+        calibrate(calibration, rounds=rounds or STEP_ROUNDS, threads=threads, as_json=as_json)
+        return
+    from launch.bench.step import bench_step
+
+    names = [*(PEER if peer == "transformers" else ()), "bare_loop", *PLAIN, *(COMPILED if compiled else ())]
+    result = bench_step(names, rounds=rounds or STEP_ROUNDS, num_threads=threads, report=say)
+    if as_json:
+        print_json(result)
+    else:
+        print_step_table(result)
+
+
+def print_step_table(result: dict[str, Any]) -> None:
+    """The variants of `bench_step`: each as it trains, then with memory treated alike, and what they were measured on."""
+    variants = result["variants"]
+    if all(figures["as_trained"] for figures in variants.values()):
+        rows = [
+            (name, *_step_figures(figures["as_trained"]), f"{figures['first_loss']:.5f}")
+            for name, figures in variants.items()
+        ]
+        columns = ("variant", "median s", "tokens/s", "x transformers", "first loss")
+        title = "Each as it trains: transformers returns freed memory, ours keeps it"
+        print_rows(f"A training step, {result['rounds']} rounds in turns. {title}", columns, rows)
+    for treatment in next(iter(variants.values()))["memory"]:
+        rows = []
+        for name, figures in variants.items():
+            taken = figures["memory"][treatment]
+            rows.append((name, *_step_figures(taken), f"{taken['seconds_min']:.3f} to {taken['seconds_max']:.3f}"))
+        columns = ("variant", "median s", "tokens/s", "x transformers", "min to max s")
+        print_rows(title_of(treatment), columns, rows)
+    for remark in result["remarks"]:
+        say(remark)
+    say(", ".join(f"{name} {value}" for name, value in result["hardware"].items()))
+
+
+def _step_figures(figures: dict[str, Any]) -> tuple[str, str, str]:
+    """Median seconds, tokens a second, and how many times as fast as transformers' default."""
+    ratio = figures["ratio_to_transformers_default"]
+    return f"{figures['seconds']:.3f}", f"{figures['tokens_per_second']:,.0f}", f"{ratio:.2f}" if ratio else ""
