@@ -64,7 +64,7 @@ def understood(path: Path | str, error: Error = ValueError) -> Iterator[None]:
         yield
     except (KeyError, IndexError, TypeError, AttributeError) as problem:
         what = f"{problem} is missing" if isinstance(problem, KeyError) else str(problem)
-        raise error(f"{path} is not what amfm writes there: {what}; it was edited or damaged") from problem
+        raise error(f"{path} is not as its format asks: {what}; it was edited or damaged") from problem
 
 
 def take(record: Mapping[str, Any], key: str, kind: type[Value], path: Path | str, error: Error = ValueError) -> Value:

@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from data_pipeline.foreign_files import inside, read_object, take
+from data_pipeline.foreign_files import inside, read_object, take, understood
 from data_pipeline.tokenizer.tokenizer import Tokenizer, read_tokenizer_file
 from model.config.checks import check_model
 from model.config.schema import ModelConfig
@@ -80,11 +80,16 @@ def read_config_json(source: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path} is missing; give a folder that transformers wrote")
     raw = read_object(path)
-    if raw.get("model_type") not in set(TARGET_OF_TYPE) - {OWN_MODEL_TYPE}:
+    if str(raw.get("model_type")) not in set(TARGET_OF_TYPE) - {OWN_MODEL_TYPE}:
         return raw
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    complete: dict[str, Any] = AutoConfig.from_pretrained(source, local_files_only=True).to_dict()
+    try:
+        with understood(path):
+            complete: dict[str, Any] = AutoConfig.from_pretrained(source, local_files_only=True).to_dict()
+    except StrictDataclassError as error:
+        raise ValueError(f"{path} has a field that its class does not take: {error}") from error
     return complete
 
 
@@ -103,7 +108,8 @@ def choose_config(source: Path, fields: Mapping[str, Any], target: Target) -> Mo
     The description also knows what config.json has no field for, such as tied embeddings in nemotron_h.
     """
     try:
-        config = model_config_from_huggingface(fields)
+        with understood(source / "config.json"):
+            config = model_config_from_huggingface(fields)
         path = source / OUR_DESCRIPTION
         if path.is_file():
             described = ModelConfig.model_validate(read_object(path).get("model"))

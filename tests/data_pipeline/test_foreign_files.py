@@ -44,5 +44,5 @@ def test_a_key_that_is_missing_or_of_another_kind_is_named() -> None:
         take({}, "weight_map", dict, "index")
     with pytest.raises(ValueError, match="index: bytes is True, it must be int"):
         take({"bytes": True}, "bytes", int, "index")
-    with pytest.raises(ValueError, match="m is not what amfm writes there: 'layout' is missing"), understood("m"):
+    with pytest.raises(ValueError, match="m is not as its format asks: 'layout' is missing"), understood("m"):
         {}["layout"]
