@@ -1,4 +1,14 @@
-"""Keeps a run going: one attempt after the other until it is done, or until going on makes no sense."""
+"""Restarts a run after each failure until it is done, or until another attempt makes no sense.
+
+How it works: a launcher (torchrun, Slurm, Ray) brings a function that starts all ranks once and reports how that ended.
+An exit code decides what follows: done and bad input end the run, a failure starts it again from its newest checkpoint,
+after waiting for lost nodes and, if they stay away, on as many as can share the batch.
+
+Why it stops: a restart repairs what the machine did (a lost node, a hung rank), not what the run does. Two failures with
+no newer checkpoint between them would be followed by a third, so that counts as a fault of the run, and the first cause
+is what the user is told. Nothing but checkpoints carries state from one attempt to the next, so any attempt may be
+killed at any moment.
+"""
 
 from __future__ import annotations
 

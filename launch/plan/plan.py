@@ -1,4 +1,14 @@
-"""What a run will cost before anything is rented: its size, memory, time, and which layouts fit."""
+"""What a run will cost before anything is rented: its size, memory, time, and which layouts fit.
+
+How it works: a layout (`layout.py`) says how many ranks each axis has and what one rank of every pipeline stage holds.
+From that and the configuration alone `memory.py` adds up the bytes of the fullest rank and `time.py` the seconds of the
+slowest stage: operations at their roofline (`hardware.py`), collectives by the bytes of `exchanges.py` on the declared
+links. `search.py` lists layouts that obey every rule of a run; here they are estimated, ranked and explained.
+
+Why formulas: nothing is allocated and no model is built, so that a laptop plans 2,048 cards and a search tries thousands
+of layouts. What formulas leave out is stated (`Assumptions`) and measured: `amfm bench memory` holds the memory against
+real steps, `amfm bench communication` the bytes, `amfm bench calibrate` and `amfm bench plan` the time.
+"""
 
 from __future__ import annotations
 
