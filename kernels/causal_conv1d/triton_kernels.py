@@ -12,12 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _load_row(x, t, T, stride, column, C):
-    """x[t, column] in float32, zero outside the row and beyond the last channel."""
-    inside = ((t >= 0) & (t < T))[:, None] & (column < C)[None, :]
-    return tl.load(x + t.to(tl.int64)[:, None] * stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+from kernels.silu import sigmoid, silu, silu_backward
+from kernels.tiles import load_values
 
 
 @triton.jit
@@ -48,9 +44,8 @@ def _add_taps(x0, x1, x2, x3, w0, w1, w2, w3, bias, ids, t, T, DOCUMENTS: tl.con
 
 @triton.jit
 def _through_silu(dy, total):
-    """Gradient of silu(total) times dy."""
-    sigmoid = 1.0 / (1.0 + tl.exp(-total))
-    return dy * sigmoid * (1.0 + total * (1.0 - sigmoid))
+    """Compute the gradient of the sum before SiLU from that of the output."""
+    return silu_backward(dy, total, sigmoid(total))
 
 
 @triton.jit
@@ -71,10 +66,10 @@ def convolution_forward_kernel(
         start = tl.load(bias + column, mask=column < C, other=0.0).to(tl.float32)
     w0, w1 = _load_tap(weight, 0, column, C, W), _load_tap(weight, 1, column, C, W)
     w2, w3 = _load_tap(weight, 2, column, C, W), _load_tap(weight, 3, column, C, W)
-    x0, x1 = _load_row(x_row, t, T, stride_t, column, C), _load_row(x_row, t - 1, T, stride_t, column, C)
-    x2, x3 = _load_row(x_row, t - 2, T, stride_t, column, C), _load_row(x_row, t - 3, T, stride_t, column, C)
+    x0, x1 = load_values(x_row, t, T, stride_t, column, C), load_values(x_row, t - 1, T, stride_t, column, C)
+    x2, x3 = load_values(x_row, t - 2, T, stride_t, column, C), load_values(x_row, t - 3, T, stride_t, column, C)
     total = _add_taps(x0, x1, x2, x3, w0, w1, w2, w3, start, ids_row, t, T, DOCUMENTS)
-    out = total / (1.0 + tl.exp(-total))
+    out = silu(total)
     where = y + (batch * T + t.to(tl.int64))[:, None] * C + column[None, :]
     tl.store(where, out.to(y.dtype.element_ty), mask=(t < T)[:, None] & (column < C)[None, :])
 
@@ -101,13 +96,19 @@ def convolution_backward_kernel(
     first = strip * blocks_per_strip
     for block in range(first, tl.minimum(first + blocks_per_strip, tl.cdiv(T, BLOCK_T))):
         t = block * BLOCK_T + tl.arange(0, BLOCK_T)
-        back3, back2 = _load_row(x_row, t - 3, T, stride_t, column, C), _load_row(x_row, t - 2, T, stride_t, column, C)
-        back1, here = _load_row(x_row, t - 1, T, stride_t, column, C), _load_row(x_row, t, T, stride_t, column, C)
-        next1, next2 = _load_row(x_row, t + 1, T, stride_t, column, C), _load_row(x_row, t + 2, T, stride_t, column, C)
-        next3 = _load_row(x_row, t + 3, T, stride_t, column, C)
+        back3, back2 = (
+            load_values(x_row, t - 3, T, stride_t, column, C),
+            load_values(x_row, t - 2, T, stride_t, column, C),
+        )
+        back1, here = load_values(x_row, t - 1, T, stride_t, column, C), load_values(x_row, t, T, stride_t, column, C)
+        next1, next2 = (
+            load_values(x_row, t + 1, T, stride_t, column, C),
+            load_values(x_row, t + 2, T, stride_t, column, C),
+        )
+        next3 = load_values(x_row, t + 3, T, stride_t, column, C)
 
         total = _add_taps(here, back1, back2, back3, w0, w1, w2, w3, start, ids_row, t, T, DOCUMENTS)
-        e = _through_silu(_load_row(dy_row, t, T, C, column, C), total)
+        e = _through_silu(load_values(dy_row, t, T, C, column, C), total)
         dx = e * w0[None, :]
         d_start += tl.sum(e, axis=0)
         d_w0 += tl.sum(e * here, axis=0)
@@ -116,13 +117,13 @@ def convolution_backward_kernel(
         d_w3 += tl.sum(e * back3 * _reach(ids_row, t, t - 3, T, DOCUMENTS), axis=0)
 
         total = _add_taps(next1, here, back1, back2, w0, w1, w2, w3, start, ids_row, t + 1, T, DOCUMENTS)
-        e = _through_silu(_load_row(dy_row, t + 1, T, C, column, C), total)
+        e = _through_silu(load_values(dy_row, t + 1, T, C, column, C), total)
         dx += e * w1[None, :] * _reach(ids_row, t + 1, t, T, DOCUMENTS)
         total = _add_taps(next2, next1, here, back1, w0, w1, w2, w3, start, ids_row, t + 2, T, DOCUMENTS)
-        e = _through_silu(_load_row(dy_row, t + 2, T, C, column, C), total)
+        e = _through_silu(load_values(dy_row, t + 2, T, C, column, C), total)
         dx += e * w2[None, :] * _reach(ids_row, t + 2, t, T, DOCUMENTS)
         total = _add_taps(next3, next2, next1, here, w0, w1, w2, w3, start, ids_row, t + 3, T, DOCUMENTS)
-        e = _through_silu(_load_row(dy_row, t + 3, T, C, column, C), total)
+        e = _through_silu(load_values(dy_row, t + 3, T, C, column, C), total)
         dx += e * w3[None, :] * _reach(ids_row, t + 3, t, T, DOCUMENTS)
         where = d_x + (batch * T + t.to(tl.int64))[:, None] * C + column[None, :]
         tl.store(where, dx.to(d_x.dtype.element_ty), mask=(t < T)[:, None] & (column < C)[None, :])

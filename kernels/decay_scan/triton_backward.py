@@ -9,7 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.decay_scan.triton_forward import load_tile, tile_gates
+from kernels.decay_scan.triton_forward import tile_gates
+from kernels.tiles import load_operand
 
 
 @triton.jit
@@ -56,8 +57,8 @@ def walk_back_kernel(
                 at = ((batch * chunks + t // TILES) * H + h) * K * V + v_first
                 tl.store(leaving + at + tile, d_state.to(leaving.dtype.element_ty), mask=in_state)
         b, b_end, _, _, first, _, keep = tile_gates(g, g, firsts, row, t * Q, T, h, H, Q, DOCUMENTS, False)
-        q_tile = load_tile(q_base, t * Q, T, stride_qt, K, Q, BLOCK_K, DOT)
-        dy_tile = load_tile(dy_base, t * Q, T, H * V, V - v_first, Q, BLOCK_V, DOT)
+        q_tile = load_operand(q_base, t * Q, T, stride_qt, K, Q, BLOCK_K, DOT)
+        dy_tile = load_operand(dy_base, t * Q, T, H * V, V - v_first, Q, BLOCK_V, DOT)
         d_state = state_step_back(d_state, q_tile, dy_tile, b, b_end, first, keep, DOT)
         total = total * keep * tl.exp(b_end)
     tl.store(d_initial + state_base + tile, d_state, mask=in_state)
@@ -76,8 +77,8 @@ def tile_scores(
     PART: tl.constexpr = min(BLOCK_K, 64)
     scores = tl.zeros((Q, Q), tl.float32)
     for column in range(0, K, PART):
-        q_part = load_tile(q_base + column, start, T, stride_qt, K - column, Q, PART, DOT)
-        k_part = load_tile(k_base + column, start, T, stride_kt, K - column, Q, PART, DOT)
+        q_part = load_operand(q_base + column, start, T, stride_qt, K - column, Q, PART, DOT)
+        k_part = load_operand(k_base + column, start, T, stride_kt, K - column, Q, PART, DOT)
         scores = tl.dot(q_part, tl.trans(k_part), scores, input_precision="ieee")
     return scores.to(DOT)
 
@@ -102,8 +103,8 @@ def gradients_kernel(
     groups = tl.num_programs(1) // splits
     row, start, c = batch * T, tile * Q, tile // TILES
     q_base, k_base = q + batch * stride_qb + group * K, k + batch * stride_kb + group * K
-    q_tile = load_tile(q_base, start, T, stride_qt, K, Q, BLOCK_K, DOT)
-    k_tile = load_tile(k_base, start, T, stride_kt, K, Q, BLOCK_K, DOT)
+    q_tile = load_operand(q_base, start, T, stride_qt, K, Q, BLOCK_K, DOT)
+    k_tile = load_operand(k_base, start, T, stride_kt, K, Q, BLOCK_K, DOT)
     scores = tile_scores(q_base, k_base, start, T, stride_qt, stride_kt, K, Q, BLOCK_K, DOT)
     d_scores = tl.zeros((Q, Q), tl.float32)
     dq_tile = tl.zeros((Q, BLOCK_K), tl.float32)
@@ -134,8 +135,8 @@ def gradients_kernel(
         for v_first in tl.range(0, V, BLOCK_V, disable_licm=True):
             v_base, dy_base = v + batch * stride_vb + h * V + v_first, d_y + row * H * V + h * V + v_first
             width = V - v_first
-            v_tile = load_tile(v_base, start, T, stride_vt, width, Q, BLOCK_V, DOT)
-            dy_tile = load_tile(dy_base, start, T, H * V, width, Q, BLOCK_V, DOT)
+            v_tile = load_operand(v_base, start, T, stride_vt, width, Q, BLOCK_V, DOT)
+            dy_tile = load_operand(dy_base, start, T, H * V, width, Q, BLOCK_V, DOT)
             d_mixed = tl.dot(dy_tile, tl.trans(v_tile), d_mixed, input_precision="ieee")
             place = k_lane[:, None] * V + v_lane[None, :]
             in_state = (k_lane < K)[:, None] & (v_lane < width)[None, :]
@@ -144,8 +145,8 @@ def gradients_kernel(
             if TILES == 2:
                 x_base, stride_x = tl.where(leads, q_base, k_base), tl.where(leads, stride_qt, stride_kt)
                 z_base, stride_z = tl.where(leads, dy_base, v_base), tl.where(leads, H * V, stride_vt)
-                x_tile = load_tile(x_base, other, T, stride_x, K, Q, BLOCK_K, DOT)
-                z_tile = load_tile(z_base, other, T, stride_z, width, Q, BLOCK_V, DOT)
+                x_tile = load_operand(x_base, other, T, stride_x, K, Q, BLOCK_K, DOT)
+                z_tile = load_operand(z_base, other, T, stride_z, width, Q, BLOCK_V, DOT)
                 z_tile = (z_tile.to(tl.float32) * weight_o[:, None]).to(DOT)
                 middle = tl.where(leads, d_state, state).to(tl.float32) * (keep_o * tl.exp(b_end_o))
                 middle = tl.dot(tl.trans(x_tile), z_tile, middle, input_precision="ieee").to(DOT)

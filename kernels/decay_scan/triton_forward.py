@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels.tiles import load_operand
+
 
 @triton.jit
 def tile_gates(
@@ -42,16 +44,6 @@ def tile_gates(
     b = tl.sum(tl.where(reach, gate[None, :], 0.0), axis=1)
     b_end = tl.sum(gate * last, axis=0)
     return b, b_end, u, reach, first, last, keep
-
-
-@triton.jit
-def load_tile(base, start, T, stride, size, Q: tl.constexpr, BLOCK: tl.constexpr, DOT: tl.constexpr):
-    """Rows start..start+Q of a [T, size] matrix as operands of products, zeros outside; wider would spill registers."""
-    lane, column = tl.arange(0, Q)[:, None], tl.arange(0, BLOCK)[None, :]
-    inside = (lane < T - start) & (column < size)
-    # A wide scalar and narrow offsets: a tile of 64-bit addresses would take as many registers as the state.
-    first = base + tl.cast(start, tl.int64) * stride
-    return tl.load(first + (lane * stride + column), mask=inside, other=0.0).to(DOT)
 
 
 @triton.jit
@@ -106,10 +98,10 @@ def chunk_state_kernel(
                 at = ((batch * chunks + tile // TILES) * H + h) * K * V + v_first
                 tl.store(entering + at + place, state.to(entering.dtype.element_ty), mask=in_state)
         b, b_end, u, reach, first, last, keep = tile_gates(g, scale, firsts, row, start, T, h, H, Q, DOCUMENTS, SCALE)
-        k_tile = load_tile(k_base, start, T, stride_kt, K, Q, BLOCK_K, DOT)
-        v_tile = load_tile(v_base, start, T, stride_vt, V - v_first, Q, BLOCK_V, DOT)
+        k_tile = load_operand(k_base, start, T, stride_kt, K, Q, BLOCK_K, DOT)
+        v_tile = load_operand(v_base, start, T, stride_vt, V - v_first, Q, BLOCK_V, DOT)
         if OUTPUT:
-            q_tile = load_tile(q_base, start, T, stride_qt, K, Q, BLOCK_K, DOT)
+            q_tile = load_operand(q_base, start, T, stride_qt, K, Q, BLOCK_K, DOT)
             scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
             inside = tl.where(reach, tl.exp(tl.minimum(b[:, None] - b[None, :], 0.0)), 0.0) * u[None, :]
             across = tl.dot(q_tile, state.to(DOT), input_precision="ieee") * (first * tl.exp(b))[:, None]

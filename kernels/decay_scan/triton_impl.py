@@ -12,8 +12,10 @@ from torch import Tensor
 from kernels.decay_scan.triton_backward import gradients_kernel, walk_back_kernel
 from kernels.decay_scan.triton_forward import chunk_state_kernel
 from kernels.documents import first_tokens
-from kernels.interpreter import count_programs, dot_dtype
+from kernels.interpreter import dot_dtype
 from kernels.limits import DECAY_LIMITS
+from kernels.segments import cut_segments, fit_blocks, padded
+from kernels.strides import outer_strides, pack_inner
 from kernels.tuning import Config, config_for
 
 # Tokens of a step: a chunk of 128 is two, which keeps their products in registers.
@@ -88,12 +90,9 @@ class _Launch:
         B, T, H, V = v.shape
         G, K = q.shape[2:]
         chunks = triton.cdiv(T, chunk_size)
-        if segment_chunks == 0:
-            programs = B * H * triton.cdiv(V, LARGEST_TILE)
-            wanted = max(1, count_programs(v.device, 1) // programs) if v.device.type == "cuda" else 1
-            segment_chunks = triton.cdiv(chunks, min(wanted, chunks))
+        programs = B * H * triton.cdiv(V, LARGEST_TILE)
+        segments, segment_chunks = cut_segments(chunks, segment_chunks, programs, v.device)
         Q = min(chunk_size, LARGEST_TILE)
-        segments = triton.cdiv(chunks, segment_chunks)
         return cls(B, T, H, G, K, V, Q, chunk_size // Q, chunks, segments, segment_chunks)
 
     def sizes(self) -> tuple[int, ...]:
@@ -104,15 +103,13 @@ class _Launch:
 
     def constants(self, v: Tensor, firsts: Tensor | None) -> dict[str, Any]:
         """What all kernels are compiled for."""
-        block_k = max(16, triton.next_power_of_2(self.K))
-        constants = {"Q": self.Q, "TILES": self.tiles, "BLOCK_K": block_k, "DOT": dot_dtype(v.dtype)}
+        constants = {"Q": self.Q, "TILES": self.tiles, "BLOCK_K": padded(self.K), "DOT": dot_dtype(v.dtype)}
         return constants | {"DOCUMENTS": firsts is not None}
 
     def config(self, kernel: str, candidates: tuple[Config, ...], v: Tensor) -> dict[str, int]:
         """The kernel's configuration for these sizes, with no more columns than V has."""
         shape = (v.dtype, self.Q, self.tiles, self.K, self.V)
-        config = dict(config_for(kernel, shape, candidates, v.device))
-        return config | {"BLOCK_V": max(16, min(config["BLOCK_V"], triton.next_power_of_2(self.V)))}
+        return fit_blocks(config_for(kernel, shape, candidates, v.device), BLOCK_V=self.V)
 
     def grid(self, columns: int) -> tuple[int, int]:
         """Programs of a walk: heads and blocks of V, segments."""
@@ -129,16 +126,6 @@ class _Launch:
     def chunk_states(self, like: Tensor) -> Tensor:
         """Room for one state a chunk, in the dtype of `like`."""
         return like.new_empty(self.B, self.chunks, self.H, self.K, self.V)
-
-
-def pack_rows(x: Tensor) -> Tensor:
-    """A tensor whose tokens are packed inside; rows and tokens may lie apart, as slices of a wider projection do."""
-    return x if x.stride(-1) == 1 and x.stride(-2) == x.shape[-1] else x.contiguous()
-
-
-def outer_strides(*tensors: Tensor) -> list[int]:
-    """Strides of rows and of tokens, tensor by tensor."""
-    return [stride for tensor in tensors for stride in tensor.stride()[:2]]
 
 
 def pass_states(initial: Tensor | None, local: Tensor, decay: Tensor, *, backward: bool) -> tuple[Tensor, Tensor]:
@@ -222,7 +209,7 @@ def _forward(
     keep_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, last state, and the states that enter chunks (empty unless they are kept)."""
-    q, k, v, g = pack_rows(q), pack_rows(k), pack_rows(v), g.contiguous()
+    q, k, v, g = pack_inner(q, 2), pack_inner(k, 2), pack_inner(v, 2), g.contiguous()
     scale = None if scale is None else scale.contiguous()
     launch = _Launch.of(q, v, chunk_size, segment_chunks)
     y = torch.empty(v.shape, dtype=v.dtype, device=v.device)
@@ -269,7 +256,7 @@ def _backward(
     segment_chunks: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, g, scale, skip and the initial state; those of absent inputs are empty."""
-    q, k, v, g, d_y = pack_rows(q), pack_rows(k), pack_rows(v), g.contiguous(), d_y.contiguous()
+    q, k, v, g, d_y = pack_inner(q, 2), pack_inner(k, 2), pack_inner(v, 2), g.contiguous(), d_y.contiguous()
     scale = None if scale is None else scale.contiguous()
     d_final = None if d_final is None else d_final.contiguous()
     launch = _Launch.of(q, v, chunk_size, segment_chunks)

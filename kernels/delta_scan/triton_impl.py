@@ -15,6 +15,8 @@ from kernels.delta_scan.vector.triton_impl import delta_vector_triton
 from kernels.documents import first_tokens
 from kernels.interpreter import dot_dtype
 from kernels.limits import DELTA_LIMITS
+from kernels.segments import fit_blocks, padded
+from kernels.strides import outer_strides, pack_inner
 from kernels.tuning import Config, config_for
 
 # Candidates of each kernel, the fixed one first; BLOCK_V, BLOCK_K: columns of V and K that a program takes, or takes at a
@@ -92,21 +94,17 @@ class _Launch:
 
     def constants(self, v: Tensor) -> dict[str, Any]:
         """What all kernels are compiled for."""
-        tokens = max(16, triton.next_power_of_2(triton.cdiv(self.Q, self.N)))
-        return {"Q": self.Q, "QT": tokens, "N": self.N, "DOT": dot_dtype(v.dtype)}
+        return {"Q": self.Q, "QT": padded(triton.cdiv(self.Q, self.N)), "N": self.N, "DOT": dot_dtype(v.dtype)}
 
     @property
     def keys(self) -> int:
         """Columns of a tile that holds all of K."""
-        return max(16, triton.next_power_of_2(self.K))
+        return padded(self.K)
 
     def config(self, kernel: str, candidates: tuple[Config, ...], v: Tensor) -> dict[str, int]:
         """The kernel's configuration for these sizes, with no more columns than there are."""
-        config = dict(config_for(kernel, (v.dtype, self.Q, self.N, self.K, self.V), candidates, v.device))
-        for block, size in (("BLOCK_V", self.V), ("BLOCK_K", self.K)):
-            if block in config:
-                config[block] = max(16, min(config[block], triton.next_power_of_2(size)))
-        return config
+        config = config_for(kernel, (v.dtype, self.Q, self.N, self.K, self.V), candidates, v.device)
+        return fit_blocks(config, BLOCK_V=self.V, BLOCK_K=self.K)
 
     def chunk_states(self, like: Tensor) -> Tensor:
         """Room for one state a chunk, in the dtype of `like`."""
@@ -123,16 +121,6 @@ class _Prepared(NamedTuple):
     carry: Tensor
 
 
-def _tokens(x: Tensor) -> Tensor:
-    """A tensor whose heads are packed inside; tokens and steps may lie apart, as slices of a wider projection do."""
-    return x if x.stride(-1) == 1 and x.stride(-2) == x.shape[-1] else x.contiguous()
-
-
-def _strides(q: Tensor, *steps: Tensor) -> list[int]:
-    """Of q those of rows and tokens, of the others those of steps too."""
-    return [*q.stride()[:2], *(stride for x in steps for stride in x.stride()[:3])]
-
-
 def _prepare(
     launch: _Launch, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, firsts: Tensor | None
 ) -> _Prepared:
@@ -141,7 +129,7 @@ def _prepare(
     enter, leave = beta.new_empty(B, T * N, H), beta.new_empty(B, T * N, H)
     carry = beta.new_empty(B, launch.chunks, H)
     prepare_kernel[(B * launch.chunks, H)](
-        q, k, beta, g, firsts, inverse, scores, enter, leave, carry, *launch.sizes(values=False), *_strides(q, k),
+        q, k, beta, g, firsts, inverse, scores, enter, leave, carry, *launch.sizes(values=False), *outer_strides(q), *outer_strides(k, dims=3),
         PRECISION="ieee" if v.dtype == torch.float32 else "tf32", BLOCK_K=launch.keys, GATE=g is not None,
         DOCUMENTS=firsts is not None, **launch.constants(v), **launch.config("delta_prepare", PREPARE, v),
     )  # fmt: skip
@@ -163,7 +151,7 @@ def _walk(
     name, candidates = ("delta_states_walk", STATES_WALK) if o is None else ("delta_walk", WALK)
     config = launch.config(name, candidates, v)
     chunk_state_kernel[(launch.B * launch.H * triton.cdiv(launch.V, config["BLOCK_V"]),)](
-        q, k, v, *prepared, initial, o, entering, errors, final, *launch.sizes(), *_strides(q, k, v),
+        q, k, v, *prepared, initial, o, entering, errors, final, *launch.sizes(), *outer_strides(q), *outer_strides(k, v, dims=3),
         BLOCK_K=launch.keys, INITIAL=initial is not None, OUTPUT=o is not None, SAVE=entering is not None,
         **launch.constants(v), **config,
     )  # fmt: skip
@@ -182,7 +170,7 @@ def _forward(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
     """Output and last state."""
-    q, k, v, beta = _tokens(q), _tokens(k), _tokens(v), beta.contiguous()
+    q, k, v, beta = pack_inner(q, 2), pack_inner(k, 2), pack_inner(v, 2), beta.contiguous()
     g = None if g is None else g.contiguous()
     initial = None if initial is None else initial.contiguous()
     launch = _Launch.of(q, v, chunk_size)
@@ -220,7 +208,7 @@ def _backward(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, beta, g and the initial state; those of absent inputs are empty."""
-    q, k, v, beta, d_o = _tokens(q), _tokens(k), _tokens(v), beta.contiguous(), d_o.contiguous()
+    q, k, v, beta, d_o = pack_inner(q, 2), pack_inner(k, 2), pack_inner(v, 2), beta.contiguous(), d_o.contiguous()
     g = None if g is None else g.contiguous()
     d_final = None if d_final is None else d_final.contiguous()
     launch = _Launch.of(q, v, chunk_size)
@@ -232,7 +220,7 @@ def _backward(
     d_initial = beta.new_empty(B, H, K, V)
     config = launch.config("delta_walk_back", WALK_BACK, v)
     walk_back_kernel[(B * H * triton.cdiv(V, config["BLOCK_V"]),)](
-        q, k, *prepared, d_o, d_final, leaving, d_v, d_initial, *launch.sizes(), *_strides(q, k),
+        q, k, *prepared, d_o, d_final, leaving, d_v, d_initial, *launch.sizes(), *outer_strides(q), *outer_strides(k, dims=3),
         BLOCK_K=launch.keys, D_FINAL=d_final is not None, **launch.constants(v), **config,
     )  # fmt: skip
     share = H // G
@@ -241,7 +229,7 @@ def _backward(
     d_g = beta.new_empty(0) if g is None else torch.empty_like(g)
     gradients_kernel[(B * launch.chunks, H)](
         q, k, beta, g, firsts, prepared.enter, d_o, d_v, errors, entering, leaving, d_q, d_k, d_beta, d_g,
-        *launch.sizes(), *_strides(q, k), GATE=g is not None, DOCUMENTS=firsts is not None,
+        *launch.sizes(), *outer_strides(q), *outer_strides(k, dims=3), GATE=g is not None, DOCUMENTS=firsts is not None,
         **launch.constants(v), **launch.config("delta_gradients", gradient_candidates(N), v),
     )  # fmt: skip
     d_q, d_k = (d[0] if share == 1 else d.sum(0) for d in (d_q, d_k))

@@ -12,6 +12,7 @@ from kernels.diag_scan.triton_kernels import diag_backward_kernel, diag_forward_
 from kernels.documents import first_tokens
 from kernels.interpreter import dot_dtype
 from kernels.limits import DIAG_LIMITS
+from kernels.strides import outer_strides, pack_inner
 from kernels.tuning import Config, config_for
 
 # Tokens of the largest tile, of which a chunk is a multiple.
@@ -50,15 +51,6 @@ def diag_scan_triton(
     return _forward(*tensors, chunk_size, keep_states)[:2]
 
 
-def _rows(x: Tensor) -> Tensor:
-    """Channels packed; rows and tokens may lie apart, as slices of a wider projection do."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _strides(*tensors: Tensor) -> list[int]:
-    return [stride for tensor in tensors for stride in tensor.stride()[:2]]
-
-
 def _config(kernel: str, candidates: tuple[Config, ...], x: Tensor, N: int, chunk_size: int) -> dict[str, Any]:
     """Tile and options of a kernel, with no more channels than there are, and the tiles of a chunk."""
     config = dict(config_for(kernel, (x.dtype, N, chunk_size), candidates, x.device))
@@ -80,7 +72,7 @@ def _forward(
     keep_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, last state, and the states that enter chunks [B, chunks, N, channels] (empty unless they are kept)."""
-    x, B, C, dt, A = _rows(x), _rows(B), _rows(C), dt.contiguous(), A.contiguous()
+    x, B, C, dt, A = pack_inner(x), pack_inner(B), pack_inner(C), dt.contiguous(), A.contiguous()
     initial = None if initial is None else initial.contiguous()
     (rows, T, channels), N = x.shape, A.shape[1]
     chunks = triton.cdiv(T, chunk_size)
@@ -89,7 +81,7 @@ def _forward(
     entering = dt.new_empty(rows, chunks, N, channels) if keep_states else None
     config = _config("diag_forward", FORWARD, x, N, chunk_size)
     diag_forward_kernel[(triton.cdiv(channels, config["BLOCK_C"]), rows)](
-        x, dt, A, B, C, D, firsts, initial, y, entering, final, T, channels, N, chunks, *_strides(x, B, C),
+        x, dt, A, B, C, D, firsts, initial, y, entering, final, T, channels, N, chunks, *outer_strides(x, B, C),
         DOCUMENTS=firsts is not None, INITIAL=initial is not None, SAVE=keep_states, **config,
     )  # fmt: skip
     return y, final, dt.new_empty(0) if entering is None else entering
@@ -129,7 +121,7 @@ def _backward(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, dt, A, B, C, D and the initial state; that of an absent one is empty."""
-    x, B, C, dt, A, d_y = _rows(x), _rows(B), _rows(C), dt.contiguous(), A.contiguous(), d_y.contiguous()
+    x, B, C, dt, A, d_y = pack_inner(x), pack_inner(B), pack_inner(C), dt.contiguous(), A.contiguous(), d_y.contiguous()
     d_final = None if d_final is None else d_final.contiguous()
     (rows, T, channels), N = x.shape, A.shape[1]
     config = _config("diag_backward", BACKWARD, x, N, chunk_size)
@@ -140,7 +132,7 @@ def _backward(
     d_B, d_C = dt.new_empty(blocks, rows, T, N), dt.new_empty(blocks, rows, T, N)
     diag_backward_kernel[(blocks, rows)](
         x, dt, A, B, C, D, firsts, d_y, d_final, entering, room, d_x, d_dt, d_A, d_B, d_C, d_D, d_initial,
-        T, channels, N, entering.shape[1], *_strides(x, B, C),
+        T, channels, N, entering.shape[1], *outer_strides(x, B, C),
         DOCUMENTS=firsts is not None, D_FINAL=d_final is not None, **config,
     )  # fmt: skip
     d_initial = d_initial if initial is not None else dt.new_empty(0)

@@ -13,12 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def load_tile(base, t, T, stride, column, size):
-    """Tokens t of a [T, size] matrix in float32, zeros outside, [Q, columns]."""
-    inside = (t < T)[:, None] & (column < size)[None, :]
-    return tl.load(base + t.to(tl.int64)[:, None] * stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+from kernels.tiles import load_values
 
 
 @triton.jit
@@ -107,10 +102,10 @@ def diag_forward_kernel(
             if tile % TILES == 0:
                 at = entering + (batch * chunks + tile // TILES) * N * channels
                 tl.store(at + n[:, None] * channels + column[None, :], state, mask=in_state)
-        x_tile = load_tile(x + batch * stride_xb, t, T, stride_xt, column, channels)
-        dt_tile = load_tile(dt + row * channels, t, T, channels, column, channels)
-        B_tile = load_tile(B + batch * stride_bb, t, T, stride_bt, n, N)
-        C_tile = load_tile(C + batch * stride_cb, t, T, stride_ct, n, N)
+        x_tile = load_values(x + batch * stride_xb, t, T, stride_xt, column, channels)
+        dt_tile = load_values(dt + row * channels, t, T, channels, column, channels)
+        B_tile = load_values(B + batch * stride_bb, t, T, stride_bt, n, N)
+        C_tile = load_values(C + batch * stride_cb, t, T, stride_ct, n, N)
         decay = decays(dt_tile, rates, firsts, row, t, T, DOCUMENTS)
         states, state = walk_tile(decay, (dt_tile * x_tile)[:, None, :] * B_tile[:, :, None], state, Q)
         out = tl.sum(states * C_tile[:, :, None], axis=1) + through[None, :] * x_tile
@@ -158,9 +153,9 @@ def diag_backward_kernel(
         for tile in tl.range(0, tiles - 1):
             t = (first_tile + tile) * Q + tl.arange(0, Q)
             tl.store(room_base + tile * BLOCK_N * BLOCK_C + own, state)
-            x_tile = load_tile(x_base, t, T, stride_xt, column, channels)
-            dt_tile = load_tile(dt_base, t, T, channels, column, channels)
-            B_tile = load_tile(B_base, t, T, stride_bt, n, N)
+            x_tile = load_values(x_base, t, T, stride_xt, column, channels)
+            dt_tile = load_values(dt_base, t, T, channels, column, channels)
+            B_tile = load_values(B_base, t, T, stride_bt, n, N)
             decay = decays(dt_tile, rates, firsts, row, t, T, DOCUMENTS)
             _, state = walk_tile(decay, (dt_tile * x_tile)[:, None, :] * B_tile[:, :, None], state, Q)
         tl.store(room_base + (tiles - 1) * BLOCK_N * BLOCK_C + own, state)
@@ -170,11 +165,11 @@ def diag_backward_kernel(
             tile = tiles - 1 - back
             t = (first_tile + tile) * Q + tl.arange(0, Q)
             state = tl.load(room_base + tile * BLOCK_N * BLOCK_C + own)
-            x_tile = load_tile(x_base, t, T, stride_xt, column, channels)
-            dt_tile = load_tile(dt_base, t, T, channels, column, channels)
-            dy_tile = load_tile(dy_base, t, T, channels, column, channels)
-            B_tile = load_tile(B_base, t, T, stride_bt, n, N)
-            C_tile = load_tile(C_base, t, T, stride_ct, n, N)
+            x_tile = load_values(x_base, t, T, stride_xt, column, channels)
+            dt_tile = load_values(dt_base, t, T, channels, column, channels)
+            dy_tile = load_values(dy_base, t, T, channels, column, channels)
+            B_tile = load_values(B_base, t, T, stride_bt, n, N)
+            C_tile = load_values(C_base, t, T, stride_ct, n, N)
             wrote = (row + t)[:, None] * channels + column[None, :]
             inside = (t < T)[:, None] & (column < channels)[None, :]
             wrote_n = ((block * tl.num_programs(1) + batch) * T + t)[:, None] * N + n[None, :]

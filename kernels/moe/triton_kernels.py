@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels.silu import sigmoid, silu, silu_backward
+
 
 @triton.jit
 def _find_tile(offsets, tile, experts, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr):
@@ -136,7 +138,7 @@ def up_kernel(
                 x, source, inside, matrix, matrix + width * inner, column, width, inner, DOT, BLOCK_M, BLOCK_N, BLOCK_K
             )
             tl.store(hidden + place + width, second.to(hidden.dtype.element_ty), mask=stored)
-            result = first / (1.0 + tl.exp(-first)) * second
+            result = silu(first) * second
         else:
             first = _multiply(x, source, inside, matrix, column, width, inner, 1, inner, DOT, BLOCK_M, BLOCK_N, BLOCK_K)
             positive = tl.maximum(first, 0.0)
@@ -175,9 +177,9 @@ def down_backward_kernel(
         first = tl.load(hidden + at + place, mask=stored, other=0.0).to(tl.float32)
         if SWIGLU:
             second = tl.load(hidden + at + width + place, mask=stored, other=0.0).to(tl.float32)
-            sigmoid = 1.0 / (1.0 + tl.exp(-first))
-            silu = first * sigmoid
-            result = silu * second
+            share = sigmoid(first)
+            activation, slope = first * share, silu_backward(1.0, first, share)
+            result = activation * second
         else:
             positive = tl.maximum(first, 0.0)
             result = positive * positive
@@ -189,10 +191,10 @@ def down_backward_kernel(
         v = v * weight
         keep = active + begin * width + (lane * width + column[None, :])
         if SWIGLU:
-            d_second = v * silu
+            d_second = v * activation
             tl.store(d_hidden + at + width + place, d_second.to(d_hidden.dtype.element_ty), mask=stored)
-            tl.store(keep, (silu * second * weight).to(active.dtype.element_ty), mask=stored)
-            d_first = v * second * (sigmoid + silu * (1.0 - sigmoid))
+            tl.store(keep, (activation * second * weight).to(active.dtype.element_ty), mask=stored)
+            d_first = v * second * slope
         else:
             tl.store(keep, (result * weight).to(active.dtype.element_ty), mask=stored)
             d_first = v * 2.0 * positive

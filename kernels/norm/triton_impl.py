@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels.interpreter import count_programs, dot_dtype
 from kernels.norm.triton_kernels import norm_backward_kernel, norm_forward_kernel
+from kernels.strides import pack_inner
 
 # A program holds whole rows of a group on chip.
 LARGEST_GROUP = 32768
@@ -39,9 +40,8 @@ def _check(x: Tensor, size: int) -> None:
 
 
 def _flat(x: Tensor) -> Tensor:
-    """[rows, D] with packed columns; rows may lie apart, as slices of a wider projection do."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
+    """View a tensor as [rows, D] with packed columns; rows may lie apart."""
+    return pack_inner(x.reshape(-1, x.shape[-1]))
 
 
 def _tile(size: int, rows: int) -> dict[str, int]:

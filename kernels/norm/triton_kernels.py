@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels.silu import sigmoid, silu, silu_backward
+
 
 @triton.jit
 def _load(x, row, stride, place, inside):
@@ -37,7 +39,7 @@ def norm_forward_kernel(
         a = rounded.to(tl.float32)
     if GATED:
         z = _load(other, row, stride_other, place, inside)
-        a = a * z / (1.0 + tl.exp(-z))
+        a = a * silu(z)
     r = tl.rsqrt(tl.sum(a * a, axis=1) / size + epsilon)[:, None]
     w = tl.load(weight + place, mask=lane < size, other=0.0).to(tl.float32)
     tl.store(out + row * groups * size + place, (a * r * w).to(out.dtype.element_ty), mask=inside)
@@ -66,8 +68,8 @@ def norm_backward_kernel(
         if GATED:
             y = a
             gate = _load(z, row, stride_z, place, inside)
-            sigmoid = 1.0 / (1.0 + tl.exp(-gate))
-            a = y * gate * sigmoid
+            share = sigmoid(gate)
+            a = y * gate * share
         r = tl.load(reciprocal + row * groups + group, mask=row < rows, other=0.0)
         d = tl.load(d_out + where, mask=inside, other=0.0).to(tl.float32)
         n = a * r
@@ -75,9 +77,9 @@ def norm_backward_kernel(
         d = d * w
         da = (d - n * (tl.sum(d * n, axis=1) / size)[:, None]) * r
         if GATED:
-            dz = da * y * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+            dz = silu_backward(da * y, gate, share)
             tl.store(d_z + where, dz.to(d_z.dtype.element_ty), mask=inside)
-            da = da * gate * sigmoid
+            da = da * gate * share
         if D_H:
             da += tl.load(d_h + where, mask=inside, other=0.0).to(tl.float32)
         tl.store(d_x + where, da.to(d_x.dtype.element_ty), mask=inside)

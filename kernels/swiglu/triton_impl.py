@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kernels.backend import INTERPRETED
 from kernels.interpreter import dot_dtype
+from kernels.silu import sigmoid, silu, silu_backward
 
 BLOCK_ROWS, BLOCK_COLUMNS = (16, 64) if INTERPRETED else (4, 1024)
 
@@ -34,7 +35,7 @@ def swiglu_forward_kernel(gate_up, y, rows, columns, BLOCK_R: tl.constexpr, BLOC
     gate_at = gate_up + row * 2 * columns + column
     gate = tl.load(gate_at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_at + columns, mask=inside, other=0.0).to(tl.float32)
-    result = gate / (1.0 + tl.exp(-gate)) * up
+    result = silu(gate) * up
     tl.store(y + row * columns + column, result.to(y.dtype.element_ty), mask=inside)
 
 
@@ -46,10 +47,10 @@ def swiglu_backward_kernel(gate_up, d_y, d_gate_up, rows, columns, BLOCK_R: tl.c
     gate = tl.load(gate_up + place, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + place + columns, mask=inside, other=0.0).to(tl.float32)
     grad = tl.load(d_y + row * columns + column, mask=inside, other=0.0).to(tl.float32)
-    sigmoid = 1.0 / (1.0 + tl.exp(-gate))
-    d_gate = grad * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+    share = sigmoid(gate)
+    d_gate = silu_backward(grad * up, gate, share)
     tl.store(d_gate_up + place, d_gate.to(d_gate_up.dtype.element_ty), mask=inside)
-    d_up = grad * gate * sigmoid
+    d_up = grad * gate * share
     tl.store(d_gate_up + place + columns, d_up.to(d_gate_up.dtype.element_ty), mask=inside)
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.decay_scan.triton_forward import load_tile
 from kernels.decay_scan.vector.triton_forward import join_halves, last_row, load_decay, load_gates, power_inside
+from kernels.tiles import load_operand
 
 
 @triton.jit
@@ -47,18 +47,18 @@ def vector_walk_back_kernel(
     for step in tl.range(begin, end, disable_licm=True):
         tile = begin + end - 1 - step
         start = tile * Q
-        do_tile = load_tile(d_o + o_base, start, T, H * V, V - v_first, Q, BLOCK_V, DOT)
+        do_tile = load_operand(d_o + o_base, start, T, H * V, V - v_first, Q, BLOCK_V, DOT)
         if STORE:
             at = ((batch * tiles + tile) * H + h) * K * V + v_first
             tl.store(leaving + at + place, d_state.to(leaving.dtype.element_ty), mask=in_state)
-            k_tile = load_tile(k_end + qk_base, start, T, H * K, K, Q, BLOCK_K, DOT)
-            own = load_tile(scores + (row * H + h) * Q, start, T, H * Q, Q, Q, Q, DOT)
+            k_tile = load_operand(k_end + qk_base, start, T, H * K, K, Q, BLOCK_K, DOT)
+            own = load_operand(scores + (row * H + h) * Q, start, T, H * Q, Q, Q, Q, DOT)
             dv_tile = tl.dot(k_tile, d_state.to(DOT), input_precision="ieee")
             dv_tile = tl.dot(tl.trans(own), do_tile, dv_tile, input_precision="ieee")
             lane = tl.arange(0, Q)[:, None]
             where = d_v + o_base + tl.cast(start, tl.int64) * (H * V) + (lane * (H * V) + v_lane)
             tl.store(where, dv_tile.to(d_v.dtype.element_ty), mask=(lane < T - start) & (v_first + v_lane < V))
-        q_tile = load_tile(q_start + qk_base, start, T, H * K, K, Q, BLOCK_K, DOT)
+        q_tile = load_operand(q_start + qk_base, start, T, H * K, K, Q, BLOCK_K, DOT)
         leaves = load_decay(decay, batch, tiles, tile, h, H, K, BLOCK_K)
         d_state = tl.dot(tl.trans(q_tile), do_tile, d_state * leaves, input_precision="ieee")
         left = left * leaves
@@ -79,8 +79,8 @@ def score_gradients_kernel(
     total = tl.zeros((Q, Q), tl.float32)
     for v_first in tl.range(0, V, BLOCK_V):
         v_base, do_base = v + batch * stride_vb + h * V + v_first, d_o + row * (H * V) + h * V + v_first
-        v_tile = load_tile(v_base, start, T, stride_vt, V - v_first, Q, BLOCK_V, DOT)
-        do_tile = load_tile(do_base, start, T, H * V, V - v_first, Q, BLOCK_V, DOT)
+        v_tile = load_operand(v_base, start, T, stride_vt, V - v_first, Q, BLOCK_V, DOT)
+        do_tile = load_operand(do_base, start, T, H * V, V - v_first, Q, BLOCK_V, DOT)
         total = tl.dot(do_tile, tl.trans(v_tile), total, input_precision="ieee")
     lane, token = tl.arange(0, Q)[:, None], tl.arange(0, Q)[None, :]
     total = tl.where(token <= lane, total, 0.0)
@@ -104,8 +104,8 @@ def add_own(
     for level in tl.range(0, LEVELS, disable_licm=True):
         half = 1 << level
         power = power_inside(starts, ends, half, Q)
-        x_tile = load_tile(x_base, start, T, stride, width, Q, PART, DOT).to(tl.float32)
-        flow = load_tile(own_base, start, T, H * Q, Q, Q, Q, DOT)
+        x_tile = load_operand(x_base, start, T, stride, width, Q, PART, DOT).to(tl.float32)
+        flow = load_operand(own_base, start, T, H * Q, Q, Q, Q, DOT)
         flow = tl.where((lane ^ token) // half == 1, flow, 0.0)
         if OF_KEYS:
             flow = tl.trans(flow)
@@ -161,8 +161,8 @@ def vector_gradients_kernel(
     state_at = (((batch * tiles + tile) * H + h) * K + part) * V
     for v_first in tl.range(0, V, BLOCK_V, disable_licm=True):
         v_base, do_base = v + batch * stride_vb + h * V + v_first, d_o + row * (H * V) + h * V + v_first
-        v_tile = load_tile(v_base, start, T, stride_vt, V - v_first, Q, BLOCK_V, DOT)
-        do_tile = load_tile(do_base, start, T, H * V, V - v_first, Q, BLOCK_V, DOT)
+        v_tile = load_operand(v_base, start, T, stride_vt, V - v_first, Q, BLOCK_V, DOT)
+        do_tile = load_operand(do_base, start, T, H * V, V - v_first, Q, BLOCK_V, DOT)
         place, in_state = channel * V + v_lane, (channel < width) & (v_lane < V - v_first)
         state = tl.load(entering + (state_at + v_first) + place, mask=in_state, other=0.0).to(DOT)
         d_state = tl.load(leaving + (state_at + v_first) + place, mask=in_state, other=0.0).to(DOT)
@@ -177,7 +177,7 @@ def vector_gradients_kernel(
         starts, ends = join_halves(starts, ends, 1 << level, Q, PART)
     dq_tile = dq_tile * tl.exp(starts)
     dk_tile = dk_tile * tl.exp(ends)
-    k_tile = load_tile(k_base, start, T, stride_kt, width, Q, PART, DOT).to(tl.float32)
+    k_tile = load_operand(k_base, start, T, stride_kt, width, Q, PART, DOT).to(tl.float32)
     d_end = tl.sum(k_tile * dk_tile, axis=0)[None, :] + tl.exp(last_row(starts, Q)) * carried[None, :]
     own_base = d_scores + (row * H + h) * Q
     dq_tile = add_own(
@@ -188,8 +188,8 @@ def vector_gradients_kernel(
         dk_tile, own_base, q_base, stride_qt, g_base, H * K, firsts, row, start, T, H, width,
         Q, LEVELS, PART, DOT, DOCUMENTS, True,
     )  # fmt: skip
-    q_tile = load_tile(q_base, start, T, stride_qt, width, Q, PART, DOT).to(tl.float32)
-    k_tile = load_tile(k_base, start, T, stride_kt, width, Q, PART, DOT).to(tl.float32)
+    q_tile = load_operand(q_base, start, T, stride_qt, width, Q, PART, DOT).to(tl.float32)
+    k_tile = load_operand(k_base, start, T, stride_kt, width, Q, PART, DOT).to(tl.float32)
     d_b = q_tile * dq_tile - k_tile * dk_tile
     d_gate = sum_later(d_b, d_end, firsts, row, start, T, Q, DOT, DOCUMENTS)
     lane, column = tl.arange(0, Q)[:, None], tl.arange(0, PART)[None, :]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.decay_scan.triton_forward import load_tile
+from kernels.tiles import load_operand
 
 
 @triton.jit
@@ -17,7 +17,7 @@ def load_gates(
     g_base, firsts, row, start, T, stride, size, Q: tl.constexpr, PART: tl.constexpr, DOCUMENTS: tl.constexpr
 ):
     """Gates of a tile [Q, PART], -inf at tokens that begin a document but the row's first: nothing before reaches past."""
-    gate = load_tile(g_base, start, T, stride, size, Q, PART, tl.float32)
+    gate = load_operand(g_base, start, T, stride, size, Q, PART, tl.float32)
     if DOCUMENTS:
         t = start + tl.arange(0, Q)
         begin = tl.load(firsts + row + tl.minimum(t, T - 1))
@@ -72,8 +72,8 @@ def prepare_kernel(
     for part in tl.range(0, K, PART, disable_licm=True):
         width = K - part
         q_base, k_base = q + batch * stride_qb + h * K + part, k + batch * stride_kb + h * K + part
-        q_tile = load_tile(q_base, start, T, stride_qt, width, Q, PART, DOT).to(tl.float32)
-        k_tile = load_tile(k_base, start, T, stride_kt, width, Q, PART, DOT).to(tl.float32)
+        q_tile = load_operand(q_base, start, T, stride_qt, width, Q, PART, DOT).to(tl.float32)
+        k_tile = load_operand(k_base, start, T, stride_kt, width, Q, PART, DOT).to(tl.float32)
         total += tl.where(lane == token, tl.sum(q_tile * k_tile, axis=1)[:, None], 0.0)
         g_base = g + row * (H * K) + h * K + part
         starts = load_gates(g_base, firsts, row, start, T, H * K, width, Q, PART, DOCUMENTS)
@@ -136,11 +136,11 @@ def vector_walk_kernel(
         if SAVE:
             at = ((batch * tiles + tile) * H + h) * K * V + v_first
             tl.store(entering + at + place, state.to(entering.dtype.element_ty), mask=in_state)
-        k_tile = load_tile(k_end + qk_base, start, T, H * K, K, Q, BLOCK_K, DOT)
-        v_tile = load_tile(v_base, start, T, stride_vt, V - v_first, Q, BLOCK_V, DOT)
+        k_tile = load_operand(k_end + qk_base, start, T, H * K, K, Q, BLOCK_K, DOT)
+        v_tile = load_operand(v_base, start, T, stride_vt, V - v_first, Q, BLOCK_V, DOT)
         if OUTPUT:
-            q_tile = load_tile(q_start + qk_base, start, T, H * K, K, Q, BLOCK_K, DOT)
-            own = load_tile(scores + (row * H + h) * Q, start, T, H * Q, Q, Q, Q, DOT)
+            q_tile = load_operand(q_start + qk_base, start, T, H * K, K, Q, BLOCK_K, DOT)
+            own = load_operand(scores + (row * H + h) * Q, start, T, H * Q, Q, Q, Q, DOT)
             out = tl.dot(q_tile, state.to(DOT), input_precision="ieee")
             out = tl.dot(own, v_tile, out, input_precision="ieee")
             lane = tl.arange(0, Q)[:, None]

@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.decay_scan.triton_impl import outer_strides, pack_rows, pass_states
+from kernels.decay_scan.triton_impl import pass_states
 from kernels.decay_scan.vector.triton_backward import (
     score_gradients_kernel,
     vector_gradients_kernel,
@@ -17,8 +17,10 @@ from kernels.decay_scan.vector.triton_backward import (
 )
 from kernels.decay_scan.vector.triton_forward import prepare_kernel, vector_walk_kernel
 from kernels.documents import first_tokens
-from kernels.interpreter import count_programs, dot_dtype
+from kernels.interpreter import dot_dtype
 from kernels.limits import VECTOR_GATE_LIMITS
+from kernels.segments import cut_segments, fit_blocks, padded
+from kernels.strides import outer_strides, pack_inner
 from kernels.tuning import Config, config_for
 
 # Candidates of each kernel, the fixed one first. PART: key channels that a program takes, or takes at a time.
@@ -83,25 +85,19 @@ class _Launch:
     def of(cls, q: Tensor, v: Tensor, Q: int, segment_tiles: int) -> _Launch:
         (B, T, H, V), K = v.shape, q.shape[3]
         tiles = triton.cdiv(T, Q)
-        if segment_tiles == 0:
-            programs = B * H * triton.cdiv(V, walk_candidates(K)[0]["BLOCK_V"])
-            wanted = max(1, count_programs(v.device, 1) // programs) if v.device.type == "cuda" else 1
-            segment_tiles = triton.cdiv(tiles, min(wanted, tiles))
-        return cls(B, T, H, K, V, Q, tiles, triton.cdiv(tiles, segment_tiles), segment_tiles)
+        programs = B * H * triton.cdiv(V, walk_candidates(K)[0]["BLOCK_V"])
+        return cls(B, T, H, K, V, Q, tiles, *cut_segments(tiles, segment_tiles, programs, v.device))
 
     def config(self, kernel: str, candidates: tuple[Config, ...], v: Tensor) -> dict[str, Any]:
         """The kernel's configuration for these sizes, with blocks no larger than K and V, and what all kernels take."""
-        config = dict(config_for(kernel, (v.dtype, self.Q, self.K, self.V), candidates, v.device))
-        for block, size in (("PART", self.K), ("BLOCK_V", self.V)):
-            if block in config:
-                config[block] = max(16, min(config[block], triton.next_power_of_2(size)))
-        return {"Q": self.Q, "DOT": dot_dtype(v.dtype)} | config
+        config = config_for(kernel, (v.dtype, self.Q, self.K, self.V), candidates, v.device)
+        return {"Q": self.Q, "DOT": dot_dtype(v.dtype)} | fit_blocks(config, PART=self.K, BLOCK_V=self.V)
 
     def walk(self, kernel: str, v: Tensor) -> tuple[tuple[int, int], dict[str, Any]]:
         """Grid and constants of a walk: heads and blocks of V, segments."""
         config = self.config(kernel, walk_candidates(self.K), v)
         grid = (self.B * self.H * triton.cdiv(self.V, config["BLOCK_V"]), self.segments)
-        return grid, config | {"BLOCK_K": max(16, triton.next_power_of_2(self.K))}
+        return grid, config | {"BLOCK_K": padded(self.K)}
 
     def levels(self) -> int:
         """How often a tile can be halved."""
@@ -208,7 +204,7 @@ def _forward(
     keep_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, last state, and the states that enter tiles (empty unless they are kept)."""
-    q, k, v, g = pack_rows(q), pack_rows(k), pack_rows(v), g.contiguous()
+    q, k, v, g = pack_inner(q, 2), pack_inner(k, 2), pack_inner(v, 2), g.contiguous()
     launch = _Launch.of(q, v, tile, segment_tiles)
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     entering = launch.tile_states(v) if keep_states else None
@@ -249,7 +245,7 @@ def _backward(
     segment_tiles: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, g and the initial state; that of an absent one is empty."""
-    q, k, v, g, d_o = pack_rows(q), pack_rows(k), pack_rows(v), g.contiguous(), d_o.contiguous()
+    q, k, v, g, d_o = pack_inner(q, 2), pack_inner(k, 2), pack_inner(v, 2), g.contiguous(), d_o.contiguous()
     d_final = None if d_final is None else d_final.contiguous()
     launch = _Launch.of(q, v, tile, segment_tiles)
     prepared = _prepare(launch, q, k, g, firsts)

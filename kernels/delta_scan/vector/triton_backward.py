@@ -9,9 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.decay_scan.triton_forward import load_tile
 from kernels.decay_scan.vector.triton_backward import sum_later
 from kernels.decay_scan.vector.triton_forward import join_halves, last_row, load_decay, load_gates, power_inside
+from kernels.tiles import load_operand
 
 
 @triton.jit
@@ -44,19 +44,19 @@ def vector_walk_back_kernel(
         start = c * Q
         at = ((batch * chunks + c) * H + h) * K * V + v_first
         tl.store(leaving + at + place, d_state.to(leaving.dtype.element_ty), mask=in_state)
-        k_tile = load_tile(k_end + qk_base, start, T, H * K, K, Q, BLOCK_K, DOT)
-        do_tile = load_tile(d_o + o_base, start, T, H * V, width, Q, BLOCK_V, DOT)
-        read = load_tile(scores + own_base, start, T, H * Q, Q, Q, Q, DOT)
+        k_tile = load_operand(k_end + qk_base, start, T, H * K, K, Q, BLOCK_K, DOT)
+        do_tile = load_operand(d_o + o_base, start, T, H * V, width, Q, BLOCK_V, DOT)
+        read = load_operand(scores + own_base, start, T, H * Q, Q, Q, Q, DOT)
         d_error = tl.dot(k_tile, d_state.to(DOT), input_precision="ieee")
         d_error = tl.dot(tl.trans(read), do_tile, d_error, input_precision="ieee")
-        solved = load_tile(inverse + own_base, start, T, H * Q, Q, Q, Q, DOT)
+        solved = load_operand(inverse + own_base, start, T, H * Q, Q, Q, Q, DOT)
         d_found = tl.dot(tl.trans(solved), d_error.to(DOT), input_precision="ieee")
         where = d_v + o_base + tl.cast(start, tl.int64) * (H * V) + (lane * (H * V) + v_lane)
         tl.store(where, d_found.to(d_v.dtype.element_ty), mask=(lane < T - start) & (v_lane < width))
-        q_tile = load_tile(q_start + qk_base, start, T, H * K, K, Q, BLOCK_K, DOT)
+        q_tile = load_operand(q_start + qk_base, start, T, H * K, K, Q, BLOCK_K, DOT)
         leaves = load_decay(decay, batch, chunks, c, h, H, K, BLOCK_K)
         d_state = tl.dot(tl.trans(q_tile), do_tile, d_state * leaves, input_precision="ieee")
-        k_tile = load_tile(k_start + qk_base, start, T, H * K, K, Q, BLOCK_K, DOT)
+        k_tile = load_operand(k_start + qk_base, start, T, H * K, K, Q, BLOCK_K, DOT)
         d_state = tl.dot(tl.trans(k_tile), (-d_found).to(DOT), d_state, input_precision="ieee")
     tl.store(d_initial + state_base + place, d_state, mask=in_state)
 
@@ -74,10 +74,10 @@ def vector_pairs_kernel(
     found = tl.zeros((Q, Q), tl.float32)
     for v_first in tl.range(0, V, BLOCK_V, disable_licm=True):
         base, width = row * (H * V) + h * V + v_first, V - v_first
-        error = load_tile(errors + base, start, T, H * V, width, Q, BLOCK_V, DOT)
-        do_tile = load_tile(d_o + base, start, T, H * V, width, Q, BLOCK_V, DOT)
+        error = load_operand(errors + base, start, T, H * V, width, Q, BLOCK_V, DOT)
+        do_tile = load_operand(d_o + base, start, T, H * V, width, Q, BLOCK_V, DOT)
         read = tl.dot(do_tile, tl.trans(error), read, input_precision="ieee")
-        dv_tile = load_tile(d_v + base, start, T, H * V, width, Q, BLOCK_V, DOT)
+        dv_tile = load_operand(d_v + base, start, T, H * V, width, Q, BLOCK_V, DOT)
         found = tl.dot(dv_tile, tl.trans(error), found, input_precision="ieee")
     lane, token = tl.arange(0, Q)[:, None], tl.arange(0, Q)[None, :]
     where = ((row + start) * H + h) * Q + (lane * (H * Q) + token)
@@ -103,8 +103,8 @@ def add_pairs(
     for level in tl.range(0, LEVELS, disable_licm=True):
         half = 1 << level
         power = power_inside(starts, ends, half, Q)
-        x_tile = load_tile(x_base, start, T, stride, width, Q, PART, DOT).to(tl.float32)
-        flow = load_tile(flow_base, start, T, H * Q, Q, Q, Q, DOT)
+        x_tile = load_operand(x_base, start, T, stride, width, Q, PART, DOT).to(tl.float32)
+        flow = load_operand(flow_base, start, T, H * Q, Q, Q, Q, DOT)
         flow = tl.where((lane ^ token) // half == 1, flow, 0.0)
         if OF_KEYS:
             flow = tl.trans(flow)
@@ -131,11 +131,11 @@ def states_products(
         state = tl.load(entering + v_first + place, mask=in_state, other=0.0).to(DOT)
         d_state = tl.load(leaving + v_first + place, mask=in_state, other=0.0).to(DOT)
         carried += tl.sum(state.to(tl.float32) * d_state.to(tl.float32), axis=1)
-        do_tile = load_tile(d_o + base + v_first, start, T, H * V, V - v_first, Q, BLOCK_V, DOT)
+        do_tile = load_operand(d_o + base + v_first, start, T, H * V, V - v_first, Q, BLOCK_V, DOT)
         from_read = tl.dot(do_tile, tl.trans(state), from_read, input_precision="ieee")
-        dv_tile = load_tile(d_v + base + v_first, start, T, H * V, V - v_first, Q, BLOCK_V, DOT)
+        dv_tile = load_operand(d_v + base + v_first, start, T, H * V, V - v_first, Q, BLOCK_V, DOT)
         from_found = tl.dot(dv_tile, tl.trans(state), from_found, input_precision="ieee")
-        error = load_tile(errors + base + v_first, start, T, H * V, V - v_first, Q, BLOCK_V, DOT)
+        error = load_operand(errors + base + v_first, start, T, H * V, V - v_first, Q, BLOCK_V, DOT)
         written = tl.dot(error, tl.trans(d_state), written, input_precision="ieee")
     return from_read, from_found, written, carried
 
@@ -174,7 +174,7 @@ def vector_gradients_kernel(
     dk_tile = dk_tile * -tl.exp(starts)
     dw_tile = dw_tile * tl.exp(ends)
     write = tl.load(beta_base + (start + lane) * H, mask=lane < T - start, other=0.0)
-    k_tile = load_tile(k_base, start, T, stride_kt, width, Q, PART, DOT).to(tl.float32)
+    k_tile = load_operand(k_base, start, T, stride_kt, width, Q, PART, DOT).to(tl.float32)
     d_end = tl.sum(k_tile * dw_tile * write, axis=0)[None, :] + tl.exp(last_row(starts, Q)) * carried[None, :]
     own_base = (row * H + h) * Q
     dq_tile = add_pairs(
@@ -193,8 +193,8 @@ def vector_gradients_kernel(
         dw_tile, by_found + own_base, k_base, stride_kt, beta_base, g_base, firsts, row, start, T, H, K, width,
         Q, LEVELS, PART, DOT, DOCUMENTS, True,
     )  # fmt: skip
-    q_tile = load_tile(q_base, start, T, stride_qt, width, Q, PART, DOT).to(tl.float32)
-    k_tile = load_tile(k_base, start, T, stride_kt, width, Q, PART, DOT).to(tl.float32)
+    q_tile = load_operand(q_base, start, T, stride_qt, width, Q, PART, DOT).to(tl.float32)
+    k_tile = load_operand(k_base, start, T, stride_kt, width, Q, PART, DOT).to(tl.float32)
     write = tl.load(beta_base + (start + lane) * H, mask=lane < T - start, other=0.0)
     d_b = q_tile * dq_tile + k_tile * (dk_tile - write * dw_tile)
     d_gate = sum_later(d_b, d_end, firsts, row, start, T, Q, DOT, DOCUMENTS)

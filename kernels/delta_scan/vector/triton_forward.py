@@ -12,9 +12,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.decay_scan.triton_forward import load_tile
 from kernels.decay_scan.vector.triton_forward import join_halves, last_row, load_decay, load_gates, power_inside
 from kernels.delta_scan.triton_forward import invert_unit_lower
+from kernels.tiles import load_operand
 
 
 @triton.jit
@@ -42,8 +42,8 @@ def vector_prepare_kernel(
     for part in tl.range(0, K, PART, disable_licm=True):
         width = K - part
         q_base, k_base = q + batch * stride_qb + h * K + part, k + batch * stride_kb + h * K + part
-        q_tile = load_tile(q_base, start, T, stride_qt, width, Q, PART, DOT).to(tl.float32)
-        k_tile = load_tile(k_base, start, T, stride_kt, width, Q, PART, DOT).to(tl.float32)
+        q_tile = load_operand(q_base, start, T, stride_qt, width, Q, PART, DOT).to(tl.float32)
+        k_tile = load_operand(k_base, start, T, stride_kt, width, Q, PART, DOT).to(tl.float32)
         read += tl.where(lane == token, tl.sum(q_tile * k_tile, axis=1)[:, None], 0.0)
         g_base = g + row * (H * K) + h * K + part
         starts = load_gates(g_base, firsts, row, start, T, H * K, width, Q, PART, DOCUMENTS)
@@ -107,9 +107,9 @@ def vector_walk_kernel(
         if SAVE:
             at = ((batch * chunks + c) * H + h) * K * V + v_first
             tl.store(entering + at + place, state.to(entering.dtype.element_ty), mask=in_state)
-        k_tile = load_tile(k_start + qk_base, start, T, H * K, K, Q, BLOCK_K, DOT)
-        v_tile = load_tile(v_base, start, T, stride_vt, width, Q, BLOCK_V, tl.float32)
-        solved = load_tile(inverse + (row * H + h) * Q, start, T, H * Q, Q, Q, Q, DOT)
+        k_tile = load_operand(k_start + qk_base, start, T, H * K, K, Q, BLOCK_K, DOT)
+        v_tile = load_operand(v_base, start, T, stride_vt, width, Q, BLOCK_V, tl.float32)
+        solved = load_operand(inverse + (row * H + h) * Q, start, T, H * Q, Q, Q, Q, DOT)
         held = state.to(DOT)
         found = v_tile - tl.dot(k_tile, held, input_precision="ieee")
         error = tl.dot(solved, found.to(DOT), input_precision="ieee")
@@ -118,12 +118,12 @@ def vector_walk_kernel(
         if SAVE:
             tl.store(errors + where, error.to(errors.dtype.element_ty), mask=inside)
         if OUTPUT:
-            q_tile = load_tile(q_start + qk_base, start, T, H * K, K, Q, BLOCK_K, DOT)
-            read = load_tile(scores + (row * H + h) * Q, start, T, H * Q, Q, Q, Q, DOT)
+            q_tile = load_operand(q_start + qk_base, start, T, H * K, K, Q, BLOCK_K, DOT)
+            read = load_operand(scores + (row * H + h) * Q, start, T, H * Q, Q, Q, Q, DOT)
             out = tl.dot(q_tile, held, input_precision="ieee")
             out = tl.dot(read, error.to(DOT), out, input_precision="ieee")
             tl.store(o + where, out.to(o.dtype.element_ty), mask=inside)
-        k_tile = load_tile(k_end + qk_base, start, T, H * K, K, Q, BLOCK_K, DOT)
+        k_tile = load_operand(k_end + qk_base, start, T, H * K, K, Q, BLOCK_K, DOT)
         leaves = load_decay(decay, batch, chunks, c, h, H, K, BLOCK_K)
         state = tl.dot(tl.trans(k_tile), error.to(DOT), state * leaves, input_precision="ieee")
     tl.store(final + state_base + place, state, mask=in_state)

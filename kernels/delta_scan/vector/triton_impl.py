@@ -9,7 +9,6 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.decay_scan.triton_impl import outer_strides, pack_rows
 from kernels.delta_scan.vector.triton_backward import (
     vector_gradients_kernel,
     vector_pairs_kernel,
@@ -19,6 +18,8 @@ from kernels.delta_scan.vector.triton_forward import vector_prepare_kernel, vect
 from kernels.documents import first_tokens
 from kernels.interpreter import dot_dtype
 from kernels.limits import VECTOR_DELTA_LIMITS
+from kernels.segments import fit_blocks, padded
+from kernels.strides import outer_strides, pack_inner
 from kernels.tuning import Config, config_for
 
 # Candidates of each kernel, the fixed one first. PART: key channels that a program takes, or takes at a time.
@@ -75,17 +76,14 @@ class _Launch:
 
     def config(self, kernel: str, candidates: tuple[Config, ...], v: Tensor) -> dict[str, Any]:
         """The kernel's configuration for these sizes, with blocks no larger than K and V, and what all kernels take."""
-        config = dict(config_for(kernel, (v.dtype, self.Q, self.K, self.V), candidates, v.device))
-        for block, size in (("PART", self.K), ("BLOCK_V", self.V)):
-            if block in config:
-                config[block] = max(16, min(config[block], triton.next_power_of_2(size)))
-        return {"Q": self.Q, "DOT": dot_dtype(v.dtype)} | config
+        config = config_for(kernel, (v.dtype, self.Q, self.K, self.V), candidates, v.device)
+        return {"Q": self.Q, "DOT": dot_dtype(v.dtype)} | fit_blocks(config, PART=self.K, BLOCK_V=self.V)
 
     def walk(self, kernel: str, v: Tensor) -> tuple[tuple[int], dict[str, Any]]:
         """Grid and constants of a walk: heads and blocks of V."""
         config = self.config(kernel, WALK, v)
         grid = (self.B * self.H * triton.cdiv(self.V, config["BLOCK_V"]),)
-        return grid, config | {"BLOCK_K": max(16, triton.next_power_of_2(self.K))}
+        return grid, config | {"BLOCK_K": padded(self.K)}
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -159,7 +157,7 @@ def _forward(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
     """Output and last state."""
-    q, k, v, beta, g = pack_rows(q), pack_rows(k), pack_rows(v), beta.contiguous(), g.contiguous()
+    q, k, v, beta, g = pack_inner(q, 2), pack_inner(k, 2), pack_inner(v, 2), beta.contiguous(), g.contiguous()
     initial = None if initial is None else initial.contiguous()
     launch = _Launch.of(q, v, chunk_size)
     o = v.new_empty(v.shape)
@@ -195,7 +193,7 @@ def _backward(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, beta, g and the initial state; that of an absent one is empty."""
-    q, k, v, beta, g = pack_rows(q), pack_rows(k), pack_rows(v), beta.contiguous(), g.contiguous()
+    q, k, v, beta, g = pack_inner(q, 2), pack_inner(k, 2), pack_inner(v, 2), beta.contiguous(), g.contiguous()
     d_o = d_o.contiguous()
     d_final = None if d_final is None else d_final.contiguous()
     launch = _Launch.of(q, v, chunk_size)

@@ -1,0 +1,24 @@
+"""Memory layout of a kernel's inputs: which dimensions must be packed, and the strides of the others.
+
+Inputs are often slices of one wide projection. Kernels take such slices as they are, with the strides of the outer
+dimensions, and only what does not fit is copied.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def pack_inner(x: Tensor, dims: int = 1) -> Tensor:
+    """Return `x` with its last `dims` dimensions contiguous, copied only where they are not; outer ones may lie apart."""
+    packed = 1
+    for dim in range(x.dim() - 1, x.dim() - 1 - dims, -1):
+        if x.stride(dim) != packed:
+            return x.contiguous()
+        packed *= x.shape[dim]
+    return x
+
+
+def outer_strides(*tensors: Tensor, dims: int = 2) -> list[int]:
+    """List the strides of the first `dims` dimensions, tensor by tensor: the scalars that a launch passes on."""
+    return [stride for tensor in tensors for stride in tensor.stride()[:dims]]
