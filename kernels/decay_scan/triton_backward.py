@@ -1,4 +1,8 @@
-"""The scan's gradient as two Triton kernels: a walk back for the states' gradients, then one program a tile for the rest."""
+"""The scan's gradient as two Triton kernels: a walk back for the states' gradients, then one program a tile for the rest.
+
+No product here takes the transpose of another product's result: on Hopper, Triton 3.4 to 3.7.0 makes wrong numbers of
+that. Scores and their gradients are therefore held as [j, i], the writing token first, and sums over states as [K, i].
+"""
 
 # Triton reads a kernel's parameters from the call: they carry no types.
 # mypy: disable-error-code="no-untyped-def"
@@ -67,10 +71,21 @@ def walk_back_kernel(
 
 
 @triton.jit
+def reading_tokens(firsts, row, start, T, Q: tl.constexpr, DOCUMENTS: tl.constexpr):
+    """Mask [j, i] of the tokens i that read what token j wrote: the transpose of `reach` in `tile_gates`."""
+    lane = tl.arange(0, Q)
+    reads = lane[:, None] <= lane[None, :]
+    if DOCUMENTS:
+        begin = tl.load(firsts + row + tl.minimum(start + lane, T - 1))
+        reads = reads & (lane[:, None] >= (begin - start)[None, :])
+    return reads
+
+
+@triton.jit
 def tile_scores(
     q_base, k_base, start, T, stride_qt, stride_kt, K, Q: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr
 ):
-    """q k^T of a tile as an operand of products, summed over columns in a loop.
+    """k q^T of a tile as an operand of products, [j, i], summed over columns in a loop.
 
     As one product the compiler would see it feed others, and lay out what they share twice.
     """
@@ -79,8 +94,21 @@ def tile_scores(
     for column in range(0, K, PART):
         q_part = load_operand(q_base + column, start, T, stride_qt, K - column, Q, PART, DOT)
         k_part = load_operand(k_base + column, start, T, stride_kt, K - column, Q, PART, DOT)
-        scores = tl.dot(q_part, tl.trans(k_part), scores, input_precision="ieee")
+        scores = tl.dot(k_part, tl.trans(q_part), scores, input_precision="ieee")
     return scores.to(DOT)
+
+
+@triton.jit
+def value_scores(
+    v_base, dy_base, start, T, stride_v, stride_dy, V, Q: tl.constexpr, BLOCK_V: tl.constexpr, DOT: tl.constexpr
+):
+    """v dy^T of a tile, [j, i]. A loop of its own reads v and dy twice, and spares the sum's registers in the other."""
+    total = tl.zeros((Q, Q), tl.float32)
+    for v_first in tl.range(0, V, BLOCK_V, disable_licm=True):
+        v_tile = load_operand(v_base + v_first, start, T, stride_v, V - v_first, Q, BLOCK_V, DOT)
+        dy_tile = load_operand(dy_base + v_first, start, T, stride_dy, V - v_first, Q, BLOCK_V, DOT)
+        total = tl.dot(v_tile, tl.trans(dy_tile), total, input_precision="ieee")
+    return total
 
 
 @triton.jit
@@ -107,8 +135,8 @@ def gradients_kernel(
     k_tile = load_operand(k_base, start, T, stride_kt, K, Q, BLOCK_K, DOT)
     scores = tile_scores(q_base, k_base, start, T, stride_qt, stride_kt, K, Q, BLOCK_K, DOT)
     d_scores = tl.zeros((Q, Q), tl.float32)
-    dq_tile = tl.zeros((Q, BLOCK_K), tl.float32)
-    dk_tile = tl.zeros((Q, BLOCK_K), tl.float32)
+    dq_tile = tl.zeros((BLOCK_K, Q), tl.float32)
+    dk_tile = tl.zeros((BLOCK_K, Q), tl.float32)
     lane = tl.arange(0, Q)
     t = start + lane
     k_lane, v_lane = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
@@ -117,11 +145,11 @@ def gradients_kernel(
     share = tl.cdiv(R, splits)
     for r in tl.range(split * share, tl.minimum(split * share + share, R), disable_licm=True):
         h = group * R + r
-        b, b_end, u, reach, first, last, keep = tile_gates(g, scale, firsts, row, start, T, h, H, Q, DOCUMENTS, SCALE)
+        b, b_end, u, _, first, last, keep = tile_gates(g, scale, firsts, row, start, T, h, H, Q, DOCUMENTS, SCALE)
+        reads = reading_tokens(firsts, row, start, T, Q, DOCUMENTS)
         # u stays out of `fall`, so that the gradient of u needs no division.
-        fall = tl.where(reach, tl.exp(tl.minimum(b[:, None] - b[None, :], 0.0)), 0.0)
-        mixed = tl.trans((scores * fall).to(DOT))
-        d_mixed = tl.zeros((Q, Q), tl.float32)
+        fall = tl.where(reads, tl.exp(tl.minimum(b[None, :] - b[:, None], 0.0)), 0.0)
+        mixed = (scores * fall).to(DOT)
         d_b = tl.zeros((Q,), tl.float32)
         d_u = tl.zeros((Q,), tl.float32)
         carried, d_through = 0.0, 0.0
@@ -137,7 +165,6 @@ def gradients_kernel(
             width = V - v_first
             v_tile = load_operand(v_base, start, T, stride_vt, width, Q, BLOCK_V, DOT)
             dy_tile = load_operand(dy_base, start, T, H * V, width, Q, BLOCK_V, DOT)
-            d_mixed = tl.dot(dy_tile, tl.trans(v_tile), d_mixed, input_precision="ieee")
             place = k_lane[:, None] * V + v_lane[None, :]
             in_state = (k_lane < K)[:, None] & (v_lane < width)[None, :]
             state = tl.load(entering + (state_at + v_first) + place, mask=in_state, other=0.0).to(DOT)
@@ -156,11 +183,11 @@ def gradients_kernel(
             # From the state that enters, and into the state that leaves.
             from_start = (dy_tile.to(tl.float32) * (first * tl.exp(b))[:, None]).to(DOT)
             d_b += tl.sum(tl.dot(q_tile, state, input_precision="ieee") * from_start.to(tl.float32), axis=1)
-            dq_tile = tl.dot(from_start, tl.trans(state), dq_tile, input_precision="ieee")
+            dq_tile = tl.dot(state, tl.trans(from_start), dq_tile, input_precision="ieee")
             across = tl.dot(k_tile, d_state, input_precision="ieee") * to_end[:, None]
             d_u += tl.sum(v_tile.to(tl.float32) * across, axis=1)
             weighted = (v_tile.to(tl.float32) * (to_end * u)[:, None]).to(DOT)
-            dk_tile = tl.dot(weighted, tl.trans(d_state), dk_tile, input_precision="ieee")
+            dk_tile = tl.dot(d_state, tl.trans(weighted), dk_tile, input_precision="ieee")
             # Scaled before they are added: a sum of bare products would become a chain, which holds a tile twice.
             dv_tile = across * u[:, None] + tl.dot(mixed, dy_tile, input_precision="ieee") * u[:, None]
             if SKIP:
@@ -173,25 +200,32 @@ def gradients_kernel(
         into = d_u * u
         d_b -= into
         d_end = tl.sum(into, axis=0) + keep * tl.exp(b_end) * carried
+        d_mixed = value_scores(
+            v + batch * stride_vb + h * V, d_y + row * H * V + h * V, start, T, stride_vt, H * V, V, Q, BLOCK_V, DOT
+        )
         # The same factor as `fall`, made again: held through the loop above it would spill.
-        d_mixed = tl.where(reach, d_mixed * tl.exp(tl.minimum(b[:, None] - b[None, :], 0.0)), 0.0)
-        d_scores += d_mixed * u[None, :]
+        d_mixed = tl.where(reads, d_mixed * tl.exp(tl.minimum(b[None, :] - b[:, None], 0.0)), 0.0)
+        d_scores += d_mixed * u[:, None]
         flow = d_mixed * scores
-        d_u += tl.sum(flow, axis=0)
+        d_u += tl.sum(flow, axis=1)
         # The diagonal has no exponent; leaving it out spares the difference below its largest terms.
-        flow = tl.where(lane[:, None] == lane[None, :], 0.0, flow) * u[None, :]
-        d_b += tl.sum(flow, axis=1) - tl.sum(flow, axis=0)
+        flow = tl.where(lane[:, None] == lane[None, :], 0.0, flow) * u[:, None]
+        d_b += tl.sum(flow, axis=0) - tl.sum(flow, axis=1)
         gate = (row + t) * H + h
-        tl.store(d_g + gate, tl.sum(tl.where(reach, d_b[:, None], 0.0), axis=0) + last * d_end, mask=t < T)
+        tl.store(d_g + gate, tl.sum(tl.where(reads, d_b[None, :], 0.0), axis=1) + last * d_end, mask=t < T)
         if SCALE:
             tl.store(d_scale + gate, d_u, mask=t < T)
         if SKIP:
             tl.store(d_skip + (batch * tiles + tile) * H + h, d_through)
 
-    dq_tile = tl.dot(d_scores.to(DOT), k_tile, dq_tile, input_precision="ieee")
-    dk_tile = tl.dot(tl.trans(d_scores).to(DOT), q_tile, dk_tile, input_precision="ieee")
     tokens = split * (tl.num_programs(0) // tiles).to(tl.int64) * T + row + start
-    where = (tokens * groups + group) * K + (lane[:, None] * (groups * K) + k_lane[None, :])
+    base = (tokens * groups + group) * K
+    d_scores = d_scores.to(DOT)
+    dq_tile = tl.dot(tl.trans(k_tile), d_scores, dq_tile, input_precision="ieee")
+    where = base + (lane[None, :] * (groups * K) + k_lane[:, None])
+    tl.store(d_q + where, dq_tile.to(d_q.dtype.element_ty), mask=(t < T)[None, :] & (k_lane < K)[:, None])
     inside = (t < T)[:, None] & (k_lane < K)[None, :]
-    tl.store(d_q + where, dq_tile.to(d_q.dtype.element_ty), mask=inside)
-    tl.store(d_k + where, dk_tile.to(d_k.dtype.element_ty), mask=inside)
+    # Masked before they are added: a sum of the bare product would feed it the transpose.
+    own = tl.where(inside, tl.dot(d_scores, q_tile, input_precision="ieee"), 0.0)
+    where = base + (lane[:, None] * (groups * K) + k_lane[None, :])
+    tl.store(d_k + where, (tl.trans(dk_tile) + own).to(d_k.dtype.element_ty), mask=inside)

@@ -1,4 +1,8 @@
-"""The gradient of the gated delta product as two Triton kernels: a walk back for states and values, then the rest by chunk."""
+"""The gradient of the gated delta product as two Triton kernels: a walk back for states and values, then the rest by chunk.
+
+No product here takes the transpose of another product's result: on Hopper, Triton 3.4 to 3.7.0 makes wrong numbers of
+that.
+"""
 
 # Triton reads a kernel's parameters from the call: they carry no types.
 # mypy: disable-error-code="no-untyped-def"
@@ -157,7 +161,7 @@ def gradients_kernel(
     b, b_read = sum_gates(gate, reach), sum_gates(gate, reads)
     strict = reach & (lane[None, :] < lane[:, None])
     fall = tl.where(strict, tl.exp(tl.minimum(b[:, None] - b[None, :], 0.0)), 0.0)
-    by_found = (by_found * fall).to(DOT)
+    by_found = (-by_found * fall).to(DOT)
     fall = tl.where(reads, tl.exp(tl.minimum(b_read[:, None] - b[None, :], 0.0)), 0.0)
     by_read = by_read * fall
     # With one step a token: what it reads of its own step does not decay, but would be the largest term on both sides of
@@ -192,11 +196,13 @@ def gradients_kernel(
         keys = k_tile.to(tl.float32)
         weighted = (keys * write[:, None]).to(DOT)
         dq_tile = tl.dot(by_read, weighted, dq_tile * at_read[:, None], input_precision="ieee")
-        dk_tile = dk_tile * -into[:, None] - tl.dot(by_found, weighted, input_precision="ieee")
+        dk_tile = tl.dot(by_found, weighted, dk_tile * -into[:, None], input_precision="ieee")
         written = written * out_of[:, None]
         d_end += tl.sum(tl.sum(written * keys, axis=1) * write, axis=0)
-        written = tl.dot(tl.trans(by_read), q_tile, written, input_precision="ieee")
-        written -= tl.dot(tl.trans(by_found), k_tile, input_precision="ieee")
+        # Products with the transposes of by_read and by_found, as the transpose of products that take them as they are.
+        from_scores = tl.dot(tl.trans(q_tile), by_read, input_precision="ieee")
+        from_scores = tl.dot(tl.trans(k_tile), by_found, from_scores, input_precision="ieee")
+        written += tl.trans(from_scores)
         along = tl.sum(written * keys, axis=1)
         d_write += along
         d_b += tl.sum(dk_tile * keys, axis=1) - along * write

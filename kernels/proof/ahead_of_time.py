@@ -15,6 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kernels.backend import INTERPRETED
+from kernels.proof.transposed_products import find_transposed_products
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Registers a thread that one program may take before ptxas spills: 65536 shared by its threads, at most 255.
@@ -23,7 +24,10 @@ LARGEST_REGISTERS = 255
 
 @dataclass(frozen=True)
 class CompiledKernel:
-    """What a kernel takes on a card: registers a thread, bytes of spills a thread, bytes of shared memory a program."""
+    """What a kernel takes on a card: registers and spilled bytes a thread, bytes of shared memory a program.
+
+    transposed_products: products that take the transpose of another's result (`kernels.proof.transposed_products`).
+    """
 
     name: str
     architecture: int
@@ -31,6 +35,7 @@ class CompiledKernel:
     spill_bytes: int
     shared_bytes: int
     uses_wgmma: bool
+    transposed_products: tuple[str, ...]
 
 
 def compile_ahead(
@@ -73,6 +78,7 @@ def compile_ahead(
         spills,
         int(compiled.metadata.shared),
         "wgmma" in compiled.asm["ptx"],
+        tuple(find_transposed_products(compiled.asm["ttir"])),
     )
 
 

@@ -11,12 +11,12 @@ BEGIN, END = "<!-- compile table: begin -->", "<!-- compile table: end -->"
 
 # Why a kernel misses the goal on sm_90: no spills, and wgmma wherever it multiplies.
 REASONS = {
-    "experts down backward, SwiGLU, 1024 rows an expert": (
-        "holds a product, two hidden tiles and their gradients; half the height would halve the product's reuse"
-    ),
     "scan gradients": (
-        "holds two sums of Q x N and one of Q x Q over a group's heads, 80 registers, next to q k^T and a block of states; "
+        "holds two sums of N x Q and one of Q x Q over a group's heads, 80 registers, next to k q^T and a block of states; "
         "what spills is put away once a head"
+    ),
+    "delta gradients, 2 steps a token": (
+        "holds a product of scores next to three of the states for 32 columns of keys, which half the warps would double"
     ),
 }
 
