@@ -44,6 +44,8 @@ def registered_block(config: ModelConfig, letter: str, dtype: torch.dtype, seque
     with FakeTensorMode(), default_dtype(dtype):
         mixer = build_mixer(config.letters.index(letter), config, single_rank_groups(), "torch")
         assert isinstance(mixer, SequenceMixer), f"{letter} is no registered mixer"
+        # Whether a mixer rotates its heads stands in a buffer.
+        mixer.reset_buffers()
         kept = _kept_bytes(mixer, config.hidden_size, dtype) / COUNTED_TOKENS
         state = mixer.empty_state(1)
     matrices = tuple(

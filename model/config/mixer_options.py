@@ -301,6 +301,41 @@ class WindowOptions(MixerOptions):
         return self.window - 1, "window"
 
 
+class MlaOptions(MixerOptions):
+    """Multi-head latent attention (DeepSeek-AI 2024, arXiv 2405.04434): keys and values from one narrow vector; letter `+`."""
+
+    num_heads: int = Field(gt=0, description="Heads.")
+    latent_size: int = Field(512, gt=0, description="Width of the vector that keys and values are made of.")
+    query_latent_size: int | None = Field(
+        None, gt=0, description="Width of one that queries are made of (DeepSeek-V3: 1536); none: made of the input."
+    )
+    nope_head_dim: int = Field(128, gt=0, description="Channels of a query and key head without position.")
+    rope_head_dim: int = Field(
+        64, gt=0, description="Further channels, whose key all heads share; rotated with positions: rope."
+    )
+    value_head_dim: int = Field(128, gt=0, description="Channels of a value head.")
+    positions: Literal["none", "rope"] = Field(
+        "none",
+        description="`none` as Kimi Linear; `rope` as DeepSeek-V3: rotary positions, which restart at documents.",
+    )
+    rope_theta: float = Field(10_000.0, gt=1, description="Base of the rotary frequencies.")
+    gate: OutputGate = Field(
+        "none", description="Sigmoid of the input times each head's output: a gate a channel, or a head."
+    )
+    latent_norm_epsilon: float = Field(
+        1e-6, gt=0, description="Of the norms of latents; transformers' classes have 1e-6 whatever rms_norm_eps is."
+    )
+
+    def broken_rules(self) -> Iterator[tuple[str, str]]:
+        """Channels are rotated in pairs."""
+        if self.positions == "rope" and self.rope_head_dim % 2:
+            yield "rope_head_dim", "must be even with positions: rope; add one, or use positions: none"
+
+    def cut_evenly(self) -> dict[str, int]:
+        """Heads."""
+        return {"num_heads": self.num_heads}
+
+
 class MomOptions(MixerOptions):
     """Mixture of memories (Du et al. 2025, arXiv 2502.13685): a linear mixer with several states and a router."""
 

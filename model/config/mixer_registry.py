@@ -72,6 +72,7 @@ BUILT_IN = (
     MixerSpec("plstm", "model.mixers.plstm:PlstmMixer", own.PlstmOptions),
     MixerSpec("retnet", "model.mixers.retention:RetentionMixer", own.RetentionOptions),
     MixerSpec("transnormer", "model.mixers.feature_maps:TransNormerMixer", own.TransNormerOptions),
+    MixerSpec("mla", "model.mixers.mla:MlaMixer", own.MlaOptions),
     MixerSpec("window", "model.mixers.window:WindowMixer", own.WindowOptions),
 )
 

@@ -24,7 +24,15 @@ from functools import lru_cache
 SECTIONS = {"M": "mamba", "*": "attention", "E": "moe", "-": "feed_forward"}
 BLOCK_NAMES = {"M": "Mamba2", "*": "attention", "E": "mixture of experts", "-": "dense feed-forward"}
 # Letters of other sequence mixers, which have a name besides.
-MIXER_LETTERS = {"G": "gated_deltanet", "H": "hgrn2", "K": "kda", "L": "lightning", "P": "deltaproduct", "W": "window"}
+MIXER_LETTERS = {
+    "G": "gated_deltanet",
+    "H": "hgrn2",
+    "K": "kda",
+    "L": "lightning",
+    "P": "deltaproduct",
+    "W": "window",
+    "+": "mla",
+}
 MIXER_NAME = re.compile(r"[a-z][a-z0-9_]*")
 HUNYUAN_LETTERS = {"A": "*", "F": "E", "D": "-"}
 MAX_BLOCKS = 4096

@@ -29,7 +29,15 @@ from .linear_mixers_amfm import (
     TransNormer,
 )
 
-LETTERS = {"G": "gated_deltanet", "H": "hgrn2", "K": "kda", "L": "lightning", "P": "deltaproduct", "W": "window"}
+LETTERS = {
+    "G": "gated_deltanet",
+    "H": "hgrn2",
+    "K": "kda",
+    "L": "lightning",
+    "P": "deltaproduct",
+    "W": "window",
+    "+": "mla",
+}
 
 
 class Window(nn.Module):
@@ -92,6 +100,64 @@ class Window(nn.Module):
             cos, sin = angles.cos()[:, :, None], angles.sin()[:, :, None]
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         return q, k, v
+
+
+class Mla(nn.Module):
+    """Attention whose keys and values come from one narrow vector a token (DeepSeek-AI 2024, arXiv 2405.04434).
+
+    The state is these vectors, each with the key that all heads share, and which slots hold a token.
+    """
+
+    def __init__(self, options: dict[str, Any], config: Any) -> None:
+        super().__init__()
+        self.options, self.heads, self.latent = options, options["num_heads"], options["latent_size"]
+        self.plain, self.turned, self.value = (options[f"{part}_head_dim"] for part in ("nope", "rope", "value"))
+        width, queries, epsilon = config.hidden_size, options["query_latent_size"], options["latent_norm_epsilon"]
+        self.kv_down = nn.Linear(width, self.latent + self.turned, bias=False)
+        self.kv_norm = RMSNorm(self.latent, epsilon)
+        self.kv_up = nn.Linear(self.latent, self.heads * (self.plain + self.value), bias=False)
+        self.q_down = nn.Linear(width, queries, bias=False) if queries else None
+        self.q_norm = RMSNorm(queries, epsilon) if queries else None
+        self.q_proj = nn.Linear(queries or width, self.heads * (self.plain + self.turned), bias=False)
+        self.gate = options["gate"]
+        if self.gate != "none":
+            self.g_proj = nn.Linear(width, self.heads * gate_size(self.gate, self.value), bias=False)
+        self.out_proj = nn.Linear(self.heads * self.value, width, bias=False)
+
+    def forward(
+        self, x_BTD: Tensor, mask_BT: Tensor | None, positions_BT: Tensor, state: State | None
+    ) -> tuple[Tensor, State]:
+        """x [B, T, D] -> y [B, T, D] and the state after it."""
+        rows, tokens, _ = x_BTD.shape
+        q = x_BTD if self.q_down is None or self.q_norm is None else self.q_norm(self.q_down(x_BTD))
+        q = self.q_proj(q).unflatten(-1, (self.heads, -1))
+        c, key = self.kv_down(x_BTD).split([self.latent, self.turned], dim=-1)
+        c = self.kv_norm(c)
+        if self.options["positions"] == "rope":
+            rope = {"theta": self.options["rope_theta"], "fraction": 1.0, "scaling": "none"}
+            frequencies, _ = rope_frequencies(rope, self.turned)
+            angles = positions_BT[..., None].float() * frequencies.to(positions_BT.device)
+            cos, sin = angles.cos()[:, :, None], angles.sin()[:, :, None]
+            key = rotate(key[:, :, None], cos, sin)[:, :, 0]
+            q = torch.cat([q[..., : self.plain], rotate(q[..., self.plain :], cos, sin)], dim=-1)
+        is_text = x_BTD.new_ones(rows, tokens, dtype=torch.bool) if mask_BT is None else mask_BT.bool()
+        latents = torch.cat([c, key], dim=-1)
+        if state is not None:
+            latents, is_text = torch.cat([state[0], latents], dim=1), torch.cat([state[1], is_text], dim=1)
+        c, key = latents.split([self.latent, self.turned], dim=-1)
+        k, v = self.kv_up(c).unflatten(-1, (self.heads, -1)).split([self.plain, self.value], dim=-1)
+        k = torch.cat([k, key[:, :, None].expand(-1, -1, self.heads, -1)], dim=-1)
+        seen = latents.shape[1]
+        # A padded query sees itself, so that its softmax has something to sum.
+        itself = torch.eye(seen, dtype=torch.bool, device=x_BTD.device)[seen - tokens :]
+        causal = torch.ones(tokens, seen, dtype=torch.bool, device=x_BTD.device).tril(seen - tokens)
+        allowed = (causal & is_text[:, None, None, :]) | itself
+        o = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=allowed
+        ).transpose(1, 2)
+        if self.gate != "none":
+            o = gate_heads(o, self.g_proj(x_BTD))
+        return self.out_proj(o.flatten(2)), (latents, is_text)
 
 
 class Memories(nn.Module):
@@ -162,8 +228,8 @@ def build_mixer(symbol: str, config: Any, order: int, count: int) -> nn.Module:
     """The mixer of a letter or `{name}`; `order` of `count` blocks that mix over the sequence."""
     name = LETTERS.get(symbol, symbol.strip("{}"))
     options = config.mixers[name]
-    if name == "window":
-        return Window(options, config)
+    if name in ("window", "mla"):
+        return (Window if name == "window" else Mla)(options, config)
     depth = order / (count - 1 + 1e-5)
     if name != "mom":
         return LINEAR_MIXERS[name](options, config, depth)

@@ -20,6 +20,7 @@ PRESET_GPUS = {
     "nemotron3_nano_30b": 128,
     "granite4_h_small": 64,
     "qwen3_next_80b": 128,
+    "kimi_linear_48b": 128,
     "nemotron3_super_120b": 256,
     "jamba1.5_large_like": 512,
     "nemotron3_ultra_550b": 1024,

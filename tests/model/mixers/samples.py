@@ -15,6 +15,14 @@ USUAL: dict[str, Any] = {"num_heads": 4, "head_dim": 6, "value_head_dim": 5, "co
 SPECIAL: dict[str, dict[str, Any]] = {
     "deltaproduct": {"num_key_heads": 2, "allow_negative_eigenvalues": True},
     "mamba1": {"inner_size": 10, "state_size": 4},
+    "mla": {
+        "latent_size": 7,
+        "query_latent_size": 9,
+        "nope_head_dim": 4,
+        "rope_head_dim": 4,
+        "positions": "rope",
+        "gate": "head",
+    },
     "window": {"window": 6, "num_kv_heads": 2, "qk_norm": True, "gate": "element"},
     "gated_deltanet": {"num_key_heads": 2},
 }

@@ -151,6 +151,47 @@ def test_kda_equals_the_layer_of_kimi_linear() -> None:
     compare(whole_rows(mixer), peer)
 
 
+@pytest.mark.parametrize("query_latent", [None, 9])
+@pytest.mark.parametrize("family", ["deepseek_v3", "kimi_linear"])
+def test_mla_equals_the_layers_of_deepseek_v3_and_kimi_linear(family: str, query_latent: int | None) -> None:
+    from transformers.models.deepseek_v3 import modeling_deepseek_v3 as deepseek
+    from transformers.models.kimi_linear import modeling_kimi_linear as kimi
+
+    sizes = {"latent_size": 7, "query_latent_size": query_latent, "nope_head_dim": 6, "rope_head_dim": 4}
+    options = {"num_heads": 3, "value_head_dim": 5, "positions": "rope" if family == "deepseek_v3" else "none"}
+    model = small_model(small_config("+", mixers={"mla": options | sizes}), dtype=torch.float32)
+    mixer = model.blocks[0].mixer
+    fields = {
+        "hidden_size": WIDTH,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 3,
+        "kv_lora_rank": 7,
+        "q_lora_rank": query_latent,
+        "qk_nope_head_dim": 6,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 5,
+        "num_hidden_layers": 1,
+        "attn_implementation": "eager",
+    }
+    names = {"kv_down": "kv_a_proj_with_mqa", "kv_norm": "kv_a_layernorm", "kv_up": "kv_b_proj", "out_proj": "o_proj"}
+    names |= {"q_proj": "q_proj"} if query_latent is None else {
+        "q_down": "q_a_proj", "q_norm": "q_a_layernorm", "q_proj": "q_b_proj",
+    }  # fmt: skip
+    mask = torch.full((TOKENS, TOKENS), -torch.inf).triu(1)[None, None]
+    if family == "kimi_linear":
+        kimi_config = kimi.KimiLinearConfig(**fields, layer_types=["full_attention"])
+        layer: nn.Module = kimi.KimiLinearAttention(kimi_config, 0)
+        arguments: dict[str, Any] = {}
+    else:
+        rope = {"rope_type": "default", "rope_theta": 10_000.0}
+        config = deepseek.DeepseekV3Config(**fields, rope_interleave=False, rope_parameters=rope)
+        layer = deepseek.DeepseekV3Attention(config, 0)
+        rotary = deepseek.DeepseekV3RotaryEmbedding(config)
+        arguments = {"position_embeddings": rotary(torch.zeros(1), torch.arange(TOKENS)[None])}
+    put(layer, {f"{theirs}.weight": getattr(mixer, ours).weight for ours, theirs in names.items()})
+    compare(whole_rows(mixer), lambda x_BTD: layer(x_BTD, attention_mask=mask, **arguments)[0])
+
+
 def mamba1_weights(mixer: Any) -> dict[str, Tensor]:
     """Ours under the names of the first Mamba's own code, which peers keep."""
     return {

@@ -60,6 +60,9 @@ model.mixers.retnet.conv_kernel model.mixers.retnet.chunk_size model.mixers.retn
 model.mixers.retnet.head_dim model.mixers.retnet.value_head_dim model.mixers.retnet.rope_theta
 model.mixers.transnormer.conv_kernel model.mixers.transnormer.chunk_size model.mixers.transnormer.num_heads
 model.mixers.transnormer.head_dim model.mixers.transnormer.value_head_dim
+model.mixers.mla.num_heads model.mixers.mla.latent_size model.mixers.mla.query_latent_size
+model.mixers.mla.nope_head_dim model.mixers.mla.rope_head_dim model.mixers.mla.value_head_dim model.mixers.mla.positions
+model.mixers.mla.rope_theta model.mixers.mla.gate model.mixers.mla.latent_norm_epsilon
 model.mixers.window.window model.mixers.window.num_heads model.mixers.window.num_kv_heads model.mixers.window.head_dim
 model.mixers.window.qk_norm model.mixers.window.positions model.mixers.window.rope_theta
 model.mixers.window.gate

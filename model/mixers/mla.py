@@ -1,0 +1,166 @@
+"""Multi-head latent attention: keys and values of all heads from one narrow vector a token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kernels.attention.op import attention, fastest_backend
+from kernels.linear.op import linear
+from kernels.rope.frequencies import rope_frequencies
+from kernels.rope.op import qk_norm_rope
+from model.config.mixer_options import MlaOptions
+from model.mixers.interface import BlockState, BuildContext, MixerOutput, MixerState, SequenceMixer
+from model.mixers.output_gate import gate_heads, gate_projection
+from model.packing import PackMeta
+from model.parallel.context import gather_rows
+from model.parallel.layers import ColumnLinear, Linear, RMSNorm, RowLinear
+from model.parallel.regions import enter_tensor_region, leave_tensor_region, project_stream
+from model.parallel.shards import divide
+from model.segments import Segments
+
+
+class MlaMixer(SequenceMixer):
+    """c = norm(W_down x), and one rotary key k_r for all heads; a head's keys [W_uk c; k_r] and values W_uv c.
+
+    Sizes: r latent, N and R the two parts of a key, V a value. Training expands keys and values. The decode state has c and
+    k_r alone, r + R numbers a token, and decoding attends to them as they are: W_uk goes to the query, W_uv to the weighted
+    sum of latents, the same function in another order. Tensor ranks have whole latents and their heads' matrices; context
+    ranks gather latents, not heads. Source: DeepSeek-AI 2024, arXiv 2405.04434, section 2.1.
+    """
+
+    def __init__(self, options: MlaOptions, build: BuildContext) -> None:
+        super().__init__()
+        self.options, self.build = options, build
+        groups, hidden, name = build.groups, build.hidden_size, "model.mixers.mla.num_heads"
+        heads, latent = options.num_heads, options.latent_size
+        self.num_heads = divide(heads, groups, name)
+        self.key_size = options.nope_head_dim + options.rope_head_dim
+        self.kv_down = Linear(hidden, latent + options.rope_head_dim, groups)
+        self.kv_norm = RMSNorm(latent, options.latent_norm_epsilon, build.backend, groups)
+        values = heads * (options.nope_head_dim + options.value_head_dim)
+        self.kv_up = ColumnLinear(latent, (values,), groups, name=name, units=(heads,))
+        width = options.query_latent_size
+        self.q_down = None if width is None else Linear(hidden, width, groups)
+        self.q_norm = None if width is None else RMSNorm(width, options.latent_norm_epsilon, build.backend, groups)
+        self.q_proj = ColumnLinear(width or hidden, (heads * self.key_size,), groups, name=name, units=(heads,))
+        self.g_proj = gate_projection(options.gate, hidden, heads, options.value_head_dim, groups, name=name)
+        self.out_proj = RowLinear(heads * options.value_head_dim, hidden, groups, name=name)
+        self.inverse_frequencies: Tensor | None
+        self.register_buffer("inverse_frequencies", None, persistent=False)
+
+    def reset_buffers(self) -> None:
+        """The rotary frequencies, on the device of the weights."""
+        if self.options.positions == "rope":
+            frequencies, _ = rope_frequencies(self.options.rope_head_dim, theta=self.options.rope_theta)
+            self.inverse_frequencies = frequencies.to(self.out_proj.weight.device)
+
+    def forward(self, x_BTD: Tensor, meta: PackMeta, state: BlockState = None) -> MixerOutput:
+        """x [B, T, D] -> y [B, T, D]; with a state the tokens also see its latents, and the longer state is returned."""
+        q_BTHK, latent_BTX, gate_BTX = self._project(x_BTD, meta)
+        following: MixerState | None = None
+        if meta.segments is not None:
+            assert state is None, "rows that are cut over context ranks have no decode state"
+            o_BTHV = self._attend_segments(q_BTHK, latent_BTX, meta, meta.segments)
+        elif state is None:
+            o_BTHV = self._attend(q_BTHK, *self._expand(latent_BTX), meta.boundaries_BT())
+        else:
+            assert isinstance(state, dict), f"a registered mixer got a {type(state).__name__}"
+            latent_BSX = torch.cat([state["latent"], latent_BTX], dim=1)
+            following = {"latent": latent_BSX}
+            if state["latent"].shape[1]:
+                o_BTHV = self._attend_latents(q_BTHK, latent_BSX)
+            else:
+                o_BTHV = self._attend(q_BTHK, *self._expand(latent_BSX), None)
+        if gate_BTX is not None:
+            o_BTHV = gate_heads(o_BTHV, gate_BTX)
+        return MixerOutput(leave_tensor_region(self.out_proj(o_BTHV.flatten(-2)), self.build.groups), following)
+
+    def _project(self, x_BTD: Tensor, meta: PackMeta) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Queries [B, T, H, N + R], the latents [B, T, r + R] of all tokens, and gates; rotary parts rotated."""
+        groups, options = self.build.groups, self.options
+        gates = [] if self.g_proj is None else [self.g_proj.weight]
+        if self.q_down is None or self.q_norm is None:
+            q_BTX, *gate_BTX = project_stream(x_BTD, [self.q_proj.weight, *gates], groups)
+        else:
+            (q_BTX,) = project_stream(self.q_norm(self.q_down(x_BTD)), [self.q_proj.weight], groups)
+            gate_BTX = list(project_stream(x_BTD, gates, groups)) if gates else []
+        c_BTr, key_BTR = self.kv_down(x_BTD).split([options.latent_size, options.rope_head_dim], dim=-1)
+        latent_BTX = enter_tensor_region(torch.cat([self.kv_norm(c_BTr.contiguous()), key_BTR], dim=-1), groups)
+        q_BTHK = q_BTX.unflatten(-1, (self.num_heads, self.key_size))
+        if self.inverse_frequencies is not None:
+            plain_BTHN, turned_BTHR = q_BTHK.split([options.nope_head_dim, options.rope_head_dim], dim=-1)
+            c_BTr, key_BTR = latent_BTX.split([options.latent_size, options.rope_head_dim], dim=-1)
+            turned_BTHR, key_BT1R = qk_norm_rope(
+                turned_BTHR.contiguous(),
+                key_BTR.unsqueeze(2).contiguous(),
+                meta.positions_BT,
+                self.inverse_frequencies,
+                1.0,
+                backend=self.build.backend,
+            )
+            q_BTHK = torch.cat([plain_BTHN, turned_BTHR], dim=-1)
+            latent_BTX = torch.cat([c_BTr, key_BT1R.squeeze(2)], dim=-1)
+        return q_BTHK, latent_BTX, gate_BTX[0] if gate_BTX else None
+
+    def _expand(self, latent_BSX: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys [B, S, H, N + R] and values [B, S, H, V] of this rank's heads."""
+        options = self.options
+        c_BSr, key_BSR = latent_BSX.split([options.latent_size, options.rope_head_dim], dim=-1)
+        up_BSHX = linear(c_BSr, self.kv_up.weight).unflatten(-1, (self.num_heads, -1))
+        k_BSHN, v_BSHV = up_BSHX.split([options.nope_head_dim, options.value_head_dim], dim=-1)
+        return torch.cat([k_BSHN, key_BSR.unsqueeze(2).expand(-1, -1, self.num_heads, -1)], dim=-1), v_BSHV
+
+    def _attend(self, q_BTHK: Tensor, k_BSHK: Tensor, v_BSHV: Tensor, ids_BS: Tensor | None) -> Tensor:
+        """Attention of heads whose keys and values differ in width: the narrower ones are filled up with zeros."""
+        tokens, keys, has_documents = q_BTHK.shape[1], k_BSHK.shape[1], ids_BS is not None
+        backend = self.build.backend
+        backend = fastest_backend(backend, q_BTHK.device, has_documents=has_documents, tokens=tokens, keys=keys)
+        return _attend_padded(q_BTHK, k_BSHK, v_BSHV, ids_BS, self.key_size**-0.5, backend)
+
+    def _attend_latents(self, q_BTHK: Tensor, latent_BSX: Tensor) -> Tensor:
+        """The same of one document without expanding: all heads read the latents as one key and value head."""
+        options = self.options
+        up_HXr = self.kv_up.weight.unflatten(0, (self.num_heads, -1))
+        of_keys_HNr, of_values_HVr = up_HXr.split([options.nope_head_dim, options.value_head_dim], dim=1)
+        plain_BTHN, turned_BTHR = q_BTHK.split([options.nope_head_dim, options.rope_head_dim], dim=-1)
+        q_BTHX = torch.cat([torch.einsum("bthn,hnr->bthr", plain_BTHN, of_keys_HNr), turned_BTHR], dim=-1)
+        latent_BS1X = latent_BSX.unsqueeze(2)
+        # Our Triton kernel has no heads of this width, and one query needs none.
+        backend = "torch" if self.build.backend == "triton" else self.build.backend
+        c_BS1r = latent_BS1X[..., : options.latent_size]
+        o_BTHr = _attend_padded(q_BTHX, latent_BS1X, c_BS1r, None, self.key_size**-0.5, backend)
+        return torch.einsum("bthr,hvr->bthv", o_BTHr, of_values_HVr)
+
+    def _attend_segments(self, q_BTHK: Tensor, latent_BTX: Tensor, meta: PackMeta, segments: Segments) -> Tensor:
+        """Queries of this rank's segments to the keys of whole rows, of which context ranks gather the latents."""
+        (latent_BSX,) = gather_rows(latent_BTX.unsqueeze(0), segments, self.build.groups)
+        k_BSHK, v_BSHV = self._expand(latent_BSX)
+        outputs = []
+        for number, q_BLHK in zip(segments.own, q_BTHK.chunk(2, dim=1)):
+            seen = (number + 1) * segments.length
+            ids_BS = None if meta.single_document else segments.document_ids_BT[:, :seen]
+            outputs.append(self._attend(q_BLHK, k_BSHK[:, :seen], v_BSHV[:, :seen], ids_BS))
+        return torch.cat(outputs, dim=1)
+
+    def empty_state(self, num_rows: int) -> MixerState:
+        """No latents."""
+        width = self.options.latent_size + self.options.rope_head_dim
+        return {"latent": self.out_proj.weight.new_zeros(num_rows, 0, width)}
+
+    def sequence_flops(self, sequence_length: int) -> float:
+        """Products of queries with the keys that a token sees on average, and of weights with values."""
+        keys = (sequence_length + 1) / 2
+        return 2.0 * keys * self.num_heads * (self.key_size + self.options.value_head_dim)
+
+
+def _attend_padded(
+    q_BTHK: Tensor, k_BSJK: Tensor, v_BSJV: Tensor, ids_BS: Tensor | None, scale: float, backend: str
+) -> Tensor:
+    """[B, T, H, V] of kernels that take heads of one width."""
+    key_size, value_size = k_BSJK.shape[-1], v_BSJV.shape[-1]
+    width = max(key_size, value_size)
+    q, k = (functional.pad(x, (0, width - key_size)) for x in (q_BTHK, k_BSJK))
+    v = functional.pad(v_BSJV, (0, width - value_size))
+    return attention(q, k, v, document_ids_BS=ids_BS, scale=scale, backend=backend)[..., :value_size]
