@@ -1,6 +1,13 @@
-"""Global sample number -> row: mixture, shuffle, window or bin, read and verified. numpy only, for reading processes.
+"""From store to batch in four steps: the row of a global sample number.
 
-Everything here is a pure function of (settings, dataset identities, global sample number).
+1. Mixture (`mixture.py`): the number gives the source it is drawn from, and how many draws of that source came before.
+2. Shuffle (`permutation.py`): that draw, within its epoch, is permuted by a keyed bijection to a place in the source.
+3. Window or bin (`packing.py`, `bins.py`): the place is a run of the joined documents, or documents fitted into a row.
+4. Read (`store/`): its chunks are read and verified, and the row is cut into documents; `loader/` stacks rows to batches.
+
+Every step is a pure function of (settings, identities of the data, global sample number). There is no state to save and
+no order to replay: a resumed run, another number of ranks and every reading process compute the same row. Only numpy is
+imported, because reading processes start with this file.
 """
 
 from __future__ import annotations

@@ -1,4 +1,10 @@
-"""The token store: verified Zarr v3 parts and one manifest, in a folder or behind a URL."""
+"""Read a token store: verified Zarr v3 parts and one manifest, in a folder or behind a URL.
+
+A part is a Zarr array of tokens in shards of small chunks, each with its crc32c, and the ends of its documents. The
+manifest names parts, sizes, digests and the tokenizer. A row needs one or two chunks: they are found in a shard's index,
+read by their byte range, checked and decoded here, without Zarr, which would cost more than the read. What fails a check
+raises DamagedError. Behind a URL the same byte ranges are requested, through a cache on the node's disk.
+"""
 
 from __future__ import annotations
 
