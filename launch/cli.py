@@ -19,10 +19,9 @@ from launch.commands.bench import verbs as bench
 from launch.console import UNUSED_LIBRARIES, print_json, say
 from pretrain.config.errors import ConfigError
 from pretrain.failures import describe, exit_code, is_bug
-from pretrain.launcher_protocol import BAD_INPUT, DONE, RUN_FAILED
+from pretrain.launcher_protocol import BAD_INPUT, DONE, INTERRUPTED, RUN_FAILED
 
 DISTRIBUTION = "amfm-pretrain"
-INTERRUPTED = 130
 # Wrong options and arguments. Typer exports no name for this class: it has click inside in later releases, beside it before.
 USAGE_ERROR: Any = typer.BadParameter.__base__
 RESUMABLE_VERBS = ("train", "prepare", "launch", "study")

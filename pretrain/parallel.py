@@ -142,6 +142,11 @@ def die_with_launcher() -> None:
         raise RuntimeError(f"the launcher (process {launcher}) is gone; this rank does not start without it")
 
 
+def is_first_rank() -> bool:
+    """Whether this process is rank 0 by its environment, which is known before the ranks have met."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def start_process_group(timeout_seconds: float) -> tuple[int, int, int, int]:
     """Join the default process group and return (rank, world size, local rank, local world size).
 

@@ -17,6 +17,7 @@ section `health` says.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -25,11 +26,12 @@ from data_pipeline.loader.loader import SourceUse
 from model.flops import flops_per_token
 from pretrain.config.schema import RunConfig
 from pretrain.failures import describe, is_bug, while_running
-from pretrain.launcher_protocol import DONE, RUN_FAILED
+from pretrain.launcher_protocol import DONE, INTERRUPTED, RUN_FAILED
 from pretrain.monitor.anomalies import StepAnomaly, too_many_skips
 from pretrain.monitor.heartbeat import describe_lost
 from pretrain.monitor.signals import SignalWatch, signal_name
 from pretrain.monitor.stragglers import STRAGGLER_STEPS
+from pretrain.parallel import is_first_rank
 from pretrain.run import Run, apply_stage
 from pretrain.saving import finish_saving, restore_newest_weights, save
 from pretrain.start import close_run, start_run
@@ -40,12 +42,12 @@ from pretrain.validate import validate
 def train(config: RunConfig) -> int:
     """Train, resuming by itself from `run.dir`, and return the exit code. Every rank must call this.
 
-    0: the steps asked for are done, or a signal asked to stop, and everything is saved. 3: too many steps in a row had
+    0: the steps asked for are done, or SIGTERM or SIGUSR1 asked to stop, and everything is saved. 130: Ctrl-C, saved. 3: too many steps in a row had
     gradients that are not finite; the newest checkpoint stands. Raises ValueError for settings and data that do not
     fit, OSError while it starts, RuntimeError for the machine's state and for all that ends a run under way; where another
     rank is gone, the message names it.
     """
-    with SignalWatch() as signals:
+    with SignalWatch(announces=is_first_rank()) as signals:
         run = start_run(config, signals)
         with while_running():
             try:
@@ -190,7 +192,7 @@ def stop_on_signal(run: Run, number: int) -> int:
     finish_saving(run)
     run.record_event("signal", name=signal_name(number))
     run.say(f"{signal_name(number)}: saved at step {run.progress.step}; the same command goes on from there")
-    return DONE
+    return INTERRUPTED if number == signal.SIGINT else DONE
 
 
 def handle_anomaly(run: Run, anomaly: StepAnomaly) -> bool:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import IO
 
 from launch.rank_command import rank_command, source_variables
-from pretrain.launcher_protocol import DONE, LAUNCHER_PID, RUN_FAILED
+from pretrain.launcher_protocol import DONE, INTERRUPTED, LAUNCHER_PID, RUN_FAILED
 
 GRACE_SECONDS = 30.0  # what the other ranks get to end by themselves after one failed
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
@@ -137,6 +137,8 @@ def name_killed(codes: Sequence[int | None]) -> None:
 
 def join_codes(codes: Sequence[int]) -> int:
     """One code for all ranks: a refusal or a bug explains more than the failures that follow from it."""
+    if -signal.SIGINT in codes:  # the second Ctrl-C
+        return INTERRUPTED
     telling = [code for code in codes if code > 0 and code != RUN_FAILED]
     if telling:
         return telling[0]

@@ -20,7 +20,7 @@ def train(
     help_all: HelpAllOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train, resuming by itself from run.dir; SIGTERM, SIGUSR1 and train.stop_after_steps save and end with code 0."""
+    """Train, resuming by itself from run.dir; a signal, Ctrl-C and train.stop_after_steps save and end."""
     from pretrain.checks.check_run import load_checked
 
     # Under torchrun or --nproc this process is one rank of several.

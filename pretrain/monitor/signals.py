@@ -1,23 +1,32 @@
-"""Signals: SIGTERM and SIGUSR1 ask the run to save and stop at the next step boundary."""
+"""Signals: SIGTERM, SIGUSR1 and Ctrl-C ask the run to save and stop at the next step boundary.
+
+A second Ctrl-C ends the process at once, whatever it waits for: after the first one SIGINT has the system's own action
+again, which needs no Python. What was saved before stands, as after any kill.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-WATCHED = (signal.SIGTERM, signal.SIGUSR1)
+WATCHED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+ON_INTERRUPT = "\namfm: Ctrl-C: saving after this step; a second Ctrl-C ends at once and loses the steps since the last checkpoint\n"
 
 
 class SignalWatch:
     """Context manager inside which the watched signals are remembered instead of ending the process.
 
-    `received` is the number of the last one, 0 for none; ranks may differ and must agree before they act on it. Only the
-    main thread of a process may enter.
+    `received` is the number of the last one, 0 for none; ranks may differ and must agree before they act on it.
+    `announces`: whether this process answers Ctrl-C on standard error, as one rank should. Only the main thread of a
+    process may enter.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, announces: bool = False) -> None:
         self.received = 0
+        self.announces = announces
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -35,6 +44,10 @@ class SignalWatch:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received = number
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            if self.announces:
+                os.write(sys.stderr.fileno(), ON_INTERRUPT.encode())
 
 
 def signal_name(number: int) -> str:

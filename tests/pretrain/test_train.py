@@ -160,23 +160,26 @@ def wait_for_lines(path: Path, count: int) -> None:
     raise AssertionError(f"{path} has not reached {count} lines")
 
 
-def test_sigterm_saves_at_the_next_boundary_and_the_run_goes_on(data: DataConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_saves_at_the_next_boundary_and_the_run_goes_on(
+    data: DataConfig, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
     config = tiny_config(data, tmp_path / "run", train__steps=100_000)
     (tmp_path / "config.json").write_text(config.model_dump_json())
-    code = (
+    program = (
         "import sys; from pretrain.config.schema import RunConfig; from pretrain.train import train\n"
         "sys.exit(train(RunConfig.model_validate_json(open(sys.argv[1]).read())))"
     )
-    process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code, str(tmp_path / "config.json")])
+    process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", program, str(tmp_path / "config.json")])
     wait_for_lines(tmp_path / "run" / "metrics.jsonl", 2)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 0
+    process.send_signal(number)
+    assert process.wait(timeout=60) == code
     step = read_metrics(tmp_path / "run")[-1]["step"]
     assert read_events(tmp_path / "run")[-1] | {"time": ""} == {
         "time": "",
         "event": "signal",
         "step": step,
-        "name": "SIGTERM",
+        "name": number.name,
     }
     longer = tiny_config(data, tmp_path / "run", train__steps=100_000, train__stop_after_steps=step + 1)
     assert train(longer) == 0

@@ -1,0 +1,104 @@
+"""Signals that ask a run to stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+# Waits as a rank does in a collective whose other side is gone: in C, where no Python handler runs.
+STUCK = (
+    "import pathlib, sys, time\n"
+    "from pretrain.monitor.signals import SignalWatch\n"
+    "with SignalWatch(announces=True) as watch:\n"
+    "    print('ready', flush=True)\n"
+    "    while not watch.received: time.sleep(0.01)\n"
+    "    print('saving', flush=True)\n"
+    "    import threading; threading.Event().wait(60)\n"
+)
+
+
+def test_ctrl_c_is_answered_and_a_second_one_ends_at_once() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", STUCK],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "saving\n"
+    begun = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=10)
+    assert process.returncode == -signal.SIGINT and time.monotonic() - begun < 5
+    assert "saving after this step; a second Ctrl-C ends at once" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_ctrl_c_at_a_terminal_saves_and_the_next_start_resumes_bit_for_bit(nproc: int, tmp_path: Path) -> None:
+    def command(directory: str, *more: str) -> list[str]:
+        settings = ["configs/probes/mqar.yaml", f"run.dir={tmp_path / directory}", "train.steps=12"]
+        settings += ["train.micro_batch_size=16"]
+        settings += ["train.validate_every_steps=null", "schedule.warmup_steps=2", "train.checkpoint_every_steps=100"]
+        return [sys.executable, "-m", "launch", "train", *settings, "--nproc", str(nproc), *more]
+
+    subprocess.run(command("whole"), cwd=ROOT, check=True)
+    process, terminal = start_at_terminal(command("cut"))
+    wait_for_step(tmp_path / "cut" / "metrics.jsonl", 3)
+    os.write(terminal, b"\x03")
+    assert process.wait(timeout=120) == 130
+    assert "saving after this step" in read_all(terminal)
+    subprocess.run(command("cut"), cwd=ROOT, check=True)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+def start_at_terminal(command: list[str]) -> tuple[subprocess.Popen[bytes], int]:
+    """A process whose controlling terminal is a new pseudo-terminal, so that Ctrl-C reaches its whole group."""
+    ours, theirs = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", BECOME_SESSION_LEADER, *command],
+        cwd=ROOT,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+    )
+    os.close(theirs)
+    return process, ours
+
+
+BECOME_SESSION_LEADER = (
+    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execvp(sys.argv[1], sys.argv[1:])"
+)
+
+
+def read_all(terminal: int) -> str:
+    """What was written to the terminal; reading ends with an error once the last process has closed it."""
+    parts = []
+    while True:
+        try:
+            parts.append(os.read(terminal, 65536))
+        except OSError:
+            return b"".join(parts).decode(errors="replace")
+
+
+def wait_for_step(path: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while not (path.exists() and len(path.read_text().splitlines()) >= step):
+        assert time.monotonic() < deadline, f"{path} has not reached {step} lines"
+        time.sleep(0.05)
+
+
+def losses(directory: Path) -> list[float]:
+    import json
+
+    return [json.loads(line)["loss"] for line in (directory / "metrics.jsonl").read_text().splitlines()]
