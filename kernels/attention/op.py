@@ -1,4 +1,10 @@
-"""Causal grouped-query attention inside documents."""
+"""Causal grouped-query attention inside documents.
+
+How: this file checks shapes and dispatches; `reference.py` is the definition, `torch_impl.py` and
+`window_torch.py` call PyTorch's scaled_dot_product_attention, `triton_impl.py` launches our kernels. Documents
+and windows come as ids and a width rather than as a mask, because a mask of [T, S] grows with the square of the
+row and keeps PyTorch from its flash kernels; from ids the Triton kernels derive exact loop bounds.
+"""
 
 from __future__ import annotations
 
@@ -39,6 +45,7 @@ def attention(
     _check(q_BTHK, k_BSJK, v_BSJK, document_ids_BS)
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, the query's own key; got {window}")
+    # A window as long as the row hides nothing, and full attention is the cheaper path.
     if window is not None and window >= k_BSJK.shape[1]:
         window = None
     scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
@@ -78,6 +85,7 @@ def _log_choice(backend: str, reason: str) -> None:
 
 
 def _check(q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, document_ids_BS: Tensor | None) -> None:
+    """Raise ValueError for shapes or dtypes that don't fit; no backend checks them again."""
     check_shape("q_BTHK", q_BTHK, (-1, -1, -1, -1))
     check_float("q_BTHK", q_BTHK)
     batch, tokens, heads, size = q_BTHK.shape
@@ -94,13 +102,19 @@ def _check(q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, document_ids_BS: Tens
 
 
 def attention_flops(batch: int, tokens: int, heads: int, head_dim: int, *, backward: bool) -> int:
-    """Floating point operations of causal attention in one document: two products forward, five backward, half masked."""
+    """Floating point operations of causal attention in one document: two products forward, five backward, half masked.
+
+    A product of all pairs costs 2 T^2 K a head; five backward: the scores again, dv, dp, dq and dk.
+    """
     return batch * heads * tokens * tokens * head_dim * (10 if backward else 4) // 2
 
 
 def attention_bytes(
     batch: int, tokens: int, heads: int, kv_heads: int, head_dim: int, size: int, *, backward: bool
 ) -> int:
-    """Least bytes: q, k, v read, y written; backward reads those and dy and writes three gradients."""
+    """Least bytes: q, k, v read, y written; backward reads those and dy and writes three gradients.
+
+    `size` is the bytes of one number. Scores never reach memory, so none are counted.
+    """
     wide, narrow = batch * tokens * heads * head_dim, batch * tokens * kv_heads * head_dim
     return size * (4 * wide + 4 * narrow if backward else 2 * wide + 2 * narrow)

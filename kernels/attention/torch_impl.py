@@ -34,6 +34,11 @@ def attention_torch(
 def _attend(
     q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, mask: Tensor | None, scale: float, *, causal: bool
 ) -> Tensor:
+    """One call of PyTorch's attention on [B, T, H, K] tensors; `mask` True where a key is seen, or `causal`
+    instead of it.
+
+    Grouped key heads are left to PyTorch (`enable_gqa`): repeating keys first would copy them H / J times.
+    """
     grouped = q_BTHK.shape[2] != k_BSJK.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BSJK, v_BSJK))
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
@@ -53,15 +58,23 @@ def _document_mask(document_ids_BS: Tensor, tokens: int) -> Tensor:
 
 
 def _attend_documents(q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, document_ids_BS: Tensor, scale: float) -> Tensor:
+    """Attention document by document, [B, T, H, K], for CPU.
+
+    Reads the ids on the host, which is free there and would wait for the device on a card; the length of the
+    loop is the number of documents in all rows, so the operation can't be traced by a compiler.
+    """
     batch, tokens, keys = *q_BTHK.shape[:2], k_BSJK.shape[1]
     starts = torch.ones_like(document_ids_BS, dtype=torch.bool)
     starts[:, 1:] = document_ids_BS[:, 1:] != document_ids_BS[:, :-1]
     first = starts.reshape(-1).nonzero()[:, 0]
+    # One document a row: the call without mask, which may use PyTorch's flash kernel.
     if first.numel() == batch:
         return _attend_last(q_BTHK, k_BSJK, v_BSJK, scale)
     if first.numel() * _SHORT_DOCUMENT_TOKENS > batch * keys:
         return _attend(q_BTHK, k_BSJK, v_BSJK, _document_mask(document_ids_BS, tokens), scale, causal=False)
     begins = first.tolist()
+    # Rows are laid end to end, so that one list of begins describes the documents of all rows; no document
+    # spans two rows because each row begins one.
     lengths = [end - begin for begin, end in zip(begins, [*begins[1:], batch * keys])]
     # Of a document that begins before its row's queries only the last tokens are queries; it may have none.
     queries = [min(length, max(0, begin % keys + length - (keys - tokens))) for begin, length in zip(begins, lengths)]
@@ -74,5 +87,7 @@ def _attend_documents(q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, document_i
 def _attend_last(q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, scale: float) -> Tensor:
     """Causal attention without documents, the queries being those of the last keys."""
     tokens, keys = q_BTHK.shape[1], k_BSJK.shape[1]
+    # A single query sees every key and T = S is `is_causal`; only a cached prefix needs a mask. PyTorch aligns
+    # `is_causal` with the first key, not with the last, so it can't be used there.
     mask = None if tokens in (1, keys) else _causal_mask(tokens, keys, q_BTHK.device)
     return _attend(q_BTHK, k_BSJK, v_BSJK, mask, scale, causal=tokens == keys and tokens > 1)

@@ -1,4 +1,11 @@
-"""Flash attention with documents in Triton: one forward kernel, two backward kernels, nothing summed by atomics."""
+"""Flash attention with documents in Triton: one forward kernel, two backward kernels, nothing summed by atomics.
+
+How: forward keeps each query's log-sum-exp, so that backward makes the probabilities again tile by tile instead
+of storing [T, S] of them (Dao 2023, arXiv 2307.08691, section 3.1). Backward is two launches: one walks the
+keys of a tile of queries for d_q, one walks the queries of a tile of keys for d_k and d_v. That computes the
+scores twice, but every gradient has one writer: a single kernel would add d_q by atomics, whose order changes
+its bits from run to run.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +28,11 @@ from kernels.tuning import Config, config_for
 
 
 def _candidates(interpreted: tuple[int, int], *tiles: tuple[int, int, int, int]) -> tuple[Config, ...]:
-    """Queries and keys of a tile, warps and stages, the fixed ones first; small tiles in the interpreter."""
+    """Queries and keys of a tile, warps and stages, the fixed ones first; small tiles in the interpreter.
+
+    The first is used without a tuning table, in the interpreter and in deterministic mode
+    (`kernels.tuning.config_for`).
+    """
     tiles = ((*interpreted, 4, 1), *tiles) if INTERPRETED else tiles
     names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
     return tuple(dict(zip(names, each, strict=True)) for each in tiles)
@@ -42,6 +53,10 @@ def document_bounds(document_ids_BS: Tensor, tokens: int) -> tuple[Tensor, Tenso
     """First key of each query's document [B, T], and the query after the last of each key's [B, S]; int32, no waiting.
 
     The queries are the last `tokens` keys; a document without queries ends at query 0.
+
+    Both are what the kernels' loops need: a tile of queries starts at the smallest first key of its queries, a
+    tile of keys ends at the largest end of its keys. Computed by scans on the device, so that the host waits
+    for nothing.
     """
     keys = document_ids_BS.shape[1]
     place = torch.arange(keys, device=document_ids_BS.device)
@@ -60,6 +75,9 @@ def _sizes(q_BTHK: Tensor, k_BSJK: Tensor) -> tuple[int, int, int, int, int]:
 
 
 def _constants(q_BTHK: Tensor, first_BT: Tensor | None) -> dict[str, Any]:
+    """Values that all three kernels are compiled for; BLOCK_K pads the head width to a power of two, as tiles
+    need.
+    """
     return {
         "DOCUMENTS": first_BT is not None,
         "DOT": dot_dtype(q_BTHK.dtype),
@@ -113,6 +131,8 @@ def _backward(
     if not q.numel():
         return d_q, d_k.zero_(), d_v.zero_()
     scales, constants = (scale, scale * math.log2(math.e)), _constants(q, first_BT)
+    # First, because it also writes the deltas <dy, y> that the kernel for keys reads; launches of one stream
+    # run in order.
     config = config_for("attention_queries", (q.dtype, sizes[4]), QUERIES, q.device)
     attention_query_gradient_kernel[(triton.cdiv(tokens, config["BLOCK_M"]), q.shape[0] * heads)](
         q, k, v, y_BTHK, d_y, log_sums_BHT, deltas, d_q, first_BT, *sizes, *scales,
@@ -143,6 +163,9 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Keep inputs, output and log-sum-exp; the latter is an output only so that it can be kept, and takes no
+    gradient.
+    """
     q, k, v, first_BT, ends_BS, ctx.scale = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -150,6 +173,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _differentiate(ctx: Any, d_y: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients of `_forward`'s inputs; None throughout where the output took no gradient."""
     if d_y is None:
         return (None,) * 6
     return (*_backward(d_y, *ctx.saved_tensors, ctx.scale), None, None, None)
@@ -159,7 +183,11 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def window_bounds(first_BT: Tensor, ends_BS: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    """`document_bounds` where a query also sees no key more than `window` - 1 before its own."""
+    """`document_bounds` where a query also sees no key more than `window` - 1 before its own.
+
+    A key's end becomes the query after the last one whose window still holds it, counted among the queries
+    alone.
+    """
     tokens, keys = first_BT.shape[1], ends_BS.shape[1]
     place = torch.arange(keys, device=first_BT.device, dtype=torch.int32)
     first_BT = torch.maximum(first_BT, place[keys - tokens :] - (window - 1))
@@ -175,6 +203,7 @@ def attention_triton(
     window: int | None = None,
 ) -> Tensor:
     """As `attention_reference`, for float32, bfloat16 and float16. Saves q, k, v, the output and its log-sum-exp."""
+    # The kernels know document bounds only, so a window without documents is a window in one document.
     dot_dtype(q_BTHK.dtype)  # refuses float64
     first_BT = ends_BS = None
     if document_ids_BS is None and window is not None:

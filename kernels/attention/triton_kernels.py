@@ -3,6 +3,10 @@
 Document boundaries come as two numbers: for each query the first key of its document, for each key the query after the
 last of its document. Keys of a tile of queries begin at its first document's start, queries of a tile of keys end at its
 last document's end, so loops have exact bounds.
+
+Softmax is taken online (running maximum and sum, in float32, with powers of 2 because the card's exponential is
+one of 2); scores are scaled by log2(e) for that. Products take operands of DOT and add up in float32. Offsets
+of tensors are 64 bit: a row of 128k tokens with 64 heads passes 2^31 numbers.
 """
 
 # Triton reads a kernel's parameters from the call: they carry no types.
@@ -17,7 +21,10 @@ import triton.language as tl
 
 @triton.jit
 def _load_heads(x, batch, token, head, tokens, heads, size, BLOCK_K: tl.constexpr):
-    """Rows `token` of one head of x [B, tokens, heads, size], zeros outside."""
+    """Rows `token` of one head of x [B, tokens, heads, size], zeros outside.
+
+    Returns [len(token), BLOCK_K] in the dtype of x.
+    """
     lane = tl.arange(0, BLOCK_K)
     place = ((batch * tokens + token[:, None]) * heads + head) * size + lane[None, :]
     return tl.load(x + place, mask=(token[:, None] < tokens) & (lane[None, :] < size), other=0.0)
@@ -33,7 +40,11 @@ def _store_heads(x, value, batch, token, head, tokens, heads, size, BLOCK_K: tl.
 
 @triton.jit
 def _visible(query, key, first, offset, keys):
-    """Which keys each query may see: not after it, not before its document."""
+    """Which keys each query may see: not after it, not before its document.
+
+    The last queries align with the last keys, so query t stands at key t + offset. Arguments broadcast to a
+    tile.
+    """
     return (key <= query + offset) & (key >= first) & (key < keys)
 
 
@@ -43,6 +54,7 @@ def _key_range(query_begin, first_keys, batch, tokens, keys, offset, DOCUMENTS: 
     query = query_begin + tl.arange(0, BLOCK_M)
     begin = tl.cast(0, tl.int64)
     if DOCUMENTS:
+        # Queries beyond the row have no keys: `keys` as their first keeps them out of the minimum.
         first = tl.load(first_keys + batch * tokens + query, mask=query < tokens, other=keys)
         begin = tl.min(first, 0).to(tl.int64)
     else:
@@ -56,7 +68,11 @@ def attention_forward_kernel(
     q, k, v, y, log_sums, first_keys, tokens, keys, heads, kv_heads, size, scale_log2,
     DOCUMENTS: tl.constexpr, DOT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """y [B, T, H, K] and the log-sum-exp in base 2 [B, H, T]. Grid: (query tiles, B * H)."""
+    """y [B, T, H, K] and the log-sum-exp in base 2 [B, H, T]. Grid: (query tiles, B * H).
+
+    A program holds one tile of BLOCK_M queries of one head and walks the keys that any of them can see. q, k, v
+    and y are [B, T or S, heads, K] packed; `scale_log2` is scale * log2(e).
+    """
     batch, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
     kv_head, offset = head // (heads // kv_heads), keys - tokens
     query, first, begin, end = _key_range(
@@ -69,6 +85,7 @@ def attention_forward_kernel(
     for start in range(begin, end, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
         k_tile = _load_heads(k, batch, key, kv_head, keys, kv_heads, size, BLOCK_K).to(DOT)
+        # [BLOCK_M, BLOCK_N]. "ieee": float32 inputs are multiplied as float32, not rounded to tf32.
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale_log2
         scores = tl.where(_visible(query[:, None], key[None, :], first[:, None], offset, keys), scores, float("-inf"))
         higher = tl.maximum(peak, tl.max(scores, 1))
@@ -80,6 +97,7 @@ def attention_forward_kernel(
         v_tile = _load_heads(v, batch, key, kv_head, keys, kv_heads, size, BLOCK_K).to(DOT)
         result = tl.dot(share.to(DOT), v_tile, result * shrink[:, None], input_precision="ieee")
         peak = higher
+    # Queries beyond the row saw nothing; dividing by 1 keeps NaN out of lanes that the store masks anyway.
     total = tl.where(total == 0.0, 1.0, total)
     _store_heads(y, result / total[:, None], batch, query, head, tokens, heads, size, BLOCK_K)
     tl.store(log_sums + (batch * heads + head) * tokens + query, peak + tl.log2(total), mask=query < tokens)
@@ -90,7 +108,11 @@ def attention_query_gradient_kernel(
     q, k, v, y, d_y, log_sums, deltas, d_q, first_keys, tokens, keys, heads, kv_heads, size, scale, scale_log2,
     DOCUMENTS: tl.constexpr, DOT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """d_q [B, T, H, K], and <d_y, y> of each query [B, H, T] for the other kernel. Grid: (query tiles, B * H)."""
+    """d_q [B, T, H, K], and <d_y, y> of each query [B, H, T] for the other kernel. Grid: (query tiles, B * H).
+
+    Grid and walk as in the forward kernel. With p = e^(s - log_sum): dp = dy v^T, ds = p (dp - <dy, y>), dq =
+    scale ds k.
+    """
     batch, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
     kv_head, offset = head // (heads // kv_heads), keys - tokens
     query, first, begin, end = _key_range(
@@ -111,6 +133,8 @@ def attention_query_gradient_kernel(
         v_tile = _load_heads(v, batch, key, kv_head, keys, kv_heads, size, BLOCK_K).to(DOT)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale_log2
         seen = _visible(query[:, None], key[None, :], first[:, None], offset, keys)
+        # The mask acts on the exponent: outside a document it has no bound, and infinity times a zero of a mask
+        # is NaN.
         share = tl.exp2(tl.where(seen, scores - log_sum[:, None], float("-inf")))
         slope = share * (tl.dot(grad, tl.trans(v_tile), input_precision="ieee") - delta[:, None])
         result = tl.dot(slope.to(DOT), k_tile, result, input_precision="ieee")
@@ -123,7 +147,12 @@ def attention_key_gradient_kernel(
     scale, scale_log2,
     DOCUMENTS: tl.constexpr, DOT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """d_k and d_v [B, S, J, K], summed over the query heads of the group. Grid: (key tiles, B * J)."""
+    """d_k and d_v [B, S, J, K], summed over the query heads of the group. Grid: (key tiles, B * J).
+
+    One program a tile of BLOCK_N keys of one key head; it walks the query heads of the group and their queries
+    that can see the tile, so that the sum over the group needs no second pass. Tiles are [key, query], so that
+    both sums are plain products and no result is transposed.
+    """
     batch, kv_head = (tl.program_id(1) // kv_heads).to(tl.int64), tl.program_id(1) % kv_heads
     group, offset = heads // kv_heads, keys - tokens
     key_begin = tl.program_id(0).to(tl.int64) * BLOCK_N
@@ -132,6 +161,7 @@ def attention_key_gradient_kernel(
     v_tile = _load_heads(v, batch, key, kv_head, keys, kv_heads, size, BLOCK_K).to(DOT)
     sum_k = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     sum_v = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    # The first query that stands at or behind the tile's first key.
     begin = tl.maximum(key_begin - offset, 0)
     end = tl.cast(tokens, tl.int64)
     if DOCUMENTS:

@@ -19,7 +19,12 @@ _LEAST_BLOCK_TOKENS = 64
 def window_attention_torch(
     q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, *, document_ids_BS: Tensor | None, scale: float, window: int
 ) -> Tensor:
-    """As `attention_reference` with a window; bfloat16 is widened on processors that would emulate it."""
+    """As `attention_reference` with a window; bfloat16 is widened on processors that would emulate it.
+
+    Keys before the first query (from a cache or other ranks) are kept as far as the window looks back.
+    Gradients come from autograd through the views and the call. Source: Beltagy et al. 2020 (arXiv 2004.05150),
+    section 3.1.
+    """
     wanted, dtype = q_BTHK.dtype, gemm_dtype(q_BTHK)
     batch, tokens, heads, size = q_BTHK.shape
     block = min(max(window, _LEAST_BLOCK_TOKENS), tokens)
@@ -31,6 +36,7 @@ def window_attention_torch(
         ids_BS = torch.zeros(k_BSJK.shape[:2], dtype=torch.int32, device=k_BSJK.device)
     seen = before - missing + tokens
     k_BSJK, v_BSJK = (_pad(x[:, -seen:].to(dtype), missing, padding) for x in (k_BSJK, v_BSJK))
+    # Ids that no document has: -1 before the row and -2 behind it, so that padding is seen by padding alone.
     ids_BS = F.pad(F.pad(ids_BS[:, -seen:], (missing, 0), value=-1), (0, padding), value=-2)
     q_BTHK = _pad(q_BTHK.to(dtype), 0, padding)
     blocks = q_BTHK.shape[1] // block
@@ -42,6 +48,7 @@ def window_attention_torch(
 
 
 def _pad(x_BSJK: Tensor, before: int, after: int) -> Tensor:
+    """Zeros before and behind the tokens of [B, S, J, K]."""
     return F.pad(x_BSJK, (0, 0, 0, 0, before, after))
 
 

@@ -1,4 +1,11 @@
-"""Short causal depthwise convolution with SiLU, restarted at documents, and its one-token step."""
+"""Short causal depthwise convolution with SiLU, restarted at documents, and its one-token step.
+
+Source: Gu and Dao 2023 (arXiv 2312.00752), section 3.4, where it precedes the selective scan; Dao and Gu 2024
+(arXiv 2405.21060) convolves x, B and C together.
+
+How: a token of another document counts as a zero input. The initial window is prepended to the row as W - 1
+tokens of its first document, so that no backend knows of it. Outputs for those tokens are cut off again.
+"""
 
 from __future__ import annotations
 
@@ -56,6 +63,7 @@ def causal_conv1d(
     document_ids_BT = drop_single_document(document_ids_BT)
     if initial_window_BWC is None:
         return _find_convolution(backend)(x_BTC, weight_CW, bias_C, document_ids_BT)
+    # The window's tokens get the id of the row's first token: that is the document it belongs to.
     longer = torch.cat([initial_window_BWC.to(x_BTC.dtype), x_BTC], dim=1)
     if document_ids_BT is not None:
         document_ids_BT = torch.cat([document_ids_BT[:, :1].expand(-1, W - 1), document_ids_BT], dim=1)
@@ -82,6 +90,7 @@ def causal_conv1d_step(
 
 
 def _find_convolution(backend: str) -> Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]:
+    """The implementation for a resolved backend; Triton is imported only where it is used."""
     if backend == "torch":
         return convolve
     from kernels.causal_conv1d.triton_impl import convolve_triton
@@ -90,6 +99,7 @@ def _find_convolution(backend: str) -> Callable[[Tensor, Tensor, Tensor | None, 
 
 
 def _check_weights(weight_CW: Tensor, bias_C: Tensor | None, channels: int, x: Tensor) -> int:
+    """Raise ValueError unless weight [C, W] and bias [C] fit x; returns W."""
     check_float("x", x)
     check_shape("weight_CW", weight_CW, (channels, -1), x)
     check_float("weight_CW", weight_CW)

@@ -20,11 +20,15 @@ _NUMBERS = 1 << 18
 
 
 def convolve(x_BTC: Tensor, weight_CW: Tensor, bias_C: Tensor | None, document_ids_BT: Tensor | None) -> Tensor:
-    """Convolution of rows with nothing before them; one operation for the compiler, whose own fusion is slower."""
+    """Convolution of rows with nothing before them; one operation for the compiler, whose own fusion is slower.
+
+    x [B, T, C] -> [B, T, C] in its dtype; sums are float32 (float64 for float64).
+    """
     return _forward(x_BTC, weight_CW, bias_C, document_ids_BT)[0]
 
 
 def _wide(x: Tensor) -> torch.dtype:
+    """Dtype of sums: float32, or float64 for float64."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -64,6 +68,7 @@ def _mend_edges(
     for shift in range(1, min(W, T)):
         token = slice(shift, None) if step < 0 else slice(None, -shift)
         crossing_BT[:, token] |= document_ids_BT[:, shift:] != document_ids_BT[:, :-shift]
+    # Only the W - 1 tokens around a boundary are made anew, a vanishing share of a row.
     row_N, token_N = crossing_BT.nonzero(as_tuple=True)
     document_N = document_ids_BT[row_N, token_N]
     total_NC = torch.zeros_like(out_BTC[row_N, token_N]) if bias_C is None else bias_C.expand(len(row_N), -1)
@@ -84,6 +89,7 @@ def _correlate(d_padded_BSC: Tensor, x_BTC: Tensor, W: int, document_ids_BT: Ten
     B, T, C = x_BTC.shape
     numbers = _NUMBERS if x_BTC.device.type == "cpu" else x_BTC.numel()
     tokens, rows = max(1, min(T, numbers // C)), max(1, min(B, numbers // (T * C)))
+    # [W, rows, tokens, C]: one running product for each tap.
     products = d_padded_BSC.new_zeros(W, rows, tokens, C)
     for row, start in product(range(0, B, rows), range(0, T, tokens)):
         own = slice(row, min(row + rows, B))
@@ -139,6 +145,8 @@ def _backward(
     padded = torch.empty_like(longer)
     padded[:, T:] = 0
     d_totals = torch.ops.aten.silu_backward.grad_input(dy_BTC.to(wide), longer[:, :T], grad_input=padded[:, :T])
+    # The gradient of a convolution is one with the taps in reverse order, over the tokens behind instead of
+    # before.
     dx_BTC = _slide(padded, weight.flip(1), None)
     if document_ids_BT is not None:
         _mend_edges(dx_BTC, d_totals, weight, None, document_ids_BT, step=1)
@@ -157,6 +165,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Keep the inputs and the sums before SiLU, an output only so that it can be kept."""
     ctx.has_bias = inputs[2] is not None
     ctx.save_for_backward(*inputs, output[1])
     ctx.mark_non_differentiable(output[1])
@@ -164,6 +173,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _differentiate(ctx: Any, dy_BTC: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    """Gradients of x, weight and bias; None throughout where the output took no gradient."""
     if dy_BTC is None:
         return None, None, None, None
     dx_BTC, d_weight, d_bias = _backward(dy_BTC, *ctx.saved_tensors)

@@ -1,4 +1,10 @@
-"""The Triton convolution as an operation that autograd, torch.compile and meta tensors know."""
+"""The Triton convolution as an operation that autograd, torch.compile and meta tensors know.
+
+Backward cuts a row's tokens into strips, each walked by one program that keeps the gradients of taps and bias
+in registers and writes one partial; PyTorch adds the partials up in a fixed order. More strips fill the card,
+fewer write less. The sum before SiLU is computed again instead of kept: three multiply-adds a value cost less
+than reading it.
+"""
 
 from __future__ import annotations
 
@@ -38,6 +44,7 @@ def _rows(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("amfm::causal_conv1d_triton", mutates_args=())
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None) -> Tensor:
+    """y [B, T, C] of x [B, T, C], weight [C, W], bias [C] or None and document ids [B, T] or None."""
     x, weight = _rows(x), weight.contiguous()
     documents = None if documents is None else documents.contiguous()
     B, T, C = x.shape
@@ -68,6 +75,7 @@ def _backward(
     d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     config = config_for("convolution_backward", (x.dtype, W), BACKWARD, x.device)
     blocks, columns = triton.cdiv(T, config["BLOCK_T"]), triton.cdiv(C, config["BLOCK_C"])
+    # Enough strips for four programs a multiprocessor, and no more: each writes a partial.
     strips = max(1, min(blocks, triton.cdiv(count_programs(x.device, 4), B * columns)))
     blocks_per_strip = triton.cdiv(blocks, strips)
     strips = triton.cdiv(blocks, blocks_per_strip)
@@ -77,6 +85,7 @@ def _backward(
         W=W, BIAS=bias is not None, DOCUMENTS=documents is not None, **config,
     )  # fmt: skip
     sums = partial.sum((0, 1))
+    # Partials are ordered by distance from the token, weight columns from the farthest tap to the token itself.
     return d_x, sums[:W].flip(0).t().to(weight.dtype).contiguous(), sums[4].clone()
 
 
@@ -88,10 +97,12 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Keep the inputs; the sums before SiLU are computed again."""
     ctx.save_for_backward(*inputs)
 
 
 def _differentiate(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of x, weight and bias, the last two in their own dtypes."""
     x, weight, bias, documents = ctx.saved_tensors
     d_x, d_weight, d_bias = _backward(d_y, x, weight, bias, documents)
     return d_x, d_weight, None if bias is None else d_bias.to(bias.dtype), None

@@ -1,6 +1,10 @@
 """The short convolution as Triton kernels: every tile of x and dy is read once, taps and gradients stay on chip.
 
 Widths below 4 run as width 4 with zero weights for the taps they lack.
+
+Tiles are [tokens, channels] with channels along neighbouring threads, so that loads are packed. The three
+tokens before a tile (and in backward behind it) are loaded as shifted tiles, which the cache serves; sums are
+float32.
 """
 
 # Triton reads a kernel's parameters from the call: they carry no types.
@@ -18,13 +22,19 @@ from kernels.tiles import load_values
 
 @triton.jit
 def _load_tap(weight, shift: tl.constexpr, column, C, W: tl.constexpr):
-    """The weight that meets the input `shift` tokens back: column W - 1 - shift, zero where there is none."""
+    """The weight that meets the input `shift` tokens back: column W - 1 - shift, zero where there is none.
+
+    [BLOCK_C] float32.
+    """
     return tl.load(weight + column * W + (W - 1 - shift), mask=(column < C) & (shift < W), other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _reach(ids, t, source, T, DOCUMENTS: tl.constexpr):
-    """1 where tokens t and source lie in one document, [BLOCK_T, 1]."""
+    """1 where tokens t and source lie in one document, [BLOCK_T, 1].
+
+    Places outside the row are clamped: their inputs read as zero, so any id will do.
+    """
     if DOCUMENTS:
         here = tl.load(ids + tl.minimum(tl.maximum(t, 0), T - 1))
         there = tl.load(ids + tl.minimum(tl.maximum(source, 0), T - 1))
@@ -35,7 +45,10 @@ def _reach(ids, t, source, T, DOCUMENTS: tl.constexpr):
 
 @triton.jit
 def _add_taps(x0, x1, x2, x3, w0, w1, w2, w3, bias, ids, t, T, DOCUMENTS: tl.constexpr):
-    """The sum before SiLU at tokens t, given x at t, t - 1, t - 2 and t - 3."""
+    """The sum before SiLU at tokens t, given x at t, t - 1, t - 2 and t - 3.
+
+    Tiles [BLOCK_T, BLOCK_C] and taps [BLOCK_C]; the token itself is always of its own document.
+    """
     total = bias[None, :] + x0 * w0[None, :]
     total += x1 * w1[None, :] * _reach(ids, t, t - 1, T, DOCUMENTS)
     total += x2 * w2[None, :] * _reach(ids, t, t - 2, T, DOCUMENTS)
@@ -53,7 +66,11 @@ def convolution_forward_kernel(
     x, weight, bias, ids, y, T, C, stride_b, stride_t,
     W: tl.constexpr, BIAS: tl.constexpr, DOCUMENTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """y [B, T, C]; one program a block of tokens and of channels."""
+    """y [B, T, C]; one program a block of tokens and of channels.
+
+    x [B, T, C] may have any strides of rows and tokens, with channels packed; ids [B, T] are document ids.
+    Grid: (B * token blocks, channel blocks).
+    """
     blocks = tl.cdiv(T, BLOCK_T)
     batch = (tl.program_id(0) // blocks).to(tl.int64)
     t = tl.program_id(0) % blocks * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -116,6 +133,8 @@ def convolution_backward_kernel(
         d_w2 += tl.sum(e * back2 * _reach(ids_row, t, t - 2, T, DOCUMENTS), axis=0)
         d_w3 += tl.sum(e * back3 * _reach(ids_row, t, t - 3, T, DOCUMENTS), axis=0)
 
+        # x_t also entered the sums of the three tokens behind it, each with its own tap and only inside the
+        # document.
         total = _add_taps(next1, here, back1, back2, w0, w1, w2, w3, start, ids_row, t + 1, T, DOCUMENTS)
         e = _through_silu(load_values(dy_row, t + 1, T, C, column, C), total)
         dx += e * w1[None, :] * _reach(ids_row, t + 1, t, T, DOCUMENTS)

@@ -1,4 +1,9 @@
-"""y = x W^T for every projection of the model, in the dtype in which this machine multiplies fast."""
+"""y = x W^T for every projection of the model, in the dtype in which this machine multiplies fast.
+
+Why not torch's linear alone: on a CPU without bfloat16 instructions its products of bfloat16 are emulated and
+ten times slower than float32 (`kernels.gemm_precision`). Widening both operands costs a copy and rounds less.
+Weights are named [O, I] as PyTorch stores them.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +29,11 @@ def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
 
 
 def linear_gradients(x: Tensor, weight_OI: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of x and of the weight, from that of `linear`'s result, multiplied in the same dtype and rounded once."""
+    """Gradients of x and of the weight, from that of `linear`'s result, multiplied in the same dtype and rounded once.
+
+    x [..., I], weight [O, I], grad [..., O] -> gradients of the shapes and dtypes of x and of the weight.
+    Blocks with a backward of their own (fused projections) call it directly.
+    """
     dtype = gemm_dtype(x)
     grad_RO = grad.flatten(0, -2).to(dtype)
     grad_x = (grad_RO @ weight_OI.to(dtype)).to(x.dtype).view(x.shape)
@@ -33,6 +42,8 @@ def linear_gradients(x: Tensor, weight_OI: Tensor, grad: Tensor) -> tuple[Tensor
 
 
 class _WidenedLinear(torch.autograd.Function):
+    """`linear` with float32 operands; saves x and the weight as they are, and widens them again in backward."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_OI: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight_OI)

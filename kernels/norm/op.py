@@ -1,4 +1,9 @@
-"""Root-mean-square norms: plain, with a residual added first, and gated over groups as Mamba-2 uses it."""
+"""Root-mean-square norms: plain, with a residual added first, and gated over groups as Mamba-2 uses it.
+
+How: the reference is the formula; `torch_impl.py` walks blocks of rows that fit a core's cache with a backward
+written out; `triton_impl.py` reads and writes each value once. All take means in float32: in bfloat16 the sum
+of a few thousand squares would lose the small ones.
+"""
 
 from __future__ import annotations
 
@@ -43,6 +48,8 @@ def rms_norm(
 
         y, h = rms_norm_triton(x, weight, epsilon, residual)
         return y if residual is None else (y, h)
+    # Rounded to the dtype of x before it is normed, in every backend alike: h is what the residual stream
+    # carries on, and the norm of a value that nobody keeps would not be its norm.
     h = x if residual is None else x + residual
     if backend == "reference":
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -79,6 +86,7 @@ def gated_rms_norm(
 
 
 def _check_rows(name: str, x: Tensor, weight: Tensor, epsilon: float) -> None:
+    """Raise ValueError unless x [..., D] and weight [D] are floats on one device and epsilon is above 0."""
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"{name} must have shape [..., D] with D of at least 1; got {list(x.shape)}")
     check_float(name, x)

@@ -2,6 +2,10 @@
 
 With a the normed input, r = 1 / sqrt(mean(a^2) + epsilon), n = a r and output n w:
 d_a = r (dy w - n mean(dy w n)) and dw = sum over rows of dy n.
+
+Each pass works on blocks of about 1 MiB of float32 a thread and reuses one scratch buffer: whole-tensor
+operations would write and read every intermediate through memory. Under torch.compile the plain formula runs
+instead, which Inductor fuses to the same effect.
 """
 
 from __future__ import annotations
@@ -20,7 +24,10 @@ _BLOCK_VALUES = 262144
 
 
 def rms_norm_torch(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """`rms_norm` without a residual."""
+    """`rms_norm` without a residual.
+
+    x [..., D], weight [D] -> [..., D] in the dtype of x; sums are float32 (float64 for float64).
+    """
     if torch.compiler.is_compiling():
         wide = _wide(x)
         return normalize(x.to(wide), weight.to(wide), epsilon).to(x.dtype)
@@ -28,7 +35,10 @@ def rms_norm_torch(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 
 def gated_rms_norm_torch(y: Tensor, z: Tensor, weight: Tensor, epsilon: float, num_groups: int) -> Tensor:
-    """`gated_rms_norm`."""
+    """`gated_rms_norm`.
+
+    y and z [..., D], weight [D] -> [..., D] in the dtype of y; sums are float32 (float64 for float64).
+    """
     if torch.compiler.is_compiling():
         wide = _wide(y)
         return normalize_gated(y.to(wide), z.to(wide), weight.to(wide), epsilon, num_groups).to(y.dtype)
@@ -36,11 +46,16 @@ def gated_rms_norm_torch(y: Tensor, z: Tensor, weight: Tensor, epsilon: float, n
 
 
 def _wide(x: Tensor) -> torch.dtype:
+    """Dtype of sums: float32, or float64 for float64."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _reciprocal_rms(a: Tensor, epsilon: Tensor, r: Tensor) -> Tensor:
-    """1 / sqrt(mean(a^2) + epsilon) over the last dim, into `r`."""
+    """1 / sqrt(mean(a^2) + epsilon) over the last dim, into `r`.
+
+    By the vector norm, which reads `a` once and makes no tensor of squares. `epsilon` is a tensor of no
+    dimension because addcmul takes no scalar there.
+    """
     torch.linalg.vector_norm(a, dim=-1, keepdim=True, out=r)
     return torch.addcmul(epsilon, r, r, value=1 / a.shape[-1], out=r).rsqrt_()
 
@@ -57,11 +72,16 @@ def _make_scratch(count: int, rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _block_rows(rows: Tensor) -> int:
+    """Rows of a block of [rows, G, size]: what keeps one intermediate tensor near `_BLOCK_VALUES` a thread."""
     return max(1, _BLOCK_VALUES * torch.get_num_threads() // (rows.shape[1] * rows.shape[2]))
 
 
 def _normalize_backward(do: Tensor, a: Tensor, r: Tensor, weight: Tensor, out: Tensor, d_weight: Tensor) -> None:
-    """Gradient of the normed input `a` into `out`; adds to d_weight. Rows [rows, G, size], weight [G, size]."""
+    """Gradient of the normed input `a` into `out`; adds to d_weight. Rows [rows, G, size], weight [G, size].
+
+    `out` doubles as scratch for do * a, so that the weight's gradient, r (do a) summed over rows, is one
+    batched product a group.
+    """
     torch.mul(do, a, out=out)
     d_weight.unsqueeze(1).baddbmm_(r.permute(1, 2, 0), out.transpose(0, 1))
     mean = out.mul_(weight).sum(-1, keepdim=True).mul_(r).mul_(r)
@@ -69,7 +89,10 @@ def _normalize_backward(do: Tensor, a: Tensor, r: Tensor, weight: Tensor, out: T
 
 
 class _RmsNorm(torch.autograd.Function):
-    """Saves x and one number a row."""
+    """Saves x and one number a row.
+
+    That number is r = 1 / rms; the normed rows are made again in backward, which is cheaper than reading them.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -82,6 +105,7 @@ class _RmsNorm(torch.autograd.Function):
             n = scratch[0, : len(x_block)]
             a = x_block if x_block.dtype == wide else n.copy_(x_block)
             torch.mul(a, _reciprocal_rms(a, epsilon_, r_block), out=n)
+            # A narrow result is rounded once, from the float32 product with the weight.
             if out.dtype == wide:
                 torch.mul(n, w, out=out_block)
             else:
@@ -109,7 +133,10 @@ class _RmsNorm(torch.autograd.Function):
 
 
 class _GatedRmsNorm(torch.autograd.Function):
-    """Saves y, z and one number a row and group."""
+    """Saves y, z and one number a row and group.
+
+    Groups are a dimension of rows, [rows, G, size], so that the plain norm's helpers serve both.
+    """
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, z: Tensor, weight: Tensor, epsilon: float, num_groups: int) -> Tensor:
@@ -120,6 +147,7 @@ class _GatedRmsNorm(torch.autograd.Function):
         narrow, epsilon_ = out.dtype != wide, r.new_full((), epsilon)
         scratch = _make_scratch(2 if narrow else 0, y_rows, wide)
         for y_block, z_block, r_block, out_block in _cut_rows(y_rows, z_rows, r, out):
+            # In the wide dtype the gated values are made where the result will stand.
             a, *widened = scratch[:, : len(y_block)] if narrow else (out_block,)
             torch.ops.aten.silu.out(widened[0].copy_(z_block) if narrow else z_block, out=a)
             a.mul_(widened[0].copy_(y_block) if narrow else y_block)

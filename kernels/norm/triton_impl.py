@@ -1,4 +1,10 @@
-"""The Triton norms as operations that autograd, torch.compile and meta tensors know."""
+"""The Triton norms as operations that autograd, torch.compile and meta tensors know.
+
+One custom operation serves the plain norm, the norm of a sum, and the gated norm: `other` is the residual or
+the gate. Forward saves r, one float32 a row and group; backward recomputes the rest from inputs that are kept
+for other reasons. Weight gradients are summed by each program over its rows and then over programs by PyTorch,
+in a fixed order, instead of by atomics.
+"""
 
 from __future__ import annotations
 
@@ -34,6 +40,11 @@ def gated_rms_norm_triton(y: Tensor, z: Tensor, weight: Tensor, epsilon: float, 
 
 
 def _check(x: Tensor, size: int) -> None:
+    """Refuse float64 and groups wider than LARGEST_GROUP.
+
+    A group must fit one program's registers, because its mean is needed before any of its values can be
+    written.
+    """
     dot_dtype(x.dtype)  # refuses float64
     if size > LARGEST_GROUP:
         raise ValueError(f'backend "triton" norms groups of up to {LARGEST_GROUP} values; got {size}')
@@ -45,6 +56,11 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _tile(size: int, rows: int) -> dict[str, int]:
+    """Columns (a power of two that holds the group), rows and warps of a program.
+
+    Rows of narrow groups share a program, up to TILE_VALUES values; a warp for WARP_VALUES values leaves 32 to
+    each thread.
+    """
     block = max(2, triton.next_power_of_2(size))
     block_rows = max(1, min(TILE_VALUES // block, triton.next_power_of_2(rows)))
     return {"BLOCK_S": block, "BLOCK_R": block_rows, "num_warps": max(1, min(16, block * block_rows // WARP_VALUES))}
@@ -96,6 +112,7 @@ def _norm_backward(
     if rows == 0:
         return d_x, d_z, torch.zeros_like(weight)
     tile = _tile(width // groups, rows)
+    # Few programs that walk many blocks each: every program writes one partial of the weight's gradient.
     programs = max(1, min(triton.cdiv(rows, tile["BLOCK_R"]), count_programs(x.device) // groups))
     partial = torch.empty(programs, width, dtype=torch.float32, device=x.device)
     norm_backward_kernel[(programs, groups)](
@@ -113,6 +130,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Keep what was normed (h where a residual was added, which the caller keeps too), the gate, the weight and r."""
     x, other, weight, _, _, gated = inputs
     _, h, reciprocal = output
     ctx.residual = other is not None and not gated
@@ -122,6 +140,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _differentiate(ctx: Any, d_out: Tensor | None, d_h: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients of x, of the residual or gate, and of the weight. The residual's is that of x: both entered as a
+    sum.
+    """
     x, z, weight, reciprocal = ctx.saved_tensors
     if d_out is None:
         d_out = torch.zeros_like(x)

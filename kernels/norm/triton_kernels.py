@@ -14,6 +14,7 @@ from kernels.silu import sigmoid, silu, silu_backward
 
 @triton.jit
 def _load(x, row, stride, place, inside):
+    """Values of x at rows and columns `place`, in float32, zeros outside; `stride` is the distance of rows."""
     return tl.load(x + row * stride + place, mask=inside, other=0.0).to(tl.float32)
 
 
@@ -34,12 +35,14 @@ def norm_forward_kernel(
     a = _load(x, row, stride_x, place, inside)
     if RESIDUAL:
         a = a + _load(other, row, stride_other, place, inside)
+        # Normed after rounding, as the other backends do: backward starts from the stored h.
         rounded = a.to(h.dtype.element_ty)
         tl.store(h + row * groups * size + place, rounded, mask=inside)
         a = rounded.to(tl.float32)
     if GATED:
         z = _load(other, row, stride_other, place, inside)
         a = a * silu(z)
+    # [BLOCK_R, 1]; lanes beyond the group are zeros and add nothing.
     r = tl.rsqrt(tl.sum(a * a, axis=1) / size + epsilon)[:, None]
     w = tl.load(weight + place, mask=lane < size, other=0.0).to(tl.float32)
     tl.store(out + row * groups * size + place, (a * r * w).to(out.dtype.element_ty), mask=inside)
@@ -54,6 +57,8 @@ def norm_backward_kernel(
     """d_x and d_z [rows, groups * size], and one partial d_weight [programs, groups * size] a program.
 
     Each program walks blocks of rows of one group. d_h is added to d_x where the normed sum is an output too.
+
+    With n = a r: da = r (w d_out - n mean(w d_out n)), d_weight = sum over rows of d_out n.
     """
     group, groups = tl.program_id(1), tl.num_programs(1)
     lane = tl.arange(0, BLOCK_S)[None, :]
@@ -73,6 +78,7 @@ def norm_backward_kernel(
         r = tl.load(reciprocal + row * groups + group, mask=row < rows, other=0.0)
         d = tl.load(d_out + where, mask=inside, other=0.0).to(tl.float32)
         n = a * r
+        # Before the product with the weight: the weight's gradient does not hold the weight.
         d_w += tl.sum(d * n, axis=0)[None, :]
         d = d * w
         da = (d - n * (tl.sum(d * n, axis=1) / size)[:, None]) * r

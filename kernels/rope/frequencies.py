@@ -1,4 +1,10 @@
-"""Frequencies of rotary positions, and how they are stretched to texts longer than the model was trained on."""
+"""Frequencies of rotary positions, and how they are stretched to texts longer than the model was trained on.
+
+"ntk" raises the base, so that with alpha as the ratio of lengths the slowest pair turns as far over the longer
+text as it did over the shorter, and fast pairs hardly change. "yarn" treats pairs by how often they turn over
+the trained length: fast ones tell neighbours apart and stay, slow ones would reach angles never trained and are
+slowed down.
+"""
 
 from __future__ import annotations
 
@@ -46,6 +52,7 @@ def rope_frequencies(
     width = high - low if high != low else 1e-3
     stretched = ((torch.arange(dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
     mixed = frequencies / yarn_factor * stretched + frequencies * (1 - stretched)
+    # More keys flatten the softmax; the factor on q and k sharpens it again (section 3.4).
     return mixed, 0.1 * math.log(yarn_factor) + 1.0 if yarn_factor > 1 else 1.0
 
 
@@ -63,6 +70,7 @@ def _check(
     yarn_factor: float | None,
     yarn_original_length: int | None,
 ) -> None:
+    """Raise ValueError for settings that don't go together or that no scaling reads."""
     if not 0 < dim <= head_dim or dim % 2:
         raise ValueError(f"head_dim * fraction must be even and in 1..head_dim; got {dim} of head_dim={head_dim}")
     if theta <= 1:

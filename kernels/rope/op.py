@@ -1,4 +1,9 @@
-"""Rotary positions, fused with the normalization of queries and keys."""
+"""Rotary positions, fused with the normalization of queries and keys.
+
+How: norm and rotation are fused because each alone reads and writes all of q and k. Queries and keys go through
+one at a time, with cosine and sine computed once for both from positions, so that packed documents and context
+ranks may bring positions of their own.
+"""
 
 from __future__ import annotations
 
@@ -64,6 +69,9 @@ def _check(
     q_weight_K: Tensor | None,
     k_weight_K: Tensor | None,
 ) -> None:
+    """Raise ValueError for shapes or dtypes that don't fit; frequencies may rotate fewer channels than a head has,
+    never more.
+    """
     check_shape("q_BTHK", q_BTHK, (-1, -1, -1, -1))
     batch, tokens, _, size = q_BTHK.shape
     check_float("q_BTHK", q_BTHK)
@@ -85,7 +93,10 @@ def _check(
 
 
 def qk_norm_rope_bytes(tokens: int, heads: int, head_dim: int, size: int, *, backward: bool) -> int:
-    """Least bytes over query and key heads: read and write; backward with a norm reads the input again."""
+    """Least bytes over query and key heads: read and write; backward with a norm reads the input again.
+
+    `tokens` counts those of all rows, `size` is the bytes of one number.
+    """
     return tokens * heads * head_dim * size * (3 if backward else 2)
 
 

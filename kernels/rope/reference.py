@@ -14,7 +14,12 @@ def norm_rope_reference(
     weight_K: Tensor | None,
     epsilon: float,
 ) -> Tensor:
-    """RMSNorm over each head (without weight: none), then channel i and i + d/2 rotate by position * frequency i."""
+    """RMSNorm over each head (without weight: none), then channel i and i + d/2 rotate by position * frequency i.
+
+    x [B, T, H, K], positions [B, T], frequencies [d/2] with d <= K, weight [K] -> [B, T, H, K] in the dtype of
+    x. Source: Su et al. 2021 (arXiv 2104.09864), section 3.4.2, with the halves of a head paired instead of
+    neighbours.
+    """
     if weight_K is not None:
         x_BTHK = x_BTHK / (x_BTHK.square().mean(-1, keepdim=True) + epsilon).sqrt() * weight_K
     if inverse_frequencies is None:

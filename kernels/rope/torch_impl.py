@@ -1,4 +1,8 @@
-"""Normalization and rotation of heads in PyTorch, with backward written out so that only the input is kept."""
+"""Normalization and rotation of heads in PyTorch, with backward written out so that only the input is kept.
+
+Channel i turns with channel i + d/2 rather than with its neighbour, so that a rotation is two contiguous halves
+and no shuffle; as Hugging Face checkpoints of the Llama family do.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,11 @@ from torch import Tensor
 def angles_of(
     positions_BT: Tensor, inverse_frequencies: Tensor, attention_factor: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [B, T, 1, d/2] times the attention factor, in `dtype`."""
+    """Cosine and sine [B, T, 1, d/2] times the attention factor, in `dtype`.
+
+    Angles are products of a position with a frequency in float32 (float64 for float64): in bfloat16 positions
+    above 256 would collide.
+    """
     angles = (positions_BT.to(dtype)[:, :, None] * inverse_frequencies.to(dtype))[:, :, None]
     return angles.cos() * attention_factor, angles.sin() * attention_factor
 
@@ -34,7 +42,11 @@ def _compose(x: Tensor, cosine: Tensor | None, sine: Tensor | None, weight: Tens
 
 
 class _NormRope(torch.autograd.Function):
-    """Backward turns the gradient back (the angle negated), then goes through the norm."""
+    """Backward turns the gradient back (the angle negated), then goes through the norm.
+
+    Its transpose is its inverse up to the attention factor, which cosine and sine hold, so only the sine
+    changes sign. Saves x, cosine and sine.
+    """
 
     @staticmethod
     def forward(
@@ -58,6 +70,7 @@ class _NormRope(torch.autograd.Function):
         unit = wide * inverse_rms
         d_weight = (grad * unit).flatten(0, -2).sum(0)
         grad = grad * weight
+        # The part of the gradient along x itself, which a norm takes away.
         slope = torch.linalg.vecdot(grad, unit)[..., None] / wide.shape[-1]
         dx = grad.addcmul_(unit, slope, value=-1).mul_(inverse_rms)
         return dx.to(x.dtype), None, None, d_weight.to(weight.dtype), None

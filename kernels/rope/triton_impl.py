@@ -1,4 +1,9 @@
-"""Normalization and rotation of heads as one Triton kernel each way: the head is read once and written once."""
+"""Normalization and rotation of heads as one Triton kernel each way: the head is read once and written once.
+
+A program takes a block of heads; a head is split into two rotated halves and what passes through, each padded
+to a power of two, so that a rotation needs no exchange between threads. Without a rotation the split is
+arbitrary and covers the head.
+"""
 
 # Triton reads a kernel's parameters from the call: they carry no types.
 # mypy: disable-error-code="no-untyped-def"
@@ -21,7 +26,10 @@ BLOCK_HEADS = 16 if INTERPRETED else 32
 
 @triton.jit
 def _load_parts(x, row, inside, size, half, HALF: tl.constexpr, REST: tl.constexpr):
-    """A head as its first and second rotated halves and what passes through, in float32."""
+    """A head as its first and second rotated halves and what passes through, in float32.
+
+    Returns [BLOCK, HALF], [BLOCK, HALF] and [BLOCK, REST]; `half` counts rotated pairs.
+    """
     lane, rest = tl.arange(0, HALF)[None, :], tl.arange(0, REST)[None, :]
     base = x + row * size
     first = tl.load(base + lane, mask=inside & (lane < half), other=0.0).to(tl.float32)
@@ -45,13 +53,17 @@ def norm_rope_forward_kernel(
     x, cosine, sine, weight, y, rows, heads, size, half, epsilon,
     NORM: tl.constexpr, ROTATE: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """y [rows, size]: rows are (token, head) pairs, cosine and sine [tokens, half]."""
+    """y [rows, size]: rows are (token, head) pairs, cosine and sine [tokens, half].
+
+    Grid: blocks of BLOCK rows. Mean square and rotation are float32; weight [size] or absent.
+    """
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[:, None]
     inside = row < rows
     first, second, passed = _load_parts(x, row, inside, size, half, HALF, REST)
     if NORM:
         square = tl.sum(first * first, 1) + tl.sum(second * second, 1) + tl.sum(passed * passed, 1)
         scale = tl.rsqrt(square / size + epsilon)[:, None]
+        # The weight is a matrix of one row, split as the heads are.
         one = tl.full((1, 1), 0, tl.int64)
         w_first, w_second, w_passed = _load_parts(weight, one, one == 0, size, half, HALF, REST)
         first, second, passed = first * scale * w_first, second * scale * w_second, passed * scale * w_passed
@@ -71,7 +83,10 @@ def norm_rope_backward_kernel(
     d_y, x, cosine, sine, weight, d_x, d_weight, rows, heads, size, half, epsilon,
     NORM: tl.constexpr, ROTATE: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """d_x [rows, size] and one partial d_weight [programs, size] a program, each walking blocks of rows."""
+    """d_x [rows, size] and one partial d_weight [programs, size] a program, each walking blocks of rows.
+
+    The gradient is turned back first, then taken through the norm: dx = r (w d - n mean(w d n)) with n = x r.
+    """
     sum_first = tl.zeros((1, HALF), tl.float32)
     sum_second = tl.zeros((1, HALF), tl.float32)
     sum_passed = tl.zeros((1, REST), tl.float32)
@@ -120,6 +135,7 @@ def _blocks(size: int, cosine: Tensor | None) -> tuple[int, dict[str, int]]:
 def _forward(
     x_BTHK: Tensor, cosine: Tensor | None, sine: Tensor | None, weight: Tensor | None, epsilon: float
 ) -> Tensor:
+    """Normed and rotated heads [B, T, H, K]; cosine and sine [B, T, 1, d/2] float32 or absent."""
     x_BTHK = x_BTHK.contiguous()
     y_BTHK = torch.empty_like(x_BTHK)
     heads, size = x_BTHK.shape[2:]
@@ -166,11 +182,13 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Keep inputs only: the norm is computed again in backward."""
     *tensors, ctx.epsilon = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _differentiate(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of x and of the weight; positions, and so cosine and sine, take none."""
     x, cosine, sine, weight = ctx.saved_tensors
     d_x, d_weight = _backward(d_y, x, cosine, sine, weight, ctx.epsilon)
     return d_x, None, None, None if weight is None else d_weight.to(weight.dtype), None

@@ -1,4 +1,9 @@
-"""Activations of feed-forward layers: SwiGLU and the squared ReLU."""
+"""Activations of feed-forward layers: SwiGLU and the squared ReLU.
+
+How: both are elementwise, so the cost is memory traffic. Each backend keeps only the input and computes the
+activation again in backward. Gate and up stand side by side in one tensor, as one product of the layer before
+makes them.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +49,10 @@ def squared_relu(x: Tensor, *, backend: str = "torch") -> Tensor:
 
 
 def swiglu_bytes(elements: int, size: int, *, backward: bool) -> int:
-    """Least bytes for `elements` outputs: gate, up and y; backward reads gate, up, dy and writes both gradients."""
+    """Least bytes for `elements` outputs: gate, up and y; backward reads gate, up, dy and writes both gradients.
+
+    `size` is the bytes of one number.
+    """
     return elements * size * (5 if backward else 3)
 
 
@@ -54,5 +62,9 @@ def squared_relu_bytes(elements: int, size: int, *, backward: bool) -> int:
 
 
 def swiglu_flops(elements: int, *, backward: bool) -> int:
-    """Floating point operations, an exponential counted as one."""
+    """Floating point operations, an exponential counted as one.
+
+    Forward: exponential, sum, division and two products; backward computes the sigmoid again and both
+    gradients.
+    """
     return elements * (12 if backward else 5)

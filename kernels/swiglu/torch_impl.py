@@ -1,4 +1,9 @@
-"""Activations in PyTorch, with backward written out so that only the input is kept."""
+"""Activations in PyTorch, with backward written out so that only the input is kept.
+
+Autograd by itself would keep gate, up and silu(gate); the Functions here keep the layer's output alone and
+write both gradients into one tensor, where the product behind them reads it. Computation is float32 (float64
+for float64), and each result is rounded once.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +20,8 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up with its gradient; saves the input [..., 2F]."""
+
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
@@ -27,6 +34,7 @@ class _SwiGLU(torch.autograd.Function):
         gate, up = gate_up.chunk(2, dim=-1)
         gate, d_y = _wide(gate), grads[0]
         d_gate_up = torch.empty_like(gate_up)
+        # Views: both gradients are written where they stay, without a concatenation.
         d_gate, d_up = d_gate_up.chunk(2, dim=-1)
         d_gate.copy_(torch.ops.aten.silu_backward(_wide(d_y) * up, gate))
         d_up.copy_(F.silu(gate).mul_(d_y))
@@ -34,6 +42,8 @@ class _SwiGLU(torch.autograd.Function):
 
 
 class _SquaredReLU(torch.autograd.Function):
+    """max(x, 0)^2 with gradient 2 max(x, 0) dy; saves the input."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)

@@ -1,4 +1,9 @@
-"""Activations as Triton kernels: one pass over memory each way, float32 inside."""
+"""Activations as Triton kernels: one pass over memory each way, float32 inside.
+
+A launch covers a matrix [R, F] with tiles of rows and columns; a program loads its tile once, computes in
+registers and stores the result in the tensor's dtype. Row offsets are 64 bit, because R * 2F passes 2^31 at
+128k tokens of a wide layer. There is nothing to tune: the kernels are bound by memory.
+"""
 
 # Triton reads a kernel's parameters from the call: they carry no types.
 # mypy: disable-error-code="no-untyped-def"
@@ -22,7 +27,10 @@ BLOCK_ROWS, BLOCK_COLUMNS = (16, 64) if INTERPRETED else (4, 1024)
 
 @triton.jit
 def _tile(rows, columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Row and column numbers of this program's tile, and which of them exist."""
+    """Row and column numbers of this program's tile, and which of them exist.
+
+    Returns row [BLOCK_R, 1] (int64), column [1, BLOCK_C] and mask [BLOCK_R, BLOCK_C].
+    """
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     return row, column, (row < rows) & (column < columns)
@@ -30,7 +38,10 @@ def _tile(rows, columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def swiglu_forward_kernel(gate_up, y, rows, columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """y [R, F] = silu(gate) * up of gate_up [R, 2F]."""
+    """y [R, F] = silu(gate) * up of gate_up [R, 2F].
+
+    One program a tile of y; gate stands in the first F columns of a row, up in the last F.
+    """
     row, column, inside = _tile(rows, columns, BLOCK_R, BLOCK_C)
     gate_at = gate_up + row * 2 * columns + column
     gate = tl.load(gate_at, mask=inside, other=0.0).to(tl.float32)
@@ -41,7 +52,10 @@ def swiglu_forward_kernel(gate_up, y, rows, columns, BLOCK_R: tl.constexpr, BLOC
 
 @triton.jit
 def swiglu_backward_kernel(gate_up, d_y, d_gate_up, rows, columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Gradient [R, 2F] of gate and up."""
+    """Gradient [R, 2F] of gate and up.
+
+    d_gate = dy up silu'(gate) and d_up = dy silu(gate), in one pass over gate, up and dy.
+    """
     row, column, inside = _tile(rows, columns, BLOCK_R, BLOCK_C)
     place = row * 2 * columns + column
     gate = tl.load(gate_up + place, mask=inside, other=0.0).to(tl.float32)
@@ -56,7 +70,10 @@ def swiglu_backward_kernel(gate_up, d_y, d_gate_up, rows, columns, BLOCK_R: tl.c
 
 @triton.jit
 def squared_relu_forward_kernel(x, y, rows, columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """y = max(x, 0)^2, [R, F]."""
+    """y = max(x, 0)^2, [R, F].
+
+    One program a tile.
+    """
     row, column, inside = _tile(rows, columns, BLOCK_R, BLOCK_C)
     place = row * columns + column
     positive = tl.maximum(tl.load(x + place, mask=inside, other=0.0).to(tl.float32), 0.0)
@@ -65,7 +82,10 @@ def squared_relu_forward_kernel(x, y, rows, columns, BLOCK_R: tl.constexpr, BLOC
 
 @triton.jit
 def squared_relu_backward_kernel(x, d_y, d_x, rows, columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """dx = 2 max(x, 0) dy, [R, F]."""
+    """dx = 2 max(x, 0) dy, [R, F].
+
+    One program a tile; x is read again rather than kept as a mask.
+    """
     row, column, inside = _tile(rows, columns, BLOCK_R, BLOCK_C)
     place = row * columns + column
     positive = tl.maximum(tl.load(x + place, mask=inside, other=0.0).to(tl.float32), 0.0)
@@ -82,6 +102,7 @@ def _launch(kernel: Any, tensors: tuple[Tensor, ...], rows: int, columns: int) -
 
 @torch.library.custom_op("amfm::swiglu_triton", mutates_args=())
 def _swiglu(gate_up: Tensor) -> Tensor:
+    """y [..., F] of gate_up [..., 2F]."""
     gate_up = gate_up.contiguous()
     columns = gate_up.shape[-1] // 2
     y = gate_up.new_empty(*gate_up.shape[:-1], columns)
@@ -96,6 +117,7 @@ def _(gate_up: Tensor) -> Tensor:
 
 @torch.library.custom_op("amfm::swiglu_triton_backward", mutates_args=())
 def _swiglu_backward(gate_up: Tensor, d_y: Tensor) -> Tensor:
+    """Gradient of gate_up [..., 2F] from that of y [..., F]."""
     gate_up, d_y = gate_up.contiguous(), d_y.contiguous()
     d_gate_up = torch.empty_like(gate_up)
     rows, columns = gate_up[..., 0].numel(), gate_up.shape[-1] // 2
@@ -110,6 +132,7 @@ def _(gate_up: Tensor, d_y: Tensor) -> Tensor:
 
 @torch.library.custom_op("amfm::squared_relu_triton", mutates_args=())
 def _squared_relu(x: Tensor) -> Tensor:
+    """max(x, 0)^2 of x of any shape."""
     x = x.contiguous()
     y = torch.empty_like(x)
     columns = x.shape[-1] if x.dim() else 1
@@ -124,6 +147,7 @@ def _(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("amfm::squared_relu_triton_backward", mutates_args=())
 def _squared_relu_backward(x: Tensor, d_y: Tensor) -> Tensor:
+    """Gradient of x from that of y."""
     x, d_y = x.contiguous(), d_y.contiguous()
     d_x = torch.empty_like(x)
     columns = x.shape[-1] if x.dim() else 1
@@ -137,6 +161,7 @@ def _(x: Tensor, d_y: Tensor) -> Tensor:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Keep the input, which is all that backward reads."""
     ctx.save_for_backward(inputs[0])
 
 
