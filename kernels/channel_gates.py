@@ -32,8 +32,12 @@ def compose_scores(lefts: Sequence[Tensor], k: Tensor, g: Tensor) -> tuple[list[
 
     All arguments are [..., Q, K]. A plain composition of differentiable operations, for the compiler. Above the diagonal
     scores are zero.
+
+    `lefts` are queries, and for the delta rule keys as well: they share the decayed keys of a level. Returns
+    one score matrix for each, then `from_start` and `to_end`.
     """
     lead, Q = g.shape[:-2], g.shape[-2]
+    # Blocks of one token: a score with its own key, which nothing decays.
     all_scores = [(left * k).sum(-1)[..., None, None] for left in lefts]
     from_start, to_end = g[..., None, :], torch.zeros_like(g)[..., None, :]
     size = 1
@@ -47,6 +51,7 @@ def compose_scores(lefts: Sequence[Tensor], k: Tensor, g: Tensor) -> tuple[list[
             own = scores.reshape(shape)
             upper = torch.cat([own[..., 0, :, :], torch.zeros_like(across)], dim=-1)
             all_scores[place] = torch.cat([upper, torch.cat([across, own[..., 1, :, :]], dim=-1)], dim=-2)
+        # The sum of a half is that of its last token.
         whole = starts[..., -1:, :]
         from_start = torch.cat([starts[..., 0, :, :], starts[..., 1, :, :] + whole[..., 0, :, :]], dim=-2)
         to_end = torch.cat([ends[..., 0, :, :] + whole[..., 1, :, :], ends[..., 1, :, :]], dim=-2)
@@ -61,6 +66,9 @@ def walk_levels(g_NQK: Tensor) -> Iterator[tuple[int, Tensor]]:
     Yields (size of a half, factors [N, pairs, 2, size, K]): keys of the first half decay to its end, queries of the
     second from its start. Last comes (Q, factors [N, 2, Q, K]): the same for the whole chunk, queries from its start at
     1 and keys to its end at 0.
+
+    Uses powers of 2 (`kernels.powers`). The factors of a level are fresh memory; the sums they came from are
+    updated in place, so a caller that goes through the levels backward collects them in a list first.
     """
     starts, ends = g_NQK * LOG2_E, torch.zeros_like(g_NQK)
     (N, Q, K), size = g_NQK.shape, 1
@@ -78,13 +86,19 @@ def walk_levels(g_NQK: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 
 def halves(x_NQX: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """First and second halves [N, pairs, size, X] of neighbouring pairs of blocks."""
+    """First and second halves [N, pairs, size, X] of neighbouring pairs of blocks.
+
+    Views: writing to them writes to x.
+    """
     pairs = x_NQX.view(x_NQX.shape[0], -1, 2, size, x_NQX.shape[-1])
     return pairs[:, :, 0], pairs[:, :, 1]
 
 
 def blocks_below(scores_NQQ: Tensor, size: int) -> Tensor:
-    """The scores [N, size, size, pairs] of second halves with the first halves before them."""
+    """The scores [N, size, size, pairs] of second halves with the first halves before them.
+
+    A view of the scores, so that one level is written by one copy.
+    """
     N, Q, _ = scores_NQQ.shape
     pairs = Q // (2 * size)
     return scores_NQQ.view(N, pairs, 2, size, pairs, 2, size)[:, :, 1, :, :, 0].diagonal(dim1=1, dim2=3)

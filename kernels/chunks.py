@@ -1,4 +1,9 @@
-"""How a row is cut into chunks, and what a document boundary changes inside one."""
+"""How a row is cut into chunks, and what a document boundary changes inside one.
+
+Every scan in PyTorch cuts rows the same way, so the cut, the masks of documents and the two layouts (tokens
+first as the model has them, heads first as batched products want them) live here. Letters as in
+docs/notation.md, with n for the chunks of all rows and Q for the tokens of a chunk.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +20,8 @@ class Chunks:
 
     The `count` (n) chunks of all rows lie in the order [chunks, B]: those that follow another one in their row, and those
     that another one follows, are one piece each.
+
+    Chunk c of row b is number c * B + b.
     """
 
     B: int
@@ -95,9 +102,12 @@ def cut_documents(document_ids_BT: Tensor | None, s: Chunks, like: Tensor) -> Do
         return Documents(bias, None, None, None, None)
     ids = document_ids_BT
     if s.padding:
+        # Padding belongs to the last document, so that it ends nothing.
         ids = torch.cat([ids, ids[:, -1:].expand(-1, s.padding)], dim=1)
     ids = ids.reshape(s.B, s.chunks, s.Q).transpose(0, 1).contiguous()
     end = ids[..., -1]
+    # The state that enters a chunk belongs to the last document of the chunk before; a given initial state to
+    # the row's first.
     owner = torch.cat([ids[:1, :, 0], end[:-1]])
     same = ((ids[..., :, None] == ids[..., None, :]) & lower).view(s.count, s.Q, s.Q)
     bias = torch.zeros(same.shape, dtype=dtype, device=device).masked_fill(~same, -torch.inf)
@@ -113,7 +123,10 @@ def cut_documents(document_ids_BT: Tensor | None, s: Chunks, like: Tensor) -> Do
 
 
 def heads_first(x_BTH: Tensor, s: Chunks) -> Tensor:
-    """Rows [B, T, heads, ...] cut into chunks, the tokens of a head side by side: [n, heads, Q, ...]."""
+    """Rows [B, T, heads, ...] cut into chunks, the tokens of a head side by side: [n, heads, Q, ...].
+
+    Contiguous, because a batched product takes its fast path only where every matrix lies in one piece.
+    """
     x = pad_tokens(x_BTH, s.padding).unflatten(1, (s.chunks, s.Q))
     return x.transpose(0, 1).transpose(2, 3).contiguous().flatten(0, 1)
 

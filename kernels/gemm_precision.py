@@ -1,4 +1,8 @@
-"""The dtype in which matrix products run on this machine."""
+"""The dtype in which matrix products run on this machine.
+
+Every product on CPU asks here, so that one rule decides for projections, attention, scans, experts and the
+head.
+"""
 
 from __future__ import annotations
 

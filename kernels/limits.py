@@ -1,4 +1,8 @@
-"""Which sizes the Triton scans have kernels for, known without Triton: a configuration is held against them before it runs."""
+"""Which sizes the Triton scans have kernels for, known without Triton: a configuration is held against them before it runs.
+
+A model's configuration is checked on machines without a card or Triton, so the numbers are here and not beside
+the kernels; the kernels' launchers import them from here, so there is one source.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,10 @@ class ScanLimits:
     value_dim: int | None = None
 
     def takes_chunk(self, chunk_size: int) -> bool:
-        """Whether there is a kernel for it."""
+        """Whether there is a kernel for it.
+
+        A multiple of the largest size runs as the largest; sizes in between have no kernel.
+        """
         chunk = min(chunk_size, self.chunk_sizes[-1])
         return chunk in self.chunk_sizes and chunk_size % chunk == 0
 
@@ -23,7 +30,10 @@ class ScanLimits:
         return key_dim <= self.key_dim and (self.value_dim is None or value_dim <= self.value_dim)
 
     def check(self, chunk_size: int, key_dim: int, value_dim: int) -> None:
-        """Raises ValueError for sizes without a kernel."""
+        """Raises ValueError for sizes without a kernel.
+
+        The message names the size that is wrong and those that have a kernel.
+        """
         if not self.takes_chunk(chunk_size):
             raise ValueError(f'backend "triton" needs a chunk_size of {self.describe_chunks()}; got {chunk_size}')
         if not self.takes_state(key_dim, value_dim):
@@ -41,6 +51,7 @@ class ScanLimits:
         return f"{self.key_dim} rows" if self.value_dim is None else f"{self.key_dim} x {self.value_dim}"
 
 
+# Each program holds all K rows of a state, so registers bound K.
 DECAY_LIMITS = ScanLimits((16, 32, 64, 128), 256, 256)
 VECTOR_GATE_LIMITS = ScanLimits((16, 32, 64), 256)
 DELTA_LIMITS = ScanLimits((16, 32, 64), 256)

@@ -1,4 +1,8 @@
-"""Checks of the tensors that an operation is given: a wrong shape, dtype or device is a ValueError, never a wrong number."""
+"""Checks of the tensors that an operation is given: a wrong shape, dtype or device is a ValueError, never a wrong number.
+
+Checks of shape and dtype read metadata only, so they cost nothing on a device. Values are looked at on CPU
+alone.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,10 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], like: Tensor | None = None) -> None:
-    """Raise ValueError unless `tensor` has the expected shape (-1 allows any size) and lies on the device of `like`."""
+    """Raise ValueError unless `tensor` has the expected shape (-1 allows any size) and lies on the device of `like`.
+
+    The message names the argument with its shape letters, the expected sizes and those it got.
+    """
     shape = tuple(tensor.shape)
     if len(shape) != len(expected) or any(want not in (-1, got) for want, got in zip(expected, shape)):
         wanted = ", ".join("any" if size == -1 else str(size) for size in expected)
@@ -65,6 +72,7 @@ def drop_single_document(document_ids_BT: Tensor | None) -> Tensor | None:
     """
     if document_ids_BT is None or document_ids_BT.device.type != "cpu" or torch.compiler.is_compiling():
         return document_ids_BT
+    # A tensor without values, from tracing or memory estimates: keep the general form.
     if isinstance(document_ids_BT, FakeTensor):
         return document_ids_BT
     return document_ids_BT if bool((document_ids_BT[:, 1:] != document_ids_BT[:, :-1]).any()) else None

@@ -10,7 +10,11 @@ from torch import Tensor
 
 
 def pack_inner(x: Tensor, dims: int = 1) -> Tensor:
-    """Return `x` with its last `dims` dimensions contiguous, copied only where they are not; outer ones may lie apart."""
+    """Return `x` with its last `dims` dimensions contiguous, copied only where they are not; outer ones may lie apart.
+
+    A copy costs a pass over the tensor; slices of a projection are packed in their own heads and channels and
+    pass.
+    """
     packed = 1
     for dim in range(x.dim() - 1, x.dim() - 1 - dims, -1):
         if x.stride(dim) != packed:

@@ -1,4 +1,10 @@
-"""What a state that enters a row adds to the row's outputs: the part of a scan that can wait for the state to arrive."""
+"""What a state that enters a row adds to the row's outputs: the part of a scan that can wait for the state to arrive.
+
+Why: a context rank does not know the state before its part of a row until the ranks before it are done. The
+scan is linear in that state, so each rank scans from zero at once and adds e^(b_t) q_t S_in when the state has
+come. That multiplies 2 K V a token and head; a second scan would cost twice as much and read and write the row
+again. It runs in PyTorch behind every backend; communication is the caller's.
+"""
 
 from __future__ import annotations
 
@@ -44,6 +50,7 @@ def add_carried_state(
     decay_BTH = (g_BTH.cumsum(1) * LOG2_E).exp2()
     if document_ids_BT is not None:
         is_first_BT1 = (document_ids_BT == document_ids_BT[:, :1])[..., None]
+        # The entering state belongs to the row's first document; later ones start from zero.
         decay_BTH = torch.where(is_first_BT1, decay_BTH, torch.zeros_like(decay_BTH))
     carried_BTHP = _Carry.apply(C_BTGN, state_BHPN.to(wide), decay_BTH)
     return (y_BTHP.to(wide) + carried_BTHP).to(y_BTHP.dtype)
@@ -86,6 +93,7 @@ class _Carry(torch.autograd.Function):
         C_BTGN, state_BHPN, decay_BTH = ctx.saved_tensors
         (B, T, G, N), (_, H, P, _) = C_BTGN.shape, state_BHPN.shape
         d_decay_BTH = (_multiply(C_BTGN, state_BHPN) * d_BTHP).sum(-1)
+        # Heads of a group share C, so their P channels stand side by side in one product, X = R P columns.
         products = gemm_dtype(C_BTGN)
         d_BGTX = (d_BTHP * decay_BTH[..., None]).reshape(B, T, G, -1).transpose(1, 2).to(products)
         C_BGTN = C_BTGN.transpose(1, 2).to(products)

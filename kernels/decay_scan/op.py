@@ -1,4 +1,14 @@
-"""Linear recurrences with a decaying state: the Mamba-2 scan, its one-token step, and the general form."""
+"""Linear recurrences with a decaying state: the Mamba-2 scan, its one-token step, and the general form.
+
+How: both public scans are one recurrence, S_t = e^(g_t) S_(t-1) + u_t k_t v_t^T with o_t = S_t^T q_t; Mamba-2
+is it with q = C, k = B, v = x, u = dt and a skip D x (README.md has the table). This file checks, takes
+softplus and exponential in float32, which autograd differentiates, and hands the recurrence to the chunked form
+of the backend: products inside chunks, states between them. A scan by tokens would read and write the state T
+times, the cost of the quadratic form grows with T squared.
+
+No ranks communicate here. A row cut over ranks is scanned by each rank from zero; `total_decay` and carry.py
+compose.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +28,11 @@ from kernels.shapes import check_float, check_row, check_shape, drop_single_docu
 
 
 class ScanOutput(NamedTuple):
-    """Output of `mamba2_scan`: y, the state after the last token, and the factor of the initial state in it."""
+    """Output of `mamba2_scan`: y, the state after the last token, and the factor of the initial state in it.
+
+    Shapes: y [B, T, H, P], state [B, H, P, N], factor [B, H]. State and factor are float32 (float64 for float64
+    inputs).
+    """
 
     y_BTHP: Tensor
     final_state_BHPN: Tensor
@@ -26,7 +40,10 @@ class ScanOutput(NamedTuple):
 
 
 class DecayScanOutput(NamedTuple):
-    """Output of `decay_scan`: o, the state after the last token, and the factor of the initial state in it."""
+    """Output of `decay_scan`: o, the state after the last token, and the factor of the initial state in it.
+
+    Shapes: o [B, T, H, V], state [B, H, K, V], factor [B, H] or, with a gate of each key channel, [B, H, K].
+    """
 
     o_BTHV: Tensor
     final_state_BHKV: Tensor
@@ -76,6 +93,7 @@ def mamba2_scan(
     document_ids_BT = drop_single_document(document_ids_BT)
     dt_BTH = F.softplus(dt_BTH.to(wide) + dt_bias_H.to(wide))
     g_BTH = dt_BTH * -A_log_H.to(wide).exp()
+    # Mamba-2 writes its state [P, N]; the recurrence holds keys in rows, [N, P].
     initial = None if initial_state_BHPN is None else initial_state_BHPN.transpose(-1, -2)
     y_BTHP, state_BHNP = _find_scan(backend, keep_states)(
         C_BTGN, B_BTGN, x_BTHP, g_BTH, dt_BTH, D_H, initial, document_ids_BT, chunk_size
@@ -198,11 +216,13 @@ def total_decay(g: Tensor, document_ids_BT: Tensor | None) -> Tensor:
     decay = g.sum(1).exp()
     if document_ids_BT is None:
         return decay
+    # Ids do not return once a document has ended, so first and last token decide.
     ends = document_ids_BT[:, -1] != document_ids_BT[:, 0]
     return decay.masked_fill(ends.view(-1, *(1,) * (decay.dim() - 1)), 0.0)
 
 
 def _find_scan(backend: str, keep_states: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The scan with one gate a head, for a resolved backend; Triton is imported only where it is used."""
     if backend == "torch":
         return chunked_scan
     from kernels.decay_scan.triton_impl import scan_triton
@@ -211,6 +231,7 @@ def _find_scan(backend: str, keep_states: bool) -> Callable[..., tuple[Tensor, T
 
 
 def _find_vector_scan(backend: str, keep_states: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The scan with a gate of each key channel, for a resolved backend."""
     if backend == "torch":
         return chunked_vector_scan
     from kernels.decay_scan.vector.triton_impl import scan_vector_triton
@@ -221,7 +242,10 @@ def _find_vector_scan(backend: str, keep_states: bool) -> Callable[..., tuple[Te
 def check_mamba2(
     x_BTHP: Tensor, dt_BTH: Tensor, A_log_H: Tensor, B_BTGN: Tensor, C_BTGN: Tensor, D_H: Tensor, dt_bias_H: Tensor
 ) -> None:
-    """Raise ValueError unless these are inputs of `mamba2_scan`."""
+    """Raise ValueError unless these are inputs of `mamba2_scan`.
+
+    Groups must divide heads; x, B and C share a dtype, while gates and parameters may have others.
+    """
     check_shape("x_BTHP", x_BTHP, (-1, -1, -1, -1))
     B, T, H, _ = x_BTHP.shape
     check_shape("dt_BTH", dt_BTH, (B, T, H), x_BTHP)

@@ -1,6 +1,14 @@
 """Decayed linear attention in chunks with PyTorch: wide matrix products, and a loop over chunks for the state only.
 
 The derivation, with the names used here, is in README.md next to this file.
+
+How: with b the sum of gates from the start of the document (or chunk), a chunk's outputs are ((q k^T) * L) v,
+with L_ij = e^(b_i - b_j) u_j for j <= i, plus e^b (q S_in); the state that leaves is e^(b_end) S_in plus a
+product of k and decayed v. All chunks are computed as one batch; only S_in needs a loop, and that is one
+multiply-add a chunk. Forward saves scores and decays, [n, G or H, Q, Q], so that backward neither multiplies
+nor takes powers for them again.
+
+Masks of documents act on exponents (-inf), never on powers: between two documents an exponent has no bound.
 """
 
 from __future__ import annotations
@@ -36,6 +44,9 @@ def chunked_scan(
     Returns o [B, T, H, V] in the dtype of v and the last state [B, H, K, V] in float32 (float64 for float64 inputs).
     Matrix products take operands of `product_dtype`, by default what this machine multiplies fast.
     Under torch.compile the plain composition runs, which Inductor fuses; otherwise a hand-written backward.
+
+    q and k [B, T, G, K], v [B, T, H, V], g and scale [B, T, H] (g <= 0, scale >= 0), skip [H], initial state
+    [B, H, K, V]. Rows are padded to whole chunks with tokens of zeros, which change no state.
     """
     chunk_size = min(chunk_size, v_BTHV.shape[1])
     products = gemm_dtype(v_BTHV) if product_dtype is None else product_dtype
@@ -69,6 +80,7 @@ def compose_scan(
     b = documents.sum_inside(g)
     decay_in_chunk = (b[..., :, None] - b[..., None, :] + documents.bias).clamp(max=0.0).exp()
     scores = torch.matmul(q, k.mT).to(wide)
+    # Scores are shared by the R = H / G heads of a group, decays are each head's own.
     mixed = (decay_in_chunk.unflatten(1, (G, s.R)) * scores.unsqueeze(2)).flatten(1, 2).to(gemm)
     inside = torch.matmul(mixed, scaled.to(gemm)).to(wide)
     to_end = documents.keep_last(b[..., -1:] - b).exp().unsqueeze(-1)
@@ -82,6 +94,7 @@ def compose_scan(
     entering = []
     for c in range(s.chunks):
         entering.append(state)
+        # The only sequential part: one factor a head, and what the chunk itself wrote.
         state = carry[c] * state + local[c]
     entered = torch.stack(entering).view(s.count, G, K, s.R * V).to(gemm)
     across = torch.matmul(q, entered).to(wide).unflatten(3, (s.R, V)).transpose(2, 3).flatten(1, 2)
@@ -93,7 +106,11 @@ def compose_scan(
 
 @dataclass
 class _Setup:
-    """What forward and backward both derive from the inputs; b is times log2(e), for powers of 2."""
+    """What forward and backward both derive from the inputs; b is times log2(e), for powers of 2.
+
+    Backward derives it again from the inputs, which autograd keeps alive anyway, instead of saving copies of
+    them.
+    """
 
     sizes: Chunks
     documents: Documents
@@ -128,11 +145,17 @@ class _Setup:
         return (self.grouped(decay) * scores.unsqueeze(2)).flatten(1, 2)
 
     def grouped(self, x: Tensor) -> Tensor:
-        """[n, H, ...] seen as [n, G, R, ...]."""
+        """[n, H, ...] seen as [n, G, R, ...].
+
+        A view; R is the number of heads that share a q and k.
+        """
         return x.unflatten(1, (self.sizes.G, self.sizes.R))
 
     def by_head(self, x: Tensor) -> Tensor:
-        """The heads of a group side by side, [n, G, Q, R V], seen as [n, G, R, Q, V]."""
+        """The heads of a group side by side, [n, G, Q, R V], seen as [n, G, R, Q, V].
+
+        A view into the same memory, so that products with a group's shared operand are one wide product.
+        """
         return x.unflatten(3, (self.sizes.R, self.sizes.V)).transpose(2, 3)
 
     def weigh(self, x: Tensor, weights: Tensor) -> Tensor:
@@ -185,6 +208,7 @@ def _set_up(
     chunk_size: int,
     gemm: torch.dtype,
 ) -> _Setup:
+    """Cut q, k, v and g into chunks, sum the gates, and make the masks of documents."""
     B, T, H, V = v.shape
     G, K = q.shape[2:]
     s = Chunks.of(B, T, H, G, K, V, chunk_size)
@@ -228,6 +252,7 @@ class _ChunkedScan(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, g, scale, skip, documents_BT, y, scores, decay, entering, final)
         ctx.chunk_size, ctx.gemm = chunk_size, gemm
         ctx.initial_dtype = None if initial is None else initial.dtype
+        # A None gradient spares the products that only zeros would enter.
         ctx.set_materialize_grads(False)
         # The skip is kept apart from the saved y, whose gradient is a difference that a large skip would drown in rounding.
         rows = setup.rows(y, setup.v.to(setup.wide), skip, v.dtype)
@@ -286,6 +311,7 @@ def _through_states(
     Nothing enters a row's first chunk unless it was given, nothing that leaves its last one counts unless it has a gradient.
     """
     s, n = setup.sizes, setup.sizes.count
+    # Chunks lie as [chunks, B], so leaving out each row's first or last chunk is one slice.
     first, last = 0 if has_initial else s.B, n if d_final is not None else n - s.B
     states = setup.room(n + s.B, s.G, s.K, s.R * s.V)
     dq, dk, dv = setup.room(*setup.q.shape), setup.room(*setup.k.shape), torch.empty_like(dy)
@@ -307,6 +333,7 @@ def _through_states(
 
 
 def _backward(ctx: Any, dy: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients of the inputs of `_ChunkedScan.forward`; README.md, "Gradients", derives them."""
     q, k, v, g, scale, skip, documents_BT, y, scores, decay, entering, final = ctx.saved_tensors
     setup = _set_up(q, k, v, g, scale, documents_BT, ctx.chunk_size, ctx.gemm)
     s = setup.sizes
@@ -319,6 +346,7 @@ def _backward(ctx: Any, dy: Tensor | None, d_final: Tensor | None) -> tuple[Tens
     # What a token's own v does to its output stands on the diagonal, before the decay.
     d_skip = None if skip is None else d_mixed.diagonal(dim1=2, dim2=3).sum((0, 2)).to(skip.dtype)
     d_scores = setup.grouped(d_mixed.mul_(decay))
+    # q and k are shared by a group, so their scores collect the gradients of all its heads.
     d_scores = d_scores.sum(2) if s.R > 1 else d_scores[:, :, 0]
     setup.multiply_into(dq, d_scores, setup.k)
     setup.multiply_into(dk, d_scores.mT, setup.q)
@@ -334,6 +362,7 @@ def _backward(ctx: Any, dy: Tensor | None, d_final: Tensor | None) -> tuple[Tens
         tokens_first(dk, s).to(k.dtype),
         setup.rows(dv, dy, skip, v.dtype),
         tokens_first(dg, s),
+        # The gradient of log u over u; a scale of zero wrote nothing, and its clamp keeps 0 / 0 out.
         None if scale is None else tokens_first(into_source, s) / scale.clamp(min=_TINY),
         d_skip,
         None if d_initial is None else d_initial.to(ctx.initial_dtype),

@@ -2,6 +2,11 @@
 
 No product here takes the transpose of another product's result: on Hopper, Triton 3.4 to 3.7.0 makes wrong numbers of
 that. Scores and their gradients are therefore held as [j, i], the writing token first, and sums over states as [K, i].
+
+How: the walk back mirrors forward and writes dS, the gradient of the state that leaves each chunk. After that
+tiles are independent, so `gradients_kernel` runs one program a tile and group and sums over the group's heads
+on chip, where separate programs would need atomics or a copy of dq and dk for each head. README.md lists what
+it took to fit its registers.
 """
 
 # Triton reads a kernel's parameters from the call: they carry no types.
@@ -19,7 +24,10 @@ from kernels.tiles import load_operand
 
 @triton.jit
 def state_step_back(d_state, q_tile, dy_tile, b, b_end, first, keep, DOT: tl.constexpr):
-    """The gradient of the state before a tile: keep e^(b_end) dS + q^T (first e^b dy)."""
+    """The gradient of the state before a tile: keep e^(b_end) dS + q^T (first e^b dy).
+
+    q_tile [Q, BLOCK_K], dy_tile [Q, BLOCK_V], d_state [BLOCK_K, BLOCK_V] float32.
+    """
     scaled = (dy_tile.to(tl.float32) * (first * tl.exp(b))[:, None]).to(DOT)
     return tl.dot(tl.trans(q_tile), scaled, d_state * (keep * tl.exp(b_end)), input_precision="ieee")
 
@@ -35,6 +43,9 @@ def walk_back_kernel(
 
     leaving is [B, chunks, H, K, V], written with STORE at the end of each chunk of TILES tiles. d_initial [B, segments, H,
     K, V] is made from d_final of the same shape; decay [B, segments, H] is what the segment leaves of a state.
+
+    Grid: (B * H * blocks of V, segments). d_y [B, T, H, V] is contiguous. Without STORE it only finds what each
+    segment hands on; a second walk then starts every segment from the right gradient.
     """
     v_blocks = tl.cdiv(V, BLOCK_V)
     v_first = tl.program_id(0) % v_blocks * BLOCK_V
@@ -72,7 +83,10 @@ def walk_back_kernel(
 
 @triton.jit
 def reading_tokens(firsts, row, start, T, Q: tl.constexpr, DOCUMENTS: tl.constexpr):
-    """Mask [j, i] of the tokens i that read what token j wrote: the transpose of `reach` in `tile_gates`."""
+    """Mask [j, i] of the tokens i that read what token j wrote: the transpose of `reach` in `tile_gates`.
+
+    Made as [j, i] from the start: transposing `reach` would move it between threads.
+    """
     lane = tl.arange(0, Q)
     reads = lane[:, None] <= lane[None, :]
     if DOCUMENTS:
@@ -88,6 +102,8 @@ def tile_scores(
     """k q^T of a tile as an operand of products, [j, i], summed over columns in a loop.
 
     As one product the compiler would see it feed others, and lay out what they share twice.
+
+    [Q, Q] in DOT.
     """
     PART: tl.constexpr = min(BLOCK_K, 64)
     scores = tl.zeros((Q, Q), tl.float32)
@@ -102,7 +118,10 @@ def tile_scores(
 def value_scores(
     v_base, dy_base, start, T, stride_v, stride_dy, V, Q: tl.constexpr, BLOCK_V: tl.constexpr, DOT: tl.constexpr
 ):
-    """v dy^T of a tile, [j, i]. A loop of its own reads v and dy twice, and spares the sum's registers in the other."""
+    """v dy^T of a tile, [j, i]. A loop of its own reads v and dy twice, and spares the sum's registers in the other.
+
+    [Q, Q] float32.
+    """
     total = tl.zeros((Q, Q), tl.float32)
     for v_first in tl.range(0, V, BLOCK_V, disable_licm=True):
         v_tile = load_operand(v_base + v_first, start, T, stride_v, V - v_first, Q, BLOCK_V, DOT)
@@ -124,6 +143,9 @@ def gradients_kernel(
     its second the state itself. Heads are walked BLOCK_V columns at a time, and nothing that does not change is moved out
     of the loops: it would stay in registers. d_q and d_k are [splits, B, T, G, K], to be summed over the splits; d_skip
     is [B, tiles of a row, H].
+
+    Grid: (B * tiles of a row, G * splits). entering and leaving [B, chunks, H, K, V] are the states that enter
+    chunks and the gradients of those that leave them, in the dtype of v; d_g and d_scale [B, T, H] are float32.
     """
     tiles = tl.cdiv(T, Q)
     batch, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
@@ -175,6 +197,8 @@ def gradients_kernel(
                 x_tile = load_operand(x_base, other, T, stride_x, K, Q, BLOCK_K, DOT)
                 z_tile = load_operand(z_base, other, T, stride_z, width, Q, BLOCK_V, DOT)
                 z_tile = (z_tile.to(tl.float32) * weight_o[:, None]).to(DOT)
+                # One step of the walk, over the other tile: backward from dS for the leading tile, forward from
+                # S for the second.
                 middle = tl.where(leads, d_state, state).to(tl.float32) * (keep_o * tl.exp(b_end_o))
                 middle = tl.dot(tl.trans(x_tile), z_tile, middle, input_precision="ieee").to(DOT)
                 state = tl.where(leads, state, middle)
@@ -199,6 +223,7 @@ def gradients_kernel(
 
         into = d_u * u
         d_b -= into
+        # b_end decays both the entering state and everything the tile writes into the leaving one.
         d_end = tl.sum(into, axis=0) + keep * tl.exp(b_end) * carried
         d_mixed = value_scores(
             v + batch * stride_vb + h * V, d_y + row * H * V + h * V, start, T, stride_vt, H * V, V, Q, BLOCK_V, DOT

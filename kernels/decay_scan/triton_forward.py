@@ -1,4 +1,11 @@
-"""The scan as one walk over a row's tiles with the state on chip, in Triton. Names and formulas: README.md here."""
+"""The scan as one walk over a row's tiles with the state on chip, in Triton. Names and formulas: README.md here.
+
+How: a program owns one head and one block of V columns and carries that slice of the state, [BLOCK_K, BLOCK_V]
+float32, in registers from tile to tile, so that the state never passes through memory. Tiles are at most 64
+tokens, which keeps scores and state in registers together; V is cut so that rows and heads of a small batch
+still fill a card. Masks are recomputed from the first token of each document: a mask in memory would be [Q, Q]
+a tile.
+"""
 
 # Triton reads a kernel's parameters from the call: they carry no types.
 # mypy: disable-error-code="no-untyped-def"
@@ -20,6 +27,11 @@ def tile_gates(
     """Of one tile and head: b, b_end, u, and the masks reach[i, j], first, last (floats) and keep (a float).
 
     Sums over a mask instead of a running sum: the sum of one document never holds another's rounding.
+
+    g and scale [B, T, H] float32; firsts [B, T] int32, the place of the first token of each token's document.
+    reach [Q, Q] tells whether i reads j; first, whether the entering state reaches token i; last, whether token
+    j is of the document that owns the leaving state; keep, whether these two documents are one. Tokens beyond
+    the row have gates of 0 and change nothing.
     """
     lane = tl.arange(0, Q)
     t = start + lane
@@ -48,7 +60,11 @@ def tile_gates(
 
 @triton.jit
 def state_step(state, k_tile, v_tile, b, b_end, u, last, keep, DOT: tl.constexpr):
-    """The state after a tile: keep e^(b_end) S + k^T (last e^(b_end - b) u v)."""
+    """The state after a tile: keep e^(b_end) S + k^T (last e^(b_end - b) u v).
+
+    All exponents are at most 0. `minimum` guards lanes that the mask zeroes: their exponents are differences
+    between documents, without a bound.
+    """
     to_end = last * tl.exp(tl.minimum(b_end - b, 0.0)) * u
     weighted = (v_tile.to(tl.float32) * to_end[:, None]).to(DOT)
     scaled = state * (keep * tl.exp(b_end))
@@ -68,6 +84,10 @@ def chunk_state_kernel(
 
     A step is a tile of Q tokens, a chunk TILES of them. initial and final are [B, segments, H, K, V], decay [B, segments,
     H]; y is made with OUTPUT, and with SAVE entering [B, chunks, H, K, V], the states that enter the chunks.
+
+    Grid: (B * H * blocks of V, segments). q and k [B, T, G, K] and v [B, T, H, V] are packed in their last two
+    dimensions, with strides of rows and tokens; g [B, T, H] and y [B, T, H, V] are contiguous. entering has the
+    dtype of v, final and decay are float32. Products take operands of DOT and add up in float32.
     """
     v_blocks = tl.cdiv(V, BLOCK_V)
     v_first = tl.program_id(0) % v_blocks * BLOCK_V
@@ -112,7 +132,9 @@ def chunk_state_kernel(
             where = y + (row + start) * (H * V) + h * V + v_first + (lane * (H * V) + v_lane)
             tl.store(where, out.to(y.dtype.element_ty), mask=(lane < T - start) & (v_first + v_lane < V))
         state = state_step(state, k_tile, v_tile, b, b_end, u, last, keep, DOT)
+        # What this segment leaves of a state: 0 once a document has ended in it.
         total = total * keep * tl.exp(b_end)
     tl.store(final + state_base + place, state, mask=in_state)
+    # Programs of one head differ in V only and have the same decay; one of them writes it.
     if v_first == 0:
         tl.store(decay + (batch * segments + segment) * H + h, total)

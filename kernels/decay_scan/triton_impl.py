@@ -1,4 +1,10 @@
-"""The Triton scan as an operation that autograd, torch.compile and meta tensors know."""
+"""The Triton scan as an operation that autograd, torch.compile and meta tensors know.
+
+How: `_forward` and `_backward` are custom operations with fake implementations, so that torch.compile treats
+each as one node and meta tensors give shapes. Launches are decided here: a row's chunks, the columns of V a
+program takes, and segments where rows and heads alone don't fill the card. States and gradients are summed by
+PyTorch in a fixed order; there are no atomics, so every run gives the same bits.
+"""
 
 from __future__ import annotations
 
@@ -58,6 +64,9 @@ def scan_triton(
     segment_chunks cuts rows into segments of so many chunks that are walked at the same time; 0 cuts only where the
     rows and heads alone would leave processors idle. With keep_states forward saves the states that enter chunks (in the
     dtype of v), else backward walks the row again for them. Raises ValueError for chunk or state sizes without a kernel.
+
+    q and k [B, T, G, K], v [B, T, H, V], g and scale [B, T, H] float32, skip [H], initial state [B, H, K, V] ->
+    o [B, T, H, V] in the dtype of v and the last state in float32.
     """
     dot_dtype(v_BTHV.dtype)  # refuses float64
     DECAY_LIMITS.check(chunk_size, q_BTGK.shape[-1], v_BTHV.shape[-1])
@@ -65,13 +74,18 @@ def scan_triton(
     initial = None if initial_state_BHKV is None else initial_state_BHKV.float()
     firsts = None if document_ids_BT is None else first_tokens(document_ids_BT)
     tensors = (q_BTGK, k_BTGK, v_BTHV, g_BTH, scale_BTH, skip_H, initial, firsts)
+    # Asked here, outside the operation: inside, autograd is off and no tensor requires gradients.
     keep_states = keep_states and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     return _forward(*tensors, chunk, segment_chunks, keep_states)[:2]
 
 
 @dataclass(frozen=True)
 class _Launch:
-    """Sizes of one call, shared by its kernels."""
+    """Sizes of one call, shared by its kernels.
+
+    K and V are the state's rows and columns, Q the tokens of a tile, `tiles` the tiles of a chunk. R = H / G
+    heads share q and k.
+    """
 
     B: int
     T: int
@@ -87,6 +101,7 @@ class _Launch:
 
     @classmethod
     def of(cls, q: Tensor, v: Tensor, chunk_size: int, segment_chunks: int) -> _Launch:
+        """Sizes of q [B, T, G, K] and v [B, T, H, V], and the cut of rows into chunks and segments."""
         B, T, H, V = v.shape
         G, K = q.shape[2:]
         chunks = triton.cdiv(T, chunk_size)
@@ -132,6 +147,8 @@ def pass_states(initial: Tensor | None, local: Tensor, decay: Tensor, *, backwar
     """Hand states from segment to segment: those entering each, in the shape of `local`, and the one after the last.
 
     local [B, segments, ...]: the state of each segment from zero. decay: as local but for its last dims, which share it.
+
+    Runs over segments in order (backward: from the last), in float32; segments are few, so PyTorch does it.
     """
     segments = range(local.shape[1])
     decay = decay.reshape(*decay.shape, *(1,) * (local.dim() - decay.dim()))
@@ -167,6 +184,7 @@ def _walk(
 
     if launch.segments == 1:
         return run(initial, y, entering)[0][:, 0]
+    # Two walks: the first finds each segment's own state, the second starts from what truly enters it.
     states, last = pass_states(initial, *run(None, None, None), backward=False)
     run(states, y, entering)
     return last
@@ -187,6 +205,7 @@ def _walk_back(
         )  # fmt: skip
         return d_initial, decay
 
+    # As in `_walk`: segments first find what they pass on, then walk again from what reaches them.
     if launch.segments == 1:
         return leaving, run(d_final, store=True)[0][:, 0]
     d_states, d_first = pass_states(d_final, *run(None, store=False), backward=True)
@@ -267,6 +286,7 @@ def _backward(
         _walk(launch, (q, k, v, g, scale, None, firsts), start, None, entering)
     leaving, d_first = _walk_back(launch, q, g, firsts, d_y, d_final)
     splits, tiles = triton.cdiv(H // G, HEADS_PER_SPLIT), triton.cdiv(T, launch.Q)
+    # Partial sums of several programs are added in float32 and rounded once.
     sums = torch.float32 if splits > 1 else v.dtype
     d_q, d_k = (v.new_empty(splits, B, T, G, K, dtype=sums) for _ in range(2))
     d_v = torch.empty(v.shape, dtype=v.dtype, device=v.device)
@@ -312,6 +332,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Keep the inputs and, where asked, the states that enter chunks; without them backward walks the row again."""
     *tensors, ctx.chunk_size, ctx.segment_chunks, keep_states = inputs
     ctx.save_for_backward(*tensors, output[2] if keep_states else None)
     ctx.mark_non_differentiable(output[2])
@@ -319,6 +340,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _differentiate(ctx: Any, d_y: Tensor | None, d_final: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    """Gradients of `_forward`'s inputs; None for those that are absent or take none."""
     saved = ctx.saved_tensors
     _, _, v, _, scale, skip, initial, _, _ = saved
     if d_y is None:

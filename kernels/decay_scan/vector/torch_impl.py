@@ -1,6 +1,12 @@
 """Decayed linear attention with a decay of each key channel, in chunks with PyTorch.
 
 The derivation, with the names used here, is in README.md next to this file.
+
+How: with a decay of each channel the decay no longer leaves q k^T as a factor. Splitting it at the chunk's
+start needs e^(-b), which overflows; so the chunk is halved down to single tokens, and each level of halves is
+one product of queries decayed from the middle and keys decayed to it (`kernels.channel_gates`). Tiles of some
+heads and chunks are walked so that the levels of one stay in cache. Documents are cut by gates of -inf and need
+no masks.
 """
 
 from __future__ import annotations
@@ -46,6 +52,9 @@ def chunked_vector_scan(
     Under torch.compile the plain composition runs, which Inductor fuses; otherwise a hand-written backward.
 
     Raises ValueError unless the chunk size is a power of two.
+
+    q, k and g [B, T, H, K], v [B, T, H, V], initial state [B, H, K, V]; g <= 0 in float32 (float64 for
+    float64).
     """
     if chunk_size & (chunk_size - 1):
         raise ValueError(f"chunk_size={chunk_size} must be a power of two for a vector gate; use 16, 32, 64 or 128")
@@ -72,6 +81,7 @@ def compose_vector_scan(
     (B, T, H, V), K, Q = v_BTHV.shape, q_BTHK.shape[3], chunk_size
     chunks = (T + Q - 1) // Q
     wide = g_BTHK.dtype
+    # Padding has gates of 0 and keys of zeros: the state passes it unchanged.
     padded = (pad_tokens(x, chunks * Q - T) for x in (q_BTHK.to(wide), k_BTHK.to(wide), v_BTHV, g_BTHK))
     q, k, v, g = (x.view(B, chunks, Q, H, -1).transpose(2, 3) for x in padded)
     (scores,), from_start, to_end = compose_scores((q,), k, g)
@@ -153,7 +163,10 @@ class _Tile:
         raise AssertionError("the last level is the whole chunk")
 
     def multiply(self, left: Tensor, right: Tensor) -> Tensor:
-        """A product of batches of matrices with operands of the product dtype."""
+        """A product of batches of matrices with operands of the product dtype.
+
+        Sums are the library's float32 for bfloat16 operands, widened again afterwards.
+        """
         return torch.bmm(left.to(self.gemm), right.to(self.gemm)).to(self.wide)
 
     def whole(self, x_NXX: Tensor) -> Tensor:
@@ -226,7 +239,12 @@ class _ChunkedVectorScan(torch.autograd.Function):
 def _differentiate(
     tile: _Tile, d_out: Tensor, scores: Tensor, entering: Tensor, d_state: Tensor
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Gradients of the state that enters a tile, and of its q, k, v and g [N, Q, X]."""
+    """Gradients of the state that enters a tile, and of its q, k, v and g [N, Q, X].
+
+    Within a tile chunks are walked backward for the gradients of states, then all are differentiated at once.
+    d_starts and d_ends collect factor times gradient of every power e^starts and e^ends; handed down the
+    levels, d_starts ends as the gradient of the gates.
+    """
     *levels, (_, factors) = walk_levels(tile.g)
     to_end, from_start = factors[:, 0], factors[:, 1]
     carry = tile.whole(from_start[:, -1, :, None])
@@ -235,6 +253,7 @@ def _differentiate(
     for c in reversed(range(d_local.shape[1])):
         leaving[:, c] = d_state
         d_state = torch.addcmul(d_local[:, c], carry[:, c], d_state)
+    # The chunk's whole decay scales the entering state: factor times gradient, for its exponent.
     d_carry = (entering * leaving).sum(-1).mul_(carry[..., 0]).flatten(0, 2)
     entering, leaving = entering.flatten(0, 2), leaving.flatten(0, 2)
     d_v = tile.multiply(tile.k * to_end, leaving)
@@ -246,6 +265,7 @@ def _differentiate(
     d_scores = tile.multiply(d_out, tile.v.transpose(1, 2))
     for size, factors in reversed(levels):
         _differentiate_level(tile, size, factors, d_scores, (d_q, d_k, d_starts, d_ends))
+    # A token's product with its own key has no decay, and so no gradient of a gate.
     on_diagonal = d_scores.diagonal(dim1=1, dim2=2)[..., None]
     d_q.addcmul_(on_diagonal, tile.k)
     d_k.addcmul_(on_diagonal, tile.q)

@@ -1,4 +1,9 @@
-"""The gradient of the scan with a gate of each key channel: a walk back, then one program a tile and block of channels."""
+"""The gradient of the scan with a gate of each key channel: a walk back, then one program a tile and block of channels.
+
+How: the walk back needs only what forward prepared; the gradients of q, k and g need the levels again, taken in
+the same order. A gate's gradient comes as one sum over later tokens of q dq - k dk, split into three bfloat16
+parts so that the card's fast products keep float32 digits.
+"""
 
 # Triton reads a kernel's parameters from the call: they carry no types.
 # mypy: disable-error-code="no-untyped-def"
@@ -25,6 +30,9 @@ def vector_walk_back_kernel(
     With STORE leaving [B, tiles, H, K, V], the gradients of the states that leave the tiles, and d_v are written.
     d_initial [B, segments, H, K, V] is made from d_final of the same shape; total [B, segments, H, K] is what the segment
     leaves of a state.
+
+    Grid: (B * H * blocks of V, segments); d_o [B, T, H, V] contiguous. d_v is written with STORE only, because
+    it needs the true gradient of the leaving state.
     """
     v_blocks = tl.cdiv(V, BLOCK_V)
     v_first = tl.program_id(0) % v_blocks * BLOCK_V
@@ -71,7 +79,10 @@ def vector_walk_back_kernel(
 def score_gradients_kernel(
     v, d_o, d_scores, T, H, V, stride_vb, stride_vt, Q: tl.constexpr, BLOCK_V: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """d_scores [B, T, H, Q]: the gradients of the weights of a tile's own tokens, one program a tile and head."""
+    """d_scores [B, T, H, Q]: the gradients of the weights of a tile's own tokens, one program a tile and head.
+
+    do v^T up to each token, in the dtype of the scores, whose memory it may take.
+    """
     tiles = tl.cdiv(T, Q)
     batch, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
     h = tl.program_id(1)
@@ -97,6 +108,8 @@ def add_own(
     """Add what a tile's own weights give the gradient of q (x is k) or of k (x is q), but for a token with itself.
 
     A loop for each of the two, and what it reads read again each time: more at once would spill.
+
+    Returns d_tile [Q, PART] float32 with the pairs of all levels added.
     """
     lane, token = tl.arange(0, Q)[:, None], tl.arange(0, Q)[None, :]
     starts = load_gates(g_base, firsts, row, start, T, stride_g, width, Q, PART, DOCUMENTS)
@@ -120,6 +133,8 @@ def sum_later(d_b, d_end, firsts, row, start, T, Q: tl.constexpr, DOT: tl.conste
 
     Products with a mask, so that the sum of one document never holds another's rounding. Three times the 8 bits of
     bfloat16 are the 24 of float32; of float32 operands the second and third are zero.
+
+    d_b [Q, PART] float32, d_end [1, PART]; returns [Q, PART] float32.
     """
     lane, token = tl.arange(0, Q)[:, None], tl.arange(0, Q)
     later = lane <= token[None, :]
@@ -149,6 +164,8 @@ def vector_gradients_kernel(
     """d_q, d_k and d_g of one tile and PART channels of one head, V walked BLOCK_V columns at a time.
 
     The gate's gradient is made of products q dq and k dk; those of a token with itself have no exponent and come last.
+
+    Grid: (B * tiles, H * parts of K). entering and leaving [B, tiles, H, K, V]; d_g float32.
     """
     tiles, parts = tl.cdiv(T, Q), tl.cdiv(K, PART)
     batch, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles

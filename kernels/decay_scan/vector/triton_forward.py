@@ -1,4 +1,9 @@
-"""The scan with a gate of each key channel: a tile's own part, then one walk over tiles, in Triton. Formulas: README.md here."""
+"""The scan with a gate of each key channel: a tile's own part, then one walk over tiles, in Triton. Formulas: README.md here.
+
+How: `prepare_kernel` does the halving once a tile and head, which needs every channel of a head but no state;
+the walk, which is sequential, is left with three products a tile. Done in one kernel the powers would be taken
+again by each program of a block of V. Tiles are at most 64 tokens: 6 levels.
+"""
 
 # Triton reads a kernel's parameters from the call: they carry no types.
 # mypy: disable-error-code="no-untyped-def"
@@ -16,7 +21,10 @@ from kernels.tiles import load_operand
 def load_gates(
     g_base, firsts, row, start, T, stride, size, Q: tl.constexpr, PART: tl.constexpr, DOCUMENTS: tl.constexpr
 ):
-    """Gates of a tile [Q, PART], -inf at tokens that begin a document but the row's first: nothing before reaches past."""
+    """Gates of a tile [Q, PART], -inf at tokens that begin a document but the row's first: nothing before reaches past.
+
+    Gates are float32, [B, T, H, K] contiguous; tokens beyond the row get 0.
+    """
     gate = load_operand(g_base, start, T, stride, size, Q, PART, tl.float32)
     if DOCUMENTS:
         t = start + tl.arange(0, Q)
@@ -27,14 +35,23 @@ def load_gates(
 
 @triton.jit
 def power_inside(starts, ends, half, Q: tl.constexpr):
-    """What decays a query in a second half from the middle of its block, and a key in a first half to there."""
+    """What decays a query in a second half from the middle of its block, and a key in a first half to there.
+
+    [Q, PART], each at most 1; `half` is the size of a half, a power of two, so a bit of the token's place tells
+    its half.
+    """
     lane = tl.arange(0, Q)[:, None]
     return tl.exp(tl.where((lane & half) != 0, starts, ends))
 
 
 @triton.jit
 def join_halves(starts, ends, half, Q: tl.constexpr, PART: tl.constexpr):
-    """Sums of gates in blocks of 2 half tokens, from those in their halves: up to each token, and after it to the end."""
+    """Sums of gates in blocks of 2 half tokens, from those in their halves: up to each token, and after it to the end.
+
+    `starts` of the last token of a half is the half's whole sum: the second half's `starts` grow by that of the
+    first, the first half's `ends` by that of the second. Nothing is subtracted, so -inf stays -inf. `gather`
+    fetches that one row.
+    """
     lane = tl.arange(0, Q)[:, None]
     last_of_other = (lane ^ half) | (half - 1)
     other = tl.gather(starts, tl.broadcast_to(last_of_other, (Q, PART)), axis=0)
@@ -44,7 +61,10 @@ def join_halves(starts, ends, half, Q: tl.constexpr, PART: tl.constexpr):
 
 @triton.jit
 def last_row(x, Q: tl.constexpr):
-    """The last row of a tile, [1, columns]."""
+    """The last row of a tile, [1, columns].
+
+    A masked sum: a tile in registers can't be indexed by row.
+    """
     return tl.sum(tl.where(tl.arange(0, Q)[:, None] == Q - 1, x, 0.0), axis=0)[None, :]
 
 
@@ -61,6 +81,8 @@ def prepare_kernel(
 
     Two tokens part at the middle of the smallest aligned block of 2^n tokens that holds both: the later one's query and the
     earlier one's key are decayed to there, a product a level.
+
+    Grid: (B * tiles, H). Operands of products are rounded to DOT after the powers, which are float32.
     """
     tiles = tl.cdiv(T, Q)
     batch, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
@@ -82,6 +104,8 @@ def prepare_kernel(
             half = 1 << level
             power = power_inside(starts, ends, half, Q)
             product = tl.dot((q_tile * power).to(DOT), tl.trans((k_tile * power).to(DOT)), input_precision="ieee")
+            # Pairs of this level: their places agree above the half's bit and differ in it. Above the diagonal
+            # such pairs exist too; they are cleared at the end.
             total += tl.where((lane ^ token) // half == 1, product, 0.0)
             starts, ends = join_halves(starts, ends, half, Q, PART)
         where = here + part + (lane * (H * K) + column)
@@ -113,6 +137,9 @@ def vector_walk_kernel(
 
     initial and final are [B, segments, H, K, V], total [B, segments, H, K]; o is made with OUTPUT, and with SAVE entering
     [B, tiles, H, K, V], the states that enter the tiles.
+
+    Grid: (B * H * blocks of V, segments). q_start and k_end hold their decay already, so the state's update is
+    one product and one factor for each row of the state.
     """
     v_blocks = tl.cdiv(V, BLOCK_V)
     v_first = tl.program_id(0) % v_blocks * BLOCK_V

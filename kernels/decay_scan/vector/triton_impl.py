@@ -1,4 +1,9 @@
-"""The Triton scan with a gate of each key channel as an operation that autograd, torch.compile and meta tensors know."""
+"""The Triton scan with a gate of each key channel as an operation that autograd, torch.compile and meta tensors know.
+
+How: forward prepares and walks; backward prepares again instead of keeping q_start, k_end and the scores (2 K +
+Q numbers a token and head), walks for states unless forward kept them, walks back, and finishes tile by tile.
+Launches follow `kernels.decay_scan.triton_impl`.
+"""
 
 from __future__ import annotations
 
@@ -83,6 +88,7 @@ class _Launch:
 
     @classmethod
     def of(cls, q: Tensor, v: Tensor, Q: int, segment_tiles: int) -> _Launch:
+        """Sizes of q [B, T, H, K] and v [B, T, H, V], and the cut of rows into tiles and segments."""
         (B, T, H, V), K = v.shape, q.shape[3]
         tiles = triton.cdiv(T, Q)
         programs = B * H * triton.cdiv(V, walk_candidates(K)[0]["BLOCK_V"])
@@ -128,6 +134,7 @@ class _Prepared:
 
 
 def _prepare(launch: _Launch, q: Tensor, k: Tensor, g: Tensor, firsts: Tensor | None) -> _Prepared:
+    """Launch `prepare_kernel` over all tiles and heads; results are in the dtype of q, the decays float32."""
     B, T, H, K, tiles = launch.B, launch.T, launch.H, launch.K, launch.tiles
     prepared = _Prepared(
         q.new_empty(B, T, H, K), q.new_empty(B, T, H, K), q.new_empty(B, T, H, launch.Q), g.new_empty(B, tiles, H, K)
@@ -289,6 +296,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Keep the inputs and, where asked, the states that enter tiles."""
     *tensors, ctx.tile, ctx.segment_tiles, keep_states = inputs
     ctx.save_for_backward(*tensors, output[2] if keep_states else None)
     ctx.mark_non_differentiable(output[2])
@@ -296,6 +304,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _differentiate(ctx: Any, d_o: Tensor | None, d_final: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    """Gradients of `_forward`'s inputs; None for an absent state."""
     saved = ctx.saved_tensors
     v, initial = saved[2], saved[4]
     if d_o is None:
