@@ -27,7 +27,7 @@ from kernels.backend import INTERPRETED, triton_version
 
 Config = Mapping[str, int]
 # Tables that come with the package, and where this user's own are kept; an own entry goes first.
-FOLDERS = (Path.home() / ".cache" / "amfm" / "tuned", Path(__file__).parent / "tuned")
+PACKAGE_FOLDER = Path(__file__).parent / "tuned"
 # How much worse than the first candidate's a candidate's error may be: another order of additions, not other numbers.
 _WORSE = 1.5
 
@@ -53,12 +53,16 @@ class Table:
     configs: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, environment: Environment, folders: Sequence[Path] = FOLDERS) -> Table:
+    def load(cls, environment: Environment, folders: Sequence[Path] | None = None) -> Table:
         """The environment's entries in all folders, those of earlier folders first; empty where there are none.
+
+        folders: by default the user's own, where there is a home directory, and the package's.
 
         Raises ValueError for a file that says another environment than its name.
         """
         configs: dict[str, dict[str, int]] = {}
+        if folders is None:
+            folders = [folder for folder in (own_folder(), PACKAGE_FOLDER) if folder is not None]
         for folder in reversed(folders):
             path = folder / environment.file_name()
             if not path.is_file():
@@ -69,14 +73,30 @@ class Table:
             configs |= stored["configs"]
         return cls(environment, configs)
 
-    def save(self, folder: Path = FOLDERS[0]) -> Path:
-        """Write the table, whole or not at all; returns where."""
+    def save(self, folder: Path | None = None) -> Path:
+        """Write the table, whole or not at all, to the user's own folder unless another is given; returns where.
+
+        Raises RuntimeError where no folder is given and the machine has no home directory.
+        """
+        folder = folder or own_folder()
+        if folder is None:
+            raise RuntimeError("there is no home directory to keep tuned tiles in; set HOME or XDG_CACHE_HOME")
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / self.environment.file_name()
         partial = path.with_suffix(f".{os.getpid()}.partial")
         partial.write_text(json.dumps({"environment": vars(self.environment), "configs": self.configs}, indent=1))
         partial.replace(path)
         return path
+
+
+def own_folder() -> Path | None:
+    """Where this user's tables are; None on a machine without a home directory (containers, batch systems)."""
+    cache = os.environ.get("XDG_CACHE_HOME")
+    base = Path(cache) if cache else Path("~/.cache")
+    try:
+        return base.expanduser() / "amfm" / "tuned"
+    except RuntimeError:
+        return None
 
 
 @dataclass

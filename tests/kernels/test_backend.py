@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from kernels.backend import INTERPRETED, find_miscompile, resolve_backend
+from kernels.backend import INTERPRETED, find_miscompile, judge_miscompile, resolve_backend
 
 CPU = torch.device("cpu")
 
@@ -39,11 +39,21 @@ def test_unknown_names_are_refused() -> None:
 
 
 def test_versions_that_miscompile_on_hopper_are_known() -> None:
-    assert find_miscompile((3, 6, 0), 9) is not None
     assert find_miscompile((3, 8, 0), 9) is not None
-    assert find_miscompile((3, 7, 1), 9) is None
-    assert find_miscompile((3, 9, 0), 9) is None
-    assert find_miscompile((3, 6, 0), 8) is None
+    assert find_miscompile((3, 8, 0), 8) is None
+
+
+@pytest.mark.parametrize("version", [(3, 5, 1), (3, 6, 0), (3, 7, 0), (3, 7, 1), (3, 9, 0)])
+def test_the_triton_that_a_release_of_torch_pins_runs_on_hopper(version: tuple[int, int, int]) -> None:
+    assert find_miscompile(version, 9) is None
+
+
+def test_a_refusal_names_what_pip_can_install_and_can_be_overruled(caplog: pytest.LogCaptureFixture) -> None:
+    refusal = judge_miscompile("columns are zero", (3, 8, 0), allowed=False)
+    assert refusal is not None and "Triton 3.8.0" in refusal and "pip install 'torch>=2.15'" in refusal
+    with caplog.at_level(logging.WARNING, logger="kernels.backend"):
+        assert judge_miscompile("columns are zero", (3, 8, 0), allowed=True) is None
+    assert "AMFM_ALLOW_TRITON=1, though columns are zero" in caplog.text
 
 
 @pytest.mark.parametrize(("said", "fuses"), [(None, "True"), ("0", "False")])
