@@ -1,4 +1,9 @@
-"""Inverses of batches of small triangular matrices, by matrix products."""
+"""Inverses of batches of small triangular matrices, by matrix products.
+
+Why the inverse and not a solve: the right-hand side holds the state, which is known only when the loop over
+chunks gets there, while the inverse can be taken for all chunks beforehand. Source of the form: Yang et al.
+2024 (arXiv 2406.06484), section 3.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +20,8 @@ def invert_unit_lower(strict_nMM: Tensor) -> Tensor:
     Diagonal blocks of 16 rows are inverted by elimination, all at once; two neighbours of inverses X and Z with the block
     Y below the first then make one: [[X, 0], [-Z Y X, Z]]. Products run at the speed of products, where triangular
     solves of small matrices do not, and no power of the matrix is taken, whose entries could be large.
+
+    Returns [n, M, M] in the dtype of the argument; M need be no multiple of 16.
     """
     n, M, _ = strict_nMM.shape
     inverse = torch.zeros_like(strict_nMM)
@@ -37,7 +44,10 @@ def invert_unit_lower(strict_nMM: Tensor) -> Tensor:
 
 
 def _eliminate(strict_nLL: Tensor) -> Tensor:
-    """(I + strict)^-1 column by column, with the matrices side by side in the last dim."""
+    """(I + strict)^-1 column by column, with the matrices side by side in the last dim.
+
+    That makes each update one operation over all matrices, [L - j, j + 1, n], with long contiguous rows.
+    """
     strict_LLn = strict_nLL.permute(1, 2, 0).contiguous()
     inverse_LLn = torch.zeros_like(strict_LLn)
     inverse_LLn.diagonal().fill_(1.0)

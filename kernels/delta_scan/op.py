@@ -1,4 +1,12 @@
-"""The gated delta product over rows of packed documents, and its one-token step."""
+"""The gated delta product over rows of packed documents, and its one-token step.
+
+How: a step corrects what the state answers to its key, so the errors of a chunk's steps depend on each other:
+they solve a unit lower triangular system, which does not depend on the state (README.md derives it). All
+systems are inverted at once, products do the rest, and a loop over chunks carries the state. One token at a
+time would read and write the state T N times.
+
+No ranks communicate here: `with_transfer` gives the matrices by which pieces of a row compose.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +29,11 @@ DeltaFunction = Callable[
 
 
 class DeltaScanOutput(NamedTuple):
-    """Output of `delta_scan`: o, the state after the last token, and what an entering state adds to both, if asked for."""
+    """Output of `delta_scan`: o, the state after the last token, and what an entering state adds to both, if asked for.
+
+    Shapes: o [B, T, H, V], state [B, H, K, V] float32 (float64 for float64 inputs), read [B, T, H, K], transfer
+    [B, H, K, K].
+    """
 
     o_BTHV: Tensor
     final_state_BHKV: Tensor
@@ -107,6 +119,7 @@ def delta_step(
 
 
 def _find_scan(backend: str) -> DeltaFunction:
+    """The scan of a resolved backend; Triton is imported only where it is used."""
     if backend == "torch":
         return chunked_delta
     if backend == "reference":
@@ -126,7 +139,10 @@ def _reference_scan(
     documents_BT: Tensor | None,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """`delta_by_steps` in float32 (float64 for float64 inputs)."""
+    """`delta_by_steps` in float32 (float64 for float64 inputs).
+
+    Has no chunks and ignores their size.
+    """
     del chunk_size
     wide = torch.float64 if v.dtype == torch.float64 else torch.float32
     gates = None if g is None else g.to(wide)
@@ -138,7 +154,11 @@ def _reference_scan(
 def check_delta(
     q_BTGK: Tensor, k_BTNGK: Tensor, v_BTNHV: Tensor, beta_BTNH: Tensor, g_BTH: Tensor | None = None
 ) -> None:
-    """Raise ValueError unless these are inputs of `delta_scan`."""
+    """Raise ValueError unless these are inputs of `delta_scan`.
+
+    The message names the argument, what it must be, and what it is. A gate with four dimensions is one of each
+    key channel.
+    """
     check_shape("v_BTNHV", v_BTNHV, (-1, -1, -1, -1, -1))
     B, T, N, H, _ = v_BTNHV.shape
     check_shape("q_BTGK", q_BTGK, (B, T, -1, -1), v_BTNHV)

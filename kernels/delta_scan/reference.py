@@ -15,9 +15,12 @@ def delta_by_steps(
     initial_state_BHKV: Tensor | None,
     document_ids_BT: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """S <- diag(e^(g_t)) S, then S <- (I - beta k k^T) S + beta k v^T for each of a token's N steps, then o_t = S^T q_t.
+    """S <- diag(e^(g_t)) S, then S <- (I - beta k k^T) S + beta k v^T for each of a token's N steps, then o_t =
+    S^T q_t.
 
-    g has one number a head or, as [B, T, H, K], one a key channel. S = 0 before the first token of each document. Returns o [B, T, H, V] and the state [B, H, K, V] after the last token.
+    q [B, T, G, K], k [B, T, N, G, K], v [B, T, N, H, V], beta [B, T, N, H]; g has one number a head, [B, T, H],
+    or, as [B, T, H, K], one a key channel. S = 0 before the first token of each document. Returns o [B, T, H,
+    V] and the state [B, H, K, V] after the last token, in the dtype of the inputs, differentiable by autograd.
     """
     B, T, G, K = q_BTGK.shape
     N, H, V = v_BTNHV.shape[2:]
@@ -32,6 +35,7 @@ def delta_by_steps(
             state = (decay[..., None, None] if decay.dim() == 2 else decay[..., None]) * state
         for j in range(N):
             k_BHK = k_BTNGK[:, t, j].repeat_interleave(H // G, dim=1)
+            # What the state answers to the key now; the step moves it towards v by beta.
             remembered_BHV = torch.einsum("bhkv,bhk->bhv", state, k_BHK)
             change_BHV = beta_BTNH[:, t, j, :, None] * (v_BTNHV[:, t, j] - remembered_BHV)
             state = state + k_BHK[..., None] * change_BHV[:, :, None]

@@ -1,4 +1,9 @@
-"""What the chunks of rows contribute to the gated delta product: README.md derives each term and names them as here."""
+"""What the chunks of rows contribute to the gated delta product: README.md derives each term and names them as here.
+
+Terms know how to apply a decay and its transpose; the walks in torch_impl.py know none of that, so they serve
+scalar gates (`Terms`) and gates of each key channel (`VectorTerms`) alike. Letters: c chunks, Q tokens and M =
+Q N steps of a chunk.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +31,10 @@ class ChunkedRows:
     beta: Tensor  # [c, B, H, M, 1]
 
     def heads_first(self, x_BTH: Tensor) -> Tensor:
-        """[B, T, heads, ...] as [c, B, heads, Q, ...]."""
+        """[B, T, heads, ...] as [c, B, heads, Q, ...].
+
+        For gradients of outputs, which have a row a token.
+        """
         return steps_of_heads(x_BTH.unsqueeze(2), self.sizes, self.beta.dtype)
 
     def tokens_first(self, x_cBHX: Tensor, N: int | None = None) -> Tensor:
@@ -78,7 +86,11 @@ class Terms(ChunkedRows):
         )
 
     def weigh(self, scores_cBGRXM: Tensor) -> Tensor:
-        """Numbers of pairs, of tokens or steps X with steps M, times the decay between their tokens; R is 1 or H / G."""
+        """Numbers of pairs, of tokens or steps X with steps M, times the decay between their tokens; R is 1 or H / G.
+
+        Decays belong to tokens, [Q, Q], and are spread over the N steps of each by views: no tensor of [M, M]
+        decays is made.
+        """
         s = self.sizes
         pairs = scores_cBGRXM.unflatten(-1, (s.Q, self.N)).unflatten(-3, (s.Q, -1))
         return (pairs * self._grouped(self.decay)[..., :, None, :, None]).flatten(-4, -3).flatten(-2)
@@ -112,18 +124,26 @@ class Terms(ChunkedRows):
         return self._sum_group(self._grouped(gradient_cBHMK.mul_(self._end_weights(gradient_cBHMK))))
 
     def carry(self) -> Tensor:
-        """Factor of the entering state in the leaving one, [c, B, J, 1, 1]."""
+        """Factor of the entering state in the leaving one, [c, B, J, 1, 1].
+
+        0 where the document that owns the entering state ends in the chunk.
+        """
         carry_nJ = self.documents.keep_carry(self.b_nJQ[..., -1].exp2())
         return carry_nJ.view(self.sizes.chunks, self.sizes.B, -1, 1, 1)
 
     def gate_gradient(self, b_cBHQ: Tensor) -> Tensor:
-        """Gradient of g [B, T, H] from that of its sums b."""
+        """Gradient of g [B, T, H] from that of its sums b.
+
+        A token's gate is in the sums of all tokens behind it in its document.
+        """
         return tokens_first(self.documents.sum_inside_reversed(b_cBHQ.flatten(0, 1)), self.sizes)
 
     def _start_weights(self, like: Tensor) -> Tensor:
+        """e^b for each row of `like`, 0 outside the document that owns the entering state."""
         return self._spread(self.documents.keep_first(self.b_nJQ.exp2()), like)
 
     def _end_weights(self, like: Tensor) -> Tensor:
+        """e^(b_end - b) for each row of `like`, 0 outside the chunk's last document."""
         return self._spread(self.documents.keep_last(self.b_nJQ[..., -1:] - self.b_nJQ).exp2(), like)
 
     def _spread(self, x_nJQ: Tensor, like: Tensor) -> Tensor:
@@ -147,6 +167,9 @@ class Terms(ChunkedRows):
 
 
 def steps_of_heads(x_BTNH: Tensor, s: Chunks, dtype: torch.dtype) -> Tensor:
-    """[B, T, N, heads, ...] as [c, B, heads, Q N, ...]."""
+    """[B, T, N, heads, ...] as [c, B, heads, Q N, ...].
+
+    One pass that moves, widens and copies; the steps of a token stay next to each other.
+    """
     cut = pad_tokens(x_BTNH, s.padding).unflatten(1, (s.chunks, s.Q)).transpose(0, 1).movedim(4, 2)
     return cut.to(dtype, copy=True, memory_format=torch.contiguous_format).flatten(3, 4)

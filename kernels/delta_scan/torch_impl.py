@@ -1,6 +1,11 @@
 """The gated delta product in chunks with PyTorch, a few chunks of a few rows at a time, so that a processor's cache holds them.
 
 The derivation, with the names used here, is in README.md next to this file.
+
+How: rows are cut into pieces of about 64 matrices a thread, and a piece is finished before the next one starts:
+whole tensors of [n, H, M, M] would pass through memory between any two operations. The state is handed from
+piece to piece. Forward keeps the inverses, errors and entering states; scores are made again in backward,
+except those of gates a channel, which cost a product for each level.
 """
 
 from __future__ import annotations
@@ -36,6 +41,9 @@ def chunked_delta(
 
     g may be [B, T, H, K], a gate a key channel: then N = 1, G = H and the chunk size is a power of two. Returns o [B, T, H, V] in the dtype of v and the last state [B, H, K, V]. Products are float32 whatever the inputs are.
     Under torch.compile the plain composition runs, which Inductor fuses; otherwise a hand-written backward.
+
+    Shapes as in `delta_scan`: q [B, T, G, K], k [B, T, N, G, K], v [B, T, N, H, V], beta [B, T, N, H], g [B, T,
+    H].
     """
     chunk_tokens = max(1, chunk_size // v_BTNHV.shape[2])
     if g_BTH is not None and g_BTH.dim() == 4:
@@ -66,6 +74,7 @@ def compose_delta(
         terms = Terms.of(q_BTGK, k_BTNGK, v_BTNHV, beta_BTNH, g_BTH, document_ids_BT, chunk_tokens)
     strict = (terms.interactions() * terms.beta.mT).tril(-1)
     identity = torch.eye(strict.shape[-1], dtype=strict.dtype, device=strict.device)
+    # Of all chunks at once, before the loop: it does not depend on the state.
     inverse = torch.linalg.solve_triangular(strict + identity, identity.expand_as(strict), upper=False)
     into, out_of, carry = terms.from_start(terms.k), terms.to_end(terms.k).mT, terms.carry()
     if initial_state_BHKV is None:
@@ -76,13 +85,17 @@ def compose_delta(
     for c in range(terms.sizes.chunks):
         entering.append(state)
         changes.append(terms.beta[c] * (inverse[c] @ (terms.v[c] - into[c] @ state)))
+        # Three products a chunk wait for the state: what keys find, the errors, and what they write.
         state = carry[c] * state + out_of[c] @ changes[-1]
     o = terms.from_start(terms.q) @ torch.stack(entering) + terms.mix() @ torch.stack(changes)
     return terms.tokens_first(o).to(v_BTNHV.dtype), state
 
 
 class _Piece(NamedTuple):
-    """A block of rows and some of their chunks, which are computed together."""
+    """A block of rows and some of their chunks, which are computed together.
+
+    Forward and backward must cut alike, because backward pops what forward kept in order.
+    """
 
     rows: slice
     tokens: slice
@@ -98,7 +111,10 @@ class _Piece(NamedTuple):
         return Terms.of(q, k, v, beta, g, documents, chunk_tokens)
 
     def resume(self, state_BHKV: Tensor, document_ids_BT: Tensor | None) -> Tensor:
-        """The state before the piece (or its gradient) where the piece goes on with the document before it, else 0."""
+        """The state before the piece (or its gradient) where the piece goes on with the document before it, else 0.
+
+        Inside a piece the masks of `Terms` cut documents; a boundary between two pieces is in neither.
+        """
         start = self.tokens.start
         if document_ids_BT is None or start == 0:
             return state_BHKV
@@ -120,6 +136,8 @@ class _Walked(NamedTuple):
     """What backward needs of a piece: inverses [c, B, H, M, M], errors [.., M, V], entering states [.., K, V].
 
     scores: of gates a channel, whose products are dear, those of `VectorTerms`; else None.
+
+    Kept in the wide dtype, one entry a piece, in the order of forward.
     """
 
     inverse: Tensor
@@ -147,6 +165,7 @@ class _ChunkedDelta(torch.autograd.Function):
         B, T, _, H, V = v.shape
         o = torch.empty(B, T, H, V, dtype=beta.dtype, device=v.device)
         final = torch.empty(B, H, q.shape[-1], V, dtype=beta.dtype, device=v.device)
+        # Flat, because autograd keeps tensors, not tuples of them.
         walked: list[Tensor | None] = []
         matrices = _MATRICES * torch.get_num_threads()
         for pieces in _cut_pieces(v, chunk_tokens, matrices):
@@ -158,6 +177,8 @@ class _ChunkedDelta(torch.autograd.Function):
                 o[piece.rows, piece.tokens], state, saved = _walk(terms, state)
                 walked += saved
             final[rows] = state
+        # o and final in the wide dtype: the gate's gradient is made of <do, o> and of the states that leave
+        # chunks.
         ctx.save_for_backward(*inputs, o, final, *walked)
         ctx.chunk_tokens, ctx.matrices = chunk_tokens, matrices
         ctx.initial_dtype = None if initial is None else initial.dtype
@@ -174,6 +195,9 @@ def _walk(terms: Terms | VectorTerms, state: Tensor) -> tuple[Tensor, Tensor, _W
     """o [B, T, H, V] of a piece, the state after it, and what its backward needs.
 
     Rows with few heads have many chunks of few matrices, where each call counts: the loop has only what must wait for a state.
+
+    State [B, H, K, V] of the piece's rows. With errors r and changes u = beta r: r = X (v - e^b k S), o = e^b q
+    S + P u.
     """
     strict = terms.interactions().mul_(terms.beta.mT)
     inverse = invert_unit_lower(strict.flatten(0, 2)).view_as(strict)
@@ -199,7 +223,11 @@ def _walk(terms: Terms | VectorTerms, state: Tensor) -> tuple[Tensor, Tensor, _W
 def _walk_back(
     terms: Terms | VectorTerms, walked: _Walked, d_o: Tensor, d_state: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of changes, of v, of the states leaving chunks (shaped as errors and entering), and of the first state."""
+    """Gradients of changes, of v, of the states leaving chunks (shaped as errors and entering), and of the first state.
+
+    The transposes of `_walk`'s products in reverse order; only what waits for the leaving state's gradient is
+    in the loop.
+    """
     d_changes = torch.matmul(terms.mix().mT, d_o)
     d_entering = torch.matmul(terms.from_start(terms.q).mT, d_o)
     d_v = torch.empty_like(d_changes)
@@ -242,6 +270,7 @@ class _Gradients(NamedTuple):
 
 
 def _backward(ctx: Any, d_o: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients of the inputs of `_ChunkedDelta.forward`, pieces and their chunks from last to first."""
     q, k, v, beta, g, documents_BT, o, final, *saved = ctx.saved_tensors
     inputs = (q, k, v, beta, g, documents_BT)
     if d_o is None:
@@ -285,6 +314,8 @@ def _differentiate(
     d_q = terms.from_start_gradient(torch.matmul(d_o_heads, entering.mT))
     _add_product(d_q, d_scores, terms.k)
     d_k = terms.to_end_gradient(torch.matmul(changes, leaving.mT))
+    # Keys both write to the state that leaves and read from the one that enters, and meet each other inside the
+    # chunk.
     d_k -= terms.from_start_gradient(torch.matmul(d_v, entering.mT))
     _add_product(d_k, d_scores.mT, terms.q)
     d_pairs = terms.weigh_gradient(torch.matmul(d_v, changes.mT)).tril_(-1)
@@ -292,9 +323,11 @@ def _differentiate(
     d_g = None
     if gated:
         d_b = terms.heads_first((o * d_o).sum(-1)) - (d_v * terms.v).sum(-1).unflatten(-1, (Q, N)).sum(-1)
+        # b_end scales all that leaves the chunk; the state that leaves a chunk is the one that enters the next.
         d_b[:-1, ..., -1] += (entering[1:] * leaving[:-1]).sum((-1, -2))
         d_b[-1, ..., -1] += (after * leaving[-1]).sum((-1, -2))
         d_g = terms.gate_gradient(d_b)
+    # beta also scales the columns of the triangular system (README.md, "Gradients").
     _add_product(d_changes, terms.interactions().tril_(-1).mT, d_v, -1.0)
     d_beta = d_changes.mul_(errors).sum(-1)
     d_q, d_k, d_v, d_beta = terms.tokens_first(d_q), *(terms.tokens_first(x, N) for x in (d_k, d_v, d_beta))

@@ -2,6 +2,10 @@
 
 No product here takes the transpose of another product's result: on Hopper, Triton 3.4 to 3.7.0 makes wrong numbers of
 that.
+
+How: the walk back mirrors the forward walk with transposed matrices, which it loads transposed, and leaves dv
+and the gradients of the states that leave chunks. From then on chunks are independent. beta and the gates get
+their gradients as row sums of products that exist anyway (README.md, "Gradients").
 """
 
 # Triton reads a kernel's parameters from the call: they carry no types.
@@ -25,7 +29,10 @@ from kernels.delta_scan.triton_forward import (
 
 @triton.jit
 def load_transposed(base, start, rows, stride, Q: tl.constexpr, ROWS: tl.constexpr, DOT: tl.constexpr):
-    """The transpose [Q, ROWS] of rows start.. of a matrix of Q columns, of which `rows` exist."""
+    """The transpose [Q, ROWS] of rows start.. of a matrix of Q columns, of which `rows` exist.
+
+    Memory, not registers, turns the matrix around: see above.
+    """
     lane, column = tl.arange(0, ROWS)[None, :], tl.arange(0, Q)[:, None]
     first = base + tl.cast(start, tl.int64) * stride
     return tl.load(first + (lane * stride + column), mask=(lane < rows) & (column < Q), other=0.0).to(DOT)
@@ -42,6 +49,8 @@ def walk_back_kernel(
 
     Writes d_v [B, T N, H, V], leaving [B, chunks, H, K, V], the gradients of the states that leave the chunks, and
     d_initial [B, H, K, V].
+
+    Grid: (B * H * blocks of V). d_o [B, T, H, V] contiguous; leaving and d_v are in the dtype of d_o.
     """
     v_blocks = tl.cdiv(V, BLOCK_V)
     v_first = tl.program_id(0) % v_blocks * BLOCK_V
@@ -78,6 +87,7 @@ def walk_back_kernel(
         solved = load_transposed(inverse + row * N * (H * Q) + h * Q, start, T * N - start, H * Q, Q, Q, DOT)
         d_error = tl.dot(k_tile, d_state.to(DOT), input_precision="ieee") * out_of[:, None]
         d_error = tl.dot(read, do_tile, d_error, input_precision="ieee")
+        # The transposed inverse times beta du (both terms above hold beta): the gradient of v.
         d_found = tl.dot(solved, d_error.to(DOT), input_precision="ieee")
         where = d_v + (row * N + start) * (H * V) + h * V + v_first + (lane[:, None] * (H * V) + v_lane)
         tl.store(where, d_found.to(d_v.dtype.element_ty), mask=inside[:, None] & (v_lane < width))
@@ -94,7 +104,10 @@ def steps_products(
     do_base, dv_base, errors_base, start, T, H, V,
     Q: tl.constexpr, QT: tl.constexpr, N: tl.constexpr, BLOCK_V: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """do r^T and dv r^T of a chunk, with the errors r of its steps."""
+    """do r^T and dv r^T of a chunk, with the errors r of its steps.
+
+    Returns [QT, Q] and [Q, Q] float32, summed over V.
+    """
     by_read = tl.zeros((QT, Q), tl.float32)
     by_found = tl.zeros((Q, Q), tl.float32)
     for v_first in tl.range(0, V, BLOCK_V, disable_licm=True):
@@ -113,7 +126,11 @@ def states_products(
     Q: tl.constexpr, QT: tl.constexpr, N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     DOT: tl.constexpr,
 ):  # fmt: skip
-    """do S^T, dv S^T, r dS^T for BLOCK_K rows of the states, of which `height` exist, and `along` plus the sum of S * dS."""
+    """do S^T, dv S^T, r dS^T for BLOCK_K rows of the states, of which `height` exist, and `along` plus the sum of S * dS.
+
+    Returns [QT, BLOCK_K], [Q, BLOCK_K] twice and a number. `along` times the chunk's decay is what the gradient
+    of b_end gets from the entering state.
+    """
     k_lane, v_lane = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
     place = k_lane[:, None] * V + v_lane[None, :]
     from_read = tl.zeros((QT, BLOCK_K), tl.float32)
@@ -145,6 +162,9 @@ def gradients_kernel(
 
     K is taken BLOCK_K columns at a time, V BLOCK_V. d_q [R, B, T, G, K] and d_k [R, B, T N, G, K] are to be summed over the
     R heads of a group.
+
+    Grid: (B * chunks, H). Each head writes its own share of d_q and d_k, which PyTorch adds up in order:
+    atomics would change bits from run to run.
     """
     batch, c = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
     h = tl.program_id(1)

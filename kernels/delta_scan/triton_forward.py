@@ -1,6 +1,11 @@
 """The gated delta product in Triton: each chunk's triangular inverse, then one walk over a row with the state on chip.
 
 A row is a sequence of steps, N a token, cut into chunks of Q steps wherever they end. Names and formulas: README.md here.
+
+How: `prepare_kernel` runs one program a chunk and head and leaves the inverse X, the weights of what tokens
+read, and the factors of entering and leaving states; the walk, which is sequential, is then five products a
+chunk, or three where only states are wanted. A chunk has at most 64 steps. DeltaProduct's N steps a token are a
+row of T N steps, of which only the first decays and only the last is read.
 """
 
 # Triton reads a kernel's parameters from the call: they carry no types.
@@ -18,7 +23,10 @@ def chunk_gates(
     g, firsts, row, start, T, h, H,
     Q: tl.constexpr, N: tl.constexpr, GATE: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
-    """Of one chunk and head: the gates of its steps, b_end, and the masks reach[i, j], first, last and keep (floats)."""
+    """Of one chunk and head: the gates of its steps, b_end, and the masks reach[i, j], first, last and keep (floats).
+
+    g [B, T, H] float32; firsts [B, T] int32. gate, first and last are [Q] float32, reach is [Q, Q].
+    """
     lane = tl.arange(0, Q)
     token = (start + lane) // N
     # A token decays the state once, before its first step.
@@ -45,7 +53,10 @@ def read_reach(
     firsts, row, start, T,
     Q: tl.constexpr, QT: tl.constexpr, N: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
-    """reach[i, j]: whether the i-th token whose last step lies in the chunk reads what step j of the chunk wrote."""
+    """reach[i, j]: whether the i-th token whose last step lies in the chunk reads what step j of the chunk wrote.
+
+    [QT, Q]; QT is the number of tokens padded to what products take.
+    """
     lane = tl.arange(0, Q)
     token = start // N + tl.arange(0, QT)
     reach = lane[None, :] <= (token * N + (N - 1) - start)[:, None]
@@ -57,7 +68,10 @@ def read_reach(
 
 @triton.jit
 def sum_gates(gate, reach):
-    """b: for each row of the mask the sum of the gates in it, so that no document's sum holds another's rounding."""
+    """b: for each row of the mask the sum of the gates in it, so that no document's sum holds another's rounding.
+
+    [Q] or [QT] float32.
+    """
     return tl.sum(tl.where(reach, gate[None, :], 0.0), axis=1)
 
 
@@ -66,7 +80,10 @@ def load_steps(
     base, start, T, stride_t, stride_n, size,
     Q: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Steps start..start+Q of a [T, N, size] tensor as operands of products, zeros outside; wider would spill registers."""
+    """Steps start..start+Q of a [T, N, size] tensor as operands of products, zeros outside; wider would spill registers.
+
+    A step s is row s % N of token s / N, so a tile may begin inside a token.
+    """
     lane, column = tl.arange(0, Q)[:, None], tl.arange(0, BLOCK)[None, :]
     step = start % N + lane
     inside = (step // N < T - start // N) & (column < size)
@@ -98,6 +115,8 @@ def join_blocks(strict, inverse, Q: tl.constexpr, SIZE: tl.constexpr, PRECISION:
     """From inverses X and Z of neighbouring blocks of SIZE those of blocks twice as large: [[X, 0], [-Z Y X, Z]].
 
     Products of whole matrices: what lies outside the blocks is zero.
+
+    PRECISION is "tf32" for inputs of 16 bits, whose own rounding is no finer, else "ieee".
     """
     i, j = tl.arange(0, Q)[:, None], tl.arange(0, Q)[None, :]
     between = tl.where((i // (2 * SIZE) == j // (2 * SIZE)) & (i // SIZE > j // SIZE), strict, 0.0)
@@ -111,9 +130,12 @@ def invert_unit_lower(strict, Q: tl.constexpr, PRECISION: tl.constexpr):
 
     Diagonal blocks of 16 by forward substitution, all at once, then joined in pairs until one is left. No power of the
     matrix is taken: its entries could be large.
+
+    [Q, Q] float32; see inverse.py for why not by powers.
     """
     BLOCKS: tl.constexpr = Q // 16
     own = tl.arange(0, BLOCKS)[:, None, None, None] == tl.arange(0, BLOCKS)[None, None, :, None]
+    # The diagonal blocks alone, [BLOCKS, 16, 16]: one of the BLOCKS terms is not zero.
     blocks = tl.sum(tl.where(own, tl.reshape(strict, (BLOCKS, 16, BLOCKS, 16)), 0.0), axis=2)
     row, column = tl.arange(0, 16)[None, :, None], tl.arange(0, 16)[None, None, :]
     solved = tl.where((row == column) & (tl.arange(0, BLOCKS)[:, None, None] >= 0), 1.0, 0.0)
@@ -140,6 +162,9 @@ def prepare_kernel(
 
     inverse [B, T N, H, Q] and scores [B, T, H, Q] hold the rows of each chunk's matrices; enter and leave [B, T N, H] and
     carry [B, chunks, H] the factors of states that enter and leave it.
+
+    Grid: (B * chunks, H). q [B, T, G, K] and k [B, T, N, G, K] may be slices with packed heads. inverse and
+    scores have the dtype of v, the factors are float32; beta is folded into both matrices and into leave.
     """
     batch, c = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
     h = tl.program_id(1)
@@ -185,6 +210,8 @@ def chunk_state_kernel(
 
     o [B, T, H, V] is made with OUTPUT; with SAVE entering [B, chunks, H, K, V], the states that enter the chunks, and
     errors [B, T N, H, V], what v asks beyond what each step found.
+
+    Grid: (B * H * blocks of V). R = H / G heads share q and k.
     """
     v_blocks = tl.cdiv(V, BLOCK_V)
     v_first = tl.program_id(0) % v_blocks * BLOCK_V
@@ -216,6 +243,7 @@ def chunk_state_kernel(
         k_tile = load_steps(k_base, start, T, stride_kt, stride_kn, K, Q, N, BLOCK_K, DOT)
         v_tile = load_steps(v_base, start, T, stride_vt, stride_vn, width, Q, N, BLOCK_V, tl.float32)
         solved = load_steps(inverse + row * N * (H * Q) + h * Q, start, T, N * H * Q, H * Q, Q, Q, N, Q, DOT)
+        # Rounded once for both products; the state itself stays float32.
         held = state.to(DOT)
         found = v_tile - tl.dot(k_tile, held, input_precision="ieee") * into[:, None]
         error = tl.dot(solved, found.to(DOT), input_precision="ieee")

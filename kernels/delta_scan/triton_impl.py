@@ -1,4 +1,9 @@
-"""The Triton delta product as an operation that autograd, torch.compile and meta tensors know."""
+"""The Triton delta product as an operation that autograd, torch.compile and meta tensors know.
+
+How: forward prepares and walks; backward prepares and walks again for errors and entering states, walks back,
+and finishes chunk by chunk. Only the inputs are saved: states and errors of all chunks would be three times v
+at K = 128. Custom operations with fake implementations let torch.compile and meta tensors pass.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +75,10 @@ def delta_scan_triton(
 
 @dataclass(frozen=True)
 class _Launch:
-    """Sizes of one call, shared by its kernels."""
+    """Sizes of one call, shared by its kernels.
+
+    Q counts steps of a chunk, N of them a token; K and V are the state's rows and columns.
+    """
 
     B: int
     T: int
@@ -84,6 +92,7 @@ class _Launch:
 
     @classmethod
     def of(cls, q: Tensor, v: Tensor, chunk_size: int) -> _Launch:
+        """Sizes of q [B, T, G, K] and v [B, T, N, H, V], and the number of chunks in a row of T N steps."""
         B, T, N, H, V = v.shape
         G, K = q.shape[2:]
         return cls(B, T, N, H, G, K, V, chunk_size, triton.cdiv(T * N, chunk_size))
@@ -112,7 +121,11 @@ class _Launch:
 
 
 class _Prepared(NamedTuple):
-    """What `prepare_kernel` writes."""
+    """What `prepare_kernel` writes.
+
+    inverse [B, T N, H, Q] and scores [B, T, H, Q] in the dtype of v; enter and leave [B, T N, H] and carry [B,
+    chunks, H] float32.
+    """
 
     inverse: Tensor
     scores: Tensor
@@ -124,6 +137,7 @@ class _Prepared(NamedTuple):
 def _prepare(
     launch: _Launch, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, firsts: Tensor | None
 ) -> _Prepared:
+    """Launch `prepare_kernel` over all chunks and heads."""
     B, T, N, H, Q = launch.B, launch.T, launch.N, launch.H, launch.Q
     inverse, scores = v.new_empty(B, T * N, H, Q), v.new_empty(B, T, H, Q)
     enter, leave = beta.new_empty(B, T * N, H), beta.new_empty(B, T * N, H)
@@ -260,12 +274,14 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Keep the inputs alone."""
     *tensors, ctx.chunk_size = inputs
     ctx.save_for_backward(*tensors)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, d_o: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients of `_forward`'s inputs; None for absent ones."""
     q, k, v, beta, g, initial, firsts = ctx.saved_tensors
     if d_o is None:
         d_o = v.new_zeros(v.shape[0], v.shape[1], *v.shape[3:])

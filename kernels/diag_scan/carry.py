@@ -1,4 +1,8 @@
-"""What a state that enters a row adds to the outputs of the selective scan, without a tensor of all its decays."""
+"""What a state that enters a row adds to the outputs of the selective scan, without a tensor of all its decays.
+
+Why: a context rank scans its part of a row from zero while the ranks before it still work, and adds this once
+their state has come. The decays of a row are N times as wide as x, so they are taken for some tokens at a time.
+"""
 
 from __future__ import annotations
 
@@ -44,6 +48,8 @@ def read_carried_state(
         check_float(name, tensor)
     check_documents(document_ids_BT, B, T, dt_BTC)
     wide = torch.float64 if dt_BTC.dtype == torch.float64 else torch.float32
+    # The exponent of a state at token t is A times the time since the row began: one running sum serves all N
+    # numbers.
     elapsed_BTC = F.softplus(dt_BTC.to(wide) + dt_bias_C.to(wide)).cumsum(1)
     carried_BTC = _Carry.apply(elapsed_BTC, -A_log_CN.to(wide).exp(), C_BTN, state_BCN.to(wide))
     if document_ids_BT is None:
@@ -52,7 +58,10 @@ def read_carried_state(
 
 
 class _Carry(torch.autograd.Function):
-    """Takes the decays of some tokens at a time, and again in backward: those of all are N times as wide as its inputs."""
+    """Takes the decays of some tokens at a time, and again in backward: those of all are N times as wide as its inputs.
+
+    Saves elapsed time, A, C and the state.
+    """
 
     @staticmethod
     def forward(ctx: Any, elapsed_BTC: Tensor, A_CN: Tensor, C_BTN: Tensor, state_BCN: Tensor) -> Tensor:
@@ -95,5 +104,8 @@ def _pieces(elapsed_BTC: Tensor) -> list[slice]:
 
 
 def _decays(elapsed_BLC: Tensor, A_NC: Tensor) -> Tensor:
-    """Factors [B, L, N, C] of the entering state at each token."""
+    """Factors [B, L, N, C] of the entering state at each token.
+
+    In powers of 2 (`kernels.powers`).
+    """
     return (elapsed_BLC[:, :, None] * (A_NC * LOG2_E)).exp2_()

@@ -1,4 +1,10 @@
-"""The selective scan of Mamba (S6), elementwise in channels and state numbers, and its one-token step."""
+"""The selective scan of Mamba (S6), elementwise in channels and state numbers, and its one-token step.
+
+How: with a decay of each channel and state number nothing is shared that a matrix product could take, so the
+recurrence is walked, in chunks that keep only the states at their borders (README.md). Softplus and -exp(A_log)
+are taken here and differentiated by autograd; backends see dt >= 0 and A <= 0. No ranks communicate: pieces of
+a row compose by the total decay, and carry.py adds what a late state contributes.
+"""
 
 from __future__ import annotations
 
@@ -99,7 +105,10 @@ def diag_step(
 def check_diag(
     x_BTC: Tensor, dt_BTC: Tensor, A_log_CN: Tensor, B_BTN: Tensor, C_BTN: Tensor, D_C: Tensor, dt_bias_C: Tensor
 ) -> None:
-    """Raise ValueError unless these are inputs of `diag_scan`."""
+    """Raise ValueError unless these are inputs of `diag_scan`.
+
+    x, B and C share a dtype; dt and the parameters may have others.
+    """
     check_shape("x", x_BTC, (-1, -1, -1))
     B, T, C = x_BTC.shape
     check_shape("dt", dt_BTC, (B, T, C), x_BTC)
@@ -125,6 +134,7 @@ def _total_decay(dt_BTC: Tensor, A_CN: Tensor, document_ids_BT: Tensor | None) -
 
 
 def _find_scan(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The scan of a resolved backend; Triton is imported only where it is used."""
     if backend == "torch":
         return chunked_diag_scan
     from kernels.diag_scan.triton_impl import diag_scan_triton

@@ -25,6 +25,8 @@ def diag_by_steps(
 
     Returns y [B, T, C], the last state [B, C, N], and the factor [B, C, N] by which the initial state enters the last
     one (0 where the row's last token lies in another document than its first).
+
+    x and dt [B, T, C], A_log [C, N], B and C [B, T, N], D and dt_bias [C]; all in one dtype, float64 in tests.
     """
     dt_BTC = F.softplus(dt_BTC + dt_bias_C)
     A_CN = -A_log_CN.exp()

@@ -1,6 +1,11 @@
 """The selective scan in chunks with PyTorch: tiles of rows and channels that stay in cache, a backward that walks again.
 
 The derivation, with the names used here, is in README.md next to this file.
+
+Layout: [tokens, rows, N, channels], channels innermost, so that each of the L multiply-adds of a chunk runs
+over long contiguous rows. One buffer for decays and one for states serves all tiles. Nothing of size [B, T, N,
+C] exists: backward starts from the states that entered chunks and walks forward once more. As custom
+operations, torch.compile takes them as single nodes; unrolled, T steps would be T nodes.
 """
 
 from __future__ import annotations
@@ -33,6 +38,8 @@ def chunked_diag_scan(
 
     dt >= 0, A <= 0 and D in float32 (float64 for float64 inputs), and so the initial state.
     Returns y [B, T, C] in the dtype of x and the last state [B, C, N] in float32 (float64 for float64 inputs).
+
+    x and dt [B, T, C], A [C, N], B and C [B, T, N], D [C], initial state [B, C, N].
     """
     begins_BT = None
     if document_ids_BT is not None:
@@ -75,12 +82,16 @@ class _Tile:
         return tensor_RTX[:, tokens].transpose(0, 1).to(self.dt.dtype)
 
     def walk(self, tokens: slice, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Decays and states [L, R, N, c] of a chunk, from the state [R, N, c] before it; both live until the next walk."""
+        """Decays and states [L, R, N, c] of a chunk, from the state [R, N, c] before it; both live until the next walk.
+
+        In place: `states` first holds what each token writes and then the state after it.
+        """
         length = tokens.stop - tokens.start
         decays, states = self.decays[:length], self.states[:length]
         dt = self.take(self.dt, tokens)
         torch.mul(dt[:, :, None], self.exponents, out=decays)
         if self.begins is not None:
+            # A document begins: the exponent becomes -inf and the decay an exact 0.
             decays.masked_fill_(self.begins[:, tokens].t()[:, :, None, None], -torch.inf)
         decays.exp2_()
         torch.mul((dt * self.take(self.x, tokens))[:, :, None], self.take(self.B, tokens)[..., None], out=states)
@@ -90,7 +101,10 @@ class _Tile:
         return decays, states
 
     def walk_back(self, decays: Tensor, C_LRN: Tensor, d_out_LRc: Tensor, d_last: Tensor) -> Tensor:
-        """Gradients [L, R, N, c] of a chunk's states, from those of its outputs and of the state that leaves it."""
+        """Gradients [L, R, N, c] of a chunk's states, from those of its outputs and of the state that leaves it.
+
+        dh_t = C_t dy_t + e^(dt_(t+1) A) dh_(t+1), in place from the last token.
+        """
         assert self.gradients is not None, "only a backward has room for gradients of states"
         d_states = torch.mul(C_LRN[..., None], d_out_LRc[:, :, None], out=self.gradients[: len(decays)])
         d_states[-1] += d_last
@@ -101,7 +115,10 @@ class _Tile:
 
 
 def _tiles(B: int, C: int, chunk: int) -> Iterator[tuple[slice, slice]]:
-    """Rows and channels that are walked together."""
+    """Rows and channels that are walked together.
+
+    Channels innermost: tiles that read the same rows of B and C follow each other.
+    """
     rows, channels = _tile_size(B, C, chunk)
     for row in range(0, B, rows):
         for channel in range(0, C, channels):
@@ -194,10 +211,13 @@ def _backward(
             d_out = tile.take(d_y[rows, :, channels], tokens)
             d_C[rows, tokens] += _sum_channels(d_out, states)
             d_states = tile.walk_back(decays, tile.take(tile.C, tokens), d_out, d_state)
+            # What the first token's state got reaches the chunk before, decayed.
             torch.mul(decays[0], d_states[0], out=d_state)
             steps, values = tile.take(tile.dt, tokens), tile.take(tile.x, tokens)
             d_B[rows, tokens] += _sum_channels(steps * values, d_states)
             written = torch.matmul(tile.take(tile.B, tokens)[:, :, None], d_states)[:, :, 0]
+            # Decays are not needed any more: their memory takes decay * state before * gradient, the exponents'
+            # gradient.
             d_exponents = decays
             d_exponents[0] *= before
             d_exponents[1:] *= states[:-1]
@@ -241,6 +261,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Keep the inputs and the states that enter chunks."""
     *tensors, initial, begins, ctx.chunk = inputs
     ctx.save_for_backward(*tensors, begins, output[2])
     ctx.has_initial = initial is not None
@@ -249,6 +270,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _differentiate(ctx: Any, d_y: Tensor | None, d_final: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    """Gradients of `_forward`'s inputs; None for an absent initial state, documents and the chunk size."""
     saved = ctx.saved_tensors
     if d_y is None:
         d_y = torch.zeros_like(saved[0])

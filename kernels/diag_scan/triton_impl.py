@@ -1,4 +1,9 @@
-"""The Triton scan of Mamba as an operation that autograd, torch.compile and meta tensors know."""
+"""The Triton scan of Mamba as an operation that autograd, torch.compile and meta tensors know.
+
+How: forward saves the state in front of each chunk; backward goes through the chunks from the last, walks one
+forward for the states in front of its tiles, then its tiles backward. Sums over rows (A, D) and over blocks of
+channels (B, C) are partial results of programs, added by PyTorch in a fixed order.
+"""
 
 from __future__ import annotations
 
@@ -42,11 +47,15 @@ def diag_scan_triton(
 
     chunk_size is the distance of the states that backward starts from. Raises ValueError for chunk or state sizes without
     a kernel.
+
+    x and dt [B, T, C], A [C, N], B and C [B, T, N], D [C], initial state [B, C, N] -> y [B, T, C] and the last
+    state.
     """
     dot_dtype(x_BTC.dtype)  # refuses float64
     DIAG_LIMITS.check(chunk_size, A_CN.shape[1], 1)
     firsts = None if document_ids_BT is None else first_tokens(document_ids_BT)
     tensors = (x_BTC, dt_BTC, A_CN, B_BTN, C_BTN, D_C, initial_state_BCN, firsts)
+    # Asked outside the operation: inside, autograd is off and no tensor requires gradients.
     keep_states = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     return _forward(*tensors, chunk_size, keep_states)[:2]
 
@@ -126,6 +135,7 @@ def _backward(
     (rows, T, channels), N = x.shape, A.shape[1]
     config = _config("diag_backward", BACKWARD, x, N, chunk_size)
     blocks = triton.cdiv(channels, config["BLOCK_C"])
+    # One state for each tile of a chunk, a program's own.
     room = dt.new_empty(rows, blocks, config["TILES"], config["BLOCK_N"], config["BLOCK_C"])
     d_x, d_dt = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(dt)
     d_A, d_D, d_initial = dt.new_empty(rows, channels, N), dt.new_empty(rows, channels), dt.new_empty(rows, channels, N)
@@ -166,6 +176,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Keep the inputs and the states that enter chunks."""
     *tensors, ctx.chunk_size, keep_states = inputs
     assert keep_states, "a scan that is to be differentiated keeps its states"
     ctx.save_for_backward(*tensors, output[2])
@@ -174,6 +185,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _differentiate(ctx: Any, d_y: Tensor | None, d_final: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    """Gradients of `_forward`'s inputs; None for an absent initial state, documents and settings."""
     saved = ctx.saved_tensors
     if d_y is None:
         d_y = torch.zeros_like(saved[0])

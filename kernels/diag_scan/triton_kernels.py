@@ -18,7 +18,10 @@ from kernels.tiles import load_values
 
 @triton.jit
 def load_matrix(base, n, column, N, channels):
-    """A [channels, N] matrix as [N, channels], zeros outside."""
+    """A [channels, N] matrix as [N, channels], zeros outside.
+
+    [BLOCK_N, BLOCK_C] float32 where the matrix is.
+    """
     inside = (n < N)[:, None] & (column < channels)[None, :]
     return tl.load(base + column.to(tl.int64)[None, :] * N + n[:, None], mask=inside, other=0.0)
 
@@ -32,7 +35,10 @@ def store_matrix(base, value, n, column, N, channels):
 
 @triton.jit
 def decays(dt_tile, rates, firsts, row, t, T, DOCUMENTS: tl.constexpr):
-    """e^(dt rates) of a tile, [Q, N, channels], 0 at tokens that begin a document other than the row's first."""
+    """e^(dt rates) of a tile, [Q, N, channels], 0 at tokens that begin a document other than the row's first.
+
+    dt_tile [Q, channels], rates A [N, channels].
+    """
     exponents = dt_tile[:, None, :] * rates[None, :, :]
     if DOCUMENTS:
         begin = tl.load(firsts + row + tl.minimum(t, T - 1))
@@ -42,7 +48,10 @@ def decays(dt_tile, rates, firsts, row, t, T, DOCUMENTS: tl.constexpr):
 
 @triton.jit
 def take_token(tile, token: tl.constexpr, Q: tl.constexpr):
-    """One token of a [Q, N, channels] tile, by bits: sums with zeros of integers cost nothing once compiled."""
+    """One token of a [Q, N, channels] tile, by bits: sums with zeros of integers cost nothing once compiled.
+
+    Of floats x + 0.0 differs from x at -0.0, so a compiler would have to keep the additions.
+    """
     bits = tl.where(tl.arange(0, Q)[:, None, None] == token, tile.to(tl.int32, bitcast=True), 0)
     return tl.sum(bits, axis=0).to(tl.float32, bitcast=True)
 
@@ -55,7 +64,10 @@ def put_token(tile, row, token: tl.constexpr, Q: tl.constexpr):
 
 @triton.jit
 def walk_tile(decay, new, state, Q: tl.constexpr):
-    """States after each token of a tile and after the last, from the state before it."""
+    """States after each token of a tile and after the last, from the state before it.
+
+    Unrolled: a multiply-add a token inside one thread. states [Q, N, channels], state [N, channels].
+    """
     states = new
     for token in tl.static_range(Q):
         state = take_token(decay, token, Q) * state + take_token(new, token, Q)
@@ -65,7 +77,10 @@ def walk_tile(decay, new, state, Q: tl.constexpr):
 
 @triton.jit
 def walk_tile_back(decay, flow, d_state, Q: tl.constexpr):
-    """What reaches each token's state, from its own output and from the token after it; and what the tile passes on."""
+    """What reaches each token's state, from its own output and from the token after it; and what the tile passes on.
+
+    `flow` begins as C_t dy_t and ends as the gradient of each token's state.
+    """
     for back in tl.static_range(Q):
         row = take_token(flow, Q - 1 - back, Q) + d_state
         flow = put_token(flow, row, Q - 1 - back, Q)
@@ -84,6 +99,8 @@ def diag_forward_kernel(
 
     dt [B, T, channels] and y are packed; final and initial are [B, channels, N]; with SAVE entering [B, chunks, N,
     channels] holds the states before chunks of TILES tiles.
+
+    Grid: (blocks of channels, B). x, B and C may be slices with packed channels; sums and states are float32.
     """
     batch = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -126,6 +143,9 @@ def diag_backward_kernel(
     A chunk is walked forward from its saved state first, for the states before its tiles, which stay in room [B, blocks,
     TILES, BLOCK_N, BLOCK_C], the program's own. d_A [B, channels, N], d_D [B, channels] are sums of a row; d_B and d_C
     [blocks, B, T, N] those of a block of channels.
+
+    Grid: (blocks of channels, B). d_B and d_C are sums over channels, which no program sees whole: PyTorch adds
+    the blocks in order.
     """
     batch, block = tl.program_id(1).to(tl.int64), tl.program_id(0)
     column = block * BLOCK_C + tl.arange(0, BLOCK_C)

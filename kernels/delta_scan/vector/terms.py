@@ -2,6 +2,10 @@
 
 One step a token, as many key heads as heads. Documents are cut by gates of -inf (kernels/channel_gates.py), so that no mask
 is needed here.
+
+How: scores of queries and of keys with earlier keys are taken together, because they share the decayed keys of
+every level. A gate's gradient comes from the gradients of the factors that hold it, handed down the levels as
+the sums were built up.
 """
 
 from __future__ import annotations
@@ -69,7 +73,10 @@ class VectorTerms(ChunkedRows):
         return cls(s, 1, q, k, v, beta, g_NQK, start, end, scores)
 
     def interactions(self) -> Tensor:
-        """k_i . k_j with the decay between them, [c, B, H, Q, Q]. Only j < i counts."""
+        """k_i . k_j with the decay between them, [c, B, H, Q, Q]. Only j < i counts.
+
+        A copy, because the walk scales it in place and the scores are kept.
+        """
         return self.scores[..., 1, :, :].clone()
 
     def mix(self) -> Tensor:
@@ -89,7 +96,11 @@ class VectorTerms(ChunkedRows):
         return self.start[..., -1, :, None]
 
     def score_gradients(self, d_scores: Tensor, sums: ScoreSums) -> None:
-        """Adds what scores [N, 2, Q, Q] have by their gradient to those of q, k and of the sums of gates."""
+        """Adds what scores [N, 2, Q, Q] have by their gradient to those of q, k and of the sums of gates.
+
+        From the largest halves to single tokens, the reverse of forward; the diagonal has no decay and comes
+        last.
+        """
         q, k = self.q.flatten(0, 2), self.k.flatten(0, 2)
         both = torch.stack([q, k], dim=1)
         *levels, _ = walk_levels(self.g_NQK)
@@ -120,7 +131,10 @@ def whole_factors(g_NQK: Tensor) -> Tensor:
 
 
 def _score(q_NQK: Tensor, k_NQK: Tensor, g_NQK: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores [N, 2, Q, Q] of queries and keys with keys before them (queries also with their own), and the whole factors."""
+    """Scores [N, 2, Q, Q] of queries and keys with keys before them (queries also with their own), and the whole factors.
+
+    Returns scores and factors as `walk_levels` gives them for the whole chunk.
+    """
     N, Q, _ = q_NQK.shape
     both = torch.stack([q_NQK, k_NQK], dim=1)
     scores = q_NQK.new_zeros(N, 2, Q, Q)

@@ -1,4 +1,9 @@
-"""The gradient of the delta rule with a gate of each key channel: a walk back, then one program a chunk and block of channels."""
+"""The gradient of the delta rule with a gate of each key channel: a walk back, then one program a chunk and block of channels.
+
+How: the walk back and the products with states are those of the scalar form; `vector_pairs_kernel` leaves the
+gradients of both score matrices, which every part of K then reads. Each of the four sums over levels is a loop
+of its own, with gates summed again: registers, not operations, are what this kernel lacks.
+"""
 
 # Triton reads a kernel's parameters from the call: they carry no types.
 # mypy: disable-error-code="no-untyped-def"
@@ -23,6 +28,8 @@ def vector_walk_back_kernel(
 
     Writes d_v [B, T, H, V], leaving [B, chunks, H, K, V], the gradients of the states that leave the chunks, and
     d_initial [B, H, K, V].
+
+    Grid: (B * H * blocks of V). Transposes are of loaded tiles only.
     """
     v_blocks = tl.cdiv(V, BLOCK_V)
     v_first = tl.program_id(0) % v_blocks * BLOCK_V
@@ -66,7 +73,10 @@ def vector_pairs_kernel(
     d_o, d_v, errors, by_read, by_found, T, H, V, chunks,
     Q: tl.constexpr, BLOCK_V: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """by_read and by_found [B, T, H, Q]: do r^T up to each token and -(dv r^T) before it, one program a chunk and head."""
+    """by_read and by_found [B, T, H, Q]: do r^T up to each token and -(dv r^T) before it, one program a chunk and head.
+
+    Grid: (B * chunks, H). Zero where a token does not read, so that later products need no mask.
+    """
     batch, c = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
     h = tl.program_id(1)
     row, start = batch * T, c * Q
@@ -96,6 +106,8 @@ def add_pairs(
     """Add what pairs of tokens of the chunk give: to a reader from the keys x, weighed by beta, or OF_KEYS to a key from its readers x.
 
     A loop for each of the four, and what it reads read again each time: more at once would spill.
+
+    Returns d_tile [Q, PART] float32.
     """
     lane, token = tl.arange(0, Q)[:, None], tl.arange(0, Q)[None, :]
     starts = load_gates(g_base, firsts, row, start, T, H * K, width, Q, PART, DOCUMENTS)
@@ -120,7 +132,10 @@ def states_products(
     d_o, d_v, errors, entering, leaving, base, start, T, H, V, width,
     Q: tl.constexpr, PART: tl.constexpr, BLOCK_V: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """do S^T, dv S^T and r dS^T for PART rows of the states, of which `width` exist, and the sums of S dS over V."""
+    """do S^T, dv S^T and r dS^T for PART rows of the states, of which `width` exist, and the sums of S dS over V.
+
+    Returns [Q, PART] three times and [PART], all float32.
+    """
     channel, v_lane = tl.arange(0, PART)[:, None], tl.arange(0, BLOCK_V)[None, :]
     from_read = tl.zeros((Q, PART), tl.float32)
     from_found = tl.zeros((Q, PART), tl.float32)
@@ -151,6 +166,9 @@ def vector_gradients_kernel(
 
     The gate's gradient is made of products of what reads and what is written with their gradients; those of a token with
     itself have no exponent and come last.
+
+    Grid: (B * chunks, H * parts of K). d_beta needs a sum over all of K; each part writes its share and PyTorch
+    adds them.
     """
     parts = tl.cdiv(K, PART)
     batch, c = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks

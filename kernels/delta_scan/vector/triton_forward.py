@@ -1,6 +1,9 @@
 """The delta rule with a gate of each key channel: what a chunk does by itself, then one walk over chunks, in Triton.
 
 Formulas: README.md of delta_scan; gates as sums over halves of halves: kernels/decay_scan/README.md.
+
+How: decays are applied to q and k once here, so that the walks are plain products with no factors of their own;
+the inverse is that of the scalar form.
 """
 
 # Triton reads a kernel's parameters from the call: they carry no types.
@@ -29,6 +32,9 @@ def vector_prepare_kernel(
     With the gates summed up to each token (starts) and after it (ends): q_start = e^starts q, k_start = e^starts k and
     k_end = beta e^ends k, all [B, T, H, K]; decay [B, chunks, H, K], e to the sum over the chunk; inverse and scores
     [B, T, H, Q], the rows of (I + A diag(beta))^-1 and P diag(beta). PART channels at a time.
+
+    Grid: (B * chunks, H). All results but the float32 decay are in the dtype of v; scores and inverse are
+    summed over parts of K on chip.
     """
     batch, c = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
     h = tl.program_id(1)
@@ -51,6 +57,7 @@ def vector_prepare_kernel(
         for level in tl.range(0, LEVELS, disable_licm=True):
             half = 1 << level
             power = power_inside(starts, ends, half, Q)
+            # Pairs of this level: their places agree above the half's bit and differ in it.
             between = (lane ^ token) // half == 1
             keys = (k_tile * power).to(DOT)
             product = tl.dot((q_tile * power).to(DOT), tl.trans(keys), input_precision="ieee")
@@ -86,6 +93,8 @@ def vector_walk_kernel(
 
     o [B, T, H, V] is made with OUTPUT; with SAVE entering [B, chunks, H, K, V], the states that enter the chunks, and
     errors [B, T, H, V], what v asks beyond what each token found.
+
+    Grid: (B * H * blocks of V). State [BLOCK_K, BLOCK_V] float32.
     """
     v_blocks = tl.cdiv(V, BLOCK_V)
     v_first = tl.program_id(0) % v_blocks * BLOCK_V

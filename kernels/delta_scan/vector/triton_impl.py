@@ -1,4 +1,8 @@
-"""The Triton delta rule with a gate of each key channel as an operation that autograd, torch.compile and meta tensors know."""
+"""The Triton delta rule with a gate of each key channel as an operation that autograd, torch.compile and meta tensors know.
+
+How: as `kernels.delta_scan.triton_impl`, with one step a token, a key head for each head, and two more
+launches: pairs of tokens in backward, and parts of K in the last kernel. Only inputs are saved.
+"""
 
 from __future__ import annotations
 
@@ -71,6 +75,7 @@ class _Launch:
 
     @classmethod
     def of(cls, q: Tensor, v: Tensor, chunk_size: int) -> _Launch:
+        """Sizes of q [B, T, H, K] and v [B, T, H, V], and the number of chunks in a row."""
         (B, T, H, V), K = v.shape, q.shape[3]
         return cls(B, T, H, K, V, chunk_size, triton.cdiv(T, chunk_size))
 
