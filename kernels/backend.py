@@ -1,6 +1,9 @@
 """Which implementation of an operation runs: the step-by-step reference, PyTorch, or our Triton kernels.
 
 A choice that this machine cannot honour is an error that says why; nothing falls back in silence.
+
+Every operation asks `resolve_backend` at each call, so that tests and tools can choose by argument; what it has
+to look up is cached.
 """
 
 from __future__ import annotations

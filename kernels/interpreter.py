@@ -21,7 +21,11 @@ _DOT_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.flo
 
 
 def dot_dtype(dtype: torch.dtype) -> tl.dtype:
-    """Operand dtype of `tl.dot` for inputs of `dtype` (float32, bfloat16 or float16): float32 in the plain interpreter."""
+    """Operand dtype of `tl.dot` for inputs of `dtype` (float32, bfloat16 or float16): float32 in the plain interpreter.
+
+    Raises ValueError for other dtypes: the kernels have no float64, so calling this is also how launchers
+    refuse it.
+    """
     if dtype not in _DOT_DTYPES:
         raise ValueError(f'backend "triton" takes float32, bfloat16 or float16; got {dtype}; use "torch"')
     return tl.float32 if INTERPRETED and not EMULATIONS else _DOT_DTYPES[dtype]

@@ -117,6 +117,7 @@ def config_for(kernel: str, shape: Sequence[object], candidates: Sequence[Config
     table would change bits between cards) and without an entry in this card's table.
     """
     entry = _name_entry(kernel, shape)
+    # A tuning in progress decides, and learns here which kernels an operation launches.
     if _SESSIONS:
         _SESSIONS[-1].asked.setdefault(entry, tuple(candidates))
         return _SESSIONS[-1].forced.get(entry, candidates[0])
@@ -156,6 +157,7 @@ def tune(
                 if fault:
                     report(f"{entry}: {dict(candidate)} {fault}; left out")
                     continue
+                # A candidate that passed tightens the limit for those after it.
                 limit = min(limit, max(_WORSE * error, 1e-6))
                 milliseconds = measure(run)
                 if milliseconds < least:
@@ -179,15 +181,18 @@ def find_environment(device: torch.device) -> Environment:
 
 @functools.cache
 def _load_table(index: int) -> Table:
+    """The table of a CUDA device, read once a process."""
     return Table.load(find_environment(torch.device("cuda", index)))
 
 
 def _name_entry(kernel: str, shape: Sequence[object]) -> str:
+    """Key of a kernel and the shape it was compiled for."""
     return " ".join([kernel, *map(str, shape)])
 
 
 @contextlib.contextmanager
 def _session() -> Iterator[_Session]:
+    """Inside, `config_for` answers from this session and notes what was asked."""
     _SESSIONS.append(_Session())
     try:
         yield _SESSIONS[-1]

@@ -1,4 +1,9 @@
-"""What autograd and the compiler have to know of the operations, the same for PyTorch and Triton."""
+"""What autograd and the compiler have to know of the operations, the same for PyTorch and Triton.
+
+The loss operation returns its gradients as outputs, because a custom operation cannot hand its context a tensor
+in any other way; they are marked as not differentiable. Backward multiplies them with the scalar that reaches
+the loss.
+"""
 
 from __future__ import annotations
 
@@ -34,13 +39,17 @@ def register_statistics(operation: CustomOpDef, backward: CustomOpDef) -> None:
 def _fake_loss(
     hidden_RD: Tensor, weight_VD: Tensor, labels_R: Tensor, ignore_index: int, z_loss_weight: float, with_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Shapes and dtypes of the loss operation: loss [], loss of each row [R], gradients of hidden and weight."""
     wide = sum_dtype(hidden_RD)
     d_hidden, d_weight = (x.new_empty(x.shape if with_grad else 0) for x in (hidden_RD, weight_VD))
     return hidden_RD.new_empty((), dtype=wide), hidden_RD.new_empty(labels_R.shape, dtype=wide), d_hidden, d_weight
 
 
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Keep the gradients that forward made."""
+    """Keep the gradients that forward made.
+
+    The inputs are not kept: backward does not need them.
+    """
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[2:])
@@ -56,6 +65,7 @@ def _differentiate_loss(ctx: Any, d_total: Tensor | None, *_: Tensor | None) -> 
 
 
 def _fake_statistics(hidden_RD: Tensor, weight_VD: Tensor, labels_R: Tensor, first_row: int) -> tuple[Tensor, Tensor]:
+    """Shapes and dtypes of the statistics: two vectors [R] in the dtype of sums."""
     log_sum_R = hidden_RD.new_empty(labels_R.shape, dtype=sum_dtype(hidden_RD))
     return log_sum_R, torch.empty_like(log_sum_R)
 
@@ -63,6 +73,7 @@ def _fake_statistics(hidden_RD: Tensor, weight_VD: Tensor, labels_R: Tensor, fir
 def _fake_statistics_backward(
     d_log_sum_R: Tensor, d_target_R: Tensor, hidden_RD: Tensor, weight_VD: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor]:
+    """Shapes and dtypes of the gradients of hidden and weight."""
     return hidden_RD.new_empty(hidden_RD.shape), weight_VD.new_empty(weight_VD.shape)
 
 

@@ -1,4 +1,11 @@
-"""Cross-entropy of a linear head without keeping the logits, whole or over a shard of the vocabulary."""
+"""Cross-entropy of a linear head without keeping the logits, whole or over a shard of the vocabulary.
+
+How: logits of a vocabulary of 100k in float32 are among the largest tensors of a training step, and are needed
+for one softmax only. They are made for a slice of rows at a time. With the whole head on one rank, forward
+turns each slice into its gradients at once, so that backward only scales them; with the head sharded over
+tensor ranks, the softmax needs sums of all ranks first, so forward keeps the statistics and backward makes the
+logits again. Reductions over ranks are the caller's.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +26,8 @@ class CrossEntropy:
 
     `total`: differentiable scalar, negative log-likelihood plus z-loss. `nll_sum`: detached scalar without the z-loss.
     `token_nll_R`: detached float32, 0 at ignored rows.
+
+    Sums and not means, because a step divides by the labels of all ranks and micro-batches.
     """
 
     total: Tensor
@@ -55,6 +64,7 @@ def linear_cross_entropy(
     total, token_nll_R = implementation(
         hidden_RD, weight_VD, labels_R, ignore_index=ignore_index, z_loss_weight=z_loss_weight
     )
+    # Only the total carries gradient: the gradients that forward made are those of the total.
     token_nll_R = token_nll_R.detach()
     return CrossEntropy(total, token_nll_R.sum(), token_nll_R.float())
 
@@ -82,6 +92,7 @@ def linear_statistics(
 
 
 def _check(hidden_RD: Tensor, weight_VD: Tensor, labels_R: Tensor) -> None:
+    """Raise ValueError unless hidden [R, D], weight [V, D] and labels [R] int64 fit each other."""
     check_shape("hidden_RD", hidden_RD, (-1, -1))
     check_float("hidden_RD", hidden_RD)
     check_shape("weight_VD", weight_VD, (-1, hidden_RD.shape[1]), hidden_RD)
@@ -105,10 +116,16 @@ def _check_labels(labels_R: Tensor, vocab: int, ignore_index: int) -> None:
 
 
 def cross_entropy_flops(rows: int, vocab: int, model: int, *, recompute: bool) -> int:
-    """Floating point operations of forward and backward: three products, four where backward computes logits again."""
+    """Floating point operations of forward and backward: three products, four where backward computes logits again.
+
+    `rows`, `vocab` and `model` are R, V and D; a product costs 2 R V D.
+    """
     return 2 * rows * vocab * model * (4 if recompute else 3)
 
 
 def cross_entropy_bytes(rows: int, vocab: int, model: int, size: int) -> int:
-    """Least bytes of forward and backward: hidden and weight read, both gradients written."""
+    """Least bytes of forward and backward: hidden and weight read, both gradients written.
+
+    `size` is the bytes of one number; logits are not in it, because no logit has to reach memory.
+    """
     return 2 * size * (rows + vocab) * model

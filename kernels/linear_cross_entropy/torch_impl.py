@@ -2,6 +2,9 @@
 
 Each slice's logits are turned in place into their own gradient and used at once, so backward has nothing left to do
 but to scale: three products instead of the four that recomputing needs.
+
+Ignored rows are left out of all products: they are gathered away first, which on a CPU costs no wait. The
+weight's gradient is summed over slices in float32 even where products are bfloat16.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ _LEAST_ROWS = 128
 
 
 def _slice_rows(vocab: int) -> int:
+    """Rows of a slice of logits."""
     return max(_LEAST_ROWS, _SLICE_ELEMENTS // vocab)
 
 
@@ -54,11 +58,13 @@ def _forward(
         logits = _logits(hidden_SD[part], weight)
         peak = logits.amax(1, keepdim=True)
         target = logits.gather(1, labels)
+        # From here on logits, probabilities and their gradient are one buffer.
         probabilities = logits.sub_(peak).exp_()
         total = probabilities.sum(1, keepdim=True)
         log_sum = total.log().add_(peak)
         nll_S[part], log_sum_S[part] = (log_sum - target)[:, 0], log_sum[:, 0]
         if with_grad:
+            # d(log_sum + z log_sum^2) = (1 + 2 z log_sum) p, and -1 at the label.
             d_logits = probabilities.mul_((1 + 2 * z_loss_weight * log_sum) / total)
             d_logits.scatter_add_(1, labels, -torch.ones_like(total))
             d_logits = d_logits.to(dtype)
@@ -86,6 +92,7 @@ def linear_cross_entropy_torch(
     hidden_RD: Tensor, weight_VD: Tensor, labels_R: Tensor, *, ignore_index: int, z_loss_weight: float
 ) -> tuple[Tensor, Tensor]:
     """As `linear_cross_entropy_reference`, with sums in float32 (float64 for float64)."""
+    # Evaluation needs no gradients, and then only one of the three products is taken.
     with_grad = torch.is_grad_enabled() and (hidden_RD.requires_grad or weight_VD.requires_grad)
     return _forward(hidden_RD, weight_VD, labels_R, ignore_index, z_loss_weight, with_grad)[:2]
 

@@ -3,6 +3,10 @@
 The whole loss computes gradients in forward: a slice's logits are written once (float32), read once, and become their
 gradient: 3 products. Over a shard of the vocabulary no logits are written in forward, and backward computes them
 again: 4 products.
+
+Why the two products with the gradient are the library's: they are plain, and its kernels are tuned for every
+card; only the softmax around them is worth fusing. Ignored rows stay and get a weight of zero, because their
+number is known on the device alone.
 """
 
 from __future__ import annotations
@@ -33,7 +37,11 @@ def slice_rows(vocab: int) -> int:
 def _statistics_of(
     hidden_RD: Tensor, weight_VD: Tensor, labels_R: Tensor, first_row: int, logits_RV: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp and label's logit [R] float32 of one slice; writes the logits where a buffer for them is given."""
+    """Log-sum-exp and label's logit [R] float32 of one slice; writes the logits where a buffer for them is given.
+
+    The vocabulary is split over programs where row blocks alone don't fill the card; partial sums are joined by
+    a log-sum-exp of the splits.
+    """
     rows, model = hidden_RD.shape
     vocab = weight_VD.shape[0]
     tiles = triton.cdiv(vocab, TILE["BLOCK_N"])

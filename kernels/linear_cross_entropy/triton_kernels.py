@@ -1,4 +1,9 @@
-"""Logits of a linear head as tiles on chip: their log-sum-exp, the label's logit, and their gradient."""
+"""Logits of a linear head as tiles on chip: their log-sum-exp, the label's logit, and their gradient.
+
+Softmax is online: a program keeps a running maximum and the sum of exponentials below it, and rescales the sum
+when the maximum grows. Logits are float32 whatever the inputs are. Labels are compared with columns of this
+shard, so a label of another shard, or an ignored one, meets no column and adds nothing.
+"""
 
 # Triton reads a kernel's parameters from the call: they carry no types.
 # mypy: disable-error-code="no-untyped-def"
@@ -15,7 +20,10 @@ def _logits_tile(
     hidden, weight, row, column, rows, vocab, model,
     DOT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """hidden weight^T for rows [BLOCK_M] and columns [BLOCK_N], in float32."""
+    """hidden weight^T for rows [BLOCK_M] and columns [BLOCK_N], in float32.
+
+    hidden [rows, model] and weight [vocab, model] packed. "ieee": float32 operands are not rounded to tf32.
+    """
     logits = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for begin in range(0, model, BLOCK_K):
         lane = begin + tl.arange(0, BLOCK_K)
@@ -70,7 +78,11 @@ def gradient_kernel(
     hidden, weight, labels, log_sums, d_log_sums, d_targets, d_logits, rows, vocab, model, first_row,
     DOT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """d_logits [rows, vocab] = d_log_sum * exp(logits - log_sum) + d_target at the label; logits computed again."""
+    """d_logits [rows, vocab] = d_log_sum * exp(logits - log_sum) + d_target at the label; logits computed again.
+
+    Grid: one program a tile, row blocks innermost, so that programs that run together share a tile of the
+    weight.
+    """
     blocks = tl.cdiv(rows, BLOCK_M)
     row = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)

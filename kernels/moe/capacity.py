@@ -1,4 +1,9 @@
-"""A limit to the choices that an expert takes of one batch: what is over it is lost, or goes to an expert with room."""
+"""A limit to the choices that an expert takes of one batch: what is over it is lost, or goes to an expert with room.
+
+A limit keeps the work of each expert even, at the price of tokens whose choice is lost. Both forms are
+functions of the choices alone, without host synchronisation, so that they can run inside a captured or
+recomputed forward pass.
+"""
 
 from __future__ import annotations
 
@@ -45,8 +50,10 @@ def recycle_overflow(expert_ids_RK: Tensor, num_experts: int, capacity: int, see
     seats = torch.arange(num_experts * capacity, device=device)
     seat_experts = seats // capacity
     is_free = seats % capacity >= taken_E[seat_experts]
+    # The salt depends on every choice of the batch, so that different batches draw differently.
     numbers_S = torch.arange(len(kept_S), device=device) * num_experts + expert_ids_RK.flatten()
     salt = mix_bits(numbers_S + mix_bits(seed)).sum()
+    # As many offers as there can be, so that shapes do not depend on values.
     length = min(len(seats), len(kept_S))
     for _ in range(ROUNDS):
         salt = mix_bits(salt)
@@ -72,7 +79,10 @@ def mix_bits(values: Tensor) -> Tensor:
 
 
 def _shift_right(values: Tensor, bits: int) -> Tensor:
-    """Without copying the sign."""
+    """Without copying the sign.
+
+    PyTorch has no unsigned 64 bit integers to shift.
+    """
     return (values >> bits) & (LARGEST >> (bits - 1))
 
 

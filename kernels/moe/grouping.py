@@ -33,6 +33,8 @@ def sort_stably(ids: Tensor, limit: int) -> Tensor:
     """Positions of the ids in [0, limit), smallest id first, equal ids in their first order.
 
     On CPU by NumPy, which sorts two-byte integers by their digits: 12,288 ids take 0.04 ms, PyTorch's sort 0.5 ms.
+
+    Reads values on the host in that case.
     """
     if ids.device.type != "cpu" or torch.compiler.is_compiling() or limit > torch.iinfo(torch.int16).max:
         return ids.argsort(stable=True)

@@ -1,4 +1,11 @@
-"""Mixture of experts: choose experts, group tokens by expert, run the experts, add up what they say."""
+"""Mixture of experts: choose experts, group tokens by expert, run the experts, add up what they say.
+
+How: three steps that can be used apart. `route` chooses experts and their weights; `group_by_expert` sorts
+(token, choice) pairs so that an expert's rows lie together; the feed-forward runs over sorted rows as grouped
+products. `expert_feed_forward` joins the last two and gathers rows inside the product, without a sorted copy of
+x; `grouped_feed_forward` takes rows that expert parallelism has already sorted and exchanged. No ranks
+communicate here. Ties go to the lower id in every backend, so that all choose alike.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +33,8 @@ class Routing:
 
     `expert_ids_RK` int64, best first. `weights_RK` float32, differentiable. `counts_E` int64: choices of each expert.
     `scores_RE` float32, differentiable, without the bias: for auxiliary losses.
+
+    Ids and counts carry no gradient; weights and scores do.
     """
 
     expert_ids_RK: Tensor
@@ -138,6 +147,7 @@ def expert_feed_forward(
 def _check_route(
     logits_RE: Tensor, expert_bias_E: Tensor | None, score: str, top_k: int, num_groups: int, group_top_k: int
 ) -> None:
+    """Raise ValueError for shapes, or for settings of scores and groups that can't choose `top_k` experts."""
     check_shape("logits_RE", logits_RE, (-1, -1))
     check_float("logits_RE", logits_RE)
     num_experts = logits_RE.shape[1]
@@ -160,6 +170,7 @@ def _check_route(
 
 
 def _check_experts(x_RD: Tensor, up_EFD: Tensor, down_EDF: Tensor, activation: str) -> None:
+    """Raise ValueError unless x [R, D], up [E, F, D] and down [E, D, hidden] fit each other and the activation."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
     check_shape("x_RD", x_RD, (-1, -1))
@@ -174,7 +185,10 @@ def _check_experts(x_RD: Tensor, up_EFD: Tensor, down_EDF: Tensor, activation: s
 
 
 def feed_forward_flops(pairs: int, model: int, hidden: int, activation: str) -> int:
-    """Floating point operations of one forward for `pairs` (token, choice) rows; backward takes twice as many."""
+    """Floating point operations of one forward for `pairs` (token, choice) rows; backward takes twice as many.
+
+    SwiGLU has three matrices an expert (gate, up, down), the squared ReLU two.
+    """
     return 2 * pairs * model * hidden * (3 if activation == "swiglu" else 2)
 
 

@@ -66,7 +66,10 @@ def grouped_feed_forward_reference(
 def expert_feed_forward_reference(
     x_RD: Tensor, expert_ids_RK: Tensor, weights_RK: Tensor, up_EFD: Tensor, down_EDF: Tensor, *, activation: str
 ) -> Tensor:
-    """Sum over each token's chosen experts of weight times feed-forward, expert by expert."""
+    """Sum over each token's chosen experts of weight times feed-forward, expert by expert.
+
+    Shapes as in `kernels.moe.op.expert_feed_forward`; every expert is run, with no rows where none chose it.
+    """
     y_RD = torch.zeros_like(x_RD)
     for expert in range(up_EFD.shape[0]):
         rows, choices = torch.where(expert_ids_RK == expert)

@@ -16,7 +16,10 @@ from kernels.moe.torch_loop import loop_backward, loop_forward, sum_by_token
 
 
 def choose_experts(appeal_RE: Tensor, top_k: int, num_groups: int, group_top_k: int) -> Tensor:
-    """Ids [R, K] of the most appealing experts, best first; equal appeal goes to the lower id. Not differentiable."""
+    """Ids [R, K] of the most appealing experts, best first; equal appeal goes to the lower id. Not differentiable.
+
+    With groups, a group's merit is the sum of its two best; experts of other groups are set to -inf.
+    """
     appeal_RE = appeal_RE.detach()
     if group_top_k < num_groups:
         grouped = appeal_RE.unflatten(1, (num_groups, -1))
@@ -59,6 +62,7 @@ def route_torch(
     logits_RE = logits_RE if logits_RE.dtype == torch.float64 else logits_RE.float()
     scores_RE = logits_RE.softmax(-1) if score == "softmax" else logits_RE.sigmoid()
     if score == "softmax" and expert_bias_E is None and num_groups == 1:
+        # Softmax keeps the order of logits, so those may decide.
         appeal_RE = logits_RE  # probabilities of far-off logits are all zero; the logits still have an order
     else:
         appeal_RE = scores_RE if expert_bias_E is None else scores_RE + expert_bias_E
@@ -138,6 +142,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Keep x and the hidden rows, an output only so that it can be kept."""
     x_RD, weights_S, token_ids_S, offsets_E, up_EFD, down_EDF, ctx.activation = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -145,6 +150,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _differentiate(ctx: Any, dy_RD: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients of x, weights, up and down; None throughout where the output took no gradient."""
     if dy_RD is None:
         return (None,) * 7
     saved = ctx.saved_tensors
@@ -158,7 +164,10 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 def grouped_feed_forward_torch(
     x_RD: Tensor, offsets_E: Tensor, up_EFD: Tensor, down_EDF: Tensor, activation: str
 ) -> Tensor:
-    """Feed-forward of rows sorted by expert: [R, D]."""
+    """Feed-forward of rows sorted by expert: [R, D].
+
+    x [R, D], offsets [E] (row after each expert's last).
+    """
     return _forward(x_RD, None, None, offsets_E, up_EFD, down_EDF, activation)[0]
 
 

@@ -29,7 +29,10 @@ def loop_forward(
     activation: str,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Output rows in sorted order [S, D] in `dtype`, that of the products, and hidden rows [S, F] in that of x."""
+    """Output rows in sorted order [S, D] in `dtype`, that of the products, and hidden rows [S, F] in that of x.
+
+    Rows without an expert do not exist; an expert without rows is skipped.
+    """
     counts = _count_rows(offsets_E)
     y_SD = x_RD.new_empty(sum(counts), x_RD.shape[1], dtype=dtype)
     hidden_SF = x_RD.new_empty(sum(counts), up_EFD.shape[1])
@@ -68,7 +71,11 @@ def loop_backward(
     activation: str,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x in sorted order [S, D] in `dtype`, of weights [S] (empty without them), of up and of down."""
+    """Gradients of x in sorted order [S, D] in `dtype`, of weights [S] (empty without them), of up and of down.
+
+    With v = dy down: d_weight = <v, activation>, and weight * v goes through the activation's gradient. So the
+    output before weighting is not needed.
+    """
     wide = torch.promote_types(dtype, torch.float32)
     counts = _count_rows(offsets_E)
     dx_SD = x_RD.new_empty(hidden_SF.shape[0], x_RD.shape[1], dtype=dtype)
@@ -87,6 +94,7 @@ def loop_backward(
         d_down_EDF.unbind(0),
     ):
         if rows.shape[0] == 0:
+            # Its memory is not cleared otherwise.
             d_up.zero_()
             d_down.zero_()
             continue

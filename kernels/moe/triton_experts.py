@@ -2,6 +2,10 @@
 
 Forward: up (gather, product, activation, weight), down, sum over choices. Backward: down with the activation's
 gradient, two weight gradients, up, sum. Saved: x and the hidden rows before the activation.
+
+The host knows how many pairs there are, not how they fall on experts: reading the counts would make each layer
+wait for the device. Grids take the upper bound of tiles instead, one more for each expert, and programs without
+a tile end at once.
 """
 
 from __future__ import annotations
@@ -209,6 +213,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Keep x and the hidden rows, an output only so that it can be kept."""
     x_RD, weights_RK, order, inverse, offsets_E, up_EFD, down_EDF, ctx.swiglu = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -216,6 +221,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _differentiate(ctx: Any, d_y: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients of x, weights, up and down; None throughout where the output took no gradient."""
     if d_y is None:
         return (None,) * 8
     saved = ctx.saved_tensors
@@ -240,6 +246,7 @@ def expert_feed_forward_triton(
     """Weighted sum of each token's experts: [R, D], for float32, bfloat16 and float16."""
     dot_dtype(x_RD.dtype)
     places = torch.arange(groups.order.shape[0], device=groups.order.device)
+    # Sorted place of each pair: the sum over a token's choices reads its rows by it.
     inverse = torch.zeros_like(places).scatter(0, groups.order, places)
     return _forward(
         x_RD, weights_RK, groups.order, inverse, groups.offsets_E, up_EFD, down_EDF, activation == "swiglu"

@@ -2,6 +2,10 @@
 
 Tiles of rows never span two experts. How many tiles each expert has is only known on the device, so the grid has an
 upper bound of them, and each program finds its expert among the offsets; programs beyond the last tile end at once.
+
+Weights of choices are applied to the activation, which is usually narrower than the output, and rows of x are
+gathered while they are loaded. No sums by atomics: each token's rows are added by one program in the order of
+its choices.
 """
 
 # Triton reads a kernel's parameters from the call: they carry no types.
@@ -18,7 +22,11 @@ from kernels.silu import sigmoid, silu, silu_backward
 
 @triton.jit
 def _find_tile(offsets, tile, experts, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Expert of a tile (`experts` beyond the last tile), its first row, and the row after the expert's last."""
+    """Expert of a tile (`experts` beyond the last tile), its first row, and the row after the expert's last.
+
+    Every program repeats the search, over at most EXPERTS offsets in registers: cheaper than a launch that
+    lists the tiles.
+    """
     expert = tl.arange(0, EXPERTS)
     ends = tl.load(offsets + expert, mask=expert < experts, other=0)
     begins = tl.load(offsets + expert - 1, mask=(expert > 0) & (expert < experts), other=0)
@@ -33,7 +41,10 @@ def _find_tile(offsets, tile, experts, EXPERTS: tl.constexpr, BLOCK_M: tl.conste
 
 @triton.jit
 def _source(order, row, inside, choices, GATHER: tl.constexpr):
-    """Token of each sorted row, or the row itself where nothing is gathered."""
+    """Token of each sorted row, or the row itself where nothing is gathered.
+
+    [BLOCK_M]; pair numbers are token * choices + choice.
+    """
     if GATHER:
         return tl.load(order + row, mask=inside, other=0) // choices
     return row
@@ -44,7 +55,10 @@ def _multiply(
     x, source, inside, weight, column, columns, weight_row, weight_column, inner,
     DOT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """x[source, :] times weight[column, :], summed over `inner`, in float32."""
+    """x[source, :] times weight[column, :], summed over `inner`, in float32.
+
+    [BLOCK_M, BLOCK_N]. Columns of the weight may have any strides, so that its transpose needs no copy.
+    """
     result = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for begin in range(0, inner, BLOCK_K):
         lane = begin + tl.arange(0, BLOCK_K)
@@ -86,7 +100,10 @@ def grouped_product_kernel(
     GATHER: tl.constexpr, DOT: tl.constexpr, EXPERTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """y [S, columns] = x[sorted rows] times each expert's weight [columns, inner] (any strides)."""
+    """y [S, columns] = x[sorted rows] times each expert's weight [columns, inner] (any strides).
+
+    Grid: tiles (an upper bound) times column blocks, column blocks innermost.
+    """
     blocks = tl.cdiv(columns, BLOCK_N)
     expert, begin, end = _find_tile(offsets, tl.program_id(0) // blocks, experts, EXPERTS, BLOCK_M)
     if expert < experts:
@@ -120,6 +137,9 @@ def up_kernel(
     """hidden [S, F] = x[sorted rows] up^T before the activation, and active [S, width] = weight * activation(hidden).
 
     F is 2 * width for SwiGLU (gate, then up), else width.
+
+    Grid as in `grouped_product_kernel`. The hidden rows are kept for backward, the weighted activation goes
+    into the next product.
     """
     blocks = tl.cdiv(width, BLOCK_N)
     expert, begin, end = _find_tile(offsets, tl.program_id(0) // blocks, experts, EXPERTS, BLOCK_M)
@@ -207,7 +227,11 @@ def grouped_outer_kernel(
     GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr, DOT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """result [E, lefts, rights] = left^T right over each expert's rows, zeros for an expert without rows."""
+    """result [E, lefts, rights] = left^T right over each expert's rows, zeros for an expert without rows.
+
+    Grid: (left blocks, right blocks, E). The sum over an expert's rows stays in one program, so that no two
+    write one element.
+    """
     expert = tl.program_id(2).to(tl.int64)
     begin = tl.load(offsets + expert - 1, mask=expert > 0, other=0)
     end = tl.load(offsets + expert)

@@ -1,4 +1,9 @@
-"""Routing as one Triton kernel each way: scores, group limits, the choice, weights and counts in one pass over logits."""
+"""Routing as one Triton kernel each way: scores, group limits, the choice, weights and counts in one pass over logits.
+
+How: a program takes some rows with all their experts on chip, and chooses by taking the largest score top_k
+times, since k is small. Ties go to the lower id, as in the other backends. Experts are padded group by group to
+powers of two, so that limits on groups are reductions over a reshaped tile.
+"""
 
 # Triton reads a kernel's parameters from the call: they carry no types.
 # mypy: disable-error-code="no-untyped-def"
@@ -19,7 +24,10 @@ from kernels.interpreter import dot_dtype
 
 @triton.jit
 def _take_first_largest(values, lane, BIG: tl.constexpr):
-    """Lane of each row's largest value, the lowest of equal ones, and the values without it."""
+    """Lane of each row's largest value, the lowest of equal ones, and the values without it.
+
+    [BLOCK] twice and the values [BLOCK, lanes]; BIG answers for rows without a largest value (NaN).
+    """
     largest = tl.max(values, 1)
     chosen = tl.min(tl.where(values == largest[:, None], lane, BIG), 1)
     return largest, chosen, tl.where(lane == chosen[:, None], float("-inf"), values)
@@ -53,6 +61,8 @@ def route_forward_kernel(
     """scores [R, E], expert ids and weights [R, K], counts [E] added up by integer atomics, whose order cannot matter.
 
     Lanes hold experts group by group, each group padded to SIZE, so that a lane's order is its expert's order.
+
+    Grid: blocks of rows. Scores are computed in float32; groups have GROUPS * SIZE lanes.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     lane = tl.arange(0, GROUPS * SIZE)[None, :]
@@ -103,7 +113,11 @@ def route_backward_kernel(
     scores, expert_ids, d_weights, d_scores, d_logits, rows, experts, top_k, scaling,
     SOFTMAX: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr, EXPERTS: tl.constexpr, CHOICES: tl.constexpr,
 ):  # fmt: skip
-    """d_logits [R, E] from the gradients of weights (K of them not zero a row) and of scores."""
+    """d_logits [R, E] from the gradients of weights (K of them not zero a row) and of scores.
+
+    Grid: blocks of rows. The choice itself has no gradient. Weights are w_k = s_k / sum of the chosen s (where
+    NORMALIZE) times scaling.
+    """
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[:, None]
     expert = tl.arange(0, EXPERTS)[None, :]
     choice = tl.arange(0, CHOICES)[None, :]
@@ -221,6 +235,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Keep scores, ids and the logits, of which only dtype and shape are read."""
     logits_RE, _, ctx.softmax, _, ctx.normalize, ctx.scaling, _, _ = inputs
     expert_ids, _, counts, scores = output
     ctx.mark_non_differentiable(expert_ids, counts)
@@ -228,6 +243,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _differentiate(ctx: Any, _: Tensor, d_weights: Tensor, __: Tensor, d_scores: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradient of the logits; settings, bias and the choice take none."""
     d_logits = _backward(d_weights, d_scores, *ctx.saved_tensors, ctx.softmax, ctx.normalize, ctx.scaling)
     return (d_logits,) + (None,) * 7
 

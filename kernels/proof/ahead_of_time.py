@@ -1,4 +1,8 @@
-"""Compiles a Triton kernel for a card that this machine need not have, and reads what it will cost there."""
+"""Compiles a Triton kernel for a card that this machine need not have, and reads what it will cost there.
+
+Why: spilled registers and shared memory decide whether a kernel is fast or runs at all, and both are known from
+the compiler alone. So they can be checked on machines without a card, for every launch that `cases` lists.
+"""
 
 from __future__ import annotations
 
@@ -65,6 +69,7 @@ def compile_ahead(
         raise ValueError(f"{kernel.__name__}: arguments missing {missing}, unknown {unknown}, given twice {twice}")
     types = {name: signature.get(name, "constexpr").removesuffix(":16") for name in wanted}
     places = {(wanted.index(name),): value for name, value in constants.items()}
+    # Known divisibility is what lets the compiler use wide loads; a launch on a card finds it from the values.
     divided = [name for name, kind in signature.items() if kind.startswith("*") or kind.endswith(":16")]
     aligned = {(wanted.index(name),): [["tt.divisibility", 16]] for name in divided}
     source = ASTSource(kernel, types, constexprs=places, attrs=aligned)

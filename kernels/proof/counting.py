@@ -1,4 +1,9 @@
-"""Counts what Triton kernels read, write and multiply, launch by launch, in Triton's interpreter."""
+"""Counts what Triton kernels read, write and multiply, launch by launch, in Triton's interpreter.
+
+How: the interpreter's methods for loads, stores, atomics and products are replaced by ones that count and then
+call the original. Time in the interpreter says nothing about a card, but its accesses are the same, so bytes
+and operations can be held against a formula on any machine.
+"""
 
 from __future__ import annotations
 
@@ -61,6 +66,7 @@ class _Region:
         self.written = np.zeros(self.size, dtype=bool)
 
     def holds(self, address: int) -> bool:
+        """Whether an address lies in this memory."""
         return self.begin <= address < self.begin + self.size
 
 
@@ -73,10 +79,12 @@ class _Counter:
         self.element_bytes: dict[str, int] = {}
 
     def begin(self, kernel: str, arguments: dict[str, Any]) -> None:
+        """Start counting a launch, with fresh memories of its arguments."""
         self.launches.append(Launch(kernel))
         self.regions = [_Region(name, storage) for name, storage in memories_of(arguments)]
 
     def end(self) -> None:
+        """Finish a launch: its distinct bytes are known now."""
         for region in self.regions:
             traffic = self.launches[-1].traffic.get(region.name)
             if traffic is not None:

@@ -1,4 +1,8 @@
-"""Lets Triton's interpreter round as a card does: bfloat16 operands of products, tf32, and casts to the nearest value."""
+"""Lets Triton's interpreter round as a card does: bfloat16 operands of products, tf32, and casts to the nearest value.
+
+Why: without it the interpreter computes in float32 throughout, so tests of kernels would miss every error of
+rounding that bfloat16 makes on a card. It replaces the interpreter's casts and products while a block runs.
+"""
 
 from __future__ import annotations
 
@@ -68,6 +72,7 @@ def _operand(handle: Any, *, tf32: bool) -> Any:
 
 
 def _bits(values: npt.NDArray[Any]) -> npt.NDArray[np.uint32]:
+    """The bit patterns of float32 values."""
     return np.ascontiguousarray(values).view(np.uint32)
 
 
@@ -79,4 +84,5 @@ def _to_bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
 
 
 def _from_bfloat16(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
+    """The float32 values of bfloat16 bit patterns, which are its upper half."""
     return (np.ascontiguousarray(bits).astype(np.uint32) << 16).view(np.float32)

@@ -49,6 +49,7 @@ class _Accesses:
         self.time = np.zeros(size, dtype=np.int64)
 
     def by_others(self, at: _Integers, program: int) -> bool:
+        """Whether another program touched any of these elements."""
         return bool(np.any((self.program[at] != _NOBODY) & (self.program[at] != program)))
 
     def unordered(self, at: _Integers, program: int, time: int) -> bool:
@@ -56,6 +57,7 @@ class _Accesses:
         return bool(np.any((self.program[at] == program) & (self.time[at] == time)))
 
     def note(self, at: _Integers, program: int, time: int) -> None:
+        """Remember this program's access; elements that several programs touched are marked as such."""
         before = self.program[at]
         self.program[at] = np.where((before == _NOBODY) | (before == program), program, _SEVERAL)
         self.time[at] = time
@@ -81,6 +83,7 @@ class _Watch:
         self.time = 0
 
     def begin(self, kernel: str, arguments: dict[str, Any]) -> None:
+        """Start watching a launch: nothing of an earlier one can race with it."""
         self.kernel = kernel
         self.memories = [_Memory(name, storage) for name, storage in memories_of(arguments)]
 

@@ -12,6 +12,8 @@ def measure_milliseconds(work: Callable[[], object], *, warmup_ms: int = 25, rep
     """Median milliseconds of `work` on the current CUDA device, the L2 cache emptied before each run.
 
     Raises RuntimeError without a CUDA device.
+
+    The median, because clocks and other work make single runs slow but never fast.
     """
     if not torch.cuda.is_available():
         raise RuntimeError("kernels are timed on a CUDA device; this machine has none")

@@ -77,10 +77,12 @@ def _read_flows(ttir: str) -> tuple[dict[str, set[str]], set[str], dict[str, lis
 
 
 def _result(name: str, index: int, count: int) -> str:
+    """Name of one of the values that a loop or branch returns."""
     return name if count == 1 else f"{name}#{index}"
 
 
 def _lines(ttir: str) -> Iterator[str]:
+    """Lines of the text without locations, comments and labels."""
     for line in ttir.splitlines():
         bare = re.sub(r"\s+loc\(.*\)$", "", line).strip()
         if bare and not bare.startswith(("#", "//", "^")):
