@@ -1,4 +1,9 @@
-"""Activation recomputation: which blocks are computed again in the backward pass instead of keeping activations."""
+"""Activation recomputation: which blocks are computed again in the backward pass instead of keeping activations.
+
+A recomputed block keeps its input alone and runs its forward pass again before its backward pass (Chen et al. 2016,
+arXiv 1604.06174): memory for about a third more arithmetic in that block. The choice is by kind of block, because kinds
+differ in what they keep. The numbers of a step do not depend on it, so a resumed run may choose anew.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +15,7 @@ from pretrain.config.schema import RunConfig
 
 
 def recomputed_letters(config: RunConfig) -> frozenset[str]:
-    """Symbols of the kinds of block that recompute, for a configuration without `recompute_problems`."""
+    """Symbols of the kinds of block that recompute; the configuration must have passed `recompute_problems`."""
     if config.train.recompute == "none":
         return frozenset()
     if config.train.recompute == "full":

@@ -1,4 +1,13 @@
-"""Checks of a whole run: rules that tie sections of a configuration together, before anything is allocated."""
+"""Checks of a whole run: rules that tie sections of a configuration together, before anything is allocated.
+
+The schema checks one field at a time; here are the rules that read two or more sections. Each is a generator of
+`Problem`s (key, rule, remedy, value), and `check_run` raises one error with all of them, so that a file is corrected in
+one pass. A rule may rely on others: stages are resolved only after their declaration is sound, export and pipeline rules
+run only on a model whose own rules hold, and rules on micro-batches only when the ranks share the batch. That order
+keeps one mistake from being reported five times.
+
+A run with stages is checked stage by stage (checks/stages.py), each as a run of its own.
+"""
 
 from __future__ import annotations
 
@@ -91,13 +100,16 @@ def model_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def whole_message(text: str) -> Problem:
-    """Build a problem from a message that says value, rule and remedy itself; its first key gives the place."""
+    """Build a problem from a message that says value, rule and remedy itself; the first key it names gives the place.
+
+    Without a key it is filed under `model`.
+    """
     key = _MODEL_KEY.search(text)
     return Problem(key.group() if key else "model", text, "")
 
 
 def vocabulary_problems(config: RunConfig) -> Iterator[Problem]:
-    """Check that every piece of the tokenizer has a row of the embedding."""
+    """Check that every piece of the tokenizer has a row of the embedding; nothing for a synthetic task, which has none."""
     if config.data.probe is not None:
         return
     pieces, rows = config.data.tokenizer.vocab_size, config.model.vocab_size
@@ -111,7 +123,10 @@ def vocabulary_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def data_problems(config: RunConfig) -> Iterator[Problem]:
-    """Check that sources have different names, that phases are in order and weigh those sources, and that folders differ."""
+    """Check that sources have different names, that phases are in order and weigh those sources, and that folders differ.
+
+    `start_sample` of a phase counts rows over the whole run. Paths are compared as written; no folder is opened.
+    """
     store = config.data.store
     if config.data.probe is not None:
         return
@@ -154,7 +169,7 @@ def data_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def keeping_problems(config: RunConfig) -> Iterator[Problem]:
-    """Check that checkpoints which are kept for good are saved in the first place."""
+    """Check that checkpoints which are kept for good (`keep_every_steps`) are saved in the first place."""
     every, saved = config.train.keep_every_steps, config.train.checkpoint_every_steps
     if every is not None and (saved is None or every % saved):
         rule = f"must be a multiple of train.checkpoint_every_steps={'null' if saved is None else saved}"
@@ -163,7 +178,10 @@ def keeping_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def schedule_problems(config: RunConfig) -> Iterator[Problem]:
-    """Check that warm-up and decay fit into the run, and that no setting of another schedule is given."""
+    """Check that warm-up and decay fit into the run, and that no setting of another schedule is given.
+
+    The configuration must have `train.steps`, as `run_of_stage` gives it.
+    """
     schedule, steps = config.schedule, config.train.steps
     assert steps is not None, "run_of_stage gives a run its steps"
     warmup_steps = schedule.warmup_length(steps)
@@ -188,7 +206,7 @@ def schedule_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def loop_problems(config: RunConfig, steps: int) -> Iterator[Problem]:
-    """Check that settings of the loop can take effect."""
+    """Check that settings of the training loop can take effect; `steps` are those of the whole run."""
     train = config.train
     if train.stop_after_steps is not None and train.stop_after_steps > steps:
         rule = f"is beyond the {steps} steps of the stages" if config.stages else f"is beyond train.steps={steps}"
@@ -207,7 +225,7 @@ def loop_problems(config: RunConfig, steps: int) -> Iterator[Problem]:
 
 
 def batch_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:
-    """Check that every data rank takes the same number of micro-batches of the global batch."""
+    """Check that every data rank takes the same number of micro-batches of the global batch, whose unit is rows."""
     assert world_size > 0, f"world_size is {world_size}"
     train = config.train
     data_ranks = config.parallel.data_ranks(world_size)

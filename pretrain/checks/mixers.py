@@ -1,4 +1,9 @@
-"""Checks of registered mixers: over which axes ranks can share them, and which kernels take their sizes."""
+"""Checks of registered mixers: over which axes ranks can share them, and which kernels take their sizes.
+
+A mixer says in its registration what it cannot do (`MixerSpec.refuses`) and in its options which sizes its scan has, so
+these rules name no mixer but Mamba2, which has a section of its own. A wrapper such as mixture of memories runs another
+mixer inside, and that one's limits hold too.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +61,10 @@ def check_kernels(config: RunConfig, backend: str) -> None:
 
 
 def kernel_problems(config: RunConfig, backend: str) -> Iterator[Problem]:
-    """Check that the Triton kernels take the chunks and states of all scans."""
+    """Check that the Triton kernels take the chunks and states of all scans; nothing for other backends.
+
+    A kernel keeps a head's state and a chunk's products on chip, so both have bounds (`kernels/limits.py`).
+    """
     if backend != "triton":
         return
     for key, limits, chunk_size, (rows, columns) in _scans(config):
@@ -71,7 +79,7 @@ def kernel_problems(config: RunConfig, backend: str) -> Iterator[Problem]:
 
 
 def _scans(config: RunConfig) -> Iterator[tuple[str, ScanLimits, int, tuple[int, int]]]:
-    """Section, limits, chunk size and a head's state of each kind of block that scans."""
+    """Find each kind of block that scans: its section, kernel limits, tokens a chunk, and a head's state (rows, columns)."""
     mamba = config.model.mamba
     if mamba is not None and "M" in config.model.pattern:
         yield "model.mamba", DECAY_LIMITS, mamba.chunk_size, (mamba.state_size, mamba.head_dim)

@@ -1,4 +1,12 @@
-"""Checks of the `parallel` section: what ranks can share, and which axes exclude each other."""
+"""Checks of the `parallel` section: what ranks can share, and which axes exclude each other.
+
+Three groups of rules. Those of `layout_problems` and `pipeline_problems` hold for any number of ranks, so `amfm config`
+can check them on a laptop. Those of `world_problems` need the number of ranks, and `micro_batch_problems` also that the
+batch is shared evenly. Nothing here opens a device or a process group: every rank computes the same answer from the
+configuration, before anything is allocated.
+
+Each problem states a remedy that works, where one can be computed: the divisors of the size, or the nearest multiples.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +20,7 @@ from pretrain.config.schema import ParallelConfig, RunConfig
 
 
 def layout_problems(config: RunConfig) -> Iterator[Problem]:
-    """Check the rules that hold for any number of ranks."""
+    """Check the rules that hold for any number of ranks; the pattern need not parse for it."""
     yield from ineffective_problems(config)
     yield from excluded_problems(config)
     yield from refusal_problems(config)
@@ -20,7 +28,7 @@ def layout_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def ineffective_problems(config: RunConfig) -> Iterator[Problem]:
-    """Refuse settings that nothing would read."""
+    """Refuse settings that nothing would read, because the axis they modify has one rank or no block to work on."""
     section = config.parallel
     if section.sequence_parallel and section.tensor == 1:
         rule = "cuts tokens over the tensor ranks, and parallel.tensor is 1"
@@ -48,7 +56,7 @@ def ineffective_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def excluded_problems(config: RunConfig) -> Iterator[Problem]:
-    """Refuse axes that DeepSpeed cannot combine, each with its reason."""
+    """Refuse combinations of axes and ZeRO stage that DeepSpeed cannot run, each with its reason."""
     section, stage = config.parallel, config.parallel.zero_stage
     if section.expert > 1 and stage not in (1, 2):
         reason = (
@@ -67,7 +75,11 @@ def excluded_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def share_problems(config: RunConfig) -> Iterator[Problem]:
-    """Check that the ranks of an axis divide the sizes they share."""
+    """Check that the ranks of an axis divide the sizes they share: vocabulary, heads, inner widths, experts.
+
+    Key-value heads and groups are exempt from even division: several ranks may hold a copy (`unit_problems`).
+    """
+    # Each entry: axis of the section, its ranks, the dotted name of the size, and the size.
     section, model, letters = config.parallel, config.model, pattern_letters(config)
     tensor, expert_tensor = section.tensor, section.expert_tensor_size()
     sizes = [("tensor", tensor, "model.vocab_size", model.vocab_size)]
@@ -98,11 +110,16 @@ def share_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def length_problems(config: RunConfig) -> Iterator[Problem]:
-    """Check row lengths: context ranks take two segments of a row each, and tensor ranks share tokens evenly."""
+    """Check row lengths in tokens: context ranks take two segments of a row each, and tensor ranks share tokens evenly.
+
+    A causal row is cut into 2 x context segments, of which a rank takes one from either end, so that all have the same
+    work. A convolution or window reads tokens of the segment before, which must therefore be at least that long.
+    """
     section, mamba = config.parallel, config.model.mamba
     window, window_key = longest_lookback(config)
     if "M" in pattern_letters(config) and mamba is not None:
         window, window_key = max((window, window_key), (mamba.conv_kernel - 1, "model.mamba.conv_kernel"))
+    # Tensor ranks cut tokens for sequence parallelism, and also to send each token to its expert from one rank only.
     reason = "sequence_parallel" if section.sequence_parallel else "expert" if section.expert > 1 else None
     tensor = section.tensor if reason else 1
     parts = tensor if section.context == 1 else math.lcm(2 * section.context, section.context * tensor)
@@ -127,20 +144,25 @@ def length_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def unit_problems(name: str, units: int, tensor: int) -> Iterator[Problem]:
-    """Check that key-value heads and groups are split evenly, or each is held by the same number of ranks."""
+    """Check that key-value heads or groups are split evenly over tensor ranks, or each is held by equally many of them."""
     if units % tensor and tensor % units:
         rule = f"must divide {name}={units}, or be a multiple of it"
         yield Problem("parallel.tensor", rule, f"use {divisors(units)} or a multiple of {units}", str(tensor))
 
 
 def world_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:
-    """Check that the axes tile the ranks that there are."""
+    """Check that the axes tile the ranks that there are: what is left over after the model's axes is data parallel.
+
+    Dense layers and experts tile the same ranks in two ways (tensor x context x pipeline, expert_tensor x expert x
+    pipeline), and both products must divide their number.
+    """
     section = config.parallel
     dense = section.model_ranks()
     if world_size % dense:
         rule = f"tensor {section.tensor} x context {section.context} x pipeline {section.pipeline} = {dense} must divide the {ranks(world_size)}"
         yield Problem("parallel", rule, f"start a multiple of {dense} ranks, or lower an axis")
     experts = section.expert_tensor_size() * section.expert * section.pipeline
+    # Equal products would report the same fault twice.
     if world_size % experts and experts != dense:
         rule = (
             f"expert_tensor {section.expert_tensor_size()} x expert {section.expert} x pipeline {section.pipeline} = "
@@ -163,7 +185,7 @@ def pattern_letters(config: RunConfig) -> set[str]:
 
 
 def divisors(number: int) -> str:
-    """List the divisors of a number, as a remedy names them."""
+    """List the divisors of a number as a remedy names them: the first twelve, smallest first."""
     found = [str(part) for part in range(1, number + 1) if number % part == 0]
     return ", ".join(found[:12]) + (", ..." if len(found) > 12 else "")
 
@@ -195,13 +217,17 @@ def micro_batch_problems(config: RunConfig, world_size: int) -> Iterator[Problem
     if train.batch_ramp is not None:
         sizes["train.batch_ramp.start_size"] = train.batch_ramp.start_size
         if section.schedule != "1f1b":
+            # Interleaved and zero-bubble schedules need whole rounds at every size, so the steps between count too.
             sizes["train.batch_ramp.increment"] = train.batch_ramp.increment
     for key, size in sizes.items():
         yield from fill_problems(section, key, size, unit)
 
 
 def fill_problems(section: ParallelConfig, key: str, size: int, unit: int) -> Iterator[Problem]:
-    """Check the schedule's rule for `size` rows, of which all data ranks take `unit` at a time."""
+    """Check the schedule's rule for a batch of `size` rows, of which all data ranks together take `unit` at a time.
+
+    1F1B needs one micro-batch a pipeline rank before the first comes back; the others run in rounds of that many.
+    """
     number = size // unit
     given = f"gives each data rank {number} micro-batch{'es' if number > 1 else ''}, and parallel.schedule={section.schedule}"
     if section.schedule == "1f1b" and number < section.pipeline:

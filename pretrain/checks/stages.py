@@ -1,4 +1,10 @@
-"""Checks of training stages: how they are declared, and that each obeys what any run must obey."""
+"""Checks of training stages: how they are declared, and that each obeys what any run must obey.
+
+A stage may change row length, batch, rotary positions and schedule, so nearly every rule of a run can be broken by one
+stage alone. Instead of writing each rule twice, a stage is turned into the configuration of a run that consists of it
+(`run_of_stage`), the ordinary rules check that run, and each problem is moved back to the key where the stage declares
+the value (`relocate`). Rules on the declaration itself come first: without them stages cannot be resolved.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +17,10 @@ from pretrain.stages import RunStage, model_of_stage
 
 
 def declaration_problems(config: RunConfig) -> Iterator[Problem]:
-    """Check what must hold before stages can be resolved."""
+    """Check what must hold before stages can be resolved: a length for each, different names, known sources.
+
+    Without stages the run needs `train.steps`. `resolve_stages` may be called only when nothing is found here.
+    """
     if not config.stages:
         if config.train.steps is None:
             yield Problem("train.steps", "is missing", "set train.steps, or declare stages with tokens")
@@ -26,6 +35,7 @@ def declaration_problems(config: RunConfig) -> Iterator[Problem]:
         if section.name in names[:index]:
             rule = f"is also the name of stages.{names.index(section.name)}"
             yield Problem(f"{key}.name", rule, "give each stage its own name", section.name)
+        # Either one gives the length of the stage; with both, one of them would be ignored.
         if (section.tokens is None) == (section.steps is None):
             rule = "has neither tokens nor steps" if section.tokens is None else "has both tokens and steps"
             yield Problem(key, rule, "give it one of them")
@@ -39,7 +49,10 @@ def declaration_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def ramp_problems(config: RunConfig, first: RunStage) -> Iterator[Problem]:
-    """Check that the ramp leads in equal increments to the full batch of the first stage."""
+    """Check that the batch ramp leads in equal increments to the full batch of the first stage, and ends before the stage.
+
+    Sizes are in rows. The remedy names the increment nearest to the one given that does divide the way.
+    """
     ramp = config.train.batch_ramp
     if ramp is None:
         return
@@ -58,7 +71,10 @@ def ramp_problems(config: RunConfig, first: RunStage) -> Iterator[Problem]:
 
 
 def ramp_share_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:
-    """Check that ranks share every batch of the ramp, not only the full one."""
+    """Check that data ranks share every batch of the ramp evenly, not only the full one.
+
+    It suffices that start and increment are multiples of micro-batch x data ranks: then every size between is one too.
+    """
     ramp = config.train.batch_ramp
     if ramp is None:
         return
@@ -79,7 +95,10 @@ def total_problems(config: RunConfig, total: int) -> Iterator[Problem]:
 
 
 def run_of_stage(config: RunConfig, stage: RunStage) -> RunConfig:
-    """Build a run that is this stage and nothing else, to which the rules for runs apply."""
+    """Build the configuration of a run that is this stage and nothing else, to which the rules for runs apply.
+
+    `train.stop_after_steps` is dropped: it counts over the whole run, and `loop_problems` checks it there.
+    """
     train = config.train.model_copy(
         update={
             "steps": stage.num_steps,
@@ -96,7 +115,10 @@ def run_of_stage(config: RunConfig, stage: RunStage) -> RunConfig:
 
 
 def relocate(problem: Problem, config: RunConfig, stage: RunStage) -> Problem:
-    """Move a problem to the key at which the stage declares the value, if it does, and name the stage."""
+    """Move a problem to the key at which the stage declares the value, if it does, and name the stage.
+
+    A problem whose setting no stage can declare, or that inherits its value, keeps its key.
+    """
     own_key = problem.key.removeprefix("train.").removeprefix("model.attention.")
     field = own_key.partition(".")[0]
     if not config.stages or field not in StageConfig.model_fields:

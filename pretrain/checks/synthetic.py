@@ -1,4 +1,10 @@
-"""Rules of a run on a synthetic task: its settings fit together, into the rows and into the vocabulary, and nothing is about text."""
+"""Rules of a run on a synthetic task: its settings agree, its rows and vocabulary fit, and no setting is about text.
+
+A synthetic task makes its own rows (`data.probe`), so every setting of a text store would be read by nobody. Such a
+setting is refused rather than ignored: a run that silently drops `data.sources` would train on something else than its
+file says. The rule on row lengths stands apart, because it needs resolved stages, and those exist only once the other
+rules hold.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +16,7 @@ from pretrain.config.errors import Problem
 from pretrain.config.schema import RunConfig
 from pretrain.stages import RunStage
 
+# Settings of `data` that only a store of text reads; each must keep its default beside data.probe.
 ABOUT_TEXT = (
     "store",
     "cache",
@@ -25,7 +32,10 @@ ABOUT_TEXT = (
 
 
 def synthetic_problems(config: RunConfig) -> Iterator[Problem]:
-    """Find what is wrong with data.probe, but for the length of rows; nothing for a run on text."""
+    """Find what is wrong with data.probe, but for the length of rows; nothing for a run on text.
+
+    Builds the task, which checks its own settings; costs no rows and reads no file.
+    """
     settings = config.data.probe
     if settings is None:
         return
@@ -38,6 +48,7 @@ def synthetic_problems(config: RunConfig) -> Iterator[Problem]:
     try:
         task = build_task(settings)
     except ValueError as error:
+        # The task's message states value, rule and remedy itself, and its vocabulary is unknown: nothing more to check.
         yield Problem("data.probe", f"data.probe.{error}", "")
         return
     if task.vocab_size > config.model.vocab_size:
@@ -46,12 +57,17 @@ def synthetic_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def synthetic_length_problems(config: RunConfig, stages: Sequence[RunStage]) -> Iterator[Problem]:
-    """Find stages whose rows are too short for the task; call it when `synthetic_problems` and the stages' rules found nothing."""
+    """Find stages whose rows are too short for the task; nothing for a run on text.
+
+    Call it only when `synthetic_problems` and `declaration_problems` found nothing, because it builds the task again and
+    reads resolved stages.
+    """
     if config.data.probe is None:
         return
     shortest = build_task(config.data.probe).shortest
     for stage in stages:
         if stage.sequence_length < shortest:
+            # Blame the key that was written: the stage's own length, or the one it inherits.
             own = config.stages and config.stages[stage.index].sequence_length is not None
             key = f"stages.{stage.index}.sequence_length" if own else "train.sequence_length"
             rule = f"must be at least {shortest}, the shortest row of data.probe.task={config.data.probe.task} with its settings"
