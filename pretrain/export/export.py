@@ -3,6 +3,10 @@
 The folder is written under a temporary name; a fresh process without any of our code on its path loads it as a user
 would, and its logits and token ids are compared with ours. Only a folder that passed is renamed to the name that was asked
 for, so an export that exists is one that was right.
+
+The fresh process matters: inside this one our packages, patched libraries or a warm module cache could hide that the
+folder alone does not load. Logits are compared on real text where the run has a store. Token ids are compared on odd
+texts too: runs of spaces, control tokens written out, rare characters.
 """
 
 from __future__ import annotations
@@ -125,7 +129,7 @@ def export_checkpoint(
 
 
 def check_free(out: Path) -> None:
-    """ValueError when the place is taken; an empty folder is free."""
+    """Raise ValueError when the place is taken; an empty folder is free."""
     if out.is_dir() and not any(out.iterdir()):
         return
     if out.exists():
@@ -133,7 +137,10 @@ def check_free(out: Path) -> None:
 
 
 def resolve_target(weights: Weights, asked: str) -> Target:
-    """The target to write; ValueError with every reason when the one asked for cannot hold the model."""
+    """Choose the target class to write; `auto` takes the first native class that holds the model, else `own`.
+
+    Raises ValueError with every reason when the one asked for cannot hold the model or its tokenizer.
+    """
     reasons = explain_unfit(weights.model, asked)
     if weights.given_tokenizer is not None:
         reasons += unfit_tokenizer(asked, weights.given_tokenizer.kind)
@@ -149,7 +156,7 @@ def _max_positions(weights: Weights) -> int:
 
 
 def proof_text(weights: Weights) -> tuple[Tensor, list[str], str]:
-    """Tokens [2, T] of real text, texts to encode, and a word on where they come from.
+    """Choose the text of the proof: tokens [2, T] int64, texts to encode, and a word on where they come from.
 
     The validation part of the run's store (its training part when there is none); for an import, which has no store, a
     built-in sample.
@@ -169,7 +176,10 @@ def proof_text(weights: Weights) -> tuple[Tensor, list[str], str]:
 
 
 def _store_tokens(path: str, count: int) -> tuple[list[int], str]:
-    """At least one and about `count` tokens from the beginnings of a store's parts."""
+    """Read up to `count` tokens from the beginnings of a store's parts, and name the part.
+
+    Raises RuntimeError when the store is empty.
+    """
     store = TokenStore.open(path)
     for split in ("validation", "train"):
         ids: list[int] = []
@@ -183,7 +193,10 @@ def _store_tokens(path: str, count: int) -> tuple[list[int], str]:
 
 
 def run_proof(plan: ExportPlan, folder: Path, tokens_BT: Tensor, texts: list[str]) -> dict[str, Any]:
-    """Load the folder in a fresh process and compare with our model; returns what `verify.py` found."""
+    """Load the folder in a fresh process and compare it with our model on tokens [B, T] and texts.
+
+    Returns what `verify.py` found, or `crash` with the error that ended it. Both models compute in float32 on the CPU.
+    """
     with torch.no_grad():
         meta = PackMeta.one_document_a_row(*tokens_BT.shape)
         logits_BTV = plan.weights.build()(tokens_BT, meta).logits_BTV
@@ -210,14 +223,18 @@ def run_proof(plan: ExportPlan, folder: Path, tokens_BT: Tensor, texts: list[str
 
 
 def find_error(output: str) -> str:
-    """The message of the last error in what a Python process said, without its traceback."""
+    """Extract the message of the last error in a Python process's output, without its traceback; at most 600 characters."""
     _, _, last = output.rpartition("Traceback (most recent call last):")
     message = [line for line in last.splitlines() if line.strip() and not line.startswith("  ")]
     return " ".join(message)[:600]
 
 
 def find_problems(plan: ExportPlan, proof: dict[str, Any]) -> list[str]:
-    """What speaks against the export; empty: it is proved."""
+    """List what speaks against the export, as sentences; empty when the proof holds.
+
+    The most likely token is compared only where it leads by more than twice the tolerance. A few ids may differ: see
+    MAX_WRONG_IDS.
+    """
     if "crash" in proof:
         return [f"transformers could not load or run it: {proof['crash']}"]
     problems = []
@@ -226,6 +243,7 @@ def find_problems(plan: ExportPlan, proof: dict[str, Any]) -> list[str]:
     if proof["class_name"] != CLASS_NAMES[plan.target]:
         problems.append(f"it loads as {proof['class_name']}, not {CLASS_NAMES[plan.target]}")
     difference = proof["max_logit_difference"]
+    # Written with `not <=`, so that NaN fails.
     if not difference <= LOGIT_TOLERANCE:
         problems.append(f"logits differ by up to {difference:.2e}, at most {LOGIT_TOLERANCE:.0e} is allowed")
     if not proof["same_argmax"]:
@@ -238,7 +256,7 @@ def find_problems(plan: ExportPlan, proof: dict[str, Any]) -> list[str]:
 
 
 def _fail(temporary: Path, out: Path, problems: list[str]) -> str:
-    """Put the folder aside and say what is wrong."""
+    """Rename the folder to OUT.failed, for examination, and compose the error's message."""
     names = (out.with_name(f"{out.name}{number}.failed") for number in ("", *(f".{count}" for count in range(1, 1000))))
     failed = next(path for path in names if not os.path.lexists(path))
     os.rename(temporary, failed)

@@ -1,4 +1,13 @@
-"""The files of an export folder: sharded weights, configuration, generation settings, model card."""
+"""The files of an export folder: sharded weights, configuration, generation settings, model card.
+
+An export is one folder that `from_pretrained` loads: `model.safetensors` (or shards with an index), `config.json`,
+`generation_config.json`, the tokenizer's files and README.md. `amfm_model.json` beside them is our own description of the
+model, for a later import: some settings have no field in config.json. The class `own` brings its Python files along.
+
+The folder is written under a hidden temporary name beside its place (`begin_export`), so the final rename stays inside
+one file system and is atomic; `put_in_place` does it once the caller is satisfied. Weights are written in float32, the
+dtype of the masters, so that an import of an export gives equal bits.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +37,7 @@ from pretrain.export.tokenizer import write_tokenizer
 from pretrain.inference.weights import Weights
 
 OUR_DESCRIPTION = "amfm_model.json"
+# Name of a temporary folder: `delete` refuses any other.
 UNFINISHED = re.compile(r"\..+\.amfm-export", re.DOTALL)
 MAX_SHARD_BYTES = 4_000_000_000
 TEMPLATE_FILES = (
@@ -49,7 +59,7 @@ CLASS_NAMES: dict[Target, str] = {
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """What is exported and as what."""
+    """What is exported and as what: the model, the target class, tokens a row, and the bytes of a shard at most."""
 
     weights: Weights
     target: Target
@@ -58,7 +68,7 @@ class ExportPlan:
 
     @property
     def token_ids(self) -> TokenIds:
-        """Special ids for the configuration."""
+        """Ids of the begin, end and padding tokens; None where the tokenizer has none."""
         tokenizer = self.weights.tokenizer
         return TokenIds(tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
 
@@ -73,7 +83,10 @@ class ExportPlan:
 
 
 def write_export(plan: ExportPlan, folder: Path) -> None:
-    """Write every file of the export into an existing empty folder; durability is the caller's."""
+    """Write every file of the export into an existing empty folder; durability is the caller's (`sync_files`).
+
+    Raises ValueError for a tokenizer that cannot be expressed as tokenizer.json.
+    """
     write_shards(plan, folder)
     config = huggingface_config(
         plan.weights.model, plan.target, plan.token_ids, max_position_embeddings=plan.max_position_embeddings
@@ -115,7 +128,7 @@ def write_shards(plan: ExportPlan, folder: Path) -> None:
 
 
 def plan_shards(tensors: Mapping[str, Tensor], max_bytes: int) -> Iterator[list[str]]:
-    """Names in order, cut so that no shard exceeds `max_bytes` unless one tensor alone does."""
+    """Divide the tensors' names, in order, such that no shard exceeds `max_bytes` in float32 unless one tensor alone does."""
     names: list[str] = []
     size = 0
     for name, tensor in tensors.items():
@@ -129,13 +142,16 @@ def plan_shards(tensors: Mapping[str, Tensor], max_bytes: int) -> Iterator[list[
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Indented JSON with a newline at its end; a number that JSON cannot spell is our bug."""
+    """Write indented JSON with a newline at its end; asserts that no number is NaN or infinite, which JSON cannot spell."""
     assert not any(isinstance(item, float) and not math.isfinite(item) for item in value.values()), str(path)
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def sync_files(folder: Path) -> None:
-    """Force every file of a folder, its folders, and itself to the disk."""
+    """Force every file of a folder, its folders, and itself to the disk.
+
+    Reverse order puts what lies in a folder before the folder, whose entries must not outlive their content.
+    """
     for path in [*sorted(folder.rglob("*"), reverse=True), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -145,7 +161,7 @@ def sync_files(folder: Path) -> None:
 
 
 def begin_export(out: Path) -> Path:
-    """An empty folder beside OUT to write into; what a killed export left there is removed."""
+    """Make an empty folder beside OUT to write into, and return it; what a killed export left there is removed."""
     temporary = out.with_name(f".{out.name}.amfm-export")
     delete(temporary, UNFINISHED)
     temporary.mkdir(parents=True)
@@ -153,7 +169,10 @@ def begin_export(out: Path) -> Path:
 
 
 def put_in_place(temporary: Path, out: Path) -> None:
-    """Give a finished folder its name, where an empty one may lie, and make the name durable."""
+    """Rename a finished folder to OUT, where an empty folder may lie, and make the name durable.
+
+    Raises OSError when something was put into OUT meanwhile.
+    """
     if out.exists():
         out.rmdir()
     os.rename(temporary, out)
@@ -161,7 +180,7 @@ def put_in_place(temporary: Path, out: Path) -> None:
 
 
 def model_card(plan: ExportPlan) -> str:
-    """README.md: what the model is, how to load it, and why it has the class that it has."""
+    """Compose README.md: what the model is, how to load it, and why it has the class that it has."""
     config = plan.weights.model
     counts = count_parameters(config)
     remote = ", trust_remote_code=True" if plan.target == "own" else ""

@@ -1,4 +1,10 @@
-"""From a transformers folder to weights that training, generation, evaluation and export accept."""
+"""From a transformers folder to weights that training, generation, evaluation and export accept.
+
+config.json becomes our model configuration, tensors are renamed and reshaped by the same weight map that exports them
+(model/huggingface/weights.py), read backwards. transformers fills in the defaults of config.json, because they belong to
+its class and may be left out of the file; no model code of the folder is run, and nothing is fetched. Every name and
+number in the folder is somebody else's: paths stay inside the folder, and shapes are compared before anything is written.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +81,10 @@ def import_huggingface(hf_dir: str | Path, out_dir: str | Path) -> ImportReport:
 
 
 def read_config_json(source: Path) -> dict[str, Any]:
-    """config.json with the defaults of its transformers class filled in."""
+    """Read config.json with the defaults of its transformers class filled in; as it is for our own class and unknown ones.
+
+    Raises ValueError when the file is missing, or has a field that its class refuses.
+    """
     path = source / "config.json"
     if not path.is_file():
         raise ValueError(f"{path} is missing; give a folder that transformers wrote")
@@ -94,7 +103,10 @@ def read_config_json(source: Path) -> dict[str, Any]:
 
 
 def read_tokenizer(source: Path, fields: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer that training used where an export kept it, else tokenizer.json with the end id of config.json."""
+    """Read the tokenizer that training used where an export kept it, else tokenizer.json; the end id is config.json's.
+
+    Of several end ids the first counts. Raises ValueError when the folder has no tokenizer.
+    """
     for name in (MODEL_FILE, ORIGINAL_JSON, "tokenizer.json"):
         if (source / name).is_file():
             eos_id = fields.get("eos_token_id")
@@ -103,7 +115,7 @@ def read_tokenizer(source: Path, fields: Mapping[str, Any]) -> Tokenizer:
 
 
 def choose_config(source: Path, fields: Mapping[str, Any], target: Target) -> ModelConfig:
-    """Our own description when it lies beside the weights and still agrees with config.json, else config.json alone.
+    """Choose the model's configuration: our own description where it still agrees with config.json, else config.json alone.
 
     The description also knows what config.json has no field for, such as tied embeddings in nemotron_h.
     """
@@ -124,13 +136,17 @@ def choose_config(source: Path, fields: Mapping[str, Any], target: Target) -> Mo
 
 
 def _same_config_json(described: ModelConfig, read: ModelConfig, target: Target) -> bool:
+    # Equal when both would write the same config.json: what it has no field for is then the description's to say.
     none = TokenIds(None, None, None)
     left, right = (huggingface_config(c, target, none, max_position_embeddings=1) for c in (described, read))
     return left == right
 
 
 def read_tensors(source: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """All tensors of the safetensors files, and the names that were left out."""
+    """Read all tensors of the safetensors files by name, and list the names that were left out (SKIPPED_PREFIXES).
+
+    Raises ValueError when a file of the index is missing, damaged or lies outside of the folder.
+    """
     index = source / INDEX
     if index.is_file():
         files = sorted({str(name) for name in take(read_object(index), "weight_map", dict, index).values()})

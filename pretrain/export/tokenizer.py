@@ -62,7 +62,10 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_length: int) -> l
 
 
 def without_added_tokens(content: bytes) -> bytes:
-    """A tokenizer.json that adds no begin or end token and neither cuts nor pads, as training used it."""
+    """Rewrite a tokenizer.json to add no begin or end token and neither cut nor pad, as training used it.
+
+    Of its post-processor only the ByteLevel steps stay, which change offsets and no ids.
+    """
     description = json.loads(content)
     description["truncation"] = description["padding"] = None
     processor = description.get("post_processor") or {"type": "Sequence", "processors": []}
@@ -79,7 +82,11 @@ def _token_text(content: bytes, index: int) -> str:
 
 
 def build_fast_tokenizer(model: ModelProto) -> Any:
-    """A `tokenizers.Tokenizer` that gives the ids of the SentencePiece model."""
+    """Build a `tokenizers.Tokenizer` that gives the ids of the SentencePiece model.
+
+    SentencePiece's normalizer becomes a sequence of replacements in its own order: character map, extra spaces, the space
+    before a text, spaces to `\u2581`. Decoding runs them backwards. Raises ValueError for what the library cannot express.
+    """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
@@ -143,7 +150,10 @@ def _find_unknown(model: ModelProto) -> int | None:
 
 
 def _characters_to_isolate(model: ModelProto) -> list[str]:
-    """Unknown characters of pieces that text must never match, such as `<` of `<s>`: apart they cannot form the piece."""
+    """List the characters outside the vocabulary that occur in pieces which text must never match, such as `<` of `<s>`.
+
+    Split off before matching, they cannot form such a piece. For unigram models alone.
+    """
     if model.trainer_spec.model_type != UNIGRAM:
         return []
     known = {piece.piece for piece in model.pieces if piece.type == NORMAL}
@@ -152,7 +162,10 @@ def _characters_to_isolate(model: ModelProto) -> list[str]:
 
 
 def _ranked_merges(model: ModelProto) -> list[tuple[str, str]]:
-    """Pairs in the order in which SentencePiece prefers their union: by its score, then by its id."""
+    """Derive the merges of a BPE model: pairs in the order in which SentencePiece prefers their union, by score, then id.
+
+    SentencePiece keeps no list of merges: any two pieces whose union is a piece may merge.
+    """
     normal = {piece.piece: (-piece.score, index) for index, piece in enumerate(model.pieces) if piece.type == NORMAL}
     ranked = [
         (rank, text[:cut], text[cut:])

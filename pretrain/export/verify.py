@@ -25,7 +25,11 @@ def main() -> None:
 
 
 def compare_logits(job: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Keys that did not match, the largest difference, and whether the best token is the same wherever it is clear."""
+    """Compare the logits [B, T, V] of the loaded model with the reference, in float32.
+
+    Result: name of the class, weight keys that did not match it, largest absolute difference, and whether the most likely
+    token is the same wherever it is clear.
+    """
     import torch
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
@@ -55,7 +59,11 @@ def compare_logits(job: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def compare_tokens(job: dict[str, Any]) -> dict[str, Any]:
-    """Texts whose ids differ from those of training, and texts that do not come back from their ids though they should."""
+    """Compare token ids with those of training.
+
+    Result: texts whose ids differ, wrong ids and ids in all, and texts that do not come back from their ids though they
+    did with the tokenizer of the training.
+    """
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(

@@ -1,4 +1,10 @@
-"""Loss and perplexity of a checkpoint on the whole validation part of a store, every token predicted once."""
+"""Loss and perplexity of a checkpoint on the whole validation part of a store, every token predicted once.
+
+Validation during training measures a fixed number of packed global batches, which is cheap and comparable inside a run.
+Here the documents of a part are cut into consecutive rows, in order and without shuffling, and the last token of a row
+predicts the first of the next, so that each token counts once whatever the row length. A token at the beginning of a row
+has less context than in the text: longer rows give lower losses, so the length belongs to the result.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +29,10 @@ DEFAULT_SEQUENCE_LENGTH = 1024
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean negative log-likelihood a token in nats, how many tokens were predicted, and both for each source."""
+    """Mean negative log-likelihood a token in nats, how many tokens were predicted, and both for each source.
+
+    `sequence_length`: tokens a row, on which the loss depends.
+    """
 
     loss: float
     tokens: int
@@ -34,13 +43,13 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss)."""
+        """exp(loss), of a loss cut at 700 nats, before float64 overflows."""
         return math.exp(min(self.loss, 700.0))
 
 
 @dataclass(frozen=True)
 class _Row:
-    """One row of text: ids, the next id where it counts, and the number of its document."""
+    """One row of text: ids [T], the next id where it counts (else -100), and the number of each token's document."""
 
     tokens_T: Tensor
     labels_T: Tensor
@@ -112,7 +121,10 @@ def _check_tokenizer(identity: str, store: TokenStore) -> None:
 
 
 def _cut_rows(store: TokenStore, part: Part, length: int, isolated: bool) -> Iterator[_Row]:
-    """Rows of up to `length` tokens of one part; the label of a row's last token is the next row's first."""
+    """Cut one part into rows of up to `length` tokens; the label of a row's last token is the next row's first.
+
+    `isolated`: documents do not see each other, and the last token of a document predicts nothing.
+    """
     ends = store.document_ends(part)
     for start in range(0, part.num_tokens, length):
         stop = min(start + length, part.num_tokens)
@@ -124,6 +136,7 @@ def _cut_rows(store: TokenStore, part: Part, length: int, isolated: bool) -> Ite
         document_ids_T = torch.zeros(stop - start, dtype=torch.int32)
         if isolated:
             places = np.arange(start, stop, dtype=np.uint64)
+            # `ends` are exclusive: a token at place p lies in the first document that ends beyond p.
             numbers = np.searchsorted(ends, places, side="right")
             document_ids_T = torch.from_numpy((numbers - numbers[0]).astype(np.int32))
             is_last = torch.from_numpy(np.isin(places + np.uint64(1), ends))
@@ -132,7 +145,7 @@ def _cut_rows(store: TokenStore, part: Part, length: int, isolated: bool) -> Ite
 
 
 def _group(rows: Iterator[_Row], count: int) -> Iterator[list[_Row]]:
-    """Up to `count` rows of equal length at a time."""
+    """Group up to `count` rows at a time; a shorter row, the last of its part, starts a group of its own."""
     batch: list[_Row] = []
     for row in rows:
         if batch and (len(batch) == count or len(row.tokens_T) != len(batch[0].tokens_T)):
@@ -145,7 +158,7 @@ def _group(rows: Iterator[_Row], count: int) -> Iterator[list[_Row]]:
 
 @torch.inference_mode()
 def _measure(model: HybridModel, batch: list[_Row]) -> tuple[float, int]:
-    """Summed negative log-likelihood and number of predicted tokens."""
+    """Compute the summed negative log-likelihood of a batch, in nats, and the number of predicted tokens."""
     device = model.head_weight().device
     labels_BT = torch.stack([row.labels_T for row in batch])
     tokens = int((labels_BT != IGNORED).sum())

@@ -1,4 +1,8 @@
-"""Accuracy of a checkpoint on a synthetic task, at any length of rows, on rows that no training sees."""
+"""Accuracy of a checkpoint on a synthetic task, at any length of rows, on rows that no training sees.
+
+Rows are made on the way from seed and number; those of the validation split are never drawn for training. Rows longer
+than those of the training show how far a mixer generalises over length. Memory holds `rows_at_once` rows.
+"""
 
 from __future__ import annotations
 
@@ -92,7 +96,10 @@ def evaluate_synthetic(
 
 
 def choose_task(weights: Weights, task: TaskName, overrides: Sequence[str]) -> SyntheticConfig:
-    """The task with the settings of the run, if it trained on it, else with the defaults, and the overrides over them."""
+    """Choose the task's settings: those of the run if it trained on the task, else the defaults, with the overrides over them.
+
+    Raises ConfigError for an override that is wrong, ValueError for one that names another task.
+    """
     trained = weights.run.data.probe if weights.run is not None else None
     config = change_section(trained if trained and trained.task == task else SyntheticConfig(task=task), overrides)
     if config.task != task:

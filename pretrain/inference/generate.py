@@ -36,7 +36,7 @@ class Sampling:
     seed: int = 0
 
     def check(self) -> None:
-        """ValueError for a value out of range."""
+        """Raise ValueError for a value out of range."""
         if self.temperature < 0:
             raise ValueError(f"temperature={self.temperature} must be at least 0; use 0 for the most likely token")
         if self.top_k is not None and self.top_k < 1:
@@ -54,7 +54,7 @@ def generate(
     device: str = "cpu",
     backend: str = "auto",
 ) -> Iterator[str]:
-    """Pieces of text that continue the prompt, as soon as they are whole characters; ends at end-of-text.
+    """Continue the prompt: yields pieces of text as soon as they are whole characters, and ends at end-of-text.
 
     `checkpoint`: a checkpoint, a run directory or an imported model. A token costs the same time and memory in Mamba2
     blocks however long the text is. Raises ValueError for an empty prompt or impossible settings.
@@ -84,7 +84,7 @@ def generate_tokens(
     vocab_size: int | None = None,
     eos_id: int | None = None,
 ) -> Iterator[int]:
-    """New token ids after the prompt's, at most `max_new_tokens`; `eos_id` ends the text and is not given.
+    """Yield new token ids after the prompt's, at most `max_new_tokens`; `eos_id` ends the text and is not yielded.
 
     Ids from `vocab_size` on, which the tokenizer does not have, are never chosen.
     """
@@ -105,7 +105,10 @@ def generate_tokens(
 
 
 def choose_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """One token from float32 logits [V] on the CPU."""
+    """Choose one token from float32 logits [V] on the CPU, where the generator gives the same numbers on all devices.
+
+    Order: temperature, top_k, top_p, as they narrow the distribution one after the other.
+    """
     if sampling.temperature == 0:
         return int(logits_V.argmax())
     logits_V = logits_V / sampling.temperature
@@ -118,7 +121,10 @@ def choose_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generato
 
 
 def _keep_top_p(logits_V: Tensor, top_p: float) -> Tensor:
-    """Logits with everything below the nucleus at minus infinity; the most likely token always stays."""
+    """Set the logits [V] outside of the nucleus to minus infinity; the most likely token always stays.
+
+    A token stays while the probability of all likelier ones together is below `top_p`.
+    """
     ordered_V, order_V = logits_V.sort(descending=True)
     probabilities_V = ordered_V.softmax(dim=-1)
     before_V = probabilities_V.cumsum(dim=-1) - probabilities_V
@@ -126,7 +132,10 @@ def _keep_top_p(logits_V: Tensor, top_p: float) -> Tensor:
 
 
 def stream_text(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Iterator[int]) -> Iterator[str]:
-    """Text of the tokens as they come; bytes of one character wait for each other."""
+    """Decode tokens as they come; the bytes of one character wait for each other.
+
+    A text that ends in the replacement character is taken for an unfinished one, for at most MAX_PENDING tokens.
+    """
     context = list(prompt[-1:])
     pending: list[int] = []
     for token in tokens:

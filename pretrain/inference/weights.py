@@ -2,6 +2,9 @@
 
 A weights folder is what `amfm import` writes: `weights.safetensors` (our names, float32), `weights.json` (the model's
 configuration, where it came from, digests) and the tokenizer's file. `run.initial_weights` starts a run from one.
+
+Weights from any source become one `Weights` object, so generation, evaluation, export and a run's start need no second
+path for imports. All are float32 on the CPU: bf16 copies would lose what the optimizer's masters know.
 """
 
 from __future__ import annotations
@@ -61,7 +64,7 @@ class Weights:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Of the text; ValueError for a model that was trained on a synthetic task and knows none."""
+        """Tokenizer of the text; raises ValueError for a model that was trained on a synthetic task and has none."""
         if self.given_tokenizer is None:
             raise ValueError(
                 f"{self.origin} was trained on a synthetic task and knows no text; give a model of text, or measure this one "
@@ -70,24 +73,24 @@ class Weights:
         return self.given_tokenizer
 
     def tokenizer_identity(self) -> str:
-        """Of its tokenizer; that of synthetic tasks where there is none."""
+        """Digest of its tokenizer; the identity of synthetic tasks where there is none."""
         return NO_TOKENIZER if self.given_tokenizer is None else self.given_tokenizer.identity()
 
     def trained_length(self) -> int | None:
-        """Tokens a row in the last step of the training, None for an import."""
+        """Tokens a row in the last step of the training; None for an import."""
         if self.run is None or self.step is None:
             return None
         return last_stage(resolve_stages(self.run), self.step).sequence_length
 
     def build(self, *, backend: str = "torch", device: str = "cpu") -> HybridModel:
-        """The model in float32, in eval mode."""
+        """Build the whole model on one rank, in float32 and eval mode, with a copy of the weights."""
         model = HybridModel(self.model, single_rank_groups(), backend=backend, device=device)
         model.load_state_dict(dict(self.state))
         return model.eval()
 
 
 def read_weights(path: str | Path) -> Weights:
-    """Weights of a checkpoint folder, of the newest sound checkpoint of a run, or of a weights folder.
+    """Read the weights of a checkpoint folder, of the newest sound checkpoint of a run, or of a weights folder.
 
     Every byte is verified. Raises ValueError when the path is none of these, RuntimeError for damaged files or a
     tokenizer that is not the one of the training.
@@ -171,7 +174,10 @@ def _read_weights_folder(folder: Path) -> Weights:
 
 
 def check_shapes(model: ModelConfig, state: Mapping[str, Tensor], where: str) -> None:
-    """ValueError naming tensors that are missing, surplus or of another shape than the configuration says."""
+    """Raise ValueError naming tensors that are missing, surplus or of another shape than the configuration says.
+
+    The message lists at most eight of them.
+    """
     expected = weight_shapes(model)
     faults = [f"{name} is missing" for name in expected.keys() - state.keys()]
     faults += [f"{name} does not belong" for name in state.keys() - expected.keys()]
@@ -186,6 +192,7 @@ def load_initial_weights(model: HybridModel, path: str | Path, tokenizer_identit
     """Put weights into a freshly built model, before the engine takes it, and say where they came from.
 
     The function that the weights compute must be the run's, and so must the tokenizer: ValueError names what differs.
+    Every rank must call this: each reads the folder and keeps its part; nothing is communicated.
     """
     weights = read_weights(path)
     given_identity = weights.tokenizer_identity()
@@ -214,7 +221,10 @@ def load_initial_weights(model: HybridModel, path: str | Path, tokenizer_identit
 
 @torch.no_grad()
 def take_own_part(model: HybridModel, state: Mapping[str, Tensor]) -> None:
-    """Copy from whole tensors what this rank's model holds: its blocks, and of each parameter its shard."""
+    """Copy from whole tensors what this rank's model holds: its blocks, and of each parameter its shard.
+
+    Buffers, such as the router's balancing bias, are copied whole.
+    """
     parameters = {name: (parameter, shard) for name, parameter, shard in parameter_shards(model)}
     for name, own in model.state_dict(keep_vars=True).items():
         if name in parameters:
@@ -246,7 +256,11 @@ _TRAINING_ONLY = {
 
 
 def function_settings(config: ModelConfig) -> dict[str, object]:
-    """Dotted settings that change what a model computes, of the sections that its blocks read (those inside MoM too)."""
+    """Collect the dotted settings that change what a model computes, of the sections that its blocks read.
+
+    That includes mixers wrapped by a mixture of memories. Initial values, loss weights and chunk sizes are left out: two
+    models that differ in those alone compute the same function.
+    """
     letters = config.letters
     settings: dict[str, object] = {"pattern": "".join(letters)}
     for name in ("vocab_size", "hidden_size", "norm_epsilon", "tie_embeddings"):
