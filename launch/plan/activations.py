@@ -1,7 +1,12 @@
-"""Bytes that a forward pass keeps for the backward pass, and what each block needs while its own backward pass runs.
+"""Activation memory of a block by formula: what forward keeps for backward, and what backward needs while it runs.
 
-Counted from what the kernels save: each tensor once, views of one storage together. Kernels recompute what they always
-do; blocks of `train.recompute` keep their input alone. Sizes are a token; multiply by the tokens of a micro-batch.
+How it works: for every letter of the pattern the tensors that its kernels save are added up, each once, views of one
+storage together. What a kernel recomputes by design is not counted; blocks of `train.recompute` keep only their input.
+All sizes are bytes a token of one rank, so that `memory.py` multiplies by the tokens of a micro-batch and a search over
+layouts costs no tensor work. A `Split` says how tensor, sequence and expert parallelism shrink a rank's part.
+
+Why formulas for our own blocks and fake tensors for registered ones (`registered.py`): our kernels are fixed and their
+savings known, while a plugin says nothing of what it keeps. `amfm bench memory` compares the sums with real steps.
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ LOGITS_LEAST_ROWS = {"triton": 256, "torch": 128}
 
 @dataclass(frozen=True)
 class BlockBytes:
-    """Bytes a token: `kept` until the block's backward pass, `working` while it runs."""
+    """Activation bytes a token of one block: `kept` from forward to backward, `working` only during backward."""
 
     kept: float
     working: float
@@ -29,7 +34,11 @@ class BlockBytes:
 
 @dataclass(frozen=True)
 class Storage:
-    """How numbers are kept: bytes of a weight or activation, and which kernels run (triton or torch)."""
+    """Precision and kernels of a run: `element_bytes` of a weight or activation (4 or 2), `backend` triton or torch.
+
+    The backend matters because Triton and PyTorch implementations save different tensors and slice the head
+    differently.
+    """
 
     element_bytes: int
     backend: str
@@ -51,7 +60,11 @@ class Split:
 
 
 def block_bytes(config: ModelConfig, letter: str, storage: Storage, split: Split = Split()) -> BlockBytes:
-    """Both kinds of bytes a token for one block of the pattern, its norm and residual stream included."""
+    """Bytes a token that one block of the pattern keeps and works with, its norm and residual stream included.
+
+    `letter` is the block's symbol in `model.pattern`; registered mixers are measured on fake tensors, all others follow
+    from the configuration. Assumes that `check_model` passed, so that the section of the letter exists.
+    """
     e = storage.element_bytes
     stream = FLOAT32_BYTES if config.residual_in_fp32 else e
     # The summed stream and one number a row for the norm, then the normed input that the first product keeps: of cut
@@ -84,13 +97,13 @@ def block_bytes(config: ModelConfig, letter: str, storage: Storage, split: Split
 
 
 def recomputed_bytes(block: BlockBytes, config: ModelConfig, storage: Storage, stream_ranks: int = 1) -> BlockBytes:
-    """The same block when its backward pass computes it again: the summed stream stays, the rest is there meanwhile."""
+    """The same block under activation recomputation: it keeps its input stream, all else becomes working space."""
     stream = config.hidden_size * (FLOAT32_BYTES if config.residual_in_fp32 else storage.element_bytes) / stream_ranks
     return BlockBytes(stream, block.kept - stream + block.working)
 
 
 def up_rows(units: int, activation: str) -> int:
-    """Rows of the up projection: gate and up for SwiGLU."""
+    """Rows of the up projection for `units` hidden units: gate and up, twice as many, for SwiGLU."""
     return 2 * units if activation == "swiglu" else units
 
 
@@ -120,6 +133,7 @@ def _mamba_bytes(mamba: Mamba2Config, storage: Storage, tensor: int) -> BlockByt
 
 
 def _attention_bytes(attention: AttentionConfig, storage: Storage) -> BlockBytes:
+    """Bytes of an attention block before the cut over tensor ranks; flash kernels keep no [T, S] scores."""
     e, size = storage.element_bytes, attention.head_dim
     query, keys = attention.num_heads * size, 2 * attention.num_kv_heads * size
     # q, k, v, the output and its log-sum-exp; with a norm or rotation q and k before it too.
@@ -135,6 +149,11 @@ def _attention_bytes(attention: AttentionConfig, storage: Storage) -> BlockBytes
 
 
 def _moe_bytes(moe: MoeConfig, hidden_size: int, storage: Storage, split: Split) -> BlockBytes:
+    """A rank's part of an E block, router and shared expert included, in bytes a token of the micro-batch.
+
+    Router tensors are cut over `split.tokens`; chosen rows over the tensor ranks, which cut either tokens or expert
+    widths.
+    """
     e, width = storage.element_bytes, moe.latent_size or hidden_size
     rows = up_rows(moe.expert_hidden_size, moe.activation)
     # Router logits and scores, ids and weights of the choices; the hidden rows of the chosen experts.
@@ -160,13 +179,15 @@ def _moe_bytes(moe: MoeConfig, hidden_size: int, storage: Storage, split: Split)
 
 
 def head_bytes(config: ModelConfig, storage: Storage, tokens: float, tensor: int = 1) -> tuple[float, float]:
-    """(kept, working) bytes of the head for `tokens` tokens in one pass: the gradients that the loss makes in forward.
+    """(kept, working) bytes of the head for `tokens` tokens in one pass; the loss makes its gradients in forward.
 
-    Kept: gradients of hidden and weight. Working: a slice of float32 logits with its gradient, and the weight's sums.
-    Tensor ranks' Triton kernels make the logits again in backward, a slice of their gradient alone.
+    Kept: gradients of hidden and weight. Working: one slice of float32 logits with its gradient, and the float32 sum of
+    the weight's gradient. Slices keep the [tokens, vocab] logits from ever existing whole. With tensor parallelism
+    Triton kernels compute the logits again in backward, because a slice's softmax needs sums over all ranks first.
     """
     e, vocab, hidden = storage.element_bytes, config.vocab_size // tensor, config.hidden_size
     backend = storage.backend
+    # The kernel chooses rows by elements of a slice, so a large vocabulary gets few rows, down to a least number.
     rows = min(tokens, max(LOGITS_LEAST_ROWS[backend], LOGITS_SLICE[backend] // vocab))
     if backend == "triton":
         rows = min(rows, 4096)

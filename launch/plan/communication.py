@@ -19,7 +19,11 @@ PARTS = {"tp": "tensor", "ep": "expert", "expt_tp": "expert", "cp": "context", "
 
 
 def ring_seconds(moved: float, ranks: int, hardware: Hardware, *, calls: float, stride: int = 1) -> float:
-    """A gather or scatter of `moved` bytes in all, in `calls` collectives; `stride`: from one rank of the ring to the next."""
+    """Seconds of `calls` ring gathers or scatters over `ranks` ranks that move `moved` bytes in all.
+
+    Each of the ranks - 1 hops of a call adds latency; the bytes pass at the ring's slowest link. `stride` is the
+    distance in rank numbers between neighbours of the ring, which decides whether they share a node.
+    """
     if ranks == 1 or calls == 0:
         return 0.0
     speed = hardware.ring_bytes_per_second(ranks, stride)
@@ -27,7 +31,10 @@ def ring_seconds(moved: float, ranks: int, hardware: Hardware, *, calls: float, 
 
 
 def all_to_all_seconds(sent: float, ranks: int, hardware: Hardware, *, calls: int = 1, stride: int = 1) -> float:
-    """Every rank sends `sent` bytes, evenly over all: those that leave the node share its network, the rest its links."""
+    """Seconds of `calls` all-to-alls in which every rank sends `sent` bytes in all, evenly over the group.
+
+    Traffic inside a node and across nodes uses different links at the same time, so the slower of the two counts.
+    """
     if ranks == 1:
         return 0.0
     together = min(ranks, max(1, hardware.gpus_per_node // stride))
@@ -37,7 +44,11 @@ def all_to_all_seconds(sent: float, ranks: int, hardware: Hardware, *, calls: in
 
 
 def axis_place(axis: str, layout: Layout) -> tuple[int, int]:
-    """Ranks of a group of this axis, and how many ranks lie from one of them to the next."""
+    """Group size of an axis, and its stride: the distance in rank numbers between neighbours of the group.
+
+    Follows the order of the rank grid, innermost first: tensor, context, data, pipeline; on the expert grid expert
+    tensor, expert, data.
+    """
     match axis:
         case "tp":
             return layout.tensor, 1
@@ -56,7 +67,10 @@ def axis_place(axis: str, layout: Layout) -> tuple[int, int]:
 
 
 def exchange_seconds(exchange: Exchange, layout: Layout, hardware: Hardware) -> float:
-    """Seconds of all calls of one exchange; a send goes over the network, as pipeline stages are on different nodes."""
+    """Seconds that one rank spends in all calls of an exchange.
+
+    A send goes over the network: pipeline is the outermost axis, so its neighbours are taken to be on different nodes.
+    """
     ranks, stride = axis_place(exchange.axis, layout)
     handed = exchange.stage_bytes / layout.stage_ranks
     if exchange.collective == "send":
@@ -70,16 +84,16 @@ def exchange_seconds(exchange: Exchange, layout: Layout, hardware: Hardware) -> 
 
 
 def total_seconds(exchanges: Iterable[Exchange], layout: Layout, hardware: Hardware) -> float:
-    """Seconds of exchanges that come one after the other."""
+    """Seconds of exchanges that run one after the other, none of them hidden behind compute."""
     return sum(exchange_seconds(exchange, layout, hardware) for exchange in exchanges)
 
 
 def pass_seconds(
     config: RunConfig, layout: Layout, hardware: Hardware, held: StageShare, *, overlap: float
 ) -> dict[str, float]:
-    """Communication inside one micro-batch's forward and backward pass on one rank, by axis.
+    """Seconds of communication in one micro-batch's forward and backward pass on one rank, by axis.
 
-    `overlap`: the part of a pipeline's sends that runs beside compute; all else waits.
+    `overlap`: the part of a pipeline's sends that runs beside compute, 0 to 1; every other collective is waited for.
     """
     seconds = dict.fromkeys(PARTS.values(), 0.0)
     for exchange in pass_exchanges(config, layout, held):

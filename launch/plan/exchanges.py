@@ -28,9 +28,9 @@ BUCKET_ELEMENTS = 200_000_000  # gradients of one reduction (pretrain/engine/eng
 
 @dataclass(frozen=True)
 class Exchange:
-    """Calls of one collective over one axis, with numbers of one type.
+    """Calls of one collective over one axis in one dtype, for a pipeline stage.
 
-    `calls`: of each rank. `stage_bytes`: handed in by all ranks of the pipeline stage together.
+    `calls`: of each rank. `stage_bytes`: bytes handed in by all ranks of the stage together, over all of these calls.
     """
 
     axis: str
@@ -41,12 +41,16 @@ class Exchange:
 
 
 def element_type(config: RunConfig) -> tuple[str, int]:
-    """Name and bytes of the numbers that weights and activations are made of."""
+    """Name and bytes of the dtype that weights and activations have in the run's precision."""
     return {"float32": ("float32", 4), "bf16": ("bfloat16", 2)}[config.train.precision]
 
 
 def pass_exchanges(config: RunConfig, layout: Layout, held: StageShare) -> list[Exchange]:
-    """All exchanges of one micro-batch on a stage, forward and backward; `config` says all but the layout."""
+    """All exchanges of one micro-batch on a stage, forward and backward.
+
+    `config` gives sizes and precision; parallel sizes and the micro-batch come from `layout`, so that a search need not
+    build a configuration for every candidate.
+    """
     return [
         *tensor_exchanges(config, layout, held),
         *expert_exchanges(config, layout, held),
@@ -56,13 +60,14 @@ def pass_exchanges(config: RunConfig, layout: Layout, held: StageShare) -> list[
 
 
 def tensor_exchanges(config: RunConfig, layout: Layout, held: StageShare) -> Iterator[Exchange]:
-    """Regions in and out, embedding, loss: once each way on every rank of the stage that has them."""
+    """Tensor parallelism: collectives where blocks, embedding and loss enter and leave a sharded region."""
     if layout.tensor == 1:
         return
     model, moe = config.model, config.model.moe
     ranks, tokens = layout.stage_ranks, layout.tokens(config)
     routers, scans = held.letters.count("E"), held.letters.count("M")
     others = len(held.letters) - routers
+    # Every block but E is one region of two crossings, its entry and its exit.
     yield from _crossing(config, layout, model.hidden_size, times=2 * others, again=others)
     if routers:
         assert moe is not None, "E blocks need model.moe"
@@ -98,7 +103,11 @@ def _crossing(config: RunConfig, layout: Layout, width: int, *, times: int, agai
 
 
 def _router_exchanges(config: RunConfig, layout: Layout, moe: MoeConfig, blocks: int) -> Iterator[Exchange]:
-    """E blocks: the shared expert is a region; routed experts are one only where every rank has a part of each."""
+    """Tensor-axis exchanges of E blocks: the shared expert is a region of its own, routed experts in some layouts.
+
+    Without an expert axis every tensor rank holds a slice of each expert, and the routed part is a region too. With
+    one, tensor ranks split the tokens instead, and results are gathered unless the stream is split already.
+    """
     share = layout.stage_ranks * (layout.tokens(config) // layout.tensor)
     width = moe.latent_size or config.model.hidden_size
     if moe.shared_expert_hidden_size:
@@ -137,7 +146,7 @@ def expert_exchanges(config: RunConfig, layout: Layout, held: StageShare) -> Ite
 
 
 def context_exchanges(config: RunConfig, layout: Layout, held: StageShare) -> Iterator[Exchange]:
-    """States and windows of two segments a row, whatever their length; keys and values of attention; router counts."""
+    """Context parallelism: states and windows of Mamba2, keys and values of attention, and the router's expert counts."""
     model, context, tensor = config.model, layout.context, layout.tensor
     if context == 1:
         return
@@ -152,6 +161,8 @@ def context_exchanges(config: RunConfig, layout: Layout, held: StageShare) -> It
     blocks = held.letters.count("*")
     if model.attention is not None and blocks:
         heads = max(1, model.attention.num_kv_heads // tensor)
+        # Keys and values are gathered over the group in forward; their gradients are summed back to the owners in
+        # backward.
         keys = ranks * 2 * layout.tokens(config) * heads * model.attention.head_dim * size
         yield Exchange("cp", "all_gather", dtype, blocks, blocks * keys)
         yield Exchange("cp", "reduce_scatter", dtype, blocks, context * blocks * keys)
@@ -175,21 +186,23 @@ def _registered_exchanges(
 
 
 def pipeline_exchanges(config: RunConfig, layout: Layout, held: StageShare) -> Iterator[Exchange]:
-    """The stream from each piece to the next one, and its gradient back."""
+    """Pipeline sends: the residual stream from each piece to the next, and its gradient back."""
     if layout.pipeline == 1:
         return
     dtype, size = ("float32", FLOAT32) if config.model.residual_in_fp32 else element_type(config)
     tokens = layout.tokens(config) // layout.stream_ranks
+    # Every piece sends a stream forward but the last, and a gradient back but the first.
     sends = 2 * layout.virtual_stages - held.has_embedding - held.has_head
     moved = layout.stage_ranks * tokens * config.model.hidden_size * size
     yield Exchange("pp", "send", dtype, sends, sends * moved)
 
 
 def reduction_exchanges(config: RunConfig, layout: Layout, parameters: float, *, is_spread: bool) -> Iterator[Exchange]:
-    """Once a step, for one parameter group of a rank: gradients over the ranks with the same weights, and weights back.
+    """Once a step for one parameter group of a rank: gradients are reduced, and in ZeRO-1 and 2 weights gathered.
 
-    `is_spread`: experts that lie on different ranks of the expert axis. DeepSpeed reduces in float32 and pads a group to
-    a multiple of twice the ranks that share its state. ZeRO-3 scatters, and gathers in the passes.
+    `is_spread`: experts that lie on different ranks of the expert axis. DeepSpeed reduces in float32 and pads a group
+    to a multiple of twice the ranks that share its state. ZeRO-3 reduce-scatters here and gathers weights in the passes
+    instead.
     """
     axis, ranks = ("expt_dp", layout.expert_sharers) if is_spread else ("dp_cp", layout.dense_sharers)
     if ranks == 1 or not parameters:

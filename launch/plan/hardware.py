@@ -38,13 +38,14 @@ class Hardware(BaseModel):
     link_efficiency: float = Field(0.80, gt=0, le=1, description="Of the links, in ring collectives.")
 
     def peak_flops(self, precision: str) -> float:
-        """Peak of products in the precision of training."""
+        """Dense peak of matrix products in the training precision, operations a second."""
         return self.bf16_flops if precision == "bf16" else self.float32_flops
 
     def ring_bytes_per_second(self, ranks: int, stride: int = 1) -> float:
-        """What a ring over that many ranks carries, each `stride` ranks from the last.
+        """Bytes a second that a ring of `ranks` ranks carries, link efficiency included.
 
-        Across nodes, the network cards of a node serve all its rings at once: one has those of its own ranks there.
+        `stride`: distance in rank numbers between neighbours of the ring. Across nodes all rings of a node run at once
+        and share its network cards: a ring has the cards of its own ranks there.
         """
         inside = self.node_link_bytes_per_second
         members = max(1, self.gpus_per_node // stride)

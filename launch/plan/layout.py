@@ -1,4 +1,11 @@
-"""How a run lies on its ranks: sizes of all axes, and what each pipeline rank holds of the model."""
+"""A parallel layout: sizes of all axes, and what each pipeline rank holds of the model.
+
+How it works: `Layout` is a plain value that a search can vary by the thousand; it mirrors the `parallel` section and
+adds the rank count, micro-batch size and recomputed blocks. `StageShare` counts parameters that one rank of a pipeline
+stage holds, from the same cut into pieces that training uses (`model/pipeline_split.py`), so that the plan and the run
+cannot disagree about which blocks lie where. Counts are cached by the fields that cut the model: the others don't
+change them.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +24,11 @@ from pretrain.recompute import recomputed_letters
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the axes of `ranks` ranks and rows a forward pass; the names are those of the `parallel` section."""
+    """Sizes of the parallel axes over `ranks` ranks, ZeRO stage, micro-batch rows and recomputation.
+
+    Field names are those of the `parallel` section. `recompute` holds the letters of blocks that are recomputed in
+    backward.
+    """
 
     ranks: int
     zero_stage: int
@@ -53,38 +64,38 @@ class Layout:
 
     @property
     def data(self) -> int:
-        """Ranks over which micro-batches are spread."""
+        """Data-parallel size: ranks over which micro-batches are spread."""
         return max(1, self.ranks // (self.tensor * self.context * self.pipeline))
 
     @property
     def stage_ranks(self) -> int:
-        """Ranks of one pipeline stage."""
+        """Ranks of one pipeline stage, over all other axes."""
         return self.ranks // self.pipeline
 
     @property
     def dense_sharers(self) -> int:
-        """Ranks with the same dense weights: ZeRO spreads over them."""
+        """Ranks that hold the same dense weights, over which gradients are reduced and ZeRO shards its states."""
         return self.data * self.context
 
     @property
     def expert_sharers(self) -> int:
-        """Ranks with the same experts."""
+        """Ranks that hold the same experts and reduce their gradients together."""
         if self.expert == 1:
             return self.dense_sharers
         return max(1, self.ranks // (self.pipeline * self.expert * self.expert_tensor))
 
     @property
     def width_ranks(self) -> int:
-        """Ranks among which an expert's inner width is cut; without an expert axis the tensor ranks cut it."""
+        """Ranks that split an expert's hidden units; without an expert axis the tensor ranks do."""
         return self.expert_tensor if self.expert > 1 else self.tensor
 
     @property
     def stream_ranks(self) -> int:
-        """Tensor ranks among which the tokens between blocks are cut."""
+        """Tensor ranks that split the tokens of the residual stream: all with sequence parallelism, else 1."""
         return self.tensor if self.sequence_parallel else 1
 
     def micro_batches(self, config: RunConfig) -> int:
-        """Micro-batches of a data rank and step."""
+        """Micro-batches that a data rank accumulates in one step, at least 1."""
         return max(1, config.train.global_batch_size // (self.micro_batch_size * self.data))
 
     def tokens(self, config: RunConfig) -> int:
@@ -92,7 +103,7 @@ class Layout:
         return self.micro_batch_size * config.train.sequence_length // self.context
 
     def settings(self) -> dict[str, Any]:
-        """The `parallel` section that asks for it."""
+        """The `parallel` section that requests this layout; settings that only matter with an axis appear only with it."""
         section: dict[str, Any] = {
             "tensor": self.tensor,
             "sequence_parallel": self.sequence_parallel,
@@ -108,14 +119,14 @@ class Layout:
         return section
 
     def train_settings(self, model: ModelConfig) -> dict[str, Any]:
-        """What of the `train` section belongs to it: the rows of a micro-batch, and which blocks are computed again."""
+        """The keys of `train` that the layout decides: micro-batch size and recomputation."""
         kinds = frozenset(model.letters)
         name = "none" if not self.recompute else "full" if self.recompute >= kinds else "selective"
         blocks = "".join(sorted(self.recompute)) if name == "selective" else ""
         return {"micro_batch_size": self.micro_batch_size, "recompute": name, "recompute_blocks": blocks}
 
     def describe(self) -> str:
-        """The settings that are not at their smallest, as overrides write them."""
+        """The layout in one line of `key=value` overrides, values at their smallest left out."""
         parts = [
             f"{name}={str(value).lower()}"
             for name, value in self.settings().items()
@@ -127,7 +138,11 @@ class Layout:
 
 @dataclass(frozen=True)
 class StageShare:
-    """What one rank of a pipeline stage holds: its blocks, and parameters by how ZeRO spreads them."""
+    """Parameters and blocks of one rank of a pipeline stage.
+
+    `dense` and `routed` are kept apart because ZeRO shards them over different groups. `largest_block` (parameters) is
+    what ZeRO-3 may gather beyond its limit of live parameters.
+    """
 
     stage: int
     letters: tuple[str, ...]
@@ -139,22 +154,22 @@ class StageShare:
 
     @property
     def parameters(self) -> float:
-        """All that the rank computes with."""
+        """All parameters that the rank computes with, dense and routed."""
         return self.dense + self.routed
 
     def gradient_groups(self, layout: Layout) -> tuple[tuple[float, bool], ...]:
-        """(parameters, whether they are experts spread over ranks) of all that is reduced over the same ranks."""
+        """(parameters, is_spread) of each set whose gradients are reduced over one group of ranks."""
         if layout.expert == 1:
             return ((self.parameters, False),)
         return ((self.dense, False), (self.routed, True))
 
     def share(self, layout: Layout) -> float:
-        """Its part of the states that ZeRO spreads."""
+        """Parameters of the shard that ZeRO leaves to this rank."""
         return self.dense / layout.dense_sharers + self.routed / layout.expert_sharers
 
 
 def routed_parameters(model: ModelConfig) -> int:
-    """Parameters of all routed experts of one block."""
+    """Parameters of all routed experts of one E block, 0 for a model without them."""
     if model.moe is None:
         return 0
     moe = model.moe
@@ -163,7 +178,10 @@ def routed_parameters(model: ModelConfig) -> int:
 
 
 def held_by_stages(model: ModelConfig, layout: Layout, sequence_length: int) -> tuple[StageShare, ...]:
-    """One rank of each pipeline stage. Norms and routers, which every tensor rank holds, count as cut: they are small."""
+    """What one rank of each pipeline stage holds, in stage order.
+
+    Norms and routers, which every tensor rank holds whole, count as cut: they are small.
+    """
     # Of all that a layout says only what cuts the model: a search asks for the same shares again and again.
     cuts = Layout(
         0,
@@ -179,7 +197,11 @@ def held_by_stages(model: ModelConfig, layout: Layout, sequence_length: int) -> 
 
 
 def distinct_stages(stages: tuple[StageShare, ...]) -> tuple[StageShare, ...]:
-    """The first of the stages that hold the same: a later one needs no more memory, and no more time."""
+    """One stage for each distinct content, the first of them.
+
+    Under 1F1B an earlier stage holds more micro-batches in flight than a later one with the same blocks, and takes as
+    long.
+    """
     first: dict[object, StageShare] = {}
     for held in stages:
         first.setdefault((held.letters, held.has_embedding, held.has_head), held)

@@ -1,9 +1,14 @@
-"""Bytes that one rank needs: what stays, and the fuller of two phases of a step, the passes and the optimizer's step.
+"""Peak memory of one rank: persistent states, plus the fullest of building, the passes and the optimizer's step.
 
-Before them comes the phase of building: a rank's model is made whole, in float32, on the device. Every pipeline stage is
-counted; the fullest one is what a device must hold. Gradients lie whole on every rank, in the dtype of the weights, until
-the last backward pass of a step (they are reduced once a step, at every ZeRO stage), and with bf16 and several
-micro-batches a rank also as float32 sums. So ZeRO-2 and 3 spare no gradient memory here.
+How it works: each phase is a table of named parts in bytes. Weights, float32 masters and AdamW moments persist, sharded
+by ZeRO. The passes are walked backwards block by block, as activations shrink while gradients grow, to find their
+fullest moment. The optimizer phase adds what DeepSpeed allocates to reduce gradients and to step. Building is counted
+as well: a rank's model is made whole, in float32, on the device. Every pipeline stage is estimated; the fullest
+decides.
+
+Gradients lie whole on every rank, in the dtype of the weights, until the last backward pass of a step (they are reduced
+once a step, at every ZeRO stage), and with bf16 and several micro-batches also as float32 sums. So ZeRO-2 and 3 save no
+gradient memory here. `amfm bench memory` measures the estimates against real steps.
 """
 
 from __future__ import annotations
@@ -22,18 +27,18 @@ LIVE_ELEMENTS = 1_000_000_000  # weights that ZeRO-3 keeps gathered
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of the fullest rank by part, at the moment when they are most; `phase` names that moment."""
+    """Peak bytes of a rank by named part; `phase` says when the peak occurs."""
 
     parts: dict[str, float]
     phase: str
 
     def total(self) -> float:
-        """All parts together."""
+        """Bytes of all parts together."""
         return sum(self.parts.values())
 
 
 def storage_of(config: RunConfig, *, on_gpu: bool = True) -> Storage:
-    """Bytes an element and kernels that will run; `auto` is Triton on a GPU."""
+    """Precision and kernels that the configuration resolves to; backend `auto` is Triton on a GPU, else PyTorch."""
     backend = config.kernels.backend
     if backend == "auto":
         backend = "triton" if on_gpu else "torch"
@@ -43,7 +48,7 @@ def storage_of(config: RunConfig, *, on_gpu: bool = True) -> Storage:
 def estimate_memory(
     config: RunConfig, layout: Layout, storage: Storage, *, margin: float, imbalance: float = 1.0
 ) -> Memory:
-    """Peak bytes of the fullest rank. `margin`: part of the rest for fragmentation and small things.
+    """Peak bytes of the fullest rank. `margin`: fraction added for fragmentation and small allocations.
 
     `imbalance`: routed rows of the fullest rank over the mean, where experts are spread.
     """
@@ -55,7 +60,7 @@ def estimate_memory(
 
 
 def estimate_stage(config: RunConfig, layout: Layout, storage: Storage, held: StageShare, imbalance: float) -> Memory:
-    """Peak bytes of a rank of one pipeline stage, without a margin."""
+    """Peak bytes of a rank of one pipeline stage, without margin: the fullest of its three phases."""
     stays = persistent_bytes(held, layout, storage)
     moments = {
         "passes": stays | busiest_pass(config, layout, storage, held, imbalance),
@@ -68,7 +73,7 @@ def estimate_stage(config: RunConfig, layout: Layout, storage: Storage, held: St
 
 
 def building_bytes(held: StageShare, layout: Layout, storage: Storage) -> dict[str, float]:
-    """Parts before the first step: the rank's model whole and in float32, or DeepSpeed's copies of it while it spreads them."""
+    """Parts at the peak before the first step: the float32 model, or DeepSpeed's states with the copies it shards from."""
     e, parameters = storage.element_bytes, held.parameters
     first = {"weights in float32": FLOAT32_BYTES * parameters}
     stays = persistent_bytes(held, layout, storage)
@@ -83,7 +88,7 @@ def building_bytes(held: StageShare, layout: Layout, storage: Storage) -> dict[s
 
 
 def persistent_bytes(held: StageShare, layout: Layout, storage: Storage) -> dict[str, float]:
-    """Weights, float32 masters and moments, and buffers that live as long as the run."""
+    """Parts that live as long as the run: weights, float32 masters, AdamW moments, and ZeRO-3's buffers."""
     e, stage = storage.element_bytes, layout.zero_stage
     share = held.share(layout) if stage else held.parameters
     has_masters = stage > 0 or e < FLOAT32_BYTES
@@ -110,7 +115,7 @@ def in_flight(layout: Layout, stage: int, micro_batches: int) -> float:
 
 
 def split_of(layout: Layout, imbalance: float) -> Split:
-    """How blocks are smaller on a rank of this layout."""
+    """How a block shrinks on a rank of this layout, in the terms of `activations.py`."""
     is_spread = layout.expert > 1
     return Split(
         tensor=layout.tensor,
@@ -124,7 +129,11 @@ def split_of(layout: Layout, imbalance: float) -> Split:
 def busiest_pass(
     config: RunConfig, layout: Layout, storage: Storage, held: StageShare, imbalance: float
 ) -> dict[str, float]:
-    """Parts at the fullest moment of forward and backward: activations shrink while gradients grow."""
+    """Parts at the fullest moment of forward and backward of a rank.
+
+    Walks from the head to the first block: each block's backward pass frees its activations and adds its gradients, so
+    the peak lies where their sum with the block's working space is largest.
+    """
     model, tokens, e = config.model, layout.tokens(config), storage.element_bytes
     micro_batches = layout.micro_batches(config)
     accumulates = micro_batches > 1  # then this is not the step's first micro-batch, and all gradients exist
@@ -164,7 +173,7 @@ def busiest_pass(
 
 
 def gathered_bytes(layout: Layout, storage: Storage, held: StageShare) -> float:
-    """Whole weights that ZeRO-3 holds besides the shares."""
+    """Bytes of whole weights that ZeRO-3 keeps gathered beside its shards."""
     if layout.zero_stage != 3 or layout.dense_sharers == 1:
         return 0.0  # a single rank computes with its share itself
     # Several ranks' parts arrive in one buffer and are copied out of it, tensor by tensor.
@@ -173,7 +182,7 @@ def gathered_bytes(layout: Layout, storage: Storage, held: StageShare) -> float:
 
 
 def step_bytes(held: StageShare, layout: Layout, storage: Storage) -> dict[str, float]:
-    """Parts while gradients are reduced or AdamW moves the weights, whichever is more: activations are gone."""
+    """Parts of the optimizer phase, after activations are freed: the larger of the reduction and the AdamW update."""
     return max(
         reduction_bytes(held, layout, storage),
         update_bytes(held, layout, storage),
@@ -182,7 +191,7 @@ def step_bytes(held: StageShare, layout: Layout, storage: Storage) -> dict[str, 
 
 
 def reduction_bytes(held: StageShare, layout: Layout, storage: Storage) -> dict[str, float]:
-    """Parts while gradients are summed over data ranks, a bucket at a time."""
+    """Parts while gradients are reduced over the ranks that share weights, one bucket at a time."""
     e, stage, parameters = storage.element_bytes, layout.zero_stage, held.parameters
     bucket = min(parameters, BUCKET_ELEMENTS if stage else STAGE0_BUCKET_ELEMENTS)
     whole, sent = e * parameters, FLOAT32_BYTES * bucket if e < FLOAT32_BYTES else 0.0
@@ -198,7 +207,7 @@ def reduction_bytes(held: StageShare, layout: Layout, storage: Storage) -> dict[
 
 
 def update_bytes(held: StageShare, layout: Layout, storage: Storage) -> dict[str, float]:
-    """Parts while AdamW runs: reduced gradients of this rank's share, joined, and in float32."""
+    """Parts while AdamW runs: reduced gradients of this rank's shard, joined in one buffer, and their float32 copy."""
     e, stage, share = storage.element_bytes, layout.zero_stage, held.share(layout)
     wide = FLOAT32_BYTES if e < FLOAT32_BYTES else 0
     if stage == 0:

@@ -1,4 +1,4 @@
-"""A picture of a plan: bytes of the fullest rank by part, one bar a ZeRO stage, and the seconds of a step by stream."""
+"""Chart of a plan: memory of the fullest rank by part for each ZeRO stage, and the timeline of a step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pretrain.checks.stages import run_of_stage
 
 
 def draw_plan(plan: Plan, assumptions: Assumptions, path: Path) -> None:
-    """Write the picture; its format follows the file's name."""
+    """Write the chart to `path`; the suffix chooses the format."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -26,7 +26,7 @@ def draw_plan(plan: Plan, assumptions: Assumptions, path: Path) -> None:
 
 
 def draw_memory(axes: Any, plan: Plan, assumptions: Assumptions) -> None:
-    """Bytes by part for every ZeRO stage that the other axes allow, against the device's memory."""
+    """Draw memory by part, GiB, for every ZeRO stage that the other axes allow, against the device's memory."""
     own, config = plan.own.layout, run_of_stage(plan.config, plan.stages[0].stage)
     layouts = [replace(own, zero_stage=stage) for stage in ZERO_STAGES]
     layouts = [layout for layout in layouts if is_allowed(with_layout(config, layout), own.ranks)]
@@ -47,9 +47,9 @@ def draw_memory(axes: Any, plan: Plan, assumptions: Assumptions) -> None:
 
 
 def draw_timeline(axes: Any, plan: Plan) -> None:
-    """The step of the slowest rank, left to right: what computes above, what is sent below.
+    """Draw the step of the slowest rank from left to right: compute above, communication below.
 
-    Inside the passes blocks and their collectives alternate; here equal kinds are drawn together.
+    Inside the passes blocks and their collectives alternate; here parts of one kind are drawn together.
     """
     step = plan.own.step
     spans: list[tuple[str, float, float, int]] = []

@@ -33,7 +33,11 @@ KEPT_PARTS = ("weights", "masters", "moments", "gradients")  # that no recomputa
 
 @dataclass(frozen=True)
 class Assumptions:
-    """Inputs of the estimates that no configuration says."""
+    """Inputs of the estimates that no configuration states, all fractions or ratios.
+
+    `margin`: memory added for fragmentation and small allocations. `overlap`: part of ZeRO-3's gathers and of pipeline
+    sends that hides behind compute. `imbalance`: routed rows of the fullest expert rank over the mean.
+    """
 
     margin: float = 0.1
     overlap: float = 0.5
@@ -42,9 +46,10 @@ class Assumptions:
 
 @dataclass(frozen=True)
 class Estimate:
-    """One layout: what it needs and how fast it is. `reason` says why it does not fit; empty: it fits.
+    """Memory, time and throughput of one layout. `reason` says why it does not fit; empty when it does.
 
-    `train`: what of the `train` section the layout decides.
+    `train`: the keys of the `train` section that the layout decides. `mfu` counts model FLOPs (recomputation left out)
+    against the dense peak of all ranks; `tokens_per_second` is of the whole run.
     """
 
     layout: Layout
@@ -56,27 +61,28 @@ class Estimate:
     train: dict[str, Any]
 
     def fits(self) -> bool:
-        """Whether a rank's bytes are fewer than the device's."""
+        """Whether the fullest rank's bytes fit the device's memory."""
         return not self.reason
 
 
 @dataclass(frozen=True)
 class StageEstimate:
-    """One stage of the run in the configuration's own layout."""
+    """Estimate of one training stage in the configuration's own layout."""
 
     stage: RunStage
     estimate: Estimate
 
     def seconds(self) -> float:
-        """Of the whole stage; smaller first batches count as full ones."""
+        """Seconds of the whole stage; steps of a batch ramp count as full ones."""
         return self.stage.num_steps * self.estimate.step.total()
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything `amfm plan` says; `own` is the first stage in the configuration's own layout.
+    """Everything that `amfm plan` prints; `own` is the first training stage in the configuration's own layout.
 
-    `is_own`: False where that breaks a rule for so many ranks, and the best layout found stands in its place.
+    `is_own`: False where that layout breaks a rule for so many ranks, and the best one found takes its place. `tokens`
+    may differ from the configuration's where the user asked for another number; stages are scaled in proportion.
     """
 
     config: RunConfig
@@ -91,11 +97,11 @@ class Plan:
 
     @property
     def own(self) -> Estimate:
-        """The first stage's estimate."""
+        """Estimate of the first training stage."""
         return self.stages[0].estimate
 
     def seconds(self) -> float:
-        """Of the whole run in the configuration's own layout."""
+        """Seconds of the whole run in the configuration's own layout, scaled to `tokens`."""
         declared = sum(entry.stage.num_tokens() for entry in self.stages)
         return sum(entry.seconds() for entry in self.stages) * self.tokens / declared
 
@@ -109,11 +115,11 @@ def make_plan(
     tokens: float | None = None,
     search: bool = False,
 ) -> Plan:
-    """Estimate a configuration that `check_run` passed for `ranks` ranks.
+    """Plan a configuration that `check_run` passed for `ranks` ranks.
 
     `tokens`: of the run; None: as configured. `search`: over all axes, not only ZeRO stages and micro-batch sizes; then
-    the configuration's own layout need not suit so many ranks. Raises ValueError where no layout obeys all rules, and for
-    an optimizer in the host's memory, which is not modelled.
+    the configuration's own layout need not suit so many ranks. Raises ValueError where no layout obeys all rules, and
+    for an optimizer in the host's memory, which is not modelled.
     """
     if config.parallel.offload_optimizer:
         raise ValueError(
@@ -153,7 +159,7 @@ def rank_layouts(
     *,
     recomputes: bool,
 ) -> tuple[tuple[Estimate, ...], tuple[Estimate, ...]]:
-    """The layouts that every stage obeys and fits in, fastest in the first stage first; and the nearest of the others.
+    """Layouts that suit and fit every training stage, fastest in the first stage first; and the nearest misses.
 
     `recomputes`: a layout that does not fit is tried again with more blocks recomputed.
     """
@@ -163,6 +169,8 @@ def rank_layouts(
     for layout in layouts:
         for option in recomputed(runs[0], layout) if recomputes else (layout,):
             memory, reason = memory_of_stages(config, runs, option, hardware, assumptions)
+            # Stop at the first option that fits, or when recomputation cannot help because what it never frees is too
+            # much alone.
             if not reason or sum(memory.parts.get(name, 0.0) for name in KEPT_PARTS) > room:
                 break
         if reason:
@@ -181,7 +189,7 @@ def rank_layouts(
 def memory_of_stages(
     config: RunConfig, runs: list[RunConfig], layout: Layout, hardware: Hardware, assumptions: Assumptions
 ) -> tuple[Memory, str]:
-    """Memory in the first training stage, or in the first that a layout does not suit, and why it does not."""
+    """Memory in the first training stage, or in the first stage that the layout does not suit, with the reason."""
     found: tuple[Memory, str] | None = None
     for index, run in enumerate(runs):
         here = at_stage(layout, config, index, run) if index else layout
@@ -198,13 +206,13 @@ def memory_of_stages(
 
 
 def memory_of(config: RunConfig, layout: Layout, assumptions: Assumptions) -> Memory:
-    """Memory of the fullest rank of a run without stages."""
+    """Peak memory of the fullest rank of a run that is one training stage."""
     storage = storage_of(config)
     return estimate_memory(config, layout, storage, margin=assumptions.margin, imbalance=assumptions.imbalance)
 
 
 def at_stage(layout: Layout, config: RunConfig, index: int, run: RunConfig) -> Layout:
-    """A layout of the first stage as a later one has it: with the micro-batches that it or one before it declares."""
+    """The first stage's layout with a later stage's micro-batch size, where one was declared up to there."""
     is_declared = any(section.micro_batch_size for section in config.stages[1 : index + 1])
     return replace(layout, micro_batch_size=run.train.micro_batch_size) if is_declared else layout
 
@@ -226,7 +234,7 @@ def estimate(config: RunConfig, layout: Layout, hardware: Hardware, assumptions:
 
 
 def explain_misfit(memory: Memory, hardware: Hardware) -> str:
-    """Why a layout does not fit; empty if it does."""
+    """Why a layout does not fit, naming its largest part; empty when it fits."""
     room = hardware.memory_gib * GIB
     if memory.total() <= room:
         return ""
@@ -249,7 +257,7 @@ def advise(plan: Plan) -> str:
 
 
 def explain_no_layout(plan: Plan) -> str:
-    """Which parts keep every layout out, and what would have to be cut."""
+    """Why every layout is out of memory, and which part of the model or batch would have to shrink."""
     if not plan.near_misses:
         return "no layout obeys all rules for so many ranks; see `amfm config CONFIG --ranks N`"
     room = plan.hardware.memory_gib * GIB
@@ -286,7 +294,7 @@ def explain_no_layout(plan: Plan) -> str:
 
 
 def plan_as_dict(plan: Plan) -> dict[str, Any]:
-    """The plan for scripts."""
+    """The plan as JSON values: bytes, seconds, days and ratios, as `amfm plan --json` prints them."""
     seconds = plan.seconds()
     return {
         "gpus": plan.own.layout.ranks,
@@ -324,7 +332,7 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
 
 
 def estimate_as_dict(item: Estimate) -> dict[str, Any]:
-    """One layout for scripts."""
+    """One layout as JSON values, bytes rounded to integers."""
     step = item.step
     return {
         "parallel": item.layout.settings(),

@@ -1,6 +1,9 @@
-"""What the planner knows of registered mixers: nothing by name, all from one that is built of fake tensors.
+"""Memory, FLOPs and state of a registered mixer, found by building one block of it on fake tensors.
 
-So a plugin is planned as our own mixers are. What backward keeps is what the torch path saves; kernels save less.
+How it works: the planner knows no registered mixer by name. It builds one, runs a forward pass on fake tensors (shapes
+and dtypes without storage) and notes through autograd's hooks what is saved for backward; matrices and decode state are
+read from the module. So a plugin is planned like a built-in mixer. The pass takes the PyTorch path; Triton kernels save
+less, so the estimate errs on the safe side.
 """
 
 from __future__ import annotations
@@ -28,8 +31,12 @@ COUNTED_TOKENS = 2048
 
 @dataclass(frozen=True)
 class RegisteredBlock:
-    """One registered mixer on one rank: bytes a token that backward keeps, matrices [out, in], operations a token of the
-    recurrence or attention in forward, numbers a row of its decode state (what passes between context ranks)."""
+    """Sizes of one registered mixer on one rank, before any cut over tensor ranks.
+
+    `kept_bytes`: a token, saved for backward. `matrices`: [out, in] of each. `sequence_flops`: a token, of the
+    recurrence or attention in forward. `state_numbers`: a row, of its decode state, which is what passes between
+    context ranks.
+    """
 
     kept_bytes: float
     matrices: tuple[tuple[int, int], ...]
@@ -39,7 +46,10 @@ class RegisteredBlock:
 
 @lru_cache(maxsize=128)
 def registered_block(config: ModelConfig, letter: str, dtype: torch.dtype, sequence_length: int) -> RegisteredBlock:
-    """Counts one block of a registered mixer without allocating anything."""
+    """Count one block of a registered mixer without allocating memory.
+
+    Cached: a search asks for the same few blocks again and again.
+    """
     # Fake tensors and not meta ones: PyTorch chooses its attention by device. They cannot be cast afterwards.
     with FakeTensorMode(), default_dtype(dtype):
         mixer = build_mixer(config.letters.index(letter), config, single_rank_groups(), "torch")
@@ -57,7 +67,7 @@ def registered_block(config: ModelConfig, letter: str, dtype: torch.dtype, seque
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Parameters made inside have this dtype."""
+    """Make new parameters in this dtype inside the block."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -67,7 +77,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def is_registered(letter: str) -> bool:
-    """Whether blocks of this symbol are counted here."""
+    """Whether the letter stands for a registered mixer."""
     return mixer_name(letter) is not None
 
 
@@ -79,6 +89,7 @@ def _kept_bytes(mixer: SequenceMixer, hidden_size: int, dtype: torch.dtype) -> i
 
     def note(tensor: Tensor) -> Tensor:
         if id_of(tensor) not in known:
+            # By storage: views of one buffer that are saved apart cost its memory once.
             kept[id_of(tensor)] = tensor.untyped_storage()
         return tensor
 
@@ -89,5 +100,5 @@ def _kept_bytes(mixer: SequenceMixer, hidden_size: int, dtype: torch.dtype) -> i
 
 
 def id_of(tensor: Tensor) -> int:
-    """What views of one storage share."""
+    """Identity of a tensor's storage, the same for all views of it."""
     return tensor.untyped_storage()._cdata

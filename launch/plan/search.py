@@ -1,4 +1,11 @@
-"""Which layouts there are for a number of ranks: those that obey every rule of a run, near the configuration or anywhere."""
+"""Candidate layouts for a number of ranks: the configuration's neighbours, or every combination of axes.
+
+How it works: candidates are made in powers of two, filtered by the same rules that refuse a configuration before
+training (`pretrain/checks`), and handed to `plan.py` one by one. So the search proposes nothing that the run would
+refuse. Choices that promise nothing are left out (tensor parallelism across nodes, other ZeRO stages than 1 once
+experts or pipeline stages are spread), which keeps thousands of ranks searchable. Recomputation is tried only where a
+layout does not fit: it costs time and saves nothing but memory.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +27,7 @@ LARGEST_CONTEXT = 16
 
 
 def neighbour_layouts(config: RunConfig, ranks: int) -> Iterator[Layout]:
-    """The configuration's axes with every ZeRO stage and every micro-batch size that shares the global batch evenly."""
+    """The configuration's axes with every ZeRO stage and every micro-batch size that divides a data rank's rows."""
     own = Layout.of(config, ranks)
     rows = config.train.global_batch_size // own.data
     for stage, size in product(ZERO_STAGES, [size for size in range(1, min(rows, 64) + 1) if rows % size == 0]):
@@ -30,9 +37,10 @@ def neighbour_layouts(config: RunConfig, ranks: int) -> Iterator[Layout]:
 
 
 def all_layouts(config: RunConfig, ranks: int, gpus_per_node: int) -> Iterator[Layout]:
-    """Every combination of axes in powers of two, with sequence parallel wherever there is tensor parallel.
+    """Every allowed combination of axes in powers of two, all pipeline schedules included.
 
-    Tensor parallel stays inside a node. Every schedule of the pipeline; nothing is recomputed yet (`recomputed`).
+    Tensor parallelism stays inside a node and always takes sequence parallelism with it. No block is recomputed yet:
+    `recomputed` adds that.
     """
     model = config.model
     experts = model.moe.num_experts if model.moe is not None else 1
@@ -68,9 +76,9 @@ def all_layouts(config: RunConfig, ranks: int, gpus_per_node: int) -> Iterator[L
 
 
 def recomputed(config: RunConfig, layout: Layout) -> Iterator[Layout]:
-    """The layout with ever more blocks computed again: none, one kind (that of the fewest operations first), all.
+    """The layout with ever more recomputation: none, one kind of block (fewest FLOPs first), all kinds.
 
-    The first that fits is the fastest that does. A schedule that cuts backward passes in two recomputes nothing.
+    The first that fits is taken. A zero-bubble schedule cuts backward passes in two and recomputes nothing.
     """
     yield layout
     if layout.schedule == "zero_bubble":
@@ -86,19 +94,19 @@ def recomputed(config: RunConfig, layout: Layout) -> Iterator[Layout]:
 
 
 def powers_of_two(largest: int) -> list[int]:
-    """1, 2, 4, ... up to `largest`."""
+    """1, 2, 4, ... up to and including `largest`."""
     return [1 << power for power in range(largest.bit_length()) if 1 << power <= largest]
 
 
 def with_layout(config: RunConfig, layout: Layout) -> RunConfig:
-    """The configuration in another layout."""
+    """A copy of the configuration in this layout."""
     section = ParallelConfig.model_validate(layout.settings())
     train = config.train.model_copy(update=layout.train_settings(config.model))
     return config.model_copy(update={"parallel": section, "train": train})
 
 
 def is_allowed(config: RunConfig, ranks: int) -> bool:
-    """Whether a run without stages obeys the rules of layouts."""
+    """Whether a run that is one training stage obeys all rules of layouts for `ranks` ranks."""
     if any(world_problems(config, ranks)) or any(layout_problems(config)) or any(batch_problems(config, ranks)):
         return False
     return not any(micro_batch_problems(config, ranks)) and not any(pipeline_problems(config))

@@ -40,13 +40,16 @@ class StepTime:
     exposed_gathers: float
 
     def total(self) -> float:
-        """The whole step."""
+        """Seconds of the whole step."""
         passes = sum(self.compute.values()) + sum(self.communication.values())
         return passes + self.bubble + self.optimizer + self.reduction + self.exposed_gathers
 
 
 class Roofline:
-    """Adds up the seconds of forward and backward operations on one device; `forwards` is 2 where blocks are recomputed."""
+    """Sum of roofline seconds of forward and backward operations on one device.
+
+    `forwards` is 2 where blocks are recomputed, so that every method counts the forward part once more.
+    """
 
     def __init__(self, hardware: Hardware, precision: str, element_bytes: int, forwards: int = 1) -> None:
         self.hardware, self.element_bytes, self.forwards = hardware, element_bytes, forwards
@@ -55,7 +58,7 @@ class Roofline:
         self.seconds = 0.0
 
     def product(self, rows: float, inputs: float, outputs: float, *, groups: int = 1, wide: bool = False) -> None:
-        """[rows, in] times [in, out], and the two products of its backward pass; `groups` matrices share the rows.
+        """Add [rows, in] x [in, out] and the two products of its backward pass; `groups` matrices share the rows.
 
         `wide`: in float32, as the router's logits are.
         """
@@ -69,19 +72,22 @@ class Roofline:
         )
 
     def mixing(self, flops: float, moved: float) -> None:
-        """Attention or a scan: forward `flops` and bytes; backward computes the scores again, 2.5 times as much."""
+        """Add attention or a scan, given forward `flops` and bytes moved.
+
+        Backward costs 2.5 times the forward pass, as it recomputes the scores.
+        """
         rate = self.peak * self.hardware.attention_efficiency
         self.seconds += (self.forwards + 2.5) * max(flops / rate, moved / self.bandwidth)
 
     def passes(self, moved: float) -> None:
-        """Bytes that operations without products move, forward and backward together; a third of them are forward's."""
+        """Add memory-bound operations by the bytes they move, forward and backward together; a third are forward's."""
         self.seconds += (self.forwards + 2) / 3 * moved / self.bandwidth
 
 
 def block_seconds(
     config: RunConfig, letter: str, layout: Layout, hardware: Hardware, storage: Storage, imbalance: float
 ) -> float:
-    """Forward and backward seconds of a rank's part of one block for a micro-batch."""
+    """Forward and backward seconds of a rank's part of one block for one micro-batch."""
     model, e, tokens, tensor = config.model, storage.element_bytes, layout.tokens(config), layout.tensor
     forwards = 2 if letter in layout.recompute else 1
     line = Roofline(hardware, config.train.precision, e, forwards)
@@ -104,6 +110,7 @@ def block_seconds(
 
 
 def _add_feed_forward(line: Roofline, rows: float, width: int, units: float, activation: str, groups: int = 1) -> None:
+    """Up and down projection with the activation between them, `units` hidden units wide on this rank."""
     up = up_rows(1, activation) * units
     line.product(rows, width, up, groups=groups)
     line.product(rows, units, width, groups=groups)
@@ -111,6 +118,7 @@ def _add_feed_forward(line: Roofline, rows: float, width: int, units: float, act
 
 
 def _add_mamba(line: Roofline, model: ModelConfig, tokens: float, tensor: int) -> None:
+    """Projections, causal convolution, chunked scan and gated norm of a rank's heads."""
     assert model.mamba is not None, "check_model was not called: model.mamba is missing"
     mamba, e = model.mamba, line.element_bytes
     inner, groups = mamba.inner_size() / tensor, max(1, mamba.num_groups / tensor)
@@ -135,6 +143,7 @@ def _add_registered(line: Roofline, config: RunConfig, letter: str, tokens: floa
 
 
 def _add_attention(line: Roofline, model: ModelConfig, tokens: float, tensor: int, sequence_length: int) -> None:
+    """Projections, q-k norm and rotation, gates, and causal attention over half of the row on average."""
     assert model.attention is not None, "check_model was not called: model.attention is missing"
     attention, e = model.attention, line.element_bytes
     query = attention.num_heads / tensor * attention.head_dim
@@ -150,6 +159,7 @@ def _add_attention(line: Roofline, model: ModelConfig, tokens: float, tensor: in
 
 
 def _add_moe(line: Roofline, model: ModelConfig, tokens: float, layout: Layout, imbalance: float) -> None:
+    """Router, latent projections, grouped products of this rank's rows, their permutation, and the shared expert."""
     assert model.moe is not None, "check_model was not called: model.moe is missing"
     moe, e, hidden = model.moe, line.element_bytes, model.hidden_size
     width, is_spread = moe.latent_size or hidden, layout.expert > 1
@@ -173,7 +183,7 @@ def _add_moe(line: Roofline, model: ModelConfig, tokens: float, layout: Layout, 
 
 
 def head_seconds(config: RunConfig, layout: Layout, hardware: Hardware, storage: Storage) -> float:
-    """Final norm, logits, loss and both gradients; logits pass through memory in float32."""
+    """Seconds of final norm, logits, loss and both gradients; logits pass through memory in float32."""
     model, tokens = config.model, layout.tokens(config)
     vocab = model.vocab_size / layout.tensor
     line = Roofline(hardware, config.train.precision, storage.element_bytes)
@@ -191,9 +201,10 @@ def estimate_step(
     overlap: float,
     imbalance: float = 1.0,
 ) -> StepTime:
-    """Seconds of one step. `overlap`: part of ZeRO-3's gathers and of a pipeline's sends that may run beside compute.
+    """Seconds of one step of the slowest pipeline stage.
 
-    Reductions come after the last backward pass, so nothing hides them.
+    `overlap`: part of ZeRO-3's gathers and of pipeline sends that may run beside compute. Gradient reductions come
+    after the last backward pass, so nothing hides them. `imbalance`: routed rows of the fullest rank over the mean.
     """
     stages = distinct_stages(held_by_stages(config.model, layout, config.train.sequence_length))
     block = {
@@ -213,6 +224,7 @@ def _estimate_stage(
     block: dict[str, float],
     overlap: float,
 ) -> StepTime:
+    """All parts of a step for one pipeline stage, from the seconds of each kind of block."""
     passes = layout.micro_batches(config)
     compute = {
         block_kind(letter): passes * held.letters.count(letter) * block[letter]
@@ -229,6 +241,7 @@ def _estimate_stage(
         # Forward and backward of each micro-batch, block by block.
         moved = storage.element_bytes * held.parameters
         gathers = 2 * passes * ring_seconds(moved, layout.dense_sharers, hardware, calls=len(held.letters))
+    # Communication cannot hide behind more compute than there is.
     hidden = min(gathers * overlap, sum(compute.values()))
     return StepTime(
         compute,
@@ -241,7 +254,10 @@ def _estimate_stage(
 
 
 def optimizer_seconds(held: StageShare, passes: int, layout: Layout, hardware: Hardware, storage: Storage) -> float:
-    """Float32 sums of bf16 gradients, the check for finite ones, and AdamW on this rank's share."""
+    """Seconds of AdamW on this rank's shard and of what surrounds it, all bound by memory.
+
+    Around it: float32 sums of bf16 gradients over micro-batches, and the check for finite values.
+    """
     e, parameters = storage.element_bytes, held.parameters
     share = held.share(layout) if layout.zero_stage else parameters
     moved = e * parameters + (7 * FLOAT32_BYTES + e) * share
@@ -251,7 +267,10 @@ def optimizer_seconds(held: StageShare, passes: int, layout: Layout, hardware: H
 
 
 def reduction_seconds(config: RunConfig, layout: Layout, hardware: Hardware, held: StageShare) -> float:
-    """Gradients, in float32: an all-reduce at stages 0 to 2, a scatter at 3; then weights gathered at 1 and 2."""
+    """Seconds to reduce gradients in float32, then to gather updated weights.
+
+    ZeRO-0 to 2 all-reduce, ZeRO-3 scatters; only stages 1 and 2 gather weights here.
+    """
     return sum(
         total_seconds(reduction_exchanges(config, layout, parameters, is_spread=is_spread), layout, hardware)
         for parameters, is_spread in held.gradient_groups(layout)

@@ -1,8 +1,10 @@
-"""The bytes that all ranks hand to collectives in a training step: what a layout costs before it is run.
+"""Expected collective traffic of a training step, in bytes handed in by all ranks.
 
-Passes and whole gradients are those of `exchanges.py`, which the plan times too, added up over stages and micro-batches.
-What only a built model says is added here: gradients that are partial on an axis, and the padding of ZeRO's groups. So
-are the few numbers that end a step. `amfm bench communication` counts the same bytes in a real step, to the byte.
+How it works: the exchanges of passes and of whole gradients are those of `exchanges.py`, which the plan times too,
+added up over stages and micro-batches. Only what a built model knows is added here: gradients that are partial sums
+over an axis, and the parameter groups that ZeRO pads one by one. So are the few numbers that end a step. `amfm bench
+communication` counts the same bytes in a real step; they agree to the byte, or the formula is wrong. Cases whose bytes
+depend on more than the layout (a router's choices, DeepSpeed's cache) are refused rather than approximated.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ Key = tuple[str, str, str]
 
 
 def expected_bytes(config: RunConfig, world_size: int) -> dict[Key, int]:
-    """Bytes handed in by all ranks in one step, by (axis, collective, type of number); terms of nothing are left out.
+    """Bytes handed in by all ranks in one step, by (axis, collective, dtype); zero entries are left out.
 
     Raises ValueError for settings whose bytes follow from more than the layout.
     """
@@ -47,7 +49,7 @@ def expected_bytes(config: RunConfig, world_size: int) -> dict[Key, int]:
 
 
 def check_countable(config: RunConfig) -> None:
-    """Refuse what has no formula here."""
+    """Refuse settings whose traffic has no closed formula. Raises ValueError with the reason and a remedy."""
     stage, moe = config.parallel.zero_stage, config.model.moe
     if stage == 3:
         raise ValueError(
@@ -74,7 +76,7 @@ def check_countable(config: RunConfig) -> None:
 
 
 class PlacedGroup:
-    """A group as blocks see it while they are built: its size and this rank's place, without other ranks."""
+    """Stand-in for a process group while a model is built: a size and a rank, without other processes."""
 
     def __init__(self, size: int, rank: int = 0) -> None:
         self._size, self._rank = size, rank
@@ -84,12 +86,12 @@ class PlacedGroup:
         return self._size
 
     def rank(self) -> int:
-        """The place of the rank that is spoken of."""
+        """Rank of the pictured process in the group."""
         return self._rank
 
 
 def built_stages(config: RunConfig) -> list[HybridModel]:
-    """What the first rank of each pipeline stage holds, without values."""
+    """The model of the first rank of each pipeline stage, on the meta device (no values, no memory)."""
     section, model = config.parallel, config.model
     pieces = cut_pieces(model, section.num_pieces(), config.train.sequence_length)
     sizes = {
@@ -110,7 +112,10 @@ def built_stages(config: RunConfig) -> list[HybridModel]:
 
 
 def gradient_exchanges(config: RunConfig, layout: Layout, model: HybridModel) -> list[Exchange]:
-    """Once a step for one stage: partial gradients over their axis, then each parameter group's reduction."""
+    """Gradient exchanges of one stage, once a step.
+
+    First partial sums over their own axis, then each parameter group's reduction over the ranks that share its weights.
+    """
     ranks = layout.stage_ranks
     found: list[Exchange] = []
     held: Counter[tuple[bool, bool]] = Counter()
@@ -120,6 +125,7 @@ def gradient_exchanges(config: RunConfig, layout: Layout, model: HybridModel) ->
 
     for name, parameter, shard in parameter_shards(model):
         is_spread = shard.per_expert and layout.expert > 1
+        # DeepSpeed pads every parameter group for itself, so groups are counted as the optimizer makes them.
         held[is_spread, decays(name, parameter.shape)] += parameter.numel()
         for axis in shard.partial:
             if getattr(model.groups, axis).size() == 1:
@@ -140,8 +146,11 @@ def gradient_exchanges(config: RunConfig, layout: Layout, model: HybridModel) ->
 
 
 def step_exchanges(config: RunConfig, layout: Layout) -> list[Exchange]:
-    """Counts of labels, the step's sums in float64, the agreed signal, the gradient norm, and in bf16 DeepSpeed's flag for
-    infinities: a few numbers a rank."""
+    """The few numbers that ranks agree on at the end of a step.
+
+    Counts of labels, the step's float64 sums, the agreed signal, the gradient norm, and in bf16 DeepSpeed's flag for
+    infinities.
+    """
     world, model_ranks = layout.ranks, layout.tensor * layout.pipeline
     if world == 1:
         return []
@@ -165,5 +174,6 @@ def step_exchanges(config: RunConfig, layout: Layout) -> list[Exchange]:
 
 
 def _num_router_sums(config: RunConfig) -> int:
+    """Numbers of the step's float64 sums that routers add: auxiliary losses, and each E block's expert loads."""
     blocks, moe = config.model.letters.count("E"), config.model.moe
     return len(auxiliary_names(moe)) + blocks * moe.num_experts if moe is not None and blocks else 0

@@ -1,7 +1,8 @@
-"""Writes a layout into a configuration file, in place: its `parallel` section, and what it decides of `train`.
+"""Write a layout into a configuration file in place: its `parallel` section, and the keys of `train` that it decides.
 
-Only those places of the text change, so that comments and the order of keys stay. The new file is loaded and checked
-beside the old one before it takes its place.
+How it works: YAML is parsed to nodes only for their positions, and just those spans of the text are replaced, so that
+comments, order and style stay. Dumping the parsed document would lose them. The new text is loaded and checked in a
+file beside the old one, which it then replaces in one rename: a layout that breaks a rule leaves the file untouched.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ Edit = tuple[int, int, str]  # of the text: from, to, instead
 
 
 def write_layout(path: Path, best: Estimate) -> None:
-    """Change the file to this layout. Raises ConfigError, and leaves the file alone, where the result breaks a rule."""
+    """Replace the file's layout by this estimate's.
+
+    Raises ConfigError, and leaves the file alone, where a rule is broken.
+    """
     text = path.read_text(encoding="utf-8")
     beside = path.with_name(f".{path.stem}.layout.yaml")
     beside.write_text(edited(text, best.layout.settings(), best.train), encoding="utf-8")
@@ -32,7 +36,7 @@ def write_layout(path: Path, best: Estimate) -> None:
 
 
 def edited(text: str, parallel: Mapping[str, Any], train: Mapping[str, Any]) -> str:
-    """The text with another `parallel` section and these keys of `train`."""
+    """The text of a configuration with its `parallel` section replaced and these keys of `train` set."""
     root: Any = yaml.compose(text)
     sections = {key.value: (key, value) for key, value in root.value}
     edits: list[Edit] = []
@@ -46,13 +50,14 @@ def edited(text: str, parallel: Mapping[str, Any], train: Mapping[str, Any]) -> 
         edits += keys_of(sections["train"][1], train)
     else:
         edits.append((len(text), len(text), f"\ntrain: {flow(train)}\n"))
+    # From the end, so that earlier positions stay valid.
     for start, end, instead in sorted(edits, reverse=True):
         text = text[:start] + instead + text[end:]
     return text
 
 
 def keys_of(section: Any, settings: Mapping[str, Any]) -> list[Edit]:
-    """Other values for the keys that a section has, and the missing ones before its first."""
+    """Edits that set keys of a section: values replaced where present, missing keys inserted before its first."""
     present = {key.value: value for key, value in section.value}
     edits = [
         (present[name].start_mark.index, end_of(present[name]), json.dumps(setting))
@@ -66,12 +71,12 @@ def keys_of(section: Any, settings: Mapping[str, Any]) -> list[Edit]:
 
 
 def end_of(node: Any) -> int:
-    """Where a value ends, without the comments that follow it."""
+    """Position where a value's text ends, without comments that follow it."""
     if isinstance(node, yaml.MappingNode) and not node.flow_style and node.value:
         return end_of(node.value[-1][1])
     return int(node.end_mark.index)
 
 
 def flow(settings: Mapping[str, Any]) -> str:
-    """A section on one line."""
+    """A section as a YAML flow mapping on one line."""
     return "{" + ", ".join(f"{name}: {json.dumps(value)}" for name, value in settings.items()) + "}"
