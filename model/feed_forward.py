@@ -1,4 +1,10 @@
-"""Dense feed-forward: SwiGLU (Shazeer 2020, arXiv 2002.05202) or squared ReLU (So et al. 2021, arXiv 2109.08668)."""
+"""Dense feed-forward: SwiGLU (Shazeer 2020, arXiv 2002.05202) or squared ReLU (So et al. 2021, arXiv 2109.08668).
+
+The inner width is cut over the tensor ranks, column-parallel up and row-parallel down (Shoeybi et al. 2019, arXiv
+1909.08053, section 3): the activation is pointwise, so a block needs one collective where it is entered and one where it
+is left. SwiGLU's gate and up matrices are stacked in one weight and multiplied at once; each rank holds a slice of both,
+in the order gate rows, then up rows. The same module is the shared expert of an MoE block.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +25,11 @@ def up_segments(hidden_size: int, activation: Activation) -> tuple[int, ...]:
 
 
 class FeedForward(nn.Module):
-    """down(activation(up(x))); the inner width is sharded over the tensor-parallel ranks."""
+    """down(activation(up(x))); the inner width is sharded over the tensor-parallel ranks.
+
+    `name` is the setting of the inner width, for the error where the ranks do not divide it. Every rank of `groups.tp` must
+    call it.
+    """
 
     def __init__(
         self,
@@ -37,7 +47,7 @@ class FeedForward(nn.Module):
         self.down_proj = RowLinear(inner_size, outer_size, groups, name=name)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map the stream x [B, T, D] -> [B, T, D]."""
+        """Map the stream x [B, T, D] -> [B, T, D]; under sequence parallelism T is this rank's share, in and out."""
         activate = swiglu if self.activation == "swiglu" else squared_relu
         (inner,) = project_stream(x, [self.up_proj.weight], self.groups)
         return leave_tensor_region(self.down_proj(activate(inner, backend=self.backend)), self.groups)

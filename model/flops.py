@@ -1,7 +1,12 @@
 """Parameter and FLOP counts of a model, from its configuration alone: nothing is allocated.
 
 Kinds: `mamba`, `attention`, `moe`, `feed_forward`, registered mixers by name, `embedding`, `head`, `final_norm`; a block's
-norm counts with the block. A registered mixer is counted by building one on the meta device.
+norm counts with the block. The four kinds with a section of their own are counted in closed form, so that a launcher can
+show sizes without importing torch. A registered mixer is counted by building one on the meta device, so that a plugin need
+not repeat its own shapes in a formula; torch is imported only then.
+
+FLOPs are those of the model and not of the program that computes it: recomputed activations, the chunked form of a scan
+and padding do not count. A utilisation computed from them can therefore be compared between kernels and settings.
 """
 
 from __future__ import annotations
@@ -54,7 +59,10 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> dict[str, floa
 
 
 def block_flops(config: ModelConfig, letter: str, sequence_length: int) -> float:
-    """Training FLOPs of one token in one block, counted as in `flops_per_token`."""
+    """Training FLOPs of one token in one block, counted as in `flops_per_token`.
+
+    Backward has two products for each one of forward (for the input and for the weight), hence three times.
+    """
     return 3.0 * _block_forward_flops(config, letter, sequence_length)
 
 
@@ -72,6 +80,7 @@ def _block_parameters(config: ModelConfig, letter: str) -> tuple[int, int]:
     rest = config.hidden_size
     if letter == "M":
         mamba = _section(config.mamba)
+        # Convolution; A_log, D and dt_bias, one number a head each; the weight of the gated norm.
         rest += mamba.conv_channels() * (mamba.conv_kernel + mamba.conv_bias) + 3 * mamba.num_heads + mamba.inner_size()
     elif letter == "*":
         attention = _section(config.attention)
@@ -93,6 +102,8 @@ def _block_matrices(config: ModelConfig, letter: str) -> tuple[int, int]:
 
 
 def _mamba_matrices(mamba: Mamba2Config, hidden_size: int) -> int:
+    """Weights of in_proj and out_proj."""
+    # z; then x, B and C, which are the channels of the convolution; then dt.
     in_rows = mamba.inner_size() + mamba.conv_channels() + mamba.num_heads
     return hidden_size * (in_rows + mamba.inner_size())
 
@@ -108,6 +119,7 @@ def _feed_forward_matrices(feed_forward: FeedForwardConfig, hidden_size: int) ->
 
 
 def _moe_matrices(moe: MoeConfig, hidden_size: int) -> tuple[int, int]:
+    """(total, active) weights: router, shared expert and latent projections count for every token, experts top_k times."""
     units = _matrices_a_unit(moe.activation)
     routed_width = moe.latent_size or hidden_size
     expert = units * routed_width * moe.expert_hidden_size
@@ -118,10 +130,12 @@ def _moe_matrices(moe: MoeConfig, hidden_size: int) -> tuple[int, int]:
 
 
 def _matrices_a_unit(activation: str) -> int:
+    """Matrices of a feed-forward: gate, up and down for SwiGLU, up and down for squared ReLU."""
     return 3 if activation == "swiglu" else 2
 
 
 def _block_forward_flops(config: ModelConfig, letter: str, sequence_length: int) -> float:
+    """Forward FLOPs of one token in one block: 2 a weight that it passes, then what mixes over the sequence."""
     if letter not in SECTIONS:
         return _registered(config, letter, sequence_length)[1]
     flops = 2.0 * _block_matrices(config, letter)[1]
@@ -133,6 +147,7 @@ def _block_forward_flops(config: ModelConfig, letter: str, sequence_length: int)
     elif letter == "*":
         attention = _section(config.attention)
         keys = (sequence_length + 1) / 2
+        # Two products, queries with keys and weights with values, of 2 operations a channel and key each.
         flops += 2 * 2 * keys * attention.num_heads * attention.head_dim
     return flops
 

@@ -50,7 +50,7 @@ from model.pipeline_split import Piece, whole_piece
 class ModelOutput:
     """What a forward pass returns.
 
-    logits_BTV [B, T, V]: without labels, else None. loss: cross entropy with labels, else None. auxiliary: weighted
+    logits_BTV [B, T, V]: without labels, else None. loss: sums of the cross entropy with labels, else None. auxiliary: weighted
     auxiliary losses summed over blocks, by name; empty in eval mode. expert_counts: token choices of each expert, [E] int64
     by block index. state: the decode state after these tokens, when one was given. predictions_BT: the most likely token
     after each, [B, T] int64, where labels and predictions were asked for.
@@ -82,9 +82,13 @@ class Block(nn.Module):
     def forward(
         self, residual_BTD: Tensor, delta_BTD: Tensor | None, meta: PackMeta, state: BlockState = None
     ) -> tuple[Tensor, MixerOutput]:
-        """Add delta to residual, both [B, T, D], and mix: returns the sum, and the mixer's output as the next delta."""
+        """Add delta to residual, both [B, T, D], and mix: returns the sum, and the mixer's output as the next delta.
+
+        The residual keeps its own dtype; the mixer reads the normed sum in the dtype of the weights.
+        """
         if self.recomputes and torch.is_grad_enabled():
             assert state is None, "decoding has no backward pass"
+            # The sum is made outside: it is what the checkpoint keeps, one tensor in place of residual and delta.
             if delta_BTD is not None:
                 residual_BTD = residual_BTD + delta_BTD.to(residual_BTD.dtype)
             mixed: MixerOutput = checkpoint(self._mix, residual_BTD, meta, use_reentrant=False)
@@ -102,7 +106,10 @@ class Block(nn.Module):
 
 
 class Blocks(nn.Module):
-    """The blocks that this rank holds, registered under their index in the whole pattern."""
+    """The blocks that this rank holds, registered under their index in the whole pattern.
+
+    A ModuleList would number them from 0 on every pipeline rank, and names of parameters would depend on the cut.
+    """
 
     def __init__(self, blocks: dict[int, Block]) -> None:
         super().__init__()
@@ -241,7 +248,7 @@ class HybridModel(nn.Module):
         return replace(output, state=DecodeState(tuple(stream.states), state.length + tokens_BT.shape[1]))
 
     def embed(self, tokens_BT: Tensor) -> Stream:
-        """Embed tokens [B, T] (int64): the stream before the first block."""
+        """Embed tokens [B, T] (int64): the stream before the first block. Every rank of `groups.tp` must call."""
         assert self.embedding is not None, "the first piece of the pipeline embeds"
         residual_BTD = _multiply(self.embedding(tokens_BT), self.config.multipliers.embedding)
         return Stream(residual_BTD.to(self.stream_dtype()))
@@ -254,7 +261,11 @@ class HybridModel(nn.Module):
     def pass_blocks(
         self, stream: Stream, indices: Iterable[int], meta: PackMeta, state: DecodeState | None = None
     ) -> Stream:
-        """Pass the stream through the blocks of these indices, adding their auxiliary losses, counts and states to it."""
+        """Pass the stream through the blocks of these indices, adding their auxiliary losses, counts and states to it.
+
+        Returns a new Stream; the one given is not changed. Raises ValueError where `meta` is cut for another number of
+        context ranks than the model's. Every rank of `groups.tp`, `groups.cp` and the expert groups must call.
+        """
         _check_cut(meta, self.groups)
         residual_BTD, delta_BTD = stream.residual_BTD, stream.delta_BTD
         auxiliary, expert_counts, states = dict(stream.auxiliary), dict(stream.expert_counts), list(stream.states)
@@ -270,7 +281,10 @@ class HybridModel(nn.Module):
         return Stream(residual_BTD, delta_BTD, auxiliary, expert_counts, states)
 
     def finish(self, stream: Stream, labels_BT: Tensor | None, *, predicts: bool = False) -> ModelOutput:
-        """Apply final norm and head to the stream after the last block: logits, or with labels the loss and predictions."""
+        """Apply final norm and head to the stream after the last block: logits, or with labels the loss and predictions.
+
+        Every rank of `groups.tp` must call; all get the same result.
+        """
         assert self.final_norm is not None, "the last piece of the pipeline has the head"
         assert stream.delta_BTD is not None, "a piece has at least one block"
         hidden_BTD = self.final_norm.add(stream.delta_BTD, stream.residual_BTD)[0].to(self.final_norm.weight.dtype)
@@ -312,7 +326,10 @@ class HybridModel(nn.Module):
         )
 
     def set_rope(self, rope: RopeConfig | None) -> None:
-        """Set the rotary positions of every attention block; None or the present ones change nothing."""
+        """Set the rotary positions of every attention block; None or the present ones change nothing.
+
+        Parameters stay as they are: it is how a trained model goes on with longer rows. Changes `config` too.
+        """
         attention = self.config.attention
         if rope is None or attention is None or attention.rope == rope:
             return

@@ -2,7 +2,13 @@
 
 No generator runs from one parameter to the next, so a model starts equal on any layout of ranks, a pipeline rank draws its
 own blocks only, and a block starts equal wherever else the pattern changes. A rank draws the whole parameter and keeps its
-slice: drawing is cheap beside training, and there is nothing to exchange.
+slice: drawing is cheap beside training, and there is nothing to exchange. Experts are drawn one by one under their global
+number, so that an expert rank draws only those it holds. Values are drawn in float32 on the CPU, whose generator gives the
+same numbers on every machine, and are then copied into the parameter's dtype and device.
+
+Matrices are normal with deviation `initializer_range`; those that write into the residual stream are divided by the square
+root of the number of blocks if `depth_scaled_init` is set, so that the stream's variance does not grow with depth
+(Radford et al. 2019, Language Models are Unsupervised Multitask Learners, section 2.3).
 """
 
 from __future__ import annotations
@@ -53,6 +59,7 @@ def _fill_experts(
     seed: int,
 ) -> None:
     """Fill a stack [experts of this rank, ...], each expert by its global number."""
+    # The cut over experts comes first (see `Experts`); the others apply to one expert, which has one dimension less.
     by_expert, *inner = shard.cuts
     own = by_expert.shard(torch.arange(shape[0]), groups.ep.rank(), groups.ep.size())
     each = Shard(tuple(replace(cut, dim=cut.dim - 1) for cut in inner))
@@ -61,7 +68,11 @@ def _fill_experts(
 
 
 def initial_values(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor:
-    """Draw the whole initial value of a parameter (of one expert's, with `.{expert}` at the name's end), float32 on the CPU."""
+    """Draw the whole initial value of a parameter (of one expert's, with `.{expert}` at the name's end), float32 on the CPU.
+
+    Norms and D start at 1, biases of convolutions at 0, their taps uniform within 1 / sqrt(W), A and dt as Mamba2's (Dao and
+    Gu 2024, arXiv 2405.21060), everything else normal.
+    """
     generator = _generator(seed, name)
     if name.endswith(("norm.weight", "mixer.D")):
         return torch.ones(shape)
@@ -81,7 +92,10 @@ def initial_values(name: str, shape: tuple[int, ...], config: ModelConfig, seed:
 
 
 def named_seed(seed: int, name: str) -> int:
-    """Derive a number below 2^63 from the seed and the name alone."""
+    """Derive a number below 2^63, what torch's generators take, from the seed and the name alone.
+
+    A hash and not `seed + index`: neighbouring seeds must not give one parameter the values of another.
+    """
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 

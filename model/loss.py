@@ -24,7 +24,8 @@ IGNORE_INDEX = -100
 def head_logits(hidden: Tensor, weight_VD: Tensor, groups: ProcessGroupCollection) -> Tensor:
     """Compute logits [..., V] from hidden [..., D], whole on every rank of `groups.tp`, all of which must call.
 
-    hidden comes from `enter_tensor_region`, for the loss too.
+    hidden must come from `enter_tensor_region`, here and in `head_cross_entropy`: each rank's rows of the weight give a part
+    of its gradient, and that function sums them. Communicates the logits, by an all-gather.
     """
     local = linear(hidden, weight_VD)
     if groups.tp.size() == 1:
@@ -44,8 +45,10 @@ def head_cross_entropy(
 ) -> CrossEntropy:
     """Sum the negative log-likelihood of the labels under softmax(hidden W^T); labels of -100 do not count.
 
-    hidden [R, D], weight [V of this rank, D], labels [R] in the whole vocabulary. Every rank of `groups.tp` must call, and
-    all get the same sums.
+    hidden [R, D], weight [V of this rank, D], labels [R] int64 in the whole vocabulary. The z-loss adds z_loss_weight times
+    the square of log sum exp of each counted token (Chowdhery et al. 2022, arXiv 2204.02311, section 5). Sums and not means:
+    the number of counted tokens is known for the whole step only. Every rank of `groups.tp` must call, and all get the
+    same sums.
     """
     if groups.tp.size() == 1:
         return linear_cross_entropy(
@@ -62,7 +65,11 @@ def _vocab_parallel(
     z_loss_weight: float,
     backend: str,
 ) -> CrossEntropy:
-    """Cross entropy with a sharded vocabulary: no rank holds logits, and three numbers a token are reduced."""
+    """Cross entropy with a sharded vocabulary: no rank holds logits, and three numbers a token are reduced.
+
+    Each rank gives the log sum exp of its rows and the label's logit, 0 where the label is another rank's row. The log sums
+    are joined relative to their maximum over the ranks, which keeps exp within range and carries no gradient.
+    """
     group = groups.tp
     first_row = group.rank() * weight_VD.shape[0]
     own_log_sum_R, own_logit_R = linear_statistics(hidden_RD, weight_VD, labels_R, first_row=first_row, backend=backend)

@@ -66,7 +66,8 @@ class PackMeta:
     def cut(self, rank: int, num_ranks: int) -> PackMeta:
         """Cut out the part of these rows that one of `num_ranks` context ranks has; with one rank, all of them.
 
-        Cut tokens and labels alike, with `segments.take`. Raises ValueError where rows cannot be cut evenly.
+        Cut tokens and labels alike, with `segments.take`. No collectives: every rank has the whole rows. Positions stay those
+        of the whole rows, so rotary embeddings need nothing more. Raises ValueError where rows cannot be cut evenly.
         """
         if num_ranks == 1:
             return self
@@ -79,7 +80,7 @@ class PackMeta:
         )
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> PackMeta:
-        """Apply a function to every tensor of the layout: a move to a device, say."""
+        """Apply a function to every tensor of the layout: a move to a device, say. Shapes and values must stay."""
         return replace(
             self,
             document_ids_BT=change(self.document_ids_BT),
@@ -88,5 +89,8 @@ class PackMeta:
         )
 
     def boundaries_BT(self) -> Tensor | None:
-        """Document ids where kernels must reset at documents; None where there is nothing to reset."""
+        """Document ids [B, T] where kernels must reset at documents; None where there is nothing to reset.
+
+        None lets kernels take the path without masks; it is decided by a bool that was read on the CPU.
+        """
         return None if self.single_document else self.document_ids_BT

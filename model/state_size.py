@@ -1,4 +1,9 @@
-"""Size of a model's decode state."""
+"""Size of a model's decode state: what one sequence keeps in memory between tokens.
+
+It is the number that hybrids are built for: attention keeps keys and values of every token, a recurrence a state of fixed
+size. It is measured on the meta device and not computed from formulas, so that it holds for plugins too and cannot differ
+from what decoding allocates.
+"""
 
 from __future__ import annotations
 

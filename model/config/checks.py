@@ -1,4 +1,11 @@
-"""Checks of the rules that sections of a model's configuration obey together, before anything is allocated."""
+"""Check the rules that fields and sections of a model's configuration obey together, before anything is allocated.
+
+pydantic checks each field by itself (type, bounds, unknown keys). What relates one field to another is checked here, and
+not in validators of the sections: a rule may need the pattern or the registry of mixers, and every message can name the
+full key as it stands in the file (`model.moe.top_k`), its value and the remedy. No torch is imported, so a bad file is
+refused before a device is touched. Rules that depend on the number of ranks are checked where shards are made
+(parallel/shards.py).
+"""
 
 from __future__ import annotations
 
@@ -58,6 +65,7 @@ def _check_wrapped(config: ModelConfig, name: str) -> None:
 
 
 def _check_mixer(config: ModelConfig, name: str) -> None:
+    """Report the first rule that the options of a registered mixer say is broken, under their full key."""
     options = getattr(config.mixers, name)
     for field, rule in () if options is None else options.broken_rules():
         raise ValueError(f"model.mixers.{name}.{field}={getattr(options, field)} {rule}")
@@ -87,6 +95,7 @@ def _check_attention(attention: AttentionConfig) -> None:
 
 
 def _check_rope(rope: RopeConfig, head_dim: int) -> None:
+    """Check that whole pairs of channels rotate, and that only the fields of the chosen scaling are set."""
     rotated = head_dim * rope.fraction
     if rotated != int(rotated) or int(rotated) % 2 or rotated < 2:
         raise ValueError(
@@ -99,6 +108,7 @@ def _check_rope(rope: RopeConfig, head_dim: int) -> None:
         )
     if rope.theta <= 1:
         raise ValueError(f"model.attention.rope.theta={rope.theta} must be above 1; use 10000")
+    # A field of another scaling would be read by nothing, so it is refused and not ignored.
     needed = {"ntk": ("ntk_alpha",), "yarn": ("yarn_factor", "yarn_original_length"), "none": ()}
     for scaling, fields in needed.items():
         for field in fields:
@@ -123,6 +133,7 @@ def _check_rope(rope: RopeConfig, head_dim: int) -> None:
 
 
 def _check_moe(moe: MoeConfig) -> None:
+    """Check that every token finds top_k different experts in the groups it may use, and that options have an effect."""
     if moe.top_k > moe.num_experts:
         raise ValueError(
             f"model.moe.top_k={moe.top_k} must be at most model.moe.num_experts={moe.num_experts}; lower top_k"
@@ -168,6 +179,7 @@ def _check_moe(moe: MoeConfig) -> None:
 
 
 def _check_divides(part_name: str, part: int, whole_name: str, whole: int) -> None:
+    """Raise ValueError with the divisors to choose from where `part` does not divide `whole`."""
     if whole % part:
         divisors = [number for number in range(1, whole + 1) if whole % number == 0]
         shown = ", ".join(map(str, divisors[:12])) + (", ..." if len(divisors) > 12 else "")

@@ -1,7 +1,9 @@
-"""Which mixers there are: ours and those of installed packages, under their names.
+"""Registry of sequence mixers: ours and those of installed packages, under their names.
 
-A package registers a mixer with an entry point of the group `amfm.mixers` that names a `MixerSpec`. This module imports no
-torch: configurations are read before any mixer is.
+A package registers a mixer with an entry point of the group `amfm.mixers` that names a `MixerSpec`. A spec names the class
+by its import path and does not hold it, because configurations are read and documented where torch is not imported; the
+class is loaded when a model is built. Specs come from installed packages alone and never from a module named in a
+configuration file: reading a file runs no code that was not installed on purpose.
 """
 
 from __future__ import annotations
@@ -109,6 +111,7 @@ def describe_symbol(symbol: str) -> str:
 
 
 def _load_entry(entry: EntryPoint) -> MixerSpec:
+    """Import the spec that an entry point names. Raises RuntimeError: the installation is at fault, not a setting."""
     try:
         spec = entry.load()
     except (ImportError, AttributeError) as error:
@@ -119,5 +122,6 @@ def _load_entry(entry: EntryPoint) -> MixerSpec:
 
 
 def _say(entry: EntryPoint) -> str:
+    """Describe an entry point and its package, for messages."""
     package = entry.dist.name if entry.dist is not None else "an unknown package"
     return f"the entry point {entry.name} = {entry.value} of {package} (group {ENTRY_POINTS})"

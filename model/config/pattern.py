@@ -7,10 +7,13 @@ Grammar (spaces mean nothing):
     repeat  = ( "*" | "x" ) digits
 
 Letters are Megatron's `M` Mamba2, `*` attention, `E` mixture of experts, `-` dense feed-forward; Hunyuan's `A`, `F` and
-`D` mean `*`, `E` and `-`. Other sequence mixers stand under their name in braces, `{retnet}`, and some have a letter too
-(`model/config/mixer_registry.py`; whether there is one of a name is not known here). A `*` that a digit follows is a repetition and must follow a `)`; every other `*` is an
-attention block. So `(ME)*8` is eight pairs, `(ME)*E` is a pair, an attention block and an `E`, and `M*8` is refused: a
-single letter is repeated as `(M)*8`.
+`D` mean `*`, `E` and `-`. Other sequence mixers stand under their name in braces, `{retnet}`, and some have a letter too.
+Whether a name is registered is checked later (`model/config/checks.py`), so parsing needs no installed package. A `*` that
+a digit follows is a repetition and must follow a `)`; every other `*` is an attention block. So `(ME)*8` is eight pairs,
+`(ME)*E` is a pair, an attention block and an `E`, and `M*8` is refused: a single letter is repeated as `(M)*8`.
+
+The parser keeps the position of every item, so that errors point at the character with a caret. Repetitions are expanded
+while parsing and bounded (`MAX_BLOCKS`): nested ones could otherwise fill memory from a short string.
 """
 
 from __future__ import annotations
@@ -110,23 +113,29 @@ def parse_letters(text: str) -> frozenset[str]:
 
 
 def _one_spelling(symbol: str) -> str:
-    """Megatron's letter for Hunyuan's, and a mixer's letter for its name where it has one."""
+    """Map Hunyuan's letter to Megatron's, and a mixer's name to its letter where it has one: one spelling a block."""
     letters = HUNYUAN_LETTERS | {f"{{{name}}}": letter for letter, name in MIXER_LETTERS.items()}
     return letters.get(symbol, symbol)
 
 
 class _Parser:
-    """Recursive descent over the text; an item is a letter, `{name}` or `|` with the position it was written at."""
+    """Recursive descent over the text, one method a rule of the grammar.
+
+    An item is a letter, `{name}` or `|` with the position it was written at. Methods take the position where their rule
+    begins and return what they read, those of variable length also the position after it.
+    """
 
     def __init__(self, text: str) -> None:
         self.text = text
 
     def error(self, position: int, rule: str) -> ValueError:
+        """Build the error for a broken rule, with a caret under the character at `position`."""
+        # Line breaks and tabs would move the caret away from its character.
         shown = self.text.replace("\n", " ").replace("\t", " ")
         return ValueError(f"pattern, character {position + 1}: {rule}\n  {shown}\n  {' ' * position}^")
 
     def sequence(self, position: int, opened_at: int | None) -> tuple[list[tuple[str, int]], int]:
-        """Items from `position` to the closing parenthesis of `opened_at`, or to the end; and where they end."""
+        """Read items from `position` to the `)` that closes `opened_at`, or to the end; returns them and where they end."""
         items: list[tuple[str, int]] = []
         while position < len(self.text):
             symbol = self.text[position]
@@ -152,7 +161,7 @@ class _Parser:
         return items, position
 
     def group(self, opened_at: int) -> tuple[list[tuple[str, int]], int]:
-        """A parenthesised sequence with its repetition applied, and the position after it."""
+        """Read a parenthesised sequence and apply its repetition; returns the items and the position after it."""
         items, closed_at = self.sequence(opened_at + 1, opened_at)
         if not items:
             raise self.error(opened_at, "empty parentheses; put blocks between them or remove them")
@@ -163,6 +172,7 @@ class _Parser:
         while end < len(self.text) and self.is_digit(end):
             end += 1
         digits = self.text[position + 1 : end]
+        # Nine digits are above MAX_BLOCKS anyhow; converting a longer number would cost time for nothing.
         times = int(digits[:9])
         if times == 0:
             raise self.error(position + 1, "a repetition of 0 leaves nothing; use 1 or more, or remove the parentheses")
@@ -171,7 +181,7 @@ class _Parser:
         return items * times, end
 
     def name(self, opened_at: int) -> tuple[str, int]:
-        """A mixer in braces: its letter or `{name}`, and the position after it."""
+        """Read a mixer in braces; returns its letter or `{name}`, and the position after it."""
         closed_at = self.text.find("}", opened_at)
         name = self.text[opened_at + 1 : closed_at if closed_at > 0 else None].strip()
         if closed_at < 0 or not MIXER_NAME.fullmatch(name):
@@ -179,7 +189,7 @@ class _Parser:
         return _one_spelling(f"{{{name}}}"), closed_at + 1
 
     def letter(self, position: int) -> str:
-        """The Megatron letter (or `|`) at this position."""
+        """Read the letter (or `|`) at this position, in Megatron's spelling."""
         symbol = self.text[position]
         if self.starts_repeat(position):
             raise self.error(
@@ -197,7 +207,9 @@ class _Parser:
         raise self.error(position, f"no block is called {symbol!r}; blocks are {known}")
 
     def starts_repeat(self, position: int) -> bool:
+        """Whether a repetition stands here: without a digit after it, `*` is an attention block."""
         return self.text[position : position + 1] in ("*", "x") and self.is_digit(position + 1)
 
     def is_digit(self, position: int) -> bool:
+        """Whether an ASCII digit stands here; str.isdigit would take digits of other scripts, and "" at the end."""
         return self.text[position : position + 1] in tuple("0123456789")
