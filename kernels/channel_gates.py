@@ -105,14 +105,20 @@ def blocks_below(scores_NQQ: Tensor, size: int) -> Tensor:
 
 
 def dot_rows(queries: Tensor, keys: Tensor) -> Tensor:
-    """[N, pairs, X, K] with [N, pairs, size, K] to [N, pairs, X, size]; libraries are slow at products of one or two rows."""
+    """Products of each row of `queries` with each row of `keys`: [N, pairs, X, K] and [N, pairs, size, K] to [N,
+    pairs, X, size].
+
+    Element by element for one or two keys, of which libraries are slow to make products.
+    """
     if keys.shape[-2] <= 2:
         return (queries[..., :, None, :] * keys[..., None, :, :]).sum(-1)
     return torch.matmul(queries, keys.transpose(-1, -2))
 
 
 def spread_rows(weights: Tensor, rows: Tensor) -> Tensor:
-    """[N, pairs, size, size] times [N, pairs, size, K]."""
+    """Product of weights [N, pairs, size, size] with rows [N, pairs, size, K]; element by element for one or two
+    rows.
+    """
     if rows.shape[-2] == 1:
         return weights * rows
     if rows.shape[-2] == 2:

@@ -81,6 +81,7 @@ def fastest_backend(backend: str, device: torch.device, *, has_documents: bool, 
 
 @functools.cache
 def _log_choice(backend: str, reason: str) -> None:
+    """Log a choice once, although every call makes it again."""
     _LOG.info("attention -> %s: %s", backend, reason)
 
 

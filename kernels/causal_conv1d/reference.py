@@ -29,6 +29,7 @@ def convolve_by_steps(
             if source >= 0:
                 value, document = x_BTC[:, source], source
             elif initial_window_BWC is not None:
+                # The window belongs to the document of the row's first token.
                 value, document = initial_window_BWC[:, source + W - 1], 0
             else:
                 continue

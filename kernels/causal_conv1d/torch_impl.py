@@ -112,7 +112,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """Output, and the sums before SiLU (float32): one more activation, so that backward does not convolve again.
 
-    The sums have W - 1 places more than a row; those behind its end are nobody's.
+    The sums have W - 1 places more than a row; those behind its end belong to no token.
     """
     T, W, wide = x_BTC.shape[1], weight_CW.shape[1], _wide(x_BTC)
     weight, bias = weight_CW.to(wide), None if bias_C is None else bias_C.to(wide)

@@ -284,11 +284,11 @@ def _scan_states(setup: _Setup, initial: Tensor | None) -> tuple[Tensor, Tensor]
 
 
 def _walk_back(setup: _Setup, states: Tensor, entering: Tensor, final: Tensor, d_final: Tensor | None) -> Tensor:
-    """Gradient of b at each chunk's end, [n, H], and on the way those of the states, in place.
+    """Gradient of b at each chunk's end, [n, H]; completes the gradients of the states in place.
 
-    states: [n + B, G, K, R V], of whose first n each holds what the gradient of the state that enters the chunk gets from
-    that chunk, and will hold all of it; behind them the gradient of the last state is put, if it has one. The first B are
-    nobody's, and may hold anything, where no state was given.
+    states: [n + B, G, K, R V]. On entry each of the first n holds what its own chunk adds to the gradient of
+    the state that enters it; on return the whole gradient. The last B take the gradient of the final state, if
+    it has one. Where no initial state was given the first B are not used and may hold anything.
     """
     s = setup.sizes
     gradients = states.view(s.chunks + 1, s.B, s.G, s.K, s.R, s.V)

@@ -280,6 +280,7 @@ def _backward(
     d_final = None if d_final is None else d_final.contiguous()
     launch = _Launch.of(q, v, chunk_size, segment_chunks)
     B, T, H, G, K, V = launch.B, launch.T, launch.H, launch.G, launch.K, launch.V
+    # Forward did not keep the states: walk again, without outputs.
     if entering is None:
         entering = launch.chunk_states(v)
         start = None if initial is None else initial.contiguous()

@@ -27,6 +27,7 @@ def delta_by_steps(
     state = v_BTNHV.new_zeros(B, H, K, V) if initial_state_BHKV is None else initial_state_BHKV
     outputs = []
     for t in range(T):
+        # The initial state belongs to the first token's document, so t = 0 never resets it.
         if document_ids_BT is not None and t > 0:
             continues = document_ids_BT[:, t] == document_ids_BT[:, t - 1]
             state = torch.where(continues[:, None, None, None], state, torch.zeros_like(state))

@@ -208,8 +208,8 @@ def chunk_state_kernel(
 ):  # fmt: skip
     """One program walks a row for one head and one block of V; the state never leaves the chip.
 
-    o [B, T, H, V] is made with OUTPUT; with SAVE entering [B, chunks, H, K, V], the states that enter the chunks, and
-    errors [B, T N, H, V], what v asks beyond what each step found.
+    o [B, T, H, V] is made with OUTPUT; with SAVE entering [B, chunks, H, K, V], the states that enter the
+    chunks, and errors [B, T N, H, V], v - S^T k of each step with the state before it.
 
     Grid: (B * H * blocks of V). R = H / G heads share q and k.
     """

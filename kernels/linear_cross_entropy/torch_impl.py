@@ -78,7 +78,10 @@ def _forward(
 
 
 def _accumulate_outer(total_VD: Tensor, d_logits_RV: Tensor, hidden_RD: Tensor) -> None:
-    """total += d_logits^T hidden, the sum kept in the dtype of `total`."""
+    """total += d_logits^T hidden, the sum kept in the dtype of `total`.
+
+    bfloat16 products are added in float32: a bfloat16 sum would round at every slice.
+    """
     if d_logits_RV.dtype == total_VD.dtype:
         total_VD.addmm_(d_logits_RV.T, hidden_RD)
     else:
@@ -99,13 +102,17 @@ def linear_cross_entropy_torch(
 
 @torch.library.custom_op("amfm::linear_statistics_torch", mutates_args=())
 def _statistics(hidden_RD: Tensor, weight_VD: Tensor, labels_R: Tensor, first_row: int) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp [R] and the label's logit [R] over the rows of the head that this shard holds."""
+    """Log-sum-exp [R] and the label's logit [R] over the rows of the head that this shard holds.
+
+    Slices of rows, so that the logits of all tokens never exist together.
+    """
     dtype = gemm_dtype(hidden_RD)
     weight, hidden_RD = weight_VD.to(dtype), hidden_RD.to(dtype)
     log_sum_R = hidden_RD.new_empty(labels_R.shape[0], dtype=sum_dtype(hidden_RD))
     target_R = torch.zeros_like(log_sum_R)
     for part, mine, local in _walk(hidden_RD.shape[0], weight.shape[0], labels_R, first_row):
         logits = _logits(hidden_RD[part], weight)
+        # Labels of other shards were moved to row 0, and are masked here.
         target_R[part] = logits.gather(1, local)[:, 0].mul_(mine)
         log_sum_R[part] = logits.logsumexp(1)
     return log_sum_R, target_R

@@ -120,7 +120,10 @@ def linear_cross_entropy_triton(
 
 @torch.library.custom_op("amfm::linear_statistics_triton", mutates_args=())
 def _statistics(hidden_RD: Tensor, weight_VD: Tensor, labels_R: Tensor, first_row: int) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp and label's logit [R] over this shard; no logits are written."""
+    """Log-sum-exp and label's logit [R] over this shard; no logits are written.
+
+    Backward makes the logits again, so that no rank keeps [R, V / ranks] of them between the passes.
+    """
     return _statistics_of(hidden_RD.contiguous(), weight_VD.contiguous(), labels_R.contiguous(), first_row, None)
 
 

@@ -1,4 +1,4 @@
-"""Mixture of experts: choose experts, group tokens by expert, run the experts, add up what they say.
+"""Mixture of experts: choose experts, group tokens by expert, run the experts, sum their weighted outputs.
 
 How: three steps that can be used apart. `route` chooses experts and their weights; `group_by_expert` sorts
 (token, choice) pairs so that an expert's rows lie together; the feed-forward runs over sorted rows as grouped
@@ -68,6 +68,7 @@ def route(
     """
     _check_route(logits_RE, expert_bias_E, score, top_k, num_groups, group_top_k)
     backend = resolve_backend(backend, logits_RE.device)
+    # All groups allowed is no limit: spare the pass over groups.
     if group_top_k == num_groups:
         num_groups = group_top_k = 1
     settings: dict[str, Any] = {

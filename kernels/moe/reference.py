@@ -20,6 +20,8 @@ def route_reference(
     """Choose experts token by token; returns expert ids [R, K], weights [R, K] and scores [R, E] in the logits' dtype.
 
     Source: DeepSeek-V3 (arXiv 2412.19437), section 2.1.2, equations 14 to 16.
+
+    Ids are found on the host by sorting pairs of (-appeal, id), which is the rule for ties written down.
     """
     scores_RE = logits_RE.softmax(-1) if score == "softmax" else logits_RE.sigmoid()
     plain = score == "softmax" and expert_bias_E is None and num_groups == 1

@@ -37,7 +37,10 @@ SUM_TILE = {"BLOCK_M": 16, "BLOCK_N": 64} if INTERPRETED else {"BLOCK_M": 4, "BL
 
 
 def product_tile(rows: int, experts: int) -> dict[str, int]:
-    """Tile of a product: half-height tiles for few rows an expert, where most of a full one would be padding."""
+    """Tile of a product: half-height tiles for few rows an expert, where most of a full one would be padding.
+
+    Follows from sizes alone, never from counts, which only the device knows.
+    """
     if INTERPRETED:
         return {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32}
     return {"BLOCK_M": 128 if rows >= 256 * experts else 64, "BLOCK_N": 128, "BLOCK_K": 64}
@@ -64,7 +67,10 @@ def _tile_bound(rows: int, experts: int, tile: dict[str, int]) -> int:
 
 
 def _product(x: Tensor, weight_EBA: Tensor, order: Tensor | None, offsets_E: Tensor, rows: int, choices: int) -> Tensor:
-    """Sorted rows times the transpose of their expert's matrix: [S, B]; the matrix may be a transposed view."""
+    """Sorted rows times the transpose of their expert's matrix: [S, B]; the matrix may be a transposed view.
+
+    The matrix is addressed by its three strides, so that backward's transpose of `up` needs no copy.
+    """
     experts, columns, inner = weight_EBA.shape
     y = x.new_empty(rows, columns)
     tile = product_tile(rows, experts)
@@ -93,7 +99,10 @@ def _outer(
 
 
 def _sum_choices(rows_SD: Tensor, inverse: Tensor | None, tokens: int, choices: int) -> Tensor:
-    """Each token's rows added up: [R, D]; the rows themselves where nothing was gathered."""
+    """Each token's rows added up: [R, D]; the rows themselves where nothing was gathered.
+
+    Sums are float32, in the order of a token's choices.
+    """
     if inverse is None:
         return rows_SD
     model = rows_SD.shape[1]
@@ -185,6 +194,7 @@ def _backward(
         EXPERTS=triton.next_power_of_2(experts),
         **_config("experts_down_backward_swiglu" if swiglu else "experts_down_backward", tile, x_RD),
     )  # fmt: skip
+    # `active` holds the choice's weight already, and rows of d_y and x are gathered while they are loaded.
     d_down = _outer(d_y, active, order, offsets_E, choices, gather_left=True)
     d_up = _outer(d_hidden, x_RD, order, offsets_E, choices, gather_left=False)
     d_rows = _product(d_hidden, up_EFD.transpose(1, 2), None, offsets_E, rows, choices)
@@ -235,7 +245,10 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 def grouped_feed_forward_triton(
     x_RD: Tensor, offsets_E: Tensor, up_EFD: Tensor, down_EDF: Tensor, activation: str
 ) -> Tensor:
-    """Feed-forward of rows sorted by expert: [R, D], for float32, bfloat16 and float16."""
+    """Feed-forward of rows sorted by expert: [R, D], for float32, bfloat16 and float16.
+
+    x [R, D], offsets [E] int32 (row after each expert's last), up [E, F, D], down [E, D, hidden].
+    """
     dot_dtype(x_RD.dtype)  # refuses float64
     return _forward(x_RD, None, None, None, offsets_E, up_EFD, down_EDF, activation == "swiglu")[0]
 
@@ -243,7 +256,10 @@ def grouped_feed_forward_triton(
 def expert_feed_forward_triton(
     x_RD: Tensor, weights_RK: Tensor, groups: Grouping, up_EFD: Tensor, down_EDF: Tensor, activation: str
 ) -> Tensor:
-    """Weighted sum of each token's experts: [R, D], for float32, bfloat16 and float16."""
+    """Weighted sum of each token's experts: [R, D], for float32, bfloat16 and float16.
+
+    x [R, D], weights [R, K]; a choice's weight is that of its pair, token * K + choice.
+    """
     dot_dtype(x_RD.dtype)
     places = torch.arange(groups.order.shape[0], device=groups.order.device)
     # Sorted place of each pair: the sum over a token's choices reads its rows by it.

@@ -72,12 +72,14 @@ def route_forward_kernel(
     place = row[:, None] * experts + expert
     x = tl.load(logits + place, mask=inside, other=float("-inf")).to(tl.float32)
     if SOFTMAX:
+        # Rows beyond the last would be softmaxes of -inf alone, which are NaN.
         x = tl.where(row[:, None] < rows, x, 0.0)
         share = tl.exp(x - tl.max(x, 1)[:, None])
         score = share / tl.sum(share, 1)[:, None]
     else:
         score = 1.0 / (1.0 + tl.exp(-x))
     tl.store(scores + place, score, mask=inside)
+    # Logits decide where they can: probabilities of far-off logits are all zero, and would tie.
     appeal = x if SOFTMAX and not BIAS and not LIMIT else score
     if BIAS:
         appeal += tl.load(bias + expert, mask=exists, other=0.0).to(tl.float32)
@@ -126,6 +128,7 @@ def route_backward_kernel(
     grad = tl.load(d_scores + row * experts + expert, mask=inside, other=0.0)
     ids = tl.load(expert_ids + row * top_k + choice, mask=given, other=0)
     d_weight = tl.load(d_weights + row * top_k + choice, mask=given, other=0.0) * scaling
+    # Derivative of s_k / total: each chosen score also stands in the total.
     if NORMALIZE:
         chosen = tl.load(scores + row * experts + ids, mask=given, other=0.0)
         total = tl.sum(chosen, 1)[:, None] + 1e-20
@@ -166,6 +169,7 @@ def _forward(
     scores = logits_RE.new_empty(rows, experts, dtype=torch.float32)
     ids = logits_RE.new_empty(rows, top_k, dtype=torch.int64)
     weights = logits_RE.new_empty(rows, top_k, dtype=torch.float32)
+    # int32 for the atomics, int64 for callers; zeros, because programs add to them.
     counts = logits_RE.new_zeros(experts, dtype=torch.int32)
     if rows:
         route_forward_kernel[(triton.cdiv(rows, block),)](

@@ -119,6 +119,7 @@ class _Watch:
         assert not left, f"{self.kernel} touches memory of none of its arguments"
 
     def _report(self, memory: _Memory, fault: str) -> None:
+        """Keep the first race of each kind in each kernel and argument: later ones repeat it."""
         race = Race(self.kernel, memory.name, fault, _kernel_line())
         self.races.setdefault((self.kernel, memory.name, fault), race)
 

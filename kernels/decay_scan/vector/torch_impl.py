@@ -127,7 +127,11 @@ class _Row:
         return room[:, : self.T], room.unflatten(1, (self.chunks, self.Q)).transpose(2, 3)
 
     def tiles(self) -> Iterator[tuple[tuple[slice, slice], list[tuple[slice, slice, slice]]]]:
-        """Rows and heads whose states are walked together, each with its parts of some chunks, first to last."""
+        """Rows and heads whose states are walked together, each with its parts of some chunks, first to last.
+
+        A tile takes heads first, then chunks, then rows, up to `_TILE` numbers of q for each thread. Chunks of
+        one row must come in order, because the state passes from one to the next.
+        """
         room = max(1, _TILE * torch.get_num_threads() // (self.Q * self.K))
         heads = min(self.H, room)
         chunks = min(self.chunks, max(1, room // heads))
@@ -206,6 +210,7 @@ class _ChunkedVectorScan(torch.autograd.Function):
                     state = torch.addcmul(local[:, c], carry[:, c], state)
                 read = tile.multiply(tile.q * factors[:, 1], entering[where].flatten(0, 2))
                 o_cut[where] = tile.whole(read + tile.multiply(scores, tile.v)).to(v.dtype)
+                # In the dtype of products, in which backward reads them.
                 saved[where] = tile.whole(scores).to(gemm)
             final[walked] = state
         ctx.save_for_backward(q, k, v, g, saved, entering)

@@ -55,7 +55,7 @@ def scan_vector_triton(
     segment_tiles: int = 0,
     keep_states: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """As `vector_torch.chunked_vector_scan`, for float32, bfloat16 and float16.
+    """As `vector.torch_impl.chunked_vector_scan`, for float32, bfloat16 and float16.
 
     chunk_size is the distance of the states that backward reads: 16, 32, or a multiple of 64, which runs as 64.
     segment_tiles cuts rows into segments of so many chunks that are walked at the same time; 0 cuts only where the
@@ -125,7 +125,7 @@ class _Launch:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """What the walks read instead of q, k and g; `vector_triton_forward.prepare_kernel` says what each is."""
+    """What the walks read instead of q, k and g; `triton_forward.prepare_kernel` says what each is."""
 
     q_start: Tensor
     k_end: Tensor
@@ -256,6 +256,7 @@ def _backward(
     d_final = None if d_final is None else d_final.contiguous()
     launch = _Launch.of(q, v, tile, segment_tiles)
     prepared = _prepare(launch, q, k, g, firsts)
+    # Forward did not keep the states: walk again, without outputs.
     if entering is None:
         entering = launch.tile_states(v)
         _walk(launch, prepared, v, None if initial is None else initial.contiguous(), None, entering)

@@ -96,7 +96,8 @@ class VectorTerms(ChunkedRows):
         return self.start[..., -1, :, None]
 
     def score_gradients(self, d_scores: Tensor, sums: ScoreSums) -> None:
-        """Adds what scores [N, 2, Q, Q] have by their gradient to those of q, k and of the sums of gates.
+        """Add to the gradients of q, k and of sums of gates what they get through the scores, from d_scores [N, 2,
+        Q, Q].
 
         From the largest halves to single tokens, the reverse of forward; the diagonal has no decay and comes
         last.
@@ -157,9 +158,9 @@ def _second_halves(both_N2QK: Tensor, size: int, factors: Tensor) -> Tensor:
 
 
 def _differentiate_level(both: Tensor, size: int, factors: Tensor, d_scores: Tensor, sums: ScoreSums) -> None:
-    """Add what the pairs of one level give.
+    """Add what the pairs of one level give to the gradients in `sums`.
 
-    Sums of gates came from the ones of this level's halves, so their gradients are handed down first.
+    The sums of a level were made from those of its halves, so their gradients are handed down first.
     """
     (d_first, d_second), d_to_end = halves(sums.starts, size), halves(sums.ends, size)[0]
     d_first[:, :, -1] += d_second.sum(2)

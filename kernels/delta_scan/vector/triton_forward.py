@@ -91,8 +91,8 @@ def vector_walk_kernel(
 ):  # fmt: skip
     """One program walks a row for one head and one block of V; the state never leaves the chip.
 
-    o [B, T, H, V] is made with OUTPUT; with SAVE entering [B, chunks, H, K, V], the states that enter the chunks, and
-    errors [B, T, H, V], what v asks beyond what each token found.
+    o [B, T, H, V] is made with OUTPUT; with SAVE entering [B, chunks, H, K, V], the states that enter the
+    chunks, and errors [B, T, H, V], v - S^T k of each token with the state before it.
 
     Grid: (B * H * blocks of V). State [BLOCK_K, BLOCK_V] float32.
     """

@@ -117,6 +117,7 @@ class _Prepared(NamedTuple):
 
 
 def _prepare(launch: _Launch, q: Tensor, k: Tensor, beta: Tensor, g: Tensor, firsts: Tensor | None) -> _Prepared:
+    """Launch `vector_prepare_kernel` over all chunks and heads."""
     B, T, H, K, chunks = launch.B, launch.T, launch.H, launch.K, launch.chunks
     keys, pairs = (q.new_empty(B, T, H, size) for size in (K, launch.Q))
     decay = g.new_empty(B, chunks, H, K)
@@ -249,12 +250,14 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Keep the inputs alone."""
     *tensors, ctx.chunk_size = inputs
     ctx.save_for_backward(*tensors)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, d_o: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients of `_forward`'s inputs; None for an absent initial state, documents and the chunk size."""
     v, initial = ctx.saved_tensors[2], ctx.saved_tensors[5]
     if d_o is None:
         d_o = torch.zeros_like(v)

@@ -19,7 +19,10 @@ from kernels.proof.cases.case import (
 
 
 def attention_problem(inputs: Inputs, tokens: int, heads: int, kv_heads: int, size: int) -> Problem:
-    """One row without documents."""
+    """One row without documents.
+
+    Leaves: q [1, T, H, K], k and v [1, T, J, K]. Operations count the pairs below the diagonal alone.
+    """
     q = inputs.normal(1, tokens, heads, size)
     k, v = (inputs.normal(1, tokens, kv_heads, size) for _ in range(2))
     value_bytes = 2
@@ -45,7 +48,10 @@ def counted_problems() -> Iterator[CountedProblem]:
 
 
 def launches() -> Iterator[KernelLaunch]:
-    """All three kernels at the head sizes of presets, with documents."""
+    """All three kernels at the head sizes of presets, with documents.
+
+    Sizes that 16 divides in every preset are declared so, as a launch on a card would find out.
+    """
     import triton.language as tl
 
     from kernels.attention import triton_impl, triton_kernels

@@ -27,7 +27,10 @@ WIDTH = 4
 
 
 def convolution_problem(inputs: Inputs, rows: int, tokens: int, channels: int, text: str = ", SiLU") -> Problem:
-    """With bias, without documents."""
+    """With bias, without documents.
+
+    Leaves: x [B, T, C], weight [C, 4], bias [C]. The public package takes [B, C, T], which is a view of x.
+    """
     leaves = (
         inputs.normal(rows, tokens, channels),
         inputs.normal(channels, WIDTH, scale=0.3),
@@ -65,7 +68,10 @@ def counted_problems() -> Iterator[CountedProblem]:
 
 
 def launches() -> Iterator[KernelLaunch]:
-    """Both kernels, with documents."""
+    """Both kernels, with documents.
+
+    Inputs are bfloat16; taps, bias and their partial sums are float32.
+    """
     from kernels.causal_conv1d import triton_impl as convolution
     from kernels.causal_conv1d.triton_kernels import convolution_backward_kernel, convolution_forward_kernel
 

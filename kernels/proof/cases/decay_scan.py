@@ -33,7 +33,11 @@ HEAD_DIM, STATE_SIZE = 64, 128
 def mamba2_problem(
     inputs: Inputs, rows: int, tokens: int, heads: int, head_dim: int, state: int, chunk: int = 64, keep: bool = True
 ) -> Problem:
-    """The scan of Mamba2 from dt before its softplus to y, in chunks of `chunk`; `keep`: states stay for backward."""
+    """The scan of Mamba2 from dt before its softplus to y, in chunks of `chunk`; `keep`: states stay for backward.
+
+    Leaves: x [B, T, H, P], dt [B, T, H], A_log [H], B and C [B, T, 1, N] (one group), D [H] and the bias of dt
+    [H]. dt has the dtype of x, because one projection makes both; A_log, D and the bias are float32.
+    """
     H, P, N, T = heads, head_dim, state, tokens
     x, dt = inputs.normal(rows, T, H, P), inputs.normal(rows, T, H)
     B, C = (inputs.normal(rows, T, 1, N, scale=0.3) for _ in range(2))
@@ -63,7 +67,10 @@ def mamba2_problem(
 
 
 def linear_attention_problem(inputs: Inputs, tokens: int, heads: int, size: int) -> Problem:
-    """Heads with keys of their own and a gate a head, as in RetNet and simple GLA."""
+    """Heads with keys of their own and a gate a head, as in RetNet and simple GLA.
+
+    Leaves: q, k and v [1, T, H, size], scaled so that products of rows stay near 1, and g [1, T, H] float32.
+    """
     leaves = tuple(inputs.normal(1, tokens, heads, size, scale=size**-0.5) for _ in range(3))
 
     def peers() -> dict[str, Compute]:
@@ -108,10 +115,14 @@ def counted_problems() -> Iterator[CountedProblem]:
 
 
 def _least_bytes(tokens: int, heads: int) -> int:
+    """Bytes of a forward pass: x and y (d = heads * HEAD_DIM bfloat16 numbers each), B and C of one group, and a
+    float32 step a head.
+    """
     return tokens * (4 * heads * HEAD_DIM + 4 * STATE_SIZE + 4 * heads)
 
 
 def _with_chunks(problem: Problem, text: str, run: Compute | None = None) -> Problem:
+    """The problem with more said about its shape and, where given, another call."""
     return Problem(
         f"{problem.shape}, {text}", problem.leaves, run or problem.run, problem.forward, problem.backward, problem.peers
     )
@@ -142,7 +153,11 @@ def _segmented_problem(tokens: int, heads: int, chunk: int, segments: int) -> Co
 
 
 def launches() -> Iterator[KernelLaunch]:
-    """The scan's kernels at both chunk sizes, with documents."""
+    """The scan's kernels at both chunk sizes, with documents.
+
+    The walk is compiled in each form that forward and backward launch: with outputs, with outputs and states,
+    with states alone.
+    """
     import triton.language as tl
 
     from kernels.decay_scan import triton_impl as scan

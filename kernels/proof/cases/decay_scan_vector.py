@@ -29,7 +29,11 @@ CHUNK_SIZE = 64
 def vector_problem(
     inputs: Inputs, rows: int, tokens: int, heads: int, key_size: int, value_size: int, text: str, keep: bool = True
 ) -> Problem:
-    """Heads with gates between -1 and 0; `text` describes the states, `keep`: states stay for backward."""
+    """Heads with gates between -1 and 0; `text` describes the states, `keep`: states stay for backward.
+
+    Leaves: q and k [B, T, H, K], v [B, T, H, V], g [B, T, H, K] float32. q, k and v are scaled so that products
+    of rows stay near 1.
+    """
     T, H, K, V = tokens, heads, key_size, value_size
     q, k = (inputs.normal(rows, T, H, K, scale=K**-0.5) for _ in range(2))
     v, g = inputs.normal(rows, T, H, V, scale=V**-0.5), inputs.uniform(rows, T, H, K, low=-1.0, high=0.0)
@@ -63,7 +67,11 @@ def counted_problems() -> Iterator[CountedProblem]:
 
 
 def launches() -> Iterator[KernelLaunch]:
-    """The kernels of both models' states, with documents."""
+    """The kernels of both models' states, with documents.
+
+    Prepare and gradients take channels in parts, so one size of K stands for both models; the walks hold all of
+    K.
+    """
     import triton.language as tl
 
     from kernels.decay_scan.vector import triton_impl as vector

@@ -36,7 +36,11 @@ CHUNK_SIZE, STATE_SIZE = 64, 128
 def delta_problem(
     inputs: Inputs, rows: int, tokens: int, key_heads: int, heads: int, size: int, text: str | None = None
 ) -> Problem:
-    """Gated, one step a token, heads / key_heads value heads a key head; `text` describes heads and states."""
+    """Gated, one step a token, heads / key_heads value heads a key head; `text` describes heads and states.
+
+    Leaves: q [B, T, G, K], k [B, T, 1, G, K] of length 1, v [B, T, 1, H, K], beta [B, T, 1, H] and g [B, T, H],
+    the last two float32. The peer takes a key head for each head, so its call repeats them.
+    """
     T, G, H, K = tokens, key_heads, heads, size
     q, v = inputs.normal(rows, T, G, K, scale=K**-0.5), inputs.normal(rows, T, 1, H, K)
     k, beta = inputs.directions(rows, T, 1, G, K).requires_grad_(), inputs.uniform(rows, T, 1, H)
@@ -109,7 +113,10 @@ def launches() -> Iterator[KernelLaunch]:
 
 
 def _types() -> dict[str, str]:
-    """Triton's type of each argument."""
+    """Triton's type of each argument.
+
+    Shared by the kernels of both kinds of gate; arguments have one name throughout.
+    """
     wide = ["q", "k", "v", "o", "d_o", "d_q", "d_k", "d_v", "inverse", "scores", "entering", "leaving", "errors"]
     wide += ["q_start", "k_start", "k_end", "by_read", "by_found"]
     floats = ["beta", "g", "enter", "leave", "carry", "decay", "initial", "final"]

@@ -28,7 +28,11 @@ CHUNK_SIZE, STATE_SIZE = 64, 16
 
 
 def selective_problem(inputs: Inputs, tokens: int, channels: int, state: int, text: str) -> Problem:
-    """One row; `text` describes its channels and states."""
+    """One row; `text` describes its channels and states.
+
+    Leaves: x and dt [1, T, C], A_log [C, N] with A = -1 .. -N as Mamba starts, B and C [1, T, N], D and the
+    bias of dt [C].
+    """
     T, C, N = tokens, channels, state
     x, dt = inputs.normal(1, T, C), inputs.normal(1, T, C)
     B, C_out = (inputs.normal(1, T, N, scale=0.3) for _ in range(2))
@@ -73,7 +77,10 @@ def counted_problems() -> Iterator[CountedProblem]:
 
 
 def launches() -> Iterator[KernelLaunch]:
-    """Both kernels, with documents."""
+    """Both kernels, with documents.
+
+    Steps after softplus, states and their gradients are float32.
+    """
     from kernels.diag_scan import triton_impl as diag
     from kernels.diag_scan.triton_kernels import diag_backward_kernel, diag_forward_kernel
 

@@ -29,7 +29,11 @@ VALUE_BYTES = 2
 
 
 def head_problem(inputs: Inputs, rows: int, model: int, vocabulary: int) -> Problem:
-    """The mean loss of `rows` tokens. Gradients are made in forward, so its minimum holds both."""
+    """The mean loss of `rows` tokens. Gradients are made in forward, so its minimum holds both.
+
+    Leaves: hidden [R, D] and weight [V, D], scaled so that logits stay near 1. The backward pass only scales,
+    so its minimum is nothing.
+    """
     labels = torch.randint(0, vocabulary, (rows,), device=inputs.device)
 
     def run(hidden: Tensor, weight: Tensor, backend: str) -> Tensor:
@@ -66,7 +70,11 @@ def counted_problems() -> Iterator[CountedProblem]:
 
 
 def launches() -> Iterator[KernelLaunch]:
-    """Statistics and gradients, for a whole vocabulary and for a tensor rank's shard of it."""
+    """Statistics and gradients, for a whole vocabulary and for a tensor rank's shard of it.
+
+    Logits, statistics and their gradients are float32; the gradient of logits is stored as the product behind
+    it takes it.
+    """
     import triton.language as tl
 
     from kernels.linear_cross_entropy import triton_impl as loss

@@ -29,7 +29,11 @@ VALUE_BYTES = 2
 def experts_problem(
     inputs: Inputs, tokens: int, model: int, experts: int, width: int, top_k: int, activation: str = "swiglu"
 ) -> Problem:
-    """Experts of inner width `width` over tokens whose choices are random and given."""
+    """Experts of inner width `width` over tokens whose choices are random and given.
+
+    Leaves: x [R, D], weights [R, K] float32, up [E, F, D], down [E, D, width]. Choices are fixed, so that every
+    backend and every run does the same work.
+    """
     ids = torch.randn(tokens, experts, device=inputs.device).topk(top_k).indices
     rows = 2 * width if activation == "swiglu" else width
     leaves = (
@@ -57,7 +61,10 @@ def experts_problem(
 
 
 def block_problem(inputs: Inputs, tokens: int, model: int, experts: int, width: int, top_k: int) -> Problem:
-    """The whole block of SwiGLU experts: router product, softmax over the chosen, experts."""
+    """The whole block of SwiGLU experts: router product, softmax over the chosen, experts.
+
+    Its minima are those of the experts alone, beside which the router's are small.
+    """
     inner = experts_problem(inputs, tokens, model, experts, width, top_k)
     x, _, up, down = inner.leaves
     router = inputs.normal(experts, model, scale=model**-0.5)

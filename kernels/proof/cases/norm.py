@@ -28,7 +28,10 @@ from kernels.proof.cases.case import (
 
 
 def norm_problem(inputs: Inputs, *shape: int) -> Problem:
-    """y = x / rms(x) * weight over the last dimension."""
+    """y = x / rms(x) * weight over the last dimension.
+
+    Leaves: x and the weight [D]. PyTorch's own rms_norm is a peer that is always there.
+    """
 
     def run(x: Tensor, weight: Tensor, backend: str) -> Tensor:
         return rms_norm(x, weight, EPSILON, backend=backend)
@@ -46,7 +49,10 @@ def norm_problem(inputs: Inputs, *shape: int) -> Problem:
 
 
 def residual_problem(inputs: Inputs, *shape: int) -> Problem:
-    """The norm of x + residual, and that sum, stacked."""
+    """The norm of x + residual, and that sum, stacked.
+
+    Stacked, because the result of a problem is one tensor and both parts must take a gradient.
+    """
 
     def run(x: Tensor, residual: Tensor, weight: Tensor, backend: str) -> Tensor:
         return torch.stack(rms_norm(x, weight, EPSILON, residual=residual, backend=backend))
@@ -56,7 +62,10 @@ def residual_problem(inputs: Inputs, *shape: int) -> Problem:
 
 
 def gated_problem(inputs: Inputs, *shape: int) -> Problem:
-    """The norm of y silu(z), one group a row, as Mamba2 ends."""
+    """The norm of y silu(z), one group a row, as Mamba2 ends.
+
+    Leaves: y, z and the weight. The peer gates before it norms, as ours does.
+    """
 
     def run(y: Tensor, z: Tensor, weight: Tensor, backend: str) -> Tensor:
         return gated_rms_norm(y, z, weight, EPSILON, backend=backend)
@@ -73,10 +82,12 @@ def gated_problem(inputs: Inputs, *shape: int) -> Problem:
 
 
 def _text(shape: tuple[int, ...]) -> str:
+    """A shape as it is shown in tables."""
     return "x".join(map(str, shape))
 
 
 def _minima(shape: tuple[int, ...], *, gated: bool = False, residual: bool = False) -> tuple[Minimum, Minimum]:
+    """Least bytes and operations of forward and backward, for 2-byte values."""
     values = torch.Size(shape).numel()
     forward, backward = (
         Minimum(

@@ -1,4 +1,7 @@
-"""All cases, by the name of their operation: what a command that speaks of every kernel goes through."""
+"""All cases, by the name of their operation: what a command that speaks of every kernel goes through.
+
+A new operation becomes part of every such command by one entry in `OPERATIONS`.
+"""
 
 from __future__ import annotations
 

@@ -23,7 +23,11 @@ VALUE_BYTES = 2
 
 
 def rotation_problem(inputs: Inputs, tokens: int, heads: int, kv_heads: int, size: int) -> Problem:
-    """Queries and keys, normed and rotated, joined along the heads."""
+    """Queries and keys, normed and rotated, joined along the heads.
+
+    Leaves: q [1, T, H, K], k [1, T, J, K] and both weights [K]. Joined, because the result of a problem is one
+    tensor.
+    """
     frequencies, factor = rope_frequencies(size, theta=10000.0)
     frequencies, positions = frequencies.to(inputs.device), torch.arange(tokens, device=inputs.device)[None]
 

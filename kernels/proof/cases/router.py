@@ -22,7 +22,10 @@ from kernels.proof.cases.case import (
 
 
 def router_problem(inputs: Inputs, tokens: int, experts: int, top_k: int) -> Problem:
-    """Softmax over the chosen, without groups, from float32 logits to weights."""
+    """Softmax over the chosen, without groups, from float32 logits to weights.
+
+    The leaf is logits [R, E]; of the results only the weights carry gradient here.
+    """
 
     def run(logits: Tensor, backend: str) -> Tensor:
         return route(

@@ -26,7 +26,10 @@ VALUE_BYTES = 2
 
 
 def swiglu_problem(inputs: Inputs, rows: int, width: int) -> Problem:
-    """silu(gate) * up, both of `width`."""
+    """silu(gate) * up, both of `width`.
+
+    The leaf holds gate, then up: [R, 2 width]. The peer takes two tensors, which its call has to copy apart.
+    """
     count = rows * width
 
     def peers() -> dict[str, Compute]:
