@@ -54,12 +54,12 @@ class ConfigError(ValueError):
         )
 
     def located(self, origins: dict[str, Origin]) -> ConfigError:
-        """The same error with the file and line of each key that `origins` knows, or of its nearest parent."""
+        """Copy the error with the file and line of each key that `origins` knows, or of its nearest parent."""
         return ConfigError([replace(p, origin=p.origin or origin_of(p.key, origins)) for p in self.problems])
 
 
 def origin_of(key: str, origins: dict[str, Origin]) -> Origin | None:
-    """The place of `key` or, if it was not written, of the nearest section around it."""
+    """Find the place of `key` or, if it was not written, of the nearest section around it; None where that is unknown."""
     parts = key.split(".") if key else []
     for length in range(len(parts), -1, -1):
         found = origins.get(".".join(parts[:length]))

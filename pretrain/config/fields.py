@@ -1,4 +1,9 @@
-"""The fields of the configuration, read off the schema: for tables of help, for the docs, for near-miss keys."""
+"""The fields of the configuration, read off the schema: for tables of help, for the docs, for near-miss keys.
+
+The pydantic classes are the only source: their annotations, bounds, defaults and descriptions give the tables of `amfm
+config`, docs/configuration.md and the remedies of errors, so none of these can go stale. A section is a nested class, or
+a tuple of them, whose items share one row under the position `*`.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +44,7 @@ class SectionRow:
 
 
 def describe_sections(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[SectionRow]:
-    """Every section below `model` in the order of the schema, sections in sections after their parent."""
+    """Yield every section below `model` in the order of the schema, sections in sections after their parent."""
     if prefix:
         rows = [
             describe_field(f"{prefix}.{name}", info)
@@ -57,12 +62,12 @@ def describe_sections(model: type[BaseModel] = RunConfig, prefix: str = "") -> I
 
 
 def describe_fields(root: type[BaseModel] = RunConfig) -> list[FieldRow]:
-    """Every setting in the sections below `root` in the order of the schema."""
+    """List every setting in the sections below `root`, in the order of the schema."""
     return [row for section in describe_sections(root) for row in section.fields]
 
 
 def describe_field(key: str, info: FieldInfo) -> FieldRow:
-    """The row of one setting."""
+    """Describe one setting: type in words with its bounds, default as YAML writes it, meaning."""
     bounds = [
         f"{sign} {getattr(rule, name):g}"
         for rule in info.metadata
@@ -79,7 +84,7 @@ def describe_field(key: str, info: FieldInfo) -> FieldRow:
 
 
 def section_of(annotation: Any) -> tuple[type[BaseModel], bool] | None:
-    """(section, is a list of them) of an annotation such as `Section`, `Section | None`, `tuple[Section, ...]`."""
+    """Find (section, is a list of them) in an annotation such as `Section`, `Section | None`, `tuple[Section, ...]`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation, False
     if typing.get_origin(annotation) is tuple:
@@ -94,7 +99,7 @@ def section_of(annotation: Any) -> tuple[type[BaseModel], bool] | None:
 
 
 def section_at(parts: tuple[str | int, ...], root: type[BaseModel] = RunConfig) -> type[BaseModel] | None:
-    """The section class at a path of keys and list positions below `root`; None where the schema has no section."""
+    """Find the section class at a path of keys and list positions below `root`; None where the schema has no section."""
     model = root
     for part in parts:
         if isinstance(part, int) or part.isdigit():
@@ -108,7 +113,7 @@ def section_at(parts: tuple[str | int, ...], root: type[BaseModel] = RunConfig) 
 
 
 def name_type(annotation: Any) -> str:
-    """A type in words: `int`, `text`, `float or null`, `softmax | sigmoid`, `list of text`."""
+    """Name a type in words: `int`, `text`, `float or null`, `softmax | sigmoid`, `list of text`."""
     origin = typing.get_origin(annotation)
     if origin is Literal:
         return " | ".join(show_value(value) for value in typing.get_args(annotation))
@@ -123,7 +128,7 @@ def name_type(annotation: Any) -> str:
 
 
 def show_value(value: object) -> str:
-    """A scalar as YAML writes it, on one line."""
+    """Format a scalar as YAML writes it, on one line."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -134,7 +139,7 @@ def show_value(value: object) -> str:
 
 
 def reference_page() -> str:
-    """docs/configuration.md: every section and setting as Markdown tables."""
+    """Compose docs/configuration.md: every section and setting as Markdown tables."""
     lines = [
         "# Configuration",
         "",

@@ -1,4 +1,13 @@
-"""From a YAML file and dotted overrides to a RunConfig, and back to text, schema and differences."""
+"""From a YAML file and dotted overrides to a RunConfig, and back to text, schema and differences.
+
+Loading has three steps. The file and all that it extends become one tree of entries that remember file and line
+(yaml_tree.py). Overrides are laid over the tree, before validation, so they follow the same rules as the file. Then
+pydantic validates the plain tree in strict mode, and each of its findings is put into our words: dotted key, value, rule
+and remedy, with the place where the key was written.
+
+Problems are collected, not raised one by one: a user who starts a job from a queue should correct a file once. pydantic's
+own messages are a last resort, because they name Python types and not what to write in YAML.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +63,7 @@ class LocatedConfig:
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The configuration of a YAML file with `a.b=value` overrides laid over it.
+    """Load the configuration of a YAML file with `a.b=value` overrides laid over it.
 
     Raises ConfigError with every problem found, FileNotFoundError if the file is absent. Touches no device.
     """
@@ -62,18 +71,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def load_located(path: str | Path, overrides: Sequence[str] = ()) -> LocatedConfig:
-    """`load_config`, keeping the places, so that later rules can name file and line too."""
+    """Load as `load_config` does, keeping the places of keys, so that later rules can name file and line too."""
     return LocatedConfig(*read_schema(path, overrides, RunConfig))
 
 
 def read_schema(path: str | Path, overrides: Sequence[str], schema: type[S]) -> tuple[S, dict[str, Origin]]:
-    """A file of any schema with overrides laid over it, and the places of its keys; raises as `load_config`."""
+    """Read a file of any schema with overrides laid over it, and the places of its keys; raises as `load_config`."""
     problems: list[Problem] = []
     return settle(read_tree(Path(path), problems), overrides, schema, problems)
 
 
 def change_section(section: S, overrides: Sequence[str]) -> S:
-    """A section with `key=value` overrides laid over it; raises ConfigError as `load_config` does."""
+    """Copy a section with `key=value` overrides laid over it; raises ConfigError as `load_config` does."""
     tree = TreeReader("the run", keep_lines=False).read(json.dumps(section.model_dump(mode="json")))
     return settle(tree, overrides, type(section), [])[0]
 
@@ -81,7 +90,10 @@ def change_section(section: S, overrides: Sequence[str]) -> S:
 def settle(
     tree: Entry, overrides: Sequence[str], schema: type[S], problems: list[Problem]
 ) -> tuple[S, dict[str, Origin]]:
-    """What a tree with overrides says, and the places of its keys; ConfigError with the given problems and all others."""
+    """Lay overrides over a tree, in order, and validate it; returns the configuration and the places of its keys.
+
+    Changes the tree. Raises ConfigError with the given problems and all others.
+    """
     for override in overrides:
         apply_override(tree, override, problems, schema)
     origins = tree.origins()
@@ -135,7 +147,7 @@ def takes_text(key: str, schema: type[BaseModel]) -> bool:
 
 
 def step_into(entry: Entry, part: str, key: str, origin: Origin, problems: list[Problem]) -> Entry | None:
-    """The child `part` of a mapping or list, made if a mapping lacks it; None after noting a problem."""
+    """Find the child `part` of a mapping or list, made if a mapping lacks it; None after noting a problem."""
     if isinstance(entry.value, list):
         if not part.isdigit() or int(part) >= len(entry.value):
             rule = f"{key.rpartition('.')[0]} is a list of {len(entry.value)}, so {part} is not a position in it"
@@ -154,7 +166,7 @@ def step_into(entry: Entry, part: str, key: str, origin: Origin, problems: list[
 
 
 def first_causes(details: Sequence[Any]) -> list[Any]:
-    """Pydantic's findings without "too few items" where an item itself was refused."""
+    """Filter pydantic's findings: drop "too few items" where an item itself was refused, which causes it."""
     return [
         detail
         for detail in details
@@ -164,7 +176,7 @@ def first_causes(details: Sequence[Any]) -> list[Any]:
 
 
 def explain(detail: Any, schema: Schema) -> Problem:
-    """One finding of pydantic in our words."""
+    """Translate one finding of pydantic into a problem with rule and remedy; unknown kinds keep its message."""
     parts: tuple[str | int, ...] = detail["loc"]
     key = ".".join(str(part) for part in parts)
     value = shown(detail["input"])
@@ -186,7 +198,7 @@ def explain(detail: Any, schema: Schema) -> Problem:
 
 
 def explain_missing(parts: Parts, schema: Schema) -> Problem:
-    """A key or section that has no default and was not given."""
+    """Describe a missing key or section that has no default: what to add, and which keys a section needs at least."""
     key, parent = ".".join(str(part) for part in parts), section_at(parts[:-1], schema)
     info = parent.model_fields.get(str(parts[-1])) if parent else None
     section = section_of(info.annotation) if info else None
@@ -199,7 +211,7 @@ def explain_missing(parts: Parts, schema: Schema) -> Problem:
 
 
 def explain_choice(parts: Parts, given: object, value: str, schema: Schema) -> Problem:
-    """A value that is not among the allowed ones."""
+    """Describe a value that is not among the allowed ones; the remedy is the nearest in spelling, else the first."""
     parent = section_at(parts[:-1], schema)
     assert parent is not None, f"no section holds {parts}"
     allowed = [str(item) for item in literal_values(parent.model_fields[str(parts[-1])].annotation)]
@@ -209,7 +221,7 @@ def explain_choice(parts: Parts, given: object, value: str, schema: Schema) -> P
 
 
 def literal_values(annotation: Any) -> list[object]:
-    """The members of a Literal, also inside `Literal[...] | None`."""
+    """List the members of a Literal, also inside `Literal[...] | None`."""
     found: list[object] = []
     for item in get_args(annotation):
         found += literal_values(item) if get_args(item) else [item]
@@ -217,7 +229,10 @@ def literal_values(annotation: Any) -> list[object]:
 
 
 def nearest_key(parts: Parts, schema: Schema) -> str:
-    """The remedy for an unknown key: a near miss in its section (a nearer one if the word stands elsewhere), that, or the list."""
+    """Find the remedy for an unknown key: a near miss in its section, the section where the key exists, or all keys here.
+
+    A near miss must be nearer where the very word exists elsewhere: then a wrong section is likelier than a typo.
+    """
     section, word = section_at(parts[:-1], schema), str(parts[-1])
     assert section is not None, f"no section holds {parts}"
     names = list(section.model_fields)
@@ -234,37 +249,40 @@ def nearest_key(parts: Parts, schema: Schema) -> str:
 
 
 def meaning_of(parts: Parts, schema: Schema) -> str:
-    """The description of a field, without its last full stop."""
+    """Look up the description of a field, without its last full stop; empty where there is no such field."""
     parent = section_at(parts[:-1], schema)
     info = parent.model_fields.get(str(parts[-1])) if parent and parts else None
     return (info.description or "").rstrip(".") if info else ""
 
 
 def shown(value: object) -> str:
-    """A value as a message shows it: texts in quotes, long things cut."""
+    """Format a value as a message shows it: JSON, cut at 80 characters."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 def plain_number(value: object) -> str:
-    """A bound without a needless `.0`."""
+    """Format a bound without a needless `.0`."""
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def resolved_yaml(config: RunConfig) -> str:
-    """The whole configuration, defaults included, as YAML that `load_config` reads back to an equal one."""
+    """Write the whole configuration, defaults included, as YAML that `load_config` reads back to an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
 
 
 def without_secrets(config: RunConfig) -> RunConfig:
-    """The configuration for records: `launch.setup`, a line for shells that may hold tokens, is a line that fails."""
+    """Copy the configuration for records, with `launch.setup` replaced, a line for shells that may hold tokens.
+
+    What stands there instead is a command that fails, so a record used as a configuration cannot run without its setup.
+    """
     if config.launch.setup is None:
         return config
     return config.model_copy(update={"launch": config.launch.model_copy(update={"setup": NOT_RECORDED})})
 
 
 def config_schema() -> dict[str, Any]:
-    """JSON Schema of a configuration file, for editors.
+    """Build the JSON Schema of a configuration file, for editors.
 
     Nothing is `required` in it: any key may come from an extended file or an override. `load_config` finds what is
     missing.
@@ -276,7 +294,7 @@ def config_schema() -> dict[str, Any]:
 
 
 def drop_required(schema: Any) -> Any:
-    """A schema without its `required` lists."""
+    """Copy a JSON Schema without its `required` lists, at any depth; a property of that name stays."""
     if isinstance(schema, dict):
         return {
             key: drop_required(value)
@@ -301,7 +319,7 @@ class Difference:
 
 
 def diff_configs(first: RunConfig, second: RunConfig) -> list[Difference]:
-    """The keys in which two configurations differ, in the order of the schema."""
+    """List the keys in which two configurations differ, in the order of the schema."""
     flat_first, flat_second = flatten(first.model_dump(mode="json")), flatten(second.model_dump(mode="json"))
     keys = dict.fromkeys([*flat_first, *flat_second])
     absent = Difference.absent
@@ -310,7 +328,7 @@ def diff_configs(first: RunConfig, second: RunConfig) -> list[Difference]:
 
 
 def flatten(value: object, prefix: str = "") -> dict[str, object]:
-    """Dotted key -> scalar."""
+    """Flatten nested settings to dotted key -> scalar; an item of a list is named by its position."""
     children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
     if children is None:
         return {prefix: value}

@@ -23,6 +23,7 @@ _FALSE = re.compile(r"(false|False|FALSE)\Z")
 _INTEGER = re.compile(r"[-+]?[0-9]+(_[0-9]+)*\Z")
 _WHOLE_EXPONENT = re.compile(r"([-+]?[0-9]+)(\.0*)?[eE]\+?([0-9]{1,2})\Z")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?\Z")
+# Bounds far above any configuration: aliases can make a small file expand without end.
 MAX_NODES = 100_000
 MAX_DEPTH = 64
 MAX_BYTES = 1 << 24
@@ -37,7 +38,7 @@ class Entry:
     origin: Origin
 
     def plain(self) -> object:
-        """The value without places: dicts, lists and scalars."""
+        """Strip the places: returns dicts, lists and scalars."""
         if isinstance(self.value, dict):
             return {key: entry.plain() for key, entry in self.value.items()}
         if isinstance(self.value, list):
@@ -45,7 +46,7 @@ class Entry:
         return self.value
 
     def origins(self, prefix: str = "") -> dict[str, Origin]:
-        """Dotted key -> place, for this entry and everything below it."""
+        """Map dotted key -> place, for this entry and everything below it; the entry itself has the key `prefix`."""
         found = {prefix: self.origin}
         if isinstance(self.value, dict):
             children = list(self.value.items())
@@ -59,7 +60,7 @@ class Entry:
 
 
 def parse_scalar(text: str) -> Scalar:
-    """What an unquoted scalar means."""
+    """Resolve an unquoted scalar by YAML 1.2's core rules; what is no null, truth value or number is text."""
     if _NULL.match(text):
         return None
     if _TRUE.match(text):
@@ -103,13 +104,16 @@ class TreeReader:
         return self.convert(node, "", self.origin(None))
 
     def origin(self, node: yaml.Node | None) -> Origin:
-        """The line of a node."""
+        """Place of a node: its line counted from 1, or the source alone for overrides."""
         if not self.keep_lines:
             return Origin(self.source)
         return Origin(self.source, node.start_mark.line + 1 if node is not None else 1)
 
     def convert(self, node: yaml.Node, key: str, origin: Origin) -> Entry:
-        """The entry of a node whose key is at `origin`."""
+        """Convert a node, whose key was written at `origin`, and all below it; aliases are expanded.
+
+        Raises ConfigError beyond MAX_NODES or MAX_DEPTH and for an alias inside of what it names.
+        """
         self.num_nodes += 1
         if self.num_nodes > MAX_NODES:
             raise self.refuse(f"more than {MAX_NODES:,} values with all aliases written out", node)
@@ -132,11 +136,11 @@ class TreeReader:
         return Entry(node.value if node.style else parse_scalar(node.value), origin)
 
     def refuse(self, rule: str, node: yaml.Node | None) -> ConfigError:
-        """The error of a text that is YAML and no configuration."""
+        """Build the error of a text that is YAML and no configuration; the caller raises it."""
         return ConfigError([Problem("", rule, "write it out, shorter and flatter", origin=self.origin(node))])
 
     def convert_mapping(self, node: yaml.MappingNode, parent: str) -> dict[str, Entry]:
-        """The entries of a mapping; a key that occurs twice is a problem."""
+        """Convert a mapping; a key that occurs twice is a problem, because YAML readers keep the last in silence."""
         mapping: dict[str, Entry] = {}
         for key_node, value_node in node.value:
             origin = self.origin(key_node)
@@ -155,7 +159,10 @@ class TreeReader:
 
 
 def merge(below: Entry, above: Entry) -> Entry:
-    """`above` laid over `below`: mappings merge key by key, everything else (lists too) replaces."""
+    """Lay `above` over `below`: mappings merge key by key, everything else (lists too) replaces.
+
+    Neither is changed. A merged mapping has the place of the upper one, its entries keep their own.
+    """
     if not (isinstance(below.value, dict) and isinstance(above.value, dict)):
         return above
     merged = dict(below.value)
@@ -165,7 +172,7 @@ def merge(below: Entry, above: Entry) -> Entry:
 
 
 def read_tree(path: Path, problems: list[Problem], *, chain: tuple[Path, ...] = ()) -> Entry:
-    """The tree of a file with everything it extends below it.
+    """Read the tree of a file with everything it extends below it.
 
     `extends: other.yaml` is relative to the file that says it and may itself extend; a cycle is refused. Problems
     that still allow reading on are appended to `problems`. Raises FileNotFoundError and ConfigError.

@@ -1,4 +1,9 @@
-"""Reads a run directory into what a report shows; works while the run is still going."""
+"""Reads a run directory into what a report shows; works while the run is still going.
+
+Needs config.yaml and metrics.jsonl; events and environment may be missing. A run that was killed leaves a last line cut
+short, and one that resumed repeats steps: both are normal here, so damaged lines become notes and the newest line of a
+step counts.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +63,7 @@ class RunRecord:
         return [step for step, _ in pairs], [value for _, value in pairs]
 
     def named_series(self, key: str) -> dict[str, tuple[list[int], list[float]]]:
-        """name -> (steps, values) of a metric that holds one number a name (auxiliary losses, expert load)."""
+        """Collect name -> (steps, values) of a metric that holds one number a name (auxiliary losses, expert load)."""
         found: dict[str, tuple[list[int], list[float]]] = {}
         for line in self.metrics:
             for name, value in (line.get(key) or {}).items():

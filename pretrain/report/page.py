@@ -1,4 +1,9 @@
-"""The HTML of a report: one file without links to anything outside it, light and dark, wide and narrow."""
+"""The HTML of a report: one file without links to anything outside it, light and dark, wide and narrow.
+
+A report is mailed, archived and opened offline, so style sheet and plots are inline and there is no script. Colours are
+CSS variables, set twice: `prefers-color-scheme` chooses, and the plots' SVG uses the same variables. Whatever comes from
+the run (names, events, settings) is escaped before it enters the page.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +19,7 @@ from pretrain.report.colours import DARK, LIGHT
 from pretrain.report.data import RunRecord
 from pretrain.report.plots import Plot
 
+# A long run logs thousands of checkpoints; older events stay in events.jsonl.
 MAX_EVENTS = 200
 
 VARIABLES = f"""
@@ -96,7 +102,7 @@ class Table:
 
 
 def render_page(record: RunRecord, cards: Sequence[Card], plots: Sequence[Plot], tables: Mapping[str, Table]) -> str:
-    """The whole page as text; `tables` by their headings."""
+    """Render the whole page; `tables` by their headings, cards and plots in the order given."""
     finished = record.is_finished()
     state = "finished" if finished else f"unfinished: step {record.last_step():,} of {record.num_steps:,}"
     progress = min(100.0, 100 * record.last_step() / record.num_steps)
@@ -125,7 +131,7 @@ def render_page(record: RunRecord, cards: Sequence[Card], plots: Sequence[Plot],
 
 
 def render_card(card: Card) -> str:
-    """One summary card."""
+    """Render one card of the summary."""
     return (
         f'<div class="card"><div class="label">{escape(card.label)}</div><div class="value">{escape(card.value)}</div>'
         f'<div class="detail">{escape(card.detail)}</div></div>'
@@ -133,13 +139,13 @@ def render_card(card: Card) -> str:
 
 
 def render_plot(plot: Plot) -> str:
-    """One figure with title and caption."""
+    """Render one figure with title and caption; screen readers get its title."""
     caption = f"<figcaption><b>{escape(plot.title)}</b>{escape(plot.caption)}</figcaption>"
     return f'<figure role="img" aria-label="{escape(plot.title)}">{caption}{plot.svg()}</figure>'
 
 
 def render_table(table: Table) -> str:
-    """A table of numbers, aligned on the right."""
+    """Render a table of numbers, aligned on the right, with its title as a first line."""
     head = "".join(f"<th>{escape(cell)}</th>" for cell in table.header)
     rows = ["<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows]
     title = f'<p class="none"><code>{escape(table.title)}</code></p>'
@@ -147,7 +153,7 @@ def render_table(table: Table) -> str:
 
 
 def render_events(events: Sequence[Mapping[str, object]]) -> str:
-    """Starts, checkpoints, signals, skipped steps and whatever else was logged, newest first."""
+    """Render the events (starts, checkpoints, signals, skipped steps, ...), newest first, MAX_EVENTS at most."""
     if not events:
         return '<div class="panel"><p class="none">No events were logged.</p></div>'
     rows = []
@@ -162,7 +168,7 @@ def render_events(events: Sequence[Mapping[str, object]]) -> str:
 
 
 def show_time(value: object) -> str:
-    """Seconds since 1970 or ISO 8601 in one form, in UTC; any other text as it is."""
+    """Format seconds since 1970 or ISO 8601 in one form, in UTC; any other text stays as it is."""
     if isinstance(value, (int, float)):
         moment = datetime.fromtimestamp(value, UTC)
     elif isinstance(value, str) and re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d", value):
@@ -173,14 +179,14 @@ def show_time(value: object) -> str:
 
 
 def show_rest(values: Mapping[str, object]) -> str:
-    """The other fields of an event on one line."""
+    """Format the other fields of an event on one line; what is no text as JSON."""
     return ", ".join(
         f"{key}: {value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items()
     )
 
 
 def flatten(value: object, prefix: str = "") -> Iterable[tuple[str, object]]:
-    """(dotted name, value) of nested mappings; lists stay on one line."""
+    """Yield (dotted name, value) of nested mappings; lists stay on one line, as JSON."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield from flatten(item, f"{prefix}.{key}" if prefix else str(key))
@@ -189,11 +195,11 @@ def flatten(value: object, prefix: str = "") -> Iterable[tuple[str, object]]:
 
 
 def render_pairs(pairs: Iterable[tuple[str, object]]) -> str:
-    """A table of names and values."""
+    """Render a table of names and values; a remark when there are none."""
     rows = [f"<tr><th>{escape(name)}</th><td>{escape(str(value))}</td></tr>" for name, value in pairs if name]
     return f"<table>{''.join(rows)}</table>" if rows else '<p class="none">Nothing was recorded.</p>'
 
 
 def render_details(title: str, body: str) -> str:
-    """A part that opens on a click."""
+    """Render a part that is folded until a click opens it, by the browser alone."""
     return f'<details class="panel"><summary>{escape(title)}</summary>{body}</details>'

@@ -1,4 +1,7 @@
-"""One picture of a run for a page or a talk: loss, balance of experts, speed and gradients, with the run's size above."""
+"""One picture of a run for a page or a talk: loss, balance of experts, speed and gradients, with the run's size above.
+
+The plots are those of the report, drawn in its light colours on one canvas of up to two by two panels.
+"""
 
 from __future__ import annotations
 
@@ -34,6 +37,7 @@ def draw_picture(record: RunRecord, path: Path) -> None:
         for axes in panels[len(plots) :]:
             axes.set_axis_off()
         temporary = path.with_suffix(f"{path.suffix}.part")
+        # Without a date and with a fixed salt for ids, a picture kept under version control changes only with its run.
         dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
         kind = path.suffix.removeprefix(".")
         canvas.savefig(temporary, format=kind, dpi=144, metadata=dates.get(kind))

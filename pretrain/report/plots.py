@@ -1,4 +1,13 @@
-"""The plots of a report: drawn by matplotlib, and turned into inline SVG whose colours follow the page's theme."""
+"""The plots of a report: drawn by matplotlib, and turned into inline SVG whose colours follow the page's theme.
+
+A `Plot` holds a function that draws on any axes in any colours, so the same plot serves the page (SVG) and the picture
+(picture.py). For the page it is drawn in stand-in colours that occur nowhere else; `themed` replaces them by variables of
+the style sheet, so that one SVG serves light and dark without a script. Text stays text (`svg.fonttype: none`): it is
+small, can be searched and takes the page's font.
+
+Each function returns None when the run has no such measurement, and no empty figure is shown. Series with a value
+for every step are thinned to MAX_POINTS means, so that the page of a long run stays small.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +49,7 @@ class Plot:
         return themed(buffer.getvalue(), self.name)
 
     def draw_over_steps(self, axes: Any, colours: Colours) -> None:
-        """Draw, and label the axis of steps."""
+        """Draw on a pair of axes, and label the horizontal one as steps, in whole numbers."""
         self.draw(axes, colours)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
         axes.xaxis.set_major_formatter(FuncFormatter(short))
@@ -48,7 +57,7 @@ class Plot:
 
 
 def make_plots(record: RunRecord) -> list[Plot]:
-    """Every plot for which the run has measurements."""
+    """Make every plot for which the run has measurements, in the order of the page."""
     drawings: list[Callable[[RunRecord], Plot | None]] = [
         loss_plot,
         accuracy_plot,
@@ -62,7 +71,7 @@ def make_plots(record: RunRecord) -> list[Plot]:
 
 
 def loss_plot(record: RunRecord) -> Plot | None:
-    """Training loss, faint a step and strong smoothed, and validation loss."""
+    """Plot training loss, faint for each step and strong smoothed, and validation loss, in nats a token."""
     steps, losses = record.series("loss")
     if not losses:
         return None
@@ -104,7 +113,7 @@ def accuracy_plot(record: RunRecord) -> Plot | None:
 
 
 def learning_rate_plot(record: RunRecord) -> Plot | None:
-    """The schedule as it was applied."""
+    """Plot the learning rate as it was applied, over all stages."""
     steps, rates = record.series("lr")
     if not rates:
         return None
@@ -120,7 +129,7 @@ def learning_rate_plot(record: RunRecord) -> Plot | None:
 
 
 def gradient_norm_plot(record: RunRecord) -> Plot | None:
-    """Global gradient norm before clipping, on a logarithmic axis."""
+    """Plot the global gradient norm before clipping, on a logarithmic axis if no norm is zero; the clip limit dashed."""
     steps, norms = record.series("grad_norm")
     if not norms:
         return None
@@ -141,7 +150,7 @@ def gradient_norm_plot(record: RunRecord) -> Plot | None:
 
 
 def throughput_plot(record: RunRecord) -> Plot | None:
-    """Tokens a second, with MFU on the right where the device's peak is known."""
+    """Plot tokens a second of all ranks, with model FLOPs utilisation (MFU) as a second scale where it was logged."""
     steps, speeds = record.series("tokens_per_second")
     if not speeds:
         return None
@@ -165,13 +174,17 @@ def throughput_plot(record: RunRecord) -> Plot | None:
 
 
 def expert_load_plot(record: RunRecord) -> Plot | None:
-    """Fullest expert over the mean, a row a MoE block, a column a span of steps."""
+    """Map the tokens of the fullest expert over the mean: a row for each MoE block, a column for each span of steps.
+
+    1 is even load. The largest value possible is experts / choices a token: every token takes the same ones.
+    """
     loads = record.named_series("expert_load")
     if not loads:
         return None
     blocks = sorted(loads, key=lambda name: (len(name), name))
     rows = [thin(*loads[block], limit=MAX_COLUMNS)[1] for block in blocks]
     width = max(len(row) for row in rows)
+    # Blocks may have logged different numbers of steps; what is missing at the end stays blank.
     grid = np.full((len(rows), width), np.nan)
     for index, row in enumerate(rows):
         grid[index, : len(row)] = row
@@ -200,7 +213,7 @@ def expert_load_plot(record: RunRecord) -> Plot | None:
 
 
 def auxiliary_plot(record: RunRecord) -> Plot | None:
-    """Auxiliary losses, weighted as they enter the sum."""
+    """Plot the auxiliary losses, weighted as they enter the loss; those that are zero throughout are left out."""
     series = {name: pair for name, pair in record.named_series("auxiliary").items() if any(pair[1])}
     if not series:
         return None
@@ -219,7 +232,7 @@ def auxiliary_plot(record: RunRecord) -> Plot | None:
 def draw_line(
     axes: Any, steps: Sequence[int], values: Sequence[float], colour: str, *, label: str = "", faint: bool = False
 ) -> None:
-    """One series; a single point gets a marker, since a line would not show."""
+    """Draw one series, thinned; a single point gets a marker, since a line would not show."""
     x, y = thin(steps, values, MAX_POINTS)
     marker = "o" if len(x) == 1 else ""
     axes.plot(
@@ -235,7 +248,10 @@ def draw_line(
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Exponential mean over about a hundredth of the run, corrected for its start."""
+    """Smooth by an exponential mean over about a hundredth of the run.
+
+    Dividing by the sum of weights corrects the start, where few values have come in.
+    """
     keep = 1 - 1 / max(2.0, len(values) / 100)
     total = weight = 0.0
     smoothed = []
@@ -246,7 +262,7 @@ def smooth(values: Sequence[float]) -> list[float]:
 
 
 def short(value: float, _position: int | None = None) -> str:
-    """12345 -> 12k, for tick labels."""
+    """Format a number for tick labels in three digits and a unit prefix: 12345 -> 12.3k."""
     for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.3g}{letter}"
@@ -254,7 +270,7 @@ def short(value: float, _position: int | None = None) -> str:
 
 
 def style(colours: Colours) -> dict[str, Any]:
-    """matplotlib's settings of a figure in these colours."""
+    """Build matplotlib's settings (rcParams) of a figure in these colours."""
     ink = dict.fromkeys(("axes.labelcolor", "xtick.color", "ytick.color", "text.color"), colours.ink)
     no_ticks = dict.fromkeys(("xtick.major.size", "ytick.major.size", "xtick.minor.size", "ytick.minor.size"), 0)
     return {
@@ -277,7 +293,10 @@ def style(colours: Colours) -> dict[str, Any]:
 
 
 def themed(document: str, name: str) -> str:
-    """The <svg> element of a matplotlib document: page colours, own ids, no fixed size."""
+    """Extract the <svg> element of a matplotlib document and fit it to the page: its colours, own ids, no fixed size.
+
+    Ids get the plot's name in front, because several figures share one page, and so do the references to them.
+    """
     svg = document[document.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\bid="', f'id="{name}-', svg)

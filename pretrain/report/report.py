@@ -1,4 +1,9 @@
-"""`amfm report`: one self-contained HTML page of a run, finished or not."""
+"""`amfm report`: one self-contained HTML page of a run, finished or not.
+
+Everything is read from the run directory (data.py), so a report can be made while the run goes on, on another machine,
+or years later. Parameters and FLOPs are computed from the configuration, not read from logs. Here the numbers are chosen
+and put into words; plots.py draws, page.py makes the HTML.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +27,7 @@ def write_report(run_dir: str | Path) -> Path:
     tables = {"Model": describe_model(record), "Data": describe_data(record)}
     page = render_page(record, make_cards(record), make_plots(record), tables)
     path = record.directory / "report.html"
+    # Renamed into place: a browser that reloads meanwhile sees the old page or the new one.
     temporary = path.with_suffix(".html.part")
     temporary.write_text(page, encoding="utf-8")
     os.replace(temporary, path)
@@ -29,7 +35,11 @@ def write_report(run_dir: str | Path) -> Path:
 
 
 def make_cards(record: RunRecord) -> list[Card]:
-    """The summary: what the model is, how far it came, how good and how fast it is."""
+    """Make the cards of the summary: what the model is, how far it came, how good and how fast it is.
+
+    Losses are in nats a token, speed and MFU medians of the newer half of the steps. Cards without a measurement are left
+    out, or show a dash.
+    """
     config = record.config
     counts = count_parameters(config.model)
     pattern = config.model.parsed_pattern
@@ -63,7 +73,10 @@ def make_cards(record: RunRecord) -> list[Card]:
 
 
 def describe_model(record: RunRecord) -> Table:
-    """Where parameters and arithmetic are, by kind of block; a column of FLOPs for each row length of the run."""
+    """Tabulate parameters and arithmetic by kind of block, with a column of FLOPs for each row length of the run.
+
+    Row lengths are those of its stages and data phases: attention's share grows with them.
+    """
     config = record.config
     counts = count_parameters(config.model)
     phases = [phase.sequence_length for phase in config.data.phases if phase.sequence_length is not None]
@@ -85,7 +98,10 @@ def describe_model(record: RunRecord) -> Table:
 
 
 def describe_data(record: RunRecord) -> Table:
-    """Tokens and epochs that each source gave in each phase."""
+    """Tabulate the tokens and epochs that each source gave in each phase.
+
+    A phase's counters only grow, so its newest line of metrics holds its total.
+    """
     newest = {line["data"]["phase"]: line["data"] for line in record.metrics if "data" in line}
     rows = [
         (str(phase), source, f"{tokens:,}", f"{data['epochs'][source]:.3f}")
@@ -100,7 +116,7 @@ def describe_data(record: RunRecord) -> Table:
 
 
 def count(value: float) -> str:
-    """1234567 -> 1.23M."""
+    """Format a number in three digits and a unit: 1234567 -> 1.23M."""
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.3g}{letter}"
@@ -108,12 +124,12 @@ def count(value: float) -> str:
 
 
 def perplexity(loss: float) -> str:
-    """exp(loss), short; a loss beyond any vocabulary is not exponentiated."""
+    """Format exp(loss); a loss beyond that of any vocabulary (30 nats) is not exponentiated."""
     return f"{math.exp(loss):,.1f}" if loss < 30 else "very large"
 
 
 def duration(seconds: float) -> str:
-    """3725 -> 1 h 2 min."""
+    """Format seconds in the two largest units: 3725 -> 1 h 2 min."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes = round(seconds / 60)
