@@ -1,4 +1,9 @@
-"""Auxiliary losses that balance the load of experts, over all tokens of a micro-batch wherever they lie."""
+"""Auxiliary losses that balance the load of experts, over all tokens of a micro-batch wherever they lie.
+
+Three losses, each with a weight of its own (kernels/moe/losses.py has their formulas): `balance` over the micro-batch,
+`sequence_balance` within each row, `router_z` on the size of the logits. They are computed in training only. The loss-free
+bias (`MoeMixer.update_expert_bias`) is no loss and may be used beside them.
+"""
 
 from __future__ import annotations
 
@@ -52,6 +57,7 @@ def sum_over_context(counts: Tensor, groups: ProcessGroupCollection) -> Tensor:
 
 @torch.compiler.disable
 def _sum(counts: Tensor, groups: ProcessGroupCollection) -> Tensor:
+    """All-reduce a copy: the counts of this rank are reported too."""
     total = counts.clone()
     torch.distributed.all_reduce(total, group=groups.cp)
     return total

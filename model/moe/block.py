@@ -89,7 +89,11 @@ class MoeMixer(Float32Buffers):
             self.expert_bias.zero_()
 
     def forward(self, x_BTD: Tensor, meta: PackMeta, state: BlockState = None) -> MixerOutput:
-        """Mix x [B, T, D] -> y [B, T, D], with the auxiliary losses and the token choices of each expert, [E] int64."""
+        """Mix x [B, T, D] -> y [B, T, D], with the auxiliary losses and the token choices of each expert, [E] int64.
+
+        Counts are those that the router made, before a capacity limit: they say what it must be balanced against. Every rank
+        of `groups.tp`, `groups.cp`, `groups.ep` and `groups.expt_tp` must call.
+        """
         logits_RE = gather_stream(self._logits(x_BTD), self.groups).flatten(0, 1)
         moe = self.section
         routing = route(
@@ -115,6 +119,7 @@ class MoeMixer(Float32Buffers):
         return MixerOutput(y_BTD, None, auxiliary, routing.counts_E)
 
     def _logits(self, x_BTD: Tensor) -> Tensor:
+        """Router logits [B, T, E] in float32 at least: bf16 would tie experts that differ, and choose by their number."""
         dtype = torch.promote_types(x_BTD.dtype, torch.float32)
         return functional.linear(x_BTD.to(dtype), self.router.weight.to(dtype))
 
@@ -126,6 +131,7 @@ class MoeMixer(Float32Buffers):
             narrow_BTD.flatten(0, 1),
             # A lost choice has weight 0; any expert will do.
             chosen.expert_ids_RK.clamp(max=self.section.num_experts - 1),
+            # Every rank's part of the experts gives a part of the gradient of the weights.
             sum_gradients(chosen.weights_RK, self.groups),
             self.experts.up,
             self.experts.down,
@@ -160,6 +166,7 @@ class MoeMixer(Float32Buffers):
         return y_BTD if self.latent_up is None else self.latent_up(y_BTD), shared_BTD
 
     def _shared(self, x_BTD: Tensor) -> Tensor | None:
+        """Output of the shared expert [B, T, D], times sigmoid of its gate, one number a token; None without one."""
         if self.shared is None:
             return None
         y_BTD: Tensor = self.shared(x_BTD)
@@ -169,7 +176,8 @@ class MoeMixer(Float32Buffers):
     def update_expert_bias(self, counts_E: Tensor) -> None:
         """Move each expert's bias by the update rate towards the mean load (Wang et al. 2024, arXiv 2408.15664, algorithm 1).
 
-        counts_E [E]: the choices of the whole step, summed over micro-batches and data ranks.
+        counts_E [E]: the choices of the whole step, summed over micro-batches and data ranks. No collectives: equal counts give
+        equal biases on all ranks. Only the sign of the difference counts, so the rate is the size of a step in the score.
         """
         if self.expert_bias is None:
             return

@@ -1,4 +1,10 @@
-"""Capacity limits: which of a router's choices are carried out where an expert takes only so many of a micro-batch."""
+"""Capacity limits: which of a router's choices are carried out where an expert takes only so many of a micro-batch.
+
+An expert takes `capacity_factor` times its even share of the choices; what is over is dropped (Fedus et al. 2021, arXiv
+2101.03961, section 2.2) or recycled to an expert with room. Limits hold in training only: a token's prediction must not
+depend on the other tokens of its batch. The tokens of whole rows are ranked together on every rank, for which context ranks
+gather the chosen ids (small integers, no activations); so the choices are the same on every layout.
+"""
 
 from __future__ import annotations
 
@@ -38,6 +44,7 @@ def limit_choices(
     ids_BTK = routing.expert_ids_RK.unflatten(0, (num_rows, -1))
     if meta.segments is not None:
         ids_BTK = gather_rows(ids_BTK[None], meta.segments, groups)[0]
+    # Time first: at each place in the row all rows take their turn, so no row fills an expert before the others.
     ids_RK = ids_BTK.transpose(0, 1).flatten(0, 1)
     capacity = expert_capacity(len(ids_RK), moe.top_k, moe.num_experts, moe.capacity_factor)
     if moe.overflow == "drop":
@@ -52,6 +59,7 @@ def limit_choices(
 
 
 def _weights(routing: Routing, ids_RK: Tensor, moe: MoeConfig) -> Tensor:
+    """Weights [R, K] of the choices that are carried out; recycled ones are weighed anew, as `route` weighs the first."""
     is_kept_RK = ids_RK < moe.num_experts
     if moe.overflow == "drop":
         return torch.where(is_kept_RK, routing.weights_RK, 0.0)

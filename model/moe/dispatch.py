@@ -5,6 +5,10 @@ their numbers: to the rank of `groups.ep` that holds the expert, where each rank
 gets the rows of all, computes its part of the inner width, and gives back sums; then home, where each token adds up its
 rows by weight. Splits are as uneven as the router makes them; an expert, or a rank, that gets nothing is no exception.
 
+Rows are sent without padding or a capacity: the counts are exchanged first, which waits for the device once a layer, and
+nothing is dropped or computed in vain. Sums over a token's choices are made in the order of its choices, so results do not
+depend on the order of arrival. The module is left out of compiled graphs: the number of rows differs at each call.
+
 Every rank of both groups must call, forward and backward.
 """
 
@@ -42,8 +46,11 @@ def dispatch_feed_forward(
     Shapes: x [R, D], of this rank alone; expert ids [R, K] in the numbering of all experts, where the number of experts
     itself marks a lost choice, which sends nothing; weights [R, K]; up [experts of this rank, F of this rank, D], down
     [experts of this rank, D, F of this rank] -> [R, D]. Sums are in float32 at least.
+
+    Four all-to-alls of rows at most, each once more in backward: out over `ep`, over `expt_tp` and back, home over `ep`.
     """
     num_experts = up_eFD.shape[0] * groups.ep.size()
+    # Lost choices are one expert more, which sorts last: cutting the order at num_sent leaves them out.
     choices = group_by_expert(expert_ids_RK, num_experts + 1)
     plan = exchange_counts(choices.counts_E[:num_experts], groups)
     order_S = choices.order[: plan.num_sent]
@@ -65,7 +72,11 @@ def dispatch_feed_forward(
 def _local_experts(
     rows_SD: Tensor, plan: RowPlan, up_eFD: Tensor, down_eDF: Tensor, activation: str, backend: str
 ) -> Tensor:
-    """Feed-forward of rows sorted by sender and then by expert; the result keeps their order."""
+    """Feed-forward of rows [S, D] sorted by sender and then by expert; the result [S, D] keeps their order.
+
+    Rows are sorted by expert alone in between, so that each expert is one product of a grouped matrix multiplication
+    however many ranks sent to it. The sums are partial where `expt_tp` has several ranks.
+    """
     counts_Xe = plan.arrived_Xe
     senders, num_local = counts_Xe.shape
     experts_e = torch.arange(num_local, device=rows_SD.device)
@@ -82,7 +93,8 @@ class RowPlan:
     """How many rows go where.
 
     sent, received [ep]: rows to and from each expert rank. received_beside [expt_tp]: rows that each rank with the same
-    experts got from `ep`. arrived_Xe: rows of each of those, by sender X and expert e of this rank.
+    experts got from `ep`. arrived_Xe [expt_tp * ep, e] int64: rows of each of those, by sender X and expert e of this rank.
+    Lists are on the host, where the splits of an all-to-all must be.
     """
 
     sent: list[int]
@@ -97,7 +109,10 @@ class RowPlan:
 
 
 def exchange_counts(counts_E: Tensor, groups: ProcessGroupCollection) -> RowPlan:
-    """Tell every rank how many of this rank's rows come to each of its experts. Waits for the device once."""
+    """Tell every rank how many of this rank's rows come to each of its experts. Waits for the device once.
+
+    counts_E [E] int64: this rank's choices of each expert. Every rank of `groups.ep` and `groups.expt_tp` must call.
+    """
     ranks, beside = groups.ep.size(), groups.expt_tp.size()
     arrived_Xe = torch.empty_like(counts_E)
     dist.all_to_all_single(arrived_Xe, counts_E.contiguous(), group=groups.ep)
@@ -105,6 +120,7 @@ def exchange_counts(counts_E: Tensor, groups: ProcessGroupCollection) -> RowPlan
         own, arrived_Xe = arrived_Xe, arrived_Xe.new_empty(beside * arrived_Xe.numel())
         dist.all_gather_into_tensor(arrived_Xe, own, group=groups.expt_tp)
     arrived_Xe = arrived_Xe.view(beside * ranks, -1)
+    # All counts that the host needs in one copy: each copy would wait for the device.
     totals = torch.cat([counts_E.view(ranks, -1).sum(1), arrived_Xe.sum(1)]).tolist()
     sent, received = totals[:ranks], [totals[start : start + ranks] for start in range(ranks, len(totals), ranks)]
     return RowPlan(sent, received[groups.expt_tp.rank()], [sum(rows) for rows in received], arrived_Xe)
@@ -115,6 +131,9 @@ class RowTransfer:
 
     Between `start` and `finish` the rows are under way and other work may be done, in backward too: there the transfer
     starts where `finish` stands and ends where `start` does. A transfer serves one forward and one backward pass.
+
+    In backward `finish` launches the transfer of the gradient and hands it to `start` through the transfer object: autograd
+    sees a gradient that flows from one node to the other and is not read in between.
     """
 
     def __init__(self, group: Any, sent: list[int], received: list[int]) -> None:
@@ -161,6 +180,8 @@ class RowTransfer:
 
 
 class _AllToAllStart(torch.autograd.Function):
+    """Launch the rows; backward waits for the gradient that `_AllToAllWait` sent on its way."""
+
     @staticmethod
     def forward(ctx: Any, rows_SD: Tensor, transfer: RowTransfer) -> Tensor:
         ctx.transfer = transfer
@@ -176,6 +197,8 @@ class _AllToAllStart(torch.autograd.Function):
 
 
 class _AllToAllWait(torch.autograd.Function):
+    """Wait for the rows; backward launches their gradient the other way, and what runs until `start` overlaps with it."""
+
     @staticmethod
     def forward(ctx: Any, rows_SD: Tensor, transfer: RowTransfer) -> Tensor:
         ctx.transfer = transfer
@@ -186,6 +209,7 @@ class _AllToAllWait(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         transfer: RowTransfer = ctx.transfer
         transfer.gradient = transfer.launch(gradients[0], transfer.received, transfer.sent)
+        # Only of the right shape for autograd: `start` takes the gradient that travelled.
         return gradients[0], None
 
 
@@ -208,6 +232,8 @@ def reorder_rows(rows_SD: Tensor, order_S: Tensor) -> Tensor:
 
 
 class _GatherChoices(torch.autograd.Function):
+    """index_select whose backward sums in a fixed order and a wide dtype; torch's adds up in the dtype of the rows."""
+
     @staticmethod
     def forward(ctx: Any, x_RD: Tensor, order_S: Tensor, top_k: int) -> Tensor:
         ctx.save_for_backward(order_S)
@@ -221,6 +247,8 @@ class _GatherChoices(torch.autograd.Function):
 
 
 class _CombineChoices(torch.autograd.Function):
+    """Weighted sum of rows by token; gradients of rows and of weights are read row by row, without a scatter-add."""
+
     @staticmethod
     def forward(ctx: Any, rows_SD: Tensor, order_S: Tensor, weights_RK: Tensor) -> Tensor:
         ctx.save_for_backward(rows_SD, order_S, weights_RK)
@@ -239,6 +267,8 @@ class _CombineChoices(torch.autograd.Function):
 
 
 class _Reorder(torch.autograd.Function):
+    """Permutation whose backward is the inverse permutation: a read, where index_select's own would add into zeros."""
+
     @staticmethod
     def forward(ctx: Any, rows_SD: Tensor, order_S: Tensor) -> Tensor:
         ctx.save_for_backward(order_S)
@@ -251,7 +281,10 @@ class _Reorder(torch.autograd.Function):
 
 
 def _sum_by_token(rows_SD: Tensor, order_S: Tensor, weights_RK: Tensor | None, shape_RK: tuple[int, int]) -> Tensor:
-    """Sum choice by choice in a fixed order, so that results are reproducible."""
+    """Sum rows [S, D] by token -> [R, D], choice by choice in a fixed order, so that results are reproducible.
+
+    One read of R rows a choice, in float32 at least; a lost choice reads some row with factor 0.
+    """
     tokens, top_k = shape_RK
     wide = torch.promote_types(rows_SD.dtype, torch.float32)
     total_RD = torch.zeros(tokens, rows_SD.shape[1], dtype=wide, device=rows_SD.device)
@@ -268,4 +301,5 @@ def _sum_by_token(rows_SD: Tensor, order_S: Tensor, weights_RK: Tensor | None, s
 
 
 def _inverse(order_S: Tensor) -> Tensor:
+    """Invert a permutation; by writing, which is cheaper than sorting it."""
     return torch.empty_like(order_S).index_copy_(0, order_S, torch.arange(len(order_S), device=order_S.device))

@@ -79,12 +79,13 @@ class _ReceiveTails(torch.autograd.Function):
 
 
 def _is_middle(segments: Segments) -> bool:
-    """Whether this rank's segments touch."""
+    """Whether this rank's two segments are neighbours in the row: only those of the last rank are."""
     return segments.rank == segments.num_ranks - 1
 
 
 def _swap_with_neighbours(to_lower: Tensor, to_higher: Tensor, segments: Segments, group: Any) -> tuple[Tensor, Tensor]:
     """Send one tensor to the previous rank and one to the next; returns what those sent, zeros where there is no rank."""
+    # One all-to-all with empty parts for all others: sends and receives in pairs could wait for each other.
     rank, num_ranks = segments.rank, segments.num_ranks
     neighbours = {rank - 1: to_lower, rank + 1: to_higher}
     counts = [to_lower.numel() if other in neighbours else 0 for other in range(num_ranks)]
@@ -107,6 +108,7 @@ class _ReceiveStates(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, final_B2HKV: Tensor, transfer: Tensor, segments: Segments, group: Any) -> Tensor:
+        # States and transfers of a head go side by side, so that one collective carries both.
         numbers = final_B2HKV[0, 0, 0].numel()
         summary = torch.cat(
             [final_B2HKV.flatten(3), transfer.flatten(3) if transfer.dim() > 3 else transfer[..., None]], -1
@@ -116,6 +118,7 @@ class _ReceiveStates(torch.autograd.Function):
         transfer_Z = gathered_ZBHX[..., numbers:].reshape(segments.count, len(transfer), *transfer.shape[2:])
         entering: dict[int, Tensor] = {}
         state_BHKV = torch.zeros_like(final_ZBHKV[0])
+        # Up to this rank's last segment: what comes after it enters no state here.
         for number in range(segments.own[1] + 1):
             if number in segments.own:
                 entering[number] = state_BHKV
@@ -133,6 +136,7 @@ class _ReceiveStates(torch.autograd.Function):
         segments: Segments = ctx.segments
         d_entering_ZBHKV = segments.order(_all_gather(d_entering_B2HKV.transpose(0, 1), segments, ctx.group))
         is_matrix = transfer_Z.dim() == d_entering_ZBHKV.dim()
+        # d_after[z]: gradient of F_z, the state after segment z, which is that of final_z and, times S_z, of P_z.
         d_after: dict[int, Tensor] = {}
         d_after_BHKV = torch.zeros_like(d_entering_ZBHKV[0])
         for number in reversed(range(segments.own[0], segments.count)):
@@ -144,6 +148,7 @@ class _ReceiveStates(torch.autograd.Function):
         d_final_B2HKV = torch.stack([d_after[number] for number in segments.own], dim=1)
         if is_matrix:
             return d_final_B2HKV, d_final_B2HKV @ entering_B2HKV.transpose(-1, -2), None, None
+        # A factor a row sums over the row's values, a factor a head over the whole state.
         d_transfer = (entering_B2HKV * d_final_B2HKV).sum(-1)
         return d_final_B2HKV, d_transfer if transfer_Z.dim() == 4 else d_transfer.sum(-1), None, None
 
@@ -164,6 +169,8 @@ def _stop_at_documents(state_BHKV: Tensor, number: int, segments: Segments) -> T
 
 
 class _GatherRows(torch.autograd.Function):
+    """All-gather of segments into rows; backward is a reduce-scatter, because every rank read the whole rows."""
+
     @staticmethod
     def forward(ctx: Any, parts_CBTX: Tensor, segments: Segments, group: Any) -> Tensor:
         ctx.segments, ctx.group = segments, group
@@ -183,7 +190,7 @@ class _GatherRows(torch.autograd.Function):
 
 
 def _all_gather(part: Tensor, segments: Segments, group: Any) -> Tensor:
-    """[...] of every rank -> [ranks, ...]."""
+    """Gather equal shapes [N, ...] of every rank -> [ranks, N, ...], in rank order."""
     part = part.contiguous()
     gathered = part.new_empty(segments.num_ranks * part.shape[0], *part.shape[1:])
     torch.distributed.all_gather_into_tensor(gathered, part, group=group)

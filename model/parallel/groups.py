@@ -1,4 +1,9 @@
-"""Process groups that a model is built on, as one object that is passed down."""
+"""Process groups that a model is built on, as one object that is passed down.
+
+Nothing in `model/` reads global state of torch.distributed or of Megatron: a block asks the groups that it was given. So one
+process can hold models of different layouts, tests build a single-rank model without a process group, and code for one
+rank and for many is the same.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +25,10 @@ class ProcessGroupCollection(process_groups_config.ProcessGroupCollection):
 
 
 class SingleRankGroup:
-    """A group of this process alone, with what blocks ask of a process group and without torch.distributed."""
+    """A group of this process alone, with what blocks ask of a process group and without torch.distributed.
+
+    Code that would communicate asks for `size() > 1` first; handing this group to a collective is a bug.
+    """
 
     def size(self) -> int:
         """Number of ranks in the group."""

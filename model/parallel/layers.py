@@ -22,6 +22,7 @@ from model.parallel.shards import REPLICATED, Shard, ShardSpec, divide
 
 
 def _megatron_settings() -> ModelParallelConfig:
+    """Settings under which Megatron's layers allocate their weight and do nothing else with it."""
     # CPU initialisation without performing it means "allocate on torch's current default device and leave it alone".
     return ModelParallelConfig(
         params_dtype=torch.get_default_dtype(), use_cpu_initialization=True, perform_initialization=False
@@ -56,6 +57,7 @@ class ColumnLinear(megatron_layers.ColumnParallelLinear):
         name: str,
         units: tuple[int, ...] = (),
     ) -> None:
+        # Without units any slice will do, but slices must be equal; with units `ShardSpec` allows copies of a unit.
         if not units:
             for segment in segments:
                 divide(segment, groups, name)
@@ -80,7 +82,8 @@ class ColumnLinear(megatron_layers.ColumnParallelLinear):
 class RowLinear(megatron_layers.RowParallelLinear):
     """This rank's part of y = x W^T, the columns of W sharded over the tensor-parallel ranks: [..., in of this rank] -> [..., out].
 
-    The parts are summed by `leave_tensor_region`.
+    The parts are summed by `leave_tensor_region`, once for all that a block computes, and not in this layer: under sequence
+    parallelism the sum is a reduce-scatter over tokens, which is the business of the region and not of a matrix.
     """
 
     get_extra_state: Callable[[nn.Module], object] = nn.Module.get_extra_state
@@ -140,7 +143,10 @@ def stream_shard(groups: ProcessGroupCollection) -> Shard:
 
 
 class Linear(nn.Module):
-    """y = x W^T with the whole W on every rank, over the stream between blocks."""
+    """y = x W^T with the whole W on every rank, over the stream between blocks.
+
+    For narrow outputs (router logits, latents), where a collective would cost more than computing them on every rank.
+    """
 
     def __init__(self, input_size: int, output_size: int, groups: ProcessGroupCollection) -> None:
         super().__init__()
@@ -175,7 +181,10 @@ class RMSNorm(nn.Module):
 
 
 class Float32Buffers(nn.Module):
-    """A module whose buffers stay float32 when its parameters are cast; they do move between devices."""
+    """A module whose buffers stay float32 when its parameters are cast; they do move between devices.
+
+    Balancing biases and rotary frequencies lose what they are for in bf16: steps of 0.001 and angles of distant positions.
+    """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float32Buffers:
         kept = dict(self._buffers)

@@ -39,6 +39,12 @@ def project_stream(x_BTD: Tensor, weights: Sequence[Tensor], groups: ProcessGrou
 
 
 class _ProjectGathered(torch.autograd.Function):
+    """Gather tokens, multiply by all weights; backward gathers once more and reduce-scatters the gradient of the tokens.
+
+    Kept for backward is [B, T / ranks, D] and not the gathered tokens: one all-gather more for memory that would grow with
+    the number of ranks (Korthikanti et al. 2022, section 4.2.2).
+    """
+
     @staticmethod
     def forward(ctx: Any, own_BTD: Tensor, group: Any, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.group = group
@@ -64,6 +70,7 @@ def _gather(own_BTD: Tensor, group: Any, *, gradients_are_parts: bool = True) ->
 
 
 def _reduce_scatter(part_BTD: Tensor, group: Any) -> Tensor:
+    """Sum the ranks' parts and keep this rank's tokens, [B, T / ranks, D]; backward gathers the gradient."""
     own_TBD: Tensor = mappings.reduce_scatter_to_sequence_parallel_region(part_BTD.transpose(0, 1), group=group)
     return own_TBD.transpose(0, 1).contiguous()
 
@@ -96,6 +103,7 @@ def sum_parts(part: Tensor, groups: ProcessGroupCollection) -> Tensor:
 
 
 def _reduce(part: Tensor, groups: ProcessGroupCollection) -> Tensor:
+    """All-reduce the ranks' parts; backward is the identity, because every rank has the gradient of the sum."""
     if groups.tp.size() == 1:
         return part
     # The mapping sums in place.

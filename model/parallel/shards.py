@@ -47,7 +47,7 @@ class ShardSpec:
         return tuple(segment // slices for segment, slices in zip(self.segments, self.slices(size)))
 
     def shard(self, whole: Tensor, rank: int, size: int) -> Tensor:
-        """Cut out what `rank` of `size` holds of a tensor that is whole along `dim`."""
+        """Cut out what `rank` of `size` holds of a tensor that is whole along `dim`; a copy, in the order of the segments."""
         pieces = whole.split(list(self.segments), dim=self.dim)
         own = [
             piece.chunk(slices, dim=self.dim)[rank * slices // size] for piece, slices in zip(pieces, self.slices(size))
@@ -84,7 +84,7 @@ class Shard:
         return any(cut.axis == "ep" for cut in self.cuts)
 
     def shard(self, whole: Tensor, groups: ProcessGroupCollection) -> Tensor:
-        """Cut out the part of a whole tensor that this rank holds."""
+        """Cut out the part of a whole tensor that this rank holds. No collectives."""
         for cut in self.cuts:
             group = getattr(groups, cut.axis)
             whole = cut.shard(whole, group.rank(), group.size())
@@ -117,7 +117,7 @@ _GROUPS = {"tensor": "tp", "expert_tensor": "expt_tp", "expert": "ep"}
 
 
 def divide(total: int, groups: ProcessGroupCollection, name: str, *, axis: str = "tensor") -> int:
-    """Divide `total` by the ranks of an axis. Raises ValueError where they do not divide it."""
+    """Divide `total` by the ranks of an axis; `name` is its setting. Raises ValueError where they do not divide it."""
     size: int = getattr(groups, _GROUPS[axis]).size()
     if total % size:
         raise ValueError(f"parallel.{axis}={size} must divide {name}={total}; use a divisor of {total}")
