@@ -105,8 +105,7 @@ def blocks_below(scores_NQQ: Tensor, size: int) -> Tensor:
 
 
 def dot_rows(queries: Tensor, keys: Tensor) -> Tensor:
-    """Products of each row of `queries` with each row of `keys`: [N, pairs, X, K] and [N, pairs, size, K] to [N,
-    pairs, X, size].
+    """Products of each query row with each key row: [N, pairs, X, K], [N, pairs, size, K] to [N, pairs, X, size].
 
     Element by element for one or two keys, of which libraries are slow to make products.
     """
@@ -116,8 +115,9 @@ def dot_rows(queries: Tensor, keys: Tensor) -> Tensor:
 
 
 def spread_rows(weights: Tensor, rows: Tensor) -> Tensor:
-    """Product of weights [N, pairs, size, size] with rows [N, pairs, size, K]; element by element for one or two
-    rows.
+    """Product of weights [N, pairs, size, size] with rows [N, pairs, size, K].
+
+    Element by element for one or two rows, as in `dot_rows`.
     """
     if rows.shape[-2] == 1:
         return weights * rows

@@ -18,8 +18,8 @@ def attention_reference(
     """Softmax over the keys up to the query (the last keys align with the queries) of the query's document and window.
 
     Shapes as in `attention`: q [B, T, H, K], k and v [B, S, J, K] -> [B, T, H, K], computed in the dtype of the
-    inputs, so that float64 gives an exact yardstick. Differentiable by autograd; quadratic in Python loops, for
-    tests only.
+    inputs, so that float64 gives an exact yardstick. Differentiable by autograd; a Python step for each query,
+    for tests only.
     """
     batch, tokens, heads, _ = q_BTHK.shape
     # Keys before the queries come from a cache or from other ranks: query t stands at key offset + t.

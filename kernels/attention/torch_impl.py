@@ -34,8 +34,8 @@ def attention_torch(
 def _attend(
     q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, mask: Tensor | None, scale: float, *, causal: bool
 ) -> Tensor:
-    """One call of PyTorch's attention on [B, T, H, K] tensors; `mask` True where a key is seen, or `causal`
-    instead of it.
+    """One call of PyTorch's attention on [B, T, H, K] tensors, causal or with a mask that is True where a key is
+    seen.
 
     Grouped key heads are left to PyTorch (`enable_gqa`): repeating keys first would copy them H / J times.
     """

@@ -75,9 +75,7 @@ def _sizes(q_BTHK: Tensor, k_BSJK: Tensor) -> tuple[int, int, int, int, int]:
 
 
 def _constants(q_BTHK: Tensor, first_BT: Tensor | None) -> dict[str, Any]:
-    """Values that all three kernels are compiled for; BLOCK_K pads the head width to a power of two, as tiles
-    need.
-    """
+    """Values that all three kernels are compiled for; BLOCK_K is the head width as a power of two, as tiles need."""
     return {
         "DOCUMENTS": first_BT is not None,
         "DOT": dot_dtype(q_BTHK.dtype),
@@ -163,8 +161,9 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    """Keep inputs, output and log-sum-exp; the latter is an output only so that it can be kept, and takes no
-    gradient.
+    """Keep inputs, output and log-sum-exp.
+
+    The latter is an output only so that it can be kept, and takes no gradient.
     """
     q, k, v, first_BT, ends_BS, ctx.scale = inputs
     ctx.mark_non_differentiable(output[1])

@@ -17,7 +17,8 @@ def convolve_by_steps(
     """y_t = silu(bias + sum_w weight_w x_(t-W+1+w)) over the inputs of the token's own document; missing ones are 0.
 
     x [B, T, C], weight [C, W], bias [C] or None, initial window [B, W - 1, C] (the inputs before the row, of
-    the document of its first token) -> [B, T, C], in the dtype of x. For tests: quadratic in Python calls.
+    the document of its first token) -> [B, T, C], in the dtype of x. For tests: a Python step for each token
+    and tap.
     """
     B, T, C = x_BTC.shape
     W = weight_CW.shape[1]

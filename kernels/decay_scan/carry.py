@@ -2,8 +2,8 @@
 
 Why: a context rank does not know the state before its part of a row until the ranks before it are done. The
 scan is linear in that state, so each rank scans from zero at once and adds e^(b_t) q_t S_in when the state has
-come. That multiplies 2 K V a token and head; a second scan would cost twice as much and read and write the row
-again. It runs in PyTorch behind every backend; communication is the caller's.
+come. That multiplies 2 K V a token and head; a second scan would cost more than twice as much and read and
+write the row again. It runs in PyTorch behind every backend; communication is the caller's.
 """
 
 from __future__ import annotations

@@ -216,7 +216,7 @@ def total_decay(g: Tensor, document_ids_BT: Tensor | None) -> Tensor:
     decay = g.sum(1).exp()
     if document_ids_BT is None:
         return decay
-    # Ids do not return once a document has ended, so first and last token decide.
+    # Ids must not return once a document has ended, so first and last token decide.
     ends = document_ids_BT[:, -1] != document_ids_BT[:, 0]
     return decay.masked_fill(ends.view(-1, *(1,) * (decay.dim() - 1)), 0.0)
 

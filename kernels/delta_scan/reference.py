@@ -15,7 +15,9 @@ def delta_by_steps(
     initial_state_BHKV: Tensor | None,
     document_ids_BT: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """S <- diag(e^(g_t)) S, then S <- (I - beta k k^T) S + beta k v^T for each of a token's N steps, then o_t =
+    """Run the delta rule step by step.
+
+    S <- diag(e^(g_t)) S, then S <- (I - beta k k^T) S + beta k v^T for each of a token's N steps, then o_t =
     S^T q_t.
 
     q [B, T, G, K], k [B, T, N, G, K], v [B, T, N, H, V], beta [B, T, N, H]; g has one number a head, [B, T, H],

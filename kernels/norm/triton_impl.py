@@ -140,8 +140,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _differentiate(ctx: Any, d_out: Tensor | None, d_h: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Gradients of x, of the residual or gate, and of the weight. The residual's is that of x: both entered as a
-    sum.
+    """Gradients of x, of the residual or gate, and of the weight.
+
+    The residual's is that of x, because both entered as a sum.
     """
     x, z, weight, reciprocal = ctx.saved_tensors
     if d_out is None:

@@ -69,8 +69,9 @@ def _check(
     q_weight_K: Tensor | None,
     k_weight_K: Tensor | None,
 ) -> None:
-    """Raise ValueError for shapes or dtypes that don't fit; frequencies may rotate fewer channels than a head has,
-    never more.
+    """Raise ValueError for shapes or dtypes that don't fit.
+
+    Frequencies may rotate fewer channels than a head has, never more.
     """
     check_shape("q_BTHK", q_BTHK, (-1, -1, -1, -1))
     batch, tokens, _, size = q_BTHK.shape

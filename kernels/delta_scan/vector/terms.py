@@ -96,8 +96,7 @@ class VectorTerms(ChunkedRows):
         return self.start[..., -1, :, None]
 
     def score_gradients(self, d_scores: Tensor, sums: ScoreSums) -> None:
-        """Add to the gradients of q, k and of sums of gates what they get through the scores, from d_scores [N, 2,
-        Q, Q].
+        """Add to the gradients in `sums` what they get through the scores, from d_scores [N, 2, Q, Q].
 
         From the largest halves to single tokens, the reverse of forward; the diagonal has no decay and comes
         last.

@@ -115,8 +115,9 @@ def counted_problems() -> Iterator[CountedProblem]:
 
 
 def _least_bytes(tokens: int, heads: int) -> int:
-    """Bytes of a forward pass: x and y (d = heads * HEAD_DIM bfloat16 numbers each), B and C of one group, and a
-    float32 step a head.
+    """Bytes of a forward pass over `tokens` tokens.
+
+    x and y (d = heads * HEAD_DIM bfloat16 numbers each), B and C of one group, and a float32 step a head.
     """
     return tokens * (4 * heads * HEAD_DIM + 4 * STATE_SIZE + 4 * heads)
 
