@@ -1,4 +1,9 @@
-"""What training receives: rows of tokens whose labels, mask, positions and document ids agree by construction."""
+"""What training receives: rows of tokens whose labels, mask, positions and document ids agree by construction.
+
+All arrays of a batch are made together from the same document starts (samples/packing.py), because they say the same thing
+in the forms that different blocks read: ids for masks, positions for rotary angles, cu_seqlens for kernels of variable
+length. A block that computed its own could disagree about where a document ends, and nothing would fail.
+"""
 
 from __future__ import annotations
 
@@ -29,5 +34,5 @@ class Batch:
 
     @property
     def num_documents(self) -> int:
-        """Documents of all rows, a row's padding counted as one."""
+        """Number of documents in all rows; a row's padding counts as one."""
         return len(self.cu_seqlens) - 1

@@ -1,7 +1,9 @@
-"""Deleting, in one place: what carries a name of our own and nothing else, and never through a link.
+"""Deletion in one place: only of files and folders with a name that this program gives, and never through a link.
 
-A link with such a name is removed itself; what it points to is not ours. Where something complete stands already (a
-checkpoint after its commit, a store after its manifest), a leftover that can't be deleted is a remark: `try_to_delete`.
+Stores and checkpoints lie in folders that a user names, next to files of the user. So the caller passes the pattern of the
+names that it writes, and a path that doesn't match is our bug and not deleted. A link with such a name is removed itself;
+what it points to is not ours. Where something complete stands already (a checkpoint after its commit, a store after its
+manifest), a leftover that can't be deleted is a remark and no failure: `try_to_delete`.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ def delete(path: Path, own_name: re.Pattern[str]) -> None:
 
 
 def try_to_delete(path: Path, own_name: re.Pattern[str]) -> list[str]:
-    """The same where a failure does no harm: a remark about what stays, or nothing."""
+    """Delete as `delete` does where a failure does no harm; returns a remark about what stays, or an empty list."""
     try:
         delete(path, own_name)
     except OSError as error:

@@ -1,4 +1,10 @@
-"""Files that survive a crash: written whole or not at all, made durable, known by a digest."""
+"""Files that survive a crash: written whole or not at all, made durable, known by a digest.
+
+A file is written under a temporary name (`.writing-...`), fsynced, renamed, and its folder fsynced: POSIX renames replace a
+name at once, but neither content nor name is on the disk before its fsync. A folder of many files is written the same way
+as a whole, by its owner. Temporary names carry process and random bytes, so that two writers never share one, and match
+UNFINISHED, so that a later call can delete what a killed one left.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +25,15 @@ SYNC_THREADS = 4  # a part has 14 files and folders; more threads cost more than
 
 
 def digest_folder(folder: Path) -> str:
-    """BLAKE3 over the names and contents of all files below a folder."""
+    """BLAKE3 over the names and contents of all files below a folder, as hexadecimal digits; reads everything."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return digest_files((path.relative_to(folder).as_posix(), path.read_bytes()) for path in files)
 
 
 def digest_files(files: Iterable[tuple[str, bytes]]) -> str:
-    """The same over (name, content) pairs in the order of the names."""
+    """BLAKE3 over (name, content) pairs, which must come in the order of the names: equal to `digest_folder` of the files."""
     digest = blake3()
+    # Lengths go first: without them bytes could move between a name and a content and give the same digest.
     for name, content in files:
         encoded = name.encode()
         for piece in (len(encoded).to_bytes(8, "little"), encoded, len(content).to_bytes(8, "little"), content):
@@ -37,7 +44,8 @@ def digest_files(files: Iterable[tuple[str, bytes]]) -> str:
 def write_tree(folder: Path, files: Mapping[str, bytes]) -> None:
     """Write files by their names below a new folder, and make them and all folders durable.
 
-    Synced in threads: the disk settles their waits together.
+    Synced in threads: the disk settles their waits together. The caller renames the folder to its final name and syncs the
+    folder above. Raises OSError, and FileExistsError for a folder that is there.
     """
     parents = {""}
     for name in files:
@@ -49,6 +57,7 @@ def write_tree(folder: Path, files: Mapping[str, bytes]) -> None:
     for name, content in files.items():
         with open(f"{folder}/{name}", "xb", buffering=0) as file:
             left = memoryview(content)
+            # An unbuffered write may take only a part, of more than 2 GiB always.
             while left:
                 left = left[file.write(left) :]
     for _ in _sync_threads(os.getpid()).map(sync, [*(f"{folder}/{name}" for name in files), *folders]):
@@ -57,7 +66,10 @@ def write_tree(folder: Path, files: Mapping[str, bytes]) -> None:
 
 @cache
 def _sync_threads(process: int) -> ThreadPoolExecutor:
-    """Threads that stay: to start them for each part takes more CPU time than the syncs. A fork has none of them."""
+    """Threads that stay: to start them for each part takes more CPU time than the syncs.
+
+    Keyed by the process, because a fork inherits the cached object without its threads.
+    """
     return ThreadPoolExecutor(SYNC_THREADS, thread_name_prefix=f"sync-{process}")
 
 

@@ -20,7 +20,7 @@ Value = TypeVar("Value")
 
 
 def inside(folder: Path, name: object, error: Error = ValueError) -> Path:
-    """The path of a name that a file gave, below the folder; refuses absolute names, `..` and what is no name.
+    """Resolve a name that a file gave to a path below the folder; refuses absolute names, `..` and what is no name.
 
     Links below the folder are followed: who made the folder made them (model hubs keep files behind links).
     """
@@ -33,7 +33,7 @@ def inside(folder: Path, name: object, error: Error = ValueError) -> Path:
 
 
 def read_bounded(path: Path, max_bytes: int = MAX_JSON_BYTES, error: Error = ValueError) -> bytes:
-    """The bytes of a regular file of at most so many. Raises OSError when it can't be read."""
+    """Read a file of at most `max_bytes`, whose size is checked before. Raises OSError when it can't be read."""
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size > max_bytes:
@@ -42,7 +42,7 @@ def read_bounded(path: Path, max_bytes: int = MAX_JSON_BYTES, error: Error = Val
 
 
 def parse_object(content: bytes, path: Path | str, error: Error = ValueError) -> dict[str, Any]:
-    """The JSON object in the content of a file."""
+    """Parse the content of a file as a JSON object; `path` is for messages. Raises `error` for anything else."""
     try:
         value = json.loads(content)
     except (ValueError, RecursionError) as problem:
@@ -53,13 +53,13 @@ def parse_object(content: bytes, path: Path | str, error: Error = ValueError) ->
 
 
 def read_object(path: Path, *, max_bytes: int = MAX_JSON_BYTES, error: Error = ValueError) -> dict[str, Any]:
-    """The JSON object in a file. Raises OSError when it can't be read."""
+    """Read and parse a file that holds a JSON object. Raises OSError when it can't be read, else `error`."""
     return parse_object(read_bounded(path, max_bytes, error), path, error)
 
 
 @contextmanager
 def understood(path: Path | str, error: Error = ValueError) -> Iterator[None]:
-    """Around code that picks a record apart: a key that is missing or of another kind becomes one message."""
+    """Turn the errors of code that picks a record apart (a missing key, another type) into one message with the path."""
     try:
         yield
     except (KeyError, IndexError, TypeError, AttributeError) as problem:
@@ -68,8 +68,9 @@ def understood(path: Path | str, error: Error = ValueError) -> Iterator[None]:
 
 
 def take(record: Mapping[str, Any], key: str, kind: type[Value], path: Path | str, error: Error = ValueError) -> Value:
-    """The value of a key, which must be there and of the kind."""
+    """Take the value of a key, which must be there and of the kind; raises `error` otherwise."""
     value = record.get(key)
+    # bool is an int to Python and no number to a format.
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         found = "is missing" if key not in record else f"is {value!r:.80}"
         raise error(f"{path}: {key} {found}, it must be {kind.__name__}; the file was edited or damaged")

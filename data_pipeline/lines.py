@@ -1,4 +1,9 @@
-"""Files of JSON lines that a crash may cut anywhere: appended whole or not at all, repaired when they are opened again."""
+"""Files of JSON lines that a crash may cut anywhere: appended whole or not at all, repaired when they are opened again.
+
+Journals and logs are written while a run may be killed at any byte. A line is one record, so damage is confined to a line:
+a reader takes what it can parse and reports the number of what it can't. Only the end can be cut by a crash of ours, and
+only it is repaired; a damaged line in the middle is somebody else's, and stays to be seen.
+"""
 
 from __future__ import annotations
 
@@ -48,6 +53,7 @@ class LineFile:
         os.close(self._descriptor)
 
     def _drop_torn_end(self) -> None:
+        """Cut the file after its last whole line, or add the newline that a whole last line lacks."""
         size = os.fstat(self._descriptor).st_size
         if size == 0 or os.pread(self._descriptor, 1, size - 1) == b"\n":
             return

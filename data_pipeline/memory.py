@@ -1,4 +1,4 @@
-"""What becomes of freed memory, in processes that ask for the same arrays again and again."""
+"""Settings of glibc's allocator for processes that ask for arrays of the same sizes again and again."""
 
 from __future__ import annotations
 

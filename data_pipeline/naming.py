@@ -1,4 +1,7 @@
-"""The path in errors of the system: those of an open file, such as a failed fsync, come without one."""
+"""Paths for errors of the system: those of an open file, such as a failed fsync or write, come without one.
+
+A user who reads "No space left on device" must learn which disk; the callers' messages print `error.filename`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from pathlib import Path
 
 @contextmanager
 def named(path: Path | str) -> Iterator[None]:
-    """An OSError out of the block carries this path, if it carries none."""
+    """Give an OSError out of the block this path, if it carries none."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,13 @@
-"""The resumable stream of batches: the same global order for every world size, micro-batch, worker count and resume."""
+"""The resumable stream of batches: the same global order for every world size, micro-batch, worker count and resume.
+
+A sample is a number. What it holds is a pure function of that number, the seed, the settings and the store (samples/), so
+the state of the stream is one integer, the cursor, and a resume needs no replay. The rest of the state exists to refuse a
+resume that would silently train on other data: identities of what past samples came from.
+
+Reading processes only compute rows ahead of the cursor. They may be any number and may be killed; what they had read is
+asked for again. Batches are assembled in the training process and not there: a row takes 2 or 4 bytes a token in a pipe, the
+arrays of a batch 25.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +97,7 @@ class PretrainLoader:
         return self.reader.sequence_length_at(self.global_sample)
 
     def take(self, global_batch_size: int, micro_batch_size: int | None = None) -> list[Batch]:
-        """This rank's micro-batches of the next global batch; the cursor moves by the whole global batch.
+        """Read this rank's micro-batches of the next global batch; the cursor moves by the whole global batch.
 
         micro_batch_size: from now on; both sizes may change at any call. ValueError when rows of two lengths would
         meet in the batch.
@@ -106,7 +115,7 @@ class PretrainLoader:
         self.global_sample = global_sample
 
     def state_dict(self) -> dict[str, Any]:
-        """A few integers and identities as JSON values; the same on every rank but for what it quarantined."""
+        """Return the state as JSON values, a few integers and identities; ranks differ only in what they quarantined."""
         return {
             "version": STATE_VERSION,
             "global_sample": self.global_sample,
@@ -148,6 +157,7 @@ class PretrainLoader:
         self.quarantined = [CorruptSample(*entry) for entry in state["quarantined"]]
 
     def _check_past(self, state: dict[str, Any], mine: dict[str, Any], cursor: int) -> None:
+        """Compare phases and sources that decided samples before the cursor; what begins later may be new."""
         past = [phase for phase in state["phases"] if phase[0] == 0 or phase[0] < cursor]
         now = [phase for phase in mine["phases"] if phase[0] == 0 or phase[0] < cursor]
         lengths, lengths_now = [phase[2] for phase in past], [phase[2] for phase in now]
@@ -176,9 +186,9 @@ class PretrainLoader:
                 )
 
     def ledger(self, global_sample: int | None = None) -> list[SourceUse]:
-        """Samples, tokens and epochs that each source gives in each phase up to a global sample, by default the cursor.
+        """Compute samples, tokens and epochs that each source gives in each phase up to a global sample (the cursor).
 
-        Exact, because computed from the number and not counted.
+        Exact after any resume, because computed from the number and not counted.
         """
         stop = self.global_sample if global_sample is None else global_sample
         lines: list[SourceUse] = []
@@ -232,10 +242,12 @@ class PretrainLoader:
         return SampleReader(self.settings, store)
 
     def _check_files(self, num_parts: int) -> None:
+        """Check the next parts' files; DamagedError for a missing one, long before a row of it is due."""
         for _ in islice(self._unchecked, num_parts):
             pass
 
     def _check_one_length(self, global_batch_size: int) -> None:
+        """Raise ValueError where a phase with another row length begins inside the next global batch."""
         first, stop = self.global_sample, self.global_sample + global_batch_size
         for phase in self.settings.phases:
             if first < phase.start_sample < stop and phase.sequence_length != self.sequence_length:
@@ -294,12 +306,14 @@ class PretrainLoader:
             self._requested.append((first, process))
 
     def _note(self, rows: list[Row], damages: list[CorruptSample]) -> list[Row]:
+        """Log and keep the samples that were skipped, which the state carries on; passes the rows through."""
         for damage in damages:
             logger.warning("sample %d skipped: %s", damage.sample, damage.reason)
         self.quarantined += damages
         return rows
 
     def _make_batch(self, rows: list[Row]) -> Batch:
+        """Assemble rows into a batch of tensors over memory of the pool, which comes back when the last of them dies."""
         masked = self.config.mask_document_boundaries
         arrays = assemble_rows(rows, mask_document_boundaries=masked, pool=self._pool)
         return Batch(
@@ -317,7 +331,7 @@ class PretrainLoader:
 def row_settings(
     config: DataConfig, *, split: Split, sequence_length: int, seed: int
 ) -> SampleSettings | SyntheticSettings:
-    """What decides the rows of a configuration, of text or of a synthetic task; errors as those of the two."""
+    """Derive the settings that decide the rows, of text or of a synthetic task; errors as those of the two."""
     if config.probe is None:
         return SampleSettings.from_config(config, split=split, sequence_length=sequence_length, seed=seed)
     return SyntheticSettings.from_config(config.probe, phases_of(config, sequence_length), split=split, seed=seed)

@@ -16,7 +16,7 @@ AHEAD_ROWS = 2048  # of this process: minutes of training, and more blocks than 
 
 
 class FetchAhead(threading.Thread):
-    """Reads the rows that come after those that were asked for, and throws them away: their blocks stay.
+    """Reads the rows that come after those that were asked for, and throws them away: their blocks stay in the node cache.
 
     It has files of its own; the folder of the node cache is made for several readers. Errors are left to the reader
     that needs the row.
@@ -49,6 +49,7 @@ class FetchAhead(threading.Thread):
                     first = last = self._due[0]
 
     def _fetch(self, first: int, count: int) -> None:
+        """Read rows for their blocks' sake; a failure is met again, and reported, by the reader that needs the row."""
         try:
             self._reader.read(np.arange(first, first + count, dtype=np.int64))
         except RuntimeError:

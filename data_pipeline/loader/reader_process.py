@@ -58,7 +58,7 @@ class ReadingProcess:
         return rows, damages
 
     def close(self) -> None:
-        """End the process."""
+        """End the process, which exits when its input has ended, and wait for it."""
         with contextlib.suppress(BrokenPipeError):  # it died with a request on its way
             self._requests.close()
         self._answers.close()
@@ -72,6 +72,7 @@ class ReadingProcess:
             raise RuntimeError(self._explain_death()) from error
 
     def _explain_death(self) -> str:
+        """Message for a process that died, with its signal or exit code."""
         code = self._process.wait()
         reason = f"signal {-code}" if code < 0 else f"exit code {code}"
         return (
@@ -86,6 +87,7 @@ def serve() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "wb")
+    # Whatever a library prints goes to standard error, or it would break the stream of answers.
     os.dup2(2, 1)
     requests: Any = sys.stdin.buffer
     try:

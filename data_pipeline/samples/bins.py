@@ -1,4 +1,9 @@
-"""Best-fit bins of every part for one row length: computed once, kept beside the parts, found again by digest."""
+"""Best-fit bins of every part for one row length: computed once, kept beside the parts, found again by digest.
+
+Bins never cross parts, so a part's bins depend on the part and the row length alone and are named by its digest: adding a
+source recomputes nothing, and a part that was written anew is never read with bins of the old one. Counts of a whole source
+have a file of their own, because a start of training needs the number of rows and not the bins.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +34,7 @@ class BinIndex:
         self._loaded: OrderedDict[str, Bins] = OrderedDict()
 
     def count(self, source: str, split: Split) -> list[int]:
-        """Rows of each part of a source, in order; the first call for a store fits all its documents."""
+        """Count the rows of each part of a source, in order; the first call for a store fits all its documents."""
         path = self._folder / f"{source}-{split}-{self.store.source_identity(source, split)}.json"
         if path.is_file():
             return [int(count) for count in json.loads(path.read_bytes())]
@@ -38,7 +43,7 @@ class BinIndex:
         return counts
 
     def load(self, part: Part) -> Bins:
-        """Bins of a part."""
+        """Load the bins of a part, from memory (the 64 used last), from the file, or by fitting its documents."""
         if part.path in self._loaded:
             self._loaded.move_to_end(part.path)
             return self._loaded[part.path]
@@ -57,6 +62,7 @@ class BinIndex:
         return bins
 
     def _keep(self, name: str, content: bytes) -> None:
+        """Write a file of the cache, atomically: ranks that fit the same part at once write the same bytes."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             write_file_atomically(self._folder / name, content)

@@ -1,4 +1,9 @@
-"""Memory for micro-batches that comes back: to map and clear fresh pages costs more than to fill them with tokens."""
+"""Memory for micro-batches that comes back: to map and clear fresh pages costs more than to fill them with tokens.
+
+numpy keeps the owner of an array's memory alive as its base, and torch.from_numpy keeps the array. So a lent block is known
+to be free when the object that all of them hold, `_Loan`, dies; nobody has to give anything back, and a batch that somebody
+keeps is never overwritten.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +19,7 @@ MAX_FREE_BYTES = 2**28
 
 
 class _Loan:
-    """What every array over a lent block holds on to; it dies with the last of them."""
+    """Owner that every array over a lent block keeps alive; it dies with the last of them."""
 
     def __init__(self, block: Bytes) -> None:
         self.block = block
@@ -29,7 +34,7 @@ class BufferPool:
         self._lent: dict[int, weakref.ref[_Loan]] = {}
 
     def lend(self, num_bytes: int) -> Bytes:
-        """A block of num_bytes with unspecified contents."""
+        """Lend a block of num_bytes with unspecified contents, a free one of that size if there is any."""
         block = self._free.pop() if self._free else np.empty(num_bytes, np.uint8)
         if len(block) != num_bytes:  # another batch size: its blocks would not fit, so start over
             self._free.clear()
@@ -39,6 +44,7 @@ class BufferPool:
         return np.asarray(loan)
 
     def _take_back(self, block: Bytes, _: weakref.ref[_Loan]) -> None:
+        """Make a block free again, within MAX_FREE_BYTES; called when its loan dies."""
         del self._lent[id(block)]
         if (len(self._free) + 1) * len(block) <= MAX_FREE_BYTES:
             self._free.append(block)

@@ -1,4 +1,13 @@
-"""Which source a global sample comes from: integer quotas, exact in every block and the same on every rank."""
+"""Which source a global sample comes from: integer quotas, exact in every block and the same on every rank.
+
+Samples are cut into blocks of equal size. In each block every source has a fixed number of samples (its quota), and a keyed
+permutation of the block decides where. So shares are exact after every block and not only on average, the number of draws
+from a source before any sample is found without walking over the samples, and a sample's source follows from its number
+alone. Independent draws by weight would need a counter that every resume and rank agrees on.
+
+A phase changes the weights at a global sample. Draws of each source are numbered through the whole run, so a source goes on
+in the next phase where it was: no row is lost or repeated.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +49,7 @@ def make_quotas(weights: Sequence[float]) -> tuple[int, ...]:
 
 @lru_cache(maxsize=32)
 def _block_slots(quotas: tuple[int, ...], key: bytes) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-    """Source of each sample of a block, and how many samples of that source come before it in the block."""
+    """Compute the source of each sample of a block, and how many samples of that source come before it in the block."""
     block_samples = sum(quotas)
     bounds = np.cumsum(quotas)
     sources = np.searchsorted(bounds, permute(np.arange(block_samples), block_samples, key), side="right")
@@ -88,7 +97,7 @@ class Phase:
         return sources, draws
 
     def draws_before(self, sample: int) -> dict[str, int]:
-        """Draws taken from each source in the whole run before a global sample of this phase or right after it."""
+        """Count the draws from each source in the whole run before a global sample of this phase or right after it."""
         block, inside = divmod(sample - self.start_sample, self.block_samples)
         counts = np.array(self.first_draws) + block * np.array(self.quotas)
         if inside:
@@ -123,7 +132,10 @@ class Mixture:
             self.phases.append(Phase(start, names, quotas, first_draws, seed))
 
     def draws_by_source(self, samples: npt.NDArray[np.int64]) -> dict[str, tuple[Indices, Indices]]:
-        """For each source that gives some of the samples: their places among the samples, and the numbers of the draws."""
+        """Group samples by source: by name, their places among `samples` and the numbers of the draws.
+
+        Arrays in and out, because locating a micro-batch must cost less than reading it.
+        """
         starts = np.array([phase.start_sample for phase in self.phases])
         phase_of = np.searchsorted(starts, samples, side="right") - 1
         found: dict[str, list[tuple[Indices, Indices]]] = {}

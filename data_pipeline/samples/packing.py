@@ -1,4 +1,12 @@
-"""From document ends to rows: windows of the joined documents, best-fit bins, and the labels and masks of a row."""
+"""From document ends to rows: windows of the joined documents, best-fit bins, and the labels and masks of a row.
+
+Two ways to cut a part into rows of T tokens. Windows cut the joined documents every T tokens: no padding, and documents are
+split wherever a row ends. Best-fit bins put whole documents together: some padding, and only documents longer than a row are
+split. Either way a row has one token more than T, the label of its last.
+
+`assemble_rows` is the one place where labels, loss mask, positions, document ids and cu_seqlens are made. It runs in the
+training process for every micro-batch, hence numpy on whole batches and no loop over tokens or documents.
+"""
 
 from __future__ import annotations
 
@@ -50,12 +58,15 @@ class RowArrays:
 
 
 def count_windows(num_tokens: int, sequence_length: int) -> int:
-    """Whole windows of sequence_length + 1 tokens, each beginning where the labels of the last one ended."""
+    """Count whole windows of sequence_length + 1 tokens, each beginning with the last label of the one before."""
     return max(0, (num_tokens - 1) // sequence_length)
 
 
 def starts_in_window(document_ends: Int64, first: int, length: int) -> Int32:
-    """Where documents begin in tokens [first, first + length), relative to first; 0 is always there."""
+    """Find where documents begin in tokens [first, first + length), relative to first; 0 is always there.
+
+    document_ends: offset after each document of the part, rising.
+    """
     ends = document_ends.data  # bisecting a view takes half the time of two calls into numpy
     low = bisect_right(ends, first)
     high = bisect_left(ends, first + length, low)
@@ -94,12 +105,13 @@ def assemble_rows(rows: Sequence[Row], *, mask_document_boundaries: bool, pool: 
 
 
 def _mask(out: RowArrays, row: int, places: slice) -> None:
+    """Mask the labels at these places, in both arrays that say so."""
     out.labels[row, places] = IGNORED_LABEL
     out.loss_mask[row, places] = False
 
 
 def _allocate(num_rows: int, length: int, pool: BufferPool) -> RowArrays:
-    """Arrays of a micro-batch in one block of memory."""
+    """Arrays of a micro-batch in one block of memory: 8 + 8 + 4 + 4 + 1 bytes a token, the widest first to stay aligned."""
     places = num_rows * length
     block = pool.lend(25 * places)
     tokens, labels = block[: 16 * places].view(np.int64).reshape(2, num_rows, length)
@@ -113,6 +125,7 @@ def _number_documents(out: RowArrays, row_starts: Sequence[Int32]) -> RowArrays:
     num_rows, length = out.tokens.shape
     counts = [len(starts) for starts in row_starts]
     starts = np.concatenate(row_starts)
+    # Place of the token before each start in the flattened batch; a row's own start (0) has none to mask.
     before = starts + np.repeat(np.arange(-1, num_rows * length - 1, length, dtype=np.int32), counts)
     last_tokens = before[starts.nonzero()]
     out.labels.reshape(-1)[last_tokens] = IGNORED_LABEL
@@ -169,6 +182,7 @@ def fit_documents(document_ends: npt.NDArray[np.integer], capacity: int) -> Bins
         size = int(length[piece])
         candidates = spaces >> size
         if candidates:
+            # The lowest set bit is the least free space that suffices: the fullest row.
             space = size + (candidates & -candidates).bit_length() - 1
             chosen = open_by_space[space].pop()
             if not open_by_space[space]:
@@ -186,6 +200,7 @@ def fit_documents(document_ends: npt.NDArray[np.integer], capacity: int) -> Bins
 
 
 def _cut_long(begins: Int64, lengths: Int64, capacity: int) -> tuple[Int64, Int64]:
+    """Cut documents into pieces of at most `capacity` tokens: first token and length of each; empty documents vanish."""
     begins, lengths = begins[lengths > 0], lengths[lengths > 0]
     pieces = -(-lengths // capacity)
     number = np.arange(int(pieces.sum())) - np.repeat(np.cumsum(pieces) - pieces, pieces)

@@ -1,4 +1,12 @@
-"""Keyed shuffles that need no memory: position in an epoch -> window, and every position can be asked for alone."""
+"""Keyed shuffles that need no memory: position in an epoch -> window, and every position can be asked for alone.
+
+A shuffled list of a store's windows would take gigabytes a rank and minutes at each start. A block cipher on the range of
+positions is a permutation by construction, its key is the epoch, and any position costs the same. Statistical quality is
+what is asked of it, and not secrecy: six rounds with a multiplicative mixer.
+
+`permute` shuffles a whole epoch, for stores on a disk. `permute_in_blocks` keeps windows together in blocks that one ranged
+request of an object store brings, and shuffles many blocks among each other: nearly as random, at a fraction of the reads.
+"""
 
 from __future__ import annotations
 
@@ -33,11 +41,13 @@ def derive_key(*parts: str | int) -> bytes:
 
 @lru_cache(maxsize=4096)
 def _round_keys(key: bytes) -> tuple[int, ...]:
+    """Derive a 64-bit key for each round."""
     stream = hashlib.blake2b(key, digest_size=8 * NUM_ROUNDS).digest()
     return tuple(int.from_bytes(stream[8 * i : 8 * i + 8], "little") for i in range(NUM_ROUNDS))
 
 
 def _mix(x: npt.NDArray[np.uint64], key: int) -> npt.NDArray[np.uint64]:
+    """Round function: every bit of x and key reaches every bit of the result (the finaliser of MurmurHash3)."""
     x = x + np.uint64(key)
     x ^= x >> _SHIFT
     x *= _MIX_1
@@ -48,7 +58,11 @@ def _mix(x: npt.NDArray[np.uint64], key: int) -> npt.NDArray[np.uint64]:
 
 
 def _encrypt(x: npt.NDArray[np.uint64], num_bits: int, keys: tuple[int, ...]) -> npt.NDArray[np.uint64]:
-    """One pass of the network over num_bits bits; the halves may differ by one bit, so 2^num_bits < 2n."""
+    """One pass of the network over num_bits bits: each round xors one half with a function of the other, so it inverts.
+
+    The halves may differ by one bit: with even numbers of bits alone the range could be four times the positions, and cycle
+    walking would take four passes on average where it takes two at most.
+    """
     low_bits = np.uint64(num_bits // 2)
     low_mask = np.uint64((1 << (num_bits // 2)) - 1)
     high_mask = np.uint64((1 << (num_bits - num_bits // 2)) - 1)
