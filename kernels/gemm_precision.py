@@ -1,7 +1,6 @@
 """The dtype in which matrix products run on this machine.
 
-Every product on CPU asks here, so that one rule decides for projections, attention, scans, experts and the
-head.
+Projections, attention, decay scans, experts and the head ask here, so that one rule decides for all of them.
 """
 
 from __future__ import annotations

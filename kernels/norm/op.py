@@ -49,7 +49,7 @@ def rms_norm(
         y, h = rms_norm_triton(x, weight, epsilon, residual)
         return y if residual is None else (y, h)
     # Rounded to the dtype of x before it is normed, in every backend alike: h is what the residual stream
-    # carries on, and the norm of a value that nobody keeps would not be its norm.
+    # carries on, so the norm is that of the rounded sum.
     h = x if residual is None else x + residual
     if backend == "reference":
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -91,7 +91,7 @@ def _normalize_backward(do: Tensor, a: Tensor, r: Tensor, weight: Tensor, out: T
 class _RmsNorm(torch.autograd.Function):
     """Saves x and one number a row.
 
-    That number is r = 1 / rms; the normed rows are made again in backward, which is cheaper than reading them.
+    That number is r = 1 / rms; the normed rows are made again in backward.
     """
 
     @staticmethod
