@@ -33,7 +33,7 @@ TABLE = (
     Row(3, "kill -9 before each disk operation of a save", "old or new checkpoint", (F + "test_kill_while_saving.py::",)),
     Row(4, "power lost: unsynced bytes and names gone in any order", "nothing durable lost", (F + "test_crash_states.py::",)),
     Row(5, "kill -9 of the launcher", "its ranks end with it", (F + "test_lost_launcher.py::",)),
-    Row(6, "SIGTERM", "saved, code 0", (P + "test_train.py::test_sigterm", P + "test_train.py::test_a_signal_to_one_rank")),
+    Row(6, "SIGTERM", "saved, code 0", (P + "test_train.py::test_a_signal_saves", P + "test_train.py::test_a_signal_to_one_rank")),
     Row(7, "full disk, quota, EIO, read-only, stale handle, time-out", "code 3, path named, nothing lost", (F + "test_storage.py::", P + "checkpoint/test_save.py::test_a_disk_that_fills_up", P + "checkpoint/test_save.py::test_a_read_only")),
     Row(8, "a cut file", "named, older checkpoint taken", (P + "checkpoint/test_damage.py::test_a_damaged_checkpoint_is_passed_over",)),
     Row(9, "a flipped bit", "found", (P + "checkpoint/test_damage.py::test_every_flipped_bit",)),
