@@ -31,7 +31,7 @@ from kernels.delta_scan.triton_forward import (
 def load_transposed(base, start, rows, stride, Q: tl.constexpr, ROWS: tl.constexpr, DOT: tl.constexpr):
     """The transpose [Q, ROWS] of rows start.. of a matrix of Q columns, of which `rows` exist.
 
-    The load turns the matrix around, so that no tile is transposed in registers.
+    The load turns the matrix around, so that it need not be transposed in registers.
     """
     lane, column = tl.arange(0, ROWS)[None, :], tl.arange(0, Q)[:, None]
     first = base + tl.cast(start, tl.int64) * stride

@@ -44,8 +44,8 @@ def _compose(x: Tensor, cosine: Tensor | None, sine: Tensor | None, weight: Tens
 class _NormRope(torch.autograd.Function):
     """Backward turns the gradient back (the angle negated), then goes through the norm.
 
-    Its transpose is its inverse up to the attention factor, which cosine and sine hold, so only the sine
-    changes sign. Saves x, cosine and sine.
+    The transpose of the rotation is its inverse up to the attention factor, which cosine and sine hold, so only
+    the sine changes sign. Saves x, cosine and sine.
     """
 
     @staticmethod

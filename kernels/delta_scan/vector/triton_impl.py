@@ -1,7 +1,7 @@
 """The Triton delta rule with a gate of each key channel as an operation that autograd, torch.compile and meta tensors know.
 
-How: as `kernels.delta_scan.triton_impl`, with one step a token, a key head for each head, and two more
-launches: pairs of tokens in backward, and parts of K in the last kernel. Only inputs are saved.
+How: as `kernels.delta_scan.triton_impl`, with one step a token, a key head for each head, and one more launch
+in backward, for pairs of tokens; the last kernel takes K in parts. Only inputs are saved.
 """
 
 from __future__ import annotations
