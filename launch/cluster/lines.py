@@ -1,4 +1,10 @@
-"""Lines for shells, ssh and sbatch, written in one place: every word quoted, what could become another line refused."""
+"""Command lines for shells, ssh and sbatch: every word quoted, text that could start another line refused.
+
+How it works: host names, settings and paths reach a shell on another machine or an sbatch header, where a space,
+newline or leading dash would change the meaning. All such text passes here: words are quoted for the shell, hosts must
+match a narrow pattern, directives must be printable and one line. `launch.setup` alone is a shell's text as the user
+wrote it.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +17,14 @@ HOST = re.compile(r"[A-Za-z0-9_\[][A-Za-z0-9_.:@%\[\]-]*")
 
 
 def plain(text: str, what: str) -> str:
-    """The text itself. Raises ValueError when it has a newline or another control character."""
+    """Return the text unchanged. Raises ValueError where it holds a newline or another control character."""
     if not text.isprintable():
         raise ValueError(f"{what}={text!r} must be one line without control characters; write it on one line")
     return text
 
 
 def check_host(name: str, what: str) -> str:
-    """The name of a host. Raises ValueError for what is none, above all for an option of ssh such as -oProxyCommand=."""
+    """Return the host name unchanged. Raises ValueError for anything else, such as the ssh option -oProxyCommand=."""
     if not HOST.fullmatch(name):
         raise ValueError(
             f"{what} names the host {name!r}, which must be a name or an address, without spaces or a leading -"
@@ -27,27 +33,30 @@ def check_host(name: str, what: str) -> str:
 
 
 def shell_line(steps: Sequence[Sequence[str] | str]) -> str:
-    """Steps of one line, each only if the one before went well. Words are quoted; a string is a shell's text as it is."""
+    """Join steps with `&&`, so that each runs only if the one before succeeded.
+
+    A sequence of words is quoted; a string is shell text and stays as it is.
+    """
     return " && ".join(step if isinstance(step, str) else shlex.join(step) for step in steps)
 
 
 def with_variables(variables: Mapping[str, str], command: Sequence[str]) -> list[str]:
-    """A command with more environment variables."""
+    """Prefix a command with `env NAME=VALUE`, where there are variables."""
     return ["env", *(f"{name}={value}" for name, value in variables.items()), *command] if variables else list(command)
 
 
 def remote_command(remote_shell: Sequence[str], host: str, line: str) -> list[str]:
-    """What runs a line on a host."""
+    """Command that runs `line` on a host through the remote shell. Raises ValueError for a name that is no host."""
     return [*remote_shell, check_host(host, "--hosts"), line]
 
 
 def sbatch_directive(option: str, value: object, what: str) -> str:
-    """`#SBATCH --OPTION=VALUE`, the value quoted as sbatch reads quotes."""
+    """`#SBATCH --OPTION=VALUE`, the value quoted as sbatch reads quotes. Raises ValueError for control characters."""
     return f"#SBATCH --{option}={shlex.quote(plain(str(value), what))}"
 
 
 def sbatch_extra(text: str) -> str:
-    """A further option as the user wrote it. Raises ValueError when it is none, or would begin another line."""
+    """An sbatch option as the user wrote it. Raises ValueError where it is none or would begin another line."""
     if not plain(text, "launch.slurm.extra").startswith("-"):
         raise ValueError(
             f"launch.slurm.extra={text!r} must be an option of sbatch; begin it with -- such as --constraint=h100"

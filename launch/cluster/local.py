@@ -1,4 +1,10 @@
-"""Several ranks on this machine: starts them, forwards signals to them, and makes one exit code of theirs."""
+"""Run several ranks on this machine: start them, forward signals, and join their exit codes into one.
+
+How it works: this process listens on a free port and keeps the TCPStore through which ranks meet; the socket is never
+closed in between, so no other program can take the port. Ranks are ordinary processes with torchrun's variables. Rank 0
+owns the terminal, the others' standard error is relayed with their rank in front. Ranks start first and this process
+imports torch beside them, so that a small run on a laptop does not wait for the import twice.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +39,8 @@ def run_local(arguments: Sequence[str], num_ranks: int) -> int:
 def run_command(command: Sequence[str], num_ranks: int, variables: Mapping[str, str] = {}) -> int:
     """Run any command as ranks that find each other as torchrun's do, with more environment variables if given.
 
-    This process keeps the store through which they meet, so no port can be lost between choosing and using it. Rank 0
-    owns the terminal; lines that the others write to standard error get their rank in front.
+    Returns one exit code for all ranks (`join_codes`). Rank 0 owns the terminal; lines that the others write to
+    standard error get their rank in front, their standard output is dropped.
     """
     processes: list[subprocess.Popen[bytes]] = []
 
@@ -79,7 +85,7 @@ def run_command(command: Sequence[str], num_ranks: int, variables: Mapping[str, 
 
 
 def environment_of(rank: int, num_ranks: int, port: int, environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that torchrun would set, and who launched."""
+    """Variables that torchrun would set for a rank, and the process number of the launcher."""
     return {
         **environment,
         "RANK": str(rank),
@@ -94,7 +100,7 @@ def environment_of(rank: int, num_ranks: int, port: int, environment: Mapping[st
 
 
 def relay_lines(rank: int, stream: IO[bytes]) -> None:
-    """Copy a rank's standard error, line by line."""
+    """Copy a rank's standard error to ours line by line, with the rank in front."""
     for line in stream:
         sys.stderr.write(f"rank {rank}: {line.decode(errors='replace')}")
         sys.stderr.flush()
@@ -102,7 +108,10 @@ def relay_lines(rank: int, stream: IO[bytes]) -> None:
 
 @contextmanager
 def forward_signals(forward: Callable[[int], None], numbers: Sequence[signal.Signals] = FORWARDED) -> Iterator[None]:
-    """Inside the block, a request to stop (or what `numbers` names) goes to `forward` instead of ending this process."""
+    """Inside the block, hand signals `numbers` to `forward` instead of letting them end this process.
+
+    The former handlers come back at the end. Call it from the main thread: Python sets signal handlers nowhere else.
+    """
     previous = {number: signal.signal(number, lambda received, frame: forward(received)) for number in numbers}
     try:
         yield
@@ -112,9 +121,9 @@ def forward_signals(forward: Callable[[int], None], numbers: Sequence[signal.Sig
 
 
 def wait_for_all(processes: Sequence[subprocess.Popen[bytes]]) -> list[int]:
-    """Wait for every rank; after the first failure the rest get a while, then are killed.
+    """Wait for every rank and return the exit codes; after a first failure the rest get `GRACE_SECONDS`.
 
-    A rank that waits for a dead one in a collective does not hear anything gentler.
+    Then they are killed: a rank that waits in a collective for a dead one reacts to nothing gentler.
     """
     deadline: float | None = None
     while any(process.poll() is None for process in processes):
@@ -129,14 +138,14 @@ def wait_for_all(processes: Sequence[subprocess.Popen[bytes]]) -> list[int]:
 
 
 def name_killed(codes: Sequence[int | None]) -> None:
-    """Say which ranks a signal ended, before the others end because of it."""
+    """Name the ranks that a signal ended on standard error, before others fail because of them."""
     for rank, code in enumerate(codes):
         if code is not None and code < 0:
             sys.stderr.write(f"rank {rank}: ended by {signal.Signals(-code).name}\n")
 
 
 def join_codes(codes: Sequence[int]) -> int:
-    """One code for all ranks: a refusal or a bug explains more than the failures that follow from it."""
+    """One exit code for all ranks: 0 if all are 0; a refusal or a bug before RUN_FAILED, which it usually causes."""
     if -signal.SIGINT in codes:  # the second Ctrl-C
         return INTERRUPTED
     telling = [code for code in codes if code > 0 and code != RUN_FAILED]

@@ -1,4 +1,10 @@
-"""Launch on Ray: one actor a rank in a placement group of whole nodes; the actor starts the rank and waits for it."""
+"""Launch on Ray: one actor a rank in a placement group of whole nodes; the actor starts the rank and waits for it.
+
+How it works: a STRICT_SPREAD placement group reserves one bundle a node. Each actor starts its rank as a process of its
+own, so that a rank that crashes leaves an actor to report its exit code. Ray tells of lost nodes; `supervise.py`
+decides about another attempt. Ranks write to log files in the run directory, which all nodes share; rank 0's is shown
+here.
+"""
 
 from __future__ import annotations
 
@@ -30,19 +36,19 @@ SHOWN_LINES = 200
 
 
 class RankHost:
-    """An actor: the process that one rank belongs to. The rank dies with it (LAUNCHER_PID)."""
+    """Ray actor that owns the process of one rank; the rank ends when the actor does (LAUNCHER_PID)."""
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[bytes] | None = None
 
     def describe(self) -> tuple[str, str, int]:
-        """Host name, address in the cluster, and a port that is free now."""
+        """Host name, address in the cluster, and a port that is free at this moment."""
         with socket.create_server(("", 0)) as listener:
             port = int(listener.getsockname()[1])
         return socket.gethostname(), str(ray.util.get_node_ip_address()), port
 
     def run(self, command: list[str], variables: dict[str, str], directory: str, log: str) -> int:
-        """Start the rank, with its output in a file, and return its exit code."""
+        """Start the rank with its output appended to `log`, wait for it, and return its exit code."""
         path = Path(directory, log)
         path.parent.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, **variables, LAUNCHER_PID: str(os.getpid())}
@@ -53,13 +59,13 @@ class RankHost:
         return self.process.wait()
 
     def signal(self, number: int) -> None:
-        """Hand a signal on to the rank."""
+        """Forward a signal to the rank, if it runs."""
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(number)
 
 
 class RayCluster:
-    """Starts the ranks of a run on the nodes of a Ray cluster, one attempt at a time."""
+    """Runs attempts of a training run on the nodes of a Ray cluster, one at a time."""
 
     def __init__(
         self,
@@ -79,7 +85,7 @@ class RayCluster:
             start_ray(address)
 
     def usable_nodes(self) -> int:
-        """Nodes of the cluster with room for a node's ranks."""
+        """Number of live nodes whose total resources hold a node's ranks."""
         return sum(
             1
             for node in ray.nodes()
@@ -87,7 +93,10 @@ class RayCluster:
         )
 
     def start(self, attempt: Attempt) -> Outcome:
-        """Run one attempt to its end; the first rank that fails, or whose node is lost, ends it for all."""
+        """Run one attempt to its end; the first rank that fails, or whose node is lost, ends it for all.
+
+        Actors and the placement group are released whatever happens.
+        """
         group = placement_group([self.need] * attempt.nodes, strategy="STRICT_SPREAD")
         try:
             if not self._is_placed(group, attempt.nodes):
@@ -118,6 +127,7 @@ class RayCluster:
         return False
 
     def _run_ranks(self, attempt: Attempt, group: Any) -> Outcome:
+        """Create the actors, tell every rank where rank 0 is, start all ranks and wait."""
         host_class = ray.remote(max_concurrency=3, max_restarts=0)(RankHost)
         resource = {"num_gpus": 1, "num_cpus": 0} if "GPU" in self.need else {"num_cpus": 1}
         num_ranks = attempt.nodes * self.ranks_per_node
@@ -159,6 +169,11 @@ class RayCluster:
             actor.signal.remote(number)
 
     def _wait(self, running: dict[Any, int], hosts: Sequence[str], logs: Sequence[str]) -> Outcome:
+        """Collect exit codes until all ranks ended; after a first failure the others get `GRACE_SECONDS`.
+
+        The cause is that of the first failure seen. BAD_INPUT of any rank decides the code, since another attempt is
+        refused too.
+        """
         shown, codes = Follower(Path(logs[0])), []
         failed: Outcome | None = None
         deadline: float | None = None
@@ -184,13 +199,13 @@ class RayCluster:
 
 
 class Follower:
-    """Copies what is added to a file to standard error: the view of rank 0."""
+    """Copies what is appended to a file to standard error, to show rank 0's log."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.offset = path, path.stat().st_size if path.exists() else 0
 
     def show(self) -> None:
-        """Copy what is new."""
+        """Copy what was appended since the last call."""
         if self.path.exists():
             with self.path.open("rb") as file:
                 file.seek(self.offset)
@@ -201,7 +216,7 @@ class Follower:
 
 
 def last_words(log: Path, code: int) -> str:
-    """What a rank said last about its end: amfm's message, else its last line, else the signal that killed it."""
+    """Last words of a failed rank: amfm's first message, else its last line, else the signal that killed it."""
     if code < 0:
         return f"killed by {signal.Signals(-code).name}"
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-SHOWN_LINES:] if log.exists() else []
@@ -210,5 +225,5 @@ def last_words(log: Path, code: int) -> str:
 
 
 def first_line(error: RayError) -> str:
-    """An error of Ray without its pages of advice."""
+    """First line of a Ray error, without the advice that follows."""
     return str(error).strip().splitlines()[0]

@@ -1,4 +1,10 @@
-"""Launch on Slurm: the batch script, its submission, and inside the allocation one `srun` an attempt."""
+"""Launch on Slurm: write and submit a batch script, and inside the allocation run one `srun` for each attempt.
+
+How it works: the script only runs `amfm launch` again, which notices that it is inside an allocation and supervises
+attempts there (`supervise.py`). So restarts within a job need no queueing, and Slurm's own requeue serves the time
+limit: ranks are signalled before it, save and end well, and the job is queued again. One `srun` starts all ranks and,
+with --kill-on-bad-exit, ends them when one fails; nodes that are down don't count for the next attempt.
+"""
 
 from __future__ import annotations
 
@@ -51,12 +57,12 @@ def write_script(config: RunConfig, arguments: Sequence[str], *, nodes: int, ran
 
 
 def log_file(config: RunConfig) -> str:
-    """Where Slurm appends the output of all attempts of all jobs of the run."""
+    """Path to which Slurm appends the output of all attempts of a job (`%j` is its number)."""
     return str((Path(config.run.dir) / "logs" / "slurm-%j.log").absolute())
 
 
 def submit(config: RunConfig, script: str) -> str:
-    """Write the script into the run directory, give it to sbatch and return its answer.
+    """Write the script into the run directory, submit it with sbatch and return sbatch's answer.
 
     Raises RuntimeError when there is no sbatch here or it refuses the script.
     """
@@ -78,19 +84,19 @@ def submit(config: RunConfig, script: str) -> str:
 
 
 def is_inside_allocation() -> bool:
-    """Whether this process runs in an allocation (sbatch or salloc), which then takes the ranks."""
+    """Whether this process runs inside an allocation of sbatch or salloc, which then takes the ranks."""
     return "SLURM_JOB_ID" in os.environ
 
 
 class Allocation:
-    """The nodes that Slurm gave this job; one `srun` starts all ranks of an attempt."""
+    """Nodes that Slurm gave to this job; one `srun` starts all ranks of an attempt on them."""
 
     def __init__(self, config: RunConfig, arguments: Sequence[str], *, ranks_per_node: int) -> None:
         self.config, self.arguments, self.ranks_per_node = config, list(arguments), ranks_per_node
         self.job = os.environ["SLURM_JOB_ID"]
 
     def command(self, nodes: int) -> list[str]:
-        """The srun command line."""
+        """The srun command line for an attempt on `nodes` nodes."""
         slurm = self.config.launch.slurm
         container = [f"--container-image={slurm.container_image}"] if slurm.container_image else []
         if slurm.container_mounts:
@@ -107,7 +113,10 @@ class Allocation:
         ]
 
     def environment(self, attempt: Attempt) -> dict[str, str]:
-        """Where the ranks meet: on the first node, at a port that belongs to this job and attempt."""
+        """Environment of an attempt: ranks meet on the first node, at a port derived from job and attempt.
+
+        A new port for each attempt, as ranks of the last one may still hold theirs.
+        """
         number = int(self.job) + attempt.number
         variables = {
             "WORLD_SIZE": str(attempt.nodes * self.ranks_per_node),
@@ -120,18 +129,22 @@ class Allocation:
         return os.environ | source_variables() | variables
 
     def hosts(self) -> list[str]:
-        """Names of the allocated nodes that are up, in Slurm's order."""
+        """Names of allocated nodes that are up, in Slurm's order."""
         listed = os.environ["SLURM_JOB_NODELIST"]
         names = ask("scontrol", "show", "hostnames", listed).split()
         down = set(ask("sinfo", "-h", "-N", "-n", listed, "-t", "down,fail,drain", "-o", "%N").split())
         return [name for name in names if name not in down]
 
     def usable_nodes(self) -> int:
-        """How many nodes of the allocation are up."""
+        """Number of allocated nodes that are up."""
         return len(self.hosts())
 
     def start(self, attempt: Attempt) -> Outcome:
-        """Run one attempt to its end; Slurm stops all ranks when one fails."""
+        """Run one attempt to its end; its output passes through.
+
+        The first amfm message in it becomes the cause of a failure, else srun's first error. Slurm stops all ranks when
+        one fails.
+        """
         message = srun_error = ""
         with subprocess.Popen(
             self.command(attempt.nodes), env=self.environment(attempt), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -150,18 +163,18 @@ class Allocation:
         return Outcome(RUN_FAILED, message or srun_error or f"srun ended with code {code}")
 
     def queue_again(self) -> None:
-        """Put the job back into the queue: a signal ended the ranks in good order before the run was finished."""
+        """Requeue the job, after a signal ended the ranks in good order before the run was finished."""
         ask("scontrol", "requeue", self.job)
 
 
 def address_of(node: str) -> str:
-    """Where Slurm reaches a node: its name on most clusters, not on all."""
+    """Address at which Slurm reaches a node; on some clusters it is not the node's name."""
     fields = dict(field.partition("=")[::2] for field in ask("scontrol", "-o", "show", "node", node).split())
     return fields.get("NodeAddr", node)
 
 
 def ask(*command: str) -> str:
-    """The answer of one of Slurm's programs. Raises RuntimeError with what it wrote when it fails."""
+    """Standard output of one of Slurm's programs. Raises RuntimeError with its error text when it fails."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{shlex.join(command)} failed: {done.stderr.strip()}")

@@ -86,7 +86,7 @@ def supervise(
 
 
 def wait_for_nodes(config: RunConfig, wanted: int, usable_nodes: Callable[[], int]) -> int:
-    """How many nodes of those wanted can be used, after `launch.node_wait_seconds` at most."""
+    """Number of usable nodes, `wanted` at most, after waiting up to `launch.node_wait_seconds` for lost ones."""
     deadline = time.monotonic() + config.launch.node_wait_seconds
     while (usable := usable_nodes()) < wanted and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
@@ -94,7 +94,7 @@ def wait_for_nodes(config: RunConfig, wanted: int, usable_nodes: Callable[[], in
 
 
 def start_once(start: Callable[[Attempt], Outcome], nodes: int) -> int:
-    """Start what is no run, with nothing to go on from: one attempt, whose cause of failure is printed."""
+    """Run a command that is no training run in one attempt; print the cause of failure, return the exit code."""
     outcome = start(Attempt(0, nodes, None))
     if outcome.cause:
         say(f"amfm launch: {outcome.cause}")
@@ -102,7 +102,7 @@ def start_once(start: Callable[[Attempt], Outcome], nodes: int) -> int:
 
 
 def newest_step(config: RunConfig) -> int:
-    """Step of the newest complete checkpoint by name, -1 without one."""
+    """Step of the newest complete checkpoint by its name, -1 without one."""
     from pretrain.checkpoint.commit import list_checkpoints
 
     directory = Path(config.run.dir) / "checkpoints"
@@ -110,7 +110,7 @@ def newest_step(config: RunConfig) -> int:
 
 
 def fitting_nodes(config: RunConfig, usable: int, ranks_per_node: int) -> int:
-    """The most nodes, of those usable, whose ranks can run the configuration.
+    """The largest number of nodes, at most `usable`, whose ranks can run the configuration.
 
     Raises RuntimeError when there are fewer than `launch.min_nodes` or none fits, with the rule that the usable number
     breaks.

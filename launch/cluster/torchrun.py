@@ -1,4 +1,11 @@
-"""Launch with torchrun: the command of each node, run here, or on every host of a list through a remote shell."""
+"""Launch with torchrun: the command of each node, run here, or on every host of a list through a remote shell.
+
+How it works: `run_here` starts the torchrun of this node alone, for clusters that start one command a node; torchrun
+then does the restarts. With a list of hosts, each gets one shell line over ssh that notes its process number, runs
+`launch.setup` and becomes torchrun; its output is followed for the cause of a failure, and `supervise.py` restarts all
+hosts together. Signals go to the ranks below torchrun, which save and end well, where torchrun would kill them after a
+while.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +36,7 @@ KEPT_LINES = 60  # torchrun ends with a report of this length
 
 @dataclass(frozen=True)
 class NodeCommand:
-    """What one node runs: the ranks of `arguments` (an `amfm` command line)."""
+    """Command of one node: its share of the ranks of `arguments` (an `amfm` command line)."""
 
     arguments: Sequence[str]
     nodes: int
@@ -41,7 +48,10 @@ class NodeCommand:
     python: str = sys.executable
 
     def torchrun(self, *, max_restarts: int) -> list[str]:
-        """The torchrun command line; torchrun itself sets rank variables and stops all ranks of a node when one fails."""
+        """The torchrun command line; torchrun sets rank variables and stops the node's ranks when one fails.
+
+        Raises ValueError for a master that is no host name.
+        """
         check_host(self.master, "--master")
         return [
             self.python,
@@ -58,7 +68,10 @@ class NodeCommand:
         ]
 
     def shell_line(self, *, directory: str, pid_file: str, cause: str | None) -> str:
-        """One line for the shell of another host: directory, process number for signals, setup, torchrun."""
+        """One line for another host's shell: change directory, note the process number, run setup, become torchrun.
+
+        `exec` keeps the noted number: it is then torchrun's own, whose children are the ranks to signal.
+        """
         variables = source_variables() | ({RESTART_CAUSE: " ".join(cause.split())} if cause else {})
         return shell_line(
             [
@@ -71,7 +84,10 @@ class NodeCommand:
 
 
 def read_hosts(path: Path) -> list[str]:
-    """Hosts of a file, one a line; `#` begins a remark. Raises ValueError for an empty file or a host named twice or none."""
+    """Hosts of a file, one a line; `#` begins a comment.
+
+    Raises ValueError for an empty file, for a host named twice, and for a line that is no host name.
+    """
     lines = [line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
     hosts = [line for line in lines if line]
     if not hosts:
@@ -83,7 +99,7 @@ def read_hosts(path: Path) -> list[str]:
 
 
 def run_here(command: NodeCommand, *, max_restarts: int) -> int:
-    """Run this node's part and return the exit code; torchrun starts its ranks again by itself."""
+    """Run this node's torchrun and return the exit code; torchrun itself restarts its ranks."""
     process = subprocess.Popen(command.torchrun(max_restarts=max_restarts), env=os.environ | source_variables())
     with forward_signals(lambda number: signal_children(process.pid, number)):
         code = process.wait()
@@ -97,7 +113,7 @@ def signal_children(pid: int, number: int) -> None:
 
 @dataclass
 class HostRun:
-    """One host's torchrun behind a remote shell; its output passes through, amfm's first message and the end are kept."""
+    """One host's torchrun behind a remote shell; keeps amfm's first message and the last lines of output."""
 
     host: str
     process: subprocess.Popen[bytes]
@@ -106,7 +122,7 @@ class HostRun:
     reader: threading.Thread | None = None
 
     def follow(self) -> None:
-        """Copy the output to standard error with the host in front, and remember its end."""
+        """Copy the output to standard error with the host in front, keeping message and last lines."""
         assert self.process.stdout is not None, "started with a pipe"
         for raw in self.process.stdout:
             line = raw.decode(errors="replace").rstrip("\r\n")
@@ -117,13 +133,16 @@ class HostRun:
             sys.stderr.flush()
 
     def stop(self, number: int) -> None:
-        """Signal the remote shell; when ssh ends, the far side is hung up on, which ends torchrun and its ranks."""
+        """Signal the remote shell's process group here; when ssh ends, the far side hangs up.
+
+        That ends torchrun and its ranks there.
+        """
         if self.process.poll() is None:
             os.killpg(self.process.pid, number)
 
 
 class RemoteHosts:
-    """Starts a run on a list of hosts, each through `[*remote_shell, host, line]`, one attempt at a time."""
+    """Runs attempts on a list of hosts, each through `[*remote_shell, host, line]`, one attempt at a time."""
 
     def __init__(
         self,
@@ -142,7 +161,7 @@ class RemoteHosts:
         self.runs: list[HostRun] = []
 
     def commands(self, attempt: Attempt) -> list[list[str]]:
-        """The command line of each host for one attempt, in node order."""
+        """Command line of each host for one attempt, in node order; the first host is the master."""
         hosts = self.usable[: attempt.nodes]
         lines = [
             NodeCommand(
@@ -155,7 +174,7 @@ class RemoteHosts:
         return [remote_command(self.remote_shell, host, line) for host, line in zip(hosts, lines)]
 
     def pid_file(self, node_rank: int) -> str:
-        """Where a node notes the number of its torchrun: in the run directory, which all nodes share."""
+        """File in which a node notes its torchrun's process number; in the run directory, which all nodes share."""
         return str(Path(self.run_dir) / "launch" / f"node-{node_rank}.pid")
 
     def start(self, attempt: Attempt) -> Outcome:
@@ -174,11 +193,12 @@ class RemoteHosts:
             return self._wait()
 
     def usable_nodes(self) -> int:
-        """How many hosts answer now; they are the ones that the next attempt uses."""
+        """Number of hosts that answer now; the next attempt uses these."""
         self.usable = [host for host in self.hosts if self._answers(host)]
         return len(self.usable)
 
     def _answers(self, host: str) -> bool:
+        """Whether a host runs `true` through the remote shell within `ANSWER_SECONDS`."""
         try:
             done = subprocess.run(
                 remote_command(self.remote_shell, host, "true"),
@@ -197,6 +217,7 @@ class RemoteHosts:
             subprocess.run(remote_command(self.remote_shell, run.host, line), stdin=subprocess.DEVNULL, check=False)
 
     def _wait(self) -> Outcome:
+        """Wait for all hosts; after a first failure the others are terminated, then killed."""
         failed: HostRun | None = None
         escalation = [signal.SIGTERM, signal.SIGKILL]  # once each: torchrun counts a second one as another order
         deadline = float("inf")
@@ -218,7 +239,7 @@ class RemoteHosts:
 
 
 def explain_failure(run: HostRun) -> Outcome:
-    """Exit code and cause of a host's failure, from what torchrun wrote last."""
+    """Exit code and cause of a host's failure, from the report with which torchrun ends."""
     text = "\n".join(run.lines)
     codes = {int(code) for code in re.findall(r"exitcode\s*:\s*(-?\d+)", text)}
     cause = run.message or (run.lines[-1] if run.lines else f"exit code {run.process.returncode}")

@@ -1,4 +1,10 @@
-"""The doctor across a cluster: every rank describes itself, all measure together, and all come to the same findings."""
+"""Examine a cluster: every rank describes itself, all measure together, and all come to the same findings.
+
+How it works: the order goes from what needs no measurement (versions, devices) over clocks and storage to what may hang
+(links). Each step is announced on rank 0 first, so that a dead link is named by the last line printed before the
+timeout. Every result is gathered to all ranks and judged by pure functions (`compare.py`), so that all ranks agree on
+the exit code.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +26,11 @@ TIMEOUT_SECONDS = 300.0  # the ranks of a large cluster import from shared stora
 def examine_cluster(
     shared: Path | None, *, report: Callable[[str], None], wait_seconds: float = WAIT_SECONDS
 ) -> list[Finding]:
-    """Every finding about the ranks and hosts of this process group, the same on every rank. Every rank must call this.
+    """Examine all ranks and hosts of this process group; returns the same findings on every rank.
 
-    `shared` is the folder that all hosts should see, none to leave it out. `report` hears what is done next, on rank 0:
-    where a link is dead, these are the last words before the group's timeout ends the ranks.
+    Every rank must call this; it communicates by gathers, an all-reduce and sends between pairs. `shared`: the folder
+    that all hosts should see, None to leave it out. `report` hears what is done next, on rank 0: where a link is dead,
+    these are the last words before the group's timeout ends the ranks.
     """
     rank, num_ranks, local_rank, _ = start_process_group(TIMEOUT_SECONDS)
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
@@ -53,5 +60,5 @@ def examine_cluster(
 
 
 def leave_cluster() -> None:
-    """Leave the process group in good order. Every rank must call this."""
+    """Destroy the process group. Every rank must call this."""
     torch.distributed.destroy_process_group()

@@ -1,4 +1,7 @@
-"""What follows from the reports of all ranks: findings that name the ranks and hosts that differ. No rank is asked here."""
+"""Judge the reports and measurements of all ranks: findings that name the ranks and hosts that differ.
+
+Pure functions of what was gathered: no rank is asked here, so every rank comes to the same findings.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ SHOWN = 4  # hosts or links of a finding that are named; the others are counted
 
 
 def compare_reports(reports: Sequence[RankReport]) -> list[Finding]:
-    """Every finding that needs no measurement between ranks; `reports` are in rank order."""
+    """Findings that need no measurement between ranks; `reports` are in rank order."""
     hosts = [report.host for report in reports]
     findings = [
         compare_values(
@@ -52,7 +55,7 @@ def compare_reports(reports: Sequence[RankReport]) -> list[Finding]:
 def compare_values(
     name: str, values: Sequence[str], hosts: Sequence[str], *, remedy: str, status: Literal["warn", "fail"]
 ) -> Finding:
-    """Whether all ranks say the same; those that differ from most ranks are named with their hosts."""
+    """Whether all ranks report the same value; ranks that differ from the most frequent one are named with their hosts."""
     usual, count = Counter(values).most_common(1)[0]
     if count == len(values):
         return Finding(name, "ok", usual)
@@ -65,7 +68,7 @@ def compare_values(
 
 
 def name_ranks(ranks: Sequence[int], hosts: Sequence[str]) -> str:
-    """Ranks with their hosts."""
+    """Ranks in words, grouped by host."""
     named: dict[str, list[str]] = {}
     for rank in ranks:
         named.setdefault(hosts[rank], []).append(str(rank))
@@ -73,13 +76,13 @@ def name_ranks(ranks: Sequence[int], hosts: Sequence[str]) -> str:
 
 
 def shorten(items: Sequence[str]) -> str:
-    """The first few of a list, and how many more there are."""
+    """The first `SHOWN` items, and how many more there are."""
     more = f" and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
     return ", ".join(items[:SHOWN]) + more
 
 
 def compare_cards(reports: Sequence[RankReport]) -> Finding | None:
-    """A failure when ranks share a card; none when each has its own, or there are none."""
+    """A failure when several ranks share one card; None when each has its own, or on CPU."""
     cards = Counter(report.device_id for report in reports if report.device_id is not None)
     twice = [report.rank for report in reports if report.device_id is not None and cards[report.device_id] > 1]
     if not twice:
@@ -89,7 +92,7 @@ def compare_cards(reports: Sequence[RankReport]) -> Finding | None:
 
 
 def merge_host_findings(reports: Sequence[RankReport]) -> list[Finding]:
-    """What hosts find amiss of themselves, a line for all that find the same."""
+    """Findings of hosts about themselves, one for all hosts that find the same."""
     hosts: dict[Finding, list[str]] = {}
     for report in first_reports(reports):
         for finding in report.findings:
@@ -98,12 +101,15 @@ def merge_host_findings(reports: Sequence[RankReport]) -> list[Finding]:
 
 
 def first_reports(reports: Sequence[RankReport]) -> list[RankReport]:
-    """One report a host."""
+    """Report of the first rank of each host, for what ranks of a host have in common."""
     return [reports[ranks[0]] for ranks in group_by_host([report.host for report in reports]).values()]
 
 
 def compare_caches(reports: Sequence[RankReport]) -> Finding:
-    """Each host's folder of compiled Triton kernels: writable, and its own."""
+    """Whether each host's Triton cache is writable and on a disk of its own.
+
+    A cache on a network file system is shared by hosts, which then compile into the same files: a warning.
+    """
     own = first_reports(reports)
     broken = [f"{report.host}: {report.cache.problem}" for report in own if report.cache.problem]
     if broken:
@@ -119,7 +125,7 @@ def compare_caches(reports: Sequence[RankReport]) -> Finding:
 
 
 def compare_disks(reports: Sequence[RankReport]) -> Finding:
-    """The least free room of each host's own folders."""
+    """Free space of each host's own folders, the smallest against `MIN_FREE_GIB`."""
     room = [
         (free, f"{report.host}: {free:.1f} GiB for {what}")
         for report in first_reports(reports)
@@ -132,12 +138,12 @@ def compare_disks(reports: Sequence[RankReport]) -> Finding:
 
 
 def examine_all_reduce(gigabytes_per_second: float, num_ranks: int) -> Finding:
-    """The measured rate of all ranks together; what is good depends on the network, so nothing is warned of."""
+    """Report the bus bandwidth of an all-reduce over all ranks; never a warning, as a good rate depends on the network."""
     return Finding("all-reduce", "ok", f"{gigabytes_per_second:.2f} GB/s by each of {num_ranks} ranks")
 
 
 def examine_links(links: Sequence[Link], hosts: Sequence[str]) -> list[Finding]:
-    """Each kind of link: its median, and links far below it."""
+    """Judge each kind of link by its own median, and warn of links below `SLOW_LINK` of it."""
     findings = []
     for kind in dict.fromkeys(link.kind for link in links):
         own = sorted((link for link in links if link.kind == kind), key=lambda link: link.gigabytes_per_second)
@@ -160,7 +166,7 @@ def examine_links(links: Sequence[Link], hosts: Sequence[str]) -> list[Finding]:
 
 
 def examine_clocks(skews: Mapping[str, Skew]) -> Finding:
-    """Hosts whose clock is, or may be, further than allowed from the middle one's."""
+    """Warn of hosts whose clock is, or within its error may be, too far from the median host's."""
     middle = statistics.median_low(skew.seconds for skew in skews.values())
     leads = {host: Skew(skew.seconds - middle, skew.error) for host, skew in skews.items()}
     far = [

@@ -1,4 +1,10 @@
-"""Measures what ranks tell each other: bandwidth of all ranks and of single links, and how far hosts' clocks differ."""
+"""Measure between ranks: bandwidth of an all-reduce and of single links, and the skew of hosts' clocks.
+
+How it works: links are tested in rounds of disjoint pairs (`plan_links`), both directions at once, so that the number
+of rounds does not grow with the cluster: three within hosts and three between them. All pairs would take the square of
+the ranks; a ring still uses every rank's own way out of its host. Times are medians after warm-up, and of a pair's two
+ends the slower counts. Clocks are compared by messages to rank 0 and back, as NTP does.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +28,7 @@ Kind = Literal["within hosts", "between hosts"]
 
 @dataclass(frozen=True)
 class Link:
-    """A pair of ranks, and what each sends the other at the same time, in 1e9 bytes a second."""
+    """Bandwidth between a pair of ranks in each direction, both used at the same time, in 1e9 bytes a second."""
 
     first: int
     second: int
@@ -32,7 +38,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Skew:
-    """How far a clock is ahead of rank 0's, and by how much that may be wrong at most."""
+    """Seconds that a clock is ahead of rank 0's, and the largest error that this may have."""
 
     seconds: float
     error: float
@@ -46,7 +52,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def group_by_host(hosts: Sequence[str]) -> dict[str, list[int]]:
-    """Ranks of each host, hosts in the order of their first rank."""
+    """Ranks of each host, in the order of each host's first rank."""
     groups: dict[str, list[int]] = {}
     for rank, host in enumerate(hosts):
         groups.setdefault(host, []).append(rank)
@@ -54,9 +60,10 @@ def group_by_host(hosts: Sequence[str]) -> dict[str, list[int]]:
 
 
 def plan_links(hosts: Sequence[str]) -> list[tuple[Kind, list[tuple[int, int]]]]:
-    """Rounds of disjoint pairs: a ring within each host, and for each place of a rank in its host one over the hosts.
+    """Rounds of disjoint pairs of ranks to measure: a ring within each host, and rings over the hosts.
 
-    So every rank's own way out of its host is used once on each side. The pairs of a round run at the same time.
+    Ranks of the same place in their hosts form a ring over the hosts, so every rank's own way out of its host is used
+    once on each side. The pairs of a round run at the same time.
     """
     groups = list(group_by_host(hosts).values())
     places = range(max(len(group) for group in groups))
@@ -72,7 +79,7 @@ def plan_links(hosts: Sequence[str]) -> list[tuple[Kind, list[tuple[int, int]]]]
 
 
 def ring_rounds(ring: Sequence[int]) -> list[list[tuple[int, int]]]:
-    """The neighbours of a ring as three rounds in which nobody is twice; the third is for odd rings."""
+    """Neighbours of a ring as three rounds in which no rank appears twice; the third is for odd rings."""
     links = [(ring[place], ring[(place + 1) % len(ring)]) for place in range(len(ring))]
     if len(ring) < 3:
         links = links[: len(ring) - 1]
@@ -81,12 +88,12 @@ def ring_rounds(ring: Sequence[int]) -> list[list[tuple[int, int]]]:
 
 
 def link_tensor(device: torch.device) -> Tensor:
-    """What is sent."""
+    """Message of zeros that links are timed with, uint8, of a size that suits the device."""
     return torch.zeros(CUDA_BYTES if device.type == "cuda" else CPU_BYTES, dtype=torch.uint8, device=device)
 
 
 def time_median(work: Callable[[], None], device: torch.device) -> float:
-    """Median seconds of a piece of work after warm-up."""
+    """Median seconds of a piece of work over `REPEATS` runs after warm-up, the device synchronized each time."""
     seconds = []
     for _ in range(WARM_UPS + REPEATS):
         start = time.perf_counter()
@@ -98,9 +105,10 @@ def time_median(work: Callable[[], None], device: torch.device) -> float:
 
 
 def measure_all_reduce(device: torch.device) -> float:
-    """What each rank sends and receives in an all-reduce over all, in 1e9 bytes a second; the same on every rank.
+    """Bus bandwidth of an all-reduce over all ranks, in 1e9 bytes a second; the same on every rank.
 
-    By the ring's count, 2 (n - 1) / n of the tensor. Every rank must call this, and there must be two at least.
+    Each rank of a ring sends 2 (n - 1) / n of the tensor; the slowest rank's median counts. Every rank must call this,
+    and there must be two at least.
     """
     num_ranks = torch.distributed.get_world_size()
     tensor = link_tensor(device)
@@ -109,7 +117,10 @@ def measure_all_reduce(device: torch.device) -> float:
 
 
 def measure_links(hosts: Sequence[str], device: torch.device) -> list[Link]:
-    """Every link of `plan_links`, both directions at once; the same on every rank. Every rank must call this."""
+    """Bandwidth of every link of `plan_links`; the same on every rank. Every rank must call this.
+
+    Pairs of a round exchange at the same time; a gather after each round keeps rounds apart.
+    """
     rank = torch.distributed.get_rank()
     out, into = link_tensor(device), link_tensor(device)
     found: list[Link] = []
@@ -131,7 +142,7 @@ def measure_links(hosts: Sequence[str], device: torch.device) -> list[Link]:
 
 
 def exchange(out: Tensor, into: Tensor, other: int) -> None:
-    """Send to another rank and receive from it at the same time."""
+    """Send `out` to another rank and receive `into` from it at the same time; that rank must call this too."""
     sends = [
         torch.distributed.P2POp(torch.distributed.isend, out, other),
         torch.distributed.P2POp(torch.distributed.irecv, into, other),
@@ -141,9 +152,9 @@ def exchange(out: Tensor, into: Tensor, other: int) -> None:
 
 
 def measure_skews(hosts: Sequence[str]) -> dict[str, Skew]:
-    """Every host's clock against rank 0's, by messages there and back; the same on every rank.
+    """Clock skew of every host against rank 0's; the same on every rank. Every rank must call this.
 
-    Every rank must call this.
+    Rank 0 pings the first rank of each other host, one after the other.
     """
     rank = torch.distributed.get_rank()
     leaders = {host: ranks[0] for host, ranks in group_by_host(hosts).items()}
@@ -161,7 +172,7 @@ def measure_skews(hosts: Sequence[str]) -> dict[str, Skew]:
 
 
 def ping(other: int) -> tuple[float, float, float]:
-    """Our time before, the other's time between, and our time after one message there and back."""
+    """(before, other, after) in seconds: our clock, the other rank's, and ours again around one message there and back."""
     stamp = torch.zeros(1, dtype=torch.int64)
     before = time.time_ns()
     torch.distributed.send(stamp, other)
@@ -171,7 +182,7 @@ def ping(other: int) -> tuple[float, float, float]:
 
 
 def answer_ping() -> None:
-    """Send rank 0 our time as soon as it asks."""
+    """Answer rank 0's ping with this host's clock."""
     stamp = torch.zeros(1, dtype=torch.int64)
     torch.distributed.recv(stamp, 0)
     stamp.fill_(time.time_ns())
@@ -179,7 +190,7 @@ def answer_ping() -> None:
 
 
 def estimate_skew(pings: Sequence[tuple[float, float, float]]) -> Skew:
-    """The other clock's lead from (before, other, after), out of the quickest message: it was in between for sure.
+    """Skew of the other clock from (before, other, after) of several pings; the quickest has the smallest error.
 
     Source: Mills 1991, Internet Time Synchronization (half of the delay bounds the error).
     """

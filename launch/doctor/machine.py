@@ -31,7 +31,7 @@ MIN_MEMORY_GIB = 4.0
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing examined: `fail` means amfm cannot work, `warn` that something is slower or missing."""
+    """Result of one check: `fail` means that amfm cannot work, `warn` that something is slower or missing."""
 
     name: str
     status: Literal["ok", "warn", "fail"]
@@ -39,12 +39,12 @@ class Finding:
     remedy: str = ""
 
     def as_dict(self) -> dict[str, str]:
-        """For JSON."""
+        """The finding as JSON values."""
         return asdict(self)
 
 
 def examine_machine() -> list[Finding]:
-    """Every finding, in the order of a person's questions: interpreter, packages, devices, room."""
+    """All checks of this machine, in the order in which a person would ask: interpreter, packages, devices, room."""
     return [
         examine_python(),
         *examine_packages(),
@@ -59,7 +59,7 @@ def examine_machine() -> list[Finding]:
 
 
 def examine_python() -> Finding:
-    """The interpreter: 3.11 to 3.13."""
+    """Check the interpreter: 3.11 to 3.13."""
     found = f"{platform.python_version()} ({sys.executable})"
     if not (3, 11) <= sys.version_info[:2] < (3, 14):
         return Finding("python", "fail", found, "make a virtual environment with Python 3.11, 3.12 or 3.13")
@@ -67,7 +67,7 @@ def examine_python() -> Finding:
 
 
 def needed_packages() -> list[Requirement]:
-    """What amfm declares to need: from the installed distribution, else from pyproject.toml beside the code."""
+    """Requirements that amfm declares: of the installed distribution, else of pyproject.toml beside the code."""
     try:
         declared = importlib.metadata.requires("amfm-pretrain") or []
     except importlib.metadata.PackageNotFoundError:
@@ -80,7 +80,7 @@ def needed_packages() -> list[Requirement]:
 
 
 def examine_packages() -> list[Finding]:
-    """Each needed package: there, and in the range that amfm declares."""
+    """Check that each required package is installed, in the range that amfm declares."""
     findings = []
     for need in needed_packages():
         version = installed_version(need.name)
@@ -95,7 +95,7 @@ def examine_packages() -> list[Finding]:
 
 
 def installed_version(name: str) -> str | None:
-    """The version of an installed distribution, None without it."""
+    """Version of an installed distribution, None without it."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -103,7 +103,7 @@ def installed_version(name: str) -> str | None:
 
 
 def examine_known_bad() -> list[Finding]:
-    """Combinations that install without a word and then fail or give wrong numbers."""
+    """Check for combinations that install silently and then fail or give wrong numbers."""
     findings = []
     kernels = installed_version("kernels")
     if kernels is not None:
@@ -117,7 +117,7 @@ def examine_known_bad() -> list[Finding]:
 
 
 def has_cuda() -> bool:
-    """Whether torch is there and sees a CUDA device."""
+    """Whether torch is installed and sees a CUDA device."""
     if importlib.util.find_spec("torch") is None:
         return False
     import torch
@@ -126,7 +126,7 @@ def has_cuda() -> bool:
 
 
 def examine_devices() -> list[Finding]:
-    """torch and what it can compute on."""
+    """Check torch's devices: compute capability, and Triton releases that miscompile on them."""
     if importlib.util.find_spec("torch") is None:
         return []
     import torch
@@ -154,14 +154,14 @@ def examine_devices() -> list[Finding]:
 
 
 def describe_card(properties: Any) -> str:
-    """A card in words, from what torch says of it."""
+    """A card's name, memory and compute capability in words."""
     return (
         f"{properties.name}, {properties.total_memory / GIB:.0f} GiB, capability {properties.major}.{properties.minor}"
     )
 
 
 def examine_triton() -> Finding:
-    """Whether Triton kernels run natively, only in the interpreter, or not at all."""
+    """Check whether Triton kernels run natively, only in the interpreter, or not at all."""
     version = installed_version("triton")
     if version is None:
         return Finding("triton kernels", "warn", "not installed", "needed on GPUs only: pip install triton")
@@ -174,7 +174,7 @@ def examine_triton() -> Finding:
 
 
 def examine_compiler() -> Finding:
-    """A C++ compiler: only torch.compile and DeepSpeed's own CPU operations need one."""
+    """Check for a C++ compiler, which only torch.compile and DeepSpeed's own CPU operations need."""
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         return Finding("C++ compiler", "warn", "none", "needed by train.compile=true only: install g++")
@@ -182,17 +182,17 @@ def examine_compiler() -> Finding:
 
 
 def examine_cores() -> Finding:
-    """Processors this process may use."""
+    """Number of cores that this process may use."""
     return Finding("cores", "ok", f"{usable_cores()} usable of {os.cpu_count()}, {platform.machine()}")
 
 
 def usable_cores() -> int:
-    """Cores in this process's affinity mask, where the system has one."""
+    """Cores in this process's affinity mask, or all where the system has no masks."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def examine_memory() -> Finding:
-    """Main memory, total."""
+    """Check main memory, in total, not what is free."""
     if "SC_PHYS_PAGES" not in os.sysconf_names:
         return Finding("memory", "ok", "unknown on this system")
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
@@ -202,7 +202,7 @@ def examine_memory() -> Finding:
 
 
 def examine_disk() -> Finding:
-    """Free room in the working directory, where runs and stores go by default."""
+    """Check free space in the working directory, where runs and stores go by default."""
     free = shutil.disk_usage(Path.cwd()).free / GIB
     found = f"{free:.1f} GiB free at {Path.cwd()}"
     if free < MIN_FREE_GIB:

@@ -1,4 +1,4 @@
-"""What one rank says of itself and of its host, to be compared with the others; nothing here talks to another rank."""
+"""Report of one rank about itself and its host, to be compared with the others; nothing here communicates."""
 
 from __future__ import annotations
 
@@ -36,21 +36,29 @@ NETWORK_FILE_SYSTEMS = {
 
 @dataclass(frozen=True)
 class CacheFolder:
-    """Where Triton keeps compiled kernels: file system by its kernel name, and why it can't be written, if so."""
+    """Triton's cache of compiled kernels: path, its file system by the kernel's name, and why it can't be written, if
+    so.
+    """
 
     path: str
     file_system: str
     problem: str | None
 
     def is_on_network(self) -> bool:
-        """Whether other hosts may see the folder; a container's own overlay in user space is none of those."""
+        """Whether other hosts may see the folder.
+
+        Any FUSE file system may be a network's; only the overlay that rootless containers use is known to be local.
+        """
         fuse = self.file_system.startswith("fuse.") and self.file_system != "fuse.fuse-overlayfs"
         return fuse or self.file_system in NETWORK_FILE_SYSTEMS
 
 
 @dataclass(frozen=True)
 class RankReport:
-    """One rank. `device_id` is the card's own number, none on CPU; `findings` is what is amiss on its host alone."""
+    """Everything one rank says of itself. `device_id` is the card's UUID, None on CPU.
+
+    `findings`: what is amiss on its host alone. `free_gib`: free space by what the folder is for.
+    """
 
     rank: int
     host: str
@@ -63,7 +71,7 @@ class RankReport:
 
 
 def describe_rank(rank: int) -> RankReport:
-    """This process, its device and its host."""
+    """Report of this process, its device and its host."""
     device, device_id = describe_device()
     return RankReport(
         rank,
@@ -81,7 +89,7 @@ def describe_rank(rank: int) -> RankReport:
 
 
 def examine_host() -> list[Finding]:
-    """The part of the doctor of one machine that every host answers for itself."""
+    """Checks of one machine that every host runs for itself, without those of the place where the doctor is called."""
     return [
         examine_python(),
         *examine_packages(),
@@ -93,7 +101,7 @@ def examine_host() -> list[Finding]:
 
 
 def collect_versions() -> dict[str, str]:
-    """What must be the same on all ranks, our own code by its content as well."""
+    """Versions that must agree on all ranks, with a digest of amfm's own code."""
     versions = {"python": platform.python_version()}
     versions |= {name: installed_version(name) or "not installed" for name in COMPARED_PACKAGES}
     if torch.cuda.is_available():
@@ -105,7 +113,7 @@ def collect_versions() -> dict[str, str]:
 
 
 def describe_device() -> tuple[str, str | None]:
-    """What this rank computes on, in words, and the card's own number."""
+    """This rank's device in words, and the card's UUID, None on CPU."""
     if not torch.cuda.is_available():
         return f"CPU, {platform.machine()}, {usable_cores()} cores", None
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
@@ -113,7 +121,7 @@ def describe_device() -> tuple[str, str | None]:
 
 
 def triton_cache_folder() -> Path:
-    """Where Triton keeps compiled kernels, by its own variables."""
+    """Folder of Triton's compiled kernels, as its environment variables say."""
     given = os.environ.get("TRITON_CACHE_DIR")
     if given is not None:
         return Path(given)
@@ -121,7 +129,7 @@ def triton_cache_folder() -> Path:
 
 
 def examine_cache(folder: Path) -> CacheFolder:
-    """Whether a folder, or the nearest one above it that exists, can be written, and on which file system it is."""
+    """Whether a folder, or its nearest existing parent, can be written, and on which file system it is."""
     place = nearest_existing(folder)
     problem = None
     try:
@@ -134,12 +142,12 @@ def examine_cache(folder: Path) -> CacheFolder:
 
 
 def nearest_existing(folder: Path) -> Path:
-    """The folder itself, or the first one above it that exists."""
+    """The folder itself, or its nearest parent that exists."""
     return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
 
 
 def file_system_of(path: Path, mounts: str) -> str:
-    """Kind of the file system that holds an absolute path, by a table in the form of /proc/mounts; empty if it has none."""
+    """Type of the file system that holds an absolute path, by a table like /proc/mounts; empty without a match."""
     best, kind = -1, ""
     for line in mounts.splitlines():
         _, point, found, *_ = line.split(" ")
@@ -151,5 +159,5 @@ def file_system_of(path: Path, mounts: str) -> str:
 
 
 def free_gib(path: Path) -> float:
-    """Free room for this user on the disk of a folder, or of the nearest one above it that exists."""
+    """Free GiB for this user on the disk of a folder, or of its nearest existing parent."""
     return shutil.disk_usage(nearest_existing(path)).free / GIB

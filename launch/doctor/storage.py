@@ -1,4 +1,10 @@
-"""Whether a folder is one and the same on every rank: files are written and looked for."""
+"""Test whether a folder is the same on every rank: files are written on one side and looked for on the other.
+
+How it works: rank 0 writes a file that all others look for, then each of them writes one that rank 0 looks for.
+Contents derive from a random token of this test, so that files of an earlier one cannot pass for it, and readers poll,
+because network file systems show a new file late. Both directions are needed: a folder that only rank 0 can write is
+not enough for sharded checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +30,10 @@ POLL_SECONDS = 0.05
 
 @dataclass(frozen=True)
 class StorageTest:
-    """What came of it; the three tables hold a reason for each rank that could not do its part.
+    """Outcome of the test; each table maps a rank that failed its part to the reason.
 
-    `unwritten`: could not write its own file; `unseen_by`: does not see rank 0's; `unseen_from`: rank 0 does not see its.
+    `unwritten`: could not write its own file; `unseen_by`: does not see rank 0's; `unseen_from`: rank 0 does not see
+    its. `slowest_seconds`: longest wait for a file that did appear.
     """
 
     unwritten: dict[int, str]
@@ -37,9 +44,9 @@ class StorageTest:
 
 
 def run_storage_test(folder: Path, *, wait_seconds: float = WAIT_SECONDS) -> StorageTest:
-    """Rank 0 writes a file that the others look for, then each of them one that rank 0 looks for; all are removed.
+    """Test a folder from all ranks; returns the same result on every rank. Every rank must call this.
 
-    Rank 0 makes the folder when it is missing. The same on every rank; every rank must call this.
+    Rank 0 makes the folder when it is missing. All files are removed at the end.
     """
     rank, num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     token: str = gather(secrets.token_hex(8))[0]
@@ -68,7 +75,7 @@ def run_storage_test(folder: Path, *, wait_seconds: float = WAIT_SECONDS) -> Sto
 
 
 def write_file(path: Path, content: bytes, *, make_folder: bool = False) -> str | None:
-    """Write a file down to the disk; returns why it failed, none when it is written."""
+    """Write a file and sync it to the disk; returns why that failed, None when it is written."""
     try:
         if make_folder:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +91,9 @@ def write_file(path: Path, content: bytes, *, make_folder: bool = False) -> str 
 def look_for(
     files: Mapping[int, Path], contents: Mapping[int, bytes], wait_seconds: float
 ) -> dict[int, tuple[str | None, float]]:
-    """For each file, by its writer: why it was not seen with its content, none when it was, and after how long."""
+    """Poll for files until all are seen or time is up; for each writer the reason why not (None if seen) and the
+    seconds.
+    """
     start = time.monotonic()
     results: dict[int, tuple[str | None, float]] = {}
     while True:
@@ -97,7 +106,7 @@ def look_for(
 
 
 def reason_unseen(path: Path, content: bytes) -> str | None:
-    """Why a file is not there with its content, none when it is."""
+    """Why a file cannot be read with this content, None when it can."""
     try:
         return None if path.read_bytes() == content else "other bytes"
     except OSError as error:
@@ -105,7 +114,7 @@ def reason_unseen(path: Path, content: bytes) -> str | None:
 
 
 def examine_storage(folder: Path, test: StorageTest, hosts: Sequence[str]) -> Finding:
-    """The outcome in one line: the first thing that is wrong, or the room that is free."""
+    """Finding of a test: the first thing that is wrong, else the free space."""
     wrong = [
         ("cannot be written by", test.unwritten),
         ("what rank 0 writes is not seen by", test.unseen_by),

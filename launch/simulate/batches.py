@@ -1,4 +1,8 @@
-"""Micro-batches of a simulated rank: real document layouts, tokens of no meaning."""
+"""Micro-batches for a simulated rank: real document boundaries, meaningless tokens.
+
+Document layout decides shapes and how many sequences kernels see, so it is real; token ids are zeros, because nothing
+on the host reads them.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,10 @@ DOCUMENTS = 3  # a row
 
 
 def simulated_batches(config: RunConfig, data_ranks: int) -> list[Batch]:
-    """A data rank's micro-batches of one step; every row holds documents of equal length."""
+    """A data rank's micro-batches of one step, the same batch each time.
+
+    Every row holds `DOCUMENTS` documents of nearly equal length; positions and `cu_seqlens` restart at each.
+    """
     train = config.train
     count = train.global_batch_size // train.micro_batch_size // data_ranks
     rows, tokens = train.micro_batch_size, train.sequence_length

@@ -1,7 +1,9 @@
-"""Runs the bodies of our custom operations on fake tensors, so that what they allocate and launch is seen.
+"""Run the bodies of amfm's Triton operations on fake tensors, so that their allocations and launches are traced.
 
-Beside it the operation's fake function answers; both must agree, or torch.compile and this simulation would see another
-program than the card runs.
+How it works: normally a fake tensor mode calls an operation's fake function, which only states shapes, and its
+temporary buffers stay unseen. Here the Python body runs too, on fake tensors inside the tracer; kernel launches are
+counted and do nothing. The fake function's answer is compared with the body's: if they disagree, torch.compile and this
+simulation would see another program than the card runs.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from launch.simulate.place import current_line
 
 
 class BodyRunner:
-    """Calls operations of the namespace `amfm`. `mismatches`: what a fake function says that the body doesn't give."""
+    """Runs operations of the namespace `amfm` and collects in `mismatches` where fake function and body disagree."""
 
     def __init__(self) -> None:
         self.bodies: dict[Any, Callable[..., Any] | None] = {}
@@ -26,7 +28,10 @@ class BodyRunner:
         self.mismatches: dict[str, str] = {}
 
     def run(self, func: Any, args: Any, kwargs: dict[str, Any], mode: Any) -> Any:
-        """What the body gives inside the dispatch mode; for PyTorch's implementations what the fake function says."""
+        """Result of the body inside the dispatch mode; of the fake function where an operation has no Triton body.
+
+        Raises ValueError for an operation without a fake function.
+        """
         if func not in self.bodies:
             self.bodies[func] = find_body(func)
         body = self.bodies[func]
@@ -45,7 +50,7 @@ class BodyRunner:
         return given
 
     def compare(self, name: str, expected: Any, given: Any) -> None:
-        """Shape, strides, dtype and device of every result."""
+        """Compare shape, strides, dtype and device of every result; note the results that differ."""
         self.compared[name] += 1
         pairs = zip(as_tuple(expected), as_tuple(given), strict=True)
         for place, (said, found) in enumerate(pairs):
@@ -54,18 +59,18 @@ class BodyRunner:
 
 
 def find_body(func: Any) -> Callable[..., Any] | None:
-    """The Python function behind a custom operation made of Triton kernels."""
+    """The Python function behind a custom operation made of Triton kernels, None for any other operation."""
     definition = OPDEFS.get(f"{func.namespace}::{func._opname}")
     return definition._init_fn if definition is not None and "triton" in func._opname else None
 
 
 def as_tuple(value: Any) -> tuple[Any, ...]:
-    """Results as a tuple."""
+    """Results of an operation as a tuple, a single one too."""
     return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
 def describe(value: Any) -> str:
-    """What a fake function must say of a tensor."""
+    """What a fake function must get right about a tensor: shape, strides, dtype and device."""
     if not isinstance(value, Tensor):
         return str(value)
     return f"{tuple(value.shape)} strides {value.stride()} {value.dtype} on {value.device}"

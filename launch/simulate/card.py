@@ -1,4 +1,10 @@
-"""What torch.cuda answers in a simulated rank: one card of a node that is always ready and never computes."""
+"""Simulated CUDA device: what torch.cuda answers in a process without one.
+
+How it works: libraries ask torch.cuda for capability, memory, streams and events. Each question gets the answer of an
+H100 on which all work is finished at once, and each call that would block the host is reported, which is how host waits
+are counted. Answers are plain values in a table rather than a subclass of anything, because torch.cuda is a module of
+functions.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +21,10 @@ Wait = Callable[[str], None]
 
 
 class SimulatedCard:
-    """The questions that libraries ask torch.cuda, with the answers of an H100.
+    """One H100 of a node as torch.cuda would describe it.
 
-    `index`: the card's number in its node of `count`. `note_wait` is told each time that the host waits for the card.
+    `index`: the device's number among `count` of its node. `note_wait` is called with a name whenever the host waits
+    for it.
     """
 
     def __init__(self, index: int, count: int, note_wait: Wait) -> None:
@@ -36,7 +43,7 @@ class SimulatedCard:
         self.stream = make_stream(self)
 
     def answers(self) -> dict[str, Any]:
-        """By name of a torch.cuda function or class: what stands in its place."""
+        """Replacement for each torch.cuda function or class, by name."""
         constant = {
             "is_available": True,
             "is_initialized": True,
@@ -77,19 +84,19 @@ class SimulatedCard:
 
 
 def always(value: Any) -> Callable[..., Any]:
-    """A function that gives this value whatever it is asked."""
+    """A function that returns `value` whatever its arguments."""
     return lambda *_, **__: value
 
 
 class StandIn:
-    """An object of these attributes; libraries keep it as a key of their tables."""
+    """Object with the given attributes; hashable by identity, since libraries use streams as dictionary keys."""
 
     def __init__(self, **attributes: Any) -> None:
         self.__dict__.update(attributes)
 
 
 def make_stream(card: SimulatedCard) -> Any:
-    """A stream on which everything is done at once."""
+    """A stream on which all work is already done; only its `synchronize` counts as a wait."""
     stream: Any = StandIn(
         cuda_stream=0, stream_id=0, device=torch.device("cuda", card.index), device_index=card.index, device_type=1
     )
@@ -101,7 +108,7 @@ def make_stream(card: SimulatedCard) -> Any:
 
 
 def make_event(card: SimulatedCard) -> Any:
-    """An event that has happened."""
+    """An event that has already happened; only its `synchronize` counts as a wait."""
     event: Any = StandIn(record=always(None), wait=always(None), query=always(True))
     event.elapsed_time = always(1.0)
     event.synchronize = lambda: card.note_wait("Event.synchronize")

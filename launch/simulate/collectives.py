@@ -1,4 +1,10 @@
-"""What a collective brings to a simulated rank, where the host will ask: what every rank would send that holds the same."""
+"""Results of collectives in a simulated rank, for the few integer tensors that the host will read.
+
+How it works: there are no other ranks, so each is assumed to send what this one sends. Then a gather repeats the own
+tensor, a sum multiplies it by the group's size, and an evenly split all-to-all brings the part meant for this rank once
+from each. That is enough to know how many rows arrive. A broadcast keeps the own values; results of other collectives
+become unknown.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +18,7 @@ from launch.simulate.values import KnownValues, leaves, real_tensors
 
 
 def fill_received(operator: str, args: Sequence[Any], values: KnownValues) -> None:
-    """After a collective: learn what its outputs hold, or forget what they held."""
+    """Update known values after a collective: set what its outputs hold, or drop what they held before."""
     if operator == "allreduce_":
         # As a sum; of maxima the host asks only for signals and faults, which are 0.
         for tensor in leaves(args[0]):
@@ -34,7 +40,7 @@ def fill_received(operator: str, args: Sequence[Any], values: KnownValues) -> No
 
 
 def from_equals(own: Tensor, rank: int, size: int) -> Tensor:
-    """What an all-to-all brings when every rank sends what this one does: the part meant for this rank, from each."""
+    """Result of an all-to-all in which every rank sends the same tensor: the part meant for `rank`, once from each."""
     return own.chunk(size)[rank].repeat(size, *[1] * (own.dim() - 1))
 
 

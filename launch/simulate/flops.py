@@ -1,6 +1,6 @@
-"""Operations of products: torch's own formulas for its operations, ours for what multiplies inside a Triton kernel.
+"""FLOPs of traced matrix products: torch's formulas for its operations, ours for products inside Triton kernels.
 
-Products that the body of an operation leaves to torch are counted there, and are not counted here again.
+Products that an operation's body leaves to torch are counted when they run, so the table below leaves them out.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Named = dict[str, Any]
 
 
 def count_flops(func: Any, args: Any, kwargs: Named, out: Any) -> int:
-    """Operations of one call; 0 for what multiplies no matrices."""
+    """FLOPs of one call (a multiply-add is two); 0 for operations without a matrix product."""
     if func.namespace == "amfm":
         count = KERNELS.get(func._opname)
         return 0 if count is None else int(count(name_arguments(func, args, kwargs)))
@@ -28,29 +28,35 @@ def count_flops(func: Any, args: Any, kwargs: Named, out: Any) -> int:
 
 
 def name_arguments(func: Any, args: Any, kwargs: Named) -> Named:
-    """The arguments of a call by their names in the schema."""
+    """Arguments of a call by the names in the operation's schema, positional ones too."""
     names = [argument.name for argument in func._schema.arguments]
     return {**dict(zip(names, args)), **kwargs}
 
 
 def _attention(given: Named, *, backward: bool) -> int:
-    """Of keys longer than queries (a context rank's) each query sees half on average."""
+    """FLOPs of causal attention over the queries' own length, scaled to the keys'.
+
+    Where keys outnumber queries (context parallelism) each query sees half of the keys on average.
+    """
     batch, queries, heads, size = given["q_BTHK"].shape
     keys = given["k_BSJK"].shape[1]
     return attention_flops(batch, queries, heads, size, backward=backward) * keys // max(1, queries)
 
 
 def _decay(given: Named, *, backward: bool) -> int:
+    """Chunked scan with one decay a head; k is [B, T, G, N], v is [B, T, H, P]."""
     (rows, tokens, groups, size), (heads, width) = given["k"].shape, given["v"].shape[2:]
     return scan_flops(rows, tokens, heads, groups, size, width, chunk_size=given["chunk_size"], backward=backward)
 
 
 def _vector(given: Named, *, backward: bool) -> int:
+    """Scan with a decay for each key channel: every head has keys of its own, so it counts as a group."""
     (rows, tokens, heads, size), width = given["k"].shape, given["v"].shape[-1]
     return scan_flops(rows, tokens, heads, heads, size, width, chunk_size=given["tile"], backward=backward)
 
 
 def _delta(given: Named, *, backward: bool) -> int:
+    """Delta-rule scan; a five-dimensional k holds several updates a token."""
     (rows, tokens, groups, size), steps = given["q"].shape, given["k"].shape[2] if given["k"].dim() == 5 else 1
     heads, width = given["v"].shape[-2:]
     sizes = (rows, tokens, steps, groups, heads, size, width)
@@ -58,21 +64,25 @@ def _delta(given: Named, *, backward: bool) -> int:
 
 
 def _diagonal(given: Named, *, backward: bool) -> int:
+    """Diagonal (Mamba1) scan over C channels with N state numbers each."""
     rows, tokens, channels = given["x"].shape
     return diag_flops(rows, tokens, channels, given["A"].shape[1], backward=backward)
 
 
 def _experts(given: Named, *, times: int) -> int:
+    """Up and down products of every chosen expert row; backward (`times=2`) has two products for each."""
     choices = 1 if given["weights_RK"] is None else given["weights_RK"].shape[1]
     weights = given["up_EFD"][0].numel() + given["down_EDF"][0].numel()
     return times * 2 * given["x_RD"].shape[0] * choices * weights
 
 
 def _logits(given: Named) -> int:
+    """One product [R, D] x [D, V]."""
     return 2 * given["hidden_RD"].shape[0] * given["weight_VD"].numel()
 
 
 def _both(formula: Callable[..., int], name: str) -> dict[str, Callable[[Named], int]]:
+    """Table entries for an operation and its backward pass."""
     return {
         name: lambda given: formula(given, backward=False),
         f"{name}_backward": lambda given: formula(given, backward=True),

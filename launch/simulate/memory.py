@@ -1,4 +1,10 @@
-"""The memory of the simulated card: every storage from its first tensor to its end, by phase, and by line at the peak."""
+"""Memory of the simulated card: bytes held over time, peak by phase, and the source lines behind the peak.
+
+How it works: a storage counts from the first operation that returns it until Python frees it, rounded up as PyTorch's
+allocator rounds. So the meter sees what the caching allocator would call allocated; fragmentation and what libraries
+take outside of it (CUDA context, NCCL buffers) are not there. Lines are summed anew only when the peak has grown a
+little, since each sum walks over all that is live.
+"""
 
 from __future__ import annotations
 
@@ -33,16 +39,16 @@ class MemoryMeter:
 
     @property
     def peak(self) -> int:
-        """The most bytes of all phases since the last `forget_peaks`."""
+        """The most bytes held in any phase since the last `forget_peaks`."""
         return max(self.peaks.values(), default=0)
 
     def enter(self, phase: str) -> None:
-        """What is allocated from now on belongs to this phase; what is held counts in it too."""
+        """Start a phase: what is held already counts in its peak too."""
         self.phase = phase
         self.peaks[phase] = max(self.peaks[phase], self.held)
 
     def forget_peaks(self) -> None:
-        """Begin to look for peaks anew."""
+        """Reset peaks, lines and curve, for a new measurement; live tensors stay counted."""
         self.peaks.clear()
         self.by_line.clear()
         self.curve.clear()
@@ -50,11 +56,14 @@ class MemoryMeter:
         self.enter(self.phase)
 
     def record_from(self, operation: int) -> None:
-        """The curve of memory begins with this operation."""
+        """Start the memory curve at this operation number."""
         self.curve = [(operation, self.held, self.phase)]
 
     def track(self, result: Any, operation: int) -> None:
-        """Count the storages of an operation's results that are on the card and new."""
+        """Count storages of an operation's results that are new and on the card.
+
+        Storages, not tensors: views share one. A finalizer takes the bytes off when Python frees the storage.
+        """
         for tensor in fake_tensors(result):
             if tensor.fake_device.type != "cuda":
                 continue
@@ -79,6 +88,7 @@ class MemoryMeter:
             self.held -= entry[0]
 
     def _note_lines(self) -> None:
+        """Remember which lines allocated what is held now, at a new peak."""
         self.noted_peak = self.held
         found: Counter[str] = Counter()
         for size, line in self.live.values():
@@ -87,7 +97,7 @@ class MemoryMeter:
 
 
 def fake_tensors(result: Any) -> Iterator[FakeTensor]:
-    """The fake tensors of an operation's result."""
+    """Fake tensors among an operation's results, nested tuples and lists included."""
     if isinstance(result, FakeTensor):
         yield result
     elif isinstance(result, (list, tuple)):

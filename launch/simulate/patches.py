@@ -26,7 +26,7 @@ from launch.simulate.card import SimulatedCard, always
 
 @dataclass(frozen=True)
 class Patch:
-    """One replaced attribute: of what, and why."""
+    """One replaced attribute: its name, and why it is replaced."""
 
     target: str
     reason: str
@@ -37,7 +37,7 @@ LAUNCHES: Counter[str] = Counter()
 
 
 def replace(owner: Any, name: str, value: Any, reason: str) -> None:
-    """Put `value` in the place of `owner.name` for the rest of this process, and remember why."""
+    """Set `owner.name` to `value` for the rest of the process and record why."""
     INSTALLED.append(Patch(f"{getattr(owner, '__name__', type(owner).__name__)}.{name}", reason))
     setattr(owner, name, value)
 
@@ -45,9 +45,9 @@ def replace(owner: Any, name: str, value: Any, reason: str) -> None:
 def install(
     card: SimulatedCard, note_launch: Callable[[str], None], read_list: Callable[[FakeTensor], list[Any]]
 ) -> None:
-    """Replace what must be before DeepSpeed is imported.
+    """Replace what has to be replaced before DeepSpeed is imported.
 
-    `note_launch` is told the name of each Triton kernel, `read_list` answers `Tensor.tolist`.
+    `note_launch` is called with the name of each launched Triton kernel; `read_list` answers `Tensor.tolist`.
     """
     os.environ["DS_ACCELERATOR"] = "cuda"
     for name, answer in card.answers().items():
@@ -69,7 +69,10 @@ def install(
 
 
 def install_fake_tensors() -> None:
-    """Let fake CUDA tensors pass where torch would touch a device, and through autograd on a build without CUDA."""
+    """Let fake CUDA tensors pass where torch would touch a device, and through autograd on a build without CUDA.
+
+    Changes torch for the whole process, so only a process of its own may call it.
+    """
     replace(fake_tensor, "init_gpu_context", always(None), "allocates a real tensor on the card")
     replace(FakeTensorMode, "avoid_device_init", property(lambda _: True), "asks torch.cuda, which says yes here")
     replace(FakeTensor, "record_stream", always(None), "no allocator waits for a stream here")
@@ -100,7 +103,7 @@ def install_fake_tensors() -> None:
 
 
 def move_fake(tensor: Any, *args: Any, **keywords: Any) -> Any:
-    """Tensor.to of a fake tensor: a move to the card where it lies is none."""
+    """`Tensor.to` for a fake tensor, in which a move to the card where it already lies is no move."""
     if tensor.fake_device.type != "cuda":
         return torch.Tensor.to(tensor, *args, **keywords)
     copy = keywords.pop("copy", False)
@@ -118,7 +121,7 @@ def move_fake(tensor: Any, *args: Any, **keywords: Any) -> Any:
 
 
 def apply_to_module(module: Any, change: Callable[[Any], Any], recurse: bool = True) -> Any:
-    """nn.Module._apply as torch does it for real tensors: parameters stay the objects that they are."""
+    """`nn.Module._apply` as torch does it for real tensors: parameters stay the same objects with new data."""
     if recurse:
         for child in module.children():
             child._apply(change)
@@ -135,7 +138,7 @@ def apply_to_module(module: Any, change: Callable[[Any], Any], recurse: bool = T
 
 
 def install_deepspeed(index: int) -> None:
-    """Replace what DeepSpeed asks of its accelerator and of other ranks."""
+    """Replace what DeepSpeed asks of its accelerator and of other ranks; `index` is this rank's device number."""
     from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
     from deepspeed.runtime.zero import partitioned_param_coordinator
 

@@ -1,4 +1,4 @@
-"""A picture of traced ranks: memory over the operations of a step, coloured by phase."""
+"""Chart of traced ranks: memory over the operations of a step, coloured by phase."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ COLOURS = {"forward": "C0", "backward": "C1", "reduction": "C2", "optimizer": "C
 
 
 def draw_trace(ranks: Sequence[TracedRank], path: Path) -> None:
-    """Write the picture; its format follows the file's name."""
+    """Write the chart to `path`, one panel a rank; the suffix chooses the format."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -25,7 +25,7 @@ def draw_trace(ranks: Sequence[TracedRank], path: Path) -> None:
 
 
 def draw_memory_curve(axes: Any, entry: TracedRank) -> None:
-    """Bytes held after each larger allocation of the second step, and the plan's peak."""
+    """Draw bytes held after each larger allocation of the second step, in GiB, and the planned peak."""
     curve = entry.traced["curve"]
     first = curve[0][0]
     places, sizes = [point[0] - first for point in curve], [point[1] / GIB for point in curve]

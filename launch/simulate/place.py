@@ -1,4 +1,9 @@
-"""Which line of the project (or of a library that steps for it) an operation comes from, and which block it belongs to."""
+"""Attribute an operation to a source line and to a kind of block, in forward and backward alike.
+
+How it works: the line is that of the innermost Python frame in amfm's packages or in a library that steps for it. A
+backward operation has no such frame, so its block is found through autograd: nodes carry sequence numbers in the order
+of the forward pass, and the numbers noted at the entrance and exit of a block enclose the nodes made inside it.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +27,7 @@ _FILES: dict[CodeType, str | None] = {}
 
 
 def current_line() -> str:
-    """File, line and function of the innermost frame of ours or of those libraries: `pretrain/step.py:150 train_step`."""
+    """Innermost frame of amfm's packages or of `LIBRARIES`, as `pretrain/step.py:150 train_step`; `?` without one."""
     frame: Any = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
@@ -36,7 +41,7 @@ def current_line() -> str:
 
 
 def shown_file(name: str) -> str | None:
-    """A file as it is shown; None for one that is passed over."""
+    """File name as reports show it; None for a file whose frames are skipped."""
     if name.startswith(OWN):
         return name.removeprefix(ROOT)
     if any(library in name for library in LIBRARIES):
@@ -45,7 +50,7 @@ def shown_file(name: str) -> str | None:
 
 
 class BlockTracker:
-    """Knows during forward and backward passes alike in which kind of block an operation is.
+    """Tells which kind of block an operation belongs to, in forward and in backward.
 
     Autograd numbers its nodes in the order of the forward pass: those of a block lie between the numbers at its
     entrance and its exit, and a node that runs names its number.
@@ -58,7 +63,7 @@ class BlockTracker:
         self.passes: dict[str, int] = {}
 
     def current(self) -> str:
-        """The kind of block, `embedding`, `head`, or `step` outside of them."""
+        """The block's kind, `embedding` or `head`; `step` outside of them."""
         if self.stack:
             return self.stack[-1]
         node = torch._C._current_autograd_node()
@@ -68,12 +73,13 @@ class BlockTracker:
         return self.kinds[place] if place >= 0 else OUTSIDE
 
     def is_backward(self) -> bool:
-        """Whether a node of autograd runs."""
+        """Whether autograd runs a backward node now."""
         return torch._C._current_autograd_node() is not None
 
     @contextmanager
     def inside(self, kind: str) -> Iterator[None]:
-        """What runs here belongs to a block of this kind."""
+        """Count what runs in the `with` block as part of a block of this kind."""
+        # Recomputation runs a block's forward inside backward: its nodes must not shift the numbers of the first pass.
         is_recomputed = self.is_backward()
         if not is_recomputed:
             self._mark(kind)
@@ -87,7 +93,7 @@ class BlockTracker:
                 self._mark(self.stack[-1] if self.stack else OUTSIDE)
 
     def wrap(self, owner: Any, name: str, kind: str) -> None:
-        """Let a method of an object run inside the block `kind`."""
+        """Replace a method of an object by one that runs inside the block `kind`."""
         method: Callable[..., Any] = getattr(owner, name)
 
         def run(*args: Any, **keywords: Any) -> Any:
@@ -97,7 +103,7 @@ class BlockTracker:
         setattr(owner, name, run)
 
     def forget_passes(self) -> None:
-        """Between steps: no node of the last one runs again."""
+        """Forget the noted numbers between steps: no node of the last step runs again."""
         self.starts.clear()
         self.kinds.clear()
         self.passes.clear()

@@ -1,7 +1,12 @@
-"""A process that is one rank of a simulated cluster: builds the run, takes two steps, copies the state for a checkpoint.
+"""One rank of a simulated cluster, as a process: build the run, take two steps, copy the state as a checkpoint would.
+
+How it works: a fake process group gives the process its rank among any number; FakeTensorMode gives tensors without
+storage; the tracer above it sees every operation. Model, engine and step are the real code of `pretrain`, so that what
+is traced is what a card would run. Two steps, because the optimizer allocates its moments in the first.
 
 Called as `python -m launch.simulate.rank`; SETTINGS, JSON on its first line of input, says which rank of which run. It
-answers in lines of JSON: `progress`, then `result` or `refused`. A process of its own, because it replaces parts of torch.
+answers in lines of JSON: `progress`, then `result` or `refused`. A process of its own, because it replaces parts of
+torch.
 """
 
 from __future__ import annotations
@@ -33,7 +38,7 @@ PHASES = {"data": "forward", "forward": "forward", "reduce": "reduction", "optim
 
 
 def serve() -> None:
-    """Read the settings, answer with progress and the result."""
+    """Read settings from standard input; answer progress, then the result or the refusal, as lines of JSON."""
     answer = open_answers()
     settings = json.loads(sys.stdin.readline())
     started = time.perf_counter()
@@ -49,9 +54,10 @@ def serve() -> None:
 
 
 def trace_rank(config: RunConfig, settings: dict[str, Any], report: Callable[[str], None]) -> dict[str, Any]:
-    """What rank `settings["rank"]` of `settings["ranks"]` holds, computes, sends and waits for.
+    """Trace rank `settings["rank"]` of `settings["ranks"]`: memory, FLOPs, traffic and host waits, as JSON values.
 
-    `config` is one training stage taken as a run, with as many micro-batches as shall be traced.
+    `config` is one training stage taken as a run, with as many micro-batches as shall be traced. Raises ValueError for
+    what the simulation cannot run.
     """
     rank, ranks, node = settings["rank"], settings["ranks"], settings["gpus_per_node"]
     # The first card of its node whatever the rank: what is made on "cuda" without a number lies there.
@@ -76,9 +82,9 @@ def trace_rank(config: RunConfig, settings: dict[str, Any], report: Callable[[st
 
 
 def planned_traffic(config: RunConfig, ranks: int) -> list[tuple[str, str, int]] | str:
-    """Axis, collective and bytes of all ranks by formula, or why there is none; where there are process groups.
+    """Bytes of all ranks by (axis, collective) from the formulas, or the reason why there are none.
 
-    Without them Megatron-core's layers take every group for one rank.
+    Must run after process groups exist: without them Megatron-core's layers take every group for one rank.
     """
     from launch.plan.traffic import expected_bytes
 
@@ -90,7 +96,10 @@ def planned_traffic(config: RunConfig, ranks: int) -> list[tuple[str, str, int]]
 
 
 def run_steps(config: RunConfig, parallel: Any, tracer: Tracer, report: Callable[[str], None]) -> dict[str, Any]:
-    """Build, step and stage a checkpoint under the tracer."""
+    """Build the run, take two steps and stage a checkpoint under the tracer.
+
+    All numbers are of the second step, but for the peaks of building and of checkpoint staging.
+    """
     from pretrain.step import train_step
 
     run = build_run(config, parallel, tracer, report)
@@ -189,7 +198,7 @@ def build_run(config: RunConfig, parallel: Any, tracer: Tracer, report: Callable
 
 
 def stage_checkpoint(run: Any) -> None:
-    """Copy to the host what this rank would write; every rank that ZeRO spreads over writes its own range."""
+    """Copy to the host the fragments that this rank would write to a checkpoint."""
     from pretrain.checkpoint.fragments import collect_fragments, list_parts
 
     tensors: dict[str, Any] = {}

@@ -1,4 +1,10 @@
-"""`amfm plan --trace`: ranks of a run on the simulated cluster, each in a process of its own, beside what the plan says."""
+"""`amfm plan --trace`: run ranks on the simulated cluster and put what they did beside the plan's estimates.
+
+How it works: one training stage is cut down to pipeline + 1 micro-batches, enough for every phase of its schedule. For
+each chosen rank a child process (`rank.py`) takes real steps on fake tensors and answers with its numbers; here they
+are paired with the formulas of `launch/plan`. By default the first rank of the first and of the last pipeline stage
+run: only they hold the embedding and the head.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +36,7 @@ PROGRESS_LINES = 6  # that a rank gives: start, groups, model, engine, two steps
 
 @dataclass(frozen=True)
 class TracedRank:
-    """One rank: what the plan says of it and what it did. `traced` is what launch/simulate/rank.py answers."""
+    """One rank's estimate and trace; `traced` is the answer of launch/simulate/rank.py."""
 
     rank: int
     stage: str
@@ -41,21 +47,21 @@ class TracedRank:
 
     @property
     def peak_bytes(self) -> int:
-        """The most bytes of the second step."""
+        """Peak bytes of the second step."""
         return int(self.traced["peak_bytes"])
 
     @property
     def build_bytes(self) -> int:
-        """The most bytes before the first step: the model, then the engine around it."""
+        """Peak bytes before the first step, over building the model and the engine around it."""
         return max(self.traced["phases"][phase] for phase in ("build", "engine"))
 
     def held_parameters(self) -> float:
-        """Parameters that the plan gives this rank."""
+        """Parameters that the plan assigns to this rank."""
         stages = held_by_stages(self.config.model, self.layout, self.config.train.sequence_length)
         return stages[pipeline_stage(self.config, self.layout.ranks, self.rank)].parameters
 
     def error(self) -> float:
-        """How much more the plan says than the trace found, in parts of what was found."""
+        """Relative error of the planned peak against the traced one; positive when the plan says more."""
         return self.predicted.total() / self.peak_bytes - 1
 
 
@@ -93,7 +99,7 @@ def trace_run(
 
 
 def check_torch(version: str) -> None:
-    """Refuse a torch for which the simulated rank was not written. Raises ValueError."""
+    """Refuse releases of torch whose private parts the patches don't know. Raises ValueError."""
     if ".".join(version.split(".")[:2]) not in TORCH_RELEASES:
         raise ValueError(
             f"--trace is written for torch {', '.join(TORCH_RELEASES)}, and this is {version}: it replaces private parts of "
@@ -102,7 +108,7 @@ def check_torch(version: str) -> None:
 
 
 def tell(report: Report, before: int, lines: int, done: int, what: str) -> None:
-    """One rank's progress as a part of that of all."""
+    """Report one rank's progress as part of all ranks' progress."""
     report(before + done, lines, what)
 
 
@@ -128,7 +134,10 @@ def traced_config(config: RunConfig, ranks: int, stage_name: str | None) -> RunC
 
 
 def chosen_ranks(config: RunConfig, ranks: int, only: int | None) -> list[int]:
-    """The rank asked for, or the first of the first and of the last pipeline stage. Raises ValueError."""
+    """The rank asked for, else the first of the first and of the last pipeline stage.
+
+    Raises ValueError for a rank that is not there.
+    """
     if only is None:
         pipeline = config.parallel.pipeline
         return sorted({0, (pipeline - 1) * (ranks // pipeline)})
@@ -138,12 +147,12 @@ def chosen_ranks(config: RunConfig, ranks: int, only: int | None) -> list[int]:
 
 
 def pipeline_stage(config: RunConfig, ranks: int, rank: int) -> int:
-    """The stage of a rank: pipeline is the outermost axis."""
+    """Pipeline stage of a rank; pipeline is the outermost axis."""
     return rank // (ranks // config.parallel.pipeline)
 
 
 def run_child(settings: dict[str, Any], report: Callable[[int, str], None]) -> dict[str, Any]:
-    """One simulated rank. Raises ValueError with what it refuses."""
+    """Trace one rank in a process of its own. Raises ValueError with what that refuses."""
     rank = settings["rank"]
     report(0, f"rank {rank}: imports")
     with Child("launch.simulate.rank", quiet=True) as child:
@@ -161,7 +170,7 @@ def run_child(settings: dict[str, Any], report: Callable[[int, str], None]) -> d
 
 
 def predicted_flops(entry: TracedRank) -> dict[str, float]:
-    """Operations of a step on this rank by kind, as they count for MFU, and a third more where blocks are recomputed."""
+    """FLOPs of a step on this rank by kind, as MFU counts them, and a third more where blocks are recomputed."""
     config, layout = entry.config, entry.layout
     tokens = layout.tokens(config) * layout.micro_batches(config) / layout.tensor
     stage = pipeline_stage(config, layout.ranks, entry.rank)
@@ -177,7 +186,7 @@ def predicted_flops(entry: TracedRank) -> dict[str, float]:
 
 
 def traced_flops(entry: TracedRank) -> dict[str, float]:
-    """The same as traced: every product, those of recomputation and inside kernels too."""
+    """FLOPs of the traced step by kind: every product, those of recomputation and inside kernels too."""
     found: Counter[str] = Counter()
     for kind, flops in entry.traced["flops"].items():
         found[kind_of(kind)] += flops
@@ -185,12 +194,12 @@ def traced_flops(entry: TracedRank) -> dict[str, float]:
 
 
 def kind_of(place: str) -> str:
-    """A block's letter as its kind; other places of a step keep their names."""
+    """Kind of a block by its letter; other places of a step keep their names."""
     return place if place in ("embedding", "head", "step") else block_kind(place)
 
 
 def predicted_bytes(entry: TracedRank) -> dict[tuple[str, str], float] | str:
-    """Bytes handed to collectives by axis and collective in the mean of all ranks, or why there is no formula."""
+    """Mean bytes that a rank hands to collectives, by (axis, collective); or why there is no formula."""
     planned = entry.traced["planned_traffic"]
     if isinstance(planned, str):
         return planned
@@ -201,7 +210,7 @@ def predicted_bytes(entry: TracedRank) -> dict[tuple[str, str], float] | str:
 
 
 def traced_bytes(entry: TracedRank) -> dict[tuple[str, str], dict[str, int]]:
-    """Bytes that this rank handed in, by axis and collective: in the passes, and once a step."""
+    """Bytes that this rank handed in, by (axis, collective): in the passes, and once a step."""
     found: dict[tuple[str, str], dict[str, int]] = {}
     for row in entry.traced["traffic"]:
         place = found.setdefault((row["axis"], row["collective"]), {"passes": 0, "once a step": 0})
@@ -210,7 +219,7 @@ def traced_bytes(entry: TracedRank) -> dict[tuple[str, str], dict[str, int]]:
 
 
 def trace_as_dict(entry: TracedRank) -> dict[str, Any]:
-    """One rank for scripts."""
+    """One rank as JSON values: bytes, FLOPs and counts."""
     traced = entry.traced
     by_axis: dict[str, dict[str, dict[str, int]]] = {}
     for (axis, collective), sizes in traced_bytes(entry).items():

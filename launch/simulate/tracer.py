@@ -1,4 +1,11 @@
-"""Sees every operation of a simulated rank: what it allocates, computes, sends, and where the host waits for the card."""
+"""Dispatch mode that records every operation of a simulated rank: allocations, FLOPs, traffic and host waits.
+
+How it works: the mode stands above FakeTensorMode and sees each operation that reaches the dispatcher, from Python or
+from autograd's C++. It runs the operation on fake tensors, then tells the meters: `memory.py` new storages, `flops.py`
+products, `count_collectives` what is sent. The host's control flow depends on a few integers (rows for each expert
+rank, documents), so `values.py` carries those along on the CPU; other numbers that Python asks for get a harmless
+answer. A mode rather than a profiler, because without a device there is nothing to profile.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +38,7 @@ PASSES = ("forward", "backward")
 
 @dataclass
 class Tally:
-    """What a step did, by kind of block or by line."""
+    """Counts of one step: by kind of block, host waits by line."""
 
     flops: Counter[str] = field(default_factory=Counter)
     triton_launches: Counter[str] = field(default_factory=Counter)
@@ -40,7 +47,7 @@ class Tally:
 
 
 class Tracer(TorchDispatchMode):
-    """Stands before FakeTensorMode. `device` is the simulated card."""
+    """Dispatch mode above FakeTensorMode that runs and records operations. `device` is the simulated card."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -53,33 +60,33 @@ class Tracer(TorchDispatchMode):
         self.tally = Tally()
 
     def watch(self, groups: ProcessGroupCollection) -> None:
-        """Know the axes of the ranks' groups; before the first operation."""
+        """Learn the process groups, whose axes traffic is counted by; call before the first operation."""
         self.groups = groups
         self.begin_step()
 
     def begin_step(self) -> None:
-        """Count from nothing."""
+        """Reset all counts of a step."""
         self.tally = Tally()
         self.traffic = {when: CommunicationCounter(self.groups) for when in ("passes", "once a step")}
         self.blocks.forget_passes()
 
     def enter(self, phase: str) -> None:
-        """The phase as the run names it; backward passes are told apart here."""
+        """Start a phase as the run names it; the tracer itself tells backward from forward."""
         self.base_phase = phase
         self.memory.enter(phase)
 
     def note_launch(self, kernel: str) -> None:
-        """A Triton kernel was launched."""
+        """Count a launch of a Triton kernel for the current block."""
         self.tally.triton_launches[self.blocks.current()] += 1
 
     def note_wait(self, what: str) -> None:
-        """The host waits for the card here."""
+        """Count a point where the host waits for the card, under its source line."""
         self.tally.host_waits[f"{current_line()}: {what}"] += 1
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run an operation on fake tensors, and write down what it did."""
+        """Run an operation on fake tensors and record what it did."""
         kwargs = dict(kwargs or {})
         self.operations += 1
         self._tell_backward()
@@ -107,6 +114,10 @@ class Tracer(TorchDispatchMode):
                 self.memory.enter(phase)
 
     def _run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Run one operation; where its size depends on values, take it from the known values.
+
+        Raises RuntimeError without them.
+        """
         try:
             return func(*args, **kwargs)
         except DynamicOutputShapeException:
@@ -122,7 +133,10 @@ class Tracer(TorchDispatchMode):
             return torch.empty(found.shape, dtype=found.dtype, device=device)
 
     def _answer_scalar(self, tensor: Tensor) -> Any:
-        """A number that Python asks of a tensor."""
+        """The number that Python reads from a tensor: its known value, else a harmless one.
+
+        Unknown flags are answered yes, except by functions that ask whether something is wrong.
+        """
         if isinstance(tensor, FakeTensor) and tensor.fake_device.type == "cuda":
             self.note_wait("a number of the device")
         known = self.values.read(tensor)
@@ -137,7 +151,7 @@ class Tracer(TorchDispatchMode):
         return float(value) if tensor.dtype.is_floating_point else int(value)
 
     def read_list(self, tensor: FakeTensor) -> list[Any]:
-        """Tensor.tolist: one wait for all numbers."""
+        """`Tensor.tolist`: known values or zeros, and one host wait for all of them."""
         if tensor.fake_device.type == "cuda":
             self.note_wait("numbers of the device")
         known = self.values.read(tensor)
@@ -147,6 +161,7 @@ class Tracer(TorchDispatchMode):
         return known
 
     def _communicate(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Count a collective and answer it at once: no other rank exists."""
         when = "passes" if self.base_phase in PASSES else "once a step"
         self.traffic[when].count(func._opname, args)
         fill_received(func._opname, args, self.values)
@@ -178,14 +193,18 @@ class Tracer(TorchDispatchMode):
 
 
 def computes_on_card(func: Any, out: Any) -> bool:
-    """Whether an operation launches a kernel: it is no view, and makes no empty tensor."""
+    """Whether an operation launches a kernel on the card: views and empty tensors do not."""
     if func.is_view or "empty" in func._opname or func._opname in ("detach", "lift_fresh", "_unsafe_view", "alias"):
         return False
     return any(tensor.device.type == "cuda" for tensor in leaves(out))
 
 
 class DeviceWords(TorchFunctionMode):
-    """What Python says about devices: a number is a card, and "meta" is meant where it is said."""
+    """Function mode for devices as Python names them.
+
+    A bare number means a card; "meta" counts as meant only where it is written, since C++ also says it of fake CUDA
+    tensors.
+    """
 
     def __init__(self, tracer: Tracer) -> None:
         super().__init__()
@@ -194,7 +213,7 @@ class DeviceWords(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Pass the call on with devices by name."""
+        """Call the function with devices by name, marking calls that name the meta device."""
         kwargs = dict(kwargs or {})
         if isinstance(kwargs.get("device"), int):
             kwargs["device"] = torch.device("cuda", kwargs["device"])

@@ -23,13 +23,13 @@ MOST_NUMBERS = 1 << 22
 
 
 class KnownValues:
-    """Twins of storages, by the storage."""
+    """Real CPU twins of fake storages, by storage identity."""
 
     def __init__(self) -> None:
         self.twins: dict[int, Tensor] = {}
 
     def of(self, tensor: Tensor) -> Tensor | None:
-        """The values of a tensor: a real tensor on the CPU that shares memory with those of its views; None if unknown."""
+        """Values of a tensor as a real CPU tensor that shares memory with the twin; None where unknown."""
         if not isinstance(tensor, FakeTensor):
             return tensor if tensor.device.type == "cpu" else None
         if tensor.constant is not None:
@@ -42,7 +42,7 @@ class KnownValues:
             return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
     def read(self, tensor: Tensor) -> Any:
-        """The values as Python's numbers, in lists as of `tolist`; None if unknown."""
+        """Values of a tensor as Python numbers, as `tolist` gives them; None where unknown."""
         known = self.of(tensor)
         if known is None:
             return None
@@ -50,7 +50,7 @@ class KnownValues:
             return known.tolist()
 
     def learn(self, tensor: Tensor, values: Tensor) -> None:
-        """From now on the tensor's storage has these values."""
+        """Set the values of a tensor, and with them its storage's twin; large storages stay unknown."""
         storage = tensor.untyped_storage()
         if storage.nbytes() > 8 * MOST_NUMBERS:
             return
@@ -63,11 +63,14 @@ class KnownValues:
         self.twins[storage._cdata] = twin
 
     def forget(self, tensor: Tensor) -> None:
-        """Something unknown was written."""
+        """Drop the twin of a tensor's storage after something unknown was written to it."""
         self.twins.pop(tensor.untyped_storage()._cdata, None)
 
     def compute(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """What the operation gives on known values, in place too; None where an input is unknown or the numbers many."""
+        """Result of an operation on the twins, in-place writes included.
+
+        None where an input is unknown, a float or large: only small integers steer the host.
+        """
         tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
         values = {}
         for tensor in tensors:
@@ -84,7 +87,10 @@ class KnownValues:
             return func(*twin_args, **twin_kwargs)
 
     def follow(self, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
-        """After an operation on fake tensors: learn its integer results, or forget what it wrote into."""
+        """Update twins after an operation on fake tensors.
+
+        Integer results of known inputs become known; what unknown values were written to is dropped.
+        """
         written: list[Tensor] = [tensor for tensor in written_tensors(func, args, kwargs) if is_fake(tensor)]
         results: list[Tensor] = [tensor for tensor in leaves(out) if is_fake(tensor)]
         if not any(not tensor.is_floating_point() for tensor in results):
@@ -107,7 +113,11 @@ class KnownValues:
                 self.learn(tensor, values)
 
     def assume(self, func: Any, out: Any) -> None:
-        """Routers choose experts in turn, so that all get the same: nothing else is known of a choice among scores."""
+        """Assume balanced routing: experts are chosen in turn, so that all receive the same number of rows.
+
+        Scores are unknown, so nothing better is known of the choice; `--trace` therefore shows a balanced router's
+        memory.
+        """
         if func._opname == "route_triton":
             ids_RK, _, counts_E, _ = out
             experts = counts_E.shape[0]
@@ -140,17 +150,17 @@ class _RealTensors:
 
 
 def is_fake(tensor: Tensor) -> bool:
-    """Whether a tensor has no values."""
+    """Whether a tensor is fake: shape and dtype without values."""
     return isinstance(tensor, FakeTensor)
 
 
 def leaves(value: Any) -> Iterator[Tensor]:
-    """The tensors of arguments or results, in order."""
+    """Tensors among arguments or results, in order."""
     yield from (leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, Tensor))
 
 
 def written_tensors(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:
-    """The arguments that an operation writes into, as its schema says."""
+    """Arguments that an operation writes to, by its schema."""
     for position, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[position] if position < len(args) else kwargs.get(argument.name)
@@ -158,7 +168,7 @@ def written_tensors(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> I
 
 
 def created_shape(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[int, ...]:
-    """The shape of what a factory makes; a range counts as its end."""
+    """Shape of what a factory function makes; for a range the largest bound stands for its length."""
     if args and isinstance(args[0], (list, tuple)):
         return tuple(int(size) for size in args[0])
     numbers = [value for value in args if isinstance(value, (int, float))]
