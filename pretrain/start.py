@@ -3,6 +3,9 @@
 The order matters. Settings are checked before anything is opened, data before the model is built (a missing store should
 not cost minutes of initialisation), the checkpoint is loaded before the log is opened, and the run directory is written to
 only when everything fits: a refused start leaves no trace in the run that it was refused for.
+
+Ranks compare what they were started with twice, before the model is built: configuration and versions first, then the
+identities of data and tokenizer. A rank that differed would hang the others in a collective, or train another model.
 """
 
 from __future__ import annotations
@@ -103,6 +106,7 @@ def start_run(config: RunConfig, signals: SignalWatch) -> Run:
         keeps_freed_memory=keeps_freed_memory,
     )
     loaded = resume(run)
+    # The checkpoint may have been saved in a later stage; the model was built for the first.
     run.stage = last_stage(stages, run.progress.step)
     run.model.set_rope(run.stage.rope)
     if parallel.is_main:
@@ -151,7 +155,10 @@ def open_validations(
 
 
 def check_vocabulary(config: RunConfig, loader: PretrainLoader) -> None:
-    """Raise ValueError where the store has tokens without a row in the embedding."""
+    """Raise ValueError where the store has tokens without a row in the embedding.
+
+    `check_run` cannot know this: the size of a given tokenizer is known only from the store.
+    """
     if loader.store.vocab_size > config.model.vocab_size:
         raise ValueError(
             f"model.vocab_size={config.model.vocab_size} must be at least {loader.store.vocab_size}, the vocabulary of "
@@ -160,7 +167,10 @@ def check_vocabulary(config: RunConfig, loader: PretrainLoader) -> None:
 
 
 def check_tokenizer(config: RunConfig) -> None:
-    """The store's tokenizer must be the one that made the tokens: exports and generation will need it. RuntimeError if not."""
+    """Read the store's tokenizer, which exports and generation will need; nothing for a synthetic task.
+
+    Raises RuntimeError when it is not the one that made the tokens.
+    """
     if config.data.probe is None:
         load_tokenizer(config.data.text_store())
 
@@ -168,7 +178,7 @@ def check_tokenizer(config: RunConfig) -> None:
 def build_model(config: RunConfig, parallel: Parallel) -> HybridModel:
     """Build the model in float32 with its initial weights, compiled and recomputed as the run asks.
 
-    With a pipeline it is this rank's part. Initial weights are random functions of the seed, the same on all layouts of
+    With a pipeline it is this rank's part, and under tensor and expert parallelism its shard. Initial weights are random functions of the seed, the same on all layouts of
     ranks, or `run.initial_weights` when no checkpoint of the run exists to replace them.
     """
     section, pieces = config.parallel, None

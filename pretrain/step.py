@@ -110,6 +110,7 @@ def train_step(run: Run) -> StepResult:
     sequence_length = run.loader.sequence_length
     batches = run.loader.take(global_batch_size, stage.micro_batch_size)
     num_micro_batches = global_batch_size // stage.micro_batch_size
+    # Waiting for other ranks is no work of this one: stragglers are found by busy time alone.
     read = time.perf_counter()
     valid_tokens = max(1, count_valid_tokens(batches, run.parallel))
     waited_seconds = time.perf_counter() - read
@@ -124,6 +125,7 @@ def train_step(run: Run) -> StepResult:
                 losses.append(output.loss.total.detach() / valid_tokens)
         run.heartbeat.at(progress.step + 1, "reduce")
         busy_seconds = time.perf_counter() - start - waited_seconds
+        # Still inside `accumulate`: a step to be skipped must be poisoned before gradients are reduced.
         signal = sums.reduce(run.parallel, run.signals.received)
         loss = float(sums.nll) / valid_tokens
         anomaly = judge_loss(loss, progress.recent_losses, run.config.health)
@@ -134,6 +136,7 @@ def train_step(run: Run) -> StepResult:
     outcome = engine.step(rate)
     skip = None
     if outcome.applied:
+        # Only after a step that counts, and from counts of all ranks, so that every copy of the bias moves alike.
         run.model.update_expert_bias(sums.expert_counts)
         progress.skipped_in_row = 0
         remember_loss(loss, progress.recent_losses, run.config.health)
@@ -142,6 +145,7 @@ def train_step(run: Run) -> StepResult:
         skip = describe_skip(run.parallel, batches, [float(loss) for loss in losses], engine.fault)
         progress.skipped_in_row += 1
         progress.skipped_steps += 1
+    # A skipped step advances too: schedule, stages and data are functions of the step.
     progress.step += 1
     progress.tokens += global_batch_size * sequence_length
     auxiliary = {name: float(value) / num_micro_batches for name, value in sums.auxiliary.items()}

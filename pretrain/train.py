@@ -42,12 +42,13 @@ from pretrain.validate import validate
 def train(config: RunConfig) -> int:
     """Train, resuming by itself from `run.dir`, and return the exit code. Every rank must call this.
 
-    0: the steps asked for are done, or SIGTERM or SIGUSR1 asked to stop, and everything is saved. 130: Ctrl-C, saved. 3: too many steps in a row had
-    gradients that are not finite; the newest checkpoint stands. Raises ValueError for settings and data that do not
+    0: the steps asked for are done, or SIGTERM or SIGUSR1 asked to stop, and everything is saved. 130: Ctrl-C, saved.
+    3: an anomaly ended the run (`handle_anomaly`); the newest checkpoint stands. Raises ValueError for settings and data that do not
     fit, OSError while it starts, RuntimeError for the machine's state and for all that ends a run under way; where another
     rank is gone, the message names it.
     """
     with SignalWatch(announces=is_first_rank()) as signals:
+        # Outside of `while_running`: what fails in the start may be a setting, and keeps that exit code.
         run = start_run(config, signals)
         with while_running():
             try:
@@ -55,6 +56,7 @@ def train(config: RunConfig) -> int:
                     return run_steps(run)
             except RuntimeError as error:
                 text = record_failure(run, str(error))
+                # A bug keeps its type and traceback, and an unchanged message needs no second error around it.
                 if is_bug(error) or text == str(error):
                     raise
                 raise RuntimeError(text) from error
@@ -82,6 +84,7 @@ def run_steps(run: Run) -> int:
         step = run.progress.step
         if is_due(step, train.validate_every_steps) or step == steps:
             measure_validation(run)
+        # Logged before an anomaly may end the run or a rollback may save, so that each step has its line.
         record(run, result)
         if result.anomaly is not None and not handle_anomaly(run, result.anomaly):
             return RUN_FAILED
@@ -141,7 +144,11 @@ def record(run: Run, result: StepResult) -> None:
 
 
 def describe_step(run: Run, result: StepResult) -> dict[str, Any]:
-    """The step's line of metrics.jsonl; NaN and infinities become null, because JSON has no word for them."""
+    """Build the step's line of metrics.jsonl; NaN and infinities become null, because JSON has no word for them.
+
+    `mfu`: model FLOPs, without those of recomputation, over the peak of all ranks. `expert_load`: tokens of the fullest
+    expert over the mean, for each MoE block.
+    """
     tokens_per_second = result.tokens / result.seconds
     flops = sum(flops_per_token(run.config.model, result.sequence_length).values())
     metrics: dict[str, Any] = {
@@ -172,7 +179,7 @@ def describe_step(run: Run, result: StepResult) -> dict[str, Any]:
 
 
 def describe_data(ledger: Sequence[SourceUse]) -> dict[str, Any]:
-    """Data use for the log: tokens of each source in the newest phase, and its epochs since the run began."""
+    """Summarise data use for the log: tokens of each source in the newest phase, and its epochs since the run began."""
     newest = [line for line in ledger if line.phase == ledger[-1].phase]
     return {
         "phase": ledger[-1].phase,
@@ -182,7 +189,7 @@ def describe_data(ledger: Sequence[SourceUse]) -> dict[str, Any]:
 
 
 def finite(value: float) -> float | None:
-    """The value, or None for NaN and infinities."""
+    """Replace NaN and infinities by None."""
     return value if abs(value) < float("inf") else None
 
 
@@ -224,6 +231,7 @@ def roll_back(run: Run, anomaly: StepAnomaly) -> bool:
     back_at = restore_newest_weights(run)
     if back_at is None:
         return abort_run(run, f"{anomaly.text}, and there is no checkpoint to go back to")
+    # Counted in the saved progress, so that restarts cannot roll back for ever.
     progress.rollbacks += 1
     run.record_event("rolled_back", cause=anomaly.text, weights_of_step=back_at, rollbacks=progress.rollbacks)
     run.say(

@@ -1,4 +1,8 @@
-"""Validation: loss on held-out text, and the accuracy where the data is a synthetic task."""
+"""Validation: loss on held-out text, and the accuracy where the data is a synthetic task.
+
+Measured on the run's own layout of ranks, with the batch and row length of its stage, so that losses of training and
+validation compare. The loader starts at its first sample each time: two validations of a run see the same rows.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,7 @@ class Validation:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss)."""
+        """exp(loss), of a loss cut at 700 nats, before float64 overflows."""
         return math.exp(min(self.loss, 700.0))
 
 
@@ -49,6 +53,7 @@ def validate(run: Run) -> Validation:
             sums.add(output)
         predicted = [output.predictions_BT for output in outputs if output.predictions_BT is not None]
         for batch, micro_batch, predictions_BT in zip(batches, micro_batches, predicted):
+            # Each rank fills in its rows, or its part of them, and the sum over ranks puts the counts together.
             # Validation begins at sample 0, so that a sample's number is its row here.
             counts_R2[list(batch.sample_ids)] = count_correct(predictions_BT, micro_batch.labels_BT)
     run.engine.module.train()

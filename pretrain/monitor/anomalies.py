@@ -1,4 +1,10 @@
-"""Anomalies of a step: gradients that are not finite and losses that jump; their detection and description."""
+"""Anomalies of a step: gradients that are not finite and losses that jump; their detection and description.
+
+Detection uses numbers that all ranks share (the reduced loss, the global norm), so every rank comes to the same verdict
+without asking the others. Description needs what one rank alone knows, its samples and parameters, and gathers that after
+a step was skipped, when the cost of a collective on objects does not matter. A spike is judged against the median of
+recent losses, which one earlier spike does not move.
+"""
 
 from __future__ import annotations
 
@@ -57,6 +63,7 @@ def judge_loss(loss: float, recent_losses: Sequence[float], health: HealthConfig
     if health.on_spike == "ignore" or len(recent_losses) < health.spike_window:
         return None
     median = statistics.median(recent_losses)
+    # A loss of NaN is no spike: it comes with gradients that are not finite, which are an anomaly of their own.
     if not loss > health.spike_ratio * median:
         return None
     return StepAnomaly(
@@ -66,7 +73,10 @@ def judge_loss(loss: float, recent_losses: Sequence[float], health: HealthConfig
 
 
 def remember_loss(loss: float, recent_losses: list[float], health: HealthConfig) -> None:
-    """Add a step's loss to the window, in place; does nothing where spikes are ignored."""
+    """Add a step's loss to the window of the newest `spike_window`, in place; does nothing where spikes are ignored.
+
+    The window is saved in checkpoints, so that a resumed run judges as an uninterrupted one.
+    """
     if health.on_spike != "ignore":
         recent_losses.append(loss)
         del recent_losses[: -health.spike_window]

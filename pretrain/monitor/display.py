@@ -1,4 +1,9 @@
-"""Progress display: a live panel on a terminal, plain lines anywhere else, all on standard error."""
+"""Progress display: a live panel on a terminal, plain lines anywhere else, all on standard error.
+
+Standard output belongs to results, which other programs read. A log file of a cluster job gets a line every
+`log_every_steps` steps, without control characters; a terminal gets a panel that is redrawn in place, with remarks
+scrolling above it. Both show the same numbers, those of metrics.jsonl, and the display keeps nothing that a run needs.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +51,7 @@ class Display:
         self.console.print(escape(text))
 
     def show(self, metrics: dict[str, Any]) -> None:
-        """Show a step's line of metrics.jsonl."""
+        """Show a step's line of metrics.jsonl: update the panel, or print a line if one is due."""
         if metrics["loss"] is not None:
             self.losses.append(metrics["loss"])
         self.seconds.append(metrics["seconds"])
@@ -74,7 +79,7 @@ class Display:
         )
 
     def remaining(self, step: int) -> str:
-        """Estimate the time to the last step at the pace of the last few."""
+        """Estimate the time to the last step at the mean pace of the last AVERAGED_STEPS steps."""
         pace = sum(self.seconds) / len(self.seconds)
         return format_duration(pace * (self.last_step - step))
 
@@ -133,7 +138,7 @@ class Display:
 
 
 def draw_sparkline(values: Sequence[float]) -> str:
-    """Draw values as a row of bars, averaged to the width."""
+    """Draw values as a row of bars: means of equal runs of values, scaled between the smallest and the largest mean."""
     if not values:
         return ""
     numbers = list(values)
@@ -141,6 +146,7 @@ def draw_sparkline(values: Sequence[float]) -> str:
     edges = [round(index * len(numbers) / width) for index in range(width + 1)]
     means = [sum(numbers[start:stop]) / (stop - start) for start, stop in pairwise(edges)]
     low, high = min(means), max(means)
+    # A flat curve has no span; it is drawn as the lowest bars.
     span = (high - low) or 1.0
     return "".join(BARS[min(len(BARS) - 1, int((mean - low) / span * len(BARS)))] for mean in means)
 
@@ -152,7 +158,7 @@ def show_accuracy(metrics: dict[str, Any]) -> str:
 
 
 def show_number(value: float | None, form: str) -> str:
-    """Format a number; a dash where it was not measured, `nan` where it was not finite."""
+    """Format a number; a dash for None: not measured, or not finite, which the log writes as null."""
     return "-" if value is None else format(value, form)
 
 

@@ -1,4 +1,10 @@
-"""Environment of a run: the record beside its metrics, and the peak that its MFU is measured against."""
+"""Environment of a run: the record beside its metrics, and the peak that its MFU is measured against.
+
+Model FLOPs utilisation (Chowdhery et al. 2022, arXiv 2204.02311, appendix B) is the model's arithmetic a second over the
+device's peak. For known cards the peak is the vendor's number for dense matrices. CPUs have no number that fits (it
+depends on cores, clock and library), so there the best matrix product that the ranks reach together is measured, for a
+moment, at the start; MFU is then relative to that.
+"""
 
 from __future__ import annotations
 
@@ -39,6 +45,7 @@ CARD_TERAFLOPS = {
     "L4": (121.0, 60.5),
     "A10": (125.0, 62.5),
 }
+# Side of the square matrices of the measurement, and how long it is repeated.
 MEASURED_SIZE = 768
 MEASURED_SECONDS = 0.1
 
@@ -62,6 +69,7 @@ def find_peak(parallel: Parallel, precision: str) -> Peak:
             if all(part in name for part in card.split()):
                 teraflops = bf16 if precision == "bf16" else float32
                 return Peak(teraflops * 1e12 * parallel.world_size, f"{precision} data-sheet peak of {card}")
+    # A CPU without bf16 instructions is faster in float32: a run in bf16 is held against the faster of the two.
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     own = max(measure_matmul(parallel.device, dtype), measure_matmul(parallel.device, torch.float32))
     total = torch.tensor(own, dtype=torch.float64, device=parallel.device)
@@ -74,7 +82,10 @@ def find_peak(parallel: Parallel, precision: str) -> Peak:
 
 
 def measure_matmul(device: torch.device, dtype: torch.dtype) -> float:
-    """Measure the FLOP/s of the best square product within a tenth of a second."""
+    """Measure the FLOP/s of the best square product within MEASURED_SECONDS, and of one product at least.
+
+    The best and not the mean: the first product pays for allocation and for starting threads.
+    """
     matrix = torch.ones(MEASURED_SIZE, MEASURED_SIZE, device=device, dtype=dtype)
     best_seconds = float("inf")
     deadline = time.perf_counter() + MEASURED_SECONDS
@@ -96,7 +107,10 @@ def synchronize(device: torch.device) -> None:
 def record_environment(
     parallel: Parallel, peak: Peak, model_facts: dict[str, Any], *, keeps_freed_memory: bool
 ) -> dict[str, Any]:
-    """Build the content of environment.json: machine, libraries, ranks, model size and the peak behind `mfu`."""
+    """Build the content of environment.json: machine, libraries, ranks, model size and the peak behind `mfu`.
+
+    Describes the rank that calls it; no communication. Secrets of the command line are left out.
+    """
     return {
         "started_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": [hide_secrets(word) for word in sys.argv],
@@ -118,7 +132,7 @@ def record_environment(
 
 
 def hide_secrets(word: str) -> str:
-    """A word of the command line without the value of `launch.setup`, which may hold tokens."""
+    """Copy a word of the command line without the value of `launch.setup`, which may hold tokens."""
     return "launch.setup=(not recorded)" if word.startswith("launch.setup=") else word
 
 

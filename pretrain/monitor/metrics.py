@@ -1,4 +1,9 @@
-"""Logs of a run: metrics.jsonl, events.jsonl, TensorBoard and, on request, Weights & Biases."""
+"""Logs of a run: metrics.jsonl, events.jsonl, TensorBoard and, on request, Weights & Biases.
+
+metrics.jsonl has one line for each step: a run that resumes from step n first drops the lines after n, because it will do
+these steps again. events.jsonl is never shortened: it tells what happened, repeated or not. One line is
+one JSON object, so that a kill damages the last line at most, and any program can follow the files while they grow.
+"""
 
 from __future__ import annotations
 
@@ -103,7 +108,7 @@ def check_plot_services(config: RunConfig) -> None:
 
 
 def open_wandb(config: RunConfig) -> Any:
-    """Join or start the Weights & Biases run that carries this run's name."""
+    """Join or start the Weights & Biases run that carries this run's name, so that a resumed run continues its curves."""
     import wandb
 
     name = config.run.name or Path(config.run.dir).name
@@ -118,7 +123,10 @@ def open_wandb(config: RunConfig) -> Any:
 
 
 def flatten_numbers(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """Flatten nested metrics to numbers named by their path; the step itself is left out."""
+    """Flatten nested metrics to numbers named by their path (`expert_load/3`).
+
+    The step itself, texts and null are left out; truth values become 0 and 1.
+    """
     flat: dict[str, float] = {}
     for name, value in metrics.items():
         if isinstance(value, Mapping):
