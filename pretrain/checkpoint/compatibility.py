@@ -1,4 +1,10 @@
-"""Rules of resuming: what may differ between a checkpoint and the run that resumes from it; everything else is refused."""
+"""Rules of resuming: what may differ between a checkpoint and the run that resumes from it; everything else is refused.
+
+A resumed run should be the run that was interrupted. Where it runs, how it is spread over ranks,
+with which kernels, and what it reports may differ. So may what is checked elsewhere: data by the loader's state, stages by
+`stage_faults`. The list names what is allowed, not what is refused, so that a new setting is refused until somebody has
+decided that it is harmless.
+"""
 
 from __future__ import annotations
 

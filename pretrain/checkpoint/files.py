@@ -1,4 +1,12 @@
-"""Files of a checkpoint: safetensors hashed while written, a manifest that guards itself, and their verification."""
+"""Files of a checkpoint: safetensors hashed while written, a manifest that guards itself, and their verification.
+
+Each rank writes one safetensors file, whose format any library reads without our code. We write it ourselves and not with
+`save_file`, because the digest is then computed in the one pass that writes, and memory holds one tensor at a time. The
+manifest lists every file with size and SHA-256, and carries a SHA-256 of its own text: a cut, swapped or edited file is
+found before anything is loaded. Files beside the manifest's are a fault if they hold tensors, else a warning.
+
+A manifest of version 1, which knew data parallelism alone, is read as one of version 2 (`upgrade_manifest`).
+"""
 
 from __future__ import annotations
 
@@ -28,7 +36,7 @@ MAPPINGS = (
     *("files", "parameters", "shards", "buffers", "groups", "engine"),
     *("state", "config", "identities", "layout", "versions"),
 )
-CHUNK_BYTES = 1 << 24
+CHUNK_BYTES = 1 << 24  # written, read and hashed at a time
 FLOAT32_KINDS = ("weight/", "exp_avg/", "exp_avg_sq/")
 NO_DIGEST = "0" * 64
 
@@ -73,6 +81,7 @@ def encode_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) ->
         }
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
+    # Padded, so that the tensors begin at a multiple of 8 bytes, aligned in a mapped file.
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 

@@ -1,4 +1,9 @@
-"""Reads checkpoints without DeepSpeed: whole weights for export and generation, inspection, comparison."""
+"""Reads checkpoints without DeepSpeed: whole weights for export and generation, inspection, comparison.
+
+One process, no process group, no accelerator: whatever layout saved a checkpoint, a parameter is assembled from its shards
+on the CPU. Callers verify first (`require_sound`). Tensors are read one parameter at a time, so that comparing two large
+checkpoints needs little memory; `read_full_state` alone holds the whole model.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""The manifest of a checkpoint, joined from the reports of all ranks."""
+"""The manifest of a checkpoint, joined from the reports of all ranks.
+
+Rank 0 alone joins, before the commit, and checks what no rank can see by itself: that ranks agree on what they share, and
+that what they wrote makes up every parameter. A gap found here is a bug, so it is an assertion, and the checkpoint that
+would have had it is never committed.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Random state of one rank as tensors: torch on the CPU and on the device, numpy, Python."""
+"""Random state of one rank as tensors: torch on the CPU and on the device, numpy, Python.
+
+Tensors, because they go into the rank's safetensors file; JSON inside, because unpickling a file runs code.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,10 @@
-"""Reads parameters from the files of a checkpoint: any range of any shard, from whatever shards were saved."""
+"""Reads parameters from the files of a checkpoint: any range of any shard, from whatever shards were saved.
+
+A range is asked for in the layout of the reader: flat numbers `start` to `start + n` of its shard. If a shard with the same
+placement was saved, these are flat ranges of it, copied straight (a resume with the same parallel axes, at any ZeRO stage).
+Else whole rows of the wanted shard are assembled from all saved shards that overlap them, and the range is cut out. Only
+the parts of files that are needed are read.
+"""
 
 from __future__ import annotations
 

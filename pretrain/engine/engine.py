@@ -164,6 +164,7 @@ class ZeroEngine:
         self.is_refused = True
 
     def _close_accumulation(self) -> None:
+        """Complete this rank's gradients before DeepSpeed reduces them: sum, check, and poison a refused step."""
         if self.accumulator is not None:
             self.accumulator.finish()
         self.accumulator = None

@@ -46,6 +46,10 @@ class GlobalNorm:
         return self._reduce(pieces, torch.distributed.group.WORLD if self.parallel.world_size > 1 else None)
 
     def _reduce(self, pieces: list[tuple[nn.Parameter, Tensor, int]], group: Any) -> Tensor:
+        """Sum squares over copies, in float32, then over the group; returns the root as a scalar on the device.
+
+        Parameters with one number of copies go through one fused norm; the others are divided element by element.
+        """
         total = torch.zeros((), dtype=torch.float32, device=self.parallel.device)
         plain = [(gradient, copies) for p, gradient, _ in pieces if isinstance(copies := self.copies[id(p)], int)]
         if plain:

@@ -115,6 +115,7 @@ def sum_partial_gradients(partials: Sequence[PartialGradient], groups: ProcessGr
         own = [place.view(slots, *piece.shape)[slot] for place, (piece, slots, slot) in zip(places, pieces)]
         for place, (piece, _, _) in zip(own, pieces):
             place.copy_(piece)
+        # With two data ranks a sum has one order, and the ends agree without this.
         all_data = groups.dp_cp if axis == "embd" and groups.dp_cp.size() > 2 else None
         if all_data is not None:
             torch.distributed.all_reduce(buffer, group=all_data)
@@ -126,7 +127,11 @@ def sum_partial_gradients(partials: Sequence[PartialGradient], groups: ProcessGr
 
 
 def _pieces(partial: PartialGradient, rank: int, size: int) -> Iterator[tuple[Tensor, int, int]]:
-    """Views of the gradient that are partial: each with the number of different slices among ranks, and which is ours."""
+    """Yield the partial views of a gradient, each with the number of different slices among the ranks, and ours.
+
+    A cut over more ranks than it has slices gives each slice to neighbouring ranks, so that rank r holds slice
+    r * slices // ranks; the sum runs over a buffer with one slot for each slice.
+    """
     gradient = partial.parameter.grad
     assert gradient is not None, f"{partial.name} has no gradient"
     if partial.cut is None:

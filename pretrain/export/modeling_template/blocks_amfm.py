@@ -1,7 +1,11 @@
 """Blocks of an amfm hybrid model in plain torch: what each letter of the pattern computes.
 
 Sizes: B rows, T tokens, D model, H heads, P head size, G groups, N state, C convolution channels, W its width, K head
-size of attention, J key-value heads, E experts, R = B * T rows of tokens.
+size of attention, J key-value heads, E experts, R = B * T rows of tokens. F in attention: rotated pairs; L: a chunk; I:
+inner width, H * P.
+
+Written to be read and to match the training code, not for speed: decays, norms and routers compute in float32 whatever
+the weights' dtype, because rounding there changes which experts are chosen and how long a state lasts.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ BlockState = tuple[Tensor, ...] | None
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dimension, computed in float32."""
+    """Root-mean-square norm over the last dimension, computed in float32 (Zhang and Sennrich 2019, arXiv 1910.07467)."""
 
     def __init__(self, size: int, epsilon: float) -> None:
         super().__init__()
@@ -30,14 +34,14 @@ class RMSNorm(nn.Module):
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """x / sqrt(mean(x^2) + epsilon) * weight."""
+    """Compute x / sqrt(mean(x^2) + epsilon) * weight over the last dimension, in float32, returned in the dtype of x."""
     wide = x.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
     return (wide * weight.float()).to(x.dtype)
 
 
 class DepthwiseConv(nn.Module):
-    """Weights of the causal convolution over x, B and C."""
+    """Causal depthwise convolution [C, W] over x, B and C, with an optional bias."""
 
     def __init__(self, channels: int, width: int, has_bias: bool) -> None:
         super().__init__()
@@ -45,7 +49,7 @@ class DepthwiseConv(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels)) if has_bias else None
 
     def forward(self, inputs_BTC: Tensor, window_BWC: Tensor) -> tuple[Tensor, Tensor]:
-        """Convolution and SiLU of inputs that follow a window of W - 1 earlier ones, and the window after them."""
+        """Convolve inputs [B, T, C] that follow a window of W - 1 earlier ones, apply SiLU; also returns the next window."""
         seen_BSC = torch.cat([window_BWC, inputs_BTC], dim=1)
         y_BCT = F.conv1d(seen_BSC.transpose(1, 2), self.weight.unsqueeze(1), self.bias, groups=self.weight.shape[0])
         return F.silu(y_BCT.transpose(1, 2)), seen_BSC[:, seen_BSC.shape[1] - window_BWC.shape[1] :]
@@ -81,6 +85,7 @@ class Mamba2(nn.Module):
             state_BHPN = inputs_BTC.new_zeros(rows, self.num_heads, self.head_dim, self.state_size, dtype=torch.float32)
         else:
             window_BWC, state_BHPN = state
+        # Padding is zeroed before the convolution and again after it: window and bias give it a value.
         convolved_BTC, window_BWC = self.conv(inputs_BTC, window_BWC)
         if mask_BT is not None:
             convolved_BTC = convolved_BTC * mask_BT[:, :, None].to(convolved_BTC.dtype)
@@ -95,6 +100,7 @@ class Mamba2(nn.Module):
             state_BHPN,
         )
         y_BTI = y_BTHP.reshape(rows, tokens, self.inner) * F.silu(z_BTI.float())
+        # The gated norm is over the channels of each group, as in training.
         grouped = y_BTI.view(rows, tokens, self.num_groups, self.inner // self.num_groups)
         weight = self.norm.weight.view(self.num_groups, -1)
         y_BTI = rms_norm(grouped, weight, self.norm.epsilon).reshape(rows, tokens, self.inner)
@@ -103,7 +109,10 @@ class Mamba2(nn.Module):
     def _scan(
         self, x_BTHP: Tensor, dt_BTH: Tensor, B_BTGN: Tensor, C_BTGN: Tensor, state_BHPN: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """h_t = exp(dt_t A) h_(t-1) + dt_t B_t x_t, y_t = C_t . h_t + D x_t, a chunk at a time."""
+        """Compute h_t = exp(dt_t A) h_(t-1) + dt_t B_t x_t, y_t = C_t . h_t + D x_t, a chunk at a time.
+
+        Inside a chunk as a masked product of C and B (the paper's section 6), between chunks through the state h.
+        """
         repeat = self.num_heads // self.num_groups
         decay_BTH = dt_BTH * -torch.exp(self.A_log.float())
         outputs = []
@@ -115,6 +124,7 @@ class Mamba2(nn.Module):
             total_BHL = decay_BTH[:, part].cumsum(dim=1).transpose(1, 2)
             causal = torch.ones(total_BHL.shape[-1], total_BHL.shape[-1], dtype=torch.bool, device=x_BTHP.device).tril()
             between = (total_BHL[..., :, None] - total_BHL[..., None, :]).masked_fill(~causal, -math.inf).exp()
+            # exp of a difference of sums is at most 1; a quotient of two exponentials would overflow.
             scores_BHLL = torch.einsum("blhn,bmhn->bhlm", C_BLHN, B_BLHN) * between
             y_BLHP = torch.einsum("bhlm,bmhp->blhp", scores_BHLL, input_BLHP)
             y_BLHP = y_BLHP + torch.einsum("blhn,bhpn,bhl->blhp", C_BLHN, state_BHPN, total_BHL.exp())
@@ -126,7 +136,7 @@ class Mamba2(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention with optional norm of query and key heads and optional rotary positions."""
+    """Causal grouped-query attention (arXiv 2305.13245), with optional head norms, rotary positions and output gate."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -188,17 +198,17 @@ class Attention(nn.Module):
 
 
 def gate_size(kind: str, head_dim: int) -> int:
-    """Gates a head."""
+    """Number of gates a head: one for each channel (`element`), else one."""
     return head_dim if kind == "element" else 1
 
 
 def gate_heads(o_BTHK: Tensor, gate_BTX: Tensor) -> Tensor:
-    """Outputs times the sigmoid of as many gates, or of one a head."""
+    """Multiply outputs [B, T, H, K] by the sigmoid of gates [B, T, H * K] or [B, T, H]."""
     return o_BTHK * torch.sigmoid(gate_BTX).unflatten(-1, (o_BTHK.shape[2], -1))
 
 
 def rope_frequencies(rope: dict[str, Any], head_dim: int) -> tuple[Tensor, float]:
-    """Radians a position of each rotated pair, and the factor on cosine and sine (YaRN, arXiv 2309.00071, section 3)."""
+    """Compute the radians a position of each rotated pair, and the factor on cosine and sine (YaRN, arXiv 2309.00071, section 3)."""
     size = int(head_dim * rope["fraction"])
     base, scaling = rope["theta"], rope["scaling"]
     if scaling == "ntk":
@@ -220,7 +230,7 @@ def rope_frequencies(rope: dict[str, Any], head_dim: int) -> tuple[Tensor, float
 
 
 def rotate(x_BTHK: Tensor, cos_BTF: Tensor, sin_BTF: Tensor) -> Tensor:
-    """Rotates the pairs (i, i + half) of the first 2 * F channels; the others stay."""
+    """Rotate, in float32, the pairs (i, i + half) of the first 2 * F channels; the others stay."""
     half = cos_BTF.shape[-1]
     first, second, rest = x_BTHK.float().split([half, half, x_BTHK.shape[-1] - 2 * half], dim=-1)
     turned = torch.cat([first * cos_BTF - second * sin_BTF, second * cos_BTF + first * sin_BTF, rest], dim=-1)
@@ -228,7 +238,7 @@ def rotate(x_BTHK: Tensor, cos_BTF: Tensor, sin_BTF: Tensor) -> Tensor:
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
-    """SwiGLU of [gate, up] (last dim halves) or squared ReLU."""
+    """Apply SwiGLU to [gate, up] (the last dim halves; arXiv 2002.05202) or squared ReLU (arXiv 2109.08668)."""
     if activation == "swiglu":
         gate, up = x.chunk(2, dim=-1)
         return F.silu(gate) * up
@@ -236,7 +246,7 @@ def activate(x: Tensor, activation: str) -> Tensor:
 
 
 class FeedForward(nn.Module):
-    """down(activation(up(x)))."""
+    """Feed-forward block: down(activation(up(x)))."""
 
     def __init__(self, width: int, hidden: int, activation: str) -> None:
         super().__init__()
@@ -260,7 +270,7 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.zeros(experts, width, hidden))
 
     def forward(self, x_RD: Tensor, ids_RK: Tensor, weights_RK: Tensor) -> Tensor:
-        """Sum over the chosen experts of weight times expert."""
+        """Sum weight times expert(x) over the chosen experts of each token; only experts that were chosen compute."""
         y_RD = torch.zeros_like(x_RD)
         for expert in ids_RK.unique().tolist():
             rows, choice = (ids_RK == expert).nonzero(as_tuple=True)
@@ -306,6 +316,11 @@ class MixtureOfExperts(nn.Module):
         return y_RD.view_as(x_BTD)
 
     def _route(self, logits_RE: Tensor) -> tuple[Tensor, Tensor]:
+        """Choose experts from float32 logits [R, E]: ids and weights [R, choices].
+
+        The bias steers the choice and never the weights (Wang et al. 2024, arXiv 2408.15664). With router groups, only the
+        groups with the best two scores in sum are eligible (DeepSeek-AI 2024, arXiv 2412.19437, section 2.1.2).
+        """
         section = self.section
         scores_RE = logits_RE.sigmoid() if section["router"] == "sigmoid" else logits_RE.softmax(dim=-1)
         choice_RE = scores_RE + self.expert_bias.float() if section["expert_bias"] else scores_RE

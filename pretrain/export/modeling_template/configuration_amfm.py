@@ -52,5 +52,5 @@ class AmfmConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
     def letters(self) -> list[str]:
-        """The blocks in order, by letter or `{name}`."""
+        """Split the pattern into its blocks, in order, by letter or `{name}`."""
         return re.findall(r"\{[a-z0-9_]+\}|.", self.pattern)

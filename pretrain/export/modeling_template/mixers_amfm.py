@@ -2,6 +2,9 @@
 
 Sizes: B rows, T tokens, D model, H heads, J key-value heads, K head size (or memories of a token), S slots of keys, M
 memories.
+
+A mixer maps x [B, T, D] to y [B, T, D] and returns the state with which the next tokens go on. `mask_BT` is 0 at
+padding, which must change no state. Keys without a token (padding, slots before the first) are masked in attention.
 """
 
 from __future__ import annotations
@@ -88,6 +91,7 @@ class Window(nn.Module):
         return self.out_proj(o_BTHK.flatten(2)), (k[:, first:], v[:, first:], is_text_BS[:, first:])
 
     def _project(self, x_BTD: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute queries [B, T, H, K], keys and values [B, T, J, K], normed and rotated as the options say."""
         queries, keys = self.heads * self.size, self.kv_heads * self.size
         parts = self.in_proj(x_BTD).split([queries, keys, keys], dim=-1)
         q, k, v = (part.unflatten(-1, (-1, self.size)) for part in parts)
@@ -141,6 +145,7 @@ class Mla(nn.Module):
             key = rotate(key[:, :, None], cos, sin)[:, :, 0]
             q = torch.cat([q[..., : self.plain], rotate(q[..., self.plain :], cos, sin)], dim=-1)
         is_text = x_BTD.new_ones(rows, tokens, dtype=torch.bool) if mask_BT is None else mask_BT.bool()
+        # The state keeps the rotated shared key: its position is its own, whenever it is read.
         latents = torch.cat([c, key], dim=-1)
         if state is not None:
             latents, is_text = torch.cat([state[0], latents], dim=1), torch.cat([state[1], is_text], dim=1)
@@ -184,6 +189,7 @@ class Memories(nn.Module):
         outputs = []
         for token in range(tokens):
             memory_BK, now = memory_BTK[:, token], slice(token, token + 1)
+            # The chosen memories of all rows form one batch for the inner mixer: a row a choice.
             own = tuple(part[row_BK, memory_BK].flatten(0, 1) for part in state)
             each = {name: part[:, now].repeat_interleave(copies, dim=0) for name, part in parts.items()}
             mask = None if mask_BT is None else mask_BT[:, now].repeat_interleave(copies, dim=0)
@@ -197,7 +203,7 @@ class Memories(nn.Module):
         return self.inner.out_proj(torch.stack(outputs, dim=1)), state
 
     def _choose(self, logits_BTM: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights and memories of each token, the shared one last."""
+        """Choose the memories [B, T, choices] of each token and their weights, which sum to 1; the shared one last, at 1."""
         top_BTK, memory_BTK = logits_BTM.float().softmax(-1).topk(self.options["top_k"], dim=-1)
         weights_BTK = top_BTK / top_BTK.sum(-1, keepdim=True)
         if self.options["shared_memory"]:
@@ -225,7 +231,10 @@ LINEAR_MIXERS: dict[str, type[LinearMixer]] = {
 
 
 def build_mixer(symbol: str, config: Any, order: int, count: int) -> nn.Module:
-    """The mixer of a letter or `{name}`; `order` of `count` blocks that mix over the sequence."""
+    """Build the mixer of a letter or `{name}`; it is number `order` of `count` blocks that mix over the sequence.
+
+    Some mixers have decays that depend on the depth, 0 at the first of these blocks and almost 1 at the last.
+    """
     name = LETTERS.get(symbol, symbol.strip("{}"))
     options = config.mixers[name]
     if name in ("window", "mla"):

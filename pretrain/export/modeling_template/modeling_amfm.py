@@ -1,4 +1,8 @@
-"""An amfm hybrid model for transformers; load it with trust_remote_code=True."""
+"""An amfm hybrid model for transformers; load it with trust_remote_code=True.
+
+Generation carries a state (`AmfmState`) in the outputs instead of a key-value cache of transformers, whose classes know
+attention layers only. The state also holds the tokens that made it, so that a changed prompt is noticed and read anew.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +29,7 @@ class AmfmState:
     blocks: tuple[BlockState, ...]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Take the rows that beam search keeps."""
+        """Reorder the rows of the state, in place, as beam search keeps them."""
         self.tokens_BT = self.tokens_BT[beam_idx]
         self.blocks = tuple(state and tuple(part[beam_idx] for part in state) for state in self.blocks)
 
@@ -40,7 +44,7 @@ class AmfmOutput(ModelOutput):
 
 
 class AmfmBlock(nn.Module):
-    """x + multiplier * mixer(norm(x))."""
+    """Residual block: x + multiplier * mixer(norm(x)), the mixer as the letter of the pattern says."""
 
     def __init__(self, index: int, config: AmfmConfig) -> None:
         super().__init__()
@@ -80,7 +84,7 @@ class AmfmBlock(nn.Module):
 
 
 class AmfmPreTrainedModel(PreTrainedModel):
-    """Loading, saving and first values."""
+    """Base class: loading, saving and first values of weights."""
 
     config_class = AmfmConfig
     base_model_prefix = ""
@@ -118,6 +122,7 @@ class AmfmPreTrainedModel(PreTrainedModel):
             nn.init.ones_(module.D)
             with torch.no_grad():
                 module.A_log.uniform_(1, 16).log_()
+                # Time steps log-uniform in 0.001 to 0.1; the bias is their inverse softplus.
                 step = torch.empty_like(module.dt_bias).uniform_(-6.9, -2.3).exp()
                 module.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
         elif isinstance(module, RMSNorm):
@@ -138,7 +143,7 @@ class AmfmForCausalLM(AmfmPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        """The embedding."""
+        """Return the embedding."""
         return self.embedding
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
@@ -146,7 +151,7 @@ class AmfmForCausalLM(AmfmPreTrainedModel, GenerationMixin):
         self.embedding = value
 
     def get_output_embeddings(self) -> nn.Module:
-        """The head."""
+        """Return the head."""
         return self.head
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
@@ -176,6 +181,7 @@ class AmfmForCausalLM(AmfmPreTrainedModel, GenerationMixin):
         if mask_BS is None:
             positions_BT = torch.arange(seen, seen + input_ids.shape[1], device=input_ids.device)[None]
         else:
+            # Positions count text alone, so that padding on the left does not shift them.
             positions_BT = (mask_BS.long().cumsum(dim=-1) - 1).clamp(min=0)[:, seen:]
         x_BTD = self.embedding(input_ids) * self.config.multipliers["embedding"]
         block_states: list[BlockState] = []
@@ -204,7 +210,7 @@ class AmfmForCausalLM(AmfmPreTrainedModel, GenerationMixin):
         use_cache: bool | None = True,
         **_: Any,
     ) -> dict[str, Any]:
-        """Only the tokens that the state has not seen; all of them where its rows are no longer these."""
+        """Select the tokens that the state has not seen; all of them where its rows are no longer these."""
         if state is not None:
             seen = state.tokens_BT.shape[1]
             if seen < input_ids.shape[1] and torch.equal(state.tokens_BT, input_ids[:, :seen]):
