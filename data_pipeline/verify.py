@@ -1,4 +1,10 @@
-"""Look into a store: is every part as it was written, and what text does a given sample of a run hold."""
+"""Look into a store: is every part as it was written, and what text does a given sample of a run hold.
+
+Reading checks what it reads (crc32c of chunks and indices), so training never uses damaged tokens. `verify_store` answers
+before a run, for all parts, and checks what reading can't: rules between arrays, and the digests of whole parts. It gives
+all findings and doesn't stop at the first, so that a store is repaired once. `sample_text` uses the reader of the run
+itself, which makes it an answer about what was trained on and not about what should have been.
+"""
 
 from __future__ import annotations
 
@@ -45,6 +51,7 @@ def verify_store(path: str | Path, *, full: bool = True) -> list[str]:
 
 
 def _verify_part(store: TokenStore, part: Part, *, full: bool) -> list[str]:
+    """Check one part; findings, or DamagedError for what can't be read."""
     folder = f"{store.location}/{part.path}"
     ends = store.document_ends(part).astype(np.int64)
     problems = []

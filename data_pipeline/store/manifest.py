@@ -1,4 +1,10 @@
-"""What the manifest of a token store records: layout, tokenizer and parts, and the identity that follows from them."""
+"""What the manifest of a token store records: layout, tokenizer and parts, and the identity that follows from them.
+
+The manifest is one JSON file, written last: a store without one is not there yet, so no reader sees half of it. It names
+the bytes of every shard file and a digest of every part, and its own identity is a digest of all that. So a checkpoint can
+name the data that it was trained on in 32 characters, a copy is checked without the original, and an edited manifest is
+noticed when it is opened. Nothing in it depends on the machine, the time or the order in which parts were written.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +42,7 @@ class Layout:
 
     @staticmethod
     def for_vocabulary(vocab_size: int, chunk_tokens: int, preset: str) -> Layout:
-        """uint16 where every id fits, else uint32; a larger vocabulary is a ValueError."""
+        """Choose the dtype: uint16 where every id fits, else uint32; a larger vocabulary is a ValueError."""
         if vocab_size > 2**32:
             raise ValueError(f"tokenizer vocabulary {vocab_size} must be at most {2**32}, what uint32 tokens can hold")
         return Layout("uint16" if vocab_size <= 2**16 else "uint32", chunk_tokens, preset)
@@ -66,7 +72,10 @@ class Part:
 
     @staticmethod
     def from_json(record: Mapping[str, Any]) -> Part:
-        """Inverse of dataclasses.asdict after JSON. Raises DamagedError for a path that is not a part's."""
+        """Invert dataclasses.asdict after JSON. Raises DamagedError for a path that is not a part's.
+
+        The path is checked because files are opened by it, and a manifest may have been written by somebody else.
+        """
         if not PART_PATH.fullmatch(str(record["path"])):
             raise DamagedError(
                 f"a part lies at {str(record['path'])!r:.200}, which is no place of a part below a store"
@@ -97,7 +106,10 @@ class TokenizerRecord:
 
 
 def shard_length(length: int, chunk: int, limit: int) -> int:
-    """One shard for the whole array up to the limit; at least one chunk, a multiple of the chunk."""
+    """Choose the values of a shard: one shard for the whole array up to the limit; a multiple of the chunk, one at least.
+
+    Few files, because a file costs an inode and an open; a limit, because a shard is encoded in memory.
+    """
     limit = max(chunk, limit // chunk * chunk)
     return min(limit, max(chunk, -(-length // chunk) * chunk))
 

@@ -1,6 +1,9 @@
 """Megatron's .bin/.idx token files: read without tokenizing again, and written from a store.
 
-Format: megatron/core/datasets/indexed_dataset.py of Megatron-LM (magic MMIDIDX, version 1).
+Format: megatron/core/datasets/indexed_dataset.py of Megatron-LM (magic MMIDIDX, version 1). The .bin is token ids alone. The
+.idx has a header (magic, version, dtype code, numbers of sequences and of document bounds), then the lengths of sequences
+(int32), their byte offsets in the .bin (int64) and the number of the first sequence of each document, with the end (int64);
+all little-endian.
 """
 
 from __future__ import annotations
@@ -67,7 +70,7 @@ def read_megatron_index(path: Path) -> MegatronIndex:
 
 
 def read_megatron_documents(path: Path, first: int, stop: int) -> Iterator[npt.NDArray[np.int64]]:
-    """Token ids of documents [first, stop) of the dataset whose .idx is at path."""
+    """Read the token ids of documents [first, stop) of the dataset whose .idx is at path, int64, one array a document."""
     index = read_megatron_index(path)
     with path.with_suffix(".bin").open("rb") as file:
         file.seek(int(index.offsets[first]))

@@ -2,6 +2,11 @@
 
 All processes of a node share the folder. A block is fetched once a node and serves the windows that lie in it, so a
 sample costs a request only when it opens a new block.
+
+There is no index to keep consistent: a block's file is named by a digest of what it holds (URL, content, block size,
+number), its time says when it was used last, and the sizes are measured by listing. A process may be killed at any point: a
+file appears by rename when it is whole, and carries the digest of its bytes at its end. Locks keep two processes from
+fetching the same block; they are not needed for correctness.
 """
 
 from __future__ import annotations
@@ -78,7 +83,7 @@ class BlockCache:
         return descriptor
 
     def drop(self, remote: RemoteFolder, name: str, content: str, number: int) -> None:
-        """Remove a block, if it is here."""
+        """Remove a block from this process and from the folder, if it is there."""
         key = self._key(remote, name, content, number)
         if key in self._open:
             os.close(self._open.pop(key))
@@ -86,6 +91,7 @@ class BlockCache:
         self._path(key).unlink(missing_ok=True)
 
     def _key(self, remote: RemoteFolder, name: str, content: str, number: int) -> str:
+        """Name of a block: whatever would change its bytes gives another one."""
         facts = f"{remote.url}/{name}\n{content}\n{self.settings.block_bytes}\n{number}"
         return hashlib.blake2b(facts.encode(), digest_size=20).hexdigest()
 
@@ -99,7 +105,7 @@ class BlockCache:
         self._open.clear()
 
     def _open_checked(self, path: Path, key: str) -> int | None:
-        """The block, its digest compared when this process opens it for the first time; None if it must be fetched."""
+        """Open a block, its digest compared when this process opens it for the first time; None if it must be fetched."""
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -132,6 +138,7 @@ class BlockCache:
         return descriptor
 
     def _count_fetch(self) -> None:
+        """Measure the folder now and then and whenever this process alone filled it, and make room."""
         self._fetches += 1
         if self._fetches % FETCHES_PER_SCAN == 1 or self._bytes > self.settings.max_bytes:
             with self._locked("evict"):
@@ -264,7 +271,7 @@ class CachedFiles:
 def keep_small_files(
     remote: RemoteFolder, identity: str, names: Mapping[str, bytes | None], cache: CacheSettings
 ) -> Path:
-    """The folder of the node cache that stands for a store, with these files in it; None: fetch it.
+    """Fill the folder of the node cache that stands for a store with these files and return it; content None: fetch it.
 
     DamagedError when a file is missing, RuntimeError when the cache's folder can't be used.
     """

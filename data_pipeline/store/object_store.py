@@ -49,33 +49,34 @@ class RemoteFolder:
         return RemoteFolder, (self.url,)
 
     def read(self, name: str) -> bytes:
-        """A whole object."""
+        """Read a whole object, in one request."""
         with self._explained(name) as (library, client):
             return bytes(library.get(client, name).bytes())
 
     def read_range(self, name: str, start: int, stop: int) -> tuple[bytes, int]:
-        """Bytes [start, stop) of an object in one request, fewer where it ends, and the size of the whole object."""
+        """Read bytes [start, stop) of an object in one request, fewer where it ends; also gives the whole object's size."""
         with self._explained(name) as (library, client):
             answer = library.get(client, name, options={"range": (start, stop)})
             return bytes(answer.bytes()), int(answer.meta["size"])
 
     def look_up(self, name: str) -> ObjectFacts:
-        """What the store knows about one object."""
+        """Ask for the size and time of one object."""
         with self._explained(name) as (library, client):
             return _describe(library.head(client, name), name)
 
     def list(self) -> Iterator[ObjectFacts]:
-        """Every object below the folder, a thousand a request."""
+        """List every object below the folder, a thousand a request."""
         with self._explained("") as (library, client):
             for page in library.list(client):
                 yield from (_describe(item, item["path"]) for item in page)
 
     def open(self, name: str) -> io.BufferedReader:
-        """An object as a file that is read in ranges of 2 MiB."""
+        """Open an object as a file that is read in ranges of 2 MiB."""
         return io.BufferedReader(_Stream(self, name), STREAM_BYTES)
 
     @contextmanager
     def _explained(self, name: str) -> Iterator[tuple[Any, Any]]:
+        """Give the library and a client, and turn their errors into those of this class, with what to do."""
         import obstore  # here: a store on a disk never needs it
         from obstore.exceptions import BaseError
         from obstore.store import from_url
@@ -129,6 +130,6 @@ class _Stream(io.RawIOBase):
 
 
 def split_url(url: str) -> tuple[str, str]:
-    """(URL of the folder, name of the object in it)."""
+    """Split a URL into that of the folder and the name of the object in it."""
     folder, _, name = url.rpartition("/")
     return folder, name

@@ -1,4 +1,9 @@
-"""Write one part: metadata through zarr-python, so that any Zarr v3 reader opens it, and the shards by our own encoder."""
+"""Write one part: metadata through zarr-python, so that any Zarr v3 reader opens it, and the shards by our own encoder.
+
+A part is a Zarr group of three arrays: tokens, the offset after each document, and the first token of each chunk (a row
+needs one token more than its length, which is often the first of a chunk that it would else have to read). All files are
+made in memory first: so the digest comes from the bytes that are written, and the folder is written and synced at once.
+"""
 
 from __future__ import annotations
 
@@ -82,6 +87,7 @@ def _declare_arrays(layout: Layout) -> tuple[tuple[str, str, int], ...]:
 def _metadata_files(layout: Layout, lengths: Mapping[str, int], attributes: Mapping[str, Any]) -> dict[str, bytes]:
     """Content of each zarr.json of a part."""
     files = {}
+    # Of a template only the length and the shard size change; the chunk inside the sharding codec stays.
     for file, template in _metadata_templates(layout).items():
         name = file.rpartition("/")[0]
         metadata: dict[str, Any] = template | {"attributes": dict(attributes)}
@@ -126,6 +132,7 @@ def _metadata_templates(layout: Layout) -> dict[str, dict[str, Any]]:
 
 
 def _encode_shards(values: npt.NDArray[np.generic], chunk: int, compression: Compression) -> list[bytes]:
+    """Encode an array as the contents of its shard files, in order."""
     # Encoded here and not by zarr-python: the same bytes at 3 to 10 times the speed.
     shard = shard_length(len(values), chunk, MAX_SHARD_TOKENS)
     return [

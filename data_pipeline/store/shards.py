@@ -48,6 +48,7 @@ def encode_shard(values: npt.NDArray[np.generic], chunk: int, shard: int, compre
 
 
 def _compress(values: npt.NDArray[np.generic], compression: Compression) -> bytes | npt.NDArray[np.uint8]:
+    """Encode one chunk, little-endian, without its crc32c."""
     if compression == "none":
         return values.astype(values.dtype.newbyteorder("<"), copy=False).view(np.uint8)
     if compression == "lz4hc":
@@ -142,6 +143,7 @@ class ShardedArray:
         return self._read_chunks(start, stop)
 
     def _read_chunks(self, start: int, stop: int) -> npt.NDArray[np.generic]:
+        """Read a range shard by shard; nearly all lie in one shard, and are not copied."""
         shard = self.shard
         pieces = []
         while start < stop:
@@ -164,9 +166,11 @@ class ShardedArray:
         self._files.clear()
 
     def _read_in_shard(self, shard: int, start: int, stop: int) -> npt.NDArray[np.generic]:
+        """Read values [start, stop) of one shard with one pread: its chunks lie one after another in the file."""
         descriptor, index = self._files.get(shard) or self._open(shard)
         chunk_length = self.chunk
         first, last = start // chunk_length, (stop - 1) // chunk_length
+        # index[2 n] is the offset of chunk n, index[2 n + 1] its size.
         offset = index[2 * first]
         size = index[2 * last] + index[2 * last + 1] - offset
         data = self._pread(descriptor, size, offset)
@@ -207,6 +211,7 @@ class ShardedArray:
         return f"{self.path}/c/{shard}"
 
     def _open(self, shard: int) -> tuple[int, memoryview]:
+        """Open a shard file and keep it with its verified index."""
         path = self._file(shard)
         try:
             descriptor = self.files.open(path)
@@ -221,6 +226,7 @@ class ShardedArray:
         return self._files[shard]
 
     def _read_index(self, descriptor: int, path: str, shard: int) -> npt.NDArray[np.uint64]:
+        """Read the index at the end of a shard file and check its crc32c: [chunks, 2] of offset and size, uint64."""
         # Chunks past the end of the array were never written, but zarr gives them places in the index.
         index_bytes = 16 * (self.shard // self.chunk)
         size = self.files.size(descriptor)

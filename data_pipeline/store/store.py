@@ -89,6 +89,8 @@ class TokenStore:
     def _from_manifest(
         cls, path: str | Path, remote: RemoteFolder | None, file: str, content: bytes, cache: CacheSettings
     ) -> TokenStore:
+        """Build the store from the bytes of its manifest, held to the identity that they state."""
+
         def damaged(text: str) -> DamagedError:
             return DamagedError(f"{text}; run `amfm prepare CONFIG` to write it again")
 
@@ -119,12 +121,12 @@ class TokenStore:
         return _reopen, (self.location, self._identity, cache)
 
     def with_own_files(self) -> TokenStore:
-        """The same store with no open file in common, for another thread."""
+        """Copy the store for another thread: the same parts, no open file in common."""
         cached = None if self._cached is None else CachedFiles(self._cached.remote, self._cached.cache.settings)
         return TokenStore(self.path, self._identity, self.tokenizer, self.layout, self._sources, cached)
 
     def identity(self) -> str:
-        """Digest over the tokenizer, the layout and every part: two stores with equal identity hold equal tokens."""
+        """Return the digest over tokenizer, layout and every part: two stores with equal identity hold equal tokens."""
         return self._identity
 
     @property
@@ -212,7 +214,7 @@ class TokenStore:
             yield part
 
     def list_files(self) -> dict[str, int] | None:
-        """Bytes by path of all that is behind the URL of a store; None for a folder, which answers for each file."""
+        """List bytes by path of all that is behind the URL of a store; None for a folder, which answers for each file."""
         if self._cached is None:
             return None
         return {item.name: item.num_bytes for item in self._cached.remote.list()}
@@ -233,6 +235,7 @@ class TokenStore:
             self._cached.cache.close()
 
     def _open_part(self, part: Part) -> tuple[ShardedArray, npt.NDArray[np.int64]]:
+        """Open a part, or find it open: its tokens, and its document ends in memory; the least recently used closes."""
         if part.path in self._open_parts:
             self._open_parts.move_to_end(part.path)
             return self._open_parts[part.path]
@@ -287,6 +290,7 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def _reopen(path: str, identity: str, cache: CacheSettings) -> TokenStore:
+    """Open a pickled store in another process; DamagedError if another one lies there by now."""
     store = TokenStore.open(path, cache)
     if store.identity() != identity:
         raise DamagedError(
@@ -296,7 +300,7 @@ def _reopen(path: str, identity: str, cache: CacheSettings) -> TokenStore:
 
 
 def _shard_files(part: Part) -> Iterator[tuple[str, int]]:
-    """(path in the store, bytes) of each shard file."""
+    """Iterate over the shard files of a part: path in the store, bytes as the manifest says."""
     for name, sizes in (
         ("tokens", part.token_shards),
         ("document_ends", part.document_shards),
