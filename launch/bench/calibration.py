@@ -1,8 +1,12 @@
-"""A hardware file for `amfm plan --gpu FILE` from training steps on this machine.
+"""Calibrate `amfm plan` on this machine: a hardware file fitted to measured training steps.
 
-Peaks are those of a large product and a large copy here (of the data sheet for a card in the plan's table). The four
-efficiencies are those with which the plan comes nearest to measured steps of small models: one of each kind of block, all
-kinds together, and a step of so few tokens that moving its weights is what takes time. At last steps that were not fitted are planned with the file and held against measured ones.
+How it works: peaks are those of a large product and a large copy here (of the data sheet for a card in the plan's
+table). The four efficiencies are those with which the plan comes nearest to measured steps of small models: one of each
+kind of block, all kinds together, and a step of so few tokens that moving its weights is what takes time. At last steps
+that were not fitted are planned with the file and compared with measured ones, which shows how far the fit carries.
+
+Why steps and not single kernels: the plan's formulas leave out launches, small operations and the framework;
+efficiencies fitted to whole steps take these in.
 """
 
 from __future__ import annotations
@@ -46,7 +50,7 @@ MIXED_WEIGHT = 4  # of the model of all kinds against one of a single kind: it i
 
 @dataclass(frozen=True)
 class Check:
-    """A whole step: seconds planned with the file, and measured."""
+    """Seconds of a whole step, planned with the file and measured."""
 
     name: str
     planned: float
@@ -54,12 +58,15 @@ class Check:
 
     @property
     def error(self) -> float:
-        """Of the plan."""
+        """Relative error of the plan, positive when it says more."""
         return self.planned / self.measured - 1
 
 
 def calibrate(*, rounds: int, num_threads: int | None, report: Callable[[str], None]) -> tuple[Hardware, list[Check]]:
-    """Measure this machine; the checks say how well the plan then does. Needs a process of its own, with one rank."""
+    """Measure this machine; returns the fitted hardware, and checks that say how well the plan then does.
+
+    Needs a process of its own with one rank, since it sets up process groups and threads.
+    """
     parallel = initialize_parallel(timeout_seconds=600, num_threads=num_threads)
     precision: Precision = "bf16" if multiplies_bf16(parallel.device) else "float32"
     report("measuring peaks")
@@ -81,15 +88,15 @@ def calibrate(*, rounds: int, num_threads: int | None, report: Callable[[str], N
 
 
 def planned_seconds(config: RunConfig, hardware: Hardware) -> float:
-    """A step of one rank, as `amfm plan` says."""
+    """Seconds of one rank's step by the plan's formulas."""
     return estimate_step(config, Layout.of(config, 1), hardware, storage_of(config), overlap=0.5).total()
 
 
 def fit(hardware: Hardware, targets: Sequence[tuple[RunConfig, float, int]]) -> Hardware:
-    """The efficiencies with the least weighted squares of log(planned / measured); targets: (run, seconds, weight).
+    """Fit the efficiencies: least weighted squares of log(planned / measured) over `targets` of (run, seconds, weight).
 
-    One after the other by golden sections of its logarithm (Kiefer 1953), several times over: planned seconds only fall
-    with each, so that every one has a single valley.
+    One efficiency after the other by golden sections of its logarithm (Kiefer 1953), several times over: planned
+    seconds only fall with each, so that every one has a single valley.
     """
 
     def loss(found: Hardware) -> float:
@@ -113,7 +120,10 @@ def fit(hardware: Hardware, targets: Sequence[tuple[RunConfig, float, int]]) -> 
 def time_steps(
     configs: Sequence[RunConfig], parallel: Parallel, rounds: int, report: Callable[[str], None]
 ) -> list[float]:
-    """Least seconds of a step of each run, all taking turns: what else the machine does can only add to them."""
+    """Least seconds of a step of each run, all taking turns; two rounds warm up.
+
+    The least, not the median: what else the machine does can only add to a step.
+    """
     steps = [_build_step(config, parallel) for config in configs]
     seconds: list[list[float]] = [[] for _ in steps]
     for number in range(2 + rounds):
@@ -142,9 +152,9 @@ def _build_step(config: RunConfig, parallel: Parallel) -> Callable[[], None]:
 
 
 def now(device: torch.device) -> float:
-    """Seconds on a clock, after the device has done what it was given.
+    """Clock in seconds, read after the device has finished its work.
 
-    One thread's own time on a CPU, so that other work on the machine does not count.
+    One thread's own CPU time on a CPU, so that other work on the machine does not count.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -154,7 +164,7 @@ def now(device: torch.device) -> float:
 
 
 def run_config(model: ModelConfig, precision: Precision, rows: int, tokens: int = TOKENS) -> RunConfig:
-    """A run of one micro-batch a step on one rank; its data are never read."""
+    """Configuration of one micro-batch a step on one rank; its data are never read."""
     data = {**DEFAULTS["data"], "tokenizer": {"vocab_size": model.vocab_size}}
     train = {
         **DEFAULTS["train"],
@@ -168,7 +178,7 @@ def run_config(model: ModelConfig, precision: Precision, rows: int, tokens: int 
 
 
 def _widen(model: ModelConfig) -> ModelConfig:
-    """The same blocks twice as wide: twice the heads, channels and inner widths."""
+    """The same blocks twice as wide: residual width, heads and inner widths."""
     assert model.mamba is not None and model.attention is not None and model.moe is not None, "granite_shape has all"
     moe = model.moe
     return model.model_copy(
@@ -187,7 +197,10 @@ def _widen(model: ModelConfig) -> ModelConfig:
 
 
 def measure_peaks(device: torch.device) -> Hardware:
-    """Peaks, memory and bandwidth with all efficiencies at 1; a card of the table keeps its data sheet and links."""
+    """Peaks, memory and bandwidth, with all fitted efficiencies at 1.
+
+    A card of the plan's table keeps its data sheet and links; only its memory is read here.
+    """
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         memory, name = properties.total_memory / GIB, properties.name
@@ -215,7 +228,7 @@ def measure_peaks(device: torch.device) -> Hardware:
 
 
 def product_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """The best rate of large square products of our `linear`."""
+    """Best rate of large square products by our `linear`, FLOPs a second."""
     sizes = (4096, 8192) if device.type == "cuda" else (1024, 2048)
     return max(2 * size**3 / _least_seconds(partial(linear, *_squares(size, device, dtype)), device) for size in sizes)
 
@@ -225,7 +238,7 @@ def _squares(size: int, device: torch.device, dtype: torch.dtype) -> Sequence[to
 
 
 def copied_bytes_per_second(device: torch.device) -> float:
-    """Bytes read and written a second by copies far larger than any cache."""
+    """Memory bandwidth of copies far larger than any cache, bytes read and written a second."""
     source = torch.ones(1 << (28 if device.type == "cuda" else 26), device=device)
     target = torch.empty_like(source)
     return 2 * 4 * source.numel() / _least_seconds(lambda: target.copy_(source), device)
@@ -241,7 +254,7 @@ def _least_seconds(work: Callable[[], Any], device: torch.device) -> float:
 
 
 def write_hardware(hardware: Hardware, checks: Sequence[Check], path: Path) -> None:
-    """The file for `amfm plan --gpu`, with what was checked as comments."""
+    """Write the YAML file for `amfm plan --gpu`, the checks as comments."""
     lines = [
         "# Written by `amfm bench calibrate`. Links were not measured, and are those of the plan's table or a copy",
         "# through memory; `amfm doctor --nproc N` measures them.",

@@ -1,7 +1,8 @@
-"""Saving side by side: until it is on the disk, beside training, and the same state by torch's own checkpoints.
+"""Checkpoint benchmark: blocking and background saves, ours and torch's, side by side.
 
-What training waits for is the stall. A save in the background copies the state and lets a thread write it while steps go
-on; those steps share processors and memory with the thread, so their time is shown beside that of steps alone.
+What training waits for is the stall. A background save copies the state and lets a thread write it while steps go on;
+those steps share processors and memory with the thread, so their time is shown beside that of steps alone. Variants
+take turns in every round, so that a drift of the machine favours none.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Timings:
     steps: list[float] = field(default_factory=list)
 
     def medians(self) -> dict[str, float | None]:
-        """By name, None where nothing was measured."""
+        """Medians by name, None where nothing was measured."""
         return {
             f"{name}_seconds": statistics.median(values) if values else None
             for name, values in (("stall", self.stall), ("durable", self.durable), ("step_beside", self.steps))
@@ -52,7 +53,7 @@ class Timings:
 
 
 class Trainer:
-    """The benchmark's model, and what saving needs to know of it."""
+    """Small model with its engine on one rank, to train steps and to save."""
 
     def __init__(self, num_threads: int | None) -> None:
         parallel = initialize_parallel(timeout_seconds=600, num_threads=num_threads)
@@ -78,7 +79,7 @@ class Trainer:
         self.step_number = 0
 
     def step(self) -> float:
-        """Train one step; its seconds."""
+        """Train one step on random tokens; returns its seconds."""
         begun = time.perf_counter()
         tokens_BT = torch.randint(0, 8192, (ROWS, TOKENS), device=self.device)
         meta = PackMeta.one_document_a_row(ROWS, TOKENS, device=self.device)
@@ -90,17 +91,17 @@ class Trainer:
         return time.perf_counter() - begun
 
     def settings(self) -> dict[str, Any]:
-        """The rest of what both kinds of save take."""
+        """Arguments that blocking and background saves share."""
         return {"state": {}, "config": self.config, "identities": {}, "keep_last": 2}
 
     def tensors(self) -> dict[str, Tensor]:
-        """The same masters and moments as a plain state dict."""
+        """Masters and moments as a plain state dict, for torch's checkpoints."""
         fragments = collect_fragments(self.engine.deepspeed, list_parts(self.engine.deepspeed))
         return {f"{kind}/{part.name}": tensor for part in fragments for kind, tensor in part.tensors.items()}
 
 
 def save_blocking(trainer: Trainer, folder: Path, timings: Timings) -> None:
-    """Ours, waiting until it is durable."""
+    """Time our save that waits until the checkpoint is durable."""
     begun = time.perf_counter()
     save_checkpoint(folder, trainer.step_number, trainer.engine, **trainer.settings())
     timings.stall.append(time.perf_counter() - begun)
@@ -108,7 +109,7 @@ def save_blocking(trainer: Trainer, folder: Path, timings: Timings) -> None:
 
 
 def save_beside(trainer: Trainer, saver: BackgroundSaver, folder: Path, timings: Timings) -> None:
-    """Ours, in the background, with steps until it is durable."""
+    """Time our background save, with training steps until it is durable."""
     begun = time.perf_counter()
     saver.save(folder, trainer.step_number, **trainer.settings())
     timings.stall.append(time.perf_counter() - begun)
@@ -119,7 +120,7 @@ def save_beside(trainer: Trainer, saver: BackgroundSaver, folder: Path, timings:
 
 
 def save_torch(trainer: Trainer, folder: Path, timings: Timings) -> None:
-    """torch.distributed.checkpoint, waiting; it neither hashes nor looks for NaN."""
+    """Time torch.distributed.checkpoint, waiting; it neither hashes nor looks for NaN."""
     shutil.rmtree(folder, ignore_errors=True)
     begun = time.perf_counter()
     state_dict_saver.save(trainer.tensors(), checkpoint_id=folder)
@@ -128,7 +129,7 @@ def save_torch(trainer: Trainer, folder: Path, timings: Timings) -> None:
 
 
 def save_torch_beside(trainer: Trainer, folder: Path, timings: Timings) -> None:
-    """torch.distributed.checkpoint in its own thread."""
+    """Time torch.distributed.checkpoint in its own thread, with training steps meanwhile."""
     shutil.rmtree(folder, ignore_errors=True)
     begun = time.perf_counter()
     pending: Any = state_dict_saver.async_save(trainer.tensors(), checkpoint_id=folder)
@@ -139,7 +140,7 @@ def save_torch_beside(trainer: Trainer, folder: Path, timings: Timings) -> None:
 
 
 def step_until(is_done: Callable[[], bool], trainer: Trainer, timings: Timings) -> None:
-    """Train while a thread writes; a step that outlives the writing does not count."""
+    """Train until `is_done`; a step that outlives the writing does not count."""
     while not is_done():
         seconds = trainer.step()
         if not is_done():
@@ -149,10 +150,10 @@ def step_until(is_done: Callable[[], bool], trainer: Trainer, timings: Timings) 
 def bench_checkpoint(
     place: Path | None, *, rounds: int, num_threads: int | None, report: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Measure and return one object: by variant the medians and the stall's ratio to our blocking save.
+    """Measure all variants and return medians, and each stall's ratio to our blocking save.
 
     Variants take turns. The first round warms up files and memory; it is left out of the medians, and its stall stands
-    beside them, because a run pays it once. `place`: a folder on the disk to measure; none: the system's folder for
+    beside them, because a run pays it once. `place`: a folder on the disk to measure; None: the system's folder for
     temporary files.
     """
     trainer = Trainer(num_threads)

@@ -1,4 +1,9 @@
-"""What a training step sends between ranks: counted on a small model under any layout, beside what formulas say."""
+"""Communication benchmark: bytes that a real training step sends between ranks, compared with the plan's formulas.
+
+How it works: a small model with every core kind of block trains two steps in the given layout under a dispatch mode
+that counts each collective; the second step counts, as the first sets things up. Byte counts depend on sizes alone, so
+a laptop with gloo proves the formulas that are used for a cluster; they must agree exactly.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +64,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 def random_batches(config: RunConfig, parallel: Parallel) -> list[Batch]:
-    """This data rank's micro-batches of a step: random tokens, in documents of a quarter of a row."""
+    """Micro-batches of this data rank for one step: random tokens in documents of a quarter of a row."""
     train = config.train
     number = train.global_batch_size // train.micro_batch_size // parallel.data_world_size
     generator = torch.Generator().manual_seed(parallel.data_rank)
@@ -84,7 +89,7 @@ def random_batches(config: RunConfig, parallel: Parallel) -> list[Batch]:
 
 
 def load_layout(overrides: Sequence[str], world_size: int) -> RunConfig:
-    """The benchmark's configuration with overrides.
+    """Load the benchmark's configuration with overrides.
 
     Raises ConfigError with every problem, ValueError for settings whose bytes have no formula.
     """
@@ -97,10 +102,10 @@ def load_layout(overrides: Sequence[str], world_size: int) -> RunConfig:
 
 
 def bench_comm(config: RunConfig) -> dict[str, Any]:
-    """A step's collectives by axis, kind and type of number: bytes counted and by formula, and whether all agree.
+    """Collectives of a step by axis, kind and dtype: bytes counted and by formula, and whether all agree.
 
-    With context ranks also what a Mamba2 block sends, beside the method that exchanges tokens for heads.
-    Every rank must call this; all get the same.
+    With context ranks also what a Mamba2 block sends, beside the method that exchanges tokens for heads. Every rank
+    must call this; all get the same.
     """
     counted, world_size = count_step(config), torch.distributed.get_world_size()
     expected = expected_bytes(config, world_size)
@@ -141,7 +146,10 @@ def count_step(config: RunConfig) -> list[Traffic]:
 
 
 def take_step(config: RunConfig, parallel: Parallel, engine: ZeroEngine, pipeline: Pipeline | None) -> None:
-    """What `pretrain.step.train_step` sends, without a run around it."""
+    """Take one training step without a run around it, sending what `pretrain.step.train_step` sends.
+
+    Every rank must call this.
+    """
     batches = random_batches(config, parallel)
     share = LossShare(count_valid_tokens(batches, parallel), len(batches) * parallel.data_world_size)
     sums = empty_sums(config.model, parallel.device)
@@ -164,6 +172,6 @@ def take_step(config: RunConfig, parallel: Parallel, engine: ZeroEngine, pipelin
 
 
 def scaled_share(share: LossShare, engine: ZeroEngine, output: ModelOutput) -> torch.Tensor | None:
-    """What a stage differentiates of an output."""
+    """This output's share of the step's loss, scaled for backward; None on a stage without a loss."""
     part = share.of(output)
     return None if part is None else engine.scale(part)

@@ -1,4 +1,9 @@
-"""What a piece of code sends between ranks: every collective counted, by axis, whoever called it."""
+"""Count the collectives of a piece of code by axis, collective and dtype, whoever calls them.
+
+How it works: torch.distributed's functions, Megatron-core and DeepSpeed all end in operators of the namespace c10d,
+which a dispatch mode sees, in backward passes too. Wrapping Python functions instead would miss what libraries call
+directly. An operator that is not in the table is a failure, so that nothing goes uncounted.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +72,7 @@ class CommunicationCounter(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Count a collective before it runs; everything else passes."""
+        """Count a collective before it runs; all other operations pass through."""
         if func.namespace == "c10d":
             self.count(func._opname, args)
         return func(*args, **(kwargs or {}))
@@ -96,12 +101,12 @@ class CommunicationCounter(TorchDispatchMode):
         )
 
     def traffic(self) -> list[Traffic]:
-        """What was counted, sorted by axis and collective."""
+        """Counted traffic of this rank, sorted by axis, collective and dtype."""
         return [self.counts[key] for key in sorted(self.counts)]
 
 
 def sum_traffic(ranks: Iterable[Sequence[Traffic]]) -> list[Traffic]:
-    """Traffic of several ranks (or blocks) added up."""
+    """Sum of the traffic of several ranks or blocks, row by row."""
     totals: dict[tuple[str, str, str], Traffic] = {}
     for row in (row for rows in ranks for row in rows):
         key = (row.axis, row.collective, row.dtype)
@@ -116,7 +121,7 @@ def sum_traffic(ranks: Iterable[Sequence[Traffic]]) -> list[Traffic]:
 
 
 def group_of(args: Sequence[Any]) -> Any:
-    """The process group among an operator's arguments."""
+    """The process group among the arguments of a c10d operator."""
     (group,) = (
         argument
         for argument in args
@@ -138,6 +143,7 @@ def _bytes(tensors: Sequence[Tensor]) -> int:
 
 
 def _sent_all_to_all(tensors: Sequence[Tensor], group: Any, args: Sequence[Any]) -> int:
+    """Bytes that leave this rank in an all-to-all: all but its own part, by the split sizes where they are given."""
     if len(tensors) > 1:
         return _bytes(tensors) - tensors[group.rank()].nbytes
     splits: Sequence[int] = args[4]

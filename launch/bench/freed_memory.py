@@ -1,7 +1,8 @@
-"""How a benchmark on a CPU treats freed memory: as the C library does by itself, and as `amfm train` does, in turns.
+"""Treatments of freed memory in CPU benchmarks: returned to the system, or kept for later.
 
-It weighs as much as the arithmetic. By itself glibc gives large blocks back, and each new page costs a fault; transformers
-trains so. `amfm train` keeps them. The C library takes the setting once, so each way needs a process of its own.
+It weighs as much as the arithmetic. By itself glibc gives large blocks back, and each new page costs a fault;
+transformers trains so. `amfm train` keeps them. The C library takes the setting once, so each treatment needs a process
+of its own.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ TITLES = {
 
 
 def choose_treatments() -> tuple[tuple[str, ...], list[str]]:
-    """How freed memory can be treated here, and a remark where that is one way alone: the environment's, or no glibc's."""
+    """Treatments that this machine can compare, and a remark where there is only one.
+
+    Only one: the environment sets the allocator itself, or the C library is not glibc.
+    """
     own = [name for name in OWN_SETTINGS if name in os.environ]
     if own:
         return (" ".join(own),), [f"memory is treated one way, as the environment says in {', '.join(own)}"]
@@ -31,5 +35,5 @@ def choose_treatments() -> tuple[tuple[str, ...], list[str]]:
 
 
 def title_of(treatment: str) -> str:
-    """What a table of one treatment is called."""
+    """Title of a table with one treatment."""
     return TITLES.get(treatment, f"Freed memory as {treatment} says")

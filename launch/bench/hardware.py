@@ -16,7 +16,7 @@ def multiplies_bf16(device: torch.device) -> bool:
 
 
 def describe_hardware() -> dict[str, Any]:
-    """What the numbers were taken on."""
+    """Processor, threads and versions that the numbers were taken with."""
     return {
         "processor": processor_name(),
         "threads": torch.get_num_threads(),
@@ -28,7 +28,7 @@ def describe_hardware() -> dict[str, Any]:
 
 
 def processor_name() -> str:
-    """The CPU, as it calls itself."""
+    """Model name of the CPU, from /proc/cpuinfo where there is one."""
     description = Path("/proc/cpuinfo")
     if description.exists():
         for line in description.read_text().splitlines():

@@ -40,9 +40,9 @@ Seconds = dict[str, float]
 
 
 def choose_mixers(names: str | None) -> list[str]:
-    """Symbols of a pattern from letters and names with commas between; None: all linear mixers, then attention.
+    """Pattern symbols from letters and names with commas between; None: all linear mixers, then attention.
 
-    Raises ValueError for what mixes nothing along the sequence, or is not there.
+    Raises ValueError for a block that mixes nothing along the sequence, and for an unknown name.
     """
     if names is None:
         return ["M", *(spec.symbol for spec in mixer_specs().values()), "*"]
@@ -57,7 +57,10 @@ def choose_mixers(names: str | None) -> list[str]:
 
 
 def choose_lengths(text: str | None) -> tuple[int, ...]:
-    """Row lengths with commas between, in rising order; None: 1K to 16K. Raises ValueError where rows come out uneven."""
+    """Row lengths in rising order from text with commas between; None: 1K to 16K.
+
+    Raises ValueError where a length does not divide the longest, as rows of a step would come out uneven.
+    """
     if text is None:
         return LENGTHS
     parts = [part.strip() for part in text.split(",")]
@@ -73,7 +76,7 @@ def choose_lengths(text: str | None) -> tuple[int, ...]:
 
 
 def length_config(symbol: str) -> ModelConfig:
-    """One block of this mixer, and no more of a model than a loss needs.
+    """Model of one block of this mixer, and no more than a loss needs.
 
     Raises ValueError for a mixer with options that have no default and that this benchmark knows no value for.
     """
@@ -108,7 +111,7 @@ def bench_lengths(
     num_threads: int | None,
     report: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Measure and return one object: for each mixer tokens a second by length, ratios to the shortest, and a mark."""
+    """Measure tokens a second by row length for each mixer; returns rates, ratios to the shortest rows, and a mark."""
     configs = [length_config(symbol) for symbol in symbols]
     parallel = initialize_parallel(timeout_seconds=600, num_threads=num_threads)
     device = parallel.device
@@ -139,7 +142,10 @@ def bench_lengths(
 def time_lengths(
     model: HybridModel, lengths: Sequence[int], *, rounds: int, device: torch.device
 ) -> dict[int, list[Seconds]]:
-    """Seconds of forward and backward passes over max(lengths) tokens, by row length: one to warm up, then the rounds."""
+    """Seconds of forward and backward over max(lengths) tokens, by row length, after one step to warm up.
+
+    Lengths run upwards and downwards in turn, so that a drift of the machine favours none.
+    """
     generator = torch.Generator().manual_seed(1)
     tokens_T = torch.randint(VOCAB_SIZE, (max(lengths) + 1,), generator=generator).to(device)
     seconds: dict[int, list[Seconds]] = {length: [] for length in lengths}
@@ -168,7 +174,7 @@ def _time_step(model: HybridModel, tokens_T: torch.Tensor, length: int) -> Secon
 
 
 def steadier_clock(timed: dict[str, dict[int, list[Seconds]]]) -> Clock:
-    """The clock whose rounds differ less from each other, in the middle of all mixers and lengths."""
+    """The clock, CPU or wall, whose rounds spread less in the median over all mixers and lengths."""
     spread = {
         clock: statistics.median(
             _spread([step[clock] for step in steps]) for by_length in timed.values() for steps in by_length.values()

@@ -1,7 +1,9 @@
-"""The memory that training steps really take under a layout, beside what the plan says.
+"""Memory benchmark: peak memory of real training steps in a layout, compared with the plan's estimate.
 
-A rank's peak is the rise of its resident memory (of its allocated memory on a CUDA card) from before the model is built.
-Loader, log and checkpoints of a run are left out: the plan counts none of them.
+How it works: a rank's peak is the rise of its resident memory (of its allocated memory on a CUDA card) from before the
+model is built. A narrow model trains first, so that lazily loaded libraries and connections don't count. Caches that
+CPU libraries keep beside tensors are switched off (`WITHOUT_CACHES`). Loader, log and checkpoints of a run are left
+out: the plan counts none of them.
 """
 
 from __future__ import annotations
@@ -94,7 +96,10 @@ def bench_memory(config: RunConfig) -> dict[str, Any]:
 
 
 class Gauge:
-    """Reads this process's memory: resident on a CPU, of PyTorch's allocator on a card."""
+    """Meter of this process's peak memory: resident on a CPU, PyTorch's allocator on a card.
+
+    Raises RuntimeError where the system does not let a process reset its peak.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.on_cuda, self.before = device.type == "cuda", 0
@@ -102,7 +107,7 @@ class Gauge:
             raise RuntimeError(f"{PEAK_RESET} cannot be written, so peaks of memory stay unknown; use Linux")
 
     def start(self) -> None:
-        """Forget the peak so far, and count from here."""
+        """Reset the peak and count from here."""
         gc.collect()
         if self.on_cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -112,7 +117,7 @@ class Gauge:
             self.before = _status_bytes("VmRSS")
 
     def rise(self) -> int:
-        """Bytes of the peak since `start` beyond what was held then."""
+        """Peak bytes since `start` beyond what was held then."""
         return (torch.cuda.max_memory_allocated() if self.on_cuda else _status_bytes("VmHWM")) - self.before
 
 
@@ -139,16 +144,16 @@ def _build(config: RunConfig, parallel: Parallel) -> tuple[ZeroEngine, Pipeline 
 
 
 def _warm_up(config: RunConfig, parallel: Parallel) -> None:
-    """The same steps of a narrow model: loads what libraries load late, and opens all connections."""
+    """Take the same steps with a narrow model, which loads lazy libraries and opens all connections."""
     model = config.model.model_copy(update={"hidden_size": 64, "vocab_size": 512})
     train = config.train.model_copy(update={"sequence_length": 64})
     _train(config.model_copy(update={"model": model, "train": train}), parallel)
 
 
 def measure_cases(presets: Path, report: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Each of `CASES` in processes of its own, one after the other; `presets` is the folder of the ladder's files.
+    """Measure each of `CASES` in processes of its own, one after the other.
 
-    Raises RuntimeError with the words of a case that failed.
+    `presets` is the folder of the ladder's files. Raises RuntimeError with the words of a case that failed.
     """
     rows = []
     for number, (preset, ranks, overrides) in enumerate(CASES, start=1):

@@ -1,4 +1,7 @@
-"""A process of a benchmark's own: it gives one line of JSON for each line that it reads."""
+"""Child processes of benchmarks: lines on standard input ask, lines of JSON on standard output answer.
+
+A process of its own where a setting holds for the whole process (allocator, threads, patches) or memory must be clean.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ class Child:
         self._end()
 
     def start(self, line: str = "go") -> None:
-        """Let it work on its next answer."""
+        """Ask for the next answer with a line, without waiting. Raises RuntimeError if the process has ended."""
         assert self._process.stdin is not None, "the pipe was asked for"
         try:
             self._process.stdin.write(f"{line}\n")
@@ -44,7 +47,7 @@ class Child:
             raise self._early_end() from None
 
     def receive(self) -> Any:
-        """Wait for an answer."""
+        """Wait for an answer and decode it. Raises RuntimeError if the process ends instead."""
         assert self._process.stdout is not None, "the pipe was asked for"
         line = self._process.stdout.readline()
         if not line:
@@ -63,7 +66,7 @@ class Child:
         self._process.wait()
 
     def ask(self) -> Any:
-        """Start and receive."""
+        """Start, and receive the answer."""
         self.start()
         return self.receive()
 

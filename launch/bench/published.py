@@ -66,7 +66,10 @@ ANCHORS = (
 
 
 def plan_anchors(presets: Path) -> list[dict[str, Any]]:
-    """A row for each anchor, micro-batch size and recomputation; `presets` is the folder of the presets' files."""
+    """Planned beside published speed for each anchor, micro-batch size and recomputation.
+
+    `presets` is the folder of the presets' files.
+    """
     return [row for anchor in ANCHORS for row in _plan_anchor(anchor, presets)]
 
 

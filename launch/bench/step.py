@@ -50,7 +50,7 @@ def granite_shape() -> ModelConfig:
 
 @dataclass(frozen=True)
 class Shape:
-    """What a step works on."""
+    """Work of a step: rows, tokens a row, and the model."""
 
     rows: int
     tokens: int
@@ -132,7 +132,10 @@ def _summarize(seconds: dict[str, list[float]], shape: Shape) -> dict[str, dict[
 
 
 def _as_trained(name: str, figures: dict[str, dict[str, dict[str, Any]]]) -> dict[str, Any] | None:
-    """Seconds of a variant as its trainer treats memory, over transformers' default likewise; None with one treatment."""
+    """Figures of a variant with memory as its own trainer treats it; None with a single treatment.
+
+    The ratio is to transformers' default with memory returned.
+    """
     if set(figures) != {RETURNED, KEPT}:
         return None
     own = figures[RETURNED if name.startswith("transformers") else KEPT][name]

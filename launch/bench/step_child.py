@@ -57,7 +57,7 @@ def serve(settings: dict[str, Any]) -> None:
 
 
 def time_step(variant: Variant, tokens_BT: torch.Tensor, labels_BT: torch.Tensor) -> float:
-    """Seconds of one step."""
+    """Wall seconds of one step, garbage collected before."""
     gc.collect()
     started = time.perf_counter()
     variant.run(tokens_BT, labels_BT)
@@ -73,7 +73,7 @@ class Variant:
 
 
 def build_variant(name: str, config: ModelConfig, parallel: Parallel, num_tokens: int) -> Variant:
-    """The named variant; all start from the same weights."""
+    """Build the named variant; all start from the same weights."""
     builders: dict[str, Callable[[], Callable[[torch.Tensor, torch.Tensor], float]]] = {
         "transformers_default": lambda: _transformers_step(config, parallel, num_tokens, tuned=False),
         "transformers_tuned": lambda: _transformers_step(config, parallel, num_tokens, tuned=True),
@@ -93,6 +93,7 @@ def _build_model(config: ModelConfig, parallel: Parallel) -> HybridModel:
 def _engine_step(
     config: ModelConfig, parallel: Parallel, precision: Precision, *, compiled: bool
 ) -> Callable[[torch.Tensor, torch.Tensor], float]:
+    """A step under our engine with ZeRO-1, its blocks compiled where asked."""
     model = _build_model(config, parallel)
     engine = build_engine(model, optimizer=OPTIMIZER, precision=precision, zero_stage=1, parallel=parallel)
     if compiled:
@@ -110,6 +111,7 @@ def _engine_step(
 
 
 def _bare_step(config: ModelConfig, parallel: Parallel) -> Callable[[torch.Tensor, torch.Tensor], float]:
+    """A step of our model in a plain PyTorch loop, which shows what the engine costs."""
     model = _build_model(config, parallel)
     adamw = build_adamw(model, OPTIMIZER)
 

@@ -55,7 +55,7 @@ def compare_reports(reports: Sequence[RankReport]) -> list[Finding]:
 def compare_values(
     name: str, values: Sequence[str], hosts: Sequence[str], *, remedy: str, status: Literal["warn", "fail"]
 ) -> Finding:
-    """Whether all ranks report the same value; ranks that differ from the most frequent one are named with their hosts."""
+    """Whether all ranks report the same value; ranks that differ from most are named with their hosts."""
     usual, count = Counter(values).most_common(1)[0]
     if count == len(values):
         return Finding(name, "ok", usual)
@@ -138,7 +138,10 @@ def compare_disks(reports: Sequence[RankReport]) -> Finding:
 
 
 def examine_all_reduce(gigabytes_per_second: float, num_ranks: int) -> Finding:
-    """Report the bus bandwidth of an all-reduce over all ranks; never a warning, as a good rate depends on the network."""
+    """Report the bus bandwidth of an all-reduce over all ranks.
+
+    Never a warning: what is a good rate depends on the network.
+    """
     return Finding("all-reduce", "ok", f"{gigabytes_per_second:.2f} GB/s by each of {num_ranks} ranks")
 
 

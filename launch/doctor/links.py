@@ -172,7 +172,7 @@ def measure_skews(hosts: Sequence[str]) -> dict[str, Skew]:
 
 
 def ping(other: int) -> tuple[float, float, float]:
-    """(before, other, after) in seconds: our clock, the other rank's, and ours again around one message there and back."""
+    """(before, other, after) in seconds: our clock, the other's, and ours again around one message."""
     stamp = torch.zeros(1, dtype=torch.int64)
     before = time.time_ns()
     torch.distributed.send(stamp, other)

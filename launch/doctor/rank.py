@@ -36,8 +36,9 @@ NETWORK_FILE_SYSTEMS = {
 
 @dataclass(frozen=True)
 class CacheFolder:
-    """Triton's cache of compiled kernels: path, its file system by the kernel's name, and why it can't be written, if
-    so.
+    """Triton's cache of compiled kernels on this host.
+
+    `file_system`: by the kernel's name for its type. `problem`: why the folder can't be written, None when it can.
     """
 
     path: str

@@ -91,8 +91,9 @@ def write_file(path: Path, content: bytes, *, make_folder: bool = False) -> str 
 def look_for(
     files: Mapping[int, Path], contents: Mapping[int, bytes], wait_seconds: float
 ) -> dict[int, tuple[str | None, float]]:
-    """Poll for files until all are seen or time is up; for each writer the reason why not (None if seen) and the
-    seconds.
+    """Poll for files until all are seen with their content or `wait_seconds` are over.
+
+    Returns by writer why its file was not seen, None when it was, and after how many seconds.
     """
     start = time.monotonic()
     results: dict[int, tuple[str | None, float]] = {}

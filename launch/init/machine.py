@@ -1,4 +1,7 @@
-"""What `--hardware` names, and the layout that the plan finds for it."""
+"""Machine named by `--hardware`, and the fastest layout that the plan finds for it.
+
+The planner of `amfm plan` decides, so that `amfm init` and `amfm plan` cannot disagree about what fits.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ _CARDS = re.compile(r"([1-9][0-9]*)x(.+)")
 
 @dataclass(frozen=True)
 class Machine:
-    """The ranks of a run and what each of them is; `is_cpu`: one rank on this machine's processor."""
+    """Ranks of a run and the device of each; `is_cpu`: one rank on this machine's processor."""
 
     name: str
     ranks: int
@@ -30,7 +33,10 @@ class Machine:
 
 
 def find_machine(name: str) -> Machine:
-    """`cpu`, or `8xh100`: a number of one row of the plan's table, or of a hardware file. Raises ValueError."""
+    """Machine of a name: `cpu`, or a number and an accelerator such as `8xh100`.
+
+    The accelerator is of the plan's table or a hardware file. Raises ValueError for any other name.
+    """
     if name.lower() == "cpu":
         return Machine("cpu", 1, this_processor(), is_cpu=True)
     found = _CARDS.fullmatch(name)
@@ -43,7 +49,7 @@ def find_machine(name: str) -> Machine:
 
 
 def this_processor() -> Hardware:
-    """This machine as the plan sees a device: its memory is measured, its speed assumed (two cores with AVX2)."""
+    """This machine's CPU as a device of the plan: memory is measured, speed assumed (two cores with AVX2)."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Hardware(
         name="this machine's CPU",
@@ -59,16 +65,17 @@ def this_processor() -> Hardware:
 
 @dataclass(frozen=True)
 class Choice:
-    """A run in the layout that was chosen, and what the plan says of it."""
+    """A run in the chosen layout, with the plan's estimate of it."""
 
     config: RunConfig
     estimate: Estimate
 
 
 def find_layout(config: RunConfig, machine: Machine) -> Choice | None:
-    """The fastest layout of the plan that fits; blocks are recomputed only where nothing fits without. None: nothing fits.
+    """Fastest layout that fits, None where nothing fits. Recomputation is tried only where nothing fits without it.
 
-    One rank varies ZeRO stage and micro-batches alone; several search all axes.
+    One rank varies ZeRO stage and micro-batch size only; several search all axes. Of equal times the larger micro-batch
+    wins.
     """
     for recompute in RECOMPUTE:
         run = config.model_copy(update={"train": config.train.model_copy(update={"recompute": recompute})})
@@ -82,14 +89,18 @@ def find_layout(config: RunConfig, machine: Machine) -> Choice | None:
 
 
 def larger_machines(machine: Machine) -> Iterator[Machine]:
-    """The same accelerator in doubled numbers, up to 64; for a processor, H100."""
+    """The same accelerator in doubled numbers up to 64; H100 where the machine is a CPU."""
     name = "h100" if machine.is_cpu else machine.name.partition("x")[2]
     first = 1 if machine.is_cpu else 2 * machine.ranks
     return (find_machine(f"{ranks}x{name}") for ranks in powers_of_two(MOST_RANKS) if ranks >= first)
 
 
 def layouts(config: RunConfig, machine: Machine) -> list[Layout]:
-    """The layouts to try. On a processor micro-batches of four rows or less: the plan does not count what calls cost."""
+    """Candidate layouts of a machine.
+
+    On a CPU only those with the largest micro-batch up to four rows: the plan does not count the overhead of calls,
+    which small micro-batches pay more often.
+    """
     if machine.is_cpu:
         found = [layout for layout in neighbour_layouts(config, 1) if layout.micro_batch_size <= MOST_CPU_ROWS]
         most = max(layout.micro_batch_size for layout in found)

@@ -141,7 +141,7 @@ def size_of(name: str, style: str) -> Size:
 
 
 def model_section(name: str, style: str) -> dict[str, Any]:
-    """The `model` section of a size in a style, as the file of a run has it."""
+    """The `model` section of a size in a style, as plain values for a configuration file."""
     size = size_of(name, style)
     section: dict[str, Any] = {
         "pattern": pattern_of(name, style),
@@ -163,7 +163,7 @@ def model_section(name: str, style: str) -> dict[str, Any]:
 
 
 def pattern_of(name: str, style: str) -> str:
-    """The pattern in the letters of the style's family."""
+    """Block pattern of a size in the letters of the style's family."""
     size = size_of(name, style)
     if style == "qwen3next":
         return size.delta_pattern
@@ -174,14 +174,14 @@ def pattern_of(name: str, style: str) -> str:
 
 
 def attention_section(size: Size, style: str) -> dict[str, Any]:
-    """Heads, and the positions of the style."""
+    """The `attention` section: heads and their width, with rotary positions where the style has them."""
     heads, kv_heads, head_dim = size.attention
     section: dict[str, Any] = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": head_dim}
     return section | ({"qk_norm": True, "positions": "rope"} if style in ("qwen3next", "turbos") else {})
 
 
 def moe_section(size: Size, name: str, style: str) -> dict[str, Any]:
-    """Experts, router and what keeps them evenly used."""
+    """The `moe` section: experts, router and load balancing of the style."""
     experts, top_k, width, shared = size.experts
     if style == "granite" and name == "30b":
         experts, top_k, width, shared = 72, 10, 768, 1536
@@ -197,5 +197,5 @@ def moe_section(size: Size, name: str, style: str) -> dict[str, Any]:
 
 
 def narrow(width: int) -> int:
-    """The width of a SwiGLU that has about the parameters of a squared ReLU of this width; a multiple of 32."""
+    """Width of SwiGLU experts with about the parameters of squared-ReLU ones of `width`; a multiple of 32."""
     return max(32, round(width * SWIGLU_SHARE / 32) * 32)

@@ -1,4 +1,9 @@
-"""From the answers to a commented configuration: composed, laid out by the plan, checked, and only then written."""
+"""Turn the answers of `amfm init` into a commented configuration: compose, lay out by the plan, check, then write.
+
+How it works: sections are plain dictionaries; the file exists as a draft in a scratch folder until it has passed the
+checks that `amfm train` makes, and only then is it renamed into place. So whatever this command writes can be trained.
+A model that fits no layout of the machine is refused with the next larger machine that holds it.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +29,7 @@ SMALL_VOCABULARIES = ((2e6, 1_024), (10e6, 2_048), (50e6, 8_192))
 
 @dataclass(frozen=True)
 class Answers:
-    """What a first configuration follows from. `data`: a file, folder, glob or URL with text."""
+    """Inputs of a first configuration. `data`: a file, folder, glob or URL with text."""
 
     folder: Path
     size: str
@@ -35,14 +40,17 @@ class Answers:
 
 @dataclass(frozen=True)
 class Written:
-    """The file, and the layout that the plan chose for it."""
+    """Path of the written file, and the layout that the plan chose for it."""
 
     path: Path
     choice: Choice
 
 
 def write_config(answers: Answers) -> Written:
-    """Write `FOLDER/run.yaml`. Raises ValueError for text that is not there, a model that does not fit, or a file that is."""
+    """Write `FOLDER/run.yaml`.
+
+    Raises ValueError for text that is not there, a model that does not fit, or a file that exists already.
+    """
     path = answers.folder / FILE_NAME
     if path.exists():
         raise ValueError(f"{path} is there already; name another folder, or move it away")
@@ -71,13 +79,13 @@ def write_config(answers: Answers) -> Written:
 
 
 def lay_out(tree: dict[str, Any], machine: Machine, draft: Path) -> Choice | None:
-    """Check the sections as a file at `draft`, and find a layout for them; None where nothing fits."""
+    """Check the sections in a file at `draft` and find a layout for them; None where nothing fits."""
     draft.write_text(to_yaml(tree, {}), encoding="utf-8")
     return find_layout(load_checked(draft), machine)
 
 
 def name_enough(answers: Answers, num_bytes: int, draft: Path) -> str:
-    """The first larger machine on which it fits, as a remedy; empty where none is found."""
+    """Remedy that names the first larger machine on which the model fits; empty where none is found."""
     for machine in larger_machines(answers.machine):
         if lay_out(compose(replace(answers, machine=machine), num_bytes), machine, draft) is not None:
             return f", or --hardware {machine.name}"
@@ -85,7 +93,7 @@ def name_enough(answers: Answers, num_bytes: int, draft: Path) -> str:
 
 
 def compose(answers: Answers, num_bytes: int) -> dict[str, Any]:
-    """All sections but the layout, as the file has them."""
+    """All sections but `parallel`, as plain values; small texts get a small vocabulary."""
     size, folder = size_of(answers.size, answers.style), answers.folder
     model = model_section(answers.size, answers.style)
     if not is_url(answers.data):
@@ -108,7 +116,7 @@ def compose(answers: Answers, num_bytes: int) -> dict[str, Any]:
 
 
 def training(size: Size) -> dict[str, Any]:
-    """The run that suits a size on accelerators."""
+    """The `train` section that suits a size on accelerators."""
     return {
         "steps": size.steps,
         "sequence_length": size.sequence_length,
@@ -121,7 +129,7 @@ def training(size: Size) -> dict[str, Any]:
 
 
 def short_training() -> dict[str, Any]:
-    """An hour or so on a processor, to see text come out."""
+    """The `train` section of about an hour on a CPU, to see text come out."""
     return {
         "steps": 400,
         "sequence_length": 256,
@@ -134,17 +142,17 @@ def short_training() -> dict[str, Any]:
 
 
 def schedule(size: Size) -> dict[str, Any]:
-    """Warm-up, constant, and a decay to a tenth."""
+    """Learning-rate schedule: warm-up, constant, decay to a tenth."""
     return {"kind": "wsd", "warmup_steps": size.warmup_steps, "decay_steps": size.decay_steps, "min_ratio": 0.1}
 
 
 def short_schedule() -> dict[str, Any]:
-    """The same for the short run."""
+    """Learning-rate schedule of the short run."""
     return {"kind": "wsd", "warmup_steps": 20, "decay_steps": 80, "min_ratio": 0.1}
 
 
 def changed_settings(choice: Choice) -> dict[str, Any]:
-    """The `parallel` section without what is at its default."""
+    """The `parallel` section without settings at their defaults, ZeRO stage always named."""
     settings = choice.estimate.layout.settings()
     return {name: value for name, value in settings.items() if name == "zero_stage" or value not in (1, False, "1f1b")}
 
@@ -169,7 +177,7 @@ REMARKS = {
 
 
 def explain(answers: Answers, choice: Choice, tree: dict[str, Any]) -> str:
-    """The file: what it is, each section with remarks, and what to run next."""
+    """Text of the file: a head that says what it is and what to run next, then sections with remarks."""
     memory, hardware = choice.estimate.memory.total() / 2**30, answers.machine.hardware
     head = [
         f"A model of {answers.size} parameters in the style of {answers.style}: {STYLES[answers.style]}.",
@@ -182,7 +190,7 @@ def explain(answers: Answers, choice: Choice, tree: dict[str, Any]) -> str:
 
 
 def next_commands(answers: Answers) -> list[str]:
-    """What to run after the file was written, in order."""
+    """Commands to run after the file was written, in order."""
     path, ranks = answers.folder / FILE_NAME, answers.machine.ranks
     run_dir = answers.folder / "runs" / f"{answers.style}_{answers.size}"
     per_node = answers.machine.hardware.gpus_per_node

@@ -1,4 +1,9 @@
-"""The cells of a study: which patterns its axes make, and the run configuration of each."""
+"""Cells of a study: the patterns that its axes make, and a checked run configuration for each.
+
+How it works: axes are checked first, as one list of problems with their places in the study's file. Then every point of
+seed x task x mixer x ratio becomes an ordinary run configuration: the task's file with overrides, loaded and checked as
+`amfm train` would. So a broken cell is refused before the first one trains, and any cell can be run by hand.
+"""
 
 from __future__ import annotations
 
@@ -33,13 +38,13 @@ class Cell:
 
     @property
     def attention_share(self) -> float:
-        """Attention blocks over all sequence mixers."""
+        """Attention blocks over all sequence mixers, 0 to 1; channel mixers don't count."""
         letters = [letter for letter in self.config.model.letters if letter not in CHANNEL_MIXERS]
         return letters.count(ATTENTION) / len(letters)
 
 
 def expand_grid(study: Study) -> list[Cell]:
-    """Every cell, whole seeds one after the other; attention alone is trained once for all mixers.
+    """All cells of a study, seed by seed; attention alone is trained once for all mixers.
 
     Raises ConfigError for axes that make no model, and for a cell whose configuration is broken, under its name.
     """
@@ -50,6 +55,7 @@ def expand_grid(study: Study) -> list[Cell]:
     cells: dict[str, Cell] = {}
     axes = itertools.product(config.seeds, config.tasks, enumerate(config.mixers), config.ratios)
     for seed, task, (index, mixer), ratio in axes:
+        # Without linear blocks all mixers make the same model: one name, so that it is trained once.
         label = describe_symbol(ATTENTION) if ratio == ONLY_ATTENTION else label_of(mixer)
         name = "-".join([label, ratio.replace(":", "to"), task.name, f"seed{seed}"])
         if name not in cells:
@@ -58,7 +64,10 @@ def expand_grid(study: Study) -> list[Cell]:
 
 
 def make_cell(study: Study, task: TaskConfig, index: int, ratio: str, seed: int, label: str, name: str) -> Cell:
-    """The run of one point of the grid, checked as `amfm train` would."""
+    """Configuration of one point of the grid, checked as `amfm train` would.
+
+    Raises ConfigError with each problem under the cell's name.
+    """
     config, mixer = study.config, study.config.mixers[index]
     pattern = make_pattern(symbol_of(mixer.mixer), ratio, config.num_mixers, task.between)
     settings = {
@@ -86,14 +95,14 @@ def check_measured(config: RunConfig) -> None:
 
 
 def make_pattern(symbol: str, ratio: str, num_mixers: int, between: str) -> str:
-    """The pattern string of one mixer and ratio: groups of linear mixers that end in attention, channel mixers between."""
+    """Pattern of one mixer and ratio: groups of linear mixers that end in attention, `between` after each mixer."""
     linear, attention = split_ratio(ratio)
     group = [symbol] * linear + [ATTENTION] * attention
     return "".join(letter + between for letter in group * (num_mixers // len(group)))
 
 
 def split_ratio(ratio: str) -> tuple[int, int]:
-    """(linear mixers, attention blocks) of a group."""
+    """(linear mixers, attention blocks) of one group."""
     if ratio in (NO_ATTENTION, ONLY_ATTENTION):
         return (1, 0) if ratio == NO_ATTENTION else (0, 1)
     found = _RATIO.fullmatch(ratio)
@@ -102,17 +111,17 @@ def split_ratio(ratio: str) -> tuple[int, int]:
 
 
 def symbol_of(mixer: str) -> str:
-    """How a pattern spells a mixer that is given as a letter or a name."""
+    """Pattern spelling of a mixer given as a letter or a registered name."""
     return mixer if len(mixer) == 1 or mixer.startswith("{") else f"{{{mixer}}}"
 
 
 def label_of(mixer: MixerConfig) -> str:
-    """The name of a mixer in cells, table and plots: short, and fit for a folder."""
+    """Label of a mixer in cells, table and plots; short, and fit for a folder's name."""
     return mixer.label or describe_symbol(symbol_of(mixer.mixer)).replace(" ", "_")
 
 
 def axis_problems(config: StudyConfig) -> list[Problem]:
-    """Mixers that are sequence mixers, channel mixers between them, and every value once."""
+    """Problems of the axes: mixers must be linear, channel mixers stand between, values are distinct."""
     problems = []
     for index, mixer in enumerate(config.mixers):
         key = f"mixers.{index}.mixer"
@@ -144,7 +153,7 @@ def axis_problems(config: StudyConfig) -> list[Problem]:
 
 
 def between_problems(index: int, task: TaskConfig) -> list[Problem]:
-    """Between sequence mixers stand channel mixers."""
+    """Problems of a task's `between`: only channel mixers may stand there."""
     try:
         letters = parse_pattern(task.between).letters if task.between.strip() else ()
     except ValueError as error:
@@ -158,7 +167,7 @@ def between_problems(index: int, task: TaskConfig) -> list[Problem]:
 
 
 def ratio_problems(config: StudyConfig) -> list[Problem]:
-    """Every ratio is one, and its group fits the depth a whole number of times."""
+    """Problems of the ratios: each must be one, and its group must divide `num_mixers`."""
     problems = []
     for index, ratio in enumerate(config.ratios):
         key = f"ratios.{index}"

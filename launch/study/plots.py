@@ -1,4 +1,8 @@
-"""The plots of a study: each measure against the share of attention, one line a mixer."""
+"""Plots of a study: each measure against the share of attention, one line a mixer.
+
+One PNG for the whole study, so that tasks, speed and state size of a ratio stand above each other. Drawn to a file
+beside and renamed, as a study that is interrupted must not leave half a picture.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +36,10 @@ Point = tuple[float, float, float]  # value, lowest, highest
 
 
 def draw_study(rows: Sequence[Row], measures: Mapping[str, Measure], state_tokens: int, path: Path) -> None:
-    """Write one PNG: a panel a task, the first task's tokens a second, and the bytes of a decode state."""
+    """Write one PNG: a panel a task, tokens a second on the first task, and KiB of a decode state.
+
+    Ratios are spaced evenly in the order of their attention share.
+    """
     first = next(iter(measures))
     panels: list[tuple[str, str, Callable[[Row], Point | None]]] = [
         (f"{task}: {measure.name}", measure.unit, value_of(task)) for task, measure in measures.items()
@@ -72,7 +79,7 @@ def draw_study(rows: Sequence[Row], measures: Mapping[str, Measure], state_token
 
 
 def draw_panel(axes: Any, rows: Sequence[Row], places: Mapping[str, int], point: Callable[[Row], Point | None]) -> None:
-    """One line a mixer over the ratios, with bars from the lowest to the highest seed."""
+    """Draw one line a mixer over the ratios, with error bars from the lowest to the highest seed."""
     mixers = list(dict.fromkeys(row.mixer for row in rows))
     for index, mixer in enumerate(mixers):
         is_attention = all(row.ratio == ONLY_ATTENTION for row in rows if row.mixer == mixer)
@@ -100,7 +107,7 @@ def draw_panel(axes: Any, rows: Sequence[Row], places: Mapping[str, int], point:
 
 
 def value_of(task: str) -> Callable[[Row], Point | None]:
-    """What the task measured."""
+    """Function of a row: (mean, lowest, highest) of a task's measure, None where it is not measured."""
 
     def point(row: Row) -> Point | None:
         found = row.tasks.get(task)
@@ -110,7 +117,7 @@ def value_of(task: str) -> Callable[[Row], Point | None]:
 
 
 def speed_of(task: str) -> Callable[[Row], Point | None]:
-    """How fast it trained."""
+    """Function of a row: tokens a second of training a task, None where it is not measured."""
 
     def point(row: Row) -> Point | None:
         found = row.tasks.get(task)
@@ -120,5 +127,5 @@ def speed_of(task: str) -> Callable[[Row], Point | None]:
 
 
 def size_of(row: Row) -> Point:
-    """KiB of a decode state."""
+    """KiB of a row's decode state."""
     return (row.state_bytes / 1024,) * 3

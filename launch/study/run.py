@@ -1,4 +1,10 @@
-"""Runs the cells of a study side by side: each is an `amfm train` below a Ray actor, and resumes from its checkpoint."""
+"""Run the cells of a study side by side: each is an `amfm train` below a Ray actor, and resumes from its checkpoint.
+
+How it works: a slot is a GPU, or some cores; a dispatcher starts a waiting cell whenever one is free. Ray hands out
+GPUs and notices lost processes; a cell is a process of its own below a fresh actor, so that nothing one run does
+reaches the next. The study keeps no state of its own: what is finished is read from run directories, so a second call
+does what is missing.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +32,7 @@ OBJECT_STORE_BYTES = 80 * 2**20  # Ray's smallest: nothing but paths and exit co
 
 @dataclass(frozen=True)
 class CellEnd:
-    """How the process of a cell ended; `cause` is empty when it did what it was asked."""
+    """Exit code of a cell's process; `cause` is empty when it succeeded."""
 
     code: int
     cause: str = ""
@@ -34,7 +40,7 @@ class CellEnd:
 
 @dataclass(frozen=True)
 class Room:
-    """What a run takes, and how many runs go side by side."""
+    """Resources of the machine for runs: `slots` at once, `threads` each, on GPUs or cores."""
 
     slots: int
     threads: int
@@ -42,7 +48,7 @@ class Room:
 
 
 def find_room(threads_per_run: int, runs_at_once: int | None, num_gpus: int) -> Room:
-    """As many runs as were asked for, else one a GPU, else one for each so many cores.
+    """Number of runs at once: as asked, else one a GPU, else as many as the cores hold with `threads_per_run` each.
 
     Raises ValueError for more than the machine holds.
     """
@@ -65,10 +71,10 @@ def run_cells(
     ends: Callable[[Cell, CellEnd], None],
     polls: Callable[[], None],
 ) -> bool:
-    """Run every cell to its end, a failed one too, and return False when a signal asked to stop before that.
+    """Run every cell to its end, a failed one too; returns False when a signal asked to stop before that.
 
-    `begins` and `ends` hear of each cell, `polls` twice a second. A signal goes on to the running cells, which save and
-    end; the rest doesn't start.
+    `begins` and `ends` hear of each cell, `polls` about twice a second. A signal goes on to the running cells, which
+    save and end; the rest don't start. Starts and stops a Ray of its own.
     """
     start_ray(None, num_cpus=room.slots * room.threads, object_store_memory=OBJECT_STORE_BYTES)
     try:
@@ -78,7 +84,7 @@ def run_cells(
 
 
 class _Dispatcher:
-    """Keeps every slot busy with one cell, on an actor of its own: whatever a cell does to it, the next one gets a fresh one."""
+    """Keeps every slot busy with one cell on an actor of its own: a crashed cell leaves nothing to the next."""
 
     def __init__(
         self,
@@ -96,7 +102,7 @@ class _Dispatcher:
         self.stopping = False
 
     def run(self, polls: Callable[[], None]) -> bool:
-        """Until nothing runs and nothing waits."""
+        """Run until nothing runs and nothing waits; False when a signal asked to stop."""
         with forward_signals(self._stop, (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)):
             while self.running or (self.waiting and not self.stopping):
                 while self.waiting and not self.stopping and len(self.running) < self.room.slots:
@@ -140,5 +146,5 @@ class _Dispatcher:
 
 
 def log_of(cell: Cell, study_dir: Path) -> Path:
-    """What the runs of a cell wrote to the terminal."""
+    """Log file to which a cell's process writes."""
     return study_dir / "logs" / f"{cell.name}.log"

@@ -1,4 +1,8 @@
-"""What a person sees while a study runs: one line a cell on a terminal, a line an event anywhere else. On standard error."""
+"""Progress of a study on standard error: a live table on a terminal, a line an event anywhere else.
+
+How it works: the display reads the newest line of each running cell's metrics.jsonl, as a run writes it anyway; cells
+need no channel to the study. On a terminal the table redraws itself; in a log lines come at events and once a minute.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +34,7 @@ REMINDER_SECONDS = 60.0
 
 @dataclass
 class Line:
-    """A cell as it is shown."""
+    """State of one cell as it is shown."""
 
     cell: Cell
     state: State = "waiting"
@@ -41,7 +45,7 @@ class Line:
 
 
 class StudyDisplay:
-    """Hears of every cell and shows them all; close it to leave the last picture standing."""
+    """Shows all cells of a study; call `close` to leave the last table standing."""
 
     def __init__(
         self, cells: Sequence[Cell], finished: Sequence[CellResult], *, console: Console | None = None
@@ -60,13 +64,13 @@ class StudyDisplay:
             self.say(f"{len(finished)} of {len(cells)} cells are done")
 
     def begin(self, cell: Cell) -> None:
-        """A cell started."""
+        """Note that a cell started."""
         line = self.lines[cell.name]
         line.state, line.began = "running", time.monotonic()
         self.print_event(f"{cell.name}: started ({self.count('done')} of {len(self.lines)} done)")
 
     def end(self, cell: Cell, end: CellEnd, result: CellResult | None) -> None:
-        """A cell ended: with its numbers, with a cause, or because it was asked to stop."""
+        """Note that a cell ended: with its result, with a cause of failure, or stopped on request."""
         line = self.lines[cell.name]
         line.seconds = time.monotonic() - line.began
         if end.cause:
@@ -78,7 +82,7 @@ class StudyDisplay:
         self.print_event(f"{cell.name}: {line.state} after {format_duration(line.seconds)}, {line.note}")
 
     def poll(self) -> None:
-        """Look how far the running cells are."""
+        """Read how far the running cells are."""
         running = [line for line in self.lines.values() if line.state == "running"]
         for line in running:
             newest = last_metrics(Path(line.cell.config.run.dir) / "metrics.jsonl")
@@ -91,16 +95,16 @@ class StudyDisplay:
             self.say(f"{self.count('done')} of {len(self.lines)} done, {self.remaining()}; {at}")
 
     def close(self) -> None:
-        """Leave the table standing."""
+        """Stop redrawing and leave the table standing."""
         if self.live is not None:
             self.live.stop()
 
     def count(self, state: State) -> int:
-        """Cells in a state."""
+        """Number of cells in a state."""
         return sum(line.state == state for line in self.lines.values())
 
     def remaining(self) -> str:
-        """Time left at the pace of this call: seconds of its cells a step, over the runs at once."""
+        """Time left in words, at this call's mean seconds a step, over the runs at once."""
         steps = sum(total_steps(line.cell.config) if line.state == "done" else line.step for line in self.timed())
         seconds = sum(line.seconds for line in self.timed())
         left = sum(
@@ -113,20 +117,20 @@ class StudyDisplay:
         return f"{format_duration(seconds / steps * left / max(1, self.count('running')))} left"
 
     def timed(self) -> list[Line]:
-        """Cells that ran in this call."""
+        """Cells that ran in this call; those finished earlier have no time here."""
         return [line for line in self.lines.values() if line.seconds > 0 and line.state in ("running", "done")]
 
     def print_event(self, text: str) -> None:
-        """On a terminal the table says it."""
+        """Print an event where there is no table to show it."""
         if self.live is None:
             self.say(text)
 
     def say(self, text: str) -> None:
-        """One line."""
+        """Print one line."""
         self.console.print(escape(f"study: {text}"))
 
     def draw(self) -> Table:
-        """All cells, those that run or failed on top, because a terminal may be shorter than the table."""
+        """Table of all cells; running and failed ones on top, because a terminal may be shorter than the table."""
         table = Table(
             title=f"{self.count('done')} of {len(self.lines)} cells done, {self.remaining()}",
             title_justify="left",
@@ -150,12 +154,12 @@ class StudyDisplay:
 
 
 def describe_result(cell: Cell, result: CellResult) -> str:
-    """A finished cell in a few words."""
+    """Measure and speed of a finished cell in a few words."""
     return f"{measure_of(cell.config).name} {result.value:.4f}, {result.tokens_per_second:,.0f} tokens/s"
 
 
 def last_metrics(path: Path) -> tuple[int, str] | None:
-    """(step, a few words) of the last whole line of metrics.jsonl; None before the first."""
+    """(step, loss and speed in words) of the last whole line of metrics.jsonl; None before the first."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))

@@ -1,4 +1,4 @@
-"""What a study is: the axes of its grid and the runs that fill it, read from one YAML file."""
+"""Definition of a study: the axes of its grid and the runs that fill it, read from one YAML file."""
 
 from __future__ import annotations
 
@@ -58,18 +58,18 @@ class StudyConfig(Section):
 
 @dataclass(frozen=True)
 class Study:
-    """A StudyConfig, its file, and the place of each key in it."""
+    """A StudyConfig with its file and the place of each key in it, for error messages."""
 
     config: StudyConfig
     path: Path
     origins: dict[str, Origin]
 
     def task_path(self, task: TaskConfig) -> Path:
-        """Where the run configuration of a task is."""
+        """Path of a task's run configuration, relative to the study's file."""
         return self.path.parent / task.config
 
 
 def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
-    """The study of a YAML file with `key=value` overrides laid over it; raises as `load_config` does."""
+    """Load a study from a YAML file with `key=value` overrides. Raises as `load_config` does."""
     config, origins = read_schema(path, overrides, StudyConfig)
     return Study(config, Path(path), origins)

@@ -1,4 +1,8 @@
-"""The result of a study: what its finished runs measured, cell by cell and as one table of mixers and ratios."""
+"""Results of a study: what finished runs measured, cell by cell and as one table of mixers and ratios.
+
+How it works: run directories are the only source: a cell is finished when its report data say so and its configuration
+is the one that the study gives it. Numbers of a run with other settings are refused rather than mixed in.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,7 @@ from pretrain.report.data import read_run
 
 @dataclass(frozen=True)
 class Measure:
-    """What a task is judged by: key in metrics.jsonl, name, and unit."""
+    """Quantity that a task is judged by: key in metrics.jsonl, name and unit."""
 
     key: str
     name: str
@@ -33,7 +37,7 @@ ACCURACY = Measure("validation_accuracy", "accuracy", "of labelled tokens")
 
 @dataclass(frozen=True)
 class CellResult:
-    """A finished run, in numbers of its metrics.jsonl; tokens_per_second is the median of its newer half."""
+    """Numbers of a finished run from its metrics.jsonl; tokens_per_second is the median of its newer half."""
 
     name: str
     mixer: str
@@ -73,12 +77,12 @@ class Row:
 
 
 def measure_of(config: RunConfig) -> Measure:
-    """Accuracy for a synthetic task, loss for text."""
+    """Measure of a run: accuracy for a synthetic task (`data.probe`), validation loss for text."""
     return LOSS if config.data.probe is None else ACCURACY
 
 
 def read_result(cell: Cell) -> CellResult | None:
-    """What a cell's run measured; None while it is not finished.
+    """Result of a cell's run; None while it is not finished.
 
     Raises ValueError for a run directory that was trained with other settings, because its numbers belong to another
     study.
@@ -117,13 +121,13 @@ def read_result(cell: Cell) -> CellResult | None:
 
 
 def describe_machine(environment: dict[str, Any]) -> str:
-    """What a run was trained on, from its environment.json."""
+    """Device and threads that a run was trained with, from its environment.json."""
     device = environment.get("device_name") or f"{environment.get('processor')}, {environment.get('cores')} cores"
     return f"{device}, {environment.get('threads_per_rank')} thread(s) a run"
 
 
 def make_rows(cells: Sequence[Cell], results: Iterable[CellResult], state_tokens: int) -> list[Row]:
-    """A row for each mixer and ratio that has a finished run, in the order of the cells."""
+    """A row for each mixer and ratio with a finished run, in the order of the cells."""
     by_place: dict[tuple[str, str], dict[str, list[CellResult]]] = {}
     for result in results:
         by_place.setdefault((result.mixer, result.ratio), {}).setdefault(result.task, []).append(result)
@@ -148,12 +152,12 @@ def make_rows(cells: Sequence[Cell], results: Iterable[CellResult], state_tokens
 
 
 def count_state(config: RunConfig, num_tokens: int) -> int:
-    """Bytes of a decode state after so many tokens, with weights as they are trained."""
+    """Bytes of a decode state after `num_tokens` tokens of one sequence, in the dtype of training."""
     return state_bytes(config.model, num_tokens, torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
 
 
 def summarize(results: Sequence[CellResult]) -> TaskSummary:
-    """One task's seeds as one."""
+    """One task's seeds summed up: mean, lowest, highest, and mean speed."""
     values = [result.value for result in results]
     speed = mean(result.tokens_per_second for result in results)
     return TaskSummary(mean(values), min(values), max(values), speed, len(values))
@@ -162,7 +166,7 @@ def summarize(results: Sequence[CellResult]) -> TaskSummary:
 def study_json(
     cells: Sequence[Cell], results: Sequence[CellResult], rows: Sequence[Row], *, state_tokens: int, slots: int
 ) -> dict[str, Any]:
-    """Everything that the table and the plots show, and each run beside it."""
+    """The study as JSON values: everything that table and plots show, and each run."""
     return {
         "cells": len(cells),
         "finished": len(results),
@@ -177,7 +181,7 @@ def study_json(
 def study_markdown(
     cells: Sequence[Cell], results: Sequence[CellResult], rows: Sequence[Row], *, state_tokens: int, slots: int
 ) -> str:
-    """The table as Markdown, with what it was made of."""
+    """The table as Markdown, followed by the facts it rests on: tokens a run, runs, hardware, seeds."""
     measures = {cell.task: measure_of(cell.config) for cell in cells}
     header = ["mixer", "linear : attention", "parameters", f"state at {state_tokens:,} tokens"]
     for task, measure in measures.items():
@@ -199,7 +203,7 @@ def study_markdown(
 
 
 def show_summary(summary: TaskSummary | None) -> list[str]:
-    """Two columns of the table; dashes where nothing is measured yet."""
+    """Two columns of the table, value and speed; dashes where nothing is measured yet."""
     if summary is None:
         return ["-", "-"]
     spread = f" ({summary.low:.3f} to {summary.high:.3f})" if summary.seeds > 1 else ""

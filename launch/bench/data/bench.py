@@ -1,4 +1,9 @@
-"""`amfm bench data`: samples of ours and of public peers in turns, the first batch of a huge store, cold reads."""
+"""`amfm bench data`: sample readers of ours and of public peers, preparation, first batch of a huge store, cold reads.
+
+How it works: one text is tokenized once and written in every format, so that all readers give the same tokens. Readers
+take turns in rounds, the first of which is not counted; CPU seconds are compared, and wall seconds stand beside them.
+What needs a clean process (the first batch, the tokenizer alone) runs in a child.
+"""
 
 from __future__ import annotations
 
@@ -35,9 +40,9 @@ SLOW_READERS = {"zarr_python": 8}  # this many times fewer samples: a round of t
 
 
 def bench_data(settings: BenchData, report: Callable[[str], None]) -> dict[str, Any]:
-    """Make the stores, then measure; one object with rows, preparation, first_batch, cold and hardware.
+    """Make the stores, then measure; returns rows, preparation, first_batch, cold and hardware as JSON values.
 
-    Threads are set to one, so that CPU seconds are those of the reading alone.
+    Sets torch to one thread for the process, so that CPU seconds are those of the reading alone.
     """
     torch.set_num_threads(1)
     settings.work.mkdir(parents=True, exist_ok=True)
@@ -71,13 +76,13 @@ def bench_data(settings: BenchData, report: Callable[[str], None]) -> dict[str, 
 
 
 def collect_text(work: Path, megabytes: int) -> tuple[str, ...]:
-    """The default text: installed Python sources, collected once."""
+    """Default text of the benchmark: installed Python sources, collected once into `work`."""
     collect_python_sources(work / "python_sources", megabytes)
     return (str(work / "python_sources"),)
 
 
 def _settle_tokenizer(settings: BenchData, report: Callable[[str], None]) -> None:
-    """Train the tokenizer once for all runs of the benchmark in this folder."""
+    """Train the tokenizer once; later runs in the same folder find it there, so that their tokens are the same."""
     file = settings.work / "tokenizer.model"
     if file.exists():
         return
@@ -88,6 +93,7 @@ def _settle_tokenizer(settings: BenchData, report: Callable[[str], None]) -> Non
 
 
 def _training_texts(source: SourceConfig, settings: BenchData) -> Iterator[str]:
+    """Documents of the text, up to the characters that the tokenizer trains on."""
     config = settings.data_config("fast")
     left = config.tokenizer.training_bytes
     for segment in plan_source(source, config):
@@ -102,6 +108,7 @@ def _training_texts(source: SourceConfig, settings: BenchData) -> Iterator[str]:
 def _open_readers(
     settings: BenchData, stores: dict[str, TokenStore], prefix: Path, num_bytes: int
 ) -> tuple[list[Reader], list[str]]:
+    """All readers that can run here, and a remark for each that is missing."""
     store = stores["fast"]
     readers = [our_reader(settings, stores[preset]) for preset in PRESETS]
     readers += megatron_readers(settings, store, prefix, num_bytes)
@@ -114,7 +121,10 @@ def _open_readers(
 
 
 def time_readers(settings: BenchData, readers: Sequence[Reader], report: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Rounds in turns, after one that isn't counted; medians of CPU and wall microseconds a sample."""
+    """Time readers in turns; returns medians of CPU and wall microseconds a sample, one row a reader.
+
+    The first round warms up and is not counted. Ratios are to megatron-core's GPTDataset.
+    """
     cpu: list[list[float]] = [[] for _ in readers]
     wall: list[list[float]] = [[] for _ in readers]
     for turn in range(settings.rounds + 1):
@@ -146,7 +156,10 @@ def time_readers(settings: BenchData, readers: Sequence[Reader], report: Callabl
 
 
 def measure_first_batch(settings: BenchData, store: TokenStore) -> dict[str, Any]:
-    """Seconds and memory until the first batch of a store of huge_tokens, in a fresh process; the second of two."""
+    """Seconds and memory until the first batch of a store of `huge_tokens` in a fresh process.
+
+    Taken twice; the second counts, when files are in the page cache. Raises RuntimeError when the child fails.
+    """
     folder = settings.work / "huge"
     records = make_huge_store(store, folder, settings.huge_tokens)
     config = settings.data_config("huge").model_dump(mode="json")
@@ -160,7 +173,7 @@ def measure_first_batch(settings: BenchData, store: TokenStore) -> dict[str, Any
 
 
 def describe_machine() -> dict[str, Any]:
-    """What the numbers were taken on."""
+    """Processor and versions that the numbers were taken with."""
     return {
         "processor": processor_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

@@ -25,7 +25,7 @@ MAX_CHARACTERS = 100_000_000  # of text held in memory
 
 
 def first_batch(settings: dict[str, Any]) -> dict[str, float]:
-    """Seconds from a path to a batch, and memory on top of what the process had with its imports done."""
+    """Seconds from a store's path to the first batch, and memory beyond that of the process after its imports."""
     from data_pipeline.config import DataConfig
     from data_pipeline.loader.loader import PretrainLoader
 
@@ -41,7 +41,7 @@ def first_batch(settings: dict[str, Any]) -> dict[str, float]:
 
 
 def _resident_bytes(name: str) -> int:
-    """VmRSS: memory now; VmHWM: at most so far."""
+    """Resident memory of this process, bytes: VmRSS is now, VmHWM the peak so far."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(name + ":"):
             return int(line.split()[1]) * 1024
@@ -49,10 +49,11 @@ def _resident_bytes(name: str) -> int:
 
 
 def tokenize(settings: dict[str, Any], answer: Callable[[object], None]) -> None:
-    """Tokenize a share of the text, held in memory, once for every line on standard input; prints a line when ready.
+    """Tokenize this process's share of the text, held in memory, once for each line on standard input.
 
-    By SentencePiece as it comes, whole texts in one call on one thread, where freed memory is kept as in the actors of
-    preparation; each batch by all calls of CALLS in turns. Prints tokens, seconds and CPU seconds of each as JSON.
+    Runs SentencePiece as it comes, on one thread, with freed memory kept as in the actors of preparation. Each batch
+    goes through all calls of CALLS in turns. Answers a line when ready, then tokens, seconds and CPU seconds of each
+    call as JSON.
     """
     from sentencepiece import SentencePieceProcessor
 

@@ -1,4 +1,9 @@
-"""Cold reads for `amfm bench data`: windows of which nothing is in the page cache, ours and a plain mmap in turns."""
+"""Cold reads for `amfm bench data`: windows that are not in the page cache, ours and a plain mmap in turns.
+
+How it works: before every read the file's pages are dropped (posix_fadvise) and the system gets a moment to finish
+reading ahead; then a random window is read and timed, and the bytes that came from storage are counted. Bytes matter as
+much as time: on shared storage they are what many hosts compete for.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +27,7 @@ QUIET_SECONDS = 0.02  # before a read: what the system reads ahead for the one b
 
 @dataclass(frozen=True)
 class _ColdFile:
-    """read: a window of a file whose pages were dropped before, by number."""
+    """A reader whose pages can be dropped before each read; `read` takes the read's number."""
 
     name: str
     files: tuple[Path, ...]
@@ -33,9 +38,9 @@ class _ColdFile:
 def measure_cold_reads(
     settings: BenchData, stores: dict[str, TokenStore], flat: Path, report: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """Wall microseconds to read a window of which nothing is in the page cache, in turns; bytes read from the disk.
+    """Median wall microseconds and disk bytes of reading one window that is not in the page cache.
 
-    Pages are dropped before every read, because the system reads on beyond what was asked.
+    Empty where the system cannot drop pages. They are dropped before every read, because the system reads ahead.
     """
     if not hasattr(os, "posix_fadvise"):
         return []
@@ -100,6 +105,7 @@ def _cold_mmap(flat: Path, dtype: str, length: int) -> _ColdFile:
 
 
 def _drop_pages(file: Path) -> None:
+    """Drop a file's clean pages from the page cache."""
     descriptor = os.open(file, os.O_RDONLY)
     try:
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -108,7 +114,7 @@ def _drop_pages(file: Path) -> None:
 
 
 def _bytes_from_disk() -> int:
-    """What this process made the system read from storage so far."""
+    """Bytes that this process made the system read from storage so far."""
     for line in Path("/proc/self/io").read_text().splitlines():
         if line.startswith("read_bytes:"):
             return int(line.split()[1])

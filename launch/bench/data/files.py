@@ -1,4 +1,4 @@
-"""The files that `amfm bench data` reads: one text as token stores of every preset and in the formats of the peers."""
+"""Files that `amfm bench data` reads: one text as token stores of every preset and in the formats of the peers."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ ENTRIES_A_FILE = 2**16
 
 @dataclass(frozen=True)
 class BenchData:
-    """What to measure. text: files or folders as in data.sources. work: where everything is made, and found again.
+    """Settings of the benchmark. `text`: files or folders as in data.sources. `work`: folder of everything it makes.
 
-    samples: read by each reader in a round. batch: rows of a micro-batch. huge_tokens: size of the store whose first
-    batch is timed.
+    `samples`: read by each reader in a round. `batch`: rows of a micro-batch. `huge_tokens`: size of the store whose
+    first batch is timed. Stores in `work` are found again by later runs.
     """
 
     work: Path
@@ -44,7 +44,7 @@ class BenchData:
     huge_tokens: int = 10**12
 
     def data_config(self, name: str) -> DataConfig:
-        """Configuration that prepares or reads one of the stores; everything trains, nothing validates."""
+        """Configuration that prepares or reads the store `name`; all text trains, none validates."""
         model = self.work / "tokenizer.model"
         return DataConfig(
             store=str(self.work / name),
@@ -57,7 +57,7 @@ class BenchData:
 
 
 def recode_store(store: TokenStore, folder: Path, preset: str) -> TokenStore:
-    """Write the same parts with the codec of another preset."""
+    """Write the same parts with the compression of another preset; returns the new store."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     layout = replace(store.layout, preset=preset)
@@ -79,7 +79,10 @@ def recode_store(store: TokenStore, folder: Path, preset: str) -> TokenStore:
 
 
 def make_huge_store(store: TokenStore, folder: Path, num_tokens: int) -> int:
-    """Write a manifest of num_tokens whose records all name one real part of up to 16M tokens; returns the records."""
+    """Write a manifest of `num_tokens` tokens whose records all name one real part; returns the number of records.
+
+    The loader's cost to open a store depends on its records, so one part of up to 16M tokens stands for all.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     tokens, ends = _joined(store, HUGE_PART_TOKENS)
@@ -99,7 +102,7 @@ def make_huge_store(store: TokenStore, folder: Path, num_tokens: int) -> int:
 
 
 def _joined(store: TokenStore, limit: int) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.uint64]]:
-    """The first tokens of the store as one part, and its document ends."""
+    """First tokens of the store as one array, and its document ends (uint64, exclusive)."""
     pieces, ends, total = [], [np.zeros(0, np.int64)], 0
     for part in store.parts(SOURCE, "train"):
         pieces.append(store.read_tokens(part, 0, part.num_tokens))
@@ -113,19 +116,22 @@ def _joined(store: TokenStore, limit: int) -> tuple[npt.NDArray[np.generic], npt
 
 
 def export_for_megatron(store: TokenStore, prefix: Path) -> int:
-    """Write PREFIX.bin and .idx, and forget what Megatron kept about an earlier pair; returns their bytes."""
+    """Write PREFIX.bin and PREFIX.idx; returns their bytes.
+
+    Megatron's cache for the prefix is removed, as it would not notice that the text changed.
+    """
     shutil.rmtree(megatron_cache(prefix), ignore_errors=True)
     export_megatron(store, SOURCE, "train", prefix)
     return sum(prefix.with_suffix(suffix).stat().st_size for suffix in (".bin", ".idx"))
 
 
 def megatron_cache(prefix: Path) -> Path:
-    """Folder where GPTDataset keeps its indices, named by the prefix and its settings alone, not by the text."""
+    """Folder in which GPTDataset keeps its indices, named by prefix and settings, not by the text."""
     return prefix.with_name(f"{prefix.name}_cache")
 
 
 def windows(store: TokenStore, sequence_length: int) -> Iterator[npt.NDArray[np.generic]]:
-    """Every window of sequence_length + 1 tokens, part by part: what formats without documents store."""
+    """All windows of sequence_length + 1 tokens, part by part: what formats without documents store."""
     for part in store.parts(SOURCE, "train"):
         tokens = store.read_tokens(part, 0, part.num_tokens)
         for number in range(count_windows(part.num_tokens, sequence_length)):
@@ -133,5 +139,5 @@ def windows(store: TokenStore, sequence_length: int) -> Iterator[npt.NDArray[np.
 
 
 def bytes_below(folder: Path) -> int:
-    """Size of all files below a folder."""
+    """Bytes of all files below a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

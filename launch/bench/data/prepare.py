@@ -1,4 +1,10 @@
-"""Preparation against the tokenizer alone, in turns: tokens a second with as many processes, and what Ray itself costs."""
+"""Preparation benchmark: `amfm prepare` on Ray against the tokenizer alone, in turns, and what Ray itself costs.
+
+How it works: a round prepares the whole text with `actors` actors and lets as many plain processes tokenize the same
+text from memory; their order alternates, and ratios are formed within a round, so that a drift of the machine cancels.
+CPU seconds come from /proc for this process and everything below it, which tells Ray's own work from that of the
+actors.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +48,10 @@ class _Moment:
 
 @dataclass
 class _Watched:
-    """Reports of a preparation with the time at which they came; CPU seconds when Ray had started, at the first and the last."""
+    """Reports of a preparation with the time at which they came, and CPU seconds.
+
+    `moments`: when Ray had started, at the first report and at the last.
+    """
 
     reports: list[tuple[float, UnitReport]] = field(default_factory=list)
     moments: list[_Moment] = field(default_factory=list)
@@ -96,7 +105,7 @@ def measure_preparation(settings: BenchData, report: Callable[[str], None]) -> d
 
 
 def _summary(settings: BenchData, watched: _Watched, before: _Moment, alone: list[_Alone]) -> dict[str, Any]:
-    """One round."""
+    """Figures of one round."""
     reports, (started, first, *later) = [report for _, report in watched.reports], watched.moments
     last = later[-1] if later else first
     began = min(when - report.seconds for when, report in watched.reports)
@@ -125,9 +134,9 @@ def _summary(settings: BenchData, watched: _Watched, before: _Moment, alone: lis
 
 
 def _wait_until_calm() -> None:
-    """Until this process and all below it use a tenth of a core or less: Ray's agents import for seconds after it answers.
+    """Wait until this process and all below it use at most a tenth of a core, but no longer than CALM_SECONDS.
 
-    Not longer than CALM_SECONDS.
+    Ray's agents import for seconds after Ray answers, which would count as work of the first units.
     """
     deadline, before = time.monotonic() + CALM_SECONDS, _look()
     while time.monotonic() < deadline:
@@ -183,7 +192,7 @@ def _look() -> _Moment:
 
 
 def _processes() -> dict[int, int]:
-    """Parent of every process; nothing where there is no /proc."""
+    """Parent of every process by its number; empty where there is no /proc."""
     found = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         fields = _stat_fields(path.parent)
@@ -193,7 +202,7 @@ def _processes() -> dict[int, int]:
 
 
 def _cpu_seconds(folder: Path) -> tuple[str, float]:
-    """Name and CPU seconds of a process or thread that may have ended."""
+    """Name and CPU seconds of a process or thread; empty and 0 if it has ended."""
     fields = _stat_fields(folder)
     if not fields:
         return "", 0.0
@@ -201,7 +210,7 @@ def _cpu_seconds(folder: Path) -> tuple[str, float]:
 
 
 def _stat_fields(folder: Path) -> list[str]:
-    """Name, state, parent and what follows in a stat file of /proc; empty when the process has ended."""
+    """Fields of a stat file of /proc: name, state, parent and the rest; empty when the process has ended."""
     try:
         text = (folder / "stat").read_text()
     except (FileNotFoundError, ProcessLookupError):

@@ -45,7 +45,7 @@ class Reader:
 
 
 def our_reader(settings: BenchData, store: TokenStore) -> Reader:
-    """The training loader, reading in this process."""
+    """Our training loader without workers, giving whole micro-batches."""
     loader = PretrainLoader(
         settings.data_config(Path(store.path).name),
         sequence_length=settings.sequence_length,
@@ -62,7 +62,7 @@ def our_reader(settings: BenchData, store: TokenStore) -> Reader:
 
 
 def megatron_readers(settings: BenchData, store: TokenStore, prefix: Path, num_bytes: int) -> list[Reader]:
-    """GPTDataset as it is, its samples collated into a batch, and with its settings that keep documents apart."""
+    """GPTDataset three times: as it comes, with its samples collated into a batch, and with documents kept apart."""
     plain, apart = (_gpt_dataset(settings, store, prefix, documents=documents) for documents in (False, True))
     batch, size = settings.batch, num_bytes / store.num_tokens(SOURCE, "train")
 
@@ -103,7 +103,7 @@ def _gpt_dataset(settings: BenchData, store: TokenStore, prefix: Path, *, docume
 
 
 class _MegatronTokenizer:
-    """What GPTDataset asks of a tokenizer."""
+    """The attributes that GPTDataset asks of a tokenizer."""
 
     def __init__(self, store: TokenStore) -> None:
         self.unique_identifiers = {"identity": store.tokenizer_identity}
@@ -112,7 +112,10 @@ class _MegatronTokenizer:
 
 
 def streaming_reader(settings: BenchData, store: TokenStore, folder: Path) -> Reader | None:
-    """MosaicML streaming over local uncompressed shards; None where it isn't installed."""
+    """MosaicML streaming over local uncompressed shards; None where it isn't installed.
+
+    Its samples are read in a shuffled order made here, as its own shuffle would be another one.
+    """
     if importlib.util.find_spec("streaming") is None:
         return None
     from streaming import MDSWriter, StreamingDataset
@@ -137,7 +140,7 @@ def streaming_reader(settings: BenchData, store: TokenStore, folder: Path) -> Re
 
 
 def memmap_reader(settings: BenchData, store: TokenStore, file: Path) -> Reader:
-    """A flat file of tokens, mapped; a shuffled list of windows."""
+    """A flat token file, memory-mapped, read in a shuffled order of windows: the least that any reader does."""
     tokens = np.memmap(file, dtype=store.layout.dtype, mode="r")
     length = settings.sequence_length
     order = np.random.default_rng(1).permutation((len(tokens) - 1) // length).tolist()
@@ -154,7 +157,10 @@ def memmap_reader(settings: BenchData, store: TokenStore, file: Path) -> Reader:
 
 
 def zarr_reader(settings: BenchData, store: TokenStore) -> Reader:
-    """zarr-python over our own parts: the windows that our loader reads, in its order."""
+    """zarr-python over our own parts: the windows that our loader reads, in its order.
+
+    It shows what the store's own reader gains over the library whose format it shares.
+    """
     import zarr
 
     loader = PretrainLoader(
@@ -187,7 +193,7 @@ def _window_reader(
     count: int,
     window: Callable[[int], Tokens],
 ) -> Reader:
-    """Complete samples without documents from windows of tokens."""
+    """Reader that makes complete samples without documents from windows of tokens."""
     positions = torch.arange(settings.sequence_length)
 
     def sample(number: int) -> Sample:

@@ -1,8 +1,9 @@
-"""What each Triton kernel moves and multiplies, counted in the interpreter and held against its formula's minimum.
+"""Audit Triton kernels without a GPU: bytes moved and FLOPs counted in the interpreter, against the formula's minimum.
 
 Counting needs a process that interprets from its start, so `audit_kernels` starts one: this file as a module. Bytes are
 those that memory must move, each address once a launch; `requested_bytes` are all that programs ask for, which the
-card's cache has to serve. Operations are those of the products, padding included, in the interpreter's tiles.
+card's cache has to serve. FLOPs are those of the products, padding included, in the interpreter's tiles. Times are
+predicted by the roofline of an H100 at rates that it reaches in practice, not at its peaks.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def audit_kernels(names: list[str] | None = None) -> dict[str, Any]:
 
 
 def count_problem(counted: CountedProblem) -> list[dict[str, Any]]:
-    """A row for each pass of one problem; only in a process that interprets Triton."""
+    """A row for each pass of one problem. Needs a process that interprets Triton."""
     from kernels.proof.counting import count_launches
 
     problem = counted.problem
@@ -70,6 +71,7 @@ def _row(
     goal: Goal | None,
     library: Minimum = NOTHING,
 ) -> dict[str, Any]:
+    """Figures of one pass: what its launches moved and multiplied, with library products added, beside the minimum."""
     flops = sum(launch.dot_flops for launch in launches) + library.operations
     moved = sum(launch.distinct_bytes for launch in launches) + library.bytes
     seconds = max(flops / FLOPS_A_SECOND, moved / BYTES_A_SECOND)
@@ -95,14 +97,14 @@ def _row(
 
 
 def _goal_bytes(goal: Goal, launches: list[Any], moved: int) -> int:
-    """The bytes that a goal speaks of: all that moved, or what programs ask to read of one argument."""
+    """Bytes that a goal limits: all that moved, or what programs ask to read of one argument."""
     if goal.argument is None:
         return moved
     return sum(launch.traffic[goal.argument].requested_read for launch in launches if goal.argument in launch.traffic)
 
 
 def count_named(names: list[str]) -> Iterator[dict[str, Any]]:
-    """Rows of the named operations, all where none is named. Raises ValueError for an unknown name."""
+    """Rows of the named operations, of all where none is named. Raises ValueError for an unknown name."""
     check_names(names, OPERATIONS)
     torch.manual_seed(0)
     for name in names or OPERATIONS:

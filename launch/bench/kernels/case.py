@@ -1,4 +1,4 @@
-"""A case of `kernels.proof.cases` as benchmarks time it: with one function a variant, ours and the peers'."""
+"""Timed cases: an operation of `kernels.proof.cases` with a function for each variant, ours and the peers'."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from launch.bench.kernels.transformers_peers import add_transformers
 
 @dataclass(frozen=True)
 class TimedCase:
-    """One operation in one dtype: leaves (what gets gradients), each variant's function of them, least work a pass."""
+    """One operation in one dtype: leaves (tensors that get gradients), variants over them, least work of each pass."""
 
     op: str
     shape: str

@@ -60,6 +60,7 @@ def bench_cpu(
 def _bench_operation(
     op: str, memories: tuple[str, ...], rounds: int, report: Callable[[str], None]
 ) -> list[dict[str, Any]]:
+    """Rows of one operation: a child for each treatment of memory, all dtypes one after the other."""
     rows = []
     missing = op in FUSED and not can_be_compiled(op)
     remark = ", ours_compiled left out: there is no C++ compiler (install g++)" if missing else ""
@@ -81,13 +82,13 @@ def _bench_operation(
 
 
 def _start(op: str, memory: str, rounds: int) -> Child:
-    """A process that times one operation with memory treated in one way."""
+    """Start a process that times one operation under one treatment of memory."""
     settings = {"op": op, "rounds": rounds, "threads": torch.get_num_threads(), "keep_freed_memory": memory == KEPT}
     return Child("launch.bench.kernels.cpu_rounds", json.dumps(settings))
 
 
 def _medians(rounds: list[dict[str, tuple[float, float]]]) -> dict[str, tuple[float, float, float]]:
-    """Seconds of PASSES by variant."""
+    """Median seconds of forward, backward and both, by variant."""
     return {
         name: (
             statistics.median(times[name][0] for times in rounds),

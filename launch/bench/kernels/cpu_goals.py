@@ -1,4 +1,4 @@
-"""How many times as fast as transformers' defaults an operation of ours is to be on a CPU, and what a run says of it."""
+"""Speed goals of our CPU operations over transformers' defaults, and whether a run of `bench_cpu` meets them."""
 
 from __future__ import annotations
 

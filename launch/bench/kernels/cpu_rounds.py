@@ -57,7 +57,7 @@ def serve(settings: dict[str, Any]) -> None:
 
 
 def can_be_compiled(op: str) -> bool:
-    """Whether ours is timed a second time as `train.compile` makes it."""
+    """Whether ours is also timed compiled, as `train.compile` makes it: a fusable operation and a C++ compiler."""
     return op in FUSED and examine_compiler().status == "ok"
 
 
@@ -136,7 +136,7 @@ def median_difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
 
 
 def _name(dtype: torch.dtype) -> str:
-    """As the tables call it."""
+    """Name of a dtype in the tables."""
     return next(name for name, value in DTYPES.items() if value == dtype)
 
 

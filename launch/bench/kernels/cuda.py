@@ -1,4 +1,8 @@
-"""Operations side by side on a CUDA card: our Triton kernels, PyTorch, and the public packages that are installed."""
+"""Kernel benchmark on a CUDA card: our Triton kernels, PyTorch, and the public packages that are installed.
+
+How it works: every variant of a case is first compared with our PyTorch code in float32, then timed forward, backward
+and both. A peer that cannot run is a remark; one of our own kernels that cannot run, or is too far off, is a fault.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +59,7 @@ def bench_cuda(
 
 
 def find_faults(names: list[str], rows: list[dict[str, Any]]) -> list[str]:
-    """What is wrong with our own kernels of these operations: they did not run, or are far from float32."""
+    """Faults of our own kernels: those that did not run or are too far from float32."""
     errors = {row["op"]: row["relative_error"] for row in rows if row["backend"] == "triton"}
     return [
         f"{op} did not run" if op not in errors else f"{op} is off by {errors[op]:.2g}, above {LARGEST_ERROR:g}"
@@ -89,7 +93,7 @@ def tune_cuda(
 
 
 def time_case(case: TimedCase, measure: Measure, remarks: list[str]) -> list[dict[str, Any]]:
-    """Rows of one case, a variant after the other; reasons of variants that cannot run go to `remarks`."""
+    """Rows of one case, one variant after the other; reasons of variants that cannot run go to `remarks`."""
     exact = _results(case.variants["torch"], tuple(leaf.detach().float().requires_grad_() for leaf in case.leaves))
     rows, ours = [], None
     for name, variant in case.variants.items():
@@ -133,13 +137,14 @@ def _time(case: TimedCase, variant: Callable[..., Tensor], measure: Measure) -> 
 
 
 def _fraction(case: TimedCase, which: str, milliseconds: float) -> float:
-    """The least time that an H100 could take over the time taken."""
+    """Fraction of an H100's roofline: its least time for the pass over the time taken."""
     passes = {"forward": (case.forward,), "backward": (case.backward,), "both": (case.forward, case.backward)}[which]
     least = sum(max(moved / BYTES_A_SECOND, flops / FLOPS_A_SECOND) for moved, flops in passes)
     return least * 1e3 / milliseconds
 
 
 def _results(variant: Callable[..., Tensor], leaves: tuple[Tensor, ...]) -> list[Tensor]:
+    """Output and gradients of a variant, with ones as the incoming gradient."""
     output = variant(*leaves)
     return [output.detach(), *torch.autograd.grad(output, leaves, torch.ones_like(output))]
 
