@@ -1,4 +1,8 @@
-"""Accuracy on a synthetic task: of all labelled tokens, and of whole rows."""
+"""Accuracy on a synthetic task: of all labelled tokens, and of whole rows.
+
+Counted by row, so that parts of a row on several ranks can be summed before a row is judged: one wrong token on any rank
+makes the row wrong.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-IGNORED = -100
+IGNORED = -100  # label of a token that is not predicted
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ SHOWN_RANKS = 4
 
 
 def collect_versions() -> dict[str, str]:
-    """Versions of Python and of the libraries whose change could change numbers, and a digest of our own code."""
+    """Collect the versions of Python and of the libraries whose change could change numbers, and a digest of our code."""
     versions = {"python": platform.python_version()}
     for library in LIBRARIES:
         try:
@@ -42,7 +42,7 @@ def collect_versions() -> dict[str, str]:
 
 @cache
 def digest_code(root: Path) -> str:
-    """A short digest of our packages' source files: two checkouts of one version may differ."""
+    """Digest our packages' source files, 12 hex digits: two checkouts of one version may differ. Read once a process."""
     digest = hashlib.sha256()
     for path in sorted(path for package in OWN_PACKAGES for path in (root / package).rglob("*.py")):
         digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
@@ -50,7 +50,7 @@ def digest_code(root: Path) -> str:
 
 
 def describe_start(config: RunConfig) -> dict[str, str]:
-    """The part of the record that is known before any data is open: versions and code, then settings by dotted name."""
+    """Build the part of the record known before any data is open: versions and code, then settings by dotted name."""
     settings = flatten_settings(config.model_dump(mode="json"))
     return collect_versions() | {name: json.dumps(value, sort_keys=True) for name, value in settings.items()}
 
@@ -75,7 +75,10 @@ def require_same_on_all_ranks(record: Mapping[str, str]) -> None:
 
 
 def describe_difference(records: Sequence[tuple[str, Mapping[str, str]]]) -> str:
-    """Which ranks differ from most, in the first entry that is not the same everywhere. records: (host, record) by rank."""
+    """Name the ranks that differ from most, and the first entry that is not the same everywhere.
+
+    records: (host, record) by rank. The most frequent value counts as right.
+    """
     names = dict.fromkeys(name for _, record in records for name in record)
     absent = "(absent)"
     for name in names:

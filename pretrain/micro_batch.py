@@ -1,4 +1,8 @@
-"""A micro-batch on its way from the loader into the model, and what its loss adds to the step's."""
+"""A micro-batch on its way from the loader into the model, and what its loss adds to the step's.
+
+Tensor, context and pipeline ranks of a data rank read the same batch. Of several context ranks each
+keeps two segments of every row, cut on the CPU before the copy, so that a device never holds what another one computes.
+"""
 
 from __future__ import annotations
 

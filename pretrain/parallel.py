@@ -214,6 +214,7 @@ def initialize_parallel(
 
 
 def _has_sizes(section: ParallelConfig) -> bool:
+    """Whether Megatron-core's groups in this process have the sizes that the section asks for."""
     present = (
         parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_pipeline_model_parallel_world_size(),

@@ -164,6 +164,7 @@ class Pipeline:
         return self._finish()
 
     def _start(self, inputs: Sequence[MicroBatch], share: Share | None) -> None:
+        """Set what the pieces look up; a schedule, whose buffers have fixed shapes, is built anew when the shape changes."""
         rows, tokens = inputs[0].tokens_BT.shape
         assert all(entry.tokens_BT.shape == (rows, tokens) for entry in inputs), (
             "buffers have one shape for a whole step"
@@ -174,6 +175,7 @@ class Pipeline:
         self.current.inputs, self.current.share = inputs, share
 
     def _finish(self) -> list[ModelOutput]:
+        """Take the outputs of the pass and let go of its micro-batches."""
         outputs, self.current.outputs = self.current.outputs, []
         self.current.inputs, self.current.share, self.current.predicts = (), None, False
         return outputs

@@ -115,7 +115,7 @@ def resolve_stages(config: RunConfig) -> tuple[RunStage, ...]:
 
 
 def count_steps(section: StageConfig, rows: int, length: int, ramp: BatchRampConfig | None) -> int:
-    """Smallest number of steps that gives at least the stage's tokens."""
+    """Compute the smallest number of steps that gives at least the stage's tokens, the smaller batches of a ramp counted."""
     assert section.tokens is not None, "check_run was not called: a stage has tokens or steps"
     samples = math.ceil(section.tokens / length)
     if ramp is None:
@@ -142,7 +142,10 @@ def stage_of(stages: tuple[RunStage, ...], steps_done: int) -> RunStage:
 
 
 def data_of_stages(config: RunConfig, stages: tuple[RunStage, ...]) -> DataConfig:
-    """Build the data section of a run: a phase for each stage that changes the mixture or the length of rows."""
+    """Build the data section of a run: a phase for each stage that changes the mixture or the length of rows.
+
+    The loader knows phases and no stages, so it stays independent of training.
+    """
     phases = []
     for before, stage in pairwise((stages[0], *stages)):
         length = stage.sequence_length if stage.sequence_length != before.sequence_length else None

@@ -1,4 +1,13 @@
-"""Atomic commits of checkpoints: renames, the `latest` hint, marks and pruning."""
+"""Atomic commits of checkpoints: renames, the `latest` hint, marks and pruning.
+
+A folder's name says what it is: `step-N` is complete, `step-N.tmp` is being written or left over, `step-N.old` is complete
+and about to be replaced. A name changes by one rename, the only operation of a file system that happens as a whole or not
+at all, and is forced to the disk by an fsync of the parent. `latest` is a hint for people: loading looks at all folders,
+newest first, and verifies them.
+
+Before the commit every failure is an error. After it the checkpoint stands, so what fails then (an old folder that can't be
+deleted, say) is a remark for the log and ends no run.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +68,7 @@ def list_checkpoints(checkpoints_dir: Path) -> list[Path]:
 
 
 def remove_temporary(checkpoints_dir: Path) -> list[str]:
-    """Remove what an interrupted save left behind; remarks about what can't be. One rank calls it, while nobody saves."""
+    """Remove what an interrupted save left behind, and remark on what can't be. One rank calls it, while nobody saves."""
     found = [path for path in checkpoints_dir.iterdir() if TEMPORARY_NAME.fullmatch(path.name)]
     return [remark for path in found for remark in try_to_delete(path, TEMPORARY_NAME)]
 
@@ -76,7 +85,7 @@ def make_temporary(checkpoints_dir: Path, step: int) -> Path:
 
 
 def temporary_paths(checkpoint_dir: Path) -> Iterator[Path]:
-    """Names for a checkpoint that is not one yet or no more."""
+    """Yield the names under which a checkpoint is written or deleted: `.tmp`, then numbered ones, MAX_LEFTOVERS in all."""
     yield checkpoint_dir.with_name(f"{checkpoint_dir.name}.tmp")
     for number in range(1, MAX_LEFTOVERS):
         yield checkpoint_dir.with_name(f"{checkpoint_dir.name}.{number}.tmp")

@@ -76,6 +76,7 @@ def load_newest(
         if manifest is None or problems:
             skipped.append(f"{path.name}: {'; '.join(problems)}")
             continue
+        # A refusal here is an error and no reason to try an older checkpoint, which belongs to the same other run.
         changes = check_resumable(manifest, config, identities)
         warnings = ranks.broadcast(list_warnings(checkpoints_dir, path, manifest) if ranks.rank == 0 else None)
         mismatches = find_mismatches(manifest, layout, ranks)
@@ -83,6 +84,7 @@ def load_newest(
             raise RuntimeError(f"checkpoint {path} does not fit this model: " + "; ".join(mismatches))
         own_warnings = restore(path, manifest, layout, ranks.rank)
         warnings += [text for share in ranks.all_gather(own_warnings) for text in share]
+        # DeepSpeed counts steps itself; its counters go on from the saved ones.
         for name in ENGINE_COUNTERS:
             setattr(engine.deepspeed, name, manifest["engine"][name])
         state = manifest["state"]
@@ -97,7 +99,11 @@ def load_newest(
 
 
 def verify_together(checkpoint_dir: Path, ranks: RankGroup) -> tuple[dict[str, Any] | None, list[str]]:
-    """Verify a checkpoint with all ranks, each its share of the files; the same answer everywhere."""
+    """Verify a checkpoint with all ranks, each its share of the files; the same answer everywhere.
+
+    Rank 0 reads the manifest and broadcasts it. Returns the manifest, None when it is broken, and all problems. All ranks
+    must call it.
+    """
     manifest: dict[str, Any] | None = None
     problem = RankFailure()
     foreign: list[str] = []
@@ -150,6 +156,7 @@ def find_mismatches(manifest: dict[str, Any], layout: EngineLayout, ranks: RankG
             saved_group = manifest["parameters"].get(span.name, {}).get("group", label)
             if saved_group != label:
                 faults.add(f"{span.name} is in group {label}, in the checkpoint in {saved_group}")
+    # Surplus in the checkpoint shows only against the names of all ranks together.
     known: set[str] = set()
     for own_names, own_faults in ranks.all_gather((list(shapes), faults)):
         known |= set(own_names)
@@ -184,7 +191,10 @@ def restore(checkpoint_dir: Path, manifest: dict[str, Any], layout: EngineLayout
 
 
 def restore_rank_random_state(checkpoint_dir: Path, manifest: dict[str, Any], rank: int) -> list[str]:
-    """Restore the random generators of this rank; a rank that did not exist keeps those it was seeded with."""
+    """Restore the random generators of this rank; a rank that did not exist keeps those it was seeded with.
+
+    Returns warnings.
+    """
     saved_world_size = manifest["layout"]["world_size"]
     if rank >= saved_world_size:
         return [f"rank {rank} did not exist among the {saved_world_size} that saved; it keeps its own random state"]

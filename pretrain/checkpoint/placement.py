@@ -2,6 +2,9 @@
 
 A shard is described by what it holds, not by how many ranks cut it: along each dim, the intervals of the whole that lie
 one after the other in it. So shards of any two layouts compare directly, and equal ones are replicas.
+
+Several intervals along a dim are the rule, not the exception: a fused matrix (q, k and v; gate and up) is cut inside each of
+its parts, so a rank's shard is made of one interval a part. Sizes and indices are in elements of the whole tensor.
 """
 
 from __future__ import annotations
@@ -69,6 +72,7 @@ def place_shard(local_shape: Sequence[int], shard: Shard, groups: ProcessGroupCo
     for cut in shard.cuts:
         group = getattr(groups, cut.axis)
         whole[cut.dim] = sum(cut.segments)
+        # The cut itself shards a tensor that holds its own indices: whatever it does with segments, this reads it off.
         indices = replace(cut, dim=0).shard(torch.arange(whole[cut.dim]), group.rank(), group.size())
         assert len(indices) == local_shape[cut.dim], f"dim {cut.dim} holds {local_shape[cut.dim]}, not {len(indices)}"
         intervals[cut.dim] = join_indices(indices.tolist())
@@ -87,7 +91,7 @@ def list_axes(groups: ProcessGroupCollection) -> dict[str, int]:
 
 
 def join_indices(indices: Sequence[int]) -> tuple[Interval, ...]:
-    """Join runs of consecutive indices to intervals."""
+    """Join runs of consecutive indices to intervals [start, stop), in the order given."""
     if not indices:
         return ()
     edges = [place for place, (before, after) in enumerate(pairwise(indices), 1) if after != before + 1]
@@ -109,7 +113,7 @@ class Run:
 
 
 def find_runs(saved: Sequence[Interval], wanted: Sequence[Interval]) -> list[Run]:
-    """Find what the intervals of two shards share along one dim."""
+    """Find what the intervals of two shards share along one dim, as runs in the coordinates of both shards."""
     runs = []
     wanted_start = 0
     for low, high in wanted:
@@ -126,7 +130,10 @@ def find_runs(saved: Sequence[Interval], wanted: Sequence[Interval]) -> list[Run
 def find_blocks(
     saved: Placement, wanted: Placement, first_row: int, end_row: int
 ) -> Iterator[tuple[Run, list[tuple[Run, ...]]]]:
-    """Find what two shards share among some rows (dim 0) of the wanted one: a run of rows, and the other dims' runs."""
+    """Find what two shards share among rows `first_row` to `end_row` (dim 0) of the wanted one.
+
+    Yields a run of rows with the blocks inside them, each a run along every other dim. Asserts equal whole shapes.
+    """
     assert saved.whole == wanted.whole, f"shards of {list(saved.whole)} and {list(wanted.whole)} have nothing in common"
     inner = [find_runs(*dims) for dims in zip(saved.intervals[1:], wanted.intervals[1:], strict=True)]
     blocks = list(product(*inner))
@@ -138,6 +145,7 @@ def find_blocks(
 
 def check_cover(name: str, placements: Sequence[Placement]) -> None:
     """Assert that different shards cover a parameter. They may overlap: ranks hold copies of what they cannot share."""
+    # The edges of all intervals divide the parameter into cells, each of them inside or outside of a shard as a whole.
     whole = placements[0].whole
     edges = [
         sorted({edge for shard in placements for interval in shard.intervals[dim] for edge in interval})

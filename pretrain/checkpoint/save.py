@@ -117,7 +117,10 @@ def take_snapshot(
     config: RunConfig,
     identities: dict[str, str],
 ) -> Snapshot:
-    """Collect views of the state that this rank writes (step 1 of the protocol). Communicates nothing."""
+    """Collect views of the state that this rank writes (step 1 of the protocol). Communicates nothing.
+
+    The tensors alias masters and moments: the next optimizer step changes them, so write or copy them before it.
+    """
     engine = layout.engine
     held = [
         fragment
@@ -179,7 +182,9 @@ def write_snapshot(checkpoints_dir: Path, snapshot: Snapshot, ranks: RankGroup, 
             remarks += remove_temporary(checkpoints_dir)
             check_free_space(checkpoints_dir, needed_bytes + SPARE_BYTES)
             temporary_dir = make_temporary(checkpoints_dir, snapshot.step)
+    # Raised on all ranks or none: one that left alone would leave the others in a collective.
     ranks.raise_together(problem.text, doing)
+    # Rank 0 chose the name, which is another one where a leftover could not be deleted.
     temporary_dir = checkpoints_dir / ranks.broadcast(temporary_dir.name)
 
     report = snapshot.report
@@ -192,6 +197,7 @@ def write_snapshot(checkpoints_dir: Path, snapshot: Snapshot, ranks: RankGroup, 
     if ranks.rank == 0:
         if all_written:
             with problem.caught():
+                # Marked before the rename, so that no pruning can meet the checkpoint without its mark.
                 if snapshot.marked:
                     mark(temporary_dir)
                 sync(temporary_dir)

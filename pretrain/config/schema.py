@@ -1,4 +1,11 @@
-"""RunConfig: everything one run is, in sections that the packages own."""
+"""RunConfig: everything one run is, in sections that the packages own.
+
+Sections are frozen pydantic models that refuse unknown keys, so that a misspelt setting stops the run instead of leaving a
+default in force. Bounds of one field stand here, in its declaration; rules between fields stand in pretrain/checks, because
+they need the whole run and give better remedies than a validator of one section could. The descriptions are the
+documentation: docs/configuration.md and the editors' JSON Schema are generated from them. Model and data own their
+sections (model/config/schema.py, data_pipeline/config.py), since both work without this package.
+"""
 
 from typing import Literal
 

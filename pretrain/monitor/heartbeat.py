@@ -42,7 +42,7 @@ class Beat:
     seen: float
 
     def place(self) -> tuple[int, int]:
-        """Sorts ranks by how far they are."""
+        """Sort key of ranks by how far they are: step, then phase."""
         return self.step, PHASES.index(self.phase)
 
 
@@ -68,11 +68,11 @@ class Heartbeat:
         self._watcher.start()
 
     def at(self, step: int, phase: str) -> None:
-        """This rank has come to a phase of a step."""
+        """Note that this rank has entered a phase of a step; resets the watch."""
         self._place = (step, phase, time.monotonic())
 
     def find_lost(self, num_ranks: int) -> list[Beat]:
-        """The last words of ranks that are gone, for a rank whose collective failed: it says which ones it missed.
+        """Find the ranks that are gone, as their last beats, for a rank whose collective failed.
 
         Waits for a sign of life of every rank, at most three of its intervals. Who ended in good order left no file.
         """
@@ -129,12 +129,14 @@ class Heartbeat:
             f"amfm: rank {self.rank} on {socket.gethostname()}: no progress for {seconds:.0f} s "
             f"(launch.heartbeat_seconds={self.timeout_seconds:g}) at step {step}, {phase}; {self._look_around()}\n"
         )
+        # Where every thread stands tells a hung collective from a hung read. `_exit`, because a hung thread would keep
+        # an orderly exit waiting.
         faulthandler.dump_traceback(all_threads=True)
         sys.stderr.flush()
         os._exit(HUNG)
 
     def _look_around(self) -> str:
-        """Who holds this rank up, by the files of the others, if the storage gives them in time."""
+        """Name who holds this rank up, by the beats of the others, if the storage gives them within LOOK_SECONDS."""
         found: list[list[Beat]] = []
         looker = threading.Thread(target=lambda: found.append(read_beats(self.directory)), daemon=True)
         looker.start()
@@ -145,7 +147,7 @@ class Heartbeat:
 
 
 def read_beats(directory: Path) -> list[Beat]:
-    """The last word of every rank that has not ended in good order, in rank order; what can't be read is left out."""
+    """Read the last beat of every rank that has not ended in good order, in rank order; what can't be read is left out."""
     beats = []
     for path in directory.glob("rank-*.json"):
         try:
@@ -160,14 +162,14 @@ def read_beats(directory: Path) -> list[Beat]:
 
 
 def describe_lost(beats: list[Beat]) -> str:
-    """Lost ranks, with host and place."""
+    """Describe lost ranks, with host, step and phase; empty for none."""
     return ", ".join(
         f"rank {beat.rank} on {beat.host} is lost (last seen at step {beat.step}, {beat.phase})" for beat in beats
     )
 
 
 def name_laggards(beats: list[Beat], own_rank: int, unseen_seconds: float) -> str:
-    """Which ranks the others wait for: those not seen for so long (stopped or gone), else those that are behind."""
+    """Name the ranks that the others wait for: those not seen for so long (stopped or gone), else those that are behind."""
     now = time.time()
     gone = [beat for beat in beats if now - beat.seen > unseen_seconds and beat.rank != own_rank]
     if gone:

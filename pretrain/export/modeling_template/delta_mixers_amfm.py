@@ -1,6 +1,7 @@
 """Mixers of an amfm hybrid model that overwrite: DeltaNet, Gated DeltaNet, DeltaProduct, KDA; sizes as in linear_mixers_amfm.py.
 
-G key heads, N delta rules a token.
+G key heads, N delta rules a token. A delta rule writes the difference between a value and what the state returns for its
+key, so that a key that comes again is overwritten and not added to.
 """
 
 from __future__ import annotations
@@ -93,6 +94,6 @@ class Kda(DeltaNet):
 
 
 def unit_length(x: Tensor) -> Tensor:
-    """Vectors of the last dimension over their lengths."""
+    """Scale vectors of the last dimension to length 1, in float32."""
     wide = x.float()
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
