@@ -1,4 +1,10 @@
-"""The attention block's mixer: causal grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245)."""
+"""The attention block's mixer: causal grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245).
+
+Context ranks gather the keys and values of whole rows, and each computes its own queries. In hybrids attention blocks are
+few and key-value heads fewer, so one all-gather moves little; passing blocks of keys around a ring would overlap better,
+but needs partial softmaxes to be merged and as many steps as ranks. Segments are taken from both ends of a row, so that
+every rank has equally many keys to read (`model/segments.py`).
+"""
 
 from __future__ import annotations
 
@@ -54,7 +60,7 @@ class AttentionMixer(Float32Buffers):
         self.reset_buffers()
 
     def reset_buffers(self) -> None:
-        """Computes the rotary frequencies again, on the device of the weights."""
+        """Compute the rotary frequencies again, float32, on the device of the weights."""
         if self.section.positions == "none":
             return
         rope = self.section.rope
@@ -72,7 +78,10 @@ class AttentionMixer(Float32Buffers):
         self.inverse_frequencies = frequencies.to(self.q_proj.weight.device)
 
     def forward(self, x_BTD: Tensor, meta: PackMeta, state: BlockState = None) -> MixerOutput:
-        """x [B, T, D] -> y [B, T, D]; with a cache the tokens also see all of its keys, and the longer cache is returned."""
+        """Mix x [B, T, D] -> y [B, T, D]; with a cache the tokens also see its keys, and the longer cache is returned.
+
+        Cached keys are normed and rotated already. Every rank of `groups.tp` and `groups.cp` must call.
+        """
         weights = [self.q_proj.weight, self.k_proj.weight, self.v_proj.weight]
         if self.g_proj is not None:
             weights.append(self.g_proj.weight)
@@ -114,19 +123,20 @@ class AttentionMixer(Float32Buffers):
         k_BSJK, v_BSJK = gather_rows(torch.stack([k_BTJK, v_BTJK]), segments, self.groups).unbind()
         outputs = []
         for number, q_BLHK in zip(segments.own, q_BTHK.chunk(2, dim=1)):
+            # Keys up to the segment's own end: causal attention aligns the last query with the last key.
             seen = (number + 1) * segments.length
             ids_BS = None if meta.single_document else segments.document_ids_BT[:, :seen]
             outputs.append(self._attend(q_BLHK, k_BSJK[:, :seen], v_BSJK[:, :seen], ids_BS))
         return torch.cat(outputs, dim=1)
 
     def _attend(self, q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, ids_BS: Tensor | None) -> Tensor:
-        """Attention by whatever is fastest for these queries and keys on this device."""
+        """Attend q [B, T, H, K] to k, v [B, S, J, K] -> [B, T, H, K], by whatever is fastest for them on this device."""
         tokens, keys, has_documents = q_BTHK.shape[1], k_BSJK.shape[1], ids_BS is not None
         backend = fastest_backend(self.backend, q_BTHK.device, has_documents=has_documents, tokens=tokens, keys=keys)
         return attention(q_BTHK, k_BSJK, v_BSJK, document_ids_BS=ids_BS, scale=self.scale, backend=backend)
 
     def empty_state(self, num_rows: int) -> AttentionCache:
-        """The cache before the first token: no keys."""
+        """Build the cache before the first token: [B, 0, J, K], in the dtype of the weights."""
         empty = self.k_proj.weight.new_zeros(num_rows, 0, self.num_kv_heads, self.head_dim)
         return AttentionCache(empty, empty)
 

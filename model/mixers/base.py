@@ -4,6 +4,11 @@ A linear mixer says which projections it needs (`parts`), what its recurrence re
 the output (`output`), all pointwise in time. The base class does what is hard to get right once per mixer: the short
 convolution, resets at documents, tensor-parallel sharding of heads, states that pass between context ranks, decoding with
 a state, and FLOP counts. So a new mixer is some thirty lines, and one test suite holds all of them.
+
+Rows that are cut over context ranks are scanned once. Each segment is scanned from a zero state as a row of its own; the
+state that enters it arrives afterwards and adds what it would have added, because the recurrence is linear in its state.
+That needs `scan_with_transfer`, which also says what a segment does to an entering state. A scan that waited for the state
+would run the ranks one after the other.
 """
 
 from __future__ import annotations
@@ -41,7 +46,8 @@ class Part(NamedTuple):
 class LinearMixer(SequenceMixer):
     """Projections, short convolution, a recurrence over matrix states, an output function, out_proj.
 
-    A subclass gives `recurrence`, `parts`, `convolved`, `rows` and `output`. Heads are cut over the tensor ranks.
+    A subclass gives `recurrence`, `parts`, `convolved`, `rows` and `output`. Heads are cut over the tensor ranks. Every rank of
+    `groups.tp` and `groups.cp` must call it.
     """
 
     recurrence: Recurrence
@@ -54,6 +60,7 @@ class LinearMixer(SequenceMixer):
         self.shards: dict[str, Shard] = {}
         num_ranks = build.groups.tp.size()
         parts = self.parts()
+        # Parts by head are rows of one matrix, in_proj, and cut by head; whole parts are rows of another, shared_proj.
         cut = {name: part for name, part in parts.items() if part.units is not None}
         self.in_proj = ColumnLinear(
             build.hidden_size,
@@ -78,23 +85,26 @@ class LinearMixer(SequenceMixer):
 
     @abstractmethod
     def parts(self) -> dict[str, Part]:
-        """What the projection gives, by name, in the order of its rows; the convolved ones first."""
+        """List what the projection gives, by name, in the order of its rows; the convolved ones first."""
 
     def convolved(self) -> tuple[str, ...]:
-        """Which parts pass the short convolution, where the options have one."""
+        """Name the parts that pass the short convolution, where the options have one."""
         return ("q", "k", "v")
 
     def accumulate(self, parts: dict[str, Tensor], meta: PackMeta, state: MixerState | None) -> MixerState:
-        """Adds to the parts what sums over the tokens before each; returns what the decode state keeps of it besides."""
+        """Add to the parts what sums over the tokens before each; returns what the decode state keeps of it besides.
+
+        The only step besides convolution and recurrence that may look at other tokens; most mixers have none.
+        """
         return {}
 
     @abstractmethod
     def rows(self, parts: dict[str, Tensor], meta: PackMeta) -> ScanRows:
-        """What the recurrence reads, from parts [B, T, channels of this rank]; pointwise in time."""
+        """Make what the recurrence reads from parts [B, T, channels of this rank]; pointwise in time."""
 
     @abstractmethod
     def output(self, o_BTHV: Tensor, parts: dict[str, Tensor]) -> Tensor:
-        """[B, T, inner of this rank] for out_proj, from what the recurrence read; pointwise in time."""
+        """Make the input of out_proj, [B, T, inner of this rank], from o [B, T, H, V] and the parts; pointwise in time."""
 
     def forward(self, x_BTD: Tensor, meta: PackMeta, state: BlockState = None) -> MixerOutput:
         """x [B, T, D] -> y [B, T, D]; with a state it goes on from there and returns the next one."""
@@ -112,7 +122,7 @@ class LinearMixer(SequenceMixer):
         return MixerOutput(leave_tensor_region(self.out_proj(y_BTI), self.build.groups), next_state)
 
     def project(self, x_BTD: Tensor, others: Sequence[Tensor] = ()) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
-        """The parts [B, T, channels of this rank] of the stream, and its products with other weights.
+        """Project the stream to the parts [B, T, channels of this rank], and to its products with other weights.
 
         Every rank of `groups.tp` must call.
         """
@@ -124,7 +134,7 @@ class LinearMixer(SequenceMixer):
         return parts, products[len(own) :]
 
     def mix(self, parts: dict[str, Tensor], meta: PackMeta) -> Tensor:
-        """What the recurrence reads [B, T, H, V] in whole rows of documents; convolves the parts."""
+        """Mix whole rows of documents: outputs [B, T, H, V] of the recurrence. Replaces parts by their convolution."""
         self._convolve(parts, self._convolved_inputs(parts), meta.boundaries_BT(), None)
         self.accumulate(parts, meta, None)
         return self.recurrence.scan(self.rows(parts, meta), self._settings(meta.boundaries_BT()), None)[0]
@@ -132,7 +142,7 @@ class LinearMixer(SequenceMixer):
     def _convolve(
         self, parts: dict[str, Tensor], inputs_BTC: Tensor | None, ids_BT: Tensor | None, window_BWC: Tensor | None
     ) -> None:
-        """Puts what the convolution makes of its inputs, which begin after this window or zeros, in place of the parts."""
+        """Convolve inputs that begin after this window, or after zeros, and put the result in place of the parts."""
         if self.conv is None or inputs_BTC is None:
             return
         convolved_BTC = self.conv(inputs_BTC, ids_BT, window_BWC, self.build.backend)
@@ -140,14 +150,17 @@ class LinearMixer(SequenceMixer):
         parts |= zip(self.convolved(), convolved_BTC.split(sizes, dim=-1))
 
     def _convolved_inputs(self, parts: dict[str, Tensor]) -> Tensor | None:
-        """[B, T, C]; None without a convolution."""
+        """Join the parts that are convolved, [B, T, C]; None without a convolution."""
         return None if self.conv is None else torch.cat([parts[name] for name in self.convolved()], dim=-1)
 
     def _settings(self, ids_BT: Tensor | None) -> ScanSettings:
         return ScanSettings(ids_BT, self.options.chunk_size, self.build.backend)
 
     def extend(self, parts: dict[str, Tensor], meta: PackMeta, state: MixerState) -> tuple[Tensor, MixerState]:
-        """The tokens after those of a decode state."""
+        """Mix the tokens after those of a decode state: outputs [B, T, H, V] and the next state; the old one stays valid.
+
+        One token takes a step of the recurrence, several a scan that begins with the state.
+        """
         following: MixerState = {}
         inputs_BTC = self._convolved_inputs(parts)
         if inputs_BTC is not None:
@@ -165,7 +178,10 @@ class LinearMixer(SequenceMixer):
         return o_BTHV, following
 
     def _scan_segments(self, parts: dict[str, Tensor], meta: PackMeta, segments: Segments) -> Tensor:
-        """The outputs of this rank's segments, scanned from zero as rows of their own; then what entering states add."""
+        """Scan this rank's segments from zero as rows of their own, then add what their entering states add.
+
+        Two exchanges over `groups.cp`: inputs of the convolution with the neighbours, before it; states with all, after.
+        """
         own_parts = {name: segments.as_rows(part) for name, part in parts.items()}
         layout = replace(
             meta,
@@ -189,11 +205,11 @@ class LinearMixer(SequenceMixer):
         return o_RLHV.reshape(num_rows, -1, *o_RLHV.shape[2:])
 
     def heads(self, part: Tensor) -> Tensor:
-        """[..., heads of this rank * X] -> [..., heads of this rank, X]."""
+        """Split the channels of a part by head: [..., heads of this rank * X] -> [..., heads of this rank, X]."""
         return part.unflatten(-1, (self.num_heads, -1))
 
     def state_shape(self) -> tuple[int, ...]:
-        """Of one row's state on this rank: heads, then rows and columns of one."""
+        """Shape of one row's state on this rank: heads, then rows and columns of one head's."""
         return self.num_heads, *self.options.state_shape()
 
     def empty_state(self, num_rows: int) -> MixerState:
@@ -206,7 +222,7 @@ class LinearMixer(SequenceMixer):
         return state
 
     def sequence_flops(self, sequence_length: int) -> float:
-        """The recurrence costs the same at every length."""
+        """FLOPs a token of the recurrence, the same at every length."""
         return self.recurrence.flops(*self.state_shape())
 
 
@@ -219,7 +235,7 @@ class ShortConvolution(nn.Module):
         self.shards = {"weight": Shard((cut,))}
 
     def forward(self, inputs_BTC: Tensor, ids_BT: Tensor | None, window_BWC: Tensor | None, backend: str) -> Tensor:
-        """[B, T, C] -> the same; rows begin with this window of inputs, or with zeros."""
+        """Convolve inputs [B, T, C] -> [B, T, C] after a window of inputs [B, W - 1, C], or zeros; resets at documents."""
         return causal_conv1d(
             inputs_BTC,
             self.weight,
@@ -231,6 +247,6 @@ class ShortConvolution(nn.Module):
 
 
 def cut_of(parts: Iterable[Part]) -> ShardSpec:
-    """How the rows of a stacked projection, or the channels of its convolution, are cut over the tensor ranks."""
+    """Build the cut of a stacked projection's rows, or of its convolution's channels, over the tensor ranks."""
     found = list(parts)
     return ShardSpec(0, "tp", tuple(part.size for part in found), tuple(part.units or 0 for part in found))

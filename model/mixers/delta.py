@@ -1,4 +1,11 @@
-"""Linear mixers that overwrite: DeltaNet, Gated DeltaNet and DeltaProduct."""
+"""Linear mixers that overwrite: DeltaNet, Gated DeltaNet and DeltaProduct.
+
+Plain linear attention only adds to its state, so what a key holds blurs with every write. The delta rule first takes out
+what the state holds for the key: one step of gradient descent on |S^T k - v|^2 with rate beta. With k of unit length the
+transition I - beta k k^T has the eigenvalue 1 - beta along k, and beta = 2 (`allow_negative_eigenvalues`) makes it a
+reflection. Recurrences whose transitions have positive real eigenvalues alone cannot solve parity at all lengths in finite
+precision (Grazzi et al. 2024, arXiv 2411.12537, theorem 1).
+"""
 
 from __future__ import annotations
 
@@ -75,7 +82,7 @@ class DeltaNetMixer(LinearMixer):
         return self.norm(o_BTHV, parts.get("gate"))
 
     def init_parameter(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
-        """As Mamba2's decay starts."""
+        """Draw A_log and dt_bias as Mamba2's, where there is a decay."""
         if name == "A_log":
             return first_decay_rates(shape, generator)
         return first_time_steps(shape, generator) if name == "dt_bias" else None
@@ -106,6 +113,6 @@ class DeltaProductMixer(DeltaNetMixer):
 
 
 def unit_length(x: Tensor) -> Tensor:
-    """Each vector of the last dim divided by its length, in the dtype of x, computed in float32; zero stays zero."""
+    """Divide each vector of the last dim by its length, in the dtype of x, computed in float32; zero stays zero."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)

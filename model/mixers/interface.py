@@ -1,4 +1,10 @@
-"""What every mixer takes and gives: build context, states for decoding, outputs, and the class that plugins derive from."""
+"""What every mixer takes and gives: build context, states for decoding, outputs, and the class that plugins derive from.
+
+A mixer is a function of the stream and the document layout that returns an addend of the stream; blocks own norm and
+residual. States are values and not buffers of the module: the same model can decode several texts, and a state can be kept,
+copied or dropped by who called. A plugin gives the abstract methods of `SequenceMixer` and gets sharded initial values,
+checkpoints, decoding and FLOP counts like a built-in mixer.
+"""
 
 from __future__ import annotations
 
@@ -32,31 +38,41 @@ class BuildContext:
     mixers: Section
 
     def options_of(self, name: str) -> Any:
-        """The options of a registered mixer, for one that wraps it."""
+        """Look up the options of another registered mixer, for one that wraps it."""
         return getattr(self.mixers, name)
 
 
 class SequenceMixer(Float32Buffers):
-    """A registered mixer: `shards` places its own parameters, buffers keep float32."""
+    """A registered mixer: `shards` says how its own parameters are cut over ranks; buffers keep float32.
+
+    A parameter that `shards` does not name is replicated, with equal gradients on all ranks. Documents must not read each
+    other: where `meta.boundaries_BT()` is not None, whatever looks at other tokens resets there.
+    """
 
     @abstractmethod
     def forward(self, x_BTD: Tensor, meta: PackMeta, state: BlockState = None) -> MixerOutput:
-        """x [B, T, D] -> y [B, T, D]; with a state it goes on from there and returns the next one."""
+        """Mix x [B, T, D] -> y [B, T, D]; with a state the tokens continue it, and the next state is returned.
+
+        Every rank of `groups.tp` and `groups.cp` must call.
+        """
 
     @abstractmethod
     def empty_state(self, num_rows: int) -> MixerState:
-        """The state before the first token of `num_rows` rows."""
+        """Build the state before the first token of `num_rows` rows: tensors [B, ...] on the device of the weights."""
 
     @abstractmethod
     def sequence_flops(self, sequence_length: int) -> float:
-        """Operations a token of mixing over the sequence, forward, of all heads on one rank; products with weights are counted elsewhere."""
+        """Forward FLOPs a token of mixing over the sequence, of the heads on this rank.
+
+        Products with weights are counted elsewhere (`model/flops.py`).
+        """
 
     def init_parameter(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
-        """The whole first value of an own parameter, float32 on the CPU; None: as init.py says for its name."""
+        """Draw the whole initial value of an own parameter, float32 on the CPU; None: as init.py says for its name."""
         return None
 
     def reset_buffers(self) -> None:
-        """Computes the buffers, on the device of the weights; `HybridModel.initialize` calls it."""
+        """Compute the buffers, on the device of the weights; `HybridModel.initialize` calls it."""
 
 
 class MambaState(NamedTuple):
@@ -88,7 +104,11 @@ class DecodeState(NamedTuple):
 
 
 class MixerOutput(NamedTuple):
-    """y_BTD; the block's new state when one was given; weighted auxiliary losses by name; tokens each expert got."""
+    """What a mixer gives: y_BTD [B, T, D], the addend of the stream, before the residual multiplier.
+
+    state: the new one where one was given. auxiliary: weighted auxiliary losses by name, scalars. expert_counts_E [E] int64:
+    the choices of each expert, of MoE blocks.
+    """
 
     y_BTD: Tensor
     state: BlockState = None

@@ -1,4 +1,12 @@
-"""The Mamba2 block's mixer (Dao and Gu 2024, arXiv 2405.21060, section 7)."""
+"""The Mamba2 block's mixer (Dao and Gu 2024, arXiv 2405.21060, section 7).
+
+With decay a_t = exp(dt_t A) a head, dt_t = softplus(dt + dt_bias) and A = -exp(A_log), the state h [P, N] of a head follows
+h_t = a_t h_(t-1) + dt_t x_t B_t^T and gives y_t = h_t C_t + D x_t. The scan computes it chunk by chunk with matrix products
+(kernels/decay_scan/README.md). z, x, B, C and dt come from one projection, so that the stream is read once.
+
+It is a decay recurrence like those of `LinearMixer`, but has a class of its own: its kernel applies dt, A and D inside the
+scan, where tensors of their products need not be written to memory.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +66,10 @@ class Mamba2Mixer(nn.Module):
         self.out_proj = RowLinear(inner, config.hidden_size, groups, name="model.mamba.num_heads")
 
     def forward(self, x_BTD: Tensor, meta: PackMeta, state: BlockState = None) -> MixerOutput:
-        """x [B, T, D] -> y [B, T, D]; with a state it goes on from there and returns the next one."""
+        """Mix x [B, T, D] -> y [B, T, D]; with a state the tokens continue it, and the next state is returned.
+
+        Every rank of `groups.tp` and `groups.cp` must call.
+        """
         (projected_BTX,) = project_stream(x_BTD, [self.in_proj.weight], self.groups)
         num_rows, num_tokens, _ = projected_BTX.shape
         z_BTI, inputs_BTC, dt_BTH = projected_BTX.split([self.inner_size, self.conv.channels, self.num_heads], dim=-1)
@@ -85,10 +96,10 @@ class Mamba2Mixer(nn.Module):
         return scanned.y_BTHP, MambaState(window_BWC, scanned.final_state_BHPN)
 
     def _scan_segments(self, inputs_BTC: Tensor, dt_BTH: Tensor, meta: PackMeta, segments: Segments) -> Tensor:
-        """The outputs of this rank's segments, which are scanned from zero as rows of their own.
+        """Scan this rank's segments from zero as rows of their own, and add what the tokens before them add.
 
-        What the tokens before them add is added once their state has arrived (kernels/decay_scan/README.md): no second scan,
-        and backward walks the sequence once.
+        It is added once their state has arrived (kernels/decay_scan/README.md): no second scan, and backward walks the
+        sequence once.
         """
         width, num_rows = self.conv.weight.shape[1] - 1, len(inputs_BTC)
         ids_BT = meta.boundaries_BT()
@@ -121,7 +132,7 @@ class Mamba2Mixer(nn.Module):
         window_BWC: Tensor | None,
         state_BHPN: Tensor | None,
     ) -> tuple[Tensor, ScanOutput]:
-        """Convolution and scan of rows that begin with this window and this state, or with zeros: (C [B, T, G, N], the scan)."""
+        """Convolve and scan rows that begin with this window and state, or with zeros: (C [B, T, G, N], the scan)."""
         convolved_BTC = causal_conv1d(
             inputs_BTC,
             self.conv.weight,
@@ -154,7 +165,7 @@ class Mamba2Mixer(nn.Module):
         return y_BHP, MambaState(window_BWC, state_BHPN)
 
     def _split(self, convolved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [..., H, P], B and C [..., G, N] out of the convolution's channels."""
+        """Split the convolution's channels into x [..., H, P], B and C [..., G, N]."""
         group_width = self.num_groups * self.state_size
         x, B, C = convolved.split([self.inner_size, group_width, group_width], dim=-1)
         return (
@@ -164,7 +175,7 @@ class Mamba2Mixer(nn.Module):
         )
 
     def empty_state(self, num_rows: int) -> MambaState:
-        """The state before the first token: zeros."""
+        """Build the state before the first token: zeros; the window in the dtype of the weights, the state in float32."""
         weight = self.conv.weight
         window_BWC = weight.new_zeros(num_rows, weight.shape[1] - 1, self.conv.channels)
         state_BHPN = torch.zeros(num_rows, self.num_heads, self.head_dim, self.state_size, device=weight.device)
@@ -200,7 +211,7 @@ class GatedNorm(nn.Module):
         self.spans_ranks = num_groups < num_ranks
 
     def forward(self, y_BTI: Tensor, z_BTI: Tensor) -> Tensor:
-        """y and z [B, T, inner of this rank] -> [B, T, inner of this rank]."""
+        """Norm y * silu(z), both [B, T, inner of this rank], by group -> the same shape, in the dtype of y."""
         if self.spans_ranks:
             return self._over_ranks(y_BTI, z_BTI)
         normed: Tensor = gated_rms_norm(

@@ -2,7 +2,9 @@
 
 Decay: S_t = diag(e^(g_t)) S_(t-1) + k_t v_t^T, with one decay a head or one a key channel (kernels/decay_scan).
 Delta: S <- diag(e^(g_t)) S, with one decay a head, one a key channel or none, then for each micro-step S <- (I - beta k k^T) S + beta k v^T (kernels/delta_scan).
-Both read o_t = S_t^T q_t.
+Both read o_t = S_t^T q_t, and both are affine in the state that enters a row: S_out = P S_in + F with P and F of the row
+alone. That is what context parallelism lives on (model/parallel/context.py). For a decay P is a factor, for a delta rule a
+K x K matrix, which costs about K / V more work and is computed only where rows are cut.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ class ScanSettings(NamedTuple):
 class OpenScan(NamedTuple):
     """A scan from zero that a state may still enter: o = o_BTHV + read(S_in), S_out = transfer S_in + final_BHKV.
 
-    read: linear, from S_in [B, H, K, V] to the shape of o; 0 after the row's first document. transfer: a factor [B, H], a factor a row [B, H, K] or a matrix [B, H, K, K]; 0 where S_in's document ends in the row.
+    read: linear, from S_in [B, H, K, V] to the shape of o; 0 after the row's first document. transfer: a factor [B, H], a
+    factor a row [B, H, K] or a matrix [B, H, K, K]; 0 where S_in's document ends in the row.
     """
 
     o_BTHV: Tensor
@@ -59,15 +62,15 @@ class Recurrence(ABC):
 
     @abstractmethod
     def scan(self, rows: ScanRows, how: ScanSettings, state_BHKV: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(o [B, T, H, V], the state after the last token) of rows that begin with this state, or with zero."""
+        """Scan rows that begin with this state, or with zero: (o [B, T, H, V], the state after the last token)."""
 
     @abstractmethod
     def scan_with_transfer(self, rows: ScanRows, how: ScanSettings) -> OpenScan:
-        """The rows from zero, and what a state would add once it has arrived."""
+        """Scan rows from zero, with what is needed to add a state that arrives afterwards."""
 
     @abstractmethod
     def step(self, rows: ScanRows, state_BHKV: Tensor) -> tuple[Tensor, Tensor]:
-        """(o [B, H, V], the next state) of one token."""
+        """Advance by one token: (o [B, H, V], the next state); the given state is not changed."""
 
     @abstractmethod
     def flops(self, num_heads: int, key_dim: int, value_dim: int) -> float:
@@ -131,7 +134,7 @@ class DeltaRecurrence(Recurrence):
 
 
 def read_with(read_BTHK: Tensor) -> Callable[[Tensor], Tensor]:
-    """What reads a state [B, H, K, V] with a vector a token and head."""
+    """Build the function that reads a state [B, H, K, V] with a vector a token and head, [B, T, H, K] -> [B, T, H, V]."""
 
     def read(state_BHKV: Tensor) -> Tensor:
         return torch.matmul(read_BTHK.transpose(1, 2), state_BHKV.to(read_BTHK.dtype)).transpose(1, 2)
@@ -140,5 +143,5 @@ def read_with(read_BTHK: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def add_initial_state(scan: OpenScan, state_BHKV: Tensor) -> Tensor:
-    """o [B, T, H, V] of rows that this state entered."""
+    """Complete a scan from zero for the state that entered its rows: o [B, T, H, V], in the dtype of the scan's output."""
     return (scan.o_BTHV + scan.read(state_BHKV)).to(scan.o_BTHV.dtype)
