@@ -11,7 +11,7 @@ from launch.console import print_rows
 
 
 def choose_device(name: str) -> str:
-    """The device to compute on; ValueError for a CUDA that is not there."""
+    """Resolve `auto` to a device type. Raises ValueError for a CUDA that torch does not see."""
     import torch
 
     if name == "cuda" and not torch.cuda.is_available():
@@ -23,7 +23,7 @@ PICTURE_FORMATS = (".png", ".svg", ".pdf")
 
 
 def check_picture(path: Path) -> None:
-    """Refuse, before any work, a file that cannot be written. Raises ValueError."""
+    """Check that a picture can be written, before any work is done. Raises ValueError."""
     if path.suffix not in PICTURE_FORMATS:
         raise ValueError(
             f"--picture {path} must end in one of {', '.join(PICTURE_FORMATS)}; use {path.stem or 'picture'}.png"
@@ -52,7 +52,7 @@ JsonOption = Annotated[
 
 
 def show_help_all(context: typer.Context, asked: bool) -> None:
-    """Print the help of the verb and every setting below it, and end."""
+    """Typer callback: print the verb's help and every setting, then exit."""
     if not asked or context.resilient_parsing:
         return
     text = context.get_help()
@@ -71,7 +71,7 @@ HelpAllOption = Annotated[
 
 
 def print_fields() -> None:
-    """Every setting with type, default and meaning, from the schema."""
+    """Print every setting with type, default and meaning, from the schema."""
     from pretrain.config.fields import describe_fields
 
     rows = [

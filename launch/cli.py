@@ -39,7 +39,7 @@ for module in (init, config, doctor, data, plan, train, launch, evaluate, export
 
 
 def print_version(asked: bool) -> None:
-    """Print `amfm VERSION`; a checkout that was never installed has none."""
+    """Typer callback: print `amfm VERSION` and exit; a checkout that was never installed has no number."""
     if not asked:
         return
     try:
@@ -103,7 +103,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def describe_as_json(message: str, code: int, error: BaseException) -> dict[str, Any]:
-    """An error for scripts: the message, the exit code, and each problem of a configuration with its place."""
+    """An error as JSON values: message, exit code, and each problem of a configuration with its place."""
     problems = error.problems if isinstance(error, ConfigError) else ()
     listed = [
         {

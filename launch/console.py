@@ -1,4 +1,7 @@
-"""What verbs print: results on standard output, progress and remarks on standard error."""
+"""Console output of verbs: results on standard output, progress and remarks on standard error.
+
+Kept apart so that results can be piped while a person still sees what happens; `--json` verbs print one object only.
+"""
 
 from __future__ import annotations
 
@@ -18,19 +21,19 @@ UNUSED_LIBRARIES = "Transformer Engine and Apex are not installed"
 
 
 def print_json(value: object) -> None:
-    """One JSON object on standard output, for scripts."""
+    """Print one JSON object on standard output."""
     json.dump(value, sys.stdout, indent=2, ensure_ascii=False)
     sys.stdout.write("\n")
     sys.stdout.flush()
 
 
 def say(text: str) -> None:
-    """A remark for a person, on standard error."""
+    """Print a remark for a person on standard error; square brackets in it are text, not markup."""
     Console(stderr=True, highlight=False, soft_wrap=True).print(escape(text))
 
 
 def print_pairs(title: str, pairs: Iterable[tuple[str, object]]) -> None:
-    """A small table of names and values on standard output."""
+    """Print a small table of names and values on standard output."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
@@ -43,7 +46,7 @@ def print_pairs(title: str, pairs: Iterable[tuple[str, object]]) -> None:
 
 
 def print_rows(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """A table with a header on standard output."""
+    """Print a table with a header on standard output."""
     table = Table(header_style="bold")
     for column in columns:
         table.add_column(column, overflow="fold")
@@ -55,13 +58,16 @@ def print_rows(title: str, columns: Sequence[str], rows: Iterable[Sequence[objec
 
 
 def output() -> Console:
-    """The console of standard output; wide when it is piped, so that lines are not folded at 80."""
+    """Console of standard output; 160 columns wide when it is piped, so that lines are not folded at 80."""
     return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=160)
 
 
 @contextmanager
 def show_progress(name: str, *, every_seconds: float = 1.0) -> Iterator[Callable[[int, int, str], None]]:
-    """Gives a function of (done, total, remark): a bar on a terminal, else a line now and then; on standard error."""
+    """Yield a function of (done, total, remark) that shows progress on standard error.
+
+    A bar on a terminal; elsewhere at most a line every `every_seconds`, and one at the end.
+    """
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     if not console.is_terminal:
         last = time.monotonic() - every_seconds

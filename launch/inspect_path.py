@@ -1,4 +1,10 @@
-"""What a folder is (token store, checkpoint, run, export), whether it is whole, and what it holds."""
+"""Inspect a folder that amfm wrote: its kind, whether it is whole, and what it holds.
+
+How it works: the kind (store, checkpoint, run, import, export) follows from the files that are there; each kind has a
+function that reads everything, verifies the checksums it carries and returns an `Inspection`. Problems are collected
+and not raised, so that one damaged file does not hide the next. Two folders are compared by their inspections; two
+whole checkpoints number by number.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +19,7 @@ from data_pipeline.foreign_files import read_object, take
 
 @dataclass(frozen=True)
 class Inspection:
-    """What was found: `kind`, every `problem` (none: all checksums hold), and facts by name.
+    """Result of an inspection: `kind`, every `problem` (none: all checksums hold), and facts by name.
 
     `details` holds what is compared but too long to print: settings and a digest of each tensor.
     """
@@ -24,18 +30,18 @@ class Inspection:
     details: dict[str, Any] = field(default_factory=dict)
 
     def is_ok(self) -> bool:
-        """Whether nothing is wrong."""
+        """Whether no problem was found."""
         return not self.problems
 
     def as_json(self) -> dict[str, Any]:
-        """The object that scripts read."""
+        """The inspection as JSON values, without details."""
         return {"kind": self.kind, "ok": self.is_ok(), "problems": list(self.problems), **self.facts}
 
 
 def inspect_path(path: str | Path, *, quick: bool = False) -> Inspection:
-    """Read everything below a folder, or a token store behind a URL, and verify its checksums.
+    """Inspect a folder, or a token store behind a URL: read everything and verify checksums.
 
-    quick: of a token store only sizes, indices and document ends. Raises FileNotFoundError if it does not exist,
+    `quick`: of a token store only sizes, indices and document ends. Raises FileNotFoundError if it does not exist,
     ValueError if it is nothing that amfm writes, or for `quick` of anything but a store.
     """
     from data_pipeline.store.object_store import is_url
@@ -68,7 +74,10 @@ def inspect_path(path: str | Path, *, quick: bool = False) -> Inspection:
 
 
 def inspect_store(path: str, *, quick: bool = False) -> Inspection:
-    """A token store in a folder or behind a URL: manifest, tokenizer, sizes and, unless quick, every chunk and digest."""
+    """Inspect a token store in a folder or behind a URL.
+
+    Verifies manifest, tokenizer, sizes, document ends and, unless `quick`, every chunk and digest.
+    """
     from data_pipeline.store.shards import DamagedError
     from data_pipeline.store.store import TokenStore
     from data_pipeline.verify import verify_store
@@ -99,7 +108,7 @@ def inspect_store(path: str, *, quick: bool = False) -> Inspection:
 
 
 def inspect_checkpoint(folder: Path) -> Inspection:
-    """A checkpoint: its manifest, the SHA-256 of every file, and no NaN in any tensor."""
+    """Inspect a checkpoint: its manifest, the SHA-256 of every file, and every tensor for NaN."""
     from pretrain.checkpoint.inspect import inspect_checkpoint as inspect
 
     found = inspect(folder)
@@ -108,7 +117,10 @@ def inspect_checkpoint(folder: Path) -> Inspection:
 
 
 def mark_checkpoint(folder: Path, keep: bool) -> None:
-    """Mark a checkpoint that verifies, or take its mark away; ValueError for anything else."""
+    """Mark a checkpoint to be kept, or remove the mark.
+
+    Raises ValueError where it does not verify: a mark must not protect what cannot be loaded.
+    """
     from pretrain.checkpoint.commit import mark, release
     from pretrain.checkpoint.files import verify_checkpoint
 
@@ -119,7 +131,7 @@ def mark_checkpoint(folder: Path, keep: bool) -> None:
 
 
 def inspect_run(folder: Path) -> Inspection:
-    """A run directory: every checkpoint in it, verified, and how far the metrics reach."""
+    """Inspect a run directory: verify every checkpoint, and find how far the metrics reach."""
     from pretrain.checkpoint.commit import list_checkpoints
     from pretrain.checkpoint.files import verify_checkpoint
     from pretrain.config.file import flatten, load_config
@@ -145,7 +157,7 @@ def inspect_run(folder: Path) -> Inspection:
 
 
 def inspect_weights(folder: Path) -> Inspection:
-    """What `amfm import` wrote: the SHA-256 of every file, and every tensor against the configuration."""
+    """Inspect imported weights: the SHA-256 of every file, and every tensor against the configuration."""
     from pretrain.config.file import flatten
     from pretrain.inference.weights import read_weights
 
@@ -167,7 +179,10 @@ def inspect_weights(folder: Path) -> Inspection:
 
 
 def inspect_export(folder: Path) -> Inspection:
-    """A transformers checkpoint: config.json, and every tensor of every safetensors file, against the index."""
+    """Inspect a transformers export: config.json, and every tensor of every safetensors file, against the index.
+
+    These files carry no checksums, so values are tested for NaN and infinity, and digests are made for comparison.
+    """
     import torch
 
     from pretrain.tensor_files import open_tensors
@@ -219,7 +234,7 @@ def compare_index(index: Path, tensors: dict[str, str]) -> Iterator[str]:
 
 
 def compare_checkpoints(first: Path, second: Path) -> dict[str, Any]:
-    """Where two checkpoints without problems differ: numbers, settings, state, layout."""
+    """Differences of two checkpoints that verify: numbers, settings, state, layout."""
     from pretrain.checkpoint.files import read_manifest
     from pretrain.checkpoint.inspect import compare_checkpoints as compare
 
@@ -227,7 +242,7 @@ def compare_checkpoints(first: Path, second: Path) -> dict[str, Any]:
 
 
 def list_differences(compared: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Rows (what, first, second) of two compared checkpoints; a tensor's row says by how much it differs."""
+    """Differences of two checkpoints as rows (what, first, second); a tensor's row says by how much it differs."""
     absent = "(absent)"
     rows: list[tuple[str, Any, Any]] = [("step", *compared["steps"])] if len(set(compared["steps"])) > 1 else []
     for section in ("layout", "settings", "identities", "state", "groups", "optimizer_steps"):
@@ -240,7 +255,7 @@ def list_differences(compared: dict[str, Any]) -> list[tuple[str, Any, Any]]:
 
 
 def diff_inspections(first: Inspection, second: Inspection) -> dict[str, tuple[Any, Any]]:
-    """Facts, settings and tensors in which two folders differ: name -> (first, second); "(absent)" on one side."""
+    """Facts, settings and tensors in which two folders differ, as name -> (first, second); "(absent)" on one side."""
     left, right = (
         {"kind": first.kind, **first.facts, **first.details},
         {"kind": second.kind, **second.facts, **second.details},

@@ -1,8 +1,9 @@
-"""How a rank, and every other process of ours, is started: apart from the working directory.
+"""Command lines of ranks and of every other amfm process, started apart from the working directory.
 
-`python -m launch` looks into the working directory first, and would run a user's `launch.py` or `model/` in the place of
-ours, on every rank. `-P` turns that off (PYTHONPATH and installed packages, editable ones too, stay). Where our packages
-were themselves found through the working directory alone, a source tree without installation, PYTHONPATH names it.
+`python -m launch` looks into the working directory first, and would run a user's `launch.py` or `model/` in the place
+of ours, on every rank. `-P` turns that off (PYTHONPATH and installed packages, editable ones too, stay). Where our
+packages were themselves found through the working directory alone, a source tree without installation, PYTHONPATH names
+it.
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def isolated_python() -> list[str]:
-    """A Python that does not look into the working directory."""
+    """Start of a command line for a Python that does not search the working directory."""
     return [sys.executable, "-P"]
 
 
 def rank_command(arguments: Sequence[str]) -> list[str]:
-    """The command line of a rank: an `amfm` command line."""
+    """Command line of a process that runs an `amfm` command line."""
     return [*isolated_python(), "-m", "launch", *arguments]
 
 
 def source_variables() -> dict[str, str]:
-    """What such a command needs in its environment besides what is there; mostly nothing."""
+    """Environment variables that such a command needs besides those that are set; empty for an installed amfm."""
     others = {Path(entry).resolve() for entry in sys.path[1:] if entry}
     if sys.flags.safe_path or ROOT in others or Path(sys.path[0] or os.curdir).resolve() != ROOT:
         return {}

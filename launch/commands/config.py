@@ -51,7 +51,7 @@ def config(
 
 
 def print_about_schema(*, schema: bool, reference: bool, as_json: bool) -> None:
-    """The schema itself in one of its forms."""
+    """Print the schema itself: as JSON schema, as reference page or as a list of fields."""
     from pretrain.config.fields import describe_fields, reference_page
     from pretrain.config.file import config_schema
 
@@ -68,7 +68,7 @@ def print_about_schema(*, schema: bool, reference: bool, as_json: bool) -> None:
 
 
 def add_verbs(app: typer.Typer) -> None:
-    """Register the verbs of this file."""
+    """Register the verb of this file."""
     app.command(
         epilog="Example: amfm config configs/tiny_cpu.yaml train.seed=1 --diff configs/tiny_cpu.yaml",
     )(config)

@@ -96,7 +96,7 @@ def prepare(
 
 
 def describe_progress(now: Progress) -> tuple[int, int, str]:
-    """(done, total, remark) of a preparation."""
+    """(done, total, remark) of a preparation, for a progress bar."""
     if now.stage == "tokenizer":
         return now.units_done, now.units_total, "training the tokenizer"
     if now.stage == "duplicates":
@@ -160,7 +160,7 @@ def inspect(
 
 
 def print_differences(diff: Path, other: Inspection, path: Path, found: Inspection, *, as_json: bool) -> None:
-    """Two checkpoints number by number where both are whole; anything else by what its inspection says."""
+    """Print how two folders differ: two whole checkpoints number by number, anything else by its inspection."""
     from launch.inspect_path import compare_checkpoints, diff_inspections, list_differences
 
     rows: list[tuple[str, Any, Any]]
@@ -178,7 +178,7 @@ def print_differences(diff: Path, other: Inspection, path: Path, found: Inspecti
 
 
 def show_sample(path: str, sample: int, config_path: Path | None, *, as_json: bool) -> None:
-    """Decode the row of a global sample: a pure function of the configuration and the store."""
+    """Decode and print the row of a global sample, which the configuration and the store determine."""
     from data_pipeline.verify import sample_text
     from pretrain.config.file import load_config
     from pretrain.stages import data_of_stages, resolve_stages, stage_of, step_of_sample
@@ -217,7 +217,7 @@ def show_sample(path: str, sample: int, config_path: Path | None, *, as_json: bo
 
 
 def show_fact(value: Any) -> str:
-    """A fact on one line: 1234567 -> 1,234,567; nested mappings as a=b."""
+    """A fact on one line: 1234567 as 1,234,567, nested mappings as a=b."""
     if isinstance(value, dict):
         return ", ".join(f"{key}: {show_fact(item)}" for key, item in value.items())
     if isinstance(value, list):

@@ -42,7 +42,10 @@ def doctor(
 
 
 def doctor_cluster(shared: Path | None, nproc: int, *, as_json: bool) -> int:
-    """Start the ranks, or be one of them; rank 0 prints. Returns the exit code, the same on every rank."""
+    """Start the ranks, or be one of them; rank 0 prints. Returns the exit code, the same on every rank.
+
+    Raises ValueError where this process is no rank and starts none, RuntimeError where a package is missing.
+    """
     if nproc > 1:
         from launch.cluster.local import run_local
 
@@ -55,6 +58,7 @@ def doctor_cluster(shared: Path | None, nproc: int, *, as_json: bool) -> int:
         )
     from launch.doctor.machine import examine_packages
 
+    # The measurements import torch: name what is missing, and the host, instead of failing in an import.
     missing = [item for item in examine_packages() if item.status == "fail"]
     if missing:
         texts = ", ".join(f"{item.name} is {item.found} ({item.remedy})" for item in missing)
@@ -70,7 +74,7 @@ def doctor_cluster(shared: Path | None, nproc: int, *, as_json: bool) -> int:
 
 
 def print_findings(title: str, findings: Sequence[Finding], *, as_json: bool) -> bool:
-    """Findings on standard output; returns whether any is a failure, which is also said."""
+    """Print findings on standard output; returns whether any is a failure."""
     failed = [finding for finding in findings if finding.status == "fail"]
     if as_json:
         print_json({"ok": not failed, "findings": [finding.as_dict() for finding in findings]})

@@ -74,7 +74,7 @@ def export(
 
 
 def export_for_deepspeed(checkpoint: Path, out: Path, *, as_json: bool) -> None:
-    """Write what `load_checkpoint` of DeepSpeed reads with `load_universal`, and say what it is."""
+    """Write a universal checkpoint, which DeepSpeed loads with `load_universal`, and print what it is."""
     from pretrain.export.universal import export_universal
 
     report = export_universal(checkpoint, out)
@@ -91,7 +91,7 @@ def export_for_deepspeed(checkpoint: Path, out: Path, *, as_json: bool) -> None:
 
 
 def export_tokens(store_path: Path, out: Path, *, as_json: bool) -> None:
-    """Write OUT/SOURCE-SPLIT.bin and .idx for each source and split of a token store."""
+    """Write OUT/SOURCE-SPLIT.bin and .idx, Megatron's format, for each source and split of a token store."""
     from data_pipeline.store.manifest import SPLITS
     from data_pipeline.store.megatron_files import export_megatron
     from data_pipeline.store.store import TokenStore
@@ -159,7 +159,7 @@ def import_(
 
 
 def import_tokenizer(source: Path, out: Path, pattern: str | None, special: list[str], *, as_json: bool) -> None:
-    """Convert a .tiktoken file."""
+    """Convert a .tiktoken file to a tokenizer.json and print what came of it."""
     from data_pipeline.tokenizer.tiktoken import convert_tiktoken
 
     if pattern is None:

@@ -58,7 +58,7 @@ def init(
 
 
 def ask(name: str) -> str:
-    """The answer of a person at a terminal. Raises ValueError where nobody can be asked."""
+    """Ask a person at a terminal. Raises ValueError where there is none."""
     if not sys.stdin.isatty():
         raise ValueError(
             f"--{name} is not given, and there is no terminal to ask at; add --{name} {DEFAULTS.get(name, 'PATH')}"
@@ -68,7 +68,7 @@ def ask(name: str) -> str:
 
 
 def describe(written: Written) -> dict[str, Any]:
-    """What was written, for people and scripts."""
+    """What was written, for the table and for JSON."""
     from model.flops import count_parameters
 
     choice = written.choice

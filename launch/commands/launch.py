@@ -1,4 +1,7 @@
-"""The verb that starts a run on many nodes: launch."""
+"""Verb launch: check options, then hand the run to torchrun, Slurm or Ray under supervision.
+
+Options that cannot take effect with the chosen launcher are refused; `--dry-run` prints exactly what would run.
+"""
 
 from __future__ import annotations
 
@@ -91,7 +94,7 @@ def check_options(
     address: str | None,
     dry_run: bool,
 ) -> None:
-    """Refuse options that cannot take effect, with what would."""
+    """Refuse options that cannot take effect with the chosen launcher. Raises ValueError with the remedy."""
     given = {"--hosts": hosts, "--node-rank": node_rank, "--master": master}
     if on != "torchrun":
         for name, value in given.items():
@@ -111,7 +114,7 @@ def check_options(
 
 
 def count_gpus() -> int:
-    """GPUs of this machine; 0 without CUDA."""
+    """Number of CUDA devices of this machine."""
     import torch
 
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -120,7 +123,7 @@ def count_gpus() -> int:
 def run_attempts(
     config: RunConfig, work: Work, cluster: RemoteHosts | Allocation | RayCluster, nodes: int, ranks: int
 ) -> int:
-    """Once where there is nothing to go on from, else under supervision; the exit code."""
+    """Run once where there is no checkpoint to resume (the doctor), else under supervision; returns the exit code."""
     from launch.cluster.supervise import start_once, supervise
 
     if work.max_restarts is None:
@@ -140,7 +143,10 @@ def launch_torchrun(
     *,
     dry_run: bool,
 ) -> int:
-    """All hosts of a list under supervision, or this node's part, which torchrun itself restarts."""
+    """Launch on all hosts of a list under supervision, or run this node's part, which torchrun itself restarts.
+
+    Returns the exit code. Raises ValueError for a bad port and for too few hosts.
+    """
     from launch.cluster.supervise import Attempt
     from launch.cluster.torchrun import NodeCommand, RemoteHosts, read_hosts, run_here
 
@@ -180,7 +186,7 @@ def launch_torchrun(
 def launch_slurm(
     config: RunConfig, work: Work, path: Path, overrides: list[str], nodes: int, ranks: int, *, dry_run: bool
 ) -> int:
-    """Submit a batch script, or inside an allocation start the ranks with srun."""
+    """Submit a batch script; inside an allocation run attempts with srun. Returns the exit code."""
     from launch.cluster.slurm import Allocation, is_inside_allocation, submit, write_script
     from pretrain.report.data import read_run
 
@@ -196,6 +202,7 @@ def launch_slurm(
     code = run_attempts(config, work, allocation, nodes, ranks)
     if work.max_restarts is None or code != DONE or not config.launch.slurm.requeue:
         return code
+    # DONE also ends a run that saved on a signal before the time limit: only its record tells whether steps are left.
     if not read_run(config.run.dir).is_finished():
         say("amfm launch: the run was asked to stop before its last step; the job is queued again")
         allocation.queue_again()
@@ -203,7 +210,7 @@ def launch_slurm(
 
 
 def launch_ray(config: RunConfig, work: Work, nodes: int, ranks: int, address: str | None, *, dry_run: bool) -> int:
-    """Ranks as actors of a Ray cluster, under supervision."""
+    """Run ranks as actors of a Ray cluster, under supervision. Returns the exit code."""
     gpus = count_gpus() > 0
     if dry_run:
         print(

@@ -96,7 +96,7 @@ def plan(
 
 
 def check_trace_options(trace: bool, search: bool, rank: int | None, stage: str | None) -> None:
-    """Refuse options that would have no effect. Raises ValueError."""
+    """Refuse options of --trace that would have no effect. Raises ValueError."""
     if trace and search:
         raise ValueError(
             "--trace runs the configuration's own layout, and --search looks for another; give one of them"
@@ -108,7 +108,7 @@ def check_trace_options(trace: bool, search: bool, rank: int | None, stage: str 
 
 
 def check_write_options(write: bool, search: bool, overrides: list[str] | None) -> None:
-    """Refuse to write what was not searched for the file as it is. Raises ValueError."""
+    """Refuse to write a layout that was not searched for the file as it is. Raises ValueError."""
     if write and (overrides or not search):
         raise ValueError(
             "--write-layout writes what --search finds for CONFIG.yaml as it is: add --search, without overrides"
@@ -116,7 +116,7 @@ def check_write_options(write: bool, search: bool, overrides: list[str] | None) 
 
 
 def write_winner(made: Plan, path: Path) -> None:
-    """Put the fastest layout that fits into the configuration's file. Raises ValueError where none does."""
+    """Write the fastest layout that fits into the configuration file. Raises ValueError where none fits."""
     from launch.plan.plan import advise
     from launch.plan.write_layout import write_layout
 
@@ -129,7 +129,7 @@ def write_winner(made: Plan, path: Path) -> None:
 def trace_ranks(
     config: RunConfig, gpus: int, hardware: Hardware, rank: int | None, stage: str | None
 ) -> list[TracedRank]:
-    """The traced ranks, with a progress line."""
+    """Trace ranks on the simulated cluster under a progress bar."""
     from launch.simulate.trace import trace_run
 
     with show_progress("trace") as report:
@@ -137,7 +137,7 @@ def trace_ranks(
 
 
 def print_plan(made: Plan, title: str) -> None:
-    """The plan as tables."""
+    """Print the plan as tables: model, memory, step, stages, layouts; advice goes to standard error."""
     from launch.plan.hardware import GIB
     from launch.plan.plan import SECONDS_A_DAY, advise
 
@@ -181,7 +181,7 @@ def print_plan(made: Plan, title: str) -> None:
 
 
 def print_layouts(made: Plan) -> None:
-    """The fastest layouts that fit, then those that nearly do, with why not."""
+    """Print the fastest layouts that fit, then the nearest misses with the reason."""
     from launch.plan.hardware import GIB
 
     rows = [
@@ -202,7 +202,7 @@ def print_layouts(made: Plan) -> None:
 
 
 def print_stages(made: Plan) -> None:
-    """What each stage of the run takes."""
+    """Print tokens, steps, memory and time of each training stage."""
     from launch.plan.hardware import GIB
     from launch.plan.plan import SECONDS_A_DAY
 
@@ -224,7 +224,7 @@ def print_stages(made: Plan) -> None:
 
 
 def describe_layout(item: Estimate) -> str:
-    """A layout as the settings that choose it."""
+    """A layout as the overrides that choose it."""
     return item.layout.describe()
 
 

@@ -72,9 +72,10 @@ def mixers(
 def run_missing(
     plan: Study, cells: Sequence[Cell], missing: Sequence[Cell], room: Room
 ) -> tuple[dict[str, CellEnd], bool]:
-    """Run what is missing under a live view; the ends of failed cells by name, and whether no signal cut it short.
+    """Run unfinished cells under a live view.
 
-    Raises ValueError before anything starts when a task's text isn't prepared.
+    Returns how failed cells ended, by name, and False where a signal cut the study short. Raises ValueError before
+    anything starts when a task's text isn't prepared.
     """
     from data_pipeline.store.store import TokenStore
     from launch.study.run import run_cells
@@ -103,7 +104,10 @@ def run_missing(
 
 
 def write_results(plan: Study, cells: Sequence[Cell], slots: int) -> dict[str, Any]:
-    """Write study.json, study.md and study.png of the runs that are finished, and return what study.json holds."""
+    """Write study.json, study.md and study.png of the finished runs; returns what study.json holds.
+
+    Each file replaces the last one in a rename, so a reader never sees half of one.
+    """
     from launch.study.plots import draw_study
     from launch.study.table import make_rows, measure_of, read_result, study_json, study_markdown
 

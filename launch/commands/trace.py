@@ -1,4 +1,4 @@
-"""How `amfm plan --trace` is shown: predicted beside traced, a table each."""
+"""Tables of `amfm plan --trace`: planned beside traced memory, FLOPs, bytes and launches of a rank."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SHOWN_LINES = 12
 
 
 def print_trace(entry: TracedRank) -> None:
-    """All tables of one rank."""
+    """Print all tables of one rank, host waits and wrong fake functions included."""
     place = f"rank {entry.rank} of {entry.layout.ranks}, stage {entry.stage}"
     print_memory(entry, place)
     print_flops(entry, place)
@@ -28,7 +28,7 @@ def print_trace(entry: TracedRank) -> None:
 
 
 def print_memory(entry: TracedRank, place: str) -> None:
-    """Predicted parts, traced phases, and the lines that hold the most at the peak."""
+    """Print planned parts, traced phases, and the lines that hold the most at the peak."""
     from launch.plan.hardware import GIB
 
     traced, predicted = entry.traced, entry.predicted
@@ -54,7 +54,7 @@ def print_memory(entry: TracedRank, place: str) -> None:
 
 
 def print_flops(entry: TracedRank, place: str) -> None:
-    """Operations of products by kind of block."""
+    """Print FLOPs by kind of block, planned as MFU counts them and traced."""
     from launch.simulate.trace import predicted_flops, traced_flops
 
     planned, traced = predicted_flops(entry), traced_flops(entry)
@@ -67,7 +67,7 @@ def print_flops(entry: TracedRank, place: str) -> None:
 
 
 def print_bytes(entry: TracedRank, place: str) -> None:
-    """Bytes by axis and collective."""
+    """Print bytes handed to collectives, by axis and collective; the planned ones are a mean over all ranks."""
     from launch.simulate.trace import predicted_bytes, traced_bytes
 
     planned, traced = predicted_bytes(entry), traced_bytes(entry)
@@ -84,7 +84,7 @@ def print_bytes(entry: TracedRank, place: str) -> None:
 
 
 def print_launches(entry: TracedRank, place: str) -> None:
-    """Launches by kind of block, a step and a pass through one block."""
+    """Print kernel launches by kind of block, in a step and in one pass through a block."""
     from launch.simulate.trace import kind_of
 
     launches, passes = entry.traced["launches"], entry.traced["passes"]

@@ -40,7 +40,7 @@ def train(
 
 
 def summarize(run_dir: str) -> dict[str, Any]:
-    """How far a run is, for scripts."""
+    """Progress of a run as JSON values."""
     from pretrain.report.data import read_run
 
     record = read_run(run_dir)

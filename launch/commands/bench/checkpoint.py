@@ -31,7 +31,7 @@ def checkpoint(
 
 
 def print_checkpoint_table(result: dict[str, Any]) -> None:
-    """The variants of `bench_checkpoint` as a table, and what they were measured on."""
+    """Print the variants of `bench_checkpoint` as a table, and the hardware."""
     rows = [
         (
             name,

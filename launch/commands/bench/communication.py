@@ -43,7 +43,7 @@ def communication(
 
 
 def print_comm_table(result: dict[str, Any]) -> None:
-    """The rows of `bench_comm` as a table."""
+    """Print the rows of `bench_comm` as a table."""
     rows = [
         (
             row["axis"],

@@ -47,7 +47,7 @@ def data(
 
 
 def print_data_tables(result: dict[str, Any]) -> None:
-    """The parts of `bench_data`, a table each."""
+    """Print the parts of `bench_data`, a table each."""
     _print_readers(result)
     cold = [
         (row["reader"], f"{row['microseconds']:.0f}", f"{row['disk_bytes']:,}", f"{row['times_as_fast_as_mmap']:.1f}")

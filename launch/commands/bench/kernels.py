@@ -97,7 +97,10 @@ def _time_kernels(names: list[str] | None, rounds: int, threads: int | None) -> 
 
 
 def print_kernel_table(result: dict[str, Any]) -> None:
-    """The rows of `bench_cpu`, a table for each treatment of freed memory, or of `bench_cuda`; a line a variant."""
+    """Print the rows of a kernel benchmark, a line a variant.
+
+    Of `bench_cpu` there is a table for each treatment of freed memory, of `bench_cuda` one.
+    """
     for treatment in dict.fromkeys(row.get("memory") for row in result["rows"]):
         rows = [row for row in result["rows"] if row.get("memory") == treatment]
         title = title_of(treatment) if treatment else "Operations side by side, medians"
@@ -137,7 +140,7 @@ def _print_variants(title: str, rows: list[dict[str, Any]], *, on_cpu: bool) -> 
 
 
 def print_goals(goals: list[dict[str, Any]]) -> None:
-    """The rows of `compare_with_goals`."""
+    """Print the rows of `compare_with_goals`."""
     table = [
         (
             goal["op"],
@@ -159,7 +162,7 @@ def print_goals(goals: list[dict[str, Any]]) -> None:
 
 
 def print_audit_table(result: dict[str, Any]) -> None:
-    """The rows of `audit_kernels`, and which goals hold."""
+    """Print the rows of `audit_kernels`, and which goals hold."""
     rows = [
         (
             row["op"],

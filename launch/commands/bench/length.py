@@ -39,7 +39,7 @@ def length(
 
 
 def print_length_table(result: dict[str, Any]) -> None:
-    """The mixers of `bench_lengths`, a line each: tokens a second at the shortest rows, then ratios to it."""
+    """Print a line for each mixer of `bench_lengths`: tokens a second at the shortest rows, then ratios to it."""
     rows = []
     for name, figures in result["mixers"].items():
         shortest, *longer = figures["rows"]

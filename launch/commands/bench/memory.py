@@ -55,7 +55,7 @@ def memory(
 
 
 def _print(result: Any, *, as_json: bool) -> None:
-    """A row or several, as JSON or as a table with the hardware below."""
+    """Print one row or several, as JSON or as a table with the hardware below."""
     if as_json:
         print_json(result)
         return
