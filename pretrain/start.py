@@ -74,6 +74,7 @@ def start_run(config: RunConfig, signals: SignalWatch) -> Run:
     keeps_freed_memory = parallel.device.type == "cpu" and keep_freed_memory()
     check_plot_services(config)
     set_determinism(config.train.seed)
+    # Before data and model are built: a second start in the same directory is refused at once.
     lock = lock_directory(Path(config.run.dir)) if parallel.is_main else None
     stages = resolve_stages(config)
     data = data_of_stages(config, stages)
@@ -147,7 +148,10 @@ def open_loader(
 def open_validations(
     config: RunConfig, data: DataConfig, parallel: Parallel, stages: tuple[RunStage, ...]
 ) -> dict[int, PretrainLoader]:
-    """Open held-out text for every row length that the run will come to, so that missing text shows at the start."""
+    """Open held-out text for every row length that the run will come to, so that missing text shows at the start.
+
+    Returns loaders by tokens a row; empty when nothing is held out.
+    """
     if config.data.validation_fraction == 0:
         return {}
     by_length = {stage.sequence_length: stage for stage in stages}
@@ -213,7 +217,11 @@ def build_pipeline(config: RunConfig, parallel: Parallel, engine: ZeroEngine) ->
 
 
 def open_log(run: Run, loaded: LoadedCheckpoint | None) -> None:
-    """Write configuration and environment, open log and display, and report how the run begins. Main rank only."""
+    """Write configuration and environment, open log and display, and report how the run begins. Main rank only.
+
+    Drops lines of metrics.jsonl beyond the step that the run resumes from. Everything that loading passed over, warned of or
+    found changed goes to the events too.
+    """
     counts = count_parameters(run.config.model)
     length = run.stage.sequence_length
     facts = {

@@ -61,7 +61,7 @@ GUARDED_BY_DATA_STATE = "dataset"
 
 
 def digest_config(config: RunConfig) -> str:
-    """Hash the resolved configuration: SHA-256 of its JSON with sorted keys."""
+    """Hash the resolved configuration: SHA-256 of its JSON with sorted keys, so that the order in a file does not count."""
     text = json.dumps(config.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -98,7 +98,10 @@ def compare_settings(saved: dict[str, Any], current: dict[str, Any]) -> dict[str
 
 
 def stage_faults(saved: RunConfig, current: RunConfig, steps_done: int) -> list[str]:
-    """List how stages that have begun differ: a finished one must stay as it was, the present one may move its end."""
+    """List how stages that have begun differ: a finished one must stay as it was, the present one may move its end.
+
+    Names and micro-batch sizes are free. Stages that have not begun may change at will.
+    """
     begun = [stage for stage in resolve_stages(saved) if stage.first_step < steps_done]
     now = resolve_stages(current)
     faults = []
@@ -129,6 +132,7 @@ def check_resumable(manifest: dict[str, Any], config: RunConfig, identities: dic
             changes.append(f"{name}: {saved!r} -> {given!r}")
         elif saved != given:
             refused.append(f"{name}: the checkpoint has {saved}, this run has {given}")
+    # Defaults first: a field that is newer than the checkpoint differs only where this run sets it.
     before = complete_settings(manifest["config"])
     saved_config = RunConfig.model_validate(before)
     if saved_config.stages or config.stages:

@@ -93,7 +93,10 @@ def measure_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) 
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """View the bytes of a tensor, without a copy when it is contiguous and on the CPU."""
+    """View the bytes of a tensor, without a copy when it is contiguous and on the CPU.
+
+    By way of uint8, because numpy has no bfloat16.
+    """
     array: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return memoryview(array)
 
@@ -197,7 +200,10 @@ def check_manifest(checkpoint_dir: Path, manifest: dict[str, Any]) -> None:
 
 
 def upgrade_manifest(manifest: dict[str, Any]) -> dict[str, Any]:
-    """Convert a manifest of version 1 to version 2: every parameter was whole, and rank 0 wrote the buffers."""
+    """Convert a manifest of version 1 to version 2: every parameter was whole, and rank 0 wrote the buffers.
+
+    So each parameter becomes one shard without cuts, whose ranges are version 1's fragments.
+    """
     upgraded = {key: value for key, value in manifest.items() if key != "fragments"}
     upgraded["shards"] = {
         name: [{"where": {}, "coordinates": {}, "ranges": ranges}] for name, ranges in manifest["fragments"].items()

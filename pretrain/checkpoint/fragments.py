@@ -229,6 +229,7 @@ def collect_group_settings(engine: Any) -> dict[str, dict[str, Any]]:
 
 
 def _to_json(value: Any) -> Any:
+    """Convert tensors to numbers and tuples to lists, as JSON has neither."""
     if isinstance(value, Tensor):
         return value.item()
     return [_to_json(item) for item in value] if isinstance(value, tuple | list) else value

@@ -172,7 +172,10 @@ def reference_page() -> str:
 
 
 def flatten_settings(section: Any, prefix: str = "") -> dict[str, Any]:
-    """Flatten nested settings to dotted names; items of a list carry their number."""
+    """Flatten nested settings to dotted names; sections in a list are named by their position, from 0.
+
+    A list of plain values stays one setting.
+    """
     if isinstance(section, dict):
         items = [(str(key), value) for key, value in section.items()]
     elif isinstance(section, list) and section and isinstance(section[0], dict):

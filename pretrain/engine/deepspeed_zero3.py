@@ -68,10 +68,12 @@ class DataclassOutputHooks:
             module.register_forward_hook(self._rebuild)
 
     def _flatten(self, module: nn.Module, inputs: Any, output: Any) -> tuple[Tensor, ...]:
+        """First hook: remember the output and return its differentiable tensors."""
         self.outputs.append(output)
         return tuple(find_tensors(output))
 
     def _rebuild(self, module: nn.Module, inputs: Any, tensors: tuple[Tensor, ...]) -> Any:
+        """Last hook: put DeepSpeed's versions of the tensors back into the remembered output."""
         return replace_tensors(self.outputs.pop(), iter(tensors))
 
 

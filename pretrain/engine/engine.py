@@ -216,6 +216,7 @@ def build_engine(
         # The shared-memory collectives need a compiler at first use; gloo does the work without them.
         __compatible_ops__["deepspeed_shm_comm"] = False
     module.to(parallel.device)
+    # Remembered before DeepSpeed casts the whole module: `restore_buffers` puts the float32 ones back.
     buffers = {name: buffer for name, buffer in module.named_buffers() if buffer.is_floating_point()}
     bridge = DataclassOutputHooks(module) if zero_stage == 3 else None
     if bridge is not None:

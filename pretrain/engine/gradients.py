@@ -36,6 +36,7 @@ class Float32Accumulator:
         ]
 
     def _collect(self, parameter: Tensor) -> None:
+        """Move a gradient into its float32 sum and leave zeros, to which the next backward pass adds."""
         gradient = parameter.grad
         assert gradient is not None, "the hook runs after a gradient was accumulated"
         if parameter in self.sums:

@@ -152,6 +152,7 @@ def resolve_target(weights: Weights, asked: str) -> Target:
 
 
 def _max_positions(weights: Weights) -> int:
+    """Tokens a row that the model was trained at; DEFAULT_MAX_POSITIONS for an import, of which this is not known."""
     return weights.trained_length() or DEFAULT_MAX_POSITIONS
 
 

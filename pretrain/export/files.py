@@ -231,6 +231,7 @@ def _kinds(config: ModelConfig) -> list[str]:
 
 
 def _facts(plan: ExportPlan, config: ModelConfig) -> list[tuple[str, str]]:
+    """Rows of the model card's table: sizes, origin and, for a model of a run, steps and tokens."""
     pattern = config.parsed_pattern
     kinds = ", ".join(f"{symbol} {describe_symbol(symbol)}" for symbol in pattern.counts())
     facts = [

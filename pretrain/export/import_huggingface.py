@@ -136,6 +136,7 @@ def choose_config(source: Path, fields: Mapping[str, Any], target: Target) -> Mo
 
 
 def _same_config_json(described: ModelConfig, read: ModelConfig, target: Target) -> bool:
+    """Whether two configurations of ours give the same config.json, special ids and row length aside."""
     # Equal when both would write the same config.json: what it has no field for is then the description's to say.
     none = TokenIds(None, None, None)
     left, right = (huggingface_config(c, target, none, max_position_embeddings=1) for c in (described, read))

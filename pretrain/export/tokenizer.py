@@ -76,6 +76,7 @@ def without_added_tokens(content: bytes) -> bytes:
 
 
 def _token_text(content: bytes, index: int) -> str:
+    """Look up the text of an id in a tokenizer.json."""
     from tokenizers import Tokenizer
 
     return str(Tokenizer.from_buffer(content).id_to_token(index))
@@ -125,6 +126,7 @@ def build_fast_tokenizer(model: ModelProto) -> Any:
 
 
 def _build_model(model: ModelProto) -> Any:
+    """Build the library's unigram or BPE model with the pieces, scores and ids of SentencePiece's."""
     from tokenizers import models
 
     unknown, trainer = _find_unknown(model), model.trainer_spec

@@ -91,6 +91,7 @@ def evaluate_checkpoint(
     share = 1.0 if max_tokens is None else min(1.0, max_tokens / max(1, total))
     by_source: dict[str, tuple[float, int]] = {}
     done = 0
+    # Each source gives its share of `max_tokens`, whole groups of rows at a time, so a little more than asked for.
     for name in opened.source_names:
         nll, tokens = 0.0, 0
         wanted = math.ceil(opened.num_tokens(name, split) * share)
@@ -113,6 +114,7 @@ def evaluate_checkpoint(
 
 
 def _check_tokenizer(identity: str, store: TokenStore) -> None:
+    """Raise ValueError where the store's ids are not the model's: its losses would mean nothing."""
     if store.tokenizer_identity != identity:
         raise ValueError(
             f"{store.path} was made with tokenizer {store.tokenizer_identity}, the model with "

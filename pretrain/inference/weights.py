@@ -110,6 +110,7 @@ def read_weights(path: str | Path) -> Weights:
 
 
 def _read_checkpoint(folder: Path) -> Weights:
+    """Read the weights of a checkpoint, with the tokenizer of its run's store and the positions of its last stage."""
     manifest = read_manifest(folder)
     run = RunConfig.model_validate(manifest["config"])
     state = read_full_state(folder)
@@ -147,6 +148,7 @@ def write_weights(folder: Path, weights: Weights) -> None:
 
 
 def _read_weights_folder(folder: Path) -> Weights:
+    """Read a weights folder, verifying the digest of every listed file before it is parsed."""
     file = folder / DESCRIPTION
     description = read_object(file)
     if description.get("format") != WEIGHTS_FORMAT or description.get("version") != WEIGHTS_VERSION:

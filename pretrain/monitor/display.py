@@ -29,7 +29,11 @@ AVERAGED_STEPS = 20
 
 
 class Display:
-    """Shows the steps of one start of a run; exists on the main rank alone."""
+    """Shows the steps of one start of a run; exists on the main rank alone.
+
+    `first_step`: steps that were done before. Keeps the newest 400 losses for the curve, and the seconds of the newest
+    AVERAGED_STEPS steps for the estimate of what is left.
+    """
 
     def __init__(self, config: RunConfig, *, first_step: int, last_step: int, console: Console | None = None) -> None:
         self.config = config
@@ -105,7 +109,7 @@ class Display:
         return ", ".join([*parts, f"{self.remaining(step)} left"])
 
     def draw_panel(self, metrics: dict[str, Any]) -> Panel:
-        """Draw the live panel: progress, loss curve, pace, experts."""
+        """Draw the live panel: progress, loss curve, validation, gradients, pace and, with MoE blocks, load of experts."""
         step = metrics["step"]
         bar = Table.grid(padding=(0, 1))
         bar.add_row(

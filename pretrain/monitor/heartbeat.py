@@ -101,6 +101,7 @@ class Heartbeat:
         return self.directory / f"rank-{rank}.json"
 
     def _write(self) -> None:
+        """Write this rank's beat, renamed into place so that no reader sees a part of it. Raises OSError."""
         step, phase, _ = self._place
         beat = Beat(self.rank, socket.gethostname(), step, phase, time.time())
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -109,11 +110,13 @@ class Heartbeat:
         os.replace(temporary, self._path(self.rank))
 
     def _write_always(self) -> None:
+        """Write a beat every interval until `close`; the writer thread."""
         while not self._closed.wait(self.interval):
             with suppress(OSError):  # tried again at the next beat; training itself says what is wrong with the disk
                 self._write()
 
     def _watch(self) -> None:
+        """End the process when the phase has not changed for `timeout_seconds` of being awake; the watchdog thread."""
         awake_since = woken = time.monotonic()
         while not self._closed.wait(self.interval):
             before, woken = woken, time.monotonic()
@@ -124,6 +127,7 @@ class Heartbeat:
                 self._end(seconds)
 
     def _end(self, seconds: float) -> None:
+        """Say what this rank waited for and who holds it up, and end the process with HUNG."""
         step, phase, _ = self._place
         sys.stderr.write(
             f"amfm: rank {self.rank} on {socket.gethostname()}: no progress for {seconds:.0f} s "

@@ -43,6 +43,7 @@ class SignalWatch:
             signal.signal(number, handler)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal: note it for the end of the step, and answer a first Ctrl-C."""
         self.received = number
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)

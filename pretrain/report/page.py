@@ -85,7 +85,7 @@ code { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; fo
 
 @dataclass(frozen=True)
 class Card:
-    """One figure of the summary: what it is, the value, and a remark below it."""
+    """One figure of the summary: what it is, the value as text with its unit, and a remark below it."""
 
     label: str
     value: str

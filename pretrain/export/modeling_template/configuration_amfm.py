@@ -11,6 +11,8 @@ from transformers import PretrainedConfig
 class AmfmConfig(PretrainedConfig):
     """Sizes and choices of each block kind, and constant factors; a section is None where the pattern lacks its letter.
 
+    `multipliers` scale the embedding, each block's output before it joins the stream (`residual`), and the logits.
+
     `mixers` has the options of other sequence mixers by name; the pattern has their letters or `{name}`.
     """
 

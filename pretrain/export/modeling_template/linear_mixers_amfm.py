@@ -62,7 +62,7 @@ class LinearMixer(nn.Module):
         return {"low_rank": rank} if rank else {}
 
     def empty_state(self, rows: int) -> State:
-        """The window of the convolution and the state before the first token."""
+        """Zeros for the convolution's window [B, W - 1, C] and the float32 state before the first token."""
         weight = self.out_proj.weight
         window = weight.new_zeros(rows, max(self.width - 1, 0), self.channels)
         return window, weight.new_zeros(rows, *self.state_dims, dtype=torch.float32)
@@ -76,7 +76,7 @@ class LinearMixer(nn.Module):
         return self.out_proj(self.output(o_BTHV, parts)), state
 
     def project(self, x_BTD: Tensor) -> dict[str, Tensor]:
-        """The parts [B, T, channels]."""
+        """Compute the parts [B, T, channels] by name, those of low-rank projections too."""
         parts = dict(zip(self.parts, self.in_proj(x_BTD).split(list(self.parts.values()), dim=-1)))
         if self.shared_proj is not None:
             parts |= zip(
@@ -87,7 +87,7 @@ class LinearMixer(nn.Module):
     def mix(
         self, parts: dict[str, Tensor], mask_BT: Tensor | None, positions_BT: Tensor, state: State
     ) -> tuple[Tensor, State]:
-        """What the recurrence reads [B, T, H, V] and the state after it; convolves the parts."""
+        """Convolve the parts and run the recurrence: what it reads [B, T, H, V], and the state after it."""
         window = state[0]
         dtype = parts[self.convolved[0]].dtype
         if self.conv is not None:
@@ -101,7 +101,7 @@ class LinearMixer(nn.Module):
         return o_BTHV.to(dtype), (window, last, *summed)
 
     def accumulate(self, parts: dict[str, Tensor], mask_BT: Tensor | None, state: State) -> State:
-        """Adds sums over earlier tokens to the parts; returns what of them the next tokens need."""
+        """Add sums over earlier tokens to the parts; returns what of them the next tokens need."""
         return ()
 
     def rows(self, parts: dict[str, Tensor], positions_BT: Tensor) -> tuple[Tensor, ...]:
@@ -115,7 +115,7 @@ class LinearMixer(nn.Module):
         return read(state, q), state
 
     def output(self, o_BTHV: Tensor, parts: dict[str, Tensor]) -> Tensor:
-        """A norm a head, times the gate's SiLU where there is one."""
+        """Norm each head, and multiply by the gate's SiLU where there is a gate: [B, T, H, V] -> [B, T, H * V]."""
         normed = self.norm(o_BTHV).flatten(-2)
         gate = parts.get("gate")
         return normed if gate is None else (normed.float() * F.silu(gate.float())).to(normed.dtype)
@@ -128,7 +128,10 @@ class LinearMixer(nn.Module):
 def scan(
     step: Callable[..., tuple[Tensor, Tensor]], rows: tuple[Tensor, ...], mask_BT: Tensor | None, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Walks over T in float32."""
+    """Apply `step` to one token after the other, in float32; a masked token leaves the state as it was.
+
+    rows: parts [B, T, ...]. Returns outputs [B, T, H, V] and the last state.
+    """
     wide = tuple(row.float() for row in rows)
     outputs = []
     for token in range(rows[0].shape[1]):

@@ -78,6 +78,7 @@ class Window(nn.Module):
         is_near_TS = (behind_TS >= 0) & (behind_TS <= self.kept)
         allowed = (is_near_TS & is_text_BS[:, None, None, :]) | (behind_TS == 0)
         repeat = self.heads // self.kv_heads
+        # Key heads are repeated for the query heads that share them.
         o_BHTK = F.scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2).repeat_interleave(repeat, dim=1),

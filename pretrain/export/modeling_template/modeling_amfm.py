@@ -63,6 +63,7 @@ class AmfmBlock(nn.Module):
             assert section is not None, "the pattern has '-', the configuration no feed_forward section"
             self.mixer = FeedForward(config.hidden_size, section["hidden_size"], section["activation"])
         else:
+            # Mixers with decays by depth count the blocks that mix over the sequence, not experts and feed-forward.
             sequence = [number for number, other in enumerate(letters) if other not in ("E", "-")]
             self.mixer = build_mixer(letter, config, sequence.index(index), len(sequence))
 
@@ -71,6 +72,7 @@ class AmfmBlock(nn.Module):
     ) -> tuple[Tensor, BlockState]:
         """x [B, T, D] -> the stream after this block and the block's state."""
         normed_BTD = self.norm(x_BTD)
+        # `*` needs the mask of all tokens so far; the others that of the new ones, what they need of earlier ones is in the state.
         mask_BT = None if mask_BS is None else mask_BS[:, mask_BS.shape[1] - x_BTD.shape[1] :]
         if self.letter == "M":
             y_BTD, state = self.mixer(normed_BTD, mask_BT, state)
@@ -130,7 +132,10 @@ class AmfmPreTrainedModel(PreTrainedModel):
 
 
 class AmfmForCausalLM(AmfmPreTrainedModel, GenerationMixin):
-    """Embedding, blocks of the pattern, norm, head; generation costs a constant time a token but in attention."""
+    """Language model: embedding, blocks of the pattern, norm, head; a generated token costs constant time but in attention.
+
+    `head` and `embedding` are one matrix where the configuration ties them.
+    """
 
     _tied_weights_keys: ClassVar[dict[str, str]] = {"head.weight": "embedding.weight"}
 
@@ -176,6 +181,7 @@ class AmfmForCausalLM(AmfmPreTrainedModel, GenerationMixin):
         """
         seen = 0 if state is None else state.tokens_BT.shape[1]
         mask_BS = attention_mask
+        # A mask without padding says nothing, and blocks take a shorter way without one.
         if mask_BS is not None and bool(mask_BS.all()):
             mask_BS = None
         if mask_BS is None:
