@@ -77,6 +77,7 @@ def calibrate(*, rounds: int, num_threads: int | None, report: Callable[[str], N
     fitted += [run_config(_widen(shape), precision, 1, FEW_TOKENS), run_config(shape, precision, ROWS)]
     others = [run_config(shape, precision, ROWS // 2), run_config(_widen(shape), precision, ROWS)]
     measured = time_steps([*fitted, *others], parallel, rounds, report)
+    # Only the model of all kinds of blocks is like what people train: it counts for more than models of one kind.
     weights = [1] * (len(fitted) - 1) + [MIXED_WEIGHT]
     hardware = fit(peaks, [*zip(fitted, measured, weights)])
     names = ("the benchmark's step, fitted", "half of its rows", "twice its width")

@@ -113,6 +113,7 @@ def save_beside(trainer: Trainer, saver: BackgroundSaver, folder: Path, timings:
     begun = time.perf_counter()
     saver.save(folder, trainer.step_number, **trainer.settings())
     timings.stall.append(time.perf_counter() - begun)
+    # Training goes on beside the writer, as in a run: its steps tell what the thread costs them.
     assert saver.pending is not None, "a save was begun"
     step_until(saver.pending.done, trainer, timings)
     saver.wait()

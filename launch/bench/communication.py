@@ -140,6 +140,7 @@ def count_step(config: RunConfig) -> list[Traffic]:
     )
     pipeline = build_pipeline(config, parallel, engine)
     take_step(config, parallel, engine, pipeline)
+    # Of the second step: what only the first one sends is not what training costs.
     with CommunicationCounter(parallel.groups) as counter:
         take_step(config, parallel, engine, pipeline)
     return sum_traffic(parallel.gather_objects(counter.traffic()))

@@ -152,6 +152,7 @@ def time_lengths(
     for length in lengths:
         _time_step(model, tokens_T, length)
     for number in range(rounds):
+        # A drift within a round would otherwise always hit the same lengths.
         for length in lengths if number % 2 == 0 else reversed(lengths):
             seconds[length].append(_time_step(model, tokens_T, length))
     return seconds

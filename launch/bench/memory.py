@@ -75,6 +75,7 @@ def bench_memory(config: RunConfig) -> dict[str, Any]:
     set_determinism(config.train.seed)
     gauge = Gauge(parallel.device)
     _warm_up(config, parallel)
+    # After the warm-up, so that only this configuration's own allocations count.
     gauge.start()
     _train(config, parallel)
     measured = parallel.gather_objects(gauge.rise())

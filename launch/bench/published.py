@@ -86,6 +86,8 @@ def _plan_anchor(anchor: Anchor, presets: Path) -> Iterator[dict[str, Any]]:
                 f"train.micro_batch_size={size}",
             ]
             path = presets / f"{anchor.preset}.yaml"
+            # The published batch is given in micro-batches of a data rank; rows of a step follow from the number of
+            # these ranks.
             data = Layout.of(load_checked(path, overrides), anchor.gpus).data
             rows = anchor.micro_batches * size * data
             config = load_checked(path, [*overrides, f"train.global_batch_size={rows}"], world_size=anchor.gpus)

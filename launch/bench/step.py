@@ -92,6 +92,7 @@ def bench_step(
             report(f"warming up {name}")
             for child in children.values():
                 first_losses[name] = child.ask()["first_loss"]
+        # Before any timing: variants that compute another loss are not the same work.
         _check_losses(first_losses)
         for number in range(rounds):
             report(f"round {number + 1} of {rounds}")

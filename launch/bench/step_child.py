@@ -137,6 +137,7 @@ def _transformers_step(
     disable_progress_bar()
     fields = huggingface_config(config, "granitemoehybrid", TokenIds(0, 0, 0), max_position_embeddings=num_tokens)
     fields["mamba_chunk_size"] = 64 if tuned else 256
+    # Through files, as a user would load it: the map to transformers' names carries our weights over exactly.
     weights = weight_map(config, "granitemoehybrid").to_theirs(dict(_build_model(config, parallel).named_parameters()))
     with tempfile.TemporaryDirectory() as folder:
         safetensors.torch.save_file(

@@ -112,6 +112,7 @@ def measure_all_reduce(device: torch.device) -> float:
     """
     num_ranks = torch.distributed.get_world_size()
     tensor = link_tensor(device)
+    # The slowest rank decides how long a collective takes for all.
     seconds = max(gather(time_median(lambda: torch.distributed.all_reduce(tensor), device)))
     return float(2 * (num_ranks - 1) / num_ranks * tensor.numel() / seconds / 1e9)
 
@@ -143,6 +144,7 @@ def measure_links(hosts: Sequence[str], device: torch.device) -> list[Link]:
 
 def exchange(out: Tensor, into: Tensor, other: int) -> None:
     """Send `out` to another rank and receive `into` from it at the same time; that rank must call this too."""
+    # As one batch: two blocking calls, each side sending first, would wait for each other.
     sends = [
         torch.distributed.P2POp(torch.distributed.isend, out, other),
         torch.distributed.P2POp(torch.distributed.irecv, into, other),

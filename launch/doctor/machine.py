@@ -144,6 +144,7 @@ def examine_devices() -> list[Finding]:
         remedy = "" if status == "ok" else "bf16 needs capability 8.0 or more: train.precision=float32"
         findings.append(Finding(f"cuda:{index}", status, found, remedy))
     triton = installed_version("triton")
+    # A miscompiled kernel runs without an error, so the releases that miscompile are told by their number.
     hopper = any(torch.cuda.get_device_capability(index)[0] == 9 for index in range(torch.cuda.device_count()))
     if triton and hopper and Version("3.4") <= Version(triton) <= Version("3.7.0"):
         found = f"Triton {triton} on Hopper miscompiles some scan kernels"

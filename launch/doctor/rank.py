@@ -134,6 +134,7 @@ def examine_cache(folder: Path) -> CacheFolder:
     place = nearest_existing(folder)
     problem = None
     try:
+        # By writing: permission bits say nothing of read-only mounts and quotas.
         tempfile.TemporaryFile(dir=place).close()
     except OSError as error:
         problem = f"{place}: {error.strerror}"

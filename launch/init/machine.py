@@ -83,6 +83,7 @@ def find_layout(config: RunConfig, machine: Machine) -> Choice | None:
         estimates = [estimate(laid, layout, machine.hardware, Assumptions()) for laid, layout in made]
         fitting = [item for item in estimates if item.fits()]
         if fitting:
+            # Of equal times the larger micro-batch: the plan does not count what each call costs beyond its arithmetic.
             best = min(fitting, key=lambda item: (item.step.total(), -item.layout.micro_batch_size))
             return Choice(with_layout(run, best.layout), best)
     return None

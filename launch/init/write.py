@@ -69,6 +69,7 @@ def write_config(answers: Answers) -> Written:
         tree["train"] |= {"recompute": "full"} if choice.config.train.recompute == "full" else {}
         tree["parallel"] = changed_settings(choice)
         text = explain(answers, choice, tree)
+        # The text that is written, remarks included, is what is checked, not the dictionary it came from.
         draft.write_text(text, encoding="utf-8")
         load_checked(draft, world_size=answers.machine.ranks)
     answers.folder.mkdir(parents=True, exist_ok=True)

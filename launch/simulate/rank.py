@@ -175,6 +175,8 @@ def build_run(config: RunConfig, parallel: Any, tracer: Tracer, report: Callable
     stages = resolve_stages(config)
     with unset_fake_temporarily():
         batches = simulated_batches(config, parallel.data_world_size)
+    # Loader, heartbeat and signals of a run read files and clocks; the step needs no more of them than these stand-ins
+    # have.
     loader: Any = types.SimpleNamespace(
         sequence_length=config.train.sequence_length, take=lambda total, micro: list(batches)
     )

@@ -80,6 +80,7 @@ def make_cell(study: Study, task: TaskConfig, index: int, ratio: str, seed: int,
     overrides = [] if ratio == ONLY_ATTENTION else list(mixer.overrides)
     overrides += [f"{key}={json.dumps(value)}" for key, value in settings.items()]
     try:
+        # One rank a run: a study spreads runs over the machine, not a run over ranks.
         run = load_checked(study.task_path(task), overrides, world_size=1)
         check_measured(run)
     except ConfigError as error:
@@ -176,6 +177,7 @@ def ratio_problems(config: StudyConfig) -> list[Problem]:
             problems.append(Problem(key, rule, "write 3:1, say", ratio))
             continue
         group = sum(split_ratio(ratio))
+        # All models of a study have the same number of mixers: otherwise ratios would compare depths too.
         if config.num_mixers % group:
             fitting = [f"{size - 1}:1" for size in range(config.num_mixers, 1, -1) if config.num_mixers % size == 0]
             rule = f"a group of {group} mixers does not fit num_mixers={config.num_mixers} a whole number of times"

@@ -71,9 +71,11 @@ def draw_study(rows: Sequence[Row], measures: Mapping[str, Measure], state_token
             panel.set_axis_off()
         for panel in axes[max(0, len(panels) - columns) : len(panels)]:
             panel.set_xlabel("linear mixers : attention")
+        # One legend for the figure: mixers have the same colour and marker in every panel.
         handles, labels = axes[0].get_legend_handles_labels()
         canvas.legend(handles, labels, loc="outside upper center", ncols=min(6, len(labels)))
         temporary = path.with_suffix(".png.part")
+        # Without the software's name in it, equal results give equal files.
         canvas.savefig(temporary, format="png", dpi=130, metadata={"Software": None})
     os.replace(temporary, path)
 

@@ -52,6 +52,7 @@ def find_room(threads_per_run: int, runs_at_once: int | None, num_gpus: int) -> 
 
     Raises ValueError for more than the machine holds.
     """
+    # The affinity mask, because a container or a batch job may own a part of the machine.
     cores = len(os.sched_getaffinity(0))
     most, what = (num_gpus, f"{num_gpus} GPU(s)") if num_gpus else (cores // threads_per_run, f"{cores} core(s)")
     if (runs_at_once or 1) > most:
@@ -119,6 +120,7 @@ class _Dispatcher:
         path.write_text(resolved_yaml(without_secrets(cell.config)), encoding="utf-8")
         log_of(cell, self.study_dir).unlink(missing_ok=True)  # a cause is looked for in it
         threads = str(self.room.threads)
+        # A fresh actor for each cell: Ray gives it its own GPU or cores, and they are free again once it is killed.
         host = self.host_class.remote()
         answer = host.run.remote(
             rank_command(["train", str(path)]),
@@ -141,6 +143,7 @@ class _Dispatcher:
 
     def _stop(self, number: int) -> None:
         self.stopping = True
+        # SIGTERM whatever the signal was: an interrupt too shall let the runs save.
         for _, host in self.running.values():
             host.signal.remote(signal.SIGTERM)
 

@@ -163,6 +163,7 @@ def last_metrics(path: Path) -> tuple[int, str] | None:
     try:
         with path.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+            # What follows the last newline is a line that the run is still writing.
             whole = file.read().split(b"\n")[:-1]
         newest = json.loads(whole[-1])
     except (FileNotFoundError, IndexError, json.JSONDecodeError):

@@ -94,6 +94,7 @@ def read_result(cell: Cell) -> CellResult | None:
         record = read_run(folder)
     except ValueError:
         return None  # started, and no step yet
+    # Names and folders may differ; any other setting makes it another experiment.
     changed = [item for item in diff_configs(record.config, cell.config) if not item.key.startswith("run.")]
     if changed:
         raise ValueError(
@@ -132,6 +133,7 @@ def make_rows(cells: Sequence[Cell], results: Iterable[CellResult], state_tokens
     for result in results:
         by_place.setdefault((result.mixer, result.ratio), {}).setdefault(result.task, []).append(result)
     rows = []
+    # Reversed, so that of equal keys the first cell (first task, first seed) is the one that remains.
     for cell in {(cell.mixer, cell.ratio): cell for cell in reversed(cells)}.values():
         found = by_place.get((cell.mixer, cell.ratio))
         if not found:

@@ -130,6 +130,7 @@ def time_readers(settings: BenchData, readers: Sequence[Reader], report: Callabl
     for turn in range(settings.rounds + 1):
         report(f"reading: round {turn} of {settings.rounds}")
         for number, reader in enumerate(readers):
+            # Every round reads new samples, so that no reader finds the last round's windows in a cache.
             samples = max(1, settings.samples // SLOW_READERS.get(reader.name, 1) // settings.batch) * settings.batch
             started, cpu_started = time.perf_counter(), time.process_time()
             for first in range(turn * samples, (turn + 1) * samples, settings.batch):

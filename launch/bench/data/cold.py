@@ -83,6 +83,7 @@ def _cold_store(preset: str, store: TokenStore, length: int) -> _ColdFile:
         first = int(random.integers((part.num_tokens - 1) // length)) * length
         return store.read_tokens(part, first, first + length + 1)
 
+    # Opens every part once, which reads its shard index into memory.
     for part in parts:
         store.read_tokens(part, 0, 1)
     files = tuple(sorted(file for part in parts for file in (store.path / part.path / "tokens" / "c").iterdir()))

@@ -126,6 +126,7 @@ def streaming_reader(settings: BenchData, store: TokenStore, folder: Path) -> Re
         for window in windows(store, length):
             writer.write({"tokens": window})
     dataset = StreamingDataset(local=str(folder), shuffle=False, batch_size=settings.batch)
+    # Shuffled here rather than by the library, so that all peers read windows at random.
     order = np.random.default_rng(1).permutation(len(dataset))
     size = bytes_below(folder) / (len(dataset) * length)
     return _window_reader(

@@ -74,6 +74,7 @@ def _bench_operation(
                     raise RuntimeError(case["error"])
             seconds: dict[str, list[dict[str, tuple[float, float]]]] = {memory: [] for memory in memories}
             for _ in range(rounds):
+                # Treatments take turns within a round, so that both see the machine in the same state.
                 for memory, child in children.items():
                     seconds[memory].append(child.ask())
             medians = {memory: _medians(seconds[memory]) for memory in memories}
