@@ -36,14 +36,14 @@ def is_bug(error: BaseException) -> bool:
 
 
 def describe(error: Exception) -> str:
-    """The message of an error; the system's own ones with path and remedy."""
+    """Describe an error by its message; one of the operating system with path and remedy."""
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}; {choose_remedy(error.errno)}"
     return str(error) or type(error).__name__
 
 
 def choose_remedy(number: int | None) -> str:
-    """What helps against an error of the system."""
+    """Choose what helps against an error of the operating system, by its number."""
     if number in FULL:
         return "make room and go on"
     if number in CORRECTABLE:

@@ -24,7 +24,7 @@ class RankGroup:
     group: dist.ProcessGroup | None = None
 
     def all_gather(self, value: Any) -> list[Any]:
-        """Every rank's picklable value, in rank order, on all ranks."""
+        """Gather every rank's picklable value, in rank order, on all ranks."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -32,7 +32,7 @@ class RankGroup:
         return values
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's picklable value, in rank order, on rank 0; an empty list elsewhere."""
+        """Gather every rank's picklable value, in rank order, on rank 0; an empty list elsewhere."""
         if self.world_size == 1:
             return [value]
         values: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
@@ -40,7 +40,7 @@ class RankGroup:
         return values or []
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's value, on all ranks."""
+        """Send rank 0's picklable value to all ranks; what the others pass is ignored."""
         if self.world_size == 1:
             return value
         values = [value]

@@ -210,7 +210,10 @@ def build_model(config: RunConfig, parallel: Parallel) -> HybridModel:
 
 
 def build_pipeline(config: RunConfig, parallel: Parallel, engine: ZeroEngine) -> Pipeline | None:
-    """Wrap the engine's model into pipeline stages; None without a pipeline."""
+    """Wrap the engine's model into pipeline stages; None without a pipeline.
+
+    The engine hears of gradients that a schedule adds by hand, because its float32 sums come from autograd's hooks.
+    """
     if config.parallel.pipeline == 1:
         return None
     return Pipeline(engine.module, config.parallel, parallel, after_weights=engine.take_gradients)

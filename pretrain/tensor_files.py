@@ -13,7 +13,7 @@ from torch import Tensor
 
 @contextmanager
 def open_tensors(path: Path, error: Callable[[str], Exception] = ValueError) -> Iterator[Any]:
-    """A safetensors file, open for reading; the error asked for when it is not a whole one."""
+    """Open a safetensors file for reading; raises the error asked for when it is cut or damaged."""
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -22,6 +22,6 @@ def open_tensors(path: Path, error: Callable[[str], Exception] = ValueError) -> 
 
 
 def read_tensors(path: Path, error: Callable[[str], Exception] = ValueError) -> dict[str, Tensor]:
-    """All tensors of a safetensors file by name."""
+    """Read all tensors of a safetensors file, by name, on the CPU; raises as `open_tensors`."""
     with open_tensors(path, error) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict, can't be iterated

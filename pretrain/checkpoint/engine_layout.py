@@ -55,5 +55,5 @@ class EngineLayout:
         )
 
     def buffers(self) -> dict[str, Tensor]:
-        """The buffers of the state as they are now, by global name."""
+        """Collect the buffers of the state as they are now, by global name; views, not copies."""
         return {name: self.engine.module.get_buffer(name) for name in self.buffer_names}

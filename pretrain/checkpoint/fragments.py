@@ -70,7 +70,7 @@ class Fragment:
     replicated: bool
 
     def share(self, rank: int) -> Fragment | None:
-        """What this rank writes of it: all, or an equal share where every data rank holds the same; None for nothing."""
+        """Cut out what this rank writes: all, or an equal share where every data rank holds the same; None for nothing."""
         if not self.replicated:
             return self
         place, count = self.data_ranks.index(rank), len(self.data_ranks)
@@ -92,7 +92,7 @@ def name_parameters(module: torch.nn.Module) -> dict[int, str]:
 
 
 def base_optimizer(engine: Any) -> torch.optim.Adam:
-    """The torch optimizer that steps the master weights, below DeepSpeed's wrapper.
+    """Find the torch optimizer that steps the master weights, below DeepSpeed's wrapper.
 
     Raises TypeError for an optimizer other than torch's Adam and AdamW: its state would not be understood.
     """

@@ -103,7 +103,7 @@ def save_checkpoint(
 
 
 def ranks_of(engine: ZeroEngine) -> RankGroup:
-    """The group of ranks that save and load this engine's checkpoints together."""
+    """Build the group of ranks that save and load this engine's checkpoints together: all of them."""
     return RankGroup(engine.deepspeed.global_rank, engine.deepspeed.world_size)
 
 

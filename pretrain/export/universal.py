@@ -61,7 +61,7 @@ def export_universal(checkpoint: str | Path, out_dir: str | Path) -> UniversalRe
 
 
 def write_parameters(folder: Path, source: Path, manifest: dict[str, Any]) -> None:
-    """Masters, moments and step of every parameter, each in a folder of its name."""
+    """Write float32 masters, moments and step of every parameter, each in a folder of its name."""
     reader = RangeReader(source, manifest)
     for name, entry in manifest["parameters"].items():
         place = folder / name
@@ -73,7 +73,7 @@ def write_parameters(folder: Path, source: Path, manifest: dict[str, Any]) -> No
 
 
 def describe_optimizer(manifest: dict[str, Any]) -> dict[str, Any]:
-    """Settings of the parameter groups, in the order of ours: matrices that decay, then the rest.
+    """Collect the settings of the parameter groups, in the order of ours: matrices that decay, then the rest.
 
     ZeRO 3 gives the settings of the first group to all groups, so for it only those that all groups share are written;
     the others stay as its own program sets them.
@@ -89,12 +89,12 @@ def describe_optimizer(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_tuples(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings as torch has them: pairs are tuples."""
+    """Convert settings from JSON to torch's form, in which pairs (betas) are tuples."""
     return {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
 
 
 def describe_model(source: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    """What is not by parameter: counters, and as client state ours: buffers, progress, configuration.
+    """Collect what no parameter owns: counters, and as client state our buffers, progress and configuration.
 
     DeepSpeed does not restore buffers; its caller gets them back from `load_checkpoint` and loads them.
     """

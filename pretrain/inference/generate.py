@@ -150,6 +150,9 @@ def stream_text(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Iterator[in
 
 
 def _text_after(tokenizer: Tokenizer, context: list[int], pending: list[int]) -> str:
-    """What the pending ids add to the context: some tokenizers drop the space of a text's first piece."""
+    """Decode what the pending ids add to the context.
+
+    Not decoded alone: some tokenizers drop the space of a text's first piece.
+    """
     before = tokenizer.decode(context)
     return tokenizer.decode(context + pending)[len(before) :]

@@ -15,14 +15,14 @@ class Colours:
     series: tuple[str, str, str, str, str, str]
 
     def named(self) -> Iterator[tuple[str, str]]:
-        """The names that the page's style sheet gives to the colours."""
+        """Yield the colours with the names that the page's style sheet gives them."""
         yield "muted", self.ink
         yield "line", self.line
         for number, colour in enumerate(self.series, start=1):
             yield f"series-{number}", colour
 
     def css(self) -> str:
-        """The variables of a style sheet."""
+        """Write the colours as variables of a style sheet."""
         return " ".join(f"--{name}: {colour};" for name, colour in self.named())
 
 

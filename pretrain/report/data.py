@@ -46,11 +46,11 @@ class RunRecord:
         return self.stages[-1].last_step
 
     def name(self) -> str:
-        """The name of the run: as configured, else the last part of its directory."""
+        """Name the run: as configured, else the last part of its directory."""
         return self.config.run.name or Path(self.config.run.dir).name
 
     def last_step(self) -> int:
-        """The newest step that has metrics."""
+        """Find the newest step that has metrics, counted from 1."""
         return int(self.metrics[-1]["step"])
 
     def is_finished(self) -> bool:
@@ -74,12 +74,12 @@ class RunRecord:
         return found
 
     def last(self, key: str) -> float | None:
-        """The newest value of one metric, None where it was never measured."""
+        """Look up the newest finite value of one metric, None where it was never measured."""
         values = self.series(key)[1]
         return values[-1] if values else None
 
     def typical(self, key: str) -> float | None:
-        """The median of the newer half of a metric: its start includes warm-up of caches and compilers."""
+        """Compute the median of the newer half of a metric, whose start includes warm-up of caches and compilers."""
         values = self.series(key)[1]
         return median(values[len(values) // 2 :]) if values else None
 
@@ -137,7 +137,7 @@ def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def thin(steps: Sequence[int], values: Sequence[float], limit: int) -> tuple[list[float], list[float]]:
-    """At most `limit` points: means over equal runs of neighbouring points, so that long runs stay small files."""
+    """Reduce a series to at most `limit` points: means over equal runs of neighbouring points, so that long runs stay small files."""
     width = math.ceil(len(values) / limit) if values else 1
     starts = range(0, len(values), width)
     mean_steps = [sum(steps[start : start + width]) / len(steps[start : start + width]) for start in starts]

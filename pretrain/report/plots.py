@@ -40,7 +40,7 @@ class Plot:
     draw: Callable[[Any, Colours], None]
 
     def svg(self) -> str:
-        """The SVG element, in the page's variables for colours and with ids that are unique on the page."""
+        """Render the SVG element, in the page's variables for colours and with ids that are unique on the page."""
         with matplotlib.rc_context({**style(THEMED), "svg.hashsalt": self.name}):
             canvas = Figure(figsize=(4.5, 2.6), layout="constrained")
             self.draw_over_steps(canvas.subplots(), THEMED)

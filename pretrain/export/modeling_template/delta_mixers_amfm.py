@@ -47,7 +47,7 @@ class DeltaNet(LinearMixer):
         return q, k, v.unflatten(-1, (self.heads, self.steps, self.value_dim)), g, beta
 
     def step(self, *token: Tensor) -> tuple[Tensor, Tensor]:
-        """One token: what `rows` gives, the state."""
+        """Apply the decay and then N delta rules, one after the other, to the state of one token's rows; read it once."""
         q, k, v, g, beta, state = token
         repeat = self.heads // self.key_heads
         state = g.exp()[..., None] * state
@@ -68,7 +68,7 @@ class Kda(DeltaNet):
     """With a decay a key channel and a sigmoid as output gate, both of low rank (Kimi Team 2025, arXiv 2510.26692)."""
 
     def set_sizes(self) -> None:
-        """Weights of the decay and of the output gate."""
+        """Add the low-rank weights of the decay and of the output gate; as many key heads as value heads."""
         self.options = self.options | {"num_key_heads": None}
         super().set_sizes()
         rank = self.options["gate_rank"] or self.key_dim
@@ -78,7 +78,7 @@ class Kda(DeltaNet):
         self.gate_proj = nn.Parameter(torch.zeros(self.heads * self.value_dim, rank))
 
     def shared_sizes(self) -> dict[str, int]:
-        """The insides of both gates."""
+        """Inner widths of the low-rank projections of decay and gate."""
         return dict.fromkeys(("decay_inside", "gate_inside"), self.decay_proj.shape[1])
 
     def rows(self, parts: dict[str, Tensor], positions_BT: Tensor) -> tuple[Tensor, ...]:
@@ -88,7 +88,7 @@ class Kda(DeltaNet):
         return q, k, v, self.by_head(time) * -self.A_log.float().exp()[:, None], beta
 
     def output(self, o_BTHV: Tensor, parts: dict[str, Tensor]) -> Tensor:
-        """A norm a head times the gate's sigmoid."""
+        """Norm each head and multiply by the gate's sigmoid: [B, T, H, V] -> [B, T, H * V]."""
         gate = F.linear(parts["gate_inside"], self.gate_proj).float()
         return (self.norm(o_BTHV).flatten(-2).float() * gate.sigmoid()).to(o_BTHV.dtype)
 

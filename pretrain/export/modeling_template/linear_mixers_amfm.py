@@ -105,7 +105,7 @@ class LinearMixer(nn.Module):
         return ()
 
     def rows(self, parts: dict[str, Tensor], positions_BT: Tensor) -> tuple[Tensor, ...]:
-        """What `step` reads of each token."""
+        """Compute what `step` reads of each token, [B, T, ...] each; every mixer has its own."""
         raise NotImplementedError
 
     def step(self, *token: Tensor) -> tuple[Tensor, Tensor]:

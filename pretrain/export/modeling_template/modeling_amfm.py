@@ -105,6 +105,7 @@ class AmfmPreTrainedModel(PreTrainedModel):
     ]
 
     def _init_weights(self, module: nn.Module) -> None:
+        """Give a new module its first values: normal ones for matrices, ones for norms, decays and time steps by range."""
         deviation = self.config.initializer_range
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=deviation)
