@@ -1,4 +1,8 @@
-"""Rules that drop documents before tokenizing."""
+"""Rules that drop documents before tokenizing.
+
+They see one text at a time and are part of a unit's key, so changing them writes again what they could change. What they drop
+is a reject with the rule that dropped it: a filter that takes too much shows in the rejects file.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +34,7 @@ def make_filter(config: FilterConfig, source: str) -> Filter:
 
 
 def _compile(pattern: str | None, where: str) -> re.Pattern[str] | None:
+    """Compile a pattern if there is one; ValueError names its setting."""
     if pattern is None:
         return None
     try:

@@ -1,4 +1,9 @@
-"""The append-only record of finished units: what makes a second preparation do only what is missing."""
+"""The append-only record of finished units: what makes a second preparation do only what is missing.
+
+Parts alone would not do: a part on the disk doesn't say whether its unit wrote all that it should, or from which inputs. A
+line has the unit's key, a digest of everything that decides its output, so a changed file or setting finds no line and the
+unit is written again. One process writes the journal, the one that holds the store's lock; actors only report.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +37,7 @@ class Journal:
                 self._remember(record)
 
     def _remember(self, record: dict[str, Any]) -> None:
+        """Keep the report of a line under its unit, in place of an earlier one."""
         report = record["report"]
         parts = {split: [Part.from_json(part) for part in report["parts"][split]] for split in SPLITS}
         self._reports[record["unit"]] = record["key"], UnitReport(**{**report, "parts": parts})
@@ -41,7 +47,7 @@ class Journal:
         return {name.rpartition("/")[0] for name in self._reports}
 
     def find(self, store: Path, unit: Unit) -> UnitReport | None:
-        """Report of a unit that was finished with the same inputs and settings and whose files are all there."""
+        """Find the report of a unit that was finished with the same inputs and settings and whose files are all there."""
         key, report = self._reports.get(unit.name, ("", None))
         if report is None or key != unit.key():
             return None

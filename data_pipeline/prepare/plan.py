@@ -1,4 +1,10 @@
-"""The plan of a preparation: which byte ranges make which part, the same on every machine and for any number of actors."""
+"""The plan of a preparation: which byte ranges make which part, the same on every machine and for any number of actors.
+
+Files are cut into segments, all segments of a source are put in a keyed random order, and runs of that order become units.
+So a part holds text from many places, which the shuffle of training can then leave in blocks, and any unit can be written
+by any actor at any time. Sizes, parquet footers and Megatron indexes are read for it, and no text. A unit is worth an actor's
+while but no more than a share of the text that is left, or the last one would work alone.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +67,10 @@ class Unit:
         return sum(segment.text_bytes for segment in self.segments)
 
     def key(self) -> str:
-        """Digest of everything that decides the unit's output, modification times of its inputs included."""
+        """Digest everything that decides the unit's output, modification times of its inputs included.
+
+        Names and not paths of the inputs: a source that was moved is not written again.
+        """
         inputs = [
             (item.file.name, item.file.num_bytes, item.file.modified_ns, item.start, item.stop, item.split)
             for item in self.segments
@@ -72,7 +81,7 @@ class Unit:
 
 
 def plan_source(source: SourceConfig, config: DataConfig) -> list[Segment]:
-    """Segments of a source in the order in which they are dealt into parts.
+    """Plan a source: its segments in the order in which they are dealt into parts.
 
     Text files are split into train and validation here, because their number is known: at least one of two or more
     validates. Records of jsonl and parquet are split when they are read, by the hash of their text.
@@ -104,7 +113,7 @@ def plan_source(source: SourceConfig, config: DataConfig) -> list[Segment]:
 
 
 def _take_bytes(segments: list[Segment], max_bytes: int | None) -> list[Segment]:
-    """The first segments whose text stays within the limit; one at least, or a small limit would leave nothing."""
+    """Take the first segments whose text stays within the limit; one at least, or a small limit would leave nothing."""
     if max_bytes is None:
         return segments
     total = list(accumulate(segment.text_bytes for segment in segments))
@@ -112,6 +121,7 @@ def _take_bytes(segments: list[Segment], max_bytes: int | None) -> list[Segment]
 
 
 def _choose_validation(source: str, files: Sequence[InputFile], config: DataConfig) -> frozenset[str]:
+    """Choose the text files that validate: those of the lowest keyed hashes, never all of them."""
     texts = [file.name for file in files if file.num_bytes]
     if config.validation_fraction == 0 or len(texts) < 2:
         return frozenset()

@@ -47,7 +47,7 @@ Runner = Callable[[Sequence[Unit], Path, Tokenizer, DataConfig], Iterator[tuple[
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a preparation stands; rates count what this call read in this stage.
+    """Progress of a preparation; rates count what this call read in this stage.
 
     stage: "tokenizer" while it is trained, "duplicates" while they are looked for, then "tokenize". eta_seconds: None
     before the first part is done.
@@ -183,7 +183,7 @@ def _settle_tokenizer(
     plans: Mapping[str, Sequence[Segment]],
     progress: Callable[[Progress], None] | None,
 ) -> Tokenizer:
-    """The store's tokenizer: kept if the store has one of the same settings, else loaded or trained and stored."""
+    """Settle the store's tokenizer: kept if it has one of the same settings, else loaded or trained, and stored."""
     settings_file, wanted = store / TOKENIZER_SETTINGS, config.tokenizer
     given = read_tokenizer_file(Path(wanted.model), wanted.eos_token) if wanted.model else None
     settings = (
@@ -211,7 +211,7 @@ def _settle_tokenizer(
 
 
 def _training_texts(config: DataConfig, plans: Mapping[str, Sequence[Segment]]) -> Iterator[str]:
-    """Text for the tokenizer: from each source by its weight, in the order of the plan, validation files left out."""
+    """Read text for the tokenizer: from each source by its weight, in the plan's order, without validation files."""
     total_weight = sum(source.weight for source in config.sources)
     for source in config.sources:
         budget = config.tokenizer.training_bytes * source.weight / total_weight
@@ -238,7 +238,7 @@ def _without_duplicates(
     run: Runner,
     progress: Callable[[Progress], None] | None,
 ) -> dict[str, Sequence[Unit]]:
-    """The units, told what to skip where a source drops exact duplicates."""
+    """Hash what is not hashed yet and tell the units of sources that drop exact duplicates what to skip."""
     chosen = [source.name for source in config.sources if source.filters.exact_duplicates == "drop"]
     missing = [unit for name in chosen for unit in units_to_hash(store, units[name])]
     if missing:
@@ -304,7 +304,7 @@ def _must_find(journal: Journal, store: Path, unit: Unit) -> UnitReport:
 
 
 def _check_source(source: SourceConfig, plan: Sequence[Segment], reports: Sequence[UnitReport], store: Path) -> None:
-    """Every byte of jsonl was read exactly once, and something came of it."""
+    """Check that every byte of jsonl was read exactly once, and that the source gave a training document."""
     planned = sum(
         item.stop - item.start for item in plan if item.file.kind == "jsonl" and item.file.compression == "none"
     )

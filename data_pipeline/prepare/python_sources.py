@@ -1,4 +1,8 @@
-"""Real text without a network: the Python sources that are installed beside this program, as jsonl for a benchmark."""
+"""Real text without a network: the Python sources that are installed beside this program, as jsonl for a benchmark.
+
+Every machine that runs this program has them. Their lengths are as uneven as those of a real corpus, which generated text
+lacks. They differ between machines, so they serve to compare two programs on one.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +61,7 @@ def collect_python_sources(folder: str | Path, megabytes: int) -> list[Path]:
 
 
 def _find_sources() -> dict[str, Path]:
-    """Installed .py files by their path relative to the root that they lie under."""
+    """Find the installed .py files, by their path relative to the root that they lie under."""
     roots = sorted({Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")})
     found: dict[str, Path] = {}
     for root in roots:
@@ -67,7 +71,7 @@ def _find_sources() -> dict[str, Path]:
 
 
 def _distinct_sources() -> Iterator[tuple[str, str]]:
-    """(name, text) of every readable, non-empty .py file; of equal texts the first."""
+    """Iterate over (name, text) of every readable, non-empty .py file; of equal texts the first."""
     found = _find_sources()
     seen: set[bytes] = set()
     for name in sorted(found, key=lambda name: hashlib.blake2b(name.encode(), digest_size=16).digest()):

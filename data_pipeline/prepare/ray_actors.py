@@ -1,4 +1,9 @@
-"""Ray actors that write parts: they get paths and byte ranges and return counts and digests, never text or tokens."""
+"""Ray actors that write parts: they get paths and byte ranges and return counts and digests, never text or tokens.
+
+So little passes through Ray's object store, which may be the smallest. The number of actors and which of them writes a unit
+change no byte of the store. Dispatch is by hand, one unit an actor at a time: a unit whose actor died is counted and given
+to another one, so that a lost node costs a retry, and a text that kills its process ends the call with its name.
+"""
 
 from __future__ import annotations
 
@@ -117,6 +122,7 @@ class _Dispatcher:
         self.idle: list[Any] = []
 
     def run(self, num_actors: int) -> Iterator[tuple[Unit, UnitReport | UnitFailure]]:
+        """Start the actors, hand out units and yield reports as they come; the actors end with the iterator."""
         try:
             for _ in range(num_actors):
                 self._start_actor()
@@ -136,11 +142,13 @@ class _Dispatcher:
                 self.ray.kill(actor)
 
     def _start_actor(self) -> None:
+        """Ask Ray for an actor; it gets units once `is_alive` has answered."""
         actor = self.actor_class.remote(str(self.store), self.tokenizer)
         self.actors.append(actor)
         self.starting[actor.is_alive.remote()] = actor
 
     def _wait(self) -> list[Any]:
+        """Wait for an answer of any actor; RuntimeError where none works and none gets a core."""
         pending = [*self.running, *self.starting]
         done, _ = self.ray.wait(pending, num_returns=1, timeout=None if self.running else NO_CORE_SECONDS)
         if not done:
@@ -151,6 +159,7 @@ class _Dispatcher:
         return list(done)
 
     def _finish_start(self, answer: Any) -> None:
+        """Take a started actor into service, or start another for one that died; RuntimeError when none can start."""
         actor = self.starting.pop(answer)
         try:
             self.ray.get(answer)
@@ -167,6 +176,7 @@ class _Dispatcher:
             self.idle.append(actor)
 
     def _finish_unit(self, answer: Any) -> tuple[Unit, UnitReport | UnitFailure] | None:
+        """Take a unit's report; None when its actor died and the unit waits again. Errors of the unit are raised."""
         unit, actor = self.running.pop(answer)
         try:
             report = self.ray.get(answer)

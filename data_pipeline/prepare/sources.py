@@ -1,4 +1,9 @@
-"""The files of a source: local files, folders and globs, the same below a URL, and which kind each one is."""
+"""The files of a source: local files, folders and globs, the same below a URL, and which kind each one is.
+
+A file's name in the plan is the number of the path that found it and what follows below it, so a plan doesn't depend on
+where a source is mounted, and its order is that of the names. The kind follows from the suffix alone and no file is opened.
+A path that is named directly must be usable; of a folder or a glob the files of known kinds are taken.
+"""
 
 from __future__ import annotations
 
@@ -45,14 +50,14 @@ class InputFile:
     modified_ns: int
 
     def open(self) -> IO[bytes]:
-        """The bytes as they are stored, to be read at random."""
+        """Open the file for reading at random, its bytes as they are stored."""
         if not is_url(self.path):
             return open(self.path, "rb", buffering=BUFFER_BYTES)
         folder, name = split_url(self.path)
         return RemoteFolder(folder).open(name)
 
     def open_arrow(self) -> Any:
-        """The same for pyarrow, which reads local files without Python."""
+        """Open the file for pyarrow, which reads local ones without Python."""
         return pyarrow.PythonFile(self.open(), mode="r") if is_url(self.path) else pyarrow.OSFile(self.path)
 
 
@@ -81,6 +86,7 @@ def list_files(source: SourceConfig) -> list[InputFile]:
 
 
 def _list_local(given: str, where: str) -> list[_Found]:
+    """List a folder (all levels), a file, or the files that a glob matches."""
     path = Path(given).expanduser()
     if path.is_dir():
         items = [item for item in path.rglob("*") if item.is_file()]
@@ -99,8 +105,10 @@ def _stat(path: Path, name: str) -> _Found:
 
 
 def _list_remote(given: str, where: str) -> list[_Found]:
+    """List what a URL names: objects below it, those that a glob matches, or one object."""
     given = given.rstrip("/")
     is_glob = glob.has_magic(given.partition("://")[2])
+    # Object stores list by prefix alone: everything below the last folder before the first wildcard, then matched here.
     root = re.split(r"[*?[]", given)[0].rpartition("/")[0] if is_glob else given
     found = [
         _Found(item.name, f"{root}/{item.name}", item.num_bytes, item.modified_ns) for item in RemoteFolder(root).list()
@@ -119,7 +127,7 @@ def _list_remote(given: str, where: str) -> list[_Found]:
 
 
 def _compile_glob(pattern: str) -> re.Pattern[str]:
-    """The glob as a regular expression: `**/` any folders, `*` and `?` within one, [...] a set."""
+    """Compile a glob as a regular expression: `**/` any folders, `*` and `?` within one, [...] a set."""
     pieces = []
     for part in re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]+\])", pattern):
         known = {"**/": "(?:[^/]+/)*", "**": ".*", "*": "[^/]*", "?": "[^/]"}
@@ -157,7 +165,7 @@ _REMEDY = "name a file, a folder or a glob that matches text files"
 
 
 def _is_data(name: str) -> bool:
-    """A file of a kind that is read, not hidden, and not a by-product of the datasets library."""
+    """Whether a file is of a kind that is read, not hidden, and not a by-product of the datasets library."""
     parts = name.split("/")
     hidden = any(part.startswith(".") for part in parts)
     return not hidden and _kind_of(name) is not None and not fnmatch.fnmatchcase(parts[-1], MAPPED)
@@ -182,6 +190,7 @@ def _kind_of(name: str) -> Kind | None:
 
 
 def _describe(found: _Found, name: str) -> InputFile:
+    """Describe a file for the plan; a Megatron index has the size and time of its .bin, which holds the tokens."""
     kind = _kind_of(found.name)
     assert kind is not None, f"{found.path} has no known kind"
     num_bytes, modified_ns = found.num_bytes, found.modified_ns

@@ -1,4 +1,10 @@
-"""What one actor does: read segments, tokenize, shuffle the documents, write the parts. No Ray in here."""
+"""What one actor does: read segments, tokenize, shuffle the documents, write the parts. No Ray in here.
+
+A unit is a function of its inputs and settings: the split of a document follows from its content, the order inside a part
+from a keyed permutation, and no clock, process or neighbour has a say. So a unit that failed is done again anywhere, and the
+bytes of a store do not depend on how it was made. Documents are tokenized in batches, which is what the libraries are fast
+at, and kept as views of one array a batch until a part is full.
+"""
 
 from __future__ import annotations
 
@@ -78,6 +84,7 @@ def run_unit(unit: Unit, store: Path, tokenizer: Tokenizer) -> UnitReport | Unit
 
 
 def _hash_unit(unit: Unit, store: Path) -> UnitReport:
+    """Hash the documents that pass the filters, in the order in which writing meets them, and keep the hashes."""
     reason_to_drop = make_filter(unit.settings.filters, unit.source)
     digests: list[bytes] = []
     text_bytes = 0
@@ -91,6 +98,8 @@ def _hash_unit(unit: Unit, store: Path) -> UnitReport:
 
 
 class _UnitWriter:
+    """Writes one unit: what was collected since the last part, parts written, rejects, and bytes of jsonl covered."""
+
     def __init__(self, unit: Unit, store: Path, tokenizer: Tokenizer) -> None:
         self.unit, self.store, self.tokenizer = unit, store, tokenizer
         self.collected: dict[Split, _Collected] = {split: _Collected() for split in SPLITS}
@@ -120,6 +129,7 @@ class _UnitWriter:
         )
 
     def _batches(self) -> Iterator[list[tuple[Split, str, int]]]:
+        """Gather texts into batches for the tokenizer, bounded in number and in characters."""
         batch: list[tuple[Split, str, int]] = []
         characters = 0
         for split, text, num_bytes in self._documents():
@@ -149,11 +159,15 @@ class _UnitWriter:
             self.covered_bytes += reader.covered_bytes
 
     def _is_duplicate(self) -> bool:
+        """Whether the next document is on the list of copies; must be asked once a document, in order."""
         self.places += 1
         return self.places - 1 in self.skips
 
     def _split_of(self, beginning: bytes, num_bytes: int) -> Split:
-        """By content, so that copies of a text never sit on both sides; its beginning and size are enough for that."""
+        """Decide the split by content, so that copies of a text never sit on both sides.
+
+        Its beginning and size are enough for that: copies agree in both.
+        """
         if self.unit.settings.validation_fraction == 0:
             return "train"
         digest = hashlib.blake2b(beginning, digest_size=8, key=self.split_key)
@@ -196,11 +210,13 @@ class _UnitWriter:
             start = stop
 
     def _write_full_parts(self) -> None:
+        """Write a split that has grown to twice the part size: text may be far larger than the plan's estimate."""
         for split in SPLITS:
             if self.collected[split].text_bytes >= 2 * self.unit.settings.part_bytes:
                 self._write(split)
 
     def _write(self, split: Split) -> None:
+        """Shuffle the collected documents of a split and write them as the unit's next part."""
         unit, collected = self.unit, self.collected[split]
         number = len(self.parts[split])
         key = derive_key(unit.settings.seed, "documents", unit.name, split, number)
@@ -219,6 +235,7 @@ class _UnitWriter:
         self.collected[split] = _Collected()
 
     def _attributes(self, split: Split) -> dict[str, Any]:
+        """Attributes of a part's Zarr group: where its tokens come from, for whoever finds it without a manifest."""
         settings = self.unit.settings
         return {
             "format": "amfm token part",
@@ -232,6 +249,7 @@ class _UnitWriter:
         }
 
     def _write_rejects(self) -> None:
+        """Write the rejects of the unit, or remove those of an earlier attempt."""
         path = rejects_path(self.store, self.unit)
         if not self.rejects:
             path.unlink(missing_ok=True)
@@ -242,5 +260,5 @@ class _UnitWriter:
 
 
 def rejects_path(store: Path, unit: Unit) -> Path:
-    """File with a line for each record of the unit that gave no document."""
+    """Path of the JSON lines with position and reason of each record of the unit that gave no document."""
     return store / "rejects" / unit.source / f"{unit.number:06d}.jsonl"

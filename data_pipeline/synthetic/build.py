@@ -1,4 +1,8 @@
-"""Build the synthetic task that `data.probe` configures."""
+"""Build the synthetic task that `data.probe` configures.
+
+All tasks share one flat section, so that a benchmark can vary the task by one key. A setting that the chosen task doesn't
+read is refused, because a run with it would look like another experiment than it is.
+"""
 
 from __future__ import annotations
 

@@ -43,6 +43,7 @@ class SelectiveCopying:
         tokens_T, labels_T = row = empty_row(length)
         end = length - self.num_copied
         symbols = COPY + 1 + draws.below(self.num_symbols, self.num_copied)
+        # Sorted places, so that the order of the symbols in the row is the order to repeat them in.
         tokens_T[np.sort(draws.choose(end, self.num_copied))] = symbols
         tokens_T[end:], labels_T[end:] = COPY, symbols
         return row

@@ -58,6 +58,7 @@ class AssociativeRecall:
         values = NOISE + 1 + self.num_keys + draws.below(self.num_values, len(written))
         begin = 2 * len(written)
         tokens_T[0:begin:2], tokens_T[1:begin:2] = keys[written], values
+        # A later write of a key replaces an earlier one.
         last_values = dict(zip(written.tolist(), values.tolist()))
         places = begin + draws.choose(length - begin, self.num_pairs)
         tokens_T[places], labels_T[places] = keys, [last_values[number] for number in range(self.num_pairs)]

@@ -58,11 +58,11 @@ class HuggingFaceTokenizer:
         return None
 
     def encode(self, text: str) -> list[int]:
-        """Ids of one text."""
+        """Encode one text to ids."""
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def encode_documents(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-        """Ids of all texts one after another, each ending in one end token, and the offset after each.
+        """Encode texts: ids one after another, each text ending in one end token, and the offset after each.
 
         The library uses its own threads unless TOKENIZERS_PARALLELISM is false.
         """
@@ -77,7 +77,7 @@ class HuggingFaceTokenizer:
         return np.concatenate(pieces), np.cumsum(lengths, dtype=np.int64)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids; special tokens give nothing. ValueError for an id outside the vocabulary."""
+        """Decode ids to text; special tokens give nothing. ValueError for an id outside the vocabulary."""
         outside = [index for index in ids if not 0 <= index < self._vocab_size]
         if outside:
             raise ValueError(f"token id {outside[0]} must be in range({self._vocab_size}), the tokenizer's vocabulary")
@@ -116,6 +116,7 @@ def read_tokenizer_json(path: Path, eos: str | int | None) -> HuggingFaceTokeniz
 
 
 def _configured_eos(path: Path) -> str | None:
+    """Read eos_token of a tokenizer_config.json, where it is a string or an object with `content`; None without one."""
     if not path.is_file():
         return None
     token = read_object(path).get("eos_token")

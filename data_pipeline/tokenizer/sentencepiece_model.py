@@ -1,4 +1,4 @@
-"""What is inside a SentencePiece model file, and scores that add up exactly.
+"""Parse a SentencePiece model file, and round its scores so that they add up exactly.
 
 The classes are generated from `sentencepiece_model.proto` and come with the library. They need the protobuf package,
 which the library itself doesn't.

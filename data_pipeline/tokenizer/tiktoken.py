@@ -1,7 +1,11 @@
-"""A .tiktoken vocabulary as a tokenizer.json.
+"""Convert a .tiktoken vocabulary to a tokenizer.json.
 
 A .tiktoken file has a line a token: its bytes in base64 and its rank, which is its id. The pattern that cuts a text
 before merging and the special tokens are not in the file; whoever publishes it names them.
+
+It is converted and not read by a library of its own, so that stores know two formats of tokenizers and not three. tiktoken
+merges the neighbours whose union has the lowest rank; a tokenizer.json lists merges in their order. Listing every split of
+every token into two tokens, by the rank of the whole, gives the same result.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import tokenizers
 
 
 def convert_tiktoken(path: Path, *, pattern: str, special_tokens: Mapping[str, int]) -> bytes:
-    """Content of a tokenizer.json that gives the ids of the .tiktoken file.
+    """Convert a .tiktoken file to the content of a tokenizer.json that gives the same ids.
 
     pattern: regular expression of the pieces that merges never cross. special_tokens: id by text, outside the ranks.
     ValueError for a broken file, a broken pattern, or ids that clash.
@@ -65,6 +69,7 @@ def convert_tiktoken(path: Path, *, pattern: str, special_tokens: Mapping[str, i
 
 
 def _read_ranks(path: Path) -> dict[bytes, int]:
+    """Read rank by token; ValueError where lines or ranks are broken or a single byte has no token."""
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         if not line:
@@ -83,7 +88,7 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
 
 
 def _rank_merges(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """Every pair of tokens whose union is a token, the union of the lowest rank first: what the file means by a rank."""
+    """List every pair of tokens whose union is a token, the union of the lowest rank first: what a rank means."""
     merges = [
         (rank, ranks[token[:cut]], token[:cut], token[cut:])
         for token, rank in ranks.items()
@@ -94,7 +99,7 @@ def _rank_merges(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 def _byte_letters() -> list[str]:
-    """The letter that stands for each byte in a byte-level tokenizer.json.
+    """List the letter that stands for each byte in a byte-level tokenizer.json.
 
     Printable bytes of Latin-1 stand for themselves, the others for the letters from U+0100 on, in their order.
     """

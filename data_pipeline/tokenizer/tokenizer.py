@@ -1,4 +1,10 @@
-"""Text to token ids and back: SentencePiece models, trained here or given, and tokenizer.json; known by their content."""
+"""Text to token ids and back: SentencePiece models, trained here or given, and tokenizer.json; known by their content.
+
+A store holds a copy of its tokenizer, and its identity is a hash of the file: two names for one tokenizer are one, and a file
+that changed under its name is noticed. Text must come back from its ids and must not be able to end a document, so nothing
+is normalised in training, and control tokens written out in a text are plain text. Encoding must give the same ids on every
+machine, in any batch and at any place in a text; `_encode` and `round_scores` say what that takes with SentencePiece.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +62,7 @@ class Tokenizer(Protocol):
         """Token that fills rows."""
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without begin or end tokens; control tokens written out in the text stay plain text."""
+        """Encode a text, without begin or end tokens; control tokens written out in the text stay plain text."""
 
     def encode_documents(self, texts: Sequence[str]) -> tuple[Ids, Offsets]:
         """Ids of all texts one after another, each ending in one end token, and the offset after each.
@@ -65,7 +71,7 @@ class Tokenizer(Protocol):
         """
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids."""
+        """Decode ids to text."""
 
     def identity(self) -> str:
         """Content hash: equal identities give equal ids for every text."""
@@ -112,15 +118,15 @@ class SentencePieceTokenizer:
         return _none_if_negative(self._processor.pad_id())
 
     def encode(self, text: str) -> list[int]:
-        """Ids of one text."""
+        """Encode one text to ids."""
         return [int(index) for index in self._encode([text], end=b"")[0].tolist()]
 
     def encode_documents(self, texts: Sequence[str]) -> tuple[Ids, Offsets]:
-        """Ids of all texts, an end token after each: SentencePiece never makes one of text, so none is there yet."""
+        """Encode texts, an end token after each: SentencePiece never makes one of text, so none is there yet."""
         return self._encode(texts, end=np.int32(self.eos_id).tobytes())
 
     def _encode(self, texts: Sequence[str], end: bytes) -> tuple[Ids, Offsets]:
-        """Ids of all texts, `end` after each, and the offset after each.
+        """Encode texts: ids one after another with `end` (bytes of int32 ids) after each, and the offset after each.
 
         Where the model allows it a text is encoded in blocks that end at newlines: SentencePiece adds up scores in
         float32, so in a long text noise would decide between segmentations, differently at each place.
@@ -138,7 +144,7 @@ class SentencePieceTokenizer:
         return np.frombuffer(b"".join(documents), np.int32), ends
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids; control pieces give nothing. ValueError for an id outside the vocabulary."""
+        """Decode ids to text; control pieces give nothing. ValueError for an id outside the vocabulary."""
         outside = [index for index in ids if not 0 <= index < self.vocab_size]
         if outside:
             raise ValueError(f"token id {outside[0]} must be in range({self.vocab_size}), the tokenizer's vocabulary")
@@ -154,7 +160,7 @@ class SentencePieceTokenizer:
 
 
 def _cut_at_newlines(text: str) -> list[str]:
-    """Blocks of the text, each cut at the first newline after BLOCK_CHARACTERS; the newlines between them are left out."""
+    """Cut a text into blocks at the first newline after each BLOCK_CHARACTERS; those newlines are left out."""
     blocks, start = [], 0
     while (cut := text.find("\n", start + BLOCK_CHARACTERS)) >= 0:
         blocks.append(text[start:cut])
@@ -163,7 +169,7 @@ def _cut_at_newlines(text: str) -> list[str]:
 
 
 def _find_newline_id(processor: sentencepiece.SentencePieceProcessor) -> int | None:
-    """Id of the newline, if encoding the parts around one by themselves gives the ids of the whole; else None."""
+    """Find the id of the newline, if encoding the parts around one by themselves gives the ids of the whole; else None."""
     ids = processor.encode("\n", out_type=int)
     holds_newline = any(
         "\n" in processor.id_to_piece(index) for index in range(processor.vocab_size()) if [index] != ids
@@ -259,6 +265,7 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> SentencePi
 
 
 def _training_lines(texts: Iterable[str]) -> Iterable[str]:
+    """Cut texts into lines that the trainer takes: a character has up to 4 bytes, and NUL is not allowed."""
     for text in texts:
         for line in text.split("\n"):
             for start in range(0, len(line), MAX_TRAINING_LINE // 4):
