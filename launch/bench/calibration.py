@@ -138,6 +138,7 @@ def time_steps(
 
 
 def _build_step(config: RunConfig, parallel: Parallel) -> Callable[[], None]:
+    """A training step of the run under our engine, on random tokens that stay the same."""
     device, train = parallel.device, config.train
     model = HybridModel(config.model, parallel.groups, backend="auto", seed=0, device=device).train()
     engine = build_engine(model, optimizer=OPTIMIZER, precision=train.precision, zero_stage=1, parallel=parallel)
@@ -246,6 +247,7 @@ def copied_bytes_per_second(device: torch.device) -> float:
 
 
 def _least_seconds(work: Callable[[], Any], device: torch.device) -> float:
+    """Least seconds of a piece of work over five runs, after one that warms up."""
     seconds = []
     for _ in range(6):
         started = now(device)

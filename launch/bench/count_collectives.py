@@ -132,6 +132,7 @@ def group_of(args: Sequence[Any]) -> Any:
 
 
 def _tensors(argument: Any) -> Iterable[Tensor]:
+    """Tensors of an operator's argument, which may be a list of lists."""
     if isinstance(argument, Tensor):
         yield argument
     else:

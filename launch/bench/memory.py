@@ -128,12 +128,14 @@ def _status_bytes(name: str) -> int:
 
 
 def _train(config: RunConfig, parallel: Parallel) -> None:
+    """Build the run's engine and take `STEPS` steps; all of it is freed on return."""
     engine, pipeline = _build(config, parallel)
     for _ in range(STEPS):
         take_step(config, parallel, engine, pipeline)
 
 
 def _build(config: RunConfig, parallel: Parallel) -> tuple[ZeroEngine, Pipeline | None]:
+    """Engine of the configuration, and its pipeline where it has stages."""
     engine = build_engine(
         build_model(config, parallel),
         optimizer=config.optimizer,

@@ -55,6 +55,7 @@ class Child:
         return json.loads(line)
 
     def _early_end(self) -> RuntimeError:
+        """Error for a child that ended, with the end of what it wrote to standard error where that was kept."""
         self._end()
         if self._errors is None:
             return RuntimeError(f"{self._what} ended early; its message is above")

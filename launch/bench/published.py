@@ -1,7 +1,11 @@
-"""Published speeds of training runs beside what the plan says of the same model, cards and layout.
+"""Published training speeds, compared with what the plan says of the same model, cards and layout.
 
-Sources: for Nemotron 3 NeMo Automodel's performance summary (H100, bf16, rows of 4,096 tokens, routing balanced by force);
-for DeepSeek-V3 Megatron Bridge's (H100, bf16, dropless). What they leave open (batch, recomputation) is planned both ways.
+How it works: an anchor names a preset and the layout that was published; the preset's own layout is taken back first.
+Where a publication leaves the micro-batch or recomputation open, every choice is planned and shown, none picked for its
+fit.
+
+Sources: for Nemotron 3 NeMo Automodel's performance summary (H100, bf16, rows of 4,096 tokens, routing balanced by
+force); for DeepSeek-V3 Megatron Bridge's (H100, bf16, dropless).
 """
 
 from __future__ import annotations
@@ -74,6 +78,7 @@ def plan_anchors(presets: Path) -> list[dict[str, Any]]:
 
 
 def _plan_anchor(anchor: Anchor, presets: Path) -> Iterator[dict[str, Any]]:
+    """Rows of one anchor: every micro-batch size, with and without recomputation."""
     hardware = HARDWARE["h100"]
     for size in anchor.micro_batch_sizes:
         for recompute in ("none", "full"):

@@ -1,8 +1,9 @@
-"""A training step side by side: our model under our engine, in a bare loop, and the same model in transformers.
+"""Training-step benchmark: our model under our engine, in a bare loop, and the same model in transformers.
 
-All variants start from the same weights, see the same batch and use fused AdamW. They take turns, so that a machine
-that drifts slows all of them; a variant's figure is its median. On a CPU each is timed with freed memory returned and
-kept, a process each, in turns: transformers' trainer returns it, `amfm train` keeps it.
+How it works: all variants start from the same weights, see the same batch and use fused AdamW; their first losses must
+agree before anything is timed. They take turns, so that a machine that drifts slows all of them; a variant's figure is
+its median. On a CPU each is timed with freed memory returned and kept, a process each, in turns: transformers' trainer
+returns it, `amfm train` keeps it. The bare loop tells the engine's share of the difference from the model's.
 """
 
 from __future__ import annotations

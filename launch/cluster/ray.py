@@ -150,6 +150,7 @@ class RayCluster:
             return self._wait(running, [place[0] for place in places], logs)
 
     def _variables(self, attempt: Attempt, rank: int, places: Sequence[tuple[str, str, int]]) -> dict[str, str]:
+        """torchrun's variables for a rank; all ranks meet at rank 0's address and free port."""
         _, address, port = places[0]
         variables = {
             "RANK": str(rank),
@@ -165,6 +166,7 @@ class RayCluster:
         return source_variables() | variables | ({RESTART_CAUSE: attempt.cause} if attempt.cause else {})
 
     def _forward(self, number: int) -> None:
+        """Forward a signal to every rank through its actor, which runs several calls at a time for this."""
         for actor in self.actors:
             actor.signal.remote(number)
 

@@ -212,6 +212,7 @@ class RemoteHosts:
         return done.returncode == 0
 
     def _forward(self, number: int) -> None:
+        """Forward a signal to the ranks of every host, by the process number that its torchrun noted."""
         for node_rank, run in enumerate(self.runs):
             line = f"pkill -{number} -P $(cat {shlex.quote(self.pid_file(node_rank))})"
             subprocess.run(remote_command(self.remote_shell, run.host, line), stdin=subprocess.DEVNULL, check=False)
@@ -223,6 +224,7 @@ class RemoteHosts:
         deadline = float("inf")
         while any(run.process.poll() is None for run in self.runs):
             if failed is None:
+                # The first host that failed names the cause: the others fail because of it.
                 failed = next((run for run in self.runs if run.process.poll()), None)
                 deadline = float("inf") if failed is None else time.monotonic() + GRACE_SECONDS
             if escalation and time.monotonic() > deadline:

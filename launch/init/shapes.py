@@ -17,10 +17,11 @@ SWIGLU_SHARE = (
 
 @dataclass(frozen=True)
 class Size:
-    """One rung: shapes with Nemotron's blocks, and the run that suits them. Widths of experts are those of squared ReLU.
+    """One rung of the ladder: shapes with Nemotron's blocks, and the run that suits them.
 
-    `pattern`: of mixers `M` or `*` and experts `E`. `delta_pattern`: about the same depth, in groups of three Gated
-    DeltaNet blocks and one of attention.
+    Widths of experts are those of squared ReLU. `pattern`: of mixers `M` or `*` and experts `E`. `delta_pattern`: about
+    the same depth, in groups of three Gated DeltaNet blocks and one of attention. `sequence_length` in tokens,
+    `global_batch_size` in rows a step.
     """
 
     pattern: str
@@ -135,7 +136,7 @@ _GRANITE_30B: dict[str, Any] = {
 
 
 def size_of(name: str, style: str) -> Size:
-    """The size as a style has it: Granite's 30B has shapes of its own."""
+    """The size in a style; Granite's 30B has published shapes of its own."""
     size = SIZES[name]
     return replace(size, **_GRANITE_30B) if (name, style) == ("30b", "granite") else size
 

@@ -210,6 +210,7 @@ def distinct_stages(stages: tuple[StageShare, ...]) -> tuple[StageShare, ...]:
 
 @lru_cache(maxsize=1024)
 def _held(model: ModelConfig, layout: Layout, sequence_length: int) -> tuple[StageShare, ...]:
+    """Shares of all pipeline stages; cached, so `layout` must hold nothing but what cuts the model."""
     letters = model.letters
     counts = count_parameters(model)
     number = {letter: letters.count(letter) for letter in letters}
@@ -222,6 +223,7 @@ def _held(model: ModelConfig, layout: Layout, sequence_length: int) -> tuple[Sta
         pieces = pieces_of_rank(cut, stage, layout.pipeline)
         own = tuple(letters[index] for piece in pieces for index in piece.blocks)
         is_first, is_last = any(piece.is_first for piece in pieces), any(piece.is_last for piece in pieces)
+        # With tied embeddings the last stage holds a copy of the table as its head.
         tables = table * (is_first or (is_last and model.tie_embeddings))
         tables += table * (is_last and not model.tie_embeddings) + model.hidden_size * is_last
         dense = sum(whole[letter] - routed[letter] for letter in own)

@@ -146,6 +146,7 @@ def busiest_pass(
     whole = held.parameters * gradient_bytes
     block_gradients = whole / max(1, len(held.letters))
     kept_head, working_head = head_bytes(model, storage, tokens, layout.tensor) if held.has_head else (0.0, 0.0)
+    # Activations of this stage's blocks for one micro-batch; other micro-batches in flight hold as much each.
     one_pass = tokens * sum(sizes[letter].kept for letter in held.letters)
     others = one_pass * (in_flight(layout, held.stage, micro_batches) - 1)
     activations: float = one_pass
@@ -161,6 +162,7 @@ def busiest_pass(
         }
 
     best = moment(activations, 0.0, whole if accumulates else 0.0, kept_head + working_head)
+    # Gradients that exist so far in the first micro-batch: the head's, then those of each block passed.
     made: float = model.vocab_size * model.hidden_size * e / layout.tensor * held.has_head
     for letter in reversed(held.letters):
         made += block_gradients

@@ -211,6 +211,7 @@ def estimate_step(
         letter: block_seconds(config, letter, layout, hardware, storage, imbalance)
         for letter in {letter for held in stages for letter in held.letters}
     }
+    # Stages wait for each other at every step, so the slowest sets the pace.
     found = [_estimate_stage(config, layout, hardware, storage, held, block, overlap) for held in stages]
     return max(found, key=StepTime.total)
 
@@ -235,6 +236,7 @@ def _estimate_stage(
     one_pass = pass_seconds(config, layout, hardware, held, overlap=overlap)
     communication = {axis: passes * seconds for axis, seconds in one_pass.items() if seconds}
     busy = (sum(compute.values()) + sum(communication.values())) / passes
+    # Idle time of a rank while the pipeline fills and drains, in passes of one micro-batch.
     bubble = (layout.pipeline - 1) / layout.virtual_stages * busy / (3 if layout.schedule == "zero_bubble" else 1)
     gathers = 0.0
     if layout.zero_stage == 3:

@@ -107,6 +107,7 @@ def built_stages(config: RunConfig) -> list[HybridModel]:
         groups = ProcessGroupCollection(**{axis: PlacedGroup(sizes.get(axis, 1)) for axis in AXES})
         groups.pp, groups.sequence_parallel = PlacedGroup(section.pipeline, stage), section.sequence_parallel
         own = pieces_of_rank(pieces, stage, section.pipeline)
+        # On the meta device a model of any size is built in a moment; only shapes and shards are read.
         stages.append(HybridModel(model, groups, backend="torch", device="meta", pieces=own))
     return stages
 

@@ -45,6 +45,7 @@ def from_equals(own: Tensor, rank: int, size: int) -> Tensor:
 
 
 def _learn(values: KnownValues, output: Tensor, own: Tensor | None, arrange: Any) -> None:
+    """Set an output's values from this rank's own input, arranged as the collective would; forget them if unknown."""
     if own is None or output.is_floating_point():
         values.forget(output)
         return

@@ -108,6 +108,7 @@ class Tracer(TorchDispatchMode):
         return out
 
     def _tell_backward(self) -> None:
+        """Tell backward from forward passes, which both run in the run's phase `forward`."""
         if self.base_phase == "forward":
             phase = "backward" if self.blocks.is_backward() else "forward"
             if phase != self.memory.phase:
@@ -172,6 +173,7 @@ class Tracer(TorchDispatchMode):
         return args[0], work
 
     def _count(self, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+        """Count FLOPs, copies and launches of one operation for the current block."""
         kind = self.blocks.current()
         flops = count_flops(func, args, kwargs, out)
         if flops:
@@ -182,6 +184,11 @@ class Tracer(TorchDispatchMode):
             self.tally.other_launches[kind] += 1
 
     def _note_copy(self, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+        """Count copies between host and card for which the host waits.
+
+        Copies to the host always count; of those to the card all but `non_blocking` ones, taken to be from pinned
+        memory, and CPU scalars, which travel with the launch.
+        """
         source, target = (args[0], out) if func is aten._to_copy.default else (args[1], args[0])
         ends = (source.device.type, target.device.type)
         if ends == ("cuda", "cpu"):

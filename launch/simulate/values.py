@@ -139,6 +139,8 @@ def real_tensors() -> Any:
 
 
 class _RealTensors:
+    """Context that leaves all dispatch modes, gradients and fake tensors for its block."""
+
     def __enter__(self) -> None:
         self.contexts = (_disable_current_modes(), torch.no_grad(), unset_fake_temporarily())
         for context in self.contexts:

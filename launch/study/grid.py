@@ -77,6 +77,7 @@ def make_cell(study: Study, task: TaskConfig, index: int, ratio: str, seed: int,
         "run.dir": f"{config.dir}/runs/{name}",
         "run.name": name,
     }
+    # A mixer's overrides may set options of its blocks, which a model of attention alone has not.
     overrides = [] if ratio == ONLY_ATTENTION else list(mixer.overrides)
     overrides += [f"{key}={json.dumps(value)}" for key, value in settings.items()]
     try:

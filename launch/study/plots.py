@@ -59,6 +59,8 @@ def draw_study(rows: Sequence[Row], measures: Mapping[str, Measure], state_token
             panel.set_title(title)
             panel.set_ylabel(unit)
             panel.set_xticks(list(places.values()), [show_ratio(ratio).replace(" ", "\n") for ratio in places])
+            # Accuracies share the axis from 0 to 1, so that panels of tasks can be compared; state sizes differ by
+            # orders of magnitude.
             if unit == ACCURACY.unit:
                 panel.set_ylim(0, 1.03)
             elif point is size_of:

@@ -115,6 +115,7 @@ class _Dispatcher:
         return not self.stopping
 
     def _start(self, cell: Cell) -> None:
+        """Write a cell's resolved configuration, without secrets, and start `amfm train` on it."""
         path = self.study_dir / "configs" / f"{cell.name}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(resolved_yaml(without_secrets(cell.config)), encoding="utf-8")
@@ -132,6 +133,7 @@ class _Dispatcher:
         self.begins(cell)
 
     def _finish(self, answer: Any) -> None:
+        """Take a cell's exit code and cause, and give its resources back."""
         cell, host = self.running.pop(answer)
         try:
             code = int(ray.get(answer))
@@ -142,6 +144,7 @@ class _Dispatcher:
         self.ends(cell, end)
 
     def _stop(self, number: int) -> None:
+        """Ask every running cell to save and end, and start no more."""
         self.stopping = True
         # SIGTERM whatever the signal was: an interrupt too shall let the runs save.
         for _, host in self.running.values():

@@ -89,6 +89,7 @@ class StudyDisplay:
             if newest is not None:
                 line.step, line.note = int(newest[0]), newest[1]
             line.seconds = time.monotonic() - line.began
+        # A log gets a sign of life once a minute; a terminal shows it all the time.
         if self.live is None and running and time.monotonic() - self.reminded > REMINDER_SECONDS:
             self.reminded = time.monotonic()
             at = ", ".join(f"{line.cell.name} step {line.step}" for line in running)

@@ -1,4 +1,9 @@
-"""Definition of a study: the axes of its grid and the runs that fill it, read from one YAML file."""
+"""Definition of a study: the axes of its grid and the runs that fill it, read from one YAML file.
+
+How it works: the schema is frozen pydantic like a run's, and read by the same loader, so that overrides, unknown keys
+and error messages with file and line work alike. Tasks name ordinary run configurations, relative to the study's file;
+a study adds only what differs between cells.
+"""
 
 from __future__ import annotations
 

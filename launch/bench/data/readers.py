@@ -1,7 +1,10 @@
 """Readers side by side: ours, megatron-core's GPTDataset, MosaicML streaming, a numpy memmap and zarr-python.
 
-A reader gives complete samples as int64 and bool or float tensors: tokens, labels, loss mask and positions. Ours and
-one of GPTDataset's settings also keep documents apart; only ours verifies a checksum of what it reads.
+How it works: a reader is a function from a sample number to `batch` complete samples (int64 tokens and labels [T], a
+bool or float loss mask and positions), built over the same text. Formats without documents get plain windows, so that
+they do the least work that training could need. Ours and one of GPTDataset's settings also keep documents apart; only
+ours verifies a checksum of what it reads. Each reader states its bytes a token on disk, because compression is paid for
+in time.
 """
 
 from __future__ import annotations
@@ -80,6 +83,11 @@ def megatron_readers(settings: BenchData, store: TokenStore, prefix: Path, num_b
 
 
 def _gpt_dataset(settings: BenchData, store: TokenStore, prefix: Path, *, documents: bool) -> Any:
+    """megatron-core's GPTDataset over PREFIX.bin, all documents in its training split.
+
+    `documents`: positions restart at each document and end-of-document tokens are masked from the loss. Attention masks
+    of [T, T] are not built in either case.
+    """
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.indexed_dataset import IndexedDataset
     from megatron.core.datasets.utils import Split

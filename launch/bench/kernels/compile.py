@@ -1,4 +1,9 @@
-"""What every kernel takes on cards that need not be here: the table of docs/benchmarks/kernels_ahead_of_time.md, by compiling ahead of time."""
+"""Compile every kernel ahead of time for cards that need not be here, and table what each takes.
+
+How it works: Triton compiles a kernel for an architecture without the card; registers, spills, shared memory and the
+use of wgmma are read from the result. That finds on a laptop or in CI what would otherwise show as a slow kernel on a
+rented card. The table stands between two markers of docs/benchmarks/kernels_ahead_of_time.md.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +27,11 @@ REASONS = {
 
 
 def compile_kernels(architectures: Sequence[int] = ARCHITECTURES, *, report: Callable[[str], None]) -> dict[str, Any]:
-    """Compile every kernel for each architecture and return rows of name, architecture and what it takes.
+    """Compile every kernel for each architecture; returns a row of resources for each pair.
 
-    Rows: `kernel`, `architecture`, `registers` a thread, `spill_bytes` a thread, `shared_bytes` a program, `wgmma`,
-    `multiplies` (has products, so that wgmma is wanted on sm_90). Raises RuntimeError in Triton's interpreter.
+    Rows: `kernel`, `architecture`, `warps` a program, `registers` a thread, `spill_bytes` a thread, `shared_bytes` a
+    program, `wgmma`, `multiplies` (has products, so that wgmma is wanted on sm_90). Raises RuntimeError in Triton's
+    interpreter.
     """
     from kernels.backend import triton_version
     from kernels.proof.ahead_of_time import compile_ahead
@@ -55,7 +61,7 @@ def compile_kernels(architectures: Sequence[int] = ARCHITECTURES, *, report: Cal
 
 
 def table_of(result: dict[str, Any]) -> str:
-    """The rows of `compile_kernels` as a Markdown table, a line a kernel, and the list of what misses the goal."""
+    """Markdown table of `compile_kernels`, a line a kernel, followed by the list of kernels that miss the goal."""
     architectures = sorted({row["architecture"] for row in result["rows"]})
     head = " | ".join(f"sm_{architecture}" for architecture in architectures)
     lines = [
@@ -93,14 +99,14 @@ def _misses(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def check_document(document: Path) -> None:
-    """Raise ValueError unless the document holds the two markers between which the table goes."""
+    """Check that the document holds the two markers for the table. Raises ValueError where it does not."""
     text = document.read_text()
     if BEGIN not in text or END not in text.partition(BEGIN)[2]:
         raise ValueError(f"{document} must hold the lines {BEGIN} and {END}, between which the table goes")
 
 
 def write_table(document: Path, text: str) -> None:
-    """Put `text` between the document's two markers. Raises ValueError where it has none."""
+    """Replace what stands between the document's two markers. Raises ValueError where it has none."""
     check_document(document)
     before, _, rest = document.read_text().partition(BEGIN)
     document.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{rest.partition(END)[2]}")

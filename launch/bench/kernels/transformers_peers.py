@@ -48,6 +48,7 @@ def _granite() -> Any:
 
 
 def _scan(problem: Problem, dtype: torch.dtype, sizes: HostSizes) -> Variants:
+    """Mamba2's chunked scan of transformers, with its default chunk of 256 and with one of 64."""
     theirs = _granite().mamba2_chunk_scan
 
     def chunked(chunk: int) -> Compute:
@@ -61,6 +62,7 @@ def _scan(problem: Problem, dtype: torch.dtype, sizes: HostSizes) -> Variants:
 
 
 def _selective_scan(problem: Problem, dtype: torch.dtype, sizes: HostSizes) -> Variants:
+    """Mamba1's selective scan of transformers, which takes channels before time."""
     from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 
     def run(x: Tensor, dt: Tensor, A_log: Tensor, B: Tensor, C: Tensor, D: Tensor, bias: Tensor) -> Tensor:
@@ -72,6 +74,7 @@ def _selective_scan(problem: Problem, dtype: torch.dtype, sizes: HostSizes) -> V
 
 
 def _delta(problem: Problem, dtype: torch.dtype, sizes: HostSizes) -> Variants:
+    """Gated delta rule of transformers in chunks of 64; it has one update a token and no axis for more."""
     from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
     def run(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor) -> Tensor:
@@ -98,6 +101,7 @@ def _convolution(problem: Problem, dtype: torch.dtype, sizes: HostSizes) -> Vari
 
 
 def _experts(problem: Problem, dtype: torch.dtype, sizes: HostSizes) -> Variants:
+    """An expert block of transformers by grouped products and by its loop over experts."""
     granite = _granite()
 
     def block(way: str) -> Compute:
@@ -108,6 +112,7 @@ def _experts(problem: Problem, dtype: torch.dtype, sizes: HostSizes) -> Variants
             num_experts_per_tok=sizes.top_k,
         )
         config._experts_implementation = way
+        # Built without weights: every call brings ours.
         with torch.device("meta"):
             module = granite.GraniteMoeHybridMoE(config)
 
@@ -124,6 +129,7 @@ def _experts(problem: Problem, dtype: torch.dtype, sizes: HostSizes) -> Variants
 
 
 def _head(problem: Problem, dtype: torch.dtype, sizes: HostSizes) -> Variants:
+    """Logits whole and transformers' causal loss over them."""
     from transformers.loss.loss_utils import ForCausalLMLoss
 
     labels = problem.labels
