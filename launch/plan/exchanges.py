@@ -146,7 +146,7 @@ def expert_exchanges(config: RunConfig, layout: Layout, held: StageShare) -> Ite
 
 
 def context_exchanges(config: RunConfig, layout: Layout, held: StageShare) -> Iterator[Exchange]:
-    """Context parallelism: states and windows of Mamba2, keys and values of attention, and the router's expert counts."""
+    """Context parallelism: states and windows of Mamba2, keys and values of attention, routers' expert counts."""
     model, context, tensor = config.model, layout.context, layout.tensor
     if context == 1:
         return

@@ -103,7 +103,7 @@ class Layout:
         return self.micro_batch_size * config.train.sequence_length // self.context
 
     def settings(self) -> dict[str, Any]:
-        """The `parallel` section that requests this layout; settings that only matter with an axis appear only with it."""
+        """The `parallel` section that requests this layout; what belongs to experts or pipelines only where there are any."""
         section: dict[str, Any] = {
             "tensor": self.tensor,
             "sequence_parallel": self.sequence_parallel,

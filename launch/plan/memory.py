@@ -73,7 +73,7 @@ def estimate_stage(config: RunConfig, layout: Layout, storage: Storage, held: St
 
 
 def building_bytes(held: StageShare, layout: Layout, storage: Storage) -> dict[str, float]:
-    """Parts at the peak before the first step: the float32 model, or DeepSpeed's states with the copies it shards from."""
+    """Parts at the peak before the first step: the float32 model, or DeepSpeed's states with what it shards from."""
     e, parameters = storage.element_bytes, held.parameters
     first = {"weights in float32": FLOAT32_BYTES * parameters}
     stays = persistent_bytes(held, layout, storage)
