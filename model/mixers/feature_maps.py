@@ -1,4 +1,10 @@
-"""Linear mixers without decay that put queries and keys through a positive feature map: TransNormer and Hedgehog."""
+"""Linear mixers without decay that put queries and keys through a positive feature map: TransNormer and Hedgehog.
+
+With features phi, attention's weight exp(q k) becomes phi(q) phi(k), and the sum over tokens is the state
+S = sum phi(k) v^T (Katharopoulos et al. 2020, arXiv 2006.16236, section 3). Positive features keep all weights positive, so
+that dividing by their sum is safe; TransNormer norms the output of a head in place of it. Both use the decay recurrence with
+a log decay of 0.
+"""
 
 from __future__ import annotations
 
@@ -72,26 +78,27 @@ class HedgehogMixer(LinearMixer):
         return ScanRows(q, k, v, no_decay(q))
 
     def _features(self, x_BTHK: Tensor, weight_HKK: Tensor) -> Tensor:
+        """Map queries or keys [B, T, H, K] to positive features [B, T, H, 2 K], in the dtype of x."""
         mapped = torch.einsum("bthk,hjk->bthj", x_BTHK, weight_HKK)
         wide = mapped.to(torch.promote_types(mapped.dtype, torch.float32))
         return torch.cat([wide.softmax(-1), (-wide).softmax(-1)], dim=-1).to(x_BTHK.dtype)
 
     def output(self, o_BTHV: Tensor, parts: dict[str, Tensor]) -> Tensor:
-        """The weighted values over the sum of weights, which is positive."""
+        """Divide the weighted values by the sum of weights, the last channel, which is positive."""
         return (o_BTHV[..., :-1] / o_BTHV[..., -1:]).flatten(-2)
 
     def init_parameter(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
-        """Features begin as those of the queries and keys themselves."""
+        """Start the feature matrices as identities: features of the queries and keys themselves."""
         return torch.eye(shape[-1]).expand(shape).clone() if name.endswith("features") else None
 
 
 def query_key_value(options: HeadOptions) -> dict[str, Part]:
-    """The three projections of an attention, by head."""
+    """List q, k and v by head, the parts of a mixer without gates."""
     heads = options.num_heads
     keys = Part(heads * options.head_dim, heads)
     return {"q": keys, "k": keys, "v": Part(heads * options.value_dim(), heads)}
 
 
 def no_decay(q_BTHK: Tensor) -> Tensor:
-    """A gate [B, T, H] that forgets nothing."""
+    """Make log decays [B, T, H] of 0, which forget nothing, in float32 at least."""
     return q_BTHK.new_zeros(q_BTHK.shape[:3], dtype=torch.promote_types(q_BTHK.dtype, torch.float32))

@@ -27,7 +27,7 @@ class GatedHeadNorm(nn.Module):
         self.epsilon, self.backend = build.norm_epsilon, build.backend
 
     def forward(self, o_BTHV: Tensor, gate_BTI: Tensor | None) -> Tensor:
-        """The gate [B, T, H V] acts after the norm, in float32 for bf16."""
+        """Norm o [B, T, H, V] by head and multiply by the activated gate [B, T, H V], in float32 for bf16."""
         normed_BTI = rms_norm(o_BTHV.contiguous(), self.weight, self.epsilon, backend=self.backend).flatten(-2)
         if gate_BTI is None:
             return normed_BTI

@@ -1,4 +1,9 @@
-"""Kimi Delta Attention: the delta rule after a decay of each key channel."""
+"""Kimi Delta Attention: the delta rule after a decay of each key channel.
+
+Gated DeltaNet forgets a whole head's state at one rate; here each key channel has its own, as in GLA, so a head can drop some
+features and keep others. The gates come from low-rank projections, whose narrow insides every tensor rank computes whole and
+whose outputs are cut by head.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +84,7 @@ class KdaMixer(LinearMixer):
         return self.norm(o_BTHV, linear(parts["gate_inside"], self.gate_proj))
 
     def init_parameter(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
-        """As Mamba2's decay starts."""
+        """Draw A_log and dt_bias as Mamba2's: rates by head, time steps by key channel."""
         if name == "A_log":
             return first_decay_rates(shape, generator)
         return first_time_steps(shape, generator) if name == "dt_bias" else None

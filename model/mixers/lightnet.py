@@ -1,4 +1,9 @@
-"""LightNet's additive decay: keys are shares of a running softmax over the document so far."""
+"""LightNet's additive decay: keys are shares of a running softmax over the document so far.
+
+A token's key is e^(k_t) over the sum of e^(k_j) up to it, and the state is decayed by the ratio of the old sum to the new one,
+which keeps the shares of all earlier tokens up to date. So the state is a weighted mean of values, and the decay follows
+from the keys without a projection of its own. The sum is carried as its logarithm z in float32, because e^k overflows.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +48,7 @@ class LightNetMixer(LinearMixer):
         return parts | {"low_rank": Part(self.options.gate_rank, None)}
 
     def accumulate(self, parts: dict[str, Tensor], meta: PackMeta, state: MixerState | None) -> MixerState:
-        """z of each token as part `z`, of the token before as `z_before`; the last z goes into the state."""
+        """Add z of each token as part `z` and of the token before as `z_before`; returns the last z for the state."""
         k_BTX = parts["k"]
         z_BTX = documents_logcumsumexp(k_BTX.to(torch.promote_types(k_BTX.dtype, torch.float32)), meta.boundaries_BT())
         entered_BX = z_BTX.new_full(z_BTX[:, 0].shape, -torch.inf) if state is None else state["z"].to(z_BTX.dtype)
@@ -68,14 +73,14 @@ class LightNetMixer(LinearMixer):
         return self.norm(o_BTHV, linear(parts["low_rank"], self.gate_proj))
 
     def empty_state(self, num_rows: int) -> MixerState:
-        """Also z of no tokens."""
+        """Build the base class's state and z of no tokens, minus infinity."""
         state = super().empty_state(num_rows)
         shape = (num_rows, self.num_heads * self.key_dim)
         return state | {"z": torch.full(shape, -torch.inf, device=state["state"].device)}
 
 
 def documents_logcumsumexp(x_BTX: Tensor, document_ids_BT: Tensor | None) -> Tensor:
-    """log of the sum of e^x over the document up to each token, [B, T, X].
+    """Compute the log of the sum of e^x over the document up to each token, [B, T, X].
 
     First within blocks of tokens, then over the blocks' last tokens, whose sums enter the next block: a token costs the same
     in rows of any length. Ids differ between all documents of a row.
@@ -98,7 +103,7 @@ def documents_logcumsumexp(x_BTX: Tensor, document_ids_BT: Tensor | None) -> Ten
 
 
 def _by_doubling(x_BTX: Tensor, document_ids_BT: Tensor | None) -> Tensor:
-    """The same in log2(T) rounds over all tokens."""
+    """Compute `documents_logcumsumexp` in log2(T) rounds over all tokens: round r adds the sum that ends 2^r before."""
     num_tokens, shift = x_BTX.shape[1], 1
     while shift < num_tokens:
         earlier_BTX = functional.pad(x_BTX[:, :-shift], (0, 0, shift, 0), value=-torch.inf)

@@ -1,4 +1,9 @@
-"""Magnitude-aware linear attention, which is experimental in language models."""
+"""Magnitude-aware linear attention, which is experimental in language models.
+
+Dividing by the sum of weights, as linear attention does, cancels the length of the query. Here a token's weights are scaled
+and shifted so that they sum to 1 and still sharpen with that length. One recurrence computes all sums: q k v, q k, the sum of
+v and the count are entries of one enlarged state, which two queries a head read.
+"""
 
 from __future__ import annotations
 
@@ -47,8 +52,9 @@ class MalaMixer(LinearMixer):
         return ScanRows(torch.cat([weighted, summed], dim=2), k, v, no_decay(k))
 
     def output(self, o_BTHV: Tensor, parts: dict[str, Tensor]) -> Tensor:
-        """From the two reads of each head."""
+        """Combine the two reads of each head, and norm the result."""
         weighted, summed = o_BTHV.chunk(2, dim=2)
+        # The last column is Z in the first read and the number of tokens in the second.
         total = weighted[..., -1:]
         mean = summed[..., :-1] / summed[..., -1:]
         mixed = (1.0 + 1.0 / total) * weighted[..., :-1] - total * mean

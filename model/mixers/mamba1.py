@@ -1,4 +1,9 @@
-"""Mamba, the first one: a selective scan with a decay of each state number (S6)."""
+"""Mamba, the first one: a selective scan with a decay of each state number (S6).
+
+Its decay e^(dt_t A) differs for each channel and state number, so a chunk cannot be computed by matrix products as in
+Mamba2, and kernels/diag_scan walks over the tokens. In the terms of the linear mixers a channel is a head whose value has one
+number, C is the query, B the key and x the value; B and C are shared by all channels.
+"""
 
 from __future__ import annotations
 
@@ -57,6 +62,7 @@ class Mamba1Mixer(LinearMixer):
     def rows(self, parts: dict[str, Tensor], meta: PackMeta) -> ScanRows:
         """C as q, B as k, x as v and the raw time step as g; pointwise in time."""
         x_BTC = parts["x"] if self.conv is not None else functional.silu(parts["x"])
+        # dt, B and C read all channels, of which this rank has a part.
         low_BTR = sum_parts(self.x_proj(x_BTC), self.build.groups)
         size = self.options.state_size
         dt_BTR, B_BTN, C_BTN = low_BTR.split([self.dt_rank, size, size], dim=-1)
@@ -67,7 +73,7 @@ class Mamba1Mixer(LinearMixer):
         return o_BTHV.flatten(-2) * functional.silu(parts["z"])
 
     def init_parameter(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
-        """-A = 1..N in each channel, log-uniform time steps (sections 3.6 and E.2)."""
+        """Set -A = 1..N in each channel, and draw log-uniform time steps (sections 3.6 and E.2)."""
         if name == "A_log":
             return torch.arange(1, shape[1] + 1, dtype=torch.float32).log().expand(shape).clone()
         if name == "dt_bias":
@@ -83,6 +89,7 @@ class SelectiveRecurrence(Recurrence):
         self.mixer = mixer
 
     def _arguments(self, rows: ScanRows) -> tuple[Tensor, ...]:
+        """Arguments of the kernels, x, dt, A_log, B, C, D and dt_bias, out of rows and mixer."""
         mixer = self.mixer
         assert rows.g is not None, "a selective scan needs time steps"
         return rows.v, rows.g, mixer.A_log, rows.k, rows.q, mixer.D, mixer.dt_bias

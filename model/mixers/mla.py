@@ -1,4 +1,10 @@
-"""Multi-head latent attention: keys and values of all heads from one narrow vector a token."""
+"""Multi-head latent attention: keys and values of all heads from one narrow vector a token.
+
+A cache of keys and values grows with heads; here it holds one latent vector a token, from which each head expands its own.
+Training expands, because products of expanded heads are cheaper for many queries; decoding folds the expansion into the query
+and the output, because reading the cache is what one query costs. Rotation would stand between the two matrices and forbid
+folding, so positions live in a separate part of the key that all heads share.
+"""
 
 from __future__ import annotations
 
@@ -51,13 +57,13 @@ class MlaMixer(SequenceMixer):
         self.register_buffer("inverse_frequencies", None, persistent=False)
 
     def reset_buffers(self) -> None:
-        """The rotary frequencies, on the device of the weights."""
+        """Compute the rotary frequencies, on the device of the weights."""
         if self.options.positions == "rope":
             frequencies, _ = rope_frequencies(self.options.rope_head_dim, theta=self.options.rope_theta)
             self.inverse_frequencies = frequencies.to(self.out_proj.weight.device)
 
     def forward(self, x_BTD: Tensor, meta: PackMeta, state: BlockState = None) -> MixerOutput:
-        """x [B, T, D] -> y [B, T, D]; with a state the tokens also see its latents, and the longer state is returned."""
+        """Mix x [B, T, D] -> y [B, T, D]; with a state the tokens also see its latents; the longer state is returned."""
         q_BTHK, latent_BTX, gate_BTX = self._project(x_BTD, meta)
         following: MixerState | None = None
         if meta.segments is not None:
@@ -78,7 +84,7 @@ class MlaMixer(SequenceMixer):
         return MixerOutput(leave_tensor_region(self.out_proj(o_BTHV.flatten(-2)), self.build.groups), following)
 
     def _project(self, x_BTD: Tensor, meta: PackMeta) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Queries [B, T, H, N + R], the latents [B, T, r + R] of all tokens, and gates; rotary parts rotated."""
+        """Project to queries [B, T, H, N + R], latents [B, T, r + R] of all tokens, and gates; rotary parts rotated."""
         groups, options = self.build.groups, self.options
         gates = [] if self.g_proj is None else [self.g_proj.weight]
         if self.q_down is None or self.q_norm is None:
@@ -105,7 +111,7 @@ class MlaMixer(SequenceMixer):
         return q_BTHK, latent_BTX, gate_BTX[0] if gate_BTX else None
 
     def _expand(self, latent_BSX: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys [B, S, H, N + R] and values [B, S, H, V] of this rank's heads."""
+        """Expand latents [B, S, r + R] to keys [B, S, H, N + R] and values [B, S, H, V] of this rank's heads."""
         options = self.options
         c_BSr, key_BSR = latent_BSX.split([options.latent_size, options.rope_head_dim], dim=-1)
         up_BSHX = linear(c_BSr, self.kv_up.weight).unflatten(-1, (self.num_heads, -1))
@@ -113,14 +119,14 @@ class MlaMixer(SequenceMixer):
         return torch.cat([k_BSHN, key_BSR.unsqueeze(2).expand(-1, -1, self.num_heads, -1)], dim=-1), v_BSHV
 
     def _attend(self, q_BTHK: Tensor, k_BSHK: Tensor, v_BSHV: Tensor, ids_BS: Tensor | None) -> Tensor:
-        """Attention of heads whose keys and values differ in width: the narrower ones are filled up with zeros."""
+        """Attend with heads whose keys and values differ in width, [B, T, H, V], by the fastest backend for them."""
         tokens, keys, has_documents = q_BTHK.shape[1], k_BSHK.shape[1], ids_BS is not None
         backend = self.build.backend
         backend = fastest_backend(backend, q_BTHK.device, has_documents=has_documents, tokens=tokens, keys=keys)
         return _attend_padded(q_BTHK, k_BSHK, v_BSHV, ids_BS, self.key_size**-0.5, backend)
 
     def _attend_latents(self, q_BTHK: Tensor, latent_BSX: Tensor) -> Tensor:
-        """The same of one document without expanding: all heads read the latents as one key and value head."""
+        """Attend within one document without expanding: all heads read the latents as one key and value head."""
         options = self.options
         up_HXr = self.kv_up.weight.unflatten(0, (self.num_heads, -1))
         of_keys_HNr, of_values_HVr = up_HXr.split([options.nope_head_dim, options.value_head_dim], dim=1)
@@ -134,7 +140,7 @@ class MlaMixer(SequenceMixer):
         return torch.einsum("bthr,hvr->bthv", o_BTHr, of_values_HVr)
 
     def _attend_segments(self, q_BTHK: Tensor, latent_BTX: Tensor, meta: PackMeta, segments: Segments) -> Tensor:
-        """Queries of this rank's segments to the keys of whole rows, of which context ranks gather the latents."""
+        """Attend from this rank's segments to the keys of whole rows, of which context ranks gather the latents."""
         (latent_BSX,) = gather_rows(latent_BTX.unsqueeze(0), segments, self.build.groups)
         k_BSHK, v_BSHV = self._expand(latent_BSX)
         outputs = []
@@ -145,12 +151,12 @@ class MlaMixer(SequenceMixer):
         return torch.cat(outputs, dim=1)
 
     def empty_state(self, num_rows: int) -> MixerState:
-        """No latents."""
+        """Build the state before the first token: no latents, [B, 0, r + R]."""
         width = self.options.latent_size + self.options.rope_head_dim
         return {"latent": self.out_proj.weight.new_zeros(num_rows, 0, width)}
 
     def sequence_flops(self, sequence_length: int) -> float:
-        """Products of queries with the keys that a token sees on average, and of weights with values."""
+        """FLOPs a token of queries times the keys that it sees on average, and of weights times values."""
         keys = (sequence_length + 1) / 2
         return 2.0 * keys * self.num_heads * (self.key_size + self.options.value_head_dim)
 
@@ -158,7 +164,7 @@ class MlaMixer(SequenceMixer):
 def _attend_padded(
     q_BTHK: Tensor, k_BSJK: Tensor, v_BSJV: Tensor, ids_BS: Tensor | None, scale: float, backend: str
 ) -> Tensor:
-    """[B, T, H, V] of kernels that take heads of one width."""
+    """Attend with kernels that take heads of one width: zeros fill up the narrower ones, which changes no product."""
     key_size, value_size = k_BSJK.shape[-1], v_BSJV.shape[-1]
     width = max(key_size, value_size)
     q, k = (functional.pad(x, (0, width - key_size)) for x in (q_BTHK, k_BSJK))

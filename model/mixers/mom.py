@@ -1,4 +1,10 @@
-"""Mixture of memories: a linear mixer with several states, of which a router lets each token write and read a few."""
+"""Mixture of memories: a linear mixer with several states, of which a router lets each token write and read a few.
+
+Tokens that share a state interfere; with several states and a sparse choice the model remembers more, at the cost of the few
+that a token uses. The sequences of memories differ in length from row to row, which a batched scan cannot have. So the copies of a
+row's tokens are sorted by memory and stand one after another as documents of a packed row of T K' tokens: shapes are fixed,
+and every linear mixer works inside without knowing of memories.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +72,7 @@ class MomMixer(SequenceMixer):
         return MixerOutput(y_BTD, next_state, auxiliary)
 
     def _choose(self, probabilities_BTM: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights and memories of each token [B, T, K'], the shared memory last with weight 1."""
+        """Choose weights and memories of each token [B, T, K'], the shared memory last with weight 1."""
         top_BTK, memory_BTK = probabilities_BTM.topk(self.options.top_k, dim=-1)
         weights_BTK = top_BTK / top_BTK.sum(-1, keepdim=True)
         if self.options.shared_memory:
@@ -75,6 +81,7 @@ class MomMixer(SequenceMixer):
         return weights_BTK, memory_BTK
 
     def _mix(self, parts: dict[str, Tensor], weights_BTK: Tensor, memory_BTK: Tensor, meta: PackMeta) -> Tensor:
+        """Mix whole rows: sort copies by memory, mix and gate them as documents, and sum each token's copies by weight."""
         copies = memory_BTK.shape[2]
         rows = sort_by_memory(memory_BTK, meta)
         order_BS = rows.order_BS
@@ -89,7 +96,7 @@ class MomMixer(SequenceMixer):
     def _go_on(
         self, parts: dict[str, Tensor], weights_BTK: Tensor, memory_BTK: Tensor, meta: PackMeta, state: MixerState
     ) -> tuple[Tensor, MixerState]:
-        """Token by token: the states of its memories are taken, go on, and are put back."""
+        """Go on from a state, token by token: the states of its memories are taken, advanced, and put back."""
         state, outputs = dict(state), []
         num_rows, num_tokens, copies = memory_BTK.shape
         row_BK = torch.arange(num_rows, device=memory_BTK.device)[:, None].expand(-1, copies)
@@ -111,7 +118,7 @@ class MomMixer(SequenceMixer):
         return torch.stack(outputs, dim=1), state
 
     def _balance(self, probabilities_BTM: Tensor, memory_BTK: Tensor) -> dict[str, Tensor]:
-        """The weighted loss that keeps memories evenly used (Fedus et al. 2021, arXiv 2101.03961, section 2.2)."""
+        """Compute the weighted loss that keeps memories evenly used (Fedus et al. 2021, arXiv 2101.03961, section 2.2)."""
         weight, top_k = self.options.balance_loss_weight, self.options.top_k
         if not weight:
             return {}
@@ -121,28 +128,28 @@ class MomMixer(SequenceMixer):
         return {"memory_balance": loss.detach() + (loss - loss.detach()) / self.build.groups.tp.size()}
 
     def reset_buffers(self) -> None:
-        """Those of the mixer inside."""
+        """Compute the buffers of the mixer inside."""
         self.inner.reset_buffers()
 
     def init_parameter(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
-        """Those of the mixer inside."""
+        """Draw as the mixer inside does, for its parameters; the router is left to init.py."""
         place, _, own_name = name.partition("inner.")
         return self.inner.init_parameter(own_name, shape, generator) if not place else None
 
     def empty_state(self, num_rows: int) -> MixerState:
-        """The state of the mixer inside once a memory: [B, memories, ...]."""
+        """Build the state of the mixer inside once a memory: [B, memories, ...]."""
         memories = self.options.num_memories + self.options.shared_memory
         states = self.inner.empty_state(num_rows * memories)
         return {name: tensor.unflatten(0, (num_rows, memories)) for name, tensor in states.items()}
 
     def sequence_flops(self, sequence_length: int) -> float:
-        """Each copy of a token passes the recurrence."""
+        """FLOPs a token of the recurrence, which each of its copies passes."""
         copies = self.options.top_k + self.options.shared_memory
         return copies * self.inner.sequence_flops(sequence_length)
 
 
 def sort_by_memory(memory_BTK: Tensor, meta: PackMeta) -> MemoryRows:
-    """Rows in which the tokens of a memory and document stand together, in time; shapes do not depend on the routing."""
+    """Sort copies so that those of a memory and document stand together, in time; shapes do not depend on the routing."""
     ids_BT, copies = meta.document_ids_BT, memory_BTK.shape[2]
     is_start_BT = torch.zeros_like(ids_BT, dtype=torch.int64)
     is_start_BT[:, 1:] = ids_BT[:, 1:] != ids_BT[:, :-1]
@@ -158,7 +165,7 @@ def sort_by_memory(memory_BTK: Tensor, meta: PackMeta) -> MemoryRows:
 
 
 def take_tokens(x_BTX: Tensor, token_BS: Tensor, places_BTK: Tensor) -> Tensor:
-    """x[b, token[b, s]]: [B, T, X] -> [B, S, X]; places says where each token's copies stand, token[b, places[b, t, k]] = t."""
+    """Gather x[b, token[b, s]], [B, T, X] -> [B, S, X]; places inverts it: token[b, places[b, t, k]] = t."""
     if torch.compiler.is_compiling():
         return x_BTX.gather(1, token_BS[..., None].expand(-1, -1, x_BTX.shape[-1]))
     return _TakeTokens.apply(x_BTX, token_BS, places_BTK)

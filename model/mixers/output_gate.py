@@ -1,4 +1,8 @@
-"""A gate on the output of attention heads (Qiu et al. 2025, arXiv 2505.06708, section 2.2)."""
+"""A gate on the output of attention heads (Qiu et al. 2025, arXiv 2505.06708, section 2.2).
+
+sigmoid of a projection of the stream, one number a head or one an element. Softmax weights sum to 1, so a head without a gate
+cannot add nothing; with it, it can. Shared by attention, window and latent attention.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from model.parallel.layers import ColumnLinear
 def gate_projection(
     kind: OutputGate, hidden_size: int, num_heads: int, head_dim: int, groups: ProcessGroupCollection, *, name: str
 ) -> ColumnLinear | None:
-    """The projection that gives a gate an element of each head, or one a head, cut by heads; None without gates."""
+    """Build the projection to gates, one an element of each head or one a head, cut by heads; None without gates."""
     if kind == "none":
         return None
     rows = num_heads * (head_dim if kind == "element" else 1)
@@ -21,5 +25,5 @@ def gate_projection(
 
 
 def gate_heads(o_BTHK: Tensor, gate_BTX: Tensor) -> Tensor:
-    """o [B, T, H, K] times sigmoid(gate), of which each head has K numbers or one: [B, T, H K] or [B, T, H]."""
+    """Multiply o [B, T, H, K] by sigmoid(gate), of which each head has K numbers or one: [B, T, H K] or [B, T, H]."""
     return o_BTHK * torch.sigmoid(gate_BTX).unflatten(-1, (o_BTHK.shape[2], -1))

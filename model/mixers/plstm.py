@@ -1,4 +1,8 @@
-"""The one-dimensional pLSTM."""
+"""The one-dimensional pLSTM: linear attention with three gates a head.
+
+The paper's model lives on directed graphs. On a line its recurrence is S_t = t_t S_(t-1) + s_t k_t v_t^T with
+o_t = m_t S_t^T q_t, a decay recurrence: source and mark scale values and queries, and the transition is the decay.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +60,7 @@ class PlstmMixer(LinearMixer):
         return self.norm(o_BTHV, None)
 
     def init_parameter(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
-        """Half open for what enters and is read; transitions from 0.88 in the first head to 0.998 in the last."""
+        """Start gates half open for what enters and is read; transitions from 0.88 in the first head to 0.998 in the last."""
         if name != "gate_bias":
             return None
         bias = torch.zeros(shape)

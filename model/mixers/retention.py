@@ -1,4 +1,9 @@
-"""Linear mixers whose decay is a constant of the head: retention and lightning attention."""
+"""Linear mixers whose decay is a constant of the head: retention and lightning attention.
+
+Nothing decides what is forgotten but the head: rates are spread over heads, so that some look near and others far. They are
+buffers and no parameters, computed in float64 for the heads of all ranks and cut for this one: a checkpoint does not hold
+them, and any layout gives a head the same rate.
+"""
 
 from __future__ import annotations
 
@@ -37,17 +42,17 @@ class ConstantDecayMixer(LinearMixer):
         return {"q": keys, "k": keys, "v": values, "gate": values}
 
     def reset_buffers(self) -> None:
-        """The decays of this rank's heads, on the device of the weights."""
+        """Compute the decays of this rank's heads, float32 on the device of the weights."""
         first = self.build.groups.tp.rank() * self.num_heads
         own = self.all_log_decays()[first : first + self.num_heads]
         self.log_decay_H = own.to(self.out_proj.weight.device, torch.float32)
 
     @abstractmethod
     def all_log_decays(self) -> Tensor:
-        """The logarithm of each head's decay, [heads of all ranks], float64."""
+        """Compute the logarithm of each head's decay, [heads of all ranks], float64."""
 
     def constant_rows(self, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor) -> ScanRows:
-        """Rows under the constant decays."""
+        """Build scan rows with the constant decays, [H] expanded to [B, T, H] without a copy."""
         return ScanRows(q_BTHK, k_BTHK, v_BTHV, self.log_decay_H.expand(*q_BTHK.shape[:3]))
 
     def output(self, o_BTHV: Tensor, parts: dict[str, Tensor]) -> Tensor:
@@ -74,13 +79,13 @@ class RetentionMixer(ConstantDecayMixer):
         return torch.log1p(-torch.exp2(-5.0 - heads))
 
     def reset_buffers(self) -> None:
-        """Decays and rotary frequencies, on the device of the weights."""
+        """Compute decays and rotary frequencies, on the device of the weights."""
         super().reset_buffers()
         frequencies, _ = rope_frequencies(self.key_dim, theta=self.options.rope_theta)
         self.inverse_frequencies = frequencies.to(self.out_proj.weight.device)
 
     def rows(self, parts: dict[str, Tensor], meta: PackMeta) -> ScanRows:
-        """Positions restart at documents, as the state does."""
+        """Rotate queries and keys; positions restart at documents, as the state does."""
         q_BTHK, k_BTHK = qk_norm_rope(
             self.heads(parts["q"]),
             self.heads(parts["k"]) * self.key_dim**-0.5,

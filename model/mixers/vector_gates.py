@@ -1,4 +1,9 @@
-"""Linear mixers that forget by a gate of each key channel: GLA and HGRN2."""
+"""Linear mixers that forget by a gate of each key channel: GLA and HGRN2.
+
+The state's row of a key channel is multiplied by the channel's gate in (0, 1) at each token. Gates are carried as logarithms
+in float32: the scan adds them over a chunk, where products of gates would underflow. GLA keeps key and gate apart; HGRN2 ties
+them, what is forgotten makes room for what is written (key = 1 - gate), and saves a projection.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +63,7 @@ class GlaMixer(LinearMixer):
         return self.norm(o_BTHV, parts["gate"])
 
     def init_parameter(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
-        """No bias at first."""
+        """Start the gate's bias at 0."""
         return torch.zeros(shape) if name == "gate_bias" else None
 
 
@@ -105,7 +110,7 @@ class Hgrn2Mixer(LinearMixer):
         return self.norm(o_BTHV, None)
 
     def init_parameter(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
-        """Bounds at this block's share of the depth."""
+        """Start the bounds at this block's share of the depth, in all channels."""
         if name != "bound_logit":
             return None
         bound = max(FIRST_BOUND, self.build.order / self.build.count)

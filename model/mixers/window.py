@@ -1,4 +1,9 @@
-"""Attention over the last few tokens."""
+"""Attention over the last few tokens.
+
+It gives a hybrid exact recall of what is near at a cost and a state that do not grow with the row, and leaves what is far to
+the recurrences. Context ranks need only the window before each segment, from neighbours, where full attention gathers whole
+rows.
+"""
 
 from __future__ import annotations
 
@@ -52,13 +57,13 @@ class WindowMixer(SequenceMixer):
         self.register_buffer("inverse_frequencies", None, persistent=False)
 
     def reset_buffers(self) -> None:
-        """The rotary frequencies, on the device of the weights."""
+        """Compute the rotary frequencies, on the device of the weights."""
         if self.options.positions == "rope":
             frequencies, _ = rope_frequencies(self.options.head_dim, theta=self.options.rope_theta)
             self.inverse_frequencies = frequencies.to(self.out_proj.weight.device)
 
     def forward(self, x_BTD: Tensor, meta: PackMeta, state: BlockState = None) -> MixerOutput:
-        """x [B, T, D] -> y [B, T, D]; with a state the tokens also see its keys, and the newest keys are returned."""
+        """Mix x [B, T, D] -> y [B, T, D]; with a state the tokens also see its keys, and the newest keys are returned."""
         weights = [self.in_proj.weight] + ([] if self.g_proj is None else [self.g_proj.weight])
         projected_BTX, *gate_BTX = project_stream(x_BTD, weights, self.build.groups)
         q_BTHK, k_BTJK, v_BTJK = self._heads(projected_BTX, meta)
@@ -76,6 +81,7 @@ class WindowMixer(SequenceMixer):
         return MixerOutput(leave_tensor_region(self.out_proj(o_BTHK.flatten(-2)), self.build.groups), following)
 
     def _heads(self, projected_BTX: Tensor, meta: PackMeta) -> tuple[Tensor, Tensor, Tensor]:
+        """Split the projection into q [B, T, H, K], k and v [B, T, J, K]; q and k normed and rotated where set."""
         heads, kv_heads, size = self.num_heads, self.num_kv_heads, self.options.head_dim
         parts = projected_BTX.split([heads * size, kv_heads * size, kv_heads * size], dim=-1)
         q_BTHK, k_BTJK, v_BTJK = (part.unflatten(-1, (-1, size)) for part in parts)
@@ -110,7 +116,7 @@ class WindowMixer(SequenceMixer):
         return self._attend(q_BTHK, k_BSJK, v_BSJK, ids_BS), following
 
     def _attend_segments(self, q_BTHK: Tensor, k_BTJK: Tensor, v_BTJK: Tensor, segments: Segments) -> Tensor:
-        """Each of this rank's segments as a row, with the window - 1 keys and values before it."""
+        """Attend within each of this rank's segments as a row, with the window - 1 keys and values before it."""
         kept = self.options.window - 1
         q_RLHK, k_RLJK, v_RLJK = (segments.as_rows(x) for x in (q_BTHK, k_BTJK, v_BTJK))
         both_RLX = torch.cat([k_RLJK, v_RLJK], dim=2).flatten(2)
@@ -125,12 +131,12 @@ class WindowMixer(SequenceMixer):
         return o_RLHK.reshape(q_BTHK.shape)
 
     def empty_state(self, num_rows: int) -> MixerState:
-        """Slots for the keys and values of window - 1 tokens."""
+        """Build slots for the keys and values of window - 1 tokens, zeros until tokens fill them."""
         shape = (num_rows, self.options.window - 1, self.num_kv_heads, self.options.head_dim)
         return {"k": self.out_proj.weight.new_zeros(shape), "v": self.out_proj.weight.new_zeros(shape)}
 
     def sequence_flops(self, sequence_length: int) -> float:
-        """Two products with the keys that a token sees on average in a row of this length."""
+        """FLOPs a token of two products with the keys that it sees on average in a row of this length."""
         window = min(self.options.window, sequence_length)
         keys = window - window * (window - 1) / (2 * sequence_length)
         return 4.0 * keys * self.num_heads * self.options.head_dim
