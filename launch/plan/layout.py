@@ -103,7 +103,11 @@ class Layout:
         return self.micro_batch_size * config.train.sequence_length // self.context
 
     def settings(self) -> dict[str, Any]:
-        """The `parallel` section that requests this layout; what belongs to experts or pipelines only where there are any."""
+        """The `parallel` section that requests this layout, as plain values.
+
+        `expert_tensor` appears only with an expert axis, `schedule` and `virtual_stages` only with a pipeline: alone
+        they would be refused or mean nothing.
+        """
         section: dict[str, Any] = {
             "tensor": self.tensor,
             "sequence_parallel": self.sequence_parallel,
