@@ -280,6 +280,7 @@ class PretrainLoader:
                 yield self._note(*self.reader.read_block(first, self.micro_batch_size, self._stride))
             return
         upcoming = list(blocks)
+        # Asked for as if the batch size stayed; where it changes, `_request` finds that what is due differs.
         for ahead in range(1, READ_AHEAD_BATCHES + 1):
             upcoming += self._blocks(self.global_sample + ahead * global_batch_size, global_batch_size)
         self._request(upcoming)
@@ -298,6 +299,7 @@ class PretrainLoader:
             for _, process in self._requested:  # after a seek or with another batch size: what was asked for is stale
                 process.receive()
             self._requested.clear()
+        # In turn over the processes, so that answers come in order; each knows the stride to its own next block.
         limit = MAX_REQUESTS_PER_PROCESS * len(self._processes)
         for first in upcoming[len(self._requested) : limit]:
             last = self._processes.index(self._requested[-1][1]) if self._requested else -1

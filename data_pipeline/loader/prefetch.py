@@ -1,7 +1,8 @@
 """A thread of a reading process that brings blocks of a remote store to the node long before their rows are due.
 
 When a shuffle window begins, nearly every row lies in a block that nobody has read yet: without this the trainer would
-wait for a request a row, and then for none.
+wait for a request a row, and then for none. The order of samples is known, so what will be due is read and not guessed. A
+thread is enough, because it waits for the network.
 """
 
 from __future__ import annotations

@@ -219,6 +219,7 @@ class _UnitWriter:
         """Shuffle the collected documents of a split and write them as the unit's next part."""
         unit, collected = self.unit, self.collected[split]
         number = len(self.parts[split])
+        # Windows join neighbouring documents of a part: shuffled, or a row would hold one file's neighbours.
         key = derive_key(unit.settings.seed, "documents", unit.name, split, number)
         order = permute(range(len(collected.pieces)), len(collected.pieces), key).tolist()
         pieces = [collected.pieces[index] for index in order]

@@ -147,6 +147,7 @@ class BlockCache:
     def _evict(self) -> None:
         """Delete the blocks that were not used for longest, down to nine tenths of the limit."""
         blocks = []
+        # Another process may evict or fetch meanwhile: sizes are what a listing finds, and a missing file is no error.
         for folder in self._folder.iterdir():
             for entry in os.scandir(folder) if folder.is_dir() else ():
                 try:
@@ -220,7 +221,10 @@ _REMEDY = "copy the store to its place again"
 
 
 class CachedFiles:
-    """The shard files of a remote store, as a ShardedArray reads them."""
+    """Shard files of a remote store, as a ShardedArray reads them: reads become whole blocks of the node cache.
+
+    Sizes come from the manifest (`expect`) and not from the network, so opening a part asks for nothing.
+    """
 
     def __init__(self, remote: RemoteFolder, settings: CacheSettings) -> None:
         self.remote, self.cache = remote, BlockCache(settings)
@@ -234,7 +238,7 @@ class CachedFiles:
         self._expected[path] = size, content
 
     def open(self, path: str) -> int:
-        """A handle; nothing is fetched yet."""
+        """Make a handle for a file that was named to `expect`; nothing is fetched yet."""
         self._next += 1
         size, content = self._expected[path]
         self._handles[self._next] = path.removeprefix(f"{self.remote.url}/"), size, content

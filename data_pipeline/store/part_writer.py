@@ -135,6 +135,7 @@ def _encode_shards(values: npt.NDArray[np.generic], chunk: int, compression: Com
     """Encode an array as the contents of its shard files, in order."""
     # Encoded here and not by zarr-python: the same bytes at 3 to 10 times the speed.
     shard = shard_length(len(values), chunk, MAX_SHARD_TOKENS)
+    # The last shard holds fewer values, but has an index of full length, as zarr asks.
     return [
         encode_shard(values[start : start + shard], chunk, shard, compression) for start in range(0, len(values), shard)
     ]

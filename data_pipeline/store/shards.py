@@ -2,6 +2,10 @@
 
 The layout is the `sharding_indexed` codec of the Zarr v3 specification: encoded chunks, then an index of (offset,
 size) pairs as little-endian uint64 and the crc32c of the index. zarr-python reads the same files.
+
+A row of training is one or two small chunks out of a large file. Opening and the index are paid once a shard and kept; then a
+read costs its bytes. Every chunk is checked each time it is read, because a disk or a copy can go bad after any check made
+earlier, and training on damaged tokens shows nowhere.
 """
 
 from __future__ import annotations
@@ -58,7 +62,7 @@ def _compress(values: npt.NDArray[np.generic], compression: Compression) -> byte
 
 
 class DamagedError(RuntimeError):
-    """A part is missing, cut short or altered; quarantine catches it."""
+    """A part is missing, cut short or altered; `data.on_corruption: quarantine` skips the samples that meet it."""
 
 
 class ShardFiles(Protocol):
@@ -84,7 +88,7 @@ class LocalFiles:
     close = staticmethod(os.close)
 
     def open(self, path: str) -> int:
-        """A file descriptor without read-ahead, which would fetch 100 times what is used."""
+        """Open a file descriptor without read-ahead, which would fetch 100 times what is used."""
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
@@ -132,7 +136,7 @@ class ShardedArray:
         self.heads: npt.NDArray[np.generic] | None = None
 
     def read(self, start: int, stop: int) -> npt.NDArray[np.generic]:
-        """Values [start, stop); a fresh array, or a read-only view of fresh bytes."""
+        """Read values [start, stop); a fresh array, or a read-only view of fresh bytes."""
         assert 0 <= start <= stop <= self.length, (
             f"range {start}:{stop} outside the {self.length} values of {self.path}"
         )
@@ -156,7 +160,7 @@ class ShardedArray:
         return np.concatenate(pieces) if pieces else np.empty(0, self.dtype)
 
     def read_all(self) -> npt.NDArray[np.generic]:
-        """The whole array."""
+        """Read the whole array."""
         return self.read(0, self.length)
 
     def close(self) -> None:
@@ -190,7 +194,7 @@ class ShardedArray:
         return out
 
     def _decode(self, data: bytes, begin: int, size: int, shard: int, chunk: int) -> npt.NDArray[np.generic]:
-        """Values of the chunk that is encoded in data[begin : begin + size], its crc32c last."""
+        """Decode the chunk that is encoded in data[begin : begin + size], its crc32c last, after checking that."""
         if self.compression == "none":
             if size != self.chunk * self.dtype.itemsize + 4:
                 raise DamagedError(f"{self._file(shard)} is damaged: chunk {chunk} has {size} bytes, {_REMEDY}")

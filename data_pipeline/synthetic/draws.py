@@ -1,4 +1,7 @@
-"""Random numbers of one row, a function of its key alone: equal on every machine and under every release of numpy."""
+"""Random numbers of one row, a function of its key alone: equal on every machine and under every release of numpy.
+
+A generator a row, so that any row can be made without those before it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""State tracking: the running product of a sequence of group elements. Parity is the group of two elements."""
+"""State tracking: the running product of a sequence of group elements. Parity is the group of two elements.
+
+A uniform element times anything is uniform, so every label is equally likely at every place and no shorter context gives a
+hint: a model that is right above chance has tracked the product. Tables are small enough (120 elements at most) to be
+computed in Python once.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Associative recall: keys with values, then keys alone, to be completed by their values."""
+"""Associative recall: keys with values, then keys alone, to be completed by their values.
+
+It asks for what attention does exactly and a recurrence must fit into its state, so accuracy against the number of pairs
+measures the capacity of a mixer's state.
+"""
 
 from __future__ import annotations
 

@@ -69,6 +69,7 @@ class HuggingFaceTokenizer:
         end = np.array([self._eos_id], dtype=np.int32)
         pieces: list[npt.NDArray[np.int32]] = []
         lengths: list[int] = []
+        # The fast variant leaves out offsets, which nothing here reads.
         for item in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False):
             ids = np.array(item.ids, dtype=np.int32)
             ended = (ids,) if len(ids) and ids[-1] == self._eos_id else (ids, end)

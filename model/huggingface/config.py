@@ -1,4 +1,4 @@
-"""Converts our ModelConfig to the config.json of each export target and back.
+"""Convert our ModelConfig to the config.json of each export target and back.
 
 Fields were read from transformers 5.24 (`configuration_nemotron_h.py`); those of other classes are in `granitemoehybrid.py`
 and `qwen3_next.py`. Layer names are written in the older spelling (`mamba`, `attention`), which both older and newer readers take.
@@ -78,7 +78,7 @@ def huggingface_config(
 
 
 def _drop_unused_sections(config: ModelConfig) -> ModelConfig:
-    """Without the sections whose letter the pattern lacks: config.json must not depend on what nothing reads."""
+    """Drop the sections whose letter the pattern lacks: config.json must not depend on what nothing reads."""
     letters = config.letters
     used = {name: getattr(config.mixers, name) for name in registered_mixers(config).values()}
     unused = {name: None for letter, name in SECTIONS.items() if letter not in letters}
@@ -86,6 +86,7 @@ def _drop_unused_sections(config: ModelConfig) -> ModelConfig:
 
 
 def _nemotron_h_fields(config: ModelConfig) -> dict[str, Any]:
+    """Fields of Nemotron-H; those of blocks that the pattern lacks are left to the class's defaults."""
     letters = config.letters
     fields: dict[str, Any] = {
         "architectures": ["NemotronHForCausalLM"],
@@ -141,6 +142,7 @@ def _nemotron_h_fields(config: ModelConfig) -> dict[str, Any]:
 
 
 def _own_fields(config: ModelConfig) -> dict[str, Any]:
+    """Fields of our own class, whose code is exported beside the weights and loaded through `auto_map`."""
     letters = config.letters
     return {
         "architectures": ["AmfmForCausalLM"],
@@ -235,6 +237,7 @@ def _from_nemotron_h(fields: Mapping[str, Any]) -> ModelConfig:
 
 
 def _from_own(fields: Mapping[str, Any]) -> ModelConfig:
+    """Invert `_own_fields`; validation checks what somebody may have edited."""
     sections = {name: fields.get(name) for name in ("mamba", "attention", "moe", "feed_forward")}
     return ModelConfig.model_validate(
         {

@@ -1,4 +1,9 @@
-"""Weight maps between our checkpoints and others: entries that convert one tensor in both directions."""
+"""Weight maps between our checkpoints and others: entries that convert one tensor in both directions.
+
+An entry holds both directions, so that export and import cannot disagree. A map names every tensor of both sides; a tensor
+that is missing or unknown is an error and not skipped, because a model with a missing or an unread weight still runs and is
+only worse.
+"""
 
 from __future__ import annotations
 
@@ -25,15 +30,15 @@ class WeightEntry:
     form: Form = "same"
 
     def our_names(self) -> tuple[str, ...]:
-        """Every tensor of ours that lies here; `ours` is the first."""
+        """Name every tensor of ours that the entry converts; `ours` is the first."""
         return (self.ours,)
 
     def write(self, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Theirs, by name, from our tensors (at least this entry's)."""
+        """Convert our tensors (by name; at least this entry's) to theirs, by name."""
         return self.split(ours[self.ours])
 
     def read(self, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Ours, by name, from their tensors (at least this entry's)."""
+        """Convert their tensors (by name; at least this entry's) to ours, by name."""
         return {self.ours: self.join(theirs)}
 
     def split(self, tensor: Tensor) -> dict[str, Tensor]:
@@ -61,7 +66,7 @@ class WeightMap:
     zeros: Mapping[str, tuple[int, ...]]
 
     def their_names(self) -> set[str]:
-        """Every tensor name in the other checkpoint."""
+        """Collect every tensor name of the other checkpoint."""
         return {name for entry in self.entries for name in entry.theirs} | set(self.zeros)
 
     def to_theirs(self, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -34,7 +34,7 @@ def unfit_expert_sizes(config: ModelConfig, moe: MoeConfig) -> list[str]:
 
 
 def unfit_multipliers(config: ModelConfig, target: str) -> list[str]:
-    """Constant factors in the forward pass, which most classes have not."""
+    """List the constant factors in the forward pass, which most classes have not."""
     return [
         f"model.multipliers.{name}={value}: {target} has no such factor; use 1.0, or target granitemoehybrid or own"
         for name, value in config.multipliers
@@ -43,7 +43,7 @@ def unfit_multipliers(config: ModelConfig, target: str) -> list[str]:
 
 
 def unfit_gates(config: ModelConfig, target: str) -> list[str]:
-    """Gates on the outputs of attention and of the shared expert, in blocks that the pattern has."""
+    """List gates on the outputs of attention and of the shared expert, in blocks that the pattern has."""
     letters = config.letters
     reasons = []
     if "*" in letters and config.attention is not None and config.attention.gate != "none":
@@ -105,7 +105,7 @@ def rope_from_parameters(parameters: Mapping[str, Any]) -> RopeConfig:
 
 
 def letters_of(names: list[str]) -> list[str]:
-    """Our letters of layer names, older or newer. Raises ValueError for a kind that we have not."""
+    """Translate layer names, older or newer, to our letters. Raises ValueError for a kind that we have not."""
     unknown = sorted(set(names) - set(LETTERS_OF_NAMES))
     if unknown:
         raise ValueError(f"config.json: layer kinds {unknown} cannot be imported; known are {sorted(LETTERS_OF_NAMES)}")

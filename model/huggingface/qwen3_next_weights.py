@@ -1,7 +1,10 @@
 """The weight map of transformers' `qwen3_next`.
 
 Exact both ways but for one thing: their norms are 1 + w, so that a norm of ours below 0.5 is rounded at 2^-24. The classes
-differ in the projections of Gated DeltaNet alone.
+`qwen3_next` and `qwen3_5_moe` differ in the projections of Gated DeltaNet alone.
+
+The class has gates that a model of ours may lack. They are written as zeros, and sigmoid(0) = 1/2 is made up for by doubling
+the matrix behind the gate, which is exact in floating point. On import such a gate must be zero.
 """
 
 from __future__ import annotations
@@ -196,7 +199,7 @@ def _plain_delta_entries(config: ModelConfig, ours: str, layer: str) -> Iterator
 
 
 def _scan_entries(ours: str, theirs: str) -> Iterator[WeightEntry]:
-    """What follows the projections, alike in both classes."""
+    """Entries of what follows the projections, alike in both classes."""
     yield WeightEntry(f"{ours}conv.weight", (f"{theirs}conv1d.weight",), "conv")
     for name in ("A_log", "dt_bias", "norm.weight", "out_proj.weight"):
         yield WeightEntry(ours + name, (theirs + name,))

@@ -55,7 +55,7 @@ def choose_target(config: ModelConfig) -> Target:
 
 
 def registered_mixers(config: ModelConfig) -> dict[str, str]:
-    """Names of the registered mixers that a model uses, wrapped ones too, by their symbol in the pattern."""
+    """Find the names of the registered mixers that a model uses, wrapped ones too, by their symbol in the pattern."""
     found: dict[str, str] = {}
     for symbol in config.parsed_pattern.counts():
         name = mixer_name(symbol)

@@ -1,6 +1,8 @@
 """Weight maps of the transformers classes: names, and the few changes of shape between them.
 
-Names on disk are those of the published checkpoints (transformers renames some while loading).
+Names on disk are those of the published checkpoints (transformers renames some while loading). Shapes are computed from the
+configuration, so that a checkpoint is checked and converted without building either model; blocks without a section of their
+own are built on the meta device to ask for theirs.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ def weight_map(config: ModelConfig, target: Target) -> WeightMap:
 
 
 def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all weights of our model (the router's bias buffer included), in order."""
+    """List names and shapes of all weights of our model (the router's bias buffer included), in order."""
     shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (config.vocab_size, config.hidden_size)}
     for index, letter in enumerate(config.letters):
         shapes[f"blocks.{index}.norm.weight"] = (config.hidden_size,)
@@ -42,7 +44,7 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def block_shapes(config: ModelConfig, letter: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all weights of a kind of block, without its norm; registered mixers are built to ask them."""
+    """List names and shapes of all weights of a kind of block, without its norm; registered mixers are built for it."""
     if letter in _MIXER_SHAPES:
         return _MIXER_SHAPES[letter](config)
     with torch.device("meta"):
