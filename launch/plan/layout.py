@@ -105,8 +105,7 @@ class Layout:
     def settings(self) -> dict[str, Any]:
         """The `parallel` section that requests this layout, as plain values.
 
-        `expert_tensor` appears only with an expert axis, `schedule` and `virtual_stages` only with a pipeline: alone
-        they would be refused or mean nothing.
+        `expert_tensor` appears only with an expert axis, `schedule` and `virtual_stages` only with a pipeline.
         """
         section: dict[str, Any] = {
             "tensor": self.tensor,
