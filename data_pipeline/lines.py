@@ -66,7 +66,7 @@ class LineFile:
 
 
 def parse_line(line: bytes) -> dict[str, Any] | None:
-    """The object on a line; None for anything else, cut or damaged or of another kind."""
+    """Parse the object on a line; None for anything else, cut or damaged or of another kind."""
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):

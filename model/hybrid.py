@@ -308,7 +308,7 @@ class HybridModel(nn.Module):
         return ModelOutput(None, loss, stream.auxiliary, stream.expert_counts, predictions_BT=predictions_BT)
 
     def head_weight(self) -> Tensor:
-        """The output matrix [V of this rank, D]: the head's weight, or the embedding's when they are tied."""
+        """Return the output matrix [V of this rank, D]: the head's weight, or the embedding's when they are tied."""
         if self.head is not None:
             return cast(Tensor, self.head.weight)
         assert self.embedding is not None, "the last piece of the pipeline has a copy of the tied embedding"

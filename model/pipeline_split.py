@@ -34,7 +34,7 @@ class Piece:
 
 
 def whole_piece(config: ModelConfig) -> Piece:
-    """The piece of a model that is not cut."""
+    """Build the one piece of a model that is not cut."""
     return Piece(0, len(config.letters), is_first=True, is_last=True)
 
 

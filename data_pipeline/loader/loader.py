@@ -202,8 +202,9 @@ class PretrainLoader:
         return lines
 
     def describe_repeats(self, num_samples: int) -> list[str]:
-        """What a run of so many samples sees again: sources of more than one epoch, and epochs that a change of the row
-        length leaves unfinished.
+        """Describe what a run of `num_samples` samples sees again, one line each.
+
+        That is sources of more than one epoch, and epochs that a change of the row length leaves unfinished.
         """
         ledger = self.ledger(num_samples)
         epochs = {line.source: line.epochs for line in ledger}

@@ -67,7 +67,7 @@ def run_on_ray(
 
 @contextmanager
 def running_ray(address: str | None, num_cpus: int) -> Iterator[None]:
-    """The Ray that runs in this process, else the cluster at `address`, else a small one for the time of the block."""
+    """Use the Ray of this process, else the cluster at `address`, else a small one for the time of the block."""
     if address is None:
         ask_for_token()
     import ray

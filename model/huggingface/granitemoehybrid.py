@@ -22,7 +22,7 @@ from model.huggingface.fields import LAYER_NAMES, letters_of, require_fields, ro
 
 
 def granite_fields(config: ModelConfig) -> dict[str, Any]:
-    """The fields of config.json that are the class's own."""
+    """Build the fields of config.json that are the class's own."""
     letters = config.letters
     mixers = letters[0::2]
     fields: dict[str, Any] = {

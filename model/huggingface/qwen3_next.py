@@ -203,7 +203,7 @@ def qwen3_next_fields(config: ModelConfig) -> dict[str, Any]:
 
 
 def qwen3_5_moe_fields(config: ModelConfig) -> dict[str, Any]:
-    """The fields of config.json that are the text model's own."""
+    """Build the fields of config.json that are the text model's own."""
     unknown = ("mlp_only_layers", "decoder_sparse_step", "norm_topk_prob", "intermediate_size")
     fields = {name: value for name, value in qwen3_next_fields(config).items() if name not in unknown}
     return fields | {"architectures": ["Qwen3_5MoeForCausalLM"], "model_type": QWEN3_5_MOE_TYPE}

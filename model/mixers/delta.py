@@ -78,7 +78,7 @@ class DeltaNetMixer(LinearMixer):
         return ScanRows(q_BTGK, k_BTGNK.transpose(2, 3), v_BTHNV.transpose(2, 3), g_BTH, beta_BTHN.transpose(2, 3))
 
     def output(self, o_BTHV: Tensor, parts: dict[str, Tensor]) -> Tensor:
-        """A norm a head, times the gate's SiLU where there is one."""
+        """Norm o by head, times the gate's SiLU where there is one."""
         return self.norm(o_BTHV, parts.get("gate"))
 
     def init_parameter(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:

@@ -44,7 +44,7 @@ class TransNormerMixer(LinearMixer):
         return ScanRows(q, k, self.heads(parts["v"]), no_decay(q))
 
     def output(self, o_BTHV: Tensor, parts: dict[str, Tensor]) -> Tensor:
-        """A norm a head."""
+        """Norm o [B, T, H, V] by head -> [B, T, H V]."""
         return self.norm(o_BTHV, None)
 
 

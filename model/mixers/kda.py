@@ -80,7 +80,7 @@ class KdaMixer(LinearMixer):
         return ScanRows(q_BTHK, k_BTNHK, v_BTNHV, g_BTHK, beta_BTNH)
 
     def output(self, o_BTHV: Tensor, parts: dict[str, Tensor]) -> Tensor:
-        """A norm a head, times the gate's sigmoid."""
+        """Norm o by head, times the gate's sigmoid."""
         return self.norm(o_BTHV, linear(parts["gate_inside"], self.gate_proj))
 
     def init_parameter(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:

@@ -69,7 +69,7 @@ class LightNetMixer(LinearMixer):
         return ScanRows(self.heads(q_BTX), self.heads(k_BTX), self.heads(parts["v"]), self.heads(g_BTX).clamp(max=0.0))
 
     def output(self, o_BTHV: Tensor, parts: dict[str, Tensor]) -> Tensor:
-        """A norm a head, times the low-rank gate's SiLU."""
+        """Norm o by head, times the low-rank gate's SiLU."""
         return self.norm(o_BTHV, linear(parts["low_rank"], self.gate_proj))
 
     def empty_state(self, num_rows: int) -> MixerState:

@@ -65,14 +65,14 @@ class TwoReads(DecayRecurrence):
     """A decay recurrence whose state two queries read: q [B, T, 2 H, K], all first queries before all second ones."""
 
     def scan(self, rows: ScanRows, how: ScanSettings, state_BHKV: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Both outputs, [B, T, 2 H, V], and the one state."""
+        """Scan once for each query; both outputs, [B, T, 2 H, V], and the one state."""
         first, second = (
             super(TwoReads, self).scan(rows._replace(q=q), how, state_BHKV) for q in rows.q.chunk(2, dim=2)
         )
         return torch.cat([first[0], second[0]], dim=2), first[1]
 
     def scan_with_transfer(self, rows: ScanRows, how: ScanSettings) -> OpenScan:
-        """Both outputs and both reads."""
+        """Scan once for each query; both outputs, and a read of both queries."""
         first, second = (
             super(TwoReads, self).scan_with_transfer(rows._replace(q=q), how) for q in rows.q.chunk(2, dim=2)
         )
@@ -84,10 +84,10 @@ class TwoReads(DecayRecurrence):
         )
 
     def step(self, rows: ScanRows, state_BHKV: Tensor) -> tuple[Tensor, Tensor]:
-        """Both outputs of one token."""
+        """Advance by one token: both outputs [B, 2 H, V] and the one state."""
         first, second = (super(TwoReads, self).step(rows._replace(q=q), state_BHKV) for q in rows.q.chunk(2, dim=1))
         return torch.cat([first[0], second[0]], dim=1), first[1]
 
     def flops(self, num_heads: int, key_dim: int, value_dim: int) -> float:
-        """Two more a state number for the second read."""
+        """Forward FLOPs a token: two more for each state number than with one read."""
         return super().flops(num_heads, key_dim, value_dim) + 2.0 * num_heads * key_dim * value_dim

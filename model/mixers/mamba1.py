@@ -56,7 +56,7 @@ class Mamba1Mixer(LinearMixer):
         return {"x": channels, "z": channels}
 
     def convolved(self) -> tuple[str, ...]:
-        """x alone."""
+        """Name x alone."""
         return ("x",)
 
     def rows(self, parts: dict[str, Tensor], meta: PackMeta) -> ScanRows:
@@ -118,5 +118,5 @@ class SelectiveRecurrence(Recurrence):
         return y_BC[..., None], state_BCN[..., None]
 
     def flops(self, num_heads: int, key_dim: int, value_dim: int) -> float:
-        """A state number a token: decay, B times x, add, times C, add; then D x."""
+        """Forward FLOPs a token; for each state number: decay, B times x, add, times C, add; then D x."""
         return 5.0 * num_heads * key_dim * value_dim + 2.0 * num_heads

@@ -56,7 +56,7 @@ class PlstmMixer(LinearMixer):
         return ScanRows(q_BTHK, self.heads(parts["k"]), v_BTHV, functional.logsigmoid(transition))
 
     def output(self, o_BTHV: Tensor, parts: dict[str, Tensor]) -> Tensor:
-        """A norm a head."""
+        """Norm o [B, T, H, V] by head -> [B, T, H V]."""
         return self.norm(o_BTHV, None)
 
     def init_parameter(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:

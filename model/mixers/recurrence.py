@@ -99,7 +99,7 @@ class DecayRecurrence(Recurrence):
         return decay_step(rows.q, rows.k, rows.v, rows.g, state_BHKV)
 
     def flops(self, num_heads: int, key_dim: int, value_dim: int) -> float:
-        """A state number a token: decay, k times v, add, times q, add."""
+        """Forward FLOPs a token; for each state number: decay, k times v, add, times q, add."""
         return 5.0 * num_heads * key_dim * value_dim
 
 
@@ -129,7 +129,10 @@ class DeltaRecurrence(Recurrence):
         return delta_step(rows.q, rows.k, rows.v, rows.beta, rows.g, state_BHKV)
 
     def flops(self, num_heads: int, key_dim: int, value_dim: int) -> float:
-        """A state number a token: decay, q times it, add; a step: k times it, add, k times the difference, add."""
+        """Forward FLOPs a token; 3 for each state number (decay, q times it, add) and 4 more in each step.
+
+        A step multiplies by k and adds, to read what the state holds, then multiplies the difference by k and adds it.
+        """
         return (3.0 + 4.0 * self.num_steps) * num_heads * key_dim * value_dim
 
 

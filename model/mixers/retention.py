@@ -56,7 +56,7 @@ class ConstantDecayMixer(LinearMixer):
         return ScanRows(q_BTHK, k_BTHK, v_BTHV, self.log_decay_H.expand(*q_BTHK.shape[:3]))
 
     def output(self, o_BTHV: Tensor, parts: dict[str, Tensor]) -> Tensor:
-        """A norm a head, times the gate's SiLU."""
+        """Norm o by head, times the gate's SiLU."""
         return self.norm(o_BTHV, parts["gate"])
 
 

@@ -59,7 +59,7 @@ class GlaMixer(LinearMixer):
         return ScanRows(q_BTHK, self.heads(parts["k"]), self.heads(parts["v"]), self.heads(g_BTX))
 
     def output(self, o_BTHV: Tensor, parts: dict[str, Tensor]) -> Tensor:
-        """A norm a head, times the gate's SiLU."""
+        """Norm o by head, times the gate's SiLU."""
         return self.norm(o_BTHV, parts["gate"])
 
     def init_parameter(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
@@ -92,7 +92,7 @@ class Hgrn2Mixer(LinearMixer):
         return {"q": keys, "forget": keys, "v": Part(heads * self.value_dim, heads)}
 
     def convolved(self) -> tuple[str, ...]:
-        """All of them."""
+        """Name all parts."""
         return ("q", "forget", "v")
 
     def rows(self, parts: dict[str, Tensor], meta: PackMeta) -> ScanRows:
@@ -106,7 +106,7 @@ class Hgrn2Mixer(LinearMixer):
         return ScanRows(self.heads(q_BTX), self.heads(k_BTX.to(q_BTX.dtype)), self.heads(parts["v"]), self.heads(g_BTX))
 
     def output(self, o_BTHV: Tensor, parts: dict[str, Tensor]) -> Tensor:
-        """A norm a head."""
+        """Norm o [B, T, H, V] by head -> [B, T, H V]."""
         return self.norm(o_BTHV, None)
 
     def init_parameter(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
