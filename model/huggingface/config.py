@@ -93,6 +93,8 @@ def _nemotron_h_fields(config: ModelConfig) -> dict[str, Any]:
         "model_type": "nemotron_h",
         "hybrid_override_pattern": "".join(letters),
         "layers_block_type": [LAYER_NAMES[letter] for letter in letters],
+        # The class counts the names; llama.cpp's converter and mlx-lm ask for the number.
+        "num_hidden_layers": len(letters),
         "layer_norm_epsilon": config.norm_epsilon,
         "tie_word_embeddings": False,
         "mlp_hidden_act": "relu2",
@@ -138,6 +140,8 @@ def _nemotron_h_fields(config: ModelConfig) -> dict[str, Any]:
             "norm_topk_prob": moe.normalize_probabilities,
             "routed_scaling_factor": moe.routed_scaling,
         }
+        # mlx-lm asks for it where no layer has it, too.
+        fields.setdefault("intermediate_size", moe.expert_hidden_size)
     return fields
 
 

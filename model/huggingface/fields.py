@@ -85,6 +85,16 @@ def rope_parameters(attention: AttentionConfig) -> dict[str, Any]:
     return parameters
 
 
+def flat_rope_fields(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Build the spelling of `rope_parameters` from before transformers 5, which mlx-lm reads alone.
+
+    A scaled rotation needs `rope_scaling` too: without it such a reader would leave the scaling out and say nothing. The
+    newer readers let it replace `rope_parameters`, so it holds the same.
+    """
+    flat = {name: parameters[name] for name in ("rope_theta", "partial_rotary_factor") if name in parameters}
+    return flat if parameters["rope_type"] == "default" else flat | {"rope_scaling": dict(parameters)}
+
+
 def rope_from_parameters(parameters: Mapping[str, Any]) -> RopeConfig:
     """Build our rotary section from `rope_parameters`. Raises ValueError for a kind that we lack."""
     theta = float(parameters.get("rope_theta", 10_000.0))

@@ -18,7 +18,14 @@ from model.config.schema import (
     MultipliersConfig,
     RopeConfig,
 )
-from model.huggingface.fields import LAYER_NAMES, letters_of, require_fields, rope_from_parameters, rope_parameters
+from model.huggingface.fields import (
+    LAYER_NAMES,
+    flat_rope_fields,
+    letters_of,
+    require_fields,
+    rope_from_parameters,
+    rope_parameters,
+)
 
 
 def granite_fields(config: ModelConfig) -> dict[str, Any]:
@@ -39,7 +46,9 @@ def granite_fields(config: ModelConfig) -> dict[str, Any]:
         "attention_bias": False,
         "attention_dropout": 0.0,
         "mamba_proj_bias": False,
-        "position_embedding_type": None,
+        # As the released models say it: to mlx-lm every other value is "rope", and the base has to be there.
+        "position_embedding_type": "nope",
+        "rope_theta": 10_000.0,
         # A model without Mamba2 or attention still needs sizes that the class accepts.
         "num_attention_heads": 1,
         "num_key_value_heads": 1,
@@ -93,7 +102,8 @@ def _granite_attention_fields(attention: AttentionConfig) -> dict[str, Any]:
     }
     if attention.positions == "none":
         return fields
-    return fields | {"position_embedding_type": "rope", "rope_parameters": rope_parameters(attention)}
+    rope = rope_parameters(attention)
+    return fields | {"position_embedding_type": "rope", "rope_parameters": rope} | flat_rope_fields(rope)
 
 
 def model_config_from_granite(fields: Mapping[str, Any]) -> ModelConfig:

@@ -9,12 +9,13 @@ is one half, so that zero weights for the gate and twice ours for the matrix aft
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from model.config.mixer_options import GatedDeltaNetOptions
 from model.config.schema import AttentionConfig, FeedForwardConfig, ModelConfig, MoeConfig
 from model.huggingface.fields import (
+    flat_rope_fields,
     require_fields,
     rope_from_parameters,
     rope_parameters,
@@ -169,7 +170,7 @@ def qwen3_next_fields(config: ModelConfig) -> dict[str, Any]:
         "num_key_value_heads": 1,
         "head_dim": 8,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 1.0},
-    }
+    } | _attention_interval(mixers)
     if config.attention is not None:
         attention = config.attention
         rope = rope_parameters(attention) | {"partial_rotary_factor": attention.rope.fraction}
@@ -179,6 +180,7 @@ def qwen3_next_fields(config: ModelConfig) -> dict[str, Any]:
             "head_dim": attention.head_dim,
             "rope_parameters": rope,
         }
+    fields |= flat_rope_fields(fields["rope_parameters"])
     if "G" in mixers:
         options = delta_options(config)
         fields |= {
@@ -199,7 +201,17 @@ def qwen3_next_fields(config: ModelConfig) -> dict[str, Any]:
         "moe_intermediate_size": moe.expert_hidden_size,
         "shared_expert_intermediate_size": moe.shared_expert_hidden_size or 1,
         "norm_topk_prob": moe.normalize_probabilities,
+        # mlx-lm asks for it where no layer has it, too.
+        "intermediate_size": fields.get("intermediate_size", moe.expert_hidden_size),
     }
+
+
+def _attention_interval(mixers: Sequence[str]) -> dict[str, int]:
+    """Find n where every n-th mixer is attention and no other one: llama.cpp and mlx-lm read it in place of the types."""
+    for interval in range(1, len(mixers) + 2):
+        if all((mixer == "*") == (layer % interval == 0) for layer, mixer in enumerate(mixers, start=1)):
+            return {"full_attention_interval": interval}
+    return {}
 
 
 def qwen3_5_moe_fields(config: ModelConfig) -> dict[str, Any]:

@@ -6,8 +6,9 @@ import json
 
 import pytest
 
-from model.config.schema import ModelConfig, MultipliersConfig
+from model.config.schema import AttentionConfig, ModelConfig, MultipliersConfig
 from model.huggingface.config import TokenIds, huggingface_config, model_config_from_huggingface
+from model.huggingface.targets import Target
 from model.huggingface.weights import weight_map
 from tests.model.huggingface.cases import (
     GRANITE,
@@ -15,8 +16,10 @@ from tests.model.huggingface.cases import (
     QWEN3_NEXT,
     TARGETED,
     build_ours,
+    granite_config,
     grouped,
     nemotron_h_config,
+    qwen3_next_config,
 )
 
 
@@ -44,6 +47,38 @@ def test_config_json_avoids_the_known_traps() -> None:
     assert granite["attention_multiplier"] == 6**-0.5, "the class's default is 1"
     multipliers = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
     assert all(granite[name] == 1.0 for name in multipliers)
+
+
+def test_config_json_has_the_keys_that_other_readers_ask_for() -> None:
+    none = TokenIds(None, None, None)
+
+    def fields_of(config: ModelConfig, target: Target) -> dict:
+        return huggingface_config(config, target, none, max_position_embeddings=64)
+
+    nemotron = fields_of(nemotron_h_config(pattern="M*EME"), "nemotron_h")
+    assert nemotron["num_hidden_layers"] == 5, "llama.cpp's converter stops without it"
+    assert nemotron["intermediate_size"] == 16, "mlx-lm asks for it without a dense layer too"
+    granite = fields_of(granite_config(), "granitemoehybrid")
+    assert granite["rope_theta"] == granite["rope_parameters"]["rope_theta"] == 10_000.0
+    no_positions = granite_config(attention=AttentionConfig(num_heads=4, num_kv_heads=1, head_dim=6))
+    assert fields_of(no_positions, "granitemoehybrid")["position_embedding_type"] == "nope", "others are rope to mlx-lm"
+    for target in ("qwen3_next", "qwen3_5_moe"):
+        qwen = fields_of(qwen3_next_config(pattern="GE*E"), target)
+        assert (qwen["rope_theta"], qwen["partial_rotary_factor"], qwen["full_attention_interval"]) == (200.0, 0.5, 2)
+        assert qwen.get("intermediate_size") == (16 if target == "qwen3_next" else None)
+    assert "full_attention_interval" not in fields_of(qwen3_next_config(pattern="*EGEGE"), "qwen3_next")
+
+
+def test_transformers_reads_the_flat_keys_of_a_scaled_rotation_as_the_nested_ones() -> None:
+    from transformers import Qwen3NextConfig
+
+    config = TARGETED["qwen3_next, tied, no shared expert, plain weights, as many key heads, yarn"][1]
+    fields = huggingface_config(config, "qwen3_next", TokenIds(None, None, None), max_position_embeddings=64)
+    assert fields["rope_scaling"]["rope_type"] == "yarn", "without it a reader of flat keys would not scale"
+    theirs = Qwen3NextConfig(**fields)
+    assert theirs.rope_parameters == fields["rope_parameters"]
+    assert theirs.layer_types == fields["layer_types"]
+    assert model_config_from_huggingface(theirs.to_dict()) == model_config_from_huggingface(fields)
 
 
 @pytest.mark.parametrize(
