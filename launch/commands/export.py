@@ -59,6 +59,7 @@ def export(
                 "compared": report.compared,
                 "files": list(report.files),
                 "reasons": list(report.reasons),
+                "refused_by": list(report.refusals),
             }
         )
         return
@@ -70,6 +71,7 @@ def export(
         )
     pairs = [("folder", report.path), ("class", report.class_name), ("proof", proof), ("compared on", report.compared)]
     pairs += [("why no native class", reason) for reason in report.reasons]
+    pairs += [("known to refuse it", refusal) for refusal in report.refusals]
     print_pairs("Export", pairs)
 
 

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 import pretrain.export.verify
@@ -40,6 +39,7 @@ from pretrain.export.files import (
     write_export,
 )
 from pretrain.inference.weights import Weights, read_weights
+from pretrain.tensor_files import write_tensors
 
 # Two float32 implementations that add in another order; real text, logits of order 10.
 LOGIT_TOLERANCE = 1e-4
@@ -69,7 +69,7 @@ class ExportReport:
     """What was written and what the proof found; the differences are None without a proof.
 
     class_name: of transformers, or AmfmForCausalLM. reasons: why no native class holds the model. compared: on what
-    text the logits were compared.
+    text the logits were compared. refusals: other programs that are known to refuse the folder, with rule and remedy.
     """
 
     path: Path
@@ -81,6 +81,7 @@ class ExportReport:
     compared: str
     files: tuple[str, ...]
     reasons: tuple[str, ...]
+    refusals: tuple[str, ...]
 
 
 def export_checkpoint(
@@ -103,18 +104,18 @@ def export_checkpoint(
     weights = read_weights(checkpoint_dir)
     asked = target or (weights.run.export.target if weights.run is not None else "auto")
     plan = ExportPlan(weights, resolve_target(weights, asked), _max_positions(weights), max_shard_bytes)
-    temporary = begin_export(out)
-    write_export(plan, temporary)
-    sync_files(temporary)
     proof: dict[str, Any] = {}
     compared = "nothing: not verified"
-    if verify:
-        tokens_BT, texts, compared = proof_text(weights)
-        proof = run_proof(plan, temporary, tokens_BT, texts)
-        problems = find_problems(plan, proof)
-        if problems:
-            raise RuntimeError(_fail(temporary, out, problems))
-    put_in_place(temporary, out)
+    with begin_export(out) as temporary:
+        write_export(plan, temporary)
+        sync_files(temporary)
+        if verify:
+            tokens_BT, texts, compared = proof_text(weights)
+            proof = run_proof(plan, temporary, tokens_BT, texts)
+            problems = find_problems(plan, proof)
+            if problems:
+                raise RuntimeError(_fail(temporary, out, problems))
+        put_in_place(temporary, out)
     return ExportReport(
         path=out,
         target=plan.target,
@@ -125,6 +126,7 @@ def export_checkpoint(
         compared=compared,
         files=tuple(sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())),
         reasons=tuple(plan.unfit_reasons()),
+        refusals=tuple(plan.refusals()),
     )
 
 
@@ -212,7 +214,8 @@ def run_proof(plan: ExportPlan, folder: Path, tokens_BT: Tensor, texts: list[str
         "texts": [(text, ids, tokenizer.decode(ids) == text) for text, ids in encoded],
     }
     with tempfile.TemporaryDirectory() as scratch:
-        save_file({"tokens_BT": tokens_BT, "logits_BTV": logits_BTV.contiguous()}, f"{scratch}/reference.safetensors")
+        reference = {"tokens_BT": tokens_BT, "logits_BTV": logits_BTV.contiguous()}
+        write_tensors(Path(scratch, "reference.safetensors"), reference)
         Path(scratch, "job.json").write_text(json.dumps(job), encoding="utf-8")
         # -P: our folders must not stand in for modules that transformers looks for.
         command = [sys.executable, "-P", str(pretrain.export.verify.__file__), scratch]

@@ -16,25 +16,28 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 import pretrain.export.modeling_template
-from data_pipeline.deletion import delete
+from data_pipeline.deletion import delete, try_to_delete
 from data_pipeline.files import sync
+from data_pipeline.naming import named
 from model.config.mixer_registry import describe_symbol
 from model.config.schema import ModelConfig
 from model.flops import count_parameters
 from model.huggingface.config import TokenIds, huggingface_config
 from model.huggingface.targets import NATIVE_TARGETS, Target, explain_unfit
 from model.huggingface.weights import weight_map
+from pretrain.export.readers import known_refusals
 from pretrain.export.tokenizer import write_tokenizer
 from pretrain.inference.weights import Weights
+from pretrain.tensor_files import write_tensors
 
 OUR_DESCRIPTION = "amfm_model.json"
 # Name of a temporary folder: `delete` refuses any other.
@@ -81,6 +84,10 @@ class ExportPlan:
             return [f"export target own was asked for, though {fitting[0]} holds this model"]
         return [reason for target in NATIVE_TARGETS for reason in explain_unfit(self.weights.model, target)]
 
+    def refusals(self) -> list[str]:
+        """Programs that are known to refuse this export, with rule and remedy."""
+        return known_refusals(self.weights.model, self.target, self.weights.tokenizer.kind)
+
 
 def write_export(plan: ExportPlan, folder: Path) -> None:
     """Write every file of the export into an existing empty folder; durability is the caller's (`sync_files`).
@@ -118,7 +125,7 @@ def write_shards(plan: ExportPlan, folder: Path) -> None:
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         # Cloned: views of one tensor (a tied head) would otherwise be refused.
         part = {name: tensors[name].to(torch.float32).clone() for name in names}
-        save_file(part, folder / file, metadata={"format": "pt"})
+        write_tensors(folder / file, part)
         index |= dict.fromkeys(names, file)
     if len(shards) > 1:
         write_json(
@@ -160,12 +167,21 @@ def sync_files(folder: Path) -> None:
             os.close(descriptor)
 
 
-def begin_export(out: Path) -> Path:
-    """Make an empty folder beside OUT to write into, and return it; what a killed export left there is removed."""
+@contextmanager
+def begin_export(out: Path) -> Iterator[Path]:
+    """Make an empty folder beside OUT to write into; what a killed export left there is removed.
+
+    After the block it is gone, unless it got its name: half an export must not keep a full disk full. Errors of the system
+    carry its path.
+    """
     temporary = out.with_name(f".{out.name}.amfm-export")
     delete(temporary, UNFINISHED)
     temporary.mkdir(parents=True)
-    return temporary
+    try:
+        with named(temporary):
+            yield temporary
+    finally:
+        try_to_delete(temporary, UNFINISHED)
 
 
 def put_in_place(temporary: Path, out: Path) -> None:
@@ -212,6 +228,9 @@ def model_card(plan: ExportPlan) -> str:
         "",
         "Weights are float32. Router, decay and time step are sensitive to rounding: in bf16 some tokens choose other "
         "experts than in float32.",
+        "",
+        "Special tokens such as the end of a text are single tokens where they are written out. In pretraining they were plain "
+        "text there; `tokenizer(text, split_special_tokens=True)` gives that.",
     ]
     if plan.target == "nemotron_h" and config.tie_embeddings:
         lines += [
@@ -221,6 +240,9 @@ def model_card(plan: ExportPlan) -> str:
     reasons = plan.unfit_reasons()
     if reasons:
         lines += ["", "## Why no native class", "", *(f"- {reason}" for reason in reasons)]
+    refusals = plan.refusals()
+    if refusals:
+        lines += ["", "## Programs known to refuse it", "", *(f"- {refusal}" for refusal in refusals)]
     return "\n".join(lines) + "\n"
 
 

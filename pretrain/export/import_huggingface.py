@@ -72,10 +72,10 @@ def import_huggingface(hf_dir: str | Path, out_dir: str | Path) -> ImportReport:
     state = {name: tensor.to(torch.float32) for name, tensor in weight_map(config, target).to_ours(tensors).items()}
     check_shapes(config, state, str(source))
     weights = Weights(config, state, tokenizer, f"imported from {source}")
-    temporary = begin_export(out)
-    write_weights(temporary, weights)
-    sync_files(temporary)
-    put_in_place(temporary, out)
+    with begin_export(out) as temporary:
+        write_weights(temporary, weights)
+        sync_files(temporary)
+        put_in_place(temporary, out)
     num_parameters = sum(tensor.numel() for tensor in state.values())
     return ImportReport(out, target, config, len(tensors), num_parameters, tuple(skipped))
 

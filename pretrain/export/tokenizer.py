@@ -33,6 +33,8 @@ NEVER = -1e4
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_length: int) -> list[str]:
     """Write tokenizer.json, tokenizer_config.json and the file that training used; returns their names.
 
+    Training took control tokens written out in a text as text; a reader gets that with `split_special_tokens=True` in the
+    call. The files must not say it: a fine-tuning program writes `</s>` into its texts to end them, and would train on letters.
     Raises ValueError for a model that the tokenizers library cannot express.
     """
     content = tokenizer.to_bytes()
@@ -53,8 +55,6 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_length: int) -> l
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": max_length,
         "clean_up_tokenization_spaces": False,
-        # Control tokens written out in a text stay text, as in training.
-        "split_special_tokens": True,
         **texts,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")

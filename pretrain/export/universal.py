@@ -44,19 +44,19 @@ def export_universal(checkpoint: str | Path, out_dir: str | Path) -> UniversalRe
     check_free(out)
     source = find_checkpoint(Path(checkpoint))
     manifest = require_sound(source)
-    temporary = begin_export(out)
     tag = f"global_step{manifest['step']}"
-    folder = temporary / tag
-    write_parameters(folder / "zero", source, manifest)
-    torch.save(describe_optimizer(manifest), folder / "zero" / "optimizer_state.pt")
-    model_state = describe_model(source, manifest)
-    torch.save(model_state, folder / "mp_rank_00_model_states.pt")
-    # ZeRO 3 asks under another name.
-    torch.save(model_state, folder / "zero_pp_rank_0_mp_rank_00_model_states.pt")
-    (temporary / "latest_universal").write_text(tag, encoding="utf-8")
-    sync_files(temporary)
-    num_bytes = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
-    put_in_place(temporary, out)
+    with begin_export(out) as temporary:
+        folder = temporary / tag
+        write_parameters(folder / "zero", source, manifest)
+        torch.save(describe_optimizer(manifest), folder / "zero" / "optimizer_state.pt")
+        model_state = describe_model(source, manifest)
+        torch.save(model_state, folder / "mp_rank_00_model_states.pt")
+        # ZeRO 3 asks under another name.
+        torch.save(model_state, folder / "zero_pp_rank_0_mp_rank_00_model_states.pt")
+        (temporary / "latest_universal").write_text(tag, encoding="utf-8")
+        sync_files(temporary)
+        num_bytes = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
+        put_in_place(temporary, out)
     return UniversalReport(out, tag, manifest["step"], len(manifest["parameters"]), num_bytes)
 
 

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 from pydantic import ValidationError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from data_pipeline.foreign_files import inside, read_object, take
@@ -37,7 +36,7 @@ from pretrain.checkpoint.files import MANIFEST_NAME, read_manifest
 from pretrain.checkpoint.inspect import find_checkpoint, read_full_state
 from pretrain.config.schema import RunConfig
 from pretrain.stages import last_stage, model_of_stage, resolve_stages
-from pretrain.tensor_files import read_tensors
+from pretrain.tensor_files import read_tensors, write_tensors
 
 WEIGHTS_FORMAT = "amfm-weights"
 WEIGHTS_VERSION = 1
@@ -129,11 +128,7 @@ def _read_checkpoint(folder: Path) -> Weights:
 
 def write_weights(folder: Path, weights: Weights) -> None:
     """Write a weights folder into an existing empty folder; durability is the caller's."""
-    save_file(
-        {name: tensor.contiguous() for name, tensor in weights.state.items()},
-        folder / TENSORS,
-        metadata={"format": "pt"},
-    )
+    write_tensors(folder / TENSORS, {name: tensor.contiguous() for name, tensor in weights.state.items()})
     tokenizer_file = weights.tokenizer.file_name
     (folder / tokenizer_file).write_bytes(weights.tokenizer.to_bytes())
     description = {

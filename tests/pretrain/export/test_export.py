@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from data_pipeline.config import DataConfig, PhaseConfig
 from data_pipeline.tokenizer.tokenizer import read_tokenizer_file
 from model.packing import PackMeta
 from pretrain.export.export import LOGIT_TOLERANCE, export_checkpoint
+from pretrain.export.files import begin_export
 from pretrain.export.import_huggingface import import_huggingface
 from pretrain.inference.weights import read_weights, write_weights
 from pretrain.train import train
@@ -46,6 +50,8 @@ def test_a_trained_run_exports_with_equal_logits_on_validation_text(data: DataCo
     assert report.compared.startswith("the validation part of")
     assert not (tmp_path / ".out.amfm-export").exists()
     assert {"config.json", "generation_config.json", "tokenizer.json", "README.md"} <= set(report.files)
+    assert any(refusal.startswith("vLLM") for refusal in report.refusals)
+    assert report.refusals[0] in (tmp_path / "out" / "README.md").read_text()
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert generation["eos_token_id"] == read_weights(tmp_path / "run").tokenizer.eos_id
 
@@ -116,6 +122,30 @@ def test_an_export_over_something_is_refused_and_leftovers_of_a_killed_one_are_n
     assert "half" not in report.files
     with pytest.raises(ValueError, match="exists and is not empty; name another folder"):
         export_checkpoint(folder, tmp_path / "out", verify=False)
+
+
+@contextmanager
+def largest_file(num_bytes: int) -> Iterator[None]:
+    """Writing beyond this size of a file fails, as on a full disk."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+def test_a_full_disk_is_named_and_half_an_export_does_not_stay(data: DataConfig, tmp_path: Path) -> None:
+    folder = weights_folder(data, tmp_path / "weights", "nemotron_h")
+    with (
+        largest_file(4_000),
+        pytest.raises(OSError, match=r"File too large: '.*\.out\.amfm-export/model\.safetensors'"),
+    ):
+        export_checkpoint(folder, tmp_path / "out", verify=False)
+    with largest_file(4_000), pytest.raises(OSError, match=r"File too large: '.*\.out\.amfm-export'"):
+        with begin_export(tmp_path / "out") as temporary:
+            (temporary / "config.json").write_text(4_001 * " ")
+    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == []
 
 
 def test_a_target_that_cannot_hold_the_model_is_refused_with_every_reason(data: DataConfig, tmp_path: Path) -> None:
