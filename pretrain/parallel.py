@@ -110,13 +110,13 @@ class Parallel:
             torch.distributed.all_reduce(values)
         return values
 
-    def max_over_all(self, value: int) -> int:
-        """Compute the maximum over all ranks. Every rank must call this."""
+    def max_over_all(self, values: Sequence[int]) -> list[int]:
+        """Compute the maximum of each value over all ranks. Every rank must call this."""
         if self.world_size == 1:
-            return value
-        tensor = torch.tensor(value, dtype=torch.int64, device=self.device)
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.int64, device=self.device)
         torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
-        return int(tensor.item())
+        return [int(value) for value in tensor.tolist()]
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Gather every rank's picklable value, in rank order. Every rank must call this."""

@@ -108,10 +108,10 @@ class Run:
         if self.display is not None:
             self.display.say(text)
 
-    def record_event(self, event: str, **details: Any) -> None:
-        """Write a line to events.jsonl at the current step; does nothing but on the main rank."""
+    def record_event(self, event: str, *, step: int | None = None, **details: Any) -> None:
+        """Write a line to events.jsonl at a step, the current one where none is given; does nothing but on the main rank."""
         if self.log is not None:
-            self.log.write_event(event, self.progress.step, **details)
+            self.log.write_event(event, self.progress.step if step is None else step, **details)
 
 
 def identities_of(loader: PretrainLoader) -> dict[str, str]:

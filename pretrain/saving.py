@@ -83,6 +83,6 @@ def record_saved(run: Run, saved: SavedCheckpoint | None) -> None:
     if saved is None:
         return
     remarks = {"remarks": list(saved.remarks)} if saved.remarks else {}
-    run.record_event("checkpoint", path=saved.name, **remarks)
+    run.record_event("checkpoint", step=saved.step, path=saved.name, **remarks)
     for remark in saved.remarks:
         run.say(f"warning: {remark}")

@@ -37,9 +37,9 @@ class StepResult:
 
     loss: mean negative log-likelihood a token, in nats. auxiliary: weighted auxiliary losses, means over micro-batches.
     expert_counts: token choices by expert, for each MoE block. grad_norm: before clipping. applied: whether the weights
-    moved. signal: number of the signal that asks some rank to stop, 0 for none. busy_seconds: time in which this rank read
-    data and computed, without waiting for others. anomaly: what went wrong, if anything; skip: what is known about a
-    step that was not applied.
+    moved. signal: number of the signal that asks some rank to stop, 0 for none. is_saving: whether some rank still writes a
+    checkpoint. busy_seconds: time in which this rank read data and computed, without waiting for others. anomaly: what went
+    wrong, if anything; skip: what is known about a step that was not applied.
     """
 
     loss: float
@@ -52,6 +52,7 @@ class StepResult:
     learning_rate: float
     seconds: float
     signal: int
+    is_saving: bool
     busy_seconds: float
     anomaly: StepAnomaly | None = None
     skip: dict[str, Any] | None = None
@@ -80,10 +81,11 @@ class StepSums:
         for block, counts_E in output.expert_counts.items():
             self.expert_counts[block] += counts_E
 
-    def reduce(self, parallel: Parallel, signal: int) -> int:
+    def reduce(self, parallel: Parallel, *, signal: int, is_saving: bool) -> tuple[int, bool]:
         """Sum over all ranks that saw other tokens or blocks, in float64, which holds counts exactly.
 
-        Returns the largest signal number of all ranks, so that all stop together. Every rank must call this.
+        Returns the largest signal number of all ranks and whether any of them is saving, so that all stop, and all learn
+        how a save ended, at the same step. Every rank must call this.
         """
         names, blocks = list(self.auxiliary), list(self.expert_counts)
         parts = [self.nll, self.z_loss, *(self.auxiliary[name] for name in names)]
@@ -94,7 +96,8 @@ class StepSums:
         self.nll, self.z_loss = scalars[0], scalars[1]
         self.auxiliary = dict(zip(names, scalars[2:]))
         self.expert_counts = {block: values.to(torch.int64) for block, values in zip(blocks, counts)}
-        return parallel.max_over_all(signal)
+        largest_signal, some_rank_saves = parallel.max_over_all([signal, int(is_saving)])
+        return largest_signal, bool(some_rank_saves)
 
 
 def train_step(run: Run) -> StepResult:
@@ -126,7 +129,7 @@ def train_step(run: Run) -> StepResult:
         run.heartbeat.at(progress.step + 1, "reduce")
         busy_seconds = time.perf_counter() - start - waited_seconds
         # Still inside `accumulate`: a step to be skipped must be poisoned before gradients are reduced.
-        signal = sums.reduce(run.parallel, run.signals.received)
+        signal, is_saving = sums.reduce(run.parallel, signal=run.signals.received, is_saving=run.saver.is_writing())
         loss = float(sums.nll) / valid_tokens
         anomaly = judge_loss(loss, progress.recent_losses, run.config.health)
         if anomaly is not None and run.config.health.on_spike == "skip":
@@ -162,6 +165,7 @@ def train_step(run: Run) -> StepResult:
         learning_rate=rate,
         seconds=time.perf_counter() - start,
         signal=signal,
+        is_saving=is_saving,
         busy_seconds=busy_seconds,
         anomaly=anomaly,
         skip=skip,

@@ -90,6 +90,10 @@ def run_steps(run: Run) -> int:
             return RUN_FAILED
         if result.signal:
             return stop_on_signal(run, result.signal)
+        if not result.is_saving:
+            finish_saving(
+                run
+            )  # waits for nothing: a save that failed on any rank ends the run now, not at the next one
         if is_due(step, train.checkpoint_every_steps):
             save(run)
     save(run)

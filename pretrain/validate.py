@@ -57,6 +57,6 @@ def validate(run: Run) -> Validation:
             # Validation begins at sample 0, so that a sample's number is its row here.
             counts_R2[list(batch.sample_ids)] = count_correct(predictions_BT, micro_batch.labels_BT)
     run.engine.module.train()
-    sums.reduce(run.parallel, signal=0)
+    sums.reduce(run.parallel, signal=0, is_saving=False)
     accuracy = measure_accuracy(run.parallel.all_reduce_unique(counts_R2)) if is_synthetic else None
     return Validation(float(sums.nll) / max(1, tokens), tokens, accuracy)

@@ -167,7 +167,7 @@ def take_step(config: RunConfig, parallel: Parallel, engine: ZeroEngine, pipelin
                 assert loss is not None, "a batch has labels"
                 engine.backward(loss)
                 sums.add(output)
-    sums.reduce(parallel, 0)
+    sums.reduce(parallel, signal=0, is_saving=False)
     engine.step(config.optimizer.learning_rate)
     engine.module.update_expert_bias(sums.expert_counts)
 

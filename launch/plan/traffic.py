@@ -149,8 +149,8 @@ def gradient_exchanges(config: RunConfig, layout: Layout, model: HybridModel) ->
 def step_exchanges(config: RunConfig, layout: Layout) -> list[Exchange]:
     """The few numbers that ranks agree on at the end of a step.
 
-    Counts of labels, the step's float64 sums, the agreed signal, the gradient norm, and in bf16 DeepSpeed's flag for
-    infinities.
+    Counts of labels, the step's float64 sums, the agreed signal and whether a save is under way, the gradient norm, and
+    in bf16 DeepSpeed's flag for infinities.
     """
     world, model_ranks = layout.ranks, layout.tensor * layout.pipeline
     if world == 1:
@@ -161,7 +161,7 @@ def step_exchanges(config: RunConfig, layout: Layout) -> list[Exchange]:
 
     found = [
         reduce("world", "float64", 8 * (2 + _num_router_sums(config))),
-        reduce("world", "int64", INT64),
+        reduce("world", "int64", 2 * INT64),
     ]
     if layout.data > 1:
         found.append(reduce("dp", "int64", INT64))

@@ -182,12 +182,13 @@ def build_run(config: RunConfig, parallel: Any, tracer: Tracer, report: Callable
     )
     heartbeat: Any = types.SimpleNamespace(at=lambda step, phase: tracer.enter(PHASES[phase]))
     nothing: Any = None
+    saver: Any = types.SimpleNamespace(is_writing=lambda: False)
     signals: Any = types.SimpleNamespace(received=0)
     return Run(
         config=config,
         parallel=parallel,
         engine=engine,
-        saver=nothing,
+        saver=saver,
         loader=loader,
         validations={},
         peak=nothing,

@@ -2,8 +2,8 @@
 
 A step that is saved costs training one copy of the state to host memory; hashing, writing, syncing and the messages between
 ranks happen in the thread. One save is in flight at most: the next one waits for it, so memory holds one copy. A save that
-fails cannot raise inside the thread that trains, so its error is kept and raised at the next call, which all ranks make at
-the same step and therefore fail together.
+fails cannot raise inside the thread that trains, so its error is kept and raised by `wait`, which all ranks call at the same
+step and therefore fail together: the loop agrees after every step on whether any rank `is_writing`.
 """
 
 from __future__ import annotations
@@ -75,6 +75,10 @@ class BackgroundSaver:
         self.pending = writer.submit(write_snapshot, checkpoints_dir, own_snapshot, self.ranks, keep_last)
         writer.shutdown(wait=False)
         return finished
+
+    def is_writing(self) -> bool:
+        """Whether this rank's save is still under way; one that ended, well or not, waits for `wait` to tell how."""
+        return self.pending is not None and not self.pending.done()
 
     def wait(self) -> SavedCheckpoint | None:
         """Wait until nothing is being written: returns the save that was pending, or None.

@@ -139,6 +139,11 @@ class SavedCheckpoint:
         """Name of its folder."""
         return self.path.name
 
+    @property
+    def step(self) -> int:
+        """The step that it holds."""
+        return int(self.name.removeprefix("step-"))
+
 
 def commit(temporary_dir: Path, manifest: dict[str, Any]) -> SavedCheckpoint:
     """Turn a written temporary folder into the checkpoint of its step, durably. Rank 0 calls it, after all have reported.

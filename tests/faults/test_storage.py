@@ -63,7 +63,7 @@ def check_survived(place: Path, results: dict[str, Any], faults: dict[str, tuple
         assert str(run_dir) in outcome["said"][0], (name, outcome)
         assert results[f"again{number}"] == {"codes": [0], "said": [""]}, (name, results[f"again{number}"])
         assert {line["step"]: line["loss"] for line in read_metrics(run_dir)} == losses, name
-        read_events(run_dir)
+        assert all(event["path"] == f"step-{event['step']:08d}" for event in read_events(run_dir, "checkpoint")), name
 
 
 def test_a_passing_fault_of_the_storage_ends_with_3_and_loses_nothing(tmp_path: Path) -> None:

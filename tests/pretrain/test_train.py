@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -149,6 +150,19 @@ def test_clipping_bounds_the_step_but_not_the_reported_norm(
         close_run(run)
     assert norm > 0.5
     assert used == pytest.approx(norm if clip is None else clip, rel=1e-4)
+
+
+def test_a_background_save_that_fails_ends_the_run_before_the_next_save(data: DataConfig, tmp_path: Path) -> None:
+    config = tiny_config(data, tmp_path, train__steps=60, train__checkpoint_every_steps=30)
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, old[1]))  # less than a checkpoint, more than the log
+    try:
+        with pytest.raises(RuntimeError, match=r"checkpoint of step 30 .*was not saved.*File too large"):
+            train(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert 30 < read_metrics(tmp_path)[-1]["step"] < 60
+    assert read_events(tmp_path)[-1]["event"] == "failed"
 
 
 def wait_for_lines(path: Path, count: int) -> None:
