@@ -50,7 +50,7 @@ class Run:
     stages: all training stages; stage: the one the model is set to. loader: this rank's micro-batches of training text;
     validations: of held-out text, by length of rows. pipeline: runs the schedule where the model is cut over ranks.
     peak: the device's arithmetic, for MFU. lock, log, display: on the main rank alone. saved_step: of the newest checkpoint
-    that was begun, None after a rollback.
+    that was begun, None after a rollback. collapsed_blocks: MoE blocks whose collapse was reported.
     """
 
     config: RunConfig
@@ -72,6 +72,7 @@ class Run:
     display: Display | None = None
     progress: Progress = field(default_factory=Progress)
     saved_step: int | None = None
+    collapsed_blocks: frozenset[int] = frozenset()
 
     @property
     def directory(self) -> Path:

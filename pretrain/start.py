@@ -40,6 +40,7 @@ from pretrain.inference.weights import load_initial_weights
 from pretrain.launcher_protocol import RESTART_CAUSE
 from pretrain.monitor.display import Display
 from pretrain.monitor.environment import find_peak, record_environment
+from pretrain.monitor.experts import describe_unbalanced
 from pretrain.monitor.heartbeat import Heartbeat
 from pretrain.monitor.metrics import RunLog, check_plot_services
 from pretrain.monitor.signals import SignalWatch
@@ -248,6 +249,10 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None) -> None:
     if run.log.dropped_lines:
         run.say(f"metrics.jsonl: {run.log.dropped_lines} line(s) were cut short or damaged and are left out")
     run.record_event("start", world_size=run.parallel.world_size, resumed_from=loaded and loaded.path.name)
+    unbalanced = describe_unbalanced(run.config.model)
+    if unbalanced is not None:
+        run.say(f"warning: {unbalanced}")
+        run.record_event("unbalanced_experts", text=unbalanced)
     cause = describe_environment([RESTART_CAUSE]).get(RESTART_CAUSE)
     if cause is not None:
         run.record_event("restarted", cause=cause)

@@ -28,6 +28,7 @@ from pretrain.config.schema import RunConfig
 from pretrain.failures import describe, is_bug, while_running
 from pretrain.launcher_protocol import DONE, INTERRUPTED, RUN_FAILED
 from pretrain.monitor.anomalies import StepAnomaly, too_many_skips
+from pretrain.monitor.experts import EXPERT_STEPS, find_collapsed
 from pretrain.monitor.heartbeat import describe_lost
 from pretrain.monitor.signals import SignalWatch, signal_name
 from pretrain.monitor.stragglers import STRAGGLER_STEPS
@@ -145,6 +146,8 @@ def record(run: Run, result: StepResult) -> None:
     run.stragglers.add(result.busy_seconds)
     if is_due(run.progress.step, STRAGGLER_STEPS):
         report_stragglers(run)
+    if is_due(run.progress.step, EXPERT_STEPS):
+        report_collapse(run, result)
 
 
 def describe_step(run: Run, result: StepResult) -> dict[str, Any]:
@@ -264,3 +267,17 @@ def report_stragglers(run: Run) -> None:
     if slow:
         run.record_event("stragglers", ranks=[asdict(entry) for entry in slow])
         run.say(f"step {run.progress.step}: slower than the median: " + ", ".join(str(entry) for entry in slow))
+
+
+def report_collapse(run: Run, result: StepResult) -> None:
+    """Log the MoE blocks in which the same experts now take nearly every token, once until they recover."""
+    moe = run.config.model.moe
+    shares = {} if moe is None else find_collapsed(result.expert_counts, moe.top_k)
+    if shares.keys() - run.collapsed_blocks:
+        run.record_event("experts_collapsed", token_share={str(block): share for block, share in shares.items()})
+        blocks = ", ".join(f"{block} ({share:.0%} of tokens)" for block, share in shares.items())
+        run.say(
+            f"warning: step {run.progress.step}: the same experts take nearly every token in block {blocks}; see "
+            "model.moe.expert_bias, bias_update_rate and auxiliary_loss_weight"
+        )
+    run.collapsed_blocks = frozenset(shares)

@@ -1,0 +1,57 @@
+"""Collapse of experts: what counts as one, and when a run says that nothing prevents it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_pipeline.config import DataConfig
+from model.config.schema import ModelConfig
+from pretrain.monitor.experts import describe_unbalanced, find_collapsed
+from pretrain.train import train
+from tests.pretrain.tiny_run import MODEL, read_events, tiny_config
+
+
+def test_a_block_collapses_when_its_fullest_expert_takes_nearly_every_token() -> None:
+    counts = {1: [50, 50, 50, 50], 4: [100, 97, 2, 1], 7: [85, 85, 15, 15]}
+    assert find_collapsed(counts, top_k=2) == {4: 1.0}
+    assert find_collapsed({1: [10, 10, 10, 9]}, top_k=4) == {}, "every expert takes every token by design"
+    assert find_collapsed({1: [0, 0, 0, 0]}, top_k=2) == {}
+
+
+def model_with(**changes: Any) -> ModelConfig:
+    """The tiny model without any balancing, changed."""
+    plain = {"expert_bias": False, "auxiliary_loss_weight": 0.0}
+    return ModelConfig.model_validate({**MODEL, "moe": {**MODEL["moe"], **plain, **changes}})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"expert_bias": True},
+        {"auxiliary_loss_weight": 1e-3},
+        {"sequence_loss_weight": 1e-4},
+        {"top_k": 4},
+        {"capacity_factor": 1.5, "overflow": "recycle"},
+    ],
+)
+def test_settings_that_balance_are_left_alone(changes: dict[str, Any]) -> None:
+    assert describe_unbalanced(model_with(**changes)) is None
+
+
+def test_what_would_balance_is_named_as_the_router_allows() -> None:
+    assert "model.moe.expert_bias=true" in str(describe_unbalanced(model_with()))
+    assert describe_unbalanced(model_with(expert_bias=True, bias_update_rate=0.0)) is not None
+    softmax = str(describe_unbalanced(model_with(router="softmax")))
+    assert "auxiliary_loss_weight" in softmax and "expert_bias" not in softmax
+
+
+def test_a_run_without_balancing_says_so_at_its_start(
+    data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_config(data, tmp_path, train__steps=3, model__moe=model_with().model_dump(mode="json")["moe"])
+    assert train(config) == 0
+    assert "warning: nothing balances the 4 experts" in capsys.readouterr().err
+    assert [event["event"] for event in read_events(tmp_path)][:2] == ["start", "unbalanced_experts"]
