@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import fields
 from itertools import zip_longest
 from typing import Any
@@ -56,6 +57,8 @@ MAY_CHANGE = (
     "data.prepare.*",
     "data.tokenizer.*",
 )
+# Refused as such, and yet a run can change them: in a stage that has not begun.
+STAGED = ("optimizer.learning_rate", "schedule.", "train.global_batch_size", "train.sequence_length")
 # An identity that may change: the data state refuses other text or weights for what was read, and lets sources join.
 GUARDED_BY_DATA_STATE = "dataset"
 
@@ -120,6 +123,34 @@ def stage_faults(saved: RunConfig, current: RunConfig, steps_done: int) -> list[
     return faults
 
 
+def end_faults(saved: RunConfig, current: RunConfig, steps_done: int) -> list[str]:
+    """Say that the run, or the stage under way, would end before the step that the checkpoint has reached."""
+    begun = [stage for stage in resolve_stages(saved) if stage.first_step < steps_done]
+    now = resolve_stages(current)
+    if not begun or len(now) < len(begun) or now[len(begun) - 1].last_step >= steps_done:
+        return []
+    where = f"stages.{len(begun) - 1} ends" if current.stages else "train.steps ends the run"
+    return [f"{where} at step {now[len(begun) - 1].last_step}, and the checkpoint has done {steps_done}"]
+
+
+def explain_remedy(refused: Sequence[str], saved: RunConfig, step: int) -> str:
+    """Say how to go on: with the old value, in a stage of its own where that can be, or as a new run."""
+    remedy = "Restore the value, or give run.dir another name to start a new run."
+    if not any(name.startswith(STAGED) for name in refused):
+        return remedy
+    if saved.stages:
+        how = f"let the present stage end at step {step} and append one with its own value"
+    else:
+        how = (
+            f"remove train.steps and declare stages: [{{name: before, steps: {step}}}, {{name: after, steps: N, "
+            "learning_rate: ...}]"
+        )
+    return (
+        f"{remedy} To change learning rate, schedule, batch or row length on the way, leave these settings as they were, "
+        f"{how} (docs/getting_started.md, stages)."
+    )
+
+
 def check_resumable(manifest: dict[str, Any], config: RunConfig, identities: dict[str, str]) -> tuple[str, ...]:
     """Refuse to resume from a checkpoint of another run; return the allowed changes as sentences for the event log.
 
@@ -137,6 +168,7 @@ def check_resumable(manifest: dict[str, Any], config: RunConfig, identities: dic
     saved_config = RunConfig.model_validate(before)
     if saved_config.stages or config.stages:
         refused += stage_faults(saved_config, config, int(manifest["step"]))
+    refused += end_faults(saved_config, config, int(manifest["step"]))
     differences = compare_settings(before, config.model_dump(mode="json"))
     for name, (saved, given) in differences.items():
         if may_change(name):
@@ -147,6 +179,6 @@ def check_resumable(manifest: dict[str, Any], config: RunConfig, identities: dic
         raise ValueError(
             f"cannot resume step {manifest['step']}: "
             + "; ".join(refused)
-            + ". Restore the value, or give run.dir another name to start a new run."
+            + f". {explain_remedy(refused, saved_config, int(manifest['step']))}"
         )
     return tuple(changes)

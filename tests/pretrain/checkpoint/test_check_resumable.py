@@ -1,0 +1,46 @@
+"""Which settings a resume refuses, and the way on that it names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretrain.checkpoint.compatibility import check_resumable
+from pretrain.checks.check_run import check_run
+from pretrain.config.file import load_config
+
+
+def saved_at(base: Path, step: int, *overrides: str) -> dict[str, Any]:
+    """The part of a manifest that judges settings."""
+    config = load_config(base, list(overrides)).model_dump(mode="json")
+    return {"identities": {}, "step": step, "config": config}
+
+
+@pytest.mark.parametrize(
+    "change", ["optimizer.learning_rate=5e-4", "train.global_batch_size=8", "schedule.min_ratio=0.2"]
+)
+def test_what_stages_can_change_is_refused_with_stages(base: Path, change: str) -> None:
+    with pytest.raises(ValueError, match=r"declare stages: \[\{name: before, steps: 20\}"):
+        check_resumable(saved_at(base, 20), load_config(base, [change]), {})
+
+
+def test_the_stages_that_a_refusal_names_are_taken(base: Path) -> None:
+    staged = ["train.steps=null", "stages=[{name: before, steps: 20}, {name: after, steps: 10, learning_rate: 5e-4}]"]
+    config = load_config(base, staged)
+    check_run(config, 1)
+    assert any(change.startswith("train.steps") for change in check_resumable(saved_at(base, 20), config, {}))
+
+
+def test_other_settings_are_refused_without_a_word_on_stages(base: Path) -> None:
+    with pytest.raises(ValueError, match="Restore the value") as caught:
+        check_resumable(saved_at(base, 20), load_config(base, ["model.hidden_size=48"]), {})
+    assert "stages" not in str(caught.value)
+
+
+def test_a_run_cannot_end_before_the_step_that_it_has_reached(base: Path) -> None:
+    saved = saved_at(base, 22)
+    with pytest.raises(ValueError, match="train.steps ends the run at step 20, and the checkpoint has done 22"):
+        check_resumable(saved, load_config(base, ["train.steps=20"]), {})
+    check_resumable(saved, load_config(base, ["train.steps=22"]), {})
