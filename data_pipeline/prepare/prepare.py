@@ -20,12 +20,12 @@ from data_pipeline.deletion import try_to_delete
 from data_pipeline.files import UNFINISHED, make_folders, write_file_atomically
 from data_pipeline.foreign_files import read_object
 from data_pipeline.locks import take_lock
-from data_pipeline.prepare.documents import Document, Segment, SegmentReader
+from data_pipeline.prepare.documents import Segment
 from data_pipeline.prepare.duplicates import mark_duplicates, units_to_hash
-from data_pipeline.prepare.filters import make_filter
 from data_pipeline.prepare.journal import Journal
 from data_pipeline.prepare.plan import Unit, UnitSettings, make_units, plan_source
 from data_pipeline.prepare.ray_actors import run_on_ray
+from data_pipeline.prepare.training_text import require_training_text, training_texts
 from data_pipeline.prepare.unit import UnitFailure, UnitReport
 from data_pipeline.store.manifest import (
     PART_NAME,
@@ -203,31 +203,12 @@ def _settle_tokenizer(
     if given is None:
         if progress:
             progress(Progress("tokenizer", 0, 1, 0, 0, 0, 0, 0.0, None))
-        given = train_tokenizer(_training_texts(config, plans), wanted)
+        require_training_text(config, plans)
+        given = train_tokenizer(training_texts(config, plans), wanted)
     with _explain_full_disk(store, 0, 0):
         write_file_atomically(store / given.file_name, given.to_bytes())
         write_file_atomically(settings_file, json.dumps(settings).encode())
     return given
-
-
-def _training_texts(config: DataConfig, plans: Mapping[str, Sequence[Segment]]) -> Iterator[str]:
-    """Read text for the tokenizer: from each source by its weight, in the plan's order, without validation files."""
-    total_weight = sum(source.weight for source in config.sources)
-    for source in config.sources:
-        budget = config.tokenizer.training_bytes * source.weight / total_weight
-        reason_to_drop = make_filter(source.filters, source.name)
-        for segment in plans[source.name]:
-            if segment.split == "validation":
-                continue
-            for item in SegmentReader(segment, source.text_column, reason_to_drop):
-                if budget <= 0:
-                    break
-                if isinstance(item, Document):
-                    text = item.text[: int(budget) + 1]
-                    budget -= len(text.encode())
-                    yield text
-            if budget <= 0:
-                break
 
 
 def _without_duplicates(

@@ -41,6 +41,6 @@ def test_other_settings_are_refused_without_a_word_on_stages(base: Path) -> None
 
 def test_a_run_cannot_end_before_the_step_that_it_has_reached(base: Path) -> None:
     saved = saved_at(base, 22)
-    with pytest.raises(ValueError, match="train.steps ends the run at step 20, and the checkpoint has done 22"):
+    with pytest.raises(ValueError, match=r"train.steps ends the run at step 20, and the checkpoint has done 22"):
         check_resumable(saved, load_config(base, ["train.steps=20"]), {})
     check_resumable(saved, load_config(base, ["train.steps=22"]), {})
