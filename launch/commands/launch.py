@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pretrain.config.schema import RunConfig
 
 DEFAULT_PORT = 29500
+PLANNED_GPU = "h100"  # a dry run may happen on a machine without the cluster's cards
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ def launch(
     config = load_checked(path, overrides or [], world_size=nodes * ranks)
     check_options(on, nodes=nodes, hosts=hosts, node_rank=node_rank, master=master, address=address, dry_run=dry_run)
     work = Work(["train", str(path), *(overrides or [])], config.launch.max_restarts)
+    if dry_run and not doctor:
+        warn_of_misfit(config, path, nodes * ranks)
     if doctor:
         work = Work(["doctor", "--cluster", "--shared", config.run.dir], None)
     if on == "torchrun":
@@ -82,6 +85,22 @@ def launch(
     else:
         code = launch_ray(config, work, nodes, ranks, address, dry_run=dry_run)
     raise typer.Exit(code)
+
+
+def warn_of_misfit(config: RunConfig, path: Path, ranks: int) -> None:
+    """Say on standard error when the run, by the plan, needs more memory than an accelerator has."""
+    from launch.plan.hardware import load_hardware
+    from launch.plan.plan import Assumptions, advise, make_plan
+
+    if config.parallel.offload_optimizer:
+        return  # not modelled
+    hardware = load_hardware(PLANNED_GPU)
+    advice = advise(make_plan(config, hardware, ranks, Assumptions()))
+    if advice:
+        say(
+            f"amfm launch: warning: on {ranks} x {hardware.name}, {advice}; see "
+            f"amfm plan {shlex.quote(str(path))} --gpus {ranks} --gpu {PLANNED_GPU} --search, for other cards with their --gpu"
+        )
 
 
 def check_options(

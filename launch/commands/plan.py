@@ -177,7 +177,7 @@ def print_plan(made: Plan, title: str) -> None:
         )
     advice = advise(made)
     if advice:
-        say(f"amfm: {advice}")
+        say(f"amfm: warning: {advice}")
 
 
 def print_layouts(made: Plan) -> None:
