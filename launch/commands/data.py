@@ -89,6 +89,7 @@ def prepare(
         "vocabulary": f"{report.vocab_size:,}",
         **tokens,
         "text": f"{report.text_bytes / 1e6:.1f} MB, {report.rejects:,} records rejected",
+        **({"why rejected": f"{report.store}/rejects"} if report.rejects else {}),
         "parts": f"{report.units_written} written, {report.units_total} in all",
         "time": f"{report.seconds:.1f} s",
     }

@@ -199,9 +199,12 @@ def load_initial_weights(model: HybridModel, path: str | Path, tokenizer_identit
             f"this run is on {'a synthetic task' if tokenizer_identity == NO_TOKENIZER else 'text'}; tokens mean other things there"
         )
     if given_identity != tokenizer_identity:
+        folder = (
+            path if weights.run is None else weights.run.data.text_store()
+        )  # a run leaves its tokenizer in its store
         raise ValueError(
             f"run.initial_weights={path} was trained with tokenizer {given_identity}, data.store was "
-            f"prepared with {tokenizer_identity}; prepare the data with data.tokenizer.model={path}/"
+            f"prepared with {tokenizer_identity}; prepare the data with data.tokenizer.model={folder}/"
             f"{weights.tokenizer.file_name}"
         )
     ours, given = function_settings(model.config), function_settings(weights.model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,9 @@ def test_a_run_starts_from_an_import_and_then_from_its_own_checkpoint(data: Data
     assert train(second) == 0
     assert losses(tmp_path / "second")[0] < losses(first)[0] - 0.05, "it did not start where the first run ended"
     assert read_weights(tmp_path / "second").model == trained.model
+    other = HybridModel(trained.model, single_rank_groups())
+    with pytest.raises(ValueError, match=rf"data\.tokenizer\.model={re.escape(str(data.store))}/tokenizer\.model$"):
+        load_initial_weights(other, first, "another")
     more = tiny_config(data, tmp_path / "second", run__initial_weights=str(tmp_path / "gone"), train__steps=5)
     assert train(more) == 0, "a resumed run has its own weights and does not read the others again"
 
