@@ -6,12 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from data_pipeline.config import DataConfig
 from model.config.schema import ModelConfig
-from pretrain.monitor.experts import describe_unbalanced, find_collapsed
-from pretrain.train import train
+from pretrain.config.file import load_config
+from pretrain.monitor.experts import EXPERT_STEPS, describe_unbalanced, find_collapsed
+from pretrain.monitor.signals import SignalWatch
+from pretrain.start import close_run, start_run
+from pretrain.train import run_steps
 from tests.pretrain.tiny_run import MODEL, read_events, tiny_config
+
+CONFIGS = Path(__file__).parents[3] / "configs"
 
 
 def test_a_block_collapses_when_its_fullest_expert_takes_nearly_every_token() -> None:
@@ -48,10 +54,24 @@ def test_what_would_balance_is_named_as_the_router_allows() -> None:
     assert "auxiliary_loss_weight" in softmax and "expert_bias" not in softmax
 
 
-def test_a_run_without_balancing_says_so_at_its_start(
+def test_a_run_says_at_its_start_that_nothing_balances_and_once_that_a_block_collapsed(
     data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = tiny_config(data, tmp_path, train__steps=3, model__moe=model_with().model_dump(mode="json")["moe"])
-    assert train(config) == 0
-    assert "warning: nothing balances the 4 experts" in capsys.readouterr().err
-    assert [event["event"] for event in read_events(tmp_path)][:2] == ["start", "unbalanced_experts"]
+    moe = model_with(expert_bias=True, bias_update_rate=0.0).model_dump(mode="json")["moe"]
+    with SignalWatch() as signals:
+        run = start_run(tiny_config(data, tmp_path, train__steps=2 * EXPERT_STEPS, model__moe=moe), signals)
+        bias = next(buffer for name, buffer in run.model.named_buffers() if name.endswith("expert_bias"))
+        bias.copy_(torch.tensor([9.0, 9.0, 0.0, 0.0]))
+        assert run_steps(run) == 0
+        close_run(run)
+    said = capsys.readouterr().err
+    assert "warning: nothing balances the 4 experts" in said
+    assert said.count("the same experts take nearly every token in block 1 (100% of tokens)") == 1
+    assert len(read_events(tmp_path, "unbalanced_experts")) == 1
+    collapsed = read_events(tmp_path, "experts_collapsed")
+    assert [(event["step"], event["token_share"]) for event in collapsed] == [(EXPERT_STEPS, {"1": 1.0})]
+
+
+def test_every_preset_balances_its_experts() -> None:
+    for path in sorted(CONFIGS.glob("*.yaml")):
+        assert describe_unbalanced(load_config(path).model) is None, path.name
