@@ -85,7 +85,9 @@ def stage_problems(config: RunConfig, world_size: int | None) -> list[Problem]:
     problems += kernel_problems(config, config.kernels.backend)
     if not model:
         problems += [*export_problems(config), *pipeline_problems(config)]
-    if world_size is not None:
+    if world_size is None:
+        problems += whole_batch_problems(config)
+    else:
         shares = [*world_problems(config, world_size), *batch_problems(config, world_size)]
         problems += shares or [*micro_batch_problems(config, world_size), *ramp_share_problems(config, world_size)]
     return problems
@@ -222,6 +224,15 @@ def loop_problems(config: RunConfig, steps: int) -> Iterator[Problem]:
     if train.compile and config.kernels.backend == "reference":
         rule = "cannot speed up kernels.backend=reference, which runs step by step in Python"
         yield Problem("train.compile", rule, "use kernels.backend=torch, or train.compile=false", "true")
+
+
+def whole_batch_problems(config: RunConfig) -> Iterator[Problem]:
+    """Check that the global batch is whole micro-batches, without which no number of ranks can share it."""
+    rows, batch = config.train.micro_batch_size, config.train.global_batch_size
+    if batch % rows:
+        nearest = " or ".join(str(value) for value in (batch // rows * rows, (batch // rows + 1) * rows) if value)
+        rule = f"must be a multiple of train.micro_batch_size={rows}, for any number of ranks"
+        yield Problem("train.global_batch_size", rule, f"use {nearest}", str(batch))
 
 
 def batch_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:

@@ -142,8 +142,10 @@ def test_a_batch_that_ranks_cannot_share_names_the_nearest_sizes(base):
     assert broken(base, "train.global_batch_size=1", world_size=1).endswith("x 1 data rank = 2; use 2")
 
 
-def test_without_a_world_size_the_batch_is_not_judged(base):
-    check_run(load_config(base, ["train.global_batch_size=3"]), None)
+def test_without_a_world_size_the_batch_need_only_be_whole_micro_batches(base):
+    check_run(load_config(base, ["train.global_batch_size=6"]), None)
+    message = broken(base, "train.global_batch_size=3")
+    assert message.endswith("must be a multiple of train.micro_batch_size=2, for any number of ranks; use 2 or 4")
 
 
 def test_a_tokenizer_file_is_not_measured_by_the_size_to_train(base):
