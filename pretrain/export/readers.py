@@ -1,8 +1,7 @@
 """Programs that are known to refuse an export: tried with the versions named here, said before somebody meets it.
 
 transformers proves every export; what other programs make of it was tried on small models of each class and compared with
-transformers. What they read is in config.json (`model.huggingface`); here is what they read and then refuse. mlx-lm 0.32.2
-refuses none of them.
+transformers. What they read is in config.json (`model.huggingface`); here is what they read and then refuse.
 """
 
 from __future__ import annotations
