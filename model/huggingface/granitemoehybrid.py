@@ -46,6 +46,8 @@ def granite_fields(config: ModelConfig) -> dict[str, Any]:
         "attention_bias": False,
         "attention_dropout": 0.0,
         "mamba_proj_bias": False,
+        # None of ours: dt is below 1e30, and JSON cannot spell infinity. mlx-lm would keep dt at 0.001 or more.
+        "time_step_limit": [0.0, 1e30],
         # As the released models say it: to mlx-lm every other value is "rope", and the base has to be there.
         "position_embedding_type": "nope",
         "rope_theta": 10_000.0,

@@ -59,6 +59,7 @@ def test_config_json_has_the_keys_that_other_readers_ask_for() -> None:
     assert nemotron["num_hidden_layers"] == 5, "llama.cpp's converter stops without it"
     assert nemotron["intermediate_size"] == 16, "mlx-lm asks for it without a dense layer too"
     granite = fields_of(granite_config(), "granitemoehybrid")
+    assert granite["time_step_limit"][0] == 0.0, "mlx-lm's default clamps dt"
     assert granite["rope_theta"] == granite["rope_parameters"]["rope_theta"] == 10_000.0
     no_positions = granite_config(attention=AttentionConfig(num_heads=4, num_kv_heads=1, head_dim=6))
     assert fields_of(no_positions, "granitemoehybrid")["position_embedding_type"] == "nope", "others are rope to mlx-lm"
