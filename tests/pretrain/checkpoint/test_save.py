@@ -247,7 +247,7 @@ def test_harmless_changes_are_allowed_and_reported(engine: ZeroEngine, tmp_path:
         "parallel.zero_stage: 1 -> 3",
         "run.dir: 'unused' -> 'moved'",
         "train.precision: 'bf16' -> 'float32'",
-        "train.steps: 9 -> 20",
+        "train.steps: 10000 -> 20",
         "train.stop_after_steps: None -> 5",
     )
 

@@ -51,7 +51,7 @@ def toy_config(**changes: Any) -> RunConfig:
         "run": {"dir": "unused"},
         "model": {"pattern": "M", "vocab_size": 8, "hidden_size": 4, "mamba": {"num_heads": 8}},
         "data": {"store": "unused", "sources": [{"name": "plays", "paths": ["unused"]}]},
-        "train": {"steps": 9, "sequence_length": 8, "micro_batch_size": 1, "global_batch_size": 2},
+        "train": {"steps": 10_000, "sequence_length": 8, "micro_batch_size": 1, "global_batch_size": 2},
         "optimizer": {"learning_rate": 1e-2},
     }
     for key, value in changes.items():
