@@ -176,7 +176,8 @@ def describe_step(run: Run, result: StepResult) -> dict[str, Any]:
         "skipped": not result.applied,
     }
     if run.progress.validated_step == run.progress.step:
-        metrics["validation_loss"] = run.progress.validation_loss
+        loss = run.progress.validation_loss
+        metrics["validation_loss"] = None if loss is None else finite(loss)
         if run.progress.validation_accuracy is not None:
             metrics["validation_accuracy"] = run.progress.validation_accuracy
             metrics["validation_row_accuracy"] = run.progress.validation_row_accuracy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -47,8 +48,7 @@ def test_ctrl_c_is_answered_and_a_second_one_ends_at_once() -> None:
 def test_ctrl_c_at_a_terminal_saves_and_the_next_start_resumes_bit_for_bit(nproc: int, tmp_path: Path) -> None:
     def command(directory: str, *more: str) -> list[str]:
         settings = ["configs/probes/mqar.yaml", f"run.dir={tmp_path / directory}", "train.steps=12"]
-        settings += ["train.micro_batch_size=16"]
-        settings += ["train.validate_every_steps=null", "schedule.warmup_steps=2", "train.checkpoint_every_steps=100"]
+        settings += ["train.micro_batch_size=16", "train.validate_every_steps=null", "schedule.warmup_steps=2"]
         return [sys.executable, "-m", "launch", "train", *settings, "--nproc", str(nproc), *more]
 
     subprocess.run(command("whole"), cwd=ROOT, check=True)
@@ -99,6 +99,4 @@ def wait_for_step(path: Path, step: int) -> None:
 
 
 def losses(directory: Path) -> list[float]:
-    import json
-
     return [json.loads(line)["loss"] for line in (directory / "metrics.jsonl").read_text().splitlines()]
