@@ -1,6 +1,6 @@
 """The `amfm` command: its verbs, and how an error becomes one message and an exit code.
 
-Exit codes: 0 done, 2 bad input, 3 the run failed and can be resumed, 130 interrupted; a bug shows its traceback.
+Exit codes: 0 done, 2 bad input, 3 the run failed and can be resumed, 4 a rank ended before a stage of another layout, 130 interrupted; a bug shows its traceback.
 Heavy packages are imported inside the verbs, so that help and mistakes answer at once.
 """
 

@@ -132,8 +132,8 @@ def mark_checkpoint(folder: Path, keep: bool) -> None:
 
 def inspect_run(folder: Path) -> Inspection:
     """Inspect a run directory: verify every checkpoint, and find how far the metrics reach."""
-    from pretrain.checkpoint.commit import list_checkpoints
     from pretrain.checkpoint.files import verify_checkpoint
+    from pretrain.checkpoint.names import list_checkpoints
     from pretrain.config.file import flatten, load_config
     from pretrain.report.data import read_json_lines
     from pretrain.stages import total_steps

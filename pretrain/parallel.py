@@ -23,7 +23,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from model.parallel.groups import AXES, ProcessGroupCollection
 from pretrain.config.schema import ParallelConfig
-from pretrain.launcher_protocol import LAUNCHER_PID
+from pretrain.launcher_protocol import GOES_ON, LAUNCHER_PID
 from pretrain.rank_group import RankGroup
 
 DATA_PARALLEL = ParallelConfig()
@@ -140,6 +140,11 @@ def die_with_launcher() -> None:
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
     if os.getppid() != int(launcher):
         raise RuntimeError(f"the launcher (process {launcher}) is gone; this rank does not start without it")
+
+
+def launcher_goes_on() -> bool:
+    """Whether a launcher of ours starts the stages after this layout, on as many ranks as each needs, and has checked them."""
+    return GOES_ON in os.environ
 
 
 def is_first_rank() -> bool:

@@ -9,7 +9,7 @@ from typing import IO, Any, cast
 from data_pipeline.loader.loader import PretrainLoader
 from model.hybrid import HybridModel
 from pretrain.checkpoint.background import BackgroundSaver
-from pretrain.config.schema import RunConfig
+from pretrain.config.schema import ParallelConfig, RunConfig
 from pretrain.engine.engine import ZeroEngine
 from pretrain.monitor.display import Display
 from pretrain.monitor.environment import Peak
@@ -19,7 +19,8 @@ from pretrain.monitor.signals import SignalWatch
 from pretrain.monitor.stragglers import StepTimes
 from pretrain.parallel import Parallel
 from pretrain.pipeline import Pipeline
-from pretrain.stages import RunStage, stage_of
+from pretrain.recompute import recomputed_letters
+from pretrain.stages import RunStage, in_layout, stage_of
 
 
 @dataclass
@@ -47,7 +48,7 @@ class Progress:
 class Run:
     """One training run in this process.
 
-    stages: all training stages; stage: the one the model is set to. loader: this rank's micro-batches of training text;
+    stages: all training stages; stage: the one the model is set to. layout: what ranks, model and engine were built by. loader: this rank's micro-batches of training text;
     validations: of held-out text, by length of rows. pipeline: runs the schedule where the model is cut over ranks.
     peak: the device's arithmetic, for MFU. lock, log, display: on the main rank alone. saved_step: of the newest checkpoint
     that was begun, None after a rollback. collapsed_blocks: MoE blocks whose collapse was reported.
@@ -62,6 +63,7 @@ class Run:
     peak: Peak
     stages: tuple[RunStage, ...]
     stage: RunStage
+    layout: ParallelConfig
     signals: SignalWatch
     heartbeat: Heartbeat
     pipeline: Pipeline | None = None
@@ -123,12 +125,13 @@ def identities_of(loader: PretrainLoader) -> dict[str, str]:
 def apply_stage(run: Run) -> None:
     """Enter the next step's training stage if that is a new one: its rotary positions, a fresh loss window, an event.
 
-    Every rank must call this.
+    The run must have been built in its layout. Every rank must call this.
     """
     stage = stage_of(run.stages, run.progress.step)
     if stage == run.stage:
         return
     run.stage = stage
+    run.model.recompute_blocks(recomputed_letters(in_layout(run.config, stage)))
     run.progress.recent_losses.clear()  # other text or longer rows have another loss
     run.model.set_rope(stage.rope)
     run.record_event("stage", name=stage.name, sequence_length=stage.sequence_length, steps=stage.num_steps)

@@ -1,4 +1,4 @@
-"""Training stages: a run as consecutive stages, each with its own row length, batch, positions, mixture and learning rate.
+"""Training stages: a run as consecutive stages, each with its own rows, batch, positions, mixture, rate and layout of ranks.
 
 Pretraining, annealing and long-context training are stages of one run. A stage leaves open what does not change, so it is
 resolved against the one before it; a run that declares none is one stage. Everything here is a pure function of the
@@ -12,10 +12,11 @@ import math
 from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 from data_pipeline.config import DataConfig, PhaseConfig
 from model.config.schema import ModelConfig, RopeConfig
-from pretrain.config.schema import BatchRampConfig, RunConfig, ScheduleConfig, StageConfig
+from pretrain.config.schema import BatchRampConfig, ParallelConfig, RunConfig, ScheduleConfig, StageConfig
 from pretrain.schedule import learning_rate
 
 
@@ -25,7 +26,8 @@ class RunStage:
 
     first_step, first_sample: steps done and rows drawn by all stages before it. micro_batch_size, global_batch_size: in
     rows of sequence_length tokens. peak: highest learning rate, which its schedule spreads over num_steps. weights: of the
-    data mixture, None where it does not change. ramp: of the batch size, in the first stage only.
+    data mixture, None where it does not change. ramp: of the batch size, in the first stage only. parallel: its layout;
+    where it differs from that of the stage before, the ranks are started anew.
     """
 
     index: int
@@ -41,6 +43,9 @@ class RunStage:
     rope: RopeConfig | None
     weights: dict[str, float] | None
     ramp: BatchRampConfig | None
+    parallel: ParallelConfig
+    recompute: Literal["none", "selective", "full"]
+    recompute_blocks: str
 
     @property
     def last_step(self) -> int:
@@ -94,6 +99,7 @@ def resolve_stages(config: RunConfig) -> tuple[RunStage, ...]:
         micro_rows = section.micro_batch_size or (before.micro_batch_size if before else config.train.micro_batch_size)
         ramp = config.train.batch_ramp if index == 0 else None
         rope = section.rope or rope
+        recompute, blocks = recompute_of(section, before, config)
         stages.append(
             RunStage(
                 index=index,
@@ -109,9 +115,23 @@ def resolve_stages(config: RunConfig) -> tuple[RunStage, ...]:
                 rope=rope,
                 weights=section.weights,
                 ramp=ramp,
+                parallel=section.parallel or (before.parallel if before else config.parallel),
+                recompute=recompute,
+                recompute_blocks=blocks,
             )
         )
     return tuple(stages)
+
+
+def recompute_of(
+    section: StageConfig, before: RunStage | None, config: RunConfig
+) -> tuple[Literal["none", "selective", "full"], str]:
+    """What a stage recomputes, and the letters of its blocks; a stage that says what anew does not inherit the letters."""
+    inherited = before or config.train
+    given = section.recompute_blocks
+    if section.recompute is not None:
+        return section.recompute, given or ""
+    return inherited.recompute, inherited.recompute_blocks if given is None else given
 
 
 def count_steps(section: StageConfig, rows: int, length: int, ramp: BatchRampConfig | None) -> int:
@@ -141,6 +161,11 @@ def stage_of(stages: tuple[RunStage, ...], steps_done: int) -> RunStage:
     return stages[min(bisect_right(starts, steps_done), len(stages)) - 1]
 
 
+def count_layout_changes(stages: tuple[RunStage, ...]) -> int:
+    """Number of times that a run starts its ranks anew, because a stage has another layout than the one before."""
+    return sum(stage.parallel != before.parallel for before, stage in pairwise(stages))
+
+
 def data_of_stages(config: RunConfig, stages: tuple[RunStage, ...]) -> DataConfig:
     """Build the data section of a run: a phase for each stage that changes the mixture or the length of rows.
 
@@ -160,6 +185,12 @@ def model_of_stage(config: RunConfig, stage: RunStage) -> ModelConfig:
     if attention is None or stage.rope is None or stage.rope == attention.rope:
         return config.model
     return config.model.model_copy(update={"attention": attention.model_copy(update={"rope": stage.rope})})
+
+
+def in_layout(config: RunConfig, stage: RunStage) -> RunConfig:
+    """The configuration with the layout of a stage in place of the first one: what ranks, model and engine are built by."""
+    again = {"recompute": stage.recompute, "recompute_blocks": stage.recompute_blocks}
+    return config.model_copy(update={"parallel": stage.parallel, "train": config.train.model_copy(update=again)})
 
 
 def step_of_sample(stages: tuple[RunStage, ...], sample: int) -> tuple[int, int]:

@@ -28,8 +28,8 @@ from model.flops import count_parameters, flops_per_token
 from model.hybrid import HybridModel
 from model.pipeline_split import cut_pieces, pieces_of_rank
 from pretrain.checkpoint.background import BackgroundSaver
-from pretrain.checkpoint.commit import list_checkpoints
 from pretrain.checkpoint.load import LoadedCheckpoint
+from pretrain.checkpoint.names import list_checkpoints, newest_saved_step
 from pretrain.checks.check_run import check_run
 from pretrain.checks.mixers import check_kernels
 from pretrain.config.file import resolved_yaml, without_secrets
@@ -48,14 +48,16 @@ from pretrain.parallel import (
     Parallel,
     describe_environment,
     initialize_parallel,
+    launcher_goes_on,
     set_determinism,
     start_process_group,
 )
 from pretrain.pipeline import Pipeline
+from pretrain.rank_group import RankGroup
 from pretrain.recompute import recomputed_letters
 from pretrain.run import Run, identities_of
 from pretrain.saving import resume
-from pretrain.stages import RunStage, data_of_stages, last_stage, resolve_stages
+from pretrain.stages import RunStage, data_of_stages, in_layout, last_stage, resolve_stages, stage_of
 
 
 def start_run(config: RunConfig, signals: SignalWatch) -> Run:
@@ -65,33 +67,54 @@ def start_run(config: RunConfig, signals: SignalWatch) -> Run:
     RuntimeError or OSError for the machine's state; the run directory changes only after everything fits.
     """
     config = without_secrets(config)
-    train = config.train
-    _, world_size, _, _ = start_process_group(train.timeout_seconds)
+    rank, world_size, _, _ = start_process_group(config.train.timeout_seconds)
     require_same_on_all_ranks(describe_start(config))
-    check_run(config, world_size)
-    parallel = initialize_parallel(
-        config.parallel, timeout_seconds=train.timeout_seconds, num_threads=train.num_threads
-    )
-    keeps_freed_memory = parallel.device.type == "cpu" and keep_freed_memory()
+    newest = newest_saved_step(config.run.dir) if rank == 0 else None
+    steps_done = max(0, RankGroup(rank, world_size).broadcast(newest))
+    check_run(config, world_size, steps_done=steps_done, goes_on=launcher_goes_on())
     check_plot_services(config)
-    set_determinism(config.train.seed)
     # Before data and model are built: a second start in the same directory is refused at once.
-    lock = lock_directory(Path(config.run.dir)) if parallel.is_main else None
+    lock = lock_directory(Path(config.run.dir)) if rank == 0 else None
     stages = resolve_stages(config)
+    run = build_run(config, signals, stages, stage_of(stages, steps_done))
+    loaded = resume(run)
+    present = stage_of(stages, run.progress.step)
+    if present.parallel != run.layout:
+        # Newer checkpoints were passed over, and the one that verified belongs to a stage with another layout.
+        check_run(config, world_size, steps_done=run.progress.step, goes_on=launcher_goes_on())
+        close_run(run)
+        run = build_run(config, signals, stages, present)
+        loaded = resume(run)
+    run.lock = lock
+    # The checkpoint may have been saved in another stage than the model was built for.
+    run.stage = last_stage(stages, run.progress.step)
+    run.model.set_rope(run.stage.rope)
+    if run.parallel.is_main:
+        open_log(run, loaded)
+    run.heartbeat.start()
+    return run
+
+
+def build_run(config: RunConfig, signals: SignalWatch, stages: tuple[RunStage, ...], stage: RunStage) -> Run:
+    """Build ranks, data, model and engine in the layout of one stage. Every rank must call this."""
+    built, train = in_layout(config, stage), config.train
+    parallel = initialize_parallel(built.parallel, timeout_seconds=train.timeout_seconds, num_threads=train.num_threads)
+    keeps_freed_memory = parallel.device.type == "cpu" and keep_freed_memory()
+    set_determinism(config.train.seed)
     data = data_of_stages(config, stages)
     loader = open_loader(config, data, parallel, "train", stages[0])
     check_vocabulary(config, loader)
     check_tokenizer(config)
     require_same_on_all_ranks(identities_of(loader))
     engine = build_engine(
-        build_model(config, parallel),
+        build_model(built, parallel),
         optimizer=config.optimizer,
         precision=config.train.precision,
-        zero_stage=config.parallel.zero_stage,
+        zero_stage=built.parallel.zero_stage,
         parallel=parallel,
-        offload_optimizer=config.parallel.offload_optimizer,
+        offload_optimizer=built.parallel.offload_optimizer,
     )
-    run = Run(
+    return Run(
         config=config,
         parallel=parallel,
         engine=engine,
@@ -100,21 +123,13 @@ def start_run(config: RunConfig, signals: SignalWatch) -> Run:
         validations=open_validations(config, data, parallel, stages),
         peak=find_peak(parallel, config.train.precision),
         stages=stages,
-        stage=stages[0],
+        stage=stage,
+        layout=built.parallel,
         signals=signals,
         heartbeat=Heartbeat(Path(config.run.dir), parallel.rank, config.launch.heartbeat_seconds),
-        pipeline=build_pipeline(config, parallel, engine),
-        lock=lock,
+        pipeline=build_pipeline(built, parallel, engine),
         keeps_freed_memory=keeps_freed_memory,
     )
-    loaded = resume(run)
-    # The checkpoint may have been saved in a later stage; the model was built for the first.
-    run.stage = last_stage(stages, run.progress.step)
-    run.model.set_rope(run.stage.rope)
-    if parallel.is_main:
-        open_log(run, loaded)
-    run.heartbeat.start()
-    return run
 
 
 def lock_directory(directory: Path) -> IO[bytes]:

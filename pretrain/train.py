@@ -24,9 +24,10 @@ from typing import Any
 
 from data_pipeline.loader.loader import SourceUse
 from model.flops import flops_per_token
+from pretrain.checks.ranks import describe_parallel
 from pretrain.config.schema import RunConfig
 from pretrain.failures import describe, is_bug, while_running
-from pretrain.launcher_protocol import DONE, INTERRUPTED, RUN_FAILED
+from pretrain.launcher_protocol import DONE, INTERRUPTED, NEXT_LAYOUT, RUN_FAILED
 from pretrain.monitor.anomalies import StepAnomaly, too_many_skips
 from pretrain.monitor.experts import EXPERT_STEPS, find_collapsed
 from pretrain.monitor.heartbeat import describe_lost
@@ -35,6 +36,7 @@ from pretrain.monitor.stragglers import STRAGGLER_STEPS
 from pretrain.parallel import is_first_rank
 from pretrain.run import Run, apply_stage
 from pretrain.saving import finish_saving, restore_newest_weights, save
+from pretrain.stages import stage_of
 from pretrain.start import close_run, start_run
 from pretrain.step import StepResult, train_step
 from pretrain.validate import validate
@@ -43,6 +45,7 @@ from pretrain.validate import validate
 def train(config: RunConfig) -> int:
     """Train, resuming by itself from `run.dir`, and return the exit code. Every rank must call this.
 
+    4: the next stage has another layout, and everything is saved: the same command goes on in it.
     0: the steps asked for are done, or SIGTERM or SIGUSR1 asked to stop, and everything is saved. 130: Ctrl-C, saved.
     3: an anomaly ended the run (`handle_anomaly`); the newest checkpoint stands. Raises ValueError for settings and data that do not
     fit, OSError while it starts, RuntimeError for the machine's state and for all that ends a run under way; where another
@@ -80,6 +83,8 @@ def run_steps(run: Run) -> int:
     """Step until the last step, a signal or an anomaly that ends the run; returns the exit code. Every rank must call this."""
     train, steps = run.config.train, run.num_steps
     while run.progress.step < run.last_step:
+        if needs_other_layout(run):
+            return leave_layout(run)
         apply_stage(run)
         result = train_step(run)
         step = run.progress.step
@@ -103,6 +108,24 @@ def run_steps(run: Run) -> int:
     run.record_event("end", reason="finished" if finished else "stop_after_steps")
     run.say(f"{'finished' if finished else 'stopped'} at step {run.progress.step} of {steps}; saved")
     return DONE
+
+
+def needs_other_layout(run: Run) -> bool:
+    """Whether the next step's stage has another layout than this run was built in."""
+    return stage_of(run.stages, run.progress.step).parallel != run.layout
+
+
+def leave_layout(run: Run) -> int:
+    """Save and end where the next stage has another layout; returns the exit code. Every rank must call this."""
+    save(run)
+    finish_saving(run)
+    stage = stage_of(run.stages, run.progress.step)
+    run.record_event("next_layout", stage=stage.name, parallel=stage.parallel.model_dump(mode="json"))
+    run.say(
+        f"saved at step {run.progress.step}: stage {stage.name} has a layout of its own, "
+        f"{describe_parallel(stage.parallel)}; its ranks start anew"
+    )
+    return NEXT_LAYOUT
 
 
 def is_due(step: int, every_steps: int | None) -> bool:

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launch.plan.estimate import Assumptions, estimate
 from launch.plan.hardware import HARDWARE
 from launch.plan.layout import Layout
-from launch.plan.plan import Assumptions, estimate
 from model.flops import flops_per_token
 from pretrain.checks.check_run import load_checked
 

@@ -20,7 +20,11 @@ from contextlib import contextmanager
 from typing import IO
 
 from launch.rank_command import rank_command, source_variables
-from pretrain.launcher_protocol import DONE, INTERRUPTED, LAUNCHER_PID, RUN_FAILED
+from pretrain.checkpoint.names import newest_saved_step
+from pretrain.checks.ranks import ranks_of_stage
+from pretrain.config.schema import RunConfig
+from pretrain.launcher_protocol import DONE, GOES_ON, INTERRUPTED, LAUNCHER_PID, NEXT_LAYOUT, RUN_FAILED
+from pretrain.stages import resolve_stages, stage_of
 
 GRACE_SECONDS = 30.0  # what the other ranks get to end by themselves after one failed
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
@@ -34,6 +38,22 @@ def run_local(arguments: Sequence[str], num_ranks: int) -> int:
     killed.
     """
     return run_command(rank_command(arguments), num_ranks)
+
+
+def run_layouts(config: RunConfig, arguments: Sequence[str], num_ranks: int) -> int:
+    """Run `amfm train` as ranks on this machine, anew for each stage with a layout of its own; returns the exit code.
+
+    Such a stage runs on as many of the ranks as its layout can use.
+    """
+    stages = resolve_stages(config)
+    while True:
+        stage = stage_of(stages, max(0, newest_saved_step(config.run.dir)))
+        ranks = ranks_of_stage(config, stage, range(num_ranks, 0, -1))
+        if ranks < num_ranks:
+            sys.stderr.write(f"amfm: stage {stage.name} runs on {ranks} of {num_ranks} ranks, which suit its layout\n")
+        code = run_command(rank_command(arguments), ranks, {GOES_ON: "1"})
+        if code != NEXT_LAYOUT:
+            return code
 
 
 def run_command(command: Sequence[str], num_ranks: int, variables: Mapping[str, str] = {}) -> int:

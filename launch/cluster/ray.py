@@ -27,7 +27,7 @@ from data_pipeline.prepare.ray_actors import start_ray
 from launch.cluster.local import forward_signals
 from launch.cluster.supervise import Attempt, Outcome
 from launch.rank_command import rank_command, source_variables
-from pretrain.launcher_protocol import BAD_INPUT, DONE, LAUNCHER_PID, RESTART_CAUSE, RUN_FAILED
+from pretrain.launcher_protocol import BAD_INPUT, DONE, GOES_ON, LAUNCHER_PID, RESTART_CAUSE, RUN_FAILED
 
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 30.0
@@ -163,7 +163,9 @@ class RayCluster:
         if "GPU" in self.need:
             # Ray shows each actor its own card, which is then number 0.
             variables["LOCAL_RANK"] = "0"
-        return source_variables() | variables | ({RESTART_CAUSE: attempt.cause} if attempt.cause else {})
+        return (
+            source_variables() | variables | {GOES_ON: "1"} | ({RESTART_CAUSE: attempt.cause} if attempt.cause else {})
+        )
 
     def _forward(self, number: int) -> None:
         """Forward a signal to every rank through its actor, which runs several calls at a time for this."""

@@ -18,7 +18,7 @@ from launch.cluster.lines import sbatch_directive, sbatch_extra, shell_line, wit
 from launch.cluster.supervise import Attempt, Outcome
 from launch.rank_command import rank_command, source_variables
 from pretrain.config.schema import RunConfig
-from pretrain.launcher_protocol import BAD_INPUT, DONE, RESTART_CAUSE, RUN_FAILED
+from pretrain.launcher_protocol import BAD_INPUT, DONE, GOES_ON, RESTART_CAUSE, RUN_FAILED
 
 FIRST_PORT, NUM_PORTS = 20_000, 12_000
 # Each task takes its number as a rank from the variables that Slurm sets for it.
@@ -121,6 +121,7 @@ class Allocation:
         variables = {
             "WORLD_SIZE": str(attempt.nodes * self.ranks_per_node),
             "LOCAL_WORLD_SIZE": str(self.ranks_per_node),
+            GOES_ON: "1",
             "MASTER_ADDR": address_of(self.hosts()[0]),
             "MASTER_PORT": str(FIRST_PORT + number % NUM_PORTS),
         }

@@ -2,9 +2,11 @@
 
 How it works: a launcher (torchrun, Slurm, Ray) brings a function that starts all ranks once and reports how that ended.
 An exit code decides what follows: done and bad input end the run, a failure starts it again from its newest checkpoint,
-after waiting for lost nodes and, if they stay away, on as many as can share the batch.
+after waiting for lost nodes and, if they stay away, on as many as can share the batch. A stage with a layout of its own
+is another start too, on as many nodes as that layout can use.
 
-Why it stops: a restart repairs what the machine did (a lost node, a hung rank), not what the run does. Two failures with
+Why it stops: a restart repairs what the machine did (a lost node, a hung rank), not what the run does. So starts after
+an attempt that brought a newer checkpoint are free, and `launch.max_restarts` counts the others. Two failures with
 no newer checkpoint between them would be followed by a third, so that counts as a fault of the run, and the first cause
 is what the user is told. Nothing but checkpoints carries state from one attempt to the next, so any attempt may be
 killed at any moment.
@@ -15,13 +17,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from launch.console import say
+from pretrain.checkpoint.names import newest_saved_step
 from pretrain.checks.check_run import check_run
 from pretrain.config.errors import ConfigError
 from pretrain.config.schema import RunConfig
 from pretrain.launcher_protocol import BAD_INPUT, DONE, RUN_FAILED
+from pretrain.stages import RunStage, resolve_stages, stage_of
 
 POLL_SECONDS = 1.0
 STUCK_ATTEMPTS = 2  # failures without a newer checkpoint between them: a third would fail like them
@@ -52,29 +55,37 @@ def supervise(
     ranks_per_node: int,
     usable_nodes: Callable[[], int],
 ) -> int:
-    """Start the run on `nodes` nodes, start it again after each failure, and return the exit code.
+    """Start the run on `nodes` nodes, start it again after each failure and for each layout, and return the exit code.
 
     `start` runs one attempt to its end. `usable_nodes` says how many there are now; lost ones get
     `launch.node_wait_seconds` to come back. On fewer nodes than wanted the run goes on with the most that can share
     its batch. Stops with the first cause when `launch.max_restarts` are used up, when the input is refused (code 2), and
     when failures follow each other without a newer checkpoint between them.
     """
+    stages = resolve_stages(config)
     cause: str | None = None
     causes: list[str] = []
-    stuck = 0
-    for number in range(config.launch.max_restarts + 1):
+    stuck = wasted = number = 0
+    while wasted <= config.launch.max_restarts:
         usable = wait_for_nodes(config, nodes, usable_nodes) if number else nodes
-        attempt = Attempt(number, fitting_nodes(config, usable, ranks_per_node), cause)
+        before = newest_saved_step(config.run.dir)
+        attempt = Attempt(number, fitting_nodes(config, usable, ranks_per_node, steps_done=max(0, before)), cause)
         if attempt.nodes < nodes:
             say(f"amfm launch: going on with {attempt.nodes} of {nodes} nodes")
-        before = newest_step(config)
         outcome = start(attempt)
         if outcome.code in (DONE, BAD_INPUT):
             return outcome.code
+        after, number = newest_saved_step(config.run.dir), number + 1
+        stuck = 0 if after > before else stuck + 1
+        # Not by the code alone: srun and torchrun have codes of their own for ranks that end one after the other.
+        if after > before and has_left_layout(stages, before, after):
+            say(f"amfm launch: stage {stage_of(stages, after).name} begins at step {after}, in a layout of its own")
+            cause = None
+            continue
         cause = outcome.cause or f"exit code {outcome.code}"
         causes.append(cause)
-        stuck = 0 if newest_step(config) > before else stuck + 1
-        say(f"amfm launch: attempt {number} failed at checkpoint step {newest_step(config)}: {cause}")
+        wasted += not after > before
+        say(f"amfm launch: attempt {attempt.number} failed at checkpoint step {after}: {cause}")
         if stuck >= STUCK_ATTEMPTS:
             say(
                 f"amfm launch: {stuck} attempts in a row came to no newer checkpoint; not starting again. The first "
@@ -83,6 +94,12 @@ def supervise(
             return RUN_FAILED
     say(f"amfm launch: launch.max_restarts={config.launch.max_restarts} are used up. First cause: {causes[0]}")
     return RUN_FAILED
+
+
+def has_left_layout(stages: tuple[RunStage, ...], before: int, after: int) -> bool:
+    """Whether the checkpoint of step `after` ends a stage behind which another layout begins; `before`: of the start."""
+    present, coming = stage_of(stages, max(0, before)), stage_of(stages, after)
+    return coming.first_step == after and coming.parallel != present.parallel
 
 
 def wait_for_nodes(config: RunConfig, wanted: int, usable_nodes: Callable[[], int]) -> int:
@@ -101,16 +118,8 @@ def start_once(start: Callable[[Attempt], Outcome], nodes: int) -> int:
     return outcome.code
 
 
-def newest_step(config: RunConfig) -> int:
-    """Step of the newest complete checkpoint by its name, -1 without one."""
-    from pretrain.checkpoint.commit import list_checkpoints
-
-    directory = Path(config.run.dir) / "checkpoints"
-    return max((int(path.name.split("-")[1].split(".")[0]) for path in list_checkpoints(directory)), default=-1)
-
-
-def fitting_nodes(config: RunConfig, usable: int, ranks_per_node: int) -> int:
-    """The largest number of nodes, at most `usable`, whose ranks can run the configuration.
+def fitting_nodes(config: RunConfig, usable: int, ranks_per_node: int, *, steps_done: int = 0) -> int:
+    """The largest number of nodes, at most `usable`, whose ranks can run the stage after so many steps.
 
     Raises RuntimeError when there are fewer than `launch.min_nodes` or none fits, with the rule that the usable number
     breaks.
@@ -123,7 +132,7 @@ def fitting_nodes(config: RunConfig, usable: int, ranks_per_node: int) -> int:
     reason: ConfigError | None = None
     for nodes in range(usable, smallest - 1, -1):
         try:
-            check_run(config, nodes * ranks_per_node)
+            check_run(config, nodes * ranks_per_node, steps_done=steps_done, goes_on=True)
         except ConfigError as error:
             reason = reason or error
         else:

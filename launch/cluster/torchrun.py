@@ -26,7 +26,7 @@ from launch.cluster.lines import check_host, remote_command, shell_line, with_va
 from launch.cluster.local import forward_signals
 from launch.cluster.supervise import Attempt, Outcome
 from launch.rank_command import source_variables
-from pretrain.launcher_protocol import BAD_INPUT, DONE, RESTART_CAUSE, RUN_FAILED
+from pretrain.launcher_protocol import BAD_INPUT, DONE, GOES_ON, RESTART_CAUSE, RUN_FAILED
 
 GRACE_SECONDS = 10.0  # for the other hosts to end by themselves after one failed
 TORCHRUN_STOP_SECONDS = 45.0  # torchrun gives its ranks 30 s after a signal, then kills them
@@ -72,7 +72,7 @@ class NodeCommand:
 
         `exec` keeps the noted number: it is then torchrun's own, whose children are the ranks to signal.
         """
-        variables = source_variables() | ({RESTART_CAUSE: " ".join(cause.split())} if cause else {})
+        variables = source_variables() | ({RESTART_CAUSE: " ".join(cause.split())} if cause else {}) | {GOES_ON: "1"}
         return shell_line(
             [
                 ["cd", directory],

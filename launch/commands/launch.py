@@ -66,10 +66,15 @@ def launch(
     ] = None,
 ) -> None:
     """Start a run on many nodes and keep it alive: restarts from the newest checkpoint, on fewer nodes if it must."""
-    from pretrain.checks.check_run import load_checked
+    from pretrain.checks.check_run import check_run, load_checked
 
     ranks = nproc_per_node or count_gpus() or 1
-    config = load_checked(path, overrides or [], world_size=nodes * ranks)
+    # torchrun that this machine alone starts goes on by itself, with the ranks that it has.
+    goes_on = on != "torchrun" or hosts is not None
+    numbers = range(nodes * ranks, 0, -ranks) if goes_on else [nodes * ranks]
+    config = load_checked(path, overrides or [], world_size=numbers, resumes=True)
+    if goes_on and config.launch.min_nodes > 1:
+        check_run(config, numbers[: nodes + 1 - min(nodes, config.launch.min_nodes)])
     check_options(on, nodes=nodes, hosts=hosts, node_rank=node_rank, master=master, address=address, dry_run=dry_run)
     work = Work(["train", str(path), *(overrides or [])], config.launch.max_restarts)
     if dry_run and not doctor:
@@ -89,8 +94,9 @@ def launch(
 
 def warn_of_misfit(config: RunConfig, path: Path, ranks: int) -> None:
     """Say on standard error when the run, by the plan, needs more memory than an accelerator has."""
+    from launch.plan.estimate import Assumptions
     from launch.plan.hardware import load_hardware
-    from launch.plan.plan import Assumptions, advise, make_plan
+    from launch.plan.plan import advise, make_plan
 
     if config.parallel.offload_optimizer:
         return  # not modelled
@@ -168,6 +174,7 @@ def launch_torchrun(
     """
     from launch.cluster.supervise import Attempt
     from launch.cluster.torchrun import NodeCommand, RemoteHosts, read_hosts, run_here
+    from pretrain.stages import count_layout_changes, resolve_stages
 
     host, _, port = (master or "").partition(":")
     if port and not port.isdigit():
@@ -195,11 +202,13 @@ def launch_torchrun(
     commands = [
         NodeCommand(work.arguments, nodes, ranks, number_, host or "localhost", number) for number_ in node_numbers
     ]
+    # torchrun counts a start in another layout as a restart too.
+    restarts = 0 if work.max_restarts is None else work.max_restarts + count_layout_changes(resolve_stages(config))
     if dry_run:
         for command in commands:
-            print(shlex.join(command.torchrun(max_restarts=work.max_restarts or 0)))
+            print(shlex.join(command.torchrun(max_restarts=restarts)))
         return 0
-    return run_here(commands[0], max_restarts=work.max_restarts or 0)
+    return run_here(commands[0], max_restarts=restarts)
 
 
 def launch_slurm(

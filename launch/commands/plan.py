@@ -12,8 +12,9 @@ from launch.commands.trace import print_trace
 from launch.console import print_json, print_pairs, print_rows, say, show_progress
 
 if TYPE_CHECKING:
+    from launch.plan.estimate import Estimate
     from launch.plan.hardware import Hardware
-    from launch.plan.plan import Estimate, Plan
+    from launch.plan.plan import Plan
     from launch.simulate.trace import TracedRank
     from pretrain.config.schema import RunConfig
 
@@ -61,9 +62,10 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Say what a run needs before anything is rented: parameters, FLOPs, memory, time, and the layouts that fit."""
+    from launch.plan.estimate import Assumptions
     from launch.plan.hardware import load_hardware
     from launch.plan.picture import draw_plan
-    from launch.plan.plan import Assumptions, make_plan, plan_as_dict
+    from launch.plan.plan import make_plan, plan_as_dict
     from launch.simulate.picture import draw_trace
     from launch.simulate.trace import trace_as_dict
     from pretrain.checks.check_run import load_checked
@@ -76,7 +78,8 @@ def plan(
     if tokens is not None and not tokens > 0:
         raise ValueError(f"--tokens {tokens:g} must be greater than 0; use 1e12, say")
     assumptions = Assumptions(margin=margin, overlap=overlap, imbalance=imbalance)
-    config = load_checked(path, overrides or [], world_size=None if search else gpus)
+    numbers = None if search else range(gpus, 0, -hardware.gpus_per_node)
+    config = load_checked(path, overrides or [], world_size=numbers)
     made = make_plan(config, hardware, gpus, assumptions, tokens=tokens, search=search)
     traced = trace_ranks(config, gpus, hardware, rank, stage) if trace else []
     if picture is not None:
@@ -116,14 +119,19 @@ def check_write_options(write: bool, search: bool, overrides: list[str] | None) 
 
 
 def write_winner(made: Plan, path: Path) -> None:
-    """Write the fastest layout that fits into the configuration file. Raises ValueError where none fits."""
+    """Write each stage's layout into the configuration file. Raises ValueError where none fits a stage."""
     from launch.plan.plan import advise
     from launch.plan.write_layout import write_layout
 
-    if not made.layouts:
-        raise ValueError(f"--write-layout: {advise(made)}")
-    write_layout(path, made.layouts[0])
-    say(f"wrote {path}: {describe_layout(made.layouts[0])}")
+    chosen = [entry.chosen for entry in made.stages if entry.chosen is not None]
+    if len(chosen) < len(made.stages):
+        lacking = next(entry.stage.name for entry in made.stages if entry.chosen is None)
+        raise ValueError(f"--write-layout: no layout that was tried fits stage {lacking}; {advise(made)}")
+    write_layout(path, chosen)
+    say(f"wrote {path}: {describe_layout(chosen[0])}")
+    for before, item, entry in zip(chosen, chosen[1:], made.stages[1:]):
+        if item.layout != before.layout:
+            say(f"wrote stage {entry.stage.name}: {describe_layout(item)}")
 
 
 def trace_ranks(
@@ -170,6 +178,7 @@ def print_plan(made: Plan, title: str) -> None:
     print_pairs(f"A step on {own.layout.ranks} x {made.hardware.name}", times)
     if len(made.stages) > 1:
         print_stages(made)
+        print_chosen(made)
     print_layouts(made)
     if not made.is_own:
         say(
@@ -221,6 +230,27 @@ def print_stages(made: Plan) -> None:
         for entry in made.stages
     ]
     print_rows("Stages", ("stage", "tokens", "steps", "rows", "GiB", "s a step", "MFU", "days", ""), rows)
+
+
+def print_chosen(made: Plan) -> None:
+    """Print the layout that a search chose for each training stage; nothing without a search."""
+    from launch.plan.hardware import GIB
+    from launch.plan.plan import SECONDS_A_DAY
+
+    rows = [
+        (
+            entry.stage.name,
+            describe_layout(entry.chosen),
+            f"{entry.chosen.memory.total() / GIB:,.1f}",
+            f"{entry.chosen.step.total():,.3f}",
+            f"{entry.chosen.mfu:.1%}",
+            f"{entry.stage.num_steps * entry.chosen.step.total() / SECONDS_A_DAY:,.2f}",
+        )
+        for entry in made.stages
+        if entry.chosen is not None
+    ]
+    if rows:
+        print_rows("Each stage in its own layout", ("stage", "layout", "GiB", "s a step", "MFU", "days"), rows)
 
 
 def describe_layout(item: Estimate) -> str:

@@ -10,6 +10,7 @@ import typer
 
 from launch.arguments import ConfigArgument, HelpAllOption, JsonOption, OverridesArgument, check_picture
 from launch.console import print_json, print_pairs
+from pretrain.launcher_protocol import GOES_ON
 
 
 def train(
@@ -20,16 +21,20 @@ def train(
     help_all: HelpAllOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train, resuming by itself from run.dir; a signal, Ctrl-C and train.stop_after_steps save and end."""
+    """Train, resuming by itself from run.dir, and going on by itself in each stage's layout; a signal, Ctrl-C and train.stop_after_steps save and end."""
     from pretrain.checks.check_run import load_checked
+    from pretrain.stages import count_layout_changes, resolve_stages
 
     # Under torchrun or --nproc this process is one rank of several.
-    world_size = nproc if nproc > 1 else int(os.environ.get("WORLD_SIZE", "1"))
-    config = load_checked(path, overrides or [], world_size=world_size)
-    if nproc > 1:
-        from launch.cluster.local import run_local
+    is_rank = nproc == 1 and "RANK" in os.environ
+    numbers = [int(os.environ["WORLD_SIZE"])] if is_rank else range(nproc, 0, -1)
+    config = load_checked(
+        path, overrides or [], world_size=numbers, resumes=True, goes_on=is_rank and GOES_ON in os.environ
+    )
+    if nproc > 1 or (not is_rank and count_layout_changes(resolve_stages(config))):
+        from launch.cluster.local import run_layouts
 
-        code = run_local(["train", str(path), *(overrides or [])], nproc)
+        code = run_layouts(config, ["train", str(path), *(overrides or [])], nproc)
     else:
         from pretrain.train import train as train_run
 

@@ -6,8 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from launch.plan.estimate import Assumptions, estimate
 from launch.plan.hardware import GIB
-from launch.plan.plan import Assumptions, Plan, estimate
+from launch.plan.plan import Plan
 from launch.plan.search import ZERO_STAGES, is_allowed, with_layout
 from pretrain.checks.stages import run_of_stage
 

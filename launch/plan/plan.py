@@ -12,65 +12,37 @@ real steps, `amfm bench communication` the bytes, `amfm bench calibrate` and `am
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
+from launch.plan.estimate import Assumptions, Estimate, estimate, estimate_as_dict
 from launch.plan.hardware import GIB, Hardware
 from launch.plan.layout import Layout, held_by_stages
-from launch.plan.memory import Memory, estimate_memory, persistent_bytes, storage_of
-from launch.plan.search import all_layouts, is_allowed, neighbour_layouts, recomputed, with_layout
-from launch.plan.time import StepTime, estimate_step
+from launch.plan.memory import persistent_bytes, storage_of
+from launch.plan.ranking import Found, at_stage, choose_layouts, rank_layouts
+from launch.plan.search import all_layouts, is_allowed, neighbour_layouts, with_layout
 from model.flops import Counts, count_parameters, flops_per_token
+from pretrain.checks.ranks import ranks_of_stage
 from pretrain.checks.stages import run_of_stage
 from pretrain.config.schema import RunConfig
 from pretrain.stages import RunStage, resolve_stages
 
 SECONDS_A_DAY = 86_400
-NEAR_MISSES = 3
-KEPT_PARTS = ("weights", "masters", "moments", "gradients")  # that no recomputation spares
-
-
-@dataclass(frozen=True)
-class Assumptions:
-    """Inputs of the estimates that no configuration states, all fractions or ratios.
-
-    `margin`: memory added for fragmentation and small allocations. `overlap`: part of ZeRO-3's gathers and of pipeline
-    sends that hides behind compute. `imbalance`: routed rows of the fullest expert rank over the mean.
-    """
-
-    margin: float = 0.1
-    overlap: float = 0.5
-    imbalance: float = 1.0
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Memory, time and throughput of one layout. `reason` says why it does not fit; empty when it does.
-
-    `train`: the keys of the `train` section that the layout decides. `mfu` counts model FLOPs (recomputation left out)
-    against the dense peak of all ranks; `tokens_per_second` is of the whole run.
-    """
-
-    layout: Layout
-    memory: Memory
-    step: StepTime
-    mfu: float
-    tokens_per_second: float
-    reason: str
-    train: dict[str, Any]
-
-    def fits(self) -> bool:
-        """Whether the fullest rank's bytes fit the device's memory."""
-        return not self.reason
+SHOWN_LAYOUTS = 8
 
 
 @dataclass(frozen=True)
 class StageEstimate:
-    """Estimate of one training stage in the configuration's own layout."""
+    """Estimate of one training stage in the configuration's own layout.
+
+    A search adds `layouts`, which fit this stage, fastest first, and the `chosen` one of them, with which a run of all
+    stages is fastest; None where nothing fits.
+    """
 
     stage: RunStage
     estimate: Estimate
+    layouts: tuple[Estimate, ...] = ()
+    chosen: Estimate | None = None
 
     def seconds(self) -> float:
         """Seconds of the whole stage; steps of a batch ramp count as full ones."""
@@ -81,7 +53,8 @@ class StageEstimate:
 class Plan:
     """Everything that `amfm plan` prints; `own` is the first training stage in the configuration's own layout.
 
-    `is_own`: False where that layout breaks a rule for so many ranks, and the best one found takes its place. `tokens`
+    `layouts` and `near_misses` suit every stage, or after a search the first one, since each has its own then. `is_own`:
+    False where a stage's layout breaks a rule for so many ranks, and the best one found takes its place. `tokens`
     may differ from the configuration's where the user asked for another number; stages are scaled in proportion.
     """
 
@@ -117,131 +90,68 @@ def make_plan(
 ) -> Plan:
     """Plan a configuration that `check_run` passed for `ranks` ranks.
 
-    `tokens`: of the run; None: as configured. `search`: over all axes, not only ZeRO stages and micro-batch sizes; then
-    the configuration's own layout need not suit so many ranks. Raises ValueError where no layout obeys all rules, and
-    for an optimizer in the host's memory, which is not modelled.
+    `tokens`: of the run; None: as configured. `search`: over all axes, not only ZeRO stages and micro-batch sizes, and
+    for each stage on its own; then the configuration's own layouts need not suit so many ranks. Raises ValueError where
+    no layout obeys all rules, and for an optimizer in the host's memory, which is not modelled.
     """
-    if config.parallel.offload_optimizer:
+    stages = resolve_stages(config)
+    if any(stage.parallel.offload_optimizer for stage in stages):
         raise ValueError(
             "parallel.offload_optimizer=true is not modelled: the plan counts masters, moments and the optimizer's step on "
             "the device; plan with false"
         )
-    stages = resolve_stages(config)
     runs = [run_of_stage(config, stage) for stage in stages]
-    found = all_layouts(runs[0], ranks, hardware.gpus_per_node) if search else neighbour_layouts(runs[0], ranks)
-    fitting, misses = rank_layouts(config, runs, found, hardware, assumptions, recomputes=search)
-    is_own = all(is_allowed(run, ranks) for run in runs)
-    if not is_own:
-        if not (fitting or misses):
-            raise ValueError(f"no layout of {config.parallel!r} or any other obeys all rules for {ranks} ranks")
-        best = (*fitting, *misses)[0].layout
-        runs = [with_layout(run, at_stage(best, config, index, run)) for index, run in enumerate(runs)]
-    own = [estimate(run, Layout.of(run, ranks), hardware, assumptions) for run in runs]
+    numbers = [ranks_of_stage(config, stage, range(ranks, 0, -hardware.gpus_per_node)) for stage in stages]
+    if search:
+        found = search_stages(runs, ranks, hardware, assumptions)
+    else:
+        neighbours = neighbour_layouts(runs[0], numbers[0])
+        found = [rank_layouts(config, runs, neighbours, hardware, assumptions, recomputes=False)]
+    chosen = choose_layouts(stages, found) if search else ()
+    fits_ranks = [is_allowed(run, number) for run, number in zip(runs, numbers)]
+    if not all(fits_ranks):
+        best = chosen or [found[0].nearest] * len(runs)
+        missing = [stage.name for stage, item in zip(stages, best) if item is None]
+        if missing:
+            raise ValueError(f"no layout of stage {missing[0]} obeys all rules for {ranks} ranks")
+        runs = [
+            with_layout(run, at_stage(item.layout, config, index, run))
+            for index, (run, item) in enumerate(zip(runs, best))
+            if item
+        ]
+        numbers = [ranks] * len(runs)
+    own = [estimate(run, Layout.of(run, number), hardware, assumptions) for run, number in zip(runs, numbers)]
+    entries = [StageEstimate(stage, item) for stage, item in zip(stages, own)]
+    if search:
+        entries = [
+            StageEstimate(entry.stage, entry.estimate, here.fitting, best if best and best.fits() else None)
+            for entry, here, best in zip(entries, found, chosen)
+        ]
     return Plan(
         config=config,
         hardware=hardware,
         counts=count_parameters(config.model),
         flops=flops_per_token(config.model, stages[0].sequence_length),
-        stages=tuple(StageEstimate(stage, item) for stage, item in zip(stages, own)),
-        layouts=fitting,
-        near_misses=misses,
-        is_own=is_own,
+        stages=tuple(entries),
+        layouts=found[0].fitting,
+        near_misses=found[0].misses,
+        is_own=all(fits_ranks),
         tokens=tokens or float(sum(stage.num_tokens() for stage in stages)),
     )
 
 
-def rank_layouts(
-    config: RunConfig,
-    runs: list[RunConfig],
-    layouts: Iterable[Layout],
-    hardware: Hardware,
-    assumptions: Assumptions,
-    *,
-    recomputes: bool,
-) -> tuple[tuple[Estimate, ...], tuple[Estimate, ...]]:
-    """Layouts that suit and fit every training stage, fastest in the first stage first; and the nearest misses.
-
-    `recomputes`: a layout that does not fit is tried again with more blocks recomputed.
-    """
-    fitting: list[Estimate] = []
-    misses: list[tuple[Layout, Memory, str]] = []
-    room = hardware.memory_gib * GIB
-    for layout in layouts:
-        for option in recomputed(runs[0], layout) if recomputes else (layout,):
-            memory, reason = memory_of_stages(config, runs, option, hardware, assumptions)
-            # Stop at the first option that fits, or when recomputation cannot help because what it never frees is too
-            # much alone.
-            if not reason or sum(memory.parts.get(name, 0.0) for name in KEPT_PARTS) > room:
-                break
-        if reason:
-            misses.append((option, memory, reason))
-        else:
-            fitting.append(estimate(runs[0], option, hardware, assumptions))
-    fitting.sort(key=lambda item: item.step.total())
-    misses.sort(key=lambda miss: (miss[1].total() <= room, miss[1].total()))  # broken rules last
-    nearest = [
-        replace(estimate(runs[0], layout, hardware, assumptions), memory=memory, reason=reason)
-        for layout, memory, reason in misses[:NEAR_MISSES]
+def search_stages(runs: list[RunConfig], ranks: int, hardware: Hardware, assumptions: Assumptions) -> list[Found]:
+    """Search the layouts of every stage, each taken as a run; stages of equal rows and batch share one search."""
+    known: dict[tuple[int, int, bool], Found] = {}
+    for run in runs:
+        train = run.train
+        shape = (train.sequence_length, train.global_batch_size, train.batch_ramp is not None)
+        if shape not in known:
+            layouts = all_layouts(run, ranks, hardware.gpus_per_node)
+            known[shape] = rank_layouts(run, [run], layouts, hardware, assumptions, recomputes=True)
+    return [
+        known[run.train.sequence_length, run.train.global_batch_size, run.train.batch_ramp is not None] for run in runs
     ]
-    return tuple(fitting), tuple(nearest)
-
-
-def memory_of_stages(
-    config: RunConfig, runs: list[RunConfig], layout: Layout, hardware: Hardware, assumptions: Assumptions
-) -> tuple[Memory, str]:
-    """Memory in the first training stage, or in the first stage that the layout does not suit, with the reason."""
-    found: tuple[Memory, str] | None = None
-    for index, run in enumerate(runs):
-        here = at_stage(layout, config, index, run) if index else layout
-        stage = f"stage {config.stages[index].name} " if index else ""
-        if found is not None and not is_allowed(with_layout(run, here), layout.ranks):
-            return found[0], f"{stage}breaks a rule in this layout"
-        memory = memory_of(run, here, assumptions)
-        reason = explain_misfit(memory, hardware)
-        if reason:
-            return memory, stage + reason
-        found = found or (memory, "")
-    assert found is not None, "a run has a stage"
-    return found
-
-
-def memory_of(config: RunConfig, layout: Layout, assumptions: Assumptions) -> Memory:
-    """Peak memory of the fullest rank of a run that is one training stage."""
-    storage = storage_of(config)
-    return estimate_memory(config, layout, storage, margin=assumptions.margin, imbalance=assumptions.imbalance)
-
-
-def at_stage(layout: Layout, config: RunConfig, index: int, run: RunConfig) -> Layout:
-    """The first stage's layout with a later stage's micro-batch size, where one was declared up to there."""
-    is_declared = any(section.micro_batch_size for section in config.stages[1 : index + 1])
-    return replace(layout, micro_batch_size=run.train.micro_batch_size) if is_declared else layout
-
-
-def estimate(config: RunConfig, layout: Layout, hardware: Hardware, assumptions: Assumptions) -> Estimate:
-    """Memory and time of one layout; the configuration is a run without stages."""
-    storage = storage_of(config)
-    memory = memory_of(config, layout, assumptions)
-    step = estimate_step(
-        config, layout, hardware, storage, overlap=assumptions.overlap, imbalance=assumptions.imbalance
-    )
-    train = config.train
-    tokens = train.global_batch_size * train.sequence_length
-    flops = sum(flops_per_token(config.model, train.sequence_length).values())
-    seconds = step.total()
-    mfu = flops * tokens / layout.ranks / seconds / hardware.peak_flops(train.precision)
-    reason = explain_misfit(memory, hardware)
-    return Estimate(layout, memory, step, mfu, tokens / seconds, reason, layout.train_settings(config.model))
-
-
-def explain_misfit(memory: Memory, hardware: Hardware) -> str:
-    """Why a layout does not fit, naming its largest part; empty when it fits."""
-    room = hardware.memory_gib * GIB
-    if memory.total() <= room:
-        return ""
-    name, size = max(memory.parts.items(), key=lambda part: part[1])
-    return (
-        f"needs {memory.total() / GIB:,.1f} GiB of {hardware.memory_gib:,.1f}; most of it {name}, {size / GIB:,.1f} GiB"
-    )
 
 
 def advise(plan: Plan) -> str:
@@ -316,6 +226,7 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
                 "sequence_length": entry.stage.sequence_length,
                 "days": entry.seconds() / SECONDS_A_DAY,
                 **estimate_as_dict(entry.estimate),
+                **searched_as_dict(entry),
             }
             for entry in plan.stages
         ],
@@ -331,29 +242,9 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
     }
 
 
-def estimate_as_dict(item: Estimate) -> dict[str, Any]:
-    """One layout as JSON values, bytes rounded to integers."""
-    step = item.step
-    return {
-        "parallel": item.layout.settings(),
-        "train": item.train,
-        "fits": item.fits(),
-        "reason": item.reason,
-        "memory": {
-            "total_bytes": round(item.memory.total()),
-            "by_part": {name: round(size) for name, size in item.memory.parts.items()},
-            "fullest_in": item.memory.phase,
-        },
-        "step": {
-            "seconds": step.total(),
-            "mfu": item.mfu,
-            "tokens_per_second": item.tokens_per_second,
-            "tokens_per_second_per_gpu": item.tokens_per_second / item.layout.ranks,
-            "compute_seconds": step.compute,
-            "communication_seconds": step.communication,
-            "bubble_seconds": step.bubble,
-            "optimizer_seconds": step.optimizer,
-            "reduction_seconds": step.reduction,
-            "exposed_gather_seconds": step.exposed_gathers,
-        },
-    }
+def searched_as_dict(entry: StageEstimate) -> dict[str, Any]:
+    """What a search found for a stage, as JSON values; empty without a search."""
+    if not entry.layouts:
+        return {}
+    chosen = None if entry.chosen is None else estimate_as_dict(entry.chosen)
+    return {"chosen": chosen, "layouts": [estimate_as_dict(item) for item in entry.layouts[:SHOWN_LAYOUTS]]}

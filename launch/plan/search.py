@@ -15,8 +15,8 @@ from itertools import product
 
 from launch.plan.layout import Layout
 from model.flops import block_flops
-from pretrain.checks.check_run import batch_problems
 from pretrain.checks.parallel import layout_problems, micro_batch_problems, pipeline_problems, world_problems
+from pretrain.checks.ranks import batch_problems
 from pretrain.config.schema import ParallelConfig, RunConfig
 
 ZERO_STAGES = (0, 1, 2, 3)

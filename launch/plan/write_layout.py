@@ -8,35 +8,52 @@ file beside the old one, which it then replaces in one rename: a layout that bre
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from launch.plan.plan import Estimate
+from launch.plan.estimate import Estimate
 from pretrain.checks.check_run import load_checked
 
 Edit = tuple[int, int, str]  # of the text: from, to, instead
 
 
-def write_layout(path: Path, best: Estimate) -> None:
-    """Replace the file's layout by this estimate's.
+def write_layout(path: Path, chosen: Sequence[Estimate]) -> None:
+    """Replace the file's layouts by these estimates', one for each training stage in order.
 
     Raises ConfigError, and leaves the file alone, where a rule is broken.
     """
     text = path.read_text(encoding="utf-8")
     beside = path.with_name(f".{path.stem}.layout.yaml")
-    beside.write_text(edited(text, best.layout.settings(), best.train), encoding="utf-8")
+    first = chosen[0]
+    found = edited(text, first.layout.settings(), first.train, stage_settings(chosen))
+    beside.write_text(found, encoding="utf-8")
     try:
-        load_checked(beside, (), world_size=best.layout.ranks)
+        load_checked(beside, (), world_size=first.layout.ranks)
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
 
 
-def edited(text: str, parallel: Mapping[str, Any], train: Mapping[str, Any]) -> str:
-    """The text of a configuration with its `parallel` section replaced and these keys of `train` set."""
+def stage_settings(chosen: Sequence[Estimate]) -> list[dict[str, Any]]:
+    """What each stage declares of its layout; one that stays as the stage before declares nothing."""
+    declared: list[dict[str, Any]] = [{}]
+    for before, item in pairwise(chosen):
+        here = {"parallel": item.layout.settings()} if item.layout.settings() != before.layout.settings() else {}
+        declared.append(here | (item.train if item.train != before.train else {}))
+    return declared
+
+
+def edited(
+    text: str, parallel: Mapping[str, Any], train: Mapping[str, Any], stages: Sequence[Mapping[str, Any]] = ()
+) -> str:
+    """The text of a configuration with its `parallel` section replaced, and these keys of `train` and of stages set.
+
+    Keys of a layout that a stage of the file has and shall not have any more get the value that holds before it.
+    """
     root: Any = yaml.compose(text)
     sections = {key.value: (key, value) for key, value in root.value}
     edits: list[Edit] = []
@@ -50,23 +67,31 @@ def edited(text: str, parallel: Mapping[str, Any], train: Mapping[str, Any]) -> 
         edits += keys_of(sections["train"][1], train)
     else:
         edits.append((len(text), len(text), f"\ntrain: {flow(train)}\n"))
+    if "stages" in sections:
+        present: dict[str, Any] = {"parallel": dict(parallel), **train}
+        for section, own in zip(sections["stages"][1].value, stages):
+            present |= own
+            here = {key.value for key, _ in section.value}
+            edits += keys_of(
+                section, {name: value for name, value in present.items() if name in own or name in here}, after=1
+            )
     # From the end, so that earlier positions stay valid.
     for start, end, instead in sorted(edits, reverse=True):
         text = text[:start] + instead + text[end:]
     return text
 
 
-def keys_of(section: Any, settings: Mapping[str, Any]) -> list[Edit]:
-    """Edits that set keys of a section: values replaced where present, missing keys inserted before its first."""
+def keys_of(section: Any, settings: Mapping[str, Any], *, after: int = 0) -> list[Edit]:
+    """Edits that set keys of a section: values replaced where present, missing keys inserted behind its first `after`."""
     present = {key.value: value for key, value in section.value}
     edits = [
-        (present[name].start_mark.index, end_of(present[name]), json.dumps(setting))
+        (present[name].start_mark.index, end_of(present[name]), flow(setting))
         for name, setting in settings.items()
         if name in present
     ]
-    first = section.value[0][0].start_mark
+    first = section.value[after][0].start_mark
     between = ", " if section.flow_style else "\n" + " " * first.column
-    missing = [f"{name}: {json.dumps(setting)}{between}" for name, setting in settings.items() if name not in present]
+    missing = [f"{name}: {flow(setting)}{between}" for name, setting in settings.items() if name not in present]
     return [*edits, (first.index, first.index, "".join(missing))]
 
 
@@ -77,6 +102,8 @@ def end_of(node: Any) -> int:
     return int(node.end_mark.index)
 
 
-def flow(settings: Mapping[str, Any]) -> str:
-    """A section as a YAML flow mapping on one line."""
-    return "{" + ", ".join(f"{name}: {json.dumps(value)}" for name, value in settings.items()) + "}"
+def flow(value: Any) -> str:
+    """A value as YAML on one line; a section as a flow mapping."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{name}: {flow(setting)}" for name, setting in value.items()) + "}"
+    return json.dumps(value)

@@ -194,6 +194,7 @@ def build_run(config: RunConfig, parallel: Any, tracer: Tracer, report: Callable
         peak=nothing,
         stages=stages,
         stage=stages[0],
+        layout=config.parallel,
         signals=signals,
         heartbeat=heartbeat,
         pipeline=build_pipeline(config, parallel, engine),

@@ -24,6 +24,7 @@ from launch.plan.memory import Memory, estimate_stage, storage_of
 from model.config.pattern import block_kind
 from model.flops import block_flops, head_flops
 from pretrain.checks.parallel import micro_batch_problems
+from pretrain.checks.ranks import ranks_of_stage
 from pretrain.checks.stages import run_of_stage
 from pretrain.config.schema import RunConfig
 from pretrain.recompute import recomputed_letters
@@ -80,6 +81,10 @@ def trace_run(
     and for what a simulated rank cannot run, RuntimeError where its process ends early.
     """
     check_torch(torch.__version__)
+    by_name = {stage.name: stage for stage in resolve_stages(config)}
+    if stage_name is None or stage_name in by_name:
+        stage = by_name[stage_name] if stage_name else resolve_stages(config)[0]
+        ranks = ranks_of_stage(config, stage, range(ranks, 0, -hardware.gpus_per_node))
     traced = traced_config(config, ranks, stage_name)
     chosen = chosen_ranks(traced, ranks, only_rank)
     found = []

@@ -23,10 +23,9 @@ from typing import Any
 from data_pipeline.deletion import try_to_delete
 from data_pipeline.files import sync
 from pretrain.checkpoint.files import MANIFEST_NAME, MARK_NAME, encode_manifest, read_manifest, replace_text
+from pretrain.checkpoint.names import CHECKPOINT_NAME, checkpoint_name, list_checkpoints
 
 LATEST_NAME = "latest"
-# `step-N.old` is a complete checkpoint that is being replaced by another of the same step.
-CHECKPOINT_NAME = re.compile(r"step-(\d{8,})(\.old)?")
 # Numbered where one of the name can't be deleted.
 TEMPORARY_NAME = re.compile(r"step-\d{8,}(\.old)?(\.\d+)?\.tmp")
 MAX_LEFTOVERS = 100
@@ -48,23 +47,6 @@ class RankFailure:
             self.text = self.text or f"{error.strerror or error}{where}"
         except (RuntimeError, ValueError) as error:
             self.text = self.text or str(error)
-
-
-def checkpoint_name(step: int) -> str:
-    """Folder name of a step's checkpoint."""
-    return f"step-{step:08d}"
-
-
-def list_checkpoints(checkpoints_dir: Path) -> list[Path]:
-    """List the folders that are checkpoints by name, newest step first, a replaced one behind its successor."""
-    if not checkpoints_dir.is_dir():
-        return []
-    found = []
-    for path in checkpoints_dir.iterdir():
-        match = CHECKPOINT_NAME.fullmatch(path.name)
-        if match is not None and path.is_dir():
-            found.append((int(match[1]), match[2] is None, path))
-    return [path for _, _, path in sorted(found, reverse=True)]
 
 
 def remove_temporary(checkpoints_dir: Path) -> list[str]:

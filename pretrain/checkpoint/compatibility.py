@@ -103,7 +103,7 @@ def compare_settings(saved: dict[str, Any], current: dict[str, Any]) -> dict[str
 def stage_faults(saved: RunConfig, current: RunConfig, steps_done: int) -> list[str]:
     """List how stages that have begun differ: a finished one must stay as it was, the present one may move its end.
 
-    Names and micro-batch sizes are free. Stages that have not begun may change at will.
+    Names and layouts are free. Stages that have not begun may change at will.
     """
     begun = [stage for stage in resolve_stages(saved) if stage.first_step < steps_done]
     now = resolve_stages(current)
@@ -112,7 +112,9 @@ def stage_faults(saved: RunConfig, current: RunConfig, steps_done: int) -> list[
         if after is None:
             faults.append(f"stages.{before.index}: the checkpoint has {before.name}, this run ends before it")
             continue
-        free = {"name", "micro_batch_size"} | ({"num_steps"} if before is begun[-1] else set())
+        free = {"name", "micro_batch_size", "parallel", "recompute", "recompute_blocks"} | (
+            {"num_steps"} if before is begun[-1] else set()
+        )
         for name in [item.name for item in fields(before) if item.name not in free]:
             saved_value, value = getattr(before, name), getattr(after, name)
             if saved_value != value:

@@ -15,9 +15,10 @@ from typing import Any
 
 from torch import Tensor
 
-from pretrain.checkpoint.commit import CHECKPOINT_NAME, is_marked, list_checkpoints
+from pretrain.checkpoint.commit import is_marked
 from pretrain.checkpoint.compatibility import compare_settings
 from pretrain.checkpoint.files import MANIFEST_NAME, find_foreign_files, verify_checkpoint
+from pretrain.checkpoint.names import CHECKPOINT_NAME, list_checkpoints
 from pretrain.checkpoint.reader import KINDS, RangeReader
 
 logger = logging.getLogger(__name__)

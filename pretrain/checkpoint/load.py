@@ -15,11 +15,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from pretrain.checkpoint.commit import (
-    RankFailure,
-    examine_latest,
-    list_checkpoints,
-)
+from pretrain.checkpoint.commit import RankFailure, examine_latest
 from pretrain.checkpoint.compatibility import check_resumable
 from pretrain.checkpoint.engine_layout import EngineLayout
 from pretrain.checkpoint.files import (
@@ -33,6 +29,7 @@ from pretrain.checkpoint.fragments import (
     refresh_working_weights,
     restore_group_settings,
 )
+from pretrain.checkpoint.names import list_checkpoints
 from pretrain.checkpoint.random_state import restore_random_state
 from pretrain.checkpoint.reader import KINDS, RangeReader
 from pretrain.checkpoint.save import ENGINE_COUNTERS, ranks_of

@@ -34,7 +34,6 @@ from pretrain.checkpoint.commit import (
     RankFailure,
     SavedCheckpoint,
     check_free_space,
-    checkpoint_name,
     commit,
     make_temporary,
     mark,
@@ -50,6 +49,7 @@ from pretrain.checkpoint.files import (
 )
 from pretrain.checkpoint.fragments import collect_fragments, collect_group_settings
 from pretrain.checkpoint.manifest import RankReport, complete_manifest, describe_tensor
+from pretrain.checkpoint.names import checkpoint_name
 from pretrain.checkpoint.placement import list_axes
 from pretrain.checkpoint.random_state import collect_random_state
 from pretrain.checkpoint.writers import WriterAssignment, assign_writers

@@ -20,12 +20,13 @@ from data_pipeline.store.object_store import is_url
 from model.config.checks import check_model
 from model.huggingface.qwen3_next import unfit_tokenizer
 from model.huggingface.targets import explain_unfit
+from pretrain.checkpoint.names import newest_saved_step
 from pretrain.checks.mixers import kernel_problems
-from pretrain.checks.parallel import layout_problems, micro_batch_problems, pipeline_problems, world_problems
+from pretrain.checks.parallel import layout_problems, pipeline_problems
+from pretrain.checks.ranks import rank_problems, ranks_of_stage, with_nearest
 from pretrain.checks.stages import (
     declaration_problems,
     ramp_problems,
-    ramp_share_problems,
     relocate,
     run_of_stage,
     total_problems,
@@ -35,29 +36,46 @@ from pretrain.config.errors import ConfigError, Problem
 from pretrain.config.file import load_located
 from pretrain.config.schema import RunConfig
 from pretrain.recompute import recompute_problems
-from pretrain.stages import resolve_stages
+from pretrain.stages import resolve_stages, stage_of
 
 _MODEL_KEY = re.compile(r"model(\.[a-z_0-9]+)+")
 
 
-def load_checked(path: str | Path, overrides: Sequence[str] = (), *, world_size: int | None = None) -> RunConfig:
+def load_checked(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    world_size: int | Sequence[int] | None = None,
+    resumes: bool = False,
+    goes_on: bool = False,
+) -> RunConfig:
     """Load and check a configuration in one, so that broken rules name file and line too.
 
-    Raises ConfigError with every problem, FileNotFoundError if the file is absent.
+    `resumes`: it starts at the newest checkpoint of its run directory, so that ranks need not suit stages that are done;
+    the rest is as in `check_run`. Raises ConfigError with every problem, FileNotFoundError if the file is absent.
     """
     located = load_located(path, overrides)
+    done = max(0, newest_saved_step(located.config.run.dir)) if resumes else 0
     try:
-        check_run(located.config, world_size)
+        check_run(located.config, world_size, steps_done=done, goes_on=goes_on)
     except ConfigError as error:
         raise error.located(located.origins) from error
     return located.config
 
 
-def check_run(config: RunConfig, world_size: int | None = None) -> None:
+def check_run(
+    config: RunConfig,
+    world_size: int | Sequence[int] | None = None,
+    *,
+    steps_done: int = 0,
+    goes_on: bool = False,
+) -> None:
     """Refuse a run whose sections do not fit together or whose ranks cannot share its batch.
 
-    `world_size` counts all ranks; None leaves out the rules that depend on it. Raises ConfigError with every broken
-    rule. Touches no device and reads no file.
+    `world_size` counts all ranks; a launcher that starts each layout anew gives all numbers that it can start, the most
+    first; None leaves out the rules that depend on it, as they are for stages before `steps_done`. `goes_on`: a launcher
+    has checked what comes after the present layout. Raises ConfigError with every broken rule. Touches no device and
+    reads no file.
     """
     declared, synthetic = list(declaration_problems(config)), list(synthetic_problems(config))
     problems = [*declared, *vocabulary_problems(config), *data_problems(config), *synthetic, *keeping_problems(config)]
@@ -71,8 +89,14 @@ def check_run(config: RunConfig, world_size: int | None = None) -> None:
             *total_problems(config, steps),
             *loop_problems(config, steps),
         ]
+        choices = [world_size] if isinstance(world_size, int) else world_size
+        present = stage_of(stages, steps_done)
         for stage in stages:
-            found = stage_problems(run_of_stage(config, stage), world_size)
+            is_shared = stage.index >= present.index and not (goes_on and stage.parallel != present.parallel)
+            ranks = ranks_of_stage(config, stage, choices) if choices and is_shared else None
+            found = stage_problems(run_of_stage(config, stage), ranks)
+            if ranks is not None:
+                found = with_nearest(found, config, stage, ranks)
             problems += [relocate(problem, config, stage) for problem in found]
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))  # what is wrong in every stage alike is said once
@@ -88,8 +112,7 @@ def stage_problems(config: RunConfig, world_size: int | None) -> list[Problem]:
     if world_size is None:
         problems += whole_batch_problems(config)
     else:
-        shares = [*world_problems(config, world_size), *batch_problems(config, world_size)]
-        problems += shares or [*micro_batch_problems(config, world_size), *ramp_share_problems(config, world_size)]
+        problems += rank_problems(config, world_size)
     return problems
 
 
@@ -233,22 +256,6 @@ def whole_batch_problems(config: RunConfig) -> Iterator[Problem]:
         nearest = " or ".join(str(value) for value in (batch // rows * rows, (batch // rows + 1) * rows) if value)
         rule = f"must be a multiple of train.micro_batch_size={rows}, for any number of ranks"
         yield Problem("train.global_batch_size", rule, f"use {nearest}", str(batch))
-
-
-def batch_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:
-    """Check that every data rank takes the same number of micro-batches of the global batch, whose unit is rows."""
-    assert world_size > 0, f"world_size is {world_size}"
-    train = config.train
-    data_ranks = config.parallel.data_ranks(world_size)
-    unit = train.micro_batch_size * data_ranks
-    if train.global_batch_size % unit:
-        below = train.global_batch_size // unit * unit
-        nearest = " or ".join(str(value) for value in (below, below + unit) if value)
-        rule = (
-            f"must be a multiple of train.micro_batch_size={train.micro_batch_size} x {data_ranks} data rank"
-            f"{'s' if data_ranks > 1 else ''} = {unit}"
-        )
-        yield Problem("train.global_batch_size", rule, f"use {nearest}", str(train.global_batch_size))
 
 
 def export_problems(config: RunConfig) -> Iterator[Problem]:

@@ -1,6 +1,6 @@
 """Checks of training stages: how they are declared, and that each obeys what any run must obey.
 
-A stage may change row length, batch, rotary positions and schedule, so nearly every rule of a run can be broken by one
+A stage may change row length, batch, rotary positions, schedule and layout, so nearly every rule of a run can be broken by one
 stage alone. Instead of writing each rule twice, a stage is turned into the configuration of a run that consists of it
 (`run_of_stage`), the ordinary rules check that run, and each problem is moved back to the key where the stage declares
 the value (`relocate`). Rules on the declaration itself come first: without them stages cannot be resolved.
@@ -14,6 +14,11 @@ from dataclasses import replace
 from pretrain.config.errors import Problem
 from pretrain.config.schema import RunConfig, StageConfig
 from pretrain.stages import RunStage, model_of_stage
+
+# What a stage without a value of its own takes from outside of the stages, and not from the stage before.
+NOT_INHERITED = ("learning_rate", "schedule", "weights")
+# What decides how a stage lies on the ranks.
+LAYOUT = ("parallel", "recompute", "recompute_blocks")
 
 
 def declaration_problems(config: RunConfig) -> Iterator[Problem]:
@@ -107,22 +112,38 @@ def run_of_stage(config: RunConfig, stage: RunStage) -> RunConfig:
             "micro_batch_size": stage.micro_batch_size,
             "global_batch_size": stage.global_batch_size,
             "batch_ramp": stage.ramp,
+            "recompute": stage.recompute,
+            "recompute_blocks": stage.recompute_blocks,
         }
     )
-    return config.model_copy(
-        update={"stages": (), "train": train, "schedule": stage.schedule, "model": model_of_stage(config, stage)}
-    )
+    own = {"schedule": stage.schedule, "model": model_of_stage(config, stage), "parallel": stage.parallel}
+    return config.model_copy(update={"stages": (), "train": train, **own})
 
 
 def relocate(problem: Problem, config: RunConfig, stage: RunStage) -> Problem:
     """Move a problem to the key at which the stage declares the value, if it does, and name the stage.
 
-    A problem whose setting no stage can declare, or that inherits its value, keeps its key.
+    A problem whose setting no stage can declare keeps its key, and one whose value no stage declares too: it is then
+    about every stage alike.
     """
     own_key = problem.key.removeprefix("train.").removeprefix("model.attention.")
     field = own_key.partition(".")[0]
     if not config.stages or field not in StageConfig.model_fields:
         return problem
-    declared = getattr(config.stages[stage.index], field) is not None
-    key = f"stages.{stage.index}.{own_key}" if declared else problem.key
+    place = declaring_stage(config, stage.index, field)
+    if place is None and field in LAYOUT:
+        return problem
+    key = problem.key if place is None else f"stages.{place}.{own_key}"
     return replace(problem, key=key, rule=f"in stage {stage.name}: {problem.rule}")
+
+
+def declaring_stage(config: RunConfig, index: int, field: str) -> int | None:
+    """Index of the stage whose value of a field the stage `index` has; None where it comes from outside of the stages."""
+    first = index if field in NOT_INHERITED else 0
+    places = [place for place in range(first, min(index + 1, len(config.stages))) if has_own(config, place, field)]
+    return places[-1] if places else None
+
+
+def has_own(config: RunConfig, place: int, field: str) -> bool:
+    """Whether a stage declares a field."""
+    return getattr(config.stages[place], field) is not None

@@ -127,21 +127,6 @@ class TrainConfig(Section):
     num_threads: int | None = Field(None, gt=0, description="CPU threads a rank; none: cores / ranks on this machine.")
 
 
-class StageConfig(Section):
-    """A stretch of the run; what it leaves open stays as in the stage before it, at first as in `train`."""
-
-    name: str = Field(min_length=1, description="Shown in the log and the report.")
-    tokens: float | None = Field(None, gt=0, description="At least so many tokens; or give steps.")
-    steps: int | None = Field(None, gt=0, description="Optimizer steps; or give tokens.")
-    sequence_length: int | None = Field(None, gt=0, description="Tokens a row.")
-    micro_batch_size: int | None = Field(None, gt=0, description="Rows a forward pass and rank.")
-    global_batch_size: int | None = Field(None, gt=0, description="Rows an optimizer step, over all ranks.")
-    rope: RopeConfig | None = Field(None, description="Rotary positions from here on.")
-    weights: dict[str, float] | None = Field(None, description="Weight of each source from here on; absent: not used.")
-    learning_rate: float | None = Field(None, gt=0, description="Peak rate; none: optimizer.learning_rate.")
-    schedule: ScheduleConfig | None = Field(None, description="Over the steps of this stage; none: `schedule`.")
-
-
 class ParallelConfig(Section):
     """How the run is spread over ranks; data parallel is what is left of them."""
 
@@ -185,6 +170,34 @@ class ParallelConfig(Section):
     def data_ranks(self, world_size: int) -> int:
         """Shares of the global batch among so many ranks."""
         return max(1, world_size // self.model_ranks())
+
+
+class StageConfig(Section):
+    """A stretch of the run; what it leaves open stays as in the stage before it, at first as in `train` and `parallel`.
+
+    A `parallel` section is a whole layout: what it leaves out has its default, and the ranks start anew in it.
+    """
+
+    name: str = Field(min_length=1, description="Shown in the log and the report.")
+    tokens: float | None = Field(None, gt=0, description="At least so many tokens; or give steps.")
+    steps: int | None = Field(None, gt=0, description="Optimizer steps; or give tokens.")
+    sequence_length: int | None = Field(None, gt=0, description="Tokens a row.")
+    micro_batch_size: int | None = Field(None, gt=0, description="Rows a forward pass and rank.")
+    global_batch_size: int | None = Field(None, gt=0, description="Rows an optimizer step, over all ranks.")
+    rope: RopeConfig | None = Field(None, description="Rotary positions from here on.")
+    weights: dict[str, float] | None = Field(None, description="Weight of each source from here on; absent: not used.")
+    learning_rate: float | None = Field(None, gt=0, description="Peak rate; none: optimizer.learning_rate.")
+    schedule: ScheduleConfig | None = Field(None, description="Over the steps of this stage; none: `schedule`.")
+    parallel: ParallelConfig | None = Field(
+        None,
+        description="Layout from here on, whole: what it leaves out has its default. The run saves, and goes on with new processes; none: as before.",
+    )
+    recompute: Literal["none", "selective", "full"] | None = Field(
+        None, description="Blocks that are computed again in backward passes, as train.recompute."
+    )
+    recompute_blocks: str | None = Field(
+        None, description="Letters for recompute: selective; none: as before, or empty where recompute is given."
+    )
 
 
 class HealthConfig(Section):
@@ -251,7 +264,9 @@ class LaunchConfig(Section):
         gt=0,
         description="A rank that stays in one phase of a step for longer ends the attempt and names who holds it up; none: only collectives time out.",
     )
-    max_restarts: int = Field(3, ge=0, description="New starts after failures, from the newest checkpoint.")
+    max_restarts: int = Field(
+        3, ge=0, description="New starts after failures without a newer checkpoint; those with one are free."
+    )
     min_nodes: int = Field(
         1, gt=0, description="Fewest nodes to go on with when some are lost; the global batch stays the same."
     )

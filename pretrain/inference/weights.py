@@ -31,9 +31,9 @@ from model.huggingface.weights import weight_shapes
 from model.hybrid import HybridModel
 from model.parallel.groups import single_rank_groups
 from model.parallel.shards import parameter_shards
-from pretrain.checkpoint.commit import CHECKPOINT_NAME, list_checkpoints
 from pretrain.checkpoint.files import MANIFEST_NAME, read_manifest
 from pretrain.checkpoint.inspect import find_checkpoint, read_full_state
+from pretrain.checkpoint.names import CHECKPOINT_NAME, list_checkpoints
 from pretrain.config.schema import RunConfig
 from pretrain.stages import last_stage, model_of_stage, resolve_stages
 from pretrain.tensor_files import read_tensors, write_tensors

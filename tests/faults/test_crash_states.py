@@ -17,8 +17,8 @@ from data_pipeline.prepare.prepare import prepare
 from data_pipeline.store.node_cache import BlockCache, CacheSettings
 from data_pipeline.store.store import TokenStore
 from data_pipeline.verify import verify_store
-from pretrain.checkpoint.commit import list_checkpoints
 from pretrain.checkpoint.files import verify_checkpoint
+from pretrain.checkpoint.names import list_checkpoints
 from pretrain.monitor.metrics import keep_until
 from tests.faults.crash_states import CrashState, Operation, crash_states, read_record
 from tests.faults.disk import with_record

@@ -13,8 +13,8 @@ import pytest
 import torch.distributed
 
 from data_pipeline.config import DataConfig
-from pretrain.checkpoint.commit import list_checkpoints
 from pretrain.checkpoint.inspect import diff_checkpoints, inspect_checkpoint
+from pretrain.checkpoint.names import list_checkpoints
 from tests.faults.attempt import Attempt, die_in
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.tiny_run import read_events, read_metrics, tiny_data

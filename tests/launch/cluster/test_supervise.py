@@ -62,11 +62,38 @@ def test_a_crash_loop_stops_with_its_first_cause(config: RunConfig, capsys: pyte
     assert "failed because: rank 0: out of memory" in errors
 
 
-def test_restarts_are_counted(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
-    script = Script(config, *[(3, f"trouble {step}", step) for step in range(1, 6)])
+def test_restarts_that_bring_no_newer_checkpoint_are_counted(
+    config: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outcomes = [(3, f"trouble {number}", number if number % 2 else None) for number in range(9)]
+    script = Script(config, *outcomes)
     assert run(config, script) == 3
-    assert len(script.attempts) == 1 + config.launch.max_restarts
-    assert "launch.max_restarts=3 are used up" in capsys.readouterr().err
+    assert len(script.attempts) == 7  # four of them in vain, one more than launch.max_restarts
+    assert "launch.max_restarts=3 are used up. First cause: trouble 0" in capsys.readouterr().err
+
+
+def test_restarts_with_progress_are_free(config: RunConfig) -> None:
+    script = Script(config, *[(3, "a node was lost", step) for step in range(1, 9)], (0, "", 9))
+    assert run(config, script) == 0
+    assert len(script.attempts) == 9
+
+
+@pytest.mark.parametrize("code", [4, 3], ids=["its own code", "the code of a launcher that saw ranks end"])
+def test_a_stage_of_another_layout_is_a_start_of_its_own(
+    config: RunConfig, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = config.model_dump(mode="json", exclude_unset=True)
+    tree["train"].pop("steps")
+    tree["schedule"] = {"kind": "constant", "warmup_steps": 0}
+    stages = [{"name": "short", "steps": 2}, {"name": "long", "steps": 2, "parallel": {"tensor": 2}}]
+    staged = RunConfig.model_validate(tree | {"stages": stages})
+    script = Script(staged, (code, "", 2), (0, "", 4))
+    assert run(staged, script) == 0
+    assert [(attempt.number, attempt.nodes, attempt.cause) for attempt in script.attempts] == [
+        (0, 3, None),
+        (1, 2, None),
+    ]
+    assert "stage long begins at step 2, in a layout of its own" in capsys.readouterr().err
 
 
 def test_a_lost_node_leaves_as_many_as_can_share_the_batch(config: RunConfig) -> None:

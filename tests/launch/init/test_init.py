@@ -14,7 +14,8 @@ import pytest
 from launch.cli import run
 from launch.init.machine import find_machine
 from launch.init.shapes import EXPORTS, SIZES, STYLES, model_section
-from launch.plan.plan import Assumptions, make_plan
+from launch.plan.estimate import Assumptions
+from launch.plan.plan import make_plan
 from model.config.checks import check_model
 from model.config.schema import ModelConfig
 from model.flops import count_parameters

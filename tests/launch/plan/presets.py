@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from launch.plan.estimate import Assumptions
 from launch.plan.hardware import HARDWARE
-from launch.plan.plan import Assumptions, make_plan
+from launch.plan.plan import make_plan
 from pretrain.checks.check_run import load_checked
 
 ROOT = Path(__file__).parents[3]

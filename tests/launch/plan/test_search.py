@@ -6,6 +6,9 @@ import time
 import pytest
 
 from launch.cli import run
+from pretrain.config.file import load_config
+from pretrain.config.schema import ParallelConfig
+from pretrain.stages import resolve_stages
 from tests.launch.plan.presets import CONFIGS, preset
 
 
@@ -20,6 +23,33 @@ def test_a_search_recomputes_no_more_than_it_must_and_tries_every_schedule(capsy
     # A layout appears once: with the least recomputation that fits.
     layouts = [(str(item["parallel"]), item["train"]["micro_batch_size"]) for item in found["layouts"]]
     assert len(layouts) == len(set(layouts))
+
+
+def test_each_stage_is_searched_and_stays_in_a_layout_that_is_as_good(tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"""extends: {CONFIGS}/ladder_1b_a300m.yaml
+run: {{dir: run}}
+train: {{steps: null, validate_every_steps: null}}
+schedule: {{kind: constant, warmup_steps: 0, decay_steps: null}}
+stages:
+  - {{name: short, tokens: 1.0e+9}}
+  - {{name: again, steps: 100}}  # the same rows: nothing to gain
+  - {{name: long, steps: 2000, sequence_length: 131072, global_batch_size: 4}}
+""",
+        encoding="utf-8",
+    )
+    assert run(["plan", str(path), "--gpus", "16", "--search", "--json"]) == 0
+    short, again, long = json.loads(capsys.readouterr().out)["stages"]
+    assert short["chosen"]["parallel"] == again["chosen"]["parallel"]
+    assert long["chosen"]["parallel"] != short["chosen"]["parallel"]  # four rows for 16 ranks
+    assert short["chosen"]["train"]["recompute"] == "none"
+    assert all(stage["chosen"]["fits"] and len(stage["layouts"]) > 1 for stage in (short, again, long))
+    assert run(["plan", str(path), "--gpus", "16", "--search", "--write-layout"]) == 0
+    stages = resolve_stages(load_config(path, ()))
+    assert stages[0].parallel == stages[1].parallel != stages[2].parallel
+    assert stages[2].parallel == ParallelConfig.model_validate(long["chosen"]["parallel"])
+    assert "# the same rows: nothing to gain" in path.read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

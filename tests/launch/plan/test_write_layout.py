@@ -28,6 +28,28 @@ def test_only_the_layout_changes(text):
     assert all(comment in found for comment in ("# Mine.", "rows", "# one"))
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "parallel: {tensor: 1}\ntrain: {steps: 5}\nstages:\n  - name: a # one\n    steps: 5\n  - {name: b, steps: 5, recompute: full}\n"
+        "  - name: c\n    recompute: full # two\n    steps: 5\n",
+        "parallel: {tensor: 1}\ntrain: {steps: 5}\nstages: [{name: a, steps: 5}, {name: b, steps: 5}, {name: c, steps: 5}] # one two\n",
+    ],
+    ids=["on several lines", "on one line"],
+)
+def test_each_stage_gets_its_own_layout_or_says_nothing(text):
+    own = {"parallel": {"tensor": 4, "sequence_parallel": True}, "micro_batch_size": 1}
+    found = edited(text, PARALLEL, TRAIN, [{}, own, {}])
+    assert "one" in found and "two" in found
+    first, second, third = yaml.safe_load(found)["stages"]
+    assert first == {"name": "a", "steps": 5}
+    assert {name: second[name] for name in own} == own
+    # A key that a stage has and shall not have any more holds what holds before it.
+    for stage in (second, third):
+        assert stage.get("recompute", TRAIN["recompute"]) == TRAIN["recompute"]
+    assert "parallel" not in third
+
+
 def test_the_winner_is_written_and_checked(tmp_path, capsys):
     path = tmp_path / "run.yaml"
     path.write_text(f"extends: {CONFIGS}/ladder_20m.yaml\n\nrun: {{dir: run}}  # mine\n", encoding="utf-8")

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.checkpoint.commit import list_checkpoints
 from pretrain.checkpoint.compatibility import MAY_CHANGE, may_change
 from pretrain.checkpoint.inspect import (
     diff_checkpoints,
@@ -22,6 +21,7 @@ from pretrain.checkpoint.inspect import (
     inspect_checkpoint,
     read_full_state,
 )
+from pretrain.checkpoint.names import list_checkpoints
 from pretrain.config.fields import flatten_settings
 from pretrain.engine.engine import ZeroEngine
 from pretrain.parallel import initialize_parallel

@@ -89,11 +89,14 @@ optimizer.learning_rate optimizer.beta1 optimizer.beta2 optimizer.epsilon optimi
 optimizer.clip_grad_norm
 schedule.kind schedule.warmup_steps schedule.decay_steps schedule.decay_shape schedule.min_ratio
 stages.*.name stages.*.tokens stages.*.steps stages.*.sequence_length stages.*.micro_batch_size
-stages.*.global_batch_size stages.*.weights stages.*.learning_rate
+stages.*.global_batch_size stages.*.weights stages.*.learning_rate stages.*.recompute stages.*.recompute_blocks
 stages.*.rope.theta stages.*.rope.fraction stages.*.rope.scaling stages.*.rope.ntk_alpha stages.*.rope.yarn_factor
 stages.*.rope.yarn_original_length stages.*.rope.yarn_beta_fast stages.*.rope.yarn_beta_slow
 stages.*.schedule.kind stages.*.schedule.warmup_steps stages.*.schedule.decay_steps stages.*.schedule.decay_shape
 stages.*.schedule.min_ratio
+stages.*.parallel.tensor stages.*.parallel.sequence_parallel stages.*.parallel.expert stages.*.parallel.expert_tensor
+stages.*.parallel.context stages.*.parallel.pipeline stages.*.parallel.schedule stages.*.parallel.virtual_stages
+stages.*.parallel.zero_stage stages.*.parallel.offload_optimizer
 parallel.tensor parallel.sequence_parallel parallel.expert parallel.expert_tensor parallel.context parallel.pipeline
 parallel.schedule parallel.virtual_stages parallel.zero_stage parallel.offload_optimizer
 health.on_nonfinite health.on_spike health.spike_ratio health.spike_window health.max_rollbacks

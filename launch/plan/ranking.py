@@ -1,0 +1,121 @@
+"""Layouts ranked: those that fit by their speed, the nearest misses with a reason, and one layout for each training stage.
+
+4K rows and 256K rows want other axes, other recomputation and other micro-batches, and most tokens are in short rows. So
+a search ranks the layouts of each stage on its own. Ranks that start anew take minutes, so a stage stays in the layout of
+the stage before it unless a faster one gains more than that over the whole stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from launch.plan.estimate import Assumptions, Estimate, estimate, explain_misfit, memory_of
+from launch.plan.hardware import GIB, Hardware
+from launch.plan.layout import Layout
+from launch.plan.memory import Memory
+from launch.plan.search import is_allowed, recomputed, with_layout
+from pretrain.checks.stages import declaring_stage
+from pretrain.config.schema import RunConfig
+from pretrain.recompute import recomputed_letters
+from pretrain.stages import RunStage
+
+NEAR_MISSES = 3
+KEPT_PARTS = ("weights", "masters", "moments", "gradients")  # that no recomputation spares
+RESTART_SECONDS = 600.0  # of saving, starting all ranks and loading, where the layout changes
+
+
+@dataclass(frozen=True)
+class Found:
+    """Layouts that fit, fastest first, and the nearest misses."""
+
+    fitting: tuple[Estimate, ...]
+    misses: tuple[Estimate, ...]
+
+    @property
+    def nearest(self) -> Estimate | None:
+        """The fastest that fits, else the nearest miss; None where nothing obeys the rules."""
+        return next(iter((*self.fitting, *self.misses)), None)
+
+
+def rank_layouts(
+    config: RunConfig,
+    runs: list[RunConfig],
+    layouts: Iterable[Layout],
+    hardware: Hardware,
+    assumptions: Assumptions,
+    *,
+    recomputes: bool,
+) -> Found:
+    """Layouts that suit and fit every training stage, fastest in the first stage first; and the nearest misses.
+
+    `recomputes`: a layout that does not fit is tried again with more blocks recomputed.
+    """
+    fitting: list[Estimate] = []
+    misses: list[tuple[Layout, Memory, str]] = []
+    room = hardware.memory_gib * GIB
+    for layout in layouts:
+        for option in recomputed(runs[0], layout) if recomputes else (layout,):
+            memory, reason = memory_of_stages(config, runs, option, hardware, assumptions)
+            # Stop at the first option that fits, or when recomputation cannot help because what it never frees is too
+            # much alone.
+            if not reason or sum(memory.parts.get(name, 0.0) for name in KEPT_PARTS) > room:
+                break
+        if reason:
+            misses.append((option, memory, reason))
+        else:
+            fitting.append(estimate(runs[0], option, hardware, assumptions))
+    fitting.sort(key=lambda item: item.step.total())
+    misses.sort(key=lambda miss: (miss[1].total() <= room, miss[1].total()))  # broken rules last
+    nearest = [
+        replace(estimate(runs[0], layout, hardware, assumptions), memory=memory, reason=reason)
+        for layout, memory, reason in misses[:NEAR_MISSES]
+    ]
+    return Found(tuple(fitting), tuple(nearest))
+
+
+def memory_of_stages(
+    config: RunConfig, runs: list[RunConfig], layout: Layout, hardware: Hardware, assumptions: Assumptions
+) -> tuple[Memory, str]:
+    """Memory in the first training stage, or in the first stage that the layout does not suit, with the reason."""
+    found: tuple[Memory, str] | None = None
+    for index, run in enumerate(runs):
+        here = at_stage(layout, config, index, run) if index else layout
+        stage = f"stage {config.stages[index].name} " if index else ""
+        if found is not None and not is_allowed(with_layout(run, here), layout.ranks):
+            return found[0], f"{stage}breaks a rule in this layout"
+        memory = memory_of(run, here, assumptions)
+        reason = explain_misfit(memory, hardware)
+        if reason:
+            return memory, stage + reason
+        found = found or (memory, "")
+    assert found is not None, "a run has a stage"
+    return found
+
+
+def choose_layouts(stages: Sequence[RunStage], found: Sequence[Found]) -> tuple[Estimate | None, ...]:
+    """Choose a layout for each stage: the fastest, or that of the stage before where a new start would gain nothing."""
+    chosen: list[Estimate | None] = []
+    for stage, here in zip(stages, found):
+        best, before = here.nearest, chosen[-1] if chosen else None
+        if best is not None and before is not None:
+            present = before.layout.settings()
+            staying = next((item for item in here.fitting if item.layout.settings() == present), None)
+            if staying is not None:
+                gain = (staying.step.total() - best.step.total()) * stage.num_steps
+                best = staying if gain < RESTART_SECONDS else best
+        chosen.append(best)
+    return tuple(chosen)
+
+
+def at_stage(layout: Layout, config: RunConfig, index: int, run: RunConfig) -> Layout:
+    """The first stage's layout as it is in a later stage, which may declare another, micro-batches or recomputation."""
+    # A value of stage 0 is already in the first layout, so only later stages count.
+    if declaring_stage(config, index, "parallel"):
+        return Layout.of(run, layout.ranks)
+    micro_rows = (
+        run.train.micro_batch_size if declaring_stage(config, index, "micro_batch_size") else layout.micro_batch_size
+    )
+    again = [declaring_stage(config, index, name) for name in ("recompute", "recompute_blocks")]
+    letters = recomputed_letters(run) if any(again) else layout.recompute
+    return replace(layout, micro_batch_size=micro_rows, recompute=letters)

@@ -1,0 +1,36 @@
+"""Names of checkpoints: which folders are complete ones, and the newest step among them.
+
+Apart from the rest, and without torch, so that a launcher knows at once where a run will go on.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+# `step-N.old` is a complete checkpoint that is being replaced by another of the same step.
+CHECKPOINT_NAME = re.compile(r"step-(\d{8,})(\.old)?")
+
+
+def checkpoint_name(step: int) -> str:
+    """Folder name of a step's checkpoint."""
+    return f"step-{step:08d}"
+
+
+def list_checkpoints(checkpoints_dir: Path) -> list[Path]:
+    """List the folders that are checkpoints by name, newest step first, a replaced one behind its successor."""
+    if not checkpoints_dir.is_dir():
+        return []
+    found = []
+    for path in checkpoints_dir.iterdir():
+        match = CHECKPOINT_NAME.fullmatch(path.name)
+        if match is not None and path.is_dir():
+            found.append((int(match[1]), match[2] is None, path))
+    return [path for _, _, path in sorted(found, reverse=True)]
+
+
+def newest_saved_step(run_dir: str | Path) -> int:
+    """Step of the newest complete checkpoint of a run by its name, -1 without one."""
+    found = list_checkpoints(Path(run_dir) / "checkpoints")
+    match = CHECKPOINT_NAME.fullmatch(found[0].name) if found else None
+    return -1 if match is None else int(match[1])

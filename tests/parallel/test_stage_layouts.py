@@ -1,0 +1,112 @@
+"""A run whose stages have layouts of their own trains as one that never moved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_pipeline.config import DataConfig
+from pretrain.config.schema import RunConfig
+from pretrain.launcher_protocol import DONE, NEXT_LAYOUT
+from pretrain.monitor.signals import SignalWatch
+from pretrain.start import close_run, start_run
+from pretrain.train import run_steps
+from tests.helpers.spawn import run_ranks
+from tests.parallel.layouts import VARIANTS, Layout, layout_config
+from tests.pretrain.tiny_run import read_events, read_metrics
+
+STEPS = 2  # of a stage
+# Rows of the layouts of consecutive stages, all on one number of ranks.
+QUICK: list[dict[str, Any]] = [
+    {"zero_stage": 1},
+    {"tensor": 2, "sequence_parallel": True, "zero_stage": 2},
+    {"pipeline": 2},
+    {"expert": 2},
+]
+FOUR: list[dict[str, Any]] = [
+    {"context": 2, "tensor": 2, "sequence_parallel": True},
+    {"pipeline": 2, "expert": 2, "zero_stage": 2},
+    {"zero_stage": 3},
+    {"pipeline": 2, "tensor": 2, "schedule": "zero_bubble"},
+    {"context": 2, "expert": 4},
+    {"expert": 2, "offload_optimizer": True},
+    {"tensor": 2, "zero_stage": 0},
+]
+
+
+def staged_config(data: DataConfig, run_dir: Path, layouts: list[dict[str, Any]] | None, count: int) -> RunConfig:
+    """A run of so many stages, which lie on the ranks as `layouts` say; None: all of them on one rank."""
+    tree = layout_config(Layout(1, {}, "latent"), data, run_dir).model_dump(mode="json", exclude_unset=True)
+    tree["train"].pop("steps")
+    tree["schedule"] = {"kind": "constant", "warmup_steps": 0}
+    tree["model"] = VARIANTS["latent"]
+    stages: list[dict[str, Any]] = [{"name": f"stage{number}", "steps": STEPS} for number in range(count)]
+    for stage, layout in zip(stages, layouts or []):
+        stage |= {"parallel": layout}
+    # Another micro-batch and other recomputation need no new layout.
+    stages[-1] |= {"micro_batch_size": 1} | ({} if layouts is None else {"recompute": "full"})
+    if layouts and layouts[-1].get("schedule") == "zero_bubble":
+        stages[-1].pop("recompute")
+    return RunConfig.model_validate(tree | {"stages": stages})
+
+
+def run_layouts(data: DataConfig, run_dir: str, layouts: list[dict[str, Any]] | None, count: int) -> list[int]:
+    """Start the run until it is done, as a launcher does; returns the exit codes. Every rank must call this."""
+    config = staged_config(data, Path(run_dir), layouts, count)
+    codes: list[int] = []
+    while not codes or codes[-1] == NEXT_LAYOUT:
+        with SignalWatch() as signals:
+            run = start_run(config, signals)
+            codes.append(run_steps(run))
+            close_run(run)
+    return codes
+
+
+def check_same_losses(data: DataConfig, root: Path, layouts: list[dict[str, Any]], ranks: int) -> None:
+    (codes, *others) = run_ranks(run_layouts, data, str(root / "moved"), layouts, len(layouts), num_ranks=ranks)
+    assert codes == [*[NEXT_LAYOUT] * (len(layouts) - 1), DONE]
+    assert all(other == codes for other in others)
+    assert run_ranks(run_layouts, data, str(root / "whole"), None, len(layouts), num_ranks=1) == [[DONE]]
+    moved, whole = read_metrics(root / "moved"), read_metrics(root / "whole")
+    assert [line["step"] for line in moved] == list(range(1, STEPS * len(layouts) + 1))
+    # float32 sums in another order.
+    for key in ("loss", "grad_norm"):
+        assert [line[key] for line in moved] == pytest.approx([line[key] for line in whole], rel=1e-5)
+    assert [line["stage"] for line in moved] == [line["stage"] for line in whole]
+    events = [event["stage"] for event in read_events(root / "moved", "next_layout")]
+    assert events == [f"stage{number}" for number in range(1, len(layouts))]
+
+
+def test_stages_of_two_ranks_in_layouts_of_their_own_train_as_one_rank(data: DataConfig, tmp_path: Path) -> None:
+    check_same_losses(data, tmp_path, QUICK, 2)
+
+
+@pytest.mark.slow
+def test_stages_of_four_ranks_in_layouts_of_their_own_train_as_one_rank(data: DataConfig, tmp_path: Path) -> None:
+    check_same_losses(data, tmp_path, FOUR, 4)
+
+
+def go_back(data: DataConfig, run_dir: str) -> list[tuple[int, dict[str, Any]]]:
+    """Damage the checkpoint at the boundary, and start where the next stage would begin."""
+    config = staged_config(data, Path(run_dir), [{"zero_stage": 1}, {"tensor": 2}], 2)
+    config = config.model_copy(update={"train": config.train.model_copy(update={"checkpoint_every_steps": 1})})
+    results = []
+    for start in range(3):
+        with SignalWatch() as signals:
+            run = start_run(config, signals)
+            built = run.layout.model_dump(exclude_defaults=True)
+            results.append((run_steps(run), built))
+            close_run(run)
+        if start == 0 and run.parallel.is_main:
+            (Path(run_dir) / "checkpoints" / f"step-{STEPS:08d}" / "rank-00001.safetensors").write_bytes(b"cut")
+    return results
+
+
+def test_a_damaged_checkpoint_at_the_boundary_goes_back_into_the_layout_before_it(
+    data: DataConfig, tmp_path: Path
+) -> None:
+    (found, _) = run_ranks(go_back, data, str(tmp_path), num_ranks=2)
+    assert found == [(NEXT_LAYOUT, {}), (NEXT_LAYOUT, {}), (DONE, {"tensor": 2})]
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4]
