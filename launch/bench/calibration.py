@@ -26,6 +26,7 @@ import torch
 
 from kernels.linear.op import linear
 from launch.bench.communication import DEFAULTS
+from launch.bench.efficiencies import fit_efficiencies
 from launch.bench.hardware import multiplies_bf16, processor_name
 from launch.bench.step import OPTIMIZER, ROWS, TOKENS, granite_shape
 from launch.plan.hardware import GIB, HARDWARE, Hardware
@@ -40,8 +41,6 @@ from pretrain.engine.engine import Precision, build_engine
 from pretrain.parallel import Parallel, initialize_parallel
 
 FITTED = ("product_efficiency", "grouped_efficiency", "attention_efficiency", "memory_efficiency")
-LEAST = 1e-3  # of an efficiency
-SWEEPS, HALVINGS = 12, 24  # over all efficiencies, and of the range of one
 KINDS = ("-", "E", "M", "*")
 BLOCKS = 4  # of a model of one kind
 FEW_TOKENS = 64
@@ -94,28 +93,12 @@ def planned_seconds(config: RunConfig, hardware: Hardware) -> float:
 
 
 def fit(hardware: Hardware, targets: Sequence[tuple[RunConfig, float, int]]) -> Hardware:
-    """Fit the efficiencies: least weighted squares of log(planned / measured) over `targets` of (run, seconds, weight).
-
-    One efficiency after the other by golden sections of its logarithm (Kiefer 1953), several times over: planned
-    seconds only fall with each, so that every one has a single valley.
-    """
+    """Fit the efficiencies: least weighted squares of log(planned / measured) over `targets` of (run, seconds, weight)."""
 
     def loss(found: Hardware) -> float:
         return sum(weight * math.log(planned_seconds(run, found) / seconds) ** 2 for run, seconds, weight in targets)
 
-    ratio = (5**0.5 - 1) / 2
-    for _ in range(SWEEPS):
-        for field in FITTED:
-
-            def at(power: float, hardware: Hardware = hardware, field: str = field) -> Hardware:
-                return hardware.model_copy(update={field: LEAST**power})
-
-            low, high = 0.0, 1.0
-            for _ in range(HALVINGS):
-                left, right = high - ratio * (high - low), low + ratio * (high - low)
-                low, high = (low, right) if loss(at(left)) < loss(at(right)) else (left, high)
-            hardware = at(low if low < 1e-3 else (low + high) / 2)
-    return hardware
+    return fit_efficiencies(hardware, FITTED, loss)
 
 
 def time_steps(

@@ -89,14 +89,22 @@ def total_seconds(exchanges: Iterable[Exchange], layout: Layout, hardware: Hardw
 
 
 def pass_seconds(
-    config: RunConfig, layout: Layout, hardware: Hardware, held: StageShare, *, overlap: float
+    config: RunConfig,
+    layout: Layout,
+    hardware: Hardware,
+    held: StageShare,
+    *,
+    overlap: float,
+    sent_choices: float = 1.0,
 ) -> dict[str, float]:
     """Seconds of communication in one micro-batch's forward and backward pass on one rank, by axis.
 
     `overlap`: the part of a pipeline's sends that runs beside compute, 0 to 1; every other collective is waited for.
+    `sent_choices`: the part of routed rows that travels, 1 as amfm sends them.
     """
     seconds = dict.fromkeys(PARTS.values(), 0.0)
     for exchange in pass_exchanges(config, layout, held):
         seconds[PARTS[exchange.axis]] += exchange_seconds(exchange, layout, hardware)
     seconds["pipeline"] *= 1 - overlap
+    seconds["expert"] *= sent_choices
     return seconds

@@ -21,12 +21,15 @@ class Assumptions:
     """Inputs of the estimates that no configuration states, all fractions or ratios.
 
     `margin`: memory added for fragmentation and small allocations. `overlap`: part of ZeRO-3's gathers and of pipeline
-    sends that hides behind compute. `imbalance`: routed rows of the fullest expert rank over the mean.
+    sends that hides behind compute. `imbalance`: routed rows of the fullest expert rank over the mean. `sent_choices`:
+    the part of routed rows that travels between ranks; 1 as amfm sends them, less where a dispatcher sends a token once
+    to all its experts on a node.
     """
 
     margin: float = 0.1
     overlap: float = 0.5
     imbalance: float = 1.0
+    sent_choices: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,13 @@ def estimate(config: RunConfig, layout: Layout, hardware: Hardware, assumptions:
     storage = storage_of(config)
     memory = memory_of(config, layout, assumptions)
     step = estimate_step(
-        config, layout, hardware, storage, overlap=assumptions.overlap, imbalance=assumptions.imbalance
+        config,
+        layout,
+        hardware,
+        storage,
+        overlap=assumptions.overlap,
+        imbalance=assumptions.imbalance,
+        sent_choices=assumptions.sent_choices,
     )
     train = config.train
     tokens = train.global_batch_size * train.sequence_length

@@ -200,11 +200,13 @@ def estimate_step(
     *,
     overlap: float,
     imbalance: float = 1.0,
+    sent_choices: float = 1.0,
 ) -> StepTime:
     """Seconds of one step of the slowest pipeline stage.
 
     `overlap`: part of ZeRO-3's gathers and of pipeline sends that may run beside compute. Gradient reductions come
     after the last backward pass, so nothing hides them. `imbalance`: routed rows of the fullest rank over the mean.
+    `sent_choices`: the part of routed rows that travels between ranks.
     """
     stages = distinct_stages(held_by_stages(config.model, layout, config.train.sequence_length))
     block = {
@@ -212,7 +214,7 @@ def estimate_step(
         for letter in {letter for held in stages for letter in held.letters}
     }
     # Stages wait for each other at every step, so the slowest sets the pace.
-    found = [_estimate_stage(config, layout, hardware, storage, held, block, overlap) for held in stages]
+    found = [_estimate_stage(config, layout, hardware, storage, held, block, overlap, sent_choices) for held in stages]
     return max(found, key=StepTime.total)
 
 
@@ -224,6 +226,7 @@ def _estimate_stage(
     held: StageShare,
     block: dict[str, float],
     overlap: float,
+    sent_choices: float,
 ) -> StepTime:
     """All parts of a step for one pipeline stage, from the seconds of each kind of block."""
     passes = layout.micro_batches(config)
@@ -233,7 +236,7 @@ def _estimate_stage(
     }
     if held.has_head:
         compute["head"] = passes * head_seconds(config, layout, hardware, storage)
-    one_pass = pass_seconds(config, layout, hardware, held, overlap=overlap)
+    one_pass = pass_seconds(config, layout, hardware, held, overlap=overlap, sent_choices=sent_choices)
     communication = {axis: passes * seconds for axis, seconds in one_pass.items() if seconds}
     busy = (sum(compute.values()) + sum(communication.values())) / passes
     # Idle time of a rank while the pipeline fills and drains, in passes of one micro-batch.

@@ -2,56 +2,90 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from launch.arguments import JsonOption
-from launch.console import print_json, print_rows, say
+from launch.console import print_json, print_pairs, print_rows, say
+
+if TYPE_CHECKING:
+    from launch.plan.hardware import Hardware
 
 
 def plan(
     presets: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the presets are.")] = Path("configs"),
     *,
+    fit: Annotated[
+        bool,
+        typer.Option("--fit", help="Also fit the efficiencies on half of the runs and plan the other half with them."),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Plan runs whose speed on H100 is published, and print the error of each: the table of docs/benchmarks/planning.md."""
-    from launch.bench.published import plan_anchors
+    from launch.bench.published.planning import anchor_as_dict, fit_halves, load_anchors
 
-    rows = plan_anchors(presets)
+    anchors = load_anchors(presets)
+    rows = [anchor_as_dict(anchor) for anchor in anchors]
+    halves = None
+    if fit:
+        halves, ratios = fit_halves(anchors)
+        for row, ratio in zip(rows, ratios):
+            row["error_of_the_other_halfs_fit"] = ratio - 1
     if as_json:
         print_json(rows)
         return
-    lines = [
-        (
-            f"{row['name']}{', approximated' if row['is_like'] else ''}",
-            row["gpus"],
-            row["layout"],
-            row["recompute"],
-            f"{row['published_tokens_per_second_per_gpu']:,}",
-            f"{row['predicted_tokens_per_second_per_gpu']:,.0f}",
-            f"{row['error']:+.0%}",
-            f"{row['exchange_share']:.0%}",
-            f"{row['published_flops_per_token'] / 1e9:.1f}",
-            f"{row['flops_per_token'] / 1e9:.1f}",
-            "" if row["fits"] else "no",
-        )
-        for row in rows
-    ]
+    print_rows("Published speeds and the plan's", *_table(rows))
+    _say_errors(rows, halves)
+    if any(row["is_stand_in"] for row in rows):
+        say("MTP: the preset lacks the multi-token prediction that was trained; its error is of FLOPs a second")
+
+
+def _table(rows: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
+    """Columns and rows of the printed table."""
     columns = (
         "model",
         "H100",
         "layout",
-        "recomputed",
+        "routing",
         "published tokens/s/GPU",
         "planned",
         "error",
+        "fitted",
         "exchanges",
-        "published GFLOP a token",
+        "GFLOP a token, published",
         "counted",
-        "fits",
     )
-    print_rows("Published speeds and the plan's", columns, lines)
-    if any(row["is_like"] for row in rows):
-        say("approximated: the preset's attention is not the model's; its file says what is equal")
+    return columns, [
+        (
+            row["name"],
+            row["gpus"],
+            row["layout"],
+            row["routing"],
+            f"{row['published_tokens_per_second_per_gpu']:,}",
+            f"{row['predicted_tokens_per_second_per_gpu']:,.0f}",
+            f"{row['error']:+.0%}",
+            f"{row['error_of_the_other_halfs_fit']:+.0%}" if "error_of_the_other_halfs_fit" in row else "",
+            f"{row['exchange_share']:.0%}",
+            f"{row['published_flops_per_token'] / 1e9:.1f}",
+            f"{row['flops_per_token'] / 1e9:.1f}",
+        )
+        for row in rows
+    ]
+
+
+def _say_errors(rows: list[dict[str, Any]], halves: tuple[Hardware, Hardware] | None) -> None:
+    """Median and largest error, of forced and of natural routing, and what was fitted."""
+    for key, words in (("error", "data sheet"), ("error_of_the_other_halfs_fit", "fitted on the other half")):
+        for routing in ("forced", "natural"):
+            errors = [abs(row[key]) for row in rows if row["routing"] == routing and key in row]
+            if errors:
+                say(
+                    f"{words}, {routing} routing: median error {statistics.median(errors):.0%}, worst {max(errors):.0%}"
+                )
+    for name, hardware in zip(("the 1st, 3rd, ... run", "the 2nd, 4th, ... run"), halves or ()):
+        values = hardware.model_dump()
+        efficiencies = [(key, f"{value:.2f}") for key, value in values.items() if key.endswith("_efficiency")]
+        print_pairs(f"Fitted on {name}", efficiencies)

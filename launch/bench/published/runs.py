@@ -1,0 +1,132 @@
+"""Training runs on H100 whose speed is published, as rows that the plan can be held against.
+
+How it works: a row names a preset, the published layout, batch and recomputation, and tokens and model FLOPs a second and
+card. Rows are all BF16 on H100; each says whether its router was balanced by force, because natural routing keeps the fullest
+rank busy longer. A model that has something amfm has not (multi-token prediction) is marked: then the FLOPs a second are
+compared, not the tokens.
+
+Sources: NeMo Automodel's benchmark examples (examples/llm_benchmark) and Megatron Bridge's model verification cards and
+performance recipes, read in November 2026. Their FSDP cuts weights and gradients over data ranks; here these rows are planned
+with ZeRO 1, whose compute is the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+TERA = 1e12
+
+
+@dataclass(frozen=True)
+class PublishedRun:
+    """One published run. `recompute`: `none`, `full`, or the letters of the blocks that are computed again.
+
+    `tokens_per_second`, `flops_per_second`: of one card, as published. `layout`: keys of the `parallel` section.
+    `is_stand_in`: the preset lacks a part of the model that was trained, so that only rates of FLOPs compare.
+    """
+
+    name: str
+    preset: str
+    gpus: int
+    tokens_per_second: float
+    flops_per_second: float
+    layout: dict[str, str | int]
+    micro_batch_size: int
+    global_batch_size: int
+    recompute: str
+    routing: Literal["forced", "natural"] = "forced"
+    sequence_length: int = 4096
+    is_stand_in: bool = False
+
+
+NANO, SUPER, ULTRA = "nemotron3_nano_30b", "nemotron3_super_120b", "nemotron3_ultra_550b"
+DEEPSEEK, KIMI, QWEN, MOONLIGHT = (
+    f"anchors/{name}" for name in ("deepseek_v3", "kimi_k2", "qwen3_30b", "moonlight_16b")
+)
+
+
+def _interleaved(pipeline: int, virtual_stages: int, expert: int, tensor: int = 1) -> dict[str, str | int]:
+    """An interleaved pipeline with an expert axis; tensor ranks split the stream."""
+    cut: dict[str, str | int] = {"tensor": tensor, "sequence_parallel": "true"} if tensor > 1 else {}
+    return {**cut, "pipeline": pipeline, "virtual_stages": virtual_stages, "schedule": "interleaved", "expert": expert}
+
+
+PUBLISHED = (
+    PublishedRun("Nemotron 3 Nano", NANO, 8, 16_789, 328 * TERA, {"expert": 8}, 4, 512, "full"),
+    PublishedRun("Nemotron 3 Super", SUPER, 64, 4_497, 334 * TERA, {"expert": 64}, 2, 512, "full"),
+    PublishedRun(
+        "Nemotron 3 Ultra, MTP", ULTRA, 128, 815, 293 * TERA, {"expert": 64}, 2, 256, "full", is_stand_in=True
+    ),
+    PublishedRun(
+        "Nemotron 3 Super, MTP",
+        SUPER,
+        64,
+        2_969,
+        248.6 * TERA,
+        {"pipeline": 2, "expert": 32},
+        1,
+        1280,
+        "E",
+        is_stand_in=True,
+    ),
+    PublishedRun(
+        "Nemotron 3 Super, MTP",
+        SUPER,
+        64,
+        2_789,
+        236.3 * TERA,
+        {"pipeline": 2, "expert": 32},
+        1,
+        1280,
+        "E",
+        "natural",
+        is_stand_in=True,
+    ),
+    PublishedRun(
+        "Nemotron 3.5 Lightning, MTP",
+        NANO,
+        16,
+        14_195,
+        399.6 * TERA,
+        {"expert": 8},
+        1,
+        512,
+        "none",
+        sequence_length=8192,
+        is_stand_in=True,
+    ),
+    PublishedRun(
+        "Nemotron 3.5 Lightning, MTP",
+        NANO,
+        16,
+        7_110,
+        200.2 * TERA,
+        {"expert": 8, "context": 2},
+        1,
+        512,
+        "none",
+        "natural",
+        sequence_length=8192,
+        is_stand_in=True,
+    ),
+    PublishedRun(
+        "DeepSeek-V3, MTP",
+        DEEPSEEK,
+        1024,
+        1_061,
+        276 * TERA,
+        _interleaved(8, 4, 64, tensor=2),
+        1,
+        16_384,
+        "-",
+        is_stand_in=True,
+    ),
+    PublishedRun("DeepSeek-V3", DEEPSEEK, 256, 1_002, 250 * TERA, _interleaved(4, 8, 64), 1, 512, "full"),
+    PublishedRun("DeepSeek-V3", DEEPSEEK, 1024, 865, 216 * TERA, _interleaved(4, 8, 64), 1, 8192, "none"),
+    PublishedRun("Kimi K2", KIMI, 256, 924, 189 * TERA, _interleaved(8, 4, 32), 1, 512, "full"),
+    PublishedRun("Qwen3-30B-A3B", QWEN, 8, 12_040, 277 * TERA, {"expert": 8}, 4, 512, "full"),
+    PublishedRun("Qwen3-30B-A3B", QWEN, 16, 13_011, 299.4 * TERA, {"expert": 16}, 1, 1024, "none"),
+    PublishedRun("Qwen3-30B-A3B", QWEN, 16, 8_655, 199.1 * TERA, {"expert": 16}, 1, 1024, "none", "natural"),
+    PublishedRun("Moonlight 16B-A3B", MOONLIGHT, 16, 22_528, 386.6 * TERA, {"expert": 8}, 2, 1024, "none", "natural"),
+)
