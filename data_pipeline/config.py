@@ -31,7 +31,7 @@ class SourceConfig(Section):
     )
     paths: tuple[str, ...] = Field(
         min_length=1,
-        description="Files, folders, globs or URLs (s3://, gs://, az://): .txt, .md (a file is a document), .jsonl, .parquet, .arrow (a Hugging Face dataset on disk), .idx (Megatron tokens, .bin beside it); all but the last also as .gz, .zst.",
+        description="Files, folders, globs, URLs (s3://, gs://, az://; https:// of one file) or data sets of the Hub (hub:OWNER/NAME): .txt, .md (a file is a document), .jsonl, .parquet, .arrow (a Hugging Face dataset on disk), .idx (Megatron tokens, .bin beside it); all but the last also as .gz, .zst.",
     )
     text_column: str = Field("text", description="Field that holds the text in jsonl and parquet.")
     weight: float = Field(
@@ -44,6 +44,11 @@ class SourceConfig(Section):
         None,
         gt=0,
         description="Use at most about this much text: files and byte ranges chosen by prepare.seed; none: all of it.",
+    )
+    max_tokens: int | None = Field(
+        None,
+        gt=0,
+        description="Stop at the first part with which the store has so many tokens of the source; of many files only as many as are needed are looked at. none: all of them.",
     )
 
 

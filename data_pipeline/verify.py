@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.config import DataConfig
+from data_pipeline.progress import Report, silent
 from data_pipeline.samples.samples import SampleReader, SampleSettings
 from data_pipeline.store.manifest import Part, Split
 from data_pipeline.store.shards import DamagedError
@@ -23,7 +24,7 @@ from data_pipeline.tokenizer.tokenizer import load_tokenizer
 READ_TOKENS = 4 * 2**20
 
 
-def verify_store(path: str | Path, *, full: bool = True) -> list[str]:
+def verify_store(path: str | Path, *, full: bool = True, report: Report = silent) -> list[str]:
     """Check a store and return what is wrong with it, one line a finding; an empty list is a sound store.
 
     Quick: the manifest, the tokenizer, the presence and size of every shard, the crc32c of their indices and the
@@ -40,7 +41,11 @@ def verify_store(path: str | Path, *, full: bool = True) -> list[str]:
     except (ValueError, RuntimeError) as error:
         problems.append(str(error))
     listed = store.list_files()
-    for _, _, part in store.all_parts():
+    parts = [part for _, _, part in store.all_parts()]
+    done, total = 0, sum(sum(part.token_shards) for part in parts)
+    for part in parts:
+        report(f"verifying {path}", done, total)
+        done += sum(part.token_shards)
         try:
             check_part_files(store.location, part, listed)
             problems += _verify_part(store, part, full=full)

@@ -8,16 +8,20 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.table import Table
+from rich.table import Column, Table
+
+from data_pipeline.progress import format_seconds
 
 # How a warning of megatron-core begins, at each import, about libraries that we don't use.
 UNUSED_LIBRARIES = "Transformer Engine and Apex are not installed"
+BAR_WIDTH = 16  # of a progress bar, also where the remark beside it is long
 
 
 def print_json(value: object) -> None:
@@ -62,26 +66,53 @@ def output() -> Console:
     return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=160)
 
 
-@contextmanager
-def show_progress(name: str, *, every_seconds: float = 1.0) -> Iterator[Callable[[int, int, str], None]]:
-    """Yield a function of (done, total, remark) that shows progress on standard error.
+class ShowProgress(Protocol):
+    """What work calls with units done and in all, a remark, and the seconds left where it knows better than the clock."""
 
-    A bar on a terminal; elsewhere at most a line every `every_seconds`, and one at the end.
+    def __call__(self, done: int, total: int, remark: str, seconds_left: float | None = None) -> None:
+        """Show the present state."""
+
+
+@contextmanager
+def show_progress(name: str, *, every_seconds: float = 1.0, console: Console | None = None) -> Iterator[ShowProgress]:
+    """Yield a function of (done, total, remark) that shows progress and the time left on standard error.
+
+    A bar on a terminal, where a remark that is too long for the line is cut and the bar is not; elsewhere at most a line
+    every `every_seconds`, and one at the end.
     """
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = console or Console(stderr=True, highlight=False, soft_wrap=True)
+    began = time.monotonic()
+
+    def describe_left(done: int, total: int, seconds_left: float | None) -> str:
+        if seconds_left is None and 0 < done < total:
+            seconds_left = (time.monotonic() - began) * (total - done) / done
+        return f"{format_seconds(seconds_left)} to go" if seconds_left and done < total else ""
+
     if not console.is_terminal:
         last = time.monotonic() - every_seconds
 
-        def show_line(done: int, total: int, remark: str) -> None:
+        def show_line(done: int, total: int, remark: str, seconds_left: float | None = None) -> None:
             nonlocal last
             now = time.monotonic()
             if done >= total or now - last >= every_seconds:
-                console.print(escape(f"{name}: {done:,}/{total:,} {remark}"))
+                left = describe_left(done, total, seconds_left)
+                console.print(escape(f"{name}: {done:,}/{total:,} {remark}{', ' if left else ''}{left}"))
                 last = now
 
         yield show_line
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[remark]}"))
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task(name, total=None, remark="")
-        yield lambda done, total, remark: bar.update(task, completed=done, total=total, remark=escape(remark))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(BAR_WIDTH, table_column=Column(min_width=BAR_WIDTH)),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        TextColumn("{task.fields[left]}", table_column=Column(no_wrap=True)),
+        TextColumn("{task.fields[remark]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
+    )
+    with Progress(*columns, console=console, expand=True) as bar:
+        task = bar.add_task(name, total=None, remark="", left="")
+
+        def show_bar(done: int, total: int, remark: str, seconds_left: float | None = None) -> None:
+            left = describe_left(done, total, seconds_left)
+            bar.update(task, completed=done, total=total, remark=escape(remark), left=left)
+
+        yield show_bar

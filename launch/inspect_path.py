@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.foreign_files import read_object, take
+from data_pipeline.progress import Report, silent
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Inspection:
         return {"kind": self.kind, "ok": self.is_ok(), "problems": list(self.problems), **self.facts}
 
 
-def inspect_path(path: str | Path, *, quick: bool = False) -> Inspection:
+def inspect_path(path: str | Path, *, quick: bool = False, report: Report = silent) -> Inspection:
     """Inspect a folder, or a token store behind a URL: read everything and verify checksums.
 
     `quick`: of a token store only sizes, indices and document ends. Raises FileNotFoundError if it does not exist,
@@ -47,7 +48,7 @@ def inspect_path(path: str | Path, *, quick: bool = False) -> Inspection:
     from data_pipeline.store.object_store import is_url
 
     if is_url(str(path)):
-        return inspect_store(str(path), quick=quick)
+        return inspect_store(str(path), quick=quick, report=report)
     folder = Path(path)
     if not folder.is_dir():
         what = "is a file" if folder.is_file() else "does not exist"
@@ -56,24 +57,24 @@ def inspect_path(path: str | Path, *, quick: bool = False) -> Inspection:
     if manifest.is_file():
         text = manifest.read_text(encoding="utf-8", errors="replace")
         if "amfm-checkpoint" not in text[:200]:
-            return inspect_store(str(folder), quick=quick)
+            return inspect_store(str(folder), quick=quick, report=report)
     if quick:
         raise ValueError(f"{folder} is no token store, and --quick is for stores; leave it out")
     if manifest.is_file():
-        return inspect_checkpoint(folder)
+        return inspect_checkpoint(folder, report)
     if (folder / "config.yaml").is_file() or (folder / "checkpoints").is_dir():
-        return inspect_run(folder)
+        return inspect_run(folder, report)
     if (folder / "weights.json").is_file():
-        return inspect_weights(folder)
+        return inspect_weights(folder, report)
     if (folder / "config.json").is_file():
-        return inspect_export(folder)
+        return inspect_export(folder, report)
     raise ValueError(
         f"{folder} is no token store, checkpoint, run, import or export (none of manifest.json, config.yaml, "
         "weights.json, config.json is in it); name such a folder"
     )
 
 
-def inspect_store(path: str, *, quick: bool = False) -> Inspection:
+def inspect_store(path: str, *, quick: bool = False, report: Report = silent) -> Inspection:
     """Inspect a token store in a folder or behind a URL.
 
     Verifies manifest, tokenizer, sizes, document ends and, unless `quick`, every chunk and digest.
@@ -82,7 +83,7 @@ def inspect_store(path: str, *, quick: bool = False) -> Inspection:
     from data_pipeline.store.store import TokenStore
     from data_pipeline.verify import verify_store
 
-    problems = verify_store(path, full=not quick)
+    problems = verify_store(path, full=not quick, report=report)
     try:
         store = TokenStore.open(path)
     except DamagedError:
@@ -95,6 +96,7 @@ def inspect_store(path: str, *, quick: bool = False) -> Inspection:
         "vocab_size": store.vocab_size,
         "dtype": store.layout.dtype,
         "preset": store.layout.preset,
+        **({"revisions": store.revisions} if store.revisions else {}),
         "parts": len(parts),
         "tokens": sum(part.num_tokens for _, _, part in parts),
         "documents": sum(part.num_documents for _, _, part in parts),
@@ -107,11 +109,11 @@ def inspect_store(path: str, *, quick: bool = False) -> Inspection:
     return Inspection("token store", tuple(problems), facts, {part.path: part.digest for _, _, part in parts})
 
 
-def inspect_checkpoint(folder: Path) -> Inspection:
+def inspect_checkpoint(folder: Path, report: Report = silent) -> Inspection:
     """Inspect a checkpoint: its manifest, the SHA-256 of every file, and every tensor for NaN."""
     from pretrain.checkpoint.inspect import inspect_checkpoint as inspect
 
-    found = inspect(folder)
+    found = inspect(folder, report)
     facts = {name: value for name, value in found.items() if name not in ("kind", "path", "ok", "problems")}
     return Inspection("checkpoint", tuple(found["problems"]), facts)
 
@@ -130,7 +132,7 @@ def mark_checkpoint(folder: Path, keep: bool) -> None:
     (mark if keep else release)(folder)
 
 
-def inspect_run(folder: Path) -> Inspection:
+def inspect_run(folder: Path, report: Report = silent) -> Inspection:
     """Inspect a run directory: verify every checkpoint, and find how far the metrics reach."""
     from pretrain.checkpoint.files import verify_checkpoint
     from pretrain.checkpoint.names import list_checkpoints
@@ -140,7 +142,7 @@ def inspect_run(folder: Path) -> Inspection:
 
     problems, steps = [], []
     for checkpoint in list_checkpoints(folder / "checkpoints"):
-        manifest, found = verify_checkpoint(checkpoint)
+        manifest, found = verify_checkpoint(checkpoint, report)
         problems += found
         if manifest is not None and not found:
             steps.append(manifest["step"])
@@ -156,7 +158,7 @@ def inspect_run(folder: Path) -> Inspection:
     return Inspection("run", tuple(problems), facts, details)
 
 
-def inspect_weights(folder: Path) -> Inspection:
+def inspect_weights(folder: Path, report: Report = silent) -> Inspection:
     """Inspect imported weights: the SHA-256 of every file, and every tensor against the configuration."""
     from pretrain.config.file import flatten
     from pretrain.inference.weights import read_weights
@@ -165,7 +167,7 @@ def inspect_weights(folder: Path) -> Inspection:
     try:
         description = read_object(folder / "weights.json")
         facts["origin"] = description.get("origin")
-        weights = read_weights(folder)
+        weights = read_weights(folder, report)
     except (ValueError, RuntimeError) as error:
         return Inspection("imported weights", (str(error),), facts)
     facts |= {
@@ -178,7 +180,7 @@ def inspect_weights(folder: Path) -> Inspection:
     return Inspection("imported weights", (), facts, details)
 
 
-def inspect_export(folder: Path) -> Inspection:
+def inspect_export(folder: Path, report: Report = silent) -> Inspection:
     """Inspect a transformers export: config.json, and every tensor of every safetensors file, against the index.
 
     These files carry no checksums, so values are tested for NaN and infinity, and digests are made for comparison.
@@ -190,9 +192,11 @@ def inspect_export(folder: Path) -> Inspection:
     config = read_object(folder / "config.json")
     problems, tensors, parameters, num_bytes = [], {}, 0, 0
     files = sorted(folder.glob("*.safetensors"))
+    total_bytes = sum(path.stat().st_size for path in files)
     if not files:
         problems.append(f"{folder} holds no .safetensors file")
     for path in files:
+        report(f"reading {folder}", num_bytes, total_bytes)
         num_bytes += path.stat().st_size
         try:
             with open_tensors(path) as opened:

@@ -28,6 +28,9 @@ import pydantic_core
 from data_pipeline.prepare.filters import Filter
 from data_pipeline.prepare.sources import InputFile
 from data_pipeline.store.megatron_files import read_megatron_documents, read_megatron_index
+from data_pipeline.store.object_store import is_url
+
+COUNTED_BYTES = 2**30  # as far into a file lines are counted, to say where a record is
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,7 @@ class SegmentReader:
         self.segment, self.text_column = segment, text_column
         self.reason_to_drop = reason_to_drop
         self.covered_bytes = 0
+        self.lines_before: int | None = None
 
     def __iter__(self) -> Iterator[Document | TokenDocument | Reject]:
         if self.segment.file.kind == "megatron":
@@ -156,13 +160,28 @@ class SegmentReader:
             with open_input(file) as stream:
                 for offset, line in self._lines(stream):
                     number += 1
-                    position = f"{file.name}:{'byte ' + str(offset) if file.compression == 'none' else number}"
-                    if not line.isspace():
-                        yield self._parse(line, position)
+                    if line.isspace():
+                        continue
+                    item = self._parse(line, f"{file.name}:line {number}")
+                    if isinstance(item, Reject) and file.compression == "none":
+                        item = Reject(f"{file.name}:{self._place(number, offset)}", item.reason)
+                    yield item
         except _STREAM_ERRORS as error:
             if _is_of_the_disk(error):
                 raise
-            yield Reject(f"{file.name}:{number + 1}", f"damaged compressed file, the rest is lost: {error}")
+            yield Reject(f"{file.name}:line {number + 1}", f"damaged compressed file, the rest is lost: {error}")
+
+    def _place(self, number: int, offset: int) -> str:
+        """Line and byte of the segment's line `number`; the byte alone far into a file, or in one that is not here."""
+        file, start = self.segment.file, self.segment.start
+        if self.lines_before is None and start <= COUNTED_BYTES and not is_url(file.path):
+            self.lines_before = 0
+            with file.open() as stream:
+                while start > 0 and (block := stream.read(min(start, 2**20))):
+                    self.lines_before, start = self.lines_before + block.count(b"\n"), start - len(block)
+                # A line that begins before the segment is of the range before.
+                self.lines_before += self.segment.start > 0 and block[-1:] != b"\n"
+        return f"byte {offset}" if self.lines_before is None else f"line {self.lines_before + number} (byte {offset})"
 
     def _lines(self, stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
         """Iterate over (offset, line) of lines whose first byte lies in the segment; offset 0 in compressed files."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from typing import Literal
@@ -24,6 +24,9 @@ from data_pipeline.store.manifest import Layout
 SEGMENTS_PER_PART = 32  # a part mixes ranges from this many places, so that neighbours in a row differ
 MIN_SEGMENT_BYTES = 2**16  # smaller reads cost more than they mix
 UNITS_LEFT = 8  # a unit is at most this share of the text that is left, so that all actors end at about the same time
+BYTES_A_TOKEN = 4  # about what a token is worth, before any is counted
+MOST_BYTES_A_TOKEN = 12  # files on the disk, compressed or not: more than the longest tokens need
+PARTS_OF_A_LIMIT = 16  # parts in `max_tokens`: by one of them the limit is passed at most
 UNIT_FORMAT = 6  # raised when the same plan would write other bytes
 
 
@@ -80,14 +83,15 @@ class Unit:
         return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def plan_source(source: SourceConfig, config: DataConfig) -> list[Segment]:
+def plan_source(source: SourceConfig, config: DataConfig, pins: Mapping[str, str] = {}) -> list[Segment]:
     """Plan a source: its segments in the order in which they are dealt into parts.
 
     Text files are split into train and validation here, because their number is known: at least one of two or more
-    validates. Records of jsonl and parquet are split when they are read, by the hash of their text.
+    validates. Records of jsonl and parquet are split when they are read, by the hash of their text. pins: commits of data
+    sets of the Hub.
     ValueError for missing or empty input.
     """
-    files = list_files(source)
+    files = _choose_files(list_files(source, pins), source, config)
     if any(file.kind == "megatron" for file in files):
         if source.filters != FilterConfig():
             raise ValueError(f"source {source.name!r}: filters need text, but an .idx holds tokens; remove them")
@@ -96,7 +100,7 @@ def plan_source(source: SourceConfig, config: DataConfig) -> list[Segment]:
                 f"source {source.name!r} is an .idx, whose tokens mean nothing to a tokenizer trained here; name the file "
                 "of the tokenizer that made them in data.tokenizer.model"
             )
-    part_bytes = config.prepare.part_bytes
+    part_bytes = part_bytes_of(source, config)
     segment_bytes = max(part_bytes // SEGMENTS_PER_PART, min(part_bytes, MIN_SEGMENT_BYTES))
     validating = _choose_validation(source.name, [file for file in files if file.kind == "text"], config)
     segments = [
@@ -110,6 +114,24 @@ def plan_source(source: SourceConfig, config: DataConfig) -> list[Segment]:
         )
     order = permute(range(len(segments)), len(segments), derive_key(config.prepare.seed, "plan", source.name))
     return _take_bytes([segments[index] for index in order.tolist()], source.max_bytes)
+
+
+def part_bytes_of(source: SourceConfig, config: DataConfig) -> int:
+    """Text bytes of a part: smaller where `max_tokens` would be passed by much with the last one."""
+    if source.max_tokens is None:
+        return config.prepare.part_bytes
+    return min(config.prepare.part_bytes, max(MIN_SEGMENT_BYTES, source.max_tokens * BYTES_A_TOKEN // PARTS_OF_A_LIMIT))
+
+
+def _choose_files(files: list[InputFile], source: SourceConfig, config: DataConfig) -> list[InputFile]:
+    """Choose by seed as many files as `max_tokens` can need, so that of thousands not every footer is read."""
+    if source.max_tokens is None:
+        return files
+    ranked = sorted(files, key=lambda file: derive_key(config.prepare.seed, "files", source.name, file.name))
+    total = accumulate(file.num_bytes for file in ranked)
+    enough = source.max_tokens * MOST_BYTES_A_TOKEN
+    number = next((number for number, so_far in enumerate(total, 1) if so_far >= enough), len(ranked))
+    return sorted(ranked[:number], key=lambda file: file.name)
 
 
 def _take_bytes(segments: list[Segment], max_bytes: int | None) -> list[Segment]:

@@ -8,24 +8,26 @@ what the journal lacks. The manifest is written last: a folder without one is no
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from data_pipeline.config import DataConfig, SourceConfig
 from data_pipeline.deletion import try_to_delete
-from data_pipeline.files import UNFINISHED, make_folders, write_file_atomically
-from data_pipeline.foreign_files import read_object
+from data_pipeline.files import UNFINISHED, make_folders
 from data_pipeline.locks import take_lock
 from data_pipeline.prepare.documents import Segment
 from data_pipeline.prepare.duplicates import mark_duplicates, units_to_hash
+from data_pipeline.prepare.hub import pin_revisions, read_pins, write_pins
 from data_pipeline.prepare.journal import Journal
-from data_pipeline.prepare.plan import Unit, UnitSettings, make_units, plan_source
+from data_pipeline.prepare.plan import Unit, UnitSettings, make_units, part_bytes_of, plan_source
 from data_pipeline.prepare.ray_actors import run_on_ray
-from data_pipeline.prepare.training_text import require_training_text, training_texts
+from data_pipeline.prepare.rejects import describe_first_reject
+from data_pipeline.prepare.settle_tokenizer import keep_tokenizer, settle_tokenizer
+from data_pipeline.prepare.token_limit import take_tokens
 from data_pipeline.prepare.unit import UnitFailure, UnitReport
 from data_pipeline.store.manifest import (
     PART_NAME,
@@ -37,12 +39,12 @@ from data_pipeline.store.manifest import (
     write_manifest,
 )
 from data_pipeline.store.object_store import is_url
-from data_pipeline.tokenizer.tokenizer import TOKENIZER_FILES, Tokenizer, read_tokenizer_file, train_tokenizer
+from data_pipeline.tokenizer.tokenizer import Tokenizer
 
-TOKENIZER_SETTINGS = "tokenizer_settings.json"
 LOCK = ".lock"
 
-Runner = Callable[[Sequence[Unit], Path, Tokenizer, DataConfig], Iterator[tuple[Unit, UnitReport | UnitFailure]]]
+Results = Iterator[tuple[Unit, UnitReport | UnitFailure]]
+Runner = Callable[[Sequence[Unit], Path, Tokenizer, DataConfig], Results]
 
 
 @dataclass(frozen=True)
@@ -79,11 +81,14 @@ class Progress:
         return self.tokens / max(self.seconds, 1e-9)
 
 
+ShowProgress = Callable[[Progress], None] | None
+
+
 @dataclass(frozen=True)
 class PrepareReport:
     """What a preparation found and did. tokens and documents: by source and split, of the whole store.
 
-    remarks: on leftovers that could not be deleted.
+    first_rejects: of each source that has any, where the first is and why. remarks: on leftovers that could not be deleted.
     """
 
     store: str
@@ -97,6 +102,7 @@ class PrepareReport:
     text_bytes: int
     rejects: int
     seconds: float
+    first_rejects: dict[str, str] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
 
 
@@ -115,7 +121,9 @@ def prepare(
     ValueError for settings and input, RuntimeError for a full disk or another preparation of the same store.
     """
     began, place = time.monotonic(), config.text_store()
-    plans = {source.name: plan_source(source, config) for source in config.sources}
+    paths = [path for source in config.sources for path in source.paths]
+    pins = pin_revisions(paths, {} if is_url(place) else read_pins(place))
+    plans = {source.name: plan_source(source, config, pins) for source in config.sources}
     if len(plans) < len(config.sources):
         raise ValueError(
             f"data.sources has two sources of one name among {[s.name for s in config.sources]}; rename one"
@@ -131,7 +139,9 @@ def prepare(
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
         raise ValueError(f"data.store={place!r} can't be made ({error.strerror}); name a writable folder") from error
     with _only_writer(store):
-        tokenizer = _settle_tokenizer(store, config, plans, progress)
+        with _explain_full_disk(store, 0, 0):
+            write_pins(store, pins)
+        tokenizer = _tokenizer_of(store, config, plans, progress)
         layout = Layout.for_vocabulary(tokenizer.vocab_size, config.prepare.chunk_tokens, config.prepare.preset)
         units: dict[str, Sequence[Unit]] = {
             source.name: make_units(source.name, plans[source.name], _unit_settings(source, config, tokenizer, layout))
@@ -140,18 +150,23 @@ def prepare(
         journal = Journal(store)
         run = runner or (lambda *arguments: run_on_ray(*arguments, address=address))
         units = _without_duplicates(units, config, store, tokenizer, run, progress)
-        missing = [unit for of_source in units.values() for unit in of_source if journal.find(store, unit) is None]
-        _write_missing(
-            missing, journal, run(missing, store, tokenizer, config) if missing else iter(()), store, progress
-        )
+        write = _UnitsWriter(journal, lambda missing: run(missing, store, tokenizer, config), store, progress)
+        find = partial(journal.find, store)
+        limits = {source.name: source.max_tokens for source in config.sources if source.max_tokens is not None}
+        for name, max_tokens in limits.items():
+            units[name] = take_tokens(units[name], max_tokens, find, write)
+        write([unit for of_source in units.values() for unit in of_source if find(unit) is None])
         reports = {name: [_must_find(journal, store, unit) for unit in of_source] for name, of_source in units.items()}
         for source in config.sources:
             _check_source(source, plans[source.name], reports[source.name], store)
         names = journal.source_names() | reports.keys()
-        identity, remarks = _finish(store, tokenizer, layout, reports, names)
+        identity, remarks = _finish(store, tokenizer, layout, reports, names, pins)
+    remarks += _describe_short_sources(reports, limits)
     seconds = time.monotonic() - began
-    report = _report(config, identity, tokenizer, reports, units_written=len(missing), seconds=seconds)
-    return replace(report, remarks=tuple(remarks))
+    report = _report(config, identity, tokenizer, reports, units_written=write.written, seconds=seconds)
+    described = {name: describe_first_reject(store, of_source) for name, of_source in units.items()}
+    first_rejects = {name: text for name, text in described.items() if text is not None}
+    return replace(report, first_rejects=first_rejects, remarks=tuple(remarks))
 
 
 @contextmanager
@@ -163,13 +178,21 @@ def _only_writer(store: Path) -> Iterator[None]:
         yield
 
 
+def _describe_short_sources(reports: Mapping[str, Sequence[UnitReport]], limits: Mapping[str, int]) -> Iterator[str]:
+    """Say which sources have fewer tokens than they were to give."""
+    for name, limit in limits.items():
+        tokens = sum(report.tokens for report in reports[name])
+        if tokens < limit:
+            yield f"source {name!r} has {tokens:,} tokens of max_tokens={limit:,}: there is no more text in the files chosen"
+
+
 def _unit_settings(source: SourceConfig, config: DataConfig, tokenizer: Tokenizer, layout: Layout) -> UnitSettings:
     return UnitSettings(
         text_column=source.text_column,
         filters=source.filters,
         validation_fraction=config.validation_fraction,
         seed=config.prepare.seed,
-        part_bytes=config.prepare.part_bytes,
+        part_bytes=part_bytes_of(source, config),
         layout=layout,
         tokenizer_identity=tokenizer.identity(),
         vocab_size=tokenizer.vocab_size,
@@ -177,38 +200,21 @@ def _unit_settings(source: SourceConfig, config: DataConfig, tokenizer: Tokenize
     )
 
 
-def _settle_tokenizer(
+def _tokenizer_of(
     store: Path,
     config: DataConfig,
     plans: Mapping[str, Sequence[Segment]],
     progress: Callable[[Progress], None] | None,
 ) -> Tokenizer:
-    """Settle the store's tokenizer: kept if it has one of the same settings, else loaded or trained, and stored."""
-    settings_file, wanted = store / TOKENIZER_SETTINGS, config.tokenizer
-    given = read_tokenizer_file(Path(wanted.model), wanted.eos_token) if wanted.model else None
-    settings = (
-        {"given": given.identity()}
-        if given
-        else {"trained": wanted.model_dump(mode="json", exclude={"model", "eos_token"})}
-    )
-    files = [store / name for name in TOKENIZER_FILES if (store / name).exists()]
-    if settings_file.exists() and files:
-        before = read_object(settings_file)
-        if before != settings:
-            raise ValueError(
-                f"data.tokenizer is {settings}, but the store {store} was prepared with {before}; one store has one "
-                "tokenizer: name another data.store, or delete this one to prepare it again"
-            )
-        return read_tokenizer_file(files[0], wanted.eos_token)
-    if given is None:
+    def begin_training() -> None:
         if progress:
             progress(Progress("tokenizer", 0, 1, 0, 0, 0, 0, 0.0, None))
-        require_training_text(config, plans)
-        given = train_tokenizer(training_texts(config, plans), wanted)
-    with _explain_full_disk(store, 0, 0):
-        write_file_atomically(store / given.file_name, given.to_bytes())
-        write_file_atomically(settings_file, json.dumps(settings).encode())
-    return given
+
+    tokenizer, settings = settle_tokenizer(store, config, plans, begin_training)
+    if settings is not None:
+        with _explain_full_disk(store, 0, 0):
+            keep_tokenizer(store, tokenizer, settings)
+    return tokenizer
 
 
 def _without_duplicates(
@@ -231,10 +237,25 @@ def _without_duplicates(
         }
 
 
+class _UnitsWriter:
+    """Writes units that are missing and counts them; progress is that of each call."""
+
+    def __init__(
+        self, journal: Journal, run: Callable[[Sequence[Unit]], Results], store: Path, progress: ShowProgress
+    ) -> None:
+        self.journal, self.run, self.store, self.progress = journal, run, store, progress
+        self.written = 0
+
+    def __call__(self, missing: Sequence[Unit]) -> None:
+        if missing:
+            _write_missing(missing, self.journal, self.run(missing), self.store, self.progress)
+            self.written += len(missing)
+
+
 def _write_missing(
     missing: Sequence[Unit],
     journal: Journal | None,
-    results: Iterator[tuple[Unit, UnitReport | UnitFailure]],
+    results: Results,
     store: Path,
     progress: Callable[[Progress], None] | None,
 ) -> None:
@@ -290,7 +311,8 @@ def _check_source(source: SourceConfig, plan: Sequence[Segment], reports: Sequen
         item.stop - item.start for item in plan if item.file.kind == "jsonl" and item.file.compression == "none"
     )
     covered = sum(report.covered_bytes for report in reports)
-    if source.max_bytes is None and planned != covered:  # with a limit the last line of a range may be longer than it
+    limited = source.max_bytes is not None or source.max_tokens is not None
+    if not limited and planned != covered:  # with a limit the last line of a range may be longer than it
         raise RuntimeError(
             f"source {source.name!r}: {covered} of {planned} bytes of jsonl were read; a file changed while it was "
             "being read: run `amfm prepare CONFIG` again"
@@ -309,6 +331,7 @@ def _finish(
     layout: Layout,
     reports: Mapping[str, Sequence[UnitReport]],
     source_names: set[str],
+    revisions: Mapping[str, str],
 ) -> tuple[str, list[str]]:
     """Write the manifest if it isn't there already, then delete what we wrote and no part holds; identity and remarks.
 
@@ -328,7 +351,7 @@ def _finish(
         pad_id=tokenizer.pad_id,
     )
     with _explain_full_disk(store, len(reports), len(reports)):
-        identity = write_manifest(store, record, layout, sources)
+        identity = write_manifest(store, record, layout, sources, revisions)
     kept = {part.path for by_split in sources.values() for parts in by_split.values() for part in parts}
     left = [
         folder

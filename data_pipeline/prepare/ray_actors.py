@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,8 @@ from data_pipeline.tokenizer.tokenizer import Tokenizer
 ATTEMPTS = 3  # of a unit whose actor dies: enough for lost nodes, few enough to notice a text that kills the process
 MAX_FAILED_STARTS = 20  # in a row: more than the cores of a node that is lost while its actors start
 NO_CORE_SECONDS = 300  # with no actor at work; a cluster that grows on demand needs minutes
+ANSWER_SECONDS = 10  # in which the head of a cluster takes a connection
+START_RAY = "start one with `ray start --head`, name the address that it prints, or leave --address out"
 OBJECT_STORE_BYTES = 80 * 2**20  # Ray's smallest: nothing but paths and counts goes through it
 
 
@@ -90,16 +93,38 @@ def running_ray(address: str | None, num_cpus: int) -> Iterator[None]:
 def start_ray(address: str | None, **options: Any) -> None:
     """Join the cluster at an address, or start one on this machine; `ask_for_token` before keeps strangers out of it.
 
-    Workers find our packages before whatever lies in the working directory.
+    Workers find our packages before whatever lies in the working directory. Raises ValueError for an address at which no
+    cluster answers: asked before Ray is, which tries for a minute and prints what its own libraries think of it.
     """
     import ray
 
     if address is None:
         options["include_dashboard"] = False
+    else:
+        _must_answer(address)
     package_root = str(Path(__file__).resolve().parent.parent.parent)
     job = ray.job_config.JobConfig(code_search_path=[package_root])
-    # Without an address Ray itself would join a cluster that runs here.
-    ray.init(address=address or "local", job_config=job, log_to_driver=False, logging_level=logging.ERROR, **options)
+    try:
+        # Without an address Ray itself would join a cluster that runs here.
+        ray.init(
+            address=address or "local", job_config=job, log_to_driver=False, logging_level=logging.ERROR, **options
+        )
+    except ConnectionError as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"--address {address}: {reason} {START_RAY}") from error
+
+
+def _must_answer(address: str) -> None:
+    """Raise ValueError where nothing listens at HOST:PORT; other forms of an address (auto, ray://) are Ray's to judge."""
+    host, _, port = address.rpartition(":")
+    if "://" in address or not port.isdigit() or not host:
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS).close()
+    except OSError as error:
+        raise ValueError(
+            f"--address {address}: no Ray cluster answers there ({error.strerror or error}); {START_RAY}"
+        ) from error
 
 
 class _Dispatcher:

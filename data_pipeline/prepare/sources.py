@@ -1,4 +1,4 @@
-"""The files of a source: local files, folders and globs, the same below a URL, and which kind each one is.
+"""The files of a source: local files, folders and globs, the same below a URL or in a data set of the Hub; and their kinds.
 
 A file's name in the plan is the number of the path that found it and what follows below it, so a plan doesn't depend on
 where a source is mounted, and its order is that of the names. The kind follows from the suffix alone and no file is opened.
@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import fnmatch
 import glob
+import hashlib
 import re
-from collections.abc import Sequence
+import urllib.parse
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -18,6 +20,8 @@ from typing import IO, Any, Literal
 import pyarrow
 
 from data_pipeline.config import SourceConfig
+from data_pipeline.prepare.hub import headers_for, is_hub, list_hub, pin_revisions
+from data_pipeline.store.http_files import HttpError, HttpFile, is_http
 from data_pipeline.store.object_store import RemoteFolder, is_url, split_url
 
 Kind = Literal["text", "jsonl", "parquet", "arrow", "megatron"]
@@ -40,7 +44,10 @@ MAPPED = "cache-*.arrow"  # left by the datasets library beside the data: result
 
 @dataclass(frozen=True)
 class InputFile:
-    """A file of a source. path: local, or a URL. name: stable across machines, the index of the path and what follows."""
+    """A file of a source. path: local, or a URL. name: stable across machines, the index of the path and what follows.
+
+    modified_ns: the time of its last change; of a file behind http a number from its version, which changes as that does.
+    """
 
     path: str
     name: str
@@ -53,6 +60,8 @@ class InputFile:
         """Open the file for reading at random, its bytes as they are stored."""
         if not is_url(self.path):
             return open(self.path, "rb", buffering=BUFFER_BYTES)
+        if is_http(self.path):
+            return HttpFile(self.path, self.num_bytes, headers=headers_for(self.path)).open()
         folder, name = split_url(self.path)
         return RemoteFolder(folder).open(name)
 
@@ -71,16 +80,21 @@ class _Found:
     modified_ns: int
 
 
-def list_files(source: SourceConfig) -> list[InputFile]:
-    """Find the files of a source, sorted by name.
+def list_files(source: SourceConfig, pins: Mapping[str, str] = {}) -> list[InputFile]:
+    """Find the files of a source, sorted by name; of data sets of the Hub at the commits that `pins` has for them.
 
     ValueError for a path, glob or URL that matches nothing, a file of unknown kind, an empty file named directly, or
-    a dataset of several splits; RuntimeError when an object store can't be reached.
+    a dataset of several splits, and where a web server or the Hub can't be reached; RuntimeError when an object store can't be reached.
     """
     files: list[InputFile] = []
     for number, given in enumerate(source.paths):
         where = f"source {source.name!r}: path {given!r}"
-        found = _list_remote(given, where) if is_url(given) else _list_local(given, where)
+        if is_hub(given):
+            found = _list_hub(given, pins.get(given) or pin_revisions([given], {})[given], where)
+        elif is_http(given):
+            found = _choose_one(_look_up(given, where), where)
+        else:
+            found = _list_remote(given, where) if is_url(given) else _list_local(given, where)
         files += [_describe(item, f"{number}/{item.name}") for item in found]
     return sorted(files, key=lambda file: file.name)
 
@@ -97,6 +111,42 @@ def _list_local(given: str, where: str) -> list[_Found]:
     root = _fixed_root(str(path))
     found = [_stat(item, item.relative_to(root).as_posix()) for item in matches if item.is_file()]
     return _choose_matches(found, where)
+
+
+def _list_hub(given: str, commit: str, where: str) -> list[_Found]:
+    """List the files of a data set that its card, a folder or a glob means."""
+    files, patterns = list_hub(given, commit)
+    globs = [_compile_glob(pattern) for pattern in patterns]
+    found = [
+        _Found(file.name, file.url, file.num_bytes, _version_number(file.digest))
+        for file in files
+        if any(pattern.fullmatch(file.name) for pattern in globs)
+    ]
+    matches = [item for item in found if _is_data(item.name)]
+    if not matches:
+        raise ValueError(
+            f"{where} holds no {', '.join(KIND_BY_SUFFIX)} file in {', '.join(patterns)}; name a folder that does"
+        )
+    return matches
+
+
+def _look_up(given: str, where: str) -> _Found:
+    """Describe one file of a web server. Raises ValueError where it can't be had."""
+    name = urllib.parse.unquote(urllib.parse.urlsplit(given).path.rpartition("/")[2])
+    try:
+        file = HttpFile.look_up(given, headers_for(given))
+    except HttpError as error:
+        raise ValueError(
+            f"{where} can't be read ({error}); check the address, the network and HTTPS_PROXY, or name a local file"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    return _Found(name, given, file.num_bytes, _version_number(file.version))
+
+
+def _version_number(version: str) -> int:
+    """A number in the place of a time of change."""
+    return int.from_bytes(hashlib.blake2b(version.encode(), digest_size=7).digest(), "big")
 
 
 def _stat(path: Path, name: str) -> _Found:

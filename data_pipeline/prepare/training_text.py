@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from data_pipeline.config import DataConfig, SourceConfig
 from data_pipeline.prepare.documents import Document, Reject, Segment, SegmentReader, TokenDocument
 from data_pipeline.prepare.filters import make_filter
+from data_pipeline.prepare.rejects import place_of
 
 
 def require_training_text(config: DataConfig, plans: Mapping[str, Sequence[Segment]]) -> None:
@@ -25,7 +26,7 @@ def require_training_text(config: DataConfig, plans: Mapping[str, Sequence[Segme
             if first is not None:
                 raise ValueError(
                     f"source {source.name!r} gave no text to train the tokenizer on: {number} records were rejected, the "
-                    f"first ({first.position}) for: {first.reason}; check text_column={source.text_column!r} and the files"
+                    f"first ({place_of(first.position, plans[source.name])}) for: {first.reason}; check text_column={source.text_column!r} and the files"
                 )
 
 

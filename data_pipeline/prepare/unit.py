@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,11 +19,11 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.files import write_file_atomically
 from data_pipeline.prepare.documents import Document, Reject, SegmentReader, TokenDocument
 from data_pipeline.prepare.duplicates import hash_text, load_skips, write_hashes
 from data_pipeline.prepare.filters import make_filter
 from data_pipeline.prepare.plan import Unit
+from data_pipeline.prepare.rejects import write_rejects
 from data_pipeline.samples.permutation import derive_key, permute
 from data_pipeline.store.manifest import SPLITS, Part, Split
 from data_pipeline.store.part_writer import write_part
@@ -106,6 +105,7 @@ class _UnitWriter:
         self.parts: dict[Split, list[Part]] = {split: [] for split in SPLITS}
         self.rejects: list[Reject] = []
         self.covered_bytes = 0
+        self.knows_text = True  # false where documents come as tokens: their bytes are no text
         self.split_key = derive_key(unit.settings.seed, "validation")
         self.reason_to_drop = make_filter(unit.settings.filters, unit.source)
         self.skips, self.places = load_skips(store, unit), 0
@@ -117,7 +117,7 @@ class _UnitWriter:
         for split in SPLITS:
             if self.collected[split].pieces:
                 self._write(split)
-        self._write_rejects()
+        write_rejects(self.store, self.unit, self.rejects)
         parts = [part for split in SPLITS for part in self.parts[split]]
         return UnitReport(
             parts=self.parts,
@@ -181,6 +181,7 @@ class _UnitWriter:
 
     def _collect_ids(self, ids: npt.NDArray[np.signedinteger]) -> None:
         """Keep a document that came as tokens."""
+        self.knows_text = False
         split = self._split_of(ids[:SPLIT_LENGTH].tobytes(), ids.nbytes)
         end = self.unit.settings.eos_id
         ended = ids if ids[-1] == end else np.append(ids, np.array(end, ids.dtype))  # another type would widen the ids
@@ -228,7 +229,7 @@ class _UnitWriter:
             f"parts/{unit.source}/{split}-{unit.number:06d}-{number:02d}.zarr",
             np.concatenate(pieces),
             np.cumsum([len(piece) for piece in pieces], dtype=np.uint64),
-            text_bytes=collected.text_bytes,
+            text_bytes=collected.text_bytes if self.knows_text else 0,
             layout=unit.settings.layout,
             attributes=self._attributes(split),
         )
@@ -248,18 +249,3 @@ class _UnitWriter:
             "eos_id": settings.eos_id,
             "inputs": [[item.file.name, item.start, item.stop] for item in self.unit.segments],
         }
-
-    def _write_rejects(self) -> None:
-        """Write the rejects of the unit, or remove those of an earlier attempt."""
-        path = rejects_path(self.store, self.unit)
-        if not self.rejects:
-            path.unlink(missing_ok=True)
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps({"position": item.position, "reason": item.reason}) + "\n" for item in self.rejects]
-        write_file_atomically(path, "".join(lines).encode())
-
-
-def rejects_path(store: Path, unit: Unit) -> Path:
-    """Path of the JSON lines with position and reason of each record of the unit that gave no document."""
-    return store / "rejects" / unit.source / f"{unit.number:06d}.jsonl"

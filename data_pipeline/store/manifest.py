@@ -117,10 +117,19 @@ def shard_length(length: int, chunk: int, limit: int) -> int:
 PartsBySource = Mapping[str, Mapping[Split, Sequence[Part]]]
 
 
-def write_manifest(store: Path, tokenizer: TokenizerRecord, layout: Layout, sources: PartsBySource) -> str:
-    """Write manifest.json atomically, last of all, and return the identity of the store."""
+def write_manifest(
+    store: Path,
+    tokenizer: TokenizerRecord,
+    layout: Layout,
+    sources: PartsBySource,
+    revisions: Mapping[str, str] = {},
+) -> str:
+    """Write manifest.json atomically, last of all, and return the identity of the store.
+
+    revisions: commits of the data sets that text came from, a note for people: the identity names tokens, not places.
+    """
     identity = identify_store(tokenizer, layout, sources)
-    manifest = {
+    manifest: dict[str, Any] = {
         "format": "amfm token store",
         "version": FORMAT_VERSION,
         "identity": identity,
@@ -131,6 +140,8 @@ def write_manifest(store: Path, tokenizer: TokenizerRecord, layout: Layout, sour
             for name in sorted(sources)
         },
     }
+    if revisions:
+        manifest["revisions"] = dict(sorted(revisions.items()))
     content = json.dumps(manifest, indent=1).encode()
     if not (store / MANIFEST).is_file() or (store / MANIFEST).read_bytes() != content:
         write_file_atomically(store / MANIFEST, content)

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from data_pipeline.progress import Report, silent
 from data_pipeline.store.manifest import Split
 from data_pipeline.store.store import TokenStore
 
@@ -78,7 +79,7 @@ def read_megatron_documents(path: Path, first: int, stop: int) -> Iterator[npt.N
             yield np.frombuffer(file.read(size), dtype=index.dtype).astype(np.int64)
 
 
-def export_megatron(store: TokenStore, source: str, split: Split, prefix: str | Path) -> int:
+def export_megatron(store: TokenStore, source: str, split: Split, prefix: str | Path, report: Report = silent) -> int:
     """Write a source as PREFIX.bin and PREFIX.idx, a document a sequence with its end token; returns the documents.
 
     uint16 stays uint16; uint32 becomes int32, Megatron's other token type. The .idx appears last, under its final
@@ -92,13 +93,15 @@ def export_megatron(store: TokenStore, source: str, split: Split, prefix: str | 
         )
     bin_path.parent.mkdir(parents=True, exist_ok=True)
     lengths: list[npt.NDArray[np.int64]] = []
+    done, total = 0, store.num_tokens(source, split) * np.dtype(dtype).itemsize
     with bin_path.open("wb") as file:
         for part in store.parts(source, split):
             ends = store.document_ends(part)
             lengths.append(ends - np.concatenate((np.zeros(1, np.int64), ends[:-1])))
             for start in range(0, part.num_tokens, SPAN_TOKENS):
                 tokens = store.read_tokens(part, start, min(part.num_tokens, start + SPAN_TOKENS))
-                file.write(tokens.astype(dtype).tobytes())
+                done += file.write(tokens.astype(dtype).tobytes())
+                report(f"writing {bin_path.name}", done, total)
     flat = np.concatenate(lengths) if lengths else np.zeros(0, np.int64)
     pointers = (np.cumsum(flat) - flat) * np.dtype(dtype).itemsize
     temporary = index_path.with_name(f".writing-{index_path.name}")

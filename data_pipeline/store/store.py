@@ -60,8 +60,10 @@ class TokenStore:
         layout: Layout,
         sources: PartsBySource,
         cached: CachedFiles | None = None,
+        revisions: Mapping[str, str] = {},
     ) -> None:
         self.path, self.tokenizer, self.layout = path, tokenizer, layout
+        self.revisions = dict(revisions)  # commits of the Hub's data sets that the text came from, by their names
         self.location = str(path) if cached is None else cached.remote.url
         self._cached, self._identity, self._sources = cached, identity, sources
         self._source_identities: dict[tuple[str, Split], str] = {}
@@ -108,22 +110,29 @@ class TokenStore:
                 name: {split: tuple(map(Part.from_json, by_split[split])) for split in SPLITS}
                 for name, by_split in manifest["sources"].items()
             }
+            revisions = dict(manifest.get("revisions", {}))
             identity, stated = identify_store(tokenizer, layout, sources), manifest["identity"]
         if identity != stated:
             raise damaged(f"{file} says identity {stated}, but its contents give {identity}: it was edited or damaged")
         if remote is None:
-            return cls(Path(path), identity, tokenizer, layout, sources)
+            return cls(Path(path), identity, tokenizer, layout, sources, revisions=revisions)
         mirror = keep_small_files(remote, identity, {MANIFEST: content, tokenizer.file: None}, cache)
-        return cls(mirror, identity, tokenizer, layout, sources, CachedFiles(remote, cache))
+        return cls(mirror, identity, tokenizer, layout, sources, CachedFiles(remote, cache), revisions)
 
     def __reduce__(self) -> tuple[Any, ...]:
         cache = DEFAULT_CACHE if self._cached is None else self._cached.cache.settings
         return _reopen, (self.location, self._identity, cache)
 
+    def bytes_per_token(self, source: str, split: Split) -> float | None:
+        """UTF-8 bytes of text that a token of a source stands for on average; None where the text is not known."""
+        parts = self.parts(source, split)
+        num_bytes, num_tokens = (sum(getattr(part, name) for part in parts) for name in ("text_bytes", "num_tokens"))
+        return num_bytes / num_tokens if num_bytes else None
+
     def with_own_files(self) -> TokenStore:
         """Copy the store for another thread: the same parts, no open file in common."""
         cached = None if self._cached is None else CachedFiles(self._cached.remote, self._cached.cache.settings)
-        return TokenStore(self.path, self._identity, self.tokenizer, self.layout, self._sources, cached)
+        return TokenStore(self.path, self._identity, self.tokenizer, self.layout, self._sources, cached, self.revisions)
 
     def identity(self) -> str:
         """Return the digest over tokenizer, layout and every part: two stores with equal identity hold equal tokens."""

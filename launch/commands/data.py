@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from data_pipeline.progress import Waiting
 from launch.arguments import ConfigArgument, JsonOption, OverridesArgument
 from launch.commands.synthetic import show_synthetic_row
 from launch.console import print_json, print_pairs, print_rows, say, show_progress
@@ -71,8 +72,14 @@ def prepare(
             print_json({"probe": config.data.probe.task, "units_written": 0})
         say(f"amfm: nothing to prepare: data.probe.task={config.data.probe.task} is computed while it is read")
         return
-    with show_progress("prepare") as show:
-        report = prepare_store(config.data, progress=lambda now: show(*describe_progress(now)), address=address)
+    with Waiting("amfm prepare") as waiting, show_progress("prepare") as show:
+
+        def show_parts(now: Progress) -> None:
+            waiting.end()
+            show(*describe_progress(now))
+
+        waiting("looking at the files of the sources")
+        report = prepare_store(config.data, progress=show_parts, address=address)
     for remark in report.remarks:
         say(f"warning: {remark}")
     if as_json:
@@ -89,25 +96,26 @@ def prepare(
         "vocabulary": f"{report.vocab_size:,}",
         **tokens,
         "text": f"{report.text_bytes / 1e6:.1f} MB, {report.rejects:,} records rejected",
-        **({"why rejected": f"{report.store}/rejects"} if report.rejects else {}),
+        **{f"first rejected of {name}": text for name, text in report.first_rejects.items()},
+        **({"all rejected": f"{report.store}/rejects"} if report.rejects else {}),
         "parts": f"{report.units_written} written, {report.units_total} in all",
         "time": f"{report.seconds:.1f} s",
     }
     print_pairs("Token store", pairs.items())
 
 
-def describe_progress(now: Progress) -> tuple[int, int, str]:
-    """(done, total, remark) of a preparation, for a progress bar."""
+def describe_progress(now: Progress) -> tuple[int, int, str, float | None]:
+    """(done, total, remark, seconds left) of a preparation, for a progress bar."""
     if now.stage == "tokenizer":
-        return now.units_done, now.units_total, "training the tokenizer"
+        return now.units_done, now.units_total, "training the tokenizer", None
     if now.stage == "duplicates":
-        return now.units_done, now.units_total, f"looking for duplicates, {now.megabytes_per_second:.1f} MB/s"
-    remaining = f", {now.eta_seconds:.0f} s to go" if now.eta_seconds else ""
+        remark = f"looking for duplicates, {now.megabytes_per_second:.1f} MB/s"
+        return now.units_done, now.units_total, remark, now.eta_seconds
     speed = (
         f"{now.documents_per_second:,.0f} documents/s, {now.megabytes_per_second:.1f} MB/s, "
         f"{now.tokens_per_second:,.0f} tokens/s"
     )
-    return now.units_done, now.units_total, f"{now.tokens:,} tokens, {speed}{remaining}"
+    return now.units_done, now.units_total, f"{now.tokens:,} tokens, {speed}", now.eta_seconds
 
 
 def inspect(
@@ -142,8 +150,9 @@ def inspect(
         raise ValueError(f"--config {config} is for --sample G; leave it out, or add --sample")
     if keep is not None:
         mark_checkpoint(Path(path), keep)
-    found = inspect_path(path, quick=quick)
-    other = None if diff is None else inspect_path(diff)
+    with Waiting("amfm inspect") as waiting:
+        found = inspect_path(path, quick=quick, report=waiting)
+        other = None if diff is None else inspect_path(diff, report=waiting)
     problems = [*(other.problems if other is not None else ()), *found.problems]
     if diff is not None and other is not None:
         print_differences(diff, other, Path(path), found, as_json=as_json)

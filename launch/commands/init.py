@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 QUESTIONS = {
     "size": "Size of the model ({})",
     "style": "Style ({})",
-    "data": "Text: a file, folder, glob or URL",
+    "data": "Text: a file, folder, glob, URL or hub:OWNER/NAME",
     "hardware": "Hardware (cpu, 1xh100, 8xh100, 64xb200, 8xFILE.yaml)",
 }
 CHOICES: dict[str, tuple[str, ...]] = {"size": tuple(SIZES), "style": tuple(STYLES)}
@@ -32,7 +32,9 @@ def init(
     *,
     size: Annotated[str | None, typer.Option(metavar="|".join(SIZES), help="Parameters of the model.")] = None,
     style: Annotated[str | None, typer.Option(metavar="|".join(STYLES), help="Which family's blocks.")] = None,
-    data: Annotated[str | None, typer.Option(metavar="PATH", help="Text: a file, folder, glob or URL.")] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Text: a file, folder, glob, URL or hub:OWNER/NAME.")
+    ] = None,
     hardware: Annotated[
         str | None, typer.Option(metavar="cpu|8xh100|8xFILE.yaml", help="What it shall run on.")
     ] = None,

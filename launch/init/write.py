@@ -7,6 +7,7 @@ A model that fits no layout of the machine is refused with the next larger machi
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from typing import Any
 import yaml
 
 from data_pipeline.config import SourceConfig
+from data_pipeline.prepare.hub import is_hub, parse_hub
 from data_pipeline.prepare.sources import list_files
 from data_pipeline.store.object_store import is_url
 from launch.init.machine import Choice, Machine, find_layout, larger_machines
@@ -29,7 +31,7 @@ SMALL_VOCABULARIES = ((2e6, 1_024), (10e6, 2_048), (50e6, 8_192))
 
 @dataclass(frozen=True)
 class Answers:
-    """Inputs of a first configuration. `data`: a file, folder, glob or URL with text."""
+    """Inputs of a first configuration. `data`: a file, folder, glob or URL with text, or hub:OWNER/NAME."""
 
     folder: Path
     size: str
@@ -54,7 +56,7 @@ def write_config(answers: Answers) -> Written:
     path = answers.folder / FILE_NAME
     if path.exists():
         raise ValueError(f"{path} is there already; name another folder, or move it away")
-    num_bytes = sum(file.num_bytes for file in list_files(SourceConfig(name="text", paths=(answers.data,))))
+    num_bytes = count_bytes(answers.data)
     tree = compose(answers, num_bytes)
     with tempfile.TemporaryDirectory() as scratch:
         draft = Path(scratch) / FILE_NAME
@@ -79,13 +81,30 @@ def write_config(answers: Answers) -> Written:
     return Written(path, choice)
 
 
+def count_bytes(data: str) -> float:
+    """Bytes of the text. Raises ValueError where there is none; a data set of the Hub is taken for large, and not asked for."""
+    if is_hub(data):
+        parse_hub(data)
+        return float("inf")
+    return sum(file.num_bytes for file in list_files(SourceConfig(name="text", paths=(data,))))
+
+
+def source_section(data: str, train: dict[str, Any]) -> dict[str, Any]:
+    """The source of the text; of a data set of the Hub as many tokens as the run trains on, and some for validation."""
+    if not is_hub(data):
+        return {"name": "text", "paths": [data]}
+    trained = train["steps"] * train["global_batch_size"] * train["sequence_length"]
+    name = parse_hub(data).repository.partition("/")[2]
+    return {"name": name, "paths": [data], "max_tokens": math.ceil(trained * 1.02 / 1e6) * 1_000_000}
+
+
 def lay_out(tree: dict[str, Any], machine: Machine, draft: Path) -> Choice | None:
     """Check the sections in a file at `draft` and find a layout for them; None where nothing fits."""
     draft.write_text(to_yaml(tree, {}), encoding="utf-8")
     return find_layout(load_checked(draft), machine)
 
 
-def name_enough(answers: Answers, num_bytes: int, draft: Path) -> str:
+def name_enough(answers: Answers, num_bytes: float, draft: Path) -> str:
     """Remedy that names the first larger machine on which the model fits; empty where none is found."""
     for machine in larger_machines(answers.machine):
         if lay_out(compose(replace(answers, machine=machine), num_bytes), machine, draft) is not None:
@@ -93,10 +112,11 @@ def name_enough(answers: Answers, num_bytes: int, draft: Path) -> str:
     return ""
 
 
-def compose(answers: Answers, num_bytes: int) -> dict[str, Any]:
+def compose(answers: Answers, num_bytes: float) -> dict[str, Any]:
     """All sections but `parallel`, as plain values; small texts get a small vocabulary."""
     size, folder = size_of(answers.size, answers.style), answers.folder
     model = model_section(answers.size, answers.style)
+    train = short_training() if answers.machine.is_cpu else training(size)
     if not is_url(answers.data):
         fitting = [pieces for limit, pieces in SMALL_VOCABULARIES if num_bytes < limit]
         model["vocab_size"] = min([model["vocab_size"], *fitting])
@@ -105,11 +125,11 @@ def compose(answers: Answers, num_bytes: int) -> dict[str, Any]:
         "model": model,
         "data": {
             "store": str(folder / "store"),
-            "sources": [{"name": "text", "paths": [answers.data]}],
+            "sources": [source_section(answers.data, train)],
             "tokenizer": {"vocab_size": model["vocab_size"], "training_bytes": 200_000_000},
             "validation_fraction": 0.01 if num_bytes < 1e9 else 0.0005,
         },
-        "train": short_training() if answers.machine.is_cpu else training(size),
+        "train": train,
         "optimizer": {"learning_rate": size.learning_rate, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1},
         "schedule": short_schedule() if answers.machine.is_cpu else schedule(size),
         "export": {"target": EXPORTS[answers.style]},

@@ -189,6 +189,8 @@ def explain(detail: Any, schema: Schema) -> Problem:
         return explain_choice(parts, detail["input"], value, schema)
     if kind in _KINDS:
         rule, remedy = _KINDS[kind]
+        if kind == "string_type" and detail["input"] is None:
+            rule, remedy = "has no value", f"give it one ({meaning_of(parts, schema)}), or leave the key out"
         if kind.startswith("float_type") and isinstance(detail["input"], str):
             remedy = "write it as a plain number such as 0.001 or 1e-3, without quotes or unit"
         return Problem(key, rule.format(**{name: plain_number(item) for name, item in context.items()}), remedy, value)

@@ -78,6 +78,18 @@ class BatchRampConfig(Section):
     steps: int = Field(gt=0, description="Steps after which the batch has its full size.")
 
 
+class ProfileConfig(Section):
+    """Steps to trace: what each operation took, by block (docs/debugging.md, `amfm profile`). They take longer than others."""
+
+    steps: tuple[int, ...] = Field(
+        min_length=1, description="Steps to trace, from 1; not the first ones, which warm up."
+    )
+    ranks: tuple[int, ...] = Field((0,), min_length=1, description="Ranks that write a trace.")
+    memory: bool = Field(
+        False, description="Also each allocation; on CUDA a snapshot for PyTorch's memory viewer beside the trace."
+    )
+
+
 class TrainConfig(Section):
     """The loop."""
 
@@ -125,6 +137,7 @@ class TrainConfig(Section):
     )
     recompute_blocks: str = Field("", description="For recompute: selective, letters of model.pattern, such as `*E`.")
     num_threads: int | None = Field(None, gt=0, description="CPU threads a rank; none: cores / ranks on this machine.")
+    profile: ProfileConfig | None = Field(None, description="Trace some steps; none: no trace.")
 
 
 class ParallelConfig(Section):
@@ -243,7 +256,14 @@ class SlurmConfig(Section):
     qos: str | None = Field(None, description="Quality of service.")
     time_limit: str | None = Field(None, description="Longest time of one job, as Slurm writes it (1-12:00:00).")
     gpus: bool = Field(True, description="Ask for one GPU a rank; false on clusters without GPUs.")
-    cpus_per_task: int | None = Field(None, gt=0, description="Cores a rank; none: the cluster's default.")
+    cpus_per_task: int | None = Field(
+        None, gt=0, description="Cores a rank, for the job and for srun; none: the cluster's default."
+    )
+    memory: str | None = Field(
+        None,
+        description="Memory a node, as Slurm writes it (`0`: all of it); none: the cluster's default, often little.",
+    )
+    modules: tuple[str, ...] = Field((), description="Loaded with `module load` before anything else runs.")
     signal_seconds: int = Field(
         180,
         gt=0,
@@ -252,7 +272,10 @@ class SlurmConfig(Section):
     )
     requeue: bool = Field(True, description="Queue the job again after preemption, node failure and the time limit.")
     container_image: str | None = Field(None, description="Image for srun (pyxis: --container-image).")
-    container_mounts: str | None = Field(None, description="Mounts for srun (pyxis: --container-mounts).")
+    container_mounts: str | None = Field(
+        None, description="Mounts for srun (pyxis: --container-mounts); the working directory must be among them."
+    )
+    container_python: str = Field("python3", description="Python of the image that has amfm, for container_image.")
     extra: tuple[str, ...] = Field((), description="Further #SBATCH options, such as --constraint=h100.")
 
 
@@ -275,6 +298,10 @@ class LaunchConfig(Section):
     )
     setup: str | None = Field(
         None, description="Shell line on every node before the ranks start, such as `source env/bin/activate`."
+    )
+    environment: dict[str, str] = Field(
+        {},
+        description="Variables of every rank, such as {NCCL_SOCKET_IFNAME: ib0}; recorded with the run, so no secrets (those: setup).",
     )
     slurm: SlurmConfig = SlurmConfig()
 

@@ -96,8 +96,16 @@ class TreeReader:
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             origin = Origin(self.source, mark.line + 1) if mark and self.keep_lines else Origin(self.source)
-            reason = getattr(error, "problem", None) or str(error)
+            reason = str(getattr(error, "problem", None) or error)
             remedy = "check the indentation, colons and quotes there and on the line before"
+            if "expected <block end>" in reason:
+                reason = "it is indented otherwise than the lines that it belongs to"
+                remedy = "give the keys of one section the same number of spaces, here and on the line before"
+            elif "mapping values are not allowed" in reason:
+                reason = "a colon where no key can be"
+                remedy = "indent the line as its neighbours are, or put the text before the colon in quotes"
+            elif "character '\\t'" in reason:
+                reason, remedy = "it is indented with a tab", "use spaces"
             raise ConfigError([Problem("", f"not valid YAML ({reason})", remedy, origin=origin)]) from error
         if node is None:
             return Entry({}, self.origin(None))

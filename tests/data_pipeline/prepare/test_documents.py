@@ -124,7 +124,12 @@ def test_bad_records_become_rejects_with_place_and_reason(tmp_path):
     ):  # fmt: skip
         assert part in reason
     assert len(reasons) == 8
-    assert rejects[0].position == "0/a.jsonl:byte 18"
+    # A blank line counts; the first record begins at byte 0.
+    positions = [f"0/a.jsonl:line {n} (byte {len(b'x'.join(lines[: n - 1])) + 1})" for n in (3, 4, 5, 6, 7, 8, 9, 10)]
+    assert [reject.position for reject in rejects] == positions
+    for segment_bytes in (1, 17, 40):
+        cut = read_all(list_files(source_of(tmp_path / "a.jsonl")), segment_bytes)
+        assert [item.position for item in cut if isinstance(item, Reject)] == positions
 
 
 def test_text_that_is_not_utf8_is_rejected_with_the_byte(tmp_path):

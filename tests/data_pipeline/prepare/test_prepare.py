@@ -17,7 +17,7 @@ from data_pipeline.store.store import TokenStore
 from data_pipeline.tokenizer.tokenizer import load_tokenizer
 from data_pipeline.verify import verify_store
 from tests.data_pipeline.prepare.stores import KILLED_DRIVER, ROOT, contents, elsewhere, in_process, moments
-from tests.helpers.tiny_store import run_in_process
+from tests.helpers.tiny_store import make_tiny_store, run_in_process
 
 
 def test_a_driver_killed_at_any_moment_loses_and_duplicates_nothing(reference, tmp_path):
@@ -122,7 +122,7 @@ def test_another_tokenizer_for_the_same_store_is_refused_naming_both(reference, 
     other = reference.tokenizer.model_copy(update={"vocab_size": 500})
     config = elsewhere(reference, tmp_path).model_copy(update={"tokenizer": other})
     with pytest.raises(
-        ValueError, match=r"'vocab_size': 500.* was prepared with .*'vocab_size': 400.*name another data.store"
+        ValueError, match=r"vocab_size=500.* was prepared with .*vocab_size=400.*name another data.store"
     ):
         in_process(config)
 
@@ -217,3 +217,21 @@ def test_whole_files_validate_at_least_once_and_text_comes_back(tmp_path):
             found.add(tokenizer.decode(tokens[start : end - 1].tolist()))
             start = end
     assert found == set(texts.values())
+
+
+def test_a_given_tokenizer_is_refused_in_words_where_the_store_trained_one(tmp_path):
+    config = make_tiny_store(tmp_path)
+    model = Path(config.store) / "tokenizer.model"
+    given = config.model_copy(update={"tokenizer": config.tokenizer.model_copy(update={"model": str(model)})})
+    with pytest.raises(
+        ValueError, match=r"is a file \(tokenizer [0-9a-f]+\), .* with one trained here on the sources;"
+    ):
+        in_process(given)
+
+
+def test_the_first_reject_is_named_with_file_and_line(tmp_path):
+    config = make_tiny_store(tmp_path / "data")
+    text = Path(config.sources[0].paths[0])
+    text.write_text("not json\n" + text.read_text())
+    report = in_process(config)
+    assert report.first_rejects["source0"].startswith(f"{text}:line 1 (byte 0): not JSON")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.prepare.prepare import prepare
+from data_pipeline.prepare.ray_actors import start_ray
 from data_pipeline.store.store import TokenStore
 from tests.data_pipeline.prepare.stores import actor_pids, contents, elsewhere, is_descendant
 
@@ -90,3 +92,13 @@ def test_a_stranger_cannot_join_a_ray_of_our_own() -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
     root = Path(__file__).parents[3]
     subprocess.run([sys.executable, "-c", WITH_TOKEN], env=environment, cwd=root, check=True, timeout=200)
+
+
+def test_an_address_at_which_nothing_answers_is_one_message_at_once(capfd):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    with pytest.raises(
+        ValueError, match=rf"--address 127.0.0.1:{port}: no Ray cluster answers there .*`ray start --head`"
+    ):
+        start_ray(f"127.0.0.1:{port}")
+    assert capfd.readouterr().err == ""

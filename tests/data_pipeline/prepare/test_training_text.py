@@ -18,14 +18,14 @@ def config_of(tmp_path, name, **changes):
 def test_a_wrong_text_column_is_named_with_the_first_record(tmp_path):
     lines = [json.dumps({"body": f"text {number}"}) + "\n" for number in range(3)]
     (tmp_path / "web.jsonl").write_text("".join(lines))
-    message = r"'web' gave no text .* 3 records were rejected, the first \(0/web.jsonl:byte 0\) for: no field 'text'"
+    message = r"'web' gave no text .* 3 records were rejected, the first \(/.*/web.jsonl:line 1 \(byte 0\)\) for: no field 'text'"
     with pytest.raises(ValueError, match=message):
         prepare(config_of(tmp_path, "web.jsonl"))
 
 
 def test_a_file_that_is_not_utf8_is_named_with_the_byte(tmp_path):
     (tmp_path / "latin.txt").write_bytes("voil\u00e0".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"the first \(0/latin.txt\) for: not UTF-8: .* at byte 4"):
+    with pytest.raises(ValueError, match=r"the first \(/.*/latin.txt\) for: not UTF-8: .* at byte 4"):
         prepare(config_of(tmp_path, "latin.txt"))
 
 

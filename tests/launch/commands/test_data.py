@@ -32,8 +32,8 @@ def test_prepare_names_missing_text(base, capsys, tmp_path):
 
 def test_progress_of_a_preparation_names_rates_and_the_time_to_go():
     now = Progress("tokenize", 3, 8, 1500, 6_000_000, 2_000_000, rejects=4, seconds=2.0, eta_seconds=3.4)
-    remark = "2,000,000 tokens, 750 documents/s, 3.0 MB/s, 1,000,000 tokens/s, 3 s to go"
-    assert describe_progress(now) == (3, 8, remark)
+    remark = "2,000,000 tokens, 750 documents/s, 3.0 MB/s, 1,000,000 tokens/s"
+    assert describe_progress(now) == (3, 8, remark, 3.4)
     assert describe_progress(replace(now, stage="duplicates"))[2] == "looking for duplicates, 3.0 MB/s"
     assert describe_progress(replace(now, stage="tokenizer"))[2] == "training the tokenizer"
 

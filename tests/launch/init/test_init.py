@@ -158,3 +158,17 @@ def test_the_one_for_a_cpu_trains(tmp_path: Path, text: Path) -> None:
     path = str(tmp_path / "run" / "run.yaml")
     assert run(["prepare", path]) == 0
     assert run(["train", path, "train.stop_after_steps=2", "train.global_batch_size=4"]) == 0
+
+
+def test_a_data_set_by_name_is_not_asked_for_and_gives_what_the_run_reads(tmp_path: Path, capsys) -> None:
+    flags = {"--size": "20m", "--style": "nemotron", "--data": "hub:owner/big-text/sample", "--hardware": "cpu"}
+    assert run(["init", str(tmp_path / "hub"), *itertools.chain(*flags.items())]) == 0
+    config = load_config(tmp_path / "hub/run.yaml")
+    (source,) = config.data.sources
+    train = config.train
+    assert (source.name, source.paths) == ("big-text", ("hub:owner/big-text/sample",))
+    assert source.max_tokens >= train.steps * train.global_batch_size * train.sequence_length
+    assert config.model.vocab_size == load_config(CONFIGS / "ladder_20m.yaml").model.vocab_size
+    flags["--data"] = "hub:owner"
+    assert run(["init", str(tmp_path / "wrong"), *itertools.chain(*flags.items())]) == 2
+    assert "must be hub:OWNER/NAME" in capsys.readouterr().err

@@ -70,7 +70,7 @@ model.multipliers.embedding model.multipliers.residual model.multipliers.logits
 data.store data.validation_fraction data.packing data.shuffle data.mask_document_boundaries data.num_workers
 data.on_corruption
 data.cache.folder data.cache.max_bytes data.cache.block_bytes
-data.sources.*.name data.sources.*.paths data.sources.*.text_column data.sources.*.weight data.sources.*.max_bytes
+data.sources.*.name data.sources.*.paths data.sources.*.text_column data.sources.*.weight data.sources.*.max_bytes data.sources.*.max_tokens
 data.sources.*.filters.min_characters data.sources.*.filters.max_characters data.sources.*.filters.keep_pattern
 data.sources.*.filters.drop_pattern data.sources.*.filters.exact_duplicates
 data.probe.task data.probe.num_pairs data.probe.num_writes data.probe.num_keys data.probe.num_values
@@ -85,6 +85,7 @@ train.validate_every_steps train.validation_batches
 train.log_every_steps train.timeout_seconds train.max_skipped_steps train.compile train.recompute
 train.recompute_blocks train.num_threads
 train.batch_ramp.start_size train.batch_ramp.increment train.batch_ramp.steps
+train.profile.steps train.profile.ranks train.profile.memory
 optimizer.learning_rate optimizer.beta1 optimizer.beta2 optimizer.epsilon optimizer.weight_decay
 optimizer.clip_grad_norm
 schedule.kind schedule.warmup_steps schedule.decay_steps schedule.decay_shape schedule.min_ratio
@@ -104,9 +105,10 @@ health.straggler_percent
 kernels.backend
 export.target
 launch.heartbeat_seconds launch.max_restarts launch.min_nodes launch.node_wait_seconds launch.setup
+launch.environment
 launch.slurm.partition launch.slurm.account launch.slurm.qos launch.slurm.time_limit launch.slurm.gpus
-launch.slurm.cpus_per_task launch.slurm.signal_seconds launch.slurm.requeue launch.slurm.container_image
-launch.slurm.container_mounts launch.slurm.extra
+launch.slurm.cpus_per_task launch.slurm.memory launch.slurm.modules launch.slurm.signal_seconds launch.slurm.requeue launch.slurm.container_image
+launch.slurm.container_mounts launch.slurm.container_python launch.slurm.extra
 """
 
 

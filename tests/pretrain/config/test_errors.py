@@ -36,6 +36,7 @@ def test_a_dotted_key_in_a_file_is_told_to_nest(base, tmp_path):
         ("train.compile=1", "must be true or false; write `true` or `false`"),
         ("optimizer.learning_rate=fast", "must be a number; write it as a plain number such as 0.001 or 1e-3"),
         ("run.dir=20", "must be text; put it in quotes"),
+        ("model.pattern=", "has no value; give it one ("),
         ("data.sources=plays", "must be a list; write `[a, b]`"),
         ("data.phases=[{start_sample: 1, weights: 3}]", "must be a mapping; write `{name: value}`"),
         ("train=5", "must be a section with keys"),
@@ -111,6 +112,22 @@ def test_broken_yaml_names_the_line(tmp_path):
     message = message_of(path)
     assert message.startswith(f"{path}:3: not valid YAML (")
     assert "check the indentation" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "said"),
+    [
+        ("run:\n  dir: a # there\n   name: b\n", 3, "indented otherwise than the lines that it belongs to"),
+        ("train:\n  steps: 3\n    seed: 1\n", 3, "a colon where no key can be); indent the line as its neighbours are"),
+        ("run:\n  dir: a\n name: b\n", 3, "indented otherwise than the lines that it belongs to"),
+        ("run:\n\tdir: a\n", 2, "indented with a tab); use spaces"),
+    ],
+)
+def test_a_wrong_indent_is_said_as_one(tmp_path, text, line, said):
+    path = written(tmp_path, text)
+    message = message_of(path)
+    assert message.startswith(f"{path}:{line}: not valid YAML (") and said in message
+    assert "<block" not in message
 
 
 def test_a_file_that_is_not_text_is_refused(tmp_path):

@@ -1,0 +1,71 @@
+"""The tokenizer of a store: the one that is there, the file that is given, or one trained on the sources.
+
+A store has one tokenizer, because ids of two mean nothing beside each other. What it was asked for lies beside it, so that
+a second preparation can tell whether it is still the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.config import DataConfig
+from data_pipeline.files import write_file_atomically
+from data_pipeline.foreign_files import read_object
+from data_pipeline.prepare.documents import Segment
+from data_pipeline.prepare.training_text import require_training_text, training_texts
+from data_pipeline.tokenizer.tokenizer import TOKENIZER_FILES, Tokenizer, read_tokenizer_file, train_tokenizer
+
+TOKENIZER_SETTINGS = "tokenizer_settings.json"
+
+
+def settle_tokenizer(
+    store: Path,
+    config: DataConfig,
+    plans: Mapping[str, Sequence[Segment]],
+    begin_training: Callable[[], None],
+) -> tuple[Tokenizer, dict[str, Any] | None]:
+    """Settle the store's tokenizer: kept if it has one of the same settings, else loaded or trained.
+
+    Returns it with the settings to keep beside it, None where they are there. `begin_training` is called before one is
+    trained. Raises ValueError where the store has another one.
+    """
+    settings_file, wanted = store / TOKENIZER_SETTINGS, config.tokenizer
+    given = read_tokenizer_file(Path(wanted.model), wanted.eos_token) if wanted.model else None
+    settings = (
+        {"given": given.identity()}
+        if given
+        else {"trained": wanted.model_dump(mode="json", exclude={"model", "eos_token"})}
+    )
+    files = [store / name for name in TOKENIZER_FILES if (store / name).exists()]
+    if settings_file.exists() and files:
+        before = read_object(settings_file)
+        if before != settings:
+            raise ValueError(
+                f"data.tokenizer is {_describe_tokenizer(settings, before)}, but the store {store} was prepared with "
+                f"{_describe_tokenizer(before, settings)}; one store has one tokenizer: name another data.store, or delete "
+                "this one to prepare it again"
+            )
+        return read_tokenizer_file(files[0], wanted.eos_token), None
+    if given is None:
+        begin_training()
+        require_training_text(config, plans)
+        given = train_tokenizer(training_texts(config, plans), wanted)
+    return given, settings
+
+
+def keep_tokenizer(store: Path, tokenizer: Tokenizer, settings: Mapping[str, Any]) -> None:
+    """Write the tokenizer into the store, then what was asked for."""
+    write_file_atomically(store / tokenizer.file_name, tokenizer.to_bytes())
+    write_file_atomically(store / TOKENIZER_SETTINGS, json.dumps(settings).encode())
+
+
+def _describe_tokenizer(settings: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """A tokenizer of `tokenizer_settings.json` in words; of trained ones only the settings in which they differ."""
+    if "given" in settings:
+        return f"a file (tokenizer {settings['given']})"
+    trained, beside = settings.get("trained", {}), other.get("trained", {})
+    differing = [f"{name}={value}" for name, value in trained.items() if beside.get(name) != value]
+    return f"trained here with {', '.join(differing)}" if beside and differing else "one trained here on the sources"

@@ -1,0 +1,33 @@
+"""What a long piece of work says of itself, and that a short one says nothing."""
+
+import time
+
+from data_pipeline.progress import Waiting, format_bytes, format_seconds
+
+
+def test_short_work_says_nothing_and_long_work_what_it_does_and_how_long_it_takes(capsys):
+    with Waiting("amfm export") as report:
+        report("reading", 1, 2)
+    assert capsys.readouterr().err == ""
+    with Waiting("amfm export", quiet_seconds=0.05, every_seconds=0.05) as report:
+        report("verifying step-00000003", 10**9, 4 * 10**9)
+        report.began -= 60
+        time.sleep(0.1)
+    assert capsys.readouterr().err.startswith("amfm export: verifying step-00000003: 25% of 4.0 GB, 3 min to go\n")
+    with Waiting("amfm train", speaks=False, quiet_seconds=0.0) as report:
+        report("building the model")
+        time.sleep(0.02)
+    assert capsys.readouterr().err == ""
+
+
+def test_what_cannot_be_counted_is_named_with_the_time_so_far():
+    report = Waiting("amfm train", speaks=False)
+    report("building the model")
+    report.began -= 20
+    report("building the model")  # the same work goes on
+    assert report.describe() == "building the model (20 s so far)"
+
+
+def test_durations_and_sizes_are_said_as_people_say_them():
+    assert [format_seconds(n) for n in (3.4, 89, 300, 7500)] == ["3 s", "89 s", "5 min", "2 h 05 min"]
+    assert [format_bytes(n) for n in (12, 1_500_000, 2 * 10**12)] == ["12 bytes", "1.5 MB", "2.0 TB"]
