@@ -14,7 +14,7 @@ from typing import Any
 
 import typer
 
-from launch.commands import config, data, doctor, evaluate, export, init, launch, plan, study, train
+from launch.commands import config, data, doctor, evaluate, export, init, launch, plan, profile, study, train
 from launch.commands.bench import verbs as bench
 from launch.console import UNUSED_LIBRARIES, print_json, say
 from pretrain.config.errors import ConfigError
@@ -34,7 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (init, config, doctor, data, plan, train, launch, evaluate, export, bench, study):
+for module in (init, config, doctor, data, plan, train, launch, profile, evaluate, export, bench, study):
     module.add_verbs(app)
 
 
@@ -75,7 +75,8 @@ def run(arguments: Sequence[str]) -> int:
     as_json = "--json" in arguments
     try:
         # With --json, usage errors come back as exceptions, to be said as JSON too.
-        code = app(args=list(arguments), prog_name="amfm", standalone_mode=not as_json)
+        command = without_types_of_flags(typer.main.get_command(app))
+        code = command(args=list(arguments), prog_name="amfm", standalone_mode=not as_json)
         return code if isinstance(code, int) else DONE
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -100,6 +101,23 @@ def run(arguments: Sequence[str]) -> int:
             )
             say(f"amfm: {arguments[0]} stopped; {again} (amfm --traceback {arguments[0]} ... shows where it failed)")
         return code
+
+
+def without_types_of_flags(command: Any) -> Any:
+    """Return a command whose help, and that of those below it, gives flags no type: typer writes `<bool>`, as if one followed."""
+    original = command.get_params
+
+    def get_params(context: Any) -> Any:
+        parameters = original(context)
+        for parameter in parameters:
+            if getattr(parameter, "is_flag", False) and parameter.metavar is None:
+                parameter.metavar = ""
+        return parameters
+
+    command.get_params = get_params
+    for child in getattr(command, "commands", {}).values():
+        without_types_of_flags(child)
+    return command
 
 
 def describe_as_json(message: str, code: int, error: BaseException) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 
+VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # Names, addresses, USER@HOST; nothing that ssh would take for an option or a shell for more than a word.
 HOST = re.compile(r"[A-Za-z0-9_\[][A-Za-z0-9_.:@%\[\]-]*")
 
@@ -38,6 +39,15 @@ def shell_line(steps: Sequence[Sequence[str] | str]) -> str:
     A sequence of words is quoted; a string is shell text and stays as it is.
     """
     return " && ".join(step if isinstance(step, str) else shlex.join(step) for step in steps)
+
+
+def check_variables(variables: Mapping[str, str], what: str) -> dict[str, str]:
+    """Return environment variables unchanged. Raises ValueError for a name or a value that a shell would take apart."""
+    for name, value in variables.items():
+        if not VARIABLE.fullmatch(name):
+            raise ValueError(f"{what} names {name!r}, and a variable has letters, digits and _ only; rename it")
+        plain(value, f"{what}.{name}")
+    return dict(variables)
 
 
 def with_variables(variables: Mapping[str, str], command: Sequence[str]) -> list[str]:

@@ -9,12 +9,10 @@ here.
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from data_pipeline.prepare.ray_actors import start_ray
 from launch.cluster.local import forward_signals
+from launch.cluster.rank_logs import Follower, last_words, rank_log
 from launch.cluster.supervise import Attempt, Outcome
 from launch.rank_command import rank_command, source_variables
 from pretrain.launcher_protocol import BAD_INPUT, DONE, GOES_ON, LAUNCHER_PID, RESTART_CAUSE, RUN_FAILED
@@ -32,7 +31,6 @@ from pretrain.launcher_protocol import BAD_INPUT, DONE, GOES_ON, LAUNCHER_PID, R
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 30.0
 PLACEMENT_SECONDS = 60.0
-SHOWN_LINES = 200
 
 
 class RankHost:
@@ -76,10 +74,12 @@ class RayCluster:
         ranks_per_node: int,
         gpus: bool,
         wait_seconds: float,
+        environment: Mapping[str, str] = {},
     ) -> None:
         self.command = rank_command(arguments)
         self.run_dir, self.ranks_per_node, self.wait_seconds = run_dir, ranks_per_node, wait_seconds
         self.need = {"GPU" if gpus else "CPU": float(ranks_per_node)}
+        self.environment = dict(environment)
         self.actors: list[Any] = []
         if not ray.is_initialized():
             start_ray(address)
@@ -141,7 +141,7 @@ class RayCluster:
             for rank in range(num_ranks)
         ]
         places = ray.get([actor.describe.remote() for actor in self.actors], timeout=max(60.0, self.wait_seconds))
-        logs = [str(Path(self.run_dir, "logs", f"attempt-{attempt.number}", f"rank-{r}.log")) for r in range(num_ranks)]
+        logs = [str(rank_log(self.run_dir, attempt.number, rank)) for rank in range(num_ranks)]
         running = {
             actor.run.remote(self.command, self._variables(attempt, rank, places), os.getcwd(), logs[rank]): rank
             for rank, actor in enumerate(self.actors)
@@ -164,7 +164,11 @@ class RayCluster:
             # Ray shows each actor its own card, which is then number 0.
             variables["LOCAL_RANK"] = "0"
         return (
-            source_variables() | variables | {GOES_ON: "1"} | ({RESTART_CAUSE: attempt.cause} if attempt.cause else {})
+            source_variables()
+            | self.environment
+            | variables
+            | {GOES_ON: "1"}
+            | ({RESTART_CAUSE: attempt.cause} if attempt.cause else {})
         )
 
     def _forward(self, number: int) -> None:
@@ -200,32 +204,6 @@ class RayCluster:
         if failed is None:
             return Outcome(DONE)
         return Outcome(BAD_INPUT if BAD_INPUT in codes else RUN_FAILED, failed.cause)
-
-
-class Follower:
-    """Copies what is appended to a file to standard error, to show rank 0's log."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.offset = path, path.stat().st_size if path.exists() else 0
-
-    def show(self) -> None:
-        """Copy what was appended since the last call."""
-        if self.path.exists():
-            with self.path.open("rb") as file:
-                file.seek(self.offset)
-                text = file.read()
-            self.offset += len(text)
-            sys.stderr.write(text.decode(errors="replace"))
-            sys.stderr.flush()
-
-
-def last_words(log: Path, code: int) -> str:
-    """Last words of a failed rank: amfm's first message, else its last line, else the signal that killed it."""
-    if code < 0:
-        return f"killed by {signal.Signals(-code).name}"
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-SHOWN_LINES:] if log.exists() else []
-    words = [line for line in lines if line.startswith("amfm: ")] or [line for line in lines if line.strip()]
-    return words[0] if words and words[0].startswith("amfm: ") else (words[-1] if words else f"exit code {code}")
 
 
 def first_line(error: RayError) -> str:

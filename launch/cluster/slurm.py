@@ -3,32 +3,52 @@
 How it works: the script only runs `amfm launch` again, which notices that it is inside an allocation and supervises
 attempts there (`supervise.py`). So restarts within a job need no queueing, and Slurm's own requeue serves the time
 limit: ranks are signalled before it, save and end well, and the job is queued again. One `srun` starts all ranks and,
-with --kill-on-bad-exit, ends them when one fails; nodes that are down don't count for the next attempt.
+with --kill-on-bad-exit, ends them when one fails; nodes that are down don't count for the next attempt. Each rank writes a
+log of its own, because the lines of a thousand ranks in one file tell nothing; rank 0's is shown in the job's log.
+
+In a container (pyxis) the ranks run the image's Python in the same working directory, which must be mounted.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
+import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
-from launch.cluster.lines import sbatch_directive, sbatch_extra, shell_line, with_variables
+from launch.cluster.lines import (
+    check_variables,
+    plain,
+    sbatch_directive,
+    sbatch_extra,
+    shell_line,
+    with_variables,
+)
+from launch.cluster.rank_logs import Follower, first_message, rank_log
 from launch.cluster.supervise import Attempt, Outcome
 from launch.rank_command import rank_command, source_variables
 from pretrain.config.schema import RunConfig
 from pretrain.launcher_protocol import BAD_INPUT, DONE, GOES_ON, RESTART_CAUSE, RUN_FAILED
 
 FIRST_PORT, NUM_PORTS = 20_000, 12_000
+POLL_SECONDS = 0.5
+FAILED_TASK = re.compile(r"srun: error: .*\btasks? (\d+)")
 # Each task takes its number as a rank from the variables that Slurm sets for it.
 AS_RANK = 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID; exec "$@"'
 
 
-def write_script(config: RunConfig, arguments: Sequence[str], *, nodes: int, ranks_per_node: int) -> str:
+def write_script(
+    config: RunConfig, arguments: Sequence[str], rank_arguments: Sequence[str], *, nodes: int, ranks_per_node: int
+) -> str:
     """The text of the batch script: it runs `amfm launch` again, which finds itself inside the allocation.
 
-    `arguments` is the `amfm launch` command line. Slurm signals the ranks before the time limit; they save and end, and
+    `arguments` is the `amfm launch` command line, `rank_arguments` that of the ranks, whose srun line stands in the script
+    as a remark. Slurm signals the ranks before the time limit; they save and end, and
     the job is queued again until the run is finished. Raises ValueError for a setting that would become another line.
     """
     slurm = config.launch.slurm
@@ -37,6 +57,7 @@ def write_script(config: RunConfig, arguments: Sequence[str], *, nodes: int, ran
         "nodes": ("--nodes", nodes),
         "ntasks-per-node": ("--nproc-per-node", ranks_per_node),
         "gpus-per-node": ("launch.slurm.gpus", ranks_per_node if slurm.gpus else None),
+        "mem": ("launch.slurm.memory", slurm.memory),
         "cpus-per-task": ("launch.slurm.cpus_per_task", slurm.cpus_per_task),
         "partition": ("launch.slurm.partition", slurm.partition),
         "account": ("launch.slurm.account", slurm.account),
@@ -50,10 +71,15 @@ def write_script(config: RunConfig, arguments: Sequence[str], *, nodes: int, ran
     lines += ["#SBATCH --requeue" if slurm.requeue else "#SBATCH --no-requeue", "#SBATCH --no-kill"]
     lines += [sbatch_extra(line) for line in slurm.extra]
     body = [shell_line([["cd", os.getcwd()]])]
+    if slurm.modules:
+        body.append(shell_line([["module", "load", *(plain(name, "launch.slurm.modules") for name in slurm.modules)]]))
     if config.launch.setup:
         body.append(config.launch.setup)
     body.append(shell_line([["exec", *with_variables(source_variables(), rank_command(arguments))]]))
-    return "\n".join(["#!/bin/bash", *lines, "", "set -e", *body]) + "\n"
+    variables = check_variables(config.launch.environment, "launch.environment")
+    srun = shlex.join(with_variables(variables, srun_command(config, rank_arguments, 0, nodes, ranks_per_node)))
+    remark = ["# The last line starts, for each attempt with its own number in the name of the logs:", f"#   {srun}"]
+    return "\n".join(["#!/bin/bash", *lines, "", *remark, "set -e", *body]) + "\n"
 
 
 def log_file(config: RunConfig) -> str:
@@ -88,29 +114,42 @@ def is_inside_allocation() -> bool:
     return "SLURM_JOB_ID" in os.environ
 
 
+def srun_command(
+    config: RunConfig, arguments: Sequence[str], attempt: int, nodes: int, ranks_per_node: int
+) -> list[str]:
+    """The srun command line of an attempt on `nodes` nodes.
+
+    srun does not take the cores a task from the job (since Slurm 22.05), so they are said again. `%t` in the name of the
+    logs is the rank.
+    """
+    slurm = config.launch.slurm
+    log = str(rank_log(config.run.dir, attempt, "").parent.absolute()).replace("%", "%%")
+    words = [
+        "srun",
+        f"--nodes={nodes}",
+        f"--ntasks={nodes * ranks_per_node}",
+        f"--ntasks-per-node={ranks_per_node}",
+        *([f"--cpus-per-task={slurm.cpus_per_task}"] if slurm.cpus_per_task else []),
+        "--kill-on-bad-exit=1",
+        f"--output={log}/rank-%t.log",
+        "--open-mode=append",
+    ]
+    command = rank_command(arguments)
+    if slurm.container_image:
+        words += [f"--container-image={slurm.container_image}", f"--container-workdir={os.getcwd()}"]
+        command = [slurm.container_python, *command[1:]]
+    if slurm.container_mounts:
+        words.append(f"--container-mounts={slurm.container_mounts}")
+    return [*words, "bash", "-c", AS_RANK, "rank", *command]
+
+
 class Allocation:
     """Nodes that Slurm gave to this job; one `srun` starts all ranks of an attempt on them."""
 
     def __init__(self, config: RunConfig, arguments: Sequence[str], *, ranks_per_node: int) -> None:
         self.config, self.arguments, self.ranks_per_node = config, list(arguments), ranks_per_node
         self.job = os.environ["SLURM_JOB_ID"]
-
-    def command(self, nodes: int) -> list[str]:
-        """The srun command line for an attempt on `nodes` nodes."""
-        slurm = self.config.launch.slurm
-        container = [f"--container-image={slurm.container_image}"] if slurm.container_image else []
-        if slurm.container_mounts:
-            container.append(f"--container-mounts={slurm.container_mounts}")
-        return [
-            "srun",
-            f"--nodes={nodes}",
-            f"--ntasks={nodes * self.ranks_per_node}",
-            f"--ntasks-per-node={self.ranks_per_node}",
-            "--kill-on-bad-exit=1",
-            *container,
-            *("bash", "-c", AS_RANK, "rank"),
-            *rank_command(self.arguments),
-        ]
+        self.variables = check_variables(config.launch.environment, "launch.environment")
 
     def environment(self, attempt: Attempt) -> dict[str, str]:
         """Environment of an attempt: ranks meet on the first node, at a port derived from job and attempt.
@@ -127,7 +166,7 @@ class Allocation:
         }
         if attempt.cause:
             variables[RESTART_CAUSE] = attempt.cause
-        return os.environ | source_variables() | variables
+        return os.environ | source_variables() | self.variables | variables
 
     def hosts(self) -> list[str]:
         """Names of allocated nodes that are up, in Slurm's order."""
@@ -141,31 +180,63 @@ class Allocation:
         return len(self.hosts())
 
     def start(self, attempt: Attempt) -> Outcome:
-        """Run one attempt to its end; its output passes through.
+        """Run one attempt to its end, showing rank 0's log and what srun says.
 
-        The first amfm message in it becomes the cause of a failure, else srun's first error. Slurm stops all ranks when
-        one fails.
+        Cause of a failure: the first amfm message of srun's output, of the rank that srun names, or of any rank; else
+        srun's first error. Slurm stops all ranks when one fails.
         """
-        message = srun_error = ""
+        num_ranks = attempt.nodes * self.ranks_per_node
+        logs = [rank_log(self.config.run.dir, attempt.number, rank) for rank in range(num_ranks)]
+        logs[0].parent.mkdir(parents=True, exist_ok=True)
+        sizes = [log.stat().st_size if log.exists() else 0 for log in logs]
+        shown, said = Follower(logs[0]), SrunOutput()
+        command = srun_command(self.config, self.arguments, attempt.number, attempt.nodes, self.ranks_per_node)
         with subprocess.Popen(
-            self.command(attempt.nodes), env=self.environment(attempt), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            command, env=self.environment(attempt), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         ) as process:
-            assert process.stdout is not None, "started with a pipe"
-            for raw in process.stdout:
-                line = raw.decode(errors="replace").rstrip("\n")
-                if "amfm: " in line:
-                    message = message or line
-                elif line.startswith("srun: error"):
-                    srun_error = srun_error or line
-                print(line, flush=True)
+            reader = threading.Thread(target=said.follow, args=(process.stdout,), daemon=True)
+            reader.start()
+            while process.poll() is None:
+                shown.show()
+                try:
+                    process.wait(timeout=POLL_SECONDS)
+                except subprocess.TimeoutExpired:
+                    continue
+            reader.join()
+        shown.show()
         code = process.returncode
         if code in (DONE, BAD_INPUT):
             return Outcome(code)
-        return Outcome(RUN_FAILED, message or srun_error or f"srun ended with code {code}")
+        named = [said.failed_task] if said.failed_task is not None and said.failed_task < num_ranks else []
+        words = (first_message(logs[rank], start=sizes[rank]) for rank in [*named, *range(num_ranks)])
+        message = said.message or next((text for text in words if text), "")
+        return Outcome(RUN_FAILED, message or said.error or f"srun ended with code {code}")
 
     def queue_again(self) -> None:
         """Requeue the job, after a signal ended the ranks in good order before the run was finished."""
         ask("scontrol", "requeue", self.job)
+
+
+class SrunOutput:
+    """What srun itself says, copied to standard error: amfm's first message in it, its first error, and the task it names."""
+
+    def __init__(self) -> None:
+        self.message = self.error = ""
+        self.failed_task: int | None = None
+
+    def follow(self, stream: IO[bytes]) -> None:
+        """Copy lines until srun closes its output."""
+        for raw in stream:
+            line = raw.decode(errors="replace").rstrip("\n")
+            if "amfm: " in line:
+                self.message = self.message or line
+            elif line.startswith("srun: error"):
+                self.error = self.error or line
+                found = FAILED_TASK.match(line)
+                if found and self.failed_task is None:
+                    self.failed_task = int(found[1])
+            sys.stderr.write(line + "\n")
+            sys.stderr.flush()
 
 
 def address_of(node: str) -> str:

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,6 +45,7 @@ class NodeCommand:
     master: str
     port: int
     setup: str | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
     python: str = sys.executable
 
     def torchrun(self, *, max_restarts: int) -> list[str]:
@@ -72,7 +73,12 @@ class NodeCommand:
 
         `exec` keeps the noted number: it is then torchrun's own, whose children are the ranks to signal.
         """
-        variables = source_variables() | ({RESTART_CAUSE: " ".join(cause.split())} if cause else {}) | {GOES_ON: "1"}
+        variables = (
+            source_variables()
+            | dict(self.environment)
+            | ({RESTART_CAUSE: " ".join(cause.split())} if cause else {})
+            | {GOES_ON: "1"}
+        )
         return shell_line(
             [
                 ["cd", directory],
@@ -100,7 +106,9 @@ def read_hosts(path: Path) -> list[str]:
 
 def run_here(command: NodeCommand, *, max_restarts: int) -> int:
     """Run this node's torchrun and return the exit code; torchrun itself restarts its ranks."""
-    process = subprocess.Popen(command.torchrun(max_restarts=max_restarts), env=os.environ | source_variables())
+    process = subprocess.Popen(
+        command.torchrun(max_restarts=max_restarts), env=os.environ | source_variables() | dict(command.environment)
+    )
     with forward_signals(lambda number: signal_children(process.pid, number)):
         code = process.wait()
     return RUN_FAILED if code else DONE
@@ -154,9 +162,11 @@ class RemoteHosts:
         run_dir: str,
         setup: str | None,
         remote_shell: Sequence[str],
+        environment: Mapping[str, str] = {},
     ) -> None:
         self.arguments, self.hosts, self.ranks_per_node, self.port = arguments, list(hosts), ranks_per_node, port
         self.run_dir, self.setup, self.remote_shell = run_dir, setup, list(remote_shell)
+        self.environment = environment
         self.usable = list(hosts)
         self.runs: list[HostRun] = []
 
@@ -168,6 +178,7 @@ class RemoteHosts:
                 # Another port each time: ranks of the last attempt may still hold theirs.
                 *(self.arguments, len(hosts), self.ranks_per_node, node_rank, hosts[0], self.port + attempt.number),
                 setup=self.setup,
+                environment=self.environment,
             ).shell_line(directory=os.getcwd(), pid_file=self.pid_file(node_rank), cause=attempt.cause)
             for node_rank in range(len(hosts))
         ]

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from launch.arguments import ConfigArgument, OverridesArgument
-from launch.console import say
+from launch.arguments import ConfigArgument, JsonOption, OverridesArgument
+from launch.commands.train import summarize
+from launch.console import print_json, say
 from launch.rank_command import rank_command
 from pretrain.launcher_protocol import DONE
 
@@ -64,6 +65,7 @@ def launch(
     address: Annotated[
         str | None, typer.Option(help="ray: an existing cluster, such as auto or HOST:6379; none: one on this machine.")
     ] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Start a run on many nodes and keep it alive: restarts from the newest checkpoint, on fewer nodes if it must."""
     from pretrain.checks.check_run import check_run, load_checked
@@ -77,36 +79,61 @@ def launch(
         check_run(config, numbers[: nodes + 1 - min(nodes, config.launch.min_nodes)])
     check_options(on, nodes=nodes, hosts=hosts, node_rank=node_rank, master=master, address=address, dry_run=dry_run)
     work = Work(["train", str(path), *(overrides or [])], config.launch.max_restarts)
-    if dry_run and not doctor:
-        warn_of_misfit(config, path, nodes * ranks)
+    misfit = describe_misfit(config, path, nodes * ranks) if dry_run and not doctor else None
+    if misfit is not None:
+        say(f"amfm launch: warning: {misfit}")
     if doctor:
         work = Work(["doctor", "--cluster", "--shared", config.run.dir], None)
     if on == "torchrun":
-        code = launch_torchrun(
+        done = launch_torchrun(
             config, work, nodes, ranks, hosts, shlex.split(remote_shell), node_rank, master, dry_run=dry_run
         )
     elif on == "slurm":
-        code = launch_slurm(config, work, path, overrides or [], nodes, ranks, dry_run=dry_run)
+        done = launch_slurm(config, work, path, overrides or [], nodes, ranks, dry_run=dry_run)
     else:
-        code = launch_ray(config, work, nodes, ranks, address, dry_run=dry_run)
-    raise typer.Exit(code)
+        done = launch_ray(config, work, nodes, ranks, address, dry_run=dry_run)
+    if isinstance(done, int):
+        if as_json:
+            has_begun = not doctor and (Path(config.run.dir) / "config.yaml").is_file()
+            progress = summarize(config.run.dir) if has_begun else {}
+            print_json({"launcher": on, "exit_code": done, **progress})
+        raise typer.Exit(done)
+    if as_json:
+        print_json({"launcher": on, "nodes": nodes, "ranks_per_node": ranks, "warning": misfit, **done.facts})
+    else:
+        sys.stdout.write(done.text)
 
 
-def warn_of_misfit(config: RunConfig, path: Path, ranks: int) -> None:
-    """Say on standard error when the run, by the plan, needs more memory than an accelerator has."""
+@dataclass(frozen=True)
+class Shown:
+    """What a dry run, or a submission, shows: text for a person, and the same by name for a script."""
+
+    text: str
+    facts: dict[str, Any]
+
+
+def show_commands(commands: list[list[str]], before: str = "") -> Shown:
+    """Command lines of a dry run, quoted for a shell."""
+    lines = [shlex.join(command) for command in commands]
+    return Shown("".join(f"{line}\n" for line in [*([before] if before else []), *lines]), {"commands": lines})
+
+
+def describe_misfit(config: RunConfig, path: Path, ranks: int) -> str | None:
+    """Describe how the run, by the plan, needs more memory than an accelerator has; None where it fits."""
     from launch.plan.estimate import Assumptions
     from launch.plan.hardware import load_hardware
     from launch.plan.plan import advise, make_plan
 
     if config.parallel.offload_optimizer:
-        return  # not modelled
+        return None  # not modelled
     hardware = load_hardware(PLANNED_GPU)
     advice = advise(make_plan(config, hardware, ranks, Assumptions()))
-    if advice:
-        say(
-            f"amfm launch: warning: on {ranks} x {hardware.name}, {advice}; see "
-            f"amfm plan {shlex.quote(str(path))} --gpus {ranks} --gpu {PLANNED_GPU} --search, for other cards with their --gpu"
-        )
+    if not advice:
+        return None
+    return (
+        f"on {ranks} x {hardware.name}, {advice}; see amfm plan {shlex.quote(str(path))} --gpus {ranks} "
+        f"--gpu {PLANNED_GPU} --search, for other cards with their --gpu"
+    )
 
 
 def check_options(
@@ -167,15 +194,17 @@ def launch_torchrun(
     master: str | None,
     *,
     dry_run: bool,
-) -> int:
+) -> int | Shown:
     """Launch on all hosts of a list under supervision, or run this node's part, which torchrun itself restarts.
 
-    Returns the exit code. Raises ValueError for a bad port and for too few hosts.
+    Returns the exit code, or what a dry run shows. Raises ValueError for a bad port and for too few hosts.
     """
+    from launch.cluster.lines import check_variables, with_variables
     from launch.cluster.supervise import Attempt
     from launch.cluster.torchrun import NodeCommand, RemoteHosts, read_hosts, run_here
     from pretrain.stages import count_layout_changes, resolve_stages
 
+    environment = check_variables(config.launch.environment, "launch.environment")
     host, _, port = (master or "").partition(":")
     if port and not port.isdigit():
         raise ValueError(f"--master {master} must be HOST or HOST:PORT with a number; use {host}:{DEFAULT_PORT}")
@@ -192,40 +221,46 @@ def launch_torchrun(
             run_dir=config.run.dir,
             setup=config.launch.setup,
             remote_shell=remote_shell,
+            environment=environment,
         )
         if dry_run:
-            for line in remote.commands(Attempt(0, nodes, None)):
-                print(shlex.join(line))
-            return 0
+            return show_commands(remote.commands(Attempt(0, nodes, None)))
         return run_attempts(config, work, remote, nodes, ranks)
     node_numbers = range(nodes) if node_rank is None else [node_rank]
     commands = [
-        NodeCommand(work.arguments, nodes, ranks, number_, host or "localhost", number) for number_ in node_numbers
+        NodeCommand(work.arguments, nodes, ranks, node_number, host or "localhost", number, environment=environment)
+        for node_number in node_numbers
     ]
     # torchrun counts a start in another layout as a restart too.
     restarts = 0 if work.max_restarts is None else work.max_restarts + count_layout_changes(resolve_stages(config))
     if dry_run:
-        for command in commands:
-            print(shlex.join(command.torchrun(max_restarts=restarts)))
-        return 0
+        lines = [command.torchrun(max_restarts=restarts) for command in commands]
+        return show_commands([with_variables(environment, line) for line in lines])
     return run_here(commands[0], max_restarts=restarts)
 
 
 def launch_slurm(
     config: RunConfig, work: Work, path: Path, overrides: list[str], nodes: int, ranks: int, *, dry_run: bool
-) -> int:
-    """Submit a batch script; inside an allocation run attempts with srun. Returns the exit code."""
+) -> int | Shown:
+    """Submit a batch script; inside an allocation run attempts with srun.
+
+    Returns the exit code of the run, or what a dry run or a submission shows.
+    """
     from launch.cluster.slurm import Allocation, is_inside_allocation, submit, write_script
     from pretrain.report.data import read_run
 
     again = ["launch", str(path), *overrides, "--on", "slurm", "--nodes", str(nodes), "--nproc-per-node", str(ranks)]
     again += ["--doctor"] if work.max_restarts is None else []
-    if dry_run:
-        sys.stdout.write(write_script(config, again, nodes=nodes, ranks_per_node=ranks))
-        return DONE
-    if not is_inside_allocation():
-        print(submit(config, write_script(config, again, nodes=nodes, ranks_per_node=ranks)))
-        return DONE
+    if config.launch.slurm.container_image is not None:  # whose working directory may be another
+        work = replace(
+            work, arguments=[str(Path(word).absolute()) if word == str(path) else word for word in work.arguments]
+        )
+    if dry_run or not is_inside_allocation():
+        script = write_script(config, again, work.arguments, nodes=nodes, ranks_per_node=ranks)
+        if dry_run:
+            return Shown(script, {"script": script})
+        answer = submit(config, script)
+        return Shown(f"{answer}\n", {"submitted": answer, "job": answer.split()[-1]})
     allocation = Allocation(config, work.arguments, ranks_per_node=ranks)
     code = run_attempts(config, work, allocation, nodes, ranks)
     if work.max_restarts is None or code != DONE or not config.launch.slurm.requeue:
@@ -237,16 +272,20 @@ def launch_slurm(
     return code
 
 
-def launch_ray(config: RunConfig, work: Work, nodes: int, ranks: int, address: str | None, *, dry_run: bool) -> int:
-    """Run ranks as actors of a Ray cluster, under supervision. Returns the exit code."""
+def launch_ray(
+    config: RunConfig, work: Work, nodes: int, ranks: int, address: str | None, *, dry_run: bool
+) -> int | Shown:
+    """Run ranks as actors of a Ray cluster, under supervision. Returns the exit code, or what a dry run shows."""
+    from launch.cluster.lines import check_variables, with_variables
+
+    environment = check_variables(config.launch.environment, "launch.environment")
     gpus = count_gpus() > 0
     if dry_run:
-        print(
+        what = (
             f"ray cluster {address or 'on this machine'}: {nodes} bundles of "
             f"{{'{'GPU' if gpus else 'CPU'}': {ranks}}} on {nodes} nodes (STRICT_SPREAD), one actor a rank, each runs:"
         )
-        print(shlex.join(rank_command(work.arguments)))
-        return 0
+        return show_commands([with_variables(environment, rank_command(work.arguments))], what)
     from data_pipeline.prepare.ray_token import ask_for_token
 
     if address is None:
@@ -260,6 +299,7 @@ def launch_ray(config: RunConfig, work: Work, nodes: int, ranks: int, address: s
         ranks_per_node=ranks,
         gpus=gpus,
         wait_seconds=config.launch.node_wait_seconds,
+        environment=environment,
     )
     return run_attempts(config, work, cluster, nodes, ranks)
 

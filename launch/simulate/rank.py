@@ -19,6 +19,7 @@ import time
 import types
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from launch.simulate.batches import simulated_batches
 from launch.simulate.card import SimulatedCard
 from launch.simulate.tracer import DeviceWords, Tracer
 from pretrain.config.schema import RunConfig
+from pretrain.monitor.profile import StepProfiler
 
 STEPS = 2  # the first allocates moments, the second has them during its passes
 PHASES = {"data": "forward", "forward": "forward", "reduce": "reduction", "optimizer": "optimizer"}
@@ -197,6 +199,7 @@ def build_run(config: RunConfig, parallel: Any, tracer: Tracer, report: Callable
         layout=config.parallel,
         signals=signals,
         heartbeat=heartbeat,
+        profiler=StepProfiler(None, Path(config.run.dir), parallel.rank, engine.module, heartbeat),
         pipeline=build_pipeline(config, parallel, engine),
     )
 

@@ -20,7 +20,8 @@ from ray.exceptions import RayError
 
 from data_pipeline.prepare.ray_actors import start_ray
 from launch.cluster.local import forward_signals
-from launch.cluster.ray import RankHost, first_line, last_words
+from launch.cluster.rank_logs import last_words
+from launch.cluster.ray import RankHost, first_line
 from launch.rank_command import rank_command
 from launch.study.grid import Cell
 from pretrain.config.file import resolved_yaml, without_secrets

@@ -88,6 +88,7 @@ def check_run(
             *ramp_problems(config, stages[0]),
             *total_problems(config, steps),
             *loop_problems(config, steps),
+            *profile_problems(config, steps, world_size),
         ]
         choices = [world_size] if isinstance(world_size, int) else world_size
         present = stage_of(stages, steps_done)
@@ -247,6 +248,19 @@ def loop_problems(config: RunConfig, steps: int) -> Iterator[Problem]:
     if train.compile and config.kernels.backend == "reference":
         rule = "cannot speed up kernels.backend=reference, which runs step by step in Python"
         yield Problem("train.compile", rule, "use kernels.backend=torch, or train.compile=false", "true")
+
+
+def profile_problems(config: RunConfig, steps: int, world_size: int | None) -> Iterator[Problem]:
+    """Traces of steps or ranks that the run does not have."""
+    profile = config.train.profile
+    if profile is None:
+        return
+    wrong = [step for step in profile.steps if not 1 <= step <= steps]
+    if wrong:
+        yield Problem("train.profile.steps", f"the run has the steps 1 to {steps:,}", "name steps of it", str(wrong))
+    if world_size is not None and min(profile.ranks) >= world_size:
+        rule = f"the run has {world_size} rank(s), counted from 0"
+        yield Problem("train.profile.ranks", rule, "name one of them, such as 0", str(list(profile.ranks)))
 
 
 def whole_batch_problems(config: RunConfig) -> Iterator[Problem]:

@@ -17,6 +17,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
@@ -56,6 +57,7 @@ class Heartbeat:
         self.directory = run_dir / "heartbeats"
         self.rank, self.timeout_seconds = rank, timeout_seconds
         self.interval = WRITE_SECONDS if timeout_seconds is None else min(WRITE_SECONDS, timeout_seconds / 4)
+        self.listener: Callable[[str], None] | None = None  # hears of each phase that is entered
         self._place = (0, PHASES[0], time.monotonic())
         self._closed = threading.Event()
         self._writer = threading.Thread(target=self._write_always, name="heartbeat", daemon=True)
@@ -70,6 +72,8 @@ class Heartbeat:
     def at(self, step: int, phase: str) -> None:
         """Note that this rank has entered a phase of a step; resets the watch."""
         self._place = (step, phase, time.monotonic())
+        if self.listener is not None:
+            self.listener(phase)
 
     def find_lost(self, num_ranks: int) -> list[Beat]:
         """Find the ranks that are gone, as their last beats, for a rank whose collective failed.

@@ -17,14 +17,16 @@ VERBS = [command.name or command.callback.__name__ for command in app.registered
 def test_the_verbs_are_those_of_the_contract():
     assert set(VERBS) == {
         *("doctor", "config", "corpus", "prepare", "train", "inspect", "report", "plan", "launch"),
-        *("evaluate", "generate", "export", "import", "init"),
+        *("evaluate", "generate", "export", "import", "init", "profile"),
     }
 
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help_with_an_example(verb, capsys):
     assert run([verb, "--help"]) == 0
-    assert f"Example: amfm {verb}" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"Example: amfm {verb}" in shown
+    assert "<bool>" not in shown, "a flag takes no value"
 
 
 @pytest.mark.parametrize("verb", ["config", "train"])

@@ -24,13 +24,15 @@ EVIL = "x\ntouch planted"
         {"slurm": {"account": "a\rb"}},
         {"slurm": {"extra": [f"--constraint={EVIL}"]}},
         {"slurm": {"extra": ["touch planted"]}},
+        {"slurm": {"modules": [EVIL]}},
+        {"slurm": {"memory": EVIL}},
     ],
 )
 def test_a_setting_that_would_become_another_line_of_the_script_is_refused(tmp_path: Path, launch: dict) -> None:
     config = tiny_config(make_tiny_store(tmp_path, num_documents=20), tmp_path / "run").model_copy()
     config = type(config).model_validate(config.model_dump(mode="json") | {"launch": launch})
     with pytest.raises(ValueError, match=r"launch\.slurm\."):
-        write_script(config, [], nodes=1, ranks_per_node=1)
+        write_script(config, [], [], nodes=1, ranks_per_node=1)
 
 
 def test_a_name_of_several_words_stays_one_value_and_a_newline_in_it_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -19,6 +20,7 @@ from launch.cluster.supervise import Attempt, Outcome
 from pretrain.config.file import resolved_yaml
 from pretrain.config.schema import RunConfig
 from pretrain.report.data import read_run
+from tests.helpers.json_output import one_object
 from tests.pretrain.tiny_run import tiny_config, tiny_data
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
@@ -68,15 +70,26 @@ def test_the_script_asks_for_what_the_configuration_says(tmp_path: Path) -> None
         tiny_data(tmp_path / "data"),
         tmp_path / "run",
         launch__setup="source env/bin/activate",
-        launch__slurm={"partition": "main", "time_limit": "1-00:00:00", "extra": ["--constraint=h100"]},
+        launch__environment={"NCCL_SOCKET_IFNAME": "ib0"},
+        launch__slurm={
+            "partition": "main",
+            "time_limit": "1-00:00:00",
+            "memory": "0",
+            "modules": ["cuda/12.8", "gcc"],
+            "cpus_per_task": 12,
+            "extra": ["--constraint=h100"],
+        },
     )
-    script = write_script(config, ["launch", "a b.yaml", "--on", "slurm"], nodes=4, ranks_per_node=8)
+    arguments = ["launch", "a b.yaml", "--on", "slurm"]
+    script = write_script(config, arguments, ["train", "a b.yaml"], nodes=4, ranks_per_node=8)
     lines = script.splitlines()
     assert lines[0] == "#!/bin/bash"
     for line in (
         "--nodes=4",
         "--ntasks-per-node=8",
         "--gpus-per-node=8",
+        "--mem=0",
+        "--cpus-per-task=12",
         "--partition=main",
         "--time=1-00:00:00",
         "--signal=USR1@180",
@@ -86,7 +99,13 @@ def test_the_script_asks_for_what_the_configuration_says(tmp_path: Path) -> None
         f"--output={tmp_path}/run/logs/slurm-%j.log",
     ):
         assert f"#SBATCH {line}" in lines
-    assert lines.index("source env/bin/activate") == len(lines) - 2
+    assert lines[-3:-1] == ["module load cuda/12.8 gcc", "source env/bin/activate"]
+    srun = next(line for line in lines if line.startswith("#   "))
+    assert srun.startswith(
+        "#   env NCCL_SOCKET_IFNAME=ib0 srun --nodes=4 --ntasks=32 --ntasks-per-node=8 --cpus-per-task=12"
+    )
+    assert f"--output={tmp_path}/run/logs/attempt-0/rank-%t.log --open-mode=append" in srun
+    assert srun.endswith(f"rank {sys.executable} -P -m launch train 'a b.yaml'")
     assert lines[-1] == f"exec {sys.executable} -P -m launch launch 'a b.yaml' --on slurm"
 
 
@@ -96,7 +115,12 @@ def test_the_script_is_what_a_dry_run_prints(
     path = str(tmp_path / "run.yaml")
     arguments = ["launch", path, "--on", "slurm", "--nodes", "2", "--nproc-per-node", "1"]
     assert run([*arguments, "--dry-run"]) == 0
-    assert capsys.readouterr().out == write_script(config, arguments, nodes=2, ranks_per_node=1)
+    script = write_script(config, arguments, ["train", path], nodes=2, ranks_per_node=1)
+    assert capsys.readouterr().out == script
+    assert run([*arguments, "--dry-run", "--json"]) == 0
+    assert one_object(capsys.readouterr().out) | {"warning": None} == {
+        "launcher": "slurm", "nodes": 2, "ranks_per_node": 1, "warning": None, "script": script,
+    }  # fmt: skip
     assert not (tmp_path / "run").exists()
 
 
@@ -126,6 +150,48 @@ def test_the_cause_of_a_failure_is_kept_above_a_long_traceback(
     monkeypatch.setenv("SLURM_JOB_NODELIST", "n1")
     allocation = Allocation(config, ["train"], ranks_per_node=2)
     assert allocation.start(Attempt(0, 1, None)) == Outcome(3, "amfm: rank 1: no progress")
+
+
+def test_each_rank_has_a_log_and_the_failed_rank_names_the_cause(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logs = tmp_path / "run/logs/attempt-1"
+    logs.mkdir(parents=True)
+    (logs / "rank-1.log").write_text("amfm: of the job before\n")
+    write = f"printf 'amfm: lost\\n' >> {logs}/rank-0.log; printf 'amfm: NaN\\n' >> {logs}/rank-1.log"
+    programs = {
+        "scontrol": "echo n1",
+        "sinfo": ":",
+        "srun": f"echo \"$@\" > {tmp_path}/words; echo $NCCL_DEBUG; {write}; echo 'srun: error: n1: task 1: Exited'; exit 3",
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n1")
+    slurm = config.launch.slurm.model_copy(update={"container_image": "image.sqsh", "container_mounts": "/a:/a"})
+    launch_section = config.launch.model_copy(update={"slurm": slurm, "environment": {"NCCL_DEBUG": "INFO"}})
+    allocation = Allocation(config.model_copy(update={"launch": launch_section}), ["train"], ranks_per_node=2)
+    assert allocation.start(Attempt(1, 1, "lost")) == Outcome(3, "amfm: NaN")
+    shown = capsys.readouterr().err
+    assert "INFO" in shown and "amfm: lost" in shown and "of the job before" not in shown
+    words = (tmp_path / "words").read_text()
+    assert f"--container-image=image.sqsh --container-workdir={os.getcwd()} --container-mounts=/a:/a" in words
+    assert words.endswith("rank python3 -P -m launch train\n")
+
+
+@pytest.mark.parametrize(("name", "value"), [("A B", "x"), ("NCCL", "a\nb")])
+def test_a_variable_that_would_be_more_than_one_is_refused(
+    config: RunConfig, tmp_path: Path, name: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "launch",
+        str(tmp_path / "run.yaml"),
+        f"launch.environment={{{json.dumps(name)}: {json.dumps(value)}}}",
+    ]
+    assert run([*arguments, "--on", "slurm", "--nproc-per-node", "1", "--dry-run"]) == 2
+    assert "launch.environment" in capsys.readouterr().err
 
 
 def free_port() -> int:

@@ -18,6 +18,7 @@ from launch.cli import run
 from launch.cluster.torchrun import NodeCommand, read_hosts
 from pretrain.config.file import resolved_yaml
 from pretrain.config.schema import RunConfig
+from pretrain.start import find_restart_cause
 from tests.pretrain.tiny_run import tiny_config, tiny_data
 
 
@@ -40,15 +41,28 @@ def test_each_node_has_its_own_command(tmp_path: Path, capsys: pytest.CaptureFix
     assert [line[6] for line in lines] == ["--node-rank=0", "--node-rank=1", "--node-rank=2"]
     assert lines[1][:4] == [sys.executable, "-P", "-m", "torch.distributed.run"]
     assert {"--nnodes=3", "--nproc-per-node=2", "--master-addr=first", "--master-port=1234"} < set(lines[1])
+    assert (
+        run([*arguments, "launch.environment={NCCL_DEBUG: INFO}", "--master", "first:1234", "--dry-run", "--json"]) == 0
+    )
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["launcher"], shown["nodes"], len(shown["commands"])) == ("torchrun", 3, 3)
+    assert shown["commands"][0].startswith(f"env NCCL_DEBUG=INFO {sys.executable} -P")
     assert lines[1][-8:] == ["--no-python", sys.executable, "-P", "-m", "launch", "train", path, "train.seed=3"]
 
 
 def test_a_line_for_a_host_goes_to_the_directory_sets_up_and_says_why_it_starts_again() -> None:
-    command = NodeCommand(["train", "run.yaml"], 2, 8, 1, "first", 29500, setup="module load cuda")
+    command = NodeCommand(["train", "run.yaml"], 2, 8, 1, "first", 29500, "module load cuda", {"NCCL_DEBUG": "INFO"})
     line = command.shell_line(directory="/a b", pid_file="run/launch/node-1.pid", cause="rank 3 was lost")
     steps = line.split(" && ")
     assert steps[:3] == ["cd '/a b'", "echo $$ > run/launch/node-1.pid", "module load cuda"]
-    assert steps[3].startswith("exec env 'AMFM_RESTART_CAUSE=rank 3 was lost' ")
+    assert steps[3].startswith("exec env NCCL_DEBUG=INFO 'AMFM_RESTART_CAUSE=rank 3 was lost' ")
+
+
+def test_torchrun_s_own_restarts_are_told_by_their_number() -> None:
+    assert find_restart_cause({}) is find_restart_cause({"TORCHELASTIC_RESTART_COUNT": "0"}) is None
+    assert find_restart_cause({"TORCHELASTIC_RESTART_COUNT": "2"}) == "torchrun started its ranks again, restart 2"
+    named = {"AMFM_RESTART_CAUSE": "rank 3 was lost", "TORCHELASTIC_RESTART_COUNT": "0"}
+    assert find_restart_cause(named) == "rank 3 was lost"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Where a step's time goes: traces of `train.profile`, read and put to blocks and kinds of work."""
