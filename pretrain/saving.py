@@ -8,17 +8,24 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
+from data_pipeline.progress import Report, silent
 from pretrain.checkpoint.commit import SavedCheckpoint
 from pretrain.checkpoint.load import LoadedCheckpoint, load_newest
 from pretrain.run import Progress, Run
 
 
-def resume(run: Run) -> LoadedCheckpoint | None:
+def resume(run: Run, report: Report = silent) -> LoadedCheckpoint | None:
     """Restore engine, progress and data from the newest checkpoint that verifies; None when there is none.
 
     Every rank must call this. Raises as `load_newest` does.
     """
-    loaded = load_newest(run.directory / "checkpoints", run.saver.layout, config=run.config, identities=run.identities)
+    loaded = load_newest(
+        run.directory / "checkpoints",
+        run.saver.layout,
+        config=run.config,
+        identities=run.identities,
+        report=report,
+    )
     if loaded is not None:
         run.loader.load_state_dict(loaded.state["loader"])
         run.progress = Progress(**loaded.state["progress"])

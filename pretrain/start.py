@@ -11,6 +11,7 @@ identities of data and tokenizer. A rank that differed would hang the others in 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Literal
 
@@ -20,6 +21,7 @@ from data_pipeline.config import DataConfig
 from data_pipeline.loader.loader import PretrainLoader
 from data_pipeline.locks import take_lock
 from data_pipeline.memory import keep_freed_memory
+from data_pipeline.progress import Report, silent
 from data_pipeline.store.store import TokenStore
 from data_pipeline.synthetic.rows import NO_TOKENIZER
 from data_pipeline.tokenizer.tokenizer import load_tokenizer
@@ -37,12 +39,13 @@ from pretrain.config.schema import RunConfig
 from pretrain.engine.engine import ZeroEngine, build_engine
 from pretrain.identity import describe_start, require_same_on_all_ranks
 from pretrain.inference.weights import load_initial_weights
-from pretrain.launcher_protocol import RESTART_CAUSE
+from pretrain.launcher_protocol import RESTART_CAUSE, TORCHRUN_RESTARTS
 from pretrain.monitor.display import Display
 from pretrain.monitor.environment import find_peak, record_environment
 from pretrain.monitor.experts import describe_unbalanced
 from pretrain.monitor.heartbeat import Heartbeat
 from pretrain.monitor.metrics import RunLog, check_plot_services
+from pretrain.monitor.profile import StepProfiler
 from pretrain.monitor.signals import SignalWatch
 from pretrain.parallel import (
     Parallel,
@@ -60,13 +63,15 @@ from pretrain.saving import resume
 from pretrain.stages import RunStage, data_of_stages, in_layout, last_stage, resolve_stages, stage_of
 
 
-def start_run(config: RunConfig, signals: SignalWatch) -> Run:
+def start_run(config: RunConfig, signals: SignalWatch, report: Report = silent) -> Run:
     """Join the ranks, check the settings, build data, model and engine, resume, and open the log.
 
     Every rank must call this. Raises ValueError for settings, data or a checkpoint that do not fit together,
-    RuntimeError or OSError for the machine's state; the run directory changes only after everything fits.
+    RuntimeError or OSError for the machine's state; the run directory changes only after everything fits. `report` hears
+    what a long start is at.
     """
     config = without_secrets(config)
+    report("waiting for all ranks to join")
     rank, world_size, _, _ = start_process_group(config.train.timeout_seconds)
     require_same_on_all_ranks(describe_start(config))
     newest = newest_saved_step(config.run.dir) if rank == 0 else None
@@ -76,15 +81,15 @@ def start_run(config: RunConfig, signals: SignalWatch) -> Run:
     # Before data and model are built: a second start in the same directory is refused at once.
     lock = lock_directory(Path(config.run.dir)) if rank == 0 else None
     stages = resolve_stages(config)
-    run = build_run(config, signals, stages, stage_of(stages, steps_done))
-    loaded = resume(run)
+    run = build_run(config, signals, stages, stage_of(stages, steps_done), report)
+    loaded = resume(run, report)
     present = stage_of(stages, run.progress.step)
     if present.parallel != run.layout:
         # Newer checkpoints were passed over, and the one that verified belongs to a stage with another layout.
         check_run(config, world_size, steps_done=run.progress.step, goes_on=launcher_goes_on())
         close_run(run)
-        run = build_run(config, signals, stages, present)
-        loaded = resume(run)
+        run = build_run(config, signals, stages, present, report)
+        loaded = resume(run, report)
     run.lock = lock
     # The checkpoint may have been saved in another stage than the model was built for.
     run.stage = last_stage(stages, run.progress.step)
@@ -95,17 +100,21 @@ def start_run(config: RunConfig, signals: SignalWatch) -> Run:
     return run
 
 
-def build_run(config: RunConfig, signals: SignalWatch, stages: tuple[RunStage, ...], stage: RunStage) -> Run:
-    """Build ranks, data, model and engine in the layout of one stage. Every rank must call this."""
+def build_run(
+    config: RunConfig, signals: SignalWatch, stages: tuple[RunStage, ...], stage: RunStage, report: Report
+) -> Run:
+    """Build ranks, data, model and engine in the layout of one stage, telling `report`. Every rank must call this."""
     built, train = in_layout(config, stage), config.train
     parallel = initialize_parallel(built.parallel, timeout_seconds=train.timeout_seconds, num_threads=train.num_threads)
     keeps_freed_memory = parallel.device.type == "cpu" and keep_freed_memory()
     set_determinism(config.train.seed)
     data = data_of_stages(config, stages)
+    report("opening the data")
     loader = open_loader(config, data, parallel, "train", stages[0])
     check_vocabulary(config, loader)
     check_tokenizer(config)
     require_same_on_all_ranks(identities_of(loader))
+    report("building the model and its optimizer")
     engine = build_engine(
         build_model(built, parallel),
         optimizer=config.optimizer,
@@ -114,6 +123,7 @@ def build_run(config: RunConfig, signals: SignalWatch, stages: tuple[RunStage, .
         parallel=parallel,
         offload_optimizer=built.parallel.offload_optimizer,
     )
+    heartbeat = Heartbeat(Path(config.run.dir), parallel.rank, config.launch.heartbeat_seconds)
     return Run(
         config=config,
         parallel=parallel,
@@ -126,7 +136,8 @@ def build_run(config: RunConfig, signals: SignalWatch, stages: tuple[RunStage, .
         stage=stage,
         layout=built.parallel,
         signals=signals,
-        heartbeat=Heartbeat(Path(config.run.dir), parallel.rank, config.launch.heartbeat_seconds),
+        heartbeat=heartbeat,
+        profiler=StepProfiler(train.profile, Path(config.run.dir), parallel.rank, engine.module, heartbeat),
         pipeline=build_pipeline(built, parallel, engine),
         keeps_freed_memory=keeps_freed_memory,
     )
@@ -268,7 +279,7 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None) -> None:
     if unbalanced is not None:
         run.say(f"warning: {unbalanced}")
         run.record_event("unbalanced_experts", text=unbalanced)
-    cause = describe_environment([RESTART_CAUSE]).get(RESTART_CAUSE)
+    cause = find_restart_cause(describe_environment([RESTART_CAUSE, TORCHRUN_RESTARTS]))
     if cause is not None:
         run.record_event("restarted", cause=cause)
     if loaded is not None:
@@ -282,6 +293,14 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None) -> None:
             for text in texts:
                 run.say(f"{kind}: {text}")
                 run.record_event("resume", kind=kind, text=text)
+
+
+def find_restart_cause(environment: Mapping[str, str]) -> str | None:
+    """Why the ranks were started again: as `amfm launch` says, or torchrun's number of the restart; None at first."""
+    if RESTART_CAUSE in environment:
+        return environment[RESTART_CAUSE]
+    number = environment.get(TORCHRUN_RESTARTS, "0")
+    return f"torchrun started its ranks again, restart {number}" if number != "0" else None
 
 
 def close_run(run: Run) -> None:

@@ -23,6 +23,7 @@ from dataclasses import asdict
 from typing import Any
 
 from data_pipeline.loader.loader import SourceUse
+from data_pipeline.progress import Waiting
 from model.flops import flops_per_token
 from pretrain.checks.ranks import describe_parallel
 from pretrain.config.schema import RunConfig
@@ -39,7 +40,7 @@ from pretrain.saving import finish_saving, restore_newest_weights, save
 from pretrain.stages import stage_of
 from pretrain.start import close_run, start_run
 from pretrain.step import StepResult, train_step
-from pretrain.validate import validate
+from pretrain.validate import Validation, validate
 
 
 def train(config: RunConfig) -> int:
@@ -53,7 +54,8 @@ def train(config: RunConfig) -> int:
     """
     with SignalWatch(announces=is_first_rank()) as signals:
         # Outside of `while_running`: what fails in the start may be a setting, and keeps that exit code.
-        run = start_run(config, signals)
+        with Waiting("amfm train", speaks=is_first_rank()) as waiting:
+            run = start_run(config, signals, waiting)
         with while_running():
             try:
                 with while_running():
@@ -86,7 +88,8 @@ def run_steps(run: Run) -> int:
         if needs_other_layout(run):
             return leave_layout(run)
         apply_stage(run)
-        result = train_step(run)
+        with run.profiler.trace(run.progress.step + 1):
+            result = train_step(run)
         step = run.progress.step
         if is_due(step, train.validate_every_steps) or step == steps:
             measure_validation(run)
@@ -150,7 +153,19 @@ def measure_validation(run: Run) -> None:
         run.progress.validation_accuracy = validation.accuracy.token_accuracy
         run.progress.validation_row_accuracy = validation.accuracy.row_accuracy
         details["accuracy"] = validation.accuracy.to_event()
-    run.record_event("validation", **details)
+    run.validation_metrics = describe_sources(validation)
+    run.record_event("validation", **details, **run.validation_metrics)
+
+
+def describe_sources(validation: Validation) -> dict[str, Any]:
+    """The loss of a validation in bits a byte and by source, as lines of metrics.jsonl have it; nothing of a synthetic task."""
+    if not validation.by_source:
+        return {}
+    bits = validation.bits_per_byte
+    return {
+        "validation_bits_per_byte": None if bits is None else finite(bits),
+        "validation_by_source": {name: finite(source.loss) for name, source in validation.by_source.items()},
+    }
 
 
 def record(run: Run, result: StepResult) -> None:
@@ -201,6 +216,7 @@ def describe_step(run: Run, result: StepResult) -> dict[str, Any]:
     if run.progress.validated_step == run.progress.step:
         loss = run.progress.validation_loss
         metrics["validation_loss"] = None if loss is None else finite(loss)
+        metrics |= run.validation_metrics
         if run.progress.validation_accuracy is not None:
             metrics["validation_accuracy"] = run.progress.validation_accuracy
             metrics["validation_row_accuracy"] = run.progress.validation_row_accuracy

@@ -1,4 +1,4 @@
-"""Validation: loss on held-out text, and the accuracy where the data is a synthetic task.
+"""Validation: loss on held-out text, whole and by source, and the accuracy where the data is a synthetic task.
 
 Measured on the run's own layout of ranks, with the batch and row length of its stage, so that losses of training and
 validation compare. The loader starts at its first sample each time: two validations of a run see the same rows.
@@ -7,23 +7,30 @@ validation compare. The loader starts at its first sample each time: two validat
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from data_pipeline.store.store import TokenStore
 from pretrain.accuracy import Accuracy, count_correct, measure_accuracy
 from pretrain.micro_batch import move_batch
 from pretrain.run import Run
+from pretrain.source_losses import SourceLoss, bits_per_byte, losses_of, sum_by_source
 from pretrain.step import count_valid_tokens, empty_sums, forward_only
 
 
 @dataclass(frozen=True)
 class Validation:
-    """Mean negative log-likelihood a token in nats, the tokens it was measured on, and the accuracy on a synthetic task."""
+    """Mean negative log-likelihood a token in nats, the tokens it was measured on, and the accuracy on a synthetic task.
+
+    bits_per_byte, by_source: of text alone; by_source names the sources that these rows came from.
+    """
 
     loss: float
     tokens: int
     accuracy: Accuracy | None = None
+    bits_per_byte: float | None = None
+    by_source: dict[str, SourceLoss] = field(default_factory=dict)
 
     @property
     def perplexity(self) -> float:
@@ -43,6 +50,8 @@ def validate(run: Run) -> Validation:
     tokens, is_synthetic = 0, run.config.data.probe is not None
     num_rows = run.config.train.validation_batches * run.stage.global_batch_size
     counts_R2 = torch.zeros(num_rows, 2, dtype=torch.float64, device=run.parallel.device)
+    names = run.validation.source_names
+    sources_S2 = torch.zeros(len(names), 2, dtype=torch.float64, device=run.parallel.device)
     run.engine.module.eval()
     for _ in range(run.config.train.validation_batches):
         batches = run.validation.take(run.stage.global_batch_size, run.stage.micro_batch_size)
@@ -51,6 +60,9 @@ def validate(run: Run) -> Validation:
         outputs = list(forward_only(run, micro_batches, predicts=is_synthetic))
         for output in outputs:
             sums.add(output)
+        losses = [output.loss for output in outputs if output.loss is not None]
+        for batch, micro_batch, loss in zip(batches, micro_batches, losses):
+            sources_S2 += sum_by_source(loss.token_nll_R, micro_batch.labels_BT, batch.source_ids, len(names))
         predicted = [output.predictions_BT for output in outputs if output.predictions_BT is not None]
         for batch, micro_batch, predictions_BT in zip(batches, micro_batches, predicted):
             # Each rank fills in its rows, or its part of them, and the sum over ranks puts the counts together.
@@ -58,5 +70,17 @@ def validate(run: Run) -> Validation:
             counts_R2[list(batch.sample_ids)] = count_correct(predictions_BT, micro_batch.labels_BT)
     run.engine.module.train()
     sums.reduce(run.parallel, signal=0, is_saving=False)
-    accuracy = measure_accuracy(run.parallel.all_reduce_unique(counts_R2)) if is_synthetic else None
-    return Validation(float(sums.nll) / max(1, tokens), tokens, accuracy)
+    mean = float(sums.nll) / max(1, tokens)
+    store = run.validation.store
+    if not isinstance(store, TokenStore):
+        return Validation(mean, tokens, measure_accuracy(run.parallel.all_reduce_unique(counts_R2)))
+    by_source = {
+        name: (nll, int(count))
+        for name, (nll, count) in zip(names, run.parallel.all_reduce_unique(sources_S2).tolist())
+    }
+    return Validation(
+        mean,
+        tokens,
+        bits_per_byte=bits_per_byte(by_source, store, "validation"),
+        by_source=losses_of(by_source, store, "validation"),
+    )

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from data_pipeline.progress import Waiting
 from launch.arguments import CheckpointArgument, JsonOption, choose_device
 from launch.commands.synthetic import TaskChoice, evaluate_on_synthetic
 from launch.console import print_json, print_pairs, show_progress
+
+if TYPE_CHECKING:
+    from pretrain.inference.evaluate import Evaluation
+    from pretrain.source_losses import SourceLoss
 
 DeviceOption = Annotated[
     Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute; auto: cuda if there is one, else cpu.")
@@ -67,7 +73,12 @@ def evaluate(
         return
     from pretrain.inference.evaluate import evaluate_checkpoint
 
-    with show_progress("evaluate", every_seconds=5.0) as show:
+    with Waiting("amfm evaluate") as waiting, show_progress("evaluate", every_seconds=5.0) as show:
+
+        def show_tokens(done: int, total: int) -> None:
+            waiting.end()
+            show(done, total, "tokens")
+
         found = evaluate_checkpoint(
             checkpoint,
             store=data,
@@ -76,15 +87,22 @@ def evaluate(
             max_tokens=max_tokens,
             device=choose_device(device),
             backend=backend,
-            progress=lambda done, total: show(done, total, "tokens"),
+            progress=show_tokens,
+            report=waiting,
         )
+    print_evaluation(checkpoint, found, as_json=as_json)
+
+
+def print_evaluation(checkpoint: Path, found: Evaluation, *, as_json: bool) -> None:
+    """Print what was measured on text, whole and by source."""
     if as_json:
         print_json(
             {
                 "loss": found.loss,
                 "perplexity": found.perplexity,
+                "bits_per_byte": found.bits_per_byte,
                 "tokens": found.tokens,
-                "by_source": {name: {"loss": loss, "tokens": n} for name, (loss, n) in found.by_source.items()},
+                "by_source": {name: asdict(source) for name, source in found.by_source.items()},
                 "split": found.split,
                 "store": found.store,
                 "sequence_length": found.sequence_length,
@@ -92,10 +110,18 @@ def evaluate(
         )
         return
     pairs = [("loss", f"{found.loss:.4f} nats a token"), ("perplexity", f"{found.perplexity:,.2f}")]
+    if found.bits_per_byte is not None:
+        pairs.append(("bits a byte", f"{found.bits_per_byte:.4f}"))
     if len(found.by_source) > 1:
-        pairs += [(f"loss of {name}", f"{loss:.4f}, {n:,} tokens") for name, (loss, n) in found.by_source.items()]
+        pairs += [(f"loss of {name}", describe_source(source)) for name, source in found.by_source.items()]
     pairs.append(("measured on", f"{found.tokens:,} tokens of the {found.split} part of {found.store}"))
     print_pairs(f"Evaluation of {checkpoint}", pairs)
+
+
+def describe_source(source: SourceLoss) -> str:
+    """The loss of one source in words."""
+    bits = "" if source.bits_per_byte is None else f", {source.bits_per_byte:.4f} bits a byte"
+    return f"{source.loss:.4f}{bits}, {source.tokens:,} tokens"
 
 
 def generate(
@@ -116,14 +142,16 @@ def generate(
     from pretrain.inference.generate import generate as generate_text
 
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    pieces = generate_text(
-        checkpoint,
-        prompt,
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        device=choose_device(device),
-        backend=backend,
-    )
+    with Waiting("amfm generate") as waiting:
+        pieces = generate_text(
+            checkpoint,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            device=choose_device(device),
+            backend=backend,
+            report=waiting,
+        )
     if as_json:
         print_json({"prompt": prompt, "text": "".join(pieces)})
         return

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from data_pipeline.progress import Waiting
 from launch.arguments import CheckpointArgument, JsonOption
 from launch.console import print_json, print_pairs
 
@@ -46,7 +47,8 @@ def export(
     if file_format == "deepspeed-universal":
         export_for_deepspeed(checkpoint, out, as_json=as_json)
         return
-    report = export_checkpoint(checkpoint, out, target=target, verify=verify)
+    with Waiting("amfm export") as waiting:
+        report = export_checkpoint(checkpoint, out, target=target, verify=verify, report=waiting)
     if as_json:
         print_json(
             {
@@ -79,7 +81,8 @@ def export_for_deepspeed(checkpoint: Path, out: Path, *, as_json: bool) -> None:
     """Write a universal checkpoint, which DeepSpeed loads with `load_universal`, and print what it is."""
     from pretrain.export.universal import export_universal
 
-    report = export_universal(checkpoint, out)
+    with Waiting("amfm export") as waiting:
+        report = export_universal(checkpoint, out, waiting)
     if as_json:
         print_json({**asdict(report), "path": str(report.path)})
         return
@@ -99,12 +102,13 @@ def export_tokens(store_path: Path, out: Path, *, as_json: bool) -> None:
     from data_pipeline.store.store import TokenStore
 
     store = TokenStore.open(store_path)
-    documents = {
-        f"{source}-{split}": export_megatron(store, source, split, out / f"{source}-{split}")
-        for source in store.source_names
-        for split in SPLITS
-        if store.parts(source, split)
-    }
+    with Waiting("amfm export") as waiting:
+        documents = {
+            f"{source}-{split}": export_megatron(store, source, split, out / f"{source}-{split}", waiting)
+            for source in store.source_names
+            for split in SPLITS
+            if store.parts(source, split)
+        }
     if as_json:
         print_json({"path": str(out), "documents": documents})
     else:
@@ -136,7 +140,8 @@ def import_(
         raise ValueError(f"--pattern and --special are for a .tiktoken file, and {source} is none; leave them out")
     from pretrain.export.import_huggingface import import_huggingface
 
-    report = import_huggingface(source, out)
+    with Waiting("amfm import") as waiting:
+        report = import_huggingface(source, out, waiting)
     if as_json:
         print_json(
             {

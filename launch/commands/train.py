@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from data_pipeline.progress import Waiting
 from launch.arguments import ConfigArgument, HelpAllOption, JsonOption, OverridesArgument, check_picture
 from launch.console import print_json, print_pairs
 from pretrain.launcher_protocol import GOES_ON
@@ -22,24 +23,28 @@ def train(
     as_json: JsonOption = False,
 ) -> None:
     """Train, resuming by itself from run.dir, and going on by itself in each stage's layout; a signal, Ctrl-C and train.stop_after_steps save and end."""
-    from pretrain.checks.check_run import load_checked
-    from pretrain.stages import count_layout_changes, resolve_stages
-
+    is_first = os.environ.get("RANK", "0") == "0"
     # Under torchrun or --nproc this process is one rank of several.
     is_rank = nproc == 1 and "RANK" in os.environ
-    numbers = [int(os.environ["WORLD_SIZE"])] if is_rank else range(nproc, 0, -1)
-    config = load_checked(
-        path, overrides or [], world_size=numbers, resumes=True, goes_on=is_rank and GOES_ON in os.environ
-    )
-    if nproc > 1 or (not is_rank and count_layout_changes(resolve_stages(config))):
+    with Waiting("amfm train", speaks=is_first) as waiting:
+        waiting("loading PyTorch and DeepSpeed")
+        from pretrain.checks.check_run import load_checked
+        from pretrain.stages import count_layout_changes, resolve_stages
+
+        numbers = [int(os.environ["WORLD_SIZE"])] if is_rank else range(nproc, 0, -1)
+        config = load_checked(
+            path, overrides or [], world_size=numbers, resumes=True, goes_on=is_rank and GOES_ON in os.environ
+        )
+        starts_ranks = nproc > 1 or (not is_rank and count_layout_changes(resolve_stages(config)) > 0)
+        if not starts_ranks:
+            from pretrain.train import train as train_run
+    if starts_ranks:
         from launch.cluster.local import run_layouts
 
         code = run_layouts(config, ["train", str(path), *(overrides or [])], nproc)
     else:
-        from pretrain.train import train as train_run
-
         code = train_run(config)
-    if as_json and os.environ.get("RANK", "0") == "0":
+    if as_json and is_first:
         print_json(summarize(config.run.dir))
     raise typer.Exit(code)
 

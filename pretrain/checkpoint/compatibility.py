@@ -48,6 +48,8 @@ MAY_CHANGE = (
     "train.recompute",
     "train.recompute_blocks",
     "train.num_threads",
+    "train.profile",
+    "train.profile.*",
     "data.store",
     "data.cache.*",
     "data.sources.*",
@@ -127,6 +129,11 @@ def stage_faults(saved: RunConfig, current: RunConfig, steps_done: int) -> list[
 
 def end_faults(saved: RunConfig, current: RunConfig, steps_done: int) -> list[str]:
     """Say that the run, or the stage under way, would end before the step that the checkpoint has reached."""
+    stop = current.train.stop_after_steps
+    if stop is not None and stop < steps_done:
+        return [
+            f"train.stop_after_steps ends this start at step {stop}, and the checkpoint has done {steps_done} (raise it, or leave it out)"
+        ]
     begun = [stage for stage in resolve_stages(saved) if stage.first_step < steps_done]
     now = resolve_stages(current)
     if not begun or len(now) < len(begun) or now[len(begun) - 1].last_step >= steps_done:

@@ -24,6 +24,7 @@ from torch import Tensor
 from data_pipeline.files import sync
 from data_pipeline.foreign_files import inside, parse_object, read_bounded, take, understood
 from data_pipeline.naming import named
+from data_pipeline.progress import Report, silent
 from pretrain.tensor_files import open_tensors
 
 FORMAT = "amfm-checkpoint"
@@ -213,10 +214,13 @@ def upgrade_manifest(manifest: dict[str, Any]) -> dict[str, Any]:
     return upgraded
 
 
-def verify_file(checkpoint_dir: Path, name: str, entry: Mapping[str, Any]) -> str | None:
+def verify_file(
+    checkpoint_dir: Path, name: str, entry: Mapping[str, Any], report: Report = silent, before: int = 0, total: int = 0
+) -> str | None:
     """Verify one file of a checkpoint: returns what is wrong with it, or None.
 
-    Compares size and SHA-256 with the manifest's entry; then refuses a NaN or an infinity in any float tensor.
+    Compares size and SHA-256 with the manifest's entry; then refuses a NaN or an infinity in any float tensor. `report`
+    hears of the bytes, after `before` of other files, of `total`.
     """
     path = checkpoint_dir / name
     try:
@@ -227,6 +231,8 @@ def verify_file(checkpoint_dir: Path, name: str, entry: Mapping[str, Any]) -> st
         with path.open("rb") as file:
             while block := file.read(CHUNK_BYTES):
                 digest.update(block)
+                before += len(block)
+                report(f"verifying {checkpoint_dir.name}", before, total)
         if digest.hexdigest() != entry["sha256"]:
             return f"{path}: SHA-256 {digest.hexdigest()}, the manifest says {entry['sha256']}"
         with open_tensors(path, RuntimeError) as tensors:
@@ -251,15 +257,17 @@ def find_foreign_files(checkpoint_dir: Path, manifest: Mapping[str, Any]) -> tup
     return tensor_files, [name for name in foreign if name not in tensor_files]
 
 
-def verify_checkpoint(checkpoint_dir: Path) -> tuple[dict[str, Any] | None, list[str]]:
+def verify_checkpoint(checkpoint_dir: Path, report: Report = silent) -> tuple[dict[str, Any] | None, list[str]]:
     """Verify all of a checkpoint: returns its manifest (None when that is broken) and all problems found."""
     try:
         manifest = read_manifest(checkpoint_dir)
     except RuntimeError as error:
         return None, [str(error)]
     problems = []
+    done, total = 0, sum(entry["bytes"] for entry in manifest["files"].values())
     for name, entry in manifest["files"].items():
-        problem = verify_file(checkpoint_dir, name, entry)
+        problem = verify_file(checkpoint_dir, name, entry, report, done, total)
+        done += entry["bytes"]
         if problem is not None:
             problems.append(problem)
     foreign, _ = find_foreign_files(checkpoint_dir, manifest)

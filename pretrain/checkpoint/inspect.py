@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from data_pipeline.progress import Report, silent
 from pretrain.checkpoint.commit import is_marked
 from pretrain.checkpoint.compatibility import compare_settings
 from pretrain.checkpoint.files import MANIFEST_NAME, find_foreign_files, verify_checkpoint
@@ -24,7 +25,7 @@ from pretrain.checkpoint.reader import KINDS, RangeReader
 logger = logging.getLogger(__name__)
 
 
-def find_checkpoint(path: Path) -> Path:
+def find_checkpoint(path: Path, report: Report = silent) -> Path:
     """Find the checkpoint that a path means: itself, or the newest that verifies in a folder of them or a run directory.
 
     Newer ones that it passes over are named in a warning. Raises RuntimeError when there is none, naming each that failed
@@ -35,7 +36,7 @@ def find_checkpoint(path: Path) -> Path:
     checkpoints_dir = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     failed: list[str] = []
     for candidate in list_checkpoints(checkpoints_dir):
-        _, problems = verify_checkpoint(candidate)
+        _, problems = verify_checkpoint(candidate, report)
         if not problems:
             if failed:
                 logger.warning("warning: taking %s, because newer ones are damaged: %s", candidate, " | ".join(failed))
@@ -46,21 +47,22 @@ def find_checkpoint(path: Path) -> Path:
     raise RuntimeError(f"{path} holds no checkpoint; give a step folder, a checkpoints folder or a run directory")
 
 
-def require_sound(checkpoint_dir: Path) -> dict[str, Any]:
+def require_sound(checkpoint_dir: Path, report: Report = silent) -> dict[str, Any]:
     """Verify a checkpoint and return its manifest; raises RuntimeError naming each problem."""
-    manifest, problems = verify_checkpoint(checkpoint_dir)
+    manifest, problems = verify_checkpoint(checkpoint_dir, report)
     if manifest is None or problems:
         raise RuntimeError(f"checkpoint {checkpoint_dir} is damaged: " + "; ".join(problems))
     return manifest
 
 
-def read_full_state(checkpoint_dir: Path) -> dict[str, Tensor]:
+def read_full_state(checkpoint_dir: Path, report: Report = silent) -> dict[str, Tensor]:
     """Read all weights and buffers in float32 on the CPU, by global name, assembled from all shards.
 
     Verifies every digest first; RuntimeError when one fails. A tied head is absent, as in the model. Float buffers
     (the router's bias) come as float32, others keep their dtype. `model.load_state_dict` takes the result.
     """
-    manifest = require_sound(checkpoint_dir)
+    manifest = require_sound(checkpoint_dir, report)
+    report(f"reading the weights of {checkpoint_dir.name}")
     state = dict(read_parameters(checkpoint_dir, manifest, "weight"))
     state |= {
         name: buffer.float() if buffer.is_floating_point() else buffer
@@ -85,13 +87,13 @@ def read_buffers(checkpoint_dir: Path, manifest: dict[str, Any]) -> Iterator[tup
     reader.close()
 
 
-def inspect_checkpoint(checkpoint_dir: Path) -> dict[str, Any]:
+def inspect_checkpoint(checkpoint_dir: Path, report: Report = silent) -> dict[str, Any]:
     """Describe a folder and whether all of it verifies, as JSON can hold it; never raises for damage.
 
     Keys: kind, path, ok, problems, warnings; with a readable manifest also step, saved_at, marked, pattern, parameters
     (total, tensors, by_group), buffers, bytes, files, layout, identities, config_sha256, versions, state.
     """
-    manifest, problems = verify_checkpoint(checkpoint_dir)
+    manifest, problems = verify_checkpoint(checkpoint_dir, report)
     found: dict[str, Any] = {
         "kind": "checkpoint",
         "path": str(checkpoint_dir),

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from data_pipeline.progress import Report, silent
 from pretrain.checkpoint.commit import RankFailure, examine_latest
 from pretrain.checkpoint.compatibility import check_resumable
 from pretrain.checkpoint.engine_layout import EngineLayout
@@ -55,7 +56,12 @@ class LoadedCheckpoint:
 
 
 def load_newest(
-    checkpoints_dir: Path, layout: EngineLayout, *, config: RunConfig, identities: dict[str, str]
+    checkpoints_dir: Path,
+    layout: EngineLayout,
+    *,
+    config: RunConfig,
+    identities: dict[str, str],
+    report: Report = silent,
 ) -> LoadedCheckpoint | None:
     """Load the newest checkpoint that verifies into the engine; None when there is none at all.
 
@@ -69,7 +75,7 @@ def load_newest(
     names = ranks.broadcast([path.name for path in list_checkpoints(checkpoints_dir)] if ranks.rank == 0 else None)
     skipped: list[str] = []
     for path in [checkpoints_dir / name for name in names]:
-        manifest, problems = verify_together(path, ranks)
+        manifest, problems = verify_together(path, ranks, report)
         if manifest is None or problems:
             skipped.append(f"{path.name}: {'; '.join(problems)}")
             continue
@@ -79,6 +85,7 @@ def load_newest(
         mismatches = find_mismatches(manifest, layout, ranks)
         if mismatches:
             raise RuntimeError(f"checkpoint {path} does not fit this model: " + "; ".join(mismatches))
+        report(f"loading {path.name}")
         own_warnings = restore(path, manifest, layout, ranks.rank)
         warnings += [text for share in ranks.all_gather(own_warnings) for text in share]
         # DeepSpeed counts steps itself; its counters go on from the saved ones.
@@ -88,14 +95,16 @@ def load_newest(
         return LoadedCheckpoint(manifest["step"], state, path, tuple(skipped), tuple(warnings), changes)
     if skipped:
         raise RuntimeError(
-            f"none of the {len(skipped)} checkpoints in {checkpoints_dir} can be loaded: "
+            f"none of the {len(skipped)} checkpoints in {checkpoints_dir} is whole: "
             + " | ".join(skipped)
-            + f". Move {checkpoints_dir} away to start anew."
+            + f". Put back a copy of one of them, or move {checkpoints_dir} away to start anew from step 0."
         )
     return None
 
 
-def verify_together(checkpoint_dir: Path, ranks: RankGroup) -> tuple[dict[str, Any] | None, list[str]]:
+def verify_together(
+    checkpoint_dir: Path, ranks: RankGroup, report: Report = silent
+) -> tuple[dict[str, Any] | None, list[str]]:
     """Verify a checkpoint with all ranks, each its share of the files; the same answer everywhere.
 
     Rank 0 reads the manifest and broadcasts it. Returns the manifest, None when it is broken, and all problems. All ranks
@@ -112,8 +121,11 @@ def verify_together(checkpoint_dir: Path, ranks: RankGroup) -> tuple[dict[str, A
     if manifest is None:
         return None, [str(text)]
     problems = [f"{checkpoint_dir / name}: is not in the manifest" for name in foreign]
-    for name, entry in list(manifest["files"].items())[ranks.rank :: ranks.world_size]:
-        file_problem = verify_file(checkpoint_dir, name, entry)
+    own = list(manifest["files"].items())[ranks.rank :: ranks.world_size]
+    done, total = 0, sum(entry["bytes"] for _, entry in own)
+    for name, entry in own:
+        file_problem = verify_file(checkpoint_dir, name, entry, report, done, total)
+        done += entry["bytes"]
         if file_problem is not None:
             problems.append(file_problem)
     return manifest, [text for share in ranks.all_gather(problems) for text in share]

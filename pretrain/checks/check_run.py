@@ -250,7 +250,7 @@ def loop_problems(config: RunConfig, steps: int) -> Iterator[Problem]:
         yield Problem("train.compile", rule, "use kernels.backend=torch, or train.compile=false", "true")
 
 
-def profile_problems(config: RunConfig, steps: int, world_size: int | None) -> Iterator[Problem]:
+def profile_problems(config: RunConfig, steps: int, world_size: int | Sequence[int] | None) -> Iterator[Problem]:
     """Traces of steps or ranks that the run does not have."""
     profile = config.train.profile
     if profile is None:
@@ -258,8 +258,9 @@ def profile_problems(config: RunConfig, steps: int, world_size: int | None) -> I
     wrong = [step for step in profile.steps if not 1 <= step <= steps]
     if wrong:
         yield Problem("train.profile.steps", f"the run has the steps 1 to {steps:,}", "name steps of it", str(wrong))
-    if world_size is not None and min(profile.ranks) >= world_size:
-        rule = f"the run has {world_size} rank(s), counted from 0"
+    most = world_size if isinstance(world_size, int) or world_size is None else max(world_size)
+    if most is not None and min(profile.ranks) >= most:
+        rule = f"the run has {most} rank(s), counted from 0"
         yield Problem("train.profile.ranks", rule, "name one of them, such as 0", str(list(profile.ranks)))
 
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 import pretrain.export.verify
+from data_pipeline.progress import Report, silent
 from data_pipeline.store.store import TokenStore
 from data_pipeline.tokenizer.tokenizer import Tokenizer
 from model.huggingface.qwen3_next import unfit_tokenizer
@@ -91,6 +92,7 @@ def export_checkpoint(
     target: str | None = None,
     verify: bool = True,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    report: Report = silent,
 ) -> ExportReport:
     """Write a checkpoint (a run's newest, or an imported model) as a transformers folder and prove it.
 
@@ -101,16 +103,18 @@ def export_checkpoint(
     """
     out = Path(out_dir)
     check_free(out)
-    weights = read_weights(checkpoint_dir)
+    weights = read_weights(checkpoint_dir, report)
     asked = target or (weights.run.export.target if weights.run is not None else "auto")
     plan = ExportPlan(weights, resolve_target(weights, asked), _max_positions(weights), max_shard_bytes)
     proof: dict[str, Any] = {}
     compared = "nothing: not verified"
     with begin_export(out) as temporary:
+        report("writing tensors")
         write_export(plan, temporary)
         sync_files(temporary)
         if verify:
             tokens_BT, texts, compared = proof_text(weights)
+            report("comparing logits with those of transformers in a fresh process")
             proof = run_proof(plan, temporary, tokens_BT, texts)
             problems = find_problems(plan, proof)
             if problems:

@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from pydantic import ValidationError
 from torch import Tensor
 
 from data_pipeline.foreign_files import inside, read_object, take, understood
+from data_pipeline.naming import named
+from data_pipeline.progress import Report, silent
 from data_pipeline.tokenizer.tokenizer import Tokenizer, read_tokenizer_file
 from model.config.checks import check_model
 from model.config.schema import ModelConfig
@@ -36,6 +39,7 @@ from pretrain.export.tokenizer import MODEL_FILE, ORIGINAL_JSON
 from pretrain.inference.weights import Weights, check_shapes, write_weights
 from pretrain.tensor_files import read_tensors as read_tensors_of
 
+MODEL_SECTION = "model.yaml"
 INDEX = "model.safetensors.index.json"
 # Multi-token prediction heads: transformers leaves them out as well.
 SKIPPED_PREFIXES = ("mtp.",)
@@ -53,10 +57,10 @@ class ImportReport:
     skipped: tuple[str, ...]
 
 
-def import_huggingface(hf_dir: str | Path, out_dir: str | Path) -> ImportReport:
+def import_huggingface(hf_dir: str | Path, out_dir: str | Path, report: Report = silent) -> ImportReport:
     """Read a folder of a class that we export to and write a weights folder; the import of an export is bit-equal.
 
-    A run starts from it with `run.initial_weights: OUT`. Raises ValueError for another class, a choice that our model
+    A run starts from it with `run.initial_weights: OUT` and `extends: OUT/model.yaml`. Raises ValueError for another class, a choice that our model
     does not have, tensors that do not fit, a missing tokenizer or an OUT that is in use.
     """
     source, out = Path(hf_dir), Path(out_dir)
@@ -68,16 +72,26 @@ def import_huggingface(hf_dir: str | Path, out_dir: str | Path) -> ImportReport:
         raise ValueError(f"{source}/config.json has model_type={fields.get('model_type')}; known are {known}")
     config = choose_config(source, fields, target)
     tokenizer = read_tokenizer(source, fields)
+    report(f"reading {source}")
     tensors, skipped = read_tensors(source)
     state = {name: tensor.to(torch.float32) for name, tensor in weight_map(config, target).to_ours(tensors).items()}
     check_shapes(config, state, str(source))
     weights = Weights(config, state, tokenizer, f"imported from {source}")
+    report("writing tensors")
     with begin_export(out) as temporary:
         write_weights(temporary, weights)
+        with named(temporary / MODEL_SECTION):
+            (temporary / MODEL_SECTION).write_text(describe_model(config), encoding="utf-8")
         sync_files(temporary)
         put_in_place(temporary, out)
     num_parameters = sum(tensor.numel() for tensor in state.values())
     return ImportReport(out, target, config, len(tensors), num_parameters, tuple(skipped))
+
+
+def describe_model(config: ModelConfig) -> str:
+    """The `model` section of a run that continues these weights, for its `extends`."""
+    head = "# The model of these weights. A run that continues them has `extends: model.yaml` with the path to this file.\n"
+    return head + yaml.safe_dump({"model": config.model_dump(mode="json")}, sort_keys=False, width=120)
 
 
 def read_config_json(source: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from data_pipeline.progress import Report, silent
 from pretrain.checkpoint.inspect import find_checkpoint, read_buffers, require_sound
 from pretrain.checkpoint.reader import RangeReader
 from pretrain.export.export import check_free
@@ -35,18 +36,19 @@ class UniversalReport:
     num_bytes: int
 
 
-def export_universal(checkpoint: str | Path, out_dir: str | Path) -> UniversalReport:
+def export_universal(checkpoint: str | Path, out_dir: str | Path, report: Report = silent) -> UniversalReport:
     """Write a checkpoint (or a run's newest) for DeepSpeed; OUT is absent or whole.
 
     Holds one tensor at a time. Raises ValueError when OUT is in use, RuntimeError when the checkpoint is damaged.
     """
     out = Path(out_dir)
     check_free(out)
-    source = find_checkpoint(Path(checkpoint))
-    manifest = require_sound(source)
+    source = find_checkpoint(Path(checkpoint), report)
+    manifest = require_sound(source, report)
     tag = f"global_step{manifest['step']}"
     with begin_export(out) as temporary:
         folder = temporary / tag
+        report("writing parameters and moments")
         write_parameters(folder / "zero", source, manifest)
         torch.save(describe_optimizer(manifest), folder / "zero" / "optimizer_state.pt")
         model_state = describe_model(source, manifest)

@@ -17,11 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_pipeline.progress import Report, silent
 from data_pipeline.store.manifest import SPLITS, Part, Split
 from data_pipeline.store.store import TokenStore
 from model.hybrid import HybridModel
 from model.packing import PackMeta
 from pretrain.inference.weights import read_weights
+from pretrain.source_losses import SourceLoss, bits_per_byte, losses_of
 
 IGNORED = -100
 DEFAULT_SEQUENCE_LENGTH = 1024
@@ -31,12 +33,14 @@ DEFAULT_SEQUENCE_LENGTH = 1024
 class Evaluation:
     """Mean negative log-likelihood a token in nats, how many tokens were predicted, and both for each source.
 
-    `sequence_length`: tokens a row, on which the loss depends.
+    `bits_per_byte`: the loss by the text that the tokens stand for, which other tokenizers compare with; None where the
+    text is not known. `sequence_length`: tokens a row, on which the loss depends.
     """
 
     loss: float
     tokens: int
-    by_source: dict[str, tuple[float, int]]
+    bits_per_byte: float | None
+    by_source: dict[str, SourceLoss]
     split: Split
     store: str
     sequence_length: int
@@ -67,17 +71,18 @@ def evaluate_checkpoint(
     device: str = "cpu",
     backend: str = "auto",
     progress: Callable[[int, int], None] | None = None,
+    report: Report = silent,
 ) -> Evaluation:
     """Measure a checkpoint, a run or an imported model on one part of a store, in float32.
 
     Rows are cut from the documents in order; documents do not see each other if the run trained so. `store`: default
     the run's; `sequence_length`: default the run's; `max_tokens`: about so many, each
     source its share; `progress` gets tokens done
-    and in all. Raises ValueError when the store was made with another tokenizer, the model on a synthetic task, or the part is empty.
+    and in all, `report` what is done before. Raises ValueError when the store was made with another tokenizer, the model on a synthetic task, or the part is empty.
     """
     if split not in SPLITS:
         raise ValueError(f"split={split!r} must be one of {', '.join(SPLITS)}")
-    weights = read_weights(checkpoint)
+    weights = read_weights(checkpoint, report)
     run, identity = weights.run, weights.tokenizer.identity()
     place = store if store is not None or run is None else run.data.store
     if place is None:
@@ -89,7 +94,7 @@ def evaluate_checkpoint(
     model = weights.build(backend=backend, device=device)
     total = sum(opened.num_tokens(name, split) for name in opened.source_names)
     share = 1.0 if max_tokens is None else min(1.0, max_tokens / max(1, total))
-    by_source: dict[str, tuple[float, int]] = {}
+    sums: dict[str, tuple[float, int]] = {}
     done = 0
     # Each source gives its share of `max_tokens`, whole groups of rows at a time, so a little more than asked for.
     for name in opened.source_names:
@@ -105,12 +110,19 @@ def evaluate_checkpoint(
             if progress is not None:
                 progress(done, math.ceil(total * share))
         if tokens:
-            by_source[name] = (nll / tokens, tokens)
+            sums[name] = (nll, tokens)
     opened.close()
     if not done:
         raise ValueError(f"the {split} part of {opened.path} has no tokens to predict; choose another split or store")
-    loss = sum(mean * tokens for mean, tokens in by_source.values()) / done
-    return Evaluation(loss, done, by_source, split, str(opened.path), length)
+    return Evaluation(
+        sum(nll for nll, _ in sums.values()) / done,
+        done,
+        bits_per_byte(sums, opened, split),
+        losses_of(sums, opened, split),
+        split,
+        str(opened.path),
+        length,
+    )
 
 
 def _check_tokenizer(identity: str, store: TokenStore) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from data_pipeline.progress import Report, silent
 from data_pipeline.tokenizer.tokenizer import Tokenizer
 from model.hybrid import HybridModel
 from model.packing import PackMeta
@@ -53,6 +54,7 @@ def generate(
     sampling: Sampling | None = None,
     device: str = "cpu",
     backend: str = "auto",
+    report: Report = silent,
 ) -> Iterator[str]:
     """Continue the prompt: yields pieces of text as soon as they are whole characters, and ends at end-of-text.
 
@@ -63,7 +65,7 @@ def generate(
     sampling.check()
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
-    weights = read_weights(checkpoint)
+    weights = read_weights(checkpoint, report)
     ids = weights.tokenizer.encode(prompt)
     if not ids:
         raise ValueError("the prompt is empty; give at least one character (training inserts no begin token)")

@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from data_pipeline.foreign_files import inside, read_object, take
+from data_pipeline.progress import Report, silent
 from data_pipeline.synthetic.rows import NO_TOKENIZER
 from data_pipeline.tokenizer.tokenizer import Tokenizer, load_tokenizer, read_tokenizer_file
 from model.config.mixer_registry import mixer_specs
@@ -88,7 +89,7 @@ class Weights:
         return model.eval()
 
 
-def read_weights(path: str | Path) -> Weights:
+def read_weights(path: str | Path, report: Report = silent) -> Weights:
     """Read the weights of a checkpoint folder, of the newest sound checkpoint of a run, or of a weights folder.
 
     Every byte is verified. Raises ValueError when the path is none of these, RuntimeError for damaged files or a
@@ -96,10 +97,11 @@ def read_weights(path: str | Path) -> Weights:
     """
     folder = Path(path)
     if (folder / DESCRIPTION).is_file():
+        report(f"reading {folder}")
         return _read_weights_folder(folder)
     is_checkpoint = (folder / MANIFEST_NAME).is_file() or CHECKPOINT_NAME.fullmatch(folder.name) is not None
     if is_checkpoint or list_checkpoints(folder) or list_checkpoints(folder / "checkpoints"):
-        return _read_checkpoint(find_checkpoint(folder))
+        return _read_checkpoint(find_checkpoint(folder, report), report)
     if (folder / "config.json").is_file():
         raise ValueError(f"{folder} is a transformers model; run `amfm import {folder} OUT` and give OUT")
     raise ValueError(
@@ -108,11 +110,11 @@ def read_weights(path: str | Path) -> Weights:
     )
 
 
-def _read_checkpoint(folder: Path) -> Weights:
+def _read_checkpoint(folder: Path, report: Report) -> Weights:
     """Read the weights of a checkpoint, with the tokenizer of its run's store and the positions of its last stage."""
     manifest = read_manifest(folder)
     run = RunConfig.model_validate(manifest["config"])
-    state = read_full_state(folder)
+    state = read_full_state(folder, report)
     tokenizer = load_tokenizer(run.data.text_store()) if run.data.probe is None else None
     expected = manifest["identities"].get("tokenizer")
     if tokenizer is not None and expected is not None and tokenizer.identity() != expected:

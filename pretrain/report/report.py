@@ -11,6 +11,7 @@ import math
 import os
 from pathlib import Path
 
+from data_pipeline.naming import named
 from model.config.mixer_registry import describe_symbol
 from model.flops import count_parameters, flops_per_token
 from pretrain.report.data import RunRecord, read_run
@@ -29,8 +30,9 @@ def write_report(run_dir: str | Path) -> Path:
     path = record.directory / "report.html"
     # Renamed into place: a browser that reloads meanwhile sees the old page or the new one.
     temporary = path.with_suffix(".html.part")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, path)
+    with named(temporary):
+        temporary.write_text(page, encoding="utf-8")
+        os.replace(temporary, path)
     return path
 
 
@@ -56,7 +58,9 @@ def make_cards(record: RunRecord) -> list[Card]:
         Card("Training loss", f"{loss:.4f}" if loss is not None else "-", "newest step, nats a token"),
     ]
     if validation is not None:
-        cards.append(Card("Validation loss", f"{validation:.4f}", f"perplexity {perplexity(validation)}"))
+        bits = record.last("validation_bits_per_byte")
+        beside = "" if bits is None else f", {bits:.4f} bits a byte"
+        cards.append(Card("Validation loss", f"{validation:.4f}", f"perplexity {perplexity(validation)}{beside}"))
     tokens, rows = record.last("validation_accuracy"), record.last("validation_row_accuracy")
     if tokens is not None and rows is not None:
         cards.append(

@@ -23,7 +23,7 @@ from pretrain.monitor.signals import SignalWatch
 from pretrain.start import close_run, lock_directory, start_run
 from pretrain.step import train_step
 from pretrain.train import run_steps, train
-from pretrain.validate import validate
+from pretrain.validate import Validation, validate
 from tests.helpers.spawn import run_ranks
 from tests.helpers.tiny_store import make_tiny_store, run_in_process
 from tests.pretrain.tiny_run import collect_weights, read_events, read_metrics, tiny_config
@@ -43,13 +43,17 @@ METRICS = {
     "skipped",
 }
 
+VALIDATION = {"validation_loss", "validation_bits_per_byte", "validation_by_source"}
+
 
 def test_run_directory_holds_config_environment_metrics_and_events(data: DataConfig, tmp_path: Path) -> None:
     config = tiny_config(data, tmp_path, train__validate_every_steps=2)
     assert train(config) == 0
     lines = read_metrics(tmp_path)
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
-    assert [set(line) - METRICS for line in lines] == [set(), {"validation_loss"}, set(), {"validation_loss"}]
+    assert [set(line) - METRICS for line in lines] == [set(), VALIDATION, set(), VALIDATION]
+    assert lines[1]["validation_by_source"] == {"source0": pytest.approx(lines[1]["validation_loss"], rel=1e-6)}
+    assert 0 < lines[1]["validation_bits_per_byte"] < lines[1]["validation_loss"] / math.log(2)
     assert [line["tokens"] for line in lines] == [192, 384, 576, 768]
     assert [sum(line["data"]["tokens"].values()) for line in lines] == [192, 384, 576, 768]
     assert lines[0]["loss"] == pytest.approx(math.log(448), abs=0.1), "an untrained model knows nothing"
@@ -135,6 +139,28 @@ def test_validation_measures_the_same_text_each_time_and_changes_nothing(data: D
         train_step(run)
         assert validate(run).loss != first.loss
         close_run(run)
+
+
+def validate_two_sources(data: DataConfig, folder: str) -> Validation:
+    with SignalWatch() as signals:
+        settings = {"train__global_batch_size": 8, "train__validation_batches": 3}
+        run = start_run(tiny_config(data, Path(folder, f"run-{os.environ['WORLD_SIZE']}"), **settings), signals)
+        result = validate(run)
+        close_run(run)
+    return result
+
+
+def test_each_source_has_its_loss_on_one_rank_and_on_two(tmp_path: Path) -> None:
+    both = make_tiny_store(tmp_path / "data", num_documents=200, mean_words=12, num_sources=2)
+    (alone,) = run_ranks(validate_two_sources, both, str(tmp_path), num_ranks=1)
+    for result in run_ranks(validate_two_sources, both, str(tmp_path)):
+        assert set(result.by_source) == {"source0", "source1"}
+        assert sum(source.tokens for source in result.by_source.values()) == result.tokens
+        nll = sum(source.loss * source.tokens for source in result.by_source.values())
+        assert nll / result.tokens == pytest.approx(result.loss, rel=1e-6)
+        assert result.bits_per_byte == pytest.approx(alone.bits_per_byte, rel=1e-6)
+        for name, source in result.by_source.items():
+            assert source.loss == pytest.approx(alone.by_source[name].loss, rel=1e-6)
 
 
 @pytest.mark.parametrize("clip", [None, 0.01])

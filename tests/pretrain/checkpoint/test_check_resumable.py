@@ -44,3 +44,8 @@ def test_a_run_cannot_end_before_the_step_that_it_has_reached(base: Path) -> Non
     with pytest.raises(ValueError, match=r"train.steps ends the run at step 20, and the checkpoint has done 22"):
         check_resumable(saved, load_config(base, ["train.steps=20"]), {})
     check_resumable(saved, load_config(base, ["train.steps=22"]), {})
+    with pytest.raises(
+        ValueError, match=r"stop_after_steps ends this start at step 10, .* 22 \(raise it, or leave it out"
+    ):
+        check_resumable(saved, load_config(base, ["train.stop_after_steps=10"]), {})
+    check_resumable(saved, load_config(base, ["train.stop_after_steps=22"]), {})

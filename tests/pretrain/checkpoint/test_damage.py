@@ -177,6 +177,7 @@ def test_none_sound_is_an_error_naming_each(folder: Path, engine: ZeroEngine) ->
         load(folder, engine)
     text = str(caught.value)
     assert "none of the 3 checkpoints" in text and "to start anew" in text
+    assert "Put back a copy of one of them" in text
     for part in ("step-00000003: ", "never completed", "step-00000002: ", "No such file", "step-00000001: ", "0 bytes"):
         assert part in text
 

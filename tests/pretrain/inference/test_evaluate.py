@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from data_pipeline.config import DataConfig
 from data_pipeline.store.store import TokenStore
+from data_pipeline.tokenizer.tokenizer import load_tokenizer
 from model.packing import PackMeta
 from pretrain.inference.evaluate import evaluate_checkpoint
 from pretrain.inference.weights import read_weights
@@ -65,9 +67,19 @@ def test_each_source_is_measured_and_gets_its_share_of_a_limit(tmp_path: Path) -
     folder = weights_folder(data, tmp_path / "weights", "nemotron_h")
     full = evaluate_checkpoint(folder, store=data.store, sequence_length=16)
     assert set(full.by_source) == {"source0", "source1"}
-    assert sum(tokens for _, tokens in full.by_source.values()) == full.tokens
-    mean = sum(loss * tokens for loss, tokens in full.by_source.values()) / full.tokens
+    assert sum(source.tokens for source in full.by_source.values()) == full.tokens
+    mean = sum(source.loss * source.tokens for source in full.by_source.values()) / full.tokens
     assert full.loss == pytest.approx(mean)
+    # The text itself, counted by hand, over the tokens that stand for it.
+    store, tokenizer = TokenStore.open(data.store), load_tokenizer(data.store)
+    for name, source in full.by_source.items():
+        parts = store.parts(name, "validation")
+        ids = [store.read_tokens(part, 0, part.num_tokens).tolist() for part in parts]
+        num_bytes = sum(len(tokenizer.decode([i for i in part if i != store.eos_id]).encode()) for part in ids)
+        bits = source.loss / math.log(2) * sum(map(len, ids)) / num_bytes
+        assert source.bits_per_byte == pytest.approx(bits, rel=0.02), "the decoder joins documents without their ends"
+    assert full.bits_per_byte is not None
+    assert min(s.bits_per_byte or 0 for s in full.by_source.values()) <= full.bits_per_byte
     part = evaluate_checkpoint(
         folder, store=data.store, sequence_length=16, rows_at_once=1, max_tokens=full.tokens // 3
     )

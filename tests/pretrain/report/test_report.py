@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -198,3 +199,14 @@ def test_each_row_length_of_the_stages_has_its_own_arithmetic(tmp_path):
         cells = {row[0]: row[column] for row in table.rows}
         assert cells["attention"] == count(expected["attention"])
         assert cells["all"] == count(sum(expected.values()))
+
+
+def test_a_full_disk_is_named_with_the_path_of_the_page(tmp_path):
+    run = make_run(tmp_path, [line(step) for step in range(1, 30)])
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, old[1]))
+    try:
+        with pytest.raises(OSError, match=r"report\.html\.part"):
+            write_report(run)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
