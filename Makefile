@@ -9,7 +9,7 @@ EXPORT := exports/tiny_cpu
 # Processes that share the tests; each has one thread, and tests start up to eight ranks of their own.
 WORKERS ?= 2
 
-.PHONY: quickstart install test test-slow check format docs bench clean
+.PHONY: quickstart install test test-slow check format docs constraints bench clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/amfm doctor
@@ -54,6 +54,13 @@ format: $(VENV)/.installed-dev
 docs: $(VENV)/.installed
 	$(BIN)/amfm config --reference > docs/configuration.md
 	$(BIN)/amfm config --schema > configs/schema.json
+
+# Pinned versions for GPU nodes, by the CUDA of PyTorch's wheels; needs uv and the package registry.
+constraints:
+	for pair in 12.8=2.10.0 13.0=2.13.0; do \
+		echo "torch==$${pair##*=}" | uv pip compile pyproject.toml --quiet --universal --python-version 3.11 --no-annotate \
+			--custom-compile-command "make constraints" --constraint - --output-file constraints/cuda-$${pair%%=*}.txt || exit 1; \
+	done
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/amfm bench step --peer transformers

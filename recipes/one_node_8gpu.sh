@@ -5,8 +5,8 @@
 #   recipes/one_node_8gpu.sh WORK --toy                  the same steps on two CPU ranks, with a text that needs no network
 #
 # From the environment: STYLE (nemotron), HARDWARE (8xh100), RANKS (8), AMFM_OVERRIDES (KEY=VALUE ...) for training.
-# Stopped at any point, the same command goes on with what is missing. Text: HuggingFaceFW/fineweb-edu (ODC-By), by `hf`,
-# which comes with transformers.
+# Stopped at any point, the same command goes on with what is missing. Text: hub:HuggingFaceFW/fineweb-edu (ODC-By), as much of
+# it as the budget trains on, at the commit of the first call. HF_ENDPOINT names a mirror.
 set -euo pipefail
 
 work=${1:?usage: recipes/one_node_8gpu.sh WORK small|medium|large|--toy}
@@ -15,9 +15,9 @@ style=${STYLE:-nemotron} hardware=${HARDWARE:-8xh100} ranks=${RANKS:-8} text=$wo
 read -r -a overrides <<< "${AMFM_OVERRIDES:-}"
 
 case $budget in
-    small) size=150m sample=sample/10BT ;;
-    medium) size=1b sample=sample/100BT ;;
-    large) size=8b sample=sample/350BT ;;
+    small) size=150m sample=sample-10BT ;;
+    medium) size=1b sample=sample-100BT ;;
+    large) size=8b sample=sample-350BT ;;
     --toy) size=20m hardware=cpu ranks=2 ;;
     *) echo "one_node_8gpu: the budget is $budget and must be small, medium, large or --toy" >&2; exit 2 ;;
 esac
@@ -27,8 +27,7 @@ if [ "$budget" = --toy ]; then
     overrides=(train.steps=4 train.global_batch_size=8 train.sequence_length=128 train.checkpoint_every_steps=2
         train.validate_every_steps=4 train.validation_batches=1 schedule.warmup_steps=1 schedule.decay_steps=1 train.num_threads=1 "${overrides[@]}")
 else
-    hf download HuggingFaceFW/fineweb-edu --repo-type dataset --include "$sample/*" --local-dir "$text"
-    text=$text/$sample
+    text=hub:HuggingFaceFW/fineweb-edu/$sample
 fi
 
 amfm doctor

@@ -1,5 +1,6 @@
 """The recipes: each parses, refuses what it can't do, and runs whole at toy size on a CPU; called again it goes on."""
 
+import json
 import os
 import subprocess
 import sys
@@ -19,7 +20,13 @@ def environment(tmp_path: Path) -> dict[str, str]:
     shim.write_text(f'#!/bin/sh\nexec {sys.executable} -m launch "$@"\n')
     shim.chmod(0o755)
     path = os.pathsep.join([str(shim.parent), os.environ["PATH"]])
-    return {**os.environ, "PATH": path, "PYTHONPATH": str(RECIPES.parent), "OMP_NUM_THREADS": "1"}
+    return {
+        **os.environ,
+        "PATH": path,
+        "PYTHONPATH": str(RECIPES.parent),
+        "PYTHON": sys.executable,
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 def play(script: str, *arguments: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
@@ -52,6 +59,20 @@ def test_from_text_to_an_export_and_again(tmp_path: Path, script: str, times: in
     assert (run / "checkpoints" / "step-00000004").is_dir()
     for made in (run / "report.html", run / "curves.svg", work / "export" / "model.safetensors"):
         assert made.is_file(), made
+
+
+@pytest.mark.slow
+def test_a_granite_trains_on_and_comes_out_as_its_class(tmp_path: Path, environment: dict[str, str]) -> None:
+    work = tmp_path / "work"
+    first, again = (play("continue_granite4.sh", str(work), "--toy", environment=environment) for _ in range(2))
+    for done in (first, again):
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert "largest logit difference" in first.stdout and "finished at step 20 of 20" in first.stderr
+    lines = [json.loads(line) for line in (work / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 21))
+    config = json.loads((work / "export" / "config.json").read_text())
+    assert config["architectures"] == ["GraniteMoeHybridForCausalLM"]
+    assert config["logits_scaling"] == pytest.approx(6.0) and config["embedding_multiplier"] == pytest.approx(12.0)
 
 
 @pytest.mark.slow

@@ -1,0 +1,26 @@
+# amfm on a GPU node: the wheels of one CUDA version, pinned by constraints/, on a plain Python image.
+#
+#   docker build --build-arg CUDA=12.8 --tag amfm .        CUDA: a version of constraints/ (12.8, 13.0)
+#   docker run --rm --gpus all amfm amfm doctor
+#
+# PyTorch's wheels bring the CUDA libraries; the host needs the driver alone. For Slurm with pyxis: recipes/slurm_cluster.md.
+FROM python:3.12-slim-bookworm
+
+ARG CUDA=12.8
+
+# Triton compiles the launchers of its kernels with a C compiler, when they first run; ssh is for launch --on torchrun.
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev openssh-client \
+    && rm -rf /var/lib/apt/lists/*
+
+# The libraries first: this layer stays when only the sources change.
+COPY constraints /opt/amfm/constraints
+RUN pip install --no-cache-dir --requirement /opt/amfm/constraints/cuda-${CUDA}.txt
+
+COPY . /opt/amfm
+RUN pip install --no-cache-dir --no-deps /opt/amfm
+
+# On the node's own disk: a home directory on the network is slow, and may be read-only in a container.
+ENV TRITON_CACHE_DIR=/tmp/triton
+WORKDIR /work
+CMD ["amfm", "doctor"]
