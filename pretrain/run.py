@@ -49,10 +49,12 @@ class Progress:
 class Run:
     """One training run in this process.
 
-    stages: all training stages; stage: the one the model is set to. layout: what ranks, model and engine were built by. loader: this rank's micro-batches of training text;
-    validations: of held-out text, by length of rows. pipeline: runs the schedule where the model is cut over ranks.
-    peak: the device's arithmetic, for MFU. profiler: traces the steps that `train.profile` names. lock, log, display: on the main rank alone. saved_step: of the newest checkpoint
-    that was begun, None after a rollback. validation_metrics: what the newest validation adds to its step's line. collapsed_blocks: MoE blocks whose collapse was reported.
+    stages: all training stages; stage: the one the model is set to. layout: what ranks, model and engine were built by.
+    loader: this rank's micro-batches of training text; validations: of held-out text, by length of rows. pipeline: runs the
+    schedule where the model is cut over ranks. peak: the device's arithmetic, for MFU. profiler: traces the steps that
+    `train.profile` names. lock, log, display: on the main rank alone. saved_step: of the newest checkpoint that was begun,
+    None after a rollback. validation_metrics: what the newest validation adds to its step's line. collapsed_blocks: MoE
+    blocks whose collapse was reported.
     """
 
     config: RunConfig

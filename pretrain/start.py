@@ -18,6 +18,7 @@ from typing import IO, Literal
 import torch
 
 from data_pipeline.config import DataConfig
+from data_pipeline.lines import read_lines
 from data_pipeline.loader.loader import PretrainLoader
 from data_pipeline.locks import take_lock
 from data_pipeline.memory import keep_freed_memory
@@ -263,6 +264,7 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None) -> None:
     environment = record_environment(run.parallel, run.peak, facts, keeps_freed_memory=run.keeps_freed_memory)
     (run.directory / "config.yaml").write_text(resolved_yaml(run.config), encoding="utf-8")
     (run.directory / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+    last_event = find_last_event(run.directory)
     run.log = RunLog(run.config, resumed_at_step=run.progress.step)
     run.display = Display(run.config, first_step=run.progress.step, last_step=run.last_step)
     run.say(
@@ -279,7 +281,7 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None) -> None:
     if unbalanced is not None:
         run.say(f"warning: {unbalanced}")
         run.record_event("unbalanced_experts", text=unbalanced)
-    cause = find_restart_cause(describe_environment([RESTART_CAUSE, TORCHRUN_RESTARTS]))
+    cause = find_restart_cause(describe_environment([RESTART_CAUSE, TORCHRUN_RESTARTS]), last_event)
     if cause is not None:
         run.record_event("restarted", cause=cause)
     if loaded is not None:
@@ -295,10 +297,20 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None) -> None:
                 run.record_event("resume", kind=kind, text=text)
 
 
-def find_restart_cause(environment: Mapping[str, str]) -> str | None:
-    """Why the ranks were started again: as `amfm launch` says, or torchrun's number of the restart; None at first."""
-    if RESTART_CAUSE in environment:
-        return environment[RESTART_CAUSE]
+def find_last_event(directory: Path) -> str | None:
+    """The newest event of a run directory; None where there is none."""
+    path = directory / "events.jsonl"
+    events = [record.get("event") for _, record in read_lines(path) if record is not None] if path.is_file() else []
+    return events[-1] if events else None
+
+
+def find_restart_cause(environment: Mapping[str, str], last_event: str | None = None) -> str | None:
+    """Why the ranks were started again: as `amfm launch` says, or torchrun's number of the restart; None where nothing failed.
+
+    torchrun counts a start in the layout of the next stage, the run's last event then, as a restart too.
+    """
+    if RESTART_CAUSE in environment or last_event == "next_layout":
+        return environment.get(RESTART_CAUSE)
     number = environment.get(TORCHRUN_RESTARTS, "0")
     return f"torchrun started its ranks again, restart {number}" if number != "0" else None
 

@@ -61,6 +61,7 @@ def test_a_line_for_a_host_goes_to_the_directory_sets_up_and_says_why_it_starts_
 def test_torchrun_s_own_restarts_are_told_by_their_number() -> None:
     assert find_restart_cause({}) is find_restart_cause({"TORCHELASTIC_RESTART_COUNT": "0"}) is None
     assert find_restart_cause({"TORCHELASTIC_RESTART_COUNT": "2"}) == "torchrun started its ranks again, restart 2"
+    assert find_restart_cause({"TORCHELASTIC_RESTART_COUNT": "2"}, "next_layout") is None
     named = {"AMFM_RESTART_CAUSE": "rank 3 was lost", "TORCHELASTIC_RESTART_COUNT": "0"}
     assert find_restart_cause(named) == "rank 3 was lost"
 
