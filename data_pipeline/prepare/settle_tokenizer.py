@@ -48,7 +48,8 @@ def settle_tokenizer(
                 f"{_describe_tokenizer(before, settings)}; one store has one tokenizer: name another data.store, or delete "
                 "this one to prepare it again"
             )
-        return read_tokenizer_file(files[0], wanted.eos_token), None
+        # The given file knows its end token by what lies beside it, which the store's copy does not have.
+        return given or read_tokenizer_file(files[0], wanted.eos_token), None
     if given is None:
         begin_training()
         require_training_text(config, plans)

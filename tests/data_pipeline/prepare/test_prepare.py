@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import tokenizers
 
 from data_pipeline.config import DataConfig, PrepareConfig, SourceConfig, TokenizerConfig
 from data_pipeline.prepare.journal import Journal
@@ -17,7 +18,7 @@ from data_pipeline.store.store import TokenStore
 from data_pipeline.tokenizer.tokenizer import load_tokenizer
 from data_pipeline.verify import verify_store
 from tests.data_pipeline.prepare.stores import KILLED_DRIVER, ROOT, contents, elsewhere, in_process, moments
-from tests.helpers.tiny_store import make_tiny_store, run_in_process
+from tests.helpers.tiny_store import make_tiny_store, run_in_process, write_jsonl
 
 
 def test_a_driver_killed_at_any_moment_loses_and_duplicates_nothing(reference, tmp_path):
@@ -227,6 +228,21 @@ def test_a_given_tokenizer_is_refused_in_words_where_the_store_trained_one(tmp_p
         ValueError, match=r"is a file \(tokenizer [0-9a-f]+\), .* with one trained here on the sources;"
     ):
         in_process(given)
+
+
+def test_a_tokenizer_json_whose_end_token_is_named_beside_it_serves_a_second_call(tmp_path):
+    text = write_jsonl(tmp_path / "a.jsonl", 50, seed=0)
+    tokenizer = tokenizers.ByteLevelBPETokenizer()
+    tokenizer.train([str(text)], vocab_size=300, special_tokens=["<|end|>"], show_progress=False)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>"}))
+    config = DataConfig(
+        store=str(tmp_path / "store"),
+        sources=(SourceConfig(name="web", paths=(str(text),)),),
+        tokenizer=TokenizerConfig(model=str(tmp_path / "tokenizer.json")),
+    )
+    assert in_process(config).units_written > 0
+    assert in_process(config).units_written == 0
 
 
 def test_the_first_reject_is_named_with_file_and_line(tmp_path):
