@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SCRIPTS = sorted(path.name for path in RECIPES.glob("*.sh"))
@@ -81,3 +82,13 @@ def test_an_ablation_of_two_cells(tmp_path: Path, environment: dict[str, str]) -
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "work" / "study" / "study.png").is_file()
     assert "Mamba2" in (tmp_path / "work" / "study" / "study.md").read_text()
+
+
+@pytest.mark.slow
+def test_without_a_network_a_budget_ends_with_one_message(tmp_path: Path, environment: dict[str, str]) -> None:
+    closed = environment | {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    done = play("one_gpu.sh", str(tmp_path / "work"), "small", environment=closed)
+    assert done.returncode == 2
+    assert "hub:HuggingFaceFW/fineweb-edu/sample-10BT can't be looked up" in done.stderr
+    source = yaml.safe_load((tmp_path / "work" / "run.yaml").read_text())["data"]["sources"][0]
+    assert source["name"] == "fineweb-edu" and source["max_tokens"] >= 10**8
