@@ -85,8 +85,8 @@ def attention_forward_kernel(
     for start in range(begin, end, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
         k_tile = _load_heads(k, batch, key, kv_head, keys, kv_heads, size, BLOCK_K).to(DOT)
-        # [BLOCK_M, BLOCK_N]. "ieee": float32 inputs are multiplied as float32, not rounded to tf32.
-        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale_log2
+        # [BLOCK_M, BLOCK_N]. "tf32x3": float32 inputs keep their digits in three products of tf32.
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="tf32x3") * scale_log2
         scores = tl.where(_visible(query[:, None], key[None, :], first[:, None], offset, keys), scores, float("-inf"))
         higher = tl.maximum(peak, tl.max(scores, 1))
         # A query whose document starts later has seen nothing yet: its maximum is -inf, and -inf - -inf is NaN.
@@ -95,7 +95,7 @@ def attention_forward_kernel(
         shrink = tl.exp2(peak - base)
         total = total * shrink + tl.sum(share, 1)
         v_tile = _load_heads(v, batch, key, kv_head, keys, kv_heads, size, BLOCK_K).to(DOT)
-        result = tl.dot(share.to(DOT), v_tile, result * shrink[:, None], input_precision="ieee")
+        result = tl.dot(share.to(DOT), v_tile, result * shrink[:, None], input_precision="tf32x3")
         peak = higher
     # Queries beyond the row saw nothing; dividing by 1 keeps NaN out of lanes that the store masks anyway.
     total = tl.where(total == 0.0, 1.0, total)
@@ -131,13 +131,13 @@ def attention_query_gradient_kernel(
         key = start + tl.arange(0, BLOCK_N)
         k_tile = _load_heads(k, batch, key, kv_head, keys, kv_heads, size, BLOCK_K).to(DOT)
         v_tile = _load_heads(v, batch, key, kv_head, keys, kv_heads, size, BLOCK_K).to(DOT)
-        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale_log2
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="tf32x3") * scale_log2
         seen = _visible(query[:, None], key[None, :], first[:, None], offset, keys)
         # The mask acts on the exponent: outside a document it has no bound, and infinity times a zero of a mask
         # is NaN.
         share = tl.exp2(tl.where(seen, scores - log_sum[:, None], float("-inf")))
-        slope = share * (tl.dot(grad, tl.trans(v_tile), input_precision="ieee") - delta[:, None])
-        result = tl.dot(slope.to(DOT), k_tile, result, input_precision="ieee")
+        slope = share * (tl.dot(grad, tl.trans(v_tile), input_precision="tf32x3") - delta[:, None])
+        result = tl.dot(slope.to(DOT), k_tile, result, input_precision="tf32x3")
     _store_heads(d_q, result * scale, batch, query, head, tokens, heads, size, BLOCK_K)
 
 
@@ -178,11 +178,11 @@ def attention_key_gradient_kernel(
             place = (batch * heads + head) * tokens + query
             log_sum = tl.load(log_sums + place, mask=query < tokens, other=0.0)
             delta = tl.load(deltas + place, mask=query < tokens, other=0.0)
-            scores = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee") * scale_log2
+            scores = tl.dot(k_tile, tl.trans(q_tile), input_precision="tf32x3") * scale_log2
             seen = _visible(query[None, :], key[:, None], first[None, :], offset, keys) & (query[None, :] < tokens)
             share = tl.exp2(tl.where(seen, scores - log_sum[None, :], float("-inf")))
-            sum_v = tl.dot(share.to(DOT), grad, sum_v, input_precision="ieee")
-            slope = share * (tl.dot(v_tile, tl.trans(grad), input_precision="ieee") - delta[None, :])
-            sum_k = tl.dot(slope.to(DOT), q_tile, sum_k, input_precision="ieee")
+            sum_v = tl.dot(share.to(DOT), grad, sum_v, input_precision="tf32x3")
+            slope = share * (tl.dot(v_tile, tl.trans(grad), input_precision="tf32x3") - delta[None, :])
+            sum_k = tl.dot(slope.to(DOT), q_tile, sum_k, input_precision="tf32x3")
     _store_heads(d_k, sum_k * scale, batch, key, kv_head, keys, kv_heads, size, BLOCK_K)
     _store_heads(d_v, sum_v, batch, key, kv_head, keys, kv_heads, size, BLOCK_K)

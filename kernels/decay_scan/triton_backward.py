@@ -29,7 +29,7 @@ def state_step_back(d_state, q_tile, dy_tile, b, b_end, first, keep, DOT: tl.con
     q_tile [Q, BLOCK_K], dy_tile [Q, BLOCK_V], d_state [BLOCK_K, BLOCK_V] float32.
     """
     scaled = (dy_tile.to(tl.float32) * (first * tl.exp(b))[:, None]).to(DOT)
-    return tl.dot(tl.trans(q_tile), scaled, d_state * (keep * tl.exp(b_end)), input_precision="ieee")
+    return tl.dot(tl.trans(q_tile), scaled, d_state * (keep * tl.exp(b_end)), input_precision="tf32x3")
 
 
 @triton.jit
@@ -110,7 +110,7 @@ def tile_scores(
     for column in range(0, K, PART):
         q_part = load_operand(q_base + column, start, T, stride_qt, K - column, Q, PART, DOT)
         k_part = load_operand(k_base + column, start, T, stride_kt, K - column, Q, PART, DOT)
-        scores = tl.dot(k_part, tl.trans(q_part), scores, input_precision="ieee")
+        scores = tl.dot(k_part, tl.trans(q_part), scores, input_precision="tf32x3")
     return scores.to(DOT)
 
 
@@ -126,7 +126,7 @@ def value_scores(
     for v_first in tl.range(0, V, BLOCK_V, disable_licm=True):
         v_tile = load_operand(v_base + v_first, start, T, stride_v, V - v_first, Q, BLOCK_V, DOT)
         dy_tile = load_operand(dy_base + v_first, start, T, stride_dy, V - v_first, Q, BLOCK_V, DOT)
-        total = tl.dot(v_tile, tl.trans(dy_tile), total, input_precision="ieee")
+        total = tl.dot(v_tile, tl.trans(dy_tile), total, input_precision="tf32x3")
     return total
 
 
@@ -200,20 +200,20 @@ def gradients_kernel(
                 # One step of the walk, over the other tile: backward from dS for the leading tile, forward from
                 # S for the second.
                 middle = tl.where(leads, d_state, state).to(tl.float32) * (keep_o * tl.exp(b_end_o))
-                middle = tl.dot(tl.trans(x_tile), z_tile, middle, input_precision="ieee").to(DOT)
+                middle = tl.dot(tl.trans(x_tile), z_tile, middle, input_precision="tf32x3").to(DOT)
                 state = tl.where(leads, state, middle)
                 d_state = tl.where(leads, middle, d_state)
             carried += tl.sum(tl.sum(state.to(tl.float32) * d_state.to(tl.float32), axis=1), axis=0)
             # From the state that enters, and into the state that leaves.
             from_start = (dy_tile.to(tl.float32) * (first * tl.exp(b))[:, None]).to(DOT)
-            d_b += tl.sum(tl.dot(q_tile, state, input_precision="ieee") * from_start.to(tl.float32), axis=1)
-            dq_tile = tl.dot(state, tl.trans(from_start), dq_tile, input_precision="ieee")
-            across = tl.dot(k_tile, d_state, input_precision="ieee") * to_end[:, None]
+            d_b += tl.sum(tl.dot(q_tile, state, input_precision="tf32x3") * from_start.to(tl.float32), axis=1)
+            dq_tile = tl.dot(state, tl.trans(from_start), dq_tile, input_precision="tf32x3")
+            across = tl.dot(k_tile, d_state, input_precision="tf32x3") * to_end[:, None]
             d_u += tl.sum(v_tile.to(tl.float32) * across, axis=1)
             weighted = (v_tile.to(tl.float32) * (to_end * u)[:, None]).to(DOT)
-            dk_tile = tl.dot(d_state, tl.trans(weighted), dk_tile, input_precision="ieee")
+            dk_tile = tl.dot(d_state, tl.trans(weighted), dk_tile, input_precision="tf32x3")
             # Scaled before they are added: a sum of bare products would become a chain, which holds a tile twice.
-            dv_tile = across * u[:, None] + tl.dot(mixed, dy_tile, input_precision="ieee") * u[:, None]
+            dv_tile = across * u[:, None] + tl.dot(mixed, dy_tile, input_precision="tf32x3") * u[:, None]
             if SKIP:
                 through = tl.load(skip + h).to(tl.float32)
                 d_through += tl.sum(tl.sum(dy_tile.to(tl.float32) * v_tile.to(tl.float32), axis=1), axis=0)
@@ -246,11 +246,11 @@ def gradients_kernel(
     tokens = split * (tl.num_programs(0) // tiles).to(tl.int64) * T + row + start
     base = (tokens * groups + group) * K
     d_scores = d_scores.to(DOT)
-    dq_tile = tl.dot(tl.trans(k_tile), d_scores, dq_tile, input_precision="ieee")
+    dq_tile = tl.dot(tl.trans(k_tile), d_scores, dq_tile, input_precision="tf32x3")
     where = base + (lane[None, :] * (groups * K) + k_lane[:, None])
     tl.store(d_q + where, dq_tile.to(d_q.dtype.element_ty), mask=(t < T)[None, :] & (k_lane < K)[:, None])
     inside = (t < T)[:, None] & (k_lane < K)[None, :]
     # Masked before they are added: a sum of the bare product would feed it the transpose.
-    own = tl.where(inside, tl.dot(d_scores, q_tile, input_precision="ieee"), 0.0)
+    own = tl.where(inside, tl.dot(d_scores, q_tile, input_precision="tf32x3"), 0.0)
     where = base + (lane[:, None] * (groups * K) + k_lane[None, :])
     tl.store(d_k + where, (tl.trans(dk_tile) + own).to(d_k.dtype.element_ty), mask=inside)

@@ -68,7 +68,7 @@ def state_step(state, k_tile, v_tile, b, b_end, u, last, keep, DOT: tl.constexpr
     to_end = last * tl.exp(tl.minimum(b_end - b, 0.0)) * u
     weighted = (v_tile.to(tl.float32) * to_end[:, None]).to(DOT)
     scaled = state * (keep * tl.exp(b_end))
-    return tl.dot(tl.trans(k_tile), weighted, scaled, input_precision="ieee")
+    return tl.dot(tl.trans(k_tile), weighted, scaled, input_precision="tf32x3")
 
 
 @triton.jit
@@ -122,10 +122,10 @@ def chunk_state_kernel(
         v_tile = load_operand(v_base, start, T, stride_vt, V - v_first, Q, BLOCK_V, DOT)
         if OUTPUT:
             q_tile = load_operand(q_base, start, T, stride_qt, K, Q, BLOCK_K, DOT)
-            scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+            scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="tf32x3")
             inside = tl.where(reach, tl.exp(tl.minimum(b[:, None] - b[None, :], 0.0)), 0.0) * u[None, :]
-            across = tl.dot(q_tile, state.to(DOT), input_precision="ieee") * (first * tl.exp(b))[:, None]
-            out = tl.dot((scores * inside).to(DOT), v_tile, across, input_precision="ieee")
+            across = tl.dot(q_tile, state.to(DOT), input_precision="tf32x3") * (first * tl.exp(b))[:, None]
+            out = tl.dot((scores * inside).to(DOT), v_tile, across, input_precision="tf32x3")
             if SKIP:
                 out = out + v_tile.to(tl.float32) * through
             lane = tl.arange(0, Q)[:, None]

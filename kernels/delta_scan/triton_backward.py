@@ -85,17 +85,17 @@ def walk_back_kernel(
         do_tile = load_tokens(do_base, start, T, H * V, width, Q, QT, N, BLOCK_V, DOT)
         read = load_transposed(scores + row * (H * Q) + h * Q, start // N, tokens, H * Q, Q, QT, DOT)
         solved = load_transposed(inverse + row * N * (H * Q) + h * Q, start, T * N - start, H * Q, Q, Q, DOT)
-        d_error = tl.dot(k_tile, d_state.to(DOT), input_precision="ieee") * out_of[:, None]
-        d_error = tl.dot(read, do_tile, d_error, input_precision="ieee")
+        d_error = tl.dot(k_tile, d_state.to(DOT), input_precision="tf32x3") * out_of[:, None]
+        d_error = tl.dot(read, do_tile, d_error, input_precision="tf32x3")
         # The transposed inverse times beta du (both terms above hold beta): the gradient of v.
-        d_found = tl.dot(solved, d_error.to(DOT), input_precision="ieee")
+        d_found = tl.dot(solved, d_error.to(DOT), input_precision="tf32x3")
         where = d_v + (row * N + start) * (H * V) + h * V + v_first + (lane[:, None] * (H * V) + v_lane)
         tl.store(where, d_found.to(d_v.dtype.element_ty), mask=inside[:, None] & (v_lane < width))
         q_tile = load_tokens(q_base, start, T, stride_qt, K, Q, QT, N, BLOCK_K, DOT)
         from_read = (do_tile.to(tl.float32) * at_read[:, None]).to(DOT)
-        d_state = tl.dot(tl.trans(q_tile), from_read, d_state * kept, input_precision="ieee")
+        d_state = tl.dot(tl.trans(q_tile), from_read, d_state * kept, input_precision="tf32x3")
         from_found = (d_found * -into[:, None]).to(DOT)
-        d_state = tl.dot(tl.trans(k_tile), from_found, d_state, input_precision="ieee")
+        d_state = tl.dot(tl.trans(k_tile), from_found, d_state, input_precision="tf32x3")
     tl.store(d_initial + state_base + place, d_state, mask=in_state)
 
 
@@ -115,8 +115,8 @@ def steps_products(
         do_tile = load_tokens(do_base + v_first, start, T, H * V, width, Q, QT, N, BLOCK_V, DOT)
         dv_tile = load_steps(dv_base + v_first, start, T, N * H * V, H * V, width, Q, N, BLOCK_V, DOT)
         error = load_steps(errors_base + v_first, start, T, N * H * V, H * V, width, Q, N, BLOCK_V, DOT)
-        by_read = tl.dot(do_tile, tl.trans(error), by_read, input_precision="ieee")
-        by_found = tl.dot(dv_tile, tl.trans(error), by_found, input_precision="ieee")
+        by_read = tl.dot(do_tile, tl.trans(error), by_read, input_precision="tf32x3")
+        by_found = tl.dot(dv_tile, tl.trans(error), by_found, input_precision="tf32x3")
     return by_read, by_found
 
 
@@ -145,9 +145,9 @@ def states_products(
         do_tile = load_tokens(do_base + v_first, start, T, H * V, width, Q, QT, N, BLOCK_V, DOT)
         dv_tile = load_steps(dv_base + v_first, start, T, N * H * V, H * V, width, Q, N, BLOCK_V, DOT)
         error = load_steps(errors_base + v_first, start, T, N * H * V, H * V, width, Q, N, BLOCK_V, DOT)
-        from_read = tl.dot(do_tile, tl.trans(state), from_read, input_precision="ieee")
-        from_found = tl.dot(dv_tile, tl.trans(state), from_found, input_precision="ieee")
-        written = tl.dot(error, tl.trans(d_state), written, input_precision="ieee")
+        from_read = tl.dot(do_tile, tl.trans(state), from_read, input_precision="tf32x3")
+        from_found = tl.dot(dv_tile, tl.trans(state), from_found, input_precision="tf32x3")
+        written = tl.dot(error, tl.trans(d_state), written, input_precision="tf32x3")
     return from_read, from_found, written, along
 
 
@@ -215,13 +215,13 @@ def gradients_kernel(
         q_tile = load_tokens(q_base, start, T, stride_qt, height, Q, QT, N, BLOCK_K, DOT)
         keys = k_tile.to(tl.float32)
         weighted = (keys * write[:, None]).to(DOT)
-        dq_tile = tl.dot(by_read, weighted, dq_tile * at_read[:, None], input_precision="ieee")
-        dk_tile = tl.dot(by_found, weighted, dk_tile * -into[:, None], input_precision="ieee")
+        dq_tile = tl.dot(by_read, weighted, dq_tile * at_read[:, None], input_precision="tf32x3")
+        dk_tile = tl.dot(by_found, weighted, dk_tile * -into[:, None], input_precision="tf32x3")
         written = written * out_of[:, None]
         d_end += tl.sum(tl.sum(written * keys, axis=1) * write, axis=0)
         # Products with the transposes of by_read and by_found, as the transpose of products that take them as they are.
-        from_scores = tl.dot(tl.trans(q_tile), by_read, input_precision="ieee")
-        from_scores = tl.dot(tl.trans(k_tile), by_found, from_scores, input_precision="ieee")
+        from_scores = tl.dot(tl.trans(q_tile), by_read, input_precision="tf32x3")
+        from_scores = tl.dot(tl.trans(k_tile), by_found, from_scores, input_precision="tf32x3")
         written += tl.trans(from_scores)
         along = tl.sum(written * keys, axis=1)
         d_write += along

@@ -116,7 +116,7 @@ def join_blocks(strict, inverse, Q: tl.constexpr, SIZE: tl.constexpr, PRECISION:
 
     Products of whole matrices: what lies outside the blocks is zero.
 
-    PRECISION is "tf32" for inputs of 16 bits, whose own rounding is no finer, else "ieee".
+    PRECISION is "tf32" for inputs of 16 bits, whose own rounding is no finer, else "tf32x3".
     """
     i, j = tl.arange(0, Q)[:, None], tl.arange(0, Q)[None, :]
     between = tl.where((i // (2 * SIZE) == j // (2 * SIZE)) & (i // SIZE > j // SIZE), strict, 0.0)
@@ -184,7 +184,7 @@ def prepare_kernel(
     q_tile = load_tokens(q + batch * stride_qb + h // R * K, start, T, stride_qt, K, Q, QT, N, BLOCK_K, DOT)
     strict = reach & (lane[None, :] < lane[:, None])
     fall = tl.where(strict, tl.exp(tl.minimum(b[:, None] - b[None, :], 0.0)), 0.0) * write[None, :]
-    overlap = tl.dot(k_tile, tl.trans(k_tile), input_precision="ieee") * fall
+    overlap = tl.dot(k_tile, tl.trans(k_tile), input_precision="tf32x3") * fall
     solved = invert_unit_lower(overlap, Q, PRECISION)
     place = inverse + (row * N + start) * (H * Q) + h * Q + (lane[:, None] * (H * Q) + lane[None, :])
     tl.store(place, solved.to(inverse.dtype.element_ty), mask=inside[:, None])
@@ -192,7 +192,7 @@ def prepare_kernel(
     reads = read_reach(firsts, row, start, T, Q, QT, N, DOCUMENTS)
     b_read = sum_gates(gate, reads)
     fall = tl.where(reads, tl.exp(tl.minimum(b_read[:, None] - b[None, :], 0.0)), 0.0) * write[None, :]
-    read = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * fall
+    read = tl.dot(q_tile, tl.trans(k_tile), input_precision="tf32x3") * fall
     token = tl.arange(0, QT)[:, None]
     place = scores + (row + start // N) * (H * Q) + h * Q + (token * (H * Q) + lane[None, :])
     tl.store(place, read.to(scores.dtype.element_ty), mask=token < chunk_tokens(start, T, Q, N))
@@ -245,8 +245,8 @@ def chunk_state_kernel(
         solved = load_steps(inverse + row * N * (H * Q) + h * Q, start, T, N * H * Q, H * Q, Q, Q, N, Q, DOT)
         # Rounded once for both products; the state itself stays float32.
         held = state.to(DOT)
-        found = v_tile - tl.dot(k_tile, held, input_precision="ieee") * into[:, None]
-        error = tl.dot(solved, found.to(DOT), input_precision="ieee")
+        found = v_tile - tl.dot(k_tile, held, input_precision="tf32x3") * into[:, None]
+        error = tl.dot(solved, found.to(DOT), input_precision="tf32x3")
         steps = lane[:, None] * (H * V) + v_lane
         if SAVE:
             where = errors + (row * N + start) * (H * V) + h * V + v_first + steps
@@ -258,10 +258,10 @@ def chunk_state_kernel(
             read = load_tokens(scores + row * (H * Q) + h * Q, start, T, H * Q, Q, Q, QT, N, Q, DOT)
             at = ((row + start // N + token) * N + (N - 1)) * H + h
             at_read = tl.load(enter + at, mask=token < tokens, other=0.0)
-            out = tl.dot(q_tile, held, input_precision="ieee") * at_read[:, None]
-            out = tl.dot(read, error.to(DOT), out, input_precision="ieee")
+            out = tl.dot(q_tile, held, input_precision="tf32x3") * at_read[:, None]
+            out = tl.dot(read, error.to(DOT), out, input_precision="tf32x3")
             where = o + (row + start // N) * (H * V) + h * V + v_first + (token[:, None] * (H * V) + v_lane)
             tl.store(where, out.to(o.dtype.element_ty), mask=(token < tokens)[:, None] & (v_lane < width))
         written = (error * out_of[:, None]).to(DOT)
-        state = tl.dot(tl.trans(k_tile), written, state * kept, input_precision="ieee")
+        state = tl.dot(tl.trans(k_tile), written, state * kept, input_precision="tf32x3")
     tl.store(final + state_base + place, state, mask=in_state)

@@ -144,7 +144,7 @@ def _prepare(
     carry = beta.new_empty(B, launch.chunks, H)
     prepare_kernel[(B * launch.chunks, H)](
         q, k, beta, g, firsts, inverse, scores, enter, leave, carry, *launch.sizes(values=False), *outer_strides(q), *outer_strides(k, dims=3),
-        PRECISION="ieee" if v.dtype == torch.float32 else "tf32", BLOCK_K=launch.keys, GATE=g is not None,
+        PRECISION="tf32x3" if v.dtype == torch.float32 else "tf32", BLOCK_K=launch.keys, GATE=g is not None,
         DOCUMENTS=firsts is not None, **launch.constants(v), **launch.config("delta_prepare", PREPARE, v),
     )  # fmt: skip
     return _Prepared(inverse, scores, enter, leave, carry)

@@ -70,7 +70,7 @@ def _multiply(
             mask=(column[None, :] < columns) & (lane[:, None] < inner),
             other=0.0,
         )
-        result = tl.dot(x_tile.to(DOT), w_tile.to(DOT), result, input_precision="ieee")
+        result = tl.dot(x_tile.to(DOT), w_tile.to(DOT), result, input_precision="tf32x3")
     return result
 
 
@@ -89,8 +89,8 @@ def _multiply_twice(
         ).to(DOT)
         exists = (column[None, :] < columns) & (lane[:, None] < inner)
         place = column[None, :] * inner + lane[:, None]
-        first = tl.dot(x_tile, tl.load(gate + place, mask=exists, other=0.0).to(DOT), first, input_precision="ieee")
-        second = tl.dot(x_tile, tl.load(up + place, mask=exists, other=0.0).to(DOT), second, input_precision="ieee")
+        first = tl.dot(x_tile, tl.load(gate + place, mask=exists, other=0.0).to(DOT), first, input_precision="tf32x3")
+        second = tl.dot(x_tile, tl.load(up + place, mask=exists, other=0.0).to(DOT), second, input_precision="tf32x3")
     return first, second
 
 
@@ -253,7 +253,7 @@ def grouped_outer_kernel(
             mask=inside[:, None] & (right_lane[None, :] < rights),
             other=0.0,
         )
-        total = tl.dot(left_tile.to(DOT), right_tile.to(DOT), total, input_precision="ieee")
+        total = tl.dot(left_tile.to(DOT), right_tile.to(DOT), total, input_precision="tf32x3")
     place = (expert * lefts + left_lane[:, None]) * rights + right_lane[None, :]
     mask = (left_lane[:, None] < lefts) & (right_lane[None, :] < rights)
     tl.store(result + place, total.to(result.dtype.element_ty), mask=mask)

@@ -61,14 +61,14 @@ def vector_walk_back_kernel(
             tl.store(leaving + at + place, d_state.to(leaving.dtype.element_ty), mask=in_state)
             k_tile = load_operand(k_end + qk_base, start, T, H * K, K, Q, BLOCK_K, DOT)
             own = load_operand(scores + (row * H + h) * Q, start, T, H * Q, Q, Q, Q, DOT)
-            dv_tile = tl.dot(k_tile, d_state.to(DOT), input_precision="ieee")
-            dv_tile = tl.dot(tl.trans(own), do_tile, dv_tile, input_precision="ieee")
+            dv_tile = tl.dot(k_tile, d_state.to(DOT), input_precision="tf32x3")
+            dv_tile = tl.dot(tl.trans(own), do_tile, dv_tile, input_precision="tf32x3")
             lane = tl.arange(0, Q)[:, None]
             where = d_v + o_base + tl.cast(start, tl.int64) * (H * V) + (lane * (H * V) + v_lane)
             tl.store(where, dv_tile.to(d_v.dtype.element_ty), mask=(lane < T - start) & (v_first + v_lane < V))
         q_tile = load_operand(q_start + qk_base, start, T, H * K, K, Q, BLOCK_K, DOT)
         leaves = load_decay(decay, batch, tiles, tile, h, H, K, BLOCK_K)
-        d_state = tl.dot(tl.trans(q_tile), do_tile, d_state * leaves, input_precision="ieee")
+        d_state = tl.dot(tl.trans(q_tile), do_tile, d_state * leaves, input_precision="tf32x3")
         left = left * leaves
     tl.store(d_initial + state_base + place, d_state, mask=in_state)
     if v_first == 0:
@@ -92,7 +92,7 @@ def score_gradients_kernel(
         v_base, do_base = v + batch * stride_vb + h * V + v_first, d_o + row * (H * V) + h * V + v_first
         v_tile = load_operand(v_base, start, T, stride_vt, V - v_first, Q, BLOCK_V, DOT)
         do_tile = load_operand(do_base, start, T, H * V, V - v_first, Q, BLOCK_V, DOT)
-        total = tl.dot(do_tile, tl.trans(v_tile), total, input_precision="ieee")
+        total = tl.dot(do_tile, tl.trans(v_tile), total, input_precision="tf32x3")
     lane, token = tl.arange(0, Q)[:, None], tl.arange(0, Q)[None, :]
     total = tl.where(token <= lane, total, 0.0)
     where = ((row + start) * H + h) * Q + (lane * (H * Q) + token)
@@ -122,7 +122,7 @@ def add_own(
         flow = tl.where((lane ^ token) // half == 1, flow, 0.0)
         if OF_KEYS:
             flow = tl.trans(flow)
-        d_tile += tl.dot(flow, (x_tile * power).to(DOT), input_precision="ieee") * power
+        d_tile += tl.dot(flow, (x_tile * power).to(DOT), input_precision="tf32x3") * power
         starts, ends = join_halves(starts, ends, half, Q, PART)
     return d_tile
 
@@ -149,9 +149,9 @@ def sum_later(d_b, d_end, firsts, row, start, T, Q: tl.constexpr, DOT: tl.conste
     rest = d_b - high.to(tl.float32)
     middle = rest.to(HALF)
     low = (rest - middle.to(tl.float32)).to(HALF)
-    total = tl.dot(weights, low, input_precision="ieee")
-    total = tl.dot(weights, middle, total, input_precision="ieee")
-    return tl.dot(weights, high, total, input_precision="ieee") + tl.where(last, d_end, 0.0)
+    total = tl.dot(weights, low, input_precision="tf32x3")
+    total = tl.dot(weights, middle, total, input_precision="tf32x3")
+    return tl.dot(weights, high, total, input_precision="tf32x3") + tl.where(last, d_end, 0.0)
 
 
 @triton.jit
@@ -183,8 +183,8 @@ def vector_gradients_kernel(
         place, in_state = channel * V + v_lane, (channel < width) & (v_lane < V - v_first)
         state = tl.load(entering + (state_at + v_first) + place, mask=in_state, other=0.0).to(DOT)
         d_state = tl.load(leaving + (state_at + v_first) + place, mask=in_state, other=0.0).to(DOT)
-        dq_tile = tl.dot(do_tile, tl.trans(state), dq_tile, input_precision="ieee")
-        dk_tile = tl.dot(v_tile, tl.trans(d_state), dk_tile, input_precision="ieee")
+        dq_tile = tl.dot(do_tile, tl.trans(state), dq_tile, input_precision="tf32x3")
+        dk_tile = tl.dot(v_tile, tl.trans(d_state), dk_tile, input_precision="tf32x3")
         carried += tl.sum(state.to(tl.float32) * d_state.to(tl.float32), axis=1)
     q_base, k_base = q + batch * stride_qb + h * K + part, k + batch * stride_kb + h * K + part
     g_base = g + row * (H * K) + h * K + part

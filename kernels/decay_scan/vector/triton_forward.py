@@ -103,7 +103,7 @@ def prepare_kernel(
         for level in tl.range(0, LEVELS, disable_licm=True):
             half = 1 << level
             power = power_inside(starts, ends, half, Q)
-            product = tl.dot((q_tile * power).to(DOT), tl.trans((k_tile * power).to(DOT)), input_precision="ieee")
+            product = tl.dot((q_tile * power).to(DOT), tl.trans((k_tile * power).to(DOT)), input_precision="tf32x3")
             # Pairs of this level: their places agree above the half's bit and differ in it. Above the diagonal
             # such pairs exist too; they are cleared at the end.
             total += tl.where((lane ^ token) // half == 1, product, 0.0)
@@ -168,13 +168,13 @@ def vector_walk_kernel(
         if OUTPUT:
             q_tile = load_operand(q_start + qk_base, start, T, H * K, K, Q, BLOCK_K, DOT)
             own = load_operand(scores + (row * H + h) * Q, start, T, H * Q, Q, Q, Q, DOT)
-            out = tl.dot(q_tile, state.to(DOT), input_precision="ieee")
-            out = tl.dot(own, v_tile, out, input_precision="ieee")
+            out = tl.dot(q_tile, state.to(DOT), input_precision="tf32x3")
+            out = tl.dot(own, v_tile, out, input_precision="tf32x3")
             lane = tl.arange(0, Q)[:, None]
             where = o + (row + start) * (H * V) + h * V + v_first + (lane * (H * V) + v_lane)
             tl.store(where, out.to(o.dtype.element_ty), mask=(lane < T - start) & (v_first + v_lane < V))
         leaves = load_decay(decay, batch, tiles, tile, h, H, K, BLOCK_K)
-        state = tl.dot(tl.trans(k_tile), v_tile, state * leaves, input_precision="ieee")
+        state = tl.dot(tl.trans(k_tile), v_tile, state * leaves, input_precision="tf32x3")
         left = left * leaves
     tl.store(final + state_base + place, state, mask=in_state)
     if v_first == 0:

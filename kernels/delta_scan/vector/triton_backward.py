@@ -54,17 +54,17 @@ def vector_walk_back_kernel(
         k_tile = load_operand(k_end + qk_base, start, T, H * K, K, Q, BLOCK_K, DOT)
         do_tile = load_operand(d_o + o_base, start, T, H * V, width, Q, BLOCK_V, DOT)
         read = load_operand(scores + own_base, start, T, H * Q, Q, Q, Q, DOT)
-        d_error = tl.dot(k_tile, d_state.to(DOT), input_precision="ieee")
-        d_error = tl.dot(tl.trans(read), do_tile, d_error, input_precision="ieee")
+        d_error = tl.dot(k_tile, d_state.to(DOT), input_precision="tf32x3")
+        d_error = tl.dot(tl.trans(read), do_tile, d_error, input_precision="tf32x3")
         solved = load_operand(inverse + own_base, start, T, H * Q, Q, Q, Q, DOT)
-        d_found = tl.dot(tl.trans(solved), d_error.to(DOT), input_precision="ieee")
+        d_found = tl.dot(tl.trans(solved), d_error.to(DOT), input_precision="tf32x3")
         where = d_v + o_base + tl.cast(start, tl.int64) * (H * V) + (lane * (H * V) + v_lane)
         tl.store(where, d_found.to(d_v.dtype.element_ty), mask=(lane < T - start) & (v_lane < width))
         q_tile = load_operand(q_start + qk_base, start, T, H * K, K, Q, BLOCK_K, DOT)
         leaves = load_decay(decay, batch, chunks, c, h, H, K, BLOCK_K)
-        d_state = tl.dot(tl.trans(q_tile), do_tile, d_state * leaves, input_precision="ieee")
+        d_state = tl.dot(tl.trans(q_tile), do_tile, d_state * leaves, input_precision="tf32x3")
         k_tile = load_operand(k_start + qk_base, start, T, H * K, K, Q, BLOCK_K, DOT)
-        d_state = tl.dot(tl.trans(k_tile), (-d_found).to(DOT), d_state, input_precision="ieee")
+        d_state = tl.dot(tl.trans(k_tile), (-d_found).to(DOT), d_state, input_precision="tf32x3")
     tl.store(d_initial + state_base + place, d_state, mask=in_state)
 
 
@@ -86,9 +86,9 @@ def vector_pairs_kernel(
         base, width = row * (H * V) + h * V + v_first, V - v_first
         error = load_operand(errors + base, start, T, H * V, width, Q, BLOCK_V, DOT)
         do_tile = load_operand(d_o + base, start, T, H * V, width, Q, BLOCK_V, DOT)
-        read = tl.dot(do_tile, tl.trans(error), read, input_precision="ieee")
+        read = tl.dot(do_tile, tl.trans(error), read, input_precision="tf32x3")
         dv_tile = load_operand(d_v + base, start, T, H * V, width, Q, BLOCK_V, DOT)
-        found = tl.dot(dv_tile, tl.trans(error), found, input_precision="ieee")
+        found = tl.dot(dv_tile, tl.trans(error), found, input_precision="tf32x3")
     lane, token = tl.arange(0, Q)[:, None], tl.arange(0, Q)[None, :]
     where = ((row + start) * H + h) * Q + (lane * (H * Q) + token)
     read = tl.where(token <= lane, read, 0.0)
@@ -122,7 +122,7 @@ def add_pairs(
             flow = tl.trans(flow)
         else:
             x_tile = x_tile * tl.load(beta_base + (start + lane) * H, mask=lane < T - start, other=0.0)
-        d_tile += tl.dot(flow, (x_tile * power).to(DOT), input_precision="ieee") * power
+        d_tile += tl.dot(flow, (x_tile * power).to(DOT), input_precision="tf32x3") * power
         starts, ends = join_halves(starts, ends, half, Q, PART)
     return d_tile
 
@@ -147,11 +147,11 @@ def states_products(
         d_state = tl.load(leaving + v_first + place, mask=in_state, other=0.0).to(DOT)
         carried += tl.sum(state.to(tl.float32) * d_state.to(tl.float32), axis=1)
         do_tile = load_operand(d_o + base + v_first, start, T, H * V, V - v_first, Q, BLOCK_V, DOT)
-        from_read = tl.dot(do_tile, tl.trans(state), from_read, input_precision="ieee")
+        from_read = tl.dot(do_tile, tl.trans(state), from_read, input_precision="tf32x3")
         dv_tile = load_operand(d_v + base + v_first, start, T, H * V, V - v_first, Q, BLOCK_V, DOT)
-        from_found = tl.dot(dv_tile, tl.trans(state), from_found, input_precision="ieee")
+        from_found = tl.dot(dv_tile, tl.trans(state), from_found, input_precision="tf32x3")
         error = load_operand(errors + base + v_first, start, T, H * V, V - v_first, Q, BLOCK_V, DOT)
-        written = tl.dot(error, tl.trans(d_state), written, input_precision="ieee")
+        written = tl.dot(error, tl.trans(d_state), written, input_precision="tf32x3")
     return from_read, from_found, written, carried
 
 

@@ -60,9 +60,9 @@ def vector_prepare_kernel(
             # Pairs of this level: their places agree above the half's bit and differ in it.
             between = (lane ^ token) // half == 1
             keys = (k_tile * power).to(DOT)
-            product = tl.dot((q_tile * power).to(DOT), tl.trans(keys), input_precision="ieee")
+            product = tl.dot((q_tile * power).to(DOT), tl.trans(keys), input_precision="tf32x3")
             read += tl.where(between, product, 0.0)
-            product = tl.dot(keys, tl.trans(keys), input_precision="ieee")
+            product = tl.dot(keys, tl.trans(keys), input_precision="tf32x3")
             overlap += tl.where(between, product, 0.0)
             starts, ends = join_halves(starts, ends, half, Q, PART)
         where = here + part + (lane * (H * K) + column)
@@ -120,8 +120,8 @@ def vector_walk_kernel(
         v_tile = load_operand(v_base, start, T, stride_vt, width, Q, BLOCK_V, tl.float32)
         solved = load_operand(inverse + (row * H + h) * Q, start, T, H * Q, Q, Q, Q, DOT)
         held = state.to(DOT)
-        found = v_tile - tl.dot(k_tile, held, input_precision="ieee")
-        error = tl.dot(solved, found.to(DOT), input_precision="ieee")
+        found = v_tile - tl.dot(k_tile, held, input_precision="tf32x3")
+        error = tl.dot(solved, found.to(DOT), input_precision="tf32x3")
         where = (row + start) * (H * V) + h * V + v_first + (lane * (H * V) + v_lane)
         inside = (lane < T - start) & (v_lane < width)
         if SAVE:
@@ -129,10 +129,10 @@ def vector_walk_kernel(
         if OUTPUT:
             q_tile = load_operand(q_start + qk_base, start, T, H * K, K, Q, BLOCK_K, DOT)
             read = load_operand(scores + (row * H + h) * Q, start, T, H * Q, Q, Q, Q, DOT)
-            out = tl.dot(q_tile, held, input_precision="ieee")
-            out = tl.dot(read, error.to(DOT), out, input_precision="ieee")
+            out = tl.dot(q_tile, held, input_precision="tf32x3")
+            out = tl.dot(read, error.to(DOT), out, input_precision="tf32x3")
             tl.store(o + where, out.to(o.dtype.element_ty), mask=inside)
         k_tile = load_operand(k_end + qk_base, start, T, H * K, K, Q, BLOCK_K, DOT)
         leaves = load_decay(decay, batch, chunks, c, h, H, K, BLOCK_K)
-        state = tl.dot(tl.trans(k_tile), error.to(DOT), state * leaves, input_precision="ieee")
+        state = tl.dot(tl.trans(k_tile), error.to(DOT), state * leaves, input_precision="tf32x3")
     tl.store(final + state_base + place, state, mask=in_state)

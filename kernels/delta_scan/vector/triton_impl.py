@@ -124,7 +124,7 @@ def _prepare(launch: _Launch, q: Tensor, k: Tensor, beta: Tensor, g: Tensor, fir
     prepared = _Prepared(keys, torch.empty_like(keys), torch.empty_like(keys), pairs, torch.empty_like(pairs), decay)
     vector_prepare_kernel[(B * chunks, H)](
         q, k, beta, g, firsts, *prepared, T, H, K, chunks, *outer_strides(q, k),
-        LEVELS=launch.levels, PRECISION="ieee" if q.dtype == torch.float32 else "tf32", DOCUMENTS=firsts is not None,
+        LEVELS=launch.levels, PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", DOCUMENTS=firsts is not None,
         **launch.config("vector_delta_prepare", PREPARE, q),
     )  # fmt: skip
     return prepared
