@@ -17,6 +17,8 @@ import re
 
 import torch
 
+from kernels.first_use import find_faults
+
 BACKENDS = ("auto", "triton", "torch", "reference")
 
 # One process is either interpreted or compiled: Triton reads the variable when it is imported.
@@ -40,15 +42,35 @@ _MISCOMPILES = (
 )
 # Set to 1, kernels run under a Triton that is refused: for those who test a card or a compiler.
 ALLOW_VARIABLE = "AMFM_ALLOW_TRITON"
+# Multiprocessors that multiply bfloat16.
+_LEAST_CAPABILITY = 8
+REQUIREMENTS = (
+    "The kernels need an NVIDIA card of compute capability 8.0 or more (A100, H100, H200, B200) and a torch of 2.9 to 2.15 "
+    "for CUDA with the Triton that it pins; 3.8.0, which torch 2.14 pins, fails on Hopper"
+)
 
 
-def resolve_backend(requested: str, device: torch.device) -> str:
+def resolve_for_run(requested: str, device: torch.device, dtype: torch.dtype) -> str:
+    """`resolve_backend` for a run whose weights and activations are of `dtype`: "auto" with float32 on CUDA is "torch".
+
+    Products of float32 operands take all of a thread's registers and more (docs/gpu.md has the numbers), so PyTorch's own
+    products are the faster ones there. "triton" is honoured. Raises ValueError as `resolve_backend` does.
+    """
+    if requested == "auto" and device.type == "cuda" and dtype == torch.float32:
+        _log_choice("torch", "products of float32 spill the registers of Triton kernels; bf16 runs them")
+        return "torch"
+    return resolve_backend(requested, device)
+
+
+def resolve_backend(requested: str, device: torch.device, operation: str | None = None) -> str:
     """Turn the backend that was asked for into the one that runs on `device`: "triton", "torch" or "reference".
 
-    "auto" is "triton" on CUDA and "torch" elsewhere, logged once with its reason.
+    "auto" is "triton" on CUDA and "torch" elsewhere, logged once with its reason. operation: the name in `kernels.proof` of
+    the operation that asks; its kernels are checked at their first use on a card (`kernels.first_use`).
 
-    Raises ValueError for an unknown name, and when Triton was asked for and cannot run here (no CUDA
-    device and no interpreter, Triton not installed, or a Triton version known to miscompile for this card).
+    Raises ValueError for an unknown name, when Triton was asked for and cannot run here (no CUDA device and no
+    interpreter, Triton not installed, or a Triton version known to miscompile for this card), and for an operation whose
+    kernels were wrong at their first use.
     """
     if requested in ("torch", "reference"):
         return requested
@@ -58,10 +80,10 @@ def resolve_backend(requested: str, device: torch.device) -> str:
         if device.type != "cuda":
             _log_choice("torch", f"the tensors are on {device.type}, and Triton kernels need CUDA")
             return "torch"
-        _check_triton(device)
+        _check_triton(device, operation)
         _log_choice("triton", "the tensors are on CUDA")
         return "triton"
-    _check_triton(device)
+    _check_triton(device, operation)
     return "triton"
 
 
@@ -83,19 +105,24 @@ def find_miscompile(version: tuple[int, int, int], capability_major: int) -> str
 
 
 @torch.compiler.assume_constant_result
-def _check_triton(device: torch.device) -> None:
-    """Raise ValueError where Triton kernels cannot run on `device`; every call of an operation asks."""
-    refusal = _refuse_triton(device)
+def _check_triton(device: torch.device, operation: str | None) -> None:
+    """Raise ValueError where an operation's kernels cannot run on `device`, or are wrong; every call of one asks."""
+    refusal = refuse_triton(device)
+    if refusal is None and operation is not None and device.type == "cuda":
+        refusal = _refuse_operation(operation, device)
     if refusal is not None:
         raise ValueError(refusal)
 
 
 @functools.cache
-def _refuse_triton(device: torch.device) -> str | None:
+def refuse_triton(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on `device`; looked up once a device, because it reads installed packages."""
     version = triton_version()
     if version is None:
-        return 'kernels backend "triton" needs the package triton, which is not installed; use "torch"'
+        return (
+            'kernels backend "triton" needs the package triton, which is not installed; use "torch", or '
+            f"`pip install triton` in the version that your torch asks for. {REQUIREMENTS}"
+        )
     if INTERPRETED or device.type == "meta":
         return None
     if device.type != "cuda":
@@ -103,10 +130,32 @@ def _refuse_triton(device: torch.device) -> str | None:
             f'kernels backend "triton" needs a CUDA device; the tensors are on {device.type}. Use "torch", or set '
             "TRITON_INTERPRET=1 before Python starts to run the kernels in Triton's (slow) interpreter"
         )
-    fault = find_miscompile(version, torch.cuda.get_device_capability(device)[0])
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < _LEAST_CAPABILITY:
+        return (
+            f'kernels backend "triton" needs compute capability {_LEAST_CAPABILITY}.0; this card has {major}.{minor}. '
+            f'Use "torch". {REQUIREMENTS}'
+        )
+    fault = find_miscompile(version, major)
     if fault is not None:
         return judge_miscompile(fault, version, allowed=os.environ.get(ALLOW_VARIABLE) == "1")
     return None
+
+
+@functools.cache
+def _refuse_operation(operation: str, device: torch.device) -> str | None:
+    """What was wrong with an operation's kernels at their first use on a card; None where nothing was, or where allowed."""
+    faults = find_faults(operation, device)
+    if not faults:
+        return None
+    said = f"the kernels of {operation} are wrong on this card: {'; '.join(faults)}"
+    if os.environ.get(ALLOW_VARIABLE) == "1":
+        _LOG.warning("kernels run because %s=1, though %s", ALLOW_VARIABLE, said)
+        return None
+    return (
+        f"{said}. Use kernels.backend=torch, or another release of torch with its Triton; `python -m kernels.acceptance "
+        f"--op {operation}` tells more, and {ALLOW_VARIABLE}=1 runs them all the same. {REQUIREMENTS}"
+    )
 
 
 def judge_miscompile(fault: str, version: tuple[int, int, int], *, allowed: bool) -> str | None:

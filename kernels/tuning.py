@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import os
 import re
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from kernels.backend import INTERPRETED, triton_version
+from kernels.user_cache import user_folder, write_whole
 
 Config = Mapping[str, int]
 # Tables that come with the package, and where this user's own are kept; an own entry goes first.
@@ -62,7 +62,7 @@ class Table:
         """
         configs: dict[str, dict[str, int]] = {}
         if folders is None:
-            folders = [folder for folder in (own_folder(), PACKAGE_FOLDER) if folder is not None]
+            folders = [folder for folder in (user_folder("tuned"), PACKAGE_FOLDER) if folder is not None]
         for folder in reversed(folders):
             path = folder / environment.file_name()
             if not path.is_file():
@@ -78,25 +78,12 @@ class Table:
 
         Raises RuntimeError where no folder is given and the machine has no home directory.
         """
-        folder = folder or own_folder()
+        folder = folder or user_folder("tuned")
         if folder is None:
             raise RuntimeError("there is no home directory to keep tuned tiles in; set HOME or XDG_CACHE_HOME")
-        folder.mkdir(parents=True, exist_ok=True)
         path = folder / self.environment.file_name()
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        partial.write_text(json.dumps({"environment": vars(self.environment), "configs": self.configs}, indent=1))
-        partial.replace(path)
+        write_whole(path, {"environment": vars(self.environment), "configs": self.configs})
         return path
-
-
-def own_folder() -> Path | None:
-    """Where this user's tables are; None on a machine without a home directory (containers, batch systems)."""
-    cache = os.environ.get("XDG_CACHE_HOME")
-    base = Path(cache) if cache else Path("~/.cache")
-    try:
-        return base.expanduser() / "amfm" / "tuned"
-    except RuntimeError:
-        return None
 
 
 @dataclass
@@ -108,13 +95,16 @@ class _Session:
 
 
 _SESSIONS: list[_Session] = []
+# What all ranks of a run have agreed on, in place of what this machine's files say.
+_ADOPTED: list[Table] = []
 
 
 def config_for(kernel: str, shape: Sequence[object], candidates: Sequence[Config], device: torch.device) -> Config:
     """The configuration for a launch of `kernel`, compiled for `shape`, on `device`.
 
     The first candidate in the interpreter, in PyTorch's deterministic mode (tiles change the order of additions, so a
-    table would change bits between cards) and without an entry in this card's table.
+    table would change bits between cards) and without an entry in the table: that which the ranks of a run have agreed
+    on (`adopt_table`), else this card's.
     """
     entry = _name_entry(kernel, shape)
     # A tuning in progress decides, and learns here which kernels an operation launches.
@@ -123,7 +113,23 @@ def config_for(kernel: str, shape: Sequence[object], candidates: Sequence[Config
         return _SESSIONS[-1].forced.get(entry, candidates[0])
     if INTERPRETED or device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
         return candidates[0]
-    return _load_table(device.index or 0).configs.get(entry, candidates[0])
+    table = _ADOPTED[-1] if _ADOPTED else load_table(device)
+    return table.configs.get(entry, candidates[0])
+
+
+def choose_table(tables: Sequence[Table]) -> Table | None:
+    """The table that all ranks of a run take, from their own by rank: rank 0's; None where their cards or compilers differ.
+
+    Ranks that launched other tiles than their neighbours would round otherwise, and a tile that one card has room for
+    another may not have.
+    """
+    first = tables[0]
+    return first if all(table.environment == first.environment for table in tables) else None
+
+
+def adopt_table(table: Table) -> None:
+    """From now on this process takes its tiles from `table`, whatever the files of this machine say."""
+    _ADOPTED[:] = [table]
 
 
 def tune(
@@ -179,9 +185,13 @@ def find_environment(device: torch.device) -> Environment:
     return Environment(torch.cuda.get_device_name(device), ".".join(map(str, version)), found.group(1))
 
 
+def load_table(device: torch.device) -> Table:
+    """The table of a CUDA device, read once a process; its environment asks the card and the assembler."""
+    return _load_table(device.index or 0)
+
+
 @functools.cache
 def _load_table(index: int) -> Table:
-    """The table of a CUDA device, read once a process."""
     return Table.load(find_environment(torch.device("cuda", index)))
 
 

@@ -49,7 +49,7 @@ def attention(
     if window is not None and window >= k_BSJK.shape[1]:
         window = None
     scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
-    backend = resolve_backend(backend, q_BTHK.device)
+    backend = resolve_backend(backend, q_BTHK.device, "attention")
     if backend == "triton":
         from kernels.attention.triton_impl import attention_triton
 

@@ -49,7 +49,7 @@ def causal_conv1d(
     check_documents(document_ids_BT, B, T, x_BTC)
     if initial_window_BWC is not None:
         check_shape("initial_window_BWC", initial_window_BWC, (B, W - 1, C), x_BTC)
-    backend = resolve_backend(backend, x_BTC.device)
+    backend = resolve_backend(backend, x_BTC.device, "causal_conv1d")
     wide = torch.float64 if x_BTC.dtype == torch.float64 else torch.float32
     if backend == "reference":
         y = convolve_by_steps(

@@ -83,7 +83,7 @@ def mamba2_scan(
     check_mamba2(x_BTHP, dt_BTH, A_log_H, B_BTGN, C_BTGN, D_H, dt_bias_H)
     B, _, H, P = x_BTHP.shape
     check_row(document_ids_BT, initial_state_BHPN, (B, H, P, B_BTGN.shape[3]), chunk_size, x_BTHP)
-    backend = resolve_backend(backend, x_BTHP.device)
+    backend = resolve_backend(backend, x_BTHP.device, "decay_scan")
     wide = torch.float64 if x_BTHP.dtype == torch.float64 else torch.float32
     if backend == "reference":
         x, dt, A_log, k, q, D, bias = (t.to(wide) for t in (x_BTHP, dt_BTH, A_log_H, B_BTGN, C_BTGN, D_H, dt_bias_H))
@@ -158,7 +158,7 @@ def decay_scan(
     g = check_decay(q_BTHK, k_BTHK, v_BTHV, g)
     B, _, H, V = v_BTHV.shape
     check_row(document_ids_BT, initial_state_BHKV, (B, H, q_BTHK.shape[3], V), chunk_size, v_BTHV)
-    backend = resolve_backend(backend, v_BTHV.device)
+    backend = resolve_backend(backend, v_BTHV.device, "decay_scan_vector" if g.dim() == 4 else "decay_scan")
     if backend == "reference":
         initial = None if initial_state_BHKV is None else initial_state_BHKV.to(g.dtype)
         o, final, decay = scan_by_steps(

@@ -78,7 +78,7 @@ def delta_scan(
     check_row(document_ids_BT, initial_state_BHKV, (B, H, K, V), chunk_size, v_BTNHV)
     if g_BTH is not None and g_BTH.dim() == 4 and chunk_size & (chunk_size - 1):
         raise ValueError(f"chunk_size={chunk_size} must be a power of two for a vector gate; use 16, 32 or 64")
-    scan = _find_scan(resolve_backend(backend, v_BTNHV.device))
+    scan = _find_scan(resolve_backend(backend, v_BTNHV.device, "delta_scan"))
     wide = torch.float64 if v_BTNHV.dtype == torch.float64 else torch.float32
     initial = None if initial_state_BHKV is None else initial_state_BHKV.to(wide)
     values = v_BTNHV

@@ -62,7 +62,7 @@ def diag_scan(
     check_row(document_ids_BT, initial_state_BCN, (x_BTC.shape[0], *A_log_CN.shape), chunk_size, x_BTC)
     wide = torch.float64 if x_BTC.dtype == torch.float64 else torch.float32
     initial = None if initial_state_BCN is None else initial_state_BCN.to(wide)
-    backend = resolve_backend(backend, x_BTC.device)
+    backend = resolve_backend(backend, x_BTC.device, "diag_scan")
     if backend == "reference":
         x, dt, A_log, k, q, D, bias = (t.to(wide) for t in (x_BTC, dt_BTC, A_log_CN, B_BTN, C_BTN, D_C, dt_bias_C))
         y, final, decay = diag_by_steps(x, dt, A_log, k, q, D, bias, document_ids_BT, initial)

@@ -56,7 +56,7 @@ def linear_cross_entropy(
     if z_loss_weight < 0:
         raise ValueError(f"z_loss_weight must not be negative; got {z_loss_weight}")
     _check_labels(labels_R, weight_VD.shape[0], ignore_index)
-    backend = resolve_backend(backend, hidden_RD.device)
+    backend = resolve_backend(backend, hidden_RD.device, "linear_cross_entropy")
     if backend == "triton":
         from kernels.linear_cross_entropy.triton_impl import linear_cross_entropy_triton as implementation
     else:
@@ -82,7 +82,7 @@ def linear_statistics(
     Raises ValueError for wrong shapes and dtypes.
     """
     _check(hidden_RD, weight_VD, labels_R)
-    backend = resolve_backend(backend, hidden_RD.device)
+    backend = resolve_backend(backend, hidden_RD.device, "linear_cross_entropy")
     if backend == "triton":
         from kernels.linear_cross_entropy.triton_impl import linear_statistics_triton
 

@@ -67,7 +67,7 @@ def route(
     Source: DeepSeek-V3 (arXiv 2412.19437), section 2.1.2; Wang et al. 2024 (arXiv 2408.15664) for the bias.
     """
     _check_route(logits_RE, expert_bias_E, score, top_k, num_groups, group_top_k)
-    backend = resolve_backend(backend, logits_RE.device)
+    backend = resolve_backend(backend, logits_RE.device, "router")
     # All groups allowed is no limit: spare the pass over groups.
     if group_top_k == num_groups:
         num_groups = group_top_k = 1
@@ -103,7 +103,7 @@ def grouped_feed_forward(
         raise ValueError(f"counts_E must be int32 or int64; got {counts_E.dtype}")
     if x_RD.device.type == "cpu" and not torch.compiler.is_compiling() and int(counts_E.sum()) != x_RD.shape[0]:
         raise ValueError(f"counts_E must add up to the {x_RD.shape[0]} rows of x_RD; got {int(counts_E.sum())}")
-    backend = resolve_backend(backend, x_RD.device)
+    backend = resolve_backend(backend, x_RD.device, "moe")
     if backend == "reference":
         return grouped_feed_forward_reference(x_RD, counts_E, up_EFD, down_EDF, activation=activation)
     offsets_E = counts_E.cumsum(0).to(torch.int32)
@@ -133,7 +133,7 @@ def expert_feed_forward(
     _check_experts(x_RD, up_EFD, down_EDF, activation)
     check_shape("expert_ids_RK", expert_ids_RK, (x_RD.shape[0], -1), x_RD)
     check_shape("weights_RK", weights_RK, tuple(expert_ids_RK.shape), x_RD)
-    backend = resolve_backend(backend, x_RD.device)
+    backend = resolve_backend(backend, x_RD.device, "moe")
     if backend == "reference":
         return expert_feed_forward_reference(x_RD, expert_ids_RK, weights_RK, up_EFD, down_EDF, activation=activation)
     groups = group_by_expert(expert_ids_RK, up_EFD.shape[0])

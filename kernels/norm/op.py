@@ -42,7 +42,7 @@ def rms_norm(
     if residual is not None:
         check_shape("residual", residual, tuple(x.shape), x)
         check_float("residual", residual, x)
-    backend = resolve_backend(backend, x.device)
+    backend = resolve_backend(backend, x.device, "norm")
     if backend == "triton":
         from kernels.norm.triton_impl import rms_norm_triton
 
@@ -74,7 +74,7 @@ def gated_rms_norm(
     check_float("z", z, y)
     if num_groups < 1 or y.shape[-1] % num_groups:
         raise ValueError(f"num_groups must divide the last dim of y, {y.shape[-1]}; got {num_groups}")
-    backend = resolve_backend(backend, y.device)
+    backend = resolve_backend(backend, y.device, "norm")
     if backend == "reference":
         wide = torch.float64 if y.dtype == torch.float64 else torch.float32
         return normalize_gated(y.to(wide), z.to(wide), weight.to(wide), epsilon, num_groups).to(y.dtype)

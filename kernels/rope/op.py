@@ -40,7 +40,7 @@ def qk_norm_rope(
     Source: Su et al. 2021 (arXiv 2104.09864), section 3.4.2; Dehghani et al. 2023 (arXiv 2302.05442), section 2, QK-norm.
     """
     _check(q_BTHK, k_BTJK, positions_BT, inverse_frequencies, q_weight_K, k_weight_K)
-    backend = resolve_backend(backend, q_BTHK.device)
+    backend = resolve_backend(backend, q_BTHK.device, "rope")
     if backend == "reference":
         rest = (positions_BT, inverse_frequencies, attention_factor)
         return (

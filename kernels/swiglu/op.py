@@ -25,7 +25,7 @@ def swiglu(gate_up: Tensor, *, backend: str = "torch") -> Tensor:
     check_float("gate_up", gate_up)
     if gate_up.dim() == 0 or gate_up.shape[-1] % 2:
         raise ValueError(f"gate_up must have an even last dim (gate, then up); got {list(gate_up.shape)}")
-    backend = resolve_backend(backend, gate_up.device)
+    backend = resolve_backend(backend, gate_up.device, "swiglu")
     if backend == "triton":
         from kernels.swiglu.triton_impl import swiglu_triton
 
@@ -40,7 +40,7 @@ def squared_relu(x: Tensor, *, backend: str = "torch") -> Tensor:
     Source: So et al. 2021 (arXiv 2109.08668), section 3.
     """
     check_float("x", x)
-    backend = resolve_backend(backend, x.device)
+    backend = resolve_backend(backend, x.device, "swiglu")
     if backend == "triton":
         from kernels.swiglu.triton_impl import squared_relu_triton
 

@@ -57,7 +57,7 @@ def make_documents(case: ScanCase) -> Tensor | None:
     return torch.tensor(rows, dtype=torch.int32)
 
 
-def make_inputs(case: ScanCase, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> ScanInputs:
+def make_inputs(case: ScanCase, dtype: torch.dtype, seed: int = 0) -> ScanInputs:
     """Random inputs whose outputs stay near 1; drawn in float64, so that all dtypes round the same numbers."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -78,13 +78,10 @@ def make_inputs(case: ScanCase, dtype: torch.dtype, seed: int = 0, device: str =
         wide_from = (3,)
         state, outputs = (B, H, N, P), (B, T, H, P)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    placed = [t.to(wide if i in wide_from else dtype).to(device).requires_grad_() for i, t in enumerate(tensors)]
-    initial = draw(*state).to(wide).to(device).requires_grad_() if case.initial else None
+    placed = [t.to(wide if i in wide_from else dtype).requires_grad_() for i, t in enumerate(tensors)]
+    initial = draw(*state).to(wide).requires_grad_() if case.initial else None
     weights = [draw(*outputs), draw(*state), draw(B, H, N) if case.kind == "vector" else draw(B, H)]
-    documents = make_documents(case)
-    return ScanInputs(
-        names, placed, initial, None if documents is None else documents.to(device), [w.to(device) for w in weights]
-    )
+    return ScanInputs(names, placed, initial, make_documents(case), weights)
 
 
 def run_scan(

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from kernels.backend import INTERPRETED, find_miscompile, judge_miscompile, resolve_backend
+from kernels.launch_failure import describe_launch_failure
 
 CPU = torch.device("cpu")
 
@@ -64,3 +65,25 @@ def test_multiply_adds_fuse_without_a_warning_unless_the_environment_forbids(sai
     command = [sys.executable, "-W", "error::UserWarning", "-c", code]
     child = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (child.stdout.strip(), child.stderr) == (fuses, "")
+
+
+def test_a_failed_launch_names_kernel_tile_cause_and_remedy() -> None:
+    """Raised as Triton raises it: from the launcher of the kernel, whose frame is all that knows which one it was."""
+    from triton.runtime.errors import OutOfResources
+    from triton.runtime.jit import JITFunction
+
+    class Launcher(JITFunction):
+        def __init__(self) -> None:
+            self.__name__ = "walk_kernel"
+
+        def run(self, **kwargs: int) -> None:
+            raise OutOfResources(300000, 232448, "shared memory")
+
+    with pytest.raises(OutOfResources) as raised:
+        Launcher().run(BLOCK_V=64, num_warps=8, num_stages=3, T=100)
+    said = describe_launch_failure(raised.value)
+    assert said is not None and said.startswith(
+        "the kernel walk_kernel with the tile BLOCK_V=64, num_warps=8, num_stages=3"
+    )
+    assert "300000" in said and "--tune" in said and "kernels.backend=torch" in said
+    assert describe_launch_failure(RuntimeError("other")) is None

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from kernels.tuning import Environment, Table, own_folder
+from kernels.tuning import Environment, Table
+from kernels.user_cache import user_folder
 
 ENVIRONMENT = Environment("A card", "3.9.0", "13.0.1")
 
@@ -22,7 +23,7 @@ def test_a_machine_without_a_home_directory_reads_the_package_and_is_told_why_it
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(pwd, "getpwuid", forget_home)
-    assert own_folder() is None
+    assert user_folder("tuned") is None
     assert Table.load(ENVIRONMENT).configs == {}
     with pytest.raises(RuntimeError, match="set HOME or XDG_CACHE_HOME"):
         Table(ENVIRONMENT).save()

@@ -159,7 +159,7 @@ class HostSizes:
 
 @dataclass(frozen=True)
 class OperationCase:
-    """An operation of `kernels/`: every way in which it is compiled, counted, checked and timed.
+    """An operation of `kernels/`: every way in which it is compiled, counted and timed; how it is checked is in `trials/`.
 
     `launches`: its kernels in bfloat16 with documents and the tiles of a card. `counted`: problems of the audit.
     `on_card`, `on_host`: builders of the problems that are timed, by the name that the benchmarks give them.

@@ -51,12 +51,6 @@ ON_HOST: dict[str, Callable[[Inputs, HostSizes], Problem]] = {
 }
 
 
-def card_problem(name: str, device: torch.device, sizes: CardSizes) -> Problem:
-    """What `ON_CARD` has under this name, in bfloat16: the same numbers in every process."""
-    torch.manual_seed(0)
-    return ON_CARD[name](Inputs(device, torch.bfloat16), sizes)
-
-
 def host_problem(name: str, dtype: torch.dtype, sizes: HostSizes) -> Problem:
     """What `ON_HOST` has under this name, on the CPU: the same numbers in every process."""
     torch.manual_seed(0)

@@ -1,19 +1,44 @@
-"""These tests need TRITON_INTERPRET=1 before Triton is imported, so `test_interpreter.py` runs them in a child."""
+"""These tests run kernels: in Triton's interpreter, or compiled on a card.
+
+Interpreting needs TRITON_INTERPRET=1 before Triton is imported, so `test_interpreter.py` runs them in a child. On a machine
+with a card `pytest -m gpu tests/kernels/interpreter` runs the same tests on it: what they make, they make on the card.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from triton import language
 from triton.runtime import interpreter
 
 from kernels.backend import INTERPRETED
 from kernels.interpreter import replace_methods
+from tests.helpers.made_on import MadeOn
 
-collect_ignore_glob = [] if INTERPRETED else ["test_*.py"]
+ON_CARD = not INTERPRETED and torch.cuda.is_available()
+# What is about the interpreter itself: its counts, its races, its rounding, tiles timed by a given clock.
+ABOUT_THE_INTERPRETER = ["test_counting.py", "test_emulation.py", "test_races.py", "test_tuning.py"]
+collect_ignore_glob = [] if INTERPRETED else ABOUT_THE_INTERPRETER if ON_CARD else ["test_*.py"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """On a card, mark this folder's tests for it."""
+    for item in items:
+        if ON_CARD and Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.gpu)
+
+
+@pytest.fixture(autouse=True)
+def made_on_the_card() -> Iterator[None]:
+    """On a card, move there what tests make without naming a device."""
+    with MadeOn(torch.device("cuda")) if ON_CARD else nullcontext():
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -23,6 +48,9 @@ def patched_once_a_launch() -> Iterator[None]:
     The interpreter does the latter (Triton 3.4 to 3.9), finds everything in its place, and takes two fifths of the time of
     these tests for it. A kernel sees `triton.language`; functions of Triton's own library see `triton.language.core`.
     """
+    if not INTERPRETED:
+        yield
+        return
     patch = interpreter._patch_lang
     patched: set[str] = set()  # in the launch that runs; empty between launches
 
@@ -56,6 +84,9 @@ def _language_modules(function: Callable[..., None]) -> frozenset[str]:
 @pytest.fixture(autouse=True)
 def no_races() -> Iterator[None]:
     """Hold every launch of every test here to accesses that something orders."""
+    if not INTERPRETED:
+        yield
+        return
     from kernels.proof.races import find_races
 
     with find_races() as races:

@@ -1,0 +1,172 @@
+"""`python -m kernels.acceptance`: prove the kernels on the card of this machine, then time them.
+
+It needs torch, triton and numpy alone. Four stages, each for one operation after the other: `compile` every kernel in a pool of
+processes, `check` every output and gradient against float64 (twice, for equal bits; once under torch.compile), `sanitize` under
+compute-sanitizer where it is installed, `time` beside PyTorch and installed packages. Each operation runs in a process of its
+own with a limit on its time, and the report is written after each. Exit code 3 for any fault, 2 where the machine can't serve.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from kernels.acceptance import report as shown
+from kernels.acceptance.process import Finished, run_child
+from kernels.acceptance.report import STAGES, Report
+from kernels.first_use import DEFAULT_CASES
+from kernels.machine import find_obstacle
+from kernels.proof.trials.trial import KINDS
+
+BAD_MACHINE, FAULTY = 2, 3
+# Without a card the kernels are compiled for Hopper.
+DEFAULT_ARCHITECTURE = 90
+
+
+def main(words: list[str]) -> int:
+    """Run the stages that are asked for and return the exit code."""
+    given = read_arguments(words)
+    if given.device != "cpu":
+        obstacle = find_obstacle(given.device)
+        if obstacle is not None:
+            print(f"error: {obstacle}", file=sys.stderr)
+            return BAD_MACHINE
+    try:
+        operations = _operations(given)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_MACHINE
+    described = run_child({"do": "describe", "device": given.device}, given.seconds, interpreted=given.device == "cpu")
+    if described.fault:
+        print(f"error: the card does not answer: {described.fault}", file=sys.stderr)
+        return BAD_MACHINE
+    machine = described.lines[0]
+    try:
+        report = Report(given.out, machine)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_MACHINE
+    print(
+        ", ".join(f"{name} {value}" for name, value in {**machine, **machine["versions"]}.items() if name != "versions")
+    )
+    runs = {"compile": _compile, "check": _check, "sanitize": _sanitize, "time": _time}
+    for stage in given.stages:
+        runs[stage](given, machine, operations, report)
+    return _conclude(report, given.out)
+
+
+def read_arguments(words: list[str]) -> argparse.Namespace:
+    """The command's arguments; exits with 2 for wrong ones."""
+    parser = argparse.ArgumentParser(prog="python -m kernels.acceptance", description=__doc__)
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:1, or cpu: a rehearsal in Triton's interpreter")
+    parser.add_argument("--stages", default=",".join(STAGES), help=f"some of {','.join(STAGES)}")
+    parser.add_argument("--op", action="append", help="only this operation; may be given again")
+    parser.add_argument("--kinds", default="", help="trials: first, small, long; all on a card, first on a CPU")
+    parser.add_argument("--out", type=Path, default=Path("acceptance.json"), help="the report; an old one goes on")
+    parser.add_argument("--seconds", type=float, default=300.0, help="limit of one operation's process")
+    parser.add_argument("--jobs", type=int, default=min(16, os.cpu_count() or 1), help="processes that compile")
+    parser.add_argument("--cases", default=DEFAULT_CASES, help="module with OPERATIONS and trials_of")
+    given = parser.parse_args(words)
+    given.stages = given.stages.split(",")
+    for stage in given.stages:
+        if stage not in STAGES:
+            parser.error(f"--stages {stage}: there is no such stage; use {', '.join(STAGES)}")
+    if given.device == "cpu" and "time" in given.stages and given.stages != list(STAGES):
+        parser.error("--stages time: kernels are timed on a card; leave out time, or --device cpu")
+    if given.device == "cpu":
+        given.stages = [stage for stage in given.stages if stage not in ("sanitize", "time")]
+    given.kinds = given.kinds.split(",") if given.kinds else ["first"] if given.device == "cpu" else []
+    for kind in given.kinds:
+        if kind not in KINDS:
+            parser.error(f"--kinds {kind}: there is no such kind of trial; use {', '.join(KINDS)}")
+    return given
+
+
+def _operations(given: argparse.Namespace) -> list[str]:
+    """Names of the operations to go through. Raises ValueError for an unknown one."""
+    known = importlib.import_module(given.cases).OPERATIONS
+    for name in given.op or ():
+        if name not in known:
+            raise ValueError(f"--op {name}: there is no such operation; use {', '.join(known)}")
+    return given.op or [*known]
+
+
+def _compile(given: argparse.Namespace, machine: dict[str, Any], operations: list[str], report: Report) -> None:
+    """Compile all kernels of these operations for the card."""
+    from kernels.acceptance.compiling import compile_all
+
+    architecture = machine["capability"] or DEFAULT_ARCHITECTURE
+    for row in compile_all(given.cases, architecture, operations, given.jobs, given.seconds):
+        fault = row.pop("fault")
+        report.put("compile", row["kernel"], row | {"faults": [fault] if fault else []})
+        if fault:
+            print(f"  FAULT  {row['kernel']}: {fault}", flush=True)
+    print(*shown.compile_lines(report.content["compile"]), sep="\n", flush=True)
+
+
+def _check(given: argparse.Namespace, machine: dict[str, Any], operations: list[str], report: Report) -> None:
+    """Hold every operation's trials against float64."""
+    for operation in operations:
+        settings = {"do": "check", "operation": operation, "kinds": given.kinds, "compiled": True}
+        finished = _child(given, settings)
+        trials = [line for line in finished.lines if "trial" in line]
+        faults = [f"{trial['trial']}: {fault}" for trial in trials for fault in trial["faults"]]
+        found = {"trials": trials, "faults": faults + ([finished.fault] if finished.fault else [])}
+        report.put("check", operation, found)
+        print(*shown.check_lines(operation, found), sep="\n", flush=True)
+        if finished.fault:
+            print(f"  FAULT  {operation}: {finished.fault}", flush=True)
+
+
+def _sanitize(given: argparse.Namespace, machine: dict[str, Any], operations: list[str], report: Report) -> None:
+    """Run the first trials under compute-sanitizer's memcheck and racecheck, where it is installed."""
+    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if tool is None:
+        print("compute-sanitizer is not installed: nothing was sanitized", flush=True)
+        return
+    for operation in operations:
+        faults = []
+        for check in ("memcheck", "racecheck"):
+            before = [tool, "--tool", check, "--error-exitcode", "86"]
+            finished = _child(given, {"do": "run", "operation": operation, "kinds": ["first"]}, before)
+            faults += [f"{check}: {finished.fault}"] if finished.fault else []
+        report.put("sanitize", operation, {"faults": faults})
+        print(f"  {'FAULT' if faults else 'right'}  {operation}: memcheck, racecheck", *faults, sep="\n  ", flush=True)
+
+
+def _time(given: argparse.Namespace, machine: dict[str, Any], operations: list[str], report: Report) -> None:
+    """Time every operation that has a problem for a card."""
+    for operation in operations:
+        finished = _child(given, {"do": "time", "operation": operation})
+        for found in [line for line in finished.lines if "rows" in line]:
+            report.put("time", found["op"], found)
+            print(*shown.time_lines(found), sep="\n", flush=True)
+        if finished.fault:
+            report.put("time", operation, {"rows": [], "remarks": [], "faults": [finished.fault]})
+            print(f"  FAULT  {operation}: {finished.fault}", flush=True)
+
+
+def _child(given: argparse.Namespace, settings: dict[str, Any], before: list[str] | None = None) -> Finished:
+    """Run a child on the run's device with its limit of time."""
+    settings = settings | {"device": given.device, "cases": given.cases}
+    return run_child(settings, given.seconds, interpreted=given.device == "cpu", before=before)
+
+
+def _conclude(report: Report, path: Path) -> int:
+    """Say what is wrong, and return the exit code."""
+    faults = report.faults()
+    print(f"report: {path}")
+    if not faults:
+        print("no fault")
+        return 0
+    print(f"{len(faults)} faults:", *faults, sep="\n  ", file=sys.stderr)
+    return FAULTY
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

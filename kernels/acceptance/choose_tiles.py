@@ -1,0 +1,44 @@
+"""Chooses the tiles of one operation's kernels on this card, each candidate proved before it is timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kernels.proof.cases.case import CardSizes, Inputs, Problem
+from kernels.proof.timing import measure_milliseconds
+from kernels.tuning import Table, find_environment, tune
+
+# Relative RMS of any output or gradient in bfloat16 against float32 that a tuned kernel may have.
+LARGEST_ERROR = 5e-2
+
+
+def choose_tiles(
+    build: Callable[[Inputs, CardSizes], Problem],
+    device: torch.device,
+    sizes: CardSizes,
+    report: Callable[[str], None],
+) -> Table:
+    """Tune the kernels that a problem launches, forward and backward together, and save this card's table; returns it.
+
+    Raises RuntimeError where this compiler miscompiles a kernel as it stands.
+    """
+    torch.manual_seed(0)
+    problem = build(Inputs(device, torch.bfloat16), sizes)
+    wide = tuple(leaf.detach().float().requires_grad_() for leaf in problem.leaves)
+    exact = _results(problem, "torch", wide)
+    table = Table.load(find_environment(device))
+    tune(
+        lambda: _results(problem, "triton", problem.leaves), exact, measure_milliseconds, table,
+        tolerance=LARGEST_ERROR, report=report,
+    )  # fmt: skip
+    table.save()
+    return table
+
+
+def _results(problem: Problem, backend: str, leaves: tuple[Tensor, ...]) -> list[Tensor]:
+    """Output and gradients, with ones as the incoming gradient."""
+    output = problem.run(*leaves, backend=backend)
+    return [output.detach(), *torch.autograd.grad(output, leaves, torch.ones_like(output))]

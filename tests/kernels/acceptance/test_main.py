@@ -1,0 +1,112 @@
+"""The acceptance command on a CPU: verdicts, crashes, limits and its report, with planted faults that it must find."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kernels.acceptance.__main__ import main
+from kernels.acceptance.process import run_child
+from kernels.acceptance.report import Report
+from kernels.backend import INTERPRETED
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="the command starts interpreters of its own")
+
+ROOT = Path(__file__).parents[3]
+PLANTED = ["--cases", "tests.kernels.acceptance.planted", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], dict]:
+    """One run over the operations with a wrong gradient and with a crash, each behind a right trial: process and report."""
+    out = tmp_path_factory.mktemp("acceptance") / "report.json"
+    command = [sys.executable, "-m", "kernels.acceptance", *PLANTED, "--out", str(out), "--jobs", "1"]
+    command += ["--op", "wrong", "--op", "crash"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=280)
+    return done, json.loads(out.read_text())
+
+
+def test_any_fault_ends_with_three_and_is_named(planted: tuple[subprocess.CompletedProcess[str], dict]) -> None:
+    done, _ = planted
+    assert done.returncode == 3, done.stderr
+    assert "check wrong: the wrong one: d_x is off by" in done.stderr
+    assert "check crash: the crash one: ended with signal SIGSEGV" in done.stderr
+    assert "compile broken: does not compile with {" in done.stderr and "num_warps" in done.stderr
+
+
+def test_a_right_trial_has_no_fault_and_numbers_of_every_tensor(
+    planted: tuple[subprocess.CompletedProcess[str], dict],
+) -> None:
+    _, report = planted
+    right = report["check"]["wrong"]["trials"][0]
+    assert right["faults"] == []
+    assert {tensor["name"] for tensor in right["tensors"]} == {"y", "d_x"}
+    assert right["compiled"]
+    assert report["compile"]["triple"]["spill_bytes"] == 0
+
+
+def test_what_was_found_before_a_crash_stands(planted: tuple[subprocess.CompletedProcess[str], dict]) -> None:
+    _, report = planted
+    crashed = report["check"]["crash"]
+    assert [trial["trial"] for trial in crashed["trials"]] == ["a right one"]
+    assert crashed["trials"][0]["faults"] == []
+    assert report["machine"]["versions"]["triton"]
+
+
+def test_one_wrong_gradient_among_right_tensors_decides(planted: tuple[subprocess.CompletedProcess[str], dict]) -> None:
+    _, report = planted
+    wrong = report["check"]["wrong"]["trials"][1]
+    by_name = {tensor["name"]: tensor for tensor in wrong["tensors"]}
+    assert by_name["y"]["error"] <= by_name["y"]["bound"]
+    assert by_name["d_x"]["error"] > by_name["d_x"]["bound"]
+
+
+def test_a_child_is_stopped_at_its_limit() -> None:
+    finished = run_child({"do": "describe", "device": "cpu"}, 0.5)
+    assert finished.lines == [] and finished.fault == "was stopped after 0.5 s"
+
+
+def test_a_sanitizer_that_finds_something_is_a_fault() -> None:
+    found = ["sh", "-c", "echo racecheck: 2 hazards >&2; exit 86"]
+    finished = run_child({"do": "run", "device": "cpu"}, 20, before=found)
+    assert finished.fault == "ended with exit code 86: racecheck: 2 hazards"
+
+
+@pytest.mark.slow
+def test_an_operation_that_never_ends_is_stopped_and_others_go_on(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    out = tmp_path / "report.json"
+    words = [*PLANTED, "--out", str(out), "--stages", "check", "--op", "hang", "--op", "right", "--seconds", "25"]
+    assert main(words) == 3
+    assert "check hang: the hang one: was stopped after 25 s" in capfd.readouterr().err
+    assert json.loads(out.read_text())["check"]["right"]["faults"] == []
+
+
+def test_a_report_of_another_machine_is_not_gone_on_with(tmp_path: Path) -> None:
+    here, out = {"card": "NVIDIA H200"}, tmp_path / "report.json"
+    Report(out, here).put("check", "moe", {"trials": [], "faults": ["off"]})
+    assert Report(out, here).faults() == ["check moe: off"]
+    with pytest.raises(ValueError, match=r"is the report of another machine.*H200.*name another --out"):
+        Report(out, {"card": "NVIDIA H100"})
+
+
+def test_arguments_that_mean_nothing_are_refused(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    assert main([*PLANTED, "--out", str(tmp_path / "report.json"), "--op", "nonsense"]) == 2
+    assert "--op nonsense: there is no such operation; use right, wrong" in capfd.readouterr().err
+    for words, said in ((["--stages", "weigh"], "no such stage"), (["--kinds", "odd"], "no such kind of trial")):
+        with pytest.raises(SystemExit, match="2"):
+            main([*PLANTED, *words])
+        assert said in capfd.readouterr().err
+
+
+def test_a_machine_without_a_card_is_told_what_works(capfd: pytest.CaptureFixture) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a card")
+    assert main([]) == 2
+    said = capfd.readouterr().err
+    assert "found torch" in said and "pip install" in said and "compute capability 8.0" in said

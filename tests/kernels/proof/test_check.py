@@ -1,0 +1,35 @@
+"""What one trial says of kernels, and of references, that do not run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from kernels.proof.cases.case import Inputs
+from kernels.proof.check import check_trial
+from kernels.proof.trials.trial import Sized, Trial
+
+
+def sized(failing: str) -> Sized:
+    def build(inputs: Inputs) -> Trial:
+        def run(given: Mapping[str, Tensor], backend: str) -> dict[str, Tensor]:
+            if backend == failing:
+                raise RuntimeError(f"no room for {backend}")
+            return {"y": 2 * given["x"]}
+
+        return Trial({"x": inputs.normal(8)}, run)
+
+    return Sized("doubling", "first", build)
+
+
+def test_what_does_not_run_is_a_fault_with_its_reason_and_raises_nothing() -> None:
+    for failing, said in (
+        ("triton", ["did not run: RuntimeError: no room for triton"]),
+        ("reference", ["PyTorch's form, which ours is held against, did not run: no room for reference"]),
+        ("nothing", []),
+    ):
+        result = check_trial(sized(failing), torch.device("cpu"), torch.float32)
+        assert result.faults == said
+        assert bool(result.tensors) == (failing == "nothing")
