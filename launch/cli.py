@@ -18,7 +18,7 @@ from launch.commands import config, data, doctor, evaluate, export, init, launch
 from launch.commands.bench import verbs as bench
 from launch.console import UNUSED_LIBRARIES, print_json, say
 from pretrain.config.errors import ConfigError
-from pretrain.failures import describe, exit_code, is_bug
+from pretrain.failures import describe, exit_code, is_bug, launches_in_words
 from pretrain.launcher_protocol import BAD_INPUT, DONE, INTERRUPTED, RUN_FAILED
 
 DISTRIBUTION = "amfm-pretrain"
@@ -76,7 +76,8 @@ def run(arguments: Sequence[str]) -> int:
     try:
         # With --json, usage errors come back as exceptions, to be said as JSON too.
         command = without_types_of_flags(typer.main.get_command(app))
-        code = command(args=list(arguments), prog_name="amfm", standalone_mode=not as_json)
+        with launches_in_words():
+            code = command(args=list(arguments), prog_name="amfm", standalone_mode=not as_json)
         return code if isinstance(code, int) else DONE
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)

@@ -55,6 +55,24 @@ def choose_remedy(number: int | None) -> str:
 def while_running() -> Iterator[None]:
     """Inside the block a run is under way: errors of the system and of values become RuntimeError, which ends with 3."""
     try:
-        yield
+        with launches_in_words():
+            yield
     except (OSError, ValueError) as error:
         raise RuntimeError(describe(error)) from error
+
+
+@contextmanager
+def launches_in_words() -> Iterator[None]:
+    """Inside, a Triton kernel that does not fit the card or does not compile raises RuntimeError with its name and tile."""
+    try:
+        yield
+    except Exception as error:
+        # Triton's errors are no RuntimeErrors. It need not be installed, and then nothing of it is raised.
+        if not any(base.__module__.partition(".")[0] == "triton" for base in type(error).__mro__):
+            raise
+        from kernels.launch_failure import describe_launch_failure
+
+        words = describe_launch_failure(error)
+        if words is None:
+            raise
+        raise RuntimeError(words) from error

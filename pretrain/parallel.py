@@ -257,18 +257,22 @@ def count_cores() -> int:
     return os.cpu_count() or 1
 
 
-def set_determinism(seed: int) -> None:
-    """Seed every generator alike on all ranks and ask for kernels whose sums have one order.
+def set_determinism(seed: int, deterministic: bool | None = None) -> bool:
+    """Seed every generator alike on all ranks, and ask for library kernels whose sums have one order where wanted.
 
-    On CUDA an operation without such a kernel warns and runs; on CPU all have one.
+    deterministic: None is yes on a CPU, where it costs nothing, and no on CUDA. Our own kernels add in one order either
+    way. On CUDA an operation without such a kernel warns and runs; on CPU all have one. Returns what was chosen.
     """
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
+    chosen = not torch.cuda.is_available() if deterministic is None else deterministic
+    if chosen:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(chosen, warn_only=torch.cuda.is_available())
     # Filling costs a pass over every new tensor.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    return chosen
 
 
 def describe_environment(names: Sequence[str]) -> dict[str, str]:

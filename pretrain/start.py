@@ -26,7 +26,7 @@ from data_pipeline.progress import Report, silent
 from data_pipeline.store.store import TokenStore
 from data_pipeline.synthetic.rows import NO_TOKENIZER
 from data_pipeline.tokenizer.tokenizer import load_tokenizer
-from kernels.backend import resolve_backend
+from kernels.backend import resolve_for_run
 from model.flops import count_parameters, flops_per_token
 from model.hybrid import HybridModel
 from model.pipeline_split import cut_pieces, pieces_of_rank
@@ -108,7 +108,7 @@ def build_run(
     built, train = in_layout(config, stage), config.train
     parallel = initialize_parallel(built.parallel, timeout_seconds=train.timeout_seconds, num_threads=train.num_threads)
     keeps_freed_memory = parallel.device.type == "cpu" and keep_freed_memory()
-    set_determinism(config.train.seed)
+    deterministic = set_determinism(config.train.seed, config.train.deterministic)
     data = data_of_stages(config, stages)
     report("opening the data")
     loader = open_loader(config, data, parallel, "train", stages[0])
@@ -116,6 +116,8 @@ def build_run(
     check_tokenizer(config)
     require_same_on_all_ranks(identities_of(loader))
     report("building the model and its optimizer")
+    if not deterministic:
+        share_tiles(config, parallel)
     engine = build_engine(
         build_model(built, parallel),
         optimizer=config.optimizer,
@@ -207,6 +209,22 @@ def check_tokenizer(config: RunConfig) -> None:
         load_tokenizer(config.data.text_store())
 
 
+def choose_backend(config: RunConfig, parallel: Parallel) -> str:
+    """Name the implementation of the kernels on this rank. Raises ValueError for one that cannot run here."""
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    return resolve_for_run(config.kernels.backend, parallel.device, dtype)
+
+
+def share_tiles(config: RunConfig, parallel: Parallel) -> None:
+    """Let all ranks launch Triton kernels with the same tuned tiles, where they run on CUDA. Every rank must call this."""
+    if parallel.device.type != "cuda" or choose_backend(config, parallel) != "triton":
+        return
+    from kernels.tuning import load_table
+    from pretrain.tiles import agree_on_tiles
+
+    agree_on_tiles(load_table(parallel.device))
+
+
 def build_model(config: RunConfig, parallel: Parallel) -> HybridModel:
     """Build the model in float32 with its initial weights, compiled and recomputed as the run asks.
 
@@ -214,7 +232,7 @@ def build_model(config: RunConfig, parallel: Parallel) -> HybridModel:
     ranks, or `run.initial_weights` when no checkpoint of the run exists to replace them.
     """
     section, pieces = config.parallel, None
-    backend = resolve_backend(config.kernels.backend, parallel.device)
+    backend = choose_backend(config, parallel)
     check_kernels(config, backend)
     if section.pipeline > 1:
         cut = cut_pieces(config.model, section.num_pieces(), config.train.sequence_length)

@@ -130,7 +130,7 @@ def count_step(config: RunConfig) -> list[Traffic]:
     parallel = initialize_parallel(
         config.parallel, timeout_seconds=config.train.timeout_seconds, num_threads=config.train.num_threads
     )
-    set_determinism(config.train.seed)
+    set_determinism(config.train.seed, config.train.deterministic)
     engine = build_engine(
         build_model(config, parallel),
         optimizer=config.optimizer,

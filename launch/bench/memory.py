@@ -72,7 +72,7 @@ def bench_memory(config: RunConfig) -> dict[str, Any]:
     parallel = initialize_parallel(
         config.parallel, timeout_seconds=config.train.timeout_seconds, num_threads=config.train.num_threads
     )
-    set_determinism(config.train.seed)
+    set_determinism(config.train.seed, config.train.deterministic)
     gauge = Gauge(parallel.device)
     _warm_up(config, parallel)
     # After the warm-up, so that only this configuration's own allocations count.

@@ -131,6 +131,8 @@ def examine_devices() -> list[Finding]:
         return []
     import torch
 
+    from kernels.backend import refuse_triton
+
     if not torch.cuda.is_available():
         threads = (
             f"CPU only, {torch.get_num_threads()} threads (torch {torch.__version__}); kernels.backend auto is torch"
@@ -143,14 +145,9 @@ def examine_devices() -> list[Finding]:
         status: Literal["ok", "warn"] = "ok" if properties.major >= 8 else "warn"
         remedy = "" if status == "ok" else "bf16 needs capability 8.0 or more: train.precision=float32"
         findings.append(Finding(f"cuda:{index}", status, found, remedy))
-    triton = installed_version("triton")
     # A miscompiled kernel runs without an error, so the releases that miscompile are told by their number.
-    hopper = any(torch.cuda.get_device_capability(index)[0] == 9 for index in range(torch.cuda.device_count()))
-    if triton and hopper and Version("3.4") <= Version(triton) <= Version("3.7.0"):
-        found = f"Triton {triton} on Hopper miscompiles some scan kernels"
-        findings.append(
-            Finding("triton on Hopper", "warn", found, 'pip install "triton>3.7.0", or kernels.backend=torch')
-        )
+    refusals = {refuse_triton(torch.device("cuda", index)) for index in range(torch.cuda.device_count())}
+    findings += [Finding("triton on this card", "warn", refusal, "see docs/gpu.md") for refusal in refusals if refusal]
     return findings
 
 

@@ -38,10 +38,10 @@ class Memory:
 
 
 def storage_of(config: RunConfig, *, on_gpu: bool = True) -> Storage:
-    """Precision and kernels that the configuration resolves to; backend `auto` is Triton on a GPU, else PyTorch."""
+    """Precision and kernels that the configuration resolves to; `auto` is Triton on a GPU in bf16, else PyTorch."""
     backend = config.kernels.backend
     if backend == "auto":
-        backend = "triton" if on_gpu else "torch"
+        backend = "triton" if on_gpu and config.train.precision == "bf16" else "torch"
     return Storage(2 if config.train.precision == "bf16" else 4, "triton" if backend == "triton" else "torch")
 
 

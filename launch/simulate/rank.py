@@ -73,7 +73,7 @@ def trace_rank(config: RunConfig, settings: dict[str, Any], report: Callable[[st
 
     parallel = initialize_parallel(config.parallel, timeout_seconds=600, num_threads=1)
     patches.install_deepspeed(card.index)
-    set_determinism(config.train.seed)
+    set_determinism(config.train.seed, config.train.deterministic)
     tracer.watch(parallel.groups)
     planned = planned_traffic(config, ranks)
     report("groups")

@@ -50,6 +50,7 @@ MAY_CHANGE = (
     "train.num_threads",
     "train.profile",
     "train.profile.*",
+    "train.deterministic",
     "data.store",
     "data.cache.*",
     "data.sources.*",

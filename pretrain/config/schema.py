@@ -138,6 +138,10 @@ class TrainConfig(Section):
     recompute_blocks: str = Field("", description="For recompute: selective, letters of model.pattern, such as `*E`.")
     num_threads: int | None = Field(None, gt=0, description="CPU threads a rank; none: cores / ranks on this machine.")
     profile: ProfileConfig | None = Field(None, description="Trace some steps; none: no trace.")
+    deterministic: bool | None = Field(
+        None,
+        description="Library kernels that add in one order, and our kernels' own tiles instead of tuned ones; none: yes on a CPU, no on CUDA, where library kernels are slower so. Our kernels add in one order always.",
+    )
 
 
 class ParallelConfig(Section):
@@ -235,7 +239,8 @@ class KernelsConfig(Section):
     """Which implementation of each operation runs."""
 
     backend: Literal["auto", "triton", "torch", "reference"] = Field(
-        "auto", description="auto: triton on CUDA, torch on CPU. What cannot run here is an error."
+        "auto",
+        description="auto: triton on CUDA in bf16, torch in float32 and on a CPU. What cannot run here is an error.",
     )
 
 
