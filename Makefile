@@ -9,7 +9,7 @@ EXPORT := exports/tiny_cpu
 # Processes that share the tests; each has one thread, and tests start up to eight ranks of their own.
 WORKERS ?= 2
 
-.PHONY: quickstart install test test-slow check format docs constraints bench clean
+.PHONY: quickstart install test test-slow test-versions gpu check format docs constraints bench clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/amfm doctor
@@ -40,6 +40,24 @@ test: $(VENV)/.installed-dev
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 3600
+
+# The oldest torch and Triton that are held to these tests, and the newest that pip gives; half an hour on two cores.
+test-versions:
+	tests/versions.sh build/versions/torch2.11 python3.12 'torch==2.11.*' 'triton==3.6.0' 'numpy<2.5'
+	tests/versions.sh build/versions/newest python3.13 torch
+
+# On a machine with a card: the kernels' acceptance, their tests on the card, the whole job. One that fails stops no other.
+# On a bare machine: make gpu GPU_PYTHON=python3 (docs/gpu.md).
+GPU_PYTHON ?= $(BIN)/python
+GPU_RUNS ?= runs/gpu
+gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/.installed-dev)
+	@mkdir -p $(GPU_RUNS); failed=0; \
+	$(GPU_PYTHON) -m kernels.acceptance --out $(GPU_RUNS)/acceptance.json || failed=1; \
+	$(GPU_PYTHON) -m pytest -p no:cacheprovider -m gpu tests/kernels/interpreter || failed=1; \
+	test -d data/shakespeare || { $(GPU_PYTHON) -m launch corpus shakespeare data/corpus/shakespeare && \
+		$(GPU_PYTHON) -m launch prepare configs/tiny_cpu.yaml; } || failed=1; \
+	$(GPU_PYTHON) -m launch bench card --folder $(GPU_RUNS)/job || failed=1; \
+	exit $$failed
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

@@ -18,10 +18,9 @@ from typing import Any
 
 import torch
 
+from kernels.acceptance.timing import BYTES_A_SECOND, FLOPS_A_SECOND
 from kernels.proof.cases.case import NOTHING, CountedProblem, Goal, Minimum
 from kernels.proof.cases.operations import OPERATIONS, check_names
-
-FLOPS_A_SECOND, BYTES_A_SECOND = 800e12, 3.0e12
 
 
 def audit_kernels(names: list[str] | None = None) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def kernels(
     elif audit:
         print_audit_table(result)
     elif tune:
-        say(f"wrote {result['path']}: {len(result['configs'])} kernels")
+        say(f"{len(result['configs'])} kernels have tuned tiles on this card")
     elif compile_table is None:
         print_kernel_table(result)
     if result.get("faults"):
@@ -122,7 +122,7 @@ def _print_variants(title: str, rows: list[dict[str, Any]], *, on_cpu: bool) -> 
     last = (
         [("as trained", "ratio_as_trained", ".2f")]
         if on_cpu
-        else [("of roofline", "roofline_fraction", ".0%"), ("off float32", "relative_error", ".2g")]
+        else [("of roofline", "roofline_fraction", ".0%"), ("worst off float32", "relative_error", ".2g")]
     )
     table = [
         (

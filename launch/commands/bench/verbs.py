@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from launch.commands.bench.calibrate import calibrate
+from launch.commands.bench.card import card
 from launch.commands.bench.checkpoint import checkpoint
 from launch.commands.bench.communication import communication
 from launch.commands.bench.data import data
@@ -19,6 +20,7 @@ VERBS = (
     (communication, "amfm bench communication parallel.tensor=2 --nproc 2"),
     (length, "amfm bench length --mixers M,G,gla --lengths 1024,16384"),
     (calibrate, "amfm bench calibrate own.yaml --threads 1"),
+    (card, "amfm bench card --stage losses --stage resume"),
     (checkpoint, "amfm bench checkpoint --folder runs --json"),
     (kernels, "amfm bench kernels --op decay_scan --json"),
     (data, "amfm bench data --megabytes 120 --json"),

@@ -7,12 +7,12 @@ import time
 import pytest
 import torch
 
+from kernels.acceptance.timing import time_problem
 from kernels.backend import INTERPRETED
 from kernels.proof.cases.case import CardSizes, HostSizes
 from kernels.proof.cases.operations import ON_CARD, ON_HOST
-from launch.bench.kernels.case import card_case, host_case
+from launch.bench.kernels.case import host_case
 from launch.bench.kernels.cpu_rounds import compare_variants
-from launch.bench.kernels.cuda import find_faults, time_case
 
 ROW = {"op", "pass", "shape", "dtype", "backend", "milliseconds", "roofline_fraction", "ratio"}
 
@@ -23,26 +23,24 @@ SMALL = CardSizes(
 )  # fmt: skip
 
 
-def test_cases_for_cards_compute_what_float32_does() -> None:
+def measure(work) -> float:
+    started = time.perf_counter()
+    work()
+    return (time.perf_counter() - started) * 1e3
+
+
+@pytest.mark.parametrize("op", ON_CARD)
+def test_cases_for_cards_compute_what_float32_does(op: str) -> None:
     """On CPU through the torch backend; what needs a card or a package stays out, named in the remarks."""
-
-    def measure(work) -> float:
-        started = time.perf_counter()
-        work()
-        return (time.perf_counter() - started) * 1e3
-
-    remarks: list[str] = []
-    rows = []
-    for op in ON_CARD:
-        rows += time_case(card_case(op, torch.device("cpu"), SMALL), measure, remarks)
-    assert {row["op"] for row in rows} == set(ON_CARD)
-    for row in rows:
+    found = time_problem(op, ON_CARD[op], torch.device("cpu"), SMALL, measure)
+    assert {row["op"] for row in found["rows"]} == {op}
+    for row in found["rows"]:
         assert set(row) >= ROW
         # bfloat16 keeps eight bits at each of some ten steps.
         assert row["relative_error"] < 5e-2, row
     if not INTERPRETED:
-        assert any("decay_scan: triton cannot run here" in remark for remark in remarks)
-        assert find_faults([*ON_CARD], rows) == [f"{op} did not run" for op in ON_CARD]
+        assert any(f"{op}: triton cannot run here" in remark for remark in found["remarks"])
+        assert any(fault.startswith(f"{op} did not run: ") for fault in found["faults"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.proof.cases.case import Minimum
-from launch.bench.kernels.case import TimedCase
-from launch.bench.kernels.cuda import find_faults, time_case
+from kernels.acceptance.timing import time_variants
+from kernels.proof.cases.case import Minimum, Problem
 from launch.cli import run
 from launch.commands.bench.kernels import print_kernel_table
 
@@ -18,17 +17,27 @@ def test_tuning_without_a_card_is_refused(capsys: pytest.CaptureFixture[str]) ->
     assert "--tune times kernels on a CUDA card; this machine has none" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("error", [0.01, 0.3, float("nan")])
-def test_a_kernel_of_ours_that_is_far_from_float32_on_a_card_is_a_fault(
+@pytest.mark.parametrize("error", [0.001, 0.3, float("nan")])
+def test_a_kernel_with_one_wrong_gradient_on_a_card_is_a_fault(
     error: float, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    x = torch.ones(8, requires_grad=True)
-    variants = {"torch": lambda x: 2 * x, "triton": lambda x: 2 * (1 + error) * x, "peer": lambda x: 3 * x}
-    case = TimedCase("double", "8", torch.bfloat16, (x,), variants, Minimum(64, 8), Minimum(64, 8))
-    remarks: list[str] = []
-    rows = time_case(case, lambda work: 1.0, remarks)
-    assert remarks == []
-    assert len(find_faults(["double"], rows)) == (error != 0.01)
-    print_kernel_table({"rows": rows, "remarks": remarks, "hardware": {"card": "none"}})
-    out = capsys.readouterr().out
-    assert "off float32" in out and f"{error:.2g}" in out and "0.5" in out
+    """Of five tensors one is off: a median over them would let it pass."""
+
+    class Multiply(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *leaves: torch.Tensor) -> torch.Tensor:
+            return torch.stack(leaves).sum(0)
+
+        @staticmethod
+        def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return (gradient * (1 + error), gradient, gradient, gradient)
+
+    leaves = tuple(torch.ones(8, dtype=torch.bfloat16, requires_grad=True) for _ in range(4))
+    problem = Problem("8", leaves, lambda *leaves, backend: torch.stack(leaves).sum(0), Minimum(64, 8), Minimum(64, 8))
+    variants = {"torch": problem.on("torch"), "triton": Multiply.apply, "peer": lambda *leaves: leaves[0] * 3}
+    found = time_variants("sum", problem, variants, lambda work: 1.0)
+    assert len(found["remarks"]) == 1 and "peer cannot run here" in found["remarks"][0]
+    assert len(found["faults"]) == (error != 0.001)
+    assert error == 0.001 or "gradient 0 is off by" in found["faults"][0]
+    print_kernel_table(found | {"hardware": {"card": "none"}})
+    assert "worst off float32" in " ".join(capsys.readouterr().out.split())

@@ -1,0 +1,197 @@
+"""The whole job on a card: losses beside a CPU's, a resume bit for bit, memory beside the plan, speed, a profile.
+
+How: every stage starts `amfm train` or a benchmark as a process of its own, so that one that fails takes no other along, and
+the report is written after each. The CPU's side of a comparison is the same command with the card hidden. Rehearsed on a CPU,
+both sides are the CPU, which proves the commands and nothing about a card.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kernels.user_cache import write_whole
+from launch.rank_command import isolated_python, rank_command, source_variables
+
+# The second configuration has no data of its own here, so it reads the first one's tokens: its vocabulary is cut to theirs.
+ON_SHAKESPEARE = (
+    "data.store=data/shakespeare",
+    "data.tokenizer.vocab_size=2048",
+    "data.sources=[{name: shakespeare, paths: [data/corpus/shakespeare]}]",
+    "model.vocab_size=2048",
+)
+CONFIGS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "tiny_cpu": ("configs/tiny_cpu.yaml", ()),
+    "ladder_150m": ("configs/ladder_150m.yaml", ON_SHAKESPEARE),
+}
+# Short rows and small batches, which a CPU can follow.
+SMALL = ("train.sequence_length=256", "train.micro_batch_size=2", "train.global_batch_size=4")
+QUIET = ("run.tensorboard=false", "train.validate_every_steps=null", "train.checkpoint_every_steps=null")
+# Largest relative difference of the first step's loss, and of any later one, from a CPU's in float32: rounding of the passes
+# alone, then what the steps make of it.
+LIMITS = {"float32": (1e-4, 2e-2), "bf16": (5e-3, 5e-2)}
+STAGE_SECONDS = 1800.0
+
+
+@dataclass
+class Job:
+    """What stages share: device ("cuda", or "cpu" for a rehearsal), a folder for runs, steps of a comparison."""
+
+    device: str
+    folder: Path
+    steps: int
+    configs: dict[str, tuple[str, tuple[str, ...]]] = field(default_factory=lambda: dict(CONFIGS))
+
+    def train(self, name: str, run: str, *overrides: str, on_cpu: bool = False) -> list[dict[str, Any]]:
+        """Train a configuration into the job's folder, going on where it stands; returns a line of metrics a step.
+
+        Raises RuntimeError with the end of what the run said where it fails.
+        """
+        path, own = self.configs[name]
+        directory = self.folder / run
+        words = ["train", path, f"run.dir={directory}", *own, *QUIET, *overrides]
+        run_child(rank_command(words), hides_card=on_cpu or self.device == "cpu")
+        return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def run_child(command: list[str], *, hides_card: bool) -> str:
+    """Run a command to its end and return its standard output. Raises RuntimeError with what it said where it fails."""
+    environment = os.environ | source_variables() | ({"CUDA_VISIBLE_DEVICES": ""} if hides_card else {})
+    try:
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=False, timeout=STAGE_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"was stopped after {STAGE_SECONDS:g} s: {' '.join(command)}") from None
+    if done.returncode:
+        raise RuntimeError(f"exit code {done.returncode}: {(done.stderr.strip() or done.stdout.strip())[-1500:]}")
+    return done.stdout
+
+
+def run_stages(job: Job, names: list[str], out: Path, *, report: Callable[[str], None]) -> dict[str, Any]:
+    """Run stages one after the other, writing the report after each; returns it with `faults`."""
+    found: dict[str, Any] = {"device": job.device, "steps": job.steps, "stages": {}}
+    for name in names:
+        report(f"stage {name}")
+        try:
+            found["stages"][name] = STAGES[name](job)
+        except (RuntimeError, OSError, ValueError) as error:
+            found["stages"][name] = {"faults": [str(error)]}
+        for fault in found["stages"][name]["faults"]:
+            report(f"FAULT in {name}: {fault}")
+        write_whole(out, found)
+    found["faults"] = [f"{name}: {fault}" for name, stage in found["stages"].items() for fault in stage["faults"]]
+    write_whole(out, found)
+    return found
+
+
+def check_stages(names: list[str] | None) -> list[str]:
+    """The stages to run, all where none is named. Raises ValueError for an unknown one."""
+    for name in names or ():
+        if name not in STAGES:
+            raise ValueError(f"--stage {name}: there is no such stage; use {', '.join(STAGES)}")
+    return names or [*STAGES]
+
+
+def compare_losses(job: Job) -> dict[str, Any]:
+    """Each configuration's losses on the card in float32 and bf16, beside a CPU's in float32."""
+    result: dict[str, Any] = {"losses": {}, "faults": []}
+    for name in job.configs:
+        sizes = (*SMALL, f"train.steps={job.steps}", *_short_schedule(job.steps))
+        cpu = _losses(job.train(name, f"{name}_cpu", *sizes, "train.precision=float32", on_cpu=True))
+        result["losses"][name] = {"beside: cpu float32": cpu}
+        for precision, limits in LIMITS.items():
+            card = _losses(job.train(name, f"{name}_{precision}", *sizes, f"train.precision={precision}"))
+            result["losses"][name][f"{job.device} {precision}"] = card
+            result["faults"] += [f"{name} in {precision}: {fault}" for fault in judge_losses(card, cpu, limits)]
+    return result
+
+
+def judge_losses(card: list[float], cpu: list[float], limits: tuple[float, float]) -> list[str]:
+    """What is wrong with a card's losses beside a CPU's: `limits` on the first step's relative difference and on all."""
+    if len(card) != len(cpu):
+        return [f"{len(card)} steps on the card, {len(cpu)} on the CPU"]
+    differences = [abs(one - other) / abs(other) for one, other in zip(card, cpu, strict=True)]
+    faults = (
+        [] if differences[0] <= limits[0] else [f"the first loss differs by {differences[0]:.2g}, above {limits[0]:g}"]
+    )
+    # NaN is the worst, and compares with nothing.
+    worst = max(range(len(card)), key=lambda step: math.inf if math.isnan(differences[step]) else differences[step])
+    if not differences[worst] <= limits[1]:
+        faults.append(f"the loss of step {worst + 1} differs by {differences[worst]:.2g}, above {limits[1]:g}")
+    return faults
+
+
+def compare_resume(job: Job) -> dict[str, Any]:
+    """A run that stops half-way and goes on, beside one that does not: losses and gradient norms, to the bit."""
+    name = next(iter(job.configs))
+    sizes = (*SMALL, f"train.steps={job.steps}", *_short_schedule(job.steps), "train.deterministic=true")
+    whole = job.train(name, "resume_whole", *sizes)
+    job.train(name, "resume_parts", *sizes, f"train.stop_after_steps={max(1, job.steps // 2)}")
+    parts = job.train(name, "resume_parts", *sizes)
+    differing = [
+        one["step"] for one, other in zip(whole, parts, strict=True)
+        if (one["loss"], one["grad_norm"]) != (other["loss"], other["grad_norm"])
+    ]  # fmt: skip
+    faults = [f"other bits after a resume, first at step {differing[0]}"] if differing else []
+    return {"steps": len(whole), "differing_steps": differing, "faults": faults}
+
+
+def compare_memory(job: Job) -> dict[str, Any]:
+    """The peak of a step beside what the plan predicts, for each configuration as it trains."""
+    result: dict[str, Any] = {"memory": {}, "faults": []}
+    for name, (path, own) in job.configs.items():
+        command = rank_command(["bench", "memory", path, *own, *_one_rank(job), "--json"])
+        result["memory"][name] = json.loads(run_child(command, hides_card=job.device == "cpu"))
+    return result
+
+
+def measure_speed(job: Job) -> dict[str, Any]:
+    """Tokens a second of each configuration as it trains, the median of steps behind the first three."""
+    result: dict[str, Any] = {"speed": {}, "faults": []}
+    for name in job.configs:
+        steps = max(6, job.steps)
+        lines = job.train(name, f"{name}_speed", *_one_rank(job), f"train.steps={steps}", *_short_schedule(steps))
+        speeds = [line["tokens_per_second"] for line in lines[3:]]
+        result["speed"][name] = {"tokens_per_second": statistics.median(speeds), "mfu": lines[-1].get("mfu")}
+    return result
+
+
+def profile(job: Job) -> dict[str, Any]:
+    """Where the time of a step goes, by kernel: the longest of the last configuration's."""
+    path, own = list(job.configs.values())[-1]
+    directory = job.folder / "profile"
+    words = [path, f"run.dir={directory}", *own, *QUIET, *_one_rank(job), "train.steps=6", *_short_schedule(6)]
+    command = [*isolated_python(), "-m", "launch.bench.card_profile", *words]
+    return {"kernels": json.loads(run_child(command, hides_card=job.device == "cpu")), "faults": []}
+
+
+STAGES: dict[str, Callable[[Job], dict[str, Any]]] = {
+    "losses": compare_losses,
+    "resume": compare_resume,
+    "memory": compare_memory,
+    "speed": measure_speed,
+    "profile": profile,
+}
+
+
+def _one_rank(job: Job) -> tuple[str, ...]:
+    """A batch of four micro-batches as they are configured; small ones where a CPU rehearses."""
+    return SMALL if job.device == "cpu" else ("train.global_batch_size=16", "train.micro_batch_size=4")
+
+
+def _short_schedule(steps: int) -> tuple[str, ...]:
+    """A schedule that fits so few steps."""
+    return ("schedule.warmup_steps=1", f"schedule.decay_steps={max(1, steps // 2)}")
+
+
+def _losses(lines: list[dict[str, Any]]) -> list[float]:
+    """The loss of each step."""
+    return [line["loss"] for line in lines]

@@ -1,0 +1,75 @@
+"""`amfm bench card`: the whole job on a card, stage by stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from launch.arguments import JsonOption
+from launch.console import print_json, print_rows, say
+
+
+def card(
+    *,
+    stage: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this stage: losses, resume, memory, speed, profile; may be given again."),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=2, help="Steps of a comparison.")] = 10,
+    device: Annotated[str, typer.Option(help="cuda; or cpu, a rehearsal that compares the CPU with itself.")] = "cuda",
+    folder: Annotated[Path, typer.Option(help="Where the runs and the report go; must hold no older runs.")] = Path(
+        "runs/card"
+    ),
+    as_json: JsonOption = False,
+) -> None:
+    """Train tiny_cpu and ladder_150m on a card: losses beside a CPU's, resume to the bit, memory, speed, profile."""
+    import torch
+
+    from launch.bench.card import Job, check_stages, run_stages
+
+    names = check_stages(stage)
+    if device not in ("cuda", "cpu"):
+        raise ValueError(f"--device {device}: use cuda, or cpu for a rehearsal")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this machine has no card that answers; rehearse with --device cpu")
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(
+            f"--folder {folder} is not empty: runs would go on from what is there; name another, or remove it"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    result = run_stages(Job(device, folder, steps), names, folder / "report.json", report=say)
+    if as_json:
+        print_json(result)
+    else:
+        print_job(result)
+        say(f"wrote {folder / 'report.json'}")
+    if result["faults"]:
+        raise RuntimeError(f"the job is at fault on this {device}: {'; '.join(result['faults'])}")
+
+
+def print_job(result: dict[str, Any]) -> None:
+    """Print what each stage found: losses side by side, memory, speed, and the ten longest operations."""
+    stages = result["stages"]
+    for name, losses in stages.get("losses", {}).get("losses", {}).items():
+        rows = [(str(step + 1), *(f"{loss:.6f}" for loss in row)) for step, row in enumerate(zip(*losses.values()))]
+        print_rows(f"Losses of {name}", ("step", *losses), rows)
+    if "differing_steps" in stages.get("resume", {}):
+        say(f"resume: {stages['resume']['steps']} steps, {len(stages['resume']['differing_steps'])} with other bits")
+    memory = [
+        (name, f"{found['predicted_bytes'] / 2**30:.3f}", f"{found['measured_bytes'] / 2**30:.3f}")
+        for name, found in stages.get("memory", {}).get("memory", {}).items()
+    ]
+    if memory:
+        print_rows("Peak of a step, GiB", ("configuration", "planned", "measured"), memory)
+    speed = [
+        (name, f"{found['tokens_per_second']:,.0f}", f"{found['mfu']:.1%}" if found["mfu"] is not None else "")
+        for name, found in stages.get("speed", {}).get("speed", {}).items()
+    ]
+    if speed:
+        print_rows("Speed", ("configuration", "tokens a second", "MFU"), speed)
+    longest = stages.get("profile", {}).get("kernels", [])[:10]
+    if longest:
+        rows = [(row["name"][:70], str(row["calls"]), f"{row['milliseconds']:.1f}") for row in longest]
+        print_rows("Longest operations of six steps", ("operation", "calls", "ms"), rows)

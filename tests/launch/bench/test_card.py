@@ -1,0 +1,62 @@
+"""The whole job on a card, rehearsed on a CPU: verdicts, stages that fail, and one that goes through."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from launch.bench.card import LIMITS, Job, judge_losses, run_stages
+from launch.cli import run
+from launch.commands.bench.card import print_job
+
+CPU = [4.0, 3.5, 3.0]
+
+
+def test_losses_are_judged_by_the_first_step_and_by_the_worst() -> None:
+    limits = LIMITS["float32"]
+    assert judge_losses([4.0001, 3.51, 2.99], CPU, limits) == []
+    assert judge_losses([4.01, 3.5, 3.0], CPU, limits) == ["the first loss differs by 0.0025, above 0.0001"]
+    assert judge_losses([4.0, 3.8, 3.0], CPU, limits) == ["the loss of step 2 differs by 0.086, above 0.02"]
+    assert judge_losses([4.0, float("nan"), 3.0], CPU, limits) != []
+    assert judge_losses([4.0], CPU, limits) == ["1 steps on the card, 3 on the CPU"]
+
+
+def test_a_stage_that_fails_stops_no_other_and_stands_in_the_report(tmp_path: Path) -> None:
+    said: list[str] = []
+    job = Job("cpu", tmp_path, 2, {"missing": (str(tmp_path / "missing.yaml"), ())})
+    found = run_stages(job, ["resume", "memory"], tmp_path / "report.json", report=said.append)
+    assert [fault.partition(":")[0] for fault in found["faults"]] == ["resume", "memory"]
+    assert all("missing.yaml" in fault for fault in found["faults"])
+    assert json.loads((tmp_path / "report.json").read_text()) == found
+    assert any(line.startswith("FAULT in resume: exit code 2") for line in said)
+
+
+def test_what_cannot_begin_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "old").write_text("")
+    for words, said in (
+        (["--stage", "nonsense"], "--stage nonsense: there is no such stage; use losses, resume"),
+        (["--device", "cpu", "--folder", str(tmp_path)], "is not empty"),
+        (["--device", "tpu"], "--device tpu: use cuda, or cpu"),
+    ):
+        assert run(["bench", "card", *words]) == 2
+        assert said in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        assert run(["bench", "card"]) == 2
+        assert "this machine has no card that answers; rehearse with --device cpu" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_job_goes_through_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both sides are the CPU, so float32 gives equal losses, and a resume equal bits."""
+    job = Job("cpu", tmp_path, 4, {"mqar": ("configs/probes/mqar.yaml", ("train.num_threads=1",))})
+    found = run_stages(job, ["losses", "resume", "memory", "speed", "profile"], tmp_path / "report.json", report=print)
+    assert found["faults"] == []
+    losses = found["stages"]["losses"]["losses"]["mqar"]
+    assert losses["cpu float32"] == losses["beside: cpu float32"] and len(losses["cpu bf16"]) == 4
+    assert found["stages"]["resume"]["steps"] == 4
+    assert found["stages"]["profile"]["kernels"][0]["milliseconds"] > 0
+    print_job(found)
+    assert "Longest operations" in " ".join(capsys.readouterr().out.split())
