@@ -12,6 +12,7 @@ from __future__ import annotations
 import fcntl
 import functools
 import hashlib
+import importlib.metadata
 import json
 import logging
 import os
@@ -23,7 +24,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from kernels.user_cache import user_folder, write_whole
 
@@ -36,18 +38,24 @@ DEFAULT_CASES = "kernels.proof.trials.operations"
 CHECKING_VARIABLE = "AMFM_CHECKING"
 
 
+def can_be_checked() -> bool:
+    """Whether there is a card to ask: not in simulations, whose tensors are fake, nor in a process that checks already.
+
+    The tensors that torch.compile traces with are no reason: they are not in place while this is asked.
+    """
+    fake = any(isinstance(mode, FakeTensorMode) for mode in _get_current_dispatch_mode_stack())
+    checking = os.environ.get(CHECKING_VARIABLE) == "1"
+    return torch.version.cuda is not None and not fake and not checking and torch.cuda.device_count() > 0
+
+
 def find_faults(operation: str, device: torch.device) -> list[str]:
     """What is wrong with an operation's kernels on a card, looked up or checked now; empty where they are right.
 
-    Empty, too, where there is no card to ask: in simulations and while shapes are traced. Raises RuntimeError where the
-    check itself cannot run.
+    Raises RuntimeError where the check itself cannot run.
     """
-    if torch.version.cuda is None or detect_fake_mode() is not None or torch.cuda.device_count() == 0:
-        return []
-    if os.environ.get(CHECKING_VARIABLE) == "1":
-        return []
-    name = f"{torch.cuda.get_device_name(device)} torch {torch.__version__} {os.environ.get('TRITON_PTXAS_PATH', '')}"
-    return look_up(operation, str(device), name, user_folder("checked"))
+    versions = f"torch {torch.__version__} triton {importlib.metadata.version('triton')}"
+    card = f"{torch.cuda.get_device_name(device)} {versions} {os.environ.get('TRITON_PTXAS_PATH', '')}"
+    return look_up(operation, str(device), card.strip(), user_folder("checked"))
 
 
 def look_up(operation: str, device: str, card: str, folder: Path | None, cases: str = DEFAULT_CASES) -> list[str]:

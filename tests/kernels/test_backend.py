@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from kernels.backend import INTERPRETED, find_miscompile, judge_miscompile, resolve_backend
+from kernels.backend import INTERPRETED, find_miscompile, judge_miscompile, resolve_backend, resolve_for_run
 from kernels.launch_failure import describe_launch_failure
 
 CPU = torch.device("cpu")
@@ -37,6 +37,13 @@ def test_triton_on_cpu_is_refused_with_the_remedy() -> None:
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(ValueError, match="got 'cudnn'"):
         resolve_backend("cudnn", CPU)
+
+
+def test_a_run_in_float32_takes_pytorchs_products_on_a_card_unless_it_names_a_backend() -> None:
+    card = torch.device("cuda")
+    assert resolve_for_run("auto", card, torch.float32) == "torch"
+    assert resolve_for_run("reference", card, torch.float32) == "reference"
+    assert resolve_for_run("auto", CPU, torch.bfloat16) == "torch"
 
 
 def test_versions_that_miscompile_on_hopper_are_known() -> None:

@@ -130,8 +130,10 @@ def rope_trials() -> Iterator[Sized]:
             leaves |= {"q_weight": inputs.normal(size), "k_weight": inputs.normal(size)}
 
         def run(given: Mapping[str, Tensor], backend: str) -> dict[str, Tensor]:
-            weights = {"q_weight_K": given.get("q_weight"), "k_weight_K": given.get("k_weight")}
-            q, k = qk_norm_rope(given["q"], given["k"], positions, frequencies, factor, **weights, backend=backend)
+            q, k = qk_norm_rope(
+                given["q"], given["k"], positions, frequencies, factor, q_weight_K=given.get("q_weight"),
+                k_weight_K=given.get("k_weight"), backend=backend,
+            )  # fmt: skip
             return {"q": q, "k": k}
 
         return Trial(leaves, run, exact=exact)

@@ -83,7 +83,7 @@ train.steps train.stop_after_steps train.sequence_length train.micro_batch_size 
 train.precision train.checkpoint_every_steps train.checkpoint_in_background train.keep_last train.keep_every_steps
 train.validate_every_steps train.validation_batches
 train.log_every_steps train.timeout_seconds train.max_skipped_steps train.compile train.recompute
-train.recompute_blocks train.num_threads
+train.recompute_blocks train.num_threads train.deterministic
 train.batch_ramp.start_size train.batch_ramp.increment train.batch_ramp.steps
 train.profile.steps train.profile.ranks train.profile.memory
 optimizer.learning_rate optimizer.beta1 optimizer.beta2 optimizer.epsilon optimizer.weight_decay
