@@ -20,7 +20,7 @@ cut. Its owner calls `embed`, `pass_blocks` and `finish` itself and sends residu
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import cast
 
@@ -179,6 +179,8 @@ class HybridModel(nn.Module):
         has_first = any(piece.is_first for piece in self.pieces)
         has_last = any(piece.is_last for piece in self.pieces)
         indices = [index for piece in self.pieces for index in piece.blocks]
+        # Called with the part whose weights a pass comes to: an engine may still be gathering them.
+        self.before_use: Callable[[str], None] = use_at_once
         self.embedding: VocabEmbedding | None = None
         self.final_norm: RMSNorm | None = None
         self.head: ColumnLinear | None = None
@@ -250,6 +252,7 @@ class HybridModel(nn.Module):
     def embed(self, tokens_BT: Tensor) -> Stream:
         """Embed tokens [B, T] (int64): the stream before the first block. Every rank of `groups.tp` must call."""
         assert self.embedding is not None, "the first piece of the pipeline embeds"
+        self.before_use("embedding")
         residual_BTD = _multiply(self.embedding(tokens_BT), self.config.multipliers.embedding)
         return Stream(residual_BTD.to(self.stream_dtype()))
 
@@ -270,6 +273,7 @@ class HybridModel(nn.Module):
         residual_BTD, delta_BTD = stream.residual_BTD, stream.delta_BTD
         auxiliary, expert_counts, states = dict(stream.auxiliary), dict(stream.expert_counts), list(stream.states)
         for index in indices:
+            self.before_use(f"blocks.{index}")
             block_state = None if state is None else state.blocks[index]
             residual_BTD, mixed = self.blocks[index](residual_BTD, delta_BTD, meta, block_state)
             delta_BTD = mixed.y_BTD
@@ -287,6 +291,9 @@ class HybridModel(nn.Module):
         """
         assert self.final_norm is not None, "the last piece of the pipeline has the head"
         assert stream.delta_BTD is not None, "a piece has at least one block"
+        self.before_use("head")
+        if self.head is None:
+            self.before_use("embedding")
         hidden_BTD = self.final_norm.add(stream.delta_BTD, stream.residual_BTD)[0].to(self.final_norm.weight.dtype)
         # The head is linear: a factor on what it reads is the factor on the logits.
         hidden_BTD = _multiply(hidden_BTD, self.config.multipliers.logits)
@@ -355,6 +362,10 @@ class HybridModel(nn.Module):
             mixer = self.blocks[index].mixer
             if isinstance(mixer, MoeMixer):
                 yield index, mixer
+
+
+def use_at_once(part: str) -> None:
+    """What `HybridModel.before_use` does where nobody gathers weights: nothing."""
 
 
 def _multiply(x: Tensor, multiplier: float) -> Tensor:

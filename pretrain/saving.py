@@ -40,6 +40,7 @@ def restore_newest_weights(run: Run) -> int | None:
     rank must call this.
     """
     finish_saving(run)
+    run.engine.wait_for_weights()
     loaded = load_newest(run.directory / "checkpoints", run.saver.layout, config=run.config, identities=run.identities)
     if loaded is None:
         return None

@@ -336,6 +336,7 @@ def find_restart_cause(environment: Mapping[str, str], last_event: str | None = 
 def close_run(run: Run) -> None:
     """Close heartbeat, data, logs and display, waiting for a checkpoint that is being written. Every rank must call this."""
     run.heartbeat.close()
+    run.engine.wait_for_weights()
     run.saver.close()
     run.loader.close()
     for validation in run.validations.values():

@@ -48,24 +48,38 @@ def recycle_overflow(expert_ids_RK: Tensor, num_experts: int, capacity: int, see
     kept_S = drop_overflow(expert_ids_RK, num_experts, capacity).flatten()
     taken_E = count_experts(kept_S[:, None], num_experts + 1)[:num_experts]
     seats = torch.arange(num_experts * capacity, device=device)
-    seat_experts = seats // capacity
-    is_free = seats % capacity >= taken_E[seat_experts]
+    is_free = seats % capacity >= taken_E[seats // capacity]
     # The salt depends on every choice of the batch, so that different batches draw differently.
     numbers_S = torch.arange(len(kept_S), device=device) * num_experts + expert_ids_RK.flatten()
     salt = mix_bits(numbers_S + mix_bits(seed)).sum()
-    # As many offers as there can be, so that shapes do not depend on values.
-    length = min(len(seats), len(kept_S))
+    # The one sort of the draw: free seats first, in a random order.
+    drawn = torch.where(is_free, mix_bits(salt + seats) & LARGEST, LARGEST).argsort()
+    drawn_experts, is_free = drawn // capacity, is_free[drawn]
     for _ in range(ROUNDS):
         salt = mix_bits(salt)
         is_waiting_S = kept_S == num_experts
-        drawn = torch.where(is_free, mix_bits(salt + seats) & LARGEST, LARGEST).argsort()[:length]
-        waiting = (~is_waiting_S).argsort(stable=True)[:length]
-        offers = torch.where(is_free[drawn] & is_waiting_S[waiting], seat_experts[drawn], num_experts)
-        offered_RK = torch.full_like(kept_S, num_experts).index_copy_(0, waiting, offers).view(shape_RK)
+        waited_S, freed = is_waiting_S.cumsum(0), is_free.cumsum(0)
+        num_waiting, num_free = waited_S[-1], freed[-1]
+        # The n-th that waits is offered the n-th free seat from a random one on, around the end. Places are found by
+        # counting: writing to them would be another sort where sums must have one order.
+        turn = (salt & LARGEST) % num_free.clamp(min=1)
+        number_S = waited_S - 1
+        seat_S = find_nth(freed, (number_S + turn) % num_free.clamp(min=1))
+        is_offered_S = is_waiting_S & (number_S < num_free)
+        offered_S = torch.where(is_offered_S, drawn_experts[seat_S], num_experts)
+        offered_RK = offered_S.view(shape_RK)
         is_new_S = ((offered_RK < num_experts) & ~_is_repeated(offered_RK, kept_S.view(shape_RK))).flatten()
-        kept_S = torch.where(is_new_S, offered_RK.flatten(), kept_S)
-        is_free = is_free.index_copy(0, drawn, is_free[drawn] & ~is_new_S[waiting])
+        kept_S = torch.where(is_new_S, offered_S, kept_S)
+        # Which waiting choice a free seat was offered to, and whether that took it.
+        asked = (freed - 1 - turn) % num_free.clamp(min=1)
+        is_taken = (asked < num_waiting) & is_new_S[find_nth(waited_S, asked)]
+        is_free = is_free & ~is_taken
     return kept_S.view(shape_RK)
+
+
+def find_nth(counted: Tensor, numbers: Tensor) -> Tensor:
+    """Places of the marks with these numbers, from 0, in a row of marks whose running count is `counted`; some place beyond."""
+    return torch.searchsorted(counted, numbers + 1).clamp(max=len(counted) - 1)
 
 
 def mix_bits(values: Tensor) -> Tensor:

@@ -166,7 +166,7 @@ def print_plan(made: Plan, title: str) -> None:
     times += [("pipeline bubble", f"{step.bubble:,.3f} s")] if step.bubble else []
     times += [
         ("optimizer and sums of gradients", f"{step.optimizer:,.3f} s"),
-        ("reduction", f"{step.reduction:,.3f} s"),
+        ("reduction not hidden", f"{step.reduction:,.3f} s, {step.hidden:,.3f} s beside passes"),
     ]
     times += [("gathers not hidden", f"{step.exposed_gathers:,.3f} s"), ("all", f"{step.total():,.3f} s")]
     times.append(("MFU", f"{own.mfu:.1%}"))

@@ -115,6 +115,7 @@ def estimate_as_dict(item: Estimate) -> dict[str, Any]:
             "bubble_seconds": step.bubble,
             "optimizer_seconds": step.optimizer,
             "reduction_seconds": step.reduction,
+            "hidden_seconds": step.hidden,
             "exposed_gather_seconds": step.exposed_gathers,
         },
     }

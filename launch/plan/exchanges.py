@@ -23,7 +23,8 @@ from model.config.schema import ModelConfig, MoeConfig
 from pretrain.config.schema import RunConfig
 
 FLOAT32, INT64 = 4, 8
-BUCKET_ELEMENTS = 200_000_000  # gradients of one reduction (pretrain/engine/engine.py)
+DEEPSPEED_BUCKET_ELEMENTS = 200_000_000  # gradients of one reduction of DeepSpeed's own (pretrain/engine/engine.py)
+BUCKET_ELEMENTS = 50_000_000  # gradients of one reduction under ZeRO 1 and 2, at least (pretrain/engine/engine.py)
 
 
 @dataclass(frozen=True)
@@ -197,20 +198,26 @@ def pipeline_exchanges(config: RunConfig, layout: Layout, held: StageShare) -> I
     yield Exchange("pp", "send", dtype, sends, sends * moved)
 
 
-def reduction_exchanges(config: RunConfig, layout: Layout, parameters: float, *, is_spread: bool) -> Iterator[Exchange]:
+def reduction_exchanges(
+    config: RunConfig, layout: Layout, parameters: float, *, is_spread: bool, passes: int = 1
+) -> Iterator[Exchange]:
     """Once a step for one parameter group of a rank: gradients are reduced, and in ZeRO-1 and 2 weights gathered.
 
-    `is_spread`: experts that lie on different ranks of the expert axis. DeepSpeed reduces in float32 and pads a group
-    to a multiple of twice the ranks that share its state. ZeRO-3 reduce-scatters here and gathers weights in the passes
-    instead.
+    `is_spread`: experts that lie on different ranks of the expert axis. `passes`: reductions a step. Sums are float32.
+    Under ZeRO-1 and 2 each rank is left with its range, and DeepSpeed pads a group to a multiple of twice the ranks that
+    share its state. ZeRO-3 reduce-scatters too, and gathers weights in the passes instead.
     """
     axis, ranks = ("expt_dp", layout.expert_sharers) if is_spread else ("dp_cp", layout.dense_sharers)
     if ranks == 1 or not parameters:
         return
+    if layout.zero_stage not in (1, 2):
+        calls = int(-(-parameters // DEEPSPEED_BUCKET_ELEMENTS))
+        reduction = "reduce_scatter" if layout.zero_stage == 3 else "all_reduce"
+        yield Exchange(axis, reduction, "float32", calls, layout.stage_ranks * parameters * FLOAT32)
+        return
     calls = int(-(-parameters // BUCKET_ELEMENTS))
-    reduction = "reduce_scatter" if layout.zero_stage == 3 else "all_reduce"
-    yield Exchange(axis, reduction, "float32", calls, layout.stage_ranks * parameters * FLOAT32)
-    if layout.zero_stage in (1, 2):
-        dtype, size = element_type(config)
-        padded = -(-parameters // (2 * ranks)) * 2 * ranks
-        yield Exchange(axis, "all_gather", dtype, calls, layout.stage_ranks // ranks * padded * size)
+    dtype, size = element_type(config)
+    padded = -(-parameters // (2 * ranks)) * 2 * ranks
+    scattered = passes * layout.stage_ranks * padded * FLOAT32
+    yield Exchange(axis, "reduce_scatter", "float32", passes * calls, scattered)
+    yield Exchange(axis, "all_gather", dtype, calls, layout.stage_ranks // ranks * padded * size)

@@ -6,9 +6,9 @@ fullest moment. The optimizer phase adds what DeepSpeed allocates to reduce grad
 as well: a rank's model is made whole, in float32, on the device. Every pipeline stage is estimated; the fullest
 decides.
 
-Gradients lie whole on every rank, in the dtype of the weights, until the last backward pass of a step (they are reduced
-once a step, at every ZeRO stage), and with bf16 and several micro-batches also as float32 sums. So ZeRO-2 and 3 save no
-gradient memory here. `amfm bench memory` measures the estimates against real steps.
+Under ZeRO-1 gradients are float32 sums that lie whole on every rank until the last backward pass of a step; ZeRO-2 reduces
+them in every pass and keeps this rank's share and the buckets under way. Under ZeRO-0 and 3 they lie whole in the dtype of
+the weights, with bf16 and several micro-batches also as float32 sums. `amfm bench memory` measures the estimates against real steps.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from launch.plan.activations import FLOAT32_BYTES, Split, Storage, block_bytes, head_bytes, recomputed_bytes
-from launch.plan.exchanges import BUCKET_ELEMENTS
+from launch.plan.exchanges import BUCKET_ELEMENTS, DEEPSPEED_BUCKET_ELEMENTS
 from launch.plan.layout import Layout, StageShare, distinct_stages, held_by_stages
 from pretrain.config.schema import RunConfig
 
@@ -97,7 +97,7 @@ def persistent_bytes(held: StageShare, layout: Layout, storage: Storage) -> dict
         "masters": FLOAT32_BYTES * share if has_masters else 0.0,
         "moments": 2 * FLOAT32_BYTES * share,
         "gradient share": e * share if stage == 3 else 0.0,
-        "reduction bucket": FLOAT32_BYTES * min(held.parameters, BUCKET_ELEMENTS) if stage == 3 else 0.0,
+        "reduction bucket": FLOAT32_BYTES * min(held.parameters, DEEPSPEED_BUCKET_ELEMENTS) if stage == 3 else 0.0,
     }
 
 
@@ -142,8 +142,9 @@ def busiest_pass(
     sizes = {letter: block_bytes(model, letter, storage, split) for letter in kinds}
     for letter in layout.recompute & kinds:
         sizes[letter] = recomputed_bytes(sizes[letter], model, storage, layout.stream_ranks)
+    is_bucketed = layout.zero_stage in (1, 2)
     gradient_bytes = e + (FLOAT32_BYTES if accumulates and e < FLOAT32_BYTES else 0)
-    whole = held.parameters * gradient_bytes
+    whole = bucketed_bytes(held, layout) if is_bucketed else held.parameters * gradient_bytes
     block_gradients = whole / max(1, len(held.letters))
     kept_head, working_head = head_bytes(model, storage, tokens, layout.tensor) if held.has_head else (0.0, 0.0)
     # Activations of this stage's blocks for one micro-batch; other micro-batches in flight hold as much each.
@@ -163,7 +164,8 @@ def busiest_pass(
 
     best = moment(activations, 0.0, whole if accumulates else 0.0, kept_head + working_head)
     # Gradients that exist so far in the first micro-batch: the head's, then those of each block passed.
-    made: float = model.vocab_size * model.hidden_size * e / layout.tensor * held.has_head
+    size = FLOAT32_BYTES if is_bucketed else e
+    made: float = model.vocab_size * model.hidden_size * size / layout.tensor * held.has_head
     for letter in reversed(held.letters):
         made += block_gradients
         gradients = whole if accumulates else min(made, whole)
@@ -172,6 +174,17 @@ def busiest_pass(
             best = found
         activations -= tokens * sizes[letter].kept
     return best
+
+
+def bucketed_bytes(held: StageShare, layout: Layout) -> float:
+    """Bytes of gradients under ZeRO-1 and 2 while passes run: all sums, or a rank's share and the buckets under way.
+
+    A bucket that is filled and one that travels, each closed behind a whole block.
+    """
+    whole = FLOAT32_BYTES * held.parameters
+    if layout.zero_stage == 1 or held.share(layout) == held.parameters:
+        return whole
+    return min(whole, FLOAT32_BYTES * (held.share(layout) + 2 * (BUCKET_ELEMENTS + held.largest_block)))
 
 
 def gathered_bytes(layout: Layout, storage: Storage, held: StageShare) -> float:
@@ -195,17 +208,15 @@ def step_bytes(held: StageShare, layout: Layout, storage: Storage) -> dict[str, 
 def reduction_bytes(held: StageShare, layout: Layout, storage: Storage) -> dict[str, float]:
     """Parts while gradients are reduced over the ranks that share weights, one bucket at a time."""
     e, stage, parameters = storage.element_bytes, layout.zero_stage, held.parameters
-    bucket = min(parameters, BUCKET_ELEMENTS if stage else STAGE0_BUCKET_ELEMENTS)
+    bucket = min(parameters, DEEPSPEED_BUCKET_ELEMENTS if stage else STAGE0_BUCKET_ELEMENTS)
     whole, sent = e * parameters, FLOAT32_BYTES * bucket if e < FLOAT32_BYTES else 0.0
     if stage == 0:
         return {"gradients": whole, "communication": e * bucket + sent}  # joined, and in float32
     if stage == 3:
         return {"gradients": whole, "communication": FLOAT32_BYTES * bucket}
-    # The buffer is there before gradients move into it. Then several ranks' slices of it are joined, and sent in float32.
-    # Of several buckets the first ones leave this rank's share behind.
-    joined = e * bucket if max(layout.dense_sharers, layout.expert_sharers) > 1 else 0.0
-    left = max(0.0, e * (held.share(layout) - bucket)) if parameters > bucket else 0.0
-    return {"gradients": whole + left, "communication": max(e * bucket, joined + sent)}
+    # What is left behind by the passes, with the shares that arrive.
+    shares = FLOAT32_BYTES * held.share(layout) if max(layout.dense_sharers, layout.expert_sharers) > 1 else 0.0
+    return {"gradients": bucketed_bytes(held, layout) + (shares if stage == 1 else 0.0)}
 
 
 def update_bytes(held: StageShare, layout: Layout, storage: Storage) -> dict[str, float]:
@@ -217,4 +228,4 @@ def update_bytes(held: StageShare, layout: Layout, storage: Storage) -> dict[str
         return {"gradients": (e + 2 * wide) * held.parameters}
     if stage == 3:
         return {"gradients": FLOAT32_BYTES * share}
-    return {"gradients": (2 * e + wide) * share}
+    return {"gradients": FLOAT32_BYTES * share}

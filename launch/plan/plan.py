@@ -18,7 +18,7 @@ from typing import Any
 from launch.plan.estimate import Assumptions, Estimate, estimate, estimate_as_dict
 from launch.plan.hardware import GIB, Hardware
 from launch.plan.layout import Layout, held_by_stages
-from launch.plan.memory import persistent_bytes, storage_of
+from launch.plan.memory import bucketed_bytes, persistent_bytes, storage_of
 from launch.plan.ranking import Found, at_stage, choose_layouts, rank_layouts
 from launch.plan.search import all_layouts, is_allowed, neighbour_layouts, with_layout
 from model.flops import Counts, count_parameters, flops_per_token
@@ -180,12 +180,18 @@ def explain_no_layout(plan: Plan) -> str:
         key=lambda entry: entry.parameters,
     )
     # What no number of data ranks and rows takes away.
-    fixed = sum(persistent_bytes(held, layout, storage).values()) + storage.element_bytes * held.parameters
+    gradients = bucketed_bytes(held, layout) if layout.zero_stage in (1, 2) else storage.element_bytes * held.parameters
+    fixed = sum(persistent_bytes(held, layout, storage).values()) + gradients
     causes = []
     if fixed > room:
         causes.append(
-            f"{fixed / GIB:,.1f} GiB of states and gradients stay whatever the rows are (each rank holds the gradients of "
-            "all its weights at any ZeRO stage): cut the model by parallel.tensor, expert or pipeline; --search finds how"
+            f"{fixed / GIB:,.1f} GiB of states and gradients stay whatever the rows are (but under ZeRO 2 each rank holds the "
+            "gradients of all its weights): cut the model by parallel.tensor, expert or pipeline; --search finds how"
+        )
+    elif nearest.memory.phase.startswith("building"):
+        causes.append(
+            "a rank builds its part of the model in float32 before ZeRO spreads it: cut the model by parallel.tensor, "
+            "expert or pipeline; --search finds how"
         )
     if by_rows / layout.micro_batch_size > room:
         causes.append(
@@ -194,8 +200,8 @@ def explain_no_layout(plan: Plan) -> str:
         )
     if not causes:
         causes.append(
-            "states, gradients and rows together are too much: use larger devices, train.recompute, or as many ranks as "
-            "the step has micro-batches, which spares the float32 sums of gradients"
+            "states, gradients and rows together are too much: use larger devices, train.recompute, or "
+            "parallel.zero_stage=2, under which a rank keeps its share of the gradients"
         )
     return (
         f"no layout that was tried fits {plan.hardware.name}; the nearest ({layout.describe()}) {nearest.reason}. "

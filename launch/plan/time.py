@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from launch.plan.activations import FLOAT32_BYTES, Storage, up_rows
-from launch.plan.communication import pass_seconds, ring_seconds, total_seconds
+from launch.plan.communication import exchange_seconds, pass_seconds, ring_seconds, total_seconds
 from launch.plan.exchanges import reduction_exchanges
 from launch.plan.hardware import Hardware
 from launch.plan.layout import Layout, StageShare, distinct_stages, held_by_stages
@@ -28,8 +28,9 @@ from pretrain.config.schema import RunConfig
 class StepTime:
     """Seconds of one optimizer step of the slowest pipeline stage, by part.
 
-    `communication`: inside the passes, by axis. `bubble`: waiting for other stages. `exposed_gathers` is what compute
-    does not hide of ZeRO-3's.
+    `communication`: inside the passes, by axis. `bubble`: waiting for other stages. `reduction`: of gradients, and the
+    gathers of new weights under ZeRO-1 and 2, as far as passes do not hide them; `hidden` is what they do. `exposed_gathers`
+    is what compute does not hide of ZeRO-3's.
     """
 
     compute: dict[str, float]
@@ -38,6 +39,7 @@ class StepTime:
     optimizer: float
     reduction: float
     exposed_gathers: float
+    hidden: float = 0.0
 
     def total(self) -> float:
         """Seconds of the whole step."""
@@ -204,9 +206,9 @@ def estimate_step(
 ) -> StepTime:
     """Seconds of one step of the slowest pipeline stage.
 
-    `overlap`: part of ZeRO-3's gathers and of pipeline sends that may run beside compute. Gradient reductions come
-    after the last backward pass, so nothing hides them. `imbalance`: routed rows of the fullest rank over the mean.
-    `sent_choices`: the part of routed rows that travels between ranks.
+    `overlap`: part of ZeRO-3's gathers and of pipeline sends that may run beside compute. Reductions run beside the last
+    backward pass under ZeRO-1 (each under ZeRO-2), gathers of weights beside the first forward pass. `imbalance`: routed
+    rows of the fullest rank over the mean. `sent_choices`: the part of routed rows that travels between ranks.
     """
     stages = distinct_stages(held_by_stages(config.model, layout, config.train.sequence_length))
     block = {
@@ -248,13 +250,15 @@ def _estimate_stage(
         gathers = 2 * passes * ring_seconds(moved, layout.dense_sharers, hardware, calls=len(held.letters))
     # Communication cannot hide behind more compute than there is.
     hidden = min(gathers * overlap, sum(compute.values()))
+    exposed, beside = reduction_seconds(config, layout, hardware, held, sum(compute.values()))
     return StepTime(
         compute,
         communication,
         bubble,
         optimizer_seconds(held, passes, layout, hardware, storage),
-        reduction_seconds(config, layout, hardware, held),
+        exposed,
         gathers - hidden,
+        beside,
     )
 
 
@@ -265,18 +269,39 @@ def optimizer_seconds(held: StageShare, passes: int, layout: Layout, hardware: H
     """
     e, parameters = storage.element_bytes, held.parameters
     share = held.share(layout) if layout.zero_stage else parameters
+    if layout.zero_stage in (1, 2):
+        # Every pass adds its gradients to the float32 sums, which are read once more for the check.
+        moved = FLOAT32_BYTES * parameters + (7 * FLOAT32_BYTES + e) * share
+        moved += passes * (e + 2 * FLOAT32_BYTES) * parameters
+        return moved / (hardware.memory_bytes_per_second * hardware.memory_efficiency)
     moved = e * parameters + (7 * FLOAT32_BYTES + e) * share
     if e < FLOAT32_BYTES and passes > 1:
         moved += passes * (2 * e + 2 * FLOAT32_BYTES) * parameters
     return moved / (hardware.memory_bytes_per_second * hardware.memory_efficiency)
 
 
-def reduction_seconds(config: RunConfig, layout: Layout, hardware: Hardware, held: StageShare) -> float:
-    """Seconds to reduce gradients in float32, then to gather updated weights.
+def reduction_seconds(
+    config: RunConfig, layout: Layout, hardware: Hardware, held: StageShare, compute: float
+) -> tuple[float, float]:
+    """Seconds to reduce gradients in float32 and to gather updated weights: what stays exposed, and what is hidden.
 
-    ZeRO-0 to 2 all-reduce, ZeRO-3 scatters; only stages 1 and 2 gather weights here.
+    Under ZeRO-1 and 2 a bucket travels while earlier blocks are differentiated, and weights while the next step's first
+    micro-batch passes forward, `compute` seconds being those of all passes: two thirds of a pass hide a reduction, one
+    third the gathers. The last bucket has no compute left to hide it. ZeRO-0 and 3 reduce after the last pass.
     """
-    return sum(
-        total_seconds(reduction_exchanges(config, layout, parameters, is_spread=is_spread), layout, hardware)
+    passes = layout.micro_batches(config)
+    found = [
+        exchange
         for parameters, is_spread in held.gradient_groups(layout)
-    )
+        for exchange in reduction_exchanges(config, layout, parameters, is_spread=is_spread)
+    ]
+    if layout.zero_stage not in (1, 2):
+        return total_seconds(found, layout, hardware), 0.0
+    one_pass = compute / passes
+    reductions = [exchange for exchange in found if exchange.collective == "reduce_scatter"]
+    reducing = total_seconds(reductions, layout, hardware)
+    last = max((exchange_seconds(exchange, layout, hardware) / exchange.calls for exchange in reductions), default=0.0)
+    gathering = total_seconds((item for item in found if item.collective == "all_gather"), layout, hardware)
+    times = passes if layout.zero_stage == 2 else 1
+    hidden = times * min(reducing - last, 2 / 3 * one_pass) + min(gathering, one_pass / 3)
+    return times * reducing + gathering - hidden, hidden

@@ -10,8 +10,11 @@ depend on more than the layout (a router's choices, DeepSpeed's cache) are refus
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
-from launch.plan.exchanges import FLOAT32, INT64, Exchange, pass_exchanges, reduction_exchanges
+from torch import nn
+
+from launch.plan.exchanges import BUCKET_ELEMENTS, FLOAT32, INT64, Exchange, pass_exchanges, reduction_exchanges
 from launch.plan.layout import Layout, held_by_stages
 from model.config.pattern import mixer_name
 from model.hybrid import HybridModel
@@ -20,7 +23,7 @@ from model.parallel.groups import AXES, ProcessGroupCollection
 from model.parallel.shards import parameter_shards
 from model.pipeline_split import cut_pieces, pieces_of_rank
 from pretrain.config.schema import RunConfig
-from pretrain.engine.optimizer import decays
+from pretrain.engine.optimizer import group_parameters
 
 Key = tuple[str, str, str]
 
@@ -119,20 +122,20 @@ def gradient_exchanges(config: RunConfig, layout: Layout, model: HybridModel) ->
     """
     ranks = layout.stage_ranks
     found: list[Exchange] = []
-    held: Counter[tuple[bool, bool]] = Counter()
+    partial: list[nn.Parameter] = []
 
     def reduce(axis: str, numel: int) -> None:
         found.append(Exchange(axis, "all_reduce", "float32", 1, ranks * numel * FLOAT32))
 
-    for name, parameter, shard in parameter_shards(model):
-        is_spread = shard.per_expert and layout.expert > 1
-        # DeepSpeed pads every parameter group for itself, so groups are counted as the optimizer makes them.
-        held[is_spread, decays(name, parameter.shape)] += parameter.numel()
+    for _, parameter, shard in parameter_shards(model):
+        if shard.per_expert and layout.expert > 1:
+            parameter.group_name = "spread"  # type: ignore[attr-defined]
         for axis in shard.partial:
             if getattr(model.groups, axis).size() == 1:
                 continue
             assert axis in ("tp", "embd"), f"no formula for partial gradients over {axis}"
             reduce(axis, parameter.numel())
+            partial.append(parameter)
             if axis == "embd" and layout.dense_sharers > 2:
                 # Over data ranks too, so that both ends of the pipeline get the same bits.
                 reduce("dp_cp", parameter.numel())
@@ -141,8 +144,17 @@ def gradient_exchanges(config: RunConfig, layout: Layout, model: HybridModel) ->
             for segment, slices in zip(cut.segments, cut.slices(size)):
                 if slices < size:
                     reduce(cut.axis, parameter.numel() // parameter.shape[cut.dim] * segment)
-    for (is_spread, _), numel in held.items():
-        found += reduction_exchanges(config, layout, numel, is_spread=is_spread)
+                    partial.append(parameter)
+    # DeepSpeed pads every parameter group for itself, so groups are counted as the optimizer makes them.
+    settings: dict[str, Any] = (
+        {"bucket_elements": BUCKET_ELEMENTS, "apart": partial} if layout.zero_stage in (1, 2) else {}
+    )
+    apart = {id(parameter) for parameter in partial}
+    for group in group_parameters(model, 0.0, **settings):
+        numel = sum(parameter.numel() for parameter in group["params"])
+        once = layout.zero_stage != 2 or any(id(parameter) in apart for parameter in group["params"])
+        passes = 1 if once else layout.micro_batches(config)
+        found += reduction_exchanges(config, layout, numel, is_spread="moe" in group, passes=passes)
     return found
 
 

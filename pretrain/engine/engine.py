@@ -2,23 +2,23 @@
 
 What happens to a gradient in a step:
 
-    loss of a micro-batch               a share of the global batch's loss, times the number of data ranks (`scale`):
-        |                               DeepSpeed averages over them, shares ask for the sum
+    loss of a micro-batch               a share of the global batch's loss
+        |
         |  backward, once for each micro-batch
         v
-    parameter.grad                      float32: autograd adds up; bf16: a hook moves each one into a float32 sum
-        |                               (`Float32Accumulator`), which is rounded to bf16 once, at the end
-        |  end of `accumulate`
+    parameter.grad                      a hook moves each one into a float32 sum. ZeRO 1 and 2: one for each parameter group
+        |                               (`GradientBuckets`); ZeRO 0 and 3: of bf16 gradients (`Float32Accumulator`), which
+        |                               is rounded to bf16 once, at the end
         v
     sums over tensor, expert            where a rank saw only its tokens, heads or pipeline end, its gradient is a part
     and pipeline ranks                  (`sum_partial_gradients`)
         |
         v
-    check                               `find_fault` names a parameter with NaN; a step to be skipped is poisoned here, so
-        |                               that every optimizer, on every rank, leaves it out
+    sum over data x context ranks       ZeRO 1 and 2: of each bucket inside the last backward pass (2: of each pass);
+        |                               ZeRO 0 and 3: by DeepSpeed, once, after all micro-batches
         v
-    sum over data x context ranks       by DeepSpeed, once for all micro-batches
-        |
+    check                               the first parameter with NaN is named; a step to be skipped is poisoned, so that
+        |                               every optimizer, on every rank, leaves it out
         |  `step`
         v
     global norm, clipping               `GlobalNorm`: every element of the model counts once, however many ranks hold it
@@ -27,16 +27,18 @@ What happens to a gradient in a step:
     AdamW on float32 masters            each data rank its range (ZeRO 1-3); weights follow from the masters
 
 DeepSpeed's own accumulation is not used (it sees one micro-batch a step): it would reduce after every micro-batch under
-ZeRO 2 and 3, add up in bf16, and know nothing of partial gradients.
+ZeRO 2 and 3, add up in bf16, and know nothing of partial gradients. Where it reduces (ZeRO 0 and 3) it averages over data
+ranks, and `scale` multiplies losses by their number.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -44,12 +46,14 @@ from torch import Tensor, nn
 
 from model.parallel.groups import ProcessGroupCollection
 from pretrain.config.schema import OptimizerConfig
+from pretrain.engine.buckets import GradientBuckets
 from pretrain.engine.deepspeed_experts import register_experts_with_deepspeed
 from pretrain.engine.deepspeed_zero3 import DataclassOutputHooks, is_not_about_types
 from pretrain.engine.grad_norm import GlobalNorm
 from pretrain.engine.gradients import (
     Float32Accumulator,
     GradientFault,
+    PartialGradient,
     clip_by_norm,
     find_fault,
     find_partial_gradients,
@@ -66,6 +70,9 @@ from deepspeed.ops import __compatible_ops__  # noqa: E402
 from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
 
 Precision = Literal["float32", "bf16"]
+BUCKETED = (1, 2)  # ZeRO stages that reduce by parameter groups
+# Enough for the links' full speed, few enough to leave most of a backward pass beside them.
+BUCKET_ELEMENTS = 50_000_000
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -93,11 +100,25 @@ class ZeroEngine:
         precision: Precision,
         zero_stage: int,
         clip_norm: float | None,
+        partials: Sequence[PartialGradient],
+        record: Callable[[str, int], None] | None = None,
     ) -> None:
         self.deepspeed = engine
         self.groups = groups
         self.norm = norm
-        self.partials = find_partial_gradients(engine.module, groups)
+        self.partials = partials
+        self.buckets: GradientBuckets | None = None
+        if zero_stage in BUCKETED:
+            self.buckets = GradientBuckets(
+                engine.module,
+                engine.optimizer,
+                [entry.parameter for entry in partials],
+                every_pass=zero_stage == 2,
+                record=record,
+            )
+            self.waits_by_part = hasattr(engine.module, "before_use")
+            if self.waits_by_part:
+                engine.module.before_use = self.buckets.wait_for
         self.precision = precision
         self.zero_stage = zero_stage
         self.clip_norm = clip_norm
@@ -126,24 +147,41 @@ class ZeroEngine:
         return int(self.deepspeed.dp_world_size)
 
     def forward(self, *inputs: Any, **keywords: Any) -> Any:
-        """Run the module's forward pass; under ZeRO-3 each layer's weights are gathered on the way."""
+        """Run the module's forward pass; under ZeRO each part's new weights are awaited, or gathered, on the way."""
+        if self.buckets is not None:
+            if not self.waits_by_part:
+                self.buckets.wait_for_all()
+            return self.module(*inputs, **keywords)
         return self.deepspeed(*inputs, **keywords)
 
+    def wait_for_weights(self) -> None:
+        """Wait until every weight on this rank is that of the last step, for those who read them outside of a forward pass."""
+        if self.buckets is not None:
+            self.buckets.wait_for_all()
+
     def scale(self, loss: Tensor) -> Tensor:
-        """Multiply a loss by the number of data ranks, by which DeepSpeed divides: gradients shall be summed."""
-        return loss * self.data_world_size
+        """Multiply a loss by the number of data ranks where DeepSpeed divides by it: gradients shall be summed."""
+        return loss * self.data_world_size if self.buckets is None else loss
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a loss to this rank's; nothing is reduced yet."""
         loss = self.scale(loss)
-        if self.zero_stage == 0:
+        if self.zero_stage != 3:
             loss.backward()
         else:
             self.deepspeed.backward(loss, scale_wrt_gas=False)
 
     @contextmanager
     def accumulate(self, num_backwards: int) -> Iterator[None]:
-        """Keep gradients on this rank inside the block and reduce them once, on leaving it. Every rank must enter."""
+        """Sum gradients inside the block; on leaving it they are reduced over all ranks. Every rank must enter."""
+        if self.buckets is not None:
+            self.buckets.open(num_backwards)
+            yield
+            self.fault = self.buckets.close(
+                partial(sum_partial_gradients, self.partials, self.groups), refuse=self.is_refused
+            )
+            self.is_refused = False
+            return
         self.accumulator = Float32Accumulator(self.module) if self.precision == "bf16" and num_backwards > 1 else None
         if self.zero_stage > 0:
             with self.deepspeed.coalesce_grad_reduction():
@@ -156,7 +194,9 @@ class ZeroEngine:
 
     def take_gradients(self, module: nn.Module) -> None:
         """Collect gradients that a pipeline schedule added past autograd's hooks, inside `accumulate`."""
-        if self.accumulator is not None:
+        if self.buckets is not None:
+            self.buckets.take(module)
+        elif self.accumulator is not None:
             self.accumulator.take(module)
 
     def skip_next_step(self) -> None:
@@ -191,7 +231,8 @@ class ZeroEngine:
                 return StepOutcome(grad_norm, applied=False)
             self.deepspeed.step()
             return StepOutcome(grad_norm, applied=True)
-        self.deepspeed.step()
+        with nullcontext() if self.buckets is None else self.buckets.gathering():
+            self.deepspeed.step()
         applied = bool(self.deepspeed.was_step_applied())
         return StepOutcome(float(self.deepspeed.get_global_grad_norm()), applied)
 
@@ -204,12 +245,15 @@ def build_engine(
     zero_stage: int,
     parallel: Parallel,
     offload_optimizer: bool = False,
+    bucket_elements: int = BUCKET_ELEMENTS,
+    record: Callable[[str, int], None] | None = None,
 ) -> ZeroEngine:
     """Put a module, built in float32 and alike on all data ranks, under DeepSpeed. Every rank must call this.
 
     With bf16 the weights become bf16 copies of float32 masters; buffers (the router's balancing bias, say) stay
     float32, because they are state that small steps move. `offload_optimizer` (ZeRO 1-3): masters and moments stay in
-    the memory of the host, where torch's fused AdamW steps them.
+    the memory of the host, where torch's fused AdamW steps them. `bucket_elements` (ZeRO 1 and 2): gradients that are
+    reduced together, at least, and `record` is told of the reductions and gathers (`GradientBuckets`).
     """
     quiet_deepspeed()
     if parallel.device.type == "cpu":
@@ -221,10 +265,14 @@ def build_engine(
     bridge = DataclassOutputHooks(module) if zero_stage == 3 else None
     if bridge is not None:
         bridge.open()
+    partials = find_partial_gradients(module, parallel.groups)
+    buckets: dict[str, Any] = {}
+    if zero_stage in BUCKETED:
+        buckets = {"bucket_elements": bucket_elements, "apart": [entry.parameter for entry in partials]}
     with register_experts_with_deepspeed(module, parallel.groups):
         engine, _, _, _ = deepspeed.initialize(
             model=module,
-            optimizer=build_adamw(module, optimizer),
+            optimizer=build_adamw(module, optimizer, **buckets),
             mpu=parallel.mpu,
             config=describe_for_deepspeed(
                 module, optimizer, precision, zero_stage, offload_optimizer=offload_optimizer
@@ -244,6 +292,8 @@ def build_engine(
         precision=precision,
         zero_stage=zero_stage,
         clip_norm=optimizer.clip_grad_norm,
+        partials=partials,
+        record=record,
     )
 
 

@@ -88,19 +88,16 @@ class GlobalNorm:
 
 
 def _ranges_of_partitions(optimizer: Any) -> Iterator[tuple[nn.Parameter, Tensor, int]]:
-    """ZeRO 1 and 2: this rank's range of each parameter in its partition, reduced."""
+    """ZeRO 1 and 2: this rank's range of each parameter in its partition, reduced (engine/buckets.py)."""
     for index, members in enumerate(optimizer.params_in_partition):
         if optimizer.cpu_offload:
             flat = optimizer.single_partition_of_fp32_groups[index].grad
-            for parameter in members:
-                here = parameter._hp_mapping.lp_fragment_address
-                place = parameter._hp_mapping.get_hp_fragment_address()
-                yield parameter, flat[place.start : place.start + place.numel], here.start
-            continue
-        gradients = [g for g in optimizer.averaged_gradients[index] if not getattr(g, "_zero_padding", False)]
-        # The padding behind the last one is not always marked.
-        for parameter, gradient in zip(members, gradients):
-            yield parameter, gradient, parameter._hp_mapping.lp_fragment_address.start
+        else:
+            flat = optimizer.averaged_gradients[index].flat_partition
+        for parameter in members:
+            here = parameter._hp_mapping.lp_fragment_address
+            place = parameter._hp_mapping.get_hp_fragment_address()
+            yield parameter, flat[place.start : place.start + place.numel], here.start
 
 
 def _ranges_of_stage3(optimizer: Any) -> Iterator[tuple[nn.Parameter, Tensor, int]]:

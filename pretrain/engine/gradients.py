@@ -9,7 +9,7 @@ came from.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -89,10 +89,22 @@ def find_partial_gradients(module: nn.Module, groups: ProcessGroupCollection) ->
     return found
 
 
+def own_gradient(parameter: nn.Parameter) -> Tensor:
+    """A parameter's `grad`, made of zeros where it has none."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
+
+
 @torch.no_grad()
-def sum_partial_gradients(partials: Sequence[PartialGradient], groups: ProcessGroupCollection) -> None:
+def sum_partial_gradients(
+    partials: Sequence[PartialGradient],
+    groups: ProcessGroupCollection,
+    gradient_of: Callable[[nn.Parameter], Tensor] = own_gradient,
+) -> None:
     """Sum these gradients over ranks in place, in float32 or wider, with one reduction for each axis and dtype.
 
+    `gradient_of`: where a parameter's gradient lies; by default in `grad`, made of zeros where there is none.
     Every rank must call this, after the last backward pass and before gradients are reduced over data ranks. The two ends
     of a pipeline must get the same bits for what they both hold, or it would drift apart; but each end has its own order
     of summing three and more data ranks. So these gradients are summed over data ranks here, and one rank alone hands the
@@ -100,13 +112,15 @@ def sum_partial_gradients(partials: Sequence[PartialGradient], groups: ProcessGr
     """
     batches: dict[tuple[Axis, torch.dtype], list[PartialGradient]] = {}
     for partial in partials:
-        if partial.parameter.grad is None:
-            assert partial.parameter.requires_grad, f"{partial.name} has no gradient to sum"
-            partial.parameter.grad = torch.zeros_like(partial.parameter)
-        batches.setdefault((partial.axis, partial.parameter.grad.dtype), []).append(partial)
+        assert partial.parameter.requires_grad, f"{partial.name} has no gradient to sum"
+        batches.setdefault((partial.axis, gradient_of(partial.parameter).dtype), []).append(partial)
     for (axis, dtype), batch in batches.items():
         group = getattr(groups, axis)
-        pieces = [piece for partial in batch for piece in _pieces(partial, group.rank(), group.size())]
+        pieces = [
+            piece
+            for partial in batch
+            for piece in _pieces(partial, gradient_of(partial.parameter), group.rank(), group.size())
+        ]
         buffer = torch.zeros(
             sum(piece.numel() * slots for piece, slots, _ in pieces),
             dtype=torch.promote_types(dtype, torch.float32),
@@ -127,14 +141,12 @@ def sum_partial_gradients(partials: Sequence[PartialGradient], groups: ProcessGr
             piece.copy_(place)
 
 
-def _pieces(partial: PartialGradient, rank: int, size: int) -> Iterator[tuple[Tensor, int, int]]:
+def _pieces(partial: PartialGradient, gradient: Tensor, rank: int, size: int) -> Iterator[tuple[Tensor, int, int]]:
     """Yield the partial views of a gradient, each with the number of different slices among the ranks, and ours.
 
     A cut over more ranks than it has slices gives each slice to neighbouring ranks, so that rank r holds slice
     r * slices // ranks; the sum runs over a buffer with one slot for each slice.
     """
-    gradient = partial.parameter.grad
-    assert gradient is not None, f"{partial.name} has no gradient"
     if partial.cut is None:
         yield gradient, 1, 0
         return

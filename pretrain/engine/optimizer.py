@@ -6,6 +6,7 @@ group's settings by label, whatever became of the tensors.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -22,36 +23,72 @@ def decays(name: str, shape: torch.Size) -> bool:
     return not is_kept and len(shape) >= 2
 
 
-def group_parameters(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def part_of(name: str) -> str:
+    """The part of a model in which a parameter is used: a block (`blocks.3`), `embedding`, or `head` for what follows."""
+    first, _, rest = name.partition(".")
+    return f"blocks.{rest.partition('.')[0]}" if first == "blocks" else first if first == "embedding" else "head"
+
+
+def group_parameters(
+    module: nn.Module,
+    weight_decay: float,
+    *,
+    bucket_elements: int | None = None,
+    apart: Collection[nn.Parameter] = (),
+) -> list[dict[str, Any]]:
     """Sort parameters into the groups `decay` and `no_decay`, in the module's order; empty ones are left out.
 
     `parameter_names` of a group names its parameters, in their order. Experts that are spread over ranks, marked with
     the `group_name` of those that hold the same ones, are groups of their own, of the same label: DeepSpeed reads their
-    `name` and `moe`.
+    `name` and `moe`. `bucket_elements`: close a group of decaying parameters behind the part of the module with which it
+    comes to so many, which makes it a bucket; `apart`: parameters that make groups of their own.
     """
-    groups: dict[tuple[str, str | None], dict[str, Any]] = {}
-    for label, decay in (("decay", weight_decay), ("no_decay", 0.0)):
-        groups[label, None] = {"label": label, "weight_decay": decay, "params": [], "parameter_names": []}
+    groups: dict[tuple[str, str | None, bool, int], dict[str, Any]] = {}
+    # The present bucket of each kind of group: its number, its elements so far, and the part it came to.
+    buckets: dict[tuple[str, str | None, bool], tuple[int, int, str]] = {}
+    kept_apart = {id(parameter) for parameter in apart}
     for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            label = "decay" if decays(name, parameter.shape) else "no_decay"
-            spread: str | None = getattr(parameter, "group_name", None)
-            if (label, spread) not in groups:
-                own = {"params": [], "parameter_names": [], "moe": True, "name": spread}
-                groups[label, spread] = groups[label, None] | own
-            groups[label, spread]["params"].append(parameter)
-            groups[label, spread]["parameter_names"].append(name)
-    return [group for group in groups.values() if group["params"]]
+        if not parameter.requires_grad:
+            continue
+        label = "decay" if decays(name, parameter.shape) else "no_decay"
+        spread: str | None = getattr(parameter, "group_name", None)
+        kind = (label, spread, id(parameter) in kept_apart)
+        number, elements, part = buckets.get(kind, (0, 0, part_of(name)))
+        is_full = bucket_elements is not None and label == "decay" and elements >= bucket_elements
+        if is_full and part != part_of(name):
+            number, elements = number + 1, 0
+        buckets[kind] = (number, elements + parameter.numel(), part_of(name))
+        own = {} if spread is None else {"moe": True, "name": spread}
+        new = {
+            "label": label,
+            "weight_decay": weight_decay if label == "decay" else 0.0,
+            "params": [],
+            "parameter_names": [],
+        }
+        group = groups.setdefault((*kind, number), new | own)
+        group["params"].append(parameter)
+        group["parameter_names"].append(name)
+    # Dense before spread, decaying before the others: the norm of all gradients adds up in this order.
+    return [
+        groups[key]
+        for key in sorted(groups, key=lambda key: (key[1] is not None, key[0] == "no_decay", key[2], key[3]))
+    ]
 
 
-def build_adamw(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+def build_adamw(
+    module: nn.Module,
+    config: OptimizerConfig,
+    *,
+    bucket_elements: int | None = None,
+    apart: Collection[nn.Parameter] = (),
+) -> torch.optim.AdamW:
     """Build fused AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) over the groups of `group_parameters`.
 
     The rate starts at zero: wrappers that step once to allocate their states must not move a weight, and the loop sets
     the schedule's rate before each step.
     """
     return torch.optim.AdamW(
-        group_parameters(module, config.weight_decay),
+        group_parameters(module, config.weight_decay, bucket_elements=bucket_elements, apart=apart),
         lr=0.0,
         betas=(config.beta1, config.beta2),
         eps=config.epsilon,

@@ -152,6 +152,7 @@ def gather_weights(run: Run) -> dict[str, Tensor]:
 
     Fails where two ranks that should hold the same values do not, to the bit.
     """
+    run.engine.wait_for_weights()
     parameters = list(run.model.parameters())
     with deepspeed.zero.GatheredParameters(parameters) if run.engine.zero_stage == 3 else nullcontext():
         own = {

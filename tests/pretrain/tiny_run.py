@@ -95,6 +95,7 @@ def train_and_collect(config: RunConfig) -> Trained:
 
 def collect_weights(run: Run) -> dict[str, torch.Tensor]:
     """Whole weights, gathered where ZeRO-3 spread them, and buffers. Every rank must call this."""
+    run.engine.wait_for_weights()
     parameters = dict(run.model.named_parameters())
     with deepspeed.zero.GatheredParameters(list(parameters.values())) if run.engine.zero_stage == 3 else nullcontext():
         weights = {name: parameter.detach().float().clone() for name, parameter in parameters.items()}

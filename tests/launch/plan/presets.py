@@ -25,7 +25,7 @@ PRESET_GPUS = {
     "nemotron3_super_120b": 256,
     "jamba1.5_large_like": 512,
     "nemotron3_ultra_550b": 1024,
-    "turbos_560b": 1024,
+    "turbos_560b": 2048,
 }
 # A preset without the axes that cut the model.
 ZERO_ALONE = (

@@ -21,8 +21,10 @@ def test_memory_of_states_follows_the_zero_stage():
     }
     assert [parts[stage]["weights"] for stage in range(4)] == [2 * total, 2 * total, 2 * total, 2 * total / 8]
     assert [parts[stage]["moments"] for stage in range(4)] == [8 * total, total, total, total]
-    # bf16 gradients of several micro-batches are also summed in float32, whole on every rank, at any stage.
-    assert all(parts[stage]["gradients"] == 6 * total for stage in range(4) if "activations" in parts[stage])
+    # Float32 sums of whole gradients, under ZeRO 0 and 3 beside the bf16 ones; under ZeRO 2 a share, and two buckets.
+    expected = {0: 6 * total, 1: 4 * total, 3: 6 * total}
+    assert all(parts[stage]["gradients"] == size for stage, size in expected.items() if "activations" in parts[stage])
+    assert 4 * (total / 8 + 2 * 50_000_000) < parts[2]["gradients"] < 4 * total
 
 
 def test_activations_grow_with_rows_and_one_micro_batch_needs_no_float32_sums():
@@ -54,22 +56,20 @@ def test_margin_is_a_part_of_the_rest():
     assert wide == pytest.approx(1.2 * plain)
 
 
-def test_gradients_on_their_way_take_a_bucket_and_what_is_sent():
+def test_gradients_that_arrive_take_their_share_beside_the_sums():
     config = preset("ladder_1b_a300m")
     parameters = count_parameters(config.model).total
-    bucket = 200_000_000
-    for precision, ranks, communication in (
-        ("float32", 1, 4 * bucket),  # the buffer alone
-        ("bf16", 1, 4 * bucket),  # what is sent, in float32
-        ("bf16", 8, 6 * bucket),  # and the ranks' slices, joined
-    ):
+    for precision, ranks, shares in (("float32", 1, 0.0), ("bf16", 8, parameters / 8)):
         run = preset("ladder_1b_a300m", f"train.precision={precision}")
         layout, storage = Layout(ranks, 1, 1), storage_of(run)
         (held,) = held_by_stages(run.model, layout, run.train.sequence_length)
         parts = reduction_bytes(held, layout, storage)
-        left = max(0.0, storage.element_bytes * (parameters / ranks - bucket))  # this rank's share of earlier buckets
-        assert parts["communication"] == communication
-        assert parts["gradients"] == pytest.approx(storage.element_bytes * parameters + left)
+        assert parts == {"gradients": pytest.approx(4 * (parameters + shares))}
+    # ZeRO 0: DeepSpeed joins a bucket, and in bf16 sends it in float32.
+    (held,) = held_by_stages(config.model, Layout(8, 0, 1), config.train.sequence_length)
+    assert reduction_bytes(held, Layout(8, 0, 1), storage_of(config))["communication"] == 6 * min(
+        parameters, 500_000_000
+    )
 
 
 def test_a_single_rank_gathers_no_weights_under_zero_3():

@@ -33,6 +33,19 @@ def test_a_step_is_never_faster_than_its_arithmetic_at_peak():
         assert step.reduction == step.exposed_gathers == 0.0
 
 
+def test_a_reduction_hides_behind_a_backward_pass_and_zero_2_reduces_in_each():
+    config = preset("ladder_8b_a1b")
+    plain, bucketed, each = (
+        estimate_step(config, Layout(64, stage, 1), H100, storage_of(config), overlap=0.0) for stage in (0, 1, 2)
+    )
+    assert plain.hidden == 0.0 < bucketed.hidden
+    # No more bytes than an all-reduce with the gathers that follow, and part of them beside compute.
+    assert bucketed.reduction < 0.75 * plain.reduction
+    one_pass = sum(bucketed.compute.values()) / Layout(64, 1, 1).micro_batches(config)
+    assert bucketed.hidden <= one_pass * (1 + 1e-9)
+    assert each.hidden > bucketed.hidden and each.total() > bucketed.total()
+
+
 def test_overlap_hides_gathers_but_no_more_than_there_is_compute():
     config = preset("ladder_8b_a1b")
     steps = [

@@ -1,0 +1,132 @@
+"""Reductions start inside the last backward pass, gathers end inside the next forward pass, and nothing else changes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from model.config.schema import ModelConfig
+from model.hybrid import HybridModel
+from model.packing import PackMeta
+from pretrain.config.schema import OptimizerConfig, ParallelConfig
+from pretrain.engine.engine import ZeroEngine, build_engine
+from pretrain.engine.optimizer import group_parameters, part_of
+from pretrain.parallel import initialize_parallel
+from tests.helpers.spawn import run_ranks
+from tests.pretrain.tiny_run import MODEL
+
+ROWS, TOKENS, PASSES, STEPS = 2, 24, 3, 2
+STAGES = (1, 2)
+LEARNING_RATE = 1e-2
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Losses of this rank's micro-batches, the weights after the last step, what happened when, and bytes held."""
+
+    losses: list[float]
+    weights: dict[str, torch.Tensor]
+    events: list[str]
+    num_buckets: int
+
+
+def build(zero_stage: int, events: list[str]) -> ZeroEngine:
+    parallel = initialize_parallel(ParallelConfig(), timeout_seconds=60, num_threads=1)
+    model = HybridModel(ModelConfig.model_validate(MODEL), parallel.groups)
+    engine = build_engine(
+        model,
+        optimizer=OptimizerConfig(learning_rate=LEARNING_RATE, epsilon=1e-3),
+        precision="float32",
+        zero_stage=zero_stage,
+        parallel=parallel,
+        bucket_elements=1,
+        record=lambda event, bucket: events.append(f"{event} {bucket}"),
+    )
+    first = model.blocks[0].norm.weight
+    first.register_hook(lambda gradient: events.append("gradient of blocks.0"))
+    wait = model.before_use
+    model.before_use = lambda part: (wait(part), events.append(f"use {part}"))[0]
+    return engine
+
+
+def train(zero_stage: int) -> Trained:
+    """Steps on tokens of which data rank r of n takes every n-th micro-batch."""
+    events: list[str] = []
+    engine = build(zero_stage, events)
+    ranks, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    tokens = torch.randint(0, MODEL["vocab_size"], (STEPS, 2 * PASSES, ROWS, TOKENS), generator=torch.manual_seed(0))
+    meta = PackMeta.one_document_a_row(ROWS, TOKENS)
+    losses = []
+    for step in range(STEPS):
+        batches = tokens[step, rank::ranks]
+        with engine.accumulate(len(batches)):
+            for number, rows in enumerate(batches):
+                output = engine.forward(rows, meta, rows)
+                losses.append(float(output.loss.nll_sum))
+                events.append(f"backward {number}")
+                engine.backward(output.loss.total / tokens[step].numel())
+                events.append(f"end {number}")
+        assert engine.step(LEARNING_RATE).applied
+        events.append("step")
+    engine.wait_for_weights()
+    weights = {name: weight.detach().clone() for name, weight in engine.module.named_parameters()}
+    return Trained(losses, weights, events, len(engine.adamw.param_groups))
+
+
+def train_all() -> list[Trained]:
+    return [train(stage) for stage in STAGES]
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> list[list[Trained]]:
+    return run_ranks(train_all, num_ranks=2)
+
+
+def test_buckets_train_as_one_rank(two_ranks: list[list[Trained]]) -> None:
+    (alone,) = run_ranks(train_all, num_ranks=1)
+    for own, other, whole in zip(*two_ranks, alone, strict=True):
+        both = [loss for pair in zip(own.losses, other.losses) for loss in pair]
+        assert both == pytest.approx(whole.losses, rel=1e-5)
+        for name, weight in whole.weights.items():
+            torch.testing.assert_close(own.weights[name], weight, rtol=0, atol=1e-6, msg=name)
+            assert torch.equal(own.weights[name], other.weights[name]), name
+
+
+def test_reductions_start_before_the_last_backward_pass_ends(two_ranks: list[list[Trained]]) -> None:
+    for once, each_pass in zip(*[iter(two_ranks[0])] * 2):
+        last = PASSES - 1
+        begun, ended = (once.events.index(f"{place} {last}") for place in ("backward", "end"))
+        inside = [event for event in once.events[begun:ended] if event.startswith("reduce ")]
+        assert not any(event.startswith("reduce") for event in once.events[:begun])
+        # All of them do: the last one when its block's gradients are in, and no pass is left to hide it.
+        assert len(inside) == once.num_buckets == len(set(inside)) > 3
+        gradient = once.events.index("gradient of blocks.0", begun)
+        before = [event for event in once.events[begun:gradient] if event.startswith("reduce ")]
+        assert len(before) >= 3, "later blocks' gradients travel while the first block is differentiated"
+        reduced = [event for event in each_pass.events[: each_pass.events.index("step")] if event.startswith("reduce ")]
+        assert len(reduced) == PASSES * each_pass.num_buckets
+
+
+def test_gathers_end_inside_the_next_forward_pass(two_ranks: list[list[Trained]]) -> None:
+    for trained in two_ranks[0]:
+        begun = trained.events.index("step") + 1
+        following = trained.events[begun : trained.events.index("backward 0", begun)]
+        awaited = [event for event in following if event.startswith("gathered")]
+        assert len(awaited) == trained.num_buckets
+        # The weights of the last block are awaited after the first one has computed.
+        assert following.index("use blocks.0") < following.index(awaited[-1])
+        assert all(f"gather {event.split()[1]}" in trained.events[:begun] for event in awaited)
+
+
+def test_a_group_is_closed_behind_a_whole_block() -> None:
+    model = HybridModel(ModelConfig.model_validate(MODEL), initialize_parallel(timeout_seconds=60).groups)
+    groups = group_parameters(model, 0.1, bucket_elements=1)
+    parts = [{part_of(name) for name in group["parameter_names"]} for group in groups if group["label"] == "decay"]
+    assert parts == [{"embedding"}, *({f"blocks.{number}"} for number in range(4)), {"head"}]
+    assert [group["label"] for group in groups].count("no_decay") == 1
+    kept = dict(model.named_parameters())["blocks.1.mixer.router.weight"]
+    apart = group_parameters(model, 0.1, bucket_elements=10**9, apart=[kept])
+    assert ["blocks.1.mixer.router.weight"] in [group["parameter_names"] for group in apart]
+    assert len(apart) == 3
