@@ -131,9 +131,10 @@ class HttpFile:
                 answer = ask(self.url, {**self.headers, **wanted})
             else:
                 answer = ask(self._address, wanted, attempts=1)
-        except HttpError:
+        except HttpError as error:
             if self._address == self.url:
-                raise
+                text = f"{error}; look at the network, and run the same command to go on"
+                raise HttpError(text, error.status) from error
             self._address = self.url  # a signed address that has run out: ask for another one
             return self.read_range(start, stop)
         self._address = answer.url

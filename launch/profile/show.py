@@ -16,6 +16,7 @@ from pretrain.report.data import read_run
 
 FOLDER = re.compile(r"step-(\d+)")
 FILE = re.compile(r"rank-(\d+)\.json\.gz")
+WRAPPED = re.compile(r"GeneratedBackwardFor_amfm_(\w+)_default")
 PASSES = ("forward", "backward", "recompute")
 MOST_OPERATIONS = 12
 
@@ -125,7 +126,7 @@ def summarize(file: TraceFile, trace: StepTrace, untraced_milliseconds: float | 
         dict(sorted(kinds.items(), key=lambda item: -item[1])),
         dict(sorted(blocks.items(), key=lambda item: -sum(item[1].values()))),
         [
-            {"operation": name, "kind": kind, "milliseconds": time / 1000, "calls": calls}
+            {"operation": name_operation(name), "kind": kind, "milliseconds": time / 1000, "calls": calls}
             for (name, kind), (time, calls) in ranked
         ],
     )
@@ -134,6 +135,11 @@ def summarize(file: TraceFile, trace: StepTrace, untraced_milliseconds: float | 
 def name_part(part: str) -> str:
     """The kind of a block in words, or the part itself."""
     return describe_symbol(part.rsplit(maxsplit=1)[-1]) if part.startswith("block ") else part
+
+
+def name_operation(name: str) -> str:
+    """An operation as our code names it: PyTorch wraps an operation of ours in a function with a long name."""
+    return WRAPPED.sub(r"amfm::\1", name)
 
 
 def describe_peak(profile: Profile) -> str:

@@ -156,3 +156,20 @@ def test_a_signal_to_the_launcher_saves_on_every_host(tmp_path: Path) -> None:
     last_step = len((tmp_path / "run/metrics.jsonl").read_text().splitlines())
     assert last_step < 2000
     assert (tmp_path / f"run/checkpoints/step-{last_step:08d}/manifest.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_rank_that_torchrun_itself_starts_again_leaves_the_event_and_the_end_as_json(tmp_path: Path) -> None:
+    write_config(tmp_path, train__steps=60)
+    command = [sys.executable, "-m", "launch", "launch", str(tmp_path / "run.yaml"), "--on", "torchrun", "--json"]
+    options = ["--nproc-per-node", "2", "--master", "localhost:29642"]
+    launcher = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_step(tmp_path, 15)
+    next(process for process in find_ranks(tmp_path) if process.environ()["RANK"] == "1").kill()
+    output, errors = launcher.communicate(timeout=240)
+    assert launcher.returncode == 0, errors
+    (event,) = [event for event in events(tmp_path) if event["event"] == "restarted"]
+    assert event["cause"] == "torchrun started its ranks again, restart 1"
+    end = json.loads(output)
+    assert (end["launcher"], end["exit_code"], end["finished"], end["step"]) == ("torchrun", 0, True, 60)
