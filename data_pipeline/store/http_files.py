@@ -24,7 +24,8 @@ from typing import Any
 SCHEMES = ("https", "http")
 STREAM_BYTES = 4 * 2**20  # the least that one request of a file brings
 TIMEOUT_SECONDS = 30.0  # of a connection, and of each wait for bytes
-ATTEMPTS = 5  # a read of a long preparation outlives a hiccup of half a minute
+ATTEMPTS = 7  # a read of a long preparation outlives a hiccup of half a minute
+FIRST_PAUSE_SECONDS = 0.5  # before asking again; twice as long each time
 TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
 CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
@@ -95,7 +96,7 @@ def ask(
             reason = str(getattr(error, "reason", None) or error) or type(error).__name__
         if attempt + 1 == attempts or (status is not None and status not in TRANSIENT):
             raise HttpError(f"{without_query(url)}: {reason}", status)
-        time.sleep(2.0**attempt)
+        time.sleep(FIRST_PAUSE_SECONDS * 2**attempt)
     raise AssertionError("attempts is at least 1")
 
 

@@ -133,6 +133,8 @@ def test_validation_measures_the_same_text_each_time_and_changes_nothing(data: D
         weights, random, cursor = collect_weights(run), torch.get_rng_state(), run.loader.state_dict()
         first, second = validate(run), validate(run)
         assert first == second and first.tokens > 100
+        assert first.by_source["source0"].tokens == first.tokens
+        assert first.by_source["source0"].loss == pytest.approx(first.loss, rel=1e-6)
         assert first.perplexity == pytest.approx(math.exp(first.loss))
         assert torch.equal(torch.get_rng_state(), random) and run.loader.state_dict() == cursor
         assert all(torch.equal(weight, weights[name]) for name, weight in collect_weights(run).items())
@@ -150,6 +152,7 @@ def validate_two_sources(data: DataConfig, folder: str) -> Validation:
     return result
 
 
+@pytest.mark.slow
 def test_each_source_has_its_loss_on_one_rank_and_on_two(tmp_path: Path) -> None:
     both = make_tiny_store(tmp_path / "data", num_documents=200, mean_words=12, num_sources=2)
     (alone,) = run_ranks(validate_two_sources, both, str(tmp_path), num_ranks=1)

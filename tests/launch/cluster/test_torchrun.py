@@ -110,7 +110,7 @@ def start_on_two_hosts(tmp_path: Path) -> subprocess.Popen[str]:
 
 def find_ranks(tmp_path: Path) -> list[psutil.Process]:
     wanted = ["-m", "launch", "train", str(tmp_path / "run.yaml")]
-    found = [process for process in psutil.process_iter(["cmdline"]) if process.info["cmdline"][-4:] == wanted]
+    found = [p for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [])[-4:] == wanted]
     return [process for process in found if "torch.distributed.run" not in process.info["cmdline"]]
 
 
