@@ -7,9 +7,11 @@ import os
 import random
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -152,6 +154,17 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def record_collectives(folder: Path) -> None:
+    """Have torch write its record of the last collectives into a folder, a file a rank, when one times out under NCCL.
+
+    Which rank came to which collective is what a hang is explained by (torch's flight recorder); variables that are set
+    already win. Call it before the ranks meet; the folder must be there when it is needed.
+    """
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(folder / "rank-"))
+
+
 def start_process_group(timeout_seconds: float) -> tuple[int, int, int, int]:
     """Join the default process group and return (rank, world size, local rank, local world size).
 
@@ -167,6 +180,8 @@ def start_process_group(timeout_seconds: float) -> tuple[int, int, int, int]:
     if torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size(), local_rank, local_world_size
     timeout = timedelta(seconds=timeout_seconds)
+    # A connection when it is first used, instead of one to every rank: objects go around in rings and trees.
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
         store, rank, world_size = next(rendezvous("env://", timeout=timeout))
         store.set_timeout(timeout)
@@ -198,15 +213,16 @@ def initialize_parallel(
     if parallel_state.model_parallel_is_initialized() and not _has_sizes(section):
         destroy_groups()
     if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=section.tensor,
-            pipeline_model_parallel_size=section.pipeline,
-            context_parallel_size=section.context,
-            expert_model_parallel_size=section.expert,
-            expert_tensor_parallel_size=section.expert_tensor_size(),
-            distributed_timeout_minutes=timeout_seconds / 60,
-            create_gloo_process_groups=False,
-        )
+        with axis_groups():
+            parallel_state.initialize_model_parallel(
+                tensor_model_parallel_size=section.tensor,
+                pipeline_model_parallel_size=section.pipeline,
+                context_parallel_size=section.context,
+                expert_model_parallel_size=section.expert,
+                expert_tensor_parallel_size=section.expert_tensor_size(),
+                distributed_timeout_minutes=timeout_seconds / 60,
+                create_gloo_process_groups=False,
+            )
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
     else:
@@ -216,6 +232,36 @@ def initialize_parallel(
     groups = ProcessGroupCollection.use_mpu_process_groups(AXES)
     groups.sequence_parallel = section.sequence_parallel
     return Parallel(rank, world_size, local_rank, local_world_size, device, groups, DataParallelUnit())
+
+
+@contextmanager
+def axis_groups() -> Iterator[None]:
+    """Inside the block Megatron-core's groups are of NCCL alone on cards, and a rank's groups of size 1 are one.
+
+    The default group also carries objects between processors, over gloo, and every group inherits that: at 1,024 ranks a
+    mesh of sockets for each of 2,652 groups, above what a process may open. Axes carry tensors of the device only. A group
+    of one rank talks to nobody, and making it costs every rank a round through the store: with many axes of size 1 that was
+    most groups. All ranks must enter.
+    """
+    rank, own = torch.distributed.get_rank(), parallel_state.create_group
+    backend = "nccl" if "cuda:nccl" in torch.distributed.get_backend_config() else None
+    alone: list[Any] = []
+
+    def create_group(ranks: Sequence[int], **settings: Any) -> Any:
+        if len(ranks) > 1:
+            return own(ranks, **{**settings, "backend": settings.get("backend") or backend})
+        if ranks[0] != rank:
+            return torch.distributed.GroupMember.NON_GROUP_MEMBER
+        if not alone:
+            # Of this rank alone, so that no other one need call.
+            alone.append(own(ranks, **{**settings, "backend": backend, "use_local_synchronization": True}))
+        return alone[0]
+
+    parallel_state.create_group = create_group
+    try:
+        yield
+    finally:
+        parallel_state.create_group = own
 
 
 def _has_sizes(section: ParallelConfig) -> bool:

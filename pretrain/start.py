@@ -53,6 +53,7 @@ from pretrain.parallel import (
     describe_environment,
     initialize_parallel,
     launcher_goes_on,
+    record_collectives,
     set_determinism,
     start_process_group,
 )
@@ -73,6 +74,7 @@ def start_run(config: RunConfig, signals: SignalWatch, report: Report = silent) 
     """
     config = without_secrets(config)
     report("waiting for all ranks to join")
+    record_collectives(Path(config.run.dir) / "flight")
     rank, world_size, _, _ = start_process_group(config.train.timeout_seconds)
     require_same_on_all_ranks(describe_start(config))
     newest = newest_saved_step(config.run.dir) if rank == 0 else None
@@ -81,6 +83,8 @@ def start_run(config: RunConfig, signals: SignalWatch, report: Report = silent) 
     check_plot_services(config)
     # Before data and model are built: a second start in the same directory is refused at once.
     lock = lock_directory(Path(config.run.dir)) if rank == 0 else None
+    if torch.cuda.is_available():
+        (Path(config.run.dir) / "flight").mkdir(parents=True, exist_ok=True)
     stages = resolve_stages(config)
     run = build_run(config, signals, stages, stage_of(stages, steps_done), report)
     loaded = resume(run, report)

@@ -49,6 +49,7 @@ def launch(
     doctor: Annotated[
         bool, typer.Option("--doctor", help="Examine the ranks, hosts and links that the run would have; don't train.")
     ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Train also where a stage cannot fit on a card.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print exactly what would run, and run nothing.")] = False,
     hosts: Annotated[
         Path | None, typer.Option(metavar="FILE", help="torchrun: start every host of this file (one a line).")
@@ -78,7 +79,8 @@ def launch(
     if goes_on and config.launch.min_nodes > 1:
         check_run(config, numbers[: nodes + 1 - min(nodes, config.launch.min_nodes)])
     check_options(on, nodes=nodes, hosts=hosts, node_rank=node_rank, master=master, address=address, dry_run=dry_run)
-    work = Work(["train", str(path), *(overrides or [])], config.launch.max_restarts)
+    options = [*(overrides or []), *(["--force"] if force else [])]
+    work = Work(["train", str(path), *options], config.launch.max_restarts)
     misfit = describe_misfit(config, path, nodes * ranks) if dry_run and not doctor else None
     if misfit is not None:
         say(f"amfm launch: warning: {misfit}")
@@ -89,7 +91,7 @@ def launch(
             config, work, nodes, ranks, hosts, shlex.split(remote_shell), node_rank, master, dry_run=dry_run
         )
     elif on == "slurm":
-        done = launch_slurm(config, work, path, overrides or [], nodes, ranks, dry_run=dry_run)
+        done = launch_slurm(config, work, path, options, nodes, ranks, dry_run=dry_run)
     else:
         done = launch_ray(config, work, nodes, ranks, address, dry_run=dry_run)
     if isinstance(done, int):

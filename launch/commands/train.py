@@ -19,6 +19,7 @@ def train(
     overrides: OverridesArgument = None,
     *,
     nproc: Annotated[int, typer.Option(min=1, help="Ranks on this machine; the losses don't depend on it.")] = 1,
+    force: Annotated[bool, typer.Option("--force", help="Train also where a stage cannot fit on the card.")] = False,
     help_all: HelpAllOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -41,8 +42,14 @@ def train(
     if starts_ranks:
         from launch.cluster.local import run_layouts
 
-        code = run_layouts(config, ["train", str(path), *(overrides or [])], nproc)
+        code = run_layouts(config, ["train", str(path), *(overrides or []), *(["--force"] if force else [])], nproc)
     else:
+        from launch.plan.card_fit import check_fits, this_card
+        from pretrain.checkpoint.names import newest_saved_step
+
+        card = None if force else this_card()
+        if card is not None:
+            check_fits(config, numbers[0], card, steps_done=max(0, newest_saved_step(config.run.dir)))
         code = train_run(config)
     if as_json and is_first:
         print_json(summarize(config.run.dir))

@@ -126,7 +126,11 @@ class TrainConfig(Section):
     log_every_steps: int = Field(
         1, gt=0, description="Steps between lines on the terminal; metrics.jsonl gets each step."
     )
-    timeout_seconds: float = Field(600.0, gt=0, description="A collective that takes longer ends the run.")
+    timeout_seconds: float = Field(
+        1200.0,
+        gt=0,
+        description="A collective that takes longer ends the run; above launch.heartbeat_seconds, after which a rank names who holds it up.",
+    )
     max_skipped_steps: int = Field(10, ge=0, description="Non-finite steps skipped in a row before the run stops.")
     compile: bool = Field(
         False, description="Compile the blocks one by one with torch.compile; costs a minute or two at start."
