@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from kernels.proof.cases.operations import OPERATIONS
+
 FOLDER = Path(__file__).parents[2] / "kernels"
 FILES = sorted(path for path in FOLDER.rglob("*.py") if "import triton.language as tl" in path.read_text())
 
@@ -43,3 +45,23 @@ def test_masked_loads_say_what_hidden_lanes_hold(path: Path) -> None:
 def test_products_say_their_precision(path: Path) -> None:
     """On a card float32 operands are cut to tf32 unless told, in the interpreter never."""
     assert [line for line, named in _calls(path, "dot") if "input_precision" not in named] == []
+
+
+OPERATION_FILES = sorted(FOLDER.glob("*/op.py"))
+
+
+@pytest.mark.parametrize("path", OPERATION_FILES, ids=lambda path: path.parent.name)
+def test_an_operation_names_itself_where_its_backend_is_chosen(path: Path) -> None:
+    """By this name its kernels are checked at their first use on a card; without it nobody would check them."""
+    calls = [
+        node
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "resolve_backend"
+    ]
+    named = {
+        constant.value
+        for call in calls
+        for constant in ast.walk(call.args[2] if len(call.args) > 2 else ast.Constant(f"line {call.lineno}: no name"))
+        if isinstance(constant, ast.Constant) and isinstance(constant.value, str)
+    }
+    assert named <= set(OPERATIONS), named - set(OPERATIONS)

@@ -24,10 +24,12 @@ SPILLS = {
     "delta gradients, 2 steps a token": 16,
 }
 SPILLS_BEFORE_3_7 = {
-    "scan gradients, chunks of 64": 360,
-    "scan gradients, chunks of 128": 712,
+    "scan gradients, chunks of 64": 192,
+    "scan gradients, chunks of 128": 632,
     "attention d_k d_v, head 128": 64,
-    "delta gradients, 2 steps a token": 16,
+    "delta gradients, 1 step a token": 40,
+    "delta gradients, 2 steps a token": 24,
+    "experts down backward, SwiGLU, 1024 rows an expert": 16,
 }
 
 
