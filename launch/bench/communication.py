@@ -19,6 +19,7 @@ import yaml
 from data_pipeline.batch import Batch
 from launch.bench.count_collectives import CommunicationCounter, Traffic, sum_traffic
 from launch.plan.context_traffic import compare_context
+from launch.plan.layout import Layout
 from launch.plan.traffic import check_countable, expected_bytes
 from model.hybrid import ModelOutput
 from pretrain.checks.check_run import load_checked
@@ -97,7 +98,7 @@ def load_layout(overrides: Sequence[str], world_size: int) -> RunConfig:
         path = Path(folder, "bench_comm.yaml")
         path.write_text(yaml.safe_dump(DEFAULTS), encoding="utf-8")
         config = load_checked(path, overrides, world_size=world_size)
-    check_countable(config)
+    check_countable(config, Layout.of(config, world_size))
     return config
 
 

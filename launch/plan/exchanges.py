@@ -16,10 +16,12 @@ from dataclasses import dataclass
 
 import torch
 
+from kernels.moe.capacity import expert_capacity
 from launch.plan.context_traffic import exchanged_windows, handed_states, segment_states
 from launch.plan.layout import Layout, StageShare
 from launch.plan.registered import is_registered, registered_block
 from model.config.schema import ModelConfig, MoeConfig
+from model.moe.capacity import slots_for
 from pretrain.config.schema import RunConfig
 
 FLOAT32, INT64 = 4, 8
@@ -129,6 +131,8 @@ def _router_exchanges(config: RunConfig, layout: Layout, moe: MoeConfig, blocks:
 def expert_exchanges(config: RunConfig, layout: Layout, held: StageShare) -> Iterator[Exchange]:
     """Every choice travels there and back, forward and backward, at the width of the experts, whatever the router does.
 
+    Under a capacity factor that makes slots, those travel, filled or not.
+
     With x expert-tensor ranks each row goes to all of them, and x parts of it come back.
     """
     moe, blocks = config.model.moe, held.letters.count("E")
@@ -136,7 +140,10 @@ def expert_exchanges(config: RunConfig, layout: Layout, held: StageShare) -> Ite
         return
     dtype, size = element_type(config)
     ranks, beside = layout.stage_ranks, layout.expert_tensor
+    slots = static_slots(config, layout)
     choices = ranks // layout.tensor * layout.tokens(config) * moe.top_k
+    if slots is not None:
+        choices = ranks * slots * moe.num_experts
     rows = 4 * blocks * choices * (moe.latent_size or config.model.hidden_size) * size
     counts = blocks * ranks * moe.num_experts * INT64
     yield Exchange("ep", "all_to_all", dtype, 4 * blocks, rows)
@@ -144,6 +151,16 @@ def expert_exchanges(config: RunConfig, layout: Layout, held: StageShare) -> Ite
     if beside > 1:
         yield Exchange("expt_tp", "all_to_all", dtype, 4 * blocks, beside * rows)
         yield Exchange("expt_tp", "all_gather", "int64", blocks, counts)
+
+
+def static_slots(config: RunConfig, layout: Layout) -> int | None:
+    """Slots of each rank for each expert under a capacity factor (model/moe/capacity.py); None where rows are counted."""
+    moe = config.model.moe
+    if moe is None or moe.capacity_factor is None or layout.expert == 1:
+        return None
+    whole = layout.tokens(config) * layout.context
+    capacity = expert_capacity(whole, moe.top_k, moe.num_experts, moe.capacity_factor)
+    return slots_for(layout.tokens(config) // layout.tensor, moe.top_k, moe.num_experts, capacity)
 
 
 def context_exchanges(config: RunConfig, layout: Layout, held: StageShare) -> Iterator[Exchange]:

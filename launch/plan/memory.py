@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from launch.plan.activations import FLOAT32_BYTES, Split, Storage, block_bytes, head_bytes, recomputed_bytes
-from launch.plan.exchanges import BUCKET_ELEMENTS, DEEPSPEED_BUCKET_ELEMENTS
+from launch.plan.exchanges import BUCKET_ELEMENTS, DEEPSPEED_BUCKET_ELEMENTS, static_slots
 from launch.plan.layout import Layout, StageShare, distinct_stages, held_by_stages
 from pretrain.config.schema import RunConfig
 
@@ -126,6 +126,14 @@ def split_of(layout: Layout, imbalance: float) -> Split:
     )
 
 
+def slots_to_choices(config: RunConfig, layout: Layout) -> float:
+    """Rows that a rank keeps for experts under a capacity factor, over its choices, where rows lie in slots; else 1."""
+    slots, moe = static_slots(config, layout), config.model.moe
+    if slots is None or moe is None:
+        return 1.0
+    return slots * moe.num_experts / (layout.tokens(config) // layout.tensor * moe.top_k)
+
+
 def busiest_pass(
     config: RunConfig, layout: Layout, storage: Storage, held: StageShare, imbalance: float
 ) -> dict[str, float]:
@@ -138,7 +146,7 @@ def busiest_pass(
     micro_batches = layout.micro_batches(config)
     accumulates = micro_batches > 1  # then this is not the step's first micro-batch, and all gradients exist
     kinds = set(held.letters)
-    split = split_of(layout, imbalance)
+    split = split_of(layout, max(imbalance, slots_to_choices(config, layout)))
     sizes = {letter: block_bytes(model, letter, storage, split) for letter in kinds}
     for letter in layout.recompute & kinds:
         sizes[letter] = recomputed_bytes(sizes[letter], model, storage, layout.stream_ranks)

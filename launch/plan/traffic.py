@@ -14,7 +14,15 @@ from typing import Any
 
 from torch import nn
 
-from launch.plan.exchanges import BUCKET_ELEMENTS, FLOAT32, INT64, Exchange, pass_exchanges, reduction_exchanges
+from launch.plan.exchanges import (
+    BUCKET_ELEMENTS,
+    FLOAT32,
+    INT64,
+    Exchange,
+    pass_exchanges,
+    reduction_exchanges,
+    static_slots,
+)
 from launch.plan.layout import Layout, held_by_stages
 from model.config.pattern import mixer_name
 from model.hybrid import HybridModel
@@ -33,8 +41,8 @@ def expected_bytes(config: RunConfig, world_size: int) -> dict[Key, int]:
 
     Raises ValueError for settings whose bytes follow from more than the layout.
     """
-    check_countable(config)
     layout = Layout.of(config, world_size)
+    check_countable(config, layout)
     totals: Counter[Key] = Counter()
 
     def add(exchange: Exchange, times: int = 1) -> None:
@@ -51,7 +59,7 @@ def expected_bytes(config: RunConfig, world_size: int) -> dict[Key, int]:
     return {key: value for key, value in sorted(totals.items()) if value}
 
 
-def check_countable(config: RunConfig) -> None:
+def check_countable(config: RunConfig, layout: Layout) -> None:
     """Refuse settings whose traffic has no closed formula. Raises ValueError with the reason and a remedy."""
     stage, moe = config.parallel.zero_stage, config.model.moe
     if stage == 3:
@@ -65,7 +73,8 @@ def check_countable(config: RunConfig) -> None:
             f"train.recompute={config.train.recompute} has no formula: a second forward pass ends where nothing more is "
             "needed of it; use none"
         )
-    if moe is not None and moe.capacity_factor is not None and config.parallel.expert > 1:
+    is_limited = moe is not None and moe.capacity_factor is not None and config.parallel.expert > 1
+    if moe is not None and is_limited and static_slots(config, layout) is None:
         raise ValueError(
             f"model.moe.capacity_factor={moe.capacity_factor} has no formula with parallel.expert={config.parallel.expert}: "
             "how many choices travel depends on the router; remove it"

@@ -161,6 +161,7 @@ class MoeMixer(Float32Buffers):
             activation=self.section.activation,
             backend=self.backend,
             overlap_fn=lambda: self._shared(x_BTD),
+            slots=chosen.slots(own_BTD.shape[0] * own_BTD.shape[1], self.section.num_experts),
         )
         y_BTD = gather_tokens(y_RD.view_as(own_BTD), self.groups)
         return y_BTD if self.latent_up is None else self.latent_up(y_BTD), shared_BTD

@@ -20,13 +20,35 @@ from model.packing import PackMeta
 from model.parallel.context import gather_rows
 from model.parallel.groups import ProcessGroupCollection
 
+LARGEST_PADDING = 2.0  # rows sent over rows chosen, up to which slots of one size cost less than to wait for counts
+
 
 @dataclass(frozen=True)
 class Choices:
-    """Choices that are carried out: expert ids [R, K], `num_experts` for a dropped one, and weights [R, K], 0 for it."""
+    """Choices that are carried out: expert ids [R, K], `num_experts` for a dropped one, and weights [R, K], 0 for it.
+
+    capacity: choices that an expert takes of the whole rows at most; None without a limit.
+    """
 
     expert_ids_RK: Tensor
     weights_RK: Tensor
+    capacity: int | None = None
+
+    def slots(self, num_tokens: int, num_experts: int) -> int | None:
+        """Slots for each expert that hold what so many of the tokens choose; None without a limit, or as `slots_for` says."""
+        if self.capacity is None:
+            return None
+        return slots_for(num_tokens, self.expert_ids_RK.shape[1], num_experts, self.capacity)
+
+
+def slots_for(num_tokens: int, top_k: int, num_experts: int, capacity: int) -> int | None:
+    """Slots for each expert that hold the choices of so many tokens; None where too many would stay empty.
+
+    A token chooses an expert once, and the capacity holds for the tokens of all ranks that share the rows, so each of
+    several ranks needs as many slots as all together.
+    """
+    slots = min(num_tokens, capacity)
+    return slots if 0 < slots * num_experts <= LARGEST_PADDING * num_tokens * top_k else None
 
 
 def limit_choices(
@@ -55,7 +77,7 @@ def limit_choices(
     if meta.segments is not None:
         kept_BTK = meta.segments.take(kept_BTK)
     own_RK = kept_BTK.flatten(0, 1)
-    return Choices(own_RK, _weights(routing, own_RK, moe))
+    return Choices(own_RK, _weights(routing, own_RK, moe), capacity)
 
 
 def _weights(routing: Routing, ids_RK: Tensor, moe: MoeConfig) -> Tensor:

@@ -5,8 +5,10 @@ their numbers: to the rank of `groups.ep` that holds the expert, where each rank
 gets the rows of all, computes its part of the inner width, and gives back sums; then home, where each token adds up its
 rows by weight. Splits are as uneven as the router makes them; an expert, or a rank, that gets nothing is no exception.
 
-Rows are sent without padding or a capacity: the counts are exchanged first, which waits for the device once a layer, and
-nothing is dropped or computed in vain. Sums over a token's choices are made in the order of its choices, so results do not
+Without a capacity rows are sent without padding: the counts are exchanged first, which waits for the device once a layer,
+and nothing is dropped or computed in vain. Under a capacity factor no expert takes more than so many rows of a sender, so
+every sender has as many slots for each expert (`slots`): splits are equal and known beforehand, counts stay on the device,
+and nothing waits. A slot that no choice fills carries some row that nobody adds up. Sums over a token's choices are made in the order of its choices, so results do not
 depend on the order of arrival. The module is left out of compiled graphs: the number of rows differs at each call.
 
 Every rank of both groups must call, forward and backward.
@@ -14,7 +16,7 @@ Every rank of both groups must call, forward and backward.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -40,8 +42,11 @@ def dispatch_feed_forward(
     activation: str,
     backend: str,
     overlap_fn: Callable[[], Overlapped],
+    slots: int | None = None,
 ) -> tuple[Tensor, Overlapped]:
     """Sum weight times expert over each token's choices, and call `overlap_fn()` while rows travel; returns both.
+
+    `slots`: of each rank for each expert, at least as many as it has choices of one; None: as many as there are.
 
     Shapes: x [R, D], of this rank alone; expert ids [R, K] in the numbering of all experts, where the number of experts
     itself marks a lost choice, which sends nothing; weights [R, K]; up [experts of this rank, F of this rank, D], down
@@ -52,8 +57,13 @@ def dispatch_feed_forward(
     num_experts = up_eFD.shape[0] * groups.ep.size()
     # Lost choices are one expert more, which sorts last: cutting the order at num_sent leaves them out.
     choices = group_by_expert(expert_ids_RK, num_experts + 1)
-    plan = exchange_counts(choices.counts_E[:num_experts], groups)
-    order_S = choices.order[: plan.num_sent]
+    counts_E = choices.counts_E[:num_experts]
+    if slots is None:
+        plan = exchange_counts(counts_E, groups)
+        order_S = choices.order[: plan.num_sent]
+    else:
+        plan = plan_slots(counts_E, slots, groups)
+        order_S = fill_slots(choices.order, counts_E, slots)
     rows_SD = gather_choices(x_RD, order_S, expert_ids_RK.shape[1])
     going = RowTransfer(groups.ep, plan.sent, plan.received)
     rows_SD = going.start(rows_SD)
@@ -80,10 +90,18 @@ def _local_experts(
     counts_Xe = plan.arrived_Xe
     senders, num_local = counts_Xe.shape
     experts_e = torch.arange(num_local, device=rows_SD.device)
-    expert_S = experts_e.repeat(senders).repeat_interleave(counts_Xe.flatten(), output_size=len(rows_SD))
+    counts_e = counts_Xe.sum(0)
+    if plan.slots is None:
+        expert_S = experts_e.repeat(senders).repeat_interleave(counts_Xe.flatten(), output_size=len(rows_SD))
+    else:
+        # Empty slots sort last. Kernels leave rows beyond the counts alone; on a CPU they are the last expert's.
+        is_filled_XeN = torch.arange(plan.slots, device=rows_SD.device) < counts_Xe[:, :, None]
+        expert_S = torch.where(is_filled_XeN, experts_e[:, None], num_local).flatten()
+        if rows_SD.device.type == "cpu":
+            counts_e = counts_e + (experts_e == num_local - 1) * (len(rows_SD) - counts_e.sum())
     by_expert_S = expert_S.argsort(stable=True)
     y_SD = grouped_feed_forward(
-        reorder_rows(rows_SD, by_expert_S), counts_Xe.sum(0), up_eFD, down_eDF, activation=activation, backend=backend
+        reorder_rows(rows_SD, by_expert_S), counts_e, up_eFD, down_eDF, activation=activation, backend=backend
     )
     return reorder_rows(y_SD, _inverse(by_expert_S))
 
@@ -94,13 +112,15 @@ class RowPlan:
 
     sent, received [ep]: rows to and from each expert rank. received_beside [expt_tp]: rows that each rank with the same
     experts got from `ep`. arrived_Xe [expt_tp * ep, e] int64: rows of each of those, by sender X and expert e of this rank.
-    Lists are on the host, where the splits of an all-to-all must be.
+    Lists are on the host, where the splits of an all-to-all must be. slots: rows from each sender for each expert, filled
+    or not; None: as many as arrived_Xe says.
     """
 
     sent: list[int]
     received: list[int]
     received_beside: list[int]
     arrived_Xe: Tensor
+    slots: int | None = None
 
     @property
     def num_sent(self) -> int:
@@ -113,17 +133,41 @@ def exchange_counts(counts_E: Tensor, groups: ProcessGroupCollection) -> RowPlan
 
     counts_E [E] int64: this rank's choices of each expert. Every rank of `groups.ep` and `groups.expt_tp` must call.
     """
+    ranks = groups.ep.size()
+    arrived_Xe = _send_counts(counts_E, groups)
+    # All counts that the host needs in one copy: each copy would wait for the device.
+    totals = torch.cat([counts_E.view(ranks, -1).sum(1), arrived_Xe.sum(1)]).tolist()
+    sent, received = totals[:ranks], [totals[start : start + ranks] for start in range(ranks, len(totals), ranks)]
+    return RowPlan(sent, received[groups.expt_tp.rank()], [sum(rows) for rows in received], arrived_Xe)
+
+
+def plan_slots(counts_E: Tensor, slots: int, groups: ProcessGroupCollection) -> RowPlan:
+    """The plan of rows in `slots` slots a sender and expert, which the host knows; the counts travel and stay on the device.
+
+    Every rank of `groups.ep` and `groups.expt_tp` must call.
+    """
+    ranks, beside = groups.ep.size(), groups.expt_tp.size()
+    rows = len(counts_E) // ranks * slots
+    return RowPlan([rows] * ranks, [rows] * ranks, [rows * ranks] * beside, _send_counts(counts_E, groups), slots)
+
+
+def fill_slots(order_S: Tensor, counts_E: Tensor, slots: int) -> Tensor:
+    """The choice in each slot [E * slots], from choices sorted by expert; len(order) where a slot stays empty."""
+    places_EN = torch.arange(slots, device=order_S.device) + (counts_E.cumsum(0) - counts_E)[:, None]
+    is_filled_EN = torch.arange(slots, device=order_S.device) < counts_E[:, None]
+    found_EN = order_S[places_EN.clamp(max=len(order_S) - 1)]
+    return torch.where(is_filled_EN, found_EN, len(order_S)).flatten()
+
+
+def _send_counts(counts_E: Tensor, groups: ProcessGroupCollection) -> Tensor:
+    """Rows [expt_tp * ep, e] of each sender for each expert of this rank, from every rank's counts [E]."""
     ranks, beside = groups.ep.size(), groups.expt_tp.size()
     arrived_Xe = torch.empty_like(counts_E)
     dist.all_to_all_single(arrived_Xe, counts_E.contiguous(), group=groups.ep)
     if beside > 1:
         own, arrived_Xe = arrived_Xe, arrived_Xe.new_empty(beside * arrived_Xe.numel())
         dist.all_gather_into_tensor(arrived_Xe, own, group=groups.expt_tp)
-    arrived_Xe = arrived_Xe.view(beside * ranks, -1)
-    # All counts that the host needs in one copy: each copy would wait for the device.
-    totals = torch.cat([counts_E.view(ranks, -1).sum(1), arrived_Xe.sum(1)]).tolist()
-    sent, received = totals[:ranks], [totals[start : start + ranks] for start in range(ranks, len(totals), ranks)]
-    return RowPlan(sent, received[groups.expt_tp.rank()], [sum(rows) for rows in received], arrived_Xe)
+    return arrived_Xe.view(beside * ranks, -1)
 
 
 class RowTransfer:
@@ -214,7 +258,10 @@ class _AllToAllWait(torch.autograd.Function):
 
 
 def gather_choices(x_RD: Tensor, order_S: Tensor, top_k: int) -> Tensor:
-    """Gather rows [S, D] of tokens by sorted choice: row s is of token order[s] // top_k; gradients add up in float32 at least."""
+    """Gather rows [S, D] of tokens by sorted choice: row s is of token order[s] // top_k; gradients add up in float32 at least.
+
+    A place without a choice (order R * top_k) gets some row, whose gradient goes nowhere.
+    """
     rows_SD: Tensor = _GatherChoices.apply(x_RD, order_S, top_k)
     return rows_SD
 
@@ -238,7 +285,7 @@ class _GatherChoices(torch.autograd.Function):
     def forward(ctx: Any, x_RD: Tensor, order_S: Tensor, top_k: int) -> Tensor:
         ctx.save_for_backward(order_S)
         ctx.shape_RK = (x_RD.shape[0], top_k)
-        return x_RD.index_select(0, order_S // top_k)
+        return x_RD.index_select(0, _tokens_of(order_S, ctx.shape_RK))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
@@ -258,12 +305,13 @@ class _CombineChoices(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         rows_SD, order_S, weights_RK = ctx.saved_tensors
         wide = torch.promote_types(rows_SD.dtype, torch.float32)
-        dy_SD = gradients[0].index_select(0, order_S // weights_RK.shape[1])
-        weights_S = weights_RK.flatten().index_select(0, order_S)
+        dy_SD = gradients[0].index_select(0, _tokens_of(order_S, weights_RK.shape))
+        # One more for places without a choice: weight 0, and a gradient that goes nowhere.
+        weights_S = torch.cat([weights_RK.flatten(), weights_RK.new_zeros(1)]).index_select(0, order_S)
         d_rows_SD = (dy_SD * weights_S[:, None]).to(rows_SD.dtype)
         d_weights_S = torch.linalg.vecdot(dy_SD.to(wide), rows_SD.to(wide)).to(weights_RK.dtype)
-        d_weights_RK = torch.zeros_like(weights_RK).flatten().index_copy(0, order_S, d_weights_S).view_as(weights_RK)
-        return d_rows_SD, None, d_weights_RK
+        d_weights_RK = weights_RK.new_zeros(weights_RK.numel() + 1).index_copy(0, order_S, d_weights_S)
+        return d_rows_SD, None, d_weights_RK[:-1].view_as(weights_RK)
 
 
 class _Reorder(torch.autograd.Function):
@@ -290,14 +338,19 @@ def _sum_by_token(rows_SD: Tensor, order_S: Tensor, weights_RK: Tensor | None, s
     total_RD = torch.zeros(tokens, rows_SD.shape[1], dtype=wide, device=rows_SD.device)
     if len(rows_SD) == 0:
         return total_RD.to(rows_SD.dtype)
-    row_RK = torch.full((tokens * top_k,), -1, device=order_S.device)
+    row_RK = torch.full((tokens * top_k + 1,), -1, device=order_S.device)
     row_RK.index_copy_(0, order_S, torch.arange(len(order_S), device=order_S.device))
-    for column, row_R in enumerate(row_RK.view(tokens, top_k).unbind(1)):
+    for column, row_R in enumerate(row_RK[:-1].view(tokens, top_k).unbind(1)):
         factor_R = (row_R >= 0).to(wide)
         if weights_RK is not None:
             factor_R = factor_R * weights_RK[:, column]
         total_RD.addcmul_(rows_SD.index_select(0, row_R.clamp(min=0)).to(wide), factor_R[:, None].to(wide))
     return total_RD.to(rows_SD.dtype)
+
+
+def _tokens_of(order_S: Tensor, shape_RK: Sequence[int]) -> Tensor:
+    """Token of each choice; some token for a place without one."""
+    return (order_S // shape_RK[1]).clamp(max=max(0, shape_RK[0] - 1))
 
 
 def _inverse(order_S: Tensor) -> Tensor:

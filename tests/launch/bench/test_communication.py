@@ -20,6 +20,7 @@ from tests.helpers.spawn import run_ranks
 LIGHTNING = "model.mixers.lightning={num_heads: 8, head_dim: 8}"
 TWO_RANKS = [
     "expert=2",
+    "expert=2 model.moe.capacity_factor=1.5",
     "tensor=2 sequence_parallel=true zero_stage=2 model.attention.qk_norm=true",
     "context=2 model.moe.auxiliary_loss_weight=0.1 model.moe.sequence_loss_weight=0.1",
     "pipeline=2 model.tie_embeddings=true",
@@ -115,7 +116,7 @@ def test_the_verb_starts_ranks_and_prints_one_object() -> None:
         ),
         (["--comm", "--nproc", "2", "train.recompute=full"], "train.recompute=full has no formula"),
         (
-            ["--comm", "--nproc", "2", "parallel.expert=2", "model.moe.capacity_factor=1.5"],
+            ["--comm", "--nproc", "2", "parallel.expert=2", "parallel.context=2", "model.moe.capacity_factor=1.5"],
             "model.moe.capacity_factor=1.5 has no formula with parallel.expert=2",
         ),
         (

@@ -6,7 +6,14 @@ import pytest
 
 from launch.plan.activations import Split, block_bytes
 from launch.plan.layout import Layout, held_by_stages
-from launch.plan.memory import building_bytes, estimate_memory, in_flight, reduction_bytes, storage_of
+from launch.plan.memory import (
+    building_bytes,
+    estimate_memory,
+    in_flight,
+    reduction_bytes,
+    slots_to_choices,
+    storage_of,
+)
 from launch.plan.time import estimate_step
 from model.flops import count_parameters
 from pretrain.recompute import recomputed_letters
@@ -136,3 +143,17 @@ def test_building_needs_the_whole_model_in_float32_before_it_is_spread():
     # ZeRO 1: the bf16 weights, DeepSpeed's joined copy of them, and this rank's masters.
     alone = building_bytes(held, Layout(1, 1, 1, tensor=8), storage_of(config))
     assert sum(alone.values()) == 8 * held.parameters
+
+
+def test_slots_of_a_capacity_are_kept_filled_or_not():
+    config = preset("ladder_8b_a1b", "train.global_batch_size=512", "model.moe.capacity_factor=1.5")
+    layout = Layout(64, 1, 1, expert=8)
+    assert slots_to_choices(config, layout) == pytest.approx(1.5, rel=0.01)
+    # With tensor ranks most slots would be empty, and rows are counted.
+    assert slots_to_choices(config, replace(layout, tensor=2, sequence_parallel=True)) == 1.0
+    assert slots_to_choices(preset("ladder_8b_a1b"), layout) == 1.0
+    limited, counted = (
+        estimate_memory(run, layout, storage_of(run), margin=0.0).parts["activations"]
+        for run in (config, preset("ladder_8b_a1b", "train.global_batch_size=512"))
+    )
+    assert limited > counted

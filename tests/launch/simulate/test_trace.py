@@ -53,6 +53,14 @@ def test_a_composed_layout_sends_the_bytes_of_the_formulas_and_waits_where_it_ma
     assert found == predicted_bytes(entry)
 
 
+def test_experts_under_a_capacity_factor_wait_for_nothing(small):
+    (entry,) = trace(small, 4, "parallel.expert=4", "model.moe.capacity_factor=1.5")
+    waits = unnumbered(entry.traced["host_waits"])
+    assert waits <= {line for line in allowed_waits() if not line.startswith("model/moe/")}
+    found = {key: sum(sizes.values()) for key, sizes in traced_bytes(entry).items()}
+    assert found == predicted_bytes(entry)
+
+
 def test_trace_gives_json_and_a_picture(small, tmp_path, capsys):
     picture = tmp_path / "memory.svg"
     arguments = ["plan", str(small), "--gpus", "4", "--trace", "--rank", "3", "--json", "--picture", str(picture)]

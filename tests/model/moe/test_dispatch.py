@@ -8,9 +8,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from kernels.moe.capacity import expert_capacity
 from launch.bench.count_collectives import CommunicationCounter, Traffic, sum_traffic
 from model.config.schema import AttentionConfig, Mamba2Config, ModelConfig, MoeConfig
 from model.hybrid import HybridModel
+from model.moe.capacity import slots_for
 from model.moe.dispatch import RowTransfer
 from model.parallel.groups import ProcessGroupCollection, single_rank_groups
 from model.parallel.shards import parameter_shards
@@ -50,6 +52,7 @@ CONFIGS = {
     "latent": config_of(latent_size=6, activation="squared_relu", shared_expert_hidden_size=0),
     "drop": config_of(capacity_factor=1.0),
     "recycle": config_of(capacity_factor=1.0, overflow="recycle"),
+    "roomy": config_of(capacity_factor=2.0),  # nothing is over it
 }
 
 
@@ -63,7 +66,7 @@ class Layout:
 
 
 LAYOUTS = {
-    "ep2": Layout(ParallelConfig(expert=2), ("dropless", "latent", "drop", "recycle"), shunned=(1,)),
+    "ep2": Layout(ParallelConfig(expert=2), ("dropless", "latent", "drop", "recycle", "roomy"), shunned=(1,)),
     "ep4, a rank gets nothing": Layout(ParallelConfig(expert=4), ("dropless", "latent"), shunned=(2, 3)),
     "tp2 ep2": Layout(ParallelConfig(tensor=2, expert=2), ("dropless", "latent", "drop")),
     "tp2 sp ep4": Layout(ParallelConfig(tensor=2, sequence_parallel=True, expert=4), ("dropless", "latent", "recycle")),
@@ -152,6 +155,24 @@ def test_ranks_compute_what_one_does(name: str, config: str, four_ranks: list[di
         # Who has room is given what others cannot take, wanted or not.
         is_used = config == "recycle"
         assert bool(expected.gradients["blocks.1.mixer.experts.up"][expert].any()) == is_used
+
+
+def test_slots_compute_what_counted_rows_do_where_nothing_is_dropped(
+    four_ranks: list[dict[tuple[str, str], Outcome]],
+) -> None:
+    capacity = expert_capacity(48, BASE.top_k, BASE.num_experts, 2.0)
+    assert slots_for(48, BASE.top_k, BASE.num_experts, capacity) == capacity == 36
+    for ranks in four_ranks:
+        static, counted = ranks["ep2", "roomy"], ranks["ep2", "dropless"]
+        torch.testing.assert_close(static.loss, counted.loss, rtol=1e-12, atol=0)
+        for name, gradient in counted.gradients.items():
+            torch.testing.assert_close(static.gradients[name], gradient, rtol=1e-9, atol=1e-11, msg=name)
+
+
+def test_slots_are_not_made_where_most_would_stay_empty() -> None:
+    assert slots_for(24, 3, 8, 18) == 18  # two ranks share the tokens
+    assert slots_for(12, 3, 8, 18) is None
+    assert slots_for(0, 3, 8, 18) is None
 
 
 def count_bytes() -> dict[str, list[Traffic]]:
