@@ -72,24 +72,38 @@ def summarize(run_dir: str) -> dict[str, Any]:
 
 
 def report(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The directory of a run, finished or not.")],
+    run_dirs: Annotated[
+        list[Path], typer.Argument(metavar="RUN_DIR...", help="The directory of a run, finished or not; or of several.")
+    ],
     *,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.html",
+            help="Where the page goes; default: report.html beside the run's files, or beside the runs.",
+        ),
+    ] = None,
     picture: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw its curves too, as one .png, .svg or .pdf.")
+        Path | None, typer.Option(metavar="FILE", help="Draw the curves too, as one .png, .svg or .pdf.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write RUN_DIR/report.html: one self-contained page with curves, expert load, events and configuration."""
+    """Write one self-contained page: curves to point at and zoom into, expert load, events and configuration.
+
+    Several runs lie over each other, with the settings in which they differ.
+    """
     if picture is not None:
         check_picture(picture)
+    if out is not None:
+        check_page(out)
     from pretrain.report.report import write_report
 
-    page = write_report(run_dir)
+    page = write_report(run_dirs, out)
     if picture is not None:
         from pretrain.report.data import read_run
         from pretrain.report.picture import draw_picture
 
-        draw_picture(read_run(run_dir), picture)
+        draw_picture([read_run(folder) for folder in run_dirs], picture)
     if as_json:
         drawn = {} if picture is None else {"picture": str(picture)}
         print_json({"report": str(page), "bytes": page.stat().st_size} | drawn)
@@ -98,9 +112,17 @@ def report(
         print_pairs("Report", [*pairs, ("picture", picture)] if picture is not None else pairs)
 
 
+def check_page(path: Path) -> None:
+    """Check that a page can be written, before any work is done. Raises ValueError."""
+    if path.suffix not in (".html", ".htm"):
+        raise ValueError(f"--out {path} must end in .html; use {path.stem or 'report'}.html")
+    if not path.parent.is_dir():
+        raise ValueError(f"--out {path}: {path.parent} is no folder; make it, or name another place")
+
+
 def add_verbs(app: typer.Typer) -> None:
     """Register the verbs of this file."""
     app.command(
         epilog="Example: amfm train configs/tiny_cpu.yaml train.stop_after_steps=20 --nproc 2",
     )(train)
-    app.command(epilog="Example: amfm report runs/tiny_cpu --picture tiny_cpu.svg")(report)
+    app.command(epilog="Example: amfm report runs/a runs/b --picture both.svg")(report)

@@ -13,11 +13,11 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from launch.study.grid import ONLY_ATTENTION
 from launch.study.table import ACCURACY, Measure, Row, show_ratio
-from pretrain.report.plots import short
+from pretrain.report.numbers import short
 
 # Told apart by people who don't see all colours (Wong 2011, Nature Methods 8, 441), and by marker.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000")
@@ -36,7 +36,7 @@ Point = tuple[float, float, float]  # value, lowest, highest
 
 
 def draw_study(rows: Sequence[Row], measures: Mapping[str, Measure], state_tokens: int, path: Path) -> None:
-    """Write one PNG: a panel a task, tokens a second on the first task, and KiB of a decode state.
+    """Write one PNG: a panel a task, tokens a second on the first task, and the size of a decode state.
 
     Ratios are spaced evenly in the order of their attention share.
     """
@@ -46,7 +46,7 @@ def draw_study(rows: Sequence[Row], measures: Mapping[str, Measure], state_token
     ]
     values = [point for _, _, point in panels]
     panels.append((f"{first}: throughput", "tokens / s", speed_of(first)))
-    panels.append((f"Decode state after {state_tokens:,} tokens", "KiB a sequence", size_of))
+    panels.append((f"Decode state after {state_tokens:,} tokens", "a sequence", size_of))
     ratios = sorted({row.ratio: row.attention_share for row in rows}.items(), key=lambda pair: pair[1])
     places = {ratio: place for place, (ratio, _) in enumerate(ratios)}
     with matplotlib.rc_context(_STYLE):
@@ -65,7 +65,9 @@ def draw_study(rows: Sequence[Row], measures: Mapping[str, Measure], state_token
                 panel.set_ylim(0, 1.03)
             elif point is size_of:
                 panel.set_yscale("log")
-                panel.yaxis.set_major_formatter(FuncFormatter(short))
+                panel.yaxis.set_major_locator(LogLocator(base=4))
+                panel.yaxis.set_major_formatter(FuncFormatter(show_bytes))
+                panel.yaxis.set_minor_locator(NullLocator())
             elif point not in values:
                 panel.set_ylim(0, 1.08 * panel.dataLim.ymax)
                 panel.yaxis.set_major_formatter(FuncFormatter(short))
@@ -131,5 +133,13 @@ def speed_of(task: str) -> Callable[[Row], Point | None]:
 
 
 def size_of(row: Row) -> Point:
-    """KiB of a row's decode state."""
-    return (row.state_bytes / 1024,) * 3
+    """Bytes of a row's decode state."""
+    return (float(row.state_bytes),) * 3
+
+
+def show_bytes(value: float, _position: int | None = None) -> str:
+    """Format a size in the unit in which it is a small number: 4194304 -> 4 MiB."""
+    for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if value >= 1024**power:
+            return f"{value / 1024**power:.3g} {unit}"
+    return f"{value:.0f} bytes"

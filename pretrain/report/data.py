@@ -8,7 +8,6 @@ step counts.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -79,9 +78,19 @@ class RunRecord:
         return values[-1] if values else None
 
     def typical(self, key: str) -> float | None:
-        """Compute the median of the newer half of a metric, whose start includes warm-up of caches and compilers."""
-        values = self.series(key)[1]
-        return median(values[len(values) // 2 :]) if values else None
+        """Compute the median of a metric since the newest start of the run, in the newer half of its steps.
+
+        Another start may have other ranks, another device or another measured peak; and the first steps of each include
+        warm-up of caches and compilers.
+        """
+        steps, values = self.series(key)
+        newest = [value for step, value in zip(steps, values) if step > self.newest_start()] or values
+        return median(newest[len(newest) // 2 :]) if newest else None
+
+    def newest_start(self) -> int:
+        """Find the step from which the newest start of the run went on, 0 for the first one."""
+        found = [event.get("step") for event in self.events if event.get("event") == "start"]
+        return found[-1] if found and isinstance(found[-1], int) else 0
 
     def seconds(self) -> float:
         """Time inside steps, summed over all starts of the run."""
@@ -134,12 +143,3 @@ def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
         else:
             notes.append(f"{path.name}: line {number} is cut short or damaged and left out")
     return objects, notes
-
-
-def thin(steps: Sequence[int], values: Sequence[float], limit: int) -> tuple[list[float], list[float]]:
-    """Reduce a series to at most `limit` points: means over equal runs of neighbouring points, so that long runs stay small files."""
-    width = math.ceil(len(values) / limit) if values else 1
-    starts = range(0, len(values), width)
-    mean_steps = [sum(steps[start : start + width]) / len(steps[start : start + width]) for start in starts]
-    mean_values = [sum(values[start : start + width]) / len(values[start : start + width]) for start in starts]
-    return mean_steps, mean_values

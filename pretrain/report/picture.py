@@ -6,6 +6,7 @@ The plots are those of the report, drawn in its light colours on one canvas of u
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -15,24 +16,30 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from model.flops import count_parameters
 from pretrain.report.colours import LIGHT
 from pretrain.report.data import RunRecord
-from pretrain.report.plots import make_plots, short, style
+from pretrain.report.draw import draw_plot, style
+from pretrain.report.numbers import short
+from pretrain.report.overlay import overlay_plots
+from pretrain.report.plots import make_plots
 
 MAX_PANELS = 4
+LEFT_OUT = ("rate", "mfu")  # the schedule is known, and MFU follows throughput
 
 
-def draw_picture(record: RunRecord, path: Path) -> None:
+def draw_picture(records: Sequence[RunRecord], path: Path) -> None:
     """Write the first four of the report's plots as one picture; its format follows the suffix of `path`.
 
-    The learning rate gives way to measurements. The same run gives the same SVG.
+    Learning rate and MFU give way to the others. Several runs lie over each other. The same runs give the same SVG.
     """
-    plots = [plot for plot in make_plots(record) if plot.name != "rate"][:MAX_PANELS]
+    made = make_plots(records[0]) if len(records) == 1 else overlay_plots(records)
+    plots = [plot for plot in made if plot.name not in LEFT_OUT][:MAX_PANELS]
     lines = -(-len(plots) // 2)
-    with matplotlib.rc_context({**style(LIGHT), "svg.hashsalt": record.name(), "axes.titlelocation": "left"}):
+    title = describe_run(records[0]) if len(records) == 1 else f"{len(records)} runs"
+    with matplotlib.rc_context({**style(LIGHT), "svg.hashsalt": title, "axes.titlelocation": "left"}):
         canvas = Figure(figsize=(9.6, 2.6 * lines + 0.5), layout=ConstrainedLayoutEngine(w_pad=0.12))
-        canvas.suptitle(describe_run(record), x=0.01, ha="left", fontsize=10.5, fontweight="bold")
+        canvas.suptitle(title, x=0.01, ha="left", fontsize=10.5, fontweight="bold")
         panels = list(canvas.subplots(lines, 2, squeeze=False).flat)
         for plot, axes in zip(plots, panels):
-            plot.draw_over_steps(axes, LIGHT)
+            draw_plot(plot, axes, LIGHT)
             axes.set_title(plot.title, fontsize=9.5)
         for axes in panels[len(plots) :]:
             axes.set_axis_off()

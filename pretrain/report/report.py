@@ -1,45 +1,119 @@
-"""`amfm report`: one self-contained HTML page of a run, finished or not.
+"""`amfm report`: one self-contained HTML page of a run, finished or not, or of several over each other.
 
 Everything is read from the run directory (data.py), so a report can be made while the run goes on, on another machine,
 or years later. Parameters and FLOPs are computed from the configuration, not read from logs. Here the numbers are chosen
-and put into words; plots.py draws, page.py makes the HTML.
+and put into words; plots.py and overlay.py choose the curves, page.py makes the HTML.
 """
 
 from __future__ import annotations
 
-import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from data_pipeline.naming import named
 from model.config.mixer_registry import describe_symbol
 from model.flops import count_parameters, flops_per_token
+from pretrain.config.file import resolved_yaml
 from pretrain.report.data import RunRecord, read_run
-from pretrain.report.page import Card, Table, render_page
+from pretrain.report.numbers import count, duration, perplexity
+from pretrain.report.overlay import MAX_RUNS, compare_configs, overlay_plots, render_runs
+from pretrain.report.page import (
+    Card,
+    Table,
+    flatten,
+    render_cards,
+    render_details,
+    render_document,
+    render_events,
+    render_heading,
+    render_note,
+    render_pairs,
+    render_plots,
+    render_table,
+    render_text,
+)
+from pretrain.report.page_data import describe_page
 from pretrain.report.plots import make_plots
 
 
-def write_report(run_dir: str | Path) -> Path:
-    """Write `report.html` into the run directory and return its path; call it on one rank.
+def write_report(run_dirs: Sequence[str | Path], out: Path | None = None) -> Path:
+    """Write the page of one run, or of several over each other, and return its path; call it on one rank.
 
-    Raises FileNotFoundError for something that is no run directory, ValueError before the first step.
+    `out`: default `report.html` in the directory of the one run, or in the folder that holds all of several. Raises
+    FileNotFoundError for something that is no run directory, ValueError before the first step, for a run that is given
+    twice, for too many, and where several lie in different folders and `out` is not given.
     """
-    record = read_run(run_dir)
-    tables = {"Model": describe_model(record), "Data": describe_data(record)}
-    page = render_page(record, make_cards(record), make_plots(record), tables)
-    path = record.directory / "report.html"
+    place = out or choose_place([Path(folder) for folder in run_dirs])
+    records = [read_run(folder) for folder in run_dirs]
+    page = render_run(records[0]) if len(records) == 1 else render_overlay(records)
     # Renamed into place: a browser that reloads meanwhile sees the old page or the new one.
-    temporary = path.with_suffix(".html.part")
+    temporary = place.with_name(place.name + ".part")
     with named(temporary):
         temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, path)
-    return path
+        os.replace(temporary, place)
+    return place
+
+
+def choose_place(folders: Sequence[Path]) -> Path:
+    """Choose where the page goes. Raises ValueError for runs that can't be on one page, or have no folder in common."""
+    if len(folders) == 1:
+        return folders[0] / "report.html"
+    resolved = [folder.resolve() for folder in folders]
+    twice = [str(folder) for folder, path in zip(folders, resolved) if resolved.count(path) > 1]
+    if twice:
+        raise ValueError(f"{twice[0]} is given twice; name each run once")
+    if len(folders) > MAX_RUNS:
+        raise ValueError(f"{len(folders)} runs are more than the {MAX_RUNS} that a page can tell apart; leave some out")
+    parents = {path.parent for path in resolved}
+    if len(parents) > 1:
+        raise ValueError("the runs lie in different folders, so their page has no place of its own; name one by --out")
+    return folders[0].parent / "report.html"
+
+
+def render_run(record: RunRecord) -> str:
+    """Render the page of one run."""
+    is_done = record.is_finished()
+    state = "finished" if is_done else f"unfinished: step {record.last_step():,} of {record.num_steps:,}"
+    progress = min(100.0, 100 * record.last_step() / record.num_steps)
+    plots = make_plots(record)
+    parts = [
+        render_heading(record.name(), state, str(record.directory), is_done=is_done),
+        f'<div class="bar"><div style="width:{progress:.2f}%"></div></div>',
+        render_cards(make_cards(record)),
+        *map(render_note, record.notes),
+        f"<h2>Curves</h2>{render_plots(plots)}",
+        f"<h2>Model</h2>{render_table(describe_model(record))}",
+        f"<h2>Data</h2>{render_table(describe_data(record))}",
+        f"<h2>Events</h2>{render_events(record.events)}",
+        "<h2>Environment and configuration</h2>",
+        render_details("Environment", render_pairs(flatten(record.environment))),
+        render_details("Resolved configuration", render_text(resolved_yaml(record.config))),
+    ]
+    return render_document(record.name(), parts, describe_page([record], plots))
+
+
+def render_overlay(records: Sequence[RunRecord]) -> str:
+    """Render the page of several runs."""
+    finished = sum(record.is_finished() for record in records)
+    title = f"{len(records)} runs"
+    state = f"{finished} of {len(records)} finished" if finished < len(records) else "all finished"
+    where = ", ".join(str(record.directory) for record in records)
+    plots = overlay_plots(records)
+    parts = [
+        render_heading(title, state, where, is_done=finished == len(records)),
+        render_runs(records),
+        *(render_note(f"{record.directory}: {note}") for record in records for note in record.notes),
+        f"<h2>Curves</h2>{render_plots(plots)}",
+        f"<h2>Settings that differ</h2>{render_table(compare_configs(records))}",
+    ]
+    return render_document(title, parts, describe_page(records, plots))
 
 
 def make_cards(record: RunRecord) -> list[Card]:
     """Make the cards of the summary: what the model is, how far it came, how good and how fast it is.
 
-    Losses are in nats a token, speed and MFU medians of the newer half of the steps. Cards without a measurement are left
+    Losses are in nats a token, speed and MFU medians of the newer half of the steps since the newest start. Cards without a measurement are left
     out, or show a dash.
     """
     config = record.config
@@ -49,6 +123,8 @@ def make_cards(record: RunRecord) -> list[Card]:
     loss, validation = record.last("loss"), record.last("validation_loss")
     speed, mfu = record.typical("tokens_per_second"), record.typical("mfu")
     tokens = record.last("tokens")
+    start = record.newest_start()
+    speed_source = f"median since the start at step {start:,}" if start else "median of the newer half"
     lengths = ", ".join(dict.fromkeys(f"{stage.sequence_length:,}" for stage in record.stages))
     cards = [
         Card("Steps", f"{record.last_step():,}", f"of {record.num_steps:,}"),
@@ -66,9 +142,7 @@ def make_cards(record: RunRecord) -> list[Card]:
         cards.append(
             Card("Validation accuracy", f"{tokens:.1%}", f"of labelled tokens; {rows:.1%} of rows without a wrong one")
         )
-    cards.append(
-        Card("Throughput", f"{count(speed)} tokens/s" if speed is not None else "-", "median of the newer half")
-    )
+    cards.append(Card("Throughput", f"{count(speed)} tokens/s" if speed is not None else "-", speed_source))
     if mfu is not None:
         source = record.environment.get("peak", {}).get("source", "of the device's peak")
         cards.append(Card("MFU", f"{100 * mfu:.1f} %", source))
@@ -117,27 +191,3 @@ def describe_data(record: RunRecord) -> Table:
     task = record.config.data.probe
     title = f"Store {record.config.data.store}" if task is None else f"Synthetic task {task.task}"
     return Table(title, header, (*rows, ("all", "", f"{total:,}", "")))
-
-
-def count(value: float) -> str:
-    """Format a number in three digits and a unit: 1234567 -> 1.23M."""
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{letter}"
-    return f"{value:.3g}"
-
-
-def perplexity(loss: float) -> str:
-    """Format exp(loss); a loss beyond that of any vocabulary (30 nats) is not exponentiated."""
-    return f"{math.exp(loss):,.1f}" if loss < 30 else "very large"
-
-
-def duration(seconds: float) -> str:
-    """Format seconds in the two largest units: 3725 -> 1 h 2 min."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"

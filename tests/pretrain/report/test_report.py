@@ -4,16 +4,18 @@ import json
 import re
 import resource
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
 from model.flops import flops_per_token
 from pretrain.config.file import load_config, resolved_yaml
-from pretrain.report.data import read_run, thin
+from pretrain.report.data import read_run
+from pretrain.report.numbers import count, plain
 from pretrain.report.page import show_time
 from pretrain.report.picture import draw_picture
-from pretrain.report.report import count, describe_model, write_report
+from pretrain.report.report import describe_model, write_report
 from tests.pretrain.config.files import BASE
 
 
@@ -43,8 +45,13 @@ def make_run(folder: Path, lines: list[dict[str, object]], *overrides: str) -> P
 
 def figures(page: str) -> dict[str, ElementTree.Element]:
     """Title -> SVG; parsing proves that each is well-formed."""
-    found = re.findall(r"<figcaption><b>(.*?)</b>.*?</figcaption>(<svg.*?</svg>)", page, flags=re.DOTALL)
+    found = re.findall(r"<figcaption><b>(.*?)</b>.*?<noscript>(<svg.*?</svg>)\s*</noscript>", page, flags=re.DOTALL)
     return {title: ElementTree.fromstring(svg) for title, svg in found}
+
+
+def data_of(page: str) -> dict[str, Any]:
+    """What the page's script draws."""
+    return json.loads(re.search(r'<script type="application/json" id="plots-data">(.*?)</script>', page)[1])
 
 
 def test_a_finished_run_shows_its_numbers_and_all_its_plots(tmp_path):
@@ -61,12 +68,13 @@ def test_a_finished_run_shows_its_numbers_and_all_its_plots(tmp_path):
     run = make_run(tmp_path, lines)
     (run / "events.jsonl").write_text(json.dumps({"time": 0, "event": "checkpoint", "step": 50, "seconds": 1.5}) + "\n")
     (run / "environment.json").write_text(json.dumps({"torch": "2.13.0", "host": {"cores": 2}}))
-    page = write_report(run).read_text()
+    page = write_report([run]).read_text()
     assert set(figures(page)) == {
         "Loss",
         "Learning rate",
         "Gradient norm",
         "Throughput",
+        "MFU",
         "Expert load",
         "Auxiliary losses",
     }
@@ -83,23 +91,24 @@ def test_a_finished_run_shows_its_numbers_and_all_its_plots(tmp_path):
 
 
 def test_one_step_of_an_unfinished_run_is_enough(tmp_path):
-    page = write_report(make_run(tmp_path, [line(1)])).read_text()
+    page = write_report([make_run(tmp_path, [line(1)])]).read_text()
     assert "unfinished: step 1 of 100" in page
-    assert set(figures(page)) == {"Loss", "Learning rate", "Gradient norm", "Throughput"}
+    assert set(figures(page)) == {"Loss", "Learning rate", "Gradient norm", "Throughput", "MFU"}
     assert "No events were logged." in page
 
 
 def test_the_page_asks_for_nothing_outside_itself(tmp_path):
     run = make_run(tmp_path, [line(step, expert_load={"1": 1.5}) for step in range(1, 30)])
-    page = write_report(run).read_text()
+    page = write_report([run]).read_text()
     links = re.findall(r"""(?:src|href)=["']([^"']*)""", page) + re.findall(r"url\(([^)]*)\)", page)
     assert [link for link in links if not link.startswith(("#", "data:"))] == []
-    assert "<script" not in page
     assert "<link" not in page
+    assert "default-src 'none'" in page, "the browser is told to fetch nothing"
 
 
 def test_ids_of_the_plots_do_not_clash(tmp_path):
-    page = write_report(make_run(tmp_path, [line(step) for step in range(1, 30)])).read_text()
+    page = write_report([make_run(tmp_path, [line(step) for step in range(1, 30)])]).read_text()
+    page = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
     ids = re.findall(r'\bid="([^"]*)"', page)
     references = re.findall(r'(?:url\(|href=")#([^")]*)', page)
     assert len(ids) == len(set(ids))
@@ -107,7 +116,7 @@ def test_ids_of_the_plots_do_not_clash(tmp_path):
 
 
 def test_plot_colours_follow_the_theme(tmp_path):
-    page = write_report(make_run(tmp_path, [line(step) for step in range(1, 30)])).read_text()
+    page = write_report([make_run(tmp_path, [line(step) for step in range(1, 30)])]).read_text()
     assert "var(--series-1)" in page
     assert re.search(r"#0[1-3]0[1-3]0[1-6]", page) is None
     assert "prefers-color-scheme: dark" in page
@@ -117,14 +126,14 @@ def test_plot_colours_follow_the_theme(tmp_path):
 def test_a_picture_has_the_curves_and_the_size_of_the_run(tmp_path, suffix, begins):
     record = read_run(make_run(tmp_path, [line(step, validation_loss=3.0) for step in range(1, 30)]))
     path = tmp_path / f"run.{suffix}"
-    draw_picture(record, path)
+    draw_picture([record], path)
     assert path.read_bytes().startswith(begins)
     if suffix == "svg":
         texts = [element.text for element in ElementTree.parse(path).iter() if element.text]
         assert {"Loss", "Gradient norm", "Throughput"} <= set(texts)
         assert any("29 steps" in text and "validation loss 3.00" in text for text in texts)
         before = path.read_bytes()
-        draw_picture(record, path)
+        draw_picture([record], path)
         assert path.read_bytes() == before, "the same run gives the same file"
 
 
@@ -138,7 +147,7 @@ def test_a_line_cut_by_a_kill_is_left_out_and_said(tmp_path):
     run = make_run(tmp_path, [line(1), line(2)])
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "lo')
-    page = write_report(run).read_text()
+    page = write_report([run]).read_text()
     assert "metrics.jsonl: line 3 is cut short or damaged and left out" in page
     assert "unfinished: step 2 of 100" in page
 
@@ -146,12 +155,12 @@ def test_a_line_cut_by_a_kill_is_left_out_and_said(tmp_path):
 def test_values_that_are_no_finite_numbers_are_not_drawn(tmp_path):
     run = make_run(tmp_path, [line(1), line(2, loss=float("nan"), mfu=None), line(3)])
     assert read_run(run).series("loss")[0] == [1, 3]
-    write_report(run)
+    write_report([run])
 
 
 def test_times_are_shown_in_one_form():
-    assert show_time(0) == "1970-01-01 00:00:00 UTC"
-    assert show_time("2026-11-24T17:28:07+01:00") == "2026-11-24 16:28:07 UTC"
+    assert show_time(0) == "1970-01-01 00:00:00"
+    assert show_time("2026-11-24T17:28:07+01:00") == "2026-11-24 16:28:07"
     assert show_time("yesterday") == "yesterday"
     assert show_time(None) == ""
 
@@ -159,33 +168,67 @@ def test_times_are_shown_in_one_form():
 def test_text_of_the_run_cannot_become_markup(tmp_path):
     run = make_run(tmp_path, [line(1)], "run.name=<b>bold</b>")
     (run / "events.jsonl").write_text(json.dumps({"event": "<script>x</script>"}) + "\n")
-    page = write_report(run).read_text()
-    assert "<script>" not in page
+    page = write_report([run]).read_text()
+    assert "<script>x" not in page
     assert "&lt;b&gt;bold&lt;/b&gt;" in page
 
 
-def test_a_long_run_stays_a_small_file(tmp_path):
-    run = make_run(tmp_path, [line(step, expert_load={"1": 1.5}) for step in range(1, 20_001)])
-    assert write_report(run).stat().st_size < 400_000
+def spiky_lines(num_steps: int) -> list[dict[str, object]]:
+    return [
+        line(step, expert_load={"1": 1.5}, loss=99.0 if step == num_steps // 3 else 3.0)
+        for step in range(1, num_steps + 1)
+    ]
 
 
-def test_thinning_keeps_the_mean_and_the_order():
-    steps, values = list(range(1, 1001)), [float(step) for step in range(1, 1001)]
-    thin_steps, thin_values = thin(steps, values, 100)
-    assert len(thin_values) == 100
-    assert sum(thin_values) / 100 == sum(values) / 1000
-    assert thin_steps == sorted(thin_steps)
-    assert thin([1], [2.0], 100) == ([1.0], [2.0])
+def test_a_long_run_stays_a_small_page_that_keeps_its_spikes(tmp_path):
+    path = write_report([make_run(tmp_path, spiky_lines(9_000))])
+    assert path.stat().st_size < 2_000_000
+    loss = next(plot for plot in data_of(path.read_text())["plots"] if plot["name"] == "loss")
+    spike = loss["curves"][0]["values"].index(99.0)
+    assert loss["curves"][0]["steps"][spike] == 3_000
+
+
+@pytest.mark.slow
+def test_a_run_of_100_000_steps_is_a_page_below_5_mb(tmp_path):
+    assert write_report([make_run(tmp_path, spiky_lines(100_000))]).stat().st_size < 5_000_000
+
+
+def test_numbers_of_events_are_rounded_and_long_lists_cut(tmp_path):
+    event = {"event": "validation", "step": 1200, "loss": 2.591929838429384, "ids": list(range(20)), "from": None}
+    run = make_run(tmp_path, [line(1)])
+    (run / "events.jsonl").write_text(json.dumps(event) + "\n")
+    details = "loss: 2.592, ids: 0, 1, 2, 3, 4, 5, 6, 7 and 12 more, from: -"
+    assert f"<td>1,200</td><td>validation</td><td>{details}</td>" in write_report([run]).read_text()
+    assert plain([{"rank": 0, "slow": True}]) == "(rank: 0, slow: yes)"
+
+
+def test_speed_and_mfu_are_those_of_the_newest_start(tmp_path):
+    lines = [line(step, mfu=0.5 if step <= 40 else 0.1, tokens_per_second=1e3 * step) for step in range(1, 51)]
+    run = make_run(tmp_path, lines)
+    starts = [{"event": "start", "step": 0}, {"event": "start", "step": 40}]
+    (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in starts))
+    (run / "environment.json").write_text(json.dumps({"peak": {"source": "measured at start"}}))
+    page = write_report([run]).read_text()
+    assert read_run(run).typical("mfu") == 0.1
+    assert '<div class="value">10.0 %</div>' in page
+    assert "median since the start at step 40" in page
+    assert "The peak was measured at each of 2 starts" in page
+
+
+def test_a_gradient_norm_within_one_decade_has_several_ticks(tmp_path):
+    page = write_report([make_run(tmp_path, [line(step, grad_norm=0.4 + step / 100) for step in range(1, 50)])])
+    texts = [element.text for element in figures(page.read_text())["Gradient norm"].iter() if element.text]
+    assert sum(re.fullmatch(r"0\.\d+", text.strip()) is not None for text in texts) >= 3
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no config\.yaml, so it is no run directory; give run\.dir"):
-        write_report(tmp_path)
+        write_report([tmp_path])
 
 
 def test_a_run_without_a_step_is_told_to_wait(tmp_path):
     with pytest.raises(ValueError, match=r"has no step yet; write the report after the first training step"):
-        write_report(make_run(tmp_path, []))
+        write_report([make_run(tmp_path, [])])
 
 
 def test_each_row_length_of_the_stages_has_its_own_arithmetic(tmp_path):
@@ -207,6 +250,6 @@ def test_a_full_disk_is_named_with_the_path_of_the_page(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, old[1]))
     try:
         with pytest.raises(OSError, match=r"report\.html\.part"):
-            write_report(run)
+            write_report([run])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)

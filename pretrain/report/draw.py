@@ -1,0 +1,139 @@
+"""Draws plots with matplotlib: for pictures, and as inline SVG for readers whose browser runs no script.
+
+For the page a plot is drawn in stand-in colours that occur nowhere else; `themed` replaces them by variables of the
+style sheet, so that one SVG serves light and dark. Text stays text (`svg.fonttype: none`): it is small, can be searched
+and takes the page's font. Long curves are thinned to MAX_POINTS points.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from pretrain.report.colours import THEMED, Colours
+from pretrain.report.numbers import short
+from pretrain.report.plots import Curve, HeatMap, Plot
+from pretrain.report.thin import keep_extremes
+
+MAX_POINTS = 800
+DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
+
+
+def draw_plot(plot: Plot, axes: Any, colours: Colours) -> None:
+    """Draw a plot on a pair of axes; the horizontal one is steps, in whole numbers."""
+    if plot.heat is not None:
+        draw_heat(plot.heat, plot.unit, axes)
+    else:
+        for curve in plot.curves:
+            draw_curve(curve, axes, colours)
+        shape_values(plot, axes, colours)
+        if sum(bool(curve.name) for curve in plot.curves) > 1:
+            axes.legend(loc="best")
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_formatter(FuncFormatter(short))
+    axes.set_xlabel("step")
+
+
+def draw_curve(curve: Curve, axes: Any, colours: Colours) -> None:
+    """Draw one curve, thinned; a single point gets a marker, since a line would not show."""
+    steps, values = keep_extremes(curve.steps, curve.values, MAX_POINTS)
+    axes.plot(
+        steps,
+        values,
+        color=colours.series[curve.series],
+        linestyle=DASHES[curve.dash],
+        marker="o" if curve.dots or len(steps) == 1 else "",
+        markersize=3 if len(steps) > 1 else 4,
+        label=curve.name or "_hidden",
+        alpha=0.35 if curve.faint else 1.0,
+        linewidth=0.9 if curve.faint else 1.5,
+    )
+
+
+def shape_values(plot: Plot, axes: Any, colours: Colours) -> None:
+    """Shape the vertical axis: its ends, its scale with more than one tick, the dashed limit, the unit."""
+    if plot.is_log:
+        axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        # Within one decade a locator of powers finds one tick or none.
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)) if high / low > 20 else MaxNLocator(5))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_formatter(FuncFormatter(short))
+    if plot.lowest is not None:
+        axes.set_ylim(bottom=plot.lowest)
+    if plot.highest is not None:
+        axes.set_ylim(top=plot.highest)
+    if plot.limit is not None:
+        axes.axhline(plot.limit, color=colours.ink, linewidth=0.8, linestyle=(0, (4, 3)))
+    axes.set_ylabel(plot.unit)
+
+
+def draw_heat(heat: HeatMap, unit: str, axes: Any) -> None:
+    """Draw a map as cells of colour from 1 (even) up, with a bar that says which colour is how much."""
+    grid = np.array([[np.nan if value is None else value for value in row] for row in heat.rows])
+    extent = (heat.edges[0], heat.edges[-1], len(grid) - 0.5, -0.5)
+    top = max(1.2, float(np.nanmax(grid)))
+    image = axes.imshow(grid, aspect="auto", interpolation="nearest", cmap="viridis", vmin=1.0, vmax=top, extent=extent)
+    axes.grid(visible=False)
+    shown = range(0, len(heat.names), max(1, len(heat.names) // 10))
+    axes.set_yticks(list(shown), [heat.names[index] for index in shown])
+    bar = axes.figure.colorbar(image, ax=axes, pad=0.02, aspect=16)
+    bar.outline.set_visible(False)
+    bar.set_label(unit)
+    bar.ax.yaxis.set_major_locator(MaxNLocator(4))
+
+
+def draw_svg(plot: Plot) -> str:
+    """Draw a plot as an SVG element, in the page's variables for colours and with ids that are unique on the page."""
+    with matplotlib.rc_context({**style(THEMED), "svg.hashsalt": plot.name}):
+        canvas = Figure(figsize=(4.5, 2.6), layout="constrained")
+        draw_plot(plot, canvas.subplots(), THEMED)
+        buffer = io.StringIO()
+        canvas.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    return themed(buffer.getvalue(), plot.name)
+
+
+def style(colours: Colours) -> dict[str, Any]:
+    """Build matplotlib's settings (rcParams) of a figure in these colours."""
+    ink = dict.fromkeys(("axes.labelcolor", "xtick.color", "ytick.color", "text.color"), colours.ink)
+    no_ticks = dict.fromkeys(("xtick.major.size", "ytick.major.size", "xtick.minor.size", "ytick.minor.size"), 0)
+    return {
+        **ink,
+        **no_ticks,
+        "svg.fonttype": "none",
+        "font.size": 8.8,
+        "font.family": "sans-serif",
+        "axes.edgecolor": colours.line,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "grid.color": colours.line,
+        "grid.linewidth": 0.6,
+        "legend.frameon": False,
+        "lines.linewidth": 1.4,
+        "lines.solid_capstyle": "round",
+    }
+
+
+def themed(document: str, name: str) -> str:
+    """Extract the <svg> element of a matplotlib document and fit it to the page: its colours, own ids, no fixed size.
+
+    Ids get the plot's name in front, because several figures share one page, and so do the references to them.
+    """
+    svg = document[document.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r'(url\(|href=")#', rf"\1#{name}-", svg)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r"font: ([0-9.]+)px [^;\"]*", r"font-size: \1px", svg)
+    for name_of_colour, colour in THEMED.named():
+        svg = svg.replace(colour, f"var(--{name_of_colour})")
+    return svg

@@ -1,0 +1,79 @@
+"""What a page's script gets: runs and plots as JSON values, short enough for runs of any length.
+
+A plot may have MAX_POINTS points in all, shared by its curves; longer curves keep the extremes of equal spans. Numbers
+have five digits, more than a pixel can show. Steps are turned into tokens and hours by a short table for each run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+from pretrain.report.data import RunRecord, is_number
+from pretrain.report.plots import Curve, HeatMap, Plot
+from pretrain.report.thin import keep_extremes
+
+MAX_POINTS = 16_000
+MIN_POINTS = 400
+MAX_PLACES = 400
+
+
+def describe_page(records: Sequence[RunRecord], plots: Sequence[Plot]) -> dict[str, Any]:
+    """Collect the values of a page: a table of steps, tokens and hours for each run, and every plot."""
+    return {"runs": [describe_places(record) for record in records], "plots": [describe_plot(plot) for plot in plots]}
+
+
+def describe_places(record: RunRecord) -> dict[str, list[float]]:
+    """Tabulate tokens and hours inside steps at MAX_PLACES of a run's steps; empty lists where one was not logged."""
+    lines = record.metrics
+    every = max(1, len(lines) // MAX_PLACES)
+    places = sorted({*range(0, len(lines), every), len(lines) - 1})
+    seconds = list(accumulate(float(line["seconds"]) if is_number(line.get("seconds")) else 0.0 for line in lines))
+    tokens = [lines[place].get("tokens") for place in places]
+    return {
+        "steps": [int(lines[place]["step"]) for place in places],
+        "tokens": [float(value) for value in tokens if is_number(value)] if all(map(is_number, tokens)) else [],
+        "hours": [_rounded(seconds[place] / 3600, 6) for place in places] if seconds[-1] > 0 else [],
+    }
+
+
+def describe_plot(plot: Plot) -> dict[str, Any]:
+    """One plot as JSON values."""
+    limit = max(MIN_POINTS, MAX_POINTS // max(1, len(plot.curves)))
+    return {
+        "name": plot.name,
+        "title": plot.title,
+        "unit": plot.unit,
+        "log": plot.is_log,
+        "lowest": plot.lowest,
+        "highest": plot.highest,
+        "limit": plot.limit,
+        "curves": [describe_curve(curve, limit) for curve in plot.curves],
+        "heat": None if plot.heat is None else describe_heat(plot.heat),
+    }
+
+
+def describe_curve(curve: Curve, limit: int) -> dict[str, Any]:
+    """One curve of at most `limit` points as JSON values."""
+    steps, values = keep_extremes(curve.steps, curve.values, limit)
+    return {
+        "name": curve.name,
+        "run": curve.run,
+        "series": curve.series,
+        "dash": curve.dash,
+        "faint": curve.faint,
+        "dots": curve.dots,
+        "steps": steps,
+        "values": [_rounded(value, 5) for value in values],
+    }
+
+
+def describe_heat(heat: HeatMap) -> dict[str, Any]:
+    """One map as JSON values; null where nothing was measured."""
+    rows = [[None if value is None else _rounded(value, 4) for value in row] for row in heat.rows]
+    return {"names": list(heat.names), "edges": [_rounded(edge, 9) for edge in heat.edges], "rows": rows}
+
+
+def _rounded(value: float, digits: int) -> float:
+    return float(f"{value:.{digits}g}")
