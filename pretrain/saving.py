@@ -92,5 +92,7 @@ def record_saved(run: Run, saved: SavedCheckpoint | None) -> None:
         return
     remarks = {"remarks": list(saved.remarks)} if saved.remarks else {}
     run.record_event("checkpoint", step=saved.step, path=saved.name, **remarks)
+    if run.display is not None:
+        run.display.show_checkpoint(saved.step)
     for remark in saved.remarks:
         run.say(f"warning: {remark}")

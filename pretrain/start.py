@@ -46,6 +46,7 @@ from pretrain.monitor.environment import find_peak, record_environment
 from pretrain.monitor.experts import describe_unbalanced
 from pretrain.monitor.heartbeat import Heartbeat
 from pretrain.monitor.metrics import RunLog, check_plot_services
+from pretrain.monitor.panel import plural
 from pretrain.monitor.profile import StepProfiler
 from pretrain.monitor.signals import SignalWatch
 from pretrain.parallel import (
@@ -291,13 +292,13 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None) -> None:
     run.display = Display(run.config, first_step=run.progress.step, last_step=run.last_step)
     run.say(
         f"{facts['pattern']}: {counts.total:,} parameters ({counts.active:,} active), {run.config.train.precision}, "
-        f"ZeRO {run.engine.zero_stage}, {run.parallel.world_size} rank(s) on {run.parallel.device.type} with "
-        f"{torch.get_num_threads()} thread(s), {run.stage.global_batch_size} x {length} tokens a step"
+        f"ZeRO {run.engine.zero_stage}, {plural(run.parallel.world_size, 'rank')} on {run.parallel.device.type} with "
+        f"{plural(torch.get_num_threads(), 'thread')}, {run.stage.global_batch_size} x {length} tokens a step"
     )
     for remark in run.loader.describe_repeats(run.stages[-1].first_sample + run.stages[-1].num_samples()):
         run.say(remark)
     if run.log.dropped_lines:
-        run.say(f"metrics.jsonl: {run.log.dropped_lines} line(s) were cut short or damaged and are left out")
+        run.say(f"metrics.jsonl: {plural(run.log.dropped_lines, 'line')} cut short or damaged, left out")
     run.record_event("start", world_size=run.parallel.world_size, resumed_from=loaded and loaded.path.name)
     unbalanced = describe_unbalanced(run.config.model)
     if unbalanced is not None:

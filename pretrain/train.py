@@ -30,6 +30,7 @@ from pretrain.config.schema import RunConfig
 from pretrain.failures import describe, is_bug, while_running
 from pretrain.launcher_protocol import DONE, INTERRUPTED, NEXT_LAYOUT, RUN_FAILED
 from pretrain.monitor.anomalies import StepAnomaly, too_many_skips
+from pretrain.monitor.environment import read_peak_memory
 from pretrain.monitor.experts import EXPERT_STEPS, find_collapsed
 from pretrain.monitor.heartbeat import describe_lost
 from pretrain.monitor.signals import SignalWatch, signal_name
@@ -192,7 +193,7 @@ def describe_step(run: Run, result: StepResult) -> dict[str, Any]:
     """Build the step's line of metrics.jsonl; NaN and infinities become null, because JSON has no word for them.
 
     `mfu`: model FLOPs, without those of recomputation, over the peak of all ranks. `expert_load`: tokens of the fullest
-    expert over the mean, for each MoE block.
+    expert over the mean, for each MoE block. `memory_bytes`: the main rank's peak so far.
     """
     tokens_per_second = result.tokens / result.seconds
     flops = sum(flops_per_token(run.config.model, result.sequence_length).values())
@@ -210,6 +211,7 @@ def describe_step(run: Run, result: StepResult) -> dict[str, Any]:
             str(block): max(counts) * len(counts) / max(1, sum(counts))
             for block, counts in result.expert_counts.items()
         },
+        "memory_bytes": read_peak_memory(run.parallel.device),
         "data": describe_data(run.loader.ledger()),
         "skipped": not result.applied,
     }

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
-from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
 from launch.study.grid import Cell
 from launch.study.run import CellEnd
 from launch.study.table import CellResult, measure_of
-from pretrain.monitor.display import format_duration
+from pretrain.monitor.live import LivePanel
+from pretrain.monitor.panel import format_duration
 from pretrain.stages import total_steps
 
 State = Literal["running", "failed", "waiting", "stopped", "done"]
@@ -56,9 +56,9 @@ class StudyDisplay:
         for result in finished:
             line = self.lines[result.name]
             line.state, line.note = "done", describe_result(line.cell, result)
-        self.live: Live | None = None
+        self.live: LivePanel | None = None
         if self.console.is_terminal:
-            self.live = Live(console=self.console, refresh_per_second=2, transient=False, get_renderable=self.draw)
+            self.live = LivePanel(self.console, self.draw)
             self.live.start()
         elif finished:
             self.say(f"{len(finished)} of {len(cells)} cells are done")
@@ -98,7 +98,7 @@ class StudyDisplay:
     def close(self) -> None:
         """Stop redrawing and leave the table standing."""
         if self.live is not None:
-            self.live.stop()
+            self.live.close()
 
     def count(self, state: State) -> int:
         """Number of cells in a state."""

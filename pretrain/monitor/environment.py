@@ -12,6 +12,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import resource
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 
+from pretrain.monitor.panel import plural
 from pretrain.parallel import Parallel, describe_environment
 
 LIBRARIES = (
@@ -74,7 +76,7 @@ def find_peak(parallel: Parallel, precision: str) -> Peak:
     own = max(measure_matmul(parallel.device, dtype), measure_matmul(parallel.device, torch.float32))
     total = torch.tensor(own, dtype=torch.float64, device=parallel.device)
     kinds = "float32" if precision == "float32" else "bf16 or float32, whichever is faster"
-    threads = f", {torch.get_num_threads()} thread(s) a rank" if parallel.device.type == "cpu" else ""
+    threads = f", {plural(torch.get_num_threads(), 'thread')} a rank" if parallel.device.type == "cpu" else ""
     return Peak(
         float(parallel.sum_over_data(total)),
         f"measured at start: best matmul of {MEASURED_SIZE}^3 in {kinds}{threads}",
@@ -96,6 +98,14 @@ def measure_matmul(device: torch.device, dtype: torch.dtype) -> float:
         synchronize(device)
         best_seconds = min(best_seconds, time.perf_counter() - start)
     return float(2 * MEASURED_SIZE**3 / best_seconds)
+
+
+def read_peak_memory(device: torch.device) -> int:
+    """Read the most bytes that this process has held so far: of torch on a card, of the whole process on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # KiB but on macOS
 
 
 def synchronize(device: torch.device) -> None:

@@ -39,6 +39,7 @@ METRICS = {
     "seconds",
     "auxiliary",
     "expert_load",
+    "memory_bytes",
     "data",
     "skipped",
 }
@@ -61,6 +62,7 @@ def test_run_directory_holds_config_environment_metrics_and_events(data: DataCon
     assert set(lines[0]["auxiliary"]) == {"balance", "router_z"}
     assert 1 <= lines[0]["expert_load"]["1"] <= 4
     assert all(line["mfu"] > 0 and line["tokens_per_second"] > 0 for line in lines)
+    assert all(2**24 < line["memory_bytes"] < 2**40 for line in lines)
     assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == config.model_dump(mode="json")
     environment = json.loads((tmp_path / "environment.json").read_text())
     assert environment["peak"]["flops_per_second"] > 1e9 and "measured" in environment["peak"]["source"]

@@ -6,10 +6,13 @@ import io
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.cells import cell_len
+from rich.console import Console, ConsoleDimensions
+from rich.text import Text
 
 from data_pipeline.config import DataConfig
-from pretrain.monitor.display import Display, draw_sparkline, format_duration
+from pretrain.monitor.display import Display
+from pretrain.monitor.panel import draw_sparkline, format_duration, plural
 from pretrain.stages import total_steps
 from tests.pretrain.tiny_run import tiny_config
 
@@ -26,6 +29,7 @@ def metrics_of(step: int, **changes: Any) -> dict[str, Any]:
         "seconds": 2.0,
         "auxiliary": {},
         "expert_load": {"1": 1.5},
+        "memory_bytes": 3 * 2**29,
         "skipped": False,
         **changes,
     }
@@ -56,6 +60,8 @@ def test_terminal_shows_progress_curve_pace_and_experts(data: DataConfig, tmp_pa
     )
     for step in range(1, 4):
         display.show(metrics_of(step, loss=6.0 - step, validation_loss=4.0))
+    assert "no checkpoint yet" in out.getvalue()
+    display.show_checkpoint(2)
     display.close()
     shown = out.getvalue()
     for text in (
@@ -67,8 +73,36 @@ def test_terminal_shows_progress_curve_pace_and_experts(data: DataConfig, tmp_pa
         "MFU 25.0%",
         "1: 1.50",
         "█",
+        "memory of rank 0, peak: 1.50 GiB",
+        "elapsed 0s",
+        "checkpoint of step 2, 0s ago",
     ):
         assert text in shown, text
+
+
+def test_a_terminal_that_changes_its_size_shows_one_panel_and_the_newest_remarks(
+    data: DataConfig, tmp_path: Path
+) -> None:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=110, height=40, highlight=False)
+    config = tiny_config(data, tmp_path / "my-run", train__steps=20)
+    display = Display(config, first_step=0, last_step=20, console=console)
+    display.say("resumed from [somewhere]")
+    display.show(metrics_of(1))
+    before = len(out.getvalue())
+    console.size = ConsoleDimensions(70, 30)
+    display.show(metrics_of(2))
+    display.close()
+    fresh = out.getvalue()[before:].rpartition("\x1b[2J")[2]  # what a terminal shows since its screen was cleared
+    assert fresh.count("resumed from [somewhere]") == 1
+    assert fresh.index("resumed") < fresh.index("amfm train my-run")
+    assert "2/20" in fresh
+    widths = [cell_len(line) for line in Text.from_ansi(fresh).plain.splitlines()]
+    assert max(widths) <= 70
+
+
+def test_a_number_of_things_is_written_as_one_says_it() -> None:
+    assert [plural(number, "rank") for number in (1, 2, 1000)] == ["1 rank", "2 ranks", "1,000 ranks"]
 
 
 def test_sparkline_spans_the_range_and_averages_long_histories() -> None:

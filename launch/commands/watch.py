@@ -1,0 +1,82 @@
+"""The verb that looks at a run from outside: watch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from launch.arguments import JsonOption
+from launch.console import print_json, say
+from pretrain.launcher_protocol import DONE, INTERRUPTED, RUN_FAILED
+
+if TYPE_CHECKING:
+    from pretrain.monitor.follow import FollowedRun
+
+LOOK_SECONDS = 1.0
+
+
+def watch(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The directory of a run, wherever it runs.")],
+    *,
+    stay: Annotated[
+        bool, typer.Option("--stay", help="Go on watching after the run has ended, for its next start.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show a run live from any machine that sees its directory: progress, pace, ranks, newest checkpoint, how it ended.
+
+    Only reads. Ends with the run: exit code 0 when it finished or was stopped, 3 when it failed or is gone. With --json
+    prints what is now, once.
+    """
+    from pretrain.monitor.follow import FollowedRun
+
+    run = FollowedRun(run_dir)
+    if as_json:
+        print_json(run.to_json(run.settle()))
+    else:
+        try:
+            show_live(run, stays=stay)
+        except KeyboardInterrupt:
+            say(f"amfm: no longer watching {run_dir}; the run is not touched")
+            raise typer.Exit(INTERRUPTED) from None
+    raise typer.Exit(RUN_FAILED if run.state in ("failed", "lost") else DONE)
+
+
+def show_live(run: FollowedRun, *, stays: bool) -> None:
+    """Show a run until it ends: a panel on a terminal, lines anywhere else, remarks about events in both."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    from pretrain.monitor.follow import follow
+    from pretrain.monitor.live import LivePanel
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    live = LivePanel(console, run.panel.draw) if console.is_terminal else None
+    printer = live or console
+    said = ""
+    is_first = True
+    if live is not None:
+        live.start()
+    try:
+        for seen in follow(run, every_seconds=LOOK_SECONDS, stays=stays):
+            every = run.config.train.log_every_steps if run.config is not None else 1
+            due = [line for line in seen.metrics if run.panel.is_line_due(line, every)]
+            for line in seen.metrics[-1:] if is_first else due:
+                if live is None:
+                    printer.print(escape(run.panel.format_line(line)))
+            for event in () if is_first else seen.events:
+                printer.print(escape(f"{event.get('event')} at step {event.get('step')}"))
+            if live is None and seen.state != said:
+                printer.print(escape(f"{run.directory}: {run.panel.status}"))
+                said = seen.state
+            is_first = False
+    finally:
+        if live is not None:
+            live.close()
+
+
+def add_verbs(app: typer.Typer) -> None:
+    """Register the verbs of this file."""
+    app.command(epilog="Example: amfm watch runs/tiny_cpu")(watch)

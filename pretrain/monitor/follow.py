@@ -1,0 +1,240 @@
+"""Follows a run from outside, by what it writes into its directory: metrics.jsonl, events.jsonl and heartbeats.
+
+Nothing is asked of the run, so any machine that sees the directory can watch, and a watcher can't disturb. Files are read
+while they grow: a line counts when its newline is there, and a file that shrank or was replaced (a run that resumes drops
+the steps that it does again) is read anew. Whether a run lives is told by its heartbeats: fresh ones, or ones that change
+while we look, because clocks of two machines may differ.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from data_pipeline.lines import parse_line
+from data_pipeline.naming import named
+from pretrain.config.file import load_config
+from pretrain.config.schema import RunConfig
+from pretrain.monitor.heartbeat import Beat, describe_lost, read_beats
+from pretrain.monitor.panel import RunState, plural
+from pretrain.stages import total_steps
+
+State = Literal["waiting", "running", "finished", "stopped", "failed", "lost"]
+MARKS = ("config.yaml", "metrics.jsonl", "events.jsonl", "heartbeats", "lock")
+FIRST_BYTES = 1 << 22  # of a long file its end alone is read
+FRESH_SECONDS = 10.0  # a rank writes every two seconds
+NUMBERS = ("step", "lr", "tokens", "tokens_per_second", "mfu", "seconds")
+ENDS: dict[str, State] = {"signal": "stopped", "failed": "failed", "gave_up": "failed"}
+
+
+class GrowingFile:
+    """New whole lines of a file that somebody else appends to, at every `read`; it may not exist yet."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._place = 0
+        self._inode: int | None = None
+
+    def read(self) -> tuple[bool, list[dict[str, Any]]]:
+        """(whether the file is another one than at the last call, its new lines). What is no object is left out."""
+        try:
+            with named(self.path), self.path.open("rb") as file:
+                status = os.fstat(file.fileno())
+                is_new = status.st_ino != self._inode or status.st_size < self._place
+                if is_new:
+                    self._inode, self._place = status.st_ino, max(0, status.st_size - FIRST_BYTES)
+                file.seek(self._place)
+                content = file.read(status.st_size - self._place)
+        except FileNotFoundError:
+            return False, []
+        whole = content[: content.rfind(b"\n") + 1]
+        lines = whole.split(b"\n")
+        if is_new and self._place > 0:
+            del lines[0]  # we began in the middle of it
+        self._place += len(whole)
+        return is_new, [record for line in lines if line.strip() and (record := parse_line(line)) is not None]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the last look found: new metrics and events, the ranks that were heard of, how the run is and why."""
+
+    metrics: list[dict[str, Any]]
+    events: list[dict[str, Any]]
+    beats: list[Beat]
+    state: State
+    cause: str
+
+
+class FollowedRun:
+    """One run directory under watch. Raises FileNotFoundError for something that is no run directory."""
+
+    def __init__(self, directory: Path) -> None:
+        if not any((directory / mark).exists() for mark in MARKS):
+            raise FileNotFoundError(f"{directory} is no run directory; give run.dir of a run that was started")
+        self.directory = directory
+        self.config: RunConfig | None = None
+        self.panel = RunState(f"amfm watch {directory.resolve().name}", first_step=0, last_step=0, began=None)
+        self.state: State = "waiting"
+        self.cause = ""
+        self._looked = False
+        self._metrics = GrowingFile(directory / "metrics.jsonl")
+        self._events = GrowingFile(directory / "events.jsonl")
+        self._heard: dict[int, tuple[float, float]] = {}  # rank -> (its time, ours when that changed)
+        written = [(directory / name).stat().st_mtime for name in MARKS if (directory / name).exists()]
+        self._written = time.monotonic() - max(0.0, time.time() - max(written))  # when something last grew
+
+    def look(self) -> Seen:
+        """Read what is new, and judge how the run is."""
+        self._read_config()
+        _, events = self._events.read()
+        for event in events:
+            self._take_event(event)
+        is_new, lines = self._metrics.read()
+        if is_new:
+            self.panel.losses.clear()
+            self.panel.seconds.clear()
+        if (events or lines) and self._looked:
+            self._written = time.monotonic()
+        self._looked = True
+        metrics = [line for line in lines if is_step(line)]
+        for line in metrics:
+            self.panel.take_metrics(line)
+        beats = read_beats(self.directory / "heartbeats")
+        self._judge(beats)
+        self.panel.status = self.describe(beats)
+        return Seen(metrics, events, beats, self.state, self.cause)
+
+    def settle(self) -> Seen:
+        """Look, and where no rank seems to live look again for a while: its clock may be behind ours."""
+        seen = self.look()
+        deadline = time.monotonic() + FRESH_SECONDS / 2
+        while seen.state == "lost" and seen.beats and time.monotonic() < deadline:
+            time.sleep(0.5)
+            seen = self.look()
+        return seen
+
+    def describe(self, beats: list[Beat]) -> str:
+        """Say in a line how the run is."""
+        if self.state == "running" and not beats:
+            return "running: it starts, or ends"
+        if self.state == "running":
+            hosts = len({beat.host for beat in beats})
+            silent = self._silent(beats)
+            place = max(beats, key=Beat.place)
+            if silent:
+                return f"{plural(len(beats), 'rank')}, but {describe_lost(silent)}"
+            return f"running: {plural(len(beats), 'rank')} on {plural(hosts, 'host')}, at step {place.step:,}, {place.phase}"
+        if self.state == "lost":
+            where = describe_lost(beats) if beats else "no rank gives a sign of life, and none said why"
+            return f"gone: {where}; the same command resumes from {self.panel.describe_checkpoint()}"
+        if self.state == "waiting":
+            return self.cause or "not begun: no rank has written anything yet"
+        return f"{self.state}{': ' if self.cause else ''}{self.cause}"
+
+    def to_json(self, seen: Seen) -> dict[str, Any]:
+        """The state of the run as JSON values."""
+        metrics = self.panel.metrics or {}
+        keys = ("step", "loss", "grad_norm", "lr", "tokens", "tokens_per_second", "mfu", "memory_bytes")
+        return {
+            "run_dir": str(self.directory),
+            "state": seen.state,
+            "cause": seen.cause,
+            "steps": self.panel.last_step or None,
+            **{key: metrics.get(key) for key in keys},
+            "validation_loss": self.panel.validation_loss,
+            "checkpoint_step": self.panel.checkpoint_step,
+            "ranks": [
+                {"rank": beat.rank, "host": beat.host, "step": beat.step, "phase": beat.phase, "seen": beat.seen}
+                for beat in seen.beats
+            ],
+        }
+
+    def _read_config(self) -> None:
+        """Read the configuration once it is there, and again after a start, which may have changed it."""
+        path = self.directory / "config.yaml"
+        if self.config is None and path.is_file():
+            try:
+                self.config = load_config(path)
+            except ValueError:
+                if self.state != "waiting":  # it is being written while a run begins; later it is damaged
+                    raise
+                return
+            steps = total_steps(self.config)
+            self.panel.last_step = min(steps, self.config.train.stop_after_steps or steps)
+
+    def _take_event(self, event: dict[str, Any]) -> None:
+        kind, step = event.get("event"), event.get("step")
+        if kind == "start" and isinstance(step, int):
+            self.config = None
+            self._read_config()
+            self.state, self.cause = "running", ""
+            self.panel.first_step, self.panel.began = step, to_seconds(event.get("time"))
+        elif kind == "checkpoint" and isinstance(step, int):
+            moment = to_seconds(event.get("time"))
+            self.panel.checkpoint_step, self.panel.checkpoint_time = step, moment
+        elif kind == "end":
+            is_whole = event.get("reason") == "finished"
+            self.state, self.cause = ("finished", "") if is_whole else ("stopped", str(event.get("reason", "")))
+        elif kind == "next_layout":
+            self.state, self.cause = (
+                "waiting",
+                f"saved: stage {event.get('stage')} has another layout, its ranks start anew",
+            )
+        elif isinstance(kind, str) and kind in ENDS:
+            texts = (event.get("name"), event.get("error"), event.get("cause"))
+            self.state, self.cause = ENDS[kind], next((str(text) for text in texts if text), "")
+
+    def _judge(self, beats: list[Beat]) -> None:
+        """Hold what the events said against the heartbeats."""
+        now = time.monotonic()
+        for beat in beats:
+            if self._heard.get(beat.rank, (None, 0.0))[0] != beat.seen:
+                # At first sight the clocks are believed; from then on only that the beat changes.
+                age = max(0.0, time.time() - beat.seen) if beat.rank not in self._heard else 0.0
+                self._heard[beat.rank] = (beat.seen, now - age)
+        is_alive = len(self._silent(beats)) < len(beats)
+        has_ended = self.state in ("finished", "stopped", "failed") or (self.state == "waiting" and self.cause)
+        if is_alive and has_ended:
+            if all(beat.phase == "start" for beat in beats):  # the next start is on its way
+                self.state, self.cause = "running", ""
+        elif is_alive:
+            self.state = "running"
+        elif self.state == "running" and now - self._written > FRESH_SECONDS:
+            # A start is written down before its ranks give signs of life, so lines count as such as well.
+            self.state = "lost"
+
+    def _silent(self, beats: list[Beat]) -> list[Beat]:
+        """Ranks whose beat has not changed for FRESH_SECONDS."""
+        now = time.monotonic()
+        return [beat for beat in beats if now - self._heard[beat.rank][1] > FRESH_SECONDS]
+
+
+def is_step(line: dict[str, Any]) -> bool:
+    """Whether a line of metrics.jsonl has what the panel shows; files of others may hold anything."""
+    has_numbers = all(isinstance(line.get(key), int | float) for key in NUMBERS)
+    has_nullable = all(isinstance(line.get(key, ""), int | float | None) for key in ("loss", "grad_norm"))
+    return has_numbers and has_nullable and isinstance(line.get("expert_load"), dict) and "skipped" in line
+
+
+def to_seconds(moment: object) -> float | None:
+    """Seconds since the epoch of an event's time; None for what is none."""
+    try:
+        return datetime.fromisoformat(str(moment)).timestamp()
+    except ValueError:
+        return None
+
+
+def follow(run: FollowedRun, *, every_seconds: float, stays: bool) -> Iterator[Seen]:
+    """Look again and again, until the run has ended or is gone; with `stays` until somebody interrupts."""
+    while True:
+        seen = run.settle()
+        yield seen
+        if not stays and seen.state not in ("running", "waiting"):
+            return
+        time.sleep(every_seconds)

@@ -1,0 +1,191 @@
+"""The panel of a run: progress, loss, pace, memory and the newest checkpoint, in a few lines of a terminal.
+
+Drawn from the lines that a run logs, so that the run itself (display.py) and whoever watches it from another machine
+(follow.py) show the same.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+from rich.console import Group
+from rich.markup import escape
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+BARS = "▁▂▃▄▅▆▇█"
+SPARKLINE_WIDTH = 48
+KEPT_LOSSES = 400
+AVERAGED_STEPS = 20
+
+
+class RunState:
+    """What is known of a run from its lines: the newest step, the curve of its loss, its pace, its newest checkpoint.
+
+    `first_step`, `last_step`: where this start of the run begins and ends. `began`: when it started, seconds since the
+    epoch, None while that is not known. `status` is a line of its own at the panel's foot.
+    """
+
+    def __init__(self, name: str, *, first_step: int, last_step: int, began: float | None) -> None:
+        self.name, self.first_step, self.last_step, self.began = name, first_step, last_step, began
+        self.metrics: dict[str, Any] | None = None
+        self.losses: deque[float] = deque(maxlen=KEPT_LOSSES)
+        self.seconds: deque[float] = deque(maxlen=AVERAGED_STEPS)
+        self.validation_loss: float | None = None
+        self.accuracy = ""
+        self.checkpoint_step: int | None = None
+        self.checkpoint_time: float | None = None
+        self.status = ""
+
+    def take_metrics(self, metrics: dict[str, Any]) -> None:
+        """Take a step's line of metrics.jsonl."""
+        self.metrics = metrics
+        if metrics["loss"] is not None:
+            self.losses.append(metrics["loss"])
+        self.seconds.append(metrics["seconds"])
+        self.validation_loss = metrics.get("validation_loss", self.validation_loss)
+        if "validation_accuracy" in metrics:
+            self.accuracy = show_accuracy(metrics)
+
+    def take_checkpoint(self, step: int, when: float) -> None:
+        """Note that the checkpoint of a step stands since `when`, seconds since the epoch."""
+        self.checkpoint_step, self.checkpoint_time = step, when
+
+    def remaining(self) -> str:
+        """Estimate the time to the last step at the mean pace of the last AVERAGED_STEPS steps."""
+        if self.metrics is None or not self.seconds:
+            return "-"
+        pace = sum(self.seconds) / len(self.seconds)
+        return format_duration(pace * max(0, self.last_step - self.metrics["step"]))
+
+    def describe_checkpoint(self) -> str:
+        """Say which checkpoint a restart would find, and how old it is."""
+        if self.checkpoint_step is None:
+            return "no checkpoint yet"
+        age = "" if self.checkpoint_time is None else f", {since(self.checkpoint_time)} ago"
+        return f"checkpoint of step {self.checkpoint_step:,}{age}"
+
+    def is_line_due(self, metrics: dict[str, Any], every_steps: int) -> bool:
+        """Whether a log should have a line of a step: the first and last, one in `every_steps`, and whatever is unusual."""
+        step = metrics["step"]
+        return (
+            step % every_steps == 0
+            or step in (self.first_step + 1, self.last_step)
+            or metrics["skipped"]
+            or "validation_loss" in metrics
+        )
+
+    def format_line(self, metrics: dict[str, Any]) -> str:
+        """Format a step as one line without control characters."""
+        parts = [
+            f"step {metrics['step']}/{self.last_step}",
+            f"loss {show_number(metrics['loss'], '.4f')}",
+            f"grad norm {show_number(metrics['grad_norm'], '.3f')}",
+            f"lr {metrics['lr']:.2e}",
+            f"{metrics['tokens_per_second']:,.0f} tokens/s",
+            f"MFU {metrics['mfu']:.1%}",
+        ]
+        if metrics["expert_load"]:
+            parts.append(f"expert load {max(metrics['expert_load'].values()):.2f}")
+        if "validation_loss" in metrics:
+            parts.append(f"validation loss {show_number(metrics['validation_loss'], '.4f')}")
+        if "validation_accuracy" in metrics:
+            parts.append(show_accuracy(metrics))
+        if metrics["skipped"]:
+            parts.append("SKIPPED")
+        return ", ".join([*parts, f"{self.remaining()} left"])
+
+    def draw(self) -> Panel:
+        """Draw the panel; a run without a step yet has progress and checkpoint alone."""
+        step = 0 if self.metrics is None else self.metrics["step"]
+        bar = Table.grid(padding=(0, 1))
+        bar.add_row(
+            ProgressBar(total=max(1, self.last_step), completed=step, width=SPARKLINE_WIDTH),
+            f"{step:,}/{self.last_step:,}",
+            f"{self.remaining()} left",
+        )
+        rows: list[Any] = [bar]
+        if self.metrics is not None:
+            rows += self.draw_measures(self.metrics)
+        elapsed = "" if self.began is None else f"elapsed {since(self.began)}   "
+        rows.append(Text(elapsed + self.describe_checkpoint()))
+        if self.status:
+            rows.append(Text(self.status, style="bold", no_wrap=False, overflow="fold"))
+        return Panel(Group(*rows), title=escape(self.name), title_align="left", expand=False)
+
+    def draw_measures(self, metrics: dict[str, Any]) -> list[Any]:
+        """Draw loss curve, validation, gradients, pace, memory and, with MoE blocks, load of experts."""
+        curve = Table.grid(padding=(0, 1))
+        curve.add_row(Text(draw_sparkline(self.losses), style="cyan"), f"loss {show_number(metrics['loss'], '.4f')}")
+        facts = Table.grid(padding=(0, 3))
+        facts.add_row(
+            f"validation {show_number(self.validation_loss, '.4f')}",
+            f"grad norm {show_number(metrics['grad_norm'], '.3f')}",
+            f"lr {metrics['lr']:.2e}",
+        )
+        facts.add_row(
+            f"{metrics['tokens_per_second']:,.0f} tokens/s",
+            f"MFU {metrics['mfu']:.1%}",
+            f"{metrics['tokens']:,} tokens",
+        )
+        rows: list[Any] = [curve, facts]
+        if metrics.get("memory_bytes") is not None:
+            rows.append(Text(f"memory of rank 0, peak: {metrics['memory_bytes'] / 2**30:.2f} GiB"))
+        if self.accuracy:
+            rows.append(Text(self.accuracy))
+        if metrics["expert_load"]:
+            loads = "  ".join(f"{block}: {load:.2f}" for block, load in metrics["expert_load"].items())
+            rows.append(
+                Text(f"fullest expert / mean by block  {loads}", style="dim", overflow="ellipsis", no_wrap=True)
+            )
+        return rows
+
+
+def draw_sparkline(values: Sequence[float]) -> str:
+    """Draw values as a row of bars: means of equal runs of values, scaled between the smallest and the largest mean."""
+    if not values:
+        return ""
+    numbers = list(values)
+    width = min(SPARKLINE_WIDTH, len(numbers))
+    edges = [round(index * len(numbers) / width) for index in range(width + 1)]
+    means = [sum(numbers[start:stop]) / (stop - start) for start, stop in pairwise(edges)]
+    low, high = min(means), max(means)
+    # A flat curve has no span; it is drawn as the lowest bars.
+    span = (high - low) or 1.0
+    return "".join(BARS[min(len(BARS) - 1, int((mean - low) / span * len(BARS)))] for mean in means)
+
+
+def show_accuracy(metrics: dict[str, Any]) -> str:
+    """Format the accuracy on a synthetic task, of tokens and of whole rows."""
+    tokens, rows = metrics["validation_accuracy"], metrics["validation_row_accuracy"]
+    return f"validation accuracy {tokens:.1%} of tokens, {rows:.1%} of rows"
+
+
+def show_number(value: float | None, form: str) -> str:
+    """Format a number; a dash for None: not measured, or not finite, which the log writes as null."""
+    return "-" if value is None else format(value, form)
+
+
+def format_duration(seconds: float) -> str:
+    """Format seconds as hours, minutes and seconds, the two largest that count."""
+    whole = int(seconds + 0.5)
+    hours, minutes = divmod(whole // 60, 60)
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{whole % 60:02d}s" if minutes else f"{whole}s"
+
+
+def since(moment: float) -> str:
+    """Format the time since a moment, in seconds since the epoch; clocks of two machines may differ a little."""
+    return format_duration(max(0.0, time.time() - moment))
+
+
+def plural(number: int, noun: str) -> str:
+    """Format a number of things: 1 rank, 2 ranks."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
