@@ -14,7 +14,21 @@ from typing import Any
 
 import typer
 
-from launch.commands import config, data, doctor, evaluate, export, init, launch, plan, profile, study, train, watch
+from launch.commands import (
+    config,
+    data,
+    doctor,
+    evaluate,
+    export,
+    init,
+    launch,
+    plan,
+    profile,
+    serve,
+    study,
+    train,
+    watch,
+)
 from launch.commands.bench import verbs as bench
 from launch.console import UNUSED_LIBRARIES, print_json, say
 from pretrain.config.errors import ConfigError
@@ -34,7 +48,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (init, config, doctor, data, plan, train, watch, launch, profile, evaluate, export, bench, study):
+for module in (init, config, doctor, data, plan, train, watch, launch, profile, evaluate, export, serve, bench, study):
     module.add_verbs(app)
 
 

@@ -65,6 +65,24 @@ def import_huggingface(hf_dir: str | Path, out_dir: str | Path, report: Report =
     """
     source, out = Path(hf_dir), Path(out_dir)
     check_free(out)
+    weights, target, num_tensors, skipped = read_huggingface(source, report)
+    report("writing tensors")
+    with begin_export(out) as temporary:
+        write_weights(temporary, weights)
+        with named(temporary / MODEL_SECTION):
+            (temporary / MODEL_SECTION).write_text(describe_model(weights.model), encoding="utf-8")
+        sync_files(temporary)
+        put_in_place(temporary, out)
+    num_parameters = sum(tensor.numel() for tensor in weights.state.values())
+    return ImportReport(out, target, weights.model, num_tensors, num_parameters, skipped)
+
+
+def read_huggingface(source: Path, report: Report = silent) -> tuple[Weights, Target, int, tuple[str, ...]]:
+    """Read a folder of a class that we export to: weights, the class, how many tensors it had, and the names left out.
+
+    Raises ValueError for another class, a choice that our model does not have, tensors that do not fit, and a missing
+    tokenizer.
+    """
     fields = read_config_json(source)
     target = TARGET_OF_TYPE.get(str(fields.get("model_type")))
     if target is None:
@@ -76,16 +94,7 @@ def import_huggingface(hf_dir: str | Path, out_dir: str | Path, report: Report =
     tensors, skipped = read_tensors(source)
     state = {name: tensor.to(torch.float32) for name, tensor in weight_map(config, target).to_ours(tensors).items()}
     check_shapes(config, state, str(source))
-    weights = Weights(config, state, tokenizer, f"imported from {source}")
-    report("writing tensors")
-    with begin_export(out) as temporary:
-        write_weights(temporary, weights)
-        with named(temporary / MODEL_SECTION):
-            (temporary / MODEL_SECTION).write_text(describe_model(config), encoding="utf-8")
-        sync_files(temporary)
-        put_in_place(temporary, out)
-    num_parameters = sum(tensor.numel() for tensor in state.values())
-    return ImportReport(out, target, config, len(tensors), num_parameters, tuple(skipped))
+    return Weights(config, state, tokenizer, f"imported from {source}"), target, len(tensors), tuple(skipped)
 
 
 def describe_model(config: ModelConfig) -> str:

@@ -1,0 +1,65 @@
+"""The verb that puts a model behind HTTP: serve."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launch.arguments import JsonOption, choose_device
+from launch.commands.evaluate import BackendOption, DeviceOption
+from launch.console import print_json, say
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+GIB = 2**30
+
+
+def serve(
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="A run directory, a checkpoint, an import, or an export.")
+    ],
+    *,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on. Others than loopback let everybody in who reaches them.")
+    ] = "127.0.0.1",
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens of a prompt and its answer together, at most.")] = 8192,
+    keep_gib: Annotated[
+        float, typer.Option(min=0, help="Memory for the states of texts that may go on, between requests.")
+    ] = 1.0,
+    device: DeviceOption = "auto",
+    backend: BackendOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Serve a model to clients of OpenAI's API (completions, chat completions, streaming) and on a page to try it.
+
+    Until Ctrl-C. Conversations go on from the state they left: a turn costs its own tokens. Chat needs a model whose
+    folder has a chat template.
+    """
+    from launch.serve.served_model import load_model
+    from launch.serve.server import ModelServer
+
+    # The port first: it is known at once whether it is free, and loading takes time.
+    with ModelServer(host, port) as server:
+        say(f"loading {model}")
+        server.max_tokens = max_tokens
+        server.model = load_model(
+            model, device=choose_device(device), backend=backend, max_state_bytes=int(keep_gib * GIB)
+        )
+        chats = server.model.template is not None
+        if as_json:
+            print_json({"url": server.url, "model": server.model.name, "chat": chats})
+        if host not in LOOPBACK:
+            say(f"warning: {host} is not loopback: everybody who reaches port {server.server_address[1]} may use it")
+        said = "chat and completions" if chats else "completions; it has no chat template"
+        say(f"{server.model.name} ({said}) on {server.url}, API below {server.url}/v1; Ctrl-C ends it")
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            say("amfm: no longer serving")
+
+
+def add_verbs(app: typer.Typer) -> None:
+    """Register the verbs of this file."""
+    app.command(epilog="Example: amfm serve exports/tiny_cpu --port 8000")(serve)

@@ -1,0 +1,1 @@
+"""`amfm serve`: a model behind HTTP on this machine."""

@@ -1,0 +1,88 @@
+"""What is served: a model with its tokenizer, from a run, a checkpoint, an import or an export.
+
+A conversation's prompt has control tokens in it, which the template writes as text; so it is encoded by the folder's
+tokenizer.json, which knows them. Text of a completion is text, as in training: control tokens written out in it end nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+import tokenizers
+
+from data_pipeline.foreign_files import read_object
+from data_pipeline.tokenizer.tokenizer import Tokenizer
+from launch.serve.chat import ChatTemplate, read_template
+from pretrain.inference.generate import Sampling, stream_text
+from pretrain.inference.kept_states import SharedModel
+from pretrain.inference.weights import DESCRIPTION, Weights, read_weights
+
+
+class ServedModel:
+    """A named model that continues prompts, with the chat template of its folder where it has one."""
+
+    def __init__(
+        self,
+        name: str,
+        shared: SharedModel,
+        tokenizer: Tokenizer,
+        *,
+        end_ids: Collection[int],
+        template: ChatTemplate | None,
+        chat_tokenizer: tokenizers.Tokenizer | None,
+    ) -> None:
+        self.name, self.shared, self.tokenizer = name, shared, tokenizer
+        self.end_ids, self.template, self.chat_tokenizer = frozenset(end_ids), template, chat_tokenizer
+
+    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+        """Encode a conversation as its template writes it. Raises ValueError without a template, and where it refuses."""
+        if self.template is None or self.chat_tokenizer is None:
+            raise ValueError(
+                f"{self.name} has no chat template: it continues text and was not taught to answer; ask /v1/completions, "
+                "or serve a model that was fine-tuned on conversations"
+            )
+        return list(self.chat_tokenizer.encode(self.template.render(messages), add_special_tokens=False).ids)
+
+    def generate(self, ids: list[int], max_new_tokens: int, sampling: Sampling) -> Iterator[int]:
+        """Yield the ids that follow."""
+        return self.shared.generate(ids, max_new_tokens, sampling, self.end_ids)
+
+    def stream(self, ids: list[int], tokens: Iterator[int]) -> Iterator[str]:
+        """Decode ids as they come, in whole characters."""
+        return stream_text(self.tokenizer, ids, tokens)
+
+
+def load_model(path: Path, *, device: str, backend: str, max_state_bytes: int) -> ServedModel:
+    """Load what `amfm generate` accepts, or a transformers folder of a class that we export to.
+
+    Raises ValueError for anything else, and for a model without a tokenizer.
+    """
+    is_export = (path / "config.json").is_file() and not (path / DESCRIPTION).is_file()
+    weights = read_export(path) if is_export else read_weights(path)
+    tokenizer = weights.tokenizer
+    shared = SharedModel(
+        weights.build(backend=backend, device=device),
+        vocab_size=min(tokenizer.vocab_size, weights.model.vocab_size),
+        max_state_bytes=max_state_bytes,
+    )
+    template = read_template(path) if is_export else None
+    fast = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json")) if template is not None else None
+    end_ids = {tokenizer.eos_id, *(read_end_ids(path) if is_export else ())}
+    name = path.resolve().name
+    return ServedModel(name, shared, tokenizer, end_ids=end_ids, template=template, chat_tokenizer=fast)
+
+
+def read_export(path: Path) -> Weights:
+    """Read a transformers folder."""
+    from pretrain.export.import_huggingface import read_huggingface
+
+    return read_huggingface(path)[0]
+
+
+def read_end_ids(folder: Path) -> list[int]:
+    """Read the ids that end a text by generation_config.json: a fine-tuned model ends its turns with another token."""
+    path = folder / "generation_config.json"
+    found = read_object(path).get("eos_token_id") if path.is_file() else None
+    listed = found if isinstance(found, list) else [found]
+    return [index for index in listed if isinstance(index, int) and not isinstance(index, bool)]
