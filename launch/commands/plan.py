@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pretrain.config.schema import RunConfig
 
 SHOWN_LAYOUTS = 8
+LONGEST_SHOWN = 3
 
 
 def plan(
@@ -47,7 +48,7 @@ def plan(
     ] = False,
     picture: Annotated[
         Path | None,
-        typer.Option(metavar="OUT", help="Also draw memory by part and the step by stream: .png, .svg or .pdf."),
+        typer.Option(metavar="OUT", help="Also draw memory and step by part, and the pipeline: .png, .svg or .pdf."),
     ] = None,
     trace: Annotated[
         bool,
@@ -160,16 +161,7 @@ def print_plan(made: Plan, title: str) -> None:
     parts = [(name, f"{size / GIB:,.2f} GiB") for name, size in own.memory.parts.items()]
     parts.append(("all", f"{own.memory.total() / GIB:,.2f} of {made.hardware.memory_gib:,.1f} GiB"))
     print_pairs(f"Memory of a rank, fullest in the {own.memory.phase}: {describe_layout(own)}", parts)
-    step = own.step
-    times = [(kind, f"{seconds:,.3f} s") for kind, seconds in step.compute.items()]
-    times += [(f"communication, {axis}", f"{seconds:,.3f} s") for axis, seconds in step.communication.items()]
-    times += [("pipeline bubble", f"{step.bubble:,.3f} s")] if step.bubble else []
-    times += [
-        ("optimizer and sums of gradients", f"{step.optimizer:,.3f} s"),
-        ("reduction not hidden", f"{step.reduction:,.3f} s, {step.hidden:,.3f} s beside passes"),
-    ]
-    times += [("gathers not hidden", f"{step.exposed_gathers:,.3f} s"), ("all", f"{step.total():,.3f} s")]
-    times.append(("MFU", f"{own.mfu:.1%}"))
+    times = describe_step(own)
     days = made.seconds() / SECONDS_A_DAY
     times.append(("tokens a day", f"{made.tokens / days:.3e}"))
     times.append(
@@ -180,6 +172,9 @@ def print_plan(made: Plan, title: str) -> None:
         print_stages(made)
         print_chosen(made)
     print_layouts(made)
+    if made.is_search and made.layouts and made.layouts[0].layout != own.layout:
+        best = made.layouts[0]
+        print_pairs(f"A step of the fastest layout: {describe_layout(best)}", describe_step(best))
     if not made.is_own:
         say(
             f"amfm: the configuration's own layout does not suit {own.layout.ranks} ranks; shown is {describe_layout(own)}"
@@ -189,25 +184,39 @@ def print_plan(made: Plan, title: str) -> None:
         say(f"amfm: warning: {advice}")
 
 
+def describe_step(item: Estimate) -> list[tuple[str, str]]:
+    """Where the seconds of a step go, each part with its share, then the whole, what it hides, and the MFU."""
+    total, hidden = item.step.total(), item.step.hidden
+    parts = [(name, f"{seconds:,.3f} s, {seconds / total:.0%}") for name, seconds in item.step.parts()]
+    beside = [("reduction beside passes", f"{hidden:,.3f} s more")] if hidden else []
+    return [*parts, *beside, ("all", f"{total:,.3f} s"), ("MFU", f"{item.mfu:.1%}")]
+
+
 def print_layouts(made: Plan) -> None:
-    """Print the fastest layouts that fit, then the nearest misses with the reason."""
+    """Print the fastest layouts that fit, then the nearest misses with the reason; what all share is said once."""
     from launch.plan.hardware import GIB
 
+    shown = [*made.layouts[:SHOWN_LAYOUTS], *made.near_misses]
+    words = [describe_layout(item).split() for item in shown]
+    shared = [word for word in words[0] if all(word in others for others in words)] if len(words) > 1 else []
     rows = [
         (
-            describe_layout(item),
+            " ".join(word for word in own if word not in shared) or "nothing else",
             f"{item.memory.total() / GIB:,.1f}",
             f"{item.step.total():,.3f}",
-            f"{item.mfu:.1%}",
-            "fits",
+            f"{item.mfu:.1%}" if item.fits() else "",
+            describe_longest(item) if item.fits() else item.reason,
         )
-        for item in made.layouts[:SHOWN_LAYOUTS]
+        for item, own in zip(shown, words)
     ]
-    rows += [
-        (describe_layout(item), f"{item.memory.total() / GIB:,.1f}", f"{item.step.total():,.3f}", "", item.reason)
-        for item in made.near_misses
-    ]
-    print_rows("Layouts, fastest first; then near misses", ("layout", "GiB", "s a step", "MFU", ""), rows)
+    what = f"Layouts, fastest first; then near misses{'. All have ' + ' '.join(shared) if shared else ''}"
+    print_rows(what, ("layout", "GiB", "s a step", "MFU", "most of the step, or why it does not fit"), rows)
+
+
+def describe_longest(item: Estimate) -> str:
+    """Name the LONGEST_SHOWN longest parts of a step with their shares."""
+    longest = sorted(item.step.parts(), key=lambda part: -part[1])[:LONGEST_SHOWN]
+    return ", ".join(f"{name} {seconds / item.step.total():.0%}" for name, seconds in longest)
 
 
 def print_stages(made: Plan) -> None:

@@ -1,4 +1,9 @@
-"""Chart of a plan: memory of the fullest rank by part for each ZeRO stage, and the timeline of a step."""
+"""Chart of a plan: memory by part and the step by part for the layouts in question, and the pipeline's timetable.
+
+Which layouts: the configuration's own; with a search also the fastest ones that fit; without one its ZeRO stages. A name
+has one colour in the whole chart, and no colour has two names: what memory holds is drawn in blues and purples, arithmetic
+in greens and yellows, waiting and communication in reds and greys.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +11,47 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from launch.plan.estimate import Assumptions, estimate
+from launch.plan.estimate import Assumptions, Estimate, estimate
 from launch.plan.hardware import GIB
 from launch.plan.plan import Plan
 from launch.plan.search import ZERO_STAGES, is_allowed, with_layout
+from launch.plan.timetable import Kind, make_timetable
 from pretrain.checks.stages import run_of_stage
+
+FASTEST_SHOWN = 3
+MICRO_BATCHES_A_RANK = 3  # of a long step the timetable shows the beginning alone
+MEMORY_COLOURS = {
+    "weights": "#08306b",
+    "gathered weights": "#2a5ba8",
+    "joined weights": "#4a86c5",
+    "masters": "#6baed6",
+    "moments": "#a6cee8",
+    "gradients": "#3f007d",
+    "gradient share": "#6a51a3",
+    "reduction bucket": "#9e9ac8",
+    "communication buffers": "#bcbddc",
+    "activations": "#00707a",
+    "working space": "#2bb3b8",
+    "logits": "#94dcd8",
+    "margin": "#d9d9d9",
+}
+MORE_MEMORY = ("#c9a3d6", "#7fcdbb", "#54278f", "#1d91c0")
+COMPUTE_COLOURS = {
+    "mamba": "#1b7837",
+    "moe": "#7fbf3f",
+    "attention": "#b8860b",
+    "head": "#e6c200",
+    "feed_forward": "#c7e9b4",
+}
+MORE_COMPUTE = ("#a6761d", "#4d9221", "#666a00", "#d9c27c", "#00441b", "#bf9b30")
+WAIT_COLOURS = {
+    "pipeline bubble": "#f2f2f2",
+    "reduction not hidden": "#b2182b",
+    "gathers not hidden": "#f4a582",
+    "optimizer and sums of gradients": "#404040",
+}
+EXCHANGE_COLOURS = ("#e31a1c", "#fb6a4a", "#d6604d", "#ff9e80", "#8b0000")
+PASS_COLOURS: dict[Kind, str] = {"forward": "#9ecae1", "backward": "#3182bd", "weights": "#fdd0a2"}
 
 
 def draw_plan(plan: Plan, assumptions: Assumptions, path: Path) -> None:
@@ -18,68 +59,148 @@ def draw_plan(plan: Plan, assumptions: Assumptions, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 8), layout="constrained")
+    shown = choose_layouts(plan, assumptions)
+    # The fastest layout after a search, else one's own.
+    wanted = plan.layouts[0].layout if plan.is_search and plan.layouts else plan.own.layout
+    piped = next((pair for pair in shown if pair[1].layout == wanted and wanted.pipeline > 1), None)
+    heights = [3.0, 0.9 + 0.55 * len(shown), *([1.1 + 0.32 * wanted.pipeline] if piped else [])]
+    figure = Figure(figsize=(12, sum(heights) + 1.6), layout="constrained")
     FigureCanvasAgg(figure)
-    memory_axes, time_axes = figure.subplots(2, 1, height_ratios=(3, 2))
-    draw_memory(memory_axes, plan, assumptions)
-    draw_timeline(time_axes, plan)
+    panels = figure.subplots(len(heights), 1, height_ratios=heights)
+    figure.suptitle(
+        f"{plan.counts.total / 1e9:,.2f}B parameters on {plan.own.layout.ranks} x {plan.hardware.name}",
+        x=0.01,
+        ha="left",
+    )
+    draw_memory(panels[0], plan, shown)
+    draw_steps(panels[1], shown)
+    if piped is not None:
+        draw_pipeline(panels[2], plan, *piped)
     figure.savefig(path)
 
 
-def draw_memory(axes: Any, plan: Plan, assumptions: Assumptions) -> None:
-    """Draw memory by part, GiB, for every ZeRO stage that the other axes allow, against the device's memory."""
-    own, config = plan.own.layout, run_of_stage(plan.config, plan.stages[0].stage)
+def choose_layouts(plan: Plan, assumptions: Assumptions) -> list[tuple[str, Estimate]]:
+    """Choose the layouts to draw, with a name each: after a search the fastest and, last, one's own; else by ZeRO stage."""
+    own = plan.own.layout
+    if plan.is_search:
+        fastest = [item for item in plan.layouts if item.layout != own][:FASTEST_SHOWN]
+        names = [f"number {place}\n{item.layout.describe()}" for place, item in enumerate(fastest, start=1)]
+        mine = [(f"yours\n{own.describe()}", plan.own)] if plan.is_own else []
+        return [*mine, *zip(names, fastest)]
+    config = run_of_stage(plan.config, plan.stages[0].stage)
     layouts = [replace(own, zero_stage=stage) for stage in ZERO_STAGES]
-    layouts = [layout for layout in layouts if is_allowed(with_layout(config, layout), own.ranks)]
-    memories = [estimate(config, layout, plan.hardware, assumptions).memory for layout in layouts]
-    names = list(dict.fromkeys(name for memory in memories for name in memory.parts))
-    bases = [0.0] * len(memories)
-    labels = [f"ZeRO-{layout.zero_stage}" + (" (yours)" if layout == own else "") for layout in layouts]
-    for name in names:
-        heights = [memory.parts.get(name, 0.0) / GIB for memory in memories]
-        axes.bar(labels, heights, bottom=bases, label=name, width=0.6)
-        bases = [base + height for base, height in zip(bases, heights)]
-    axes.axhline(plan.hardware.memory_gib, color="black", linestyle="--", label=f"{plan.hardware.name}")
-    axes.set_ylim(0, 1.05 * max(*bases, plan.hardware.memory_gib))
-    axes.set_ylabel("GiB on the fullest rank")
-    rows = f"{own.micro_batch_size} row{'s' if own.micro_batch_size > 1 else ''} of {config.train.sequence_length}"
-    axes.set_title(f"{plan.counts.total / 1e9:,.2f}B parameters, {own.ranks} ranks, {rows} a pass\n{own.describe()}")
-    axes.legend(bbox_to_anchor=(1.0, 1.0), loc="upper left")
-
-
-def draw_timeline(axes: Any, plan: Plan) -> None:
-    """Draw the step of the slowest rank from left to right: compute above, communication below.
-
-    Inside the passes blocks and their collectives alternate; here parts of one kind are drawn together.
-    """
-    step = plan.own.step
-    spans: list[tuple[str, float, float, int]] = []
-    at = 0.0
-    for row, parts in ((1, step.compute), (0, step.communication)):
-        for name, seconds in parts.items():
-            spans.append((name if row else f"{name} exchange", at, seconds, row))
-            at += seconds
-    rest = [
-        ("gathers of weights", step.exposed_gathers, 0),
-        ("bubble", step.bubble, 1),
-        ("reduction", step.reduction, 0),
-        ("optimizer and sums of gradients", step.optimizer, 1),
+    allowed = [layout for layout in layouts if is_allowed(with_layout(config, layout), own.ranks)]
+    return [
+        (
+            f"ZeRO-{layout.zero_stage}{' (yours)' if layout == own else ''}",
+            estimate(config, layout, plan.hardware, assumptions),
+        )
+        for layout in allowed
     ]
-    for name, seconds, row in rest:
-        spans.append((name, at, seconds, row))
-        at += seconds
-    for index, (name, start, seconds, row) in enumerate(spans):
-        if seconds > 0:
+
+
+def draw_memory(axes: Any, plan: Plan, shown: list[tuple[str, Estimate]]) -> None:
+    """Draw memory of the fullest rank by part, a bar a layout, against the device's memory."""
+    parts = dict.fromkeys(name for _, item in shown for name in item.memory.parts)
+    names = [*(name for name in MEMORY_COLOURS if _memory_name(name, parts)), *(p for p in parts if _spelt(p) not in MEMORY_COLOURS)]  # fmt: skip
+    more = iter(MORE_MEMORY * 4)
+    places = range(len(shown))
+    bases = [0.0] * len(shown)
+    for name in names:
+        sizes = [
+            sum(size for part, size in item.memory.parts.items() if _spelt(part) == name) / GIB for _, item in shown
+        ]
+        colour = MEMORY_COLOURS.get(name) or next(more)
+        axes.barh(places, sizes, left=bases, color=colour, label=name, height=0.66)
+        bases = [base + size for base, size in zip(bases, sizes)]
+    limit = plan.hardware.memory_gib
+    axes.axvline(limit, color="black", linestyle="--", label=f"{limit:,.0f} GiB of the device")
+    for place, total in zip(places, bases):
+        colour = "black" if total <= limit else "#b2182b"
+        axes.text(total, place, f" {total:,.1f}", va="center", color=colour, bbox={"color": "white", "pad": 1})
+    axes.set_xlim(0, 1.1 * max(*bases, limit))
+    axes.set_xlabel("GiB on the fullest rank")
+    _finish(axes, shown, "Memory")
+
+
+def draw_steps(axes: Any, shown: list[tuple[str, Estimate]]) -> None:
+    """Draw where the seconds of a step go, a bar a layout; inside the passes parts of one kind are drawn together."""
+    steps = [item.step.parts() for _, item in shown]
+    names = list(dict.fromkeys(name for step in steps for name, _ in step))
+    computing = [name for name in names if name not in WAIT_COLOURS and not name.startswith("communication")]
+    exchanging = [name for name in names if name.startswith("communication")]
+    others = [name for name in computing if name not in COMPUTE_COLOURS]
+    colours = (
+        WAIT_COLOURS | COMPUTE_COLOURS | dict(zip(others, MORE_COMPUTE * 3)) | dict(zip(exchanging, EXCHANGE_COLOURS))
+    )
+    bases = [0.0] * len(shown)
+    for name in [*computing, *exchanging, *(name for name in WAIT_COLOURS if name in names)]:
+        seconds = [dict(step).get(name, 0.0) for step in steps]
+        hatch = {"pipeline bubble": "///"}.get(name, "")
+        axes.barh(range(len(shown)), seconds, left=bases, color=colours[name], label=name, height=0.66, hatch=hatch, edgecolor="#999999" if hatch else "none", linewidth=0)  # fmt: skip
+        bases = [base + part for base, part in zip(bases, seconds)]
+    for place, (total, (_, item)) in enumerate(zip(bases, shown)):
+        axes.text(
+            total, place, f" {total:,.3g} s, MFU {item.mfu:.1%}{'' if item.fits() else ', does not fit'}", va="center"
+        )
+    axes.set_xlim(0, 1.4 * max(bases))
+    axes.set_xlabel("seconds of a step of the slowest rank")
+    _finish(axes, shown, "Where a step's time goes")
+
+
+def draw_pipeline(axes: Any, plan: Plan, name: str, item: Estimate) -> None:
+    """Draw which rank of the pipeline computes which micro-batch when; of a long step the beginning."""
+    layout = item.layout
+    num_micro_batches = layout.micro_batches(run_of_stage(plan.config, plan.stages[0].stage))
+    drawn = min(num_micro_batches, MICRO_BATCHES_A_RANK * layout.pipeline)
+    step = item.step
+    seconds = (sum(step.compute.values()) + sum(step.communication.values())) / num_micro_batches
+    slots = make_timetable(layout, drawn)
+    names = {"forward": "forward", "backward": "backward", "weights": "gradients of weights"}
+    is_cut = any(slot.kind == "weights" for slot in slots)
+    for kind, colour in PASS_COLOURS.items():
+        own = [slot for slot in slots if slot.kind == kind]
+        if own:
             axes.barh(
-                row,
-                seconds,
-                left=start,
-                color=f"C{index % 10}",
-                label=f"{name}, {seconds:,.3g} s",
-                hatch="//" * (row == 0),
+                [slot.rank for slot in own],
+                [seconds * (slot.stop - slot.start) for slot in own],
+                left=[seconds * slot.start for slot in own],
+                color=colour,
+                edgecolor="white",
+                linewidth=0.8,
+                height=0.9,
+                label="gradients of what came in" if kind == "backward" and is_cut else names[kind],
             )
-    axes.set_yticks([0, 1], ["communication", "compute"])
-    axes.set_xlim(0, at)
-    axes.set_xlabel("seconds of a step")
-    axes.set_title(f"{at:,.3g} s a step, MFU {plan.own.mfu:.1%}")
-    axes.legend(bbox_to_anchor=(1.0, 1.0), loc="upper left")
+    if len(slots) <= 160:
+        for slot in slots:
+            colour = "white" if slot.kind == "backward" else "black"
+            middle = seconds * (slot.start + slot.stop) / 2
+            axes.text(middle, slot.rank, f"{slot.micro_batch + 1}", ha="center", va="center", fontsize=6, color=colour)
+    axes.set_yticks(range(layout.pipeline), [f"stage {rank + 1}" for rank in range(layout.pipeline)])
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds; numbers are micro-batches, sends take no time here")
+    rest = (
+        "" if drawn == num_micro_batches else f", as if the step had {drawn} of its {num_micro_batches} micro-batches"
+    )
+    virtual = f", {layout.virtual_stages} pieces a rank" if layout.schedule == "interleaved" else ""
+    axes.set_title(f"Pipeline of {name.splitlines()[0]}: {layout.schedule}{virtual}{rest}", loc="left", fontsize=10)
+    axes.legend(bbox_to_anchor=(1.0, 1.0), loc="upper left", fontsize=8, frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _finish(axes: Any, shown: list[tuple[str, Estimate]], title: str) -> None:
+    """Name the bars, first on top, and put the legend beside the panel."""
+    axes.set_yticks(range(len(shown)), [name for name, _ in shown], fontsize=7.5)
+    axes.invert_yaxis()
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.legend(bbox_to_anchor=(1.0, 1.0), loc="upper left", fontsize=8, frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _spelt(part: str) -> str:
+    """The chart's name of a part of memory; `communication` alone would be a name of the step's panel too."""
+    return "communication buffers" if part == "communication" else part
+
+
+def _memory_name(name: str, parts: dict[str, None]) -> bool:
+    return name in map(_spelt, parts)

@@ -53,9 +53,10 @@ class StageEstimate:
 class Plan:
     """Everything that `amfm plan` prints; `own` is the first training stage in the configuration's own layout.
 
-    `layouts` and `near_misses` suit every stage, or after a search the first one, since each has its own then. `is_own`:
-    False where a stage's layout breaks a rule for so many ranks, and the best one found takes its place. `tokens`
-    may differ from the configuration's where the user asked for another number; stages are scaled in proportion.
+    `layouts` and `near_misses` suit every stage, or after a search the first one, since each has its own then. `is_search`:
+    whether layouts of all axes were tried. `is_own`: False where a stage's layout breaks a rule for so many ranks, and the
+    best one found takes its place. `tokens` may differ from the configuration's where the user asked for another number;
+    stages are scaled in proportion.
     """
 
     config: RunConfig
@@ -66,6 +67,7 @@ class Plan:
     layouts: tuple[Estimate, ...]
     near_misses: tuple[Estimate, ...]
     is_own: bool
+    is_search: bool
     tokens: float
 
     @property
@@ -136,6 +138,7 @@ def make_plan(
         layouts=found[0].fitting,
         near_misses=found[0].misses,
         is_own=all(fits_ranks),
+        is_search=search,
         tokens=tokens or float(sum(stage.num_tokens() for stage in stages)),
     )
 

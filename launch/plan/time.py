@@ -46,6 +46,18 @@ class StepTime:
         passes = sum(self.compute.values()) + sum(self.communication.values())
         return passes + self.bubble + self.optimizer + self.reduction + self.exposed_gathers
 
+    def parts(self) -> list[tuple[str, float]]:
+        """Name the parts with their seconds, in the order in which they are spent; parts without any are left out."""
+        parts = [
+            *self.compute.items(),
+            *((f"communication, {axis}", seconds) for axis, seconds in self.communication.items()),
+            ("gathers not hidden", self.exposed_gathers),
+            ("pipeline bubble", self.bubble),
+            ("reduction not hidden", self.reduction),
+            ("optimizer and sums of gradients", self.optimizer),
+        ]
+        return [(name, seconds) for name, seconds in parts if seconds > 0]
+
 
 class Roofline:
     """Sum of roofline seconds of forward and backward operations on one device.
