@@ -26,6 +26,7 @@ STREAM_BYTES = 4 * 2**20  # the least that one request of a file brings
 TIMEOUT_SECONDS = 30.0  # of a connection, and of each wait for bytes
 ATTEMPTS = 7  # a read of a long preparation outlives a hiccup of half a minute
 FIRST_PAUSE_SECONDS = 0.5  # before asking again; twice as long each time
+MOST_BYTES = 64 * 2**20  # of an answer that is no range of a file, such as a page of a listing
 TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
 CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
@@ -76,28 +77,42 @@ def is_http(path: str) -> bool:
 
 
 def ask(
-    url: str, headers: Mapping[str, str] = {}, *, attempts: int = ATTEMPTS, timeout_seconds: float = TIMEOUT_SECONDS
+    url: str,
+    headers: Mapping[str, str] = {},
+    *,
+    attempts: int = ATTEMPTS,
+    timeout_seconds: float = TIMEOUT_SECONDS,
+    most_bytes: int = MOST_BYTES,
 ) -> Answer:
-    """Get an address. Raises HttpError with the reason, at once where asking again would not help."""
+    """Get an address. Raises HttpError with the reason, at once where asking again would not help.
+
+    Of an answer that is longer than `most_bytes` one byte more than that is read: a server that ignores ranges sends the
+    whole file.
+    """
     request = urllib.request.Request(url, headers={"User-Agent": "amfm", "Accept-Encoding": "identity", **headers})
     opener = urllib.request.build_opener(_SameHostSecrets)
     for attempt in range(attempts):
         status: int | None = None
         try:
             with opener.open(request, timeout=timeout_seconds) as answer:
-                names = {name.lower(): value for name, value in answer.headers.items()}
-                return Answer(answer.read(), names, answer.geturl())
+                return _read_answer(answer, most_bytes)
         except urllib.error.HTTPError as error:
             status, reason = error.code, f"HTTP {error.code} {error.reason}"
-        except (
-            OSError,
-            HTTPException,
-        ) as error:  # URLError is an OSError: no such host, no connection, no answer in time
+        except (OSError, HTTPException) as error:  # no such host, no connection, no answer in time
             reason = str(getattr(error, "reason", None) or error) or type(error).__name__
         if attempt + 1 == attempts or (status is not None and status not in TRANSIENT):
             raise HttpError(f"{without_query(url)}: {reason}", status)
         time.sleep(FIRST_PAUSE_SECONDS * 2**attempt)
     raise AssertionError("attempts is at least 1")
+
+
+def _read_answer(answer: Any, most_bytes: int) -> Answer:
+    """Read an answer of the client. Raises OSError where the connection ends before its bytes do."""
+    names = {name.lower(): value for name, value in answer.headers.items()}
+    content = answer.read(most_bytes + 1)
+    if len(content) < min(int(names.get("content-length", 0)), most_bytes + 1):
+        raise OSError("the connection was cut")
+    return Answer(content, names, answer.geturl())
 
 
 def without_query(url: str) -> str:
@@ -118,7 +133,7 @@ class HttpFile:
 
         Raises HttpError where there is no answer, and ValueError where the server knows no ranges.
         """
-        answer = ask(url, {**headers, "Range": "bytes=0-0"}, attempts=attempts)
+        answer = ask(url, {**headers, "Range": "bytes=0-0"}, attempts=attempts, most_bytes=1)
         found = CONTENT_RANGE.fullmatch(answer.headers.get("content-range", ""))
         if found is None:
             raise ValueError("it is served without byte ranges; download it and name the local file")
@@ -126,12 +141,12 @@ class HttpFile:
 
     def read_range(self, start: int, stop: int) -> bytes:
         """Read bytes [start, stop). Raises HttpError, also where the file has another size by now."""
-        wanted = {"Range": f"bytes={start}-{stop - 1}"}
+        wanted, most_bytes = {"Range": f"bytes={start}-{stop - 1}"}, stop - start
         try:
             if self._address == self.url:
-                answer = ask(self.url, {**self.headers, **wanted})
+                answer = ask(self.url, {**self.headers, **wanted}, most_bytes=most_bytes)
             else:
-                answer = ask(self._address, wanted, attempts=1)
+                answer = ask(self._address, wanted, attempts=1, most_bytes=most_bytes)
         except HttpError as error:
             if self._address == self.url:
                 text = f"{error}; look at the network, and run the same command to go on"

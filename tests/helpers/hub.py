@@ -20,7 +20,7 @@ class Hub:
     """Data sets by name: commits in order, each files by name. `gated`: needs the token. `seen`: requests in order.
 
     Bytes come from `cdn`, the same server under another host name. `ranges`: false for a server that ignores them.
-    `failures`: so many requests of bytes get 503 first.
+    `failures`: so many requests of bytes get 503 first; `cuts`: so many after them end in the middle of their bytes.
     """
 
     port: int = 0
@@ -30,6 +30,7 @@ class Hub:
     token: str = "hf_secret"
     ranges: bool = True
     failures: int = 0
+    cuts: int = 0
     seen: list[tuple[str, str | None]] = field(default_factory=list)
 
     @property
@@ -131,6 +132,15 @@ class Handler(BaseHTTPRequestHandler):
                 "Content-Range": f"bytes {first}-{stop - 1}/{len(content)}",
                 "ETag": hashlib.sha1(content).hexdigest(),
             }
+            if hub.cuts and stop - int(first) > 1:
+                hub.cuts -= 1
+                self.send_response(206)
+                for name, value in {**place, "Content-Length": str(stop - int(first))}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(content[int(first) : (int(first) + stop) // 2])
+                self.close_connection = True
+                return
             self.answer(206, content[int(first) : stop], place)
 
     def answer(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:

@@ -112,4 +112,7 @@ def test_context_ranks_validate_as_one_rank_over_a_restart(data: DataConfig, tmp
         assert own["expert_load"] == other["expert_load"]
         assert own["auxiliary"] == pytest.approx(other["auxiliary"], rel=1e-5)
         assert own.get("validation_loss", 0.0) == pytest.approx(other.get("validation_loss", 0.0), rel=1e-5)
+        by_source = [line.get("validation_by_source", {}) for line in (own, other)]
+        assert by_source[0] == pytest.approx(by_source[1], rel=1e-5)
+    assert sum("validation_by_source" in line for line in cut.metrics) == 2
     assert sum("validation_loss" in line for line in cut.metrics) == 2

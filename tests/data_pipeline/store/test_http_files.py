@@ -10,7 +10,7 @@ import pytest
 from data_pipeline.config import SourceConfig
 from data_pipeline.prepare.documents import Document, SegmentReader, cut_segments
 from data_pipeline.prepare.sources import list_files
-from data_pipeline.store.http_files import HttpError, HttpFile
+from data_pipeline.store.http_files import HttpError, HttpFile, ask
 from tests.helpers.hub import Hub, hub_server
 from tests.helpers.tiny_store import write_jsonl
 
@@ -36,7 +36,7 @@ def documents(path: str) -> list[Document]:
 def test_a_file_behind_https_is_read_as_a_local_one(server: Hub, tmp_path, name: str):
     content = write_jsonl(tmp_path / "a.jsonl", 50, seed=0).read_bytes()
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
-    server.failures = 1
+    server.failures, server.cuts = 1, 1
     found = documents(serve(server, name, (tmp_path / name).read_bytes()))
     assert found == documents(str(tmp_path / name)) and len(found) == 50
 
@@ -44,6 +44,7 @@ def test_a_file_behind_https_is_read_as_a_local_one(server: Hub, tmp_path, name:
 def test_a_server_without_ranges_a_wrong_name_and_a_dead_address_are_refused_with_a_remedy(server: Hub):
     url = serve(server, "a.jsonl", b'{"text": "a"}\n')
     server.ranges = False
+    assert len(ask(url, {"Range": "bytes=2-4"}, most_bytes=3).content) == 4, "no more of a whole file is read"
     with pytest.raises(ValueError, match="without byte ranges; download it and name the local file"):
         documents(url)
     server.ranges = True
