@@ -1,12 +1,12 @@
 # amfm on a GPU node: the wheels of one CUDA version, pinned by constraints/, on a plain Python image.
 #
-#   docker build --build-arg CUDA=12.8 --tag amfm .        CUDA: a version of constraints/ (12.8, 13.0)
+#   docker build --build-arg CUDA=13.2 --tag amfm .        CUDA: a version of constraints/ (12.8, 13.0, 13.2)
 #   docker run --rm --gpus all amfm amfm doctor
 #
-# PyTorch's wheels bring the CUDA libraries; the host needs the driver alone. For Slurm with pyxis: recipes/slurm_cluster.md.
+# PyTorch's wheels bring the CUDA libraries; the host needs the driver alone, one that serves that CUDA. For Slurm with pyxis: recipes/slurm_cluster.md.
 FROM python:3.12-slim-bookworm
 
-ARG CUDA=12.8
+ARG CUDA=13.2
 
 # Triton compiles the launchers of its kernels with a C compiler, when they first run; ssh is for launch --on torchrun.
 RUN apt-get update \

@@ -73,11 +73,13 @@ docs: $(VENV)/.installed
 	$(BIN)/amfm config --reference > docs/configuration.md
 	$(BIN)/amfm config --schema > configs/schema.json
 
-# Pinned versions for GPU nodes, by the CUDA of PyTorch's wheels; needs uv and the package registry.
+# Pinned versions for GPU nodes, by the CUDA of PyTorch's wheels; needs uv and the package registry. The interpreter of
+# Triton 3.6, which torch 2.10 pins, needs numpy below 2.4.
 constraints:
-	for pair in 12.8=2.10.0 13.0=2.13.0; do \
-		echo "torch==$${pair##*=}" | uv pip compile pyproject.toml --quiet --universal --python-version 3.11 --no-annotate \
-			--custom-compile-command "make constraints" --constraint - --output-file constraints/cuda-$${pair%%=*}.txt || exit 1; \
+	for line in "12.8 torch==2.10.0 numpy<2.4" "13.0 torch==2.13.0" "13.2 torch==2.15.0"; do \
+		set -- $$line; cuda=$$1; shift; \
+		printf '%s\n' "$$@" | uv pip compile pyproject.toml --quiet --universal --python-version 3.11 --no-annotate \
+			--custom-compile-command "make constraints" --constraint - --output-file constraints/cuda-$$cuda.txt || exit 1; \
 	done
 
 bench: $(VENV)/.installed-dev
