@@ -26,3 +26,8 @@ def pack_inner(x: Tensor, dims: int = 1) -> Tensor:
 def outer_strides(*tensors: Tensor, dims: int = 2) -> list[int]:
     """List the strides of the first `dims` dimensions, tensor by tensor: the scalars that a launch passes on."""
     return [stride for tensor in tensors for stride in tensor.stride()[:dims]]
+
+
+def pack(x: Tensor | None) -> Tensor | None:
+    """As `x.contiguous()`, for a tensor that may be absent."""
+    return None if x is None else x.contiguous()

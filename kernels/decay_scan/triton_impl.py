@@ -20,9 +20,8 @@ from kernels.decay_scan.triton_forward import chunk_state_kernel
 from kernels.documents import first_tokens
 from kernels.interpreter import dot_dtype
 from kernels.limits import DECAY_LIMITS
-from kernels.segments import cut_segments, fit_blocks, padded
-from kernels.strides import outer_strides, pack_inner
-from kernels.tuning import Config, config_for
+from kernels.scan_launch import ScanLaunch, cut_segments, differentiated, padded
+from kernels.strides import outer_strides, pack, pack_inner
 
 # Tokens of a step: a chunk of 128 is two, which keeps their products in registers.
 LARGEST_TILE = 64
@@ -74,90 +73,38 @@ def scan_triton(
     initial = None if initial_state_BHKV is None else initial_state_BHKV.float()
     firsts = None if document_ids_BT is None else first_tokens(document_ids_BT)
     tensors = (q_BTGK, k_BTGK, v_BTHV, g_BTH, scale_BTH, skip_H, initial, firsts)
-    # Asked here, outside the operation: inside, autograd is off and no tensor requires gradients.
-    keep_states = keep_states and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    return _forward(*tensors, chunk, segment_chunks, keep_states)[:2]
+    return _forward(*tensors, chunk, segment_chunks, keep_states and differentiated(*tensors))[:2]
 
 
 @dataclass(frozen=True)
-class _Launch:
-    """Sizes of one call, shared by its kernels.
+class _Launch(ScanLaunch):
+    """Sizes of one call: Q are the tokens of a tile, of which a chunk has `tiles`; R heads share q and k."""
 
-    K and V are the state's rows and columns, Q the tokens of a tile, `tiles` the tiles of a chunk. R = H / G
-    heads share q and k.
-    """
-
-    B: int
-    T: int
-    H: int
-    G: int
-    K: int
-    V: int
-    Q: int
-    tiles: int
-    chunks: int
-    segments: int
-    segment_chunks: int
+    R: int = 1
+    tiles: int = 1
 
     @classmethod
     def of(cls, q: Tensor, v: Tensor, chunk_size: int, segment_chunks: int) -> _Launch:
         """Sizes of q [B, T, G, K] and v [B, T, H, V], and the cut of rows into chunks and segments."""
-        B, T, H, V = v.shape
-        G, K = q.shape[2:]
+        (B, T, H, V), (G, K) = v.shape, q.shape[2:]
         chunks = triton.cdiv(T, chunk_size)
-        programs = B * H * triton.cdiv(V, LARGEST_TILE)
-        segments, segment_chunks = cut_segments(chunks, segment_chunks, programs, v.device)
+        cut = cut_segments(chunks, segment_chunks, B * H * triton.cdiv(V, LARGEST_TILE), v.device)
         Q = min(chunk_size, LARGEST_TILE)
-        return cls(B, T, H, G, K, V, Q, chunk_size // Q, chunks, segments, segment_chunks)
+        return cls(B, T, H, K, V, Q, chunks, *cut, R=H // G, tiles=chunk_size // Q)
 
+    @property
     def sizes(self) -> tuple[int, ...]:
         """Scalars of the walks, in their order."""
-        return (
-            self.T, self.H, self.H // self.G, self.K, self.V, self.chunks, self.segments, self.segment_chunks
-        )  # fmt: skip
+        return self.T, self.H, self.R, self.K, self.V, self.chunks, self.segments, self.segment_chunks
 
-    def constants(self, v: Tensor, firsts: Tensor | None) -> dict[str, Any]:
+    @property
+    def tuned_for(self) -> tuple[int, ...]:
+        """Sizes that a kernel's configuration depends on."""
+        return self.Q, self.tiles, self.K, self.V
+
+    def constants(self, v: Tensor) -> dict[str, Any]:
         """What all kernels are compiled for."""
-        constants = {"Q": self.Q, "TILES": self.tiles, "BLOCK_K": padded(self.K), "DOT": dot_dtype(v.dtype)}
-        return constants | {"DOCUMENTS": firsts is not None}
-
-    def config(self, kernel: str, candidates: tuple[Config, ...], v: Tensor) -> dict[str, int]:
-        """The kernel's configuration for these sizes, with no more columns than V has."""
-        shape = (v.dtype, self.Q, self.tiles, self.K, self.V)
-        return fit_blocks(config_for(kernel, shape, candidates, v.device), BLOCK_V=self.V)
-
-    def grid(self, columns: int) -> tuple[int, int]:
-        """Programs of a walk: heads and blocks of V, segments."""
-        return self.B * self.H * triton.cdiv(self.V, columns), self.segments
-
-    def states(self, like: Tensor) -> Tensor:
-        """Room for one state a segment."""
-        return like.new_empty(self.B, self.segments, self.H, self.K, self.V, dtype=torch.float32)
-
-    def decays(self, like: Tensor) -> Tensor:
-        """Room for one factor a segment."""
-        return like.new_empty(self.B, self.segments, self.H, dtype=torch.float32)
-
-    def chunk_states(self, like: Tensor) -> Tensor:
-        """Room for one state a chunk, in the dtype of `like`."""
-        return like.new_empty(self.B, self.chunks, self.H, self.K, self.V)
-
-
-def pass_states(initial: Tensor | None, local: Tensor, decay: Tensor, *, backward: bool) -> tuple[Tensor, Tensor]:
-    """Hand states from segment to segment: those entering each, in the shape of `local`, and the one after the last.
-
-    local [B, segments, ...]: the state of each segment from zero. decay: as local but for its last dims, which share it.
-
-    Runs over segments in order (backward: from the last), in float32; segments are few, so PyTorch does it.
-    """
-    segments = range(local.shape[1])
-    decay = decay.reshape(*decay.shape, *(1,) * (local.dim() - decay.dim()))
-    state = torch.zeros_like(local[:, 0]) if initial is None else initial
-    entering = torch.empty_like(local)
-    for s in reversed(segments) if backward else segments:
-        entering[:, s] = state
-        state = decay[:, s] * state + local[:, s]
-    return entering, state
+        return super().constants(v) | {"TILES": self.tiles, "BLOCK_K": padded(self.K)}
 
 
 def _walk(
@@ -171,23 +118,19 @@ def _walk(
     q, k, v, g, scale, skip, firsts = inputs
     assert q is not None and k is not None and v is not None, "a scan has q, k and v"
 
-    def run(states: Tensor | None, y: Tensor | None, entering: Tensor | None) -> tuple[Tensor, Tensor]:
-        final, decay = launch.states(v), launch.decays(v)
-        name, candidates = ("scan_states_walk", STATES_WALK) if y is None else ("scan_walk", WALK)
-        config = launch.config(name, candidates, v)
-        chunk_state_kernel[launch.grid(config["BLOCK_V"])](
-            q, k, v, g, scale, skip, firsts, states, y, entering, final, decay, *launch.sizes(), *outer_strides(q, k, v),
-            SCALE=scale is not None, SKIP=skip is not None, INITIAL=states is not None,
-            OUTPUT=y is not None, SAVE=entering is not None, **launch.constants(v, firsts), **config,
+    def walk(states: Tensor | None, store: bool) -> tuple[Tensor, Tensor]:
+        final, decay = launch.segment_ends(v)
+        written = (y, entering) if store else (None, None)
+        name, candidates = ("scan_states_walk", STATES_WALK) if written[0] is None else ("scan_walk", WALK)
+        grid, constants = launch.walk(name, candidates, v)
+        chunk_state_kernel[grid](
+            q, k, v, g, scale, skip, firsts, states, *written, final, decay, *launch.sizes, *outer_strides(q, k, v),
+            SCALE=scale is not None, SKIP=skip is not None, INITIAL=states is not None, OUTPUT=written[0] is not None,
+            SAVE=written[1] is not None, DOCUMENTS=firsts is not None, **constants,
         )  # fmt: skip
         return final, decay
 
-    if launch.segments == 1:
-        return run(initial, y, entering)[0][:, 0]
-    # Two walks: the first finds each segment's own state, the second starts from what truly enters it.
-    states, last = pass_states(initial, *run(None, None, None), backward=False)
-    run(states, y, entering)
-    return last
+    return launch.over_segments(walk, initial)
 
 
 def _walk_back(
@@ -195,22 +138,17 @@ def _walk_back(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the states that leave chunks [B, chunks, H, K, V], in the dtype of d_y, and of the first state."""
     leaving = launch.chunk_states(d_y)
-    config = launch.config("scan_walk_back", WALK_BACK, d_y)
+    grid, constants = launch.walk("scan_walk_back", WALK_BACK, d_y)
 
-    def run(d_states: Tensor | None, *, store: bool) -> tuple[Tensor, Tensor]:
-        d_initial, decay = launch.states(d_y), launch.decays(d_y)
-        walk_back_kernel[launch.grid(config["BLOCK_V"])](
-            q, g, firsts, d_y, d_states, leaving, d_initial, decay, *launch.sizes(), *outer_strides(q),
-            D_FINAL=d_states is not None, STORE=store, **launch.constants(d_y, firsts), **config,
+    def walk(d_states: Tensor | None, store: bool) -> tuple[Tensor, Tensor]:
+        d_initial, decay = launch.segment_ends(d_y)
+        walk_back_kernel[grid](
+            q, g, firsts, d_y, d_states, leaving, d_initial, decay, *launch.sizes, *outer_strides(q),
+            D_FINAL=d_states is not None, STORE=store, DOCUMENTS=firsts is not None, **constants,
         )  # fmt: skip
         return d_initial, decay
 
-    # As in `_walk`: segments first find what they pass on, then walk again from what reaches them.
-    if launch.segments == 1:
-        return leaving, run(d_final, store=True)[0][:, 0]
-    d_states, d_first = pass_states(d_final, *run(None, store=False), backward=True)
-    run(d_states, store=True)
-    return leaving, d_first
+    return leaving, launch.over_segments(walk, d_final, backward=True)
 
 
 @torch.library.custom_op("amfm::decay_scan_triton", mutates_args=())
@@ -229,11 +167,10 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, last state, and the states that enter chunks (empty unless they are kept)."""
     q, k, v, g = pack_inner(q, 2), pack_inner(k, 2), pack_inner(v, 2), g.contiguous()
-    scale = None if scale is None else scale.contiguous()
+    scale, initial = pack(scale), pack(initial)
     launch = _Launch.of(q, v, chunk_size, segment_chunks)
     y = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     entering = launch.chunk_states(v) if keep_states else None
-    initial = None if initial is None else initial.contiguous()
     last = _walk(launch, (q, k, v, g, scale, skip, firsts), initial, y, entering)
     return y, last.contiguous(), v.new_empty(0) if entering is None else entering
 
@@ -276,17 +213,15 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, g, scale, skip and the initial state; those of absent inputs are empty."""
     q, k, v, g, d_y = pack_inner(q, 2), pack_inner(k, 2), pack_inner(v, 2), g.contiguous(), d_y.contiguous()
-    scale = None if scale is None else scale.contiguous()
-    d_final = None if d_final is None else d_final.contiguous()
+    scale, d_final = pack(scale), pack(d_final)
     launch = _Launch.of(q, v, chunk_size, segment_chunks)
-    B, T, H, G, K, V = launch.B, launch.T, launch.H, launch.G, launch.K, launch.V
+    (B, T, G, K), (H, V) = q.shape, v.shape[2:]
     # Forward did not keep the states: walk again, without outputs.
     if entering is None:
         entering = launch.chunk_states(v)
-        start = None if initial is None else initial.contiguous()
-        _walk(launch, (q, k, v, g, scale, None, firsts), start, None, entering)
+        _walk(launch, (q, k, v, g, scale, None, firsts), pack(initial), None, entering)
     leaving, d_first = _walk_back(launch, q, g, firsts, d_y, d_final)
-    splits, tiles = triton.cdiv(H // G, HEADS_PER_SPLIT), triton.cdiv(T, launch.Q)
+    splits, tiles = triton.cdiv(launch.R, HEADS_PER_SPLIT), triton.cdiv(T, launch.Q)
     # Partial sums of several programs are added in float32 and rounded once.
     sums = torch.float32 if splits > 1 else v.dtype
     d_q, d_k = (v.new_empty(splits, B, T, G, K, dtype=sums) for _ in range(2))
@@ -296,8 +231,8 @@ def _backward(
     d_skip = g.new_empty(B, tiles, H if skip is not None else 0)
     gradients_kernel[(B * tiles, G * splits)](
         q, k, v, g, scale, skip, firsts, d_y, entering, leaving, d_q, d_k, d_v, d_g, d_scale, d_skip,
-        T, H, H // G, K, V, launch.chunks, splits, *outer_strides(q, k, v),
-        SCALE=scale is not None, SKIP=skip is not None, **launch.constants(v, firsts),
+        T, H, launch.R, K, V, launch.chunks, splits, *outer_strides(q, k, v),
+        SCALE=scale is not None, SKIP=skip is not None, DOCUMENTS=firsts is not None,
         **launch.config("scan_gradients", GRADIENTS, v),
     )  # fmt: skip
     d_q, d_k = (d[0] if splits == 1 else d.sum(0).to(v.dtype) for d in (d_q, d_k))

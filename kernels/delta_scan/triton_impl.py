@@ -20,9 +20,9 @@ from kernels.delta_scan.vector.triton_impl import delta_vector_triton
 from kernels.documents import first_tokens
 from kernels.interpreter import dot_dtype
 from kernels.limits import DELTA_LIMITS
-from kernels.segments import fit_blocks, padded
-from kernels.strides import outer_strides, pack_inner
-from kernels.tuning import Config, config_for
+from kernels.scan_launch import ScanLaunch, padded
+from kernels.strides import outer_strides, pack, pack_inner
+from kernels.tuning import Config
 
 # Candidates of each kernel, the fixed one first; BLOCK_V, BLOCK_K: columns of V and K that a program takes, or takes at a
 # time.
@@ -74,50 +74,31 @@ def delta_scan_triton(
 
 
 @dataclass(frozen=True)
-class _Launch:
-    """Sizes of one call, shared by its kernels.
+class _Launch(ScanLaunch):
+    """Sizes of one call: Q counts steps of a chunk, N of them a token; R heads share q and k."""
 
-    Q counts steps of a chunk, N of them a token; K and V are the state's rows and columns.
-    """
-
-    B: int
-    T: int
-    N: int
-    H: int
-    G: int
-    K: int
-    V: int
-    Q: int
-    chunks: int
+    N: int = 1
+    R: int = 1
 
     @classmethod
     def of(cls, q: Tensor, v: Tensor, chunk_size: int) -> _Launch:
         """Sizes of q [B, T, G, K] and v [B, T, N, H, V], and the number of chunks in a row of T N steps."""
-        B, T, N, H, V = v.shape
-        G, K = q.shape[2:]
-        return cls(B, T, N, H, G, K, V, chunk_size, triton.cdiv(T * N, chunk_size))
+        (B, T, N, H, V), (G, K) = v.shape, q.shape[2:]
+        return cls(B, T, H, K, V, chunk_size, triton.cdiv(T * N, chunk_size), N=N, R=H // G)
 
-    def sizes(self, *, values: bool = True) -> tuple[int, ...]:
-        """Scalars of a kernel, in their order; V only for kernels that take values."""
-        return (self.T, self.H, self.H // self.G, self.K, *((self.V,) if values else ()), self.chunks)
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Scalars of kernels that take values, in their order."""
+        return self.T, self.H, self.R, self.K, self.V, self.chunks
+
+    @property
+    def tuned_for(self) -> tuple[int, ...]:
+        """Sizes that a kernel's configuration depends on."""
+        return self.Q, self.N, self.K, self.V
 
     def constants(self, v: Tensor) -> dict[str, Any]:
         """What all kernels are compiled for."""
-        return {"Q": self.Q, "QT": padded(triton.cdiv(self.Q, self.N)), "N": self.N, "DOT": dot_dtype(v.dtype)}
-
-    @property
-    def keys(self) -> int:
-        """Columns of a tile that holds all of K."""
-        return padded(self.K)
-
-    def config(self, kernel: str, candidates: tuple[Config, ...], v: Tensor) -> dict[str, int]:
-        """The kernel's configuration for these sizes, with no more columns than there are."""
-        config = config_for(kernel, (v.dtype, self.Q, self.N, self.K, self.V), candidates, v.device)
-        return fit_blocks(config, BLOCK_V=self.V, BLOCK_K=self.K)
-
-    def chunk_states(self, like: Tensor) -> Tensor:
-        """Room for one state a chunk, in the dtype of `like`."""
-        return like.new_empty(self.B, self.chunks, self.H, self.K, self.V)
+        return super().constants(v) | {"QT": padded(triton.cdiv(self.Q, self.N)), "N": self.N}
 
 
 class _Prepared(NamedTuple):
@@ -143,9 +124,10 @@ def _prepare(
     enter, leave = beta.new_empty(B, T * N, H), beta.new_empty(B, T * N, H)
     carry = beta.new_empty(B, launch.chunks, H)
     prepare_kernel[(B * launch.chunks, H)](
-        q, k, beta, g, firsts, inverse, scores, enter, leave, carry, *launch.sizes(values=False), *outer_strides(q), *outer_strides(k, dims=3),
-        PRECISION="tf32x3" if v.dtype == torch.float32 else "tf32", BLOCK_K=launch.keys, GATE=g is not None,
-        DOCUMENTS=firsts is not None, **launch.constants(v), **launch.config("delta_prepare", PREPARE, v),
+        q, k, beta, g, firsts, inverse, scores, enter, leave, carry, T, H, launch.R, launch.K, launch.chunks,
+        *outer_strides(q), *outer_strides(k, dims=3), PRECISION="tf32x3" if v.dtype == torch.float32 else "tf32",
+        BLOCK_K=padded(launch.K), GATE=g is not None, DOCUMENTS=firsts is not None,
+        **launch.config("delta_prepare", PREPARE, v),
     )  # fmt: skip
     return _Prepared(inverse, scores, enter, leave, carry)
 
@@ -163,11 +145,10 @@ def _walk(
     q, k, v = inputs
     final = v.new_empty(launch.B, launch.H, launch.K, launch.V, dtype=torch.float32)
     name, candidates = ("delta_states_walk", STATES_WALK) if o is None else ("delta_walk", WALK)
-    config = launch.config(name, candidates, v)
-    chunk_state_kernel[(launch.B * launch.H * triton.cdiv(launch.V, config["BLOCK_V"]),)](
-        q, k, v, *prepared, initial, o, entering, errors, final, *launch.sizes(), *outer_strides(q), *outer_strides(k, v, dims=3),
-        BLOCK_K=launch.keys, INITIAL=initial is not None, OUTPUT=o is not None, SAVE=entering is not None,
-        **launch.constants(v), **config,
+    grid, constants = launch.walk(name, candidates, v)
+    chunk_state_kernel[grid](
+        q, k, v, *prepared, initial, o, entering, errors, final, *launch.sizes, *outer_strides(q), *outer_strides(k, v, dims=3),
+        INITIAL=initial is not None, OUTPUT=o is not None, SAVE=entering is not None, **constants,
     )  # fmt: skip
     return final
 
@@ -185,8 +166,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """Output and last state."""
     q, k, v, beta = pack_inner(q, 2), pack_inner(k, 2), pack_inner(v, 2), beta.contiguous()
-    g = None if g is None else g.contiguous()
-    initial = None if initial is None else initial.contiguous()
+    g, initial = pack(g), pack(initial)
     launch = _Launch.of(q, v, chunk_size)
     o = v.new_empty(launch.B, launch.T, launch.H, launch.V)
     prepared = _prepare(launch, q, k, v, beta, g, firsts)
@@ -223,30 +203,28 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, beta, g and the initial state; those of absent inputs are empty."""
     q, k, v, beta, d_o = pack_inner(q, 2), pack_inner(k, 2), pack_inner(v, 2), beta.contiguous(), d_o.contiguous()
-    g = None if g is None else g.contiguous()
-    d_final = None if d_final is None else d_final.contiguous()
+    g, d_final = pack(g), pack(d_final)
     launch = _Launch.of(q, v, chunk_size)
-    B, T, N, H, G, K, V = launch.B, launch.T, launch.N, launch.H, launch.G, launch.K, launch.V
+    (B, T, N, H, V), (G, K) = v.shape, q.shape[2:]
     prepared = _prepare(launch, q, k, v, beta, g, firsts)
     entering, leaving = launch.chunk_states(v), launch.chunk_states(v)
     errors, d_v = v.new_empty(B, T * N, H, V), v.new_empty(B, T, N, H, V)
-    _walk(launch, (q, k, v), prepared, None if initial is None else initial.contiguous(), None, entering, errors)
+    _walk(launch, (q, k, v), prepared, pack(initial), None, entering, errors)
     d_initial = beta.new_empty(B, H, K, V)
-    config = launch.config("delta_walk_back", WALK_BACK, v)
-    walk_back_kernel[(B * H * triton.cdiv(V, config["BLOCK_V"]),)](
-        q, k, *prepared, d_o, d_final, leaving, d_v, d_initial, *launch.sizes(), *outer_strides(q), *outer_strides(k, dims=3),
-        BLOCK_K=launch.keys, D_FINAL=d_final is not None, **launch.constants(v), **config,
+    grid, constants = launch.walk("delta_walk_back", WALK_BACK, v)
+    walk_back_kernel[grid](
+        q, k, *prepared, d_o, d_final, leaving, d_v, d_initial, *launch.sizes, *outer_strides(q), *outer_strides(k, dims=3),
+        D_FINAL=d_final is not None, **constants,
     )  # fmt: skip
-    share = H // G
-    d_q, d_k = q.new_empty(share, B, T, G, K), q.new_empty(share, B, T, N, G, K)
+    d_q, d_k = q.new_empty(launch.R, B, T, G, K), q.new_empty(launch.R, B, T, N, G, K)
     d_beta = torch.empty_like(beta)
     d_g = beta.new_empty(0) if g is None else torch.empty_like(g)
     gradients_kernel[(B * launch.chunks, H)](
         q, k, beta, g, firsts, prepared.enter, d_o, d_v, errors, entering, leaving, d_q, d_k, d_beta, d_g,
-        *launch.sizes(), *outer_strides(q), *outer_strides(k, dims=3), GATE=g is not None, DOCUMENTS=firsts is not None,
-        **launch.constants(v), **launch.config("delta_gradients", gradient_candidates(N), v),
+        *launch.sizes, *outer_strides(q), *outer_strides(k, dims=3), GATE=g is not None, DOCUMENTS=firsts is not None,
+        **launch.config("delta_gradients", gradient_candidates(N), v),
     )  # fmt: skip
-    d_q, d_k = (d[0] if share == 1 else d.sum(0) for d in (d_q, d_k))
+    d_q, d_k = (d[0] if launch.R == 1 else d.sum(0) for d in (d_q, d_k))
     return d_q, d_k, d_v, d_beta, d_g, d_initial if initial is not None else beta.new_empty(0)
 
 

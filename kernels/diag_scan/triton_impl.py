@@ -17,7 +17,8 @@ from kernels.diag_scan.triton_kernels import diag_backward_kernel, diag_forward_
 from kernels.documents import first_tokens
 from kernels.interpreter import dot_dtype
 from kernels.limits import DIAG_LIMITS
-from kernels.strides import outer_strides, pack_inner
+from kernels.scan_launch import differentiated
+from kernels.strides import outer_strides, pack, pack_inner
 from kernels.tuning import Config, config_for
 
 # Tokens of the largest tile, of which a chunk is a multiple.
@@ -55,9 +56,7 @@ def diag_scan_triton(
     DIAG_LIMITS.check(chunk_size, A_CN.shape[1], 1)
     firsts = None if document_ids_BT is None else first_tokens(document_ids_BT)
     tensors = (x_BTC, dt_BTC, A_CN, B_BTN, C_BTN, D_C, initial_state_BCN, firsts)
-    # Asked outside the operation: inside, autograd is off and no tensor requires gradients.
-    keep_states = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    return _forward(*tensors, chunk_size, keep_states)[:2]
+    return _forward(*tensors, chunk_size, differentiated(*tensors))[:2]
 
 
 def _config(kernel: str, candidates: tuple[Config, ...], x: Tensor, N: int, chunk_size: int) -> dict[str, Any]:
@@ -82,7 +81,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, last state, and the states that enter chunks [B, chunks, N, channels] (empty unless they are kept)."""
     x, B, C, dt, A = pack_inner(x), pack_inner(B), pack_inner(C), dt.contiguous(), A.contiguous()
-    initial = None if initial is None else initial.contiguous()
+    initial = pack(initial)
     (rows, T, channels), N = x.shape, A.shape[1]
     chunks = triton.cdiv(T, chunk_size)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -131,7 +130,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, dt, A, B, C, D and the initial state; that of an absent one is empty."""
     x, B, C, dt, A, d_y = pack_inner(x), pack_inner(B), pack_inner(C), dt.contiguous(), A.contiguous(), d_y.contiguous()
-    d_final = None if d_final is None else d_final.contiguous()
+    d_final = pack(d_final)
     (rows, T, channels), N = x.shape, A.shape[1]
     config = _config("diag_backward", BACKWARD, x, N, chunk_size)
     blocks = triton.cdiv(channels, config["BLOCK_C"])

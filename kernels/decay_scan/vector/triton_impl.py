@@ -2,7 +2,7 @@
 
 How: forward prepares and walks; backward prepares again instead of keeping q_start, k_end and the scores (2 K +
 Q numbers a token and head), walks for states unless forward kept them, walks back, and finishes tile by tile.
-Launches follow `kernels.decay_scan.triton_impl`.
+Sizes and walks over segments are those of all scans: `kernels.scan_launch`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.decay_scan.triton_impl import pass_states
 from kernels.decay_scan.vector.triton_backward import (
     score_gradients_kernel,
     vector_gradients_kernel,
@@ -24,9 +23,9 @@ from kernels.decay_scan.vector.triton_forward import prepare_kernel, vector_walk
 from kernels.documents import first_tokens
 from kernels.interpreter import dot_dtype
 from kernels.limits import VECTOR_GATE_LIMITS
-from kernels.segments import cut_segments, fit_blocks, padded
-from kernels.strides import outer_strides, pack_inner
-from kernels.tuning import Config, config_for
+from kernels.scan_launch import ScanLaunch, cut_segments, differentiated
+from kernels.strides import outer_strides, pack, pack_inner
+from kernels.tuning import Config
 
 # Candidates of each kernel, the fixed one first. PART: key channels that a program takes, or takes at a time.
 PREPARE = tuple({"PART": part, "num_warps": warps, "num_stages": 1} for part, warps in ((32, 4), (32, 8), (64, 8)))
@@ -68,59 +67,15 @@ def scan_vector_triton(
     initial = None if initial_state_BHKV is None else initial_state_BHKV.float()
     firsts = None if document_ids_BT is None else first_tokens(document_ids_BT)
     tensors = (q_BTHK, k_BTHK, v_BTHV, g_BTHK, initial, firsts)
-    keep_states = keep_states and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    return _forward(*tensors, tile, segment_tiles, keep_states)[:2]
+    return _forward(*tensors, tile, segment_tiles, keep_states and differentiated(*tensors))[:2]
 
 
-@dataclass(frozen=True)
-class _Launch:
-    """Sizes of one call, shared by its kernels."""
-
-    B: int
-    T: int
-    H: int
-    K: int
-    V: int
-    Q: int
-    tiles: int
-    segments: int
-    segment_tiles: int
-
-    @classmethod
-    def of(cls, q: Tensor, v: Tensor, Q: int, segment_tiles: int) -> _Launch:
-        """Sizes of q [B, T, H, K] and v [B, T, H, V], and the cut of rows into tiles and segments."""
-        (B, T, H, V), K = v.shape, q.shape[3]
-        tiles = triton.cdiv(T, Q)
-        programs = B * H * triton.cdiv(V, walk_candidates(K)[0]["BLOCK_V"])
-        return cls(B, T, H, K, V, Q, tiles, *cut_segments(tiles, segment_tiles, programs, v.device))
-
-    def config(self, kernel: str, candidates: tuple[Config, ...], v: Tensor) -> dict[str, Any]:
-        """The kernel's configuration for these sizes, with blocks no larger than K and V, and what all kernels take."""
-        config = config_for(kernel, (v.dtype, self.Q, self.K, self.V), candidates, v.device)
-        return {"Q": self.Q, "DOT": dot_dtype(v.dtype)} | fit_blocks(config, PART=self.K, BLOCK_V=self.V)
-
-    def walk(self, kernel: str, v: Tensor) -> tuple[tuple[int, int], dict[str, Any]]:
-        """Grid and constants of a walk: heads and blocks of V, segments."""
-        config = self.config(kernel, walk_candidates(self.K), v)
-        grid = (self.B * self.H * triton.cdiv(self.V, config["BLOCK_V"]), self.segments)
-        return grid, config | {"BLOCK_K": padded(self.K)}
-
-    def levels(self) -> int:
-        """How often a tile can be halved."""
-        return self.Q.bit_length() - 1
-
-    def walk_sizes(self) -> tuple[int, ...]:
-        """Scalars of the walks, in their order."""
-        return self.T, self.H, self.K, self.V, self.tiles, self.segments, self.segment_tiles
-
-    def segment_ends(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Room for a state and for the factors of one, a segment."""
-        shape = (self.B, self.segments, self.H, self.K)
-        return like.new_empty(*shape, self.V, dtype=torch.float32), like.new_empty(shape, dtype=torch.float32)
-
-    def tile_states(self, like: Tensor) -> Tensor:
-        """Room for one state a tile, in the dtype of `like`."""
-        return like.new_empty(self.B, self.tiles, self.H, self.K, self.V)
+def _launch(q: Tensor, v: Tensor, tile: int, segment_tiles: int) -> ScanLaunch:
+    """Sizes of q [B, T, H, K] and v [B, T, H, V]: a chunk is one tile."""
+    (B, T, H, V), K = v.shape, q.shape[3]
+    tiles = triton.cdiv(T, tile)
+    programs = B * H * triton.cdiv(V, walk_candidates(K)[0]["BLOCK_V"])
+    return ScanLaunch(B, T, H, K, V, tile, tiles, *cut_segments(tiles, segment_tiles, programs, v.device))
 
 
 @dataclass(frozen=True)
@@ -133,22 +88,22 @@ class _Prepared:
     decay: Tensor
 
 
-def _prepare(launch: _Launch, q: Tensor, k: Tensor, g: Tensor, firsts: Tensor | None) -> _Prepared:
+def _prepare(launch: ScanLaunch, q: Tensor, k: Tensor, g: Tensor, firsts: Tensor | None) -> _Prepared:
     """Launch `prepare_kernel` over all tiles and heads; results are in the dtype of q, the decays float32."""
-    B, T, H, K, tiles = launch.B, launch.T, launch.H, launch.K, launch.tiles
+    (B, T, H, K), tiles = q.shape, launch.chunks
     prepared = _Prepared(
         q.new_empty(B, T, H, K), q.new_empty(B, T, H, K), q.new_empty(B, T, H, launch.Q), g.new_empty(B, tiles, H, K)
     )
     prepare_kernel[(B * tiles, H)](
         q, k, g, firsts, prepared.q_start, prepared.k_end, prepared.scores, prepared.decay,
-        T, H, K, *outer_strides(q, k), LEVELS=launch.levels(), DOCUMENTS=firsts is not None,
+        T, H, K, *outer_strides(q, k), LEVELS=launch.levels, DOCUMENTS=firsts is not None,
         **launch.config("vector_prepare", PREPARE, q),
     )  # fmt: skip
     return prepared
 
 
 def _walk(
-    launch: _Launch,
+    launch: ScanLaunch,
     prepared: _Prepared,
     v: Tensor,
     initial: Tensor | None,
@@ -158,44 +113,38 @@ def _walk(
     """Walk rows forward, writing o and the states that enter tiles where they are given; returns the last state."""
     p = prepared
 
-    def run(states: Tensor | None, o: Tensor | None, entering: Tensor | None) -> tuple[Tensor, Tensor]:
-        final, total = launch.segment_ends(v)
-        grid, constants = launch.walk("vector_walk" if o is not None else "vector_states_walk", v)
+    def walk(states: Tensor | None, store: bool) -> tuple[Tensor, Tensor]:
+        final, total = launch.segment_ends(v, launch.K)
+        written = (o, entering) if store else (None, None)
+        name = "vector_states_walk" if written[0] is None else "vector_walk"
+        grid, constants = launch.walk(name, walk_candidates(launch.K), v)
         vector_walk_kernel[grid](
-            p.q_start, p.k_end, v, p.scores, p.decay, states, o, entering, final, total,
-            *launch.walk_sizes(), *outer_strides(v), INITIAL=states is not None, OUTPUT=o is not None,
-            SAVE=entering is not None, **constants,
+            p.q_start, p.k_end, v, p.scores, p.decay, states, *written, final, total, *launch.sizes, launch.segments,
+            launch.segment_chunks, *outer_strides(v), INITIAL=states is not None, OUTPUT=written[0] is not None,
+            SAVE=written[1] is not None, **constants,
         )  # fmt: skip
         return final, total
 
-    if launch.segments == 1:
-        return run(initial, o, entering)[0][:, 0]
-    states, last = pass_states(initial, *run(None, None, None), backward=False)
-    run(states, o, entering)
-    return last
+    return launch.over_segments(walk, initial)
 
 
 def _walk_back(
-    launch: _Launch, prepared: _Prepared, d_o: Tensor, d_final: Tensor | None
+    launch: ScanLaunch, prepared: _Prepared, d_o: Tensor, d_final: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the states that leave tiles [B, tiles, H, K, V], in the dtype of d_o, of v, and of the first state."""
-    leaving, d_v = launch.tile_states(d_o), torch.empty_like(d_o)
+    leaving, d_v = launch.chunk_states(d_o), torch.empty_like(d_o)
     p = prepared
+    grid, constants = launch.walk("vector_walk_back", walk_candidates(launch.K), d_o)
 
-    def run(d_states: Tensor | None, *, store: bool) -> tuple[Tensor, Tensor]:
-        d_initial, total = launch.segment_ends(d_o)
-        grid, constants = launch.walk("vector_walk_back", d_o)
+    def walk(d_states: Tensor | None, store: bool) -> tuple[Tensor, Tensor]:
+        d_initial, total = launch.segment_ends(d_o, launch.K)
         vector_walk_back_kernel[grid](
-            p.q_start, p.k_end, p.scores, p.decay, d_o, d_states, leaving, d_v, d_initial, total,
-            *launch.walk_sizes(), D_FINAL=d_states is not None, STORE=store, **constants,
+            p.q_start, p.k_end, p.scores, p.decay, d_o, d_states, leaving, d_v, d_initial, total, *launch.sizes,
+            launch.segments, launch.segment_chunks, D_FINAL=d_states is not None, STORE=store, **constants,
         )  # fmt: skip
         return d_initial, total
 
-    if launch.segments == 1:
-        return leaving, d_v, run(d_final, store=True)[0][:, 0]
-    d_states, d_first = pass_states(d_final, *run(None, store=False), backward=True)
-    run(d_states, store=True)
-    return leaving, d_v, d_first
+    return leaving, d_v, launch.over_segments(walk, d_final, backward=True)
 
 
 @torch.library.custom_op("amfm::vector_scan_triton", mutates_args=())
@@ -212,11 +161,10 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, last state, and the states that enter tiles (empty unless they are kept)."""
     q, k, v, g = pack_inner(q, 2), pack_inner(k, 2), pack_inner(v, 2), g.contiguous()
-    launch = _Launch.of(q, v, tile, segment_tiles)
+    launch = _launch(q, v, tile, segment_tiles)
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    entering = launch.tile_states(v) if keep_states else None
-    initial = None if initial is None else initial.contiguous()
-    last = _walk(launch, _prepare(launch, q, k, g, firsts), v, initial, o, entering)
+    entering = launch.chunk_states(v) if keep_states else None
+    last = _walk(launch, _prepare(launch, q, k, g, firsts), v, pack(initial), o, entering)
     return o, last.contiguous(), v.new_empty(0) if entering is None else entering
 
 
@@ -253,16 +201,15 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, g and the initial state; that of an absent one is empty."""
     q, k, v, g, d_o = pack_inner(q, 2), pack_inner(k, 2), pack_inner(v, 2), g.contiguous(), d_o.contiguous()
-    d_final = None if d_final is None else d_final.contiguous()
-    launch = _Launch.of(q, v, tile, segment_tiles)
+    launch = _launch(q, v, tile, segment_tiles)
     prepared = _prepare(launch, q, k, g, firsts)
     # Forward did not keep the states: walk again, without outputs.
     if entering is None:
-        entering = launch.tile_states(v)
-        _walk(launch, prepared, v, None if initial is None else initial.contiguous(), None, entering)
-    leaving, d_v, d_first = _walk_back(launch, prepared, d_o, d_final)
+        entering = launch.chunk_states(v)
+        _walk(launch, prepared, v, pack(initial), None, entering)
+    leaving, d_v, d_first = _walk_back(launch, prepared, d_o, pack(d_final))
     # The walk back was the last to read the scores: their gradients take their place.
-    grid, d_scores = (launch.B * launch.tiles, launch.H), prepared.scores
+    grid, d_scores = (launch.B * launch.chunks, launch.H), prepared.scores
     score_gradients_kernel[grid](
         v, d_o, d_scores, launch.T, launch.H, launch.V, *outer_strides(v),
         **launch.config("vector_score_gradients", SCORE_GRADIENTS, v),
@@ -273,7 +220,7 @@ def _backward(
     vector_gradients_kernel[(grid[0], launch.H * triton.cdiv(launch.K, config["PART"]))](
         q, k, v, g, firsts, d_o, d_scores, entering, leaving, d_q, d_k, d_g,
         launch.T, launch.H, launch.K, launch.V, *outer_strides(q, k, v),
-        LEVELS=launch.levels(), DOCUMENTS=firsts is not None, **config,
+        LEVELS=launch.levels, DOCUMENTS=firsts is not None, **config,
     )  # fmt: skip
     return d_q, d_k, d_v, d_g, d_first.contiguous() if initial is not None else g.new_empty(0)
 

@@ -6,7 +6,6 @@ in backward, for pairs of tokens; the last kernel takes K in parts. Only inputs 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -22,9 +21,8 @@ from kernels.delta_scan.vector.triton_forward import vector_prepare_kernel, vect
 from kernels.documents import first_tokens
 from kernels.interpreter import dot_dtype
 from kernels.limits import VECTOR_DELTA_LIMITS
-from kernels.segments import fit_blocks, padded
-from kernels.strides import outer_strides, pack_inner
-from kernels.tuning import Config, config_for
+from kernels.scan_launch import ScanLaunch
+from kernels.strides import outer_strides, pack, pack_inner
 
 # Candidates of each kernel, the fixed one first. PART: key channels that a program takes, or takes at a time.
 PREPARE = tuple({"PART": part, "num_warps": warps, "num_stages": 1} for part, warps in ((32, 8), (32, 4), (64, 8)))
@@ -61,48 +59,10 @@ def delta_vector_triton(
     return _forward(q_BTHK, k_BTHK, v_BTHV, beta_BTH, g_BTHK, initial_state_BHKV, firsts, chunk)
 
 
-@dataclass(frozen=True)
-class _Launch:
-    """Sizes of one call, shared by its kernels."""
-
-    B: int
-    T: int
-    H: int
-    K: int
-    V: int
-    Q: int
-    chunks: int
-
-    @classmethod
-    def of(cls, q: Tensor, v: Tensor, chunk_size: int) -> _Launch:
-        """Sizes of q [B, T, H, K] and v [B, T, H, V], and the number of chunks in a row."""
-        (B, T, H, V), K = v.shape, q.shape[3]
-        return cls(B, T, H, K, V, chunk_size, triton.cdiv(T, chunk_size))
-
-    def config(self, kernel: str, candidates: tuple[Config, ...], v: Tensor) -> dict[str, Any]:
-        """The kernel's configuration for these sizes, with blocks no larger than K and V, and what all kernels take."""
-        config = config_for(kernel, (v.dtype, self.Q, self.K, self.V), candidates, v.device)
-        return {"Q": self.Q, "DOT": dot_dtype(v.dtype)} | fit_blocks(config, PART=self.K, BLOCK_V=self.V)
-
-    def walk(self, kernel: str, v: Tensor) -> tuple[tuple[int], dict[str, Any]]:
-        """Grid and constants of a walk: heads and blocks of V."""
-        config = self.config(kernel, WALK, v)
-        grid = (self.B * self.H * triton.cdiv(self.V, config["BLOCK_V"]),)
-        return grid, config | {"BLOCK_K": padded(self.K)}
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Scalars of the walks, in their order."""
-        return self.T, self.H, self.K, self.V, self.chunks
-
-    @property
-    def levels(self) -> int:
-        """How often a chunk can be halved."""
-        return self.Q.bit_length() - 1
-
-    def chunk_states(self, like: Tensor) -> Tensor:
-        """Room for one state a chunk, in the dtype of `like`."""
-        return like.new_empty(self.B, self.chunks, self.H, self.K, self.V)
+def _launch(q: Tensor, v: Tensor, chunk_size: int) -> ScanLaunch:
+    """Sizes of q [B, T, H, K] and v [B, T, H, V], and the number of chunks in a row."""
+    (B, T, H, V), K = v.shape, q.shape[3]
+    return ScanLaunch(B, T, H, K, V, chunk_size, triton.cdiv(T, chunk_size))
 
 
 class _Prepared(NamedTuple):
@@ -116,9 +76,9 @@ class _Prepared(NamedTuple):
     decay: Tensor
 
 
-def _prepare(launch: _Launch, q: Tensor, k: Tensor, beta: Tensor, g: Tensor, firsts: Tensor | None) -> _Prepared:
+def _prepare(launch: ScanLaunch, q: Tensor, k: Tensor, beta: Tensor, g: Tensor, firsts: Tensor | None) -> _Prepared:
     """Launch `vector_prepare_kernel` over all chunks and heads."""
-    B, T, H, K, chunks = launch.B, launch.T, launch.H, launch.K, launch.chunks
+    (B, T, H, K), chunks = q.shape, launch.chunks
     keys, pairs = (q.new_empty(B, T, H, size) for size in (K, launch.Q))
     decay = g.new_empty(B, chunks, H, K)
     prepared = _Prepared(keys, torch.empty_like(keys), torch.empty_like(keys), pairs, torch.empty_like(pairs), decay)
@@ -131,7 +91,7 @@ def _prepare(launch: _Launch, q: Tensor, k: Tensor, beta: Tensor, g: Tensor, fir
 
 
 def _walk(
-    launch: _Launch,
+    launch: ScanLaunch,
     prepared: _Prepared,
     v: Tensor,
     initial: Tensor | None,
@@ -142,7 +102,7 @@ def _walk(
     """Walk rows forward, writing what is given of o, entering and errors; returns the last state."""
     p = prepared
     final = v.new_empty(launch.B, launch.H, launch.K, launch.V, dtype=torch.float32)
-    grid, constants = launch.walk("vector_delta_states_walk" if o is None else "vector_delta_walk", v)
+    grid, constants = launch.walk("vector_delta_states_walk" if o is None else "vector_delta_walk", WALK, v)
     vector_walk_kernel[grid](
         p.q_start, p.k_start, p.k_end, v, p.inverse, p.scores, p.decay, initial, o, entering, errors, final,
         *launch.sizes, *outer_strides(v), INITIAL=initial is not None, OUTPUT=o is not None, SAVE=entering is not None,
@@ -164,10 +124,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """Output and last state."""
     q, k, v, beta, g = pack_inner(q, 2), pack_inner(k, 2), pack_inner(v, 2), beta.contiguous(), g.contiguous()
-    initial = None if initial is None else initial.contiguous()
-    launch = _Launch.of(q, v, chunk_size)
+    launch = _launch(q, v, chunk_size)
     o = v.new_empty(v.shape)
-    return o, _walk(launch, _prepare(launch, q, k, beta, g, firsts), v, initial, o=o)
+    return o, _walk(launch, _prepare(launch, q, k, beta, g, firsts), v, pack(initial), o=o)
 
 
 @_forward.register_fake
@@ -200,16 +159,15 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, beta, g and the initial state; that of an absent one is empty."""
     q, k, v, beta, g = pack_inner(q, 2), pack_inner(k, 2), pack_inner(v, 2), beta.contiguous(), g.contiguous()
-    d_o = d_o.contiguous()
-    d_final = None if d_final is None else d_final.contiguous()
-    launch = _Launch.of(q, v, chunk_size)
-    B, T, H, K, V = launch.B, launch.T, launch.H, launch.K, launch.V
+    d_o, d_final = d_o.contiguous(), pack(d_final)
+    launch = _launch(q, v, chunk_size)
+    (B, T, H, V), K = v.shape, q.shape[3]
     p = _prepare(launch, q, k, beta, g, firsts)
     entering, leaving = launch.chunk_states(v), launch.chunk_states(v)
     errors, d_v = torch.empty_like(d_o), torch.empty_like(d_o)
-    _walk(launch, p, v, None if initial is None else initial.contiguous(), None, entering, errors)
+    _walk(launch, p, v, pack(initial), None, entering, errors)
     d_initial = beta.new_empty(B, H, K, V)
-    grid, constants = launch.walk("vector_delta_walk_back", d_o)
+    grid, constants = launch.walk("vector_delta_walk_back", WALK, d_o)
     vector_walk_back_kernel[grid](
         p.q_start, p.k_start, p.k_end, p.inverse, p.scores, p.decay, d_o, d_final, leaving, d_v, d_initial,
         *launch.sizes, D_FINAL=d_final is not None, **constants,

@@ -1,4 +1,4 @@
-"""The Triton delta product in the interpreter against the step-by-step definition."""
+"""The Triton delta rules, with a gate for each head and for each key channel, in the interpreter against single steps."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from kernels.delta_scan import triton_impl
 from kernels.delta_scan.op import delta_scan
+from kernels.delta_scan.vector import triton_impl as vector_triton
 from kernels.tuning import Environment, Table, tune
 from tests.helpers.deltas import DeltaCase, call_delta, make_delta_inputs, run_delta
 from tests.helpers.numbers import assert_bitwise, assert_near
@@ -19,6 +20,8 @@ FLOAT32 = 1e-5
 # Terms of the gradient of beta that are as large as the inverse's powers cancel: 1.3e-5 on a processor whose library adds
 # products up in another order than where it is below 1e-5.
 CANCELLING = 3e-5
+# Gates: one for each head, one for each key channel.
+GATES = pytest.mark.parametrize("channels", [False, True], ids=["heads", "channels"])
 
 CASES = [
     DeltaCase(B=1, T=1, G=1, H=1, chunk=16, initial=True),
@@ -33,6 +36,11 @@ CASES = [
     DeltaCase(B=1, T=100, G=2, H=2, chunk=64, lengths=(64, 35, 1), initial=True),
     # More columns of K and of V than a program takes at once.
     DeltaCase(B=1, T=17, G=1, H=1, K=130, V=136, chunk=32, initial=True),
+    DeltaCase(B=1, T=1, G=1, H=1, chunk=16, channels=True, initial=True),
+    DeltaCase(B=1, T=63, G=1, H=1, chunk=64, channels=True, lengths=(1, 1, 61), transfer=True),
+    DeltaCase(B=2, T=33, G=2, H=2, chunk=16, channels=True, lengths=(3, 23, 7), initial=True),
+    # Keys and values over more than one block, neither a power of two.
+    DeltaCase(B=1, T=40, G=1, H=1, K=40, V=72, chunk=32, channels=True, initial=True),
 ]
 
 
@@ -59,6 +67,18 @@ def test_documents_that_forget_at_once_leave_the_next_ones_finite(poisoned_memor
         assert_near(value, expected[name], FLOAT32, name)
 
 
+def test_channels_with_gates_of_minus_twenty_keep_float32(poisoned_memory: None) -> None:
+    case = DeltaCase(B=1, T=50, G=1, H=1, chunk=64, channels=True, lengths=(20, 3, 27), initial=True)
+    inputs, exact = (make_delta_inputs(case, dtype) for dtype in (torch.float32, torch.float64))
+    gates = -20 * torch.rand(1, 50, 1, case.K, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    for given in (inputs, exact):
+        assert given.g is not None
+        given.g.data.copy_(gates)
+    expected = run_delta(case, exact, "reference")
+    for name, value in run_delta(case, inputs, "triton").items():
+        assert_near(value, expected[name], FLOAT32, name)
+
+
 def test_equal_keys_that_are_written_twice_over_keep_their_digits(poisoned_memory: None) -> None:
     """The inverse then has entries of 2, while powers of its matrix reach millions."""
     case = DeltaCase(B=1, T=64, G=1, H=1, chunk=64, gated=False, initial=True)
@@ -72,10 +92,13 @@ def test_equal_keys_that_are_written_twice_over_keep_their_digits(poisoned_memor
         assert_near(value, expected[name], CANCELLING if name == "d_beta" else FLOAT32, name)
 
 
-def test_a_document_never_feels_another() -> None:
-    case = DeltaCase(B=1, T=30, N=2, G=1, H=2, chunk=16, lengths=(5, 14, 11))
+@GATES
+def test_a_document_never_feels_another(channels: bool) -> None:
+    case = DeltaCase(B=1, T=30, G=1, H=1, chunk=16, lengths=(5, 14, 11), channels=channels)
+    if not channels:
+        case = replace(case, N=2, H=2)
     inputs = make_delta_inputs(case, torch.float32)
-    weight = torch.randn(1, 30, 2, 12, dtype=torch.float64)
+    weight = torch.randn(1, 30, case.H, 12, dtype=torch.float64)
     before = run_delta(case, inputs, "triton", {"o": weight})
     changed = weight.clone()
     changed[:, 5:19] = 7.0
@@ -85,7 +108,7 @@ def test_a_document_never_feels_another() -> None:
         inputs.k[:, 5:19] = inputs.k[:, 5:19].flip(1)
         inputs.beta[:, 5:19] = 1.9
         assert inputs.g is not None
-        inputs.g[:, 5:19] *= 5
+        inputs.g[:, 5:19] *= 50 if channels else 5
     after = run_delta(case, inputs, "triton", {"o": changed})
     for name in ("o", "d_q", "d_k", "d_v", "d_beta", "d_g"):
         assert_bitwise(after[name][:, :5], before[name][:, :5], f"{name} before")
@@ -120,12 +143,12 @@ def test_slices_of_a_wider_projection_are_read_where_they_lie() -> None:
     assert_near(out.o_BTHV, expected["o"], FLOAT32)
 
 
-def test_meta_tensors_pass_through() -> None:
-    q, k, v = (
-        torch.empty(*s, device="meta", requires_grad=True)
-        for s in ((2, 40, 2, 16), (2, 40, 3, 2, 16), (2, 40, 3, 4, 8))
-    )
-    beta, g = torch.empty(2, 40, 3, 4, device="meta"), torch.empty(2, 40, 4, device="meta")
+@GATES
+def test_meta_tensors_pass_through(channels: bool) -> None:
+    keys, steps, gate = ((4, 16), 1, (4, 16)) if channels else ((2, 16), 3, (4,))
+    shapes = (2, 40, *keys), (2, 40, steps, *keys), (2, 40, steps, 4, 8)
+    q, k, v = (torch.empty(*shape, device="meta", requires_grad=True) for shape in shapes)
+    beta, g = torch.empty(2, 40, steps, 4, device="meta"), torch.empty(2, 40, *gate, device="meta")
     out = delta_scan(q, k, v, beta, g, chunk_size=16, backend="triton")
     assert (out.o_BTHV.shape, out.final_state_BHKV.shape) == ((2, 40, 4, 8), (2, 4, 16, 8))
     assert [x.shape for x in torch.autograd.grad(out.o_BTHV.sum(), (q, k, v))] == [q.shape, k.shape, v.shape]
@@ -138,8 +161,27 @@ def test_registration_is_complete() -> None:
         assert_registered(triton_impl._forward, x.q, x.k, x.v, x.beta, x.g, x.initial, None, 16)
 
 
-def test_every_kernel_can_be_tuned_and_all_its_candidates_hold() -> None:
-    case = DeltaCase(B=1, T=12, G=1, H=1, K=40, V=40, chunk=16)
+def test_registration_of_the_rule_with_channels_is_complete() -> None:
+    case = DeltaCase(B=1, T=9, G=1, H=1, chunk=16, channels=True, lengths=(4, 5), initial=True)
+    x = make_delta_inputs(case, torch.float32)
+    k, v, beta = (tensor.squeeze(2) for tensor in (x.k, x.v, x.beta))
+    assert_registered(vector_triton._forward, x.q, k, v, beta, x.g, x.initial, None, 16)
+
+
+@pytest.mark.parametrize(
+    ("channels", "kernels"),
+    [
+        (False, "delta_prepare delta_walk delta_states_walk delta_walk_back delta_gradients"),
+        (
+            True,
+            "vector_delta_prepare vector_delta_walk vector_delta_states_walk vector_delta_walk_back vector_delta_pairs "
+            "vector_delta_gradients",
+        ),
+    ],
+    ids=["heads", "channels"],
+)
+def test_every_kernel_can_be_tuned_and_all_its_candidates_hold(channels: bool, kernels: str) -> None:
+    case = DeltaCase(B=1, T=12, G=1, H=1, K=40, V=40, chunk=16, channels=channels)
     inputs = make_delta_inputs(case, torch.float32)
     expected = list(run_delta(case, inputs, "torch").values())
     table = Table(Environment("a card", "3.9.0", "13.4.59"))
@@ -148,22 +190,17 @@ def test_every_kernel_can_be_tuned_and_all_its_candidates_hold() -> None:
         lambda: list(run_delta(case, inputs, "triton").values()), expected, lambda _: 1.0, table, tolerance=1e-4,
         report=reports.append,
     )  # fmt: skip
-    kernels = {"delta_prepare", "delta_walk", "delta_states_walk", "delta_walk_back", "delta_gradients"}
-    assert {entry.split()[0] for entry in table.configs} == kernels
+    assert {entry.split()[0] for entry in table.configs} == set(kernels.split())
     assert not any("left out" in report for report in reports)
 
 
-def test_sizes_without_a_kernel_are_refused() -> None:
-    q, k, v, beta = (
-        torch.zeros(1, 8, 1, 16),
-        torch.zeros(1, 8, 1, 1, 16),
-        torch.zeros(1, 8, 1, 1, 16),
-        torch.zeros(1, 8, 1, 1),
-    )
-    with pytest.raises(ValueError, match="chunk_size of 16, 32 or a multiple of 64; got 24"):
-        delta_scan(q, k, v, beta, chunk_size=24, backend="triton")
+@GATES
+def test_sizes_without_a_kernel_are_refused(channels: bool) -> None:
+    case = DeltaCase(B=1, T=8, G=1, H=1, channels=channels)
+    inputs = make_delta_inputs(case, torch.float32)
+    with pytest.raises(ValueError, match="chunk_size of 16, 32 or a multiple of 64; got 8"):
+        call_delta(replace(case, chunk=8), inputs, "triton")
     with pytest.raises(ValueError, match="float64"):
-        delta_scan(q.double(), k.double(), v.double(), beta, backend="triton")
-    q, k = torch.zeros(1, 8, 1, 257), torch.zeros(1, 8, 1, 1, 257)
+        call_delta(case, make_delta_inputs(case, torch.float64), "triton")
     with pytest.raises(ValueError, match="states of up to 256 rows; got 257 x"):
-        delta_scan(q, k, v, beta, backend="triton")
+        call_delta(case, make_delta_inputs(replace(case, K=257), torch.float32), "triton")
