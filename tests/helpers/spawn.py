@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import pickle
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import torch
 import torch.distributed
 import torch.multiprocessing
 
-TIMEOUT_SECONDS = 120.0
 # Imported once, by the process from which all ranks are forked, before it has threads: a rank then starts in a moment.
 PRELOADED = ["pretrain.train"]
 
@@ -40,7 +38,8 @@ def run_ranks(function: Callable[..., Any], *arguments: Any, num_ranks: int = 2)
 
     The function must be importable (module level) and its arguments and results picklable. It starts the process group
     itself, as training does (`pretrain.parallel.initialize_parallel`). Returns the results in rank order; raises the
-    first rank's error, and TimeoutError after two minutes.
+    first rank's error. Whatever ends the wait, the test's own time limit too, ends the ranks: how long they may take is
+    the test's to say, since where nothing is compiled yet and other programs run it is minutes.
     """
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory() as folder:
@@ -52,10 +51,10 @@ def run_ranks(function: Callable[..., Any], *arguments: Any, num_ranks: int = 2)
             join=False,
             start_method="forkserver",
         )
-        deadline = time.monotonic() + TIMEOUT_SECONDS
-        while not context.join(timeout=1.0):
-            if time.monotonic() > deadline:
-                for process in context.processes:
-                    process.kill()
-                raise TimeoutError(f"{function.__name__} did not end in {TIMEOUT_SECONDS:.0f} s on {num_ranks} ranks")
+        try:
+            while not context.join(timeout=1.0):
+                pass
+        finally:
+            for process in context.processes:
+                process.kill()
         return [pickle.loads(Path(folder, f"{rank}.pickle").read_bytes()) for rank in range(num_ranks)]

@@ -29,6 +29,8 @@ from tests.helpers.spawn import run_ranks
 from tests.pretrain.tiny_run import tiny_config, tiny_data
 
 STEPS = 3
+# Ranks wait for each other's compiler, minutes where nothing is compiled yet and other programs run.
+TIMEOUT_SECONDS = 300
 LEARNING_RATE = 1e-3
 
 # Every core kind of block. Four tensor ranks outnumber the key-value heads and the groups of B and C.
@@ -119,6 +121,7 @@ def layout_config(layout: Layout, data: DataConfig, run_dir: Path) -> RunConfig:
         "train__global_batch_size": 8,
         "train__sequence_length": 64,
         "train__steps": STEPS,
+        "train__timeout_seconds": TIMEOUT_SECONDS,
         "optimizer__learning_rate": LEARNING_RATE,
         # AdamW would make a step of full length of a gradient that is nothing but rounding; of sums that cancel, too.
         "optimizer__epsilon": 1e-3,
