@@ -26,6 +26,7 @@ from launch.commands import (
     profile,
     serve,
     study,
+    tasks,
     train,
     watch,
 )
@@ -48,7 +49,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (init, config, doctor, data, plan, train, watch, launch, profile, evaluate, export, serve, bench, study):
+for module in (
+    *(init, config, doctor, data, plan, train, watch, launch, profile, tasks),
+    *(evaluate, export, serve, bench, study),
+):
     module.add_verbs(app)
 
 

@@ -22,6 +22,7 @@ from pretrain.parallel import Parallel
 from pretrain.pipeline import Pipeline
 from pretrain.recompute import recomputed_letters
 from pretrain.stages import RunStage, in_layout, stage_of
+from pretrain.tasks.suite import TaskSuite
 
 
 @dataclass
@@ -54,7 +55,8 @@ class Run:
     schedule where the model is cut over ranks. peak: the device's arithmetic, for MFU. profiler: traces the steps that
     `train.profile` names. lock, log, display: on the main rank alone. saved_step: of the newest checkpoint that was begun,
     None after a rollback. validation_metrics: what the newest validation adds to its step's line. collapsed_blocks: MoE
-    blocks whose collapse was reported.
+    blocks whose collapse was reported. tasks: of lm-eval, on the main rank alone; task_values: what they gave after step
+    `tasks_step`.
     """
 
     config: RunConfig
@@ -80,6 +82,9 @@ class Run:
     saved_step: int | None = None
     validation_metrics: dict[str, Any] = field(default_factory=dict)
     collapsed_blocks: frozenset[int] = frozenset()
+    tasks: TaskSuite | None = None
+    task_values: dict[str, float] = field(default_factory=dict)
+    tasks_step: int | None = None
 
     @property
     def directory(self) -> Path:

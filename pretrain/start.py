@@ -41,6 +41,7 @@ from pretrain.engine.engine import ZeroEngine, build_engine
 from pretrain.identity import describe_start, require_same_on_all_ranks
 from pretrain.inference.weights import load_initial_weights
 from pretrain.launcher_protocol import RESTART_CAUSE, TORCHRUN_RESTARTS
+from pretrain.measure_tasks import open_tasks
 from pretrain.monitor.display import Display
 from pretrain.monitor.environment import find_peak, record_environment
 from pretrain.monitor.experts import describe_unbalanced
@@ -119,6 +120,7 @@ def build_run(
     loader = open_loader(config, data, parallel, "train", stages[0])
     check_vocabulary(config, loader)
     check_tokenizer(config)
+    tasks = open_tasks(built, parallel)
     require_same_on_all_ranks(identities_of(loader))
     report("building the model and its optimizer")
     if not deterministic:
@@ -148,6 +150,7 @@ def build_run(
         profiler=StepProfiler(train.profile, Path(config.run.dir), parallel.rank, engine.module, heartbeat),
         pipeline=build_pipeline(built, parallel, engine),
         keeps_freed_memory=keeps_freed_memory,
+        tasks=tasks,
     )
 
 
@@ -304,6 +307,9 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None) -> None:
     if unbalanced is not None:
         run.say(f"warning: {unbalanced}")
         run.record_event("unbalanced_experts", text=unbalanced)
+    if run.tasks is not None and run.tasks.problem is not None:
+        run.say(f"warning: {run.tasks.problem}; tried again when tasks are due, training goes on without them")
+        run.record_event("tasks_failed", error=run.tasks.problem)
     cause = find_restart_cause(describe_environment([RESTART_CAUSE, TORCHRUN_RESTARTS]), last_event)
     if cause is not None:
         run.record_event("restarted", cause=cause)

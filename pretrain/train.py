@@ -1,7 +1,7 @@
 """The training loop, from a configuration to a finished run.
 
-`train` builds a run (start.py), steps it to its end (step.py) and closes it. Between steps the loop validates, writes the
-log, saves (saving.py) and compares ranks.
+`train` builds a run (start.py), steps it to its end (step.py) and closes it. Between steps the loop validates, measures
+tasks, writes the log, saves (saving.py) and compares ranks.
 
 Every rank runs the same lines. What one rank alone knows (a signal, a NaN, a damaged sample) is reduced or gathered inside
 the step, before anything branches on it: ranks that branched differently would wait in different collectives.
@@ -29,6 +29,7 @@ from pretrain.checks.ranks import describe_parallel
 from pretrain.config.schema import RunConfig
 from pretrain.failures import describe, is_bug, while_running
 from pretrain.launcher_protocol import DONE, INTERRUPTED, NEXT_LAYOUT, RUN_FAILED
+from pretrain.measure_tasks import measure_tasks
 from pretrain.monitor.anomalies import StepAnomaly, too_many_skips
 from pretrain.monitor.environment import read_peak_memory
 from pretrain.monitor.experts import EXPERT_STEPS, find_collapsed
@@ -94,6 +95,8 @@ def run_steps(run: Run) -> int:
         step = run.progress.step
         if is_due(step, train.validate_every_steps) or step == steps:
             measure_validation(run)
+        if run.config.evaluate.tasks and (is_due(step, run.config.evaluate.every_steps) or step == steps):
+            measure_tasks(run)
         # Logged before an anomaly may end the run or a rollback may save, so that each step has its line.
         record(run, result)
         if result.anomaly is not None and not handle_anomaly(run, result.anomaly):
@@ -222,6 +225,8 @@ def describe_step(run: Run, result: StepResult) -> dict[str, Any]:
         if run.progress.validation_accuracy is not None:
             metrics["validation_accuracy"] = run.progress.validation_accuracy
             metrics["validation_row_accuracy"] = run.progress.validation_row_accuracy
+    if run.tasks_step == run.progress.step and run.task_values:
+        metrics["tasks"] = run.task_values
     if run.config.stages:
         metrics["stage"] = run.stage.name
     return metrics

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -12,6 +13,14 @@ import typer
 from data_pipeline.progress import Waiting
 from launch.arguments import CheckpointArgument, JsonOption, choose_device
 from launch.commands.synthetic import TaskChoice, evaluate_on_synthetic
+from launch.commands.tasks import (
+    IncludePathOption,
+    LimitOption,
+    NumFewshotOption,
+    TasksOption,
+    evaluate_on_tasks,
+    read_choice,
+)
 from launch.console import print_json, print_pairs, show_progress
 
 if TYPE_CHECKING:
@@ -46,19 +55,29 @@ def evaluate(
         typer.Option("--set", metavar="KEY=VALUE", help="A setting of the synthetic task (data.probe), repeatable."),
     ] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="Rows of the synthetic task; default: 256.")] = None,
+    tasks: TasksOption = None,
+    include_path: IncludePathOption = None,
+    limit: LimitOption = None,
+    num_fewshot: NumFewshotOption = None,
     device: DeviceOption = "auto",
     backend: BackendOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Measure loss and perplexity on a part of a store, every token predicted once, or the accuracy on a synthetic task.
+    """Measure loss and perplexity on a part of a store, every token predicted once; or a synthetic task; or tasks of lm-eval.
 
     Computes in float32.
     """
-    of_text = {"--data": data, "--split": split, "--max-tokens": max_tokens}
-    of_synthetic = {"--set": probe_settings, "--rows": rows}
-    unread = [name for name, value in (of_text if probe else of_synthetic).items() if value is not None]
-    if unread:
-        raise ValueError(f"{unread[0]} has no effect {'with' if probe else 'without'} --probe; leave it out")
+    check_options(
+        "--tasks" if tasks else "--probe" if probe else None,
+        {"--probe": probe, "--sequence-length": sequence_length},
+        {"--data": data, "--split": split, "--max-tokens": max_tokens},
+        {"--set": probe_settings, "--rows": rows},
+        {"--include-path": include_path, "--limit": limit, "--num-fewshot": num_fewshot},
+    )
+    if tasks is not None:
+        choice = read_choice(tasks, include_path, limit, num_fewshot)
+        evaluate_on_tasks(checkpoint, choice, device=choose_device(device), backend=backend, as_json=as_json)
+        return
     if probe is not None:
         evaluate_on_synthetic(
             checkpoint,
@@ -122,6 +141,24 @@ def describe_source(source: SourceLoss) -> str:
     """The loss of one source in words."""
     bits = "" if source.bits_per_byte is None else f", {source.bits_per_byte:.4f} bits a byte"
     return f"{source.loss:.4f}{bits}, {source.tokens:,} tokens"
+
+
+def check_options(
+    measure: str | None,
+    others: Mapping[str, object],
+    of_text: Mapping[str, object],
+    of_synthetic: Mapping[str, object],
+    of_tasks: Mapping[str, object],
+) -> None:
+    """Refuse options that the chosen measure would not read: `--tasks`, `--probe`, or None for the loss on text."""
+    unread = {"--tasks": {**others, **of_text}, "--probe": of_text, None: {}}[measure]
+    for name, value in unread.items():
+        if value is not None:
+            raise ValueError(f"{name} has no effect with {measure}; leave it out")
+    for owner, options in (("--probe", of_synthetic), ("--tasks", of_tasks)):
+        for name, value in options.items():
+            if owner != measure and value is not None:
+                raise ValueError(f"{name} has no effect without {owner}; leave it out")
 
 
 def generate(

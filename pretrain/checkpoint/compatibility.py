@@ -25,6 +25,7 @@ from pretrain.stages import resolve_stages
 # ending in ".*" allows a whole section. docs/checkpoints.md says why for each; everything else is refused.
 MAY_CHANGE = (
     "run.*",
+    "evaluate.*",
     "export.*",
     "health.*",
     "kernels.*",

@@ -32,6 +32,7 @@ from pretrain.checks.stages import (
     total_problems,
 )
 from pretrain.checks.synthetic import synthetic_length_problems, synthetic_problems
+from pretrain.checks.tasks import task_layout_problems, task_problems
 from pretrain.config.errors import ConfigError, Problem
 from pretrain.config.file import load_located
 from pretrain.config.schema import RunConfig
@@ -79,6 +80,7 @@ def check_run(
     """
     declared, synthetic = list(declaration_problems(config)), list(synthetic_problems(config))
     problems = [*declared, *vocabulary_problems(config), *data_problems(config), *synthetic, *keeping_problems(config)]
+    problems += task_problems(config)
     if not declared:
         stages = resolve_stages(config)
         steps = stages[-1].last_step
@@ -107,7 +109,7 @@ def stage_problems(config: RunConfig, world_size: int | None) -> list[Problem]:
     """Check the rules of a run without stages, or of one stage taken as a run."""
     model = list(model_problems(config))
     problems = [*model, *schedule_problems(config), *layout_problems(config), *recompute_problems(config)]
-    problems += kernel_problems(config, config.kernels.backend)
+    problems += [*kernel_problems(config, config.kernels.backend), *task_layout_problems(config)]
     if not model:
         problems += [*export_problems(config), *pipeline_problems(config)]
     if world_size is None:

@@ -257,6 +257,21 @@ class ExportConfig(Section):
     )
 
 
+class EvaluateConfig(Section):
+    """Tasks of lm-eval that are measured on the model while it trains."""
+
+    tasks: tuple[str, ...] = Field((), description="Tasks, groups or tags of lm-eval, by name; empty: none.")
+    include_path: str | None = Field(None, description="Folder with YAML files of further tasks; none: lm-eval's own.")
+    every_steps: int | None = Field(None, gt=0, description="None: after the last step alone.")
+    limit: int | None = Field(None, gt=0, description="Documents of each task; none: all.")
+    num_fewshot: int | None = Field(
+        None, ge=0, description="Examples before each question; none: as the task says, else 0."
+    )
+    micro_batch_size: int | None = Field(
+        None, gt=0, description="Rows a forward pass and rank; none: train.micro_batch_size."
+    )
+
+
 class SlurmConfig(Section):
     """What goes into the batch script of `amfm launch --on slurm`."""
 
@@ -329,4 +344,5 @@ class RunConfig(Section):
     health: HealthConfig = HealthConfig()
     kernels: KernelsConfig = KernelsConfig()
     export: ExportConfig = ExportConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
     launch: LaunchConfig = LaunchConfig()

@@ -35,6 +35,7 @@ from pretrain.report.page import (
 )
 from pretrain.report.page_data import describe_page
 from pretrain.report.plots import make_plots
+from pretrain.report.tasks import describe_tasks, tasks_plot
 
 
 def write_report(run_dirs: Sequence[str | Path], out: Path | None = None) -> Path:
@@ -76,7 +77,8 @@ def render_run(record: RunRecord) -> str:
     is_done = record.is_finished()
     state = "finished" if is_done else f"unfinished: step {record.last_step():,} of {record.num_steps:,}"
     progress = min(100.0, 100 * record.last_step() / record.num_steps)
-    plots = make_plots(record)
+    curves, tasks = tasks_plot(record), describe_tasks(record)
+    plots = [*make_plots(record), *([] if curves is None else [curves])]
     parts = [
         render_heading(record.name(), state, str(record.directory), is_done=is_done),
         f'<div class="bar"><div style="width:{progress:.2f}%"></div></div>',
@@ -85,6 +87,7 @@ def render_run(record: RunRecord) -> str:
         f"<h2>Curves</h2>{render_plots(plots)}",
         f"<h2>Model</h2>{render_table(describe_model(record))}",
         f"<h2>Data</h2>{render_table(describe_data(record))}",
+        *([] if tasks is None else [f"<h2>Tasks</h2>{render_table(tasks)}"]),
         f"<h2>Events</h2>{render_events(record.events)}",
         "<h2>Environment and configuration</h2>",
         render_details("Environment", render_pairs(flatten(record.environment))),

@@ -104,6 +104,7 @@ health.on_nonfinite health.on_spike health.spike_ratio health.spike_window healt
 health.straggler_percent
 kernels.backend
 export.target
+evaluate.tasks evaluate.include_path evaluate.every_steps evaluate.limit evaluate.num_fewshot evaluate.micro_batch_size
 launch.heartbeat_seconds launch.max_restarts launch.min_nodes launch.node_wait_seconds launch.setup
 launch.environment
 launch.slurm.partition launch.slurm.account launch.slurm.qos launch.slurm.time_limit launch.slurm.gpus

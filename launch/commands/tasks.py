@@ -1,0 +1,75 @@
+"""Tasks of lm-eval: the verb that makes small ones, and measuring a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from data_pipeline.progress import Waiting
+from launch.arguments import JsonOption
+from launch.console import print_json, print_pairs
+
+if TYPE_CHECKING:
+    from pretrain.tasks.suite import TaskChoice
+
+TasksOption = Annotated[
+    str | None, typer.Option(metavar="NAME,...", help="Measure these tasks of lm-eval instead (docs/evaluation.md).")
+]
+IncludePathOption = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="YAML files of further tasks; default: evaluate.include_path.")
+]
+LimitOption = Annotated[int | None, typer.Option(min=1, help="Documents of each task; default: all.")]
+NumFewshotOption = Annotated[
+    int | None, typer.Option(min=0, help="Examples before each question; default: as the task says.")
+]
+
+
+def tasks(
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="The token store, with a validation part.")],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="The folder to write to; relative to where tasks are run.")
+    ],
+    *,
+    name: Annotated[str | None, typer.Option(help="What the tasks' names begin with; default: the store's.")] = None,
+    documents: Annotated[int, typer.Option(min=1, help="Documents of each task at most.")] = 200,
+    as_json: JsonOption = False,
+) -> None:
+    """Make three small lm-eval tasks out of a store's held-out text: choose, write and weigh what follows."""
+    from pretrain.tasks.make_tasks import make_tasks
+
+    names = make_tasks(store, out, name=name, num_documents=documents)
+    if as_json:
+        print_json({"folder": str(out), "tasks": names})
+        return
+    settings = f"evaluate.include_path={out} evaluate.tasks=[{','.join(names)}] evaluate.every_steps=40"
+    print_pairs("Tasks", [("folder", out), ("tasks", ", ".join(names)), ("in a run", settings)])
+
+
+def read_choice(names: str, include_path: Path | None, limit: int | None, num_fewshot: int | None) -> TaskChoice:
+    """Turn the options of a command line into a choice of tasks; `names` are separated by commas."""
+    from pretrain.tasks.suite import TaskChoice
+
+    listed = tuple(name.strip() for name in names.split(",") if name.strip())
+    if not listed:
+        raise ValueError(f"--tasks {names!r} names no task; give names separated by commas, such as arc_easy,hellaswag")
+    return TaskChoice(listed, None if include_path is None else str(include_path), limit, num_fewshot)
+
+
+def evaluate_on_tasks(checkpoint: Path, choice: TaskChoice, *, device: str, backend: str, as_json: bool) -> None:
+    """Measure a checkpoint on tasks and print the values."""
+    from pretrain.tasks.evaluate import evaluate_tasks
+
+    with Waiting("amfm evaluate") as waiting:
+        waiting("measuring tasks")
+        values = evaluate_tasks(checkpoint, choice, device=device, backend=backend)
+    if as_json:
+        print_json({"tasks": values})
+        return
+    print_pairs(f"Tasks on {checkpoint}", [(name, f"{value:.4f}") for name, value in values.items()])
+
+
+def add_verbs(app: typer.Typer) -> None:
+    """Register the verb of this file."""
+    app.command(epilog="Example: amfm tasks data/shakespeare data/tasks")(tasks)

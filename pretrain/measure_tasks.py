@@ -1,0 +1,150 @@
+"""Tasks of lm-eval while the model trains: rank 0 asks, all ranks answer.
+
+Rank 0 alone has lm-eval, the tasks and their data: a thousand ranks that each downloaded a data set would be a storm. Each
+job of the adapter goes to all ranks, which run it in lock step (tasks/scoring.py) until rank 0 sends an end, with the results
+or with what was wrong. So ranks agree by construction: they branch on nothing but what they were sent.
+
+A task that cannot be measured is said, recorded (`tasks_failed` in events.jsonl) and tried again the next time; the run
+goes on. An error of the model ends the run like one in a step.
+
+Weights are the run's own, in its precision and on its layout of data, tensor and expert ranks at any ZeRO stage. Pipeline
+and context ranks hold parts of layers and rows that only a schedule brings together, and are refused (checks/tasks.py).
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from data_pipeline.tokenizer.tokenizer import load_tokenizer
+from pretrain.checks.tasks import SETTING
+from pretrain.config.schema import EvaluateConfig, ParallelConfig, RunConfig
+from pretrain.parallel import Parallel
+from pretrain.rank_group import RankGroup
+from pretrain.run import Run
+from pretrain.tasks.scoring import Job, Scorer, Share
+from pretrain.tasks.suite import TaskChoice, TaskError, TaskSuite, open_suite, require_lm_eval
+
+
+@dataclass(frozen=True)
+class _End:
+    """The last message of a measurement: values by TASK/METRIC, or what was wrong."""
+
+    values: dict[str, float]
+    problem: str | None = None
+
+
+def open_tasks(config: RunConfig, parallel: Parallel) -> TaskSuite | None:
+    """Find the run's tasks by name and load their data, on rank 0; None on the others and without tasks.
+
+    Data that cannot be had is no reason not to train: it is tried again at each measurement. Every rank must call this.
+    Raises ValueError on every rank for unknown names, a missing lm-eval, and generation on ranks that share tokens.
+    """
+    if not config.evaluate.tasks:
+        return None
+    require_lm_eval(SETTING)
+    suite, problem = None, None
+    if parallel.is_main:
+        try:
+            suite = open_suite(_choice(config.evaluate), SETTING)
+            suite.load()
+            problem = _generation_problem(suite, config.parallel)
+        except TaskError:
+            pass  # kept in suite.problem, which the log's opening says
+        except ValueError as error:
+            problem = str(error)
+    problem = RankGroup(parallel.rank, parallel.world_size).broadcast(problem)
+    if problem is not None:
+        raise ValueError(problem)
+    return suite
+
+
+def measure_tasks(run: Run) -> None:
+    """Measure the run's tasks and keep the values for this step's log line. Every rank must call this."""
+    run.heartbeat.at(run.progress.step, "tasks")
+    start = time.monotonic()
+    scorer = build_scorer(run)
+    run.engine.module.eval()
+    end = _lead(run.tasks, scorer, run) if run.tasks is not None else _follow(scorer, run)
+    run.engine.module.train()
+    run.task_values, run.tasks_step = end.values, run.progress.step
+    if end.problem is not None:
+        run.record_event("tasks_failed", error=end.problem)
+        run.say(f"warning: step {run.progress.step}: tasks were not measured, training goes on: {end.problem}")
+        return
+    run.record_event("tasks", values=end.values, seconds=round(time.monotonic() - start, 3))
+    shown = ", ".join(f"{name} {value:.4g}" for name, value in list(end.values.items())[:8])
+    run.say(f"step {run.progress.step}: tasks: {shown}")
+
+
+def build_scorer(run: Run) -> Scorer:
+    """Build what answers jobs on this rank, on the run's engine."""
+    parallel = run.parallel
+    group = _group(run)
+    return Scorer(
+        forward=run.engine.forward,
+        empty_state=run.model.empty_state,
+        tokenizer=load_tokenizer(run.config.data.text_store()),
+        device=parallel.device,
+        max_length=run.stage.sequence_length,
+        rows_at_once=run.config.evaluate.micro_batch_size or run.stage.micro_batch_size,
+        share=Share(
+            data_rank=parallel.data_rank,
+            num_data_ranks=parallel.data_world_size,
+            row_multiple=run.layout.tensor,
+            gather=group.all_gather,
+            any_of=lambda value: bool(parallel.max_over_all([int(value)])[0]),
+        ),
+    )
+
+
+def _lead(suite: TaskSuite, scorer: Scorer, run: Run) -> _End:
+    """Run the tasks on rank 0, sending each job to all ranks before answering it here, and the end."""
+    group = _group(run)
+
+    def answer(job: Job) -> list[Any]:
+        group.broadcast(job)
+        return scorer.run(job)
+
+    try:
+        suite.load()
+        problem = _generation_problem(suite, run.layout)
+        end = _End({}, problem)
+        if problem is None:
+            end = _End(suite.measure(answer, scorer.tokenizer, scorer.max_length))
+    except TaskError as error:
+        end = _End({}, str(error))
+    group.broadcast(end)
+    return end
+
+
+def _follow(scorer: Scorer, run: Run) -> _End:
+    """Answer the jobs that rank 0 sends until it sends the end."""
+    group = _group(run)
+    while True:
+        message = group.broadcast(None)
+        if isinstance(message, _End):
+            return message
+        scorer.run(message)
+
+
+def _group(run: Run) -> RankGroup:
+    return RankGroup(run.parallel.rank, run.parallel.world_size)
+
+
+def _choice(section: EvaluateConfig) -> TaskChoice:
+    return TaskChoice(section.tasks, section.include_path, section.limit, section.num_fewshot)
+
+
+def _generation_problem(suite: TaskSuite, parallel: ParallelConfig) -> str | None:
+    """Say why tasks that generate cannot run where tensor ranks share the tokens of a row: there is one at a time."""
+    shares_tokens = parallel.tensor > 1 and (parallel.sequence_parallel or parallel.expert > 1)
+    if not shares_tokens or "generate_until" not in suite.kinds():
+        return None
+    reason = "sequence_parallel=true" if parallel.sequence_parallel else f"expert={parallel.expert}"
+    return (
+        f"{SETTING}: a task of {', '.join(suite.choice.names)} generates text, a token at a time, and parallel.tensor="
+        f"{parallel.tensor} with parallel.{reason} shares the tokens of a row; leave the task out, and run `amfm evaluate RUN "
+        "--tasks NAMES` on the checkpoints"
+    )

@@ -1,0 +1,216 @@
+"""The tasks of a run or of a command: found by name, their data loaded once, run as often as the model is to be measured.
+
+lm-eval draws few-shot examples from generators that it seeds process-wide, so each of our calls seeds as lm-eval's own
+command does, for equal numbers, and puts the generators back as they were, for a run that goes on as if nothing had been.
+
+Whatever a task's own code, template or data raises is the evaluation's fault and becomes a `TaskError`, on which a run
+goes on. What the model raises passes through.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+from data_pipeline.tokenizer.tokenizer import Tokenizer
+from pretrain.checkpoint.random_state import collect_random_state, restore_random_state
+from pretrain.failures import describe
+from pretrain.tasks.scoring import Job
+
+# Seeds of lm-eval's command: Python; numpy, torch and few-shot examples.
+PYTHON_SEED, OTHER_SEED = 0, 1234
+
+
+class TaskError(RuntimeError):
+    """A task that cannot be measured, its data or its code at fault and not the model; training goes on without it."""
+
+
+@dataclass(frozen=True)
+class TaskChoice:
+    """Which tasks: names of tasks, groups or tags of lm-eval; a folder with YAML files of further ones; how much of them.
+
+    limit: documents of each task. num_fewshot: examples before each question; None: as each task says.
+    """
+
+    names: tuple[str, ...]
+    include_path: str | None = None
+    limit: int | None = None
+    num_fewshot: int | None = None
+
+
+@dataclass
+class TaskSuite:
+    """Tasks that were found; `loaded` once their data is there, `problem` while it cannot be had. On the asking rank alone."""
+
+    choice: TaskChoice
+    manager: Any
+    loaded: dict[str, Any] | None = None
+    problem: str | None = None
+
+    def load(self) -> None:
+        """Load the data of every task, once. Raises TaskError."""
+        if self.loaded is not None:
+            return
+        with _seeded():
+            try:
+                loaded = self.manager.load(list(self.choice.names))
+            except Exception as error:
+                self.problem = (
+                    f"the data of {', '.join(self.choice.names)} cannot be loaded: {_explain(error)}; a task with local data "
+                    "has dataset_path: json and dataset_kwargs.data_files in its YAML"
+                )
+                raise TaskError(self.problem) from error
+        for task in loaded["tasks"].values():
+            _set_fewshot(task, self.choice.num_fewshot)
+        self.loaded, self.problem = loaded, None
+
+    def kinds(self) -> set[str]:
+        """What the loaded tasks ask for: loglikelihood, loglikelihood_rolling, multiple_choice, generate_until."""
+        assert self.loaded is not None, "load comes first"
+        return {str(task.get_config("output_type")) for task in self.loaded["tasks"].values()}
+
+    def measure(self, answer: Callable[[Job], list[Any]], tokenizer: Tokenizer, max_length: int) -> dict[str, float]:
+        """Measure every task: values by TASK/METRIC (TASK/METRIC/FILTER where a task filters answers), without errors.
+
+        `answer` runs a job on the model and must not disturb random state. Raises TaskError, and whatever `answer` raises.
+        """
+        from lm_eval.evaluator import evaluate
+
+        from pretrain.tasks.adapter import ModelAdapter
+
+        self.load()
+        assert self.loaded is not None, "loaded above"
+        model = ModelAdapter(answer, tokenizer, max_length)
+        with _seeded():
+            for task in self.loaded["tasks"].values():
+                task.set_fewshot_seed(seed=OTHER_SEED)
+            try:
+                found = evaluate(
+                    lm=model, task_dict=self.loaded, limit=self.choice.limit, bootstrap_iters=0, log_samples=False
+                )
+            except Exception as error:
+                if model.scoring_failed:
+                    raise
+                raise TaskError(f"{', '.join(self.choice.names)} cannot be measured: {_explain(error)}") from error
+        return flatten_results(found["results"])
+
+
+def require_lm_eval(setting: str) -> None:
+    """Raise ValueError where lm-eval is not installed."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ValueError(
+            f"{setting} needs lm-eval, which is not installed; pip install 'amfm-pretrain[tasks]', or leave it out"
+        )
+
+
+def open_suite(choice: TaskChoice, setting: str) -> TaskSuite:
+    """Find the tasks by name; their data is not touched. `setting`: where the names were given, for messages.
+
+    Raises ValueError for names that nobody knows, a folder that is none and a missing lm-eval. lm-eval
+    passes over files that it cannot read.
+    """
+    require_lm_eval(setting)
+    if choice.include_path is not None and not Path(choice.include_path).is_dir():
+        raise ValueError(
+            f"the folder of tasks {choice.include_path} is no folder; name one with lm-eval's YAML files in it"
+        )
+    with _seeded():
+        manager = _find_tasks(choice)
+    unknown = [name for name in choice.names if name not in manager.all_tasks]
+    if unknown:
+        where = "" if choice.include_path is None else f" and not in {choice.include_path}"
+        own = _own_names(choice.include_path)
+        raise ValueError(
+            f"{setting}: lm-eval knows no task {', '.join(unknown)}{where}; "
+            + (f"that folder has {', '.join(own)}" if own else "`lm-eval ls tasks` lists what it knows")
+        )
+    return TaskSuite(choice, manager)
+
+
+def _find_tasks(choice: TaskChoice) -> Any:
+    """Index the folder's tasks, and with them lm-eval's own thousands where those of the folder do not suffice."""
+    from lm_eval.tasks import TaskManager
+
+    if choice.include_path is not None:
+        manager = TaskManager(include_path=choice.include_path, include_defaults=False)
+        if set(choice.names) <= set(manager.all_tasks):
+            return manager
+    return TaskManager(include_path=choice.include_path)
+
+
+def flatten_results(results: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Turn lm-eval's results into numbers by TASK/METRIC; standard errors and aliases are left out."""
+    flat = {}
+    for task, metrics in results.items():
+        for key, value in metrics.items():
+            metric, _, filter_name = key.partition(",")
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, int | float)
+                or metric.endswith("_stderr")
+                or not filter_name
+            ):
+                continue
+            flat[f"{task}/{metric}" + ("" if filter_name == "none" else f"/{filter_name}")] = float(value)
+    return flat
+
+
+def _set_fewshot(task: Any, num_fewshot: int | None) -> None:
+    """Set the examples before each question, as lm-eval's command does: a task that says 0 keeps it."""
+    given = task.get_config("num_fewshot")
+    if num_fewshot is not None and given != 0:
+        task.set_config(key="num_fewshot", value=num_fewshot)
+    elif given is None:
+        task.set_config(key="num_fewshot", value=0)
+
+
+def _own_names(folder: str | None) -> Sequence[str]:
+    """Names of the tasks in a folder, the first few."""
+    if folder is None:
+        return []
+    from lm_eval.tasks import TaskManager
+
+    return sorted(TaskManager(include_path=folder, include_defaults=False).all_tasks)[:8]
+
+
+def _explain(error: Exception) -> str:
+    """One line of an error of somebody else's code; its class first, since many say little."""
+    text = " ".join(describe(error).split())
+    return f"{type(error).__name__}: {text}"[:500]
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """Seed all generators as lm-eval does, and keep it from printing; afterwards both are as they were."""
+    import datasets
+    from lm_eval.api import task
+
+    states, bar, bars_off = collect_random_state(), task.tqdm, datasets.are_progress_bars_disabled()
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
+    levels = [logger.level for logger in loggers]
+    random.seed(PYTHON_SEED)
+    numpy.random.seed(OTHER_SEED)
+    torch.manual_seed(OTHER_SEED)
+    task.tqdm = partial(bar, disable=True)
+    datasets.disable_progress_bars()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        task.tqdm = bar
+        if not bars_off:
+            datasets.enable_progress_bars()
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
+        restore_random_state(states)

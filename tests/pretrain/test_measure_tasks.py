@@ -1,0 +1,119 @@
+"""Tasks in the loop: measured on the run's own model, logged, and without a trace in what the run computes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_pipeline.config import DataConfig
+from pretrain.tasks.evaluate import evaluate_tasks
+from pretrain.tasks.suite import TaskChoice
+from pretrain.train import train
+from tests.helpers.spawn import run_ranks
+from tests.pretrain.tasks.task_files import CHOICE, WEIGH, WRITE, write_task
+from tests.pretrain.tiny_run import read_events, read_metrics, tiny_config
+
+pytest.importorskip("lm_eval")
+NAMES = ("choice", "write", "weigh")
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name, kind in zip(NAMES, (CHOICE, WRITE, WEIGH)):
+        write_task(tmp_path / "tasks", name, kind)
+    return tmp_path / "tasks"
+
+
+def with_tasks(folder: Path, **changes: Any) -> dict[str, Any]:
+    settings: dict[str, Any] = {"include_path": str(folder), "tasks": NAMES, "every_steps": 2} | changes
+    return {f"evaluate__{name}": value for name, value in settings.items()}
+
+
+def test_a_run_logs_its_tasks_and_trains_as_without_them(data: DataConfig, folder: Path, tmp_path: Path) -> None:
+    assert train(tiny_config(data, tmp_path / "plain")) == 0
+    assert train(tiny_config(data, tmp_path / "tasks_too", **with_tasks(folder))) == 0
+    plain, measured = read_metrics(tmp_path / "plain"), read_metrics(tmp_path / "tasks_too")
+    assert [line["loss"] for line in measured] == [line["loss"] for line in plain]
+    assert [line["step"] for line in measured if "tasks" in line] == [2, 4]
+    assert set(measured[-1]["tasks"]) == {"choice/acc", "write/exact_match", "weigh/bits_per_byte"}
+    assert [event["values"] for event in read_events(tmp_path / "tasks_too", "tasks")] == [
+        measured[1]["tasks"],
+        measured[3]["tasks"],
+    ]
+    again = evaluate_tasks(tmp_path / "tasks_too", TaskChoice(NAMES))
+    assert again == pytest.approx(measured[-1]["tasks"], rel=1e-5)
+
+
+def test_a_task_without_data_is_told_and_training_goes_on(data: DataConfig, folder: Path, tmp_path: Path) -> None:
+    (folder / "weigh.jsonl").unlink()
+    assert train(tiny_config(data, tmp_path / "run", **with_tasks(folder))) == 0
+    failures = read_events(tmp_path / "run", "tasks_failed")
+    assert [event["step"] for event in failures] == [0, 2, 4]
+    assert "weigh.jsonl" in failures[0]["error"]
+    assert not [line for line in read_metrics(tmp_path / "run") if "tasks" in line]
+
+
+def test_an_unknown_task_is_refused_before_training(data: DataConfig, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="knows no task neverheard"):
+        train(tiny_config(data, tmp_path / "run", **with_tasks(folder, tasks=("neverheard",))))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "zero3": {"parallel__zero_stage": 3},
+    "tensor": {"parallel__tensor": 2},
+    "tensor_sequence": {
+        "parallel__tensor": 2,
+        "parallel__sequence_parallel": True,
+        "evaluate__tasks": ("choice", "weigh"),
+    },
+    "expert": {"parallel__expert": 2},
+}
+
+
+def train_layout(data: DataConfig, root: str, name: str) -> None:
+    settings = with_tasks(Path(root, "tasks"), every_steps=4) | LAYOUTS.get(name, {})
+    assert train(tiny_config(data, Path(root, name), train__micro_batch_size=1, **settings)) == 0
+
+
+@pytest.mark.slow
+def test_every_layout_of_ranks_finds_the_same_values(data: DataConfig, folder: Path, tmp_path: Path) -> None:
+    run_ranks(train_layout, data, str(tmp_path), "one", num_ranks=1)
+    expected = read_metrics(tmp_path / "one")[-1]["tasks"]
+    for name in LAYOUTS:
+        run_ranks(train_layout, data, str(tmp_path), name, num_ranks=2)
+        found = read_metrics(tmp_path / name)[-1]["tasks"]
+        assert found == pytest.approx({key: expected[key] for key in found}, rel=1e-4), name
+
+
+def refuse_generation(data: DataConfig, root: str) -> None:
+    settings = with_tasks(Path(root, "tasks")) | {"parallel__tensor": 2, "parallel__sequence_parallel": True}
+    with pytest.raises(ValueError, match=r"generates text, a token at a time, and parallel\.tensor=2"):
+        train(tiny_config(data, Path(root, "refused"), train__micro_batch_size=1, **settings))
+
+
+@pytest.mark.slow
+def test_generation_is_refused_where_ranks_share_the_tokens_of_a_row(
+    data: DataConfig, folder: Path, tmp_path: Path
+) -> None:
+    run_ranks(refuse_generation, data, str(tmp_path), num_ranks=2)
+
+
+def test_tasks_of_a_run_stand_in_its_report(data: DataConfig, folder: Path, tmp_path: Path) -> None:
+    from pretrain.report.report import write_report
+
+    assert train(tiny_config(data, tmp_path / "run")) == 0
+    path = tmp_path / "run" / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[1]["tasks"], lines[3]["tasks"] = {"quiz/acc": 0.25, "quiz/perplexity": 9.5}, {"quiz/acc": 0.5}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = write_report([tmp_path / "run"]).read_text()
+    assert "lm-eval on the model as it trains." in page and "quiz/perplexity" in page and "<td>0.25</td>" in page
