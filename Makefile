@@ -6,10 +6,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/tiny_cpu
 EXPORT := exports/tiny_cpu
+CLIENTS := .clients
 # Processes that share the tests; each has one thread, and tests start up to eight ranks of their own.
 WORKERS ?= 2
 
-.PHONY: quickstart install test test-slow test-versions gpu check format docs constraints bench clean
+.PHONY: quickstart install test test-slow test-versions gpu check format docs constraints bench clients clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/amfm doctor
@@ -86,5 +87,22 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/amfm bench step --peer transformers
 	$(BIN)/amfm bench data
 
+# Other programs on our exports, in environments of their own: about 4 GB of wheels the first time.
+clients: $(VENV)/.installed-tasks $(CLIENTS)/.installed
+	rm -rf runs/clients
+	$(BIN)/amfm bench clients --readers $(CLIENTS)/readers/bin/python --vllm $(CLIENTS)/vllm/bin/python \
+	  --folder runs/clients --out docs/benchmarks/clients.md
+
+$(VENV)/.installed-tasks: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[tasks]'
+	touch $@
+
+$(CLIENTS)/.installed: recipes/clients/readers.txt recipes/clients/vllm.txt
+	for name in readers vllm; do \
+	  $(PYTHON) -m venv $(CLIENTS)/$$name && \
+	  $(CLIENTS)/$$name/bin/python -m pip install --quiet --requirement recipes/clients/$$name.txt || exit 1; done
+	$(CLIENTS)/vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs exports data build
+	rm -rf $(VENV) $(CLIENTS) runs exports data build

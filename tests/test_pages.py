@@ -33,7 +33,10 @@ SETTING = re.compile(rf"(?:{'|'.join(SECTIONS)})(?:\.(?:[a-z_0-9]+|\*))+")
 # The mixer of your own that docs/mixers.md writes.
 EXAMPLES = {"model.mixers.halving"}
 # Flags of other programs that pages name, and of our recipes.
-FOREIGN_FLAGS = {"--toy", "--mem", "--cpus-per-task", "--container-image", "--container-mounts"}
+FOREIGN_FLAGS = {
+    *("--toy", "--mem", "--cpus-per-task", "--container-image", "--container-mounts"),
+    *("--model", "--model_args", "--include_path", "--batch_size"),  # lm_eval
+}
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 

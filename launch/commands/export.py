@@ -2,31 +2,52 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from data_pipeline.progress import Waiting
 from launch.arguments import CheckpointArgument, JsonOption
+from launch.commands.client import check_client, check_installed, export_gguf, print_check, require_equal, show_check
 from launch.console import print_json, print_pairs
 
+if TYPE_CHECKING:
+    from pretrain.export.readers import ClientName
+
+CheckOption = Annotated[
+    Literal["llama.cpp", "mlx-lm", "vllm", "lm-eval", "peft"] | None,
+    typer.Option(metavar="PROGRAM", help="llama.cpp, mlx-lm, vllm, lm-eval or peft: run it on the export and compare."),
+]
+ClientPythonOption = Annotated[
+    Path | None,
+    typer.Option(metavar="PYTHON", help="Interpreter where that program is installed; default: the one of amfm."),
+]
+FormatOption = Annotated[
+    Literal["huggingface", "deepspeed-universal", "megatron", "gguf"],
+    typer.Option(
+        "--format",
+        help="A model for transformers, a whole training state for DeepSpeed's loader, the tokens of a store as "
+        ".bin and .idx, or an export as a file for llama.cpp.",
+    ),
+]
+OptionalOutArgument = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="OUT",
+        help="The folder to write, which must not exist or be empty (gguf: the file). Left out with --check: CHECKPOINT is an export.",
+    ),
+]
 OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; it must not exist or be empty.")]
 
 
 def export(
     checkpoint: CheckpointArgument,
-    out: OutArgument,
+    out: OptionalOutArgument = None,
     *,
-    file_format: Annotated[
-        Literal["huggingface", "deepspeed-universal", "megatron"],
-        typer.Option(
-            "--format",
-            help="A model for transformers, a whole training state for DeepSpeed's loader, or the tokens of a store as "
-            ".bin and .idx.",
-        ),
-    ] = "huggingface",
+    file_format: FormatOption = "huggingface",
     target: Annotated[
         Literal["nemotron_h", "granitemoehybrid", "qwen3_next", "qwen3_5_moe", "own", "auto"] | None,
         typer.Option(help="The transformers class; default: export.target of the run."),
@@ -34,13 +55,26 @@ def export(
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Load it back with transformers and compare logits.")
     ] = True,
+    check: CheckOption = None,
+    client_python: ClientPythonOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a transformers checkpoint, then prove in a fresh process that it gives the same logits."""
+    """Write a transformers checkpoint, then prove in a fresh process that it gives the same logits.
+
+    With --check another program reads the export, or an export that exists, and is compared with transformers.
+    """
     from pretrain.export.export import export_checkpoint
 
-    if file_format != "huggingface" and (target is not None or not verify):
-        raise ValueError(f"--target and --no-verify are about transformers; leave them out with {file_format}")
+    python = None if client_python is None else str(client_python.absolute())
+    writes_for_transformers = target is not None or not verify
+    check_export_options(file_format, out, check, python, writes_for_transformers=writes_for_transformers)
+    if out is None:
+        assert check is not None, "checked above"
+        show_check(checkpoint, check, python, as_json=as_json)
+        return
+    if file_format == "gguf":
+        export_gguf(checkpoint, out, python, as_json=as_json)
+        return
     if file_format == "megatron":
         export_tokens(checkpoint, out, as_json=as_json)
         return
@@ -49,6 +83,9 @@ def export(
         return
     with Waiting("amfm export") as waiting:
         report = export_checkpoint(checkpoint, out, target=target, verify=verify, report=waiting)
+        if check is not None:
+            waiting(f"running {check}")
+        checked = None if check is None else check_client(out, check, python)
     if as_json:
         print_json(
             {
@@ -63,7 +100,9 @@ def export(
                 "reasons": list(report.reasons),
                 "refused_by": list(report.refusals),
             }
+            | ({} if checked is None else {"check": asdict(checked)})
         )
+        require_equal(checked)
         return
     proof = "not verified"
     if report.max_logit_difference is not None:
@@ -75,6 +114,27 @@ def export(
     pairs += [("why no native class", reason) for reason in report.reasons]
     pairs += [("known to refuse it", refusal) for refusal in report.refusals]
     print_pairs("Export", pairs)
+    if checked is not None:
+        print_check(out, checked)
+    require_equal(checked)
+
+
+def check_export_options(
+    file_format: str, out: Path | None, check: ClientName | None, python: str | None, *, writes_for_transformers: bool
+) -> None:
+    """Refuse, before any work, options that have no effect together, and a program that is not installed."""
+    if file_format != "huggingface" and writes_for_transformers:
+        raise ValueError(f"--target and --no-verify are about transformers; leave them out with {file_format}")
+    if python is not None and check is None and file_format != "gguf":
+        raise ValueError("--client-python has no effect without --check or --format gguf; leave it out")
+    if check is not None and file_format != "huggingface":
+        raise ValueError(f"--check reads an export for transformers, not {file_format}; leave one of them out")
+    if out is None and check is None:
+        raise ValueError("name OUT, the folder to write; only --check reads an export that exists")
+    if out is None and writes_for_transformers:
+        raise ValueError("--target and --no-verify are about writing an export; leave them out, or name OUT")
+    if check is not None:
+        check_installed(check, python or sys.executable)
 
 
 def export_for_deepspeed(checkpoint: Path, out: Path, *, as_json: bool) -> None:

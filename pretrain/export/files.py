@@ -86,7 +86,7 @@ class ExportPlan:
 
     def refusals(self) -> list[str]:
         """Programs that are known to refuse this export, with rule and remedy."""
-        return known_refusals(self.weights.model, self.target, self.weights.tokenizer.kind)
+        return [str(found) for found in known_refusals(self.weights.model, self.target, self.weights.tokenizer.kind)]
 
 
 def write_export(plan: ExportPlan, folder: Path) -> None:
@@ -263,6 +263,18 @@ def _facts(plan: ExportPlan, config: ModelConfig) -> list[tuple[str, str]]:
         ("Trained at", f"{plan.max_position_embeddings} tokens a row"),
         ("From", f"`{plan.weights.origin}`"),
     ]
-    if plan.weights.step is not None:
-        facts.append(("Training", f"{plan.weights.step:,} steps, {plan.weights.tokens:,} tokens"))
+    return [*facts, *_training_record(plan.weights)]
+
+
+def _training_record(weights: Weights) -> list[tuple[str, str]]:
+    """Rows of the model card's table on the run that made the model; none for an import."""
+    run = weights.run
+    if run is None:
+        return []
+    facts = [("Training", f"{weights.step:,} steps, {weights.tokens:,} tokens, {run.train.precision}")]
+    facts.append(("Text", ", ".join(source.name for source in run.data.sources)))
+    rate = f"AdamW, peak rate {run.optimizer.learning_rate:g}, schedule {run.schedule.kind}"
+    facts.append(("Optimizer", f"{rate}, {run.train.global_batch_size} rows a step"))
+    if weights.validation_loss is not None:
+        facts.append(("Validation loss", f"{weights.validation_loss:.4f} nats a token"))
     return facts

@@ -39,11 +39,13 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_length: int) -> l
     """
     content = tokenizer.to_bytes()
     special = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
+    space_before: dict[str, bool] = {}
     if tokenizer.kind == "sentencepiece":
         model = read_sentencepiece_model(content)
         build_fast_tokenizer(model).save(str(folder / "tokenizer.json"))
         special["unk_token"] = _find_unknown(model)
         texts = {name: model.pieces[index].piece for name, index in special.items() if index is not None}
+        space_before = {"add_prefix_space": model.normalizer_spec.add_dummy_prefix}
         original = MODEL_FILE
     else:
         plain = without_added_tokens(content)
@@ -55,6 +57,10 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_length: int) -> l
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": max_length,
         "clean_up_tokenization_spaces": False,
+        # llama.cpp adds a begin token and a space to texts where the file does not say otherwise.
+        "add_bos_token": False,
+        "add_eos_token": False,
+        **space_before,
         **texts,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")

