@@ -61,9 +61,9 @@ def test_a_task_without_data_is_told_and_training_goes_on(data: DataConfig, fold
     assert not [line for line in read_metrics(tmp_path / "run") if "tasks" in line]
 
 
-def test_an_unknown_task_is_refused_before_training(data: DataConfig, folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="knows no task neverheard"):
-        train(tiny_config(data, tmp_path / "run", **with_tasks(folder, tasks=("neverheard",))))
+def test_tasks_that_cannot_be_found_are_refused_before_training(data: DataConfig, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is no folder; name one with lm-eval's YAML files"):
+        train(tiny_config(data, tmp_path / "run", **with_tasks(folder / "absent")))
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
