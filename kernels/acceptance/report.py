@@ -54,13 +54,18 @@ def check_lines(operation: str, found: dict[str, Any]) -> Iterator[str]:
     for trial in found["trials"]:
         worst = trial["tensors"][0] if trial["tensors"] else None
         numbers = (
-            f"{worst['name']} off {worst['error']:.2g}, torch {worst['torch_error']:.2g}, bound {worst['bound']:.2g}"
+            f"{worst['name']} off {_shown(worst['error'])}, torch {_shown(worst['torch_error'])}, bound {worst['bound']:.2g}"
             if worst
             else "no numbers"
         )
         verdict = "FAULT" if trial["faults"] else "right"
         yield f"  {verdict}  {operation}: {trial['trial']} ({trial['seconds']:.1f} s): {numbers}"
         yield from (f"         {fault}" for fault in trial["faults"])
+
+
+def _shown(error: float | None) -> str:
+    """An error with two digits; None is one that is not finite."""
+    return "not finite" if error is None else f"{error:.2g}"
 
 
 def time_lines(found: dict[str, Any]) -> Iterator[str]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from kernels.launch_failure import describe_launch_failure
 from kernels.proof.cases.case import CardSizes, Compute, Inputs, Problem
 from kernels.proof.check import REFUSALS
-from kernels.proof.verdict import TensorVerdict, judge, narrowest
+from kernels.proof.verdict import TensorVerdict, finite, judge, narrowest
 
 FLOPS_A_SECOND, BYTES_A_SECOND = 800e12, 3.0e12
 PASSES = ("forward", "backward", "both")
@@ -70,7 +70,7 @@ def time_variants(name: str, problem: Problem, variants: Mapping[str, Compute], 
                     "milliseconds": times[place],
                     "roofline_fraction": _fraction(problem, which, times[place]),
                     "ratio": None if our_times is None or variant == "triton" else times[place] / our_times[place],
-                    "relative_error": verdict.error,
+                    "relative_error": finite(verdict.error),
                     "worst_tensor": verdict.name,
                 }
             )

@@ -34,7 +34,7 @@ class TrialResult:
 
     def as_json(self) -> dict[str, Any]:
         """The result as JSON has it."""
-        return asdict(self)
+        return asdict(self) | {"tensors": [tensor.as_json() for tensor in self.tensors]}
 
 
 def check_trial(sized: Sized, device: torch.device, dtype: torch.dtype, *, compiled: bool = False) -> TrialResult:

@@ -7,6 +7,7 @@ one wrong gradient pass.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -32,6 +33,15 @@ class TensorVerdict:
     def share(self) -> float:
         """The error as a share of its bound: above 1 the tensor is wrong."""
         return self.error / self.bound
+
+    def as_json(self) -> dict[str, str | float | None]:
+        """The verdict as JSON has it: an error that is not finite is null."""
+        return {
+            "name": self.name,
+            "error": finite(self.error),
+            "torch_error": finite(self.torch_error),
+            "bound": self.bound,
+        }
 
     @property
     def holds(self) -> bool:
@@ -66,6 +76,11 @@ def judge(
 def narrowest(tensors: Iterable[Tensor]) -> torch.dtype:
     """The narrowest dtype of an operation's inputs: what its rounding is judged by."""
     return min((tensor.dtype for tensor in tensors), key=lambda dtype: dtype.itemsize)
+
+
+def finite(value: float) -> float | None:
+    """The value; None for NaN and infinity, which JSON does not have."""
+    return value if math.isfinite(value) else None
 
 
 def relative_error(value: Tensor, exact: Tensor) -> float:

@@ -24,6 +24,7 @@ def test_values_that_are_not_finite_come_first_and_fail(value: float) -> None:
     wrong = NEAR | {"y": NEAR["y"].clone().index_fill_(0, torch.tensor([3]), value)}
     verdicts = judge(wrong, NEAR, EXACT, torch.bfloat16)
     assert verdicts[0].name == "y" and not verdicts[0].holds
+    assert verdicts[0].as_json()["error"] is None
 
 
 def test_a_bound_follows_pytorch_where_that_is_far_off_and_never_falls_below_rounding() -> None:
