@@ -1,4 +1,4 @@
-"""Mutated files give one message: no traceback, no hang over 5 s, no allocation over 1 GiB."""
+"""Mutated files give one message: no traceback, no more than 5 s of work, no allocation over 1 GiB."""
 
 from __future__ import annotations
 
