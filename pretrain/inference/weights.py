@@ -24,6 +24,7 @@ from data_pipeline.foreign_files import inside, read_object, take
 from data_pipeline.progress import Report, silent
 from data_pipeline.synthetic.rows import NO_TOKENIZER
 from data_pipeline.tokenizer.tokenizer import Tokenizer, load_tokenizer, read_tokenizer_file
+from model.config.checks import check_model
 from model.config.mixer_registry import mixer_specs
 from model.config.pattern import SECTIONS
 from model.config.schema import ModelConfig
@@ -168,6 +169,10 @@ def _read_weights_folder(folder: Path) -> Weights:
         model = ModelConfig.model_validate(description.get("model"))
     except ValidationError as error:
         raise ValueError(f"{file} holds a model that this version does not know: {error}") from error
+    try:
+        check_model(model)
+    except ValueError as error:
+        raise ValueError(f"{file} holds a model that cannot be built: {error}; import the model again") from error
     state = read_tensors(folder / TENSORS)
     check_shapes(model, state, str(folder))
     tokenizer = read_tokenizer_file(tokenizer_file, take(tokenizer_record, "eos_id", int, file))

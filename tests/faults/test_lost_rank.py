@@ -87,7 +87,10 @@ def check(place: Path, results: dict[str, Any], num_ranks: int) -> None:
             assert "is lost (last seen at step" in said[rank]
         failed = [event["error"] for event in events if event["event"] == "failed"]
         assert len(failed) == 1 and f"rank {VICTIM} on " in failed[0]
-        assert left == [f"step-{SAVED:08d}"] and broken == []
+        # A checkpoint that is written in the background may stand only after the step that ends at the next one.
+        saved = [f"step-{step:08d}" for step in (2 * SAVED, SAVED)]
+        assert left == saved[1:] or (fault == die_in_step.__name__ and left == saved), (fault, left)
+        assert broken == []
         assert [event["resumed_from"] for event in events if event["event"] == "start"] == [None, left[0]]
         assert {line["step"]: line["loss"] for line in read_metrics(place / fault)} == losses
         difference = diff_checkpoints(place / "straight" / last, place / fault / last)
