@@ -15,6 +15,7 @@ from pretrain.monitor.display import Display
 from pretrain.monitor.environment import Peak
 from pretrain.monitor.heartbeat import Heartbeat
 from pretrain.monitor.metrics import RunLog
+from pretrain.monitor.ownership import Ownership
 from pretrain.monitor.profile import StepProfiler
 from pretrain.monitor.signals import SignalWatch
 from pretrain.monitor.stragglers import StepTimes
@@ -53,8 +54,8 @@ class Run:
     stages: all training stages; stage: the one the model is set to. layout: what ranks, model and engine were built by.
     loader: this rank's micro-batches of training text; validations: of held-out text, by length of rows. pipeline: runs the
     schedule where the model is cut over ranks. peak: the device's arithmetic, for MFU. profiler: traces the steps that
-    `train.profile` names. lock, log, display: on the main rank alone. saved_step: of the newest checkpoint that was begun,
-    None after a rollback. validation_metrics: what the newest validation adds to its step's line. collapsed_blocks: MoE
+    `train.profile` names. lock, owner, log, display: on the main rank alone. saved_step: of the newest checkpoint that was
+    begun, None after a rollback. validation_metrics: what the newest validation adds to its step's line. collapsed_blocks: MoE
     blocks whose collapse was reported. tasks: of lm-eval, on the main rank alone; task_values: what they gave after step
     `tasks_step`.
     """
@@ -75,6 +76,7 @@ class Run:
     pipeline: Pipeline | None = None
     stragglers: StepTimes = field(default_factory=StepTimes)
     lock: IO[bytes] | None = None
+    owner: Ownership | None = None
     keeps_freed_memory: bool = False
     log: RunLog | None = None
     display: Display | None = None

@@ -47,6 +47,7 @@ from pretrain.monitor.environment import find_peak, record_environment
 from pretrain.monitor.experts import describe_unbalanced
 from pretrain.monitor.heartbeat import Heartbeat
 from pretrain.monitor.metrics import RunLog, check_plot_services
+from pretrain.monitor.ownership import Ownership, require_silence
 from pretrain.monitor.panel import plural
 from pretrain.monitor.profile import StepProfiler
 from pretrain.monitor.signals import SignalWatch
@@ -102,6 +103,8 @@ def start_run(config: RunConfig, signals: SignalWatch, report: Report = silent) 
     run.stage = last_stage(stages, run.progress.step)
     run.model.set_rope(run.stage.rope)
     if run.parallel.is_main:
+        run.owner = Ownership.take(run.directory)
+        run.heartbeat.fence = run.saver.fence = run.owner.check
         open_log(run, loaded)
     run.heartbeat.start()
     return run
@@ -157,7 +160,8 @@ def build_run(
 def lock_directory(directory: Path) -> IO[bytes]:
     """Create the run directory and lock it: two runs that write to one directory destroy each other's checkpoints.
 
-    The lock ends with the process, however it ends. Raises RuntimeError when another process holds it.
+    The lock ends with the process, however it ends. Raises RuntimeError when another process holds it, or ranks of another
+    host, which may not see the lock, train here.
     """
     directory.mkdir(parents=True, exist_ok=True)
     lock = take_lock(directory / "lock", wait=False)
@@ -165,6 +169,7 @@ def lock_directory(directory: Path) -> IO[bytes]:
         raise RuntimeError(
             f"another process trains in {directory}; wait for it, end it, or give this run another run.dir"
         )
+    require_silence(directory)
     return lock
 
 

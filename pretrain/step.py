@@ -39,7 +39,8 @@ class StepResult:
     expert_counts: token choices by expert, for each MoE block. grad_norm: before clipping. applied: whether the weights
     moved. signal: number of the signal that asks some rank to stop, 0 for none. is_saving: whether some rank still writes a
     checkpoint. busy_seconds: time in which this rank read data and computed, without waiting for others. anomaly: what went
-    wrong, if anything; skip: what is known about a step that was not applied.
+    wrong, if anything; skip: what is known about a step that was not applied. damaged_samples: of the whole run, read as
+    rows without labels (`data.on_corruption: quarantine`).
     """
 
     loss: float
@@ -56,6 +57,7 @@ class StepResult:
     busy_seconds: float
     anomaly: StepAnomaly | None = None
     skip: dict[str, Any] | None = None
+    damaged_samples: int = 0
 
 
 @dataclass
@@ -116,6 +118,7 @@ def train_step(run: Run) -> StepResult:
     # Waiting for other ranks is no work of this one: stragglers are found by busy time alone.
     read = time.perf_counter()
     valid_tokens = max(1, count_valid_tokens(batches, run.parallel))
+    damaged_samples = count_damaged_samples(run)
     waited_seconds = time.perf_counter() - read
     sums = empty_sums(run.config.model, run.parallel.device)
     losses: list[Tensor] = []
@@ -169,6 +172,7 @@ def train_step(run: Run) -> StepResult:
         busy_seconds=busy_seconds,
         anomaly=anomaly,
         skip=skip,
+        damaged_samples=damaged_samples,
     )
 
 
@@ -232,3 +236,12 @@ def count_valid_tokens(batches: Sequence[Batch], parallel: Parallel) -> int:
     """Count the labels that are not masked, over all micro-batches of all data ranks. Every rank must call this."""
     own = sum(int(batch.loss_mask_BT.sum()) for batch in batches)
     return int(parallel.sum_over_data(torch.tensor(own, dtype=torch.int64, device=parallel.device)))
+
+
+def count_damaged_samples(run: Run) -> int:
+    """Count the samples that the run has read as rows without labels, over all data ranks. Every rank must call this."""
+    if run.config.data.on_corruption != "quarantine":
+        return 0
+    before = run.loader.num_quarantined_at_load  # of all ranks: a checkpoint joins them
+    new = torch.tensor(len(run.loader.quarantined) - before, dtype=torch.int64, device=run.parallel.device)
+    return before + int(run.parallel.sum_over_data(new))

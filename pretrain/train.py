@@ -196,7 +196,8 @@ def describe_step(run: Run, result: StepResult) -> dict[str, Any]:
     """Build the step's line of metrics.jsonl; NaN and infinities become null, because JSON has no word for them.
 
     `mfu`: model FLOPs, without those of recomputation, over the peak of all ranks. `expert_load`: tokens of the fullest
-    expert over the mean, for each MoE block. `memory_bytes`: the main rank's peak so far.
+    expert over the mean, for each MoE block. `memory_bytes`: the main rank's peak so far. `damaged_samples`: of the run so far,
+    where there are any.
     """
     tokens_per_second = result.tokens / result.seconds
     flops = sum(flops_per_token(run.config.model, result.sequence_length).values())
@@ -218,6 +219,8 @@ def describe_step(run: Run, result: StepResult) -> dict[str, Any]:
         "data": describe_data(run.loader.ledger()),
         "skipped": not result.applied,
     }
+    if result.damaged_samples:
+        metrics["damaged_samples"] = result.damaged_samples
     if run.progress.validated_step == run.progress.step:
         loss = run.progress.validation_loss
         metrics["validation_loss"] = None if loss is None else finite(loss)

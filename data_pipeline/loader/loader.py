@@ -82,6 +82,7 @@ class PretrainLoader:
         self.store = self.reader.store
         self.global_sample = 0
         self.quarantined: list[CorruptSample] = []
+        self.num_quarantined_at_load = 0
         self._pool = BufferPool()
         self._processes: list[ReadingProcess] = []
         self._requested: deque[tuple[int, ReadingProcess]] = deque()
@@ -155,6 +156,7 @@ class PretrainLoader:
         self._check_past(state, mine, cursor)
         self.global_sample = cursor
         self.quarantined = [CorruptSample(*entry) for entry in state["quarantined"]]
+        self.num_quarantined_at_load = len(self.quarantined)
 
     def _check_past(self, state: dict[str, Any], mine: dict[str, Any], cursor: int) -> None:
         """Compare phases and sources that decided samples before the cursor; what begins later may be new."""

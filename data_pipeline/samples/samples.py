@@ -241,6 +241,7 @@ class SampleReader:
             source = self.source_names.index(place.source)
             try:
                 row = self._read_bin(place, sample, source) if self._bins else self._read_window(place, sample, source)
+                self._check_ids(row, place)
             except DamagedError as error:
                 if self.settings.on_corruption == "raise":
                     raise
@@ -359,6 +360,15 @@ class SampleReader:
         for start, first, size in zip(starts.tolist(), firsts.tolist(), lengths.tolist()):
             tokens[start : start + size] = self.store.read_tokens(place.part, first, first + size)
         return Row(tokens, starts, num_valid, sample, source)
+
+    def _check_ids(self, row: Row, place: SampleLocation) -> None:
+        """Raise DamagedError for a token outside the vocabulary: every checksum may hold, and the embedding has no row."""
+        largest = int(row.tokens.max())
+        if largest >= self.store.vocab_size:
+            raise DamagedError(
+                f"{self.store.location}/{place.part.path} is damaged: row {place.row} of {place.sequence_length} tokens holds "
+                f"token id {largest}, outside the vocabulary of {self.store.vocab_size}; delete the part and prepare again"
+            )
 
     def _is_document_end(self, part: Part, offset: int) -> bool:
         ends = self.store.document_ends(part)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import datetime
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from pathlib import Path
@@ -36,7 +37,7 @@ class BackgroundSaver:
 
     The thread talks to the other ranks over its own gloo group, so that its messages never mix with training's. A save
     that fails raises, on every rank alike, at the next `save` or `wait`. All ranks must make one and call its methods
-    in the same order.
+    in the same order. `fence`: of rank 0, raises RuntimeError when this start may not write any more.
     """
 
     def __init__(self, engine: ZeroEngine, timeout_seconds: float) -> None:
@@ -46,6 +47,7 @@ class BackgroundSaver:
         self.ranks = RankGroup(everyone.rank, everyone.world_size, group)
         self.layout = EngineLayout.of(engine)
         self.writers = assign_writers(self.layout, everyone)
+        self.fence: Callable[[], None] | None = None
         self.pending: Future[SavedCheckpoint] | None = None
         self.memory: dict[str, Tensor] = {}
 
@@ -72,7 +74,9 @@ class BackgroundSaver:
         # A thread for this save alone: while one lives that has used OpenMP, its idle workers count as busy processors
         # and every parallel loop of the training thread waits longer (half the speed, measured on two cores).
         writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self.pending = writer.submit(write_snapshot, checkpoints_dir, own_snapshot, self.ranks, keep_last)
+        self.pending = writer.submit(
+            write_snapshot, checkpoints_dir, own_snapshot, self.ranks, keep_last, fence=self.fence
+        )
         writer.shutdown(wait=False)
         return finished
 

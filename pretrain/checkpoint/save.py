@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,8 +170,18 @@ def take_snapshot(
     return Snapshot(step, tensors, report, manifest, marked=keep_every is not None and step % keep_every == 0)
 
 
-def write_snapshot(checkpoints_dir: Path, snapshot: Snapshot, ranks: RankGroup, keep_last: int) -> SavedCheckpoint:
-    """Write, report, commit and prune (steps 2 to 6). All ranks must call it; raises as `save_checkpoint` says."""
+def write_snapshot(
+    checkpoints_dir: Path,
+    snapshot: Snapshot,
+    ranks: RankGroup,
+    keep_last: int,
+    *,
+    fence: Callable[[], None] | None = None,
+) -> SavedCheckpoint:
+    """Write, report, commit and prune (steps 2 to 6). All ranks must call it; raises as `save_checkpoint` says.
+
+    `fence`: called by rank 0 before it touches the folder and again before the commit; what it raises fails the save.
+    """
     doing = f"checkpoint of step {snapshot.step} in {checkpoints_dir} was not saved"
     needed_bytes = sum(ranks.gather(measure_tensors(snapshot.tensors, snapshot.metadata())))
     problem = RankFailure()
@@ -178,6 +189,8 @@ def write_snapshot(checkpoints_dir: Path, snapshot: Snapshot, ranks: RankGroup, 
     temporary_dir = checkpoints_dir
     if ranks.rank == 0:
         with problem.caught():
+            if fence is not None:
+                fence()
             make_folders(checkpoints_dir)
             remarks += remove_temporary(checkpoints_dir)
             check_free_space(checkpoints_dir, needed_bytes + SPARE_BYTES)
@@ -201,6 +214,8 @@ def write_snapshot(checkpoints_dir: Path, snapshot: Snapshot, ranks: RankGroup, 
                 if snapshot.marked:
                     mark(temporary_dir)
                 sync(temporary_dir)
+                if fence is not None:
+                    fence()
                 saved = commit(temporary_dir, complete_manifest(snapshot.manifest, reports))
                 remarks += [*saved.remarks, *prune(checkpoints_dir, snapshot.step, keep_last)]
         # Still there only after a failure, on any rank; nobody leaves before it is gone, or can't be.

@@ -5,7 +5,8 @@ it. Every rank therefore has a thread that writes a small file, `run.dir/heartbe
 and another that ends the process when the phase has not changed for `launch.heartbeat_seconds`. The launcher then ends
 the attempt and starts the next one from the newest checkpoint. They are two, because storage may hang as well: the one
 that ends the process touches no file before its time is over, and then waits a few seconds at most for what the files of
-the others say. A file that can't be written (full disk, folder removed) is tried again at the next beat.
+the others say. The first of them also asks the fence, if there is one, whether this start has been replaced by another
+(ownership.py), and ends the process then. A file that can't be written (full disk, folder removed) is tried again at the next beat.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class Heartbeat:
     """The threads of one rank, from `start` to `close`. `at` costs an assignment; a thread alone writes files.
 
     `timeout_seconds`: None only writes. What comes before the first step is not watched: collectives time out there.
+    `fence`: raises RuntimeError when this process must not go on; set before `start`.
     """
 
     def __init__(self, run_dir: Path, rank: int, timeout_seconds: float | None) -> None:
@@ -58,6 +60,7 @@ class Heartbeat:
         self.rank, self.timeout_seconds = rank, timeout_seconds
         self.interval = WRITE_SECONDS if timeout_seconds is None else min(WRITE_SECONDS, timeout_seconds / 4)
         self.listener: Callable[[str], None] | None = None  # hears of each phase that is entered
+        self.fence: Callable[[], None] | None = None
         self._place = (0, PHASES[0], time.monotonic())
         self._closed = threading.Event()
         self._writer = threading.Thread(target=self._write_always, name="heartbeat", daemon=True)
@@ -117,7 +120,18 @@ class Heartbeat:
         """Write a beat every interval until `close`; the writer thread."""
         while not self._closed.wait(self.interval):
             with suppress(OSError):  # tried again at the next beat; training itself says what is wrong with the disk
+                self._ask_fence()
                 self._write()
+
+    def _ask_fence(self) -> None:
+        """End the process with its fence's words and HUNG when it may not go on; a collective may hold the main thread."""
+        try:
+            if self.fence is not None:
+                self.fence()
+        except RuntimeError as error:
+            sys.stderr.write(f"amfm: rank {self.rank} on {socket.gethostname()}: {error}\n")
+            sys.stderr.flush()
+            os._exit(HUNG)
 
     def _watch(self) -> None:
         """End the process when the phase has not changed for `timeout_seconds` of being awake; the watchdog thread."""
@@ -191,4 +205,6 @@ def name_laggards(beats: list[Beat], own_rank: int, unseen_seconds: float) -> st
         return "behind the others: " + ", ".join(
             f"rank {beat.rank} on {beat.host} (at step {beat.step}, {beat.phase})" for beat in behind
         )
+    if furthest[1] == PHASES.index("data"):
+        return "all ranks wait for data, so the storage of data.store is the suspect"
     return "all ranks are at the same place, so the network between them is the suspect"

@@ -33,6 +33,7 @@ class Attempt:
     settings: dict[str, Any]
     num_ranks: int
     prepare: Callable[[int], None] | None = None
+    patience_seconds: float = PATIENCE_SECONDS
     pids: list[int] = field(default_factory=list)
 
     def start(self) -> None:
@@ -64,7 +65,7 @@ class Attempt:
 
     def finish(self) -> list[int]:
         """Exit codes (negative: signals) of all ranks, which must come within the patience."""
-        deadline, codes = time.monotonic() + PATIENCE_SECONDS, {}
+        deadline, codes = time.monotonic() + self.patience_seconds, {}
         while len(codes) < len(self.pids):
             assert time.monotonic() < deadline, "a rank outlived the others"
             for pid in self.pids:

@@ -6,9 +6,13 @@
  *   torn=NUMBER          write half of the bytes, then fail at the next call
  *   sleep=SECONDS        answer late
  *   rate=BYTES           let so many bytes a second through (write, pwrite)
- * OPERATION: open read write fsync rename mkdir unlink rmdir truncate, or * for all. PATTERN: as in a shell, over the
+ *   kill                 end the process with SIGKILL before the call
+ *   ignore               say that it was done, and do nothing (flock alone)
+ * OPERATION: open read write fsync rename mkdir unlink rmdir truncate flock, or * for all but flock. PATTERN: as in a shell, over the
  * whole path, where * also matches slashes. The first `after` calls that match pass; with `when` a rule holds while that
  * file exists.
+ *
+ * AMFM_HOST: what gethostname answers.
  *
  * AMFM_RECORD: a file that gets every operation that changes something below AMFM_RECORD_UNDER, in order:
  *   letter, length of path, path, length of second, second, offset, length of data, data (lengths 4 bytes, offset 8).
@@ -18,6 +22,7 @@
 #include <fcntl.h>
 #include <fnmatch.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -25,6 +30,7 @@
 #include <string.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/utsname.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -33,7 +39,7 @@
 struct rule {
     char operation[16], pattern[512], when[512];
     long after, seen;
-    int number, torn, tearing;
+    int number, torn, tearing, kill;
     double seconds, rate;
 };
 
@@ -65,6 +71,8 @@ static void read_rules(void) {
             else if (!strncmp(word, "torn=", 5)) rule.number = atoi(word + 5), rule.torn = 1;
             else if (!strncmp(word, "sleep=", 6)) rule.seconds = atof(word + 6);
             else if (!strncmp(word, "rate=", 5)) rule.rate = atof(word + 5);
+            else if (!strcmp(word, "ignore")) rule.number = -1;
+            else if (!strcmp(word, "kill")) rule.kill = 1;
             else if (place++ == 0) snprintf(rule.operation, sizeof rule.operation, "%s", word);
             else snprintf(rule.pattern, sizeof rule.pattern, "%s", word);
         }
@@ -104,6 +112,7 @@ static int judge(const char *operation, const char *path, size_t *bytes) {
         if (fnmatch(rule->pattern, path, 0)) continue;
         if (rule->when[0] && syscall(SYS_faccessat, AT_FDCWD, rule->when, F_OK)) continue;
         if (__sync_fetch_and_add(&rule->seen, 1) < rule->after) continue;
+        if (rule->kill) kill(getpid(), SIGKILL);
         double seconds = rule->seconds + (rule->rate && bytes ? *bytes / rule->rate : 0);
         if (seconds > 0) {
             struct timespec wait = {(time_t)seconds, (long)((seconds - (long)seconds) * 1e9)};
@@ -272,3 +281,21 @@ static int remove_any(int folder, const char *path, int flags) {
 int unlink(const char *path) { return remove_any(AT_FDCWD, path, 0); }
 int rmdir(const char *path) { return remove_any(AT_FDCWD, path, AT_REMOVEDIR); }
 int unlinkat(int folder, const char *path, int flags) { return remove_any(folder, path, flags); }
+
+/* A file system that keeps locks on one host: the lock of another host is not seen. */
+int flock(int fd, int operation) {
+    char path[4096];
+    path_of(fd, path);
+    for (int index = 0; index < num_rules; index++)
+        if (rules[index].number == -1 && !strcmp(rules[index].operation, "flock") && !fnmatch(rules[index].pattern, path, 0))
+            return 0;
+    return (int)syscall(SYS_flock, fd, operation);
+}
+
+int gethostname(char *name, size_t size) {
+    const char *given = getenv("AMFM_HOST");
+    if (given) return snprintf(name, size, "%s", given), 0;
+    struct utsname facts;
+    if (uname(&facts)) return -1;
+    return snprintf(name, size, "%s", facts.nodename), 0;
+}

@@ -1,4 +1,8 @@
-"""The library of disk.c, built once, and the variables that put it in front of a process."""
+"""The library of disk.c, a disk that misbehaves on order: built once a machine, and the variables that bring it in.
+
+It stands in front of the C library of a real process (LD_PRELOAD), so Python, safetensors and everything else meet its
+errors where they would meet those of a disk.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +30,13 @@ def build_library() -> Path:
     if compiler is None or not sys.platform.startswith("linux"):
         pytest.skip("NOT TESTED: faults of storage need Linux and a C compiler (cc or gcc)")
     digest = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
-    library = Path(tempfile.gettempdir(), f"amfm-disk-{digest}-{os.getuid()}.so")
+    # A folder that others may write to would let them plant a library.
+    folder = Path(tempfile.gettempdir(), f"amfm-disk-{os.getuid()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    facts = folder.lstat()
+    if facts.st_uid != os.getuid() or facts.st_mode & 0o077 or folder.is_symlink():
+        raise RuntimeError(f"{folder} belongs to somebody else, or others may write to it; remove it")
+    library = folder / f"{digest}.so"
     if not library.exists():
         made = library.with_suffix(f".{os.getpid()}")
         subprocess.run(
@@ -37,8 +47,8 @@ def build_library() -> Path:
 
 
 def fault(operation: str, pattern: str, error: str, *, after: int = 0, when: Path | None = None) -> str:
-    """A rule by the name of an error (ESTALE), or an effect in the words of disk.c (sleep=3)."""
-    effect = error if "=" in error else f"errno={getattr(errno, error)}"
+    """Write a rule by the name of an error (ESTALE), or an effect in the words of disk.c (sleep=3, ignore)."""
+    effect = f"errno={getattr(errno, error)}" if error.isupper() else error
     return f"{operation} {pattern} after={after} {f'when={when} ' if when else ''}{effect}"
 
 

@@ -93,3 +93,24 @@ def test_slow_storage_and_folders_that_refuse_fsync_change_nothing(tmp_path: Pat
         assert results[name] == {"codes": [0], "said": [""]}, (name, results[name])
         assert [line["loss"] for line in read_metrics(tmp_path / name)] == losses
         assert len([event for event in read_events(tmp_path / name) if event["event"] == "checkpoint"]) == 4
+
+
+@pytest.mark.slow
+def test_storage_that_hangs_under_the_loader_is_named_and_the_run_goes_on_after_it(tmp_path: Path) -> None:
+    """Reads of the token store hang for good at some step; the watchdog ends the rank, and a new start finds all well."""
+    settings = {**SETTINGS, "train__steps": 8, "launch__heartbeat_seconds": 8}
+    rules = [fault("read", "*/store/parts/*", "sleep=1000", after=24, when=tmp_path / "hung.on")]
+    runs = {
+        name: {"run": run, "settings": settings, "ranks": 1}
+        for name, run in (("straight", "straight"), ("hung", "run"), ("again", "run"))
+    }
+    jobs = {"data": tiny_data(tmp_path / "data").model_dump(mode="json"), "runs": runs}
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    child = [sys.executable, "-m", "tests.faults.storage_child", str(tmp_path)]
+    done = subprocess.run(child, env=with_faults(rules), check=True, timeout=250, stderr=subprocess.PIPE, text=True)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [results[name]["codes"] for name in runs] == [[0], [RUN_FAILED], [0]]
+    assert "amfm: rank 0 on " in done.stderr and "no progress for " in done.stderr
+    assert ", data; all ranks wait for data, so the storage of data.store is the suspect" in done.stderr
+    losses = [[line["loss"] for line in read_metrics(tmp_path / name)] for name in ("straight", "run")]
+    assert losses[0] == losses[1] and len(losses[0]) == settings["train__steps"]

@@ -1,0 +1,14 @@
+"""What several tests of this folder start from."""
+
+from __future__ import annotations
+
+import pytest
+
+from data_pipeline.config import DataConfig
+from tests.pretrain.tiny_run import tiny_data
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
+    """One small store for the whole session; nothing writes to it."""
+    return tiny_data(tmp_path_factory.mktemp("data"))

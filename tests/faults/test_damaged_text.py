@@ -1,0 +1,52 @@
+"""A token outside the vocabulary under sound checksums: named, or skipped and counted in metrics.jsonl."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_pipeline.config import DataConfig
+from data_pipeline.store.part_writer import write_part
+from data_pipeline.store.store import TokenStore
+from pretrain.train import train
+from tests.pretrain.tiny_run import read_metrics, tiny_config
+
+
+def with_foreign_token(data: DataConfig, folder: Path) -> tuple[DataConfig, str]:
+    """A copy of the store in which some tokens of a part are not in the vocabulary; and the part."""
+    shutil.copytree(data.store, folder)
+    store = TokenStore.open(folder)
+    part = store.parts("source0", "train")[0]
+    tokens = store.read_tokens(part, 0, part.num_tokens).copy()
+    ends = store.document_ends(part).astype(np.uint64)
+    tokens[100::400] = store.vocab_size + 7
+    written = write_part(
+        folder, part.path, tokens, ends, text_bytes=part.text_bytes, layout=store.layout, attributes={}
+    )
+    assert written.token_shards == part.token_shards, "nothing but the content tells"
+    return data.model_copy(update={"store": str(folder)}), part.path
+
+
+def test_a_token_outside_the_vocabulary_ends_the_run_and_names_part_row_and_token(
+    data: DataConfig, tmp_path: Path
+) -> None:
+    damaged, part = with_foreign_token(data, tmp_path / "store")
+    with pytest.raises(
+        RuntimeError, match=rf"{part} is damaged: row \d+ of 48 tokens holds token id \d+, outside the voc"
+    ):
+        train(tiny_config(damaged, tmp_path / "run", train__steps=40))
+
+
+def test_skipped_samples_are_counted_in_metrics_also_across_a_resume(data: DataConfig, tmp_path: Path) -> None:
+    damaged, _ = with_foreign_token(data, tmp_path / "store")
+    damaged = damaged.model_copy(update={"on_corruption": "quarantine"})
+    counts = []
+    for name, stops in (("straight", [12]), ("resumed", [5, 12])):
+        for stop in stops:
+            config = tiny_config(damaged, tmp_path / name, train__steps=12, train__stop_after_steps=stop)
+            assert train(config) == 0
+        counts.append([line.get("damaged_samples", 0) for line in read_metrics(tmp_path / name)])
+    assert counts[0] == counts[1] == sorted(counts[0]) and counts[0][-1] > 0
