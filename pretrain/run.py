@@ -11,6 +11,7 @@ from model.hybrid import HybridModel
 from pretrain.checkpoint.background import BackgroundSaver
 from pretrain.config.schema import ParallelConfig, RunConfig
 from pretrain.engine.engine import ZeroEngine
+from pretrain.monitor.corruption import StateWatch
 from pretrain.monitor.display import Display
 from pretrain.monitor.environment import Peak
 from pretrain.monitor.heartbeat import Heartbeat
@@ -54,8 +55,8 @@ class Run:
     stages: all training stages; stage: the one the model is set to. layout: what ranks, model and engine were built by.
     loader: this rank's micro-batches of training text; validations: of held-out text, by length of rows. pipeline: runs the
     schedule where the model is cut over ranks. peak: the device's arithmetic, for MFU. profiler: traces the steps that
-    `train.profile` names. lock, owner, log, display: on the main rank alone. saved_step: of the newest checkpoint that was
-    begun, None after a rollback. validation_metrics: what the newest validation adds to its step's line. collapsed_blocks: MoE
+    `train.profile` names. state_watch: None where nobody looks for silent corruption. lock, owner, log, display: on the main
+    rank alone. saved_step: of the newest checkpoint that was begun, None after a rollback. validation_metrics: what the newest validation adds to its step's line. collapsed_blocks: MoE
     blocks whose collapse was reported. tasks: of lm-eval, on the main rank alone; task_values: what they gave after step
     `tasks_step`.
     """
@@ -73,6 +74,7 @@ class Run:
     signals: SignalWatch
     heartbeat: Heartbeat
     profiler: StepProfiler
+    state_watch: StateWatch | None = None
     pipeline: Pipeline | None = None
     stragglers: StepTimes = field(default_factory=StepTimes)
     lock: IO[bytes] | None = None

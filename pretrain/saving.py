@@ -41,6 +41,8 @@ def restore_newest_weights(run: Run) -> int | None:
     """
     finish_saving(run)
     run.engine.wait_for_weights()
+    if run.state_watch is not None:
+        run.state_watch.forget()
     loaded = load_newest(run.directory / "checkpoints", run.saver.layout, config=run.config, identities=run.identities)
     if loaded is None:
         return None
@@ -60,6 +62,8 @@ def save(run: Run) -> None:
     if run.saved_step == run.progress.step:
         return
     run.heartbeat.at(run.progress.step, "save")
+    if run.state_watch is not None:
+        run.state_watch.examine(run.progress.step)
     if run.log is not None:
         run.log.sync()
     loader_state = run.loader.state_dict()

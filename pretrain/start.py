@@ -42,6 +42,7 @@ from pretrain.identity import describe_start, require_same_on_all_ranks
 from pretrain.inference.weights import load_initial_weights
 from pretrain.launcher_protocol import RESTART_CAUSE, TORCHRUN_RESTARTS
 from pretrain.measure_tasks import open_tasks
+from pretrain.monitor.corruption import StateWatch
 from pretrain.monitor.display import Display
 from pretrain.monitor.environment import find_peak, record_environment
 from pretrain.monitor.experts import describe_unbalanced
@@ -137,11 +138,13 @@ def build_run(
         offload_optimizer=built.parallel.offload_optimizer,
     )
     heartbeat = Heartbeat(Path(config.run.dir), parallel.rank, config.launch.heartbeat_seconds)
+    saver = BackgroundSaver(engine, config.train.timeout_seconds)
+    watches = config.health.check_state_every_steps is not None
     return Run(
         config=config,
         parallel=parallel,
         engine=engine,
-        saver=BackgroundSaver(engine, config.train.timeout_seconds),
+        saver=saver,
         loader=loader,
         validations=open_validations(config, data, parallel, stages),
         peak=find_peak(parallel, config.train.precision),
@@ -151,6 +154,7 @@ def build_run(
         signals=signals,
         heartbeat=heartbeat,
         profiler=StepProfiler(train.profile, Path(config.run.dir), parallel.rank, engine.module, heartbeat),
+        state_watch=StateWatch(saver.layout, parallel) if watches else None,
         pipeline=build_pipeline(built, parallel, engine),
         keeps_freed_memory=keeps_freed_memory,
         tasks=tasks,

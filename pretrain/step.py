@@ -125,7 +125,11 @@ def train_step(run: Run) -> StepResult:
     engine.module.train()
     with engine.accumulate(len(batches)):
         micro_batches = [move_batch(batch, run.parallel) for batch in batches]
-        for output in forward_backward(run, micro_batches, LossShare(valid_tokens, num_micro_batches)):
+        share = LossShare(valid_tokens, num_micro_batches)
+        every = run.config.health.check_state_every_steps
+        if run.state_watch is not None and every is not None and (progress.step + 1) % every == 0:
+            run.state_watch.examine_recomputed(lambda: run_apart(run, micro_batches, share), progress.step + 1)
+        for output in forward_backward(run, micro_batches, share):
             sums.add(output)
             if output.loss is not None:
                 losses.append(output.loss.total.detach() / valid_tokens)
@@ -137,6 +141,8 @@ def train_step(run: Run) -> StepResult:
         anomaly = judge_loss(loss, progress.recent_losses, run.config.health)
         if anomaly is not None and run.config.health.on_spike == "skip":
             engine.skip_next_step()
+    if run.state_watch is not None:
+        run.state_watch.examine_rest(progress.step + 1)
     rate = stage.rate(progress.step + 1)
     run.heartbeat.at(progress.step + 1, "optimizer")
     outcome = engine.step(rate)
@@ -214,6 +220,30 @@ def forward_backward(run: Run, micro_batches: Sequence[MicroBatch], share: LossS
         assert loss is not None, "a batch has labels"
         run.engine.backward(loss)
         yield output
+
+
+def run_apart(run: Run, micro_batches: Sequence[MicroBatch], share: LossShare) -> dict[str, Tensor]:
+    """Run the first micro-batch without a trace in the engine, and return its sums and gradients by name.
+
+    With a pipeline or ZeRO 3, which own the backward pass, it is the forward pass alone; a pipeline runs all of them.
+    """
+    if run.pipeline is not None or run.engine.zero_stage == 3:
+        run.engine.module.eval()  # or ZeRO 3 takes it for the order of a step
+        outputs = list(forward_only(run, micro_batches if run.pipeline is not None else micro_batches[:1]))
+        run.engine.module.train()
+        gradients = {}
+    else:
+        output = forward_micro_batch(run, micro_batches[0])
+        loss = share.of(output)
+        assert loss is not None, "a batch has labels"
+        named = dict(run.engine.module.named_parameters())
+        found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+        outputs, gradients = (
+            [output],
+            {f"gradient of {name}": value for name, value in zip(named, found) if value is not None},
+        )
+    losses = {f"loss {index}": output.loss.nll_sum for index, output in enumerate(outputs) if output.loss is not None}
+    return losses | gradients
 
 
 @torch.no_grad()

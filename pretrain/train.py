@@ -93,6 +93,8 @@ def run_steps(run: Run) -> int:
         with run.profiler.trace(run.progress.step + 1):
             result = train_step(run)
         step = run.progress.step
+        if run.state_watch is not None and is_due(step, run.config.health.check_state_every_steps):
+            run.state_watch.examine(step)
         if is_due(step, train.validate_every_steps) or step == steps:
             measure_validation(run)
         if run.config.evaluate.tasks and (is_due(step, run.config.evaluate.every_steps) or step == steps):

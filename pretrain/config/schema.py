@@ -237,6 +237,11 @@ class HealthConfig(Section):
     straggler_percent: float | None = Field(
         25.0, gt=0, description="Name ranks that compute so much longer than the median, every 20 steps; none: never."
     )
+    check_state_every_steps: int | None = Field(
+        None,
+        gt=0,
+        description="Look for silent corruption each so many steps and before each save: state that changed at rest, copies that differ, a micro-batch that gives other bits when run again. The run ends (code 3) and names the rank; none: never.",
+    )
 
 
 class KernelsConfig(Section):

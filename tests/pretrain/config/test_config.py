@@ -102,6 +102,7 @@ parallel.tensor parallel.sequence_parallel parallel.expert parallel.expert_tenso
 parallel.schedule parallel.virtual_stages parallel.zero_stage parallel.offload_optimizer
 health.on_nonfinite health.on_spike health.spike_ratio health.spike_window health.max_rollbacks
 health.straggler_percent
+health.check_state_every_steps
 kernels.backend
 export.target
 evaluate.tasks evaluate.include_path evaluate.every_steps evaluate.limit evaluate.num_fewshot evaluate.micro_batch_size
