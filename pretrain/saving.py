@@ -6,7 +6,7 @@ A checkpoint (checkpoint/save.py) holds what the engine has, and as its state th
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from data_pipeline.progress import Report, silent
 from pretrain.checkpoint.commit import SavedCheckpoint
@@ -17,8 +17,13 @@ from pretrain.run import Progress, Run
 def resume(run: Run, report: Report = silent) -> LoadedCheckpoint | None:
     """Restore engine, progress and data from the newest checkpoint that verifies; None when there is none.
 
-    Every rank must call this. Raises as `load_newest` does.
+    What the run directory lacks is first fetched from `train.checkpoint_store`, if there is one. Every rank must call this.
+    Raises as `load_newest` does.
     """
+    passed_over: list[str] = []
+    if run.saver.remote is not None:
+        report("looking for checkpoints in the store")
+        passed_over = run.saver.remote.pull_newer(run.directory / "checkpoints", run.saver.ranks)
     loaded = load_newest(
         run.directory / "checkpoints",
         run.saver.layout,
@@ -27,6 +32,7 @@ def resume(run: Run, report: Report = silent) -> LoadedCheckpoint | None:
         report=report,
     )
     if loaded is not None:
+        loaded = replace(loaded, skipped=(*passed_over, *loaded.skipped))
         run.loader.load_state_dict(loaded.state["loader"])
         run.progress = Progress(**loaded.state["progress"])
         run.saved_step = loaded.step

@@ -33,6 +33,7 @@ from model.pipeline_split import cut_pieces, pieces_of_rank
 from pretrain.checkpoint.background import BackgroundSaver
 from pretrain.checkpoint.load import LoadedCheckpoint
 from pretrain.checkpoint.names import list_checkpoints, newest_saved_step
+from pretrain.checkpoint.remote import RemoteCheckpoints
 from pretrain.checks.check_run import check_run
 from pretrain.checks.mixers import check_kernels
 from pretrain.config.file import resolved_yaml, without_secrets
@@ -139,6 +140,8 @@ def build_run(
     )
     heartbeat = Heartbeat(Path(config.run.dir), parallel.rank, config.launch.heartbeat_seconds)
     saver = BackgroundSaver(engine, config.train.timeout_seconds)
+    if train.checkpoint_store is not None:
+        saver.remote = RemoteCheckpoints(train.checkpoint_store)
     watches = config.health.check_state_every_steps is not None
     return Run(
         config=config,

@@ -1,4 +1,4 @@
-"""Folders behind a URL (s3://, gs://, az://): listing, whole objects and ranges, with errors that say what to do.
+"""Folders behind a URL (s3://, gs://, az://): listing, reading and writing of objects, with errors that say what to do.
 
 Credentials, region and endpoint come from where the provider's own tools take them (AWS_ENDPOINT_URL and the like).
 """
@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from data_pipeline.naming import named
+
 SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "abfss")
+PART_BYTES = 16 * 2**20  # a larger object is sent in parts of this size, so many at a time
+PARTS_AT_A_TIME = 4
 STREAM_BYTES = 2 * 2**20  # one request of a file that is read from one end to the other
 
 
@@ -74,8 +79,32 @@ class RemoteFolder:
         """Open an object as a file that is read in ranges of 2 MiB."""
         return io.BufferedReader(_Stream(self, name), STREAM_BYTES)
 
+    def write(self, name: str, content: bytes) -> None:
+        """Write a small object, in one request: readers see the old one or the new one."""
+        with self._explained(name, "written") as (library, client):
+            library.put(client, name, content)
+
+    def write_file(self, name: str, path: Path) -> None:
+        """Write an object from a file, in parts where it is large; it appears as a whole. Checks the size that arrived."""
+        with named(path):
+            file = path.open("rb")
+        with file, self._explained(name, "written") as (library, client):
+            library.put(client, name, file, chunk_size=PART_BYTES, max_concurrency=PARTS_AT_A_TIME)
+            sent = os.fstat(file.fileno()).st_size
+        arrived = self.look_up(name).num_bytes
+        if arrived != sent:
+            raise RuntimeError(
+                f"{self.url}/{name} has {arrived} bytes, {sent} were sent; run the same command to go on"
+            )
+
+    def delete(self, names: Sequence[str]) -> None:
+        """Delete objects, as far as they are there."""
+        for name in names:
+            with suppress(FileNotFoundError), self._explained(name, "deleted") as (library, client):
+                library.delete(client, name)
+
     @contextmanager
-    def _explained(self, name: str) -> Iterator[tuple[Any, Any]]:
+    def _explained(self, name: str, what: str = "read") -> Iterator[tuple[Any, Any]]:
         """Give the library and a client, and turn their errors into those of this class, with what to do."""
         import obstore  # here: a store on a disk never needs it
         from obstore.exceptions import BaseError
@@ -91,7 +120,7 @@ class RemoteFolder:
         except (BaseError, OSError) as error:
             reason = str(error).split("\n")[0]
             raise RuntimeError(
-                f"{self.url}/{name} can't be read: {reason}; check the network, the credentials and the endpoint, "
+                f"{self.url}/{name} can't be {what}: {reason}; check the network, the credentials and the endpoint, "
                 "and run the same command to go on"
             ) from error
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pretrain.checkpoint.commit import SavedCheckpoint
 from pretrain.checkpoint.engine_layout import EngineLayout
+from pretrain.checkpoint.remote import RemoteCheckpoints
 from pretrain.checkpoint.save import Snapshot, ranks_of, take_snapshot, write_snapshot
 from pretrain.checkpoint.writers import assign_writers
 from pretrain.config.schema import RunConfig
@@ -37,7 +38,8 @@ class BackgroundSaver:
 
     The thread talks to the other ranks over its own gloo group, so that its messages never mix with training's. A save
     that fails raises, on every rank alike, at the next `save` or `wait`. All ranks must make one and call its methods
-    in the same order. `fence`: of rank 0, raises RuntimeError when this start may not write any more.
+    in the same order. `fence`: of rank 0, raises RuntimeError when this start may not write any more. `remote`:
+    where copies go, on all ranks or none.
     """
 
     def __init__(self, engine: ZeroEngine, timeout_seconds: float) -> None:
@@ -47,6 +49,7 @@ class BackgroundSaver:
         self.ranks = RankGroup(everyone.rank, everyone.world_size, group)
         self.layout = EngineLayout.of(engine)
         self.writers = assign_writers(self.layout, everyone)
+        self.remote: RemoteCheckpoints | None = None
         self.fence: Callable[[], None] | None = None
         self.pending: Future[SavedCheckpoint] | None = None
         self.memory: dict[str, Tensor] = {}
@@ -75,7 +78,7 @@ class BackgroundSaver:
         # and every parallel loop of the training thread waits longer (half the speed, measured on two cores).
         writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self.pending = writer.submit(
-            write_snapshot, checkpoints_dir, own_snapshot, self.ranks, keep_last, fence=self.fence
+            write_snapshot, checkpoints_dir, own_snapshot, self.ranks, keep_last, fence=self.fence, remote=self.remote
         )
         writer.shutdown(wait=False)
         return finished

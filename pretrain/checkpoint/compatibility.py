@@ -38,6 +38,7 @@ MAY_CHANGE = (
     "train.checkpoint_every_steps",
     "train.checkpoint_in_background",
     "train.keep_last",
+    "train.checkpoint_store",
     "train.keep_every_steps",
     "train.precision",
     "train.validate_every_steps",

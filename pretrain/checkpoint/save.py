@@ -53,6 +53,7 @@ from pretrain.checkpoint.manifest import RankReport, complete_manifest, describe
 from pretrain.checkpoint.names import checkpoint_name
 from pretrain.checkpoint.placement import list_axes
 from pretrain.checkpoint.random_state import collect_random_state
+from pretrain.checkpoint.remote import RemoteCheckpoints
 from pretrain.checkpoint.writers import WriterAssignment, assign_writers
 from pretrain.config.schema import RunConfig
 from pretrain.engine.engine import ZeroEngine
@@ -177,10 +178,12 @@ def write_snapshot(
     keep_last: int,
     *,
     fence: Callable[[], None] | None = None,
+    remote: RemoteCheckpoints | None = None,
 ) -> SavedCheckpoint:
     """Write, report, commit and prune (steps 2 to 6). All ranks must call it; raises as `save_checkpoint` says.
 
     `fence`: called by rank 0 before it touches the folder and again before the commit; what it raises fails the save.
+    `remote`: gets a copy after the commit, on all ranks or none.
     """
     doing = f"checkpoint of step {snapshot.step} in {checkpoints_dir} was not saved"
     needed_bytes = sum(ranks.gather(measure_tensors(snapshot.tensors, snapshot.metadata())))
@@ -221,4 +224,6 @@ def write_snapshot(
         # Still there only after a failure, on any rank; nobody leaves before it is gone, or can't be.
         remarks += try_to_delete(temporary_dir, TEMPORARY_NAME)
     ranks.raise_together(problem.text, doing)
+    if remote is not None:
+        remarks += remote.push(saved.path, ranks, keep_last)
     return dataclasses.replace(saved, remarks=tuple(remarks))

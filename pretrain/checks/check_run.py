@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from data_pipeline.config import CacheConfig
-from data_pipeline.store.object_store import is_url
+from data_pipeline.store.object_store import SCHEMES, is_url
 from model.config.checks import check_model
 from model.huggingface.qwen3_next import unfit_tokenizer
 from model.huggingface.targets import explain_unfit
@@ -197,12 +197,16 @@ def data_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def keeping_problems(config: RunConfig) -> Iterator[Problem]:
-    """Check that checkpoints which are kept for good (`keep_every_steps`) are saved in the first place."""
+    """Check that checkpoints which are kept for good are saved in the first place, and that copies go to a known kind of URL."""
     every, saved = config.train.keep_every_steps, config.train.checkpoint_every_steps
     if every is not None and (saved is None or every % saved):
         rule = f"must be a multiple of train.checkpoint_every_steps={'null' if saved is None else saved}"
         remedy = "set that first" if saved is None else f"use {(every // saved + 1) * saved}"
         yield Problem("train.keep_every_steps", rule, remedy, str(every))
+    store = config.train.checkpoint_store
+    if store is not None and (store.partition("://")[0] not in SCHEMES or not is_url(store)):
+        rule = f"must begin with {', '.join(f'{name}://' for name in SCHEMES)}"
+        yield Problem("train.checkpoint_store", rule, "checkpoints in folders are those of run.dir", store)
 
 
 def schedule_problems(config: RunConfig) -> Iterator[Problem]:

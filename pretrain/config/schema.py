@@ -114,6 +114,10 @@ class TrainConfig(Section):
     keep_last: int = Field(
         3, ge=2, description="Complete checkpoints kept; 2 at least, so that a damaged one has a predecessor."
     )
+    checkpoint_store: str | None = Field(
+        None,
+        description="URL (s3://, gs://, az://) that gets a copy of each checkpoint, keep_last of them; a start takes from there what run.dir does not have. none: run.dir alone.",
+    )
     keep_every_steps: int | None = Field(
         None,
         gt=0,

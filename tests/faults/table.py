@@ -63,6 +63,7 @@ TABLE = (
     Row(33, "mutated files under every reader", "one message", (F + "test_fuzz.py::", D + "test_foreign_files.py::", P + "config/test_yaml_tree.py::")),
     Row(34, "a lock or a deletion through a link; a cache of others", "refused", (D + "test_locks.py::", D + "test_deletion.py::", D + "store/test_node_cache.py::")),
     Row(35, "a flipped bit in memory, in an update, in a computation", "rank named, code 3, nothing of it saved", (P + "monitor/test_corruption.py::",)),
+    Row(36, "an object store damaged, away, or left at any request", "old or new checkpoint", (P + "checkpoint/test_remote.py::",)),
 )  # fmt: skip
 
 

@@ -1,0 +1,203 @@
+"""Copies of checkpoints in an object store: `train.checkpoint_store`, for machines whose disks end with them.
+
+A checkpoint is first committed in the run directory (save.py). Then, still beside training, every rank sends a share of its
+files, large ones in parts; when all stand in the store with their sizes, rank 0 sends the manifest. **That object is the
+commit**: a step without it is no checkpoint, whatever was sent. A step that is sent again loses its manifest first. Only
+then are older steps removed, manifest first.
+
+A start takes from the store what the run directory does not have: the newest step beyond its own, fetched by all ranks
+into a temporary folder, with every digest compared on the way, and renamed into place. From there it is loaded like any
+other (load.py). A damaged step is passed over for the one before, and a store that does not answer ends the start: older
+numbers must not be trained on because of a network.
+
+A copy that can't be sent is a remark, because the checkpoint of the run directory stands; the next save tries again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.deletion import try_to_delete
+from data_pipeline.files import make_folders, sync
+from data_pipeline.naming import named
+from data_pipeline.store.object_store import RemoteFolder
+from pretrain.checkpoint.commit import (
+    TEMPORARY_NAME,
+    RankFailure,
+    is_marked,
+    make_temporary,
+    remove_temporary,
+)
+from pretrain.checkpoint.files import MANIFEST_NAME, MARK_NAME, read_manifest
+from pretrain.checkpoint.names import list_checkpoints
+from pretrain.rank_group import RankGroup
+
+# What we write below the URL; nothing else there is looked at or removed.
+OBJECT_NAME = re.compile(r"(step-\d{8,})/(manifest\.json|keep|rank-\d{5}\.safetensors)")
+FETCH_BYTES = 1 << 24
+
+
+class RemoteCheckpoints:
+    """The checkpoints of one run behind a URL. Every rank makes one; the methods say who calls them."""
+
+    def __init__(self, url: str) -> None:
+        """ValueError for a URL of an unknown kind; nothing is asked of the network yet."""
+        self.folder = RemoteFolder(url)
+
+    def list_objects(self) -> dict[str, list[str]]:
+        """List the objects of every step by its name, newest first. One rank calls it; RuntimeError as `RemoteFolder`."""
+        steps: dict[str, list[str]] = {}
+        for facts in self.folder.list():
+            match = OBJECT_NAME.fullmatch(facts.name)
+            if match is not None:
+                steps.setdefault(match[1], []).append(match[2])
+        return dict(sorted(steps.items(), key=lambda entry: step_of(entry[0]), reverse=True))
+
+    def push(self, checkpoint_dir: Path, ranks: RankGroup, keep_last: int) -> list[str]:
+        """Copy a committed checkpoint and prune the store to `keep_last`; returns remarks. All ranks must call it."""
+        problem, name = RankFailure(), checkpoint_dir.name
+        files: list[str] = []
+        if ranks.rank == 0:
+            with problem.caught():
+                files = sorted(read_manifest(checkpoint_dir)["files"])
+                self.folder.delete([f"{name}/{MANIFEST_NAME}"])
+        files = ranks.broadcast(files)
+        with problem.caught():
+            for file in files[ranks.rank :: ranks.world_size]:
+                self.folder.write_file(f"{name}/{file}", checkpoint_dir / file)
+        told = ranks.all_gather(problem.text)
+        if ranks.rank == 0 and not any(told):
+            with problem.caught():
+                if is_marked(checkpoint_dir):
+                    self.folder.write(f"{name}/{MARK_NAME}", b"")
+                self.folder.write(f"{name}/{MANIFEST_NAME}", (checkpoint_dir / MANIFEST_NAME).read_bytes())
+                self._prune(name, keep_last)
+            told = [problem.text]
+        texts = [text for text in ranks.broadcast(told) if text is not None]
+        return [f"{name} was not copied to {self.folder.url}: {texts[0]}"] if texts else []
+
+    def _prune(self, name: str, keep_last: int) -> None:
+        """Remove the copies of old steps, and what was sent of steps without a manifest; marked ones stay."""
+        kept = 0
+        for step, objects in self.list_objects().items():
+            is_whole = MANIFEST_NAME in objects
+            if step_of(step) > step_of(name) or MARK_NAME in objects:
+                continue  # a run that fell back sends later steps anew
+            kept += is_whole
+            if is_whole and kept <= keep_last:
+                continue
+            first = [MANIFEST_NAME] if is_whole else []
+            self.folder.delete([f"{step}/{file}" for file in first])
+            self.folder.delete([f"{step}/{file}" for file in objects if file not in first])
+
+    def pull_newer(self, checkpoints_dir: Path, ranks: RankGroup) -> list[str]:
+        """Fetch the newest sound step beyond those of a folder, if the store has one; returns what was passed over.
+
+        All ranks must call it. Raises RuntimeError on all ranks when the store does not answer, or when it has steps and
+        neither it nor the folder has a sound one.
+        """
+        problem, doing = RankFailure(), f"checkpoints of {self.folder.url} were not fetched"
+        newer: list[str] = []
+        has_local = False
+        if ranks.rank == 0:
+            with problem.caught():
+                local = [step_of(path.name.removesuffix(".old")) for path in list_checkpoints(checkpoints_dir)]
+                has_local = bool(local)
+                steps = self.list_objects()
+                newer = [
+                    name
+                    for name, objects in steps.items()
+                    if MANIFEST_NAME in objects and step_of(name) > max(local, default=-1)
+                ]
+        ranks.raise_together(problem.text, doing)
+        newer, has_local = ranks.broadcast((newer, has_local))
+        skipped: list[str] = []
+        for name in newer:
+            damage = self._fetch(name, checkpoints_dir, ranks, doing)
+            if damage is None:
+                return skipped
+            skipped.append(f"{name} of {self.folder.url}: {damage}")
+        if skipped and not has_local:
+            raise RuntimeError(
+                f"none of the {len(skipped)} checkpoints in {self.folder.url} can be loaded: "
+                + " | ".join(skipped)
+                + ". Name another train.checkpoint_store to start anew."
+            )
+        return skipped
+
+    def _fetch(self, name: str, checkpoints_dir: Path, ranks: RankGroup, doing: str) -> str | None:
+        """Fetch one step into its place; returns what is damaged, None for nothing. All ranks must call it."""
+        problem = RankFailure()
+        temporary_dir, damage = checkpoints_dir, None
+        files: dict[str, Any] = {}
+        if ranks.rank == 0:
+            with problem.caught():
+                make_folders(checkpoints_dir)
+                remove_temporary(checkpoints_dir)
+                temporary_dir = make_temporary(checkpoints_dir, step_of(name))
+                files, damage = self._fetch_manifest(name, temporary_dir)
+        ranks.raise_together(problem.text, doing)
+        temporary_name, files, damage = ranks.broadcast((temporary_dir.name, files, damage))
+        temporary_dir = checkpoints_dir / temporary_name
+        damages = [] if damage is None else [damage]
+        if damage is None:
+            with problem.caught():
+                for file, entry in list(files.items())[ranks.rank :: ranks.world_size]:
+                    found = self._fetch_file(f"{name}/{file}", temporary_dir / file, entry)
+                    damages += [] if found is None else [found]
+        told = ranks.all_gather((problem.text, damages))
+        failed = any(text is not None for text, _ in told)
+        damages = [text for _, texts in told for text in texts]
+        if ranks.rank == 0:
+            if failed or damages:
+                try_to_delete(temporary_dir, TEMPORARY_NAME)
+            else:
+                with problem.caught():
+                    sync(temporary_dir)
+                    os.rename(temporary_dir, checkpoints_dir / name)
+                    sync(checkpoints_dir)
+        ranks.raise_together(problem.text, doing)
+        return "; ".join(damages) or None
+
+    def _fetch_manifest(self, name: str, folder: Path) -> tuple[dict[str, Any], str | None]:
+        """Fetch the manifest of a step and verify it: its files, and what is damaged."""
+        try:
+            content = self.folder.read(f"{name}/{MANIFEST_NAME}")
+        except FileNotFoundError as error:
+            return {}, str(error)
+        with named(folder / MANIFEST_NAME):
+            (folder / MANIFEST_NAME).write_bytes(content)
+        sync(folder / MANIFEST_NAME)
+        try:
+            manifest = read_manifest(folder)
+        except RuntimeError as error:
+            return {}, str(error)
+        if manifest["step"] != step_of(name):
+            return {}, f"its manifest is of step {manifest['step']}"
+        return manifest["files"], None
+
+    def _fetch_file(self, name: str, path: Path, entry: dict[str, Any]) -> str | None:
+        """Fetch a file, hashing it on the way; returns what is damaged, None for nothing."""
+        digest, size = hashlib.sha256(), 0
+        try:
+            with named(path), path.open("xb") as file, self.folder.open(name) as source:
+                while block := source.read(FETCH_BYTES):
+                    digest.update(block)
+                    file.write(block)
+                    size += len(block)
+                file.flush()
+                os.fsync(file.fileno())
+        except FileNotFoundError as error:
+            return str(error)
+        if (size, digest.hexdigest()) != (entry["bytes"], entry["sha256"]):
+            return f"{name}: {size} bytes with SHA-256 {digest.hexdigest()}, the manifest says {entry['bytes']} and {entry['sha256']}"
+        return None
+
+
+def step_of(name: str) -> int:
+    """Number of a step by the name of its folder."""
+    return int(name.removeprefix("step-"))

@@ -1,0 +1,193 @@
+"""Checkpoints in an object store: sent in parts, committed by the manifest, fetched and verified, killed at every request."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import obstore
+import pytest
+from obstore.store import from_url
+
+from data_pipeline.config import DataConfig
+from data_pipeline.store.object_store import PART_BYTES, RemoteFolder
+from pretrain.checkpoint.inspect import inspect_checkpoint
+from pretrain.checkpoint.names import list_checkpoints
+from pretrain.checkpoint.remote import RemoteCheckpoints
+from pretrain.checks.check_run import check_run
+from pretrain.rank_group import RankGroup
+from pretrain.train import train
+from tests.helpers.killing_proxy import Gate, killing_proxy
+from tests.helpers.s3 import BUCKET, s3_server
+from tests.helpers.spawn import run_ranks
+from tests.pretrain.tiny_run import read_events, read_metrics, tiny_config
+
+ALONE = RankGroup(0, 1)
+PUSH = """
+import os, sys
+from pathlib import Path
+from pretrain.checkpoint.remote import RemoteCheckpoints
+from pretrain.rank_group import RankGroup
+while place := sys.stdin.readline().strip():
+    pid = os.fork()
+    if pid == 0:
+        print(os.getpid(), flush=True)
+        sys.stdin.readline()
+        os._exit(RemoteCheckpoints(place).push(Path(sys.argv[1]), RankGroup(0, 1), 1) != [])
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+class Pusher:
+    """A process that copies a checkpoint, each time in a fork of its own, killed at its request of a given number."""
+
+    def __init__(self, checkpoint: Path, endpoint: str, gate: Gate) -> None:
+        self.gate = gate
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", PUSH, str(checkpoint)],
+            env={**os.environ, "AWS_ENDPOINT_URL": endpoint},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+        )
+
+    def push(self, place: str, kill: int) -> int:
+        """Exit code of the copy."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(f"{place}\n")
+        self.gate.count, self.gate.fatal, self.gate.victim = 0, kill, int(self.process.stdout.readline())
+        self.process.stdin.write("go\n")
+        return int(self.process.stdout.readline())
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    with s3_server() as (variables, _):
+        variables |= {"HOME": str(tmp_path_factory.mktemp("home"))}
+        before = dict(os.environ)
+        os.environ.update(variables)
+        yield variables
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@pytest.fixture
+def url(server: dict[str, str], tmp_path: Path) -> str:
+    return f"s3://{BUCKET}/runs/{tmp_path.name}"
+
+
+def settings(url: str, **others: Any) -> dict[str, Any]:
+    return {"train__steps": 6, "train__checkpoint_every_steps": 2, "train__keep_last": 2} | {
+        "train__checkpoint_store": url,
+        **others,
+    }
+
+
+def test_a_run_goes_on_from_the_store_when_its_directory_is_lost(data: DataConfig, tmp_path: Path, url: str) -> None:
+    assert train(tiny_config(data, tmp_path / "straight", train__steps=6)) == 0
+    assert train(tiny_config(data, tmp_path / "run", **settings(url, train__stop_after_steps=4))) == 0
+    assert {name: len(objects) for name, objects in RemoteCheckpoints(url).list_objects().items()} == {
+        "step-00000004": 2,
+        "step-00000002": 2,
+    }
+    shutil.rmtree(tmp_path / "run")
+    assert train(tiny_config(data, tmp_path / "run", **settings(url))) == 0
+    assert [event["resumed_from"] for event in read_events(tmp_path / "run", "start")] == ["step-00000004"]
+    losses = [[line["loss"] for line in read_metrics(tmp_path / name)] for name in ("straight", "run")]
+    assert losses[1] == losses[0][4:]
+    assert list(RemoteCheckpoints(url).list_objects()) == ["step-00000006", "step-00000004"], "keep_last of them"
+    assert not any(event.get("remarks") for event in read_events(tmp_path / "run", "checkpoint"))
+
+
+def test_damage_in_the_store_is_passed_over_and_never_begins_anew(data: DataConfig, tmp_path: Path, url: str) -> None:
+    assert train(tiny_config(data, tmp_path / "run", **settings(url, train__stop_after_steps=4))) == 0
+    shutil.rmtree(tmp_path / "run")
+    client, name = from_url(url), "step-00000004/rank-00000.safetensors"
+    content = bytearray(obstore.get(client, name).bytes())
+    content[len(content) // 2] ^= 1
+    obstore.put(client, name, bytes(content))
+    assert train(tiny_config(data, tmp_path / "run", **settings(url, train__stop_after_steps=3))) == 0
+    (event,) = [event for event in read_events(tmp_path / "run", "resume") if event["kind"] == "passed over"]
+    assert f"step-00000004 of {url}: {name}: {len(content)} bytes with SHA-256" in event["text"]
+    assert read_events(tmp_path / "run", "start")[0]["resumed_from"] == "step-00000002"
+    for step in RemoteCheckpoints(url).list_objects():
+        obstore.put(client, f"{step}/manifest.json", b"{}")
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(RuntimeError, match=r"none of the \d checkpoints in s3://.* can be loaded: .* to start anew"):
+        train(tiny_config(data, tmp_path / "run", **settings(url)))
+
+
+def test_an_unknown_kind_of_url_is_refused_before_anything_starts(data: DataConfig, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"train.checkpoint_store = ftp://a: must begin with s3://"):
+        check_run(tiny_config(data, tmp_path, train__checkpoint_store="ftp://a"))
+
+
+def test_a_copy_that_cannot_be_sent_is_a_remark(data: DataConfig, tmp_path: Path, server: dict[str, str]) -> None:
+    url = "s3://no-such-bucket/run"
+    assert train(tiny_config(data, tmp_path / "run", train__stop_after_steps=1)) == 0
+    (saved,) = list_checkpoints(tmp_path / "run" / "checkpoints")
+    (remark,) = RemoteCheckpoints(url).push(saved, ALONE, 2)
+    assert remark.startswith(f"step-00000001 was not copied to {url}: {url}/step-00000001/")
+    with pytest.raises(RuntimeError, match=r"checkpoints of s3://no-such-bucket/run were not fetched: rank 0: "):
+        RemoteCheckpoints(url).pull_newer(tmp_path / "new", ALONE)
+
+
+def test_a_large_file_is_sent_in_parts_and_appears_as_a_whole(tmp_path: Path, url: str) -> None:
+    content = os.urandom(2 * PART_BYTES + 12345)
+    (tmp_path / "large").write_bytes(content)
+    folder = RemoteFolder(url)
+    folder.write_file("large", tmp_path / "large")
+    assert folder.read("large") == content
+    assert "-" in obstore.head(from_url(url), "large")["e_tag"], "S3 marks what came in parts"
+
+
+def train_ranks(data: DataConfig, folder: str, url: str, variables: dict[str, str], stop: int) -> int:
+    os.environ.update(variables)
+    return train(
+        tiny_config(data, Path(folder), **settings(url, train__micro_batch_size=1, train__stop_after_steps=stop))
+    )
+
+
+@pytest.mark.slow
+def test_several_ranks_send_and_fetch_their_shares(
+    data: DataConfig, tmp_path: Path, url: str, server: dict[str, str]
+) -> None:
+    for folder, stop in (("straight", 6), ("first", 4), ("second", 6)):
+        where = f"{url}/{'other' if folder == 'straight' else 'run'}"
+        assert run_ranks(train_ranks, data, str(tmp_path / folder), where, server, stop) == [0, 0]
+    assert read_events(tmp_path / "second", "start")[0]["resumed_from"] == "step-00000004"
+    losses = [[line["loss"] for line in read_metrics(tmp_path / name)] for name in ("straight", "second")]
+    assert losses[1] == losses[0][4:]
+
+
+@pytest.mark.slow
+def test_killed_at_any_request_the_store_holds_a_whole_checkpoint(
+    data: DataConfig, tmp_path: Path, url: str, server: dict[str, str]
+) -> None:
+    """A process that copies step 2 over the store with step 1, and over one with an older step 2, dies at each request."""
+    config = tiny_config(data, tmp_path / "run", train__stop_after_steps=2, train__checkpoint_every_steps=1)
+    assert train(config) == 0
+    second, first = list_checkpoints(tmp_path / "run" / "checkpoints")
+    with killing_proxy(server["AWS_ENDPOINT_URL"]) as (endpoint, gate):
+        pusher = Pusher(second, endpoint, gate)
+        for again in (False, True):
+            kill, code = 0, -9
+            while code == -9:
+                place, copy = f"{url}/{again}-{kill}", tmp_path / f"{again}-{kill}"
+                for checkpoint in (first, second) if again else (first,):
+                    assert RemoteCheckpoints(place).push(checkpoint, ALONE, 2) == []
+                code = pusher.push(place, kill)
+                assert RemoteCheckpoints(place).pull_newer(copy, ALONE) == []
+                (found,) = list_checkpoints(copy)
+                assert inspect_checkpoint(found)["ok"] and found.name in (first.name, second.name)
+                assert RemoteCheckpoints(place).push(second, ALONE, 1) == []
+                assert list(RemoteCheckpoints(place).list_objects()) == [second.name]
+                kill += 1
+            assert code == 0 and kill > 6, "each object and each deletion was a request"
+        pusher.process.kill()
