@@ -88,6 +88,7 @@ def run_steps(engine: ZeroEngine, first: int, last: int) -> list[tuple[float, fl
 
 def digest_state(engine: ZeroEngine) -> str:
     """SHA-256 of all that this rank holds: masters, moments, counters, working weights, buffers, random state."""
+    engine.wait_for_weights()
     digest = hashlib.sha256()
     for fragment in collect_fragments(engine.deepspeed, list_parts(engine.deepspeed)):
         digest.update(f"{fragment.name} {fragment.start} {fragment.numel} {fragment.optimizer_step}".encode())

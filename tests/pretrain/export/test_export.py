@@ -100,7 +100,7 @@ def test_the_card_counts_the_tokens_of_longer_rows_too(data: DataConfig, tmp_pat
     longer = data.model_copy(update={"phases": (PhaseConfig(start_sample=8, sequence_length=96),)})
     assert train(tiny_config(longer, tmp_path / "run")) == 0
     export_checkpoint(tmp_path / "run", tmp_path / "out", verify=False)
-    assert "| Training | 4 steps, 1,152 tokens |" in (tmp_path / "out" / "README.md").read_text()
+    assert "| Training | 4 steps, 1,152 tokens, float32 |" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_sharded_weights_and_index_agree_and_load(data: DataConfig, tmp_path: Path) -> None:

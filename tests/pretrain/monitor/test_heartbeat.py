@@ -99,11 +99,12 @@ def test_a_rank_that_was_stopped_itself_gets_its_time_again(tmp_path: Path) -> N
 
 
 def test_a_rank_that_moves_and_closes_leaves_nothing(tmp_path: Path) -> None:
-    heartbeat = Heartbeat(tmp_path, rank=0, timeout_seconds=0.4)
+    # On a busy machine a sleep takes longer: a stall of more than a second and a half would end this process.
+    heartbeat = Heartbeat(tmp_path, rank=0, timeout_seconds=1.8)
     heartbeat.start()
-    for step in range(6):
+    for step in range(8):
         heartbeat.at(step, "forward")
-        time.sleep(0.15)
+        time.sleep(0.25)
     assert [(found.rank, found.phase) for found in read_beats(tmp_path / "heartbeats")] == [(0, "forward")]
     heartbeat.close()
     assert not read_beats(tmp_path / "heartbeats")
