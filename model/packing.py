@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kernels.documents import first_tokens
 from model.segments import Segments
 
 
@@ -22,7 +23,8 @@ class PackMeta:
     """Document layout of one micro-batch of B rows of T tokens.
 
     document_ids_BT [B, T] int32, nondecreasing inside a row. positions_BT [B, T] int32, the place inside the document.
-    single_document: no row has a boundary, so blocks may take the path without masks. first_continues: each row's first
+    starts_BT [B, T] int32, the place in the row of the first token of each token's document, where it was asked for
+    (`find_starts`). single_document: no row has a boundary, so blocks may take the path without masks. first_continues: each row's first
     token goes on with the document that a decode state holds. segments: where ids and positions are those of this rank's
     part of the rows, T its tokens; the other fields stay those of whole rows.
     """
@@ -32,6 +34,7 @@ class PackMeta:
     single_document: bool
     first_continues: bool = False
     segments: Segments | None = None
+    starts_BT: Tensor | None = None
 
     @classmethod
     def from_document_ids(cls, document_ids_BT: Tensor, positions_BT: Tensor | None = None) -> PackMeta:
@@ -77,7 +80,17 @@ class PackMeta:
             document_ids_BT=segments.take(self.document_ids_BT),
             positions_BT=segments.take(self.positions_BT),
             segments=segments,
+            starts_BT=None,
         )
+
+    def find_starts(self) -> PackMeta:
+        """The same layout with `starts_BT`, found once on the CPU for all blocks whose kernels take it.
+
+        Rows that are cut over context ranks, and rows without boundaries, need none.
+        """
+        if self.single_document or self.segments is not None:
+            return self
+        return replace(self, starts_BT=first_tokens(self.document_ids_BT))
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> PackMeta:
         """Apply a function to every tensor of the layout: a move to a device, say. Shapes and values must stay."""
@@ -86,6 +99,7 @@ class PackMeta:
             document_ids_BT=change(self.document_ids_BT),
             positions_BT=change(self.positions_BT),
             segments=None if self.segments is None else self.segments.map_tensors(change),
+            starts_BT=None if self.starts_BT is None else change(self.starts_BT),
         )
 
     def boundaries_BT(self) -> Tensor | None:
@@ -94,3 +108,12 @@ class PackMeta:
         None lets kernels take the path without masks; it is decided by a bool that was read on the CPU.
         """
         return None if self.single_document else self.document_ids_BT
+
+    def document_starts_BT(self) -> Tensor | None:
+        """The place of the first token of each token's document [B, T] int32; None where there is nothing to reset.
+
+        On the device, where `find_starts` was not asked before the layout moved there.
+        """
+        if self.single_document:
+            return None
+        return first_tokens(self.document_ids_BT) if self.starts_BT is None else self.starts_BT

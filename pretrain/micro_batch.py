@@ -43,9 +43,13 @@ class MicroBatch:
         return cls(meta.segments.take(batch.tokens_BT), meta.segments.take(batch.labels_BT), meta)
 
     def to(self, device: torch.device) -> MicroBatch:
-        """Copy to a device. Copies to CUDA go through pinned memory and do not wait for what is queued there."""
+        """Copy to a device. Copies to CUDA go through pinned memory and do not wait for what is queued there.
+
+        Kernels on CUDA want to know where documents start, which is found here, once for all blocks.
+        """
         if device.type == "cuda":
-            return self.map_tensors(lambda tensor: tensor.pin_memory().to(device, non_blocking=True))
+            prepared = MicroBatch(self.tokens_BT, self.labels_BT, self.meta.find_starts())
+            return prepared.map_tensors(lambda tensor: tensor.pin_memory().to(device, non_blocking=True))
         return self.map_tensors(lambda tensor: tensor.to(device))
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> MicroBatch:

@@ -1,8 +1,8 @@
 """The Triton convolution as an operation that autograd, torch.compile and meta tensors know.
 
 Backward cuts a row's tokens into strips, each walked by one program that keeps the gradients of taps and bias
-in registers and writes one partial; PyTorch adds the partials up in a fixed order. More strips fill the card,
-fewer write less. The sum before SiLU is computed again instead of kept: three multiply-adds a value cost less
+in registers and writes one part; parts are added up in a fixed order. More strips fill the card, fewer write
+less. The sum before SiLU is computed again instead of kept: three multiply-adds a value cost less
 than reading it.
 """
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from kernels.backend import INTERPRETED
 from kernels.causal_conv1d.triton_kernels import convolution_backward_kernel, convolution_forward_kernel
 from kernels.interpreter import count_programs, dot_dtype
+from kernels.partial_sums import sum_first
 from kernels.tuning import Config, config_for
 
 
@@ -45,6 +46,11 @@ def _rows(x: Tensor) -> Tensor:
 @torch.library.custom_op("amfm::causal_conv1d_triton", mutates_args=())
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None) -> Tensor:
     """y [B, T, C] of x [B, T, C], weight [C, W], bias [C] or None and document ids [B, T] or None."""
+    return convolve_rows(x, weight, bias, documents)
+
+
+def convolve_rows(x: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None) -> Tensor:
+    """Launch the forward kernel: y [B, T, C], packed."""
     x, weight = _rows(x), weight.contiguous()
     documents = None if documents is None else documents.contiguous()
     B, T, C = x.shape
@@ -66,34 +72,46 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None) 
 @torch.library.custom_op("amfm::causal_conv1d_triton_backward", mutates_args=())
 def _backward(
     d_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, of the weight and, in float32, of a bias."""
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x, and of weight and bias as one, [C * W + C]."""
+    d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return d_x, convolve_rows_backward(d_y, x, weight, bias, documents, d_x)
+
+
+def convolve_rows_backward(
+    d_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None, d_x: Tensor
+) -> Tensor:
+    """Launch the backward kernel: write d_x [B, T, C], whose tokens may lie apart at one distance over all rows.
+
+    Returns the gradients of weight and bias, one after the other, [C * W + C] in the dtype of the weight.
+    """
     x, weight, d_y = _rows(x), weight.contiguous(), d_y.contiguous()
     documents = None if documents is None else documents.contiguous()
     B, T, C = x.shape
     W = weight.shape[1]
-    d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     config = config_for("convolution_backward", (x.dtype, W), BACKWARD, x.device)
     blocks, columns = triton.cdiv(T, config["BLOCK_T"]), triton.cdiv(C, config["BLOCK_C"])
     # Enough strips for four programs a multiprocessor, and no more: each writes a partial.
     strips = max(1, min(blocks, triton.cdiv(count_programs(x.device, 4), B * columns)))
     blocks_per_strip = triton.cdiv(blocks, strips)
     strips = triton.cdiv(blocks, blocks_per_strip)
-    partial = x.new_empty(B, strips, 5, C, dtype=torch.float32)
+    partial = x.new_empty(B * strips, (W + 1) * C, dtype=torch.float32)
     convolution_backward_kernel[(B * strips, columns)](
-        x, weight, bias, documents, d_y, d_x, partial, T, C, x.stride(0), x.stride(1), blocks_per_strip, strips,
+        x, weight, bias, documents, d_y, d_x, partial, T, C, x.stride(0), x.stride(1), d_x.stride(1), blocks_per_strip, strips,
         W=W, BIAS=bias is not None, DOCUMENTS=documents is not None, **config,
     )  # fmt: skip
-    sums = partial.sum((0, 1))
-    # Partials are ordered by distance from the token, weight columns from the farthest tap to the token itself.
-    return d_x, sums[:W].flip(0).t().to(weight.dtype).contiguous(), sums[4].clone()
+    return sum_first(partial, weight.dtype)
+
+
+def split_taps(sums: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Gradients of weight [C, W] and of the bias, where there is one, out of `convolve_rows_backward`'s result."""
+    taps = weight.numel()
+    return sums[:taps].view(weight.shape), None if bias is None else sums[taps:].to(bias.dtype)
 
 
 @_backward.register_fake
-def _(
-    d_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), x.new_empty(x.shape[2], dtype=torch.float32)
+def _(d_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.numel() + len(weight))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -104,8 +122,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _differentiate(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of x, weight and bias, the last two in their own dtypes."""
     x, weight, bias, documents = ctx.saved_tensors
-    d_x, d_weight, d_bias = _backward(d_y, x, weight, bias, documents)
-    return d_x, d_weight, None if bias is None else d_bias.to(bias.dtype), None
+    d_x, sums = _backward(d_y, x, weight, bias, documents)
+    return d_x, *split_taps(sums, weight, bias), None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

@@ -93,10 +93,13 @@ def convolution_forward_kernel(
 
 @triton.jit
 def convolution_backward_kernel(
-    x, weight, bias, ids, d_y, d_x, partial, T, C, stride_b, stride_t, blocks_per_strip, strips,
+    x, weight, bias, ids, d_y, d_x, partial, T, C, stride_b, stride_t, stride_dx, blocks_per_strip, strips,
     W: tl.constexpr, BIAS: tl.constexpr, DOCUMENTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """d_x [B, T, C], and one partial sum [B, strips, 5, C] a strip of tokens: of the taps at shifts 0 to 3, and bias."""
+    """d_x [B, T, C], and a part of the gradients of weight and bias for each strip of tokens.
+
+    Tokens of d_x lie `stride_dx` apart over all rows. Parts are [B, strips, C * W + C]: laid out as the weight, then the bias.
+    """
     batch, strip = (tl.program_id(0) // strips).to(tl.int64), tl.program_id(0) % strips
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     x_row, dy_row, ids_row = x + batch * stride_b, d_y + batch * T * C, ids
@@ -144,11 +147,15 @@ def convolution_backward_kernel(
         total = _add_taps(next3, next2, next1, here, w0, w1, w2, w3, start, ids_row, t + 3, T, DOCUMENTS)
         e = _through_silu(load_values(dy_row, t + 3, T, C, column, C), total)
         dx += e * w3[None, :] * _reach(ids_row, t + 3, t, T, DOCUMENTS)
-        where = d_x + (batch * T + t.to(tl.int64))[:, None] * C + column[None, :]
+        where = d_x + (batch * T + t.to(tl.int64))[:, None] * stride_dx + column[None, :]
         tl.store(where, dx.to(d_x.dtype.element_ty), mask=(t < T)[:, None] & (column < C)[None, :])
-    mine = partial + (batch * strips + strip) * 5 * C + column
-    tl.store(mine, d_w0, mask=column < C)
-    tl.store(mine + C, d_w1, mask=column < C)
-    tl.store(mine + 2 * C, d_w2, mask=column < C)
-    tl.store(mine + 3 * C, d_w3, mask=column < C)
-    tl.store(mine + 4 * C, d_start, mask=column < C)
+    mine = partial + (batch * strips + strip) * (W + 1) * C
+    # A column of the weight meets the tokens W - 1 minus its number back.
+    taps = mine + column * W + (W - 1)
+    tl.store(taps, d_w0, mask=column < C)
+    tl.store(taps - 1, d_w1, mask=column < C)
+    if W > 2:
+        tl.store(taps - 2, d_w2, mask=column < C)
+    if W > 3:
+        tl.store(taps - 3, d_w3, mask=column < C)
+    tl.store(mine + W * C + column, d_start, mask=column < C)

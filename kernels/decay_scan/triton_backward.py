@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from kernels.decay_scan.triton_forward import tile_gates
+from kernels.silu import sigmoid
 from kernels.tiles import load_operand
 
 
@@ -34,10 +35,10 @@ def state_step_back(d_state, q_tile, dy_tile, b, b_end, first, keep, DOT: tl.con
 
 @triton.jit
 def walk_back_kernel(
-    q, g, firsts, d_y, d_final, leaving, d_initial, decay,
-    T, H, R, K, V, chunks, segments, segment_chunks, stride_qb, stride_qt,
+    q, g, A_log, bias, firsts, d_y, d_final, leaving, d_initial, decay,
+    T, H, R, K, V, chunks, segments, segment_chunks, stride_qb, stride_qt, stride_gb, stride_gt,
     Q: tl.constexpr, TILES: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, DOT: tl.constexpr,
-    DOCUMENTS: tl.constexpr, D_FINAL: tl.constexpr, STORE: tl.constexpr,
+    DOCUMENTS: tl.constexpr, RAW: tl.constexpr, D_FINAL: tl.constexpr, STORE: tl.constexpr,
 ):  # fmt: skip
     """Walk a segment backward, a tile of Q tokens a step, for the gradients of the states that leave its chunks.
 
@@ -71,7 +72,9 @@ def walk_back_kernel(
             if t % TILES == TILES - 1:
                 at = ((batch * chunks + t // TILES) * H + h) * K * V + v_first
                 tl.store(leaving + at + tile, d_state.to(leaving.dtype.element_ty), mask=in_state)
-        b, b_end, _, _, first, _, keep = tile_gates(g, g, firsts, row, t * Q, T, h, H, Q, DOCUMENTS, False)
+        b, b_end, _, _, first, _, keep = tile_gates(
+            g, g, A_log, bias, firsts, batch, t * Q, T, h, H, stride_gb, stride_gt, Q, DOCUMENTS, False, RAW
+        )
         q_tile = load_operand(q_base, t * Q, T, stride_qt, K, Q, BLOCK_K, DOT)
         dy_tile = load_operand(dy_base, t * Q, T, H * V, V - v_first, Q, BLOCK_V, DOT)
         d_state = state_step_back(d_state, q_tile, dy_tile, b, b_end, first, keep, DOT)
@@ -132,25 +135,30 @@ def value_scores(
 
 @triton.jit
 def gradients_kernel(
-    q, k, v, g, scale, skip, firsts, d_y, entering, leaving, d_q, d_k, d_v, d_g, d_scale, d_skip,
-    T, H, R, K, V, chunks, splits, stride_qb, stride_qt, stride_kb, stride_kt, stride_vb, stride_vt,
+    q, k, v, g, scale, A_log, bias, skip, firsts, d_y, entering, leaving, d_q, d_k, d_v, d_g, d_scale, d_heads,
+    T, H, R, K, V, chunks, splits,
+    stride_qb, stride_qt, stride_kb, stride_kt, stride_vb, stride_vt, stride_gb, stride_gt, stride_dq, stride_dv, stride_dg,
     Q: tl.constexpr, TILES: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, DOT: tl.constexpr,
-    DOCUMENTS: tl.constexpr, SCALE: tl.constexpr, SKIP: tl.constexpr,
+    DOCUMENTS: tl.constexpr, SCALE: tl.constexpr, RAW: tl.constexpr, SKIP: tl.constexpr,
 ):  # fmt: skip
     """One program for a tile of Q tokens and a share of a group's heads: what the group shares is summed on chip.
 
     A chunk of two tiles has its states at its ends only: its first tile derives the gradient of the state in the middle,
     its second the state itself. Heads are walked BLOCK_V columns at a time, and nothing that does not change is moved out
-    of the loops: it would stay in registers. d_q and d_k are [splits, B, T, G, K], to be summed over the splits; d_skip
-    is [B, tiles of a row, H].
+    of the loops: it would stay in registers. d_q and d_k are [splits, B, T, G, K], to be summed over the splits. Gradients
+    may be slices of wider tensors, with strides of their tokens: stride_dq of d_q and d_k, stride_dv, stride_dg.
 
     Grid: (B * tiles of a row, G * splits). entering and leaving [B, chunks, H, K, V] are the states that enter
-    chunks and the gradients of those that leave them, in the dtype of v; d_g and d_scale [B, T, H] are float32.
+    chunks and the gradients of those that leave them, in the dtype of v; d_g and d_scale [B, T, H] are those of gate and
+    scale, or d_g that of dt with RAW. d_heads: parts of the sums over tokens, [B * tiles of a row, 1, H] for skip, or with
+    RAW [B * tiles of a row, 3, H] for A_log, bias and skip.
     """
     tiles = tl.cdiv(T, Q)
     batch, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
     group, split = tl.program_id(1) // splits, tl.program_id(1) % splits
-    groups = tl.num_programs(1) // splits
+    if not RAW:
+        # Gradients of their own are packed: strides that are known spare registers.
+        stride_dq, stride_dv, stride_dg = tl.num_programs(1) // splits * K, H * V, H
     row, start, c = batch * T, tile * Q, tile // TILES
     q_base, k_base = q + batch * stride_qb + group * K, k + batch * stride_kb + group * K
     q_tile = load_operand(q_base, start, T, stride_qt, K, Q, BLOCK_K, DOT)
@@ -167,7 +175,9 @@ def gradients_kernel(
     share = tl.cdiv(R, splits)
     for r in tl.range(split * share, tl.minimum(split * share + share, R), disable_licm=True):
         h = group * R + r
-        b, b_end, u, _, first, last, keep = tile_gates(g, scale, firsts, row, start, T, h, H, Q, DOCUMENTS, SCALE)
+        b, b_end, u, _, first, last, keep = tile_gates(
+            g, scale, A_log, bias, firsts, batch, start, T, h, H, stride_gb, stride_gt, Q, DOCUMENTS, SCALE, RAW
+        )
         reads = reading_tokens(firsts, row, start, T, Q, DOCUMENTS)
         # u stays out of `fall`, so that the gradient of u needs no division.
         fall = tl.where(reads, tl.exp(tl.minimum(b[None, :] - b[:, None], 0.0)), 0.0)
@@ -177,7 +187,7 @@ def gradients_kernel(
         carried, d_through = 0.0, 0.0
         if TILES == 2:
             b_o, b_end_o, u_o, _, first_o, last_o, keep_o = tile_gates(
-                g, scale, firsts, row, other, T, h, H, Q, DOCUMENTS, SCALE
+                g, scale, A_log, bias, firsts, batch, other, T, h, H, stride_gb, stride_gt, Q, DOCUMENTS, SCALE, RAW
             )
             weight_o = tl.where(leads, first_o * tl.exp(b_o), last_o * tl.exp(tl.minimum(b_end_o - b_o, 0.0)) * u_o)
         state_at = ((batch * chunks + c) * H + h) * K * V
@@ -218,7 +228,7 @@ def gradients_kernel(
                 through = tl.load(skip + h).to(tl.float32)
                 d_through += tl.sum(tl.sum(dy_tile.to(tl.float32) * v_tile.to(tl.float32), axis=1), axis=0)
                 dv_tile += dy_tile.to(tl.float32) * through
-            where = d_v + (row + start) * (H * V) + h * V + v_first + (lane[:, None] * (H * V) + v_lane[None, :])
+            where = d_v + (row + start) * stride_dv + h * V + v_first + (lane[:, None] * stride_dv + v_lane[None, :])
             tl.store(where, dv_tile.to(d_v.dtype.element_ty), mask=(t < T)[:, None] & (v_lane < width)[None, :])
 
         into = d_u * u
@@ -236,21 +246,35 @@ def gradients_kernel(
         # The diagonal has no exponent; leaving it out spares the difference below its largest terms.
         flow = tl.where(lane[:, None] == lane[None, :], 0.0, flow) * u[:, None]
         d_b += tl.sum(flow, axis=0) - tl.sum(flow, axis=1)
-        gate = (row + t) * H + h
-        tl.store(d_g + gate, tl.sum(tl.where(reads, d_b[None, :], 0.0), axis=1) + last * d_end, mask=t < T)
+        gate = (row + t) * stride_dg + h
+        d_gate = tl.sum(tl.where(reads, d_b[None, :], 0.0), axis=1) + last * d_end
+        KINDS: tl.constexpr = 3 if RAW else 1
+        sums = d_heads + (batch * tiles + tile) * (KINDS * H) + h
+        if RAW:
+            # Of the gate -u e^A_log, and of u through the softplus; tokens beyond the row have u = 0.
+            rate = tl.exp(tl.load(A_log + h).to(tl.float32))
+            tl.store(sums, -rate * tl.sum(d_gate * u, axis=0))
+            at = batch * stride_gb + tl.cast(t, tl.int64) * stride_gt + h
+            dt = tl.load(g + at, mask=t < T, other=0.0).to(tl.float32)
+            d_dt = (d_u - d_gate * rate) * sigmoid(dt + tl.load(bias + h).to(tl.float32))
+            d_dt = tl.where(t < T, d_dt, 0.0)
+            tl.store(sums + H, tl.sum(d_dt, axis=0))
+            tl.store(d_g + gate, d_dt.to(d_g.dtype.element_ty), mask=t < T)
+        else:
+            tl.store(d_g + gate, d_gate, mask=t < T)
         if SCALE:
             tl.store(d_scale + gate, d_u, mask=t < T)
         if SKIP:
-            tl.store(d_skip + (batch * tiles + tile) * H + h, d_through)
+            tl.store(sums + (KINDS - 1) * H, d_through)
 
     tokens = split * (tl.num_programs(0) // tiles).to(tl.int64) * T + row + start
-    base = (tokens * groups + group) * K
+    base = tokens * stride_dq + group * K
     d_scores = d_scores.to(DOT)
     dq_tile = tl.dot(tl.trans(k_tile), d_scores, dq_tile, input_precision="tf32x3")
-    where = base + (lane[None, :] * (groups * K) + k_lane[:, None])
+    where = base + (lane[None, :] * stride_dq + k_lane[:, None])
     tl.store(d_q + where, dq_tile.to(d_q.dtype.element_ty), mask=(t < T)[None, :] & (k_lane < K)[:, None])
     inside = (t < T)[:, None] & (k_lane < K)[None, :]
     # Masked before they are added: a sum of the bare product would feed it the transpose.
     own = tl.where(inside, tl.dot(d_scores, q_tile, input_precision="tf32x3"), 0.0)
-    where = base + (lane[:, None] * (groups * K) + k_lane[None, :])
+    where = base + (lane[:, None] * stride_dq + k_lane[None, :])
     tl.store(d_k + where, (tl.trans(dk_tile) + own).to(d_k.dtype.element_ty), mask=inside)

@@ -16,28 +16,37 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels.silu import softplus
 from kernels.tiles import load_operand
 
 
 @triton.jit
 def tile_gates(
-    g, scale, firsts, row, start, T, h, H,
-    Q: tl.constexpr, DOCUMENTS: tl.constexpr, SCALE: tl.constexpr,
+    g, scale, A_log, bias, firsts, batch, start, T, h, H, stride_gb, stride_gt,
+    Q: tl.constexpr, DOCUMENTS: tl.constexpr, SCALE: tl.constexpr, RAW: tl.constexpr,
 ):  # fmt: skip
     """Of one tile and head: b, b_end, u, and the masks reach[i, j], first, last (floats) and keep (a float).
 
     Sums over a mask instead of a running sum: the sum of one document never holds another's rounding.
 
-    g and scale [B, T, H] float32; firsts [B, T] int32, the place of the first token of each token's document.
+    g and scale [B, T, H] float32, packed: strides that are known spare registers. With RAW g is Mamba2's dt before its
+    softplus with strides of rows and tokens, u = softplus(dt + bias), and the gate -u e^(A_log). firsts [B, T] int32, the place of the first token of each token's
+    document.
     reach [Q, Q] tells whether i reads j; first, whether the entering state reaches token i; last, whether token
     j is of the document that owns the leaving state; keep, whether these two documents are one. Tokens beyond
     the row have gates of 0 and change nothing.
     """
     lane = tl.arange(0, Q)
     t = start + lane
-    place = (row + t) * H + h
-    gate = tl.load(g + place, mask=t < T, other=0.0)
-    if SCALE:
+    if RAW:
+        place = batch * stride_gb + tl.cast(t, tl.int64) * stride_gt + h
+    else:
+        place = (batch * T + t) * H + h
+    gate = tl.load(g + place, mask=t < T, other=0.0).to(tl.float32)
+    if RAW:
+        u = tl.where(t < T, softplus(gate + tl.load(bias + h).to(tl.float32)), 0.0)
+        gate = -u * tl.exp(tl.load(A_log + h).to(tl.float32))
+    elif SCALE:
         u = tl.load(scale + place, mask=t < T, other=0.0)
     else:
         u = tl.full((Q,), 1.0, tl.float32)
@@ -46,8 +55,8 @@ def tile_gates(
     last = tl.full((Q,), 1.0, tl.float32)
     keep = 1.0
     if DOCUMENTS:
-        begin = tl.load(firsts + row + tl.minimum(t, T - 1))
-        end_begin = tl.load(firsts + row + tl.minimum(start + Q - 1, T - 1))
+        begin = tl.load(firsts + batch * T + tl.minimum(t, T - 1))
+        end_begin = tl.load(firsts + batch * T + tl.minimum(start + Q - 1, T - 1))
         before = tl.maximum(start - 1, 0)
         reach = reach & (lane[None, :] >= (begin - start)[:, None])
         first = tl.where(begin <= before, 1.0, 0.0)
@@ -73,11 +82,11 @@ def state_step(state, k_tile, v_tile, b, b_end, u, last, keep, DOT: tl.constexpr
 
 @triton.jit
 def chunk_state_kernel(
-    q, k, v, g, scale, skip, firsts, initial, y, entering, final, decay,
+    q, k, v, g, scale, A_log, bias, skip, firsts, initial, y, entering, final, decay,
     T, H, R, K, V, chunks, segments, segment_chunks,
-    stride_qb, stride_qt, stride_kb, stride_kt, stride_vb, stride_vt,
+    stride_qb, stride_qt, stride_kb, stride_kt, stride_vb, stride_vt, stride_gb, stride_gt,
     Q: tl.constexpr, TILES: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, DOT: tl.constexpr,
-    DOCUMENTS: tl.constexpr, SCALE: tl.constexpr, SKIP: tl.constexpr,
+    DOCUMENTS: tl.constexpr, SCALE: tl.constexpr, RAW: tl.constexpr, SKIP: tl.constexpr,
     INITIAL: tl.constexpr, OUTPUT: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
     """One program walks one segment of a row for one head and one block of V; the state never leaves the chip.
@@ -86,7 +95,7 @@ def chunk_state_kernel(
     H]; y is made with OUTPUT, and with SAVE entering [B, chunks, H, K, V], the states that enter the chunks.
 
     Grid: (B * H * blocks of V, segments). q and k [B, T, G, K] and v [B, T, H, V] are packed in their last two
-    dimensions, with strides of rows and tokens; g [B, T, H] and y [B, T, H, V] are contiguous. entering has the
+    dimensions, with strides of rows and tokens, as g [B, T, H] has (`tile_gates`); y [B, T, H, V] is contiguous. entering has the
     dtype of v, final and decay are float32. Products take operands of DOT and add up in float32.
     """
     v_blocks = tl.cdiv(V, BLOCK_V)
@@ -117,7 +126,9 @@ def chunk_state_kernel(
             if tile % TILES == 0:
                 at = ((batch * chunks + tile // TILES) * H + h) * K * V + v_first
                 tl.store(entering + at + place, state.to(entering.dtype.element_ty), mask=in_state)
-        b, b_end, u, reach, first, last, keep = tile_gates(g, scale, firsts, row, start, T, h, H, Q, DOCUMENTS, SCALE)
+        b, b_end, u, reach, first, last, keep = tile_gates(
+            g, scale, A_log, bias, firsts, batch, start, T, h, H, stride_gb, stride_gt, Q, DOCUMENTS, SCALE, RAW
+        )
         k_tile = load_operand(k_base, start, T, stride_kt, K, Q, BLOCK_K, DOT)
         v_tile = load_operand(v_base, start, T, stride_vt, V - v_first, Q, BLOCK_V, DOT)
         if OUTPUT:

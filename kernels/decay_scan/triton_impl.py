@@ -1,47 +1,24 @@
 """The Triton scan as an operation that autograd, torch.compile and meta tensors know.
 
 How: `_forward` and `_backward` are custom operations with fake implementations, so that torch.compile treats
-each as one node and meta tensors give shapes. Launches are decided here: a row's chunks, the columns of V a
+each as one node and meta tensors give shapes. Launches are decided in `launch.py`: a row's chunks, the columns of V a
 program takes, and segments where rows and heads alone don't fill the card. States and gradients are summed by
 PyTorch in a fixed order; there are no atomics, so every run gives the same bits.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from kernels.decay_scan.triton_backward import gradients_kernel, walk_back_kernel
-from kernels.decay_scan.triton_forward import chunk_state_kernel
+from kernels.decay_scan.launch import DecayLaunch, Gates, find_gradients, walk, walk_back
 from kernels.documents import first_tokens
 from kernels.interpreter import dot_dtype
 from kernels.limits import DECAY_LIMITS
-from kernels.scan_launch import ScanLaunch, cut_segments, differentiated, padded
-from kernels.strides import outer_strides, pack, pack_inner
-
-# Tokens of a step: a chunk of 128 is two, which keeps their products in registers.
-LARGEST_TILE = 64
-# Heads of a group that one program of the gradient kernel walks over: fewer fill the card better, more share sums.
-HEADS_PER_SPLIT = 32
-# Candidates of each kernel, the fixed one first; BLOCK_V: columns of V that a program takes, or takes at a time. Compiled
-# for sm_90, a state of 128 x 64 next to the output's products spills; two programs of 128 x 32 do not.
-WALK = tuple(
-    {"BLOCK_V": columns, "num_warps": warps, "num_stages": stages}
-    for columns, warps, stages in ((32, 8, 2), (32, 4, 2), (64, 8, 2), (64, 8, 1))
-)
-STATES_WALK = tuple(
-    {"BLOCK_V": columns, "num_warps": warps, "num_stages": stages}
-    for columns, warps, stages in ((64, 8, 2), (64, 4, 2), (32, 4, 2), (64, 8, 3))
-)
-WALK_BACK = tuple(
-    {"BLOCK_V": columns, "num_warps": warps, "num_stages": stages}
-    for columns, warps, stages in ((64, 4, 2), (64, 8, 2), (32, 4, 2), (32, 4, 3))
-)
-GRADIENTS = tuple({"BLOCK_V": columns, "num_warps": 8, "num_stages": 1} for columns in (32, 16, 64))
+from kernels.scan_launch import differentiated
+from kernels.strides import pack, pack_inner
 
 
 def scan_triton(
@@ -76,81 +53,6 @@ def scan_triton(
     return _forward(*tensors, chunk, segment_chunks, keep_states and differentiated(*tensors))[:2]
 
 
-@dataclass(frozen=True)
-class _Launch(ScanLaunch):
-    """Sizes of one call: Q are the tokens of a tile, of which a chunk has `tiles`; R heads share q and k."""
-
-    R: int = 1
-    tiles: int = 1
-
-    @classmethod
-    def of(cls, q: Tensor, v: Tensor, chunk_size: int, segment_chunks: int) -> _Launch:
-        """Sizes of q [B, T, G, K] and v [B, T, H, V], and the cut of rows into chunks and segments."""
-        (B, T, H, V), (G, K) = v.shape, q.shape[2:]
-        chunks = triton.cdiv(T, chunk_size)
-        cut = cut_segments(chunks, segment_chunks, B * H * triton.cdiv(V, LARGEST_TILE), v.device)
-        Q = min(chunk_size, LARGEST_TILE)
-        return cls(B, T, H, K, V, Q, chunks, *cut, R=H // G, tiles=chunk_size // Q)
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Scalars of the walks, in their order."""
-        return self.T, self.H, self.R, self.K, self.V, self.chunks, self.segments, self.segment_chunks
-
-    @property
-    def tuned_for(self) -> tuple[int, ...]:
-        """Sizes that a kernel's configuration depends on."""
-        return self.Q, self.tiles, self.K, self.V
-
-    def constants(self, v: Tensor) -> dict[str, Any]:
-        """What all kernels are compiled for."""
-        return super().constants(v) | {"TILES": self.tiles, "BLOCK_K": padded(self.K)}
-
-
-def _walk(
-    launch: _Launch,
-    inputs: tuple[Tensor | None, ...],
-    initial: Tensor | None,
-    y: Tensor | None,
-    entering: Tensor | None,
-) -> Tensor:
-    """Walk rows forward, writing y and the states that enter chunks where they are given; returns the last state."""
-    q, k, v, g, scale, skip, firsts = inputs
-    assert q is not None and k is not None and v is not None, "a scan has q, k and v"
-
-    def walk(states: Tensor | None, store: bool) -> tuple[Tensor, Tensor]:
-        final, decay = launch.segment_ends(v)
-        written = (y, entering) if store else (None, None)
-        name, candidates = ("scan_states_walk", STATES_WALK) if written[0] is None else ("scan_walk", WALK)
-        grid, constants = launch.walk(name, candidates, v)
-        chunk_state_kernel[grid](
-            q, k, v, g, scale, skip, firsts, states, *written, final, decay, *launch.sizes, *outer_strides(q, k, v),
-            SCALE=scale is not None, SKIP=skip is not None, INITIAL=states is not None, OUTPUT=written[0] is not None,
-            SAVE=written[1] is not None, DOCUMENTS=firsts is not None, **constants,
-        )  # fmt: skip
-        return final, decay
-
-    return launch.over_segments(walk, initial)
-
-
-def _walk_back(
-    launch: _Launch, q: Tensor, g: Tensor, firsts: Tensor | None, d_y: Tensor, d_final: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the states that leave chunks [B, chunks, H, K, V], in the dtype of d_y, and of the first state."""
-    leaving = launch.chunk_states(d_y)
-    grid, constants = launch.walk("scan_walk_back", WALK_BACK, d_y)
-
-    def walk(d_states: Tensor | None, store: bool) -> tuple[Tensor, Tensor]:
-        d_initial, decay = launch.segment_ends(d_y)
-        walk_back_kernel[grid](
-            q, g, firsts, d_y, d_states, leaving, d_initial, decay, *launch.sizes, *outer_strides(q),
-            D_FINAL=d_states is not None, STORE=store, DOCUMENTS=firsts is not None, **constants,
-        )  # fmt: skip
-        return d_initial, decay
-
-    return leaving, launch.over_segments(walk, d_final, backward=True)
-
-
 @torch.library.custom_op("amfm::decay_scan_triton", mutates_args=())
 def _forward(
     q: Tensor,
@@ -168,10 +70,10 @@ def _forward(
     """Output, last state, and the states that enter chunks (empty unless they are kept)."""
     q, k, v, g = pack_inner(q, 2), pack_inner(k, 2), pack_inner(v, 2), g.contiguous()
     scale, initial = pack(scale), pack(initial)
-    launch = _Launch.of(q, v, chunk_size, segment_chunks)
+    launch = DecayLaunch.of(q, v, chunk_size, segment_chunks)
     y = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     entering = launch.chunk_states(v) if keep_states else None
-    last = _walk(launch, (q, k, v, g, scale, skip, firsts), initial, y, entering)
+    last = walk(launch, q, k, v, Gates(g, scale), skip, firsts, initial, y, entering)
     return y, last.contiguous(), v.new_empty(0) if entering is None else entering
 
 
@@ -214,30 +116,25 @@ def _backward(
     """Gradients of q, k, v, g, scale, skip and the initial state; those of absent inputs are empty."""
     q, k, v, g, d_y = pack_inner(q, 2), pack_inner(k, 2), pack_inner(v, 2), g.contiguous(), d_y.contiguous()
     scale, d_final = pack(scale), pack(d_final)
-    launch = _Launch.of(q, v, chunk_size, segment_chunks)
-    (B, T, G, K), (H, V) = q.shape, v.shape[2:]
+    launch = DecayLaunch.of(q, v, chunk_size, segment_chunks)
+    gates = Gates(g, scale)
     # Forward did not keep the states: walk again, without outputs.
     if entering is None:
         entering = launch.chunk_states(v)
-        _walk(launch, (q, k, v, g, scale, None, firsts), pack(initial), None, entering)
-    leaving, d_first = _walk_back(launch, q, g, firsts, d_y, d_final)
-    splits, tiles = triton.cdiv(launch.R, HEADS_PER_SPLIT), triton.cdiv(T, launch.Q)
+        walk(launch, q, k, v, gates, None, firsts, pack(initial), None, entering)
+    leaving, d_first = walk_back(launch, q, gates, firsts, d_y, d_final)
     # Partial sums of several programs are added in float32 and rounded once.
-    sums = torch.float32 if splits > 1 else v.dtype
-    d_q, d_k = (v.new_empty(splits, B, T, G, K, dtype=sums) for _ in range(2))
+    sums = torch.float32 if launch.splits > 1 else v.dtype
+    d_q, d_k = (v.new_empty(launch.splits, *q.shape, dtype=sums) for _ in range(2))
     d_v = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     d_g = torch.empty_like(g)
-    d_scale = g.new_empty(0) if scale is None else torch.empty_like(g)
-    d_skip = g.new_empty(B, tiles, H if skip is not None else 0)
-    gradients_kernel[(B * tiles, G * splits)](
-        q, k, v, g, scale, skip, firsts, d_y, entering, leaving, d_q, d_k, d_v, d_g, d_scale, d_skip,
-        T, H, launch.R, K, V, launch.chunks, splits, *outer_strides(q, k, v),
-        SCALE=scale is not None, SKIP=skip is not None, DOCUMENTS=firsts is not None,
-        **launch.config("scan_gradients", GRADIENTS, v),
-    )  # fmt: skip
-    d_q, d_k = (d[0] if splits == 1 else d.sum(0).to(v.dtype) for d in (d_q, d_k))
+    d_scale = None if scale is None else torch.empty_like(g)
+    states = (entering, leaving)
+    d_skip = find_gradients(launch, q, k, v, gates, skip, firsts, states, d_y, d_q, d_k, d_v, d_g, d_scale)
+    d_q, d_k = (d[0] if launch.splits == 1 else d.sum(0).to(v.dtype) for d in (d_q, d_k))
     d_initial = d_first.contiguous() if initial is not None else g.new_empty(0)
-    return d_q, d_k, d_v, d_g, d_scale, d_skip.sum((0, 1)), d_initial
+    d_skip = g.new_empty(0) if skip is None else d_skip.sum((0, 1))
+    return d_q, d_k, d_v, d_g, g.new_empty(0) if d_scale is None else d_scale, d_skip, d_initial
 
 
 @_backward.register_fake

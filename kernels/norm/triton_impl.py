@@ -2,8 +2,9 @@
 
 One custom operation serves the plain norm, the norm of a sum, and the gated norm: `other` is the residual or
 the gate. Forward saves r, one float32 a row and group; backward recomputes the rest from inputs that are kept
-for other reasons. Weight gradients are summed by each program over its rows and then over programs by PyTorch,
-in a fixed order, instead of by atomics.
+for other reasons. Weight gradients are summed by each program over its rows and then over programs, in a fixed
+order, instead of by atomics. `norm_rows` and `norm_rows_backward` launch the kernels, for the operation that is
+Mamba2's mixer too (`kernels/mamba2`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from kernels.interpreter import count_programs, dot_dtype
 from kernels.norm.triton_kernels import norm_backward_kernel, norm_forward_kernel
+from kernels.partial_sums import sum_first
 from kernels.strides import pack_inner
 
 # A program holds whole rows of a group on chip.
@@ -71,6 +73,13 @@ def _norm(
     x: Tensor, other: Tensor | None, weight: Tensor, epsilon: float, num_groups: int, gated: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The normed values, x + other (empty unless that is what is normed), and r [rows, groups]."""
+    return norm_rows(x, other, weight, epsilon, num_groups, gated=gated)
+
+
+def norm_rows(
+    x: Tensor, other: Tensor | None, weight: Tensor, epsilon: float, num_groups: int, *, gated: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the forward kernel: what `_norm` returns. Rows of x [..., D] and of `other` may lie apart."""
     flat, weight = _flat(x), weight.contiguous()
     second = None if other is None else _flat(other)
     rows, width = flat.shape
@@ -102,24 +111,43 @@ def _norm_backward(
     d_out: Tensor, d_h: Tensor | None, x: Tensor, z: Tensor | None, weight: Tensor, reciprocal: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the normed sum or of the gated values, of z (empty without), and of the weight."""
+    d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    d_z = torch.empty((0,) if z is None else z.shape, dtype=x.dtype, device=x.device)
+    if x.numel() == 0:
+        return d_x, d_z, torch.zeros_like(weight)
+    return d_x, d_z, norm_rows_backward(d_out, d_h, x, z, weight, reciprocal, d_x, d_z, None)
+
+
+def norm_rows_backward(
+    d_out: Tensor,
+    d_h: Tensor | None,
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    reciprocal: Tensor,
+    d_x: Tensor,
+    d_z: Tensor,
+    out: Tensor | None,
+) -> Tensor:
+    """Launch the backward kernel on one row at least: write d_x, d_z (rows of which may lie apart) and, where it is given, out.
+
+    Returns the gradient of the weight.
+    """
     flat, d_out, weight = _flat(x), d_out.contiguous(), weight.contiguous()
     second = None if z is None else _flat(z)
     d_h = None if d_h is None else d_h.contiguous()
     rows, width = flat.shape
     groups = reciprocal.shape[1]
-    d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    d_z = torch.empty((0,) if z is None else z.shape, dtype=x.dtype, device=x.device)
-    if rows == 0:
-        return d_x, d_z, torch.zeros_like(weight)
     tile = _tile(width // groups, rows)
     # Few programs that walk many blocks each: every program writes one partial of the weight's gradient.
     programs = max(1, min(triton.cdiv(rows, tile["BLOCK_R"]), count_programs(x.device) // groups))
     partial = torch.empty(programs, width, dtype=torch.float32, device=x.device)
     norm_backward_kernel[(programs, groups)](
-        flat, second, weight, reciprocal, d_out, d_h, d_x, d_z, partial, rows, width // groups, flat.stride(0),
-        0 if second is None else second.stride(0), GATED=z is not None, D_H=d_h is not None, **tile,
+        flat, second, weight, reciprocal, d_out, d_h, d_x, d_z, out, partial, rows, width // groups, flat.stride(0),
+        0 if second is None else second.stride(0), 0 if z is None else d_z.view(rows, width).stride(0),
+        GATED=z is not None, D_H=d_h is not None, OUT=out is not None, **tile,
     )  # fmt: skip
-    return d_x, d_z, partial.sum(0).to(weight.dtype)
+    return sum_first(partial, weight.dtype)
 
 
 @_norm_backward.register_fake

@@ -51,12 +51,13 @@ def norm_forward_kernel(
 
 @triton.jit
 def norm_backward_kernel(
-    x, z, weight, reciprocal, d_out, d_h, d_x, d_z, partial, rows, size, stride_x, stride_z,
-    GATED: tl.constexpr, D_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
+    x, z, weight, reciprocal, d_out, d_h, d_x, d_z, out, partial, rows, size, stride_x, stride_z, stride_dz,
+    GATED: tl.constexpr, D_H: tl.constexpr, OUT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """d_x and d_z [rows, groups * size], and one partial d_weight [programs, groups * size] a program.
 
-    Each program walks blocks of rows of one group. d_h is added to d_x where the normed sum is an output too.
+    Each program walks blocks of rows of one group. d_h is added to d_x where the normed sum is an output too. Rows of d_z
+    lie `stride_dz` apart. With OUT the norm's output is written again, for a product that did not keep it.
 
     With n = a r: da = r (w d_out - n mean(w d_out n)), d_weight = sum over rows of d_out n.
     """
@@ -80,11 +81,15 @@ def norm_backward_kernel(
         n = a * r
         # Before the product with the weight: the weight's gradient does not hold the weight.
         d_w += tl.sum(d * n, axis=0)[None, :]
+        if OUT:
+            tl.store(out + where, (n * w).to(out.dtype.element_ty), mask=inside)
         d = d * w
         da = (d - n * (tl.sum(d * n, axis=1) / size)[:, None]) * r
         if GATED:
             dz = silu_backward(da * y, gate, share)
-            tl.store(d_z + where, dz.to(d_z.dtype.element_ty), mask=inside)
+            # Packed but where the output is asked for: one place for d_x and d_z spares registers.
+            into = row * stride_dz + place if OUT else where
+            tl.store(d_z + into, dz.to(d_z.dtype.element_ty), mask=inside)
             da = da * gate * share
         if D_H:
             da += tl.load(d_h + where, mask=inside, other=0.0).to(tl.float32)

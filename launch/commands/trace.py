@@ -84,17 +84,18 @@ def print_bytes(entry: TracedRank, place: str) -> None:
 
 
 def print_launches(entry: TracedRank, place: str) -> None:
-    """Print kernel launches by kind of block, in a step and in one pass through a block."""
-    from launch.simulate.trace import kind_of
+    """Print kernel launches by kind of block, in a step and in each pass through a block."""
+    from launch.simulate.trace import kind_of, launches_a_block
 
-    launches, passes = entry.traced["launches"], entry.traced["passes"]
+    launches = entry.traced["launches"]
+    each = {which: launches_a_block(entry.traced, which) for which in ("forward", "backward")}
     rows = []
     for letter in dict.fromkeys([*launches["triton"], *launches["other"]]):
         both = launches["triton"].get(letter, 0), launches["other"].get(letter, 0)
-        times = passes.get(letter)
-        each = f"{both[0] / times:,.1f} + {both[1] / times:,.1f}" if times else ""
-        rows.append((kind_of(letter), f"{both[0]:,}", f"{both[1]:,}", each))
+        kind = kind_of(letter)
+        shares = (f"{found[kind]:,.1f}" if kind in found else "" for found in each.values())
+        rows.append((kind, f"{both[0]:,}", f"{both[1]:,}", *shares))
     sums = Counter(triton=sum(launches["triton"].values()), other=sum(launches["other"].values()))
-    rows.append(("all", f"{sums['triton']:,}", f"{sums['other']:,}", ""))
-    columns = ("kind", "Triton kernels", "others", "a block, forward and backward")
+    rows.append(("all", f"{sums['triton']:,}", f"{sums['other']:,}", "", ""))
+    columns = ("kind", "Triton kernels", "others", "a block, forward", "a block, backward")
     print_rows(f"Launches of a step, {place}", columns, rows)

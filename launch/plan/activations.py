@@ -49,7 +49,8 @@ class Split:
     """How a rank's part of a block is smaller than the block: widths over `tensor` ranks, tokens between blocks over `stream`.
 
     `tokens`: tensor ranks among which a router's tokens are cut. `is_spread`: experts live on other ranks, so rows are
-    copied on their way. `rows`: routed rows of the fullest rank over the mean.
+    copied on their way. `rows`: routed rows of the fullest rank over the mean. `is_in_segments`: rows lie on several context
+    ranks, so that a Mamba2 block runs in parts.
     """
 
     tensor: int = 1
@@ -57,6 +58,7 @@ class Split:
     tokens: int = 1
     is_spread: bool = False
     rows: float = 1.0
+    is_in_segments: bool = False
 
 
 def block_bytes(config: ModelConfig, letter: str, storage: Storage, split: Split = Split()) -> BlockBytes:
@@ -73,7 +75,7 @@ def block_bytes(config: ModelConfig, letter: str, storage: Storage, split: Split
     kept = (config.hidden_size * stream + FLOAT32_BYTES) / split.stream + config.hidden_size * e / tokens
     if letter == "M":
         assert config.mamba is not None, "check_model was not called: model.mamba is missing"
-        inner = _mamba_bytes(config.mamba, storage, split.tensor)
+        inner = _mamba_bytes(config.mamba, storage, split)
     elif letter == "*":
         assert config.attention is not None, "check_model was not called: model.attention is missing"
         inner = _attention_bytes(config.attention, storage)
@@ -107,11 +109,22 @@ def up_rows(units: int, activation: str) -> int:
     return 2 * units if activation == "swiglu" else units
 
 
-def _mamba_bytes(mamba: Mamba2Config, storage: Storage, tensor: int) -> BlockBytes:
+def _mamba_bytes(mamba: Mamba2Config, storage: Storage, split: Split) -> BlockBytes:
     """A rank's part: heads are cut evenly, a group of B and C that several ranks share is on each of them."""
+    tensor = split.tensor
     e, inner, heads = storage.element_bytes, mamba.inner_size() / tensor, mamba.num_heads / tensor
     groups = max(1.0, mamba.num_groups / tensor)
     channels = inner + 2 * groups * mamba.state_size
+    # States that enter chunks of at most 128 tokens, kept or made again, and the gradients of those that leave them.
+    states = inner * mamba.state_size / min(mamba.chunk_size, 128) * e
+    if storage.backend == "triton" and mamba.num_groups >= tensor and not split.is_in_segments:
+        # One operation keeps the projection, y and the norm's factors. In backward it has the projection's gradient, that
+        # of y, the convolved channels and theirs.
+        kept_by_one = (
+            (2 * inner + channels + heads) * e + groups * FLOAT32_BYTES + (states if mamba.keep_states else 0.0)
+        )
+        working = (2 * inner + 3 * channels + heads) * e + states * (1 if mamba.keep_states else 2)
+        return BlockBytes(kept_by_one, working)
     # The whole projection (z, x, B, C, dt are views of it), the convolved channels, y before and after the gated norm.
     kept: float = (inner + channels + heads) * e + channels * e + 2 * inner * e
     kept += (3 * heads + groups) * FLOAT32_BYTES
@@ -120,8 +133,6 @@ def _mamba_bytes(mamba: Mamba2Config, storage: Storage, tensor: int) -> BlockByt
         kept += 3 * inner * FLOAT32_BYTES + (2 * inner * FLOAT32_BYTES if e < FLOAT32_BYTES else 0)
     projection = (inner + channels + heads) * e
     if storage.backend == "triton":
-        # States that enter chunks of at most 128 tokens, kept or made again, and the gradients of those that leave them.
-        states = inner * mamba.state_size / min(mamba.chunk_size, 128) * e
         kept += states if mamba.keep_states else 0.0
         working = 2 * projection + channels * FLOAT32_BYTES + 2 * inner * e + states
         return BlockBytes(kept, working if mamba.keep_states else working + states)

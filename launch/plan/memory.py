@@ -123,6 +123,7 @@ def split_of(layout: Layout, imbalance: float) -> Split:
         tokens=layout.tensor if is_spread else layout.stream_ranks,
         is_spread=is_spread,
         rows=imbalance if is_spread else 1.0,
+        is_in_segments=layout.context > 1,
     )
 
 

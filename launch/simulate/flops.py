@@ -49,6 +49,13 @@ def _decay(given: Named, *, backward: bool) -> int:
     return scan_flops(rows, tokens, heads, groups, size, width, chunk_size=given["chunk_size"], backward=backward)
 
 
+def _mixer(given: Named, *, backward: bool) -> int:
+    """The scan inside Mamba2's mixer; its product with the output's weight is torch's, counted as it runs."""
+    heads, width, groups, size, _ = given["numbers"]
+    rows, tokens, _ = given["projected"].shape
+    return scan_flops(rows, tokens, heads, groups, size, width, chunk_size=given["chunk_size"], backward=backward)
+
+
 def _vector(given: Named, *, backward: bool) -> int:
     """Scan with a decay for each key channel: every head has keys of its own, so it counts as a group."""
     (rows, tokens, heads, size), width = given["k"].shape, given["v"].shape[-1]
@@ -92,6 +99,7 @@ def _both(formula: Callable[..., int], name: str) -> dict[str, Callable[[Named],
 KERNELS: dict[str, Callable[[Named], int]] = {
     **_both(_attention, "attention_triton"),
     **_both(_decay, "decay_scan_triton"),
+    **_both(_mixer, "mamba2_triton"),
     **_both(_vector, "vector_scan_triton"),
     **_both(_delta, "delta_scan_triton"),
     **_both(_diagonal, "diag_scan_triton"),

@@ -134,6 +134,7 @@ def run_steps(config: RunConfig, parallel: Any, tracer: Tracer, report: Callable
         "passes": blocks,
         "flops": dict(tally.flops),
         "launches": {"triton": dict(tally.triton_launches), "other": dict(tally.other_launches)},
+        "launches_by_pass": {name: dict(launches) for name, launches in tally.launches_by_pass.items()},
         "host_waits": dict(tally.host_waits.most_common()),
         "traffic": [
             {"when": when, "axis": row.axis, "collective": row.collective, "dtype": row.dtype, "calls": row.calls,

@@ -223,6 +223,15 @@ def traced_bytes(entry: TracedRank) -> dict[tuple[str, str], dict[str, int]]:
     return found
 
 
+def launches_a_block(traced: dict[str, Any], which: str) -> dict[str, float]:
+    """Mean launches of one pass ("forward" or "backward") through a block, by kind; its norm and recomputation included."""
+    return {
+        kind_of(letter): launches / traced["passes"][letter]
+        for letter, launches in traced["launches_by_pass"][which].items()
+        if traced["passes"].get(letter)
+    }
+
+
 def trace_as_dict(entry: TracedRank) -> dict[str, Any]:
     """One rank as JSON values: bytes, FLOPs and counts."""
     traced = entry.traced
@@ -246,6 +255,7 @@ def trace_as_dict(entry: TracedRank) -> dict[str, Any]:
         "flops": traced_flops(entry),
         "predicted_flops": predicted_flops(entry),
         "launches": traced["launches"],
+        "launches_a_block": {name: launches_a_block(traced, name) for name in ("forward", "backward")},
         "host_waits": traced["host_waits"],
         "fake_functions_compared": traced["compared"],
         "fake_functions_wrong": traced["mismatches"],

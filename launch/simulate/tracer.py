@@ -38,11 +38,12 @@ PASSES = ("forward", "backward")
 
 @dataclass
 class Tally:
-    """Counts of one step: by kind of block, host waits by line."""
+    """Counts of one step: by kind of block, launches also by pass, host waits by line."""
 
     flops: Counter[str] = field(default_factory=Counter)
     triton_launches: Counter[str] = field(default_factory=Counter)
     other_launches: Counter[str] = field(default_factory=Counter)
+    launches_by_pass: dict[str, Counter[str]] = field(default_factory=lambda: {name: Counter() for name in PASSES})
     host_waits: Counter[str] = field(default_factory=Counter)
 
 
@@ -77,7 +78,13 @@ class Tracer(TorchDispatchMode):
 
     def note_launch(self, kernel: str) -> None:
         """Count a launch of a Triton kernel for the current block."""
-        self.tally.triton_launches[self.blocks.current()] += 1
+        self._note_launch(self.tally.triton_launches)
+
+    def _note_launch(self, launches: Counter[str]) -> None:
+        """Count a launch among those of its sort, and of the pass that it is part of, for the current block."""
+        kind = self.blocks.current()
+        launches[kind] += 1
+        self.tally.launches_by_pass["backward" if self.blocks.is_backward() else "forward"][kind] += 1
 
     def note_wait(self, what: str) -> None:
         """Count a point where the host waits for the card, under its source line."""
@@ -181,7 +188,7 @@ class Tracer(TorchDispatchMode):
         if func in (aten._to_copy.default, aten.copy_.default):
             self._note_copy(func, args, kwargs, out)
         if func.namespace != "amfm" and computes_on_card(func, out):
-            self.tally.other_launches[kind] += 1
+            self._note_launch(self.tally.other_launches)
 
     def _note_copy(self, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
         """Count copies between host and card for which the host waits.

@@ -6,6 +6,10 @@ h_t = a_t h_(t-1) + dt_t x_t B_t^T and gives y_t = h_t C_t + D x_t. The scan com
 
 It is a decay recurrence like those of `LinearMixer`, but has a class of its own: its kernel applies dt, A and D inside the
 scan, where tensors of their products need not be written to memory.
+
+On the Triton backend all that follows the first projection is one operation (kernels/mamba2), which keeps less for backward
+and launches fewer kernels. Decode states, rows cut over context ranks, and a norm whose group lies on several tensor ranks
+enter between its parts: there, and on the torch backend, the parts run as operations of their own.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from torch.nn import functional
 from kernels.causal_conv1d.op import causal_conv1d, causal_conv1d_step
 from kernels.decay_scan.carry import add_carried_state
 from kernels.decay_scan.op import ScanOutput, mamba2_scan, mamba2_step
+from kernels.mamba2.op import MixerSizes, mamba2_mix
 from kernels.norm.op import gated_rms_norm
 from model.config.schema import Mamba2Config, ModelConfig
 from model.mixers.interface import BlockState, MambaState, MixerOutput
@@ -64,6 +69,7 @@ class Mamba2Mixer(nn.Module):
         self.shards = {"A_log": by_head, "D": by_head, "dt_bias": by_head}
         self.norm = GatedNorm(inner, mamba.num_groups, config.norm_epsilon, groups, backend)
         self.out_proj = RowLinear(inner, config.hidden_size, groups, name="model.mamba.num_heads")
+        self.is_one_operation = backend == "triton" and not self.norm.spans_ranks
 
     def forward(self, x_BTD: Tensor, meta: PackMeta, state: BlockState = None) -> MixerOutput:
         """Mix x [B, T, D] -> y [B, T, D]; with a state the tokens continue it, and the next state is returned.
@@ -71,6 +77,9 @@ class Mamba2Mixer(nn.Module):
         Every rank of `groups.tp` and `groups.cp` must call.
         """
         (projected_BTX,) = project_stream(x_BTD, [self.in_proj.weight], self.groups)
+        if self.is_one_operation and state is None and meta.segments is None:
+            mixed_BTD = self._mix(projected_BTX, meta.document_starts_BT())
+            return MixerOutput(leave_tensor_region(mixed_BTD, self.groups), None)
         num_rows, num_tokens, _ = projected_BTX.shape
         z_BTI, inputs_BTC, dt_BTH = projected_BTX.split([self.inner_size, self.conv.channels, self.num_heads], dim=-1)
         next_state: MambaState | None
@@ -84,6 +93,32 @@ class Mamba2Mixer(nn.Module):
             y_BTI, next_state = self._scan(inputs_BTC, dt_BTH, meta, state)
         y_BTI = self.norm(y_BTI.view(num_rows, num_tokens, self.inner_size), z_BTI)
         return MixerOutput(leave_tensor_region(self.out_proj(y_BTI), self.groups), next_state)
+
+    def _mix(self, projected_BTX: Tensor, document_starts_BT: Tensor | None) -> Tensor:
+        """Whole rows from the projection to this rank's addend of the output, [B, T, D], as one operation."""
+        sizes = MixerSizes(
+            self.num_heads,
+            self.head_dim,
+            self.num_groups,
+            self.state_size,
+            self.inner_size // self.norm.group_size,
+            self.norm.epsilon,
+        )
+        return mamba2_mix(
+            projected_BTX,
+            self.conv.weight,
+            self.conv.bias,
+            self.A_log,
+            self.D,
+            self.dt_bias,
+            self.norm.weight,
+            self.out_proj.weight,
+            sizes,
+            document_starts_BT=document_starts_BT,
+            chunk_size=self.chunk_size,
+            keep_states=self.keep_states,
+            backend=self.backend,
+        )
 
     def _scan(
         self, inputs_BTC: Tensor, dt_BTH: Tensor, meta: PackMeta, state: MambaState | None

@@ -161,26 +161,28 @@ def launches() -> Iterator[KernelLaunch]:
     """
     import triton.language as tl
 
-    from kernels.decay_scan import triton_impl as scan
+    from kernels.decay_scan import launch as scan
     from kernels.decay_scan.triton_backward import gradients_kernel, walk_back_kernel
     from kernels.decay_scan.triton_forward import chunk_state_kernel
 
     types = dict.fromkeys(("q", "k", "v", "y", "d_y", "d_v", "d_q", "d_k", "entering", "leaving"), "*bf16")
-    floats = ("g", "scale", "skip", "final", "decay", "initial", "d_final", "d_initial", "d_g", "d_scale", "d_skip")
-    types |= dict.fromkeys(floats, "*fp32") | {"firsts": "*i32"}
-    strides = ("stride_qb", "stride_qt", "stride_kb", "stride_kt", "stride_vb", "stride_vt")
+    floats = ("g", "scale", "skip", "final", "decay", "initial", "d_final", "d_initial", "d_g", "d_scale", "d_heads")
+    types |= dict.fromkeys((*floats, "A_log", "bias"), "*fp32") | {"firsts": "*i32"}
+    strides = ("stride_qb", "stride_qt", "stride_kb", "stride_kt", "stride_vb", "stride_vt", "stride_dq", "stride_dv")
     types |= dict.fromkeys(("T", "K", "V", *strides), "i32:16")
     types |= dict.fromkeys(("H", "R", "chunks", "segments", "segment_chunks", "splits"), "i32")
-    scaled = {"SCALE": True, "INITIAL": False, "initial": None}
+    types |= dict.fromkeys(("stride_gb", "stride_gt", "stride_dg"), "i32")
+    scaled = {"SCALE": True, "RAW": False, "A_log": None, "bias": None, "INITIAL": False, "initial": None}
     outputs = scaled | {"SKIP": True, "OUTPUT": True}
     states = scaled | {"SKIP": False, "skip": None, "OUTPUT": False, "y": None, "SAVE": True}
-    back = {"D_FINAL": False, "d_final": None, "STORE": True}
+    gates = {"A_log": None, "bias": None, "RAW": False}
+    back = {"D_FINAL": False, "d_final": None, "STORE": True, **gates}
     kernels = (
         ("walk", chunk_state_kernel, outputs | {"SAVE": False, "entering": None}, scan.WALK[0]),
         ("walk, states kept", chunk_state_kernel, outputs | {"SAVE": True}, scan.WALK[0]),
         ("walk, states only", chunk_state_kernel, states, scan.STATES_WALK[0]),
         ("walk back", walk_back_kernel, back, scan.WALK_BACK[0]),
-        ("gradients", gradients_kernel, {"SCALE": True, "SKIP": True}, scan.GRADIENTS[0]),
+        ("gradients", gradients_kernel, {"SCALE": True, "SKIP": True, **gates}, scan.GRADIENTS[0]),
     )
     for tiles in (1, 2):
         common = {"Q": scan.LARGEST_TILE, "TILES": tiles, "BLOCK_K": STATE_SIZE, "DOT": tl.bfloat16, "DOCUMENTS": True}

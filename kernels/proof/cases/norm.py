@@ -117,7 +117,7 @@ def launches() -> Iterator[KernelLaunch]:
 
     names = ("x", "other", "z", "out", "h", "d_out", "d_h", "d_x", "d_z", "weight")
     types = dict.fromkeys(names, "*bf16") | {"reciprocal": "*fp32", "partial": "*fp32", "epsilon": "fp32"}
-    types |= dict.fromkeys(("rows", "size", "stride_x", "stride_other", "stride_z"), "i32:16")
+    types |= dict.fromkeys(("rows", "size", "stride_x", "stride_other", "stride_z", "stride_dz"), "i32:16")
     for label, block, gated in (
         ("norm with residual, up to 4096 wide", 4096, False),
         ("norm with residual, up to 8192 wide", 8192, False),
@@ -127,9 +127,13 @@ def launches() -> Iterator[KernelLaunch]:
         rows = max(1, TILE_VALUES // block)
         config = {"BLOCK_S": block, "BLOCK_R": rows, "num_warps": max(1, min(16, block * rows // WARP_VALUES))}
         forward = {"GATED": gated, "RESIDUAL": not gated} | ({"h": None} if gated else {})
-        backward = {"GATED": gated, "D_H": not gated} | ({"d_h": None} if gated else {"z": None, "d_z": None})
+        backward = {"GATED": gated, "D_H": not gated, "OUT": False, "out": None}
+        backward |= {"d_h": None} if gated else {"z": None, "d_z": None}
         yield kernel_launch(f"{label}, forward", norm_forward_kernel, types, forward, config)
         yield kernel_launch(f"{label}, backward", norm_backward_kernel, types, backward, config)
+        if gated:
+            again = {name: value for name, value in backward.items() if name != "out"} | {"OUT": True}
+            yield kernel_launch(f"{label}, backward with output", norm_backward_kernel, types, again, config)
 
 
 def _on_card(inputs: Inputs, sizes: CardSizes) -> Problem:

@@ -17,6 +17,7 @@ from kernels.proof.cases import (
     delta_scan,
     diag_scan,
     linear_cross_entropy,
+    mamba2,
     moe,
     norm,
     rope,
@@ -29,6 +30,7 @@ OPERATIONS: dict[str, OperationCase] = {
     case.name: case
     for case in (
         decay_scan.CASE,
+        mamba2.CASE,
         decay_scan_vector.CASE,
         diag_scan.CASE,
         delta_scan.CASE,

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from kernels.proof.cases.operations import OPERATIONS
-from kernels.proof.trials import blocks, scans
+from kernels.proof.trials import blocks, mixers, scans
 from kernels.proof.trials.trial import Kind, Sized, trials_of_problems
 
 TRIALS: dict[str, Callable[[], Iterator[Sized]]] = {
     "decay_scan": scans.decay_scan_trials,
+    "mamba2": mixers.mixer_trials,
     "decay_scan_vector": scans.vector_scan_trials,
     "diag_scan": scans.diag_scan_trials,
     "delta_scan": scans.delta_scan_trials,

@@ -15,10 +15,16 @@ ARCHITECTURES = (80, 90, 100)
 BEGIN, END = "<!-- compile table: begin -->", "<!-- compile table: end -->"
 
 # Why a kernel misses the goal on sm_90: no spills, and wgmma wherever it multiplies.
+_SUMS = (
+    "holds two sums of N x Q and one of Q x Q over a group's heads, 80 registers, next to k q^T and a block of states; "
+    "what spills is put away once a head"
+)
 REASONS = {
-    "scan gradients": (
-        "holds two sums of N x Q and one of Q x Q over a group's heads, 80 registers, next to k q^T and a block of states; "
-        "what spills is put away once a head"
+    "scan gradients": _SUMS,
+    "mixer gradients": f"{_SUMS}, and the distances of tokens in the projection and its gradient are arguments",
+    "mixer walk back": "holds a state of 128 x 64 next to the gates that it makes of dt",
+    "gated norm, up to 8192 wide (Granite), backward with output": (
+        "holds 16 values of a row a thread, of y, gate, gradient and weight"
     ),
     "delta gradients, 2 steps a token": (
         "holds a product of scores next to three of the states for 32 columns of keys, which half the warps would double"

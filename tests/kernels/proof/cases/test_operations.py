@@ -19,8 +19,12 @@ SMALL = CardSizes(
 # Most bytes of spills a thread on sm_90; everything else has none. Reasons stand in
 # docs/benchmarks/kernels_ahead_of_time.md. Triton before 3.7 has an assembler that needs more registers.
 SPILLS = {
-    "scan gradients, chunks of 64": 16,
-    "scan gradients, chunks of 128": 96,
+    "scan gradients, chunks of 64": 40,
+    "scan gradients, chunks of 128": 104,
+    "mixer walk back, chunks of 128": 8,
+    "mixer gradients, chunks of 64": 88,
+    "mixer gradients, chunks of 128": 160,
+    "gated norm, up to 8192 wide (Granite), backward with output": 32,
     "delta gradients, 2 steps a token": 16,
 }
 SPILLS_BEFORE_3_7 = {

@@ -1,0 +1,1 @@
+"""Mamba2's mixer between its projections as one operation."""

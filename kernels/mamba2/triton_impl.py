@@ -1,0 +1,240 @@
+"""Mamba2's mixer as one custom operation each way, out of the kernels of its parts.
+
+Forward: convolution, walk, norm, product. Kept: the projection, y before the norm, one number a row and group of the norm,
+and where asked the states that enter chunks. Backward: the norm's gradient, which also writes the normed rows again for
+the weight of the product; convolution again; the scan's two walks; the convolution's gradient. Gradients of z, x, B, C and
+dt are written where they lie in the gradient of the projection, so that nothing is copied together.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.causal_conv1d.triton_impl import convolve_rows, convolve_rows_backward, split_taps
+from kernels.decay_scan.launch import DecayLaunch, Gates, find_gradients, walk, walk_back
+from kernels.interpreter import dot_dtype
+from kernels.limits import DECAY_LIMITS
+from kernels.linear.op import linear
+from kernels.mamba2.sizes import MixerSizes
+from kernels.norm.triton_impl import LARGEST_GROUP, norm_rows, norm_rows_backward
+from kernels.partial_sums import sum_first, sum_parts
+from kernels.scan_launch import differentiated
+
+
+def mix_triton(
+    projected_BTX: Tensor,
+    conv_weight_CW: Tensor,
+    conv_bias_C: Tensor | None,
+    A_log_H: Tensor,
+    D_H: Tensor,
+    dt_bias_H: Tensor,
+    norm_weight_I: Tensor,
+    out_weight_DI: Tensor,
+    sizes: MixerSizes,
+    document_starts_BT: Tensor | None,
+    chunk_size: int,
+    keep_states: bool,
+) -> Tensor:
+    """As `reference.mix_by_steps`, for float32, bfloat16 and float16.
+
+    Raises ValueError for sizes without a kernel, which are those of the scan and of the norm.
+    """
+    dot_dtype(projected_BTX.dtype)  # refuses float64
+    DECAY_LIMITS.check(chunk_size, sizes.state, sizes.head_dim)
+    if sizes.inner // sizes.norm_groups > LARGEST_GROUP:
+        size = sizes.inner // sizes.norm_groups
+        raise ValueError(f'backend "triton" norms groups of up to {LARGEST_GROUP} values; got {size}')
+    tensors = (projected_BTX, conv_weight_CW, conv_bias_C, A_log_H, D_H, dt_bias_H, norm_weight_I, out_weight_DI)
+    keep_states = keep_states and differentiated(*tensors)
+    chunk = min(chunk_size, DECAY_LIMITS.chunk_sizes[-1])
+    starts = None if document_starts_BT is None else document_starts_BT.contiguous()
+    numbers = (sizes.heads, sizes.head_dim, sizes.groups, sizes.state, sizes.norm_groups)
+    return _forward(*tensors, starts, list(numbers), sizes.epsilon, chunk, keep_states)[0]
+
+
+@torch.library.custom_op("amfm::mamba2_triton", mutates_args=())
+def _forward(
+    projected: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    A_log: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    norm_weight: Tensor,
+    out_weight: Tensor,
+    starts: Tensor | None,
+    numbers: list[int],
+    epsilon: float,
+    chunk_size: int,
+    keep_states: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output, y before the norm [B, T, I], the norm's r, and the states that enter chunks (empty unless kept)."""
+    sizes = MixerSizes.of(numbers, epsilon)
+    z, inputs, dt = projected.split(sizes.parts(), dim=-1)
+    x, B, C = sizes.split(convolve_rows(inputs, conv_weight, conv_bias, starts))
+    launch = DecayLaunch.of(C, x, chunk_size, 0)
+    y = projected.new_empty(*projected.shape[:2], sizes.inner)
+    entering = launch.chunk_states(y) if keep_states else None
+    walk(launch, C, B, x, Gates(dt, None, A_log, dt_bias), D, starts, None, y, entering)
+    normed, reciprocal, _ = _norm(y, z, norm_weight, sizes)
+    out = linear(normed, out_weight)
+    return out, y, reciprocal, y.new_empty(0) if entering is None else entering
+
+
+def _norm(y: Tensor, z: Tensor, weight: Tensor, sizes: MixerSizes) -> tuple[Tensor, Tensor, Tensor]:
+    """The gated norm of y, its r, and nothing."""
+    normed, empty, reciprocal = norm_rows(y, z, weight, sizes.epsilon, sizes.norm_groups, gated=True)
+    return normed, reciprocal, empty
+
+
+@_forward.register_fake
+def _(
+    projected: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    A_log: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    norm_weight: Tensor,
+    out_weight: Tensor,
+    starts: Tensor | None,
+    numbers: list[int],
+    epsilon: float,
+    chunk_size: int,
+    keep_states: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sizes = MixerSizes.of(numbers, epsilon)
+    rows, tokens, _ = projected.shape
+    chunks = (tokens + chunk_size - 1) // chunk_size
+    kept = (rows, chunks, sizes.heads, sizes.state, sizes.head_dim) if keep_states else (0,)
+    return (
+        projected.new_empty(rows, tokens, len(out_weight)),
+        projected.new_empty(rows, tokens, sizes.inner),
+        projected.new_empty(rows * tokens, sizes.norm_groups, dtype=torch.float32),
+        projected.new_empty(kept),
+    )
+
+
+@torch.library.custom_op("amfm::mamba2_triton_backward", mutates_args=())
+def _backward(
+    d_out: Tensor,
+    projected: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    A_log: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    norm_weight: Tensor,
+    out_weight: Tensor,
+    starts: Tensor | None,
+    y: Tensor,
+    reciprocal: Tensor,
+    entering: Tensor | None,
+    numbers: list[int],
+    epsilon: float,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the projection, of the convolution's weight and bias as one, of A_log, dt_bias and D [3, H] (in this
+    order, in the dtype of A_log), of the norm's weight, and of the output's.
+    """
+    sizes = MixerSizes.of(numbers, epsilon)
+    z, inputs, dt = projected.split(sizes.parts(), dim=-1)
+    d_projected = projected.new_empty(projected.shape)
+    d_z, d_inputs, d_dt = d_projected.split(sizes.parts(), dim=-1)
+    d_normed = _times_weight(d_out, out_weight)
+    d_y, normed = torch.empty_like(y), torch.empty_like(y)
+    d_norm_weight = norm_rows_backward(d_normed, None, y, z, norm_weight, reciprocal, d_y, d_z, normed)
+    del d_normed
+    d_out_weight = _times_rows(d_out, normed, out_weight.dtype)
+    del normed
+    convolved = convolve_rows(inputs, conv_weight, conv_bias, starts)
+    x, B, C = sizes.split(convolved)
+    launch = DecayLaunch.of(C, x, chunk_size, 0)
+    gates = Gates(dt, None, A_log, dt_bias)
+    if entering is None:
+        entering = launch.chunk_states(y)
+        walk(launch, C, B, x, gates, None, starts, None, None, entering)
+    d_y = d_y.view(x.shape)
+    leaving, _ = walk_back(launch, C, gates, starts, d_y, None)
+    d_convolved = convolved.new_empty(convolved.shape)
+    d_x, d_B, d_C = sizes.split(d_convolved)
+    # Several programs share a group's heads: their parts are added in float32, B and C at once, because they are neighbours.
+    parts = (
+        None if launch.splits == 1 else y.new_empty(launch.splits, *B.shape[:2], 2, *B.shape[2:], dtype=torch.float32)
+    )
+    into_B, into_C = (d_B[None], d_C[None]) if parts is None else parts.unbind(3)
+    d_heads = find_gradients(
+        launch, C, B, x, gates, D, starts, (entering, leaving), d_y, into_C, into_B, d_x, d_dt, None
+    )
+    if parts is not None:
+        shared = d_convolved.flatten(0, 1)[:, sizes.inner :]
+        sum_parts(parts.view(launch.splits, len(shared), -1), shared)
+    d_taps = convolve_rows_backward(d_convolved, inputs, conv_weight, conv_bias, starts, d_inputs)
+    return d_projected, d_taps, sum_first(d_heads, A_log.dtype), d_norm_weight, d_out_weight
+
+
+def _times_weight(d_out: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of what `linear` read."""
+    return linear(d_out, weight.t())
+
+
+def _times_rows(d_out: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient of the weight of `linear`, which read `rows`."""
+    return linear(d_out.flatten(0, -2).t(), rows.flatten(0, -2).t()).to(dtype)
+
+
+@_backward.register_fake
+def _(
+    d_out: Tensor,
+    projected: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    A_log: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    norm_weight: Tensor,
+    out_weight: Tensor,
+    starts: Tensor | None,
+    y: Tensor,
+    reciprocal: Tensor,
+    entering: Tensor | None,
+    numbers: list[int],
+    epsilon: float,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return (
+        projected.new_empty(projected.shape),
+        conv_weight.new_empty(conv_weight.numel() + len(conv_weight)),
+        A_log.new_empty(3, len(A_log)),
+        norm_weight.new_empty(norm_weight.shape),
+        out_weight.new_empty(out_weight.shape),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Keep the inputs, y, r and, where asked, the states that enter chunks."""
+    *tensors, ctx.numbers, ctx.epsilon, ctx.chunk_size, keep_states = inputs
+    _, y, reciprocal, entering = output
+    ctx.mark_non_differentiable(y, reciprocal, entering)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, y, reciprocal, entering if keep_states else None)
+
+
+def _differentiate(ctx: Any, d_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    """Gradients of `_forward`'s inputs; None throughout where the output took none."""
+    if d_out is None:
+        return (None,) * 13
+    saved = ctx.saved_tensors
+    _, conv_weight, conv_bias, _, D, dt_bias, *_ = saved
+    d_projected, d_taps, d_heads, d_norm, d_out_weight = _backward(
+        d_out.contiguous(), *saved, ctx.numbers, ctx.epsilon, ctx.chunk_size
+    )
+    d_A_log, d_bias, d_D = d_heads.unbind(0)
+    d_vectors = (d_A_log, d_D.to(D.dtype), d_bias.to(dt_bias.dtype))
+    return d_projected, *split_taps(d_taps, conv_weight, conv_bias), *d_vectors, d_norm, d_out_weight, *(None,) * 5
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)

@@ -1,0 +1,148 @@
+"""Mamba2's mixer from its first projection to its output: the operation that holds convolution, scan and gated norm."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from kernels.decay_scan.op import scan_flops
+from kernels.mamba2.op import MixerSizes, mamba2_mix, mixer_bytes
+from kernels.proof.cases.case import (
+    EPSILON,
+    CardSizes,
+    Compute,
+    CountedProblem,
+    Goal,
+    Inputs,
+    KernelLaunch,
+    Minimum,
+    OperationCase,
+    Problem,
+    bfloat16_inputs,
+    find_package,
+    kernel_launch,
+)
+from kernels.proof.cases.decay_scan import HEAD_DIM, STATE_SIZE
+
+WIDTH = 4
+
+
+def mixer_problem(inputs: Inputs, tokens: int, model: int, sizes: MixerSizes, chunk: int, keep: bool = True) -> Problem:
+    """One row through the mixer, the product with the output's weight among it; products of libraries are not in the minima.
+
+    Leaves: projected [1, T, X], conv weight and bias, A_log, D, the bias of dt (float32), norm weight, out weight.
+    """
+    H = sizes.heads
+    leaves = (
+        inputs.normal(1, tokens, sum(sizes.parts())),
+        inputs.normal(sizes.channels, WIDTH, scale=0.5),
+        inputs.normal(sizes.channels, scale=0.1),
+        *(inputs.uniform(H, low=low) for low in (0.0, 1.0, -1.0)),
+        inputs.normal(sizes.inner),
+        inputs.normal(model, sizes.inner, scale=sizes.inner**-0.5),
+    )
+
+    def run(
+        projected: Tensor,
+        conv_weight: Tensor,
+        conv_bias: Tensor,
+        A_log: Tensor,
+        D: Tensor,
+        bias: Tensor,
+        norm: Tensor,
+        out: Tensor,
+        backend: str,
+    ) -> Tensor:
+        settings = {"chunk_size": chunk, "keep_states": keep, "backend": backend}
+        weights = (conv_weight, conv_bias, A_log, D, bias, norm, out)
+        return mamba2_mix(projected, *weights, sizes, **settings)  # type: ignore[arg-type]
+
+    def peers() -> dict[str, Compute]:
+        theirs = find_package("mamba_ssm.ops.triton.ssd_combined")
+        if theirs is None:
+            return {}
+
+        def mamba_ssm(
+            projected: Tensor,
+            conv_weight: Tensor,
+            conv_bias: Tensor,
+            A_log: Tensor,
+            D: Tensor,
+            bias: Tensor,
+            norm: Tensor,
+            out: Tensor,
+        ) -> Tensor:
+            return theirs.mamba_split_conv1d_scan_combined(
+                projected, conv_weight, conv_bias, bias, -A_log.exp(), D=D, chunk_size=256, activation="silu",
+                rmsnorm_weight=norm, rmsnorm_eps=EPSILON, outproj_weight=out, headdim=sizes.head_dim, ngroups=sizes.groups,
+                norm_before_gate=False,
+            )  # fmt: skip
+
+        return {"mamba_ssm": mamba_ssm}
+
+    shape = (1, tokens, H, sizes.groups, sizes.state, sizes.head_dim)
+    forward, backward = (
+        Minimum(mixer_bytes(1, tokens, sizes, backward=way), scan_flops(*shape, chunk_size=chunk, backward=way))
+        for way in (False, True)
+    )
+    text = f"1x{tokens}, {H} heads x {sizes.head_dim}, {sizes.groups} groups, state {sizes.state}, chunks of {chunk}"
+    return Problem(text, leaves, run, forward, backward, peers)
+
+
+def counted_problems() -> Iterator[CountedProblem]:
+    """Two policies; the library's products are left out, which no counter of kernels sees."""
+    sizes = MixerSizes(8, HEAD_DIM, 1, STATE_SIZE, 1, EPSILON)
+    for keep in (True, False):
+        problem = mixer_problem(bfloat16_inputs(), 512, 64, sizes, 128, keep)
+        yield CountedProblem(
+            "mamba2" if keep else "mamba2_states_again",
+            problem,
+            Goal("of the formula", problem.forward.bytes, 1.25 if keep else 1.15),
+            Goal("of the formula", problem.backward.bytes, 1.75 if keep else 2.0),
+        )
+
+
+def launches() -> Iterator[KernelLaunch]:
+    """What the parts do not compile: walks and gradients of the scan with raw gates, and sums of parts."""
+    import triton.language as tl
+
+    from kernels.decay_scan import launch as scan
+    from kernels.decay_scan.triton_backward import gradients_kernel, walk_back_kernel
+    from kernels.decay_scan.triton_forward import chunk_state_kernel
+    from kernels.partial_sums import sum_parts_kernel
+
+    halves = (
+        "q", "k", "v", "y", "d_y", "d_v", "d_q", "d_k", "entering", "leaving", "g", "d_g", "A_log", "bias", "skip",
+    )  # fmt: skip
+    types = dict.fromkeys(halves, "*bf16") | dict.fromkeys(("final", "decay", "d_initial", "d_heads"), "*fp32")
+    types |= {"firsts": "*i32"}
+    strides = ("stride_qb", "stride_qt", "stride_kb", "stride_kt", "stride_vb", "stride_vt", "stride_dq", "stride_dv")
+    types |= dict.fromkeys(("T", "K", "V", *strides), "i32:16")
+    numbers = ("H", "R", "chunks", "segments", "segment_chunks", "splits", "stride_gb", "stride_gt", "stride_dg")
+    types |= dict.fromkeys(numbers, "i32")
+    raw = {"RAW": True, "DOCUMENTS": True, "BLOCK_K": STATE_SIZE, "DOT": tl.bfloat16}
+    walk = raw | {"SCALE": False, "scale": None, "INITIAL": False, "initial": None, "SKIP": True, "OUTPUT": True}
+    back = raw | {"D_FINAL": False, "d_final": None, "STORE": True}
+    gradients = raw | {"SCALE": False, "scale": None, "SKIP": True, "d_scale": None}
+    kernels = (
+        ("walk", chunk_state_kernel, walk | {"SAVE": False, "entering": None}, scan.WALK[0]),
+        ("walk, states kept", chunk_state_kernel, walk | {"SAVE": True}, scan.WALK[0]),
+        ("walk back", walk_back_kernel, back, scan.WALK_BACK[0]),
+        ("gradients", gradients_kernel, gradients, scan.GRADIENTS[0]),
+    )
+    for tiles in (1, 2):
+        for name, kernel, special, config in kernels:
+            label = f"mixer {name}, chunks of {tiles * scan.LARGEST_TILE}"
+            yield kernel_launch(label, kernel, types, special | {"Q": scan.LARGEST_TILE, "TILES": tiles}, config)
+    sums = {"parts": "*fp32", "total": "*bf16", "count": "i32"}
+    sums |= dict.fromkeys(("columns", "stride_p", "stride_o"), "i32:16")
+    yield kernel_launch("sum of parts", sum_parts_kernel, sums, {"BLOCK_P": 32, "BLOCK_C": 128})
+
+
+def _on_card(inputs: Inputs, sizes: CardSizes) -> Problem:
+    mixer = MixerSizes(sizes.heads, sizes.head_dim, 1, sizes.state, 1, EPSILON)
+    return mixer_problem(inputs, sizes.tokens, sizes.model, mixer, 128)
+
+
+CASE = OperationCase("mamba2", launches, counted_problems, on_card={"mamba2": _on_card})

@@ -1,0 +1,97 @@
+"""Mamba2's mixer as one Triton operation, in the interpreter, against its definition one token at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels.decay_scan import launch as scan_launch
+from kernels.mamba2 import triton_impl
+from tests.helpers.mixers import NAMES, MixerCase, make_leaves, run_mixer
+from tests.helpers.numbers import assert_bitwise, assert_near
+from tests.helpers.registration import assert_registered
+
+FLOAT32 = 1e-5
+# One number a head, a sum over all tokens that cancels: float32 keeps fewer digits of it (docs/kernels.md).
+SUMS = 4e-5
+
+CASES = {
+    "one_token": MixerCase(T=1, lengths=()),
+    "odd_sizes": MixerCase(T=33, P=20, N=12, model=7, width=3, bias=False),
+    "documents": MixerCase(B=2, T=37, lengths=(5, 1, 31)),
+    "groups": MixerCase(T=20, H=4, G=2, P=8, N=8, norm_groups=2, width=2),
+    "two_tiles": MixerCase(T=100, P=8, N=8, chunk=128, lengths=(40, 30, 30)),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_operation_equals_the_definition_twice_bitwise(case: MixerCase, poisoned_memory: None) -> None:
+    expected = run_mixer(case, make_leaves(case, torch.float64), "reference")
+    leaves = make_leaves(case, torch.float32)
+    once, again = (run_mixer(case, leaves, "triton") for _ in range(2))
+    for name, value in once.items():
+        assert_near(value, expected[name], SUMS if name in ("d_A_log", "d_dt_bias") else FLOAT32, name)
+        assert_bitwise(again[name], value, f"{name} repeated")
+
+
+def test_states_made_again_and_shared_groups_change_nothing(
+    poisoned_memory: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = MixerCase(T=40, H=4, P=8, N=8, lengths=(23, 17))
+    leaves = make_leaves(case, torch.float32)
+    kept = run_mixer(case, leaves, "triton")
+    again = run_mixer(case, leaves, "triton", keep=False)
+    monkeypatch.setattr(scan_launch, "HEADS_PER_SPLIT", 2)
+    shared = run_mixer(case, leaves, "triton")
+    for name, value in kept.items():
+        assert_bitwise(again[name], value, name)
+        assert_near(shared[name], value, FLOAT32, name)
+
+
+def test_a_document_never_feels_another() -> None:
+    case = MixerCase(T=40, lengths=(5, 14, 21))
+    leaves = make_leaves(case, torch.float32)
+    before = run_mixer(case, leaves, "triton")
+    with torch.no_grad():
+        leaves["projected"][:, 5:19] = torch.randn_like(leaves["projected"][:, 5:19]) * 3
+    after = run_mixer(case, leaves, "triton")
+    for name in ("out", "d_projected"):
+        assert_bitwise(after[name][:, :5], before[name][:, :5], f"{name} before")
+        assert_bitwise(after[name][:, 19:], before[name][:, 19:], f"{name} after")
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_little_is_kept_for_backward(keep: bool) -> None:
+    case = MixerCase(T=128, H=8, P=32, N=16, G=1, chunk=64)
+    leaves = {
+        name: leaf.detach().bfloat16().requires_grad_() for name, leaf in make_leaves(case, torch.float32).items()
+    }
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    parameters = sum(leaves[name].untyped_storage().nbytes() for name in NAMES[1:])
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        triton_impl.mix_triton(*(leaves[name] for name in NAMES), case.sizes(), None, case.chunk, keep)
+    width = 2 * case.T * case.sizes().inner  # d bfloat16 numbers a token
+    states = case.N / case.chunk if keep else 0.0
+    assert sum(kept.values()) - parameters <= (3.5 + states) * width
+
+
+def test_registration_is_complete() -> None:
+    case = MixerCase(T=17, H=1, lengths=(9, 8))
+    leaves = make_leaves(case, torch.float32)
+    numbers = [1, case.P, 1, case.N, 1]
+    tensors = [leaves[name] for name in NAMES]
+    assert_registered(triton_impl._forward, *tensors, case.starts(), numbers, 1e-5, case.chunk, True)
+
+
+def test_sizes_without_a_kernel_are_refused() -> None:
+    case = MixerCase(chunk=24)
+    with pytest.raises(ValueError, match="chunk_size of 16, 32, 64 or a multiple of 128; got 24"):
+        run_mixer(case, make_leaves(case, torch.float32), "triton")
+    with pytest.raises(ValueError, match="float64"):
+        run_mixer(MixerCase(), make_leaves(MixerCase(), torch.float64), "triton")
