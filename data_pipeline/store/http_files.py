@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from typing import Any
 
+from data_pipeline.store.range_stream import RangeStream
+
 SCHEMES = ("https", "http")
 STREAM_BYTES = 4 * 2**20  # the least that one request of a file brings
 TIMEOUT_SECONDS = 30.0  # of a connection, and of each wait for bytes
@@ -165,32 +167,4 @@ class HttpFile:
 
     def open(self) -> io.BufferedReader:
         """Open the file for reading at random."""
-        return io.BufferedReader(_Stream(self), STREAM_BYTES)
-
-
-class _Stream(io.RawIOBase):
-    """A file of a web server as an unbuffered file: each read is one request."""
-
-    def __init__(self, file: HttpFile) -> None:
-        super().__init__()
-        self._file, self._offset = file, 0
-
-    def readinto(self, buffer: Any) -> int:
-        stop = min(self._file.num_bytes, self._offset + len(buffer))
-        if stop <= self._offset:
-            return 0
-        content = self._file.read_range(self._offset, stop)
-        buffer[: len(content)] = content
-        self._offset += len(content)
-        return len(content)
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._offset, io.SEEK_END: self._file.num_bytes}[whence]
-        self._offset = base + offset
-        return self._offset
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
+        return io.BufferedReader(RangeStream(self.num_bytes, self.read_range), STREAM_BYTES)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.naming import named
+from data_pipeline.store.range_stream import RangeStream
 
 SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "abfss")
 PART_BYTES = 16 * 2**20  # a larger object is sent in parts of this size, so many at a time
@@ -77,7 +78,9 @@ class RemoteFolder:
 
     def open(self, name: str) -> io.BufferedReader:
         """Open an object as a file that is read in ranges of 2 MiB."""
-        return io.BufferedReader(_Stream(self, name), STREAM_BYTES)
+        num_bytes = self.look_up(name).num_bytes
+        stream = RangeStream(num_bytes, lambda start, stop: self.read_range(name, start, stop)[0])
+        return io.BufferedReader(stream, STREAM_BYTES)
 
     def write(self, name: str, content: bytes) -> None:
         """Write a small object, in one request: readers see the old one or the new one."""
@@ -128,34 +131,6 @@ class RemoteFolder:
 def _describe(item: Any, name: str) -> ObjectFacts:
     moment = item["last_modified"]
     return ObjectFacts(name, int(item["size"]), int(moment.timestamp()) * 10**9 + moment.microsecond * 1000)
-
-
-class _Stream(io.RawIOBase):
-    """An object as an unbuffered file: each read is one request."""
-
-    def __init__(self, folder: RemoteFolder, name: str) -> None:
-        super().__init__()
-        self._folder, self._name, self._size, self._offset = folder, name, folder.look_up(name).num_bytes, 0
-
-    def readinto(self, buffer: Any) -> int:
-        stop = min(self._size, self._offset + len(buffer))
-        if stop <= self._offset:
-            return 0
-        content, _ = self._folder.read_range(self._name, self._offset, stop)
-        buffer[: len(content)] = content
-        self._offset += len(content)
-        return len(content)
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._offset, io.SEEK_END: self._size}[whence]
-        self._offset = base + offset
-        return self._offset
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
 
 
 def split_url(url: str) -> tuple[str, str]:

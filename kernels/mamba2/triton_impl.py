@@ -79,15 +79,9 @@ def _forward(
     y = projected.new_empty(*projected.shape[:2], sizes.inner)
     entering = launch.chunk_states(y) if keep_states else None
     walk(launch, C, B, x, Gates(dt, None, A_log, dt_bias), D, starts, None, y, entering)
-    normed, reciprocal, _ = _norm(y, z, norm_weight, sizes)
+    normed, _, reciprocal = norm_rows(y, z, norm_weight, sizes.epsilon, sizes.norm_groups, gated=True)
     out = linear(normed, out_weight)
     return out, y, reciprocal, y.new_empty(0) if entering is None else entering
-
-
-def _norm(y: Tensor, z: Tensor, weight: Tensor, sizes: MixerSizes) -> tuple[Tensor, Tensor, Tensor]:
-    """The gated norm of y, its r, and nothing."""
-    normed, empty, reciprocal = norm_rows(y, z, weight, sizes.epsilon, sizes.norm_groups, gated=True)
-    return normed, reciprocal, empty
 
 
 @_forward.register_fake
@@ -144,11 +138,11 @@ def _backward(
     z, inputs, dt = projected.split(sizes.parts(), dim=-1)
     d_projected = projected.new_empty(projected.shape)
     d_z, d_inputs, d_dt = d_projected.split(sizes.parts(), dim=-1)
-    d_normed = _times_weight(d_out, out_weight)
+    d_normed = linear(d_out, out_weight.t())
     d_y, normed = torch.empty_like(y), torch.empty_like(y)
     d_norm_weight = norm_rows_backward(d_normed, None, y, z, norm_weight, reciprocal, d_y, d_z, normed)
     del d_normed
-    d_out_weight = _times_rows(d_out, normed, out_weight.dtype)
+    d_out_weight = linear(d_out.flatten(0, -2).t(), normed.flatten(0, -2).t()).to(out_weight.dtype)
     del normed
     convolved = convolve_rows(inputs, conv_weight, conv_bias, starts)
     x, B, C = sizes.split(convolved)
@@ -174,16 +168,6 @@ def _backward(
         sum_parts(parts.view(launch.splits, len(shared), -1), shared)
     d_taps = convolve_rows_backward(d_convolved, inputs, conv_weight, conv_bias, starts, d_inputs)
     return d_projected, d_taps, sum_first(d_heads, A_log.dtype), d_norm_weight, d_out_weight
-
-
-def _times_weight(d_out: Tensor, weight: Tensor) -> Tensor:
-    """The gradient of what `linear` read."""
-    return linear(d_out, weight.t())
-
-
-def _times_rows(d_out: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gradient of the weight of `linear`, which read `rows`."""
-    return linear(d_out.flatten(0, -2).t(), rows.flatten(0, -2).t()).to(dtype)
 
 
 @_backward.register_fake

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -24,6 +23,7 @@ from pretrain.start import close_run, lock_directory, start_run
 from pretrain.step import train_step
 from pretrain.train import run_steps, train
 from pretrain.validate import Validation, validate
+from tests.helpers.full_disk import largest_file
 from tests.helpers.spawn import run_ranks
 from tests.helpers.tiny_store import make_tiny_store, run_in_process
 from tests.pretrain.tiny_run import collect_weights, read_events, read_metrics, tiny_config
@@ -192,13 +192,11 @@ def test_clipping_bounds_the_step_but_not_the_reported_norm(
 
 def test_a_background_save_that_fails_ends_the_run_before_the_next_save(data: DataConfig, tmp_path: Path) -> None:
     config = tiny_config(data, tmp_path, train__steps=60, train__checkpoint_every_steps=30)
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, old[1]))  # less than a checkpoint, more than the log
-    try:
-        with pytest.raises(RuntimeError, match=r"checkpoint of step 30 .*was not saved.*File too large"):
-            train(config)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    with (
+        largest_file(100_000),  # less than a checkpoint, more than the log
+        pytest.raises(RuntimeError, match=r"checkpoint of step 30 .*was not saved.*File too large"),
+    ):
+        train(config)
     assert 30 < read_metrics(tmp_path)[-1]["step"] < 60
     assert read_events(tmp_path)[-1]["event"] == "failed"
 

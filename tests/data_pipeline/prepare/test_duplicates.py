@@ -1,5 +1,4 @@
 import json
-import resource
 import shutil
 import signal
 import subprocess
@@ -15,6 +14,7 @@ from data_pipeline.prepare.prepare import prepare
 from data_pipeline.store.store import TokenStore
 from data_pipeline.tokenizer.tokenizer import load_tokenizer
 from tests.data_pipeline.prepare.stores import KILLED_DRIVER, ROOT, contents, elsewhere
+from tests.helpers.full_disk import largest_file, limit_files
 from tests.helpers.tiny_store import make_tiny_store, run_in_process
 
 
@@ -111,18 +111,17 @@ def test_an_altered_list_of_duplicates_is_an_error(reference, tmp_path):
 
 def test_a_full_disk_while_looking_for_duplicates_is_one_message_and_the_next_call_goes_on(reference, tmp_path):
     config = elsewhere(reference, tmp_path)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def tighten(progress):
         if progress.stage == "duplicates" and progress.units_done == 2:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+            limit_files(100)
 
-    try:
-        with pytest.raises(
+    with (
+        largest_file(),
+        pytest.raises(
             RuntimeError, match=r"the disk is full while writing .*; 2 of \d+ missing parts are done and kept"
-        ):
-            in_process(config, progress=tighten)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        ),
+    ):
+        in_process(config, progress=tighten)
     in_process(config)
     assert contents(config.store) == contents(reference.store)

@@ -1,6 +1,5 @@
 import json
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -18,6 +17,7 @@ from data_pipeline.store.store import TokenStore
 from data_pipeline.tokenizer.tokenizer import load_tokenizer
 from data_pipeline.verify import verify_store
 from tests.data_pipeline.prepare.stores import KILLED_DRIVER, ROOT, contents, elsewhere, in_process, moments
+from tests.helpers.full_disk import largest_file, limit_files
 from tests.helpers.tiny_store import make_tiny_store, run_in_process, write_jsonl
 
 
@@ -86,24 +86,22 @@ def test_a_journal_line_cut_short_by_a_crash_is_written_again(reference, tmp_pat
 
 
 def test_a_full_disk_is_one_clear_message_and_the_next_call_goes_on(reference, tmp_path):
-    """A limit on the size of files stands for the disk: the same error path, and no root is needed."""
     config = elsewhere(reference, tmp_path)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     done = []
 
     def tighten(progress):
         done.append(progress.units_done)
         if progress.units_done == 3:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
+            limit_files(4000)
 
-    try:
-        with pytest.raises(
+    with (
+        largest_file(),
+        pytest.raises(
             RuntimeError,
             match=r"the disk is full while writing .*; 3 of \d+ missing parts are done and kept: make room",
-        ):
-            in_process(config, progress=tighten)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        ),
+    ):
+        in_process(config, progress=tighten)
     assert not list(Path(config.store).rglob(".writing*")), "no half-written part stays"
     report = in_process(config)
     assert report.units_written == report.units_total - 3

@@ -3,6 +3,7 @@
 import pytest
 
 from launch.plan.card_fit import check_fits, this_card
+from pretrain.checks.check_run import load_checked
 from tests.launch.plan.presets import CONFIGS, H100, PRESET_GPUS, preset
 
 SMALL = H100.model_copy(update={"memory_gib": 9.0, "name": "a small card"})
@@ -39,8 +40,6 @@ stages:
 """,
         encoding="utf-8",
     )
-    from pretrain.checks.check_run import load_checked
-
     config = load_checked(path, (), world_size=8)
     with pytest.raises(ValueError, match=r"^stage long: .*most of it .*; fits by the plan: "):
         check_fits(config, 8, H100)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-import resource
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from pretrain.checkpoint.names import list_checkpoints
 from pretrain.config.fields import flatten_settings
 from pretrain.engine.engine import ZeroEngine
 from pretrain.parallel import initialize_parallel
+from tests.helpers.full_disk import largest_file
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.checkpoint.toys import IDENTITIES, load, make_engine, run_steps, save, save_whole, toy_config
 
@@ -56,17 +56,6 @@ def small_disk(folder: Path, num_bytes: int) -> Iterator[Path]:
         yield folder
     finally:
         libc.umount2(str(folder).encode(), 2)
-
-
-@contextmanager
-def largest_file(num_bytes: int) -> Iterator[None]:
-    """Writing beyond this size of a file fails, as on a full disk."""
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, old[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
 def test_too_little_space_is_refused_before_writing(engine: ZeroEngine, tmp_path: Path) -> None:

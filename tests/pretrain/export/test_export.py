@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +19,7 @@ from pretrain.export.files import begin_export
 from pretrain.export.import_huggingface import import_huggingface
 from pretrain.inference.weights import read_weights, write_weights
 from pretrain.train import train
+from tests.helpers.full_disk import largest_file
 from tests.helpers.tiny_store import make_text
 from tests.pretrain.export.exported_models import MODELS, QWEN3_NEXT, random_weights, weights_folder
 from tests.pretrain.tiny_run import tiny_config
@@ -128,17 +126,6 @@ def test_an_export_over_something_is_refused_and_leftovers_of_a_killed_one_are_n
     assert "half" not in report.files
     with pytest.raises(ValueError, match="exists and is not empty; name another folder"):
         export_checkpoint(folder, tmp_path / "out", verify=False)
-
-
-@contextmanager
-def largest_file(num_bytes: int) -> Iterator[None]:
-    """Writing beyond this size of a file fails, as on a full disk."""
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, old[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
 def test_a_full_disk_is_named_and_half_an_export_does_not_stay(data: DataConfig, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import re
-import resource
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -16,6 +15,7 @@ from pretrain.report.numbers import count, plain
 from pretrain.report.page import show_time
 from pretrain.report.picture import draw_picture
 from pretrain.report.report import describe_model, write_report
+from tests.helpers.full_disk import largest_file
 from tests.pretrain.config.files import BASE
 
 
@@ -246,10 +246,5 @@ def test_each_row_length_of_the_stages_has_its_own_arithmetic(tmp_path):
 
 def test_a_full_disk_is_named_with_the_path_of_the_page(tmp_path):
     run = make_run(tmp_path, [line(step) for step in range(1, 30)])
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, old[1]))
-    try:
-        with pytest.raises(OSError, match=r"report\.html\.part"):
-            write_report([run])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    with largest_file(1000), pytest.raises(OSError, match=r"report\.html\.part"):
+        write_report([run])
