@@ -223,7 +223,8 @@ def to_markdown(bench: ClientBench, hardware: str, command: str) -> str:
         for client in clients:
             report = row[client]
             if report.max_difference is None:
-                notes.append(f"{name}, {client}, {report.outcome}: {report.expected or ''} Its words: `{report.error}`")
+                known = f"{report.expected}. " if report.expected else ""
+                notes.append(f"{name}, {client}, {report.outcome}: {known}Its words: `{report.error}`")
                 cells.append(f"{report.outcome} [{len(notes)}]")
             else:
                 cells.append(describe(report))

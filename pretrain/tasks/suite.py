@@ -64,6 +64,7 @@ class TaskSuite:
         with _seeded():
             try:
                 loaded = self.manager.load(list(self.choice.names))
+            # A task is other people's YAML, Python and data: whatever it raises is the task's fault, and training goes on.
             except Exception as error:
                 self.problem = (
                     f"the data of {', '.join(self.choice.names)} cannot be loaded: {_explain(error)}; a task with local data "
@@ -98,6 +99,7 @@ class TaskSuite:
                 found = evaluate(
                     lm=model, task_dict=self.loaded, limit=self.choice.limit, bootstrap_iters=0, log_samples=False
                 )
+            # As in `load`; what scoring itself raised is ours, and passes.
             except Exception as error:
                 if model.scoring_failed:
                     raise
