@@ -3,7 +3,8 @@
 The inner width is cut over the tensor ranks, column-parallel up and row-parallel down (Shoeybi et al. 2019, arXiv
 1909.08053, section 3): the activation is pointwise, so a block needs one collective where it is entered and one where it
 is left. SwiGLU's gate and up matrices are stacked in one weight and multiplied at once; each rank holds a slice of both,
-in the order gate rows, then up rows. The same module is the shared expert of an MoE block.
+in the order gate rows, then up rows. The same module is the shared expert of an MoE block. Its matrices may be products
+of two factors instead (structured.py).
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from torch import Tensor, nn
 
 from kernels.swiglu.op import squared_relu, swiglu
 from model.config.schema import Activation, ModelConfig
+from model.config.structure import DENSE, Structure
 from model.mixers.interface import BlockState, MixerOutput
 from model.packing import PackMeta
 from model.parallel.groups import ProcessGroupCollection
 from model.parallel.layers import ColumnLinear, RowLinear
 from model.parallel.regions import leave_tensor_region, project_stream
+from model.structured import StructuredDown, StructuredUp
 
 
 def up_segments(hidden_size: int, activation: Activation) -> tuple[int, ...]:
@@ -40,17 +43,31 @@ class FeedForward(nn.Module):
         *,
         name: str,
         backend: str,
+        structure: Structure = DENSE,
     ) -> None:
         super().__init__()
         self.activation, self.backend, self.groups = activation, backend, groups
-        self.up_proj = ColumnLinear(outer_size, up_segments(inner_size, activation), groups, name=name)
-        self.down_proj = RowLinear(inner_size, outer_size, groups, name=name)
+        segments = up_segments(inner_size, activation)
+        self.up_proj: ColumnLinear | StructuredUp
+        self.down_proj: RowLinear | StructuredDown
+        if structure.kind == "dense":
+            self.up_proj = ColumnLinear(outer_size, segments, groups, name=name)
+            self.down_proj = RowLinear(inner_size, outer_size, groups, name=name)
+        else:
+            self.up_proj = StructuredUp(outer_size, segments, structure, groups, name=name)
+            self.down_proj = StructuredDown(inner_size, (outer_size,), structure, groups, name=name)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map the stream x [B, T, D] -> [B, T, D]; under sequence parallelism T is this rank's share, in and out."""
         activate = swiglu if self.activation == "swiglu" else squared_relu
-        (inner,) = project_stream(x, [self.up_proj.weight], self.groups)
-        return leave_tensor_region(self.down_proj(activate(inner, backend=self.backend)), self.groups)
+        if isinstance(self.up_proj, StructuredUp):
+            inner = self.up_proj.from_stream(x)
+        else:
+            (inner,) = project_stream(x, [self.up_proj.weight], self.groups)
+        inner = activate(inner, backend=self.backend)
+        if isinstance(self.down_proj, StructuredDown):
+            return self.down_proj.to_stream(inner)
+        return leave_tensor_region(self.down_proj(inner), self.groups)
 
 
 class FeedForwardMixer(FeedForward):
@@ -65,6 +82,7 @@ class FeedForwardMixer(FeedForward):
             groups,
             name="model.feed_forward.hidden_size",
             backend=backend,
+            structure=config.feed_forward.structure(),
         )
 
     def forward(self, x_BTD: Tensor, meta: PackMeta, state: BlockState = None) -> MixerOutput:  # type: ignore[override]

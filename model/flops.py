@@ -17,6 +17,7 @@ from typing import TypeVar
 
 from model.config.pattern import SECTIONS, block_kind
 from model.config.schema import AttentionConfig, FeedForwardConfig, Mamba2Config, ModelConfig, MoeConfig
+from model.config.structure import Structure
 
 _T = TypeVar("_T")
 
@@ -115,7 +116,15 @@ def _attention_matrices(attention: AttentionConfig, hidden_size: int) -> int:
 
 
 def _feed_forward_matrices(feed_forward: FeedForwardConfig, hidden_size: int) -> int:
-    return _matrices_a_unit(feed_forward.activation) * hidden_size * feed_forward.hidden_size
+    return feed_forward_weights(
+        hidden_size, feed_forward.hidden_size, feed_forward.activation, feed_forward.structure()
+    )
+
+
+def feed_forward_weights(width: int, inner: int, activation: str, structure: Structure) -> int:
+    """Weights of a feed-forward of `inner` channels on a stream of `width`, whatever the form of its matrices."""
+    up = (_matrices_a_unit(activation) - 1) * inner
+    return structure.weights(width, up) + structure.weights(inner, width)
 
 
 def _moe_matrices(moe: MoeConfig, hidden_size: int) -> tuple[int, int]:
@@ -123,7 +132,10 @@ def _moe_matrices(moe: MoeConfig, hidden_size: int) -> tuple[int, int]:
     units = _matrices_a_unit(moe.activation)
     routed_width = moe.latent_size or hidden_size
     expert = units * routed_width * moe.expert_hidden_size
-    every_token = hidden_size * (moe.num_experts + units * moe.shared_expert_hidden_size + moe.shared_expert_gate)
+    every_token = hidden_size * (moe.num_experts + moe.shared_expert_gate)
+    if moe.shared_expert_hidden_size:
+        shared = moe.shared_expert_hidden_size
+        every_token += feed_forward_weights(hidden_size, shared, moe.activation, moe.shared_structure())
     if moe.latent_size is not None:
         every_token += 2 * hidden_size * moe.latent_size
     return every_token + moe.num_experts * expert, every_token + moe.top_k * expert

@@ -25,6 +25,7 @@ from model.mixers.initial_values import first_decay_rates, first_time_steps
 from model.mixers.interface import SequenceMixer
 from model.parallel.groups import ProcessGroupCollection
 from model.parallel.shards import Shard, parameter_shards
+from model.structured import StructuredLinear
 
 # Matrices that write into the residual stream. A latent expert's last matrix is latent_up, so experts.down is not one then.
 _OUTPUT_PROJECTIONS = ("out_proj.weight", "o_proj.weight", "down_proj.weight", "latent_up.weight")
@@ -35,15 +36,19 @@ def initialize_parameters(model: nn.Module, config: ModelConfig, groups: Process
     """Fill every parameter of the model in place, of a sharded one this rank's part. No collectives."""
     for name, parameter, shard in parameter_shards(model):
         shape = shard.whole_shape(parameter.shape)
-        own = _mixer_values(model, name, shape, seed)
+        own = _own_values(model, name, shape, config, seed)
         if shard.per_expert:
             _fill_experts(name, parameter, shard, shape, config, groups, seed)
         else:
             parameter.copy_(shard.shard(initial_values(name, shape, config, seed) if own is None else own, groups))
 
 
-def _mixer_values(model: nn.Module, name: str, shape: tuple[int, ...], seed: int) -> Tensor | None:
-    """Ask a registered mixer for the initial value of its own parameter; None where it leaves that to this file."""
+def _own_values(model: nn.Module, name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor | None:
+    """Ask a factored matrix or a registered mixer for the initial value of its parameter; None where that is this file's."""
+    place, _, own_name = name.rpartition(".")
+    layer = model.get_submodule(place)
+    if isinstance(layer, StructuredLinear):
+        return layer.first_values(own_name, _generator(seed, name), _deviation(f"{place}.weight", config))
     place, inside, own_name = name.partition(".mixer.")
     mixer = model.get_submodule(f"{place}.mixer") if inside else None
     return mixer.init_parameter(own_name, shape, _generator(seed, name)) if isinstance(mixer, SequenceMixer) else None

@@ -17,6 +17,7 @@ import torch
 
 from launch.plan.registered import COUNTED_TOKENS, is_registered, registered_block
 from model.config.schema import AttentionConfig, Mamba2Config, ModelConfig, MoeConfig
+from model.config.structure import Structure
 
 FLOAT32_BYTES = 4
 # Slices of the head's logits, in elements, and their least rows (kernels/linear_cross_entropy).
@@ -91,7 +92,8 @@ def block_bytes(config: ModelConfig, letter: str, storage: Storage, split: Split
         assert config.feed_forward is not None, "check_model was not called: model.feed_forward is missing"
         units = config.feed_forward.hidden_size
         rows = up_rows(units, config.feed_forward.activation)
-        inner = BlockBytes((rows + units) * e, (rows + units) * e + units * FLOAT32_BYTES)
+        between = _between(config.hidden_size, units, rows, config.feed_forward.structure())
+        inner = BlockBytes((rows + units + between) * e, (rows + units + between) * e + units * FLOAT32_BYTES)
     if letter not in ("M", "E"):
         inner = BlockBytes(inner.kept / split.tensor, inner.working / split.tensor)
     # Gradients of the stream, of the block's input and of its normed input.
@@ -102,6 +104,11 @@ def recomputed_bytes(block: BlockBytes, config: ModelConfig, storage: Storage, s
     """The same block under activation recomputation: it keeps its input stream, all else becomes working space."""
     stream = config.hidden_size * (FLOAT32_BYTES if config.residual_in_fp32 else storage.element_bytes) / stream_ranks
     return BlockBytes(stream, block.kept - stream + block.working)
+
+
+def _between(width: int, units: int, rows: int, structure: Structure) -> int:
+    """Numbers a token between the factors of up and down; none of dense matrices."""
+    return structure.between(width, rows) + structure.between(units, width)
 
 
 def up_rows(units: int, activation: str) -> int:
@@ -181,7 +188,9 @@ def _moe_bytes(moe: MoeConfig, hidden_size: int, storage: Storage, split: Split)
         kept += 2 * choices * width * e  # rows as they came, and results as they went back
     shared = moe.shared_expert_hidden_size
     shared_rows = up_rows(shared, moe.activation)
-    kept += (shared_rows + shared) * e / split.tensor
+    kept += (
+        (shared_rows + shared + _between(hidden_size, shared, shared_rows, moe.shared_structure())) * e / split.tensor
+    )
     if moe.shared_expert_gate:
         kept += (hidden_size + 1) * e / split.tokens  # what is gated, and the gate
     # Rows and their gradients in expert order, hidden rows with activation and gradient, sums by token in float32.

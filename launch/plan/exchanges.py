@@ -17,10 +17,12 @@ from dataclasses import dataclass
 import torch
 
 from kernels.moe.capacity import expert_capacity
+from launch.plan.activations import up_rows
 from launch.plan.context_traffic import exchanged_windows, handed_states, segment_states
 from launch.plan.layout import Layout, StageShare
 from launch.plan.registered import is_registered, registered_block
 from model.config.schema import ModelConfig, MoeConfig
+from model.config.structure import Structure
 from model.moe.capacity import slots_for
 from pretrain.config.schema import RunConfig
 
@@ -71,7 +73,12 @@ def tensor_exchanges(config: RunConfig, layout: Layout, held: StageShare) -> Ite
     routers, scans = held.letters.count("E"), held.letters.count("M")
     others = len(held.letters) - routers
     # Every block but E is one region of two crossings, its entry and its exit.
-    yield from _crossing(config, layout, model.hidden_size, times=2 * others, again=others)
+    dense = model.feed_forward
+    factored = held.letters.count("-") if dense is not None and dense.linear_kind != "dense" else 0
+    yield from _crossing(config, layout, model.hidden_size, times=2 * (others - factored), again=others - factored)
+    if factored:
+        assert dense is not None, "counted above"
+        yield from _factored_crossings(config, layout, dense.hidden_size, dense.activation, dense.structure(), factored)
     if routers:
         assert moe is not None, "E blocks need model.moe"
         yield from _router_exchanges(config, layout, moe, routers)
@@ -105,6 +112,17 @@ def _crossing(config: RunConfig, layout: Layout, width: int, *, times: int, agai
         yield Exchange("tp", "all_reduce", dtype, times, times * whole)
 
 
+def _factored_crossings(
+    config: RunConfig, layout: Layout, inner: int, activation: str, structure: Structure, blocks: int
+) -> Iterator[Exchange]:
+    """Crossings of feed-forwards of two factors a matrix: what enters, and under low rank what leaves, is between them."""
+    width = config.model.hidden_size
+    enters = structure.between(width, up_rows(inner, activation))
+    leaves = structure.between(inner, width) if structure.kind == "lowrank" else width
+    yield from _crossing(config, layout, enters, times=blocks, again=blocks if structure.kind != "blockshuffle" else 0)
+    yield from _crossing(config, layout, leaves, times=blocks)
+
+
 def _router_exchanges(config: RunConfig, layout: Layout, moe: MoeConfig, blocks: int) -> Iterator[Exchange]:
     """Tensor-axis exchanges of E blocks: the shared expert is a region of its own, routed experts in some layouts.
 
@@ -113,7 +131,10 @@ def _router_exchanges(config: RunConfig, layout: Layout, moe: MoeConfig, blocks:
     """
     share = layout.stage_ranks * (layout.tokens(config) // layout.tensor)
     width = moe.latent_size or config.model.hidden_size
-    if moe.shared_expert_hidden_size:
+    inner, structure = moe.shared_expert_hidden_size, moe.shared_structure()
+    if inner and structure.kind != "dense":
+        yield from _factored_crossings(config, layout, inner, moe.activation, structure, blocks)
+    elif inner:
         yield from _crossing(config, layout, config.model.hidden_size, times=2 * blocks, again=blocks)
     if layout.expert == 1:
         yield from _crossing(config, layout, width, times=2 * blocks)

@@ -21,6 +21,7 @@ from launch.plan.layout import Layout, StageShare, distinct_stages, held_by_stag
 from launch.plan.registered import is_registered, registered_block
 from model.config.pattern import block_kind
 from model.config.schema import ModelConfig
+from model.config.structure import Structure
 from pretrain.config.schema import RunConfig
 
 
@@ -118,8 +119,13 @@ def block_seconds(
     else:
         assert model.feed_forward is not None, "check_model was not called: model.feed_forward is missing"
         feed_forward = model.feed_forward
-        units = feed_forward.hidden_size / tensor
-        _add_feed_forward(line, tokens, model.hidden_size, units, feed_forward.activation)
+        if feed_forward.linear_kind == "dense":
+            units = feed_forward.hidden_size / tensor
+            _add_feed_forward(line, tokens, model.hidden_size, units, feed_forward.activation)
+        else:
+            _add_factored(
+                line, model, layout, tokens, feed_forward.hidden_size, feed_forward.activation, feed_forward.structure()
+            )
     return line.seconds
 
 
@@ -129,6 +135,29 @@ def _add_feed_forward(line: Roofline, rows: float, width: int, units: float, act
     line.product(rows, width, up, groups=groups)
     line.product(rows, units, width, groups=groups)
     line.passes(rows * (3 * up + 2 * units) * line.element_bytes)
+
+
+def _add_factored(
+    line: Roofline,
+    model: ModelConfig,
+    layout: Layout,
+    tokens: float,
+    inner: int,
+    activation: str,
+    structure: Structure,
+) -> None:
+    """A feed-forward of two factors a matrix: the factor at the stream is whole on every rank, the other is cut."""
+    width, rows = model.hidden_size, up_rows(inner, activation)
+    blocks, own = structure.blocks or 1, tokens / layout.stream_ranks
+    enters, leaves = structure.between(width, rows), structure.between(inner, width)
+    # Product by block: as many rows of a block's width, a group a block.
+    line.product(own * blocks, width / blocks, enters / blocks, groups=blocks)
+    second = blocks if structure.kind == "blockshuffle" else 1
+    line.product(tokens * second / layout.tensor, enters / second, rows / second, groups=second)
+    line.passes(tokens / layout.tensor * (3 * rows + 2 * inner) * line.element_bytes)
+    line.product(tokens * blocks / layout.tensor, inner / blocks, leaves / blocks, groups=blocks)
+    last = own if structure.kind == "lowrank" else tokens / layout.tensor
+    line.product(last * second, leaves / second, width / second, groups=second)
 
 
 def _add_mamba(line: Roofline, model: ModelConfig, tokens: float, tensor: int) -> None:
@@ -190,8 +219,11 @@ def _add_moe(line: Roofline, model: ModelConfig, tokens: float, layout: Layout, 
     units = moe.expert_hidden_size / layout.width_ranks
     _add_feed_forward(line, rows, width, units, moe.activation, groups=moe.num_experts // layout.expert)
     line.passes(rows * width * (4 * e + 2 * FLOAT32_BYTES))  # into expert order, back, and both gradients
-    if moe.shared_expert_hidden_size:
-        _add_feed_forward(line, tokens, hidden, moe.shared_expert_hidden_size / layout.tensor, moe.activation)
+    shared, structure = moe.shared_expert_hidden_size, moe.shared_structure()
+    if shared and structure.kind != "dense":
+        _add_factored(line, model, layout, tokens, shared, moe.activation, structure)
+    elif shared:
+        _add_feed_forward(line, tokens, hidden, shared / layout.tensor, moe.activation)
     if moe.shared_expert_gate:
         line.passes(tokens / layout.stream_ranks * 5 * hidden * e)
 

@@ -16,6 +16,7 @@ from model.config.mixer_options import LinearOptions
 from model.config.mixer_registry import describe_symbol, find_spec, mixer_specs
 from model.config.pattern import SECTIONS, mixer_name
 from model.config.schema import AttentionConfig, Mamba2Config, ModelConfig, MoeConfig, RopeConfig
+from model.config.structure import DENSE
 
 
 @lru_cache(maxsize=256)
@@ -49,6 +50,12 @@ def check_model(config: ModelConfig) -> None:
         _check_attention(config.attention)
     if config.moe is not None:
         _check_moe(config.moe)
+        _check_structure(
+            config, "model.moe.shared_expert_", config.moe.shared_expert_hidden_size, config.moe.activation
+        )
+    if config.feed_forward is not None:
+        dense = config.feed_forward
+        _check_structure(config, "model.feed_forward.", dense.hidden_size, dense.activation)
 
 
 def _check_wrapped(config: ModelConfig, name: str) -> None:
@@ -176,6 +183,26 @@ def _check_moe(moe: MoeConfig) -> None:
             f"model.moe.overflow=recycle needs model.moe.capacity_factor of at least 1, not {moe.capacity_factor}: "
             "experts have room for fewer choices than there are; raise it, or use overflow: drop"
         )
+
+
+def _check_structure(config: ModelConfig, prefix: str, inner: int, activation: str) -> None:
+    """Check the form of the matrices of a feed-forward whose settings begin with `prefix`, `inner` wide; 0: there is none."""
+    is_shared = prefix.startswith("model.moe")
+    if is_shared:
+        assert config.moe is not None, "the caller has checked it"
+        structure = config.moe.shared_structure()
+    else:
+        assert config.feed_forward is not None, "the caller has checked it"
+        structure = config.feed_forward.structure()
+    if is_shared and not inner and structure != DENSE:
+        raise ValueError(
+            f"{prefix}linear_kind={structure.kind} has no effect with model.moe.shared_expert_hidden_size=0: there is no "
+            "shared expert, and routed experts are dense; set its size, or remove this"
+        )
+    rows = 2 * inner if activation == "swiglu" else inner
+    values = {"linear_rank": structure.rank, "linear_blocks": structure.blocks}
+    for field, rule in structure.broken_rules(config.hidden_size, inner, rows):
+        raise ValueError(f"{prefix}{field}={values[field]} {rule}")
 
 
 def _check_divides(part_name: str, part: int, whole_name: str, whole: int) -> None:

@@ -8,6 +8,7 @@ from model.config.mixer_options import OutputGate
 from model.config.mixer_registry import mixer_specs
 from model.config.pattern import Pattern, parse_pattern
 from model.config.section import Section
+from model.config.structure import LinearKind, Structure
 
 Activation = Literal["swiglu", "squared_relu"]
 
@@ -98,6 +99,20 @@ class FeedForwardConfig(Section):
     activation: Activation = Field(
         "squared_relu", description="`swiglu` is gated and has a third matrix; `squared_relu` is not gated."
     )
+    linear_kind: LinearKind = Field(
+        "dense",
+        description="Form of the matrices: products of two factors, `lowrank` (linear_rank), `blockshuffle` (linear_blocks) or `blockdense` (both); docs/structure.md.",
+    )
+    linear_rank: int | None = Field(None, gt=0, description="Numbers a token between the factors; lowrank, blockdense.")
+    linear_blocks: int | None = Field(
+        None,
+        ge=2,
+        description="Blocks of a block-diagonal factor; blockshuffle, blockdense. Tensor ranks must divide it.",
+    )
+
+    def structure(self) -> Structure:
+        """Form of the matrices."""
+        return Structure(self.linear_kind, self.linear_rank, self.linear_blocks)
 
 
 class MoeConfig(Section):
@@ -110,6 +125,12 @@ class MoeConfig(Section):
     shared_expert_gate: bool = Field(
         False, description="Sigmoid of the input, a number a token, times the shared expert's output, as Qwen3-Next."
     )
+    shared_expert_linear_kind: LinearKind = Field(
+        "dense",
+        description="Form of the shared expert's matrices, as feed_forward.linear_kind; routed experts are dense.",
+    )
+    shared_expert_linear_rank: int | None = Field(None, gt=0, description="As feed_forward.linear_rank.")
+    shared_expert_linear_blocks: int | None = Field(None, ge=2, description="As feed_forward.linear_blocks.")
     activation: Activation = Field("squared_relu", description="Of routed and shared experts.")
     router: Literal["softmax", "sigmoid"] = Field("sigmoid", description="How logits become scores.")
     normalize_probabilities: bool = Field(True, description="Divide the chosen scores by their sum.")
@@ -142,6 +163,12 @@ class MoeConfig(Section):
         "drop",
         description="Choices over capacity are lost, or go to a random expert with room (Hunyuan-Large, arXiv 2411.02265).",
     )
+
+    def shared_structure(self) -> Structure:
+        """Form of the shared expert's matrices."""
+        return Structure(
+            self.shared_expert_linear_kind, self.shared_expert_linear_rank, self.shared_expert_linear_blocks
+        )
 
 
 class MultipliersConfig(Section):

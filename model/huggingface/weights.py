@@ -11,6 +11,7 @@ import torch
 
 from model.build import build_mixer
 from model.config.schema import ModelConfig
+from model.config.structure import Structure
 from model.huggingface.entries import Form, WeightEntry, WeightMap
 from model.huggingface.qwen3_next_weights import qwen3_next_map
 from model.huggingface.targets import Target
@@ -92,7 +93,7 @@ def _attention_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def _feed_forward_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     dense = config.feed_forward
     assert dense is not None, "the pattern has -, the configuration no feed_forward section"
-    return _mlp_shapes("", config.hidden_size, dense.hidden_size, dense.activation)
+    return _mlp_shapes("", config.hidden_size, dense.hidden_size, dense.activation, dense.structure())
 
 
 def _moe_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -105,7 +106,8 @@ def _moe_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     shapes["experts.up"] = (moe.num_experts, hidden * (2 if moe.activation == "swiglu" else 1), read)
     shapes["experts.down"] = (moe.num_experts, read, hidden)
     if moe.shared_expert_hidden_size:
-        shapes |= _mlp_shapes("shared.", width, moe.shared_expert_hidden_size, moe.activation)
+        shared = moe.shared_expert_hidden_size
+        shapes |= _mlp_shapes("shared.", width, shared, moe.activation, moe.shared_structure())
     if moe.shared_expert_gate:
         shapes["shared_gate.weight"] = (1, width)
     if moe.latent_size is not None:
@@ -113,9 +115,18 @@ def _moe_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _mlp_shapes(prefix: str, width: int, hidden: int, activation: str) -> dict[str, tuple[int, ...]]:
-    rows = 2 * hidden if activation == "swiglu" else hidden
-    return {f"{prefix}up_proj.weight": (rows, width), f"{prefix}down_proj.weight": (width, hidden)}
+def _mlp_shapes(
+    prefix: str, width: int, hidden: int, activation: str, structure: Structure
+) -> dict[str, tuple[int, ...]]:
+    segments = (hidden, hidden) if activation == "swiglu" else (hidden,)
+    if structure.kind == "dense":
+        return {f"{prefix}up_proj.weight": (sum(segments), width), f"{prefix}down_proj.weight": (width, hidden)}
+    up, down = structure.shapes(width, segments), structure.shapes(hidden, (width,))
+    return {
+        f"{prefix}{matrix}_proj.{factor}": shape
+        for matrix, shapes in (("up", up), ("down", down))
+        for factor, shape in zip(("first", "second"), shapes, strict=True)
+    }
 
 
 _MIXER_SHAPES = {"M": _mamba_shapes, "*": _attention_shapes, "-": _feed_forward_shapes, "E": _moe_shapes}

@@ -80,6 +80,7 @@ class MoeMixer(Float32Buffers):
                 groups,
                 name="model.moe.shared_expert_hidden_size",
                 backend=backend,
+                structure=moe.shared_structure(),
             )
         self.shared_gate = Linear(config.hidden_size, 1, groups) if moe.shared_expert_gate else None
 

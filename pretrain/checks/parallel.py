@@ -91,6 +91,8 @@ def share_problems(config: RunConfig) -> Iterator[Problem]:
         yield from unit_problems("model.attention.num_kv_heads", model.attention.num_kv_heads, tensor)
     if "-" in letters and model.feed_forward is not None:
         sizes.append(("tensor", tensor, "model.feed_forward.hidden_size", model.feed_forward.hidden_size))
+        if model.feed_forward.linear_blocks is not None:
+            sizes.append(("tensor", tensor, "model.feed_forward.linear_blocks", model.feed_forward.linear_blocks))
     for spec, options in mixers_in_use(config):
         name = f"model.mixers.{spec.name}"
         sizes += [("tensor", tensor, f"{name}.{field}", size) for field, size in options.cut_evenly().items()]
@@ -103,6 +105,9 @@ def share_problems(config: RunConfig) -> Iterator[Problem]:
         if moe.shared_expert_hidden_size:
             shared = ("tensor", tensor, "model.moe.shared_expert_hidden_size", moe.shared_expert_hidden_size)
             sizes.append(shared)
+        if moe.shared_expert_linear_blocks is not None:
+            blocks = ("tensor", tensor, "model.moe.shared_expert_linear_blocks", moe.shared_expert_linear_blocks)
+            sizes.append(blocks)
     for axis, ranks, name, size in sizes:
         if size % ranks:
             yield Problem(f"parallel.{axis}", f"must divide {name}={size}", f"use {divisors(size)}", str(ranks))

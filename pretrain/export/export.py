@@ -39,6 +39,7 @@ from pretrain.export.files import (
     sync_files,
     write_export,
 )
+from pretrain.inference.merge import merge_factors
 from pretrain.inference.weights import Weights, read_weights
 from pretrain.tensor_files import write_tensors
 
@@ -98,14 +99,15 @@ def export_checkpoint(
 
     `target`: nemotron_h, granitemoehybrid, qwen3_next, qwen3_5_moe, own, auto; None: what the run's `export.target` says. Everything is written
     to a hidden folder beside OUT, made durable, loaded by a fresh process that compares logits, and only then renamed to OUT, so OUT is
-    absent or whole. Raises ValueError for a target that cannot hold the model or an OUT that is in use, RuntimeError
+    absent or whole. Factored matrices are written multiplied out. Raises ValueError for a target that cannot hold the model or an OUT that is in use, RuntimeError
     for a failed proof: then the folder stands as OUT.failed (numbered where there is one), for examination.
     """
     out = Path(out_dir)
     check_free(out)
     weights = read_weights(checkpoint_dir, report)
     asked = target or (weights.run.export.target if weights.run is not None else "auto")
-    plan = ExportPlan(weights, resolve_target(weights, asked), _max_positions(weights), max_shard_bytes)
+    merged = merge_factors(weights)
+    plan = ExportPlan(merged, resolve_target(merged, asked), _max_positions(weights), max_shard_bytes)
     proof: dict[str, Any] = {}
     compared = "nothing: not verified"
     with begin_export(out) as temporary:
@@ -115,7 +117,7 @@ def export_checkpoint(
         if verify:
             tokens_BT, texts, compared = proof_text(weights)
             report("comparing logits with those of transformers in a fresh process")
-            proof = run_proof(plan, temporary, tokens_BT, texts)
+            proof = run_proof(plan, temporary, tokens_BT, texts, weights)
             problems = find_problems(plan, proof)
             if problems:
                 raise RuntimeError(_fail(temporary, out, problems))
@@ -199,14 +201,17 @@ def _store_tokens(path: str, count: int) -> tuple[list[int], str]:
     raise RuntimeError(f"the store {path} holds no tokens; prepare it again, or export without verification")
 
 
-def run_proof(plan: ExportPlan, folder: Path, tokens_BT: Tensor, texts: list[str]) -> dict[str, Any]:
+def run_proof(
+    plan: ExportPlan, folder: Path, tokens_BT: Tensor, texts: list[str], trained: Weights | None = None
+) -> dict[str, Any]:
     """Load the folder in a fresh process and compare it with our model on tokens [B, T] and texts.
 
+    `trained`: the model as it was trained, where its matrices were factored and the plan has them multiplied out.
     Returns what `verify.py` found, or `crash` with the error that ended it. Both models compute in float32 on the CPU.
     """
     with torch.no_grad():
         meta = PackMeta.one_document_a_row(*tokens_BT.shape)
-        logits_BTV = plan.weights.build()(tokens_BT, meta).logits_BTV
+        logits_BTV = (trained or plan.weights).build()(tokens_BT, meta).logits_BTV
     assert logits_BTV is not None, "no labels were given"
     tokenizer: Tokenizer = plan.weights.tokenizer
     encoded = [(text, tokenizer.encode(text)) for text in texts]

@@ -17,11 +17,16 @@ from launch.plan.layout import Layout, held_by_stages
 from launch.plan.traffic import expected_bytes
 from tests.helpers.spawn import run_ranks
 
+FACTORED = (
+    "model.feed_forward.linear_kind=lowrank model.feed_forward.linear_rank=16 "
+    "model.moe.shared_expert_linear_kind=blockshuffle model.moe.shared_expert_linear_blocks=4"
+)
 LIGHTNING = "model.mixers.lightning={num_heads: 8, head_dim: 8}"
 TWO_RANKS = [
     "expert=2",
     "expert=2 model.moe.capacity_factor=1.5",
     "tensor=2 sequence_parallel=true zero_stage=2 model.attention.qk_norm=true",
+    f"tensor=2 sequence_parallel=true {FACTORED}",
     "context=2 model.moe.auxiliary_loss_weight=0.1 model.moe.sequence_loss_weight=0.1",
     "pipeline=2 model.tie_embeddings=true",
 ]
@@ -29,6 +34,7 @@ FOUR_RANKS = [
     "expert=4 zero_stage=2 model.moe.latent_size=24",
     "expert=2 expert_tensor=2",
     "tensor=2 zero_stage=0",
+    f"tensor=2 {FACTORED}",
     "tensor=2 expert=4 model.moe.latent_size=24",
     "tensor=2 sequence_parallel=true expert=4",
     "tensor=2 sequence_parallel=true expert=2 expert_tensor=2",

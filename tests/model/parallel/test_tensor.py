@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.config.schema import AttentionConfig, Mamba2Config, ModelConfig, MoeConfig, MultipliersConfig
+from model.config.schema import (
+    AttentionConfig,
+    FeedForwardConfig,
+    Mamba2Config,
+    ModelConfig,
+    MoeConfig,
+    MultipliersConfig,
+)
 from model.hybrid import HybridModel
 from model.packing import PackMeta
 from model.parallel.groups import ProcessGroupCollection, single_rank_groups
@@ -51,6 +58,24 @@ CONFIGS = {
         "M*",
         mamba=Mamba2Config(num_heads=4, head_dim=3, state_size=5, num_groups=1, chunk_size=8),
         attention=AttentionConfig(num_heads=4, num_kv_heads=1, head_dim=6, qk_norm=True, gate="element"),
+    ),
+    "low rank": small_config(
+        "-E",
+        feed_forward=FeedForwardConfig(hidden_size=16, activation="swiglu", linear_kind="lowrank", linear_rank=4),
+        moe=MOE.model_copy(
+            update={
+                "shared_expert_hidden_size": 12,
+                "shared_expert_linear_kind": "blockdense",
+                "shared_expert_linear_rank": 6,
+                "shared_expert_linear_blocks": 2,
+            }
+        ),
+    ),
+    "block shuffle": small_config(
+        "-",
+        feed_forward=FeedForwardConfig(
+            hidden_size=16, activation="swiglu", linear_kind="blockshuffle", linear_blocks=2
+        ),
     ),
 }
 CASES = [(name, sequence_parallel) for name in CONFIGS for sequence_parallel in (False, True)]

@@ -22,7 +22,7 @@ from pretrain.train import train
 from tests.helpers.full_disk import largest_file
 from tests.helpers.tiny_store import make_text
 from tests.pretrain.export.exported_models import MODELS, QWEN3_NEXT, random_weights, weights_folder
-from tests.pretrain.tiny_run import tiny_config
+from tests.pretrain.tiny_run import MODEL, tiny_config
 
 
 def sample_text() -> str:
@@ -72,6 +72,19 @@ def test_other_targets_are_proved_in_a_fresh_process(data: DataConfig, tmp_path:
         assert any("qk_norm=true" in reason for reason in report.reasons)
         assert "qk_norm=true" in card, "the model card must say why no native class fits"
         assert (tmp_path / "out" / "modeling_amfm.py").is_file()
+
+
+def test_factored_matrices_are_written_multiplied_out_and_proved(data: DataConfig, tmp_path: Path) -> None:
+    feed_forward = {"hidden_size": 48, "linear_kind": "blockshuffle", "linear_blocks": 4}
+    shared = {"shared_expert_linear_kind": "lowrank", "shared_expert_linear_rank": 6}
+    weights = random_weights(data, MODEL | {"feed_forward": feed_forward, "moe": MODEL["moe"] | shared})
+    (tmp_path / "weights").mkdir()
+    write_weights(tmp_path / "weights", weights)
+    report = export_checkpoint(tmp_path / "weights", tmp_path / "out")
+    assert report.class_name == "NemotronHForCausalLM"
+    assert report.max_logit_difference is not None and report.max_logit_difference <= LOGIT_TOLERANCE
+    back = import_huggingface(tmp_path / "out", tmp_path / "back")
+    assert back.model.feed_forward is not None and back.model.feed_forward.linear_kind == "dense"
 
 
 def test_qwen3_5_moe_takes_byte_level_bpe_alone_and_is_proved_with_it(data: DataConfig, tmp_path: Path) -> None:

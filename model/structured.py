@@ -1,0 +1,191 @@
+"""Layers of a feed-forward whose matrices are products of two factors (model/config/structure.py names the kinds).
+
+How tensor ranks share them: the factor between the stream and the factors' middle stays whole on every rank, next to the
+stream; the other one is cut as the dense matrix would be.
+
+    up     h = first(x) on the stream's own tokens; h enters the tensor region; each rank has its rows of the second,
+           for block shuffle its blocks
+    down   each rank has the columns, or blocks, of the first that its channels feed. Low rank sums h and has the whole
+           second on the stream; the block kinds have the columns of the second that these blocks feed, and sum y
+
+So there are as many collectives as around dense matrices, and low rank sends r numbers a token in place of the stream's
+width. The order of a block shuffle's inner channels is ours to choose: channel = (block, row), without the transposition
+at the end, so that a rank's channels are whole blocks and `down` finds its own.
+
+First values: those of a dense matrix, in law. Low rank takes singular vectors from the QR of Gaussians and singular values
+from the quantiles of the law of Marchenko and Pastur, the largest r of them, so that nothing is decomposed at a start;
+blocks are orthogonal, scaled so that squares sum to what a dense matrix's would in expectation.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from kernels.gemm_precision import gemm_dtype
+from kernels.linear.op import linear
+from model.config.structure import Structure
+from model.parallel.groups import ProcessGroupCollection
+from model.parallel.layers import stream_shard
+from model.parallel.regions import enter_tensor_region, leave_tensor_region, project_stream
+from model.parallel.shards import Shard, ShardSpec, divide
+
+
+class StructuredLinear(nn.Module):
+    """The two factors of a matrix, `first` and `second`, this rank's parts; see `Structure.shapes`."""
+
+    shards: dict[str, Shard]
+    is_up: ClassVar[bool]
+
+    def __init__(
+        self,
+        input_size: int,
+        segments: tuple[int, ...],
+        structure: Structure,
+        groups: ProcessGroupCollection,
+        *,
+        name: str,
+    ) -> None:
+        super().__init__()
+        self.structure, self.groups = structure, groups
+        self.input_size, self.segments = input_size, segments
+        divide(segments[0] if self.is_up else input_size, groups, name)
+        if structure.blocks is not None and structure.kind != "lowrank":
+            divide(structure.blocks, groups, f"{name.rpartition('.')[0]}.linear_blocks")
+        self.shards = self._shards()
+        for own_name, shape in zip(("first", "second"), structure.shapes(input_size, segments), strict=True):
+            part = self.shards[own_name].shard(torch.empty(shape, device="meta"), groups).shape
+            self.register_parameter(own_name, nn.Parameter(torch.empty(part)))
+        self.first: nn.Parameter
+        self.second: nn.Parameter
+
+    def _shards(self) -> dict[str, Shard]:
+        raise NotImplementedError
+
+    def first_values(self, own_name: str, generator: torch.Generator, deviation: float) -> Tensor:
+        """Draw the whole `first` or `second`, float32 on the CPU, for a dense matrix of this deviation."""
+        inputs, outputs = self.input_size, sum(self.segments)
+        shape = self.structure.shapes(inputs, self.segments)[0 if own_name == "first" else 1]
+        if self.structure.kind == "lowrank":
+            scales = dense_singular_values(outputs, inputs, shape[0] if own_name == "first" else shape[1])
+            scales = (deviation * scales).sqrt()
+            vectors = orthonormal(shape, generator)
+            return vectors * (scales[:, None] if own_name == "first" else scales)
+        # Orthonormal factors have singular values of 1; a dense matrix's squares have the mean deviation^2 max(in, out).
+        scale = math.sqrt(deviation * math.sqrt(max(inputs, outputs)))
+        if own_name == "first" or self.structure.kind == "blockdense":
+            return scale * orthonormal(shape, generator)
+        # One orthonormal matrix a block for the whole stack, then apart: the parts stand one after the other.
+        parts, blocks, (_, rows, _, _) = len(self.segments), self.structure.num_blocks(), shape
+        stacked = orthonormal((blocks, parts * rows, shape[2] * shape[3]), generator)
+        return scale * stacked.view(blocks, parts, rows, shape[2], shape[3]).transpose(0, 1).reshape(shape)
+
+
+class StructuredUp(StructuredLinear):
+    """Stands for a `ColumnLinear` that reads the stream: [B, T, in] -> [B, T, out of this rank]."""
+
+    is_up = True
+
+    def _shards(self) -> dict[str, Shard]:
+        parts = self.segments
+        if self.structure.kind == "blockshuffle":
+            parts = (self.structure.num_blocks(),) * len(self.segments)
+        return {"first": stream_shard(self.groups), "second": Shard((ShardSpec(0, "tp", parts),))}
+
+    def from_stream(self, x_BTD: Tensor) -> Tensor:
+        """Multiply the stream; under sequence parallelism T of the result are all tokens. Every rank of `groups.tp` must call."""
+        if self.structure.kind == "lowrank":
+            return project_stream(linear(x_BTD, self.first), [self.second], self.groups)[0]
+        h = block_product(x_BTD, self.first)
+        if self.structure.kind == "blockdense":
+            return project_stream(h.flatten(-2), [self.second], self.groups)[0]
+        h = enter_tensor_region(shuffle(h, self.structure.num_blocks()).flatten(-2), self.groups)
+        second = self.second.flatten(-2).unflatten(0, (len(self.segments), -1))
+        own, width = second.shape[1], second.shape[-1]
+        h = h.narrow(-1, self.groups.tp.rank() * own * width, own * width)
+        # One product a block for all parts of the stack, then part by part: a rank's rows are gate rows, then up rows.
+        y = block_product(h, second.transpose(0, 1).flatten(1, 2))
+        return y.unflatten(-1, (second.shape[0], -1)).transpose(-3, -2).flatten(-3)
+
+
+class StructuredDown(StructuredLinear):
+    """Stands for a `RowLinear` and the end of the tensor region: [B, T, in of this rank] -> the stream [B, T, out]."""
+
+    is_up = False
+
+    def _shards(self) -> dict[str, Shard]:
+        kind = self.structure.kind
+        if kind == "lowrank":
+            return {"first": Shard((ShardSpec(1, "tp", (self.input_size,)),)), "second": stream_shard(self.groups)}
+        blocks = (self.structure.num_blocks(),)
+        columns = (1, (self.structure.ranks(),)) if kind == "blockdense" else (2, blocks)
+        return {
+            "first": Shard((ShardSpec(0, "tp", blocks),)),
+            "second": Shard((ShardSpec(columns[0], "tp", columns[1]),)),
+        }
+
+    def to_stream(self, inner: Tensor) -> Tensor:
+        """Multiply what this rank's channels hold and sum over ranks. Every rank of `groups.tp` must call."""
+        if self.structure.kind == "lowrank":
+            return linear(leave_tensor_region(linear(inner, self.first), self.groups), self.second)
+        h = block_product(inner, self.first)
+        if self.structure.kind == "blockdense":
+            y = linear(h.flatten(-2), self.second)
+        else:
+            h = shuffle(h, self.structure.num_blocks()).flatten(-2)
+            y = block_product(h, self.second.flatten(-2)).flatten(-2)
+        return leave_tensor_region(y, self.groups)
+
+
+def block_product(x: Tensor, blocks_BOI: Tensor) -> Tensor:
+    """x [..., B * I] times blocks [B, O, I], each block its part of x -> [..., B, O], in the dtype of x."""
+    dtype = gemm_dtype(x)
+    parts = x.unflatten(-1, (blocks_BOI.shape[0], -1)).to(dtype)
+    return torch.einsum("...bi,boi->...bo", parts, blocks_BOI.to(dtype)).to(x.dtype)
+
+
+def shuffle(h: Tensor, blocks: int) -> Tensor:
+    """Give every block of the second factor its share of each block held here: [..., b, m] -> [..., blocks, b * m / blocks]."""
+    return h.unflatten(-1, (blocks, -1)).transpose(-3, -2).flatten(-2)
+
+
+def dense_matrix(structure: Structure, first: Tensor, second: Tensor) -> Tensor:
+    """Multiply whole factors out to the matrix [out, in] that they stand for."""
+    if structure.kind == "lowrank":
+        return second @ first
+    blocks = structure.num_blocks()
+    if structure.kind == "blockdense":
+        return second @ torch.block_diag(*first)
+    # second [parts * j, o, b, c] times first [b, (j, c), i]: block j of the second reads share j of each block b.
+    shares = first.unflatten(1, (blocks, -1))
+    product = torch.einsum("sjobc,bjci->sjobi", second.unflatten(0, (-1, blocks)), shares)
+    return product.flatten(3, 4).flatten(0, 2)
+
+
+def orthonormal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Draw matrices [..., O, I] with orthonormal columns, or rows where those are fewer, uniform among all such."""
+    is_wide = shape[-1] > shape[-2]
+    tall = (*shape[:-2], shape[-1], shape[-2]) if is_wide else shape
+    vectors, upper = torch.linalg.qr(torch.empty(tall).normal_(generator=generator))
+    # The signs that a QR leaves open: a diagonal above zero makes the law uniform.
+    vectors = vectors * upper.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]
+    return vectors.transpose(-2, -1).contiguous() if is_wide else vectors.contiguous()
+
+
+def dense_singular_values(rows: int, columns: int, count: int) -> Tensor:
+    """The largest `count` singular values that a matrix of standard normal numbers has, as quantiles of their law.
+
+    Source: Marchenko and Pastur 1967. With z = min / max of the sizes, squares over max lie in [(1 - sqrt z)^2, (1 + sqrt
+    z)^2]; written with an angle the density has no poles, and sums of its values at many angles are its integral.
+    """
+    least, most = sorted((rows, columns))
+    root = math.sqrt(least / most)
+    angles = (torch.arange(20_000, dtype=torch.float64) + 0.5) * (math.pi / 20_000)
+    squares = 1 + root * root + 2 * root * angles.cos()
+    share = torch.cumsum(angles.sin().square() / squares, 0)
+    places = (torch.arange(count, dtype=torch.float64) + 0.5) / least
+    found = torch.searchsorted(share / share[-1], places).clamp(max=len(angles) - 1)
+    return (squares[found] * most).sqrt().float()
