@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -32,9 +33,18 @@ _OUTPUT_PROJECTIONS = ("out_proj.weight", "o_proj.weight", "down_proj.weight", "
 
 
 @torch.no_grad()
-def initialize_parameters(model: nn.Module, config: ModelConfig, groups: ProcessGroupCollection, seed: int) -> None:
-    """Fill every parameter of the model in place, of a sharded one this rank's part. No collectives."""
+def initialize_parameters(
+    model: nn.Module,
+    config: ModelConfig,
+    groups: ProcessGroupCollection,
+    seed: int,
+    *,
+    wanted: Callable[[str], bool] = lambda name: True,
+) -> None:
+    """Fill every parameter of a wanted name in place, of a sharded one this rank's part. No collectives."""
     for name, parameter, shard in parameter_shards(model):
+        if not wanted(name):
+            continue
         shape = shard.whole_shape(parameter.shape)
         own = _own_values(model, name, shape, config, seed)
         if shard.per_expert:
@@ -76,13 +86,15 @@ def initial_values(name: str, shape: tuple[int, ...], config: ModelConfig, seed:
     """Draw the whole initial value of a parameter (of one expert's, with `.{expert}` at the name's end), float32 on the CPU.
 
     Norms and D start at 1, biases of convolutions at 0, their taps uniform within 1 / sqrt(W), A and dt as Mamba2's (Dao and
-    Gu 2024, arXiv 2405.21060), everything else normal.
+    Gu 2024, arXiv 2405.21060), a low-rank update at 0 (its first factor of unit gain), everything else normal.
     """
     generator = _generator(seed, name)
     if name.endswith(("norm.weight", "mixer.D")):
         return torch.ones(shape)
-    if name.endswith("conv.bias"):
+    if name.endswith(("conv.bias", "lora.up")):
         return torch.zeros(shape)
+    if name.endswith("lora.down"):
+        return torch.empty(shape).normal_(0.0, shape[-1] ** -0.5, generator=generator)
     if name.endswith("conv.weight"):
         bound = shape[-1] ** -0.5
         return torch.empty(shape).uniform_(-bound, bound, generator=generator)

@@ -19,8 +19,8 @@ from model.mixers.output_gate import gate_heads, gate_projection
 from model.packing import PackMeta
 from model.parallel.context import gather_rows
 from model.parallel.groups import ProcessGroupCollection
-from model.parallel.layers import ColumnLinear, Float32Buffers, RowLinear
-from model.parallel.regions import leave_tensor_region, project_stream
+from model.parallel.layers import ColumnLinear, Float32Buffers, RowLinear, project_layers
+from model.parallel.regions import leave_tensor_region
 from model.parallel.shards import Shard, divide, divide_units
 from model.segments import Segments
 
@@ -82,10 +82,8 @@ class AttentionMixer(Float32Buffers):
 
         Cached keys are normed and rotated already. Every rank of `groups.tp` and `groups.cp` must call.
         """
-        weights = [self.q_proj.weight, self.k_proj.weight, self.v_proj.weight]
-        if self.g_proj is not None:
-            weights.append(self.g_proj.weight)
-        q_BTX, k_BTX, v_BSX, *gate_BTX = project_stream(x_BTD, weights, self.groups)
+        layers = [self.q_proj, self.k_proj, self.v_proj, *([] if self.g_proj is None else [self.g_proj])]
+        q_BTX, k_BTX, v_BSX, *gate_BTX = project_layers(x_BTD, layers, self.groups)
         q_BTHK = q_BTX.unflatten(-1, (self.num_heads, self.head_dim))
         k_BTJK = k_BTX.unflatten(-1, (self.num_kv_heads, self.head_dim))
         v_BSJK = v_BSX.unflatten(-1, (self.num_kv_heads, self.head_dim))
@@ -107,38 +105,65 @@ class AttentionMixer(Float32Buffers):
             k_BSJK = torch.cat([state.k_BSJK, k_BTJK], dim=1)
             v_BSJK = torch.cat([state.v_BSJK, v_BSJK], dim=1)
             cache = AttentionCache(k_BSJK, v_BSJK)
-        if meta.segments is not None:
-            assert state is None, "rows that are cut over context ranks have no decode state"
-            o_BTHK = self._attend_segments(q_BTHK, k_BSJK, v_BSJK, meta, meta.segments)
-        else:
-            o_BTHK = self._attend(q_BTHK, k_BSJK, v_BSJK, meta.boundaries_BT())
+        assert meta.segments is None or state is None, "rows that are cut over context ranks have no decode state"
+        o_BTHK = attend(q_BTHK, k_BSJK, v_BSJK, meta, self.groups, scale=self.scale, backend=self.backend)
         if gate_BTX:
             o_BTHK = gate_heads(o_BTHK, gate_BTX[0])
         return MixerOutput(leave_tensor_region(self.o_proj(o_BTHK.flatten(-2)), self.groups), cache)
-
-    def _attend_segments(
-        self, q_BTHK: Tensor, k_BTJK: Tensor, v_BTJK: Tensor, meta: PackMeta, segments: Segments
-    ) -> Tensor:
-        """Queries of this rank's segments to the keys of whole rows, which all context ranks gather: few heads, once."""
-        k_BSJK, v_BSJK = gather_rows(torch.stack([k_BTJK, v_BTJK]), segments, self.groups).unbind()
-        outputs = []
-        for number, q_BLHK in zip(segments.own, q_BTHK.chunk(2, dim=1)):
-            # Keys up to the segment's own end: causal attention aligns the last query with the last key.
-            seen = (number + 1) * segments.length
-            ids_BS = None if meta.single_document else segments.document_ids_BT[:, :seen]
-            outputs.append(self._attend(q_BLHK, k_BSJK[:, :seen], v_BSJK[:, :seen], ids_BS))
-        return torch.cat(outputs, dim=1)
-
-    def _attend(self, q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, ids_BS: Tensor | None) -> Tensor:
-        """Attend q [B, T, H, K] to k, v [B, S, J, K] -> [B, T, H, K], by whatever is fastest for them on this device."""
-        tokens, keys, has_documents = q_BTHK.shape[1], k_BSJK.shape[1], ids_BS is not None
-        backend = fastest_backend(self.backend, q_BTHK.device, has_documents=has_documents, tokens=tokens, keys=keys)
-        return attention(q_BTHK, k_BSJK, v_BSJK, document_ids_BS=ids_BS, scale=self.scale, backend=backend)
 
     def empty_state(self, num_rows: int) -> AttentionCache:
         """Build the cache before the first token: [B, 0, J, K], in the dtype of the weights."""
         empty = self.k_proj.weight.new_zeros(num_rows, 0, self.num_kv_heads, self.head_dim)
         return AttentionCache(empty, empty)
+
+
+def attend(
+    q_BTHK: Tensor,
+    k_BSJK: Tensor,
+    v_BSJK: Tensor,
+    meta: PackMeta,
+    groups: ProcessGroupCollection,
+    *,
+    scale: float | None,
+    backend: str,
+) -> Tensor:
+    """Attend q [B, T, H, K] to the keys of whole rows, k and v [B, S, J, K] -> [B, T, H, K].
+
+    Of rows that are cut over context ranks, k and v are this rank's, and all ranks of `groups.cp` must call.
+    """
+    if meta.segments is not None:
+        return _attend_segments(q_BTHK, k_BSJK, v_BSJK, meta, meta.segments, groups, scale, backend)
+    return _attend(q_BTHK, k_BSJK, v_BSJK, meta.boundaries_BT(), scale, backend)
+
+
+def _attend_segments(
+    q_BTHK: Tensor,
+    k_BTJK: Tensor,
+    v_BTJK: Tensor,
+    meta: PackMeta,
+    segments: Segments,
+    groups: ProcessGroupCollection,
+    scale: float | None,
+    backend: str,
+) -> Tensor:
+    """Queries of this rank's segments to the keys of whole rows, which all context ranks gather: few heads, once."""
+    k_BSJK, v_BSJK = gather_rows(torch.stack([k_BTJK, v_BTJK]), segments, groups).unbind()
+    outputs = []
+    for number, q_BLHK in zip(segments.own, q_BTHK.chunk(2, dim=1)):
+        # Keys up to the segment's own end: causal attention aligns the last query with the last key.
+        seen = (number + 1) * segments.length
+        ids_BS = None if meta.single_document else segments.document_ids_BT[:, :seen]
+        outputs.append(_attend(q_BLHK, k_BSJK[:, :seen], v_BSJK[:, :seen], ids_BS, scale, backend))
+    return torch.cat(outputs, dim=1)
+
+
+def _attend(
+    q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, ids_BS: Tensor | None, scale: float | None, backend: str
+) -> Tensor:
+    """Attend q [B, T, H, K] to k, v [B, S, J, K] -> [B, T, H, K], by whatever is fastest for them on this device."""
+    tokens, keys, has_documents = q_BTHK.shape[1], k_BSJK.shape[1], ids_BS is not None
+    backend = fastest_backend(backend, q_BTHK.device, has_documents=has_documents, tokens=tokens, keys=keys)
+    return attention(q_BTHK, k_BSJK, v_BSJK, document_ids_BS=ids_BS, scale=scale, backend=backend)
 
 
 class HeadNorm(nn.Module):

@@ -7,7 +7,7 @@ its part of a whole parameter; which part is a `Shard`, from which initialisatio
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from megatron.core.model_parallel_config import ModelParallelConfig
@@ -18,6 +18,8 @@ from torch.nn import functional
 from kernels.linear.op import linear
 from kernels.norm.op import rms_norm
 from model.parallel.groups import ProcessGroupCollection
+from model.parallel.low_rank import LowRankUpdate
+from model.parallel.regions import project_stream
 from model.parallel.shards import REPLICATED, Shard, ShardSpec, divide
 
 
@@ -42,8 +44,11 @@ class ColumnLinear(megatron_layers.ColumnParallelLinear):
     """y = x W^T with the rows of W sharded over the tensor-parallel ranks: [..., in] -> [..., out of this rank].
 
     `segments` are the whole row counts of the matrices stacked in W, `units` what cannot be cut in each (see `ShardSpec`).
-    Its input comes from `enter_tensor_region`; `project_stream` enters and multiplies, once for all layers that read it.
+    Its input comes from `enter_tensor_region`; `project_layers` enters and multiplies, once for all layers that read it.
+    `lora`: what a fine-tune adds to W (model/lora.py).
     """
+
+    lora: LowRankUpdate | None
 
     get_extra_state: Callable[[nn.Module], object] = nn.Module.get_extra_state
     set_extra_state: Callable[[nn.Module, object], None] = nn.Module.set_extra_state
@@ -72,11 +77,31 @@ class ColumnLinear(megatron_layers.ColumnParallelLinear):
             tp_group=groups.tp,
         )
         self.shards = {"weight": Shard((cut,))}
+        self.lora = None
         _drop_extra_state(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply x [..., in] -> [..., out of this rank]."""
-        return linear(x, self.weight)
+        y = linear(x, self.weight)
+        return y if self.lora is None else y + self.lora(x)
+
+
+def project_layers(x_BTD: Tensor, layers: Sequence[ColumnLinear], groups: ProcessGroupCollection) -> tuple[Tensor, ...]:
+    """Enter the tensor region and multiply all tokens by each layer, as `project_stream` does by weights: [B, T, out].
+
+    The first factor of a low-rank update reads the stream beside the layer's own weight.
+    """
+    read = [
+        weight
+        for layer in layers
+        for weight in ([layer.weight] if layer.lora is None else [layer.weight, layer.lora.down])
+    ]
+    products = iter(project_stream(x_BTD, read, groups))
+    outputs = []
+    for layer in layers:
+        y_BTX = next(products)
+        outputs.append(y_BTX if layer.lora is None else y_BTX + layer.lora.raise_rank(next(products)))
+    return tuple(outputs)
 
 
 class RowLinear(megatron_layers.RowParallelLinear):
@@ -84,7 +109,10 @@ class RowLinear(megatron_layers.RowParallelLinear):
 
     The parts are summed by `leave_tensor_region`, once for all that a block computes, and not in this layer: under sequence
     parallelism the sum is a reduce-scatter over tokens, which is the business of the region and not of a matrix.
+    `lora`: what a fine-tune adds to W (model/lora.py).
     """
+
+    lora: LowRankUpdate | None
 
     get_extra_state: Callable[[nn.Module], object] = nn.Module.get_extra_state
     set_extra_state: Callable[[nn.Module, object], None] = nn.Module.set_extra_state
@@ -102,11 +130,13 @@ class RowLinear(megatron_layers.RowParallelLinear):
             tp_group=groups.tp,
         )
         self.shards = {"weight": Shard((ShardSpec(1, "tp", (input_size,)),))}
+        self.lora = None
         _drop_extra_state(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply x [..., in of this rank] -> [..., out], one addend of the sum over ranks."""
-        return linear(x, self.weight)
+        y = linear(x, self.weight)
+        return y if self.lora is None else y + self.lora(x)
 
 
 class VocabEmbedding(megatron_layers.VocabParallelEmbedding):

@@ -97,6 +97,11 @@ def sum_gradients(weight: Tensor, groups: ProcessGroupCollection) -> Tensor:
     return same
 
 
+def sum_values(part: Tensor, groups: ProcessGroupCollection) -> Tensor:
+    """Sum what each rank computed of a loss; backward gives each its own part's gradient, which is whole."""
+    return _reduce(part, groups)
+
+
 def sum_parts(part: Tensor, groups: ProcessGroupCollection) -> Tensor:
     """Sum partial results that each rank then uses in its own way: all-reduce forward and backward."""
     return sum_gradients(_reduce(part, groups), groups)

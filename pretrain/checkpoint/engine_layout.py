@@ -7,14 +7,23 @@ ranges this rank writes, loading which ranges it must fill.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from model.parallel.shards import parameter_shards
-from pretrain.checkpoint.fragments import Part, base_optimizer, list_parts, name_groups, parameter_shape
+from pretrain.checkpoint.fragments import (
+    Fragment,
+    Part,
+    base_optimizer,
+    list_parts,
+    list_ranks,
+    name_groups,
+    parameter_shape,
+)
 from pretrain.checkpoint.placement import Placement, locate_rank, place_shard
+from pretrain.checkpoint.reader import FROZEN
 from pretrain.engine.engine import ZeroEngine
 
 
@@ -25,7 +34,8 @@ class EngineLayout:
     parts: the tensors that the optimizer steps, with the parameter ranges inside each. group_labels: of the optimizer's
     parameter groups, in its order. placements: where this rank's shard of each parameter lies in the whole one.
     coordinates: its place on each axis that cuts the parameter. dtypes: of the parameters. All by global name.
-    buffer_names: of the buffers that belong to the state (router bias and the like).
+    buffer_names: of the buffers that belong to the state (router bias and the like). frozen: parameters that nothing
+    steps, with the ranks that hold the same shard of each.
     """
 
     engine: ZeroEngine
@@ -35,6 +45,7 @@ class EngineLayout:
     coordinates: dict[str, dict[str, int]]
     dtypes: dict[str, torch.dtype]
     buffer_names: tuple[str, ...]
+    frozen: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, engine: ZeroEngine) -> EngineLayout:
@@ -52,7 +63,23 @@ class EngineLayout:
             coordinates={name: locate_rank(shard, engine.groups) for name, _, shard in parameters},
             dtypes={name: parameter.dtype for name, parameter, _ in parameters},
             buffer_names=tuple(name for name in engine.module.state_dict(keep_vars=True) if name not in named),
+            frozen={
+                name: list_ranks(engine.groups.expt_dp if shard.per_expert else engine.groups.dp_cp)
+                for name, parameter, shard in parameters
+                if not parameter.requires_grad
+            },
         )
+
+    def frozen_fragments(self) -> list[Fragment]:
+        """Collect views of the frozen parameters as fragments of a weight alone, in the dtype the model computes with."""
+        assert not self.frozen or self.engine.zero_stage < 3, "ZeRO 3 cuts frozen weights too, and nothing gathers them"
+        weights = dict(self.engine.module.named_parameters())
+        return [
+            Fragment(
+                name, 0, weights[name].numel(), {"weight": weights[name].detach().reshape(-1)}, 0, FROZEN, ranks, True
+            )
+            for name, ranks in self.frozen.items()
+        ]
 
     def buffers(self) -> dict[str, Tensor]:
         """Collect the buffers of the state as they are now, by global name; views, not copies."""

@@ -58,7 +58,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Fragment:
-    """One range of this rank's shard of a parameter: three flat float32 views, and who else has a share of the shard."""
+    """One range of this rank's shard of a parameter: three flat float32 views, and who else has a share of the shard.
+
+    Of a frozen parameter (group `frozen`) it is one view, of the weight.
+    """
 
     name: str
     start: int
@@ -141,7 +144,8 @@ def list_parts(engine: Any) -> list[Part]:
         members = [parameter for group in groups for parameter in group]
     else:
         raise TypeError(f"DeepSpeed wrapped the optimizer in {type(optimizer).__name__}, which checkpoints can't read")
-    outside = set(names.values()) - {names[id(parameter)] for parameter in members}
+    trainable = {names[id(parameter)] for parameter in engine.module.parameters() if parameter.requires_grad}
+    outside = trainable - {names[id(parameter)] for parameter in members}
     assert not outside, f"parameters outside the optimizer can't be saved: {sorted(outside)}"
     for part in parts:
         assert part.master.dtype == torch.float32, f"master weights must be float32, not {part.master.dtype}"

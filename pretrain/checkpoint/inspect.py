@@ -20,7 +20,7 @@ from pretrain.checkpoint.commit import is_marked
 from pretrain.checkpoint.compatibility import compare_settings
 from pretrain.checkpoint.files import MANIFEST_NAME, find_foreign_files, verify_checkpoint
 from pretrain.checkpoint.names import CHECKPOINT_NAME, list_checkpoints
-from pretrain.checkpoint.reader import KINDS, RangeReader
+from pretrain.checkpoint.reader import FROZEN, KINDS, RangeReader
 
 logger = logging.getLogger(__name__)
 
@@ -72,10 +72,14 @@ def read_full_state(checkpoint_dir: Path, report: Report = silent) -> dict[str, 
 
 
 def read_parameters(checkpoint_dir: Path, manifest: dict[str, Any], kind: str) -> Iterator[tuple[str, Tensor]]:
-    """Read whole float32 tensors of one kind (weight, exp_avg, exp_avg_sq), one parameter after the other."""
+    """Read whole float32 tensors of one kind (weight, exp_avg, exp_avg_sq), one parameter after the other.
+
+    Frozen parameters have no moments.
+    """
     reader = RangeReader(checkpoint_dir, manifest)
-    for name in manifest["parameters"]:
-        yield name, reader.whole(kind, name)
+    for name, entry in manifest["parameters"].items():
+        if kind == "weight" or entry["group"] != FROZEN:
+            yield name, reader.whole(kind, name)
     reader.close()
 
 
@@ -181,6 +185,7 @@ def measure_differences(
         tensors = (
             (name, value, reader.whole(kind, name) if name in common else None)
             for name, value in read_parameters(first, manifests[0], kind)
+            if kind == "weight" or manifests[1]["parameters"].get(name, {}).get("group") != FROZEN
         )
     for name, value, other in tensors:
         if name in common and other is not None and value.numel() > 0:

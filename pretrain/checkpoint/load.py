@@ -32,7 +32,7 @@ from pretrain.checkpoint.fragments import (
 )
 from pretrain.checkpoint.names import list_checkpoints
 from pretrain.checkpoint.random_state import restore_random_state
-from pretrain.checkpoint.reader import KINDS, RangeReader
+from pretrain.checkpoint.reader import FROZEN, KINDS, RangeReader
 from pretrain.checkpoint.save import ENGINE_COUNTERS, ranks_of
 from pretrain.config.schema import RunConfig
 from pretrain.identity import collect_versions
@@ -165,6 +165,10 @@ def find_mismatches(manifest: dict[str, Any], layout: EngineLayout, ranks: RankG
             saved_group = manifest["parameters"].get(span.name, {}).get("group", label)
             if saved_group != label:
                 faults.add(f"{span.name} is in group {label}, in the checkpoint in {saved_group}")
+    for name in layout.frozen:
+        saved_group = manifest["parameters"].get(name, {}).get("group", FROZEN)
+        if saved_group != FROZEN:
+            faults.add(f"{name} is frozen, in the checkpoint in group {saved_group}")
     # Surplus in the checkpoint shows only against the names of all ranks together.
     known: set[str] = set()
     for own_names, own_faults in ranks.all_gather((list(shapes), faults)):
@@ -176,7 +180,7 @@ def find_mismatches(manifest: dict[str, Any], layout: EngineLayout, ranks: RankG
 
 @torch.no_grad()
 def restore(checkpoint_dir: Path, manifest: dict[str, Any], layout: EngineLayout, rank: int) -> list[str]:
-    """Fill masters, moments, counters, group settings, buffers and random state; returns warnings.
+    """Fill masters, moments, frozen weights, counters, group settings, buffers and random state; returns warnings.
 
     The files must have been verified and `find_mismatches` must have found nothing. All ranks must call it; each reads
     what its own ranges need.
@@ -191,6 +195,8 @@ def restore(checkpoint_dir: Path, manifest: dict[str, Any], layout: EngineLayout
             for kind in KINDS:
                 place = flats[kind][span.flat_start : span.flat_start + span.numel]
                 reader.fill(place, kind, span.name, layout.placements[span.name], span.start)
+    for fragment in layout.frozen_fragments():
+        reader.fill(fragment.tensors["weight"], "weight", fragment.name, layout.placements[fragment.name], 0)
     for name, buffer in layout.buffers().items():
         buffer.copy_(reader.buffer(name))
     reader.close()

@@ -23,6 +23,8 @@ from pretrain.checkpoint.placement import Placement, find_blocks, place_whole, p
 # What is saved of each parameter: the float32 master weights and AdamW's two moments.
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = ("weight", *MOMENTS)
+# The group of parameters that no optimizer steps: their weights are saved, without moments.
+FROZEN = "frozen"
 
 
 @dataclass(frozen=True)

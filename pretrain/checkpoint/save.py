@@ -126,12 +126,17 @@ def take_snapshot(
     engine = layout.engine
     held = [
         fragment
-        for fragment in collect_fragments(engine.deepspeed, layout.parts)
+        for fragment in [*collect_fragments(engine.deepspeed, layout.parts), *layout.frozen_fragments()]
         if fragment.name in writers.parameters
     ]
     fragments = [share for share in (fragment.share(ranks.rank) for fragment in held) if share is not None]
     buffers = {name: buffer for name, buffer in layout.buffers().items() if name in writers.buffers}
-    tensors = {f"{kind}/{part.name}/{part.start}": part.tensors[kind] for part in fragments for kind in part.tensors}
+    # Frozen weights in bf16 widen here: all that a checkpoint has of parameters is float32.
+    tensors = {
+        f"{kind}/{part.name}/{part.start}": tensor.float()
+        for part in fragments
+        for kind, tensor in part.tensors.items()
+    }
     tensors |= {f"buffer/{name}": buffer.detach() for name, buffer in buffers.items()}
     tensors |= {f"random/{name}": tensor for name, tensor in collect_random_state().items()}
     report = RankReport(

@@ -28,6 +28,7 @@ def assign_writers(layout: EngineLayout, ranks: RankGroup) -> WriterAssignment:
     """
     placements = layout.placements
     groups = {span.name: min(part.data_ranks) for part in layout.parts for span in part.spans}
+    groups |= {name: min(ranks_of_shard) for name, ranks_of_shard in layout.frozen.items()}
     buffers = layout.buffer_names
     claims = ranks.all_gather(([(name, placements[name].intervals, group) for name, group in groups.items()], buffers))
     writers: dict[tuple[str, object], int] = {}

@@ -74,11 +74,13 @@ class PartialGradient:
 def find_partial_gradients(module: nn.Module, groups: ProcessGroupCollection) -> list[PartialGradient]:
     """List the gradients that ranks must sum before they are complete, in the order of the parameters; none on one rank.
 
-    Norms, router and latent projections of sequence-parallel tokens; norms of query and key heads, whose heads are spread
+    Frozen parameters have none. Norms, router and latent projections of sequence-parallel tokens; norms of query and key heads, whose heads are spread
     over ranks; key and value heads, and groups of B and C, that several tensor ranks hold.
     """
     found = []
     for name, parameter, shard in parameter_shards(module):
+        if not parameter.requires_grad:
+            continue
         for axis in shard.partial:
             if getattr(groups, axis).size() > 1:
                 found.append(PartialGradient(name, parameter, axis))

@@ -16,7 +16,7 @@ import torch
 
 from data_pipeline.progress import Report, silent
 from pretrain.checkpoint.inspect import find_checkpoint, read_buffers, require_sound
-from pretrain.checkpoint.reader import RangeReader
+from pretrain.checkpoint.reader import FROZEN, RangeReader
 from pretrain.export.export import check_free
 from pretrain.export.files import begin_export, put_in_place, sync_files
 
@@ -45,6 +45,12 @@ def export_universal(checkpoint: str | Path, out_dir: str | Path, report: Report
     check_free(out)
     source = find_checkpoint(Path(checkpoint), report)
     manifest = require_sound(source, report)
+    frozen = [name for name, entry in manifest["parameters"].items() if entry["group"] == FROZEN]
+    if frozen:
+        raise ValueError(
+            f"{source} is of a run that trains some weights only: {len(frozen)} others, {frozen[0]} first, are frozen and "
+            "have no moments, which DeepSpeed's loader asks for; export it for huggingface, or give a run that trains all"
+        )
     tag = f"global_step{manifest['step']}"
     with begin_export(out) as temporary:
         folder = temporary / tag

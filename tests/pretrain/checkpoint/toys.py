@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +62,21 @@ def toy_config(**changes: Any) -> RunConfig:
 
 
 def make_engine(
-    parallel: Parallel, *, stage: int = 1, precision: Any = "float32", seed: int = 0, extra: bool = False
+    parallel: Parallel,
+    *,
+    stage: int = 1,
+    precision: Any = "float32",
+    seed: int = 0,
+    extra: bool = False,
+    frozen: Collection[str] = (),
 ) -> ZeroEngine:
-    """A fresh engine over a fresh toy, with one layer more on demand."""
+    """A fresh engine over a fresh toy, with one layer more on demand, or with parameters that nothing steps."""
     torch.manual_seed(seed)
     toy = Toy()
     if extra:
         toy.extra = nn.Linear(3, 3)
+    for name in frozen:
+        toy.get_parameter(name).requires_grad_(False)
     return build_engine(toy, optimizer=toy_config().optimizer, precision=precision, zero_stage=stage, parallel=parallel)
 
 

@@ -1,0 +1,52 @@
+"""Low-rank updates beside the projections of attention: put in before a fine-tune, merged into the weights after it.
+
+The update is a module `lora` of the layer it stands beside, so that all other weights keep their names: weights without it
+load into a model before it gets one, and `merge_lora` gives back a state with exactly the names of such a model. What is
+frozen is said by `requires_grad` alone; engine and checkpoints go by that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from torch import Tensor
+
+from model.hybrid import HybridModel
+from model.init import initialize_parameters
+from model.parallel.layers import ColumnLinear, RowLinear
+from model.parallel.low_rank import LowRankUpdate
+
+PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
+_DOWN, _UP = ".lora.down", ".lora.up"
+
+
+def add_lora(model: HybridModel, targets: Collection[str], *, rank: int, alpha: float) -> list[str]:
+    """Put an update of this rank, times alpha / rank, beside the projections `targets` (q, k, v, o) of every mixer with them.
+
+    Updates start at zero: the model computes what it did. Returns the names of the layers that got one. No collectives;
+    every rank must call this before an engine takes the model.
+    """
+    names = {PROJECTIONS[target] for target in targets}
+    found = []
+    for index in model.blocks.indices():
+        for name, layer in model.blocks[index].mixer.named_children():
+            if name in names and isinstance(layer, ColumnLinear | RowLinear):
+                (cut,) = layer.shards["weight"].cuts
+                layer.lora = LowRankUpdate(layer.weight, cut, rank, alpha / rank)
+                found.append(f"blocks.{index}.mixer.{name}")
+    initialize_parameters(
+        model, model.config, model.groups, model.seed, wanted=lambda name: name.endswith((_DOWN, _UP))
+    )
+    return found
+
+
+def merge_lora(state: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """Add scale up down to each weight that has an update, in float64, and leave the factors out: whole tensors by name."""
+    merged = {name: tensor for name, tensor in state.items() if not name.endswith((_DOWN, _UP))}
+    for name, down_RI in state.items():
+        if name.endswith(_DOWN):
+            layer = name.removesuffix(_DOWN)
+            weight_OI = state[f"{layer}.weight"]
+            update_OI = scale * (state[f"{layer}{_UP}"].double() @ down_RI.double())
+            merged[f"{layer}.weight"] = (weight_OI.double() + update_OI).to(weight_OI.dtype)
+    return merged
