@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import functools
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels.attention.reference import attention_reference
+from kernels.attention.reference import attention_reference, window_sums_reference
 from kernels.attention.torch_impl import attention_torch
-from kernels.attention.window_torch import window_attention_torch
+from kernels.attention.window_torch import WindowSums, window_attention_torch, window_sums_torch
 from kernels.backend import resolve_backend
 from kernels.shapes import check_documents, check_float, check_shape
 
@@ -61,6 +62,34 @@ def attention(
             q_BTHK, k_BSJK, v_BSJK, document_ids_BS=document_ids_BS, scale=scale, window=window
         )
     return attention_torch(q_BTHK, k_BSJK, v_BSJK, document_ids_BS=document_ids_BS, scale=scale)
+
+
+def window_sums(
+    q_BTHK: Tensor,
+    k_BSJK: Tensor,
+    v_BSJK: Tensor,
+    *,
+    window: int,
+    document_ids_BS: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "torch",
+) -> WindowSums:
+    """Attention to the last `window` keys of the document, with the largest score and the mass of each query.
+
+    What is in no window can then join the sums: o = (mass o + other values) / (mass + other weights). Shapes and errors as
+    in `attention`. There is no Triton kernel of it: where kernels run on Triton, products of PyTorch do it.
+    """
+    _check(q_BTHK, k_BSJK, v_BSJK, document_ids_BS)
+    if window < 1:
+        raise ValueError(f"window must be at least 1, the query's own key; got {window}")
+    scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
+    if backend == "triton":
+        _log_choice("torch", "no Triton kernel gives the largest score and mass of a window; PyTorch's products do")
+        backend = "torch"
+    sums: dict[str, Any] = {"document_ids_BS": document_ids_BS, "scale": scale, "window": window}
+    if resolve_backend(backend, q_BTHK.device, "attention") == "reference":
+        return WindowSums(*window_sums_reference(q_BTHK, k_BSJK, v_BSJK, **sums))
+    return window_sums_torch(q_BTHK, k_BSJK, v_BSJK, **sums)
 
 
 def fastest_backend(backend: str, device: torch.device, *, has_documents: bool, tokens: int, keys: int) -> str:

@@ -41,3 +41,34 @@ def attention_reference(
             outputs.append(torch.einsum("hs,shk->hk", scores_HS.softmax(-1), v_BSHK[row, begin:end]))
         rows.append(torch.stack(outputs))
     return torch.stack(rows)
+
+
+def window_sums_reference(
+    q_BTHK: Tensor,
+    k_BSJK: Tensor,
+    v_BSJV: Tensor,
+    *,
+    document_ids_BS: Tensor | None,
+    scale: float,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention in windows with its largest score and mass a query, from the whole matrix [T, S] of scores.
+
+    Shapes as in `window_sums`; in the dtype of the inputs, for tests only.
+    """
+    tokens, keys = q_BTHK.shape[1], k_BSJK.shape[1]
+    repeat = q_BTHK.shape[2] // k_BSJK.shape[2]
+    k_BSHK, v_BSHV = k_BSJK.repeat_interleave(repeat, 2), v_BSJV.repeat_interleave(repeat, 2)
+    distance_TS = torch.arange(keys - tokens, keys, device=q_BTHK.device)[:, None] - torch.arange(
+        keys, device=q_BTHK.device
+    )
+    seen_BTS = ((distance_TS >= 0) & (distance_TS < window)).expand(len(q_BTHK), -1, -1)
+    if document_ids_BS is not None:
+        seen_BTS = seen_BTS & (document_ids_BS[:, keys - tokens :, None] == document_ids_BS[:, None])
+    scores_BHTS = torch.einsum("bthk,bshk->bhts", q_BTHK, k_BSHK) * scale
+    scores_BHTS = scores_BHTS.masked_fill(~seen_BTS[:, None], -torch.inf)
+    highest_BHT = scores_BHTS.amax(-1)
+    weights_BHTS = (scores_BHTS - highest_BHT[..., None]).exp()
+    mass_BHT = weights_BHTS.sum(-1)
+    o_BTHV = torch.einsum("bhts,bshv->bthv", weights_BHTS / mass_BHT[..., None], v_BSHV)
+    return o_BTHV, highest_BHT.transpose(1, 2), mass_BHT.transpose(1, 2)

@@ -6,6 +6,8 @@ tokens x window. What documents and windows hide is masked; a masked weight is z
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,6 +16,27 @@ from kernels.gemm_precision import gemm_dtype
 
 # Smaller windows share blocks of this many tokens: a call for a few tokens costs as much as one for many.
 _LEAST_BLOCK_TOKENS = 64
+
+
+class WindowSums(NamedTuple):
+    """Attention in windows with what other terms may join it by: o [B, T, H, V] is the softmax's output.
+
+    highest [B, T, H]: the largest scaled score of each query's window. mass [B, T, H]: the sum of e^(score - highest), at
+    least 1. Both in float32 (float64 for float64 inputs).
+    """
+
+    o_BTHV: Tensor
+    highest_BTH: Tensor
+    mass_BTH: Tensor
+
+
+class _Blocks(NamedTuple):
+    """Queries [N, H, L, K], the keys and values [N, J, S, K] that each block sees, and what it may see [N, 1, L, S]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor
 
 
 def window_attention_torch(
@@ -25,13 +48,42 @@ def window_attention_torch(
     Gradients come from autograd through the views and the call. Source: Beltagy et al. 2020 (arXiv 2004.05150),
     section 3.1.
     """
-    wanted, dtype = q_BTHK.dtype, gemm_dtype(q_BTHK)
+    q, k, v, mask = _cut_blocks(q_BTHK, k_BSJK, v_BSJK, document_ids_BS, window)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return _join_blocks(y, q_BTHK).to(q_BTHK.dtype)
+
+
+def window_sums_torch(
+    q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, *, document_ids_BS: Tensor | None, scale: float, window: int
+) -> WindowSums:
+    """As `window_attention_torch`, with the largest score and the mass, which PyTorch's attention does not give.
+
+    By products of its own in the same blocks: memory for [L, 2 L] scores a block and head, kept for backward.
+    """
+    q, k, v, mask = _cut_blocks(q_BTHK, k_BSJK, v_BSJK, document_ids_BS, window)
+    num_blocks, heads, block, _ = q.shape
+    kv_heads = k.shape[1]
+    # Queries of the heads that share a key head stand one behind the other, so that one product reads the keys once.
+    scores = q.reshape(num_blocks, kv_heads, -1, q.shape[3]) @ k.transpose(2, 3)
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    scores = (scores.to(wide) * scale).view(num_blocks, heads, block, -1).masked_fill(~mask, -torch.inf)
+    highest = scores.amax(-1, keepdim=True)
+    weights = (scores - highest).exp()
+    mass = weights.sum(-1, keepdim=True)
+    o = weights.to(v.dtype).view(num_blocks, kv_heads, -1, weights.shape[3]) @ v
+    o = o.view(num_blocks, heads, block, -1) / mass.to(o.dtype)
+    o, highest, mass = (_join_blocks(x, q_BTHK) for x in (o, highest, mass))
+    return WindowSums(o.to(q_BTHK.dtype), highest[..., 0], mass[..., 0])
+
+
+def _cut_blocks(q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, ids_BS: Tensor | None, window: int) -> _Blocks:
+    """Cut queries into blocks, each with the keys and values that its queries may see."""
+    dtype = gemm_dtype(q_BTHK)
     batch, tokens, heads, size = q_BTHK.shape
     block = min(max(window, _LEAST_BLOCK_TOKENS), tokens)
     # Keys that no query sees are left out; rows begin with a block (or what a block looks back on) of keys for all.
     padding, before = -tokens % block, max(block, window - 1)
     missing = before - min(before, k_BSJK.shape[1] - tokens)
-    ids_BS = document_ids_BS
     if ids_BS is None:
         ids_BS = torch.zeros(k_BSJK.shape[:2], dtype=torch.int32, device=k_BSJK.device)
     seen = before - missing + tokens
@@ -43,8 +95,13 @@ def window_attention_torch(
     q = q_BTHK.view(batch * blocks, block, heads, size).transpose(1, 2)
     k, v = (_overlapping(x, blocks, block).flatten(0, 1).transpose(1, 2) for x in (k_BSJK, v_BSJK))
     mask = _mask(ids_BS, blocks, block, before, window).flatten(0, 1)[:, None]
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=heads != k.shape[1])
-    return y.transpose(1, 2).reshape(batch, blocks * block, heads, size)[:, :tokens].to(wanted)
+    return _Blocks(q, k, v, mask)
+
+
+def _join_blocks(y: Tensor, q_BTHK: Tensor) -> Tensor:
+    """Put blocks [N, H, L, V] together to rows [B, T, H, V] of these queries, without the padding."""
+    batch, tokens, heads, _ = q_BTHK.shape
+    return y.transpose(1, 2).reshape(batch, -1, heads, y.shape[3])[:, :tokens]
 
 
 def _pad(x_BSJK: Tensor, before: int, after: int) -> Tensor:

@@ -38,8 +38,12 @@ class MixerOptions(Section):
         return ()
 
     def lookback(self) -> tuple[int, str]:
-        """Tokens before a context rank's segment that its first token reads, and the field that says one more."""
+        """Tokens before a context rank's segment that its first token reads, and the field that says so."""
         return 0, ""
+
+    def scan(self) -> tuple[ScanLimits, int, tuple[int, int]] | None:
+        """What its scan's Triton kernels take, tokens a chunk, and a head's state (rows, columns); None: not known, or no scan."""
+        return None
 
 
 class LinearOptions(MixerOptions, ABC):
@@ -73,6 +77,10 @@ class LinearOptions(MixerOptions, ABC):
     def lookback(self) -> tuple[int, str]:
         """What the convolution reads."""
         return max(0, self.conv_kernel - 1), "conv_kernel"
+
+    def scan(self) -> tuple[ScanLimits, int, tuple[int, int]] | None:
+        """As the limits of its kernels say."""
+        return None if self.scan_limits is None else (self.scan_limits, self.chunk_size, self.state_shape())
 
 
 class HeadOptions(LinearOptions):

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from model.config import mixer_options as own
 from model.config.mixer_options import MixerOptions
 from model.config.pattern import BLOCK_NAMES, MIXER_LETTERS, MIXER_NAME, SECTIONS
+from model.config.window_linear import WindowLinearOptions
 
 ENTRY_POINTS = "amfm.mixers"
 _LETTERS = {name: letter for letter, name in MIXER_LETTERS.items()}
@@ -76,6 +77,7 @@ BUILT_IN = (
     MixerSpec("transnormer", "model.mixers.feature_maps:TransNormerMixer", own.TransNormerOptions),
     MixerSpec("mla", "model.mixers.mla:MlaMixer", own.MlaOptions),
     MixerSpec("window", "model.mixers.window:WindowMixer", own.WindowOptions),
+    MixerSpec("window_linear", "model.mixers.window_linear:WindowLinearMixer", WindowLinearOptions),
 )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from kernels.limits import DECAY_LIMITS, ScanLimits
-from model.config.mixer_options import LinearOptions, MixerOptions
+from model.config.mixer_options import MixerOptions
 from model.config.mixer_registry import MixerSpec, mixer_specs
 from model.config.pattern import mixer_name
 from pretrain.config.errors import ConfigError, Problem
@@ -49,8 +49,11 @@ def refusal_problems(config: RunConfig) -> Iterator[Problem]:
 
 def longest_lookback(config: RunConfig) -> tuple[int, str]:
     """Find the most tokens before a segment that a registered mixer reads, and the setting that says so; (0, "") for none."""
-    found = [(options.lookback(), spec.name) for spec, options in mixers_in_use(config)]
-    return max(((tokens, f"model.mixers.{name}.{field}") for (tokens, field), name in found), default=(0, ""))
+    found = []
+    for spec, options in mixers_in_use(config):
+        tokens, field = options.lookback()
+        found.append((tokens, f"model.mixers.{spec.name}.{field}={getattr(options, field)}" if field else ""))
+    return max(found, default=(0, ""))
 
 
 def check_kernels(config: RunConfig, backend: str) -> None:
@@ -84,5 +87,6 @@ def _scans(config: RunConfig) -> Iterator[tuple[str, ScanLimits, int, tuple[int,
     if mamba is not None and "M" in config.model.pattern:
         yield "model.mamba", DECAY_LIMITS, mamba.chunk_size, (mamba.state_size, mamba.head_dim)
     for spec, options in mixers_in_use(config):
-        if isinstance(options, LinearOptions) and options.scan_limits is not None:
-            yield f"model.mixers.{spec.name}", options.scan_limits, options.chunk_size, options.state_shape()
+        scan = options.scan()
+        if scan is not None:
+            yield f"model.mixers.{spec.name}", *scan

@@ -123,7 +123,9 @@ def length_problems(config: RunConfig) -> Iterator[Problem]:
     section, mamba = config.parallel, config.model.mamba
     window, window_key = longest_lookback(config)
     if "M" in pattern_letters(config) and mamba is not None:
-        window, window_key = max((window, window_key), (mamba.conv_kernel - 1, "model.mamba.conv_kernel"))
+        window, window_key = max(
+            (window, window_key), (mamba.conv_kernel - 1, f"model.mamba.conv_kernel={mamba.conv_kernel}")
+        )
     # Tensor ranks cut tokens for sequence parallelism, and also to send each token to its expert from one rank only.
     reason = "sequence_parallel" if section.sequence_parallel else "expert" if section.expert > 1 else None
     tensor = section.tensor if reason else 1
@@ -144,7 +146,7 @@ def length_problems(config: RunConfig) -> Iterator[Problem]:
         elif section.context > 1:
             least = 2 * section.context * window
             if length < least:
-                rule = f"gives segments shorter than what {window_key}={window + 1} looks back on"
+                rule = f"gives segments shorter than what {window_key} looks back on"
                 yield Problem(key, rule, f"use at least {least}, or lower parallel.context", str(length))
 
 

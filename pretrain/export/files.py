@@ -50,6 +50,7 @@ TEMPLATE_FILES = (
     "mixers_amfm.py",
     "linear_mixers_amfm.py",
     "delta_mixers_amfm.py",
+    "window_linear_amfm.py",
 )
 CLASS_NAMES: dict[Target, str] = {
     "nemotron_h": "NemotronHForCausalLM",

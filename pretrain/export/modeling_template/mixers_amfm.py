@@ -31,6 +31,7 @@ from .linear_mixers_amfm import (
     State,
     TransNormer,
 )
+from .window_linear_amfm import WindowLinear
 
 LETTERS = {
     "G": "gated_deltanet",
@@ -213,6 +214,7 @@ class Memories(nn.Module):
         return weights_BTK, memory_BTK
 
 
+SOFTMAX_MIXERS: dict[str, type[nn.Module]] = {"window": Window, "mla": Mla, "window_linear": WindowLinear}
 LINEAR_MIXERS: dict[str, type[LinearMixer]] = {
     "deltanet": DeltaNet,
     "gated_deltanet": GatedDeltaNet,
@@ -238,8 +240,8 @@ def build_mixer(symbol: str, config: Any, order: int, count: int) -> nn.Module:
     """
     name = LETTERS.get(symbol, symbol.strip("{}"))
     options = config.mixers[name]
-    if name in ("window", "mla"):
-        return (Window if name == "window" else Mla)(options, config)
+    if name in SOFTMAX_MIXERS:
+        return SOFTMAX_MIXERS[name](options, config)
     depth = order / (count - 1 + 1e-5)
     if name != "mom":
         return LINEAR_MIXERS[name](options, config, depth)

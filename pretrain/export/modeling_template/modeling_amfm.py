@@ -19,6 +19,7 @@ from .blocks_amfm import Attention, BlockState, DepthwiseConv, Experts, FeedForw
 from .configuration_amfm import AmfmConfig
 from .linear_mixers_amfm import LinearMixer
 from .mixers_amfm import Memories, build_mixer
+from .window_linear_amfm import WindowLinear
 
 
 @dataclass
@@ -117,7 +118,7 @@ class AmfmPreTrainedModel(PreTrainedModel):
         elif isinstance(module, DepthwiseConv):
             bound = module.weight.shape[1] ** -0.5
             nn.init.uniform_(module.weight, -bound, bound)
-        elif isinstance(module, LinearMixer | Memories):
+        elif isinstance(module, LinearMixer | Memories | WindowLinear):
             for parameter in module.parameters(recurse=False):
                 if parameter.dim() > 1:
                     nn.init.normal_(parameter, std=deviation)

@@ -23,8 +23,25 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "positions": "rope",
         "gate": "head",
     },
+    "window_linear": {
+        "window": 3,
+        "num_kv_heads": 2,
+        "qk_norm": True,
+        "positions": "rope",
+        "meta_tokens": 2,
+        "output_gate": "head",
+    },
     "window": {"window": 6, "num_kv_heads": 2, "qk_norm": True, "gate": "element"},
     "gated_deltanet": {"num_key_heads": 2},
+}
+
+# Forms of window_linear: the presets, with what none of them has.
+WINDOW_LINEAR_FORMS: dict[str, dict[str, Any]] = {
+    "learned": {},
+    "lolcats": {"preset": "lolcats", "feature_size": 3},
+    "liger": {"preset": "liger", "meta_tokens": 1},
+    "fading channels in one sum": {"features": "softmax", "gate": "key", "meta_tokens": 2},
+    "average without decay": {"preset": "liger", "gate": "none", "linear_weight": 0.3, "linear_positions": "rotary"},
 }
 
 

@@ -68,6 +68,13 @@ model.mixers.mla.rope_theta model.mixers.mla.gate model.mixers.mla.latent_norm_e
 model.mixers.window.window model.mixers.window.num_heads model.mixers.window.num_kv_heads model.mixers.window.head_dim
 model.mixers.window.qk_norm model.mixers.window.positions model.mixers.window.rope_theta
 model.mixers.window.gate
+model.mixers.window_linear.window model.mixers.window_linear.num_heads model.mixers.window_linear.num_kv_heads
+model.mixers.window_linear.head_dim model.mixers.window_linear.preset model.mixers.window_linear.features
+model.mixers.window_linear.gate model.mixers.window_linear.combine model.mixers.window_linear.linear_positions
+model.mixers.window_linear.linear_weight model.mixers.window_linear.feature_size model.mixers.window_linear.meta_tokens
+model.mixers.window_linear.qk_norm model.mixers.window_linear.positions model.mixers.window_linear.rope_theta
+model.mixers.window_linear.rope_fraction model.mixers.window_linear.softmax_scale model.mixers.window_linear.output_gate
+model.mixers.window_linear.chunk_size
 model.multipliers.embedding model.multipliers.residual model.multipliers.logits
 data.store data.validation_fraction data.packing data.shuffle data.mask_document_boundaries data.num_workers
 data.on_corruption

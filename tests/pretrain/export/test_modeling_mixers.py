@@ -22,8 +22,8 @@ from pretrain.export.modeling_template.configuration_amfm import AmfmConfig
 from pretrain.export.modeling_template.modeling_amfm import AmfmForCausalLM
 from pretrain.inference.weights import read_weights, write_weights
 from tests.helpers.numbers import assert_near, relative_rms
-from tests.model.mixers.samples import mixer_config, sample_names, sample_options
-from tests.model.small_models import small_model
+from tests.model.mixers.samples import WINDOW_LINEAR_FORMS, mixer_config, sample_names, sample_options
+from tests.model.small_models import small_config, small_model
 from tests.pretrain.export.exported_models import random_weights
 from tests.pretrain.tiny_run import MODEL
 
@@ -67,6 +67,19 @@ def test_logits_and_all_gradients_equal_ours(name: str) -> None:
         # A wrong formula shows in both; rounding that our side has alone shows in one.
         error, error_of_exact = relative_rms(names[key], gradient), relative_rms(names[key], exact)
         assert min(error, error_of_exact) <= 5 * FLOAT32 and error <= 25 * FLOAT32, (key, error, error_of_exact)
+
+
+@pytest.mark.parametrize("name", WINDOW_LINEAR_FORMS)
+@torch.no_grad()
+def test_logits_of_every_form_of_a_conversion_equal_ours(name: str) -> None:
+    options = sample_options("window_linear") | {"meta_tokens": 0} | WINDOW_LINEAR_FORMS[name]
+    config = small_config("{window_linear}" * 2, mixers={"window_linear": options})
+    ours = small_model(config, dtype=torch.float32).eval()
+    fields = huggingface_config(config, "own", TokenIds(None, None, None), max_position_embeddings=64)
+    theirs = AmfmForCausalLM(AmfmConfig(**fields)).eval()
+    theirs.load_state_dict(weight_map(config, "own").to_theirs(ours.state_dict()))
+    expected_BTV = ours(sample_tokens(), PackMeta.one_document_a_row(2, TOKENS)).logits_BTV
+    assert_near(theirs(sample_tokens()).logits, expected_BTV, FLOAT32, "logits")
 
 
 @pytest.mark.parametrize("name", DECODED)
