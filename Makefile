@@ -8,7 +8,7 @@ RUN := runs/tiny_cpu
 EXPORT := exports/tiny_cpu
 CLIENTS := .clients
 # Processes that share the tests; each has one thread, and tests start up to eight ranks of their own.
-WORKERS ?= 2
+WORKERS ?= 3
 
 .PHONY: quickstart install test test-slow test-versions gpu check format docs constraints bench clients clean
 
@@ -40,7 +40,7 @@ test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 test-slow: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 3600
+	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 3600 --numprocesses 2 --dist worksteal
 
 # The oldest torch and Triton that are held to these tests, and the newest that pip gives; half an hour on two cores.
 test-versions:

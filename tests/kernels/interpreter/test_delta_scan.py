@@ -181,7 +181,7 @@ def test_registration_of_the_rule_with_channels_is_complete() -> None:
     ids=["heads", "channels"],
 )
 def test_every_kernel_can_be_tuned_and_all_its_candidates_hold(channels: bool, kernels: str) -> None:
-    case = DeltaCase(B=1, T=12, G=1, H=1, K=40, V=40, chunk=16, channels=channels)
+    case = DeltaCase(B=1, T=12, G=1, H=1, K=20, V=12, chunk=16, channels=channels)
     inputs = make_delta_inputs(case, torch.float32)
     expected = list(run_delta(case, inputs, "torch").values())
     table = Table(Environment("a card", "3.9.0", "13.4.59"))
