@@ -1,7 +1,8 @@
 """Does what must survive a crash, while disk.c writes down what it asks of the disk.
 
-Called as `python -m tests.faults.record_child PLACE`, watched below PLACE/watched. For each name: PLACE/initial/NAME is
-the folder before, PLACE/NAME.record the operations, PLACE/watched/NAME the folder after.
+Called as `python -m tests.faults.record_child PLACE [stages]`, watched below PLACE/watched: training across the boundary of
+two stages, or else all that is quick. For each name: PLACE/initial/NAME is the folder before, PLACE/NAME.record the
+operations, PLACE/watched/NAME the folder after.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from pathlib import Path
 from data_pipeline.config import DataConfig
 from data_pipeline.prepare.prepare import prepare
 from data_pipeline.store.node_cache import BlockCache, CacheSettings
+from pretrain.launcher_protocol import DONE, NEXT_LAYOUT
 from pretrain.monitor.metrics import RunLog
 from pretrain.parallel import initialize_parallel
+from tests.faults.staged import BOUNDARY, run_to_the_end, staged_config
 from tests.helpers.tiny_store import make_tiny_store, run_in_process
 from tests.pretrain.checkpoint.toys import make_engine, run_steps, save
-from tests.pretrain.tiny_run import tiny_config
+from tests.pretrain.tiny_run import tiny_config, tiny_data
 
 PLACE = Path(sys.argv[1])
 RECORD = Path(os.environ["AMFM_RECORD"])
@@ -90,9 +93,25 @@ def record_cache() -> None:
     record("cache", lambda folder: None, keep)
 
 
+def record_stages() -> None:
+    data = tiny_data(PLACE / "texts")
+    (PLACE / "data.json").write_text(data.model_dump_json())
+
+    def run(folder: Path, steps: int) -> list[int]:
+        return run_to_the_end(staged_config(data, folder, train__stop_after_steps=steps))
+
+    def cross(folder: Path) -> None:
+        assert run(folder, BOUNDARY + 1) == [NEXT_LAYOUT, DONE]
+
+    record("stages", lambda folder: run(folder, BOUNDARY - 1) and None, cross)
+
+
 if __name__ == "__main__":
-    record_prepare()
-    record_metrics()
-    record_cache()
-    record_save()
+    if sys.argv[2:] == ["stages"]:
+        record_stages()
+    else:
+        record_prepare()
+        record_metrics()
+        record_cache()
+        record_save()
     os._exit(0)

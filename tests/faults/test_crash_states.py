@@ -18,21 +18,27 @@ from data_pipeline.store.node_cache import BlockCache, CacheSettings
 from data_pipeline.store.store import TokenStore
 from data_pipeline.verify import verify_store
 from pretrain.checkpoint.files import verify_checkpoint
-from pretrain.checkpoint.names import list_checkpoints
+from pretrain.checkpoint.names import list_checkpoints, newest_saved_step
+from pretrain.launcher_protocol import DONE, NEXT_LAYOUT
 from pretrain.monitor.metrics import keep_until
 from tests.faults.crash_states import CrashState, Operation, crash_states, read_record
 from tests.faults.disk import with_record
+from tests.faults.staged import BOUNDARY, run_to_the_end, staged_config
 from tests.helpers.tiny_store import run_in_process
+from tests.pretrain.tiny_run import read_metrics
+
+
+def record_child(place: Path, *arguments: str) -> Path:
+    place.mkdir(exist_ok=True)
+    environment = with_record(place / "record", place / "watched")
+    command = [sys.executable, "-m", "tests.faults.record_child", str(place), *arguments]
+    subprocess.run(command, env=environment, check=True, timeout=250)
+    return place
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("crash")
-    environment = with_record(place / "record", place / "watched")
-    subprocess.run(
-        [sys.executable, "-m", "tests.faults.record_child", str(place)], env=environment, check=True, timeout=250
-    )
-    return place
+    return record_child(tmp_path_factory.mktemp("crash"))
 
 
 def read_operations(place: Path, name: str) -> list[Operation]:
@@ -125,3 +131,35 @@ def test_after_a_crash_a_block_of_the_node_cache_is_whole_or_fetched_again(
                 os.close(descriptor)
         survived += 1
     report(capsys, "node cache", survived)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_after_a_crash_where_another_layout_begins_the_run_goes_on_in_the_right_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the save before the boundary over exit code 4 and the new start to the save after it, the whole run directory."""
+    place = record_child(tmp_path / "crash", "stages")
+    data = DataConfig.model_validate_json((place / "data.json").read_text())
+    assert run_to_the_end(staged_config(data, tmp_path / "straight")) == [NEXT_LAYOUT, DONE]
+    straight = [line["loss"] for line in read_metrics(tmp_path / "straight")]
+    survived, resumed, tried = 0, 0, -1
+    operations = read_operations(place, "stages")
+    for state in crash_states(place / "initial" / "stages", operations, max_pending=3, each_file=False):
+        folder = state.write(tmp_path / "state")
+        sound = sound_steps(folder / "checkpoints")
+        newest = max(sound, default=-1)
+        assert newest >= BOUNDARY - 1, (state.after, sorted(state.files))
+        assert state.after < state.total or newest == BOUNDARY + 1, "what the run says is saved, is"
+        # The launcher chooses ranks and layout by the name alone, so no checkpoint by name may be less than whole.
+        assert newest_saved_step(folder) == newest, (state.after, sorted(state.files))
+        lines = [line["step"] for _, line in read_lines(folder / "metrics.jsonl") if line is not None]
+        assert lines[:newest] == list(range(1, newest + 1)), (state.after, newest, lines)
+        if state.after >= tried + len(operations) // 12:
+            tried, resumed = state.after, resumed + 1
+            codes = run_to_the_end(staged_config(data, folder))
+            assert codes == ([NEXT_LAYOUT, DONE] if newest <= BOUNDARY - 1 else [DONE]), (state.after, codes)
+            assert [line["loss"] for line in read_metrics(folder)] == straight, state.after
+        survived += 1
+    assert survived > 100 and resumed > 5
+    report(capsys, f"stage boundary ({resumed} of them trained to the end)", survived)
