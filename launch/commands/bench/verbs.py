@@ -14,6 +14,7 @@ from launch.commands.bench.kernels import kernels
 from launch.commands.bench.length import length
 from launch.commands.bench.memory import memory
 from launch.commands.bench.published import plan
+from launch.commands.bench.soak import soak
 from launch.commands.bench.step import step
 
 VERBS = (
@@ -28,6 +29,7 @@ VERBS = (
     (memory, "amfm bench memory configs/ladder_20m.yaml parallel.tensor=2 --nproc 2"),
     (plan, "amfm bench plan configs"),
     (clients, "amfm bench clients --readers .clients/readers/bin/python --vllm .clients/vllm/bin/python"),
+    (soak, "amfm bench soak --minutes 3 --seed 7"),
 )
 
 
