@@ -32,6 +32,7 @@ from kernels.backend import resolve_backend
 from kernels.linear_cross_entropy.op import CrossEntropy
 from model.build import build_mixer
 from model.config.checks import check_model
+from model.config.mup import logits_multiplier
 from model.config.schema import ModelConfig, RopeConfig
 from model.init import initialize_parameters, named_seed
 from model.loss import head_cross_entropy, head_logits
@@ -296,7 +297,7 @@ class HybridModel(nn.Module):
             self.before_use("embedding")
         hidden_BTD = self.final_norm.add(stream.delta_BTD, stream.residual_BTD)[0].to(self.final_norm.weight.dtype)
         # The head is linear: a factor on what it reads is the factor on the logits.
-        hidden_BTD = _multiply(hidden_BTD, self.config.multipliers.logits)
+        hidden_BTD = _multiply(hidden_BTD, logits_multiplier(self.config))
         hidden_BTD = enter_tensor_region(hidden_BTD, self.groups)
         if labels_BT is None:
             logits_BTV = head_logits(hidden_BTD, self.head_weight(), self.groups)

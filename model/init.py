@@ -8,7 +8,8 @@ same numbers on every machine, and are then copied into the parameter's dtype an
 
 Matrices are normal with deviation `initializer_range`; those that write into the residual stream are divided by the square
 root of the number of blocks if `depth_scaled_init` is set, so that the stream's variance does not grow with depth
-(Radford et al. 2019, Language Models are Unsupervised Multitask Learners, section 2.3).
+(Radford et al. 2019, Language Models are Unsupervised Multitask Learners, section 2.3). `model.mup` scales them by the
+model's width (mup.py).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from model.config.mup import width_scales
 from model.config.schema import Mamba2Config, ModelConfig
 from model.mixers.initial_values import first_decay_rates, first_time_steps
 from model.mixers.interface import SequenceMixer
@@ -129,6 +131,7 @@ def _mamba(config: ModelConfig) -> Mamba2Config:
 def _deviation(name: str, config: ModelConfig) -> float:
     has_latent = config.moe is not None and config.moe.latent_size is not None
     is_output = name.endswith(_OUTPUT_PROJECTIONS) or (".experts.down." in name and not has_latent)
+    deviation = config.initializer_range * width_scales(name, config).deviation
     if config.depth_scaled_init and is_output:
-        return config.initializer_range / math.sqrt(len(config.letters))
-    return config.initializer_range
+        return deviation / math.sqrt(len(config.letters))
+    return deviation

@@ -14,6 +14,7 @@ from operator import attrgetter
 
 from model.config.mixer_options import LinearOptions
 from model.config.mixer_registry import describe_symbol, find_spec, mixer_specs
+from model.config.mup import check_mup
 from model.config.pattern import SECTIONS, mixer_name
 from model.config.schema import AttentionConfig, Mamba2Config, ModelConfig, MoeConfig, RopeConfig
 from model.config.structure import DENSE
@@ -44,6 +45,8 @@ def check_model(config: ModelConfig) -> None:
             _check_wrapped(config, name)
     for name in mixer_specs():
         _check_mixer(config, name)
+    if config.mup is not None:
+        check_mup(config)
     if config.mamba is not None:
         _check_mamba(config.mamba)
     if config.attention is not None:

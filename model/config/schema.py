@@ -181,6 +181,14 @@ class MultipliersConfig(Section):
     )
 
 
+class MupConfig(Section):
+    """Maximal update parametrization: rates found at a narrow width hold at a wide one; docs/mup.md."""
+
+    base_hidden_size: int = Field(
+        gt=0, description="Width at which initializer_range and optimizer.learning_rate were found; hidden_size there."
+    )
+
+
 class MixersConfig(Section):
     """Options of registered mixers, by name; needed by their letter or `{name}` in the pattern."""
 
@@ -217,6 +225,7 @@ class ModelConfig(Section):
     feed_forward: FeedForwardConfig | None = Field(None, description="Needed by - (D).")
     mixers: RegisteredMixers = Field(RegisteredMixers(), description="Other sequence mixers; docs/mixers.md.")
     multipliers: MultipliersConfig = Field(MultipliersConfig(), description="Constant factors in the forward pass.")
+    mup: MupConfig | None = Field(None, description="Carry the learning rate over widths; none: one rate for all.")
     residual_in_fp32: bool = Field(False, description="Keep the residual stream in float32 when weights are bf16.")
     logits_z_loss_weight: float = Field(
         0.0, ge=0, description="Squared log-sum-exp of the vocabulary logits (PaLM, arXiv 2204.02311, section 5)."

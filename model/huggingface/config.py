@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from model.config.mup import without_mup
 from model.config.pattern import SECTIONS
 from model.config.schema import (
     AttentionConfig,
@@ -54,7 +55,7 @@ def huggingface_config(
     config: ModelConfig, target: Target, tokens: TokenIds, *, max_position_embeddings: int
 ) -> dict[str, Any]:
     """Build config.json as a dict, for weights in float32. The configuration must fit the target (`explain_unfit`)."""
-    config = _drop_unused_sections(config)
+    config = _drop_unused_sections(without_mup(config))
     fields: dict[str, Any] = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,

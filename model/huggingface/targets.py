@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 from model.config.mixer_registry import BUILT_IN
+from model.config.mup import without_mup
 from model.config.pattern import mixer_name
 from model.config.schema import ModelConfig
 from model.huggingface.fields import unfit_expert_sizes, unfit_gates, unfit_multipliers
@@ -25,6 +26,7 @@ def explain_unfit(config: ModelConfig, target: str) -> list[str]:
 
     `own` holds all but mixers of other packages, `auto` what `choose_target` finds. Raises ValueError for an unknown target.
     """
+    config = without_mup(config)
     if target == "auto":
         return []
     if target == "own":

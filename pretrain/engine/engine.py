@@ -44,6 +44,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from model.config.mup import WidthScales, width_scales
+from model.hybrid import HybridModel
 from model.parallel.groups import ProcessGroupCollection
 from pretrain.config.schema import OptimizerConfig
 from pretrain.engine.buckets import GradientBuckets
@@ -220,7 +222,7 @@ class ZeroEngine:
         Every rank must call this.
         """
         for group in self.adamw.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("rate_scale", 1.0)
         if self.zero_stage == 0 and self.precision == "float32":
             # Plain AdamW: DeepSpeed neither reports the norm nor refuses a bad one here.
             parameters = list(self.module.parameters())
@@ -272,7 +274,7 @@ def build_engine(
     with register_experts_with_deepspeed(module, parallel.groups):
         engine, _, _, _ = deepspeed.initialize(
             model=module,
-            optimizer=build_adamw(module, optimizer, **buckets),
+            optimizer=build_adamw(module, optimizer, scales=width_rule(module), **buckets),
             mpu=parallel.mpu,
             config=describe_for_deepspeed(
                 module, optimizer, precision, zero_stage, offload_optimizer=offload_optimizer
@@ -326,6 +328,13 @@ def describe_for_deepspeed(
         },
         "steps_per_print": None,
     }
+
+
+def width_rule(module: nn.Module) -> Callable[[str], WidthScales] | None:
+    """Return the muP factors of a model's parameters by name; None for a model without `model.mup`."""
+    if isinstance(module, HybridModel) and module.config.mup is not None:
+        return partial(width_scales, config=module.config)
+    return None
 
 
 def restore_buffers(module: nn.Module, buffers: dict[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""AdamW and its parameter groups: matrices decay, everything else does not.
+"""AdamW and its parameter groups: matrices decay, everything else does not; under muP, classes of matrices have rates.
 
 Groups carry labels and the names of their parameters, because DeepSpeed flattens and splits them: checkpoints find a
 group's settings by label, whatever became of the tensors.
@@ -6,14 +6,16 @@ group's settings by label, whatever became of the tensors.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import nn
 
+from model.config.mup import WidthScales
 from pretrain.config.schema import OptimizerConfig
 
+NO_SCALES = WidthScales()
 NEVER_DECAY = ("bias", "A_log", "D")  # end of the name, after a dot or _; vectors never decay whatever their name
 
 
@@ -21,6 +23,15 @@ def decays(name: str, shape: torch.Size) -> bool:
     """Whether weight decay applies: to matrices and stacks of them, not to norms, biases, A_log, D and dt_bias."""
     is_kept = any(f"_{name.rsplit('.', 1)[-1]}".endswith(f"_{end}") for end in NEVER_DECAY)
     return not is_kept and len(shape) >= 2
+
+
+def _label(decays: bool, scales: WidthScales) -> str:
+    """The label of a group; under muP its class is a part of it, because a label has one set of settings."""
+    if not decays:
+        return "no_decay"
+    if scales == NO_SCALES:
+        return "decay"
+    return "decay_wide" if scales.epsilon != 1.0 else "decay_out"
 
 
 def part_of(name: str) -> str:
@@ -35,13 +46,17 @@ def group_parameters(
     *,
     bucket_elements: int | None = None,
     apart: Collection[nn.Parameter] = (),
+    epsilon: float = 1e-8,
+    scales: Callable[[str], WidthScales] | None = None,
 ) -> list[dict[str, Any]]:
     """Sort parameters into the groups `decay` and `no_decay`, in the module's order; empty ones are left out.
 
     `parameter_names` of a group names its parameters, in their order. Experts that are spread over ranks, marked with
     the `group_name` of those that hold the same ones, are groups of their own, of the same label: DeepSpeed reads their
     `name` and `moe`. `bucket_elements`: close a group of decaying parameters behind the part of the module with which it
-    comes to so many, which makes it a bucket; `apart`: parameters that make groups of their own.
+    comes to so many, which makes it a bucket; `apart`: parameters that make groups of their own. `scales`: of a parameter's
+    rate and epsilon by its name; each pair makes groups of its own, `decay_wide` and `decay_out`, whose `rate_scale` the
+    step multiplies the schedule's rate by.
     """
     groups: dict[tuple[str, str | None, bool, int], dict[str, Any]] = {}
     # The present bucket of each kind of group: its number, its elements so far, and the part it came to.
@@ -50,18 +65,21 @@ def group_parameters(
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
-        label = "decay" if decays(name, parameter.shape) else "no_decay"
+        own_scales = NO_SCALES if scales is None else scales(name)
+        label = _label(decays(name, parameter.shape), own_scales)
         spread: str | None = getattr(parameter, "group_name", None)
         kind = (label, spread, id(parameter) in kept_apart)
         number, elements, part = buckets.get(kind, (0, 0, part_of(name)))
-        is_full = bucket_elements is not None and label == "decay" and elements >= bucket_elements
+        is_full = bucket_elements is not None and label != "no_decay" and elements >= bucket_elements
         if is_full and part != part_of(name):
             number, elements = number + 1, 0
         buckets[kind] = (number, elements + parameter.numel(), part_of(name))
-        own = {} if spread is None else {"moe": True, "name": spread}
+        own: dict[str, Any] = {} if spread is None else {"moe": True, "name": spread}
+        if own_scales != NO_SCALES:
+            own |= {"rate_scale": own_scales.rate, "eps": epsilon * own_scales.epsilon}
         new = {
             "label": label,
-            "weight_decay": weight_decay if label == "decay" else 0.0,
+            "weight_decay": weight_decay if label != "no_decay" else 0.0,
             "params": [],
             "parameter_names": [],
         }
@@ -81,6 +99,7 @@ def build_adamw(
     *,
     bucket_elements: int | None = None,
     apart: Collection[nn.Parameter] = (),
+    scales: Callable[[str], WidthScales] | None = None,
 ) -> torch.optim.AdamW:
     """Build fused AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) over the groups of `group_parameters`.
 
@@ -88,7 +107,14 @@ def build_adamw(
     the schedule's rate before each step.
     """
     return torch.optim.AdamW(
-        group_parameters(module, config.weight_decay, bucket_elements=bucket_elements, apart=apart),
+        group_parameters(
+            module,
+            config.weight_decay,
+            bucket_elements=bucket_elements,
+            apart=apart,
+            epsilon=config.epsilon,
+            scales=scales,
+        ),
         lr=0.0,
         betas=(config.beta1, config.beta2),
         eps=config.epsilon,

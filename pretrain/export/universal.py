@@ -39,7 +39,7 @@ class UniversalReport:
 def export_universal(checkpoint: str | Path, out_dir: str | Path, report: Report = silent) -> UniversalReport:
     """Write a checkpoint (or a run's newest) for DeepSpeed; OUT is absent or whole.
 
-    Holds one tensor at a time. Raises ValueError when OUT is in use, RuntimeError when the checkpoint is damaged.
+    Holds one tensor at a time. Raises ValueError when OUT is in use or the run has `model.mup`, RuntimeError when the checkpoint is damaged.
     """
     out = Path(out_dir)
     check_free(out)
@@ -50,6 +50,11 @@ def export_universal(checkpoint: str | Path, out_dir: str | Path, report: Report
         raise ValueError(
             f"{source} is of a run that trains some weights only: {len(frozen)} others, {frozen[0]} first, are frozen and "
             "have no moments, which DeepSpeed's loader asks for; export it for huggingface, or give a run that trains all"
+        )
+    if manifest["config"]["model"].get("mup") is not None:
+        raise ValueError(
+            f"{source}: model.mup is set, and DeepSpeed has one learning rate for all groups of a universal checkpoint; "
+            "go on with amfm, or export the weights alone with amfm export"
         )
     tag = f"global_step{manifest['step']}"
     with begin_export(out) as temporary:

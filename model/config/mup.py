@@ -1,0 +1,91 @@
+"""Maximal update parametrization (muP): by how much a parameter's first values and learning rate shrink with the width.
+
+Trained alike, a wider model changes its activations more in each step, so the best learning rate falls as it grows. muP
+(Yang et al. 2022, arXiv 2203.03466, table 8, for Adam) scales both with m = hidden_size / base_hidden_size:
+
+    reads a width that grows, writes one (projections, experts)      deviation / sqrt(m), rate / m, epsilon / m
+    reads a width that grows, writes fixed numbers (head, router)    deviation / m,       rate / m
+    everything else (embedding, norms, convolutions, decays)         as at the base width
+
+A head of its own and a router could as well keep deviation and rate and divide their output by m: under Adam the two forms
+are one (section B of the paper). This one leaves nothing to the forward pass, so a trained model is a plain model to its
+readers. A head that is tied to the embedding is one matrix in two classes: it has the embedding's deviation and rate, and
+the logits are divided by m.
+
+What grows: heads, groups, and the inner widths of feed-forwards and experts, in step with hidden_size. What stays: head_dim,
+state sizes, numbers of experts and top_k. That theory covers attention and feed-forwards; for the other kinds of block a
+measurement decides (`CHECKED_LETTERS`, docs/mup.md), and `check_mup` refuses the rest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from model.config.schema import ModelConfig
+
+# Kinds of block whose activations change alike at widths 64 to 512 (tests/model/test_mup.py measures it).
+CHECKED_LETTERS = ("*", "-", "E", "M", "G", "K")
+
+_FEW_OUTPUTS = ("head.weight", ".router.weight", ".shared_gate.weight")
+# Own parameters of mixers that read a head's width, which does not grow, and vectors in the shape of a matrix.
+_FIXED_INPUTS = (".decay_proj", ".gate_proj", ".conv.weight")
+
+
+@dataclass(frozen=True)
+class WidthScales:
+    """Factors on a parameter's first deviation, on its learning rate and on AdamW's epsilon."""
+
+    deviation: float = 1.0
+    rate: float = 1.0
+    epsilon: float = 1.0
+
+
+def width_scales(name: str, config: ModelConfig) -> WidthScales:
+    """Return the factors of a parameter by its name in the model; all 1 without `model.mup` and at the base width.
+
+    An expert's own name (`...experts.up.3`) is as good as its stack's.
+    """
+    ratio = width_ratio(config)
+    if ratio == 1.0:
+        return WidthScales()
+    if name.endswith(_FEW_OUTPUTS):
+        return WidthScales(1.0 / ratio, 1.0 / ratio)
+    is_matrix = name.endswith((".weight", "_proj")) or ".experts." in name
+    if not name.startswith("blocks.") or not is_matrix or name.endswith((*_FIXED_INPUTS, "norm.weight")):
+        return WidthScales()
+    return WidthScales(ratio**-0.5, 1.0 / ratio, 1.0 / ratio)
+
+
+def logits_multiplier(config: ModelConfig) -> float:
+    """Return the factor on the logits: the configuration's own, divided by the width's ratio where the head is tied."""
+    ratio = width_ratio(config) if config.tie_embeddings else 1.0
+    return config.multipliers.logits / ratio
+
+
+def without_mup(config: ModelConfig) -> ModelConfig:
+    """Return the plain configuration of the same function, for those who read trained weights and do not train on."""
+    multipliers = config.multipliers.model_copy(update={"logits": logits_multiplier(config)})
+    return config.model_copy(update={"mup": None, "multipliers": multipliers})
+
+
+def check_mup(config: ModelConfig) -> None:
+    """Raise ValueError for a block or a form of matrices that muP's rules were not measured on."""
+    assert config.mup is not None, "the caller has seen model.mup"
+    unchecked = [letter for letter in config.parsed_pattern.counts() if letter not in CHECKED_LETTERS]
+    if unchecked:
+        raise ValueError(
+            f"model.mup was not shown to hold for blocks {', '.join(map(repr, unchecked))} of model.pattern, only for "
+            f"{', '.join(map(repr, CHECKED_LETTERS))} (docs/mup.md); remove model.mup, or use blocks of these kinds"
+        )
+    kinds = {
+        "feed_forward.linear_kind": config.feed_forward.linear_kind if config.feed_forward else "dense",
+        "moe.shared_expert_linear_kind": config.moe.shared_expert_linear_kind if config.moe else "dense",
+    }
+    for key, kind in kinds.items():
+        if kind != "dense":
+            raise ValueError(f"model.{key}={kind} has no muP rule; use dense, or remove model.mup")
+
+
+def width_ratio(config: ModelConfig) -> float:
+    """Return m, hidden_size by base_hidden_size; 1 without `model.mup`."""
+    return 1.0 if config.mup is None else config.hidden_size / config.mup.base_hidden_size
