@@ -26,10 +26,11 @@ from launch.bench.step import OPTIMIZER, granite_shape
 from model.hybrid import HybridModel
 from model.packing import PackMeta
 from pretrain.checkpoint.background import BackgroundSaver
-from pretrain.checkpoint.fragments import collect_fragments, list_parts
+from pretrain.checkpoint.fragments import collect_fragments
 from pretrain.checkpoint.save import save_checkpoint
 from pretrain.config.schema import RunConfig
 from pretrain.engine.engine import ZeroEngine, build_engine
+from pretrain.engine.parts import list_parts
 from pretrain.parallel import initialize_parallel
 
 ROWS, TOKENS = 1, 512

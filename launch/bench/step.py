@@ -12,7 +12,7 @@ import json
 import statistics
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -51,11 +51,12 @@ def granite_shape() -> ModelConfig:
 
 @dataclass(frozen=True)
 class Shape:
-    """Work of a step: rows, tokens a row, and the model."""
+    """Work of a step: rows of a micro-batch, tokens a row, the model, and micro-batches, of which only ours takes several."""
 
     rows: int
     tokens: int
     model: ModelConfig
+    micro_batches: int = 1
 
 
 def bench_step(
@@ -79,6 +80,7 @@ def bench_step(
         "names": names,
         "rows": shape.rows,
         "tokens": shape.tokens,
+        "micro_batches": shape.micro_batches,
         "model": shape.model.model_dump(mode="json"),
     }
     seconds: dict[str, dict[str, list[float]]] = {each: {name: [] for name in names} for each in treatments}
@@ -102,7 +104,12 @@ def bench_step(
                     seconds[each][name].append(taken)
     figures = {each: _summarize(seconds[each], shape) for each in treatments}
     return {
-        "shape": {"rows": shape.rows, "tokens": shape.tokens, "model": shape.model.model_dump()},
+        "shape": {
+            "rows": shape.rows,
+            "tokens": shape.tokens,
+            "micro_batches": shape.micro_batches,
+            "model": shape.model.model_dump(),
+        },
         "rounds": rounds,
         "hardware": describe_hardware() | {"threads": threads},
         "remarks": remarks,
@@ -117,6 +124,29 @@ def bench_step(
     }
 
 
+def bench_optimizers(
+    *,
+    rounds: int,
+    num_threads: int | None,
+    micro_batches: int,
+    report: Callable[[str], None],
+    shape: Shape | None = None,
+) -> dict[str, Any]:
+    """Measure our step with AdamW and with Muon, of so many micro-batches, as `bench_step` does.
+
+    Newton-Schulz costs the same whatever the batch, so a ratio belongs to a number of tokens a step.
+    """
+    shape = replace(shape or Shape(ROWS, TOKENS, granite_shape()), micro_batches=micro_batches)
+    result = bench_step(
+        ["ours_fp32", "ours_fp32_muon"], rounds=rounds, num_threads=num_threads, report=report, shape=shape
+    )
+    ratios = {
+        treatment: result["variants"]["ours_fp32_muon"]["memory"][treatment]["seconds"] / figures["seconds"]
+        for treatment, figures in result["variants"]["ours_fp32"]["memory"].items()
+    }
+    return result | {"muon_to_adamw": ratios}
+
+
 def _summarize(seconds: dict[str, list[float]], shape: Shape) -> dict[str, dict[str, Any]]:
     """Figures of the variants under one treatment of memory."""
     medians = {name: statistics.median(times) for name, times in seconds.items()}
@@ -126,7 +156,7 @@ def _summarize(seconds: dict[str, list[float]], shape: Shape) -> dict[str, dict[
             "seconds": median,
             "seconds_min": min(seconds[name]),
             "seconds_max": max(seconds[name]),
-            "tokens_per_second": shape.rows * shape.tokens / median,
+            "tokens_per_second": shape.micro_batches * shape.rows * shape.tokens / median,
             "ratio_to_transformers_default": base / median if base else None,
         }
         for name, median in medians.items()

@@ -28,6 +28,7 @@ from model.huggingface.config import TokenIds, huggingface_config
 from model.huggingface.weights import weight_map
 from model.hybrid import HybridModel
 from model.packing import PackMeta
+from pretrain.config.schema import OptimizerConfig
 from pretrain.engine.engine import Precision, build_engine
 from pretrain.engine.optimizer import build_adamw
 from pretrain.parallel import Parallel, initialize_parallel
@@ -47,7 +48,7 @@ def serve(settings: dict[str, Any]) -> None:
     variants = []
     for name in settings["names"]:
         sys.stdin.readline()
-        variant = build_variant(name, config, parallel, settings["tokens"])
+        variant = build_variant(name, config, parallel, settings["tokens"], settings["micro_batches"])
         loss = variant.run(*batch)
         variant.run(*batch)
         variants.append(variant)
@@ -72,13 +73,19 @@ class Variant:
     run: Callable[[torch.Tensor, torch.Tensor], float]
 
 
-def build_variant(name: str, config: ModelConfig, parallel: Parallel, num_tokens: int) -> Variant:
-    """Build the named variant; all start from the same weights."""
+def build_variant(
+    name: str, config: ModelConfig, parallel: Parallel, num_tokens: int, micro_batches: int = 1
+) -> Variant:
+    """Build the named variant; all start from the same weights. `micro_batches`: passes of a step under our engine."""
+    muon = OPTIMIZER.model_copy(update={"kind": "muon"})
     builders: dict[str, Callable[[], Callable[[torch.Tensor, torch.Tensor], float]]] = {
         "transformers_default": lambda: _transformers_step(config, parallel, num_tokens, tuned=False),
         "transformers_tuned": lambda: _transformers_step(config, parallel, num_tokens, tuned=True),
         "bare_loop": lambda: _bare_step(config, parallel),
-        "ours_fp32": lambda: _engine_step(config, parallel, "float32", compiled=False),
+        "ours_fp32": lambda: _engine_step(config, parallel, "float32", compiled=False, passes=micro_batches),
+        "ours_fp32_muon": lambda: _engine_step(
+            config, parallel, "float32", compiled=False, passes=micro_batches, optimizer=muon
+        ),
         "ours_bf16": lambda: _engine_step(config, parallel, "bf16", compiled=False),
         "ours_fp32_compiled": lambda: _engine_step(config, parallel, "float32", compiled=True),
         "ours_bf16_compiled": lambda: _engine_step(config, parallel, "bf16", compiled=True),
@@ -91,19 +98,26 @@ def _build_model(config: ModelConfig, parallel: Parallel) -> HybridModel:
 
 
 def _engine_step(
-    config: ModelConfig, parallel: Parallel, precision: Precision, *, compiled: bool
+    config: ModelConfig,
+    parallel: Parallel,
+    precision: Precision,
+    *,
+    compiled: bool,
+    passes: int = 1,
+    optimizer: OptimizerConfig = OPTIMIZER,
 ) -> Callable[[torch.Tensor, torch.Tensor], float]:
-    """A step under our engine with ZeRO-1, its blocks compiled where asked."""
+    """A step under our engine with ZeRO-1, of so many passes over the batch, its blocks compiled where asked."""
     model = _build_model(config, parallel)
-    engine = build_engine(model, optimizer=OPTIMIZER, precision=precision, zero_stage=1, parallel=parallel)
+    engine = build_engine(model, optimizer=optimizer, precision=precision, zero_stage=1, parallel=parallel)
     if compiled:
         model.compile_blocks()
 
     def run(tokens_BT: torch.Tensor, labels_BT: torch.Tensor) -> float:
         meta = PackMeta.one_document_a_row(*tokens_BT.shape, device=tokens_BT.device)
-        with engine.accumulate(1):
-            loss = engine.forward(tokens_BT, meta, labels_BT=labels_BT).loss
-            engine.backward(loss.total / labels_BT.numel())
+        with engine.accumulate(passes):
+            for _ in range(passes):
+                loss = engine.forward(tokens_BT, meta, labels_BT=labels_BT).loss
+                engine.backward(loss.total / (passes * labels_BT.numel()))
         engine.step(OPTIMIZER.learning_rate)
         return float(loss.nll_sum) / labels_BT.numel()
 

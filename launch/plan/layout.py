@@ -14,11 +14,12 @@ from functools import lru_cache
 from typing import Any
 
 from launch.plan.activations import up_rows
+from launch.plan.matrices import NO_MATRICES, MatrixShare, count_matrices
 from model.config.pattern import block_kind
 from model.config.schema import ModelConfig
 from model.flops import count_parameters
 from model.pipeline_split import cut_pieces, pieces_of_rank
-from pretrain.config.schema import RunConfig
+from pretrain.config.schema import MuonConfig, RunConfig
 from pretrain.recompute import recomputed_letters
 
 
@@ -144,7 +145,7 @@ class StageShare:
     """Parameters and blocks of one rank of a pipeline stage.
 
     `dense` and `routed` are kept apart because ZeRO shards them over different groups. `largest_block` (parameters) is
-    what ZeRO-3 may gather beyond its limit of live parameters.
+    what ZeRO-3 may gather beyond its limit of live parameters. `matrices`: those that Muon steps, none with AdamW.
     """
 
     stage: int
@@ -154,6 +155,7 @@ class StageShare:
     has_embedding: bool
     has_head: bool
     largest_block: float
+    matrices: MatrixShare = NO_MATRICES
 
     @property
     def parameters(self) -> float:
@@ -170,6 +172,10 @@ class StageShare:
         """Parameters of the shard that ZeRO leaves to this rank."""
         return self.dense / layout.dense_sharers + self.routed / layout.expert_sharers
 
+    def own_matrices(self, layout: Layout) -> MatrixShare:
+        """Of the matrices, what data ranks leave to this rank: to orthogonalise always, to hold where ZeRO spreads them."""
+        return self.matrices.divided(layout.dense_sharers, layout.expert_sharers)
+
 
 def routed_parameters(model: ModelConfig) -> int:
     """Parameters of all routed experts of one E block, 0 for a model without them."""
@@ -180,8 +186,10 @@ def routed_parameters(model: ModelConfig) -> int:
     return moe.num_experts * rows * (moe.latent_size or model.hidden_size)
 
 
-def held_by_stages(model: ModelConfig, layout: Layout, sequence_length: int) -> tuple[StageShare, ...]:
-    """What one rank of each pipeline stage holds, in stage order.
+def held_by_stages(
+    model: ModelConfig, layout: Layout, sequence_length: int, muon: MuonConfig | None = None
+) -> tuple[StageShare, ...]:
+    """What one rank of each pipeline stage holds, in stage order; `muon`: its settings where it steps the matrices.
 
     Norms and routers, which every tensor rank holds whole, count as cut: they are small.
     """
@@ -196,7 +204,7 @@ def held_by_stages(model: ModelConfig, layout: Layout, sequence_length: int) -> 
         pipeline=layout.pipeline,
         virtual_stages=layout.virtual_stages,
     )
-    return _held(model, cuts, sequence_length)
+    return _held(model, cuts, sequence_length, muon)
 
 
 def distinct_stages(stages: tuple[StageShare, ...]) -> tuple[StageShare, ...]:
@@ -212,7 +220,7 @@ def distinct_stages(stages: tuple[StageShare, ...]) -> tuple[StageShare, ...]:
 
 
 @lru_cache(maxsize=1024)
-def _held(model: ModelConfig, layout: Layout, sequence_length: int) -> tuple[StageShare, ...]:
+def _held(model: ModelConfig, layout: Layout, sequence_length: int, muon: MuonConfig | None) -> tuple[StageShare, ...]:
     """Shares of all pipeline stages; cached, so `layout` must hold nothing but what cuts the model."""
     letters = model.letters
     counts = count_parameters(model)
@@ -241,6 +249,7 @@ def _held(model: ModelConfig, layout: Layout, sequence_length: int) -> tuple[Sta
                 is_first,
                 is_last,
                 largest / layout.tensor,
+                count_matrices(model, own, muon).divided(layout.tensor, layout.expert * layout.width_ranks),
             )
         )
     return tuple(held)

@@ -1,6 +1,6 @@
 """Peak memory of one rank: persistent states, plus the fullest of building, the passes and the optimizer's step.
 
-How it works: each phase is a table of named parts in bytes. Weights, float32 masters and AdamW moments persist, sharded
+How it works: each phase is a table of named parts in bytes. Weights, float32 masters and moments persist, sharded
 by ZeRO. The passes are walked backwards block by block, as activations shrink while gradients grow, to find their
 fullest moment. The optimizer phase adds what DeepSpeed allocates to reduce gradients and to step. Building is counted
 as well: a rank's model is made whole, in float32, on the device. Every pipeline stage is estimated; the fullest
@@ -19,6 +19,7 @@ from launch.plan.activations import FLOAT32_BYTES, Split, Storage, block_bytes, 
 from launch.plan.exchanges import BUCKET_ELEMENTS, DEEPSPEED_BUCKET_ELEMENTS, static_slots
 from launch.plan.layout import Layout, StageShare, distinct_stages, held_by_stages
 from pretrain.config.schema import RunConfig
+from pretrain.engine.muon.newton_schulz import BATCH_ELEMENTS
 
 STAGE0_BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's own all-reduce
 PREFETCH_ELEMENTS = 50_000_000  # that it gathers ahead
@@ -52,7 +53,9 @@ def estimate_memory(
 
     `imbalance`: routed rows of the fullest rank over the mean, where experts are spread.
     """
-    stages = distinct_stages(held_by_stages(config.model, layout, config.train.sequence_length))
+    stages = distinct_stages(
+        held_by_stages(config.model, layout, config.train.sequence_length, config.optimizer.muon_settings())
+    )
     found = [estimate_stage(config, layout, storage, held, imbalance) for held in stages]
     fullest = max(found, key=Memory.total)
     parts = fullest.parts | {"margin": margin * fullest.total()}
@@ -88,14 +91,15 @@ def building_bytes(held: StageShare, layout: Layout, storage: Storage) -> dict[s
 
 
 def persistent_bytes(held: StageShare, layout: Layout, storage: Storage) -> dict[str, float]:
-    """Parts that live as long as the run: weights, float32 masters, AdamW moments, and ZeRO-3's buffers."""
+    """Parts that live as long as the run: weights, float32 masters, moments (two of AdamW's, one of Muon's), ZeRO-3's buffers."""
     e, stage = storage.element_bytes, layout.zero_stage
     share = held.share(layout) if stage else held.parameters
+    matrices = held.own_matrices(layout) if stage else held.matrices
     has_masters = stage > 0 or e < FLOAT32_BYTES
     return {
         "weights": e * (share if stage == 3 else held.parameters),
         "masters": FLOAT32_BYTES * share if has_masters else 0.0,
-        "moments": 2 * FLOAT32_BYTES * share,
+        "moments": FLOAT32_BYTES * (2 * share - matrices.dense - matrices.routed),
         "gradient share": e * share if stage == 3 else 0.0,
         "reduction bucket": FLOAT32_BYTES * min(held.parameters, DEEPSPEED_BUCKET_ELEMENTS) if stage == 3 else 0.0,
     }
@@ -206,7 +210,7 @@ def gathered_bytes(layout: Layout, storage: Storage, held: StageShare) -> float:
 
 
 def step_bytes(held: StageShare, layout: Layout, storage: Storage) -> dict[str, float]:
-    """Parts of the optimizer phase, after activations are freed: the larger of the reduction and the AdamW update."""
+    """Parts of the optimizer phase, after activations are freed: the larger of the reduction and the update."""
     return max(
         reduction_bytes(held, layout, storage),
         update_bytes(held, layout, storage),
@@ -229,12 +233,29 @@ def reduction_bytes(held: StageShare, layout: Layout, storage: Storage) -> dict[
 
 
 def update_bytes(held: StageShare, layout: Layout, storage: Storage) -> dict[str, float]:
-    """Parts while AdamW runs: reduced gradients of this rank's shard, joined in one buffer, and their float32 copy."""
+    """Parts while the optimizer runs: reduced gradients of this rank's shard, joined, in float32; and Muon's products."""
     e, stage, share = storage.element_bytes, layout.zero_stage, held.share(layout)
     wide = FLOAT32_BYTES if e < FLOAT32_BYTES else 0
+    products = {"matrix products": product_bytes(held, layout, storage)}
     if stage == 0:
         # For bf16 weights a float32 copy to step with, and one from which the norm is taken.
-        return {"gradients": (e + 2 * wide) * held.parameters}
-    if stage == 3:
-        return {"gradients": FLOAT32_BYTES * share}
-    return {"gradients": FLOAT32_BYTES * share}
+        return {"gradients": (e + 2 * wide) * held.parameters} | products
+    return {"gradients": FLOAT32_BYTES * share} | products
+
+
+def product_bytes(held: StageShare, layout: Layout, storage: Storage) -> float:
+    """Bytes of the updates that Muon orthogonalises at a time, on their way and in Newton-Schulz rounds; 0 with AdamW.
+
+    ZeRO-1 and 2 step bucket by bucket, the others all at once; rounds hold a batch of matrices three times.
+    """
+    own = held.own_matrices(layout)
+    size = 2 if storage.backend == "triton" else FLOAT32_BYTES
+    updates = own.dense + own.routed
+    if layout.zero_stage in (1, 2):
+        updates = min(
+            updates, (BUCKET_ELEMENTS + held.largest_block) / min(layout.dense_sharers, layout.expert_sharers)
+        )
+    elif layout.zero_stage == 0:
+        updates = held.matrices.dense + held.matrices.routed
+    on_the_way = 3 * size * updates if max(layout.dense_sharers, layout.expert_sharers) > 1 else size * updates
+    return FLOAT32_BYTES * updates + on_the_way + 3 * size * min(updates, BATCH_ELEMENTS)

@@ -179,7 +179,9 @@ def explain_no_layout(plan: Plan) -> str:
     by_rows = parts.get("activations", 0.0) + parts.get("working space", 0.0)
     storage = storage_of(plan.config)
     held = max(
-        held_by_stages(plan.config.model, layout, plan.stages[0].stage.sequence_length),
+        held_by_stages(
+            plan.config.model, layout, plan.stages[0].stage.sequence_length, plan.config.optimizer.muon_settings()
+        ),
         key=lambda entry: entry.parameters,
     )
     # What no number of data ranks and rows takes away.

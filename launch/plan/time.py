@@ -14,7 +14,14 @@ from dataclasses import dataclass
 import torch
 
 from launch.plan.activations import FLOAT32_BYTES, Storage, up_rows
-from launch.plan.communication import exchange_seconds, pass_seconds, ring_seconds, total_seconds
+from launch.plan.communication import (
+    all_to_all_seconds,
+    axis_place,
+    exchange_seconds,
+    pass_seconds,
+    ring_seconds,
+    total_seconds,
+)
 from launch.plan.exchanges import reduction_exchanges
 from launch.plan.hardware import Hardware
 from launch.plan.layout import Layout, StageShare, distinct_stages, held_by_stages
@@ -254,7 +261,9 @@ def estimate_step(
     backward pass under ZeRO-1 (each under ZeRO-2), gathers of weights beside the first forward pass. `imbalance`: routed
     rows of the fullest rank over the mean. `sent_choices`: the part of routed rows that travels between ranks.
     """
-    stages = distinct_stages(held_by_stages(config.model, layout, config.train.sequence_length))
+    stages = distinct_stages(
+        held_by_stages(config.model, layout, config.train.sequence_length, config.optimizer.muon_settings())
+    )
     block = {
         letter: block_seconds(config, letter, layout, hardware, storage, imbalance)
         for letter in {letter for held in stages for letter in held.letters}
@@ -307,10 +316,35 @@ def _estimate_stage(
 
 
 def optimizer_seconds(held: StageShare, passes: int, layout: Layout, hardware: Hardware, storage: Storage) -> float:
-    """Seconds of AdamW on this rank's shard and of what surrounds it, all bound by memory.
+    """Seconds of the optimizer on this rank's shard and of what surrounds it.
 
-    Around it: float32 sums of bf16 gradients over micro-batches, and the check for finite values.
+    Around it: float32 sums of bf16 gradients over micro-batches, and the check for finite values. These and AdamW are bound
+    by memory; Muon moves less of it, and adds what `muon_seconds` says.
     """
+    return _update_seconds(held, passes, layout, hardware, storage) + muon_seconds(held, layout, hardware, storage)
+
+
+def muon_seconds(held: StageShare, layout: Layout, hardware: Hardware, storage: Storage) -> float:
+    """Seconds of Newton-Schulz rounds on the matrices that this rank owns, and of the updates' way there and back.
+
+    Two bytes a number each way on cards; without ZeRO one gather of results. 0 with AdamW.
+    """
+    own = held.own_matrices(layout)
+    is_bf16 = storage.backend == "triton"
+    peak = hardware.peak_flops("bf16" if is_bf16 else "float32") * hardware.product_efficiency
+    size = 2 if is_bf16 else FLOAT32_BYTES
+    seconds = (own.dense_flops + own.routed_flops) / peak
+    for axis, numel in (("dp_cp", own.dense), ("expt_dp", own.routed)):
+        ranks, stride = axis_place(axis, layout)
+        if layout.zero_stage == 0:
+            seconds += ring_seconds(size * numel * ranks, ranks, hardware, calls=1, stride=stride)
+        elif numel:
+            seconds += all_to_all_seconds(2 * size * numel, ranks, hardware, calls=2, stride=stride)
+    return seconds
+
+
+def _update_seconds(held: StageShare, passes: int, layout: Layout, hardware: Hardware, storage: Storage) -> float:
+    """Seconds that an elementwise update of this rank's shard, sums and checks of gradients take of the memory's bandwidth."""
     e, parameters = storage.element_bytes, held.parameters
     share = held.share(layout) if layout.zero_stage else parameters
     if layout.zero_stage in (1, 2):

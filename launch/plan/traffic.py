@@ -73,6 +73,11 @@ def check_countable(config: RunConfig, layout: Layout) -> None:
             f"train.recompute={config.train.recompute} has no formula: a second forward pass ends where nothing more is "
             "needed of it; use none"
         )
+    if config.optimizer.kind == "muon":
+        raise ValueError(
+            "optimizer.kind=muon has no formula: how much travels depends on who owns which matrix; use adamw, whose passes "
+            "and reductions send the same"
+        )
     is_limited = moe is not None and moe.capacity_factor is not None and config.parallel.expert > 1
     if moe is not None and is_limited and static_slots(config, layout) is None:
         raise ValueError(

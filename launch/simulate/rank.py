@@ -207,7 +207,8 @@ def build_run(config: RunConfig, parallel: Any, tracer: Tracer, report: Callable
 
 def stage_checkpoint(run: Any) -> None:
     """Copy to the host the fragments that this rank would write to a checkpoint."""
-    from pretrain.checkpoint.fragments import collect_fragments, list_parts
+    from pretrain.checkpoint.fragments import collect_fragments
+    from pretrain.engine.parts import list_parts
 
     tensors: dict[str, Any] = {}
     for fragment in collect_fragments(run.engine.deepspeed, list_parts(run.engine.deepspeed)):

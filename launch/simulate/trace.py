@@ -97,7 +97,9 @@ def trace_run(
         }
         result = run_child(settings, partial(tell, report, number * PROGRESS_LINES, len(chosen) * PROGRESS_LINES))
         layout = Layout.of(traced, ranks)
-        held = held_by_stages(traced.model, layout, traced.train.sequence_length)[pipeline_stage(traced, ranks, rank)]
+        held = held_by_stages(traced.model, layout, traced.train.sequence_length, traced.optimizer.muon_settings())[
+            pipeline_stage(traced, ranks, rank)
+        ]
         predicted = estimate_stage(traced, layout, storage_of(traced), held, 1.0)
         found.append(TracedRank(rank, stage_name or resolve_stages(config)[0].name, traced, layout, predicted, result))
     return found

@@ -45,7 +45,9 @@ class AttentionMixer(Float32Buffers):
         self.num_kv_heads = divide_units(section.num_kv_heads, groups, "model.attention.num_kv_heads")
         query_width, kv_width = section.num_heads * self.head_dim, section.num_kv_heads * self.head_dim
         hidden, kv_name, kv_units = config.hidden_size, "model.attention.num_kv_heads", (section.num_kv_heads,)
-        self.q_proj = ColumnLinear(hidden, (query_width,), groups, name="model.attention.num_heads")
+        self.q_proj = ColumnLinear(
+            hidden, (query_width,), groups, name="model.attention.num_heads", units=(section.num_heads,)
+        )
         self.k_proj = ColumnLinear(hidden, (kv_width,), groups, name=kv_name, units=kv_units)
         self.v_proj = ColumnLinear(hidden, (kv_width,), groups, name=kv_name, units=kv_units)
         self.o_proj = RowLinear(query_width, hidden, groups, name="model.attention.num_heads")

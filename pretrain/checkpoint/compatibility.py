@@ -148,6 +148,11 @@ def end_faults(saved: RunConfig, current: RunConfig, steps_done: int) -> list[st
 def explain_remedy(refused: Sequence[str], saved: RunConfig, step: int) -> str:
     """Say how to go on: with the old value, in a stage of its own where that can be, or as a new run."""
     remedy = "Restore the value, or give run.dir another name to start a new run."
+    if any(name.startswith("optimizer.kind:") for name in refused):
+        remedy += (
+            " One kind of optimizer cannot go on from the other's moments: a new run takes the weights alone, with "
+            "run.initial_weights set to this run's directory."
+        )
     if not any(name.startswith(STAGED) for name in refused):
         return remedy
     if saved.stages:

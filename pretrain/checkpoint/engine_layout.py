@@ -13,18 +13,11 @@ import torch
 from torch import Tensor
 
 from model.parallel.shards import parameter_shards
-from pretrain.checkpoint.fragments import (
-    Fragment,
-    Part,
-    base_optimizer,
-    list_parts,
-    list_ranks,
-    name_groups,
-    parameter_shape,
-)
+from pretrain.checkpoint.fragments import Fragment, base_optimizer, name_groups
 from pretrain.checkpoint.placement import Placement, locate_rank, place_shard
-from pretrain.checkpoint.reader import FROZEN
 from pretrain.engine.engine import ZeroEngine
+from pretrain.engine.moments import FROZEN
+from pretrain.engine.parts import Part, list_parts, list_ranks, parameter_shape
 
 
 @dataclass(frozen=True)

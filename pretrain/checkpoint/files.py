@@ -38,7 +38,7 @@ MAPPINGS = (
     *("state", "config", "identities", "layout", "versions"),
 )
 CHUNK_BYTES = 1 << 24  # written, read and hashed at a time
-FLOAT32_KINDS = ("weight/", "exp_avg/", "exp_avg_sq/")
+FLOAT32_KINDS = ("weight/", "exp_avg/", "exp_avg_sq/", "momentum/")
 NO_DIGEST = "0" * 64
 
 # Names of the safetensors format for the dtypes that a model or a random state may hold.

@@ -20,7 +20,7 @@ from pretrain.checkpoint.commit import is_marked
 from pretrain.checkpoint.compatibility import compare_settings
 from pretrain.checkpoint.files import MANIFEST_NAME, find_foreign_files, verify_checkpoint
 from pretrain.checkpoint.names import CHECKPOINT_NAME, list_checkpoints
-from pretrain.checkpoint.reader import FROZEN, KINDS, RangeReader
+from pretrain.checkpoint.reader import RangeReader, kinds_of
 
 logger = logging.getLogger(__name__)
 
@@ -72,13 +72,10 @@ def read_full_state(checkpoint_dir: Path, report: Report = silent) -> dict[str, 
 
 
 def read_parameters(checkpoint_dir: Path, manifest: dict[str, Any], kind: str) -> Iterator[tuple[str, Tensor]]:
-    """Read whole float32 tensors of one kind (weight, exp_avg, exp_avg_sq), one parameter after the other.
-
-    Frozen parameters have no moments.
-    """
+    """Read whole float32 tensors of one kind (weight, or a moment), one parameter that has it after the other."""
     reader = RangeReader(checkpoint_dir, manifest)
-    for name, entry in manifest["parameters"].items():
-        if kind == "weight" or entry["group"] != FROZEN:
+    for name in manifest["parameters"]:
+        if kind in kinds_of(manifest, name):
             yield name, reader.whole(kind, name)
     reader.close()
 
@@ -146,11 +143,12 @@ def compare_checkpoints(paths: tuple[Path, Path], manifests: list[dict[str, Any]
     shapes = [{name: entry["shape"] for name, entry in entries.items()} for entries in saved]
     common = {name for name in shapes[0].keys() & shapes[1].keys() if shapes[0][name] == shapes[1][name]}
     tensors: dict[str, dict[str, float]] = {}
-    for kind in (*KINDS, "buffer"):
+    first, second = manifests
+    kinds = dict.fromkeys(kind for name in first["parameters"] for kind in kinds_of(first, name))
+    for kind in (*kinds, "buffer"):
         for name, difference in measure_differences(paths, manifests, kind, common):
             if difference > 0:
                 tensors.setdefault(name, {})[kind] = difference
-    first, second = manifests
     counters = [{name: entry["optimizer_step"] for name, entry in m["parameters"].items()} for m in manifests]
     pairs = {
         "settings": compare_settings(first["config"], second["config"]),
@@ -185,7 +183,7 @@ def measure_differences(
         tensors = (
             (name, value, reader.whole(kind, name) if name in common else None)
             for name, value in read_parameters(first, manifests[0], kind)
-            if kind == "weight" or manifests[1]["parameters"].get(name, {}).get("group") != FROZEN
+            if name not in common or kind in kinds_of(manifests[1], name)
         )
     for name, value, other in tensors:
         if name in common and other is not None and value.numel() > 0:

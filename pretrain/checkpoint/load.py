@@ -32,9 +32,10 @@ from pretrain.checkpoint.fragments import (
 )
 from pretrain.checkpoint.names import list_checkpoints
 from pretrain.checkpoint.random_state import restore_random_state
-from pretrain.checkpoint.reader import FROZEN, KINDS, RangeReader
+from pretrain.checkpoint.reader import RangeReader
 from pretrain.checkpoint.save import ENGINE_COUNTERS, ranks_of
 from pretrain.config.schema import RunConfig
+from pretrain.engine.moments import FROZEN
 from pretrain.identity import collect_versions
 from pretrain.rank_group import RankGroup
 
@@ -192,8 +193,8 @@ def restore(checkpoint_dir: Path, manifest: dict[str, Any], layout: EngineLayout
         assert len(steps) <= 1, f"parameters stepped together were saved with different counters: {sorted(steps)}"
         flats = create_state(engine, part, steps.pop() if steps else 0)
         for span in part.spans:
-            for kind in KINDS:
-                place = flats[kind][span.flat_start : span.flat_start + span.numel]
+            for kind, flat in flats.items():
+                place = flat[span.flat_start : span.flat_start + span.numel]
                 reader.fill(place, kind, span.name, layout.placements[span.name], span.start)
     for fragment in layout.frozen_fragments():
         reader.fill(fragment.tensors["weight"], "weight", fragment.name, layout.placements[fragment.name], 0)

@@ -19,12 +19,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from pretrain.checkpoint.placement import Placement, find_blocks, place_whole, placement_from_json
+from pretrain.engine.moments import moments_of
 
-# What is saved of each parameter: the float32 master weights and AdamW's two moments.
-MOMENTS = ("exp_avg", "exp_avg_sq")
-KINDS = ("weight", *MOMENTS)
-# The group of parameters that no optimizer steps: their weights are saved, without moments.
-FROZEN = "frozen"
+
+def kinds_of(manifest: dict[str, Any], name: str) -> tuple[str, ...]:
+    """Name what is saved of a parameter, all float32: the master weights and the moments of its group's optimizer."""
+    return ("weight", *moments_of(manifest["parameters"][name]["group"]))
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from model.huggingface.qwen3_next import unfit_tokenizer
 from model.huggingface.targets import explain_unfit
 from pretrain.checkpoint.names import newest_saved_step
 from pretrain.checks.mixers import kernel_problems
+from pretrain.checks.optimizer import optimizer_problems
 from pretrain.checks.parallel import layout_problems, pipeline_problems
 from pretrain.checks.ranks import rank_problems, ranks_of_stage, with_nearest
 from pretrain.checks.stages import (
@@ -109,6 +110,7 @@ def stage_problems(config: RunConfig, world_size: int | None) -> list[Problem]:
     """Check the rules of a run without stages, or of one stage taken as a run."""
     model = list(model_problems(config))
     problems = [*model, *schedule_problems(config), *layout_problems(config), *recompute_problems(config)]
+    problems += optimizer_problems(config)
     problems += [*kernel_problems(config, config.kernels.backend), *task_layout_problems(config)]
     if not model:
         problems += [*export_problems(config), *pipeline_problems(config)]

@@ -36,15 +36,37 @@ class RunSection(Section):
     )
 
 
-class OptimizerConfig(Section):
-    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101), fused where the device has it."""
+class MuonConfig(Section):
+    """How Muon steps the matrices of blocks (docs/optimizers.md); the rest of a model steps by AdamW's settings."""
 
+    momentum: float = Field(0.95, ge=0, lt=1, description="Decay of the momentum, which is Nesterov's.")
+    rounds: int = Field(5, gt=0, description="Newton-Schulz rounds by which an update is orthogonalised.")
+    update_rms: float = Field(
+        0.2, gt=0, description="Root mean square of an update at rate 1; 0.2 is AdamW's habit, so both share a rate."
+    )
+    per_head: bool = Field(
+        True, description="Orthogonalise projections to heads a head at a time; false: all heads of one together."
+    )
+
+
+class OptimizerConfig(Section):
+    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101), fused where the device has it, or Muon for matrices."""
+
+    kind: Literal["adamw", "muon"] = Field(
+        "adamw",
+        description="muon: the matrices inside blocks are stepped by Muon, everything else by AdamW; likes 2 to 4 times AdamW's rate.",
+    )
     learning_rate: float = Field(gt=0, description="Peak rate.")
     beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the first moment.")
     beta2: float = Field(0.95, ge=0, lt=1, description="Decay of the second moment.")
     epsilon: float = Field(1e-8, gt=0, description="Added to the root of the second moment.")
     weight_decay: float = Field(0.1, ge=0, description="On matrices; norms, biases, A_log, D and dt_bias never decay.")
     clip_grad_norm: float | None = Field(1.0, gt=0, description="Largest global gradient norm; null: no clipping.")
+    muon: MuonConfig | None = Field(None, description="Settings of kind muon; none: its defaults.")
+
+    def muon_settings(self) -> MuonConfig | None:
+        """Settings of Muon where it is the kind: as given, or its defaults; None for AdamW."""
+        return (self.muon or MuonConfig()) if self.kind == "muon" else None
 
 
 class ScheduleConfig(Section):

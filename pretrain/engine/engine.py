@@ -24,7 +24,8 @@ What happens to a gradient in a step:
     global norm, clipping               `GlobalNorm`: every element of the model counts once, however many ranks hold it
         |
         v
-    AdamW on float32 masters            each data rank its range (ZeRO 1-3); weights follow from the masters
+    AdamW on float32 masters            each data rank its range (ZeRO 1-3); weights follow from the masters. Muon's
+                                        matrices meet at their owners in between (engine/muon)
 
 DeepSpeed's own accumulation is not used (it sees one micro-batch a step): it would reduce after every micro-batch under
 ZeRO 2 and 3, add up in bf16, and know nothing of partial gradients. Where it reduces (ZeRO 0 and 3) it averages over data
@@ -46,6 +47,7 @@ from torch import Tensor, nn
 
 from model.config.mup import WidthScales, width_scales
 from model.hybrid import HybridModel
+from model.matrices import list_matrices
 from model.parallel.groups import ProcessGroupCollection
 from pretrain.config.schema import OptimizerConfig
 from pretrain.engine.buckets import GradientBuckets
@@ -62,7 +64,9 @@ from pretrain.engine.gradients import (
     poison_gradients,
     sum_partial_gradients,
 )
-from pretrain.engine.optimizer import build_adamw
+from pretrain.engine.muon.optimizer import Muon
+from pretrain.engine.optimizer import build_optimizer
+from pretrain.engine.parts import list_parts
 from pretrain.parallel import Parallel, set_deepspeed_accelerator
 
 set_deepspeed_accelerator()
@@ -140,7 +144,7 @@ class ZeroEngine:
 
     @property
     def adamw(self) -> torch.optim.AdamW:
-        """AdamW below the wrappers: its groups and, per flat fragment, its moments and step counters."""
+        """AdamW, or Muon, which is one for what is no matrix: its groups and, per flat fragment, moments and counters."""
         return self.deepspeed.basic_optimizer
 
     @property
@@ -264,6 +268,9 @@ def build_engine(
     module.to(parallel.device)
     # Remembered before DeepSpeed casts the whole module: `restore_buffers` puts the float32 ones back.
     buffers = {name: buffer for name, buffer in module.named_buffers() if buffer.is_floating_point()}
+    # While parameters have their shapes: ZeRO-3 takes them away.
+    muon = optimizer.muon_settings()
+    stacks = [] if muon is None else list_matrices(module, parallel.groups, per_head=muon.per_head)
     bridge = DataclassOutputHooks(module) if zero_stage == 3 else None
     if bridge is not None:
         bridge.open()
@@ -274,7 +281,7 @@ def build_engine(
     with register_experts_with_deepspeed(module, parallel.groups):
         engine, _, _, _ = deepspeed.initialize(
             model=module,
-            optimizer=build_adamw(module, optimizer, scales=width_rule(module), **buckets),
+            optimizer=build_optimizer(module, optimizer, stacks, scales=width_rule(module), **buckets),
             mpu=parallel.mpu,
             config=describe_for_deepspeed(
                 module, optimizer, precision, zero_stage, offload_optimizer=offload_optimizer
@@ -285,6 +292,8 @@ def build_engine(
         bridge.close()
     restore_buffers(module, buffers)
     engine.basic_optimizer.state.clear()  # the unfused wrapper has stepped once, with zeros, to allocate
+    if isinstance(engine.basic_optimizer, Muon):
+        engine.basic_optimizer.attach(list_parts(engine), stacks, parallel.groups)
     norm = GlobalNorm(module, parallel)
     norm.install(engine)
     return ZeroEngine(

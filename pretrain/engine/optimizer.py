@@ -1,4 +1,5 @@
-"""AdamW and its parameter groups: matrices decay, everything else does not; under muP, classes of matrices have rates.
+"""Optimizers and their parameter groups: matrices decay, everything else does not; Muon takes the matrices inside blocks, and
+under muP classes of matrices have rates.
 
 Groups carry labels and the names of their parameters, because DeepSpeed flattens and splits them: checkpoints find a
 group's settings by label, whatever became of the tensors.
@@ -13,7 +14,10 @@ import torch
 from torch import nn
 
 from model.config.mup import WidthScales
+from model.matrices import MatrixStack
 from pretrain.config.schema import OptimizerConfig
+from pretrain.engine.moments import MUON
+from pretrain.engine.muon.optimizer import Muon
 
 NO_SCALES = WidthScales()
 NEVER_DECAY = ("bias", "A_log", "D")  # end of the name, after a dot or _; vectors never decay whatever their name
@@ -48,15 +52,16 @@ def group_parameters(
     apart: Collection[nn.Parameter] = (),
     epsilon: float = 1e-8,
     scales: Callable[[str], WidthScales] | None = None,
+    matrices: Collection[str] = (),
 ) -> list[dict[str, Any]]:
-    """Sort parameters into the groups `decay` and `no_decay`, in the module's order; empty ones are left out.
+    """Sort parameters into the groups `muon`, `decay` and `no_decay`, in the module's order; empty ones are left out.
 
     `parameter_names` of a group names its parameters, in their order. Experts that are spread over ranks, marked with
     the `group_name` of those that hold the same ones, are groups of their own, of the same label: DeepSpeed reads their
     `name` and `moe`. `bucket_elements`: close a group of decaying parameters behind the part of the module with which it
     comes to so many, which makes it a bucket; `apart`: parameters that make groups of their own. `scales`: of a parameter's
     rate and epsilon by its name; each pair makes groups of its own, `decay_wide` and `decay_out`, whose `rate_scale` the
-    step multiplies the schedule's rate by.
+    step multiplies the schedule's rate by. `matrices`: names of those that Muon steps.
     """
     groups: dict[tuple[str, str | None, bool, int], dict[str, Any]] = {}
     # The present bucket of each kind of group: its number, its elements so far, and the part it came to.
@@ -66,7 +71,7 @@ def group_parameters(
         if not parameter.requires_grad:
             continue
         own_scales = NO_SCALES if scales is None else scales(name)
-        label = _label(decays(name, parameter.shape), own_scales)
+        label = MUON if name in matrices else _label(decays(name, parameter.shape), own_scales)
         spread: str | None = getattr(parameter, "group_name", None)
         kind = (label, spread, id(parameter) in kept_apart)
         number, elements, part = buckets.get(kind, (0, 0, part_of(name)))
@@ -79,7 +84,7 @@ def group_parameters(
             own |= {"rate_scale": own_scales.rate, "eps": epsilon * own_scales.epsilon}
         new = {
             "label": label,
-            "weight_decay": weight_decay if label != "no_decay" else 0.0,
+            "weight_decay": 0.0 if label == "no_decay" else weight_decay,
             "params": [],
             "parameter_names": [],
         }
@@ -91,6 +96,28 @@ def group_parameters(
         groups[key]
         for key in sorted(groups, key=lambda key: (key[1] is not None, key[0] == "no_decay", key[2], key[3]))
     ]
+
+
+def build_optimizer(
+    module: nn.Module,
+    config: OptimizerConfig,
+    stacks: Collection[MatrixStack] = (),
+    *,
+    bucket_elements: int | None = None,
+    apart: Collection[nn.Parameter] = (),
+    scales: Callable[[str], WidthScales] | None = None,
+) -> torch.optim.AdamW:
+    """Build the optimizer of the configured kind; `stacks`: the matrices of Muon (`list_matrices`), which it must be told.
+
+    `scales`: AdamW's alone, as `group_parameters` says.
+    """
+    settings = config.muon_settings()
+    if settings is None:
+        return build_adamw(module, config, bucket_elements=bucket_elements, apart=apart, scales=scales)
+    assert scales is None, "optimizer_problems refuses muP with Muon"
+    names = {stack.name for stack in stacks}
+    groups = group_parameters(module, config.weight_decay, bucket_elements=bucket_elements, apart=apart, matrices=names)
+    return Muon(groups, settings, **_adamw_settings(config))
 
 
 def build_adamw(
@@ -115,8 +142,10 @@ def build_adamw(
             epsilon=config.epsilon,
             scales=scales,
         ),
-        lr=0.0,
-        betas=(config.beta1, config.beta2),
-        eps=config.epsilon,
-        fused=True,
+        **_adamw_settings(config),
     )
+
+
+def _adamw_settings(config: OptimizerConfig) -> dict[str, Any]:
+    """Settings that all groups share."""
+    return {"lr": 0.0, "betas": (config.beta1, config.beta2), "eps": config.epsilon, "fused": True}

@@ -16,7 +16,8 @@ import torch
 
 from data_pipeline.progress import Report, silent
 from pretrain.checkpoint.inspect import find_checkpoint, read_buffers, require_sound
-from pretrain.checkpoint.reader import FROZEN, RangeReader
+from pretrain.checkpoint.reader import RangeReader
+from pretrain.engine.moments import FROZEN, MUON
 from pretrain.export.export import check_free
 from pretrain.export.files import begin_export, put_in_place, sync_files
 
@@ -39,7 +40,8 @@ class UniversalReport:
 def export_universal(checkpoint: str | Path, out_dir: str | Path, report: Report = silent) -> UniversalReport:
     """Write a checkpoint (or a run's newest) for DeepSpeed; OUT is absent or whole.
 
-    Holds one tensor at a time. Raises ValueError when OUT is in use or the run has `model.mup`, RuntimeError when the checkpoint is damaged.
+    Holds one tensor at a time. Raises ValueError when OUT is in use, the run has `model.mup` or Muon trained it, RuntimeError
+    when the checkpoint is damaged.
     """
     out = Path(out_dir)
     check_free(out)
@@ -55,6 +57,11 @@ def export_universal(checkpoint: str | Path, out_dir: str | Path, report: Report
         raise ValueError(
             f"{source}: model.mup is set, and DeepSpeed has one learning rate for all groups of a universal checkpoint; "
             "go on with amfm, or export the weights alone with amfm export"
+        )
+    if MUON in manifest["groups"]:
+        raise ValueError(
+            f"{source} was trained with optimizer.kind=muon, and DeepSpeed's universal loading asks for AdamW's moments, which "
+            "Muon's matrices do not have; export the weights as safetensors instead (--format huggingface)"
         )
     tag = f"global_step{manifest['step']}"
     with begin_export(out) as temporary:

@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from pretrain.checkpoint.engine_layout import EngineLayout
-from pretrain.checkpoint.fragments import collect_fragments, name_parameters
+from pretrain.checkpoint.fragments import collect_fragments
+from pretrain.engine.parts import name_parameters
 from pretrain.parallel import Parallel
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -82,6 +82,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "recycle": MODEL | {"moe": MODEL["moe"] | {"capacity_factor": 1.0, "overflow": "recycle"}},
 }
+VARIANTS["muon"] = VARIANTS["latent"]
+# Settings that go with a variant, in every layout of it.
+SETTINGS: dict[str, dict[str, Any]] = {"muon": {"optimizer__kind": "muon"}}
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,7 @@ def layout_config(layout: Layout, data: DataConfig, run_dir: Path) -> RunConfig:
         # AdamW would make a step of full length of a gradient that is nothing but rounding; of sums that cancel, too.
         "optimizer__epsilon": 1e-3,
     }
-    settings |= layout.settings
+    settings |= SETTINGS.get(layout.model, {}) | layout.settings
     config = tiny_config(data, run_dir, **settings)
     tree = config.model_dump(mode="json")
     tree["model"] = VARIANTS[layout.model]
@@ -281,6 +284,16 @@ LAYOUTS = [
     Layout(4, {"pipeline": 2, "context": 2, "expert": 2}, "mixers"),
     Layout(4, {"zero_stage": 3}, "mixers"),
     Layout(8, {"context": 2, "tensor": 2, "expert": 2, "zero_stage": 2}, "mixers"),
+    # Matrices that Muon steps as wholes.
+    Layout(2, {"zero_stage": 0}, "muon"),
+    Layout(2, {"expert": 2}, "muon"),
+    Layout(2, {"pipeline": 2, "schedule": "interleaved", "virtual_stages": 3}, "muon"),
+    Layout(4, {"tensor": 2, "sequence_parallel": True, "zero_stage": 2}, "muon", quick=True),
+    Layout(4, {"zero_stage": 3}, "muon"),
+    Layout(4, {"tensor": 4, "sequence_parallel": True}, "muon"),
+    Layout(4, {"tensor": 2, "zero_stage": 3}, "muon"),
+    Layout(4, {"tensor": 2, "sequence_parallel": True, "expert": 2, "expert_tensor": 2}, "muon"),
+    Layout(4, {"context": 2, "pipeline": 2, "zero_stage": 2}, "muon"),
     # Blocks computed again in backward passes.
     Layout(2, {"context": 2, "zero_stage": 0}, settings={"train__recompute": "full"}),
     Layout(2, {"expert": 2}, "recycle", {"train__recompute": "full"}),

@@ -10,9 +10,11 @@ from tests.parallel.layouts import LAYOUTS, LEARNING_RATE, STEPS, Layout, Outcom
 TOLERANCE = 1e-5
 # How far AdamW may move an entry: the scale of the errors of one that begins at zero.
 REACH = LEARNING_RATE * STEPS
+# Newton-Schulz makes the smallest singular values, and the rounding in them, a few hundred times larger.
+MUON_TOLERANCE = 1e-3
 
 
-def assert_same_training(actual: Outcome, expected: Outcome) -> None:
+def assert_same_training(actual: Outcome, expected: Outcome, step_tolerance: float = TOLERANCE) -> None:
     assert actual.losses == pytest.approx(expected.losses, rel=TOLERANCE)
     assert actual.grad_norms == pytest.approx(expected.grad_norms, rel=TOLERANCE)
     for own, other in zip(actual.auxiliary, expected.auxiliary, strict=True):
@@ -23,7 +25,13 @@ def assert_same_training(actual: Outcome, expected: Outcome) -> None:
     assert actual.weights.keys() == expected.weights.keys()
     for name, weight in expected.weights.items():
         error = float((actual.weights[name] - weight).abs().max())
-        assert error <= TOLERANCE * max(float(weight.abs().max()), REACH), f"{name} is off by {error}"
+        bound = max(TOLERANCE * float(weight.abs().max()), step_tolerance * REACH)
+        assert error <= bound, f"{name} is off by {error}"
+
+
+def assert_as_one_rank(layout: Layout) -> None:
+    tolerance = MUON_TOLERANCE if layout.model == "muon" else TOLERANCE
+    assert_same_training(outcome_of(layout), one_rank()[layout.model], tolerance)
 
 
 def rows(quick: bool) -> list[Layout]:
@@ -32,10 +40,10 @@ def rows(quick: bool) -> list[Layout]:
 
 @pytest.mark.parametrize("layout", rows(quick=True), ids=lambda layout: layout.name)
 def test_a_quick_layout_trains_as_one_rank(layout: Layout) -> None:
-    assert_same_training(outcome_of(layout), one_rank()[layout.model])
+    assert_as_one_rank(layout)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", rows(quick=False), ids=lambda layout: layout.name)
 def test_a_layout_trains_as_one_rank(layout: Layout) -> None:
-    assert_same_training(outcome_of(layout), one_rank()[layout.model])
+    assert_as_one_rank(layout)

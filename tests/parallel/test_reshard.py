@@ -32,6 +32,11 @@ def layout(num_ranks: int, precision: str = "float32", **parallel: Any) -> Layou
     return Layout(num_ranks, parallel, "latent", SETTINGS | {"train__precision": precision})
 
 
+def muon(num_ranks: int, **parallel: Any) -> Layout:
+    """The same model with matrices that Muon steps."""
+    return Layout(num_ranks, parallel, "muon", SETTINGS)
+
+
 LAYOUTS = {
     "one": layout(1),
     "one_bf16": layout(1, "bf16"),
@@ -53,6 +58,11 @@ LAYOUTS = {
     "pipeline2_interleaved": layout(2, pipeline=2, schedule="interleaved", virtual_stages=2, zero_stage=2),
     "pipeline2_expert2": layout(4, pipeline=2, expert=2, zero_stage=2),
     "pipeline2_tensor2": layout(4, pipeline=2, tensor=2),
+    "muon": muon(1),
+    "muon_zero3": muon(2, zero_stage=3),
+    "muon_tensor2": muon(2, tensor=2),
+    "muon_expert2": muon(2, expert=2, zero_stage=2),
+    "muon_zero0": muon(2, zero_stage=0),
     "pipeline2_tensor2_expert2": layout(8, pipeline=2, tensor=2, sequence_parallel=True, expert=2),
 }
 QUICK = [("one", "pipeline2"), ("pipeline2", "expert2"), ("expert2", "tensor2")]
@@ -75,6 +85,13 @@ SLOW = [
     ("pipeline2_interleaved", "tensor4"),
     ("tensor2_expert2_cut", "one_zero3"),
     ("one_zero3", "tensor2_expert2_cut"),
+]
+MUON = [
+    ("muon_tensor2", "muon"),
+    ("muon", "muon_expert2"),
+    ("muon_expert2", "muon_zero3"),
+    ("muon_zero3", "muon_zero0"),
+    ("muon_zero0", "muon_tensor2"),
 ]
 EIGHT = [("expert4", "pipeline2_tensor2_expert2"), ("pipeline2_tensor2_expert2", "data2")]
 PRECISIONS = [("one_bf16", "tensor2_zero0"), ("expert2", "one_bf16"), ("tensor2_expert2_bf16", "pipeline2")]
@@ -169,7 +186,9 @@ def test_runs_move_between_layouts_of_two_ranks(data: DataConfig, tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pairs", [SLOW, EIGHT, PRECISIONS], ids=["four ranks", "eight ranks", "precisions"])
+@pytest.mark.parametrize(
+    "pairs", [SLOW, MUON, EIGHT, PRECISIONS], ids=["four ranks", "Muon", "eight ranks", "precisions"]
+)
 def test_runs_move_between_layouts(data: DataConfig, tmp_path: Path, pairs: list[tuple[str, str]]) -> None:
     move_all(data, tmp_path, pairs)
 

@@ -18,6 +18,7 @@ PLAIN = ("ours_fp32", "ours_bf16")
 COMPILED = ("ours_fp32_compiled", "ours_bf16_compiled")
 PEER = ("transformers_default", "transformers_tuned")
 STEP_ROUNDS = 8
+MUON_PASSES = 8
 
 
 def step(
@@ -27,6 +28,10 @@ def step(
     compiled: Annotated[
         bool, typer.Option(help="Also time our step with compiled blocks (minutes to compile).")
     ] = False,
+    muon: Annotated[bool, typer.Option(help="Time our step with Muon beside AdamW's instead, in float32.")] = False,
+    micro_batches: Annotated[
+        int | None, typer.Option(min=1, help="With --muon: micro-batches a step, of 2,048 tokens; default: 8.")
+    ] = None,
     rounds: Annotated[
         int | None, typer.Option(min=1, help="Timed steps of each variant, taking turns; default: 8.")
     ] = None,
@@ -44,6 +49,12 @@ def step(
     What ranks send, speed by row length and a hardware file of this machine: see communication, length and calibrate.
     """
     # Hidden flags: --comm, --sweep length and --calibration were the other three verbs, and scripts still say so.
+    if micro_batches is not None and not muon:
+        raise ValueError("--micro-batches sets the step that --muon compares optimizers by; add it, or remove this")
+    if muon and (comm or compiled or calibration is not None or peer != "none" or sweep is not None):
+        raise ValueError(
+            "--muon compares our two optimizers alone; beside it give --micro-batches, --rounds, --threads"
+        )
     if sweep is not None:
         if comm or compiled or calibration is not None or peer != "none" or overrides or nproc > 1:
             raise ValueError(
@@ -63,8 +74,19 @@ def step(
     if calibration is not None:
         calibrate(calibration, rounds=rounds or STEP_ROUNDS, threads=threads, as_json=as_json)
         return
-    from launch.bench.step import bench_step
+    from launch.bench.step import bench_optimizers, bench_step
 
+    if muon:
+        result = bench_optimizers(
+            rounds=rounds or STEP_ROUNDS, num_threads=threads, micro_batches=micro_batches or MUON_PASSES, report=say
+        )
+        if as_json:
+            print_json(result)
+        else:
+            print_step_table(result)
+            for treatment, ratio in result["muon_to_adamw"].items():
+                say(f"Muon's step takes {ratio:.2f} of AdamW's ({title_of(treatment)})")
+        return
     names = [*(PEER if peer == "transformers" else ()), "bare_loop", *PLAIN, *(COMPILED if compiled else ())]
     result = bench_step(names, rounds=rounds or STEP_ROUNDS, num_threads=threads, report=say)
     if as_json:

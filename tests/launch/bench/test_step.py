@@ -8,7 +8,7 @@ import pytest
 
 from launch.bench.freed_memory import KEPT, RETURNED
 from launch.bench.process import Child
-from launch.bench.step import Shape, _check_losses, bench_step
+from launch.bench.step import Shape, _check_losses, bench_optimizers, bench_step
 from launch.cli import run
 from launch.commands.bench.step import print_step_table
 from tests.model.huggingface.cases import GRANITE
@@ -48,6 +48,29 @@ def test_allocator_settings_of_the_environment_are_the_only_treatment_of_a_step(
     captured = capsys.readouterr()
     assert captured.out.count("bare_loop") == 1
     assert "memory is treated one way, as the environment says in MALLOC_MMAP_MAX_" in captured.out + captured.err
+
+
+def test_muon_and_adamw_take_turns_at_steps_of_several_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")
+    result = bench_optimizers(rounds=1, num_threads=1, micro_batches=2, report=lambda _: None, shape=SMALL)
+    (taken, muon) = (result["variants"][name]["memory"] for name in ("ours_fp32", "ours_fp32_muon"))
+    for treatment, ratio in result["muon_to_adamw"].items():
+        assert ratio == muon[treatment]["seconds"] / taken[treatment]["seconds"]
+        assert taken[treatment]["tokens_per_second"] == 2 * 48 / taken[treatment]["seconds"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--micro-batches", "2"], "--micro-batches sets the step that --muon compares optimizers by"),
+        (["--muon", "--compiled"], "--muon compares our two optimizers alone"),
+    ],
+)
+def test_flags_that_say_nothing_together_are_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["bench", "step", *arguments]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_variants_that_are_not_the_same_model_are_refused() -> None:

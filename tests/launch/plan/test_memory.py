@@ -10,6 +10,8 @@ from launch.plan.memory import (
     building_bytes,
     estimate_memory,
     in_flight,
+    persistent_bytes,
+    product_bytes,
     reduction_bytes,
     slots_to_choices,
     storage_of,
@@ -157,3 +159,19 @@ def test_slots_of_a_capacity_are_kept_filled_or_not():
         for run in (config, preset("ladder_8b_a1b", "train.global_batch_size=512"))
     )
     assert limited > counted
+
+
+def test_muon_keeps_one_moment_of_matrices_and_multiplies_them():
+    adamw = preset("ladder_150m")
+    muon = adamw.model_copy(update={"optimizer": adamw.optimizer.model_copy(update={"kind": "muon"})})
+    layout, storage, length = Layout(8, 1, 1), storage_of(adamw), adamw.train.sequence_length
+    (plain,) = held_by_stages(adamw.model, layout, length)
+    (held,) = held_by_stages(muon.model, layout, length, muon.optimizer.muon_settings())
+    # All but embedding, head, norms, convolutions, routers.
+    assert 0.6 < (held.matrices.dense + held.matrices.routed) / held.parameters < 1.0
+    saved = persistent_bytes(plain, layout, storage)["moments"] - persistent_bytes(held, layout, storage)["moments"]
+    own = held.own_matrices(layout)
+    assert saved == pytest.approx(4 * (own.dense + own.routed))
+    assert product_bytes(plain, layout, storage) == 0.0 < product_bytes(held, layout, storage)
+    times = [estimate_step(config, layout, H100, storage, overlap=0.5) for config in (adamw, muon)]
+    assert times[0].optimizer < times[1].optimizer < times[0].total()

@@ -17,8 +17,9 @@ from model.parallel.shards import Shard, ShardSpec
 from pretrain.checkpoint.files import write_tensors
 from pretrain.checkpoint.manifest import RankReport, complete_manifest, describe_tensor
 from pretrain.checkpoint.placement import Placement, check_cover, join_indices, place_shard, placement_from_json
-from pretrain.checkpoint.reader import KINDS, RangeReader
+from pretrain.checkpoint.reader import RangeReader
 
+KINDS = ("weight", "exp_avg", "exp_avg_sq")
 # Odd sizes wherever no cut forbids it. `fused`: 4 query heads, 2 key-value heads and 1 group, which more ranks must copy.
 SHAPES = {
     "norm": (7,),

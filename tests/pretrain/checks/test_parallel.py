@@ -50,6 +50,18 @@ MOE = "model.moe={num_experts: 6, top_k: 2, expert_hidden_size: 12, shared_exper
             ["parallel.offload_optimizer=true", "parallel.zero_stage=0"],
             "parallel.offload_optimizer = true: moves what ZeRO spreads, and parallel.zero_stage is 0; use",
         ),
+        (
+            ["parallel.offload_optimizer=true", "optimizer.kind=muon"],
+            "parallel.offload_optimizer = true: would have the host's processors multiply Muon's matrices; use false, or",
+        ),
+        (
+            ["optimizer.kind=muon", "model.mup={base_hidden_size: 32}"],
+            "optimizer.kind = muon: has no rule of muP: model.mup scales AdamW's rates, and what Muon needs instead was not",
+        ),
+        (
+            ["optimizer.muon={rounds: 6}"],
+            "optimizer.muon: has settings of Muon, and optimizer.kind is adamw; use optimizer.kind=muon, or remove",
+        ),
         (["parallel.tensor=3"], "parallel.tensor = 3: must divide model.vocab_size=512; use 1, 2, 4"),
         (["parallel.tensor=3"], "parallel.tensor = 3: must divide model.mamba.num_heads=4; use 1, 2, 4"),
         (["parallel.tensor=3"], "parallel.tensor = 3: must divide model.attention.num_heads=4; use 1, 2, 4"),

@@ -42,6 +42,8 @@ def test_a_dotted_key_in_a_file_is_told_to_nest(base, tmp_path):
         ("train=5", "must be a section with keys"),
         ("train.keep_last=1", "must be at least 2; raise it"),
         ("optimizer.beta1=1", "must be less than 1; lower it"),
+        ("optimizer.muon.momentum=1", "must be less than 1; lower it"),
+        ("optimizer.muon.rounds=0", "must be greater than 0; raise it"),
         ("optimizer.learning_rate=0", "must be greater than 0; raise it"),
         ("model.mamba.conv_kernel=5", "must be at most 4; lower it"),
         ("data.sources.0.paths=[]", "must have at least 1 item(s); add one"),

@@ -18,13 +18,14 @@ from model.packing import PackMeta
 from model.parallel.groups import single_rank_groups
 from pretrain.checkpoint.engine_layout import EngineLayout
 from pretrain.checkpoint.files import read_manifest
-from pretrain.checkpoint.fragments import collect_fragments, collect_group_settings, list_parts
+from pretrain.checkpoint.fragments import collect_fragments, collect_group_settings
 from pretrain.checkpoint.load import load_newest
 from pretrain.checkpoint.placement import place_whole
 from pretrain.checkpoint.reader import RangeReader
 from pretrain.config.schema import RunConfig
 from pretrain.engine.engine import build_engine
 from pretrain.engine.optimizer import build_adamw
+from pretrain.engine.parts import list_parts
 from pretrain.export.universal import export_universal
 from pretrain.parallel import initialize_parallel
 from pretrain.train import train

@@ -1,0 +1,72 @@
+"""What Muon adds to a plan: the matrices that a pipeline stage holds, and the arithmetic of orthogonalising them once a step.
+
+Read off a model on the meta device, from the list that the optimizer itself steps by (model/matrices.py), so that experts,
+heads and segments count as they are. Matrices that tensor ranks cut count as cut evenly; those along whose short side they
+are cut cost each rank more than that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from model.config.schema import ModelConfig
+from model.hybrid import HybridModel
+from model.matrices import list_matrices
+from model.parallel.groups import single_rank_groups
+from pretrain.config.schema import MuonConfig
+from pretrain.engine.muon.newton_schulz import cost
+
+
+@dataclass(frozen=True)
+class MatrixShare:
+    """Numbers in matrices of a rank of a stage, and FLOPs to orthogonalise them: of routed experts, and of the rest."""
+
+    dense: float = 0.0
+    routed: float = 0.0
+    dense_flops: float = 0.0
+    routed_flops: float = 0.0
+
+    def __add__(self, other: MatrixShare) -> MatrixShare:
+        return MatrixShare(
+            self.dense + other.dense,
+            self.routed + other.routed,
+            self.dense_flops + other.dense_flops,
+            self.routed_flops + other.routed_flops,
+        )
+
+    def divided(self, dense: float, routed: float) -> MatrixShare:
+        """The same spread over so many ranks."""
+        return MatrixShare(
+            self.dense / dense, self.routed / routed, self.dense_flops / dense, self.routed_flops / routed
+        )
+
+
+NO_MATRICES = MatrixShare()
+
+
+def count_matrices(model: ModelConfig, letters: tuple[str, ...], muon: MuonConfig | None) -> MatrixShare:
+    """Count the matrices of these blocks, whole; none without Muon."""
+    if muon is None:
+        return NO_MATRICES
+    of_block = _by_letter(model, muon)
+    return sum((of_block[letter] for letter in letters), start=NO_MATRICES)
+
+
+@lru_cache(maxsize=16)
+def _by_letter(model: ModelConfig, muon: MuonConfig) -> dict[str, MatrixShare]:
+    """Matrices of one block of each letter of the pattern."""
+    groups = single_rank_groups()
+    built = HybridModel(model, groups, backend="torch", device="meta")
+    # The first block of a letter stands for all of them.
+    letters = {f"blocks.{model.letters.index(letter)}": letter for letter in model.letters}
+    found = dict.fromkeys(model.letters, NO_MATRICES)
+    for stack in list_matrices(built, groups, per_head=muon.per_head):
+        block = ".".join(stack.name.split(".")[:2])
+        if block not in letters:
+            continue
+        flops, numel = float(muon.rounds * stack.count * cost(stack.shape)), float(stack.numel)
+        is_routed = ".experts." in stack.name
+        share = MatrixShare(0.0, numel, 0.0, flops) if is_routed else MatrixShare(numel, 0.0, flops, 0.0)
+        found[letters[block]] += share
+    return found

@@ -1,0 +1,13 @@
+"""What an optimizer keeps beside the weights, by the label of the parameter group: what checkpoints hold and plans count."""
+
+from __future__ import annotations
+
+MUON = "muon"  # label of the groups whose matrices Muon steps
+FROZEN = "frozen"  # of parameters that no optimizer steps: their weights are saved, without moments
+
+
+def moments_of(label: str) -> tuple[str, ...]:
+    """Name the moments of the parameters in groups with this label: AdamW's two, in torch's words, or Muon's momentum."""
+    if label == FROZEN:
+        return ()
+    return ("momentum",) if label == MUON else ("exp_avg", "exp_avg_sq")
