@@ -12,7 +12,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from kernels.swiglu.op import squared_relu, swiglu
-from model.config.schema import Activation, ModelConfig
+from model.config.schema import Activation, GuideConfig, ModelConfig
 from model.config.structure import DENSE, Structure
 from model.mixers.interface import BlockState, MixerOutput
 from model.packing import PackMeta
@@ -44,6 +44,7 @@ class FeedForward(nn.Module):
         name: str,
         backend: str,
         structure: Structure = DENSE,
+        guide: GuideConfig | None = None,
     ) -> None:
         super().__init__()
         self.activation, self.backend, self.groups = activation, backend, groups
@@ -54,8 +55,8 @@ class FeedForward(nn.Module):
             self.up_proj = ColumnLinear(outer_size, segments, groups, name=name)
             self.down_proj = RowLinear(inner_size, outer_size, groups, name=name)
         else:
-            self.up_proj = StructuredUp(outer_size, segments, structure, groups, name=name)
-            self.down_proj = StructuredDown(inner_size, (outer_size,), structure, groups, name=name)
+            self.up_proj = StructuredUp(outer_size, segments, structure, groups, name=name, guide=guide)
+            self.down_proj = StructuredDown(inner_size, (outer_size,), structure, groups, name=name, guide=guide)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map the stream x [B, T, D] -> [B, T, D]; under sequence parallelism T is this rank's share, in and out."""
@@ -83,6 +84,7 @@ class FeedForwardMixer(FeedForward):
             name="model.feed_forward.hidden_size",
             backend=backend,
             structure=config.feed_forward.structure(),
+            guide=config.guide,
         )
 
     def forward(self, x_BTD: Tensor, meta: PackMeta, state: BlockState = None) -> MixerOutput:  # type: ignore[override]

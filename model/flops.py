@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from model.config.pattern import SECTIONS, block_kind
 from model.config.schema import AttentionConfig, FeedForwardConfig, Mamba2Config, ModelConfig, MoeConfig
-from model.config.structure import Structure
+from model.config.structure import DENSE, Structure
 
 _T = TypeVar("_T")
 
@@ -96,9 +96,10 @@ def _block_matrices(config: ModelConfig, letter: str) -> tuple[int, int]:
     elif letter == "*":
         weights = _attention_matrices(_section(config.attention), config.hidden_size)
     elif letter == "-":
-        weights = _feed_forward_matrices(_section(config.feed_forward), config.hidden_size)
+        dense = _section(config.feed_forward)
+        weights = _feed_forward_matrices(dense, config.hidden_size, is_guided=config.guide is not None)
     else:
-        return _moe_matrices(_section(config.moe), config.hidden_size)
+        return _moe_matrices(_section(config.moe), config.hidden_size, is_guided=config.guide is not None)
     return weights, weights
 
 
@@ -115,19 +116,24 @@ def _attention_matrices(attention: AttentionConfig, hidden_size: int) -> int:
     return hidden_size * (projections + gates[attention.gate])
 
 
-def _feed_forward_matrices(feed_forward: FeedForwardConfig, hidden_size: int) -> int:
+def _feed_forward_matrices(feed_forward: FeedForwardConfig, hidden_size: int, *, is_guided: bool) -> int:
     return feed_forward_weights(
-        hidden_size, feed_forward.hidden_size, feed_forward.activation, feed_forward.structure()
+        hidden_size,
+        feed_forward.hidden_size,
+        feed_forward.activation,
+        feed_forward.structure(),
+        is_guided=is_guided,
     )
 
 
-def feed_forward_weights(width: int, inner: int, activation: str, structure: Structure) -> int:
-    """Weights of a feed-forward of `inner` channels on a stream of `width`, whatever the form of its matrices."""
+def feed_forward_weights(width: int, inner: int, activation: str, structure: Structure, *, is_guided: bool) -> int:
+    """Weights of a feed-forward of `inner` channels on a stream of `width`; guided factors have the dense matrices too."""
     up = (_matrices_a_unit(activation) - 1) * inner
-    return structure.weights(width, up) + structure.weights(inner, width)
+    dense = width * (up + inner) if is_guided and structure != DENSE else 0
+    return structure.weights(width, up) + structure.weights(inner, width) + dense
 
 
-def _moe_matrices(moe: MoeConfig, hidden_size: int) -> tuple[int, int]:
+def _moe_matrices(moe: MoeConfig, hidden_size: int, *, is_guided: bool) -> tuple[int, int]:
     """(total, active) weights: router, shared expert and latent projections count for every token, experts top_k times."""
     units = _matrices_a_unit(moe.activation)
     routed_width = moe.latent_size or hidden_size
@@ -135,7 +141,8 @@ def _moe_matrices(moe: MoeConfig, hidden_size: int) -> tuple[int, int]:
     every_token = hidden_size * (moe.num_experts + moe.shared_expert_gate)
     if moe.shared_expert_hidden_size:
         shared = moe.shared_expert_hidden_size
-        every_token += feed_forward_weights(hidden_size, shared, moe.activation, moe.shared_structure())
+        structure = moe.shared_structure()
+        every_token += feed_forward_weights(hidden_size, shared, moe.activation, structure, is_guided=is_guided)
     if moe.latent_size is not None:
         every_token += 2 * hidden_size * moe.latent_size
     return every_token + moe.num_experts * expert, every_token + moe.top_k * expert

@@ -60,7 +60,8 @@ def _own_values(model: nn.Module, name: str, shape: tuple[int, ...], config: Mod
     place, _, own_name = name.rpartition(".")
     layer = model.get_submodule(place)
     if isinstance(layer, StructuredLinear):
-        return layer.first_values(own_name, _generator(seed, name), _deviation(f"{place}.weight", config))
+        deviation = _deviation(f"{place}.weight", config)
+        return layer.first_values(own_name, lambda own: _generator(seed, f"{place}.{own}"), deviation)
     place, inside, own_name = name.partition(".mixer.")
     mixer = model.get_submodule(f"{place}.mixer") if inside else None
     return mixer.init_parameter(own_name, shape, _generator(seed, name)) if isinstance(mixer, SequenceMixer) else None

@@ -12,6 +12,10 @@ So there are as many collectives as around dense matrices, and low rank sends r 
 width. The order of a block shuffle's inner channels is ours to choose: channel = (block, row), without the transposition
 at the end, so that a rank's channels are whole blocks and `down` finds its own.
 
+Self-guided training adds to each such layer a dense matrix, `guide_weight`, which begins as the product of the factors
+and fades as the step says (`set_step`). A skipped step adds zero times its sum, so that every parameter has a gradient in
+every step, and reductions are alike in all of them.
+
 First values: those of a dense matrix, in law. Low rank takes singular vectors from the QR of Gaussians and singular values
 from the quantiles of the law of Marchenko and Pastur, the largest r of them, so that nothing is decomposed at a start;
 blocks are orthogonal, scaled so that squares sum to what a dense matrix's would in expectation.
@@ -20,6 +24,7 @@ blocks are orthogonal, scaled so that squares sum to what a dense matrix's would
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -27,6 +32,7 @@ from torch import Tensor, nn
 
 from kernels.gemm_precision import gemm_dtype
 from kernels.linear.op import linear
+from model.config.schema import GuideConfig
 from model.config.structure import Structure
 from model.parallel.groups import ProcessGroupCollection
 from model.parallel.layers import stream_shard
@@ -35,7 +41,7 @@ from model.parallel.shards import Shard, ShardSpec, divide
 
 
 class StructuredLinear(nn.Module):
-    """The two factors of a matrix, `first` and `second`, this rank's parts; see `Structure.shapes`."""
+    """The two factors of a matrix, `first` and `second`, this rank's parts; see `Structure.shapes`. With `guide` a third."""
 
     shards: dict[str, Shard]
     is_up: ClassVar[bool]
@@ -48,25 +54,58 @@ class StructuredLinear(nn.Module):
         groups: ProcessGroupCollection,
         *,
         name: str,
+        guide: GuideConfig | None = None,
     ) -> None:
         super().__init__()
-        self.structure, self.groups = structure, groups
+        self.structure, self.groups, self.guide = structure, groups, guide
+        # A tensor, so that compiled blocks keep their graph from step to step.
+        self.alpha = torch.ones((), device="cpu")
+        self.skips = False
         self.input_size, self.segments = input_size, segments
         divide(segments[0] if self.is_up else input_size, groups, name)
         if structure.blocks is not None and structure.kind != "lowrank":
             divide(structure.blocks, groups, f"{name.rpartition('.')[0]}.linear_blocks")
         self.shards = self._shards()
-        for own_name, shape in zip(("first", "second"), structure.shapes(input_size, segments), strict=True):
+        shapes = dict(zip(("first", "second"), structure.shapes(input_size, segments), strict=True))
+        if guide is not None:
+            dense = ShardSpec(0, "tp", segments) if self.is_up else ShardSpec(1, "tp", (input_size,))
+            self.shards["guide_weight"] = Shard((dense,))
+            shapes["guide_weight"] = (sum(segments), input_size)
+        for own_name, shape in shapes.items():
             part = self.shards[own_name].shard(torch.empty(shape, device="meta"), groups).shape
             self.register_parameter(own_name, nn.Parameter(torch.empty(part)))
         self.first: nn.Parameter
         self.second: nn.Parameter
+        self.guide_weight: nn.Parameter
+
+    def set_step(self, step: int, total_steps: int, seed: int) -> None:
+        """Set the weight of the guide for the step after `step` of `total_steps`, and whether that leaves it out."""
+        if self.guide is None:
+            return
+        alpha = self.guide.alpha(step, total_steps)
+        self.alpha.fill_(alpha)
+        if self.guide.skip:
+            # One draw for all layers and ranks.
+            draw = torch.rand((), generator=torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63))
+            self.skips = float(draw) < 1 - alpha
+
+    def guided(self, factored: Tensor, dense: Callable[[], Tensor]) -> Tensor:
+        """Mix the output of the factors with that of the dense matrix, which is computed where it counts."""
+        if self.guide is None:
+            return factored
+        if self.skips and self.training:
+            return factored + 0.0 * self.guide_weight.sum()
+        return self.alpha * dense() + (1 - self.alpha) * factored
 
     def _shards(self) -> dict[str, Shard]:
         raise NotImplementedError
 
-    def first_values(self, own_name: str, generator: torch.Generator, deviation: float) -> Tensor:
-        """Draw the whole `first` or `second`, float32 on the CPU, for a dense matrix of this deviation."""
+    def first_values(self, own_name: str, generator_of: Callable[[str], torch.Generator], deviation: float) -> Tensor:
+        """Draw a whole parameter, float32 on the CPU, for a dense matrix of this deviation; `generator_of` each by name."""
+        if own_name == "guide_weight":
+            factors = (self.first_values(name, generator_of, deviation) for name in ("first", "second"))
+            return dense_matrix(self.structure, *factors)
+        generator = generator_of(own_name)
         inputs, outputs = self.input_size, sum(self.segments)
         shape = self.structure.shapes(inputs, self.segments)[0 if own_name == "first" else 1]
         if self.structure.kind == "lowrank":
@@ -97,6 +136,11 @@ class StructuredUp(StructuredLinear):
 
     def from_stream(self, x_BTD: Tensor) -> Tensor:
         """Multiply the stream; under sequence parallelism T of the result are all tokens. Every rank of `groups.tp` must call."""
+        return self.guided(
+            self._from_factors(x_BTD), lambda: project_stream(x_BTD, [self.guide_weight], self.groups)[0]
+        )
+
+    def _from_factors(self, x_BTD: Tensor) -> Tensor:
         if self.structure.kind == "lowrank":
             return project_stream(linear(x_BTD, self.first), [self.second], self.groups)[0]
         h = block_product(x_BTD, self.first)
@@ -130,14 +174,17 @@ class StructuredDown(StructuredLinear):
     def to_stream(self, inner: Tensor) -> Tensor:
         """Multiply what this rank's channels hold and sum over ranks. Every rank of `groups.tp` must call."""
         if self.structure.kind == "lowrank":
-            return linear(leave_tensor_region(linear(inner, self.first), self.groups), self.second)
+            factored = linear(leave_tensor_region(linear(inner, self.first), self.groups), self.second)
+            return self.guided(factored, lambda: leave_tensor_region(linear(inner, self.guide_weight), self.groups))
+        part = self.guided(self._part(inner), lambda: linear(inner, self.guide_weight))
+        return leave_tensor_region(part, self.groups)
+
+    def _part(self, inner: Tensor) -> Tensor:
+        """What this rank's blocks add to y."""
         h = block_product(inner, self.first)
         if self.structure.kind == "blockdense":
-            y = linear(h.flatten(-2), self.second)
-        else:
-            h = shuffle(h, self.structure.num_blocks()).flatten(-2)
-            y = block_product(h, self.second.flatten(-2)).flatten(-2)
-        return leave_tensor_region(y, self.groups)
+            return linear(h.flatten(-2), self.second)
+        return block_product(shuffle(h, self.structure.num_blocks()).flatten(-2), self.second.flatten(-2)).flatten(-2)
 
 
 def block_product(x: Tensor, blocks_BOI: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from data_pipeline.progress import Report, silent
 from pretrain.checkpoint.commit import SavedCheckpoint
 from pretrain.checkpoint.load import LoadedCheckpoint, load_newest
 from pretrain.run import Progress, Run
+from pretrain.stages import is_guided
 
 
 def resume(run: Run, report: Report = silent) -> LoadedCheckpoint | None:
@@ -52,6 +53,12 @@ def restore_newest_weights(run: Run) -> int | None:
     loaded = load_newest(run.directory / "checkpoints", run.saver.layout, config=run.config, identities=run.identities)
     if loaded is None:
         return None
+    if is_guided(run.config, loaded.step) and run.model.config.guide is None:
+        # Newer checkpoints are damaged, and this model has no place for the guides.
+        raise RuntimeError(
+            f"{loaded.path} is of a step in which factored matrices had guides, and this start has none; the same command "
+            "goes on from it"
+        )
     run.progress.skipped_steps += run.progress.step - loaded.step
     run.progress.skipped_in_row = 0
     is_same_stage = loaded.step > run.stage.first_step

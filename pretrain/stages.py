@@ -161,9 +161,25 @@ def stage_of(stages: tuple[RunStage, ...], steps_done: int) -> RunStage:
     return stages[min(bisect_right(starts, steps_done), len(stages)) - 1]
 
 
-def count_layout_changes(stages: tuple[RunStage, ...]) -> int:
-    """Number of times that a run starts its ranks anew, because a stage has another layout than the one before."""
-    return sum(stage.parallel != before.parallel for before, stage in pairwise(stages))
+def fresh_starts(config: RunConfig) -> list[int]:
+    """Steps after which a run starts its ranks anew: the next stage has another layout, or the guides are gone."""
+    stages = resolve_stages(config)
+    steps = {stage.first_step for before, stage in pairwise(stages) if stage.parallel != before.parallel}
+    total = stages[-1].last_step
+    if config.model.guide is not None:
+        steps.add(config.model.guide.last_step(total))
+    return sorted(steps - {total})
+
+
+def is_guided(config: RunConfig, steps_done: int) -> bool:
+    """Whether factored matrices have dense ones beside them in the step after so many."""
+    guide = config.model.guide
+    return guide is not None and steps_done < guide.last_step(total_steps(config))
+
+
+def without_guide(config: RunConfig) -> RunConfig:
+    """The configuration of the steps in which the guides are gone."""
+    return config.model_copy(update={"model": config.model.model_copy(update={"guide": None})})
 
 
 def data_of_stages(config: RunConfig, stages: tuple[RunStage, ...]) -> DataConfig:

@@ -67,7 +67,16 @@ from pretrain.rank_group import RankGroup
 from pretrain.recompute import recomputed_letters
 from pretrain.run import Run, identities_of
 from pretrain.saving import resume
-from pretrain.stages import RunStage, data_of_stages, in_layout, last_stage, resolve_stages, stage_of
+from pretrain.stages import (
+    RunStage,
+    data_of_stages,
+    in_layout,
+    is_guided,
+    last_stage,
+    resolve_stages,
+    stage_of,
+    without_guide,
+)
 
 
 def start_run(config: RunConfig, signals: SignalWatch, report: Report = silent) -> Run:
@@ -91,14 +100,15 @@ def start_run(config: RunConfig, signals: SignalWatch, report: Report = silent) 
     if torch.cuda.is_available():
         (Path(config.run.dir) / "flight").mkdir(parents=True, exist_ok=True)
     stages = resolve_stages(config)
-    run = build_run(config, signals, stages, stage_of(stages, steps_done), report)
+    run = build_run(config, signals, stages, steps_done, report)
     loaded = resume(run, report)
-    present = stage_of(stages, run.progress.step)
-    if present.parallel != run.layout:
-        # Newer checkpoints were passed over, and the one that verified belongs to a stage with another layout.
+    is_guided_now = is_guided(config, run.progress.step)
+    if stage_of(stages, run.progress.step).parallel != run.layout or is_guided_now != is_guided(config, steps_done):
+        # Newer checkpoints were passed over, and the one that verified belongs to a stage with another layout, or with
+        # guides.
         check_run(config, world_size, steps_done=run.progress.step, goes_on=launcher_goes_on())
         close_run(run)
-        run = build_run(config, signals, stages, present, report)
+        run = build_run(config, signals, stages, run.progress.step, report)
         loaded = resume(run, report)
     run.lock = lock
     # The checkpoint may have been saved in another stage than the model was built for.
@@ -113,10 +123,11 @@ def start_run(config: RunConfig, signals: SignalWatch, report: Report = silent) 
 
 
 def build_run(
-    config: RunConfig, signals: SignalWatch, stages: tuple[RunStage, ...], stage: RunStage, report: Report
+    config: RunConfig, signals: SignalWatch, stages: tuple[RunStage, ...], steps_done: int, report: Report
 ) -> Run:
-    """Build ranks, data, model and engine in the layout of one stage, telling `report`. Every rank must call this."""
-    built, train = in_layout(config, stage), config.train
+    """Build ranks, data, model and engine as the step after `steps_done` needs them, telling `report`. Every rank must call this."""
+    stage, train = stage_of(stages, steps_done), config.train
+    built = in_layout(config if is_guided(config, steps_done) else without_guide(config), stage)
     parallel = initialize_parallel(built.parallel, timeout_seconds=train.timeout_seconds, num_threads=train.num_threads)
     keeps_freed_memory = parallel.device.type == "cpu" and keep_freed_memory()
     deterministic = set_determinism(config.train.seed, config.train.deterministic)
@@ -291,7 +302,7 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None) -> None:
     Drops lines of metrics.jsonl beyond the step that the run resumes from. Everything that loading passed over, warned of or
     found changed goes to the events too.
     """
-    counts = count_parameters(run.config.model)
+    counts = count_parameters(run.model.config)
     length = run.stage.sequence_length
     facts = {
         "pattern": run.model.pattern.canonical(),
@@ -350,7 +361,7 @@ def find_restart_cause(environment: Mapping[str, str], last_event: str | None = 
 
     torchrun counts a start in the layout of the next stage, the run's last event then, as a restart too.
     """
-    if RESTART_CAUSE in environment or last_event == "next_layout":
+    if RESTART_CAUSE in environment or last_event in ("next_layout", "guide_removed"):
         return environment.get(RESTART_CAUSE)
     number = environment.get(TORCHRUN_RESTARTS, "0")
     return f"torchrun started its ranks again, restart {number}" if number != "0" else None

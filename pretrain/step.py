@@ -25,6 +25,7 @@ from model.config.pattern import mixer_name
 from model.config.schema import ModelConfig
 from model.hybrid import ModelOutput
 from model.moe.balance import auxiliary_names
+from model.scheduled import set_step
 from pretrain.micro_batch import LossShare, MicroBatch, move_batch
 from pretrain.monitor.anomalies import StepAnomaly, describe_skip, judge_loss, remember_loss
 from pretrain.parallel import Parallel
@@ -123,6 +124,7 @@ def train_step(run: Run) -> StepResult:
     sums = empty_sums(run.config.model, run.parallel.device)
     losses: list[Tensor] = []
     engine.module.train()
+    set_step(run.model, progress.step, run.num_steps)
     with engine.accumulate(len(batches)):
         micro_batches = [move_batch(batch, run.parallel) for batch in batches]
         share = LossShare(valid_tokens, num_micro_batches)
@@ -159,6 +161,7 @@ def train_step(run: Run) -> StepResult:
         progress.skipped_steps += 1
     # A skipped step advances too: schedule, stages and data are functions of the step.
     progress.step += 1
+    set_step(run.model, progress.step, run.num_steps)  # for what is measured between steps
     progress.tokens += global_batch_size * sequence_length
     auxiliary = {name: float(value) / num_micro_batches for name, value in sums.auxiliary.items()}
     if run.config.model.logits_z_loss_weight > 0:

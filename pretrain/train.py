@@ -39,7 +39,7 @@ from pretrain.monitor.stragglers import STRAGGLER_STEPS
 from pretrain.parallel import is_first_rank
 from pretrain.run import Run, apply_stage
 from pretrain.saving import finish_saving, restore_newest_weights, save
-from pretrain.stages import stage_of
+from pretrain.stages import is_guided, stage_of
 from pretrain.start import close_run, start_run
 from pretrain.step import StepResult, train_step
 from pretrain.validate import Validation, validate
@@ -87,8 +87,8 @@ def run_steps(run: Run) -> int:
     """Step until the last step, a signal or an anomaly that ends the run; returns the exit code. Every rank must call this."""
     train, steps = run.config.train, run.num_steps
     while run.progress.step < run.last_step:
-        if needs_other_layout(run):
-            return leave_layout(run)
+        if needs_fresh_start(run):
+            return leave_for_fresh_start(run)
         apply_stage(run)
         with run.profiler.trace(run.progress.step + 1):
             result = train_step(run)
@@ -119,16 +119,22 @@ def run_steps(run: Run) -> int:
     return DONE
 
 
-def needs_other_layout(run: Run) -> bool:
-    """Whether the next step's stage has another layout than this run was built in."""
-    return stage_of(run.stages, run.progress.step).parallel != run.layout
+def needs_fresh_start(run: Run) -> bool:
+    """Whether the next step needs another layout than this run was built in, or a model without its guides."""
+    has_guide = run.model.config.guide is not None
+    has_left = stage_of(run.stages, run.progress.step).parallel != run.layout
+    return has_left or has_guide != is_guided(run.config, run.progress.step)
 
 
-def leave_layout(run: Run) -> int:
-    """Save and end where the next stage has another layout; returns the exit code. Every rank must call this."""
+def leave_for_fresh_start(run: Run) -> int:
+    """Save and end where ranks must be built anew; returns the exit code. Every rank must call this."""
     save(run)
     finish_saving(run)
     stage = stage_of(run.stages, run.progress.step)
+    if stage.parallel == run.layout:
+        run.record_event("guide_removed")
+        run.say(f"saved at step {run.progress.step}: the factored matrices go on without guides; ranks start anew")
+        return NEXT_LAYOUT
     run.record_event("next_layout", stage=stage.name, parallel=stage.parallel.model_dump(mode="json"))
     run.say(
         f"saved at step {run.progress.step}: stage {stage.name} has a layout of its own, "
@@ -202,7 +208,7 @@ def describe_step(run: Run, result: StepResult) -> dict[str, Any]:
     where there are any.
     """
     tokens_per_second = result.tokens / result.seconds
-    flops = sum(flops_per_token(run.config.model, result.sequence_length).values())
+    flops = sum(flops_per_token(run.model.config, result.sequence_length).values())
     metrics: dict[str, Any] = {
         "step": run.progress.step,
         "loss": finite(result.loss),

@@ -24,7 +24,7 @@ from pretrain.checks.check_run import check_run
 from pretrain.config.errors import ConfigError
 from pretrain.config.schema import RunConfig
 from pretrain.launcher_protocol import BAD_INPUT, DONE, RUN_FAILED
-from pretrain.stages import RunStage, resolve_stages, stage_of
+from pretrain.stages import RunStage, fresh_starts, resolve_stages, stage_of
 
 POLL_SECONDS = 1.0
 STUCK_ATTEMPTS = 2  # failures without a newer checkpoint between them: a third would fail like them
@@ -78,8 +78,11 @@ def supervise(
         after, number = newest_saved_step(config.run.dir), number + 1
         stuck = 0 if after > before else stuck + 1
         # Not by the code alone: srun and torchrun have codes of their own for ranks that end one after the other.
-        if after > before and has_left_layout(stages, before, after):
-            say(f"amfm launch: stage {stage_of(stages, after).name} begins at step {after}, in a layout of its own")
+        if after > before and after in fresh_starts(config):
+            if has_left_layout(stages, before, after):
+                say(f"amfm launch: stage {stage_of(stages, after).name} begins at step {after}, in a layout of its own")
+            else:
+                say(f"amfm launch: after step {after} the factored matrices go on without guides")
             cause = None
             continue
         cause = outcome.cause or f"exit code {outcome.code}"

@@ -204,7 +204,7 @@ def launch_torchrun(
     from launch.cluster.lines import check_variables, with_variables
     from launch.cluster.supervise import Attempt
     from launch.cluster.torchrun import NodeCommand, RemoteHosts, read_hosts, run_here
-    from pretrain.stages import count_layout_changes, resolve_stages
+    from pretrain.stages import fresh_starts
 
     environment = check_variables(config.launch.environment, "launch.environment")
     host, _, port = (master or "").partition(":")
@@ -233,8 +233,8 @@ def launch_torchrun(
         NodeCommand(work.arguments, nodes, ranks, node_number, host or "localhost", number, environment=environment)
         for node_number in node_numbers
     ]
-    # torchrun counts a start in another layout as a restart too.
-    restarts = 0 if work.max_restarts is None else work.max_restarts + count_layout_changes(resolve_stages(config))
+    # torchrun counts a start in another layout, or without guides, as a restart too.
+    restarts = 0 if work.max_restarts is None else work.max_restarts + len(fresh_starts(config))
     if dry_run:
         lines = [command.torchrun(max_restarts=restarts) for command in commands]
         return show_commands([with_variables(environment, line) for line in lines])

@@ -30,13 +30,13 @@ def train(
     with Waiting("amfm train", speaks=is_first) as waiting:
         waiting("loading PyTorch and DeepSpeed")
         from pretrain.checks.check_run import load_checked
-        from pretrain.stages import count_layout_changes, resolve_stages
+        from pretrain.stages import fresh_starts
 
         numbers = [int(os.environ["WORLD_SIZE"])] if is_rank else range(nproc, 0, -1)
         config = load_checked(
             path, overrides or [], world_size=numbers, resumes=True, goes_on=is_rank and GOES_ON in os.environ
         )
-        starts_ranks = nproc > 1 or (not is_rank and count_layout_changes(resolve_stages(config)) > 0)
+        starts_ranks = nproc > 1 or (not is_rank and bool(fresh_starts(config)))
         if not starts_ranks:
             from pretrain.train import train as train_run
     if starts_ranks:

@@ -17,7 +17,7 @@ import torch
 
 from launch.plan.registered import COUNTED_TOKENS, is_registered, registered_block
 from model.config.schema import AttentionConfig, Mamba2Config, ModelConfig, MoeConfig
-from model.config.structure import Structure
+from model.config.structure import DENSE, Structure
 
 FLOAT32_BYTES = 4
 # Slices of the head's logits, in elements, and their least rows (kernels/linear_cross_entropy).
@@ -93,6 +93,8 @@ def block_bytes(config: ModelConfig, letter: str, storage: Storage, split: Split
         units = config.feed_forward.hidden_size
         rows = up_rows(units, config.feed_forward.activation)
         between = _between(config.hidden_size, units, rows, config.feed_forward.structure())
+        if config.guide is not None and config.feed_forward.structure() != DENSE:
+            between += 2 * rows  # outputs of the dense and the factored matrix, before they are mixed
         inner = BlockBytes((rows + units + between) * e, (rows + units + between) * e + units * FLOAT32_BYTES)
     if letter not in ("M", "E"):
         inner = BlockBytes(inner.kept / split.tensor, inner.working / split.tensor)

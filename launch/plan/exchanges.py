@@ -121,6 +121,10 @@ def _factored_crossings(
     leaves = structure.between(inner, width) if structure.kind == "lowrank" else width
     yield from _crossing(config, layout, enters, times=blocks, again=blocks if structure.kind != "blockshuffle" else 0)
     yield from _crossing(config, layout, leaves, times=blocks)
+    if config.model.guide is not None:
+        # The dense matrix reads the stream by itself; under low rank alone its output leaves by itself too.
+        yield from _crossing(config, layout, width, times=blocks, again=blocks)
+        yield from _crossing(config, layout, width, times=blocks if structure.kind == "lowrank" else 0)
 
 
 def _router_exchanges(config: RunConfig, layout: Layout, moe: MoeConfig, blocks: int) -> Iterator[Exchange]:

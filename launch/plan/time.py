@@ -165,6 +165,8 @@ def _add_factored(
     line.product(tokens * blocks / layout.tensor, inner / blocks, leaves / blocks, groups=blocks)
     last = own if structure.kind == "lowrank" else tokens / layout.tensor
     line.product(last * second, leaves / second, width / second, groups=second)
+    if model.guide is not None:
+        _add_feed_forward(line, tokens, width, inner / layout.tensor, activation)
 
 
 def _add_mamba(line: Roofline, model: ModelConfig, tokens: float, tensor: int) -> None:

@@ -59,6 +59,10 @@ def check_model(config: ModelConfig) -> None:
     if config.feed_forward is not None:
         dense = config.feed_forward
         _check_structure(config, "model.feed_forward.", dense.hidden_size, dense.activation)
+    if config.guide is not None and not config.has_factors():
+        raise ValueError(
+            "model.guide has no effect: no block of model.pattern has factored matrices; set linear_kind, or remove the guide"
+        )
 
 
 def _check_wrapped(config: ModelConfig, name: str) -> None:

@@ -1,5 +1,6 @@
 """Sections of a model's configuration: one frozen section for each kind of block."""
 
+import math
 from typing import Any, Literal
 
 from pydantic import Field, create_model
@@ -8,7 +9,7 @@ from model.config.mixer_options import OutputGate
 from model.config.mixer_registry import mixer_specs
 from model.config.pattern import Pattern, parse_pattern
 from model.config.section import Section
-from model.config.structure import LinearKind, Structure
+from model.config.structure import DENSE, LinearKind, Structure
 
 Activation = Literal["swiglu", "squared_relu"]
 
@@ -113,6 +114,29 @@ class FeedForwardConfig(Section):
     def structure(self) -> Structure:
         """Form of the matrices."""
         return Structure(self.linear_kind, self.linear_rank, self.linear_blocks)
+
+
+class GuideConfig(Section):
+    """Self-guided training of factored matrices (Wei et al. 2024, arXiv 2406.16450): a dense matrix beside each, which fades.
+
+    y = alpha W x + (1 - alpha) second(first(x)); W begins as the product, and is gone when alpha is 0.
+    """
+
+    share: float = Field(
+        0.5, gt=0, le=1, description="Of all steps in which the dense matrices fade, by half a cosine."
+    )
+    skip: bool = Field(
+        False, description="In a share 1 - alpha of the steps, drawn by seed and step, leave the dense matrices out."
+    )
+
+    def last_step(self, total_steps: int) -> int:
+        """Steps after which the dense matrices are gone, of so many."""
+        return max(1, round(self.share * total_steps))
+
+    def alpha(self, step: int, total_steps: int) -> float:
+        """Weight of the dense matrices after `step` steps."""
+        done = min(1.0, step / self.last_step(total_steps))
+        return 0.0 if done == 1.0 else (1 + math.cos(math.pi * done)) / 2
 
 
 class MoeConfig(Section):
@@ -224,12 +248,19 @@ class ModelConfig(Section):
     moe: MoeConfig | None = Field(None, description="Needed by E (F).")
     feed_forward: FeedForwardConfig | None = Field(None, description="Needed by - (D).")
     mixers: RegisteredMixers = Field(RegisteredMixers(), description="Other sequence mixers; docs/mixers.md.")
+    guide: GuideConfig | None = Field(None, description="Guide factored matrices while they train; none: no guide.")
     multipliers: MultipliersConfig = Field(MultipliersConfig(), description="Constant factors in the forward pass.")
     mup: MupConfig | None = Field(None, description="Carry the learning rate over widths; none: one rate for all.")
     residual_in_fp32: bool = Field(False, description="Keep the residual stream in float32 when weights are bf16.")
     logits_z_loss_weight: float = Field(
         0.0, ge=0, description="Squared log-sum-exp of the vocabulary logits (PaLM, arXiv 2204.02311, section 5)."
     )
+
+    def has_factors(self) -> bool:
+        """Whether a block of the pattern has factored matrices."""
+        dense, moe, letters = self.feed_forward, self.moe, self.letters
+        in_dense = "-" in letters and dense is not None and dense.structure() != DENSE
+        return in_dense or ("E" in letters and moe is not None and moe.shared_structure() != DENSE)
 
     @property
     def parsed_pattern(self) -> Pattern:

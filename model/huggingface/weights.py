@@ -93,7 +93,14 @@ def _attention_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def _feed_forward_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     dense = config.feed_forward
     assert dense is not None, "the pattern has -, the configuration no feed_forward section"
-    return _mlp_shapes("", config.hidden_size, dense.hidden_size, dense.activation, dense.structure())
+    return _mlp_shapes(
+        "",
+        config.hidden_size,
+        dense.hidden_size,
+        dense.activation,
+        dense.structure(),
+        is_guided=config.guide is not None,
+    )
 
 
 def _moe_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -107,7 +114,8 @@ def _moe_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     shapes["experts.down"] = (moe.num_experts, read, hidden)
     if moe.shared_expert_hidden_size:
         shared = moe.shared_expert_hidden_size
-        shapes |= _mlp_shapes("shared.", width, shared, moe.activation, moe.shared_structure())
+        is_guided = config.guide is not None
+        shapes |= _mlp_shapes("shared.", width, shared, moe.activation, moe.shared_structure(), is_guided=is_guided)
     if moe.shared_expert_gate:
         shapes["shared_gate.weight"] = (1, width)
     if moe.latent_size is not None:
@@ -116,17 +124,19 @@ def _moe_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _mlp_shapes(
-    prefix: str, width: int, hidden: int, activation: str, structure: Structure
+    prefix: str, width: int, hidden: int, activation: str, structure: Structure, *, is_guided: bool
 ) -> dict[str, tuple[int, ...]]:
     segments = (hidden, hidden) if activation == "swiglu" else (hidden,)
     if structure.kind == "dense":
         return {f"{prefix}up_proj.weight": (sum(segments), width), f"{prefix}down_proj.weight": (width, hidden)}
-    up, down = structure.shapes(width, segments), structure.shapes(hidden, (width,))
-    return {
-        f"{prefix}{matrix}_proj.{factor}": shape
-        for matrix, shapes in (("up", up), ("down", down))
-        for factor, shape in zip(("first", "second"), shapes, strict=True)
-    }
+    matrices = {"up": (width, segments), "down": (hidden, (width,))}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for matrix, (inputs, rows) in matrices.items():
+        for factor, shape in zip(("first", "second"), structure.shapes(inputs, rows), strict=True):
+            shapes[f"{prefix}{matrix}_proj.{factor}"] = shape
+        if is_guided:
+            shapes[f"{prefix}{matrix}_proj.guide_weight"] = (sum(rows), inputs)
+    return shapes
 
 
 _MIXER_SHAPES = {"M": _mamba_shapes, "*": _attention_shapes, "-": _feed_forward_shapes, "E": _moe_shapes}

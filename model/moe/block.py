@@ -81,6 +81,7 @@ class MoeMixer(Float32Buffers):
                 name="model.moe.shared_expert_hidden_size",
                 backend=backend,
                 structure=moe.shared_structure(),
+                guide=config.guide,
             )
         self.shared_gate = Linear(config.hidden_size, 1, groups) if moe.shared_expert_gate else None
 

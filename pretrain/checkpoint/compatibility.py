@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from pretrain.config.fields import flatten_settings
 from pretrain.config.schema import RunConfig
-from pretrain.stages import resolve_stages
+from pretrain.stages import resolve_stages, total_steps
 
 # Settings that a resumed run may change: where it runs, how it is spread, what it reports and when it saves. A name
 # ending in ".*" allows a whole section. docs/checkpoints.md says why for each; everything else is refused.
@@ -145,6 +145,17 @@ def end_faults(saved: RunConfig, current: RunConfig, steps_done: int) -> list[st
     return [f"{where} at step {now[len(begun) - 1].last_step}, and the checkpoint has done {steps_done}"]
 
 
+def guide_faults(saved: RunConfig, current: RunConfig) -> list[str]:
+    """Say that another number of steps would move the end of the guides, which fade over a share of all steps."""
+    guide = saved.model.guide
+    if guide is None or current.model.guide is None:
+        return []
+    before, now = guide.last_step(total_steps(saved)), guide.last_step(total_steps(current))
+    if before == now:
+        return []
+    return [f"model.guide: the checkpoint's guides end after step {before}, this run's after step {now}"]
+
+
 def explain_remedy(refused: Sequence[str], saved: RunConfig, step: int) -> str:
     """Say how to go on: with the old value, in a stage of its own where that can be, or as a new run."""
     remedy = "Restore the value, or give run.dir another name to start a new run."
@@ -192,6 +203,7 @@ def check_resumable(manifest: dict[str, Any], config: RunConfig, identities: dic
             changes.append(f"{name}: {saved!r} -> {given!r}")
         else:
             refused.append(f"{name}: the checkpoint has {saved!r}, this run has {given!r}")
+    refused += guide_faults(saved_config, config)
     if refused:
         raise ValueError(
             f"cannot resume step {manifest['step']}: "

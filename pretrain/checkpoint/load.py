@@ -39,6 +39,8 @@ from pretrain.engine.moments import FROZEN
 from pretrain.identity import collect_versions
 from pretrain.rank_group import RankGroup
 
+GUIDE = ".guide_weight"  # end of the names of parameters that a run leaves behind
+
 
 @dataclass(frozen=True)
 class LoadedCheckpoint:
@@ -83,7 +85,7 @@ def load_newest(
         # A refusal here is an error and no reason to try an older checkpoint, which belongs to the same other run.
         changes = check_resumable(manifest, config, identities)
         warnings = ranks.broadcast(list_warnings(checkpoints_dir, path, manifest) if ranks.rank == 0 else None)
-        mismatches = find_mismatches(manifest, layout, ranks)
+        mismatches = find_mismatches(manifest, layout, ranks, may_lack_guides=config.model.guide is not None)
         if mismatches:
             raise RuntimeError(f"checkpoint {path} does not fit this model: " + "; ".join(mismatches))
         report(f"loading {path.name}")
@@ -147,10 +149,13 @@ def list_warnings(checkpoints_dir: Path, chosen: Path, manifest: dict[str, Any])
     return warnings
 
 
-def find_mismatches(manifest: dict[str, Any], layout: EngineLayout, ranks: RankGroup) -> list[str]:
+def find_mismatches(
+    manifest: dict[str, Any], layout: EngineLayout, ranks: RankGroup, *, may_lack_guides: bool = False
+) -> list[str]:
     """List parameters and buffers that are missing, surplus, of another shape or in another group; the same on all ranks.
 
-    All ranks must call it: a pipeline stage has its own parameters only.
+    `may_lack_guides`: guides of factored matrices vanish in the middle of a run, and they alone. All ranks must call it: a
+    pipeline stage has its own parameters only.
     """
     shapes = {name: list(placement.whole) for name, placement in layout.placements.items()}
     saved_shapes = {name: entry["shape"] for name, entry in manifest["parameters"].items()}
@@ -175,7 +180,10 @@ def find_mismatches(manifest: dict[str, Any], layout: EngineLayout, ranks: RankG
     for own_names, own_faults in ranks.all_gather((list(shapes), faults)):
         known |= set(own_names)
         faults |= own_faults
-    faults |= {f"{name} is in the checkpoint but not in the model" for name in saved_shapes.keys() - known}
+    surplus = saved_shapes.keys() - known
+    if may_lack_guides:
+        surplus = {name for name in surplus if not name.endswith(GUIDE)}
+    faults |= {f"{name} is in the checkpoint but not in the model" for name in surplus}
     return sorted(faults)
 
 

@@ -253,6 +253,9 @@ def loop_problems(config: RunConfig, steps: int) -> Iterator[Problem]:
         if getattr(config.health, name) == "rollback" and train.checkpoint_every_steps is None:
             rule = "needs checkpoints to go back to, and train.checkpoint_every_steps is null"
             yield Problem(f"health.{name}", rule, "set train.checkpoint_every_steps=1000, say", "rollback")
+    if config.model.guide is not None and config.run.initial_weights is not None:
+        rule = "begins as the product of factors that start at random, and run.initial_weights gives others"
+        yield Problem("model.guide", rule, "remove one of the two")
     if train.compile and config.kernels.backend == "reference":
         rule = "cannot speed up kernels.backend=reference, which runs step by step in Python"
         yield Problem("train.compile", rule, "use kernels.backend=torch, or train.compile=false", "true")

@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from pretrain.export.files import (
     sync_files,
     write_export,
 )
-from pretrain.inference.merge import merge_factors
+from pretrain.inference.merge import multiply_out
 from pretrain.inference.weights import Weights, read_weights
 from pretrain.tensor_files import write_tensors
 
@@ -106,7 +106,8 @@ def export_checkpoint(
     check_free(out)
     weights = read_weights(checkpoint_dir, report)
     asked = target or (weights.run.export.target if weights.run is not None else "auto")
-    merged = merge_factors(weights)
+    model, state = multiply_out(weights.model, weights.state)
+    merged = replace(weights, model=model, state=state)
     plan = ExportPlan(merged, resolve_target(merged, asked), _max_positions(weights), max_shard_bytes)
     proof: dict[str, Any] = {}
     compared = "nothing: not verified"

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
 from model.config.schema import ModelConfig
 from model.config.structure import DENSE, Structure
 from model.structured import dense_matrix
-from pretrain.inference.weights import Weights
+
+
+def multiply_out(
+    model: ModelConfig, state: Mapping[str, Tensor], alpha: float = 0.0
+) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Replace factors by their products, computed in float64 and rounded once: the dense configuration and its weights.
+
+    `alpha`: weight of the guides among the weights, where there are any. A dense model comes back as it was.
+    """
+    merged = dict(state)
+    for place, structure in factored_places(model):
+        for matrix in ("up_proj", "down_proj"):
+            first, second = (merged.pop(f"{place}{matrix}.{factor}").double() for factor in ("first", "second"))
+            product = dense_matrix(structure, first, second)
+            guide = merged.pop(f"{place}{matrix}.guide_weight", None)
+            if guide is not None:
+                product = alpha * guide.double() + (1 - alpha) * product
+            merged[f"{place}{matrix}.weight"] = product.float()
+    return dense_config(model), merged
 
 
 def factored_places(config: ModelConfig) -> Iterator[tuple[str, Structure]]:
@@ -23,7 +40,9 @@ def factored_places(config: ModelConfig) -> Iterator[tuple[str, Structure]]:
 
 
 def dense_config(config: ModelConfig) -> ModelConfig:
-    """The configuration of the same sizes with dense matrices."""
+    """The configuration of the same sizes with dense matrices; one that has no factors is returned as it is."""
+    if not config.has_factors():
+        return config
     changes = {}
     plain = {"linear_kind": "dense", "linear_rank": None, "linear_blocks": None}
     if config.feed_forward is not None:
@@ -32,16 +51,3 @@ def dense_config(config: ModelConfig) -> ModelConfig:
         shared = {f"shared_expert_{name}": value for name, value in plain.items()}
         changes["moe"] = config.moe.model_copy(update=shared)
     return config.model_copy(update=changes)
-
-
-def merge_factors(weights: Weights) -> Weights:
-    """Replace the factors by their products, computed in float64 and rounded once; a dense model is returned as it is."""
-    places = list(factored_places(weights.model))
-    if not places:
-        return weights
-    state: dict[str, Tensor] = dict(weights.state)
-    for place, structure in places:
-        for matrix in ("up_proj", "down_proj"):
-            first, second = (state.pop(f"{place}{matrix}.{factor}") for factor in ("first", "second"))
-            state[f"{place}{matrix}.weight"] = dense_matrix(structure, first.double(), second.double()).float()
-    return replace(weights, model=dense_config(weights.model), state=state)

@@ -37,6 +37,7 @@ from pretrain.checkpoint.files import MANIFEST_NAME, read_manifest
 from pretrain.checkpoint.inspect import find_checkpoint, read_full_state
 from pretrain.checkpoint.names import CHECKPOINT_NAME, list_checkpoints
 from pretrain.config.schema import RunConfig
+from pretrain.inference.merge import multiply_out
 from pretrain.stages import last_stage, model_of_stage, resolve_stages
 from pretrain.tensor_files import read_tensors, write_tensors
 
@@ -125,10 +126,22 @@ def _read_checkpoint(folder: Path, report: Report) -> Weights:
             "restore the store"
         )
     step = int(manifest["step"])
-    model = model_of_stage(run, last_stage(resolve_stages(run), step))
+    stages = resolve_stages(run)
+    model = model_of_stage(run, last_stage(stages, step))
+    if model.guide is not None:
+        alpha = model.guide.alpha(step, stages[-1].last_step)
+        model, state = merge_guides(model, state, alpha)
     progress = manifest["state"]["progress"]
     origin = f"{folder} (step {step})"
     return Weights(model, state, tokenizer, origin, run, step, int(progress["tokens"]), progress.get("validation_loss"))
+
+
+def merge_guides(model: ModelConfig, state: dict[str, Tensor], alpha: float) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """The same function without guides: dense matrices while their weight `alpha` is above 0, then the factors alone."""
+    model = model.model_copy(update={"guide": None})
+    if alpha == 0:
+        return model, {name: tensor for name, tensor in state.items() if not name.endswith(".guide_weight")}
+    return multiply_out(model, state, alpha)
 
 
 def write_weights(folder: Path, weights: Weights) -> None:

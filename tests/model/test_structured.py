@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from model.config.checks import check_model
-from model.config.schema import FeedForwardConfig, MoeConfig
+from model.config.schema import FeedForwardConfig, GuideConfig, MoeConfig
 from model.config.structure import Structure
 from model.feed_forward import FeedForward
 from model.flops import count_parameters, flops_per_token
 from model.huggingface.weights import weight_shapes
 from model.hybrid import HybridModel
 from model.parallel.groups import single_rank_groups
+from model.scheduled import set_step
 from model.structured import dense_matrix, dense_singular_values
 from tests.model.small_models import small_config
 
@@ -89,6 +90,42 @@ def test_first_values_follow_the_law_of_a_dense_matrix(kind):
         assert float(found[0] ** 2) == pytest.approx(float(dense.square().mean()), rel=0.02)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_guide_begins_as_the_product_and_fades_until_nothing_reads_it(kind):
+    given = feed_forward_config(kind)
+    plain = HybridModel(given, single_rank_groups(), seed=2).double()
+    model = HybridModel(given.model_copy(update={"guide": GuideConfig()}), single_rank_groups(), seed=2).double()
+    mixer, x = model.blocks[0].mixer, torch.randn(2, 5, 12, dtype=torch.float64)
+    expected = FeedForward.forward(plain.blocks[0].mixer, x)
+    for step in range(5):
+        set_step(model, step, 8)
+        torch.testing.assert_close(FeedForward.forward(mixer, x), expected, rtol=1e-5, atol=1e-6)
+    assert float(mixer.up_proj.alpha) == 0
+    with torch.no_grad():
+        mixer.up_proj.guide_weight.fill_(3.0)
+    torch.testing.assert_close(FeedForward.forward(mixer, x), expected, rtol=1e-12, atol=1e-12)
+    set_step(model, 2, 8)
+    assert float(mixer.up_proj.alpha) == pytest.approx(0.5)
+    assert (FeedForward.forward(mixer, x) - expected).abs().max() > 1
+
+
+def test_skipped_steps_leave_the_guide_out_with_a_zero_gradient_and_are_drawn_alike_for_all_layers():
+    config = feed_forward_config("lowrank").model_copy(update={"guide": GuideConfig(skip=True), "pattern": "--"})
+    model = HybridModel(config, single_rank_groups(), seed=2)
+    x, skipped = torch.randn(2, 5, 12), []
+    for step in range(40):
+        set_step(model, step, 80)
+        layers = [layer for block in model.blocks for layer in (block.mixer.up_proj, block.mixer.down_proj)]
+        assert len({layer.skips for layer in layers}) == 1
+        skipped.append(layers[0].skips)
+        if skipped[-1]:
+            model.zero_grad()
+            FeedForward.forward(model.blocks[0].mixer, x).sum().backward()
+            assert not layers[0].guide_weight.grad.any() and layers[0].first.grad.any()
+    # As likely as 1 - alpha: few at first, most at the end.
+    assert sum(skipped[:10]) <= 3 and sum(skipped[-10:]) >= 7
+
+
 def test_singular_values_are_those_of_normal_matrices():
     generator = torch.Generator().manual_seed(0)
     for rows, columns in ((300, 300), (120, 500)):
@@ -98,12 +135,13 @@ def test_singular_values_are_those_of_normal_matrices():
         assert float((drawn - expected)[2:-2].abs().max()) < 0.06 * float(drawn[0])
 
 
+@pytest.mark.parametrize("guide", [None, GuideConfig()])
 @pytest.mark.parametrize("kind", KINDS)
-def test_counts_and_shapes_are_those_of_the_built_model(kind):
+def test_counts_and_shapes_are_those_of_the_built_model(kind, guide):
     shared = {f"shared_expert_{name}": value for name, value in KINDS[kind].items()}
     moe = MoeConfig(num_experts=3, top_k=1, expert_hidden_size=4, shared_expert_hidden_size=24, **shared)
     section = FeedForwardConfig(hidden_size=24, activation="swiglu", **KINDS[kind])
-    config = small_config("-E", feed_forward=section, moe=moe)
+    config = small_config("-E", feed_forward=section, moe=moe, guide=guide)
     model = HybridModel(config, single_rank_groups())
     assert count_parameters(config).total == sum(parameter.numel() for parameter in model.parameters())
     assert {name: tuple(value.shape) for name, value in model.state_dict().items()} == weight_shapes(config)
@@ -141,6 +179,11 @@ def test_forms_that_cannot_be_are_refused(settings, message):
     config = small_config("-", feed_forward=FeedForwardConfig(hidden_size=24, **settings))
     with pytest.raises(ValueError, match=f"model.feed_forward.{message}"):
         check_model(config)
+
+
+def test_a_guide_of_dense_matrices_is_refused():
+    with pytest.raises(ValueError, match=r"model.guide has no effect: no block .* has factored matrices"):
+        check_model(small_config("-", guide=GuideConfig()))
 
 
 def test_a_form_without_a_shared_expert_is_refused():

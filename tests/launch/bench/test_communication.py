@@ -26,7 +26,7 @@ TWO_RANKS = [
     "expert=2",
     "expert=2 model.moe.capacity_factor=1.5",
     "tensor=2 sequence_parallel=true zero_stage=2 model.attention.qk_norm=true",
-    f"tensor=2 sequence_parallel=true {FACTORED}",
+    f"tensor=2 sequence_parallel=true {FACTORED} model.guide.share=0.5",
     "context=2 model.moe.auxiliary_loss_weight=0.1 model.moe.sequence_loss_weight=0.1",
     "pipeline=2 model.tie_embeddings=true",
 ]

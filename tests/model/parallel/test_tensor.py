@@ -11,6 +11,7 @@ from torch import Tensor
 from model.config.schema import (
     AttentionConfig,
     FeedForwardConfig,
+    GuideConfig,
     Mamba2Config,
     ModelConfig,
     MoeConfig,
@@ -20,6 +21,7 @@ from model.hybrid import HybridModel
 from model.packing import PackMeta
 from model.parallel.groups import ProcessGroupCollection, single_rank_groups
 from model.parallel.shards import parameter_shards
+from model.scheduled import set_step
 from pretrain.config.schema import ParallelConfig
 from pretrain.engine.gradients import find_partial_gradients, sum_partial_gradients
 from pretrain.parallel import initialize_parallel
@@ -61,6 +63,7 @@ CONFIGS = {
     ),
     "low rank": small_config(
         "-E",
+        guide=GuideConfig(),
         feed_forward=FeedForwardConfig(hidden_size=16, activation="swiglu", linear_kind="lowrank", linear_rank=4),
         moe=MOE.model_copy(
             update={
@@ -98,6 +101,7 @@ class Computed:
 
 def compute(config: ModelConfig, groups: ProcessGroupCollection) -> Computed:
     model = HybridModel(config, groups, seed=3).double()
+    set_step(model, 1, 4)
     tokens_BT, labels_BT, ids_BT = packed_batch(((7, 1, 13, 3), (24,)))
     meta = PackMeta.from_document_ids(ids_BT)
     output = model(tokens_BT, meta, labels_BT)

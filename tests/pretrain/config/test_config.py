@@ -75,7 +75,8 @@ model.mixers.window_linear.linear_weight model.mixers.window_linear.feature_size
 model.mixers.window_linear.qk_norm model.mixers.window_linear.positions model.mixers.window_linear.rope_theta
 model.mixers.window_linear.rope_fraction model.mixers.window_linear.softmax_scale model.mixers.window_linear.output_gate
 model.mixers.window_linear.chunk_size
-model.multipliers.embedding model.multipliers.residual model.multipliers.logits model.mup.base_hidden_size
+model.guide.share model.guide.skip
+model.multipliers.embedding model.multipliers.residual model.multipliers.logits
 data.store data.validation_fraction data.packing data.shuffle data.mask_document_boundaries data.num_workers
 data.on_corruption
 data.cache.folder data.cache.max_bytes data.cache.block_bytes
