@@ -25,6 +25,7 @@ from launch.commands import (
     plan,
     profile,
     serve,
+    shrink,
     study,
     tasks,
     train,
@@ -51,7 +52,7 @@ app = typer.Typer(
 )
 for module in (
     *(init, config, doctor, data, plan, train, watch, launch, profile, tasks),
-    *(evaluate, export, serve, bench, study),
+    *(evaluate, export, shrink, serve, bench, study),
 ):
     module.add_verbs(app)
 

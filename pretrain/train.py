@@ -28,6 +28,7 @@ from model.flops import flops_per_token
 from pretrain.checks.ranks import describe_parallel
 from pretrain.config.schema import RunConfig
 from pretrain.failures import describe, is_bug, while_running
+from pretrain.forgetting import forget_if_due
 from pretrain.launcher_protocol import DONE, INTERRUPTED, NEXT_LAYOUT, RUN_FAILED
 from pretrain.measure_tasks import measure_tasks
 from pretrain.monitor.anomalies import StepAnomaly, too_many_skips
@@ -37,6 +38,7 @@ from pretrain.monitor.heartbeat import describe_lost
 from pretrain.monitor.signals import SignalWatch, signal_name
 from pretrain.monitor.stragglers import STRAGGLER_STEPS
 from pretrain.parallel import is_first_rank
+from pretrain.pruning.prune import prune, prune_if_due
 from pretrain.run import Run, apply_stage
 from pretrain.saving import finish_saving, restore_newest_weights, save
 from pretrain.stages import is_guided, stage_of
@@ -93,6 +95,8 @@ def run_steps(run: Run) -> int:
         with run.profiler.trace(run.progress.step + 1):
             result = train_step(run)
         step = run.progress.step
+        prune_if_due(run)
+        forget_if_due(run)
         if run.state_watch is not None and is_due(step, run.config.health.check_state_every_steps):
             run.state_watch.examine(step)
         if is_due(step, train.validate_every_steps) or step == steps:
@@ -298,6 +302,8 @@ def roll_back(run: Run, anomaly: StepAnomaly) -> bool:
         return abort_run(run, f"{anomaly.text}, and there is no checkpoint to go back to")
     # Counted in the saved progress, so that restarts cannot roll back for ever.
     progress.rollbacks += 1
+    if run.config.prune is not None:
+        prune(run, run.config.prune)  # the older weights may have fewer zeros
     run.record_event("rolled_back", cause=anomaly.text, weights_of_step=back_at, rollbacks=progress.rollbacks)
     run.say(
         f"step {progress.step}: {anomaly.text}; back to the weights of step {back_at}, on with the data after step "

@@ -45,6 +45,9 @@ from model.parallel.regions import (
 )
 from model.parallel.shards import Shard, ShardSpec, divide
 
+# Bias of an expert that is pruned: no score reaches the others, and no update moves it within float32.
+PRUNED_BIAS = -1e9
+
 
 class MoeMixer(Float32Buffers):
     """y = sum over the top-k experts of weight * expert(x), plus the shared expert, times its gate where it has one.
@@ -185,7 +188,11 @@ class MoeMixer(Float32Buffers):
         if self.expert_bias is None:
             return
         counts_E = counts_E.to(self.expert_bias)
-        self.expert_bias.add_(torch.sign(counts_E.mean() - counts_E), alpha=self.section.bias_update_rate)
+        # Pruned experts have no load to balance, and their share is the others'.
+        is_pruned_E = self.expert_bias <= PRUNED_BIAS / 2
+        mean = counts_E.sum() / (~is_pruned_E).sum()
+        moved_E = torch.sign(mean - counts_E).masked_fill(is_pruned_E, 0)
+        self.expert_bias.add_(moved_E, alpha=self.section.bias_update_rate)
 
 
 class Experts(nn.Module):

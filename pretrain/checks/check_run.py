@@ -24,6 +24,7 @@ from pretrain.checkpoint.names import newest_saved_step
 from pretrain.checks.mixers import kernel_problems
 from pretrain.checks.optimizer import optimizer_problems
 from pretrain.checks.parallel import layout_problems, pipeline_problems
+from pretrain.checks.pruning import editing_problems
 from pretrain.checks.ranks import rank_problems, ranks_of_stage, with_nearest
 from pretrain.checks.stages import (
     declaration_problems,
@@ -92,6 +93,7 @@ def check_run(
             *total_problems(config, steps),
             *loop_problems(config, steps),
             *profile_problems(config, steps, world_size),
+            *editing_problems(config, steps),
         ]
         choices = [world_size] if isinstance(world_size, int) else world_size
         present = stage_of(stages, steps_done)

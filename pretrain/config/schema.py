@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from data_pipeline.config import DataConfig
 from model.config.schema import ModelConfig, RopeConfig
+from pretrain.config.pruning import ForgetConfig, PruneConfig
 
 
 class Section(BaseModel):
@@ -376,4 +377,6 @@ class RunConfig(Section):
     kernels: KernelsConfig = KernelsConfig()
     export: ExportConfig = ExportConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    prune: PruneConfig | None = Field(None, description="Set groups of weights to zero on the way; none: no pruning.")
+    forget: ForgetConfig | None = Field(None, description="Let the embedding begin anew on the way; none: never.")
     launch: LaunchConfig = LaunchConfig()

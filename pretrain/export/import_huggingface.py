@@ -67,14 +67,19 @@ def import_huggingface(hf_dir: str | Path, out_dir: str | Path, report: Report =
     check_free(out)
     weights, target, num_tensors, skipped = read_huggingface(source, report)
     report("writing tensors")
+    write_model(out, weights)
+    num_parameters = sum(tensor.numel() for tensor in weights.state.values())
+    return ImportReport(out, target, weights.model, num_tensors, num_parameters, skipped)
+
+
+def write_model(out: Path, weights: Weights) -> None:
+    """Write a weights folder with the model section for runs that go on from it, durable and whole or not at all."""
     with begin_export(out) as temporary:
         write_weights(temporary, weights)
         with named(temporary / MODEL_SECTION):
             (temporary / MODEL_SECTION).write_text(describe_model(weights.model), encoding="utf-8")
         sync_files(temporary)
         put_in_place(temporary, out)
-    num_parameters = sum(tensor.numel() for tensor in weights.state.values())
-    return ImportReport(out, target, weights.model, num_tensors, num_parameters, skipped)
 
 
 def read_huggingface(source: Path, report: Report = silent) -> tuple[Weights, Target, int, tuple[str, ...]]:

@@ -12,7 +12,7 @@ from pretrain.checks.check_run import check_run
 from pretrain.checks.ranks import describe_parallel, ranks_of_stage
 from pretrain.config.errors import ConfigError
 from pretrain.config.schema import RunConfig
-from pretrain.stages import count_layout_changes, resolve_stages
+from pretrain.stages import fresh_starts, resolve_stages
 from tests.pretrain.tiny_run import tiny_config
 
 DATA = DataConfig(store="store", sources=(SourceConfig(name="text", paths=("text",)),))
@@ -35,14 +35,13 @@ def refusal(config: RunConfig, *arguments: Any, **named: Any) -> str:
 
 
 def test_what_a_stage_leaves_open_of_its_layout_is_as_before_it() -> None:
-    stages = resolve_stages(
-        staged(
-            {"recompute": "selective", "recompute_blocks": "M"},
-            {"parallel": {"tensor": 2}},
-            {"recompute_blocks": "E"},
-            {"parallel": {"context": 2}, "recompute": "full"},
-        )
+    config = staged(
+        {"recompute": "selective", "recompute_blocks": "M"},
+        {"parallel": {"tensor": 2}},
+        {"recompute_blocks": "E"},
+        {"parallel": {"context": 2}, "recompute": "full"},
     )
+    stages = resolve_stages(config)
     assert [describe_parallel(stage.parallel) for stage in stages] == [
         "{}",
         "{tensor: 2}",
@@ -52,7 +51,7 @@ def test_what_a_stage_leaves_open_of_its_layout_is_as_before_it() -> None:
     assert [(stage.recompute, stage.recompute_blocks) for stage in stages] == [
         *(("selective", "M"), ("selective", "M"), ("selective", "E"), ("full", ""))
     ]
-    assert count_layout_changes(stages) == 2
+    assert fresh_starts(config) == [stages[1].first_step, stages[3].first_step]
 
 
 def test_a_stage_takes_the_most_ranks_that_its_own_layout_can_use() -> None:

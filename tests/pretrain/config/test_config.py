@@ -76,7 +76,7 @@ model.mixers.window_linear.qk_norm model.mixers.window_linear.positions model.mi
 model.mixers.window_linear.rope_fraction model.mixers.window_linear.softmax_scale model.mixers.window_linear.output_gate
 model.mixers.window_linear.chunk_size
 model.guide.share model.guide.skip
-model.multipliers.embedding model.multipliers.residual model.multipliers.logits
+model.multipliers.embedding model.multipliers.residual model.multipliers.logits model.mup.base_hidden_size
 data.store data.validation_fraction data.packing data.shuffle data.mask_document_boundaries data.num_workers
 data.on_corruption
 data.cache.folder data.cache.max_bytes data.cache.block_bytes
@@ -118,6 +118,8 @@ health.check_state_every_steps
 kernels.backend
 export.target
 evaluate.tasks evaluate.include_path evaluate.every_steps evaluate.limit evaluate.num_fewshot evaluate.micro_batch_size
+prune.groups prune.keep prune.method prune.start_step prune.every_steps prune.end_step
+forget.every_steps forget.until_step
 launch.heartbeat_seconds launch.max_restarts launch.min_nodes launch.node_wait_seconds launch.setup
 launch.environment
 launch.slurm.partition launch.slurm.account launch.slurm.qos launch.slurm.time_limit launch.slurm.gpus

@@ -74,6 +74,7 @@ def test_other_targets_are_proved_in_a_fresh_process(data: DataConfig, tmp_path:
         assert (tmp_path / "out" / "modeling_amfm.py").is_file()
 
 
+@pytest.mark.slow
 def test_factored_matrices_are_written_multiplied_out_and_proved(data: DataConfig, tmp_path: Path) -> None:
     feed_forward = {"hidden_size": 48, "linear_kind": "blockshuffle", "linear_blocks": 4}
     shared = {"shared_expert_linear_kind": "lowrank", "shared_expert_linear_rank": 6}

@@ -1,0 +1,108 @@
+"""Training steps of several models side by side: forward and backward of the same tokens, in turns.
+
+What a change of structure is worth: the models of two configurations, or of a checkpoint before and after `amfm shrink`. They
+take turns, upwards and downwards, so that a drift of the machine slows all of them, and each step is compared with the first
+model's of its own round. CPU time beside wall time tells more on a machine that others load.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from launch.bench.hardware import describe_hardware
+from model.config.schema import ModelConfig
+from model.flops import count_parameters
+from model.hybrid import HybridModel
+from model.packing import PackMeta
+from pretrain.config.file import load_located
+from pretrain.inference.weights import DESCRIPTION
+from pretrain.parallel import initialize_parallel
+
+Seconds = tuple[float, float]  # of the processor, of the wall
+
+
+def read_model(path: Path) -> ModelConfig:
+    """The model of a configuration file, a run directory or a weights folder; no weights are read."""
+    if (path / DESCRIPTION).is_file():
+        return ModelConfig.model_validate(json.loads((path / DESCRIPTION).read_text(encoding="utf-8"))["model"])
+    file = path / "config.yaml" if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(f"{path} is no configuration, run directory or weights folder")
+    return load_located(file, ()).config.model
+
+
+def bench_models(
+    paths: Sequence[Path],
+    *,
+    rows: int,
+    tokens: int,
+    rounds: int,
+    num_threads: int | None,
+    report: Callable[[str], None],
+) -> dict[str, Any]:
+    """Time a forward and backward pass of each model; ratios are to the first one, above 1 where a model is faster."""
+    configs = [read_model(path) for path in paths]
+    parallel = initialize_parallel(timeout_seconds=600, num_threads=num_threads)
+    models = [
+        HybridModel(config, parallel.groups, backend="auto", seed=0, device=parallel.device).train()
+        for config in configs
+    ]
+    generator = torch.Generator().manual_seed(1)
+    smallest = min(config.vocab_size for config in configs)
+    drawn = torch.randint(smallest, (rows, tokens + 1), generator=generator).to(parallel.device)
+    for model in models:
+        time_step(model, drawn)
+    taken: list[list[Seconds]] = [[] for _ in models]
+    for number in range(rounds):
+        report(f"round {number + 1} of {rounds}")
+        order = range(len(models))
+        for index in order if number % 2 == 0 else reversed(order):
+            taken[index].append(time_step(models[index], drawn))
+    found = [
+        {"model": str(path), "parameters": count_parameters(config).total, **compare(taken[0], own, rows * tokens)}
+        for path, config, own in zip(paths, configs, taken, strict=True)
+    ]
+    return {
+        "rows": rows,
+        "tokens": tokens,
+        "rounds": rounds,
+        "models": found,
+        "hardware": describe_hardware() | {"threads": torch.get_num_threads()},
+    }
+
+
+def time_step(model: HybridModel, drawn: torch.Tensor) -> Seconds:
+    """Seconds of one forward and backward pass over rows of tokens [B, T + 1]; the optimizer is left out."""
+    tokens_BT, labels_BT = drawn[:, :-1].contiguous(), drawn[:, 1:].contiguous()
+    meta = PackMeta.one_document_a_row(*tokens_BT.shape, device=drawn.device)
+    model.zero_grad(set_to_none=True)
+    gc.collect()
+    if drawn.is_cuda:
+        torch.cuda.synchronize()
+    wall, cpu = time.perf_counter(), time.process_time()
+    output = model(tokens_BT, meta, labels_BT=labels_BT)
+    (output.loss.total / labels_BT.numel() + sum(output.auxiliary.values())).backward()
+    if drawn.is_cuda:
+        torch.cuda.synchronize()
+    return time.process_time() - cpu, time.perf_counter() - wall
+
+
+def compare(first: Sequence[Seconds], own: Sequence[Seconds], tokens: int) -> dict[str, float]:
+    """Figures of a model: its rate, and medians and range of its ratio to the first model in the same round."""
+    cpu, wall = ([base[clock] / step[clock] for base, step in zip(first, own, strict=True)] for clock in (0, 1))
+    return {
+        "tokens_per_cpu_second": tokens / statistics.median(step[0] for step in own),
+        "tokens_per_second": tokens / statistics.median(step[1] for step in own),
+        "ratio_cpu": statistics.median(cpu),
+        "ratio_cpu_min": min(cpu),
+        "ratio_cpu_max": max(cpu),
+        "ratio_wall": statistics.median(wall),
+    }

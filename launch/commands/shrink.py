@@ -1,0 +1,57 @@
+"""The verb shrink."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from data_pipeline.progress import Waiting
+from launch.arguments import CheckpointArgument, JsonOption
+from launch.console import print_json, print_pairs
+
+
+def shrink(
+    checkpoint: CheckpointArgument,
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="The weights folder to write; it must not exist or be empty.")
+    ],
+    *,
+    as_json: JsonOption = False,
+) -> None:
+    """Take channels, experts and heads that pruning set to zero out of a model, and prove that its logits stay.
+
+    OUT is a weights folder: for export, generation, evaluation, or run.initial_weights of a run that trains on.
+    """
+    from pretrain.pruning.write import shrink_checkpoint
+
+    with Waiting("amfm shrink") as waiting:
+        report = shrink_checkpoint(checkpoint, out, waiting)
+    if as_json:
+        print_json(
+            {
+                "path": str(report.path),
+                "parameters": [report.parameters_before, report.parameters_after],
+                "groups": {place: list(counts) for place, counts in report.counts.items()},
+                "max_logit_difference": report.max_logit_difference,
+                "compared": report.compared,
+                "model": report.model.model_dump(mode="json"),
+            }
+        )
+        return
+    share = report.parameters_after / report.parameters_before
+    pairs = [
+        ("folder", report.path),
+        ("parameters", f"{report.parameters_before:,} -> {report.parameters_after:,} ({share:.1%})"),
+        *((place, f"{before:,} -> {after:,}") for place, (before, after) in report.counts.items()),
+        ("proof", f"largest logit difference {report.max_logit_difference:.1e} on {report.compared}"),
+    ]
+    print_pairs("Shrunk", pairs)
+
+
+def add_verbs(app: typer.Typer) -> None:
+    """Register the verb of this file."""
+    app.command(
+        epilog="Example: amfm shrink runs/pruned weights/pruned, then amfm export weights/pruned exports/pruned"
+    )(shrink)

@@ -1,0 +1,137 @@
+"""Take groups of zeros out of a model: fewer channels, experts or heads, and the same logits.
+
+A pure function on whole tensors. All blocks of a kind keep the same number, that of the block with most groups left, because
+the configuration has one width for all; a block with fewer keeps some of its zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from model.config.checks import check_model
+from model.config.schema import ModelConfig
+from model.moe.block import PRUNED_BIAS
+from model.packing import PackMeta
+from pretrain.config.pruning import PRUNED_GROUPS, PrunedGroups
+from pretrain.inference.merge import factored_places
+from pretrain.inference.weights import Weights, check_shapes
+from pretrain.pruning.groups import GroupPlan, Unit, plan_groups
+
+LOGIT_TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """The smaller model, and how many groups of each kind each block had and keeps, by place; only what changed."""
+
+    weights: Weights
+    counts: dict[str, tuple[int, int]]
+
+
+def shrink_weights(weights: Weights) -> Shrunk:
+    """Take out every kind of group that is zero in all blocks. Raises ValueError where there is none."""
+    counts: dict[str, tuple[int, int]] = {}
+    found = weights
+    for kind in PRUNED_GROUPS:
+        for units in _alike(plan_groups(found.model, kind), found.model, kind):
+            plan = plan_groups(found.model, kind)
+            kept = _kept(found, plan, units, kind)
+            width, before = len(kept[units[0].place]), units[0].count
+            if width == before:
+                continue
+            state = dict(found.state)
+            for unit in units:
+                _take(state, plan, unit, kept[unit.place])
+                counts[f"{unit.place}{kind}"] = (before, width)
+            found = replace(found, model=_smaller(found.model, kind, units[0], width), state=state)
+    if not counts:
+        raise ValueError(
+            f"{weights.origin} has no channels, experts or heads of zeros in all blocks; train with a prune section first "
+            "(docs/structure.md), or export it as it is"
+        )
+    check_model(found.model)
+    check_shapes(found.model, found.state, weights.origin)
+    # What the run says about widths is no longer so.
+    return Shrunk(replace(found, run=None, step=None, tokens=None, origin=f"{weights.origin}, shrunk"), counts)
+
+
+def logit_difference(first: Weights, second: Weights, tokens_BT: Tensor) -> float:
+    """Largest difference of the logits of two models on tokens [B, T], over the largest logit where that is above 1."""
+    meta = PackMeta.one_document_a_row(*tokens_BT.shape)
+    with torch.no_grad():
+        given, other = (weights.build()(tokens_BT, meta).logits_BTV for weights in (first, second))
+    assert given is not None and other is not None, "no labels were given"
+    return float((given - other).abs().max() / given.abs().max().clamp(min=1.0))
+
+
+def _alike(plan: GroupPlan, config: ModelConfig, kind: PrunedGroups) -> list[list[Unit]]:
+    """Units that share a setting of the configuration: dense feed-forwards, and shared experts. Factored ones are left."""
+    factored = {place for place, _ in factored_places(config)}
+    units = [unit for unit in plan.units if unit.place not in factored]
+    shared = [unit for unit in units if unit.place.endswith("shared.")]
+    return [group for group in ([unit for unit in units if unit not in shared], shared) if group]
+
+
+def _kept(weights: Weights, plan: GroupPlan, units: list[Unit], kind: PrunedGroups) -> dict[str, Tensor]:
+    """Indices of the groups that each unit keeps, as many in all of them."""
+    alive = {unit.place: _alive(weights, plan, unit, kind) for unit in units}
+    least = weights.model.moe.top_k if kind == "experts" and weights.model.moe is not None else 1
+    width = max(least, *(int(each.sum()) for each in alive.values()))
+    return {
+        # Those that are not zero, then zeros for the rest, in their order.
+        place: (~each).int().argsort(stable=True)[:width].sort().values
+        for place, each in alive.items()
+    }
+
+
+def _alive(weights: Weights, plan: GroupPlan, unit: Unit, kind: PrunedGroups) -> Tensor:
+    """Which groups of a unit are not zero throughout, [count] bool."""
+    alive = torch.zeros(unit.count, dtype=torch.bool)
+    for name, tensor in _tensors_of(weights.state, plan, unit):
+        grouping = plan.groupings[name]
+        rows = (tensor != 0).transpose(0, grouping.dim).flatten(1).any(dim=1)
+        groups = grouping.of(torch.arange(len(rows))) - unit.first
+        alive |= torch.zeros(unit.count, dtype=torch.int64).index_add_(0, groups, rows.long()) > 0
+    if kind == "experts":
+        bias = weights.state.get(f"{unit.place}expert_bias")
+        # A zero expert that the router may choose is not out of the way: it takes weight from the others.
+        alive |= torch.ones_like(alive) if bias is None else bias > PRUNED_BIAS / 2
+    return alive
+
+
+def _take(state: dict[str, Tensor], plan: GroupPlan, unit: Unit, kept: Tensor) -> None:
+    """Keep of a unit's tensors the groups in `kept`, in place of `state`."""
+    is_kept = torch.zeros(unit.count, dtype=torch.bool)
+    is_kept[kept] = True
+    for name, tensor in list(_tensors_of(state, plan, unit)):
+        grouping = plan.groupings[name]
+        rows = is_kept[grouping.of(torch.arange(tensor.shape[grouping.dim])) - unit.first]
+        state[name] = tensor.index_select(grouping.dim, rows.nonzero().flatten()).contiguous()
+    for name in ("router.weight", "expert_bias"):
+        if f"{unit.place}experts.up" in state and f"{unit.place}{name}" in state:
+            state[f"{unit.place}{name}"] = state[f"{unit.place}{name}"][kept].contiguous()
+
+
+def _tensors_of(state: Mapping[str, Tensor], plan: GroupPlan, unit: Unit) -> list[tuple[str, Tensor]]:
+    names = [name for name, grouping in plan.groupings.items() if name.startswith(unit.place)]
+    return [(name, state[name]) for name in names if plan.groupings[name].first == unit.first]
+
+
+def _smaller(config: ModelConfig, kind: PrunedGroups, unit: Unit, width: int) -> ModelConfig:
+    """The configuration with so many groups of a kind."""
+    if kind == "heads":
+        assert config.attention is not None, "it has heads"
+        queries = config.attention.num_heads // config.attention.num_kv_heads
+        heads = {"num_heads": width * queries, "num_kv_heads": width}
+        return config.model_copy(update={"attention": config.attention.model_copy(update=heads)})
+    if kind == "channels" and not unit.place.endswith("shared."):
+        assert config.feed_forward is not None, "it has channels"
+        dense = config.feed_forward.model_copy(update={"hidden_size": width})
+        return config.model_copy(update={"feed_forward": dense})
+    assert config.moe is not None, "it has experts"
+    field = "num_experts" if kind == "experts" else "shared_expert_hidden_size"
+    return config.model_copy(update={"moe": config.moe.model_copy(update={field: width})})

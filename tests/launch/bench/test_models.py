@@ -1,0 +1,30 @@
+"""`amfm bench models`: which paths it takes, what it says of known times, its JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launch.bench.models import compare
+from launch.cli import run
+
+
+def test_each_step_is_held_against_the_first_model_of_its_own_round() -> None:
+    found = compare([(1.0, 2.0), (2.0, 2.0), (1.0, 9.0)], [(0.5, 1.0), (1.0, 2.0), (0.4, 3.0)], tokens=100)
+    assert found["ratio_cpu"] == 2.0 and found["ratio_cpu_max"] == pytest.approx(2.5)
+    assert found["ratio_wall"] == 2.0 and found["tokens_per_cpu_second"] == 200.0
+
+
+def test_two_models_are_timed_and_one_alone_is_refused(base: Path, tmp_path: Path, capsys) -> None:
+    small = tmp_path / "small.yaml"
+    small.write_text(base.read_text().replace("hidden_size: 64", "hidden_size: 32"))
+    sizes = ["--rows", "1", "--tokens", "16", "--rounds", "1"]
+    assert run(["bench", "models", str(base), str(small), *sizes, "--json"]) == 0
+    first, second = json.loads(capsys.readouterr().out)["models"]
+    assert first["ratio_cpu"] == 1.0 and second["parameters"] < first["parameters"]
+    assert run(["bench", "models", str(base)]) == 2
+    assert "compares two or more models" in capsys.readouterr().err
+    assert run(["bench", "models", str(base), str(tmp_path / "none")]) == 2
+    assert "is no configuration, run directory or weights folder" in capsys.readouterr().err
