@@ -1,0 +1,1 @@
+"""S4D as a mixer of amfm."""

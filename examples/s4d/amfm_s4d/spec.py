@@ -1,0 +1,25 @@
+"""What configurations know of S4D; read without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from kernels.limits import DECAY_LIMITS
+from model.config.mixer_options import HeadOptions
+from model.config.mixer_registry import MixerSpec
+
+
+class S4DOptions(HeadOptions):
+    """S4D: a learned convolution, the same at every token; head_dim counts real and imaginary parts."""
+
+    scan_limits = DECAY_LIMITS
+
+    def broken_rules(self) -> Iterator[tuple[str, str]]:
+        """States are complex, and nothing selects by content before them."""
+        if self.head_dim % 2:
+            yield "head_dim", "must be even: a complex state has two numbers; use another"
+        if self.conv_kernel:
+            yield "conv_kernel", "must be 0: the convolution's SiLU would not be linear; remove it"
+
+
+SPEC = MixerSpec("s4d", "amfm_s4d.mixer:S4DMixer", S4DOptions)
