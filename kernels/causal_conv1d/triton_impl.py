@@ -18,6 +18,7 @@ from kernels.backend import INTERPRETED
 from kernels.causal_conv1d.triton_kernels import convolution_backward_kernel, convolution_forward_kernel
 from kernels.interpreter import count_programs, dot_dtype
 from kernels.partial_sums import sum_first
+from kernels.strides import stride_unit
 from kernels.tuning import Config, config_for
 
 
@@ -55,11 +56,12 @@ def convolve_rows(x: Tensor, weight: Tensor, bias: Tensor | None, documents: Ten
     documents = None if documents is None else documents.contiguous()
     B, T, C = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    unit = stride_unit(x.stride(0), x.stride(1))
     config = config_for("convolution_forward", (x.dtype, weight.shape[1]), FORWARD, x.device)
     grid = (B * triton.cdiv(T, config["BLOCK_T"]), triton.cdiv(C, config["BLOCK_C"]))
     convolution_forward_kernel[grid](
-        x, weight, bias, documents, y, T, C, x.stride(0), x.stride(1),
-        W=weight.shape[1], BIAS=bias is not None, DOCUMENTS=documents is not None, **config,
+        x, weight, bias, documents, y, T, C, x.stride(0) // unit, x.stride(1) // unit,
+        W=weight.shape[1], BIAS=bias is not None, DOCUMENTS=documents is not None, UNIT=unit, **config,
     )  # fmt: skip
     return y
 
@@ -89,6 +91,8 @@ def convolve_rows_backward(
     documents = None if documents is None else documents.contiguous()
     B, T, C = x.shape
     W = weight.shape[1]
+    strides = x.stride(0), x.stride(1), d_x.stride(1)
+    unit = stride_unit(*strides)
     config = config_for("convolution_backward", (x.dtype, W), BACKWARD, x.device)
     blocks, columns = triton.cdiv(T, config["BLOCK_T"]), triton.cdiv(C, config["BLOCK_C"])
     # Enough strips for four programs a multiprocessor, and no more: each writes a partial.
@@ -97,8 +101,8 @@ def convolve_rows_backward(
     strips = triton.cdiv(blocks, blocks_per_strip)
     partial = x.new_empty(B * strips, (W + 1) * C, dtype=torch.float32)
     convolution_backward_kernel[(B * strips, columns)](
-        x, weight, bias, documents, d_y, d_x, partial, T, C, x.stride(0), x.stride(1), d_x.stride(1), blocks_per_strip, strips,
-        W=W, BIAS=bias is not None, DOCUMENTS=documents is not None, **config,
+        x, weight, bias, documents, d_y, d_x, partial, T, C, *(stride // unit for stride in strides),
+        blocks_per_strip, strips, W=W, BIAS=bias is not None, DOCUMENTS=documents is not None, UNIT=unit, **config,
     )  # fmt: skip
     return sum_first(partial, weight.dtype)
 

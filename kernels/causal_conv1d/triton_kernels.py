@@ -64,18 +64,20 @@ def _through_silu(dy, total):
 @triton.jit
 def convolution_forward_kernel(
     x, weight, bias, ids, y, T, C, stride_b, stride_t,
-    W: tl.constexpr, BIAS: tl.constexpr, DOCUMENTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    W: tl.constexpr, BIAS: tl.constexpr, DOCUMENTS: tl.constexpr, UNIT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """y [B, T, C]; one program a block of tokens and of channels.
 
-    x [B, T, C] may have any strides of rows and tokens, with channels packed; ids [B, T] are document ids.
+    x [B, T, C] may have any strides of rows and tokens, given in multiples of UNIT, with channels packed; ids [B, T] are
+    document ids.
     Grid: (B * token blocks, channel blocks).
     """
     blocks = tl.cdiv(T, BLOCK_T)
     batch = (tl.program_id(0) // blocks).to(tl.int64)
     t = tl.program_id(0) % blocks * BLOCK_T + tl.arange(0, BLOCK_T)
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    x_row, ids_row = x + batch * stride_b, ids
+    stride_t = stride_t * UNIT
+    x_row, ids_row = x + batch * stride_b * UNIT, ids
     if DOCUMENTS:
         ids_row = ids + batch * T
     start = tl.zeros((BLOCK_C,), tl.float32)
@@ -94,15 +96,16 @@ def convolution_forward_kernel(
 @triton.jit
 def convolution_backward_kernel(
     x, weight, bias, ids, d_y, d_x, partial, T, C, stride_b, stride_t, stride_dx, blocks_per_strip, strips,
-    W: tl.constexpr, BIAS: tl.constexpr, DOCUMENTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    W: tl.constexpr, BIAS: tl.constexpr, DOCUMENTS: tl.constexpr, UNIT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """d_x [B, T, C], and a part of the gradients of weight and bias for each strip of tokens.
 
-    Tokens of d_x lie `stride_dx` apart over all rows. Parts are [B, strips, C * W + C]: laid out as the weight, then the bias.
+    Tokens of d_x lie `stride_dx` apart over all rows; strides are in multiples of UNIT. Parts are [B, strips, C * W + C]: laid out as the weight, then the bias.
     """
     batch, strip = (tl.program_id(0) // strips).to(tl.int64), tl.program_id(0) % strips
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    x_row, dy_row, ids_row = x + batch * stride_b, d_y + batch * T * C, ids
+    stride_t, stride_dx = stride_t * UNIT, stride_dx * UNIT
+    x_row, dy_row, ids_row = x + batch * stride_b * UNIT, d_y + batch * T * C, ids
     if DOCUMENTS:
         ids_row = ids + batch * T
     start = tl.zeros((BLOCK_C,), tl.float32)

@@ -18,7 +18,7 @@ from torch import Tensor
 from kernels.interpreter import count_programs, dot_dtype
 from kernels.norm.triton_kernels import norm_backward_kernel, norm_forward_kernel
 from kernels.partial_sums import sum_first
-from kernels.strides import pack_inner
+from kernels.strides import pack_inner, stride_unit
 
 # A program holds whole rows of a group on chip.
 LARGEST_GROUP = 32768
@@ -88,11 +88,13 @@ def norm_rows(
     residual = other is not None and not gated
     h = torch.empty(x.shape if residual else (0,), dtype=x.dtype, device=x.device)
     reciprocal = torch.empty(rows, num_groups, dtype=torch.float32, device=x.device)
+    stride = 0 if second is None else second.stride(0)
+    unit = stride_unit(stride)
     if rows:
         tile = _tile(size, rows)
         norm_forward_kernel[(triton.cdiv(rows, tile["BLOCK_R"]), num_groups)](
-            flat, second, weight, out, h, reciprocal, rows, size, flat.stride(0),
-            0 if second is None else second.stride(0), epsilon, GATED=gated, RESIDUAL=residual, **tile,
+            flat, second, weight, out, h, reciprocal, rows, size, flat.stride(0), stride // unit, epsilon,
+            GATED=gated, RESIDUAL=residual, UNIT=unit, **tile,
         )  # fmt: skip
     return out, h, reciprocal
 
@@ -139,13 +141,15 @@ def norm_rows_backward(
     rows, width = flat.shape
     groups = reciprocal.shape[1]
     tile = _tile(width // groups, rows)
+    strides = (0, 0) if second is None else (second.stride(0), d_z.view(rows, width).stride(0))
+    unit = stride_unit(*strides)
     # Few programs that walk many blocks each: every program writes one partial of the weight's gradient.
     programs = max(1, min(triton.cdiv(rows, tile["BLOCK_R"]), count_programs(x.device) // groups))
     partial = torch.empty(programs, width, dtype=torch.float32, device=x.device)
     norm_backward_kernel[(programs, groups)](
         flat, second, weight, reciprocal, d_out, d_h, d_x, d_z, out, partial, rows, width // groups, flat.stride(0),
-        0 if second is None else second.stride(0), 0 if z is None else d_z.view(rows, width).stride(0),
-        GATED=z is not None, D_H=d_h is not None, OUT=out is not None, **tile,
+        *(stride // unit for stride in strides), GATED=z is not None, D_H=d_h is not None, OUT=out is not None,
+        UNIT=unit, **tile,
     )  # fmt: skip
     return sum_first(partial, weight.dtype)
 

@@ -21,9 +21,11 @@ def _load(x, row, stride, place, inside):
 @triton.jit
 def norm_forward_kernel(
     x, other, weight, out, h, reciprocal, rows, size, stride_x, stride_other, epsilon,
-    GATED: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
+    GATED: tl.constexpr, RESIDUAL: tl.constexpr, UNIT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """out = a r w over groups of `size` columns; a is x, x + other (stored in h), or x silu(other).
+
+    Rows of `other` lie `stride_other` times UNIT apart.
 
     One program a block of rows and a group; reciprocal [rows, groups] receives r.
     """
@@ -32,6 +34,7 @@ def norm_forward_kernel(
     lane = tl.arange(0, BLOCK_S)[None, :]
     place = group * size + lane
     inside = (row < rows) & (lane < size)
+    stride_other = stride_other * UNIT
     a = _load(x, row, stride_x, place, inside)
     if RESIDUAL:
         a = a + _load(other, row, stride_other, place, inside)
@@ -52,12 +55,14 @@ def norm_forward_kernel(
 @triton.jit
 def norm_backward_kernel(
     x, z, weight, reciprocal, d_out, d_h, d_x, d_z, out, partial, rows, size, stride_x, stride_z, stride_dz,
-    GATED: tl.constexpr, D_H: tl.constexpr, OUT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
+    GATED: tl.constexpr, D_H: tl.constexpr, OUT: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """d_x and d_z [rows, groups * size], and one partial d_weight [programs, groups * size] a program.
 
     Each program walks blocks of rows of one group. d_h is added to d_x where the normed sum is an output too. Rows of d_z
-    lie `stride_dz` apart. With OUT the norm's output is written again, for a product that did not keep it.
+    lie `stride_dz` apart, and both strides of z are in multiples of UNIT. With OUT the norm's output is written again, for a
+    product that did not keep it.
 
     With n = a r: da = r (w d_out - n mean(w d_out n)), d_weight = sum over rows of d_out n.
     """
@@ -66,6 +71,7 @@ def norm_backward_kernel(
     place = group * size + lane
     w = tl.load(weight + place, mask=lane < size, other=0.0).to(tl.float32)
     d_w = tl.zeros((1, BLOCK_S), tl.float32)
+    stride_z, stride_dz = stride_z * UNIT, stride_dz * UNIT
     for block in range(tl.program_id(0), tl.cdiv(rows, BLOCK_R), tl.num_programs(0)):
         row = tl.cast(block, tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
         inside = (row < rows) & (lane < size)

@@ -31,6 +31,7 @@ class CompiledKernel:
     """What a kernel takes on a card: registers and spilled bytes a thread, bytes of shared memory a program.
 
     transposed_products: products that take the transpose of another's result (`kernels.proof.transposed_products`).
+    widest_load_bytes: what one load instruction fetches at most, 16 where rows are known to be aligned.
     """
 
     name: str
@@ -40,6 +41,7 @@ class CompiledKernel:
     shared_bytes: int
     uses_wgmma: bool
     transposed_products: tuple[str, ...]
+    widest_load_bytes: int
 
 
 def compile_ahead(
@@ -84,7 +86,16 @@ def compile_ahead(
         int(compiled.metadata.shared),
         "wgmma" in compiled.asm["ptx"],
         tuple(find_transposed_products(compiled.asm["ttir"])),
+        _find_widest_load(compiled.asm["ptx"]),
     )
+
+
+def _find_widest_load(ptx: str) -> int:
+    """Bytes of the widest load from global memory, asynchronous copies to shared memory among them."""
+    vectors = re.findall(r"ld\.global[.\w:]*?(?:\.v(\d))?\.[bfus](\d+)\b", ptx)
+    copies = re.findall(r"cp\.async[.\w:]* \[[^\]]+\], \[[^\]]+\], (0x[0-9a-f]+|\d+)", ptx)
+    sizes = [int(count or 1) * int(bits) // 8 for count, bits in vectors] + [int(size, 0) for size in copies]
+    return max(sizes, default=0)
 
 
 def _read_usage(cubin: bytes) -> tuple[int, int]:

@@ -76,9 +76,11 @@ def launches() -> Iterator[KernelLaunch]:
     from kernels.causal_conv1d.triton_kernels import convolution_backward_kernel, convolution_forward_kernel
 
     types = dict.fromkeys(("x", "y", "d_y", "d_x"), "*bf16") | dict.fromkeys(("weight", "bias", "partial"), "*fp32")
-    types |= {"ids": "*i32"} | dict.fromkeys(("T", "C", "stride_b", "stride_t", "stride_dx"), "i32:16")
+    types |= {"ids": "*i32"} | dict.fromkeys(("T", "C"), "i32:16")
+    types |= dict.fromkeys(("stride_b", "stride_t", "stride_dx"), "i32")
     types |= dict.fromkeys(("blocks_per_strip", "strips"), "i32")
-    flags = {"W": WIDTH, "BIAS": True, "DOCUMENTS": True}
+    # Strides of a projection with 24 heads are multiples of 8 and not of 16 (`kernels.strides`).
+    flags = {"W": WIDTH, "BIAS": True, "DOCUMENTS": True, "UNIT": 8}
     for name, kernel, config in (
         ("forward", convolution_forward_kernel, convolution.FORWARD[0]),
         ("backward", convolution_backward_kernel, convolution.BACKWARD[0]),

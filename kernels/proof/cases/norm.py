@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -117,17 +118,19 @@ def launches() -> Iterator[KernelLaunch]:
 
     names = ("x", "other", "z", "out", "h", "d_out", "d_h", "d_x", "d_z", "weight")
     types = dict.fromkeys(names, "*bf16") | {"reciprocal": "*fp32", "partial": "*fp32", "epsilon": "fp32"}
-    types |= dict.fromkeys(("rows", "size", "stride_x", "stride_other", "stride_z", "stride_dz"), "i32:16")
-    for label, block, gated in (
-        ("norm with residual, up to 4096 wide", 4096, False),
-        ("norm with residual, up to 8192 wide", 8192, False),
-        ("gated norm, groups of 512 (Nemotron)", 512, True),
-        ("gated norm, up to 8192 wide (Granite)", 8192, True),
+    types |= dict.fromkeys(("rows", "size", "stride_x"), "i32:16")
+    types |= dict.fromkeys(("stride_other", "stride_z", "stride_dz"), "i32")
+    # Strides of a projection are multiples of its heads at worst: 8 and not 16 with 24 of them (`kernels.strides`).
+    for label, block, gated, unit in (
+        ("norm with residual, up to 4096 wide", 4096, False, 16),
+        ("norm with residual, up to 8192 wide", 8192, False, 16),
+        ("gated norm, groups of 512 (Nemotron)", 512, True, 8),
+        ("gated norm, up to 8192 wide (Granite)", 8192, True, 16),
     ):
         rows = max(1, TILE_VALUES // block)
         config = {"BLOCK_S": block, "BLOCK_R": rows, "num_warps": max(1, min(16, block * rows // WARP_VALUES))}
-        forward = {"GATED": gated, "RESIDUAL": not gated} | ({"h": None} if gated else {})
-        backward = {"GATED": gated, "D_H": not gated, "OUT": False, "out": None}
+        forward = {"GATED": gated, "RESIDUAL": not gated, "UNIT": unit} | ({"h": None} if gated else {})
+        backward: dict[str, Any] = {"GATED": gated, "D_H": not gated, "OUT": False, "out": None, "UNIT": unit}
         backward |= {"d_h": None} if gated else {"z": None, "d_z": None}
         yield kernel_launch(f"{label}, forward", norm_forward_kernel, types, forward, config)
         yield kernel_launch(f"{label}, backward", norm_backward_kernel, types, backward, config)

@@ -18,13 +18,17 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles no
 @pytest.mark.parametrize("architecture", [80, 90])
 def test_streaming_kernels_compile_without_spills(architecture: int) -> None:
     signature = {"x": "*bf16", "other": "*bf16", "weight": "*bf16", "out": "*bf16", "reciprocal": "*fp32"}
-    signature |= dict.fromkeys(("rows", "size", "stride_x", "stride_other"), "i32:16") | {"epsilon": "fp32"}
-    constants = {"h": None, "GATED": True, "RESIDUAL": False, "BLOCK_R": 1, "BLOCK_S": 1024}
+    signature |= dict.fromkeys(("rows", "size", "stride_x"), "i32:16") | {"stride_other": "i32", "epsilon": "fp32"}
+    constants = {"h": None, "GATED": True, "RESIDUAL": False, "UNIT": 8, "BLOCK_R": 1, "BLOCK_S": 1024}
     norm = compile_ahead(norm_forward_kernel, signature, constants, architecture)
     signature = {"x": "*bf16", "weight": "*fp32", "bias": "*fp32", "ids": "*i32", "y": "*bf16"}
-    signature |= dict.fromkeys(("T", "C", "stride_b", "stride_t"), "i32:16")
-    constants = {"W": 4, "BIAS": True, "DOCUMENTS": True, "BLOCK_T": 32, "BLOCK_C": 128}
+    signature |= dict.fromkeys(("T", "C"), "i32:16") | dict.fromkeys(("stride_b", "stride_t"), "i32")
+    constants = {"W": 4, "BIAS": True, "DOCUMENTS": True, "UNIT": 8, "BLOCK_T": 32, "BLOCK_C": 128}
     convolution = compile_ahead(convolution_forward_kernel, signature, constants, architecture)
+    # Rows of odd length leave loads of single numbers.
+    odd = compile_ahead(convolution_forward_kernel, signature, constants | {"UNIT": 1}, architecture)
+    assert (convolution.widest_load_bytes, norm.widest_load_bytes) == (16, 16)
+    assert odd.widest_load_bytes < 16
     for kernel in (norm, convolution):
         assert kernel.spill_bytes == 0, kernel
         assert not kernel.uses_wgmma

@@ -24,6 +24,7 @@ SPILLS = {
     "mixer walk back, chunks of 128": 8,
     "mixer gradients, chunks of 64": 88,
     "mixer gradients, chunks of 128": 160,
+    "gated norm, up to 8192 wide (Granite), backward": 8,
     "gated norm, up to 8192 wide (Granite), backward with output": 32,
     "delta gradients, 2 steps a token": 16,
 }
