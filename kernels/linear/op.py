@@ -28,6 +28,19 @@ def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
     return result
 
 
+def linear_float32(x: Tensor, weight_OI: Tensor) -> Tensor:
+    """`linear` in float32 at least, [..., O]: for narrow outputs that must not be rounded, such as a router's logits.
+
+    Saves x and the weight as they are, not the wider copies that products take. On CUDA forward takes products of bfloat16
+    or float16 as they are: they are exact in float32, in which they are added up.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if x.dtype == dtype:
+        return functional.linear(x, weight_OI.to(dtype))
+    result: Tensor = _Float32Linear.apply(x, weight_OI)
+    return result
+
+
 def linear_gradients(x: Tensor, weight_OI: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x and of the weight, from that of `linear`'s result, multiplied in the same dtype and rounded once.
 
@@ -53,3 +66,22 @@ class _WidenedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         x, weight_OI = ctx.saved_tensors
         return linear_gradients(x, weight_OI, grad)
+
+
+class _Float32Linear(torch.autograd.Function):
+    """`linear_float32` of narrower numbers; backward widens them again, and rounds both gradients once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_OI: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight_OI)
+        if x.device.type == "cuda" and weight_OI.dtype == x.dtype:
+            logits = torch.mm(x.flatten(0, -2), weight_OI.t(), out_dtype=torch.float32)
+            return logits.view(*x.shape[:-1], -1)
+        return functional.linear(x.float(), weight_OI.float())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight_OI = ctx.saved_tensors
+        grad_RO = grad.flatten(0, -2)
+        grad_x = (grad_RO @ weight_OI.float()).to(x.dtype).view(x.shape)
+        return grad_x, (grad_RO.t() @ x.flatten(0, -2).float()).to(weight_OI.dtype)

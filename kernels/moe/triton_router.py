@@ -107,7 +107,7 @@ def route_forward_kernel(
     tl.store(weights + row[:, None] * top_k + choice, weight, mask=written)
     flat = tl.arange(0, GROUPS * SIZE)
     real = (flat // SIZE < num_groups) & (flat % SIZE < group_size)
-    tl.atomic_add(counts + flat // SIZE * group_size + flat % SIZE, hits, mask=real & (hits > 0))
+    tl.atomic_add(counts + flat // SIZE * group_size + flat % SIZE, hits.to(tl.int64), mask=real & (hits > 0))
 
 
 @triton.jit
@@ -169,8 +169,8 @@ def _forward(
     scores = logits_RE.new_empty(rows, experts, dtype=torch.float32)
     ids = logits_RE.new_empty(rows, top_k, dtype=torch.int64)
     weights = logits_RE.new_empty(rows, top_k, dtype=torch.float32)
-    # int32 for the atomics, int64 for callers; zeros, because programs add to them.
-    counts = logits_RE.new_zeros(experts, dtype=torch.int32)
+    # Zeros, because programs add to them.
+    counts = logits_RE.new_zeros(experts, dtype=torch.int64)
     if rows:
         route_forward_kernel[(triton.cdiv(rows, block),)](
             logits_RE, bias_E, scores, ids, weights, counts,
@@ -178,7 +178,7 @@ def _forward(
             SOFTMAX=softmax, BIAS=bias_E is not None, LIMIT=group_top_k < num_groups, NORMALIZE=normalize,
             BLOCK=block, CHOICES=triton.next_power_of_2(top_k), **blocks,
         )  # fmt: skip
-    return ids, weights, counts.long(), scores
+    return ids, weights, counts, scores
 
 
 @_forward.register_fake

@@ -176,10 +176,8 @@ def _moe_bytes(moe: MoeConfig, hidden_size: int, storage: Storage, split: Split)
     """
     e, width = storage.element_bytes, moe.latent_size or hidden_size
     rows = up_rows(moe.expert_hidden_size, moe.activation)
-    # Router logits and scores, ids and weights of the choices; the hidden rows of the chosen experts.
+    # Router logits and scores, ids and weights of the choices and where they are sorted to; the hidden rows of experts.
     kept = 3.0 * moe.num_experts * FLOAT32_BYTES + moe.top_k * (8 + 8 + 2 * FLOAT32_BYTES)
-    if e < FLOAT32_BYTES:
-        kept += hidden_size * FLOAT32_BYTES  # the router's input in float32
     if moe.latent_size is not None:
         kept += 2 * moe.latent_size * e
     kept /= split.tokens

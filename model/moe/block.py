@@ -20,10 +20,12 @@ A token's way through it:
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from kernels.linear.op import linear_float32
 from kernels.moe.op import expert_feed_forward, route
 from model.config.schema import ModelConfig, MoeConfig
 from model.feed_forward import FeedForward, up_segments
@@ -114,6 +116,9 @@ class MoeMixer(Float32Buffers):
         )
         if self.training and moe.capacity_factor is not None:
             chosen = limit_choices(routing, meta, moe, self.groups, self.draw_seed)
+            if self.groups.ep.size() == 1:
+                # A lost choice has weight 0; where nothing is sent, any expert will do.
+                chosen = replace(chosen, expert_ids_RK=chosen.expert_ids_RK.clamp(max=moe.num_experts - 1))
         else:
             chosen = Choices(routing.expert_ids_RK, routing.weights_RK)
         compute = self._dispatched if self.groups.ep.size() > 1 else self._routed
@@ -125,8 +130,7 @@ class MoeMixer(Float32Buffers):
 
     def _logits(self, x_BTD: Tensor) -> Tensor:
         """Router logits [B, T, E] in float32 at least: bf16 would tie experts that differ, and choose by their number."""
-        dtype = torch.promote_types(x_BTD.dtype, torch.float32)
-        return functional.linear(x_BTD.to(dtype), self.router.weight.to(dtype))
+        return linear_float32(x_BTD, self.router.weight)
 
     def _routed(self, x_BTD: Tensor, chosen: Choices) -> tuple[Tensor, Tensor | None]:
         """Compute routed and shared output where every tensor rank has a part of each expert's inner width."""
@@ -134,8 +138,7 @@ class MoeMixer(Float32Buffers):
         narrow_BTD = enter_tensor_region(narrow_BTD, self.groups)
         y_RD = expert_feed_forward(
             narrow_BTD.flatten(0, 1),
-            # A lost choice has weight 0; any expert will do.
-            chosen.expert_ids_RK.clamp(max=self.section.num_experts - 1),
+            chosen.expert_ids_RK,
             # Every rank's part of the experts gives a part of the gradient of the weights.
             sum_gradients(chosen.weights_RK, self.groups),
             self.experts.up,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.linear.op import linear
+from kernels.linear.op import linear, linear_float32
 
 # float32: sums of 63 products; bfloat16: one rounding of inputs' products, 8 bits of mantissa.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 8e-3}
@@ -29,3 +29,30 @@ def test_linear_equals_float64_products_with_gradients(dtype: torch.dtype, rows:
         assert ours is not None, name
         error = (ours.double() - reference).norm() / reference.norm()
         assert error <= TOLERANCE[dtype], f"{name}: {error}"
+
+
+def test_float32_products_of_bfloat16_are_not_rounded_and_keep_no_wide_copy() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 21, 63).bfloat16().requires_grad_()
+    weight = torch.randn(40, 63).bfloat16().requires_grad_()
+    grad = torch.randn(2, 21, 40)
+    saved: list[torch.Tensor] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        y = linear_float32(x, weight)
+    y.backward(grad)
+    assert {tensor.dtype for tensor in saved} == {torch.bfloat16}
+    x64, w64, g64 = x.detach().double(), weight.detach().double(), grad.double()
+    for ours, exact, dtype in (
+        (y.detach(), x64 @ w64.T, torch.float32),
+        (x.grad, g64 @ w64, torch.bfloat16),
+        (weight.grad, torch.einsum("bto,bti->oi", g64, x64), torch.bfloat16),
+    ):
+        assert ours is not None and ours.dtype == dtype
+        assert (ours.double() - exact).norm() <= TOLERANCE[dtype] * exact.norm()
+    wide = x.detach().double().requires_grad_()
+    assert torch.equal(linear_float32(wide, weight.detach()), x64 @ w64.T)
