@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kernels.attention.varlen import DocumentEnds
 from kernels.documents import first_tokens
 from model.segments import Segments
 
@@ -23,10 +24,11 @@ class PackMeta:
     """Document layout of one micro-batch of B rows of T tokens.
 
     document_ids_BT [B, T] int32, nondecreasing inside a row. positions_BT [B, T] int32, the place inside the document.
-    starts_BT [B, T] int32, the place in the row of the first token of each token's document, where it was asked for
-    (`find_starts`). single_document: no row has a boundary, so blocks may take the path without masks. first_continues: each row's first
-    token goes on with the document that a decode state holds. segments: where ids and positions are those of this rank's
-    part of the rows, T its tokens; the other fields stay those of whole rows.
+    starts_BT [B, T] int32, the place in the row of the first token of each token's document, and document_ends, the same of
+    all rows laid end to end, where they were asked for (`find_bounds`). single_document: no row has a boundary, so blocks may
+    take the path without masks. first_continues: each row's first token goes on with the document that a decode state holds.
+    segments: where ids and positions are those of this rank's part of the rows, T its tokens; the other fields stay those of
+    whole rows.
     """
 
     document_ids_BT: Tensor
@@ -35,6 +37,7 @@ class PackMeta:
     first_continues: bool = False
     segments: Segments | None = None
     starts_BT: Tensor | None = None
+    document_ends: DocumentEnds | None = None
 
     @classmethod
     def from_document_ids(cls, document_ids_BT: Tensor, positions_BT: Tensor | None = None) -> PackMeta:
@@ -81,25 +84,34 @@ class PackMeta:
             positions_BT=segments.take(self.positions_BT),
             segments=segments,
             starts_BT=None,
+            document_ends=None,
         )
 
-    def find_starts(self) -> PackMeta:
-        """The same layout with `starts_BT`, found once on the CPU for all blocks whose kernels take it.
+    def find_bounds(self) -> PackMeta:
+        """The same layout with `starts_BT` and `document_ends`, found once on the CPU for all blocks whose kernels take them.
 
-        Rows that are cut over context ranks, and rows without boundaries, need none.
+        Rows that are cut over context ranks, and rows without boundaries, need none. Reads values: call it before the layout
+        moves to a device.
         """
         if self.single_document or self.segments is not None:
             return self
-        return replace(self, starts_BT=first_tokens(self.document_ids_BT))
+        starts_BT = first_tokens(self.document_ids_BT)
+        num_rows, num_tokens = starts_BT.shape
+        first_N = (starts_BT == torch.arange(num_tokens)).flatten().nonzero().flatten()
+        offsets = torch.cat([first_N, torch.tensor([num_rows * num_tokens])])
+        ends = DocumentEnds(offsets.to(torch.int32), int(offsets.diff().max()))
+        return replace(self, starts_BT=starts_BT, document_ends=ends)
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> PackMeta:
         """Apply a function to every tensor of the layout: a move to a device, say. Shapes and values must stay."""
+        ends = self.document_ends
         return replace(
             self,
             document_ids_BT=change(self.document_ids_BT),
             positions_BT=change(self.positions_BT),
             segments=None if self.segments is None else self.segments.map_tensors(change),
             starts_BT=None if self.starts_BT is None else change(self.starts_BT),
+            document_ends=None if ends is None else DocumentEnds(change(ends.offsets), ends.longest),
         )
 
     def boundaries_BT(self) -> Tensor | None:
@@ -112,7 +124,7 @@ class PackMeta:
     def document_starts_BT(self) -> Tensor | None:
         """The place of the first token of each token's document [B, T] int32; None where there is nothing to reset.
 
-        On the device, where `find_starts` was not asked before the layout moved there.
+        On the device, where `find_bounds` was not asked before the layout moved there.
         """
         if self.single_document:
             return None

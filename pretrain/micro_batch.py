@@ -45,10 +45,10 @@ class MicroBatch:
     def to(self, device: torch.device) -> MicroBatch:
         """Copy to a device. Copies to CUDA go through pinned memory and do not wait for what is queued there.
 
-        Kernels on CUDA want to know where documents start, which is found here, once for all blocks.
+        Kernels on CUDA want to know where documents begin and end, which is found here, once for all blocks.
         """
         if device.type == "cuda":
-            prepared = MicroBatch(self.tokens_BT, self.labels_BT, self.meta.find_starts())
+            prepared = MicroBatch(self.tokens_BT, self.labels_BT, self.meta.find_bounds())
             return prepared.map_tensors(lambda tensor: tensor.pin_memory().to(device, non_blocking=True))
         return self.map_tensors(lambda tensor: tensor.to(device))
 

@@ -1,7 +1,8 @@
 """Causal grouped-query attention inside documents.
 
 How: this file checks shapes and dispatches; `reference.py` is the definition, `torch_impl.py` and
-`window_torch.py` call PyTorch's scaled_dot_product_attention, `triton_impl.py` launches our kernels. Documents
+`window_torch.py` call PyTorch's scaled_dot_product_attention, `varlen.py` its FlashAttention over documents on a card,
+`triton_impl.py` launches our kernels. Documents
 and windows come as ids and a width rather than as a mask, because a mask of [T, S] grows with the square of the
 row and keeps PyTorch from its flash kernels; from ids the Triton kernels derive exact loop bounds.
 """
@@ -12,11 +13,11 @@ import functools
 import logging
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from kernels.attention.reference import attention_reference, window_sums_reference
 from kernels.attention.torch_impl import attention_torch
+from kernels.attention.varlen import DocumentEnds, attention_varlen, refuse_varlen
 from kernels.attention.window_torch import WindowSums, window_attention_torch, window_sums_torch
 from kernels.backend import resolve_backend
 from kernels.shapes import check_documents, check_float, check_shape
@@ -32,6 +33,7 @@ def attention(
     document_ids_BS: Tensor | None = None,
     scale: float | None = None,
     window: int | None = None,
+    document_ends: DocumentEnds | None = None,
     backend: str = "torch",
 ) -> Tensor:
     """softmax(scale * q k^T) v over the keys of the query's document up to the query itself, or the last `window` of them.
@@ -39,7 +41,8 @@ def attention(
     Shapes: q [B, T, H, K], k and v [B, S, J, K] with J dividing H and S >= T -> [B, T, H, K]. The last T keys are those
     of the queries; S > T goes on from a cache, or from the part of a row that other ranks hold. `document_ids_BS` are
     those of the keys, integers that do not decrease inside a row. `scale` defaults to K ** -0.5. Softmax and sums in
-    float32 (float64 for float64). Raises ValueError for wrong shapes and dtypes.
+    float32 (float64 for float64). Backend "varlen" (`fastest_backend`) takes `document_ends` in place of ids, with S = T.
+    Raises ValueError for wrong shapes and dtypes.
     Source: Dao 2023 (arXiv 2307.08691); Ainslie et al. 2023 (arXiv 2305.13245) for grouped queries; Beltagy et al. 2020
     (arXiv 2004.05150), section 3.1, for windows.
     """
@@ -50,6 +53,10 @@ def attention(
     if window is not None and window >= k_BSJK.shape[1]:
         window = None
     scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
+    if backend == "varlen":
+        if document_ends is None or q_BTHK.shape[1] != k_BSJK.shape[1]:
+            raise ValueError('attention backend "varlen" needs document_ends, and as many keys as queries')
+        return attention_varlen(q_BTHK, k_BSJK, v_BSJK, document_ends, scale, window)
     backend = resolve_backend(backend, q_BTHK.device, "attention")
     if backend == "triton":
         from kernels.attention.triton_impl import attention_triton
@@ -92,14 +99,26 @@ def window_sums(
     return window_sums_torch(q_BTHK, k_BSJK, v_BSJK, **sums)
 
 
-def fastest_backend(backend: str, device: torch.device, *, has_documents: bool, tokens: int, keys: int) -> str:
-    """Backend on which a model's attention runs where its kernels are to run on `backend`: that, or "torch".
+def fastest_backend(
+    backend: str, q_BTHK: Tensor, *, has_documents: bool, keys: int, document_ends: DocumentEnds | None = None
+) -> str:
+    """Backend on which a model's attention runs where its kernels are to run on `backend`: that, "torch" or "varlen".
 
     Without document boundaries PyTorch's scaled_dot_product_attention runs FlashAttention or cuDNN on CUDA, faster than
-    our kernel can be. With boundaries, or with fewer queries than keys, it needs a mask of all queries and keys, computes
-    what the mask hides and is kept from those kernels: ours skips it. Each choice is logged once with its reason.
+    our kernel can be. With boundaries it would need a mask of all queries and keys and be kept from those kernels; its
+    variable-length attention needs none, where the ends of documents are known, this release has it and it takes such heads
+    (`refuse_varlen`). Else, with fewer queries than keys, and where library kernels are to be deterministic, ours runs, which
+    skips what is hidden. Each choice is logged once with its reason.
     """
-    if backend != "triton" or device.type != "cuda":
+    if backend != "triton" or q_BTHK.device.type != "cuda":
+        return backend
+    tokens = q_BTHK.shape[1]
+    if has_documents and tokens == keys and document_ends is not None:
+        reason = refuse_varlen(q_BTHK.dtype, q_BTHK.shape[3])
+        if reason is None:
+            _log_choice("varlen", "PyTorch's FlashAttention takes documents laid end to end")
+            return "varlen"
+        _log_choice("triton", f"PyTorch's variable-length attention can't serve: {reason}")
         return backend
     if has_documents or tokens not in (1, keys):
         _log_choice("triton", "a mask would keep PyTorch's attention from FlashAttention; ours skips hidden tiles")

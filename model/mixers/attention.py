@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.attention.op import attention, fastest_backend
+from kernels.attention.varlen import DocumentEnds
 from kernels.rope.op import qk_norm_rope, rope_frequencies
 from model.config.schema import AttentionConfig, ModelConfig
 from model.mixers.interface import AttentionCache, BlockState, MixerOutput
@@ -135,7 +136,7 @@ def attend(
     """
     if meta.segments is not None:
         return _attend_segments(q_BTHK, k_BSJK, v_BSJK, meta, meta.segments, groups, scale, backend)
-    return _attend(q_BTHK, k_BSJK, v_BSJK, meta.boundaries_BT(), scale, backend)
+    return _attend(q_BTHK, k_BSJK, v_BSJK, meta.boundaries_BT(), scale, backend, meta.document_ends)
 
 
 def _attend_segments(
@@ -160,12 +161,18 @@ def _attend_segments(
 
 
 def _attend(
-    q_BTHK: Tensor, k_BSJK: Tensor, v_BSJK: Tensor, ids_BS: Tensor | None, scale: float | None, backend: str
+    q_BTHK: Tensor,
+    k_BSJK: Tensor,
+    v_BSJK: Tensor,
+    ids_BS: Tensor | None,
+    scale: float | None,
+    backend: str,
+    ends: DocumentEnds | None = None,
 ) -> Tensor:
     """Attend q [B, T, H, K] to k, v [B, S, J, K] -> [B, T, H, K], by whatever is fastest for them on this device."""
-    tokens, keys, has_documents = q_BTHK.shape[1], k_BSJK.shape[1], ids_BS is not None
-    backend = fastest_backend(backend, q_BTHK.device, has_documents=has_documents, tokens=tokens, keys=keys)
-    return attention(q_BTHK, k_BSJK, v_BSJK, document_ids_BS=ids_BS, scale=scale, backend=backend)
+    has_documents = ids_BS is not None
+    backend = fastest_backend(backend, q_BTHK, has_documents=has_documents, keys=k_BSJK.shape[1], document_ends=ends)
+    return attention(q_BTHK, k_BSJK, v_BSJK, document_ids_BS=ids_BS, scale=scale, document_ends=ends, backend=backend)
 
 
 class HeadNorm(nn.Module):

@@ -120,9 +120,8 @@ class MlaMixer(SequenceMixer):
 
     def _attend(self, q_BTHK: Tensor, k_BSHK: Tensor, v_BSHV: Tensor, ids_BS: Tensor | None) -> Tensor:
         """Attend with heads whose keys and values differ in width, [B, T, H, V], by the fastest backend for them."""
-        tokens, keys, has_documents = q_BTHK.shape[1], k_BSHK.shape[1], ids_BS is not None
-        backend = self.build.backend
-        backend = fastest_backend(backend, q_BTHK.device, has_documents=has_documents, tokens=tokens, keys=keys)
+        has_documents = ids_BS is not None
+        backend = fastest_backend(self.build.backend, q_BTHK, has_documents=has_documents, keys=k_BSHK.shape[1])
         return _attend_padded(q_BTHK, k_BSHK, v_BSHV, ids_BS, self.key_size**-0.5, backend)
 
     def _attend_latents(self, q_BTHK: Tensor, latent_BSX: Tensor) -> Tensor:

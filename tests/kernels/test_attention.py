@@ -1,9 +1,14 @@
 """Causal attention inside documents against the query-by-query reference."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from kernels.attention import varlen
 from kernels.attention.op import _log_choice, attention, fastest_backend
+from kernels.attention.varlen import DocumentEnds
 
 # Softmax-weighted sums of at most a hundred values.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6}
@@ -145,15 +150,52 @@ def test_bad_input_is_refused_with_what_was_expected():
         attention(q, k, v, document_ids_BS=torch.zeros(1, 6))
 
 
+def fake_query(device, tokens, dtype=torch.bfloat16, head_dim=64):
+    """What the choice looks at: shape, dtype and device."""
+    return SimpleNamespace(device=torch.device(device), shape=(1, tokens, 2, head_dim), dtype=dtype)
+
+
 def test_models_leave_rows_without_boundaries_on_cuda_to_pytorch_and_say_so(caplog):
-    cuda = torch.device("cuda")
     _log_choice.cache_clear()
     with caplog.at_level("INFO", logger="kernels.attention.op"):
         for _ in range(2):
-            assert fastest_backend("triton", cuda, has_documents=False, tokens=64, keys=64) == "torch"
-            assert fastest_backend("triton", cuda, has_documents=False, tokens=1, keys=64) == "torch"
+            for tokens in (64, 1):
+                query = fake_query("cuda", tokens)
+                assert fastest_backend("triton", query, has_documents=False, keys=64) == "torch"
     assert caplog.messages == ["attention -> torch: without document boundaries PyTorch's FlashAttention is faster"]
-    assert fastest_backend("triton", cuda, has_documents=True, tokens=64, keys=64) == "triton"
-    assert fastest_backend("triton", cuda, has_documents=False, tokens=32, keys=64) == "triton"
+    assert fastest_backend("triton", fake_query("cuda", 64), has_documents=True, keys=64) == "triton"
+    assert fastest_backend("triton", fake_query("cuda", 32), has_documents=False, keys=64) == "triton"
     for backend in ("triton", "torch", "reference"):
-        assert fastest_backend(backend, torch.device("cpu"), has_documents=False, tokens=64, keys=64) == backend
+        assert fastest_backend(backend, fake_query("cpu", 64), has_documents=False, keys=64) == backend
+
+
+def test_documents_on_cuda_go_to_variable_length_attention_where_it_serves(caplog):
+    ends = DocumentEnds(torch.tensor([0, 10, 64], dtype=torch.int32), 54)
+    settings = {"has_documents": True, "keys": 64, "document_ends": ends}
+    _log_choice.cache_clear()
+    with caplog.at_level("INFO", logger="kernels.attention.op"):
+        for query, chosen in (
+            (fake_query("cuda", 64), "varlen"),
+            (fake_query("cuda", 64, dtype=torch.float32), "triton"),
+            (fake_query("cuda", 64, head_dim=20), "triton"),
+            (fake_query("cuda", 32), "triton"),
+        ):
+            assert fastest_backend("triton", query, **settings) == chosen
+    assert "takes bfloat16 or float16, not torch.float32" in caplog.text
+    assert "multiples of 8, not 20" in caplog.text
+    assert "torch 2.9.1 does not have it; torch 2.10 and later do" in varlen._refuse_release("2.9.1")
+
+
+def test_variable_length_attention_is_called_as_it_is_declared():
+    """On fake tensors: nothing computes, but arguments, shapes and gradients are checked by PyTorch's own declaration."""
+    with FakeTensorMode():
+        q, k = torch.empty(2, 32, 4, 16, dtype=torch.bfloat16), torch.empty(2, 32, 2, 16, dtype=torch.bfloat16)
+        leaves = q.requires_grad_(), k.requires_grad_(), k.detach().clone().requires_grad_()
+        ends = DocumentEnds(torch.tensor([0, 20, 32, 64], dtype=torch.int32), 32)
+        for window in (None, 8):
+            y = attention(*leaves, document_ends=ends, window=window, backend="varlen")
+            gradients = torch.autograd.grad(y.sum(), leaves)
+            assert y.shape == q.shape
+            assert [x.shape for x in gradients] == [x.shape for x in leaves]
+    with pytest.raises(ValueError, match="needs document_ends"):
+        attention(*make_inputs(1, 6, 6, 4, 2, 8), backend="varlen")

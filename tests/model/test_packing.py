@@ -22,6 +22,15 @@ def test_layout_equals_the_documents_written_out(rows, data):
     assert meta.single_document == all(len(row) == 1 for row in lengths)
     assert (meta.boundaries_BT() is None) == meta.single_document
     assert meta.document_ids_BT.dtype == torch.int32 and not meta.first_continues
+    bounds = meta.find_bounds()
+    if meta.single_document:
+        assert bounds.document_starts_BT() is None and bounds.document_ends is None
+        return
+    starts_BT = [[t - place for t, place in enumerate(row)] for row in meta.positions_BT.tolist()]
+    assert bounds.document_starts_BT().tolist() == meta.document_starts_BT().tolist() == starts_BT
+    moved = bounds.map_tensors(torch.clone)
+    every = [n for row in lengths for n in row]
+    assert moved.document_ends.offsets.diff().tolist() == every and moved.document_ends.longest == max(every)
 
 
 def test_rows_of_one_document_can_start_anywhere():

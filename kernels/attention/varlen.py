@@ -1,0 +1,76 @@
+"""Attention inside documents by PyTorch's variable-length attention, which is FlashAttention over documents laid end to end.
+
+It works on a card alone, for bfloat16 and float16, and its interface is young: torch 2.10 brought it, scale, windows and
+grouped heads came later. Whether it can serve is found from the version and the function's own parameters, so a release
+that takes other arguments is left alone instead of failing in the first step; our kernel (`triton_impl.py`) serves there.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FIRST_TORCH = (2, 10)
+PARAMETERS = ("cu_seq_q", "cu_seq_k", "max_q", "max_k", "scale", "window_size", "enable_gqa")
+LARGEST_HEAD = 256
+
+
+@dataclass(frozen=True)
+class DocumentEnds:
+    """Documents of all rows laid end to end: `offsets` [N + 1] int32, first token of each and the end; the longest one's tokens."""
+
+    offsets: Tensor
+    longest: int
+
+
+def refuse_varlen(dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why PyTorch's variable-length attention does not serve such heads here; None where it does."""
+    reason = _refuse_release(torch.__version__)
+    if reason is not None:
+        return reason
+    if torch.are_deterministic_algorithms_enabled():
+        return "FlashAttention's gradients are added in any order, and train.deterministic asks for one"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it takes bfloat16 or float16, not {dtype}"
+    if head_dim % 8 or head_dim > LARGEST_HEAD:
+        return f"it takes heads of up to {LARGEST_HEAD} channels in multiples of 8, not {head_dim}"
+    return None
+
+
+@functools.cache
+def _refuse_release(version: str) -> str | None:
+    """Why a release of torch does not have it as it is called here; None where it does."""
+    major, minor = map(int, re.findall(r"\d+", version)[:2])
+    if (major, minor) < FIRST_TORCH:
+        return f"torch {version} does not have it; torch 2.10 and later do"
+    missing = [name for name in PARAMETERS if name not in inspect.signature(_find_function()).parameters]
+    return f"that of torch {version} does not take {', '.join(missing)}" if missing else None
+
+
+def _find_function() -> Any:
+    """`torch.nn.attention.varlen.varlen_attn`, imported where it is used: older releases don't have the module."""
+    return importlib.import_module("torch.nn.attention.varlen").varlen_attn
+
+
+def attention_varlen(
+    q_BTHK: Tensor, k_BTJK: Tensor, v_BTJK: Tensor, ends: DocumentEnds, scale: float, window: int | None
+) -> Tensor:
+    """As `attention_reference` for rows of documents, queries and keys of the same tokens: [B, T, H, K].
+
+    Which documents there are is in `ends` alone. A window leaves each query `window` keys, its own among them.
+    """
+    tokens, heads = q_BTHK.shape[0] * q_BTHK.shape[1], q_BTHK.shape[2]
+    q, k, v = (x.reshape(tokens, *x.shape[2:]) for x in (q_BTHK, k_BTJK, v_BTJK))
+    before = -1 if window is None else window - 1
+    y: Tensor = _find_function()(
+        q, k, v, ends.offsets, ends.offsets, ends.longest, ends.longest,
+        scale=scale, window_size=(before, 0), enable_gqa=heads != k.shape[1],
+    )  # fmt: skip
+    return y.view(q_BTHK.shape)
