@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.backend import INTERPRETED
 
@@ -39,9 +40,10 @@ def count_programs(device: torch.device, per_processor: int = 2) -> int:
 
 
 def memories_of(arguments: dict[str, Any]) -> list[tuple[str, torch.UntypedStorage]]:
-    """The memory behind a launch's tensors, each with the names of the arguments that share it."""
+    """The memory behind a launch's tensors and descriptors of tensors, each with the names of the arguments that share it."""
     memories: dict[int, tuple[list[str], torch.UntypedStorage]] = {}
     for name, value in arguments.items():
+        value = value.base if isinstance(value, TensorDescriptor) else value
         if isinstance(value, torch.Tensor) and value.numel():
             storage = value.untyped_storage()
             memories.setdefault(storage.data_ptr(), ([], storage))[0].append(name)

@@ -18,6 +18,7 @@ from torch import Tensor
 from kernels.backend import resolve_backend
 from kernels.moe.grouping import Grouping, count_experts, group_by_expert
 from kernels.moe.reference import expert_feed_forward_reference, grouped_feed_forward_reference, route_reference
+from kernels.moe.rows.torch_impl import invert, reorder_rows
 from kernels.moe.torch_impl import expert_feed_forward_torch, grouped_feed_forward_torch, route_torch
 from kernels.shapes import check_float, check_shape
 
@@ -89,9 +90,19 @@ def route(
 
 
 def grouped_feed_forward(
-    x_RD: Tensor, counts_E: Tensor, up_EFD: Tensor, down_EDF: Tensor, *, activation: str, backend: str = "torch"
+    x_RD: Tensor,
+    counts_E: Tensor,
+    up_EFD: Tensor,
+    down_EDF: Tensor,
+    *,
+    activation: str,
+    sources_R: Tensor | None = None,
+    backend: str = "torch",
 ) -> Tensor:
     """Feed-forward of rows that lie sorted by expert: down_e(activation(up_e(x))).
+
+    Rows in another order come with `sources_R`, the row at each sorted place (`kernels.moe.rows.op.sort_rows`); results keep
+    their order. Triton reads and writes them where they lie.
 
     Shapes: x [R, D]; counts [E] integers that add up to R; up [E, F, D] with F = 2 * hidden for "swiglu" (gate rows
     first) and hidden for "squared_relu"; down [E, D, hidden] -> [R, D]. Experts without rows get zero gradients.
@@ -104,13 +115,19 @@ def grouped_feed_forward(
     if x_RD.device.type == "cpu" and not torch.compiler.is_compiling() and int(counts_E.sum()) != x_RD.shape[0]:
         raise ValueError(f"counts_E must add up to the {x_RD.shape[0]} rows of x_RD; got {int(counts_E.sum())}")
     backend = resolve_backend(backend, x_RD.device, "moe")
+    if sources_R is not None:
+        check_shape("sources_R", sources_R, (x_RD.shape[0],), x_RD)
+        if backend != "triton":
+            sorted_RD = reorder_rows(x_RD, sources_R)
+            y_RD = grouped_feed_forward(sorted_RD, counts_E, up_EFD, down_EDF, activation=activation, backend=backend)
+            return reorder_rows(y_RD, invert(sources_R))
     if backend == "reference":
         return grouped_feed_forward_reference(x_RD, counts_E, up_EFD, down_EDF, activation=activation)
     offsets_E = counts_E.cumsum(0).to(torch.int32)
     if backend == "triton":
         from kernels.moe.triton_experts import grouped_feed_forward_triton
 
-        return grouped_feed_forward_triton(x_RD, offsets_E, up_EFD, down_EDF, activation)
+        return grouped_feed_forward_triton(x_RD, sources_R, offsets_E, up_EFD, down_EDF, activation)
     return grouped_feed_forward_torch(x_RD, offsets_E, up_EFD, down_EDF, activation)
 
 
@@ -136,11 +153,13 @@ def expert_feed_forward(
     backend = resolve_backend(backend, x_RD.device, "moe")
     if backend == "reference":
         return expert_feed_forward_reference(x_RD, expert_ids_RK, weights_RK, up_EFD, down_EDF, activation=activation)
-    groups = group_by_expert(expert_ids_RK, up_EFD.shape[0])
     if backend == "triton":
+        from kernels.moe.counting_sort import sort_pairs
         from kernels.moe.triton_experts import expert_feed_forward_triton
 
-        return expert_feed_forward_triton(x_RD, weights_RK, groups, up_EFD, down_EDF, activation)
+        pairs = sort_pairs(expert_ids_RK, up_EFD.shape[0])
+        return expert_feed_forward_triton(x_RD, weights_RK, pairs, up_EFD, down_EDF, activation)
+    groups = group_by_expert(expert_ids_RK, up_EFD.shape[0])
     weights_S = weights_RK.reshape(-1).index_select(0, groups.order)
     return expert_feed_forward_torch(x_RD, weights_S, groups.token_ids, groups.offsets_E, up_EFD, down_EDF, activation)
 

@@ -1,5 +1,7 @@
 """Routing and expert feed-forward in PyTorch: the path of production on CPU, with its gradients written out.
 
+Experts run one after the other (`torch_loop.py`), on a card as grouped products where PyTorch has them (`torch_grouped.py`).
+
 The choice's weight multiplies the activation (F wide) instead of the output (D wide), so that backward gets the
 weight's gradient as a row sum of two tensors it has anyway, and the output before weighting is never kept.
 """
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels.gemm_precision import gemm_dtype
+from kernels.moe.torch_grouped import grouped_backward, grouped_forward, takes_grouped
 from kernels.moe.torch_loop import loop_backward, loop_forward, sum_by_token
 
 
@@ -84,9 +87,11 @@ def _forward(
     activation: str,
 ) -> tuple[Tensor, Tensor]:
     """Output [R, D] and hidden [S, F] before the activation; S sorted rows. Without token ids the rows are x itself."""
-    y_SD, hidden_SF = loop_forward(
-        x_RD, weights_S, token_ids_S, offsets_E, up_EFD, down_EDF, activation, gemm_dtype(x_RD)
-    )
+    given = (x_RD, weights_S, token_ids_S, offsets_E, up_EFD, down_EDF, activation)
+    if takes_grouped(x_RD, up_EFD, down_EDF):
+        y_SD, hidden_SF = grouped_forward(*given)
+    else:
+        y_SD, hidden_SF = loop_forward(*given, gemm_dtype(x_RD))
     y_RD = y_SD if token_ids_S is None else sum_by_token(y_SD, token_ids_S, x_RD.shape[0])
     return y_RD.to(x_RD.dtype), hidden_SF
 
@@ -118,9 +123,11 @@ def _backward(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x [R, D], weights [S] (empty without weights), up [E, F, D] and down [E, D, F]."""
-    dx_SD, d_weights_S, d_up_EFD, d_down_EDF = loop_backward(
-        dy_RD, x_RD, hidden_SF, weights_S, token_ids_S, offsets_E, up_EFD, down_EDF, activation, gemm_dtype(x_RD)
-    )
+    given = (dy_RD, x_RD, hidden_SF, weights_S, token_ids_S, offsets_E, up_EFD, down_EDF, activation)
+    if takes_grouped(x_RD, up_EFD, down_EDF):
+        dx_SD, d_weights_S, d_up_EFD, d_down_EDF = grouped_backward(*given)
+    else:
+        dx_SD, d_weights_S, d_up_EFD, d_down_EDF = loop_backward(*given, gemm_dtype(x_RD))
     dx_RD = dx_SD if token_ids_S is None else sum_by_token(dx_SD, token_ids_S, x_RD.shape[0])
     return dx_RD.to(x_RD.dtype), d_weights_S, d_up_EFD, d_down_EDF
 

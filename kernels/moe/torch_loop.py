@@ -50,7 +50,7 @@ def loop_forward(
             continue
         hidden = kept if kept.dtype == dtype else torch.empty_like(kept, dtype=dtype)
         _multiply(rows, up.to(dtype).T, hidden)
-        active = _activate(hidden, activation)
+        active = activate(hidden, activation)
         if weights is not None:
             active.mul_(weights)
         _multiply(active, down.to(dtype).T, y)
@@ -99,14 +99,14 @@ def loop_backward(
             d_down.zero_()
             continue
         hidden = kept.to(dtype)
-        active, factor = _open_activation(hidden, activation)
+        active, factor = open_activation(hidden, activation)
         d_active = _multiply(dy, down.to(dtype), torch.empty_like(active))
         if weights is not None and d_weights is not None:
             d_weights.copy_(torch.linalg.vecdot(d_active.to(wide), active.to(wide)))
             d_active.mul_(weights)
             active.mul_(weights)
         _multiply_outer(dy, active, d_down)
-        d_hidden = _activation_backward(d_active, hidden, factor, activation)
+        d_hidden = activation_backward(d_active, hidden, factor, activation)
         _multiply_outer(d_hidden, rows, d_up)
         _multiply(d_hidden, up.to(dtype), dx)
     return dx_SD, d_weights_S, d_up_EFD, d_down_EDF
@@ -120,7 +120,7 @@ def sum_by_token(rows_SD: Tensor, token_ids_S: Tensor, tokens: int) -> Tensor:
     return F.embedding_bag(order_S, rows_SD, begins_R, mode="sum")
 
 
-def _activate(hidden_RF: Tensor, activation: str) -> Tensor:
+def activate(hidden_RF: Tensor, activation: str) -> Tensor:
     """SwiGLU of [gate, up], or the squared ReLU."""
     if activation == "swiglu":
         gate, up = hidden_RF.chunk(2, dim=-1)
@@ -128,7 +128,7 @@ def _activate(hidden_RF: Tensor, activation: str) -> Tensor:
     return F.relu(hidden_RF).square_()
 
 
-def _open_activation(hidden_SF: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+def open_activation(hidden_SF: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """The activation again, and the factor of it that its gradient needs: silu(gate), or max(x, 0)."""
     if activation == "swiglu":
         gate, up = hidden_SF.chunk(2, dim=-1)
@@ -138,7 +138,7 @@ def _open_activation(hidden_SF: Tensor, activation: str) -> tuple[Tensor, Tensor
     return factor.square(), factor
 
 
-def _activation_backward(d_active: Tensor, hidden_SF: Tensor, factor: Tensor, activation: str) -> Tensor:
+def activation_backward(d_active: Tensor, hidden_SF: Tensor, factor: Tensor, activation: str) -> Tensor:
     """Gradient of the hidden rows; overwrites `d_active` and `factor`."""
     if activation != "swiglu":
         return factor.mul_(d_active).mul_(2)

@@ -5,7 +5,10 @@ gradient, two weight gradients, up, sum. Saved: x and the hidden rows before the
 
 The host knows how many pairs there are, not how they fall on experts: reading the counts would make each layer
 wait for the device. Grids take the upper bound of tiles instead, one more for each expert, and programs without
-a tile end at once.
+a tile end at once. Which rows a tile has is listed once a layer, for all products of both passes.
+
+Rows come in one of three ways: of tokens, gathered by sorted pair, whose results are summed by weight; of rows that lie in
+another order, to which results return (those that ranks sent, sorted by sender); or sorted already.
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ from torch import Tensor
 
 from kernels.backend import INTERPRETED
 from kernels.interpreter import dot_dtype
-from kernels.moe.grouping import Grouping
+from kernels.moe.counting_sort import SortedPairs, list_tiles
+from kernels.moe.persistent import launch_persistent, takes_descriptors
 from kernels.moe.triton_kernels import (
     down_backward_kernel,
     grouped_outer_kernel,
@@ -26,6 +30,7 @@ from kernels.moe.triton_kernels import (
     sum_choices_kernel,
     up_kernel,
 )
+from kernels.partial_sums import sum_first
 from kernels.tuning import Config, config_for
 
 # The fixed warps and stages of a product; others are candidates (`_config`).
@@ -52,63 +57,75 @@ def narrow_tile(rows: int, experts: int) -> dict[str, int]:
     return {**tile, "BLOCK_N": min(tile["BLOCK_N"], 64)}
 
 
-def _config(kernel: str, tile: dict[str, int], x: Tensor) -> Config:
-    """Configuration of a product: its tile's height and width stay, what it takes of the inner size at a time may not."""
+def _config(kernel: str, tile: dict[str, int], x: Tensor, *, has_descriptors: bool = False) -> Config:
+    """Configuration of a product: its tile's height and width stay, what it takes of the inner size at a time may not.
+
+    With descriptors the persistent kernel is a candidate too.
+    """
     halved = {**tile, "BLOCK_K": max(16, tile["BLOCK_K"] // 2)}
     candidates = [tile | OPTIONS]
     candidates += [tile | {"num_warps": warps, "num_stages": stages} for warps, stages in ((8, 4), (4, 3))]
     candidates += [halved | {"num_warps": warps, "num_stages": 4} for warps in (8, 4)]
-    return config_for(kernel, (x.dtype, tile["BLOCK_M"], tile["BLOCK_N"]), candidates, x.device)
+    shape: tuple[object, ...] = (x.dtype, tile["BLOCK_M"], tile["BLOCK_N"])
+    if has_descriptors:
+        candidates += [tile | {"num_warps": 8, "num_stages": stages, "PERSISTENT": 1} for stages in (3, 4)]
+        shape += ("descriptors",)
+    return config_for(kernel, shape, candidates, x.device)
 
 
-def _tile_bound(rows: int, experts: int, tile: dict[str, int]) -> int:
-    """Most tiles that `rows` sorted rows can need: each expert wastes less than one."""
-    return triton.cdiv(rows, tile["BLOCK_M"]) + min(experts, rows)
+def _tile_bound(rows: int, experts: int, height: int) -> int:
+    """Most tiles of `height` rows that `rows` sorted rows can need: each expert wastes less than one."""
+    return -(-rows // height) + min(experts, rows)
 
 
-def _product(x: Tensor, weight_EBA: Tensor, order: Tensor | None, offsets_E: Tensor, rows: int, choices: int) -> Tensor:
+def _product(x: Tensor, weight_EBA: Tensor, sources: Tensor | None, tiles: Tensor) -> Tensor:
     """Sorted rows times the transpose of their expert's matrix: [S, B]; the matrix may be a transposed view.
 
-    The matrix is addressed by its three strides, so that backward's transpose of `up` needs no copy.
+    Results go to the rows that `sources` names. The matrix is addressed by its three strides, so that backward's transpose of
+    `up` needs no copy.
     """
     experts, columns, inner = weight_EBA.shape
+    rows = len(x)
     y = x.new_empty(rows, columns)
     tile = product_tile(rows, experts)
-    grid = (_tile_bound(rows, experts, tile) * triton.cdiv(columns, tile["BLOCK_N"]),)
+    config = _config("experts_product", tile, x, has_descriptors=takes_descriptors(x, weight_EBA))
+    if config.get("PERSISTENT"):
+        launch_persistent(x, weight_EBA, y, sources, tiles, {k: v for k, v in config.items() if k != "PERSISTENT"})
+        return y
+    grid = (len(tiles) * triton.cdiv(columns, tile["BLOCK_N"]),)
     grouped_product_kernel[grid](
-        x, weight_EBA, y, order, offsets_E, experts, columns, inner, choices, *weight_EBA.stride(),
-        GATHER=order is not None, DOT=dot_dtype(x.dtype), EXPERTS=triton.next_power_of_2(experts),
-        **_config("experts_product", tile, x),
+        x, weight_EBA, y, sources, tiles, experts, columns, inner, *weight_EBA.stride(),
+        GATHER=False, SCATTER=sources is not None, DOT=dot_dtype(x.dtype), **config,
     )  # fmt: skip
     return y
 
 
-def _outer(
-    left: Tensor, right: Tensor, order: Tensor | None, offsets_E: Tensor, choices: int, *, gather_left: bool
-) -> Tensor:
-    """left^T right over each expert's rows: [E, A, B]; one of the two is gathered where there is an order."""
+def _outer(left: Tensor, right: Tensor, sources: Tensor | None, offsets_E: Tensor, *, gather_left: bool) -> Tensor:
+    """left^T right over each expert's rows: [E, A, B]; one of the two is gathered where there are sources."""
     experts, lefts, rights = offsets_E.shape[0], left.shape[1], right.shape[1]
     result = left.new_empty(experts, lefts, rights)
     grid = (triton.cdiv(lefts, OUTER_TILE["BLOCK_M"]), triton.cdiv(rights, OUTER_TILE["BLOCK_N"]), experts)
     grouped_outer_kernel[grid](
-        left, right, result, order, offsets_E, lefts, rights, choices,
-        GATHER_LEFT=gather_left and order is not None, GATHER_RIGHT=not gather_left and order is not None,
+        left, right, result, sources, offsets_E, lefts, rights,
+        GATHER_LEFT=gather_left and sources is not None, GATHER_RIGHT=not gather_left and sources is not None,
         DOT=dot_dtype(left.dtype), **_config("experts_outer", OUTER_TILE, left),
     )  # fmt: skip
     return result
 
 
-def _sum_choices(rows_SD: Tensor, inverse: Tensor | None, tokens: int, choices: int) -> Tensor:
-    """Each token's rows added up: [R, D]; the rows themselves where nothing was gathered.
+def sum_choices(rows_SD: Tensor, places: Tensor, weights_RK: Tensor | None, tokens: int, choices: int) -> Tensor:
+    """Each token's rows added up, by weight where there are weights: [R, D] in the dtype of the rows.
 
-    Sums are float32, in the order of a token's choices.
+    places [R * K] int32: the row of each pair; from S on, of a pair without a row. Sums are float32, in the order of a token's
+    choices.
     """
-    if inverse is None:
-        return rows_SD
-    model = rows_SD.shape[1]
+    rows, model = rows_SD.shape
     y = rows_SD.new_empty(tokens, model)
-    grid = (triton.cdiv(tokens, SUM_TILE["BLOCK_M"]), triton.cdiv(model, SUM_TILE["BLOCK_N"]))
-    sum_choices_kernel[grid](rows_SD, inverse, y, tokens, model, choices, **SUM_TILE)
+    if y.numel():
+        grid = (triton.cdiv(tokens, SUM_TILE["BLOCK_M"]), triton.cdiv(model, SUM_TILE["BLOCK_N"]))
+        sum_choices_kernel[grid](
+            rows_SD, places, weights_RK, y, tokens, rows, model, choices, WEIGHTED=weights_RK is not None, **SUM_TILE
+        )
     return y
 
 
@@ -122,44 +139,57 @@ def _shape(x_RD: Tensor, weights_RK: Tensor | None, down_EDF: Tensor) -> tuple[i
 def _forward(
     x_RD: Tensor,
     weights_RK: Tensor | None,
-    order: Tensor | None,
-    inverse: Tensor | None,
+    pairs: Tensor | None,
+    sources: Tensor | None,
+    places: Tensor | None,
     offsets_E: Tensor,
     up_EFD: Tensor,
     down_EDF: Tensor,
     swiglu: bool,
-) -> tuple[Tensor, Tensor]:
-    """Output [R, D] and hidden rows [S, F] before the activation. Without order the rows are sorted already."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output [R, D], hidden rows [S, F] before the activation, and the layer's tiles.
+
+    With weights, sources are tokens of sorted pairs; without, rows to be gathered, None where rows are sorted already.
+    """
     x_RD, up_EFD, down_EDF = x_RD.contiguous(), up_EFD.contiguous(), down_EDF.contiguous()
     weights_RK = None if weights_RK is None else weights_RK.contiguous()
     rows, choices, width = _shape(x_RD, weights_RK, down_EDF)
     experts, features, model = up_EFD.shape
     hidden, active = x_RD.new_empty(rows, features), x_RD.new_empty(rows, width)
+    height = product_tile(rows, experts)["BLOCK_M"]
+    bound = _tile_bound(rows, experts, height)
     if not rows:
-        return torch.empty_like(x_RD), hidden
+        return torch.empty_like(x_RD), hidden, offsets_E.new_empty(bound, 3)
+    tiles = list_tiles(offsets_E, bound, height)
     tile = narrow_tile(rows, experts) if swiglu else product_tile(rows, experts)
-    up_kernel[(_tile_bound(rows, experts, tile) * triton.cdiv(width, tile["BLOCK_N"]),)](
-        x_RD, up_EFD, hidden, active, weights_RK, order, offsets_E, experts, width, model, choices,
-        SWIGLU=swiglu, GATHER=order is not None, DOT=dot_dtype(x_RD.dtype),
-        EXPERTS=triton.next_power_of_2(experts), **_config("experts_up_swiglu" if swiglu else "experts_up", tile, x_RD),
+    up_kernel[(bound * triton.cdiv(width, tile["BLOCK_N"]),)](
+        x_RD, up_EFD, hidden, active, weights_RK, pairs, sources, tiles, experts, width, model,
+        SWIGLU=swiglu, GATHER=sources is not None, WEIGHTED=weights_RK is not None, DOT=dot_dtype(x_RD.dtype),
+        **_config("experts_up_swiglu" if swiglu else "experts_up", tile, x_RD),
     )  # fmt: skip
-    y_SD = _product(active, down_EDF, None, offsets_E, rows, choices)
-    return _sum_choices(y_SD, inverse, x_RD.shape[0], choices), hidden
+    if places is None:
+        return _product(active, down_EDF, sources, tiles), hidden, tiles
+    y_SD = _product(active, down_EDF, None, tiles)
+    return sum_choices(y_SD, places, None, x_RD.shape[0], choices), hidden, tiles
 
 
 @_forward.register_fake
 def _(
     x_RD: Tensor,
     weights_RK: Tensor | None,
-    order: Tensor | None,
-    inverse: Tensor | None,
+    pairs: Tensor | None,
+    sources: Tensor | None,
+    places: Tensor | None,
     offsets_E: Tensor,
     up_EFD: Tensor,
     down_EDF: Tensor,
     swiglu: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     rows, _, _ = _shape(x_RD, weights_RK, down_EDF)
-    return torch.empty_like(x_RD, memory_format=torch.contiguous_format), x_RD.new_empty(rows, up_EFD.shape[1])
+    experts = len(offsets_E)
+    tiles = offsets_E.new_empty(_tile_bound(rows, experts, product_tile(rows, experts)["BLOCK_M"]), 3)
+    y = torch.empty_like(x_RD, memory_format=torch.contiguous_format)
+    return y, x_RD.new_empty(rows, up_EFD.shape[1]), tiles
 
 
 @torch.library.custom_op("amfm::expert_feed_forward_triton_backward", mutates_args=())
@@ -168,9 +198,11 @@ def _backward(
     x_RD: Tensor,
     hidden: Tensor,
     weights_RK: Tensor | None,
-    order: Tensor | None,
-    inverse: Tensor | None,
+    pairs: Tensor | None,
+    sources: Tensor | None,
+    places: Tensor | None,
     offsets_E: Tensor,
+    tiles: Tensor,
     up_EFD: Tensor,
     down_EDF: Tensor,
     swiglu: bool,
@@ -187,21 +219,20 @@ def _backward(
     blocks = triton.cdiv(width, tile["BLOCK_N"])
     d_hidden, active = torch.empty_like(hidden), x_RD.new_empty(rows, width)
     partials = x_RD.new_empty(0 if weights_RK is None else blocks, rows, dtype=torch.float32)
-    down_backward_kernel[(_tile_bound(rows, experts, tile) * blocks,)](
-        d_y, down_EDF, hidden, d_hidden, active, weights_RK, partials, order, offsets_E,
-        experts, rows, width, model, choices,
-        SWIGLU=swiglu, GATHER=order is not None, DOT=dot_dtype(x_RD.dtype),
-        EXPERTS=triton.next_power_of_2(experts),
+    down_backward_kernel[(len(tiles) * blocks,)](
+        d_y, down_EDF, hidden, d_hidden, active, weights_RK, partials, pairs, sources, tiles,
+        experts, rows, width, model,
+        SWIGLU=swiglu, GATHER=sources is not None, WEIGHTED=weights_RK is not None, DOT=dot_dtype(x_RD.dtype),
         **_config("experts_down_backward_swiglu" if swiglu else "experts_down_backward", tile, x_RD),
     )  # fmt: skip
     # `active` holds the choice's weight already, and rows of d_y and x are gathered while they are loaded.
-    d_down = _outer(d_y, active, order, offsets_E, choices, gather_left=True)
-    d_up = _outer(d_hidden, x_RD, order, offsets_E, choices, gather_left=False)
-    d_rows = _product(d_hidden, up_EFD.transpose(1, 2), None, offsets_E, rows, choices)
-    d_x = _sum_choices(d_rows, inverse, x_RD.shape[0], choices)
-    if weights_RK is None:
-        return d_x, x_RD.new_empty(0), d_up, d_down
-    return d_x, partials.sum(0).view_as(weights_RK).to(weights_RK.dtype), d_up, d_down
+    d_down = _outer(d_y, active, sources, offsets_E, gather_left=True)
+    d_up = _outer(d_hidden, x_RD, sources, offsets_E, gather_left=False)
+    if weights_RK is None or places is None:
+        return _product(d_hidden, up_EFD.transpose(1, 2), sources, tiles), x_RD.new_empty(0), d_up, d_down
+    d_rows = _product(d_hidden, up_EFD.transpose(1, 2), None, tiles)
+    d_x = sum_choices(d_rows, places, None, x_RD.shape[0], choices)
+    return d_x, sum_first(partials, weights_RK.dtype).view_as(weights_RK), d_up, d_down
 
 
 @_backward.register_fake
@@ -210,9 +241,11 @@ def _(
     x_RD: Tensor,
     hidden: Tensor,
     weights_RK: Tensor | None,
-    order: Tensor | None,
-    inverse: Tensor | None,
+    pairs: Tensor | None,
+    sources: Tensor | None,
+    places: Tensor | None,
     offsets_E: Tensor,
+    tiles: Tensor,
     up_EFD: Tensor,
     down_EDF: Tensor,
     swiglu: bool,
@@ -222,48 +255,46 @@ def _(
     return like[0], d_weights, like[1], like[2]
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    """Keep x and the hidden rows, an output only so that it can be kept."""
-    x_RD, weights_RK, order, inverse, offsets_E, up_EFD, down_EDF, ctx.swiglu = inputs
-    ctx.mark_non_differentiable(output[1])
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Keep x, the hidden rows and the tiles, which are outputs only so that they can be kept."""
+    x_RD, *others, up_EFD, down_EDF, ctx.swiglu = inputs
+    _, hidden, tiles = output
+    ctx.mark_non_differentiable(hidden, tiles)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x_RD, output[1], weights_RK, order, inverse, offsets_E, up_EFD, down_EDF)
+    ctx.save_for_backward(x_RD, hidden, *others, tiles, up_EFD, down_EDF)
 
 
-def _differentiate(ctx: Any, d_y: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, d_y: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients of x, weights, up and down; None throughout where the output took no gradient."""
     if d_y is None:
-        return (None,) * 8
+        return (None,) * 9
     saved = ctx.saved_tensors
     d_x, d_weights, d_up, d_down = _backward(d_y, *saved, ctx.swiglu)
-    return d_x, None if saved[2] is None else d_weights, None, None, None, d_up, d_down, None
+    return d_x, None if saved[2] is None else d_weights, None, None, None, None, d_up, d_down, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def grouped_feed_forward_triton(
-    x_RD: Tensor, offsets_E: Tensor, up_EFD: Tensor, down_EDF: Tensor, activation: str
+    x_RD: Tensor, sources: Tensor | None, offsets_E: Tensor, up_EFD: Tensor, down_EDF: Tensor, activation: str
 ) -> Tensor:
-    """Feed-forward of rows sorted by expert: [R, D], for float32, bfloat16 and float16.
+    """Feed-forward of rows by expert: [R, D], for float32, bfloat16 and float16.
 
-    x [R, D], offsets [E] int32 (row after each expert's last), up [E, F, D], down [E, D, hidden].
+    x [R, D], offsets [E] int32 (sorted row after each expert's last), up [E, F, D], down [E, D, hidden]. sources [R] int32: the
+    row of x at each sorted place, whose result returns there; None where rows lie sorted by expert.
     """
     dot_dtype(x_RD.dtype)  # refuses float64
-    return _forward(x_RD, None, None, None, offsets_E, up_EFD, down_EDF, activation == "swiglu")[0]
+    return _forward(x_RD, None, None, sources, None, offsets_E, up_EFD, down_EDF, activation == "swiglu")[0]
 
 
 def expert_feed_forward_triton(
-    x_RD: Tensor, weights_RK: Tensor, groups: Grouping, up_EFD: Tensor, down_EDF: Tensor, activation: str
+    x_RD: Tensor, weights_RK: Tensor, pairs: SortedPairs, up_EFD: Tensor, down_EDF: Tensor, activation: str
 ) -> Tensor:
     """Weighted sum of each token's experts: [R, D], for float32, bfloat16 and float16.
 
     x [R, D], weights [R, K]; a choice's weight is that of its pair, token * K + choice.
     """
     dot_dtype(x_RD.dtype)
-    places = torch.arange(groups.order.shape[0], device=groups.order.device)
-    # Sorted place of each pair: the sum over a token's choices reads its rows by it.
-    inverse = torch.zeros_like(places).scatter(0, groups.order, places)
-    return _forward(
-        x_RD, weights_RK, groups.order, inverse, groups.offsets_E, up_EFD, down_EDF, activation == "swiglu"
-    )[0]
+    sorting = pairs.pairs, pairs.tokens, pairs.places, pairs.offsets_E
+    return _forward(x_RD, weights_RK, *sorting, up_EFD, down_EDF, activation == "swiglu")[0]

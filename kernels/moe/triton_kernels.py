@@ -1,7 +1,8 @@
 """Products of rows sorted by expert, with the activation and its gradient in their epilogues.
 
 Tiles of rows never span two experts. How many tiles each expert has is only known on the device, so the grid has an
-upper bound of them, and each program finds its expert among the offsets; programs beyond the last tile end at once.
+upper bound of them; which expert a tile has and where it begins is listed once a layer (`counting_sort.list_tiles`), and
+programs beyond the last tile end at once.
 
 Weights of choices are applied to the activation, which is usually narrower than the output, and rows of x are
 gathered while they are loaded. No sums by atomics: each token's rows are added by one program in the order of
@@ -21,32 +22,17 @@ from kernels.silu import sigmoid, silu, silu_backward
 
 
 @triton.jit
-def _find_tile(offsets, tile, experts, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Expert of a tile (`experts` beyond the last tile), its first row, and the row after the expert's last.
-
-    Every program repeats the search, over at most EXPERTS offsets in registers: cheaper than a launch that
-    lists the tiles.
-    """
-    expert = tl.arange(0, EXPERTS)
-    ends = tl.load(offsets + expert, mask=expert < experts, other=0)
-    begins = tl.load(offsets + expert - 1, mask=(expert > 0) & (expert < experts), other=0)
-    tiles = tl.where(expert < experts, (ends - begins + BLOCK_M - 1) // BLOCK_M, 0)
-    tile_ends = tl.cumsum(tiles, 0)
-    mine = tl.sum(((tile_ends <= tile) & (expert < experts)).to(tl.int32), 0)
-    here = expert == mine
-    before = tl.sum(tl.where(here, tile_ends - tiles, 0), 0)
-    begin = tl.sum(tl.where(here, begins, 0), 0) + (tile - before) * BLOCK_M
-    return mine.to(tl.int64), begin.to(tl.int64), tl.sum(tl.where(here, ends, 0), 0)
+def load_tile(tiles, tile):
+    """Expert of a tile (the number of experts beyond the last tile), its first row, and the row after the expert's last."""
+    expert, begin = tl.load(tiles + tile * 3), tl.load(tiles + tile * 3 + 1)
+    return expert.to(tl.int64), begin.to(tl.int64), tl.load(tiles + tile * 3 + 2)
 
 
 @triton.jit
-def _source(order, row, inside, choices, GATHER: tl.constexpr):
-    """Token of each sorted row, or the row itself where nothing is gathered.
-
-    [BLOCK_M]; pair numbers are token * choices + choice.
-    """
+def source_rows(sources, row, inside, GATHER: tl.constexpr):
+    """Row of the input behind each sorted row: what `sources` says, or the row itself. [BLOCK_M]."""
     if GATHER:
-        return tl.load(order + row, mask=inside, other=0) // choices
+        return tl.load(sources + row, mask=inside, other=0).to(tl.int64)
     return row
 
 
@@ -96,42 +82,44 @@ def _multiply_twice(
 
 @triton.jit
 def grouped_product_kernel(
-    x, weight, y, order, offsets, experts, columns, inner, choices, weight_expert, weight_row, weight_column,
-    GATHER: tl.constexpr, DOT: tl.constexpr, EXPERTS: tl.constexpr,
+    x, weight, y, sources, tiles, experts, columns, inner, weight_expert, weight_row, weight_column,
+    GATHER: tl.constexpr, SCATTER: tl.constexpr, DOT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """y [S, columns] = x[sorted rows] times each expert's weight [columns, inner] (any strides).
 
+    With SCATTER results go to the rows that `sources` names, as with GATHER inputs come from them.
+
     Grid: tiles (an upper bound) times column blocks, column blocks innermost.
     """
     blocks = tl.cdiv(columns, BLOCK_N)
-    expert, begin, end = _find_tile(offsets, tl.program_id(0) // blocks, experts, EXPERTS, BLOCK_M)
+    expert, begin, end = load_tile(tiles, tl.program_id(0) // blocks)
     if expert < experts:
         row = begin + tl.arange(0, BLOCK_M)
         inside = row < end
-        source = _source(order, row, inside, choices, GATHER)
+        source = source_rows(sources, row, inside, GATHER)
         column = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
         result = _multiply(
             x, source, inside, weight + expert * weight_expert, column, columns, weight_row, weight_column, inner,
             DOT, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        place = row[:, None] * columns + column[None, :]
+        place = source_rows(sources, row, inside, SCATTER)[:, None] * columns + column[None, :]
         tl.store(y + place, result.to(y.dtype.element_ty), mask=inside[:, None] & (column[None, :] < columns))
 
 
 @triton.jit
-def _row_weights(weights, order, row, inside, WEIGHTED: tl.constexpr, BLOCK_M: tl.constexpr):
+def _row_weights(weights, pairs, row, inside, WEIGHTED: tl.constexpr, BLOCK_M: tl.constexpr):
     """The choice's weight of each sorted row, 1 without weights."""
     if WEIGHTED:
-        pair = tl.load(order + row, mask=inside, other=0)
+        pair = tl.load(pairs + row, mask=inside, other=0)
         return tl.load(weights + pair, mask=inside, other=0.0).to(tl.float32)
     return tl.full((BLOCK_M,), 1.0, tl.float32)
 
 
 @triton.jit
 def up_kernel(
-    x, up, hidden, active, weights, order, offsets, experts, width, inner, choices,
-    SWIGLU: tl.constexpr, GATHER: tl.constexpr, DOT: tl.constexpr, EXPERTS: tl.constexpr,
+    x, up, hidden, active, weights, pairs, sources, tiles, experts, width, inner,
+    SWIGLU: tl.constexpr, GATHER: tl.constexpr, WEIGHTED: tl.constexpr, DOT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """hidden [S, F] = x[sorted rows] up^T before the activation, and active [S, width] = weight * activation(hidden).
@@ -142,12 +130,12 @@ def up_kernel(
     into the next product.
     """
     blocks = tl.cdiv(width, BLOCK_N)
-    expert, begin, end = _find_tile(offsets, tl.program_id(0) // blocks, experts, EXPERTS, BLOCK_M)
+    expert, begin, end = load_tile(tiles, tl.program_id(0) // blocks)
     if expert < experts:
         row = begin + tl.arange(0, BLOCK_M)
         inside = row < end
-        source = _source(order, row, inside, choices, GATHER)
-        weight = _row_weights(weights, order, row, inside, GATHER, BLOCK_M)
+        source = source_rows(sources, row, inside, GATHER)
+        weight = _row_weights(weights, pairs, row, inside, WEIGHTED, BLOCK_M)
         column = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
         stored = inside[:, None] & (column[None, :] < width)
         features = width * 2 if SWIGLU else width
@@ -170,8 +158,8 @@ def up_kernel(
 
 @triton.jit
 def down_backward_kernel(
-    d_y, down, hidden, d_hidden, active, weights, d_weights, order, offsets, experts, pairs, width, model, choices,
-    SWIGLU: tl.constexpr, GATHER: tl.constexpr, DOT: tl.constexpr, EXPERTS: tl.constexpr,
+    d_y, down, hidden, d_hidden, active, weights, d_weights, pairs, sources, tiles, experts, rows, width, model,
+    SWIGLU: tl.constexpr, GATHER: tl.constexpr, WEIGHTED: tl.constexpr, DOT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """d_hidden [S, F], the weighted activation [S, width] again, and one partial of d_weights [blocks, S] a column block.
@@ -179,13 +167,12 @@ def down_backward_kernel(
     With v = d_y[sorted rows] down: d_weight is the row sum of v * activation, and weight * v goes through its gradient.
     """
     blocks = tl.cdiv(width, BLOCK_N)
-    expert, begin, end = _find_tile(offsets, tl.program_id(0) // blocks, experts, EXPERTS, BLOCK_M)
+    expert, begin, end = load_tile(tiles, tl.program_id(0) // blocks)
     if expert < experts:
         block = tl.program_id(0) % blocks
         row = begin + tl.arange(0, BLOCK_M)
         inside = row < end
-        source = _source(order, row, inside, choices, GATHER)
-        weight = _row_weights(weights, order, row, inside, GATHER, BLOCK_M)[:, None]
+        source = source_rows(sources, row, inside, GATHER)
         column = block * BLOCK_N + tl.arange(0, BLOCK_N)
         stored = inside[:, None] & (column[None, :] < width)
         matrix = down + expert * model * width
@@ -204,10 +191,13 @@ def down_backward_kernel(
             positive = tl.maximum(first, 0.0)
             result = positive * positive
         # Each result is stored before the next is made: together they would spill registers.
-        if GATHER:
-            pair = tl.load(order + row, mask=inside, other=0)
+        if WEIGHTED:
+            pair = tl.load(pairs + row, mask=inside, other=0)
             partial = tl.sum(v * result, 1)
-            tl.store(d_weights + block.to(tl.int64) * pairs + pair, partial, mask=inside)
+            tl.store(d_weights + block.to(tl.int64) * rows + pair, partial, mask=inside)
+            weight = tl.load(weights + pair, mask=inside, other=0.0).to(tl.float32)[:, None]
+        else:
+            weight = tl.full((BLOCK_M, 1), 1.0, tl.float32)
         v = v * weight
         keep = active + begin * width + (lane * width + column[None, :])
         if SWIGLU:
@@ -223,7 +213,7 @@ def down_backward_kernel(
 
 @triton.jit
 def grouped_outer_kernel(
-    left, right, result, order, offsets, lefts, rights, choices,
+    left, right, result, sources, offsets, lefts, rights,
     GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr, DOT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -241,8 +231,8 @@ def grouped_outer_kernel(
     for start in range(begin, end, BLOCK_K):
         row = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_K)
         inside = row < end
-        left_row = _source(order, row, inside, choices, GATHER_LEFT)
-        right_row = _source(order, row, inside, choices, GATHER_RIGHT)
+        left_row = source_rows(sources, row, inside, GATHER_LEFT)
+        right_row = source_rows(sources, row, inside, GATHER_RIGHT)
         left_tile = tl.load(
             left + left_row[None, :] * lefts + left_lane[:, None],
             mask=inside[None, :] & (left_lane[:, None] < lefts),
@@ -261,14 +251,22 @@ def grouped_outer_kernel(
 
 @triton.jit
 def sum_choices_kernel(
-    rows_SD, inverse, y, tokens, model, choices, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    rows_SD, places, weights, y, tokens, rows, model, choices,
+    WEIGHTED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """y [R, D]: each token's K sorted rows added up in float32, always in the same order."""
+    """y [R, D]: each token's K sorted rows added up in float32, by weight where there are weights, always in the same order.
+
+    A place from `rows` on is that of a choice without a row, which adds nothing.
+    """
     token = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = (token[:, None] < tokens) & (column[None, :] < model)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for choice in range(choices):
-        row = tl.load(inverse + token * choices + choice, mask=token < tokens, other=0)
-        total += tl.load(rows_SD + row[:, None] * model + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        row = tl.load(places + token * choices + choice, mask=token < tokens, other=0).to(tl.int64)
+        given = inside & (row[:, None] < rows)
+        value = tl.load(rows_SD + row[:, None] * model + column[None, :], mask=given, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            value *= tl.load(weights + token * choices + choice, mask=token < tokens, other=0.0).to(tl.float32)[:, None]
+        total += value
     tl.store(y + token[:, None] * model + column[None, :], total.to(y.dtype.element_ty), mask=inside)

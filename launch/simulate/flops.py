@@ -1,4 +1,4 @@
-"""FLOPs of traced matrix products: torch's formulas for its operations, ours for products inside Triton kernels.
+"""FLOPs of traced matrix products: torch's formulas for its operations, ours for Triton kernels and what torch has none for.
 
 Products that an operation's body leaves to torch are counted when they run, so the table below leaves them out.
 """
@@ -20,9 +20,9 @@ Named = dict[str, Any]
 
 def count_flops(func: Any, args: Any, kwargs: Named, out: Any) -> int:
     """FLOPs of one call (a multiply-add is two); 0 for operations without a matrix product."""
-    if func.namespace == "amfm":
-        count = KERNELS.get(func._opname)
-        return 0 if count is None else int(count(name_arguments(func, args, kwargs)))
+    count = KERNELS.get(func._opname)
+    if count is not None:
+        return int(count(name_arguments(func, args, kwargs)))
     formula = flop_registry.get(func._overloadpacket)
     return 0 if formula is None else int(formula(*args, **kwargs, out_val=out))
 
@@ -41,6 +41,12 @@ def _attention(given: Named, *, backward: bool) -> int:
     batch, queries, heads, size = given["q_BTHK"].shape
     keys = given["k_BSJK"].shape[1]
     return attention_flops(batch, queries, heads, size, backward=backward) * keys // max(1, queries)
+
+
+def _documents(given: Named, *, backward: bool) -> int:
+    """PyTorch's attention inside documents laid end to end, as if all were as long as the longest."""
+    tokens, heads, size = given["query"].shape
+    return attention_flops(1, tokens, heads, size, backward=backward) * given["max_q"] // tokens
 
 
 def _decay(given: Named, *, backward: bool) -> int:
@@ -98,6 +104,7 @@ def _both(formula: Callable[..., int], name: str) -> dict[str, Callable[[Named],
 
 KERNELS: dict[str, Callable[[Named], int]] = {
     **_both(_attention, "attention_triton"),
+    **_both(_documents, "_varlen_attn"),
     **_both(_decay, "decay_scan_triton"),
     **_both(_mixer, "mamba2_triton"),
     **_both(_vector, "vector_scan_triton"),
@@ -109,4 +116,6 @@ KERNELS: dict[str, Callable[[Named], int]] = {
     "linear_cross_entropy_triton": _logits,
     "linear_statistics_triton": _logits,
     "linear_statistics_triton_backward": _logits,
+    # Rows [S, A] times a matrix [A, B] for each expert, or [A, S] times [S, B] over each expert's rows.
+    "_grouped_mm": lambda given: 2 * given["self"].numel() * given["mat2"].shape[-1],
 }

@@ -110,7 +110,7 @@ class Tracer(TorchDispatchMode):
         out = self.bodies.run(func, args, kwargs, self) if is_ours else self._run(func, args, kwargs)
         self.memory.track(out, self.operations)
         self.values.follow(func, args, kwargs, out)
-        self.values.assume(func, out)
+        self.values.assume(func, args, out)
         self._count(func, args, kwargs, out)
         return out
 

@@ -71,6 +71,8 @@ class KnownValues:
 
         None where an input is unknown, a float or large: only small integers steer the host.
         """
+        if func.namespace == "amfm":
+            return None  # kernels do not run here; `assume` says what follows of them
         tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
         values = {}
         for tensor in tensors:
@@ -112,12 +114,19 @@ class KnownValues:
             if any(tensor is each for each in fresh):
                 self.learn(tensor, values)
 
-    def assume(self, func: Any, out: Any) -> None:
+    def assume(self, func: Any, args: Any, out: Any) -> None:
         """Assume balanced routing: experts are chosen in turn, so that all receive the same number of rows.
 
         Scores are unknown, so nothing better is known of the choice; `--trace` therefore shows a balanced router's
-        memory.
+        memory. How choices fall on experts follows from them.
         """
+        if func._opname == "sort_pairs_triton":
+            chosen = self.of(args[0])
+            if chosen is not None:
+                with real_tensors():
+                    counts = torch.bincount(chosen.flatten(), minlength=args[1])
+                self.learn(out[3], counts)
+            return
         if func._opname == "route_triton":
             ids_RK, _, counts_E, _ = out
             experts = counts_E.shape[0]

@@ -8,15 +8,16 @@ rows by weight. Splits are as uneven as the router makes them; an expert, or a r
 Without a capacity rows are sent without padding: the counts are exchanged first, which waits for the device once a layer,
 and nothing is dropped or computed in vain. Under a capacity factor no expert takes more than so many rows of a sender, so
 every sender has as many slots for each expert (`slots`): splits are equal and known beforehand, counts stay on the device,
-and nothing waits. A slot that no choice fills carries some row that nobody adds up. Sums over a token's choices are made in the order of its choices, so results do not
-depend on the order of arrival. The module is left out of compiled graphs: the number of rows differs at each call.
+and nothing waits. A slot that no choice fills carries a row that nobody adds up. Copies, sorting and sums are
+`kernels/moe/rows`; sums over a token's choices are made in the order of its choices, so results do not depend on the order of
+arrival. The module is left out of compiled graphs: the number of rows differs at each call.
 
 Every rank of both groups must call, forward and backward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -24,7 +25,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.moe.op import group_by_expert, grouped_feed_forward
+from kernels.moe.op import grouped_feed_forward
+from kernels.moe.rows.op import combine_choices, gather_choices, put_in_slots, sort_choices, sort_rows
 from model.parallel.groups import ProcessGroupCollection
 
 Overlapped = TypeVar("Overlapped")
@@ -55,16 +57,15 @@ def dispatch_feed_forward(
     Four all-to-alls of rows at most, each once more in backward: out over `ep`, over `expt_tp` and back, home over `ep`.
     """
     num_experts = up_eFD.shape[0] * groups.ep.size()
-    # Lost choices are one expert more, which sorts last: cutting the order at num_sent leaves them out.
-    choices = group_by_expert(expert_ids_RK, num_experts + 1)
+    # Lost choices are one expert more, which sorts last: the first num_sent places leave them out.
+    choices = sort_choices(expert_ids_RK, num_experts + 1, backend=backend)
     counts_E = choices.counts_E[:num_experts]
     if slots is None:
         plan = exchange_counts(counts_E, groups)
-        order_S = choices.order[: plan.num_sent]
     else:
         plan = plan_slots(counts_E, slots, groups)
-        order_S = fill_slots(choices.order, counts_E, slots)
-    rows_SD = gather_choices(x_RD, order_S, expert_ids_RK.shape[1])
+        choices = put_in_slots(choices, expert_ids_RK, slots)
+    rows_SD = gather_choices(x_RD, choices, plan.num_sent, expert_ids_RK.shape[1])
     going = RowTransfer(groups.ep, plan.sent, plan.received)
     rows_SD = going.start(rows_SD)
     other = overlap_fn()
@@ -76,7 +77,7 @@ def dispatch_feed_forward(
     if not spread.is_local:
         y_SD = spread.back().run(y_SD).unflatten(0, (groups.expt_tp.size(), -1)).sum(0)
     y_SD = going.back().run(y_SD)
-    return combine_choices(y_SD, order_S, weights_RK), other
+    return combine_choices(y_SD, choices, weights_RK), other
 
 
 def _local_experts(
@@ -84,8 +85,8 @@ def _local_experts(
 ) -> Tensor:
     """Feed-forward of rows [S, D] sorted by sender and then by expert; the result [S, D] keeps their order.
 
-    Rows are sorted by expert alone in between, so that each expert is one product of a grouped matrix multiplication
-    however many ranks sent to it. The sums are partial where `expt_tp` has several ranks.
+    The products take rows by expert alone, so that each expert is one product of a grouped matrix multiplication however
+    many ranks sent to it. The sums are partial where `expt_tp` has several ranks.
     """
     counts_Xe = plan.arrived_Xe
     senders, num_local = counts_Xe.shape
@@ -94,16 +95,20 @@ def _local_experts(
     if plan.slots is None:
         expert_S = experts_e.repeat(senders).repeat_interleave(counts_Xe.flatten(), output_size=len(rows_SD))
     else:
-        # Empty slots sort last. Kernels leave rows beyond the counts alone; on a CPU they are the last expert's.
+        # Empty slots sort last. Kernels leave rows beyond the counts alone; else they are the last expert's.
         is_filled_XeN = torch.arange(plan.slots, device=rows_SD.device) < counts_Xe[:, :, None]
         expert_S = torch.where(is_filled_XeN, experts_e[:, None], num_local).flatten()
-        if rows_SD.device.type == "cpu":
+        if backend != "triton" or rows_SD.device.type == "cpu":
             counts_e = counts_e + (experts_e == num_local - 1) * (len(rows_SD) - counts_e.sum())
-    by_expert_S = expert_S.argsort(stable=True)
-    y_SD = grouped_feed_forward(
-        reorder_rows(rows_SD, by_expert_S), counts_e, up_eFD, down_eDF, activation=activation, backend=backend
+    return grouped_feed_forward(
+        rows_SD,
+        counts_e,
+        up_eFD,
+        down_eDF,
+        activation=activation,
+        sources_R=sort_rows(expert_S, num_local + 1, backend=backend),
+        backend=backend,
     )
-    return reorder_rows(y_SD, _inverse(by_expert_S))
 
 
 @dataclass(frozen=True)
@@ -149,14 +154,6 @@ def plan_slots(counts_E: Tensor, slots: int, groups: ProcessGroupCollection) -> 
     ranks, beside = groups.ep.size(), groups.expt_tp.size()
     rows = len(counts_E) // ranks * slots
     return RowPlan([rows] * ranks, [rows] * ranks, [rows * ranks] * beside, _send_counts(counts_E, groups), slots)
-
-
-def fill_slots(order_S: Tensor, counts_E: Tensor, slots: int) -> Tensor:
-    """The choice in each slot [E * slots], from choices sorted by expert; len(order) where a slot stays empty."""
-    places_EN = torch.arange(slots, device=order_S.device) + (counts_E.cumsum(0) - counts_E)[:, None]
-    is_filled_EN = torch.arange(slots, device=order_S.device) < counts_E[:, None]
-    found_EN = order_S[places_EN.clamp(max=len(order_S) - 1)]
-    return torch.where(is_filled_EN, found_EN, len(order_S)).flatten()
 
 
 def _send_counts(counts_E: Tensor, groups: ProcessGroupCollection) -> Tensor:
@@ -255,104 +252,3 @@ class _AllToAllWait(torch.autograd.Function):
         transfer.gradient = transfer.launch(gradients[0], transfer.received, transfer.sent)
         # Only of the right shape for autograd: `start` takes the gradient that travelled.
         return gradients[0], None
-
-
-def gather_choices(x_RD: Tensor, order_S: Tensor, top_k: int) -> Tensor:
-    """Gather rows [S, D] of tokens by sorted choice: row s is of token order[s] // top_k; gradients add up in float32 at least.
-
-    A place without a choice (order R * top_k) gets some row, whose gradient goes nowhere.
-    """
-    rows_SD: Tensor = _GatherChoices.apply(x_RD, order_S, top_k)
-    return rows_SD
-
-
-def combine_choices(rows_SD: Tensor, order_S: Tensor, weights_RK: Tensor) -> Tensor:
-    """Sum each token's rows, found by `order`, by weight: [R, D]; a choice without a row adds nothing."""
-    y_RD: Tensor = _CombineChoices.apply(rows_SD, order_S, weights_RK)
-    return y_RD
-
-
-def reorder_rows(rows_SD: Tensor, order_S: Tensor) -> Tensor:
-    """Permute rows: rows[order], for an order that names each row once."""
-    ordered_SD: Tensor = _Reorder.apply(rows_SD, order_S)
-    return ordered_SD
-
-
-class _GatherChoices(torch.autograd.Function):
-    """index_select whose backward sums in a fixed order and a wide dtype; torch's adds up in the dtype of the rows."""
-
-    @staticmethod
-    def forward(ctx: Any, x_RD: Tensor, order_S: Tensor, top_k: int) -> Tensor:
-        ctx.save_for_backward(order_S)
-        ctx.shape_RK = (x_RD.shape[0], top_k)
-        return x_RD.index_select(0, _tokens_of(order_S, ctx.shape_RK))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        (order_S,) = ctx.saved_tensors
-        return _sum_by_token(gradients[0], order_S, None, ctx.shape_RK), None, None
-
-
-class _CombineChoices(torch.autograd.Function):
-    """Weighted sum of rows by token; gradients of rows and of weights are read row by row, without a scatter-add."""
-
-    @staticmethod
-    def forward(ctx: Any, rows_SD: Tensor, order_S: Tensor, weights_RK: Tensor) -> Tensor:
-        ctx.save_for_backward(rows_SD, order_S, weights_RK)
-        return _sum_by_token(rows_SD, order_S, weights_RK, (weights_RK.shape[0], weights_RK.shape[1]))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        rows_SD, order_S, weights_RK = ctx.saved_tensors
-        wide = torch.promote_types(rows_SD.dtype, torch.float32)
-        dy_SD = gradients[0].index_select(0, _tokens_of(order_S, weights_RK.shape))
-        # One more for places without a choice: weight 0, and a gradient that goes nowhere.
-        weights_S = torch.cat([weights_RK.flatten(), weights_RK.new_zeros(1)]).index_select(0, order_S)
-        d_rows_SD = (dy_SD * weights_S[:, None]).to(rows_SD.dtype)
-        d_weights_S = torch.linalg.vecdot(dy_SD.to(wide), rows_SD.to(wide)).to(weights_RK.dtype)
-        d_weights_RK = weights_RK.new_zeros(weights_RK.numel() + 1).index_copy(0, order_S, d_weights_S)
-        return d_rows_SD, None, d_weights_RK[:-1].view_as(weights_RK)
-
-
-class _Reorder(torch.autograd.Function):
-    """Permutation whose backward is the inverse permutation: a read, where index_select's own would add into zeros."""
-
-    @staticmethod
-    def forward(ctx: Any, rows_SD: Tensor, order_S: Tensor) -> Tensor:
-        ctx.save_for_backward(order_S)
-        return rows_SD.index_select(0, order_S)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        (order_S,) = ctx.saved_tensors
-        return gradients[0].index_select(0, _inverse(order_S)), None
-
-
-def _sum_by_token(rows_SD: Tensor, order_S: Tensor, weights_RK: Tensor | None, shape_RK: tuple[int, int]) -> Tensor:
-    """Sum rows [S, D] by token -> [R, D], choice by choice in a fixed order, so that results are reproducible.
-
-    One read of R rows a choice, in float32 at least; a lost choice reads some row with factor 0.
-    """
-    tokens, top_k = shape_RK
-    wide = torch.promote_types(rows_SD.dtype, torch.float32)
-    total_RD = torch.zeros(tokens, rows_SD.shape[1], dtype=wide, device=rows_SD.device)
-    if len(rows_SD) == 0:
-        return total_RD.to(rows_SD.dtype)
-    row_RK = torch.full((tokens * top_k + 1,), -1, device=order_S.device)
-    row_RK.index_copy_(0, order_S, torch.arange(len(order_S), device=order_S.device))
-    for column, row_R in enumerate(row_RK[:-1].view(tokens, top_k).unbind(1)):
-        factor_R = (row_R >= 0).to(wide)
-        if weights_RK is not None:
-            factor_R = factor_R * weights_RK[:, column]
-        total_RD.addcmul_(rows_SD.index_select(0, row_R.clamp(min=0)).to(wide), factor_R[:, None].to(wide))
-    return total_RD.to(rows_SD.dtype)
-
-
-def _tokens_of(order_S: Tensor, shape_RK: Sequence[int]) -> Tensor:
-    """Token of each choice; some token for a place without one."""
-    return (order_S // shape_RK[1]).clamp(max=max(0, shape_RK[0] - 1))
-
-
-def _inverse(order_S: Tensor) -> Tensor:
-    """Invert a permutation; by writing, which is cheaper than sorting it."""
-    return torch.empty_like(order_S).index_copy_(0, order_S, torch.arange(len(order_S), device=order_S.device))

@@ -103,6 +103,17 @@ def test_grouped_feed_forward_is_the_expert_path_without_gather_and_weights():
     torch.testing.assert_close(sorted_y, whole[groups.token_ids], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("activation", ["swiglu", "squared_relu"])
+def test_grouped_products_of_a_card_compute_what_the_loop_does(activation, monkeypatch):
+    """PyTorch's grouped product computes on CPUs too, so that the path of cards is held against the loop here."""
+    sizes = {"tokens": 40, "model": 16, "hidden": 8, "experts": 6, "empty": (0, 3, 5)}
+    _, wanted = run("torch", torch.float32, activation=activation, **sizes)
+    monkeypatch.setattr(torch_impl, "takes_grouped", lambda *_: True)
+    _, got = run("torch", torch.float32, activation=activation, **sizes)
+    for name, one, other in zip(("y", "dx", "d_up", "d_down", "d_logits"), got, wanted):
+        assert relative_rms(one, other) <= 1e-5, name
+
+
 def test_bfloat16_stays_within_the_rounding_of_its_inputs():
     _, wanted = run("reference", torch.float64, model=32, hidden=16)
     _, got = run("torch", torch.bfloat16, model=32, hidden=16)

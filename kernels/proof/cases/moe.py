@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from kernels.linear.op import linear
-from kernels.moe.op import expert_feed_forward, feed_forward_bytes, feed_forward_flops, route
+from kernels.moe.op import expert_feed_forward, feed_forward_bytes, feed_forward_flops, grouped_feed_forward, route
+from kernels.moe.rows.op import combine_choices, gather_choices, row_bytes, sort_choices, sort_rows
 from kernels.proof.cases.case import (
     CardSizes,
     CountedProblem,
@@ -20,6 +21,7 @@ from kernels.proof.cases.case import (
     OperationCase,
     Problem,
     bfloat16_inputs,
+    formula_goals,
     kernel_launch,
 )
 
@@ -78,36 +80,79 @@ def block_problem(inputs: Inputs, tokens: int, model: int, experts: int, width: 
     return Problem(inner.shape, (x, router, up, down), run, inner.forward, inner.backward)
 
 
+def sent_problem(inputs: Inputs, tokens: int, model: int, experts: int, width: int, top_k: int) -> Problem:
+    """Experts as ranks exchange rows: copies by choice, feed-forward of rows in a sender's order, weighted sum by token.
+
+    One rank sends to itself here: what travels is the same memory. Leaves as in `experts_problem`.
+    """
+    inner = experts_problem(inputs, tokens, model, experts, width, top_k)
+    ids = torch.randn(tokens, experts, device=inputs.device).topk(top_k).indices
+    # The order in which rows of several senders lie: every second row first.
+    arrived = torch.arange(tokens * top_k, device=inputs.device).view(-1, 2).t().flatten()
+
+    def run(x: Tensor, weights: Tensor, up: Tensor, down: Tensor, backend: str) -> Tensor:
+        choices = sort_choices(ids, experts, backend=backend)
+        rows = gather_choices(x, choices, ids.numel(), top_k)
+        expert_S = ids.flatten().sort(stable=True).values[arrived]
+        sources = sort_rows(expert_S, experts, backend=backend)
+        rows = rows[arrived]  # the exchange
+        counts = choices.counts_E
+        y = grouped_feed_forward(rows, counts, up, down, activation="swiglu", sources_R=sources, backend=backend)
+        return combine_choices(y[arrived.argsort()], choices, weights)
+
+    pairs, numbers = tokens * top_k, 3 * experts * model * width
+    rows = row_bytes(tokens, pairs, model, value_bytes=VALUE_BYTES)
+    # Of rows: read, hidden written, activation written and read, results written; backward as in `experts_problem`, with rows
+    # for tokens, and the rows that came back once more for the weights.
+    forward = rows + VALUE_BYTES * (numbers + pairs * (2 * model + 4 * width))
+    backward = rows + VALUE_BYTES * (2 * numbers + pairs * (4 * model + 8 * width))
+    operations = inner.forward.operations, inner.backward.operations
+    return Problem(
+        f"{inner.shape}, sent", inner.leaves, run, Minimum(forward, operations[0]), Minimum(backward, operations[1])
+    )
+
+
 def counted_problems() -> Iterator[CountedProblem]:
-    """Both activations over 8 experts."""
+    """Both activations over 8 experts, and experts over ranks."""
     for activation in ("swiglu", "squared_relu"):
         problem = experts_problem(bfloat16_inputs(), 256, 128, 8, 64, 2, activation)
         yield CountedProblem(f"moe_{activation}", problem, Goal("of the formula", problem.forward.bytes, 1.3))
+    problem = sent_problem(bfloat16_inputs(), 256, 128, 8, 64, 2)
+    yield CountedProblem("moe_over_ranks", problem, *formula_goals(problem, 1.3))
 
 
 def launches() -> Iterator[KernelLaunch]:
     """Every kernel of the experts, for few and many rows an expert."""
     import triton.language as tl
 
+    from kernels.moe import persistent
     from kernels.moe import triton_experts as experts
     from kernels.moe import triton_kernels as kernels
+    from kernels.moe.rows import triton_impl as copies
 
     inputs = ("x", "weight", "up", "down", "hidden", "d_y", "left", "right", "rows_SD")
     types = dict.fromkeys((*inputs, "y", "active", "d_hidden", "result"), "*bf16")
-    types |= {"order": "*i64", "inverse": "*i64", "offsets": "*i32"}
+    types |= dict.fromkeys(("pairs", "sources", "tiles", "places", "offsets"), "*i32")
     types |= {"weights": "*fp32", "d_weights": "*fp32", "choices": "i32", "experts": "i32:16"}
-    sizes = ("columns", "inner", "width", "pairs", "model", "lefts", "rights", "tokens")
+    sizes = ("columns", "inner", "width", "rows", "model", "lefts", "rights", "tokens")
     types |= dict.fromkeys((*sizes, "weight_expert", "weight_row", "weight_column"), "i32:16")
     for rows, label in ((64, "64 rows an expert"), (1024, "1024 rows an expert")):
         product = {**experts.product_tile(rows * 128, 128), **experts.OPTIONS}
         narrow = {**experts.narrow_tile(rows * 128, 128), **experts.OPTIONS}
-        shared = {"DOT": tl.bfloat16, "EXPERTS": 128}
+        shared = {"DOT": tl.bfloat16}
         for strides, way in (({"weight_column": 1}, "down"), ({"weight_row": 1}, "up backward")):
-            constants = {"GATHER": False, **shared, **strides}
+            constants = {"SCATTER": False, "TRANSPOSED": way != "down", "sources": None, **shared}
+            depth, width, height = product["BLOCK_K"], product["BLOCK_N"], product["BLOCK_M"]
+            matrix = f"1, {width}, {depth}" if way == "down" else f"1, {depth}, {width}"
+            described = types | {"rows": f"tensordesc<bf16[{height}, {depth}]>", "works": "i32"}
+            described |= {"matrices": f"tensordesc<bf16[{matrix}]>"}
+            name = f"experts {way}, persistent, {label}"
+            yield kernel_launch(name, persistent.persistent_product_kernel, described, constants, product)
+            constants = {"GATHER": False, "SCATTER": False, "sources": None, **shared, **strides}
             kernel = kernels.grouped_product_kernel
             yield kernel_launch(f"experts {way}, {label}", kernel, types, constants, product)
         for swiglu, activation in ((True, "SwiGLU"), (False, "squared ReLU")):
-            constants = {"SWIGLU": swiglu, "GATHER": True, **shared}
+            constants = {"SWIGLU": swiglu, "GATHER": True, "WEIGHTED": True, **shared}
             name, config = f"experts up, {activation}, {label}", narrow if swiglu else product
             yield kernel_launch(name, kernels.up_kernel, types, constants, config)
             name = f"experts down backward, {activation}, {label}"
@@ -116,7 +161,26 @@ def launches() -> Iterator[KernelLaunch]:
         constants = {"GATHER_LEFT": left, "GATHER_RIGHT": not left, "DOT": tl.bfloat16}
         config = {**experts.OUTER_TILE, **experts.OPTIONS}
         yield kernel_launch(f"experts {name}", kernels.grouped_outer_kernel, types, constants, config)
-    yield kernel_launch("experts sum over choices", kernels.sum_choices_kernel, types, {}, experts.SUM_TILE)
+    for weighted, name in ((False, "experts sum over choices"), (True, "rows weighted sum")):
+        constants = {"WEIGHTED": weighted} | ({} if weighted else {"weights": None})
+        yield kernel_launch(name, kernels.sum_choices_kernel, types, constants, experts.SUM_TILE)
+    types |= {"x": "*bf16", "d_rows": "*bf16"}
+    yield kernel_launch("rows spread", copies.spread_rows_kernel, types, {}, copies.COPY_TILE)
+    yield kernel_launch("rows weighted sum, backward", copies.combine_backward_kernel, types, {}, copies.COPY_TILE)
+    yield from _sort_launches()
+
+
+def _sort_launches() -> Iterator[KernelLaunch]:
+    """The counting sort and the list of tiles, for 128 experts."""
+    from kernels.moe import counting_sort as sort
+
+    types = dict.fromkeys(("counts", "sorted_pairs", "tokens", "places", "offsets", "tiles"), "*i32")
+    types |= {"ids": "*i64", "totals": "*i64"}
+    types |= dict.fromkeys(("pairs", "experts", "blocks", "choices", "bound"), "i32")
+    experts = {"EXPERTS": 128}
+    yield kernel_launch("sort counts", sort.count_pairs_kernel, types, experts, sort.SORT_TILE)
+    yield kernel_launch("sort places", sort.place_pairs_kernel, types, experts | {"ROWS": sort.ROWS}, sort.SORT_TILE)
+    yield kernel_launch("tiles", sort.list_tiles_kernel, types, experts | {"ROWS": sort.ROWS, "BLOCK_M": 128})
 
 
 def _on_card(inputs: Inputs, sizes: CardSizes) -> Problem:
@@ -128,4 +192,14 @@ def _on_host(inputs: Inputs, sizes: HostSizes) -> Problem:
     return block_problem(inputs, tokens, sizes.model, sizes.experts, sizes.expert_width, sizes.top_k)
 
 
-CASE = OperationCase("moe", launches, counted_problems, on_card={"moe": _on_card}, on_host={"moe": _on_host})
+def _sent_on_card(inputs: Inputs, sizes: CardSizes) -> Problem:
+    return sent_problem(inputs, sizes.tokens, sizes.model, sizes.experts, sizes.expert_width, sizes.top_k)
+
+
+CASE = OperationCase(
+    "moe",
+    launches,
+    counted_problems,
+    on_card={"moe": _on_card, "moe_over_ranks": _sent_on_card},
+    on_host={"moe": _on_host},
+)

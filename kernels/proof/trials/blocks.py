@@ -8,10 +8,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kernels.attention.op import attention
+from kernels.attention.op import attention, fastest_backend
+from kernels.attention.varlen import DocumentEnds
 from kernels.causal_conv1d.op import causal_conv1d
 from kernels.linear_cross_entropy.op import linear_cross_entropy, linear_statistics
-from kernels.moe.op import expert_feed_forward, route
+from kernels.moe.op import expert_feed_forward, grouped_feed_forward, route
+from kernels.moe.rows.op import combine_choices, gather_choices, put_in_slots, sort_choices, sort_rows
 from kernels.norm.op import gated_rms_norm, rms_norm
 from kernels.proof.cases.case import EPSILON, Inputs
 from kernels.proof.trials.trial import Sized, Trial, documents, slices
@@ -36,6 +38,26 @@ def attention_trial(
     return Trial(leaves, run, exact=exact)
 
 
+def packed_attention_trial(
+    inputs: Inputs, heads: int, kv_heads: int, size: int, *, lengths: tuple[int, ...], window: int | None = None
+) -> Trial:
+    """Documents as a model has them, by what is fastest for them: on a card PyTorch's variable-length attention."""
+    tokens = sum(lengths)
+    leaves = {"q": inputs.normal(1, tokens, heads, size)}
+    leaves |= {name: inputs.normal(1, tokens, kv_heads, size) for name in ("k", "v")}
+    ids = documents(inputs, tokens, *lengths)
+    offsets = torch.tensor([0, *lengths], device=inputs.device).cumsum(0).to(torch.int32)
+    ends = DocumentEnds(offsets, max(lengths))
+
+    def run(given: Mapping[str, Tensor], backend: str) -> dict[str, Tensor]:
+        q, k, v = given.values()
+        chosen = fastest_backend(backend, q, has_documents=True, keys=tokens, document_ends=ends)
+        y = attention(q, k, v, document_ids_BS=ids, window=window, document_ends=ends, backend=chosen)
+        return {"y": y}
+
+    return Trial(leaves, run)
+
+
 def attention_trials() -> Iterator[Sized]:
     """Heads of 64 and 128, documents, windows, a cache."""
     for size in (64, 128):
@@ -47,6 +69,9 @@ def attention_trials() -> Iterator[Sized]:
     yield Sized("uneven head", "small", partial(attention_trial, tokens=63, heads=2, kv_heads=2, size=20))
     windowed = partial(attention_trial, tokens=35, keys=70, heads=2, kv_heads=1, size=16, lengths=(20, 30, 19, 1))
     yield Sized("window and cache", "small", partial(windowed, window=18))
+    packed = partial(packed_attention_trial, heads=4, kv_heads=2, size=64, lengths=(40, 1, 29))
+    yield Sized("documents as a model has them", "small", packed)
+    yield Sized("documents as a model has them, with a window", "small", partial(packed, window=13))
     long = partial(attention_trial, tokens=8205, heads=3, kv_heads=1, size=128, exact="torch")
     yield Sized("long row with documents", "long", partial(long, lengths=(4000, 1, 63, 4141)))
     yield Sized("long row with a window", "long", partial(long, window=1000))
@@ -185,9 +210,42 @@ def expert_trials() -> Iterator[Sized]:
 
         return Trial(leaves, run, exact=exact)
 
+    def sent(inputs: Inputs, tokens: int, model: int, experts: int, width: int, *, slots: int | None = None) -> Trial:
+        """Rows as ranks exchange them, the second half first, some choices lost."""
+        ids = torch.randn(tokens, experts, device=inputs.device).topk(2).indices
+        ids[: tokens // 4, 1] = experts
+        leaves = {"x": inputs.normal(tokens, model), "weights": inputs.uniform(tokens, 2, low=0.1)}
+        leaves["up"] = inputs.normal(experts, 2 * width, model, scale=model**-0.5)
+        leaves["down"] = inputs.normal(experts, model, width, scale=width**-0.5)
+        counts = torch.bincount(ids.flatten(), minlength=experts + 1)[:experts]
+        count = int(counts.sum()) if slots is None else experts * slots
+        of_row = torch.arange(experts, device=inputs.device)
+        if slots is None:
+            of_row = of_row.repeat_interleave(counts)
+        else:
+            is_filled = torch.arange(slots, device=inputs.device) < counts[:, None]
+            of_row = torch.where(is_filled, of_row[:, None], experts).flatten()
+            counts[-1] += count - counts.sum()
+        arrived = torch.arange(count, device=inputs.device).roll(count // 2)
+
+        def run(given: Mapping[str, Tensor], backend: str) -> dict[str, Tensor]:
+            x, weights, up, down = given.values()
+            choices = sort_choices(ids, experts + 1, backend=backend)
+            choices = choices if slots is None else put_in_slots(choices, ids, slots)
+            rows = gather_choices(x, choices, count, 2)
+            sources = sort_rows(of_row[arrived], experts + 1, backend=backend)
+            y = grouped_feed_forward(
+                rows[arrived], counts, up, down, activation="swiglu", sources_R=sources, backend=backend
+            )
+            return {"y": combine_choices(y[arrived.argsort()], choices, weights)}
+
+        return Trial(leaves, run)
+
     small = partial(trial, tokens=70, model=64, experts=6, width=48, top_k=2)
     yield Sized("SwiGLU, empty experts", "first", partial(small, chosen=4))
     yield Sized("squared ReLU", "first", partial(small, activation="squared_relu"))
+    yield Sized("rows of several ranks", "first", partial(sent, tokens=70, model=64, experts=6, width=48))
+    yield Sized("rows in slots", "small", partial(sent, tokens=40, model=50, experts=4, width=37, slots=40))
     yield Sized("one expert", "small", partial(trial, tokens=7, model=50, experts=1, width=37, top_k=1))
     long = partial(trial, tokens=8205, model=1024, top_k=8, exact="torch")
     yield Sized("128 experts, 28 of them empty", "long", partial(long, experts=128, width=512, chosen=100))

@@ -3,8 +3,13 @@
 import pytest
 import torch
 
-from kernels.moe import triton_experts, triton_router
+from kernels.moe import counting_sort, triton_experts, triton_router
+from kernels.moe.counting_sort import sort_pairs
 from kernels.moe.op import expert_feed_forward, group_by_expert, grouped_feed_forward, route
+from kernels.moe.persistent import launch_persistent, takes_descriptors
+from kernels.moe.rows import triton_impl as rows_triton
+from kernels.moe.rows.op import combine_choices, gather_choices, put_in_slots, row_bytes, sort_choices, sort_rows
+from kernels.proof.counting import count_launches
 from tests.helpers.interpreted_products import multiply_term_by_term
 from tests.helpers.numbers import assert_all_near, assert_bitwise
 from tests.helpers.registration import assert_registered
@@ -108,6 +113,124 @@ def test_sorted_rows_need_no_gather(poisoned_memory):
     assert_all_near(results[1], results[0], FLOAT32)
 
 
+def test_rows_in_another_order_are_read_and_written_where_they_lie(poisoned_memory):
+    torch.manual_seed(2)
+    x, up, down = (torch.randn(*shape, requires_grad=True) for shape in ((21, 8), (4, 16, 8), (4, 8, 8)))
+    experts = torch.tensor([3, 0, 2, 2, 0, 2, 2])[torch.randint(0, 7, (21,))]
+    counts = torch.bincount(experts, minlength=4)
+    results = []
+    for backend in ("reference", "triton", "triton"):
+        sources = sort_rows(experts, 4, backend=backend)
+        y = grouped_feed_forward(x, counts, up, down, activation="swiglu", sources_R=sources, backend=backend)
+        results.append([y, *torch.autograd.grad(y.square().sum(), (x, up, down))])
+    assert_all_near(results[1], results[0], FLOAT32)
+    for one, other in zip(*results[1:]):
+        assert_bitwise(one, other)
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("scatters", [False, True])
+def test_the_persistent_product_equals_the_one_of_the_default(is_transposed, scatters, poisoned_memory):
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(45, 40, generator=generator)
+    weight = torch.randn(3, 48, 40, generator=generator)
+    if is_transposed:
+        weight = weight.transpose(1, 2).contiguous().transpose(1, 2)
+    offsets = torch.tensor([17, 17, 45], dtype=torch.int32)
+    if x.device.type == "cuda" and not takes_descriptors(x, weight):
+        pytest.skip("this card has no copy engine")
+    tile = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16}
+    tiles = counting_sort.list_tiles(offsets, 6, 16)
+    sources = torch.randperm(45, generator=generator).int() if scatters else None
+    y = torch.full((45, 48), torch.nan)
+    launch_persistent(x, weight, y, sources, tiles, tile | {"num_warps": 4, "num_stages": 1})
+    wanted = torch.cat([x[:17].double() @ weight[0].double().t(), x[17:].double() @ weight[2].double().t()])
+    assert_all_near([y if sources is None else y[sources.long()]], [wanted], FLOAT32)
+
+
+@pytest.mark.parametrize(("tokens", "top_k", "experts"), [(1, 1, 1), (50, 2, 5), (100, 3, 20), (33, 8, 9)])
+def test_pairs_are_sorted_as_by_a_stable_sort(tokens, top_k, experts, poisoned_memory):
+    ids = torch.randint(0, experts, (tokens, top_k), generator=torch.Generator().manual_seed(tokens))
+    ids[ids == 1] = 0  # an expert that nobody chose
+    wanted, pairs = group_by_expert(ids, experts), sort_pairs(ids, experts)
+    for got, expected in (
+        (pairs.pairs, wanted.order),
+        (pairs.tokens, wanted.token_ids),
+        (pairs.counts_E, wanted.counts_E),
+        (pairs.offsets_E, wanted.offsets_E),
+        (pairs.places, wanted.order.argsort()),
+    ):
+        assert torch.equal(got.long(), expected.long())
+
+
+@pytest.mark.parametrize("lost", [0, 7])
+def test_rows_by_choice_equal_the_definition_twice_bitwise(lost, poisoned_memory):
+    """Rows [S, D] of choices that are sent: the last expert's are not where it stands for lost choices."""
+    generator = torch.Generator().manual_seed(4)
+    ids = torch.randint(0, 4, (19, 3), generator=generator)
+    ids.view(-1)[:lost] = 4
+    count = int((ids < 4).sum())
+    wide = torch.randn(19, 70, generator=generator, dtype=torch.float64)
+    results = []
+    for backend, dtype in (("torch", torch.float64), ("triton", torch.float32), ("triton", torch.float32)):
+        x = wide.to(dtype).requires_grad_()
+        weights = torch.linspace(-1, 1, 57, dtype=dtype).view(19, 3).requires_grad_()
+        choices = sort_choices(ids, 5, backend=backend)
+        rows = gather_choices(x, choices, count, 3)
+        factor = torch.linspace(1, 2, rows.numel(), dtype=torch.float64).to(dtype).view(rows.shape)
+        y = combine_choices(rows * factor, choices, weights)
+        results.append([rows, y, *torch.autograd.grad(y.square().sum(), (x, weights))])
+    assert_all_near(results[1], results[0], FLOAT32, ["rows", "y", "dx", "d_weights"])
+    for one, other in zip(*results[1:]):
+        assert_bitwise(one, other)
+
+
+def test_slots_hold_the_rows_of_choices_and_zeros_in_gaps(poisoned_memory):
+    generator = torch.Generator().manual_seed(4)
+    ids = torch.randint(0, 4, (19, 3), generator=generator)
+    ids.view(-1)[5:12] = 4  # lost
+    slots = int(torch.bincount(ids.flatten()[ids.flatten() < 4]).max()) + 2
+    wide = torch.randn(19, 70, generator=generator, dtype=torch.float64)
+    results, gaps = [], None
+    for backend, dtype in (("torch", torch.float64), ("triton", torch.float32), ("triton", torch.float32)):
+        x = wide.to(dtype).requires_grad_()
+        weights = torch.linspace(-1, 1, 57, dtype=dtype).view(19, 3).requires_grad_()
+        choices = put_in_slots(sort_choices(ids, 5, backend=backend), ids, slots)
+        rows = gather_choices(x, choices, 4 * slots, 3)
+        gaps = choices.order == 57 if gaps is None else gaps
+        factor = torch.linspace(1, 2, rows.numel(), dtype=torch.float64).to(dtype).view(rows.shape)
+        y = combine_choices(rows * factor, choices, weights)
+        gradients = torch.autograd.grad(y.square().sum(), (x, weights, rows))
+        results.append([y, *gradients, rows[~gaps]])
+        assert not gradients[2][gaps].any()
+        assert backend == "torch" or not rows[gaps].any()
+    assert_all_near(results[1], results[0], FLOAT32, ["y", "dx", "d_weights", "d_rows", "rows"])
+    for one, other in zip(*results[1:]):
+        assert_bitwise(one, other)
+
+
+def test_nothing_sent_gives_zeros(poisoned_memory):
+    x, weights = torch.randn(3, 8, requires_grad=True), torch.rand(3, 2, requires_grad=True)
+    choices = sort_choices(torch.full((3, 2), 4), 5, backend="triton")
+    y = combine_choices(gather_choices(x, choices, 0, 2), choices, weights)
+    assert torch.equal(y, torch.zeros(3, 8))
+    assert all(not gradient.any() for gradient in torch.autograd.grad(y.sum(), (x, weights)))
+
+
+def test_rows_by_choice_move_their_minimum():
+    x, weights = torch.randn(64, 128).bfloat16().requires_grad_(), torch.rand(64, 4, requires_grad=True)
+    choices = sort_choices(torch.arange(256).view(64, 4) % 8, 8, backend="triton")
+    with count_launches() as launches:
+        rows = gather_choices(x, choices, 256, 4)
+        y = combine_choices(rows, choices, weights)
+        forward = len(launches)
+        torch.autograd.grad(y, (x, weights), torch.ones_like(y))
+    moved = [sum(launch.distinct_bytes for launch in part) for part in (launches[:forward], launches[forward:])]
+    assert moved[0] <= 1.1 * row_bytes(64, 256, 128)
+    # Backward also reads the rows again for the gradients of the weights.
+    assert moved[1] <= 1.1 * (row_bytes(64, 256, 128) + 2 * 256 * 128)
+
+
 def test_rows_of_nan_still_name_experts():
     routing = route(
         torch.full((2, 5), float("nan")), None, score="sigmoid", top_k=2, normalize=True, scaling=1.0, backend="triton"
@@ -121,7 +244,12 @@ def test_registration_is_complete():
     assert_registered(triton_router._forward, logits, bias, False, 2, True, 1.0, 2, 1)
     x, up, down = (torch.randn(*shape, requires_grad=True) for shape in ((6, 8), (4, 16, 8), (4, 8, 8)))
     weights = torch.rand(6, 2, requires_grad=True)
-    groups = group_by_expert(torch.randint(0, 4, (6, 2)), 4)
-    inverse = groups.order.argsort()
-    sorting = groups.order, inverse, groups.offsets_E
+    ids = torch.randint(0, 4, (6, 2))
+    assert_registered(counting_sort._sort, ids, 4)
+    pairs = sort_pairs(ids, 4)
+    sorting = pairs.pairs, pairs.tokens, pairs.places, pairs.offsets_E
     assert_registered(triton_experts._forward, x, weights, *sorting, up, down, True)
+    rows = sort_pairs(ids[:, :1], 4)
+    assert_registered(triton_experts._forward, x, None, None, rows.pairs, None, rows.offsets_E, up, down, True)
+    assert_registered(rows_triton._spread, x, pairs.places, 12, 2, False)
+    assert_registered(rows_triton._combine, torch.randn(12, 8, requires_grad=True), pairs.places, weights, False)

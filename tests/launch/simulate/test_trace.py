@@ -75,6 +75,7 @@ def test_trace_gives_json_and_a_picture(small, tmp_path, capsys):
     # Norm and residual included: more launches are more waiting of a card for its host.
     launches = found["launches_a_block"]
     assert launches["forward"]["mamba"] <= 10 and launches["backward"]["mamba"] <= 16, launches
+    assert launches["forward"]["moe"] <= 14, launches
     assert picture.read_text(encoding="utf-8").startswith("<?xml")
 
 

@@ -1,0 +1,1 @@
+"""Rows of tokens by choice, as experts over ranks exchange them."""

@@ -1,0 +1,103 @@
+"""Copies of tokens sorted by expert, ready to be sent, and their weighted sum by token when they have come back.
+
+How: the torch backend indexes and adds choice by choice; Triton copies a token's row to all its places from one read, adds
+up by token, and in backward takes gradients of rows and weights from one read of the token's gradient. Sums are made in the
+order of a token's choices in float32 at least, so results do not depend on the order of arrival.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.backend import resolve_backend
+from kernels.moe.grouping import group_by_expert
+from kernels.moe.rows.torch_impl import combine_rows, gather_rows
+from kernels.shapes import check_shape
+
+
+@dataclass(frozen=True)
+class SortedChoices:
+    """Choices of R tokens sorted by expert: how many each expert got, and where each stands.
+
+    `counts_E` int64. `order` int64, the choice (token * K + number) at each sorted place, R * K at one without a choice, for
+    the torch backend; `places` [R * K] int32, the place of each choice, for Triton. `has_gaps`: whether places may be without
+    a choice.
+    """
+
+    counts_E: Tensor
+    order: Tensor | None
+    places: Tensor | None
+    has_gaps: bool = False
+
+
+def sort_choices(expert_ids_RK: Tensor, num_experts: int, *, backend: str = "torch") -> SortedChoices:
+    """Sort choices by expert id in [0, num_experts), ties in their first order. No host synchronisation."""
+    backend = resolve_backend(backend, expert_ids_RK.device, "moe")
+    if backend == "triton":
+        from kernels.moe.counting_sort import sort_pairs
+
+        pairs = sort_pairs(expert_ids_RK, num_experts)
+        return SortedChoices(pairs.counts_E, None, pairs.places)
+    groups = group_by_expert(expert_ids_RK, num_experts)
+    return SortedChoices(groups.counts_E, groups.order, None)
+
+
+def put_in_slots(choices: SortedChoices, expert_ids_RK: Tensor, slots: int) -> SortedChoices:
+    """The same choices with `slots` places for each expert, of which the last may be without a choice.
+
+    Slots are at least as many as an expert has choices. The last expert has none: its choices, which are lost, stand behind
+    all slots.
+    """
+    counts_E = choices.counts_E
+    begins_E = counts_E.cumsum(0) - counts_E
+    if choices.places is not None:
+        flat_S = expert_ids_RK.flatten()
+        places = choices.places + (flat_S * slots - begins_E[flat_S]).to(torch.int32)
+        return SortedChoices(counts_E, None, places, has_gaps=True)
+    assert choices.order is not None, "choices are sorted for one of the backends"
+    order_S, number_N = choices.order, torch.arange(slots, device=expert_ids_RK.device)
+    places_EN = (number_N + begins_E[:-1, None]).clamp(max=len(order_S) - 1)
+    filled_EN = torch.where(number_N < counts_E[:-1, None], order_S[places_EN], len(order_S))
+    return SortedChoices(counts_E, filled_EN.flatten(), None, has_gaps=True)
+
+
+def gather_choices(x_RD: Tensor, choices: SortedChoices, count: int, top_k: int) -> Tensor:
+    """Rows [count, D] of the first `count` places, each a copy of its token's row; their gradients add up by token.
+
+    A place without a choice has some row, whose gradient goes nowhere.
+    """
+    if choices.places is None:
+        assert choices.order is not None, "choices are sorted for one of the backends"
+        return gather_rows(x_RD, choices.order[:count], top_k)
+    check_shape("places", choices.places, (x_RD.shape[0] * top_k,), x_RD)
+    from kernels.moe.rows.triton_impl import spread_rows_triton
+
+    return spread_rows_triton(x_RD, choices.places, count, top_k, choices.has_gaps)
+
+
+def combine_choices(rows_SD: Tensor, choices: SortedChoices, weights_RK: Tensor) -> Tensor:
+    """Sum each token's rows by weight: [R, D] in the dtype of the rows; a choice without a row, from S on, adds nothing."""
+    if choices.places is None:
+        assert choices.order is not None, "choices are sorted for one of the backends"
+        return combine_rows(rows_SD, choices.order[: rows_SD.shape[0]], weights_RK)
+    check_shape("places", choices.places, (weights_RK.numel(),), rows_SD)
+    from kernels.moe.rows.triton_impl import combine_rows_triton
+
+    return combine_rows_triton(rows_SD, choices.places, weights_RK, choices.has_gaps)
+
+
+def sort_rows(expert_S: Tensor, num_experts: int, *, backend: str = "torch") -> Tensor:
+    """Row at each sorted place of rows with these expert ids [S], for `grouped_feed_forward`: what its backend takes."""
+    if resolve_backend(backend, expert_S.device, "moe") == "triton":
+        from kernels.moe.counting_sort import sort_pairs
+
+        return sort_pairs(expert_S[:, None], num_experts).pairs
+    return expert_S.argsort(stable=True)
+
+
+def row_bytes(tokens: int, rows: int, width: int, *, value_bytes: int = 2) -> int:
+    """Least bytes of one pass over the rows that are sent and come back: tokens read, rows written, rows read, tokens written."""
+    return 2 * value_bytes * width * (tokens + rows)

@@ -1,0 +1,175 @@
+"""Rows by choice as Triton operations: one read of a token's row for all its copies, one sum a token, no atomics.
+
+Every kernel walks tokens, and finds a token's rows by the places of its choices. So backward of the weighted sum reads the
+gradient of a token once for the gradients of all its rows and weights, and nothing has to be cleared before.
+"""
+
+# Triton reads a kernel's parameters from the call: they carry no types.
+# mypy: disable-error-code="no-untyped-def"
+# ruff: noqa: ANN201
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.backend import INTERPRETED
+from kernels.interpreter import dot_dtype
+from kernels.moe.triton_experts import sum_choices
+
+COPY_TILE = {"BLOCK_M": 16, "BLOCK_N": 64} if INTERPRETED else {"BLOCK_M": 4, "BLOCK_N": 512}
+
+
+@triton.jit
+def spread_rows_kernel(
+    x, places, rows_SD, tokens, rows, model, choices, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """rows[places[token, choice]] = x[token] for every choice whose place is below `rows`.
+
+    Grid: (token blocks, column blocks).
+    """
+    token = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = (token[:, None] < tokens) & (column[None, :] < model)
+    value = tl.load(x + token[:, None] * model + column[None, :], mask=inside, other=0.0)
+    for choice in range(choices):
+        row = tl.load(places + token * choices + choice, mask=token < tokens, other=rows).to(tl.int64)
+        tl.store(rows_SD + row[:, None] * model + column[None, :], value, mask=inside & (row[:, None] < rows))
+
+
+@triton.jit
+def combine_backward_kernel(
+    d_y, rows_SD, places, weights, d_rows, d_weights, tokens, rows, model, choices,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """d_rows[place] = weight d_y[token], and d_weights[token, choice] = <d_y[token], rows[place]>, 0 without a row.
+
+    Grid: token blocks; the cache holds a program's tokens of d_y while their choices are walked.
+    """
+    token = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    for choice in range(choices):
+        at = token * choices + choice
+        row = tl.load(places + at, mask=token < tokens, other=rows).to(tl.int64)
+        weight = tl.load(weights + at, mask=token < tokens, other=0.0).to(tl.float32)
+        d_weight = tl.zeros((BLOCK_M,), tl.float32)
+        for begin in range(0, model, BLOCK_N):
+            column = begin + tl.arange(0, BLOCK_N)
+            given = (token[:, None] < tokens) & (row[:, None] < rows) & (column[None, :] < model)
+            place = row[:, None] * model + column[None, :]
+            gradient = tl.load(d_y + token[:, None] * model + column[None, :], mask=given, other=0.0).to(tl.float32)
+            d_weight += tl.sum(gradient * tl.load(rows_SD + place, mask=given, other=0.0).to(tl.float32), axis=1)
+            tl.store(d_rows + place, (gradient * weight[:, None]).to(d_rows.dtype.element_ty), mask=given)
+        tl.store(d_weights + at, d_weight.to(d_weights.dtype.element_ty), mask=token < tokens)
+
+
+def spread_rows_triton(x_RD: Tensor, places: Tensor, count: int, top_k: int, has_gaps: bool = False) -> Tensor:
+    """Rows [count, D], each a copy of its token's row, zeros at gaps; for float32, bfloat16 and float16."""
+    dot_dtype(x_RD.dtype)  # refuses float64
+    return _spread(x_RD, places, count, top_k, has_gaps)
+
+
+def combine_rows_triton(rows_SD: Tensor, places: Tensor, weights_RK: Tensor, has_gaps: bool = False) -> Tensor:
+    """Weighted sums of rows [S, D] by token, [R, D], for float32, bfloat16 and float16."""
+    dot_dtype(rows_SD.dtype)
+    return _combine(rows_SD, places, weights_RK, has_gaps)
+
+
+def _empty_rows(like: Tensor, rows: int, model: int, has_gaps: bool) -> Tensor:
+    """Memory for rows: cleared where some are not written, because what they hold is multiplied by zero later."""
+    return like.new_zeros(rows, model) if has_gaps else like.new_empty(rows, model)
+
+
+@torch.library.custom_op("amfm::spread_rows_triton", mutates_args=())
+def _spread(x_RD: Tensor, places: Tensor, count: int, top_k: int, has_gaps: bool) -> Tensor:
+    """Copies [count, D] of rows of x [R, D]; places [R * K] int32."""
+    x_RD = x_RD.contiguous()
+    tokens, model = x_RD.shape
+    rows_SD = _empty_rows(x_RD, count, model, has_gaps)
+    if rows_SD.numel() and tokens:
+        grid = (triton.cdiv(tokens, COPY_TILE["BLOCK_M"]), triton.cdiv(model, COPY_TILE["BLOCK_N"]))
+        spread_rows_kernel[grid](x_RD, places, rows_SD, tokens, count, model, top_k, **COPY_TILE)
+    return rows_SD
+
+
+@_spread.register_fake
+def _(x_RD: Tensor, places: Tensor, count: int, top_k: int, has_gaps: bool) -> Tensor:
+    return x_RD.new_empty(count, x_RD.shape[1])
+
+
+@torch.library.custom_op("amfm::spread_rows_triton_backward", mutates_args=())
+def _spread_backward(d_rows: Tensor, places: Tensor, tokens: int, top_k: int) -> Tensor:
+    """Gradient of x [R, D]: each token's rows added up."""
+    return sum_choices(d_rows.contiguous(), places, None, tokens, top_k)
+
+
+@_spread_backward.register_fake
+def _(d_rows: Tensor, places: Tensor, tokens: int, top_k: int) -> Tensor:
+    return d_rows.new_empty(tokens, d_rows.shape[1])
+
+
+def _save_spread(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Keep the places."""
+    x_RD, places, _, ctx.top_k, _ = inputs
+    ctx.tokens = x_RD.shape[0]
+    ctx.save_for_backward(places)
+
+
+def _differentiate_spread(ctx: Any, d_rows: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradient of x."""
+    (places,) = ctx.saved_tensors
+    return _spread_backward(d_rows, places, ctx.tokens, ctx.top_k), None, None, None, None
+
+
+_spread.register_autograd(_differentiate_spread, setup_context=_save_spread)
+
+
+@torch.library.custom_op("amfm::combine_rows_triton", mutates_args=())
+def _combine(rows_SD: Tensor, places: Tensor, weights_RK: Tensor, has_gaps: bool) -> Tensor:
+    """Weighted sums [R, D]; gaps concern backward alone."""
+    tokens, top_k = weights_RK.shape
+    return sum_choices(rows_SD.contiguous(), places, weights_RK.contiguous(), tokens, top_k)
+
+
+@_combine.register_fake
+def _(rows_SD: Tensor, places: Tensor, weights_RK: Tensor, has_gaps: bool) -> Tensor:
+    return rows_SD.new_empty(weights_RK.shape[0], rows_SD.shape[1])
+
+
+@torch.library.custom_op("amfm::combine_rows_triton_backward", mutates_args=())
+def _combine_backward(
+    d_y: Tensor, rows_SD: Tensor, places: Tensor, weights_RK: Tensor, has_gaps: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of rows and weights."""
+    d_y, rows_SD, weights_RK = d_y.contiguous(), rows_SD.contiguous(), weights_RK.contiguous()
+    tokens, top_k = weights_RK.shape
+    rows, model = rows_SD.shape
+    d_rows, d_weights = _empty_rows(rows_SD, rows, model, has_gaps), torch.empty_like(weights_RK)
+    if weights_RK.numel():
+        combine_backward_kernel[(triton.cdiv(tokens, COPY_TILE["BLOCK_M"]),)](
+            d_y, rows_SD, places, weights_RK, d_rows, d_weights, tokens, rows, model, top_k, **COPY_TILE
+        )
+    return d_rows, d_weights
+
+
+@_combine_backward.register_fake
+def _(d_y: Tensor, rows_SD: Tensor, places: Tensor, weights_RK: Tensor, has_gaps: bool) -> tuple[Tensor, Tensor]:
+    return rows_SD.new_empty(rows_SD.shape), weights_RK.new_empty(weights_RK.shape)
+
+
+def _save_combine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Keep rows, places and weights."""
+    *tensors, ctx.has_gaps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate_combine(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of rows and weights."""
+    d_rows, d_weights = _combine_backward(d_y, *ctx.saved_tensors, ctx.has_gaps)
+    return d_rows, None, d_weights, None
+
+
+_combine.register_autograd(_differentiate_combine, setup_context=_save_combine)

@@ -1,0 +1,92 @@
+"""Expert feed-forward by PyTorch's grouped product: the torch path on a card, where a loop would wait for the row counts.
+
+One call multiplies the rows of all experts, each by its expert's matrix, with the ends of experts read on the device. What
+`torch_loop` does expert by expert is done for all sorted rows at once here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.moe.torch_loop import activate, activation_backward, open_activation
+
+# Rows of operands must begin at multiples of so many bytes.
+ALIGNMENT_BYTES = 16
+# Older cards get a loop that waits for the counts, as ours does.
+FIRST_CAPABILITY = 9
+
+
+def takes_grouped(x_RD: Tensor, up_EFD: Tensor, down_EDF: Tensor) -> bool:
+    """Whether PyTorch's grouped product takes these operands: on Hopper and later, in bfloat16, of aligned widths."""
+    if x_RD.device.type != "cuda" or x_RD.dtype != torch.bfloat16:
+        return False
+    widths = (x_RD.shape[1], up_EFD.shape[1], down_EDF.shape[2])
+    aligned = all(width * x_RD.element_size() % ALIGNMENT_BYTES == 0 for width in widths)
+    return aligned and torch.cuda.get_device_capability(x_RD.device)[0] >= FIRST_CAPABILITY
+
+
+def grouped_forward(
+    x_RD: Tensor,
+    weights_S: Tensor | None,
+    token_ids_S: Tensor | None,
+    offsets_E: Tensor,
+    up_EFD: Tensor,
+    down_EDF: Tensor,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """Output rows in sorted order [S, D], and hidden rows [S, F] before the activation, as `torch_loop.loop_forward`."""
+    rows_SD = _take(x_RD, token_ids_S)
+    hidden_SF = _multiply(rows_SD, up_EFD.transpose(1, 2), offsets_E)
+    active_SF = activate(hidden_SF, activation)
+    if weights_S is not None:
+        active_SF.mul_(weights_S[:, None])
+    return _multiply(active_SF, down_EDF.transpose(1, 2), offsets_E), hidden_SF
+
+
+def grouped_backward(
+    dy_RD: Tensor,
+    x_RD: Tensor,
+    hidden_SF: Tensor,
+    weights_S: Tensor | None,
+    token_ids_S: Tensor | None,
+    offsets_E: Tensor,
+    up_EFD: Tensor,
+    down_EDF: Tensor,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x in sorted order [S, D], of weights [S] (empty without them), of up and of down, as `loop_backward`."""
+    wide = torch.promote_types(x_RD.dtype, torch.float32)
+    dy_SD = _take(dy_RD, token_ids_S)
+    active_SF, factor_SF = open_activation(hidden_SF, activation)
+    d_active_SF = _multiply(dy_SD, down_EDF, offsets_E)
+    d_weights_S = x_RD.new_empty(0)
+    if weights_S is not None:
+        d_weights_S = torch.linalg.vecdot(d_active_SF.to(wide), active_SF.to(wide)).to(weights_S.dtype)
+        d_active_SF.mul_(weights_S[:, None])
+        active_SF.mul_(weights_S[:, None])
+    d_down_EDF = _multiply_outer(dy_SD, active_SF, offsets_E)
+    d_hidden_SF = activation_backward(d_active_SF, hidden_SF, factor_SF, activation)
+    d_up_EFD = _multiply_outer(d_hidden_SF, _take(x_RD, token_ids_S), offsets_E)
+    return _multiply(d_hidden_SF, up_EFD, offsets_E), d_weights_S, d_up_EFD, d_down_EDF
+
+
+def _take(x_RD: Tensor, token_ids_S: Tensor | None) -> Tensor:
+    """Rows in sorted order."""
+    return x_RD if token_ids_S is None else x_RD.index_select(0, token_ids_S)
+
+
+def _multiply(rows_SA: Tensor, weights_EAB: Tensor, offsets_E: Tensor) -> Tensor:
+    """Each expert's rows times its matrix: [S, B]."""
+    product: Tensor = torch._grouped_mm(rows_SA, weights_EAB, offs=offsets_E)
+    return product
+
+
+def _multiply_outer(left_SA: Tensor, right_SB: Tensor, offsets_E: Tensor) -> Tensor:
+    """left^T right over each expert's rows: [E, A, B], zeros for an expert without rows.
+
+    The zeros are written here: that a product without terms is cleared is nobody's promise.
+    """
+    product: Tensor = torch._grouped_mm(left_SA.t(), right_SB, offs=offsets_E)
+    is_empty_E = torch.diff(offsets_E, prepend=offsets_E.new_zeros(1)) == 0
+    return product.masked_fill_(is_empty_E[:, None, None], 0.0)
