@@ -31,19 +31,21 @@ CHANNEL_MIXERS = ("E", "-")
 
 
 def build_mixer(index: int, config: ModelConfig, groups: ProcessGroupCollection, backend: str) -> nn.Module:
-    """Build the mixer of block `index` of the whole pattern, this rank's part of it.
+    """Build the mixer of block `index` of all that are built (`ModelConfig.built_letters`), this rank's part of it.
 
     Global indices keep a block the same wherever a pipeline cuts the model. No collectives. Raises ValueError for a name
     that nothing registers and for sizes that the ranks cannot share.
     """
-    letters = config.letters
+    letters = config.built_letters
     name = mixer_name(letters[index])
     if name is None:
         return CORE_MIXERS[letters[index]](config, groups, backend)
     # Depth among sequence mixers alone: decays that weaken with depth (lightning, HGRN2) must not depend on MoE blocks.
-    sequence = [number for number, letter in enumerate(letters) if letter not in CHANNEL_MIXERS]
+    # A block of multi-token prediction is as deep as the last of them: the main model is the same with and without.
+    sequence = [number for number, letter in enumerate(config.letters) if letter not in CHANNEL_MIXERS]
+    order = sequence.index(index) if index in sequence else max(0, len(sequence) - 1)
     build = BuildContext(
-        config.hidden_size, config.norm_epsilon, sequence.index(index), len(sequence), groups, backend, config.mixers
+        config.hidden_size, config.norm_epsilon, order, max(1, len(sequence)), groups, backend, config.mixers
     )
     options = getattr(config.mixers, name)
     assert options is not None, f"check_model was not called: model.mixers.{name} is missing"

@@ -1,7 +1,7 @@
 """Parameter and FLOP counts of a model, from its configuration alone: nothing is allocated.
 
-Kinds: `mamba`, `attention`, `moe`, `feed_forward`, registered mixers by name, `embedding`, `head`, `final_norm`; a block's
-norm counts with the block. The four kinds with a section of their own are counted in closed form, so that a launcher can
+Kinds: `mamba`, `attention`, `moe`, `feed_forward`, registered mixers by name, `embedding`, `head`, `final_norm`, and `mtp` for
+all of multi-token prediction; a block's norm counts with the block. The four kinds with a section of their own are counted in closed form, so that a launcher can
 show sizes without importing torch. A registered mixer is counted by building one on the meta device, so that a plugin need
 not repeat its own shapes in a formula; torch is imported only then.
 
@@ -37,12 +37,14 @@ def count_parameters(config: ModelConfig) -> Counts:
     total: dict[str, int] = {"embedding": config.vocab_size * config.hidden_size}
     active = dict(total)
     for letter, number in config.parsed_pattern.counts().items():
-        whole, used = _block_parameters(config, letter)
+        whole, used = block_parameters(config, letter)
         total[block_kind(letter)] = number * whole
         active[block_kind(letter)] = number * used
     for counts in (total, active):
         counts["final_norm"] = config.hidden_size
         counts["head"] = 0 if config.tie_embeddings else config.vocab_size * config.hidden_size
+    if config.num_depths:
+        total["mtp"], active["mtp"] = _depth_parameters(config)
     return Counts(sum(total.values()), sum(active.values()), total, active)
 
 
@@ -56,7 +58,21 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> dict[str, floa
     flops = {"head": head_flops(config)}
     for letter, number in config.parsed_pattern.counts().items():
         flops[block_kind(letter)] = number * block_flops(config, letter, sequence_length)
+    if config.num_depths:
+        flops["mtp"] = depth_flops(config, sequence_length)
     return flops
+
+
+def depth_flops(config: ModelConfig, sequence_length: int) -> float:
+    """Training FLOPs of one token in all depths of multi-token prediction: their projections, blocks and heads."""
+    letters = config.parsed_pattern.depth_letters
+    blocks = sum(block_flops(config, letter, sequence_length) for letter in letters)
+    return config.num_depths * (blocks + depth_projection_flops(config) + head_flops(config))
+
+
+def depth_projection_flops(config: ModelConfig) -> float:
+    """Training FLOPs of one token in the projection [D, 2 D] of one depth."""
+    return 6.0 * 2 * config.hidden_size**2
 
 
 def block_flops(config: ModelConfig, letter: str, sequence_length: int) -> float:
@@ -72,7 +88,15 @@ def head_flops(config: ModelConfig) -> float:
     return 6.0 * config.vocab_size * config.hidden_size
 
 
-def _block_parameters(config: ModelConfig, letter: str) -> tuple[int, int]:
+def _depth_parameters(config: ModelConfig) -> tuple[int, int]:
+    """(total, active) parameters of all modules of multi-token prediction: projection, three norms, and blocks."""
+    own = 2 * config.hidden_size**2 + 3 * config.hidden_size
+    blocks = [block_parameters(config, letter) for letter in config.parsed_pattern.depth_letters]
+    total, active = (own + sum(counts) for counts in zip(*blocks))
+    return config.num_depth_modules * total, config.num_depth_modules * active
+
+
+def block_parameters(config: ModelConfig, letter: str) -> tuple[int, int]:
     """(total, active) parameters of one block with its norm."""
     if letter not in SECTIONS:
         total = _registered(config, letter, 1)[0] + config.hidden_size
@@ -181,7 +205,7 @@ def _registered(config: ModelConfig, letter: str, sequence_length: int) -> tuple
     from model.parallel.groups import single_rank_groups
 
     with torch.device("meta"):
-        mixer = build_mixer(config.letters.index(letter), config, single_rank_groups(), "torch")
+        mixer = build_mixer(config.built_letters.index(letter), config, single_rank_groups(), "torch")
     assert isinstance(mixer, SequenceMixer), f"{letter} is no registered mixer"
     parameters = list(mixer.parameters())
     # A matrix counts 2 a weight, and so do the taps of a convolution.

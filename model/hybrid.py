@@ -8,10 +8,8 @@
 Blocks differ in their mixer alone (build.py), which mixes over the sequence (Mamba2, attention, registered mixers) or
 over channels (mixture of experts, dense feed-forward). Every mixer gets the `PackMeta` that keeps documents apart.
 
-Residual and delta: a block does not add its output to the stream. Between blocks the stream is a pair, the residual and
-the newest mixer's output (delta), because the next norm must read both and adds them in the same pass over memory. The
-residual may be wider than the weights (`residual_in_fp32`). What else blocks give (auxiliary losses, expert counts, decode
-states) collects in `Stream` on the way and ends in `ModelOutput`.
+What flows between blocks is a `Stream` (block.py), and what they give besides ends in `ModelOutput`. Where the pattern has
+depths of multi-token prediction (mtp.py), they follow the last block in training; decoding and export do without them.
 
 Pieces: a pipeline rank holds one or several runs of consecutive blocks. A model that is built with `pieces` has only
 those, under their indices in the whole pattern, so names, initial values and checkpoints do not depend on how the model is
@@ -26,20 +24,20 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from kernels.backend import resolve_backend
 from kernels.linear_cross_entropy.op import CrossEntropy
-from model.build import build_mixer
+from model.block import Block, Blocks, Stream, multiply, pass_through
 from model.config.checks import check_model
 from model.config.mup import logits_multiplier
 from model.config.schema import ModelConfig, RopeConfig
 from model.init import initialize_parameters, named_seed
-from model.loss import head_cross_entropy, head_logits
+from model.loss import head_choices, head_cross_entropy, head_logits
 from model.mixers.attention import AttentionMixer
-from model.mixers.interface import BlockState, DecodeState, MixerOutput, SequenceMixer
+from model.mixers.interface import DecodeState, SequenceMixer
 from model.mixers.mamba2 import Mamba2Mixer
 from model.moe.block import MoeMixer
+from model.mtp import Ahead, MtpDepth
 from model.packing import PackMeta
 from model.parallel.groups import ProcessGroupCollection
 from model.parallel.layers import ColumnLinear, RMSNorm, VocabEmbedding
@@ -54,7 +52,8 @@ class ModelOutput:
     logits_BTV [B, T, V]: without labels, else None. loss: sums of the cross entropy with labels, else None. auxiliary: weighted
     auxiliary losses summed over blocks, by name; empty in eval mode. expert_counts: token choices of each expert, [E] int64
     by block index. state: the decode state after these tokens, when one was given. predictions_BT: the most likely token
-    after each, [B, T] int64, where labels and predictions were asked for.
+    after each, [B, T] int64, where labels and predictions were asked for. mtp: sums of the cross entropy of each depth of
+    multi-token prediction; mtp_hits [D] int64, in eval mode: how many of its labels each depth finds most likely.
     """
 
     logits_BTV: Tensor | None
@@ -63,95 +62,16 @@ class ModelOutput:
     expert_counts: dict[int, Tensor] = field(default_factory=dict)
     state: DecodeState | None = None
     predictions_BT: Tensor | None = None
-
-
-class Block(nn.Module):
-    """Pre-norm residual block, x + multiplier * mixer(norm(x)); the addition is left to the next norm.
-
-    With `recomputes` only the block's input is kept for the backward pass, which computes the rest again (Chen et al. 2016,
-    arXiv 1604.06174).
-    """
-
-    def __init__(self, index: int, config: ModelConfig, groups: ProcessGroupCollection, backend: str) -> None:
-        super().__init__()
-        self.letter = config.letters[index]
-        self.recomputes = False
-        self.multiplier = config.multipliers.residual
-        self.norm = RMSNorm(config.hidden_size, config.norm_epsilon, backend, groups)
-        self.mixer = build_mixer(index, config, groups, backend)
-
-    def forward(
-        self, residual_BTD: Tensor, delta_BTD: Tensor | None, meta: PackMeta, state: BlockState = None
-    ) -> tuple[Tensor, MixerOutput]:
-        """Add delta to residual, both [B, T, D], and mix: returns the sum, and the mixer's output as the next delta.
-
-        The residual keeps its own dtype; the mixer reads the normed sum in the dtype of the weights.
-        """
-        if self.recomputes and torch.is_grad_enabled():
-            assert state is None, "decoding has no backward pass"
-            # The sum is made outside: it is what the checkpoint keeps, one tensor in place of residual and delta.
-            if delta_BTD is not None:
-                residual_BTD = residual_BTD + delta_BTD.to(residual_BTD.dtype)
-            mixed: MixerOutput = checkpoint(self._mix, residual_BTD, meta, use_reentrant=False)
-            return residual_BTD, mixed._replace(y_BTD=_multiply(mixed.y_BTD, self.multiplier))
-        if delta_BTD is None:
-            normed_BTD = self.norm(residual_BTD)
-        else:
-            normed_BTD, residual_BTD = self.norm.add(delta_BTD, residual_BTD)
-        mixed = self.mixer(normed_BTD.to(self.norm.weight.dtype), meta, state)
-        return residual_BTD, mixed._replace(y_BTD=_multiply(mixed.y_BTD, self.multiplier))
-
-    def _mix(self, residual_BTD: Tensor, meta: PackMeta) -> MixerOutput:
-        mixed: MixerOutput = self.mixer(self.norm(residual_BTD).to(self.norm.weight.dtype), meta)
-        return mixed
-
-
-class Blocks(nn.Module):
-    """The blocks that this rank holds, registered under their index in the whole pattern.
-
-    A ModuleList would number them from 0 on every pipeline rank, and names of parameters would depend on the cut.
-    """
-
-    def __init__(self, blocks: dict[int, Block]) -> None:
-        super().__init__()
-        for index, block in blocks.items():
-            self.add_module(str(index), block)
-
-    def __getitem__(self, index: int) -> Block:
-        return cast(Block, self._modules[str(index)])
-
-    def __iter__(self) -> Iterator[Block]:
-        return iter(cast(dict[str, Block], self._modules).values())
-
-    def __len__(self) -> int:
-        return len(self._modules)
-
-    def indices(self) -> list[int]:
-        """Indices of the blocks held here, in order."""
-        return [int(name) for name in self._modules]
-
-
-@dataclass
-class Stream:
-    """What flows from block to block.
-
-    residual_BTD + delta_BTD [B, T, D] is the residual stream; delta is None before the first block. auxiliary, expert_counts
-    and states: what the blocks passed so far have given, as in `ModelOutput`.
-    """
-
-    residual_BTD: Tensor
-    delta_BTD: Tensor | None = None
-    auxiliary: dict[str, Tensor] = field(default_factory=dict)
-    expert_counts: dict[int, Tensor] = field(default_factory=dict)
-    states: list[BlockState] = field(default_factory=list)
+    mtp: tuple[CrossEntropy, ...] = ()
+    mtp_hits: Tensor | None = None
 
 
 class HybridModel(nn.Module):
     """A hybrid decoder built from a pattern string; every rank of `groups.tp` must build and call it alike.
 
     With `pieces` it is what one pipeline rank holds: their blocks, the embedding with the first piece, final norm and head
-    with the last (and there, when they are tied, a copy of the embedding, named in `copied_parameters`). Such a model is
-    not called: its owner passes the stream from `embed` through `pass_blocks` to `finish`.
+    and depths of multi-token prediction with the last (and there, when they are tied or there are depths, a copy of the
+    embedding, named in `copied_parameters`). Such a model is not called: its owner passes the stream from `embed` through `pass_blocks` to `finish`.
 
     Parameters have torch's default dtype; `.bfloat16()` casts them all, and the model then computes in bf16 except where a
     block says float32. On the meta device nothing is allocated or initialised: move with `to_empty`, then call
@@ -185,18 +105,21 @@ class HybridModel(nn.Module):
         self.embedding: VocabEmbedding | None = None
         self.final_norm: RMSNorm | None = None
         self.head: ColumnLinear | None = None
+        ends_read_embedding = config.tie_embeddings or config.num_depths > 0
         with target:
-            if has_first or (has_last and config.tie_embeddings):
+            if has_first or (has_last and ends_read_embedding):
                 self.embedding = VocabEmbedding(config.vocab_size, config.hidden_size, groups)
             self.blocks = Blocks({index: Block(index, config, groups, backend) for index in indices})
             if has_last:
                 self.final_norm = RMSNorm(config.hidden_size, config.norm_epsilon, backend, groups)
             if has_last and not config.tie_embeddings:
                 self.head = ColumnLinear(config.hidden_size, (config.vocab_size,), groups, name="model.vocab_size")
+            num_modules = config.num_depth_modules if has_last else 0
+            self.mtp = nn.ModuleList(MtpDepth(number, config, groups, backend) for number in range(num_modules))
         for index, mixer in self.routed_mixers():
             mixer.draw_seed = torch.tensor(named_seed(seed, f"blocks.{index}.mixer.draws"))
         self.copied_parameters = frozenset() if has_first or self.embedding is None else frozenset({"embedding.weight"})
-        if self.embedding is not None and config.tie_embeddings and not (has_first and has_last):
+        if self.embedding is not None and ends_read_embedding and not (has_first and has_last):
             # The first and the last pipeline rank each compute a part of the gradient.
             self.embedding.shards["weight"] = replace(self.embedding.shards["weight"], partial=("embd",))
         if target.type != "meta":
@@ -216,7 +139,7 @@ class HybridModel(nn.Module):
         their own. The mixer is compiled, not the block: torch limits the number of graphs a function may have, and blocks of
         all kinds share one function.
         """
-        for block in self.blocks:
+        for _, block in self.all_blocks():
             block.mixer.compile(backend=compiler)
 
     def recompute_blocks(self, letters: Collection[str]) -> None:
@@ -224,7 +147,7 @@ class HybridModel(nn.Module):
 
         Losses and gradients do not change, in float32 not by a bit.
         """
-        for block in self.blocks:
+        for _, block in self.all_blocks():
             block.recomputes = block.letter in letters
 
     def forward(
@@ -235,17 +158,19 @@ class HybridModel(nn.Module):
         state: DecodeState | None = None,
         *,
         predicts: bool = False,
+        ahead: Sequence[Ahead] = (),
     ) -> ModelOutput:
         """Compute logits of tokens [B, T]; with labels [B, T] (-100: masked) the loss instead, without making logits.
 
-        predicts: beside the loss also the most likely tokens, which does make logits. state: from `empty_state` or the
+        predicts: beside the loss also the most likely tokens, which does make logits. ahead: what each depth of multi-token
+        prediction reads and learns; without it there are no such losses. state: from `empty_state` or the
         previous output; the tokens continue it, so give rows of one document whose positions go on,
         `PackMeta.one_document_a_row(rows, tokens, start=state.length)`.
         """
         if state is not None:
             _check_continues(meta, state)
         stream = self.pass_blocks(self.embed(tokens_BT), self.blocks.indices(), meta, state)
-        output = self.finish(stream, labels_BT, predicts=predicts)
+        output = self.finish(stream, labels_BT, predicts=predicts, ahead=ahead, meta=meta)
         if state is None:
             return output
         return replace(output, state=DecodeState(tuple(stream.states), state.length + tokens_BT.shape[1]))
@@ -254,7 +179,7 @@ class HybridModel(nn.Module):
         """Embed tokens [B, T] (int64): the stream before the first block. Every rank of `groups.tp` must call."""
         assert self.embedding is not None, "the first piece of the pipeline embeds"
         self.before_use("embedding")
-        residual_BTD = _multiply(self.embedding(tokens_BT), self.config.multipliers.embedding)
+        residual_BTD = multiply(self.embedding(tokens_BT), self.config.multipliers.embedding)
         return Stream(residual_BTD.to(self.stream_dtype()))
 
     def stream_dtype(self) -> torch.dtype:
@@ -271,24 +196,27 @@ class HybridModel(nn.Module):
         context ranks than the model's. Every rank of `groups.tp`, `groups.cp` and the expert groups must call.
         """
         _check_cut(meta, self.groups)
-        residual_BTD, delta_BTD = stream.residual_BTD, stream.delta_BTD
-        auxiliary, expert_counts, states = dict(stream.auxiliary), dict(stream.expert_counts), list(stream.states)
+        return pass_through(stream, self._gathered(indices), meta, None if state is None else state.blocks)
+
+    def _gathered(self, indices: Iterable[int]) -> Iterator[tuple[int, Block]]:
+        """Yield blocks with their indices, each when its weights are there."""
         for index in indices:
             self.before_use(f"blocks.{index}")
-            block_state = None if state is None else state.blocks[index]
-            residual_BTD, mixed = self.blocks[index](residual_BTD, delta_BTD, meta, block_state)
-            delta_BTD = mixed.y_BTD
-            states.append(mixed.state)
-            if mixed.expert_counts_E is not None:
-                expert_counts[index] = mixed.expert_counts_E
-            for name, value in (mixed.auxiliary or {}).items():
-                auxiliary[name] = auxiliary[name] + value if name in auxiliary else value
-        return Stream(residual_BTD, delta_BTD, auxiliary, expert_counts, states)
+            yield index, self.blocks[index]
 
-    def finish(self, stream: Stream, labels_BT: Tensor | None, *, predicts: bool = False) -> ModelOutput:
+    def finish(
+        self,
+        stream: Stream,
+        labels_BT: Tensor | None,
+        *,
+        predicts: bool = False,
+        ahead: Sequence[Ahead] = (),
+        meta: PackMeta | None = None,
+    ) -> ModelOutput:
         """Apply final norm and head to the stream after the last block: logits, or with labels the loss and predictions.
 
-        Every rank of `groups.tp` must call; all get the same result.
+        ahead, with the layout of the rows: depths of multi-token prediction go on from the normed stream. Every rank of
+        `groups.tp` must call, with depths those of the blocks' groups too; all get the same result.
         """
         assert self.final_norm is not None, "the last piece of the pipeline has the head"
         assert stream.delta_BTD is not None, "a piece has at least one block"
@@ -296,24 +224,66 @@ class HybridModel(nn.Module):
         if self.head is None:
             self.before_use("embedding")
         hidden_BTD = self.final_norm.add(stream.delta_BTD, stream.residual_BTD)[0].to(self.final_norm.weight.dtype)
-        # The head is linear: a factor on what it reads is the factor on the logits.
-        hidden_BTD = _multiply(hidden_BTD, logits_multiplier(self.config))
-        hidden_BTD = enter_tensor_region(hidden_BTD, self.groups)
+        read_BTD = self._enter_head(hidden_BTD)
         if labels_BT is None:
-            logits_BTV = head_logits(hidden_BTD, self.head_weight(), self.groups)
+            logits_BTV = head_logits(read_BTD, self.head_weight(), self.groups)
             return ModelOutput(logits_BTV, None, stream.auxiliary, stream.expert_counts)
-        loss = head_cross_entropy(
-            hidden_BTD.flatten(0, 1),
-            self.head_weight(),
+        loss = self._loss(read_BTD, self.head_weight(), labels_BT)
+        predictions_BT = None
+        if predicts:
+            predictions_BT = head_logits(read_BTD.detach(), self.head_weight(), self.groups).argmax(-1)
+        output = ModelOutput(None, loss, stream.auxiliary, stream.expert_counts, predictions_BT=predictions_BT)
+        if not ahead:
+            return output
+        assert meta is not None, "depths of multi-token prediction read the layout of the rows"
+        return self._look_ahead(output, hidden_BTD, ahead, meta)
+
+    def _look_ahead(
+        self, output: ModelOutput, hidden_BTD: Tensor, ahead: Sequence[Ahead], meta: PackMeta
+    ) -> ModelOutput:
+        """Add to an output what each depth of multi-token prediction gives; hidden [B, T, D]: the normed stream.
+
+        With `detach` a depth reads embedding, hidden states and head as constants.
+        """
+        detaches = self.config.prediction.detach
+        if detaches:
+            hidden_BTD = hidden_BTD.detach()
+        auxiliary, expert_counts = output.auxiliary, output.expert_counts
+        losses, hits = [], []
+        for number, given in enumerate(ahead):
+            depth = self.mtp[number % len(self.mtp)]
+            embedded_BTD = self.embed(given.tokens_BT).residual_BTD
+            start = Stream(embedded_BTD.detach() if detaches else embedded_BTD, None, auxiliary, expert_counts)
+            stream, hidden_BTD = depth(start, hidden_BTD, meta)
+            auxiliary, expert_counts = stream.auxiliary, stream.expert_counts
+            read_BTD = self._enter_head(hidden_BTD)
+            # Asked for each time: under ZeRO 3 a tied one is let go of where it embeds.
+            head = self.head_weight().detach() if detaches else self.head_weight()
+            losses.append(self._loss(read_BTD, head, given.labels_BT))
+            if not self.training:
+                hits.append((head_choices(read_BTD, head, self.groups) == given.labels_BT).sum())
+        return replace(
+            output,
+            auxiliary=auxiliary,
+            expert_counts=expert_counts,
+            mtp=tuple(losses),
+            mtp_hits=torch.stack(hits) if hits else None,
+        )
+
+    def _enter_head(self, hidden_BTD: Tensor) -> Tensor:
+        """What the head multiplies, of all tokens; it is linear, so that a factor on this is the factor on the logits."""
+        return enter_tensor_region(multiply(hidden_BTD, logits_multiplier(self.config)), self.groups)
+
+    def _loss(self, read_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor) -> CrossEntropy:
+        """Sum the cross entropy of what the head reads with labels [B, T]."""
+        return head_cross_entropy(
+            read_BTD.flatten(0, 1),
+            weight_VD,
             labels_BT.flatten(),
             self.groups,
             z_loss_weight=self.config.logits_z_loss_weight,
             backend=self.backend,
         )
-        predictions_BT = None
-        if predicts:
-            predictions_BT = head_logits(hidden_BTD.detach(), self.head_weight(), self.groups).argmax(-1)
-        return ModelOutput(None, loss, stream.auxiliary, stream.expert_counts, predictions_BT=predictions_BT)
 
     def head_weight(self) -> Tensor:
         """Return the output matrix [V of this rank, D]: the head's weight, or the embedding's when they are tied."""
@@ -359,18 +329,20 @@ class HybridModel(nn.Module):
 
     def routed_mixers(self) -> Iterator[tuple[int, MoeMixer]]:
         """Iterate over the mixers of the MoE blocks held here, with their block indices."""
-        for index in self.blocks.indices():
-            mixer = self.blocks[index].mixer
-            if isinstance(mixer, MoeMixer):
-                yield index, mixer
+        for index, block in self.all_blocks():
+            if isinstance(block.mixer, MoeMixer):
+                yield index, block.mixer
+
+    def all_blocks(self) -> Iterator[tuple[int, Block]]:
+        """Iterate over the blocks held here, with their indices: the main ones, then those of multi-token prediction."""
+        yield from zip(self.blocks.indices(), self.blocks)
+        for depth in self.mtp:
+            assert isinstance(depth, MtpDepth), "mtp holds depths alone"
+            yield from depth.numbered_blocks()
 
 
 def use_at_once(part: str) -> None:
     """What `HybridModel.before_use` does where nobody gathers weights: nothing."""
-
-
-def _multiply(x: Tensor, multiplier: float) -> Tensor:
-    return x if multiplier == 1.0 else x * multiplier
 
 
 def _check_groups(groups: ProcessGroupCollection, *, has_pieces: bool) -> None:

@@ -19,6 +19,7 @@ from kernels.linear_cross_entropy.op import CrossEntropy, linear_cross_entropy, 
 from model.parallel.groups import ProcessGroupCollection
 
 IGNORE_INDEX = -100
+LOGITS_SLICE = 1 << 26  # logits that `head_choices` holds at a time
 
 
 def head_logits(hidden: Tensor, weight_VD: Tensor, groups: ProcessGroupCollection) -> Tensor:
@@ -32,6 +33,17 @@ def head_logits(hidden: Tensor, weight_VD: Tensor, groups: ProcessGroupCollectio
         return local
     logits: Tensor = gather_from_tensor_model_parallel_region(local, group=groups.tp)
     return logits
+
+
+def head_choices(hidden_BTD: Tensor, weight_VD: Tensor, groups: ProcessGroupCollection) -> Tensor:
+    """Find the most likely token after each hidden state, [B, T] int64; logits are made a slice of tokens at a time.
+
+    hidden as in `head_logits`. Every rank of `groups.tp` must call. Carries no gradient.
+    """
+    rows = max(1, LOGITS_SLICE // (weight_VD.shape[0] * groups.tp.size()))
+    parts = hidden_BTD.detach().flatten(0, 1).split(rows)
+    choices = [head_logits(part, weight_VD.detach(), groups).argmax(-1) for part in parts]
+    return torch.cat(choices).view(hidden_BTD.shape[:-1])
 
 
 def head_cross_entropy(

@@ -1,7 +1,8 @@
 """Pieces of a model for a pipeline: runs of consecutive blocks, cut at the pattern's `|` or balanced by FLOPs.
 
 A pipeline is as fast as its slowest stage, and blocks of a hybrid differ in cost several times, so an equal number of blocks
-a stage is not balanced. Without `|` the cut minimises the FLOPs of the costliest piece, with the head counted in the last.
+a stage is not balanced. Without `|` the cut minimises the FLOPs of the costliest piece, with the head counted in the last, and
+with all depths of multi-token prediction, which stay with it.
 FLOPs stand for time: they are known before anything runs, and are the same on every rank, which must agree on the cut.
 Whoever measures a better cut writes it into the pattern.
 """
@@ -15,12 +16,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from model.config.schema import ModelConfig
-from model.flops import block_flops, head_flops
+from model.flops import block_flops, depth_flops, head_flops
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Blocks `start` to `stop` (exclusive) of the pattern; the first piece embeds, the last has final norm and head."""
+    """Blocks `start` to `stop` (exclusive) of the pattern; the first piece embeds, the last has final norm, head and prediction depths."""
 
     start: int
     stop: int
@@ -66,9 +67,9 @@ def cut_pieces(config: ModelConfig, num_pieces: int, sequence_length: int) -> tu
 
 
 def piece_costs(config: ModelConfig, sequence_length: int) -> list[float]:
-    """FLOPs a token of each block, the head's counted with the last; the embedding is a look-up and costs none."""
+    """FLOPs a token of each block; the last with those of the head and the prediction depths; the embedding costs none."""
     costs = [block_flops(config, letter, sequence_length) for letter in config.letters]
-    costs[-1] += head_flops(config)
+    costs[-1] += head_flops(config) + depth_flops(config, sequence_length)
     return costs
 
 

@@ -6,41 +6,50 @@ keeps two segments of every row, cut on the CPU before the copy, so that a devic
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from data_pipeline.batch import Batch
+from model.config.schema import ModelConfig
 from model.hybrid import ModelOutput
+from model.mtp import Ahead
 from model.packing import PackMeta
 from pretrain.parallel import Parallel
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The model's input: tokens and labels [B, T of this context rank], and where documents begin."""
+    """The model's input: tokens and labels [B, T of this context rank], and where documents begin.
+
+    ahead: what each depth of multi-token prediction reads and learns.
+    """
 
     tokens_BT: Tensor
     labels_BT: Tensor
     meta: PackMeta
+    ahead: tuple[Ahead, ...] = ()
 
     @classmethod
-    def from_batch(cls, batch: Batch, rank: int, num_ranks: int) -> MicroBatch:
+    def from_batch(cls, batch: Batch, rank: int, num_ranks: int, num_depths: int = 0) -> MicroBatch:
         """Cut out what one of `num_ranks` context ranks has of a batch of the loader, on the CPU like the batch.
 
         The loader has counted the documents, so that nothing is searched for here. Raises ValueError where rows cannot
         be cut evenly.
         """
+        ahead = look_ahead(batch, num_depths)
         meta = PackMeta(
             document_ids_BT=batch.document_ids_BT,
             positions_BT=batch.positions_BT,
             single_document=batch.num_documents == len(batch.tokens_BT),
         ).cut(rank, num_ranks)
         if meta.segments is None:
-            return cls(batch.tokens_BT, batch.labels_BT, meta)
-        return cls(meta.segments.take(batch.tokens_BT), meta.segments.take(batch.labels_BT), meta)
+            return cls(batch.tokens_BT, batch.labels_BT, meta, ahead)
+        take = meta.segments.take
+        own_ahead = tuple(given.map_tensors(take) for given in ahead)
+        return cls(take(batch.tokens_BT), take(batch.labels_BT), meta, own_ahead)
 
     def to(self, device: torch.device) -> MicroBatch:
         """Copy to a device. Copies to CUDA go through pinned memory and do not wait for what is queued there.
@@ -48,35 +57,53 @@ class MicroBatch:
         Kernels on CUDA want to know where documents begin and end, which is found here, once for all blocks.
         """
         if device.type == "cuda":
-            prepared = MicroBatch(self.tokens_BT, self.labels_BT, self.meta.find_bounds())
+            prepared = replace(self, meta=self.meta.find_bounds())
             return prepared.map_tensors(lambda tensor: tensor.pin_memory().to(device, non_blocking=True))
         return self.map_tensors(lambda tensor: tensor.to(device))
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> MicroBatch:
         """Apply a function to every tensor."""
-        return MicroBatch(change(self.tokens_BT), change(self.labels_BT), self.meta.map_tensors(change))
+        ahead = tuple(given.map_tensors(change) for given in self.ahead)
+        return MicroBatch(change(self.tokens_BT), change(self.labels_BT), self.meta.map_tensors(change), ahead)
 
 
-def move_batch(batch: Batch, parallel: Parallel) -> MicroBatch:
+def look_ahead(batch: Batch, num_depths: int) -> tuple[Ahead, ...]:
+    """Shift the batch's rows for each depth of multi-token prediction; nothing for none."""
+    rows = batch.tokens_BT, batch.labels_BT, batch.document_ids_BT
+    return tuple(Ahead.of_rows(*rows, depth) for depth in range(1, num_depths + 1))
+
+
+def move_batch(batch: Batch, parallel: Parallel, model: ModelConfig) -> MicroBatch:
     """Prepare a batch of the loader for this rank: cut for its place in the context group, and copied to its device."""
     group = parallel.groups.cp
-    return MicroBatch.from_batch(batch, group.rank(), group.size()).to(parallel.device)
+    return MicroBatch.from_batch(batch, group.rank(), group.size(), model.num_depths).to(parallel.device)
 
 
 @dataclass(frozen=True)
 class LossShare:
     """Turns a micro-batch's sums into its share of the step's loss; gradients of all shares are then summed.
 
-    The loss is a sum over tokens divided by the global batch's valid tokens; each auxiliary loss is a mean over its
-    micro-batches, of all data ranks.
+    The loss is a sum over tokens divided by the global batch's valid tokens, and so is that of each depth of multi-token
+    prediction by its own, of whose mean `mtp_weight` is taken; each auxiliary loss is a mean over its micro-batches, of all
+    data ranks.
     """
 
     valid_tokens: int
     num_micro_batches: int
+    mtp_tokens: tuple[int, ...] = ()
+    mtp_weight: float = 0.0
+
+    @classmethod
+    def of_counts(cls, counts: Sequence[int], num_micro_batches: int, model: ModelConfig) -> LossShare:
+        """The shares of a step with these valid tokens, of the main loss and of each depth; none divides by 0."""
+        valid_tokens, *ahead = (max(1, count) for count in counts)
+        return cls(valid_tokens, num_micro_batches, tuple(ahead), model.prediction.loss_weight)
 
     def of(self, output: ModelOutput) -> Tensor | None:
         """Compute the share of an output; None when it has neither a loss nor an auxiliary one."""
         parts = [value / self.num_micro_batches for value in output.auxiliary.values()]
         if output.loss is not None:
             parts.insert(0, output.loss.total / self.valid_tokens)
+        for loss, tokens in zip(output.mtp, self.mtp_tokens):
+            parts.append(loss.total * (self.mtp_weight / len(self.mtp_tokens) / tokens))
         return sum(parts[1:], parts[0]) if parts else None

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import pipelining
 
-from model.hybrid import HybridModel, ModelOutput, Stream
+from model.block import Stream
+from model.hybrid import HybridModel, ModelOutput
 from model.pipeline_split import Piece
 from pretrain.config.schema import ParallelConfig
 from pretrain.micro_batch import MicroBatch
@@ -45,10 +46,12 @@ class PieceModule(nn.Module):
     def __init__(self, model: HybridModel, piece: Piece, current: Pass) -> None:
         super().__init__()
         # Registered for `parameters()`, from which a schedule takes those whose gradients it may compute later.
-        self.embedding = model.embedding if piece.is_first or (piece.is_last and model.head is None) else None
+        reads_embedding = piece.is_first or (piece.is_last and (model.head is None or len(model.mtp) > 0))
+        self.embedding = model.embedding if reads_embedding else None
         self.blocks = nn.ModuleList([model.blocks[index] for index in piece.blocks])
         self.final_norm = model.final_norm if piece.is_last else None
         self.head = model.head if piece.is_last else None
+        self.mtp = model.mtp if piece.is_last else None
         self.piece, self.current = piece, current
         self._model = (model,)  # not registered again
 
@@ -59,7 +62,13 @@ class PieceModule(nn.Module):
         stream = model.embed(micro_batch.tokens_BT) if piece.is_first else Stream(receive(received[0]))
         stream = model.pass_blocks(stream, piece.blocks, micro_batch.meta)
         if piece.is_last:
-            output = model.finish(stream, micro_batch.labels_BT, predicts=current.predicts)
+            output = model.finish(
+                stream,
+                micro_batch.labels_BT,
+                predicts=current.predicts,
+                ahead=micro_batch.ahead,
+                meta=micro_batch.meta,
+            )
         else:
             output = ModelOutput(None, None, stream.auxiliary, stream.expert_counts)
         share = None if current.share is None else current.share(output)
@@ -102,7 +111,8 @@ def detach_output(output: ModelOutput) -> ModelOutput:
     """Detach an output from its graph, which would keep a micro-batch's activations."""
     loss = None if output.loss is None else replace(output.loss, total=output.loss.total.detach())
     auxiliary = {name: value.detach() for name, value in output.auxiliary.items()}
-    return ModelOutput(None, loss, auxiliary, output.expert_counts, predictions_BT=output.predictions_BT)
+    mtp = tuple(replace(loss, total=loss.total.detach()) for loss in output.mtp)
+    return replace(output, loss=loss, auxiliary=auxiliary, mtp=mtp)
 
 
 class PieceStage(pipelining.PipelineStage):

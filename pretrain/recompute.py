@@ -19,7 +19,7 @@ def recomputed_letters(config: RunConfig) -> frozenset[str]:
     if config.train.recompute == "none":
         return frozenset()
     if config.train.recompute == "full":
-        return frozenset(config.model.letters)
+        return frozenset(config.model.built_letters)
     return parse_letters(config.train.recompute_blocks)
 
 
@@ -35,7 +35,7 @@ def recompute_problems(config: RunConfig) -> Iterator[Problem]:
             yield Problem(key, rule, "remove it, or use train.recompute=selective", train.recompute_blocks)
         return
     try:
-        present = set(config.model.letters)
+        present = set(config.model.built_letters)
     except ValueError:
         return  # the model's own rules report it
     try:

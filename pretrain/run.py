@@ -58,7 +58,7 @@ class Run:
     `train.profile` names. state_watch: None where nobody looks for silent corruption. lock, owner, log, display: on the main
     rank alone. saved_step: of the newest checkpoint that was begun, None after a rollback. validation_metrics: what the newest validation adds to its step's line. collapsed_blocks: MoE
     blocks whose collapse was reported. tasks: of lm-eval, on the main rank alone; task_values: what they gave after step
-    `tasks_step`.
+    `tasks_step`. remarks: what to say of the weights that it began with.
     """
 
     config: RunConfig
@@ -89,6 +89,7 @@ class Run:
     tasks: TaskSuite | None = None
     task_values: dict[str, float] = field(default_factory=dict)
     tasks_step: int | None = None
+    remarks: tuple[str, ...] = ()
 
     @property
     def directory(self) -> Path:

@@ -11,7 +11,7 @@ identities of data and tokenizer. A rank that differed would hang the others in 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Literal
 
@@ -141,8 +141,9 @@ def build_run(
     report("building the model and its optimizer")
     if not deterministic:
         share_tiles(config, parallel)
+    remarks: list[str] = []
     engine = build_engine(
-        build_model(built, parallel),
+        build_model(built, parallel, remarks.append),
         optimizer=config.optimizer,
         precision=config.train.precision,
         zero_stage=built.parallel.zero_stage,
@@ -172,6 +173,7 @@ def build_run(
         pipeline=build_pipeline(built, parallel, engine),
         keeps_freed_memory=keeps_freed_memory,
         tasks=tasks,
+        remarks=tuple(remarks),
     )
 
 
@@ -256,8 +258,10 @@ def share_tiles(config: RunConfig, parallel: Parallel) -> None:
     agree_on_tiles(load_table(parallel.device))
 
 
-def build_model(config: RunConfig, parallel: Parallel) -> HybridModel:
+def build_model(config: RunConfig, parallel: Parallel, remark: Callable[[str], None] = lambda _: None) -> HybridModel:
     """Build the model in float32 with its initial weights, compiled and recomputed as the run asks.
+
+    `remark` hears what of given initial weights fits this model in part.
 
     With a pipeline it is this rank's part, and under tensor and expert parallelism its shard. Initial weights are random functions of the seed, the same on all layouts of
     ranks, or `run.initial_weights` when no checkpoint of the run exists to replace them.
@@ -279,7 +283,8 @@ def build_model(config: RunConfig, parallel: Parallel) -> HybridModel:
     if config.run.initial_weights is not None and not list_checkpoints(Path(config.run.dir) / "checkpoints"):
         has_text = config.data.probe is None
         tokenizer = TokenStore.open(config.data.text_store()).tokenizer_identity if has_text else NO_TOKENIZER
-        load_initial_weights(model, config.run.initial_weights, tokenizer)
+        for text in load_initial_weights(model, config.run.initial_weights, tokenizer):
+            remark(text)
     if config.train.compile:
         model.compile_blocks()
     model.recompute_blocks(recomputed_letters(config))
@@ -326,6 +331,9 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None) -> None:
     if run.log.dropped_lines:
         run.say(f"metrics.jsonl: {plural(run.log.dropped_lines, 'line')} cut short or damaged, left out")
     run.record_event("start", world_size=run.parallel.world_size, resumed_from=loaded and loaded.path.name)
+    for text in run.remarks:
+        run.say(text)
+        run.record_event("initial_weights", text=text)
     unbalanced = describe_unbalanced(run.config.model)
     if unbalanced is not None:
         run.say(f"warning: {unbalanced}")

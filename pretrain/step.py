@@ -24,9 +24,10 @@ from data_pipeline.batch import Batch
 from model.config.pattern import mixer_name
 from model.config.schema import ModelConfig
 from model.hybrid import ModelOutput
+from model.loss import IGNORE_INDEX
 from model.moe.balance import auxiliary_names
 from model.scheduled import set_step
-from pretrain.micro_batch import LossShare, MicroBatch, move_batch
+from pretrain.micro_batch import LossShare, MicroBatch, look_ahead, move_batch
 from pretrain.monitor.anomalies import StepAnomaly, describe_skip, judge_loss, remember_loss
 from pretrain.parallel import Parallel
 from pretrain.run import Run
@@ -39,7 +40,7 @@ class StepResult:
     loss: mean negative log-likelihood a token, in nats. auxiliary: weighted auxiliary losses, means over micro-batches.
     expert_counts: token choices by expert, for each MoE block. grad_norm: before clipping. applied: whether the weights
     moved. signal: number of the signal that asks some rank to stop, 0 for none. is_saving: whether some rank still writes a
-    checkpoint. busy_seconds: time in which this rank read data and computed, without waiting for others. anomaly: what went
+    checkpoint. mtp_losses: of each depth of multi-token prediction, as `loss`. busy_seconds: time in which this rank read data and computed, without waiting for others. anomaly: what went
     wrong, if anything; skip: what is known about a step that was not applied. damaged_samples: of the whole run, read as
     rows without labels (`data.on_corruption: quarantine`).
     """
@@ -59,6 +60,7 @@ class StepResult:
     anomaly: StepAnomaly | None = None
     skip: dict[str, Any] | None = None
     damaged_samples: int = 0
+    mtp_losses: tuple[float, ...] = ()
 
 
 @dataclass
@@ -73,12 +75,15 @@ class StepSums:
     z_loss: Tensor
     auxiliary: dict[str, Tensor] = field(default_factory=dict)
     expert_counts: dict[int, Tensor] = field(default_factory=dict)
+    mtp_nll: list[Tensor] = field(default_factory=list)
 
     def add(self, output: ModelOutput) -> None:
         """Add one micro-batch's output, on the device."""
         if output.loss is not None:
             self.nll += output.loss.nll_sum
             self.z_loss += output.loss.total.detach() - output.loss.nll_sum
+        for own, loss in zip(self.mtp_nll, output.mtp):
+            own += loss.nll_sum
         for name, value in output.auxiliary.items():
             self.auxiliary[name] += value.detach()
         for block, counts_E in output.expert_counts.items():
@@ -91,13 +96,14 @@ class StepSums:
         how a save ended, at the same step. Every rank must call this.
         """
         names, blocks = list(self.auxiliary), list(self.expert_counts)
-        parts = [self.nll, self.z_loss, *(self.auxiliary[name] for name in names)]
+        parts = [self.nll, self.z_loss, *(self.auxiliary[name] for name in names), *self.mtp_nll]
         vectors = [torch.stack([part.double() for part in parts])]
         vectors += [self.expert_counts[block].double() for block in blocks]
         joined = parallel.all_reduce_unique(torch.cat(vectors))
         scalars, *counts = joined.split([len(vector) for vector in vectors])
         self.nll, self.z_loss = scalars[0], scalars[1]
         self.auxiliary = dict(zip(names, scalars[2:]))
+        self.mtp_nll = list(scalars[2 + len(names) :])
         self.expert_counts = {block: values.to(torch.int64) for block, values in zip(blocks, counts)}
         largest_signal, some_rank_saves = parallel.max_over_all([signal, int(is_saving)])
         return largest_signal, bool(some_rank_saves)
@@ -118,16 +124,17 @@ def train_step(run: Run) -> StepResult:
     num_micro_batches = global_batch_size // stage.micro_batch_size
     # Waiting for other ranks is no work of this one: stragglers are found by busy time alone.
     read = time.perf_counter()
-    valid_tokens = max(1, count_valid_tokens(batches, run.parallel))
+    model = run.config.model
+    share = LossShare.of_counts(count_valid_tokens(batches, run.parallel, model), num_micro_batches, model)
+    valid_tokens = share.valid_tokens
     damaged_samples = count_damaged_samples(run)
     waited_seconds = time.perf_counter() - read
-    sums = empty_sums(run.config.model, run.parallel.device)
+    sums = empty_sums(model, run.parallel.device)
     losses: list[Tensor] = []
     engine.module.train()
     set_step(run.model, progress.step, run.num_steps)
     with engine.accumulate(len(batches)):
-        micro_batches = [move_batch(batch, run.parallel) for batch in batches]
-        share = LossShare(valid_tokens, num_micro_batches)
+        micro_batches = [move_batch(batch, run.parallel, model) for batch in batches]
         every = run.config.health.check_state_every_steps
         if run.state_watch is not None and every is not None and (progress.step + 1) % every == 0:
             run.state_watch.examine_recomputed(lambda: run_apart(run, micro_batches, share), progress.step + 1)
@@ -164,7 +171,7 @@ def train_step(run: Run) -> StepResult:
     set_step(run.model, progress.step, run.num_steps)  # for what is measured between steps
     progress.tokens += global_batch_size * sequence_length
     auxiliary = {name: float(value) / num_micro_batches for name, value in sums.auxiliary.items()}
-    if run.config.model.logits_z_loss_weight > 0:
+    if model.logits_z_loss_weight > 0:
         auxiliary["logits_z"] = float(sums.z_loss) / valid_tokens
     return StepResult(
         loss=loss,
@@ -182,14 +189,22 @@ def train_step(run: Run) -> StepResult:
         anomaly=anomaly,
         skip=skip,
         damaged_samples=damaged_samples,
+        mtp_losses=mean_depth_losses(sums, share),
     )
 
 
+def mean_depth_losses(sums: StepSums, share: LossShare) -> tuple[float, ...]:
+    """Mean negative log-likelihood a token of each depth of multi-token prediction, from reduced sums."""
+    if not sums.mtp_nll:
+        return ()
+    return tuple(nll / tokens for nll, tokens in zip(torch.stack(sums.mtp_nll).tolist(), share.mtp_tokens))
+
+
 def empty_sums(config: ModelConfig, device: torch.device) -> StepSums:
-    """Zero sums with the keys of the whole model: every auxiliary loss and every MoE block."""
+    """Zero sums with the keys of the whole model: every auxiliary loss, every MoE block and every prediction depth."""
     zero = torch.zeros((), device=device)
-    sums = StepSums(zero.clone(), zero.clone())
-    letters = config.letters
+    sums = StepSums(zero.clone(), zero.clone(), mtp_nll=[zero.clone() for _ in range(config.num_depths)])
+    letters = config.built_letters
     for name in filter(None, map(mixer_name, letters)):
         sums.auxiliary |= {loss: zero.clone() for loss in getattr(config.mixers, name).auxiliary_names()}
     blocks = [index for index, letter in enumerate(letters) if letter == "E"]
@@ -261,14 +276,24 @@ def forward_only(run: Run, micro_batches: Sequence[MicroBatch], *, predicts: boo
 
 def forward_micro_batch(run: Run, given: MicroBatch, *, predicts: bool = False) -> ModelOutput:
     """Run one micro-batch through the whole model: loss, auxiliary losses and expert counts."""
-    output: ModelOutput = run.engine.forward(given.tokens_BT, given.meta, given.labels_BT, predicts=predicts)
+    output: ModelOutput = run.engine.forward(
+        given.tokens_BT, given.meta, given.labels_BT, predicts=predicts, ahead=given.ahead
+    )
     return output
 
 
-def count_valid_tokens(batches: Sequence[Batch], parallel: Parallel) -> int:
-    """Count the labels that are not masked, over all micro-batches of all data ranks. Every rank must call this."""
-    own = sum(int(batch.loss_mask_BT.sum()) for batch in batches)
-    return int(parallel.sum_over_data(torch.tensor(own, dtype=torch.int64, device=parallel.device)))
+def count_valid_tokens(batches: Sequence[Batch], parallel: Parallel, model: ModelConfig) -> list[int]:
+    """Count the labels that are not masked, over all micro-batches of all data ranks. Every rank must call this.
+
+    First those of the main loss, then those of each depth of multi-token prediction.
+    """
+    own = [sum(int(batch.loss_mask_BT.sum()) for batch in batches)]
+    ahead = [look_ahead(batch, model.num_depths) for batch in batches]
+    own += [
+        sum(int((given[depth].labels_BT != IGNORE_INDEX).sum()) for given in ahead) for depth in range(model.num_depths)
+    ]
+    counts: list[int] = parallel.sum_over_data(torch.tensor(own, dtype=torch.int64, device=parallel.device)).tolist()
+    return counts
 
 
 def count_damaged_samples(run: Run) -> int:

@@ -174,13 +174,18 @@ def measure_validation(run: Run) -> None:
 
 
 def describe_sources(validation: Validation) -> dict[str, Any]:
-    """The loss of a validation in bits a byte and by source, as lines of metrics.jsonl have it; nothing of a synthetic task."""
+    """What else a validation found, as lines of metrics.jsonl have it; nothing of a synthetic task.
+
+    The loss in bits a byte and by source, and what depths of multi-token prediction foresaw, where the model has some.
+    """
     if not validation.by_source:
         return {}
     bits = validation.bits_per_byte
+    accepted = {"mtp_accepted": list(validation.mtp_accepted)} if validation.mtp_accepted else {}
     return {
         "validation_bits_per_byte": None if bits is None else finite(bits),
         "validation_by_source": {name: finite(source.loss) for name, source in validation.by_source.items()},
+        **accepted,
     }
 
 
@@ -208,7 +213,7 @@ def describe_step(run: Run, result: StepResult) -> dict[str, Any]:
     """Build the step's line of metrics.jsonl; NaN and infinities become null, because JSON has no word for them.
 
     `mfu`: model FLOPs, without those of recomputation, over the peak of all ranks. `expert_load`: tokens of the fullest
-    expert over the mean, for each MoE block. `memory_bytes`: the main rank's peak so far. `damaged_samples`: of the run so far,
+    expert over the mean, for each MoE block. `mtp_loss`: of each depth of multi-token prediction. `memory_bytes`: the main rank's peak so far. `damaged_samples`: of the run so far,
     where there are any.
     """
     tokens_per_second = result.tokens / result.seconds
@@ -231,6 +236,8 @@ def describe_step(run: Run, result: StepResult) -> dict[str, Any]:
         "data": describe_data(run.loader.ledger()),
         "skipped": not result.applied,
     }
+    if result.mtp_losses:
+        metrics["mtp_loss"] = [finite(loss) for loss in result.mtp_losses]
     if result.damaged_samples:
         metrics["damaged_samples"] = result.damaged_samples
     if run.progress.validated_step == run.progress.step:

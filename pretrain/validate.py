@@ -7,6 +7,7 @@ validation compare. The loader starts at its first sample each time: two validat
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +15,7 @@ import torch
 from data_pipeline.store.store import TokenStore
 from pretrain.accuracy import Accuracy, count_correct, measure_accuracy
 from pretrain.micro_batch import move_batch
+from pretrain.parallel import Parallel
 from pretrain.run import Run
 from pretrain.source_losses import SourceLoss, bits_per_byte, losses_of, sum_by_source
 from pretrain.step import count_valid_tokens, empty_sums, forward_only
@@ -23,7 +25,8 @@ from pretrain.step import count_valid_tokens, empty_sums, forward_only
 class Validation:
     """Mean negative log-likelihood a token in nats, the tokens it was measured on, and the accuracy on a synthetic task.
 
-    bits_per_byte, by_source: of text alone; by_source names the sources that these rows came from.
+    bits_per_byte, by_source: of text alone; by_source names the sources that these rows came from. mtp_accepted: for each
+    depth of multi-token prediction, how often its most likely token is the one that follows.
     """
 
     loss: float
@@ -31,6 +34,7 @@ class Validation:
     accuracy: Accuracy | None = None
     bits_per_byte: float | None = None
     by_source: dict[str, SourceLoss] = field(default_factory=dict)
+    mtp_accepted: tuple[float, ...] = ()
 
     @property
     def perplexity(self) -> float:
@@ -46,8 +50,11 @@ def validate(run: Run) -> Validation:
     """
     assert run.validation is not None, "data.validation_fraction is 0, so there is nothing to validate on"
     run.validation.seek(0)
-    sums = empty_sums(run.config.model, run.parallel.device)
-    tokens, is_synthetic = 0, run.config.data.probe is not None
+    model = run.config.model
+    sums = empty_sums(model, run.parallel.device)
+    is_synthetic = run.config.data.probe is not None
+    counts = torch.zeros(1 + model.num_depths, dtype=torch.int64)
+    hits_D = torch.zeros(model.num_depths, dtype=torch.float64, device=run.parallel.device)
     num_rows = run.config.train.validation_batches * run.stage.global_batch_size
     counts_R2 = torch.zeros(num_rows, 2, dtype=torch.float64, device=run.parallel.device)
     names = run.validation.source_names
@@ -55,11 +62,13 @@ def validate(run: Run) -> Validation:
     run.engine.module.eval()
     for _ in range(run.config.train.validation_batches):
         batches = run.validation.take(run.stage.global_batch_size, run.stage.micro_batch_size)
-        tokens += count_valid_tokens(batches, run.parallel)
-        micro_batches = [move_batch(batch, run.parallel) for batch in batches]
+        counts += torch.tensor(count_valid_tokens(batches, run.parallel, model))
+        micro_batches = [move_batch(batch, run.parallel, model) for batch in batches]
         outputs = list(forward_only(run, micro_batches, predicts=is_synthetic))
         for output in outputs:
             sums.add(output)
+            if output.mtp_hits is not None:
+                hits_D += output.mtp_hits
         losses = [output.loss for output in outputs if output.loss is not None]
         for batch, micro_batch, loss in zip(batches, micro_batches, losses):
             sources_S2 += sum_by_source(loss.token_nll_R, micro_batch.labels_BT, batch.source_ids, len(names))
@@ -70,6 +79,7 @@ def validate(run: Run) -> Validation:
             counts_R2[list(batch.sample_ids)] = count_correct(predictions_BT, micro_batch.labels_BT)
     run.engine.module.train()
     sums.reduce(run.parallel, signal=0, is_saving=False)
+    tokens, *ahead = counts.tolist()
     mean = float(sums.nll) / max(1, tokens)
     store = run.validation.store
     if not isinstance(store, TokenStore):
@@ -83,4 +93,12 @@ def validate(run: Run) -> Validation:
         tokens,
         bits_per_byte=bits_per_byte(by_source, store, "validation"),
         by_source=losses_of(by_source, store, "validation"),
+        mtp_accepted=accepted_parts(hits_D, ahead, run.parallel),
     )
+
+
+def accepted_parts(hits_D: torch.Tensor, tokens: Sequence[int], parallel: Parallel) -> tuple[float, ...]:
+    """The part of its labels that each depth finds most likely; empty without depths. Every rank must call this."""
+    if not tokens:
+        return ()
+    return tuple(hits / max(1, count) for hits, count in zip(parallel.all_reduce_unique(hits_D).tolist(), tokens))

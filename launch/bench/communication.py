@@ -153,9 +153,10 @@ def take_step(config: RunConfig, parallel: Parallel, engine: ZeroEngine, pipelin
     Every rank must call this.
     """
     batches = random_batches(config, parallel)
-    share = LossShare(count_valid_tokens(batches, parallel), len(batches) * parallel.data_world_size)
+    counts = count_valid_tokens(batches, parallel, config.model)
+    share = LossShare.of_counts(counts, len(batches) * parallel.data_world_size, config.model)
     sums = empty_sums(config.model, parallel.device)
-    inputs = [move_batch(batch, parallel) for batch in batches]
+    inputs = [move_batch(batch, parallel, config.model) for batch in batches]
     engine.module.train()
     with engine.accumulate(len(inputs)):
         if pipeline is not None:
@@ -163,7 +164,7 @@ def take_step(config: RunConfig, parallel: Parallel, engine: ZeroEngine, pipelin
                 sums.add(output)
         else:
             for given in inputs:
-                output = engine.forward(given.tokens_BT, given.meta, given.labels_BT)
+                output = engine.forward(given.tokens_BT, given.meta, given.labels_BT, ahead=given.ahead)
                 loss = share.of(output)
                 assert loss is not None, "a batch has labels"
                 engine.backward(loss)

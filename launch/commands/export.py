@@ -49,7 +49,10 @@ def export(
     *,
     file_format: FormatOption = "huggingface",
     target: Annotated[
-        Literal["nemotron_h", "granitemoehybrid", "qwen3_next", "qwen3_5_moe", "own", "auto"] | None,
+        Literal[
+            "nemotron_h", "granitemoehybrid", "qwen3_next", "qwen3_5_moe", "kimi_linear", "deepseek_v3", "own", "auto"
+        ]
+        | None,
         typer.Option(help="The transformers class; default: export.target of the run."),
     ] = None,
     verify: Annotated[
@@ -99,6 +102,7 @@ def export(
                 "files": list(report.files),
                 "reasons": list(report.reasons),
                 "refused_by": list(report.refusals),
+                "left_out": report.left_out,
             }
             | ({} if checked is None else {"check": asdict(checked)})
         )
@@ -112,6 +116,7 @@ def export(
         )
     pairs = [("folder", report.path), ("class", report.class_name), ("proof", proof), ("compared on", report.compared)]
     pairs += [("why no native class", reason) for reason in report.reasons]
+    pairs += [("left out", report.left_out)] if report.left_out else []
     pairs += [("known to refuse it", refusal) for refusal in report.refusals]
     print_pairs("Export", pairs)
     if checked is not None:

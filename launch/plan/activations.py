@@ -113,6 +113,18 @@ def _between(width: int, units: int, rows: int, structure: Structure) -> int:
     return structure.between(width, rows) + structure.between(units, width)
 
 
+def depth_bytes(config: ModelConfig, storage: Storage, tensor: int, stream_ranks: int) -> float:
+    """Bytes a token that a depth of multi-token prediction keeps around its blocks.
+
+    The embedding of the token ahead and the two normed streams, joined; where tensor ranks cut the projection, its part of
+    them; and at the end the summed stream, its norm, and one number a row for each of the three norms.
+    """
+    e, hidden = storage.element_bytes, config.hidden_size
+    stream = FLOAT32_BYTES if config.residual_in_fp32 else e
+    kept = (2 * stream * hidden + 4 * e * hidden + 3 * FLOAT32_BYTES) / stream_ranks
+    return kept if tensor == 1 else kept + 2 * hidden * e / tensor
+
+
 def up_rows(units: int, activation: str) -> int:
     """Rows of the up projection for `units` hidden units: gate and up, twice as many, for SwiGLU."""
     return 2 * units if activation == "swiglu" else units

@@ -87,12 +87,17 @@ def tensor_exchanges(config: RunConfig, layout: Layout, held: StageShare) -> Ite
         numbers = ranks * tokens * model.mamba.num_groups
         yield Exchange("tp", "all_reduce", "float32", 2 * scans, 2 * scans * numbers * FLOAT32)
     # The embedding's sum goes one way, the gradient of the head's input the other.
-    if held.has_embedding:
-        yield from _crossing(config, layout, model.hidden_size, times=1)
-    if held.has_head:
-        yield from _crossing(config, layout, model.hidden_size, times=1)
+    if held.embeddings:
+        yield from _crossing(config, layout, model.hidden_size, times=held.embeddings)
+    if held.heads:
+        yield from _crossing(config, layout, model.hidden_size, times=held.heads)
         # The loss: largest logit, logit of the label, sum of exponentials.
-        yield Exchange("tp", "all_reduce", "float32", 3, 3 * ranks * tokens * FLOAT32)
+        calls = 3 * held.heads
+        yield Exchange("tp", "all_reduce", "float32", calls, calls * ranks * tokens * FLOAT32)
+    if held.depths:
+        # The projection of a prediction depth reads two streams, joined, and gives one.
+        yield from _crossing(config, layout, 2 * model.hidden_size, times=held.depths)
+        yield from _crossing(config, layout, model.hidden_size, times=held.depths)
 
 
 def _crossing(config: RunConfig, layout: Layout, width: int, *, times: int, again: int = 0) -> Iterator[Exchange]:

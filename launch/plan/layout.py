@@ -15,9 +15,8 @@ from typing import Any
 
 from launch.plan.activations import up_rows
 from launch.plan.matrices import NO_MATRICES, MatrixShare, count_matrices
-from model.config.pattern import block_kind
 from model.config.schema import ModelConfig
-from model.flops import count_parameters
+from model.flops import block_parameters
 from model.pipeline_split import cut_pieces, pieces_of_rank
 from pretrain.config.schema import MuonConfig, RunConfig
 from pretrain.recompute import recomputed_letters
@@ -124,7 +123,7 @@ class Layout:
 
     def train_settings(self, model: ModelConfig) -> dict[str, Any]:
         """The keys of `train` that the layout decides: micro-batch size and recomputation."""
-        kinds = frozenset(model.letters)
+        kinds = frozenset(model.built_letters)
         name = "none" if not self.recompute else "full" if self.recompute >= kinds else "selective"
         blocks = "".join(sorted(self.recompute)) if name == "selective" else ""
         return {"micro_batch_size": self.micro_batch_size, "recompute": name, "recompute_blocks": blocks}
@@ -144,8 +143,10 @@ class Layout:
 class StageShare:
     """Parameters and blocks of one rank of a pipeline stage.
 
-    `dense` and `routed` are kept apart because ZeRO shards them over different groups. `largest_block` (parameters) is
-    what ZeRO-3 may gather beyond its limit of live parameters. `matrices`: those that Muon steps, none with AdamW.
+    `letters`: of the blocks that a micro-batch passes; the last stage has those of all its `depths` of multi-token
+    prediction at the end, also where these share one module. `dense` and `routed` are kept apart because ZeRO shards them
+    over different groups. `largest_block` (parameters) is what ZeRO-3 may gather beyond its limit of live parameters.
+    `matrices`: those that Muon steps, none with AdamW.
     """
 
     stage: int
@@ -156,6 +157,17 @@ class StageShare:
     has_head: bool
     largest_block: float
     matrices: MatrixShare = NO_MATRICES
+    depths: int = 0
+
+    @property
+    def embeddings(self) -> int:
+        """Times that a micro-batch is embedded here: at the start, and for each prediction depth."""
+        return self.has_embedding + self.depths
+
+    @property
+    def heads(self) -> int:
+        """Times that a micro-batch passes the head here."""
+        return self.has_head + self.depths
 
     @property
     def parameters(self) -> float:
@@ -222,11 +234,10 @@ def distinct_stages(stages: tuple[StageShare, ...]) -> tuple[StageShare, ...]:
 @lru_cache(maxsize=1024)
 def _held(model: ModelConfig, layout: Layout, sequence_length: int, muon: MuonConfig | None) -> tuple[StageShare, ...]:
     """Shares of all pipeline stages; cached, so `layout` must hold nothing but what cuts the model."""
-    letters = model.letters
-    counts = count_parameters(model)
-    number = {letter: letters.count(letter) for letter in letters}
-    whole = {letter: counts.total_by_kind[block_kind(letter)] / number[letter] for letter in number}
-    routed = {letter: routed_parameters(model) if letter == "E" else 0 for letter in number}
+    letters, pattern = model.letters, model.parsed_pattern
+    kinds = dict.fromkeys(model.built_letters)
+    whole = {letter: block_parameters(model, letter)[0] for letter in kinds}
+    routed = {letter: routed_parameters(model) if letter == "E" else 0 for letter in kinds}
     table = model.vocab_size * model.hidden_size
     cut = cut_pieces(model, layout.pipeline * layout.virtual_stages, sequence_length)
     held = []
@@ -234,22 +245,26 @@ def _held(model: ModelConfig, layout: Layout, sequence_length: int, muon: MuonCo
         pieces = pieces_of_rank(cut, stage, layout.pipeline)
         own = tuple(letters[index] for piece in pieces for index in piece.blocks)
         is_first, is_last = any(piece.is_first for piece in pieces), any(piece.is_last for piece in pieces)
-        # With tied embeddings the last stage holds a copy of the table as its head.
-        tables = table * (is_first or (is_last and model.tie_embeddings))
+        depths = model.num_depths if is_last else 0
+        # The last stage holds a copy of the table as its head where they are tied, and for prediction depths.
+        tables = table * (is_first or (is_last and (model.tie_embeddings or depths > 0)))
         tables += table * (is_last and not model.tie_embeddings) + model.hidden_size * is_last
-        dense = sum(whole[letter] - routed[letter] for letter in own)
-        experts = sum(routed[letter] for letter in own)
-        largest = max((whole[letter] for letter in own), default=0.0)
+        built = own + (model.built_letters[len(letters) :] if is_last else ())
+        dense = sum(whole[letter] - routed[letter] for letter in built)
+        dense += (2 * model.hidden_size + 3) * model.hidden_size * (model.num_depth_modules if is_last else 0)
+        experts = sum(routed[letter] for letter in built)
+        largest = max((whole[letter] for letter in built), default=0.0)
         held.append(
             StageShare(
                 stage,
-                own,
+                own + depths * pattern.depth_letters,
                 (dense + tables) / layout.tensor,
                 experts / (layout.expert * layout.width_ranks),
                 is_first,
                 is_last,
                 largest / layout.tensor,
-                count_matrices(model, own, muon).divided(layout.tensor, layout.expert * layout.width_ranks),
+                count_matrices(model, built, muon).divided(layout.tensor, layout.expert * layout.width_ranks),
+                depths,
             )
         )
     return tuple(held)

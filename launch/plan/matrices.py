@@ -58,11 +58,16 @@ def _by_letter(model: ModelConfig, muon: MuonConfig) -> dict[str, MatrixShare]:
     """Matrices of one block of each letter of the pattern."""
     groups = single_rank_groups()
     built = HybridModel(model, groups, backend="torch", device="meta")
-    # The first block of a letter stands for all of them.
-    letters = {f"blocks.{model.letters.index(letter)}": letter for letter in model.letters}
-    found = dict.fromkeys(model.letters, NO_MATRICES)
+    # The first block of a letter stands for all of them, in prediction depths too.
+    places = [f"blocks.{index}" for index in range(len(model.letters))]
+    places += [f"mtp.0.blocks.{index}" for index in range(len(model.parsed_pattern.depth_letters))]
+    letters: dict[str, str] = {}
+    for place, letter in zip(places, model.built_letters):
+        if letter not in letters.values():
+            letters[place] = letter
+    found = dict.fromkeys(model.built_letters, NO_MATRICES)
     for stack in list_matrices(built, groups, per_head=muon.per_head):
-        block = ".".join(stack.name.split(".")[:2])
+        block = stack.name.partition(".mixer.")[0]
         if block not in letters:
             continue
         flops, numel = float(muon.rounds * stack.count * cost(stack.shape)), float(stack.numel)

@@ -15,7 +15,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from launch.plan.activations import FLOAT32_BYTES, Split, Storage, block_bytes, head_bytes, recomputed_bytes
+from launch.plan.activations import (
+    FLOAT32_BYTES,
+    Split,
+    Storage,
+    block_bytes,
+    depth_bytes,
+    head_bytes,
+    recomputed_bytes,
+)
 from launch.plan.exchanges import BUCKET_ELEMENTS, DEEPSPEED_BUCKET_ELEMENTS, static_slots
 from launch.plan.layout import Layout, StageShare, distinct_stages, held_by_stages
 from pretrain.config.schema import RunConfig
@@ -162,6 +170,9 @@ def busiest_pass(
     kept_head, working_head = head_bytes(model, storage, tokens, layout.tensor) if held.has_head else (0.0, 0.0)
     # Activations of this stage's blocks for one micro-batch; other micro-batches in flight hold as much each.
     one_pass = tokens * sum(sizes[letter].kept for letter in held.letters)
+    # The losses of prediction depths, and what their projections keep, stay until the backward pass begins with them.
+    kept_head *= held.heads
+    one_pass += tokens * held.depths * depth_bytes(model, storage, layout.tensor, layout.stream_ranks)
     others = one_pass * (in_flight(layout, held.stage, micro_batches) - 1)
     activations: float = one_pass
     gathered = gathered_bytes(layout, storage, held)

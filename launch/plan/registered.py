@@ -52,7 +52,7 @@ def registered_block(config: ModelConfig, letter: str, dtype: torch.dtype, seque
     """
     # Fake tensors and not meta ones: PyTorch chooses its attention by device. They cannot be cast afterwards.
     with FakeTensorMode(), default_dtype(dtype):
-        mixer = build_mixer(config.letters.index(letter), config, single_rank_groups(), "torch")
+        mixer = build_mixer(config.built_letters.index(letter), config, single_rank_groups(), "torch")
         assert isinstance(mixer, SequenceMixer), f"{letter} is no registered mixer"
         # Whether a mixer rotates its heads stands in a buffer.
         mixer.reset_buffers()

@@ -83,7 +83,7 @@ def recomputed(config: RunConfig, layout: Layout) -> Iterator[Layout]:
     yield layout
     if layout.schedule == "zero_bubble":
         return
-    letters = config.model.letters
+    letters = config.model.built_letters
     kinds = sorted(
         set(letters),
         key=lambda letter: letters.count(letter) * block_flops(config.model, letter, config.train.sequence_length),

@@ -247,6 +247,15 @@ def head_seconds(config: RunConfig, layout: Layout, hardware: Hardware, storage:
     return line.seconds
 
 
+def depth_seconds(config: RunConfig, layout: Layout, hardware: Hardware, storage: Storage) -> float:
+    """Seconds of what a depth of multi-token prediction has around its blocks: two norms and its projection."""
+    hidden, tokens = config.model.hidden_size, layout.tokens(config)
+    line = Roofline(hardware, config.train.precision, storage.element_bytes)
+    line.passes(2 * 6 * tokens / layout.stream_ranks * hidden * storage.element_bytes)
+    line.product(tokens, 2 * hidden / layout.tensor, hidden)
+    return line.seconds
+
+
 def estimate_step(
     config: RunConfig,
     layout: Layout,
@@ -292,7 +301,9 @@ def _estimate_stage(
         for letter in dict.fromkeys(held.letters)
     }
     if held.has_head:
-        compute["head"] = passes * head_seconds(config, layout, hardware, storage)
+        compute["head"] = passes * held.heads * head_seconds(config, layout, hardware, storage)
+    if held.depths:
+        compute["mtp projection"] = passes * held.depths * depth_seconds(config, layout, hardware, storage)
     one_pass = pass_seconds(config, layout, hardware, held, overlap=overlap, sent_choices=sent_choices)
     communication = {axis: passes * seconds for axis, seconds in one_pass.items() if seconds}
     busy = (sum(compute.values()) + sum(communication.values())) / passes

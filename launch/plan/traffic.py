@@ -84,7 +84,11 @@ def check_countable(config: RunConfig, layout: Layout) -> None:
             f"model.moe.capacity_factor={moe.capacity_factor} has no formula with parallel.expert={config.parallel.expert}: "
             "how many choices travel depends on the router; remove it"
         )
-    registered = [letter for letter in config.model.letters if mixer_name(letter) is not None]
+    if config.model.num_depths and config.model.prediction.detach:
+        raise ValueError(
+            "model.mtp.detach=true has no formula: a backward pass ends where nothing more is needed of it; use false"
+        )
+    registered = [letter for letter in config.model.built_letters if mixer_name(letter) is not None]
     if registered and config.parallel.context > 1:
         raise ValueError(
             f"model.pattern has {registered[0]}, whose exchange has no formula with parallel.context="
@@ -186,11 +190,11 @@ def step_exchanges(config: RunConfig, layout: Layout) -> list[Exchange]:
         return Exchange(axis, "all_reduce", dtype, 1, world * size)
 
     found = [
-        reduce("world", "float64", 8 * (2 + _num_router_sums(config))),
+        reduce("world", "float64", 8 * (2 + config.model.num_depths + _num_router_sums(config))),
         reduce("world", "int64", 2 * INT64),
     ]
     if layout.data > 1:
-        found.append(reduce("dp", "int64", INT64))
+        found.append(reduce("dp", "int64", INT64 * (1 + config.model.num_depths)))
     if layout.zero_stage > 0:
         found.append(reduce("world", "float32", FLOAT32))
     elif model_ranks > 1:
@@ -202,5 +206,5 @@ def step_exchanges(config: RunConfig, layout: Layout) -> list[Exchange]:
 
 def _num_router_sums(config: RunConfig) -> int:
     """Numbers of the step's float64 sums that routers add: auxiliary losses, and each E block's expert loads."""
-    blocks, moe = config.model.letters.count("E"), config.model.moe
+    blocks, moe = config.model.built_letters.count("E"), config.model.moe
     return len(auxiliary_names(moe)) + blocks * moe.num_experts if moe is not None and blocks else 0

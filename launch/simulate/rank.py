@@ -157,7 +157,7 @@ def build_run(config: RunConfig, parallel: Any, tracer: Tracer, report: Callable
     from pretrain.start import build_model, build_pipeline
 
     model = build_model(config, parallel)
-    for block in model.blocks:
+    for _, block in model.all_blocks():
         tracer.blocks.wrap(block, "forward", block.letter)
         tracer.blocks.wrap(block, "_mix", block.letter)
     tracer.blocks.wrap(model, "embed", "embedding")

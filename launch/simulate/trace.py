@@ -22,7 +22,7 @@ from launch.plan.hardware import Hardware
 from launch.plan.layout import Layout, held_by_stages
 from launch.plan.memory import Memory, estimate_stage, storage_of
 from model.config.pattern import block_kind
-from model.flops import block_flops, head_flops
+from model.flops import block_flops, depth_projection_flops, head_flops
 from pretrain.checks.parallel import micro_batch_problems
 from pretrain.checks.ranks import ranks_of_stage
 from pretrain.checks.stages import run_of_stage
@@ -188,7 +188,9 @@ def predicted_flops(entry: TracedRank) -> dict[str, float]:
         times = 4 / 3 if letter in again else 1
         flops[block_kind(letter)] += times * tokens * block_flops(config.model, letter, config.train.sequence_length)
     if held.has_head:
-        flops["head"] = tokens * head_flops(config.model)
+        # Projections of prediction depths stand between two heads.
+        between = held.depths * depth_projection_flops(config.model)
+        flops["head"] = tokens * (held.heads * head_flops(config.model) + between)
     return flops
 
 

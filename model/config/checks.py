@@ -31,7 +31,12 @@ def check_model(config: ModelConfig) -> None:
         pattern = config.parsed_pattern
     except ValueError as error:
         raise ValueError(f"model.{error}") from error
-    for letter in pattern.counts():
+    if config.mtp is not None and not pattern.num_depths:
+        raise ValueError(
+            "model.mtp is set but model.pattern has no prediction depth that reads it; put depths behind the main blocks, "
+            "such as /*E, or remove model.mtp"
+        )
+    for letter in dict.fromkeys((*pattern.counts(), *pattern.depth_letters)):
         name = mixer_name(letter)
         if name is not None:
             find_spec(name)

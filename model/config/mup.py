@@ -71,6 +71,11 @@ def without_mup(config: ModelConfig) -> ModelConfig:
 def check_mup(config: ModelConfig) -> None:
     """Raise ValueError for a block or a form of matrices that muP's rules were not measured on."""
     assert config.mup is not None, "the caller has seen model.mup"
+    if config.num_depths:
+        raise ValueError(
+            "model.mup was not shown to hold for the prediction depths behind '/' of model.pattern (docs/mup.md); remove one "
+            "of the two"
+        )
     unchecked = [letter for letter in config.parsed_pattern.counts() if letter not in CHECKED_LETTERS]
     if unchecked:
         raise ValueError(

@@ -2,15 +2,17 @@
 
 Grammar (spaces mean nothing):
 
-    pattern = item { item }
-    item    = letter | "{" name "}" | "|" | "(" pattern ")" [ repeat ]
+    pattern = blocks { "/" blocks }
+    blocks  = item { item }
+    item    = letter | "{" name "}" | "|" | "(" blocks ")" [ repeat ]
     repeat  = ( "*" | "x" ) digits
 
 Letters are Megatron's `M` Mamba2, `*` attention, `E` mixture of experts, `-` dense feed-forward; Hunyuan's `A`, `F` and
 `D` mean `*`, `E` and `-`. Other sequence mixers stand under their name in braces, `{retnet}`, and some have a letter too.
 Whether a name is registered is checked later (`model/config/checks.py`), so parsing needs no installed package. A `*` that
 a digit follows is a repetition and must follow a `)`; every other `*` is an attention block. So `(ME)*8` is eight pairs,
-`(ME)*E` is a pair, an attention block and an `E`, and `M*8` is refused: a single letter is repeated as `(M)*8`.
+`(ME)*E` is a pair, an attention block and an `E`, and `M*8` is refused: a single letter is repeated as `(M)*8`. Each `/`
+begins a depth of multi-token prediction (`model/mtp.py`) behind the main blocks; all depths have the same blocks.
 
 The parser keeps the position of every item, so that errors point at the character with a caret. Repetitions are expanded
 while parsing and bounded (`MAX_BLOCKS`): nested ones could otherwise fill memory from a short string.
@@ -43,18 +45,24 @@ MAX_BLOCKS = 4096
 
 @dataclass(frozen=True)
 class Pattern:
-    """Blocks in order, as Megatron's letters or `{name}`; `piece_cuts`: the blocks at which a new piece of a pipeline starts."""
+    """Main blocks in order, as Megatron's letters or `{name}`; `piece_cuts`: the blocks at which a new piece of a pipeline starts.
+
+    `depth_letters`: the blocks of each of the `num_depths` depths of multi-token prediction.
+    """
 
     letters: tuple[str, ...]
     piece_cuts: tuple[int, ...] = ()
+    depth_letters: tuple[str, ...] = ()
+    num_depths: int = 0
 
     def canonical(self) -> str:
-        """Write the pattern in its one canonical spelling: letters where there are any, no repetition, `|` at each cut."""
+        """Write the pattern in its one canonical spelling: letters where there are any, no repetition, `|` and `/`."""
         cuts = set(self.piece_cuts)
-        return "".join(("|" if index in cuts else "") + letter for index, letter in enumerate(self.letters))
+        main = "".join(("|" if index in cuts else "") + letter for index, letter in enumerate(self.letters))
+        return main + self.num_depths * f"/{''.join(self.depth_letters)}"
 
     def counts(self) -> dict[str, int]:
-        """Count the blocks of each kind that occurs, in the order `M * E -`, then other mixers as they occur."""
+        """Count the main blocks of each kind that occurs, in the order `M * E -`, then other mixers as they occur."""
         kinds = [letter for letter in BLOCK_NAMES if letter in self.letters]
         kinds += [letter for letter in dict.fromkeys(self.letters) if letter not in BLOCK_NAMES]
         return {letter: self.letters.count(letter) for letter in kinds}
@@ -86,20 +94,29 @@ def parse_pattern(text: str) -> Pattern:
     parser = _Parser(text)
     items, end = parser.sequence(0, opened_at=None)
     assert end == len(text), f"the parser stopped at {end} of {len(text)}"
+    slashes = [place for place, (symbol, _) in enumerate(items) if symbol == "/"]
+    main = items[: slashes[0]] if slashes else items
     letters: list[str] = []
     cuts: list[int] = []
-    for symbol, position in items:
+    for symbol, position in main:
         if symbol != "|":
             letters.append(symbol)
         elif len(letters) == (cuts[-1] if cuts else 0):
             raise parser.error(position, "a stage cut '|' needs a block before it; remove this one")
         else:
             cuts.append(len(letters))
+    if not letters and slashes:
+        raise parser.error(items[0][1], "a '/' begins a prediction depth behind the main blocks, and there are none")
     if not letters:
         raise parser.error(0, "a pattern needs at least one block: M, * (A), E (F), - (D) or a mixer such as {retnet}")
     if cuts and cuts[-1] == len(letters):
-        raise parser.error(items[-1][1], "a stage cut '|' needs a block after it; remove this one")
-    return Pattern(tuple(letters), tuple(cuts))
+        raise parser.error(main[-1][1], "a stage cut '|' needs a block after it; remove this one")
+    depths = [parser.depth(items[start:end]) for start, end in itertools.pairwise([*slashes, len(items)])]
+    for slash, depth in zip(slashes, depths):
+        if depth != depths[0]:
+            remedy = f"write /{''.join(depths[0])} for each of the {len(depths)}"
+            raise parser.error(items[slash][1], f"all prediction depths have the blocks of the first; {remedy}")
+    return Pattern(tuple(letters), tuple(cuts), depths[0] if depths else (), len(depths))
 
 
 def parse_letters(text: str) -> frozenset[str]:
@@ -134,6 +151,18 @@ class _Parser:
         shown = self.text.replace("\n", " ").replace("\t", " ")
         return ValueError(f"pattern, character {position + 1}: {rule}\n  {shown}\n  {' ' * position}^")
 
+    def depth(self, items: list[tuple[str, int]]) -> tuple[str, ...]:
+        """Check the items of one prediction depth, its `/` first; returns its blocks."""
+        (_, slash), *blocks = items
+        if not blocks:
+            raise self.error(
+                slash, "a '/' begins a prediction depth and needs blocks after it; write /*E, or remove it"
+            )
+        for symbol, position in blocks:
+            if symbol == "|":
+                raise self.error(position, "a prediction depth stays with the last stage; remove this '|'")
+        return tuple(symbol for symbol, _ in blocks)
+
     def sequence(self, position: int, opened_at: int | None) -> tuple[list[tuple[str, int]], int]:
         """Read items from `position` to the `)` that closes `opened_at`, or to the end; returns them and where they end."""
         items: list[tuple[str, int]] = []
@@ -144,7 +173,12 @@ class _Parser:
             if symbol.isspace():
                 position += 1
                 continue
-            if symbol == "(":
+            if symbol == "/":
+                if opened_at is not None:
+                    raise self.error(position, "a '/' stands outside of parentheses; write ME/*E/*E")
+                items.append((symbol, position))
+                position += 1
+            elif symbol == "(":
                 group, position = self.group(position)
                 items += group
             elif symbol == "{":

@@ -213,6 +213,18 @@ class MupConfig(Section):
     )
 
 
+class MtpConfig(Section):
+    """Multi-token prediction: what the depths behind `/` in the pattern learn (DeepSeek-V3, arXiv 2412.19437, section 2.2)."""
+
+    loss_weight: float = Field(0.3, gt=0, description="Of the mean of all depths' losses; the main loss has 1.")
+    shared: bool = Field(
+        False, description="One module for all depths, as Nemotron 3 Super and Ultra; else one for each."
+    )
+    detach: bool = Field(
+        False, description="Depths give the main model no gradient: they are trained on a model as it is."
+    )
+
+
 class MixersConfig(Section):
     """Options of registered mixers, by name; needed by their letter or `{name}` in the pattern."""
 
@@ -233,7 +245,7 @@ class ModelConfig(Section):
 
     pattern: str = Field(
         min_length=1,
-        description="Blocks in order: M Mamba2, * attention, E MoE, - dense; or Hunyuan's A, M, F, D; other mixers by letter or `{name}` (docs/mixers.md). `(MF)*8 AF` or `((ME)x8 *E)x7 ME` repeats, `|` cuts pipeline stages.",
+        description="Blocks in order: M Mamba2, * attention, E MoE, - dense; or Hunyuan's A, M, F, D; other mixers by letter or `{name}` (docs/mixers.md). `(MF)*8 AF` or `((ME)x8 *E)x7 ME` repeats, `|` cuts pipeline stages; `ME/*E/*E` has two depths of multi-token prediction.",
     )
     vocab_size: int = Field(gt=0, description="Rows of the embedding; at least the tokenizer's.")
     hidden_size: int = Field(gt=0, description="Width of the residual stream.")
@@ -251,6 +263,9 @@ class ModelConfig(Section):
     guide: GuideConfig | None = Field(None, description="Guide factored matrices while they train; none: no guide.")
     multipliers: MultipliersConfig = Field(MultipliersConfig(), description="Constant factors in the forward pass.")
     mup: MupConfig | None = Field(None, description="Carry the learning rate over widths; none: one rate for all.")
+    mtp: MtpConfig | None = Field(
+        None, description="Multi-token prediction; of depths behind `/` in the pattern alone, which have its defaults."
+    )
     residual_in_fp32: bool = Field(False, description="Keep the residual stream in float32 when weights are bf16.")
     logits_z_loss_weight: float = Field(
         0.0, ge=0, description="Squared log-sum-exp of the vocabulary logits (PaLM, arXiv 2204.02311, section 5)."
@@ -258,7 +273,7 @@ class ModelConfig(Section):
 
     def has_factors(self) -> bool:
         """Whether a block of the pattern has factored matrices."""
-        dense, moe, letters = self.feed_forward, self.moe, self.letters
+        dense, moe, letters = self.feed_forward, self.moe, self.built_letters
         in_dense = "-" in letters and dense is not None and dense.structure() != DENSE
         return in_dense or ("E" in letters and moe is not None and moe.shared_structure() != DENSE)
 
@@ -269,5 +284,30 @@ class ModelConfig(Section):
 
     @property
     def letters(self) -> tuple[str, ...]:
-        """The symbol of each block, in order; raises as `parsed_pattern` does."""
+        """The symbol of each main block, in order; raises as `parsed_pattern` does."""
         return self.parsed_pattern.letters
+
+    @property
+    def prediction(self) -> MtpConfig:
+        """The settings of multi-token prediction, read where the pattern has depths."""
+        return self.mtp or MtpConfig()
+
+    def without_depths(self) -> "ModelConfig":
+        """The same model without multi-token prediction."""
+        main = self.pattern.partition("/")[0]
+        return self.model_copy(update={"pattern": main, "mtp": None}) if self.num_depths else self
+
+    @property
+    def num_depths(self) -> int:
+        """Depths of multi-token prediction, 0 for none."""
+        return self.parsed_pattern.num_depths
+
+    @property
+    def num_depth_modules(self) -> int:
+        """Modules of multi-token prediction that the model has: one for all depths where they are shared."""
+        return min(1, self.num_depths) if self.prediction.shared else self.num_depths
+
+    @property
+    def built_letters(self) -> tuple[str, ...]:
+        """The symbol of each block that is built: the main ones, then those of each module of multi-token prediction."""
+        return self.letters + self.num_depth_modules * self.parsed_pattern.depth_letters

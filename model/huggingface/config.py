@@ -1,7 +1,7 @@
 """Convert our ModelConfig to the config.json of each export target and back.
 
-Fields were read from transformers 5.24 (`configuration_nemotron_h.py`); those of other classes are in `granitemoehybrid.py`
-and `qwen3_next.py`. Layer names are written in the older spelling (`mamba`, `attention`), which both older and newer readers take.
+Fields were read from transformers 5.24 (`configuration_nemotron_h.py`); those of other classes are in `granitemoehybrid.py`,
+`qwen3_next.py` and `latent_attention.py`. Layer names are written in the older spelling (`mamba`, `attention`), which both older and newer readers take.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from model.config.schema import (
     ModelConfig,
     MoeConfig,
 )
+from model.huggingface.depths import depth_fields, depth_pattern
 from model.huggingface.fields import LAYER_NAMES, letters_of, require_fields
 from model.huggingface.granitemoehybrid import granite_fields, model_config_from_granite
+from model.huggingface.latent_attention import LATENT_TARGETS, latent_fields, model_config_from_latent
 from model.huggingface.qwen3_next import (
     QWEN3_5_MOE_TYPE,
     model_config_from_qwen3_next,
@@ -35,6 +37,8 @@ TARGET_OF_TYPE: dict[str, Target] = {
     "granitemoehybrid": "granitemoehybrid",
     "qwen3_next": "qwen3_next",
     QWEN3_5_MOE_TYPE: "qwen3_5_moe",
+    "kimi_linear": "kimi_linear",
+    "deepseek_v3": "deepseek_v3",
     OWN_MODEL_TYPE: "own",
 }
 # The class clamps dt at run time to at least `time_step_min`; training does not. 0 fails in its initialisation (log).
@@ -68,19 +72,21 @@ def huggingface_config(
         "use_cache": True,
     }
     if target == "nemotron_h":
-        return fields | _nemotron_h_fields(config)
+        return fields | _nemotron_h_fields(config) | depth_fields(config, target)
     if target == "granitemoehybrid":
         return fields | granite_fields(config)
     if target == "qwen3_next":
-        return fields | qwen3_next_fields(config)
+        return fields | qwen3_next_fields(config) | depth_fields(config, target)
     if target == "qwen3_5_moe":
         return fields | qwen3_5_moe_fields(config)
+    if target in LATENT_TARGETS:
+        return fields | latent_fields(config, target)
     return fields | _own_fields(config)
 
 
 def _drop_unused_sections(config: ModelConfig) -> ModelConfig:
     """Drop the sections whose letter the pattern lacks: config.json must not depend on what nothing reads."""
-    letters = config.letters
+    letters = config.built_letters
     used = {name: getattr(config.mixers, name) for name in registered_mixers(config).values()}
     unused = {name: None for letter, name in SECTIONS.items() if letter not in letters}
     return config.model_copy(update=unused | {"mixers": type(config.mixers)(**used)})
@@ -182,6 +188,8 @@ def model_config_from_huggingface(fields: Mapping[str, Any]) -> ModelConfig:
         return model_config_from_granite(fields)
     if kind in ("qwen3_next", QWEN3_5_MOE_TYPE):
         return model_config_from_qwen3_next(fields)
+    if kind in LATENT_TARGETS:
+        return model_config_from_latent(fields, kind)
     if kind == OWN_MODEL_TYPE:
         return _from_own(fields)
     known = ", ".join(TARGET_OF_TYPE)
@@ -192,9 +200,10 @@ def _from_nemotron_h(fields: Mapping[str, Any]) -> ModelConfig:
     no_bias = {"use_bias": False, "mlp_bias": False, "attention_bias": False, "mamba_proj_bias": False}
     require_fields(fields, no_bias | {"mlp_hidden_act": "relu2", "mamba_hidden_act": "silu", "sliding_window": None})
     names = fields.get("layers_block_type") or fields.get("layer_types")
-    letters = letters_of(list(names)) if names else list(fields["hybrid_override_pattern"])
+    main = "".join(letters_of(list(names)) if names else list(fields["hybrid_override_pattern"]))
+    letters = main + depth_pattern(fields, "nemotron_h")
     return ModelConfig(
-        pattern="".join(letters),
+        pattern=letters,
         vocab_size=fields["vocab_size"],
         hidden_size=fields["hidden_size"],
         norm_epsilon=fields["layer_norm_epsilon"],

@@ -8,7 +8,7 @@ only worse.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -60,10 +60,14 @@ class WeightEntry:
 
 @dataclass(frozen=True)
 class WeightMap:
-    """All entries of a model, and the shapes of tensors that the class demands but our model lacks (all zeros)."""
+    """All entries of a model, and the shapes of tensors that the class demands but our model lacks (all zeros).
+
+    aliases: other names under which tensors of theirs are read, and those that they have here.
+    """
 
     entries: tuple[WeightEntry, ...]
     zeros: Mapping[str, tuple[int, ...]]
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
     def their_names(self) -> set[str]:
         """Collect every tensor name of the other checkpoint."""
@@ -85,6 +89,7 @@ class WeightMap:
 
         Raises ValueError where a tensor is missing or not in the map, a zero tensor is not zero, or copies differ.
         """
+        theirs = {self.aliases.get(name, name): tensor for name, tensor in theirs.items()}
         missing, unknown = self.their_names() - set(theirs), set(theirs) - self.their_names()
         if missing or unknown:
             raise ValueError(

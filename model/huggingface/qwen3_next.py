@@ -14,6 +14,7 @@ from typing import Any
 
 from model.config.mixer_options import GatedDeltaNetOptions
 from model.config.schema import AttentionConfig, FeedForwardConfig, ModelConfig, MoeConfig
+from model.huggingface.depths import depth_pattern
 from model.huggingface.fields import (
     flat_rope_fields,
     require_fields,
@@ -231,7 +232,7 @@ def model_config_from_qwen3_next(fields: Mapping[str, Any]) -> ModelConfig:
     if not fields["num_experts"]:
         dense = set(range(len(fields["layer_types"])))
     letters = [LETTERS[kind] + ("-" if layer in dense else "E") for layer, kind in enumerate(fields["layer_types"])]
-    pattern = "".join(letters)
+    pattern = "".join(letters) + depth_pattern(fields, "qwen3_next")
     return ModelConfig.model_validate(
         {
             "pattern": pattern,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from model.config.schema import ModelConfig
+from model.huggingface.depths import qwen3_next_depth
 from model.huggingface.entries import WeightEntry, WeightMap
 from model.huggingface.qwen3_next import delta_options
 
@@ -165,13 +166,20 @@ def qwen3_next_map(config: ModelConfig, *, is_next: bool = True) -> WeightMap:
     zeros: dict[str, tuple[int, ...]] = {}
     delta_entries = _delta_entries if is_next else _plain_delta_entries
     blocks = {"G": delta_entries, "*": _attention_entries, "E": _expert_entries, "-": _dense_entries}
-    for index, letter in enumerate(config.letters):
-        ours, theirs = f"blocks.{index}.", f"model.layers.{index // 2}."
+
+    def block_entries(letter: str, ours: str, theirs: str) -> Iterator[WeightEntry]:
         norm = "input_layernorm" if letter in "G*" else "post_attention_layernorm"
-        entries.append(NormEntry(f"{ours}norm.weight", (f"{theirs}{norm}.weight",)))
-        entries += blocks[letter](config, f"{ours}mixer.", theirs)
+        yield NormEntry(f"{ours}norm.weight", (f"{theirs}{norm}.weight",))
+        yield from blocks[letter](config, f"{ours}mixer.", theirs)
+
+    for index, letter in enumerate(config.letters):
+        theirs = f"model.layers.{index // 2}."
+        entries += block_entries(letter, f"blocks.{index}.", theirs)
         if letter == "E":
             zeros |= _gate_zeros(config, f"{theirs}mlp.")
+    depths = list(qwen3_next_depth(config, NormEntry, block_entries))
+    entries += depths
+    zeros |= _gate_zeros(config, "mtp.layers.0.mlp.") if depths else {}
     entries.append(NormEntry("final_norm.weight", ("model.norm.weight",)))
     if not config.tie_embeddings:
         entries.append(WeightEntry("head.weight", ("lm_head.weight",)))

@@ -1,7 +1,7 @@
 """Choice of the transformers class that can hold a model exactly, and reasons why another one cannot.
 
-Rules were read from transformers 5.24: `models/nemotron_h` and `models/granitemoehybrid`; those of `models/qwen3_next` are
-in `qwen3_next.py`. A class holds a configuration when the function from tokens to logits is the same; names,
+Rules were read from transformers 5.24: `models/nemotron_h` and `models/granitemoehybrid`; those of other classes are in
+`qwen3_next.py` and `latent_attention.py`. A class holds a configuration when the function from tokens to logits is the same; names,
 shapes and fields are in `weights.py` and `config.py`. This module imports no transformers.
 """
 
@@ -13,11 +13,20 @@ from model.config.mixer_registry import BUILT_IN
 from model.config.mup import without_mup
 from model.config.pattern import mixer_name
 from model.config.schema import ModelConfig
+from model.huggingface.depths import explain_left_out
 from model.huggingface.fields import unfit_expert_sizes, unfit_gates, unfit_multipliers
+from model.huggingface.latent_attention import LATENT_TARGETS, unfit_for_latent
 from model.huggingface.qwen3_next import unfit_for_qwen3_5_moe, unfit_for_qwen3_next
 
-Target = Literal["nemotron_h", "granitemoehybrid", "qwen3_next", "qwen3_5_moe", "own"]
-NATIVE_TARGETS: tuple[Target, ...] = ("nemotron_h", "granitemoehybrid", "qwen3_next", "qwen3_5_moe")
+Target = Literal["nemotron_h", "granitemoehybrid", "qwen3_next", "qwen3_5_moe", "kimi_linear", "deepseek_v3", "own"]
+NATIVE_TARGETS: tuple[Target, ...] = (
+    "nemotron_h",
+    "granitemoehybrid",
+    "qwen3_next",
+    "qwen3_5_moe",
+    "kimi_linear",
+    "deepseek_v3",
+)
 TARGETS: tuple[Target, ...] = get_args(Target)
 
 
@@ -39,6 +48,8 @@ def explain_unfit(config: ModelConfig, target: str) -> list[str]:
         return unfit_for_qwen3_next(config)
     if target == "qwen3_5_moe":
         return unfit_for_qwen3_5_moe(config)
+    if target in LATENT_TARGETS:
+        return unfit_for_latent(config, target)
     raise ValueError(f"export target {target!r} is unknown; use auto, {', '.join(TARGETS)}")
 
 
@@ -56,10 +67,15 @@ def choose_target(config: ModelConfig) -> Target:
     return "own"
 
 
+def left_out_depths(config: ModelConfig, target: Target) -> str | None:
+    """Say why an export leaves the depths of multi-token prediction out; None where it does not, or there are none."""
+    return explain_left_out(config, target, lambda alone: explain_unfit(alone, target))
+
+
 def registered_mixers(config: ModelConfig) -> dict[str, str]:
     """Find the names of the registered mixers that a model uses, wrapped ones too, by their symbol in the pattern."""
     found: dict[str, str] = {}
-    for symbol in config.parsed_pattern.counts():
+    for symbol in dict.fromkeys(config.built_letters):
         name = mixer_name(symbol)
         if name is None:
             continue

@@ -7,12 +7,18 @@ own are built on the meta device to ask for theirs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
 import torch
 
 from model.build import build_mixer
 from model.config.schema import ModelConfig
 from model.config.structure import Structure
+from model.huggingface.depths import nemotron_h_depths
 from model.huggingface.entries import Form, WeightEntry, WeightMap
+from model.huggingface.latent_attention import LATENT_TARGETS
+from model.huggingface.latent_attention_weights import latent_map
 from model.huggingface.qwen3_next_weights import qwen3_next_map
 from model.huggingface.targets import Target
 from model.parallel.groups import single_rank_groups
@@ -28,19 +34,32 @@ def weight_map(config: ModelConfig, target: Target) -> WeightMap:
         return qwen3_next_map(config)
     if target == "qwen3_5_moe":
         return qwen3_next_map(config, is_next=False)
+    if target in LATENT_TARGETS:
+        return latent_map(config, target)
     return WeightMap(tuple(WeightEntry(name, (name,)) for name in weight_shapes(config)), {})
 
 
 def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """List names and shapes of all weights of our model (the router's bias buffer included), in order."""
     shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (config.vocab_size, config.hidden_size)}
-    for index, letter in enumerate(config.letters):
-        shapes[f"blocks.{index}.norm.weight"] = (config.hidden_size,)
-        for name, shape in block_shapes(config, letter).items():
-            shapes[f"blocks.{index}.mixer.{name}"] = shape
-    shapes["final_norm.weight"] = (config.hidden_size,)
+    width = config.hidden_size
+
+    def add_blocks(prefix: str, letters: Sequence[str]) -> None:
+        for index, letter in enumerate(letters):
+            shapes[f"{prefix}blocks.{index}.norm.weight"] = (width,)
+            for name, shape in block_shapes(config, letter).items():
+                shapes[f"{prefix}blocks.{index}.mixer.{name}"] = shape
+
+    add_blocks("", config.letters)
+    shapes["final_norm.weight"] = (width,)
     if not config.tie_embeddings:
-        shapes["head.weight"] = (config.vocab_size, config.hidden_size)
+        shapes["head.weight"] = (config.vocab_size, width)
+    for depth in range(config.num_depth_modules):
+        own = f"mtp.{depth}."
+        shapes |= {f"{own}embed_norm.weight": (width,), f"{own}stream_norm.weight": (width,)}
+        shapes[f"{own}in_proj.weight"] = (width, 2 * width)
+        add_blocks(own, config.parsed_pattern.depth_letters)
+        shapes[f"{own}norm.weight"] = (width,)
     return shapes
 
 
@@ -49,7 +68,7 @@ def block_shapes(config: ModelConfig, letter: str) -> dict[str, tuple[int, ...]]
     if letter in _MIXER_SHAPES:
         return _MIXER_SHAPES[letter](config)
     with torch.device("meta"):
-        mixer = build_mixer(config.letters.index(letter), config, single_rank_groups(), "torch")
+        mixer = build_mixer(config.built_letters.index(letter), config, single_rank_groups(), "torch")
     return {name: tuple(tensor.shape) for name, tensor in mixer.state_dict().items()}
 
 
@@ -152,12 +171,12 @@ def _nemotron_h_map(config: ModelConfig) -> WeightMap:
     entries = [WeightEntry("embedding.weight", ("backbone.embeddings.weight",))]
     zeros: dict[str, tuple[int, ...]] = {}
     for index, letter in enumerate(config.letters):
-        ours, theirs = f"blocks.{index}.mixer.", f"backbone.layers.{index}.mixer."
-        entries.append(WeightEntry(f"blocks.{index}.norm.weight", (f"backbone.layers.{index}.norm.weight",)))
-        for name in _MIXER_SHAPES[letter](config):
-            entries.append(_nemotron_h_entry(ours + name, theirs, name, config))
-        if letter == "E":
-            zeros |= _nemotron_h_zeros(theirs, config)
+        own, own_zeros = _nemotron_h_block(config, letter, f"blocks.{index}.", f"backbone.layers.{index}.")
+        entries += own
+        zeros |= own_zeros
+    depths = nemotron_h_depths(config, partial(_nemotron_h_block, config))
+    entries += depths.entries
+    zeros |= depths.zeros
     entries.append(WeightEntry("final_norm.weight", ("backbone.norm_f.weight",)))
     # The class never ties its head: without its own copy of a tied weight it would start at random.
     tied = config.tie_embeddings
@@ -165,6 +184,16 @@ def _nemotron_h_map(config: ModelConfig) -> WeightMap:
         WeightEntry("embedding.weight" if tied else "head.weight", ("lm_head.weight",), "copy" if tied else "same")
     )
     return WeightMap(tuple(entries), zeros)
+
+
+def _nemotron_h_block(
+    config: ModelConfig, letter: str, ours: str, theirs: str
+) -> tuple[list[WeightEntry], dict[str, tuple[int, ...]]]:
+    """Entries of a block with its norm, and the tensors of it that are always zero."""
+    entries = [WeightEntry(f"{ours}norm.weight", (f"{theirs}norm.weight",))]
+    for name in _MIXER_SHAPES[letter](config):
+        entries.append(_nemotron_h_entry(f"{ours}mixer.{name}", f"{theirs}mixer.", name, config))
+    return entries, _nemotron_h_zeros(f"{theirs}mixer.", config) if letter == "E" else {}
 
 
 _NEMOTRON_H_MOE = {

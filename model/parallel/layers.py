@@ -107,6 +107,8 @@ def project_layers(x_BTD: Tensor, layers: Sequence[ColumnLinear], groups: Proces
 class RowLinear(megatron_layers.RowParallelLinear):
     """This rank's part of y = x W^T, the columns of W sharded over the tensor-parallel ranks: [..., in of this rank] -> [..., out].
 
+    `segments`: sizes of what the input joins, each cut by itself; by default it is one.
+
     The parts are summed by `leave_tensor_region`, once for all that a block computes, and not in this layer: under sequence
     parallelism the sum is a reduce-scatter over tokens, which is the business of the region and not of a matrix.
     `lora`: what a fine-tune adds to W (model/lora.py).
@@ -117,8 +119,18 @@ class RowLinear(megatron_layers.RowParallelLinear):
     get_extra_state: Callable[[nn.Module], object] = nn.Module.get_extra_state
     set_extra_state: Callable[[nn.Module, object], None] = nn.Module.set_extra_state
 
-    def __init__(self, input_size: int, output_size: int, groups: ProcessGroupCollection, *, name: str) -> None:
-        divide(input_size, groups, name)
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        groups: ProcessGroupCollection,
+        *,
+        name: str,
+        segments: tuple[int, ...] = (),
+    ) -> None:
+        segments = segments or (input_size,)
+        for segment in segments:
+            divide(segment, groups, name)
         super().__init__(
             input_size,
             output_size,
@@ -129,7 +141,7 @@ class RowLinear(megatron_layers.RowParallelLinear):
             skip_bias_add=False,
             tp_group=groups.tp,
         )
-        self.shards = {"weight": Shard((ShardSpec(1, "tp", (input_size,)),))}
+        self.shards = {"weight": Shard((ShardSpec(1, "tp", segments),))}
         self.lora = None
         _drop_extra_state(self)
 

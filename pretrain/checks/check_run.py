@@ -115,7 +115,7 @@ def stage_problems(config: RunConfig, world_size: int | None) -> list[Problem]:
     problems += optimizer_problems(config)
     problems += [*kernel_problems(config, config.kernels.backend), *task_layout_problems(config)]
     if not model:
-        problems += [*export_problems(config), *pipeline_problems(config)]
+        problems += [*export_problems(config), *pipeline_problems(config), *depth_problems(config)]
     if world_size is None:
         problems += whole_batch_problems(config)
     else:
@@ -129,6 +129,14 @@ def model_problems(config: RunConfig) -> Iterator[Problem]:
         check_model(config.model)
     except ValueError as error:
         yield whole_message(str(error))
+
+
+def depth_problems(config: RunConfig) -> Iterator[Problem]:
+    """Check that rows are long enough for the last depth of multi-token prediction to have a label."""
+    depths, length = config.model.num_depths, config.train.sequence_length
+    if depths and depths >= length:
+        rule = f"has {depths} prediction depths, which need rows of at least {depths + 1} tokens, not {length}"
+        yield Problem("model.pattern", rule, "use fewer depths, or raise train.sequence_length", config.model.pattern)
 
 
 def whole_message(text: str) -> Problem:

@@ -23,7 +23,7 @@ def mixers_in_use(config: RunConfig) -> Iterator[tuple[MixerSpec, MixerOptions]]
     The model's own rules report what is wrong with others.
     """
     try:
-        letters = config.model.letters
+        letters = config.model.built_letters
     except ValueError:
         return
     specs = mixer_specs()

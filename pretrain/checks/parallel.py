@@ -186,7 +186,7 @@ def ranks(count: int) -> str:
 def pattern_letters(config: RunConfig) -> set[str]:
     """Kinds of block that the model has; none where its pattern does not parse, which the model's own rules report."""
     try:
-        return set(config.model.letters)
+        return set(config.model.built_letters)
     except ValueError:
         return set()
 
@@ -206,6 +206,11 @@ def pipeline_problems(config: RunConfig) -> Iterator[Problem]:
         cut_pieces(config.model, section.num_pieces(), train.sequence_length)
     except ValueError as error:
         yield Problem("parallel.pipeline", str(error), "")
+    if section.schedule == "zero_bubble" and config.model.num_depths:
+        rule = (
+            "cuts backward passes in two at the stage's input, and prediction depths of model.pattern have a second one"
+        )
+        yield Problem("parallel.schedule", rule, "use 1f1b or interleaved", "zero_bubble")
     if section.schedule == "zero_bubble" and train.compile:
         rule = "does not go with parallel.schedule=zero_bubble, which cuts backward passes in two: compiled blocks have one"
         yield Problem("train.compile", rule, "use false, or another schedule", "true")

@@ -42,6 +42,9 @@ def synthetic_problems(config: RunConfig) -> Iterator[Problem]:
     for name in ABOUT_TEXT:
         if getattr(config.data, name) != DataConfig.model_fields[name].default:
             yield Problem(f"data.{name}", "has no effect on data.probe, which is no text", "remove one of the two")
+    if "/" in config.model.pattern:
+        rule = "has prediction depths, and labels of data.probe are not the next tokens"
+        yield Problem("model.pattern", rule, "remove what is behind '/'", config.model.pattern)
     for index, stage in enumerate(config.stages):
         if stage.weights is not None:
             yield Problem(f"stages.{index}.weights", "has no effect on data.probe, the only source", "remove it")

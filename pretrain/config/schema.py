@@ -283,7 +283,9 @@ class KernelsConfig(Section):
 class ExportConfig(Section):
     """Which transformers class the model must fit, checked before training starts."""
 
-    target: Literal["nemotron_h", "granitemoehybrid", "qwen3_next", "qwen3_5_moe", "own", "auto"] = Field(
+    target: Literal[
+        "nemotron_h", "granitemoehybrid", "qwen3_next", "qwen3_5_moe", "kimi_linear", "deepseek_v3", "own", "auto"
+    ] = Field(
         "auto",
         description="`own`: our modelling file beside the weights; `auto`: a native class if one holds the config exactly, else own.",
     )

@@ -28,7 +28,7 @@ from data_pipeline.progress import Report, silent
 from data_pipeline.store.store import TokenStore
 from data_pipeline.tokenizer.tokenizer import Tokenizer
 from model.huggingface.qwen3_next import unfit_tokenizer
-from model.huggingface.targets import TARGETS, Target, choose_target, explain_unfit
+from model.huggingface.targets import TARGETS, Target, choose_target, explain_unfit, left_out_depths
 from model.packing import PackMeta
 from pretrain.export.files import (
     CLASS_NAMES,
@@ -72,6 +72,7 @@ class ExportReport:
 
     class_name: of transformers, or AmfmForCausalLM. reasons: why no native class holds the model. compared: on what
     text the logits were compared. refusals: other programs that are known to refuse the folder, with rule and remedy.
+    left_out: why it has no prediction depths, where the model has some.
     """
 
     path: Path
@@ -84,6 +85,7 @@ class ExportReport:
     files: tuple[str, ...]
     reasons: tuple[str, ...]
     refusals: tuple[str, ...]
+    left_out: str | None = None
 
 
 def export_checkpoint(
@@ -97,8 +99,7 @@ def export_checkpoint(
 ) -> ExportReport:
     """Write a checkpoint (a run's newest, or an imported model) as a transformers folder and prove it.
 
-    `target`: nemotron_h, granitemoehybrid, qwen3_next, qwen3_5_moe, own, auto; None: what the run's `export.target` says. Everything is written
-    to a hidden folder beside OUT, made durable, loaded by a fresh process that compares logits, and only then renamed to OUT, so OUT is
+    `target`: one of `TARGETS` or auto; None: what the run's `export.target` says. Everything is written to a hidden folder beside OUT, made durable, loaded by a fresh process that compares logits, and only then renamed to OUT, so OUT is
     absent or whole. Factored matrices are written multiplied out. Raises ValueError for a target that cannot hold the model or an OUT that is in use, RuntimeError
     for a failed proof: then the folder stands as OUT.failed (numbered where there is one), for examination.
     """
@@ -108,7 +109,11 @@ def export_checkpoint(
     asked = target or (weights.run.export.target if weights.run is not None else "auto")
     model, state = multiply_out(weights.model, weights.state)
     merged = replace(weights, model=model, state=state)
-    plan = ExportPlan(merged, resolve_target(merged, asked), _max_positions(weights), max_shard_bytes)
+    chosen = resolve_target(merged, asked)
+    left_out = left_out_depths(merged.model, chosen)
+    if left_out is not None:
+        merged = merged.without_depths()
+    plan = ExportPlan(merged, chosen, _max_positions(weights), max_shard_bytes, left_out)
     proof: dict[str, Any] = {}
     compared = "nothing: not verified"
     with begin_export(out) as temporary:
@@ -134,6 +139,7 @@ def export_checkpoint(
         files=tuple(sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())),
         reasons=tuple(plan.unfit_reasons()),
         refusals=tuple(plan.refusals()),
+        left_out=plan.left_out,
     )
 
 

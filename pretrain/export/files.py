@@ -57,18 +57,24 @@ CLASS_NAMES: dict[Target, str] = {
     "granitemoehybrid": "GraniteMoeHybridForCausalLM",
     "qwen3_next": "Qwen3NextForCausalLM",
     "qwen3_5_moe": "Qwen3_5MoeForCausalLM",
+    "kimi_linear": "KimiLinearForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
     "own": "AmfmForCausalLM",
 }
 
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """What is exported and as what: the model, the target class, tokens a row, and the bytes of a shard at most."""
+    """What is exported and as what: the model, the target class, tokens a row, and the bytes of a shard at most.
+
+    left_out: why the prediction depths of the model that was trained are not in `weights`.
+    """
 
     weights: Weights
     target: Target
     max_position_embeddings: int
     max_shard_bytes: int = MAX_SHARD_BYTES
+    left_out: str | None = None
 
     @property
     def token_ids(self) -> TokenIds:
@@ -238,6 +244,8 @@ def model_card(plan: ExportPlan) -> str:
             "",
             "Embedding and head were trained as one matrix; the class cannot tie them, so the head is a copy.",
         ]
+    if plan.left_out is not None:
+        lines += ["", f"Of the trained model {plan.left_out}."]
     reasons = plan.unfit_reasons()
     if reasons:
         lines += ["", "## Why no native class", "", *(f"- {reason}" for reason in reasons)]

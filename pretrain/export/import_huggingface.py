@@ -36,13 +36,13 @@ from model.huggingface.weights import weight_map
 from pretrain.export.export import check_free
 from pretrain.export.files import OUR_DESCRIPTION, begin_export, put_in_place, sync_files
 from pretrain.export.tokenizer import MODEL_FILE, ORIGINAL_JSON
-from pretrain.inference.weights import Weights, check_shapes, write_weights
+from pretrain.inference.weights import DEPTH_PREFIX, Weights, check_shapes, write_weights
 from pretrain.tensor_files import read_tensors as read_tensors_of
 
 MODEL_SECTION = "model.yaml"
 INDEX = "model.safetensors.index.json"
-# Multi-token prediction heads: transformers leaves them out as well.
-SKIPPED_PREFIXES = ("mtp.",)
+# Multi-token prediction: left out where config.json does not name it, as transformers does always.
+SKIPPED_PREFIXES = (DEPTH_PREFIX,)
 
 
 @dataclass(frozen=True)
@@ -96,10 +96,23 @@ def read_huggingface(source: Path, report: Report = silent) -> tuple[Weights, Ta
     config = choose_config(source, fields, target)
     tokenizer = read_tokenizer(source, fields)
     report(f"reading {source}")
-    tensors, skipped = read_tensors(source)
+    tensors = read_tensors(source)
+    config, skipped = choose_depths(config, tensors)
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in skipped}
     state = {name: tensor.to(torch.float32) for name, tensor in weight_map(config, target).to_ours(tensors).items()}
     check_shapes(config, state, str(source))
-    return Weights(config, state, tokenizer, f"imported from {source}"), target, len(tensors), tuple(skipped)
+    return Weights(config, state, tokenizer, f"imported from {source}"), target, len(tensors), skipped
+
+
+def choose_depths(config: ModelConfig, tensors: Mapping[str, Tensor]) -> tuple[ModelConfig, tuple[str, ...]]:
+    """Take prediction depths that both config.json and the tensors have; returns the model and what is left out.
+
+    transformers neither loads nor saves such tensors, so a folder that it wrote may name depths without any.
+    """
+    found = tuple(name for name in tensors if name.startswith(SKIPPED_PREFIXES))
+    if config.num_depths and not found:
+        return config.without_depths(), ("mtp.*, which config.json names and no file has",)
+    return config, () if config.num_depths else found
 
 
 def describe_model(config: ModelConfig) -> str:
@@ -171,8 +184,8 @@ def _same_config_json(described: ModelConfig, read: ModelConfig, target: Target)
     return left == right
 
 
-def read_tensors(source: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """Read all tensors of the safetensors files by name, and list the names that were left out (SKIPPED_PREFIXES).
+def read_tensors(source: Path) -> dict[str, Tensor]:
+    """Read all tensors of the safetensors files by name.
 
     Raises ValueError when a file of the index is missing, damaged or lies outside of the folder.
     """
@@ -187,5 +200,4 @@ def read_tensors(source: Path) -> tuple[dict[str, Tensor], list[str]]:
         if not path.is_file():
             raise ValueError(f"{path} is missing; copy the whole folder")
         tensors |= read_tensors_of(path)
-    skipped = [name for name in tensors if name.startswith(SKIPPED_PREFIXES)]
-    return {name: tensor for name, tensor in tensors.items() if name not in skipped}, skipped
+    return tensors

@@ -32,11 +32,14 @@ def multiply_out(
 
 def factored_places(config: ModelConfig) -> Iterator[tuple[str, Structure]]:
     """Name each feed-forward with factored matrices by what its parameters begin with, and their form."""
-    for index, letter in enumerate(config.letters):
+    depths = config.parsed_pattern.depth_letters
+    modules = [("", config.letters), *((f"mtp.{depth}.", depths) for depth in range(config.num_depth_modules))]
+    for prefix, index, letter in ((prefix, *entry) for prefix, letters in modules for entry in enumerate(letters)):
+        place = f"{prefix}blocks.{index}.mixer."
         if letter == "-" and config.feed_forward is not None and config.feed_forward.structure() != DENSE:
-            yield f"blocks.{index}.mixer.", config.feed_forward.structure()
+            yield place, config.feed_forward.structure()
         if letter == "E" and config.moe is not None and config.moe.shared_structure() != DENSE:
-            yield f"blocks.{index}.mixer.shared.", config.moe.shared_structure()
+            yield f"{place}shared.", config.moe.shared_structure()
 
 
 def dense_config(config: ModelConfig) -> ModelConfig:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 
@@ -45,6 +45,7 @@ WEIGHTS_FORMAT = "amfm-weights"
 WEIGHTS_VERSION = 1
 DESCRIPTION = "weights.json"
 TENSORS = "weights.safetensors"
+DEPTH_PREFIX = "mtp."
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,11 @@ class Weights:
         if self.run is None or self.step is None:
             return None
         return last_stage(resolve_stages(self.run), self.step).sequence_length
+
+    def without_depths(self) -> Weights:
+        """The same model without its depths of multi-token prediction."""
+        state = {name: tensor for name, tensor in self.state.items() if not name.startswith(DEPTH_PREFIX)}
+        return replace(self, model=self.model.without_depths(), state=state)
 
     def build(self, *, backend: str = "torch", device: str = "cpu") -> HybridModel:
         """Build the whole model on one rank, in float32 and eval mode, with a copy of the weights."""
@@ -207,10 +213,10 @@ def check_shapes(model: ModelConfig, state: Mapping[str, Tensor], where: str) ->
         raise ValueError(f"weights in {where} do not fit their configuration: " + "; ".join(sorted(faults)[:8]))
 
 
-def load_initial_weights(model: HybridModel, path: str | Path, tokenizer_identity: str) -> str:
-    """Put weights into a freshly built model, before the engine takes it, and say where they came from.
+def load_initial_weights(model: HybridModel, path: str | Path, tokenizer_identity: str) -> list[str]:
+    """Put weights into a freshly built model, before the engine takes it; returns what somebody should know of it.
 
-    The function that the weights compute must be the run's, and so must the tokenizer: ValueError names what differs.
+    Depths of multi-token prediction may be other ones, or be in one of the two alone: the model's then begin at random. The function that the weights compute must be the run's, and so must the tokenizer: ValueError names what differs.
     Every rank must call this: each reads the folder and keeps its part; nothing is communicated.
     """
     weights = read_weights(path)
@@ -237,18 +243,34 @@ def load_initial_weights(model: HybridModel, path: str | Path, tokenizer_identit
     ]
     if differing:
         raise ValueError(f"run.initial_weights={path} holds another model: " + "; ".join(differing))
-    take_own_part(model, weights.state)
-    return weights.origin
+    remarks, state = [], weights.state
+    mine, theirs = depth_shapes(model.config), depth_shapes(weights.model)
+    if mine != theirs:
+        depths = [f"/{''.join(config.parsed_pattern.depth_letters)}" for config in (weights.model, model.config)]
+        if theirs:
+            remarks.append(f"{weights.origin}: its prediction depths {depths[0]} are ignored")
+        if mine:
+            remarks.append(f"{weights.origin} has no prediction depths {depths[1]} as here: they begin at random")
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(DEPTH_PREFIX)}
+    take_own_part(model, state)
+    return remarks
+
+
+def depth_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """List names and shapes of the weights of multi-token prediction."""
+    return {name: shape for name, shape in weight_shapes(config).items() if name.startswith(DEPTH_PREFIX)}
 
 
 @torch.no_grad()
 def take_own_part(model: HybridModel, state: Mapping[str, Tensor]) -> None:
     """Copy from whole tensors what this rank's model holds: its blocks, and of each parameter its shard.
 
-    Buffers, such as the router's balancing bias, are copied whole.
+    Buffers, such as the router's balancing bias, are copied whole. Prediction depths that `state` lacks stay as they are.
     """
     parameters = {name: (parameter, shard) for name, parameter, shard in parameter_shards(model)}
     for name, own in model.state_dict(keep_vars=True).items():
+        if name not in state and name.startswith(DEPTH_PREFIX):
+            continue
         if name in parameters:
             parameter, shard = parameters[name]
             parameter.copy_(shard.shard(state[name], model.groups))
@@ -281,8 +303,9 @@ def function_settings(config: ModelConfig) -> dict[str, object]:
     """Collect the dotted settings that change what a model computes, of the sections that its blocks read.
 
     That includes mixers wrapped by a mixture of memories. Initial values, loss weights and chunk sizes are left out: two
-    models that differ in those alone compute the same function.
+    models that differ in those alone compute the same function; so do those that differ in prediction depths.
     """
+    config = config.without_depths()
     letters = config.letters
     settings: dict[str, object] = {"pattern": "".join(letters)}
     for name in ("vocab_size", "hidden_size", "norm_epsilon", "tie_embeddings"):

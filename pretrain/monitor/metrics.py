@@ -123,7 +123,7 @@ def open_wandb(config: RunConfig) -> Any:
 
 
 def flatten_numbers(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """Flatten nested metrics to numbers named by their path (`expert_load/3`).
+    """Flatten nested metrics to numbers named by their path (`expert_load/3`; of a list, by place: `mtp_loss/1`).
 
     The step itself, texts and null are left out; truth values become 0 and 1.
     """
@@ -131,6 +131,8 @@ def flatten_numbers(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, f
     for name, value in metrics.items():
         if isinstance(value, Mapping):
             flat |= flatten_numbers(value, f"{prefix}{name}/")
+        elif isinstance(value, list):
+            flat |= flatten_numbers({str(place): item for place, item in enumerate(value, 1)}, f"{prefix}{name}/")
         elif isinstance(value, int | float) and prefix + name != "step":
             flat[prefix + name] = float(value)
     return flat

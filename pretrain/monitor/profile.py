@@ -99,7 +99,7 @@ def name_blocks(model: HybridModel) -> Iterator[None]:
     Around its mixer too, which recomputation calls alone; not where that is compiled, as hooks would be compiled with it.
     """
     parts: list[tuple[str, nn.Module]] = [] if model.embedding is None else [("embedding", model.embedding)]
-    for index, block in zip(model.blocks.indices(), model.blocks):
+    for index, block in model.all_blocks():
         is_compiled = block.mixer._compiled_call_impl is not None
         parts += [
             (f"block {index} {block.letter}", module) for module in ([block] if is_compiled else [block, block.mixer])

@@ -2,7 +2,14 @@
 
 import pytest
 
-from model.config.schema import AttentionConfig, FeedForwardConfig, Mamba2Config, ModelConfig, MoeConfig
+from model.config.schema import (
+    AttentionConfig,
+    FeedForwardConfig,
+    Mamba2Config,
+    ModelConfig,
+    MoeConfig,
+    MtpConfig,
+)
 from model.flops import count_parameters, flops_per_token
 from model.hybrid import HybridModel
 from model.parallel.groups import single_rank_groups
@@ -96,6 +103,8 @@ def test_flops_are_six_a_used_weight_plus_what_has_no_weights():
         ),
         ("*", {"attention": NO_POSITIONS.model_copy(update={"gate": "head"})}),
         ("*E", {"moe": MOE.model_copy(update={"latent_size": 5, "activation": "swiglu"})}),
+        ("M/*E/*E", {}),
+        ("M/*E/*E", {"mtp": MtpConfig(shared=True)}),
         ("E*", {"moe": MoeConfig(num_experts=3, top_k=1, expert_hidden_size=4), "attention": NO_POSITIONS}),
     ],
 )
@@ -103,6 +112,17 @@ def test_counts_are_those_of_the_built_model(pattern, changes):
     config = small_config(pattern, **changes)
     model = HybridModel(config, single_rank_groups(), device="meta")
     assert count_parameters(config).total == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_depths_cost_their_blocks_projections_and_heads():
+    plain, deep = (small_config(f"ME{end}", moe=MOE) for end in ("", "/*E/*E"))
+    without, found = flops_per_token(plain, 64), flops_per_token(deep, 64)
+    blocks = flops_per_token(small_config("*E", moe=MOE), 64)
+    one = blocks["attention"] + blocks["moe"] + blocks["head"] + 6 * 2 * 12**2
+    assert found == without | {"mtp": pytest.approx(2 * one)}
+    shared = deep.model_copy(update={"mtp": MtpConfig(shared=True)})
+    assert flops_per_token(shared, 64) == found
+    assert 2 * count_parameters(shared).total_by_kind["mtp"] == count_parameters(deep).total_by_kind["mtp"]
 
 
 def test_turbos_is_built_on_the_meta_device_with_its_published_size():

@@ -80,6 +80,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
             "deltaproduct": {"num_heads": 8, "head_dim": 4, "chunk_size": 16},
         },
     },
+    "mtp": MODEL | {"pattern": "ME*-/*E/*E"},
+    "mtp_shared": MODEL | {"pattern": "MEM*-/*E/*E", "tie_embeddings": True, "mtp": {"shared": True}},
     "recycle": MODEL | {"moe": MODEL["moe"] | {"capacity_factor": 1.0, "overflow": "recycle"}},
 }
 VARIANTS["muon"] = VARIANTS["latent"]
@@ -113,6 +115,7 @@ class Outcome:
 
     losses: list[float]
     grad_norms: list[float]
+    mtp_losses: list[tuple[float, ...]]
     auxiliary: list[dict[str, float]]
     expert_counts: list[dict[int, list[int]]]
     weights: dict[str, Tensor]
@@ -147,6 +150,7 @@ def run_layout(config: RunConfig) -> Outcome:
     return Outcome(
         losses=[result.loss for result in results],
         grad_norms=[result.grad_norm for result in results],
+        mtp_losses=[result.mtp_losses for result in results],
         auxiliary=[result.auxiliary for result in results],
         expert_counts=[result.expert_counts for result in results],
         weights=weights,
@@ -294,6 +298,20 @@ LAYOUTS = [
     Layout(4, {"tensor": 2, "zero_stage": 3}, "muon"),
     Layout(4, {"tensor": 2, "sequence_parallel": True, "expert": 2, "expert_tensor": 2}, "muon"),
     Layout(4, {"context": 2, "pipeline": 2, "zero_stage": 2}, "muon"),
+    # Multi-token prediction.
+    Layout(2, {"pipeline": 2}, "mtp", quick=True),
+    Layout(4, {"context": 2, "tensor": 2, "sequence_parallel": True}, "mtp_shared", quick=True),
+    Layout(2, {"zero_stage": 2}, "mtp_shared"),
+    Layout(2, {"zero_stage": 3}, "mtp"),
+    Layout(2, {"zero_stage": 3}, "mtp_shared"),
+    Layout(2, {"zero_stage": 0, "tensor": 2}, "mtp"),
+    Layout(2, {"expert": 2}, "mtp_shared"),
+    Layout(2, {"pipeline": 2, "schedule": "interleaved", "virtual_stages": 2}, "mtp"),
+    Layout(2, {"pipeline": 2}, "mtp_shared", {"train__recompute": "full"}),
+    Layout(4, {"tensor": 2, "sequence_parallel": True, "expert": 4, "zero_stage": 2}, "mtp"),
+    Layout(4, {"pipeline": 2, "tensor": 2, "sequence_parallel": True}, "mtp"),
+    Layout(4, {"context": 2, "zero_stage": 3}, "mtp_shared"),
+    Layout(8, {"pipeline": 2, "context": 2, "expert": 2, "schedule": "interleaved", "virtual_stages": 2}, "mtp"),
     # Blocks computed again in backward passes.
     Layout(2, {"context": 2, "zero_stage": 0}, settings={"train__recompute": "full"}),
     Layout(2, {"expert": 2}, "recycle", {"train__recompute": "full"}),

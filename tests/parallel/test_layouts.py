@@ -21,6 +21,8 @@ def assert_same_training(actual: Outcome, expected: Outcome, step_tolerance: flo
         # The z-loss of the logits is reported as a difference of float32 sums around 6.
         assert own["logits_z"] == pytest.approx(other["logits_z"], abs=6 * 2**-22)
         assert own == pytest.approx(other | {"logits_z": own["logits_z"]}, rel=TOLERANCE)
+    for ahead, other_ahead in zip(actual.mtp_losses, expected.mtp_losses, strict=True):
+        assert ahead == pytest.approx(other_ahead, rel=TOLERANCE)
     assert actual.expert_counts == expected.expert_counts
     assert actual.weights.keys() == expected.weights.keys()
     for name, weight in expected.weights.items():

@@ -21,7 +21,7 @@ from launch.bench.published.runs import PUBLISHED, PublishedRun
 from launch.plan.estimate import Assumptions, Estimate, estimate
 from launch.plan.hardware import HARDWARE, Hardware
 from launch.plan.layout import Layout
-from model.config.schema import MoeConfig
+from model.config.schema import ModelConfig, MoeConfig, MtpConfig
 from model.flops import flops_per_token
 from pretrain.checks.check_run import load_checked
 from pretrain.config.schema import RunConfig
@@ -86,6 +86,7 @@ def load_anchor(run: PublishedRun, presets: Path) -> Anchor:
         f"train.global_batch_size={run.global_batch_size}",
     ]
     config = load_checked(presets / f"{run.preset}.yaml", overrides, world_size=run.gpus)
+    config = config.model_copy(update={"model": with_depths(config.model, run.depths)})
     layout = Layout.of(config, run.gpus)
     assert config.model.moe is not None, f"{run.preset} has no experts, and every published run has"
     assumptions = Assumptions(
@@ -94,6 +95,13 @@ def load_anchor(run: PublishedRun, presets: Path) -> Anchor:
     )
     flops = sum(flops_per_token(config.model, run.sequence_length).values())
     return Anchor(run, config, layout, flops, assumptions)
+
+
+def with_depths(model: ModelConfig, depths: str) -> ModelConfig:
+    """The preset's main blocks with the published depths of multi-token prediction, or none."""
+    main = model.without_depths()
+    shared = MtpConfig(shared=True) if depths.count("/") > 1 else None
+    return main.model_copy(update={"pattern": main.pattern + depths, "mtp": shared})
 
 
 def sent_choices(moe: MoeConfig, expert_ranks: int, gpus_per_node: int) -> float:

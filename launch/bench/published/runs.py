@@ -2,8 +2,8 @@
 
 How it works: a row names a preset, the published layout, batch and recomputation, and tokens and model FLOPs a second and
 card. Rows are all BF16 on H100; each says whether its router was balanced by force, because natural routing keeps the fullest
-rank busy longer. A model that has something amfm has not (multi-token prediction) is marked: then the FLOPs a second are
-compared, not the tokens.
+rank busy longer. A model that is planned with another one's blocks is marked: then the FLOPs a second are compared, not the
+tokens.
 
 Sources: NeMo Automodel's benchmark examples (examples/llm_benchmark) and Megatron Bridge's model verification cards and
 performance recipes, read in November 2026. Their FSDP cuts weights and gradients over data ranks; here these rows are planned
@@ -23,7 +23,8 @@ class PublishedRun:
     """One published run. `recompute`: `none`, `full`, or the letters of the blocks that are computed again.
 
     `tokens_per_second`, `flops_per_second`: of one card, as published. `layout`: keys of the `parallel` section.
-    `is_stand_in`: the preset lacks a part of the model that was trained, so that only rates of FLOPs compare.
+    `depths`: of multi-token prediction, behind the preset's main blocks; several share one module, as all of these do.
+    `is_stand_in`: the preset is another model than the one that was trained, so that only rates of FLOPs compare.
     """
 
     name: str
@@ -37,6 +38,7 @@ class PublishedRun:
     recompute: str
     routing: Literal["forced", "natural"] = "forced"
     sequence_length: int = 4096
+    depths: str = ""
     is_stand_in: bool = False
 
 
@@ -55,9 +57,7 @@ def _interleaved(pipeline: int, virtual_stages: int, expert: int, tensor: int = 
 PUBLISHED = (
     PublishedRun("Nemotron 3 Nano", NANO, 8, 16_789, 328 * TERA, {"expert": 8}, 4, 512, "full"),
     PublishedRun("Nemotron 3 Super", SUPER, 64, 4_497, 334 * TERA, {"expert": 64}, 2, 512, "full"),
-    PublishedRun(
-        "Nemotron 3 Ultra, MTP", ULTRA, 128, 815, 293 * TERA, {"expert": 64}, 2, 256, "full", is_stand_in=True
-    ),
+    PublishedRun("Nemotron 3 Ultra, MTP", ULTRA, 128, 815, 293 * TERA, {"expert": 64}, 2, 256, "full", depths="/*E/*E"),
     PublishedRun(
         "Nemotron 3 Super, MTP",
         SUPER,
@@ -68,7 +68,7 @@ PUBLISHED = (
         1,
         1280,
         "E",
-        is_stand_in=True,
+        depths="/*E/*E",
     ),
     PublishedRun(
         "Nemotron 3 Super, MTP",
@@ -81,7 +81,7 @@ PUBLISHED = (
         1280,
         "E",
         "natural",
-        is_stand_in=True,
+        depths="/*E/*E",
     ),
     PublishedRun(
         "Nemotron 3.5 Lightning, MTP",
@@ -94,6 +94,7 @@ PUBLISHED = (
         512,
         "none",
         sequence_length=8192,
+        depths="/*E/*E",
         is_stand_in=True,
     ),
     PublishedRun(
@@ -108,6 +109,7 @@ PUBLISHED = (
         "none",
         "natural",
         sequence_length=8192,
+        depths="/*E/*E",
         is_stand_in=True,
     ),
     PublishedRun(
@@ -120,7 +122,7 @@ PUBLISHED = (
         1,
         16_384,
         "-",
-        is_stand_in=True,
+        depths="/+E",
     ),
     PublishedRun("DeepSeek-V3", DEEPSEEK, 256, 1_002, 250 * TERA, _interleaved(4, 8, 64), 1, 512, "full"),
     PublishedRun("DeepSeek-V3", DEEPSEEK, 1024, 865, 216 * TERA, _interleaved(4, 8, 64), 1, 8192, "none"),

@@ -40,7 +40,7 @@ def plan(
     print_rows("Published speeds and the plan's", *_table(rows))
     _say_errors(rows, halves)
     if any(row["is_stand_in"] for row in rows):
-        say("MTP: the preset lacks the multi-token prediction that was trained; its error is of FLOPs a second")
+        say("Lightning is planned with Nano's blocks; its error is of FLOPs a second")
 
 
 def _table(rows: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:

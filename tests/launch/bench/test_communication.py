@@ -29,6 +29,7 @@ TWO_RANKS = [
     f"tensor=2 sequence_parallel=true {FACTORED} model.guide.share=0.5",
     "context=2 model.moe.auxiliary_loss_weight=0.1 model.moe.sequence_loss_weight=0.1",
     "pipeline=2 model.tie_embeddings=true",
+    "tensor=2 model.pattern=M/*E",
 ]
 FOUR_RANKS = [
     "expert=4 zero_stage=2 model.moe.latent_size=24",
@@ -44,6 +45,7 @@ FOUR_RANKS = [
     "pipeline=2 tensor=2 sequence_parallel=true model.tie_embeddings=true",
     "pipeline=2 expert=2 schedule=interleaved virtual_stages=2",
     "pipeline=2 context=2",
+    "pipeline=2 tensor=2 sequence_parallel=true model.pattern=ME*-/*E/*E model.mtp.shared=true",
     "expert=2 train.precision=bf16",
     "tensor=2 train.precision=bf16",
 ]

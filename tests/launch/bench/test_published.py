@@ -84,7 +84,7 @@ def test_the_table_of_anchors(capsys):
     captured = capsys.readouterr()
     assert "16,789" in captured.out
     assert "forced routing: median error" in captured.err
-    assert "lacks the multi-token prediction" in captured.err
+    assert "planned with Nano's blocks" in captured.err
     assert run(["bench", "plan", str(CONFIGS), "--json"]) == 0
     for row in json.loads(capsys.readouterr().out):
         if not row["is_stand_in"]:

@@ -3,6 +3,7 @@
 import pytest
 
 from launch.plan.layout import Layout, held_by_stages
+from model.config.schema import MtpConfig
 from model.flops import count_parameters
 from tests.launch.plan.presets import preset
 
@@ -27,6 +28,21 @@ def test_the_parts_of_all_ranks_make_the_model(layout):
     # Without an expert axis experts are cut over the tensor ranks.
     assert total == pytest.approx(count_parameters(model).total, rel=1e-6)
     assert sum(len(entry.letters) for entry in held) == len(model.letters)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS[2:])
+def test_the_last_stage_has_the_depths_and_a_copy_of_the_embedding(layout, shared):
+    model = preset("nemotron3_nano_30b").model
+    deep = model.model_copy(update={"pattern": f"{model.pattern}/*E/*E", "mtp": MtpConfig(shared=shared)})
+    held = held_by_stages(deep, layout, 4096)
+    total = sum(
+        entry.dense * layout.tensor + entry.routed * layout.expert * max(1, layout.expert_tensor) for entry in held
+    )
+    copy = deep.vocab_size * deep.hidden_size
+    assert total == pytest.approx(count_parameters(deep).total + copy, rel=1e-6)
+    assert held[-1].letters[-4:] == tuple("*E*E") and (held[-1].depths, held[-1].heads) == (2, 3)
+    assert {entry.depths for entry in held[:-1]} == {0}
 
 
 def test_a_layout_is_described_by_what_is_not_at_its_smallest():

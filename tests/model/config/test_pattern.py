@@ -61,6 +61,13 @@ def test_piece_cuts_are_block_indices():
         ("|M", 1, "needs a block before it"),
         ("M||E", 3, "needs a block before it"),
         ("ME|", 3, "needs a block after it"),
+        ("/ME", 1, "there are none"),
+        ("ME/", 3, "needs blocks after it"),
+        ("ME//E", 3, "needs blocks after it"),
+        ("ME/*E/*-", 6, "write /*E for each of the 2"),
+        ("ME/*|E", 5, "stays with the last stage"),
+        ("(ME/E)x2", 4, "stands outside of parentheses"),
+        ("ME|/E", 3, "needs a block after it"),
         ("8", 1, "a number must follow directly"),
         ("(M)x99999", 5, f"more than {MAX_BLOCKS}"),
         ("(M)x" + "9" * 5000, 5, f"more than {MAX_BLOCKS}"),
@@ -75,6 +82,14 @@ def test_bad_pattern_names_position_and_rule(text, position, rule):
     head, shown, caret = message.split("\n")
     assert head.startswith(f"pattern, character {position}: ") and rule in head, message
     assert shown == "  " + text and caret == "  " + " " * (position - 1) + "^"
+
+
+def test_depths_stand_behind_the_main_blocks():
+    pattern = parse_pattern("(ME)x2 | M / (A)x2 F / **E")
+    assert (pattern.letters, pattern.piece_cuts) == (tuple("MEMEM"), (4,))
+    assert (pattern.depth_letters, pattern.num_depths) == (tuple("**E"), 2)
+    assert pattern.canonical() == "MEME|M/**E/**E"
+    assert parse_pattern(pattern.canonical()) == pattern
 
 
 def spelled(items):

@@ -19,6 +19,7 @@ ULTRA_TILE = "EMEMEM*EMEMEMEM*EMEMEMEM*"
 
 # What the public config.json files say about sizes; other fields keep the class's defaults.
 NEMOTRON = {"vocab_size": 131_072, "head_dim": 128, "num_key_value_heads": 2, "mamba_head_dim": 64, "n_groups": 8}
+DEPTHS = {"num_nextn_predict_layers": 1, "mtp_layers_block_type": ["attention", "moe"]}
 PUBLIC = {
     "nemotron3_nano_30b": NEMOTRON
     | {
@@ -33,6 +34,7 @@ PUBLIC = {
         "routed_scaling_factor": 2.5,
     },
     "nemotron3_super_120b": NEMOTRON
+    | DEPTHS
     | {
         "hybrid_override_pattern": "MEMEMEM*" + "EMEMEMEM*" * 2 + "EMEMEMEMEM*" * 4 + "EMEMEMEM*" + "EMEMEMEME",
         "hidden_size": 4096,
@@ -46,6 +48,7 @@ PUBLIC = {
         "routed_scaling_factor": 5.0,
     },
     "nemotron3_ultra_550b": NEMOTRON
+    | DEPTHS
     | {
         "hybrid_override_pattern": "MEMEMEM*" + ULTRA_TILE * 3 + "EMEMEM*EMEMEMEM*" + "EMEMEMEME",
         "hidden_size": 8192,
@@ -100,7 +103,7 @@ def count_on_meta(build):
 
 def sizes_of(model):
     """A model's configuration as plain values, with the pattern spelled out and without training-only settings."""
-    fields = model.model_dump() | {"pattern": "".join(model.letters)}
+    fields = model.model_dump() | {"pattern": "".join(model.letters), "mtp": None}
     return fields | {"moe": {key: value for key, value in fields["moe"].items() if key not in TRAINING_ONLY}}
 
 
@@ -148,7 +151,9 @@ def test_jamba_has_its_published_size():
     ],
 )
 def test_nemotron_has_its_published_size(name, total, active):
-    counts = count_parameters(load(name).model)
+    model = load(name).model
+    # The published sizes are without multi-token prediction, whose module Super and Ultra have besides.
+    counts = count_parameters(model.without_depths())
     assert counts.total == pytest.approx(total, rel=0.015)
     assert counts.active - counts.active_by_kind["embedding"] == pytest.approx(active, rel=0.03)
 
@@ -157,8 +162,13 @@ def test_nemotron_has_its_published_size(name, total, active):
 def test_nemotron_is_its_public_configuration_in_the_class_of_transformers(name):
     public = transformers.NemotronHConfig(**PUBLIC[name])
     preset = load(name).model
-    assert sizes_of(preset) == sizes_of(model_config_from_huggingface(public.to_dict()))
-    assert count_parameters(preset).total == count_on_meta(lambda: transformers.NemotronHForCausalLM(public))
+    read = model_config_from_huggingface(public.to_dict())
+    assert sizes_of(preset) == sizes_of(read)
+    # The depths of the release are one module, which training used twice.
+    assert read.num_depths == preset.num_depth_modules
+    assert read.parsed_pattern.depth_letters == preset.parsed_pattern.depth_letters
+    plain = count_parameters(preset.without_depths()).total
+    assert plain == count_on_meta(lambda: transformers.NemotronHForCausalLM(public))
 
 
 def test_granite_is_its_public_configuration_in_the_class_of_transformers():

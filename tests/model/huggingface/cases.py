@@ -82,6 +82,36 @@ def qwen3_5_moe_config(**changes) -> ModelConfig:
     return qwen3_next_config(**({"pattern": "GE*E"} | changes))
 
 
+# Odd sizes of heads and latents, and as many heads of values as no other width.
+KDA = {"num_heads": 3, "head_dim": 7, "chunk_size": 16}
+MLA = {"num_heads": 3, "latent_size": 11, "nope_head_dim": 5, "rope_head_dim": 6, "value_head_dim": 7}
+
+
+def kimi_linear_config(**changes) -> ModelConfig:
+    fields = {
+        "pattern": "K-KE+E",
+        "vocab_size": VOCABULARY,
+        "hidden_size": 24,
+        "mixers": {"kda": KDA, "mla": MLA},
+        "feed_forward": FeedForwardConfig(hidden_size=20, activation="swiglu"),
+        "moe": MoeConfig(
+            num_experts=4,
+            top_k=2,
+            expert_hidden_size=16,
+            shared_expert_hidden_size=16,
+            activation="swiglu",
+            routed_scaling=2.5,
+            expert_bias=True,
+        ),
+    }
+    return ModelConfig(**(fields | changes))
+
+
+def deepseek_v3_config(**changes) -> ModelConfig:
+    fields = {"pattern": "+-+E", "mixers": {"mla": MLA | {"positions": "rope", "query_latent_size": 9}}}
+    return kimi_linear_config(**(fields | changes))
+
+
 def grouped(moe: MoeConfig | None, **changes) -> MoeConfig:
     assert moe is not None
     return moe.model_copy(update=changes)
@@ -96,6 +126,7 @@ def gated(config: ModelConfig) -> ModelConfig:
 NEMOTRON_H = nemotron_h_config()
 GRANITE = granite_config()
 QWEN3_NEXT = qwen3_next_config()
+KIMI_LINEAR = kimi_linear_config()
 YARN = RopeConfig(theta=500.0, scaling="yarn", yarn_factor=4.0, yarn_original_length=32)
 CASES = {
     "nemotron_h, one group, three heads": NEMOTRON_H,
@@ -161,6 +192,25 @@ CASES = {
         attention=QWEN3_NEXT.attention.model_copy(
             update={"rope": RopeConfig(theta=300.0, scaling="ntk", ntk_alpha=50.0, fraction=0.5)}
         ),
+    ),
+    "kimi_linear, dense and sparse layers": KIMI_LINEAR,
+    "kimi_linear, tied, latent queries, groups, no shared expert": kimi_linear_config(
+        pattern="KE+E",
+        tie_embeddings=True,
+        mixers={"kda": KDA | {"conv_kernel": 3}, "mla": MLA | {"query_latent_size": 9}},
+        moe=grouped(
+            KIMI_LINEAR.moe, num_experts=6, num_router_groups=3, router_group_top_k=2, shared_expert_hidden_size=0
+        ),
+    ),
+    "kimi_linear, latent attention alone, dense": kimi_linear_config(pattern="+-", moe=None, mixers={"mla": MLA}),
+    "kimi_linear, no latent attention": kimi_linear_config(pattern="KE", feed_forward=None, mixers={"kda": KDA}),
+    "deepseek_v3, dense and sparse layers, latent queries": deepseek_v3_config(),
+    "deepseek_v3, tied, bias, two shared experts, plain weights": deepseek_v3_config(
+        pattern="+E",
+        tie_embeddings=True,
+        feed_forward=None,
+        mixers={"mla": MLA | {"positions": "rope", "rope_theta": 300.0}},
+        moe=grouped(KIMI_LINEAR.moe, shared_expert_hidden_size=32, expert_bias=True, normalize_probabilities=False),
     ),
     "qwen3_5_moe, gated": gated(qwen3_5_moe_config()),
     "qwen3_5_moe, no gates, as many key heads": qwen3_5_moe_config(mixers=delta_mixers(num_key_heads=None)),

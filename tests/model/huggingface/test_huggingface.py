@@ -84,9 +84,12 @@ def gradients_by_our_name(ours: HybridModel, theirs: torch.nn.Module, target: st
     from transformers.core_model_loading import revert_weight_conversion
 
     raw = {name: parameter.grad for name, parameter in theirs.named_parameters() if parameter.grad is not None}
-    on_disk = revert_weight_conversion(theirs, raw)
+    mapping = weight_map(ours.config, target)
+    on_disk = {
+        mapping.aliases.get(name, name): tensor for name, tensor in revert_weight_conversion(theirs, raw).items()
+    }
     weights, gradients = ours.state_dict(), dict[str, Tensor]()
-    for entry in weight_map(ours.config, target).entries:
+    for entry in mapping.entries:
         if entry.ours.endswith("expert_bias"):
             continue
         # Through the map itself: some of theirs are twice ours.

@@ -8,17 +8,48 @@ from model.config.schema import AttentionConfig, FeedForwardConfig, Mamba2Config
 from model.huggingface.targets import choose_target, explain_unfit
 from tests.model.huggingface.cases import (
     GRANITE,
+    KDA,
+    KIMI_LINEAR,
+    MLA,
     NEMOTRON_H,
     QWEN3_NEXT,
+    deepseek_v3_config,
     delta_mixers,
     granite_config,
     grouped,
+    kimi_linear_config,
     nemotron_h_config,
     qwen3_5_moe_config,
     qwen3_next_config,
 )
 
 UNFIT = {
+    "kimi_linear": {
+        "model.pattern=K-E": {"pattern": "K-E"},
+        "model.mixers.kda.value_head_dim=5": {"mixers": {"kda": KDA | {"value_head_dim": 5}, "mla": MLA}},
+        "model.mixers.kda.gate_rank=3": {"mixers": {"kda": KDA | {"gate_rank": 3}, "mla": MLA}},
+        "model.mixers.kda.allow_negative_eigenvalues=true": {
+            "mixers": {"kda": KDA | {"allow_negative_eigenvalues": True}, "mla": MLA}
+        },
+        "model.mixers.kda.conv_kernel=0": {"mixers": {"kda": KDA | {"conv_kernel": 0}, "mla": MLA}},
+        "model.mixers.mla.positions=rope": {"mixers": {"kda": KDA, "mla": MLA | {"positions": "rope"}}},
+        "model.mixers.mla.gate=head": {"mixers": {"kda": KDA, "mla": MLA | {"gate": "head"}}},
+        "model.mixers.mla.latent_norm_epsilon=1e-05": {
+            "mixers": {"kda": KDA, "mla": MLA | {"latent_norm_epsilon": 1e-5}}
+        },
+        "model.moe.router=softmax": {"moe": grouped(KIMI_LINEAR.moe, router="softmax", expert_bias=False)},
+        "model.moe.shared_expert_hidden_size=24": {"moe": grouped(KIMI_LINEAR.moe, shared_expert_hidden_size=24)},
+        "model.moe.shared_expert_gate=true": {"moe": grouped(KIMI_LINEAR.moe, shared_expert_gate=True)},
+        "model.moe.latent_size=8": {"moe": grouped(KIMI_LINEAR.moe, latent_size=8)},
+        "model.moe.num_experts=4 in num_router_groups=4": {"moe": grouped(KIMI_LINEAR.moe, num_router_groups=4)},
+        "model.feed_forward.activation=squared_relu": {"feed_forward": FeedForwardConfig(hidden_size=20)},
+        "model.multipliers.residual=0.5": {"multipliers": MultipliersConfig(residual=0.5)},
+    },
+    "deepseek_v3": {
+        "model.pattern=+E+-": {"pattern": "+E+-"},
+        "model.pattern=K-+E": {"pattern": "K-+E", "mixers": {"kda": KDA, "mla": MLA | {"positions": "rope"}}},
+        "model.mixers.mla.positions=none": {"mixers": {"mla": MLA}},
+    },
     "nemotron_h": {
         "model.moe.activation=swiglu": {"moe": grouped(NEMOTRON_H.moe, activation="swiglu")},
         "model.moe.router=softmax": {"moe": grouped(NEMOTRON_H.moe, router="softmax")},
@@ -109,6 +140,8 @@ BASES = {
     "granitemoehybrid": granite_config,
     "qwen3_next": qwen3_next_config,
     "qwen3_5_moe": qwen3_5_moe_config,
+    "kimi_linear": kimi_linear_config,
+    "deepseek_v3": deepseek_v3_config,
 }
 
 

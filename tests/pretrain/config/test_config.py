@@ -77,6 +77,7 @@ model.mixers.window_linear.rope_fraction model.mixers.window_linear.softmax_scal
 model.mixers.window_linear.chunk_size
 model.guide.share model.guide.skip
 model.multipliers.embedding model.multipliers.residual model.multipliers.logits model.mup.base_hidden_size
+model.mtp.loss_weight model.mtp.shared model.mtp.detach
 data.store data.validation_fraction data.packing data.shuffle data.mask_document_boundaries data.num_workers
 data.on_corruption
 data.cache.folder data.cache.max_bytes data.cache.block_bytes

@@ -1,0 +1,132 @@
+"""One block, its pre-norm and mixer, and how the stream passes several of them.
+
+Residual and delta: a block does not add its output to the stream. Between blocks the stream is a pair, the residual and
+the newest mixer's output (delta), because the next norm must read both and adds them in the same pass over memory. The
+residual may be wider than the weights (`residual_in_fp32`). What else blocks give (auxiliary losses, expert counts, decode
+states) collects in `Stream` on the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from model.build import build_mixer
+from model.config.schema import ModelConfig
+from model.mixers.interface import BlockState, MixerOutput
+from model.packing import PackMeta
+from model.parallel.groups import ProcessGroupCollection
+from model.parallel.layers import RMSNorm
+
+
+class Block(nn.Module):
+    """Pre-norm residual block, x + multiplier * mixer(norm(x)); the addition is left to the next norm.
+
+    With `recomputes` only the block's input is kept for the backward pass, which computes the rest again (Chen et al. 2016,
+    arXiv 1604.06174).
+    """
+
+    def __init__(self, index: int, config: ModelConfig, groups: ProcessGroupCollection, backend: str) -> None:
+        super().__init__()
+        self.letter = config.built_letters[index]
+        self.recomputes = False
+        self.multiplier = config.multipliers.residual
+        self.norm = RMSNorm(config.hidden_size, config.norm_epsilon, backend, groups)
+        self.mixer = build_mixer(index, config, groups, backend)
+
+    def forward(
+        self, residual_BTD: Tensor, delta_BTD: Tensor | None, meta: PackMeta, state: BlockState = None
+    ) -> tuple[Tensor, MixerOutput]:
+        """Add delta to residual, both [B, T, D], and mix: returns the sum, and the mixer's output as the next delta.
+
+        The residual keeps its own dtype; the mixer reads the normed sum in the dtype of the weights.
+        """
+        if self.recomputes and torch.is_grad_enabled():
+            assert state is None, "decoding has no backward pass"
+            # The sum is made outside: it is what the checkpoint keeps, one tensor in place of residual and delta.
+            if delta_BTD is not None:
+                residual_BTD = residual_BTD + delta_BTD.to(residual_BTD.dtype)
+            mixed: MixerOutput = checkpoint(self._mix, residual_BTD, meta, use_reentrant=False)
+            return residual_BTD, mixed._replace(y_BTD=multiply(mixed.y_BTD, self.multiplier))
+        if delta_BTD is None:
+            normed_BTD = self.norm(residual_BTD)
+        else:
+            normed_BTD, residual_BTD = self.norm.add(delta_BTD, residual_BTD)
+        mixed = self.mixer(normed_BTD.to(self.norm.weight.dtype), meta, state)
+        return residual_BTD, mixed._replace(y_BTD=multiply(mixed.y_BTD, self.multiplier))
+
+    def _mix(self, residual_BTD: Tensor, meta: PackMeta) -> MixerOutput:
+        mixed: MixerOutput = self.mixer(self.norm(residual_BTD).to(self.norm.weight.dtype), meta)
+        return mixed
+
+
+class Blocks(nn.Module):
+    """Blocks by index: of the main model those that this rank holds, under their index in the whole pattern.
+
+    A ModuleList would number them from 0 on every pipeline rank, and names of parameters would depend on the cut.
+    """
+
+    def __init__(self, blocks: dict[int, Block]) -> None:
+        super().__init__()
+        for index, block in blocks.items():
+            self.add_module(str(index), block)
+
+    def __getitem__(self, index: int) -> Block:
+        return cast(Block, self._modules[str(index)])
+
+    def __iter__(self) -> Iterator[Block]:
+        return iter(cast(dict[str, Block], self._modules).values())
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def indices(self) -> list[int]:
+        """Indices of the blocks held here, in order."""
+        return [int(name) for name in self._modules]
+
+
+@dataclass
+class Stream:
+    """What flows from block to block.
+
+    residual_BTD + delta_BTD [B, T, D] is the residual stream; delta is None before the first block. auxiliary, expert_counts
+    and states: what the blocks passed so far have given, as in `ModelOutput`.
+    """
+
+    residual_BTD: Tensor
+    delta_BTD: Tensor | None = None
+    auxiliary: dict[str, Tensor] = field(default_factory=dict)
+    expert_counts: dict[int, Tensor] = field(default_factory=dict)
+    states: list[BlockState] = field(default_factory=list)
+
+
+def pass_through(
+    stream: Stream, blocks: Iterable[tuple[int, Block]], meta: PackMeta, states: Sequence[BlockState] | None = None
+) -> Stream:
+    """Pass the stream through blocks, given with their indices, adding their auxiliary losses, counts and states to it.
+
+    Returns a new Stream; the one given is not changed. states: of all blocks, by index.
+    """
+    residual_BTD, delta_BTD = stream.residual_BTD, stream.delta_BTD
+    auxiliary, expert_counts, following = dict(stream.auxiliary), dict(stream.expert_counts), list(stream.states)
+    for index, block in blocks:
+        residual_BTD, mixed = block(residual_BTD, delta_BTD, meta, None if states is None else states[index])
+        delta_BTD = mixed.y_BTD
+        following.append(mixed.state)
+        if mixed.expert_counts_E is not None:
+            # A block that all depths of multi-token prediction share is passed several times.
+            before_E = expert_counts.get(index)
+            expert_counts[index] = mixed.expert_counts_E if before_E is None else before_E + mixed.expert_counts_E
+        for name, value in (mixed.auxiliary or {}).items():
+            auxiliary[name] = auxiliary[name] + value if name in auxiliary else value
+    return Stream(residual_BTD, delta_BTD, auxiliary, expert_counts, following)
+
+
+def multiply(x: Tensor, multiplier: float) -> Tensor:
+    """Multiply by a constant of the configuration; by one, nothing is computed."""
+    return x if multiplier == 1.0 else x * multiplier

@@ -1,0 +1,178 @@
+"""The weight maps of transformers' `kimi_linear` and `deepseek_v3`, exact both ways.
+
+DeepSeek-V3 rotates neighbouring channels where ours rotate a channel of the first half with one of the second, so that rows
+which give rotary channels change places (`RotaryEntry`): the released order, which every reader takes. Names of kimi_linear
+are those of the release, which transformers renames while loading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.config.schema import ModelConfig
+from model.huggingface.entries import WeightEntry, WeightMap
+from model.huggingface.latent_attention import kda_options, mla_options
+from model.huggingface.qwen3_next_weights import GatedEntry, RowsEntry
+
+
+@dataclass(frozen=True)
+class ConvEntry(RowsEntry):
+    """Convolutions of several parts, [C, W], stored one by one as [C of the part, 1, W]."""
+
+    def split(self, tensor: Tensor) -> dict[str, Tensor]:
+        """As in the base class."""
+        return {name: part.unsqueeze(1) for name, part in super().split(tensor).items()}
+
+    def join(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """As in the base class."""
+        return super().join({name: tensors[name].squeeze(1) for name in self.theirs})
+
+
+@dataclass(frozen=True)
+class HeadsEntry(WeightEntry):
+    """One number a head, [H], stored as [1, 1, H, 1]."""
+
+    def split(self, tensor: Tensor) -> dict[str, Tensor]:
+        """As in the base class."""
+        return {self.theirs[0]: tensor.view(1, 1, -1, 1)}
+
+    def join(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """As in the base class."""
+        return tensors[self.theirs[0]].flatten()
+
+
+@dataclass(frozen=True)
+class RotaryEntry(WeightEntry):
+    """Rows in `heads` equal groups, the last `rotary` of each for channels that theirs pair with neighbours, ours by halves."""
+
+    heads: int = 1
+    rotary: int = 0
+
+    def split(self, tensor: Tensor) -> dict[str, Tensor]:
+        """As in the base class."""
+        plain, turned = self._parts(tensor)
+        first, second = turned.chunk(2, dim=1)
+        paired = torch.stack([first, second], dim=2).flatten(1, 2)
+        return {self.theirs[0]: torch.cat([plain, paired], dim=1).flatten(0, 1)}
+
+    def join(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """As in the base class."""
+        plain, turned = self._parts(tensors[self.theirs[0]])
+        return torch.cat([plain, turned[:, 0::2], turned[:, 1::2]], dim=1).flatten(0, 1)
+
+    def _parts(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
+        rows = tensor.unflatten(0, (self.heads, -1))
+        plain, turned = rows.split([rows.shape[1] - self.rotary, self.rotary], dim=1)
+        return plain, turned
+
+
+def latent_map(config: ModelConfig, target: str) -> WeightMap:
+    """Build the weight map of a model that fits the class."""
+    entries = [WeightEntry("embedding.weight", ("model.embed_tokens.weight",))]
+    zeros: dict[str, tuple[int, ...]] = {}
+    aliases: dict[str, str] = {}
+    is_kimi = target == "kimi_linear"
+    for index, letter in enumerate(config.letters):
+        ours, theirs = f"blocks.{index}.mixer.", f"model.layers.{index // 2}."
+        norm = "input_layernorm" if letter in "K+" else "post_attention_layernorm"
+        entries.append(WeightEntry(f"blocks.{index}.norm.weight", (f"{theirs}{norm}.weight",)))
+        if letter == "K":
+            entries += _delta_entries(config, ours, f"{theirs}self_attn.")
+        elif letter == "+":
+            entries += _latent_entries(config, ours, f"{theirs}self_attn.", is_rotary=not is_kimi)
+        elif letter == "-":
+            dense = list(_gated_entries(ours, f"{theirs}mlp."))
+            entries += dense
+            if is_kimi:
+                # transformers renames the mixtures of the release, and where it saves the dense layers with them.
+                names = [name for entry in dense for name in entry.theirs]
+                aliases |= {name.replace(".mlp.", ".block_sparse_moe."): name for name in names}
+        else:
+            place = f"{theirs}{'block_sparse_moe' if is_kimi else 'mlp'}."
+            entries += _expert_entries(config, ours, place, ("w1", "w3", "w2") if is_kimi else None)
+            zeros |= _expert_zeros(config, place)
+    entries.append(WeightEntry("final_norm.weight", ("model.norm.weight",)))
+    if not config.tie_embeddings:
+        entries.append(WeightEntry("head.weight", ("lm_head.weight",)))
+    elif is_kimi:
+        # The class never ties its head: without its own copy it would start at random.
+        entries.append(WeightEntry("embedding.weight", ("lm_head.weight",), "copy"))
+    return WeightMap(tuple(entries), zeros, aliases)
+
+
+def _delta_entries(config: ModelConfig, ours: str, theirs: str) -> Iterator[WeightEntry]:
+    options = kda_options(config)
+    inner, parts = options.num_heads * options.key_dim(), ("q", "k", "v", "b")
+    names = tuple(f"{theirs}{part}_proj.weight" for part in parts)
+    sizes = (inner, inner, inner, options.num_heads)
+    yield RowsEntry(f"{ours}in_proj.weight", names, sizes=sizes, takes=((0,), (1,), (2,), (3,)))
+    names = tuple(f"{theirs}{part}_a_proj.weight" for part in "fg")
+    yield RowsEntry(f"{ours}shared_proj", names, sizes=(options.rank(), options.rank()), takes=((0,), (1,)))
+    yield WeightEntry(f"{ours}decay_proj", (f"{theirs}f_b_proj.weight",))
+    yield WeightEntry(f"{ours}gate_proj", (f"{theirs}g_b_proj.weight",))
+    names = tuple(f"{theirs}{part}_conv1d.weight" for part in "qkv")
+    yield ConvEntry(f"{ours}conv.weight", names, sizes=(inner,) * 3, takes=((0,), (1,), (2,)))
+    yield HeadsEntry(f"{ours}A_log", (f"{theirs}A_log",))
+    yield WeightEntry(f"{ours}dt_bias", (f"{theirs}dt_bias",))
+    yield WeightEntry(f"{ours}norm.weight", (f"{theirs}o_norm.weight",))
+    yield WeightEntry(f"{ours}out_proj.weight", (f"{theirs}o_proj.weight",))
+
+
+def _latent_entries(config: ModelConfig, ours: str, theirs: str, *, is_rotary: bool) -> Iterator[WeightEntry]:
+    options = mla_options(config)
+    rotary = options.rope_head_dim if is_rotary else 0
+    yield _rows(f"{ours}kv_down.weight", f"{theirs}kv_a_proj_with_mqa.weight", 1, rotary)
+    yield WeightEntry(f"{ours}kv_norm.weight", (f"{theirs}kv_a_layernorm.weight",))
+    yield WeightEntry(f"{ours}kv_up.weight", (f"{theirs}kv_b_proj.weight",))
+    has_latent = options.query_latent_size is not None
+    if has_latent:
+        yield WeightEntry(f"{ours}q_down.weight", (f"{theirs}q_a_proj.weight",))
+        yield WeightEntry(f"{ours}q_norm.weight", (f"{theirs}q_a_layernorm.weight",))
+    query = f"{theirs}{'q_b_proj' if has_latent else 'q_proj'}.weight"
+    yield _rows(f"{ours}q_proj.weight", query, options.num_heads, rotary)
+    yield WeightEntry(f"{ours}out_proj.weight", (f"{theirs}o_proj.weight",))
+
+
+def _rows(ours: str, theirs: str, heads: int, rotary: int) -> WeightEntry:
+    return RotaryEntry(ours, (theirs,), heads=heads, rotary=rotary) if rotary else WeightEntry(ours, (theirs,))
+
+
+def _gated_entries(ours: str, theirs: str) -> Iterator[WeightEntry]:
+    yield GatedEntry(f"{ours}up_proj.weight", (f"{theirs}gate_proj.weight", f"{theirs}up_proj.weight"))
+    yield WeightEntry(f"{ours}down_proj.weight", (f"{theirs}down_proj.weight",))
+
+
+def _expert_entries(
+    config: ModelConfig, ours: str, theirs: str, names: tuple[str, str, str] | None
+) -> Iterator[WeightEntry]:
+    """Entries of a mixture; `names`: of an expert's gate, up and down matrices, where they are not the usual ones."""
+    assert config.moe is not None, "the pattern has E, the configuration no moe section"
+    yield WeightEntry(f"{ours}router.weight", (f"{theirs}gate.weight",))
+    if config.moe.expert_bias:
+        yield WeightEntry(f"{ours}expert_bias", (f"{theirs}gate.e_score_correction_bias",))
+    gate, up, down = names or ("gate_proj", "up_proj", "down_proj")
+    experts = [f"{theirs}experts.{expert}." for expert in range(config.moe.num_experts)]
+    gated = tuple(f"{expert}{half}.weight" for expert in experts for half in (gate, up))
+    yield GatedEntry(f"{ours}experts.up", gated, "experts")
+    yield WeightEntry(f"{ours}experts.down", tuple(f"{expert}{down}.weight" for expert in experts), "experts")
+    if config.moe.shared_expert_hidden_size:
+        yield from _gated_entries(f"{ours}shared.", f"{theirs}shared_experts.")
+
+
+def _expert_zeros(config: ModelConfig, theirs: str) -> dict[str, tuple[int, ...]]:
+    """What the classes always have: a routing bias, and a shared expert as wide as one routed expert."""
+    moe, width = config.moe, config.hidden_size
+    assert moe is not None, "the pattern has E, the configuration no moe section"
+    zeros: dict[str, tuple[int, ...]] = {}
+    if not moe.expert_bias:
+        zeros[f"{theirs}gate.e_score_correction_bias"] = (moe.num_experts,)
+    if not moe.shared_expert_hidden_size:
+        zeros |= {
+            f"{theirs}shared_experts.{name}_proj.weight": (moe.expert_hidden_size, width) for name in ("gate", "up")
+        }
+        zeros[f"{theirs}shared_experts.down_proj.weight"] = (width, moe.expert_hidden_size)
+    return zeros
