@@ -118,9 +118,9 @@ class StructuredLinear(nn.Module):
         if own_name == "first" or self.structure.kind == "blockdense":
             return scale * orthonormal(shape, generator)
         # One orthonormal matrix a block for the whole stack, then apart: the parts stand one after the other.
-        parts, blocks, (_, rows, _, _) = len(self.segments), self.structure.num_blocks(), shape
-        stacked = orthonormal((blocks, parts * rows, shape[2] * shape[3]), generator)
-        return scale * stacked.view(blocks, parts, rows, shape[2], shape[3]).transpose(0, 1).reshape(shape)
+        parts, blocks = len(self.segments), self.structure.num_blocks()
+        stacked = orthonormal((blocks, parts * shape[1], shape[2]), generator)
+        return scale * stacked.unflatten(1, (parts, -1)).transpose(0, 1).reshape(shape)
 
 
 class StructuredUp(StructuredLinear):
@@ -147,7 +147,7 @@ class StructuredUp(StructuredLinear):
         if self.structure.kind == "blockdense":
             return project_stream(h.flatten(-2), [self.second], self.groups)[0]
         h = enter_tensor_region(shuffle(h, self.structure.num_blocks()).flatten(-2), self.groups)
-        second = self.second.flatten(-2).unflatten(0, (len(self.segments), -1))
+        second = self.second.unflatten(0, (len(self.segments), -1))
         own, width = second.shape[1], second.shape[-1]
         h = h.narrow(-1, self.groups.tp.rank() * own * width, own * width)
         # One product a block for all parts of the stack, then part by part: a rank's rows are gate rows, then up rows.
@@ -165,11 +165,13 @@ class StructuredDown(StructuredLinear):
         if kind == "lowrank":
             return {"first": Shard((ShardSpec(1, "tp", (self.input_size,)),)), "second": stream_shard(self.groups)}
         blocks = (self.structure.num_blocks(),)
-        columns = (1, (self.structure.ranks(),)) if kind == "blockdense" else (2, blocks)
-        return {
-            "first": Shard((ShardSpec(0, "tp", blocks),)),
-            "second": Shard((ShardSpec(columns[0], "tp", columns[1]),)),
-        }
+        # Columns stand in the order of the first factor's blocks.
+        columns = self.structure.between(self.input_size, sum(self.segments))
+        if kind == "blockdense":
+            second = ShardSpec(1, "tp", (columns,))
+        else:
+            second = ShardSpec(2, "tp", (columns // self.structure.num_blocks(),))
+        return {"first": Shard((ShardSpec(0, "tp", blocks),)), "second": Shard((second,))}
 
     def to_stream(self, inner: Tensor) -> Tensor:
         """Multiply what this rank's channels hold and sum over ranks. Every rank of `groups.tp` must call."""
@@ -184,7 +186,7 @@ class StructuredDown(StructuredLinear):
         h = block_product(inner, self.first)
         if self.structure.kind == "blockdense":
             return linear(h.flatten(-2), self.second)
-        return block_product(shuffle(h, self.structure.num_blocks()).flatten(-2), self.second.flatten(-2)).flatten(-2)
+        return block_product(shuffle(h, self.structure.num_blocks()).flatten(-2), self.second).flatten(-2)
 
 
 def block_product(x: Tensor, blocks_BOI: Tensor) -> Tensor:
@@ -208,7 +210,8 @@ def dense_matrix(structure: Structure, first: Tensor, second: Tensor) -> Tensor:
         return second @ torch.block_diag(*first)
     # second [parts * j, o, b, c] times first [b, (j, c), i]: block j of the second reads share j of each block b.
     shares = first.unflatten(1, (blocks, -1))
-    product = torch.einsum("sjobc,bjci->sjobi", second.unflatten(0, (-1, blocks)), shares)
+    reads = second.unflatten(0, (-1, blocks)).unflatten(-1, (blocks, -1))
+    product = torch.einsum("sjobc,bjci->sjobi", reads, shares)
     return product.flatten(3, 4).flatten(0, 2)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -41,7 +41,7 @@ def shrink(
         )
         return
     share = report.parameters_after / report.parameters_before
-    pairs = [
+    pairs: list[tuple[str, Any]] = [
         ("folder", report.path),
         ("parameters", f"{report.parameters_before:,} -> {report.parameters_after:,} ({share:.1%})"),
         *((place, f"{before:,} -> {after:,}") for place, (before, after) in report.counts.items()),

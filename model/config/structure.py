@@ -43,12 +43,7 @@ class Structure:
         if self.kind == "blockdense":
             return (blocks, self.ranks() // blocks, inputs // blocks), (outputs, self.ranks())
         each = self.between(inputs, outputs) // blocks
-        return (blocks, each, inputs // blocks), (
-            len(segments) * blocks,
-            segments[0] // blocks,
-            blocks,
-            each // blocks,
-        )
+        return (blocks, each, inputs // blocks), (len(segments) * blocks, segments[0] // blocks, each)
 
     def weights(self, inputs: int, outputs: int) -> int:
         """Weights of a matrix [outputs, inputs], each of which a token is multiplied by once."""

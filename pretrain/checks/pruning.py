@@ -55,11 +55,13 @@ def group_problems(config: RunConfig, prune: PruneConfig) -> Iterator[Problem]:
                 "prune.keep", f"of {name}={size} is no whole number", f"use {number / size:.6g}", str(prune.keep)
             )
     if prune.groups == "channels":
-        for key, structure in (
-            ("model.feed_forward", model.feed_forward and "-" in letters and model.feed_forward.structure()),
-            ("model.moe.shared_expert", model.moe and "E" in letters and model.moe.shared_structure()),
-        ):
-            if structure and structure != DENSE:
+        forms = {}
+        if model.feed_forward is not None and "-" in letters:
+            forms["model.feed_forward"] = model.feed_forward.structure()
+        if model.moe is not None and "E" in letters:
+            forms["model.moe.shared_expert"] = model.moe.shared_structure()
+        for key, structure in forms.items():
+            if structure != DENSE:
                 rule = f"needs dense matrices, and {key} has {structure.kind} ones, whose channels lie in blocks"
                 yield Problem("prune.groups", rule, "prune another kind of group, or use dense", prune.groups)
     if prune.groups == "experts" and model.moe is not None and "E" in letters:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -46,7 +47,7 @@ def dense_config(config: ModelConfig) -> ModelConfig:
     """The configuration of the same sizes with dense matrices; one that has no factors is returned as it is."""
     if not config.has_factors():
         return config
-    changes = {}
+    changes: dict[str, Any] = {}
     plain = {"linear_kind": "dense", "linear_rank": None, "linear_blocks": None}
     if config.feed_forward is not None:
         changes["feed_forward"] = config.feed_forward.model_copy(update=plain)

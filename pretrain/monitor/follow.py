@@ -186,6 +186,8 @@ class FollowedRun:
                 "waiting",
                 f"saved: stage {event.get('stage')} has another layout, its ranks start anew",
             )
+        elif kind == "guide_removed":
+            self.state, self.cause = "waiting", "saved: the guides are gone, its ranks start anew without them"
         elif isinstance(kind, str) and kind in ENDS:
             texts = (event.get("name"), event.get("error"), event.get("cause"))
             self.state, self.cause = ENDS[kind], next((str(text) for text in texts if text), "")
