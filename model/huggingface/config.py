@@ -19,6 +19,7 @@ from model.config.schema import (
     ModelConfig,
     MoeConfig,
 )
+from model.huggingface.dense import model_config_from_dense
 from model.huggingface.depths import depth_fields, depth_pattern
 from model.huggingface.fields import LAYER_NAMES, letters_of, require_fields
 from model.huggingface.granitemoehybrid import granite_fields, model_config_from_granite
@@ -29,7 +30,7 @@ from model.huggingface.qwen3_next import (
     qwen3_5_moe_fields,
     qwen3_next_fields,
 )
-from model.huggingface.targets import Target, registered_mixers
+from model.huggingface.targets import Source, Target, registered_mixers
 
 OWN_MODEL_TYPE = "amfm"
 TARGET_OF_TYPE: dict[str, Target] = {
@@ -41,6 +42,8 @@ TARGET_OF_TYPE: dict[str, Target] = {
     "deepseek_v3": "deepseek_v3",
     OWN_MODEL_TYPE: "own",
 }
+# What is read besides: classes that our models are not written as.
+SOURCE_OF_TYPE: dict[str, Source] = {**TARGET_OF_TYPE, "llama": "llama", "qwen3": "qwen3"}
 # The class clamps dt at run time to at least `time_step_min`; training does not. 0 fails in its initialisation (log).
 # `time_step_limit` is left at its default (0, infinity), which JSON cannot spell.
 NO_CLAMP_TIME_STEP = 1e-30
@@ -176,7 +179,7 @@ def _own_fields(config: ModelConfig) -> dict[str, Any]:
 
 
 def model_config_from_huggingface(fields: Mapping[str, Any]) -> ModelConfig:
-    """Build our configuration from the config.json of one of the classes that we export to.
+    """Build our configuration from the config.json of one of the classes that we read.
 
     `fields` is config.json with the class's defaults filled in. What config.json does not say (initialisation, loss
     weights) gets our defaults. Raises ValueError where the class uses something that our model does not have.
@@ -190,9 +193,11 @@ def model_config_from_huggingface(fields: Mapping[str, Any]) -> ModelConfig:
         return model_config_from_qwen3_next(fields)
     if kind in LATENT_TARGETS:
         return model_config_from_latent(fields, kind)
+    if kind in ("llama", "qwen3"):
+        return model_config_from_dense(fields)
     if kind == OWN_MODEL_TYPE:
         return _from_own(fields)
-    known = ", ".join(TARGET_OF_TYPE)
+    known = ", ".join(SOURCE_OF_TYPE)
     raise ValueError(f"config.json: model_type={kind} cannot be imported; use one of {known}")
 
 

@@ -15,17 +15,20 @@ import torch
 from model.build import build_mixer
 from model.config.schema import ModelConfig
 from model.config.structure import Structure
+from model.huggingface.dense import dense_map
 from model.huggingface.depths import nemotron_h_depths
 from model.huggingface.entries import Form, WeightEntry, WeightMap
 from model.huggingface.latent_attention import LATENT_TARGETS
 from model.huggingface.latent_attention_weights import latent_map
 from model.huggingface.qwen3_next_weights import qwen3_next_map
-from model.huggingface.targets import Target
+from model.huggingface.targets import Source
 from model.parallel.groups import single_rank_groups
 
 
-def weight_map(config: ModelConfig, target: Target) -> WeightMap:
+def weight_map(config: ModelConfig, target: Source) -> WeightMap:
     """Build the map between our names and those of `target`; the configuration must fit it (`explain_unfit`)."""
+    if target in ("llama", "qwen3"):
+        return dense_map(config)
     if target == "nemotron_h":
         return _nemotron_h_map(config)
     if target == "granitemoehybrid":

@@ -26,12 +26,13 @@ from model.config.checks import check_model
 from model.config.schema import ModelConfig
 from model.huggingface.config import (
     OWN_MODEL_TYPE,
+    SOURCE_OF_TYPE,
     TARGET_OF_TYPE,
     TokenIds,
     huggingface_config,
     model_config_from_huggingface,
 )
-from model.huggingface.targets import Target
+from model.huggingface.targets import Source, Target
 from model.huggingface.weights import weight_map
 from pretrain.export.export import check_free
 from pretrain.export.files import OUR_DESCRIPTION, begin_export, put_in_place, sync_files
@@ -43,6 +44,8 @@ MODEL_SECTION = "model.yaml"
 INDEX = "model.safetensors.index.json"
 # Multi-token prediction: left out where config.json does not name it, as transformers does always.
 SKIPPED_PREFIXES = (DEPTH_PREFIX,)
+# Rotary frequencies that older Llama checkpoints hold: they follow from config.json.
+SKIPPED_SUFFIXES = (".rotary_emb.inv_freq",)
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class ImportReport:
     """What was read: the class it was written for, our configuration, tensors read, and names left out with why."""
 
     path: Path
-    target: Target
+    target: Source
     model: ModelConfig
     num_tensors: int
     num_parameters: int
@@ -58,7 +61,7 @@ class ImportReport:
 
 
 def import_huggingface(hf_dir: str | Path, out_dir: str | Path, report: Report = silent) -> ImportReport:
-    """Read a folder of a class that we export to and write a weights folder; the import of an export is bit-equal.
+    """Read a folder of a class that we read and write a weights folder; the import of an export is bit-equal.
 
     A run starts from it with `run.initial_weights: OUT` and `extends: OUT/model.yaml`. Raises ValueError for another class, a choice that our model
     does not have, tensors that do not fit, a missing tokenizer or an OUT that is in use.
@@ -82,22 +85,23 @@ def write_model(out: Path, weights: Weights) -> None:
         put_in_place(temporary, out)
 
 
-def read_huggingface(source: Path, report: Report = silent) -> tuple[Weights, Target, int, tuple[str, ...]]:
-    """Read a folder of a class that we export to: weights, the class, how many tensors it had, and the names left out.
+def read_huggingface(source: Path, report: Report = silent) -> tuple[Weights, Source, int, tuple[str, ...]]:
+    """Read a folder of a class that we read: weights, the class, how many tensors it had, and the names left out.
 
     Raises ValueError for another class, a choice that our model does not have, tensors that do not fit, and a missing
     tokenizer.
     """
     fields = read_config_json(source)
-    target = TARGET_OF_TYPE.get(str(fields.get("model_type")))
+    target = SOURCE_OF_TYPE.get(str(fields.get("model_type")))
     if target is None:
-        known = ", ".join(TARGET_OF_TYPE)
+        known = ", ".join(SOURCE_OF_TYPE)
         raise ValueError(f"{source}/config.json has model_type={fields.get('model_type')}; known are {known}")
-    config = choose_config(source, fields, target)
+    config = choose_config(source, fields)
     tokenizer = read_tokenizer(source, fields)
     report(f"reading {source}")
     tensors = read_tensors(source)
     config, skipped = choose_depths(config, tensors)
+    skipped += tuple(name for name in tensors if name.endswith(SKIPPED_SUFFIXES))
     tensors = {name: tensor for name, tensor in tensors.items() if name not in skipped}
     state = {name: tensor.to(torch.float32) for name, tensor in weight_map(config, target).to_ours(tensors).items()}
     check_shapes(config, state, str(source))
@@ -130,7 +134,7 @@ def read_config_json(source: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path} is missing; give a folder that transformers wrote")
     raw = read_object(path)
-    if str(raw.get("model_type")) not in set(TARGET_OF_TYPE) - {OWN_MODEL_TYPE}:
+    if str(raw.get("model_type")) not in set(SOURCE_OF_TYPE) - {OWN_MODEL_TYPE}:
         return raw
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
@@ -155,7 +159,7 @@ def read_tokenizer(source: Path, fields: Mapping[str, Any]) -> Tokenizer:
     raise ValueError(f"{source} has no tokenizer; put tokenizer.model or tokenizer.json of this checkpoint there")
 
 
-def choose_config(source: Path, fields: Mapping[str, Any], target: Target) -> ModelConfig:
+def choose_config(source: Path, fields: Mapping[str, Any]) -> ModelConfig:
     """Choose the model's configuration: our own description where it still agrees with config.json, else config.json alone.
 
     The description also knows what config.json has no field for, such as tied embeddings in nemotron_h.
@@ -164,9 +168,10 @@ def choose_config(source: Path, fields: Mapping[str, Any], target: Target) -> Mo
         with understood(source / "config.json"):
             config = model_config_from_huggingface(fields)
         path = source / OUR_DESCRIPTION
-        if path.is_file():
+        written = TARGET_OF_TYPE.get(str(fields.get("model_type")))
+        if path.is_file() and written is not None:
             described = ModelConfig.model_validate(read_object(path).get("model"))
-            if _same_config_json(described, config, target):
+            if _same_config_json(described, config, written):
                 config = described
     except ValidationError as error:
         first = error.errors()[0]
