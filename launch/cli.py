@@ -16,6 +16,7 @@ import typer
 
 from launch.commands import (
     config,
+    convert,
     data,
     doctor,
     evaluate,
@@ -40,7 +41,7 @@ from pretrain.launcher_protocol import BAD_INPUT, DONE, INTERRUPTED, RUN_FAILED
 DISTRIBUTION = "amfm-pretrain"
 # Wrong options and arguments. Typer exports no name for this class: it has click inside in later releases, beside it before.
 USAGE_ERROR: Any = typer.BadParameter.__base__
-RESUMABLE_VERBS = ("train", "prepare", "launch", "study")
+RESUMABLE_VERBS = ("train", "convert", "prepare", "launch", "study")
 
 app = typer.Typer(
     name="amfm",
@@ -52,7 +53,7 @@ app = typer.Typer(
 )
 for module in (
     *(init, config, doctor, data, plan, train, watch, launch, profile, tasks),
-    *(evaluate, export, shrink, serve, bench, study),
+    *(convert, evaluate, export, shrink, serve, bench, study),
 ):
     module.add_verbs(app)
 

@@ -38,6 +38,7 @@ from pretrain.checks.check_run import check_run
 from pretrain.checks.mixers import check_kernels
 from pretrain.config.file import resolved_yaml, without_secrets
 from pretrain.config.schema import RunConfig
+from pretrain.convert.prepare import prepare_stage
 from pretrain.engine.engine import ZeroEngine, build_engine
 from pretrain.identity import describe_start, require_same_on_all_ranks
 from pretrain.inference.weights import load_initial_weights
@@ -285,6 +286,8 @@ def build_model(config: RunConfig, parallel: Parallel, remark: Callable[[str], N
         tokenizer = TokenStore.open(config.data.text_store()).tokenizer_identity if has_text else NO_TOKENIZER
         for text in load_initial_weights(model, config.run.initial_weights, tokenizer):
             remark(text)
+    if config.convert is not None:
+        prepare_stage(model, config.convert)
     if config.train.compile:
         model.compile_blocks()
     model.recompute_blocks(recomputed_letters(config))

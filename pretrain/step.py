@@ -129,7 +129,9 @@ def train_step(run: Run) -> StepResult:
     valid_tokens = share.valid_tokens
     damaged_samples = count_damaged_samples(run)
     waited_seconds = time.perf_counter() - read
-    sums = empty_sums(model, run.parallel.device)
+    convert = run.config.convert
+    transfers = convert is not None and convert.stage == "transfer"
+    sums = empty_sums(model, run.parallel.device, transfers=transfers)
     losses: list[Tensor] = []
     engine.module.train()
     set_step(run.model, progress.step, run.num_steps)
@@ -200,13 +202,18 @@ def mean_depth_losses(sums: StepSums, share: LossShare) -> tuple[float, ...]:
     return tuple(nll / tokens for nll, tokens in zip(torch.stack(sums.mtp_nll).tolist(), share.mtp_tokens))
 
 
-def empty_sums(config: ModelConfig, device: torch.device) -> StepSums:
-    """Zero sums with the keys of the whole model: every auxiliary loss, every MoE block and every prediction depth."""
+def empty_sums(config: ModelConfig, device: torch.device, *, transfers: bool = False) -> StepSums:
+    """Zero sums with the keys of the whole model: every auxiliary loss, every MoE block and every prediction depth.
+
+    transfers: the run is the first stage of a conversion, whose blocks give a loss of their own.
+    """
     zero = torch.zeros((), device=device)
     sums = StepSums(zero.clone(), zero.clone(), mtp_nll=[zero.clone() for _ in range(config.num_depths)])
     letters = config.built_letters
     for name in filter(None, map(mixer_name, letters)):
         sums.auxiliary |= {loss: zero.clone() for loss in getattr(config.mixers, name).auxiliary_names()}
+    if transfers:
+        sums.auxiliary["transfer"] = zero.clone()
     blocks = [index for index, letter in enumerate(letters) if letter == "E"]
     if config.moe is not None and blocks:
         sums.auxiliary |= {name: zero.clone() for name in auxiliary_names(config.moe)}
@@ -254,7 +261,7 @@ def run_apart(run: Run, micro_batches: Sequence[MicroBatch], share: LossShare) -
         output = forward_micro_batch(run, micro_batches[0])
         loss = share.of(output)
         assert loss is not None, "a batch has labels"
-        named = dict(run.engine.module.named_parameters())
+        named = {name: weight for name, weight in run.engine.module.named_parameters() if weight.requires_grad}
         found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
         outputs, gradients = (
             [output],

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from data_pipeline.config import DataConfig
 from model.config.schema import ModelConfig, RopeConfig
+from pretrain.config.convert import ConvertConfig
 from pretrain.config.pruning import ForgetConfig, PruneConfig
 
 
@@ -381,4 +382,7 @@ class RunConfig(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     prune: PruneConfig | None = Field(None, description="Set groups of weights to zero on the way; none: no pruning.")
     forget: ForgetConfig | None = Field(None, description="Let the embedding begin anew on the way; none: never.")
+    convert: ConvertConfig | None = Field(
+        None, description="Of `amfm convert`; none: the run trains what `model` says."
+    )
     launch: LaunchConfig = LaunchConfig()

@@ -92,25 +92,17 @@ def evaluate_checkpoint(
     length = sequence_length or weights.trained_length() or DEFAULT_SEQUENCE_LENGTH
     isolated = run.data.mask_document_boundaries if run is not None else True
     model = weights.build(backend=backend, device=device)
-    total = sum(opened.num_tokens(name, split) for name in opened.source_names)
-    share = 1.0 if max_tokens is None else min(1.0, max_tokens / max(1, total))
-    sums: dict[str, tuple[float, int]] = {}
-    done = 0
-    # Each source gives its share of `max_tokens`, whole groups of rows at a time, so a little more than asked for.
-    for name in opened.source_names:
-        nll, tokens = 0.0, 0
-        wanted = math.ceil(opened.num_tokens(name, split) * share)
-        rows = (row for part in opened.parts(name, split) for row in _cut_rows(opened, part, length, isolated))
-        for batch in _group(rows, rows_at_once):
-            if tokens >= wanted:
-                break
-            batch_nll, batch_tokens = _measure(model, batch)
-            nll, tokens = nll + batch_nll, tokens + batch_tokens
-            done += batch_tokens
-            if progress is not None:
-                progress(done, math.ceil(total * share))
-        if tokens:
-            sums[name] = (nll, tokens)
+    sums = measure_store(
+        model,
+        opened,
+        split,
+        sequence_length=length,
+        isolated=isolated,
+        rows_at_once=rows_at_once,
+        max_tokens=max_tokens,
+        progress=progress,
+    )
+    done = sum(tokens for _, tokens in sums.values())
     opened.close()
     if not done:
         raise ValueError(f"the {split} part of {opened.path} has no tokens to predict; choose another split or store")
@@ -123,6 +115,43 @@ def evaluate_checkpoint(
         str(opened.path),
         length,
     )
+
+
+def measure_store(
+    model: HybridModel,
+    store: TokenStore,
+    split: Split,
+    *,
+    sequence_length: int,
+    isolated: bool,
+    rows_at_once: int = 8,
+    max_tokens: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, tuple[float, int]]:
+    """Sum a model's negative log-likelihood over a part of a store: (nats, tokens) by source, of those with tokens.
+
+    Rows and tokens as in `evaluate_checkpoint`; `isolated`: documents do not see each other.
+    """
+    total = sum(store.num_tokens(name, split) for name in store.source_names)
+    share = 1.0 if max_tokens is None else min(1.0, max_tokens / max(1, total))
+    sums: dict[str, tuple[float, int]] = {}
+    done = 0
+    # Each source gives its share of `max_tokens`, whole groups of rows at a time, so a little more than asked for.
+    for name in store.source_names:
+        nll, tokens = 0.0, 0
+        wanted = math.ceil(store.num_tokens(name, split) * share)
+        rows = (row for part in store.parts(name, split) for row in _cut_rows(store, part, sequence_length, isolated))
+        for batch in _group(rows, rows_at_once):
+            if tokens >= wanted:
+                break
+            batch_nll, batch_tokens = _measure(model, batch)
+            nll, tokens = nll + batch_nll, tokens + batch_tokens
+            done += batch_tokens
+            if progress is not None:
+                progress(done, math.ceil(total * share))
+        if tokens:
+            sums[name] = (nll, tokens)
+    return sums
 
 
 def _check_tokenizer(identity: str, store: TokenStore) -> None:

@@ -31,11 +31,13 @@ from model.config.schema import ModelConfig
 from model.huggingface.targets import registered_mixers
 from model.huggingface.weights import weight_shapes
 from model.hybrid import HybridModel
+from model.lora import merge_lora
 from model.parallel.groups import single_rank_groups
 from model.parallel.shards import parameter_shards
 from pretrain.checkpoint.files import MANIFEST_NAME, read_manifest
 from pretrain.checkpoint.inspect import find_checkpoint, read_full_state
 from pretrain.checkpoint.names import CHECKPOINT_NAME, list_checkpoints
+from pretrain.config.convert import ConvertConfig
 from pretrain.config.schema import RunConfig
 from pretrain.inference.merge import multiply_out
 from pretrain.stages import last_stage, model_of_stage, resolve_stages
@@ -124,6 +126,8 @@ def _read_checkpoint(folder: Path, report: Report) -> Weights:
     manifest = read_manifest(folder)
     run = RunConfig.model_validate(manifest["config"])
     state = read_full_state(folder, report)
+    if run.convert is not None:
+        state = merge_stage(state, run.convert, folder)
     tokenizer = load_tokenizer(run.data.text_store()) if run.data.probe is None else None
     expected = manifest["identities"].get("tokenizer")
     if tokenizer is not None and expected is not None and tokenizer.identity() != expected:
@@ -148,6 +152,19 @@ def merge_guides(model: ModelConfig, state: dict[str, Tensor], alpha: float) -> 
     if alpha == 0:
         return model, {name: tensor for name, tensor in state.items() if not name.endswith(".guide_weight")}
     return multiply_out(model, state, alpha)
+
+
+def merge_stage(state: dict[str, Tensor], convert: ConvertConfig, folder: Path) -> dict[str, Tensor]:
+    """Merge the low-rank updates of a conversion's stage into its weights.
+
+    Raises ValueError for the control without a linear branch, which no configuration of a model describes.
+    """
+    if convert.stage == "tune-window":
+        raise ValueError(
+            f"{folder} is a control of a conversion, trained with the linear branch left out; only the conversion's own "
+            "report measures it: give convert-tune or result instead"
+        )
+    return merge_lora(state, convert.tune.alpha / convert.tune.rank)
 
 
 def write_weights(folder: Path, weights: Weights) -> None:
@@ -220,29 +237,7 @@ def load_initial_weights(model: HybridModel, path: str | Path, tokenizer_identit
     Every rank must call this: each reads the folder and keeps its part; nothing is communicated.
     """
     weights = read_weights(path)
-    given_identity = weights.tokenizer_identity()
-    if given_identity != tokenizer_identity and NO_TOKENIZER in (given_identity, tokenizer_identity):
-        raise ValueError(
-            f"run.initial_weights={path} was trained on {'a synthetic task' if given_identity == NO_TOKENIZER else 'text'}, and "
-            f"this run is on {'a synthetic task' if tokenizer_identity == NO_TOKENIZER else 'text'}; tokens mean other things there"
-        )
-    if given_identity != tokenizer_identity:
-        folder = (
-            path if weights.run is None else weights.run.data.text_store()
-        )  # a run leaves its tokenizer in its store
-        raise ValueError(
-            f"run.initial_weights={path} was trained with tokenizer {given_identity}, data.store was "
-            f"prepared with {tokenizer_identity}; prepare the data with data.tokenizer.model={folder}/"
-            f"{weights.tokenizer.file_name}"
-        )
-    ours, given = function_settings(model.config), function_settings(weights.model)
-    differing = [
-        f"{name}: {given.get(name)} there, {ours.get(name)} here"
-        for name in ours | given
-        if ours.get(name) != given.get(name)
-    ]
-    if differing:
-        raise ValueError(f"run.initial_weights={path} holds another model: " + "; ".join(differing))
+    require_same_function(weights, model.config, tokenizer_identity, f"run.initial_weights={path}")
     remarks, state = [], weights.state
     mine, theirs = depth_shapes(model.config), depth_shapes(weights.model)
     if mine != theirs:
@@ -254,6 +249,32 @@ def load_initial_weights(model: HybridModel, path: str | Path, tokenizer_identit
         state = {name: tensor for name, tensor in state.items() if not name.startswith(DEPTH_PREFIX)}
     take_own_part(model, state)
     return remarks
+
+
+def require_same_function(weights: Weights, model: ModelConfig, tokenizer_identity: str, what: str) -> None:
+    """Refuse weights of another model or tokenizer: ValueError begins with `what` they are and names what differs."""
+    given_identity = weights.tokenizer_identity()
+    if given_identity != tokenizer_identity and NO_TOKENIZER in (given_identity, tokenizer_identity):
+        raise ValueError(
+            f"{what} was trained on {'a synthetic task' if given_identity == NO_TOKENIZER else 'text'}, and "
+            f"this run is on {'a synthetic task' if tokenizer_identity == NO_TOKENIZER else 'text'}; tokens mean other things there"
+        )
+    if given_identity != tokenizer_identity:
+        # A run leaves its tokenizer in its store.
+        folder = what.partition("=")[2] if weights.run is None else weights.run.data.text_store()
+        raise ValueError(
+            f"{what} was trained with tokenizer {given_identity}, data.store was "
+            f"prepared with {tokenizer_identity}; prepare the data with data.tokenizer.model={folder}/"
+            f"{weights.tokenizer.file_name}"
+        )
+    ours, given = function_settings(model), function_settings(weights.model)
+    differing = [
+        f"{name}: {given.get(name)} there, {ours.get(name)} here"
+        for name in ours | given
+        if ours.get(name) != given.get(name)
+    ]
+    if differing:
+        raise ValueError(f"{what} holds another model: " + "; ".join(differing))
 
 
 def depth_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -92,3 +92,14 @@ def test_without_a_network_a_budget_ends_with_one_message(tmp_path: Path, enviro
     assert "hub:HuggingFaceFW/fineweb-edu/sample-10BT can't be looked up" in done.stderr
     source = yaml.safe_load((tmp_path / "work" / "run.yaml").read_text())["data"]["sources"][0]
     assert source["name"] == "fineweb-edu" and source["max_tokens"] >= 10**8
+
+
+@pytest.mark.slow
+def test_a_softmax_model_is_converted_and_again(tmp_path: Path, environment: dict[str, str]) -> None:
+    work = tmp_path / "work"
+    for _ in range(2):
+        done = play("convert_softmax.sh", str(work), "--toy", environment=environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert "window alone, tuned alike" in done.stdout and "verdict" in done.stdout
+    report = json.loads((work / "runs" / "softmax_converted" / "result" / "conversion.json").read_text())
+    assert report["converted_blocks"] == [0, 2, 6]

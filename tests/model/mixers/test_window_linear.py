@@ -204,6 +204,21 @@ def test_a_transfer_hands_on_the_teacher_and_trains_the_new_weights_alone() -> N
     assert mixer.query_features.grad is not None and mixer.window_weight.grad is not None
 
 
+def test_a_transfer_brings_the_output_near_the_teachers() -> None:
+    mixer, x_BTD = mixer_of({}), stream().detach()
+    meta = PackMeta.one_document_a_row(2, 24)
+    mixer.transfer_scale = 1.0
+    optimizer = torch.optim.Adam([mixer.query_features, mixer.key_features, mixer.window_weight], lr=0.05)
+    distances = []
+    for _ in range(40):
+        optimizer.zero_grad()
+        distance = mixer(x_BTD, meta).auxiliary["transfer"]
+        distance.backward()
+        optimizer.step()
+        distances.append(float(distance.detach()))
+    assert distances[-1] < 0.7 * distances[0], distances
+
+
 def test_branches_add_up_and_their_share_is_measured() -> None:
     mixer, x_BTD = mixer_of({}), stream()
     meta = PackMeta.one_document_a_row(2, 24)

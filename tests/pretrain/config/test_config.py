@@ -121,6 +121,9 @@ export.target
 evaluate.tasks evaluate.include_path evaluate.every_steps evaluate.limit evaluate.num_fewshot evaluate.micro_batch_size
 prune.groups prune.keep prune.method prune.start_step prune.every_steps prune.end_step
 forget.every_steps forget.until_step
+convert.teacher convert.to convert.blocks convert.keep convert.stage
+convert.transfer.steps convert.transfer.learning_rate convert.transfer.scale
+convert.tune.steps convert.tune.learning_rate convert.tune.rank convert.tune.alpha convert.tune.targets
 launch.heartbeat_seconds launch.max_restarts launch.min_nodes launch.node_wait_seconds launch.setup
 launch.environment
 launch.slurm.partition launch.slurm.account launch.slurm.qos launch.slurm.time_limit launch.slurm.gpus

@@ -1,0 +1,106 @@
+"""Verb convert: a trained model's softmax attention becomes a mixer of fixed state."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from data_pipeline.progress import Waiting
+from launch.arguments import ConfigArgument, JsonOption, OverridesArgument
+from launch.console import print_json, print_pairs, print_rows, say
+from pretrain.launcher_protocol import DONE
+
+if TYPE_CHECKING:
+    from pretrain.convert.measure import ConversionReport
+    from pretrain.convert.stages import ConversionStage
+
+
+def convert(
+    path: ConfigArgument,
+    overrides: OverridesArgument = None,
+    *,
+    nproc: Annotated[int, typer.Option(min=1, help="Ranks on this machine for the stages' training.")] = 1,
+    as_json: JsonOption = False,
+) -> None:
+    """Replace a trained model's attention as the section `convert` says: transfer, tune, measure, and write the merged weights.
+
+    Each stage is a run below run.dir. Stopped at any point, the same command goes on.
+    """
+    with Waiting("amfm convert") as waiting:
+        waiting("loading PyTorch and DeepSpeed")
+        from pretrain.config.errors import ConfigError
+        from pretrain.config.file import load_located
+        from pretrain.convert.rules import check_conversion
+        from pretrain.convert.stages import conversion_stages
+        from pretrain.convert.weights import write_start
+
+        located = load_located(path, overrides or [])
+        try:
+            check_conversion(located.config, nproc)
+        except ConfigError as error:
+            raise error.located(located.origins) from error
+        config = located.config
+        waiting("reading the teacher")
+        start = write_start(config, waiting)
+    stages = list(conversion_stages(config))
+    for number, stage in enumerate(stages, start=1):
+        code = run_stage(stage, f"stage {number} of {len(stages)}", nproc)
+        if code != DONE:
+            raise typer.Exit(code)
+        if not stage.is_finished():
+            say(f"amfm convert: stopped in convert-{stage.name}; the same command goes on")
+            raise typer.Exit(DONE)
+    with Waiting("amfm convert") as waiting:
+        from pretrain.convert.measure import measure_conversion
+        from pretrain.convert.report import write_result
+
+        found, tuned = measure_conversion(config, {stage.name: stage for stage in stages}, start, waiting)
+        waiting("writing the result")
+        write_result(found, tuned, stages)
+    print_conversion(found, as_json=as_json)
+
+
+def run_stage(stage: ConversionStage, place: str, nproc: int) -> int:
+    """Run a stage that is not finished as ranks on this machine; returns the exit code."""
+    from launch.cluster.local import run_layouts
+    from pretrain.config.file import resolved_yaml
+    from pretrain.convert.weights import complete_stage
+
+    if not stage.is_finished():
+        say(f"amfm convert: {place}, convert-{stage.name}: {stage.config.train.steps} steps in {stage.run_dir}")
+        stage.file.write_text(resolved_yaml(stage.config), encoding="utf-8")
+        code = run_layouts(stage.config, ["train", str(stage.file)], nproc)
+        if code != DONE or not stage.is_finished():
+            return code
+    complete_stage(stage)
+    return DONE
+
+
+def print_conversion(found: ConversionReport, *, as_json: bool) -> None:
+    """Print the table of losses, the shares, and the verdict."""
+    if as_json:
+        print_json({"result": str(found.result), **found.to_json()})
+        return
+    from pretrain.convert.measure import TEACHER
+
+    teacher = found.losses[TEACHER]
+    rows = [(name, f"{loss:.4f}", f"{loss - teacher:+.4f}") for name, loss in found.losses.items()]
+    title = f"Conversion to {found.pattern}, {found.tokens:,} held-out tokens"
+    print_rows(title, ("model", "nats a token", "beside the teacher"), rows)
+    pairs: list[tuple[str, object]] = []
+    if found.linear_share:
+        shares = ", ".join(f"block {block} {share:.2f}" for block, share in found.linear_share.items())
+        pairs.append(("mass behind the window", shares))
+    left = found.start.left
+    pairs += [
+        ("weights", f"{len(found.start.taken)} taken, {len(found.start.new)} new, {len(left)} of the teacher left out"),
+        ("verdict", found.verdict),
+        ("result", f"{found.result} (weights, model.yaml, conversion.json, conversion.svg)"),
+    ]
+    print_pairs("", pairs)
+
+
+def add_verbs(app: typer.Typer) -> None:
+    """Register the verb of this file."""
+    app.command(epilog="Example: amfm convert configs/convert_tiny.yaml --nproc 2")(convert)

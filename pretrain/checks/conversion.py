@@ -1,0 +1,31 @@
+"""Checks of a run that is a stage of a conversion: what frozen weights and stages cannot be combined with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pretrain.config.errors import Problem
+from pretrain.config.schema import RunConfig
+
+
+def conversion_problems(config: RunConfig) -> Iterator[Problem]:
+    """Refuse a section `convert` in a run of training, and layouts that do not know weights which stay as they are."""
+    if config.convert is None:
+        return
+    if config.convert.stage is None:
+        rule = "is a section of `amfm convert`, and this is a run of training"
+        yield Problem("convert", rule, "run `amfm convert CONFIG`, or remove the section")
+        return
+    parallel = config.parallel
+    if parallel.zero_stage == 3:
+        rule = "cuts frozen weights over ranks too, and a checkpoint would have to gather them"
+        yield Problem("parallel.zero_stage", rule, "use 0, 1 or 2: frozen weights have no optimizer state", "3")
+    if parallel.pipeline > 1 and parallel.schedule != "1f1b":
+        rule = "computes gradients of weights apart, and most of them are frozen in a conversion"
+        yield Problem("parallel.schedule", rule, "use 1f1b", parallel.schedule)
+    for key, value in (("prune", config.prune), ("forget", config.forget), ("model.guide", config.model.guide)):
+        if value is not None:
+            rule = "changes weights that a conversion keeps as they are"
+            yield Problem(key, rule, "remove it, and train the result on with it")
+    if config.stages:
+        yield Problem("stages", "have no place in a conversion, which has stages of its own", "remove them")

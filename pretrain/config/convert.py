@@ -1,0 +1,52 @@
+"""The section of `amfm convert`: which model gets which blocks, and how long each stage trains. No torch here."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from model.config.section import Section
+
+StageName = Literal["transfer", "tune", "tune-window", "tune-teacher"]
+Projection = Literal["q", "k", "v", "o"]
+
+
+class TransferConfig(Section):
+    """First stage: the new weights of each block learn what its softmax attention gives; nothing else is trained."""
+
+    steps: int = Field(gt=0, description="Optimizer steps.")
+    learning_rate: float = Field(1e-2, gt=0, description="Peak rate.")
+    scale: float = Field(1000.0, gt=0, description="Factor on the mean squared distance of the outputs.")
+
+
+class TuneConfig(Section):
+    """Second stage: the language model's loss trains the new weights, and low-rank updates beside the projections."""
+
+    steps: int = Field(gt=0, description="Optimizer steps; the two controls train as long.")
+    learning_rate: float = Field(1e-4, gt=0, description="Peak rate.")
+    rank: int = Field(8, gt=0, description="Rank of the updates.")
+    alpha: float = Field(16.0, gt=0, description="Updates count alpha / rank times.")
+    targets: tuple[Projection, ...] = Field(
+        ("q", "k", "v", "o"), min_length=1, description="Projections with an update."
+    )
+
+
+class ConvertConfig(Section):
+    """Conversion of a trained model's softmax attention to a mixer of fixed state: `amfm convert` (docs/conversion.md)."""
+
+    teacher: str = Field(
+        description="The trained model: a run, a checkpoint or an import. `model` describes it, with the options of the new mixer besides."
+    )
+    to: str = Field("window_linear", description="The mixer that attention becomes; its options are in model.mixers.")
+    blocks: tuple[int, ...] | None = Field(
+        None, description="Blocks to convert, by their number in the pattern from 0; none: every attention block."
+    )
+    keep: tuple[int, ...] = Field((), description="Attention blocks that stay; instead of blocks.")
+    transfer: TransferConfig | None = Field(
+        None, description="Of window_linear with weights of its own; none: no such stage."
+    )
+    tune: TuneConfig = Field(description="Of every conversion, and of its controls.")
+    stage: StageName | None = Field(
+        None, description="Set by `amfm convert` in the runs of its stages, below run.dir; leave it out."
+    )

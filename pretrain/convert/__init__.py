@@ -1,0 +1,1 @@
+"""Conversion of a trained model's attention: plan of the stages, what each trains, measurement and report."""

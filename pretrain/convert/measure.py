@@ -1,0 +1,171 @@
+"""What a conversion gave: every model of it measured on the same held-out tokens, and what its linear branch is worth.
+
+A converted model that is as good without its linear branch has learned to do without what lies behind the window (arXiv
+2510.05901 found it in published conversions). Perplexity alone does not show that, so the controls are always measured:
+window attention alone after the same tuning, the tuned model without either branch, the teacher after the same tuning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from data_pipeline.progress import Report, silent
+from data_pipeline.store.store import TokenStore
+from model.mixers.window_linear import WindowLinearMixer
+from pretrain.config.convert import StageName
+from pretrain.config.schema import RunConfig
+from pretrain.convert.stages import WINDOW_LINEAR, ConversionStage, conversion_of, converted_blocks, folder_of
+from pretrain.convert.weights import StartReport, stage_weights
+from pretrain.inference.evaluate import measure_store
+from pretrain.inference.weights import Weights, read_weights
+
+# A difference below this is no difference, in nats a token.
+UNUSED_NATS = 0.005
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """Losses in nats a token by model, in the order of a table; shares of the linear branch by block; a verdict in words.
+
+    `result`: the folder with the merged weights. `tokens`: that each model was measured on.
+    """
+
+    result: Path
+    pattern: str
+    blocks: tuple[int, ...]
+    losses: dict[str, float]
+    linear_share: dict[int, float]
+    verdict: str
+    tokens: int
+    start: StartReport
+
+    def to_json(self) -> dict[str, Any]:
+        """Encode for conversion.json."""
+        return {
+            "pattern": self.pattern,
+            "converted_blocks": list(self.blocks),
+            "loss_nats_a_token": self.losses,
+            "linear_share_by_block": {str(block): share for block, share in self.linear_share.items()},
+            "verdict": self.verdict,
+            "measured_tokens": self.tokens,
+            "weights_of_converted_blocks": {
+                "taken": list(self.start.taken),
+                "new": list(self.start.new),
+                "left": list(self.start.left),
+            },
+        }
+
+
+TEACHER, TUNED_TEACHER = "teacher", "teacher, tuned alike"
+AT_ONCE, TRANSFERRED, TUNED = "converted at once", "transferred", "tuned"
+WINDOW_ALONE = "window alone, tuned alike"
+WITHOUT_LINEAR, WITHOUT_WINDOW = "tuned, without linear branch", "tuned, without window"
+
+
+@dataclass
+class _Ruler:
+    """Measures models on the same tokens of the validation part."""
+
+    config: RunConfig
+    store: TokenStore
+    tokens: int = 0
+
+    def measure(
+        self,
+        weights: Weights,
+        *,
+        used: Literal["both", "window", "linear"] = "both",
+        shares: dict[int, float] | None = None,
+    ) -> float:
+        """Mean loss a token; `shares` is filled with the linear branch's share of the mass by block."""
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model, train = weights.build(backend="auto", device=device), self.config.train
+        mixers = {
+            index: mixer
+            for index in model.blocks.indices()
+            if isinstance(mixer := model.blocks[index].mixer, WindowLinearMixer)
+        }
+        for mixer in mixers.values():
+            mixer.used = used
+            mixer.measured = None if shares is None else torch.zeros(2, dtype=torch.float64, device=device)
+        sums = measure_store(
+            model,
+            self.store,
+            "validation",
+            sequence_length=train.sequence_length,
+            isolated=self.config.data.mask_document_boundaries,
+            rows_at_once=train.micro_batch_size,
+            max_tokens=train.validation_batches * train.global_batch_size * train.sequence_length,
+        )
+        self.tokens = sum(tokens for _, tokens in sums.values())
+        for index, mixer in mixers.items():
+            if shares is not None and mixer.measured is not None and mixer.measured[1] > 0:
+                shares[index] = float(mixer.measured[0] / mixer.measured[1])
+        return sum(nll for nll, _ in sums.values()) / self.tokens
+
+
+def measure_conversion(
+    config: RunConfig, stages: Mapping[StageName, ConversionStage], start: StartReport, report: Report = silent
+) -> tuple[ConversionReport, Weights]:
+    """Measure every model of a conversion whose stages are finished; returns the tuned model's weights too.
+
+    Raises ValueError where the validation part has no tokens.
+    """
+    convert = conversion_of(config)
+    ruler = _Ruler(config, TokenStore.open(config.data.text_store()))
+    if not sum(ruler.store.num_tokens(name, "validation") for name in ruler.store.source_names):
+        raise ValueError(f"the validation part of {ruler.store.path} has no tokens; raise data.validation_fraction")
+    losses, shares = {}, dict[int, float]()
+    report("measuring the teacher")
+    losses[TEACHER] = ruler.measure(read_weights(convert.teacher))
+    losses[TUNED_TEACHER] = ruler.measure(stage_weights(stages["tune-teacher"]))
+    report("measuring the converted model")
+    losses[AT_ONCE] = ruler.measure(read_weights(folder_of(config, "start")))
+    if "transfer" in stages:
+        losses[TRANSFERRED] = ruler.measure(stage_weights(stages["transfer"]))
+    tuned = stage_weights(stages["tune"])
+    losses[TUNED] = ruler.measure(tuned, shares=shares)
+    if convert.to == WINDOW_LINEAR:
+        report("measuring it without its branches")
+        losses[WINDOW_ALONE] = ruler.measure(stage_weights(stages["tune-window"]), used="window")
+        losses[WITHOUT_LINEAR] = ruler.measure(tuned, used="window")
+        losses[WITHOUT_WINDOW] = ruler.measure(tuned, used="linear")
+    ruler.store.close()
+    found = ConversionReport(
+        folder_of(config, "result"),
+        tuned.model.pattern,
+        converted_blocks(config),
+        losses,
+        shares,
+        judge(losses),
+        ruler.tokens,
+        start,
+    )
+    return found, tuned
+
+
+def judge(losses: Mapping[str, float]) -> str:
+    """Say in words how far the result is from the teacher, and whether its linear branch does anything."""
+    beside = losses[TUNED] - losses[TUNED_TEACHER]
+    text = f"tuned, it is {beside:+.4f} nats a token beside the teacher after the same tuning"
+    if WINDOW_ALONE not in losses:
+        return text
+    without, alone = losses[WITHOUT_LINEAR] - losses[TUNED], losses[WINDOW_ALONE] - losses[TUNED]
+    if without < UNUSED_NATS:
+        return f"linear branch unused: leaving it out costs {without:+.4f} nats; {text}"
+    if alone < UNUSED_NATS:
+        return (
+            f"linear branch unused: window attention alone, tuned alike, is as good ({alone:+.4f} nats), although this model "
+            f"leans on the branch ({without:+.4f} without it); {text}"
+        )
+    gap = losses[WINDOW_ALONE] - losses[TUNED_TEACHER]
+    closed = f", which closes {alone / gap:.0%} of its gap to the teacher" if gap > UNUSED_NATS else ""
+    return (
+        f"linear branch used: leaving it out costs {without:+.4f} nats, and window attention alone, tuned alike, is "
+        f"{alone:+.4f} worse{closed}; {text}"
+    )

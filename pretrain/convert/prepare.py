@@ -1,0 +1,62 @@
+"""What a run that is a stage of a conversion trains: everything else is frozen before the engine takes the model."""
+
+from __future__ import annotations
+
+from model.hybrid import HybridModel
+from model.lora import PROJECTIONS, add_lora
+from model.mixers.window_linear import WindowLinearMixer
+from pretrain.config.convert import ConvertConfig
+
+
+def prepare_stage(model: HybridModel, convert: ConvertConfig) -> None:
+    """Freeze a model that has its first weights, add the stage's low-rank updates, and set what its blocks give.
+
+    No collectives; every rank must call this. Raises ValueError where this rank would hold nothing to train.
+    """
+    model.requires_grad_(False)
+    is_control = convert.stage in ("tune-window", "tune-teacher")
+    if not is_control:
+        for name in new_weights(model, convert):
+            model.get_parameter(name).requires_grad_(True)
+    if convert.stage == "transfer":
+        assert convert.transfer is not None, "a stage of a conversion that has it"
+        for mixer in converted_mixers(model, convert):
+            mixer.transfer_scale = convert.transfer.scale
+    else:
+        tune = convert.tune
+        add_lora(model, tune.targets, rank=tune.rank, alpha=tune.alpha)
+    if convert.stage == "tune-window":
+        for mixer in converted_mixers(model, convert):
+            mixer.used = "window"
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            f"the blocks {model.blocks.indices()} of this pipeline rank have nothing that convert-{convert.stage} trains; "
+            "use fewer parallel.pipeline ranks, or cut model.pattern so that each has a converted block"
+        )
+
+
+def converted_mixers(model: HybridModel, convert: ConvertConfig) -> list[WindowLinearMixer]:
+    """The mixers of converted blocks held here that have branches of their own."""
+    held = [model.blocks[index].mixer for index in model.blocks.indices() if index in (convert.blocks or ())]
+    return [mixer for mixer in held if isinstance(mixer, WindowLinearMixer)]
+
+
+def new_weights(model: HybridModel, convert: ConvertConfig) -> list[str]:
+    """Name the weights of converted blocks held here that softmax attention has not: those of the mixer's own.
+
+    Of a mixer other than window_linear all its weights are trained: what fitted is no whole attention any more.
+    """
+    found = []
+    for index in model.blocks.indices():
+        if index not in (convert.blocks or ()):
+            continue
+        mixer = model.blocks[index].mixer
+        for name, _ in mixer.named_parameters():
+            if not (isinstance(mixer, WindowLinearMixer) and is_of_attention(name)):
+                found.append(f"blocks.{index}.mixer.{name}")
+    return found
+
+
+def is_of_attention(name: str) -> bool:
+    """Whether softmax attention has a weight of this name too."""
+    return name.partition(".")[0] in (*PROJECTIONS.values(), "g_proj", "q_norm", "k_norm")

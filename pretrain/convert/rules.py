@@ -1,0 +1,130 @@
+"""What a conversion needs before it starts: blocks that can be converted, and a mixer that keeps the teacher's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from model.config.mixer_registry import describe_symbol, mixer_specs
+from model.config.schema import AttentionConfig
+from model.config.window_linear import WindowLinearOptions
+from pretrain.checks.check_run import check_run
+from pretrain.config.errors import ConfigError, Problem
+from pretrain.config.schema import RunConfig
+from pretrain.convert.stages import WINDOW_LINEAR, conversion_of, conversion_stages, converted_blocks
+
+
+def check_conversion(config: RunConfig, world_size: int | None = None) -> None:
+    """Refuse a conversion whose settings do not fit together, and any stage of it that could not run.
+
+    Raises ConfigError with every broken rule. Touches no device and reads no file.
+    """
+    problems = list(rule_problems(config))
+    if problems:
+        raise ConfigError(problems)
+    for stage in conversion_stages(config):
+        check_run(stage.config, world_size)
+
+
+def rule_problems(config: RunConfig) -> Iterator[Problem]:
+    """Check the rules that are the conversion's own."""
+    if config.convert is None:
+        yield Problem("convert", "is missing", "name at least convert.teacher and convert.tune.steps")
+        return
+    if config.convert.stage is not None:
+        rule = "names a stage's own run, which `amfm train` starts"
+        yield Problem("convert.stage", rule, "give `amfm convert` the file that has none", config.convert.stage)
+    if config.data.probe is not None:
+        rule = "is a synthetic task, and a conversion measures text"
+        yield Problem(
+            "data.probe", rule, "give data.store and data.sources, and a teacher of text", config.data.probe.task
+        )
+    if config.data.validation_fraction == 0:
+        rule = "leaves nothing to measure the converted model on"
+        yield Problem("data.validation_fraction", rule, "use 0.02, say", "0")
+    for key, value in (("train.steps", config.train.steps), ("run.initial_weights", config.run.initial_weights)):
+        if value is not None:
+            rule = "has no effect in a conversion, whose stages have their own"
+            yield Problem(key, rule, "remove it", str(value))
+    if config.model.num_depths:
+        rule = "has depths of multi-token prediction, which a conversion does not tune"
+        yield Problem("model.pattern", rule, "leave them out: the teacher's are ignored then", config.model.pattern)
+    yield from block_problems(config)
+    yield from mixer_problems(config)
+
+
+def block_problems(config: RunConfig) -> Iterator[Problem]:
+    """Check that the blocks are there, and that they are softmax attention."""
+    convert, letters = conversion_of(config), config.model.letters
+    if convert.blocks is not None and convert.keep:
+        yield Problem("convert.keep", "is given beside convert.blocks, which says the same", "remove one of them")
+    for key, blocks in (("blocks", convert.blocks or ()), ("keep", convert.keep)):
+        for index in blocks:
+            if not 0 <= index < len(letters):
+                rule = f"must be below {len(letters)}, the number of blocks in model.pattern"
+                yield Problem(f"convert.{key}", rule, "count from 0", str(index))
+            elif letters[index] != "*":
+                rule = f"is {letters[index]} ({describe_symbol(letters[index])}), and only softmax attention (*) is converted"
+                attention = [str(place) for place, letter in enumerate(letters) if letter == "*"]
+                yield Problem(f"convert.{key}", rule, f"use some of {', '.join(attention) or 'none'}", str(index))
+    if "*" not in letters:
+        yield Problem(
+            "model.pattern", "has no softmax attention (*) to convert", "give another teacher", config.model.pattern
+        )
+    elif not converted_blocks(config):
+        yield Problem("convert.keep", "keeps every attention block", "leave out those to convert", str(convert.keep))
+
+
+def mixer_problems(config: RunConfig) -> Iterator[Problem]:
+    """Check that the new mixer is known, has options, and computes from the teacher's weights what they were trained for."""
+    convert = conversion_of(config)
+    if convert.to not in mixer_specs():
+        yield Problem("convert.to", "is no registered mixer", f"use one of {', '.join(mixer_specs())}", convert.to)
+        return
+    options = getattr(config.model.mixers, convert.to)
+    if options is None:
+        rule = f"is missing, and convert.to={convert.to} needs its options"
+        yield Problem(f"model.mixers.{convert.to}", rule, "add the section")
+        return
+    if convert.to != WINDOW_LINEAR:
+        if convert.transfer is not None:
+            rule = f"trains the features of window_linear, and convert.to={convert.to}"
+            yield Problem("convert.transfer", rule, "remove it: convert.tune trains such blocks as a whole")
+        return
+    assert isinstance(options, WindowLinearOptions), "the options of window_linear"
+    if config.model.attention is not None:
+        yield from weight_problems(options, config.model.attention)
+    if convert.transfer is not None and not has_new_weights(options):
+        rule = f"has nothing to train: preset={options.preset} without meta tokens has no weights of its own"
+        yield Problem("convert.transfer", rule, "remove it, or use another form")
+
+
+def weight_problems(options: WindowLinearOptions, attention: AttentionConfig) -> Iterator[Problem]:
+    """Compare with the attention whose weights the mixer takes over."""
+    rope = attention.rope
+    if attention.positions == "rope" and rope.scaling != "none":
+        rule = "stretches positions, which window_linear cannot, and the teacher's weights were trained for it"
+        yield Problem("model.attention.rope.scaling", rule, "give a teacher without scaling", rope.scaling)
+    wanted = {
+        "num_heads": attention.num_heads,
+        "kv_heads": attention.num_kv_heads,
+        "head_dim": attention.head_dim,
+        "qk_norm": attention.qk_norm,
+        "positions": attention.positions,
+        "softmax_scale": attention.softmax_scale,
+        "output_gate": attention.gate,
+    }
+    if attention.positions == "rope":
+        wanted |= {"rope_theta": rope.theta, "rope_fraction": rope.fraction}
+    for name, value in wanted.items():
+        given = options.kv_heads() if name == "kv_heads" else getattr(options, name)
+        if given != value:
+            field = "num_kv_heads" if name == "kv_heads" else name
+            rule = f"must be {value}, as model.attention has it: the teacher's weights were trained for that"
+            shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
+            yield Problem(f"model.mixers.window_linear.{field}", rule, f"use {shown}", str(given))
+
+
+def has_new_weights(options: WindowLinearOptions) -> bool:
+    """Whether the mixer has weights that softmax attention has not."""
+    form = options.branches()
+    return form.features == "hedgehog" or form.gate == "learned" or form.combine == "joint" or options.meta_tokens > 0
