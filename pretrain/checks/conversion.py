@@ -27,5 +27,8 @@ def conversion_problems(config: RunConfig) -> Iterator[Problem]:
         if value is not None:
             rule = "changes weights that a conversion keeps as they are"
             yield Problem(key, rule, "remove it, and train the result on with it")
+    if config.optimizer.kind == "muon":
+        rule = "makes the steps of matrices orthogonal, which has not been tried on the thin factors of an update"
+        yield Problem("optimizer.kind", rule, "use adamw", "muon")
     if config.stages:
         yield Problem("stages", "have no place in a conversion, which has stages of its own", "remove them")

@@ -21,7 +21,6 @@ from model.mixers.base import LinearMixer
 from model.parallel.groups import single_rank_groups
 from pretrain.checkpoint.files import read_manifest
 from pretrain.checkpoint.inspect import find_checkpoint, read_full_state
-from pretrain.checkpoint.reader import FROZEN
 from pretrain.config.schema import RunConfig
 from pretrain.convert.stages import (
     WINDOW_LINEAR,
@@ -31,6 +30,7 @@ from pretrain.convert.stages import (
     converted_model,
     folder_of,
 )
+from pretrain.engine.moments import FROZEN
 from pretrain.export.files import begin_export, put_in_place, sync_files
 from pretrain.export.import_huggingface import MODEL_SECTION, describe_model
 from pretrain.inference.weights import Weights, function_settings, read_weights, require_same_function, write_weights

@@ -167,6 +167,8 @@ def test_the_verdict_says_when_the_linear_branch_is_unused() -> None:
         ({"train__steps": 4}, "train.steps = 4: has no effect in a conversion"),
         ({"data__validation_fraction": 0}, "data.validation_fraction = 0: leaves nothing to measure"),
         ({"parallel__zero_stage": 3}, "parallel.zero_stage = 3: cuts frozen weights"),
+        ({"optimizer__kind": "muon"}, "optimizer.kind = muon: makes the steps of matrices orthogonal"),
+        ({"forget": {"every_steps": 1, "until_step": 2}}, "forget: changes weights that a conversion keeps"),
         (
             {"model__mixers": {"window_linear": WINDOW_LINEAR | {"num_heads": 2}}},
             "model.mixers.window_linear.num_heads = 2: must be 4, as model.attention has it",
