@@ -51,7 +51,7 @@ def width_scales(name: str, config: ModelConfig) -> WidthScales:
     if name.endswith(_FEW_OUTPUTS):
         return WidthScales(1.0 / ratio, 1.0 / ratio)
     is_matrix = name.endswith((".weight", "_proj")) or ".experts." in name
-    if not name.startswith("blocks.") or not is_matrix or name.endswith((*_FIXED_INPUTS, "norm.weight")):
+    if not name.startswith(("blocks.", "mtp.")) or not is_matrix or name.endswith((*_FIXED_INPUTS, "norm.weight")):
         return WidthScales()
     return WidthScales(ratio**-0.5, 1.0 / ratio, 1.0 / ratio)
 

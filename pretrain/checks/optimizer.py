@@ -9,14 +9,11 @@ from pretrain.config.schema import RunConfig
 
 
 def optimizer_problems(config: RunConfig) -> Iterator[Problem]:
-    """Refuse Muon's settings beside another kind, and Muon with muP or in the memory of the host."""
+    """Refuse Muon's settings beside another kind, and Muon in the memory of the host."""
     section = config.optimizer
     if section.muon is not None and section.kind != "muon":
         rule = f"has settings of Muon, and optimizer.kind is {section.kind}"
         yield Problem("optimizer.muon", rule, "use optimizer.kind=muon, or remove the section")
-    if section.kind == "muon" and config.model.mup is not None:
-        rule = "has no rule of muP: model.mup scales AdamW's rates, and what Muon needs instead was not measured"
-        yield Problem("optimizer.kind", rule, "use adamw, or remove model.mup", "muon")
     if section.kind == "muon" and config.parallel.offload_optimizer:
         rule = "would have the host's processors multiply Muon's matrices"
         yield Problem("parallel.offload_optimizer", rule, "use false, or optimizer.kind=adamw", "true")

@@ -80,7 +80,7 @@ def group_parameters(
             number, elements = number + 1, 0
         buckets[kind] = (number, elements + parameter.numel(), part_of(name))
         own: dict[str, Any] = {} if spread is None else {"moe": True, "name": spread}
-        if own_scales != NO_SCALES:
+        if own_scales != NO_SCALES and label != MUON:
             own |= {"rate_scale": own_scales.rate, "eps": epsilon * own_scales.epsilon}
         new = {
             "label": label,
@@ -106,18 +106,25 @@ def build_optimizer(
     bucket_elements: int | None = None,
     apart: Collection[nn.Parameter] = (),
     scales: Callable[[str], WidthScales] | None = None,
+    base_width: int | None = None,
 ) -> torch.optim.AdamW:
     """Build the optimizer of the configured kind; `stacks`: the matrices of Muon (`list_matrices`), which it must be told.
 
-    `scales`: AdamW's alone, as `group_parameters` says.
+    Under muP: `scales` as `group_parameters` says, for what AdamW steps, and `base_width` for what Muon steps.
     """
     settings = config.muon_settings()
     if settings is None:
         return build_adamw(module, config, bucket_elements=bucket_elements, apart=apart, scales=scales)
-    assert scales is None, "optimizer_problems refuses muP with Muon"
-    names = {stack.name for stack in stacks}
-    groups = group_parameters(module, config.weight_decay, bucket_elements=bucket_elements, apart=apart, matrices=names)
-    return Muon(groups, settings, **_adamw_settings(config))
+    groups = group_parameters(
+        module,
+        config.weight_decay,
+        bucket_elements=bucket_elements,
+        apart=apart,
+        epsilon=config.epsilon,
+        scales=scales,
+        matrices={stack.name for stack in stacks},
+    )
+    return Muon(groups, settings, base_width=base_width, **_adamw_settings(config))
 
 
 def build_adamw(

@@ -3,7 +3,9 @@
     M <- mu M + G;   U = G + mu M;   O = orthogonalize(U);   W <- (1 - rate decay) W - rate s O
 
 with s = update_rms sqrt(longer side), which gives steps the size of AdamW's, so that both kinds of groups share one rate and
-decay (Liu et al. 2025, arXiv 2502.16982, section 2.2). M, U and W are elementwise on whatever ranges of matrices ZeRO left
+decay (Liu et al. 2025, arXiv 2502.16982, section 2.2). Under muP s = update_rms sqrt(base width) sqrt(rows / columns): the
+step's spectral norm then follows the shape (Yang et al. 2023, arXiv 2310.17813, section 2), so activations change alike at
+every width, whichever of the two sides grows, and the rate needs no rule of its own. M, U and W are elementwise on whatever ranges of matrices ZeRO left
 to this rank; for O they go to the matrix's owner and come back (exchange.py). So whole matrices are orthogonalised under
 every ZeRO stage and layout, once a step, and the step is that of one rank.
 
@@ -31,13 +33,15 @@ from pretrain.engine.parts import Part
 class Muon(torch.optim.AdamW):
     """Steps groups labelled `muon` by Muon and the others as AdamW does.
 
-    `attach` tells it which matrices its parameters are, once a wrapper has cut them; a step before does nothing to them.
+    `base_width`: of muP, where the model has one. `attach` tells it which matrices its parameters are, once a wrapper has cut them; a step before does nothing to them.
     Every rank must call `step` as often as all others.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], settings: MuonConfig, **adamw: Any) -> None:
+    def __init__(
+        self, groups: list[dict[str, Any]], settings: MuonConfig, *, base_width: int | None = None, **adamw: Any
+    ) -> None:
         super().__init__(groups, **adamw)
-        self.settings = settings
+        self.settings, self.base_width = settings, base_width
         self.steps: list[MatrixStep] = []
         for group in self.param_groups:
             if group["label"] == MUON:
@@ -51,7 +55,9 @@ class Muon(torch.optim.AdamW):
         for part in by_label:
             # ZeRO hands over one tensor a call; without it a group's parameters come in one call.
             together.setdefault(part.group if part.replicated else id(part.master), []).append(part)
-        self.steps = [MatrixStep(members, stacks, groups, self.settings) for members in together.values()]
+        self.steps = [
+            MatrixStep(members, stacks, groups, self.settings, self.base_width) for members in together.values()
+        ]
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
@@ -75,9 +81,14 @@ class MatrixStep:
     """One step of the tensors that are handed over together: their momentum, updates and matrices."""
 
     def __init__(
-        self, parts: list[Part], stacks: Sequence[MatrixStack], groups: ProcessGroupCollection, settings: MuonConfig
+        self,
+        parts: list[Part],
+        stacks: Sequence[MatrixStack],
+        groups: ProcessGroupCollection,
+        settings: MuonConfig,
+        base_width: int | None,
     ) -> None:
-        self.parts, self.groups, self.settings = parts, groups, settings
+        self.parts, self.groups, self.settings, self.base_width = parts, groups, settings, base_width
         self.exchange = MatrixExchange(parts, stacks)
 
     def run(self, states: dict[Tensor, dict[str, Tensor]], rate: float, weight_decay: float) -> None:
@@ -125,6 +136,8 @@ class MatrixStep:
             cut=cut,
             group=None if cut is None else getattr(self.groups, cut.axis),
         )
-        found_NRC = found_NRC * (self.settings.update_rms * math.sqrt(max(stack.shape)))
+        rows, columns = stack.shape
+        squared = max(rows, columns) if self.base_width is None else self.base_width * rows / columns
+        found_NRC = found_NRC * (self.settings.update_rms * math.sqrt(squared))
         places = [update.view(stack.count, stack.rows, stack.columns) for update in updates]
         torch._foreach_copy_(places, list(found_NRC.split(stack.count)))

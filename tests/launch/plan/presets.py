@@ -17,6 +17,7 @@ PRESET_GPUS = {
     "ladder_20m": 8,
     "ladder_150m": 8,
     "ladder_1b_a300m": 8,
+    "ladder_1b_muon": 8,
     "ladder_8b_a1b": 64,
     "nemotron3_nano_30b": 128,
     "granite4_h_small": 64,

@@ -228,6 +228,7 @@ def test_ladder_rung_can_be_exported_to_the_native_class(name):
         ("ladder_20m", 21.4e6, 13.1e6),
         ("ladder_150m", 150e6, 69e6),
         ("ladder_1b_a300m", 1.0e9, 0.32e9),
+        ("ladder_1b_muon", 1.0e9, 0.32e9),
         ("ladder_8b_a1b", 7.7e9, 1.05e9),
     ],
 )

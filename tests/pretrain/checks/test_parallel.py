@@ -55,10 +55,6 @@ MOE = "model.moe={num_experts: 6, top_k: 2, expert_hidden_size: 12, shared_exper
             "parallel.offload_optimizer = true: would have the host's processors multiply Muon's matrices; use false, or",
         ),
         (
-            ["optimizer.kind=muon", "model.mup={base_hidden_size: 32}"],
-            "optimizer.kind = muon: has no rule of muP: model.mup scales AdamW's rates, and what Muon needs instead was not",
-        ),
-        (
             ["optimizer.muon={rounds: 6}"],
             "optimizer.muon: has settings of Muon, and optimizer.kind is adamw; use optimizer.kind=muon, or remove",
         ),

@@ -21,9 +21,10 @@ from model.hybrid import HybridModel
 from model.packing import PackMeta
 from model.parallel.groups import single_rank_groups
 from pretrain.config.schema import OptimizerConfig
-from pretrain.engine.engine import width_rule
+from pretrain.engine.engine import build_engine, width_rule
 from pretrain.engine.optimizer import build_adamw
 from pretrain.export.universal import export_universal
+from pretrain.parallel import initialize_parallel
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.tiny_run import Trained, tiny_config, tiny_data, train_and_collect
 
@@ -92,10 +93,8 @@ def train(model: HybridModel, rate: float, steps: int, draw: Callable[[], tuple[
     return sum(losses[-10:]) / len(losses[-10:])
 
 
-def changes(pattern: str, width: int, *, mup: bool = True, seed: int = 0, tied: bool = False) -> tuple[float, float]:
-    """Mean absolute change of the last stream and of the logits after six steps at rate 0.01."""
-    model, draw = model_of_width(pattern, width, mup=mup, seed=seed, tied=tied), markov_batches(seed)
-    tokens, _ = draw()
+def observe(model: HybridModel, tokens: Tensor, training: Callable[[], object]) -> tuple[float, float]:
+    """Mean absolute change, by some training, of the last stream and of the logits on these tokens."""
 
     @torch.no_grad()
     def activations() -> tuple[Tensor, Tensor]:
@@ -107,17 +106,52 @@ def changes(pattern: str, width: int, *, mup: bool = True, seed: int = 0, tied: 
         return stream.residual_BTD + stream.delta_BTD, logits
 
     before = activations()
-    train(model, 0.01, 6, draw)
+    training()
     stream, logits = ((new - old).abs().mean().item() for new, old in zip(activations(), before, strict=True))
     return stream, logits
+
+
+def changes(pattern: str, width: int, *, mup: bool = True, seed: int = 0, tied: bool = False) -> tuple[float, float]:
+    """Changes by six steps of AdamW at rate 0.01."""
+    model, draw = model_of_width(pattern, width, mup=mup, seed=seed, tied=tied), markov_batches(seed)
+    tokens, _ = draw()
+    return observe(model, tokens, lambda: train(model, 0.01, 6, draw))
 
 
 def spread(pattern: str, widths: tuple[int, ...], **options: bool | int) -> tuple[float, float]:
     """Largest by smallest change over the widths, of the stream and of the logits."""
     rows = [changes(pattern, width, **options) for width in widths]  # type: ignore[arg-type]
     print(pattern, options, [f"{stream:.3g}/{logits:.3g}" for stream, logits in rows])
+    return spread_of(rows)
+
+
+def spread_of(rows: list[tuple[float, float]]) -> tuple[float, float]:
     stream, logits = (max(values) / min(values) for values in zip(*rows, strict=True))
     return stream, logits
+
+
+def changes_by_muon(patterns: list[str], widths: tuple[int, ...], mup: bool) -> dict[str, list[tuple[float, float]]]:
+    """Changes by six steps of Muon at rate 0.01, of each pattern at each width; runs on a rank, for Muon needs an engine."""
+    parallel = initialize_parallel(timeout_seconds=600, num_threads=1)
+    optimizer = OptimizerConfig(learning_rate=0.01, kind="muon")
+
+    def change(pattern: str, width: int) -> tuple[float, float]:
+        model, draw = model_of_width(pattern, width, mup=mup, seed=0), markov_batches(0)
+        tokens, _ = draw()
+        engine = build_engine(model, optimizer=optimizer, precision="float32", zero_stage=0, parallel=parallel)
+
+        def steps() -> None:
+            for _ in range(6):
+                x, y = draw()
+                with engine.accumulate(1):
+                    output = engine.forward(x, META, y)
+                    shares = [output.loss.total / y.numel(), *output.auxiliary.values()]
+                    engine.backward(torch.stack(shares).sum())
+                engine.step(0.01)
+
+        return observe(model, tokens, steps)
+
+    return {pattern: [change(pattern, width) for width in widths] for pattern in patterns}
 
 
 def test_activations_change_alike_at_two_widths_and_not_without_mup() -> None:
@@ -127,6 +161,11 @@ def test_activations_change_alike_at_two_widths_and_not_without_mup() -> None:
 
 def test_a_tied_head_changes_logits_alike_at_two_widths() -> None:
     assert max(spread("*-", (64, 256), tied=True)) < 2
+
+
+def test_muon_changes_activations_alike_at_two_widths() -> None:
+    (found,) = run_ranks(changes_by_muon, ["*-"], (64, 256), True, num_ranks=1)
+    assert max(spread_of(found["*-"])) < 2
 
 
 def test_groups_carry_rate_and_epsilon_of_their_class() -> None:
@@ -145,12 +184,25 @@ def test_groups_carry_rate_and_epsilon_of_their_class() -> None:
     assert width_rule(model_of_width("*E", 128, mup=False, seed=0)) is None
 
 
+def pattern_of(letter: str) -> str:
+    return {"-": "----", "E": "*E*E"}.get(letter, f"{letter}-{letter}-")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("letter", CHECKED_LETTERS)
 def test_every_kind_of_block_that_mup_takes_changes_alike_at_four_widths(letter: str, seed: int) -> None:
-    pattern = {"-": "----", "E": "*E*E"}.get(letter, f"{letter}-{letter}-")
-    assert max(spread(pattern, (64, 128, 256, 512), seed=seed)) < 2
+    assert max(spread(pattern_of(letter), (64, 128, 256, 512), seed=seed)) < 2
+
+
+@pytest.mark.slow
+def test_every_kind_of_block_changes_alike_at_four_widths_under_muon_and_not_without_mup() -> None:
+    patterns = [pattern_of(letter) for letter in CHECKED_LETTERS]
+    (found,) = run_ranks(changes_by_muon, patterns, (64, 128, 256, 512), True, num_ranks=1)
+    print(found)
+    assert all(max(spread_of(rows)) < 2 for rows in found.values())
+    (found,) = run_ranks(changes_by_muon, ["*-*-"], (64, 512), False, num_ranks=1)
+    assert spread_of(found["*-*-"])[0] > 10
 
 
 @pytest.mark.slow
