@@ -26,7 +26,7 @@ def soak(
     *,
     minutes: Annotated[
         float | None,
-        typer.Option(min=0.1, help="How long faults strike; the last round then goes to its end.  [default: 3]"),
+        typer.Option(min=0.1, help="How long faults strike, by default 3; the last round then goes to its end."),
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Replays the faults of that seed; none: a new one.")] = None,
     only_round: Annotated[
