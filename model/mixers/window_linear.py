@@ -135,7 +135,7 @@ class WindowLinearMixer(SequenceMixer):
             o_BTHV, _ = self._mix(
                 rows, self._nothing_before(rows), meta.document_ids_BT, self._settings(meta), meta, None
             )
-        auxiliary = {}
+        auxiliary: dict[str, Tensor] = {}
         if is_transfer:
             taught_BTHV = attend(
                 rows.q, rows.k, rows.v, meta, self.build.groups, scale=self.scale, backend=self.build.backend

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 
 from kernels.linear.op import linear
@@ -27,10 +26,9 @@ class LowRankUpdate(nn.Module):
     def __init__(self, weight_OI: Tensor, cut: ShardSpec, rank: int, scale: float) -> None:
         super().__init__()
         outputs, inputs = weight_OI.shape
-        place = {"device": weight_OI.device, "dtype": weight_OI.dtype}
         self.scale = scale
-        self.down = nn.Parameter(torch.empty(rank, inputs, **place))
-        self.up = nn.Parameter(torch.empty(outputs, rank, **place))
+        self.down = nn.Parameter(weight_OI.new_empty(rank, inputs))
+        self.up = nn.Parameter(weight_OI.new_empty(outputs, rank))
         own, whole = Shard((replace(cut),)), Shard(partial=("tp",))
         self.shards = {"down": whole, "up": own} if cut.dim == 0 else {"down": own, "up": whole}
 

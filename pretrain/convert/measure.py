@@ -120,7 +120,8 @@ def measure_conversion(
     ruler = _Ruler(config, TokenStore.open(config.data.text_store()))
     if not sum(ruler.store.num_tokens(name, "validation") for name in ruler.store.source_names):
         raise ValueError(f"the validation part of {ruler.store.path} has no tokens; raise data.validation_fraction")
-    losses, shares = {}, dict[int, float]()
+    losses: dict[str, float] = {}
+    shares: dict[int, float] = {}
     report("measuring the teacher")
     losses[TEACHER] = ruler.measure(read_weights(convert.teacher))
     losses[TUNED_TEACHER] = ruler.measure(stage_weights(stages["tune-teacher"]))

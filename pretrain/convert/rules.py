@@ -104,7 +104,7 @@ def weight_problems(options: WindowLinearOptions, attention: AttentionConfig) ->
     if attention.positions == "rope" and rope.scaling != "none":
         rule = "stretches positions, which window_linear cannot, and the teacher's weights were trained for it"
         yield Problem("model.attention.rope.scaling", rule, "give a teacher without scaling", rope.scaling)
-    wanted = {
+    wanted: dict[str, object] = {
         "num_heads": attention.num_heads,
         "kv_heads": attention.num_kv_heads,
         "head_dim": attention.head_dim,

@@ -67,7 +67,10 @@ def make_start(config: RunConfig, teacher: Weights) -> tuple[Weights, StartRepor
     """
     model_config, convert = converted_model(config), conversion_of(config)
     model = HybridModel(model_config, single_rank_groups(), seed=config.train.seed)
-    own, taken, new, used = model.state_dict(), [], [], set()
+    own = model.state_dict()
+    taken: list[str] = []
+    new: list[str] = []
+    used: set[str] = set()
     for name, tensor in own.items():
         given = teacher.state.get(name)
         if given is not None and given.shape == tensor.shape:
@@ -94,7 +97,8 @@ def make_start(config: RunConfig, teacher: Weights) -> tuple[Weights, StartRepor
 
 def take_parts(model: HybridModel, index: int, given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> set[str]:
     """Fill parts of a linear mixer's stacked projections with the attention's of the same rows; returns those used."""
-    mixer, place, used = model.blocks[index].mixer, f"blocks.{index}.mixer.", set()
+    mixer, place = model.blocks[index].mixer, f"blocks.{index}.mixer."
+    used: set[str] = set()
     if not isinstance(mixer, LinearMixer):
         return used
     row = 0
