@@ -31,10 +31,15 @@ SPILLS = {
 SPILLS_BEFORE_3_7 = {
     "scan gradients, chunks of 64": 192,
     "scan gradients, chunks of 128": 632,
+    "mixer walk back, chunks of 64": 80,
+    "mixer walk back, chunks of 128": 216,
+    "mixer gradients, chunks of 64": 272,
+    "mixer gradients, chunks of 128": 712,
+    "gated norm, up to 8192 wide (Granite), backward with output": 32,
     "attention d_k d_v, head 128": 64,
     "delta gradients, 1 step a token": 40,
     "delta gradients, 2 steps a token": 24,
-    "experts down backward, SwiGLU, 1024 rows an expert": 16,
+    "experts down backward, SwiGLU, 1024 rows an expert": 32,
 }
 
 
