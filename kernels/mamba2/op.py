@@ -2,8 +2,8 @@
 
 How: the parts are operations of their own (convolution, scan, gated norm, product), and run as such on the torch backend.
 Apart they keep for backward what each reads: the projection, the convolved channels, y, and the normed y, and on the way
-back gradients of slices are copied together. As one operation in Triton they keep the projection and y alone, make the
-others again, take the gates inside the scan's kernels, and write every gradient into its slice of one buffer (README.md).
+back gradients of slices are copied together. As one operation in Triton they keep the projection and y alone, or not even y,
+make the others again, take the gates inside the scan's kernels, and write every gradient into its slice of one buffer (README.md).
 
 Source: Dao and Gu 2024 (arXiv 2405.21060), section 7. No ranks communicate here.
 """
@@ -48,7 +48,7 @@ def mamba2_mix(
     `document_starts_BT` [B, T] int32 is the place in the row of the first token of each token's document
     (`kernels.documents.first_tokens`), None where rows hold one document.
 
-    keep_states and chunk_size as in `mamba2_scan`. Raises ValueError for shapes, dtypes or devices that do not fit.
+    keep_states and chunk_size as in `mamba2_scan`; without states y is made again too. Raises ValueError for shapes, dtypes or devices that do not fit.
     """
     _check(projected_BTX, conv_weight_CW, conv_bias_C, norm_weight_I, out_weight_DI, sizes)
     rows, tokens, _ = projected_BTX.shape

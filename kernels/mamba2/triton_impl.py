@@ -1,9 +1,10 @@
 """Mamba2's mixer as one custom operation each way, out of the kernels of its parts.
 
-Forward: convolution, walk, norm, product. Kept: the projection, y before the norm, one number a row and group of the norm,
-and where asked the states that enter chunks. Backward: the norm's gradient, which also writes the normed rows again for
-the weight of the product; convolution again; the scan's two walks; the convolution's gradient. Gradients of z, x, B, C and
-dt are written where they lie in the gradient of the projection, so that nothing is copied together.
+Forward: convolution, walk, norm, product. Kept: the projection, one number a row and group of the norm, and where asked y
+before the norm and the states that enter chunks. Backward: convolution again, and the walk where its results were not kept;
+the norm's gradient, which also writes the normed rows again for the weight of the product; the scan's walk back; the
+convolution's gradient. Gradients of z, x, B, C and dt are written where they lie in the gradient of the projection, so that
+nothing is copied together.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def _forward(
     chunk_size: int,
     keep_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output, y before the norm [B, T, I], the norm's r, and the states that enter chunks (empty unless kept)."""
+    """Output, the norm's r, and what is empty unless kept: y before the norm [B, T, I], the states that enter chunks."""
     sizes = MixerSizes.of(numbers, epsilon)
     z, inputs, dt = projected.split(sizes.parts(), dim=-1)
     x, B, C = sizes.split(convolve_rows(inputs, conv_weight, conv_bias, starts))
@@ -81,7 +82,7 @@ def _forward(
     walk(launch, C, B, x, Gates(dt, None, A_log, dt_bias), D, starts, None, y, entering)
     normed, _, reciprocal = norm_rows(y, z, norm_weight, sizes.epsilon, sizes.norm_groups, gated=True)
     out = linear(normed, out_weight)
-    return out, y, reciprocal, y.new_empty(0) if entering is None else entering
+    return out, reciprocal, *((y.new_empty(0), y.new_empty(0)) if entering is None else (y, entering))
 
 
 @_forward.register_fake
@@ -103,12 +104,12 @@ def _(
     sizes = MixerSizes.of(numbers, epsilon)
     rows, tokens, _ = projected.shape
     chunks = (tokens + chunk_size - 1) // chunk_size
-    kept = (rows, chunks, sizes.heads, sizes.state, sizes.head_dim) if keep_states else (0,)
+    states = (rows, chunks, sizes.heads, sizes.state, sizes.head_dim)
     return (
         projected.new_empty(rows, tokens, len(out_weight)),
-        projected.new_empty(rows, tokens, sizes.inner),
         projected.new_empty(rows * tokens, sizes.norm_groups, dtype=torch.float32),
-        projected.new_empty(kept),
+        projected.new_empty((rows, tokens, sizes.inner) if keep_states else (0,)),
+        projected.new_empty(states if keep_states else (0,)),
     )
 
 
@@ -124,8 +125,8 @@ def _backward(
     norm_weight: Tensor,
     out_weight: Tensor,
     starts: Tensor | None,
-    y: Tensor,
     reciprocal: Tensor,
+    y: Tensor | None,
     entering: Tensor | None,
     numbers: list[int],
     epsilon: float,
@@ -138,26 +139,27 @@ def _backward(
     z, inputs, dt = projected.split(sizes.parts(), dim=-1)
     d_projected = projected.new_empty(projected.shape)
     d_z, d_inputs, d_dt = d_projected.split(sizes.parts(), dim=-1)
+    convolved = convolve_rows(inputs, conv_weight, conv_bias, starts)
+    x, B, C = sizes.split(convolved)
+    launch = DecayLaunch.of(C, x, chunk_size, 0)
+    gates = Gates(dt, None, A_log, dt_bias)
+    if y is None or entering is None:
+        y = projected.new_empty(*projected.shape[:2], sizes.inner)
+        entering = launch.chunk_states(y)
+        walk(launch, C, B, x, gates, D, starts, None, y, entering)
     d_normed = linear(d_out, out_weight.t())
     d_y, normed = torch.empty_like(y), torch.empty_like(y)
     d_norm_weight = norm_rows_backward(d_normed, None, y, z, norm_weight, reciprocal, d_y, d_z, normed)
     del d_normed
     d_out_weight = linear(d_out.flatten(0, -2).t(), normed.flatten(0, -2).t()).to(out_weight.dtype)
-    del normed
-    convolved = convolve_rows(inputs, conv_weight, conv_bias, starts)
-    x, B, C = sizes.split(convolved)
-    launch = DecayLaunch.of(C, x, chunk_size, 0)
-    gates = Gates(dt, None, A_log, dt_bias)
-    if entering is None:
-        entering = launch.chunk_states(y)
-        walk(launch, C, B, x, gates, None, starts, None, None, entering)
+    del normed, y
     d_y = d_y.view(x.shape)
     leaving, _ = walk_back(launch, C, gates, starts, d_y, None)
     d_convolved = convolved.new_empty(convolved.shape)
     d_x, d_B, d_C = sizes.split(d_convolved)
     # Several programs share a group's heads: their parts are added in float32, B and C at once, because they are neighbours.
     parts = (
-        None if launch.splits == 1 else y.new_empty(launch.splits, *B.shape[:2], 2, *B.shape[2:], dtype=torch.float32)
+        None if launch.splits == 1 else d_y.new_empty(launch.splits, *B.shape[:2], 2, *B.shape[2:], dtype=torch.float32)
     )
     into_B, into_C = (d_B[None], d_C[None]) if parts is None else parts.unbind(3)
     d_heads = find_gradients(
@@ -182,8 +184,8 @@ def _(
     norm_weight: Tensor,
     out_weight: Tensor,
     starts: Tensor | None,
-    y: Tensor,
     reciprocal: Tensor,
+    y: Tensor | None,
     entering: Tensor | None,
     numbers: list[int],
     epsilon: float,
@@ -199,12 +201,12 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Keep the inputs, y, r and, where asked, the states that enter chunks."""
+    """Keep the inputs, r and, where asked, y and the states that enter chunks."""
     *tensors, ctx.numbers, ctx.epsilon, ctx.chunk_size, keep_states = inputs
-    _, y, reciprocal, entering = output
-    ctx.mark_non_differentiable(y, reciprocal, entering)
+    _, reciprocal, y, entering = output
+    ctx.mark_non_differentiable(reciprocal, y, entering)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, y, reciprocal, entering if keep_states else None)
+    ctx.save_for_backward(*tensors, reciprocal, *((y, entering) if keep_states else (None, None)))
 
 
 def _differentiate(ctx: Any, d_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:

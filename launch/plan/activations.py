@@ -139,12 +139,15 @@ def _mamba_bytes(mamba: Mamba2Config, storage: Storage, split: Split) -> BlockBy
     # States that enter chunks of at most 128 tokens, kept or made again, and the gradients of those that leave them.
     states = inner * mamba.state_size / min(mamba.chunk_size, 128) * e
     if storage.backend == "triton" and mamba.num_groups >= tensor and not split.is_in_segments:
-        # One operation keeps the projection, y and the norm's factors. In backward it has the projection's gradient, that
-        # of y, the convolved channels and theirs.
-        kept_by_one = (
-            (2 * inner + channels + heads) * e + groups * FLOAT32_BYTES + (states if mamba.keep_states else 0.0)
+        # One operation keeps the projection and the norm's factors, and y with the states. In backward it has the
+        # projection's gradient, that of y, the convolved channels and theirs; before that, y and two more of its width.
+        projected = (inner + channels + heads) * e
+        kept_by_one = projected + groups * FLOAT32_BYTES
+        if mamba.keep_states:
+            return BlockBytes(kept_by_one + inner * e + states, projected + (inner + 2 * channels) * e + states)
+        working = max(
+            projected + (4 * inner + channels) * e + states, projected + (inner + 2 * channels) * e + 2 * states
         )
-        working = (2 * inner + 3 * channels + heads) * e + states * (1 if mamba.keep_states else 2)
         return BlockBytes(kept_by_one, working)
     # The whole projection (z, x, B, C, dt are views of it), the convolved channels, y before and after the gated norm.
     kept: float = (inner + channels + heads) * e + channels * e + 2 * inner * e

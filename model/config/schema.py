@@ -32,8 +32,8 @@ class Mamba2Config(Section):
     )
     keep_states: bool = Field(
         True,
-        description="Keep the states that enter chunks for backward (state_size / chunk_size times x); else it makes "
-        "them again: less memory, a tenth more traffic. Triton only: torch always keeps them.",
+        description="Keep the scan's results (as wide as x) and the states that enter chunks (state_size / chunk_size times x) "
+        "for backward; else it makes them again: less memory, a tenth more traffic. Triton only: torch always keeps them.",
     )
     a_init_min: float = Field(
         1.0, gt=0, description="-A starts uniform in [a_init_min, a_init_max], one number a head."
