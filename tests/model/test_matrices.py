@@ -58,10 +58,13 @@ def assert_complete(model: HybridModel, stacks: list[MatrixStack]) -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_no_matrix_of_a_preset_falls_between_the_two_optimizers(preset: str) -> None:
     model = load_config(CONFIGS / f"{preset}.yaml").model
-    # One block of each kind has all names.
+    # One block of each kind has all names, behind them the depths that predict more tokens.
     letters = "".join(dict.fromkeys(model.letters))
-    module, groups = build(model.model_copy(update={"pattern": letters}))
-    assert_complete(module, list_matrices(module, groups, per_head=True))
+    depths = "".join(f"/{depth}" for depth in model.pattern.split("/")[1:])
+    module, groups = build(model.model_copy(update={"pattern": letters + depths}))
+    stacks = list_matrices(module, groups, per_head=True)
+    assert_complete(module, stacks)
+    assert any(stack.name.startswith("mtp.") for stack in stacks) == bool(depths)
 
 
 @pytest.mark.parametrize("mixer", sample_names())

