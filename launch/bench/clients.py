@@ -53,6 +53,15 @@ MODELS: dict[str, dict[str, Any]] = {
         | {"qk_norm": True, "gate": "element", "positions": "rope", "rope": {"theta": 10000, "fraction": 0.5}},
         "moe": SWIGLU_EXPERTS | {"shared_expert_gate": True},
     },
+    "kimi_linear": {
+        "pattern": "K-KEKE+E",
+        "mixers": {
+            "kda": {"num_heads": 2, "head_dim": 64},
+            "mla": {"num_heads": 2, "latent_size": 64, "nope_head_dim": 64, "rope_head_dim": 32, "value_head_dim": 64},
+        },
+        "feed_forward": {"hidden_size": 128, "activation": "swiglu"},
+        "moe": EXPERTS | {"activation": "swiglu", "router": "sigmoid", "expert_bias": True},
+    },
 }
 TASKS = ("text_continuation", "text_next_word", "text_text")
 STEPS = 20

@@ -83,7 +83,8 @@ def huggingface_config(
     if target == "qwen3_5_moe":
         return fields | qwen3_5_moe_fields(config)
     if target in LATENT_TARGETS:
-        return fields | latent_fields(config, target)
+        # The second name is what mlx-lm asks kimi_linear for.
+        return fields | {"model_max_length": max_position_embeddings} | latent_fields(config, target)
     return fields | _own_fields(config)
 
 

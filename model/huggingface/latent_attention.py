@@ -150,6 +150,7 @@ def latent_fields(config: ModelConfig, target: str) -> dict[str, Any]:
         "qk_nope_head_dim": mla.nope_head_dim,
         "qk_rope_head_dim": mla.rope_head_dim,
         "v_head_dim": mla.value_head_dim,
+        "head_dim": mla.rope_head_dim,
     }
     if target == "deepseek_v3":
         fields |= {"rope_theta": mla.rope_theta, "rope_interleave": True, "num_nextn_predict_layers": 0}
@@ -176,6 +177,9 @@ def _delta_fields(config: ModelConfig, mixers: tuple[str, ...]) -> dict[str, Any
             "full_attn_layers": [layer for layer, letter in enumerate(mixers, 1) if letter == "+"],
         },
         "mla_use_nope": True,
+        # What llama.cpp's converter and mlx-lm ask for, after the released config.json; the class has them fixed.
+        "moe_router_activation_func": "sigmoid",
+        "rope_theta": 10_000.0,
     }
 
 

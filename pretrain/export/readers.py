@@ -54,6 +54,12 @@ def known_refusals(config: ModelConfig, target: Target, tokenizer_kind: str) -> 
         refusals += _of_granitemoehybrid(config)
     if target == "qwen3_next":
         refusals += _of_qwen3_next(config)
+    if target == "kimi_linear" and "K" in config.letters:
+        rule = (
+            'its delta attention is a kernel for cards and ends with "_lib_fn_wrapper object has no attribute get"; serve it '
+            "from a card"
+        )
+        refusals.append(Refusal("vllm", rule))
     return refusals
 
 
