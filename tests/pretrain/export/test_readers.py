@@ -7,7 +7,13 @@ import pytest
 from model.config.schema import AttentionConfig, Mamba2Config, ModelConfig
 from model.huggingface.targets import Target
 from pretrain.export.readers import known_refusals
-from tests.model.huggingface.cases import delta_mixers, granite_config, nemotron_h_config, qwen3_next_config
+from tests.model.huggingface.cases import (
+    delta_mixers,
+    granite_config,
+    kimi_linear_config,
+    nemotron_h_config,
+    qwen3_next_config,
+)
 
 ONE_GROUP = Mamba2Config(num_heads=6, head_dim=8, state_size=5, num_groups=1, chunk_size=16)
 WIDE = AttentionConfig(num_heads=1, num_kv_heads=1, head_dim=32, qk_norm=True, positions="rope")
@@ -33,6 +39,8 @@ WIDE = AttentionConfig(num_heads=1, num_kv_heads=1, head_dim=32, qk_norm=True, p
             qwen3_next_config(pattern="GE", attention=None, mixers=delta_mixers(head_dim=32)),
             ["--no-mtp", "bf16", "model.mixers.gated_deltanet.head_dim=32"],
         ),
+        ("kimi_linear", kimi_linear_config(), ["kernel for cards"]),
+        ("kimi_linear", kimi_linear_config(pattern="+-"), []),
         ("own", nemotron_h_config(), []),
     ],
 )
