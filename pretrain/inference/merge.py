@@ -33,14 +33,20 @@ def multiply_out(
 
 def factored_places(config: ModelConfig) -> Iterator[tuple[str, Structure]]:
     """Name each feed-forward with factored matrices by what its parameters begin with, and their form."""
-    depths = config.parsed_pattern.depth_letters
-    modules = [("", config.letters), *((f"mtp.{depth}.", depths) for depth in range(config.num_depth_modules))]
-    for prefix, index, letter in ((prefix, *entry) for prefix, letters in modules for entry in enumerate(letters)):
-        place = f"{prefix}blocks.{index}.mixer."
+    for place, letter in mixer_places(config):
         if letter == "-" and config.feed_forward is not None and config.feed_forward.structure() != DENSE:
             yield place, config.feed_forward.structure()
         if letter == "E" and config.moe is not None and config.moe.shared_structure() != DENSE:
             yield f"{place}shared.", config.moe.shared_structure()
+
+
+def mixer_places(config: ModelConfig) -> Iterator[tuple[str, str]]:
+    """What the parameters of each mixer begin with, and its letter: main blocks, then those of multi-token prediction."""
+    depths = config.parsed_pattern.depth_letters
+    modules = [("", config.letters), *((f"mtp.{depth}.", depths) for depth in range(config.num_depth_modules))]
+    for prefix, letters in modules:
+        for index, letter in enumerate(letters):
+            yield f"{prefix}blocks.{index}.mixer.", letter
 
 
 def dense_config(config: ModelConfig) -> ModelConfig:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from model.config.schema import ModelConfig
 from pretrain.checkpoint.masters import Grouping
 from pretrain.config.pruning import PrunedGroups
+from pretrain.inference.merge import mixer_places
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,7 @@ class GroupPlan:
 def plan_groups(config: ModelConfig, kind: PrunedGroups) -> GroupPlan:
     """Number the groups of a kind over all blocks that have them; the configuration must have passed its checks."""
     plan = GroupPlan()
-    for index, letter in enumerate(config.letters):
-        place = f"blocks.{index}.mixer."
+    for place, letter in mixer_places(config):
         if kind == "channels" and letter == "-" and config.feed_forward is not None:
             plan.add(place, config.feed_forward.hidden_size, _channel_dims(config.feed_forward.hidden_size))
         elif kind == "channels" and letter == "E" and config.moe is not None and config.moe.shared_expert_hidden_size:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from model.moe.block import PRUNED_BIAS
+from model.moe.block import PRUNED_BIAS, MoeMixer
 from pretrain.checkpoint.masters import MasterView
 from pretrain.checkpoint.save import ranks_of
 from pretrain.config.pruning import PruneConfig
@@ -52,9 +52,10 @@ def prune(run: Run, section: PruneConfig) -> None:
     view.zero_groups(plan.groupings, chosen)
     if section.groups == "experts":
         dead = {unit.place: chosen[unit.first : unit.first + unit.count] for unit in plan.units}
-        for index, mixer in run.model.routed_mixers():
-            assert mixer.expert_bias is not None, "checked: experts are pruned where the router has a bias"
-            mixer.expert_bias[dead[f"blocks.{index}.mixer."].to(mixer.expert_bias.device)] = PRUNED_BIAS
+        for name, mixer in run.model.named_modules():
+            if isinstance(mixer, MoeMixer):
+                assert mixer.expert_bias is not None, "checked: experts are pruned where the router has a bias"
+                mixer.expert_bias[dead[f"{name}."].to(mixer.expert_bias.device)] = PRUNED_BIAS
     if run.state_watch is not None:
         run.state_watch.forget()
     number = int(chosen.sum())

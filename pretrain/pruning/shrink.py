@@ -37,8 +37,10 @@ def shrink_weights(weights: Weights) -> Shrunk:
     counts: dict[str, tuple[int, int]] = {}
     found = weights
     for kind in PRUNED_GROUPS:
-        for units in _alike(plan_groups(found.model, kind), found.model, kind):
+        for number in range(len(_alike(plan_groups(found.model, kind), found.model))):
+            # Numbered anew: what the units before have lost moves the numbers of these.
             plan = plan_groups(found.model, kind)
+            units = _alike(plan, found.model)[number]
             kept = _kept(found, plan, units, kind)
             width, before = len(kept[units[0].place]), units[0].count
             if width == before:
@@ -68,7 +70,7 @@ def logit_difference(first: Weights, second: Weights, tokens_BT: Tensor) -> floa
     return float((given - other).abs().max() / given.abs().max().clamp(min=1.0))
 
 
-def _alike(plan: GroupPlan, config: ModelConfig, kind: PrunedGroups) -> list[list[Unit]]:
+def _alike(plan: GroupPlan, config: ModelConfig) -> list[list[Unit]]:
     """Units that share a setting of the configuration: dense feed-forwards, and shared experts. Factored ones are left."""
     factored = {place for place, _ in factored_places(config)}
     units = [unit for unit in plan.units if unit.place not in factored]

@@ -23,7 +23,7 @@ def test_factors_multiplied_out_give_the_same_logits(kind: str) -> None:
     settings = {"linear_kind": kind} | FORMS[kind]
     shared = {f"shared_expert_{name}": value for name, value in settings.items()}
     config = small_config(
-        "M-E",
+        "M-E/E",
         feed_forward=FeedForwardConfig(hidden_size=24, activation="swiglu", **settings),
         moe=MoeConfig.model_validate(MOE.model_dump() | shared | {"shared_expert_hidden_size": 24}),
     )

@@ -30,7 +30,12 @@ def pruned_weights(data: DataConfig, model: dict) -> Weights:
         width = model["feed_forward"]["hidden_size"]
         rows = [*dead, *(width + channel for channel in dead)] if gated else dead
         state[f"blocks.{index}.mixer.up_proj.weight"][rows] = 0
-        state[f"blocks.{index}.mixer.down_proj.weight"][:, [d for d in dead]] = 0
+        state[f"blocks.{index}.mixer.down_proj.weight"][:, dead] = 0
+    shared = model["moe"]["shared_expert_hidden_size"]
+    for index in (1, 4):
+        rows = [3, 9, *((shared + 3, shared + 9) if model["moe"].get("activation") == "swiglu" else ())]
+        state[f"blocks.{index}.mixer.shared.up_proj.weight"][rows] = 0
+        state[f"blocks.{index}.mixer.shared.down_proj.weight"][:, [3, 9]] = 0
     for index, dead in ((1, [0]), (4, [2, 3])):
         place = f"blocks.{index}.mixer."
         for name in ("experts.up", "experts.down"):
@@ -52,6 +57,7 @@ def pruned_weights(data: DataConfig, model: dict) -> Weights:
 def check_sizes(given: Weights, shrunk: Weights, channels: int, experts: int) -> None:
     assert shrunk.model.feed_forward.hidden_size == channels
     assert shrunk.model.moe.num_experts == experts
+    assert shrunk.model.moe.shared_expert_hidden_size == given.model.moe.shared_expert_hidden_size - 2
     assert (shrunk.model.attention.num_heads, shrunk.model.attention.num_kv_heads) == (2, 1)
     assert shrunk.state["blocks.1.mixer.router.weight"].shape[0] == experts
     tokens_BT = torch.randint(448, (2, 50), generator=torch.Generator().manual_seed(0))
