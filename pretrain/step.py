@@ -170,16 +170,12 @@ def train_step(run: Run) -> StepResult:
         progress.skipped_steps += 1
     # A skipped step advances too: schedule, stages and data are functions of the step.
     progress.step += 1
-    set_step(run.model, progress.step, run.num_steps)  # for what is measured between steps
     progress.tokens += global_batch_size * sequence_length
-    auxiliary = {name: float(value) / num_micro_batches for name, value in sums.auxiliary.items()}
-    if model.logits_z_loss_weight > 0:
-        auxiliary["logits_z"] = float(sums.z_loss) / valid_tokens
     return StepResult(
         loss=loss,
         tokens=global_batch_size * sequence_length,
         sequence_length=sequence_length,
-        auxiliary=auxiliary,
+        auxiliary=mean_auxiliary(sums, model, num_micro_batches, valid_tokens),
         expert_counts={block: counts_E.tolist() for block, counts_E in sums.expert_counts.items()},
         grad_norm=outcome.grad_norm,
         applied=outcome.applied,
@@ -193,6 +189,14 @@ def train_step(run: Run) -> StepResult:
         damaged_samples=damaged_samples,
         mtp_losses=mean_depth_losses(sums, share),
     )
+
+
+def mean_auxiliary(sums: StepSums, model: ModelConfig, num_micro_batches: int, valid_tokens: int) -> dict[str, float]:
+    """Auxiliary losses as a step reports them: means over micro-batches, the logits' z-loss over tokens."""
+    auxiliary = {name: float(value) / num_micro_batches for name, value in sums.auxiliary.items()}
+    if model.logits_z_loss_weight > 0:
+        auxiliary["logits_z"] = float(sums.z_loss) / valid_tokens
+    return auxiliary
 
 
 def mean_depth_losses(sums: StepSums, share: LossShare) -> tuple[float, ...]:

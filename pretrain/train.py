@@ -25,6 +25,7 @@ from typing import Any
 from data_pipeline.loader.loader import SourceUse
 from data_pipeline.progress import Waiting
 from model.flops import flops_per_token
+from model.scheduled import set_step
 from pretrain.checks.ranks import describe_parallel
 from pretrain.config.schema import RunConfig
 from pretrain.failures import describe, is_bug, while_running
@@ -95,6 +96,7 @@ def run_steps(run: Run) -> int:
         with run.profiler.trace(run.progress.step + 1):
             result = train_step(run)
         step = run.progress.step
+        set_step(run.model, step, run.num_steps)  # for what is measured between steps
         prune_if_due(run)
         forget_if_due(run)
         if run.state_watch is not None and is_due(step, run.config.health.check_state_every_steps):
