@@ -116,13 +116,72 @@ def detach_output(output: ModelOutput) -> ModelOutput:
 
 
 class PieceStage(pipelining.PipelineStage):
-    """A pipelining stage that reports when a schedule has computed weight gradients itself, past autograd's accumulation."""
+    """A pipelining stage that holds buffers for what is on its way alone, and reports weight gradients of a schedule's own.
+
+    torch keeps a buffer for each micro-batch of a step both ways, and steps of large models have hundreds: here one is made
+    where its receive is posted, and let go where the pass that reads it is over. `stream_BTD`: what is sent, on the meta
+    device. `after_weights` is called when a schedule has computed weight gradients itself, past autograd's accumulation.
+    """
 
     def __init__(
-        self, part: PieceModule, after_weights: Callable[[nn.Module], None], *settings: Any, **named: Any
+        self,
+        part: PieceModule,
+        after_weights: Callable[[nn.Module], None],
+        stream_BTD: Tensor,
+        *settings: Any,
+        **named: Any,
     ) -> None:
         super().__init__(part, *settings, **named)
-        self.after_weights = after_weights
+        self.after_weights, self.stream_BTD = after_weights, stream_BTD
+
+    def _prepare_forward_infra(self, *given: Any, **named: Any) -> Any:
+        found = super()._prepare_forward_infra(*given, **named)
+        for received in self.args_recv_info.values():
+            self._let_go(received)
+        return found
+
+    def _prepare_backward_infra(self, *given: Any, **named: Any) -> Any:
+        found = super()._prepare_backward_infra(*given, **named)
+        for received in self.grad_recv_info.values():
+            self._let_go(received)
+        return found
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[Any]:
+        """Make the buffer of a micro-batch's stream, and list its receive."""
+        self._make_buffers(self.args_recv_info[fwd_chunk_id])
+        return super().get_fwd_recv_ops(fwd_chunk_id)
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[Any]:
+        """Make the buffer of the gradient of a micro-batch's stream, and list its receive."""
+        if self.has_backward and not self.is_last:
+            self._make_buffers(self.grad_recv_info[bwd_chunk_id])
+        return super().get_bwd_recv_ops(bwd_chunk_id)
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *given: Any, **named: Any) -> Any:
+        """Compute a micro-batch; from now on its backward pass alone holds what was received."""
+        found = super().forward_one_chunk(fwd_chunk_id, *given, **named)
+        self._let_go(self.args_recv_info[fwd_chunk_id])
+        return found
+
+    def backward_one_chunk(self, bwd_chunk_id: int, *given: Any, **named: Any) -> Any:
+        """Differentiate a micro-batch, and let the gradient that was received go."""
+        found = super().backward_one_chunk(bwd_chunk_id, *given, **named)
+        self._let_go(self.grad_recv_info.get(bwd_chunk_id, ()))
+        return found
+
+    def _make_buffers(self, received: Sequence[Any]) -> None:
+        """Make buffers of the stream's shape where there are none."""
+        for entry in received:
+            buffer = getattr(entry, "buffer", None)
+            if isinstance(buffer, Tensor) and not buffer.numel():
+                entry.buffer = torch.empty_like(self.stream_BTD, device=self.device, requires_grad=False)
+
+    def _let_go(self, received: Sequence[Any]) -> None:
+        """Let buffers go; an empty one stays in the place of each."""
+        for entry in received:
+            buffer = getattr(entry, "buffer", None)
+            if isinstance(buffer, Tensor) and buffer.numel():
+                entry.buffer = torch.empty(0, dtype=buffer.dtype, device=buffer.device)
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         """Compute the weight gradients of a split backward pass, make them contiguous and report them."""
@@ -217,6 +276,7 @@ class Pipeline:
         return PieceStage(
             part,
             self.after_weights,
+            stream_BTD,
             place,
             self.section.num_pieces(),
             self.parallel.device,

@@ -264,8 +264,7 @@ class GatedNorm(nn.Module):
         dtype = torch.promote_types(y_BTI.dtype, torch.float32)
         gated_BTI = y_BTI.to(dtype) * functional.silu(z_BTI.to(dtype))
         own = self.groups.tp.rank() * self.num_groups // self.groups.tp.size()
-        squares_BTG = gated_BTI.square().sum(-1, keepdim=True) * functional.one_hot(
-            torch.tensor(own, device=y_BTI.device), self.num_groups
-        )
+        is_own_G = torch.arange(self.num_groups, device=y_BTI.device) == own  # made there: nothing waits for the host
+        squares_BTG = gated_BTI.square().sum(-1, keepdim=True) * is_own_G
         mean_BT1 = sum_parts(squares_BTG, self.groups)[..., own : own + 1] / self.group_size
         return (gated_BTI * torch.rsqrt(mean_BT1 + self.epsilon) * self.weight).to(y_BTI.dtype)

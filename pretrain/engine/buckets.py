@@ -155,6 +155,9 @@ class GradientBuckets:
             bucket = self.order[self.next]
             self.ready.discard(bucket.index)
             self._reduce(bucket)
+            if self.every_pass and len(self.order) > 1:
+                # Or the sums of every bucket would lie there until it comes to its next pass: of no more than one they do.
+                self._settle(self.order[self.next - 1])
             self.next = (self.next + 1) % len(self.order)
 
     def _reduce(self, bucket: Bucket) -> None:

@@ -97,7 +97,15 @@ def test_bf16_gradients_of_split_backward_passes_are_summed_in_float32(data: Dat
             assert torch.equal(weight, rank["zero_bubble"].weights[name]), name
 
 
-def poison_first_stage(data: DataConfig, folder: str) -> tuple[list[StepResult], bool, bool]:
+def count_received(run: Any) -> int:
+    """Numbers of streams and gradients that a stage has received and still holds."""
+    stage = run.pipeline._schedule._stage
+    received = [*stage.args_recv_info.values(), *stage.grad_recv_info.values()]
+    buffers = [entry.buffer for entries in received for entry in entries]
+    return sum(buffer.numel() for buffer in buffers if buffer is not None)
+
+
+def poison_first_stage(data: DataConfig, folder: str) -> tuple[list[StepResult], bool, bool, int]:
     config = tiny_config(data, Path(folder), **ONE_ROW, parallel__pipeline=2)
     with SignalWatch() as signals:
         run = start_run(config, signals)
@@ -109,14 +117,15 @@ def poison_first_stage(data: DataConfig, folder: str) -> tuple[list[StepResult],
         if handle is not None:
             handle.remove()
         results.append(train_step(run))
-        after = collect_weights(run)
+        after, received = collect_weights(run), count_received(run)
         close_run(run)
     unchanged = all(torch.equal(before[name], skipped[name]) for name in before)
-    return results, unchanged, any(not torch.equal(skipped[name], after[name]) for name in before)
+    return results, unchanged, any(not torch.equal(skipped[name], after[name]) for name in before), received
 
 
 def test_a_bad_gradient_on_one_stage_skips_the_step_on_all(data: DataConfig, tmp_path: Path) -> None:
-    for results, unchanged, changed in run_ranks(poison_first_stage, data, str(tmp_path), num_ranks=2):
+    for results, unchanged, changed, received in run_ranks(poison_first_stage, data, str(tmp_path), num_ranks=2):
+        assert received == 0, "a stage holds buffers of micro-batches that are over"
         assert [result.applied for result in results] == [False, True]
         assert unchanged and changed
         skip = results[0].skip
