@@ -82,9 +82,9 @@ def block_bytes(config: ModelConfig, letter: str, storage: Storage, split: Split
         inner = _attention_bytes(config.attention, storage)
     elif is_registered(letter):
         dtype = torch.float32 if e == FLOAT32_BYTES else torch.bfloat16
-        kept_inside = registered_block(config, letter, dtype, COUNTED_TOKENS).kept_bytes
-        # Gradients of what was kept, at most.
-        inner = BlockBytes(kept_inside, kept_inside)
+        # Its heads are cut; what every tensor rank has whole (insides of low-rank gates) is not.
+        block = registered_block(config, letter, dtype, COUNTED_TOKENS, storage.backend, split.tensor)
+        inner = BlockBytes(block.kept_bytes, block.working_bytes)
     elif letter == "E":
         assert config.moe is not None, "check_model was not called: model.moe is missing"
         inner = _moe_bytes(config.moe, config.hidden_size, storage, split)
@@ -96,7 +96,7 @@ def block_bytes(config: ModelConfig, letter: str, storage: Storage, split: Split
         if config.guide is not None and config.feed_forward.structure() != DENSE:
             between += 2 * rows  # outputs of the dense and the factored matrix, before they are mixed
         inner = BlockBytes((rows + units + between) * e, (rows + units + between) * e + units * FLOAT32_BYTES)
-    if letter not in ("M", "E"):
+    if letter in ("*", "-"):
         inner = BlockBytes(inner.kept / split.tensor, inner.working / split.tensor)
     # Gradients of the stream, of the block's input and of its normed input.
     return BlockBytes(kept + inner.kept, inner.working + config.hidden_size * (stream / split.stream + 2 * e))
@@ -123,6 +123,38 @@ def depth_bytes(config: ModelConfig, storage: Storage, tensor: int, stream_ranks
     stream = FLOAT32_BYTES if config.residual_in_fp32 else e
     kept = (2 * stream * hidden + 4 * e * hidden + 3 * FLOAT32_BYTES) / stream_ranks
     return kept if tensor == 1 else kept + 2 * hidden * e / tensor
+
+
+def stream_bytes(config: ModelConfig, storage: Storage, split: Split = Split()) -> float:
+    """Bytes a token of the residual stream between blocks."""
+    return config.hidden_size * (FLOAT32_BYTES if config.residual_in_fp32 else storage.element_bytes) / split.stream
+
+
+def weight_gradient_bytes(config: ModelConfig, letter: str, storage: Storage, split: Split = Split()) -> float:
+    """Bytes a token of the gradients from which a block's weight gradients follow, where a schedule puts those off.
+
+    Of what norm, projections, experts and output give; gradients inside an operation are made again.
+    """
+    e, hidden = storage.element_bytes, config.hidden_size
+    found = 2 * stream_bytes(config, storage, split) + hidden * e / split.stream
+    if letter == "M" and config.mamba is not None:
+        mamba = config.mamba
+        inner, groups = mamba.inner_size() / split.tensor, max(1.0, mamba.num_groups / split.tensor)
+        return found + (2 * inner + 2 * groups * mamba.state_size + mamba.num_heads / split.tensor) * e
+    if letter == "*" and config.attention is not None:
+        attention = config.attention
+        return found + (attention.num_heads + 2 * attention.num_kv_heads) * attention.head_dim * e / split.tensor
+    if letter == "E" and config.moe is not None:
+        moe = config.moe
+        shared = up_rows(moe.shared_expert_hidden_size, moe.activation) * e / split.tensor
+        latent = 2 * moe.latent_size * e / split.tokens if moe.latent_size is not None else 0.0
+        return found + moe.num_experts * FLOAT32_BYTES / split.tokens + shared + latent + hidden * e
+    if letter == "-" and config.feed_forward is not None:
+        rows = up_rows(config.feed_forward.hidden_size, config.feed_forward.activation)
+        return found + rows * e / split.tensor
+    dtype = torch.float32 if e == FLOAT32_BYTES else torch.bfloat16
+    block = registered_block(config, letter, dtype, COUNTED_TOKENS, storage.backend, split.tensor)
+    return found + block.working_bytes
 
 
 def up_rows(units: int, activation: str) -> int:
@@ -208,8 +240,13 @@ def _moe_bytes(moe: MoeConfig, hidden_size: int, storage: Storage, split: Split)
     )
     if moe.shared_expert_gate:
         kept += (hidden_size + 1) * e / split.tokens  # what is gated, and the gate
+    units = moe.expert_hidden_size
+    if storage.backend == "triton":
+        # Gradients of rows and of hidden rows in expert order, and the activation. Rows that travel are put in that order and
+        # back, with their gradients.
+        return BlockBytes(kept, choices * ((3 if split.is_spread else 1) * width + rows + units) * e)
     # Rows and their gradients in expert order, hidden rows with activation and gradient, sums by token in float32.
-    working = choices * (3 * width * e + (rows + 3 * moe.expert_hidden_size) * e) + 2 * width * FLOAT32_BYTES
+    working = choices * (3 * width * e + (rows + 3 * units) * e) + 2 * width * FLOAT32_BYTES
     return BlockBytes(kept, working)
 
 
@@ -226,8 +263,9 @@ def head_bytes(config: ModelConfig, storage: Storage, tokens: float, tensor: int
     rows = min(tokens, max(LOGITS_LEAST_ROWS[backend], LOGITS_SLICE[backend] // vocab))
     if backend == "triton":
         rows = min(rows, 4096)
-    sums = vocab * hidden * FLOAT32_BYTES if e < FLOAT32_BYTES else 0
+    # Triton's first slice is the sum itself; of several the float32 sum lies beside the last one's product.
+    is_summed = e < FLOAT32_BYTES and (backend == "torch" or tokens > rows)
+    product, sums = vocab * hidden * e, vocab * hidden * FLOAT32_BYTES if is_summed else 0
     if tensor > 1 and backend == "triton":
-        return tokens * hidden * 2 * e, tokens * hidden * e + rows * vocab * e + sums
-    kept = tokens * hidden * 3 * e + vocab * hidden * e
-    return kept, rows * vocab * (FLOAT32_BYTES + e) + sums
+        return tokens * hidden * 2 * e, tokens * hidden * e + rows * vocab * e + product + sums
+    return tokens * hidden * 3 * e + product, rows * vocab * (FLOAT32_BYTES + e) + sums

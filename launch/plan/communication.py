@@ -67,20 +67,27 @@ def axis_place(axis: str, layout: Layout) -> tuple[int, int]:
 
 
 def exchange_seconds(exchange: Exchange, layout: Layout, hardware: Hardware) -> float:
-    """Seconds that one rank spends in all calls of an exchange.
+    """Seconds that one rank spends in all calls of an exchange."""
+    ranks, stride = axis_place(exchange.axis, layout)
+    handed = exchange.stage_bytes / layout.stage_ranks
+    return collective_seconds(exchange.collective, handed, ranks, stride, hardware, calls=exchange.calls)
+
+
+def collective_seconds(
+    collective: str, handed: float, ranks: int, stride: int, hardware: Hardware, *, calls: int = 1
+) -> float:
+    """Seconds of `calls` calls over ranks that lie `stride` apart, of which each hands in `handed` bytes in all.
 
     A send goes over the network: pipeline is the outermost axis, so its neighbours are taken to be on different nodes.
     """
-    ranks, stride = axis_place(exchange.axis, layout)
-    handed = exchange.stage_bytes / layout.stage_ranks
-    if exchange.collective == "send":
+    if collective == "send":
         return handed / (hardware.network_bytes_per_second * hardware.link_efficiency)
-    if exchange.collective == "all_to_all":
-        return all_to_all_seconds(handed, ranks, hardware, calls=exchange.calls, stride=stride)
+    if collective == "all_to_all":
+        return all_to_all_seconds(handed, ranks, hardware, calls=calls, stride=stride)
     # Bytes that a ring moves: a gather's result, a scatter's input, and an all-reduce's twice.
-    rings = 2 if exchange.collective == "all_reduce" else 1
-    moved = handed * ranks if exchange.collective == "all_gather" else handed
-    return rings * ring_seconds(moved, ranks, hardware, calls=exchange.calls, stride=stride)
+    rings = 2 if collective == "all_reduce" else 1
+    moved = handed * ranks if collective == "all_gather" else handed
+    return rings * ring_seconds(moved, ranks, hardware, calls=calls, stride=stride)
 
 
 def total_seconds(exchanges: Iterable[Exchange], layout: Layout, hardware: Hardware) -> float:

@@ -144,9 +144,10 @@ class StageShare:
     """Parameters and blocks of one rank of a pipeline stage.
 
     `letters`: of the blocks that a micro-batch passes; the last stage has those of all its `depths` of multi-token
-    prediction at the end, also where these share one module. `dense` and `routed` are kept apart because ZeRO shards them
-    over different groups. `largest_block` (parameters) is what ZeRO-3 may gather beyond its limit of live parameters.
-    `matrices`: those that Muon steps, none with AdamW.
+    prediction at the end, also where these share one module. `pieces`: the same by the pieces of the pipeline that the rank
+    holds. `dense` and `routed` are kept apart because ZeRO shards them over different groups; `parts` has both of the
+    embedding, of each block and of the head, in the module's order. `largest_block` (parameters) is what ZeRO-3 may gather
+    beyond its limit of live parameters. `matrices`: those that Muon steps, none with AdamW.
     """
 
     stage: int
@@ -156,6 +157,8 @@ class StageShare:
     has_embedding: bool
     has_head: bool
     largest_block: float
+    parts: tuple[tuple[float, float], ...]
+    pieces: tuple[tuple[str, ...], ...]
     matrices: MatrixShare = NO_MATRICES
     depths: int = 0
 
@@ -247,23 +250,29 @@ def _held(model: ModelConfig, layout: Layout, sequence_length: int, muon: MuonCo
         is_first, is_last = any(piece.is_first for piece in pieces), any(piece.is_last for piece in pieces)
         depths = model.num_depths if is_last else 0
         # The last stage holds a copy of the table as its head where they are tied, and for prediction depths.
-        tables = table * (is_first or (is_last and (model.tie_embeddings or depths > 0)))
-        tables += table * (is_last and not model.tie_embeddings) + model.hidden_size * is_last
+        embedding = table * (is_first or (is_last and (model.tie_embeddings or depths > 0)))
+        head = table * (is_last and not model.tie_embeddings) + model.hidden_size * is_last
         built = own + (model.built_letters[len(letters) :] if is_last else ())
-        dense = sum(whole[letter] - routed[letter] for letter in built)
-        dense += (2 * model.hidden_size + 3) * model.hidden_size * (model.num_depth_modules if is_last else 0)
-        experts = sum(routed[letter] for letter in built)
+        joining = (2 * model.hidden_size + 3) * model.hidden_size * (model.num_depth_modules if is_last else 0)
+        width_ranks = layout.expert * layout.width_ranks
+        parts = [(embedding / layout.tensor, 0.0)] if embedding else []
+        parts += [((whole[letter] - routed[letter]) / layout.tensor, routed[letter] / width_ranks) for letter in built]
+        parts += [(size / layout.tensor, 0.0) for size in (joining, head) if size]
         largest = max((whole[letter] for letter in built), default=0.0)
+        by_piece = [tuple(letters[index] for index in piece.blocks) for piece in pieces]
+        by_piece[-1] += depths * pattern.depth_letters
         held.append(
             StageShare(
                 stage,
                 own + depths * pattern.depth_letters,
-                (dense + tables) / layout.tensor,
-                experts / (layout.expert * layout.width_ranks),
+                sum(dense for dense, _ in parts),
+                sum(routed for _, routed in parts),
                 is_first,
                 is_last,
                 largest / layout.tensor,
-                count_matrices(model, built, muon).divided(layout.tensor, layout.expert * layout.width_ranks),
+                tuple(parts),
+                tuple(by_piece),
+                count_matrices(model, built, muon).divided(layout.tensor, width_ranks),
                 depths,
             )
         )

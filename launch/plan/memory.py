@@ -13,18 +13,24 @@ the weights, with bf16 and several micro-batches also as float32 sums. `amfm ben
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 from launch.plan.activations import (
     FLOAT32_BYTES,
+    BlockBytes,
     Split,
     Storage,
     block_bytes,
     depth_bytes,
     head_bytes,
     recomputed_bytes,
+    stream_bytes,
+    weight_gradient_bytes,
 )
 from launch.plan.exchanges import BUCKET_ELEMENTS, DEEPSPEED_BUCKET_ELEMENTS, static_slots
+from launch.plan.in_flight import moments_of
 from launch.plan.layout import Layout, StageShare, distinct_stages, held_by_stages
 from pretrain.config.schema import RunConfig
 from pretrain.engine.muon.newton_schulz import BATCH_ELEMENTS
@@ -113,19 +119,6 @@ def persistent_bytes(held: StageShare, layout: Layout, storage: Storage) -> dict
     }
 
 
-def in_flight(layout: Layout, stage: int, micro_batches: int) -> float:
-    """Micro-batches whose activations a rank of a stage holds at once, in passes through all of its blocks.
-
-    1F1B: as many as stages follow, itself included, and zero-bubble schedules begin alike; interleaved ones begin with more
-    pieces of a rank's blocks (Narayanan et al. 2021, arXiv 2104.04473, section 2.2).
-    """
-    following = layout.pipeline - stage
-    if layout.schedule != "interleaved":
-        return min(micro_batches, following)
-    pieces = 2 * (following - 1) + (layout.virtual_stages - 1) * layout.pipeline + 1
-    return min(micro_batches * layout.virtual_stages, pieces) / layout.virtual_stages
-
-
 def split_of(layout: Layout, imbalance: float) -> Split:
     """How a block shrinks on a rank of this layout, in the terms of `activations.py`."""
     is_spread = layout.expert > 1
@@ -166,58 +159,129 @@ def busiest_pass(
     is_bucketed = layout.zero_stage in (1, 2)
     gradient_bytes = e + (FLOAT32_BYTES if accumulates and e < FLOAT32_BYTES else 0)
     whole = bucketed_bytes(held, layout) if is_bucketed else held.parameters * gradient_bytes
+    between = resting_bytes(held, layout) if is_bucketed else whole
     block_gradients = whole / max(1, len(held.letters))
     kept_head, working_head = head_bytes(model, storage, tokens, layout.tensor) if held.has_head else (0.0, 0.0)
-    # Activations of this stage's blocks for one micro-batch; other micro-batches in flight hold as much each.
-    one_pass = tokens * sum(sizes[letter].kept for letter in held.letters)
-    # The losses of prediction depths, and what their projections keep, stay until the backward pass begins with them.
-    kept_head *= held.heads
-    one_pass += tokens * held.depths * depth_bytes(model, storage, layout.tensor, layout.stream_ranks)
-    others = one_pass * (in_flight(layout, held.stage, micro_batches) - 1)
-    activations: float = one_pass
-    gathered = gathered_bytes(layout, storage, held)
+    kept_head *= held.heads  # the losses of prediction depths stay until the backward pass begins with them
+    gathered, arriving = gathered_bytes(layout, storage, held)
+    # Of routed experts all gradients are made at once, in the dtype of the weights, before they join the sums.
+    expert_gradients = e * held.routed / max(1, held.letters.count("E")) if storage.backend == "triton" else 0.0
+    passes = list(activations_of(config, layout, storage, held, sizes, kept_head))
 
-    def moment(kept: float, working: float, gradients: float, logits: float) -> dict[str, float]:
+    def moment(kept: float, working: float, gradients: float, logits: float, weights: float) -> dict[str, float]:
         return {
             "gradients": gradients,
-            "activations": kept + others,
+            "activations": kept,
             "working space": working,
             "logits": logits,
-            "gathered weights": gathered,
+            "gathered weights": weights,
         }
 
-    best = moment(activations, 0.0, whole if accumulates else 0.0, kept_head + working_head)
+    last = len(held.pieces) - 1
+    most = max(kept for piece, is_forward, kept in passes if is_forward and piece == last)
+    best = moment(most, 0.0, between if accumulates else 0.0, kept_head + working_head, gathered)
     # Gradients that exist so far in the first micro-batch: the head's, then those of each block passed.
     size = FLOAT32_BYTES if is_bucketed else e
     made: float = model.vocab_size * model.hidden_size * size / layout.tensor * held.has_head
-    for letter in reversed(held.letters):
-        made += block_gradients
-        gradients = whole if accumulates else min(made, whole)
-        found = moment(activations, tokens * sizes[letter].working, gradients, 0.0)
-        if sum(found.values()) > sum(best.values()):
-            best = found
-        activations -= tokens * sizes[letter].kept
+    for number, letters in reversed(list(enumerate(held.pieces))):
+        activations = max(kept for piece, is_forward, kept in passes if not is_forward and piece == number)
+        for letter in reversed(letters):
+            made += block_gradients
+            gradients = whole if accumulates else min(made, whole)
+            working = tokens * sizes[letter].working + expert_gradients * (letter == "E")
+            found = moment(activations, working, gradients, 0.0, gathered + arriving)
+            if sum(found.values()) > sum(best.values()):
+                best = found
+            activations -= tokens * sizes[letter].kept
     return best
+
+
+def activations_of(
+    config: RunConfig,
+    layout: Layout,
+    storage: Storage,
+    held: StageShare,
+    sizes: Mapping[str, BlockBytes],
+    kept_head: float,
+) -> Iterator[tuple[int, bool, float]]:
+    """Bytes of activations at each kind of pass of a rank, as (piece, whether it is forward, bytes).
+
+    In a pipeline the stream that a piece sends on lies there until its backward pass, and one that will be received next lies
+    there already. Passes that are cut in two keep the gradients that lead to weights, and the head's own.
+    """
+    tokens, stage = layout.tokens(config), held.stage
+    split = split_of(layout, 1.0)
+    is_piped, is_cut = layout.pipeline > 1, layout.schedule == "zero_bubble"
+    stream = tokens * stream_bytes(config.model, storage, split) * is_piped
+    kept, cut = [], []
+    for number, letters in enumerate(held.pieces):
+        is_end = held.has_head and number == len(held.pieces) - 1
+        own = sum(sizes[letter].kept for letter in letters)
+        if is_end:  # what the projections of prediction depths keep
+            own += held.depths * depth_bytes(config.model, storage, layout.tensor, layout.stream_ranks)
+        kept.append(tokens * own + (0.0 if is_end else stream))
+        left = sum(weight_gradient_bytes(config.model, letter, storage, split) for letter in letters if is_cut)
+        cut.append(tokens * left + kept_head * is_end)
+    for found in moments_of(layout, stage, layout.micro_batches(config)):
+        bytes_held = sum(times * size for times, size in zip(found.held, kept))
+        bytes_held += sum(times * size for times, size in zip(found.cut, cut))
+        yield found.piece, found.is_forward, bytes_held + stream
 
 
 def bucketed_bytes(held: StageShare, layout: Layout) -> float:
     """Bytes of gradients under ZeRO-1 and 2 while passes run: all sums, or a rank's share and the buckets under way.
 
-    A bucket that is filled and one that travels, each closed behind a whole block.
+    Those are one that travels and the one behind it that is filled, of dense weights and of spread experts apart.
     """
     whole = FLOAT32_BYTES * held.parameters
     if layout.zero_stage == 1 or held.share(layout) == held.parameters:
         return whole
-    return min(whole, FLOAT32_BYTES * (held.share(layout) + 2 * (BUCKET_ELEMENTS + held.largest_block)))
+    kinds = [sizes for sizes in bucket_sizes(held, layout) if sizes]
+    pairs = [max(map(sum, pairwise(sizes)), default=sizes[0]) for sizes in kinds]
+    largest = [max(sizes) for sizes in kinds]
+    under_way = max(pair + sum(largest) - own for pair, own in zip(pairs, largest))
+    return min(whole, FLOAT32_BYTES * (held.share(layout) + under_way))
 
 
-def gathered_bytes(layout: Layout, storage: Storage, held: StageShare) -> float:
-    """Bytes of whole weights that ZeRO-3 keeps gathered beside its shards."""
+def resting_bytes(held: StageShare, layout: Layout) -> float:
+    """Bytes of gradients between two passes: under ZeRO-2 a rank's share, and the bucket that a pass reduces last."""
+    whole = FLOAT32_BYTES * held.parameters
+    if layout.zero_stage == 1 or held.share(layout) == held.parameters:
+        return whole
+    return min(whole, FLOAT32_BYTES * (held.share(layout) + bucket_sizes(held, layout)[0][0]))
+
+
+def bucket_sizes(held: StageShare, layout: Layout) -> list[list[float]]:
+    """Parameters of each bucket, in the module's order, as `group_parameters` closes them: dense ones, then spread experts.
+
+    Without an expert axis there is one kind.
+    """
+    kinds = [[dense + routed for dense, routed in held.parts]]
+    if layout.expert > 1:
+        kinds = [[part[number] for part in held.parts] for number in (0, 1)]
+    found: list[list[float]] = []
+    for parts in kinds:
+        sizes, filling = [], 0.0
+        for part in parts:
+            filling += part
+            if filling >= BUCKET_ELEMENTS:
+                sizes.append(filling)
+                filling = 0.0
+        found.append([*sizes, filling] if filling else sizes)
+    return found
+
+
+def gathered_bytes(layout: Layout, storage: Storage, held: StageShare) -> tuple[float, float]:
+    """Bytes of whole weights that ZeRO-3 keeps gathered beside its shards, and of those that arrive meanwhile.
+
+    Several ranks' parts arrive in one buffer and are copied out of it, tensor by tensor; behind the last block nothing is left
+    to arrive.
+    """
     if layout.zero_stage != 3 or layout.dense_sharers == 1:
-        return 0.0  # a single rank computes with its share itself
-    # Several ranks' parts arrive in one buffer and are copied out of it, tensor by tensor.
-    arriving = min(held.parameters, PREFETCH_ELEMENTS)
-    return storage.element_bytes * (min(held.parameters, LIVE_ELEMENTS + held.largest_block) + arriving)
+        return 0.0, 0.0  # a single rank computes with its share itself
+    e = storage.element_bytes
+    gathered = min(held.parameters, LIVE_ELEMENTS + held.largest_block)
+    return e * gathered, e * min(held.parameters, PREFETCH_ELEMENTS)
 
 
 def step_bytes(held: StageShare, layout: Layout, storage: Storage) -> dict[str, float]:

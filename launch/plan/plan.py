@@ -12,15 +12,16 @@ real steps, `amfm bench communication` the bytes, `amfm bench calibrate` and `am
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from launch.plan.estimate import Assumptions, Estimate, estimate, estimate_as_dict
 from launch.plan.hardware import GIB, Hardware
 from launch.plan.layout import Layout, held_by_stages
+from launch.plan.left_out import LeftOut, Tally, untried
 from launch.plan.memory import bucketed_bytes, persistent_bytes, storage_of
 from launch.plan.ranking import Found, at_stage, choose_layouts, rank_layouts
-from launch.plan.search import all_layouts, is_allowed, neighbour_layouts, with_layout
+from launch.plan.search import LARGEST_CONTEXT, all_layouts, is_allowed, neighbour_layouts, with_layout
 from model.flops import Counts, count_parameters, flops_per_token
 from pretrain.checks.ranks import ranks_of_stage
 from pretrain.checks.stages import run_of_stage
@@ -55,7 +56,7 @@ class Plan:
 
     `layouts` and `near_misses` suit every stage, or after a search the first one, since each has its own then. `is_search`:
     whether layouts of all axes were tried. `is_own`: False where a stage's layout breaks a rule for so many ranks, and the
-    best one found takes its place. `tokens` may differ from the configuration's where the user asked for another number;
+    best one found takes its place. `left_out`: why a search of the first stage has no other layouts. `tokens` may differ from the configuration's where the user asked for another number;
     stages are scaled in proportion.
     """
 
@@ -69,6 +70,7 @@ class Plan:
     is_own: bool
     is_search: bool
     tokens: float
+    left_out: tuple[LeftOut, ...] = ()
 
     @property
     def own(self) -> Estimate:
@@ -140,6 +142,7 @@ def make_plan(
         is_own=all(fits_ranks),
         is_search=search,
         tokens=tokens or float(sum(stage.num_tokens() for stage in stages)),
+        left_out=found[0].left_out,
     )
 
 
@@ -150,8 +153,11 @@ def search_stages(runs: list[RunConfig], ranks: int, hardware: Hardware, assumpt
         train = run.train
         shape = (train.sequence_length, train.global_batch_size, train.batch_ramp is not None)
         if shape not in known:
-            layouts = all_layouts(run, ranks, hardware.gpus_per_node)
-            known[shape] = rank_layouts(run, [run], layouts, hardware, assumptions, recomputes=True)
+            tally = Tally()
+            layouts = all_layouts(run, ranks, hardware.gpus_per_node, tally)
+            ranked = rank_layouts(run, [run], layouts, hardware, assumptions, recomputes=True, tally=tally)
+            more = untried(run, ranks, hardware, largest_context=LARGEST_CONTEXT)
+            known[shape] = replace(ranked, left_out=(*tally.reasons(), *more))
     return [
         known[run.train.sequence_length, run.train.global_batch_size, run.train.batch_ramp is not None] for run in runs
     ]
@@ -250,6 +256,7 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
         "advice": advise(plan),
         "layouts": [estimate_as_dict(item) for item in plan.layouts],
         "near_misses": [estimate_as_dict(item) for item in plan.near_misses],
+        **({"left_out": [vars(entry) for entry in plan.left_out]} if plan.is_search else {}),
     }
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from launch.plan.estimate import Assumptions, Estimate, estimate, explain_misfit, memory_of
 from launch.plan.hardware import GIB, Hardware
 from launch.plan.layout import Layout
+from launch.plan.left_out import LeftOut, Tally
 from launch.plan.memory import Memory
 from launch.plan.search import is_allowed, recomputed, with_layout
 from pretrain.checks.stages import declaring_stage
@@ -27,10 +28,11 @@ RESTART_SECONDS = 600.0  # of saving, starting all ranks and loading, where the 
 
 @dataclass(frozen=True)
 class Found:
-    """Layouts that fit, fastest first, and the nearest misses."""
+    """Layouts that fit, fastest first, the nearest misses, and after a search why the others are left out."""
 
     fitting: tuple[Estimate, ...]
     misses: tuple[Estimate, ...]
+    left_out: tuple[LeftOut, ...] = ()
 
     @property
     def nearest(self) -> Estimate | None:
@@ -46,10 +48,11 @@ def rank_layouts(
     assumptions: Assumptions,
     *,
     recomputes: bool,
+    tally: Tally | None = None,
 ) -> Found:
     """Layouts that suit and fit every training stage, fastest in the first stage first; and the nearest misses.
 
-    `recomputes`: a layout that does not fit is tried again with more blocks recomputed.
+    `recomputes`: a layout that does not fit is tried again with more blocks recomputed. `tally`: counts what does not fit.
     """
     fitting: list[Estimate] = []
     misses: list[tuple[Layout, Memory, str]] = []
@@ -63,6 +66,8 @@ def rank_layouts(
                 break
         if reason:
             misses.append((option, memory, reason))
+            if tally is not None:
+                tally.overflow(option, memory, reason)
         else:
             fitting.append(estimate(runs[0], option, hardware, assumptions))
     fitting.sort(key=lambda item: item.step.total())

@@ -1,13 +1,15 @@
-"""Memory, FLOPs and state of a registered mixer, found by building one block of it on fake tensors.
+"""Memory, FLOPs and state of a registered mixer, found by building one block of it without storage.
 
-How it works: the planner knows no registered mixer by name. It builds one, runs a forward pass on fake tensors (shapes
-and dtypes without storage) and notes through autograd's hooks what is saved for backward; matrices and decode state are
-read from the module. So a plugin is planned like a built-in mixer. The pass takes the PyTorch path; Triton kernels save
-less, so the estimate errs on the safe side.
+How it works: the planner knows no registered mixer by name. It builds one, runs it forward and notes through autograd's
+hooks what is saved for backward; matrices and decode state are read from the module. So a plugin is planned like a
+built-in mixer. With PyTorch's kernels the pass runs on fake tensors. With Triton's it runs on meta tensors, where
+operations give what their fake functions say, forward and then backward, whose results are counted as they live; what a
+backward operation allocates inside itself is not seen.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, UnsupportedOperatorException
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from model.build import build_mixer
 from model.config.pattern import mixer_name
@@ -31,38 +35,71 @@ COUNTED_TOKENS = 2048
 
 @dataclass(frozen=True)
 class RegisteredBlock:
-    """Sizes of one registered mixer on one rank, before any cut over tensor ranks.
+    """Sizes of one registered mixer on one rank.
 
-    `kept_bytes`: a token, saved for backward. `matrices`: [out, in] of each. `sequence_flops`: a token, of the
+    `kept_bytes`: a token, saved for backward. `working_bytes`: a token, held beside it during backward. `matrices`: [out, in] of each. `sequence_flops`: a token, of the
     recurrence or attention in forward. `state_numbers`: a row, of its decode state, which is what passes between
     context ranks.
     """
 
     kept_bytes: float
+    working_bytes: float
     matrices: tuple[tuple[int, int], ...]
     sequence_flops: float
     state_numbers: int
 
 
-@lru_cache(maxsize=128)
-def registered_block(config: ModelConfig, letter: str, dtype: torch.dtype, sequence_length: int) -> RegisteredBlock:
-    """Count one block of a registered mixer without allocating memory.
+@lru_cache(maxsize=256)
+def registered_block(
+    config: ModelConfig, letter: str, dtype: torch.dtype, sequence_length: int, backend: str = "torch", tensor: int = 1
+) -> RegisteredBlock:
+    """Count one block of a registered mixer without allocating memory, its heads cut over `tensor` ranks.
 
-    Cached: a search asks for the same few blocks again and again.
+    Cached: a search asks for the same few blocks again and again. Raises ValueError for a mixer with an operation that has no
+    fake function.
     """
-    # Fake tensors and not meta ones: PyTorch chooses its attention by device. They cannot be cast afterwards.
-    with FakeTensorMode(), default_dtype(dtype):
-        mixer = build_mixer(config.built_letters.index(letter), config, single_rank_groups(), "torch")
-        assert isinstance(mixer, SequenceMixer), f"{letter} is no registered mixer"
-        # Whether a mixer rotates its heads stands in a buffer.
-        mixer.reset_buffers()
-        kept = _kept_bytes(mixer, config.hidden_size, dtype) / COUNTED_TOKENS
-        state = mixer.empty_state(1)
+    config = with_cut_heads(config, tensor)
+    try:
+        # Fake tensors and not meta ones for PyTorch's kernels: it chooses its attention by device.
+        with torch.device("meta") if backend == "triton" else FakeTensorMode(), default_dtype(dtype):
+            mixer = build_mixer(config.built_letters.index(letter), config, single_rank_groups(), backend)
+            assert isinstance(mixer, SequenceMixer), f"{letter} is no registered mixer"
+            # Whether a mixer rotates its heads stands in a buffer.
+            mixer.reset_buffers()
+            kept, working = _measure(mixer, config.hidden_size, dtype, backend)
+            state = mixer.empty_state(1)
+    except RuntimeError as error:
+        if not lacks_fake(error):
+            raise
+        raise ValueError(
+            f"model.pattern has the mixer {letter}, which cannot be planned: {error}; its operations need fake functions "
+            "(`register_fake`), as those of kernels/ have"
+        ) from error
     matrices = tuple(
         (weight.shape[-2], weight.numel() // weight.shape[-2]) for weight in mixer.parameters() if weight.dim() > 1
     )
     numbers = sum(tensor.numel() for tensor in state.values())
-    return RegisteredBlock(kept, matrices, mixer.sequence_flops(sequence_length), numbers)
+    flops = mixer.sequence_flops(sequence_length)
+    return RegisteredBlock(kept / COUNTED_TOKENS, working / COUNTED_TOKENS, matrices, flops, numbers)
+
+
+def lacks_fake(error: RuntimeError) -> bool:
+    """Whether an error is of an operation without a fake function; torch says it in three ways."""
+    known = isinstance(error, (UnsupportedOperatorException, NotImplementedError))
+    return known or "no fake impl registered" in str(error)
+
+
+def with_cut_heads(config: ModelConfig, tensor: int) -> ModelConfig:
+    """The model with as many heads in its registered mixers as one of `tensor` ranks has."""
+    if tensor == 1:
+        return config
+    sections = {}
+    for name, options in config.mixers:
+        if options is not None:
+            cut = {field: size // tensor for field, size in options.cut_evenly().items()}
+            cut |= {field: max(1, units // tensor) for field, units in options.cut_or_copied().items()}
+            sections[name] = options.model_copy(update=cut)
+    return config.model_copy(update={"mixers": config.mixers.model_copy(update=sections)})
 
 
 @contextmanager
@@ -81,8 +118,16 @@ def is_registered(letter: str) -> bool:
     return mixer_name(letter) is not None
 
 
-def _kept_bytes(mixer: SequenceMixer, hidden_size: int, dtype: torch.dtype) -> int:
-    """Bytes of the storages that a pass over one row saves for backward, weights and the input left out."""
+def _measure(mixer: SequenceMixer, hidden_size: int, dtype: torch.dtype, backend: str) -> tuple[int, int]:
+    """Bytes that a pass over one row saves for backward, and bytes that backward holds beside them.
+
+    Weights and the input are left out, and gradients of weights, which are counted elsewhere. With PyTorch's kernels the
+    second is taken to be gradients of all that was kept.
+    """
+    meta = PackMeta.one_document_a_row(1, COUNTED_TOKENS)
+    if backend == "triton":
+        halves_BT = (torch.arange(COUNTED_TOKENS, device="cpu") * 2 // COUNTED_TOKENS)[None]
+        meta = PackMeta.from_document_ids(halves_BT).find_starts().map_tensors(lambda tensor: tensor.to("meta"))
     x_BTD = torch.empty(1, COUNTED_TOKENS, hidden_size, dtype=dtype, requires_grad=True)
     known = {id_of(tensor) for tensor in [x_BTD, *mixer.parameters(), *mixer.buffers()]}
     kept: dict[int, Any] = {}
@@ -94,9 +139,48 @@ def _kept_bytes(mixer: SequenceMixer, hidden_size: int, dtype: torch.dtype) -> i
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        output = mixer(x_BTD, PackMeta.one_document_a_row(1, COUNTED_TOKENS))
-    del output
-    return sum(storage.nbytes() for storage in kept.values())
+        y_BTD = mixer(x_BTD, meta).y_BTD
+    size = sum(storage.nbytes() for storage in kept.values())
+    kept.clear()
+    if backend != "triton":
+        return size, size
+    for parameter in mixer.parameters():
+        parameter.register_post_accumulate_grad_hook(_forget_gradient)
+    gradient_BTD = torch.empty_like(y_BTD)
+    with LiveBytes() as live:
+        y_BTD.backward(gradient_BTD)
+    return size, live.peak
+
+
+def _forget_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+class LiveBytes(TorchDispatchMode):
+    """Inside its block, counts the bytes of new storages that live; `peak` is the most of them at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, int] = {}
+        self.held = self.peak = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the operation and count what it gives that is no view of its arguments."""
+        out = func(*args, **(kwargs or {}))
+        given = {id_of(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        for tensor in tree_leaves(out):
+            if not isinstance(tensor, Tensor) or id_of(tensor) in given or id_of(tensor) in self.live:
+                continue
+            self.live[id_of(tensor)] = tensor.untyped_storage().nbytes()
+            self.held += self.live[id_of(tensor)]
+            weakref.finalize(tensor.untyped_storage(), self._free, id_of(tensor))
+        self.peak = max(self.peak, self.held)
+        return out
+
+    def _free(self, key: int) -> None:
+        self.held -= self.live.pop(key)
 
 
 def id_of(tensor: Tensor) -> int:

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import product
+from itertools import chain, product
 
 from launch.plan.layout import Layout
+from launch.plan.left_out import Tally
 from model.flops import block_flops
 from pretrain.checks.parallel import layout_problems, micro_batch_problems, pipeline_problems, world_problems
 from pretrain.checks.ranks import batch_problems
+from pretrain.config.errors import Problem
 from pretrain.config.schema import ParallelConfig, RunConfig
 
 ZERO_STAGES = (0, 1, 2, 3)
@@ -36,11 +38,11 @@ def neighbour_layouts(config: RunConfig, ranks: int) -> Iterator[Layout]:
             yield layout
 
 
-def all_layouts(config: RunConfig, ranks: int, gpus_per_node: int) -> Iterator[Layout]:
+def all_layouts(config: RunConfig, ranks: int, gpus_per_node: int, tally: Tally | None = None) -> Iterator[Layout]:
     """Every allowed combination of axes in powers of two, all pipeline schedules included.
 
     Tensor parallelism stays inside a node and always takes sequence parallelism with it. No block is recomputed yet:
-    `recomputed` adds that.
+    `recomputed` adds that. `tally`: counts what is refused.
     """
     model = config.model
     experts = model.moe.num_experts if model.moe is not None else 1
@@ -71,8 +73,11 @@ def all_layouts(config: RunConfig, ranks: int, gpus_per_node: int) -> Iterator[L
                     pieces,
                     schedule,
                 )
-                if is_allowed(with_layout(config, layout), ranks):
+                problem = find_problem(with_layout(config, layout), ranks)
+                if problem is None:
                     yield layout
+                elif tally is not None:
+                    tally.refuse(layout, problem)
 
 
 def recomputed(config: RunConfig, layout: Layout) -> Iterator[Layout]:
@@ -107,6 +112,11 @@ def with_layout(config: RunConfig, layout: Layout) -> RunConfig:
 
 def is_allowed(config: RunConfig, ranks: int) -> bool:
     """Whether a run that is one training stage obeys all rules of layouts for `ranks` ranks."""
-    if any(world_problems(config, ranks)) or any(layout_problems(config)) or any(batch_problems(config, ranks)):
-        return False
-    return not any(micro_batch_problems(config, ranks)) and not any(pipeline_problems(config))
+    return find_problem(config, ranks) is None
+
+
+def find_problem(config: RunConfig, ranks: int) -> Problem | None:
+    """The first rule of layouts that a run of one training stage breaks on `ranks` ranks; None where it obeys all."""
+    # The batch is shared evenly before anybody asks for micro-batches.
+    rules = chain(world_problems(config, ranks), layout_problems(config), batch_problems(config, ranks))
+    return next(chain(rules, micro_batch_problems(config, ranks), pipeline_problems(config)), None)

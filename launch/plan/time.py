@@ -265,16 +265,16 @@ def estimate_step(
     overlap: float,
     imbalance: float = 1.0,
     sent_choices: float = 1.0,
+    stage: int | None = None,
 ) -> StepTime:
-    """Seconds of one step of the slowest pipeline stage.
+    """Seconds of one step of a pipeline stage, the slowest where none is named.
 
     `overlap`: part of ZeRO-3's gathers and of pipeline sends that may run beside compute. Reductions run beside the last
     backward pass under ZeRO-1 (each under ZeRO-2), gathers of weights beside the first forward pass. `imbalance`: routed
     rows of the fullest rank over the mean. `sent_choices`: the part of routed rows that travels between ranks.
     """
-    stages = distinct_stages(
-        held_by_stages(config.model, layout, config.train.sequence_length, config.optimizer.muon_settings())
-    )
+    every = held_by_stages(config.model, layout, config.train.sequence_length, config.optimizer.muon_settings())
+    stages = distinct_stages(every) if stage is None else (every[stage],)
     block = {
         letter: block_seconds(config, letter, layout, hardware, storage, imbalance)
         for letter in {letter for held in stages for letter in held.letters}

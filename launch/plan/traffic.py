@@ -44,19 +44,26 @@ def expected_bytes(config: RunConfig, world_size: int) -> dict[Key, int]:
     layout = Layout.of(config, world_size)
     check_countable(config, layout)
     totals: Counter[Key] = Counter()
+    for stage in range(layout.pipeline):
+        totals.update(stage_bytes(config, layout, stage))
+    return {key: value for key, value in sorted(totals.items()) if value}
+
+
+def stage_bytes(config: RunConfig, layout: Layout, stage: int) -> Counter[Key]:
+    """Bytes handed in by all ranks of one pipeline stage in one step, of a layout that `check_countable` passed."""
+    totals: Counter[Key] = Counter()
 
     def add(exchange: Exchange, times: int = 1) -> None:
         totals[exchange.axis, exchange.collective, exchange.dtype] += times * int(exchange.stage_bytes)
 
-    for held in held_by_stages(config.model, layout, config.train.sequence_length):
-        for exchange in pass_exchanges(config, layout, held):
-            add(exchange, layout.micro_batches(config))
-    for model in built_stages(config):
-        for exchange in gradient_exchanges(config, layout, model):
-            add(exchange)
+    held = held_by_stages(config.model, layout, config.train.sequence_length)[stage]
+    for exchange in pass_exchanges(config, layout, held):
+        add(exchange, layout.micro_batches(config))
+    for exchange in gradient_exchanges(config, layout, built_stage(config, stage)):
+        add(exchange)
     for exchange in step_exchanges(config, layout):
         add(exchange)
-    return {key: value for key, value in sorted(totals.items()) if value}
+    return totals
 
 
 def check_countable(config: RunConfig, layout: Layout) -> None:
@@ -66,12 +73,15 @@ def check_countable(config: RunConfig, layout: Layout) -> None:
         raise ValueError(
             "parallel.zero_stage=3 has no formula: DeepSpeed gathers weights as its cache decides; use stage 0, 1 or 2"
         )
-    if stage == 0 and config.train.precision == "bf16":
-        raise ValueError("parallel.zero_stage=0 in bf16 has no formula: use stage 1 or 2, or train.precision=float32")
-    if config.train.recompute != "none":
+    if stage == 0 and config.train.precision == "bf16" and layout.tensor * layout.pipeline > 1:
         raise ValueError(
-            f"train.recompute={config.train.recompute} has no formula: a second forward pass ends where nothing more is "
-            "needed of it; use none"
+            "parallel.zero_stage=0 in bf16 has no formula with tensor or pipeline ranks: use stage 1 or 2, or "
+            "train.precision=float32"
+        )
+    if config.train.recompute != "none" and max(layout.tensor, layout.expert, layout.context) > 1:
+        raise ValueError(
+            f"train.recompute={config.train.recompute} has no formula with tensor, expert or context ranks: a second forward "
+            "pass ends where nothing more is needed of it; use none"
         )
     if config.optimizer.kind == "muon":
         raise ValueError(
@@ -111,8 +121,8 @@ class PlacedGroup:
         return self._rank
 
 
-def built_stages(config: RunConfig) -> list[HybridModel]:
-    """The model of the first rank of each pipeline stage, on the meta device (no values, no memory)."""
+def built_stage(config: RunConfig, stage: int) -> HybridModel:
+    """The model of the first rank of a pipeline stage, on the meta device (no values, no memory)."""
     section, model = config.parallel, config.model
     pieces = cut_pieces(model, section.num_pieces(), config.train.sequence_length)
     sizes = {
@@ -123,14 +133,11 @@ def built_stages(config: RunConfig) -> list[HybridModel]:
         "expt_tp": section.expert_tensor_size(),
         "embd": min(2, section.pipeline),
     }
-    stages = []
-    for stage in range(section.pipeline):
-        groups = ProcessGroupCollection(**{axis: PlacedGroup(sizes.get(axis, 1)) for axis in AXES})
-        groups.pp, groups.sequence_parallel = PlacedGroup(section.pipeline, stage), section.sequence_parallel
-        own = pieces_of_rank(pieces, stage, section.pipeline)
-        # On the meta device a model of any size is built in a moment; only shapes and shards are read.
-        stages.append(HybridModel(model, groups, backend="torch", device="meta", pieces=own))
-    return stages
+    groups = ProcessGroupCollection(**{axis: PlacedGroup(sizes.get(axis, 1)) for axis in AXES})
+    groups.pp, groups.sequence_parallel = PlacedGroup(section.pipeline, stage), section.sequence_parallel
+    own = pieces_of_rank(pieces, stage, section.pipeline)
+    # On the meta device a model of any size is built in a moment; only shapes and shards are read.
+    return HybridModel(model, groups, backend="torch", device="meta", pieces=own)
 
 
 def gradient_exchanges(config: RunConfig, layout: Layout, model: HybridModel) -> list[Exchange]:
@@ -177,17 +184,17 @@ def gradient_exchanges(config: RunConfig, layout: Layout, model: HybridModel) ->
 
 
 def step_exchanges(config: RunConfig, layout: Layout) -> list[Exchange]:
-    """The few numbers that ranks agree on at the end of a step.
+    """The few numbers that the ranks of a stage agree on with all others at the end of a step.
 
     Counts of labels, the step's float64 sums, the agreed signal and whether a save is under way, the gradient norm, and
-    in bf16 DeepSpeed's flag for infinities.
+    in bf16 under ZeRO DeepSpeed's flag for infinities.
     """
     world, model_ranks = layout.ranks, layout.tensor * layout.pipeline
     if world == 1:
         return []
 
     def reduce(axis: str, dtype: str, size: int) -> Exchange:
-        return Exchange(axis, "all_reduce", dtype, 1, world * size)
+        return Exchange(axis, "all_reduce", dtype, 1, layout.stage_ranks * size)
 
     found = [
         reduce("world", "float64", 8 * (2 + config.model.num_depths + _num_router_sums(config))),
@@ -199,7 +206,7 @@ def step_exchanges(config: RunConfig, layout: Layout) -> list[Exchange]:
         found.append(reduce("world", "float32", FLOAT32))
     elif model_ranks > 1:
         found.append(reduce("mp", "float32", FLOAT32))
-    if config.train.precision == "bf16":
+    if config.train.precision == "bf16" and layout.zero_stage > 0:
         found += [reduce("dp_cp", "uint8", 1)] * (world > model_ranks) + [reduce("mp", "uint8", 1)] * (model_ranks > 1)
     return found
 

@@ -119,10 +119,13 @@ def test_the_verb_starts_ranks_and_prints_one_object() -> None:
         (["parallel.tensor=2"], "give a layout to count; add --comm, or remove them"),
         (["--comm", "--nproc", "2", "parallel.zero_stage=3"], "parallel.zero_stage=3 has no formula"),
         (
-            ["--comm", "--nproc", "2", "parallel.zero_stage=0", "train.precision=bf16"],
+            ["--comm", "--nproc", "2", "parallel.tensor=2", "parallel.zero_stage=0", "train.precision=bf16"],
             "parallel.zero_stage=0 in bf16 has no formula",
         ),
-        (["--comm", "--nproc", "2", "train.recompute=full"], "train.recompute=full has no formula"),
+        (
+            ["--comm", "--nproc", "2", "parallel.tensor=2", "train.recompute=full"],
+            "train.recompute=full has no formula",
+        ),
         (
             ["--comm", "--nproc", "2", "parallel.expert=2", "parallel.context=2", "model.moe.capacity_factor=1.5"],
             "model.moe.capacity_factor=1.5 has no formula with parallel.expert=2",

@@ -35,3 +35,16 @@ def test_kept_bytes_are_those_of_a_real_pass(name):
     assert sum(rows * columns for rows, columns in counted.matrices) == sum(
         weight.numel() for weight in mixer.parameters() if weight.dim() > 1
     )
+
+
+@pytest.mark.parametrize("name", list(mixer_specs()))
+def test_what_triton_kernels_keep_is_counted_without_a_card_and_tensor_ranks_cut_it(name):
+    config = mixer_config(name, blocks=1)
+    symbol = mixer_specs()[name].symbol
+    own, cut, torch_own = (
+        registered_block(config, symbol, torch.bfloat16, COUNTED_TOKENS, backend, ranks)
+        for backend, ranks in (("triton", 1), ("triton", 2), ("torch", 1))
+    )
+    assert 0 < own.kept_bytes <= 1.1 * torch_own.kept_bytes
+    assert own.working_bytes > 0
+    assert own.kept_bytes / 2 <= cut.kept_bytes < own.kept_bytes

@@ -23,6 +23,16 @@ def test_a_search_recomputes_no_more_than_it_must_and_tries_every_schedule(capsy
     # A layout appears once: with the least recomputation that fits.
     layouts = [(str(item["parallel"]), item["train"]["micro_batch_size"]) for item in found["layouts"]]
     assert len(layouts) == len(set(layouts))
+    # Why not the others: counted, with an example, or not tried, with a reason.
+    why = {entry["what"]: entry for entry in found["left_out"]}
+    broken = [entry for what, entry in why.items() if what.startswith("breaks a rule of parallel.")]
+    large = [entry for what, entry in why.items() if what.startswith("out of memory, most of it ")]
+    assert broken and large
+    assert all(entry["count"] > 0 and "zero_stage" in entry["example"] for entry in (*broken, *large))
+    assert "must divide" in " ".join(entry["example"] for entry in broken)
+    assert all("of 79.1" in entry["example"] for entry in large)
+    assert why["parallel.offload_optimizer"]["count"] is None
+    assert why["parallel.tensor above 8"]["example"].startswith("a block waits for its sums")
 
 
 def test_each_stage_is_searched_and_stays_in_a_layout_that_is_as_good(tmp_path, capsys):

@@ -1,0 +1,59 @@
+"""What a rank of a pipeline holds at each of its passes: how many micro-batches of each of its pieces are under way.
+
+How it works: a rank's order of passes follows from its schedule alone. It begins with some forward passes, then goes forward
+and backward in turns, in groups of as many micro-batches as there are stages (Narayanan et al. 2021, arXiv 2104.04473,
+section 2.2). A piece's micro-batch is held from its forward to its backward pass; under zero-bubble, whose backward passes are
+cut in two, until the gradients of its weights are computed, which a later stage puts off by as many passes as it begins fewer.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+from launch.plan.layout import Layout
+
+ROUNDS = 4  # of as many micro-batches as stages: passes repeat after the first
+
+
+class Moment(NamedTuple):
+    """A pass of one piece, and the micro-batches held of each piece, this one included.
+
+    `cut`: those of them whose backward pass has left the gradients of the weights for later.
+    """
+
+    piece: int
+    is_forward: bool
+    held: tuple[int, ...]
+    cut: tuple[int, ...]
+
+
+def moments_of(layout: Layout, stage: int, micro_batches: int) -> frozenset[Moment]:
+    """The distinct passes of a rank of a pipeline stage in one step."""
+    ranks = layout.pipeline
+    return _moments(layout.schedule, ranks, layout.virtual_stages, stage, min(micro_batches, ROUNDS * ranks))
+
+
+@lru_cache(maxsize=4096)
+def _moments(schedule: str, ranks: int, pieces: int, stage: int, micro_batches: int) -> frozenset[Moment]:
+    total = micro_batches * pieces
+    first = min(total, (pieces - 1) * ranks + (2 if schedule == "interleaved" else 1) * (ranks - 1 - stage))
+    delay = stage if schedule == "zero_bubble" else 0
+    held, cut = [0] * pieces, [0] * pieces
+    waiting: list[int] = []
+    found = set()
+    for step in range(total + first):
+        if step < total:
+            piece = step // ranks % pieces
+            held[piece] += 1
+            found.add(Moment(piece, True, tuple(held), tuple(cut)))
+        if step >= first:
+            piece = pieces - 1 - (step - first) // ranks % pieces
+            found.add(Moment(piece, False, tuple(held), tuple(cut)))
+            waiting.append(piece)
+            cut[piece] += 1
+            if step - first >= delay:
+                gone = waiting.pop(0)
+                held[gone] -= 1
+                cut[gone] -= 1
+    return frozenset(found)
