@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from launch.arguments import ConfigArgument, JsonOption, OverridesArgument, check_picture
-from launch.commands.trace import print_trace
+from launch.commands.trace import print_seconds, print_trace
 from launch.console import print_json, print_pairs, print_rows, say, show_progress
 
 if TYPE_CHECKING:
-    from launch.plan.estimate import Estimate
+    from launch.plan.estimate import Assumptions, Estimate
     from launch.plan.hardware import Hardware
     from launch.plan.plan import Plan
+    from launch.plan.time import StepTime
+    from launch.simulate.timeline import Timeline
     from launch.simulate.trace import TracedRank
     from pretrain.config.schema import RunConfig
 
@@ -60,19 +62,23 @@ def plan(
         int | None, typer.Option(help="With --trace: which rank; default: one of the first and last pipeline stage.")
     ] = None,
     stage: Annotated[str | None, typer.Option(help="With --trace: which training stage; default: the first.")] = None,
+    timeline: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="OUT.json",
+            help="With --trace: write what each rank computes and sends when, of every pipeline stage, for Perfetto.",
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Say what a run needs before anything is rented: parameters, FLOPs, memory, time, and the layouts that fit."""
     from launch.plan.estimate import Assumptions
     from launch.plan.hardware import load_hardware
-    from launch.plan.picture import draw_plan
     from launch.plan.plan import make_plan, plan_as_dict
-    from launch.simulate.picture import draw_trace
-    from launch.simulate.trace import trace_as_dict
     from pretrain.checks.check_run import load_checked
 
     hardware = load_hardware(gpu)
-    check_trace_options(trace, search, rank, stage)
+    check_trace_options(trace, search, rank, stage, timeline)
     check_write_options(write, search, overrides)
     if picture is not None:
         check_picture(picture)
@@ -82,33 +88,70 @@ def plan(
     numbers = None if search else range(gpus, 0, -hardware.gpus_per_node)
     config = load_checked(path, overrides or [], world_size=numbers)
     made = make_plan(config, hardware, gpus, assumptions, tokens=tokens, search=search)
-    traced = trace_ranks(config, gpus, hardware, rank, stage) if trace else []
+    traced = trace_ranks(config, gpus, hardware, rank, stage, events=timeline is not None) if trace else []
+    steps = lay_out_steps(traced, hardware, assumptions, timeline) if timeline is not None else []
     if picture is not None:
-        if traced:
-            draw_trace(traced, picture)
-        else:
-            draw_plan(made, assumptions, picture)
-        say(f"wrote {picture}")
+        draw(made, traced, assumptions, picture)
     if write:
         write_winner(made, path)
     if as_json:
-        print_json(plan_as_dict(made) | ({"trace": [trace_as_dict(entry) for entry in traced]} if trace else {}))
+        print_json(plan_as_dict(made) | traced_as_dict(traced, steps))
         return
     print_plan(made, str(path))
     for entry in traced:
         print_trace(entry)
+    for line, planned in steps:
+        print_seconds(line, planned)
 
 
-def check_trace_options(trace: bool, search: bool, rank: int | None, stage: str | None) -> None:
-    """Refuse options of --trace that would have no effect. Raises ValueError."""
+def lay_out_steps(
+    traced: list[TracedRank], hardware: Hardware, assumptions: Assumptions, path: Path
+) -> list[tuple[Timeline, StepTime]]:
+    """Write the timeline of traced ranks; returns each rank's with the step that the plan has for it."""
+    from launch.simulate.timeline import lay_out, planned_step, write_timeline
+
+    lines = lay_out(traced, hardware)
+    write_timeline(lines, path)
+    say(f"wrote {path}: open it at https://ui.perfetto.dev")
+    return [(line, planned_step(line.entry, hardware, assumptions)) for line in lines]
+
+
+def traced_as_dict(traced: list[TracedRank], steps: list[tuple[Timeline, StepTime]]) -> dict[str, Any]:
+    """Traced ranks as JSON values, with the seconds of their step by part where there is a timeline; empty without ranks."""
+    from launch.simulate.timeline import compare_seconds
+    from launch.simulate.trace import trace_as_dict
+
+    seconds = {line.entry.rank: {"seconds": compare_seconds(line, planned)} for line, planned in steps}
+    found = [trace_as_dict(entry) | seconds.get(entry.rank, {}) for entry in traced]
+    return {"trace": found} if found else {}
+
+
+def draw(made: Plan, traced: list[TracedRank], assumptions: Assumptions, path: Path) -> None:
+    """Draw the memory of traced ranks, or the plan where none were traced."""
+    from launch.plan.picture import draw_plan
+    from launch.simulate.picture import draw_trace
+
+    if traced:
+        draw_trace(traced, path)
+    else:
+        draw_plan(made, assumptions, path)
+    say(f"wrote {path}")
+
+
+def check_trace_options(trace: bool, search: bool, rank: int | None, stage: str | None, timeline: Path | None) -> None:
+    """Refuse options of --trace that would have no effect, and a timeline that could not be written. Raises ValueError."""
     if trace and search:
         raise ValueError(
             "--trace runs the configuration's own layout, and --search looks for another; give one of them"
         )
-    if not trace and (rank is not None or stage is not None):
-        raise ValueError(
-            f"{'--rank' if rank is not None else '--stage'} has no effect without --trace; add it, or leave it out"
-        )
+    given = {"--rank": rank, "--stage": stage, "--timeline": timeline}
+    lost = [name for name, value in given.items() if value is not None]
+    if lost and not trace:
+        raise ValueError(f"{lost[0]} has no effect without --trace; add it, or leave it out")
+    if timeline is not None and timeline.suffix != ".json":
+        raise ValueError(f"--timeline {timeline} is JSON; use a name that ends in .json")
+    if timeline is not None and not timeline.parent.is_dir():
+        raise ValueError(f"--timeline {timeline}: there is no folder {timeline.parent}; make it first")
 
 
 def check_write_options(write: bool, search: bool, overrides: list[str] | None) -> None:
@@ -136,13 +179,13 @@ def write_winner(made: Plan, path: Path) -> None:
 
 
 def trace_ranks(
-    config: RunConfig, gpus: int, hardware: Hardware, rank: int | None, stage: str | None
+    config: RunConfig, gpus: int, hardware: Hardware, rank: int | None, stage: str | None, *, events: bool
 ) -> list[TracedRank]:
     """Trace ranks on the simulated cluster under a progress bar."""
     from launch.simulate.trace import trace_run
 
     with show_progress("trace") as report:
-        return trace_run(config, gpus, hardware, only_rank=rank, stage_name=stage, report=report)
+        return trace_run(config, gpus, hardware, only_rank=rank, stage_name=stage, report=report, events=events)
 
 
 def print_plan(made: Plan, title: str) -> None:
@@ -175,6 +218,7 @@ def print_plan(made: Plan, title: str) -> None:
     if made.is_search and made.layouts and made.layouts[0].layout != own.layout:
         best = made.layouts[0]
         print_pairs(f"A step of the fastest layout: {describe_layout(best)}", describe_step(best))
+    print_left_out(made)
     if not made.is_own:
         say(
             f"amfm: the configuration's own layout does not suit {own.layout.ranks} ranks; shown is {describe_layout(own)}"
@@ -211,6 +255,14 @@ def print_layouts(made: Plan) -> None:
     ]
     what = f"Layouts, fastest first; then near misses{'. All have ' + ' '.join(shared) if shared else ''}"
     print_rows(what, ("layout", "GiB", "s a step", "MFU", "most of the step, or why it does not fit"), rows)
+
+
+def print_left_out(made: Plan) -> None:
+    """Print why a search has no other layouts, counted, and what it does not try."""
+    rows = [("" if entry.count is None else f"{entry.count:,}", entry.what, entry.example) for entry in made.left_out]
+    if rows:
+        columns = ("layouts", "why not", "one of them; for what was not tried, the reason")
+        print_rows("Left out of the search", columns, rows)
 
 
 def describe_longest(item: Estimate) -> str:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from launch.console import print_pairs, print_rows, say
 
 if TYPE_CHECKING:
+    from launch.plan.time import StepTime
+    from launch.simulate.timeline import Timeline
     from launch.simulate.trace import TracedRank
 
 SHOWN_LINES = 12
@@ -67,7 +69,7 @@ def print_flops(entry: TracedRank, place: str) -> None:
 
 
 def print_bytes(entry: TracedRank, place: str) -> None:
-    """Print bytes handed to collectives, by axis and collective; the planned ones are a mean over all ranks."""
+    """Print bytes handed to collectives, by axis and collective; the planned ones are a mean over its pipeline stage."""
     from launch.simulate.trace import predicted_bytes, traced_bytes
 
     planned, traced = predicted_bytes(entry), traced_bytes(entry)
@@ -79,7 +81,7 @@ def print_bytes(entry: TracedRank, place: str) -> None:
         found = traced.get((axis, collective), {"passes": 0, "once a step": 0})
         formula = f"{planned[axis, collective]:,.0f}" if (axis, collective) in planned else ""
         rows.append((axis, collective, formula, f"{found['passes']:,}", f"{found['once a step']:,}"))
-    columns = ("axis", "collective", "formula, mean of all ranks", "traced, passes", "traced, once a step")
+    columns = ("axis", "collective", "formula, mean of its stage", "traced, passes", "traced, once a step")
     print_rows(f"Bytes handed to collectives in a step, {place}", columns, rows)
 
 
@@ -99,3 +101,17 @@ def print_launches(entry: TracedRank, place: str) -> None:
     rows.append(("all", f"{sums['triton']:,}", f"{sums['other']:,}", "", ""))
     columns = ("kind", "Triton kernels", "others", "a block, forward", "a block, backward")
     print_rows(f"Launches of a step, {place}", columns, rows)
+
+
+def print_seconds(line: Timeline, planned: StepTime) -> None:
+    """Print the seconds of the traced micro-batches by part: as planned, and as the timeline has them."""
+    from launch.simulate.timeline import compare_seconds
+
+    entry = line.entry
+    found = compare_seconds(line, planned)
+    rows = [
+        (name, f"{said:,.4f}", f"{laid_out:,.4f}", f"{laid_out - said:+,.4f}")
+        for name, (said, laid_out) in found.items()
+    ]
+    place = f"rank {entry.rank} of {entry.layout.ranks}, {entry.traced['micro_batches']} micro-batches"
+    print_rows(f"Seconds of a step, {place}", ("part", "planned", "timeline", "difference"), rows)

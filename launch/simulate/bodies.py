@@ -14,9 +14,6 @@ from typing import Any
 
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
-from torch._subclasses.fake_tensor import UnsupportedOperatorException
-
-from launch.simulate.place import current_line
 
 
 class BodyRunner:
@@ -28,20 +25,11 @@ class BodyRunner:
         self.mismatches: dict[str, str] = {}
 
     def run(self, func: Any, args: Any, kwargs: dict[str, Any], mode: Any) -> Any:
-        """Result of the body inside the dispatch mode; of the fake function where an operation has no Triton body.
-
-        Raises ValueError for an operation without a fake function.
-        """
+        """Result of the body inside the dispatch mode; of the fake function where an operation has no Triton body."""
         if func not in self.bodies:
             self.bodies[func] = find_body(func)
         body = self.bodies[func]
-        try:
-            expected = func(*args, **kwargs)
-        except (UnsupportedOperatorException, NotImplementedError) as error:
-            raise ValueError(
-                f"--trace: the operation {func} ({current_line()}) has no fake function: register one with "
-                "`register_fake`, as operations in kernels/ do, or plan without --trace"
-            ) from error
+        expected = func(*args, **kwargs)
         if body is None:
             return expected
         with mode:

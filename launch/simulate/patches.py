@@ -18,6 +18,7 @@ import torch
 # torch.compile's machinery reads signatures of what is replaced below when it is first imported.
 import torch._dynamo
 import triton
+from torch._C._distributed_c10d import FakeWork
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -151,3 +152,14 @@ def install_deepspeed(index: int) -> None:
         always(None),
         "compares with numbers that rank 0 would have sent",
     )
+
+
+def install_works(note_work: Callable[[int], None]) -> None:
+    """Let waits for exchanges be told by the exchange's number; 0 is of none, and sends that torch joined have none."""
+
+    def wait(work: Any, *_: Any) -> bool:
+        if work.seq_id > 0:
+            note_work(work.seq_id)
+        return True
+
+    replace(FakeWork, "wait", wait, "an exchange is over at once, and a timeline asks who would have waited for it")

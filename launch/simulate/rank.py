@@ -75,7 +75,10 @@ def trace_rank(config: RunConfig, settings: dict[str, Any], report: Callable[[st
     patches.install_deepspeed(card.index)
     set_determinism(config.train.seed, config.train.deterministic)
     tracer.watch(parallel.groups)
-    planned = planned_traffic(config, ranks)
+    if settings["events"]:
+        tracer.record_events()
+        patches.install_works(tracer.note_work)
+    planned = planned_traffic(config, ranks, rank)
     report("groups")
     with ExitStack() as modes:
         for mode in (FakeTensorMode(allow_non_fake_inputs=True), tracer, DeviceWords(tracer)):
@@ -83,18 +86,21 @@ def trace_rank(config: RunConfig, settings: dict[str, Any], report: Callable[[st
         return run_steps(config, parallel, tracer, report) | {"planned_traffic": planned}
 
 
-def planned_traffic(config: RunConfig, ranks: int) -> list[tuple[str, str, int]] | str:
-    """Bytes of all ranks by (axis, collective) from the formulas, or the reason why there are none.
+def planned_traffic(config: RunConfig, ranks: int, rank: int) -> list[tuple[str, str, float]] | str:
+    """Bytes by (axis, collective) from the formulas, a mean over the rank's pipeline stage; or why there are none.
 
     Must run after process groups exist: without them Megatron-core's layers take every group for one rank.
     """
-    from launch.plan.traffic import expected_bytes
+    from launch.plan.layout import Layout
+    from launch.plan.traffic import check_countable, stage_bytes
 
+    layout = Layout.of(config, ranks)
     try:
-        expected = expected_bytes(config, ranks)
+        check_countable(config, layout)
     except ValueError as reason:
         return str(reason)
-    return [(axis, collective, size) for (axis, collective, _), size in expected.items()]
+    expected = stage_bytes(config, layout, rank // layout.stage_ranks)
+    return [(axis, collective, size / layout.stage_ranks) for (axis, collective, _), size in expected.items() if size]
 
 
 def run_steps(config: RunConfig, parallel: Any, tracer: Tracer, report: Callable[[str], None]) -> dict[str, Any]:
@@ -117,6 +123,7 @@ def run_steps(config: RunConfig, parallel: Any, tracer: Tracer, report: Callable
         report(f"step {number + 1} of {STEPS}")
     step_peaks, by_line = dict(tracer.memory.peaks), dict(tracer.memory.by_line)
     tally, traffic, curve = tracer.tally, tracer.traffic, list(tracer.memory.curve)
+    events = [] if tracer.log is None else tracer.log.events
     blocks = dict(tracer.blocks.passes)
     tracer.begin_step()
     tracer.enter("checkpoint staging")
@@ -130,6 +137,7 @@ def run_steps(config: RunConfig, parallel: Any, tracer: Tracer, report: Callable
         "peak_phase": max(step_peaks, key=lambda phase: step_peaks[phase]),
         "by_line": by_line,
         "curve": curve,
+        "events": events,
         "micro_batches": len(run.loader.take(0, 0)),
         "passes": blocks,
         "flops": dict(tally.flops),

@@ -74,10 +74,12 @@ def trace_run(
     only_rank: int | None,
     stage_name: str | None,
     report: Report,
+    events: bool = False,
 ) -> list[TracedRank]:
     """Trace one rank, or by default the first rank of the first and of the last pipeline stage.
 
-    `stage_name`: a training stage of the run; None is the first. Raises ValueError for a rank or a stage that is not there
+    `stage_name`: a training stage of the run; None is the first. `events`: keep what happens in order, for a timeline, by
+    default of the first rank of every pipeline stage, since each waits for its neighbours. Raises ValueError for a rank or a stage that is not there
     and for what a simulated rank cannot run, RuntimeError where its process ends early.
     """
     check_torch(torch.__version__)
@@ -86,7 +88,7 @@ def trace_run(
         stage = by_name[stage_name] if stage_name else resolve_stages(config)[0]
         ranks = ranks_of_stage(config, stage, range(ranks, 0, -hardware.gpus_per_node))
     traced = traced_config(config, ranks, stage_name)
-    chosen = chosen_ranks(traced, ranks, only_rank)
+    chosen = chosen_ranks(traced, ranks, only_rank, every_stage=events)
     found = []
     for number, rank in enumerate(chosen):
         settings = {
@@ -94,6 +96,7 @@ def trace_run(
             "rank": rank,
             "ranks": ranks,
             "gpus_per_node": hardware.gpus_per_node,
+            "events": events,
         }
         result = run_child(settings, partial(tell, report, number * PROGRESS_LINES, len(chosen) * PROGRESS_LINES))
         layout = Layout.of(traced, ranks)
@@ -140,14 +143,15 @@ def traced_config(config: RunConfig, ranks: int, stage_name: str | None) -> RunC
     raise AssertionError("check_run was not called: no number of micro-batches suits the schedule")
 
 
-def chosen_ranks(config: RunConfig, ranks: int, only: int | None) -> list[int]:
-    """The rank asked for, else the first of the first and of the last pipeline stage.
+def chosen_ranks(config: RunConfig, ranks: int, only: int | None, *, every_stage: bool = False) -> list[int]:
+    """The rank asked for, else the first of the first and of the last pipeline stage, or of every one.
 
     Raises ValueError for a rank that is not there.
     """
     if only is None:
         pipeline = config.parallel.pipeline
-        return sorted({0, (pipeline - 1) * (ranks // pipeline)})
+        stages = range(pipeline) if every_stage else {0, pipeline - 1}
+        return sorted(stage * (ranks // pipeline) for stage in stages)
     if not 0 <= only < ranks:
         raise ValueError(f"--rank {only} is not among the {ranks} ranks of --gpus; use 0 to {ranks - 1}")
     return [only]
@@ -208,13 +212,13 @@ def kind_of(place: str) -> str:
 
 
 def predicted_bytes(entry: TracedRank) -> dict[tuple[str, str], float] | str:
-    """Mean bytes that a rank hands to collectives, by (axis, collective); or why there is no formula."""
+    """Bytes that a rank of this pipeline stage hands to collectives, by (axis, collective); or why there is no formula."""
     planned = entry.traced["planned_traffic"]
     if isinstance(planned, str):
         return planned
     found: dict[tuple[str, str], float] = {}
     for axis, collective, size in planned:
-        found[axis, collective] = found.get((axis, collective), 0.0) + size / entry.layout.ranks
+        found[axis, collective] = found.get((axis, collective), 0.0) + size
     return found
 
 

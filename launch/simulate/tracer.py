@@ -2,7 +2,7 @@
 
 How it works: the mode stands above FakeTensorMode and sees each operation that reaches the dispatcher, from Python or
 from autograd's C++. It runs the operation on fake tensors, then tells the meters: `memory.py` new storages, `flops.py`
-products, `count_collectives` what is sent. The host's control flow depends on a few integers (rows for each expert
+products, `count_collectives` what is sent, and `events.py`, where a timeline is asked for, all of it in order. The host's control flow depends on a few integers (rows for each expert
 rank, documents), so `values.py` carries those along on the CPU; other numbers that Python asks for get a harmless
 answer. A mode rather than a profiler, because without a device there is nothing to profile.
 """
@@ -22,8 +22,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from launch.bench.count_collectives import CommunicationCounter
+from launch.plan.registered import lacks_fake
 from launch.simulate.bodies import BodyRunner
 from launch.simulate.collectives import fill_received
+from launch.simulate.events import EventLog
 from launch.simulate.flops import count_flops
 from launch.simulate.memory import MemoryMeter
 from launch.simulate.place import BlockTracker, current_line
@@ -59,6 +61,7 @@ class Tracer(TorchDispatchMode):
         self.meant_meta = 0
         self.base_phase = "build"
         self.tally = Tally()
+        self.log: EventLog | None = None
 
     def watch(self, groups: ProcessGroupCollection) -> None:
         """Learn the process groups, whose axes traffic is counted by; call before the first operation."""
@@ -70,6 +73,17 @@ class Tracer(TorchDispatchMode):
         self.tally = Tally()
         self.traffic = {when: CommunicationCounter(self.groups) for when in ("passes", "once a step")}
         self.blocks.forget_passes()
+        if self.log is not None:
+            self.log.events = []
+
+    def record_events(self) -> None:
+        """From now on list what happens in a step, for a timeline; call after `watch`."""
+        self.log = EventLog(self.traffic["passes"].axis_of)
+
+    def note_work(self, number: int) -> None:
+        """Note that the current stream waits for an exchange."""
+        if self.log is not None:
+            self.log.wait(number)
 
     def enter(self, phase: str) -> None:
         """Start a phase as the run names it; the tracer itself tells backward from forward."""
@@ -88,7 +102,10 @@ class Tracer(TorchDispatchMode):
 
     def note_wait(self, what: str) -> None:
         """Count a point where the host waits for the card, under its source line."""
-        self.tally.host_waits[f"{current_line()}: {what}"] += 1
+        line = f"{current_line()}: {what}"
+        self.tally.host_waits[line] += 1
+        if self.log is not None:
+            self.log.host(line)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -106,8 +123,16 @@ class Tracer(TorchDispatchMode):
             return self._answer_scalar(args[0])
         if func.namespace == "c10d":
             return self._communicate(func, args, kwargs)
-        is_ours = func.namespace == "amfm"
-        out = self.bodies.run(func, args, kwargs, self) if is_ours else self._run(func, args, kwargs)
+        try:
+            is_ours = func.namespace == "amfm"
+            out = self.bodies.run(func, args, kwargs, self) if is_ours else self._run(func, args, kwargs)
+        except RuntimeError as error:
+            if not lacks_fake(error):
+                raise
+            raise ValueError(
+                f"--trace: the operation {func} ({current_line()}) has no fake function: register one with "
+                "`register_fake`, as operations in kernels/ do, or plan without --trace"
+            ) from error
         self.memory.track(out, self.operations)
         self.values.follow(func, args, kwargs, out)
         self.values.assume(func, args, out)
@@ -173,7 +198,10 @@ class Tracer(TorchDispatchMode):
         when = "passes" if self.base_phase in PASSES else "once a step"
         self.traffic[when].count(func._opname, args)
         fill_received(func._opname, args, self.values)
-        work = FakeWork().boxed()
+        fake = FakeWork()
+        if self.log is not None:
+            fake.seq_id = self.log.exchange(func._opname, args)  # by which its wait is known (patches.py)
+        work = fake.boxed()
         if func in CollectiveOp.WK:
             return work
         assert func in CollectiveOp.WK_ARG_1, f"{func} is a collective that nobody has taught this tracer"
@@ -187,8 +215,12 @@ class Tracer(TorchDispatchMode):
             self.tally.flops[kind] += flops
         if func in (aten._to_copy.default, aten.copy_.default):
             self._note_copy(func, args, kwargs, out)
-        if func.namespace != "amfm" and computes_on_card(func, out):
+        if not computes_on_card(func, out):
+            return
+        if func.namespace != "amfm":
             self._note_launch(self.tally.other_launches)
+        if self.log is not None:
+            self.log.compute(func, args, kwargs, out, flops=flops, kind=kind, phase=self.memory.phase)
 
     def _note_copy(self, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
         """Count copies between host and card for which the host waits.

@@ -1,4 +1,4 @@
-"""`amfm bench plan`: published training speeds beside the plan's."""
+"""`amfm bench plan`: the plan beside published training speeds, or beside traced ranks."""
 
 from __future__ import annotations
 
@@ -22,9 +22,23 @@ def plan(
         bool,
         typer.Option("--fit", help="Also fit the efficiencies on half of the runs and plan the other half with them."),
     ] = False,
+    traced: Annotated[
+        bool,
+        typer.Option(
+            "--traced", help="Trace ranks of a small model in many layouts instead: docs/benchmarks/traced.md."
+        ),
+    ] = False,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="With --traced: this layout of the table; may be repeated.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Plan runs whose speed on H100 is published, and print the error of each: the table of docs/benchmarks/planning.md."""
+    if traced:
+        _trace(presets, fit, only or [], as_json=as_json)
+        return
+    if only:
+        raise ValueError("--only has no effect without --traced; add it, or leave it out")
     from launch.bench.published.planning import anchor_as_dict, fit_halves, load_anchors
 
     anchors = load_anchors(presets)
@@ -41,6 +55,38 @@ def plan(
     _say_errors(rows, halves)
     if any(row["is_stand_in"] for row in rows):
         say("Lightning is planned with Nano's blocks; its error is of FLOPs a second")
+
+
+def _trace(presets: Path, fit: bool, only: list[str], *, as_json: bool) -> None:
+    """Trace the layouts of a table, or those that are named, and print planned beside traced memory and bytes."""
+    from launch.bench.traced import CASES, trace_cases
+
+    if fit:
+        raise ValueError("--fit fits efficiencies to published speeds, and --traced has no times; give one of them")
+    unknown = set(only) - {case.name for case in CASES}
+    if unknown:
+        raise ValueError(
+            f"--only {unknown.pop()!r} is no layout of the table; use one of {', '.join(case.name for case in CASES)}"
+        )
+    rows = trace_cases(presets, [case for case in CASES if not only or case.name in only], say)
+    if as_json:
+        print_json(rows)
+        return
+    columns = ("layout", "ranks", "rank", "planned GiB", "traced GiB", "error", "bytes by axis")
+    lines = [
+        (
+            row["case"],
+            row["ranks"],
+            row["rank"],
+            f"{row['planned_bytes'] / 2**30:.3f}",
+            f"{row['traced_bytes'] / 2**30:.3f}",
+            f"{row['error']:+.1%}",
+            row["bytes_by_axis"],
+        )
+        for row in rows
+    ]
+    print_rows("Peak of a rank in a step, and what it hands to collectives", columns, lines)
+    say(f"largest error {max(abs(row['error']) for row in rows):.1%}")
 
 
 def _table(rows: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:

@@ -1,7 +1,7 @@
 """Simulated ranks of a small run beside the plan, the waits that are allowed, and what wrong input is told."""
 
 import json
-from pathlib import Path
+from itertools import pairwise
 
 import pytest
 import torch
@@ -12,20 +12,9 @@ from launch.cli import run
 from launch.plan.hardware import HARDWARE
 from launch.simulate.trace import check_torch, predicted_bytes, trace_run, traced_bytes, traced_config
 from pretrain.checks.check_run import load_checked
+from tests.launch.simulate.allowed_waits import expected_waits, unnumbered
 
-ROOT = Path(__file__).parents[3]
 H100 = HARDWARE["h100"]
-ALLOWED_WAITS = Path(__file__).with_name("host_waits.txt")
-
-
-def allowed_waits():
-    """Lines of the list: file, function and what is waited for, without the number of the line."""
-    return {line for line in ALLOWED_WAITS.read_text(encoding="utf-8").splitlines() if line and line[0] != "#"}
-
-
-def unnumbered(waits):
-    """Waits as the list names them: the line's number changes with every edit."""
-    return {f"{wait.partition(':')[0]} {wait.partition(' ')[2]}" for wait in waits}
 
 
 @pytest.fixture
@@ -48,7 +37,7 @@ def test_a_composed_layout_sends_the_bytes_of_the_formulas_and_waits_where_it_ma
     # The plan counts norms and routers, which every tensor rank holds, as cut.
     assert entry.traced["parameters"] == pytest.approx(entry.held_parameters(), rel=0.01)
     assert entry.traced["mismatches"] == {}
-    assert unnumbered(entry.traced["host_waits"]) <= allowed_waits()
+    assert unnumbered(entry.traced["host_waits"]) == expected_waits(entry.config)
     found = {key: sum(sizes.values()) for key, sizes in traced_bytes(entry).items()}
     assert found == predicted_bytes(entry)
 
@@ -56,14 +45,16 @@ def test_a_composed_layout_sends_the_bytes_of_the_formulas_and_waits_where_it_ma
 def test_experts_under_a_capacity_factor_wait_for_nothing(small):
     (entry,) = trace(small, 4, "parallel.expert=4", "model.moe.capacity_factor=1.5")
     waits = unnumbered(entry.traced["host_waits"])
-    assert waits <= {line for line in allowed_waits() if not line.startswith("model/moe/")}
+    assert waits == expected_waits(entry.config)
+    assert not [line for line in waits if line.startswith("model/moe/")]
     found = {key: sum(sizes.values()) for key, sizes in traced_bytes(entry).items()}
     assert found == predicted_bytes(entry)
 
 
-def test_trace_gives_json_and_a_picture(small, tmp_path, capsys):
-    picture = tmp_path / "memory.svg"
+def test_trace_gives_json_a_picture_and_a_timeline(small, tmp_path, capsys):
+    picture, timeline = tmp_path / "memory.svg", tmp_path / "step.json"
     arguments = ["plan", str(small), "--gpus", "4", "--trace", "--rank", "3", "--json", "--picture", str(picture)]
+    arguments += ["--timeline", str(timeline)]
     # Kernels run in bfloat16, and so few rows and heads would be cut into segments, were there several chunks.
     assert run([*arguments, "parallel.pipeline=2", "train.precision=bf16", "model.mamba.chunk_size=128"]) == 0
     (found,) = json.loads(capsys.readouterr().out)["trace"]
@@ -77,6 +68,14 @@ def test_trace_gives_json_and_a_picture(small, tmp_path, capsys):
     assert launches["forward"]["mamba"] <= 10 and launches["backward"]["mamba"] <= 16, launches
     assert launches["forward"]["moe"] <= 14, launches
     assert picture.read_text(encoding="utf-8").startswith("<?xml")
+    spans = [event for event in json.loads(timeline.read_text(encoding="utf-8"))["traceEvents"] if event["ph"] == "X"]
+    computed = [event for event in spans if event["tid"] == 0]
+    # One stream computes one operation at a time, and every collective is on its axis beside it.
+    assert all(ahead["ts"] + ahead["dur"] <= behind["ts"] + 1e-6 for ahead, behind in pairwise(computed))
+    assert {event["name"] for event in spans if event["tid"]} >= {"send", "receive", "all_reduce"}
+    planned, laid_out = found["seconds"].pop("all")
+    assert planned > 0
+    assert laid_out == pytest.approx(sum(own for _, own in found["seconds"].values()))
 
 
 def test_the_schedule_gets_the_micro_batches_that_it_asks_for(small):
@@ -93,6 +92,10 @@ def test_the_schedule_gets_the_micro_batches_that_it_asks_for(small):
         (("--trace", "--rank", "8"), "use 0 to 7"),
         (("--trace", "--stage", "annealing"), "use one of training"),
         (("--rank", "0"), "has no effect without --trace"),
+        (("--timeline", "out.json"), "--timeline has no effect without --trace"),
+        (("--trace", "--timeline", "out.txt"), "use a name that ends in .json"),
+        (("--trace", "--timeline", "nowhere/out.json"), "there is no folder nowhere"),
+        (("--trace", "parallel.offload_optimizer=true"), "offload_optimizer=true is not modelled"),
         (("--trace", "--search"), "give one of them"),
         (("--trace", "parallel.tensor=3"), "must divide"),
     ],

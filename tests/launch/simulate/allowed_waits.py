@@ -1,0 +1,50 @@
+"""The committed list of waits for the card, by the runs in which each occurs, beside what a traced step waited for."""
+
+from pathlib import Path
+
+from model.moe.balance import auxiliary_names
+from pretrain.config.schema import RunConfig
+
+LIST = Path(__file__).with_name("host_waits.txt")
+
+
+def waits_by_section() -> dict[str, set[str]]:
+    """Lines of the list under their headings: file, function and what is waited for, without the number of the line."""
+    found: dict[str, set[str]] = {}
+    for line in LIST.read_text(encoding="utf-8").splitlines():
+        if line.startswith("["):
+            own = found.setdefault(line.strip("[]"), set())
+        elif line and line[0] != "#":
+            own.add(line)
+    return found
+
+
+def sections_of(config: RunConfig) -> set[str]:
+    """The headings that hold for a run."""
+    section, letters, moe = config.parallel, config.model.letters, config.model.moe
+    zero = section.zero_stage
+    found = {"every step", f"ZeRO {zero}"}
+    found |= {"ZeRO 1 or 2"} if zero in (1, 2) else set()
+    found |= {"ZeRO 1, 2 or 3"} if zero else set()
+    if config.train.precision == "bf16":
+        found |= {f"{name} in bf16" for name in found}
+    if config.model.num_depths:
+        found.add("prediction depths")
+    if "E" in letters:
+        found.add("experts")
+        if moe is not None and auxiliary_names(moe):
+            found.add("balancing losses")
+        if section.expert > 1 and (moe is None or moe.capacity_factor is None):
+            found.add("experts that are spread and counted")
+    return found
+
+
+def expected_waits(config: RunConfig) -> set[str]:
+    """The waits of a step of this run, all of them."""
+    by_section = waits_by_section()
+    return set().union(*(by_section.get(name, set()) for name in sections_of(config)))
+
+
+def unnumbered(waits) -> set[str]:
+    """Traced waits as the list names them: the line's number changes with every edit."""
+    return {f"{wait.partition(':')[0]} {wait.partition(' ')[2]}" for wait in waits}
