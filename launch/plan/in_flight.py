@@ -9,11 +9,12 @@ cut in two, until the gradients of its weights are computed, which a later stage
 from __future__ import annotations
 
 from functools import lru_cache
+from operator import ge
 from typing import NamedTuple
 
 from launch.plan.layout import Layout
 
-ROUNDS = 4  # of as many micro-batches as stages: passes repeat after the first
+ROUNDS = 3  # of as many micro-batches as stages: passes repeat after the first
 
 
 class Moment(NamedTuple):
@@ -28,20 +29,20 @@ class Moment(NamedTuple):
     cut: tuple[int, ...]
 
 
-def moments_of(layout: Layout, stage: int, micro_batches: int) -> frozenset[Moment]:
-    """The distinct passes of a rank of a pipeline stage in one step."""
+def moments_of(layout: Layout, stage: int, micro_batches: int) -> tuple[Moment, ...]:
+    """The passes of a rank of a pipeline stage at which it holds the most; another of the same piece holds no more of any."""
     ranks = layout.pipeline
     return _moments(layout.schedule, ranks, layout.virtual_stages, stage, min(micro_batches, ROUNDS * ranks))
 
 
 @lru_cache(maxsize=4096)
-def _moments(schedule: str, ranks: int, pieces: int, stage: int, micro_batches: int) -> frozenset[Moment]:
+def _moments(schedule: str, ranks: int, pieces: int, stage: int, micro_batches: int) -> tuple[Moment, ...]:
     total = micro_batches * pieces
     first = min(total, (pieces - 1) * ranks + (2 if schedule == "interleaved" else 1) * (ranks - 1 - stage))
     delay = stage if schedule == "zero_bubble" else 0
     held, cut = [0] * pieces, [0] * pieces
     waiting: list[int] = []
-    found = set()
+    found: set[Moment] = set()
     for step in range(total + first):
         if step < total:
             piece = step // ranks % pieces
@@ -56,4 +57,11 @@ def _moments(schedule: str, ranks: int, pieces: int, stage: int, micro_batches: 
                 gone = waiting.pop(0)
                 held[gone] -= 1
                 cut[gone] -= 1
-    return frozenset(found)
+    return tuple(one for one in found if not any(_holds_more(other, one) for other in found))
+
+
+def _holds_more(other: Moment, one: Moment) -> bool:
+    """Whether another moment of the same pass holds as much of everything, and more of something."""
+    if other is one or other[:2] != one[:2]:
+        return False
+    return all(map(ge, other.held + other.cut, one.held + one.cut))

@@ -224,7 +224,8 @@ def activations_of(
         cut.append(tokens * left + kept_head * is_end)
     for found in moments_of(layout, stage, layout.micro_batches(config)):
         bytes_held = sum(times * size for times, size in zip(found.held, kept))
-        bytes_held += sum(times * size for times, size in zip(found.cut, cut))
+        if is_cut:
+            bytes_held += sum(times * size for times, size in zip(found.cut, cut))
         yield found.piece, found.is_forward, bytes_held + stream
 
 

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from model.build import build_mixer
+from model.config.mixer_options import LinearOptions
 from model.config.pattern import mixer_name
 from model.config.schema import ModelConfig
 from model.mixers.interface import SequenceMixer
@@ -59,6 +60,8 @@ def registered_block(
     fake function.
     """
     config = with_cut_heads(config, tensor)
+    # A run whose chunks or states Triton's kernels do not take has to ask for PyTorch's.
+    backend = backend if takes_kernels(config, letter) else "torch"
     try:
         # Fake tensors and not meta ones for PyTorch's kernels: it chooses its attention by device.
         with torch.device("meta") if backend == "triton" else FakeTensorMode(), default_dtype(dtype):
@@ -87,6 +90,19 @@ def lacks_fake(error: RuntimeError) -> bool:
     """Whether an error is of an operation without a fake function; torch says it in three ways."""
     known = isinstance(error, (UnsupportedOperatorException, NotImplementedError))
     return known or "no fake impl registered" in str(error)
+
+
+def takes_kernels(config: ModelConfig, letter: str) -> bool:
+    """Whether Triton's kernels take the chunks and states of a registered mixer, and of one that it wraps."""
+    name = mixer_name(letter)
+    options = None if name is None else getattr(config.mixers, name)
+    inside = None if options is None else options.wraps()
+    found = [options, None if inside is None else getattr(config.mixers, inside)]
+    return all(
+        each.scan_limits.takes_chunk(each.chunk_size) and each.scan_limits.takes_state(*each.state_shape())
+        for each in found
+        if isinstance(each, LinearOptions) and each.scan_limits is not None
+    )
 
 
 def with_cut_heads(config: ModelConfig, tensor: int) -> ModelConfig:
@@ -126,8 +142,10 @@ def _measure(mixer: SequenceMixer, hidden_size: int, dtype: torch.dtype, backend
     """
     meta = PackMeta.one_document_a_row(1, COUNTED_TOKENS)
     if backend == "triton":
-        halves_BT = (torch.arange(COUNTED_TOKENS, device="cpu") * 2 // COUNTED_TOKENS)[None]
-        meta = PackMeta.from_document_ids(halves_BT).find_starts().map_tensors(lambda tensor: tensor.to("meta"))
+        with torch.device("cpu"):  # where documents begin is found from values
+            halves_BT = (torch.arange(COUNTED_TOKENS) * 2 // COUNTED_TOKENS)[None]
+            meta = PackMeta.from_document_ids(halves_BT).find_bounds()
+        meta = meta.map_tensors(lambda tensor: tensor.to("meta"))
     x_BTD = torch.empty(1, COUNTED_TOKENS, hidden_size, dtype=dtype, requires_grad=True)
     known = {id_of(tensor) for tensor in [x_BTD, *mixer.parameters(), *mixer.buffers()]}
     kept: dict[int, Any] = {}
