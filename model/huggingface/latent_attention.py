@@ -228,7 +228,7 @@ def model_config_from_latent(fields: Mapping[str, Any], target: str) -> ModelCon
 
     Raises ValueError where the class uses something that our model does not have.
     """
-    require_fields(fields, {"hidden_act": "silu", "attention_bias": False})
+    require_fields(fields, {"hidden_act": "silu", "attention_bias": False, "rope_interleave": True})
     if fields["num_key_value_heads"] != fields["num_attention_heads"]:
         raise ValueError(
             f"config.json: num_key_value_heads={fields['num_key_value_heads']} cannot be imported; latents are expanded to all "
@@ -260,6 +260,11 @@ def model_config_from_latent(fields: Mapping[str, Any], target: str) -> ModelCon
             "feed_forward": FeedForwardConfig(hidden_size=dense_size, activation="swiglu") if "-" in pattern else None,
         }
     )
+
+
+def is_prediction_layer(name: str, config: ModelConfig, target: str) -> bool:
+    """Whether a tensor is of the layer behind a deepseek_v3's last one, which predicts further ahead and is not read here."""
+    return target == "deepseek_v3" and name.startswith(f"model.layers.{len(config.letters) // 2}.")
 
 
 def _mla_section(fields: Mapping[str, Any], target: str) -> dict[str, Any]:

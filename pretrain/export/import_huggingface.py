@@ -32,6 +32,7 @@ from model.huggingface.config import (
     huggingface_config,
     model_config_from_huggingface,
 )
+from model.huggingface.latent_attention import is_prediction_layer
 from model.huggingface.targets import Source, Target
 from model.huggingface.weights import weight_map
 from pretrain.export.export import check_free
@@ -100,7 +101,7 @@ def read_huggingface(source: Path, report: Report = silent) -> tuple[Weights, So
     tokenizer = read_tokenizer(source, fields)
     report(f"reading {source}")
     tensors = read_tensors(source)
-    config, skipped = choose_depths(config, tensors)
+    config, skipped = choose_depths(config, tensors, target)
     skipped += tuple(name for name in tensors if name.endswith(SKIPPED_SUFFIXES))
     tensors = {name: tensor for name, tensor in tensors.items() if name not in skipped}
     state = {name: tensor.to(torch.float32) for name, tensor in weight_map(config, target).to_ours(tensors).items()}
@@ -108,12 +109,16 @@ def read_huggingface(source: Path, report: Report = silent) -> tuple[Weights, So
     return Weights(config, state, tokenizer, f"imported from {source}"), target, len(tensors), skipped
 
 
-def choose_depths(config: ModelConfig, tensors: Mapping[str, Tensor]) -> tuple[ModelConfig, tuple[str, ...]]:
+def choose_depths(
+    config: ModelConfig, tensors: Mapping[str, Tensor], target: Source
+) -> tuple[ModelConfig, tuple[str, ...]]:
     """Take prediction depths that both config.json and the tensors have; returns the model and what is left out.
 
     transformers neither loads nor saves such tensors, so a folder that it wrote may name depths without any.
     """
-    found = tuple(name for name in tensors if name.startswith(SKIPPED_PREFIXES))
+    found = tuple(
+        name for name in tensors if name.startswith(SKIPPED_PREFIXES) or is_prediction_layer(name, config, target)
+    )
     if config.num_depths and not found:
         return config.without_depths(), ("mtp.*, which config.json names and no file has",)
     return config, () if config.num_depths else found

@@ -20,24 +20,42 @@ from tests.pretrain.test_micro_batch import make_batch
 from tests.pretrain.tiny_run import MODEL, read_events, read_metrics, tiny_config, train_and_collect
 
 SMALL = {**MODEL, "hidden_size": 16}
+# What else a resumed run must go on with to the bit: gates, Kimi Delta Attention and latent attention.
+GATED = {
+    **SMALL,
+    "pattern": "K+*/*E/*E",
+    "mtp": {"shared": True},
+    "attention": {**MODEL["attention"], "gate": "element"},
+    "mixers": {
+        "kda": {"num_heads": 2, "head_dim": 4, "chunk_size": 16},
+        "mla": {
+            "num_heads": 2,
+            "latent_size": 8,
+            "nope_head_dim": 4,
+            "rope_head_dim": 4,
+            "value_head_dim": 4,
+            "gate": "head",
+        },
+    },
+}
 DEEP = {**SMALL, "pattern": "M*/*E/*E", "mtp": {"shared": True}}
 
 
-def deep_config(data: DataConfig, run_dir: Path, **overrides):
-    tree = tiny_config(data, run_dir, **overrides).model_dump(mode="json") | {"model": DEEP}
+def deep_config(data: DataConfig, run_dir: Path, model=DEEP, **overrides):
+    tree = tiny_config(data, run_dir, **overrides).model_dump(mode="json") | {"model": model}
     return type(tiny_config(data, run_dir)).model_validate(tree)
 
 
 def test_a_run_logs_each_depth_and_resumes_to_the_bit(data: DataConfig, tmp_path: Path) -> None:
     settings = {"train__validate_every_steps": 4, "train__checkpoint_every_steps": 2, "data__validation_fraction": 0.2}
-    straight = train_and_collect(deep_config(data, tmp_path / "straight", **settings))
+    straight = train_and_collect(deep_config(data, tmp_path / "straight", GATED, **settings))
     losses = straight.series("mtp_loss")
     assert all(len(step) == 2 and all(5 < loss < 7 for loss in step) for step in losses)
     accepted = straight.metrics[-1]["mtp_accepted"]
     assert len(accepted) == 2 and all(0 <= part <= 1 for part in accepted)
     assert read_events(tmp_path / "straight", "validation")[-1]["mtp_accepted"] == accepted
-    assert train(deep_config(data, tmp_path / "cut", train__stop_after_steps=2, **settings)) == 0
-    resumed = train_and_collect(deep_config(data, tmp_path / "cut", **settings))
+    assert train(deep_config(data, tmp_path / "cut", GATED, train__stop_after_steps=2, **settings)) == 0
+    resumed = train_and_collect(deep_config(data, tmp_path / "cut", GATED, **settings))
     assert resumed.series("mtp_loss") == losses and resumed.series("loss") == straight.series("loss")
     assert all(torch.equal(value, straight.weights[name]) for name, value in resumed.weights.items())
 

@@ -202,11 +202,13 @@ def test_qwen3_next_is_its_public_configuration_in_the_class_of_transformers():
     assert counts.active - counts.active_by_kind["embedding"] == pytest.approx(3.5e9, rel=0.1)
 
 
-def test_kimi_linear_has_the_size_of_its_public_configuration_in_the_class_of_transformers():
+def test_kimi_linear_is_its_public_configuration_in_the_class_of_transformers():
     latent = {*range(3, 27, 4), 26}
     kinds = ["full_attention" if layer in latent else "linear_attention" for layer in range(27)]
     public = transformers.KimiLinearConfig(layer_types=kinds)
-    counts = count_parameters(load("kimi_linear_48b").model)
+    preset = load("kimi_linear_48b").model
+    assert sizes_of(preset) == sizes_of(model_config_from_huggingface(public.to_dict()))
+    counts = count_parameters(preset)
     assert counts.total == count_on_meta(lambda: transformers.KimiLinearForCausalLM(public))
     # 48B total and 3B active in its name.
     assert counts.total == pytest.approx(48e9, rel=0.03)

@@ -17,8 +17,8 @@ from model.packing import PackMeta
 from model.parallel.groups import single_rank_groups
 from model.pipeline_split import cut_pieces
 from pretrain.export.export import export_checkpoint
-from pretrain.export.import_huggingface import import_huggingface
-from pretrain.inference.weights import load_initial_weights, read_weights
+from pretrain.export.import_huggingface import choose_depths, import_huggingface
+from pretrain.inference.weights import load_initial_weights, read_weights, write_weights
 from pretrain.train import train
 from tests.pretrain.export.exported_models import MODELS, random_weights, weights_folder
 from tests.pretrain.tiny_run import MODEL, tiny_config
@@ -106,6 +106,41 @@ def test_prediction_heads_for_later_tokens_are_left_out_and_named(data: DataConf
         load_file(out / "model.safetensors") | {"mtp.layers.0.norm.weight": torch.ones(3)}, out / "model.safetensors"
     )
     assert import_huggingface(out, tmp_path / "back").skipped == ("mtp.layers.0.norm.weight",)
+
+
+LATENT = {
+    **MODEL,
+    "pattern": "K-+E",
+    "feed_forward": {"hidden_size": 40, "activation": "swiglu"},
+    "mixers": {
+        "kda": {"num_heads": 3, "head_dim": 8, "chunk_size": 16},
+        "mla": {"num_heads": 3, "latent_size": 12, "nope_head_dim": 6, "rope_head_dim": 4, "value_head_dim": 8},
+    },
+    "moe": {**MODEL["moe"], "activation": "swiglu", "shared_expert_hidden_size": 24},
+}
+ROTARY = {"mixers": {"mla": LATENT["mixers"]["mla"] | {"positions": "rope", "query_latent_size": 10}}}
+LATENT_MODELS = {"kimi_linear": LATENT, "deepseek_v3": LATENT | {"pattern": "+-+E"} | ROTARY}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", LATENT_MODELS)
+def test_latent_classes_are_proved_and_come_back(data: DataConfig, tmp_path: Path, target: str) -> None:
+    (tmp_path / "weights").mkdir()
+    weights = random_weights(data, LATENT_MODELS[target])
+    write_weights(tmp_path / "weights", weights)
+    report = export_checkpoint(tmp_path / "weights", tmp_path / "out")
+    assert report.target == target and report.max_logit_difference < 1e-4
+    import_huggingface(tmp_path / "out", tmp_path / "back")
+    back = read_weights(tmp_path / "back")
+    assert back.model == weights.model
+    assert all(torch.equal(back.state[name], value) for name, value in weights.state.items())
+
+
+def test_the_prediction_layer_behind_a_deepseek_v3_is_left_out() -> None:
+    config = ModelConfig.model_validate(LATENT_MODELS["deepseek_v3"])
+    tensors = {name: torch.ones(1) for name in ("model.layers.1.mlp.gate.weight", "model.layers.2.eh_proj.weight")}
+    assert choose_depths(config, tensors, "deepseek_v3") == (config, ("model.layers.2.eh_proj.weight",))
+    assert choose_depths(config, tensors, "kimi_linear") == (config, ())
 
 
 def test_a_run_starts_from_an_import_and_then_from_its_own_checkpoint(data: DataConfig, tmp_path: Path) -> None:
