@@ -76,7 +76,13 @@ def test_little_is_kept_for_backward(keep: bool, groups: int, limit: float) -> N
 
     parameters = sum(leaves[name].untyped_storage().nbytes() for name in NAMES[1:])
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        triton_impl.mix_triton(*(leaves[name] for name in NAMES), case.sizes(), None, case.chunk, keep)
+        triton_impl.mix_triton(
+            *(leaves[name] for name in NAMES),
+            sizes=case.sizes(),
+            document_starts_BT=None,
+            chunk_size=case.chunk,
+            keep_states=keep,
+        )
     width = 2 * case.T * case.sizes().inner  # d bfloat16 numbers a token
     states = case.N / case.chunk if keep else 0.0
     assert sum(kept.values()) - parameters <= (limit + states) * width
