@@ -13,7 +13,7 @@ the next one awaits are laid out at its beginning, as they are in every step but
 from __future__ import annotations
 
 import json
-from collections import Counter, defaultdict, deque
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,8 +50,8 @@ class Timeline:
     entry: TracedRank
     seconds: float = 0.0
     slices: list[Slice] = field(default_factory=list)
-    busy: Counter[str] = field(default_factory=Counter)
-    waited: Counter[str] = field(default_factory=Counter)
+    busy: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    waited: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
 
 class _Rank:
@@ -61,7 +61,7 @@ class _Rank:
         self.line = Timeline(entry)
         self.events: list[dict[str, Any]] = entry.traced["events"]
         self.place = 0
-        self.free: Counter[str] = Counter()  # when an axis can take the next exchange
+        self.free: defaultdict[str, float] = defaultdict(float)  # when an axis can take the next exchange
         self.ends: dict[int, tuple[float, str]] = {}  # exchange -> its end, and its axis
         self.receives: dict[int, dict[str, Any]] = {}  # not yet known to have arrived
 
@@ -205,7 +205,7 @@ def compare_seconds(line: Timeline, planned: StepTime) -> dict[str, tuple[float,
         if kind != OUTSIDE:
             found[kind] = planned.compute.get(kind, 0.0), line.busy[kind]
     found["optimizer and sums of gradients"] = planned.optimizer, line.busy[OUTSIDE]
-    waited = Counter(line.waited)
+    waited = defaultdict(float, line.waited)
     for part in dict.fromkeys(PARTS.values()):
         own = sum(waited.pop(axis, 0.0) for axis, name in PARTS.items() if name == part)
         said = planned.communication.get(part, 0.0) + (planned.bubble if part == "pipeline" else 0.0)

@@ -59,7 +59,7 @@ def plan(
 
 def _trace(presets: Path, fit: bool, only: list[str], *, as_json: bool) -> None:
     """Trace the layouts of a table, or those that are named, and print planned beside traced memory and bytes."""
-    from launch.bench.traced import CASES, trace_cases
+    from launch.simulate.table import CASES, trace_cases
 
     if fit:
         raise ValueError("--fit fits efficiencies to published speeds, and --traced has no times; give one of them")

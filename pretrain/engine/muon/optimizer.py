@@ -60,7 +60,7 @@ class Muon(torch.optim.AdamW):
         ]
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Step the groups of this call, which DeepSpeed may narrow to one."""
         assert closure is None, "gradients come from the engine"
         groups = self.param_groups

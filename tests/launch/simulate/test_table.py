@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.bench.traced import CASES, PRESET, SETTINGS, compare_bytes, trace_case
 from launch.cli import run
+from launch.simulate.table import CASES, PRESET, SETTINGS, compare_bytes, trace_case
 from pretrain.checks.check_run import load_checked
 from tests.launch.simulate.allowed_waits import expected_waits, sections_of, unnumbered, waits_by_section
 

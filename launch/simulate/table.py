@@ -1,7 +1,7 @@
 """The plan beside simulated ranks over a table of layouts: peaks of memory, bytes by axis, and waits of the host.
 
 How it works: each case is a smaller ladder_1b, of its widths, on 8 or 16 ranks under other axes, ZeRO stages, schedules,
-recomputation or blocks. Its ranks take real steps on fake tensors (`launch/simulate`), so no card is needed, and no number depends on the machine. Rows
+recomputation or blocks. Its ranks take real steps on fake tensors, so no card is needed, and no number depends on the machine. Rows
 are those of the preset, 4,096 tokens; a micro-batch is one row, and a step has `pipeline + 1` of them or as many as its
 schedule asks for.
 """
