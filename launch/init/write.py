@@ -175,7 +175,12 @@ def short_schedule() -> dict[str, Any]:
 def changed_settings(choice: Choice) -> dict[str, Any]:
     """The `parallel` section without settings at their defaults, ZeRO stage always named."""
     settings = choice.estimate.layout.settings()
-    return {name: value for name, value in settings.items() if name == "zero_stage" or value not in (1, False, "1f1b")}
+    # True equals 1, so sequence parallelism is told from an axis of one rank by its type.
+    return {
+        name: value
+        for name, value in settings.items()
+        if name == "zero_stage" or value is True or value not in (1, False, "1f1b")
+    }
 
 
 # Said beside a key of the file: why it has this value, and when to change it.

@@ -112,6 +112,7 @@ def own_step(config: RunConfig, parallel: Any, stage: int) -> dict[str, Tensor]:
     with engine.accumulate(1):
         engine.backward(engine.forward(*batch()).loss.total / 48 / parallel.data_world_size)
     engine.step(RATE)
+    engine.wait_for_weights()
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
