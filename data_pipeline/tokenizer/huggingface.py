@@ -25,7 +25,7 @@ class HuggingFaceTokenizer:
 
     def __init__(self, content: bytes, eos_id: int) -> None:
         self._content, self._eos_id = content, eos_id
-        self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
+        self._tokenizer = parse_tokenizer(content)
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -93,6 +93,18 @@ class HuggingFaceTokenizer:
         return self._content
 
 
+def parse_tokenizer(content: bytes) -> tokenizers.Tokenizer:
+    """Build a tokenizer from the content of a tokenizer.json; ValueError where it is none."""
+    try:
+        return tokenizers.Tokenizer.from_buffer(content)
+    except BaseException as error:
+        # The library panics on some broken files: an exception that `except Exception` lets pass, of a class that
+        # nothing exports.
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"the tokenizers library cannot read it: {error}") from error
+
+
 def read_tokenizer_json(path: Path, eos: str | int | None) -> HuggingFaceTokenizer:
     """Load a tokenizer.json; `eos` is the end-of-text token or its id, else tokenizer_config.json beside it names it.
 
@@ -100,7 +112,7 @@ def read_tokenizer_json(path: Path, eos: str | int | None) -> HuggingFaceTokeniz
     """
     content = path.read_bytes()
     try:
-        vocabulary = tokenizers.Tokenizer.from_buffer(content).get_vocab(with_added_tokens=True)
+        vocabulary = parse_tokenizer(content).get_vocab(with_added_tokens=True)
     except ValueError as error:
         raise ValueError(f"{path} isn't a tokenizer.json ({error}); name a file of the tokenizers library") from error
     if isinstance(eos, int):

@@ -16,7 +16,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-import tokenizers
+from data_pipeline.tokenizer.huggingface import parse_tokenizer
 
 
 def convert_tiktoken(path: Path, *, pattern: str, special_tokens: Mapping[str, int]) -> bytes:
@@ -60,7 +60,7 @@ def convert_tiktoken(path: Path, *, pattern: str, special_tokens: Mapping[str, i
     }
     content = json.dumps(document, ensure_ascii=False).encode()
     try:
-        tokenizers.Tokenizer.from_buffer(content)
+        parse_tokenizer(content)
     except ValueError as error:
         raise ValueError(
             f"{path} with pattern {pattern!r} gives no tokenizer ({error}); correct the pattern"

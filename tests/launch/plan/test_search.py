@@ -73,8 +73,13 @@ def test_a_search_over_all_axes_finds_what_zero_alone_cannot_fit_within_a_minute
     seconds = [item["step"]["seconds"] for item in found["layouts"]]
     assert seconds == sorted(seconds)
     best = found["layouts"][0]["parallel"]
-    overrides = [f"parallel.{name}={str(value).lower()}" for name, value in best.items()]
-    overrides += [f"train.{name}={value}" for name, value in found["layouts"][0]["train"].items() if value]
+    chosen = {"": found["layouts"][0]} | {f"stages.{place}.": s["chosen"] for place, s in enumerate(found["stages"])}
+    overrides = [f"{where}parallel={json.dumps(layout['parallel'])}" for where, layout in chosen.items()]
+    for where, layout in chosen.items():
+        settings = layout["train"].items()
+        overrides += [
+            f"{where or 'train.'}{name}={json.dumps(value or None)}" for name, value in settings if where or value
+        ]
     config = preset("turbos_560b", *overrides, ranks=4096)  # obeys every rule of a run
     assert config.parallel.tensor == best["tensor"]
     assert [stage["name"] for stage in found["stages"]] == ["pretraining", "annealing", "context_32k", "context_256k"]
