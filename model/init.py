@@ -61,7 +61,8 @@ def _own_values(model: nn.Module, name: str, shape: tuple[int, ...], config: Mod
     layer = model.get_submodule(place)
     if isinstance(layer, StructuredLinear):
         deviation = _deviation(f"{place}.weight", config)
-        return layer.first_values(own_name, lambda own: _generator(seed, f"{place}.{own}"), deviation)
+        gain = deviation / config.initializer_range
+        return layer.first_values(own_name, lambda own: _generator(seed, f"{place}.{own}"), deviation, gain)
     place, inside, own_name = name.partition(".mixer.")
     mixer = model.get_submodule(f"{place}.mixer") if inside else None
     return mixer.init_parameter(own_name, shape, _generator(seed, name)) if isinstance(mixer, SequenceMixer) else None

@@ -16,9 +16,11 @@ Self-guided training adds to each such layer a dense matrix, `guide_weight`, whi
 and fades as the step says (`set_step`). A skipped step adds zero times its sum, so that every parameter has a gradient in
 every step, and reductions are alike in all of them.
 
-First values: those of a dense matrix, in law. Low rank takes singular vectors from the QR of Gaussians and singular values
+First values: low rank begins as a dense matrix does, in law. It takes singular vectors from the QR of Gaussians and singular values
 from the quantiles of the law of Marchenko and Pastur, the largest r of them, so that nothing is decomposed at a start;
-blocks are orthogonal, scaled so that squares sum to what a dense matrix's would in expectation.
+blocks are orthogonal, so that the product's singular values are 1 at every width (over the root of the depth where a dense
+matrix's would be), as published. Scaled down to a dense matrix's mean square, 0.4 at width 96, block shuffle learnt much
+more slowly: 2.26 nats a byte where dense had 2.06 after 220 steps.
 """
 
 from __future__ import annotations
@@ -100,10 +102,15 @@ class StructuredLinear(nn.Module):
     def _shards(self) -> dict[str, Shard]:
         raise NotImplementedError
 
-    def first_values(self, own_name: str, generator_of: Callable[[str], torch.Generator], deviation: float) -> Tensor:
-        """Draw a whole parameter, float32 on the CPU, for a dense matrix of this deviation; `generator_of` each by name."""
+    def first_values(
+        self, own_name: str, generator_of: Callable[[str], torch.Generator], deviation: float, gain: float
+    ) -> Tensor:
+        """Draw a whole parameter, float32 on the CPU; `generator_of` each by name.
+
+        `deviation`: that a dense matrix would have here; `gain`: the share of it that depth leaves, 1 without.
+        """
         if own_name == "guide_weight":
-            factors = (self.first_values(name, generator_of, deviation) for name in ("first", "second"))
+            factors = (self.first_values(name, generator_of, deviation, gain) for name in ("first", "second"))
             return dense_matrix(self.structure, *factors)
         generator = generator_of(own_name)
         inputs, outputs = self.input_size, sum(self.segments)
@@ -113,8 +120,7 @@ class StructuredLinear(nn.Module):
             scales = (deviation * scales).sqrt()
             vectors = orthonormal(shape, generator)
             return vectors * (scales[:, None] if own_name == "first" else scales)
-        # Orthonormal factors have singular values of 1; a dense matrix's squares have the mean deviation^2 max(in, out).
-        scale = math.sqrt(deviation * math.sqrt(max(inputs, outputs)))
+        scale = math.sqrt(gain)
         if own_name == "first" or self.structure.kind == "blockdense":
             return scale * orthonormal(shape, generator)
         # One orthonormal matrix a block for the whole stack, then apart: the parts stand one after the other.
