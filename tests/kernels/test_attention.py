@@ -169,7 +169,16 @@ def test_models_leave_rows_without_boundaries_on_cuda_to_pytorch_and_say_so(capl
         assert fastest_backend(backend, fake_query("cpu", 64), has_documents=False, keys=64) == backend
 
 
-def test_documents_on_cuda_go_to_variable_length_attention_where_it_serves(caplog):
+@pytest.fixture
+def without_determinism():
+    """Training in this process may have asked for library kernels that are deterministic; ask for none meanwhile."""
+    was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    yield
+    torch.use_deterministic_algorithms(was[0], warn_only=was[1])
+
+
+def test_documents_on_cuda_go_to_variable_length_attention_where_it_serves(caplog, without_determinism):
     ends = DocumentEnds(torch.tensor([0, 10, 64], dtype=torch.int32), 54)
     settings = {"has_documents": True, "keys": 64, "document_ends": ends}
     _log_choice.cache_clear()
