@@ -1,7 +1,8 @@
 """What the pages name exists: link targets and headings, paths, `make` targets, `amfm` verbs and flags, settings.
 
-Pages are the Markdown files at the root and below docs/ and recipes/, and the scripts of recipes/. Nothing is run: verbs and flags are looked up in the
-command line's own description, settings in the schema.
+Pages are the Markdown files at the root and below docs/, examples/ and recipes/, and the scripts of recipes/.
+Nothing is run: verbs and flags are looked up in the command line's own description, settings in the schema. The examples
+under `--help` are held to the same.
 """
 
 import re
@@ -18,10 +19,14 @@ from pretrain.config.fields import describe_fields
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
-    [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("recipes/**/*.md"), *ROOT.glob("recipes/*.sh")]
+    [
+        *ROOT.glob("*.md"),
+        *(page for folder in ("docs", "examples", "recipes") for page in ROOT.glob(f"{folder}/**/*.md")),
+        *ROOT.glob("recipes/*.sh"),
+    ]
 )
 CURRENT = [page for page in PAGES if page.parent.name != "log"]  # results of a month keep the names of their day
-FOLDERS = "configs|data_pipeline|docs|kernels|launch|model|pretrain|recipes|tests"
+FOLDERS = "configs|data_pipeline|docs|examples|kernels|launch|model|pretrain|recipes|tests"
 SECTIONS = sorted({field.key.split(".")[0] for field in describe_fields()})
 
 FENCE = re.compile(r"^```.*?^```\s*?$", re.MULTILINE | re.DOTALL)
@@ -98,13 +103,16 @@ def flags_of(command: object) -> set[str]:
 
 
 @cache
+def all_commands() -> list[typer.core.TyperCommand]:
+    found = [command_line()]
+    for command in found:
+        found.extend(getattr(command, "commands", {}).values())
+    return found
+
+
+@cache
 def all_flags() -> set[str]:
-    waiting, flags = [command_line()], set()
-    while waiting:
-        command = waiting.pop()
-        flags |= flags_of(command)
-        waiting.extend(getattr(command, "commands", {}).values())
-    return flags
+    return set().union(*(flags_of(command) for command in all_commands()))
 
 
 def commands_in(line: str) -> Iterator[list[str]]:
@@ -116,6 +124,20 @@ def commands_in(line: str) -> Iterator[list[str]]:
                 yield shlex.split(found[1])
             except ValueError:
                 yield found[1].split()
+
+
+def unknown_in(line: str) -> list[str]:
+    """What is wrong with the commands of a line, in words."""
+    wrong = []
+    for words in commands_in(line):
+        command, rest = find_command(words)
+        if command is None:
+            wrong.append(f"amfm {' '.join(words)}: no such verb")
+            continue
+        flags = {word.partition("=")[0] for word in rest if re.match(r"--?[a-z]", word)}
+        if unknown := sorted(flags - flags_of(command)):
+            wrong.append(f"amfm {' '.join(words)}: no such flag: {unknown}")
+    return wrong
 
 
 @every_page
@@ -145,17 +167,19 @@ def test_paths_exist(page: Path) -> None:
 def test_verbs_and_flags_exist(page: Path) -> None:
     wrong = []
     for line in code_lines(page):
-        for words in commands_in(line):
-            command, rest = find_command(words)
-            if command is None:
-                wrong.append(f"amfm {' '.join(words)}: no such verb")
-                continue
-            flags = {word.partition("=")[0] for word in rest if re.match(r"--?[a-z]", word)}
-            if unknown := sorted(flags - flags_of(command)):
-                wrong.append(f"amfm {' '.join(words)}: no such flag: {unknown}")
+        wrong += unknown_in(line)
         if re.fullmatch(r"--[a-z][\w-]*( .*)?", line) and line.split()[0] not in all_flags() | FOREIGN_FLAGS:
             wrong.append(f"{line}: no verb has this flag")
     assert not wrong, f"{page.relative_to(ROOT)}: {wrong}"
+
+
+def test_examples_of_help_name_files_verbs_and_flags_that_exist() -> None:
+    examples = [command.epilog for command in all_commands() if command.epilog]
+    assert len(examples) > 20
+    paths = {path for example in examples for path in PATH.findall(example)}
+    wrong = sorted(path for path in paths if not any(ROOT.glob(path)))
+    wrong += [words for example in examples for words in unknown_in(example.removeprefix("Example: "))]
+    assert not wrong, f"--help names what is not there: {wrong}"
 
 
 @every_page

@@ -30,7 +30,7 @@ from model.hybrid import HybridModel
 from model.packing import PackMeta
 from pretrain.config.schema import OptimizerConfig
 from pretrain.engine.engine import Precision, build_engine
-from pretrain.engine.optimizer import build_adamw
+from pretrain.engine.optimizer import build_optimizer
 from pretrain.parallel import Parallel, initialize_parallel
 
 
@@ -127,7 +127,7 @@ def _engine_step(
 def _bare_step(config: ModelConfig, parallel: Parallel) -> Callable[[torch.Tensor, torch.Tensor], float]:
     """A step of our model in a plain PyTorch loop, which shows what the engine costs."""
     model = _build_model(config, parallel)
-    adamw = build_adamw(model, OPTIMIZER)
+    adamw = build_optimizer(model, OPTIMIZER)
 
     def run(tokens_BT: torch.Tensor, labels_BT: torch.Tensor) -> float:
         meta = PackMeta.one_document_a_row(*tokens_BT.shape, device=tokens_BT.device)

@@ -103,4 +103,4 @@ def print_conversion(found: ConversionReport, *, as_json: bool) -> None:
 
 def add_verbs(app: typer.Typer) -> None:
     """Register the verb of this file."""
-    app.command(epilog="Example: amfm convert configs/convert_tiny.yaml --nproc 2")(convert)
+    app.command(epilog="Example: amfm convert configs/conversion/convert.yaml --nproc 2")(convert)

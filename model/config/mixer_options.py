@@ -267,30 +267,18 @@ class MalaOptions(HeadOptions):
         return self.key_dim() + 1, self.value_dim() + 1
 
 
-class WindowOptions(MixerOptions):
-    """Attention to the last few tokens (Beltagy et al. 2020, arXiv 2004.05150); letter `W`."""
+class SharedKeyOptions(MixerOptions):
+    """The base of attention's options: query heads that share key and value heads evenly."""
 
-    window: int = Field(gt=0, description="Keys that a token sees, its own among them.")
     num_heads: int = Field(gt=0, description="Query heads.")
     num_kv_heads: int | None = Field(
         None, gt=0, description="Key and value heads; must divide num_heads. none: num_heads."
     )
-    head_dim: int = Field(64, gt=0, description="Channels a head; even with positions: rope.")
-    qk_norm: bool = Field(False, description="RMSNorm over each query and key head.")
-    positions: Literal["none", "rope"] = Field(
-        "rope", description="`rope`: rotary positions, which restart at documents."
-    )
-    rope_theta: float = Field(10_000.0, gt=1, description="Base of the rotary frequencies.")
-    gate: OutputGate = Field(
-        "none", description="Sigmoid of the input times each head's output: a gate a channel, or a head."
-    )
 
     def broken_rules(self) -> Iterator[tuple[str, str]]:
-        """Query heads share key heads evenly, and channels are rotated in pairs."""
+        """As many query heads for each key head."""
         if self.num_heads % self.kv_heads():
             yield "num_kv_heads", f"must divide num_heads={self.num_heads}; use a divisor of it"
-        if self.positions == "rope" and self.head_dim % 2:
-            yield "head_dim", "must be even with positions: rope; add one, or use positions: none"
 
     def kv_heads(self) -> int:
         """Key and value heads."""
@@ -303,6 +291,27 @@ class WindowOptions(MixerOptions):
     def cut_or_copied(self) -> dict[str, int]:
         """Key and value heads may be fewer than tensor ranks."""
         return {"num_kv_heads": self.kv_heads()}
+
+
+class WindowOptions(SharedKeyOptions):
+    """Attention to the last few tokens (Beltagy et al. 2020, arXiv 2004.05150); letter `W`."""
+
+    window: int = Field(gt=0, description="Keys that a token sees, its own among them.")
+    head_dim: int = Field(64, gt=0, description="Channels a head; even with positions: rope.")
+    qk_norm: bool = Field(False, description="RMSNorm over each query and key head.")
+    positions: Literal["none", "rope"] = Field(
+        "rope", description="`rope`: rotary positions, which restart at documents."
+    )
+    rope_theta: float = Field(10_000.0, gt=1, description="Base of the rotary frequencies.")
+    gate: OutputGate = Field(
+        "none", description="Sigmoid of the input times each head's output: a gate a channel, or a head."
+    )
+
+    def broken_rules(self) -> Iterator[tuple[str, str]]:
+        """Channels are rotated in pairs, too."""
+        yield from super().broken_rules()
+        if self.positions == "rope" and self.head_dim % 2:
+            yield "head_dim", "must be even with positions: rope; add one, or use positions: none"
 
     def lookback(self) -> tuple[int, str]:
         """What the window reads."""

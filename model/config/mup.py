@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 from model.config.schema import ModelConfig
 
-# Kinds of block whose activations change alike at widths 64 to 512 (tests/model/test_mup.py measures it).
+# Kinds of block whose activations change alike at widths 64 to 512 (tests/pretrain/engine/test_mup.py).
 CHECKED_LETTERS = ("*", "-", "E", "M", "G", "K")
 
 _FEW_OUTPUTS = ("head.weight", ".router.weight", ".shared_gate.weight")
@@ -51,7 +51,7 @@ def width_scales(name: str, config: ModelConfig) -> WidthScales:
     if name.endswith(_FEW_OUTPUTS):
         return WidthScales(1.0 / ratio, 1.0 / ratio)
     is_matrix = name.endswith((".weight", "_proj")) or ".experts." in name
-    if not name.startswith(("blocks.", "mtp.")) or not is_matrix or name.endswith((*_FIXED_INPUTS, "norm.weight")):
+    if not name.startswith("blocks.") or not is_matrix or name.endswith((*_FIXED_INPUTS, "norm.weight")):
         return WidthScales()
     return WidthScales(ratio**-0.5, 1.0 / ratio, 1.0 / ratio)
 

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 from pydantic import Field
 
 from kernels.limits import DECAY_LIMITS, VECTOR_GATE_LIMITS, ScanLimits
-from model.config.mixer_options import MixerOptions, OutputGate
+from model.config.mixer_options import OutputGate, SharedKeyOptions
 
 Features = Literal["hedgehog", "softmax"]
 DecayGate = Literal["none", "key", "learned"]
@@ -33,14 +33,10 @@ BRANCHES = {
 }
 
 
-class WindowLinearOptions(MixerOptions):
+class WindowLinearOptions(SharedKeyOptions):
     """Softmax over a window and linear attention over older tokens, with the weights of softmax attention; docs/conversion.md."""
 
     window: int = Field(64, ge=2, description="Keys that a token's softmax sees, its own among them.")
-    num_heads: int = Field(gt=0, description="Query heads.")
-    num_kv_heads: int | None = Field(
-        None, gt=0, description="Key and value heads; must divide num_heads. none: num_heads."
-    )
     head_dim: int = Field(64, gt=0, description="Channels a head.")
     preset: Literal["learned", "lolcats", "liger"] = Field(
         "learned",
@@ -92,8 +88,7 @@ class WindowLinearOptions(MixerOptions):
 
     def broken_rules(self) -> Iterator[tuple[str, str]]:
         """Heads are shared and rotated evenly; forms that do not exist, and fields that nothing reads."""
-        if self.num_heads % self.kv_heads():
-            yield "num_kv_heads", f"must divide num_heads={self.num_heads}; use a divisor of it"
+        yield from super().broken_rules()
         rotated = self.head_dim * self.rope_fraction
         if self.positions == "rope" and (rotated != int(rotated) or int(rotated) % 2):
             yield "rope_fraction", f"of head_dim={self.head_dim} must rotate an even number of channels; change either"
@@ -113,18 +108,6 @@ class WindowLinearOptions(MixerOptions):
             yield "linear_weight", "has no effect with combine: joint; remove it, or use combine: average"
         if form.gate == "key" and self.chunk_size & (self.chunk_size - 1):
             yield "chunk_size", "must be a power of two with a decay a key channel; use 16, 32 or 64"
-
-    def kv_heads(self) -> int:
-        """Key and value heads."""
-        return self.num_kv_heads or self.num_heads
-
-    def cut_evenly(self) -> dict[str, int]:
-        """Query heads."""
-        return {"num_heads": self.num_heads}
-
-    def cut_or_copied(self) -> dict[str, int]:
-        """Key and value heads may be fewer than tensor ranks."""
-        return {"num_kv_heads": self.kv_heads()}
 
     def kept_tokens(self) -> int:
         """Tokens before a query of which keys are kept: those of its window, and with a joint sum the one that left it."""

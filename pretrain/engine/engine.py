@@ -45,8 +45,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from model.config.mup import WidthScales, width_scales
-from model.hybrid import HybridModel
 from model.matrices import list_matrices
 from model.parallel.groups import ProcessGroupCollection
 from pretrain.config.schema import OptimizerConfig
@@ -281,9 +279,7 @@ def build_engine(
     with register_experts_with_deepspeed(module, parallel.groups):
         engine, _, _, _ = deepspeed.initialize(
             model=module,
-            optimizer=build_optimizer(
-                module, optimizer, stacks, scales=width_rule(module), base_width=base_width(module), **buckets
-            ),
+            optimizer=build_optimizer(module, optimizer, stacks, **buckets),
             mpu=parallel.mpu,
             config=describe_for_deepspeed(
                 module, optimizer, precision, zero_stage, offload_optimizer=offload_optimizer
@@ -339,17 +335,6 @@ def describe_for_deepspeed(
         },
         "steps_per_print": None,
     }
-
-
-def width_rule(module: nn.Module) -> Callable[[str], WidthScales] | None:
-    """Return the muP factors of a model's parameters by name; None for a model without `model.mup`."""
-    return None if base_width(module) is None else partial(width_scales, config=module.config)  # type: ignore[arg-type]
-
-
-def base_width(module: nn.Module) -> int | None:
-    """Return the width at which a model's learning rate was found; None without `model.mup`."""
-    has_mup = isinstance(module, HybridModel) and module.config.mup is not None
-    return module.config.mup.base_hidden_size if has_mup else None  # type: ignore[union-attr,return-value]
 
 
 def restore_buffers(module: nn.Module, buffers: dict[str, Tensor]) -> None:

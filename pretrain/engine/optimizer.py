@@ -8,12 +8,14 @@ group's settings by label, whatever became of the tensors.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from model.config.mup import WidthScales
+from model.config.mup import WidthScales, width_scales
+from model.hybrid import HybridModel
 from model.matrices import MatrixStack
 from pretrain.config.schema import OptimizerConfig
 from pretrain.engine.moments import MUON
@@ -105,54 +107,25 @@ def build_optimizer(
     *,
     bucket_elements: int | None = None,
     apart: Collection[nn.Parameter] = (),
-    scales: Callable[[str], WidthScales] | None = None,
-    base_width: int | None = None,
 ) -> torch.optim.AdamW:
-    """Build the optimizer of the configured kind; `stacks`: the matrices of Muon (`list_matrices`), which it must be told.
+    """Build the configured optimizer over the groups of `group_parameters`: fused AdamW (Loshchilov and Hutter 2019, arXiv
+    1711.05101), or Muon, which must be told its matrices, `stacks` (`list_matrices`).
 
-    Under muP: `scales` as `group_parameters` says, for what AdamW steps, and `base_width` for what Muon steps.
+    The rate starts at zero: wrappers that step once to allocate their states must not move a weight, and the loop sets
+    the schedule's rate before each step.
     """
-    settings = config.muon_settings()
-    if settings is None:
-        return build_adamw(module, config, bucket_elements=bucket_elements, apart=apart, scales=scales)
+    mup = module.config.mup if isinstance(module, HybridModel) else None
     groups = group_parameters(
         module,
         config.weight_decay,
         bucket_elements=bucket_elements,
         apart=apart,
         epsilon=config.epsilon,
-        scales=scales,
+        scales=None if mup is None else partial(width_scales, config=module.config),
         matrices={stack.name for stack in stacks},
     )
-    return Muon(groups, settings, base_width=base_width, **_adamw_settings(config))
-
-
-def build_adamw(
-    module: nn.Module,
-    config: OptimizerConfig,
-    *,
-    bucket_elements: int | None = None,
-    apart: Collection[nn.Parameter] = (),
-    scales: Callable[[str], WidthScales] | None = None,
-) -> torch.optim.AdamW:
-    """Build fused AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) over the groups of `group_parameters`.
-
-    The rate starts at zero: wrappers that step once to allocate their states must not move a weight, and the loop sets
-    the schedule's rate before each step.
-    """
-    return torch.optim.AdamW(
-        group_parameters(
-            module,
-            config.weight_decay,
-            bucket_elements=bucket_elements,
-            apart=apart,
-            epsilon=config.epsilon,
-            scales=scales,
-        ),
-        **_adamw_settings(config),
-    )
-
-
-def _adamw_settings(config: OptimizerConfig) -> dict[str, Any]:
-    """Settings that all groups share."""
-    return {"lr": 0.0, "betas": (config.beta1, config.beta2), "eps": config.epsilon, "fused": True}
+    settings = {"lr": 0.0, "betas": (config.beta1, config.beta2), "eps": config.epsilon, "fused": True}
+    muon = config.muon_settings()
+    if muon is None:
+        return torch.optim.AdamW(groups, **settings)
+    return Muon(groups, muon, base_width=None if mup is None else mup.base_hidden_size, **settings)

@@ -43,9 +43,6 @@ SAME = WidthScales()
         ("blocks.2.mixer.norm.weight", SAME),
         ("blocks.2.mixer.decay_proj", SAME),
         ("blocks.2.mixer.shared_proj", WIDE),
-        ("mtp.0.in_proj.weight", WIDE),
-        ("mtp.0.stream_norm.weight", SAME),
-        ("mtp.0.blocks.0.mixer.q_proj.weight", WIDE),
         ("final_norm.weight", SAME),
         ("head.weight", OUT),
     ],
@@ -76,6 +73,7 @@ def test_readers_of_weights_see_a_plain_model() -> None:
             {"pattern": "*L", "mixers": {"lightning": {"num_heads": 4, "head_dim": 16}}},
             "not shown to hold for blocks 'L' of model.pattern.*remove model.mup",
         ),
+        ({"pattern": "*-/*-", "mtp": {}}, "prediction depths behind '/' of model.pattern"),
         (
             {"feed_forward": {"hidden_size": 128, "linear_kind": "lowrank", "linear_rank": 4}},
             "model.feed_forward.linear_kind=lowrank has no muP rule; use dense",

@@ -65,10 +65,10 @@ model.mixers.transnormer.head_dim model.mixers.transnormer.value_head_dim
 model.mixers.mla.num_heads model.mixers.mla.latent_size model.mixers.mla.query_latent_size
 model.mixers.mla.nope_head_dim model.mixers.mla.rope_head_dim model.mixers.mla.value_head_dim model.mixers.mla.positions
 model.mixers.mla.rope_theta model.mixers.mla.gate model.mixers.mla.latent_norm_epsilon
-model.mixers.window.window model.mixers.window.num_heads model.mixers.window.num_kv_heads model.mixers.window.head_dim
+model.mixers.window.num_heads model.mixers.window.num_kv_heads model.mixers.window.window model.mixers.window.head_dim
 model.mixers.window.qk_norm model.mixers.window.positions model.mixers.window.rope_theta
 model.mixers.window.gate
-model.mixers.window_linear.window model.mixers.window_linear.num_heads model.mixers.window_linear.num_kv_heads
+model.mixers.window_linear.num_heads model.mixers.window_linear.num_kv_heads model.mixers.window_linear.window
 model.mixers.window_linear.head_dim model.mixers.window_linear.preset model.mixers.window_linear.features
 model.mixers.window_linear.gate model.mixers.window_linear.combine model.mixers.window_linear.linear_positions
 model.mixers.window_linear.linear_weight model.mixers.window_linear.feature_size model.mixers.window_linear.meta_tokens

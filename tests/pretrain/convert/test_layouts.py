@@ -40,7 +40,10 @@ def test_two_ranks_transfer_and_tune_as_one_does(data: DataConfig, tmp_path: Pat
     teacher = train_teacher(data, tmp_path)
     found = []
     for ranks, parallel in ((1, {}), (2, LAYOUTS[layout])):
-        config = conversion(data, tmp_path / str(ranks), teacher, convert__keep=[], parallel=parallel)
+        # Cut by hand: the stage with the head gets one block by cost, and that one is not converted.
+        pattern = "*-|*-" if parallel.get("pipeline") else "*-*-"
+        changes = {"convert__keep": [], "model__pattern": pattern, "parallel": parallel}
+        config = conversion(data, tmp_path / str(ranks), teacher, **changes)
         write_start(config)
         transfer, tune, *_ = conversion_stages(config)
         for stage in (transfer, tune):

@@ -21,8 +21,8 @@ from model.hybrid import HybridModel
 from model.packing import PackMeta
 from model.parallel.groups import single_rank_groups
 from pretrain.config.schema import OptimizerConfig
-from pretrain.engine.engine import build_engine, width_rule
-from pretrain.engine.optimizer import build_adamw
+from pretrain.engine.engine import build_engine
+from pretrain.engine.optimizer import build_optimizer
 from pretrain.export.universal import export_universal
 from pretrain.parallel import initialize_parallel
 from tests.helpers.spawn import run_ranks
@@ -77,7 +77,7 @@ META = PackMeta.one_document_a_row(ROWS, TOKENS)
 
 def train(model: HybridModel, rate: float, steps: int, draw: Callable[[], tuple[Tensor, Tensor]]) -> float:
     """Train and return the mean loss of the last ten steps."""
-    adamw = build_adamw(model, OptimizerConfig(learning_rate=rate), scales=width_rule(model))
+    adamw = build_optimizer(model, OptimizerConfig(learning_rate=rate))
     for group in adamw.param_groups:
         group["lr"] = rate * group.get("rate_scale", 1.0)
     losses = []
@@ -170,7 +170,7 @@ def test_muon_changes_activations_alike_at_two_widths() -> None:
 
 def test_groups_carry_rate_and_epsilon_of_their_class() -> None:
     model = model_of_width("*E", 128, mup=True, seed=0)
-    adamw = build_adamw(model, OptimizerConfig(learning_rate=1e-3, epsilon=1e-6), scales=width_rule(model))
+    adamw = build_optimizer(model, OptimizerConfig(learning_rate=1e-3, epsilon=1e-6))
     groups = {group["label"]: group for group in adamw.param_groups}
     assert {label: (group.get("rate_scale"), group["eps"]) for label, group in groups.items()} == {
         "decay": (None, 1e-6),
@@ -181,7 +181,8 @@ def test_groups_carry_rate_and_epsilon_of_their_class() -> None:
     assert groups["decay"]["parameter_names"] == ["embedding.weight"]
     assert set(groups["decay_out"]["parameter_names"]) == {"blocks.1.mixer.router.weight", "head.weight"}
     assert all(groups[label]["weight_decay"] > 0 for label in ("decay", "decay_wide", "decay_out"))
-    assert width_rule(model_of_width("*E", 128, mup=False, seed=0)) is None
+    plain = build_optimizer(model_of_width("*E", 128, mup=False, seed=0), OptimizerConfig(learning_rate=1e-3))
+    assert [group["label"] for group in plain.param_groups] == ["decay", "no_decay"]
 
 
 def pattern_of(letter: str) -> str:

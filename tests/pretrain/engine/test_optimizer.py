@@ -6,7 +6,7 @@ from model.config.schema import ModelConfig
 from model.hybrid import HybridModel
 from model.parallel.groups import single_rank_groups
 from pretrain.config.schema import OptimizerConfig
-from pretrain.engine.optimizer import build_adamw, group_parameters
+from pretrain.engine.optimizer import build_optimizer, group_parameters
 from tests.model.mixers.samples import mixer_config
 from tests.pretrain.tiny_run import MODEL
 
@@ -33,7 +33,7 @@ def test_matrices_decay_and_nothing_else_does() -> None:
 
 def test_adamw_is_fused_and_starts_without_a_rate() -> None:
     model = HybridModel(ModelConfig.model_validate(MODEL), single_rank_groups())
-    adamw = build_adamw(model, OptimizerConfig(learning_rate=1e-3, beta2=0.98))
+    adamw = build_optimizer(model, OptimizerConfig(learning_rate=1e-3, beta2=0.98))
     assert adamw.defaults["fused"] and adamw.defaults["lr"] == 0.0
     assert all(group["betas"] == (0.9, 0.98) for group in adamw.param_groups)
 

@@ -24,7 +24,7 @@ from pretrain.checkpoint.placement import place_whole
 from pretrain.checkpoint.reader import RangeReader
 from pretrain.config.schema import RunConfig
 from pretrain.engine.engine import build_engine
-from pretrain.engine.optimizer import build_adamw
+from pretrain.engine.optimizer import build_optimizer
 from pretrain.engine.parts import list_parts
 from pretrain.export.universal import export_universal
 from pretrain.parallel import initialize_parallel
@@ -49,7 +49,7 @@ def plain_engine(config: RunConfig, stage: int) -> Any:
         "zero_optimization": {"stage": stage, "overlap_comm": False},
         "checkpoint": {"load_universal": True},
     }
-    optimizer = build_adamw(model, config.optimizer)
+    optimizer = build_optimizer(model, config.optimizer)
     for group in optimizer.param_groups:
         group["eps"] = 0.5
     return deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
