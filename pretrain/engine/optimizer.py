@@ -114,17 +114,18 @@ def build_optimizer(
     The rate starts at zero: wrappers that step once to allocate their states must not move a weight, and the loop sets
     the schedule's rate before each step.
     """
-    mup = module.config.mup if isinstance(module, HybridModel) else None
+    model = module.config if isinstance(module, HybridModel) else None
+    mup = None if model is None else model.mup
     groups = group_parameters(
         module,
         config.weight_decay,
         bucket_elements=bucket_elements,
         apart=apart,
         epsilon=config.epsilon,
-        scales=None if mup is None else partial(width_scales, config=module.config),
+        scales=None if model is None else partial(width_scales, config=model),
         matrices={stack.name for stack in stacks},
     )
-    settings = {"lr": 0.0, "betas": (config.beta1, config.beta2), "eps": config.epsilon, "fused": True}
+    settings: dict[str, Any] = {"lr": 0.0, "betas": (config.beta1, config.beta2), "eps": config.epsilon, "fused": True}
     muon = config.muon_settings()
     if muon is None:
         return torch.optim.AdamW(groups, **settings)
