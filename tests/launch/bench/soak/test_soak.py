@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from launch.bench.soak.compare import compare_logs
-from launch.bench.soak.faults import LOCAL_KINDS, draw_faults
+from launch.bench.soak.faults import FAULTS_A_ROUND, LOCAL_KINDS, draw_faults
 from launch.bench.soak.picture import draw_soak
 from launch.bench.soak.processes import descendants, find_ranks, wait_until_gone
 from launch.bench.soak.settings import LAYOUTS
@@ -35,6 +35,14 @@ def test_the_seed_and_the_round_alone_decide_the_faults() -> None:
     assert {fault.kind for fault in draw(3, 1)} == set(LOCAL_KINDS) and {fault.rank for fault in draw(3, 1)} == set(
         range(4)
     )
+
+
+def test_three_rounds_strike_every_kind() -> None:
+    def kinds(number: int) -> list[object]:
+        faults = itertools.islice(draw_faults(7, number, LOCAL_KINDS, 4), FAULTS_A_ROUND)
+        return [fault.kind for fault in faults]
+
+    assert {*kinds(0), *kinds(1), *kinds(2)} == set(LOCAL_KINDS) and not set(kinds(0)) & set(kinds(1))
 
 
 def test_ranks_are_found_below_their_launcher() -> None:
