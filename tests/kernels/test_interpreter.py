@@ -20,6 +20,9 @@ from kernels.backend import INTERPRETED
 FOLDER = Path(__file__).parent / "interpreter"
 ROOT = Path(__file__).parents[2]
 
+# Takes a file's name and marks of pytest.
+Interpreted = Callable[[str, str], tuple[int, str]]
+
 # For each line [arguments of pytest, log] a fork runs pytest; the answer is its exit code.
 SERVER = """
 import json, os, sys
@@ -41,8 +44,8 @@ for line in sys.stdin:
 
 
 @pytest.fixture(scope="module")
-def run_interpreted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], tuple[int, str]]]:
-    """Exit code and output of a file's tests in a fork that interprets."""
+def run_interpreted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Interpreted]:
+    """Exit code and output of a file's tests with certain marks in a fork that interprets."""
     log = tmp_path_factory.mktemp("interpreter") / "log"
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     command = [sys.executable, "-c", SERVER]
@@ -51,9 +54,10 @@ def run_interpreted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callab
     ) as server:
         assert server.stdin is not None and server.stdout is not None
 
-        def run(file: str) -> tuple[int, str]:
+        def run(file: str, marks: str) -> tuple[int, str]:
             log.write_text("")
-            server.stdin.write(json.dumps([["-x", "-p", "no:cacheprovider", str(FOLDER / file)], str(log)]) + "\n")
+            arguments = ["-x", "-p", "no:cacheprovider", "-m", marks, str(FOLDER / file)]
+            server.stdin.write(json.dumps([arguments, str(log)]) + "\n")
             server.stdin.flush()
             answer = server.stdout.readline()
             assert answer, "the server ended; its message is above"
@@ -64,6 +68,16 @@ def run_interpreted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callab
 
 @pytest.mark.skipif(INTERPRETED, reason="this process interprets already")
 @pytest.mark.parametrize("file", sorted(path.name for path in FOLDER.glob("test_*.py")))
-def test_triton_kernels_hold_in_the_interpreter(run_interpreted: Callable[[str], tuple[int, str]], file: str) -> None:
-    code, output = run_interpreted(file)
+def test_triton_kernels_hold_in_the_interpreter(run_interpreted: Interpreted, file: str) -> None:
+    code, output = run_interpreted(file, "not slow")
+    assert code == 0, output
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="this process interprets already")
+@pytest.mark.parametrize(
+    "file", sorted(path.name for path in FOLDER.glob("test_*.py") if "pytest.mark.slow" in path.read_text())
+)
+def test_the_long_tests_of_kernels_hold_in_the_interpreter(run_interpreted: Interpreted, file: str) -> None:
+    code, output = run_interpreted(file, "slow")
     assert code == 0, output

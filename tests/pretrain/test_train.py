@@ -210,7 +210,9 @@ def wait_for_lines(path: Path, count: int) -> None:
     raise AssertionError(f"{path} has not reached {count} lines")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 0), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_at_the_next_boundary_and_the_run_goes_on(
     data: DataConfig, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from launch.bench.freed_memory import KEPT, RETURNED
 from launch.bench.process import Child
-from launch.bench.step import Shape, _check_losses, bench_optimizers, bench_step
+from launch.bench.step import Shape, _as_trained, _check_losses, _summarize, bench_optimizers, bench_step
 from launch.cli import run
 from launch.commands.bench.step import print_step_table
 from tests.model.huggingface.cases import GRANITE
@@ -16,6 +16,22 @@ from tests.model.huggingface.cases import GRANITE
 SMALL = Shape(rows=1, tokens=48, model=GRANITE)
 
 
+def test_each_variant_is_held_against_the_default_with_memory_as_its_trainer_treats_it() -> None:
+    taken = {RETURNED: (4.0, 2.0), KEPT: (3.0, 1.0)}
+    names = ("transformers_default", "ours_fp32")
+    figures = {
+        each: _summarize({name: [9.0, value, 0.5] for name, value in zip(names, seconds, strict=True)}, SMALL)
+        for each, seconds in taken.items()
+    }
+    assert figures[KEPT]["ours_fp32"]["ratio_to_transformers_default"] == 3.0
+    assert figures[RETURNED]["ours_fp32"]["tokens_per_second"] == 48 / 2.0
+    ours, theirs = (_as_trained(name, figures) for name in ("ours_fp32", "transformers_default"))
+    assert ours is not None and theirs is not None
+    assert (ours["seconds"], ours["ratio_to_transformers_default"]) == (1.0, 4.0)
+    assert (theirs["seconds"], theirs["ratio_to_transformers_default"]) == (4.0, 1.0)
+
+
+@pytest.mark.slow
 def test_each_variant_is_timed_as_it_trains(capsys: pytest.CaptureFixture[str]) -> None:
     names = ["transformers_default", "ours_fp32"]
     said: list[str] = []

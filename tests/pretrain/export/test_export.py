@@ -60,7 +60,9 @@ def test_a_trained_run_exports_with_equal_logits_on_validation_text(data: DataCo
     assert generation["eos_token_id"] == read_weights(tmp_path / "run").tokenizer.eos_id
 
 
-@pytest.mark.parametrize("target", ["granitemoehybrid", "qwen3_next", "own"])
+@pytest.mark.parametrize(
+    "target", ["own", *(pytest.param(name, marks=pytest.mark.slow) for name in ("granitemoehybrid", "qwen3_next"))]
+)
 def test_other_targets_are_proved_in_a_fresh_process(data: DataConfig, tmp_path: Path, target: str) -> None:
     report = export_checkpoint(weights_folder(data, tmp_path / "weights", target), tmp_path / "out")
     assert report.target == target

@@ -44,6 +44,7 @@ def test_a_norm_beside_transformers_as_json_without_a_compiler(
     assert result["goals"][0]["compiled"] is None
 
 
+@pytest.mark.slow  # the quick one is of a step: tests/launch/bench/test_step.py
 def test_allocator_settings_of_the_environment_are_the_only_treatment_timed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
