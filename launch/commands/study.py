@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,8 +17,7 @@ from pretrain.launcher_protocol import DONE, RUN_FAILED
 if TYPE_CHECKING:
     from launch.study.grid import Cell
     from launch.study.run import CellEnd, Room
-    from launch.study.study import Study
-    from launch.study.table import CellResult
+    from launch.study.study import RunsConfig, SettingsStudyConfig, Study, StudyConfig
 
 
 study = typer.Typer(
@@ -41,23 +40,53 @@ def mixers(
 
     ask_for_token()
     from launch.study.grid import expand_grid
-    from launch.study.run import find_room
     from launch.study.study import load_study
-    from launch.study.table import read_result
 
     plan = load_study(path, overrides or [])
     cells = expand_grid(plan)
-    results = [read_result(cell) for cell in cells]
     if dry_run:
-        print_cells(cells, results, plan.config.state_tokens, as_json=as_json)
+        print_cells(cells, plan.config.state_tokens, as_json=as_json)
         return
+    run_study(plan, cells, lambda slots: write_results(plan, cells, slots), as_json=as_json)
+
+
+@study.command(epilog="Example: amfm study settings configs/studies/muon_ladder_20m.yaml --dry-run")
+def settings(
+    path: Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="The file of the study (docs/studies.md).")],
+    overrides: OverridesArgument = None,
+    *,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells and what is done; train nothing.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a model in several ways, each a label with overrides (optimizers and rates, say), and write one table."""
+    from data_pipeline.prepare.ray_token import ask_for_token
+
+    ask_for_token()
+    from launch.study.settings import expand_settings
+    from launch.study.study import load_settings_study
+
+    plan = load_settings_study(path, overrides or [])
+    cells = expand_settings(plan)
+    if dry_run:
+        print_settings(plan, cells, as_json=as_json)
+        return
+    run_study(plan, cells, lambda slots: write_settings_results(plan, cells, slots), as_json=as_json)
+
+
+def run_study(
+    plan: Study[RunsConfig], cells: Sequence[Cell], write: Callable[[int], dict[str, Any]], *, as_json: bool
+) -> None:
+    """Run what is missing, `write` the results given the runs at once, show them, and exit as the runs ended."""
     import torch
+
+    from launch.study.run import find_room
+    from launch.study.table import read_result
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     room = find_room(plan.config.threads_per_run, plan.config.runs_at_once, gpus)
-    missing = [cell for cell, result in zip(cells, results) if result is None]
+    missing = [cell for cell in cells if read_result(cell) is None]
     failures, went_through = run_missing(plan, cells, missing, room) if missing else ({}, True)
-    summary = write_results(plan, cells, room.slots)
+    summary = write(room.slots)
     if as_json:
         print_json({**summary, "failed": {name: end.cause for name, end in failures.items()}})
     else:
@@ -70,7 +99,7 @@ def mixers(
 
 
 def run_missing(
-    plan: Study, cells: Sequence[Cell], missing: Sequence[Cell], room: Room
+    plan: Study[RunsConfig], cells: Sequence[Cell], missing: Sequence[Cell], room: Room
 ) -> tuple[dict[str, CellEnd], bool]:
     """Run unfinished cells under a live view.
 
@@ -103,7 +132,7 @@ def run_missing(
     return failures, whole
 
 
-def write_results(plan: Study, cells: Sequence[Cell], slots: int) -> dict[str, Any]:
+def write_results(plan: Study[StudyConfig], cells: Sequence[Cell], slots: int) -> dict[str, Any]:
     """Write study.json, study.md and study.png of the finished runs; returns what study.json holds.
 
     Each file replaces the last one in a rename, so a reader never sees half of one.
@@ -119,22 +148,40 @@ def write_results(plan: Study, cells: Sequence[Cell], slots: int) -> dict[str, A
         "study.json": json.dumps(summary, indent=2) + "\n",
         "study.md": study_markdown(cells, results, rows, state_tokens=tokens, slots=slots),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in texts.items():
-        temporary = folder / f"{name}.part"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, folder / name)
+    replace_files(folder, texts)
     if rows:
         measures = {cell.task: measure_of(cell.config) for cell in cells}
         draw_study(rows, measures, tokens, folder / "study.png")
     return summary
 
 
-def print_cells(
-    cells: Sequence[Cell], results: Sequence[CellResult | None], state_tokens: int, *, as_json: bool
-) -> None:
+def write_settings_results(plan: Study[SettingsStudyConfig], cells: Sequence[Cell], slots: int) -> dict[str, Any]:
+    """Write study.json and study.md of the finished runs; returns what study.json holds."""
+    from launch.study.settings import settings_json, settings_markdown
+    from launch.study.table import read_result
+
+    results = [result for cell in cells if (result := read_result(cell)) is not None]
+    summary = settings_json(cells, results, slots)
+    texts = {
+        "study.json": json.dumps(summary, indent=2) + "\n",
+        "study.md": settings_markdown(cells, results, slots),
+    }
+    replace_files(Path(plan.config.dir), texts)
+    return summary
+
+
+def replace_files(folder: Path, texts: Mapping[str, str]) -> None:
+    """Write files of a folder, each in the place of the last one in a rename."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        temporary = folder / f"{name}.part"
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, folder / name)
+
+
+def print_cells(cells: Sequence[Cell], state_tokens: int, *, as_json: bool) -> None:
     """The grid before it runs."""
-    from launch.study.table import count_state, show_ratio
+    from launch.study.table import count_state, read_result, show_ratio
     from model.flops import count_parameters
     from pretrain.stages import total_steps
 
@@ -146,12 +193,37 @@ def print_cells(
             "state_bytes": count_state(cell.config, state_tokens),
             "ratio": show_ratio(cell.ratio),
             "steps": total_steps(cell.config),
-            "done": result is not None,
+            "done": read_result(cell) is not None,
         }
-        for cell, result in zip(cells, results)
+        for cell in cells
     ]
+    print_table(rows, as_json=as_json)
+
+
+def print_settings(plan: Study[SettingsStudyConfig], cells: Sequence[Cell], *, as_json: bool) -> None:
+    """The cells of a study of settings before they run, each with what is its own."""
+    from launch.study.table import read_result
+    from model.flops import count_parameters
+    from pretrain.stages import total_steps
+
+    overrides = {setting.label: " ".join(setting.overrides) for setting in plan.config.settings}
+    rows = [
+        {
+            "cell": cell.name,
+            "overrides": overrides[cell.mixer],
+            "parameters": count_parameters(cell.config.model).total,
+            "steps": total_steps(cell.config),
+            "done": read_result(cell) is not None,
+        }
+        for cell in cells
+    ]
+    print_table(rows, as_json=as_json)
+
+
+def print_table(rows: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:
+    """Rows of cells, as a table or as JSON."""
     if as_json:
-        print_json(rows)
+        print_json(list(rows))
     else:
         print_rows(f"{len(rows)} cells", list(rows[0]), [list(row.values()) for row in rows])
 

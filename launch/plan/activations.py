@@ -35,7 +35,8 @@ class BlockBytes:
 
 @dataclass(frozen=True)
 class Storage:
-    """Precision and kernels of a run: `element_bytes` of a weight or activation (4 or 2), `backend` triton or torch.
+    """Precision and kernels of a run: `element_bytes` of a weight or activation (4 or 2), `backend` triton or torch, and
+    `state_bytes` of a master or moment.
 
     The backend matters because Triton and PyTorch implementations save different tensors and slice the head
     differently.
@@ -43,6 +44,7 @@ class Storage:
 
     element_bytes: int
     backend: str
+    state_bytes: int = FLOAT32_BYTES
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Peak memory of one rank: persistent states, plus the fullest of building, the passes and the optimizer's step.
 
-How it works: each phase is a table of named parts in bytes. Weights, float32 masters and moments persist, sharded
+How it works: each phase is a table of named parts in bytes. Weights, masters and moments persist, sharded
 by ZeRO. The passes are walked backwards block by block, as activations shrink while gradients grow, to find their
 fullest moment. The optimizer phase adds what DeepSpeed allocates to reduce gradients and to step. Building is counted
 as well: a rank's model is made whole, in float32, on the device. Every pipeline stage is estimated; the fullest
@@ -33,6 +33,7 @@ from launch.plan.exchanges import BUCKET_ELEMENTS, DEEPSPEED_BUCKET_ELEMENTS, st
 from launch.plan.in_flight import moments_of
 from launch.plan.layout import Layout, StageShare, distinct_stages, held_by_stages
 from pretrain.config.schema import RunConfig
+from pretrain.engine.bf16_adamw import CHUNK_BYTES, CHUNK_ELEMENTS
 from pretrain.engine.muon.newton_schulz import BATCH_ELEMENTS
 
 STAGE0_BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's own all-reduce
@@ -57,7 +58,11 @@ def storage_of(config: RunConfig, *, on_gpu: bool = True) -> Storage:
     backend = config.kernels.backend
     if backend == "auto":
         backend = "triton" if on_gpu and config.train.precision == "bf16" else "torch"
-    return Storage(2 if config.train.precision == "bf16" else 4, "triton" if backend == "triton" else "torch")
+    return Storage(
+        2 if config.train.precision == "bf16" else 4,
+        "triton" if backend == "triton" else "torch",
+        2 if config.optimizer.state_dtype == "bf16" else FLOAT32_BYTES,
+    )
 
 
 def estimate_memory(
@@ -105,15 +110,15 @@ def building_bytes(held: StageShare, layout: Layout, storage: Storage) -> dict[s
 
 
 def persistent_bytes(held: StageShare, layout: Layout, storage: Storage) -> dict[str, float]:
-    """Parts that live as long as the run: weights, float32 masters, moments (two of AdamW's, one of Muon's), ZeRO-3's buffers."""
+    """Parts that live as long as the run: weights, masters, moments (two of AdamW's, one of Muon's), ZeRO-3's buffers."""
     e, stage = storage.element_bytes, layout.zero_stage
     share = held.share(layout) if stage else held.parameters
     matrices = held.own_matrices(layout) if stage else held.matrices
     has_masters = stage > 0 or e < FLOAT32_BYTES
     return {
         "weights": e * (share if stage == 3 else held.parameters),
-        "masters": FLOAT32_BYTES * share if has_masters else 0.0,
-        "moments": FLOAT32_BYTES * (2 * share - matrices.dense - matrices.routed),
+        "masters": storage.state_bytes * share if has_masters else 0.0,
+        "moments": storage.state_bytes * (2 * share - matrices.dense - matrices.routed),
         "gradient share": e * share if stage == 3 else 0.0,
         "reduction bucket": FLOAT32_BYTES * min(held.parameters, DEEPSPEED_BUCKET_ELEMENTS) if stage == 3 else 0.0,
     }
@@ -316,6 +321,10 @@ def update_bytes(held: StageShare, layout: Layout, storage: Storage) -> dict[str
     if stage == 0:
         # For bf16 weights a float32 copy to step with, and one from which the norm is taken.
         return {"gradients": (e + 2 * wide) * held.parameters} | products
+    if storage.state_bytes < FLOAT32_BYTES:
+        # DeepSpeed hands gradients over in the masters' dtype, one group after the other under ZeRO-1 and 2.
+        rounded = storage.state_bytes * (share if stage == 3 else min(share, BUCKET_ELEMENTS + held.largest_block))
+        return {"gradients": FLOAT32_BYTES * share + rounded, "rounding": float(CHUNK_ELEMENTS * CHUNK_BYTES)}
     return {"gradients": FLOAT32_BYTES * share} | products
 
 

@@ -30,6 +30,7 @@ from model.config.pattern import block_kind
 from model.config.schema import ModelConfig
 from model.config.structure import Structure
 from pretrain.config.schema import RunConfig
+from pretrain.engine.bf16_adamw import STEP_BYTES
 
 
 @dataclass(frozen=True)
@@ -360,12 +361,13 @@ def _update_seconds(held: StageShare, passes: int, layout: Layout, hardware: Har
     """Seconds that an elementwise update of this rank's shard, sums and checks of gradients take of the memory's bandwidth."""
     e, parameters = storage.element_bytes, held.parameters
     share = held.share(layout) if layout.zero_stage else parameters
+    update = 7 * FLOAT32_BYTES if storage.state_bytes == FLOAT32_BYTES else STEP_BYTES
     if layout.zero_stage in (1, 2):
         # Every pass adds its gradients to the float32 sums, which are read once more for the check.
-        moved = FLOAT32_BYTES * parameters + (7 * FLOAT32_BYTES + e) * share
+        moved = FLOAT32_BYTES * parameters + (update + e) * share
         moved += passes * (e + 2 * FLOAT32_BYTES) * parameters
         return moved / (hardware.memory_bytes_per_second * hardware.memory_efficiency)
-    moved = e * parameters + (7 * FLOAT32_BYTES + e) * share
+    moved = e * parameters + (update + e) * share
     if e < FLOAT32_BYTES and passes > 1:
         moved += passes * (2 * e + 2 * FLOAT32_BYTES) * parameters
     return moved / (hardware.memory_bytes_per_second * hardware.memory_efficiency)

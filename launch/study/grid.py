@@ -12,7 +12,7 @@ import json
 import re
 from dataclasses import dataclass
 
-from launch.study.study import MixerConfig, Study, StudyConfig, TaskConfig
+from launch.study.study import MixerConfig, RunsConfig, RunTask, Study, StudyConfig, TaskConfig
 from model.config.mixer_registry import describe_symbol, find_spec
 from model.config.pattern import mixer_name, parse_pattern
 from pretrain.checks.check_run import load_checked
@@ -27,7 +27,9 @@ _RATIO = re.compile(r"([1-9][0-9]*):([1-9][0-9]*)")
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of the grid. `name` is its folder below `DIR/runs`; `mixer` is `attention` for a ratio of `all`."""
+    """One run of the grid. `name` is its folder below `DIR/runs`; `mixer` is `attention` for a ratio of `all`, and the label
+    in a study of settings, which has no ratio.
+    """
 
     name: str
     mixer: str
@@ -43,7 +45,7 @@ class Cell:
         return letters.count(ATTENTION) / len(letters)
 
 
-def expand_grid(study: Study) -> list[Cell]:
+def expand_grid(study: Study[StudyConfig]) -> list[Cell]:
     """All cells of a study, seed by seed; attention alone is trained once for all mixers.
 
     Raises ConfigError for axes that make no model, and for a cell whose configuration is broken, under its name.
@@ -63,30 +65,40 @@ def expand_grid(study: Study) -> list[Cell]:
     return list(cells.values())
 
 
-def make_cell(study: Study, task: TaskConfig, index: int, ratio: str, seed: int, label: str, name: str) -> Cell:
+def make_cell(
+    study: Study[StudyConfig], task: TaskConfig, index: int, ratio: str, seed: int, label: str, name: str
+) -> Cell:
     """Configuration of one point of the grid, checked as `amfm train` would.
 
     Raises ConfigError with each problem under the cell's name.
     """
     config, mixer = study.config, study.config.mixers[index]
     pattern = make_pattern(symbol_of(mixer.mixer), ratio, config.num_mixers, task.between)
-    settings = {
-        "model.pattern": pattern,
-        "train.seed": seed,
-        "train.num_threads": config.threads_per_run,
-        "run.dir": f"{config.dir}/runs/{name}",
-        "run.name": name,
-    }
     # A mixer's overrides may set options of its blocks, which a model of attention alone has not.
     overrides = [] if ratio == ONLY_ATTENTION else list(mixer.overrides)
-    overrides += [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+    run = load_run(study, task, name, [*overrides, f"model.pattern={json.dumps(pattern)}"], seed)
+    return Cell(name, label, ratio, task.name, seed, run)
+
+
+def load_run(study: Study[RunsConfig], task: RunTask, name: str, overrides: list[str], seed: int) -> RunConfig:
+    """Configuration of a cell's run: its task's file, its own overrides, and what a study sets in all of them.
+
+    Raises ConfigError with each problem under the cell's name.
+    """
+    settings = {
+        "train.seed": seed,
+        "train.num_threads": study.config.threads_per_run,
+        "run.dir": f"{study.config.dir}/runs/{name}",
+        "run.name": name,
+    }
+    overrides = overrides + [f"{key}={json.dumps(value)}" for key, value in settings.items()]
     try:
         # One rank a run: a study spreads runs over the machine, not a run over ranks.
         run = load_checked(study.task_path(task), overrides, world_size=1)
         check_measured(run)
     except ConfigError as error:
         raise ConfigError([Problem("", f"cell {name}: {problem}", "") for problem in error.problems]) from error
-    return Cell(name, label, ratio, task.name, seed, run)
+    return run
 
 
 def check_measured(config: RunConfig) -> None:
@@ -146,10 +158,16 @@ def axis_problems(config: StudyConfig) -> list[Problem]:
         "seeds": [str(seed) for seed in config.seeds],
         "ratios": list(config.ratios),
     }
+    return problems + repeated_problems(named)
+
+
+def repeated_problems(named: dict[str, list[str]]) -> list[Problem]:
+    """Problems of names on one axis, by its key, that are not distinct: their cells would be one."""
+    problems = []
     for key, names in named.items():
         twice = {name for name in names if names.count(name) > 1}
         if twice:
-            remedy = "give each a label of its own" if key == "mixers" else "keep one"
+            remedy = "give each a label of its own" if key in ("mixers", "settings") else "keep one"
             problems.append(Problem(key, "must differ", remedy, ", ".join(sorted(twice))))
     return problems
 

@@ -1,4 +1,5 @@
-"""Definition of a study: the axes of its grid and the runs that fill it, read from one YAML file.
+"""Definition of a study: the axes of its grid and the runs that fill it, read from one YAML file. There are two kinds: mixers
+by their share of attention, and labelled settings of one model.
 
 How it works: the schema is frozen pydantic like a run's, and read by the same loader, so that overrides, unknown keys
 and error messages with file and line work alike. Tasks name ordinary run configurations, relative to the study's file;
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from pydantic import Field
 
@@ -18,13 +20,18 @@ from pretrain.config.file import read_schema
 from pretrain.config.schema import Section
 
 
-class TaskConfig(Section):
+class RunTask(Section):
     """What every model of the grid is trained on, each time from its first weights."""
 
     name: str = Field(pattern=r"^[a-z0-9_]+$", description="Part of the cells' names, and a column of the table.")
     config: str = Field(
-        description="Run configuration, relative to this file: text gives a validation loss, `data.probe` an accuracy. The study sets model.pattern, train.seed, train.num_threads, run.dir and run.name."
+        description="Run configuration, relative to this file: text gives a validation loss, `data.probe` an accuracy. The study sets train.seed, train.num_threads, run.dir and run.name, one of mixers model.pattern too."
     )
+
+
+class TaskConfig(RunTask):
+    """A task of a study of mixers."""
+
     between: str = Field("-", description="Channel mixers after each sequence mixer: `-`, `E`, several, or none.")
 
 
@@ -40,10 +47,34 @@ class MixerConfig(Section):
     )
 
 
-class StudyConfig(Section):
-    """A grid of mixer x ratio x task x seed. A cell is an ordinary run; all have equal tokens."""
+class SettingConfig(Section):
+    """One way to train the model of a study."""
+
+    label: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="Name in cells and table.")
+    overrides: tuple[str, ...] = Field((), description="Settings of its runs, KEY=VALUE as on the command line.")
+
+
+class RunsConfig(Section):
+    """What all studies say of their runs."""
 
     dir: str = Field(description="Folder of the study: runs, table and plots; a second call does what is missing.")
+    seeds: tuple[int, ...] = Field((0,), min_length=1, description="Of weights and data order; each is a run a cell.")
+    threads_per_run: int = Field(1, gt=0, description="CPU threads of a run.")
+    runs_at_once: int | None = Field(
+        None, gt=0, description="Runs side by side; none: as many as the cores (or GPUs, one a run) allow."
+    )
+
+
+class SettingsStudyConfig(RunsConfig):
+    """A grid of settings x task x seed: the tasks' own models, trained in several ways."""
+
+    tasks: tuple[RunTask, ...] = Field(min_length=1, description="What is trained.")
+    settings: tuple[SettingConfig, ...] = Field(min_length=1, description="Ways to train it, to compare.")
+
+
+class StudyConfig(RunsConfig):
+    """A grid of mixer x ratio x task x seed. A cell is an ordinary run; all have equal tokens."""
+
     tasks: tuple[TaskConfig, ...] = Field(min_length=1, description="What the models are trained on.")
     mixers: tuple[MixerConfig, ...] = Field(min_length=1, description="Sequence mixers to compare.")
     ratios: tuple[str, ...] = Field(
@@ -51,30 +82,34 @@ class StudyConfig(Section):
         description="Linear mixers to attention, such as 3:1 (three, then one attention); `none`: no attention, `all`: nothing else.",
     )
     num_mixers: int = Field(gt=0, description="Sequence mixers of a model, attention among them.")
-    seeds: tuple[int, ...] = Field((0,), min_length=1, description="Of weights and data order; each is a run a cell.")
     state_tokens: int = Field(
         4096, gt=0, description="Length of text at which the bytes of a decode state are counted."
     )
-    threads_per_run: int = Field(1, gt=0, description="CPU threads of a run.")
-    runs_at_once: int | None = Field(
-        None, gt=0, description="Runs side by side; none: as many as the cores (or GPUs, one a run) allow."
-    )
+
+
+AnyConfig_co = TypeVar("AnyConfig_co", bound=RunsConfig, covariant=True)
 
 
 @dataclass(frozen=True)
-class Study:
-    """A StudyConfig with its file and the place of each key in it, for error messages."""
+class Study(Generic[AnyConfig_co]):
+    """The definition of a study with its file and the place of each key in it, for error messages."""
 
-    config: StudyConfig
+    config: AnyConfig_co
     path: Path
     origins: dict[str, Origin]
 
-    def task_path(self, task: TaskConfig) -> Path:
+    def task_path(self, task: RunTask) -> Path:
         """Path of a task's run configuration, relative to the study's file."""
         return self.path.parent / task.config
 
 
-def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
-    """Load a study from a YAML file with `key=value` overrides. Raises as `load_config` does."""
+def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study[StudyConfig]:
+    """Load a study of mixers from a YAML file with `key=value` overrides. Raises as `load_config` does."""
     config, origins = read_schema(path, overrides, StudyConfig)
+    return Study(config, Path(path), origins)
+
+
+def load_settings_study(path: str | Path, overrides: Sequence[str] = ()) -> Study[SettingsStudyConfig]:
+    """Load a study of settings from a YAML file with `key=value` overrides. Raises as `load_config` does."""
+    config, origins = read_schema(path, overrides, SettingsStudyConfig)
     return Study(config, Path(path), origins)

@@ -194,14 +194,20 @@ def study_markdown(
         for task in measures:
             columns += show_summary(row.tasks.get(task))
         lines.append("| " + " | ".join(columns) + " |")
-    tokens = {task: {result.tokens for result in results if result.task == task} for task in measures}
+    return "\n".join(lines) + "\n\n" + state_facts(cells, results, slots)
+
+
+def state_facts(cells: Sequence[Cell], results: Sequence[CellResult], slots: int) -> str:
+    """What a table rests on, as one sentence: tokens a run, runs, hardware, seeds."""
+    tasks = dict.fromkeys(cell.task for cell in cells)
+    tokens = {task: {result.tokens for result in results if result.task == task} for task in tasks}
     facts = [
         f"{task}: {', '.join(f'{n:,}' for n in sorted(found))} tokens a run" for task, found in tokens.items() if found
     ]
     facts.append(f"{len(results)} of {len(cells)} runs are finished, {slots} at once")
     facts += dict.fromkeys(result.hardware for result in results)
     facts.append("where there are several seeds, the mean and (lowest to highest)")
-    return "\n".join(lines) + "\n\n" + "; ".join(facts) + ".\n"
+    return "; ".join(facts) + ".\n"
 
 
 def show_summary(summary: TaskSummary | None) -> list[str]:

@@ -164,6 +164,10 @@ def explain_remedy(refused: Sequence[str], saved: RunConfig, step: int) -> str:
             " One kind of optimizer cannot go on from the other's moments: a new run takes the weights alone, with "
             "run.initial_weights set to this run's directory."
         )
+    if any(name.startswith("optimizer.state_dtype:") for name in refused):
+        remedy += (
+            " Rounding states on the way would be another run: one takes the weights alone, with run.initial_weights."
+        )
     if not any(name.startswith(STAGED) for name in refused):
         return remedy
     if saved.stages:

@@ -31,7 +31,7 @@ GROUP_SETTINGS = ("lr", "initial_lr", "betas", "eps", "momentum", "weight_decay"
 
 @dataclass(frozen=True)
 class Fragment:
-    """One range of this rank's shard of a parameter: flat float32 views of weight and moments, and who else has a share.
+    """One range of this rank's shard of a parameter: flat views of weight and moments, and who else has a share.
 
     Of a frozen parameter (group `frozen`) it is one view, of the weight.
     """

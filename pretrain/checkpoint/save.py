@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from data_pipeline.deletion import try_to_delete
@@ -131,9 +132,9 @@ def take_snapshot(
     ]
     fragments = [share for share in (fragment.share(ranks.rank) for fragment in held) if share is not None]
     buffers = {name: buffer for name, buffer in layout.buffers().items() if name in writers.buffers}
-    # Frozen weights in bf16 widen here: all that a checkpoint has of parameters is float32.
+    # Frozen weights and states in bf16 widen here, on the host: all that a checkpoint has of parameters is float32.
     tensors = {
-        f"{kind}/{part.name}/{part.start}": tensor.float()
+        f"{kind}/{part.name}/{part.start}": tensor if tensor.dtype == torch.float32 else tensor.cpu().float()
         for part in fragments
         for kind, tensor in part.tensors.items()
     }

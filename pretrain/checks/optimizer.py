@@ -9,7 +9,7 @@ from pretrain.config.schema import RunConfig
 
 
 def optimizer_problems(config: RunConfig) -> Iterator[Problem]:
-    """Refuse Muon's settings beside another kind, and Muon in the memory of the host."""
+    """Refuse Muon's settings beside another kind, Muon in the memory of the host, and bf16 states that nothing can hold."""
     section = config.optimizer
     if section.muon is not None and section.kind != "muon":
         rule = f"has settings of Muon, and optimizer.kind is {section.kind}"
@@ -17,3 +17,22 @@ def optimizer_problems(config: RunConfig) -> Iterator[Problem]:
     if section.kind == "muon" and config.parallel.offload_optimizer:
         rule = "would have the host's processors multiply Muon's matrices"
         yield Problem("parallel.offload_optimizer", rule, "use false, or optimizer.kind=adamw", "true")
+    if section.state_dtype == "bf16":
+        yield from _bf16_state_problems(config)
+
+
+def _bf16_state_problems(config: RunConfig) -> Iterator[Problem]:
+    """Refuse what bf16 masters and moments do not go with, each with its reason."""
+    key, parallel = "optimizer.state_dtype", config.parallel
+    if config.train.precision != "bf16":
+        rule = f"keeps masters in bf16, and train.precision={config.train.precision} computes with float32 weights"
+        yield Problem(key, rule, "use train.precision=bf16, or float32 states", "bf16")
+    if config.optimizer.kind == "muon":
+        rule = "is AdamW's alone: Muon would orthogonalise a momentum that was rounded, which has not been tried"
+        yield Problem(key, rule, "use optimizer.kind=adamw, or float32", "bf16")
+    if parallel.zero_stage == 0:
+        rule = "is not for parallel.zero_stage=0, where DeepSpeed makes float32 masters whatever is asked"
+        yield Problem(key, rule, "use parallel.zero_stage=1, which does on one rank too, or float32", "bf16")
+    if parallel.offload_optimizer:
+        rule = "is not for parallel.offload_optimizer: DeepSpeed keeps bf16 states on the host with its compiled AdamW alone"
+        yield Problem(key, rule, "use parallel.offload_optimizer=false, or float32", "bf16")

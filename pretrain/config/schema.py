@@ -65,6 +65,10 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(0.1, ge=0, description="On matrices; norms, biases, A_log, D and dt_bias never decay.")
     clip_grad_norm: float | None = Field(1.0, gt=0, description="Largest global gradient norm; null: no clipping.")
     muon: MuonConfig | None = Field(None, description="Settings of kind muon; none: its defaults.")
+    state_dtype: Literal["float32", "bf16"] = Field(
+        "float32",
+        description="Of masters and moments; bf16: 6 bytes a parameter instead of 12, rounded by chance (train.precision=bf16, ZeRO 1 to 3, adamw).",
+    )
 
     def muon_settings(self) -> MuonConfig | None:
         """Settings of Muon where it is the kind: as given, or its defaults; None for AdamW."""

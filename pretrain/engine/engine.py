@@ -25,7 +25,8 @@ What happens to a gradient in a step:
         |
         v
     AdamW on float32 masters            each data rank its range (ZeRO 1-3); weights follow from the masters. Muon's
-                                        matrices meet at their owners in between (engine/muon)
+                                        matrices meet at their owners in between (engine/muon); masters may be bf16
+                                        (engine/bf16_adamw.py), and DeepSpeed then hands over gradients rounded to bf16
 
 DeepSpeed's own accumulation is not used (it sees one micro-batch a step): it would reduce after every micro-batch under
 ZeRO 2 and 3, add up in bf16, and know nothing of partial gradients. Where it reduces (ZeRO 0 and 3) it averages over data
@@ -48,6 +49,7 @@ from torch import Tensor, nn
 from model.matrices import list_matrices
 from model.parallel.groups import ProcessGroupCollection
 from pretrain.config.schema import OptimizerConfig
+from pretrain.engine.bf16_adamw import Bf16AdamW
 from pretrain.engine.buckets import GradientBuckets
 from pretrain.engine.deepspeed_experts import register_experts_with_deepspeed
 from pretrain.engine.deepspeed_zero3 import DataclassOutputHooks, is_not_about_types
@@ -292,6 +294,8 @@ def build_engine(
     engine.basic_optimizer.state.clear()  # the unfused wrapper has stepped once, with zeros, to allocate
     if isinstance(engine.basic_optimizer, Muon):
         engine.basic_optimizer.attach(list_parts(engine), stacks, parallel.groups)
+    elif isinstance(engine.basic_optimizer, Bf16AdamW):
+        engine.basic_optimizer.attach(list_parts(engine))
     norm = GlobalNorm(module, parallel)
     norm.install(engine)
     return ZeroEngine(
@@ -319,7 +323,12 @@ def describe_for_deepspeed(
         "gradient_accumulation_steps": 1,
         # Plain AdamW's gradients are clipped in `ZeroEngine.step`; DeepSpeed would clip them again, by a norm of its own.
         "gradient_clipping": 0.0 if zero_stage == 0 and precision == "float32" else optimizer.clip_grad_norm or 0.0,
-        "bf16": {"enabled": precision == "bf16", "check_grad_overflow": True},
+        "bf16": {
+            "enabled": precision == "bf16",
+            "check_grad_overflow": True,
+            "bf16_master_weights_and_grads": optimizer.state_dtype == "bf16",
+            "bf16_optimizer_states": optimizer.state_dtype == "bf16",
+        },
         "communication_data_type": "fp32",
         "zero_allow_untested_optimizer": True,
         # DeepSpeed's own AdamW for the host needs a compiler at first use.

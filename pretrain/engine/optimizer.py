@@ -18,6 +18,7 @@ from model.config.mup import WidthScales, width_scales
 from model.hybrid import HybridModel
 from model.matrices import MatrixStack
 from pretrain.config.schema import OptimizerConfig
+from pretrain.engine.bf16_adamw import Bf16AdamW
 from pretrain.engine.moments import MUON
 from pretrain.engine.muon.optimizer import Muon
 
@@ -109,7 +110,7 @@ def build_optimizer(
     apart: Collection[nn.Parameter] = (),
 ) -> torch.optim.AdamW:
     """Build the configured optimizer over the groups of `group_parameters`: fused AdamW (Loshchilov and Hutter 2019, arXiv
-    1711.05101), or Muon, which must be told its matrices, `stacks` (`list_matrices`).
+    1711.05101), AdamW with bf16 states, or Muon, which must be told its matrices, `stacks` (`list_matrices`).
 
     The rate starts at zero: wrappers that step once to allocate their states must not move a weight, and the loop sets
     the schedule's rate before each step.
@@ -127,6 +128,9 @@ def build_optimizer(
     )
     settings: dict[str, Any] = {"lr": 0.0, "betas": (config.beta1, config.beta2), "eps": config.epsilon, "fused": True}
     muon = config.muon_settings()
+    if config.state_dtype == "bf16":
+        assert muon is None, "optimizer_problems refuses Muon with bf16 states"
+        return Bf16AdamW(groups, **settings)
     if muon is None:
         return torch.optim.AdamW(groups, **settings)
     return Muon(groups, muon, base_width=None if mup is None else mup.base_hidden_size, **settings)

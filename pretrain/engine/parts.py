@@ -1,6 +1,6 @@
 """What of the optimizer's state lies on this rank, whatever DeepSpeed has made of it: parts, and ranges of parameters inside.
 
-DeepSpeed keeps float32 masters in shapes of its own. ZeRO 0: a tensor for each parameter. ZeRO 1 and 2: one flat tensor for
+DeepSpeed keeps masters in shapes of its own. ZeRO 0: a tensor for each parameter. ZeRO 1 and 2: one flat tensor for
 each group, cut by rank wherever that falls inside a parameter. ZeRO 3: every parameter cut into equal ranges. Here each
 becomes `Part`s (a master tensor) with `Span`s (which range of which parameter lies where in it). Checkpoints and Muon know
 nothing else: that is why a checkpoint of one ZeRO stage loads under another, and why Muon steps alike under all.
@@ -40,7 +40,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Part:
-    """One float32 master tensor that the optimizer steps, with the parameter ranges inside it.
+    """One master tensor, float32 or bf16, that the optimizer steps, with the parameter ranges inside it.
 
     `data_ranks`: the global ranks that hold the same shards of parameters, over which ZeRO spreads them, and
     `data_group` their process group. `replicated`: it spreads nothing, every one of them holds the same part (ZeRO 0).
@@ -101,7 +101,8 @@ def list_parts(engine: Any) -> list[Part]:
     outside = trainable - {names[id(parameter)] for parameter in members}
     assert not outside, f"parameters outside the optimizer are never stepped or saved: {sorted(outside)}"
     for part in parts:
-        assert part.master.dtype == torch.float32, f"master weights must be float32, not {part.master.dtype}"
+        known = (torch.float32, torch.bfloat16)
+        assert part.master.dtype in known, f"master weights must be float32 or bf16, not {part.master.dtype}"
     return parts
 
 

@@ -196,6 +196,21 @@ def test_slots_of_a_capacity_are_kept_filled_or_not():
     assert limited > counted
 
 
+def test_bf16_states_take_half_and_their_steps_more_time():
+    wide = preset("ladder_150m", "train.precision=bf16")
+    half = preset("ladder_150m", "train.precision=bf16", "optimizer.state_dtype=bf16")
+    layout, length = Layout(8, 1, 1), wide.train.sequence_length
+    (held,) = held_by_stages(wide.model, layout, length)
+    own = held.share(layout)
+    assert persistent_bytes(held, layout, storage_of(half)) | {
+        "masters": 4 * own,
+        "moments": 8 * own,
+    } == persistent_bytes(held, layout, storage_of(wide))
+    assert persistent_bytes(held, layout, storage_of(half))["moments"] == 4 * own
+    times = [estimate_step(config, layout, H100, storage_of(config), overlap=0.5) for config in (wide, half)]
+    assert times[0].optimizer < times[1].optimizer
+
+
 def test_muon_keeps_one_moment_of_matrices_and_multiplies_them():
     adamw = preset("ladder_150m")
     muon = adamw.model_copy(update={"optimizer": adamw.optimizer.model_copy(update={"kind": "muon"})})

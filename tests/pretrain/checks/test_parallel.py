@@ -6,6 +6,7 @@ from pretrain.checks.check_run import check_run
 from pretrain.config.file import load_config
 from tests.pretrain.checks.test_check_run import broken
 
+BF16_STATES = ("train.precision=bf16", "optimizer.state_dtype=bf16")
 MOE = "model.moe={num_experts: 6, top_k: 2, expert_hidden_size: 12, shared_expert_hidden_size: 10}"
 
 
@@ -57,6 +58,22 @@ MOE = "model.moe={num_experts: 6, top_k: 2, expert_hidden_size: 12, shared_exper
         (
             ["optimizer.muon={rounds: 6}"],
             "optimizer.muon: has settings of Muon, and optimizer.kind is adamw; use optimizer.kind=muon, or remove",
+        ),
+        (
+            ["optimizer.state_dtype=bf16"],
+            "optimizer.state_dtype = bf16: keeps masters in bf16, and train.precision=float32 computes with float32 weights; use",
+        ),
+        (
+            [*BF16_STATES, "optimizer.kind=muon"],
+            "optimizer.state_dtype = bf16: is AdamW's alone: Muon would orthogonalise a momentum that was rounded, which has",
+        ),
+        (
+            [*BF16_STATES, "parallel.zero_stage=0"],
+            "optimizer.state_dtype = bf16: is not for parallel.zero_stage=0, where DeepSpeed makes float32 masters whatever",
+        ),
+        (
+            [*BF16_STATES, "parallel.offload_optimizer=true"],
+            "optimizer.state_dtype = bf16: is not for parallel.offload_optimizer: DeepSpeed keeps bf16 states on the host with",
         ),
         (["parallel.tensor=3"], "parallel.tensor = 3: must divide model.vocab_size=512; use 1, 2, 4"),
         (["parallel.tensor=3"], "parallel.tensor = 3: must divide model.mamba.num_heads=4; use 1, 2, 4"),
