@@ -1,7 +1,7 @@
 """Training steps of several models side by side: forward and backward of the same tokens, in turns.
 
-What a change of structure is worth: the models of two configurations, or of a checkpoint before and after `amfm shrink`. They
-take turns, upwards and downwards, so that a drift of the machine slows all of them, and each step is compared with the first
+What a change of structure is worth: the models of two configurations, of a checkpoint before and after `amfm shrink`, or of
+one sequence mixer each (those of `amfm bench length`). They take turns, upwards and downwards, so that a drift of the machine slows all of them, and each step is compared with the first
 model's of its own round. CPU time beside wall time tells more on a machine that others load.
 """
 
@@ -11,13 +11,15 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from launch.bench.hardware import describe_hardware
+from launch.bench.length import choose_mixers, length_config
+from model.config.mixer_registry import describe_symbol
 from model.config.schema import ModelConfig
 from model.flops import count_parameters
 from model.hybrid import HybridModel
@@ -39,8 +41,16 @@ def read_model(path: Path) -> ModelConfig:
     return load_located(file, ()).config.model
 
 
+def mixer_models(names: str) -> dict[str, ModelConfig]:
+    """Models of one block of a mixer each, by name, from letters and names with commas between; heads and states are alike.
+
+    Raises as `choose_mixers` and `length_config` do.
+    """
+    return {describe_symbol(symbol): length_config(symbol) for symbol in choose_mixers(names)}
+
+
 def bench_models(
-    paths: Sequence[Path],
+    named: Mapping[str, ModelConfig],
     *,
     rows: int,
     tokens: int,
@@ -49,7 +59,7 @@ def bench_models(
     report: Callable[[str], None],
 ) -> dict[str, Any]:
     """Time a forward and backward pass of each model; ratios are to the first one, above 1 where a model is faster."""
-    configs = [read_model(path) for path in paths]
+    configs = list(named.values())
     parallel = initialize_parallel(timeout_seconds=600, num_threads=num_threads)
     models = [
         HybridModel(config, parallel.groups, backend="auto", seed=0, device=parallel.device).train()
@@ -67,8 +77,8 @@ def bench_models(
         for index in order if number % 2 == 0 else reversed(order):
             taken[index].append(time_step(models[index], drawn))
     found = [
-        {"model": str(path), "parameters": count_parameters(config).total, **compare(taken[0], own, rows * tokens)}
-        for path, config, own in zip(paths, configs, taken, strict=True)
+        {"model": name, "parameters": count_parameters(config).total, **compare(taken[0], own, rows * tokens)}
+        for (name, config), own in zip(named.items(), taken, strict=True)
     ]
     return {
         "rows": rows,

@@ -13,24 +13,33 @@ from launch.console import print_json, print_rows, say
 
 def models(
     paths: Annotated[
-        list[Path], typer.Argument(metavar="MODEL...", help="Configurations, run directories or weights folders.")
-    ],
+        list[Path] | None,
+        typer.Argument(metavar="MODEL...", help="Configurations, run directories or weights folders."),
+    ] = None,
     *,
+    mixers: Annotated[
+        str | None,
+        typer.Option(metavar="G,K", help="Instead: models of one mixer each, by letters or names, of equal sizes."),
+    ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Rows a step.")] = 4,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens a row.")] = 256,
     rounds: Annotated[int, typer.Option(min=1, help="Timed steps of each, taking turns.")] = 9,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: one.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Time forward and backward passes of models on the same tokens; above 1: faster than the first.
+    """Time forward and backward passes of models on the same tokens; above 1: faster than the first. Or of mixers.
 
     One thread where none is asked for, so that CPU time means something.
     """
-    if len(paths) < 2:
-        raise ValueError(f"bench models compares two or more models, and {paths[0]} is one; name another")
-    from launch.bench.models import bench_models
+    from launch.bench.models import bench_models, mixer_models, read_model
 
-    result = bench_models(paths, rows=rows, tokens=tokens, rounds=rounds, num_threads=threads or 1, report=say)
+    if paths and mixers is not None:
+        raise ValueError(f"--mixers names what is compared, and so does {paths[0]}; leave out one of them")
+    named = mixer_models(mixers) if mixers is not None else {str(path): read_model(path) for path in paths or []}
+    if len(named) < 2:
+        given = f"{next(iter(named))} is one; name another" if named else "none is named; name two, or --mixers G,K"
+        raise ValueError(f"bench models compares two or more models, and {given}")
+    result = bench_models(named, rows=rows, tokens=tokens, rounds=rounds, num_threads=threads or 1, report=say)
     if as_json:
         print_json(result)
         return

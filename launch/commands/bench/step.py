@@ -32,6 +32,10 @@ def step(
     micro_batches: Annotated[
         int | None, typer.Option(min=1, help="With --muon: micro-batches a step, of 2,048 tokens; default: 8.")
     ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(metavar="MODEL", help="With --muon: a configuration or run directory, whose model is timed."),
+    ] = None,
     rounds: Annotated[
         int | None, typer.Option(min=1, help="Timed steps of each variant, taking turns; default: 8.")
     ] = None,
@@ -49,11 +53,12 @@ def step(
     What ranks send, speed by row length and a hardware file of this machine: see communication, length and calibrate.
     """
     # Hidden flags: --comm, --sweep length and --calibration were the other three verbs, and scripts still say so.
-    if micro_batches is not None and not muon:
-        raise ValueError("--micro-batches sets the step that --muon compares optimizers by; add it, or remove this")
+    for flag, value in (("--micro-batches", micro_batches), ("--model", model)):
+        if value is not None and not muon:
+            raise ValueError(f"{flag} sets the step that --muon compares optimizers by; add it, or remove this")
     if muon and (comm or compiled or calibration is not None or peer != "none" or sweep is not None):
         raise ValueError(
-            "--muon compares our two optimizers alone; beside it give --micro-batches, --rounds, --threads"
+            "--muon compares our two optimizers alone; beside it give --model, --micro-batches, --rounds, --threads"
         )
     if sweep is not None:
         if comm or compiled or calibration is not None or peer != "none" or overrides or nproc > 1:
@@ -74,25 +79,39 @@ def step(
     if calibration is not None:
         calibrate(calibration, rounds=rounds or STEP_ROUNDS, threads=threads, as_json=as_json)
         return
-    from launch.bench.step import bench_optimizers, bench_step
-
     if muon:
-        result = bench_optimizers(
-            rounds=rounds or STEP_ROUNDS, num_threads=threads, micro_batches=micro_batches or MUON_PASSES, report=say
-        )
-        if as_json:
-            print_json(result)
-        else:
-            print_step_table(result)
-            for treatment, ratio in result["muon_to_adamw"].items():
-                say(f"Muon's step takes {ratio:.2f} of AdamW's ({title_of(treatment)})")
+        compare_optimizers(model, micro_batches or MUON_PASSES, rounds or STEP_ROUNDS, threads, as_json=as_json)
         return
+    from launch.bench.step import bench_step
+
     names = [*(PEER if peer == "transformers" else ()), "bare_loop", *PLAIN, *(COMPILED if compiled else ())]
     result = bench_step(names, rounds=rounds or STEP_ROUNDS, num_threads=threads, report=say)
     if as_json:
         print_json(result)
     else:
         print_step_table(result)
+
+
+def compare_optimizers(
+    model: Path | None, micro_batches: int, rounds: int, threads: int | None, *, as_json: bool
+) -> None:
+    """Time our step with AdamW and with Muon, on the benchmark's own model or another, and print the ratio."""
+    from launch.bench.models import read_model
+    from launch.bench.step import ROWS, TOKENS, Shape, bench_optimizers
+
+    result = bench_optimizers(
+        rounds=rounds,
+        num_threads=threads,
+        micro_batches=micro_batches,
+        report=say,
+        shape=None if model is None else Shape(ROWS, TOKENS, read_model(model)),
+    )
+    if as_json:
+        print_json(result)
+        return
+    print_step_table(result)
+    for treatment, ratio in result["muon_to_adamw"].items():
+        say(f"Muon's step takes {ratio:.2f} of AdamW's ({title_of(treatment)})")
 
 
 def print_step_table(result: dict[str, Any]) -> None:

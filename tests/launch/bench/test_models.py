@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.bench.models import compare
+from launch.bench.models import compare, mixer_models
 from launch.cli import run
 
 
@@ -28,3 +28,21 @@ def test_two_models_are_timed_and_one_alone_is_refused(base: Path, tmp_path: Pat
     assert "compares two or more models" in capsys.readouterr().err
     assert run(["bench", "models", str(base), str(tmp_path / "none")]) == 2
     assert "is no configuration, run directory or weights folder" in capsys.readouterr().err
+
+
+def test_mixers_of_equal_sizes_stand_beside_each_other(capsys) -> None:
+    sizes = ["--rows", "1", "--tokens", "16", "--rounds", "1"]
+    assert run(["bench", "models", "--mixers", "G,K", *sizes, "--json"]) == 0
+    first, second = json.loads(capsys.readouterr().out)["models"]
+    assert (first["model"], second["model"]) == ("gated deltanet", "kda")
+    gated, kda = mixer_models("G,K").values()
+    sections = [getattr(gated.mixers, "gated_deltanet"), getattr(kda.mixers, "kda")]  # noqa: B009
+    assert len({(section.num_heads, section.head_dim, section.value_dim()) for section in sections}) == 1
+    for arguments, message in (
+        (["--mixers", "G"], "compares two or more models, and gated deltanet is one"),
+        (["--mixers", "G,K", "some.yaml"], "--mixers names what is compared, and so does some.yaml"),
+        ([], "none is named; name two, or --mixers G,K"),
+        (["--mixers", "G,E"], "mixes no tokens along the row"),
+    ):
+        assert run(["bench", "models", *arguments]) == 2
+        assert message in capsys.readouterr().err
