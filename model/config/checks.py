@@ -128,7 +128,12 @@ def _check_rope(rope: RopeConfig, head_dim: int) -> None:
     if rope.theta <= 1:
         raise ValueError(f"model.attention.rope.theta={rope.theta} must be above 1; use 10000")
     # A field of another scaling would be read by nothing, so it is refused and not ignored.
-    needed = {"ntk": ("ntk_alpha",), "yarn": ("yarn_factor", "yarn_original_length"), "none": ()}
+    needed = {
+        "ntk": ("ntk_alpha",),
+        "yarn": ("yarn_factor", "yarn_original_length"),
+        "llama3": ("llama3",),
+        "none": (),
+    }
     for scaling, fields in needed.items():
         for field in fields:
             value = getattr(rope, field)
@@ -143,6 +148,11 @@ def _check_rope(rope: RopeConfig, head_dim: int) -> None:
         raise ValueError(
             "model.attention.rope.yarn_beta_fast and yarn_beta_slow are only read with scaling: yarn, "
             f"not {rope.scaling}; remove them or set scaling: yarn"
+        )
+    if rope.llama3 is not None and rope.llama3.slow_turns >= rope.llama3.fast_turns:
+        raise ValueError(
+            f"model.attention.rope.llama3.slow_turns={rope.llama3.slow_turns} must be under "
+            f"fast_turns={rope.llama3.fast_turns}; use 1 and 4"
         )
     if rope.yarn_beta_slow >= rope.yarn_beta_fast:
         raise ValueError(

@@ -203,16 +203,39 @@ class KdaOptions(VectorGateOptions):
         return self.gate_rank or self.head_dim
 
 
-class TransNormerOptions(HeadOptions):
+class FeatureMapOptions(HeadOptions):
+    """What mixers that forget nothing can choose: order comes from rotary positions, or from elsewhere in the model."""
+
+    positions: Literal["none", "rope_before", "rope_after"] = Field(
+        "none",
+        description="Rotary positions, which restart at documents: `rope_before` the features, which keeps weights positive, or `rope_after` them, which makes weights exact functions of the distance (`transnormer` alone).",
+    )
+    rope_theta: float = Field(
+        10_000.0, gt=1, description="Base of the rotary frequencies; only read with rotary positions."
+    )
+    scan_limits: ClassVar[ScanLimits | None] = DECAY_LIMITS
+    divides: ClassVar[bool] = True  # by the sum of its weights, which must be positive
+
+    def broken_rules(self) -> Iterator[tuple[str, str]]:
+        """Channels are rotated in pairs, and a sum of weights of both signs is no denominator."""
+        if self.positions == "none":
+            if self.rope_theta != 10_000.0:
+                yield "rope_theta", "is only read with rotary positions; set positions, or remove it"
+            return
+        if self.head_dim % 2:
+            yield "head_dim", f"must be even with positions: {self.positions}; add one, or use positions: none"
+        if self.positions == "rope_after" and self.divides:
+            yield "positions", "makes weights negative, and this mixer divides by their sum; use rope_before"
+
+
+class TransNormerOptions(FeatureMapOptions):
     """TransNormer (Qin et al. 2022, arXiv 2210.10340): linear attention with a norm where others divide."""
 
-    scan_limits: ClassVar[ScanLimits | None] = DECAY_LIMITS
+    divides: ClassVar[bool] = False
 
 
-class HedgehogOptions(HeadOptions):
+class HedgehogOptions(FeatureMapOptions):
     """Hedgehog (Zhang et al. 2024, arXiv 2402.04347): linear attention with learned softmax features."""
-
-    scan_limits: ClassVar[ScanLimits | None] = DECAY_LIMITS
 
     def state_shape(self) -> tuple[int, int]:
         """Twice the features, and the sum of weights beside the values."""
@@ -257,10 +280,8 @@ class LightNetOptions(VectorGateOptions):
     gate_rank: int = Field(16, gt=0, description="Inside of the low-rank output gate.")
 
 
-class MalaOptions(HeadOptions):
+class MalaOptions(FeatureMapOptions):
     """Magnitude-aware linear attention (Fan et al. 2025, arXiv 2507.00698); experimental in language models."""
-
-    scan_limits: ClassVar[ScanLimits | None] = DECAY_LIMITS
 
     def state_shape(self) -> tuple[int, int]:
         """A row and a column for the sums."""

@@ -8,6 +8,7 @@ from pydantic import Field, create_model
 from model.config.mixer_options import OutputGate
 from model.config.mixer_registry import mixer_specs
 from model.config.pattern import Pattern, parse_pattern
+from model.config.rope import Llama3Stretch
 from model.config.section import Section
 from model.config.structure import DENSE, LinearKind, Structure
 
@@ -57,8 +58,9 @@ class RopeConfig(Section):
 
     theta: float = Field(10_000.0, gt=0, description="Base of the frequencies.")
     fraction: float = Field(1.0, gt=0, le=1, description="Part of each head that is rotated.")
-    scaling: Literal["none", "ntk", "yarn"] = Field(
-        "none", description="`ntk`: theta * alpha^(d/(d-2)); `yarn`: Peng et al. 2023 (arXiv 2309.00071)."
+    scaling: Literal["none", "ntk", "yarn", "llama3"] = Field(
+        "none",
+        description="`ntk`: theta * alpha^(d/(d-2)); `yarn`: Peng et al. 2023 (arXiv 2309.00071); `llama3`: as Llama 3.1 and later.",
     )
     ntk_alpha: float | None = Field(
         None, ge=1, description="NTK-aware alpha (Hunyuan: 50 for 32K, 1000 for 256K); only with scaling: ntk."
@@ -71,6 +73,7 @@ class RopeConfig(Section):
     )
     yarn_beta_fast: float = Field(32.0, gt=0, description="Rotations above which a frequency is left alone.")
     yarn_beta_slow: float = Field(1.0, gt=0, description="Rotations below which a frequency is interpolated.")
+    llama3: Llama3Stretch | None = Field(None, description="Only with scaling: llama3.")
 
 
 class AttentionConfig(Section):

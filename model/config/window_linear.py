@@ -9,6 +9,7 @@ from pydantic import Field
 
 from kernels.limits import DECAY_LIMITS, VECTOR_GATE_LIMITS, ScanLimits
 from model.config.mixer_options import OutputGate, SharedKeyOptions
+from model.config.rope import Llama3Stretch
 
 Features = Literal["hedgehog", "softmax"]
 DecayGate = Literal["none", "key", "learned"]
@@ -72,6 +73,9 @@ class WindowLinearOptions(SharedKeyOptions):
     )
     rope_theta: float = Field(10_000.0, gt=1, description="Base of the rotary frequencies.")
     rope_fraction: float = Field(1.0, gt=0, le=1, description="Part of each head that is rotated.")
+    rope_llama3: Llama3Stretch | None = Field(
+        None, description="As model.attention.rope.llama3 of a teacher with scaling: llama3; none: not stretched."
+    )
     softmax_scale: float | None = Field(None, gt=0, description="Of the window's scores; none: head_dim ** -0.5.")
     output_gate: OutputGate = Field(
         "none", description="Sigmoid of the input times each head's output: a gate a channel, or a head."
@@ -92,6 +96,10 @@ class WindowLinearOptions(SharedKeyOptions):
         rotated = self.head_dim * self.rope_fraction
         if self.positions == "rope" and (rotated != int(rotated) or int(rotated) % 2):
             yield "rope_fraction", f"of head_dim={self.head_dim} must rotate an even number of channels; change either"
+        if self.rope_llama3 is not None and self.positions == "none":
+            yield "rope_llama3", "is only read with positions: rope; remove it"
+        if self.rope_llama3 is not None and self.rope_llama3.slow_turns >= self.rope_llama3.fast_turns:
+            yield "rope_llama3", "must have slow_turns under fast_turns; use 1 and 4"
         form = self.branches()
         if form.combine == "average" and form.features == "hedgehog":
             field = "features" if self.features is not None else "combine"

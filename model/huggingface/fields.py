@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from model.config.rope import Llama3Stretch
 from model.config.schema import AttentionConfig, ModelConfig, MoeConfig, RopeConfig
 
 # transformers multiplies experts with torch's grouped product, whose rows must be whole 16 bytes, in bf16 too.
@@ -82,6 +83,14 @@ def rope_parameters(attention: AttentionConfig) -> dict[str, Any]:
             "beta_fast": rope.yarn_beta_fast,
             "beta_slow": rope.yarn_beta_slow,
         }
+    elif rope.llama3 is not None:
+        parameters |= {
+            "rope_type": "llama3",
+            "factor": rope.llama3.factor,
+            "original_max_position_embeddings": rope.llama3.original_length,
+            "low_freq_factor": rope.llama3.slow_turns,
+            "high_freq_factor": rope.llama3.fast_turns,
+        }
     return parameters
 
 
@@ -111,7 +120,15 @@ def rope_from_parameters(parameters: Mapping[str, Any]) -> RopeConfig:
             yarn_beta_fast=parameters.get("beta_fast") or 32.0,
             yarn_beta_slow=parameters.get("beta_slow") or 1.0,
         )
-    raise ValueError(f"config.json: rope_type={kind} cannot be imported; use default or yarn")
+    if kind == "llama3":
+        stretch = Llama3Stretch(
+            factor=parameters["factor"],
+            original_length=parameters["original_max_position_embeddings"],
+            slow_turns=parameters["low_freq_factor"],
+            fast_turns=parameters["high_freq_factor"],
+        )
+        return RopeConfig(theta=theta, scaling="llama3", llama3=stretch)
+    raise ValueError(f"config.json: rope_type={kind} cannot be imported; use default, yarn or llama3")
 
 
 def letters_of(names: list[str]) -> list[str]:

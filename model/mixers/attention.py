@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from kernels.attention.op import attention, fastest_backend
 from kernels.attention.varlen import DocumentEnds
+from kernels.rope.frequencies import Llama3Numbers
 from kernels.rope.op import qk_norm_rope, rope_frequencies
+from model.config.rope import Llama3Stretch
 from model.config.schema import AttentionConfig, ModelConfig
 from model.mixers.interface import AttentionCache, BlockState, MixerOutput
 from model.mixers.output_gate import gate_heads, gate_projection
@@ -77,6 +79,7 @@ class AttentionMixer(Float32Buffers):
             yarn_original_length=rope.yarn_original_length,
             yarn_beta_fast=rope.yarn_beta_fast,
             yarn_beta_slow=rope.yarn_beta_slow,
+            llama3=llama3_numbers(rope.llama3),
         )
         self.inverse_frequencies = frequencies.to(self.q_proj.weight.device)
 
@@ -118,6 +121,13 @@ class AttentionMixer(Float32Buffers):
         """Build the cache before the first token: [B, 0, J, K], in the dtype of the weights."""
         empty = self.k_proj.weight.new_zeros(num_rows, 0, self.num_kv_heads, self.head_dim)
         return AttentionCache(empty, empty)
+
+
+def llama3_numbers(section: Llama3Stretch | None) -> Llama3Numbers | None:
+    """The section as the kernels take it."""
+    if section is None:
+        return None
+    return Llama3Numbers(section.factor, section.original_length, section.slow_turns, section.fast_turns)
 
 
 def attend(

@@ -4,6 +4,10 @@ With features phi, attention's weight exp(q k) becomes phi(q) phi(k), and the su
 S = sum phi(k) v^T (Katharopoulos et al. 2020, arXiv 2006.16236, section 3). Positive features keep all weights positive, so
 that dividing by their sum is safe; TransNormer norms the output of a head in place of it. Both use the decay recurrence with
 a log decay of 0.
+
+Nothing here tells near from far. Rotary positions can. Before the features they keep weights positive, and a shift of the
+text changes them a little. After the features weights are exact functions of the distance (Su et al. 2021, arXiv 2104.09864,
+section 3.3), and some are negative, so that only a norm may follow.
 """
 
 from __future__ import annotations
@@ -12,35 +16,62 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model.config.mixer_options import HeadOptions
+from kernels.rope.frequencies import rope_frequencies
+from kernels.rope.op import qk_norm_rope
+from model.config.mixer_options import FeatureMapOptions, HeadOptions
 from model.mixers.base import LinearMixer, Part
 from model.mixers.head_norm import GatedHeadNorm
 from model.mixers.interface import BuildContext
-from model.mixers.recurrence import DecayRecurrence, ScanRows
+from model.mixers.recurrence import DecayRecurrence, Recurrence, ScanRows
 from model.packing import PackMeta
 from model.parallel.shards import Shard, ShardSpec
 
 
-class TransNormerMixer(LinearMixer):
-    """Features elu + 1 and a norm of each head's output where linear attention divides by the sum of its weights.
+class FeatureMapMixer(LinearMixer):
+    """q, k and v by head, and rotary positions of queries and keys where the options have them."""
 
-    Source: Qin et al. 2022, arXiv 2210.10340, section 3.2; its block-local softmax in early layers is the mixer `W`.
-    """
+    options: FeatureMapOptions
+    recurrence: Recurrence = DecayRecurrence()
 
-    options: HeadOptions
-    recurrence = DecayRecurrence()
-
-    def __init__(self, options: HeadOptions, build: BuildContext) -> None:
+    def __init__(self, options: FeatureMapOptions, build: BuildContext) -> None:
         super().__init__(options, build)
-        self.norm = GatedHeadNorm(self.value_dim, build)
+        self.inverse_frequencies: Tensor | None
+        self.register_buffer("inverse_frequencies", None, persistent=False)
 
     def parts(self) -> dict[str, Part]:
         """q, k, v, each by head."""
         return query_key_value(self.options)
 
+    def reset_buffers(self) -> None:
+        """Compute the rotary frequencies, on the device of the weights."""
+        if self.options.positions != "none":
+            frequencies, _ = rope_frequencies(self.key_dim, theta=self.options.rope_theta)
+            self.inverse_frequencies = frequencies.to(self.out_proj.weight.device)
+
+    def placed(self, q_BTHK: Tensor, k_BTHK: Tensor, meta: PackMeta, where: str) -> tuple[Tensor, Tensor]:
+        """Rotate queries and keys by their positions if the options rotate there, `rope_before` or `rope_after` the features."""
+        if self.options.positions != where:
+            return q_BTHK, k_BTHK
+        return qk_norm_rope(
+            q_BTHK, k_BTHK, meta.positions_BT, self.inverse_frequencies, 1.0, backend=self.build.backend
+        )
+
+
+class TransNormerMixer(FeatureMapMixer):
+    """Features elu + 1 and a norm of each head's output where linear attention divides by the sum of its weights.
+
+    Source: Qin et al. 2022, arXiv 2210.10340, section 3.2; its block-local softmax in early layers is the mixer `W`.
+    """
+
+    def __init__(self, options: FeatureMapOptions, build: BuildContext) -> None:
+        super().__init__(options, build)
+        self.norm = GatedHeadNorm(self.value_dim, build)
+
     def rows(self, parts: dict[str, Tensor], meta: PackMeta) -> ScanRows:
         """Pointwise in time."""
-        q, k = (functional.elu(self.heads(parts[name])) + 1.0 for name in ("q", "k"))
+        q, k = self.placed(self.heads(parts["q"]), self.heads(parts["k"]), meta, "rope_before")
+        q, k = functional.elu(q) + 1.0, functional.elu(k) + 1.0
+        q, k = self.placed(q, k, meta, "rope_after")
         return ScanRows(q, k, self.heads(parts["v"]), no_decay(q))
 
     def output(self, o_BTHV: Tensor, parts: dict[str, Tensor]) -> Tensor:
@@ -48,17 +79,14 @@ class TransNormerMixer(LinearMixer):
         return self.norm(o_BTHV, None)
 
 
-class HedgehogMixer(LinearMixer):
+class HedgehogMixer(FeatureMapMixer):
     """Learned features [softmax(W x), softmax(-W x)] a head, each side its own W; weights that sum to 1.
 
     The sum of weights is the last channel of the state's values: v gets a column of ones.
     Source: Zhang et al. 2024, arXiv 2402.04347, section 4.1.
     """
 
-    options: HeadOptions
-    recurrence = DecayRecurrence()
-
-    def __init__(self, options: HeadOptions, build: BuildContext) -> None:
+    def __init__(self, options: FeatureMapOptions, build: BuildContext) -> None:
         super().__init__(options, build)
         by_head = Shard((ShardSpec(0, "tp", (options.num_heads,)),))
         shape = (self.num_heads, self.key_dim, self.key_dim)
@@ -66,14 +94,10 @@ class HedgehogMixer(LinearMixer):
         self.key_features = nn.Parameter(torch.empty(shape))
         self.shards |= {"query_features": by_head, "key_features": by_head}
 
-    def parts(self) -> dict[str, Part]:
-        """q, k, v, each by head."""
-        return query_key_value(self.options)
-
     def rows(self, parts: dict[str, Tensor], meta: PackMeta) -> ScanRows:
         """Pointwise in time; softmax in float32 for bf16."""
-        q = self._features(self.heads(parts["q"]), self.query_features)
-        k = self._features(self.heads(parts["k"]), self.key_features)
+        q, k = self.placed(self.heads(parts["q"]), self.heads(parts["k"]), meta, "rope_before")
+        q, k = self._features(q, self.query_features), self._features(k, self.key_features)
         v = functional.pad(self.heads(parts["v"]), (0, 1), value=1.0)
         return ScanRows(q, k, v, no_decay(q))
 

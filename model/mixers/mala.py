@@ -11,16 +11,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from model.config.mixer_options import HeadOptions
-from model.mixers.base import LinearMixer, Part
-from model.mixers.feature_maps import no_decay, query_key_value
+from model.config.mixer_options import FeatureMapOptions
+from model.mixers.feature_maps import FeatureMapMixer, no_decay
 from model.mixers.head_norm import GatedHeadNorm
 from model.mixers.interface import BuildContext
 from model.mixers.recurrence import DecayRecurrence, OpenScan, ScanRows, ScanSettings
 from model.packing import PackMeta
 
 
-class MalaMixer(LinearMixer):
+class MalaMixer(FeatureMapMixer):
     """o = (1 + 1 / Z) sum_j (q k_j) v_j - Z mean_j v_j with Z = q sum_j k_j over the document so far, then a norm a head.
 
     Weights of a token sum to 1, but some are negative and untrained ones reach tens: hence the norm, which the paper's
@@ -29,16 +28,10 @@ class MalaMixer(LinearMixer):
     Source: Fan et al. 2025, arXiv 2507.00698, section 3.
     """
 
-    options: HeadOptions
-
-    def __init__(self, options: HeadOptions, build: BuildContext) -> None:
+    def __init__(self, options: FeatureMapOptions, build: BuildContext) -> None:
         super().__init__(options, build)
         self.recurrence = TwoReads()
         self.norm = GatedHeadNorm(self.value_dim, build)
-
-    def parts(self) -> dict[str, Part]:
-        """q, k, v, each by head."""
-        return query_key_value(self.options)
 
     def rows(self, parts: dict[str, Tensor], meta: PackMeta) -> ScanRows:
         """Features elu + 1; two queries a head, one for keys and one for the sums. Pointwise in time.
@@ -46,7 +39,9 @@ class MalaMixer(LinearMixer):
         In float32 for bf16: the output is a difference of two large numbers.
         """
         wide = torch.promote_types(parts["q"].dtype, torch.float32)
-        q, k = (functional.elu(self.heads(parts[name]).to(wide)) + 1.0 for name in ("q", "k"))
+        q, k = (self.heads(parts[name]).to(wide) for name in ("q", "k"))
+        q, k = self.placed(q, k, meta, "rope_before")
+        q, k = functional.elu(q) + 1.0, functional.elu(k) + 1.0
         weighted, summed = functional.pad(q, (0, 1)), functional.pad(torch.zeros_like(q), (0, 1), value=1.0)
         k, v = (functional.pad(x, (0, 1), value=1.0) for x in (k, self.heads(parts["v"]).to(wide)))
         return ScanRows(torch.cat([weighted, summed], dim=2), k, v, no_decay(k))

@@ -29,7 +29,7 @@ from kernels.attention.window_torch import WindowSums
 from kernels.rope.frequencies import rope_frequencies
 from kernels.rope.op import qk_norm_rope
 from model.config.window_linear import WindowLinearOptions
-from model.mixers.attention import HeadNorm, attend
+from model.mixers.attention import HeadNorm, attend, llama3_numbers
 from model.mixers.interface import BlockState, BuildContext, MixerOutput, MixerState, SequenceMixer
 from model.mixers.older_tokens import Past, Rows, SharedReads, delay_rows
 from model.mixers.output_gate import gate_heads, gate_projection
@@ -107,7 +107,13 @@ class WindowLinearMixer(SequenceMixer):
         """Compute the rotary frequencies, on the device of the weights."""
         options = self.options
         if options.positions == "rope":
-            found, _ = rope_frequencies(options.head_dim, theta=options.rope_theta, fraction=options.rope_fraction)
+            found, _ = rope_frequencies(
+                options.head_dim,
+                theta=options.rope_theta,
+                fraction=options.rope_fraction,
+                scaling="none" if options.rope_llama3 is None else "llama3",
+                llama3=llama3_numbers(options.rope_llama3),
+            )
             self.inverse_frequencies = found.to(self.o_proj.weight.device)
 
     def init_parameter(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:

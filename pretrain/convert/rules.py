@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from model.config.mixer_registry import describe_symbol, mixer_specs
+from model.config.rope import Llama3Stretch
 from model.config.schema import AttentionConfig
 from model.config.window_linear import WindowLinearOptions
 from pretrain.checks.check_run import check_run
@@ -101,9 +102,9 @@ def mixer_problems(config: RunConfig) -> Iterator[Problem]:
 def weight_problems(options: WindowLinearOptions, attention: AttentionConfig) -> Iterator[Problem]:
     """Compare with the attention whose weights the mixer takes over."""
     rope = attention.rope
-    if attention.positions == "rope" and rope.scaling != "none":
+    if attention.positions == "rope" and rope.scaling not in ("none", "llama3"):
         rule = "stretches positions, which window_linear cannot, and the teacher's weights were trained for it"
-        yield Problem("model.attention.rope.scaling", rule, "give a teacher without scaling", rope.scaling)
+        yield Problem("model.attention.rope.scaling", rule, "give a teacher with none or llama3", rope.scaling)
     wanted: dict[str, object] = {
         "num_heads": attention.num_heads,
         "kv_heads": attention.num_kv_heads,
@@ -114,13 +115,14 @@ def weight_problems(options: WindowLinearOptions, attention: AttentionConfig) ->
         "output_gate": attention.gate,
     }
     if attention.positions == "rope":
-        wanted |= {"rope_theta": rope.theta, "rope_fraction": rope.fraction}
+        wanted |= {"rope_theta": rope.theta, "rope_fraction": rope.fraction, "rope_llama3": rope.llama3}
     for name, value in wanted.items():
         given = options.kv_heads() if name == "kv_heads" else getattr(options, name)
         if given != value:
             field = "num_kv_heads" if name == "kv_heads" else name
             rule = f"must be {value}, as model.attention has it: the teacher's weights were trained for that"
-            shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
+            shown = value.model_dump() if isinstance(value, Llama3Stretch) else value
+            shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else shown
             yield Problem(f"model.mixers.window_linear.{field}", rule, f"use {shown}", str(given))
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from kernels.rope.frequencies import Llama3Numbers
 from kernels.rope.op import qk_norm_rope, rope_frequencies
 
 # One rounding an operation; float32 angles at positions below a hundred carry 1e-5 of themselves at most.
@@ -109,6 +110,23 @@ def test_frequencies_agree_with_transformers(head_dim, fraction):
     got, factor = rope_frequencies(head_dim, theta=500_000.0, fraction=fraction, scaling="ntk", ntk_alpha=50.0)
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=0)
     assert factor == 1.0
+
+
+def test_llama3_frequencies_agree_with_transformers():
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    theirs = {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0}
+    theirs |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    config = LlamaConfig(
+        hidden_size=128, num_attention_heads=1, head_dim=128, max_position_embeddings=131072, rope_parameters=theirs
+    )
+    wanted, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    got, factor = rope_frequencies(128, theta=500_000.0, scaling="llama3", llama3=Llama3Numbers(8.0, 8192))
+    torch.testing.assert_close(got, wanted, rtol=1e-6, atol=0)
+    assert factor == 1.0
+    with pytest.raises(ValueError, match="scaling=llama3 needs llama3, and nothing else reads it"):
+        rope_frequencies(128, theta=500_000.0, scaling="llama3")
 
 
 def test_compiled_result_is_the_eager_one():

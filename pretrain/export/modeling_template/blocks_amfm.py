@@ -214,6 +214,11 @@ def rope_frequencies(rope: dict[str, Any], head_dim: int) -> tuple[Tensor, float
     if scaling == "ntk":
         base = base * rope["ntk_alpha"] ** (size / (size - 2))
     inverse = 1.0 / base ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
+    if scaling == "llama3":
+        stretch = rope["llama3"]
+        turns = stretch["original_length"] * inverse / (2 * math.pi)
+        kept = ((turns - stretch["slow_turns"]) / (stretch["fast_turns"] - stretch["slow_turns"])).clamp(0, 1)
+        return inverse * kept + inverse / stretch["factor"] * (1 - kept), 1.0
     if scaling != "yarn":
         return inverse, 1.0
 

@@ -7,7 +7,7 @@ Padding before the text, which a mask [B, T] leaves out, changes no state.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -149,6 +149,14 @@ def read(state_BHKV: Tensor, q: Tensor) -> Tensor:
     return torch.einsum("brhk,bhkv->brhv", q_BRHK, state_BHKV).flatten(1, 2)
 
 
+def rotary(theta: float, positions_BT: Tensor, *parts: Tensor) -> Iterator[Tensor]:
+    """Rotate heads [B, T, H, K] by their positions, which count from the row's first token."""
+    frequencies, _ = rope_frequencies({"theta": theta, "fraction": 1.0, "scaling": "none"}, parts[0].shape[-1])
+    angles = positions_BT[..., None].float() * frequencies.to(positions_BT.device)
+    cos, sin = angles.cos()[:, :, None], angles.sin()[:, :, None]
+    return (rotate(part, cos, sin) for part in parts)
+
+
 def no_decay(k_BTHK: Tensor) -> Tensor:
     """Gates that forget nothing."""
     return torch.zeros_like(k_BTHK[..., :1])
@@ -166,13 +174,9 @@ class Retention(GatedParts):
     """Head h decays by 1 - 2^(-5 - h), rotary q and k (Sun et al. 2023, arXiv 2307.08621)."""
 
     def rows(self, parts: dict[str, Tensor], positions_BT: Tensor) -> tuple[Tensor, ...]:
-        """Positions count from the row's first token."""
-        rope = {"theta": self.options["rope_theta"], "fraction": 1.0, "scaling": "none"}
-        frequencies, _ = rope_frequencies(rope, self.key_dim)
-        angles = positions_BT[..., None].float() * frequencies.to(positions_BT.device)
-        cos, sin = angles.cos()[:, :, None], angles.sin()[:, :, None]
+        """Keys are scaled by 1 / sqrt(K)."""
         q, k, v = (self.by_head(parts[name]) for name in self.convolved)
-        q, k = rotate(q, cos, sin), rotate(k * self.key_dim**-0.5, cos, sin)
+        q, k = rotary(self.options["rope_theta"], positions_BT, q, k * self.key_dim**-0.5)
         decay_H = torch.log1p(-torch.exp2(-5.0 - torch.arange(self.heads, dtype=torch.float64)))
         return q, k, v, decay_H.float().to(q.device)[:, None].expand(*q.shape[:3], 1)
 
@@ -228,16 +232,27 @@ class Hgrn2(LinearMixer):
         return tuple(self.by_head(part) for part in (q_BTX, -torch.expm1(g_BTX), parts["v"], g_BTX))
 
 
-class TransNormer(LinearMixer):
+class FeatureMap(LinearMixer):
+    """q and k may be rotated before or after their features; nothing is forgotten."""
+
+    def placed(self, q: Tensor, k: Tensor, positions_BT: Tensor, where: str) -> tuple[Tensor, ...]:
+        """Rotate where the options say."""
+        if self.options["positions"] != where:
+            return q, k
+        return tuple(rotary(self.options["rope_theta"], positions_BT, q, k))
+
+
+class TransNormer(FeatureMap):
     """Features elu + 1 (Qin et al. 2022, arXiv 2210.10340)."""
 
     def rows(self, parts: dict[str, Tensor], positions_BT: Tensor) -> tuple[Tensor, ...]:
-        """Nothing is forgotten."""
-        q, k = (F.elu(self.by_head(parts[name])) + 1.0 for name in ("q", "k"))
+        """A norm follows, so that weights may be negative."""
+        q, k = self.placed(self.by_head(parts["q"]), self.by_head(parts["k"]), positions_BT, "rope_before")
+        q, k = self.placed(F.elu(q) + 1.0, F.elu(k) + 1.0, positions_BT, "rope_after")
         return q, k, self.by_head(parts["v"]), no_decay(k)
 
 
-class Hedgehog(LinearMixer):
+class Hedgehog(FeatureMap):
     """Learned softmax features; weights sum to 1 (Zhang et al. 2024, arXiv 2402.04347)."""
 
     has_norm = False
@@ -250,10 +265,11 @@ class Hedgehog(LinearMixer):
         self.key_features = nn.Parameter(torch.zeros(self.heads, self.key_dim, self.key_dim))
 
     def rows(self, parts: dict[str, Tensor], positions_BT: Tensor) -> tuple[Tensor, ...]:
-        """Nothing is forgotten; v has a last column of ones."""
+        """v has a last column of ones."""
         features = []
-        for name, weight in (("q", self.query_features), ("k", self.key_features)):
-            mapped = torch.einsum("bthk,hjk->bthj", self.by_head(parts[name]), weight).float()
+        heads = self.placed(self.by_head(parts["q"]), self.by_head(parts["k"]), positions_BT, "rope_before")
+        for x, weight in zip(heads, (self.query_features, self.key_features)):
+            mapped = torch.einsum("bthk,hjk->bthj", x, weight).float()
             features.append(torch.cat([mapped.softmax(-1), (-mapped).softmax(-1)], dim=-1))
         return *features, F.pad(self.by_head(parts["v"]), (0, 1), value=1.0), no_decay(features[1])
 
@@ -262,7 +278,7 @@ class Hedgehog(LinearMixer):
         return (o_BTHV[..., :-1] / o_BTHV[..., -1:]).flatten(-2)
 
 
-class Mala(LinearMixer):
+class Mala(FeatureMap):
     """(1 + 1 / Z) sum_j (q k_j) v_j - Z mean_j v_j, Z = q sum_j k_j (Fan et al. 2025, arXiv 2507.00698)."""
 
     def set_sizes(self) -> None:
@@ -272,7 +288,8 @@ class Mala(LinearMixer):
 
     def rows(self, parts: dict[str, Tensor], positions_BT: Tensor) -> tuple[Tensor, ...]:
         """Two reads a head: of keys, and of sums."""
-        q, k = (F.elu(self.by_head(parts[name]).float()) + 1.0 for name in ("q", "k"))
+        q, k = (self.by_head(parts[name]).float() for name in ("q", "k"))
+        q, k = (F.elu(x) + 1.0 for x in self.placed(q, k, positions_BT, "rope_before"))
         reads = torch.cat([F.pad(q, (0, 1)), F.pad(torch.zeros_like(q), (0, 1), value=1.0)], dim=2)
         k, v = (F.pad(x, (0, 1), value=1.0) for x in (k, self.by_head(parts["v"]).float()))
         return reads, k, v, no_decay(k)

@@ -93,6 +93,8 @@ class WindowLinear(nn.Module):
         plain_q, plain_k = q, k
         if self.options["positions"] == "rope":
             rope = {"theta": self.options["rope_theta"], "fraction": self.options["rope_fraction"], "scaling": "none"}
+            if self.options["rope_llama3"] is not None:
+                rope |= {"scaling": "llama3", "llama3": self.options["rope_llama3"]}
             frequencies, _ = rope_frequencies(rope, self.size)
             angles = positions_BT[..., None].float() * frequencies.to(positions_BT.device)
             cos, sin = angles.cos()[:, :, None], angles.sin()[:, :, None]

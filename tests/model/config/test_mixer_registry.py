@@ -145,6 +145,17 @@ def test_missing_options_are_named(pattern, mixers, message):
         ("window", {"num_kv_heads": 3}, "num_kv_heads=3 must divide num_heads=4; use"),
         ("window", {"head_dim": 5}, "head_dim=5 must be even with positions: rope; add"),
         ("retnet", {"head_dim": 5}, "head_dim=5 must be even, because"),
+        (
+            "hedgehog",
+            {"head_dim": 5, "positions": "rope_before"},
+            "head_dim=5 must be even with positions: rope_before",
+        ),
+        (
+            "hedgehog",
+            {"positions": "rope_after"},
+            "positions=rope_after makes weights negative, and this mixer divides",
+        ),
+        ("transnormer", {"rope_theta": 100.0}, "rope_theta=100.0 is only read with rotary positions"),
         ("gla", {"chunk_size": 48}, "chunk_size=48 must be a power of two"),
         ("hgrn2", {"chunk_size": 48}, "chunk_size=48 must be a power of two"),
         ("lightnet", {"chunk_size": 48}, "chunk_size=48 must be a power of two"),

@@ -44,6 +44,14 @@ WINDOW_LINEAR_FORMS: dict[str, dict[str, Any]] = {
     "average without decay": {"preset": "liger", "gate": "none", "linear_weight": 0.3, "linear_positions": "rotary"},
 }
 
+# Rotary positions of mixers that forget nothing, by mixer and place.
+ROTARY_FORMS = (
+    ("hedgehog", "rope_before"),
+    ("mala", "rope_before"),
+    ("transnormer", "rope_before"),
+    ("transnormer", "rope_after"),
+)
+
 
 def sample_options(name: str) -> dict[str, Any]:
     """Options of a small mixer."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels.rope.reference import norm_rope_reference
 from model.config.checks import check_model
+from model.config.rope import Llama3Stretch
 from model.config.schema import AttentionConfig, ModelConfig, RopeConfig
 from model.hybrid import HybridModel
 from model.mixers.older_tokens import window_sum
@@ -119,11 +120,13 @@ def test_a_scan_gives_what_the_sum_over_all_pairs_gives_with_gradients(name: str
         assert_near(found[0][key], expected, EXACT, key)
 
 
-def test_a_window_as_long_as_the_row_is_the_attention_that_it_replaces() -> None:
-    rope = RopeConfig(theta=10_000.0)
+@pytest.mark.parametrize("stretched", [False, True])
+def test_a_window_as_long_as_the_row_is_the_attention_that_it_replaces(stretched: bool) -> None:
+    stretch = Llama3Stretch(factor=4.0, original_length=16)
+    rope = RopeConfig(theta=10_000.0, scaling="llama3", llama3=stretch) if stretched else RopeConfig(theta=10_000.0)
     section = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=6, positions="rope", rope=rope)
     teacher = small_model(small_config("*", attention=section))
-    student = small_model(config_of({}, window=24))
+    student = small_model(config_of({}, window=24, rope_llama3=rope.llama3))
     student.load_state_dict(teacher.state_dict(), strict=False)
     tokens_BT, _, ids_BT = packed_batch(DOCUMENTS)
     expected = teacher(tokens_BT, meta_of(ids_BT)).logits_BTV

@@ -19,7 +19,8 @@ model.attention.num_heads model.attention.num_kv_heads model.attention.head_dim 
 model.attention.positions model.attention.softmax_scale model.attention.gate
 model.attention.rope.theta model.attention.rope.fraction model.attention.rope.scaling model.attention.rope.ntk_alpha
 model.attention.rope.yarn_factor model.attention.rope.yarn_original_length model.attention.rope.yarn_beta_fast
-model.attention.rope.yarn_beta_slow
+model.attention.rope.yarn_beta_slow model.attention.rope.llama3.factor
+model.attention.rope.llama3.original_length model.attention.rope.llama3.slow_turns model.attention.rope.llama3.fast_turns
 model.moe.num_experts model.moe.top_k model.moe.expert_hidden_size model.moe.shared_expert_hidden_size
 model.moe.shared_expert_gate model.moe.shared_expert_linear_kind model.moe.shared_expert_linear_rank
 model.moe.shared_expert_linear_blocks model.moe.activation model.moe.router model.moe.normalize_probabilities model.moe.routed_scaling
@@ -45,13 +46,14 @@ model.mixers.hgrn2.value_head_dim
 model.mixers.kda.conv_kernel model.mixers.kda.chunk_size model.mixers.kda.num_heads model.mixers.kda.head_dim
 model.mixers.kda.value_head_dim model.mixers.kda.gate_rank model.mixers.kda.allow_negative_eigenvalues
 model.mixers.hedgehog.conv_kernel model.mixers.hedgehog.chunk_size model.mixers.hedgehog.num_heads
-model.mixers.hedgehog.head_dim model.mixers.hedgehog.value_head_dim
+model.mixers.hedgehog.head_dim model.mixers.hedgehog.value_head_dim model.mixers.hedgehog.positions
+model.mixers.hedgehog.rope_theta
 model.mixers.lightning.conv_kernel model.mixers.lightning.chunk_size model.mixers.lightning.num_heads
 model.mixers.lightning.head_dim model.mixers.lightning.value_head_dim
 model.mixers.lightnet.conv_kernel model.mixers.lightnet.chunk_size model.mixers.lightnet.num_heads
 model.mixers.lightnet.head_dim model.mixers.lightnet.value_head_dim model.mixers.lightnet.gate_rank
 model.mixers.mala.conv_kernel model.mixers.mala.chunk_size model.mixers.mala.num_heads model.mixers.mala.head_dim
-model.mixers.mala.value_head_dim
+model.mixers.mala.value_head_dim model.mixers.mala.positions model.mixers.mala.rope_theta
 model.mixers.mamba1.conv_kernel model.mixers.mamba1.chunk_size model.mixers.mamba1.inner_size
 model.mixers.mamba1.state_size model.mixers.mamba1.dt_rank
 model.mixers.mom.mixer model.mixers.mom.num_memories model.mixers.mom.top_k model.mixers.mom.shared_memory
@@ -61,7 +63,8 @@ model.mixers.plstm.value_head_dim
 model.mixers.retnet.conv_kernel model.mixers.retnet.chunk_size model.mixers.retnet.num_heads
 model.mixers.retnet.head_dim model.mixers.retnet.value_head_dim model.mixers.retnet.rope_theta
 model.mixers.transnormer.conv_kernel model.mixers.transnormer.chunk_size model.mixers.transnormer.num_heads
-model.mixers.transnormer.head_dim model.mixers.transnormer.value_head_dim
+model.mixers.transnormer.head_dim model.mixers.transnormer.value_head_dim model.mixers.transnormer.positions
+model.mixers.transnormer.rope_theta
 model.mixers.mla.num_heads model.mixers.mla.latent_size model.mixers.mla.query_latent_size
 model.mixers.mla.nope_head_dim model.mixers.mla.rope_head_dim model.mixers.mla.value_head_dim model.mixers.mla.positions
 model.mixers.mla.rope_theta model.mixers.mla.gate model.mixers.mla.latent_norm_epsilon
@@ -74,7 +77,9 @@ model.mixers.window_linear.gate model.mixers.window_linear.combine model.mixers.
 model.mixers.window_linear.linear_weight model.mixers.window_linear.feature_size model.mixers.window_linear.meta_tokens
 model.mixers.window_linear.qk_norm model.mixers.window_linear.positions model.mixers.window_linear.rope_theta
 model.mixers.window_linear.rope_fraction model.mixers.window_linear.softmax_scale model.mixers.window_linear.output_gate
-model.mixers.window_linear.chunk_size
+model.mixers.window_linear.chunk_size model.mixers.window_linear.rope_llama3.factor
+model.mixers.window_linear.rope_llama3.original_length model.mixers.window_linear.rope_llama3.slow_turns
+model.mixers.window_linear.rope_llama3.fast_turns
 model.guide.share model.guide.skip
 model.multipliers.embedding model.multipliers.residual model.multipliers.logits model.mup.base_hidden_size
 model.mtp.loss_weight model.mtp.shared model.mtp.detach
@@ -105,7 +110,8 @@ schedule.kind schedule.warmup_steps schedule.decay_steps schedule.decay_shape sc
 stages.*.name stages.*.tokens stages.*.steps stages.*.sequence_length stages.*.micro_batch_size
 stages.*.global_batch_size stages.*.weights stages.*.learning_rate stages.*.recompute stages.*.recompute_blocks
 stages.*.rope.theta stages.*.rope.fraction stages.*.rope.scaling stages.*.rope.ntk_alpha stages.*.rope.yarn_factor
-stages.*.rope.yarn_original_length stages.*.rope.yarn_beta_fast stages.*.rope.yarn_beta_slow
+stages.*.rope.yarn_original_length stages.*.rope.yarn_beta_fast stages.*.rope.yarn_beta_slow stages.*.rope.llama3.factor
+stages.*.rope.llama3.original_length stages.*.rope.llama3.slow_turns stages.*.rope.llama3.fast_turns
 stages.*.schedule.kind stages.*.schedule.warmup_steps stages.*.schedule.decay_steps stages.*.schedule.decay_shape
 stages.*.schedule.min_ratio
 stages.*.parallel.tensor stages.*.parallel.sequence_parallel stages.*.parallel.expert stages.*.parallel.expert_tensor

@@ -24,6 +24,15 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "eos_token_id": 2,
 }
+# As Llama 3.1 has it, over a shorter text.
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 32,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
 
 
 def save_model(data: DataConfig, folder: Path, kind: str, **changes: Any) -> Any:
@@ -48,6 +57,7 @@ def save_model(data: DataConfig, folder: Path, kind: str, **changes: Any) -> Any
         ("llama", {"tie_word_embeddings": True, "head_dim": 16}),
         ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0}}),
         ("qwen3", {"head_dim": 16, "rms_norm_eps": 1e-5}),
+        ("llama", {"rope_parameters": LLAMA3}),
     ],
 )
 def test_an_import_gives_the_logits_of_transformers(
@@ -67,9 +77,10 @@ def test_an_import_gives_the_logits_of_transformers(
 
 
 def test_a_teacher_leaves_as_a_class_that_holds_it(data: DataConfig, tmp_path: Path) -> None:
-    save_model(data, tmp_path / "theirs", "llama")
+    save_model(data, tmp_path / "theirs", "llama", rope_parameters=LLAMA3)
     import_huggingface(tmp_path / "theirs", tmp_path / "ours")
     assert export_checkpoint(tmp_path / "ours", tmp_path / "out", verify=False).target == "granitemoehybrid"
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["rope_parameters"] == LLAMA3
 
 
 @pytest.mark.parametrize(

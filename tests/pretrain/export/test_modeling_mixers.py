@@ -11,6 +11,7 @@ from torch import Tensor
 
 from data_pipeline.config import DataConfig
 from model.config import mixer_registry as registry
+from model.config.schema import ModelConfig
 from model.huggingface.config import TokenIds, huggingface_config, model_config_from_huggingface
 from model.huggingface.targets import choose_target, explain_unfit
 from model.huggingface.weights import weight_map, weight_shapes
@@ -22,7 +23,7 @@ from pretrain.export.modeling_template.configuration_amfm import AmfmConfig
 from pretrain.export.modeling_template.modeling_amfm import AmfmForCausalLM
 from pretrain.inference.weights import read_weights, write_weights
 from tests.helpers.numbers import assert_near, relative_rms
-from tests.model.mixers.samples import WINDOW_LINEAR_FORMS, mixer_config, sample_names, sample_options
+from tests.model.mixers.samples import ROTARY_FORMS, WINDOW_LINEAR_FORMS, mixer_config, sample_names, sample_options
 from tests.model.small_models import small_config, small_model
 from tests.pretrain.export.exported_models import random_weights
 from tests.pretrain.tiny_run import MODEL
@@ -73,7 +74,17 @@ def test_logits_and_all_gradients_equal_ours(name: str) -> None:
 @torch.no_grad()
 def test_logits_of_every_form_of_a_conversion_equal_ours(name: str) -> None:
     options = sample_options("window_linear") | {"meta_tokens": 0} | WINDOW_LINEAR_FORMS[name]
-    config = small_config("{window_linear}" * 2, mixers={"window_linear": options})
+    assert_same_logits(small_config("{window_linear}" * 2, mixers={"window_linear": options}))
+
+
+@pytest.mark.parametrize(("name", "positions"), ROTARY_FORMS)
+@torch.no_grad()
+def test_logits_with_rotary_positions_equal_ours(name: str, positions: str) -> None:
+    options = sample_options(name) | {"positions": positions, "rope_theta": 100.0}
+    assert_same_logits(small_config(f"{{{name}}}" * 2, mixers={name: options}))
+
+
+def assert_same_logits(config: ModelConfig) -> None:
     ours = small_model(config, dtype=torch.float32).eval()
     fields = huggingface_config(config, "own", TokenIds(None, None, None), max_position_embeddings=64)
     theirs = AmfmForCausalLM(AmfmConfig(**fields)).eval()
