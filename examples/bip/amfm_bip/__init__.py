@@ -1,0 +1,1 @@
+"""Bi-level pruning of whole groups on amfm's models."""

@@ -1,0 +1,1 @@
+"""Low-rank tensor updates of stacked experts on amfm's models."""

@@ -1,0 +1,1 @@
+"""A head for ordered numeric bins on amfm's models."""

@@ -1,0 +1,1 @@
+"""Attention over a codebook, after LongVQ, as a mixer of amfm."""

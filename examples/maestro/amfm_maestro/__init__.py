@@ -1,0 +1,1 @@
+"""Ranks found while training low-rank layers, on amfm's models."""

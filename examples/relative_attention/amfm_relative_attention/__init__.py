@@ -1,0 +1,1 @@
+"""Attention with learned relative positions as a mixer of amfm."""

@@ -1,0 +1,30 @@
+"""What configurations know of attention with relative positions; read without torch."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from model.config.mixer_options import MixerOptions
+from model.config.mixer_registry import MixerSpec
+
+
+class RelativeAttentionOptions(MixerOptions):
+    """Softmax attention whose scores add what the query says to a learned vector of the distance."""
+
+    num_heads: int = Field(gt=0, description="Heads.")
+    head_dim: int = Field(64, gt=0, description="Channels a head.")
+    max_distance: int = Field(
+        512, gt=0, description="Distances with a vector of their own; what is further shares the last one."
+    )
+
+    def cut_evenly(self) -> dict[str, int]:
+        """Heads."""
+        return {"num_heads": self.num_heads}
+
+
+SPEC = MixerSpec(
+    "relative_attention",
+    "amfm_relative_attention.mixer:RelativeAttentionMixer",
+    RelativeAttentionOptions,
+    refuses={"context": "its scores of whole rows are made on one rank"},
+)

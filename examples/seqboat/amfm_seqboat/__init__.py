@@ -1,0 +1,1 @@
+"""SeqBoat as a mixer of amfm."""
