@@ -35,7 +35,9 @@ def be_rank(folder: Path, config: str) -> None:
     passed = 0
 
     def remember(optimizer: torch.optim.Optimizer, arguments: Any, keywords: Any) -> None:
-        moments[:] = [state["exp_avg"] for state in optimizer.state.values() if state["exp_avg"].numel() > 0]
+        # A group of which this rank holds nothing has an empty state.
+        found = (state.get("exp_avg") for state in optimizer.state.values())
+        moments[:] = [moment for moment in found if moment is not None and moment.numel() > 0]
 
     def obey(module: Any, inputs: Any, output: Any) -> Any:
         nonlocal passed
