@@ -30,6 +30,7 @@ from pretrain.checks.ranks import describe_parallel
 from pretrain.config.schema import RunConfig
 from pretrain.failures import describe, is_bug, while_running
 from pretrain.forgetting import forget_if_due
+from pretrain.hooks import build_hooks, call_hooks
 from pretrain.launcher_protocol import DONE, INTERRUPTED, NEXT_LAYOUT, RUN_FAILED
 from pretrain.measure_tasks import measure_tasks
 from pretrain.monitor.anomalies import StepAnomaly, too_many_skips
@@ -89,6 +90,7 @@ def record_failure(run: Run, text: str) -> str:
 def run_steps(run: Run) -> int:
     """Step until the last step, a signal or an anomaly that ends the run; returns the exit code. Every rank must call this."""
     train, steps = run.config.train, run.num_steps
+    hooks = build_hooks(run.config)
     while run.progress.step < run.last_step:
         if needs_fresh_start(run):
             return leave_for_fresh_start(run)
@@ -99,6 +101,7 @@ def run_steps(run: Run) -> int:
         set_step(run.model, step, run.num_steps)  # for what is measured between steps
         prune_if_due(run)
         forget_if_due(run)
+        call_hooks(run, hooks)
         if run.state_watch is not None and is_due(step, run.config.health.check_state_every_steps):
             run.state_watch.examine(step)
         if is_due(step, train.validate_every_steps) or step == steps:

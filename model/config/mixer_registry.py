@@ -2,8 +2,7 @@
 
 A package registers a mixer with an entry point of the group `amfm.mixers` that names a `MixerSpec`. A spec names the class
 by its import path and does not hold it, because configurations are read and documented where torch is not imported; the
-class is loaded when a model is built. Specs come from installed packages alone and never from a module named in a
-configuration file: reading a file runs no code that was not installed on purpose.
+class is loaded when a model is built (plugins.py).
 """
 
 from __future__ import annotations
@@ -12,12 +11,12 @@ import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal
 
 from model.config import mixer_options as own
 from model.config.mixer_options import MixerOptions
-from model.config.pattern import BLOCK_NAMES, MIXER_LETTERS, MIXER_NAME, SECTIONS
+from model.config.pattern import BLOCK_NAMES, MIXER_LETTERS, SECTIONS
+from model.config.plugins import describe_entry, installed_specs
 from model.config.window_linear import WindowLinearOptions
 
 ENTRY_POINTS = "amfm.mixers"
@@ -88,10 +87,11 @@ def mixer_specs() -> dict[str, MixerSpec]:
     Raises RuntimeError for an entry point that cannot be imported, is no MixerSpec or takes another mixer's name.
     """
     specs = {spec.name: spec for spec in BUILT_IN}
-    for entry in entry_points(group=ENTRY_POINTS):
-        spec = _load_entry(entry)
+    for entry, spec in installed_specs(ENTRY_POINTS, MixerSpec):
         if spec.name in specs or spec.name in SECTIONS.values():
-            raise RuntimeError(f"{_say(entry)} registers a mixer {spec.name!r}, which there is already; uninstall one")
+            raise RuntimeError(
+                f"{describe_entry(entry)} registers a mixer {spec.name!r}, which there is already; uninstall one"
+            )
         specs[spec.name] = spec
     return specs
 
@@ -110,20 +110,3 @@ def find_spec(name: str) -> MixerSpec:
 def describe_symbol(symbol: str) -> str:
     """Name a kind of block in words, from its symbol in a pattern."""
     return BLOCK_NAMES.get(symbol) or MIXER_LETTERS.get(symbol, symbol.strip("{}")).replace("_", " ")
-
-
-def _load_entry(entry: EntryPoint) -> MixerSpec:
-    """Import the spec that an entry point names. Raises RuntimeError: the installation is at fault, not a setting."""
-    try:
-        spec = entry.load()
-    except (ImportError, AttributeError) as error:
-        raise RuntimeError(f"{_say(entry)} cannot be loaded ({error}); mend or uninstall its package") from error
-    if isinstance(spec, MixerSpec) and MIXER_NAME.fullmatch(spec.name):
-        return spec
-    raise RuntimeError(f"{_say(entry)} is {spec!r}; it must be a MixerSpec with a lower-case name: mend its package")
-
-
-def _say(entry: EntryPoint) -> str:
-    """Describe an entry point and its package, for messages."""
-    package = entry.dist.name if entry.dist is not None else "an unknown package"
-    return f"the entry point {entry.name} = {entry.value} of {package} (group {ENTRY_POINTS})"

@@ -70,15 +70,16 @@ class MasterView:
     @torch.no_grad()
     def zero_groups(self, groupings: Mapping[str, Grouping], chosen: Tensor) -> None:
         """Set masters and moments of the chosen groups to zero, [num_groups] bool; working weights follow."""
-        for fragment in self.fragments:
-            grouping = groupings.get(fragment.name)
-            if grouping is None:
-                continue
-            here = chosen.to(fragment.tensors["weight"].device)
-            for low, high, groups in self._groups_of(fragment, grouping):
-                kept = ~here[groups]
-                for flat in fragment.tensors.values():
-                    flat[low:high].mul_(kept)
+        for flats, low, high, kept in self._by_group(groupings, ~chosen):
+            for flat in flats.values():
+                flat[low:high].mul_(kept)
+        self.refresh()
+
+    @torch.no_grad()
+    def scale_groups(self, groupings: Mapping[str, Grouping], factors: Tensor) -> None:
+        """Multiply the masters of each group by its factor, [num_groups], and leave moments; working weights follow."""
+        for flats, low, high, factor in self._by_group(groupings, factors):
+            flats["weight"][low:high].mul_(factor.to(flats["weight"].dtype))
         self.refresh()
 
     @torch.no_grad()
@@ -99,6 +100,18 @@ class MasterView:
     def refresh(self) -> None:
         """Let the working weights follow the masters; data ranks gather them."""
         refresh_working_weights(self.layout.engine.deepspeed)
+
+    def _by_group(
+        self, groupings: Mapping[str, Grouping], values: Tensor
+    ) -> Iterator[tuple[dict[str, Tensor], int, int, Tensor]]:
+        """Yield a fragment's tensors, a piece of them, and of each element there its group's value."""
+        for fragment in self.fragments:
+            grouping = groupings.get(fragment.name)
+            if grouping is None:
+                continue
+            here = values.to(fragment.tensors["weight"].device)
+            for low, high, groups in self._groups_of(fragment, grouping):
+                yield fragment.tensors, low, high, here[groups]
 
     def _groups_of(self, fragment: Fragment, grouping: Grouping) -> Iterator[tuple[int, int, Tensor]]:
         """Yield pieces of a fragment, from element `low` to `high` of it, with the group of each element."""

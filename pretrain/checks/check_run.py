@@ -25,7 +25,7 @@ from pretrain.checks.conversion import conversion_problems
 from pretrain.checks.mixers import kernel_problems
 from pretrain.checks.optimizer import optimizer_problems
 from pretrain.checks.parallel import layout_problems, pipeline_problems
-from pretrain.checks.pruning import editing_problems
+from pretrain.checks.pruning import editing_problems, hook_problems
 from pretrain.checks.ranks import rank_problems, ranks_of_stage, with_nearest
 from pretrain.checks.stages import (
     declaration_problems,
@@ -95,6 +95,7 @@ def check_run(
             *loop_problems(config, steps),
             *profile_problems(config, steps, world_size),
             *editing_problems(config, steps),
+            *hook_problems(config, steps),
         ]
         choices = [world_size] if isinstance(world_size, int) else world_size
         present = stage_of(stages, steps_done)

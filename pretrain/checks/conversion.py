@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pretrain.config.errors import Problem
+from pretrain.config.hook_registry import hook_specs
 from pretrain.config.schema import RunConfig
 
 
@@ -23,7 +24,8 @@ def conversion_problems(config: RunConfig) -> Iterator[Problem]:
     if parallel.pipeline > 1 and parallel.schedule != "1f1b":
         rule = "computes gradients of weights apart, and most of them are frozen in a conversion"
         yield Problem("parallel.schedule", rule, "use 1f1b", parallel.schedule)
-    for key, value in (("prune", config.prune), ("forget", config.forget), ("model.guide", config.model.guide)):
+    editing = {"prune": config.prune, "forget": config.forget, "model.guide": config.model.guide}
+    for key, value in (editing | {f"hooks.{name}": getattr(config.hooks, name) for name in hook_specs()}).items():
         if value is not None:
             rule = "changes weights that a conversion keeps as they are"
             yield Problem(key, rule, "remove it, and train the result on with it")

@@ -1,4 +1,4 @@
-"""Rules of pruning and forgetting: groups that the model has and can lose, in whole numbers, in steps of the run."""
+"""Rules of pruning, forgetting and hooks: groups that the model has and can lose, in whole numbers, in steps of the run."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from model.config.schema import ModelConfig
 from model.config.structure import DENSE
 from pretrain.checks.parallel import pattern_letters
 from pretrain.config.errors import Problem
+from pretrain.config.hook_registry import hook_specs
 from pretrain.config.pruning import PruneConfig
 from pretrain.config.schema import RunConfig
 
@@ -34,6 +35,14 @@ def editing_problems(config: RunConfig, steps: int) -> Iterator[Problem]:
                 f"must be less than the {steps} steps of the run, or it ends with an embedding that has learnt nothing"
             )
             yield Problem("forget.until_step", rule, "lower it", str(forget.until_step))
+
+
+def hook_problems(config: RunConfig, steps: int) -> Iterator[Problem]:
+    """Find what installed hooks say against their options; `steps` are those of the whole run."""
+    for name in hook_specs():
+        options = getattr(config.hooks, name)
+        for field, rule, remedy in () if options is None else options.broken_rules(config, steps):
+            yield Problem(f"hooks.{name}.{field}", rule, remedy, str(getattr(options, field)))
 
 
 def group_problems(config: RunConfig, prune: PruneConfig) -> Iterator[Problem]:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from data_pipeline.config import DataConfig
 from model.config.schema import ModelConfig, RopeConfig
 from pretrain.config.convert import ConvertConfig
+from pretrain.config.hooks import RegisteredHooks
 from pretrain.config.pruning import ForgetConfig, PruneConfig
 
 
@@ -386,6 +387,7 @@ class RunConfig(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     prune: PruneConfig | None = Field(None, description="Set groups of weights to zero on the way; none: no pruning.")
     forget: ForgetConfig | None = Field(None, description="Let the embedding begin anew on the way; none: never.")
+    hooks: RegisteredHooks = RegisteredHooks()
     convert: ConvertConfig | None = Field(
         None, description="Of `amfm convert`; none: the run trains what `model` says."
     )

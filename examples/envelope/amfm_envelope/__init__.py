@@ -1,0 +1,1 @@
+"""Pruning of whole groups by a k-level envelope as a hook of amfm."""

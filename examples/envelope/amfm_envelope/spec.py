@@ -1,0 +1,57 @@
+"""What configurations know of the envelope; read without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from pretrain.config.hook_registry import HookOptions, HookSpec
+from pretrain.config.pruning import PruneConfig, PrunedGroups
+
+if TYPE_CHECKING:
+    from pretrain.config.schema import RunConfig
+
+
+class EnvelopeOptions(HookOptions):
+    """A penalty of group norms that leaves about so many groups of each block, and a choice at its end; after WGSEF."""
+
+    groups: PrunedGroups = Field("channels", description="As `prune.groups`.")
+    keep: float = Field(gt=0, lt=1, description="Share of the groups of each block that is left in the end.")
+    strength: float = Field(1.0, gt=0, description="Of the penalty when it is fully on; near 0 it chooses nothing.")
+    start_step: int = Field(
+        gt=0, description="Step after which the penalty begins to rise, in proportion to the steps."
+    )
+    every_steps: int = Field(1, gt=0, description="Steps from one shrinking of groups to the next.")
+    end_step: int = Field(
+        gt=0, description="Step after which all but the largest groups go to zero, and the penalty ends."
+    )
+
+    def broken_rules(self, config: RunConfig, steps: int) -> Iterator[tuple[str, str, str]]:
+        """Steps in order, no other pruning, and the rules of groups that `prune` has."""
+        if self.start_step >= self.end_step:
+            yield "start_step", f"must be less than end_step={self.end_step}", "lower it"
+        if self.end_step > steps:
+            yield "end_step", f"is beyond the {steps} steps of the run", "lower it"
+        if config.prune is not None:
+            yield (
+                "groups",
+                "does not go with the section prune, which sets groups to zero as well",
+                "remove one of them",
+            )
+        if self.groups == "experts":
+            yield (
+                "groups",
+                "leaves the router's bias alone, so it would still choose what is zero",
+                "use prune for experts",
+            )
+        # Imported late: checks read this section.
+        from pretrain.checks.pruning import group_problems
+
+        as_prune = PruneConfig(groups=self.groups, keep=self.keep, start_step=1, every_steps=1, end_step=2)
+        for problem in group_problems(config, as_prune):
+            yield problem.key.removeprefix("prune."), problem.rule, problem.remedy
+
+
+SPEC = HookSpec("envelope", "amfm_envelope.hook:EnvelopeHook", EnvelopeOptions)
