@@ -56,7 +56,7 @@ class Run:
     loader: this rank's micro-batches of training text; validations: of held-out text, by length of rows. pipeline: runs the
     schedule where the model is cut over ranks. peak: the device's arithmetic, for MFU. profiler: traces the steps that
     `train.profile` names. state_watch: None where nobody looks for silent corruption. lock, owner, log, display: on the main
-    rank alone. saved_step: of the newest checkpoint that was begun, None after a rollback. validation_metrics: what the newest validation adds to its step's line. collapsed_blocks: MoE
+    rank alone. saved_step: of the newest checkpoint that was begun, None after a rollback; replica_step: of the newest replica. validation_metrics: what the newest validation adds to its step's line. collapsed_blocks: MoE
     blocks whose collapse was reported. tasks: of lm-eval, on the main rank alone; task_values: what they gave after step
     `tasks_step`. remarks: what to say of the weights that it began with.
     """
@@ -84,6 +84,7 @@ class Run:
     display: Display | None = None
     progress: Progress = field(default_factory=Progress)
     saved_step: int | None = None
+    replica_step: int = 0
     validation_metrics: dict[str, Any] = field(default_factory=dict)
     collapsed_blocks: frozenset[int] = frozenset()
     tasks: TaskSuite | None = None

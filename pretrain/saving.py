@@ -7,10 +7,14 @@ A checkpoint (checkpoint/save.py) holds what the engine has, and as its state th
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from typing import Any
 
 from data_pipeline.progress import Report, silent
 from pretrain.checkpoint.commit import SavedCheckpoint
 from pretrain.checkpoint.load import LoadedCheckpoint, load_newest
+from pretrain.checkpoint.replicas.recover import recover
+from pretrain.checkpoint.replicas.write import SavedReplica
+from pretrain.monitor.ownership import read_owner
 from pretrain.run import Progress, Run
 from pretrain.stages import is_guided
 
@@ -18,13 +22,21 @@ from pretrain.stages import is_guided
 def resume(run: Run, report: Report = silent) -> LoadedCheckpoint | None:
     """Restore engine, progress and data from the newest checkpoint that verifies; None when there is none.
 
-    What the run directory lacks is first fetched from `train.checkpoint_store`, if there is one. Every rank must call this.
-    Raises as `load_newest` does.
+    What the run directory lacks is first fetched from `train.checkpoint_store` and from the memory of the nodes, where the
+    run has them. Every rank must call this. Raises as `load_newest` does.
     """
     passed_over: list[str] = []
     if run.saver.remote is not None:
         report("looking for checkpoints in the store")
         passed_over = run.saver.remote.pull_newer(run.directory / "checkpoints", run.saver.ranks)
+    if run.saver.replicas is not None:
+        report("looking for replicas in the memory of the nodes")
+        recover(
+            run.saver.replicas,
+            run.directory,
+            lambda: (read_owner(run.directory) or {}).get("token"),
+            run.saver.ranks,
+        )
     loaded = load_newest(
         run.directory / "checkpoints",
         run.saver.layout,
@@ -37,6 +49,10 @@ def resume(run: Run, report: Report = silent) -> LoadedCheckpoint | None:
         run.loader.load_state_dict(loaded.state["loader"])
         run.progress = Progress(**loaded.state["progress"])
         run.saved_step = loaded.step
+    if run.saver.replicas is not None:
+        # What was there is on the disk now, or can't be had.
+        run.saver.replicas.remarks += run.saver.replicas.clear()
+        run.saver.replicas.check_room(run.saver.measure(run.config), run.saver.ranks)
     return loaded
 
 
@@ -74,6 +90,33 @@ def save(run: Run) -> None:
     """
     if run.saved_step == run.progress.step:
         return
+    state = collect_state(run)
+    finished = run.saver.save(
+        run.directory / "checkpoints", run.progress.step, **state, keep_last=run.config.train.keep_last
+    )
+    run.saved_step = run.progress.step
+    record_saved(run, finished)
+    if not run.config.train.checkpoint_in_background:
+        finish_saving(run)
+
+
+def replicate_if_due(run: Run) -> None:
+    """Start a replica where the newest checkpoint or replica is `train.replica_every_steps` old. Every rank must call this.
+
+    Only while nothing is being written: a replica must not make steps wait for a checkpoint on a slow disk.
+    """
+    every, step = run.config.train.replica_every_steps, run.progress.step
+    if every is None or step - max(run.saved_step or 0, run.replica_step) < every:
+        return
+    finished = run.saver.replicate(step, **collect_state(run))
+    run.replica_step = step
+    record_saved(run, finished)
+    if not run.config.train.checkpoint_in_background:
+        finish_saving(run)
+
+
+def collect_state(run: Run) -> dict[str, Any]:
+    """What a checkpoint holds beside the engine's state, after a look for silent corruption. Every rank must call this."""
     run.heartbeat.at(run.progress.step, "save")
     if run.state_watch is not None:
         run.state_watch.examine(run.progress.step)
@@ -83,18 +126,11 @@ def save(run: Run) -> None:
     # Quarantined samples differ per rank; gather them.
     damages = [entry for entries in run.parallel.gather_objects(loader_state["quarantined"]) for entry in entries]
     loader_state["quarantined"] = sorted(damages)
-    finished = run.saver.save(
-        run.directory / "checkpoints",
-        run.progress.step,
-        state={"progress": asdict(run.progress), "loader": loader_state},
-        config=run.config,
-        identities=run.identities,
-        keep_last=run.config.train.keep_last,
-    )
-    run.saved_step = run.progress.step
-    record_saved(run, finished)
-    if not run.config.train.checkpoint_in_background:
-        finish_saving(run)
+    return {
+        "state": {"progress": asdict(run.progress), "loader": loader_state},
+        "config": run.config,
+        "identities": run.identities,
+    }
 
 
 def finish_saving(run: Run) -> None:
@@ -103,9 +139,15 @@ def finish_saving(run: Run) -> None:
     record_saved(run, finished)
 
 
-def record_saved(run: Run, saved: SavedCheckpoint | None) -> None:
-    """Write down a checkpoint that stands, and what can't be cleared away around it."""
+def record_saved(run: Run, saved: SavedCheckpoint | SavedReplica | None) -> None:
+    """Write down a checkpoint that stands, and what can't be cleared away around it; or a replica, and why there is none."""
     if saved is None:
+        return
+    if isinstance(saved, SavedReplica):
+        facts = {"bytes": saved.num_bytes, "seconds": saved.seconds} if saved.problem is None else {}
+        run.record_event("replica", step=saved.step, problem=saved.problem, **facts)
+        if saved.problem is not None:
+            run.say(f"warning: the replica of step {saved.step} was not written, training goes on: {saved.problem}")
         return
     remarks = {"remarks": list(saved.remarks)} if saved.remarks else {}
     run.record_event("checkpoint", step=saved.step, path=saved.name, **remarks)

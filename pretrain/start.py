@@ -13,14 +13,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal
 
 import torch
 
 from data_pipeline.config import DataConfig
 from data_pipeline.lines import read_lines
 from data_pipeline.loader.loader import PretrainLoader
-from data_pipeline.locks import take_lock
 from data_pipeline.memory import keep_freed_memory
 from data_pipeline.progress import Report, silent
 from data_pipeline.store.store import TokenStore
@@ -34,6 +33,7 @@ from pretrain.checkpoint.background import BackgroundSaver
 from pretrain.checkpoint.load import LoadedCheckpoint
 from pretrain.checkpoint.names import list_checkpoints, newest_saved_step
 from pretrain.checkpoint.remote import RemoteCheckpoints
+from pretrain.checkpoint.replicas.memory import NodeMemory
 from pretrain.checks.check_run import check_run
 from pretrain.checks.mixers import check_kernels
 from pretrain.config.file import resolved_yaml, without_secrets
@@ -50,7 +50,7 @@ from pretrain.monitor.environment import find_peak, record_environment
 from pretrain.monitor.experts import describe_unbalanced
 from pretrain.monitor.heartbeat import Heartbeat
 from pretrain.monitor.metrics import RunLog, check_plot_services
-from pretrain.monitor.ownership import Ownership, require_silence
+from pretrain.monitor.ownership import Ownership, lock_directory
 from pretrain.monitor.panel import plural
 from pretrain.monitor.profile import StepProfiler
 from pretrain.monitor.signals import SignalWatch
@@ -119,6 +119,8 @@ def start_run(config: RunConfig, signals: SignalWatch, report: Report = silent) 
         run.owner = Ownership.take(run.directory)
         run.heartbeat.fence = run.saver.fence = run.owner.check
         open_log(run, loaded)
+    if run.saver.replicas is not None:
+        run.saver.replicas.token = run.saver.ranks.broadcast(run.owner and run.owner.token)
     run.heartbeat.start()
     return run
 
@@ -155,6 +157,8 @@ def build_run(
     saver = BackgroundSaver(engine, config.train.timeout_seconds)
     if train.checkpoint_store is not None:
         saver.remote = RemoteCheckpoints(train.checkpoint_store)
+    if train.replica_every_steps is not None:
+        saver.replicas = NodeMemory.of(train.replica_folder, Path(config.run.dir), saver.ranks)
     watches = config.health.check_state_every_steps is not None
     return Run(
         config=config,
@@ -176,22 +180,6 @@ def build_run(
         tasks=tasks,
         remarks=tuple(remarks),
     )
-
-
-def lock_directory(directory: Path) -> IO[bytes]:
-    """Create the run directory and lock it: two runs that write to one directory destroy each other's checkpoints.
-
-    The lock ends with the process, however it ends. Raises RuntimeError when another process holds it, or ranks of another
-    host, which may not see the lock, train here.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    lock = take_lock(directory / "lock", wait=False)
-    if lock is None:
-        raise RuntimeError(
-            f"another process trains in {directory}; wait for it, end it, or give this run another run.dir"
-        )
-    require_silence(directory)
-    return lock
 
 
 def open_loader(
@@ -347,6 +335,9 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None) -> None:
     cause = find_restart_cause(describe_environment([RESTART_CAUSE, TORCHRUN_RESTARTS]), last_event)
     if cause is not None:
         run.record_event("restarted", cause=cause)
+    for text in [] if run.saver.replicas is None else run.saver.replicas.describe():
+        run.say(f"replicas: {text}")
+        run.record_event("replicas", text=text)
     if loaded is not None:
         run.say(f"resumed from {loaded.path} at step {loaded.step}")
         remarks = {

@@ -42,7 +42,7 @@ from pretrain.monitor.stragglers import STRAGGLER_STEPS
 from pretrain.parallel import is_first_rank
 from pretrain.pruning.prune import prune, prune_if_due
 from pretrain.run import Run, apply_stage
-from pretrain.saving import finish_saving, restore_newest_weights, save
+from pretrain.saving import finish_saving, replicate_if_due, restore_newest_weights, save
 from pretrain.stages import is_guided, stage_of
 from pretrain.start import close_run, start_run
 from pretrain.step import StepResult, train_step
@@ -65,7 +65,11 @@ def train(config: RunConfig) -> int:
         with while_running():
             try:
                 with while_running():
-                    return run_steps(run)
+                    code = run_steps(run)
+                    # It ended in order, so that what is to go on is on the disk.
+                    for remark in [] if run.saver.replicas is None else run.saver.replicas.clear():
+                        run.say(f"warning: {remark}")
+                    return code
             except RuntimeError as error:
                 text = record_failure(run, str(error))
                 # A bug keeps its type and traceback, and an unchanged message needs no second error around it.
@@ -120,6 +124,8 @@ def run_steps(run: Run) -> int:
             )  # waits for nothing: a save that failed on any rank ends the run now, not at the next one
         if is_due(step, train.checkpoint_every_steps):
             save(run)
+        elif not result.is_saving:
+            replicate_if_due(run)
     save(run)
     finish_saving(run)
     finished = run.progress.step >= steps

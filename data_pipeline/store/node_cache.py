@@ -178,21 +178,21 @@ class BlockCache:
             yield
 
 
-def own_folder(folder: Path) -> None:
-    """Make a folder of the cache that nobody else can write to, or hold one that is there to that.
+def own_folder(folder: Path, setting: str = "data.cache.folder") -> None:
+    """Make a folder that nobody else can write to, or hold one that is there to that; `setting` names where it lies.
 
-    Blocks are checked by a digest that lies beside them, which finds damage and no malice: whoever can write here decides
+    What is in it is checked by digests that lie beside it, which find damage and no malice: whoever can write here decides
     what a run reads. Raises RuntimeError for a folder of somebody else, a link, or one that others may write to.
     """
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         facts = os.lstat(folder)
     except OSError as error:
-        raise RuntimeError(f"data.cache: {folder} can't be used ({error.strerror}); name a writable folder") from error
+        raise RuntimeError(f"{setting}: {folder} can't be used ({error.strerror}); name a writable folder") from error
     if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.geteuid() or facts.st_mode & 0o022:
         raise RuntimeError(
-            f"data.cache: {folder} must be a folder of this user that nobody else can write to (chmod 700); what others "
-            "put there would be trained on: name a data.cache.folder of your own"
+            f"{setting}: {folder} must be a folder of this user that nobody else can write to (chmod 700); what others put "
+            f"there would be trained on: name a {setting} of your own"
         )
 
 

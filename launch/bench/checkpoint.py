@@ -1,4 +1,4 @@
-"""Checkpoint benchmark: blocking and background saves, ours and torch's, side by side.
+"""Checkpoint benchmark: blocking and background saves, ours and torch's, and replicas in memory, side by side.
 
 What training waits for is the stall. A background save copies the state and lets a thread write it while steps go on;
 those steps share processors and memory with the thread, so their time is shown beside that of steps alone. Variants
@@ -8,11 +8,13 @@ take turns in every round, so that a drift of the machine favours none.
 from __future__ import annotations
 
 import gc
+import secrets
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,14 +29,16 @@ from model.hybrid import HybridModel
 from model.packing import PackMeta
 from pretrain.checkpoint.background import BackgroundSaver
 from pretrain.checkpoint.fragments import collect_fragments
+from pretrain.checkpoint.replicas.memory import NodeMemory
 from pretrain.checkpoint.save import save_checkpoint
-from pretrain.config.schema import RunConfig
+from pretrain.config.schema import RunConfig, TrainConfig
 from pretrain.engine.engine import ZeroEngine, build_engine
 from pretrain.engine.parts import list_parts
 from pretrain.parallel import initialize_parallel
 
 ROWS, TOKENS = 1, 512
 STEPS_ALONE = 3
+MEMORY = TrainConfig.model_fields["replica_folder"].default
 
 
 @dataclass
@@ -92,8 +96,8 @@ class Trainer:
         return time.perf_counter() - begun
 
     def settings(self) -> dict[str, Any]:
-        """Arguments that blocking and background saves share."""
-        return {"state": {}, "config": self.config, "identities": {}, "keep_last": 2}
+        """Arguments that all of our saves share."""
+        return {"state": {}, "config": self.config, "identities": {}}
 
     def tensors(self) -> dict[str, Tensor]:
         """Masters and moments as a plain state dict, for torch's checkpoints."""
@@ -104,21 +108,34 @@ class Trainer:
 def save_blocking(trainer: Trainer, folder: Path, timings: Timings) -> None:
     """Time our save that waits until the checkpoint is durable."""
     begun = time.perf_counter()
-    save_checkpoint(folder, trainer.step_number, trainer.engine, **trainer.settings())
+    save_checkpoint(folder, trainer.step_number, trainer.engine, **trainer.settings(), keep_last=2)
     timings.stall.append(time.perf_counter() - begun)
     timings.durable.append(timings.stall[-1])
 
 
-def save_beside(trainer: Trainer, saver: BackgroundSaver, folder: Path, timings: Timings) -> None:
-    """Time our background save, with training steps until it is durable."""
+def save_beside(trainer: Trainer, saver: BackgroundSaver, begin: Callable[[], object], timings: Timings) -> None:
+    """Time our background save to the disk, or a replica in memory, with training steps until it stands."""
     begun = time.perf_counter()
-    saver.save(folder, trainer.step_number, **trainer.settings())
+    begin()
     timings.stall.append(time.perf_counter() - begun)
     # Training goes on beside the writer, as in a run: its steps tell what the thread costs them.
     assert saver.pending is not None, "a save was begun"
     step_until(saver.pending.done, trainer, timings)
     saver.wait()
     timings.durable.append(time.perf_counter() - begun)
+
+
+@contextmanager
+def replicas_in_memory(saver: BackgroundSaver, config: RunConfig, run_dir: Path) -> Iterator[None]:
+    """Inside, the saver writes replicas to this machine's memory, where a run would by default; none are left."""
+    saver.replicas = NodeMemory.of(MEMORY, run_dir, saver.ranks)
+    saver.replicas.token = secrets.token_hex(16)
+    saver.replicas.check_room(saver.measure(config), saver.ranks)
+    try:
+        yield
+    finally:
+        saver.close()
+        saver.replicas.clear()
 
 
 def save_torch(trainer: Trainer, folder: Path, timings: Timings) -> None:
@@ -160,10 +177,18 @@ def bench_checkpoint(
     """
     trainer = Trainer(num_threads)
     saver = BackgroundSaver(trainer.engine, timeout_seconds=600)
-    with tempfile.TemporaryDirectory(dir=place) as root:
+    with tempfile.TemporaryDirectory(dir=place) as root, replicas_in_memory(saver, trainer.config, Path(root)):
+
+        def to_disk() -> object:
+            return saver.save(Path(root, "background"), trainer.step_number, **trainer.settings(), keep_last=2)
+
+        def to_memory() -> object:
+            return saver.replicate(trainer.step_number, **trainer.settings())
+
         variants: dict[str, Callable[[Timings], None]] = {
             "blocking": lambda timings: save_blocking(trainer, Path(root, "blocking"), timings),
-            "background": lambda timings: save_beside(trainer, saver, Path(root, "background"), timings),
+            "background": lambda timings: save_beside(trainer, saver, to_disk, timings),
+            "replica": lambda timings: save_beside(trainer, saver, to_memory, timings),
             "torch_dcp": lambda timings: save_torch(trainer, Path(root, "dcp"), timings),
             "torch_dcp_async": lambda timings: save_torch_beside(trainer, Path(root, "dcp_async"), timings),
         }

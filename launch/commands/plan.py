@@ -211,6 +211,7 @@ def print_plan(made: Plan, title: str) -> None:
         ("whole run", f"{made.tokens:.3e} tokens, {days:,.1f} days, {days * 24 * own.layout.ranks:,.0f} GPU-hours")
     )
     print_pairs(f"A step on {own.layout.ranks} x {made.hardware.name}", times)
+    print_replicas(made)
     if len(made.stages) > 1:
         print_stages(made)
         print_chosen(made)
@@ -226,6 +227,26 @@ def print_plan(made: Plan, title: str) -> None:
     advice = advise(made)
     if advice:
         say(f"amfm: warning: {advice}")
+
+
+def print_replicas(made: Plan) -> None:
+    """Print what replicas in the memory of the nodes cost and save; nothing where the run writes none."""
+    from launch.plan.hardware import GIB
+
+    cost = made.replicas
+    if cost is None:
+        return
+    without = cost.most_lost_without_seconds
+    alone = "" if without is None else f"; {without:,.0f} s by checkpoints alone"
+    rows = [
+        ("memory of each host, two replicas", f"{cost.node_bytes / GIB:,.1f} GiB"),
+        ("and the copy that each save makes", f"{cost.staged_bytes / GIB:,.1f} GiB"),
+        ("sent by each host to the next", f"{cost.sent_bytes / GIB:,.1f} GiB a replica"),
+        ("written beside training in", f"{cost.seconds:,.1f} s, of {cost.every_steps * made.own.step.total():,.1f} s"),
+        ("lost by a failure at most", f"{cost.most_lost_seconds:,.0f} s of training{alone}"),
+    ]
+    where = f"on {cost.nodes} hosts" if cost.nodes > 1 else "on one host, which they do not outlive"
+    print_pairs(f"Replicas every {cost.every_steps:,} steps {where}", rows)
 
 
 def describe_step(item: Estimate) -> list[tuple[str, str]]:

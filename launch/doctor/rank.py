@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from data_pipeline.mounts import file_system_of, read_mounts
 from launch.doctor.machine import (
     GIB,
     Finding,
@@ -138,26 +139,12 @@ def examine_cache(folder: Path) -> CacheFolder:
         tempfile.TemporaryFile(dir=place).close()
     except OSError as error:
         problem = f"{place}: {error.strerror}"
-    mounts = Path("/proc/mounts")
-    table = mounts.read_text(encoding="utf-8", errors="replace") if mounts.exists() else ""
-    return CacheFolder(str(folder), file_system_of(place.resolve(), table), problem)
+    return CacheFolder(str(folder), file_system_of(place.resolve(), read_mounts()), problem)
 
 
 def nearest_existing(folder: Path) -> Path:
     """The folder itself, or its nearest parent that exists."""
     return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
-
-
-def file_system_of(path: Path, mounts: str) -> str:
-    """Type of the file system that holds an absolute path, by a table like /proc/mounts; empty without a match."""
-    best, kind = -1, ""
-    for line in mounts.splitlines():
-        _, point, found, *_ = line.split(" ")
-        point = point.replace("\\040", " ")
-        # Of two mounts on one point the later one is what is seen.
-        if path.is_relative_to(point) and len(point) >= best:
-            best, kind = len(point), found
-    return kind
 
 
 def free_gib(path: Path) -> float:

@@ -21,6 +21,7 @@ from launch.plan.layout import Layout, held_by_stages
 from launch.plan.left_out import LeftOut, Tally, untried
 from launch.plan.memory import bucketed_bytes, persistent_bytes, storage_of
 from launch.plan.ranking import Found, at_stage, choose_layouts, rank_layouts
+from launch.plan.replicas import ReplicaCost, estimate_replicas
 from launch.plan.search import LARGEST_CONTEXT, all_layouts, is_allowed, neighbour_layouts, with_layout
 from model.flops import Counts, count_parameters, flops_per_token
 from pretrain.checks.ranks import ranks_of_stage
@@ -76,6 +77,11 @@ class Plan:
     def own(self) -> Estimate:
         """Estimate of the first training stage."""
         return self.stages[0].estimate
+
+    @property
+    def replicas(self) -> ReplicaCost | None:
+        """Cost of the replicas in the first training stage; None where the run writes none."""
+        return estimate_replicas(self.config, self.own, self.hardware)
 
     def seconds(self) -> float:
         """Seconds of the whole run in the configuration's own layout, scaled to `tokens`."""
@@ -253,6 +259,7 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
             "days": seconds / SECONDS_A_DAY,
             "gpu_hours": seconds / 3600 * plan.own.layout.ranks,
         },
+        "replicas": None if plan.replicas is None else plan.replicas.to_json(),
         "advice": advise(plan),
         "layouts": [estimate_as_dict(item) for item in plan.layouts],
         "near_misses": [estimate_as_dict(item) for item in plan.near_misses],

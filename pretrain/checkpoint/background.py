@@ -23,7 +23,10 @@ from torch import Tensor
 
 from pretrain.checkpoint.commit import SavedCheckpoint
 from pretrain.checkpoint.engine_layout import EngineLayout
+from pretrain.checkpoint.files import measure_tensors
 from pretrain.checkpoint.remote import RemoteCheckpoints
+from pretrain.checkpoint.replicas.memory import NodeMemory
+from pretrain.checkpoint.replicas.write import SavedReplica, write_replica
 from pretrain.checkpoint.save import Snapshot, ranks_of, take_snapshot, write_snapshot
 from pretrain.checkpoint.writers import assign_writers
 from pretrain.config.schema import RunConfig
@@ -39,7 +42,7 @@ class BackgroundSaver:
     The thread talks to the other ranks over its own gloo group, so that its messages never mix with training's. A save
     that fails raises, on every rank alike, at the next `save` or `wait`. All ranks must make one and call its methods
     in the same order. `fence`: of rank 0, raises RuntimeError when this start may not write any more. `remote`:
-    where copies go, on all ranks or none.
+    where copies go, `replicas`: the memory of the nodes; on all ranks or none.
     """
 
     def __init__(self, engine: ZeroEngine, timeout_seconds: float) -> None:
@@ -50,8 +53,9 @@ class BackgroundSaver:
         self.layout = EngineLayout.of(engine)
         self.writers = assign_writers(self.layout, everyone)
         self.remote: RemoteCheckpoints | None = None
+        self.replicas: NodeMemory | None = None
         self.fence: Callable[[], None] | None = None
-        self.pending: Future[SavedCheckpoint] | None = None
+        self.pending: Future[SavedCheckpoint | SavedReplica] | None = None
         self.memory: dict[str, Tensor] = {}
 
     def save(
@@ -63,23 +67,48 @@ class BackgroundSaver:
         config: RunConfig,
         identities: dict[str, str],
         keep_last: int,
-    ) -> SavedCheckpoint | None:
+    ) -> SavedCheckpoint | SavedReplica | None:
         """Copy the state and start writing it; returns the previous save, if one was pending.
 
         Waits for the save before, so that memory holds one copy at most. Arguments as for `save_checkpoint`.
         """
-        finished = self.wait()
-        snapshot = take_snapshot(
+        return self._begin(
+            self._snapshot(step, state, config, identities),
+            lambda own: write_snapshot(
+                checkpoints_dir, own, self.ranks, keep_last, fence=self.fence, remote=self.remote
+            ),
+        )
+
+    def replicate(
+        self, step: int, *, state: dict[str, Any], config: RunConfig, identities: dict[str, str]
+    ) -> SavedCheckpoint | SavedReplica | None:
+        """The same into the memory of the nodes (replicas/write.py)."""
+        memory = self.replicas
+        assert memory is not None, "replicas are written where the run has them"
+        snapshot = self._snapshot(step, state, config, identities)
+        return self._begin(snapshot, lambda own: write_replica(memory, own, self.ranks))
+
+    def measure(self, config: RunConfig) -> int:
+        """Bytes that this rank writes of each checkpoint."""
+        snapshot = self._snapshot(0, {}, config, {})
+        return measure_tensors(snapshot.tensors, snapshot.metadata())
+
+    def _snapshot(self, step: int, state: dict[str, Any], config: RunConfig, identities: dict[str, str]) -> Snapshot:
+        return take_snapshot(
             step, self.layout, self.ranks, self.writers, state=state, config=config, identities=identities
         )
+
+    def _begin(
+        self, snapshot: Snapshot, write: Callable[[Snapshot], SavedCheckpoint | SavedReplica]
+    ) -> SavedCheckpoint | SavedReplica | None:
+        """Wait for the save before, copy the snapshot and start to `write` the copy; returns the save before."""
+        finished = self.wait()
         own_snapshot = copy_snapshot(snapshot, self.memory)
         self.memory = own_snapshot.tensors
         # A thread for this save alone: while one lives that has used OpenMP, its idle workers count as busy processors
         # and every parallel loop of the training thread waits longer (half the speed, measured on two cores).
         writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self.pending = writer.submit(
-            write_snapshot, checkpoints_dir, own_snapshot, self.ranks, keep_last, fence=self.fence, remote=self.remote
-        )
+        self.pending = writer.submit(write, own_snapshot)
         writer.shutdown(wait=False)
         return finished
 
@@ -87,7 +116,7 @@ class BackgroundSaver:
         """Whether this rank's save is still under way; one that ended, well or not, waits for `wait` to tell how."""
         return self.pending is not None and not self.pending.done()
 
-    def wait(self) -> SavedCheckpoint | None:
+    def wait(self) -> SavedCheckpoint | SavedReplica | None:
         """Wait until nothing is being written: returns the save that was pending, or None.
 
         Raises RuntimeError when that save failed.

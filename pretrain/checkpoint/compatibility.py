@@ -40,6 +40,8 @@ MAY_CHANGE = (
     "train.keep_last",
     "train.checkpoint_store",
     "train.keep_every_steps",
+    "train.replica_every_steps",
+    "train.replica_folder",
     "train.precision",
     "train.validate_every_steps",
     "train.validation_batches",

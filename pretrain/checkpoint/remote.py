@@ -15,30 +15,21 @@ A copy that can't be sent is a remark, because the checkpoint of the run directo
 
 from __future__ import annotations
 
-import hashlib
-import os
 import re
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.deletion import try_to_delete
 from data_pipeline.files import make_folders, sync
 from data_pipeline.naming import named
 from data_pipeline.store.object_store import RemoteFolder
-from pretrain.checkpoint.commit import (
-    TEMPORARY_NAME,
-    RankFailure,
-    is_marked,
-    make_temporary,
-    remove_temporary,
-)
+from pretrain.checkpoint.commit import RankFailure, is_marked, make_temporary, remove_temporary
+from pretrain.checkpoint.fetched import copy_verified, settle
 from pretrain.checkpoint.files import MANIFEST_NAME, MARK_NAME, read_manifest
 from pretrain.checkpoint.names import list_checkpoints
 from pretrain.rank_group import RankGroup
 
 # What we write below the URL; nothing else there is looked at or removed.
 OBJECT_NAME = re.compile(r"(step-\d{8,})/(manifest\.json|keep|rank-\d{5}\.safetensors)")
-FETCH_BYTES = 1 << 24
 
 
 class RemoteCheckpoints:
@@ -143,25 +134,13 @@ class RemoteCheckpoints:
         ranks.raise_together(problem.text, doing)
         temporary_name, files, damage = ranks.broadcast((temporary_dir.name, files, damage))
         temporary_dir = checkpoints_dir / temporary_name
-        damages = [] if damage is None else [damage]
+        damages = [damage] if damage is not None and ranks.rank == 0 else []
         if damage is None:
             with problem.caught():
                 for file, entry in list(files.items())[ranks.rank :: ranks.world_size]:
                     found = self._fetch_file(f"{name}/{file}", temporary_dir / file, entry)
                     damages += [] if found is None else [found]
-        told = ranks.all_gather((problem.text, damages))
-        failed = any(text is not None for text, _ in told)
-        damages = [text for _, texts in told for text in texts]
-        if ranks.rank == 0:
-            if failed or damages:
-                try_to_delete(temporary_dir, TEMPORARY_NAME)
-            else:
-                with problem.caught():
-                    sync(temporary_dir)
-                    os.rename(temporary_dir, checkpoints_dir / name)
-                    sync(checkpoints_dir)
-        ranks.raise_together(problem.text, doing)
-        return "; ".join(damages) or None
+        return settle(temporary_dir, name, damages, problem, ranks, doing)
 
     def _fetch_manifest(self, name: str, folder: Path) -> tuple[dict[str, Any], str | None]:
         """Fetch the manifest of a step and verify it: its files, and what is damaged."""
@@ -182,20 +161,11 @@ class RemoteCheckpoints:
 
     def _fetch_file(self, name: str, path: Path, entry: dict[str, Any]) -> str | None:
         """Fetch a file, hashing it on the way; returns what is damaged, None for nothing."""
-        digest, size = hashlib.sha256(), 0
         try:
-            with named(path), path.open("xb") as file, self.folder.open(name) as source:
-                while block := source.read(FETCH_BYTES):
-                    digest.update(block)
-                    file.write(block)
-                    size += len(block)
-                file.flush()
-                os.fsync(file.fileno())
+            with self.folder.open(name) as source:
+                return copy_verified(source, path, name, entry)
         except FileNotFoundError as error:
             return str(error)
-        if (size, digest.hexdigest()) != (entry["bytes"], entry["sha256"]):
-            return f"{name}: {size} bytes with SHA-256 {digest.hexdigest()}, the manifest says {entry['bytes']} and {entry['sha256']}"
-        return None
 
 
 def step_of(name: str) -> int:

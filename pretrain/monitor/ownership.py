@@ -1,6 +1,6 @@
 """One owner of a run directory, also among hosts whose file system does not share locks between them.
 
-The lock of the run directory (`start.lock_directory`) is the kernel's: some network file systems keep it on one host. Then
+The lock of the run directory (`lock_directory`) is the kernel's: some network file systems keep it on one host. Then
 two launchers could train in one directory, or ranks that were cut off from the network could come back and go on beside
 those that replaced them. Two rules prevent it, and need nothing but a shared directory:
 
@@ -20,9 +20,11 @@ import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
 from data_pipeline.files import write_file_atomically
 from data_pipeline.lines import parse_line
+from data_pipeline.locks import take_lock
 from data_pipeline.naming import named
 from pretrain.monitor.heartbeat import WRITE_SECONDS, read_beats
 
@@ -51,16 +53,38 @@ class Ownership:
 
         A file that somebody removed names nobody else.
         """
-        try:
-            with named(self.path), self.path.open("rb") as file:
-                found = parse_line(file.read(MAX_OWNER_BYTES)) or {}
-        except FileNotFoundError:
-            return
-        if found.get("token") != self.token:
+        found = read_owner(self.path.parent)
+        if found is not None and found.get("token") != self.token:
             raise RuntimeError(
                 f"another start of this run became the owner of {self.path.parent} (process {found.get('process')} on "
                 f"{found.get('host')}); this one ends and writes nothing more"
             )
+
+
+def read_owner(run_dir: Path) -> dict[str, Any] | None:
+    """Facts of the start that owns a run directory, empty where they are damaged; None where none does. Raises OSError."""
+    path = run_dir / OWNER_NAME
+    try:
+        with named(path), path.open("rb") as file:
+            return parse_line(file.read(MAX_OWNER_BYTES)) or {}
+    except FileNotFoundError:
+        return None
+
+
+def lock_directory(directory: Path) -> IO[bytes]:
+    """Create the run directory and lock it: two runs that write to one directory destroy each other's checkpoints.
+
+    The lock ends with the process, however it ends. Raises RuntimeError when another process holds it, or ranks of another
+    host, which may not see the lock, train here.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = take_lock(directory / "lock", wait=False)
+    if lock is None:
+        raise RuntimeError(
+            f"another process trains in {directory}; wait for it, end it, or give this run another run.dir"
+        )
+    require_silence(directory)
+    return lock
 
 
 def require_silence(run_dir: Path) -> None:

@@ -66,6 +66,7 @@ TABLE = (
     Row(35, "a flipped bit in memory, in an update, in a computation", "rank named, code 3, nothing of it saved", (P + "monitor/test_corruption.py::",)),
     Row(36, "an object store damaged, away, or left at any request", "old or new checkpoint", (P + "checkpoint/test_remote.py::",)),
     Row(37, "all of these at random", "the losses of an undisturbed run, bit for bit", (L + "bench/soak/test_soak.py::",)),
+    Row(38, "a rank or a node lost between checkpoints, with replicas in memory; copies lost, damaged, half written", "from memory at the newer step, else from the disk, same end", (P + "checkpoint/replicas/test_replicas.py::",)),
 )  # fmt: skip
 
 

@@ -18,8 +18,9 @@ import yaml
 
 from data_pipeline.config import DataConfig, PhaseConfig, TokenizerConfig
 from data_pipeline.prepare.prepare import prepare
+from pretrain.monitor.ownership import lock_directory
 from pretrain.monitor.signals import SignalWatch
-from pretrain.start import close_run, lock_directory, start_run
+from pretrain.start import close_run, start_run
 from pretrain.step import train_step
 from pretrain.train import run_steps, train
 from pretrain.validate import Validation, validate

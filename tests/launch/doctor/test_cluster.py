@@ -18,7 +18,7 @@ from launch.doctor.cluster import examine_cluster, leave_cluster
 from launch.doctor.compare import compare_reports, examine_clocks, examine_links
 from launch.doctor.links import Link, Skew, estimate_skew, measure_skews, plan_links
 from launch.doctor.machine import Finding
-from launch.doctor.rank import CacheFolder, RankReport, describe_rank, examine_cache, file_system_of
+from launch.doctor.rank import CacheFolder, RankReport, describe_rank, examine_cache
 from launch.doctor.storage import StorageTest, examine_storage
 from pretrain.config.file import resolved_yaml
 from tests.helpers.spawn import run_ranks
@@ -137,12 +137,7 @@ def test_what_hosts_find_amiss_of_themselves_is_one_line_for_all_alike(reports: 
     assert by_name(findings)["zarr"] == Finding("zarr", "warn", "a, b: 3.0, outside >=3.1", "pip install zarr")
 
 
-def test_a_folder_lies_on_its_deepest_and_latest_mount(tmp_path: Path) -> None:
-    table = "/dev/a / ext4 rw 0 0\nserver:/home /home nfs4 rw 0 0\ntmpfs /home/me tmpfs rw 0 0\n/d /my\\040disk xfs rw 0 0\n"
-    found = [
-        file_system_of(Path(path), table) for path in ("/tmp", "/home/you/x", "/home/me/x", "/homes", "/my disk/x")
-    ]
-    assert found == ["ext4", "nfs4", "tmpfs", "ext4", "xfs"]
+def test_a_cache_is_on_the_network_by_its_file_system(tmp_path: Path) -> None:
     assert [CacheFolder("x", kind, None).is_on_network() for kind in ("fuse.sshfs", "fuse.fuse-overlayfs", "xfs")] == [
         True,
         False,

@@ -86,3 +86,22 @@ def test_wrong_input_is_told_the_rule_and_the_nearest_value(arguments, message, 
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.out == ""
+
+
+def test_replicas_cost_memory_of_two_nodes_and_are_printed(capsys):
+    assert plan_of("ladder_8b_a1b", ranks=64).replicas is None
+    overrides = ["train.checkpoint_every_steps=1000", "train.replica_every_steps=50"]
+    plan = plan_of("ladder_8b_a1b", *overrides, ranks=64)
+    cost, step = plan.replicas, plan.own.step.total()
+    assert cost.nodes == 8
+    # Masters and two moments of all weights, on two nodes, in two generations, over eight nodes.
+    assert cost.node_bytes == pytest.approx(2 * 2 * 12 * plan.counts.total / 8, rel=0.01)
+    assert (cost.staged_bytes, cost.sent_bytes) == (cost.node_bytes / 4, cost.node_bytes / 4)
+    assert 50 * step < cost.most_lost_seconds < cost.most_lost_without_seconds == 1000 * step
+    one = plan_of("ladder_150m", *overrides, ranks=8).replicas
+    assert (one.nodes, one.sent_bytes) == (1, 0)
+    assert run(["plan", str(CONFIGS / "ladder_8b_a1b.yaml"), *overrides, "--gpus", "64"]) == 0
+    printed = capsys.readouterr().out
+    assert "Replicas every 50 steps on 8 hosts" in printed and "sent by each host to the next" in printed
+    assert run(["plan", str(CONFIGS / "ladder_8b_a1b.yaml"), *overrides, "--gpus", "64", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["replicas"] == cost.to_json()

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from pretrain.config.file import resolved_yaml
-from pretrain.start import lock_directory
+from pretrain.monitor.ownership import lock_directory
 from tests.helpers.tiny_store import make_tiny_store
 from tests.pretrain.tiny_run import read_events, read_metrics, tiny_config
 

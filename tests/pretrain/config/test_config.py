@@ -97,7 +97,7 @@ data.prepare.preset data.prepare.num_actors data.prepare.part_bytes data.prepare
 data.phases.*.start_sample data.phases.*.weights data.phases.*.sequence_length
 train.steps train.stop_after_steps train.sequence_length train.micro_batch_size train.global_batch_size train.seed
 train.precision train.checkpoint_every_steps train.checkpoint_in_background train.keep_last train.checkpoint_store
-train.keep_every_steps
+train.keep_every_steps train.replica_every_steps train.replica_folder
 train.validate_every_steps train.validation_batches
 train.log_every_steps train.timeout_seconds train.max_skipped_steps train.compile train.recompute
 train.recompute_blocks train.num_threads train.deterministic

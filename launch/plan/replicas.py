@@ -1,0 +1,74 @@
+"""What `train.replica_every_steps` costs: memory of each host, bytes between nodes, seconds beside training.
+
+A rank puts into a replica what it puts into a checkpoint: float32 masters and moments, its share of what several ranks hold.
+Each node keeps its own ranks' files and those of the node before, in two generations while a new one is written. The rank of
+the fullest pipeline stage stands for all, so that this is what a host must have at most. Hashing and sockets are assumed at
+what one core does; both run beside training.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from launch.plan.activations import FLOAT32_BYTES
+from launch.plan.estimate import Estimate
+from launch.plan.hardware import Hardware
+from launch.plan.layout import held_by_stages
+from pretrain.checkpoint.replicas.memory import GENERATIONS
+from pretrain.config.schema import RunConfig
+
+HASHED_BYTES_PER_SECOND = 0.35e9  # SHA-256, a look for NaN and the write into memory, on one core of an AMD EPYC
+SOCKET_BYTES_PER_SECOND = 1.0e9  # of gloo between two ranks, where the network has more
+
+
+@dataclass(frozen=True)
+class ReplicaCost:
+    """Bytes of a node: what two generations take, the copy that a save makes first, and what a replica sends to the next node.
+
+    `seconds`: from the copy until the replica stands. `most_lost_seconds`: of training, by a failure, where checkpoints alone
+    lose `most_lost_without_seconds` (None where the run saves at its end alone).
+    """
+
+    every_steps: int
+    nodes: int
+    node_bytes: float
+    staged_bytes: float
+    sent_bytes: float
+    seconds: float
+    most_lost_seconds: float
+    most_lost_without_seconds: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields, bytes rounded."""
+        return {name: round(value) if name.endswith("_bytes") else value for name, value in asdict(self).items()}
+
+
+def estimate_replicas(config: RunConfig, item: Estimate, hardware: Hardware) -> ReplicaCost | None:
+    """Cost of a run's replicas in an estimated layout; None where it writes none."""
+    every, saves = config.train.replica_every_steps, config.train.checkpoint_every_steps
+    if every is None:
+        return None
+    layout, muon = item.layout, config.optimizer.muon_settings()
+    stages = held_by_stages(config.model, layout, config.train.sequence_length, muon)
+    matrices = [held.own_matrices(layout) for held in stages]
+    rank_bytes = max(
+        FLOAT32_BYTES * (3 * held.share(layout) - own.dense - own.routed) for held, own in zip(stages, matrices)
+    )
+    on_node = min(layout.ranks, hardware.gpus_per_node)
+    nodes = -(-layout.ranks // on_node)
+    copies = 2 if nodes > 1 else 1
+    rate = min(SOCKET_BYTES_PER_SECOND, hardware.link_efficiency * hardware.network_bytes_per_second)
+    seconds = rank_bytes / HASHED_BYTES_PER_SECOND + (copies - 1) * rank_bytes / rate
+    step = item.step.total()
+    return ReplicaCost(
+        every_steps=every,
+        nodes=nodes,
+        node_bytes=GENERATIONS * copies * on_node * rank_bytes,
+        staged_bytes=on_node * rank_bytes,
+        sent_bytes=(copies - 1) * on_node * rank_bytes,
+        seconds=seconds,
+        # One begins when the one before stands, and serves only when it stands itself.
+        most_lost_seconds=max(every * step, seconds) + seconds,
+        most_lost_without_seconds=None if saves is None else saves * step,
+    )

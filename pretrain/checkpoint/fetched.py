@@ -1,0 +1,65 @@
+"""Checkpoints that come from elsewhere, a store or the memory of nodes: copies held to their digests, and the rename at the end."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from data_pipeline.deletion import try_to_delete
+from data_pipeline.files import sync
+from data_pipeline.naming import named
+from pretrain.checkpoint.commit import LATEST_NAME, TEMPORARY_NAME, RankFailure
+from pretrain.checkpoint.files import replace_text
+from pretrain.rank_group import RankGroup
+
+FETCH_BYTES = 1 << 24
+
+
+class Source(Protocol):
+    """What can be read in blocks; the end is an empty one."""
+
+    def read(self, size: int, /) -> bytes:
+        """Read at most so many bytes."""
+        ...
+
+
+def copy_verified(source: Source, path: Path, name: str, entry: Mapping[str, Any]) -> str | None:
+    """Copy a file durably, hashing it on the way; returns what is damaged, and then leaves no copy, or None."""
+    digest, size = hashlib.sha256(), 0
+    with named(path), path.open("xb") as file:
+        while block := source.read(FETCH_BYTES):
+            digest.update(block)
+            file.write(block)
+            size += len(block)
+        file.flush()
+        os.fsync(file.fileno())
+    if (size, digest.hexdigest()) == (entry["bytes"], entry["sha256"]):
+        return None
+    path.unlink()
+    return f"{name}: {size} bytes with SHA-256 {digest.hexdigest()}, the manifest says {entry['bytes']} and {entry['sha256']}"
+
+
+def settle(
+    temporary_dir: Path, name: str, damages: list[str], problem: RankFailure, ranks: RankGroup, doing: str
+) -> str | None:
+    """Rename what all ranks have copied to the checkpoint `name`, or remove it where something is damaged or failed.
+
+    All ranks must call it. Returns the damages of all ranks, None for none; raises RuntimeError on all where one failed.
+    """
+    told = ranks.all_gather((problem.text, damages))
+    failed = any(text is not None for text, _ in told)
+    damages = [text for _, texts in told for text in texts]
+    if ranks.rank == 0:
+        if failed or damages:
+            try_to_delete(temporary_dir, TEMPORARY_NAME)
+        else:
+            with problem.caught():
+                sync(temporary_dir)
+                os.rename(temporary_dir, temporary_dir.with_name(name))
+                sync(temporary_dir.parent)
+                replace_text(temporary_dir.with_name(LATEST_NAME), name + "\n")
+    ranks.raise_together(problem.text, doing)
+    return "; ".join(damages) or None

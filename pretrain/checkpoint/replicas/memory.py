@@ -1,0 +1,149 @@
+"""The folder of one start of a run in the memory of one node: its name, its room, what lies in it, and its removal.
+
+    train.replica_folder/amfm-HOST AND RUN-START/step-N/   files of this node's ranks, copies for the node before, manifest
+
+`START` is the number that this start wrote into `run.dir/owner.json`, by which the next one finds what it left: what a run
+directory that was removed had in memory is never taken, and replicas of two starts never mix. The first part of the name lets
+a start remove what those before it left on its node, and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import socket
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from data_pipeline.deletion import try_to_delete
+from data_pipeline.mounts import file_system_of, read_mounts
+from data_pipeline.store.node_cache import own_folder
+from pretrain.checkpoint.commit import RankFailure
+from pretrain.checkpoint.files import read_manifest
+from pretrain.checkpoint.names import list_checkpoints
+from pretrain.checkpoint.replicas.nodes import Nodes
+from pretrain.rank_group import RankGroup
+
+OWN_NAME = re.compile(r"amfm-[0-9a-f]{12}-[0-9a-f]{32}")
+GENERATIONS = 2  # the old one goes when the new one stands on all nodes
+SPARE_BYTES = 1 << 24  # for manifests
+RANK_FILE = re.compile(r"rank-(\d{5})\.safetensors")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A replica of one step as a node has it: the manifest's digest, how many files belong to it, and which are here."""
+
+    sha256: str
+    num_files: int
+    held: tuple[int, ...]
+
+
+@dataclass
+class NodeMemory:
+    """This node's memory, as each of its ranks sees it; the first of them, which `leads`, makes and removes.
+
+    `token`: of this start, None before it owns the run directory. `remarks`: what to say of what was found.
+    """
+
+    folder: Path
+    prefix: str
+    nodes: Nodes
+    rank: int
+    token: str | None = None
+    remarks: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, folder: str, run_dir: Path, ranks: RankGroup) -> NodeMemory:
+        """Agree on the nodes; all ranks must call it. Touches no file."""
+        host = socket.gethostname()
+        digest = hashlib.sha256(f"{run_dir.resolve()}\0{host}".encode()).hexdigest()[:12]
+        return cls(Path(folder), f"amfm-{digest}-", Nodes.of(ranks.all_gather(host)), ranks.rank)
+
+    @property
+    def node(self) -> int:
+        """Number of this node."""
+        return self.nodes.node_of(self.rank)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank makes and removes folders for its node."""
+        return self.nodes.members[self.node][0] == self.rank
+
+    def directory(self, token: str | None = None) -> Path:
+        """Folder of a start, of this one where none is given."""
+        name = f"{self.prefix}{token or self.token}"
+        assert OWN_NAME.fullmatch(name), f"{name}: no start owns it yet"
+        return self.folder / name
+
+    def list_generations(self, token: str, after_step: int) -> tuple[dict[int, Generation], list[str]]:
+        """List what a start left here of later steps, by step, and what is damaged. Sizes are compared, digests are not yet.
+
+        Raises RuntimeError as `own_folder`: what others put there is not trained on.
+        """
+        found, remarks = {}, []
+        if os.path.lexists(self.directory(token)):
+            own_folder(self.directory(token), "train.replica_folder")
+        for path in list_checkpoints(self.directory(token)):
+            try:
+                manifest = read_manifest(path)
+            except RuntimeError as error:
+                remarks.append(str(error))
+                continue
+            if manifest["step"] > after_step and ".old" not in path.name:
+                names = {RANK_FILE.fullmatch(name): entry["bytes"] for name, entry in manifest["files"].items()}
+                held = [
+                    int(name[1])
+                    for name, size in names.items()
+                    if name is not None and (path / name[0]).is_file() and (path / name[0]).stat().st_size == size
+                ]
+                found[manifest["step"]] = Generation(manifest["sha256"], len(names), tuple(held))
+        return found, remarks
+
+    def clear(self) -> list[str]:
+        """Remove what this start of the run and those before it left on this node; returns remarks."""
+        if not self.leads or not self.folder.is_dir():
+            return []
+        doomed = [path for path in self.folder.glob(f"{self.prefix}*") if OWN_NAME.fullmatch(path.name)]
+        return [remark for path in doomed for remark in try_to_delete(path, OWN_NAME)]
+
+    def check_room(self, own_bytes: int, ranks: RankGroup) -> None:
+        """Refuse a node whose memory does not hold two replicas; all ranks must call it, before the first step.
+
+        own_bytes: what this rank writes into a checkpoint. Raises RuntimeError on all ranks, naming host, folder and bytes.
+        """
+        problem, sizes = RankFailure(), ranks.all_gather(own_bytes)
+        if self.leads:
+            needed = GENERATIONS * (self.nodes.bytes_of_node(self.node, sizes) + SPARE_BYTES)
+            with problem.caught():
+                # Each save also copies the state of the node's ranks to its memory first.
+                free = free_bytes(self.folder, reserved=sum(sizes[rank] for rank in self.nodes.members[self.node]))
+                if free < needed:
+                    problem.text = (
+                        f"{self.nodes.hosts[self.node]} has {free:,} bytes free, and two replicas of its ranks and of "
+                        f"the node before take {needed:,}; free some, name another folder, or remove "
+                        "train.replica_every_steps"
+                    )
+        ranks.raise_together(problem.text, f"train.replica_folder={self.folder} can't keep replicas")
+
+    def describe(self) -> list[str]:
+        """What to say of what was found in the memory of the nodes, and of what is kept there."""
+        number = len(self.nodes.members)
+        where = f"in {self.folder} of {number} nodes, each rank's on two of them"
+        alone = f"in {self.folder} of one node: they outlive its ranks and not the node"
+        return [*self.remarks, where if number > 1 else alone]
+
+
+def free_bytes(folder: Path, reserved: int) -> int:
+    """Bytes that a folder can still take: of its file system, and of memory beside `reserved` bytes where that is a tmpfs.
+
+    A tmpfs promises a part of the memory whether or not programs use it already. Raises OSError for a folder that is not there.
+    """
+    free = shutil.disk_usage(folder).free
+    if file_system_of(folder.resolve(), read_mounts()) != "tmpfs":
+        return free
+    text = Path("/proc/meminfo").read_text(encoding="ascii")
+    available = re.search(r"^MemAvailable: +(\d+) kB", text, re.MULTILINE)
+    return free if available is None else min(free, 1024 * int(available[1]) - reserved)

@@ -1,0 +1,115 @@
+"""Bring the newest replica that is whole back to the disk, as an ordinary checkpoint, before a start loads one.
+
+From there it is loaded like any other: everything that a resume checks is checked, any layout and any number of nodes may
+go on, the launcher sees that the run came further, and the state is durable again before the memory is given up. Each file
+is copied by a rank of a node that has it, with its digest compared on the way; one that is damaged comes from the other
+node. A replica of which no whole set is left is passed over, for an older generation or for the disk, and said to be.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from data_pipeline.files import make_folders
+from pretrain.checkpoint.commit import RankFailure, make_temporary, remove_temporary
+from pretrain.checkpoint.fetched import copy_verified, settle
+from pretrain.checkpoint.files import MANIFEST_NAME, rank_file_name, read_manifest, replace_text
+from pretrain.checkpoint.names import checkpoint_name, newest_saved_step
+from pretrain.checkpoint.replicas.memory import Generation, NodeMemory
+from pretrain.checkpoint.replicas.nodes import find_holders, share_out
+from pretrain.rank_group import RankGroup
+
+
+def recover(memory: NodeMemory, run_dir: Path, read_token: Callable[[], object], ranks: RankGroup) -> None:
+    """Make the newest whole replica beyond the disk's checkpoints one of them; `memory.remarks` hear of it, or why not.
+
+    read_token: reads the token of the start before, None where there was none; then nothing happens. All ranks must call it.
+    Raises RuntimeError on all of them when the disk does not take it: the memory stays, and the next start tries again.
+    """
+    problem, token, newest = RankFailure(), None, -1
+    if ranks.rank == 0:
+        with problem.caught():
+            token, newest = read_token(), newest_saved_step(run_dir)
+    ranks.raise_together(problem.text, f"{run_dir} does not say who wrote the replicas")
+    token, newest = ranks.broadcast((token, newest))
+    if not isinstance(token, str) or not re.fullmatch("[0-9a-f]{32}", token):
+        return
+    own: dict[int, Generation] = {}
+    damages: list[str] = []
+    if memory.leads:
+        with problem.caught():
+            own, damages = memory.list_generations(token, newest)
+        damages += [] if problem.text is None else [problem.text]
+    told = ranks.all_gather((own, damages))
+    memory.remarks += [text for _, texts in told for text in texts]
+    held = {node: told[members[0]][0] for node, members in enumerate(memory.nodes.members)}
+    for step in sorted({step for generations in held.values() for step in generations}, reverse=True):
+        # One start writes a step once, so that manifests agree; what disagrees with the first node's counts as lost.
+        found = {node: generations[step] for node, generations in held.items() if step in generations}
+        first = next(iter(found.values()))
+        alike = {node: entry for node, entry in found.items() if entry.sha256 == first.sha256}
+        reason = fetch(memory, run_dir / "checkpoints", token, step, alike, ranks)
+        if reason is None:
+            memory.remarks.append(f"step {step} comes from the memory of {len(alike)} of {len(held)} nodes")
+            return
+        memory.remarks.append(f"the replica of step {step} is passed over: {reason}")
+    memory.remarks.append(f"no whole replica beyond step {max(0, newest)} in the memory of {len(held)} nodes")
+
+
+def fetch(
+    memory: NodeMemory,
+    checkpoints_dir: Path,
+    token: str,
+    step: int,
+    found: Mapping[int, Generation],
+    ranks: RankGroup,
+) -> str | None:
+    """Copy one replica to the disk; returns why it can't be had, None when it stands there. All ranks must call it."""
+    first_node, entry = next(iter(found.items()))  # every node has the manifest; this one's is copied
+    holders = find_holders(entry.num_files, {node: generation.held for node, generation in found.items()})
+    name, problem = checkpoint_name(step), RankFailure()
+    source_dir, temporary_dir = memory.directory(token) / name, checkpoints_dir
+    lacking = [file for file, nodes in holders.items() if not nodes]
+    if lacking:
+        return f"{len(lacking)} of {entry.num_files} files are on none of the nodes, the first {rank_file_name(lacking[0])}"
+    if ranks.rank == 0:
+        with problem.caught():
+            make_folders(checkpoints_dir)
+            remove_temporary(checkpoints_dir)
+            temporary_dir = make_temporary(checkpoints_dir, step)
+    doing = f"the replica of step {step} was not copied to {checkpoints_dir}"
+    ranks.raise_together(problem.text, doing)
+    temporary_dir = checkpoints_dir / ranks.broadcast(temporary_dir.name)
+    if memory.node == first_node and memory.leads:
+        with problem.caught():
+            replace_text(temporary_dir / MANIFEST_NAME, (source_dir / MANIFEST_NAME).read_text(encoding="utf-8"))
+    damages: dict[int, str] = {}
+    while holders and all(holders.values()):
+        chosen = share_out(holders, memory.nodes)
+        own = [file for file, (_, rank) in chosen.items() if rank == ranks.rank]
+        wrong: dict[int, str] = {}
+        with problem.caught():
+            wrong = copy_files(own, source_dir, temporary_dir)
+        told = ranks.all_gather((problem.text, wrong))
+        if any(text is not None for text, _ in told):
+            break
+        damages = {file: text for _, texts in told for file, text in texts.items()}
+        memory.remarks += damages.values()
+        holders = {file: [node for node in holders[file] if node != chosen[file][0]] for file in damages}
+    texts = list(damages.values()) if ranks.rank == 0 else []
+    return settle(temporary_dir, name, texts, problem, ranks, doing)
+
+
+def copy_files(files: list[int], source_dir: Path, temporary_dir: Path) -> dict[int, str]:
+    """Copy files of ranks; returns what is damaged, by rank of the file. Raises OSError where the disk does not take them."""
+    entries = read_manifest(source_dir)["files"] if files else {}
+    damages = {}
+    for file in files:
+        name = rank_file_name(file)
+        with (source_dir / name).open("rb") as source:
+            damage = copy_verified(source, temporary_dir / name, str(source_dir / name), entries[name])
+        if damage is not None:
+            damages[file] = damage
+    return damages
