@@ -80,6 +80,22 @@ VARIANTS: dict[str, dict[str, Any]] = {
             "deltaproduct": {"num_heads": 8, "head_dim": 4, "chunk_size": 16},
         },
     },
+    "mla": MODEL
+    | {
+        "pattern": "M+E+",
+        "mixers": {
+            "mla": {
+                "num_heads": 8,
+                "latent_size": 12,
+                "query_latent_size": 10,
+                "nope_head_dim": 6,
+                "rope_head_dim": 4,
+                "value_head_dim": 5,
+                "positions": "rope",
+                "gate": "element",
+            },
+        },
+    },
     "mtp": MODEL | {"pattern": "ME*-/*E/*E"},
     "mtp_shared": MODEL | {"pattern": "MEM*-/*E/*E", "tie_embeddings": True, "mtp": {"shared": True}},
     "recycle": MODEL | {"moe": MODEL["moe"] | {"capacity_factor": 1.0, "overflow": "recycle"}},
@@ -288,6 +304,10 @@ LAYOUTS = [
     Layout(4, {"pipeline": 2, "context": 2, "expert": 2}, "mixers"),
     Layout(4, {"zero_stage": 3}, "mixers"),
     Layout(8, {"context": 2, "tensor": 2, "expert": 2, "zero_stage": 2}, "mixers"),
+    # Latent attention, whose latents are made before tensor ranks part and gathered over a row.
+    Layout(4, {"context": 2, "tensor": 2, "sequence_parallel": True}, "mla", quick=True),
+    Layout(4, {"tensor": 4, "sequence_parallel": True, "zero_stage": 2}, "mla"),
+    Layout(4, {"pipeline": 2, "context": 2}, "mla"),
     # Matrices that Muon steps as wholes.
     Layout(2, {"zero_stage": 0}, "muon"),
     Layout(2, {"expert": 2}, "muon"),

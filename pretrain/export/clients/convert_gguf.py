@@ -2,8 +2,8 @@
 
 The converter looks for `tokenizer.model` in few classes, and where it finds one writes the vocabulary as SentencePiece's BPE
 whatever it is, so a unigram model would cut texts into other tokens. Here each class gets the vocabulary of its own kind,
-and the file says whether a space goes before a text. The draft heads that the converter expects of qwen3_next are left
-out: a model of ours has none. Of a nemotron_h without experts config.json is read as it is, because transformers adds the
+and the file says whether a space goes before a text. Draft heads are left out, those that the converter expects of every
+qwen3_next as well as the prediction depths that an export has. Of a nemotron_h without experts config.json is read as it is, because transformers adds the
 class's defaults, and those have experts.
 """
 
@@ -37,8 +37,19 @@ def convert(export: Path, out: Path) -> None:
         )
     if name in DRAFT_CLASSES and model_class.supports_mtp_export:
         model_class.no_mtp = True
+    model_class = without_drafts(model_class)
     with torch.inference_mode():
         model_class(export, gguf.LlamaFileType.ALL_F32, out).write()
+
+
+def without_drafts(model_class: Any) -> Any:
+    """The converter's class that takes no tensor of a prediction depth, which it has no name for in every class."""
+
+    def modify_tensors(self: Any, data: Any, name: str, block: int | None) -> Any:
+        return () if name.startswith("mtp.") else model_class.modify_tensors(self, data, name, block)
+
+    members = {"modify_tensors": modify_tensors, "model_arch": model_class.model_arch}
+    return type(model_class.__name__, (model_class,), members)
 
 
 def set_vocabulary(converter: Any) -> None:
