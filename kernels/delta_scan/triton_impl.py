@@ -246,7 +246,7 @@ def _(
         k.new_empty(k.shape),
         v.new_empty(v.shape),
         beta.new_empty(beta.shape),
-        beta.new_empty(0 if g is None else g.shape),
+        beta.new_empty(0) if g is None else g.new_empty(g.shape),
         beta.new_empty(0 if initial is None else initial.shape),
     )
 

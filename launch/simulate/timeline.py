@@ -154,7 +154,11 @@ class _Cluster:
                 end = max(entry["posted"], way.popleft())
                 rank.ends[entry["number"]] = end, entry["axis"]
                 details = {"bytes": entry["bytes"], "from rank": entry["peer"]}
-                rank.line.slices.append(Slice(f"{entry['axis']} receive", "receive", entry["posted"], end, details))
+                # A stream of its own for each sender: what was posted at once is shown one after the other.
+                lane = f"{entry['axis']} receive from rank {entry['peer']}"
+                start = max(entry["posted"], rank.free[lane])
+                rank.line.slices.append(Slice(lane, "receive", start, end, details))
+                rank.free[lane] = end
                 del rank.receives[entry["number"]]
         end, axis = rank.ends.get(exchange, (0.0, "other"))
         if end > rank.line.seconds:

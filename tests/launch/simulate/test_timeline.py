@@ -1,6 +1,7 @@
 """Events of traced ranks on a clock: what overlaps, who waits for whom, and the file that Perfetto opens."""
 
 import json
+import math
 
 import pytest
 
@@ -12,6 +13,7 @@ from launch.simulate.timeline import compare_seconds, lay_out, planned_step, wri
 from launch.simulate.trace import TracedRank
 from tests.launch.plan.presets import preset
 
+NANOSECOND = 1e-3  # in the microseconds of the format
 # One second for 1e12 FLOPs of a product, 1e12 bytes of memory, 1e9 bytes of a link.
 SIMPLE = Hardware(
     name="simple",
@@ -110,14 +112,81 @@ def test_the_parts_of_both_sides_add_up():
     assert parts["optimizer and sums of gradients"][1] == pytest.approx(0.5)
 
 
+def assert_trace_events(document):
+    """Hold a file to the rules of Chrome's trace event format (JSON object form), which Perfetto reads.
+
+    Every event names its phase and process; complete ones (X) have a time and a duration and, on one thread, lie in each
+    other or apart; instants (i) have a scope; metadata (M) names a process or a thread.
+    """
+    assert document.keys() <= {"traceEvents", "displayTimeUnit", "otherData"}
+    assert document["displayTimeUnit"] in ("ms", "ns")
+    spans, named, used = {}, set(), set()
+    for event in document["traceEvents"]:
+        assert isinstance(event["name"], str) and type(event["pid"]) is int, event
+        assert isinstance(event.get("args", {}), dict)
+        if event["ph"] == "M":
+            field = {"process_name": "name", "thread_name": "name", "thread_sort_index": "sort_index"}[event["name"]]
+            assert isinstance(event["args"][field], str if field == "name" else int), event
+            named.add((event["pid"], event.get("tid")))
+            continue
+        assert event["ph"] in "Xi" and type(event["tid"]) is int, event
+        assert math.isfinite(event["ts"]) and event["ts"] >= 0, event
+        used.add((event["pid"], event["tid"]))
+        if event["ph"] == "i":
+            assert event["s"] in ("g", "p", "t") and "dur" not in event, event
+        else:
+            assert math.isfinite(event["dur"]) and event["dur"] >= 0, event
+            spans.setdefault((event["pid"], event["tid"]), []).append((event["ts"], event["ts"] + event["dur"]))
+    assert used <= named  # every stream has a name
+    for lane in spans.values():
+        around = []
+        for start, stop in sorted(lane, key=lambda span: (span[0], -span[1])):
+            while around and around[-1] <= start + NANOSECOND:
+                around.pop()
+            assert not around or stop <= around[-1] + NANOSECOND, (start, stop, around[-1])
+            around.append(stop)
+
+
 def test_perfetto_gets_a_process_a_rank_and_a_thread_a_stream(tmp_path):
     lines = lay_out(
         [traced(0, computing(1), gather(1), {"do": "host", "what": "a file:1: a number"}, waiting(1))], SIMPLE
     )
     write_timeline(lines, tmp_path / "out.json")
-    events = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["traceEvents"]
+    document = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    assert_trace_events(document)
+    events = document["traceEvents"]
     names = {event["args"]["name"] for event in events if event["ph"] == "M" and "name" in event["args"]}
     assert names == {"rank 0, pipeline stage 0", "compute", "dp_cp", "waits of the host"}
     spans = [event for event in events if event["ph"] == "X"]
     assert [(event["ts"], event["dur"]) for event in spans] == [pytest.approx((0, 1e6)), pytest.approx((1e6, 1e6))]
     assert all(event["pid"] == 0 for event in events)
+
+
+def test_what_was_posted_at_once_arrives_one_after_the_other(tmp_path):
+    sends = computing(1), passing("send", 1, 1), computing(2), passing("send", 2, 1), waiting(1), waiting(2)
+    awaited = passing("receive", 1, 0), passing("receive", 2, 0), waiting(1), computing(1), waiting(2)
+    lines = lay_out([traced(0, *sends), traced(1, *awaited)], SIMPLE)
+    write_timeline(lines, tmp_path / "out.json")
+    assert_trace_events(json.loads((tmp_path / "out.json").read_text(encoding="utf-8")))
+    received = [entry for entry in lines[1].slices if entry.name == "receive"]
+    assert [(entry.start, entry.stop) for entry in received] == [pytest.approx((0, 2)), pytest.approx((2, 4))]
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"ph": "X", "name": "a", "pid": 0, "tid": 0, "ts": 0.0, "dur": -1.0},
+        {"ph": "X", "name": "a", "pid": 0, "tid": 0, "ts": 1.0, "dur": 2.0},
+        {"ph": "X", "name": "a", "pid": 0, "tid": 9, "ts": 0.0, "dur": 1.0},
+        {"ph": "i", "name": "a", "pid": 0, "tid": 0, "ts": math.inf, "s": "t"},
+        {"ph": "i", "name": "a", "pid": 0, "tid": 0, "ts": 0.0},
+    ],
+    ids=["negative duration", "overlap", "a stream without a name", "no time", "no scope"],
+)
+def test_what_perfetto_could_not_show_is_found(broken):
+    stream = {"ph": "M", "name": "thread_name", "pid": 0, "tid": 0, "args": {"name": "compute"}}
+    first = {"ph": "X", "name": "b", "pid": 0, "tid": 0, "ts": 0.0, "dur": 2.0}
+    document = {"traceEvents": [stream, first], "displayTimeUnit": "ms"}
+    assert_trace_events(document)
+    with pytest.raises((AssertionError, KeyError)):
+        assert_trace_events(document | {"traceEvents": [stream, first, broken]})

@@ -13,6 +13,7 @@ from launch.plan.hardware import HARDWARE
 from launch.simulate.trace import check_torch, predicted_bytes, trace_run, traced_bytes, traced_config
 from pretrain.checks.check_run import load_checked
 from tests.launch.simulate.allowed_waits import expected_waits, unnumbered
+from tests.launch.simulate.test_timeline import assert_trace_events
 
 H100 = HARDWARE["h100"]
 
@@ -68,7 +69,9 @@ def test_trace_gives_json_a_picture_and_a_timeline(small, tmp_path, capsys):
     assert launches["forward"]["mamba"] <= 10 and launches["backward"]["mamba"] <= 16, launches
     assert launches["forward"]["moe"] <= 14, launches
     assert picture.read_text(encoding="utf-8").startswith("<?xml")
-    spans = [event for event in json.loads(timeline.read_text(encoding="utf-8"))["traceEvents"] if event["ph"] == "X"]
+    document = json.loads(timeline.read_text(encoding="utf-8"))
+    assert_trace_events(document)
+    spans = [event for event in document["traceEvents"] if event["ph"] == "X"]
     computed = [event for event in spans if event["tid"] == 0]
     # One stream computes one operation at a time, and every collective is on its axis beside it.
     assert all(ahead["ts"] + ahead["dur"] <= behind["ts"] + 1e-6 for ahead, behind in pairwise(computed))

@@ -1,0 +1,188 @@
+"""What the fake function of each of our operations says of its results, against what its body gives.
+
+All operations are found by their registration, so a new one fails here until it has a call below.
+"""
+
+import importlib
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+from torch._library.custom_ops import OPDEFS
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from kernels.attention import triton_impl as attention
+from kernels.causal_conv1d import torch_impl as convolution_torch
+from kernels.causal_conv1d import triton_impl as convolution
+from kernels.decay_scan import triton_impl as decay
+from kernels.decay_scan.vector import triton_impl as decay_vector
+from kernels.delta_scan import triton_impl as delta
+from kernels.delta_scan.vector import triton_impl as delta_vector
+from kernels.diag_scan import torch_impl as diag_torch
+from kernels.diag_scan import triton_impl as diag
+from kernels.linear_cross_entropy import torch_impl as loss_torch
+from kernels.linear_cross_entropy import triton_impl as loss
+from kernels.mamba2 import triton_impl as mamba2
+from kernels.moe import counting_sort, triton_experts, triton_router
+from kernels.moe import torch_impl as experts_torch
+from kernels.moe.rows import triton_impl as rows_triton
+from kernels.norm import triton_impl as norm
+from kernels.rope import triton_impl as rope
+from kernels.swiglu import triton_impl as swiglu
+from launch.simulate.bodies import BodyRunner
+
+ROOT = Path(__file__).parents[3]
+ROOMS = ("kernels", "model", "pretrain", "data_pipeline", "launch")
+
+
+class Compared(TorchDispatchMode):
+    """Runs our operations' bodies and compares them with what fake functions say: Triton's on fake tensors, whose
+    launches do nothing, and PyTorch's on real ones, because they read their values."""
+
+    def __init__(self):
+        super().__init__()
+        self.runner = BodyRunner()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func.namespace != "amfm":
+            return func(*args, **kwargs)
+        if "triton" in func._opname:
+            return self.runner.run(func, args, kwargs, self)
+        given = func(*args, **kwargs)
+        with FakeTensorMode() as mode:
+            said = func(*tree_map_only(Tensor, mode.from_tensor, args), **kwargs)
+        self.runner.compare(str(func), said, given)
+        return given
+
+
+def leaf(*shape, dtype=torch.bfloat16):
+    return torch.randn(*shape, dtype=dtype).requires_grad_()
+
+
+def apart(*shape, dtype=torch.bfloat16):
+    """Rows with others' values between them, as a part of a projection has them."""
+    return torch.randn(*shape[:-1], 2 * shape[-1], dtype=dtype)[..., : shape[-1]].requires_grad_()
+
+
+def float32(*shape):
+    return leaf(*shape, dtype=torch.float32)
+
+
+def numbers(*shape, below):
+    return torch.randint(0, below, shape)
+
+
+def mixed(rows, keep):
+    # 2 heads of 16 channels in 1 group with 16 state numbers.
+    parameters = leaf(64, 4), leaf(64), float32(2), float32(2), float32(2), leaf(32), leaf(8, 32)
+    return mamba2._forward(rows(1, 40, 98), *parameters, None, [2, 16, 1, 16, 1], 1e-5, 16, keep)
+
+
+def fed(rows, counts):
+    """Eight rows over four experts: by token, with weights, or as they come."""
+    ids = numbers(8, 2, below=4)
+    pairs, tokens, places, _, offsets = counting_sort._sort(ids, 4)
+    by_token = (leaf(8, 2), pairs, tokens, places) if counts else (None, None, pairs, None)
+    return triton_experts._forward(
+        rows(8 if counts else 16, 8), *by_token, offsets, leaf(4, 16, 8), leaf(4, 8, 8), True
+    )
+
+
+def fed_by_torch(rows):
+    offsets = torch.tensor([4, 8, 12, 16], dtype=torch.int32)
+    return experts_torch._forward(
+        rows(8, 8), leaf(16), numbers(16, below=8), offsets, leaf(4, 16, 8), leaf(4, 8, 8), "swiglu"
+    )
+
+
+def diagonal(module, rows, *last):
+    # float32 steps and parameters beside values of the model's dtype.
+    x, dt, B, C = rows(2, 20, 6), float32(2, 20, 6), rows(2, 20, 4), rows(2, 20, 4)
+    return module._forward(x, dt, float32(6, 4), B, C, float32(6), float32(2, 6, 4), None, 16, *last)
+
+
+def stepped(module, rows, *, steps=(), channels=()):
+    q, k, v = rows(2, 20, 2, 16), rows(2, 20, *steps, 2, 16), rows(2, 20, *steps, 2, 8)
+    beta, g = leaf(2, 20, *steps, 2), float32(2, 20, 2, *channels)
+    return module._forward(q, k, v, beta, g, float32(2, 2, 16, 8), None, 16)
+
+
+def scanned(module, rows, keep, *absent, channels=()):
+    q, k, v = rows(2, 20, 2, 16), rows(2, 20, 2, 16), rows(2, 20, 2, 8)
+    return module._forward(q, k, v, float32(2, 20, 2, *channels), *absent, float32(2, 2, 16, 8), None, 16, 0, keep)
+
+
+# Each a call with `apart` or `leaf` for its rows; together they reach every operation, backward ones by differentiation.
+TRITON = (
+    lambda rows: mixed(rows, True),
+    lambda rows: mixed(rows, False),
+    lambda rows: attention._forward(rows(2, 20, 4, 16), rows(2, 20, 2, 16), rows(2, 20, 2, 16), None, None, 0.25),
+    lambda rows: norm._norm(rows(6, 8), rows(6, 8), leaf(8), 1e-5, 1, False),
+    lambda rows: norm._norm(rows(6, 8), rows(6, 8), leaf(8), 1e-5, 2, True),
+    lambda rows: diagonal(diag, rows, True),
+    lambda rows: swiglu._swiglu(rows(6, 8)),
+    lambda rows: swiglu._squared_relu(rows(6, 8)),
+    lambda rows: stepped(delta, rows, steps=(3,)),
+    lambda rows: stepped(delta_vector, rows, channels=(16,)),
+    lambda rows: loss._forward(rows(6, 8), leaf(10, 8), numbers(6, below=10), -100, 0.1, True),
+    lambda rows: loss._statistics(rows(6, 8), leaf(10, 8), numbers(6, below=10), 0),
+    lambda rows: fed(rows, True),
+    lambda rows: fed(rows, False),
+    lambda rows: triton_router._forward(float32(6, 4), None, False, 2, True, 1.0, 2, 1),
+    lambda rows: rows_triton._spread(rows(6, 8), numbers(12, below=12).int(), 12, 2, False),
+    lambda rows: rows_triton._combine(rows(12, 8), numbers(12, below=12).int(), leaf(6, 2), True),
+    lambda rows: scanned(decay, rows, True, None, None),
+    lambda rows: scanned(decay, rows, False, leaf(2, 20, 2), leaf(2)),
+    lambda rows: scanned(decay_vector, rows, True, channels=(16,)),
+    lambda rows: rope._forward(rows(2, 6, 2, 8), torch.randn(2, 6, 1, 4), torch.randn(2, 6, 1, 4), leaf(8), 1e-5),
+    lambda rows: convolution._forward(rows(2, 9, 8), leaf(8, 4), leaf(8), None),
+)
+TORCH = (
+    lambda rows: diagonal(diag_torch, rows),
+    lambda rows: loss_torch._forward(rows(6, 8), leaf(10, 8), numbers(6, below=10), -100, 0.1, True),
+    lambda rows: loss_torch._statistics(rows(6, 8), leaf(10, 8), numbers(6, below=10), 0),
+    fed_by_torch,
+    lambda rows: convolution_torch._forward(rows(2, 9, 8), leaf(8, 4), leaf(8), None),
+)
+
+
+def differentiate(call, rows):
+    """Call an operation and take the gradients of all its results that have any."""
+    found = call(rows)
+    results = [found] if isinstance(found, Tensor) else list(found)
+    if differentiable := [result for result in results if result.requires_grad]:
+        torch.autograd.backward(differentiable, [torch.ones_like(result) for result in differentiable])
+
+
+def registered():
+    """Names of all operations in our files; the files that make some are imported."""
+    for room in ROOMS:
+        for path in (ROOT / room).rglob("*.py"):
+            if "library.custom_op(" in path.read_text(encoding="utf-8"):
+                importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    return {name for name, made in list(OPDEFS.items()) if made._init_fn.__module__.partition(".")[0] in ROOMS}
+
+
+def test_fake_functions_of_all_operations_say_what_the_bodies_give(monkeypatch):
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "__getitem__", lambda kernel, grid: lambda *_, **__: None)
+    torch.manual_seed(0)
+    with Compared() as compared:
+        for rows in (leaf, apart):
+            for call in TORCH:
+                differentiate(call, rows)
+            with FakeTensorMode(), compared:
+                for call in TRITON:
+                    differentiate(call, rows)
+    assert compared.runner.mismatches == {}
+    seen = {name.removesuffix(".default").replace(".", "::") for name in compared.runner.compared}
+    assert seen == registered()
+
+
+def test_a_fake_function_that_says_something_else_is_found():
+    runner = BodyRunner()
+    runner.compare("amfm.wrong", torch.empty(2, 3), torch.empty(3, 2).t())
+    assert "strides (3, 1)" in runner.mismatches["amfm.wrong[0]"]
