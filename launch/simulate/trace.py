@@ -99,13 +99,16 @@ def trace_run(
             "events": events,
         }
         result = run_child(settings, partial(tell, report, number * PROGRESS_LINES, len(chosen) * PROGRESS_LINES))
-        layout = Layout.of(traced, ranks)
-        held = held_by_stages(traced.model, layout, traced.train.sequence_length, traced.optimizer.muon_settings())[
-            pipeline_stage(traced, ranks, rank)
-        ]
-        predicted = estimate_stage(traced, layout, storage_of(traced), held, 1.0)
+        layout, predicted = Layout.of(traced, ranks), predicted_memory(traced, ranks, rank)
         found.append(TracedRank(rank, stage_name or resolve_stages(config)[0].name, traced, layout, predicted, result))
     return found
+
+
+def predicted_memory(config: RunConfig, ranks: int, rank: int) -> Memory:
+    """What the plan says of a rank's peak, without margin; `config` is what was traced, or would be (`traced_config`)."""
+    layout = Layout.of(config, ranks)
+    held = held_by_stages(config.model, layout, config.train.sequence_length, config.optimizer.muon_settings())
+    return estimate_stage(config, layout, storage_of(config), held[pipeline_stage(config, ranks, rank)], 1.0)
 
 
 def check_torch(version: str) -> None:

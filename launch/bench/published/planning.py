@@ -39,7 +39,10 @@ WITHOUT_LAYOUT = (
     "parallel.tensor=1",
     "parallel.sequence_parallel=false",
     "parallel.expert=1",
+    "parallel.context=1",
     "parallel.pipeline=1",
+    "parallel.schedule=1f1b",
+    "parallel.virtual_stages=1",
     "train.recompute_blocks=''",
 )
 
@@ -151,4 +154,5 @@ def anchor_as_dict(anchor: Anchor) -> dict[str, Any]:
         "published_flops_per_token": run.flops_per_second / run.tokens_per_second,
         "flops_per_token": anchor.flops_per_token,
         "fits": found.fits(),
+        "cause": run.cause,
     }

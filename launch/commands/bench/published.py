@@ -14,6 +14,8 @@ from launch.console import print_json, print_pairs, print_rows, say
 if TYPE_CHECKING:
     from launch.plan.hardware import Hardware
 
+LARGE_ERROR = 0.2  # of which the table names the cause
+
 
 def plan(
     presets: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the presets are.")] = Path("configs"),
@@ -103,6 +105,7 @@ def _table(rows: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[Any,
         "exchanges",
         "GFLOP a token, published",
         "counted",
+        "why, where it is more than 20% off",
     )
     return columns, [
         (
@@ -117,6 +120,7 @@ def _table(rows: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[Any,
             f"{row['exchange_share']:.0%}",
             f"{row['published_flops_per_token'] / 1e9:.1f}",
             f"{row['flops_per_token'] / 1e9:.1f}",
+            row["cause"] if abs(row["error"]) > LARGE_ERROR else "",
         )
         for row in rows
     ]

@@ -9,6 +9,7 @@ import pytest
 from launch.bench.published.planning import anchor_as_dict, fit_anchors, load_anchor, load_anchors, sent_choices
 from launch.bench.published.runs import PUBLISHED
 from launch.cli import run
+from launch.commands.bench.published import LARGE_ERROR
 from launch.plan.hardware import HARDWARE
 from model.flops import count_parameters
 from pretrain.checks.check_run import load_checked
@@ -43,6 +44,12 @@ def test_counted_flops_are_the_published_ones_where_the_whole_model_is_planned(a
         if not anchor.published.is_stand_in:
             published = anchor.published.flops_per_second / anchor.published.tokens_per_second
             assert anchor.flops_per_token == pytest.approx(published, rel=5e-2), anchor.published
+
+
+def test_a_row_that_is_far_off_names_its_cause_and_no_other_does(anchors):
+    for anchor in anchors:
+        row = anchor_as_dict(anchor)
+        assert bool(row["cause"]) == (abs(row["error"]) > LARGE_ERROR), row
 
 
 def test_a_dispatcher_sends_a_token_once_a_node(anchors):

@@ -1,5 +1,7 @@
 """The committed configurations, and their plans on H100s."""
 
+import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from launch.plan.estimate import Assumptions
@@ -11,34 +13,64 @@ ROOT = Path(__file__).parents[3]
 CONFIGS = ROOT / "configs"
 PRESETS = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 H100 = HARDWARE["h100"]
-# The cluster of H100s for which each preset's layout is.
-PRESET_GPUS = {
-    "tiny_cpu": 1,
-    "ladder_20m": 8,
-    "ladder_150m": 8,
-    "ladder_1b_a300m": 8,
-    "ladder_1b_muon": 8,
-    "ladder_8b_a1b": 64,
-    "nemotron3_nano_30b": 128,
-    "granite4_h_small": 64,
-    "qwen3_next_80b": 128,
-    "kimi_linear_48b": 128,
-    "nemotron3_super_120b": 256,
-    "jamba1.5_large_like": 512,
-    "nemotron3_ultra_550b": 1024,
-    "turbos_560b": 2048,
-}
+# What a preset's header says of its layout: for all of its training stages, or for those that it names.
+LAYOUT = re.compile(
+    r"Layout (?:of (?P<stages>[\w ]+?) )?for (?P<gpus>[\d,]+) H100, planned by `amfm plan`: (?P<gib>[\d.]+) GiB on the "
+    r"fullest rank with a tenth to spare, (?P<mfu>[\d.]+%) MFU\.(?: Traced \(`--trace`\): (?P<ranks>.*?)\.(?: |$))?"
+)
+TRACED = re.compile(
+    r"rank (?P<rank>[\d,]+) (?:planned )?at (?P<planned>[\d.]+)(?: GiB)? and (?:traced at )?(?P<traced>[\d.]+)"
+)
 # A preset without the axes that cut the model.
 ZERO_ALONE = (
     "parallel.tensor=1",
     "parallel.sequence_parallel=false",
     "parallel.expert=1",
     "parallel.pipeline=1",
+    "parallel.schedule=1f1b",
+    "parallel.virtual_stages=1",
+    "parallel.context=1",
     "parallel.zero_stage=3",
     "train.recompute=none",
     "train.recompute_blocks=''",
     "train.micro_batch_size=1",
 )
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a preset's header says of one layout: GPUs, memory and MFU as they are printed, and GiB by rank where it was traced."""
+
+    stages: tuple[str, ...]
+    gpus: int
+    gib: str
+    mfu: str
+    ranks: dict[int, tuple[str, float]]  # rank -> planned as printed, traced
+
+
+def headers(name):
+    """The layouts that a preset's header states, each with the training stages that it is for; none named is all."""
+    lines = (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    text = " ".join(line.lstrip("# ") for line in lines if line.startswith("#"))
+    return [
+        Header(
+            tuple((found["stages"] or "").replace(" and ", " ").split()),
+            int(found["gpus"].replace(",", "")),
+            found["gib"],
+            found["mfu"],
+            {
+                int(rank["rank"].replace(",", "")): (rank["planned"], float(rank["traced"]))
+                for rank in TRACED.finditer(found["ranks"] or "")
+            },
+        )
+        for found in LAYOUT.finditer(text)
+    ]
+
+
+def preset_gpus(name):
+    """The cluster of H100s for which a preset's layout is."""
+    (gpus,) = {header.gpus for header in headers(name)}
+    return gpus
 
 
 def preset(name, *overrides, ranks=None):

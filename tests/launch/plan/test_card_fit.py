@@ -4,7 +4,7 @@ import pytest
 
 from launch.plan.card_fit import check_fits, this_card
 from pretrain.checks.check_run import load_checked
-from tests.launch.plan.presets import CONFIGS, H100, PRESET_GPUS, preset
+from tests.launch.plan.presets import CONFIGS, H100, preset, preset_gpus
 
 SMALL = H100.model_copy(update={"memory_gib": 9.0, "name": "a small card"})
 
@@ -15,7 +15,7 @@ def test_a_machine_without_cards_checks_nothing():
 
 @pytest.mark.parametrize("name", ["ladder_1b_a300m", "granite4_h_small"])
 def test_presets_pass_on_their_clusters(name):
-    ranks = PRESET_GPUS[name]
+    ranks = preset_gpus(name)
     check_fits(preset(name, ranks=ranks), ranks, H100)
 
 

@@ -5,16 +5,31 @@ import json
 import pytest
 
 from launch.cli import run
+from launch.plan.hardware import GIB
 from launch.plan.plan import advise, plan_as_dict
+from launch.simulate.trace import chosen_ranks, predicted_memory, traced_config
 from model.flops import count_parameters
-from tests.launch.plan.presets import CONFIGS, H100, PRESET_GPUS, PRESETS, ZERO_ALONE, plan_of, preset
+from tests.launch.plan.presets import CONFIGS, H100, PRESETS, ZERO_ALONE, headers, plan_of, preset, preset_gpus
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_fits_on_its_own_cluster(name):
-    plan = plan_of(name, ranks=PRESET_GPUS[name])
+def test_every_preset_fits_on_its_own_cluster_and_says_what_is_planned(name):
+    plan = plan_of(name, ranks=preset_gpus(name))
     assert plan.is_own
     assert [entry.estimate.reason for entry in plan.stages] == [""] * len(plan.stages)
+    said = {stage: header for header in headers(name) for stage in header.stages or [plan.stages[0].stage.name]}
+    assert said.keys() == {entry.stage.name for entry in plan.stages}
+    for entry in plan.stages:
+        here, ranks = entry.estimate, entry.estimate.layout.ranks
+        header = said[entry.stage.name]
+        assert (header.gib, header.mfu) == (f"{here.memory.total() / GIB:.1f}", f"{here.mfu:.1%}")
+        if header.ranks:
+            traced = traced_config(plan.config, ranks, entry.stage.name)
+            planned = {rank: predicted_memory(traced, ranks, rank) for rank in chosen_ranks(traced, ranks, None)}
+            said_of_ranks = {rank: size for rank, (size, _) in header.ranks.items()}
+            assert said_of_ranks == {rank: f"{memory.total() / GIB:.1f}" for rank, memory in planned.items()}
+            # A slow test traces them again.
+            assert all(float(size) == pytest.approx(found, rel=0.04, abs=0.1) for size, found in header.ranks.values())
     found = plan_as_dict(plan)
     assert found["parameters"]["total"] == count_parameters(preset(name).model).total
     assert found["memory"]["total_bytes"] == pytest.approx(sum(found["memory"]["by_part"].values()), abs=20)

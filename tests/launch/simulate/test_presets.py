@@ -1,0 +1,36 @@
+"""The presets on simulated clusters of their own size: as planned, and as their headers say."""
+
+import pytest
+
+from launch.plan.hardware import GIB, HARDWARE
+from launch.simulate.trace import trace_run
+from tests.launch.plan.presets import PRESETS, headers, preset, preset_gpus
+from tests.launch.simulate.allowed_waits import expected_waits, unnumbered
+
+# Every layout that a header says was traced, by one of the training stages that it is for.
+STATED = [(name, (header.stages or (None,))[0]) for name in PRESETS for header in headers(name) if header.ranks]
+
+
+def trace(name, ranks, stage):
+    """The first ranks of the first and of the last pipeline stage, which peak where the plan says."""
+    config = preset(name, ranks=ranks)
+    found = trace_run(config, ranks, HARDWARE["h100"], only_rank=None, stage_name=stage, report=lambda *_: None)
+    for entry in found:
+        assert entry.error() == pytest.approx(0, abs=0.04), (entry.rank, entry.predicted, entry.traced["by_line"])
+        assert entry.traced["mismatches"] == {}
+        assert unnumbered(entry.traced["host_waits"]) == expected_waits(entry.config)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "stage"), STATED, ids=[f"{name} {stage or ''}".strip() for name, stage in STATED])
+def test_a_preset_is_traced_as_its_header_says(name, stage):
+    header = next(header for header in headers(name) if stage in (header.stages or (None,)))
+    traced = {entry.rank: entry.peak_bytes / GIB for entry in trace(name, preset_gpus(name), stage)}
+    assert traced == pytest.approx({rank: found for rank, (_, found) in header.ranks.items()}, rel=0.01, abs=0.06)
+
+
+@pytest.mark.slow
+def test_turbos_on_half_of_its_cluster_is_as_planned():
+    (first, last) = trace("turbos_560b", 1024, "pretraining")
+    assert first.layout.ranks == 1024 and (first.rank, last.rank) == (0, 896)
