@@ -6,6 +6,7 @@ import typer
 
 from launch.commands.bench.calibrate import calibrate
 from launch.commands.bench.card import card
+from launch.commands.bench.checkouts import checkouts
 from launch.commands.bench.checkpoint import checkpoint
 from launch.commands.bench.clients import clients
 from launch.commands.bench.communication import communication
@@ -20,6 +21,7 @@ from launch.commands.bench.step import step
 
 VERBS = (
     (step, "amfm bench step --peer transformers --compiled --json"),
+    (checkouts, "amfm bench checkouts ../amfm-before --threads 2"),
     (communication, "amfm bench communication parallel.tensor=2 --nproc 2"),
     (length, "amfm bench length --mixers M,G,gla --lengths 1024,16384"),
     (calibrate, "amfm bench calibrate own.yaml --threads 1"),
