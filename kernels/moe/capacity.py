@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from kernels.backend import resolve_backend
 from kernels.moe.grouping import count_experts, group_by_expert
 
 ROUNDS = 4  # of drawing seats; a choice without one after them is lost
@@ -23,11 +24,15 @@ def expert_capacity(tokens: int, top_k: int, num_experts: int, factor: float) ->
     return math.ceil(factor * tokens * top_k / num_experts)
 
 
-def drop_overflow(expert_ids_RK: Tensor, num_experts: int, capacity: int) -> Tensor:
+def drop_overflow(expert_ids_RK: Tensor, num_experts: int, capacity: int, *, backend: str = "torch") -> Tensor:
     """The choices [R, K] with those over capacity set to `num_experts`, which stands for a lost choice.
 
     An expert takes choices in the order of tokens, so what becomes of a token depends on none that comes after it.
     """
+    if resolve_backend(backend, expert_ids_RK.device, "moe") == "triton":
+        from kernels.moe.counting_sort import limit_pairs
+
+        return limit_pairs(expert_ids_RK, num_experts, capacity)
     groups = group_by_expert(expert_ids_RK, num_experts)
     sorted_ids_S = expert_ids_RK.flatten()[groups.order]
     place_S = torch.arange(len(sorted_ids_S), device=expert_ids_RK.device)
@@ -36,7 +41,9 @@ def drop_overflow(expert_ids_RK: Tensor, num_experts: int, capacity: int) -> Ten
     return torch.empty_like(kept_S).index_copy_(0, groups.order, kept_S).view_as(expert_ids_RK)
 
 
-def recycle_overflow(expert_ids_RK: Tensor, num_experts: int, capacity: int, seed: Tensor) -> Tensor:
+def recycle_overflow(
+    expert_ids_RK: Tensor, num_experts: int, capacity: int, seed: Tensor, *, backend: str = "torch"
+) -> Tensor:
     """As `drop_overflow`, but a choice over capacity gets a free seat of another expert, drawn at random.
 
     A seat with an expert that its token has already is given back and drawn again, `ROUNDS` times in all; a choice that
@@ -45,7 +52,7 @@ def recycle_overflow(expert_ids_RK: Tensor, num_experts: int, capacity: int, see
     Source: Sun et al. 2024, Hunyuan-Large (arXiv 2411.02265), paragraph "Recycle Routing".
     """
     device, shape_RK = expert_ids_RK.device, expert_ids_RK.shape
-    kept_S = drop_overflow(expert_ids_RK, num_experts, capacity).flatten()
+    kept_S = drop_overflow(expert_ids_RK, num_experts, capacity, backend=backend).flatten()
     taken_E = count_experts(kept_S[:, None], num_experts + 1)[:num_experts]
     seats = torch.arange(num_experts * capacity, device=device)
     is_free = seats % capacity >= taken_E[seats // capacity]

@@ -24,6 +24,7 @@ from kernels.backend import INTERPRETED
 SORT_TILE = {"BLOCK": 64, "SUB": 16} if INTERPRETED else {"BLOCK": 512, "SUB": 32}
 # Blocks whose counts are added at a time, and tiles that a program lists.
 ROWS = 16
+LIMIT_BLOCK = 64 if INTERPRETED else 1024
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,17 @@ def list_tiles_kernel(
     tl.store(tiles + tile * 3 + 2, tl.sum(tl.where(here, ends[None, :], 0), 1), mask=tile < bound)
 
 
+@triton.jit
+def limit_pairs_kernel(ids, places, offsets, kept, pairs, experts, capacity, BLOCK: tl.constexpr):
+    """kept [S]: each pair's expert, or `experts` where `capacity` earlier pairs of that expert have filled it. Grid: blocks."""
+    pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = pair < pairs
+    expert = tl.load(ids + pair, mask=inside, other=0).to(tl.int32)
+    begin = tl.load(offsets + expert - 1, mask=inside & (expert > 0), other=0)
+    number = tl.load(places + pair, mask=inside, other=0) - begin
+    tl.store(kept + pair, tl.where(number < capacity, expert, experts).to(kept.dtype.element_ty), mask=inside)
+
+
 def list_tiles(offsets_E: Tensor, bound: int, height: int) -> Tensor:
     """Tiles of `height` rows over experts' rows, [bound, 3] int32: what products of a layer share (`list_tiles_kernel`)."""
     experts = len(offsets_E)
@@ -157,3 +169,20 @@ def _(expert_ids_RK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, 
 def sort_pairs(expert_ids_RK: Tensor, num_experts: int) -> SortedPairs:
     """Sort the pairs of expert ids [R, K], integers in [0, num_experts), by expert; no host synchronisation."""
     return SortedPairs(*_sort(expert_ids_RK, num_experts))
+
+
+@torch.library.custom_op("amfm::limit_pairs_triton", mutates_args=())
+def limit_pairs(expert_ids_RK: Tensor, num_experts: int, capacity: int) -> Tensor:
+    """The expert ids with those of pairs beyond the first `capacity` of an expert set to `num_experts`; three launches."""
+    ids = expert_ids_RK.contiguous()
+    kept, size = torch.empty_like(ids), ids.numel()
+    if size:
+        _, _, places, _, offsets = _sort(ids, num_experts)
+        grid = (triton.cdiv(size, LIMIT_BLOCK),)
+        limit_pairs_kernel[grid](ids, places, offsets, kept, size, num_experts, capacity, BLOCK=LIMIT_BLOCK)
+    return kept
+
+
+@limit_pairs.register_fake
+def _(expert_ids_RK: Tensor, num_experts: int, capacity: int) -> Tensor:
+    return torch.empty_like(expert_ids_RK, memory_format=torch.contiguous_format)

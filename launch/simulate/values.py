@@ -18,6 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from kernels.moe.capacity import drop_overflow
+
 # Larger ones are data that nothing on the host reads.
 MOST_NUMBERS = 1 << 22
 
@@ -126,6 +128,13 @@ class KnownValues:
                 with real_tensors():
                     counts = torch.bincount(chosen.flatten(), minlength=args[1])
                 self.learn(out[3], counts)
+            return
+        if func._opname == "limit_pairs_triton":
+            chosen = self.of(args[0])
+            if chosen is not None:
+                with real_tensors():
+                    kept = drop_overflow(chosen, *args[1:])
+                self.learn(out, kept)
             return
         if func._opname == "route_triton":
             ids_RK, _, counts_E, _ = out

@@ -115,7 +115,7 @@ class MoeMixer(Float32Buffers):
             backend=self.backend,
         )
         if self.training and moe.capacity_factor is not None:
-            chosen = limit_choices(routing, meta, moe, self.groups, self.draw_seed)
+            chosen = limit_choices(routing, meta, moe, self.groups, self.draw_seed, backend=self.backend)
             if self.groups.ep.size() == 1:
                 # A lost choice has weight 0; where nothing is sent, any expert will do.
                 chosen = replace(chosen, expert_ids_RK=chosen.expert_ids_RK.clamp(max=moe.num_experts - 1))

@@ -52,7 +52,13 @@ def slots_for(num_tokens: int, top_k: int, num_experts: int, capacity: int) -> i
 
 
 def limit_choices(
-    routing: Routing, meta: PackMeta, moe: MoeConfig, groups: ProcessGroupCollection, seed: Tensor
+    routing: Routing,
+    meta: PackMeta,
+    moe: MoeConfig,
+    groups: ProcessGroupCollection,
+    seed: Tensor,
+    *,
+    backend: str = "torch",
 ) -> Choices:
     """Drop or recycle the choices beyond `capacity_factor` times an expert's even share of a micro-batch.
 
@@ -70,9 +76,9 @@ def limit_choices(
     ids_RK = ids_BTK.transpose(0, 1).flatten(0, 1)
     capacity = expert_capacity(len(ids_RK), moe.top_k, moe.num_experts, moe.capacity_factor)
     if moe.overflow == "drop":
-        kept_RK = drop_overflow(ids_RK, moe.num_experts, capacity)
+        kept_RK = drop_overflow(ids_RK, moe.num_experts, capacity, backend=backend)
     else:
-        kept_RK = recycle_overflow(ids_RK, moe.num_experts, capacity, seed)
+        kept_RK = recycle_overflow(ids_RK, moe.num_experts, capacity, seed, backend=backend)
     kept_BTK = kept_RK.unflatten(0, (-1, num_rows)).transpose(0, 1)
     if meta.segments is not None:
         kept_BTK = meta.segments.take(kept_BTK)

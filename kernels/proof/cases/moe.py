@@ -175,11 +175,12 @@ def _sort_launches() -> Iterator[KernelLaunch]:
     from kernels.moe import counting_sort as sort
 
     types = dict.fromkeys(("counts", "sorted_pairs", "tokens", "places", "offsets", "tiles"), "*i32")
-    types |= {"ids": "*i64", "totals": "*i64"}
-    types |= dict.fromkeys(("pairs", "experts", "blocks", "choices", "bound"), "i32")
+    types |= dict.fromkeys(("ids", "totals", "kept"), "*i64")
+    types |= dict.fromkeys(("pairs", "experts", "blocks", "choices", "bound", "capacity"), "i32")
     experts = {"EXPERTS": 128}
     yield kernel_launch("sort counts", sort.count_pairs_kernel, types, experts, sort.SORT_TILE)
     yield kernel_launch("sort places", sort.place_pairs_kernel, types, experts | {"ROWS": sort.ROWS}, sort.SORT_TILE)
+    yield kernel_launch("sort limit", sort.limit_pairs_kernel, types, {"BLOCK": sort.LIMIT_BLOCK})
     yield kernel_launch("tiles", sort.list_tiles_kernel, types, experts | {"ROWS": sort.ROWS, "BLOCK_M": 128})
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kernels.moe import counting_sort, triton_experts, triton_router
+from kernels.moe.capacity import drop_overflow, recycle_overflow
 from kernels.moe.counting_sort import sort_pairs
 from kernels.moe.op import expert_feed_forward, group_by_expert, grouped_feed_forward, route
 from kernels.moe.persistent import launch_persistent, takes_descriptors
@@ -209,6 +210,20 @@ def test_slots_hold_the_rows_of_choices_and_zeros_in_gaps(poisoned_memory):
         assert_bitwise(one, other)
 
 
+@pytest.mark.parametrize(("tokens", "capacity"), [(1, 1), (70, 1), (70, 40), (70, 70), (0, 3)])
+def test_choices_over_capacity_are_those_of_the_definition(tokens, capacity, poisoned_memory):
+    ids = torch.randint(0, 5, (tokens, 3), generator=torch.Generator().manual_seed(tokens))
+    ids[tokens // 2 :] %= 2  # two experts overflow, across blocks
+    for choices in (ids, ids.int(), ids.t().contiguous().t()):
+        limited = drop_overflow(choices, 5, capacity, backend="triton")
+        assert torch.equal(limited, drop_overflow(choices, 5, capacity)), limited
+        assert limited.dtype == choices.dtype
+    if tokens:
+        seed = torch.tensor(3)
+        recycled = [recycle_overflow(ids, 5, max(capacity, 50), seed, backend=each) for each in ("torch", "triton")]
+        assert torch.equal(*recycled)
+
+
 def test_nothing_sent_gives_zeros(poisoned_memory):
     x, weights = torch.randn(3, 8, requires_grad=True), torch.rand(3, 2, requires_grad=True)
     choices = sort_choices(torch.full((3, 2), 4), 5, backend="triton")
@@ -246,6 +261,7 @@ def test_registration_is_complete():
     weights = torch.rand(6, 2, requires_grad=True)
     ids = torch.randint(0, 4, (6, 2))
     assert_registered(counting_sort._sort, ids, 4)
+    assert_registered(counting_sort.limit_pairs, ids, 4, 2)
     pairs = sort_pairs(ids, 4)
     sorting = pairs.pairs, pairs.tokens, pairs.places, pairs.offsets_E
     assert_registered(triton_experts._forward, x, weights, *sorting, up, down, True)
