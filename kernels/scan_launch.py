@@ -16,6 +16,7 @@ import triton
 from torch import Tensor
 
 from kernels.interpreter import count_programs, dot_dtype
+from kernels.segment_states import pass_states
 from kernels.tuning import Config, config_for
 
 
@@ -122,20 +123,3 @@ class ScanLaunch:
     def chunk_states(self, like: Tensor) -> Tensor:
         """Room for one state a chunk, in the dtype of `like`."""
         return like.new_empty(self.B, self.chunks, self.H, self.K, self.V)
-
-
-def pass_states(initial: Tensor | None, local: Tensor, decay: Tensor, *, backward: bool) -> tuple[Tensor, Tensor]:
-    """Hand states from segment to segment: those entering each, in the shape of `local`, and the one after the last.
-
-    local [B, segments, ...]: the state of each segment from zero. decay: as local but for its last dims, which share it.
-
-    Runs over segments in order (backward: from the last), in float32; segments are few, so PyTorch does it.
-    """
-    segments = range(local.shape[1])
-    decay = decay.reshape(*decay.shape, *(1,) * (local.dim() - decay.dim()))
-    state = torch.zeros_like(local[:, 0]) if initial is None else initial
-    entering = torch.empty_like(local)
-    for s in reversed(segments) if backward else segments:
-        entering[:, s] = state
-        state = decay[:, s] * state + local[:, s]
-    return entering, state

@@ -34,9 +34,13 @@ STATES_WALK = tuple(
 )
 WALK_BACK = tuple(
     {"BLOCK_V": columns, "num_warps": warps, "num_stages": stages}
-    for columns, warps, stages in ((64, 4, 2), (64, 8, 2), (32, 4, 2), (32, 4, 3))
+    for columns, warps, stages in ((64, 8, 2), (64, 4, 2), (32, 4, 2), (32, 4, 3))
 )
-GRADIENTS = tuple({"BLOCK_V": columns, "num_warps": 8, "num_stages": 1} for columns in (32, 16, 64))
+# By tiles of a chunk: the state in the middle of two takes registers, which half the columns give back.
+GRADIENTS = {
+    tiles: tuple({"BLOCK_V": columns, "num_warps": 8, "num_stages": 1} for columns in order)
+    for tiles, order in ((1, (32, 16, 64)), (2, (16, 32, 64)))
+}
 
 
 @dataclass(frozen=True)
@@ -174,6 +178,6 @@ def find_gradients(
         q, k, v, *gates.arguments(), skip, firsts, d_y, *states, d_q, d_k, d_v, d_g, d_scale, d_heads,
         launch.T, launch.H, launch.R, launch.K, launch.V, launch.chunks, launch.splits,
         *outer_strides(q, k, v, gates.g), d_q.stride(2), d_v.stride(1), d_g.stride(1), SKIP=skip is not None,
-        DOCUMENTS=firsts is not None, **gates.constants(), **launch.config("scan_gradients", GRADIENTS, v),
+        DOCUMENTS=firsts is not None, **gates.constants(), **launch.config("scan_gradients", GRADIENTS[launch.tiles], v),
     )  # fmt: skip
     return d_heads

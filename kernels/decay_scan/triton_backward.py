@@ -238,7 +238,8 @@ def gradients_kernel(
         d_mixed = value_scores(
             v + batch * stride_vb + h * V, d_y + row * H * V + h * V, start, T, stride_vt, H * V, V, Q, BLOCK_V, DOT
         )
-        # The same factor as `fall`, made again: held through the loop above it would spill.
+        # The same mask and factor as of `fall`, made again: held through the loop above they would spill.
+        reads = reading_tokens(firsts, row, start, T, Q, DOCUMENTS)
         d_mixed = tl.where(reads, d_mixed * tl.exp(tl.minimum(b[None, :] - b[:, None], 0.0)), 0.0)
         d_scores += d_mixed * u[:, None]
         flow = d_mixed * scores

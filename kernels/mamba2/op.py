@@ -38,7 +38,7 @@ def mamba2_mix(
     *,
     document_starts_BT: Tensor | None = None,
     chunk_size: int = 64,
-    keep_states: bool = True,
+    keep_states: bool = False,
     backend: str = "torch",
 ) -> Tensor:
     """z, x, B, C, dt = projected; x, B, C = silu(conv(x, B, C)); y = scan(x, dt, B, C); norm(y silu(z)) W^T, [B, T, D].
@@ -48,7 +48,8 @@ def mamba2_mix(
     `document_starts_BT` [B, T] int32 is the place in the row of the first token of each token's document
     (`kernels.documents.first_tokens`), None where rows hold one document.
 
-    keep_states and chunk_size as in `mamba2_scan`; without states y is made again too. Raises ValueError for shapes, dtypes or devices that do not fit.
+    keep_states and chunk_size as in `mamba2_scan`, but that without states, as by default, y is made again too. Raises
+    ValueError for shapes, dtypes or devices that do not fit.
     """
     _check(projected_BTX, conv_weight_CW, conv_bias_C, norm_weight_I, out_weight_DI, sizes)
     rows, tokens, _ = projected_BTX.shape

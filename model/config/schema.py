@@ -32,9 +32,10 @@ class Mamba2Config(Section):
         64, gt=0, description="Tokens a chunk of the scan; changes speed and rounding, not meaning."
     )
     keep_states: bool = Field(
-        True,
+        False,
         description="Keep the scan's results (as wide as x) and the states that enter chunks (state_size / chunk_size times x) "
-        "for backward; else it makes them again: less memory, a tenth more traffic. Triton only: torch always keeps them.",
+        "for backward, 2 to 3 times the width of x; else it makes them again: a tenth more traffic of the scan, a launch more. "
+        "Better true where train.recompute makes the block again anyway. Triton only: torch always keeps them.",
     )
     a_init_min: float = Field(
         1.0, gt=0, description="-A starts uniform in [a_init_min, a_init_max], one number a head."

@@ -161,6 +161,7 @@ def launches() -> Iterator[KernelLaunch]:
     """
     import triton.language as tl
 
+    from kernels import segment_states
     from kernels.decay_scan import launch as scan
     from kernels.decay_scan.triton_backward import gradients_kernel, walk_back_kernel
     from kernels.decay_scan.triton_forward import chunk_state_kernel
@@ -182,13 +183,18 @@ def launches() -> Iterator[KernelLaunch]:
         ("walk, states kept", chunk_state_kernel, outputs | {"SAVE": True}, scan.WALK[0]),
         ("walk, states only", chunk_state_kernel, states, scan.STATES_WALK[0]),
         ("walk back", walk_back_kernel, back, scan.WALK_BACK[0]),
-        ("gradients", gradients_kernel, {"SCALE": True, "SKIP": True, **gates}, scan.GRADIENTS[0]),
+        ("gradients", gradients_kernel, {"SCALE": True, "SKIP": True, **gates}, None),
     )
     for tiles in (1, 2):
         common = {"Q": scan.LARGEST_TILE, "TILES": tiles, "BLOCK_K": STATE_SIZE, "DOT": tl.bfloat16, "DOCUMENTS": True}
         for name, kernel, special, config in kernels:
             label = f"scan {name}, chunks of {tiles * scan.LARGEST_TILE}"
+            config = config or scan.GRADIENTS[tiles][0]
             yield kernel_launch(label, kernel, types, common | special, config)
+    types = dict.fromkeys(("local", "decay", "entering", "final"), "*fp32") | {"segments": "i32"}
+    types |= dict.fromkeys(("numbers", "span"), "i32:16")
+    passed = {"INITIAL": False, "initial": None, "BACKWARD": True, "BLOCK": segment_states.BLOCK}
+    yield kernel_launch("states of segments", segment_states.pass_states_kernel, types, passed)
 
 
 def _on_card(inputs: Inputs, sizes: CardSizes) -> Problem:

@@ -28,7 +28,9 @@ from kernels.proof.cases.decay_scan import HEAD_DIM, STATE_SIZE
 WIDTH = 4
 
 
-def mixer_problem(inputs: Inputs, tokens: int, model: int, sizes: MixerSizes, chunk: int, keep: bool = True) -> Problem:
+def mixer_problem(
+    inputs: Inputs, tokens: int, model: int, sizes: MixerSizes, chunk: int, keep: bool = False
+) -> Problem:
     """One row through the mixer, the product with the output's weight among it; products of libraries are not in the minima.
 
     Leaves: projected [1, T, X], conv weight and bias, A_log, D, the bias of dt (float32), norm weight, out weight.
@@ -129,11 +131,12 @@ def launches() -> Iterator[KernelLaunch]:
         ("walk", chunk_state_kernel, walk | {"SAVE": False, "entering": None}, scan.WALK[0]),
         ("walk, states kept", chunk_state_kernel, walk | {"SAVE": True}, scan.WALK[0]),
         ("walk back", walk_back_kernel, back, scan.WALK_BACK[0]),
-        ("gradients", gradients_kernel, gradients, scan.GRADIENTS[0]),
+        ("gradients", gradients_kernel, gradients, None),
     )
     for tiles in (1, 2):
         for name, kernel, special, config in kernels:
             label = f"mixer {name}, chunks of {tiles * scan.LARGEST_TILE}"
+            config = config or scan.GRADIENTS[tiles][0]
             yield kernel_launch(label, kernel, types, special | {"Q": scan.LARGEST_TILE, "TILES": tiles}, config)
     sums = {"parts": "*fp32", "total": "*bf16", "count": "i32"}
     sums |= dict.fromkeys(("columns", "stride_p", "stride_o"), "i32:16")
