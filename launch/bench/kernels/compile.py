@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 ARCHITECTURES = (80, 90, 100)
+# Spills that a card's first cache holds beside a kernel's tiles.
+MANY_BYTES = 128
 BEGIN, END = "<!-- compile table: begin -->", "<!-- compile table: end -->"
 
 # Why a kernel misses the goal on sm_90: no spills, and wgmma wherever it multiplies.
@@ -91,7 +93,7 @@ def table_of(result: dict[str, Any]) -> str:
 
 
 def _misses(rows: list[dict[str, Any]]) -> list[str]:
-    """A line for each kernel that spills on sm_90 or multiplies there without wgmma."""
+    """A line for each kernel that spills on sm_90 or multiplies there without wgmma, and one for each other card."""
     lines = []
     for row in rows:
         if row["architecture"] != 90:
@@ -101,7 +103,16 @@ def _misses(rows: list[dict[str, Any]]) -> list[str]:
         if faults:
             reason = next((text for name, text in REASONS.items() if row["kernel"].startswith(name)), "cause not found")
             lines.append(f"- {row['kernel']}: {' and '.join(faults)}; {reason}.")
-    return ["Misses the goal on sm_90 (no spills, wgmma in every product):", "", *lines] if lines else []
+    found = ["Misses the goal on sm_90 (no spills, wgmma in every product):", "", *lines] if lines else []
+    for architecture in sorted({row["architecture"] for row in rows} - {90}):
+        many = [row for row in rows if row["architecture"] == architecture and row["spill_bytes"] > MANY_BYTES]
+        if many:
+            named = ", ".join(f"{row['kernel']} ({row['spill_bytes']})" for row in many)
+            found += [
+                *([""] if found else []),
+                f"Spills of more than {MANY_BYTES} bytes a thread on sm_{architecture}: {named}.",
+            ]
+    return found
 
 
 def check_document(document: Path) -> None:
