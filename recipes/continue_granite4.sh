@@ -14,11 +14,11 @@ usage="usage: recipes/continue_granite4.sh WORK MODEL TEXT, or WORK --toy"
 work=${1:?$usage}
 model=${2:?$usage}
 steps=${STEPS:-20} length=${LENGTH:-4096} batch=${BATCH:-64} micro_batch=${MICRO_BATCH:-1} ranks=${RANKS:-1}
-precision=bf16
+precision=bf16 held_out=0.01
 read -r -a overrides <<< "${AMFM_OVERRIDES:-}"
 
 if [ "$model" = --toy ]; then
-    model=$work/model text=$work/text length=64 batch=4 micro_batch=2 precision=float32
+    model=$work/model text=$work/text length=64 batch=4 micro_batch=2 precision=float32 held_out=0.3 MAX_TOKENS=${MAX_TOKENS:-300000}
     amfm corpus python-sources "$text" --megabytes 1
     [ -e "$model/config.json" ] || "${PYTHON:-python}" "$(dirname "$0")/toy_granite4.py" "$model" "$text"
 else
@@ -37,7 +37,7 @@ data:
   store: $work/store
   sources: [{name: text, paths: ["$text"], max_tokens: $max_tokens}]
   tokenizer: {model: $model/tokenizer.json}
-  validation_fraction: 0.01
+  validation_fraction: $held_out
 train:
   steps: $steps
   sequence_length: $length

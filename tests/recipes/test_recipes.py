@@ -77,6 +77,20 @@ def test_a_granite_trains_on_and_comes_out_as_its_class(tmp_path: Path, environm
 
 
 @pytest.mark.slow
+def test_a_nemotron_trains_on_and_comes_out_as_its_class(tmp_path: Path, environment: dict[str, str]) -> None:
+    work = tmp_path / "work"
+    first, again = (play("continue_nemotron3.sh", str(work), "--toy", environment=environment) for _ in range(2))
+    for done in (first, again):
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert "largest logit difference" in first.stdout and "finished at step 20 of 20" in first.stderr
+    lines = [json.loads(line) for line in (work / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 21))
+    config = json.loads((work / "export" / "config.json").read_text())
+    assert config["architectures"] == ["NemotronHForCausalLM"]
+    assert config["moe_latent_size"] == 48 and config["routed_scaling_factor"] == pytest.approx(2.5)
+
+
+@pytest.mark.slow
 def test_an_ablation_of_two_cells(tmp_path: Path, environment: dict[str, str]) -> None:
     done = play("ablate_mixers.sh", str(tmp_path / "work"), "--toy", environment=environment)
     assert done.returncode == 0, done.stdout + done.stderr
