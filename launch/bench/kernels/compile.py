@@ -24,7 +24,6 @@ _SUMS = (
 REASONS = {
     "scan gradients": _SUMS,
     "mixer gradients": f"{_SUMS}, and the distances of tokens in the projection and its gradient are arguments",
-    "mixer walk back": "holds a state of 128 x 64 next to the gates that it makes of dt",
     "gated norm, up to 8192 wide (Granite), backward": (
         "holds 16 values of a row a thread, of y, gate, gradient and weight"
     ),

@@ -20,10 +20,9 @@ SMALL = CardSizes(
 # docs/benchmarks/kernels_ahead_of_time.md. Triton before 3.7 has an assembler that needs more registers.
 SPILLS = {
     "scan gradients, chunks of 64": 40,
-    "scan gradients, chunks of 128": 104,
-    "mixer walk back, chunks of 128": 8,
-    "mixer gradients, chunks of 64": 88,
-    "mixer gradients, chunks of 128": 160,
+    "scan gradients, chunks of 128": 32,
+    "mixer gradients, chunks of 64": 80,
+    "mixer gradients, chunks of 128": 88,
     "gated norm, up to 8192 wide (Granite), backward": 8,
     "gated norm, up to 8192 wide (Granite), backward with output": 32,
     "delta gradients, 2 steps a token": 16,
