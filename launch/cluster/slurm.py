@@ -130,6 +130,7 @@ def srun_command(
         f"--ntasks={nodes * ranks_per_node}",
         f"--ntasks-per-node={ranks_per_node}",
         *([f"--cpus-per-task={slurm.cpus_per_task}"] if slurm.cpus_per_task else []),
+        *([f"--cpu-bind={slurm.cpu_bind}"] if slurm.cpu_bind else []),
         "--kill-on-bad-exit=1",
         f"--output={log}/rank-%t.log",
         "--open-mode=append",

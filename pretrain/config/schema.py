@@ -331,6 +331,11 @@ class SlurmConfig(Section):
     cpus_per_task: int | None = Field(
         None, gt=0, description="Cores a rank, for the job and for srun; none: the cluster's default."
     )
+    cpu_bind: str | None = Field(
+        None,
+        description="How srun binds a rank to cores (--cpu-bind): `cores`, or `rank_ldom` for those of one NUMA node each; "
+        "none: the cluster's default.",
+    )
     memory: str | None = Field(
         None,
         description="Memory a node, as Slurm writes it (`0`: all of it); none: the cluster's default, often little.",

@@ -47,8 +47,8 @@ CARD_TERAFLOPS = {
     "L4": (121.0, 60.5),
     "A10": (125.0, 62.5),
 }
-# Side of the square matrices of the measurement, and how long it is repeated.
-MEASURED_SIZE = 768
+# Side of the square matrices of the measurement, and how long it is repeated: on a card a small product is launch time.
+MEASURED_SIZE = {"cpu": 768, "cuda": 8192}
 MEASURED_SECONDS = 0.1
 
 
@@ -73,22 +73,26 @@ def find_peak(parallel: Parallel, precision: str) -> Peak:
                 return Peak(teraflops * 1e12 * parallel.world_size, f"{precision} data-sheet peak of {card}")
     # A CPU without bf16 instructions is faster in float32: a run in bf16 is held against the faster of the two.
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    own = max(measure_matmul(parallel.device, dtype), measure_matmul(parallel.device, torch.float32))
+    size = MEASURED_SIZE[parallel.device.type]
+    own = max(measure_matmul(parallel.device, kind, size) for kind in {dtype, torch.float32})
     total = torch.tensor(own, dtype=torch.float64, device=parallel.device)
+    if parallel.world_size > 1:
+        # Over all ranks and not over data ranks alone: tensor, context and pipeline ranks compute too.
+        torch.distributed.all_reduce(total)
     kinds = "float32" if precision == "float32" else "bf16 or float32, whichever is faster"
     threads = f", {plural(torch.get_num_threads(), 'thread')} a rank" if parallel.device.type == "cpu" else ""
     return Peak(
-        float(parallel.sum_over_data(total)),
-        f"measured at start: best matmul of {MEASURED_SIZE}^3 in {kinds}{threads}",
+        float(total),
+        f"measured at start: best matmul of {size}^3 in {kinds}{threads}",
     )
 
 
-def measure_matmul(device: torch.device, dtype: torch.dtype) -> float:
+def measure_matmul(device: torch.device, dtype: torch.dtype, size: int) -> float:
     """Measure the FLOP/s of the best square product within MEASURED_SECONDS, and of one product at least.
 
     The best and not the mean: the first product pays for allocation and for starting threads.
     """
-    matrix = torch.ones(MEASURED_SIZE, MEASURED_SIZE, device=device, dtype=dtype)
+    matrix = torch.ones(size, size, device=device, dtype=dtype)
     best_seconds = float("inf")
     deadline = time.perf_counter() + MEASURED_SECONDS
     while best_seconds == float("inf") or time.perf_counter() < deadline:
@@ -97,7 +101,7 @@ def measure_matmul(device: torch.device, dtype: torch.dtype) -> float:
         torch.mm(matrix, matrix)
         synchronize(device)
         best_seconds = min(best_seconds, time.perf_counter() - start)
-    return float(2 * MEASURED_SIZE**3 / best_seconds)
+    return float(2 * size**3 / best_seconds)
 
 
 def read_peak_memory(device: torch.device) -> int:

@@ -89,9 +89,9 @@ class Heartbeat:
         silent.pop(self.rank, None)  # on a full disk, or where somebody removed it, there is none
         deadline = time.monotonic() + 3 * self.interval
         while silent and time.monotonic() < deadline:
-            time.sleep(self.interval / 8)
-            seen = {beat.rank: beat.seen for beat in read_beats(self.directory)}
-            silent = {rank: beat for rank, beat in silent.items() if seen.get(rank) == beat.seen}
+            time.sleep(self.interval / 2)
+            # Only of ranks that have not beaten since: all ranks look at once, and each file they ask for is an open.
+            silent = {rank: beat for rank, beat in silent.items() if read_beat(self._path(rank)) == beat}
         return list(silent.values())
 
     def close(self) -> None:
@@ -170,17 +170,20 @@ class Heartbeat:
 
 def read_beats(directory: Path) -> list[Beat]:
     """Read the last beat of every rank that has not ended in good order, in rank order; what can't be read is left out."""
-    beats = []
-    for path in directory.glob("rank-*.json"):
-        try:
-            with path.open("rb") as file:
-                beat = Beat(**(parse_line(file.read(MAX_BEAT_BYTES)) or {}))
-        except (OSError, TypeError):  # it ended just now, or the file is not what a rank wrote
-            continue
-        kinds: tuple[type | tuple[type, ...], ...] = (int, str, int, str, (int, float))
-        if beat.phase in PHASES and all(isinstance(value, kind) for value, kind in zip(astuple(beat), kinds)):
-            beats.append(beat)
+    beats = [beat for path in directory.glob("rank-*.json") if (beat := read_beat(path)) is not None]
     return sorted(beats, key=lambda beat: beat.rank)
+
+
+def read_beat(path: Path) -> Beat | None:
+    """Read the last beat of one rank; None where it ended just now, or the file is not what a rank wrote."""
+    try:
+        with path.open("rb") as file:
+            beat = Beat(**(parse_line(file.read(MAX_BEAT_BYTES)) or {}))
+    except (OSError, TypeError):
+        return None
+    kinds: tuple[type | tuple[type, ...], ...] = (int, str, int, str, (int, float))
+    is_whole = beat.phase in PHASES and all(isinstance(value, kind) for value, kind in zip(astuple(beat), kinds))
+    return beat if is_whole else None
 
 
 def describe_lost(beats: list[Beat]) -> str:

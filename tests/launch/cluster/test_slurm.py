@@ -77,6 +77,7 @@ def test_the_script_asks_for_what_the_configuration_says(tmp_path: Path) -> None
             "memory": "0",
             "modules": ["cuda/12.8", "gcc"],
             "cpus_per_task": 12,
+            "cpu_bind": "rank_ldom",
             "extra": ["--constraint=h100"],
         },
     )
@@ -102,7 +103,8 @@ def test_the_script_asks_for_what_the_configuration_says(tmp_path: Path) -> None
     assert lines[-3:-1] == ["module load cuda/12.8 gcc", "source env/bin/activate"]
     srun = next(line for line in lines if line.startswith("#   "))
     assert srun.startswith(
-        "#   env NCCL_SOCKET_IFNAME=ib0 srun --nodes=4 --ntasks=32 --ntasks-per-node=8 --cpus-per-task=12"
+        "#   env NCCL_SOCKET_IFNAME=ib0 srun --nodes=4 --ntasks=32 --ntasks-per-node=8 --cpus-per-task=12 "
+        "--cpu-bind=rank_ldom"
     )
     assert f"--output={tmp_path}/run/logs/attempt-0/rank-%t.log --open-mode=append" in srun
     assert srun.endswith(f"rank {sys.executable} -P -m launch train 'a b.yaml'")

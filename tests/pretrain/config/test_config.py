@@ -133,7 +133,7 @@ convert.tune.steps convert.tune.learning_rate convert.tune.rank convert.tune.alp
 launch.heartbeat_seconds launch.max_restarts launch.min_nodes launch.node_wait_seconds launch.setup
 launch.environment
 launch.slurm.partition launch.slurm.account launch.slurm.qos launch.slurm.time_limit launch.slurm.gpus
-launch.slurm.cpus_per_task launch.slurm.memory launch.slurm.modules launch.slurm.signal_seconds launch.slurm.requeue launch.slurm.container_image
+launch.slurm.cpus_per_task launch.slurm.cpu_bind launch.slurm.memory launch.slurm.modules launch.slurm.signal_seconds launch.slurm.requeue launch.slurm.container_image
 launch.slurm.container_mounts launch.slurm.container_python launch.slurm.extra
 """
 
