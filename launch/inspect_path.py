@@ -9,6 +9,7 @@ whole checkpoints number by number.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -172,7 +173,7 @@ def inspect_weights(folder: Path, report: Report = silent) -> Inspection:
         return Inspection("imported weights", (str(error),), facts)
     facts |= {
         "pattern": weights.model.pattern,
-        "parameters": sum(tensor.numel() for tensor in weights.state.values()),
+        "parameters": weights.num_parameters(),
         "tensors": len(weights.state),
         "tokenizer": weights.tokenizer.identity(),
     }
@@ -185,9 +186,7 @@ def inspect_export(folder: Path, report: Report = silent) -> Inspection:
 
     These files carry no checksums, so values are tested for NaN and infinity, and digests are made for comparison.
     """
-    import torch
-
-    from pretrain.tensor_files import open_tensors
+    from pretrain.tensor_files import TensorFile, tensor_bytes
 
     config = read_object(folder / "config.json")
     problems, tensors, parameters, num_bytes = [], {}, 0, 0
@@ -199,17 +198,17 @@ def inspect_export(folder: Path, report: Report = silent) -> Inspection:
         report(f"reading {folder}", num_bytes, total_bytes)
         num_bytes += path.stat().st_size
         try:
-            with open_tensors(path) as opened:
-                names = opened.keys()
-                for name in names:
-                    tensor = opened.get_tensor(name)
-                    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-                        problems.append(f"{path}: tensor {name} holds NaN or infinity")
-                    parameters += tensor.numel()
-                    # As bytes: numpy has no bf16.
-                    raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-                    digest = hashlib.sha256(raw.tobytes()).hexdigest()[:16]
-                    tensors[name] = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} {digest}"
+            opened = TensorFile(path).on_demand()
+            for name, source in opened.sources.items():
+                digest, is_finite = hashlib.sha256(), True
+                for _, rows in opened.blocks(name):
+                    is_finite &= not rows.is_floating_point() or bool(rows.isfinite().all())
+                    digest.update(tensor_bytes(rows))
+                if not is_finite:
+                    problems.append(f"{path}: tensor {name} holds NaN or infinity")
+                parameters += math.prod(source.shape)
+                kind = str(source.dtype).removeprefix("torch.")
+                tensors[name] = f"{kind} {list(source.shape)} {digest.hexdigest()[:16]}"
         except ValueError as error:
             problems.append(str(error))
     index = folder / "model.safetensors.index.json"

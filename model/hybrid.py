@@ -77,6 +77,7 @@ class HybridModel(nn.Module):
     block says float32. On the meta device nothing is allocated or initialised: move with `to_empty`, then call
     `initialize`. Raises ValueError for a configuration that breaks a rule, for groups it cannot be built on and for a
     backend that this device does not have.
+    `draws=False`: parameters are what memory holds, for an owner who loads every one of them.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class HybridModel(nn.Module):
         seed: int = 0,
         device: torch.device | str | None = None,
         pieces: Sequence[Piece] | None = None,
+        draws: bool = True,
     ) -> None:
         super().__init__()
         check_model(config)
@@ -123,14 +125,20 @@ class HybridModel(nn.Module):
             # The first and the last pipeline rank each compute a part of the gradient.
             self.embedding.shards["weight"] = replace(self.embedding.shards["weight"], partial=("embd",))
         if target.type != "meta":
-            self.initialize()
+            self.reset_buffers()
+            if draws:
+                initialize_parameters(self, config, groups, seed)
 
     def initialize(self) -> None:
         """Fill all parameters and buffers with initial values, each a function of the seed and its name."""
+        self.reset_buffers()
+        initialize_parameters(self, self.config, self.groups, self.seed)
+
+    def reset_buffers(self) -> None:
+        """Fill all buffers with their first values."""
         for module in self.modules():
             if isinstance(module, (AttentionMixer, MoeMixer, SequenceMixer)):
                 module.reset_buffers()
-        initialize_parameters(self, self.config, self.groups, self.seed)
 
     def compile_blocks(self, *, compiler: str = "inductor") -> None:
         """Compile the mixer of every block with torch.compile, whose backend is `compiler`; takes effect at the next call.

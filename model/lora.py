@@ -8,11 +8,13 @@ frozen is said by `requires_grad` alone; engine and checkpoints go by that.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from functools import partial
 
 from torch import Tensor
 
 from model.hybrid import HybridModel
 from model.init import initialize_parameters
+from model.on_demand import OnDemand, computed, on_demand
 from model.parallel.layers import ColumnLinear, RowLinear
 from model.parallel.low_rank import LowRankUpdate
 
@@ -40,13 +42,21 @@ def add_lora(model: HybridModel, targets: Collection[str], *, rank: int, alpha: 
     return found
 
 
-def merge_lora(state: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+def merge_lora(state: Mapping[str, Tensor], scale: float) -> OnDemand:
     """Add scale up down to each weight that has an update, in float64, and leave the factors out: whole tensors by name."""
-    merged = {name: tensor for name, tensor in state.items() if not name.endswith((_DOWN, _UP))}
-    for name, down_RI in state.items():
+    given = on_demand(state)
+    merged = given.without(lambda name: name.endswith((_DOWN, _UP)))
+    for name in given:
         if name.endswith(_DOWN):
             layer = name.removesuffix(_DOWN)
-            weight_OI = state[f"{layer}.weight"]
-            update_OI = scale * (state[f"{layer}{_UP}"].double() @ down_RI.double())
-            merged[f"{layer}.weight"] = (weight_OI.double() + update_OI).to(weight_OI.dtype)
+            source = given.sources[f"{layer}.weight"]
+            merged.sources[f"{layer}.weight"] = computed(
+                source.shape, source.dtype, partial(_merge_layer, given, layer, scale)
+            )
     return merged
+
+
+def _merge_layer(state: OnDemand, layer: str, scale: float) -> Tensor:
+    weight_OI = state[f"{layer}.weight"]
+    update_OI = scale * (state[f"{layer}{_UP}"].double() @ state[f"{layer}{_DOWN}"].double())
+    return (weight_OI.double() + update_OI).to(weight_OI.dtype)

@@ -13,18 +13,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal
 
 import torch
 
-from data_pipeline.config import DataConfig
 from data_pipeline.lines import read_lines
-from data_pipeline.loader.loader import PretrainLoader
 from data_pipeline.memory import keep_freed_memory
 from data_pipeline.progress import Report, silent
 from data_pipeline.store.store import TokenStore
 from data_pipeline.synthetic.rows import NO_TOKENIZER
-from data_pipeline.tokenizer.tokenizer import load_tokenizer
 from kernels.backend import resolve_for_run
 from model.flops import count_parameters, flops_per_token
 from model.hybrid import HybridModel
@@ -54,6 +50,7 @@ from pretrain.monitor.ownership import Ownership, lock_directory
 from pretrain.monitor.panel import plural
 from pretrain.monitor.profile import StepProfiler
 from pretrain.monitor.signals import SignalWatch
+from pretrain.open_data import check_tokenizer, check_vocabulary, open_loader, open_validations
 from pretrain.parallel import (
     Parallel,
     describe_environment,
@@ -92,8 +89,8 @@ def start_run(config: RunConfig, signals: SignalWatch, report: Report = silent) 
     record_collectives(Path(config.run.dir) / "flight")
     rank, world_size, _, _ = start_process_group(config.train.timeout_seconds)
     require_same_on_all_ranks(describe_start(config))
-    newest = newest_saved_step(config.run.dir) if rank == 0 else None
-    steps_done = max(0, RankGroup(rank, world_size).broadcast(newest))
+    newest = RankGroup(rank, world_size).broadcast(newest_saved_step(config.run.dir) if rank == 0 else None)
+    steps_done = max(0, newest)
     check_run(config, world_size, steps_done=steps_done, goes_on=launcher_goes_on())
     check_plot_services(config)
     # Before data and model are built: a second start in the same directory is refused at once.
@@ -101,15 +98,19 @@ def start_run(config: RunConfig, signals: SignalWatch, report: Report = silent) 
     if torch.cuda.is_available():
         (Path(config.run.dir) / "flight").mkdir(parents=True, exist_ok=True)
     stages = resolve_stages(config)
-    run = build_run(config, signals, stages, steps_done, report)
+    run = build_run(config, signals, stages, steps_done, report, draws=newest < 0)
     loaded = resume(run, report)
+    if loaded is None and newest >= 0:
+        raise RuntimeError(
+            f"the checkpoints in {config.run.dir}/checkpoints went away while the run started; put them back, or start again"
+        )
     is_guided_now = is_guided(config, run.progress.step)
     if stage_of(stages, run.progress.step).parallel != run.layout or is_guided_now != is_guided(config, steps_done):
         # Newer checkpoints were passed over, and the one that verified belongs to a stage with another layout, or with
         # guides.
         check_run(config, world_size, steps_done=run.progress.step, goes_on=launcher_goes_on())
         close_run(run)
-        run = build_run(config, signals, stages, run.progress.step, report)
+        run = build_run(config, signals, stages, run.progress.step, report, draws=False)
         loaded = resume(run, report)
     run.lock = lock
     # The checkpoint may have been saved in another stage than the model was built for.
@@ -126,9 +127,18 @@ def start_run(config: RunConfig, signals: SignalWatch, report: Report = silent) 
 
 
 def build_run(
-    config: RunConfig, signals: SignalWatch, stages: tuple[RunStage, ...], steps_done: int, report: Report
+    config: RunConfig,
+    signals: SignalWatch,
+    stages: tuple[RunStage, ...],
+    steps_done: int,
+    report: Report,
+    *,
+    draws: bool,
 ) -> Run:
-    """Build ranks, data, model and engine as the step after `steps_done` needs them, telling `report`. Every rank must call this."""
+    """Build ranks, data, model and engine as the step after `steps_done` needs them, telling `report`. Every rank must call this.
+
+    draws: the model gets first values; else a checkpoint must be loaded into it.
+    """
     stage, train = stage_of(stages, steps_done), config.train
     built = in_layout(config if is_guided(config, steps_done) else without_guide(config), stage)
     parallel = initialize_parallel(built.parallel, timeout_seconds=train.timeout_seconds, num_threads=train.num_threads)
@@ -146,7 +156,7 @@ def build_run(
         share_tiles(config, parallel)
     remarks: list[str] = []
     engine = build_engine(
-        build_model(built, parallel, remarks.append),
+        build_model(built, parallel, remarks.append, draws=draws),
         optimizer=config.optimizer,
         precision=config.train.precision,
         zero_stage=built.parallel.zero_stage,
@@ -182,55 +192,6 @@ def build_run(
     )
 
 
-def open_loader(
-    config: RunConfig, data: DataConfig, parallel: Parallel, split: Literal["train", "validation"], stage: RunStage
-) -> PretrainLoader:
-    """Open this rank's loader: training text through all stages, or held-out text in rows of one stage's length."""
-    return PretrainLoader(
-        data,
-        split=split,
-        sequence_length=stage.sequence_length,
-        micro_batch_size=stage.micro_batch_size,
-        seed=config.train.seed,
-        data_rank=parallel.data_rank,
-        data_world_size=parallel.data_world_size,
-    )
-
-
-def open_validations(
-    config: RunConfig, data: DataConfig, parallel: Parallel, stages: tuple[RunStage, ...]
-) -> dict[int, PretrainLoader]:
-    """Open held-out text for every row length that the run will come to, so that missing text shows at the start.
-
-    Returns loaders by tokens a row; empty when nothing is held out.
-    """
-    if config.data.validation_fraction == 0:
-        return {}
-    by_length = {stage.sequence_length: stage for stage in stages}
-    return {length: open_loader(config, data, parallel, "validation", stage) for length, stage in by_length.items()}
-
-
-def check_vocabulary(config: RunConfig, loader: PretrainLoader) -> None:
-    """Raise ValueError where the store has tokens without a row in the embedding.
-
-    `check_run` cannot know this: the size of a given tokenizer is known only from the store.
-    """
-    if loader.store.vocab_size > config.model.vocab_size:
-        raise ValueError(
-            f"model.vocab_size={config.model.vocab_size} must be at least {loader.store.vocab_size}, the vocabulary of "
-            f"the store {config.data.store}; raise model.vocab_size, or prepare the store with a smaller tokenizer"
-        )
-
-
-def check_tokenizer(config: RunConfig) -> None:
-    """Read the store's tokenizer, which exports and generation will need; nothing for a synthetic task.
-
-    Raises RuntimeError when it is not the one that made the tokens.
-    """
-    if config.data.probe is None:
-        load_tokenizer(config.data.text_store())
-
-
 def choose_backend(config: RunConfig, parallel: Parallel) -> str:
     """Name the implementation of the kernels on this rank. Raises ValueError for one that cannot run here."""
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
@@ -247,13 +208,16 @@ def share_tiles(config: RunConfig, parallel: Parallel) -> None:
     agree_on_tiles(load_table(parallel.device))
 
 
-def build_model(config: RunConfig, parallel: Parallel, remark: Callable[[str], None] = lambda _: None) -> HybridModel:
+def build_model(
+    config: RunConfig, parallel: Parallel, remark: Callable[[str], None] = lambda _: None, *, draws: bool = True
+) -> HybridModel:
     """Build the model in float32 with its initial weights, compiled and recomputed as the run asks.
 
     `remark` hears what of given initial weights fits this model in part.
 
     With a pipeline it is this rank's part, and under tensor and expert parallelism its shard. Initial weights are random functions of the seed, the same on all layouts of
-    ranks, or `run.initial_weights` when no checkpoint of the run exists to replace them.
+    ranks, or `run.initial_weights` when no checkpoint of the run exists to replace them. Without `draws` there are none: a
+    checkpoint will be loaded, and of a large model they take minutes.
     """
     section, pieces = config.parallel, None
     backend = choose_backend(config, parallel)
@@ -268,6 +232,8 @@ def build_model(config: RunConfig, parallel: Parallel, remark: Callable[[str], N
         seed=config.train.seed,
         device=parallel.device,
         pieces=pieces,
+        # A checkpoint from before a run had guides lacks theirs.
+        draws=draws or config.model.guide is not None,
     )
     if config.run.initial_weights is not None and not list_checkpoints(Path(config.run.dir) / "checkpoints"):
         has_text = config.data.probe is None

@@ -7,14 +7,27 @@ only worse.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from model.on_demand import OnDemand, Shape, Source, cut_rows, on_demand
+
 Form = Literal["same", "conv", "experts", "copy"]
+Rows = tuple[int, int] | None  # start and stop in the first dimension; None: all
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of an entry that converts by itself: the entry of that part, and the rows of each tensor that belong to it."""
+
+    entry: WeightEntry
+    ours: Mapping[str, Rows]
+    theirs: Mapping[str, Rows]
 
 
 @dataclass(frozen=True)
@@ -32,6 +45,28 @@ class WeightEntry:
     def our_names(self) -> tuple[str, ...]:
         """Name every tensor of ours that the entry converts; `ours` is the first."""
         return (self.ours,)
+
+    def pieces(self, shapes: Mapping[str, Shape]) -> Iterator[Piece]:
+        """Cut the entry into pieces of about BLOCK_NUMEL numbers; `shapes`: of our tensors.
+
+        Row by row, and a stack of experts expert by expert; an entry whose rows change places cuts itself otherwise.
+        """
+        shape = shapes[self.ours]
+        rows = shape[0] if shape else 1
+        if self.form == "experts":
+            each = len(self.theirs) // rows
+            for start, stop in cut_rows(rows, shape):
+                names = self.theirs[start * each : stop * each]
+                yield Piece(replace(self, theirs=names), {self.ours: (start, stop)}, dict.fromkeys(names))
+        elif not shape:
+            yield self.whole_piece()
+        else:
+            for run in cut_rows(rows, shape):
+                yield Piece(self, {self.ours: run}, {self.theirs[0]: run})
+
+    def whole_piece(self) -> Piece:
+        """The entry as one piece."""
+        return Piece(self, dict.fromkeys(self.our_names()), dict.fromkeys(self.theirs))
 
     def write(self, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Convert our tensors (by name; at least this entry's) to theirs, by name."""
@@ -84,32 +119,91 @@ class WeightMap:
             tensors[name] = torch.zeros(shape, dtype=torch.float32)
         return tensors
 
-    def to_ours(self, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Convert a whole state of theirs to our names; tensors that are always zero are dropped.
+    def their_shapes(self, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+        """Shapes of all tensors of theirs, from those of ours; no tensor is made."""
+        ours = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        return {name: tuple(tensor.shape) for name, tensor in self.to_theirs(ours).items()}
 
-        Raises ValueError where a tensor is missing or not in the map, a zero tensor is not zero, or copies differ.
+    def stream_theirs(self, ours: OnDemand) -> Iterator[tuple[str, int, Tensor]]:
+        """Convert a state piece by piece: yields the name of theirs, the number of the first row, and rows from there on."""
+        for entry in self.entries:
+            for piece in entry.pieces({name: ours.shape(name) for name in entry.our_names()}):
+                converted = piece.entry.write({name: ours.rows(name, rows) for name, rows in piece.ours.items()})
+                for name, tensor in converted.items():
+                    rows = piece.theirs[name]
+                    yield name, rows[0] if rows else 0, tensor
+        for name, shape in self.zeros.items():
+            for start, stop in cut_rows(shape[0], shape):
+                yield name, start, torch.zeros(stop - start, *shape[1:])
+
+    def to_ours(self, theirs: Mapping[str, Tensor]) -> OnDemand:
+        """Convert a state of theirs to our names, in float32; tensors that are always zero are dropped.
+
+        Nothing but shapes, zeros and copies is looked at before a tensor is asked for. Raises ValueError where a tensor is
+        missing or not in the map, a zero tensor is not zero, or copies differ.
         """
-        theirs = {self.aliases.get(name, name): tensor for name, tensor in theirs.items()}
-        missing, unknown = self.their_names() - set(theirs), set(theirs) - self.their_names()
+        given = on_demand(theirs)
+        given = OnDemand({self.aliases.get(name, name): source for name, source in given.sources.items()})
+        missing, unknown = self.their_names() - set(given), set(given) - self.their_names()
         if missing or unknown:
             raise ValueError(
                 f"the checkpoint's tensors are not those of its configuration: missing {sorted(missing)[:6]}, "
                 f"unknown {sorted(unknown)[:6]}; check config.json"
             )
         for name in self.zeros:
-            if torch.count_nonzero(theirs[name]):
+            if any(bool(torch.count_nonzero(rows)) for _, rows in given.blocks(name)):
                 raise ValueError(
                     f"{name} is not zero, and the model that the configuration describes has no such weight; where "
                     "amfm_model.json lies beside the weights, remove it to read config.json instead"
                 )
-        ours: dict[str, Tensor] = {}
+        sources: dict[str, Source] = {}
         for entry in self.entries:
             if entry.form != "copy":
-                ours.update(entry.read(theirs))
+                sources |= read_sources(entry, given)
+        ours = OnDemand(sources)
         for entry in self.entries:
-            if entry.form == "copy" and not torch.equal(theirs[entry.theirs[0]], ours[entry.ours]):
+            if entry.form == "copy" and not _are_equal(given, entry.theirs[0], ours, entry.ours):
                 raise ValueError(
                     f"{entry.theirs[0]} differs from {entry.ours}, so the embeddings are no longer tied; "
                     "remove amfm_model.json to import them as two tensors"
                 )
         return ours
+
+
+def read_sources(entry: WeightEntry, theirs: OnDemand) -> dict[str, Source]:
+    """Our tensors of an entry as sources that read theirs. Shapes follow from theirs; no tensor is read."""
+    given = {
+        name: torch.empty(theirs.shape(name), dtype=theirs.sources[name].dtype, device="meta") for name in entry.theirs
+    }
+    shapes = {name: tuple(tensor.shape) for name, tensor in entry.read(given).items()}
+    return {
+        name: Source(shape, torch.float32, partial(_read_rows, entry, name, shapes, theirs))
+        for name, shape in shapes.items()
+    }
+
+
+def _read_rows(
+    entry: WeightEntry, name: str, shapes: Mapping[str, Shape], theirs: OnDemand, start: int, stop: int
+) -> Tensor:
+    """Rows of one of our tensors, from the pieces that overlap them, in float32."""
+    shape = shapes[name]
+    read = torch.empty((stop - start, *shape[1:]) if shape else (), dtype=torch.float32)
+    for piece in entry.pieces(shapes):
+        first, last = piece.ours.get(name, (0, 0)) or (0, shape[0] if shape else 1)
+        low, high = max(start, first), min(stop, last)
+        if low < high:
+            part = piece.entry.read({other: theirs.rows(other, rows) for other, rows in piece.theirs.items()})[name]
+            if shape:
+                read[low - start : high - start] = part[low - first : high - first]
+            else:
+                read.copy_(part)
+    return read
+
+
+def _are_equal(given: OnDemand, name: str, ours: OnDemand, our_name: str) -> bool:
+    """Whether a second copy on their side is what was read as ours, block by block."""
+    if given.shape(name) != ours.shape(our_name):
+        return False
+    return all(
+        torch.equal(rows.float(), ours.rows(our_name, (start, start + len(rows)))) for start, rows in given.blocks(name)
+    )

@@ -8,20 +8,24 @@ are those of the release, which transformers renames while loading.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from model.config.schema import ModelConfig
-from model.huggingface.entries import WeightEntry, WeightMap
+from model.huggingface.entries import Form, Piece, WeightEntry, WeightMap
 from model.huggingface.latent_attention import kda_options, mla_options
 from model.huggingface.qwen3_next_weights import GatedEntry, RowsEntry
+from model.on_demand import Shape, cut_rows
 
 
 @dataclass(frozen=True)
 class ConvEntry(RowsEntry):
     """Convolutions of several parts, [C, W], stored one by one as [C of the part, 1, W]."""
+
+    part_form: ClassVar[Form] = "conv"
 
     def split(self, tensor: Tensor) -> dict[str, Tensor]:
         """As in the base class."""
@@ -35,6 +39,10 @@ class ConvEntry(RowsEntry):
 @dataclass(frozen=True)
 class HeadsEntry(WeightEntry):
     """One number a head, [H], stored as [1, 1, H, 1]."""
+
+    def pieces(self, shapes: Mapping[str, Shape]) -> Iterator[Piece]:
+        """One piece."""
+        yield self.whole_piece()
 
     def split(self, tensor: Tensor) -> dict[str, Tensor]:
         """As in the base class."""
@@ -51,6 +59,14 @@ class RotaryEntry(WeightEntry):
 
     heads: int = 1
     rotary: int = 0
+
+    def pieces(self, shapes: Mapping[str, Shape]) -> Iterator[Piece]:
+        """As in the base class, by whole heads."""
+        shape = shapes[self.ours]
+        each = shape[0] // self.heads
+        for start, stop in cut_rows(shape[0], shape, multiple=each):
+            part = replace(self, heads=(stop - start) // each)
+            yield Piece(part, {self.ours: (start, stop)}, {self.theirs[0]: (start, stop)})
 
     def split(self, tensor: Tensor) -> dict[str, Tensor]:
         """As in the base class."""

@@ -11,14 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from model.config.schema import ModelConfig
 from model.huggingface.depths import qwen3_next_depth
-from model.huggingface.entries import WeightEntry, WeightMap
+from model.huggingface.entries import Form, Piece, WeightEntry, WeightMap
 from model.huggingface.qwen3_next import delta_options
+from model.on_demand import Shape, cut_rows
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,10 @@ class QueryEntry(WeightEntry):
 
     head_dim: int = 0
 
+    def pieces(self, shapes: Mapping[str, Shape]) -> Iterator[Piece]:
+        """As in the base class, by whole heads."""
+        yield from head_pieces(self, shapes, self.head_dim)
+
     def split(self, tensor: Tensor) -> dict[str, Tensor]:
         """As in the base class."""
         queries_HKD = tensor.unflatten(0, (-1, self.head_dim))
@@ -61,7 +67,7 @@ class QueryEntry(WeightEntry):
     def join(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """As in the base class; raises ValueError for a gate that does something."""
         queries_HKD, gate_HKD = tensors[self.theirs[0]].unflatten(0, (-1, 2 * self.head_dim)).chunk(2, dim=1)
-        if torch.count_nonzero(gate_HKD):
+        if not gate_HKD.is_meta and torch.count_nonzero(gate_HKD):
             raise ValueError(
                 f"{self.theirs[0]} has an output gate, and the model that the configuration describes has none; remove "
                 "amfm_model.json beside the weights to read config.json instead"
@@ -80,6 +86,10 @@ class GatedQueryEntry(WeightEntry):
         """As in the base class."""
         return self.ours, self.gate
 
+    def pieces(self, shapes: Mapping[str, Shape]) -> Iterator[Piece]:
+        """As in the base class, by whole heads."""
+        yield from head_pieces(self, shapes, self.head_dim)
+
     def write(self, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """As in the base class."""
         heads = [ours[name].unflatten(0, (-1, self.head_dim)) for name in self.our_names()]
@@ -91,6 +101,13 @@ class GatedQueryEntry(WeightEntry):
         return {name: half.flatten(0, 1) for name, half in zip(self.our_names(), halves, strict=True)}
 
 
+def head_pieces(entry: WeightEntry, shapes: Mapping[str, Shape], head_dim: int) -> Iterator[Piece]:
+    """Pieces of whole heads, of which theirs have twice the rows of each of ours."""
+    shape = shapes[entry.ours]
+    for start, stop in cut_rows(shape[0], shape, multiple=head_dim):
+        yield Piece(entry, dict.fromkeys(entry.our_names(), (start, stop)), {entry.theirs[0]: (2 * start, 2 * stop)})
+
+
 @dataclass(frozen=True)
 class RowsEntry(WeightEntry):
     """Consecutive rows of ours, so many in each part, as tensors of which one may hold several parts.
@@ -100,6 +117,16 @@ class RowsEntry(WeightEntry):
 
     sizes: tuple[int, ...] = ()
     takes: tuple[tuple[int, ...], ...] = ()
+    part_form: ClassVar[Form] = "same"
+
+    def pieces(self, shapes: Mapping[str, Shape]) -> Iterator[Piece]:
+        """As in the base class, part by part: the rows of a part stay together."""
+        for name, take in zip(self.theirs, self.takes, strict=True):
+            theirs = 0
+            for part in take:
+                ours, size = sum(self.sizes[:part]), self.sizes[part]
+                yield from part_pieces(WeightEntry(self.ours, (name,), self.part_form), shapes, size, ours, theirs)
+                theirs += size
 
     def split(self, tensor: Tensor) -> dict[str, Tensor]:
         """As in the base class."""
@@ -114,9 +141,26 @@ class RowsEntry(WeightEntry):
         return torch.cat([parts[part] for part in range(len(self.sizes))])
 
 
+def part_pieces(entry: WeightEntry, shapes: Mapping[str, Shape], size: int, ours: int, theirs: int) -> Iterator[Piece]:
+    """Pieces of `size` rows that stay together, from the rows `ours` and `theirs` on."""
+    for start, stop in cut_rows(size, shapes[entry.ours]):
+        yield Piece(
+            entry, {entry.ours: (ours + start, ours + stop)}, {entry.theirs[0]: (theirs + start, theirs + stop)}
+        )
+
+
 @dataclass(frozen=True)
 class GatedEntry(WeightEntry):
     """Gate rows above up rows, [.., 2 F, D], stored as two tensors; of experts as two tensors each."""
+
+    def pieces(self, shapes: Mapping[str, Shape]) -> Iterator[Piece]:
+        """As in the base class; of one matrix half by half."""
+        if self.form == "experts":
+            yield from super().pieces(shapes)
+            return
+        size = shapes[self.ours][0] // 2
+        for half, name in enumerate(self.theirs):
+            yield from part_pieces(WeightEntry(self.ours, (name,)), shapes, size, half * size, 0)
 
     def split(self, tensor: Tensor) -> dict[str, Tensor]:
         """As in the base class."""
@@ -140,6 +184,10 @@ class DeltaEntry(WeightEntry):
     """
 
     sizes: tuple[int, ...] = ()
+
+    def pieces(self, shapes: Mapping[str, Shape]) -> Iterator[Piece]:
+        """One piece: rows of a head stand apart in ours."""
+        yield self.whole_piece()
 
     def split(self, tensor: Tensor) -> dict[str, Tensor]:
         """As in the base class."""

@@ -25,7 +25,8 @@ from data_pipeline.files import sync
 from data_pipeline.foreign_files import inside, parse_object, read_bounded, take, understood
 from data_pipeline.naming import named
 from data_pipeline.progress import Report, silent
-from pretrain.tensor_files import open_tensors
+from model.on_demand import BLOCK_NUMEL
+from pretrain.tensor_files import TensorFile, encode_header, tensor_bytes
 
 FORMAT = "amfm-checkpoint"
 FORMAT_VERSION = 2
@@ -41,20 +42,6 @@ CHUNK_BYTES = 1 << 24  # written, read and hashed at a time
 FLOAT32_KINDS = ("weight/", "exp_avg/", "exp_avg_sq/", "momentum/")
 NO_DIGEST = "0" * 64
 
-# Names of the safetensors format for the dtypes that a model or a random state may hold.
-DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-
 
 @dataclass(frozen=True)
 class FileEntry:
@@ -69,37 +56,15 @@ def rank_file_name(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
-def encode_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """Encode the head of a safetensors file: length, then JSON with dtype, shape and byte range of each tensor in order."""
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    offset = 0
-    for key, tensor in tensors.items():
-        end = offset + tensor.numel() * tensor.element_size()
-        header[key] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    # Padded, so that the tensors begin at a multiple of 8 bytes, aligned in a mapped file.
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
 def measure_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
     """Compute the bytes that `write_tensors` will write."""
     data_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    return len(encode_header(tensors, metadata)) + data_bytes
+    return len(head_of(tensors, metadata)) + data_bytes
 
 
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """View the bytes of a tensor, without a copy when it is contiguous and on the CPU.
-
-    By way of uint8, because numpy has no bfloat16.
-    """
-    array: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return memoryview(array)
+def head_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """Encode the head of a file that holds these tensors in their order."""
+    return encode_header({key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}, metadata)[0]
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> FileEntry:
@@ -119,7 +84,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
             file.write(block)
             num_bytes += len(block)
 
-        put(encode_header(tensors, metadata))
+        put(head_of(tensors, metadata))
         for key, tensor in tensors.items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise RuntimeError(f"tensor {key} holds NaN or infinity; the checkpoint is not written")
@@ -235,13 +200,16 @@ def verify_file(
                 report(f"verifying {checkpoint_dir.name}", before, total)
         if digest.hexdigest() != entry["sha256"]:
             return f"{path}: SHA-256 {digest.hexdigest()}, the manifest says {entry['sha256']}"
-        with open_tensors(path, RuntimeError) as tensors:
-            for key in tensors.keys():  # noqa: SIM118 - not a dict, can't be iterated
-                tensor = tensors.get_tensor(key)
-                if key.startswith(FLOAT32_KINDS) and tensor.dtype != torch.float32:
-                    return f"{path}: tensor {key} is {tensor.dtype}, saved are float32"
-                if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        tensors = TensorFile(path, RuntimeError)
+        for key, stored in tensors.tensors.items():
+            if key.startswith(FLOAT32_KINDS) and stored.dtype != torch.float32:
+                return f"{path}: tensor {key} is {stored.dtype}, saved are float32"
+            starts = range(0, stored.numel, BLOCK_NUMEL) if stored.dtype.is_floating_point else ()
+            for start in starts:
+                numbers = tensors.numbers(key, start, min(stored.numel, start + BLOCK_NUMEL))
+                if not bool(torch.isfinite(numbers).all()):
                     return f"{path}: tensor {key} holds NaN or infinity"
+        tensors.close()
     except OSError as error:
         return f"{path}: cannot be read ({error.strerror})"
     except RuntimeError as error:

@@ -2,7 +2,7 @@
 
 One process, no process group, no accelerator: whatever layout saved a checkpoint, a parameter is assembled from its shards
 on the CPU. Callers verify first (`require_sound`). Tensors are read one parameter at a time, so that comparing two large
-checkpoints needs little memory; `read_full_state` alone holds the whole model.
+checkpoints needs little memory; `read_full_state` is the whole model as tensors that are read when they are asked for.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from data_pipeline.progress import Report, silent
+from model.on_demand import OnDemand, source_of
 from pretrain.checkpoint.commit import is_marked
 from pretrain.checkpoint.compatibility import compare_settings
 from pretrain.checkpoint.files import MANIFEST_NAME, find_foreign_files, verify_checkpoint
@@ -55,20 +56,20 @@ def require_sound(checkpoint_dir: Path, report: Report = silent) -> dict[str, An
     return manifest
 
 
-def read_full_state(checkpoint_dir: Path, report: Report = silent) -> dict[str, Tensor]:
-    """Read all weights and buffers in float32 on the CPU, by global name, assembled from all shards.
+def read_full_state(checkpoint_dir: Path, report: Report = silent) -> OnDemand:
+    """Give all weights and buffers in float32 on the CPU, by global name, each read from all shards when it is asked for.
 
     Verifies every digest first; RuntimeError when one fails. A tied head is absent, as in the model. Float buffers
     (the router's bias) come as float32, others keep their dtype. `model.load_state_dict` takes the result.
     """
     manifest = require_sound(checkpoint_dir, report)
     report(f"reading the weights of {checkpoint_dir.name}")
-    state = dict(read_parameters(checkpoint_dir, manifest, "weight"))
-    state |= {
-        name: buffer.float() if buffer.is_floating_point() else buffer
-        for name, buffer in read_buffers(checkpoint_dir, manifest)
-    }
-    return state
+    reader = RangeReader(checkpoint_dir, manifest)
+    sources = {name: reader.source("weight", name) for name in manifest["parameters"]}
+    for name in manifest["buffers"]:
+        buffer = reader.buffer(name)
+        sources[name] = source_of(buffer.float() if buffer.is_floating_point() else buffer)
+    return OnDemand(sources)
 
 
 def read_parameters(checkpoint_dir: Path, manifest: dict[str, Any], kind: str) -> Iterator[tuple[str, Tensor]]:
@@ -77,7 +78,6 @@ def read_parameters(checkpoint_dir: Path, manifest: dict[str, Any], kind: str) -
     for name in manifest["parameters"]:
         if kind in kinds_of(manifest, name):
             yield name, reader.whole(kind, name)
-    reader.close()
 
 
 def read_buffers(checkpoint_dir: Path, manifest: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
@@ -85,7 +85,6 @@ def read_buffers(checkpoint_dir: Path, manifest: dict[str, Any]) -> Iterator[tup
     reader = RangeReader(checkpoint_dir, manifest)
     for name in manifest["buffers"]:
         yield name, reader.buffer(name)
-    reader.close()
 
 
 def inspect_checkpoint(checkpoint_dir: Path, report: Report = silent) -> dict[str, Any]:

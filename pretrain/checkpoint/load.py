@@ -208,7 +208,6 @@ def restore(checkpoint_dir: Path, manifest: dict[str, Any], layout: EngineLayout
         reader.fill(fragment.tensors["weight"], "weight", fragment.name, layout.placements[fragment.name], 0)
     for name, buffer in layout.buffers().items():
         buffer.copy_(reader.buffer(name))
-    reader.close()
     restore_group_settings(engine, manifest["groups"])
     refresh_working_weights(engine)
     return restore_rank_random_state(checkpoint_dir, manifest, rank)

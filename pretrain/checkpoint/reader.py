@@ -15,11 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
+from model.on_demand import BLOCK_NUMEL, Source
 from pretrain.checkpoint.placement import Placement, find_blocks, place_whole, placement_from_json
 from pretrain.engine.moments import moments_of
+from pretrain.tensor_files import TensorFile
+
+# A checkpoint has a file a rank, and a process may open a thousand.
+MAX_OPEN_FILES = 64
 
 
 def kinds_of(manifest: dict[str, Any], name: str) -> tuple[str, ...]:
@@ -48,16 +52,17 @@ def read_shards(manifest: dict[str, Any], name: str) -> list[SavedShard]:
 
 
 class RangeReader:
-    """Reader of the verified files of one checkpoint; opens each file once, when it is needed.
+    """Reader of the verified files of one checkpoint; looks into each file once, when it is needed.
 
     `rows_numel`: a shard that must be put together from others is read about so many numbers at a time.
     """
 
-    def __init__(self, checkpoint_dir: Path, manifest: dict[str, Any], *, rows_numel: int = 1 << 24) -> None:
+    def __init__(self, checkpoint_dir: Path, manifest: dict[str, Any], *, rows_numel: int = BLOCK_NUMEL) -> None:
         self.checkpoint_dir = checkpoint_dir
         self.manifest = manifest
         self.rows_numel = rows_numel
-        self.open_files: dict[str, Any] = {}
+        self.known_files: dict[str, TensorFile] = {}
+        self.open_names: set[str] = set()
         self.known_shards: dict[str, list[SavedShard]] = {}
 
     def shards(self, name: str) -> list[SavedShard]:
@@ -66,22 +71,23 @@ class RangeReader:
             self.known_shards[name] = read_shards(self.manifest, name)
         return self.known_shards[name]
 
-    def file(self, name: str) -> Any:
-        """Open one tensor file, or return its open handle."""
-        if name not in self.open_files:
-            handle: Any = safe_open(self.checkpoint_dir / name, framework="pt")
-            self.open_files[name] = handle.__enter__()
-        return self.open_files[name]
-
-    def close(self) -> None:
-        """Close all handles."""
-        for handle in self.open_files.values():
-            handle.__exit__(None, None, None)
-        self.open_files.clear()
+    def file(self, name: str) -> TensorFile:
+        """Look into one tensor file, once. Raises RuntimeError for a damaged one."""
+        if name not in self.known_files:
+            self.known_files[name] = TensorFile(self.checkpoint_dir / name, RuntimeError)
+        self.open_names.add(name)
+        if len(self.open_names) > MAX_OPEN_FILES:
+            for other in self.open_names - {name}:
+                self.known_files[other].close()
+            self.open_names = {name}
+        return self.known_files[name]
 
     def buffer(self, name: str) -> Tensor:
         """Read a buffer of the model, as it was saved."""
-        return self.file(self.manifest["buffers"][name]["file"]).get_tensor(f"buffer/{name}")
+        file = self.file(self.manifest["buffers"][name]["file"])
+        key = f"buffer/{name}"
+        stored = file.tensors[key]
+        return file.numbers(key, 0, stored.numel).view(stored.shape)
 
     def whole(self, kind: str, name: str) -> Tensor:
         """Read one whole float32 tensor."""
@@ -89,6 +95,20 @@ class RangeReader:
         flat = torch.empty(placement.numel, dtype=torch.float32)
         self.fill(flat, kind, name, placement, 0)
         return flat.view(placement.whole)
+
+    def source(self, kind: str, name: str) -> Source:
+        """A whole float32 tensor whose rows are read when somebody asks for them."""
+        placement = place_whole(self.manifest["parameters"][name]["shape"])
+        row_numel = math.prod(placement.whole[1:])
+
+        def read(start: int, stop: int) -> Tensor:
+            if not placement.whole:
+                return self.whole(kind, name)
+            rows = torch.empty(stop - start, *placement.whole[1:])
+            self.fill(rows.view(-1), kind, name, placement, start * row_numel)
+            return rows
+
+        return Source(placement.whole, torch.float32, read)
 
     def fill(self, flat: Tensor, kind: str, name: str, wanted: Placement, start: int) -> None:
         """Copy the range that begins at `start` of the wanted, flattened shard into a flat view of its length.
@@ -137,8 +157,12 @@ class RangeReader:
         for saved_start, saved_numel, file_name in shard.ranges:
             low, high = max(start, saved_start), min(start + numel, saved_start + saved_numel)
             if low < high:
-                saved = self.file(file_name).get_slice(f"{kind}/{name}/{saved_start}")
-                yield low - start, saved[low - saved_start : high - saved_start]
+                key = f"{kind}/{name}/{saved_start}"
+                # In blocks: the ranges of a file may be as large as a model.
+                for first in range(low, high, self.rows_numel):
+                    last = min(high, first + self.rows_numel)
+                    values = self.file(file_name).numbers(key, first - saved_start, last - saved_start)
+                    yield first - start, values
                 found += high - low
         assert found == numel, f"{kind} of {name}: {found} of {numel} numbers are in the checkpoint"
 

@@ -7,6 +7,9 @@ for, so an export that exists is one that was right.
 The fresh process matters: inside this one our packages, patched libraries or a warm module cache could hide that the
 folder alone does not load. Logits are compared on real text where the run has a store. Token ids are compared on odd
 texts too: runs of spaces, control tokens written out, rare characters.
+
+Tensors go from the checkpoint to the folder some rows at a time, so that a model of any size takes the same memory. The
+proof takes a block of the model here, and the whole of it in float32 in the fresh process, as transformers loads it.
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ from pretrain.export.files import (
     write_export,
 )
 from pretrain.inference.merge import multiply_out
+from pretrain.inference.streamed_model import stream_model
 from pretrain.inference.weights import Weights, read_weights
 from pretrain.tensor_files import write_tensors
 
@@ -214,11 +218,12 @@ def run_proof(
     """Load the folder in a fresh process and compare it with our model on tokens [B, T] and texts.
 
     `trained`: the model as it was trained, where its matrices were factored and the plan has them multiplied out.
-    Returns what `verify.py` found, or `crash` with the error that ended it. Both models compute in float32 on the CPU.
+    Returns what `verify.py` found, or `crash` with the error that ended it. Both models compute in float32 on the CPU; ours
+    holds one block at a time, transformers the whole.
     """
     with torch.no_grad():
         meta = PackMeta.one_document_a_row(*tokens_BT.shape)
-        logits_BTV = (trained or plan.weights).build()(tokens_BT, meta).logits_BTV
+        logits_BTV = stream_model(trained or plan.weights)(tokens_BT, meta).logits_BTV
     assert logits_BTV is not None, "no labels were given"
     tokenizer: Tokenizer = plan.weights.tokenizer
     encoded = [(text, tokenizer.encode(text)) for text in texts]

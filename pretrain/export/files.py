@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import pretrain.export.modeling_template
 from data_pipeline.deletion import delete, try_to_delete
@@ -34,10 +33,11 @@ from model.flops import count_parameters
 from model.huggingface.config import TokenIds, huggingface_config
 from model.huggingface.targets import NATIVE_TARGETS, Target, explain_unfit
 from model.huggingface.weights import weight_map
+from model.on_demand import Shape, on_demand
 from pretrain.export.readers import known_refusals
 from pretrain.export.tokenizer import write_tokenizer
 from pretrain.inference.weights import Weights
-from pretrain.tensor_files import write_tensors
+from pretrain.tensor_files import TensorWriter
 
 OUR_DESCRIPTION = "amfm_model.json"
 # Name of a temporary folder: `delete` refuses any other.
@@ -123,30 +123,39 @@ def write_export(plan: ExportPlan, folder: Path) -> None:
 
 
 def write_shards(plan: ExportPlan, folder: Path) -> None:
-    """Write float32 weights as safetensors: one file, or several of at most `max_shard_bytes` and their index."""
-    tensors = weight_map(plan.weights.model, plan.target).to_theirs(plan.weights.state)
-    shards = list(plan_shards(tensors, plan.max_shard_bytes))
-    total = sum(tensor.numel() * 4 for tensor in tensors.values())
+    """Write float32 weights as safetensors: one file, or several of at most `max_shard_bytes` and their index.
+
+    Tensors are converted piece by piece and go to their places as they come: memory holds some blocks of rows.
+    """
+    state = on_demand(plan.weights.state)
+    mapping = weight_map(plan.weights.model, plan.target)
+    shapes = mapping.their_shapes({name: state.shape(name) for name in state})
+    shards = list(plan_shards(shapes, plan.max_shard_bytes))
     index: dict[str, str] = {}
+    writers: dict[str, TensorWriter] = {}
     for number, names in enumerate(shards, start=1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        # Cloned: views of one tensor (a tied head) would otherwise be refused.
-        part = {name: tensors[name].to(torch.float32).clone() for name in names}
-        write_tensors(folder / file, part)
+        writer = TensorWriter(folder / file, {name: (torch.float32, shapes[name]) for name in sorted(names)})
+        writers |= dict.fromkeys(names, writer)
         index |= dict.fromkeys(names, file)
+    for name, first_row, rows in mapping.stream_theirs(state):
+        writers[name].put(name, first_row, rows)
+    for writer in writers.values():
+        writer.finish()
     if len(shards) > 1:
+        total = sum(math.prod(shape) * 4 for shape in shapes.values())
         write_json(
             folder / "model.safetensors.index.json",
             {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))},
         )
 
 
-def plan_shards(tensors: Mapping[str, Tensor], max_bytes: int) -> Iterator[list[str]]:
+def plan_shards(shapes: Mapping[str, Shape], max_bytes: int) -> Iterator[list[str]]:
     """Divide the tensors' names, in order, such that no shard exceeds `max_bytes` in float32 unless one tensor alone does."""
     names: list[str] = []
     size = 0
-    for name, tensor in tensors.items():
-        num_bytes = tensor.numel() * 4
+    for name, shape in shapes.items():
+        num_bytes = math.prod(shape) * 4
         if names and size + num_bytes > max_bytes:
             yield names
             names, size = [], 0

@@ -1,22 +1,20 @@
 """From a transformers folder to weights that training, generation, evaluation and export accept.
 
 config.json becomes our model configuration, tensors are renamed and reshaped by the same weight map that exports them
-(model/huggingface/weights.py), read backwards. transformers fills in the defaults of config.json, because they belong to
+(model/huggingface/weights.py), read backwards, some rows at a time. transformers fills in the defaults of config.json, because they belong to
 its class and may be left out of the file; no model code of the folder is run, and nothing is fetched. Every name and
 number in the folder is somebody else's: paths stay inside the folder, and shapes are compared before anything is written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from pydantic import ValidationError
-from torch import Tensor
 
 from data_pipeline.foreign_files import inside, read_object, take, understood
 from data_pipeline.naming import named
@@ -35,11 +33,12 @@ from model.huggingface.config import (
 from model.huggingface.latent_attention import is_prediction_layer
 from model.huggingface.targets import Source, Target
 from model.huggingface.weights import weight_map
+from model.on_demand import OnDemand
 from pretrain.export.export import check_free
 from pretrain.export.files import OUR_DESCRIPTION, begin_export, put_in_place, sync_files
 from pretrain.export.tokenizer import MODEL_FILE, ORIGINAL_JSON
 from pretrain.inference.weights import DEPTH_PREFIX, Weights, check_shapes, write_weights
-from pretrain.tensor_files import read_tensors as read_tensors_of
+from pretrain.tensor_files import TensorFile
 
 MODEL_SECTION = "model.yaml"
 INDEX = "model.safetensors.index.json"
@@ -72,8 +71,7 @@ def import_huggingface(hf_dir: str | Path, out_dir: str | Path, report: Report =
     weights, target, num_tensors, skipped = read_huggingface(source, report)
     report("writing tensors")
     write_model(out, weights)
-    num_parameters = sum(tensor.numel() for tensor in weights.state.values())
-    return ImportReport(out, target, weights.model, num_tensors, num_parameters, skipped)
+    return ImportReport(out, target, weights.model, num_tensors, weights.num_parameters(), skipped)
 
 
 def write_model(out: Path, weights: Weights) -> None:
@@ -103,16 +101,14 @@ def read_huggingface(source: Path, report: Report = silent) -> tuple[Weights, So
     tensors = read_tensors(source)
     config, skipped = choose_depths(config, tensors, target)
     skipped += tuple(name for name in tensors if name.endswith(SKIPPED_SUFFIXES))
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in skipped}
-    state = {name: tensor.to(torch.float32) for name, tensor in weight_map(config, target).to_ours(tensors).items()}
+    state = weight_map(config, target).to_ours(tensors.without(set(skipped).__contains__))
     check_shapes(config, state, str(source))
-    return Weights(config, state, tokenizer, f"imported from {source}"), target, len(tensors), skipped
+    num_tensors = len(tensors.keys() - set(skipped))
+    return Weights(config, state, tokenizer, f"imported from {source}"), target, num_tensors, skipped
 
 
-def choose_depths(
-    config: ModelConfig, tensors: Mapping[str, Tensor], target: Source
-) -> tuple[ModelConfig, tuple[str, ...]]:
-    """Take prediction depths that both config.json and the tensors have; returns the model and what is left out.
+def choose_depths(config: ModelConfig, tensors: Collection[str], target: Source) -> tuple[ModelConfig, tuple[str, ...]]:
+    """Take prediction depths that both config.json and the tensors' names have; returns the model and what is left out.
 
     transformers neither loads nor saves such tensors, so a folder that it wrote may name depths without any.
     """
@@ -194,8 +190,8 @@ def _same_config_json(described: ModelConfig, read: ModelConfig, target: Target)
     return left == right
 
 
-def read_tensors(source: Path) -> dict[str, Tensor]:
-    """Read all tensors of the safetensors files by name.
+def read_tensors(source: Path) -> OnDemand:
+    """Open the safetensors files: all tensors by name, each read when it is asked for.
 
     Raises ValueError when a file of the index is missing, damaged or lies outside of the folder.
     """
@@ -204,10 +200,10 @@ def read_tensors(source: Path) -> dict[str, Tensor]:
         files = sorted({str(name) for name in take(read_object(index), "weight_map", dict, index).values()})
     else:
         files = ["model.safetensors"]
-    tensors: dict[str, Tensor] = {}
+    tensors = OnDemand({})
     for name in files:
         path = inside(source, name)
         if not path.is_file():
             raise ValueError(f"{path} is missing; copy the whole folder")
-        tensors |= read_tensors_of(path)
+        tensors.sources |= TensorFile(path).on_demand().sources
     return tensors

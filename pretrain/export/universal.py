@@ -89,7 +89,6 @@ def write_parameters(folder: Path, source: Path, manifest: dict[str, Any]) -> No
         for file_name, kind in STATES.items():
             torch.save({"param": reader.whole(kind, name)}, place / f"{file_name}.pt")
         torch.save(torch.tensor(float(entry["optimizer_step"])), place / "step.pt")
-    reader.close()
 
 
 def describe_optimizer(manifest: dict[str, Any]) -> dict[str, Any]:

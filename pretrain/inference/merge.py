@@ -3,32 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from model.config.schema import ModelConfig
 from model.config.structure import DENSE, Structure
+from model.on_demand import OnDemand, computed, on_demand
 from model.structured import dense_matrix
 
 
-def multiply_out(
-    model: ModelConfig, state: Mapping[str, Tensor], alpha: float = 0.0
-) -> tuple[ModelConfig, dict[str, Tensor]]:
+def multiply_out(model: ModelConfig, state: Mapping[str, Tensor], alpha: float = 0.0) -> tuple[ModelConfig, OnDemand]:
     """Replace factors by their products, computed in float64 and rounded once: the dense configuration and its weights.
 
-    `alpha`: weight of the guides among the weights, where there are any. A dense model comes back as it was.
+    A product is computed when it is asked for. `alpha`: weight of the guides among the weights, where there are any. A
+    dense model comes back as it was.
     """
-    merged = dict(state)
+    given = on_demand(state)
+    merged = OnDemand(given.sources)
     for place, structure in factored_places(model):
         for matrix in ("up_proj", "down_proj"):
-            first, second = (merged.pop(f"{place}{matrix}.{factor}").double() for factor in ("first", "second"))
-            product = dense_matrix(structure, first, second)
-            guide = merged.pop(f"{place}{matrix}.guide_weight", None)
-            if guide is not None:
-                product = alpha * guide.double() + (1 - alpha) * product
-            merged[f"{place}{matrix}.weight"] = product.float()
+            own = f"{place}{matrix}"
+            for part in ("first", "second", "guide_weight"):
+                merged.sources.pop(f"{own}.{part}", None)
+            factors = (torch.empty(given.shape(f"{own}.{factor}"), device="meta") for factor in ("first", "second"))
+            shape = tuple(dense_matrix(structure, *factors).shape)
+            make = partial(_multiply, given, own, structure, alpha)
+            merged.sources[f"{own}.weight"] = computed(shape, torch.float32, make)
     return dense_config(model), merged
+
+
+def _multiply(state: OnDemand, place: str, structure: Structure, alpha: float) -> Tensor:
+    """The matrix that two factors stand for, with its guide where it has one."""
+    product = dense_matrix(structure, state[f"{place}.first"].double(), state[f"{place}.second"].double())
+    if f"{place}.guide_weight" in state:
+        product = alpha * state[f"{place}.guide_weight"].double() + (1 - alpha) * product
+    return product.float()
 
 
 def factored_places(config: ModelConfig) -> Iterator[tuple[str, Structure]]:

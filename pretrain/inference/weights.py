@@ -4,13 +4,16 @@ A weights folder is what `amfm import` writes: `weights.safetensors` (our names,
 configuration, where it came from, digests) and the tokenizer's file. `run.initial_weights` starts a run from one.
 
 Weights from any source become one `Weights` object, so generation, evaluation, export and a run's start need no second
-path for imports. All are float32 on the CPU: bf16 copies would lose what the optimizer's masters know.
+path for imports. All are float32 on the CPU: bf16 copies would lose what the optimizer's masters know. Tensors are read
+when they are asked for (model/on_demand.py): whoever needs a part of a model, or one tensor after the other, never holds
+the whole.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from operator import attrgetter
@@ -18,7 +21,7 @@ from pathlib import Path
 
 import torch
 from pydantic import ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
 from data_pipeline.foreign_files import inside, read_object, take
 from data_pipeline.progress import Report, silent
@@ -32,16 +35,18 @@ from model.huggingface.targets import registered_mixers
 from model.huggingface.weights import weight_shapes
 from model.hybrid import HybridModel
 from model.lora import merge_lora
+from model.on_demand import OnDemand, cut_rows, on_demand
 from model.parallel.groups import single_rank_groups
-from model.parallel.shards import parameter_shards
+from model.parallel.shards import REPLICATED, parameter_shards
 from pretrain.checkpoint.files import MANIFEST_NAME, read_manifest
 from pretrain.checkpoint.inspect import find_checkpoint, read_full_state
 from pretrain.checkpoint.names import CHECKPOINT_NAME, list_checkpoints
+from pretrain.checkpoint.placement import place_shard, whole_dim
 from pretrain.config.convert import ConvertConfig
 from pretrain.config.schema import RunConfig
 from pretrain.inference.merge import multiply_out
 from pretrain.stages import last_stage, model_of_stage, resolve_stages
-from pretrain.tensor_files import read_tensors, write_tensors
+from pretrain.tensor_files import TensorFile, TensorWriter
 
 WEIGHTS_FORMAT = "amfm-weights"
 WEIGHTS_VERSION = 1
@@ -54,6 +59,7 @@ DEPTH_PREFIX = "mtp."
 class Weights:
     """A model outside of training: its configuration, every weight and buffer in float32 on the CPU, its tokenizer.
 
+    `state` reads from files where it came from files: those must stay as they are while it is used.
     `given_tokenizer` is None for a model that was trained on a synthetic task.
     `run` is the configuration of the run that made it, after so many steps and tokens, None for an import, with its newest
     validation loss; `origin` says where it came from.
@@ -90,14 +96,29 @@ class Weights:
 
     def without_depths(self) -> Weights:
         """The same model without its depths of multi-token prediction."""
-        state = {name: tensor for name, tensor in self.state.items() if not name.startswith(DEPTH_PREFIX)}
+        state = on_demand(self.state).without(lambda name: name.startswith(DEPTH_PREFIX))
         return replace(self, model=self.model.without_depths(), state=state)
+
+    def num_parameters(self) -> int:
+        """Count the numbers of all tensors; reads none."""
+        state = on_demand(self.state)
+        return sum(math.prod(state.shape(name)) for name in state)
 
     def build(self, *, backend: str = "torch", device: str = "cpu") -> HybridModel:
         """Build the whole model on one rank, in float32 and eval mode, with a copy of the weights."""
-        model = HybridModel(self.model, single_rank_groups(), backend=backend, device=device)
-        model.load_state_dict(dict(self.state))
+        model = HybridModel(self.model, single_rank_groups(), backend=backend, device=device, draws=False)
+        own, state = model.state_dict().keys(), on_demand(self.state)
+        if own != state.keys():
+            raise RuntimeError(f"{self.origin}: weights differ from the model's: {sorted(own ^ state.keys())[:6]}")
+        fill(model, state)
         return model.eval()
+
+
+def fill(module: nn.Module, state: OnDemand, prefix: str = "") -> None:
+    """Copy weights and buffers into a module, whose names in the state begin with `prefix`, some rows at a time."""
+    for name, tensor in module.state_dict().items():
+        for start, rows in state.blocks(prefix + name):
+            (tensor[start : start + len(rows)] if rows.dim() else tensor).copy_(rows)
 
 
 def read_weights(path: str | Path, report: Report = silent) -> Weights:
@@ -146,15 +167,15 @@ def _read_checkpoint(folder: Path, report: Report) -> Weights:
     return Weights(model, state, tokenizer, origin, run, step, int(progress["tokens"]), progress.get("validation_loss"))
 
 
-def merge_guides(model: ModelConfig, state: dict[str, Tensor], alpha: float) -> tuple[ModelConfig, dict[str, Tensor]]:
+def merge_guides(model: ModelConfig, state: OnDemand, alpha: float) -> tuple[ModelConfig, OnDemand]:
     """The same function without guides: dense matrices while their weight `alpha` is above 0, then the factors alone."""
     model = model.model_copy(update={"guide": None})
     if alpha == 0:
-        return model, {name: tensor for name, tensor in state.items() if not name.endswith(".guide_weight")}
+        return model, state.without(lambda name: name.endswith(".guide_weight"))
     return multiply_out(model, state, alpha)
 
 
-def merge_stage(state: dict[str, Tensor], convert: ConvertConfig, folder: Path) -> dict[str, Tensor]:
+def merge_stage(state: OnDemand, convert: ConvertConfig, folder: Path) -> OnDemand:
     """Merge the low-rank updates of a conversion's stage into its weights.
 
     Raises ValueError for the control without a linear branch, which no configuration of a model describes.
@@ -169,7 +190,14 @@ def merge_stage(state: dict[str, Tensor], convert: ConvertConfig, folder: Path) 
 
 def write_weights(folder: Path, weights: Weights) -> None:
     """Write a weights folder into an existing empty folder; durability is the caller's."""
-    write_tensors(folder / TENSORS, {name: tensor.contiguous() for name, tensor in weights.state.items()})
+    state = on_demand(weights.state)
+    writer = TensorWriter(
+        folder / TENSORS, {name: (state.sources[name].dtype, state.shape(name)) for name in sorted(state)}
+    )
+    for name in state:
+        for start, rows in state.blocks(name):
+            writer.put(name, start, rows)
+    writer.finish()
     tokenizer_file = weights.tokenizer.file_name
     (folder / tokenizer_file).write_bytes(weights.tokenizer.to_bytes())
     description = {
@@ -209,7 +237,7 @@ def _read_weights_folder(folder: Path) -> Weights:
         check_model(model)
     except ValueError as error:
         raise ValueError(f"{file} holds a model that cannot be built: {error}; import the model again") from error
-    state = read_tensors(folder / TENSORS)
+    state = TensorFile(folder / TENSORS).on_demand()
     check_shapes(model, state, str(folder))
     tokenizer = read_tokenizer_file(tokenizer_file, take(tokenizer_record, "eos_id", int, file))
     return Weights(model, state, tokenizer, take(description, "origin", str, file))
@@ -220,12 +248,12 @@ def check_shapes(model: ModelConfig, state: Mapping[str, Tensor], where: str) ->
 
     The message lists at most eight of them.
     """
-    expected = weight_shapes(model)
+    expected, shapes = weight_shapes(model), on_demand(state)
     faults = [f"{name} is missing" for name in expected.keys() - state.keys()]
     faults += [f"{name} does not belong" for name in state.keys() - expected.keys()]
     for name in expected.keys() & state.keys():
-        if tuple(state[name].shape) != expected[name]:
-            faults.append(f"{name} is {tuple(state[name].shape)}, the configuration says {expected[name]}")
+        if shapes.shape(name) != expected[name]:
+            faults.append(f"{name} is {shapes.shape(name)}, the configuration says {expected[name]}")
     if faults:
         raise ValueError(f"weights in {where} do not fit their configuration: " + "; ".join(sorted(faults)[:8]))
 
@@ -238,7 +266,7 @@ def load_initial_weights(model: HybridModel, path: str | Path, tokenizer_identit
     """
     weights = read_weights(path)
     require_same_function(weights, model.config, tokenizer_identity, f"run.initial_weights={path}")
-    remarks, state = [], weights.state
+    remarks, state = [], on_demand(weights.state)
     mine, theirs = depth_shapes(model.config), depth_shapes(weights.model)
     if mine != theirs:
         depths = [f"/{''.join(config.parsed_pattern.depth_letters)}" for config in (weights.model, model.config)]
@@ -246,7 +274,7 @@ def load_initial_weights(model: HybridModel, path: str | Path, tokenizer_identit
             remarks.append(f"{weights.origin}: its prediction depths {depths[0]} are ignored")
         if mine:
             remarks.append(f"{weights.origin} has no prediction depths {depths[1]} as here: they begin at random")
-        state = {name: tensor for name, tensor in state.items() if not name.startswith(DEPTH_PREFIX)}
+        state = state.without(lambda name: name.startswith(DEPTH_PREFIX))
     take_own_part(model, state)
     return remarks
 
@@ -283,8 +311,8 @@ def depth_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 @torch.no_grad()
-def take_own_part(model: HybridModel, state: Mapping[str, Tensor]) -> None:
-    """Copy from whole tensors what this rank's model holds: its blocks, and of each parameter its shard.
+def take_own_part(model: HybridModel, state: OnDemand) -> None:
+    """Copy what this rank's model holds: its blocks, and of each parameter its shard, reading the rows that have a part in it.
 
     Buffers, such as the router's balancing bias, are copied whole. Prediction depths that `state` lacks stay as they are.
     """
@@ -292,11 +320,19 @@ def take_own_part(model: HybridModel, state: Mapping[str, Tensor]) -> None:
     for name, own in model.state_dict(keep_vars=True).items():
         if name not in state and name.startswith(DEPTH_PREFIX):
             continue
-        if name in parameters:
-            parameter, shard = parameters[name]
-            parameter.copy_(shard.shard(state[name], model.groups))
-        else:
-            own.copy_(state[name])
+        parameter, shard = parameters.get(name, (own, REPLICATED))
+        if not parameter.dim():
+            parameter.copy_(state[name])
+            continue
+        placement, taken = place_shard(parameter.shape, shard, model.groups), 0
+        for first, last in placement.intervals[0]:
+            for start, stop in cut_rows(last - first, state.shape(name)):
+                rows = state.rows(name, (first + start, first + stop))
+                for dim, intervals in enumerate(placement.intervals[1:], start=1):
+                    if intervals != whole_dim(rows.shape[dim]):
+                        rows = torch.cat([rows.narrow(dim, low, high - low) for low, high in intervals], dim=dim)
+                parameter[taken : taken + len(rows)].copy_(rows)
+                taken += len(rows)
 
 
 # Settings of how a model is trained, not of what it computes.

@@ -31,7 +31,7 @@ from pretrain.inference.weights import read_weights
 from pretrain.monitor.heartbeat import read_beats
 from pretrain.monitor.metrics import keep_until
 from pretrain.report.data import read_json_lines
-from pretrain.tensor_files import read_tensors
+from pretrain.tensor_files import TensorFile
 
 # Of the processor's time: other programs may hold up a reader that is quick. One that waits for something takes longer yet.
 MAX_SECONDS = 5.0
@@ -139,7 +139,7 @@ class Readers:
 
     def safetensors(self) -> tuple[Path, Callable[[], Any]]:
         path = self.checkpoint / "rank-00000.safetensors"
-        return path, lambda: read_tensors(path)
+        return path, lambda: dict(TensorFile(path).on_demand())
 
     def weights_description(self) -> tuple[Path, Callable[[], Any]]:
         return self.place / "weights" / "weights.json", lambda: read_weights(self.place / "weights")

@@ -11,6 +11,7 @@ from launch.commands.bench.checkpoint import checkpoint
 from launch.commands.bench.clients import clients
 from launch.commands.bench.communication import communication
 from launch.commands.bench.data import data
+from launch.commands.bench.export import export
 from launch.commands.bench.kernels import kernels
 from launch.commands.bench.length import length
 from launch.commands.bench.memory import memory
@@ -27,6 +28,7 @@ VERBS = (
     (calibrate, "amfm bench calibrate own.yaml --threads 1"),
     (card, "amfm bench card --stage losses --stage resume"),
     (checkpoint, "amfm bench checkpoint --folder runs --json"),
+    (export, "amfm bench export configs/ladder_1b_a300m.yaml --times 1,3"),
     (kernels, "amfm bench kernels --op decay_scan --json"),
     (data, "amfm bench data --megabytes 120 --json"),
     (memory, "amfm bench memory configs/ladder_20m.yaml parallel.tensor=2 --nproc 2"),

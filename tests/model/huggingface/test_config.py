@@ -104,7 +104,7 @@ def test_gates_that_the_description_does_not_have_are_refused_on_import() -> Non
     with pytest.raises(
         ValueError, match=r"q_proj\.weight has an output gate, and the model .* has none; remove amfm_model\.json"
     ):
-        mapping.to_ours(theirs | {attention: theirs[attention] + 1})
+        dict(mapping.to_ours(theirs | {attention: theirs[attention] + 1}))
     shared = "model.layers.0.mlp.shared_expert_gate.weight"
     with pytest.raises(ValueError, match=r"shared_expert_gate\.weight is not zero"):
         mapping.to_ours(theirs | {shared: theirs[shared] + 1})

@@ -143,7 +143,6 @@ def test_every_layout_reads_what_every_other_wrote(tmp_path: Path, rows_numel: i
             check_every_range(reader, wanted)
         for name, kind in itertools.product(SHAPES, KINDS):
             assert torch.equal(reader.whole(kind, name), whole_tensor(name, kind))
-        reader.close()
 
 
 def test_replicas_are_written_once(tmp_path: Path) -> None:
