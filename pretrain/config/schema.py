@@ -15,6 +15,7 @@ from data_pipeline.config import DataConfig
 from model.config.schema import ModelConfig, RopeConfig
 from pretrain.config.convert import ConvertConfig
 from pretrain.config.hooks import RegisteredHooks
+from pretrain.config.launch import LaunchConfig
 from pretrain.config.pruning import ForgetConfig, PruneConfig
 
 
@@ -318,69 +319,6 @@ class EvaluateConfig(Section):
     micro_batch_size: int | None = Field(
         None, gt=0, description="Rows a forward pass and rank; none: train.micro_batch_size."
     )
-
-
-class SlurmConfig(Section):
-    """What goes into the batch script of `amfm launch --on slurm`."""
-
-    partition: str | None = Field(None, description="Partition; none: the cluster's default.")
-    account: str | None = Field(None, description="Account that pays.")
-    qos: str | None = Field(None, description="Quality of service.")
-    time_limit: str | None = Field(None, description="Longest time of one job, as Slurm writes it (1-12:00:00).")
-    gpus: bool = Field(True, description="Ask for one GPU a rank; false on clusters without GPUs.")
-    cpus_per_task: int | None = Field(
-        None, gt=0, description="Cores a rank, for the job and for srun; none: the cluster's default."
-    )
-    cpu_bind: str | None = Field(
-        None,
-        description="How srun binds a rank to cores (--cpu-bind): `cores`, or `rank_ldom` for those of one NUMA node each; "
-        "none: the cluster's default.",
-    )
-    memory: str | None = Field(
-        None,
-        description="Memory a node, as Slurm writes it (`0`: all of it); none: the cluster's default, often little.",
-    )
-    modules: tuple[str, ...] = Field((), description="Loaded with `module load` before anything else runs.")
-    signal_seconds: int = Field(
-        180,
-        gt=0,
-        le=65535,
-        description="Ranks save and stop this long before the time limit; then the job is queued again.",
-    )
-    requeue: bool = Field(True, description="Queue the job again after preemption, node failure and the time limit.")
-    container_image: str | None = Field(None, description="Image for srun (pyxis: --container-image).")
-    container_mounts: str | None = Field(
-        None, description="Mounts for srun (pyxis: --container-mounts); the working directory must be among them."
-    )
-    container_python: str = Field("python3", description="Python of the image that has amfm, for container_image.")
-    extra: tuple[str, ...] = Field((), description="Further #SBATCH options, such as --constraint=h100.")
-
-
-class LaunchConfig(Section):
-    """How `amfm launch` keeps a run going on many nodes."""
-
-    heartbeat_seconds: float | None = Field(
-        900.0,
-        gt=0,
-        description="A rank that stays in one phase of a step for longer ends the attempt and names who holds it up; none: only collectives time out.",
-    )
-    max_restarts: int = Field(
-        3, ge=0, description="New starts after failures without a newer checkpoint; those with one are free."
-    )
-    min_nodes: int = Field(
-        1, gt=0, description="Fewest nodes to go on with when some are lost; the global batch stays the same."
-    )
-    node_wait_seconds: float = Field(
-        60.0, ge=0, description="How long a new start waits for lost nodes before it goes on with fewer."
-    )
-    setup: str | None = Field(
-        None, description="Shell line on every node before the ranks start, such as `source env/bin/activate`."
-    )
-    environment: dict[str, str] = Field(
-        {},
-        description="Variables of every rank, such as {NCCL_SOCKET_IFNAME: ib0}; recorded with the run, so no secrets (those: setup).",
-    )
-    slurm: SlurmConfig = SlurmConfig()
 
 
 class RunConfig(Section):
