@@ -124,7 +124,7 @@ def run_steps(run: Run) -> int:
             )  # waits for nothing: a save that failed on any rank ends the run now, not at the next one
         if is_due(step, train.checkpoint_every_steps):
             save(run)
-        elif not result.is_saving:
+        elif not result.is_saving and step < run.last_step:
             replicate_if_due(run)
     save(run)
     finish_saving(run)

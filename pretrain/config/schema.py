@@ -154,13 +154,9 @@ class TrainConfig(Section):
         description="Mark the checkpoints of each so many steps: they stay for good, beside keep_last; none: marked by hand only.",
     )
     replica_every_steps: int | None = Field(
-        None,
-        gt=0,
-        description="After each so many steps without a checkpoint, write one into the memory of the nodes, each rank's part on two of them; a start after a failure goes on from there. none: never.",
+        None, gt=0, description="Steps without a checkpoint after which the memory of two nodes gets one; none: never."
     )
-    replica_folder: str = Field(
-        "/dev/shm", description="Folder in the memory of each node (a tmpfs) for replica_every_steps."
-    )
+    replica_folder: str = Field("/dev/shm", description="Folder in each node's memory for replica_every_steps.")
     validate_every_steps: int | None = Field(
         None, gt=0, description="Measure validation loss each so many steps; none: only at the end."
     )

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from data_pipeline.deletion import try_to_delete
 from data_pipeline.store.node_cache import own_folder
 from pretrain.checkpoint.commit import TEMPORARY_NAME, RankFailure, commit, discard, remove_temporary
-from pretrain.checkpoint.files import rank_file_name, write_tensors
+from pretrain.checkpoint.files import rank_file_name, tensor_bytes, write_tensors
 from pretrain.checkpoint.manifest import complete_manifest
 from pretrain.checkpoint.names import checkpoint_name, list_checkpoints
 from pretrain.checkpoint.replicas.memory import NodeMemory
@@ -106,7 +106,7 @@ def send_copies(
             block = torch.empty(length[ranks.rank], dtype=torch.uint8)
             with failure.caught(), (temporary_dir / rank_file_name(ranks.rank)).open("rb") as file:
                 file.seek(start)
-                file.readinto(block.numpy())
+                file.readinto(tensor_bytes(block))
             waiting.append(dist.isend(block, keeper, group=ranks.group))
         incoming = {rank: torch.empty(length[rank], dtype=torch.uint8) for rank in kept if length[rank] > 0}
         waiting += [dist.irecv(copy, rank, group=ranks.group) for rank, copy in incoming.items()]
@@ -115,4 +115,4 @@ def send_copies(
             work.wait()
         for rank, copy in incoming.items():
             with failure.caught(), (temporary_dir / rank_file_name(rank)).open("ab") as file:
-                file.write(memoryview(copy.numpy()))
+                file.write(tensor_bytes(copy))
