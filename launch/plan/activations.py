@@ -135,7 +135,8 @@ def stream_bytes(config: ModelConfig, storage: Storage, split: Split = Split()) 
 def weight_gradient_bytes(config: ModelConfig, letter: str, storage: Storage, split: Split = Split()) -> float:
     """Bytes a token of the gradients from which a block's weight gradients follow, where a schedule puts those off.
 
-    Of what norm, projections, experts and output give; gradients inside an operation are made again.
+    Of what norm, projections, experts and output give; gradients inside an operation are made again. Of rows that travel to
+    experts and back, the gradients that came and those that went lie there.
     """
     e, hidden = storage.element_bytes, config.hidden_size
     found = 2 * stream_bytes(config, storage, split) + hidden * e / split.stream
@@ -150,7 +151,10 @@ def weight_gradient_bytes(config: ModelConfig, letter: str, storage: Storage, sp
         moe = config.moe
         shared = up_rows(moe.shared_expert_hidden_size, moe.activation) * e / split.tensor
         latent = 2 * moe.latent_size * e / split.tokens if moe.latent_size is not None else 0.0
-        return found + moe.num_experts * FLOAT32_BYTES / split.tokens + shared + latent + hidden * e
+        found += moe.num_experts * FLOAT32_BYTES / split.tokens + shared + latent + hidden * e
+        if split.is_spread:
+            found += 2 * moe.top_k * split.rows / split.tensor * (moe.latent_size or hidden) * e
+        return found
     if letter == "-" and config.feed_forward is not None:
         rows = up_rows(config.feed_forward.hidden_size, config.feed_forward.activation)
         return found + rows * e / split.tensor

@@ -171,7 +171,7 @@ def busiest_pass(
     gathered, arriving = gathered_bytes(layout, storage, held)
     # Of routed experts all gradients are made at once, in the dtype of the weights, before they join the sums.
     expert_gradients = e * held.routed / max(1, held.letters.count("E")) if storage.backend == "triton" else 0.0
-    passes = list(activations_of(config, layout, storage, held, sizes, kept_head))
+    passes = list(activations_of(config, layout, storage, held, sizes, kept_head, split))
 
     def moment(kept: float, working: float, gradients: float, logits: float, weights: float) -> dict[str, float]:
         return {
@@ -208,6 +208,7 @@ def activations_of(
     held: StageShare,
     sizes: Mapping[str, BlockBytes],
     kept_head: float,
+    split: Split,
 ) -> Iterator[tuple[int, bool, float]]:
     """Bytes of activations at each kind of pass of a rank, as (piece, whether it is forward, bytes).
 
@@ -215,7 +216,6 @@ def activations_of(
     there already. Passes that are cut in two keep the gradients that lead to weights, and the head's own.
     """
     tokens, stage = layout.tokens(config), held.stage
-    split = split_of(layout, 1.0)
     is_piped, is_cut = layout.pipeline > 1, layout.schedule == "zero_bubble"
     stream = tokens * stream_bytes(config.model, storage, split) * is_piped
     kept, cut = [], []

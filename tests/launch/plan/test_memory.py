@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from launch.plan.activations import Split, block_bytes
+from launch.plan.activations import Split, block_bytes, weight_gradient_bytes
 from launch.plan.in_flight import moments_of
 from launch.plan.layout import Layout, held_by_stages
 from launch.plan.memory import (
@@ -122,6 +122,18 @@ def test_pipelines_hold_what_their_schedule_has_in_flight():
     assert [most(interleaved, stage) for stage in range(4)] == [11, 9, 7, 5]
     # Where the last piece begins, four micro-batches of the first one wait for their backward pass.
     assert (4, 1) in {found.held for found in moments_of(interleaved, 3, 8) if found.is_forward and found.piece == 1}
+
+
+def test_passes_that_are_cut_keep_the_gradients_of_rows_that_travelled():
+    model = preset("nemotron3_nano_30b").model
+    storage = storage_of(preset("nemotron3_nano_30b"))
+    alone, spread, uneven = (
+        weight_gradient_bytes(model, "E", storage, split)
+        for split in (Split(), Split(is_spread=True), Split(is_spread=True, rows=1.5))
+    )
+    row = model.hidden_size * storage.element_bytes
+    assert spread - alone == pytest.approx(2 * model.moe.top_k * row)
+    assert uneven - alone == pytest.approx(1.5 * (spread - alone))
 
 
 def test_pieces_of_unequal_size_are_held_in_unequal_numbers():

@@ -31,6 +31,10 @@ def test_a_preset_is_traced_as_its_header_says(name, stage):
 
 
 @pytest.mark.slow
-def test_turbos_on_half_of_its_cluster_is_as_planned():
-    (first, last) = trace("turbos_560b", 1024, "pretraining")
-    assert first.layout.ranks == 1024 and (first.rank, last.rank) == (0, 896)
+@pytest.mark.parametrize(
+    ("name", "ranks", "stage", "last"),
+    [("turbos_560b", 1024, "pretraining", 896), ("nemotron3_super_120b", 512, None, 448)],
+)
+def test_a_large_cluster_is_as_planned(name, ranks, stage, last):
+    found = trace(name, ranks, stage)
+    assert [(entry.layout.ranks, entry.rank) for entry in found] == [(ranks, 0), (ranks, last)]
