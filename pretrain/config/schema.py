@@ -335,7 +335,5 @@ class RunConfig(Section):
     prune: PruneConfig | None = Field(None, description="Set groups of weights to zero on the way; none: no pruning.")
     forget: ForgetConfig | None = Field(None, description="Let the embedding begin anew on the way; none: never.")
     hooks: RegisteredHooks = RegisteredHooks()
-    convert: ConvertConfig | None = Field(
-        None, description="Of `amfm convert`; none: the run trains what `model` says."
-    )
+    convert: ConvertConfig | None = Field(None, description="Of `amfm convert`; none: train what `model` says.")
     launch: LaunchConfig = LaunchConfig()
