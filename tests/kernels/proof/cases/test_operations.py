@@ -29,9 +29,8 @@ SPILLS = {
 }
 SPILLS_BEFORE_3_7 = {
     "scan gradients, chunks of 64": 192,
-    "scan gradients, chunks of 128": 632,
-    "mixer walk back, chunks of 64": 80,
-    "mixer gradients, chunks of 64": 272,
+    "scan gradients, chunks of 128": 616,
+    "mixer gradients, chunks of 64": 264,
     "mixer gradients, chunks of 128": 616,
     "gated norm, up to 8192 wide (Granite), backward with output": 32,
     "attention d_k d_v, head 128": 64,
