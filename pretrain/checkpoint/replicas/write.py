@@ -24,12 +24,13 @@ import torch.distributed as dist
 from data_pipeline.deletion import try_to_delete
 from data_pipeline.store.node_cache import own_folder
 from pretrain.checkpoint.commit import TEMPORARY_NAME, RankFailure, commit, discard, remove_temporary
-from pretrain.checkpoint.files import rank_file_name, tensor_bytes, write_tensors
+from pretrain.checkpoint.files import rank_file_name, write_tensors
 from pretrain.checkpoint.manifest import complete_manifest
 from pretrain.checkpoint.names import checkpoint_name, list_checkpoints
 from pretrain.checkpoint.replicas.memory import NodeMemory
 from pretrain.checkpoint.save import Snapshot
 from pretrain.rank_group import RankGroup
+from pretrain.tensor_files import tensor_bytes
 
 BLOCK_BYTES = 1 << 24  # sent at a time
 
