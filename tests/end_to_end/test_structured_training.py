@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-import math
 from pathlib import Path
 
 import pytest
-import torch
 
-from data_pipeline.prepare.corpus import fetch_corpus
 from model.config.schema import AttentionConfig, FeedForwardConfig, GuideConfig, ModelConfig
 from model.hybrid import HybridModel
-from model.packing import PackMeta
 from model.parallel.groups import single_rank_groups
-from model.scheduled import set_step
+from tests.end_to_end.plays import held_out_loss, train
 
-STEPS, ROWS, TOKENS = 220, 16, 64
-PEAK, WARMUP = 4e-3, 20
+STEPS, PEAK = 220, 4e-3
 # Parameters of the two feed-forwards: 147K dense, 46K of each other form.
 FORMS = {
     "dense": FeedForwardConfig(hidden_size=384),
@@ -26,14 +20,6 @@ FORMS = {
     "blockshuffle": FeedForwardConfig(hidden_size=384, linear_kind="blockshuffle", linear_blocks=4),
     "blockdense": FeedForwardConfig(hidden_size=384, linear_kind="blockdense", linear_rank=40, linear_blocks=4),
 }
-
-
-@functools.cache
-def play_bytes(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Training bytes, and those of the last two plays."""
-    texts = [path.read_bytes() for path in fetch_corpus("shakespeare", folder)]
-    parts = b"".join(texts[:-2]), b"".join(texts[-2:])
-    return tuple(torch.frombuffer(bytearray(part), dtype=torch.uint8).long() for part in parts)
 
 
 def train_on_bytes(folder: Path, form: str, seed: int, guide: GuideConfig | None = None) -> float:
@@ -47,43 +33,8 @@ def train_on_bytes(folder: Path, form: str, seed: int, guide: GuideConfig | None
         guide=guide,
     )
     model = HybridModel(config, single_rank_groups(), seed=seed)
-    training, held_out = play_bytes(folder)
-    generator = torch.Generator().manual_seed(seed)
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
-    others = [parameter for parameter in model.parameters() if parameter.dim() == 1]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95))
-    meta = PackMeta.one_document_a_row(ROWS, TOKENS)
-    model.train()
-    for step in range(STEPS):
-        set_step(model, step, STEPS)
-        rate = PEAK * min((step + 1) / WARMUP, 0.1 + 0.45 * (1 + math.cos(math.pi * step / STEPS)))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        starts = torch.randint(len(training) - TOKENS - 1, (ROWS,), generator=generator)
-        rows = torch.stack([training[start : start + TOKENS + 1] for start in starts.tolist()])
-        output = model(rows[:, :-1].contiguous(), meta, rows[:, 1:].contiguous())
-        (output.loss.total / (ROWS * TOKENS)).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    set_step(model, STEPS, STEPS)
-    model.eval()
-    count = 256
-    rows = held_out[: count * (TOKENS + 1)].view(count, TOKENS + 1)
-    with torch.no_grad():
-        output = model(rows[:, :-1].contiguous(), PackMeta.one_document_a_row(count, TOKENS), rows[:, 1:].contiguous())
-    return float(output.loss.nll_sum) / (count * TOKENS)
-
-
-@pytest.fixture(scope="module")
-def plays(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("plays")
-    try:
-        fetch_corpus("shakespeare", folder)
-    except RuntimeError as error:
-        pytest.skip(str(error))
-    return folder
+    train(model, folder, STEPS, peak=PEAK, seed=seed)
+    return held_out_loss(model, folder)
 
 
 @pytest.mark.slow
