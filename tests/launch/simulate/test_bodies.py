@@ -132,6 +132,7 @@ TRITON = (
     lambda rows: loss._statistics(rows(6, 8), leaf(10, 8), numbers(6, below=10), 0),
     lambda rows: fed(rows, True),
     lambda rows: fed(rows, False),
+    lambda rows: counting_sort.limit_pairs(numbers(8, 2, below=4), 4, 3),
     lambda rows: triton_router._forward(float32(6, 4), None, False, 2, True, 1.0, 2, 1),
     lambda rows: rows_triton._spread(rows(6, 8), numbers(12, below=12).int(), 12, 2, False),
     lambda rows: rows_triton._combine(rows(12, 8), numbers(12, below=12).int(), leaf(6, 2), True),

@@ -104,6 +104,8 @@ def count_on_meta(build):
 def sizes_of(model):
     """A model's configuration as plain values, with the pattern spelled out and without training-only settings."""
     fields = model.model_dump() | {"pattern": "".join(model.letters), "mtp": None}
+    if fields["mamba"] is not None:
+        fields["mamba"] = fields["mamba"] | {"keep_states": None}  # what training keeps in memory, not what is computed
     return fields | {"moe": {key: value for key, value in fields["moe"].items() if key not in TRAINING_ONLY}}
 
 

@@ -60,7 +60,7 @@ MOE = "model.moe={num_experts: 6, top_k: 2, expert_hidden_size: 12, shared_exper
             "optimizer.muon: has settings of Muon, and optimizer.kind is adamw; use optimizer.kind=muon, or remove",
         ),
         (
-            ["optimizer.state_dtype=bf16"],
+            ["train.precision=float32", "optimizer.state_dtype=bf16"],
             "optimizer.state_dtype = bf16: keeps masters in bf16, and train.precision=float32 computes with float32 weights; use",
         ),
         (

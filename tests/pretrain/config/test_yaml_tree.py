@@ -26,10 +26,10 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
     ids=["bomb", "list in itself", "mapping in itself", "open brackets", "depth"],
 )
 def test_an_endless_tree_is_refused(text: str, rule: str) -> None:
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(ConfigError, match=rule):
         TreeReader("run.yaml").read(text)
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
 
 
 def test_an_alias_that_is_used_twice_is_two_values() -> None:
