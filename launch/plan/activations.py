@@ -135,11 +135,12 @@ def stream_bytes(config: ModelConfig, storage: Storage, split: Split = Split()) 
 def weight_gradient_bytes(config: ModelConfig, letter: str, storage: Storage, split: Split = Split()) -> float:
     """Bytes a token of the gradients from which a block's weight gradients follow, where a schedule puts those off.
 
-    Of what norm, projections, experts and output give; gradients inside an operation are made again. Of rows that travel to
-    experts and back, the gradients that came and those that went lie there.
+    Of what norm, projections and experts give; gradients inside an operation are made again. The stream's gradient is the
+    block's output's too, where both have a dtype. Of rows that travelled to experts and back the gradient that came lies there.
     """
     e, hidden = storage.element_bytes, config.hidden_size
-    found = 2 * stream_bytes(config, storage, split) + hidden * e / split.stream
+    is_widened = config.residual_in_fp32 and e < FLOAT32_BYTES
+    found = stream_bytes(config, storage, split) + (1 + is_widened) * hidden * e / split.stream
     if letter == "M" and config.mamba is not None:
         mamba = config.mamba
         inner, groups = mamba.inner_size() / split.tensor, max(1.0, mamba.num_groups / split.tensor)
@@ -151,9 +152,9 @@ def weight_gradient_bytes(config: ModelConfig, letter: str, storage: Storage, sp
         moe = config.moe
         shared = up_rows(moe.shared_expert_hidden_size, moe.activation) * e / split.tensor
         latent = 2 * moe.latent_size * e / split.tokens if moe.latent_size is not None else 0.0
-        found += moe.num_experts * FLOAT32_BYTES / split.tokens + shared + latent + hidden * e
+        found += moe.num_experts * FLOAT32_BYTES / split.tokens + shared + latent
         if split.is_spread:
-            found += 2 * moe.top_k * split.rows / split.tensor * (moe.latent_size or hidden) * e
+            found += moe.top_k * split.rows / split.tensor * (moe.latent_size or hidden) * e
         return found
     if letter == "-" and config.feed_forward is not None:
         rows = up_rows(config.feed_forward.hidden_size, config.feed_forward.activation)
@@ -248,9 +249,9 @@ def _moe_bytes(moe: MoeConfig, hidden_size: int, storage: Storage, split: Split)
         kept += (hidden_size + 1) * e / split.tokens  # what is gated, and the gate
     units = moe.expert_hidden_size
     if storage.backend == "triton":
-        # Gradients of rows and of hidden rows in expert order, and the activation. Rows that travel are put in that order and
-        # back, with their gradients.
-        return BlockBytes(kept, choices * ((3 if split.is_spread else 1) * width + rows + units) * e)
+        # Gradients of rows and of hidden rows, and the activation. Where rows travel, the results that went back make room
+        # for their gradients.
+        return BlockBytes(kept, choices * (width + rows + units) * e)
     # Rows and their gradients in expert order, hidden rows with activation and gradient, sums by token in float32.
     working = choices * (3 * width * e + (rows + 3 * units) * e) + 2 * width * FLOAT32_BYTES
     return BlockBytes(kept, working)

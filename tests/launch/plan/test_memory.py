@@ -11,6 +11,7 @@ from launch.plan.memory import (
     bucket_sizes,
     bucketed_bytes,
     building_bytes,
+    busiest_pass,
     estimate_memory,
     persistent_bytes,
     product_bytes,
@@ -124,7 +125,7 @@ def test_pipelines_hold_what_their_schedule_has_in_flight():
     assert (4, 1) in {found.held for found in moments_of(interleaved, 3, 8) if found.is_forward and found.piece == 1}
 
 
-def test_passes_that_are_cut_keep_the_gradients_of_rows_that_travelled():
+def test_passes_that_are_cut_keep_the_gradients_of_results_that_went_back():
     model = preset("nemotron3_nano_30b").model
     storage = storage_of(preset("nemotron3_nano_30b"))
     alone, spread, uneven = (
@@ -132,8 +133,25 @@ def test_passes_that_are_cut_keep_the_gradients_of_rows_that_travelled():
         for split in (Split(), Split(is_spread=True), Split(is_spread=True, rows=1.5))
     )
     row = model.hidden_size * storage.element_bytes
-    assert spread - alone == pytest.approx(2 * model.moe.top_k * row)
+    assert spread - alone == pytest.approx(model.moe.top_k * row)
     assert uneven - alone == pytest.approx(1.5 * (spread - alone))
+
+
+def test_a_pass_that_is_cut_frees_nothing_before_its_weights():
+    config = preset("nemotron3_nano_30b", ranks=64)
+    layout, storage = Layout.of(config, 64), storage_of(config)
+    first, last = held_by_stages(config.model, layout, config.train.sequence_length)
+    split = Split(is_spread=True)
+
+    def planned(held, schedule):
+        return busiest_pass(config, replace(layout, schedule=schedule), storage, held, 1.0)["activations"]
+
+    cut = planned(last, "zero_bubble")
+    kept = sum(block_bytes(config.model, letter, storage, split).kept for letter in last.letters)
+    left = sum(weight_gradient_bytes(config.model, letter, storage, split) for letter in last.letters)
+    assert cut > 2 * layout.tokens(config) * (kept + left)
+    # What the first stage got needs no gradient, so that nothing is gained by cutting its passes.
+    assert planned(first, "zero_bubble") == planned(first, "1f1b")
 
 
 def test_pieces_of_unequal_size_are_held_in_unequal_numbers():
