@@ -52,14 +52,16 @@ class Split:
     """How a rank's part of a block is smaller than the block: widths over `tensor` ranks, tokens between blocks over `stream`.
 
     `tokens`: tensor ranks among which a router's tokens are cut. `is_spread`: experts live on other ranks, so rows are
-    copied on their way. `rows`: routed rows of the fullest rank over the mean. `is_in_segments`: rows lie on several context
-    ranks, so that a Mamba2 block runs in parts.
+    copied on their way. `beside`: ranks that share the inner width of spread experts, each of which has the rows of all. `rows`:
+    routed rows of the fullest rank over the mean. `is_in_segments`: rows lie on several context ranks, so that a Mamba2 block
+    runs in parts.
     """
 
     tensor: int = 1
     stream: int = 1
     tokens: int = 1
     is_spread: bool = False
+    beside: int = 1
     rows: float = 1.0
     is_in_segments: bool = False
 
@@ -154,7 +156,7 @@ def weight_gradient_bytes(config: ModelConfig, letter: str, storage: Storage, sp
         latent = 2 * moe.latent_size * e / split.tokens if moe.latent_size is not None else 0.0
         found += moe.num_experts * FLOAT32_BYTES / split.tokens + shared + latent
         if split.is_spread:
-            found += moe.top_k * split.rows / split.tensor * (moe.latent_size or hidden) * e
+            found += split.beside * moe.top_k * split.rows / split.tensor * (moe.latent_size or hidden) * e
         return found
     if letter == "-" and config.feed_forward is not None:
         rows = up_rows(config.feed_forward.hidden_size, config.feed_forward.activation)
@@ -239,7 +241,7 @@ def _moe_bytes(moe: MoeConfig, hidden_size: int, storage: Storage, split: Split)
     choices = moe.top_k * split.rows / split.tensor
     kept += choices * rows * e
     if split.is_spread:
-        kept += 2 * choices * width * e  # rows as they came, and results as they went back
+        kept += (split.beside + 1) * choices * width * e  # rows as they came, and results as they went back
     shared = moe.shared_expert_hidden_size
     shared_rows = up_rows(shared, moe.activation)
     kept += (
@@ -251,7 +253,7 @@ def _moe_bytes(moe: MoeConfig, hidden_size: int, storage: Storage, split: Split)
     if storage.backend == "triton":
         # Gradients of rows and of hidden rows, and the activation. Where rows travel, the results that went back make room
         # for their gradients.
-        return BlockBytes(kept, choices * (width + rows + units) * e)
+        return BlockBytes(kept, choices * ((2 * split.beside - 1) * width + rows + units) * e)
     # Rows and their gradients in expert order, hidden rows with activation and gradient, sums by token in float32.
     working = choices * (3 * width * e + (rows + 3 * units) * e) + 2 * width * FLOAT32_BYTES
     return BlockBytes(kept, working)

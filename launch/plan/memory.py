@@ -132,6 +132,7 @@ def split_of(layout: Layout, imbalance: float) -> Split:
         stream=layout.stream_ranks,
         tokens=layout.tensor if is_spread else layout.stream_ranks,
         is_spread=is_spread,
+        beside=layout.expert_tensor if is_spread else 1,
         rows=imbalance if is_spread else 1.0,
         is_in_segments=layout.context > 1,
     )

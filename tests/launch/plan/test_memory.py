@@ -137,6 +137,18 @@ def test_passes_that_are_cut_keep_the_gradients_of_results_that_went_back():
     assert uneven - alone == pytest.approx(1.5 * (spread - alone))
 
 
+def test_ranks_that_share_inner_widths_have_the_rows_of_all():
+    config = preset("nemotron3_nano_30b")
+    model, storage = config.model, storage_of(config)
+    alone, shared = (Split(tensor=2, tokens=2, is_spread=True, beside=ranks) for ranks in (1, 2))
+    rows = model.moe.top_k / 2 * model.hidden_size * storage.element_bytes
+    one, other = (block_bytes(model, "E", storage, split) for split in (alone, shared))
+    assert other.kept - one.kept == pytest.approx(rows)
+    assert other.working - one.working == pytest.approx(2 * rows)
+    cut = [weight_gradient_bytes(model, "E", storage, split) for split in (alone, shared)]
+    assert cut[1] - cut[0] == pytest.approx(rows)
+
+
 def test_a_pass_that_is_cut_frees_nothing_before_its_weights():
     config = preset("nemotron3_nano_30b", ranks=64)
     layout, storage = Layout.of(config, 64), storage_of(config)
