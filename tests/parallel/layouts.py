@@ -318,6 +318,7 @@ LAYOUTS = [
     Layout(4, {"tensor": 2, "zero_stage": 3}, "muon"),
     Layout(4, {"tensor": 2, "sequence_parallel": True, "expert": 2, "expert_tensor": 2}, "muon"),
     Layout(4, {"context": 2, "pipeline": 2, "zero_stage": 2}, "muon"),
+    Layout(8, {"pipeline": 2, "tensor": 2, "sequence_parallel": True, "expert": 2, "zero_stage": 2}, "muon"),
     # Multi-token prediction.
     Layout(2, {"pipeline": 2}, "mtp", quick=True),
     Layout(4, {"context": 2, "tensor": 2, "sequence_parallel": True}, "mtp_shared", quick=True),
@@ -328,6 +329,7 @@ LAYOUTS = [
     Layout(2, {"expert": 2}, "mtp_shared"),
     Layout(2, {"pipeline": 2, "schedule": "interleaved", "virtual_stages": 2}, "mtp"),
     Layout(2, {"pipeline": 2}, "mtp_shared", {"train__recompute": "full"}),
+    Layout(8, {"context": 2, "tensor": 2, "sequence_parallel": True, "expert": 2, "zero_stage": 2}, "mtp_shared"),
     Layout(4, {"tensor": 2, "sequence_parallel": True, "expert": 4, "zero_stage": 2}, "mtp"),
     Layout(4, {"pipeline": 2, "tensor": 2, "sequence_parallel": True}, "mtp"),
     Layout(4, {"context": 2, "zero_stage": 3}, "mtp_shared"),
