@@ -22,6 +22,7 @@ from model.mixers.interface import BlockState, MixerOutput
 from model.packing import PackMeta
 from model.parallel.groups import ProcessGroupCollection
 from model.parallel.layers import RMSNorm
+from model.routed_updates import RoutedUpdates, projections_of
 
 
 class Block(nn.Module):
@@ -38,6 +39,10 @@ class Block(nn.Module):
         self.multiplier = config.multipliers.residual
         self.norm = RMSNorm(config.hidden_size, config.norm_epsilon, backend, groups)
         self.mixer = build_mixer(index, config, groups, backend)
+        self.updates: RoutedUpdates | None = None
+        routed = config.lora_mixer
+        if routed is not None and projections_of(self.mixer, routed.targets):
+            self.updates = RoutedUpdates(self.mixer, routed, config.hidden_size, groups, backend)
 
     def forward(
         self, residual_BTD: Tensor, delta_BTD: Tensor | None, meta: PackMeta, state: BlockState = None
@@ -57,12 +62,17 @@ class Block(nn.Module):
             normed_BTD = self.norm(residual_BTD)
         else:
             normed_BTD, residual_BTD = self.norm.add(delta_BTD, residual_BTD)
-        mixed = self.mixer(normed_BTD.to(self.norm.weight.dtype), meta, state)
+        mixed = self._run_mixer(normed_BTD, meta, state)
         return residual_BTD, mixed._replace(y_BTD=multiply(mixed.y_BTD, self.multiplier))
 
     def _mix(self, residual_BTD: Tensor, meta: PackMeta) -> MixerOutput:
-        mixed: MixerOutput = self.mixer(self.norm(residual_BTD).to(self.norm.weight.dtype), meta)
-        return mixed
+        return self._run_mixer(self.norm(residual_BTD), meta, None)
+
+    def _run_mixer(self, normed_BTD: Tensor, meta: PackMeta, state: BlockState) -> MixerOutput:
+        x_BTD = normed_BTD.to(self.norm.weight.dtype)
+        balance = {} if self.updates is None else self.updates.choose(x_BTD)
+        mixed: MixerOutput = self.mixer(x_BTD, meta, state)
+        return mixed._replace(auxiliary=(mixed.auxiliary or {}) | balance) if balance else mixed
 
 
 class Blocks(nn.Module):

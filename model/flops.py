@@ -11,6 +11,7 @@ and padding do not count. A utilisation computed from them can therefore be comp
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeVar
@@ -80,7 +81,7 @@ def block_flops(config: ModelConfig, letter: str, sequence_length: int) -> float
 
     Backward has two products for each one of forward (for the input and for the weight), hence three times.
     """
-    return 3.0 * _block_forward_flops(config, letter, sequence_length)
+    return 3.0 * (_block_forward_flops(config, letter, sequence_length) + 2.0 * _routed_updates(config, letter))
 
 
 def head_flops(config: ModelConfig) -> float:
@@ -98,11 +99,11 @@ def _depth_parameters(config: ModelConfig) -> tuple[int, int]:
 
 def block_parameters(config: ModelConfig, letter: str) -> tuple[int, int]:
     """(total, active) parameters of one block with its norm."""
+    rest = config.hidden_size + _routed_updates(config, letter)
     if letter not in SECTIONS:
-        total = _registered(config, letter, 1)[0] + config.hidden_size
+        total = _registered(config, letter, 1)[0] + rest
         return total, total
     matrices, active_matrices = _block_matrices(config, letter)
-    rest = config.hidden_size
     if letter == "M":
         mamba = _section(config.mamba)
         # Convolution; A_log, D and dt_bias, one number a head each; the weight of the gated norm.
@@ -193,6 +194,16 @@ def _block_forward_flops(config: ModelConfig, letter: str, sequence_length: int)
         # Two products, queries with keys and weights with values, of 2 operations a channel and key each.
         flops += 2 * 2 * keys * attention.num_heads * attention.head_dim
     return flops
+
+
+@lru_cache(maxsize=256)
+def _routed_updates(config: ModelConfig, letter: str) -> int:
+    """Parameters of a block's router and low-rank updates, which all tokens are multiplied by."""
+    if config.lora_mixer is None:
+        return 0
+    from model.routed_updates import update_shapes
+
+    return sum(math.prod(shape) for shape in update_shapes(config, letter).values())
 
 
 @lru_cache(maxsize=256)

@@ -15,10 +15,11 @@ from torch import Tensor
 from model.hybrid import HybridModel
 from model.init import initialize_parameters
 from model.on_demand import OnDemand, computed, on_demand
-from model.parallel.layers import ColumnLinear, RowLinear
 from model.parallel.low_rank import LowRankUpdate
+from model.routed_updates import PROJECTIONS, projections_of
 
-PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
+__all__ = ["PROJECTIONS", "add_lora", "merge_lora"]
+
 _DOWN, _UP = ".lora.down", ".lora.up"
 
 
@@ -28,14 +29,12 @@ def add_lora(model: HybridModel, targets: Collection[str], *, rank: int, alpha: 
     Updates start at zero: the model computes what it did. Returns the names of the layers that got one. No collectives;
     every rank must call this before an engine takes the model.
     """
-    names = {PROJECTIONS[target] for target in targets}
     found = []
     for index in model.blocks.indices():
-        for name, layer in model.blocks[index].mixer.named_children():
-            if name in names and isinstance(layer, ColumnLinear | RowLinear):
-                (cut,) = layer.shards["weight"].cuts
-                layer.lora = LowRankUpdate(layer.weight, cut, rank, alpha / rank)
-                found.append(f"blocks.{index}.mixer.{name}")
+        for name, layer in projections_of(model.blocks[index].mixer, tuple(targets)).items():
+            (cut,) = layer.shards["weight"].cuts
+            layer.lora = LowRankUpdate(layer.weight, cut, rank, alpha / rank)
+            found.append(f"blocks.{index}.mixer.{name}")
     initialize_parameters(
         model, model.config, model.groups, model.seed, wanted=lambda name: name.endswith((_DOWN, _UP))
     )

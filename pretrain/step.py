@@ -26,6 +26,7 @@ from model.config.schema import ModelConfig
 from model.hybrid import ModelOutput
 from model.loss import IGNORE_INDEX
 from model.moe.balance import auxiliary_names
+from model.routed_updates import BALANCE
 from model.scheduled import set_step
 from pretrain.micro_batch import LossShare, MicroBatch, look_ahead, move_batch
 from pretrain.monitor.anomalies import StepAnomaly, describe_skip, judge_loss, remember_loss
@@ -216,6 +217,8 @@ def empty_sums(config: ModelConfig, device: torch.device, *, transfers: bool = F
     letters = config.built_letters
     for name in filter(None, map(mixer_name, letters)):
         sums.auxiliary |= {loss: zero.clone() for loss in getattr(config.mixers, name).auxiliary_names()}
+    if config.lora_mixer is not None and config.lora_mixer.balance_weight:
+        sums.auxiliary[BALANCE] = zero.clone()
     if transfers:
         sums.auxiliary["transfer"] = zero.clone()
     blocks = [index for index, letter in enumerate(letters) if letter == "E"]

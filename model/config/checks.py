@@ -64,6 +64,11 @@ def check_model(config: ModelConfig) -> None:
     if config.feed_forward is not None:
         dense = config.feed_forward
         _check_structure(config, "model.feed_forward.", dense.hidden_size, dense.activation)
+    routed = config.lora_mixer
+    if routed is not None and routed.top_k > routed.num_experts:
+        raise ValueError(
+            f"model.lora_mixer.top_k={routed.top_k} is more than num_experts={routed.num_experts}; lower it to at most that"
+        )
     if config.guide is not None and not config.has_factors():
         raise ValueError(
             "model.guide has no effect: no block of model.pattern has factored matrices; set linear_kind, or remove the guide"

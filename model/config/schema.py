@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, create_model
 
+from model.config.lora_mixer import LoraMixerConfig
 from model.config.mixer_options import OutputGate
 from model.config.mixer_registry import mixer_specs
 from model.config.pattern import Pattern, parse_pattern
@@ -265,6 +266,10 @@ class ModelConfig(Section):
     feed_forward: FeedForwardConfig | None = Field(None, description="Needed by - (D).")
     mixers: RegisteredMixers = Field(RegisteredMixers(), description="Other sequence mixers; docs/mixers.md.")
     guide: GuideConfig | None = Field(None, description="Guide factored matrices while they train; none: no guide.")
+    lora_mixer: LoraMixerConfig | None = Field(
+        None,
+        description="Low-rank updates of attention's projections that a router chooses among; none: no such updates.",
+    )
     multipliers: MultipliersConfig = Field(MultipliersConfig(), description="Constant factors in the forward pass.")
     mup: MupConfig | None = Field(None, description="Carry the learning rate over widths; none: one rate for all.")
     mtp: MtpConfig | None = Field(

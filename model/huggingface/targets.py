@@ -41,6 +41,11 @@ def explain_unfit(config: ModelConfig, target: str) -> list[str]:
     config = without_mup(config)
     if target == "auto":
         return []
+    if target in TARGETS and config.lora_mixer is not None:
+        return [
+            "model.lora_mixer has low-rank updates that a router chooses among by token: no class holds them; convert without "
+            "tune.routing, whose one update is merged into the weights"
+        ]
     if target == "own":
         return _unfit_for_own(config)
     if target == "nemotron_h":

@@ -23,6 +23,7 @@ from model.huggingface.latent_attention_weights import latent_map
 from model.huggingface.qwen3_next_weights import qwen3_next_map
 from model.huggingface.targets import Source
 from model.parallel.groups import single_rank_groups
+from model.routed_updates import update_shapes
 
 
 def weight_map(config: ModelConfig, target: Source) -> WeightMap:
@@ -52,6 +53,8 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             shapes[f"{prefix}blocks.{index}.norm.weight"] = (width,)
             for name, shape in block_shapes(config, letter).items():
                 shapes[f"{prefix}blocks.{index}.mixer.{name}"] = shape
+            for name, shape in update_shapes(config, letter).items():
+                shapes[f"{prefix}blocks.{index}.{name}"] = shape
 
     add_blocks("", config.letters)
     shapes["final_norm.weight"] = (width,)

@@ -19,7 +19,8 @@ from model.parallel.shards import Shard, ShardSpec
 class LowRankUpdate(nn.Module):
     """The factors down [rank, in of this rank] and up [out of this rank, rank] of scale up (down x).
 
-    `cut`: of the matrix that it stands beside, of dim 0 for a column layer and dim 1 for a row layer.
+    `cut`: of the matrix that it stands beside, of dim 0 for a column layer and dim 1 for a row layer. `gates` [..., rank]:
+    what the numbers between both factors are multiplied by, token by token (model/routed_updates.py); none: nothing.
     Source: Hu et al. 2021, arXiv 2106.09685, section 4.1.
     """
 
@@ -27,6 +28,7 @@ class LowRankUpdate(nn.Module):
         super().__init__()
         outputs, inputs = weight_OI.shape
         self.scale = scale
+        self.gates: Tensor | None = None
         self.down = nn.Parameter(weight_OI.new_empty(rank, inputs))
         self.up = nn.Parameter(weight_OI.new_empty(outputs, rank))
         own, whole = Shard((replace(cut),)), Shard(partial=("tp",))
@@ -38,4 +40,4 @@ class LowRankUpdate(nn.Module):
 
     def raise_rank(self, inner: Tensor) -> Tensor:
         """Compute the update from what `down` gives, [..., rank] -> [..., out of this rank]."""
-        return linear(inner, self.up) * self.scale
+        return linear(inner if self.gates is None else inner * self.gates, self.up) * self.scale

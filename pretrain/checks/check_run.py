@@ -21,7 +21,7 @@ from model.config.checks import check_model
 from model.huggingface.qwen3_next import unfit_tokenizer
 from model.huggingface.targets import explain_unfit
 from pretrain.checkpoint.names import newest_saved_step
-from pretrain.checks.conversion import conversion_problems
+from pretrain.checks.conversion import conversion_problems, routed_problems
 from pretrain.checks.mixers import kernel_problems
 from pretrain.checks.optimizer import optimizer_problems
 from pretrain.checks.parallel import layout_problems, pipeline_problems
@@ -83,7 +83,7 @@ def check_run(
     """
     declared, synthetic = list(declaration_problems(config)), list(synthetic_problems(config))
     problems = [*declared, *vocabulary_problems(config), *data_problems(config), *synthetic, *keeping_problems(config)]
-    problems += [*task_problems(config), *conversion_problems(config)]
+    problems += [*task_problems(config), *conversion_problems(config), *routed_problems(config)]
     if not declared:
         stages = resolve_stages(config)
         steps = stages[-1].last_step

@@ -9,6 +9,24 @@ from pretrain.config.hook_registry import hook_specs
 from pretrain.config.schema import RunConfig
 
 
+def routed_problems(config: RunConfig) -> Iterator[Problem]:
+    """Refuse what has not been shown to compute the same beside low-rank updates that a router chooses among."""
+    if config.model.lora_mixer is None:
+        return
+    parallel = config.parallel
+    refused = [
+        ("train.compile", config.train.compile, "true", "use false"),
+        ("parallel.zero_stage", parallel.zero_stage == 3, "3", "use 0, 1 or 2"),
+        ("parallel.context", parallel.context > 1, str(parallel.context), "use 1"),
+        ("parallel.pipeline", parallel.pipeline > 1, str(parallel.pipeline), "use 1"),
+        ("prune", config.prune is not None, None, "prune the model before it gets updates"),
+        ("model.mup", config.model.mup is not None, None, "remove it: rates of updates are not carried over widths"),
+    ]
+    for key, is_set, value, remedy in refused:
+        if is_set:
+            yield Problem(key, "is not built for the routed updates of model.lora_mixer", remedy, value)
+
+
 def conversion_problems(config: RunConfig) -> Iterator[Problem]:
     """Refuse a section `convert` in a run of training, and layouts that do not know weights which stay as they are."""
     if config.convert is None:

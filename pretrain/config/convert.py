@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import Field
 
+from model.config.lora_mixer import LoraMixerConfig, Projection
 from model.config.section import Section
 
 StageName = Literal["transfer", "tune", "tune-window", "tune-teacher"]
-Projection = Literal["q", "k", "v", "o"]
 
 
 class TransferConfig(Section):
@@ -18,6 +18,14 @@ class TransferConfig(Section):
     steps: int = Field(gt=0, description="Optimizer steps.")
     learning_rate: float = Field(1e-2, gt=0, description="Peak rate.")
     scale: float = Field(1000.0, gt=0, description="Factor on the mean squared distance of the outputs.")
+
+
+class RoutingConfig(Section):
+    """Several updates beside each projection, of which a router chooses some for each token (LoRA-Mixer)."""
+
+    num_experts: int = Field(ge=2, description="Updates beside each projection.")
+    top_k: int = Field(2, gt=0, description="Updates a token; at most num_experts.")
+    balance_weight: float = Field(0.01, ge=0, description="Weight of the loss that balances the router.")
 
 
 class TuneConfig(Section):
@@ -30,6 +38,17 @@ class TuneConfig(Section):
     targets: tuple[Projection, ...] = Field(
         ("q", "k", "v", "o"), min_length=1, description="Projections with an update."
     )
+    routing: RoutingConfig | None = Field(
+        None,
+        description="Choose among several updates, which then stay in the result; none: one, merged into the weights.",
+    )
+
+    def routed(self) -> LoraMixerConfig | None:
+        """The model's section of the updates that a router chooses among."""
+        if self.routing is None:
+            return None
+        own = {"rank": self.rank, "alpha": self.alpha, "targets": self.targets}
+        return LoraMixerConfig(**self.routing.model_dump(), **own)
 
 
 class ConvertConfig(Section):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from model.hybrid import HybridModel
 from model.lora import PROJECTIONS, add_lora
 from model.mixers.window_linear import WindowLinearMixer
+from model.routed_updates import ENDS
 from pretrain.config.convert import ConvertConfig
 
 
@@ -24,7 +25,11 @@ def prepare_stage(model: HybridModel, convert: ConvertConfig) -> None:
             mixer.transfer_scale = convert.transfer.scale
     else:
         tune = convert.tune
-        add_lora(model, tune.targets, rank=tune.rank, alpha=tune.alpha)
+        if tune.routing is None:
+            add_lora(model, tune.targets, rank=tune.rank, alpha=tune.alpha)
+        for name, parameter in model.named_parameters():
+            if name.endswith(ENDS):
+                parameter.requires_grad_(True)
     if convert.stage == "tune-window":
         for mixer in converted_mixers(model, convert):
             mixer.used = "window"

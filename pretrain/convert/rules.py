@@ -49,8 +49,20 @@ def rule_problems(config: RunConfig) -> Iterator[Problem]:
     if config.model.num_depths:
         rule = "has depths of multi-token prediction, which a conversion does not tune"
         yield Problem("model.pattern", rule, "leave them out: the teacher's are ignored then", config.model.pattern)
+    yield from routing_problems(config)
     yield from block_problems(config)
     yield from mixer_problems(config)
+
+
+def routing_problems(config: RunConfig) -> Iterator[Problem]:
+    """Check that the updates a router chooses among are the conversion's own, and that it can choose so many."""
+    routing = conversion_of(config).tune.routing
+    if config.model.lora_mixer is not None:
+        rule = "is what convert.tune.routing gives a model, and a teacher has none"
+        yield Problem("model.lora_mixer", rule, "remove it, and give the teacher that the updates were made for")
+    if routing is not None and routing.top_k > routing.num_experts:
+        rule = f"is more than convert.tune.routing.num_experts={routing.num_experts}"
+        yield Problem("convert.tune.routing.top_k", rule, "lower it to at most that", str(routing.top_k))
 
 
 def block_problems(config: RunConfig) -> Iterator[Problem]:

@@ -99,6 +99,8 @@ def _stage(config: RunConfig, name: StageName, initial: Path, steps: int, rate: 
     if model.moe is not None:
         # Routers are frozen, and so is the balance that they were trained with.
         model = model.model_copy(update={"moe": model.moe.model_copy(update={"bias_update_rate": 0.0})})
+    if name != "transfer":
+        model = model.model_copy(update={"lora_mixer": convert.tune.routed()})
     run_dir = str(folder_of(config, f"convert-{name}"))
     changes = {
         "model": model,

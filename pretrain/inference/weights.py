@@ -38,6 +38,7 @@ from model.lora import merge_lora
 from model.on_demand import OnDemand, cut_rows, on_demand
 from model.parallel.groups import single_rank_groups
 from model.parallel.shards import REPLICATED, parameter_shards
+from model.routed_updates import ENDS
 from pretrain.checkpoint.files import MANIFEST_NAME, read_manifest
 from pretrain.checkpoint.inspect import find_checkpoint, read_full_state
 from pretrain.checkpoint.names import CHECKPOINT_NAME, list_checkpoints
@@ -185,7 +186,8 @@ def merge_stage(state: OnDemand, convert: ConvertConfig, folder: Path) -> OnDema
             f"{folder} is a control of a conversion, trained with the linear branch left out; only the conversion's own "
             "report measures it: give convert-tune or result instead"
         )
-    return merge_lora(state, convert.tune.alpha / convert.tune.rank)
+    # Updates that a router chooses among are no matrix: they stay, and the model has a section for them.
+    return state if convert.tune.routing else merge_lora(state, convert.tune.alpha / convert.tune.rank)
 
 
 def write_weights(folder: Path, weights: Weights) -> None:
@@ -264,9 +266,12 @@ def load_initial_weights(model: HybridModel, path: str | Path, tokenizer_identit
     Depths of multi-token prediction may be other ones, or be in one of the two alone: the model's then begin at random. The function that the weights compute must be the run's, and so must the tokenizer: ValueError names what differs.
     Every rank must call this: each reads the folder and keeps its part; nothing is communicated.
     """
-    weights = read_weights(path)
-    require_same_function(weights, model.config, tokenizer_identity, f"run.initial_weights={path}")
+    weights, wanted = read_weights(path), model.config
     remarks, state = [], on_demand(weights.state)
+    if wanted.lora_mixer is not None and weights.model.lora_mixer is None:
+        remarks.append(f"{weights.origin} has no routed updates: they begin as nothing")
+        wanted = wanted.model_copy(update={"lora_mixer": None})
+    require_same_function(weights, wanted, tokenizer_identity, f"run.initial_weights={path}")
     mine, theirs = depth_shapes(model.config), depth_shapes(weights.model)
     if mine != theirs:
         depths = [f"/{''.join(config.parsed_pattern.depth_letters)}" for config in (weights.model, model.config)]
@@ -314,11 +319,11 @@ def depth_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def take_own_part(model: HybridModel, state: OnDemand) -> None:
     """Copy what this rank's model holds: its blocks, and of each parameter its shard, reading the rows that have a part in it.
 
-    Buffers, such as the router's balancing bias, are copied whole. Prediction depths that `state` lacks stay as they are.
+    Buffers, such as the router's balancing bias, are copied whole. Prediction depths and routed updates that `state` lacks stay as they are.
     """
     parameters = {name: (parameter, shard) for name, parameter, shard in parameter_shards(model)}
     for name, own in model.state_dict(keep_vars=True).items():
-        if name not in state and name.startswith(DEPTH_PREFIX):
+        if name not in state and (name.startswith(DEPTH_PREFIX) or name.endswith(ENDS)):
             continue
         parameter, shard = parameters.get(name, (own, REPLICATED))
         if not parameter.dim():
@@ -374,6 +379,9 @@ def function_settings(config: ModelConfig) -> dict[str, object]:
             for name, value in section.model_dump().items():
                 if f"{section_name}.{name}" not in _TRAINING_ONLY:
                     settings[f"{section_name}.{name}"] = value
+    if config.lora_mixer is not None:
+        routed = config.lora_mixer.model_dump(exclude={"balance_weight"})
+        settings |= {f"lora_mixer.{name}": value for name, value in routed.items()}
     return settings
 
 

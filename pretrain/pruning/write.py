@@ -35,6 +35,10 @@ def shrink_checkpoint(checkpoint: str | Path, out_dir: str | Path, report: Repor
     out = Path(out_dir)
     check_free(out)
     weights = read_weights(checkpoint, report)
+    if weights.model.lora_mixer is not None:
+        raise ValueError(
+            f"{weights.origin} has routed updates (model.lora_mixer), which are not made smaller; shrink first"
+        )
     shrunk = shrink_weights(weights)
     report("comparing logits before and after")
     tokens_BT, _, compared = proof_text(weights)

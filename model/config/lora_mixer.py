@@ -1,0 +1,24 @@
+"""The section of low-rank updates among which a router chooses. No torch here."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from model.config.section import Section
+
+Projection = Literal["q", "k", "v", "o"]
+
+
+class LoraMixerConfig(Section):
+    """Low-rank updates beside projections of attention, of which a router chooses some for each token; set by `amfm convert`."""
+
+    num_experts: int = Field(ge=2, description="Updates beside each projection.")
+    top_k: int = Field(2, gt=0, description="Updates a token; at most num_experts.")
+    rank: int = Field(8, gt=0, description="Rank of each update.")
+    alpha: float = Field(16.0, gt=0, description="Updates count alpha / rank times.")
+    targets: tuple[Projection, ...] = Field(("q", "k", "v", "o"), min_length=1, description="Projections with updates.")
+    balance_weight: float = Field(
+        0.01, ge=0, description="Weight of the loss that balances the router, as lora_balance."
+    )

@@ -1,0 +1,108 @@
+"""Low-rank updates of which a router chooses some for each token: what LoRA-Mixer puts beside attention's projections.
+
+    y = W x + (alpha / r) sum over the top k of E of p_e B_e A_e x
+
+A block has one router, which reads what its mixer reads, so that all projections of a token choose alike. The factors of the
+E updates lie behind each other, as one of rank E r (model/parallel/low_rank.py), between whose factors each token has the
+weights p of the chosen, and zeros: E r is small beside the width, and products of whole matrices are quicker than the
+sorting that would spare the zeros. So names, first values, cuts over tensor ranks and freezing are those of one update, and
+no collective is added to those that the router of experts has. After LoRA-Mixer, whose balance loss could not be read: ours
+is that of the experts' router (Fedus et al. 2021, arXiv 2101.03961, section 2.2).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from kernels.linear.op import linear_float32
+from kernels.moe.losses import balance_loss
+from kernels.moe.op import route
+from model.build import build_mixer
+from model.config.lora_mixer import LoraMixerConfig
+from model.config.schema import ModelConfig
+from model.parallel.groups import ProcessGroupCollection, single_rank_groups
+from model.parallel.layers import ColumnLinear, Linear, RowLinear
+from model.parallel.low_rank import LowRankUpdate
+from model.parallel.regions import gather_stream, sum_gradients
+
+PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
+# Ends of the names of what this adds to a model.
+ENDS = (".lora.down", ".lora.up", ".updates.router.weight")
+BALANCE = "lora_balance"
+
+
+class RoutedUpdates(nn.Module):
+    """The router of a block's updates; the updates themselves are `lora` of the layers of its mixer.
+
+    Every rank of `groups.tp` must call `choose`. Context ranks are refused (pretrain/checks/conversion.py).
+    """
+
+    def __init__(
+        self, mixer: nn.Module, config: LoraMixerConfig, width: int, groups: ProcessGroupCollection, backend: str
+    ) -> None:
+        super().__init__()
+        self.section, self.groups, self.backend = config, groups, backend
+        self.router = Linear(width, config.num_experts, groups)
+        updates = []
+        for layer in projections_of(mixer, config.targets).values():
+            (cut,) = layer.shards["weight"].cuts
+            rank = config.num_experts * config.rank
+            layer.lora = LowRankUpdate(layer.weight, cut, rank, config.alpha / config.rank)
+            updates.append(layer.lora)
+        # A tuple: they belong to their layers, and have their names from there.
+        self.updates = tuple(updates)
+
+    def choose(self, x_BTD: Tensor) -> dict[str, Tensor]:
+        """Choose for the tokens x [B, T, D] (under sequence parallelism this rank's), until the next call.
+
+        Returns the weighted loss that balances the router, in training alone.
+        """
+        section = self.section
+        logits_BTE = gather_stream(linear_float32(x_BTD, self.router.weight), self.groups)
+        routing = route(
+            logits_BTE.flatten(0, 1),
+            None,
+            score="softmax",
+            top_k=section.top_k,
+            # The weight of a single choice must not always be one, or the router would learn nothing.
+            normalize=section.top_k > 1,
+            scaling=1.0,
+            backend=self.backend,
+        )
+        weights_RE = torch.zeros_like(routing.scores_RE).scatter(1, routing.expert_ids_RK, routing.weights_RK)
+        # Every tensor rank's rows or columns give a part of the gradient.
+        gates_BTE = sum_gradients(weights_RE.view_as(logits_BTE), self.groups)
+        gates = gates_BTE.repeat_interleave(section.rank, dim=-1).to(x_BTD.dtype)
+        for update in self.updates:
+            update.gates = gates
+        if not (self.training and section.balance_weight):
+            return {}
+        loss = balance_loss(routing.scores_RE, routing.counts_E, section.top_k)
+        return {BALANCE: section.balance_weight * loss}
+
+
+def projections_of(mixer: nn.Module, targets: tuple[str, ...]) -> dict[str, ColumnLinear | RowLinear]:
+    """The projections `targets` (q, k, v, o) that a mixer has, by their names."""
+    names = {PROJECTIONS[target] for target in targets}
+    return {
+        name: layer
+        for name, layer in mixer.named_children()
+        if name in names and isinstance(layer, ColumnLinear | RowLinear)
+    }
+
+
+def update_shapes(config: ModelConfig, letter: str) -> dict[str, tuple[int, ...]]:
+    """List names and shapes of what routed updates add to a block of this kind, under the block's name; nothing is allocated."""
+    routed = config.lora_mixer
+    if routed is None:
+        return {}
+    groups = single_rank_groups()
+    with torch.device("meta"):
+        mixer = build_mixer(config.built_letters.index(letter), config, groups, "torch")
+        if not projections_of(mixer, routed.targets):
+            return {}
+        updates = RoutedUpdates(mixer, routed, config.hidden_size, groups, "torch")
+    named = {f"mixer.{name}": tensor for name, tensor in mixer.named_parameters() if name.endswith(ENDS)}
+    named |= {f"updates.{name}": tensor for name, tensor in updates.named_parameters()}
+    return {name: tuple(tensor.shape) for name, tensor in named.items()}

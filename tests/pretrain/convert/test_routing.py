@@ -1,0 +1,72 @@
+"""A conversion whose updates a router chooses among: they are trained, resume, and stay in a model like any other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_pipeline.config import DataConfig
+from model.packing import PackMeta
+from model.routed_updates import ENDS
+from pretrain.checkpoint.inspect import diff_checkpoints, find_checkpoint
+from pretrain.config.errors import ConfigError
+from pretrain.convert.rules import check_conversion
+from pretrain.convert.stages import conversion_stages
+from pretrain.convert.weights import stage_weights, write_folder, write_start
+from pretrain.export.export import resolve_target
+from pretrain.inference.weights import read_weights
+from pretrain.train import train
+from tests.pretrain.convert.conversions import conversion, train_teacher
+from tests.pretrain.tiny_run import read_metrics
+
+ROUTING = {"num_experts": 3, "top_k": 2}
+
+
+def test_routed_updates_are_tuned_resume_to_the_bit_and_stay_in_the_result(data: DataConfig, tmp_path: Path) -> None:
+    teacher = train_teacher(data, tmp_path)
+    config = conversion(data, tmp_path, teacher, convert__transfer=None, convert__tune__routing=ROUTING)
+    check_conversion(config, 1)
+    write_start(config)
+    tune, *_ = conversion_stages(config)
+    assert train(tune.config) == 0
+    assert all(line["auxiliary"]["lora_balance"] > 0 for line in read_metrics(tune.run_dir))
+
+    again = tune.config.model_copy(update={"run": tune.config.run.model_copy(update={"dir": str(tmp_path / "again")})})
+    assert train(again.model_copy(update={"train": again.train.model_copy(update={"stop_after_steps": 2})})) == 0
+    assert train(again) == 0
+    difference = diff_checkpoints(*(find_checkpoint(Path(path)) for path in (tune.run_dir, again.run.dir)))
+    assert not difference["tensors"] and not difference["only_in_first"] and not difference["only_in_second"]
+
+    tuned, first = stage_weights(tune), read_weights(tune.initial)
+    for name, tensor in first.state.items():
+        assert name.startswith("blocks.0.mixer.") or torch.equal(tuned.state[name], tensor), name
+    assert {name for name in tuned.state if name not in first.state} == {n for n in tuned.state if n.endswith(ENDS)}
+    assert all(tuned.state[name].any() for name in tuned.state if name.endswith("lora.up"))
+    write_folder(tmp_path / "result", tuned)
+    result, run = read_weights(tmp_path / "result"), read_weights(tune.run_dir)
+    assert result.model.lora_mixer == run.model.lora_mixer is not None
+    tokens_BT, meta = torch.tensor([[1, 2, 3]]), PackMeta.one_document_a_row(1, 3)
+    logits = [weights.build()(tokens_BT, meta).logits_BTV for weights in (result, run, first)]
+    assert torch.equal(logits[0], logits[1]) and not torch.equal(logits[0], logits[2])
+    with pytest.raises(ValueError, match="no class holds them"):
+        resolve_target(result, "own")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"convert__tune__routing": {"num_experts": 3, "top_k": 4}}, "convert.tune.routing.top_k = 4: is more than"),
+        (
+            {"convert__tune__routing": ROUTING, "train__compile": True},
+            "train.compile = true: is not built for the routed",
+        ),
+        ({"model__lora_mixer": ROUTING}, "model.lora_mixer: is what convert.tune.routing gives"),
+    ],
+)
+def test_what_updates_are_not_built_for_is_refused(
+    data: DataConfig, tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_conversion(conversion(data, tmp_path, tmp_path / "teacher", **changes), 1)
