@@ -28,8 +28,9 @@ STEPS = 300
 
 
 @pytest.fixture
-def cluster() -> Iterator[Cluster]:
-    """Three raylets of one CPU each, the first with the head."""
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """Three raylets of one CPU each, the first with the head; their workers are not nicer than other programs here."""
+    monkeypatch.setenv("RAY_worker_niceness", "0")
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     for _ in range(2):
         cluster.add_node(num_cpus=1)

@@ -248,7 +248,7 @@ FAULTS: dict[str, tuple[Callable[[int], None], Harm, int, str]] = {
         "no whole replica beyond step 4 in the memory of 2",
     ),
     "a copy damaged": (partial(in_step, (VICTIM,)), damage_one, 6, "rank-00000.safetensors: "),
-    "a manifest damaged": (partial(in_step, (VICTIM,)), damage_manifest, 6, "manifest.json: "),
+    "a manifest damaged": (partial(in_step, (VICTIM,)), damage_manifest, 6, "manifest.json"),
     "both copies damaged": (partial(in_step, (VICTIM,)), damage_both, 4, "the replica of step 6 is passed over: "),
     "killed while it is sent": (while_sending, nothing, 5, "step 5 comes from the memory of 2 of 2 nodes"),
     "killed before a commit": (before_commit, nothing, 0, " of 2 nodes"),
