@@ -136,7 +136,7 @@ if __name__ == "__main__":
     for row in TABLE:
         missing = find_missing(row)
         verdict = f" {judge(row, outcomes)} |" if outcomes else ""
-        tests = ", ".join(test.removeprefix("tests/").removesuffix("::") for test in row.tests)
+        tests = ", ".join(test.removesuffix("::") for test in row.tests)
         print(
             f"| {row.number} | {row.fault} | {row.outcome} | {tests}{' MISSING: ' + str(missing) if missing else ''} |{verdict}"
         )
