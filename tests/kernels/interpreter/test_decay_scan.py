@@ -55,7 +55,7 @@ def test_walk_equals_single_steps_twice_bitwise(case: ScanCase, poisoned_memory:
         assert_bitwise(again[name], value, f"{name} repeated")
 
 
-@pytest.mark.parametrize("lengths", [(), (20, 27)])
+@pytest.mark.parametrize("lengths", [pytest.param((), marks=pytest.mark.slow), (20, 27)])
 @pytest.mark.parametrize("kind", ["mamba2", "vector"])
 def test_segments_and_states_made_again_equal_one_walk(
     kind: str, lengths: tuple[int, ...], poisoned_memory: None

@@ -60,7 +60,9 @@ def test_a_document_never_feels_another() -> None:
         assert_bitwise(after[name][:, 19:], before[name][:, 19:], f"{name} after")
 
 
-@pytest.mark.parametrize(("keep", "groups", "limit"), [(False, 1, 2.5), (False, 4, 3.0), (True, 1, 3.5)])
+@pytest.mark.parametrize(
+    ("keep", "groups", "limit"), [pytest.param(False, 1, 2.5, marks=pytest.mark.slow), (False, 4, 3.0), (True, 1, 3.5)]
+)
 def test_little_is_kept_for_backward(keep: bool, groups: int, limit: float) -> None:
     """Limits in d numbers a token, states aside; the B and C of 4 groups weigh half a d, as those of Nemotron's 8 do."""
     case = MixerCase(T=128, H=8, P=32, N=16, G=groups, chunk=64)
