@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from launch.study.run import CellEnd, Room
     from launch.study.study import RunsConfig, SettingsStudyConfig, Study, StudyConfig
 
+StudyArgument = Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="The file of the study (docs/studies.md).")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="List the cells and what is done; train nothing.")]
 
 study = typer.Typer(
     help="Train grids of small models and compare them.",
@@ -29,10 +31,10 @@ study = typer.Typer(
 
 @study.command(epilog="Example: amfm study mixers configs/studies/hybrid_ratio_1m.yaml seeds=[0] --dry-run")
 def mixers(
-    path: Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="The file of the study (docs/studies.md).")],
+    path: StudyArgument,
     overrides: OverridesArgument = None,
     *,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells and what is done; train nothing.")] = False,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train every cell of a grid of mixer x share of attention that is not done yet, and write table and plots."""
@@ -52,10 +54,10 @@ def mixers(
 
 @study.command(epilog="Example: amfm study settings configs/studies/muon_ladder_20m.yaml --dry-run")
 def settings(
-    path: Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="The file of the study (docs/studies.md).")],
+    path: StudyArgument,
     overrides: OverridesArgument = None,
     *,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells and what is done; train nothing.")] = False,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train a model in several ways, each a label with overrides (optimizers and rates, say), and write one table."""

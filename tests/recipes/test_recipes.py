@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -63,31 +64,31 @@ def test_from_text_to_an_export_and_again(tmp_path: Path, script: str, times: in
 
 
 @pytest.mark.slow
-def test_a_granite_trains_on_and_comes_out_as_its_class(tmp_path: Path, environment: dict[str, str]) -> None:
-    work = tmp_path / "work"
-    first, again = (play("continue_granite4.sh", str(work), "--toy", environment=environment) for _ in range(2))
+@pytest.mark.parametrize(
+    ("family", "kept"),
+    [
+        (
+            "granite4",
+            {"architectures": ["GraniteMoeHybridForCausalLM"], "logits_scaling": 6.0, "embedding_multiplier": 12.0},
+        ),
+        (
+            "nemotron3",
+            {"architectures": ["NemotronHForCausalLM"], "moe_latent_size": 48, "routed_scaling_factor": 2.5},
+        ),
+    ],
+)
+def test_a_released_hybrid_trains_on_and_comes_out_as_its_class(
+    tmp_path: Path, environment: dict[str, str], family: str, kept: dict[str, Any]
+) -> None:
+    command = "continue_released.sh", str(tmp_path / "work"), "--toy", family
+    first, again = (play(*command, environment=environment) for _ in range(2))
     for done in (first, again):
         assert done.returncode == 0, done.stdout + done.stderr
     assert "largest logit difference" in first.stdout and "finished at step 20 of 20" in first.stderr
-    lines = [json.loads(line) for line in (work / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "work" / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 21))
-    config = json.loads((work / "export" / "config.json").read_text())
-    assert config["architectures"] == ["GraniteMoeHybridForCausalLM"]
-    assert config["logits_scaling"] == pytest.approx(6.0) and config["embedding_multiplier"] == pytest.approx(12.0)
-
-
-@pytest.mark.slow
-def test_a_nemotron_trains_on_and_comes_out_as_its_class(tmp_path: Path, environment: dict[str, str]) -> None:
-    work = tmp_path / "work"
-    first, again = (play("continue_nemotron3.sh", str(work), "--toy", environment=environment) for _ in range(2))
-    for done in (first, again):
-        assert done.returncode == 0, done.stdout + done.stderr
-    assert "largest logit difference" in first.stdout and "finished at step 20 of 20" in first.stderr
-    lines = [json.loads(line) for line in (work / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, 21))
-    config = json.loads((work / "export" / "config.json").read_text())
-    assert config["architectures"] == ["NemotronHForCausalLM"]
-    assert config["moe_latent_size"] == 48 and config["routed_scaling_factor"] == pytest.approx(2.5)
+    config = json.loads((tmp_path / "work" / "export" / "config.json").read_text())
+    assert {name: config[name] for name in kept} == kept
 
 
 @pytest.mark.slow

@@ -1,33 +1,36 @@
 #!/usr/bin/env bash
-# Continue Granite 4: a released checkpoint in, more training on your text, a checkpoint of the same class out. Page: recipes/README.md.
+# Continue a released hybrid: its checkpoint in, more training on your text, a checkpoint of the same class out. Page: recipes/README.md.
 #
-#   recipes/continue_granite4.sh WORK MODEL TEXT     MODEL: a folder with config.json, safetensors and tokenizer.json, such as
+#   recipes/continue_released.sh WORK MODEL TEXT     MODEL: a folder with config.json, safetensors and tokenizer.json, such as
 #                                                    hf download ibm-granite/granite-4.0-h-tiny --local-dir MODEL
 #                                                    TEXT: a file, folder, glob, URL or hub:OWNER/NAME
-#   recipes/continue_granite4.sh WORK --toy          the same with a random model of that class, on a CPU, without a network
+#   recipes/continue_released.sh WORK --toy FAMILY   the same with a random model of a family (granite4, nemotron3), on a CPU,
+#                                                    without a network
 #
 # From the environment: STEPS (20), LENGTH (4096), BATCH (64), MICRO_BATCH (1), RANKS (1), MAX_TOKENS (what the steps read),
 # PYTHON (python), AMFM_OVERRIDES (KEY=VALUE ...) for training. Stopped at any point, the same command goes on.
 set -euo pipefail
 
-usage="usage: recipes/continue_granite4.sh WORK MODEL TEXT, or WORK --toy"
+usage="usage: recipes/continue_released.sh WORK MODEL TEXT, or WORK --toy granite4|nemotron3"
 work=${1:?$usage}
 model=${2:?$usage}
+text=${3:?$usage}
 steps=${STEPS:-20} length=${LENGTH:-4096} batch=${BATCH:-64} micro_batch=${MICRO_BATCH:-1} ranks=${RANKS:-1}
 precision=bf16 held_out=0.01
 read -r -a overrides <<< "${AMFM_OVERRIDES:-}"
 
 if [ "$model" = --toy ]; then
+    family=$text
     model=$work/model text=$work/text length=64 batch=4 micro_batch=2 precision=float32 held_out=0.3 MAX_TOKENS=${MAX_TOKENS:-300000}
     amfm corpus python-sources "$text" --megabytes 1
-    [ -e "$model/config.json" ] || "${PYTHON:-python}" "$(dirname "$0")/toy_granite4.py" "$model" "$text"
-else
-    text=${3:?$usage}
+    [ -e "$model/config.json" ] || "${PYTHON:-python}" "$(dirname "$0")/toy_released.py" "$family" "$model" "$text"
 fi
 max_tokens=${MAX_TOKENS:-$((steps * length * batch * 11 / 10 + 100000))}
 
 mkdir -p "$work"
 [ -e "$work/weights" ] || amfm import "$model" "$work/weights"
+# Our export targets are named as transformers names model types.
+target=$("${PYTHON:-python}" -c 'import json, sys; print(json.load(open(sys.argv[1]))["model_type"])' "$model/config.json")
 if [ ! -e "$work/run.yaml" ]; then
     cat > "$work/run.yaml" <<YAML
 # Continues $model. The model is as it was imported; a tenth of a pretraining rate, and the same tokenizer.
@@ -48,7 +51,7 @@ train:
   validation_batches: 2
 optimizer: {learning_rate: 3.0e-5}
 schedule: {kind: cosine, warmup_steps: $((steps / 10))}
-export: {target: granitemoehybrid}
+export: {target: $target}
 YAML
 fi
 amfm prepare "$work/run.yaml"
@@ -58,4 +61,4 @@ if [ ! -e "$work/export" ]; then
     amfm export "$work/run" "$work/export"
 fi
 amfm generate "$work/run" --prompt "The" --max-new-tokens 20
-echo "continue_granite4: run $work/run, transformers checkpoint $work/export, its logits proved against ours"
+echo "continue_released: run $work/run, transformers checkpoint $work/export, its logits proved against ours"
