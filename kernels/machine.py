@@ -27,7 +27,8 @@ def find_obstacle(device: str) -> str | None:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return (
             f"there is no CUDA card that answers ({reason}; {found}, CUDA {torch.version.cuda}): see whether nvidia-smi lists "
-            f"one; a driver too old for this CUDA wants a newer driver, or a torch of an older CUDA. {REQUIREMENTS}"
+            f"one; a driver too old for this CUDA wants a newer driver, or a torch of an older CUDA (`pip install torch "
+            f"--index-url https://download.pytorch.org/whl/cu126`). {REQUIREMENTS}"
         )
     refusal = refuse_triton(card)
     return f"{properties.name}: {refusal}" if refusal else None

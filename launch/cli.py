@@ -7,6 +7,7 @@ Heavy packages are imported inside the verbs, so that help and mistakes answer a
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import sys
 import warnings
 from collections.abc import Sequence
@@ -92,6 +93,7 @@ def run(arguments: Sequence[str]) -> int:
     # Said at each start by libraries below us, of things that we don't use or can't change.
     warnings.filterwarnings("ignore", message=UNUSED_LIBRARIES)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # nvcc without a card, as on a login node
     as_json = "--json" in arguments
     try:
         # With --json, usage errors come back as exceptions, to be said as JSON too.

@@ -1,8 +1,8 @@
 """Everything of other libraries that a simulated rank replaces, each with its reason; no other file replaces anything.
 
-It works by private names of torch, so it is written for the releases of torch that launch/simulate/trace.py names. On a build of torch
-without CUDA, C++ (autograd's engine, composite operations) takes a fake CUDA tensor for one of the meta device below
-it, while Python and FakeTensorMode see the card; what C++ then asks of "meta" the tracer turns back (tracer.py).
+It works by private names of torch, so it is written for the releases of torch that launch/simulate/trace.py names.
+C++ (autograd's engine, composite operations) takes a fake CUDA tensor for one of the meta device below it, while Python
+and FakeTensorMode see the card; what C++ then asks of "meta" the tracer turns back (tracer.py).
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def install(
 
 
 def install_fake_tensors() -> None:
-    """Let fake CUDA tensors pass where torch would touch a device, and through autograd on a build without CUDA.
+    """Let fake CUDA tensors pass where torch would touch a device, and through autograd without a card.
 
     Changes torch for the whole process, so only a process of its own may call it.
     """
@@ -84,8 +84,6 @@ def install_fake_tensors() -> None:
         "torch swaps fake parameters instead of setting their data as it does for real ones, and DeepSpeed's references "
         "to them would go stale",
     )
-    if torch.backends.cuda.is_built():
-        return
     make_subclass = torch.Tensor._make_subclass
 
     def make_without_cuda(cls: type, data: torch.Tensor, requires_grad: bool = False, **settings: Any) -> torch.Tensor:
@@ -98,7 +96,7 @@ def install_fake_tensors() -> None:
         torch.Tensor,
         "_make_subclass",
         staticmethod(make_without_cuda),
-        "autograd of a build without CUDA refuses tensors that say they are on CUDA",
+        "autograd asks the driver for the card of tensors that say they are on CUDA, and a build without CUDA refuses them",
     )
     replace(FakeTensor, "to", move_fake, "C++ would think that it moves from the meta device")
 

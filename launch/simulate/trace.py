@@ -31,7 +31,7 @@ from pretrain.recompute import recomputed_letters
 from pretrain.stages import resolve_stages
 
 Report = Callable[[int, int, str], None]
-TORCH_RELEASES = ("2.13",)  # for whose private parts launch/simulate/patches.py is written
+TORCH_RELEASES = ("2.13", "2.15")  # for whose private parts launch/simulate/patches.py is written
 PROGRESS_LINES = 6  # that a rank gives: start, groups, model, engine, two steps
 
 

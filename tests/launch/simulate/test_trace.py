@@ -110,5 +110,5 @@ def test_wrong_input_is_one_message_and_exit_2(small, capsys, options, message):
 
 def test_another_torch_is_refused():
     check_torch(torch.__version__)
-    with pytest.raises(ValueError, match=r"written for torch 2\.13, and this is 2\.9\.1"):
+    with pytest.raises(ValueError, match=r"written for torch 2\.13, 2\.15, and this is 2\.9\.1"):
         check_torch("2.9.1+cu128")
