@@ -92,7 +92,7 @@ def link_tensor(device: torch.device) -> Tensor:
     return torch.zeros(CUDA_BYTES if device.type == "cuda" else CPU_BYTES, dtype=torch.uint8, device=device)
 
 
-def time_median(work: Callable[[], None], device: torch.device) -> float:
+def time_median(work: Callable[[], object], device: torch.device) -> float:
     """Median seconds of a piece of work over `REPEATS` runs after warm-up, the device synchronized each time."""
     seconds = []
     for _ in range(WARM_UPS + REPEATS):

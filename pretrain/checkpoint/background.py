@@ -48,7 +48,8 @@ class BackgroundSaver:
     def __init__(self, engine: ZeroEngine, timeout_seconds: float) -> None:
         everyone = ranks_of(engine)
         timeout = datetime.timedelta(seconds=timeout_seconds)
-        group = dist.new_group(backend="gloo", timeout=timeout) if everyone.world_size > 1 else None
+        # Of every rank, so never the number that torch 2.15's annotation allows for ranks outside it.
+        group: Any = dist.new_group(backend="gloo", timeout=timeout) if everyone.world_size > 1 else None
         self.ranks = RankGroup(everyone.rank, everyone.world_size, group)
         self.layout = EngineLayout.of(engine)
         self.writers = assign_writers(self.layout, everyone)
