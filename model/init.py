@@ -1,10 +1,11 @@
 """Initial values of every parameter: each a function of the seed and the parameter's global name alone.
 
 No generator runs from one parameter to the next, so a model starts equal on any layout of ranks, a pipeline rank draws its
-own blocks only, and a block starts equal wherever else the pattern changes. A rank draws the whole parameter and keeps its
-slice: drawing is cheap beside training, and there is nothing to exchange. Experts are drawn one by one under their global
-number, so that an expert rank draws only those it holds. Values are drawn in float32 on the CPU, whose generator gives the
-same numbers on every machine, and are then copied into the parameter's dtype and device.
+own blocks only, and a block starts equal wherever else the pattern changes. Experts are drawn one by one under their global
+number, so that an expert rank draws only those it holds. A large matrix is drawn in pieces along the dimension that ranks
+cut, each from a generator of its own, and a rank draws the pieces that it holds a part of: no process holds a matrix whole,
+and drawing takes the less time the more ranks share it. Values are drawn in float32 on the CPU, whose generator gives
+the same numbers on every machine, and are then copied into the parameter's dtype and device.
 
 Matrices are normal with deviation `initializer_range`; those that write into the residual stream are divided by the square
 root of the number of blocks if `depth_scaled_init` is set, so that the stream's variance does not grow with depth
@@ -30,6 +31,10 @@ from model.parallel.groups import ProcessGroupCollection
 from model.parallel.shards import Shard, parameter_shards
 from model.structured import StructuredLinear
 
+PIECE_VALUES = (
+    2**24
+)  # that one generator draws of a matrix, 64 MiB; another number gives larger models other first values
+
 # Matrices that write into the residual stream. A latent expert's last matrix is latent_up, so experts.down is not one then.
 _OUTPUT_PROJECTIONS = ("out_proj.weight", "o_proj.weight", "down_proj.weight", "latent_up.weight")
 
@@ -51,8 +56,36 @@ def initialize_parameters(
         own = _own_values(model, name, shape, config, seed)
         if shard.per_expert:
             _fill_experts(name, parameter, shard, shape, config, groups, seed)
+        elif own is not None:
+            parameter.copy_(shard.shard(own, groups))
         else:
-            parameter.copy_(shard.shard(initial_values(name, shape, config, seed) if own is None else own, groups))
+            fill_part(parameter, name, shard, shape, config, groups, seed)
+
+
+def fill_part(
+    part: Tensor,
+    name: str,
+    shard: Shard,
+    shape: tuple[int, ...],
+    config: ModelConfig,
+    groups: ProcessGroupCollection,
+    seed: int,
+) -> None:
+    """Fill this rank's part of a parameter of `shape`, a piece after the other, of those that it holds anything of."""
+    special = _special_values(name, shape, config, seed)
+    if special is not None:
+        part.copy_(shard.shard(special, groups))
+        return
+    dim = shard.cuts[0].dim if shard.cuts else 0
+    along = Shard(tuple(replace(cut, dim=0) for cut in shard.cuts if cut.dim == dim))
+    across = Shard(tuple(cut for cut in shard.cuts if cut.dim != dim))
+    own = along.shard(torch.arange(shape[dim]), groups)  # rising: segments stand one after the other
+    for start, stop in _pieces(shape, dim):
+        first, last = torch.searchsorted(own, torch.tensor([start, stop])).tolist()
+        if last > first:
+            piece = _normal_piece(name, shape, config, seed, dim, start, stop)
+            values = piece.index_select(dim, own[first:last] - start)
+            part.narrow(dim, first, last - first).copy_(across.shard(values, groups))
 
 
 def _own_values(model: nn.Module, name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor | None:
@@ -83,15 +116,40 @@ def _fill_experts(
     own = by_expert.shard(torch.arange(shape[0]), groups.ep.rank(), groups.ep.size())
     each = Shard(tuple(replace(cut, dim=cut.dim - 1) for cut in inner))
     for row, expert in zip(stack, own.tolist(), strict=True):
-        row.copy_(each.shard(initial_values(f"{name}.{expert}", shape[1:], config, seed), groups))
+        fill_part(row, f"{name}.{expert}", each, shape[1:], config, groups, seed)
 
 
-def initial_values(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor:
+def initial_values(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int, *, dim: int = 0) -> Tensor:
     """Draw the whole initial value of a parameter (of one expert's, with `.{expert}` at the name's end), float32 on the CPU.
 
-    Norms and D start at 1, biases of convolutions at 0, their taps uniform within 1 / sqrt(W), A and dt as Mamba2's (Dao and
-    Gu 2024, arXiv 2405.21060), a low-rank update at 0 (its first factor of unit gain), everything else normal.
+    `dim`: the one that ranks cut. Norms and D start at 1, biases of convolutions at 0, their taps uniform within
+    1 / sqrt(W), A and dt as Mamba2's (Dao and Gu 2024, arXiv 2405.21060), a low-rank update at 0 (its first factor of unit
+    gain), everything else normal.
     """
+    special = _special_values(name, shape, config, seed)
+    if special is not None:
+        return special
+    pieces = _pieces(shape, dim)
+    return torch.cat([_normal_piece(name, shape, config, seed, dim, *piece) for piece in pieces], dim=dim)
+
+
+def _pieces(shape: tuple[int, ...], dim: int) -> list[tuple[int, int]]:
+    """Start and stop along `dim` of each piece of a matrix; the same on every layout."""
+    length = max(1, PIECE_VALUES * shape[dim] // math.prod(shape))
+    return [(start, min(start + length, shape[dim])) for start in range(0, shape[dim], length)]
+
+
+def _normal_piece(
+    name: str, shape: tuple[int, ...], config: ModelConfig, seed: int, dim: int, start: int, stop: int
+) -> Tensor:
+    """Draw one piece of a matrix; the first goes by the matrix's name alone, which is that of a matrix of one piece."""
+    size = (*shape[:dim], stop - start, *shape[dim + 1 :])
+    generator = _generator(seed, f"{name}/{start}" if start else name)
+    return torch.empty(size).normal_(0.0, _deviation(name, config), generator=generator)
+
+
+def _special_values(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor | None:
+    """The first value of a parameter that is not drawn from `_deviation`'s normal distribution; None for one that is."""
     generator = _generator(seed, name)
     if name.endswith(("norm.weight", "mixer.D")):
         return torch.ones(shape)
@@ -109,7 +167,7 @@ def initial_values(name: str, shape: tuple[int, ...], config: ModelConfig, seed:
         mamba = _mamba(config)
         low, high, floor = mamba.time_step_min, mamba.time_step_max, mamba.time_step_floor
         return first_time_steps(shape, generator, low=low, high=high, floor=floor)
-    return torch.empty(shape).normal_(0.0, _deviation(name, config), generator=generator)
+    return None
 
 
 def named_seed(seed: int, name: str) -> int:

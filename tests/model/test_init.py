@@ -4,10 +4,13 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.config.schema import AttentionConfig, FeedForwardConfig, Mamba2Config, ModelConfig, MoeConfig
 from model.hybrid import HybridModel
+from model.init import fill_part, initial_values
 from model.parallel.groups import single_rank_groups
+from model.parallel.shards import Shard, ShardSpec, parameter_shards
 
 WIDE = ModelConfig(
     pattern="M*E-",
@@ -75,3 +78,67 @@ def test_first_values_depend_on_seed_and_name_alone():
     assert not torch.equal(here["blocks.1.mixer.k_proj.weight"], here["blocks.1.mixer.v_proj.weight"])
     experts = here["blocks.2.mixer.experts.up"]
     assert not torch.equal(experts[0], experts[1])
+
+
+class RankOf:
+    """A group of `size` ranks as `rank` of it sees it, without communication."""
+
+    def __init__(self, rank, size):
+        self._rank, self._size = rank, size
+
+    def rank(self):
+        return self._rank
+
+    def size(self):
+        return self._size
+
+
+def filled_part(name, shape, shard, rank, ranks):
+    groups = single_rank_groups()
+    groups.tp = RankOf(rank, ranks)
+    part = torch.empty_like(shard.shard(torch.empty(shape), groups))
+    fill_part(part, name, shard, shape, WIDE, groups, seed=3)
+    return part
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_matrices_of_many_pieces_are_the_same_on_any_ranks_that_share_them(monkeypatch, ranks):
+    monkeypatch.setattr("model.init.PIECE_VALUES", 700)  # ten rows of the stream or so, and no divisor of any shard
+    whole = HybridModel(WIDE, single_rank_groups(), seed=3)
+    for name, parameter, shard in parameter_shards(whole):
+        if shard.per_expert:
+            continue
+        parts = [filled_part(name, parameter.shape, shard, rank, ranks) for rank in range(ranks)]
+        joined = shard.cuts[0].unshard(parts) if shard.cuts else parts[0]
+        assert torch.equal(joined, parameter), name
+    embedding = WIDE.vocab_size, WIDE.hidden_size
+    assert torch.equal(initial_values("embedding.weight", embedding, WIDE, 3), whole.embedding.weight)
+
+
+def test_pieces_of_a_matrix_differ_and_have_its_deviation(monkeypatch):
+    monkeypatch.setattr("model.init.PIECE_VALUES", 64 * 50)
+    pieces = values(WIDE)["embedding.weight"].split(50)
+    assert len({piece.sum().item() for piece in pieces}) == 10
+    assert all(piece.std().item() == pytest.approx(0.02, rel=0.1) for piece in pieces)
+
+
+class NormalDraws(TorchDispatchMode):
+    """Records the shape of every tensor that is filled with normal numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.normal_.default:
+            self.shapes.append(tuple(args[0].shape))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_rank_draws_only_the_pieces_that_it_holds(monkeypatch):
+    monkeypatch.setattr("model.init.PIECE_VALUES", 64 * 50)
+    shard = Shard((ShardSpec(0, "tp", (404,)),))
+    with NormalDraws() as draws:
+        filled_part("embedding.weight", (404, 64), shard, rank=3, ranks=4)
+    # Rows 303 to 404 lie in the last three pieces of 50, the last of them of 4 rows.
+    assert draws.shapes == [(50, 64), (50, 64), (4, 64)]
