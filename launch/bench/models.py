@@ -20,7 +20,7 @@ import torch
 from launch.bench.hardware import describe_hardware
 from launch.bench.length import choose_mixers, length_config
 from model.config.mixer_registry import describe_symbol
-from model.config.schema import ModelConfig
+from model.config.schema import ModelConfig, read_saved_model
 from model.flops import count_parameters
 from model.hybrid import HybridModel
 from model.packing import PackMeta
@@ -34,7 +34,8 @@ Seconds = tuple[float, float]  # of the processor, of the wall
 def read_model(path: Path) -> ModelConfig:
     """The model of a configuration file, a run directory or a weights folder; no weights are read."""
     if (path / DESCRIPTION).is_file():
-        return ModelConfig.model_validate(json.loads((path / DESCRIPTION).read_text(encoding="utf-8"))["model"])
+        description = json.loads((path / DESCRIPTION).read_text(encoding="utf-8"))
+        return ModelConfig.model_validate(read_saved_model(description["model"], description.get("packages", {})))
     file = path / "config.yaml" if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"{path} is no configuration, run directory or weights folder")

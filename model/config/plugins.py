@@ -2,15 +2,21 @@
 
 Specs come from installed packages alone and never from a module named in a configuration file: reading a file runs no code
 that was not installed on purpose.
+
+Their sections are options of the configuration like ours, and yet what is saved must not depend on what is installed: one
+that is not set is not written, and one that is set is saved with the name of its package.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import EntryPoint, entry_points
-from typing import Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
+
+from pydantic import SerializerFunctionWrapHandler, model_serializer
 
 from model.config.pattern import MIXER_NAME
+from model.config.section import Section
 
 
 class Spec(Protocol):
@@ -41,6 +47,51 @@ def installed_specs(group: str, kind: type[S]) -> Iterator[tuple[EntryPoint, S]]
                 f"{describe_entry(entry)} is {spec!r}; it must be a {kind.__name__} with a lower-case name: mend its package"
             )
         yield entry, spec
+
+
+class PluginSections(Section):
+    """The base of a section of sections, one a mixer or hook, which installed packages add to.
+
+    group: of the entry points. packages: name and version of the package that registers each name that is not ours.
+    """
+
+    group: ClassVar[str]
+    packages: ClassVar[Mapping[str, str]] = {}
+
+    @model_serializer(mode="wrap")
+    def write_what_is_set(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Write all of ours, and those of packages that are set."""
+        written: dict[str, Any] = write(self)
+        return {name: value for name, value in written.items() if value is not None or name not in self.packages}
+
+    def packages_used(self) -> dict[str, str]:
+        """The packages of the sections that are set, by the sections' names."""
+        return {name: package for name, package in self.packages.items() if getattr(self, name) is not None}
+
+
+def read_saved_sections(saved: Any, schema: type[PluginSections], key: str, packages: Mapping[str, str]) -> Any:
+    """What a program with other packages saved as `key`, without the sections that mean nothing here and are not set.
+
+    packages: those saved with it, by dotted key. Raises ValueError for a section that is set and that nothing here registers.
+    """
+    if not isinstance(saved, Mapping):
+        return saved
+    for name in sorted(saved.keys() - schema.model_fields.keys()):
+        if saved[name] is not None:
+            package = packages.get(f"{key}.{name}", "a package whose name was not saved with it")
+            raise ValueError(
+                f"the saved section {key}.{name} is of {package}, which is not installed here (nothing registers {name!r} "
+                f"under the entry point group {schema.group}); install it"
+            )
+    return {name: value for name, value in saved.items() if name in schema.model_fields}
+
+
+def list_packages(group: str, kind: type[Spec]) -> dict[str, str]:
+    """Name and version of the package behind each spec of a group, by the spec's name."""
+    return {
+        spec.name: "an unknown package" if entry.dist is None else f"{entry.dist.name} {entry.dist.version}"
+        for entry, spec in installed_specs(group, kind)
+    }
 
 
 def describe_entry(entry: EntryPoint) -> str:

@@ -1,14 +1,16 @@
 """Sections of a model's configuration: one frozen section for each kind of block."""
 
 import math
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, create_model
 
 from model.config.lora_mixer import LoraMixerConfig
 from model.config.mixer_options import OutputGate
-from model.config.mixer_registry import mixer_specs
+from model.config.mixer_registry import ENTRY_POINTS, MixerSpec, mixer_specs
 from model.config.pattern import Pattern, parse_pattern
+from model.config.plugins import PluginSections, list_packages, read_saved_sections
 from model.config.rope import Llama3Stretch
 from model.config.section import Section
 from model.config.structure import DENSE, LinearKind, Structure
@@ -230,8 +232,11 @@ class MtpConfig(Section):
     )
 
 
-class MixersConfig(Section):
+class MixersConfig(PluginSections):
     """Options of registered mixers, by name; needed by their letter or `{name}` in the pattern."""
+
+    group: ClassVar[str] = ENTRY_POINTS
+    packages: ClassVar[Mapping[str, str]] = list_packages(ENTRY_POINTS, MixerSpec)
 
 
 # A field a registered mixer, so that files, overrides, the schema and its pages treat plugins like our own.
@@ -320,3 +325,10 @@ class ModelConfig(Section):
     def built_letters(self) -> tuple[str, ...]:
         """The symbol of each block that is built: the main ones, then those of each module of multi-token prediction."""
         return self.letters + self.num_depth_modules * self.parsed_pattern.depth_letters
+
+
+def read_saved_model(saved: Any, packages: Mapping[str, str]) -> Any:
+    """Settle the sections of packages in a saved ModelConfig, before it is validated; raises as `read_saved_sections`."""
+    if not isinstance(saved, Mapping) or "mixers" not in saved:
+        return saved
+    return {**saved, "mixers": read_saved_sections(saved["mixers"], RegisteredMixers, "model.mixers", packages)}

@@ -18,6 +18,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from pretrain.config.fields import flatten_settings
+from pretrain.config.saved import read_saved_config
 from pretrain.config.schema import RunConfig
 from pretrain.stages import resolve_stages, total_steps
 
@@ -84,13 +85,13 @@ def may_change(name: str) -> bool:
     )
 
 
-def complete_settings(saved: dict[str, Any]) -> dict[str, Any]:
-    """Fill a saved configuration with the defaults of fields that were added after it was saved.
+def understand_config(manifest: dict[str, Any]) -> RunConfig:
+    """Read a checkpoint's configuration, with the defaults of fields that were added after it was saved.
 
-    Raises ValueError when this program no longer understands it.
+    Raises ValueError when this program no longer understands it, or lacks a package that it needs.
     """
     try:
-        return RunConfig.model_validate(saved).model_dump(mode="json")
+        return read_saved_config(manifest)
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
@@ -198,12 +199,11 @@ def check_resumable(manifest: dict[str, Any], config: RunConfig, identities: dic
         elif saved != given:
             refused.append(f"{name}: the checkpoint has {saved}, this run has {given}")
     # Defaults first: a field that is newer than the checkpoint differs only where this run sets it.
-    before = complete_settings(manifest["config"])
-    saved_config = RunConfig.model_validate(before)
+    saved_config = understand_config(manifest)
     if saved_config.stages or config.stages:
         refused += stage_faults(saved_config, config, int(manifest["step"]))
     refused += end_faults(saved_config, config, int(manifest["step"]))
-    differences = compare_settings(before, config.model_dump(mode="json"))
+    differences = compare_settings(saved_config.model_dump(mode="json"), config.model_dump(mode="json"))
     for name, (saved, given) in differences.items():
         if may_change(name):
             changes.append(f"{name}: {saved!r} -> {given!r}")

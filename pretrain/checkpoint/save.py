@@ -56,6 +56,7 @@ from pretrain.checkpoint.placement import list_axes
 from pretrain.checkpoint.random_state import collect_random_state
 from pretrain.checkpoint.remote import RemoteCheckpoints
 from pretrain.checkpoint.writers import WriterAssignment, assign_writers
+from pretrain.config.saved import packages_used
 from pretrain.config.schema import RunConfig
 from pretrain.engine.engine import ZeroEngine
 from pretrain.identity import collect_versions
@@ -169,6 +170,7 @@ def take_snapshot(
         "identities": identities,
         "config_sha256": digest_config(config),
         "config": config.model_dump(mode="json"),
+        "packages": packages_used(config),
         "state": state,
         "engine": {name: int(getattr(engine.deepspeed, name)) for name in ENGINE_COUNTERS},
         "versions": collect_versions(),

@@ -22,6 +22,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from model.config.plugins import PluginSections
 from pretrain.config.errors import ConfigError, Origin, Problem
 from pretrain.config.fields import describe_fields, section_at, section_of
 from pretrain.config.schema import RunConfig
@@ -247,7 +248,10 @@ def nearest_key(parts: Parts, schema: Schema) -> str:
         return f"did you mean {place}{near[0]}?"
     if elsewhere:
         return f"it belongs elsewhere: {' or '.join(elsewhere)}"
-    return f"known keys here: {', '.join(names)}"
+    known = f"known keys here: {', '.join(names) or 'none'}"
+    if issubclass(section, PluginSections):
+        return f"install the package that registers it under the entry point group {section.group}; {known}"
+    return known
 
 
 def meaning_of(parts: Parts, schema: Schema) -> str:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from pydantic import Field, create_model
 
-from model.config.section import Section
-from pretrain.config.hook_registry import hook_specs
+from model.config.plugins import PluginSections, list_packages
+from pretrain.config.hook_registry import ENTRY_POINTS, HookSpec, hook_specs
 
 
-class HooksConfig(Section):
+class HooksConfig(PluginSections):
     """Hooks of installed packages, by name (entry point group `amfm.hooks`); those without a section do nothing."""
+
+    group: ClassVar[str] = ENTRY_POINTS
+    packages: ClassVar[Mapping[str, str]] = list_packages(ENTRY_POINTS, HookSpec)
 
 
 _HOOK_FIELDS: dict[str, Any] = {

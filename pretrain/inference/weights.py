@@ -30,7 +30,7 @@ from data_pipeline.tokenizer.tokenizer import Tokenizer, load_tokenizer, read_to
 from model.config.checks import check_model
 from model.config.mixer_registry import mixer_specs
 from model.config.pattern import SECTIONS
-from model.config.schema import ModelConfig
+from model.config.schema import ModelConfig, read_saved_model
 from model.huggingface.targets import registered_mixers
 from model.huggingface.weights import weight_shapes
 from model.hybrid import HybridModel
@@ -44,6 +44,7 @@ from pretrain.checkpoint.inspect import find_checkpoint, read_full_state
 from pretrain.checkpoint.names import CHECKPOINT_NAME, list_checkpoints
 from pretrain.checkpoint.placement import place_shard, whole_dim
 from pretrain.config.convert import ConvertConfig
+from pretrain.config.saved import read_saved_config
 from pretrain.config.schema import RunConfig
 from pretrain.inference.merge import multiply_out
 from pretrain.stages import last_stage, model_of_stage, resolve_stages
@@ -146,7 +147,7 @@ def read_weights(path: str | Path, report: Report = silent) -> Weights:
 def _read_checkpoint(folder: Path, report: Report) -> Weights:
     """Read the weights of a checkpoint, with the tokenizer of its run's store and the positions of its last stage."""
     manifest = read_manifest(folder)
-    run = RunConfig.model_validate(manifest["config"])
+    run = read_saved_config(manifest)
     state = read_full_state(folder, report)
     if run.convert is not None:
         state = merge_stage(state, run.convert, folder)
@@ -207,6 +208,7 @@ def write_weights(folder: Path, weights: Weights) -> None:
         "version": WEIGHTS_VERSION,
         "origin": weights.origin,
         "model": weights.model.model_dump(mode="json"),
+        "packages": {f"model.mixers.{name}": found for name, found in weights.model.mixers.packages_used().items()},
         "tokenizer": {"file": tokenizer_file, "eos_id": weights.tokenizer.eos_id},
         "sha256": {name: _digest(folder / name) for name in (TENSORS, tokenizer_file)},
     }
@@ -232,7 +234,8 @@ def _read_weights_folder(folder: Path) -> Weights:
     if not {TENSORS, tokenizer_record["file"]} <= digests.keys():
         raise RuntimeError(f"{file} does not list its files with their SHA-256; import the model again")
     try:
-        model = ModelConfig.model_validate(description.get("model"))
+        saved = read_saved_model(description.get("model"), description.get("packages", {}))
+        model = ModelConfig.model_validate(saved)
     except ValidationError as error:
         raise ValueError(f"{file} holds a model that this version does not know: {error}") from error
     try:

@@ -19,10 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
-
 from data_pipeline.foreign_files import read_object
-from model.config.schema import ModelConfig
+from model.config.schema import ModelConfig, read_saved_model
 from pretrain.export.files import OUR_DESCRIPTION
 from pretrain.export.readers import ClientName, known_refusals
 from pretrain.export.tokenizer import MODEL_FILE
@@ -173,8 +171,8 @@ def expected_refusal(folder: Path, name: ClientName) -> str | None:
         return None
     description = read_object(path)
     try:
-        model = ModelConfig.model_validate(description["model"])
-    except (KeyError, ValidationError):
+        model = ModelConfig.model_validate(read_saved_model(description["model"], {}))
+    except (KeyError, ValueError):
         return None  # written by another version, of which nothing is known
     kind = "sentencepiece" if (folder / MODEL_FILE).is_file() else "huggingface"
     found = known_refusals(model, description["target"], kind)

@@ -1,0 +1,97 @@
+"""What is saved does not depend on what is installed, and what was saved with a package says which one it misses."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from model.config.schema import ModelConfig, read_saved_model
+from pretrain.checkpoint.compatibility import check_resumable
+from pretrain.config.errors import ConfigError
+from pretrain.config.file import load_config, resolved_yaml
+from pretrain.config.saved import read_saved_config
+
+ROOT = Path(__file__).parents[3]
+PLUGIN = '''
+from model.config.mixer_options import HeadOptions
+from model.config.mixer_registry import MixerSpec
+from pretrain.config.hook_registry import HookOptions, HookSpec
+
+
+class HalvingOptions(HeadOptions):
+    """Forgets half at each token."""
+
+
+class WatchingOptions(HookOptions):
+    """Looks on."""
+
+
+MIXER = MixerSpec("halving", "nowhere:Mixer", HalvingOptions)
+HOOK = HookSpec("watching", "nowhere:Hook", WatchingOptions)
+'''
+SAVE = """
+import json, sys
+from pretrain.config.file import load_config
+from pretrain.config.saved import packages_used
+for overrides in ([], ["model.mixers.halving={num_heads: 2}"], ["hooks.watching={}"]):
+    config = load_config(sys.argv[1], overrides)
+    print(json.dumps({"config": config.model_dump(mode="json"), "packages": packages_used(config)}))
+"""
+
+
+@pytest.fixture
+def manifests(tmp_path: Path, base: Path) -> list[dict[str, Any]]:
+    """Saved where a package brings a mixer and a hook: with neither set, with the mixer, with the hook."""
+    (tmp_path / "halves.py").write_text(PLUGIN)
+    metadata = tmp_path / "halves-1.2.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: halves\nVersion: 1.2\n")
+    (metadata / "entry_points.txt").write_text("[amfm.mixers]\nm = halves:MIXER\n[amfm.hooks]\nh = halves:HOOK\n")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    command = [sys.executable, "-W", "ignore", "-c", SAVE, str(base)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) | {"step": 3, "identities": {}} for line in done.stdout.splitlines()]
+
+
+def test_a_checkpoint_saved_beside_an_unused_package_resumes_without_it_and_one_that_uses_it_names_it(
+    manifests: list[dict[str, Any]], base: Path
+) -> None:
+    unused, with_mixer, with_hook = manifests
+    config = load_config(base)
+    assert unused == {"config": config.model_dump(mode="json"), "packages": {}, "step": 3, "identities": {}}
+    assert check_resumable(unused, config, {}) == ()
+    for manifest, key, group in (
+        (with_mixer, "model.mixers.halving", "amfm.mixers"),
+        (with_hook, "hooks.watching", "amfm.hooks"),
+    ):
+        with pytest.raises(ValueError, match=rf"{key} is of halves 1\.2, which is not installed here .* {group}\)"):
+            check_resumable(manifest, config, {})
+    with pytest.raises(ValueError, match=r"model\.mixers\.halving is of halves 1\.2"):
+        read_saved_model(with_mixer["config"]["model"], with_mixer["packages"])
+
+
+def test_null_sections_that_earlier_versions_wrote_are_left_out(base: Path) -> None:
+    config = load_config(base)
+    saved = config.model_dump(mode="json")
+    saved["model"]["mixers"]["halving"] = saved["hooks"]["watching"] = None
+    assert read_saved_config({"config": saved}) == config
+    assert ModelConfig.model_validate(read_saved_model(saved["model"], {})) == config.model
+    saved["hooks"]["watching"] = {}
+    with pytest.raises(ValueError, match=r"hooks\.watching is of a package whose name was not saved with it"):
+        check_resumable({"config": saved, "step": 3, "identities": {}}, config, {})
+
+
+def test_our_own_sections_are_written_where_they_are_null(base: Path) -> None:
+    assert "    retnet: null\n" in resolved_yaml(load_config(base))
+
+
+def test_a_file_with_a_section_that_nothing_registers_asks_for_its_package(base: Path) -> None:
+    with pytest.raises(ConfigError, match=r"hooks\.watching.* install the package that registers it .* amfm\.hooks"):
+        load_config(base, ["hooks.watching={}"])
