@@ -73,6 +73,8 @@ def test_cross_entropy_reads_each_logit_once() -> None:
     assert reads == 70 * 90 * 4
 
 
+# The quick one, of swiglu, is in tests/launch/bench/kernels/test_audit.py.
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["causal_conv1d", "swiglu"])
 def test_streaming_kernels_stay_near_their_minimum(name: str) -> None:
     rows = list(count_named([name]))

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from kernels import tuning
 from kernels.delta_scan import triton_impl
 from kernels.delta_scan.op import delta_scan
 from kernels.delta_scan.vector import triton_impl as vector_triton
@@ -168,19 +169,37 @@ def test_registration_of_the_rule_with_channels_is_complete() -> None:
     assert_registered(vector_triton._forward, x.q, k, v, beta, x.g, x.initial, None, 16)
 
 
-@pytest.mark.parametrize(
+KERNELS = pytest.mark.parametrize(
     ("channels", "kernels"),
     [
         (False, "delta_prepare delta_walk delta_states_walk delta_walk_back delta_gradients"),
-        pytest.param(
+        (
             True,
             "vector_delta_prepare vector_delta_walk vector_delta_states_walk vector_delta_walk_back vector_delta_pairs "
             "vector_delta_gradients",
-            marks=pytest.mark.slow,
         ),
     ],
     ids=["heads", "channels"],
 )
+
+
+@KERNELS
+def test_all_candidates_of_every_kernel_hold_together(channels: bool, kernels: str) -> None:
+    """The first of each, the second of each, and so on: as many calls as the longest list is long."""
+    case = DeltaCase(B=1, T=12, G=1, H=1, K=20, V=12, chunk=16, channels=channels)
+    inputs = make_delta_inputs(case, torch.float32)
+    expected = run_delta(case, inputs, "torch")
+    with tuning._session() as session:
+        run_delta(case, inputs, "triton")
+        assert {entry.split()[0] for entry in session.asked} == set(kernels.split())
+        for number in range(1, max(map(len, session.asked.values()))):
+            session.forced |= {entry: each[number % len(each)] for entry, each in session.asked.items()}
+            for name, value in run_delta(case, inputs, "triton").items():
+                assert_near(value, expected[name], 1e-4, f"{name} of candidates {number}")
+
+
+@pytest.mark.slow
+@KERNELS
 def test_every_kernel_can_be_tuned_and_all_its_candidates_hold(channels: bool, kernels: str) -> None:
     case = DeltaCase(B=1, T=12, G=1, H=1, K=20, V=12, chunk=16, channels=channels)
     inputs = make_delta_inputs(case, torch.float32)

@@ -19,16 +19,22 @@ from tests.kernels.test_moe import run
 FLOAT32 = 1e-5  # products over some fifty terms; a softmax's gradient cancels
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "squared_relu"])
+SIZES = [
+    {"tokens": 1},
+    {"tokens": 63, "top_k": 1},
+    {"tokens": 10, "experts": 9, "top_k": 8},
+    {"tokens": 7, "experts": 1, "top_k": 1},
+    {"tokens": 40, "experts": 6, "empty": (0, 3, 5)},
+    {"tokens": 17, "model": 50, "hidden": 37, "score": "sigmoid"},
+]
+
+
 @pytest.mark.parametrize(
-    "sizes",
+    ("sizes", "activation"),
     [
-        {"tokens": 1},
-        {"tokens": 63, "top_k": 1},
-        {"tokens": 10, "experts": 9, "top_k": 8},
-        {"tokens": 7, "experts": 1, "top_k": 1},
-        {"tokens": 40, "experts": 6, "empty": (0, 3, 5)},
-        {"tokens": 17, "model": 50, "hidden": 37, "score": "sigmoid"},
+        *((sizes, "swiglu") for sizes in SIZES),
+        *((sizes, "squared_relu") for sizes in SIZES[:2]),
+        *(pytest.param(sizes, "squared_relu", marks=pytest.mark.slow) for sizes in SIZES[2:]),
     ],
 )
 def test_experts_equal_the_definition_twice_bitwise(sizes, activation, poisoned_memory):
