@@ -23,12 +23,14 @@ FACTORED = (
 )
 LIGHTNING = "model.mixers.lightning={num_heads: 8, head_dim: 8}"
 TWO_RANKS = [
-    "expert=2",
     "expert=2 model.moe.capacity_factor=1.5",
     "tensor=2 sequence_parallel=true zero_stage=2 model.attention.qk_norm=true",
-    f"tensor=2 sequence_parallel=true {FACTORED} model.guide.share=0.5",
     "context=2 model.moe.auxiliary_loss_weight=0.1 model.moe.sequence_loss_weight=0.1",
     "pipeline=2 model.tie_embeddings=true",
+]
+TWO_RANKS_MORE = [
+    "expert=2",
+    f"tensor=2 sequence_parallel=true {FACTORED} model.guide.share=0.5",
     "tensor=2 model.pattern=M/*E",
 ]
 FOUR_RANKS = [
@@ -88,6 +90,11 @@ def test_counted_bytes_are_those_of_the_formulas_on_each_axis() -> None:
 @pytest.mark.slow
 def test_counted_bytes_are_those_of_the_formulas_where_axes_compose() -> None:
     assert_equal(run_ranks(count_all, FOUR_RANKS, 4, num_ranks=4)[0], FOUR_RANKS)
+
+
+@pytest.mark.slow
+def test_counted_bytes_are_those_of_the_formulas_with_other_blocks_on_an_axis() -> None:
+    assert_equal(run_ranks(count_all, TWO_RANKS_MORE, 2, num_ranks=2)[0], TWO_RANKS_MORE)
 
 
 def test_tokens_travel_to_experts_at_the_latent_width() -> None:
