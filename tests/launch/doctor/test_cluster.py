@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
-import os
 import shlex
 import socket
-import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -76,17 +76,23 @@ def test_a_folder_that_each_host_has_for_itself_fails_by_rank(tmp_path: Path) ->
     assert [list(folder.iterdir()) for folder in folders] == [[], []]
 
 
+def run_and_keep(words: list[str]) -> tuple[int, str, str]:
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as errors:
+        code = run(words)
+    return code, out.getvalue(), errors.getvalue()
+
+
 def test_a_failure_ends_with_code_3_and_one_object_for_scripts(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    command = [sys.executable, "-m", "launch", "doctor", "--cluster", "--json", "--shared", str(tmp_path / "file/run")]
+    words = ["doctor", "--cluster", "--json", "--shared", str(tmp_path / "file/run")]
     # One rank of one, in a process of its own: it leaves its group at the end.
-    done = subprocess.run(command, env={**os.environ, "RANK": "0"}, capture_output=True, text=True, check=False)
-    assert done.returncode == 3, done.stderr
-    report = json.loads(done.stdout)
+    ((code, out, errors),) = run_ranks(run_and_keep, words, num_ranks=1)
+    assert code == 3, errors
+    report = json.loads(out)
     (failed,) = [finding for finding in report["findings"] if finding["status"] == "fail"]
     assert report["ok"] is False
     assert failed["found"].endswith(f"cannot be written by {socket.gethostname()} (rank 0): Not a directory")
-    assert "1 thing(s) that amfm needs are missing or wrong" in done.stderr
+    assert "1 thing(s) that amfm needs are missing or wrong" in errors
 
 
 def test_each_way_in_which_storage_fails_has_its_line() -> None:

@@ -11,12 +11,15 @@ from model.packing import PackMeta
 from tests.model.mixers.samples import mixer_config
 from tests.model.small_models import small_model
 
+# Several chunks and windows of the samples, which are smaller than those of a run.
+TOKENS = 512
+
 
 @pytest.mark.parametrize("name", list(mixer_specs()))
 def test_kept_bytes_are_those_of_a_real_pass(name):
     config = mixer_config(name, blocks=1)
     mixer = small_model(config, dtype=torch.float32).blocks[0].mixer
-    x_BTD = torch.randn(1, COUNTED_TOKENS, config.hidden_size, requires_grad=True)
+    x_BTD = torch.randn(1, TOKENS, config.hidden_size, requires_grad=True)
     known = {id_of(tensor) for tensor in [x_BTD, *mixer.parameters(), *mixer.buffers()]}
     kept = {}
 
@@ -26,12 +29,12 @@ def test_kept_bytes_are_those_of_a_real_pass(name):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        output = mixer(x_BTD, PackMeta.one_document_a_row(1, COUNTED_TOKENS))
+        output = mixer(x_BTD, PackMeta.one_document_a_row(1, TOKENS))
     measured = sum(storage.nbytes() for storage in kept.values())
     del output
-    counted = registered_block(config, mixer_specs()[name].symbol, torch.float32, COUNTED_TOKENS)
+    counted = registered_block(config, mixer_specs()[name].symbol, torch.float32, TOKENS)
     # PyTorch pads what its attention keeps of each query.
-    assert counted.kept_bytes * COUNTED_TOKENS == pytest.approx(measured, rel=0.03)
+    assert counted.kept_bytes * TOKENS == pytest.approx(measured, rel=0.03)
     assert sum(rows * columns for rows, columns in counted.matrices) == sum(
         weight.numel() for weight in mixer.parameters() if weight.dim() > 1
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from data_pipeline.config import DataConfig
@@ -14,37 +15,37 @@ from tests.helpers.spawn import run_ranks
 from tests.pretrain.test_ranks import poison_gradient
 from tests.pretrain.tiny_run import Trained, collect_weights, tiny_config, train_and_collect
 
-CASES = [(1, "float32"), (3, "bf16")]
+
+def train_with_and_without(data: DataConfig, folder: str, stage: int, precision: str) -> list[Trained]:
+    """On the device, offloaded, and offloaded with a stop and a resume in between."""
+    trained = []
+    for name, offload, stops in (("device", False, [None]), ("host", True, [None]), ("twice", True, [2, None])):
+        for stop in stops:
+            config = tiny_config(
+                data,
+                Path(folder, name),
+                parallel__zero_stage=stage,
+                parallel__offload_optimizer=offload,
+                train__precision=precision,
+                train__stop_after_steps=stop,
+            )
+            last = train_and_collect(config)
+        trained.append(last)
+    return trained
 
 
-def train_with_and_without(data: DataConfig, folder: str) -> list[list[Trained]]:
-    """For each case: on the device, offloaded, and offloaded with a stop and a resume in between."""
-    results = []
-    for stage, precision in CASES:
-        trained = []
-        for name, offload, stops in (("device", False, [None]), ("host", True, [None]), ("twice", True, [2, None])):
-            for stop in stops:
-                config = tiny_config(
-                    data,
-                    Path(folder, f"{stage}{precision}{name}"),
-                    parallel__zero_stage=stage,
-                    parallel__offload_optimizer=offload,
-                    train__precision=precision,
-                    train__stop_after_steps=stop,
-                )
-                last = train_and_collect(config)
-            trained.append(last)
-        results.append(trained)
-    return results
-
-
-def test_offloaded_training_is_the_same_and_resumes_to_the_bit(data: DataConfig, tmp_path: Path) -> None:
-    for on_device, on_host, resumed in run_ranks(train_with_and_without, data, str(tmp_path), num_ranks=1)[0]:
-        assert on_host.series("loss") == on_device.series("loss")
-        assert resumed.series("loss") == on_host.series("loss")
-        for name, weight in on_host.weights.items():
-            assert torch.equal(weight, on_device.weights[name]), name
-            assert torch.equal(weight, resumed.weights[name]), name
+@pytest.mark.parametrize(("stage", "precision"), [(3, "bf16"), pytest.param(1, "float32", marks=pytest.mark.slow)])
+def test_offloaded_training_is_the_same_and_resumes_to_the_bit(
+    data: DataConfig, tmp_path: Path, stage: int, precision: str
+) -> None:
+    ((on_device, on_host, resumed),) = run_ranks(
+        train_with_and_without, data, str(tmp_path), stage, precision, num_ranks=1
+    )
+    assert on_host.series("loss") == on_device.series("loss")
+    assert resumed.series("loss") == on_host.series("loss")
+    for name, weight in on_host.weights.items():
+        assert torch.equal(weight, on_device.weights[name]), name
+        assert torch.equal(weight, resumed.weights[name]), name
 
 
 def skip_offloaded(data: DataConfig, folder: str) -> list[tuple[bool, bool]]:

@@ -45,7 +45,15 @@ def test_three_kinds_of_task_give_numbers_again_and_again(folder: Path, data: Da
     assert random.getstate() == before[0] and torch.equal(torch.get_rng_state(), before[1])
 
 
-def test_unknown_names_and_folders_are_refused_by_name(folder: Path) -> None:
+@pytest.fixture(params=["few", pytest.param("all", marks=pytest.mark.slow)])
+def shipped(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-eval's own folder of tasks: all its thousands, which take it a quarter of a minute to read, or one of ours."""
+    if request.param == "few":
+        write_task(tmp_path / "shipped", "shipped", CHOICE)
+        monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(tmp_path / "shipped" / "manager.py"))
+
+
+def test_unknown_names_and_folders_are_refused_by_name(folder: Path, shipped: None) -> None:
     write_task(folder, "here", CHOICE)
     with pytest.raises(ValueError, match=r"evaluate\.tasks: lm-eval knows no task neverheard.*that folder has here"):
         open_suite(TaskChoice(("here", "neverheard"), str(folder)), "evaluate.tasks")
