@@ -19,11 +19,12 @@ def waits_by_section() -> dict[str, set[str]]:
     return found
 
 
-def sections_of(config: RunConfig) -> set[str]:
-    """The headings that hold for a run."""
+def sections_of(config: RunConfig, ranks: int) -> set[str]:
+    """The headings that hold for a run on so many ranks."""
     section, letters, moe = config.parallel, config.model.letters, config.model.moe
     zero = section.zero_stage
     found = {"every step", f"ZeRO {zero}"}
+    found |= {"several ranks"} if ranks > 1 else set()
     found |= {"ZeRO 1 or 2"} if zero in (1, 2) else set()
     found |= {"ZeRO 1, 2 or 3"} if zero else set()
     if config.train.precision == "bf16":
@@ -39,10 +40,10 @@ def sections_of(config: RunConfig) -> set[str]:
     return found
 
 
-def expected_waits(config: RunConfig) -> set[str]:
-    """The waits of a step of this run, all of them."""
+def expected_waits(config: RunConfig, ranks: int) -> set[str]:
+    """The waits of a step of this run on so many ranks, all of them."""
     by_section = waits_by_section()
-    return set().union(*(by_section.get(name, set()) for name in sections_of(config)))
+    return set().union(*(by_section.get(name, set()) for name in sections_of(config, ranks)))
 
 
 def unnumbered(waits) -> set[str]:
