@@ -19,8 +19,8 @@ from tests.helpers.spawn import run_ranks
 from tests.parallel.layouts import Layout, layout_config
 from tests.pretrain.tiny_run import read_events, read_metrics
 
-SAVED, STEPS = 3, 6
-# Two layouts add in another order; from equal states three steps of float32 stay within this, relative to the largest.
+SAVED, STEPS = 2, 4
+# Two layouts add in another order; from equal states two steps of float32 stay within this, relative to the largest.
 TOLERANCE = 1e-5
 
 
@@ -65,8 +65,9 @@ LAYOUTS = {
     "muon_zero0": muon(2, zero_stage=0),
     "pipeline2_tensor2_expert2": layout(8, pipeline=2, tensor=2, sequence_parallel=True, expert=2),
 }
-QUICK = [("one", "pipeline2"), ("pipeline2", "expert2"), ("expert2", "tensor2")]
+QUICK = [("pipeline2", "expert2"), ("expert2", "tensor2")]
 SLOW = [
+    ("one", "pipeline2"),
     ("tensor2", "one"),
     ("one", "pipeline2_tensor2"),
     ("pipeline2_tensor2", "expert4"),

@@ -65,7 +65,7 @@ def test_tiny_rows_as_json(capsys: pytest.CaptureFixture[str]) -> None:
         "--lengths",
         "96,32",
         "--rounds",
-        "2",
+        "1",
         "--json",
     ]
     assert run(command) == 0

@@ -53,6 +53,7 @@ def test_each_variant_is_timed_as_it_trains(capsys: pytest.CaptureFixture[str]) 
     assert "transformers returns freed memory, ours keeps it" in out and "Freed memory kept" in out
 
 
+@pytest.mark.slow  # the quick one is below: optimizers are compared under the same settings
 def test_allocator_settings_of_the_environment_are_the_only_treatment_of_a_step(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -70,6 +71,7 @@ def test_muon_and_adamw_take_turns_at_steps_of_several_passes(monkeypatch: pytes
     monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")
     result = bench_optimizers(rounds=1, num_threads=1, micro_batches=2, report=lambda _: None, shape=SMALL)
     (taken, muon) = (result["variants"][name]["memory"] for name in ("ours_fp32", "ours_fp32_muon"))
+    assert [*taken] == [*muon] == [*result["muon_to_adamw"]] == ["MALLOC_MMAP_MAX_"], "the environment's settings alone"
     for treatment, ratio in result["muon_to_adamw"].items():
         assert ratio == muon[treatment]["seconds"] / taken[treatment]["seconds"]
         assert taken[treatment]["tokens_per_second"] == 2 * 48 / taken[treatment]["seconds"]
