@@ -25,7 +25,8 @@ BF16 = {"train__precision": "bf16"}
 @pytest.mark.parametrize(
     "parallels",
     [
-        pytest.param([*(TENSOR | {"zero_stage": stage} for stage in (0, 1, 3)), {"context": 2}], id="tensor, context"),
+        pytest.param([TENSOR | {"zero_stage": 3}, {"context": 2}], id="tensor, context"),
+        pytest.param([TENSOR | {"zero_stage": stage} for stage in (0, 1)], id="tensor", marks=pytest.mark.slow),
         pytest.param([{"expert": 2, "zero_stage": stage} for stage in (1, 2)], id="expert", marks=pytest.mark.slow),
     ],
 )
@@ -40,15 +41,18 @@ def test_bf16_losses_and_norms_are_those_of_one_rank(parallels: list[dict[str, A
 
 
 # Layout, precision, and the weight whose gradient is bad on the last rank.
-POISONED: list[tuple[dict[str, Any], str, str]] = [
-    (TENSOR | {"zero_stage": 0}, "float32", "blocks.3.mixer.down_proj.weight"),
+Poisoned = list[tuple[dict[str, Any], str, str]]
+POISONED: Poisoned = [
     (TENSOR | {"zero_stage": 0}, "bf16", "blocks.3.mixer.down_proj.weight"),
-    (TENSOR | {"zero_stage": 1}, "bf16", "blocks.3.mixer.down_proj.weight"),
     (TENSOR | {"zero_stage": 3}, "float32", "blocks.3.mixer.down_proj.weight"),
     ({"context": 2}, "float32", "blocks.0.mixer.out_proj.weight"),
+    ({"expert": 2, "zero_stage": 2}, "bf16", "blocks.1.mixer.experts.down"),
+]
+POISONED_MORE: Poisoned = [
+    (TENSOR | {"zero_stage": 0}, "float32", "blocks.3.mixer.down_proj.weight"),
+    (TENSOR | {"zero_stage": 1}, "bf16", "blocks.3.mixer.down_proj.weight"),
     ({"expert": 2, "zero_stage": 1}, "float32", "blocks.1.mixer.experts.down"),
     ({"expert": 2, "zero_stage": 1}, "bf16", "blocks.1.mixer.experts.down"),
-    ({"expert": 2, "zero_stage": 2}, "bf16", "blocks.1.mixer.experts.down"),
 ]
 
 
@@ -70,17 +74,20 @@ def poison_and_signal(config: RunConfig, victim: str) -> tuple[StepResult, bool,
     return poisoned, unmoved, signalled
 
 
-def poison_all(data: DataConfig, folder: str) -> list[tuple[StepResult, bool, StepResult]]:
+def poison_all(cases: Poisoned, data: DataConfig, folder: str) -> list[tuple[StepResult, bool, StepResult]]:
     results = []
-    for number, (parallel, precision, victim) in enumerate(POISONED):
+    for number, (parallel, precision, victim) in enumerate(cases):
         layout = Layout(2, parallel, settings={"train__precision": precision})
         results.append(poison_and_signal(layout_config(layout, data, Path(folder, str(number))), victim))
     return results
 
 
-def test_a_bad_gradient_or_a_signal_on_one_rank_is_known_to_both(data: DataConfig, tmp_path: Path) -> None:
-    for results in run_ranks(poison_all, data, str(tmp_path), num_ranks=2):
-        for (parallel, _, victim), (poisoned, unmoved, signalled) in zip(POISONED, results, strict=True):
+@pytest.mark.parametrize("cases", [POISONED, pytest.param(POISONED_MORE, marks=pytest.mark.slow)], ids=["some", "more"])
+def test_a_bad_gradient_or_a_signal_on_one_rank_is_known_to_both(
+    cases: Poisoned, data: DataConfig, tmp_path: Path
+) -> None:
+    for results in run_ranks(poison_all, cases, data, str(tmp_path), num_ranks=2):
+        for (parallel, _, victim), (poisoned, unmoved, signalled) in zip(cases, results, strict=True):
             flags = [poisoned.applied, unmoved, signalled.applied]
             assert flags == [False, True, True], "the poisoned step moved nothing, the next one did"
             assert [poisoned.signal, signalled.signal] == [0, signal.SIGTERM]
