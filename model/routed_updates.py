@@ -6,8 +6,9 @@ A block has one router, which reads what its mixer reads, so that all projection
 E updates lie behind each other, as one of rank E r (model/parallel/low_rank.py), between whose factors each token has the
 weights p of the chosen, and zeros: E r is small beside the width, and products of whole matrices are quicker than the
 sorting that would spare the zeros. So names, first values, cuts over tensor ranks and freezing are those of one update, and
-no collective is added to those that the router of experts has. After LoRA-Mixer, whose balance loss could not be read: ours
-is that of the experts' router (Fedus et al. 2021, arXiv 2101.03961, section 2.2).
+no collective is added to those that the router of experts has. For the first `hard_from_step` steps of training all E count,
+by the softmax, so that each gets gradients before choices are hard. After LoRA-Mixer, whose balance loss could not be read:
+ours is that of the experts' router (Fedus et al. 2021, arXiv 2101.03961, section 2.2).
 """
 
 from __future__ import annotations
@@ -52,6 +53,13 @@ class RoutedUpdates(nn.Module):
             updates.append(layer.lora)
         # A tuple: they belong to their layers, and have their names from there.
         self.updates = tuple(updates)
+        self.soft = False
+        # Where somebody measures: tokens by update [E], added up over calls.
+        self.measured: Tensor | None = None
+
+    def set_step(self, step: int, total_steps: int, seed: int) -> None:
+        """Let all updates count for the steps that ask for it."""
+        self.soft = self.section.hard_from_step is not None and step < self.section.hard_from_step
 
     def choose(self, x_BTD: Tensor) -> dict[str, Tensor]:
         """Choose for the tokens x [B, T, D] (under sequence parallelism this rank's), until the next call.
@@ -70,7 +78,12 @@ class RoutedUpdates(nn.Module):
             scaling=1.0,
             backend=self.backend,
         )
-        weights_RE = torch.zeros_like(routing.scores_RE).scatter(1, routing.expert_ids_RK, routing.weights_RK)
+        if self.measured is not None:
+            self.measured += routing.counts_E
+        if self.soft and self.training:
+            weights_RE = routing.scores_RE
+        else:
+            weights_RE = torch.zeros_like(routing.scores_RE).scatter(1, routing.expert_ids_RK, routing.weights_RK)
         # Every tensor rank's rows or columns give a part of the gradient.
         gates_BTE = sum_gradients(weights_RE.view_as(logits_BTE), self.groups)
         gates = gates_BTE.repeat_interleave(section.rank, dim=-1).to(x_BTD.dtype)

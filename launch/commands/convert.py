@@ -88,6 +88,13 @@ def print_conversion(found: ConversionReport, *, as_json: bool) -> None:
     rows = [(name, f"{loss:.4f}", f"{loss - teacher:+.4f}") for name, loss in found.losses.items()]
     title = f"Conversion to {found.pattern}, {found.tokens:,} held-out tokens"
     print_rows(title, ("model", "nats a token", "beside the teacher"), rows)
+    routed = [
+        (name, f"{source.loss:.4f}", f"block {block}", "  ".join(f"{share:.2f}" for share in shares))
+        for name, source in found.routed.items()
+        for block, shares in source.shares.items()
+    ]
+    if routed:
+        print_rows("Updates by source", ("source", "nats a token", "router", "share of the choices"), routed)
     pairs: list[tuple[str, object]] = []
     if found.linear_share:
         shares = ", ".join(f"block {block} {share:.2f}" for block, share in found.linear_share.items())

@@ -22,3 +22,8 @@ class LoraMixerConfig(Section):
     balance_weight: float = Field(
         0.01, ge=0, description="Weight of the loss that balances the router, as lora_balance."
     )
+    hard_from_step: int | None = Field(
+        None,
+        gt=0,
+        description="Training steps in which all updates count, by the softmax of the router; then, and outside of training, the top_k do. None: the top_k from the first step.",
+    )

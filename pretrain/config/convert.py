@@ -26,6 +26,11 @@ class RoutingConfig(Section):
     num_experts: int = Field(ge=2, description="Updates beside each projection.")
     top_k: int = Field(2, gt=0, description="Updates a token; at most num_experts.")
     balance_weight: float = Field(0.01, ge=0, description="Weight of the loss that balances the router.")
+    hard_from_step: int | None = Field(
+        None,
+        gt=0,
+        description="Steps of tuning in which all updates count, by the softmax of the router, before the top_k alone do; none: the top_k from the first step.",
+    )
 
 
 class TuneConfig(Section):

@@ -16,6 +16,7 @@ import torch
 
 from data_pipeline.progress import Report, silent
 from data_pipeline.store.store import TokenStore
+from model.hybrid import HybridModel
 from model.mixers.window_linear import WindowLinearMixer
 from pretrain.config.convert import StageName
 from pretrain.config.schema import RunConfig
@@ -29,10 +30,19 @@ UNUSED_NATS = 0.005
 
 
 @dataclass(frozen=True)
+class RoutedSource:
+    """What the tuned model does with one source of text: its loss, and each update's share of the choices by block."""
+
+    loss: float
+    shares: dict[int, list[float]]
+
+
+@dataclass(frozen=True)
 class ConversionReport:
     """Losses in nats a token by model, in the order of a table; shares of the linear branch by block; a verdict in words.
 
-    `result`: the folder with the merged weights. `tokens`: that each model was measured on.
+    `result`: the folder with the merged weights. `tokens`: that each model was measured on. `routed`: by source of the text;
+    empty without updates that a router chooses among.
     """
 
     result: Path
@@ -43,9 +53,17 @@ class ConversionReport:
     verdict: str
     tokens: int
     start: StartReport
+    routed: dict[str, RoutedSource]
 
     def to_json(self) -> dict[str, Any]:
         """Encode for conversion.json."""
+        routed = {
+            name: {
+                "loss_nats_a_token": source.loss,
+                "share_of_updates_by_block": {str(block): shares for block, shares in source.shares.items()},
+            }
+            for name, source in self.routed.items()
+        }
         return {
             "pattern": self.pattern,
             "converted_blocks": list(self.blocks),
@@ -53,6 +71,7 @@ class ConversionReport:
             "linear_share_by_block": {str(block): share for block, share in self.linear_share.items()},
             "verdict": self.verdict,
             "measured_tokens": self.tokens,
+            **({"routed_updates_by_source": routed} if routed else {}),
             "weights_of_converted_blocks": {
                 "taken": list(self.start.taken),
                 "new": list(self.start.new),
@@ -67,8 +86,31 @@ WINDOW_ALONE = "window alone, tuned alike"
 WITHOUT_LINEAR, WITHOUT_WINDOW = "tuned, without linear branch", "tuned, without window"
 
 
+class UpdateCounts:
+    """Counts, source by source, which updates a model's routers choose."""
+
+    def __init__(self, model: HybridModel) -> None:
+        blocks = ((index, model.blocks[index].updates) for index in model.blocks.indices())
+        self.blocks = {index: updates for index, updates in blocks if updates is not None}
+        self.taken: dict[str, dict[int, list[float]]] = {}
+        self._begin()
+
+    def take(self, source: str) -> None:
+        """Note the shares of what was computed since the last call, as of this source."""
+        measured = {index: updates.measured for index, updates in self.blocks.items()}
+        self.taken[source] = {
+            index: (counts / counts.sum()).tolist() for index, counts in measured.items() if counts is not None
+        }
+        self._begin()
+
+    def _begin(self) -> None:
+        for updates in self.blocks.values():
+            weight = updates.router.weight
+            updates.measured = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
+
+
 @dataclass
-class _Ruler:
+class Ruler:
     """Measures models on the same tokens of the validation part."""
 
     config: RunConfig
@@ -81,8 +123,9 @@ class _Ruler:
         *,
         used: Literal["both", "window", "linear"] = "both",
         shares: dict[int, float] | None = None,
+        routed: dict[str, RoutedSource] | None = None,
     ) -> float:
-        """Mean loss a token; `shares` is filled with the linear branch's share of the mass by block."""
+        """Mean loss a token; `shares` is filled with the linear branch's share of the mass by block, `routed` by source."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model, train = weights.build(backend="auto", device=device), self.config.train
         mixers = {
@@ -93,6 +136,7 @@ class _Ruler:
         for mixer in mixers.values():
             mixer.used = used
             mixer.measured = None if shares is None else torch.zeros(2, dtype=torch.float64, device=device)
+        counts = UpdateCounts(model) if routed is not None else None
         sums = measure_store(
             model,
             self.store,
@@ -101,7 +145,11 @@ class _Ruler:
             isolated=self.config.data.mask_document_boundaries,
             rows_at_once=train.micro_batch_size,
             max_tokens=train.validation_batches * train.global_batch_size * train.sequence_length,
+            measured=None if counts is None else counts.take,
         )
+        if routed is not None and counts is not None and counts.blocks:
+            for name, (nll, tokens) in sums.items():
+                routed[name] = RoutedSource(nll / tokens, counts.taken[name])
         self.tokens = sum(tokens for _, tokens in sums.values())
         for index, mixer in mixers.items():
             if shares is not None and mixer.measured is not None and mixer.measured[1] > 0:
@@ -117,7 +165,7 @@ def measure_conversion(
     Raises ValueError where the validation part has no tokens.
     """
     convert = conversion_of(config)
-    ruler = _Ruler(config, TokenStore.open(config.data.text_store()))
+    ruler = Ruler(config, TokenStore.open(config.data.text_store()))
     if not sum(ruler.store.num_tokens(name, "validation") for name in ruler.store.source_names):
         raise ValueError(f"the validation part of {ruler.store.path} has no tokens; raise data.validation_fraction")
     losses: dict[str, float] = {}
@@ -130,7 +178,8 @@ def measure_conversion(
     if "transfer" in stages:
         losses[TRANSFERRED] = ruler.measure(stage_weights(stages["transfer"]))
     tuned = stage_weights(stages["tune"])
-    losses[TUNED] = ruler.measure(tuned, shares=shares)
+    routed: dict[str, RoutedSource] = {}
+    losses[TUNED] = ruler.measure(tuned, shares=shares, routed=routed)
     if convert.to == WINDOW_LINEAR:
         report("measuring it without its branches")
         losses[WINDOW_ALONE] = ruler.measure(stage_weights(stages["tune-window"]), used="window")
@@ -146,6 +195,7 @@ def measure_conversion(
         judge(losses),
         ruler.tokens,
         start,
+        routed,
     )
     return found, tuned
 

@@ -63,6 +63,16 @@ def routing_problems(config: RunConfig) -> Iterator[Problem]:
     if routing is not None and routing.top_k > routing.num_experts:
         rule = f"is more than convert.tune.routing.num_experts={routing.num_experts}"
         yield Problem("convert.tune.routing.top_k", rule, "lower it to at most that", str(routing.top_k))
+    if routing is not None and routing.hard_from_step is not None:
+        key, steps = "convert.tune.routing.hard_from_step", conversion_of(config).tune.steps
+        if routing.hard_from_step >= steps:
+            rule = (
+                f"must be less than convert.tune.steps={steps}, or the choices that the result makes are never trained"
+            )
+            yield Problem(key, rule, "lower it, or leave it out", str(routing.hard_from_step))
+        if routing.top_k == routing.num_experts:
+            rule = f"has no effect with convert.tune.routing.top_k={routing.top_k}, by which all updates count anyway"
+            yield Problem(key, rule, "lower top_k, or leave it out", str(routing.hard_from_step))
 
 
 def block_problems(config: RunConfig) -> Iterator[Problem]:

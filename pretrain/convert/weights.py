@@ -163,6 +163,9 @@ def stage_weights(stage: ConversionStage, report: Report = silent) -> Weights:
     model: ModelConfig = stage.config.model
     if model.moe is not None and first.model.moe is not None:
         model = model.model_copy(update={"moe": first.model.moe})
+    if model.lora_mixer is not None:
+        # What goes on from these weights makes hard choices from its own first step.
+        model = model.model_copy(update={"lora_mixer": model.lora_mixer.model_copy(update={"hard_from_step": None})})
     return replace(first, model=model, state=state, origin=f"{checkpoint} of a conversion", run=None, step=None)
 
 

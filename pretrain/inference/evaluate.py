@@ -127,10 +127,12 @@ def measure_store(
     rows_at_once: int = 8,
     max_tokens: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    measured: Callable[[str], None] | None = None,
 ) -> dict[str, tuple[float, int]]:
     """Sum a model's negative log-likelihood over a part of a store: (nats, tokens) by source, of those with tokens.
 
-    Rows and tokens as in `evaluate_checkpoint`; `isolated`: documents do not see each other.
+    Rows and tokens as in `evaluate_checkpoint`; `isolated`: documents do not see each other. `measured` is called after the
+    last row of each source.
     """
     total = sum(store.num_tokens(name, split) for name in store.source_names)
     share = 1.0 if max_tokens is None else min(1.0, max_tokens / max(1, total))
@@ -151,6 +153,8 @@ def measure_store(
                 progress(done, math.ceil(total * share))
         if tokens:
             sums[name] = (nll, tokens)
+            if measured is not None:
+                measured(name)
     return sums
 
 

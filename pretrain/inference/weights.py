@@ -383,7 +383,7 @@ def function_settings(config: ModelConfig) -> dict[str, object]:
                 if f"{section_name}.{name}" not in _TRAINING_ONLY:
                     settings[f"{section_name}.{name}"] = value
     if config.lora_mixer is not None:
-        routed = config.lora_mixer.model_dump(exclude={"balance_weight"})
+        routed = config.lora_mixer.model_dump(exclude={"balance_weight", "hard_from_step"})
         settings |= {f"lora_mixer.{name}": value for name, value in routed.items()}
     return settings
 

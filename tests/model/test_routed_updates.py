@@ -87,6 +87,24 @@ def test_outputs_and_gradients_are_those_of_the_sum_over_the_chosen(top_k: int) 
         assert_near(actual, wanted, EXACT, "gradients")
 
 
+def test_all_updates_count_until_choices_harden_and_never_outside_of_training() -> None:
+    mixer = Projections()
+    section = ROUTED.model_copy(update={"hard_from_step": 2})
+    updates = filled(RoutedUpdates(mixer, section, 6, single_rank_groups(), "torch"))
+    filled(mixer)
+    x_BTD = torch.randn(2, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    scores_RE = (x_BTD.flatten(0, 1) @ updates.router.weight.T).softmax(-1)
+    soft_RE = routed_reference(x_BTD.flatten(0, 1), mixer.q_proj, scores_RE, 2, 3.0)
+    kept_RE = torch.zeros_like(scores_RE).scatter(1, scores_RE.topk(2).indices, 1.0) * scores_RE
+    hard_RE = routed_reference(x_BTD.flatten(0, 1), mixer.q_proj, kept_RE / kept_RE.sum(-1, keepdim=True), 2, 3.0)
+    for step, trains, expected in ((0, True, soft_RE), (1, True, soft_RE), (2, True, hard_RE), (1, False, hard_RE)):
+        updates.train(trains).set_step(step, 4, 0)
+        updates.measured = torch.zeros(4)
+        updates.choose(x_BTD)
+        assert_near(mixer.q_proj(x_BTD).flatten(0, 1), expected, EXACT, f"step {step}")
+        assert updates.measured.tolist() == (kept_RE > 0).sum(0).tolist()
+
+
 def test_updates_start_at_nothing_and_are_counted() -> None:
     config = small_config("*{window_linear}-", mixers=MIXERS)
     routed = config.model_copy(update={"lora_mixer": ROUTED})

@@ -163,6 +163,37 @@ def test_two_tensor_ranks_compute_what_one_does(case, two_ranks, one_rank):
             assert_close(actual.gradients[name], gradient, name)
 
 
+FOUR_BLOCKS = {
+    "blockshuffle": {"linear_kind": "blockshuffle", "linear_blocks": 4},
+    "blockdense": {"linear_kind": "blockdense", "linear_rank": 8, "linear_blocks": 4},
+    "lowrank": {"linear_kind": "lowrank", "linear_rank": 5},
+}
+FACTORED = {
+    kind: small_config(
+        "-",
+        hidden_size=16,
+        guide=GuideConfig(),
+        feed_forward=FeedForwardConfig(hidden_size=32, activation="swiglu", **settings),
+    )
+    for kind, settings in FOUR_BLOCKS.items()
+}
+
+
+def compute_factored() -> list[Computed]:
+    groups = initialize_parallel(ParallelConfig(tensor=4), timeout_seconds=60, num_threads=1).groups
+    return [compute(config, groups) for config in FACTORED.values()]
+
+
+@pytest.mark.slow  # two ranks do it quickly, in the cases above
+def test_four_tensor_ranks_compute_factored_layers_as_one_does():
+    for results in run_ranks(compute_factored, num_ranks=4):
+        for (kind, config), actual in zip(FACTORED.items(), results, strict=True):
+            expected = compute(config, single_rank_groups())
+            torch.testing.assert_close(actual.logits_BTV, expected.logits_BTV, rtol=1e-9, atol=1e-10)
+            for name, gradient in expected.gradients.items():
+                assert_close(actual.gradients[name], gradient, f"{kind}: {name}")
+
+
 HEADS = {"blocks.2.mixer.q_norm.weight", "blocks.2.mixer.k_norm.weight"}
 STREAM = {f"blocks.{index}.norm.weight" for index in range(5)} | {"final_norm.weight", "blocks.1.mixer.router.weight"}
 COPIES = {"blocks.0.mixer.in_proj.weight", "blocks.0.mixer.conv.weight", "blocks.0.mixer.conv.bias"}

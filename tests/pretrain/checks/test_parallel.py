@@ -80,6 +80,10 @@ MOE = "model.moe={num_experts: 6, top_k: 2, expert_hidden_size: 12, shared_exper
         (["parallel.tensor=3"], "parallel.tensor = 3: must divide model.attention.num_heads=4; use 1, 2, 4"),
         (["parallel.tensor=3"], "parallel.tensor = 3: must divide model.feed_forward.hidden_size=128; use 1, 2, 4"),
         (
+            ["parallel.tensor=4", "model.feed_forward.linear_kind=blockshuffle", "model.feed_forward.linear_blocks=2"],
+            "parallel.tensor = 4: must divide model.feed_forward.linear_blocks=2; use 1, 2",
+        ),
+        (
             ["parallel.tensor=3"],
             "parallel.tensor = 3: must divide model.attention.num_kv_heads=2, or be a multiple of it; use 1, 2 or a",
         ),

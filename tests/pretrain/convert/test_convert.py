@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from data_pipeline.config import DataConfig
+from data_pipeline.synthetic.rows import NO_TOKENIZER
 from model.packing import PackMeta
 from pretrain.checkpoint.inspect import diff_checkpoints, find_checkpoint, read_full_state
 from pretrain.config.errors import ConfigError
@@ -21,7 +22,7 @@ from pretrain.convert.report import write_result
 from pretrain.convert.rules import check_conversion
 from pretrain.convert.stages import ConversionStage, conversion_stages, converted_model
 from pretrain.convert.weights import StartReport, stage_weights, write_start
-from pretrain.inference.weights import read_weights
+from pretrain.inference.weights import read_weights, require_same_function
 from pretrain.train import train
 from tests.pretrain.convert.conversions import MODEL, WINDOW_LINEAR, conversion, run_conversion, train_teacher
 
@@ -166,6 +167,10 @@ def test_the_verdict_says_when_the_linear_branch_is_unused() -> None:
         ({"convert__to": "mamba7"}, "convert.to = mamba7: is no registered mixer"),
         ({"train__steps": 4}, "train.steps = 4: has no effect in a conversion"),
         ({"data__validation_fraction": 0}, "data.validation_fraction = 0: leaves nothing to measure"),
+        (
+            {"data__probe": {"task": "parity"}},
+            "data.probe = parity: is a synthetic task, and a conversion measures text",
+        ),
         ({"parallel__zero_stage": 3}, "parallel.zero_stage = 3: cuts frozen weights"),
         ({"optimizer__kind": "muon"}, "optimizer.kind = muon: makes the steps of matrices orthogonal"),
         ({"forget": {"every_steps": 1, "until_step": 2}}, "forget: changes weights that a conversion keeps"),
@@ -203,6 +208,16 @@ def test_a_teacher_of_another_model_is_refused(data: DataConfig, done: Done, tmp
     with pytest.raises(ValueError, match=r"convert.teacher=.* holds another model: hidden_size: 32 there, 64 here"):
         write_start(other)
     assert MODEL["hidden_size"] == 32
+
+
+def test_a_teacher_of_another_tokenizer_or_of_a_synthetic_task_is_refused(done: Done) -> None:
+    teacher = read_weights(done.config.convert.teacher)
+    with pytest.raises(ValueError, match=r"convert\.teacher=x was trained with tokenizer .* prepared with 0000"):
+        require_same_function(teacher, done.config.model, "0000", "convert.teacher=x")
+    with pytest.raises(
+        ValueError, match=r"convert\.teacher=x was trained on text, and this run is on a synthetic task"
+    ):
+        require_same_function(teacher, done.config.model, NO_TOKENIZER, "convert.teacher=x")
 
 
 def test_a_run_directory_of_another_conversion_is_refused(data: DataConfig, done: Done) -> None:

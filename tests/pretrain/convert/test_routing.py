@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from data_pipeline.config import DataConfig
+from data_pipeline.store.store import TokenStore
+from launch.commands.convert import print_conversion
 from model.packing import PackMeta
 from model.routed_updates import ENDS
 from pretrain.checkpoint.inspect import diff_checkpoints, find_checkpoint
 from pretrain.config.errors import ConfigError
+from pretrain.config.schema import RunConfig
+from pretrain.convert.measure import ConversionReport, RoutedSource, Ruler
 from pretrain.convert.rules import check_conversion
 from pretrain.convert.stages import conversion_stages
-from pretrain.convert.weights import stage_weights, write_folder, write_start
+from pretrain.convert.weights import StartReport, stage_weights, write_folder, write_start
 from pretrain.export.export import resolve_target
-from pretrain.inference.weights import read_weights
+from pretrain.inference.weights import Weights, read_weights
 from pretrain.train import train
 from tests.pretrain.convert.conversions import conversion, train_teacher
 from tests.pretrain.tiny_run import read_metrics
 
-ROUTING = {"num_experts": 3, "top_k": 2}
+ROUTING = {"num_experts": 3, "top_k": 2, "hard_from_step": 2}
 
 
-def test_routed_updates_are_tuned_resume_to_the_bit_and_stay_in_the_result(data: DataConfig, tmp_path: Path) -> None:
+def test_routed_updates_are_tuned_resume_to_the_bit_and_stay_in_the_result(
+    data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     teacher = train_teacher(data, tmp_path)
     config = conversion(data, tmp_path, teacher, convert__transfer=None, convert__tune__routing=ROUTING)
     check_conversion(config, 1)
@@ -46,12 +53,36 @@ def test_routed_updates_are_tuned_resume_to_the_bit_and_stay_in_the_result(data:
     assert all(tuned.state[name].any() for name in tuned.state if name.endswith("lora.up"))
     write_folder(tmp_path / "result", tuned)
     result, run = read_weights(tmp_path / "result"), read_weights(tune.run_dir)
-    assert result.model.lora_mixer == run.model.lora_mixer is not None
+    assert run.model.lora_mixer is not None and run.model.lora_mixer.hard_from_step == 2
+    # Its choices are hard from the first step of a run that goes on from it.
+    assert result.model.lora_mixer == run.model.lora_mixer.model_copy(update={"hard_from_step": None})
     tokens_BT, meta = torch.tensor([[1, 2, 3]]), PackMeta.one_document_a_row(1, 3)
     logits = [weights.build()(tokens_BT, meta).logits_BTV for weights in (result, run, first)]
     assert torch.equal(logits[0], logits[1]) and not torch.equal(logits[0], logits[2])
     with pytest.raises(ValueError, match="no class holds them"):
         resolve_target(result, "own")
+    check_what_sources_choose(config, result, capsys)
+
+
+def check_what_sources_choose(config: RunConfig, result: Weights, capsys: pytest.CaptureFixture[str]) -> None:
+    """The report says, for each source, its loss and how its tokens are spread over the updates of each block."""
+    routed: dict[str, RoutedSource] = {}
+    ruler = Ruler(config, TokenStore.open(config.data.text_store()))
+    loss = ruler.measure(result, routed=routed)
+    names = ruler.store.source_names
+    ruler.store.close()
+    assert list(routed) == list(names)
+    for source in routed.values():
+        assert set(source.shares) == {0, 2}
+        assert all(len(shares) == 3 and sum(shares) == pytest.approx(1) for shares in source.shares.values())
+    assert min(source.loss for source in routed.values()) <= loss <= max(source.loss for source in routed.values())
+    start = StartReport((), (), ())
+    report = ConversionReport(Path("r"), "*-", (0,), {"teacher": loss}, {}, "verdict", ruler.tokens, start, routed)
+    print_conversion(report, as_json=True)
+    printed = json.loads(capsys.readouterr().out)["routed_updates_by_source"]
+    assert printed[names[0]]["share_of_updates_by_block"]["2"] == routed[names[0]].shares[2]
+    print_conversion(report, as_json=False)
+    assert "Updates by source" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -59,10 +90,15 @@ def test_routed_updates_are_tuned_resume_to_the_bit_and_stay_in_the_result(data:
     [
         ({"convert__tune__routing": {"num_experts": 3, "top_k": 4}}, "convert.tune.routing.top_k = 4: is more than"),
         (
+            {"convert__tune__routing": ROUTING | {"hard_from_step": 3}},
+            "hard_from_step = 3: must be less than convert.tune.steps=3",
+        ),
+        ({"convert__tune__routing": ROUTING | {"top_k": 3}}, "hard_from_step = 2: has no effect with .*top_k=3"),
+        (
             {"convert__tune__routing": ROUTING, "train__compile": True},
             "train.compile = true: is not built for the routed",
         ),
-        ({"model__lora_mixer": ROUTING}, "model.lora_mixer: is what convert.tune.routing gives"),
+        ({"model__lora_mixer": {"num_experts": 3}}, "model.lora_mixer: is what convert.tune.routing gives"),
     ],
 )
 def test_what_updates_are_not_built_for_is_refused(
