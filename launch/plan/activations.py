@@ -75,8 +75,9 @@ def block_bytes(config: ModelConfig, letter: str, storage: Storage, split: Split
     e = storage.element_bytes
     stream = FLOAT32_BYTES if config.residual_in_fp32 else e
     # The summed stream and one number a row for the norm, then the normed input that the first product keeps: of cut
-    # tokens this rank's, because projections gather them again in backward. Routed experts keep all that they gathered.
-    tokens = 1 if letter == "E" else split.stream
+    # tokens this rank's, because projections gather them again in backward. Routed experts keep all that they gathered,
+    # unless they are spread: then each rank sends its own tokens.
+    tokens = 1 if letter == "E" and not split.is_spread else split.stream
     kept = (config.hidden_size * stream + FLOAT32_BYTES) / split.stream + config.hidden_size * e / tokens
     if letter == "M":
         assert config.mamba is not None, "check_model was not called: model.mamba is missing"

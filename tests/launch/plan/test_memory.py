@@ -149,6 +149,23 @@ def test_ranks_that_share_inner_widths_have_the_rows_of_all():
     assert cut[1] - cut[0] == pytest.approx(rows)
 
 
+def test_of_cut_tokens_a_rank_keeps_its_own_where_experts_are_spread_and_all_where_they_are_not():
+    config = preset("nemotron3_nano_30b")
+    model, storage = config.model, storage_of(config)
+
+    def saved(is_spread):
+        whole, cut = (
+            block_bytes(model, "E", storage, Split(tensor=2, stream=ranks, tokens=2, is_spread=is_spread)).kept
+            for ranks in (1, 2)
+        )
+        return whole - cut
+
+    stream = 4 if model.residual_in_fp32 else storage.element_bytes
+    summed, normed = model.hidden_size * stream + 4, model.hidden_size * storage.element_bytes
+    assert saved(False) == pytest.approx(summed / 2)
+    assert saved(True) == pytest.approx((summed + normed) / 2)
+
+
 def test_a_pass_that_is_cut_frees_nothing_before_its_weights():
     config = preset("nemotron3_nano_30b", ranks=64)
     layout, storage = Layout.of(config, 64), storage_of(config)
