@@ -80,6 +80,28 @@ def test_with_the_keys_as_codes_it_is_softmax_attention() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
+def test_training_leaves_more_than_half_of_the_codes_in_use() -> None:
+    mixer, teacher = make_mixer(num_codes=16, conv_kernel=0), make_mixer(num_codes=16, conv_kernel=0)
+    x_BTD = torch.randn(2, 64, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    meta = PackMeta.one_document_a_row(2, 64)
+    with torch.no_grad():
+        teacher.in_proj.weight.copy_(teacher.in_proj.weight.flip(0))
+        wanted = teacher(x_BTD, meta).y_BTD
+    optimizer, losses = torch.optim.Adam(mixer.parameters(), lr=2e-2), []
+    for _ in range(40):
+        output = mixer(x_BTD, meta)
+        loss = (output.y_BTD - wanted).square().mean() + output.auxiliary["commit"]
+        losses.append(float(loss))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    keys = unit((x_BTD @ mixer.in_proj.weight.split([12, 12, 15, 15])[1].T).unflatten(-1, (H, -1)))
+    chosen = torch.einsum("bjhk,hsk->bjhs", keys, unit(mixer.codes)).argmax(-1)
+    used = [len(chosen[:, :, head].unique()) for head in range(H)]
+    assert losses[-1] < 0.8 * losses[0]
+    assert min(used) > 8
+
+
 def test_decoding_goes_on_from_a_state_of_fixed_size() -> None:
     mixer = make_mixer(num_codes=6, conv_kernel=3).eval()
     x_BTD = torch.randn(1, 11, 10, dtype=torch.float64)
