@@ -39,6 +39,8 @@ _MISCOMPILES = (
         9,
         "products with small tiles leave columns of a weight gradient at zero on Hopper (pytorch#188841)",
     ),
+    # By the ahead-of-time table under 3.6.0; the pass that fails is TritonNvidiaGPUOptimizeTMemLayouts.
+    ((3, 6, 0), (3, 7, 0), 10, "its compiler ends in an error on the gradients of Mamba2 and the delta rule on Blackwell"),
 )
 # Set to 1, kernels run under a Triton that is refused: for those who test a card or a compiler.
 ALLOW_VARIABLE = "AMFM_ALLOW_TRITON"
@@ -46,7 +48,8 @@ ALLOW_VARIABLE = "AMFM_ALLOW_TRITON"
 _LEAST_CAPABILITY = 8
 REQUIREMENTS = (
     "The kernels need an NVIDIA card of compute capability 8.0 or more (A100, H100, H200, B200) and a torch of 2.9 to 2.15 "
-    "for CUDA with the Triton that it pins; 3.8.0, which torch 2.14 pins, fails on Hopper"
+    "for CUDA with the Triton that it pins; 3.8.0, which torch 2.14 pins, fails on Hopper, and 3.6.0 (torch 2.10, 2.11) on "
+    "Blackwell"
 )
 
 

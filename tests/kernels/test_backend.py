@@ -46,9 +46,11 @@ def test_a_run_in_float32_takes_pytorchs_products_on_a_card_unless_it_names_a_ba
     assert resolve_for_run("auto", CPU, torch.bfloat16) == "torch"
 
 
-def test_versions_that_miscompile_on_hopper_are_known() -> None:
+def test_versions_that_go_wrong_on_a_card_are_known() -> None:
     assert find_miscompile((3, 8, 0), 9) is not None
     assert find_miscompile((3, 8, 0), 8) is None
+    assert find_miscompile((3, 6, 0), 10) is not None
+    assert find_miscompile((3, 6, 0), 9) is None and find_miscompile((3, 7, 1), 10) is None
 
 
 @pytest.mark.parametrize("version", [(3, 5, 1), (3, 6, 0), (3, 7, 0), (3, 7, 1), (3, 9, 0)])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.backend import INTERPRETED, triton_version
+from kernels.backend import INTERPRETED, find_miscompile, triton_version
 from kernels.proof.ahead_of_time import compile_ahead
 from kernels.proof.cases.case import CardSizes, Inputs
 from kernels.proof.cases.operations import ON_CARD, all_launches
@@ -28,7 +28,7 @@ SPILLS = {
     "delta gradients, 2 steps a token": 16,
 }
 SPILLS_BEFORE_3_7 = {
-    "scan gradients, chunks of 64": 192,
+    "scan gradients, chunks of 64": 200,
     "scan gradients, chunks of 128": 616,
     "mixer gradients, chunks of 64": 264,
     "mixer gradients, chunks of 128": 616,
@@ -41,6 +41,9 @@ SPILLS_BEFORE_3_7 = {
 
 
 def check(name: str, architecture: int) -> None:
+    refused = find_miscompile(triton_version(), architecture // 10)
+    if refused is not None:
+        pytest.skip(f"this Triton is refused there: {refused}")
     launch = LAUNCHES[name]
     compiled = compile_ahead(launch.kernel, launch.signature, launch.constants, architecture, **launch.options)
     assert compiled.shared_bytes <= {80: 163, 90: 227, 100: 227}[architecture] * 1024, compiled
