@@ -10,13 +10,16 @@ gradient where it arises.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import pipelining
 
+from kernels.split_backward import Later, compute_now, split_backward
 from model.block import Stream
 from model.hybrid import HybridModel, ModelOutput
 from model.pipeline_split import Piece
@@ -116,23 +119,35 @@ def detach_output(output: ModelOutput) -> ModelOutput:
 
 
 class PieceStage(pipelining.PipelineStage):
-    """A pipelining stage that holds buffers for what is on its way alone, and reports weight gradients of a schedule's own.
+    """A pipelining stage that holds buffers for what is on its way alone, and cuts backward passes without computing twice.
 
     torch keeps a buffer for each micro-batch of a step both ways, and steps of large models have hundreds: here one is made
     where its receive is posted, and let go where the pass that reads it is over. `stream_BTD`: what is sent, on the meta
-    device. `after_weights` is called when a schedule has computed weight gradients itself, past autograd's accumulation.
+    device. `collect`: of a schedule that cuts backward passes in two; called with each weight whose gradient the weights'
+    half of a pass has added, past autograd's accumulation (kernels/split_backward.py).
     """
 
     def __init__(
         self,
         part: PieceModule,
-        after_weights: Callable[[nn.Module], None],
+        collect: Callable[[Tensor], None] | None,
         stream_BTD: Tensor,
         *settings: Any,
         **named: Any,
     ) -> None:
         super().__init__(part, *settings, **named)
-        self.after_weights, self.stream_BTD = after_weights, stream_BTD
+        self.dw_builder = None if collect is None else self._take_weights_half
+        self.collect, self.stream_BTD = collect, stream_BTD
+        self.later: Later = []
+
+    def _splits(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.collect is None else split_backward(self.later)
+
+    def _take_weights_half(self) -> Callable[[], None]:
+        """Take what the pass that is just over left to compute, as the function that does it."""
+        assert self.collect is not None, "a schedule that cuts no pass has no weights' half"
+        later, self.later = self.later, []
+        return partial(compute_now, later, self.collect)
 
     def _prepare_forward_infra(self, *given: Any, **named: Any) -> Any:
         found = super()._prepare_forward_infra(*given, **named)
@@ -159,13 +174,15 @@ class PieceStage(pipelining.PipelineStage):
 
     def forward_one_chunk(self, fwd_chunk_id: int, *given: Any, **named: Any) -> Any:
         """Compute a micro-batch; from now on its backward pass alone holds what was received."""
-        found = super().forward_one_chunk(fwd_chunk_id, *given, **named)
+        with self._splits():
+            found = super().forward_one_chunk(fwd_chunk_id, *given, **named)
         self._let_go(self.args_recv_info[fwd_chunk_id])
         return found
 
     def backward_one_chunk(self, bwd_chunk_id: int, *given: Any, **named: Any) -> Any:
-        """Differentiate a micro-batch, and let the gradient that was received go."""
-        found = super().backward_one_chunk(bwd_chunk_id, *given, **named)
+        """Differentiate a micro-batch, the whole pass or the inputs' half, and let the gradient that was received go."""
+        with self._splits():
+            found = super().backward_one_chunk(bwd_chunk_id, *given, **named)
         self._let_go(self.grad_recv_info.get(bwd_chunk_id, ()))
         return found
 
@@ -183,20 +200,11 @@ class PieceStage(pipelining.PipelineStage):
             if isinstance(buffer, Tensor) and buffer.numel():
                 entry.buffer = torch.empty(0, dtype=buffer.dtype, device=buffer.device)
 
-    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
-        """Compute the weight gradients of a split backward pass, make them contiguous and report them."""
-        super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
-        for parameter in self.submod.parameters():
-            if parameter.grad is not None and not parameter.grad.is_contiguous():
-                # Autograd's accumulation would have given it the layout of the parameter, on which DeepSpeed relies.
-                parameter.grad = parameter.grad.contiguous()
-        self.after_weights(self.submod)
-
 
 class Pipeline:
     """This rank's pieces and the schedule that runs them. Every rank of the pipeline must make the same calls.
 
-    `after_weights` gets the modules whose gradients a schedule has just added to by hand (zero_bubble).
+    `collect` gets each weight whose gradient was just added by the weights' half of a backward pass (zero_bubble).
     """
 
     def __init__(
@@ -204,9 +212,9 @@ class Pipeline:
         model: HybridModel,
         section: ParallelConfig,
         parallel: Parallel,
-        after_weights: Callable[[nn.Module], None],
+        collect: Callable[[Tensor], None],
     ) -> None:
-        self.model, self.section, self.parallel, self.after_weights = model, section, parallel, after_weights
+        self.model, self.section, self.parallel, self.collect = model, section, parallel, collect
         self.current = Pass()
         self.parts = [PieceModule(model, piece, self.current) for piece in model.pieces]
         self._shape: tuple[int, ...] = ()
@@ -273,9 +281,10 @@ class Pipeline:
         )
         loss = torch.empty((), dtype=torch.float32, device="meta", requires_grad=True)
         place = self.model.pieces.index(piece) * groups.pp.size() + groups.pp.rank()
+        is_cut = self.section.schedule == "zero_bubble"
         return PieceStage(
             part,
-            self.after_weights,
+            self.collect if is_cut else None,
             stream_BTD,
             place,
             self.section.num_pieces(),

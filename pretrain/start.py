@@ -255,7 +255,7 @@ def build_pipeline(config: RunConfig, parallel: Parallel, engine: ZeroEngine) ->
     """
     if config.parallel.pipeline == 1:
         return None
-    return Pipeline(engine.module, config.parallel, parallel, after_weights=engine.take_gradients)
+    return Pipeline(engine.module, config.parallel, parallel, collect=engine.take_gradient)
 
 
 def open_log(run: Run, loaded: LoadedCheckpoint | None) -> None:

@@ -14,14 +14,19 @@ from torch import Tensor
 from torch.nn import functional
 
 from kernels.gemm_precision import gemm_dtype
+from kernels.split_backward import compute_later, is_split
 
 
 def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
     """x [..., I] times the transpose of weight [O, I] -> [..., O], in the dtype of x.
 
     On processors that only emulate bfloat16 products the operands are widened to float32, in both passes, and the
-    results rounded once; elsewhere this is torch's own linear.
+    results rounded once; elsewhere this is torch's own linear. Where a schedule splits the backward pass, the weight's
+    gradient is computed later (kernels/split_backward.py).
     """
+    if is_split(weight_OI):
+        product: Tensor = _SplitLinear.apply(x, weight_OI)
+        return product
     if gemm_dtype(x) == x.dtype:
         return functional.linear(x, weight_OI)
     result: Tensor = _WidenedLinear.apply(x, weight_OI)
@@ -41,17 +46,40 @@ def linear_float32(x: Tensor, weight_OI: Tensor) -> Tensor:
     return result
 
 
-def linear_gradients(x: Tensor, weight_OI: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+def linear_gradients(x: Tensor, weight_OI: Tensor, grad: Tensor) -> tuple[Tensor, Tensor | None]:
     """Gradients of x and of the weight, from that of `linear`'s result, multiplied in the same dtype and rounded once.
 
-    x [..., I], weight [O, I], grad [..., O] -> gradients of the shapes and dtypes of x and of the weight.
-    Blocks with a backward of their own (fused projections) call it directly.
+    x [..., I], weight [O, I], grad [..., O] -> gradients of the shapes and dtypes of x and of the weight; None for a weight
+    whose gradient a split pass computes later. Blocks with a backward of their own (fused projections) call it directly.
     """
     dtype = gemm_dtype(x)
     grad_RO = grad.flatten(0, -2).to(dtype)
     grad_x = (grad_RO @ weight_OI.to(dtype)).to(x.dtype).view(x.shape)
-    grad_weight = (grad_RO.t() @ x.flatten(0, -2).to(dtype)).to(weight_OI.dtype)
-    return grad_x, grad_weight
+    if is_split(weight_OI):
+        compute_later([weight_OI], lambda: [_weight_gradient(x, weight_OI, grad)])
+        return grad_x, None
+    return grad_x, _weight_gradient(x, weight_OI, grad)
+
+
+def _weight_gradient(x: Tensor, weight_OI: Tensor, grad: Tensor) -> Tensor:
+    dtype = gemm_dtype(x)
+    product: Tensor = grad.flatten(0, -2).to(dtype).t() @ x.flatten(0, -2).to(dtype)
+    return product.to(weight_OI.dtype)
+
+
+class _SplitLinear(torch.autograd.Function):
+    """`linear` whose backward pass may leave the weight's gradient for later."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_OI: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight_OI)
+        dtype = gemm_dtype(x)
+        return functional.linear(x.to(dtype), weight_OI.to(dtype)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        x, weight_OI = ctx.saved_tensors
+        return linear_gradients(x, weight_OI, grad)
 
 
 class _WidenedLinear(torch.autograd.Function):
@@ -63,7 +91,7 @@ class _WidenedLinear(torch.autograd.Function):
         return functional.linear(x.float(), weight_OI.float()).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         x, weight_OI = ctx.saved_tensors
         return linear_gradients(x, weight_OI, grad)
 

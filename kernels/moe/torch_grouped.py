@@ -56,6 +56,24 @@ def grouped_backward(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x in sorted order [S, D], of weights [S] (empty without them), of up and of down, as `loop_backward`."""
+    given = dy_RD, x_RD, hidden_SF, weights_S, token_ids_S, offsets_E, up_EFD, down_EDF, activation
+    dx_SD, d_weights_S, active_SF, d_hidden_SF = grouped_input_gradients(*given)
+    halves = grouped_weight_gradients(dy_RD, x_RD, active_SF, d_hidden_SF, token_ids_S, offsets_E)
+    return dx_SD, d_weights_S, *halves
+
+
+def grouped_input_gradients(
+    dy_RD: Tensor,
+    x_RD: Tensor,
+    hidden_SF: Tensor,
+    weights_S: Tensor | None,
+    token_ids_S: Tensor | None,
+    offsets_E: Tensor,
+    up_EFD: Tensor,
+    down_EDF: Tensor,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x in sorted order [S, D] and of weights [S] (empty without them), weighted activations, gradient of hidden rows."""
     wide = torch.promote_types(x_RD.dtype, torch.float32)
     dy_SD = _take(dy_RD, token_ids_S)
     active_SF, factor_SF = open_activation(hidden_SF, activation)
@@ -65,10 +83,21 @@ def grouped_backward(
         d_weights_S = torch.linalg.vecdot(d_active_SF.to(wide), active_SF.to(wide)).to(weights_S.dtype)
         d_active_SF.mul_(weights_S[:, None])
         active_SF.mul_(weights_S[:, None])
-    d_down_EDF = _multiply_outer(dy_SD, active_SF, offsets_E)
     d_hidden_SF = activation_backward(d_active_SF, hidden_SF, factor_SF, activation)
-    d_up_EFD = _multiply_outer(d_hidden_SF, _take(x_RD, token_ids_S), offsets_E)
-    return _multiply(d_hidden_SF, up_EFD, offsets_E), d_weights_S, d_up_EFD, d_down_EDF
+    return _multiply(d_hidden_SF, up_EFD, offsets_E), d_weights_S, active_SF, d_hidden_SF
+
+
+def grouped_weight_gradients(
+    dy_RD: Tensor,
+    x_RD: Tensor,
+    active_SF: Tensor,
+    d_hidden_SF: Tensor,
+    token_ids_S: Tensor | None,
+    offsets_E: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of up and down, from what `grouped_input_gradients` gives of activations and hidden rows."""
+    d_down_EDF = _multiply_outer(_take(dy_RD, token_ids_S), active_SF, offsets_E)
+    return _multiply_outer(d_hidden_SF, _take(x_RD, token_ids_S), offsets_E), d_down_EDF
 
 
 def _take(x_RD: Tensor, token_ids_S: Tensor | None) -> Tensor:

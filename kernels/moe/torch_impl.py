@@ -8,14 +8,22 @@ weight's gradient as a row sum of two tensors it has anyway, and the output befo
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels.gemm_precision import gemm_dtype
-from kernels.moe.torch_grouped import grouped_backward, grouped_forward, takes_grouped
-from kernels.moe.torch_loop import loop_backward, loop_forward, sum_by_token
+from kernels.moe.torch_grouped import (
+    grouped_backward,
+    grouped_forward,
+    grouped_input_gradients,
+    grouped_weight_gradients,
+    takes_grouped,
+)
+from kernels.moe.torch_loop import loop_backward, loop_forward, loop_weight_gradients, sum_by_token
+from kernels.split_backward import compute_later, is_split
 
 
 def choose_experts(appeal_RE: Tensor, top_k: int, num_groups: int, group_top_k: int) -> Tensor:
@@ -161,8 +169,40 @@ def _differentiate(ctx: Any, dy_RD: Tensor | None, _: Tensor | None) -> tuple[Te
     if dy_RD is None:
         return (None,) * 7
     saved = ctx.saved_tensors
-    dx_RD, d_weights_S, d_up_EFD, d_down_EDF = _backward(dy_RD.contiguous(), *saved, ctx.activation)
+    given: tuple[Any, ...] = dy_RD.contiguous(), *saved, ctx.activation
+    d_up_EFD: Tensor | None = None
+    d_down_EDF: Tensor | None = None
+    if is_split(*saved[-2:]):
+        dx_RD, d_weights_S = _leave_weights(*given)
+    else:
+        dx_RD, d_weights_S, d_up_EFD, d_down_EDF = _backward(*given)
     return dx_RD, None if saved[2] is None else d_weights_S, None, None, d_up_EFD, d_down_EDF, None
+
+
+def _leave_weights(
+    dy_RD: Tensor,
+    x_RD: Tensor,
+    hidden_SF: Tensor,
+    weights_S: Tensor | None,
+    token_ids_S: Tensor | None,
+    offsets_E: Tensor,
+    up_EFD: Tensor,
+    down_EDF: Tensor,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x [R, D] and of weights [S]; those of up and down are computed later (kernels/split_backward.py)."""
+    given = (dy_RD, x_RD, hidden_SF, weights_S, token_ids_S, offsets_E, up_EFD, down_EDF, activation)
+    places = token_ids_S, offsets_E
+    if takes_grouped(x_RD, up_EFD, down_EDF):
+        dx_SD, d_weights_S, active_SF, d_hidden_SF = grouped_input_gradients(*given)
+        weights_half = partial(grouped_weight_gradients, dy_RD, x_RD, active_SF, d_hidden_SF, *places)
+    else:
+        dx_SD, d_weights_S, d_hidden_SF, active_SF = loop_backward(*given, gemm_dtype(x_RD), later=True)
+        factors = dy_RD, x_RD, d_hidden_SF, active_SF
+        weights_half = partial(loop_weight_gradients, *factors, *places, up_EFD, down_EDF)
+    compute_later([up_EFD, down_EDF], weights_half)
+    dx_RD = dx_SD if token_ids_S is None else sum_by_token(dx_SD, token_ids_S, x_RD.shape[0])
+    return dx_RD.to(x_RD.dtype), d_weights_S
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

@@ -70,8 +70,13 @@ def loop_backward(
     down_EDF: Tensor,
     activation: str,
     dtype: torch.dtype,
+    *,
+    later: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x in sorted order [S, D] in `dtype`, of weights [S] (empty without them), of up and of down.
+
+    `later`: for up and down their factors, gradient of the hidden rows and weighted activations [S, F] in `dtype`, from
+    which `loop_weight_gradients` makes them.
 
     With v = dy down: d_weight = <v, activation>, and weight * v goes through the activation's gradient. So the
     output before weighting is not needed.
@@ -80,7 +85,11 @@ def loop_backward(
     counts = _count_rows(offsets_E)
     dx_SD = x_RD.new_empty(hidden_SF.shape[0], x_RD.shape[1], dtype=dtype)
     d_weights_S = x_RD.new_empty(0) if weights_S is None else torch.empty_like(weights_S)
-    d_up_EFD, d_down_EDF = torch.empty_like(up_EFD), torch.empty_like(down_EDF)
+    if later:
+        d_up_EFD = torch.empty_like(hidden_SF, dtype=dtype)
+        d_down_EDF = x_RD.new_empty(hidden_SF.shape[0], down_EDF.shape[2], dtype=dtype)
+    else:
+        d_up_EFD, d_down_EDF = torch.empty_like(up_EFD), torch.empty_like(down_EDF)
     for up, down, rows, dy, weights, kept, dx, d_weights, d_up, d_down in zip(
         up_EFD.unbind(0),
         down_EDF.unbind(0),
@@ -90,8 +99,8 @@ def loop_backward(
         hidden_SF.split(counts),
         dx_SD.split(counts),
         repeat(None) if weights_S is None else d_weights_S.split(counts),
-        d_up_EFD.unbind(0),
-        d_down_EDF.unbind(0),
+        d_up_EFD.split(counts) if later else d_up_EFD.unbind(0),
+        d_down_EDF.split(counts) if later else d_down_EDF.unbind(0),
     ):
         if rows.shape[0] == 0:
             # Its memory is not cleared otherwise.
@@ -105,11 +114,47 @@ def loop_backward(
             d_weights.copy_(torch.linalg.vecdot(d_active.to(wide), active.to(wide)))
             d_active.mul_(weights)
             active.mul_(weights)
-        _multiply_outer(dy, active, d_down)
+        if later:
+            d_down.copy_(active)
+        else:
+            _multiply_outer(dy, active, d_down)
         d_hidden = activation_backward(d_active, hidden, factor, activation)
-        _multiply_outer(d_hidden, rows, d_up)
+        if later:
+            d_up.copy_(d_hidden)
+        else:
+            _multiply_outer(d_hidden, rows, d_up)
         _multiply(d_hidden, up.to(dtype), dx)
     return dx_SD, d_weights_S, d_up_EFD, d_down_EDF
+
+
+def loop_weight_gradients(
+    dy_RD: Tensor,
+    x_RD: Tensor,
+    d_hidden_SF: Tensor,
+    active_SF: Tensor,
+    token_ids_S: Tensor | None,
+    offsets_E: Tensor,
+    up_EFD: Tensor,
+    down_EDF: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of up and down, from what `loop_backward` gives with `later`."""
+    counts = _count_rows(offsets_E)
+    d_up_EFD, d_down_EDF = torch.empty_like(up_EFD), torch.empty_like(down_EDF)
+    for rows, dy, d_hidden, active, d_up, d_down in zip(
+        _take_rows(x_RD.to(active_SF.dtype), token_ids_S, counts),
+        _take_rows(dy_RD.to(active_SF.dtype), token_ids_S, counts),
+        d_hidden_SF.split(counts),
+        active_SF.split(counts),
+        d_up_EFD.unbind(0),
+        d_down_EDF.unbind(0),
+    ):
+        if rows.shape[0] == 0:
+            d_up.zero_()
+            d_down.zero_()
+            continue
+        _multiply_outer(dy, active, d_down)
+        _multiply_outer(d_hidden, rows, d_up)
+    return d_up_EFD, d_down_EDF
 
 
 def sum_by_token(rows_SD: Tensor, token_ids_S: Tensor, tokens: int) -> Tensor:

@@ -31,6 +31,7 @@ from kernels.moe.triton_kernels import (
     up_kernel,
 )
 from kernels.partial_sums import sum_first
+from kernels.split_backward import compute_later, is_split
 from kernels.tuning import Config, config_for
 
 # The fixed warps and stages of a product; others are candidates (`_config`).
@@ -208,13 +209,30 @@ def _backward(
     swiglu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weights (empty without them), up and down."""
-    d_y, x_RD, up_EFD, down_EDF = (tensor.contiguous() for tensor in (d_y, x_RD, up_EFD, down_EDF))
-    weights_RK = None if weights_RK is None else weights_RK.contiguous()
-    rows, choices, width = _shape(x_RD, weights_RK, down_EDF)
-    experts, _, model = up_EFD.shape
-    if not rows:
+    if not x_RD.shape[0]:
         empty = x_RD.new_empty(0) if weights_RK is None else torch.empty_like(weights_RK)
         return torch.empty_like(x_RD), empty, torch.zeros_like(up_EFD), torch.zeros_like(down_EDF)
+    d_y, x_RD, up_EFD, down_EDF = (tensor.contiguous() for tensor in (d_y, x_RD, up_EFD, down_EDF))
+    d_hidden, active, d_weights = _open(d_y, x_RD, hidden, weights_RK, pairs, sources, tiles, down_EDF, swiglu)
+    d_up, d_down = _weight_gradients(d_y, x_RD, d_hidden, active, sources, offsets_E)
+    return _input_gradient(x_RD, d_hidden, weights_RK, sources, places, tiles, up_EFD), d_weights, d_up, d_down
+
+
+def _open(
+    d_y: Tensor,
+    x_RD: Tensor,
+    hidden: Tensor,
+    weights_RK: Tensor | None,
+    pairs: Tensor | None,
+    sources: Tensor | None,
+    tiles: Tensor,
+    down_EDF: Tensor,
+    swiglu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of the hidden rows, activations that hold the choice's weight already, and gradients of weights (or empty)."""
+    weights_RK = None if weights_RK is None else weights_RK.contiguous()
+    rows, _, width = _shape(x_RD, weights_RK, down_EDF)
+    experts, model, _ = down_EDF.shape
     tile = narrow_tile(rows, experts)
     blocks = triton.cdiv(width, tile["BLOCK_N"])
     d_hidden, active = torch.empty_like(hidden), x_RD.new_empty(rows, width)
@@ -225,14 +243,32 @@ def _backward(
         SWIGLU=swiglu, GATHER=sources is not None, WEIGHTED=weights_RK is not None, DOT=dot_dtype(x_RD.dtype),
         **_config("experts_down_backward_swiglu" if swiglu else "experts_down_backward", tile, x_RD),
     )  # fmt: skip
-    # `active` holds the choice's weight already, and rows of d_y and x are gathered while they are loaded.
+    if weights_RK is None:
+        return d_hidden, active, x_RD.new_empty(0)
+    return d_hidden, active, sum_first(partials, weights_RK.dtype).view_as(weights_RK)
+
+
+def _weight_gradients(
+    d_y: Tensor, x_RD: Tensor, d_hidden: Tensor, active: Tensor, sources: Tensor | None, offsets_E: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of up and down; rows of d_y and x are gathered while they are loaded."""
     d_down = _outer(d_y, active, sources, offsets_E, gather_left=True)
-    d_up = _outer(d_hidden, x_RD, sources, offsets_E, gather_left=False)
+    return _outer(d_hidden, x_RD, sources, offsets_E, gather_left=False), d_down
+
+
+def _input_gradient(
+    x_RD: Tensor,
+    d_hidden: Tensor,
+    weights_RK: Tensor | None,
+    sources: Tensor | None,
+    places: Tensor | None,
+    tiles: Tensor,
+    up_EFD: Tensor,
+) -> Tensor:
     if weights_RK is None or places is None:
-        return _product(d_hidden, up_EFD.transpose(1, 2), sources, tiles), x_RD.new_empty(0), d_up, d_down
+        return _product(d_hidden, up_EFD.transpose(1, 2), sources, tiles)
     d_rows = _product(d_hidden, up_EFD.transpose(1, 2), None, tiles)
-    d_x = sum_choices(d_rows, places, None, x_RD.shape[0], choices)
-    return d_x, sum_first(partials, weights_RK.dtype).view_as(weights_RK), d_up, d_down
+    return sum_choices(d_rows, places, None, x_RD.shape[0], weights_RK.shape[1])
 
 
 @_backward.register_fake
@@ -269,8 +305,20 @@ def _differentiate(ctx: Any, d_y: Tensor | None, *_: Tensor | None) -> tuple[Ten
     if d_y is None:
         return (None,) * 9
     saved = ctx.saved_tensors
-    d_x, d_weights, d_up, d_down = _backward(d_y, *saved, ctx.swiglu)
-    return d_x, None if saved[2] is None else d_weights, None, None, None, None, d_up, d_down, None
+    x_RD, hidden, weights_RK, pairs, sources, places, offsets_E, tiles, up_EFD, down_EDF = saved
+    d_up: Tensor | None = None
+    d_down: Tensor | None = None
+    if is_split(up_EFD, down_EDF) and x_RD.shape[0]:
+        d_y, x_RD = d_y.contiguous(), x_RD.contiguous()
+        d_hidden, active, d_weights = _open(
+            d_y, x_RD, hidden, weights_RK, pairs, sources, tiles, down_EDF.contiguous(), ctx.swiglu
+        )
+        d_x = _input_gradient(x_RD, d_hidden, weights_RK, sources, places, tiles, up_EFD.contiguous())
+        later = d_y, x_RD, d_hidden, active, sources, offsets_E
+        compute_later([up_EFD, down_EDF], lambda: _weight_gradients(*later))
+    else:
+        d_x, d_weights, d_up, d_down = _backward(d_y, *saved, ctx.swiglu)
+    return d_x, None if weights_RK is None else d_weights, None, None, None, None, d_up, d_down, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

@@ -89,15 +89,20 @@ def random_batches(config: RunConfig, parallel: Parallel) -> list[Batch]:
     return batches
 
 
+def load_small(overrides: Sequence[str], world_size: int) -> RunConfig:
+    """Load the configuration of a small model with overrides. Raises ConfigError with every problem."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "small.yaml")
+        path.write_text(yaml.safe_dump(DEFAULTS), encoding="utf-8")
+        return load_checked(path, overrides, world_size=world_size)
+
+
 def load_layout(overrides: Sequence[str], world_size: int) -> RunConfig:
     """Load the benchmark's configuration with overrides.
 
     Raises ConfigError with every problem, ValueError for settings whose bytes have no formula.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "bench_comm.yaml")
-        path.write_text(yaml.safe_dump(DEFAULTS), encoding="utf-8")
-        config = load_checked(path, overrides, world_size=world_size)
+    config = load_small(overrides, world_size)
     check_countable(config, Layout.of(config, world_size))
     return config
 

@@ -136,35 +136,39 @@ def stream_bytes(config: ModelConfig, storage: Storage, split: Split = Split()) 
 
 
 def weight_gradient_bytes(config: ModelConfig, letter: str, storage: Storage, split: Split = Split()) -> float:
-    """Bytes a token of the gradients from which a block's weight gradients follow, where a schedule puts those off.
+    """Bytes a token of what a block's weight gradients are made of, where a schedule puts them off.
 
-    Of what norm, projections and experts give; gradients inside an operation are made again. The stream's gradient is the
-    block's output's too, where both have a dtype. Of rows that travelled to experts and back the gradient that came lies there.
+    Of each projection and of routed experts what they read, and the gradient of what they gave; all else of the pass is
+    over (kernels/split_backward.py). Projections of one stream share what they read, all tokens of it.
     """
     e, hidden = storage.element_bytes, config.hidden_size
-    is_widened = config.residual_in_fp32 and e < FLOAT32_BYTES
-    found = stream_bytes(config, storage, split) + (1 + is_widened) * hidden * e / split.stream
+    found = 2.0 * hidden * e
     if letter == "M" and config.mamba is not None:
         mamba = config.mamba
         inner, groups = mamba.inner_size() / split.tensor, max(1.0, mamba.num_groups / split.tensor)
-        return found + (2 * inner + 2 * groups * mamba.state_size + mamba.num_heads / split.tensor) * e
+        return found + (3 * inner + 2 * groups * mamba.state_size + mamba.num_heads / split.tensor) * e
     if letter == "*" and config.attention is not None:
         attention = config.attention
-        return found + (attention.num_heads + 2 * attention.num_kv_heads) * attention.head_dim * e / split.tensor
+        gates = {"none": 0, "head": attention.num_heads, "element": attention.num_heads * attention.head_dim}
+        numbers = 2 * (attention.num_heads + attention.num_kv_heads) * attention.head_dim + gates[attention.gate]
+        return found + numbers * e / split.tensor
     if letter == "E" and config.moe is not None:
-        moe = config.moe
-        shared = up_rows(moe.shared_expert_hidden_size, moe.activation) * e / split.tensor
-        latent = 2 * moe.latent_size * e / split.tokens if moe.latent_size is not None else 0.0
-        found += moe.num_experts * FLOAT32_BYTES / split.tokens + shared + latent
-        if split.is_spread:
-            found += split.beside * moe.top_k * split.rows / split.tensor * (moe.latent_size or hidden) * e
-        return found
+        moe, width = config.moe, config.moe.latent_size or hidden
+        choices, units = moe.top_k * split.rows / split.tensor, moe.expert_hidden_size
+        found += choices * (up_rows(units, moe.activation) + units) * e
+        found += 2 * width * e * (split.beside * choices if split.is_spread else 1 / split.tokens)
+        if moe.latent_size is not None:
+            found += 2 * width * e / split.tokens
+        shared = moe.shared_expert_hidden_size
+        rows = up_rows(shared, moe.activation)
+        return found + (rows + shared + 2 * _between(hidden, shared, rows, moe.shared_structure())) * e / split.tensor
     if letter == "-" and config.feed_forward is not None:
-        rows = up_rows(config.feed_forward.hidden_size, config.feed_forward.activation)
-        return found + rows * e / split.tensor
+        section = config.feed_forward
+        units, rows = section.hidden_size, up_rows(section.hidden_size, section.activation)
+        return found + (units + rows + 2 * _between(hidden, units, rows, section.structure())) * e / split.tensor
     dtype = torch.float32 if e == FLOAT32_BYTES else torch.bfloat16
     block = registered_block(config, letter, dtype, COUNTED_TOKENS, storage.backend, split.tensor)
-    return found + block.working_bytes
+    return found + sum((out + into) * e - hidden * e * (hidden in (out, into)) for out, into in block.matrices)
 
 
 def up_rows(units: int, activation: str) -> int:

@@ -2,8 +2,9 @@
 
 How it works: a rank's order of passes follows from its schedule alone. It begins with some forward passes, then goes forward
 and backward in turns, in groups of as many micro-batches as there are stages (Narayanan et al. 2021, arXiv 2104.04473,
-section 2.2). A piece's micro-batch is held from its forward to its backward pass; under zero-bubble, whose backward passes are
-cut in two, until the gradients of its weights are computed, which a later stage puts off by as many passes as it begins fewer.
+section 2.2). A piece's micro-batch is held from its forward to its backward pass. Under zero-bubble, whose backward passes are
+cut in two, what its weights' gradients are made of stays until those are computed, which a later stage puts off by as many
+passes as it begins fewer.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ ROUNDS = 3  # of as many micro-batches as stages: passes repeat after the first
 class Moment(NamedTuple):
     """A pass of one piece, and the micro-batches held of each piece, this one included.
 
-    `cut`: those of them whose backward pass has left the gradients of the weights for later.
+    `cut`: micro-batches whose backward pass is over, and has left the gradients of the weights for later.
     """
 
     piece: int
@@ -51,12 +52,11 @@ def _moments(schedule: str, ranks: int, pieces: int, stage: int, micro_batches: 
         if step >= first:
             piece = pieces - 1 - (step - first) // ranks % pieces
             found.add(Moment(piece, False, tuple(held), tuple(cut)))
+            held[piece] -= 1
             waiting.append(piece)
             cut[piece] += 1
             if step - first >= delay:
-                gone = waiting.pop(0)
-                held[gone] -= 1
-                cut[gone] -= 1
+                cut[waiting.pop(0)] -= 1
     return tuple(one for one in found if not any(_holds_more(other, one) for other in found))
 
 

@@ -152,8 +152,8 @@ def busiest_pass(
     """Parts at the fullest moment of forward and backward of a rank.
 
     Walks from the head to the first block: each block's backward pass frees its activations and adds its gradients, so
-    the peak lies where their sum with the block's working space is largest. A pass that is cut in two frees nothing, and
-    adds what the gradients of weights follow from; the first piece's is never cut, for nothing before it waits.
+    the peak lies where their sum with the block's working space is largest. A pass that is cut in two leaves what the
+    gradients of weights are made of.
     """
     model, tokens, e = config.model, layout.tokens(config), storage.element_bytes
     micro_batches = layout.micro_batches(config)
@@ -184,7 +184,7 @@ def busiest_pass(
             "gathered weights": weights,
         }
 
-    last = len(held.pieces) - 1
+    last, is_cut = len(held.pieces) - 1, layout.schedule == "zero_bubble"
     most = max(kept for piece, is_forward, kept in passes if is_forward and piece == last)
     best = moment(most, 0.0, between if accumulates else 0.0, kept_head + working_head, gathered)
     # Gradients that exist so far in the first micro-batch: the head's, then those of each block passed.
@@ -192,19 +192,16 @@ def busiest_pass(
     made: float = model.vocab_size * model.hidden_size * size / layout.tensor * held.has_head
     for number, letters in reversed(list(enumerate(held.pieces))):
         activations = max(kept for piece, is_forward, kept in passes if not is_forward and piece == number)
-        is_cut = layout.schedule == "zero_bubble" and held.stage + number > 0
-        activations += kept_head * (is_cut and held.has_head and number == last)
         for letter in reversed(letters):
-            if is_cut:
-                activations += tokens * weight_gradient_bytes(model, letter, storage, split)
             made += block_gradients
             gradients = whole if accumulates else min(made, whole)
             working = tokens * sizes[letter].working + expert_gradients * (letter == "E")
             found = moment(activations, working, gradients, 0.0, gathered + arriving)
             if sum(found.values()) > sum(best.values()):
                 best = found
-            if not is_cut:
-                activations -= tokens * sizes[letter].kept
+            activations -= tokens * sizes[letter].kept
+            if is_cut:
+                activations += tokens * weight_gradient_bytes(model, letter, storage, split)
     return best
 
 
@@ -220,7 +217,7 @@ def activations_of(
     """Bytes of activations at each kind of pass of a rank, as (piece, whether it is forward, bytes).
 
     In a pipeline the stream that a piece sends on lies there until its backward pass, and one that will be received next lies
-    there already. Passes that are cut in two keep the gradients that lead to weights, that of what came in, and the head's own.
+    there already. Passes that are cut in two leave what the gradients of weights are made of.
     """
     tokens, stage = layout.tokens(config), held.stage
     is_piped, is_cut = layout.pipeline > 1, layout.schedule == "zero_bubble"
@@ -233,7 +230,7 @@ def activations_of(
             own += held.depths * depth_bytes(config.model, storage, layout.tensor, layout.stream_ranks)
         kept.append(tokens * own + (0.0 if is_end else stream))
         left = sum(weight_gradient_bytes(config.model, letter, storage, split) for letter in letters if is_cut)
-        cut.append(tokens * left + stream + kept_head * is_end)
+        cut.append(tokens * left)
     for found in moments_of(layout, stage, layout.micro_batches(config)):
         bytes_held = sum(times * size for times, size in zip(found.held, kept))
         if is_cut:

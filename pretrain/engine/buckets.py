@@ -132,7 +132,8 @@ class GradientBuckets:
     def collect(self, parameter: Tensor) -> None:
         """Move a fresh gradient into its group's sum, and start what is complete."""
         assert self.is_open, "a backward pass outside of ZeroEngine.accumulate"
-        assert parameter.grad is not None, "the hook runs after a gradient was accumulated"
+        if parameter.grad is None:
+            return  # autograd was given none: a split backward pass computes it later, and calls again
         bucket, number = self.places[id(parameter)]
         assert bucket.seen < bucket.wanted, f"{bucket.names[number]} has more gradients than there are backward passes"
         bucket.view(number).add_(parameter.grad)
@@ -142,12 +143,6 @@ class GradientBuckets:
         if is_complete or (self.every_pass and bucket.seen % len(bucket.parameters) == 0):
             self.ready.add(bucket.index)
             self._start_ready()
-
-    def take(self, module: nn.Module) -> None:
-        """Collect gradients of a module that were added without running hooks."""
-        for parameter in module.parameters():
-            if parameter.grad is not None:
-                self.collect(parameter)
 
     def _start_ready(self) -> None:
         """Start the reductions whose turn it is; after the last group it is the first one's again, for the next pass."""

@@ -198,12 +198,12 @@ class ZeroEngine:
             self._close_accumulation()
             self.deepspeed.allreduce_gradients()
 
-    def take_gradients(self, module: nn.Module) -> None:
-        """Collect gradients that a pipeline schedule added past autograd's hooks, inside `accumulate`."""
+    def take_gradient(self, weight: Tensor) -> None:
+        """Collect a gradient that a pipeline schedule added past autograd's hooks, inside `accumulate`."""
         if self.buckets is not None:
-            self.buckets.take(module)
+            self.buckets.collect(weight)
         elif self.accumulator is not None:
-            self.accumulator.take(module)
+            self.accumulator.collect(weight)
 
     def skip_next_step(self) -> None:
         """Make the coming step move nothing on any rank, as if its gradients were not finite; inside `accumulate`."""

@@ -30,26 +30,21 @@ class Float32Accumulator:
     def __init__(self, module: nn.Module) -> None:
         self.sums: dict[Tensor, Tensor] = {}
         self.handles = [
-            parameter.register_post_accumulate_grad_hook(self._collect)
+            parameter.register_post_accumulate_grad_hook(self.collect)
             for parameter in module.parameters()
             if parameter.requires_grad and parameter.dtype != torch.float32
         ]
 
-    def _collect(self, parameter: Tensor) -> None:
+    def collect(self, parameter: Tensor) -> None:
         """Move a gradient into its float32 sum and leave zeros, to which the next backward pass adds."""
         gradient = parameter.grad
-        assert gradient is not None, "the hook runs after a gradient was accumulated"
+        if gradient is None:
+            return  # autograd was given none: a split backward pass computes it later, and calls again
         if parameter in self.sums:
             self.sums[parameter].add_(gradient)
         else:
             self.sums[parameter] = gradient.float()
         gradient.zero_()
-
-    def take(self, module: nn.Module) -> None:
-        """Collect gradients of a module that were added without running hooks."""
-        for parameter in module.parameters():
-            if parameter.grad is not None and parameter.dtype != torch.float32:
-                self._collect(parameter)
 
     def finish(self) -> None:
         """Write the sums to the gradients, remove the hooks and free the buffers."""

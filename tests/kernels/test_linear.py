@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kernels.linear.op import linear, linear_float32
+from kernels.split_backward import Later, compute_now, split_backward
 
 # float32: sums of 63 products; bfloat16: one rounding of inputs' products, 8 bits of mantissa.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 8e-3}
@@ -56,3 +57,27 @@ def test_float32_products_of_bfloat16_are_not_rounded_and_keep_no_wide_copy() ->
         assert (ours.double() - exact).norm() <= TOLERANCE[dtype] * exact.norm()
     wide = x.detach().double().requires_grad_()
     assert torch.equal(linear_float32(wide, weight.detach()), x64 @ w64.T)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_gradient_that_is_computed_later_is_the_same_to_the_bit_and_adds_to_what_is_there(dtype) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 63, 24).to(dtype).requires_grad_()
+    weight, frozen = torch.randn(40, 24).to(dtype).requires_grad_(), torch.randn(40, 24).to(dtype)
+    grad = torch.randn(2, 63, 40).to(dtype)
+    linear(x, weight).backward(grad)
+    assert x.grad is not None and weight.grad is not None
+    wanted_x, wanted, x.grad, weight.grad = x.grad, weight.grad, None, None
+    later: Later = []
+    with split_backward(later):
+        linear(x, weight).backward(grad)
+        assert weight.grad is None and torch.equal(x.grad, wanted_x)
+        linear(x, frozen).backward(grad)
+    assert len(later) == 1, "a frozen weight has no gradient"
+    collected: list[torch.Tensor] = []
+    twice = [*later, *later]
+    compute_now(later, collected.append)
+    assert later == [] and torch.equal(weight.grad, wanted)
+    compute_now(twice, collected.append)
+    assert torch.equal(weight.grad, wanted + wanted + wanted)
+    assert [one is weight for one in collected] == [True, True], "once a pass, however often it multiplied"

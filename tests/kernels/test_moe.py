@@ -1,5 +1,7 @@
 """Routing and expert feed-forward against the one-expert-at-a-time reference, and the routers of transformers."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from kernels.moe import torch_impl
 from kernels.moe.grouping import sort_stably
 from kernels.moe.losses import balance_loss, count_by_row, router_z_loss, sequence_balance_loss
 from kernels.moe.op import expert_feed_forward, group_by_expert, grouped_feed_forward, route
+from kernels.split_backward import compute_now, split_backward
 from tests.helpers.numbers import relative_rms
 from tests.helpers.registration import assert_registered
 
@@ -67,6 +70,44 @@ def test_torch_path_equals_the_reference_in_outputs_and_gradients(sizes, activat
             scale = other.abs().max().clamp(min=1.0)
             assert (one - other).abs().max() <= 100 * tolerance * scale, name
             assert other.abs().max() < 1e-9 or relative_rms(one, other) <= tolerance, name
+
+
+def split_gradients(backend, dtype, *, experts=5, empty=(), as_rows=False):
+    """Gradients of x, up and down as autograd gives them, and with the weights' half computed later."""
+    generator = torch.Generator().manual_seed(3)
+
+    def make(*shape):
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    x, up, down = make(21, 16), make(experts, 16, 16), make(experts, 16, 8)
+    logits = make(21, experts)
+    logits[:, list(empty)] = -20
+    routing = route(logits, None, score="softmax", top_k=2, normalize=True, scaling=1.0, backend=backend)
+    found = []
+    for is_split in (False, True):
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, up, down)]
+        later = []
+        with split_backward(later) if is_split else nullcontext():
+            if as_rows:
+                counts = torch.tensor([21 - 4 * (experts - 1)] + [4] * (experts - 1))
+                y = grouped_feed_forward(leaves[0], counts, *leaves[1:], activation="swiglu", backend=backend)
+            else:
+                choices = routing.expert_ids_RK, routing.weights_RK
+                y = expert_feed_forward(leaves[0], *choices, *leaves[1:], activation="swiglu", backend=backend)
+            y.backward(torch.ones_like(y))
+        if is_split:
+            assert leaves[0].grad is not None and leaves[1].grad is None and leaves[2].grad is None
+            assert len(later) == 1
+            compute_now(later, lambda weight: None)
+        found.append([leaf.grad for leaf in leaves])
+    return found
+
+
+@pytest.mark.parametrize(("empty", "as_rows"), [((), False), ((0, 3), False), ((), True)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_weight_gradients_that_are_computed_later_are_the_same_to_the_bit(dtype, empty, as_rows, poisoned_memory):
+    whole, split = split_gradients("torch", dtype, empty=empty, as_rows=as_rows)
+    assert all(torch.equal(one, other) for one, other in zip(whole, split))
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "squared_relu"])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from kernels.backend import triton_version
 from kernels.moe import counting_sort, triton_experts, triton_router
 from kernels.moe.capacity import drop_overflow, recycle_overflow
 from kernels.moe.counting_sort import sort_pairs
@@ -14,7 +15,7 @@ from kernels.proof.counting import count_launches
 from tests.helpers.interpreted_products import multiply_term_by_term
 from tests.helpers.numbers import assert_all_near, assert_bitwise
 from tests.helpers.registration import assert_registered
-from tests.kernels.test_moe import run
+from tests.kernels.test_moe import run, split_gradients
 
 FLOAT32 = 1e-5  # products over some fifty terms; a softmax's gradient cancels
 
@@ -45,6 +46,13 @@ def test_experts_equal_the_definition_twice_bitwise(sizes, activation, poisoned_
     assert torch.equal(routing.counts_E, wanted_routing.counts_E)
     assert_all_near(once, wanted, FLOAT32, ["y", "dx", "d_up", "d_down", "d_logits"])
     for one, other in zip(once, again):
+        assert_bitwise(one, other)
+
+
+@pytest.mark.parametrize(("empty", "as_rows"), [((1,), False), ((), True)])
+def test_weight_gradients_that_are_computed_later_are_the_same_to_the_bit(empty, as_rows, poisoned_memory):
+    whole, split = split_gradients("triton", torch.float32, experts=3, empty=empty, as_rows=as_rows)
+    for one, other in zip(whole, split):
         assert_bitwise(one, other)
 
 
@@ -135,6 +143,7 @@ def test_rows_in_another_order_are_read_and_written_where_they_lie(poisoned_memo
         assert_bitwise(one, other)
 
 
+@pytest.mark.skipif(triton_version() < (3, 7, 0), reason="this Triton's interpreter can't load by descriptors")
 @pytest.mark.parametrize("is_transposed", [False, True])
 @pytest.mark.parametrize("scatters", [False, True])
 def test_the_persistent_product_equals_the_one_of_the_default(is_transposed, scatters, poisoned_memory):

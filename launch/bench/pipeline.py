@@ -1,0 +1,79 @@
+"""Pipeline benchmark: steps of one model under 1F1B and under zero-bubble, in turns in one run.
+
+How it works: both schedules run over the same stages, weights and micro-batches, and rank 0 takes the time that the
+slowest rank needs for a step, so that a ratio of neighbours in time says what the cut of backward passes gains or costs.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from launch.bench.communication import load_small, take_step
+from pretrain.config.schema import RunConfig
+from pretrain.engine.engine import build_engine
+from pretrain.parallel import initialize_parallel, set_determinism
+from pretrain.pipeline import Pipeline
+from pretrain.start import build_model
+
+SCHEDULES = ("1f1b", "zero_bubble")
+# Large enough that products take most of the time, small enough for some seconds a step on a laptop.
+SIZES = (
+    "model.pattern=ME*-ME*-",
+    "model.hidden_size=256",
+    "model.mamba.head_dim=64",
+    "model.attention.head_dim=32",
+    "model.feed_forward.hidden_size=512",
+    "model.moe.expert_hidden_size=256",
+    "model.moe.shared_expert_hidden_size=256",
+    "train.sequence_length=256",
+    "train.micro_batch_size=1",
+    "train.global_batch_size=8",
+)
+
+
+def load_stages(overrides: Sequence[str], stages: int) -> RunConfig:
+    """Load the benchmark's model in as many pipeline stages as ranks, with overrides. Raises ConfigError with every problem."""
+    layout = f"parallel.pipeline={stages}", "parallel.schedule=zero_bubble"
+    return load_small((*SIZES, *layout, *overrides), stages)
+
+
+def bench_pipeline(config: RunConfig, rounds: int) -> dict[str, Any]:
+    """Seconds of a step under each schedule, round by round, and zero-bubble's over 1F1B's. Every rank must call this."""
+    parallel = initialize_parallel(
+        config.parallel, timeout_seconds=config.train.timeout_seconds, num_threads=config.train.num_threads
+    )
+    set_determinism(config.train.seed, config.train.deterministic)
+    engine = build_engine(
+        build_model(config, parallel),
+        optimizer=config.optimizer,
+        precision=config.train.precision,
+        zero_stage=config.parallel.zero_stage,
+        parallel=parallel,
+    )
+    pipelines = {
+        schedule: Pipeline(
+            engine.module, config.parallel.model_copy(update={"schedule": schedule}), parallel, engine.take_gradient
+        )
+        for schedule in SCHEDULES
+    }
+    seconds: dict[str, list[float]] = {schedule: [] for schedule in SCHEDULES}
+    for number in range(rounds + 1):
+        for schedule in SCHEDULES if number % 2 else reversed(SCHEDULES):
+            torch.distributed.barrier()
+            start = time.perf_counter()
+            take_step(config, parallel, engine, pipelines[schedule])
+            slowest = max(parallel.gather_objects(time.perf_counter() - start))
+            if number:  # the first step of each builds its schedule
+                seconds[schedule].append(slowest)
+    ratios = [cut / whole for whole, cut in zip(*seconds.values(), strict=True)]
+    return {
+        "stages": config.parallel.pipeline,
+        "micro_batches": config.train.global_batch_size // config.train.micro_batch_size,
+        "seconds": seconds,
+        "ratio": {"median": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)},
+    }
