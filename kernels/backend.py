@@ -40,7 +40,12 @@ _MISCOMPILES = (
         "products with small tiles leave columns of a weight gradient at zero on Hopper (pytorch#188841)",
     ),
     # By the ahead-of-time table under 3.6.0; the pass that fails is TritonNvidiaGPUOptimizeTMemLayouts.
-    ((3, 6, 0), (3, 7, 0), 10, "its compiler ends in an error on the gradients of Mamba2 and the delta rule on Blackwell"),
+    (
+        (3, 6, 0),
+        (3, 7, 0),
+        10,
+        "its compiler ends in an error on the gradients of Mamba2 and the delta rule on Blackwell",
+    ),
 )
 # Set to 1, kernels run under a Triton that is refused: for those who test a card or a compiler.
 ALLOW_VARIABLE = "AMFM_ALLOW_TRITON"
