@@ -15,7 +15,7 @@ import torch.distributed
 import torch.multiprocessing
 
 # Imported once, by the process from which all ranks are forked, before it has threads: a rank then starts in a moment.
-PRELOADED = ["pretrain.train"]
+PRELOADED = ["pretrain.train", "tests.helpers.frozen"]
 
 
 def _run_rank(rank: int, num_ranks: int, port: int, folder: str, function: Callable[..., Any], arguments: Any) -> None:

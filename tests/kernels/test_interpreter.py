@@ -25,10 +25,11 @@ Interpreted = Callable[[str, str], tuple[int, str]]
 
 # For each line [arguments of pytest, log] a fork runs pytest; the answer is its exit code.
 SERVER = """
-import json, os, sys
+import gc, json, os, sys
 import pytest, torch
 import kernels.proof.races
 
+gc.freeze()
 for line in sys.stdin:
     arguments, log = json.loads(line)
     pid = os.fork()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
-import subprocess
-import sys
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import pytest
@@ -16,32 +16,33 @@ from kernels.backend import INTERPRETED
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the command starts interpreters of its own")
 
-ROOT = Path(__file__).parents[3]
 PLANTED = ["--cases", "tests.kernels.acceptance.planted", "--device", "cpu"]
 
 
+# Exit code, what was written to standard error, and the report.
+Planted = tuple[int, str, dict]
+
+
 @pytest.fixture(scope="module")
-def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], dict]:
-    """One run over the operations with a wrong gradient and with a crash, each behind a right trial: process and report."""
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Planted:
+    """One run over the operations with a wrong gradient and with a crash, each behind a right trial."""
     out = tmp_path_factory.mktemp("acceptance") / "report.json"
-    command = [sys.executable, "-m", "kernels.acceptance", *PLANTED, "--out", str(out), "--jobs", "1"]
-    command += ["--op", "wrong", "--op", "crash"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=280)
-    return done, json.loads(out.read_text())
+    words = [*PLANTED, "--out", str(out), "--jobs", "1", "--op", "wrong", "--op", "crash"]
+    with redirect_stderr(io.StringIO()) as said:
+        code = main(words)
+    return code, said.getvalue(), json.loads(out.read_text())
 
 
-def test_any_fault_ends_with_three_and_is_named(planted: tuple[subprocess.CompletedProcess[str], dict]) -> None:
-    done, _ = planted
-    assert done.returncode == 3, done.stderr
-    assert "check wrong: the wrong one: d_x is off by" in done.stderr
-    assert "check crash: the crash one: ended with signal SIGSEGV" in done.stderr
-    assert "compile broken: does not compile with {" in done.stderr and "num_warps" in done.stderr
+def test_any_fault_ends_with_three_and_is_named(planted: Planted) -> None:
+    code, said, _ = planted
+    assert code == 3, said
+    assert "check wrong: the wrong one: d_x is off by" in said
+    assert "check crash: the crash one: ended with signal SIGSEGV" in said
+    assert "compile broken: does not compile with {" in said and "num_warps" in said
 
 
-def test_a_right_trial_has_no_fault_and_numbers_of_every_tensor(
-    planted: tuple[subprocess.CompletedProcess[str], dict],
-) -> None:
-    _, report = planted
+def test_a_right_trial_has_no_fault_and_numbers_of_every_tensor(planted: Planted) -> None:
+    _, _, report = planted
     right = report["check"]["wrong"]["trials"][0]
     assert right["faults"] == []
     assert {tensor["name"] for tensor in right["tensors"]} == {"y", "d_x"}
@@ -49,16 +50,16 @@ def test_a_right_trial_has_no_fault_and_numbers_of_every_tensor(
     assert report["compile"]["triple"]["spill_bytes"] == 0
 
 
-def test_what_was_found_before_a_crash_stands(planted: tuple[subprocess.CompletedProcess[str], dict]) -> None:
-    _, report = planted
+def test_what_was_found_before_a_crash_stands(planted: Planted) -> None:
+    _, _, report = planted
     crashed = report["check"]["crash"]
     assert [trial["trial"] for trial in crashed["trials"]] == ["a right one"]
     assert crashed["trials"][0]["faults"] == []
     assert report["machine"]["versions"]["triton"]
 
 
-def test_one_wrong_gradient_among_right_tensors_decides(planted: tuple[subprocess.CompletedProcess[str], dict]) -> None:
-    _, report = planted
+def test_one_wrong_gradient_among_right_tensors_decides(planted: Planted) -> None:
+    _, _, report = planted
     wrong = report["check"]["wrong"]["trials"][1]
     by_name = {tensor["name"]: tensor for tensor in wrong["tensors"]}
     assert by_name["y"]["error"] <= by_name["y"]["bound"]
