@@ -274,12 +274,15 @@ def head_bytes(config: ModelConfig, storage: Storage, tokens: float, tensor: int
     e, vocab, hidden = storage.element_bytes, config.vocab_size // tensor, config.hidden_size
     backend = storage.backend
     # The kernel chooses rows by elements of a slice, so a large vocabulary gets few rows, down to a least number.
-    rows = min(tokens, max(LOGITS_LEAST_ROWS[backend], LOGITS_SLICE[backend] // vocab))
+    rows = max(LOGITS_LEAST_ROWS[backend], LOGITS_SLICE[backend] // vocab)
     if backend == "triton":
-        rows = min(rows, 4096)
-    # Triton's first slice is the sum itself; of several the float32 sum lies beside the last one's product.
+        rows = max(LOGITS_LEAST_ROWS[backend], min(4096, rows // 128 * 128))  # whole tiles
+    # Triton's first slice is the sum itself; at the second the float32 sum lies beside both products.
     is_summed = e < FLOAT32_BYTES and (backend == "torch" or tokens > rows)
     product, sums = vocab * hidden * e, vocab * hidden * FLOAT32_BYTES if is_summed else 0
+    if is_summed and backend == "triton":
+        sums += product
+    rows = min(tokens, rows)
     if tensor > 1 and backend == "triton":
         return tokens * hidden * 2 * e, tokens * hidden * e + rows * vocab * e + product + sums
     return tokens * hidden * 3 * e + product, rows * vocab * (FLOAT32_BYTES + e) + sums

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from launch.plan.activations import Split, block_bytes, weight_gradient_bytes
+from launch.plan.activations import Split, block_bytes, head_bytes, weight_gradient_bytes
 from launch.plan.in_flight import moments_of
 from launch.plan.layout import Layout, held_by_stages
 from launch.plan.memory import (
@@ -166,6 +166,14 @@ def test_of_cut_tokens_a_rank_keeps_its_own_where_experts_are_spread_and_all_whe
     summed, normed = model.hidden_size * stream + 4, model.hidden_size * storage.element_bytes
     assert saved(False) == pytest.approx(summed / 2)
     assert saved(True) == pytest.approx((summed + normed) / 2)
+
+
+def test_at_the_second_slice_of_logits_both_products_lie_beside_their_float32_sum():
+    config = preset("nemotron3_super_120b")
+    model, storage = config.model, storage_of(config)
+    rows = 2048  # of a slice of 131,072 logits
+    one, two = (head_bytes(model, storage, slices * rows)[1] for slices in (1, 2))
+    assert two - one == model.vocab_size * model.hidden_size * (4 + storage.element_bytes)
 
 
 def test_a_pass_that_is_cut_leaves_what_the_gradients_of_weights_are_made_of():
