@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -57,14 +58,18 @@ class MicroBatch:
         Kernels on CUDA want to know where documents begin and end, which is found here, once for all blocks.
         """
         if device.type == "cuda":
-            prepared = replace(self, meta=self.meta.find_bounds())
-            return prepared.map_tensors(lambda tensor: tensor.pin_memory().to(device, non_blocking=True))
-        return self.map_tensors(lambda tensor: tensor.to(device))
+            return replace(self, meta=self.meta.find_bounds()).map_tensors(lambda tensor: send(tensor, device))
+        return self.map_tensors(lambda tensor: send(tensor, device))
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> MicroBatch:
         """Apply a function to every tensor."""
         ahead = tuple(given.map_tensors(change) for given in self.ahead)
         return MicroBatch(change(self.tokens_BT), change(self.labels_BT), self.meta.map_tensors(change), ahead)
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor of the host to a device, on CUDA through pinned memory and without waiting for what is queued there."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def look_ahead(batch: Batch, num_depths: int) -> tuple[Ahead, ...]:
@@ -79,31 +84,59 @@ def move_batch(batch: Batch, parallel: Parallel, model: ModelConfig) -> MicroBat
     return MicroBatch.from_batch(batch, group.rank(), group.size(), model.num_depths).to(parallel.device)
 
 
+class MicroBatches(Sequence[MicroBatch]):
+    """The micro-batches of a step, each prepared for this rank when it is first asked for.
+
+    By then the one before it is queued: a card computes that one while the host finds documents, cuts and fills pinned memory
+    for this one, and its first product waits for one micro-batch instead of for all of a step. On a CPU the order is the
+    same.
+    """
+
+    def __init__(self, batches: Sequence[Batch], parallel: Parallel, model: ModelConfig) -> None:
+        self._batches, self._parallel, self._model = batches, parallel, model
+        self._ready: list[MicroBatch] = []
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    @overload
+    def __getitem__(self, number: int) -> MicroBatch: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[MicroBatch]: ...
+    def __getitem__(self, number: int | slice) -> MicroBatch | list[MicroBatch]:
+        """The micro-batch of a number, those before it prepared too; of a slice a list."""
+        if isinstance(number, slice):
+            return [self[each] for each in range(*number.indices(len(self)))]
+        for batch in self._batches[len(self._ready) : range(len(self))[number] + 1]:
+            self._ready.append(move_batch(batch, self._parallel, self._model))
+        return self._ready[number]
+
+
 @dataclass(frozen=True)
 class LossShare:
     """Turns a micro-batch's sums into its share of the step's loss; gradients of all shares are then summed.
 
     The loss is a sum over tokens divided by the global batch's valid tokens, and so is that of each depth of multi-token
-    prediction by its own, of whose mean `mtp_weight` is taken; each auxiliary loss is a mean over its micro-batches, of all
-    data ranks.
+    prediction by its own, of whose mean a weighted part is taken (`mtp_factors`, a number a depth); each auxiliary loss is
+    a mean over its micro-batches, of all data ranks. The numbers lie on the device: the host need not know them.
     """
 
-    valid_tokens: int
+    valid_tokens: Tensor
     num_micro_batches: int
-    mtp_tokens: tuple[int, ...] = ()
-    mtp_weight: float = 0.0
+    mtp_factors: tuple[Tensor, ...] = ()
 
     @classmethod
-    def of_counts(cls, counts: Sequence[int], num_micro_batches: int, model: ModelConfig) -> LossShare:
+    def of_counts(cls, counts: Tensor, num_micro_batches: int, model: ModelConfig) -> LossShare:
         """The shares of a step with these valid tokens, of the main loss and of each depth; none divides by 0."""
-        valid_tokens, *ahead = (max(1, count) for count in counts)
-        return cls(valid_tokens, num_micro_batches, tuple(ahead), model.prediction.loss_weight)
+        valid_tokens, *ahead = counts.clamp(min=1)
+        weight = model.prediction.loss_weight / max(1, len(ahead))
+        factors = tuple((weight / tokens.double()).float() for tokens in ahead)
+        return cls(valid_tokens.float(), num_micro_batches, factors)
 
     def of(self, output: ModelOutput) -> Tensor | None:
         """Compute the share of an output; None when it has neither a loss nor an auxiliary one."""
         parts = [value / self.num_micro_batches for value in output.auxiliary.values()]
         if output.loss is not None:
             parts.insert(0, output.loss.total / self.valid_tokens)
-        for loss, tokens in zip(output.mtp, self.mtp_tokens):
-            parts.append(loss.total * (self.mtp_weight / len(self.mtp_tokens) / tokens))
+        parts += [loss.total * factor for loss, factor in zip(output.mtp, self.mtp_factors)]
         return sum(parts[1:], parts[0]) if parts else None

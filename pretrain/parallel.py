@@ -101,14 +101,17 @@ class Parallel:
             torch.distributed.all_reduce(values, group=self.groups.dp)
         return values
 
-    def all_reduce_unique(self, values: Tensor) -> Tensor:
-        """Sum, in place, what tensor ranks hold alike over all data, context and pipeline ranks; the same on every rank.
+    def all_reduce_unique(self, values: Tensor, *, of_each: Tensor | None = None) -> Tensor:
+        """Sum what tensor ranks hold alike over all data, context and pipeline ranks, in place; the same on every rank.
 
+        `of_each`: a vector that differs between all ranks; its sum over them stands behind the values, in a new tensor.
         Every rank must call this.
         """
+        if self.groups.tp.rank() > 0:
+            values.zero_()
+        if of_each is not None:
+            values = torch.cat([values, of_each])
         if self.world_size > 1:
-            if self.groups.tp.rank() > 0:
-                values.zero_()
             torch.distributed.all_reduce(values)
         return values
 

@@ -34,10 +34,11 @@ Share = Callable[[ModelOutput], Tensor | None]
 class Pass:
     """What the schedule is running now: its micro-batches, what to do with an output, and the outputs so far.
 
-    predicts: the last piece names the most likely tokens too.
+    shape: of each micro-batch's tokens. predicts: the last piece names the most likely tokens too.
     """
 
     inputs: Sequence[MicroBatch] = ()
+    shape: tuple[int, ...] = ()
     share: Share | None = None
     predicts: bool = False
     outputs: list[ModelOutput] = field(default_factory=list)
@@ -62,6 +63,7 @@ class PieceModule(nn.Module):
         """Compute the stream [B, T, D] after this piece; in the last piece the loss that the schedule differentiates."""
         model, piece, current = self._model[0], self.piece, self.current
         micro_batch = current.inputs[int(index)]
+        assert micro_batch.tokens_BT.shape == current.shape, "buffers have one shape for a whole step"
         stream = model.embed(micro_batch.tokens_BT) if piece.is_first else Stream(receive(received[0]))
         stream = model.pass_blocks(stream, piece.blocks, micro_batch.meta)
         if piece.is_last:
@@ -242,10 +244,7 @@ class Pipeline:
 
     def _start(self, inputs: Sequence[MicroBatch], share: Share | None) -> None:
         """Set what the pieces look up; a schedule, whose buffers have fixed shapes, is built anew when the shape changes."""
-        rows, tokens = inputs[0].tokens_BT.shape
-        assert all(entry.tokens_BT.shape == (rows, tokens) for entry in inputs), (
-            "buffers have one shape for a whole step"
-        )
+        self.current.shape = rows, tokens = tuple(inputs[0].tokens_BT.shape)
         if self._shape != (len(inputs), rows, tokens):
             self._shape = (len(inputs), rows, tokens)
             self._schedule = self._build_schedule(*self._shape)

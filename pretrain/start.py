@@ -50,6 +50,7 @@ from pretrain.monitor.ownership import Ownership, lock_directory
 from pretrain.monitor.panel import plural
 from pretrain.monitor.profile import StepProfiler
 from pretrain.monitor.signals import SignalWatch
+from pretrain.monitor.stragglers import StepTimes, clock_of
 from pretrain.open_data import check_tokenizer, check_vocabulary, open_loader, open_validations
 from pretrain.parallel import (
     Parallel,
@@ -186,6 +187,7 @@ def build_run(
         profiler=StepProfiler(train.profile, Path(config.run.dir), parallel.rank, engine.module, heartbeat),
         state_watch=StateWatch(saver.layout, parallel) if watches else None,
         pipeline=build_pipeline(built, parallel, engine),
+        stragglers=StepTimes(clock_of(parallel.device)),
         keeps_freed_memory=keeps_freed_memory,
         tasks=tasks,
         remarks=tuple(remarks),

@@ -5,7 +5,7 @@ before the first forward pass, so every micro-batch's loss can be divided at onc
 micro-batches, over ranks that hold parts of them, and over data ranks (engine/engine.py draws the way). Whichever way the
 global batch is cut into micro-batches and ranks, the sum is the same.
 
-Inside the loop over micro-batches nothing waits for the device: losses, counts and auxiliary losses add up in device
+Nothing waits for the device before the last backward pass is queued: losses, counts and auxiliary losses add up in device
 tensors (`StepSums`) and cross to the host once, in one reduction over all ranks, together with the signal that any rank
 may have received.
 """
@@ -14,24 +14,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from data_pipeline.batch import Batch
-from model.config.pattern import mixer_name
 from model.config.schema import ModelConfig
 from model.hybrid import ModelOutput
 from model.loss import IGNORE_INDEX
-from model.moe.balance import auxiliary_names
-from model.routed_updates import BALANCE
 from model.scheduled import set_step
-from pretrain.micro_batch import LossShare, MicroBatch, look_ahead, move_batch
+from pretrain.micro_batch import LossShare, MicroBatch, MicroBatches, look_ahead, send
 from pretrain.monitor.anomalies import StepAnomaly, describe_skip, judge_loss, remember_loss
 from pretrain.parallel import Parallel
 from pretrain.run import Run
+from pretrain.step_sums import RankNews, empty_sums
 
 
 @dataclass(frozen=True)
@@ -64,52 +62,6 @@ class StepResult:
     mtp_losses: tuple[float, ...] = ()
 
 
-@dataclass
-class StepSums:
-    """Everything a step reports, summed over this rank's micro-batches and then over all ranks in one reduction.
-
-    Every rank holds the keys of the whole model, also where a pipeline gives it only some of the blocks: a reduction needs
-    tensors of equal shape everywhere.
-    """
-
-    nll: Tensor
-    z_loss: Tensor
-    auxiliary: dict[str, Tensor] = field(default_factory=dict)
-    expert_counts: dict[int, Tensor] = field(default_factory=dict)
-    mtp_nll: list[Tensor] = field(default_factory=list)
-
-    def add(self, output: ModelOutput) -> None:
-        """Add one micro-batch's output, on the device."""
-        if output.loss is not None:
-            self.nll += output.loss.nll_sum
-            self.z_loss += output.loss.total.detach() - output.loss.nll_sum
-        for own, loss in zip(self.mtp_nll, output.mtp):
-            own += loss.nll_sum
-        for name, value in output.auxiliary.items():
-            self.auxiliary[name] += value.detach()
-        for block, counts_E in output.expert_counts.items():
-            self.expert_counts[block] += counts_E
-
-    def reduce(self, parallel: Parallel, *, signal: int, is_saving: bool) -> tuple[int, bool]:
-        """Sum over all ranks that saw other tokens or blocks, in float64, which holds counts exactly.
-
-        Returns the largest signal number of all ranks and whether any of them is saving, so that all stop, and all learn
-        how a save ended, at the same step. Every rank must call this.
-        """
-        names, blocks = list(self.auxiliary), list(self.expert_counts)
-        parts = [self.nll, self.z_loss, *(self.auxiliary[name] for name in names), *self.mtp_nll]
-        vectors = [torch.stack([part.double() for part in parts])]
-        vectors += [self.expert_counts[block].double() for block in blocks]
-        joined = parallel.all_reduce_unique(torch.cat(vectors))
-        scalars, *counts = joined.split([len(vector) for vector in vectors])
-        self.nll, self.z_loss = scalars[0], scalars[1]
-        self.auxiliary = dict(zip(names, scalars[2:]))
-        self.mtp_nll = list(scalars[2 + len(names) :])
-        self.expert_counts = {block: values.to(torch.int64) for block, values in zip(blocks, counts)}
-        largest_signal, some_rank_saves = parallel.max_over_all([signal, int(is_saving)])
-        return largest_signal, bool(some_rank_saves)
-
-
 def train_step(run: Run) -> StepResult:
     """Train on the next global batch: accumulate its gradients, update the weights, advance `progress`.
 
@@ -123,13 +75,12 @@ def train_step(run: Run) -> StepResult:
     sequence_length = run.loader.sequence_length
     batches = run.loader.take(global_batch_size, stage.micro_batch_size)
     num_micro_batches = global_batch_size // stage.micro_batch_size
-    # Waiting for other ranks is no work of this one: stragglers are found by busy time alone.
-    read = time.perf_counter()
+    read_seconds = time.perf_counter() - start
     model = run.config.model
-    share = LossShare.of_counts(count_valid_tokens(batches, run.parallel, model), num_micro_batches, model)
-    valid_tokens = share.valid_tokens
-    damaged_samples = count_damaged_samples(run)
-    waited_seconds = time.perf_counter() - read
+    counts = count_valid_tokens(batches, run.parallel, model)
+    share = LossShare.of_counts(counts, num_micro_batches, model)
+    # Only now: waiting for other ranks is no work of this one, and stragglers are found by busy time alone.
+    run.stragglers.clock.start()
     convert = run.config.convert
     transfers = convert is not None and convert.stage == "transfer"
     sums = empty_sums(model, run.parallel.device, transfers=transfers)
@@ -137,20 +88,19 @@ def train_step(run: Run) -> StepResult:
     engine.module.train()
     set_step(run.model, progress.step, run.num_steps)
     with engine.accumulate(len(batches)):
-        micro_batches = [move_batch(batch, run.parallel, model) for batch in batches]
+        micro_batches = MicroBatches(batches, run.parallel, model)
         every = run.config.health.check_state_every_steps
         if run.state_watch is not None and every is not None and (progress.step + 1) % every == 0:
             run.state_watch.examine_recomputed(lambda: run_apart(run, micro_batches, share), progress.step + 1)
         for output in forward_backward(run, micro_batches, share):
             sums.add(output)
             if output.loss is not None:
-                losses.append(output.loss.total.detach() / valid_tokens)
+                losses.append(output.loss.total.detach() / share.valid_tokens)
         run.heartbeat.at(progress.step + 1, "reduce")
-        busy_seconds = time.perf_counter() - start - waited_seconds
+        run.stragglers.clock.stop()
         # Still inside `accumulate`: a step to be skipped must be poisoned before gradients are reduced.
-        signal, is_saving = sums.reduce(run.parallel, signal=run.signals.received, is_saving=run.saver.is_writing())
-        loss = float(sums.nll) / valid_tokens
-        anomaly = judge_loss(loss, progress.recent_losses, run.config.health)
+        report = sums.reduce(run.parallel, counts, gather_news(run))
+        anomaly = judge_loss(report.loss, progress.recent_losses, run.config.health)
         if anomaly is not None and run.config.health.on_spike == "skip":
             engine.skip_next_step()
     if run.state_watch is not None:
@@ -163,7 +113,7 @@ def train_step(run: Run) -> StepResult:
         # Only after a step that counts, and from counts of all ranks, so that every copy of the bias moves alike.
         run.model.update_expert_bias(sums.expert_counts)
         progress.skipped_in_row = 0
-        remember_loss(loss, progress.recent_losses, run.config.health)
+        remember_loss(report.loss, progress.recent_losses, run.config.health)
     else:
         anomaly = anomaly or StepAnomaly("nonfinite", "gradients are not finite")
         skip = describe_skip(run.parallel, batches, [float(loss) for loss in losses], engine.fault)
@@ -173,61 +123,39 @@ def train_step(run: Run) -> StepResult:
     progress.step += 1
     progress.tokens += global_batch_size * sequence_length
     return StepResult(
-        loss=loss,
+        loss=report.loss,
         tokens=global_batch_size * sequence_length,
         sequence_length=sequence_length,
-        auxiliary=mean_auxiliary(sums, model, num_micro_batches, valid_tokens),
-        expert_counts={block: counts_E.tolist() for block, counts_E in sums.expert_counts.items()},
+        auxiliary=report.mean_auxiliary(model, num_micro_batches),
+        expert_counts=report.expert_counts,
         grad_norm=outcome.grad_norm,
         applied=outcome.applied,
         learning_rate=rate,
         seconds=time.perf_counter() - start,
-        signal=signal,
-        is_saving=is_saving,
-        busy_seconds=busy_seconds,
+        signal=report.signal,
+        is_saving=report.is_saving,
+        busy_seconds=read_seconds + run.stragglers.clock.seconds(),
         anomaly=anomaly,
         skip=skip,
-        damaged_samples=damaged_samples,
-        mtp_losses=mean_depth_losses(sums, share),
+        damaged_samples=damaged_before(run) + report.damaged_samples,
+        mtp_losses=report.depth_losses(),
     )
 
 
-def mean_auxiliary(sums: StepSums, model: ModelConfig, num_micro_batches: int, valid_tokens: int) -> dict[str, float]:
-    """Auxiliary losses as a step reports them: means over micro-batches, the logits' z-loss over tokens."""
-    auxiliary = {name: float(value) / num_micro_batches for name, value in sums.auxiliary.items()}
-    if model.logits_z_loss_weight > 0:
-        auxiliary["logits_z"] = float(sums.z_loss) / valid_tokens
-    return auxiliary
+def gather_news(run: Run) -> RankNews:
+    """What this rank alone knows, for the reduction at the end of a step."""
+    damaged = len(run.loader.quarantined) - damaged_before(run) if reports_damage(run) else 0
+    return RankNews(run.signals.received, run.saver.is_writing(), damaged)
 
 
-def mean_depth_losses(sums: StepSums, share: LossShare) -> tuple[float, ...]:
-    """Mean negative log-likelihood a token of each depth of multi-token prediction, from reduced sums."""
-    if not sums.mtp_nll:
-        return ()
-    return tuple(nll / tokens for nll, tokens in zip(torch.stack(sums.mtp_nll).tolist(), share.mtp_tokens))
+def reports_damage(run: Run) -> bool:
+    """Whether samples may be read as rows without labels."""
+    return run.config.data.on_corruption == "quarantine"
 
 
-def empty_sums(config: ModelConfig, device: torch.device, *, transfers: bool = False) -> StepSums:
-    """Zero sums with the keys of the whole model: every auxiliary loss, every MoE block and every prediction depth.
-
-    transfers: the run is the first stage of a conversion, whose blocks give a loss of their own.
-    """
-    zero = torch.zeros((), device=device)
-    sums = StepSums(zero.clone(), zero.clone(), mtp_nll=[zero.clone() for _ in range(config.num_depths)])
-    letters = config.built_letters
-    for name in filter(None, map(mixer_name, letters)):
-        sums.auxiliary |= {loss: zero.clone() for loss in getattr(config.mixers, name).auxiliary_names()}
-    if config.lora_mixer is not None and config.lora_mixer.balance_weight:
-        sums.auxiliary[BALANCE] = zero.clone()
-    if transfers:
-        sums.auxiliary["transfer"] = zero.clone()
-    blocks = [index for index, letter in enumerate(letters) if letter == "E"]
-    if config.moe is not None and blocks:
-        sums.auxiliary |= {name: zero.clone() for name in auxiliary_names(config.moe)}
-        sums.expert_counts = {
-            block: torch.zeros(config.moe.num_experts, dtype=torch.int64, device=device) for block in blocks
-        }
-    return sums
+def damaged_before(run: Run) -> int:
+    """Samples of all ranks that were damaged when this start began: a checkpoint joins them."""
+    return run.loader.num_quarantined_at_load if reports_damage(run) else 0
 
 
 def forward_backward(run: Run, micro_batches: Sequence[MicroBatch], share: LossShare) -> Iterator[ModelOutput]:
@@ -296,24 +224,14 @@ def forward_micro_batch(run: Run, given: MicroBatch, *, predicts: bool = False) 
     return output
 
 
-def count_valid_tokens(batches: Sequence[Batch], parallel: Parallel, model: ModelConfig) -> list[int]:
+def count_valid_tokens(batches: Sequence[Batch], parallel: Parallel, model: ModelConfig) -> Tensor:
     """Count the labels that are not masked, over all micro-batches of all data ranks. Every rank must call this.
 
-    First those of the main loss, then those of each depth of multi-token prediction.
+    First those of the main loss, then those of each depth of multi-token prediction; on the device, where nobody waits.
     """
     own = [sum(int(batch.loss_mask_BT.sum()) for batch in batches)]
     ahead = [look_ahead(batch, model.num_depths) for batch in batches]
     own += [
         sum(int((given[depth].labels_BT != IGNORE_INDEX).sum()) for given in ahead) for depth in range(model.num_depths)
     ]
-    counts: list[int] = parallel.sum_over_data(torch.tensor(own, dtype=torch.int64, device=parallel.device)).tolist()
-    return counts
-
-
-def count_damaged_samples(run: Run) -> int:
-    """Count the samples that the run has read as rows without labels, over all data ranks. Every rank must call this."""
-    if run.config.data.on_corruption != "quarantine":
-        return 0
-    before = run.loader.num_quarantined_at_load  # of all ranks: a checkpoint joins them
-    new = torch.tensor(len(run.loader.quarantined) - before, dtype=torch.int64, device=run.parallel.device)
-    return before + int(run.parallel.sum_over_data(new))
+    return parallel.sum_over_data(send(torch.tensor(own, dtype=torch.int64), parallel.device))

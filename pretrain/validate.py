@@ -18,7 +18,8 @@ from pretrain.micro_batch import move_batch
 from pretrain.parallel import Parallel
 from pretrain.run import Run
 from pretrain.source_losses import SourceLoss, bits_per_byte, losses_of, sum_by_source
-from pretrain.step import count_valid_tokens, empty_sums, forward_only
+from pretrain.step import count_valid_tokens, forward_only
+from pretrain.step_sums import empty_sums
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def validate(run: Run) -> Validation:
     model = run.config.model
     sums = empty_sums(model, run.parallel.device)
     is_synthetic = run.config.data.probe is not None
-    counts = torch.zeros(1 + model.num_depths, dtype=torch.int64)
+    counts = torch.zeros(1 + model.num_depths, dtype=torch.int64, device=run.parallel.device)
     hits_D = torch.zeros(model.num_depths, dtype=torch.float64, device=run.parallel.device)
     num_rows = run.config.train.validation_batches * run.stage.global_batch_size
     counts_R2 = torch.zeros(num_rows, 2, dtype=torch.float64, device=run.parallel.device)
@@ -62,7 +63,7 @@ def validate(run: Run) -> Validation:
     run.engine.module.eval()
     for _ in range(run.config.train.validation_batches):
         batches = run.validation.take(run.stage.global_batch_size, run.stage.micro_batch_size)
-        counts += torch.tensor(count_valid_tokens(batches, run.parallel, model))
+        counts += count_valid_tokens(batches, run.parallel, model)
         micro_batches = [move_batch(batch, run.parallel, model) for batch in batches]
         outputs = list(forward_only(run, micro_batches, predicts=is_synthetic))
         for output in outputs:
@@ -78,9 +79,8 @@ def validate(run: Run) -> Validation:
             # Validation begins at sample 0, so that a sample's number is its row here.
             counts_R2[list(batch.sample_ids)] = count_correct(predictions_BT, micro_batch.labels_BT)
     run.engine.module.train()
-    sums.reduce(run.parallel, signal=0, is_saving=False)
     tokens, *ahead = counts.tolist()
-    mean = float(sums.nll) / max(1, tokens)
+    mean = sums.reduce(run.parallel, counts).loss
     store = run.validation.store
     if not isinstance(store, TokenStore):
         return Validation(mean, tokens, measure_accuracy(run.parallel.all_reduce_unique(counts_R2)))

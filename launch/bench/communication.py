@@ -29,7 +29,8 @@ from pretrain.micro_batch import LossShare, move_batch
 from pretrain.parallel import Parallel, initialize_parallel, set_determinism
 from pretrain.pipeline import Pipeline
 from pretrain.start import build_model, build_pipeline
-from pretrain.step import count_valid_tokens, empty_sums
+from pretrain.step import count_valid_tokens
+from pretrain.step_sums import empty_sums
 
 # Every core kind of block, small enough for a moment on a laptop, and with sizes that up to eight ranks divide.
 DEFAULTS: dict[str, Any] = {
@@ -174,7 +175,7 @@ def take_step(config: RunConfig, parallel: Parallel, engine: ZeroEngine, pipelin
                 assert loss is not None, "a batch has labels"
                 engine.backward(loss)
                 sums.add(output)
-    sums.reduce(parallel, signal=0, is_saving=False)
+    sums.reduce(parallel, counts)
     engine.step(config.optimizer.learning_rate)
     engine.module.update_expert_bias(sums.expert_counts)
 

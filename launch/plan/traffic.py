@@ -32,8 +32,12 @@ from model.parallel.shards import parameter_shards
 from model.pipeline_split import cut_pieces, pieces_of_rank
 from pretrain.config.schema import RunConfig
 from pretrain.engine.optimizer import group_parameters
+from pretrain.monitor.signals import WATCHED
 
 Key = tuple[str, str, str]
+
+# What a rank alone knows at the end of a step, in pretrain/step_sums.py: signals, whether it saves, damaged samples.
+NEWS = len(WATCHED) + 2
 
 
 def expected_bytes(config: RunConfig, world_size: int) -> dict[Key, int]:
@@ -186,7 +190,7 @@ def gradient_exchanges(config: RunConfig, layout: Layout, model: HybridModel) ->
 def step_exchanges(config: RunConfig, layout: Layout) -> list[Exchange]:
     """The few numbers that the ranks of a stage agree on with all others at the end of a step.
 
-    Counts of labels, the step's float64 sums, the agreed signal and whether a save is under way, the gradient norm, and
+    Counts of labels, the step's float64 sums with what ranks alone know, the gradient norm, and
     in bf16 under ZeRO DeepSpeed's flag for infinities.
     """
     world, model_ranks = layout.ranks, layout.tensor * layout.pipeline
@@ -197,8 +201,7 @@ def step_exchanges(config: RunConfig, layout: Layout) -> list[Exchange]:
         return Exchange(axis, "all_reduce", dtype, 1, layout.stage_ranks * size)
 
     found = [
-        reduce("world", "float64", 8 * (2 + config.model.num_depths + _num_router_sums(config))),
-        reduce("world", "int64", 2 * INT64),
+        reduce("world", "float64", 8 * (2 + config.model.num_depths + _num_router_sums(config) + NEWS)),
     ]
     if layout.data > 1:
         found.append(reduce("dp", "int64", INT64 * (1 + config.model.num_depths)))

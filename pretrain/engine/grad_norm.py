@@ -35,6 +35,7 @@ class GlobalNorm:
             id(parameter): count_copies(shard, tuple(getattr(parameter, "ds_shape", parameter.shape)), parallel.groups)
             for _, parameter, shard in parameter_shards(module)
         }
+        self._divisors: dict[tuple[int, ...], Tensor] = {}
 
     def of_whole(self, parameters: list[nn.Parameter]) -> Tensor:
         """Compute the norm where every data rank holds whole gradients (ZeRO 0). Every rank must call this."""
@@ -54,7 +55,7 @@ class GlobalNorm:
         plain = [(gradient, copies) for p, gradient, _ in pieces if isinstance(copies := self.copies[id(p)], int)]
         if plain:
             squares = torch.stack(torch._foreach_norm([gradient.float() for gradient, _ in plain])).square()
-            total += (squares / torch.tensor([copies for _, copies in plain], device=squares.device)).sum()
+            total += (squares / self._divisor(tuple(copies for _, copies in plain), squares.device)).sum()
         for parameter, gradient, start in pieces:
             copies = self.copies[id(parameter)]
             if isinstance(copies, Tensor):
@@ -63,6 +64,12 @@ class GlobalNorm:
         if group is not None:
             torch.distributed.all_reduce(total, group=group)
         return total.sqrt()
+
+    def _divisor(self, copies: tuple[int, ...], device: torch.device) -> Tensor:
+        """Numbers of copies on the device, made once: the host waits for such a copy."""
+        if copies not in self._divisors:
+            self._divisors[copies] = torch.tensor(copies, device=device)
+        return self._divisors[copies]
 
     def install(self, engine: Any) -> None:
         """Make DeepSpeed's wrapper ask for this norm; plain AdamW (ZeRO 0 in float32) has no wrapper, and the caller asks."""

@@ -1,10 +1,18 @@
-"""Straggler detection: each rank times its own work between collectives, and the times are compared."""
+"""Straggler detection: each rank times its own work between collectives, and the times are compared.
+
+A host that queues work for a card runs ahead of it, so its clock tells how fast it queues. On a card the passes are
+therefore timed by two events in the stream that computes: a card that is slow, or that its host lets starve, is seen by
+them. They are read after the step's report, for which the host has waited anyway.
+"""
 
 from __future__ import annotations
 
 import socket
 import statistics
+import time
 from dataclasses import dataclass, field
+
+import torch
 
 from pretrain.parallel import Parallel
 
@@ -23,10 +31,52 @@ class Straggler:
         return f"rank {self.rank} on {self.host} by {self.percent:.0f}%"
 
 
+class HostClock:
+    """Times a step's passes by the host's clock, on which a CPU computes."""
+
+    def start(self) -> None:
+        """Note where the passes begin."""
+        self._began = self._ended = time.perf_counter()
+
+    def stop(self) -> None:
+        """Note where they end."""
+        self._ended = time.perf_counter()
+
+    def seconds(self) -> float:
+        """Seconds from `start` to `stop`."""
+        return self._ended - self._began
+
+
+class DeviceClock:
+    """Times a step's passes on the stream of a card that computes them; what other streams exchange is not in it."""
+
+    def __init__(self) -> None:
+        self._began, self._ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def start(self) -> None:
+        """Queue the first event, behind all that the stream has to do before the passes."""
+        self._began.record()
+
+    def stop(self) -> None:
+        """Queue the second one, behind the last backward pass."""
+        self._ended.record()
+
+    def seconds(self) -> float:
+        """Seconds between the events; waits for the second one, so ask after the host has waited for what is behind it."""
+        self._ended.synchronize()
+        return self._began.elapsed_time(self._ended) / 1e3
+
+
+def clock_of(device: torch.device) -> HostClock | DeviceClock:
+    """The clock of a device that computes."""
+    return DeviceClock() if device.type == "cuda" else HostClock()
+
+
 @dataclass
 class StepTimes:
-    """This rank's busy seconds of the steps since the last comparison."""
+    """This rank's busy seconds of the steps since the last comparison, and the clock that takes them."""
 
+    clock: HostClock | DeviceClock = field(default_factory=HostClock)
     seconds: list[float] = field(default_factory=list)
 
     def add(self, seconds: float) -> None:

@@ -11,7 +11,8 @@ from data_pipeline.samples.packing import Row, assemble_rows
 from model.hybrid import HybridModel
 from model.packing import PackMeta
 from model.parallel.groups import single_rank_groups
-from pretrain.micro_batch import MicroBatch
+from pretrain.micro_batch import MicroBatch, MicroBatches
+from pretrain.parallel import initialize_parallel
 from tests.model.small_models import small_config
 
 LENGTH = 24
@@ -69,3 +70,19 @@ def test_no_value_of_a_device_tensor_is_read_on_the_way_through_the_model(starts
     assert output.loss is not None
     (output.loss.total + sum(output.auxiliary.values())).backward()
     assert given.meta.document_ids_BT.device.type == "meta"
+
+
+@pytest.mark.parametrize("asked", [[0, 1, 2], [0, 0, 2, 1], [-1]])
+def test_a_step_s_micro_batches_are_prepared_when_they_are_first_asked_for_and_once(asked: list[int]) -> None:
+    parallel = initialize_parallel(timeout_seconds=30, num_threads=1)
+    batches = [make_batch([[0, place], [0]]) for place in (3, 5, 9)]
+    given = MicroBatches(batches, parallel, small_config("M"))
+    assert len(given) == 3
+    seen = {}
+    for number in asked:
+        seen[number % 3] = given[number]
+        assert len(given._ready) == max(seen) + 1, "not those whose turn has not come"
+    for number, found in seen.items():
+        assert given[number] is found
+        assert torch.equal(found.meta.document_ids_BT, batches[number].document_ids_BT)
+    assert [entry.tokens_BT.tolist() for entry in given[:2]] == [batch.tokens_BT.tolist() for batch in batches[:2]]

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from model.moe.balance import auxiliary_names
 from pretrain.config.schema import RunConfig
 
 LIST = Path(__file__).with_name("host_waits.txt")
@@ -19,31 +18,24 @@ def waits_by_section() -> dict[str, set[str]]:
     return found
 
 
-def sections_of(config: RunConfig, ranks: int) -> set[str]:
-    """The headings that hold for a run on so many ranks."""
+def sections_of(config: RunConfig) -> set[str]:
+    """The headings that hold for a run."""
     section, letters, moe = config.parallel, config.model.letters, config.model.moe
     zero = section.zero_stage
     found = {"every step", f"ZeRO {zero}"}
-    found |= {"several ranks"} if ranks > 1 else set()
     found |= {"ZeRO 1 or 2"} if zero in (1, 2) else set()
     found |= {"ZeRO 1, 2 or 3"} if zero else set()
     if config.train.precision == "bf16":
         found |= {f"{name} in bf16" for name in found}
-    if config.model.num_depths:
-        found.add("prediction depths")
-    if "E" in letters:
-        found.add("experts")
-        if moe is not None and auxiliary_names(moe):
-            found.add("balancing losses")
-        if section.expert > 1 and (moe is None or moe.capacity_factor is None):
-            found.add("experts that are spread and counted")
+    if "E" in letters and section.expert > 1 and (moe is None or moe.capacity_factor is None):
+        found.add("experts that are spread and counted")
     return found
 
 
-def expected_waits(config: RunConfig, ranks: int) -> set[str]:
-    """The waits of a step of this run on so many ranks, all of them."""
+def expected_waits(config: RunConfig) -> set[str]:
+    """The waits of a step of this run, all of them."""
     by_section = waits_by_section()
-    return set().union(*(by_section.get(name, set()) for name in sections_of(config, ranks)))
+    return set().union(*(by_section.get(name, set()) for name in sections_of(config)))
 
 
 def unnumbered(waits) -> set[str]:

@@ -38,7 +38,7 @@ def test_a_composed_layout_sends_the_bytes_of_the_formulas_and_waits_where_it_ma
     # The plan counts norms and routers, which every tensor rank holds, as cut.
     assert entry.traced["parameters"] == pytest.approx(entry.held_parameters(), rel=0.01)
     assert entry.traced["mismatches"] == {}
-    assert unnumbered(entry.traced["host_waits"]) == expected_waits(entry.config, entry.layout.ranks)
+    assert unnumbered(entry.traced["host_waits"]) == expected_waits(entry.config)
     found = {key: sum(sizes.values()) for key, sizes in traced_bytes(entry).items()}
     assert found == predicted_bytes(entry)
 
@@ -46,7 +46,7 @@ def test_a_composed_layout_sends_the_bytes_of_the_formulas_and_waits_where_it_ma
 def test_experts_under_a_capacity_factor_wait_for_nothing(small):
     (entry,) = trace(small, 4, "parallel.expert=4", "model.moe.capacity_factor=1.5")
     waits = unnumbered(entry.traced["host_waits"])
-    assert waits == expected_waits(entry.config, entry.layout.ranks)
+    assert waits == expected_waits(entry.config)
     assert not [line for line in waits if line.startswith("model/moe/")]
     found = {key: sum(sizes.values()) for key, sizes in traced_bytes(entry).items()}
     assert found == predicted_bytes(entry)

@@ -1,0 +1,151 @@
+"""What a step reports, summed on the device over its micro-batches, then over all ranks, and read by the host in one copy.
+
+The host reads the device once for all of it, because each read waits until the device has done what was queued before. So
+the counts of valid tokens, by which losses are divided, stay on the device too until then.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from model.config.pattern import mixer_name
+from model.config.schema import ModelConfig
+from model.hybrid import ModelOutput
+from model.moe.balance import auxiliary_names
+from model.routed_updates import BALANCE
+from pretrain.monitor.signals import WATCHED
+from pretrain.parallel import Parallel
+
+
+@dataclass(frozen=True)
+class RankNews:
+    """What a rank alone knows at the end of a step: a signal's number (0 for none), whether it saves, samples it found damaged."""
+
+    signal: int = 0
+    is_saving: bool = False
+    damaged_samples: int = 0
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """The sums of a step over all ranks, as numbers of the host; the same on every rank.
+
+    tokens: valid ones, of the main loss and then of each prediction depth, at least 1. expert_counts: choices by expert of
+    each MoE block. signal: the largest of any rank; is_saving: whether some rank saves; damaged_samples: of all data ranks.
+    """
+
+    nll: float
+    z_loss: float
+    auxiliary: dict[str, float]
+    mtp_nll: list[float]
+    tokens: list[int]
+    expert_counts: dict[int, list[int]]
+    signal: int
+    is_saving: bool
+    damaged_samples: int
+
+    @property
+    def loss(self) -> float:
+        """Mean negative log-likelihood a token."""
+        return self.nll / self.tokens[0]
+
+    def mean_auxiliary(self, model: ModelConfig, num_micro_batches: int) -> dict[str, float]:
+        """Auxiliary losses as a step reports them: means over micro-batches, the logits' z-loss over tokens."""
+        means = {name: value / num_micro_batches for name, value in self.auxiliary.items()}
+        return means | ({"logits_z": self.z_loss / self.tokens[0]} if model.logits_z_loss_weight > 0 else {})
+
+    def depth_losses(self) -> tuple[float, ...]:
+        """Mean negative log-likelihood a token of each depth of multi-token prediction."""
+        return tuple(nll / tokens for nll, tokens in zip(self.mtp_nll, self.tokens[1:]))
+
+
+@dataclass
+class StepSums:
+    """Everything a step reports, summed over this rank's micro-batches and then over all ranks in one reduction.
+
+    Every rank holds the keys of the whole model, also where a pipeline gives it only some of the blocks: a reduction needs
+    tensors of equal shape everywhere.
+    """
+
+    nll: Tensor
+    z_loss: Tensor
+    auxiliary: dict[str, Tensor] = field(default_factory=dict)
+    expert_counts: dict[int, Tensor] = field(default_factory=dict)
+    mtp_nll: list[Tensor] = field(default_factory=list)
+
+    def add(self, output: ModelOutput) -> None:
+        """Add one micro-batch's output, on the device."""
+        if output.loss is not None:
+            self.nll += output.loss.nll_sum
+            self.z_loss += output.loss.total.detach() - output.loss.nll_sum
+        for own, loss in zip(self.mtp_nll, output.mtp):
+            own += loss.nll_sum
+        for name, value in output.auxiliary.items():
+            self.auxiliary[name] += value.detach()
+        for block, counts_E in output.expert_counts.items():
+            self.expert_counts[block] += counts_E
+
+    def reduce(self, parallel: Parallel, tokens: Tensor, news: RankNews | None = None) -> StepReport:
+        """Sum over all ranks that saw other tokens or blocks, in float64, which holds counts exactly, and read the result.
+
+        What ranks alone know travels along, so that all stop, and all learn how a save ended, at the same step. `tokens`:
+        counts that the data ranks have summed already (`count_valid_tokens`); they are read in the same copy.
+        `expert_counts` are those of all ranks from now on, on the device. Every rank must call this.
+        """
+        parts = [self.nll, self.z_loss, *self.auxiliary.values(), *self.mtp_nll]
+        vectors = [torch.stack([part.double() for part in parts])]
+        vectors += [counts_E.double() for counts_E in self.expert_counts.values()]
+        summed = parallel.all_reduce_unique(torch.cat(vectors), of_each=encode(news or RankNews(), parallel))
+        sizes = [len(vector) for vector in vectors]
+        counts = summed[: sum(sizes)].split(sizes)[1:]
+        self.expert_counts = {block: counts_E.long() for block, counts_E in zip(self.expert_counts, counts)}
+        numbers = torch.cat([summed, tokens.double()]).tolist()
+        taken = iter(numbers)
+        nll, z_loss = next(taken), next(taken)
+        auxiliary = {name: next(taken) for name in self.auxiliary}
+        mtp_nll = [next(taken) for _ in self.mtp_nll]
+        by_block = {block: [int(next(taken)) for _ in counts_E] for block, counts_E in self.expert_counts.items()}
+        signal = max(number if next(taken) else 0 for number in WATCHED)
+        is_saving, damaged_samples = bool(next(taken)), int(next(taken))
+        valid = [max(1, int(count)) for count in taken]
+        return StepReport(
+            nll, z_loss, auxiliary, mtp_nll, valid, by_block, int(signal), is_saving, damaged_samples
+        )  # fmt: skip
+
+
+def encode(news: RankNews, parallel: Parallel) -> Tensor:
+    """News of a rank as numbers that are summed: how many got each watched signal, how many save, damaged samples."""
+    groups = parallel.groups
+    reads_alone = groups.tp.rank() == groups.cp.rank() == groups.pp.rank() == 0  # of the ranks with the same samples
+    values = [*(news.signal == number for number in WATCHED), news.is_saving, news.damaged_samples * reads_alone]
+    vector = torch.zeros(len(values), dtype=torch.float64, device=parallel.device)
+    for place, value in enumerate(values):
+        if value:
+            vector[place] = float(value)  # a launch on a card, and no copy that the host waits for
+    return vector
+
+
+def empty_sums(config: ModelConfig, device: torch.device, *, transfers: bool = False) -> StepSums:
+    """Zero sums with the keys of the whole model: every auxiliary loss, every MoE block and every prediction depth.
+
+    transfers: the run is the first stage of a conversion, whose blocks give a loss of their own.
+    """
+    zero = torch.zeros((), device=device)
+    sums = StepSums(zero.clone(), zero.clone(), mtp_nll=[zero.clone() for _ in range(config.num_depths)])
+    letters = config.built_letters
+    for name in filter(None, map(mixer_name, letters)):
+        sums.auxiliary |= {loss: zero.clone() for loss in getattr(config.mixers, name).auxiliary_names()}
+    if config.lora_mixer is not None and config.lora_mixer.balance_weight:
+        sums.auxiliary[BALANCE] = zero.clone()
+    if transfers:
+        sums.auxiliary["transfer"] = zero.clone()
+    blocks = [index for index, letter in enumerate(letters) if letter == "E"]
+    if config.moe is not None and blocks:
+        sums.auxiliary |= {name: zero.clone() for name in auxiliary_names(config.moe)}
+        sums.expert_counts = {
+            block: torch.zeros(config.moe.num_experts, dtype=torch.int64, device=device) for block in blocks
+        }
+    return sums

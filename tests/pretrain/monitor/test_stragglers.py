@@ -1,0 +1,34 @@
+"""What of a step counts as a rank's own work."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from pretrain.monitor.stragglers import HostClock, clock_of
+
+
+def test_the_host_times_what_a_cpu_computes_between_start_and_stop() -> None:
+    clock = clock_of(torch.device("cpu"))
+    assert isinstance(clock, HostClock)
+    clock.start()
+    time.sleep(0.05)
+    clock.stop()
+    taken = clock.seconds()
+    time.sleep(0.05)
+    assert clock.seconds() == taken >= 0.05
+
+
+@pytest.mark.gpu
+def test_events_time_what_a_card_computes_though_the_host_only_queues_it() -> None:
+    clock, square = clock_of(torch.device("cuda")), torch.randn(8192, 8192, device="cuda")
+    torch.cuda.synchronize()
+    clock.start()
+    began = time.perf_counter()
+    for _ in range(20):
+        square @ square
+    queued = time.perf_counter() - began
+    clock.stop()
+    assert clock.seconds() > 2 * queued
