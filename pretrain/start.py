@@ -44,8 +44,9 @@ from pretrain.monitor.corruption import StateWatch
 from pretrain.monitor.display import Display
 from pretrain.monitor.environment import find_peak, record_environment
 from pretrain.monitor.experts import describe_unbalanced
-from pretrain.monitor.heartbeat import Heartbeat
+from pretrain.monitor.heartbeat import Heartbeat, clear_beats
 from pretrain.monitor.metrics import RunLog, check_plot_services
+from pretrain.monitor.node_board import NodeBoard
 from pretrain.monitor.ownership import Ownership, lock_directory
 from pretrain.monitor.panel import plural
 from pretrain.monitor.profile import StepProfiler
@@ -121,8 +122,11 @@ def start_run(config: RunConfig, signals: SignalWatch, report: Report = silent) 
         run.owner = Ownership.take(run.directory)
         run.heartbeat.fence = run.saver.fence = run.owner.check
         open_log(run, loaded)
+        clear_beats(run.directory)
+    token = run.saver.ranks.broadcast(run.owner and run.owner.token)
     if run.saver.replicas is not None:
-        run.saver.replicas.token = run.saver.ranks.broadcast(run.owner and run.owner.token)
+        run.saver.replicas.token = token
+    run.heartbeat.board = NodeBoard.of_start(run.directory, token, rank, world_size)
     run.heartbeat.start()
     return run
 

@@ -1,8 +1,9 @@
 """Each rank tells where it is, and a rank that gets no further for too long ends itself and names who holds it up.
 
 A hung collective makes no noise: the rank that hangs may be stopped, asleep or waiting for data, and all others wait for
-it. Every rank therefore has a thread that writes a small file, `run.dir/heartbeats/rank-N.json`, with step and phase,
-and another that ends the process when the phase has not changed for `launch.heartbeat_seconds`. The launcher then ends
+it. Every rank therefore has a thread that notes its step and phase on the board of its node (node_board.py), of which one
+rank writes a small file for all, `run.dir/heartbeats/rank-N.json` by the first of them, a line a rank; and another thread
+that ends the process when the phase has not changed for `launch.heartbeat_seconds`. The launcher then ends
 the attempt and starts the next one from the newest checkpoint. They are two, because storage may hang as well: the one
 that ends the process touches no file before its time is over, and then waits a few seconds at most for what the files of
 the others say. The first of them also asks the fence, if there is one, whether this start has been replaced by another
@@ -24,13 +25,14 @@ from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
 from data_pipeline.lines import parse_line
+from pretrain.monitor.node_board import NodeBoard
 
 # In the order in which a step passes them: who is in an earlier one than the others is waited for.
-PHASES = ("start", "data", "forward", "reduce", "optimizer", "validate", "save")
+PHASES = ("start", "data", "forward", "reduce", "optimizer", "validate", "tasks", "save")
 HUNG = 3  # the exit code: the run failed and can be resumed
 WRITE_SECONDS = 2.0
 LOOK_SECONDS = 5.0  # for the words of the other ranks, from storage that may hang
-MAX_BEAT_BYTES = 4096
+MAX_BEATS_BYTES = 2**20  # of a node
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ class Heartbeat:
     """The threads of one rank, from `start` to `close`. `at` costs an assignment; a thread alone writes files.
 
     `timeout_seconds`: None only writes. What comes before the first step is not watched: collectives time out there.
-    `fence`: raises RuntimeError when this process must not go on; set before `start`.
+    `fence`: raises RuntimeError when this process must not go on. `board`: of the ranks of this node, of this one alone at
+    first. Both are set before `start`.
     """
 
     def __init__(self, run_dir: Path, rank: int, timeout_seconds: float | None) -> None:
@@ -61,6 +64,8 @@ class Heartbeat:
         self.interval = WRITE_SECONDS if timeout_seconds is None else min(WRITE_SECONDS, timeout_seconds / 4)
         self.listener: Callable[[str], None] | None = None  # hears of each phase that is entered
         self.fence: Callable[[], None] | None = None
+        self.board = NodeBoard(rank)
+        self._own_file = self._file = self.directory / f"rank-{rank}.json"
         self._place = (0, PHASES[0], time.monotonic())
         self._closed = threading.Event()
         self._writer = threading.Thread(target=self._write_always, name="heartbeat", daemon=True)
@@ -74,6 +79,7 @@ class Heartbeat:
 
     def at(self, step: int, phase: str) -> None:
         """Note that this rank has entered a phase of a step; resets the watch."""
+        assert phase in PHASES, phase
         self._place = (step, phase, time.monotonic())
         if self.listener is not None:
             self.listener(phase)
@@ -90,8 +96,8 @@ class Heartbeat:
         deadline = time.monotonic() + 3 * self.interval
         while silent and time.monotonic() < deadline:
             time.sleep(self.interval / 2)
-            # Only of ranks that have not beaten since: all ranks look at once, and each file they ask for is an open.
-            silent = {rank: beat for rank, beat in silent.items() if read_beat(self._path(rank)) == beat}
+            now = {beat.rank: beat for beat in read_beats(self.directory)}
+            silent = {rank: beat for rank, beat in silent.items() if now.get(rank) == beat}
         return list(silent.values())
 
     def close(self) -> None:
@@ -101,20 +107,32 @@ class Heartbeat:
             return
         self._watcher.join()
         self._writer.join(LOOK_SECONDS)  # not for ever: it may hang in the storage
+        self.board.clear()
         with suppress(OSError):  # a beat that stays is taken for a lost rank only while others still run
-            self._path(self.rank).unlink(missing_ok=True)
-
-    def _path(self, rank: int) -> Path:
-        return self.directory / f"rank-{rank}.json"
+            self._publish()
 
     def _write(self) -> None:
-        """Write this rank's beat, renamed into place so that no reader sees a part of it. Raises OSError."""
+        """Note this rank's beat, and publish those of the node where that is this rank's to do. Raises OSError."""
         step, phase, _ = self._place
-        beat = Beat(self.rank, socket.gethostname(), step, phase, time.time())
-        self.directory.mkdir(parents=True, exist_ok=True)
-        temporary = self._path(self.rank).with_suffix(".tmp")
-        temporary.write_text(json.dumps(asdict(beat)), encoding="utf-8")
-        os.replace(temporary, self._path(self.rank))
+        self.board.note(step, PHASES.index(phase), time.time())
+        if self.board.claim(self.interval):
+            self._publish()
+
+    def _publish(self) -> None:
+        """Write the beats of this node, renamed into place so that no reader sees a part of them. Raises OSError."""
+        host, stale = socket.gethostname(), {self._file, self._own_file}
+        beats = [Beat(rank, host, step, PHASES[phase], seen) for rank, step, phase, seen in self.board.read()]
+        if beats:
+            self._file = self.directory / f"rank-{beats[0].rank}.json"
+            stale.discard(self._file)
+            self.directory.mkdir(parents=True, exist_ok=True)
+            temporary = self.directory / f"rank-{self.rank}.tmp"  # of this rank: another may just take over
+            temporary.write_text("".join(json.dumps(asdict(beat)) + "\n" for beat in beats), encoding="utf-8")
+            os.replace(temporary, self._file)
+        else:
+            self.board.remove()
+        for path in stale:  # a name of this node's file from before a lower rank came, or this one left
+            path.unlink(missing_ok=True)
 
     def _write_always(self) -> None:
         """Write a beat every interval until `close`; the writer thread."""
@@ -170,20 +188,41 @@ class Heartbeat:
 
 def read_beats(directory: Path) -> list[Beat]:
     """Read the last beat of every rank that has not ended in good order, in rank order; what can't be read is left out."""
-    beats = [beat for path in directory.glob("rank-*.json") if (beat := read_beat(path)) is not None]
-    return sorted(beats, key=lambda beat: beat.rank)
+    found: dict[int, Beat] = {}
+    for path in directory.glob("rank-*.json"):
+        for beat in read_node(path):
+            # A file of a node whose first rank was not yet there may have stayed: the newer beat of a rank counts.
+            if beat.rank not in found or found[beat.rank].seen < beat.seen:
+                found[beat.rank] = beat
+    return [found[rank] for rank in sorted(found)]
 
 
-def read_beat(path: Path) -> Beat | None:
-    """Read the last beat of one rank; None where it ended just now, or the file is not what a rank wrote."""
+def read_node(path: Path) -> list[Beat]:
+    """Read the last beats of the ranks of a node; what no rank wrote is left out, and all of it where they ended just now."""
     try:
         with path.open("rb") as file:
-            beat = Beat(**(parse_line(file.read(MAX_BEAT_BYTES)) or {}))
-    except (OSError, TypeError):
+            lines = file.read(MAX_BEATS_BYTES).splitlines()
+    except OSError:
+        return []
+    return [beat for line in lines if (beat := parse_beat(line)) is not None]
+
+
+def parse_beat(line: bytes) -> Beat | None:
+    """The beat of a line; None where it is not what a rank wrote."""
+    try:
+        beat = Beat(**(parse_line(line) or {}))
+    except TypeError:
         return None
     kinds: tuple[type | tuple[type, ...], ...] = (int, str, int, str, (int, float))
     is_whole = beat.phase in PHASES and all(isinstance(value, kind) for value, kind in zip(astuple(beat), kinds))
     return beat if is_whole else None
+
+
+def clear_beats(run_dir: Path) -> None:
+    """Remove the beats that an earlier start left, which must be silent; before any rank of this start beats."""
+    for path in (run_dir / "heartbeats").glob("rank-*.json"):
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def describe_lost(beats: list[Beat]) -> str:

@@ -15,6 +15,7 @@ import torch.distributed
 from data_pipeline.config import DataConfig
 from pretrain.checkpoint.inspect import diff_checkpoints, inspect_checkpoint
 from pretrain.checkpoint.names import list_checkpoints
+from pretrain.monitor.heartbeat import read_beats
 from tests.faults.attempt import Attempt, die_in
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.tiny_run import read_events, read_metrics, tiny_data
@@ -63,8 +64,9 @@ def lose_one(
         attempt.start()
         codes = attempt.finish()
         ended = time.time()
-        beats = run_dir / "heartbeats" / f"rank-{VICTIM}.json"
-        seconds = ended - beats.stat().st_mtime
+        (last,) = read_beats(run_dir / "heartbeats")
+        assert last.rank == VICTIM, "the others took theirs away"
+        seconds = ended - last.seen
         left = [path.name for path in list_checkpoints(run_dir / "checkpoints")]
         broken = [name for name in left if not inspect_checkpoint(run_dir / "checkpoints" / name)["ok"]]
         said = {rank: path.read_text() for rank in range(num_ranks) if (path := run_dir / f"error-{rank}.txt").exists()}

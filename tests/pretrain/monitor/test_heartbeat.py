@@ -10,7 +10,8 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from pretrain.monitor.heartbeat import HUNG, Beat, Heartbeat, describe_lost, name_laggards, read_beats
+from pretrain.monitor.heartbeat import HUNG, Beat, Heartbeat, clear_beats, describe_lost, name_laggards, read_beats
+from pretrain.monitor.node_board import NodeBoard
 
 HANG = (
     "import sys, time\n"
@@ -124,6 +125,65 @@ def test_a_rank_that_stopped_beating_is_found_and_one_that_beats_or_ended_is_not
     living.close()
     own.close()
     assert Heartbeat(tmp_path, rank=0, timeout_seconds=1.0).find_lost(4) == []
+
+
+WRITER = (
+    "import sys, time\n"
+    "from pathlib import Path\n"
+    "from pretrain.monitor.heartbeat import Heartbeat\n"
+    "from pretrain.monitor.node_board import NodeBoard\n"
+    "heartbeat = Heartbeat(Path(sys.argv[1]), rank=0, timeout_seconds=None)\n"
+    "heartbeat.interval, heartbeat.board = 0.2, NodeBoard.of_start(Path(sys.argv[1]), 'token', 0, 3)\n"
+    "heartbeat.start()\n"
+    "heartbeat.at(7, 'tasks')\n"
+    "time.sleep(60)\n"
+)
+
+
+def on_node(run_dir: Path, rank: int) -> Heartbeat:
+    heartbeat = Heartbeat(run_dir, rank, timeout_seconds=None)
+    heartbeat.interval, heartbeat.board = 0.2, NodeBoard.of_start(run_dir, "token", rank, 3)
+    return heartbeat
+
+
+def test_one_rank_writes_for_its_node_and_another_one_after_it_is_killed(tmp_path: Path) -> None:
+    folder = tmp_path / "heartbeats"
+    writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)])
+    while [beat.phase for beat in read_beats(folder)] != ["tasks"]:
+        assert writer.poll() is None
+        time.sleep(0.05)
+    others = [on_node(tmp_path, rank) for rank in (1, 2)]
+    for heartbeat in others:
+        heartbeat.start()
+        heartbeat.at(7, "reduce")
+    time.sleep(0.6)
+    assert [path.name for path in folder.iterdir() if path.suffix == ".json"] == ["rank-0.json"]
+    assert [(beat.rank, beat.step, beat.phase) for beat in read_beats(folder)] == [
+        (0, 7, "tasks"), (1, 7, "reduce"), (2, 7, "reduce"),
+    ]  # fmt: skip
+    writer.kill()
+    writer.wait()
+    lost = others[0].find_lost(3)
+    assert [beat.rank for beat in lost] == [0], "the others still beat, through another writer"
+    for heartbeat in others:
+        heartbeat.close()
+    # What is left is the place of the rank that did not end in order.
+    assert [beat.rank for beat in read_beats(folder)] == [0]
+    clear_beats(tmp_path)
+    assert not read_beats(folder)
+    others[0].board.remove()
+
+
+def test_ranks_of_a_node_that_end_in_order_leave_nothing(tmp_path: Path) -> None:
+    ranks = [on_node(tmp_path, rank) for rank in (2, 0, 1)]
+    for heartbeat in ranks:
+        heartbeat.start()
+    board = ranks[0].board.path
+    assert board is not None and board.exists()
+    time.sleep(0.5)
+    for heartbeat in ranks[1:] + ranks[:1]:
+        heartbeat.close()
+    assert not list((tmp_path / "heartbeats").glob("*.json")) and not board.exists()
 
 
 def test_a_heartbeat_that_never_started_closes_without_a_trace(tmp_path: Path) -> None:
