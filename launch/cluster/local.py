@@ -2,12 +2,14 @@
 
 How it works: this process listens on a free port and keeps the TCPStore through which ranks meet; the socket is never
 closed in between, so no other program can take the port. Ranks are ordinary processes with torchrun's variables. Rank 0
-owns the terminal, the others' standard error is relayed with their rank in front. Ranks start first and this process
-imports torch beside them, so that a small run on a laptop does not wait for the import twice.
+owns the terminal, the others' standard error is relayed with their rank in front. Where it is safe this process imports what
+ranks need, once, and forks them (forked.py); else they are processes of their own, which start first, and this process
+imports torch beside them.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import socket
@@ -19,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import IO
 
+from launch.cluster.forked import ForkedRank, can_fork
 from launch.rank_command import rank_command, source_variables
 from pretrain.checkpoint.names import newest_saved_step
 from pretrain.checks.ranks import ranks_of_stage
@@ -26,6 +29,7 @@ from pretrain.config.schema import RunConfig
 from pretrain.launcher_protocol import DONE, GOES_ON, INTERRUPTED, LAUNCHER_PID, NEXT_LAYOUT, RUN_FAILED
 from pretrain.stages import resolve_stages, stage_of
 
+RankProcess = subprocess.Popen[bytes] | ForkedRank
 GRACE_SECONDS = 30.0  # what the other ranks get to end by themselves after one failed
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
 HOST = "127.0.0.1"
@@ -51,9 +55,34 @@ def run_layouts(config: RunConfig, arguments: Sequence[str], num_ranks: int) -> 
         ranks = ranks_of_stage(config, stage, range(num_ranks, 0, -1))
         if ranks < num_ranks:
             sys.stderr.write(f"amfm: stage {stage.name} runs on {ranks} of {num_ranks} ranks, which suit its layout\n")
-        code = run_command(rank_command(arguments), ranks, {GOES_ON: "1"})
+        code = run_train(arguments, ranks, {GOES_ON: "1"})
         if code != NEXT_LAYOUT:
             return code
+
+
+def run_train(arguments: Sequence[str], num_ranks: int, variables: Mapping[str, str]) -> int:
+    """Run an `amfm train` command line as ranks on this machine, forked where that is safe; returns the exit code."""
+    if not can_fork():
+        return run_command(rank_command(arguments), num_ranks, variables)
+    importlib.import_module("pretrain.train")  # what ranks need is here once, before they are copied
+    if not can_fork():  # an import has started a thread
+        return run_command(rank_command(arguments), num_ranks, variables)
+
+    def run() -> int:
+        from launch.cli import run as run_line
+
+        return run_line(arguments)
+
+    return run_forked(run, num_ranks, variables)
+
+
+def run_forked(run: Callable[[], int], num_ranks: int, variables: Mapping[str, str] = {}) -> int:
+    """Run a function as ranks that are forked from this process, and as `run_command` says."""
+
+    def start(rank: int, environment: Mapping[str, str]) -> ForkedRank:
+        return ForkedRank(run, environment, (*FORWARDED, signal.SIGINT), is_first=rank == 0)
+
+    return run_ranks(start, num_ranks, variables)
 
 
 def run_command(command: Sequence[str], num_ranks: int, variables: Mapping[str, str] = {}) -> int:
@@ -62,7 +91,24 @@ def run_command(command: Sequence[str], num_ranks: int, variables: Mapping[str, 
     Returns one exit code for all ranks (`join_codes`). Rank 0 owns the terminal; lines that the others write to
     standard error get their rank in front, their standard output is dropped.
     """
-    processes: list[subprocess.Popen[bytes]] = []
+
+    def start(rank: int, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            command,
+            env={**environment, **source_variables()},
+            stdin=None if rank == 0 else subprocess.DEVNULL,
+            stdout=None if rank == 0 else subprocess.DEVNULL,
+            stderr=None if rank == 0 else subprocess.PIPE,
+        )
+
+    return run_ranks(start, num_ranks, variables)
+
+
+def run_ranks(
+    start: Callable[[int, Mapping[str, str]], RankProcess], num_ranks: int, variables: Mapping[str, str]
+) -> int:
+    """Start ranks, each with its number and variables, serve them until they have ended, and return one exit code."""
+    processes: list[RankProcess] = []
 
     def forward(number: int) -> None:
         if number == signal.SIGINT:  # from the keyboard it reaches ranks by itself; here it must not cut waiting short
@@ -76,16 +122,8 @@ def run_command(command: Sequence[str], num_ranks: int, variables: Mapping[str, 
         socket.create_server((HOST, 0), backlog=max(128, num_ranks)) as listener,
     ):
         port = listener.getsockname()[1]
-        processes += [
-            subprocess.Popen(
-                command,
-                env=environment_of(rank, num_ranks, port, {**os.environ, **source_variables(), **variables}),
-                stdin=None if rank == 0 else subprocess.DEVNULL,
-                stdout=None if rank == 0 else subprocess.DEVNULL,
-                stderr=None if rank == 0 else subprocess.PIPE,
-            )
-            for rank in range(num_ranks)
-        ]
+        given = {**os.environ, **variables}
+        processes += [start(rank, environment_of(rank, num_ranks, port, given)) for rank in range(num_ranks)]
         relays = [
             threading.Thread(target=relay_lines, args=(rank, process.stderr), daemon=True)
             for rank, process in enumerate(processes)
@@ -93,7 +131,7 @@ def run_command(command: Sequence[str], num_ranks: int, variables: Mapping[str, 
         ]
         for relay in relays:
             relay.start()
-        # Imported while the ranks import theirs. The object serves them until this block ends.
+        # Imported after the start: ranks of their own import theirs meanwhile. The object serves them until this block ends.
         from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
         store = TCPStore(HOST, port, is_master=True, wait_for_workers=False, master_listen_fd=os.dup(listener.fileno()))
@@ -140,7 +178,7 @@ def forward_signals(forward: Callable[[int], None], numbers: Sequence[signal.Sig
             signal.signal(number, handler)
 
 
-def wait_for_all(processes: Sequence[subprocess.Popen[bytes]]) -> list[int]:
+def wait_for_all(processes: Sequence[RankProcess]) -> list[int]:
     """Wait for every rank and return the exit codes; after a first failure the rest get `GRACE_SECONDS`.
 
     Then they are killed: a rank that waits in a collective for a dead one reacts to nothing gentler.
@@ -154,7 +192,10 @@ def wait_for_all(processes: Sequence[subprocess.Popen[bytes]]) -> list[int]:
             for process in processes:
                 process.kill()
         time.sleep(0.05)
-    return [process.wait() for process in processes]
+    codes = [process.wait() for process in processes]
+    if deadline is None:
+        name_killed(codes)  # they ended faster than one looked
+    return codes
 
 
 def name_killed(codes: Sequence[int | None]) -> None:

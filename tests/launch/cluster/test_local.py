@@ -60,6 +60,45 @@ WAITING = (
 )
 
 
+FORKED = """
+import os, pathlib, signal, sys, time
+from launch.cluster.forked import can_fork
+from launch.cluster.local import run_forked
+assert can_fork()
+folder, code = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+
+def run():
+    rank = int(os.environ["RANK"])
+    assert os.environ["WORLD_SIZE"] == "3" and os.environ["KIND"] == "forked"
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    (folder / str(rank)).write_text(os.environ["AMFM_LAUNCHER_PID"])
+    print("said by", rank)
+    sys.stderr.write(f"wrong in {rank}\\n")
+    if rank == 1 and code < 0:
+        os.kill(os.getpid(), -code)
+    if rank == 1 and code == 1:
+        raise KeyError("bug")
+    return code if rank == 1 else 0
+
+sys.exit(run_forked(run, 3, {"KIND": "forked"}))
+"""
+
+
+@pytest.mark.parametrize(("code", "joined"), [(0, 0), (2, 2), (1, 1), (-9, 3)])
+def test_forked_ranks_are_told_apart_and_end_as_processes_of_their_own_do(
+    code: int, joined: int, tmp_path: Path
+) -> None:
+    launcher = subprocess.run(
+        [*python(FORKED), str(tmp_path), str(code)], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert launcher.returncode == joined, launcher.stderr
+    assert launcher.stdout == "said by 0\n"
+    assert {"wrong in 0", "rank 1: wrong in 1", "rank 2: wrong in 2"} <= set(launcher.stderr.splitlines())
+    assert ("rank 1: ended by SIGKILL" in launcher.stderr) == (code == -9)
+    assert ("rank 1: KeyError: 'bug'" in launcher.stderr) == (code == 1)
+    assert len({(tmp_path / str(rank)).read_text() for rank in range(3)}) == 1
+
+
 def test_signals_reach_every_rank(tmp_path: Path) -> None:
     command = [sys.executable, "-c", WAITING, str(tmp_path)]
     launcher = subprocess.Popen(

@@ -1,0 +1,106 @@
+"""Ranks that are forked from this process after it has imported what all of them need: many of them start in seconds.
+
+An import of torch, DeepSpeed and Megatron-core takes a core for some ten seconds. Sixteen ranks on the cores of one machine would
+each do it, and wait for each other's; a forked rank has it already, and shares the memory. Only where that is safe: on Linux,
+without cards (a card's driver does not survive a fork), and while this process has one thread of Python, because a fork copies
+the locks of others. (Those of numpy's BLAS end before a fork and begin again after it; torch has started none yet.)
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import IO
+
+# Of NVIDIA's and of AMD's driver; asking torch would wake them.
+CARDS = ("/dev/nvidiactl", "/dev/kfd")
+BUG = 1  # the interpreter's own exit code for an exception
+
+
+def can_fork() -> bool:
+    """Whether ranks may be forked from this process as it is now."""
+    if not sys.platform.startswith("linux") or any(Path(device).exists() for device in CARDS):
+        return False
+    return threading.active_count() == 1
+
+
+class ForkedRank:
+    """A rank that runs a function in a fork of this process, with the parts of `subprocess.Popen` that launchers use.
+
+    environment: its variables. is_first: it keeps the terminal; of the others standard output is dropped, and standard error
+    comes through `stderr`. `resets`: signals that get their defaults back. The function's result is the exit code.
+    """
+
+    def __init__(
+        self, run: Callable[[], int], environment: Mapping[str, str], resets: Sequence[int], *, is_first: bool
+    ) -> None:
+        self.returncode: int | None = None
+        self.stderr: IO[bytes] | None = None
+        reader, writer = (None, None) if is_first else os.pipe()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            become_rank(run, environment, resets, writer)
+        if reader is not None and writer is not None:
+            os.close(writer)
+            self.stderr = os.fdopen(reader, "rb")
+
+    def poll(self) -> int | None:
+        """The exit code, negative for a signal; None while it runs."""
+        if self.returncode is None:
+            found, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if found else None
+        return self.returncode
+
+    def wait(self) -> int:
+        """Wait for its end and return the exit code."""
+        if self.returncode is None:
+            self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal, if it runs."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """Kill it, if it runs."""
+        self.send_signal(signal.SIGKILL)
+
+
+def become_rank(
+    run: Callable[[], int], environment: Mapping[str, str], resets: Sequence[int], errors: int | None
+) -> None:
+    """Be the rank, in the child after the fork, and end the process; `errors`: where its standard error goes."""
+    code = BUG
+    try:
+        for number in resets:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        os.environ.clear()
+        os.environ.update(environment)
+        if errors is not None:
+            nothing = os.open(os.devnull, os.O_RDWR)
+            for source, target in ((nothing, 0), (nothing, 1), (errors, 2)):
+                os.dup2(source, target)
+            os.close(nothing)
+            os.close(errors)
+        code = run()
+        for thread in threading.enumerate():
+            if thread is not threading.current_thread() and not thread.daemon:
+                thread.join()
+    finally:
+        if sys.exc_info()[0] is not None:
+            traceback.print_exc()
+        # Not by an orderly exit: what the launcher registered for its own end is none of a rank's business.
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except (OSError, ValueError):
+                code = code or BUG
+        os._exit(code)
