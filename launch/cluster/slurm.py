@@ -29,6 +29,7 @@ from launch.cluster.lines import (
     shell_line,
     with_variables,
 )
+from launch.cluster.orphans import ending_with_us
 from launch.cluster.rank_logs import Follower, first_message, rank_log
 from launch.cluster.supervise import Attempt, Outcome
 from launch.rank_command import rank_command, source_variables
@@ -193,7 +194,10 @@ class Allocation:
         shown, said = Follower(logs[0]), SrunOutput()
         command = srun_command(self.config, self.arguments, attempt.number, attempt.nodes, self.ranks_per_node)
         with subprocess.Popen(
-            command, env=self.environment(attempt), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            ending_with_us(command),
+            env=self.environment(attempt),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         ) as process:
             reader = threading.Thread(target=said.follow, args=(process.stdout,), daemon=True)
             reader.start()

@@ -1,10 +1,11 @@
 """Launch with torchrun: the command of each node, run here, or on every host of a list through a remote shell.
 
-How it works: `run_here` starts the torchrun of this node alone, for clusters that start one command a node; torchrun
+How it works: `run_here` starts the torchrun of one node of several, for clusters that start one command a node; torchrun
 then does the restarts. With a list of hosts, each gets one shell line over ssh that notes its process number, runs
 `launch.setup` and becomes torchrun; its output is followed for the cause of a failure, and `supervise.py` restarts all
-hosts together. Signals go to the ranks below torchrun, which save and end well, where torchrun would kill them after a
-while.
+hosts together. A run on this machine alone is such a list of one host, behind a shell of this machine. Signals go to the
+ranks below torchrun, which save and end well, where torchrun would kill them after a while. When the launcher is killed,
+what it started ends too, and ranks end with their torchrun.
 """
 
 from __future__ import annotations
@@ -24,13 +25,15 @@ from pathlib import Path
 
 from launch.cluster.lines import check_host, remote_command, shell_line, with_variables
 from launch.cluster.local import forward_signals
+from launch.cluster.orphans import ending_with_us
 from launch.cluster.supervise import Attempt, Outcome
 from launch.rank_command import source_variables
-from pretrain.launcher_protocol import BAD_INPUT, DONE, GOES_ON, RESTART_CAUSE, RUN_FAILED
+from pretrain.launcher_protocol import BAD_INPUT, DONE, GOES_ON, LAUNCHER_PID, RESTART_CAUSE, RUN_FAILED
 
 GRACE_SECONDS = 10.0  # for the other hosts to end by themselves after one failed
 TORCHRUN_STOP_SECONDS = 45.0  # torchrun gives its ranks 30 s after a signal, then kills them
 ANSWER_SECONDS = 10.0
+HERE = ("sh", "-c", 'exec sh -c "$1"')  # in the place of a remote shell, for the host that we are on
 KEPT_LINES = 60  # torchrun ends with a report of this length
 
 
@@ -71,7 +74,8 @@ class NodeCommand:
     def shell_line(self, *, directory: str, pid_file: str, cause: str | None) -> str:
         """One line for another host's shell: change directory, note the process number, run setup, become torchrun.
 
-        `exec` keeps the noted number: it is then torchrun's own, whose children are the ranks to signal.
+        `exec` keeps the noted number: it is then torchrun's own, whose children are the ranks to signal, and which end with
+        it.
         """
         variables = (
             source_variables()
@@ -84,7 +88,7 @@ class NodeCommand:
                 ["cd", directory],
                 f"echo $$ > {shlex.quote(pid_file)}",
                 *([self.setup] if self.setup else []),
-                ["exec", *with_variables(variables, self.torchrun(max_restarts=0))],
+                f"exec env {LAUNCHER_PID}=$$ {shlex.join(with_variables(variables, self.torchrun(max_restarts=0)))}",
             ]
         )
 
@@ -107,7 +111,8 @@ def read_hosts(path: Path) -> list[str]:
 def run_here(command: NodeCommand, *, max_restarts: int) -> int:
     """Run this node's torchrun and return the exit code; torchrun itself restarts its ranks."""
     process = subprocess.Popen(
-        command.torchrun(max_restarts=max_restarts), env=os.environ | source_variables() | dict(command.environment)
+        ending_with_us(command.torchrun(max_restarts=max_restarts)),
+        env=os.environ | source_variables() | dict(command.environment),
     )
     with forward_signals(lambda number: signal_children(process.pid, number)):
         code = process.wait()
@@ -121,10 +126,14 @@ def signal_children(pid: int, number: int) -> None:
 
 @dataclass
 class HostRun:
-    """One host's torchrun behind a remote shell; keeps amfm's first message and the last lines of output."""
+    """One host's torchrun behind a remote shell; keeps amfm's first message and the last lines of output.
+
+    is_named: whether its lines are shown with the host in front.
+    """
 
     host: str
     process: subprocess.Popen[bytes]
+    is_named: bool = True
     message: str = ""
     lines: deque[str] = field(default_factory=lambda: deque(maxlen=KEPT_LINES))
     reader: threading.Thread | None = None
@@ -137,7 +146,7 @@ class HostRun:
             self.lines.append(line)
             if line.startswith("amfm: "):
                 self.message = self.message or line
-            sys.stderr.write(f"{self.host}: {line}\n")
+            sys.stderr.write(f"{self.host}: {line}\n" if self.is_named else f"{line}\n")
             sys.stderr.flush()
 
     def stop(self, number: int) -> None:
@@ -194,9 +203,13 @@ class RemoteHosts:
         self.runs = []
         for host, command in zip(self.usable, self.commands(attempt)):
             process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+                ending_with_us(command),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
-            run = HostRun(host, process)
+            run = HostRun(host, process, is_named=tuple(self.remote_shell) != HERE)
             run.reader = threading.Thread(target=run.follow, daemon=True)
             run.reader.start()
             self.runs.append(run)

@@ -72,8 +72,8 @@ def launch(
     from pretrain.checks.check_run import check_run, load_checked
 
     ranks = nproc_per_node or count_gpus() or 1
-    # torchrun that this machine alone starts goes on by itself, with the ranks that it has.
-    goes_on = on != "torchrun" or hosts is not None
+    # A torchrun that each node starts by itself goes on by itself, with the ranks that it has.
+    goes_on = on != "torchrun" or hosts is not None or nodes == 1
     numbers = range(nodes * ranks, 0, -ranks) if goes_on else [nodes * ranks]
     config = load_checked(path, overrides or [], world_size=numbers, resumes=True)
     if goes_on and config.launch.min_nodes > 1:
@@ -197,13 +197,13 @@ def launch_torchrun(
     *,
     dry_run: bool,
 ) -> int | Shown:
-    """Launch on all hosts of a list under supervision, or run this node's part, which torchrun itself restarts.
+    """Launch on all hosts of a list, or on this machine alone, under supervision; or run this node's part of several.
 
-    Returns the exit code, or what a dry run shows. Raises ValueError for a bad port and for too few hosts.
+    What is one part of several, torchrun itself restarts. Returns the exit code, or what a dry run shows. Raises ValueError for a bad port and for too few hosts.
     """
     from launch.cluster.lines import check_variables, with_variables
     from launch.cluster.supervise import Attempt
-    from launch.cluster.torchrun import NodeCommand, RemoteHosts, read_hosts, run_here
+    from launch.cluster.torchrun import HERE, NodeCommand, RemoteHosts, read_hosts, run_here
     from pretrain.stages import fresh_starts
 
     environment = check_variables(config.launch.environment, "launch.environment")
@@ -211,8 +211,8 @@ def launch_torchrun(
     if port and not port.isdigit():
         raise ValueError(f"--master {master} must be HOST or HOST:PORT with a number; use {host}:{DEFAULT_PORT}")
     number = int(port or DEFAULT_PORT)
-    if hosts is not None:
-        names = read_hosts(hosts)
+    if hosts is not None or (nodes == 1 and not dry_run):
+        names = [host or "localhost"] if hosts is None else read_hosts(hosts)
         if len(names) < nodes:
             raise ValueError(f"--nodes {nodes} and {hosts} names {len(names)} hosts; add hosts, or lower --nodes")
         remote = RemoteHosts(
@@ -221,8 +221,8 @@ def launch_torchrun(
             ranks_per_node=ranks,
             port=number,
             run_dir=config.run.dir,
-            setup=config.launch.setup,
-            remote_shell=remote_shell,
+            setup=None if hosts is None else config.launch.setup,
+            remote_shell=HERE if hosts is None else remote_shell,
             environment=environment,
         )
         if dry_run:
@@ -234,7 +234,7 @@ def launch_torchrun(
         for node_number in node_numbers
     ]
     # torchrun counts a start in another layout, or without guides, as a restart too.
-    restarts = 0 if work.max_restarts is None else work.max_restarts + len(fresh_starts(config))
+    restarts = 0 if nodes == 1 or work.max_restarts is None else work.max_restarts + len(fresh_starts(config))
     if dry_run:
         lines = [command.torchrun(max_restarts=restarts) for command in commands]
         return show_commands([with_variables(environment, line) for line in lines])

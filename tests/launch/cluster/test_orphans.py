@@ -1,0 +1,30 @@
+"""What a launcher started ends with it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import psutil
+
+LAUNCHER = (
+    "import subprocess\n"
+    "from launch.cluster.orphans import ending_with_us\n"
+    "child = subprocess.Popen(ending_with_us(['sh', '-c', 'echo ready $$; exec sleep 60']))\n"
+    "child.wait()\n"
+)
+
+
+def test_a_child_ends_when_its_launcher_is_killed() -> None:
+    launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER], stdout=subprocess.PIPE, text=True)
+    assert launcher.stdout is not None
+    word, number = launcher.stdout.readline().split()
+    child = psutil.Process(int(number))
+    assert word == "ready" and child.ppid() == launcher.pid
+    os.kill(launcher.pid, signal.SIGKILL)
+    launcher.wait()
+    gone, _ = psutil.wait_procs([child], timeout=20)
+    assert gone == [child]
+    launcher.stdout.close()
