@@ -69,9 +69,10 @@ def run_train(arguments: Sequence[str], num_ranks: int, variables: Mapping[str, 
         return run_command(rank_command(arguments), num_ranks, variables)
 
     def run() -> int:
-        from launch.cli import run as run_line
-
-        return run_line(arguments)
+        code: int = importlib.import_module("launch.cli").run(
+            arguments
+        )  # the command line imports launchers, not the reverse
+        return code
 
     return run_forked(run, num_ranks, variables)
 
