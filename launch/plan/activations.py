@@ -198,6 +198,9 @@ def _mamba_bytes(mamba: Mamba2Config, storage: Storage, split: Split) -> BlockBy
     # The whole projection (z, x, B, C, dt are views of it), the convolved channels, y before and after the gated norm.
     kept: float = (inner + channels + heads) * e + channels * e + 2 * inner * e
     kept += (3 * heads + groups) * FLOAT32_BYTES
+    if split.is_in_segments:
+        # The convolution's input, joined with the rows before it; and the states before those of other ranks came in.
+        kept += channels * e + (states if storage.backend == "triton" and mamba.keep_states else 0.0)
     if mamba.num_groups < tensor:
         # A norm whose group lies on several ranks: silu(z), gated and scaled in float32, and y and z widened to it.
         kept += 3 * inner * FLOAT32_BYTES + (2 * inner * FLOAT32_BYTES if e < FLOAT32_BYTES else 0)

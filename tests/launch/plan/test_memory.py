@@ -151,6 +151,25 @@ def test_ranks_that_share_inner_widths_have_the_rows_of_all():
     assert cut[1] - cut[0] == pytest.approx(2 * rows)
 
 
+def test_rows_over_context_ranks_keep_the_joined_input_of_the_convolution_and_states_before_the_carry():
+    config = preset("nemotron3_ultra_550b")
+    model, storage = config.model, storage_of(config)
+    mamba, e = model.mamba, storage.element_bytes
+
+    def segmented(keep_states):
+        sized = model.model_copy(update={"mamba": mamba.model_copy(update={"keep_states": keep_states})})
+        return block_bytes(sized, "M", storage, Split(is_in_segments=True)).kept
+
+    inner = mamba.inner_size()
+    states = inner * mamba.state_size / min(mamba.chunk_size, 128) * e
+    assert segmented(True) - segmented(False) == pytest.approx(2 * states)
+    channels = inner + 2 * mamba.num_groups * mamba.state_size
+    whole = (inner + channels + mamba.num_heads) * e + 2 * channels * e + 2 * inner * e
+    numbers = (3 * mamba.num_heads + mamba.num_groups) * 4
+    stream = model.hidden_size * ((4 if model.residual_in_fp32 else e) + e) + 4
+    assert segmented(False) == pytest.approx(whole + numbers + stream)
+
+
 def test_of_cut_tokens_a_rank_keeps_its_own_where_experts_are_spread_and_all_where_they_are_not():
     config = preset("nemotron3_nano_30b")
     model, storage = config.model, storage_of(config)
