@@ -101,6 +101,11 @@ def cut_manifest(folder: Path) -> str:
     return "not valid JSON"
 
 
+def nest_manifest(folder: Path) -> str:
+    (step_dir(folder, 3) / "manifest.json").write_text('{"step": ' + "[" * 200_000 + "]" * 200_000 + "}")
+    return "not valid JSON"
+
+
 def swap_shards(folder: Path) -> str:
     shutil.copy(step_dir(folder, 1) / SHARD, step_dir(folder, 3) / SHARD)
     return "the manifest says"
@@ -138,6 +143,7 @@ DAMAGES = [
     delete_shard,
     delete_manifest,
     cut_manifest,
+    nest_manifest,
     swap_shards,
     swap_folders,
     add_foreign_shard,
