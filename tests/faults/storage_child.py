@@ -27,7 +27,7 @@ if __name__ == "__main__":
         attempt = Attempt(data, run_dir, job["settings"], job["ranks"], patience_seconds=job.get("patience", 60))
         attempt.start()
         codes = attempt.finish()
-        switch.unlink()
+        switch.unlink(missing_ok=True)  # who waits for this run may have ended its faults before
         said = [
             path.read_text() if (path := run_dir / f"error-{rank}.txt").exists() else "" for rank in range(job["ranks"])
         ]

@@ -74,19 +74,18 @@ def test_who_was_replaced_ends_and_may_not_save(tmp_path: Path) -> None:
 
 
 class Host:
-    """A launcher of the run on a host of its own, and its result when it has ended."""
+    """A launcher of the run on a host of its own, and its result when it has ended; each step waits until `hurry`."""
 
-    def __init__(self, place: Path, name: str, data: Any, run_dir: Path) -> None:
+    def __init__(self, place: Path, name: str, data: Any, run_dir: Path, *, step_seconds: float = 0.5) -> None:
         self.place, self.name = place / name, name
         self.place.mkdir()
         run = {"run": str(run_dir), "settings": SETTINGS, "ranks": 1, "patience": 200}
         jobs = {"data": data, "runs": {"run": run}}
         (self.place / "jobs.json").write_text(json.dumps(jobs))
-        # Each step waits, so that the hosts meet.
-        rules = [fault("flock", "*/lock", "ignore"), fault("write", "*/metrics.jsonl", "sleep=0.5")]
+        wait = fault("write", "*/metrics.jsonl", f"sleep={step_seconds}", when=self.place / "run.on")
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.faults.storage_child", str(self.place)],
-            env={**with_faults(rules), "AMFM_HOST": name},
+            env={**with_faults([fault("flock", "*/lock", "ignore"), wait]), "AMFM_HOST": name},
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -96,6 +95,10 @@ class Host:
         words = self.process.communicate(timeout=250)[1]
         result = json.loads((self.place / "results.json").read_text())["run"]
         return result["codes"][0], result["said"][0] + words
+
+    def hurry(self) -> None:
+        """Let its steps wait no more."""
+        (self.place / "run.on").unlink()
 
     def signal(self, number: signal.Signals) -> None:
         """To its rank."""
@@ -117,10 +120,11 @@ def read_metrics_so_far(run_dir: Path) -> list[str]:
 @pytest.mark.slow
 def test_a_second_launcher_on_another_host_is_refused_and_harms_nothing(tmp_path: Path) -> None:
     data = tiny_data(tmp_path / "data").model_dump(mode="json")
-    first = Host(tmp_path, "first", data, tmp_path / "run")
-    wait_for_step(tmp_path / "run", 3)
+    first = Host(tmp_path, "first", data, tmp_path / "run", step_seconds=4)  # 90 s for `second` to come
+    wait_for_step(tmp_path / "run", 1)
     code, words = Host(tmp_path, "second", data, tmp_path / "run").finish()
     assert code == RUN_FAILED and "rank 0 on first trains in " in words
+    first.hurry()
     assert first.finish()[0] == 0
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == list(range(1, STEPS + 1))
     assert len(read_events(tmp_path / "run", "start")) == 1
@@ -141,7 +145,7 @@ def test_a_host_that_comes_back_after_it_was_replaced_ends_and_saves_nothing(tmp
     code, words = first.finish()
     assert code == RUN_FAILED and "became the owner of" in words and " on second)" in words
     assert second.finish()[0] == 0
-    straight = Host(tmp_path, "third", data, tmp_path / "straight")
+    straight = Host(tmp_path, "third", data, tmp_path / "straight", step_seconds=0)
     assert straight.finish()[0] == 0
     losses = [
         {line["step"]: line["loss"] for line in read_metrics(place)} for place in (run_dir, tmp_path / "straight")
