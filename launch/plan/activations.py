@@ -27,10 +27,14 @@ LOGITS_LEAST_ROWS = {"triton": 256, "torch": 128}
 
 @dataclass(frozen=True)
 class BlockBytes:
-    """Activation bytes a token of one block: `kept` from forward to backward, `working` only during backward."""
+    """Activation bytes a token of one block: `kept` from forward to backward, `working` only during backward.
+
+    `apart`: of both, what is never there together, as backward frees some before it needs the rest.
+    """
 
     kept: float
     working: float
+    apart: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -104,13 +108,14 @@ def block_bytes(config: ModelConfig, letter: str, storage: Storage, split: Split
     if letter in ("*", "-"):
         inner = BlockBytes(inner.kept / split.tensor, inner.working / split.tensor)
     # Gradients of the stream, of the block's input and of its normed input.
-    return BlockBytes(kept + inner.kept, inner.working + config.hidden_size * (stream / split.stream + 2 * e))
+    working = inner.working + config.hidden_size * (stream / split.stream + 2 * e)
+    return BlockBytes(kept + inner.kept, working, inner.apart)
 
 
 def recomputed_bytes(block: BlockBytes, config: ModelConfig, storage: Storage, stream_ranks: int = 1) -> BlockBytes:
     """The same block under activation recomputation: it keeps its input stream, all else becomes working space."""
     stream = config.hidden_size * (FLOAT32_BYTES if config.residual_in_fp32 else storage.element_bytes) / stream_ranks
-    return BlockBytes(stream, block.kept - stream + block.working)
+    return BlockBytes(stream, block.kept - stream + block.working - block.apart)
 
 
 def _between(width: int, units: int, rows: int, structure: Structure) -> int:
@@ -208,7 +213,9 @@ def _mamba_bytes(mamba: Mamba2Config, storage: Storage, split: Split) -> BlockBy
     if storage.backend == "triton":
         kept += states if mamba.keep_states else 0.0
         working = 2 * projection + channels * FLOAT32_BYTES + 2 * inner * e + states
-        return BlockBytes(kept, working if mamba.keep_states else working + states)
+        # Both y are gone when the scan goes backward, and the projection's gradient and the carry's states come after it.
+        apart = 2 * inner * e + projection + (states if mamba.keep_states else 0.0)
+        return BlockBytes(kept, working if mamba.keep_states else working + states, apart)
     states = inner * mamba.state_size / mamba.chunk_size * FLOAT32_BYTES
     # PyTorch also keeps the sums before SiLU, y before the skip, decays inside chunks, and the states entering them.
     square = heads * mamba.chunk_size * FLOAT32_BYTES
@@ -277,12 +284,13 @@ def head_bytes(config: ModelConfig, storage: Storage, tokens: float, tensor: int
     e, vocab, hidden = storage.element_bytes, config.vocab_size // tensor, config.hidden_size
     backend = storage.backend
     # The kernel chooses rows by elements of a slice, so a large vocabulary gets few rows, down to a least number.
-    rows = max(LOGITS_LEAST_ROWS[backend], LOGITS_SLICE[backend] // vocab)
+    rows: float = max(LOGITS_LEAST_ROWS[backend], LOGITS_SLICE[backend] // vocab)
     if backend == "triton":
         rows = max(LOGITS_LEAST_ROWS[backend], min(4096, rows // 128 * 128))  # whole tiles
     # Triton's first slice is the sum itself; at the second the float32 sum lies beside both products.
     is_summed = e < FLOAT32_BYTES and (backend == "torch" or tokens > rows)
-    product, sums = vocab * hidden * e, vocab * hidden * FLOAT32_BYTES if is_summed else 0
+    product: float = vocab * hidden * e
+    sums: float = vocab * hidden * FLOAT32_BYTES if is_summed else 0.0
     if is_summed and backend == "triton":
         sums += product
     rows = min(tokens, rows)

@@ -32,6 +32,7 @@ from launch.plan.activations import (
 from launch.plan.exchanges import BUCKET_ELEMENTS, DEEPSPEED_BUCKET_ELEMENTS, static_slots
 from launch.plan.in_flight import moments_of
 from launch.plan.layout import Layout, StageShare, distinct_stages, held_by_stages
+from model.config.schema import ModelConfig
 from pretrain.config.schema import RunConfig
 from pretrain.engine.bf16_adamw import CHUNK_BYTES, CHUNK_ELEMENTS
 from pretrain.engine.muon.newton_schulz import BATCH_ELEMENTS
@@ -172,7 +173,9 @@ def busiest_pass(
     kept_head *= held.heads  # the losses of prediction depths stay until the backward pass begins with them
     gathered, arriving = gathered_bytes(layout, storage, held)
     # Of routed experts all gradients are made at once, in the dtype of the weights, before they join the sums.
-    expert_gradients = e * held.routed / max(1, held.letters.count("E")) if storage.backend == "triton" else 0.0
+    stored = held.letters.count("E") - repeated_letters(model, held).count("E")
+    expert_gradients = e * held.routed / max(1, stored) if storage.backend == "triton" else 0.0
+    waiting = waiting_gradients(model, layout, held, e, expert_gradients, kept_head / max(1, held.heads))
     passes = list(activations_of(config, layout, storage, held, sizes, kept_head, split))
 
     def moment(kept: float, working: float, gradients: float, logits: float, weights: float) -> dict[str, float]:
@@ -192,10 +195,11 @@ def busiest_pass(
     made: float = model.vocab_size * model.hidden_size * size / layout.tensor * held.has_head
     for number, letters in reversed(list(enumerate(held.pieces))):
         activations = max(kept for piece, is_forward, kept in passes if not is_forward and piece == number)
-        for letter in reversed(letters):
+        for place, letter in reversed(list(enumerate(letters))):
             made += block_gradients
             gradients = whole if accumulates else min(made, whole)
             working = tokens * sizes[letter].working + expert_gradients * (letter == "E")
+            working += waiting[place] if number == last else 0.0
             found = moment(activations, working, gradients, 0.0, gathered + arriving)
             if sum(found.values()) > sum(best.values()):
                 best = found
@@ -203,6 +207,39 @@ def busiest_pass(
             if is_cut:
                 activations += tokens * weight_gradient_bytes(model, letter, storage, split)
     return best
+
+
+def repeated_letters(model: ModelConfig, held: StageShare) -> tuple[str, ...]:
+    """Letters of the blocks that a stage passes without holding them again: those of a prediction depth that others share."""
+    is_shared = model.mtp is not None and model.mtp.shared
+    return model.parsed_pattern.depth_letters * max(0, held.depths - 1) if is_shared else ()
+
+
+def waiting_gradients(
+    model: ModelConfig,
+    layout: Layout,
+    held: StageShare,
+    element_bytes: int,
+    expert_gradients: float,
+    kept_head: float,
+) -> list[float]:
+    """Bytes that lie at each block of the last piece until gradients of the same weights join them.
+
+    Of prediction depths, whose backward passes come before the main model's: the head's gradient and what its pass for the
+    main loss keeps; and those of the embedding and of a shared depth's experts, until the first depth has passed.
+    """
+    letters, depth = held.pieces[-1], model.parsed_pattern.depth_letters
+    found = [0.0] * len(letters)
+    if not held.depths:
+        return found
+    table = element_bytes * model.vocab_size * model.hidden_size / layout.tensor
+    is_shared = model.mtp is not None and model.mtp.shared
+    first, last = len(letters) - held.depths * len(depth), len(letters) - len(depth)
+    for place in range(first, len(letters)):
+        found[place] = table + kept_head
+        if place < last:
+            found[place] += table + expert_gradients * depth.count("E") * is_shared
+    return found
 
 
 def activations_of(

@@ -78,7 +78,7 @@ def trace_rank(config: RunConfig, settings: dict[str, Any], report: Callable[[st
     if settings["events"]:
         tracer.record_events()
         patches.install_works(tracer.note_work)
-    planned = planned_traffic(config, ranks, rank)
+    planned = planned_traffic(config, ranks, rank, parallel.groups.cp.rank())
     report("groups")
     with ExitStack() as modes:
         for mode in (FakeTensorMode(allow_non_fake_inputs=True), tracer, DeviceWords(tracer)):
@@ -86,10 +86,10 @@ def trace_rank(config: RunConfig, settings: dict[str, Any], report: Callable[[st
         return run_steps(config, parallel, tracer, report) | {"planned_traffic": planned}
 
 
-def planned_traffic(config: RunConfig, ranks: int, rank: int) -> list[tuple[str, str, float]] | str:
+def planned_traffic(config: RunConfig, ranks: int, rank: int, context_rank: int) -> list[tuple[str, str, float]] | str:
     """Bytes by (axis, collective) from the formulas, a mean over the rank's pipeline stage; or why there are none.
 
-    Must run after process groups exist: without them Megatron-core's layers take every group for one rank.
+    Windows of convolutions go to neighbours, of which the context ranks at both ends have one: theirs is no mean. Must run after process groups exist: without them Megatron-core's layers take every group for one rank.
     """
     from launch.plan.layout import Layout
     from launch.plan.traffic import check_countable, stage_bytes
@@ -100,7 +100,14 @@ def planned_traffic(config: RunConfig, ranks: int, rank: int) -> list[tuple[str,
     except ValueError as reason:
         return str(reason)
     expected = stage_bytes(config, layout, rank // layout.stage_ranks)
-    return [(axis, collective, size / layout.stage_ranks) for (axis, collective, _), size in expected.items() if size]
+    context = layout.context
+    neighbours = 1 if context_rank in (0, context - 1) else 2
+    shares = {("cp", "all_to_all"): neighbours * context / max(1, 2 * (context - 1))}
+    return [
+        (axis, collective, size / layout.stage_ranks * shares.get((axis, collective), 1.0))
+        for (axis, collective, _), size in expected.items()
+        if size
+    ]
 
 
 def run_steps(config: RunConfig, parallel: Any, tracer: Tracer, report: Callable[[str], None]) -> dict[str, Any]:

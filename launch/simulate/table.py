@@ -57,6 +57,11 @@ CASES = (
     Case("tensor, sequence parallel", 8, SPLIT),
     Case("expert", 8, ("parallel.expert=4",)),
     Case("expert, capacity", 8, ("parallel.expert=4", "model.moe.capacity_factor=1.5")),
+    Case(
+        "expert, context, recycled choices",
+        8,
+        ("parallel.expert=2", "parallel.context=2", "model.moe.capacity_factor=1.5", "model.moe.overflow=recycle"),
+    ),
     Case("expert, expert tensor", 8, (*SPLIT, "parallel.expert=2", "parallel.expert_tensor=2")),
     Case("context", 8, ("parallel.context=2",)),
     Case("pipeline", 8, STAGED),

@@ -189,6 +189,8 @@ def written_tensors(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> I
 
 def created_shape(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[int, ...]:
     """Shape of what a factory function makes; for a range the largest bound stands for its length."""
+    if func is torch.ops.aten.scalar_tensor.default:
+        return ()  # its argument is the number itself
     if args and isinstance(args[0], (list, tuple)):
         return tuple(int(size) for size in args[0])
     numbers = [value for value in args if isinstance(value, (int, float))]

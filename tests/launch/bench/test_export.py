@@ -32,7 +32,7 @@ def test_the_peak_does_not_grow_with_the_model() -> None:
     config = ModelConfig.model_validate(MODEL | {"hidden_size": 1024, "vocab_size": 8192, "pattern": "*-" * 4})
     config = config.model_copy(update={"feed_forward": config.feed_forward.model_copy(update={"hidden_size": 4096})})
     once, more = bench_export(config, (1, 4), None, report=lambda _: None)["rows"]
-    assert more["bytes"] - once["bytes"] > 2**29
+    assert more["bytes"] - once["bytes"] > 2**28
     for verb in ("export", "import"):
         # Names and descriptions grow with the blocks, tensors do not.
         assert more[verb]["peak_bytes"] < once[verb]["peak_bytes"] + 2**27

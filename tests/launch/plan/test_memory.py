@@ -19,6 +19,7 @@ from launch.plan.memory import (
     resting_bytes,
     slots_to_choices,
     storage_of,
+    waiting_gradients,
 )
 from launch.plan.time import estimate_step
 from model.flops import count_parameters
@@ -210,6 +211,21 @@ def test_a_pass_that_is_cut_leaves_what_the_gradients_of_weights_are_made_of():
     assert more == pytest.approx(layout.tokens(config) * left, rel=0.01)
     # The first stage computes its weights' gradients at once: the factors of one pass, beside what is not yet passed.
     assert planned(first, "1f1b") < planned(first, "zero_bubble") < 1.4 * planned(first, "1f1b")
+
+
+def test_gradients_that_others_of_the_same_weight_join_wait_beside_prediction_depths():
+    config = preset("nemotron3_ultra_550b", ranks=1024)
+    model, layout = config.model, Layout.of(config, 1024)
+    held = held_by_stages(model, layout, config.train.sequence_length)[-1]
+    table = 2 * model.vocab_size * model.hidden_size / layout.tensor
+    waiting = waiting_gradients(model, layout, held, 2, expert_gradients=5.0, kept_head=3.0)
+    # Two depths of attention and shared experts: the first waits for nothing but the main loss, the second for both.
+    assert held.letters[-4:] == ("*", "E", "*", "E")
+    assert waiting[-2:] == [table + 3.0] * 2 and waiting[-4:-2] == [2 * table + 8.0] * 2
+    assert not any(waiting[:-4])
+    plain = preset("nemotron3_nano_30b", ranks=64)
+    last = held_by_stages(plain.model, Layout.of(plain, 64), plain.train.sequence_length)[-1]
+    assert not any(waiting_gradients(plain.model, Layout.of(plain, 64), last, 2, 5.0, 3.0))
 
 
 def test_pieces_of_unequal_size_are_held_in_unequal_numbers():
