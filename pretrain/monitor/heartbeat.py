@@ -32,6 +32,7 @@ PHASES = ("start", "data", "forward", "reduce", "optimizer", "validate", "tasks"
 HUNG = 3  # the exit code: the run failed and can be resumed
 WRITE_SECONDS = 2.0
 LOOK_SECONDS = 5.0  # for the words of the other ranks, from storage that may hang
+LAST_WORDS = 1.5  # intervals between the last published beat of a rank that is dead and what it noted after it, at most
 MAX_BEATS_BYTES = 2**20  # of a node
 
 
@@ -87,18 +88,36 @@ class Heartbeat:
     def find_lost(self, num_ranks: int) -> list[Beat]:
         """Find the ranks that are gone, as their last beats, for a rank whose collective failed.
 
-        Waits for a sign of life of every rank, at most three of its intervals. Who ended in good order left no file.
+        Waits for a sign of life of every rank, at most three of its intervals. Who ended in good order left no file. What a
+        rank of another node noted before it died may be published late, and be one interval newer than the beat before:
+        only a beat that is newer yet is a sign of life.
         """
         if self._writer.ident is None:
             return []
-        silent = {beat.rank: beat for beat in read_beats(self.directory) if beat.rank < num_ranks}
-        silent.pop(self.rank, None)  # on a full disk, or where somebody removed it, there is none
+        first: dict[int, Beat] = {}
         deadline = time.monotonic() + 3 * self.interval
-        while silent and time.monotonic() < deadline:
+        while True:
+            mates = {rank for rank, *_ in self.board.read()}  # whose beats are known as soon as they are noted
+            beats = self._other_beats(num_ranks)
+            first = beats | first
+            silent = [
+                beat
+                for rank, beat in beats.items()
+                if beat.seen - first[rank].seen <= (0 if rank in mates else LAST_WORDS * self.interval)
+            ]
+            if not silent or time.monotonic() > deadline:
+                return silent
             time.sleep(self.interval / 2)
-            now = {beat.rank: beat for beat in read_beats(self.directory)}
-            silent = {rank: beat for rank, beat in silent.items() if now.get(rank) == beat}
-        return list(silent.values())
+
+    def _other_beats(self, num_ranks: int) -> dict[int, Beat]:
+        """The last beats of the other ranks by rank: what nodes published, and what ranks of this node noted since."""
+        beats = {beat.rank: beat for beat in [*read_beats(self.directory), *self._node_beats()]}
+        return {rank: beats[rank] for rank in sorted(beats) if rank < num_ranks and rank != self.rank}
+
+    def _node_beats(self) -> list[Beat]:
+        """The beats on the board of this node, in rank order."""
+        host = socket.gethostname()
+        return [Beat(rank, host, step, PHASES[phase], seen) for rank, step, phase, seen in self.board.read()]
 
     def close(self) -> None:
         """End the threads and remove the file; nothing happens without a start."""
@@ -120,8 +139,7 @@ class Heartbeat:
 
     def _publish(self) -> None:
         """Write the beats of this node, renamed into place so that no reader sees a part of them. Raises OSError."""
-        host, stale = socket.gethostname(), {self._file, self._own_file}
-        beats = [Beat(rank, host, step, PHASES[phase], seen) for rank, step, phase, seen in self.board.read()]
+        stale, beats = {self._file, self._own_file}, self._node_beats()
         if beats:
             self._file = self.directory / f"rank-{beats[0].rank}.json"
             stale.discard(self._file)

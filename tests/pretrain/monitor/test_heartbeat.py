@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -112,7 +113,7 @@ def test_a_rank_that_moves_and_closes_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_stopped_beating_is_found_and_one_that_beats_or_ended_is_not(tmp_path: Path) -> None:
-    own, living, ended = (Heartbeat(tmp_path, rank=rank, timeout_seconds=0.8) for rank in (0, 1, 3))
+    own, living, ended = (Heartbeat(tmp_path, rank=rank, timeout_seconds=1.6) for rank in (0, 1, 3))
     for heartbeat in (own, living, ended):
         heartbeat.start()
     gone = beat(2, 7, "reduce")
@@ -172,6 +173,25 @@ def test_one_rank_writes_for_its_node_and_another_one_after_it_is_killed(tmp_pat
     clear_beats(tmp_path)
     assert not read_beats(folder)
     others[0].board.remove()
+
+
+def test_a_rank_is_lost_also_where_its_last_beat_was_not_yet_published(tmp_path: Path) -> None:
+    own, mate = on_node(tmp_path, 0), on_node(tmp_path, 1)
+    own.start()
+    mate.board.note(7, 3, time.time())  # and dies: `own` publishes it at its next beat
+    assert [beat.rank for beat in read_beats(tmp_path / "heartbeats")] == [0]
+    assert [beat.rank for beat in own.find_lost(2)] == [1]
+    assert [beat.rank for beat in read_beats(tmp_path / "heartbeats")] == [0, 1]
+    elsewhere = beat(2, 7, "reduce")
+    file = tmp_path / "heartbeats" / "rank-2.json"
+    file.write_text(json.dumps(asdict(elsewhere)))
+    late = json.dumps(asdict(replace(elsewhere, seen=elsewhere.seen + own.interval)))
+    publisher = threading.Timer(own.interval, lambda: file.write_text(late))
+    publisher.start()
+    assert [beat.rank for beat in own.find_lost(3)] == [1, 2]
+    publisher.join()
+    own.close()
+    own.board.remove()
 
 
 def test_ranks_of_a_node_that_end_in_order_leave_nothing(tmp_path: Path) -> None:
