@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from kernels.moe.capacity import expert_capacity
+from model.moe.capacity import slots_for
 from pretrain.config.schema import RunConfig
 
 LIST = Path(__file__).with_name("host_waits.txt")
@@ -20,16 +22,27 @@ def waits_by_section() -> dict[str, set[str]]:
 
 def sections_of(config: RunConfig) -> set[str]:
     """The headings that hold for a run."""
-    section, letters, moe = config.parallel, config.model.letters, config.model.moe
+    section, letters = config.parallel, config.model.letters
     zero = section.zero_stage
     found = {"every step", f"ZeRO {zero}"}
     found |= {"ZeRO 1 or 2"} if zero in (1, 2) else set()
     found |= {"ZeRO 1, 2 or 3"} if zero else set()
     if config.train.precision == "bf16":
         found |= {f"{name} in bf16" for name in found}
-    if "E" in letters and section.expert > 1 and (moe is None or moe.capacity_factor is None):
+    if "E" in letters and section.expert > 1 and not has_slots(config):
         found.add("experts that are spread and counted")
     return found
+
+
+def has_slots(config: RunConfig) -> bool:
+    """Whether every expert has a fixed number of places for each rank's rows, so that none are counted."""
+    section, moe, train = config.parallel, config.model.moe, config.train
+    if moe is None or moe.capacity_factor is None:
+        return False
+    whole = train.micro_batch_size * train.sequence_length
+    capacity = expert_capacity(whole, moe.top_k, moe.num_experts, moe.capacity_factor)
+    tokens = whole // section.context // section.tensor
+    return slots_for(tokens, moe.top_k, moe.num_experts, capacity) is not None
 
 
 def expected_waits(config: RunConfig) -> set[str]:
