@@ -134,10 +134,27 @@ def bench_comm(config: RunConfig) -> dict[str, Any]:
 
 def count_step(config: RunConfig) -> list[Traffic]:
     """Train two steps and count what all ranks together send in the second. Every rank must call this."""
+    parallel = begin_ranks(config)
+    engine, pipeline = build_for_steps(config, parallel)
+    take_step(config, parallel, engine, pipeline)
+    # Of the second step: what only the first one sends is not what training costs.
+    with CommunicationCounter(parallel.groups) as counter:
+        take_step(config, parallel, engine, pipeline)
+    return sum_traffic(parallel.gather_objects(counter.traffic()))
+
+
+def begin_ranks(config: RunConfig) -> Parallel:
+    """Let the ranks of a configuration meet, as a run does. Every rank must call this."""
+    train = config.train
     parallel = initialize_parallel(
-        config.parallel, timeout_seconds=config.train.timeout_seconds, num_threads=config.train.num_threads
+        config.parallel, timeout_seconds=train.timeout_seconds, num_threads=train.num_threads
     )
-    set_determinism(config.train.seed, config.train.deterministic)
+    set_determinism(train.seed, train.deterministic)
+    return parallel
+
+
+def build_for_steps(config: RunConfig, parallel: Parallel) -> tuple[ZeroEngine, Pipeline | None]:
+    """Engine of a configuration without a run around it, and its pipeline where it has stages. Every rank must call this."""
     engine = build_engine(
         build_model(config, parallel),
         optimizer=config.optimizer,
@@ -145,12 +162,7 @@ def count_step(config: RunConfig) -> list[Traffic]:
         zero_stage=config.parallel.zero_stage,
         parallel=parallel,
     )
-    pipeline = build_pipeline(config, parallel, engine)
-    take_step(config, parallel, engine, pipeline)
-    # Of the second step: what only the first one sends is not what training costs.
-    with CommunicationCounter(parallel.groups) as counter:
-        take_step(config, parallel, engine, pipeline)
-    return sum_traffic(parallel.gather_objects(counter.traffic()))
+    return engine, build_pipeline(config, parallel, engine)
 
 
 def take_step(config: RunConfig, parallel: Parallel, engine: ZeroEngine, pipeline: Pipeline | None) -> None:

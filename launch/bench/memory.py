@@ -18,16 +18,13 @@ from typing import Any
 
 import torch
 
-from launch.bench.communication import take_step
+from launch.bench.communication import begin_ranks, build_for_steps, take_step
 from launch.bench.hardware import processor_name
 from launch.plan.layout import Layout
 from launch.plan.memory import estimate_memory, storage_of
 from launch.rank_command import rank_command
 from pretrain.config.schema import RunConfig
-from pretrain.engine.engine import ZeroEngine, build_engine
-from pretrain.parallel import Parallel, initialize_parallel, set_determinism
-from pretrain.pipeline import Pipeline
-from pretrain.start import build_model, build_pipeline
+from pretrain.parallel import Parallel
 
 STEPS = 2  # the first allocates moments, the second has them during its passes
 STATUS, PEAK_RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -69,10 +66,7 @@ def bench_memory(config: RunConfig) -> dict[str, Any]:
 
     Every rank must call this; all get the same. Raises RuntimeError where the system does not tell a process its peak.
     """
-    parallel = initialize_parallel(
-        config.parallel, timeout_seconds=config.train.timeout_seconds, num_threads=config.train.num_threads
-    )
-    set_determinism(config.train.seed, config.train.deterministic)
+    parallel = begin_ranks(config)
     gauge = Gauge(parallel.device)
     _warm_up(config, parallel)
     # After the warm-up, so that only this configuration's own allocations count.
@@ -129,21 +123,9 @@ def _status_bytes(name: str) -> int:
 
 def _train(config: RunConfig, parallel: Parallel) -> None:
     """Build the run's engine and take `STEPS` steps; all of it is freed on return."""
-    engine, pipeline = _build(config, parallel)
+    engine, pipeline = build_for_steps(config, parallel)
     for _ in range(STEPS):
         take_step(config, parallel, engine, pipeline)
-
-
-def _build(config: RunConfig, parallel: Parallel) -> tuple[ZeroEngine, Pipeline | None]:
-    """Engine of the configuration, and its pipeline where it has stages."""
-    engine = build_engine(
-        build_model(config, parallel),
-        optimizer=config.optimizer,
-        precision=config.train.precision,
-        zero_stage=config.parallel.zero_stage,
-        parallel=parallel,
-    )
-    return engine, build_pipeline(config, parallel, engine)
 
 
 def _warm_up(config: RunConfig, parallel: Parallel) -> None:

@@ -13,12 +13,9 @@ from typing import Any
 
 import torch
 
-from launch.bench.communication import load_small, take_step
+from launch.bench.communication import begin_ranks, build_for_steps, load_small, take_step
 from pretrain.config.schema import RunConfig
-from pretrain.engine.engine import build_engine
-from pretrain.parallel import initialize_parallel, set_determinism
 from pretrain.pipeline import Pipeline
-from pretrain.start import build_model
 
 SCHEDULES = ("1f1b", "zero_bubble")
 # Large enough that products take most of the time, small enough for some seconds a step on a laptop.
@@ -44,17 +41,8 @@ def load_stages(overrides: Sequence[str], stages: int) -> RunConfig:
 
 def bench_pipeline(config: RunConfig, rounds: int) -> dict[str, Any]:
     """Seconds of a step under each schedule, round by round, and zero-bubble's over 1F1B's. Every rank must call this."""
-    parallel = initialize_parallel(
-        config.parallel, timeout_seconds=config.train.timeout_seconds, num_threads=config.train.num_threads
-    )
-    set_determinism(config.train.seed, config.train.deterministic)
-    engine = build_engine(
-        build_model(config, parallel),
-        optimizer=config.optimizer,
-        precision=config.train.precision,
-        zero_stage=config.parallel.zero_stage,
-        parallel=parallel,
-    )
+    parallel = begin_ranks(config)
+    engine, _ = build_for_steps(config, parallel)
     pipelines = {
         schedule: Pipeline(
             engine.module, config.parallel.model_copy(update={"schedule": schedule}), parallel, engine.take_gradient
