@@ -27,7 +27,8 @@ def recompute_problems(config: RunConfig) -> Iterator[Problem]:
     """Check that `recompute_blocks` has an effect and that the pipeline schedule can recompute at all."""
     train, schedule, key = config.train, config.parallel.schedule, "train.recompute_blocks"
     if schedule == "zero_bubble" and train.recompute != "none":
-        rule = "does not go with parallel.schedule=zero_bubble, which cuts backward passes in two: each would compute again"
+        # torch's checkpoints hand copies of saved parameters to a backward pass, whose gradients nobody would collect.
+        rule = "does not go with parallel.schedule=zero_bubble, which puts gradients off to parameters that it no longer has"
         yield Problem("train.recompute", rule, "use none, or another schedule", train.recompute)
     if train.recompute != "selective":
         if train.recompute_blocks:

@@ -78,7 +78,7 @@ def untried(config: RunConfig, ranks: int, hardware: Hardware, *, largest_contex
     if ranks > 1:
         yield LeftOut("other virtual_stages than 2 and 4", None, "more pieces send more often")
         yield LeftOut(
-            "zero_bubble with recomputation", None, "it cuts backward passes in two, and each would compute again"
+            "zero_bubble with recomputation", None, "a recomputed pass no longer has the parameters themselves"
         )
     if len(letters) > 2:
         yield LeftOut("recomputation of some kinds of block together", None, "one kind, else all of them")
