@@ -60,11 +60,18 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map the stream x [B, T, D] -> [B, T, D]; under sequence parallelism T is this rank's share, in and out."""
-        activate = swiglu if self.activation == "swiglu" else squared_relu
+        return self.project_down(self.project_up(x))
+
+    def project_up(self, x: Tensor) -> Tensor:
+        """The first half: the stream x [B, T, D] -> inner rows of all tokens, before the activation, this rank's width."""
         if isinstance(self.up_proj, StructuredUp):
-            inner = self.up_proj.from_stream(x)
-        else:
-            (inner,) = project_stream(x, [self.up_proj.weight], self.groups)
+            return self.up_proj.from_stream(x)
+        (inner,) = project_stream(x, [self.up_proj.weight], self.groups)
+        return inner
+
+    def project_down(self, inner: Tensor) -> Tensor:
+        """The second half: activation and down projection of inner rows, back to the stream [B, T, D]."""
+        activate = swiglu if self.activation == "swiglu" else squared_relu
         inner = activate(inner, backend=self.backend)
         if isinstance(self.down_proj, StructuredDown):
             return self.down_proj.to_stream(inner)

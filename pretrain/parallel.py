@@ -233,7 +233,7 @@ def initialize_parallel(
         place_megatron_buffers_on_cpu()
     torch.set_num_threads(num_threads or max(1, count_cores() // local_world_size))
     groups = ProcessGroupCollection.use_mpu_process_groups(AXES)
-    groups.sequence_parallel = section.sequence_parallel
+    groups.sequence_parallel, groups.overlap_experts = section.sequence_parallel, section.overlap_experts
     return Parallel(rank, world_size, local_rank, local_world_size, device, groups, DataParallelUnit())
 
 

@@ -139,12 +139,14 @@ def expert_feed_forward(
     down_EDF: Tensor,
     *,
     activation: str,
+    count: int | None = None,
     backend: str = "torch",
 ) -> Tensor:
     """Sum over each token's K chosen experts of weight times feed-forward.
 
     Shapes: x [R, D]; expert ids [R, K] integers in [0, E); weights [R, K]; up and down as `grouped_feed_forward` ->
     [R, D]. Saves x and the hidden rows before the activation for backward; no sorted copy, no output before weighting.
+    `count`: ids may be E too, a choice that adds nothing, and `count` of them are not; None: none is E.
     Raises ValueError for wrong shapes, dtypes, or an unknown activation.
     """
     _check_experts(x_RD, up_EFD, down_EDF, activation)
@@ -153,15 +155,19 @@ def expert_feed_forward(
     backend = resolve_backend(backend, x_RD.device, "moe")
     if backend == "reference":
         return expert_feed_forward_reference(x_RD, expert_ids_RK, weights_RK, up_EFD, down_EDF, activation=activation)
+    # Lost choices are one expert more, which sorts last.
+    num_experts = up_EFD.shape[0]
+    num_sorted, rows = (num_experts, expert_ids_RK.numel()) if count is None else (num_experts + 1, count)
     if backend == "triton":
         from kernels.moe.counting_sort import sort_pairs
         from kernels.moe.triton_experts import expert_feed_forward_triton
 
-        pairs = sort_pairs(expert_ids_RK, up_EFD.shape[0])
-        return expert_feed_forward_triton(x_RD, weights_RK, pairs, up_EFD, down_EDF, activation)
-    groups = group_by_expert(expert_ids_RK, up_EFD.shape[0])
-    weights_S = weights_RK.reshape(-1).index_select(0, groups.order)
-    return expert_feed_forward_torch(x_RD, weights_S, groups.token_ids, groups.offsets_E, up_EFD, down_EDF, activation)
+        pairs = sort_pairs(expert_ids_RK, num_sorted)
+        return expert_feed_forward_triton(x_RD, weights_RK, pairs, rows, up_EFD, down_EDF, activation)
+    groups = group_by_expert(expert_ids_RK, num_sorted)
+    weights_S = weights_RK.reshape(-1).index_select(0, groups.order[:rows])
+    places = groups.token_ids[:rows], groups.offsets_E[:num_experts]
+    return expert_feed_forward_torch(x_RD, weights_S, *places, up_EFD, down_EDF, activation)
 
 
 def _check_route(

@@ -158,10 +158,10 @@ def loop_weight_gradients(
 
 
 def sum_by_token(rows_SD: Tensor, token_ids_S: Tensor, tokens: int) -> Tensor:
-    """Add each token's rows, which are equally many: [R, D] in the dtype of the rows, sums in float32 at least."""
+    """Add each token's rows: [R, D] in the dtype of the rows, sums in float32 at least; zeros for a token without one."""
     order_S = sort_stably(token_ids_S, tokens)
-    choices = max(1, rows_SD.shape[0] // max(1, tokens))
-    begins_R = torch.arange(0, rows_SD.shape[0], choices, device=rows_SD.device)
+    every_R = torch.arange(tokens, device=rows_SD.device)
+    begins_R = torch.searchsorted(token_ids_S.index_select(0, order_S), every_R)
     return F.embedding_bag(order_S, rows_SD, begins_R, mode="sum")
 
 

@@ -130,12 +130,6 @@ def sum_choices(rows_SD: Tensor, places: Tensor, weights_RK: Tensor | None, toke
     return y
 
 
-def _shape(x_RD: Tensor, weights_RK: Tensor | None, down_EDF: Tensor) -> tuple[int, int, int]:
-    """Sorted rows, choices a token, inner width."""
-    choices = 1 if weights_RK is None else weights_RK.shape[1]
-    return x_RD.shape[0] * choices, choices, down_EDF.shape[2]
-
-
 @torch.library.custom_op("amfm::expert_feed_forward_triton", mutates_args=())
 def _forward(
     x_RD: Tensor,
@@ -147,20 +141,22 @@ def _forward(
     up_EFD: Tensor,
     down_EDF: Tensor,
     swiglu: bool,
+    rows: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output [R, D], hidden rows [S, F] before the activation, and the layer's tiles.
 
-    With weights, sources are tokens of sorted pairs; without, rows to be gathered, None where rows are sorted already.
+    With weights, sources are tokens of sorted pairs; without, rows to be gathered, None where rows are sorted already. `rows`:
+    those that have an expert, S; pairs behind them are lost.
     """
     x_RD, up_EFD, down_EDF = x_RD.contiguous(), up_EFD.contiguous(), down_EDF.contiguous()
     weights_RK = None if weights_RK is None else weights_RK.contiguous()
-    rows, choices, width = _shape(x_RD, weights_RK, down_EDF)
     experts, features, model = up_EFD.shape
+    width = down_EDF.shape[2]
     hidden, active = x_RD.new_empty(rows, features), x_RD.new_empty(rows, width)
     height = product_tile(rows, experts)["BLOCK_M"]
     bound = _tile_bound(rows, experts, height)
     if not rows:
-        return torch.empty_like(x_RD), hidden, offsets_E.new_empty(bound, 3)
+        return torch.zeros_like(x_RD), hidden, offsets_E.new_empty(bound, 3)
     tiles = list_tiles(offsets_E, bound, height)
     tile = narrow_tile(rows, experts) if swiglu else product_tile(rows, experts)
     up_kernel[(bound * triton.cdiv(width, tile["BLOCK_N"]),)](
@@ -171,7 +167,7 @@ def _forward(
     if places is None:
         return _product(active, down_EDF, sources, tiles), hidden, tiles
     y_SD = _product(active, down_EDF, None, tiles)
-    return sum_choices(y_SD, places, None, x_RD.shape[0], choices), hidden, tiles
+    return sum_choices(y_SD, places, None, len(x_RD), len(places) // len(x_RD)), hidden, tiles
 
 
 @_forward.register_fake
@@ -185,8 +181,8 @@ def _(
     up_EFD: Tensor,
     down_EDF: Tensor,
     swiglu: bool,
+    rows: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows, _, _ = _shape(x_RD, weights_RK, down_EDF)
     experts = len(offsets_E)
     tiles = offsets_E.new_empty(_tile_bound(rows, experts, product_tile(rows, experts)["BLOCK_M"]), 3)
     y = torch.empty_like(x_RD, memory_format=torch.contiguous_format)
@@ -209,9 +205,9 @@ def _backward(
     swiglu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weights (empty without them), up and down."""
-    if not x_RD.shape[0]:
-        empty = x_RD.new_empty(0) if weights_RK is None else torch.empty_like(weights_RK)
-        return torch.empty_like(x_RD), empty, torch.zeros_like(up_EFD), torch.zeros_like(down_EDF)
+    if not len(hidden):
+        no_weights = x_RD.new_empty(0) if weights_RK is None else torch.zeros_like(weights_RK)
+        return torch.zeros_like(x_RD), no_weights, torch.zeros_like(up_EFD), torch.zeros_like(down_EDF)
     d_y, x_RD, up_EFD, down_EDF = (tensor.contiguous() for tensor in (d_y, x_RD, up_EFD, down_EDF))
     d_hidden, active, d_weights = _open(d_y, x_RD, hidden, weights_RK, pairs, sources, tiles, down_EDF, swiglu)
     d_up, d_down = _weight_gradients(d_y, x_RD, d_hidden, active, sources, offsets_E)
@@ -231,8 +227,9 @@ def _open(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient of the hidden rows, activations that hold the choice's weight already, and gradients of weights (or empty)."""
     weights_RK = None if weights_RK is None else weights_RK.contiguous()
-    rows, _, width = _shape(x_RD, weights_RK, down_EDF)
-    experts, model, _ = down_EDF.shape
+    rows, (experts, model, width) = len(hidden), down_EDF.shape
+    # Of lost pairs there are no rows: parts of the others lie by row, and their sums are put to their pairs.
+    has_lost = weights_RK is not None and weights_RK.numel() > rows
     tile = narrow_tile(rows, experts)
     blocks = triton.cdiv(width, tile["BLOCK_N"])
     d_hidden, active = torch.empty_like(hidden), x_RD.new_empty(rows, width)
@@ -240,12 +237,16 @@ def _open(
     down_backward_kernel[(len(tiles) * blocks,)](
         d_y, down_EDF, hidden, d_hidden, active, weights_RK, partials, pairs, sources, tiles,
         experts, rows, width, model,
-        SWIGLU=swiglu, GATHER=sources is not None, WEIGHTED=weights_RK is not None, DOT=dot_dtype(x_RD.dtype),
-        **_config("experts_down_backward_swiglu" if swiglu else "experts_down_backward", tile, x_RD),
+        SWIGLU=swiglu, GATHER=sources is not None, WEIGHTED=weights_RK is not None, BY_ROW=has_lost,
+        DOT=dot_dtype(x_RD.dtype), **_config("experts_down_backward_swiglu" if swiglu else "experts_down_backward", tile, x_RD),
     )  # fmt: skip
     if weights_RK is None:
         return d_hidden, active, x_RD.new_empty(0)
-    return d_hidden, active, sum_first(partials, weights_RK.dtype).view_as(weights_RK)
+    d_weights = sum_first(partials, weights_RK.dtype)
+    if has_lost:
+        assert pairs is not None, "weights come with their pairs"
+        d_weights = weights_RK.new_zeros(weights_RK.numel()).index_copy_(0, pairs[:rows].long(), d_weights)
+    return d_hidden, active, d_weights.view_as(weights_RK)
 
 
 def _weight_gradients(
@@ -293,7 +294,7 @@ def _(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     """Keep x, the hidden rows and the tiles, which are outputs only so that they can be kept."""
-    x_RD, *others, up_EFD, down_EDF, ctx.swiglu = inputs
+    x_RD, *others, up_EFD, down_EDF, ctx.swiglu, _ = inputs
     _, hidden, tiles = output
     ctx.mark_non_differentiable(hidden, tiles)
     ctx.set_materialize_grads(False)
@@ -303,12 +304,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 def _differentiate(ctx: Any, d_y: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients of x, weights, up and down; None throughout where the output took no gradient."""
     if d_y is None:
-        return (None,) * 9
+        return (None,) * 10
     saved = ctx.saved_tensors
     x_RD, hidden, weights_RK, pairs, sources, places, offsets_E, tiles, up_EFD, down_EDF = saved
     d_up: Tensor | None = None
     d_down: Tensor | None = None
-    if is_split(up_EFD, down_EDF) and x_RD.shape[0]:
+    if is_split(up_EFD, down_EDF) and len(hidden):
         d_y, x_RD = d_y.contiguous(), x_RD.contiguous()
         d_hidden, active, d_weights = _open(
             d_y, x_RD, hidden, weights_RK, pairs, sources, tiles, down_EDF.contiguous(), ctx.swiglu
@@ -318,7 +319,7 @@ def _differentiate(ctx: Any, d_y: Tensor | None, *_: Tensor | None) -> tuple[Ten
         compute_later([up_EFD, down_EDF], lambda: _weight_gradients(*later))
     else:
         d_x, d_weights, d_up, d_down = _backward(d_y, *saved, ctx.swiglu)
-    return d_x, None if weights_RK is None else d_weights, None, None, None, None, d_up, d_down, None
+    return d_x, None if weights_RK is None else d_weights, None, None, None, None, d_up, d_down, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
@@ -333,16 +334,17 @@ def grouped_feed_forward_triton(
     row of x at each sorted place, whose result returns there; None where rows lie sorted by expert.
     """
     dot_dtype(x_RD.dtype)  # refuses float64
-    return _forward(x_RD, None, None, sources, None, offsets_E, up_EFD, down_EDF, activation == "swiglu")[0]
+    return _forward(x_RD, None, None, sources, None, offsets_E, up_EFD, down_EDF, activation == "swiglu", len(x_RD))[0]
 
 
 def expert_feed_forward_triton(
-    x_RD: Tensor, weights_RK: Tensor, pairs: SortedPairs, up_EFD: Tensor, down_EDF: Tensor, activation: str
+    x_RD: Tensor, weights_RK: Tensor, pairs: SortedPairs, rows: int, up_EFD: Tensor, down_EDF: Tensor, activation: str
 ) -> Tensor:
     """Weighted sum of each token's experts: [R, D], for float32, bfloat16 and float16.
 
-    x [R, D], weights [R, K]; a choice's weight is that of its pair, token * K + choice.
+    x [R, D], weights [R, K]; a choice's weight is that of its pair, token * K + choice. `rows`: pairs that have an expert; the
+    others were sorted behind them, as of one expert more.
     """
     dot_dtype(x_RD.dtype)
-    sorting = pairs.pairs, pairs.tokens, pairs.places, pairs.offsets_E
-    return _forward(x_RD, weights_RK, *sorting, up_EFD, down_EDF, activation == "swiglu")[0]
+    sorting = pairs.pairs, pairs.tokens, pairs.places, pairs.offsets_E[: len(up_EFD)]
+    return _forward(x_RD, weights_RK, *sorting, up_EFD, down_EDF, activation == "swiglu", rows)[0]

@@ -159,10 +159,12 @@ def up_kernel(
 @triton.jit
 def down_backward_kernel(
     d_y, down, hidden, d_hidden, active, weights, d_weights, pairs, sources, tiles, experts, rows, width, model,
-    SWIGLU: tl.constexpr, GATHER: tl.constexpr, WEIGHTED: tl.constexpr, DOT: tl.constexpr,
+    SWIGLU: tl.constexpr, GATHER: tl.constexpr, WEIGHTED: tl.constexpr, BY_ROW: tl.constexpr, DOT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """d_hidden [S, F], the weighted activation [S, width] again, and one partial of d_weights [blocks, S] a column block.
+
+    Partials lie by pair, with BY_ROW by sorted row.
 
     With v = d_y[sorted rows] down: d_weight is the row sum of v * activation, and weight * v goes through its gradient.
     """
@@ -194,7 +196,7 @@ def down_backward_kernel(
         if WEIGHTED:
             pair = tl.load(pairs + row, mask=inside, other=0)
             partial = tl.sum(v * result, 1)
-            tl.store(d_weights + block.to(tl.int64) * rows + pair, partial, mask=inside)
+            tl.store(d_weights + block.to(tl.int64) * rows + (row if BY_ROW else pair), partial, mask=inside)
             weight = tl.load(weights + pair, mask=inside, other=0.0).to(tl.float32)[:, None]
         else:
             weight = tl.full((BLOCK_M, 1), 1.0, tl.float32)

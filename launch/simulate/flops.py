@@ -84,9 +84,9 @@ def _diagonal(given: Named, *, backward: bool) -> int:
 
 def _experts(given: Named, *, times: int) -> int:
     """Up and down products of every chosen expert row; backward (`times=2`) has two products for each."""
-    choices = 1 if given["weights_RK"] is None else given["weights_RK"].shape[1]
     weights = given["up_EFD"][0].numel() + given["down_EDF"][0].numel()
-    return times * 2 * given["x_RD"].shape[0] * choices * weights
+    rows: int = given["rows"] if times == 1 else given["hidden"].shape[0]
+    return times * 2 * rows * weights
 
 
 def _logits(given: Named) -> int:

@@ -10,7 +10,7 @@ A token's way through it:
    another one (capacity.py). Else nothing is ever dropped.
 4. Latent: with `latent_size` the token is projected down before it goes to the routed experts.
 5. Dispatch: the token's k copies reach their experts. Where every rank has a part of each expert (`_routed`) they are
-   sorted by expert; where experts are spread over `groups.ep` (`_dispatched`) they travel by all-to-all (dispatch.py),
+   sorted by expert; where experts are spread over `groups.ep` (`_dispatched`) rows travel by all-to-all (dispatch.py),
    while the shared expert computes.
 6. Experts: each is a feed-forward of its own. The k results are summed by weight in float32, and projected up again.
 7. Shared expert: sees every token at full width; its output is added.
@@ -33,6 +33,7 @@ from model.mixers.interface import BlockState, MixerOutput
 from model.moe.balance import auxiliary_losses
 from model.moe.capacity import Choices, limit_choices
 from model.moe.dispatch import dispatch_feed_forward
+from model.moe.transfer import HeldExperts
 from model.packing import PackMeta
 from model.parallel.groups import ProcessGroupCollection
 from model.parallel.layers import Float32Buffers, Linear
@@ -152,7 +153,7 @@ class MoeMixer(Float32Buffers):
         return y_BTD, self._shared(x_BTD)
 
     def _dispatched(self, x_BTD: Tensor, chosen: Choices) -> tuple[Tensor, Tensor | None]:
-        """Compute the same where experts are spread over ranks; the shared expert computes while tokens travel."""
+        """Compute the same where experts are spread over ranks; the shared expert computes while rows travel, half each way."""
         narrow_BTD = x_BTD if self.latent_down is None else self.latent_down(x_BTD)
         own_BTD = scatter_tokens(narrow_BTD, self.groups)
         ids_BTK, weights_BTK = (
@@ -163,22 +164,23 @@ class MoeMixer(Float32Buffers):
             own_BTD.flatten(0, 1),
             ids_BTK.flatten(0, 1),
             weights_BTK.flatten(0, 1),
-            self.experts.up,
-            self.experts.down,
-            self.groups,
-            activation=self.section.activation,
-            backend=self.backend,
-            overlap_fn=lambda: self._shared(x_BTD),
+            HeldExperts(self.experts.up, self.experts.down, self.groups, self.section.activation, self.backend),
+            while_out=lambda: None if self.shared is None else self.shared.project_up(x_BTD),
+            while_home=lambda inner: self._leave_shared(x_BTD, inner),
             slots=chosen.slots(own_BTD.shape[0] * own_BTD.shape[1], self.section.num_experts),
         )
         y_BTD = gather_tokens(y_RD.view_as(own_BTD), self.groups)
         return y_BTD if self.latent_up is None else self.latent_up(y_BTD), shared_BTD
 
     def _shared(self, x_BTD: Tensor) -> Tensor | None:
-        """Output of the shared expert [B, T, D], times sigmoid of its gate, one number a token; None without one."""
-        if self.shared is None:
+        """Output of the shared expert [B, T, D]; None without one."""
+        return self._leave_shared(x_BTD, None if self.shared is None else self.shared.project_up(x_BTD))
+
+    def _leave_shared(self, x_BTD: Tensor, inner: Tensor | None) -> Tensor | None:
+        """Output of the shared expert from its inner rows, times sigmoid of its gate, one number a token; None without one."""
+        if self.shared is None or inner is None:
             return None
-        y_BTD: Tensor = self.shared(x_BTD)
+        y_BTD = self.shared.project_down(inner)
         return y_BTD if self.shared_gate is None else y_BTD * torch.sigmoid(self.shared_gate(x_BTD))
 
     @torch.no_grad()

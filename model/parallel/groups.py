@@ -13,15 +13,17 @@ AXES = ["tp", "pp", "mp", "cp", "tp_cp", "ep", "expt_tp", "expt_dp", "tp_ep", "d
 
 
 class ProcessGroupCollection(process_groups_config.ProcessGroupCollection):
-    """Megatron-core's groups, and whether tokens between blocks are sharded over the tensor ranks.
+    """Megatron-core's groups, and how blocks use them.
 
     `tp` tensor, `ep` expert, `expt_tp` tensor inside experts, `expt_dp` data of experts, `cp` context, `pp` pipeline,
     `dp` data, `dp_cp` data x context (all ranks whose dense gradients are summed), `mp` tensor x pipeline, `tp_cp`
     tensor x context, `tp_ep` tensor inside experts x expert, `embd` the first and the last stage (None between them).
-    With `sequence_parallel` the stream between blocks is [B, T of this tensor rank, D].
+    With `sequence_parallel` the stream between blocks is [B, T of this tensor rank, D]. With `overlap_experts` half of the
+    rows between experts travel while experts compute the other half.
     """
 
     sequence_parallel: bool = False
+    overlap_experts: bool = False
 
 
 class SingleRankGroup:

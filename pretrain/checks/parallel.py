@@ -40,6 +40,9 @@ def ineffective_problems(config: RunConfig) -> Iterator[Problem]:
     if section.expert > 1 and "E" not in pattern_letters(config):
         rule = "spreads routed experts, and model.pattern has no E block"
         yield Problem("parallel.expert", rule, "use 1", str(section.expert))
+    if section.overlap_experts and section.expert == 1:
+        rule = "lets rows between expert ranks travel beside experts, and parallel.expert is 1"
+        yield Problem("parallel.overlap_experts", rule, "raise parallel.expert, or use false", "true")
     if section.offload_optimizer and section.zero_stage == 0:
         rule = "moves what ZeRO spreads, and parallel.zero_stage is 0"
         yield Problem("parallel.offload_optimizer", rule, "use parallel.zero_stage=1 or higher, or false", "true")

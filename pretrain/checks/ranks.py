@@ -89,6 +89,8 @@ def nearest_layout(config: RunConfig, ranks: int) -> ParallelConfig | None:
             changed["sequence_parallel"] = False
         if changed["expert"] != own.expert:
             changed["expert_tensor"] = None
+        if changed["expert"] == 1:
+            changed["overlap_experts"] = False
         if changed["pipeline"] == 1:
             changed |= {"schedule": "1f1b", "virtual_stages": 1}
         section = own.model_copy(update=changed)

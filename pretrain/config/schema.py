@@ -199,6 +199,10 @@ class ParallelConfig(Section):
     expert_tensor: int | None = Field(
         None, gt=0, description="Ranks that share each routed expert; none: `tensor`, or 1 with `expert` above 1."
     )
+    overlap_experts: bool = Field(
+        False,
+        description="Cut rows between spread experts in halves: one travels while experts compute the other. Reads experts' weights twice.",
+    )
     context: int = Field(1, gt=0, description="Ranks that share the tokens of each row.")
     pipeline: int = Field(1, gt=0, description="Stages of consecutive blocks; `|` in model.pattern cuts them.")
     schedule: Literal["1f1b", "interleaved", "zero_bubble"] = Field(

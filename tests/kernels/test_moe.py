@@ -110,6 +110,33 @@ def test_weight_gradients_that_are_computed_later_are_the_same_to_the_bit(dtype,
     assert all(torch.equal(one, other) for one, other in zip(whole, split))
 
 
+def run_with_lost_choices(backend, dtype, activation, kept):
+    """Output and gradients of 9 tokens with 3 of 5 experts each, of which all but `kept` choices are lost."""
+    generator = torch.Generator().manual_seed(5)
+
+    def make(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+    rows = 12 if activation == "swiglu" else 6
+    leaves = make(9, 7), make(9, 3), make(5, rows, 7), make(5, 7, 6)
+    ids = torch.rand(9, 5, generator=generator).topk(3).indices
+    ids.view(-1)[torch.randperm(27, generator=generator)[kept:]] = 5
+    x, weights, up, down = leaves
+    y = expert_feed_forward(x, ids, weights, up, down, activation=activation, count=kept, backend=backend)
+    slope = torch.linspace(-1, 2, y.numel(), dtype=torch.float64).to(dtype).view(y.shape)
+    return [y.detach(), *torch.autograd.grad(y, leaves, slope)]
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "squared_relu"])
+@pytest.mark.parametrize("kept", [0, 1, 16, 27])
+def test_lost_choices_add_nothing_and_get_no_gradient(kept, activation, poisoned_memory):
+    wanted = run_with_lost_choices("reference", torch.float64, activation, kept)
+    actual = run_with_lost_choices("torch", torch.float64, activation, kept)
+    for name, one, other in zip(("y", "dx", "d_weights", "d_up", "d_down"), actual, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12, msg=name)
+    assert int((actual[2] != 0).sum()) <= kept
+
+
 @pytest.mark.parametrize("activation", ["swiglu", "squared_relu"])
 def test_gradients_of_the_torch_path_pass_gradcheck(activation):
     torch.manual_seed(1)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels.backend import resolve_backend
 from kernels.moe.grouping import group_by_expert
-from kernels.moe.rows.torch_impl import combine_rows, gather_rows
+from kernels.moe.rows.torch_impl import add_rows, combine_rows, gather_rows
 from kernels.shapes import check_shape
 
 
@@ -45,23 +45,29 @@ def sort_choices(expert_ids_RK: Tensor, num_experts: int, *, backend: str = "tor
     return SortedChoices(groups.counts_E, groups.order, None)
 
 
-def put_in_slots(choices: SortedChoices, expert_ids_RK: Tensor, slots: int) -> SortedChoices:
+def put_in_slots(choices: SortedChoices, expert_ids_RK: Tensor, slots: int, parts: int = 1) -> SortedChoices:
     """The same choices with `slots` places for each expert, of which the last may be without a choice.
 
     Slots are at least as many as an expert has choices. The last expert has none: its choices, which are lost, stand behind
-    all slots.
+    all slots. With several `parts`, which divide the slots, each expert's first slots stand in the first part, and so on.
     """
     counts_E = choices.counts_E
     begins_E = counts_E.cumsum(0) - counts_E
+    num_experts, width = len(counts_E) - 1, slots // parts
     if choices.places is not None:
         flat_S = expert_ids_RK.flatten()
-        places = choices.places + (flat_S * slots - begins_E[flat_S]).to(torch.int32)
+        number_S = choices.places - begins_E[flat_S]
+        part_S = number_S // width
+        place_S = (part_S * num_experts + flat_S) * width + number_S - part_S * width
+        lost_S = num_experts * slots + number_S
+        places = torch.where(flat_S < num_experts, place_S, lost_S).to(torch.int32)
         return SortedChoices(counts_E, None, places, has_gaps=True)
     assert choices.order is not None, "choices are sorted for one of the backends"
     order_S, number_N = choices.order, torch.arange(slots, device=expert_ids_RK.device)
     places_EN = (number_N + begins_E[:-1, None]).clamp(max=len(order_S) - 1)
     filled_EN = torch.where(number_N < counts_E[:-1, None], order_S[places_EN], len(order_S))
-    return SortedChoices(counts_E, filled_EN.flatten(), None, has_gaps=True)
+    order_S = filled_EN.unflatten(1, (parts, width)).transpose(0, 1).flatten()
+    return SortedChoices(counts_E, order_S, None, has_gaps=True)
 
 
 def gather_choices(x_RD: Tensor, choices: SortedChoices, count: int, top_k: int) -> Tensor:
@@ -87,6 +93,17 @@ def combine_choices(rows_SD: Tensor, choices: SortedChoices, weights_RK: Tensor)
     from kernels.moe.rows.triton_impl import combine_rows_triton
 
     return combine_rows_triton(rows_SD, choices.places, weights_RK, choices.has_gaps)
+
+
+def add_choices(rows_SD: Tensor, choices: SortedChoices, tokens: int, top_k: int) -> Tensor:
+    """Sum each token's rows as they are: [R, D] in the dtype of the rows; a choice without a row, from S on, adds nothing."""
+    if choices.places is None:
+        assert choices.order is not None, "choices are sorted for one of the backends"
+        return add_rows(rows_SD, choices.order[: rows_SD.shape[0]], tokens, top_k)
+    check_shape("places", choices.places, (tokens * top_k,), rows_SD)
+    from kernels.moe.rows.triton_impl import add_rows_triton
+
+    return add_rows_triton(rows_SD, choices.places, tokens, top_k)
 
 
 def sort_rows(expert_S: Tensor, num_experts: int, *, backend: str = "torch") -> Tensor:

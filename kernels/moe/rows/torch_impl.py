@@ -24,6 +24,12 @@ def combine_rows(rows_SD: Tensor, order_S: Tensor, weights_RK: Tensor) -> Tensor
     return y_RD
 
 
+def add_rows(rows_SD: Tensor, order_S: Tensor, tokens: int, top_k: int) -> Tensor:
+    """Sum each token's rows, found by `order`: [R, D]; a choice without a row adds nothing."""
+    y_RD: Tensor = _AddChoices.apply(rows_SD, order_S, (tokens, top_k))
+    return y_RD
+
+
 def reorder_rows(rows_SD: Tensor, order_S: Tensor) -> Tensor:
     """Permute rows: rows[order], for an order that names each row once."""
     ordered_SD: Tensor = _Reorder.apply(rows_SD, order_S)
@@ -48,6 +54,21 @@ class _GatherChoices(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         (order_S,) = ctx.saved_tensors
         return _sum_by_token(gradients[0], order_S, None, ctx.shape_RK), None, None
+
+
+class _AddChoices(torch.autograd.Function):
+    """Sum of rows by token, whose backward is a read: the opposite of `_GatherChoices`."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_SD: Tensor, order_S: Tensor, shape_RK: tuple[int, int]) -> Tensor:
+        ctx.save_for_backward(order_S)
+        ctx.shape_RK = shape_RK
+        return _sum_by_token(rows_SD, order_S, None, shape_RK)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (order_S,) = ctx.saved_tensors
+        return gradients[0].index_select(0, _tokens_of(order_S, ctx.shape_RK)), None, None
 
 
 class _CombineChoices(torch.autograd.Function):

@@ -72,6 +72,12 @@ def spread_rows_triton(x_RD: Tensor, places: Tensor, count: int, top_k: int, has
     return _spread(x_RD, places, count, top_k, has_gaps)
 
 
+def add_rows_triton(rows_SD: Tensor, places: Tensor, tokens: int, top_k: int) -> Tensor:
+    """Sums of rows [S, D] by token, [R, D], for float32, bfloat16 and float16; each row is some token's."""
+    dot_dtype(rows_SD.dtype)
+    return _add(rows_SD, places, tokens, top_k)
+
+
 def combine_rows_triton(rows_SD: Tensor, places: Tensor, weights_RK: Tensor, has_gaps: bool = False) -> Tensor:
     """Weighted sums of rows [S, D] by token, [R, D], for float32, bfloat16 and float16."""
     dot_dtype(rows_SD.dtype)
@@ -100,15 +106,31 @@ def _(x_RD: Tensor, places: Tensor, count: int, top_k: int, has_gaps: bool) -> T
     return x_RD.new_empty(count, x_RD.shape[1])
 
 
-@torch.library.custom_op("amfm::spread_rows_triton_backward", mutates_args=())
-def _spread_backward(d_rows: Tensor, places: Tensor, tokens: int, top_k: int) -> Tensor:
-    """Gradient of x [R, D]: each token's rows added up."""
-    return sum_choices(d_rows.contiguous(), places, None, tokens, top_k)
+@torch.library.custom_op("amfm::add_rows_triton", mutates_args=())
+def _add(rows_SD: Tensor, places: Tensor, tokens: int, top_k: int) -> Tensor:
+    """Each token's rows added up: [R, D]; also the gradient of what `_spread` copies, as that is of this sum."""
+    return sum_choices(rows_SD.contiguous(), places, None, tokens, top_k)
 
 
-@_spread_backward.register_fake
-def _(d_rows: Tensor, places: Tensor, tokens: int, top_k: int) -> Tensor:
-    return d_rows.new_empty(tokens, d_rows.shape[1])
+@_add.register_fake
+def _(rows_SD: Tensor, places: Tensor, tokens: int, top_k: int) -> Tensor:
+    return rows_SD.new_empty(tokens, rows_SD.shape[1])
+
+
+def _save_add(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Keep the places."""
+    rows_SD, places, _, ctx.top_k = inputs
+    ctx.rows = rows_SD.shape[0]
+    ctx.save_for_backward(places)
+
+
+def _differentiate_add(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradient of the rows."""
+    (places,) = ctx.saved_tensors
+    return _spread(d_y, places, ctx.rows, ctx.top_k, False), None, None, None
+
+
+_add.register_autograd(_differentiate_add, setup_context=_save_add)
 
 
 def _save_spread(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -121,7 +143,7 @@ def _save_spread(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _differentiate_spread(ctx: Any, d_rows: Tensor) -> tuple[Tensor | None, ...]:
     """Gradient of x."""
     (places,) = ctx.saved_tensors
-    return _spread_backward(d_rows, places, ctx.tokens, ctx.top_k), None, None, None, None
+    return _add(d_rows, places, ctx.tokens, ctx.top_k), None, None, None, None
 
 
 _spread.register_autograd(_differentiate_spread, setup_context=_save_spread)

@@ -155,8 +155,10 @@ def launches() -> Iterator[KernelLaunch]:
             constants = {"SWIGLU": swiglu, "GATHER": True, "WEIGHTED": True, **shared}
             name, config = f"experts up, {activation}, {label}", narrow if swiglu else product
             yield kernel_launch(name, kernels.up_kernel, types, constants, config)
-            name = f"experts down backward, {activation}, {label}"
-            yield kernel_launch(name, kernels.down_backward_kernel, types, constants, narrow)
+            for by_row, pairs in ((False, ""), (True, ", some lost")):
+                name = f"experts down backward, {activation}{pairs}, {label}"
+                by = constants | {"BY_ROW": by_row}
+                yield kernel_launch(name, kernels.down_backward_kernel, types, by, narrow)
     for left, name in ((True, "d_down"), (False, "d_up")):
         constants = {"GATHER_LEFT": left, "GATHER_RIGHT": not left, "DOT": tl.bfloat16}
         config = {**experts.OUTER_TILE, **experts.OPTIONS}

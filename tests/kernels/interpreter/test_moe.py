@@ -10,12 +10,20 @@ from kernels.moe.counting_sort import sort_pairs
 from kernels.moe.op import expert_feed_forward, group_by_expert, grouped_feed_forward, route
 from kernels.moe.persistent import launch_persistent, takes_descriptors
 from kernels.moe.rows import triton_impl as rows_triton
-from kernels.moe.rows.op import combine_choices, gather_choices, put_in_slots, row_bytes, sort_choices, sort_rows
+from kernels.moe.rows.op import (
+    add_choices,
+    combine_choices,
+    gather_choices,
+    put_in_slots,
+    row_bytes,
+    sort_choices,
+    sort_rows,
+)
 from kernels.proof.counting import count_launches
 from tests.helpers.interpreted_products import multiply_term_by_term
 from tests.helpers.numbers import assert_all_near, assert_bitwise
 from tests.helpers.registration import assert_registered
-from tests.kernels.test_moe import run, split_gradients
+from tests.kernels.test_moe import run, run_with_lost_choices, split_gradients
 
 FLOAT32 = 1e-5  # products over some fifty terms; a softmax's gradient cancels
 
@@ -45,6 +53,15 @@ def test_experts_equal_the_definition_twice_bitwise(sizes, activation, poisoned_
     assert torch.equal(routing.expert_ids_RK, wanted_routing.expert_ids_RK)
     assert torch.equal(routing.counts_E, wanted_routing.counts_E)
     assert_all_near(once, wanted, FLOAT32, ["y", "dx", "d_up", "d_down", "d_logits"])
+    for one, other in zip(once, again):
+        assert_bitwise(one, other)
+
+
+@pytest.mark.parametrize(("kept", "activation"), [(0, "swiglu"), (16, "swiglu"), (16, "squared_relu")])
+def test_lost_choices_add_nothing_and_get_no_gradient(kept, activation, poisoned_memory):
+    wanted = run_with_lost_choices("reference", torch.float64, activation, kept)
+    once, again = (run_with_lost_choices("triton", torch.float32, activation, kept) for _ in range(2))
+    assert_all_near(once, wanted, FLOAT32, ["y", "dx", "d_weights", "d_up", "d_down"])
     for one, other in zip(once, again):
         assert_bitwise(one, other)
 
@@ -195,25 +212,35 @@ def test_rows_by_choice_equal_the_definition_twice_bitwise(lost, poisoned_memory
         rows = gather_choices(x, choices, count, 3)
         factor = torch.linspace(1, 2, rows.numel(), dtype=torch.float64).to(dtype).view(rows.shape)
         y = combine_choices(rows * factor, choices, weights)
-        results.append([rows, y, *torch.autograd.grad(y.square().sum(), (x, weights))])
-    assert_all_near(results[1], results[0], FLOAT32, ["rows", "y", "dx", "d_weights"])
+        added = add_choices(rows * factor, choices, 19, 3)
+        (d_rows,) = torch.autograd.grad(added.square().sum(), rows, retain_graph=True)
+        results.append([rows, y, added, d_rows, *torch.autograd.grad(y.square().sum(), (x, weights))])
+    assert_all_near(results[1], results[0], FLOAT32, ["rows", "y", "added", "d_rows", "dx", "d_weights"])
     for one, other in zip(*results[1:]):
         assert_bitwise(one, other)
 
 
-def test_slots_hold_the_rows_of_choices_and_zeros_in_gaps(poisoned_memory):
+@pytest.mark.parametrize("parts", [1, 2])
+def test_slots_hold_the_rows_of_choices_and_zeros_in_gaps(parts, poisoned_memory):
     generator = torch.Generator().manual_seed(4)
     ids = torch.randint(0, 4, (19, 3), generator=generator)
     ids.view(-1)[5:12] = 4  # lost
     slots = int(torch.bincount(ids.flatten()[ids.flatten() < 4]).max()) + 2
+    slots += slots % parts
     wide = torch.randn(19, 70, generator=generator, dtype=torch.float64)
     results, gaps = [], None
     for backend, dtype in (("torch", torch.float64), ("triton", torch.float32), ("triton", torch.float32)):
         x = wide.to(dtype).requires_grad_()
         weights = torch.linspace(-1, 1, 57, dtype=dtype).view(19, 3).requires_grad_()
-        choices = put_in_slots(sort_choices(ids, 5, backend=backend), ids, slots)
+        choices = put_in_slots(sort_choices(ids, 5, backend=backend), ids, slots, parts)
         rows = gather_choices(x, choices, 4 * slots, 3)
         gaps = choices.order == 57 if gaps is None else gaps
+        if backend == "torch":
+            # Each part has an equal share of every expert's slots, filled ones first.
+            expert_PEN = ids.flatten()[choices.order.clamp(max=56)].view(parts, 4, -1)
+            is_filled_PEN = ~gaps.view(parts, 4, -1)
+            assert ((expert_PEN == torch.arange(4)[:, None]) | ~is_filled_PEN).all()
+            assert (is_filled_PEN[0] | ~is_filled_PEN[-1]).all()
         factor = torch.linspace(1, 2, rows.numel(), dtype=torch.float64).to(dtype).view(rows.shape)
         y = combine_choices(rows * factor, choices, weights)
         gradients = torch.autograd.grad(y.square().sum(), (x, weights, rows))
@@ -279,8 +306,9 @@ def test_registration_is_complete():
     assert_registered(counting_sort.limit_pairs, ids, 4, 2)
     pairs = sort_pairs(ids, 4)
     sorting = pairs.pairs, pairs.tokens, pairs.places, pairs.offsets_E
-    assert_registered(triton_experts._forward, x, weights, *sorting, up, down, True)
+    assert_registered(triton_experts._forward, x, weights, *sorting, up, down, True, 12)
     rows = sort_pairs(ids[:, :1], 4)
-    assert_registered(triton_experts._forward, x, None, None, rows.pairs, None, rows.offsets_E, up, down, True)
+    assert_registered(triton_experts._forward, x, None, None, rows.pairs, None, rows.offsets_E, up, down, True, 6)
     assert_registered(rows_triton._spread, x, pairs.places, 12, 2, False)
+    assert_registered(rows_triton._add, torch.randn(12, 8, requires_grad=True), pairs.places, 6, 2)
     assert_registered(rows_triton._combine, torch.randn(12, 8, requires_grad=True), pairs.places, weights, False)

@@ -7,13 +7,17 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from kernels.linear.op import linear_float32
 from kernels.moe.capacity import expert_capacity
+from kernels.moe.op import route
 from launch.bench.count_collectives import CommunicationCounter, Traffic, sum_traffic
 from model.config.schema import AttentionConfig, Mamba2Config, ModelConfig, MoeConfig
 from model.hybrid import HybridModel
+from model.moe.block import MoeMixer
 from model.moe.capacity import slots_for
-from model.moe.dispatch import RowTransfer
+from model.moe.transfer import RowTransfer
 from model.parallel.groups import ProcessGroupCollection, single_rank_groups
 from model.parallel.shards import parameter_shards
 from pretrain.config.schema import ParallelConfig
@@ -72,6 +76,13 @@ LAYOUTS = {
     "tp2 sp ep4": Layout(ParallelConfig(tensor=2, sequence_parallel=True, expert=4), ("dropless", "latent", "recycle")),
     "ep2 etp2": Layout(ParallelConfig(expert=2, expert_tensor=2), ("dropless", "drop")),
     "tp2 sp ep2 etp2": Layout(ParallelConfig(tensor=2, sequence_parallel=True, expert=2, expert_tensor=2), ("latent",)),
+    "ep2, halves": Layout(
+        ParallelConfig(expert=2, overlap_experts=True), ("dropless", "drop", "recycle"), shunned=(1,)
+    ),
+    "ep4, halves": Layout(ParallelConfig(expert=4, overlap_experts=True), ("dropless",), shunned=(2, 3)),
+    "tp2 sp ep2 etp2, halves": Layout(
+        ParallelConfig(tensor=2, sequence_parallel=True, expert=2, expert_tensor=2, overlap_experts=True), ("latent",)
+    ),
     "cp2 ep2": Layout(ParallelConfig(context=2, expert=2), ("dropless", "drop", "recycle")),
     "tp2 cp2 sp ep4": Layout(
         ParallelConfig(tensor=2, context=2, sequence_parallel=True, expert=4), ("dropless", "recycle")
@@ -185,24 +196,75 @@ def count_bytes() -> dict[str, list[Traffic]]:
         )
         model = HybridModel(small_config("E", moe=moe), parallel.groups, seed=3).double()
         tokens_BT, labels_BT, meta = cut_batch(DOCUMENTS, parallel.groups, seed=parallel.rank)
+        goes: list[int] = []
+        ((_, mixer),) = model.routed_mixers()
+        mixer.register_forward_pre_hook(
+            lambda _, given, mixer=mixer, goes=goes: goes.append(count_ranks(mixer, given[0]))
+        )
         with CommunicationCounter(parallel.groups) as counter:
             loss_of(model(tokens_BT, meta, labels_BT)).backward()
-        counted[name] = counter.traffic()
+        counted[name] = counter.traffic(), goes[0]
     return counted
 
 
-def test_bytes_between_experts_shrink_exactly_with_the_width() -> None:
+@torch.no_grad()
+def count_ranks(mixer: MoeMixer, x_BTD: torch.Tensor) -> int:
+    """Pairs of a token and a rank of the two that holds an expert of its choice, token by token."""
+    moe = mixer.section
+    routing = route(
+        linear_float32(x_BTD, mixer.router.weight).flatten(0, 1),
+        mixer.expert_bias,
+        score=moe.router,
+        top_k=moe.top_k,
+        normalize=moe.normalize_probabilities,
+        scaling=moe.routed_scaling,
+    )
+    return sum(len({expert // 4 for expert in experts}) for experts in routing.expert_ids_RK.tolist())
+
+
+def test_a_row_goes_once_to_each_rank_of_a_token_and_bytes_shrink_exactly_with_the_width() -> None:
     ranks = run_ranks(count_bytes, num_ranks=2)
-    plain, latent = (sum_traffic([counted[name] for counted in ranks]) for name in ("plain", "latent"))
-    choices = 2 * 2 * 24 * BASE.top_k  # ranks x rows x tokens
-    for traffic, width in ((plain, 12), (latent, 6)):
-        rows, counts = traffic
+    for name, width in (("plain", 12), ("latent", 6)):
+        rows, counts = sum_traffic([counted[name][0] for counted in ranks])
+        sent = sum(counted[name][1] for counted in ranks)
+        assert sent < 2 * 2 * 24 * BASE.top_k  # ranks x rows x tokens
         assert (rows.axis, rows.collective, rows.dtype) == ("ep", "all_to_all", "float64")
-        # There and back, forward and backward, on two ranks; and each rank's numbers of rows for 8 experts, once.
-        assert (rows.calls, rows.handed_bytes) == (8, 4 * choices * width * 8)
-        assert counts == Traffic("ep", "all_to_all", "int64", 2, 2 * 8 * 8, 2 * 4 * 8)
-    assert 0 < latent[0].sent_bytes < latent[0].handed_bytes
-    assert plain[0].sent_bytes * 6 == latent[0].sent_bytes * 12
+        # Rows there and back, forward and backward, with weights and ids there and their gradients back; and how many rows
+        # and choices there are for either rank, once.
+        assert (rows.calls, rows.handed_bytes) == (2 * 6, 8 * sent * (4 * width + 2 * 2 * BASE.top_k))
+        assert counts == Traffic("ep", "all_to_all", "int64", 2, 2 * 4 * 8, 2 * 2 * 8)
+
+
+def order_of_events() -> list[str]:
+    """Collectives over expert ranks, and products of experts, of a forward and backward pass in halves."""
+    parallel = initialize_parallel(ParallelConfig(expert=2, overlap_experts=True), timeout_seconds=60, num_threads=1)
+    moe = BASE.model_copy(update={"auxiliary_loss_weight": 0.0, "sequence_loss_weight": 0.0})
+    model = HybridModel(small_config("E", moe=moe), parallel.groups, seed=3)
+    tokens_BT, labels_BT, meta = cut_batch(DOCUMENTS, parallel.groups, seed=parallel.rank)
+    with ExpertEvents() as events:
+        loss_of(model(tokens_BT, meta, labels_BT)).backward()
+    return events.found
+
+
+class ExpertEvents(TorchDispatchMode):
+    """What is started, in order: `rows` an all-to-all of rows, `experts` a feed-forward of routed experts or its gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._opname == "alltoall_base_" and args[1].shape[1:] == (12,):
+            self.found.append("rows")
+        elif func._opname.startswith("expert_feed_forward_torch"):
+            self.found.append("experts")
+        return func(*args, **(kwargs or {}))
+
+
+def test_half_of_the_rows_travel_while_experts_compute_the_other_half() -> None:
+    for found in run_ranks(order_of_events, num_ranks=2):
+        forward = ["rows", "rows", "experts", "rows", "experts", "rows"]
+        assert found == 2 * forward, found
 
 
 def transfer_rows() -> tuple[list[bool], torch.Tensor, torch.Tensor]:

@@ -18,6 +18,11 @@ MOE = "model.moe={num_experts: 6, top_k: 2, expert_hidden_size: 12, shared_exper
             "parallel.sequence_parallel = true: cuts tokens over the tensor ranks, and parallel.tensor is 1; raise",
         ),
         (
+            ["parallel.overlap_experts=true"],
+            "parallel.overlap_experts = true: lets rows between expert ranks travel beside experts, and parallel.expert is 1; "
+            "raise parallel.expert, or use false",
+        ),
+        (
             ["parallel.tensor=2", "parallel.expert_tensor=1"],
             "parallel.expert_tensor = 1: must be parallel.tensor=2 while parallel.expert is 1; remove it, or raise",
         ),

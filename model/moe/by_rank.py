@@ -1,0 +1,165 @@
+"""Rows by rank: a token's row goes once to each rank that holds one of its experts, and one row comes back from there.
+
+A token of 22 choices among 512 experts on 8 ranks goes to 7.6 of them on average, so a third of the rows travel that one a
+choice would be. With a row go the weights and the numbers of its token's choices, and the rank that gets them sums its
+experts' results by weight; at home a token's sums of all ranks are added up, in the order of the ranks whatever arrives
+first. How many rows go where follows from the router: ranks tell each other, which waits for the device once a layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.moe.grouping import count_experts
+from kernels.moe.op import expert_feed_forward
+from kernels.moe.rows.op import SortedChoices, add_choices, gather_choices, sort_choices
+from model.moe.transfer import HeldExperts, RowTransfer, exchange_counts
+
+
+class RowsByRank:
+    """Tokens [R, D] on their way to the ranks of their experts and back, in parts of which each travels by itself.
+
+    expert ids [R, K] in the numbering of all experts, where the number of experts itself marks a lost choice, which sends
+    nothing; weights [R, K]. Making it sends all parts. Every rank of `groups.ep` and `groups.expt_tp` must call everything here.
+    """
+
+    def __init__(
+        self, x_RD: Tensor, expert_ids_RK: Tensor, weights_RK: Tensor, experts: HeldExperts, num_parts: int
+    ) -> None:
+        sizes = [len(x_RD) - len(x_RD) // 2, len(x_RD) // 2] if num_parts == 2 else [len(x_RD)]
+        x, ids, weights = (tensor.split(sizes) for tensor in (x_RD, expert_ids_RK, weights_RK))
+        routes = [Destinations.of(ids_RK, experts) for ids_RK in ids]
+        plans = plan_parts(routes, experts)
+        self.parts = [
+            _Part(x[part], ids[part], weights[part], routes[part], plans[part], experts) for part in range(len(sizes))
+        ]
+
+    def collect(self) -> Tensor:
+        """Sum of each token's experts by weight, [R, D]."""
+        sums = [part.collect() for part in self.parts]
+        return sums[0] if len(sums) == 1 else torch.cat(sums)
+
+
+@dataclass(frozen=True)
+class Destinations:
+    """Where tokens go: `rows` sorts (token, destination) pairs by rank, `most` pairs a token; choices_P: choices of each rank."""
+
+    rows: SortedChoices
+    most: int
+    choices_P: Tensor
+
+    @classmethod
+    def of(cls, expert_ids_RK: Tensor, experts: HeldExperts) -> Destinations:
+        """Each token's ranks, in their order, from the experts [R, K] that it chose."""
+        num_ranks, most = experts.groups.ep.size(), min(expert_ids_RK.shape[1], experts.groups.ep.size())
+        # A lost choice goes to one rank more, which is none.
+        ranks_RK = expert_ids_RK // len(experts.up_eFD)
+        is_sent_RP = ranks_RK.new_zeros(len(ranks_RK), num_ranks + 1, dtype=torch.bool).scatter_(1, ranks_RK, True)
+        every_P = torch.arange(num_ranks, device=ranks_RK.device)
+        sent_RP = torch.where(is_sent_RP[:, :num_ranks], every_P, num_ranks).sort(1).values[:, :most]
+        rows = sort_choices(sent_RP, num_ranks + 1, backend=experts.backend)
+        return cls(rows, most, count_experts(ranks_RK, num_ranks + 1)[:num_ranks])
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """How many rows of a part go where, on the host, where the splits of an all-to-all must be.
+
+    sent, received [ep]: rows to and from each expert rank. received_beside [expt_tp]: rows that each rank with the same
+    experts got from `ep`. num_choices: choices of all these rows that are experts of this rank.
+    """
+
+    sent: list[int]
+    received: list[int]
+    received_beside: list[int]
+    num_choices: int
+
+
+def plan_parts(routes: list[Destinations], experts: HeldExperts) -> list[RankPlan]:
+    """Tell every rank how many rows of each part come to it. Waits for the device once.
+
+    Every rank of `groups.ep` and `groups.expt_tp` must call.
+    """
+    groups = experts.groups
+    ranks, beside = groups.ep.size(), groups.expt_tp.size()
+    own = [torch.stack([route.rows.counts_E[:ranks], route.choices_P], 1) for route in routes]
+    own_PN2 = torch.stack(own, 1)
+    arrived_XPN2 = exchange_counts(own_PN2, groups)
+    # All numbers that the host needs in one copy: each copy would wait for the device.
+    numbers = torch.cat([own_PN2[:, :, 0].t().flatten(), arrived_XPN2.permute(2, 3, 0, 1).flatten()]).tolist()
+    plans, per_rank = [], ranks * beside
+    for part in range(len(routes)):
+        sent = numbers[part * ranks : (part + 1) * ranks]
+        start = len(routes) * ranks + 2 * part * per_rank
+        rows, choices = numbers[start : start + per_rank], numbers[start + per_rank : start + 2 * per_rank]
+        received = [rows[first : first + ranks] for first in range(0, per_rank, ranks)]
+        plans.append(RankPlan(sent, received[groups.expt_tp.rank()], [sum(each) for each in received], sum(choices)))
+    return plans
+
+
+class _Part:
+    """One part's rows and details, [rows, 2K] numbers of weights and ids; made, they are under way."""
+
+    def __init__(
+        self,
+        x_RD: Tensor,
+        expert_ids_RK: Tensor,
+        weights_RK: Tensor,
+        route: Destinations,
+        plan: RankPlan,
+        experts: HeldExperts,
+    ) -> None:
+        self.experts, self.route, self.plan = experts, route, plan
+        self.num_tokens, self.top_k = expert_ids_RK.shape
+        # Ids are small integers, which float32 holds exactly.
+        details_RC = torch.cat([weights_RK, expert_ids_RK.to(weights_RK.dtype)], 1)
+        self.transfers = [RowTransfer(experts.groups.ep, plan.sent, plan.received) for _ in range(2)]
+        self.under_way = [
+            transfer.start(gather_choices(given, route.rows, sum(plan.sent), route.most))
+            for transfer, given in zip(self.transfers, (x_RD, details_RC))
+        ]
+
+    def compute(self) -> None:
+        """Wait for the rows, compute their experts, and send the sums home."""
+        rows_SD, details_SC = (
+            transfer.finish(rows) for transfer, rows in zip(self.transfers, self.under_way, strict=True)
+        )
+        groups = self.experts.groups
+        # Each rank of expt_tp has a part of the inner width: the rows of all go to all, and their sums come back.
+        beside = groups.expt_tp.size()
+        spread, spread_details = (
+            RowTransfer(groups.expt_tp, [len(rows_SD)] * beside, self.plan.received_beside) for _ in range(2)
+        )
+        if beside > 1:
+            rows_SD = spread.run(rows_SD.repeat(beside, 1))
+            details_SC = spread_details.run(details_SC.repeat(beside, 1))
+        y_SD = self._sum_experts(rows_SD, details_SC)
+        if beside > 1:
+            y_SD = spread.back().run(y_SD).unflatten(0, (beside, -1)).sum(0)
+        self.home = self.transfers[0].back()
+        self.under_way = [self.home.start(y_SD)]
+
+    def _sum_experts(self, rows_SD: Tensor, details_SC: Tensor) -> Tensor:
+        """Sum [S, D] over each row's choices that are experts of this rank, by weight; partial where `expt_tp` has several."""
+        up_eFD, num_local = self.experts.up_eFD, len(self.experts.up_eFD)
+        weights_SK, ids_SK = details_SC.split(self.top_k, 1)
+        local_SK = ids_SK.detach().long() - self.experts.groups.ep.rank() * num_local
+        is_here_SK = (local_SK >= 0) & (local_SK < num_local)
+        return expert_feed_forward(
+            rows_SD,
+            torch.where(is_here_SK, local_SK, num_local),
+            weights_SK,
+            up_eFD,
+            self.experts.down_eDF,
+            activation=self.experts.activation,
+            count=self.plan.num_choices,
+            backend=self.experts.backend,
+        )
+
+    def collect(self) -> Tensor:
+        """Wait for the sums of other ranks, and add them up by token."""
+        (y_SD,) = self.under_way
+        return add_choices(self.home.finish(y_SD), self.route.rows, self.num_tokens, self.route.most)

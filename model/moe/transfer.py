@@ -1,0 +1,131 @@
+"""An all-to-all of rows between ranks that other work may run beside, in forward and in backward.
+
+Every rank of the group must call.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from model.parallel.groups import ProcessGroupCollection
+
+
+@dataclass(frozen=True)
+class HeldExperts:
+    """The experts that this rank holds, and the groups over which tokens come to them.
+
+    up [experts of this rank, F of this rank, D], down [experts of this rank, D, F of this rank].
+    """
+
+    up_eFD: Tensor
+    down_eDF: Tensor
+    groups: ProcessGroupCollection
+    activation: str
+    backend: str
+
+
+def exchange_counts(counts_P: Tensor, groups: ProcessGroupCollection) -> Tensor:
+    """Numbers [expt_tp, ep, ...] that each rank has for this one, from those that this one has for each of `ep`, [ep, ...].
+
+    Integers on the device, where they stay. Every rank of `groups.ep` and `groups.expt_tp` must call.
+    """
+    arrived_P = torch.empty_like(counts_P)
+    dist.all_to_all_single(arrived_P, counts_P.contiguous(), group=groups.ep)
+    beside = groups.expt_tp.size()
+    if beside == 1:
+        return arrived_P[None]
+    arrived_XP = arrived_P.new_empty(beside * len(arrived_P), *arrived_P.shape[1:])
+    dist.all_gather_into_tensor(arrived_XP, arrived_P, group=groups.expt_tp)
+    return arrived_XP.unflatten(0, (beside, -1))
+
+
+class RowTransfer:
+    """An all-to-all of rows [S, D] in a group: `sent[r]` to rank r, in order, `received[r]` from it.
+
+    Between `start` and `finish` the rows are under way and other work may be done, in backward too: there the transfer
+    starts where `finish` stands and ends where `start` does. A transfer serves one forward and one backward pass.
+
+    In backward `finish` launches the transfer of the gradient and hands it to `start` through the transfer object: autograd
+    sees a gradient that flows from one node to the other and is not read in between.
+    """
+
+    def __init__(self, group: Any, sent: list[int], received: list[int]) -> None:
+        self.group, self.sent, self.received = group, sent, received
+        self.under_way: Any = None
+        self.gradient: Tensor | None = None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether there is no other rank."""
+        return bool(self.group.size() == 1)
+
+    def start(self, rows_SD: Tensor) -> Tensor:
+        """Start sending; returns the buffer whose rows will have arrived after `finish`."""
+        arrived_SD: Tensor = _AllToAllStart.apply(rows_SD, self)
+        return arrived_SD
+
+    def finish(self, rows_SD: Tensor) -> Tensor:
+        """Wait for the rows that `start` returned."""
+        arrived_SD: Tensor = _AllToAllWait.apply(rows_SD, self)
+        return arrived_SD
+
+    def run(self, rows_SD: Tensor) -> Tensor:
+        """Send and wait: `start` and `finish` in one."""
+        return self.finish(self.start(rows_SD))
+
+    def back(self) -> RowTransfer:
+        """Build the transfer that returns what this one brought."""
+        return RowTransfer(self.group, self.received, self.sent)
+
+    def launch(self, rows_SD: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        """Launch the all-to-all; `wait` before reading the rows."""
+        assert self.under_way is None, "a transfer moves one batch of rows at a time"
+        arrived_SD = rows_SD.new_empty(sum(received), rows_SD.shape[1])
+        self.under_way = dist.all_to_all_single(
+            arrived_SD, rows_SD.contiguous(), received, sent, group=self.group, async_op=True
+        )
+        return arrived_SD
+
+    def wait(self) -> None:
+        """Wait for the rows; on CUDA the stream waits, not the host."""
+        self.under_way.wait()
+        self.under_way = None
+
+
+class _AllToAllStart(torch.autograd.Function):
+    """Launch the rows; backward waits for the gradient that `_AllToAllWait` sent on its way."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_SD: Tensor, transfer: RowTransfer) -> Tensor:
+        ctx.transfer = transfer
+        return transfer.launch(rows_SD, transfer.sent, transfer.received)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        transfer: RowTransfer = ctx.transfer
+        gradient, transfer.gradient = transfer.gradient, None
+        assert gradient is not None, "the rows' gradient travels once, after the rows arrived"
+        transfer.wait()
+        return gradient, None
+
+
+class _AllToAllWait(torch.autograd.Function):
+    """Wait for the rows; backward launches their gradient the other way, and what runs until `start` overlaps with it."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_SD: Tensor, transfer: RowTransfer) -> Tensor:
+        ctx.transfer = transfer
+        transfer.wait()
+        return rows_SD.view_as(rows_SD)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        transfer: RowTransfer = ctx.transfer
+        transfer.gradient = transfer.launch(gradients[0], transfer.received, transfer.sent)
+        # Only of the right shape for autograd: `start` takes the gradient that travelled.
+        return gradients[0], None
