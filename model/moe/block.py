@@ -150,10 +150,11 @@ class MoeMixer(Float32Buffers):
         y_BTD = leave_tensor_region(y_RD.view_as(narrow_BTD), self.groups)
         if self.latent_up is not None:
             y_BTD = self.latent_up(y_BTD)
-        return y_BTD, self._shared(x_BTD)
+        return y_BTD, None if self.shared is None else self._gate_shared(x_BTD, self.shared(x_BTD))
 
     def _dispatched(self, x_BTD: Tensor, chosen: Choices) -> tuple[Tensor, Tensor | None]:
         """Compute the same where experts are spread over ranks; the shared expert computes while rows travel, half each way."""
+        shared = self.shared
         narrow_BTD = x_BTD if self.latent_down is None else self.latent_down(x_BTD)
         own_BTD = scatter_tokens(narrow_BTD, self.groups)
         ids_BTK, weights_BTK = (
@@ -165,22 +166,17 @@ class MoeMixer(Float32Buffers):
             ids_BTK.flatten(0, 1),
             weights_BTK.flatten(0, 1),
             HeldExperts(self.experts.up, self.experts.down, self.groups, self.section.activation, self.backend),
-            while_out=lambda: None if self.shared is None else self.shared.project_up(x_BTD),
-            while_home=lambda inner: self._leave_shared(x_BTD, inner),
+            while_out=lambda: None if shared is None else shared.project_up(x_BTD),
+            while_home=lambda inner: (
+                None if shared is None or inner is None else self._gate_shared(x_BTD, shared.project_down(inner))
+            ),
             slots=chosen.slots(own_BTD.shape[0] * own_BTD.shape[1], self.section.num_experts),
         )
         y_BTD = gather_tokens(y_RD.view_as(own_BTD), self.groups)
         return y_BTD if self.latent_up is None else self.latent_up(y_BTD), shared_BTD
 
-    def _shared(self, x_BTD: Tensor) -> Tensor | None:
-        """Output of the shared expert [B, T, D]; None without one."""
-        return self._leave_shared(x_BTD, None if self.shared is None else self.shared.project_up(x_BTD))
-
-    def _leave_shared(self, x_BTD: Tensor, inner: Tensor | None) -> Tensor | None:
-        """Output of the shared expert from its inner rows, times sigmoid of its gate, one number a token; None without one."""
-        if self.shared is None or inner is None:
-            return None
-        y_BTD = self.shared.project_down(inner)
+    def _gate_shared(self, x_BTD: Tensor, y_BTD: Tensor) -> Tensor:
+        """Output of the shared expert times sigmoid of its gate, one number a token, where it has one."""
         return y_BTD if self.shared_gate is None else y_BTD * torch.sigmoid(self.shared_gate(x_BTD))
 
     @torch.no_grad()

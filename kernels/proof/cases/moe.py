@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernels.linear.op import linear
 from kernels.moe.op import expert_feed_forward, feed_forward_bytes, feed_forward_flops, grouped_feed_forward, route
-from kernels.moe.rows.op import combine_choices, gather_choices, row_bytes, sort_choices, sort_rows
+from kernels.moe.rows.op import add_choices, combine_choices, gather_choices, row_bytes, sort_choices, sort_rows
 from kernels.proof.cases.case import (
     CardSizes,
     CountedProblem,
@@ -26,6 +26,7 @@ from kernels.proof.cases.case import (
 )
 
 VALUE_BYTES = 2
+RANKS = 4  # that hold the experts of `sent_problem`
 
 
 def experts_problem(
@@ -81,7 +82,48 @@ def block_problem(inputs: Inputs, tokens: int, model: int, experts: int, width: 
 
 
 def sent_problem(inputs: Inputs, tokens: int, model: int, experts: int, width: int, top_k: int) -> Problem:
-    """Experts as ranks exchange rows: copies by choice, feed-forward of rows in a sender's order, weighted sum by token.
+    """Experts as ranks exchange rows, one to each rank of a token: copies, weighted sums of a rank's experts, sums by token.
+
+    Each of RANKS has a part of the experts. One process is all of them here, and what travels is the same memory; so all have
+    the same experts, `experts` / RANKS. Leaves as in `experts_problem`.
+    """
+    inner = experts_problem(inputs, tokens, model, experts // RANKS, width, 1)
+    x, _, up, down = inner.leaves
+    leaves = x, inputs.uniform(tokens, top_k), up, down
+    ids = torch.randn(tokens, experts, device=inputs.device).topk(top_k).indices
+    ranks = ids // (experts // RANKS)
+    # One choice of each rank goes there, the others of that rank to none.
+    is_first = torch.stack([(ranks[:, :k] != ranks[:, k, None]).all(1) for k in range(top_k)], 1)
+    ranks = torch.where(is_first, ranks, RANKS)
+    rank_S = ranks.flatten().sort(stable=True).values
+    sent, pairs = int((rank_S < RANKS).sum()), tokens * top_k
+    order_S = ranks.flatten().argsort(stable=True)[:sent] // top_k
+    local = ids[order_S] - rank_S[:sent, None] * len(up)
+    local = torch.where((local >= 0) & (local < len(up)), local, len(up))
+
+    def run(x: Tensor, weights: Tensor, up: Tensor, down: Tensor, backend: str) -> Tensor:
+        there = sort_choices(ranks, RANKS + 1, backend=backend)
+        rows, given = (gather_choices(each, there, sent, top_k) for each in (x, weights))
+        y = expert_feed_forward(rows, local, given, up, down, activation="swiglu", count=pairs, backend=backend)
+        return add_choices(y, there, tokens, top_k)
+
+    copies = row_bytes(tokens, sent, model, value_bytes=VALUE_BYTES)
+    numbers = 3 * len(up) * model * width
+    # As `experts_problem`, with rows for tokens: each has an own number of choices, together as many as there are pairs.
+    forward = copies + VALUE_BYTES * (2 * sent * model + numbers + pairs * (4 * width + 2 * model))
+    backward = copies + VALUE_BYTES * (3 * sent * model + 2 * numbers + pairs * (8 * width + 2 * model))
+    flops = feed_forward_flops(pairs, model, width, "swiglu")
+    return Problem(
+        f"{tokens}x{model}, {experts} experts x {width} on {RANKS} ranks, top {top_k}",
+        leaves,
+        run,
+        Minimum(forward, flops),
+        Minimum(backward, 2 * flops),
+    )
+
+
+def slots_problem(inputs: Inputs, tokens: int, model: int, experts: int, width: int, top_k: int) -> Problem:
+    """Experts as ranks exchange rows by slot: copies by choice, feed-forward of rows in a sender's order, weighted sum by token.
 
     One rank sends to itself here: what travels is the same memory. Leaves as in `experts_problem`.
     """
@@ -117,8 +159,9 @@ def counted_problems() -> Iterator[CountedProblem]:
     for activation in ("swiglu", "squared_relu"):
         problem = experts_problem(bfloat16_inputs(), 256, 128, 8, 64, 2, activation)
         yield CountedProblem(f"moe_{activation}", problem, Goal("of the formula", problem.forward.bytes, 1.3))
-    problem = sent_problem(bfloat16_inputs(), 256, 128, 8, 64, 2)
-    yield CountedProblem("moe_over_ranks", problem, *formula_goals(problem, 1.3))
+    for name, make in (("moe_over_ranks", sent_problem), ("moe_in_slots", slots_problem)):
+        problem = make(bfloat16_inputs(), 256, 128, 8, 64, 2)
+        yield CountedProblem(name, problem, *formula_goals(problem, 1.3))
 
 
 def launches() -> Iterator[KernelLaunch]:
@@ -199,10 +242,14 @@ def _sent_on_card(inputs: Inputs, sizes: CardSizes) -> Problem:
     return sent_problem(inputs, sizes.tokens, sizes.model, sizes.experts, sizes.expert_width, sizes.top_k)
 
 
+def _slots_on_card(inputs: Inputs, sizes: CardSizes) -> Problem:
+    return slots_problem(inputs, sizes.tokens, sizes.model, sizes.experts, sizes.expert_width, sizes.top_k)
+
+
 CASE = OperationCase(
     "moe",
     launches,
     counted_problems,
-    on_card={"moe": _on_card, "moe_over_ranks": _sent_on_card},
+    on_card={"moe": _on_card, "moe_over_ranks": _sent_on_card, "moe_in_slots": _slots_on_card},
     on_host={"moe": _on_host},
 )
