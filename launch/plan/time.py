@@ -380,7 +380,8 @@ def reduction_seconds(
 
     Under ZeRO-1 and 2 a bucket travels while earlier blocks are differentiated, and weights while the next step's first
     micro-batch passes forward, `compute` seconds being those of all passes: two thirds of a pass hide a reduction, one
-    third the gathers. The last bucket has no compute left to hide it. ZeRO-0 and 3 reduce after the last pass.
+    third the gathers. Interleaved pieces of the model hide more (`left_after_pieces`). The last bucket has no compute left to
+    hide it. ZeRO-0 and 3 reduce after the last pass.
     """
     passes = layout.micro_batches(config)
     found = [
@@ -395,6 +396,23 @@ def reduction_seconds(
     reducing = total_seconds(reductions, layout, hardware)
     last = max((exchange_seconds(exchange, layout, hardware) / exchange.calls for exchange in reductions), default=0.0)
     gathering = total_seconds((item for item in found if item.collective == "all_gather"), layout, hardware)
-    times = passes if layout.zero_stage == 2 else 1
-    hidden = times * min(reducing - last, 2 / 3 * one_pass) + min(gathering, one_pass / 3)
-    return times * reducing + gathering - hidden, hidden
+    if layout.zero_stage == 2:
+        hidden = passes * min(reducing - last, 2 / 3 * one_pass) + min(gathering, one_pass / 3)
+        return passes * reducing + gathering - hidden, hidden
+    exposed = max(last, left_after_pieces(reducing, layout, passes, 2 / 3 * one_pass))
+    exposed += left_after_pieces(gathering, layout, passes, one_pass / 3)
+    return exposed, reducing + gathering - exposed
+
+
+def left_after_pieces(seconds: float, layout: Layout, passes: int, one_pass: float) -> float:
+    """Of exchanges of a rank's weights what remains when its passes through all pieces of the model in one direction end.
+
+    `one_pass`: seconds of such a pass of one micro-batch. An interleaved schedule takes as many micro-batches as there are
+    stages through a piece before it takes them through the next, so gradients of the last piece are complete while all other
+    pieces' passes are still to come, and the first forward pass needs one piece's weights at once and the others later. What
+    belongs to the c + 1 pieces nearest to that end has c * stages + 1 passes of a piece beside it.
+    """
+    pieces = layout.virtual_stages if layout.schedule == "interleaved" else 1
+    stages = min(layout.pipeline, passes)
+    left = ((piece + 1) * seconds - (piece * stages + 1) * one_pass for piece in range(pieces))
+    return max(0.0, *left) / pieces

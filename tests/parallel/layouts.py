@@ -265,6 +265,12 @@ LAYOUTS = [
     Layout(8, {"tensor": 2, "expert": 2, "expert_tensor": 2}, "latent"),
     Layout(8, {"pipeline": 2, "tensor": 2, "sequence_parallel": True, "expert": 2}, "recycle"),
     Layout(4, {"expert": 2, "zero_stage": 2, "offload_optimizer": True}),
+    # In halves, of which one travels while experts compute the other.
+    Layout(2, {"expert": 2, "overlap_experts": True}, "latent", {"train__recompute": "full"}),
+    Layout(
+        4, {"tensor": 2, "sequence_parallel": True, "expert": 4, "overlap_experts": True, "zero_stage": 2}, "recycle"
+    ),
+    Layout(4, {"pipeline": 2, "expert": 2, "overlap_experts": True, "schedule": "zero_bubble"}),
     # Pipeline.
     Layout(2, {"pipeline": 2}, quick=True),
     Layout(2, {"pipeline": 2, "zero_stage": 0}),

@@ -1,8 +1,10 @@
 """Seconds of a step: arithmetic at its peak bounds them, overlap hides what it can."""
 
+import pytest
+
 from launch.plan.layout import Layout
 from launch.plan.memory import storage_of
-from launch.plan.time import estimate_step
+from launch.plan.time import estimate_step, left_after_pieces
 from model.flops import flops_per_token
 from pretrain.recompute import recomputed_letters
 from tests.launch.plan.presets import H100, PRESETS, preset
@@ -44,6 +46,20 @@ def test_a_reduction_hides_behind_a_backward_pass_and_zero_2_reduces_in_each():
     one_pass = sum(bucketed.compute.values()) / Layout(64, 1, 1).micro_batches(config)
     assert bucketed.hidden <= one_pass * (1 + 1e-9)
     assert each.hidden > bucketed.hidden and each.total() > bucketed.total()
+
+
+@pytest.mark.parametrize("seconds", [0.5, 3.0, 9.0, 40.0])
+@pytest.mark.parametrize(("pieces", "stages"), [(1, 4), (2, 3), (4, 8)])
+def test_what_is_left_of_a_reduction_is_that_of_a_link_that_serves_piece_after_piece(seconds, pieces, stages):
+    schedule = "interleaved" if pieces > 1 else "1f1b"
+    layout = Layout(64, 1, 1, pipeline=stages, schedule=schedule, virtual_stages=pieces)
+    one_pass, free, now = 2.0, 0.0, 0.0
+    for _ in range(pieces):
+        # All micro-batches of the last round go through the piece; during the last one its buckets become complete.
+        last_pass_begins = now + (stages - 1) * one_pass / pieces
+        free = max(free, last_pass_begins) + seconds / pieces
+        now += stages * one_pass / pieces
+    assert left_after_pieces(seconds, layout, 16, one_pass) == pytest.approx(max(0.0, free - now))
 
 
 def test_overlap_hides_gathers_but_no_more_than_there_is_compute():
