@@ -20,7 +20,7 @@ from data_pipeline.batch import Batch
 from launch.bench.count_collectives import CommunicationCounter, Traffic, sum_traffic
 from launch.plan.context_traffic import compare_context
 from launch.plan.layout import Layout
-from launch.plan.traffic import check_countable, expected_bytes
+from launch.plan.traffic import check_exact, expected_bytes
 from model.hybrid import ModelOutput
 from pretrain.checks.check_run import load_checked
 from pretrain.config.schema import RunConfig
@@ -104,7 +104,7 @@ def load_layout(overrides: Sequence[str], world_size: int) -> RunConfig:
     Raises ConfigError with every problem, ValueError for settings whose bytes have no formula.
     """
     config = load_small(overrides, world_size)
-    check_countable(config, Layout.of(config, world_size))
+    check_exact(config, Layout.of(config, world_size))
     return config
 
 

@@ -251,9 +251,9 @@ def print_replicas(made: Plan) -> None:
 
 def describe_step(item: Estimate) -> list[tuple[str, str]]:
     """Where the seconds of a step go, each part with its share, then the whole, what it hides, and the MFU."""
-    total, hidden = item.step.total(), item.step.hidden
+    total = item.step.total()
     parts = [(name, f"{seconds:,.3f} s, {seconds / total:.0%}") for name, seconds in item.step.parts()]
-    beside = [("reduction beside passes", f"{hidden:,.3f} s more")] if hidden else []
+    beside = [(name, f"{seconds:,.3f} s more") for name, seconds in item.step.hidden_parts()]
     return [*parts, *beside, ("all", f"{total:,.3f} s"), ("MFU", f"{item.mfu:.1%}")]
 
 

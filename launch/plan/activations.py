@@ -19,7 +19,7 @@ from launch.plan.registered import COUNTED_TOKENS, is_registered, registered_blo
 from model.config.schema import AttentionConfig, Mamba2Config, ModelConfig, MoeConfig
 from model.config.structure import DENSE, Structure
 
-FLOAT32_BYTES = 4
+FLOAT32_BYTES, INT32_BYTES = 4, 4
 # Slices of the head's logits, in elements, and their least rows (kernels/linear_cross_entropy).
 LOGITS_SLICE = {"triton": 1 << 28, "torch": 1 << 21}
 LOGITS_LEAST_ROWS = {"triton": 256, "torch": 128}
@@ -56,7 +56,8 @@ class Split:
     """How a rank's part of a block is smaller than the block: widths over `tensor` ranks, tokens between blocks over `stream`.
 
     `tokens`: tensor ranks among which a router's tokens are cut. `is_spread`: experts live on other ranks, so rows are
-    copied on their way. `beside`: ranks that share the inner width of spread experts, each of which has the rows of all. `rows`:
+    copied on their way. `sent`: rows of a token that travel, once to each rank of its experts; 0 where a row of each choice lies
+    in a slot. `beside`: ranks that share the inner width of spread experts, each of which has the rows of all. `rows`:
     routed rows of the fullest rank over the mean. `is_in_segments`: rows lie on several context ranks, so that a Mamba2 block
     runs in parts.
     """
@@ -65,6 +66,7 @@ class Split:
     stream: int = 1
     tokens: int = 1
     is_spread: bool = False
+    sent: float = 0.0
     beside: int = 1
     rows: float = 1.0
     is_in_segments: bool = False
@@ -161,7 +163,10 @@ def weight_gradient_bytes(config: ModelConfig, letter: str, storage: Storage, sp
         moe, width = config.moe, config.moe.latent_size or hidden
         choices, units = moe.top_k * split.rows / split.tensor, moe.expert_hidden_size
         found += choices * (up_rows(units, moe.activation) + units) * e
-        found += 2 * width * e * (split.beside * choices if split.is_spread else 1 / split.tokens)
+        if split.sent:  # and which row is of which choice
+            found += split.beside * arrived_rows(split) * (2 * width * e + INT32_BYTES * moe.top_k)
+        else:
+            found += 2 * width * e * (split.beside * choices if split.is_spread else 1 / split.tokens)
         if moe.latent_size is not None:
             found += 2 * width * e / split.tokens
         shared = moe.shared_expert_hidden_size
@@ -255,7 +260,11 @@ def _moe_bytes(moe: MoeConfig, hidden_size: int, storage: Storage, split: Split)
     # Either tokens or widths of the routed experts are cut over tensor ranks.
     choices = moe.top_k * split.rows / split.tensor
     kept += choices * rows * e
-    if split.is_spread:
+    arrived = split.beside * arrived_rows(split)
+    if split.sent:
+        # Rows as they came, with weights and ids of all choices of their tokens, and how those are sorted by expert.
+        kept += arrived * (width * e + moe.top_k * (2 * FLOAT32_BYTES + 3 * INT32_BYTES))
+    elif split.is_spread:
         kept += (split.beside + 1) * choices * width * e  # rows as they came, and results as they went back
     shared = moe.shared_expert_hidden_size
     shared_rows = up_rows(shared, moe.activation)
@@ -265,13 +274,22 @@ def _moe_bytes(moe: MoeConfig, hidden_size: int, storage: Storage, split: Split)
     if moe.shared_expert_gate:
         kept += (hidden_size + 1) * e / split.tokens  # what is gated, and the gate
     units = moe.expert_hidden_size
+    if storage.backend == "triton" and split.sent:
+        # Gradients of hidden rows, the activation, and gradients of rows by choice, beside those that came and those that go.
+        by_choice = choices * (split.beside * width + rows + units) * e
+        return BlockBytes(kept, by_choice + arrived * (2 * width * e + moe.top_k * FLOAT32_BYTES))
     if storage.backend == "triton":
-        # Gradients of rows and of hidden rows, and the activation. Where rows travel, the results that went back make room
-        # for their gradients.
+        # Gradients of rows and of hidden rows, and the activation. Where rows lie in slots, the results that went back make
+        # room for their gradients.
         return BlockBytes(kept, choices * ((2 * split.beside - 1) * width + rows + units) * e)
     # Rows and their gradients in expert order, hidden rows with activation and gradient, sums by token in float32.
     working = choices * (3 * width * e + (rows + 3 * units) * e) + 2 * width * FLOAT32_BYTES
     return BlockBytes(kept, working)
+
+
+def arrived_rows(split: Split) -> float:
+    """Rows of tokens that come to a rank's experts, for each token of the micro-batch, where they travel by rank."""
+    return split.sent * split.rows / split.tensor
 
 
 def head_bytes(config: ModelConfig, storage: Storage, tokens: float, tensor: int = 1) -> tuple[float, float]:

@@ -2,7 +2,8 @@
 
 How it works: `exchanges.py` says which bytes a stage hands to which collective; here each row is timed with the links
 between the ranks of its axis. Ranks are numbered with the tensor axis innermost, so an axis of `ranks` neighbours lies
-`stride` ranks apart, which decides whether it stays inside a node. Nothing overlaps but what `overlap` says.
+`stride` ranks apart, which decides whether it stays inside a node. Nothing overlaps but what `overlap` says; of the expert
+axis `expert_time.py` says more.
 """
 
 from __future__ import annotations
@@ -96,22 +97,16 @@ def total_seconds(exchanges: Iterable[Exchange], layout: Layout, hardware: Hardw
 
 
 def pass_seconds(
-    config: RunConfig,
-    layout: Layout,
-    hardware: Hardware,
-    held: StageShare,
-    *,
-    overlap: float,
-    sent_choices: float = 1.0,
+    config: RunConfig, layout: Layout, hardware: Hardware, held: StageShare, *, overlap: float
 ) -> dict[str, float]:
     """Seconds of communication in one micro-batch's forward and backward pass on one rank, by axis.
 
-    `overlap`: the part of a pipeline's sends that runs beside compute, 0 to 1; every other collective is waited for.
-    `sent_choices`: the part of routed rows that travels, 1 as amfm sends them.
+    `overlap`: the part of a pipeline's sends that runs beside compute, 0 to 1; every other collective is waited for. Left
+    out is the expert axis, part of whose exchanges runs beside what its blocks compute (`expert_time.py`).
     """
     seconds = dict.fromkeys(PARTS.values(), 0.0)
     for exchange in pass_exchanges(config, layout, held):
-        seconds[PARTS[exchange.axis]] += exchange_seconds(exchange, layout, hardware)
+        if exchange.axis != "ep":
+            seconds[PARTS[exchange.axis]] += exchange_seconds(exchange, layout, hardware)
     seconds["pipeline"] *= 1 - overlap
-    seconds["expert"] *= sent_choices
     return seconds

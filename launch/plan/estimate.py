@@ -21,15 +21,16 @@ class Assumptions:
     """Inputs of the estimates that no configuration states, all fractions or ratios.
 
     `margin`: memory added for fragmentation and small allocations. `overlap`: part of ZeRO-3's gathers and of pipeline
-    sends that hides behind compute. `imbalance`: routed rows of the fullest expert rank over the mean. `sent_choices`:
-    the part of routed rows that travels between ranks; 1 as amfm sends them, less where a dispatcher sends a token once
-    to all its experts on a node.
+    sends that hides behind compute. `imbalance`: routed rows of the fullest expert rank over the mean. `sent_rows`: of the
+    rows that amfm sends to experts, a token's to each rank once, the part that travels; less than 1 where a dispatcher sends
+    it once to a node. `overlaps_experts`: whether they travel beside what the blocks compute, as amfm's do.
     """
 
     margin: float = 0.1
     overlap: float = 0.5
     imbalance: float = 1.0
-    sent_choices: float = 1.0
+    sent_rows: float = 1.0
+    overlaps_experts: bool = True
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ def estimate(config: RunConfig, layout: Layout, hardware: Hardware, assumptions:
         storage,
         overlap=assumptions.overlap,
         imbalance=assumptions.imbalance,
-        sent_choices=assumptions.sent_choices,
+        sent_rows=assumptions.sent_rows,
+        overlaps_experts=assumptions.overlaps_experts,
     )
     train = config.train
     tokens = train.global_batch_size * train.sequence_length
@@ -116,6 +118,7 @@ def estimate_as_dict(item: Estimate) -> dict[str, Any]:
             "optimizer_seconds": step.optimizer,
             "reduction_seconds": step.reduction,
             "hidden_seconds": step.hidden,
+            "beside_experts_seconds": step.beside_experts,
             "exposed_gather_seconds": step.exposed_gathers,
         },
     }

@@ -42,6 +42,7 @@ class Layout:
     virtual_stages: int = 1
     schedule: str = "1f1b"
     recompute: frozenset[str] = frozenset()  # letters of the blocks that are computed again
+    overlap_experts: bool = False
 
     @classmethod
     def of(cls, config: RunConfig, ranks: int) -> Layout:
@@ -60,6 +61,7 @@ class Layout:
             section.virtual_stages,
             section.schedule,
             recomputed_letters(config),
+            section.overlap_experts,
         )
 
     @property
@@ -94,6 +96,11 @@ class Layout:
         """Tensor ranks that split the tokens of the residual stream: all with sequence parallelism, else 1."""
         return self.tensor if self.sequence_parallel else 1
 
+    @property
+    def expert_parts(self) -> int:
+        """Parts of a micro-batch whose rows travel to experts by themselves: halves where each overlaps with the other."""
+        return 2 if self.overlap_experts else 1
+
     def micro_batches(self, config: RunConfig) -> int:
         """Micro-batches that a data rank accumulates in one step, at least 1."""
         return max(1, config.train.global_batch_size // (self.micro_batch_size * self.data))
@@ -105,7 +112,7 @@ class Layout:
     def settings(self) -> dict[str, Any]:
         """The `parallel` section that requests this layout, as plain values.
 
-        `expert_tensor` appears only with an expert axis, `schedule` and `virtual_stages` only with a pipeline.
+        `expert_tensor` and `overlap_experts` appear only with an expert axis, `schedule` and `virtual_stages` only with a pipeline.
         """
         section: dict[str, Any] = {
             "tensor": self.tensor,
@@ -116,7 +123,7 @@ class Layout:
             "zero_stage": self.zero_stage,
         }
         if self.expert > 1:
-            section["expert_tensor"] = self.expert_tensor
+            section |= {"expert_tensor": self.expert_tensor, "overlap_experts": self.overlap_experts}
         if self.pipeline > 1:
             section |= {"schedule": self.schedule, "virtual_stages": self.virtual_stages}
         return section

@@ -29,7 +29,7 @@ from launch.plan.activations import (
     stream_bytes,
     weight_gradient_bytes,
 )
-from launch.plan.exchanges import BUCKET_ELEMENTS, DEEPSPEED_BUCKET_ELEMENTS, static_slots
+from launch.plan.exchanges import BUCKET_ELEMENTS, DEEPSPEED_BUCKET_ELEMENTS, expected_ranks, static_slots
 from launch.plan.in_flight import moments_of
 from launch.plan.layout import Layout, StageShare, distinct_stages, held_by_stages
 from model.config.schema import ModelConfig
@@ -125,14 +125,16 @@ def persistent_bytes(held: StageShare, layout: Layout, storage: Storage) -> dict
     }
 
 
-def split_of(layout: Layout, imbalance: float) -> Split:
+def split_of(config: RunConfig, layout: Layout, imbalance: float) -> Split:
     """How a block shrinks on a rank of this layout, in the terms of `activations.py`."""
-    is_spread = layout.expert > 1
+    moe, is_spread = config.model.moe, layout.expert > 1
+    by_rank = moe is not None and is_spread and static_slots(config, layout) is None
     return Split(
         tensor=layout.tensor,
         stream=layout.stream_ranks,
         tokens=layout.tensor if is_spread else layout.stream_ranks,
         is_spread=is_spread,
+        sent=expected_ranks(moe, layout.expert) if moe is not None and by_rank else 0.0,
         beside=layout.expert_tensor if is_spread else 1,
         rows=imbalance if is_spread else 1.0,
         is_in_segments=layout.context > 1,
@@ -160,7 +162,7 @@ def busiest_pass(
     micro_batches = layout.micro_batches(config)
     accumulates = micro_batches > 1  # then this is not the step's first micro-batch, and all gradients exist
     kinds = set(held.letters)
-    split = split_of(layout, max(imbalance, slots_to_choices(config, layout)))
+    split = split_of(config, layout, max(imbalance, slots_to_choices(config, layout)))
     sizes = {letter: block_bytes(model, letter, storage, split) for letter in kinds}
     for letter in layout.recompute & kinds:
         sizes[letter] = recomputed_bytes(sizes[letter], model, storage, layout.stream_ranks)
@@ -172,9 +174,10 @@ def busiest_pass(
     kept_head, working_head = head_bytes(model, storage, tokens, layout.tensor) if held.has_head else (0.0, 0.0)
     kept_head *= held.heads  # the losses of prediction depths stay until the backward pass begins with them
     gathered, arriving = gathered_bytes(layout, storage, held)
-    # Of routed experts all gradients are made at once, in the dtype of the weights, before they join the sums.
+    # Of routed experts all gradients are made at once, in the dtype of the weights, before they join the sums; those of halves
+    # lie beside each other.
     stored = held.letters.count("E") - repeated_letters(model, held).count("E")
-    expert_gradients = e * held.routed / max(1, stored) if storage.backend == "triton" else 0.0
+    expert_gradients = e * held.routed / max(1, stored) * layout.expert_parts if storage.backend == "triton" else 0.0
     waiting = waiting_gradients(model, layout, held, e, expert_gradients, kept_head / max(1, held.heads))
     passes = list(activations_of(config, layout, storage, held, sizes, kept_head, split))
 

@@ -52,7 +52,8 @@ def rank_layouts(
 ) -> Found:
     """Layouts that suit and fit every training stage, fastest in the first stage first; and the nearest misses.
 
-    `recomputes`: a layout that does not fit is tried again with more blocks recomputed. `tally`: counts what does not fit.
+    `recomputes`: a layout that does not fit is tried again with more blocks recomputed, and one that fits with spread experts
+    in halves, too. `tally`: counts what does not fit.
     """
     fitting: list[Estimate] = []
     misses: list[tuple[Layout, Memory, str]] = []
@@ -69,7 +70,13 @@ def rank_layouts(
             if tally is not None:
                 tally.overflow(option, memory, reason)
         else:
-            fitting.append(estimate(runs[0], option, hardware, assumptions))
+            found = [estimate(runs[0], option, hardware, assumptions)]
+            if recomputes and option.expert > 1:
+                # No rule and no other axis depends on it, so that it is tried where the layout fits without.
+                halves = replace(option, overlap_experts=True)
+                if not memory_of_stages(config, runs, halves, hardware, assumptions)[1]:
+                    found.append(estimate(runs[0], halves, hardware, assumptions))
+            fitting.append(min(found, key=lambda item: item.step.total()))
     fitting.sort(key=lambda item: item.step.total())
     misses.sort(key=lambda miss: (miss[1].total() <= room, miss[1].total()))  # broken rules last
     nearest = [

@@ -4,7 +4,8 @@ How it works: candidates are made in powers of two, filtered by the same rules t
 training (`pretrain/checks`), and handed to `plan.py` one by one. So the search proposes nothing that the run would
 refuse. Choices that promise nothing are left out (tensor parallelism across nodes, other ZeRO stages than 1 once
 experts or pipeline stages are spread), which keeps thousands of ranks searchable. Recomputation is tried only where a
-layout does not fit: it costs time and saves nothing but memory.
+layout does not fit: it costs time and saves nothing but memory. Halves of spread experts (`overlap_experts`) are tried by
+`ranking.py` where a layout fits.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ def neighbour_layouts(config: RunConfig, ranks: int) -> Iterator[Layout]:
 def all_layouts(config: RunConfig, ranks: int, gpus_per_node: int, tally: Tally | None = None) -> Iterator[Layout]:
     """Every allowed combination of axes in powers of two, all pipeline schedules included.
 
-    Tensor parallelism stays inside a node and always takes sequence parallelism with it. No block is recomputed yet:
-    `recomputed` adds that. `tally`: counts what is refused.
+    Tensor parallelism stays inside a node and always takes sequence parallelism with it. No block is recomputed yet, and no
+    experts overlap: ranking adds that. `tally`: counts what is refused.
     """
     model = config.model
     experts = model.moe.num_experts if model.moe is not None else 1

@@ -1,8 +1,7 @@
 """Seconds of a step: each operation at its roofline, ZeRO's collectives on rings, AdamW and gradient sums by bandwidth.
 
-Roofline: an operation takes the longer of its arithmetic at a stated part of the peak and its bytes at a stated part of
-the bandwidth (Williams et al. 2009, "Roofline", section 3). Ring collectives over N ranks move (N - 1) / N of the bytes
-once for a gather or scatter and twice for an all-reduce (Thakur et al. 2005, "Optimization of Collective Communication
+Operations are those of `roofline.py`, experts and their exchanges of `expert_time.py`. Ring collectives over N ranks move
+(N - 1) / N of the bytes once for a gather or scatter and twice for an all-reduce (Thakur et al. 2005, "Optimization of Collective Communication
 Operations in MPICH", section 3). A pipeline waits (stages - 1) / pieces a rank micro-batches long, a third of that where
 the schedule cuts backward passes in two (Qi et al. 2023, arXiv 2401.10241, section 2).
 """
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from launch.plan.activations import FLOAT32_BYTES, Storage, up_rows
+from launch.plan.activations import FLOAT32_BYTES, Storage
 from launch.plan.communication import (
     all_to_all_seconds,
     axis_place,
@@ -23,12 +22,13 @@ from launch.plan.communication import (
     total_seconds,
 )
 from launch.plan.exchanges import reduction_exchanges
+from launch.plan.expert_time import add_moe, expert_exchange_seconds
 from launch.plan.hardware import Hardware
 from launch.plan.layout import Layout, StageShare, distinct_stages, held_by_stages
 from launch.plan.registered import is_registered, registered_block
+from launch.plan.roofline import Roofline, add_factored, add_feed_forward
 from model.config.pattern import block_kind
 from model.config.schema import ModelConfig
-from model.config.structure import Structure
 from pretrain.config.schema import RunConfig
 from pretrain.engine.bf16_adamw import STEP_BYTES
 
@@ -37,9 +37,9 @@ from pretrain.engine.bf16_adamw import STEP_BYTES
 class StepTime:
     """Seconds of one optimizer step of the slowest pipeline stage, by part.
 
-    `communication`: inside the passes, by axis. `bubble`: waiting for other stages. `reduction`: of gradients, and the
-    gathers of new weights under ZeRO-1 and 2, as far as passes do not hide them; `hidden` is what they do. `exposed_gathers`
-    is what compute does not hide of ZeRO-3's.
+    `communication`: inside the passes, by axis, as far as computing waits for it; `beside_experts` is what travels beside
+    experts. `bubble`: waiting for other stages. `reduction`: of gradients, and the gathers of new weights under ZeRO-1 and 2,
+    as far as passes do not hide them; `hidden` is what they do. `exposed_gathers` is what compute does not hide of ZeRO-3's.
     """
 
     compute: dict[str, float]
@@ -49,6 +49,7 @@ class StepTime:
     reduction: float
     exposed_gathers: float
     hidden: float = 0.0
+    beside_experts: float = 0.0
 
     def total(self) -> float:
         """Seconds of the whole step."""
@@ -67,44 +68,10 @@ class StepTime:
         ]
         return [(name, seconds) for name, seconds in parts if seconds > 0]
 
-
-class Roofline:
-    """Sum of roofline seconds of forward and backward operations on one device.
-
-    `forwards` is 2 where blocks are recomputed, so that every method counts the forward part once more.
-    """
-
-    def __init__(self, hardware: Hardware, precision: str, element_bytes: int, forwards: int = 1) -> None:
-        self.hardware, self.element_bytes, self.forwards = hardware, element_bytes, forwards
-        self.peak = hardware.peak_flops(precision)
-        self.bandwidth = hardware.memory_bytes_per_second * hardware.memory_efficiency
-        self.seconds = 0.0
-
-    def product(self, rows: float, inputs: float, outputs: float, *, groups: int = 1, wide: bool = False) -> None:
-        """Add [rows, in] x [in, out] and the two products of its backward pass; `groups` matrices share the rows.
-
-        `wide`: in float32, as the router's logits are.
-        """
-        hardware = self.hardware
-        efficiency = hardware.grouped_efficiency if groups > 1 else hardware.product_efficiency
-        peak = hardware.float32_flops if wide else self.peak
-        size = FLOAT32_BYTES if wide else self.element_bytes
-        moved = size * (rows * (inputs + outputs) + groups * inputs * outputs)
-        self.seconds += (self.forwards + 2) * max(
-            2 * rows * inputs * outputs / (peak * efficiency), moved / self.bandwidth
-        )
-
-    def mixing(self, flops: float, moved: float) -> None:
-        """Add attention or a scan, given forward `flops` and bytes moved.
-
-        Backward costs 2.5 times the forward pass, as it recomputes the scores.
-        """
-        rate = self.peak * self.hardware.attention_efficiency
-        self.seconds += (self.forwards + 2.5) * max(flops / rate, moved / self.bandwidth)
-
-    def passes(self, moved: float) -> None:
-        """Add memory-bound operations by the bytes they move, forward and backward together; a third are forward's."""
-        self.seconds += (self.forwards + 2) / 3 * moved / self.bandwidth
+    def hidden_parts(self) -> list[tuple[str, float]]:
+        """Name what takes no time of the step, since it runs beside others, with its seconds."""
+        hidden = [("exchanges beside experts", self.beside_experts), ("reduction beside passes", self.hidden)]
+        return [(name, seconds) for name, seconds in hidden if seconds > 0]
 
 
 def block_seconds(
@@ -123,51 +90,18 @@ def block_seconds(
     elif is_registered(letter):
         _add_registered(line, config, letter, tokens, tensor)
     elif letter == "E":
-        _add_moe(line, model, tokens, layout, imbalance)
+        add_moe(line, config, layout, imbalance)
     else:
         assert model.feed_forward is not None, "check_model was not called: model.feed_forward is missing"
         feed_forward = model.feed_forward
         if feed_forward.linear_kind == "dense":
             units = feed_forward.hidden_size / tensor
-            _add_feed_forward(line, tokens, model.hidden_size, units, feed_forward.activation)
+            add_feed_forward(line, tokens, model.hidden_size, units, feed_forward.activation)
         else:
-            _add_factored(
+            add_factored(
                 line, model, layout, tokens, feed_forward.hidden_size, feed_forward.activation, feed_forward.structure()
             )
     return line.seconds
-
-
-def _add_feed_forward(line: Roofline, rows: float, width: int, units: float, activation: str, groups: int = 1) -> None:
-    """Up and down projection with the activation between them, `units` hidden units wide on this rank."""
-    up = up_rows(1, activation) * units
-    line.product(rows, width, up, groups=groups)
-    line.product(rows, units, width, groups=groups)
-    line.passes(rows * (3 * up + 2 * units) * line.element_bytes)
-
-
-def _add_factored(
-    line: Roofline,
-    model: ModelConfig,
-    layout: Layout,
-    tokens: float,
-    inner: int,
-    activation: str,
-    structure: Structure,
-) -> None:
-    """A feed-forward of two factors a matrix: the factor at the stream is whole on every rank, the other is cut."""
-    width, rows = model.hidden_size, up_rows(inner, activation)
-    blocks, own = structure.blocks or 1, tokens / layout.stream_ranks
-    enters, leaves = structure.between(width, rows), structure.between(inner, width)
-    # Product by block: as many rows of a block's width, a group a block.
-    line.product(own * blocks, width / blocks, enters / blocks, groups=blocks)
-    second = blocks if structure.kind == "blockshuffle" else 1
-    line.product(tokens * second / layout.tensor, enters / second, rows / second, groups=second)
-    line.passes(tokens / layout.tensor * (3 * rows + 2 * inner) * line.element_bytes)
-    line.product(tokens * blocks / layout.tensor, inner / blocks, leaves / blocks, groups=blocks)
-    last = own if structure.kind == "lowrank" else tokens / layout.tensor
-    line.product(last * second, leaves / second, width / second, groups=second)
-    if model.guide is not None:
-        _add_feed_forward(line, tokens, width, inner / layout.tensor, activation)
 
 
 def _add_mamba(line: Roofline, model: ModelConfig, tokens: float, tensor: int) -> None:
@@ -211,33 +145,6 @@ def _add_attention(line: Roofline, model: ModelConfig, tokens: float, tensor: in
     line.mixing(tokens * 4 * (sequence_length + 1) / 2 * query, tokens * (2 * query + 2 * keys) * e)
 
 
-def _add_moe(line: Roofline, model: ModelConfig, tokens: float, layout: Layout, imbalance: float) -> None:
-    """Router, latent projections, grouped products of this rank's rows, their permutation, and the shared expert."""
-    assert model.moe is not None, "check_model was not called: model.moe is missing"
-    moe, e, hidden = model.moe, line.element_bytes, model.hidden_size
-    width, is_spread = moe.latent_size or hidden, layout.expert > 1
-    routed = tokens / (layout.tensor if is_spread else layout.stream_ranks)  # whose router runs here
-    line.product(routed, hidden, moe.num_experts, wide=True)
-    line.passes(6 * routed * moe.num_experts * FLOAT32_BYTES)
-    if moe.latent_size is not None:
-        line.product(routed, hidden, width)
-        line.product(routed, width, hidden)
-    # Spread experts: this rank's tokens' worth of rows, gathered over the ranks that cut an expert's width.
-    rows = tokens * moe.top_k
-    if is_spread:
-        rows *= imbalance * layout.expert_tensor / layout.tensor
-    units = moe.expert_hidden_size / layout.width_ranks
-    _add_feed_forward(line, rows, width, units, moe.activation, groups=moe.num_experts // layout.expert)
-    line.passes(rows * width * (4 * e + 2 * FLOAT32_BYTES))  # into expert order, back, and both gradients
-    shared, structure = moe.shared_expert_hidden_size, moe.shared_structure()
-    if shared and structure.kind != "dense":
-        _add_factored(line, model, layout, tokens, shared, moe.activation, structure)
-    elif shared:
-        _add_feed_forward(line, tokens, hidden, shared / layout.tensor, moe.activation)
-    if moe.shared_expert_gate:
-        line.passes(tokens / layout.stream_ranks * 5 * hidden * e)
-
-
 def head_seconds(config: RunConfig, layout: Layout, hardware: Hardware, storage: Storage) -> float:
     """Seconds of final norm, logits, loss and both gradients; logits pass through memory in float32."""
     model, tokens = config.model, layout.tokens(config)
@@ -265,14 +172,16 @@ def estimate_step(
     *,
     overlap: float,
     imbalance: float = 1.0,
-    sent_choices: float = 1.0,
+    sent_rows: float = 1.0,
+    overlaps_experts: bool = True,
     stage: int | None = None,
 ) -> StepTime:
     """Seconds of one step of a pipeline stage, the slowest where none is named.
 
     `overlap`: part of ZeRO-3's gathers and of pipeline sends that may run beside compute. Reductions run beside the last
     backward pass under ZeRO-1 (each under ZeRO-2), gathers of weights beside the first forward pass. `imbalance`: routed
-    rows of the fullest rank over the mean. `sent_choices`: the part of routed rows that travels between ranks.
+    rows of the fullest rank over the mean. `sent_rows`: the part of rows that travels to experts, of those that amfm sends.
+    `overlaps_experts`: whether that runs beside what their blocks compute.
     """
     every = held_by_stages(config.model, layout, config.train.sequence_length, config.optimizer.muon_settings())
     stages = distinct_stages(every) if stage is None else (every[stage],)
@@ -280,8 +189,20 @@ def estimate_step(
         letter: block_seconds(config, letter, layout, hardware, storage, imbalance)
         for letter in {letter for held in stages for letter in held.letters}
     }
+    found = []
+    for held in stages:
+        experts = expert_exchange_seconds(
+            config,
+            layout,
+            hardware,
+            storage,
+            held,
+            imbalance=imbalance,
+            sent_rows=sent_rows,
+            is_overlapped=overlaps_experts,
+        )
+        found.append(_estimate_stage(config, layout, hardware, storage, held, block, overlap, experts))
     # Stages wait for each other at every step, so the slowest sets the pace.
-    found = [_estimate_stage(config, layout, hardware, storage, held, block, overlap, sent_choices) for held in stages]
     return max(found, key=StepTime.total)
 
 
@@ -293,9 +214,12 @@ def _estimate_stage(
     held: StageShare,
     block: dict[str, float],
     overlap: float,
-    sent_choices: float,
+    experts: tuple[float, float],
 ) -> StepTime:
-    """All parts of a step for one pipeline stage, from the seconds of each kind of block."""
+    """All parts of a step for one pipeline stage, from the seconds of each kind of block.
+
+    `experts`: of a micro-batch's exchanges over the expert axis, what it waits for and what is hidden.
+    """
     passes = layout.micro_batches(config)
     compute = {
         block_kind(letter): passes * held.letters.count(letter) * block[letter]
@@ -305,7 +229,8 @@ def _estimate_stage(
         compute["head"] = passes * held.heads * head_seconds(config, layout, hardware, storage)
     if held.depths:
         compute["mtp projection"] = passes * held.depths * depth_seconds(config, layout, hardware, storage)
-    one_pass = pass_seconds(config, layout, hardware, held, overlap=overlap, sent_choices=sent_choices)
+    one_pass = pass_seconds(config, layout, hardware, held, overlap=overlap)
+    one_pass["expert"] += experts[0]
     communication = {axis: passes * seconds for axis, seconds in one_pass.items() if seconds}
     busy = (sum(compute.values()) + sum(communication.values())) / passes
     # Idle time of a rank while the pipeline fills and drains, in passes of one micro-batch.
@@ -326,6 +251,7 @@ def _estimate_stage(
         exposed,
         gathers - hidden,
         beside,
+        passes * experts[1],
     )
 
 

@@ -19,6 +19,7 @@ from launch.plan.exchanges import (
     FLOAT32,
     INT64,
     Exchange,
+    has_certain_ranks,
     pass_exchanges,
     reduction_exchanges,
     static_slots,
@@ -46,7 +47,7 @@ def expected_bytes(config: RunConfig, world_size: int) -> dict[Key, int]:
     Raises ValueError for settings whose bytes follow from more than the layout.
     """
     layout = Layout.of(config, world_size)
-    check_countable(config, layout)
+    check_exact(config, layout)
     totals: Counter[Key] = Counter()
     for stage in range(layout.pipeline):
         totals.update(stage_bytes(config, layout, stage))
@@ -54,7 +55,10 @@ def expected_bytes(config: RunConfig, world_size: int) -> dict[Key, int]:
 
 
 def stage_bytes(config: RunConfig, layout: Layout, stage: int) -> Counter[Key]:
-    """Bytes handed in by all ranks of one pipeline stage in one step, of a layout that `check_countable` passed."""
+    """Bytes handed in by all ranks of one pipeline stage in one step, of a layout that `check_countable` passed.
+
+    Where rows to experts depend on the router (`depends_on_router`), theirs are expected ones.
+    """
     totals: Counter[Key] = Counter()
 
     def add(exchange: Exchange, times: int = 1) -> None:
@@ -107,6 +111,26 @@ def check_countable(config: RunConfig, layout: Layout) -> None:
         raise ValueError(
             f"model.pattern has {registered[0]}, whose exchange has no formula with parallel.context="
             f"{config.parallel.context}: each mixer hands on what it needs; use parallel.context=1 or core blocks"
+        )
+
+
+def depends_on_router(config: RunConfig, layout: Layout) -> bool:
+    """Whether how many rows travel to experts depends on which the router chooses: not where they lie in slots."""
+    moe = config.model.moe
+    if moe is None or layout.expert == 1 or static_slots(config, layout) is not None:
+        return False
+    return not has_certain_ranks(moe, layout.expert)
+
+
+def check_exact(config: RunConfig, layout: Layout) -> None:
+    """Refuse what `check_countable` does, and what has expected bytes alone. Raises ValueError with reason and remedy."""
+    check_countable(config, layout)
+    moe = config.model.moe
+    if moe is not None and depends_on_router(config, layout):
+        raise ValueError(
+            f"model.moe.top_k={moe.top_k} of {moe.num_experts} experts has no formula with parallel.expert={layout.expert}: "
+            "a token's row travels once to each rank that it has experts on, and on how many depends on the router; count "
+            f"with model.moe.num_experts={layout.expert} or model.moe.top_k=1"
         )
 
 

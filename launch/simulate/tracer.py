@@ -73,6 +73,7 @@ class Tracer(TorchDispatchMode):
     def watch(self, groups: ProcessGroupCollection) -> None:
         """Learn the process groups, whose axes traffic is counted by; call before the first operation."""
         self.groups = groups
+        self.values.expert_ranks = groups.ep.size()
         self.begin_step()
 
     def begin_step(self) -> None:

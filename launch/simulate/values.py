@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from kernels.moe.capacity import drop_overflow
+from launch.simulate.routing import spread_choices
 
 # Larger ones are data that nothing on the host reads.
 MOST_NUMBERS = 1 << 22
@@ -29,6 +30,7 @@ class KnownValues:
 
     def __init__(self) -> None:
         self.twins: dict[int, Tensor] = {}
+        self.expert_ranks = 1  # over which a router's choices are even
 
     def of(self, tensor: Tensor) -> Tensor | None:
         """Values of a tensor as a real CPU tensor that shares memory with the twin; None where unknown."""
@@ -117,7 +119,7 @@ class KnownValues:
                 self.learn(tensor, values)
 
     def assume(self, func: Any, args: Any, out: Any) -> None:
-        """Assume balanced routing: experts are chosen in turn, so that all receive the same number of rows.
+        """Assume balanced routing (`routing.py`): all ranks that hold experts get equally many tokens.
 
         Scores are unknown, so nothing better is known of the choice; `--trace` therefore shows a balanced router's
         memory. How choices fall on experts follows from them.
@@ -139,16 +141,15 @@ class KnownValues:
         if func._opname == "route_triton":
             ids_RK, _, counts_E, _ = out
             experts = counts_E.shape[0]
-        elif func._opname == "topk" and not out[1].is_floating_point():
-            ids_RK, counts_E, experts = out[1], None, 0
-        else:
-            return
-        with real_tensors():
-            chosen = torch.arange(ids_RK.numel()).view(ids_RK.shape) % max(experts, ids_RK.shape[-1])
-            counts = torch.bincount(chosen.flatten(), minlength=experts)
-        self.learn(ids_RK, chosen)
-        if counts_E is not None:
+            with real_tensors():
+                chosen = spread_choices(*ids_RK.shape, experts, self.expert_ranks, *args[6:8])
+                counts = torch.bincount(chosen.flatten(), minlength=experts)
+            self.learn(ids_RK, chosen)
             self.learn(counts_E, counts)
+        elif func._opname == "topk" and not out[1].is_floating_point():
+            with real_tensors():
+                chosen = torch.arange(out[1].shape[-1]).expand(out[1].shape)
+            self.learn(out[1], chosen)
 
 
 def real_tensors() -> Any:

@@ -1,9 +1,10 @@
 """Published training speeds beside what the plan says of the same model, cards, layout, batch and recomputation.
 
 How it works: a published run becomes a configuration and a layout once; the plan's formulas then give its step with any
-hardware. Two things differ from a plan of amfm. The published systems dispatch with DeepEP or HybridEP, which send a token once
-to each node that has some of its experts (to each rank inside a node): the part of a token's choices that travels follows from
-their number and the nodes. And natural routing is planned with the fullest rank at 1.2 times the mean.
+hardware. Three things differ from a plan of amfm. The published systems dispatch with DeepEP or HybridEP, which send a token
+once to each node that has some of its experts (to each rank inside a node, as amfm always does). None says that its
+exchanges run beside the shared expert, so all of them are waited for. And natural routing is planned with the fullest rank at
+1.2 times the mean.
 
 `fit_halves` fits the efficiencies of the hardware on every other run and plans the rest with them, then the other way round:
 what it prints of a run never comes from a fit that knew this run.
@@ -19,6 +20,7 @@ from typing import Any
 from launch.bench.efficiencies import fit_efficiencies
 from launch.bench.published.runs import PUBLISHED, PublishedRun
 from launch.plan.estimate import Assumptions, Estimate, estimate
+from launch.plan.exchanges import expected_ranks
 from launch.plan.hardware import HARDWARE, Hardware
 from launch.plan.layout import Layout
 from model.config.schema import ModelConfig, MoeConfig, MtpConfig
@@ -94,7 +96,8 @@ def load_anchor(run: PublishedRun, presets: Path) -> Anchor:
     assert config.model.moe is not None, f"{run.preset} has no experts, and every published run has"
     assumptions = Assumptions(
         imbalance=NATURAL_IMBALANCE if run.routing == "natural" else 1.0,
-        sent_choices=sent_choices(config.model.moe, layout.expert, HARDWARE["h100"].gpus_per_node),
+        sent_rows=sent_rows(config.model.moe, layout.expert, HARDWARE["h100"].gpus_per_node),
+        overlaps_experts=False,
     )
     flops = sum(flops_per_token(config.model, run.sequence_length).values())
     return Anchor(run, config, layout, flops, assumptions)
@@ -107,16 +110,11 @@ def with_depths(model: ModelConfig, depths: str) -> ModelConfig:
     return main.model_copy(update={"pattern": main.pattern + depths, "mtp": shared})
 
 
-def sent_choices(moe: MoeConfig, expert_ranks: int, gpus_per_node: int) -> float:
-    """Part of a token's choices that a dispatcher sends which sends it once a node (inside one node once a rank).
-
-    Expected number of different places among top_k even draws, over top_k. A router that draws from some groups of experts
-    reaches only their places, where places and groups are the same.
-    """
-    places = expert_ranks // gpus_per_node if expert_ranks > gpus_per_node else expert_ranks
-    if 1 < moe.num_router_groups == places:
-        places = moe.router_group_top_k
-    return places * (1 - (1 - 1 / places) ** moe.top_k) / moe.top_k
+def sent_rows(moe: MoeConfig, expert_ranks: int, gpus_per_node: int) -> float:
+    """Of rows sent once to each rank, the part that travels where a token is sent once a node; all of them inside a node."""
+    if expert_ranks <= gpus_per_node:
+        return 1.0
+    return expected_ranks(moe, expert_ranks // gpus_per_node) / expected_ranks(moe, expert_ranks)
 
 
 def fit_halves(anchors: list[Anchor]) -> tuple[tuple[Hardware, Hardware], list[float]]:

@@ -10,17 +10,20 @@ from typing import Any
 
 import pytest
 
-from launch.bench.communication import bench_comm, load_layout
+from launch.bench.communication import bench_comm, load_layout, load_small
 from launch.cli import run
-from launch.plan.exchanges import pass_exchanges
+from launch.plan.exchanges import expert_traffic, pass_exchanges
 from launch.plan.layout import Layout, held_by_stages
-from launch.plan.traffic import expected_bytes
+from pretrain.config.schema import RunConfig
 from tests.helpers.spawn import run_ranks
 
 FACTORED = (
     "model.feed_forward.linear_kind=lowrank model.feed_forward.linear_rank=16 "
     "model.moe.shared_expert_linear_kind=blockshuffle model.moe.shared_expert_linear_blocks=4"
 )
+# Where a token has a choice on each rank, or one choice in all, no router changes how many rows travel.
+ONE_EACH = "model.moe.num_experts=4"
+ONE_CHOICE = "model.moe.top_k=1"
 LIGHTNING = "model.mixers.lightning={num_heads: 8, head_dim: 8}"
 TWO_RANKS = [
     "expert=2 model.moe.capacity_factor=1.5",
@@ -29,26 +32,29 @@ TWO_RANKS = [
     "pipeline=2 model.tie_embeddings=true",
 ]
 TWO_RANKS_MORE = [
-    "expert=2",
+    "expert=2 model.moe.num_experts=2",
+    f"expert=2 overlap_experts=true {ONE_CHOICE}",
+    "expert=2 overlap_experts=true model.moe.capacity_factor=1.5",
     f"tensor=2 sequence_parallel=true {FACTORED} model.guide.share=0.5",
     "tensor=2 model.pattern=M/*E",
 ]
 FOUR_RANKS = [
-    "expert=4 zero_stage=2 model.moe.latent_size=24",
-    "expert=2 expert_tensor=2",
+    f"expert=4 zero_stage=2 model.moe.latent_size=24 {ONE_EACH}",
+    f"expert=2 expert_tensor=2 {ONE_CHOICE}",
+    "expert=2 expert_tensor=2 overlap_experts=true model.moe.num_experts=2",
     "tensor=2 zero_stage=0",
     f"tensor=2 {FACTORED}",
-    "tensor=2 expert=4 model.moe.latent_size=24",
-    "tensor=2 sequence_parallel=true expert=4",
-    "tensor=2 sequence_parallel=true expert=2 expert_tensor=2",
+    f"tensor=2 expert=4 model.moe.latent_size=24 {ONE_EACH}",
+    f"tensor=2 sequence_parallel=true expert=4 {ONE_EACH}",
+    f"tensor=2 sequence_parallel=true expert=2 expert_tensor=2 {ONE_CHOICE}",
     "tensor=4 model.mamba.num_groups=2 model.attention.num_kv_heads=2",
     "context=2 tensor=2 sequence_parallel=true",
-    "context=2 expert=4",
+    f"context=2 expert=4 {ONE_EACH}",
     "pipeline=2 tensor=2 sequence_parallel=true model.tie_embeddings=true",
-    "pipeline=2 expert=2 schedule=interleaved virtual_stages=2",
+    f"pipeline=2 expert=2 schedule=interleaved virtual_stages=2 {ONE_CHOICE}",
     "pipeline=2 context=2",
     "pipeline=2 tensor=2 sequence_parallel=true model.pattern=ME*-/*E/*E model.mtp.shared=true",
-    "expert=2 train.precision=bf16",
+    f"expert=2 train.precision=bf16 {ONE_CHOICE}",
     "tensor=2 train.precision=bf16",
 ]
 
@@ -98,24 +104,36 @@ def test_counted_bytes_are_those_of_the_formulas_with_other_blocks_on_an_axis() 
 
 
 def test_tokens_travel_to_experts_at_the_latent_width() -> None:
-    key = ("ep", "all_to_all", "float32")
-    plain, latent = (
-        expected_bytes(load_layout(["parallel.expert=2", *more], 2), 2)[key]
-        for more in ([], ["model.moe.latent_size=24"])
-    )
-    # 16 rows of 128 tokens, 2 choices, 2 blocks, there and back, forward and backward.
-    assert plain == 16 * 128 * 2 * 2 * 4 * 64 * 4
-    assert latent * 64 == plain * 24
+    def sent(*overrides: str) -> int:
+        config = load_small(["parallel.expert=2", "train.precision=bf16", *overrides], 2)
+        (held,) = held_by_stages(config.model, Layout.of(config, 2), config.train.sequence_length)
+        traffic = expert_traffic(config, Layout.of(config, 2), held.letters.count("E"))
+        assert traffic is not None and traffic.details is not None
+        # With each row go the weights and ids of two choices in float32, out and in backward home.
+        assert traffic.details.stage_bytes / traffic.rows.stage_bytes == 2 * 2 * 2 * 4 / (4 * width(config) * 2)
+        return int(traffic.rows.stage_bytes)
+
+    def width(config: RunConfig) -> int:
+        assert config.model.moe is not None
+        return config.model.moe.latent_size or config.model.hidden_size
+
+    plain, latent = sent(), sent("model.moe.latent_size=24")
+    # Two rows of 128 tokens, 2 blocks, there and back, forward and backward, of all ranks; a rank has 4 of 8 experts, so that
+    # neither of two choices falls on it with probability 4 / 8 * 3 / 7.
+    assert plain == int(2 * 2 * 128 * 2 * (1 - 4 / 8 * 3 / 7) * 2 * 4 * 64 * 2)
+    assert latent * 64 == pytest.approx(plain * 24, abs=64)
 
 
 @pytest.mark.slow
 def test_the_verb_starts_ranks_and_prints_one_object() -> None:
     command = [sys.executable, "-m", "launch", "bench", "step", "--comm", "--nproc", "2", "--json", "parallel.expert=2"]
+    command.append("model.moe.num_experts=2")
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=200)
     result = json.loads(done.stdout)
     assert result["equal"] and result["ranks"] == 2 and result["parallel"]["expert"] == 2
     (rows,) = [row for row in result["rows"] if row["axis"] == "ep" and row["dtype"] == "float32"]
-    assert rows["handed_bytes"] == rows["formula_bytes"] == 16 * 128 * 2 * 2 * 4 * 64 * 4
+    # Two choices a token, each on a rank of its own: rows four times, and twice the weights and ids of both choices.
+    assert rows["handed_bytes"] == rows["formula_bytes"] == 16 * 128 * 2 * 2 * (4 * 64 + 2 * 2 * 2) * 4
     assert 0 < rows["sent_bytes"] < rows["handed_bytes"]
 
 
@@ -136,6 +154,10 @@ def test_the_verb_starts_ranks_and_prints_one_object() -> None:
         (
             ["--comm", "--nproc", "2", "parallel.expert=2", "parallel.context=2", "model.moe.capacity_factor=1.5"],
             "model.moe.capacity_factor=1.5 has no formula with parallel.expert=2",
+        ),
+        (
+            ["--comm", "--nproc", "2", "parallel.expert=2"],
+            "model.moe.top_k=2 of 8 experts has no formula with parallel.expert=2",
         ),
         (
             ["--comm", "--nproc", "2", "parallel.context=2", "model.pattern=MEL*-E", LIGHTNING],

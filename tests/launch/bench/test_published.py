@@ -2,11 +2,12 @@
 
 import json
 from dataclasses import replace
+from math import comb
 from pathlib import Path
 
 import pytest
 
-from launch.bench.published.planning import anchor_as_dict, fit_anchors, load_anchor, load_anchors, sent_choices
+from launch.bench.published.planning import anchor_as_dict, fit_anchors, load_anchor, load_anchors, sent_rows
 from launch.bench.published.runs import PUBLISHED
 from launch.cli import run
 from launch.commands.bench.published import LARGE_ERROR
@@ -54,11 +55,10 @@ def test_a_row_that_is_far_off_names_its_cause_and_no_other_does(anchors):
 
 def test_a_dispatcher_sends_a_token_once_a_node(anchors):
     moe = next(anchor.config.model.moe for anchor in anchors if anchor.published.preset == "nemotron3_super_120b")
-    assert sent_choices(moe, 64, 8) == pytest.approx(8 * (1 - (7 / 8) ** 22) / 22)
-    # Inside one node once a rank.
-    assert sent_choices(moe, 8, 8) == sent_choices(moe, 64, 8)
-    limited = moe.model_copy(update={"num_router_groups": 8, "router_group_top_k": 4})
-    assert sent_choices(limited, 64, 8) == pytest.approx(4 * (1 - (3 / 4) ** 22) / 22)
+    nodes = 8 * (1 - comb(512 - 64, 22) / comb(512, 22))
+    assert sent_rows(moe, 64, 8) == pytest.approx(nodes / (64 * (1 - comb(512 - 8, 22) / comb(512, 22))))
+    # Inside one node once a rank, as amfm sends.
+    assert sent_rows(moe, 8, 8) == 1.0
 
 
 def test_the_fit_finds_efficiencies_that_explain_the_speeds():

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from launch.plan.activations import Split, block_bytes, head_bytes, weight_gradient_bytes
+from launch.plan.exchanges import expected_ranks
 from launch.plan.in_flight import moments_of
 from launch.plan.layout import Layout, held_by_stages
 from launch.plan.memory import (
@@ -18,6 +19,7 @@ from launch.plan.memory import (
     reduction_bytes,
     resting_bytes,
     slots_to_choices,
+    split_of,
     storage_of,
     waiting_gradients,
 )
@@ -129,27 +131,57 @@ def test_pipelines_hold_what_their_schedule_has_in_flight():
 def test_passes_that_are_cut_keep_rows_as_they_came_and_the_gradients_of_results_that_went_back():
     model = preset("nemotron3_nano_30b").model
     storage = storage_of(preset("nemotron3_nano_30b"))
-    alone, spread, uneven = (
+    alone, slots, by_rank, uneven = (
         weight_gradient_bytes(model, "E", storage, split)
-        for split in (Split(), Split(is_spread=True), Split(is_spread=True, rows=1.5))
+        for split in (
+            Split(),
+            Split(is_spread=True),
+            Split(is_spread=True, sent=4.5),
+            Split(is_spread=True, sent=4.5, rows=1.5),
+        )
     )
-    row = model.hidden_size * storage.element_bytes
-    # Instead of the tokens and their results' gradients: both for each choice.
-    assert spread - alone == pytest.approx(2 * (model.moe.top_k - 1) * row)
-    inside = model.moe.top_k * 2 * model.moe.expert_hidden_size * storage.element_bytes
-    assert uneven - spread == pytest.approx(0.5 * (2 * model.moe.top_k * row + inside))
+    top_k, row = model.moe.top_k, model.hidden_size * storage.element_bytes
+    # Instead of the tokens and their results' gradients: both for each choice, or for each row with its choices' places.
+    assert slots - alone == pytest.approx(2 * (top_k - 1) * row)
+    assert by_rank - alone == pytest.approx(2 * (4.5 - 1) * row + 4.5 * top_k * 4)
+    inside = top_k * 2 * model.moe.expert_hidden_size * storage.element_bytes
+    assert uneven - by_rank == pytest.approx(0.5 * (4.5 * (2 * row + top_k * 4) + inside))
 
 
 def test_ranks_that_share_inner_widths_have_the_rows_of_all():
     config = preset("nemotron3_nano_30b")
     model, storage = config.model, storage_of(config)
-    alone, shared = (Split(tensor=2, tokens=2, is_spread=True, beside=ranks) for ranks in (1, 2))
-    rows = model.moe.top_k / 2 * model.hidden_size * storage.element_bytes
-    one, other = (block_bytes(model, "E", storage, split) for split in (alone, shared))
-    assert other.kept - one.kept == pytest.approx(rows)
-    assert other.working - one.working == pytest.approx(2 * rows)
-    cut = [weight_gradient_bytes(model, "E", storage, split) for split in (alone, shared)]
-    assert cut[1] - cut[0] == pytest.approx(2 * rows)
+    row, top_k = model.hidden_size * storage.element_bytes, model.moe.top_k
+    details = top_k * (8 + 12)  # weights and ids in float32, three lists of int32 that sort them
+    for sent, kept, cut, working in (
+        (0.0, top_k / 2 * row, top_k * row, top_k * row),
+        (3.0, 1.5 * (row + details), 1.5 * (2 * row + top_k * 4), top_k / 2 * row + 1.5 * (2 * row + top_k * 4)),
+    ):
+        alone, shared = (Split(tensor=2, tokens=2, is_spread=True, sent=sent, beside=ranks) for ranks in (1, 2))
+        one, other = (block_bytes(model, "E", storage, split) for split in (alone, shared))
+        assert other.kept - one.kept == pytest.approx(kept)
+        assert other.working - one.working == pytest.approx(working)
+        left = [weight_gradient_bytes(model, "E", storage, split) for split in (alone, shared)]
+        assert left[1] - left[0] == pytest.approx(cut)
+
+
+def test_rows_by_rank_keep_nothing_at_home_and_less_where_ranks_hold_several_choices():
+    config = preset("nemotron3_super_120b", ranks=512)
+    moe, layout = config.model.moe, Layout.of(config, 512)
+    split = split_of(config, layout, 1.0)
+    assert split.sent == expected_ranks(moe, 8) < 8 < moe.top_k
+    slots = replace(split, sent=0.0)
+    kept = [block_bytes(config.model, "E", storage_of(config), found).kept for found in (split, slots)]
+    row = moe.latent_size * 2
+    assert kept[1] - kept[0] == pytest.approx(2 * moe.top_k * row - split.sent * (row + 20 * moe.top_k))
+    turbos = preset(
+        "turbos_560b",
+        "model.moe.capacity_factor=1.0",
+        "parallel.tensor=1",
+        "parallel.context=1",
+        "parallel.sequence_parallel=false",
+    )
+    assert split_of(turbos, Layout.of(turbos, 256), 1.0).sent == 0.0  # in slots
 
 
 def test_rows_over_context_ranks_keep_the_joined_input_of_the_convolution_and_states_before_the_carry():
@@ -200,7 +232,7 @@ def test_a_pass_that_is_cut_leaves_what_the_gradients_of_weights_are_made_of():
     config = preset("nemotron3_nano_30b", ranks=64)
     layout, storage = Layout.of(config, 64), storage_of(config)
     first, last = held_by_stages(config.model, layout, config.train.sequence_length)
-    split = Split(is_spread=True)
+    split = split_of(config, layout, 1.0)
 
     def planned(held, schedule):
         return busiest_pass(config, replace(layout, schedule=schedule), storage, held, 1.0)["activations"]

@@ -1,4 +1,5 @@
-"""The plan beside simulated ranks, in every layout of the table: memory within 4%, bytes equal, waits as listed."""
+"""The plan beside simulated ranks, in every layout of the table: memory within 4%, bytes equal or, of rows to experts, as expected of an even router
+within 1%, waits as listed."""
 
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def assert_as_planned(case):
         assert entry.traced["mismatches"] == {}
         assert unnumbered(entry.traced["host_waits"]) == expected_waits(entry.config)
         found = compare_bytes(entry)
-        assert found == "equal" or found.startswith(WITHOUT_FORMULA), found
+        assert found in ("equal", "as expected") or found.startswith(WITHOUT_FORMULA), found
 
 
 def test_the_table_has_every_axis_schedule_stage_and_recurrence_and_no_wait_is_listed_in_vain():

@@ -10,6 +10,7 @@ import yaml
 from launch.bench.communication import DEFAULTS
 from launch.cli import run
 from launch.plan.hardware import HARDWARE
+from launch.simulate.table import compare_bytes
 from launch.simulate.trace import check_torch, predicted_bytes, trace_run, traced_bytes, traced_config
 from pretrain.checks.check_run import load_checked
 from tests.launch.simulate.allowed_waits import expected_waits, unnumbered
@@ -39,8 +40,8 @@ def test_a_composed_layout_sends_the_bytes_of_the_formulas_and_waits_where_it_ma
     assert entry.traced["parameters"] == pytest.approx(entry.held_parameters(), rel=0.01)
     assert entry.traced["mismatches"] == {}
     assert unnumbered(entry.traced["host_waits"]) == expected_waits(entry.config)
-    found = {key: sum(sizes.values()) for key, sizes in traced_bytes(entry).items()}
-    assert found == predicted_bytes(entry)
+    # Rows to experts are those of an even router on average; half of the experts on each rank leave much to the draws.
+    assert compare_bytes(entry) == "as expected"
 
 
 def test_experts_under_a_capacity_factor_wait_for_nothing(small):

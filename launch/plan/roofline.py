@@ -1,0 +1,85 @@
+"""Roofline seconds of a rank's operations, forward and backward, and of a feed-forward, which several kinds of block have.
+
+An operation takes the longer of its arithmetic at a stated part of the peak and its bytes at a stated part of the bandwidth
+(Williams et al. 2009, "Roofline", section 3).
+"""
+
+from __future__ import annotations
+
+from launch.plan.activations import FLOAT32_BYTES, up_rows
+from launch.plan.hardware import Hardware
+from launch.plan.layout import Layout
+from model.config.schema import ModelConfig
+from model.config.structure import Structure
+
+
+class Roofline:
+    """Sum of roofline seconds of forward and backward operations on one device.
+
+    `forwards` is 2 where blocks are recomputed, so that every method counts the forward part once more.
+    """
+
+    def __init__(self, hardware: Hardware, precision: str, element_bytes: int, forwards: int = 1) -> None:
+        self.hardware, self.element_bytes, self.forwards = hardware, element_bytes, forwards
+        self.peak = hardware.peak_flops(precision)
+        self.bandwidth = hardware.memory_bytes_per_second * hardware.memory_efficiency
+        self.seconds = 0.0
+
+    def product(self, rows: float, inputs: float, outputs: float, *, groups: int = 1, wide: bool = False) -> None:
+        """Add [rows, in] x [in, out] and the two products of its backward pass; `groups` matrices share the rows.
+
+        `wide`: in float32, as the router's logits are.
+        """
+        hardware = self.hardware
+        efficiency = hardware.grouped_efficiency if groups > 1 else hardware.product_efficiency
+        peak = hardware.float32_flops if wide else self.peak
+        size = FLOAT32_BYTES if wide else self.element_bytes
+        moved = size * (rows * (inputs + outputs) + groups * inputs * outputs)
+        self.seconds += (self.forwards + 2) * max(
+            2 * rows * inputs * outputs / (peak * efficiency), moved / self.bandwidth
+        )
+
+    def mixing(self, flops: float, moved: float) -> None:
+        """Add attention or a scan, given forward `flops` and bytes moved.
+
+        Backward costs 2.5 times the forward pass, as it recomputes the scores.
+        """
+        rate = self.peak * self.hardware.attention_efficiency
+        self.seconds += (self.forwards + 2.5) * max(flops / rate, moved / self.bandwidth)
+
+    def passes(self, moved: float) -> None:
+        """Add memory-bound operations by the bytes they move, forward and backward together; a third are forward's."""
+        self.seconds += (self.forwards + 2) / 3 * moved / self.bandwidth
+
+
+def add_feed_forward(line: Roofline, rows: float, width: int, units: float, activation: str, groups: int = 1) -> None:
+    """Up and down projection with the activation between them, `units` hidden units wide on this rank."""
+    up = up_rows(1, activation) * units
+    line.product(rows, width, up, groups=groups)
+    line.product(rows, units, width, groups=groups)
+    line.passes(rows * (3 * up + 2 * units) * line.element_bytes)
+
+
+def add_factored(
+    line: Roofline,
+    model: ModelConfig,
+    layout: Layout,
+    tokens: float,
+    inner: int,
+    activation: str,
+    structure: Structure,
+) -> None:
+    """A feed-forward of two factors a matrix: the factor at the stream is whole on every rank, the other is cut."""
+    width, rows = model.hidden_size, up_rows(inner, activation)
+    blocks, own = structure.blocks or 1, tokens / layout.stream_ranks
+    enters, leaves = structure.between(width, rows), structure.between(inner, width)
+    # Product by block: as many rows of a block's width, a group a block.
+    line.product(own * blocks, width / blocks, enters / blocks, groups=blocks)
+    second = blocks if structure.kind == "blockshuffle" else 1
+    line.product(tokens * second / layout.tensor, enters / second, rows / second, groups=second)
+    line.passes(tokens / layout.tensor * (3 * rows + 2 * inner) * line.element_bytes)
+    line.product(tokens * blocks / layout.tensor, inner / blocks, leaves / blocks, groups=blocks)
+    last = own if structure.kind == "lowrank" else tokens / layout.tensor
+    line.product(last * second, leaves / second, width / second, groups=second)
+    if model.guide is not None:
+        add_feed_forward(line, tokens, width, inner / layout.tensor, activation)

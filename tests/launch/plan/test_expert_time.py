@@ -1,0 +1,56 @@
+"""Exchanges of experts beside what their blocks compute: passes laid out by hand, and what halves cost and spare."""
+
+from dataclasses import replace
+
+import pytest
+
+from launch.plan.expert_time import computed_around, expert_exchange_seconds, waiting_seconds
+from launch.plan.layout import Layout, held_by_stages
+from launch.plan.memory import storage_of
+from launch.plan.time import block_seconds, estimate_step
+from tests.launch.plan.presets import H100, preset
+
+
+def test_a_pass_waits_for_what_has_not_arrived_when_it_is_needed():
+    # Rows are there at 4, sums leave at 14 and are there at 18, when 15 seconds are computed and 3 were waited for.
+    assert waiting_seconds(4.0, 4.0, 1.0, 10.0, 1.0, 1) == 3.0 + 3.0
+    assert waiting_seconds(4.0, 4.0, 0.0, 10.0, 0.0, 1) == 8.0
+    assert waiting_seconds(4.0, 4.0, 5.0, 10.0, 9.0, 1) == 0.0
+    # The first half is there at 2; its sums travel beside the second half's experts, whose own leave at 12.
+    assert waiting_seconds(4.0, 4.0, 1.0, 10.0, 1.0, 2) == 1.0 + 1.0
+    # Experts are quick: the second half is there at 4, the first one's sums leave then, and all are home at 8.
+    assert waiting_seconds(4.0, 4.0, 0.0, 1.0, 0.0, 2) == pytest.approx(8.0 - 1.0)
+
+
+def exchanged(config, layout, **options):
+    held = held_by_stages(config.model, layout, config.train.sequence_length)[0]
+    given = {"imbalance": 1.0, "sent_rows": 1.0, "is_overlapped": True} | options
+    return held, expert_exchange_seconds(config, layout, H100, storage_of(config), held, **given)
+
+
+def test_no_more_is_hidden_than_is_computed_meanwhile_and_nothing_is_lost():
+    config = preset("nemotron3_ultra_550b", ranks=1024)
+    layout = Layout.of(config, 1024)
+    held, (waited, hidden) = exchanged(config, layout)
+    _, (whole, nothing) = exchanged(config, layout, is_overlapped=False)
+    assert nothing == 0.0 < hidden < whole
+    assert waited + hidden == pytest.approx(whole)
+    first, last, _ = computed_around(config, layout, H100, storage_of(config), 1.0)
+    assert hidden <= held.letters.count("E") * 3 * (first + last) * (1 + 1e-9)
+    assert exchanged(config, replace(layout, expert=1))[1] == (0.0, 0.0)
+
+
+def test_halves_hide_more_and_cost_what_reads_the_weights_again():
+    config = preset("nemotron3_ultra_550b", ranks=1024)
+    layout = Layout.of(config, 1024)
+    halves = replace(layout, overlap_experts=True)
+    assert exchanged(config, halves)[1][0] < exchanged(config, layout)[1][0]
+    storage = storage_of(config)
+    seconds = [block_seconds(config, "E", place, H100, storage, 1.0) for place in (layout, halves)]
+    held = held_by_stages(config.model, layout, config.train.sequence_length)[0]
+    weights = 2 * held.routed / held.letters.count("E")
+    # Read once more forward and backward, their gradients written twice and added.
+    assert seconds[1] - seconds[0] > 3 * weights / H100.memory_bytes_per_second
+    step = estimate_step(config, halves, H100, storage, overlap=0.5)
+    assert dict(step.hidden_parts())["exchanges beside experts"] == step.beside_experts > 0
+    assert step.beside_experts not in dict(step.parts()).values()
