@@ -82,13 +82,13 @@ def mixed(rows, keep):
     return mamba2._forward(rows(1, 40, 98), *parameters, None, [2, 16, 1, 16, 1], 1e-5, 16, keep)
 
 
-def fed(rows, counts):
-    """Eight rows over four experts: by token, with weights, or as they come."""
+def fed(rows, counts, kept=16):
+    """Eight rows over four experts: by token, with weights and some choices lost, or as they come."""
     ids = numbers(8, 2, below=4)
     pairs, tokens, places, _, offsets = counting_sort._sort(ids, 4)
     by_token = (leaf(8, 2), pairs, tokens, places) if counts else (None, None, pairs, None)
     return triton_experts._forward(
-        rows(8 if counts else 16, 8), *by_token, offsets, leaf(4, 16, 8), leaf(4, 8, 8), True
+        rows(8 if counts else 16, 8), *by_token, offsets, leaf(4, 16, 8), leaf(4, 8, 8), True, kept
     )
 
 
@@ -131,6 +131,7 @@ TRITON = (
     lambda rows: loss._forward(rows(6, 8), leaf(10, 8), numbers(6, below=10), -100, 0.1, True),
     lambda rows: loss._statistics(rows(6, 8), leaf(10, 8), numbers(6, below=10), 0),
     lambda rows: fed(rows, True),
+    lambda rows: fed(rows, True, kept=10),
     lambda rows: fed(rows, False),
     lambda rows: counting_sort.limit_pairs(numbers(8, 2, below=4), 4, 3),
     lambda rows: triton_router._forward(float32(6, 4), None, False, 2, True, 1.0, 2, 1),
