@@ -50,10 +50,10 @@ class Answer:
     url: str
 
     def json(self) -> Any:
-        """The content as JSON. Raises HttpError where it is none: a login page of a proxy, most often."""
+        """The content as JSON. Raises HttpError where it is none (a login page of a proxy, most often) or nested without end."""
         try:
             return json.loads(self.content)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise HttpError(f"{self.url} answered with something else than JSON") from error
 
 

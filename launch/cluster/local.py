@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from typing import IO
 
 from launch.cluster.forked import ForkedRank, can_fork
+from launch.heavy_imports import heavy_imports
 from launch.rank_command import rank_command, source_variables
 from pretrain.checkpoint.names import newest_saved_step
 from pretrain.checks.ranks import ranks_of_stage
@@ -64,7 +65,8 @@ def run_train(arguments: Sequence[str], num_ranks: int, variables: Mapping[str, 
     """Run an `amfm train` command line as ranks on this machine, forked where that is safe; returns the exit code."""
     if not can_fork():
         return run_command(rank_command(arguments), num_ranks, variables)
-    importlib.import_module("pretrain.train")  # what ranks need is here once, before they are copied
+    with heavy_imports():
+        importlib.import_module("pretrain.train")  # what ranks need is here once, before they are copied
     if not can_fork():  # an import has started a thread
         return run_command(rank_command(arguments), num_ranks, variables)
 

@@ -11,6 +11,7 @@ import typer
 from data_pipeline.progress import Waiting
 from launch.arguments import ConfigArgument, HelpAllOption, JsonOption, OverridesArgument, check_picture
 from launch.console import print_json, print_pairs
+from launch.heavy_imports import heavy_imports
 from pretrain.launcher_protocol import GOES_ON
 
 
@@ -27,7 +28,7 @@ def train(
     is_first = os.environ.get("RANK", "0") == "0"
     # Under torchrun or --nproc this process is one rank of several.
     is_rank = nproc == 1 and "RANK" in os.environ
-    with Waiting("amfm train", speaks=is_first) as waiting:
+    with Waiting("amfm train", speaks=is_first) as waiting, heavy_imports():
         waiting("loading PyTorch and DeepSpeed")
         from pretrain.checks.check_run import load_checked
         from pretrain.stages import fresh_starts

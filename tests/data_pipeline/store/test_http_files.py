@@ -10,7 +10,7 @@ import pytest
 from data_pipeline.config import SourceConfig
 from data_pipeline.prepare.documents import Document, SegmentReader, cut_segments
 from data_pipeline.prepare.sources import list_files
-from data_pipeline.store.http_files import HttpError, HttpFile, ask
+from data_pipeline.store.http_files import Answer, HttpError, HttpFile, ask
 from tests.helpers.hub import Hub, hub_server
 from tests.helpers.tiny_store import write_jsonl
 
@@ -56,6 +56,12 @@ def test_a_server_without_ranges_a_wrong_name_and_a_dead_address_are_refused_wit
         documents(f"{server.endpoint}/datasets/files/none/resolve/main/a.jsonl?signature=secret")
     assert "HTTP 404" in str(caught.value) and caught.value.__cause__ is not None
     assert "secret" not in str(caught.value.__cause__)
+
+
+@pytest.mark.parametrize("content", [b"<html>Sign in</html>", b"[" * 200_000])
+def test_an_answer_that_is_no_json_is_one_error_with_its_address(content: bytes):
+    with pytest.raises(HttpError, match="answered with something else than JSON"):
+        Answer(content, {}, "https://hub.example/api").json()
 
 
 def test_a_file_that_changed_since_the_plan_is_an_error(server: Hub):
