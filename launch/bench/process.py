@@ -13,13 +13,14 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
+from launch.cluster.orphans import ending_with_us
 from launch.console import UNUSED_LIBRARIES
 
 
 class Child:
-    """`python -m MODULE ARGUMENTS` behind pipes, killed where the `with` block ends.
+    """`python -m MODULE ARGUMENTS` behind pipes, killed where the `with` block ends, or where this process does.
 
-    It gets a line for each `start` and answers with lines of JSON. RuntimeError where it ends instead. `quiet`: what it
+    Make it in the main thread. It gets a line for each `start` and answers with lines of JSON. RuntimeError where it ends instead. `quiet`: what it
     prints to standard error is shown only then.
     """
 
@@ -28,7 +29,7 @@ class Child:
         self._what = " ".join(["python", "-m", module])
         self._errors = tempfile.TemporaryFile("w+") if quiet else None  # noqa: SIM115 (lives as long as the process)
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
+            ending_with_us(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
         )
 
     def __enter__(self) -> Child:
