@@ -114,7 +114,7 @@ class _Part:
     ) -> None:
         self.experts, self.route, self.plan = experts, route, plan
         self.num_tokens, self.top_k = expert_ids_RK.shape
-        # Ids are small integers, which float32 holds exactly.
+        assert weights_RK.dtype.itemsize >= 4, "the router's weights are float32 at least, which holds ids exactly"
         details_RC = torch.cat([weights_RK, expert_ids_RK.to(weights_RK.dtype)], 1)
         self.transfers = [RowTransfer(experts.groups.ep, plan.sent, plan.received) for _ in range(2)]
         self.under_way = [
