@@ -71,7 +71,7 @@ class StepTime:
     def hidden_parts(self) -> list[tuple[str, float]]:
         """Name what takes no time of the step, since it runs beside others, with its seconds."""
         hidden = [("exchanges beside experts", self.beside_experts), ("reduction beside passes", self.hidden)]
-        return [(name, seconds) for name, seconds in hidden if seconds > 0]
+        return [(name, seconds) for name, seconds in hidden if seconds > 1e-6]  # less is rounding
 
 
 def block_seconds(

@@ -86,6 +86,11 @@ CASES = (
     Case("expert, interleaved", 16, ("parallel.expert=4", *STAGED, *INTERLEAVED)),
     Case("pipeline 4", 16, ("parallel.pipeline=4",)),
     Case("expert, zero-bubble", 16, ("parallel.expert=4", *STAGED, "parallel.schedule=zero_bubble")),
+    Case(
+        "expert, zero-bubble, halves",
+        16,
+        ("parallel.expert=4", "parallel.overlap_experts=true", *STAGED, "parallel.schedule=zero_bubble"),
+    ),
     Case("context, pipeline, recompute", 16, ("parallel.context=2", *STAGED, "train.recompute=full")),
     Case(
         "dense feed-forward, gates, latent experts",
