@@ -58,8 +58,8 @@ class Split:
     `tokens`: tensor ranks among which a router's tokens are cut. `is_spread`: experts live on other ranks, so rows are
     copied on their way. `sent`: rows of a token that travel, once to each rank of its experts; 0 where a row of each choice lies
     in a slot. `beside`: ranks that share the inner width of spread experts, each of which has the rows of all. `rows`:
-    routed rows of the fullest rank over the mean. `is_in_segments`: rows lie on several context ranks, so that a Mamba2 block
-    runs in parts.
+    routed rows of the fullest rank over the mean. `parts`: in which those come to the experts. `is_in_segments`: rows lie on
+    several context ranks, so that a Mamba2 block runs in parts.
     """
 
     tensor: int = 1
@@ -69,6 +69,7 @@ class Split:
     sent: float = 0.0
     beside: int = 1
     rows: float = 1.0
+    parts: int = 1
     is_in_segments: bool = False
 
 
@@ -275,8 +276,8 @@ def _moe_bytes(moe: MoeConfig, hidden_size: int, storage: Storage, split: Split)
         kept += (hidden_size + 1) * e / split.tokens  # what is gated, and the gate
     units = moe.expert_hidden_size
     if storage.backend == "triton" and split.sent:
-        # Gradients of hidden rows, the activation, and gradients of rows by choice, beside those that came and those that go.
-        by_choice = choices * (split.beside * width + rows + units) * e
+        # Of a part gradients of hidden rows, the activation, and gradients of rows by choice, beside all those that came and go.
+        by_choice = choices / split.parts * (split.beside * width + rows + units) * e
         return BlockBytes(kept, by_choice + arrived * (2 * width * e + moe.top_k * FLOAT32_BYTES))
     if storage.backend == "triton":
         # Gradients of rows and of hidden rows, and the activation. Where rows lie in slots, the results that went back make

@@ -137,6 +137,7 @@ def split_of(config: RunConfig, layout: Layout, imbalance: float) -> Split:
         sent=expected_ranks(moe, layout.expert) if moe is not None and by_rank else 0.0,
         beside=layout.expert_tensor if is_spread else 1,
         rows=imbalance if is_spread else 1.0,
+        parts=layout.expert_parts if is_spread else 1,
         is_in_segments=layout.context > 1,
     )
 
@@ -201,7 +202,10 @@ def busiest_pass(
         for place, letter in reversed(list(enumerate(letters))):
             made += block_gradients
             gradients = whole if accumulates else min(made, whole)
-            working = tokens * sizes[letter].working + expert_gradients * (letter == "E")
+            working = tokens * sizes[letter].working
+            if letter == "E":
+                # A pass that is cut in two makes the weights' gradients when the rest of it is over.
+                working = max(working, expert_gradients) if is_cut else working + expert_gradients
             working += waiting[place] if number == last else 0.0
             found = moment(activations, working, gradients, 0.0, gathered + arriving)
             if sum(found.values()) > sum(best.values()):

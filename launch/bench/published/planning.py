@@ -41,6 +41,7 @@ WITHOUT_LAYOUT = (
     "parallel.tensor=1",
     "parallel.sequence_parallel=false",
     "parallel.expert=1",
+    "parallel.overlap_experts=false",
     "parallel.context=1",
     "parallel.pipeline=1",
     "parallel.schedule=1f1b",

@@ -26,6 +26,7 @@ ZERO_ALONE = (
     "parallel.tensor=1",
     "parallel.sequence_parallel=false",
     "parallel.expert=1",
+    "parallel.overlap_experts=false",
     "parallel.pipeline=1",
     "parallel.schedule=1f1b",
     "parallel.virtual_stages=1",

@@ -30,7 +30,7 @@ def exchanged(config, layout, **options):
 
 def test_no_more_is_hidden_than_is_computed_meanwhile_and_nothing_is_lost():
     config = preset("nemotron3_ultra_550b", ranks=1024)
-    layout = Layout.of(config, 1024)
+    layout = replace(Layout.of(config, 1024), overlap_experts=False)
     held, (waited, hidden) = exchanged(config, layout)
     _, (whole, nothing) = exchanged(config, layout, is_overlapped=False)
     assert nothing == 0.0 < hidden < whole
@@ -42,7 +42,7 @@ def test_no_more_is_hidden_than_is_computed_meanwhile_and_nothing_is_lost():
 
 def test_halves_hide_more_and_cost_what_reads_the_weights_again():
     config = preset("nemotron3_ultra_550b", ranks=1024)
-    layout = Layout.of(config, 1024)
+    layout = replace(Layout.of(config, 1024), overlap_experts=False)
     halves = replace(layout, overlap_experts=True)
     assert exchanged(config, halves)[1][0] < exchanged(config, layout)[1][0]
     storage = storage_of(config)
