@@ -178,8 +178,9 @@ def busiest_pass(
     # Of routed experts all gradients are made at once, in the dtype of the weights, before they join the sums; those of halves
     # lie beside each other.
     stored = held.letters.count("E") - repeated_letters(model, held).count("E")
-    expert_gradients = e * held.routed / max(1, stored) * layout.expert_parts if storage.backend == "triton" else 0.0
+    expert_gradients = e * held.routed / max(1, stored) if storage.backend == "triton" else 0.0
     waiting = waiting_gradients(model, layout, held, e, expert_gradients, kept_head / max(1, held.heads))
+    expert_gradients *= layout.expert_parts
     passes = list(activations_of(config, layout, storage, held, sizes, kept_head, split))
 
     def moment(kept: float, working: float, gradients: float, logits: float, weights: float) -> dict[str, float]:

@@ -23,6 +23,7 @@ from pretrain.stages import RunStage
 
 NEAR_MISSES = 3
 KEPT_PARTS = ("weights", "masters", "moments", "gradients")  # that no recomputation spares
+LEAST_WAITING = 0.01  # of a step for experts' rows, below which halves are not tried
 RESTART_SECONDS = 600.0  # of saving, starting all ranks and loading, where the layout changes
 
 
@@ -70,13 +71,15 @@ def rank_layouts(
             if tally is not None:
                 tally.overflow(option, memory, reason)
         else:
-            found = [estimate(runs[0], option, hardware, assumptions)]
-            if recomputes and option.expert > 1:
-                # No rule and no other axis depends on it, so that it is tried where the layout fits without.
+            found = estimate(runs[0], option, hardware, assumptions)
+            # Halves spare at most what is waited for. No rule and no other axis depends on them.
+            if recomputes and found.step.communication.get("expert", 0.0) > LEAST_WAITING * found.step.total():
                 halves = replace(option, overlap_experts=True)
-                if not memory_of_stages(config, runs, halves, hardware, assumptions)[1]:
-                    found.append(estimate(runs[0], halves, hardware, assumptions))
-            fitting.append(min(found, key=lambda item: item.step.total()))
+                other = estimate(runs[0], halves, hardware, assumptions)
+                is_faster = other.step.total() < found.step.total()
+                if is_faster and not memory_of_stages(config, runs, halves, hardware, assumptions)[1]:
+                    found = other
+            fitting.append(found)
     fitting.sort(key=lambda item: item.step.total())
     misses.sort(key=lambda miss: (miss[1].total() <= room, miss[1].total()))  # broken rules last
     nearest = [

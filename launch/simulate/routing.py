@@ -4,16 +4,20 @@ How it works: each block of as many tokens as there are expert ranks draws K dif
 them moved on by as many ranks as its place says, around the end. So every rank gets equally many tokens, no token has an
 expert twice, and how many ranks a token's choices lie on, which is how many rows travel, is that of random draws. A step
 has few blocks where ranks are many: then more sets are drawn, sorted by the ranks that they reach, and every so-manieth is
-taken, so that the mean is that of many. Seeds are fixed: a trace gives the same numbers again.
+taken, so that the mean is that of many; and they are put in an order in which the mean of every stretch is near that, since
+tensor ranks and halves take stretches. Seeds are fixed: a trace gives the same numbers again.
 """
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
+from itertools import count
 
 import torch
 from torch import Tensor
 
+GOLDEN = (math.sqrt(5) - 1) / 2  # Knuth, The Art of Computer Programming 3, section 6.4, theorem S
 LEAST_DRAWS = 2048  # then the mean number of ranks is within some tenths of a percent
 
 
@@ -31,8 +35,10 @@ def spread_choices(
     expert_NK = group_NG.gather(1, place_NK // group_size) * group_size + place_NK % group_size
     rank_NK = (expert_NK // held).sort(1).values
     reached_N = (rank_NK[:, 1:] != rank_NK[:, :-1]).sum(1)
-    taken_N = reached_N.argsort(stable=True)[every // 2 :: every][torch.randperm(blocks, generator=seed)]
-    expert_NK = expert_NK[taken_N]
+    taken_N = reached_N.argsort(stable=True)[every // 2 :: every]
+    # In an order in which every stretch has few and many: steps of the golden part of a circle leave no gaps.
+    step = next(step for step in count(round(GOLDEN * blocks)) if math.gcd(step, blocks) == 1)
+    expert_NK = expert_NK[taken_N[(blocks // 2 + torch.arange(blocks) * step) % blocks]]
     # By whole ranks, and where those are smaller than a router's group first inside it, then from group to group.
     moved_P = torch.arange(expert_ranks) * held
     inside_NPK = (expert_NK[:, None] + moved_P[:, None]) % group_size

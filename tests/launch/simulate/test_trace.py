@@ -35,13 +35,13 @@ def trace(path, ranks, *overrides):
 
 def test_a_composed_layout_sends_the_bytes_of_the_formulas_and_waits_where_it_may(small):
     layout = ("parallel.tensor=2", "parallel.sequence_parallel=true", "parallel.expert=2", "parallel.context=2")
+    layout += ("model.moe.top_k=1",)  # so that how many rows travel to experts is no matter of draws
     (entry,) = trace(small, 8, *layout)
     # The plan counts norms and routers, which every tensor rank holds, as cut.
     assert entry.traced["parameters"] == pytest.approx(entry.held_parameters(), rel=0.01)
     assert entry.traced["mismatches"] == {}
     assert unnumbered(entry.traced["host_waits"]) == expected_waits(entry.config)
-    # Rows to experts are those of an even router on average; half of the experts on each rank leave much to the draws.
-    assert compare_bytes(entry) == "as expected"
+    assert compare_bytes(entry) == "equal"
 
 
 def test_experts_under_a_capacity_factor_wait_for_nothing(small):
