@@ -84,9 +84,11 @@ def expert_exchange_seconds(
     traffic = expert_traffic(config, layout, blocks)
     if traffic is None:
         return 0.0, 0.0
-    travel = sent_rows * exchange_seconds(traffic.rows, layout, hardware) / blocks / 4
     details = traffic.details
-    beside_rows = sent_rows * exchange_seconds(details, layout, hardware) / blocks / 2 if details else 0.0
+    # Slots are sent whoever fills them; of other rows the fullest rank's link has the most.
+    uneven = sent_rows * (imbalance if details else 1.0)
+    travel = uneven * exchange_seconds(traffic.rows, layout, hardware) / blocks / 4
+    beside_rows = uneven * exchange_seconds(details, layout, hardware) / blocks / 2 if details else 0.0
     first, last, experts = computed_around(config, layout, hardware, storage, imbalance)
     # A backward pass that is cut in two has the gradients of inputs alone beside the exchanges.
     backward = 1 if layout.schedule == "zero_bubble" else 2

@@ -5,6 +5,7 @@ import pytest
 from launch.plan.layout import Layout, held_by_stages
 from model.config.schema import MtpConfig
 from model.flops import count_parameters
+from pretrain.config.schema import ParallelConfig
 from tests.launch.plan.presets import preset
 
 LAYOUTS = [
@@ -47,6 +48,9 @@ def test_the_last_stage_has_the_depths_and_a_copy_of_the_embedding(layout, share
 
 def test_a_layout_is_described_by_what_is_not_at_its_smallest():
     assert Layout(1, 0, 2).describe() == "zero_stage=0 micro_batch_size=2"
+    halves = Layout(16, 1, 1, expert=4, overlap_experts=True)
+    assert halves.describe() == "expert=4 zero_stage=1 overlap_experts=true micro_batch_size=1"
+    assert ParallelConfig.model_validate(halves.settings()).overlap_experts
     layout = Layout(16, 1, 1, tensor=2, sequence_parallel=True, pipeline=4, schedule="zero_bubble")
     assert layout.describe() == (
         "tensor=2 sequence_parallel=true pipeline=4 zero_stage=1 schedule=zero_bubble micro_batch_size=1"
