@@ -19,7 +19,7 @@ from model.config.schema import MoeConfig
 from pretrain.config.schema import RunConfig
 
 
-def add_moe(line: Roofline, config: RunConfig, layout: Layout, imbalance: float) -> None:
+def add_moe(line: Roofline, config: RunConfig, layout: Layout, storage: Storage, imbalance: float) -> None:
     """Add router, latent projections, this rank's experts, what moves their rows, and the shared expert."""
     model, tokens = config.model, layout.tokens(config)
     assert model.moe is not None, "check_model was not called: model.moe is missing"
@@ -37,6 +37,9 @@ def add_moe(line: Roofline, config: RunConfig, layout: Layout, imbalance: float)
         sent = expected_ranks(moe, layout.expert)
         arrived = imbalance * layout.expert_tensor * (moe.top_k + sent)
         line.passes(2 * routed * (3 * sent + arrived + 1) * width * e)
+    elif not is_spread and storage.backend == "triton":
+        # Sums over choices of products in expert order, of results and of gradients; rows are read where they lie.
+        line.passes(2 * tokens * (moe.top_k + 1) * width * e)
     else:
         # Into expert order, back, and both gradients.
         rows = tokens * moe.top_k * (imbalance * layout.expert_tensor / layout.tensor if is_spread else 1.0)

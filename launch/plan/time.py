@@ -90,7 +90,7 @@ def block_seconds(
     elif is_registered(letter):
         _add_registered(line, config, letter, tokens, tensor)
     elif letter == "E":
-        add_moe(line, config, layout, imbalance)
+        add_moe(line, config, layout, storage, imbalance)
     else:
         assert model.feed_forward is not None, "check_model was not called: model.feed_forward is missing"
         feed_forward = model.feed_forward
