@@ -295,7 +295,7 @@ def bucketed_bytes(held: StageShare, layout: Layout) -> float:
     pairs = [max(map(sum, pairwise(sizes)), default=sizes[0]) for sizes in kinds]
     largest = [max(sizes) for sizes in kinds]
     under_way = max(pair + sum(largest) - own for pair, own in zip(pairs, largest))
-    return min(whole, FLOAT32_BYTES * (held.share(layout) + under_way))
+    return FLOAT32_BYTES * (held.share(layout) + under_way)
 
 
 def resting_bytes(held: StageShare, layout: Layout) -> float:
@@ -303,7 +303,7 @@ def resting_bytes(held: StageShare, layout: Layout) -> float:
     whole = FLOAT32_BYTES * held.parameters
     if layout.zero_stage == 1 or held.share(layout) == held.parameters:
         return whole
-    return min(whole, FLOAT32_BYTES * (held.share(layout) + bucket_sizes(held, layout)[0][0]))
+    return FLOAT32_BYTES * (held.share(layout) + bucket_sizes(held, layout)[0][0])
 
 
 def bucket_sizes(held: StageShare, layout: Layout) -> list[list[float]]:

@@ -136,6 +136,9 @@ class GradientBuckets:
             return  # autograd was given none: a split backward pass computes it later, and calls again
         bucket, number = self.places[id(parameter)]
         assert bucket.seen < bucket.wanted, f"{bucket.names[number]} has more gradients than there are backward passes"
+        if bucket.sums is None:
+            # Its sum of the pass before has travelled beside a forward pass: two of them need not lie there.
+            self._settle(bucket)
         bucket.view(number).add_(parameter.grad)
         parameter.grad = None
         bucket.seen += 1
