@@ -79,7 +79,6 @@ LAYOUTS = {
     "ep2, halves": Layout(
         ParallelConfig(expert=2, overlap_experts=True), ("dropless", "drop", "recycle"), shunned=(1,)
     ),
-    "ep4, halves": Layout(ParallelConfig(expert=4, overlap_experts=True), ("dropless",), shunned=(2, 3)),
     "tp2 sp ep2 etp2, halves": Layout(
         ParallelConfig(tensor=2, sequence_parallel=True, expert=2, expert_tensor=2, overlap_experts=True), ("latent",)
     ),
