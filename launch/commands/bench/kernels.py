@@ -42,7 +42,7 @@ def kernels(
     elif audit:
         from launch.bench.kernels.audit import audit_kernels
 
-        say("counting in Triton's interpreter, a minute or two")
+        say("counting in Triton's interpreter, up to ten minutes")
         result = audit_kernels(op)
     elif tune:
         result = _tune_kernels(op)
