@@ -20,8 +20,8 @@ from launch.console import UNUSED_LIBRARIES
 class Child:
     """`python -m MODULE ARGUMENTS` behind pipes, killed where the `with` block ends, or where this process does.
 
-    Make it in the main thread. It gets a line for each `start` and answers with lines of JSON. RuntimeError where it ends instead. `quiet`: what it
-    prints to standard error is shown only then.
+    Make it in the main thread. It gets a line for each `start` and answers with lines of JSON. RuntimeError where it ends
+    instead. `quiet`: what it prints to standard error is shown only then.
     """
 
     def __init__(self, module: str, *arguments: str, quiet: bool = False) -> None:

@@ -233,8 +233,10 @@ def expected_ranks(moe: MoeConfig, expert_ranks: int) -> float:
 
 
 def has_certain_ranks(moe: MoeConfig, expert_ranks: int) -> bool:
-    """Whether a token's choices lie on equally many ranks whatever a router chooses: with one choice, one expert a rank, or
-    so many choices that no rank is left out."""
+    """Whether a token's choices lie on equally many ranks whatever a router chooses.
+
+    So they do with one choice, with one expert a rank, and with so many choices that no rank is left out.
+    """
     held = moe.num_experts // expert_ranks
     return moe.top_k == 1 or held == 1 or moe.top_k > moe.num_experts - held
 

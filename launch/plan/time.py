@@ -1,8 +1,8 @@
 """Seconds of a step: each operation at its roofline, ZeRO's collectives on rings, AdamW and gradient sums by bandwidth.
 
 Operations are those of `roofline.py`, experts and their exchanges of `expert_time.py`. Ring collectives over N ranks move
-(N - 1) / N of the bytes once for a gather or scatter and twice for an all-reduce (Thakur et al. 2005, "Optimization of Collective Communication
-Operations in MPICH", section 3). A pipeline waits (stages - 1) / pieces a rank micro-batches long, a third of that where
+(N - 1) / N of the bytes once for a gather or scatter and twice for an all-reduce (Thakur et al. 2005, "Optimization of
+Collective Communication Operations in MPICH", section 3). A pipeline waits (stages - 1) / pieces a rank micro-batches long, a third of that where
 the schedule cuts backward passes in two (Qi et al. 2023, arXiv 2401.10241, section 2).
 """
 

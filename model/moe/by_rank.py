@@ -15,8 +15,8 @@ from torch import Tensor
 
 from kernels.moe.grouping import count_experts
 from kernels.moe.op import expert_feed_forward
-from kernels.moe.rows.op import SortedChoices, add_choices, gather_choices, sort_choices
-from model.moe.transfer import HeldExperts, RowTransfer, exchange_counts
+from kernels.moe.rows.op import SortedChoices, add_choices, choose_ranks, gather_choices, sort_choices
+from model.moe.transfer import HeldExperts, RowTransfer, exchange_counts, sum_over_width_ranks
 
 
 class RowsByRank:
@@ -53,15 +53,12 @@ class Destinations:
 
     @classmethod
     def of(cls, expert_ids_RK: Tensor, experts: HeldExperts) -> Destinations:
-        """Each token's ranks, in their order, from the experts [R, K] that it chose."""
-        num_ranks, most = experts.groups.ep.size(), min(expert_ids_RK.shape[1], experts.groups.ep.size())
-        # A lost choice goes to one rank more, which is none.
-        ranks_RK = expert_ids_RK // len(experts.up_eFD)
-        is_sent_RP = ranks_RK.new_zeros(len(ranks_RK), num_ranks + 1, dtype=torch.bool).scatter_(1, ranks_RK, True)
-        every_P = torch.arange(num_ranks, device=ranks_RK.device)
-        sent_RP = torch.where(is_sent_RP[:, :num_ranks], every_P, num_ranks).sort(1).values[:, :most]
-        rows = sort_choices(sent_RP, num_ranks + 1, backend=experts.backend)
-        return cls(rows, most, count_experts(ranks_RK, num_ranks + 1)[:num_ranks])
+        """Each token's ranks, from the experts [R, K] that it chose; lost choices go to one rank more, which is none."""
+        num_local, num_ranks = len(experts.up_eFD), experts.groups.ep.size()
+        sent_RJ = choose_ranks(expert_ids_RK, num_local, num_ranks)
+        rows = sort_choices(sent_RJ, num_ranks + 1, backend=experts.backend)
+        choices_P = count_experts(expert_ids_RK // num_local, num_ranks + 1)[:num_ranks]
+        return cls(rows, sent_RJ.shape[1], choices_P)
 
 
 @dataclass(frozen=True)
@@ -83,20 +80,23 @@ def plan_parts(routes: list[Destinations], experts: HeldExperts) -> list[RankPla
 
     Every rank of `groups.ep` and `groups.expt_tp` must call.
     """
-    groups = experts.groups
-    ranks, beside = groups.ep.size(), groups.expt_tp.size()
+    ranks = experts.groups.ep.size()
     own = [torch.stack([route.rows.counts_E[:ranks], route.choices_P], 1) for route in routes]
-    own_PN2 = torch.stack(own, 1)
-    arrived_XPN2 = exchange_counts(own_PN2, groups)
+    own_NP2 = torch.stack(own)
+    arrived_XPN2 = exchange_counts(own_NP2.transpose(0, 1), experts.groups)
     # All numbers that the host needs in one copy: each copy would wait for the device.
-    numbers = torch.cat([own_PN2[:, :, 0].t().flatten(), arrived_XPN2.permute(2, 3, 0, 1).flatten()]).tolist()
-    plans, per_rank = [], ranks * beside
-    for part in range(len(routes)):
-        sent = numbers[part * ranks : (part + 1) * ranks]
-        start = len(routes) * ranks + 2 * part * per_rank
-        rows, choices = numbers[start : start + per_rank], numbers[start + per_rank : start + 2 * per_rank]
-        received = [rows[first : first + ranks] for first in range(0, per_rank, ranks)]
-        plans.append(RankPlan(sent, received[groups.expt_tp.rank()], [sum(each) for each in received], sum(choices)))
+    own_counts, *arrived = torch.cat([own_NP2[None], arrived_XPN2.transpose(1, 2)]).tolist()
+    plans = []
+    for own_part, *arrived_parts in zip(own_counts, *arrived, strict=True):
+        received = [[rows for rows, _ in counts] for counts in arrived_parts]
+        plans.append(
+            RankPlan(
+                sent=[rows for rows, _ in own_part],
+                received=received[experts.groups.expt_tp.rank()],
+                received_beside=[sum(rows) for rows in received],
+                num_choices=sum(choices for counts in arrived_parts for _, choices in counts),
+            )
+        )
     return plans
 
 
@@ -127,18 +127,9 @@ class _Part:
         rows_SD, details_SC = (
             transfer.finish(rows) for transfer, rows in zip(self.transfers, self.under_way, strict=True)
         )
-        groups = self.experts.groups
-        # Each rank of expt_tp has a part of the inner width: the rows of all go to all, and their sums come back.
-        beside = groups.expt_tp.size()
-        spread, spread_details = (
-            RowTransfer(groups.expt_tp, [len(rows_SD)] * beside, self.plan.received_beside) for _ in range(2)
+        y_SD = sum_over_width_ranks(
+            self._sum_experts, [rows_SD, details_SC], self.plan.received_beside, self.experts.groups.expt_tp
         )
-        if beside > 1:
-            rows_SD = spread.run(rows_SD.repeat(beside, 1))
-            details_SC = spread_details.run(details_SC.repeat(beside, 1))
-        y_SD = self._sum_experts(rows_SD, details_SC)
-        if beside > 1:
-            y_SD = spread.back().run(y_SD).unflatten(0, (beside, -1)).sum(0)
         self.home = self.transfers[0].back()
         self.under_way = [self.home.start(y_SD)]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels.moe.op import grouped_feed_forward
 from kernels.moe.rows.op import combine_choices, gather_choices, put_in_slots, sort_choices, sort_rows
-from model.moe.transfer import HeldExperts, RowTransfer, exchange_counts
+from model.moe.transfer import HeldExperts, RowTransfer, exchange_counts, sum_over_width_ranks
 
 
 class RowsBySlot:
@@ -68,12 +68,7 @@ class _Part:
         """Wait for the rows, compute their experts, and send the results home."""
         rows_SD = self.transfer.finish(self.under_way)
         group = self.experts.groups.expt_tp
-        # Each rank of expt_tp has a part of the inner width: the rows of all go to all, and their sums come back.
-        spread = RowTransfer(group, [len(rows_SD)] * group.size(), [len(rows_SD)] * group.size())
-        rows_SD = rows_SD if spread.is_local else spread.run(rows_SD.repeat(group.size(), 1))
-        y_SD = self._feed_forward(rows_SD)
-        if not spread.is_local:
-            y_SD = spread.back().run(y_SD).unflatten(0, (group.size(), -1)).sum(0)
+        y_SD = sum_over_width_ranks(self._feed_forward, [rows_SD], [len(rows_SD)] * group.size(), group)
         self.home = self.transfer.back()
         self.under_way = self.home.start(y_SD)
 

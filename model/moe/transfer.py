@@ -5,6 +5,7 @@ Every rank of the group must call.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,8 +35,9 @@ def exchange_counts(counts_P: Tensor, groups: ProcessGroupCollection) -> Tensor:
 
     Integers on the device, where they stay. Every rank of `groups.ep` and `groups.expt_tp` must call.
     """
+    counts_P = counts_P.contiguous()
     arrived_P = torch.empty_like(counts_P)
-    dist.all_to_all_single(arrived_P, counts_P.contiguous(), group=groups.ep)
+    dist.all_to_all_single(arrived_P, counts_P, group=groups.ep)
     beside = groups.expt_tp.size()
     if beside == 1:
         return arrived_P[None]
@@ -58,11 +60,6 @@ class RowTransfer:
         self.group, self.sent, self.received = group, sent, received
         self.under_way: Any = None
         self.gradient: Tensor | None = None
-
-    @property
-    def is_local(self) -> bool:
-        """Whether there is no other rank."""
-        return bool(self.group.size() == 1)
 
     def start(self, rows_SD: Tensor) -> Tensor:
         """Start sending; returns the buffer whose rows will have arrived after `finish`."""
@@ -129,3 +126,19 @@ class _AllToAllWait(torch.autograd.Function):
         transfer.gradient = transfer.launch(gradients[0], transfer.received, transfer.sent)
         # Only of the right shape for autograd: `start` takes the gradient that travelled.
         return gradients[0], None
+
+
+def sum_over_width_ranks(
+    compute: Callable[..., Tensor], rows: Sequence[Tensor], received: list[int], group: Any
+) -> Tensor:
+    """Let every rank of `groups.expt_tp` compute from the rows of all, with its part of the inner width; sum what they give.
+
+    rows: tensors [S, ...] of this rank, which `compute` takes, arrived or not, and gives as many rows for. received: rows of
+    each rank. Every rank of the group must call.
+    """
+    ranks = group.size()
+    if ranks == 1:
+        return compute(*rows)
+    transfers = [RowTransfer(group, [len(own)] * ranks, received) for own in rows]
+    arrived = [transfer.run(own.repeat(ranks, 1)) for transfer, own in zip(transfers, rows)]
+    return transfers[0].back().run(compute(*arrived)).unflatten(0, (ranks, -1)).sum(0)

@@ -9,6 +9,7 @@ from kernels.moe import torch_impl
 from kernels.moe.grouping import sort_stably
 from kernels.moe.losses import balance_loss, count_by_row, router_z_loss, sequence_balance_loss
 from kernels.moe.op import expert_feed_forward, group_by_expert, grouped_feed_forward, route
+from kernels.moe.rows.op import choose_ranks
 from kernels.split_backward import compute_now, split_backward
 from tests.helpers.numbers import relative_rms
 from tests.helpers.registration import assert_registered
@@ -253,6 +254,13 @@ def test_groups_agree_with_the_nemotron_router_of_transformers():
     order, wanted_order = got.expert_ids_RK.argsort(-1), ids.argsort(-1)
     assert torch.equal(got.expert_ids_RK.gather(1, order), ids.gather(1, wanted_order))
     torch.testing.assert_close(got.weights_RK.gather(1, order), weights.gather(1, wanted_order), rtol=1e-6, atol=0)
+
+
+def test_ranks_of_a_token_are_named_once_in_order_and_lost_choices_name_none():
+    ids = torch.tensor([[7, 0, 1, 6], [3, 2, 8, 8], [8, 8, 8, 8]])
+    assert choose_ranks(ids, 2, 4).tolist() == [[0, 3, 4, 4], [1, 4, 4, 4], [4, 4, 4, 4]]
+    assert choose_ranks(ids, 4, 2).tolist() == [[0, 1], [0, 2], [2, 2]]
+    assert choose_ranks(ids[:0], 4, 2).shape == (0, 2)
 
 
 def test_grouping_is_stable_and_counts_every_pair():

@@ -33,6 +33,18 @@ class SortedChoices:
     has_gaps: bool = False
 
 
+def choose_ranks(expert_ids_RK: Tensor, experts_a_rank: int, num_ranks: int) -> Tensor:
+    """Ranks [R, J] that hold experts of each token, each once, in their order; `num_ranks` where there are fewer than J.
+
+    J: as many as choices or ranks there are, whichever is less. Ids from `experts_a_rank * num_ranks` on are lost choices.
+    """
+    ranks_RK = (expert_ids_RK // experts_a_rank).clamp(max=num_ranks)
+    is_chosen_RP = ranks_RK.new_zeros(len(ranks_RK), num_ranks + 1, dtype=torch.bool).scatter_(1, ranks_RK, True)
+    every_P = torch.arange(num_ranks, device=ranks_RK.device)
+    ranks_RP = torch.where(is_chosen_RP[:, :num_ranks], every_P, num_ranks).sort(1).values
+    return ranks_RP[:, : ranks_RK.shape[1]]
+
+
 def sort_choices(expert_ids_RK: Tensor, num_experts: int, *, backend: str = "torch") -> SortedChoices:
     """Sort choices by expert id in [0, num_experts), ties in their first order. No host synchronisation."""
     backend = resolve_backend(backend, expert_ids_RK.device, "moe")

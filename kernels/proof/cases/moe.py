@@ -9,7 +9,15 @@ from torch import Tensor
 
 from kernels.linear.op import linear
 from kernels.moe.op import expert_feed_forward, feed_forward_bytes, feed_forward_flops, grouped_feed_forward, route
-from kernels.moe.rows.op import add_choices, combine_choices, gather_choices, row_bytes, sort_choices, sort_rows
+from kernels.moe.rows.op import (
+    add_choices,
+    choose_ranks,
+    combine_choices,
+    gather_choices,
+    row_bytes,
+    sort_choices,
+    sort_rows,
+)
 from kernels.proof.cases.case import (
     CardSizes,
     CountedProblem,
@@ -91,21 +99,17 @@ def sent_problem(inputs: Inputs, tokens: int, model: int, experts: int, width: i
     x, _, up, down = inner.leaves
     leaves = x, inputs.uniform(tokens, top_k), up, down
     ids = torch.randn(tokens, experts, device=inputs.device).topk(top_k).indices
-    ranks = ids // (experts // RANKS)
-    # One choice of each rank goes there, the others of that rank to none.
-    is_first = torch.stack([(ranks[:, :k] != ranks[:, k, None]).all(1) for k in range(top_k)], 1)
-    ranks = torch.where(is_first, ranks, RANKS)
-    rank_S = ranks.flatten().sort(stable=True).values
+    ranks = choose_ranks(ids, len(up), RANKS)
+    rank_S, pair_S = ranks.flatten().sort(stable=True)
     sent, pairs = int((rank_S < RANKS).sum()), tokens * top_k
-    order_S = ranks.flatten().argsort(stable=True)[:sent] // top_k
-    local = ids[order_S] - rank_S[:sent, None] * len(up)
+    local = ids[pair_S[:sent] // ranks.shape[1]] - rank_S[:sent, None] * len(up)
     local = torch.where((local >= 0) & (local < len(up)), local, len(up))
 
     def run(x: Tensor, weights: Tensor, up: Tensor, down: Tensor, backend: str) -> Tensor:
         there = sort_choices(ranks, RANKS + 1, backend=backend)
-        rows, given = (gather_choices(each, there, sent, top_k) for each in (x, weights))
+        rows, given = (gather_choices(each, there, sent, ranks.shape[1]) for each in (x, weights))
         y = expert_feed_forward(rows, local, given, up, down, activation="swiglu", count=pairs, backend=backend)
-        return add_choices(y, there, tokens, top_k)
+        return add_choices(y, there, tokens, ranks.shape[1])
 
     copies = row_bytes(tokens, sent, model, value_bytes=VALUE_BYTES)
     numbers = 3 * len(up) * model * width

@@ -5,7 +5,7 @@ import torch
 
 from launch.plan.exchanges import expected_ranks
 from launch.simulate.routing import spread_choices
-from model.config.schema import MoeConfig
+from tests.launch.plan.test_exchanges import moe_of
 
 
 @pytest.mark.parametrize(
@@ -20,14 +20,7 @@ def test_every_rank_gets_as_many_tokens_and_a_token_reaches_as_many_ranks_as_ran
     assert ids.shape == (tokens, top_k) and (in_order[:, 1:] > in_order[:, :-1]).all()
     reached = torch.zeros(tokens, ranks, dtype=torch.int64).scatter_(1, ids * ranks // experts, 1)
     assert reached.sum(0).unique().numel() == 1
-    moe = MoeConfig(
-        num_experts=experts,
-        top_k=top_k,
-        expert_hidden_size=8,
-        activation="swiglu",
-        num_router_groups=groups,
-        router_group_top_k=best,
-    )
+    moe = moe_of(experts, top_k, groups, best)
     assert reached.sum(1).double().mean().item() == pytest.approx(expected_ranks(moe, ranks), rel=6e-3)
     used = torch.zeros(tokens, groups, dtype=torch.int64).scatter_(1, ids * groups // experts, 1).sum(1)
     assert used.max() <= best

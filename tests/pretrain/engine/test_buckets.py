@@ -32,7 +32,7 @@ class Trained:
     num_buckets: int
 
 
-def build(zero_stage: int, events: list[str]) -> ZeroEngine:
+def build(zero_stage: int, bucket_elements: int, events: list[str]) -> ZeroEngine:
     parallel = initialize_parallel(ParallelConfig(), timeout_seconds=60, num_threads=1)
     model = HybridModel(ModelConfig.model_validate(MODEL), parallel.groups)
     engine = build_engine(
@@ -41,7 +41,7 @@ def build(zero_stage: int, events: list[str]) -> ZeroEngine:
         precision="float32",
         zero_stage=zero_stage,
         parallel=parallel,
-        bucket_elements=1,
+        bucket_elements=bucket_elements,
         record=lambda event, bucket: events.append(f"{event} {bucket}"),
     )
     first = model.blocks[0].norm.weight
@@ -51,10 +51,10 @@ def build(zero_stage: int, events: list[str]) -> ZeroEngine:
     return engine
 
 
-def train(zero_stage: int) -> Trained:
+def train(zero_stage: int, bucket_elements: int = 1) -> Trained:
     """Steps on tokens of which data rank r of n takes every n-th micro-batch."""
     events: list[str] = []
-    engine = build(zero_stage, events)
+    engine = build(zero_stage, bucket_elements, events)
     ranks, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     tokens = torch.randint(0, MODEL["vocab_size"], (STEPS, 2 * PASSES, ROWS, TOKENS), generator=torch.manual_seed(0))
     meta = PackMeta.one_document_a_row(ROWS, TOKENS)
@@ -107,6 +107,18 @@ def test_reductions_start_before_the_last_backward_pass_ends(two_ranks: list[lis
         assert len(before) >= 3, "later blocks' gradients travel while the first block is differentiated"
         reduced = [event for event in each_pass.events[: each_pass.events.index("step")] if event.startswith("reduce ")]
         assert len(reduced) == PASSES * each_pass.num_buckets
+
+
+def train_in_one_bucket() -> list[str]:
+    return train(2, 1 << 30).events
+
+
+def test_a_sum_that_travelled_is_gone_when_the_next_pass_brings_its_bucket_gradients() -> None:
+    for events in run_ranks(train_in_one_bucket, num_ranks=2):
+        begun = events.index("backward 1")
+        gradient = events.index("gradient of blocks.0", begun)
+        assert "reduce 0" in events[: events.index("end 0")], "the pass before has sent it"
+        assert "reduced 0" in events[begun:gradient]
 
 
 def test_gathers_end_inside_the_next_forward_pass(two_ranks: list[list[Trained]]) -> None:
