@@ -6,6 +6,7 @@ A checkpoint (checkpoint/save.py) holds what the engine has, and as its state th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -123,14 +124,21 @@ def collect_state(run: Run) -> dict[str, Any]:
     if run.log is not None:
         run.log.sync()
     loader_state = run.loader.state_dict()
-    # Quarantined samples differ per rank; gather them.
-    damages = [entry for entries in run.parallel.gather_objects(loader_state["quarantined"]) for entry in entries]
-    loader_state["quarantined"] = sorted(damages)
+    loader_state["quarantined"] = join_damages(run.parallel.gather_objects(loader_state["quarantined"]))
     return {
         "state": {"progress": asdict(run.progress), "loader": loader_state},
         "config": run.config,
         "identities": run.identities,
     }
+
+
+def join_damages(of_ranks: Sequence[Sequence[list[Any]]]) -> list[list[Any]]:
+    """Join what ranks quarantined ([sample, part, reason] each), in the order of the samples, a sample once.
+
+    Ranks that read the same rows find the same damage, and after a resume all ranks know of what any had found before.
+    """
+    by_sample = {damage[0]: damage for damages in of_ranks for damage in damages}
+    return [by_sample[sample] for sample in sorted(by_sample)]
 
 
 def finish_saving(run: Run) -> None:

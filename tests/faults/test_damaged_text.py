@@ -11,7 +11,11 @@ import pytest
 from data_pipeline.config import DataConfig
 from data_pipeline.store.part_writer import write_part
 from data_pipeline.store.store import TokenStore
+from pretrain.checkpoint.files import read_manifest
+from pretrain.config.schema import RunConfig
+from pretrain.saving import join_damages
 from pretrain.train import train
+from tests.helpers.spawn import run_ranks
 from tests.pretrain.tiny_run import read_metrics, tiny_config
 
 
@@ -50,3 +54,31 @@ def test_skipped_samples_are_counted_in_metrics_also_across_a_resume(data: DataC
             assert train(config) == 0
         counts.append([line.get("damaged_samples", 0) for line in read_metrics(tmp_path / name)])
     assert counts[0] == counts[1] == sorted(counts[0]) and counts[0][-1] > 0
+
+
+def test_damages_that_several_ranks_know_of_are_joined_once_and_in_order() -> None:
+    loaded, own = [7, "a", "crc32c"], [30, "b", "cut short"]
+    assert join_damages([[loaded, own], [loaded], [loaded, own]]) == [loaded, own]
+
+
+def train_in_two_starts(config: RunConfig, stops: list[int]) -> list[int]:
+    counts = []
+    for stop in stops:
+        section = config.train.model_copy(update={"stop_after_steps": stop})
+        assert train(config.model_copy(update={"train": section})) == 0
+        saved = Path(config.run.dir, "checkpoints", f"step-{stop:08d}")
+        damages = read_manifest(saved)["state"]["loader"]["quarantined"]
+        assert len({sample for sample, _, _ in damages}) == len(damages)
+        counts.append(len(damages))
+    return counts
+
+
+@pytest.mark.slow
+def test_resumed_ranks_save_each_skipped_sample_once(data: DataConfig, tmp_path: Path) -> None:
+    damaged, _ = with_foreign_token(data, tmp_path / "store")
+    damaged = damaged.model_copy(update={"on_corruption": "quarantine"})
+    config = tiny_config(damaged, tmp_path / "run", train__steps=12)
+    counts, _ = run_ranks(train_in_two_starts, config, [5, 8, 12])
+    assert 0 < counts[0] < counts[2]
+    last = read_metrics(tmp_path / "run")[-1]
+    assert last["damaged_samples"] == counts[2]
