@@ -40,7 +40,7 @@ from pretrain.config.errors import ConfigError, Problem
 from pretrain.config.file import load_located
 from pretrain.config.schema import RunConfig
 from pretrain.recompute import recompute_problems
-from pretrain.stages import resolve_stages, stage_of
+from pretrain.stages import RunStage, resolve_stages, stage_of, step_of_sample
 
 _MODEL_KEY = re.compile(r"model(\.[a-z_0-9]+)+")
 
@@ -89,8 +89,11 @@ def check_run(
         steps = stages[-1].last_step
         if not synthetic:
             problems += synthetic_length_problems(config, stages)
+        ramp = list(ramp_problems(config, stages[0]))
+        if not ramp and not config.stages:
+            problems += phase_problems(config, stages)
         problems += [
-            *ramp_problems(config, stages[0]),
+            *ramp,
             *total_problems(config, steps),
             *loop_problems(config, steps),
             *profile_problems(config, steps, world_size),
@@ -187,11 +190,6 @@ def data_problems(config: RunConfig) -> Iterator[Problem]:
         key = f"data.phases.{index}"
         if phase.weights is None and phase.sequence_length is None:
             yield Problem(key, "changes nothing", "give it weights or a sequence_length")
-        if phase.sequence_length is not None and phase.start_sample % config.train.global_batch_size:
-            batch = config.train.global_batch_size
-            rule = f"must be a multiple of train.global_batch_size={batch}, because rows change their length there"
-            remedy = f"use {(phase.start_sample // batch + 1) * batch}"
-            yield Problem(f"{key}.start_sample", rule, remedy, str(phase.start_sample))
         for name in phase.weights or {}:
             if name not in names:
                 remedy = f"use one of {', '.join(names)}"
@@ -208,6 +206,21 @@ def data_problems(config: RunConfig) -> Iterator[Problem]:
         yield Problem("data.cache", "has no effect: data.store is a folder", "remove it, or name a URL in data.store")
     if Path(config.run.dir) == Path(store):
         yield Problem("run.dir", "is the folder of data.store too", "use two folders", config.run.dir)
+
+
+def phase_problems(config: RunConfig, stages: tuple[RunStage, ...]) -> Iterator[Problem]:
+    """Check that rows change their length between global batches, whose sizes a batch ramp changes."""
+    for index, phase in enumerate(config.data.phases):
+        step, inside = step_of_sample(stages, phase.start_sample)
+        if phase.sequence_length is None or not inside:
+            continue
+        batch = config.train.global_batch_size
+        where = f"a multiple of train.global_batch_size={batch}"
+        if config.train.batch_ramp is not None:
+            where = f"the first sample of a step, and step {step} of the batch ramp has {inside} before it"
+        remedy = f"use {phase.start_sample - inside + stages[-1].batch_size(step)}"
+        rule = f"must be {where}, because rows change their length there"
+        yield Problem(f"data.phases.{index}.start_sample", rule, remedy, str(phase.start_sample))
 
 
 def keeping_problems(config: RunConfig) -> Iterator[Problem]:

@@ -51,6 +51,16 @@ def test_a_sound_run_passes(base):
             "data.phases.0.start_sample = 9: must be a multiple of train.global_batch_size=",
         ),
         (
+            [
+                "train.global_batch_size=8",
+                "train.micro_batch_size=2",
+                "train.batch_ramp={start_size: 4, increment: 4, steps: 3}",
+                "data.phases=[{start_sample: 16, sequence_length: 64}]",
+            ],
+            "data.phases.0.start_sample = 16: must be the first sample of a step, and step 4 of the batch ramp has 4 before "
+            "it, because rows change their length there; use 20",
+        ),
+        (
             ["data.phases=[{start_sample: 9, weights: {plays: 1}}, {start_sample: 9, weights: {plays: 2}}]"],
             "data.phases.1.start_sample = 9: must be greater than 9, where the phase before starts; put the phases in",
         ),
