@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_pipeline.tokenizer.tokenizer import load_tokenizer
+from model.hybrid import ModelOutput
 from pretrain.checks.tasks import SETTING
 from pretrain.config.schema import EvaluateConfig, ParallelConfig, RunConfig
 from pretrain.parallel import Parallel
@@ -82,8 +83,14 @@ def build_scorer(run: Run) -> Scorer:
     """Build what answers jobs on this rank, on the run's engine."""
     parallel = run.parallel
     group = _group(run)
+
+    def forward(*inputs: Any) -> ModelOutput:
+        run.heartbeat.at(run.progress.step, "tasks")  # each pass is progress, however many the tasks ask for
+        output: ModelOutput = run.engine.forward(*inputs)
+        return output
+
     return Scorer(
-        forward=run.engine.forward,
+        forward=forward,
         empty_state=run.model.empty_state,
         tokenizer=load_tokenizer(run.config.data.text_store()),
         device=parallel.device,

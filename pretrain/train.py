@@ -167,7 +167,6 @@ def measure_validation(run: Run) -> None:
     """Validate, if text is held out, and keep the result for this step's log line. Every rank must call this."""
     if run.validation is None:
         return
-    run.heartbeat.at(run.progress.step, "validate")
     validation = validate(run)
     run.progress.validation_loss = validation.loss
     run.progress.validated_step = run.progress.step

@@ -62,6 +62,7 @@ def validate(run: Run) -> Validation:
     sources_S2 = torch.zeros(len(names), 2, dtype=torch.float64, device=run.parallel.device)
     run.engine.module.eval()
     for _ in range(run.config.train.validation_batches):
+        run.heartbeat.at(run.progress.step, "validate")  # each batch is progress, however many there are
         batches = run.validation.take(run.stage.global_batch_size, run.stage.micro_batch_size)
         counts += count_valid_tokens(batches, run.parallel, model)
         micro_batches = [move_batch(batch, run.parallel, model) for batch in batches]

@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 
 from data_pipeline.config import DataConfig
+from pretrain.measure_tasks import measure_tasks
+from pretrain.monitor.signals import SignalWatch
+from pretrain.start import close_run, start_run
 from pretrain.tasks.evaluate import evaluate_tasks
 from pretrain.tasks.suite import TaskChoice
 from pretrain.train import train
@@ -50,6 +53,18 @@ def test_a_run_logs_its_tasks_and_trains_as_without_them(data: DataConfig, folde
     ]
     again = evaluate_tasks(tmp_path / "tasks_too", TaskChoice(NAMES))
     assert again == pytest.approx(measured[-1]["tasks"], rel=1e-5)
+
+
+def test_each_forward_pass_of_a_task_is_progress_to_the_watchdog(
+    data: DataConfig, folder: Path, tmp_path: Path
+) -> None:
+    with SignalWatch() as signals:
+        run = start_run(tiny_config(data, tmp_path / "run", **with_tasks(folder, tasks=("choice",))), signals)
+        phases: list[str] = []
+        run.heartbeat.listener = phases.append
+        measure_tasks(run)
+        assert len(phases) > 2 and set(phases) == {"tasks"}
+        close_run(run)
 
 
 def test_a_task_without_data_is_told_and_training_goes_on(data: DataConfig, folder: Path, tmp_path: Path) -> None:

@@ -146,6 +146,16 @@ def test_validation_measures_the_same_text_each_time_and_changes_nothing(data: D
         close_run(run)
 
 
+def test_each_batch_of_a_validation_is_progress_to_the_watchdog(data: DataConfig, tmp_path: Path) -> None:
+    with SignalWatch() as signals:
+        run = start_run(tiny_config(data, tmp_path, train__validation_batches=3), signals)
+        phases: list[str] = []
+        run.heartbeat.listener = phases.append
+        validate(run)
+        assert phases == ["validate"] * 3
+        close_run(run)
+
+
 def validate_two_sources(data: DataConfig, folder: str, layouts: list[dict[str, int]]) -> list[Validation]:
     results = []
     for number, layout in enumerate(layouts):
