@@ -25,16 +25,22 @@ quickstart: $(VENV)/.installed
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml
+# Without compiling all 27,000 files of the packages: Python compiles those that it imports.
+PIP := $(BIN)/python -m pip install --quiet --no-compile
+
+$(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "amfm needs Python 3.11, 3.12 or 3.13: install one, or name it: make PYTHON=/path/to/python"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable .
+	$(PIP) --upgrade pip
+
+$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+	$(PIP) --editable .
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
-	touch $@
+# With all that `.installed` has, so that a fresh folder resolves its packages once.
+$(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
+	$(PIP) --editable '.[dev]'
+	touch $(VENV)/.installed $@
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
@@ -94,7 +100,7 @@ clients: $(VENV)/.installed-tasks $(CLIENTS)/.installed
 	  --folder runs/clients --out docs/benchmarks/clients.md
 
 $(VENV)/.installed-tasks: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --editable '.[tasks]'
+	$(PIP) --editable '.[tasks]'
 	touch $@
 
 $(CLIENTS)/.installed: recipes/clients/readers.txt recipes/clients/vllm.txt

@@ -66,7 +66,7 @@ def test_a_refusal_names_what_pip_can_install_and_can_be_overruled(caplog: pytes
     assert "AMFM_ALLOW_TRITON=1, though columns are zero" in caplog.text
 
 
-@pytest.mark.parametrize(("said", "fuses"), [(None, "True"), ("0", "False")])
+@pytest.mark.parametrize(("said", "fuses"), [(None, "True"), pytest.param("0", "False", marks=pytest.mark.slow)])
 def test_multiply_adds_fuse_without_a_warning_unless_the_environment_forbids(said: str | None, fuses: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_DEFAULT_FP_FUSION"}
     environment |= {} if said is None else {"TRITON_DEFAULT_FP_FUSION": said}
