@@ -11,8 +11,10 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from data_pipeline.progress import Report, silent
-from pretrain.checkpoint.commit import SavedCheckpoint
+from pretrain.checkpoint.background import Saved
 from pretrain.checkpoint.load import LoadedCheckpoint, load_newest
+from pretrain.checkpoint.names import checkpoint_name
+from pretrain.checkpoint.remote import SentCopy
 from pretrain.checkpoint.replicas.recover import recover
 from pretrain.checkpoint.replicas.write import SavedReplica
 from pretrain.monitor.ownership import read_owner
@@ -147,9 +149,36 @@ def finish_saving(run: Run) -> None:
     record_saved(run, finished)
 
 
-def record_saved(run: Run, saved: SavedCheckpoint | SavedReplica | None) -> None:
-    """Write down a checkpoint that stands, and what can't be cleared away around it; or a replica, and why there is none."""
+def send_missing_copy(run: Run) -> bool:
+    """Begin to send the newest checkpoint where `train.checkpoint_store` lacks it; returns whether it did.
+
+    A kill, or the network, ended the copy before; or the run has a store since now. Every rank must call this.
+    """
+    remote, name = run.saver.remote, checkpoint_name(run.saved_step or 0)
+    if remote is None or run.saved_step is None or not remote.lacks(name, run.saver.ranks):
+        return False
+    finished = run.saver.send(run.directory / "checkpoints" / name, run.config.train.keep_last)
+    record_saved(run, finished)
+    return True
+
+
+def finish_copies(run: Run) -> bool:
+    """See to it that the store has the last checkpoint, trying once more; returns whether it has. Every rank must call this."""
+    if not send_missing_copy(run):
+        return True
+    finish_saving(run)
+    remote = run.saver.remote
+    return remote is None or not remote.lacks(checkpoint_name(run.saved_step or 0), run.saver.ranks)
+
+
+def record_saved(run: Run, saved: Saved | None) -> None:
+    """Write down a checkpoint that stands, and what can't be cleared away around it; a copy; a replica, or why there is none."""
     if saved is None:
+        return
+    if isinstance(saved, SentCopy):
+        run.record_event("copied", step=saved.step, problem=saved.remarks[0] if saved.remarks else None)
+        for remark in saved.remarks:
+            run.say(f"warning: {remark}")
         return
     if isinstance(saved, SavedReplica):
         facts = {"bytes": saved.num_bytes, "seconds": saved.seconds} if saved.problem is None else {}

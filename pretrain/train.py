@@ -42,7 +42,14 @@ from pretrain.monitor.stragglers import STRAGGLER_STEPS
 from pretrain.parallel import is_first_rank
 from pretrain.pruning.prune import prune, prune_if_due
 from pretrain.run import Run, apply_stage
-from pretrain.saving import finish_saving, replicate_if_due, restore_newest_weights, save
+from pretrain.saving import (
+    finish_copies,
+    finish_saving,
+    replicate_if_due,
+    restore_newest_weights,
+    save,
+    send_missing_copy,
+)
 from pretrain.stages import is_guided, stage_of
 from pretrain.start import close_run, start_run
 from pretrain.step import StepResult, train_step
@@ -54,7 +61,7 @@ def train(config: RunConfig) -> int:
 
     4: the next stage has another layout, and everything is saved: the same command goes on in it.
     0: the steps asked for are done, or SIGTERM or SIGUSR1 asked to stop, and everything is saved. 130: Ctrl-C, saved.
-    3: an anomaly ended the run (`handle_anomaly`); the newest checkpoint stands. Raises ValueError for settings and data that do not
+    3: an anomaly ended the run (`handle_anomaly`), or `train.checkpoint_store` does not take its last checkpoint; the newest checkpoint stands. Raises ValueError for settings and data that do not
     fit, OSError while it starts, RuntimeError for the machine's state and for all that ends a run under way; where another
     rank is gone, the message names it.
     """
@@ -95,6 +102,7 @@ def run_steps(run: Run) -> int:
     """Step until the last step, a signal or an anomaly that ends the run; returns the exit code. Every rank must call this."""
     train, steps = run.config.train, run.num_steps
     hooks = build_hooks(run.config)
+    send_missing_copy(run)
     while run.progress.step < run.last_step:
         if needs_fresh_start(run):
             return leave_for_fresh_start(run)
@@ -128,10 +136,23 @@ def run_steps(run: Run) -> int:
             replicate_if_due(run)
     save(run)
     finish_saving(run)
+    if not finish_copies(run):
+        return fail_without_copy(run)
     finished = run.progress.step >= steps
     run.record_event("end", reason="finished" if finished else "stop_after_steps")
     run.say(f"{'finished' if finished else 'stopped'} at step {run.progress.step} of {steps}; saved")
     return DONE
+
+
+def fail_without_copy(run: Run) -> int:
+    """End a run whose last checkpoint is in its directory alone, which may go with the machine; returns the exit code."""
+    text = (
+        f"the checkpoint of step {run.progress.step} is in {run.directory} and not in "
+        f"train.checkpoint_store={run.config.train.checkpoint_store}; the same command sends it"
+    )
+    run.record_event("failed", error=text)
+    run.say(text)
+    return RUN_FAILED
 
 
 def needs_fresh_start(run: Run) -> bool:

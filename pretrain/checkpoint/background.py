@@ -24,7 +24,7 @@ from torch import Tensor
 from pretrain.checkpoint.commit import SavedCheckpoint
 from pretrain.checkpoint.engine_layout import EngineLayout
 from pretrain.checkpoint.files import measure_tensors
-from pretrain.checkpoint.remote import RemoteCheckpoints
+from pretrain.checkpoint.remote import RemoteCheckpoints, SentCopy, step_of
 from pretrain.checkpoint.replicas.memory import NodeMemory
 from pretrain.checkpoint.replicas.write import SavedReplica, write_replica
 from pretrain.checkpoint.save import Snapshot, ranks_of, take_snapshot, write_snapshot
@@ -32,6 +32,8 @@ from pretrain.checkpoint.writers import assign_writers
 from pretrain.config.schema import RunConfig
 from pretrain.engine.engine import ZeroEngine
 from pretrain.rank_group import RankGroup
+
+Saved = SavedCheckpoint | SavedReplica | SentCopy
 
 
 class BackgroundSaver:
@@ -56,7 +58,7 @@ class BackgroundSaver:
         self.remote: RemoteCheckpoints | None = None
         self.replicas: NodeMemory | None = None
         self.fence: Callable[[], None] | None = None
-        self.pending: Future[SavedCheckpoint | SavedReplica] | None = None
+        self.pending: Future[Saved] | None = None
         self.memory: dict[str, Tensor] = {}
 
     def save(
@@ -68,7 +70,7 @@ class BackgroundSaver:
         config: RunConfig,
         identities: dict[str, str],
         keep_last: int,
-    ) -> SavedCheckpoint | SavedReplica | None:
+    ) -> Saved | None:
         """Copy the state and start writing it; returns the previous save, if one was pending.
 
         Waits for the save before, so that memory holds one copy at most. Arguments as for `save_checkpoint`.
@@ -82,12 +84,24 @@ class BackgroundSaver:
 
     def replicate(
         self, step: int, *, state: dict[str, Any], config: RunConfig, identities: dict[str, str]
-    ) -> SavedCheckpoint | SavedReplica | None:
+    ) -> Saved | None:
         """The same into the memory of the nodes (replicas/write.py)."""
         memory = self.replicas
         assert memory is not None, "replicas are written where the run has them"
         snapshot = self._snapshot(step, state, config, identities)
         return self._begin(snapshot, lambda own: write_replica(memory, own, self.ranks))
+
+    def send(self, checkpoint_dir: Path, keep_last: int) -> Saved | None:
+        """Start to send a checkpoint that stands to the store; returns the save before, as `save` does."""
+        remote = self.remote
+        assert remote is not None, "copies are sent where the run has a store"
+
+        def push() -> SentCopy:
+            return SentCopy(step_of(checkpoint_dir.name), tuple(remote.push(checkpoint_dir, self.ranks, keep_last)))
+
+        finished = self.wait()
+        self._run(push)
+        return finished
 
     def measure(self, config: RunConfig) -> int:
         """Bytes that this rank writes of each checkpoint."""
@@ -99,25 +113,27 @@ class BackgroundSaver:
             step, self.layout, self.ranks, self.writers, state=state, config=config, identities=identities
         )
 
-    def _begin(
-        self, snapshot: Snapshot, write: Callable[[Snapshot], SavedCheckpoint | SavedReplica]
-    ) -> SavedCheckpoint | SavedReplica | None:
+    def _begin(self, snapshot: Snapshot, write: Callable[[Snapshot], Saved]) -> Saved | None:
         """Wait for the save before, copy the snapshot and start to `write` the copy; returns the save before."""
         finished = self.wait()
         own_snapshot = copy_snapshot(snapshot, self.memory)
         self.memory = own_snapshot.tensors
+        self._run(lambda: write(own_snapshot))
+        return finished
+
+    def _run(self, work: Callable[[], Saved]) -> None:
+        """Do the work in a thread of its own, whose result `wait` gives."""
         # A thread for this save alone: while one lives that has used OpenMP, its idle workers count as busy processors
         # and every parallel loop of the training thread waits longer (half the speed, measured on two cores).
         writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self.pending = writer.submit(write, own_snapshot)
+        self.pending = writer.submit(work)
         writer.shutdown(wait=False)
-        return finished
 
     def is_writing(self) -> bool:
         """Whether this rank's save is still under way; one that ended, well or not, waits for `wait` to tell how."""
         return self.pending is not None and not self.pending.done()
 
-    def wait(self) -> SavedCheckpoint | SavedReplica | None:
+    def wait(self) -> Saved | None:
         """Wait until nothing is being written: returns the save that was pending, or None.
 
         Raises RuntimeError when that save failed.

@@ -10,12 +10,15 @@ into a temporary folder, with every digest compared on the way, and renamed into
 other (load.py). A damaged step is passed over for the one before, and a store that does not answer ends the start: older
 numbers must not be trained on because of a network.
 
-A copy that can't be sent is a remark, because the checkpoint of the run directory stands; the next save tries again.
+A copy that can't be sent is a remark, because the checkpoint of the run directory stands; the next save sends the next one.
+The last one of a run has no next: it is tried once more, and a start sends what the store lacks of the checkpoint that it
+goes on from.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,14 @@ from pretrain.rank_group import RankGroup
 
 # What we write below the URL; nothing else there is looked at or removed.
 OBJECT_NAME = re.compile(r"(step-\d{8,})/(manifest\.json|keep|rank-\d{5}\.safetensors)")
+
+
+@dataclass(frozen=True)
+class SentCopy:
+    """A copy of an earlier checkpoint that was sent later, and remarks on what went wrong (on all ranks)."""
+
+    step: int
+    remarks: tuple[str, ...]
 
 
 class RemoteCheckpoints:
@@ -47,6 +58,14 @@ class RemoteCheckpoints:
             if match is not None:
                 steps.setdefault(match[1], []).append(match[2])
         return dict(sorted(steps.items(), key=lambda entry: step_of(entry[0]), reverse=True))
+
+    def lacks(self, name: str, ranks: RankGroup) -> bool:
+        """Whether the store has no whole copy of a step, or does not answer. All ranks must call it."""
+        found = False
+        if ranks.rank == 0:
+            with RankFailure().caught():
+                found = MANIFEST_NAME in self.list_objects().get(name, [])
+        return not ranks.broadcast(found)
 
     def push(self, checkpoint_dir: Path, ranks: RankGroup, keep_last: int) -> list[str]:
         """Copy a committed checkpoint and prune the store to `keep_last`; returns remarks. All ranks must call it."""

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ from pretrain.checkpoint.inspect import inspect_checkpoint
 from pretrain.checkpoint.names import list_checkpoints
 from pretrain.checkpoint.remote import RemoteCheckpoints
 from pretrain.checks.check_run import check_run
+from pretrain.monitor.signals import SignalWatch
 from pretrain.rank_group import RankGroup
-from pretrain.train import train
+from pretrain.start import close_run, start_run
+from pretrain.train import run_steps, train
 from tests.helpers.killing_proxy import Gate, killing_proxy
 from tests.helpers.s3 import BUCKET, s3_server
 from tests.helpers.spawn import run_ranks
@@ -136,6 +139,34 @@ def test_a_copy_that_cannot_be_sent_is_a_remark(data: DataConfig, tmp_path: Path
     assert remark.startswith(f"step-00000001 was not copied to {url}: {url}/step-00000001/")
     with pytest.raises(RuntimeError, match=r"checkpoints of s3://no-such-bucket/run were not fetched: rank 0: "):
         RemoteCheckpoints(url).pull_newer(tmp_path / "new", ALONE)
+
+
+def test_a_start_sends_what_the_store_lacks_also_of_a_finished_run(data: DataConfig, tmp_path: Path, url: str) -> None:
+    assert train(tiny_config(data, tmp_path / "run", train__steps=3, schedule__warmup_steps=1)) == 0
+    config = tiny_config(data, tmp_path / "run", train__steps=3, schedule__warmup_steps=1, train__checkpoint_store=url)
+    for copies in (1, 1):
+        assert train(config) == 0
+        assert list(RemoteCheckpoints(url).list_objects()) == ["step-00000003"]
+        assert [event["problem"] for event in read_events(tmp_path / "run", "copied")] == copies * [None]
+
+
+def test_a_run_whose_last_copy_cannot_be_sent_fails_and_the_same_command_sends_it(
+    data: DataConfig, tmp_path: Path, server: dict[str, str]
+) -> None:
+    bucket, url = f"{server['AWS_ENDPOINT_URL']}/copies", "s3://copies/run"
+    config = tiny_config(data, tmp_path / "run", train__checkpoint_store=url)
+    for method, code in (("DELETE", 3), ("PUT", 0)):
+        urllib.request.urlopen(urllib.request.Request(bucket, method="PUT"))
+        with SignalWatch() as signals:
+            run = start_run(config, signals)
+            urllib.request.urlopen(urllib.request.Request(bucket, method=method))
+            assert run_steps(run) == code
+            close_run(run)
+    (failed,) = read_events(tmp_path / "run", "failed")
+    assert (
+        f"the checkpoint of step 4 is in {tmp_path / 'run'} and not in train.checkpoint_store={url}" in failed["error"]
+    )
+    assert list(RemoteCheckpoints(url).list_objects()) == ["step-00000004"]
 
 
 def test_a_large_file_is_sent_in_parts_and_appears_as_a_whole(tmp_path: Path, url: str) -> None:
