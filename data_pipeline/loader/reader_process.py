@@ -23,6 +23,8 @@ from data_pipeline.store.shards import DamagedError
 from data_pipeline.synthetic.rows import SyntheticReader, SyntheticSettings
 
 PIPE_BYTES = 2**20
+# What reaches the whole group from the terminal or the scheduler; the trainer decides, and still needs rows to save.
+_OF_THE_GROUP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _START = "import sys; sys.path.insert(0, sys.argv[1]); from data_pipeline.loader.reader_process import serve; serve()"
 
 
@@ -31,9 +33,14 @@ class ReadingProcess:
 
     def __init__(self, settings: SampleSettings | SyntheticSettings) -> None:
         root = str(Path(__file__).resolve().parent.parent.parent)
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _START, root], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
+        # Inherited blocked: a signal during the imports of the new process waits until `serve` ignores it.
+        former = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_GROUP)
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _START, root], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, former)
         assert self._process.stdin is not None and self._process.stdout is not None, "both pipes were asked for"
         self._requests, self._answers = self._process.stdin, self._process.stdout
         if hasattr(fcntl, "F_SETPIPE_SZ"):
@@ -83,8 +90,7 @@ class ReadingProcess:
 
 def serve() -> None:
     """Body of the reading process: answer requests until standard input ends."""
-    # Signals of the terminal or the scheduler reach the whole group; the trainer decides, and still needs rows to save.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    for number in _OF_THE_GROUP:
         signal.signal(number, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "wb")
     # Whatever a library prints goes to standard error, or it would break the stream of answers.

@@ -5,6 +5,7 @@ import signal
 
 import pytest
 
+from data_pipeline.loader.reader_process import ReadingProcess
 from tests.data_pipeline.loader.loading import load, stream
 
 
@@ -27,6 +28,17 @@ def test_reading_processes_outlive_signals_and_end_with_the_loader(config):
     assert len(loader.take(8)) == 4
     loader.close()
     assert process.returncode == 0
+
+
+def test_signals_while_a_reading_process_starts_do_not_end_it(config):
+    """As Ctrl-C in the first second of a run, which the terminal sends to every process."""
+    process = ReadingProcess(load(config).settings)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        process._process.send_signal(number)
+    process.request(0, 2, 2)
+    rows, damages = process.receive()
+    process.close()
+    assert len(rows) == 2 and not damages and process._process.returncode == 0
 
 
 def read_in_a_child(config, results):
