@@ -13,6 +13,7 @@ import functools
 import logging
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kernels.attention.reference import attention_reference, window_sums_reference
@@ -91,7 +92,7 @@ def window_sums(
         raise ValueError(f"window must be at least 1, the query's own key; got {window}")
     scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
     if backend == "triton":
-        _log_choice("torch", "no Triton kernel gives the largest score and mass of a window; PyTorch's products do")
+        _note_choice("torch", "no Triton kernel gives the largest score and mass of a window; PyTorch's products do")
         backend = "torch"
     sums: dict[str, Any] = {"document_ids_BS": document_ids_BS, "scale": scale, "window": window}
     if resolve_backend(backend, q_BTHK.device, "attention") == "reference":
@@ -116,15 +117,21 @@ def fastest_backend(
     if has_documents and tokens == keys and document_ends is not None:
         reason = refuse_varlen(q_BTHK.dtype, q_BTHK.shape[3])
         if reason is None:
-            _log_choice("varlen", "PyTorch's FlashAttention takes documents laid end to end")
+            _note_choice("varlen", "PyTorch's FlashAttention takes documents laid end to end")
             return "varlen"
-        _log_choice("triton", f"PyTorch's variable-length attention can't serve: {reason}")
+        _note_choice("triton", f"PyTorch's variable-length attention can't serve: {reason}")
         return backend
     if has_documents or tokens not in (1, keys):
-        _log_choice("triton", "a mask would keep PyTorch's attention from FlashAttention; ours skips hidden tiles")
+        _note_choice("triton", "a mask would keep PyTorch's attention from FlashAttention; ours skips hidden tiles")
         return backend
-    _log_choice("torch", "without document boundaries PyTorch's FlashAttention is faster")
+    _note_choice("torch", "without document boundaries PyTorch's FlashAttention is faster")
     return "torch"
+
+
+@torch.compiler.assume_constant_result
+def _note_choice(backend: str, reason: str) -> None:
+    """As `_log_choice`, where torch.compile looks: a message would cut a graph in two."""
+    _log_choice(backend, reason)
 
 
 @functools.cache

@@ -3,12 +3,16 @@
 It works on a card alone, for bfloat16 and float16, and its interface is young: torch 2.10 brought it, scale, windows and
 grouped heads came later. Whether it can serve is found from the version and the function's own parameters, so a release
 that takes other arguments is left alone instead of failing in the first step; our kernel (`triton_impl.py`) serves there.
+
+torch 2.15 prefers cuDNN for it on Hopper and Blackwell. cuDNN builds and keeps a plan for each pair of a number of documents and
+a longest document (40 ms of the host, pytorch#191576), and nearly every micro-batch brings another pair. FlashAttention
+takes both as plain numbers, so it alone is let in.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
+import importlib.util
 import inspect
 import re
 from dataclasses import dataclass
@@ -16,10 +20,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 FIRST_TORCH = (2, 10)
 PARAMETERS = ("cu_seq_q", "cu_seq_k", "max_q", "max_k", "scale", "window_size", "enable_gqa")
 LARGEST_HEAD = 256
+_MODULE = "torch.nn.attention.varlen"
+# PyTorch's function, None in releases before it. Looked up once: torch.compile can't look into an import.
+_VARLEN_ATTENTION: Any = importlib.import_module(_MODULE).varlen_attn if importlib.util.find_spec(_MODULE) else None
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,7 @@ class DocumentEnds:
 
 def refuse_varlen(dtype: torch.dtype, head_dim: int) -> str | None:
     """Why PyTorch's variable-length attention does not serve such heads here; None where it does."""
-    reason = _refuse_release(torch.__version__)
+    reason = _refuse_own_release()
     if reason is not None:
         return reason
     if torch.are_deterministic_algorithms_enabled():
@@ -44,19 +52,20 @@ def refuse_varlen(dtype: torch.dtype, head_dim: int) -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result
+def _refuse_own_release() -> str | None:
+    """What `_refuse_release` says of this torch, of which torch.compile need know no more."""
+    return _refuse_release(torch.__version__)
+
+
 @functools.cache
 def _refuse_release(version: str) -> str | None:
     """Why a release of torch does not have it as it is called here; None where it does."""
     major, minor = map(int, re.findall(r"\d+", version)[:2])
     if (major, minor) < FIRST_TORCH:
         return f"torch {version} does not have it; torch 2.10 and later do"
-    missing = [name for name in PARAMETERS if name not in inspect.signature(_find_function()).parameters]
+    missing = [name for name in PARAMETERS if name not in inspect.signature(_VARLEN_ATTENTION).parameters]
     return f"that of torch {version} does not take {', '.join(missing)}" if missing else None
-
-
-def _find_function() -> Any:
-    """`torch.nn.attention.varlen.varlen_attn`, imported where it is used: older releases don't have the module."""
-    return importlib.import_module("torch.nn.attention.varlen").varlen_attn
 
 
 def attention_varlen(
@@ -69,8 +78,9 @@ def attention_varlen(
     tokens, heads = q_BTHK.shape[0] * q_BTHK.shape[1], q_BTHK.shape[2]
     q, k, v = (x.reshape(tokens, *x.shape[2:]) for x in (q_BTHK, k_BTJK, v_BTJK))
     before = -1 if window is None else window - 1
-    y: Tensor = _find_function()(
-        q, k, v, ends.offsets, ends.offsets, ends.longest, ends.longest,
-        scale=scale, window_size=(before, 0), enable_gqa=heads != k.shape[1],
-    )  # fmt: skip
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        y: Tensor = _VARLEN_ATTENTION(
+            q, k, v, ends.offsets, ends.offsets, ends.longest, ends.longest,
+            scale=scale, window_size=(before, 0), enable_gqa=heads != k.shape[1],
+        )  # fmt: skip
     return y.view(q_BTHK.shape)

@@ -5,10 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.attention import varlen
-from kernels.attention.op import _log_choice, attention, fastest_backend
-from kernels.attention.varlen import DocumentEnds
+from kernels.attention.op import _log_choice, attention, fastest_backend, window_sums
+from kernels.attention.varlen import DocumentEnds, refuse_varlen
 
 # Softmax-weighted sums of at most a hundred values.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6}
@@ -208,3 +209,57 @@ def test_variable_length_attention_is_called_as_it_is_declared():
             assert [x.shape for x in gradients] == [x.shape for x in leaves]
     with pytest.raises(ValueError, match="needs document_ends"):
         attention(*make_inputs(1, 6, 6, 4, 2, 8), backend="varlen")
+
+
+class CudnnWatch(TorchDispatchMode):
+    """Notes at each variable-length attention whether PyTorch may take cuDNN for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.lets_cudnn = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function._opname == "_varlen_attn":
+            self.lets_cudnn.append(torch._C._get_cudnn_sdp_enabled())
+        return function(*args, **(kwargs or {}))
+
+
+def test_variable_length_attention_keeps_out_cudnn_which_plans_anew_for_every_number_of_documents():
+    was = torch._C._get_cudnn_sdp_enabled()
+    with FakeTensorMode(), CudnnWatch() as watch:
+        q, k = torch.empty(2, 32, 4, 16, dtype=torch.bfloat16), torch.empty(2, 32, 2, 16, dtype=torch.bfloat16)
+        ends = DocumentEnds(torch.tensor([0, 20, 32, 64], dtype=torch.int32), 32)
+        attention(q, k, k, document_ends=ends, backend="varlen")
+    assert (was, watch.lets_cudnn, torch._C._get_cudnn_sdp_enabled()) == (True, [False], True)
+
+
+def test_torch_compile_sees_variable_length_attention_whole_and_makes_one_graph_for_all_documents(without_determinism):
+    """A graph is made for the first documents, one for any others; nothing runs, because a CPU has no FlashAttention."""
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return lambda *_: (torch.zeros(()),)
+
+    @torch.compile(fullgraph=True, backend=keep)
+    def attend(q, k, v, offsets, longest):
+        assert refuse_varlen(q.dtype, q.shape[3]) is None
+        return attention(q, k, v, document_ends=DocumentEnds(offsets, longest), backend="varlen").sum()
+
+    q, k = torch.zeros(1, 64, 4, 16, dtype=torch.bfloat16), torch.zeros(1, 64, 2, 16, dtype=torch.bfloat16)
+    for offsets, longest in (
+        ([0, 32, 64], 32),
+        ([0, 20, 32, 64], 31),
+        ([0, 20, 30, 40, 64], 24),
+        ([0, 1, 2, 3, 4, 64], 60),
+    ):
+        attend(q, k, k, torch.tensor(offsets, dtype=torch.int32), longest)
+    assert len(graphs) == 2
+
+
+def test_the_choice_of_a_backend_does_not_cut_a_compiled_graph():
+    q, k, v = (x.float() for x in make_inputs(1, 24, 24, 4, 2, 8))
+    compiled = torch.compile(
+        lambda q, k, v: window_sums(q, k, v, window=8, backend="triton").o_BTHV, fullgraph=True, backend="aot_eager"
+    )
+    torch.testing.assert_close(compiled(q, k, v), window_sums(q, k, v, window=8).o_BTHV, rtol=1e-5, atol=1e-6)
