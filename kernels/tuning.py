@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import json
 import re
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -177,12 +179,17 @@ def find_environment(device: torch.device) -> Environment:
     """Card, Triton and ptxas release of a CUDA device."""
     version, (major, minor) = triton_version(), torch.cuda.get_device_capability(device)
     assert version is not None, "kernels are tuned without Triton"
-    text = subprocess.run(
-        [get_ptxas(major * 10 + minor).path, "--version"], capture_output=True, text=True, check=True
-    ).stdout
+    release = find_assembler_release(major * 10 + minor)
+    return Environment(torch.cuda.get_device_name(device), ".".join(map(str, version)), release)
+
+
+def find_assembler_release(architecture: int, find: Callable[..., Any] = get_ptxas) -> str:
+    """Release of the ptxas that Triton assembles with for an architecture; Triton 3.5 has one for all, and is asked without it."""
+    assembler = find(architecture) if inspect.signature(find).parameters else find()
+    text = subprocess.run([assembler.path, "--version"], capture_output=True, text=True, check=True).stdout
     found = re.search(r"V(\d+\.\d+\.\d+)", text)
     assert found is not None, f"ptxas printed no version: {text!r}"
-    return Environment(torch.cuda.get_device_name(device), ".".join(map(str, version)), found.group(1))
+    return found.group(1)
 
 
 def load_table(device: torch.device) -> Table:

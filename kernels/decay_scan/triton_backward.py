@@ -108,7 +108,7 @@ def tile_scores(
 
     [Q, Q] in DOT.
     """
-    PART: tl.constexpr = min(BLOCK_K, 64)
+    PART: tl.constexpr = BLOCK_K if BLOCK_K < 64 else 64
     scores = tl.zeros((Q, Q), tl.float32)
     for column in range(0, K, PART):
         q_part = load_operand(q_base + column, start, T, stride_qt, K - column, Q, PART, DOT)

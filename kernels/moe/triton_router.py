@@ -46,7 +46,7 @@ def _limit_groups(appeal, num_groups, group_top_k, BLOCK: tl.constexpr, GROUPS: 
     merit = tl.where(group < num_groups, merit, float("-inf"))
     allowed = tl.zeros((BLOCK, GROUPS), tl.int32)
     for _ in range(group_top_k):
-        _, chosen, merit = _take_first_largest(merit, group, GROUPS)
+        _merit, chosen, merit = _take_first_largest(merit, group, GROUPS)
         allowed = tl.where(group == chosen[:, None], 1, allowed)
     grouped = tl.where(allowed[:, :, None] == 1, grouped, float("-inf"))
     return tl.reshape(grouped, (BLOCK, GROUPS * SIZE))

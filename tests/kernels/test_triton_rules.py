@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -56,6 +56,33 @@ def test_masked_loads_say_what_hidden_lanes_hold(path: Path) -> None:
 def test_products_say_their_precision(path: Path) -> None:
     """On a card float32 operands are cut to tf32 unless told, in the interpreter never."""
     assert [line for line, named in _calls(path, "dot") if "input_precision" not in named] == []
+
+
+def _kernels(path: Path) -> list[ast.FunctionDef]:
+    """Functions of a file that Triton compiles."""
+    return [
+        node
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(mark) for mark in node.decorator_list)
+    ]
+
+
+def _names(nodes: Iterable[ast.AST], *, stored: bool) -> set[str]:
+    """Names that are assigned in these nodes, or read."""
+    kind = ast.Store if stored else ast.Load
+    found = (name for node in nodes for name in ast.walk(node) if isinstance(name, ast.Name))
+    return {name.id for name in found if isinstance(name.ctx, kind)}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_kernels_are_written_so_that_triton_3_5_compiles_them(path: Path) -> None:
+    """It knows no `min` and `max` of constants, and a loop's variable must keep its type."""
+    for kernel in _kernels(path):
+        assert not {"min", "max"} & _names([kernel], stored=False), kernel.name
+        loops = [node for node in ast.walk(kernel) if isinstance(node, ast.For)]
+        assert [
+            loop.lineno for loop in loops if _names([loop.target], stored=True) & _names(loop.body, stored=True)
+        ] == []
 
 
 OPERATION_FILES = sorted(FOLDER.glob("*/op.py"))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import pwd
+import re
 from pathlib import Path
 
 import pytest
+from triton.backends.nvidia.compiler import get_ptxas
 
-from kernels.tuning import Environment, Table
+from kernels.tuning import Environment, Table, find_assembler_release
 from kernels.user_cache import user_folder
 
 ENVIRONMENT = Environment("A card", "3.9.0", "13.0.1")
@@ -34,3 +37,11 @@ def test_the_cache_folder_of_the_environment_keeps_a_table(monkeypatch: pytest.M
     path = Table(ENVIRONMENT, {"kernel 8": {"num_warps": 4}}).save()
     assert path.is_relative_to(tmp_path / "amfm" / "tuned")
     assert Table.load(ENVIRONMENT).configs == {"kernel 8": {"num_warps": 4}}
+
+
+def test_the_assembler_is_asked_for_its_release_as_each_triton_wants_it() -> None:
+    """Triton 3.5 has one for all architectures, later releases are told which."""
+    tool = get_ptxas(90) if inspect.signature(get_ptxas).parameters else get_ptxas()
+    own = find_assembler_release(90)
+    assert re.fullmatch(r"\d+\.\d+\.\d+", own)
+    assert find_assembler_release(90, lambda: tool) == find_assembler_release(90, lambda arch: tool) == own
