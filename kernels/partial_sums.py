@@ -24,10 +24,11 @@ LARGEST_TILE = {"BLOCK_P": 16, "BLOCK_C": 64} if INTERPRETED else {"BLOCK_P": 32
 def sum_parts_kernel(parts, total, count, columns, stride_p, stride_o, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
     """total [outer, columns] of parts [count, outer, columns], added in float32 and in one order, rounded once.
 
-    Grid: (outer, blocks of columns). Parts lie `stride_p` apart, rows of the total `stride_o`.
+    Grid: outer times blocks of columns, the blocks innermost. Parts lie `stride_p` apart, rows of the total `stride_o`.
     """
-    column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    outer = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(columns, BLOCK_C)
+    column = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    outer = (tl.program_id(0) // blocks).to(tl.int64)
     lane = tl.arange(0, BLOCK_P)
     first = parts + outer * columns + column[None, :]
     added = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
@@ -39,13 +40,19 @@ def sum_parts_kernel(parts, total, count, columns, stride_p, stride_o, BLOCK_P: 
     tl.store(total + outer * stride_o + column, summed.to(total.dtype.element_ty), mask=column < columns)
 
 
+def grid_of(outer: int, columns: int) -> tuple[int]:
+    """Programs of `sum_parts_kernel`, in one dimension: of a second one a card takes 65,535, and routed rows may be more blocks."""
+    return (outer * triton.cdiv(columns, LARGEST_TILE["BLOCK_C"]),)
+
+
 def sum_parts(parts: Tensor, total: Tensor) -> Tensor:
     """Add parts [P, outer, columns] (float32, packed) into total [outer, columns], rows of which may lie apart; returns it."""
     count, outer, columns = parts.shape
     if total.numel():
         tile = LARGEST_TILE | {"BLOCK_P": min(LARGEST_TILE["BLOCK_P"], triton.next_power_of_2(count))}
-        grid = (outer, triton.cdiv(columns, tile["BLOCK_C"]))
-        sum_parts_kernel[grid](parts, total, count, columns, outer * columns, total.stride(0), **tile)
+        sum_parts_kernel[grid_of(outer, columns)](
+            parts, total, count, columns, outer * columns, total.stride(0), **tile
+        )
     return total
 
 

@@ -20,8 +20,10 @@ from torch import Tensor
 
 from kernels.backend import INTERPRETED
 
-# Pairs of a program, and those that it takes at a time.
+# Pairs of a program at least, and those that it takes at a time.
 SORT_TILE = {"BLOCK": 64, "SUB": 16} if INTERPRETED else {"BLOCK": 512, "SUB": 32}
+# Blocks that pairs are cut into at most.
+MOST_BLOCKS = 16 if INTERPRETED else 1024
 # Blocks whose counts are added at a time, and tiles that a program lists.
 ROWS = 16
 LIMIT_BLOCK = 64 if INTERPRETED else 1024
@@ -40,6 +42,12 @@ class SortedPairs:
     places: Tensor
     counts_E: Tensor
     offsets_E: Tensor
+
+
+def sort_tile(pairs: int) -> dict[str, int]:
+    """Pairs of a program, of which more get larger blocks: every program reads the counts of all blocks."""
+    block = triton.next_power_of_2(triton.cdiv(pairs, MOST_BLOCKS))
+    return SORT_TILE | {"BLOCK": max(SORT_TILE["BLOCK"], block)}
 
 
 @triton.jit
@@ -148,13 +156,14 @@ def _sort(expert_ids_RK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tens
     totals, offsets = ids.new_empty(num_experts, dtype=torch.int64), ids.new_empty(num_experts, dtype=torch.int32)
     if size == 0:
         return pairs, tokens, places, totals.zero_(), offsets.zero_()
-    blocks = triton.cdiv(size, SORT_TILE["BLOCK"])
+    tile = sort_tile(size)
+    blocks = triton.cdiv(size, tile["BLOCK"])
     counts = ids.new_empty(blocks, num_experts, dtype=torch.int32)
     padded = triton.next_power_of_2(num_experts)
-    count_pairs_kernel[(blocks,)](ids, counts, size, num_experts, EXPERTS=padded, **SORT_TILE)
+    count_pairs_kernel[(blocks,)](ids, counts, size, num_experts, EXPERTS=padded, **tile)
     place_pairs_kernel[(blocks,)](
         ids, counts, pairs, tokens, places, totals, offsets, size, num_experts, blocks, ids.shape[1],
-        EXPERTS=padded, ROWS=ROWS, **SORT_TILE,
+        EXPERTS=padded, ROWS=ROWS, **tile,
     )  # fmt: skip
     return pairs, tokens, places, totals, offsets
 

@@ -181,7 +181,9 @@ def test_the_persistent_product_equals_the_one_of_the_default(is_transposed, sca
     assert_all_near([y if sources is None else y[sources.long()]], [wanted], FLOAT32)
 
 
-@pytest.mark.parametrize(("tokens", "top_k", "experts"), [(1, 1, 1), (50, 2, 5), (100, 3, 20), (33, 8, 9)])
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "experts"), [(1, 1, 1), (50, 2, 5), (100, 3, 20), (33, 8, 9), (1100, 2, 3)]
+)
 def test_pairs_are_sorted_as_by_a_stable_sort(tokens, top_k, experts, poisoned_memory):
     ids = torch.randint(0, experts, (tokens, top_k), generator=torch.Generator().manual_seed(tokens))
     ids[ids == 1] = 0  # an expert that nobody chose
@@ -194,6 +196,16 @@ def test_pairs_are_sorted_as_by_a_stable_sort(tokens, top_k, experts, poisoned_m
         (pairs.places, wanted.order.argsort()),
     ):
         assert torch.equal(got.long(), expected.long())
+
+
+def test_sorting_twice_the_pairs_reads_no_more_counts_of_blocks():
+    """Each program reads the counts of all blocks, so with blocks of one size reads would be four times as many."""
+    reads = []
+    for tokens in (1024, 2048):
+        with count_launches() as launches:
+            sort_pairs(torch.arange(tokens)[:, None] % 3, 3)
+        reads.append(launches[1].traffic["counts"].requested_read)
+    assert reads[1] <= reads[0]
 
 
 @pytest.mark.parametrize("lost", [0, 7])
