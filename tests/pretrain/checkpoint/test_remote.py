@@ -73,11 +73,10 @@ class Pusher:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     with s3_server() as (variables, _):
         variables |= {"HOME": str(tmp_path_factory.mktemp("home"))}
-        before = dict(os.environ)
-        os.environ.update(variables)
-        yield variables
-        os.environ.clear()
-        os.environ.update(before)
+        with pytest.MonkeyPatch.context() as patch:  # of these alone: what torch and DeepSpeed set meanwhile must stay
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            yield variables
 
 
 @pytest.fixture
