@@ -314,7 +314,8 @@ class PretrainLoader:
         """Log and keep the samples that were skipped, which the state carries on; passes the rows through."""
         for damage in damages:
             logger.warning("sample %d skipped: %s", damage.sample, damage.reason)
-        self.quarantined += damages
+            if damage not in self.quarantined:  # a validation reads the same rows each time
+                self.quarantined.append(damage)
         return rows
 
     def _make_batch(self, rows: list[Row]) -> Batch:

@@ -225,6 +225,9 @@ def test_damage_stops_the_run_or_is_skipped_logged_and_remembered(config, tmp_pa
         for batch in skipping.take(64):
             rows |= {sample: batch.labels_BT[n].tolist() for n, sample in enumerate(batch.sample_ids)}
     state = skipping.state_dict()
+    skipping.seek(0)
+    skipping.take(64 * 50)
+    assert skipping.state_dict()["quarantined"] == state["quarantined"], "rows that are read again are no news"
     skipping.close()
     skipped = {entry[0] for entry in state["quarantined"]}
     assert skipped and all(entry[1] == part.path for entry in state["quarantined"])
