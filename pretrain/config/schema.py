@@ -131,7 +131,7 @@ class TrainConfig(Section):
     micro_batch_size: int = Field(gt=0, description="Rows a forward pass and rank.")
     global_batch_size: int = Field(gt=0, description="Rows an optimizer step, over all ranks.")
     batch_ramp: BatchRampConfig | None = Field(None, description="Start with smaller batches; none: full at once.")
-    seed: int = Field(0, ge=0, description="Of weights, data order and every other random draw.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Of weights, data order and every other random draw.")
     precision: Literal["float32", "bf16"] = Field(
         "bf16", description="Of weights and activations; master weights and moments are float32 always."
     )
