@@ -167,6 +167,7 @@ class TrainConfig(Section):
     timeout_seconds: float = Field(
         1200.0,
         gt=0,
+        le=1e9,
         description="A collective that takes longer ends the run; above launch.heartbeat_seconds, after which a rank names who holds it up.",
     )
     max_skipped_steps: int = Field(10, ge=0, description="Non-finite steps skipped in a row before the run stops.")
@@ -178,7 +179,7 @@ class TrainConfig(Section):
         description="Blocks that keep only their input and are computed again in the backward pass: none, those of recompute_blocks, all.",
     )
     recompute_blocks: str = Field("", description="For recompute: selective, letters of model.pattern, such as `*E`.")
-    num_threads: int | None = Field(None, gt=0, description="CPU threads a rank; none: cores / ranks on this machine.")
+    num_threads: int | None = Field(None, gt=0, le=65536, description="CPU threads a rank; none: cores / ranks on this machine.")
     profile: ProfileConfig | None = Field(None, description="Trace some steps; none: no trace.")
     deterministic: bool | None = Field(
         None,

@@ -43,6 +43,8 @@ def test_a_dotted_key_in_a_file_is_told_to_nest(base, tmp_path):
         ("train=5", "must be a section with keys"),
         ("train.keep_last=1", "must be at least 2; raise it"),
         ("train.seed=1e30", "must be less than 9223372036854775808; lower it"),
+        ("train.timeout_seconds=1e14", "must be at most 1e+09; lower it"),
+        ("train.num_threads=1e18", "must be at most 65536; lower it"),
         ("optimizer.beta1=1", "must be less than 1; lower it"),
         ("optimizer.muon.momentum=1", "must be less than 1; lower it"),
         ("optimizer.muon.rounds=0", "must be greater than 0; raise it"),
