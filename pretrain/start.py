@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from data_pipeline.files import write_file_atomically
 from data_pipeline.lines import read_lines
 from data_pipeline.memory import keep_freed_memory
 from data_pipeline.progress import Report, silent
@@ -279,8 +280,9 @@ def open_log(run: Run, loaded: LoadedCheckpoint | None) -> None:
         "flops_per_token": sum(flops_per_token(run.model.config, length).values()),
     }
     environment = record_environment(run.parallel, run.peak, facts, keeps_freed_memory=run.keeps_freed_memory)
-    (run.directory / "config.yaml").write_text(resolved_yaml(run.config), encoding="utf-8")
-    (run.directory / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+    # Whole or as they were: a full disk or a kill must not take from a run what it is.
+    write_file_atomically(run.directory / "config.yaml", resolved_yaml(run.config).encode())
+    write_file_atomically(run.directory / "environment.json", json.dumps(environment, indent=2).encode() + b"\n")
     last_event = find_last_event(run.directory)
     run.log = RunLog(run.config, resumed_at_step=run.progress.step)
     run.display = Display(run.config, first_step=run.progress.step, last_step=run.last_step)

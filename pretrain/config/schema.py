@@ -179,7 +179,9 @@ class TrainConfig(Section):
         description="Blocks that keep only their input and are computed again in the backward pass: none, those of recompute_blocks, all.",
     )
     recompute_blocks: str = Field("", description="For recompute: selective, letters of model.pattern, such as `*E`.")
-    num_threads: int | None = Field(None, gt=0, le=65536, description="CPU threads a rank; none: cores / ranks on this machine.")
+    num_threads: int | None = Field(
+        None, gt=0, le=65536, description="CPU threads a rank; none: cores / ranks on this machine."
+    )
     profile: ProfileConfig | None = Field(None, description="Trace some steps; none: no trace.")
     deterministic: bool | None = Field(
         None,

@@ -130,6 +130,15 @@ def test_a_finished_run_does_nothing_more(data: DataConfig, tmp_path: Path) -> N
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_start_on_a_full_disk_leaves_the_records_of_the_run_as_they_were(data: DataConfig, tmp_path: Path) -> None:
+    assert train(tiny_config(data, tmp_path, train__stop_after_steps=2)) == 0
+    names = ("config.yaml", "environment.json", "metrics.jsonl")
+    before = [(tmp_path / name).read_bytes() for name in names]
+    with largest_file(1000), pytest.raises(OSError, match="File too large"):
+        train(tiny_config(data, tmp_path))
+    assert [(tmp_path / name).read_bytes() for name in names] == before
+
+
 def test_validation_measures_the_same_text_each_time_and_changes_nothing(data: DataConfig, tmp_path: Path) -> None:
     with SignalWatch() as signals:
         run = start_run(tiny_config(data, tmp_path), signals)
