@@ -78,10 +78,11 @@ def restore_newest_weights(run: Run) -> int | None:
             f"{loaded.path} is of a step in which factored matrices had guides, and this start has none; the same command "
             "goes on from it"
         )
-    run.progress.skipped_steps += run.progress.step - loaded.step
+    then = Progress(**loaded.state["progress"])
+    # Whether or not they were skipped already, when they were taken.
+    run.progress.skipped_steps = then.skipped_steps + run.progress.step - loaded.step
     run.progress.skipped_in_row = 0
-    is_same_stage = loaded.step > run.stage.first_step
-    run.progress.recent_losses = Progress(**loaded.state["progress"]).recent_losses if is_same_stage else []
+    run.progress.recent_losses = then.recent_losses if loaded.step > run.stage.first_step else []
     run.saved_step = None
     return loaded.step
 

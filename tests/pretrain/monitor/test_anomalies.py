@@ -14,7 +14,9 @@ from pretrain.config.schema import HealthConfig
 from pretrain.monitor.anomalies import judge_loss, remember_loss
 from pretrain.monitor.signals import SignalWatch
 from pretrain.monitor.stragglers import compare_ranks
+from pretrain.saving import restore_newest_weights, save
 from pretrain.start import close_run, start_run
+from pretrain.step import train_step
 from pretrain.train import run_steps
 from tests.helpers.spawn import run_ranks
 from tests.pretrain.tiny_run import Trained, collect_weights, read_events, read_metrics, tiny_config
@@ -108,6 +110,19 @@ def test_a_rollback_takes_the_weights_of_a_checkpoint_and_goes_on_with_new_data(
     assert max(trained.series("loss")[spike:]) < trained.series("loss")[0]
     # What was rolled back is a checkpoint of its own: a run that stops here goes on from it.
     assert (tmp_path / f"checkpoints/step-{spike:08d}").is_dir()
+
+
+def test_a_step_that_was_skipped_and_rolled_back_counts_once(data: DataConfig, tmp_path: Path) -> None:
+    with SignalWatch() as signals:
+        run = start_run(tiny_config(data, tmp_path), signals)
+        train_step(run)
+        save(run)
+        for _ in range(2):
+            run.engine.skip_next_step()
+            assert not train_step(run).applied
+        assert restore_newest_weights(run) == 1
+        assert run.progress.step == 3 and run.progress.skipped_steps == 2
+        close_run(run)
 
 
 def test_rollbacks_are_counted(data: DataConfig, tmp_path: Path) -> None:
