@@ -166,6 +166,10 @@ def leave_for_fresh_start(run: Run) -> int:
     """Save and end where ranks must be built anew; returns the exit code. Every rank must call this."""
     save(run)
     finish_saving(run)
+    # One that came since the last step's reduction, while this was saved, is nobody's after this process.
+    (number,) = run.parallel.max_over_all([run.signals.received])
+    if number:
+        return stop_on_signal(run, number)
     stage = stage_of(run.stages, run.progress.step)
     if stage.parallel == run.layout:
         run.record_event("guide_removed")

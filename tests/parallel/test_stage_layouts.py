@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from pretrain.config.schema import RunConfig
 from pretrain.launcher_protocol import DONE, NEXT_LAYOUT
 from pretrain.monitor.signals import SignalWatch
 from pretrain.start import close_run, start_run
+from pretrain.step import train_step
 from pretrain.train import run_steps
 from tests.helpers.spawn import run_ranks
 from tests.parallel.layouts import VARIANTS, Layout, layout_config
@@ -110,3 +113,16 @@ def test_a_damaged_checkpoint_at_the_boundary_goes_back_into_the_layout_before_i
     (found, _) = run_ranks(go_back, data, str(tmp_path), num_ranks=2)
     assert found == [(NEXT_LAYOUT, {}), (NEXT_LAYOUT, {}), (DONE, {"tensor": 2})]
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_a_signal_while_the_boundary_is_saved_stops_the_run_there(data: DataConfig, tmp_path: Path) -> None:
+    config = staged_config(data, tmp_path, [{"zero_stage": 1}, {"zero_stage": 2}], 2)
+    with SignalWatch() as signals:
+        run = start_run(config, signals)
+        while run.progress.step < STEPS:
+            train_step(run)
+        os.kill(os.getpid(), signal.SIGTERM)  # after the last step of the layout, whose reduction has not seen it
+        assert run_steps(run) == DONE
+        close_run(run)
+    assert [event["event"] for event in read_events(tmp_path)][-1] == "signal"
+    assert (tmp_path / "checkpoints" / f"step-{STEPS:08d}").is_dir()
