@@ -37,7 +37,8 @@ def linear_float32(x: Tensor, weight_OI: Tensor) -> Tensor:
     """`linear` in float32 at least, [..., O]: for narrow outputs that must not be rounded, such as a router's logits.
 
     Saves x and the weight as they are, not the wider copies that products take. On CUDA forward takes products of bfloat16
-    or float16 as they are: they are exact in float32, in which they are added up.
+    or float16 as they are: they are exact in float32, in which they are added up. Backward takes the float32 gradient as two
+    bfloat16 halves there: products of float32 run beside the tensor cores, at a fifteenth of their speed.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     if x.dtype == dtype:
@@ -110,6 +111,21 @@ class _Float32Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         x, weight_OI = ctx.saved_tensors
-        grad_RO = grad.flatten(0, -2)
-        grad_x = (grad_RO @ weight_OI.float()).to(x.dtype).view(x.shape)
-        return grad_x, (grad_RO.t() @ x.flatten(0, -2).float()).to(weight_OI.dtype)
+        grad_RO, x_RI = grad.flatten(0, -2), x.flatten(0, -2)
+        if x.device.type == "cuda" and x.dtype == weight_OI.dtype == torch.bfloat16:
+            halves_R2O = split_in_halves(grad_RO)
+            grad_x = torch.mm(halves_R2O, weight_OI.repeat(2, 1), out_dtype=torch.float32)
+            both_2OI = torch.mm(halves_R2O.t(), x_RI, out_dtype=torch.float32)
+            grad_weight = both_2OI.unflatten(0, (2, -1)).sum(0)
+        else:
+            grad_x, grad_weight = grad_RO @ weight_OI.float(), grad_RO.t() @ x_RI.float()
+        return grad_x.to(x.dtype).view(x.shape), grad_weight.to(weight_OI.dtype)
+
+
+def split_in_halves(wide_RO: Tensor) -> Tensor:
+    """A float32 matrix as two of bfloat16 side by side, [R, 2 O]: their sum has twice the digits of one, 2^-17 of each number."""
+    halves_R2O = wide_RO.new_empty(len(wide_RO), 2 * wide_RO.shape[1], dtype=torch.bfloat16)
+    high_RO, low_RO = halves_R2O.chunk(2, 1)
+    high_RO.copy_(wide_RO)
+    torch.sub(wide_RO, high_RO, out=low_RO)
+    return halves_R2O

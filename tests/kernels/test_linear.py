@@ -1,9 +1,13 @@
 """kernels/linear: equality with float64 products, gradients too, in every dtype."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels.linear.op import linear, linear_float32
+from kernels.linear.op import _Float32Linear, linear, linear_float32, split_in_halves
 from kernels.split_backward import Later, compute_now, split_backward
 
 # float32: sums of 63 products; bfloat16: one rounding of inputs' products, 8 bits of mantissa.
@@ -81,3 +85,47 @@ def test_a_weight_gradient_that_is_computed_later_is_the_same_to_the_bit_and_add
     compute_now(twice, collected.append)
     assert torch.equal(weight.grad, wanted + wanted + wanted)
     assert [one is weight for one in collected] == [True, True], "once a pass, however often it multiplied"
+
+
+class ProductWatch(TorchDispatchMode):
+    """Notes the dtypes of every product's operands and result."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function._opname == "mm":
+            self.dtypes.append((args[0].dtype, args[1].dtype, result.dtype))
+        return result
+
+
+def test_float32_products_of_bfloat16_run_on_tensor_cores_in_both_passes_on_cuda():
+    """On fake tensors: which products a card would take. One forward, two backward."""
+    with FakeTensorMode(), ProductWatch() as watch:
+        x, weight, grad = (
+            torch.empty(shape, dtype=dtype, device="cuda")
+            for shape, dtype in (
+                ((2, 21, 64), torch.bfloat16),
+                ((40, 64), torch.bfloat16),
+                ((2, 21, 40), torch.float32),
+            )
+        )
+        y = _Float32Linear.forward(SimpleNamespace(save_for_backward=lambda *_: None), x, weight)
+        grads = _Float32Linear.backward(SimpleNamespace(saved_tensors=(x, weight)), grad)
+    assert (y.dtype, y.shape) == (torch.float32, grad.shape)
+    assert [(each.dtype, each.shape) for each in grads] == [(torch.bfloat16, each.shape) for each in (x, weight)]
+    assert watch.dtypes == [(torch.bfloat16, torch.bfloat16, torch.float32)] * 3
+
+
+def test_halves_of_a_gradient_give_its_products_beyond_the_digits_of_bfloat16():
+    generator = torch.Generator().manual_seed(0)
+    grad = torch.randn(200, 40, generator=generator) * torch.logspace(-30, 3, 40)
+    other = torch.randn(40, 30, generator=generator).bfloat16()
+    halves = split_in_halves(grad)
+    assert (halves.dtype, halves.shape) == (torch.bfloat16, (200, 80))
+    high, low = halves.double().chunk(2, 1)
+    assert (high + low - grad.double()).abs().le(2**-17 * grad.double().abs()).all()
+    exact = grad.double() @ other.double()
+    assert (halves.double() @ other.double().repeat(2, 1) - exact).norm() <= 2**-16 * exact.norm()
