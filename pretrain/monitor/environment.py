@@ -12,6 +12,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import re
 import resource
 import sys
 import time
@@ -39,13 +40,19 @@ VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID", "TORCHEL
 # Dense matrix peaks in TFLOP/s (bf16, float32 as TF32) from the vendors' data sheets, without sparsity.
 CARD_TERAFLOPS = {
     "A100": (312.0, 156.0),
-    "H100 PCIe": (756.0, 378.0),
     "H100": (989.4, 494.7),
+    "H100 PCIe": (756.0, 378.0),
+    "H100 NVL": (835.5, 417.5),
     "H200": (989.4, 494.7),
+    "H200 NVL": (835.5, 417.5),
+    "GH200": (989.4, 494.7),
     "B200": (2250.0, 1125.0),
+    "GB200": (2500.0, 1250.0),
+    "L40": (181.0, 90.5),
     "L40S": (362.0, 183.0),
     "L4": (121.0, 60.5),
     "A10": (125.0, 62.5),
+    "A10G": (70.0, 35.0),
 }
 # Side of the square matrices of the measurement, and how long it is repeated: on a card a small product is launch time.
 MEASURED_SIZE = {"cpu": 768, "cuda": 8192}
@@ -66,11 +73,11 @@ def find_peak(parallel: Parallel, precision: str) -> Peak:
     Every rank must call this.
     """
     if parallel.device.type == "cuda":
-        name = torch.cuda.get_device_name(parallel.device)
-        for card, (bf16, float32) in CARD_TERAFLOPS.items():
-            if all(part in name for part in card.split()):
-                teraflops = bf16 if precision == "bf16" else float32
-                return Peak(teraflops * 1e12 * parallel.world_size, f"{precision} data-sheet peak of {card}")
+        card = find_card(torch.cuda.get_device_name(parallel.device))
+        if card is not None:
+            bf16, float32 = CARD_TERAFLOPS[card]
+            teraflops = bf16 if precision == "bf16" else float32
+            return Peak(teraflops * 1e12 * parallel.world_size, f"{precision} data-sheet peak of {card}")
     # A CPU without bf16 instructions is faster in float32: a run in bf16 is held against the faster of the two.
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     size = MEASURED_SIZE[parallel.device.type]
@@ -85,6 +92,12 @@ def find_peak(parallel: Parallel, precision: str) -> Peak:
         float(total),
         f"measured at start: best matmul of {size}^3 in {kinds}{threads}",
     )
+
+
+def find_card(name: str) -> str | None:
+    """The card of the table that a driver's name is of, None of another one: by whole words, or an RTX A1000 were an A100."""
+    words = set(re.split(r"[ -]", name))
+    return max((card for card in CARD_TERAFLOPS if words.issuperset(card.split())), key=len, default=None)
 
 
 def measure_matmul(device: torch.device, dtype: torch.dtype, size: int) -> float:
