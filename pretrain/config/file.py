@@ -210,7 +210,8 @@ def explain_missing(parts: Parts, schema: Schema) -> Problem:
     child, is_list = section
     needed = [name for name, field in child.model_fields.items() if field.is_required()]
     shape = "a list of sections, each" if is_list else "a section"
-    return Problem(key, "is missing", f"add `{parts[-1]}:`, {shape} with at least {', '.join(needed)}")
+    keys = f"at least {', '.join(needed)}" if needed else f"keys such as {', '.join(list(child.model_fields)[:3])}"
+    return Problem(key, "is missing", f"add `{parts[-1]}:`, {shape} with {keys}")
 
 
 def explain_choice(parts: Parts, given: object, value: str, schema: Schema) -> Problem:

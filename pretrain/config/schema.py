@@ -123,7 +123,9 @@ class ProfileConfig(Section):
 class TrainConfig(Section):
     """The loop."""
 
-    steps: int | None = Field(None, gt=0, description="Optimizer steps of the whole run; none: as `stages` say.")
+    steps: int | None = Field(
+        None, gt=0, le=10**12, description="Optimizer steps of the whole run; none: as `stages` say."
+    )
     stop_after_steps: int | None = Field(
         None, gt=0, description="Save and exit (code 0) when this step is done; the schedule still spans `steps`."
     )
@@ -180,7 +182,7 @@ class TrainConfig(Section):
     )
     recompute_blocks: str = Field("", description="For recompute: selective, letters of model.pattern, such as `*E`.")
     num_threads: int | None = Field(
-        None, gt=0, le=65536, description="CPU threads a rank; none: cores / ranks on this machine."
+        None, gt=0, le=4096, description="CPU threads a rank; none: cores / ranks on this machine."
     )
     profile: ProfileConfig | None = Field(None, description="Trace some steps; none: no trace.")
     deterministic: bool | None = Field(

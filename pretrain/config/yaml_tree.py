@@ -179,6 +179,11 @@ def merge(below: Entry, above: Entry) -> Entry:
     return Entry(merged, above.origin)
 
 
+def no_file(path: Path) -> str:
+    """Say what a path is that is no ordinary file."""
+    return "is a folder" if path.is_dir() else "is no ordinary file" if path.exists() else "does not exist"
+
+
 def read_tree(path: Path, problems: list[Problem], *, chain: tuple[Path, ...] = ()) -> Entry:
     """Read the tree of a file with everything it extends below it.
 
@@ -186,8 +191,7 @@ def read_tree(path: Path, problems: list[Problem], *, chain: tuple[Path, ...] = 
     that still allow reading on are appended to `problems`. Raises FileNotFoundError and ConfigError.
     """
     if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise FileNotFoundError(f"{path} {what}; name an existing YAML file")
+        raise FileNotFoundError(f"{path} {no_file(path)}; name an existing YAML file")
     reader = TreeReader(str(path))
     try:
         text = read_bounded(path, MAX_BYTES).decode()
@@ -215,7 +219,7 @@ def read_tree(path: Path, problems: list[Problem], *, chain: tuple[Path, ...] = 
             [Problem("extends", f"files extend each other in a circle: {names}", remedy, extends.value, extends.origin)]
         )
     if not parent.is_file():
-        rule = f"{parent} does not exist"
+        rule = f"{parent} {no_file(parent)}"
         remedy = "name a file relative to the one that extends it"
         raise ConfigError([Problem("extends", rule, remedy, extends.value, extends.origin)])
     return merge(read_tree(parent, problems, chain=chain), entry)

@@ -133,7 +133,8 @@ def read_weights(path: str | Path, report: Report = silent) -> Weights:
     if (folder / DESCRIPTION).is_file():
         report(f"reading {folder}")
         return _read_weights_folder(folder)
-    is_checkpoint = (folder / MANIFEST_NAME).is_file() or CHECKPOINT_NAME.fullmatch(folder.name) is not None
+    is_store = (folder / "parts").is_dir()  # its manifest has the same name
+    is_checkpoint = ((folder / MANIFEST_NAME).is_file() and not is_store) or CHECKPOINT_NAME.fullmatch(folder.name)
     if is_checkpoint or list_checkpoints(folder) or list_checkpoints(folder / "checkpoints"):
         return _read_checkpoint(find_checkpoint(folder, report), report)
     if (folder / "config.json").is_file():

@@ -44,7 +44,7 @@ def test_a_dotted_key_in_a_file_is_told_to_nest(base, tmp_path):
         ("train.keep_last=1", "must be at least 2; raise it"),
         ("train.seed=1e30", "must be less than 9223372036854775808; lower it"),
         ("train.timeout_seconds=1e14", "must be at most 1e+09; lower it"),
-        ("train.num_threads=1e18", "must be at most 65536; lower it"),
+        ("train.num_threads=60000", "must be at most 4096; lower it"),
         ("optimizer.learning_rate=.inf", "must be finite; write an ordinary number"),
         ("model.norm_epsilon=.nan", "must be finite; write an ordinary number"),
         ("data.validation_fraction=.nan", "must be finite; write an ordinary number"),
@@ -56,7 +56,7 @@ def test_a_dotted_key_in_a_file_is_told_to_nest(base, tmp_path):
         ("data.sources.0.paths=[]", "must have at least 1 item(s); add one"),
         ("data.sources.0.name=a b", "must match ^[A-Za-z0-9_-][A-Za-z0-9_.-]*$; use only those characters"),
         ("model.pattern=''", "must have at least 1 character(s); fill it in"),
-        ("optimizer.learning_rate=.nan", "must be"),
+        ("train.steps=9e18", "must be at most 1000000000000; lower it"),
     ],
 )
 def test_a_value_of_the_wrong_kind_names_rule_and_remedy(base, override, rule):
@@ -76,6 +76,8 @@ def test_a_missing_section_says_what_it_needs(tmp_path):
     path = written(tmp_path, BASE.split("optimizer:", maxsplit=1)[0])
     expected = f"{path}:1: optimizer: is missing; add `optimizer:`, a section with at least learning_rate"
     assert message_of(path) == expected
+    empty = message_of(written(tmp_path, ""))
+    assert "data: is missing; add `data:`, a section with keys such as store, cache, sources\n" in empty
 
 
 def test_a_missing_key_says_what_it_means(base, tmp_path):
@@ -105,6 +107,10 @@ def test_an_absent_parent_names_the_line_that_asks_for_it(tmp_path):
     message = message_of(path)
     assert message.startswith(f"{path}:1: extends = nowhere.yaml: ")
     assert "nowhere.yaml does not exist; name a file relative to the one that extends it" in message
+
+
+def test_a_folder_as_parent_is_called_a_folder(tmp_path):
+    assert f"{tmp_path} is a folder; name a file" in message_of(written(tmp_path, "extends: .\n"))
 
 
 def test_extends_of_a_list_is_refused(tmp_path):
