@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from data_pipeline.loader.prefetch import FetchAhead
 from data_pipeline.samples.packing import Row
@@ -56,7 +56,7 @@ class ReadingProcess:
     def receive(self) -> tuple[list[Row], list[CorruptSample]]:
         """Rows of the oldest request; DamagedError as raised there, RuntimeError when the process died."""
         try:
-            answer = pickle.load(self._answers)
+            answer = load_message(self._answers)
         except EOFError as error:
             raise RuntimeError(self._explain_death()) from error
         if isinstance(answer, Exception):
@@ -88,6 +88,14 @@ class ReadingProcess:
         )
 
 
+def load_message(stream: IO[bytes]) -> Any:
+    """Load what the other end has sent next; EOFError where it died before that, or within it, as with a full pipe."""
+    try:
+        return pickle.load(stream)
+    except pickle.UnpicklingError as error:
+        raise EOFError("the message is cut short") from error
+
+
 def serve() -> None:
     """Body of the reading process: answer requests until standard input ends."""
     for number in _OF_THE_GROUP:
@@ -100,7 +108,7 @@ def serve() -> None:
         reader: SampleReader | SyntheticReader | None = None
         fetcher: FetchAhead | None = None
         while True:
-            message = pickle.load(requests)
+            message = load_message(requests)
             if isinstance(message, (SampleSettings, SyntheticSettings)):
                 reader = message.open_reader()
                 if isinstance(reader, SampleReader) and reader.store.remote_cache is not None:

@@ -1,11 +1,14 @@
 """Processes that read ahead: how they end, and loaders in processes that were forked or spawned."""
 
+import io
 import multiprocessing
+import pickle
 import signal
 
+import numpy as np
 import pytest
 
-from data_pipeline.loader.reader_process import ReadingProcess
+from data_pipeline.loader.reader_process import ReadingProcess, load_message
 from tests.data_pipeline.loader.loading import load, stream
 
 
@@ -61,3 +64,13 @@ def test_a_loader_in_a_forked_or_spawned_process_gives_the_same_rows(config, met
     child.join(timeout=60)
     parent.close()
     assert child.exitcode == 0 and rows == stream(load(config), 3, 8)
+
+
+def test_a_message_that_is_cut_anywhere_is_an_end(config):
+    """A killed process leaves the beginning of an answer: what it has read ahead fills the pipe, and the rest waits."""
+    message = pickle.dumps(load(config, sequence_length=1024).reader.read(np.arange(3)), protocol=5)
+    for cut in range(0, len(message), 41):
+        with pytest.raises(EOFError):
+            load_message(io.BytesIO(message[:cut]))
+    rows, damages = load_message(io.BytesIO(message))
+    assert len(rows) == 3 and not damages
