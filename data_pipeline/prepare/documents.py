@@ -223,7 +223,7 @@ class SegmentReader:
                 for group in range(table.num_row_groups) if whole else range(self.segment.start, self.segment.stop):
                     rows = table.read_row_group(group, columns=[self.text_column], use_threads=False)
                     for row, text in enumerate(rows[self.text_column]):
-                        yield self._check_text(text.as_py(), f"{file.name}:group {group} row {row}")
+                        yield self._check_cell(text, f"{file.name}:group {group} row {row}")
         except (pyarrow.ArrowInvalid, *_STREAM_ERRORS) as error:
             if _is_of_the_disk(error):
                 raise
@@ -240,7 +240,7 @@ class SegmentReader:
                 row = 0
                 for batch in stream:
                     for text in batch.column(self.text_column):
-                        yield self._check_text(text.as_py(), f"{file.name}:row {row}")
+                        yield self._check_cell(text, f"{file.name}:row {row}")
                         row += 1
         except (pyarrow.ArrowInvalid, *_STREAM_ERRORS) as error:
             if _is_of_the_disk(error):
@@ -252,6 +252,14 @@ class SegmentReader:
         for number, tokens in enumerate(documents, start=self.segment.start):
             position = f"{self.segment.file.name}:document {number}"
             yield TokenDocument(tokens, position) if len(tokens) else Reject(position, "empty document")
+
+    def _check_cell(self, cell: Any, position: str) -> Document | Reject:
+        """Check a cell of a column; Arrow's own type says text, and nobody held its bytes to that."""
+        try:
+            text = cell.as_py()
+        except UnicodeDecodeError as error:
+            return Reject(position, f"not UTF-8: {error.reason} at byte {error.start}")
+        return self._check_text(text, position)
 
     def _check_text(self, text: object, position: str) -> Document | Reject:
         """Make a document of a text that is not blank and has a UTF-8 form, which JSON's escapes may lack."""

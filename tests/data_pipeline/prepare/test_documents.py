@@ -147,6 +147,22 @@ def test_a_broken_compressed_file_is_rejected(tmp_path, name):
     assert isinstance(item, Reject) and item.reason.startswith("damaged ")
 
 
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_cell_that_is_not_utf8_is_a_reject_and_the_rest_is_read(tmp_path, kind):
+    """Writers of both formats may take bytes for text without a look."""
+    cells = pyarrow.array([b"one", b"bad \xff bytes", b"three"], pyarrow.binary())
+    table = pyarrow.table({"text": pyarrow.Array.from_buffers(pyarrow.string(), 3, cells.buffers())})
+    if kind == "parquet":
+        pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    else:
+        with pyarrow.ipc.new_stream(tmp_path / "a.arrow", table.schema) as stream:
+            stream.write_table(table)
+    items = read_all(list_files(source_of(tmp_path)), 1000)
+    assert texts_of(items) == ["one", "three"]
+    (reject,) = [item for item in items if isinstance(item, Reject)]
+    assert reject.position.endswith("row 1") and reject.reason == "not UTF-8: invalid start byte at byte 4"
+
+
 def test_a_broken_parquet_file_is_an_error_that_names_it(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(ValueError, match=r"a.parquet isn't a readable parquet file"):
