@@ -39,6 +39,10 @@ def describe(error: Exception) -> str:
     """Describe an error by its message; one of the operating system with path and remedy."""
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}; {choose_remedy(error.errno)}"
+    if isinstance(error, MemoryError):
+        return (
+            f"this host's memory is used up ({str(error) or 'MemoryError'}); give the run more of it, or fewer ranks a host"
+        )
     return str(error) or type(error).__name__
 
 
@@ -53,11 +57,11 @@ def choose_remedy(number: int | None) -> str:
 
 @contextmanager
 def while_running() -> Iterator[None]:
-    """Inside the block a run is under way: errors of the system and of values become RuntimeError, which ends with 3."""
+    """Inside the block a run is under way: errors of the system, of memory and of values become RuntimeError, which ends with 3."""
     try:
         with launches_in_words():
             yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, MemoryError) as error:
         raise RuntimeError(describe(error)) from error
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from data_pipeline.progress import Report, silent
 from pretrain.checkpoint.commit import RankFailure, examine_latest
@@ -38,6 +37,7 @@ from pretrain.config.schema import RunConfig
 from pretrain.engine.moments import FROZEN
 from pretrain.identity import collect_versions
 from pretrain.rank_group import RankGroup
+from pretrain.tensor_files import open_tensors
 
 GUIDE = ".guide_weight"  # end of the names of parameters that a run leaves behind
 
@@ -221,7 +221,7 @@ def restore_rank_random_state(checkpoint_dir: Path, manifest: dict[str, Any], ra
     saved_world_size = manifest["layout"]["world_size"]
     if rank >= saved_world_size:
         return [f"rank {rank} did not exist among the {saved_world_size} that saved; it keeps its own random state"]
-    with safe_open(checkpoint_dir / rank_file_name(rank), framework="pt") as file:
+    with open_tensors(checkpoint_dir / rank_file_name(rank), RuntimeError) as file:
         keys = [key for key in file.keys() if key.startswith("random/")]  # noqa: SIM118 - not a dict
         restore_random_state({key.removeprefix("random/"): file.get_tensor(key) for key in keys})
     return []

@@ -23,6 +23,15 @@ def test_a_path_is_the_users_to_correct_until_the_run_is_under_way(name: str) ->
     assert exit_code(raised.value) == 3
 
 
+def test_memory_that_is_used_up_can_be_resumed() -> None:
+    with pytest.raises(
+        RuntimeError, match=r"this host's memory is used up \(MemoryError\); give the run more"
+    ) as raised:
+        with while_running():
+            raise MemoryError
+    assert exit_code(raised.value) == 3
+
+
 def test_a_bug_keeps_its_type() -> None:
     with pytest.raises(KeyError), while_running():
         raise KeyError("step")
