@@ -40,9 +40,7 @@ def describe(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}; {choose_remedy(error.errno)}"
     if isinstance(error, MemoryError):
-        return (
-            f"this host's memory is used up ({str(error) or 'MemoryError'}); give the run more of it, or fewer ranks a host"
-        )
+        return f"this host's memory is used up ({str(error) or 'MemoryError'}); give the run more of it, or fewer ranks a host"
     return str(error) or type(error).__name__
 
 
