@@ -50,7 +50,7 @@ def sort_tile(pairs: int) -> dict[str, int]:
     return SORT_TILE | {"BLOCK": max(SORT_TILE["BLOCK"], block)}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def count_pairs_kernel(
     ids, counts, pairs, experts, EXPERTS: tl.constexpr, BLOCK: tl.constexpr, SUB: tl.constexpr
 ):  # fmt: skip
@@ -65,7 +65,7 @@ def count_pairs_kernel(
     tl.store(counts + block * experts + expert, total, mask=expert < experts)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs", "blocks"])
 def place_pairs_kernel(
     ids, counts, sorted_pairs, tokens, places, totals, offsets, pairs, experts, blocks, choices,
     EXPERTS: tl.constexpr, BLOCK: tl.constexpr, SUB: tl.constexpr, ROWS: tl.constexpr,
@@ -102,7 +102,7 @@ def place_pairs_kernel(
         free += tl.sum(mine.to(tl.int32), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["bound"])
 def list_tiles_kernel(
     offsets, tiles, experts, bound, EXPERTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr
 ):  # fmt: skip
@@ -126,7 +126,7 @@ def list_tiles_kernel(
     tl.store(tiles + tile * 3 + 2, tl.sum(tl.where(here, ends[None, :], 0), 1), mask=tile < bound)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def limit_pairs_kernel(ids, places, offsets, kept, pairs, experts, capacity, BLOCK: tl.constexpr):
     """kept [S]: each pair's expert, or `experts` where `capacity` earlier pairs of that expert have filled it. Grid: blocks."""
     pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

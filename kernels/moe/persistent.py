@@ -26,7 +26,7 @@ HOPPER = 9
 ALIGNMENT_BYTES = 16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["works"])
 def persistent_product_kernel(
     rows, matrices, y, sources, tiles, experts, columns, inner, works,
     SCATTER: tl.constexpr, TRANSPOSED: tl.constexpr, DOT: tl.constexpr,

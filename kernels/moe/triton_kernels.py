@@ -156,7 +156,7 @@ def up_kernel(
         tl.store(active + row[:, None] * width + column[None, :], result.to(active.dtype.element_ty), mask=stored)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def down_backward_kernel(
     d_y, down, hidden, d_hidden, active, weights, d_weights, pairs, sources, tiles, experts, rows, width, model,
     SWIGLU: tl.constexpr, GATHER: tl.constexpr, WEIGHTED: tl.constexpr, BY_ROW: tl.constexpr, DOT: tl.constexpr,
@@ -251,7 +251,7 @@ def grouped_outer_kernel(
     tl.store(result + place, total.to(result.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "rows"])
 def sum_choices_kernel(
     rows_SD, places, weights, y, tokens, rows, model, choices,
     WEIGHTED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,

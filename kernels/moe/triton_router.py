@@ -52,7 +52,7 @@ def _limit_groups(appeal, num_groups, group_top_k, BLOCK: tl.constexpr, GROUPS: 
     return tl.reshape(grouped, (BLOCK, GROUPS * SIZE))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def route_forward_kernel(
     logits, bias, scores, expert_ids, weights, counts, rows, experts, group_size, num_groups, group_top_k, top_k, scaling,
     SOFTMAX: tl.constexpr, BIAS: tl.constexpr, LIMIT: tl.constexpr, NORMALIZE: tl.constexpr,
@@ -110,7 +110,7 @@ def route_forward_kernel(
     tl.atomic_add(counts + flat // SIZE * group_size + flat % SIZE, hits.to(tl.int64), mask=real & (hits > 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def route_backward_kernel(
     scores, expert_ids, d_weights, d_scores, d_logits, rows, experts, top_k, scaling,
     SOFTMAX: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr, EXPERTS: tl.constexpr, CHOICES: tl.constexpr,

@@ -85,6 +85,34 @@ def test_kernels_are_written_so_that_triton_3_5_compiles_them(path: Path) -> Non
         ] == []
 
 
+# Numbers that are others in nearly every step where ranks exchange rows: of rows, pairs, tokens that came and tiles.
+COUNTS = {
+    "count_pairs_kernel": "pairs",
+    "place_pairs_kernel": "pairs blocks",
+    "limit_pairs_kernel": "pairs",
+    "list_tiles_kernel": "bound",
+    "route_forward_kernel": "rows",
+    "route_backward_kernel": "rows",
+    "down_backward_kernel": "rows",
+    "sum_choices_kernel": "tokens rows",
+    "spread_rows_kernel": "tokens rows",
+    "combine_backward_kernel": "tokens rows",
+    "persistent_product_kernel": "works",
+}
+
+
+def test_experts_kernels_are_not_compiled_anew_for_another_number_of_rows() -> None:
+    """Triton compiles a kernel again where an integer is 1, or 16 divides it or no longer does; a step of all ranks waits."""
+    marks = {
+        kernel.name: " ".join(map(ast.unparse, kernel.decorator_list))
+        for path in FILES
+        if "moe" in path.parts
+        for kernel in _kernels(path)
+    }
+    for name, counts in COUNTS.items():
+        assert f"do_not_specialize={counts.split()}" in marks[name], name
+
+
 OPERATION_FILES = sorted(FOLDER.glob("*/op.py"))
 
 

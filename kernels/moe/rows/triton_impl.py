@@ -24,7 +24,7 @@ from kernels.moe.triton_experts import sum_choices
 COPY_TILE = {"BLOCK_M": 16, "BLOCK_N": 64} if INTERPRETED else {"BLOCK_M": 4, "BLOCK_N": 512}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "rows"])
 def spread_rows_kernel(
     x, places, rows_SD, tokens, rows, model, choices, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
@@ -41,7 +41,7 @@ def spread_rows_kernel(
         tl.store(rows_SD + row[:, None] * model + column[None, :], value, mask=inside & (row[:, None] < rows))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "rows"])
 def combine_backward_kernel(
     d_y, rows_SD, places, weights, d_rows, d_weights, tokens, rows, model, choices,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
