@@ -39,10 +39,10 @@ _MISCOMPILES = (
         9,
         "products with small tiles leave columns of a weight gradient at zero on Hopper (pytorch#188841)",
     ),
-    # By the ahead-of-time table under 3.6.0; the pass that fails is TritonNvidiaGPUOptimizeTMemLayouts.
+    # Compiled ahead of time; the pass that fails is TritonNvidiaGPUOptimizeTMemLayouts. 3.5.1 and 3.8.0 compile them.
     (
         (3, 6, 0),
-        (3, 7, 0),
+        (3, 8, 0),
         10,
         "its compiler ends in an error on the gradients of Mamba2 and the delta rule on Blackwell",
     ),
@@ -53,8 +53,8 @@ ALLOW_VARIABLE = "AMFM_ALLOW_TRITON"
 _LEAST_CAPABILITY = 8
 REQUIREMENTS = (
     "The kernels need an NVIDIA card of compute capability 8.0 or more (A100, H100, H200, B200) and a torch of 2.9 to 2.15 "
-    "for CUDA with the Triton that it pins; 3.8.0, which torch 2.14 pins, fails on Hopper, and 3.6.0 (torch 2.10, 2.11) on "
-    "Blackwell"
+    "for CUDA with the Triton that it pins; 3.8.0, which torch 2.14 pins, fails on Hopper, and 3.6.0 to 3.7.1 (torch 2.10 to "
+    "2.13) on Blackwell"
 )
 
 
@@ -169,7 +169,7 @@ def _refuse_operation(operation: str, device: torch.device) -> str | None:
 def judge_miscompile(fault: str, version: tuple[int, int, int], *, allowed: bool) -> str | None:
     """The refusal of a Triton with a known fault, with what pip can install instead; None, and a warning, where allowed.
 
-    PyTorch pins its Triton, so that the remedy is a release of torch: 2.13 brings Triton 3.7.1, 2.15 brings 3.9.0.
+    PyTorch pins its Triton, so that the remedy is a release of torch: 2.15 brings Triton 3.9.0, which is good on all cards.
     """
     shown = ".".join(map(str, version))
     if allowed:
@@ -177,7 +177,7 @@ def judge_miscompile(fault: str, version: tuple[int, int, int], *, allowed: bool
         return None
     return (
         f'kernels backend "triton" refuses Triton {shown} on this card: {fault}. torch pins its Triton: use '
-        f"`pip install 'torch>=2.15'` (Triton 3.9.0) or `pip install 'torch==2.13.*'` (3.7.1), or kernels.backend=torch; "
+        f"`pip install 'torch>=2.15'` (Triton 3.9.0), or kernels.backend=torch; "
         f"{ALLOW_VARIABLE}=1 runs the kernels all the same"
     )
 
