@@ -10,6 +10,7 @@ from __future__ import annotations
 import fnmatch
 import glob
 import hashlib
+import os
 import re
 import urllib.parse
 from collections.abc import Mapping, Sequence
@@ -103,14 +104,46 @@ def _list_local(given: str, where: str) -> list[_Found]:
     """List a folder (all levels), a file, or the files that a glob matches."""
     path = Path(given).expanduser()
     if path.is_dir():
-        items = [item for item in path.rglob("*") if item.is_file()]
+        items = _walk(path, where)
         return _choose_in_folder([_stat(item, item.relative_to(path).as_posix()) for item in items], where)
     if path.is_file():
         return _choose_one(_stat(path, path.name), where)
     matches = [Path(item) for item in glob.glob(str(path), recursive=True)]
     root = _fixed_root(str(path))
+    for item in matches:
+        _refuse_dead_link(item, item.name, where)
     found = [_stat(item, item.relative_to(root).as_posix()) for item in matches if item.is_file()]
     return _choose_matches(found, where)
+
+
+def _walk(folder: Path, where: str) -> list[Path]:
+    """List the files below a folder. Raises ValueError for text that would be left out in silence.
+
+    That is below a folder that can't be read, or behind a link. Hidden folders and `lost+found` hold no text of the source.
+    """
+
+    def refuse(error: OSError) -> None:
+        remedy = "make it readable, or name what is wanted in paths"
+        raise ValueError(f"{where}: {error.filename} can't be read ({error.strerror}); {remedy}") from error
+
+    found = []
+    for current, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".") and name != "lost+found"]
+        for item in (Path(current, name) for name in folders):
+            if item.is_symlink():
+                remedy = f"add {item.resolve()} to paths, or remove the link"
+                raise ValueError(f"{where}: {item} is a link to a folder, and those are not followed; {remedy}")
+        for item in (Path(current, name) for name in names):
+            _refuse_dead_link(item, item.name, where)
+            if item.is_file():
+                found.append(item)
+    return found
+
+
+def _refuse_dead_link(path: Path, name: str, where: str) -> None:
+    """Refuse a link to nothing that has the name of a file of text."""
+    if path.is_symlink() and not path.exists() and _is_data(name):
+        raise ValueError(f"{where}: {path} is a link to {path.readlink()}, which isn't there; mend or remove it")
 
 
 def _list_hub(given: str, commit: str, where: str) -> list[_Found]:

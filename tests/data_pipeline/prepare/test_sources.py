@@ -1,0 +1,53 @@
+"""Which files of a folder are a source's, and that none is left out in silence."""
+
+import pytest
+
+from data_pipeline.config import SourceConfig
+from data_pipeline.prepare import sources
+
+
+def files_of(path) -> list[str]:
+    return [file.name for file in sources.list_files(SourceConfig(name="a", paths=(str(path),)))]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("a.txt", "sub/b.jsonl", ".hidden/c.txt", "lost+found/d.txt", "notes.pdf"):
+        (tmp_path / "text" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "text" / name).write_text("text")
+    return tmp_path / "text"
+
+
+def test_files_below_a_folder_and_links_to_files_are_the_source(folder):
+    (folder / "link.txt").symlink_to(folder / "notes.pdf")
+    assert files_of(folder) == ["0/a.txt", "0/link.txt", "0/sub/b.jsonl"]
+
+
+@pytest.mark.parametrize("given", ["", "*.txt"], ids=["folder", "glob"])
+def test_a_link_to_nothing_is_named(folder, given):
+    (folder / "other").symlink_to("nothing")  # has no name of text
+    assert "0/a.txt" in files_of(folder / given)
+    (folder / "link.txt").symlink_to("nothing")
+    with pytest.raises(ValueError, match=r"link\.txt is a link to nothing, which isn't there; mend or remove it"):
+        files_of(folder / given)
+
+
+def test_a_link_to_a_folder_is_named_with_what_it_leads_to(folder, tmp_path):
+    (folder / "more").symlink_to(tmp_path)
+    with pytest.raises(
+        ValueError, match=rf"more is a link to a folder, .*; add {tmp_path} to paths, or remove the link"
+    ):
+        files_of(folder)
+
+
+def test_a_folder_that_cannot_be_read_is_named(folder, monkeypatch):
+    listed = sources.os.scandir
+
+    def scandir(path):
+        if str(path).endswith("sub"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(sources.os, "scandir", scandir)  # root, who may run the tests, can read every folder
+    with pytest.raises(ValueError, match=r"sub can't be read \(Permission denied\); make it readable"):
+        files_of(folder)
