@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,6 +53,11 @@ _KINDS = {
     "finite_number": ("must be finite", "write an ordinary number"),
 }
 
+# Settings that name one place; those of lists and caches find the home folder where they are used.
+PATHS = (
+    *("run.dir", "run.initial_weights", "data.store", "data.tokenizer.model", "train.replica_folder"),
+    *("evaluate.include_path", "convert.teacher"),
+)
 NOT_RECORDED = "false # launch.setup is not recorded, because it may hold secrets"
 
 
@@ -97,6 +103,7 @@ def settle(
     """
     for override in overrides:
         apply_override(tree, override, problems, schema)
+    expand_home(tree)
     origins = tree.origins()
     try:
         # JSON in strict mode: no text becomes a number, no number a truth value, and lists are fine for tuples.
@@ -137,6 +144,16 @@ def apply_override(tree: Entry, override: str, problems: list[Problem], schema: 
     else:
         assert isinstance(entry.value, dict), "step_into returns mappings and lists only"
         entry.value[last] = merge(entry.value[last], value) if last in entry.value else value
+
+
+def expand_home(tree: Entry) -> None:
+    """Put the home folder for a leading `~` of a path, in place: no shell does it in a file, nor in `run.dir=~/x`."""
+    for key in PATHS:
+        entry: Entry | None = tree
+        for part in key.split("."):
+            entry = entry.value.get(part) if entry is not None and isinstance(entry.value, dict) else None
+        if entry is not None and isinstance(entry.value, str):
+            entry.value = os.path.expanduser(entry.value)
 
 
 def takes_text(key: str, schema: type[BaseModel]) -> bool:

@@ -73,3 +73,11 @@ def test_an_override_may_be_a_pattern_of_mixers_in_braces(base):
     config = load_config(base, ["model.pattern={retnet}*", "model.mixers.retnet={num_heads: 4, head_dim: 8}"])
     assert config.model.pattern == "{retnet}*"
     assert config.model.mixers.retnet.num_heads == 4
+
+
+def test_a_leading_tilde_is_the_home_folder(base, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = load_config(base, ["run.dir=~/runs/a", "data.store=~/store", "data.tokenizer.model=~/t.model"])
+    assert (config.run.dir, config.data.store) == ("/home/me/runs/a", "/home/me/store")
+    assert config.data.tokenizer.model == "/home/me/t.model"
+    assert load_config(base, ["data.store=s3://bucket/~/a"]).data.store == "s3://bucket/~/a"
