@@ -1,6 +1,17 @@
-"""`python -m launch` is `amfm`."""
+"""`amfm` and `python -m launch`: the command line, with Ctrl-C while it is still being imported answered as later."""
 
-from launch.cli import main
+import sys
+
+
+def main() -> None:
+    """Import the command line and run it."""
+    try:
+        from launch.cli import main as run
+
+        run()
+    except KeyboardInterrupt:
+        sys.exit(130)  # INTERRUPTED of pretrain.launcher_protocol, which may not be there yet
+
 
 if __name__ == "__main__":
     main()

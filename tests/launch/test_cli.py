@@ -160,3 +160,22 @@ def test_a_bug_keeps_its_traceback(kind, monkeypatch, base):
 def test_the_traceback_of_an_error_can_be_asked_for():
     with pytest.raises(FileNotFoundError):
         run(["--traceback", "config", "nowhere.yaml"])
+
+
+INTERRUPTED_AT_TYPER = """
+import runpy, signal, sys
+
+class Interrupt:
+    def find_spec(name, path, target=None):
+        if name == "typer":
+            signal.raise_signal(signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupt)
+runpy.run_module("launch", run_name="__main__")
+"""
+
+
+def test_ctrl_c_while_the_command_line_is_imported_ends_in_silence():
+    command = [sys.executable, "-c", INTERRUPTED_AT_TYPER]
+    end = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (end.returncode, end.stderr) == (130, "")
