@@ -158,7 +158,7 @@ def prepare(
         write([unit for of_source in units.values() for unit in of_source if find(unit) is None])
         reports = {name: [_must_find(journal, store, unit) for unit in of_source] for name, of_source in units.items()}
         for source in config.sources:
-            _check_source(source, plans[source.name], reports[source.name], store)
+            _check_source(source, plans[source.name], reports[source.name], store, units[source.name])
         names = journal.source_names() | reports.keys()
         identity, remarks = _finish(store, tokenizer, layout, reports, names, pins)
     remarks += _describe_short_sources(reports, limits)
@@ -305,7 +305,9 @@ def _must_find(journal: Journal, store: Path, unit: Unit) -> UnitReport:
     return report
 
 
-def _check_source(source: SourceConfig, plan: Sequence[Segment], reports: Sequence[UnitReport], store: Path) -> None:
+def _check_source(
+    source: SourceConfig, plan: Sequence[Segment], reports: Sequence[UnitReport], store: Path, units: Sequence[Unit]
+) -> None:
     """Check that every byte of jsonl was read exactly once, and that the source gave a training document."""
     planned = sum(
         item.stop - item.start for item in plan if item.file.kind == "jsonl" and item.file.compression == "none"
@@ -319,9 +321,11 @@ def _check_source(source: SourceConfig, plan: Sequence[Segment], reports: Sequen
         )
     if not any(report.parts["train"] for report in reports):
         rejects = sum(report.rejects for report in reports)
+        first = describe_first_reject(store, units)
         raise ValueError(
-            f"source {source.name!r} gave no training document: {rejects} records were rejected, the reasons are in "
-            f"{store / 'rejects' / source.name}; check text_column={source.text_column!r} and the files"
+            f"source {source.name!r} gave no training document: {rejects} records were rejected, "
+            f"{f'the first is {first}, ' if first else ''}the reasons are in {store / 'rejects' / source.name}; "
+            f"check text_column={source.text_column!r} and the files"
         )
 
 

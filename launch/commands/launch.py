@@ -208,8 +208,10 @@ def launch_torchrun(
 
     environment = check_variables(config.launch.environment, "launch.environment")
     host, _, port = (master or "").partition(":")
-    if port and not port.isdigit():
-        raise ValueError(f"--master {master} must be HOST or HOST:PORT with a number; use {host}:{DEFAULT_PORT}")
+    if port and not (port.isdecimal() and 0 < int(port) < 2**16):
+        raise ValueError(
+            f"--master {master} must be HOST or HOST:PORT with a number from 1 to 65535; use {host}:{DEFAULT_PORT}"
+        )
     number = int(port or DEFAULT_PORT)
     if hosts is not None or (nodes == 1 and not dry_run):
         names = [host or "localhost"] if hosts is None else read_hosts(hosts)

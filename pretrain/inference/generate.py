@@ -6,6 +6,7 @@ not grow, and key-value caches of attention. Every further token is computed fro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,12 +39,16 @@ class Sampling:
 
     def check(self) -> None:
         """Raise ValueError for a value out of range."""
-        if self.temperature < 0:
-            raise ValueError(f"temperature={self.temperature} must be at least 0; use 0 for the most likely token")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(
+                f"temperature={self.temperature} must be at least 0 and finite; use 0 for the most likely token"
+            )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k={self.top_k} must be at least 1; leave it out to allow all tokens")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1; leave it out to allow all tokens")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed} must fit into 64 bits; use a smaller number")
 
 
 def generate(
@@ -66,6 +71,8 @@ def generate(
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
     weights = read_weights(checkpoint, report)
+    if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+        raise ValueError(f"the prompt {prompt!a} must be Unicode; give it as UTF-8")
     ids = weights.tokenizer.encode(prompt)
     if not ids:
         raise ValueError("the prompt is empty; give at least one character (training inserts no begin token)")

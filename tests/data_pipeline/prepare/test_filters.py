@@ -71,6 +71,7 @@ def test_a_source_that_gives_nothing_is_refused_and_points_to_the_rejects(tmp_pa
         tokenizer=TokenizerConfig(model=str(model)),
     )
     with pytest.raises(
-        ValueError, match=r"gave no training document: 100 records were rejected, .*check text_column='body'"
+        ValueError,
+        match=r"gave no training document: 100 records were rejected, the first is \S+a.jsonl:line 1 .*check text_column='body'",
     ):
         in_process(config)

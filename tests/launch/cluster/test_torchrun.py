@@ -74,6 +74,7 @@ def test_torchrun_s_own_restarts_are_told_by_their_number() -> None:
         (["--on", "torchrun", "--nodes", "3"], "needs --hosts FILE to start them all, or --node-rank and --master"),
         (["--on", "torchrun", "--nodes", "3", "--node-rank", "3", "--master", "a"], "must be less than --nodes 3"),
         (["--on", "torchrun", "--nodes", "3", "--node-rank", "1", "--master", "a:b"], "must be HOST or HOST:PORT"),
+        (["--on", "torchrun", "--nodes", "3", "--node-rank", "1", "--master", "a:70000"], "a number from 1 to 65535"),
         (["--on", "ray", "--node-rank", "0"], "--node-rank 0 belongs to --on torchrun"),
         (["--on", "slurm", "--address", "auto"], "--address auto belongs to --on ray"),
         (["--on", "ray", "--nodes", "5"], "must be a multiple of train.micro_batch_size=2 x 5 data ranks"),

@@ -91,6 +91,8 @@ def test_impossible_settings_and_prompts_are_refused(data: DataConfig, tmp_path:
     folder = weights_folder(data, tmp_path / "weights", "nemotron_h")
     for settings, message in [
         ({"temperature": -1.0}, "temperature=-1.0 must be at least 0"),
+        ({"temperature": float("inf")}, "temperature=inf must be at least 0 and finite"),
+        ({"seed": 2**63}, "seed=9223372036854775808 must fit into 64 bits"),
         ({"top_k": 0}, "top_k=0 must be at least 1"),
         ({"top_p": 0.0}, "top_p=0.0 must be above 0"),
         ({"top_p": 1.5}, "top_p=1.5 must be above 0 and at most 1"),
@@ -99,6 +101,8 @@ def test_impossible_settings_and_prompts_are_refused(data: DataConfig, tmp_path:
             generate(folder, "a", sampling=Sampling(**settings))
     with pytest.raises(ValueError, match="the prompt is empty"):
         generate(folder, "")
+    with pytest.raises(ValueError, match=r"the prompt 'caf\\udce9' must be Unicode"):
+        generate(folder, "caf\udce9")  # as Python reads an argument that is not UTF-8
     with pytest.raises(ValueError, match="max_new_tokens=0"):
         generate(folder, "a", max_new_tokens=0)
     assert read_weights(folder).run is None
