@@ -1,0 +1,44 @@
+"""Bins that are kept beside a store: used where they are whole, computed again where they are not."""
+
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_pipeline.loader.loader import row_settings
+from tests.helpers.tiny_store import make_tiny_store
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    return make_tiny_store(folder, num_documents=60, mean_words=12).model_copy(update={"packing": "best_fit"})
+
+
+def rows_of(config) -> list[list[int]]:
+    reader = row_settings(config, split="train", sequence_length=40, seed=1).open_reader()
+    return [row.tokens.tolist() for row in reader.read(np.arange(reader.rows_per_epoch("source0")))[0]]
+
+
+def test_kept_bins_that_are_damaged_are_computed_and_written_again(config):
+    expected, folder, drawn = rows_of(config), Path(config.store, "bins", "40"), random.Random(0)
+    kept = {path: path.read_bytes() for path in folder.iterdir()}
+    assert {path.suffix for path in kept} == {".json", ".npz"}
+    for path, content in kept.items():
+        for _ in range(20):
+            damaged = bytearray(content)
+            damaged[drawn.randrange(len(damaged))] ^= 1 << drawn.randrange(8)
+            path.write_bytes(damaged[: drawn.choice([len(damaged), drawn.randrange(len(damaged))])])
+            assert rows_of(config) == expected
+            assert path.read_bytes() == content
+
+
+def test_kept_bins_are_not_computed_again(config):
+    expected, folder = rows_of(config), Path(config.store, "bins", "40")
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert rows_of(config) == expected
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    shutil.rmtree(folder)
+    assert rows_of(config) == expected and set(folder.iterdir()) == set(before)
