@@ -38,15 +38,30 @@ def _candidates(interpreted: tuple[int, int], *tiles: tuple[int, int, int, int])
     return tuple(dict(zip(names, each, strict=True)) for each in tiles)
 
 
-FORWARD = _candidates((32, 16), (128, 64, 8, 3), (128, 64, 8, 2), (128, 128, 8, 2), (64, 64, 4, 3))
-QUERIES = _candidates((16, 32), (64, 64, 4, 2), (64, 128, 8, 2), (128, 64, 8, 2))
+def forward_candidates(head_dim: int) -> tuple[Config, ...]:
+    """Those of the forward kernel: above 128 channels a tile of 128 queries leaves no shared memory for keys and values."""
+    if head_dim <= 128:
+        return _candidates((32, 16), (128, 64, 8, 3), (128, 64, 8, 2), (128, 128, 8, 2), (64, 64, 4, 3))
+    return _candidates((32, 16), (64, 64, 8, 2), (128, 32, 8, 2), (64, 32, 8, 2))
+
+
+def query_candidates(head_dim: int) -> tuple[Config, ...]:
+    """Those of the kernel for queries; above 128 channels 64 keys spill."""
+    if head_dim <= 128:
+        return _candidates((16, 32), (64, 64, 4, 2), (64, 128, 8, 2), (128, 64, 8, 2))
+    return _candidates((16, 32), (64, 32, 8, 2), (128, 32, 8, 2))
 
 
 def key_candidates(head_dim: int) -> tuple[Config, ...]:
-    """Those of the kernel for keys: above 64 channels its two sums leave no registers for a second stage."""
+    """Those of the kernel for keys: above 64 channels its two sums leave no registers for a second stage.
+
+    Above 128 they leave none for the 64 keys that Hopper's wgmma multiplies: with 32 products are smaller, and nothing spills.
+    """
     if head_dim <= 64:
         return _candidates((16, 32), (32, 128, 8, 2), (64, 128, 8, 2), (64, 64, 4, 2))
-    return _candidates((16, 32), (32, 128, 8, 1), (64, 64, 8, 1), (32, 64, 4, 2))
+    if head_dim <= 128:
+        return _candidates((16, 32), (32, 128, 8, 1), (64, 64, 8, 1), (32, 64, 4, 2))
+    return _candidates((16, 32), (64, 32, 8, 1), (16, 64, 8, 1), (32, 32, 4, 1))
 
 
 def document_bounds(document_ids_BS: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
@@ -93,7 +108,7 @@ def _forward(
     y = torch.empty_like(q)
     log_sums = q.new_empty(q.shape[0], heads, tokens, dtype=torch.float32)
     if q.numel():
-        config = config_for("attention_forward", (q.dtype, size), FORWARD, q.device)
+        config = config_for("attention_forward", (q.dtype, size), forward_candidates(size), q.device)
         attention_forward_kernel[(triton.cdiv(tokens, config["BLOCK_M"]), q.shape[0] * heads)](
             q, k, v, y, log_sums, first_BT, tokens, keys, heads, kv_heads, size, scale * math.log2(math.e),
             **_constants(q, first_BT), **config,
@@ -131,7 +146,7 @@ def _backward(
     scales, constants = (scale, scale * math.log2(math.e)), _constants(q, first_BT)
     # First, because it also writes the deltas <dy, y> that the kernel for keys reads; launches of one stream
     # run in order.
-    config = config_for("attention_queries", (q.dtype, sizes[4]), QUERIES, q.device)
+    config = config_for("attention_queries", (q.dtype, sizes[4]), query_candidates(sizes[4]), q.device)
     attention_query_gradient_kernel[(triton.cdiv(tokens, config["BLOCK_M"]), q.shape[0] * heads)](
         q, k, v, y_BTHK, d_y, log_sums_BHT, deltas, d_q, first_BT, *sizes, *scales,
         **constants, **config,

@@ -23,18 +23,21 @@ from kernels.interpreter import dot_dtype
 from kernels.limits import VECTOR_DELTA_LIMITS
 from kernels.scan_launch import ScanLaunch
 from kernels.strides import outer_strides, pack, pack_inner
+from kernels.tuning import Config
 
 # Candidates of each kernel, the fixed one first. PART: key channels that a program takes, or takes at a time.
 PREPARE = tuple({"PART": part, "num_warps": warps, "num_stages": 1} for part, warps in ((32, 8), (32, 4), (64, 8)))
-WALK = tuple(
-    {"BLOCK_V": columns, "num_warps": warps, "num_stages": stages}
-    for columns, warps, stages in ((32, 4, 2), (32, 8, 2), (64, 8, 2), (32, 4, 1))
-)
 PAIRS = tuple({"BLOCK_V": 64, "num_warps": 8, "num_stages": stages} for stages in (2, 1))
 GRADIENTS = tuple(
     {"PART": part, "BLOCK_V": columns, "num_warps": warps, "num_stages": 1}
     for part, columns, warps in ((32, 64, 8), (32, 32, 8), (32, 64, 4))
 )
+
+
+def walk_candidates(K: int) -> tuple[Config, ...]:
+    """Configurations of the walks: above 128 rows of a state two stages of all tiles do not fit into shared memory."""
+    choices = ((32, 4, 2), (32, 8, 2), (64, 8, 2), (32, 4, 1)) if K <= 128 else ((32, 8, 1), (16, 8, 1), (32, 4, 1))
+    return tuple({"BLOCK_V": columns, "num_warps": warps, "num_stages": stages} for columns, warps, stages in choices)
 
 
 def delta_vector_triton(
@@ -102,7 +105,9 @@ def _walk(
     """Walk rows forward, writing what is given of o, entering and errors; returns the last state."""
     p = prepared
     final = v.new_empty(launch.B, launch.H, launch.K, launch.V, dtype=torch.float32)
-    grid, constants = launch.walk("vector_delta_states_walk" if o is None else "vector_delta_walk", WALK, v)
+    grid, constants = launch.walk(
+        "vector_delta_states_walk" if o is None else "vector_delta_walk", walk_candidates(launch.K), v
+    )
     vector_walk_kernel[grid](
         p.q_start, p.k_start, p.k_end, v, p.inverse, p.scores, p.decay, initial, o, entering, errors, final,
         *launch.sizes, *outer_strides(v), INITIAL=initial is not None, OUTPUT=o is not None, SAVE=entering is not None,
@@ -167,7 +172,7 @@ def _backward(
     errors, d_v = torch.empty_like(d_o), torch.empty_like(d_o)
     _walk(launch, p, v, pack(initial), None, entering, errors)
     d_initial = beta.new_empty(B, H, K, V)
-    grid, constants = launch.walk("vector_delta_walk_back", WALK, d_o)
+    grid, constants = launch.walk("vector_delta_walk_back", walk_candidates(K), d_o)
     vector_walk_back_kernel[grid](
         p.q_start, p.k_start, p.k_end, p.inverse, p.scores, p.decay, d_o, d_final, leaving, d_v, d_initial,
         *launch.sizes, D_FINAL=d_final is not None, **constants,

@@ -48,7 +48,7 @@ def counted_problems() -> Iterator[CountedProblem]:
 
 
 def launches() -> Iterator[KernelLaunch]:
-    """All three kernels at the head sizes of presets, with documents.
+    """All three kernels at the head sizes of presets, with documents: 256 is Qwen3-Next's, and what Kimi Linear's 192 fill.
 
     Sizes that 16 divides in every preset are declared so, as a launch on a card would find out.
     """
@@ -60,11 +60,11 @@ def launches() -> Iterator[KernelLaunch]:
     types |= {"log_sums": "*fp32", "deltas": "*fp32", "first_keys": "*i32", "document_ends": "*i32"}
     types |= dict.fromkeys(("tokens", "keys", "heads", "size"), "i32:16") | {"kv_heads": "i32"}
     types |= {"scale": "fp32", "scale_log2": "fp32"}
-    for size in (64, 128):
+    for size in (64, 128, 256):
         constants = {"DOCUMENTS": True, "DOT": tl.bfloat16, "BLOCK_K": size}
         for part, kernel, config in (
-            ("forward", triton_kernels.attention_forward_kernel, triton_impl.FORWARD[0]),
-            ("d_q", triton_kernels.attention_query_gradient_kernel, triton_impl.QUERIES[0]),
+            ("forward", triton_kernels.attention_forward_kernel, triton_impl.forward_candidates(size)[0]),
+            ("d_q", triton_kernels.attention_query_gradient_kernel, triton_impl.query_candidates(size)[0]),
             ("d_k d_v", triton_kernels.attention_key_gradient_kernel, triton_impl.key_candidates(size)[0]),
         ):
             yield kernel_launch(f"attention {part}, head {size}", kernel, types, constants, config)

@@ -137,14 +137,18 @@ def _channel_launches(types: dict[str, str]) -> Iterator[KernelLaunch]:
     chunk = VECTOR_DELTA_LIMITS.chunk_sizes[-1]
     common = {"Q": chunk, "DOT": tl.bfloat16}
     halved = {"LEVELS": chunk.bit_length() - 1, "DOCUMENTS": True}
-    whole = {"BLOCK_K": STATE_SIZE}
+    whole, largest = {"BLOCK_K": STATE_SIZE}, {"BLOCK_K": VECTOR_DELTA_LIMITS.key_dim}
+    walk, walk_largest = (vector.walk_candidates(rows["BLOCK_K"])[0] for rows in (whole, largest))
     outputs = {"INITIAL": False, "initial": None, "OUTPUT": True, "SAVE": False, "entering": None, "errors": None}
     states = {"INITIAL": False, "initial": None, "OUTPUT": False, "SAVE": True, "o": None}
+    back = {"D_FINAL": False, "d_final": None}
     kernels: tuple[tuple[str, Any, dict[str, Any], Config], ...] = (
         ("prepare", vector_prepare_kernel, halved | {"PRECISION": "tf32"}, vector.PREPARE[0]),
-        ("walk", vector_walk_kernel, outputs | whole, vector.WALK[0]),
-        ("walk, states only", vector_walk_kernel, states | whole, vector.WALK[0]),
-        ("walk back", backward.vector_walk_back_kernel, {"D_FINAL": False, "d_final": None} | whole, vector.WALK[0]),
+        ("walk", vector_walk_kernel, outputs | whole, walk),
+        ("walk, states only", vector_walk_kernel, states | whole, walk),
+        ("walk back", backward.vector_walk_back_kernel, back | whole, walk),
+        ("walk, K = 256", vector_walk_kernel, outputs | largest, walk_largest),
+        ("walk back, K = 256", backward.vector_walk_back_kernel, back | largest, walk_largest),
         ("gradients of pairs", backward.vector_pairs_kernel, {}, vector.PAIRS[0]),
         ("gradients", backward.vector_gradients_kernel, halved, vector.GRADIENTS[0]),
     )

@@ -30,6 +30,9 @@ REASONS = {
     "delta gradients, 2 steps a token": (
         "holds a product of scores next to three of the states for 32 columns of keys, which half the warps would double"
     ),
+    "attention d_k d_v, head 256": (
+        "holds two sums of keys x 256; with the 64 keys that wgmma takes it spills 400 bytes or more, with 32 nothing"
+    ),
 }
 
 

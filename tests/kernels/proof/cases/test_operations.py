@@ -27,6 +27,8 @@ SPILLS = {
     "gated norm, up to 8192 wide (Granite), backward with output": 32,
     "delta gradients, 2 steps a token": 16,
 }
+# With 64 rows of a product, which wgmma takes, this one spills 400 bytes.
+SMALL_PRODUCTS = {"attention d_k d_v, head 256"}
 SPILLS_BEFORE_3_7 = {
     "scan gradients, chunks of 64": 200,
     "scan gradients, chunks of 128": 616,
@@ -52,14 +54,14 @@ def check(name: str, architecture: int) -> None:
     if architecture == 90:
         allowed = SPILLS_BEFORE_3_7 if triton_version() < (3, 7, 0) else SPILLS
         assert compiled.spill_bytes <= allowed.get(name, 0), compiled
-        assert compiled.uses_wgmma == launch.multiplies, compiled
+        assert compiled.uses_wgmma == (launch.multiplies and name not in SMALL_PRODUCTS), compiled
 
 
 @compiles
 @pytest.mark.parametrize(
     "name",
     [
-        "attention forward, head 64",
+        "attention forward, head 256",
         "experts d_up",
         "router forward, Granite, 64",
         "scan walk, states only, chunks of 64",
