@@ -40,7 +40,7 @@ from pretrain.monitor.heartbeat import describe_lost
 from pretrain.monitor.signals import SignalWatch, signal_name
 from pretrain.monitor.stragglers import STRAGGLER_STEPS
 from pretrain.parallel import is_first_rank
-from pretrain.pruning.prune import prune, prune_if_due
+from pretrain.pruning.prune import number_pruned, prune, prune_if_due
 from pretrain.run import Run, apply_stage
 from pretrain.saving import (
     finish_copies,
@@ -377,8 +377,13 @@ def report_stragglers(run: Run) -> None:
 
 def report_collapse(run: Run, result: StepResult) -> None:
     """Log the MoE blocks in which the same experts now take nearly every token, once until they recover."""
-    moe = run.config.model.moe
-    shares = {} if moe is None else find_collapsed(result.expert_counts, moe.top_k)
+    moe, section = run.config.model.moe, run.config.prune
+    pruned = 0
+    if moe is not None and section is not None and section.groups == "experts":
+        pruned = number_pruned(section, run.progress.step - 1, moe.num_experts)
+    # Those that pruning took have no token, and are none to be missed.
+    living = {block: sorted(counts)[pruned:] for block, counts in result.expert_counts.items()}
+    shares = {} if moe is None else find_collapsed(living, moe.top_k)
     if shares.keys() - run.collapsed_blocks:
         run.record_event("experts_collapsed", token_share={str(block): share for block, share in shares.items()})
         blocks = ", ".join(f"{block} ({share:.0%} of tokens)" for block, share in shares.items())

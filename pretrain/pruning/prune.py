@@ -31,6 +31,13 @@ def prunes_after(section: PruneConfig, step: int) -> bool:
     return inside and ((step - section.start_step) % section.every_steps == 0 or step == section.end_step)
 
 
+def number_pruned(section: PruneConfig, step: int, count: int) -> int:
+    """How many of a block's `count` groups are zero after a step: as many as the newest pruning up to it left so."""
+    past = range(min(step, section.end_step), section.start_step - 1, -1)
+    newest = next((each for each in past if prunes_after(section, each)), 0)
+    return round(pruned_share(section, newest) * count)
+
+
 def prune_if_due(run: Run) -> None:
     """Prune after the step that was just done, if that is one of `prune`. Every rank must call this."""
     section = run.config.prune

@@ -18,9 +18,10 @@ from pretrain.config.pruning import PRUNED_GROUPS, PruneConfig
 from pretrain.config.schema import RunConfig
 from pretrain.inference.weights import read_weights
 from pretrain.launcher_protocol import DONE
+from pretrain.monitor.experts import EXPERT_STEPS
 from pretrain.monitor.signals import SignalWatch
 from pretrain.pruning.groups import plan_groups
-from pretrain.pruning.prune import pruned_share, prunes_after
+from pretrain.pruning.prune import number_pruned, pruned_share, prunes_after
 from pretrain.start import close_run, start_run
 from pretrain.train import run_steps
 from tests.helpers.spawn import run_ranks
@@ -43,7 +44,7 @@ def pruning(groups: str, keep: float = 0.5) -> dict[str, Any]:
 
 def pruning_config(data: DataConfig, run_dir: Path, shape: str = "swiglu", **changes: Any) -> RunConfig:
     settings = {name: changes.pop(name) for name in list(changes) if "__" in name}
-    tree = tiny_config(data, run_dir, train__steps=STEPS, **settings).model_dump(mode="json", exclude_unset=True)
+    tree = tiny_config(data, run_dir, **{"train__steps": STEPS, **settings}).model_dump(mode="json", exclude_unset=True)
     return RunConfig.model_validate(tree | {"model": MODELS[shape]} | changes)
 
 
@@ -62,6 +63,19 @@ def test_the_ramp_is_cubic_and_a_function_of_the_step():
     assert pruned_share(section, 9) == pruned_share(section, 10) == 0
     assert pruned_share(section, 21) == pytest.approx(0.8 * (1 - 0.5**3))
     assert pruned_share(section, 32) == pruned_share(section, 99) == 0.8
+
+
+def test_as_many_groups_are_zero_as_the_newest_pruning_left():
+    section = PruneConfig(groups="experts", keep=0.25, start_step=10, every_steps=5, end_step=22)
+    found = [number_pruned(section, step, 16) for step in (9, 10, 14, 15, 19, 20, 21, 22, 99)]
+    assert found == [0, 0, 0, round(12 * (1 - (7 / 12) ** 3))] + [found[3], found[5], found[5], 12, 12]
+    assert found[5] == round(12 * (1 - (2 / 12) ** 3))
+
+
+def test_experts_that_were_pruned_are_no_collapse(data: DataConfig, tmp_path: Path) -> None:
+    run_and_collect(pruning_config(data, tmp_path, prune=pruning("experts"), train__steps=EXPERT_STEPS))
+    assert read_events(tmp_path, "pruned")[-1]["zero"] == 2
+    assert read_events(tmp_path, "experts_collapsed") == []
 
 
 ZEROS = {
