@@ -61,6 +61,11 @@ def read_megatron_index(path: Path) -> MegatronIndex:
     sequence_ends = np.cumsum(lengths) * np.dtype(dtype).itemsize
     if not np.array_equal(pointers[1:], sequence_ends[:-1]) or (num_sequences and pointers[0] != 0):
         raise ValueError(f"{path} has gaps between its sequences; write the dataset again with Megatron's builder")
+    if (np.diff(bounds, prepend=0, append=num_sequences) < 0).any():
+        raise ValueError(
+            f"{path} is damaged: its documents must begin one behind the other among its {num_sequences} sequences; restore "
+            "it from a copy"
+        )
     size = path.with_suffix(".bin").stat().st_size
     used = int(sequence_ends[-1]) if num_sequences else 0
     if size != used:

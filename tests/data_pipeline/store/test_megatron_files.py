@@ -5,7 +5,13 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 
 from data_pipeline.config import DataConfig, PrepareConfig, SourceConfig, TokenizerConfig
 from data_pipeline.prepare.prepare import prepare
-from data_pipeline.store.megatron_files import export_megatron, read_megatron_documents, read_megatron_index
+from data_pipeline.store.megatron_files import (
+    HEADER,
+    MAGIC,
+    export_megatron,
+    read_megatron_documents,
+    read_megatron_index,
+)
 from data_pipeline.store.store import TokenStore
 from data_pipeline.verify import verify_store
 from tests.helpers.tiny_store import make_tiny_store, run_in_process
@@ -107,3 +113,15 @@ def test_bad_megatron_input_is_refused(tiny, tmp_path):
     tokens.unlink()
     with pytest.raises(ValueError, match=r"needs a.bin beside it"):
         prepare(import_config(tiny, tmp_path, index), runner=run_in_process)
+
+
+@pytest.mark.parametrize("bounds", [[0, 2, 1, 3], [0, 1, 2, 4], [-1, 1, 2, 3], [0, 1, 2, 2**60]])
+def test_documents_that_are_none_of_the_sequences_are_refused(tmp_path, bounds):
+    lengths = np.array([2, 1, 3], "<i4")
+    content = HEADER.pack(MAGIC, 1, 8, 3, 4) + lengths.tobytes() + np.array([0, 4, 6], "<i8").tobytes()
+    (tmp_path / "a.bin").write_bytes(np.arange(6, dtype="<u2").tobytes())
+    (tmp_path / "a.idx").write_bytes(content + np.array([0, 1, 2, 3], "<i8").tobytes())
+    assert read_megatron_index(tmp_path / "a.idx").num_documents == 3
+    (tmp_path / "a.idx").write_bytes(content + np.array(bounds, "<i8").tobytes())
+    with pytest.raises(ValueError, match=r"a.idx is damaged: its documents must begin one behind the other"):
+        read_megatron_index(tmp_path / "a.idx")
