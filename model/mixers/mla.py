@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kernels.attention.op import attention, fastest_backend
+from kernels.attention.varlen import DocumentEnds
 from kernels.linear.op import linear
 from kernels.rope.frequencies import rope_frequencies
 from kernels.rope.op import qk_norm_rope
@@ -70,7 +71,7 @@ class MlaMixer(SequenceMixer):
             assert state is None, "rows that are cut over context ranks have no decode state"
             o_BTHV = self._attend_segments(q_BTHK, latent_BTX, meta, meta.segments)
         elif state is None:
-            o_BTHV = self._attend(q_BTHK, *self._expand(latent_BTX), meta.boundaries_BT())
+            o_BTHV = self._attend(q_BTHK, *self._expand(latent_BTX), meta.boundaries_BT(), meta.document_ends)
         else:
             assert isinstance(state, dict), f"a registered mixer got a {type(state).__name__}"
             latent_BSX = torch.cat([state["latent"], latent_BTX], dim=1)
@@ -118,11 +119,15 @@ class MlaMixer(SequenceMixer):
         k_BSHN, v_BSHV = up_BSHX.split([options.nope_head_dim, options.value_head_dim], dim=-1)
         return torch.cat([k_BSHN, key_BSR.unsqueeze(2).expand(-1, -1, self.num_heads, -1)], dim=-1), v_BSHV
 
-    def _attend(self, q_BTHK: Tensor, k_BSHK: Tensor, v_BSHV: Tensor, ids_BS: Tensor | None) -> Tensor:
+    def _attend(
+        self, q_BTHK: Tensor, k_BSHK: Tensor, v_BSHV: Tensor, ids_BS: Tensor | None, ends: DocumentEnds | None = None
+    ) -> Tensor:
         """Attend with heads whose keys and values differ in width, [B, T, H, V], by the fastest backend for them."""
-        has_documents = ids_BS is not None
-        backend = fastest_backend(self.build.backend, q_BTHK, has_documents=has_documents, keys=k_BSHK.shape[1])
-        return _attend_padded(q_BTHK, k_BSHK, v_BSHV, ids_BS, self.key_size**-0.5, backend)
+        has_documents, keys = ids_BS is not None, k_BSHK.shape[1]
+        backend = fastest_backend(
+            self.build.backend, q_BTHK, has_documents=has_documents, keys=keys, document_ends=ends
+        )
+        return _attend_padded(q_BTHK, k_BSHK, v_BSHV, ids_BS, self.key_size**-0.5, backend, ends)
 
     def _attend_latents(self, q_BTHK: Tensor, latent_BSX: Tensor) -> Tensor:
         """Attend within one document without expanding: all heads read the latents as one key and value head."""
@@ -161,11 +166,18 @@ class MlaMixer(SequenceMixer):
 
 
 def _attend_padded(
-    q_BTHK: Tensor, k_BSJK: Tensor, v_BSJV: Tensor, ids_BS: Tensor | None, scale: float, backend: str
+    q_BTHK: Tensor,
+    k_BSJK: Tensor,
+    v_BSJV: Tensor,
+    ids_BS: Tensor | None,
+    scale: float,
+    backend: str,
+    ends: DocumentEnds | None = None,
 ) -> Tensor:
     """Attend with kernels that take heads of one width: zeros fill up the narrower ones, which changes no product."""
     key_size, value_size = k_BSJK.shape[-1], v_BSJV.shape[-1]
     width = max(key_size, value_size)
     q, k = (functional.pad(x, (0, width - key_size)) for x in (q_BTHK, k_BSJK))
     v = functional.pad(v_BSJV, (0, width - value_size))
-    return attention(q, k, v, document_ids_BS=ids_BS, scale=scale, backend=backend)[..., :value_size]
+    y = attention(q, k, v, document_ids_BS=ids_BS, scale=scale, document_ends=ends, backend=backend)
+    return y[..., :value_size]
