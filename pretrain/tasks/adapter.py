@@ -64,7 +64,9 @@ class ModelAdapter(TemplateLM):
                 raise ValueError(
                     f"a continuation of {len(continuation)} tokens is longer than the model's rows of {self.max_length}"
                 )
-        rows = [tuple((context + continuation)[-(self.max_length + 1) :]) for _, context, continuation in requests]
+        # Blanks at the end of a context go to its continuation, so one of blanks alone is empty here.
+        start = [self.prefix_token_id]
+        rows = [tuple(((context or start) + more)[-(self.max_length + 1) :]) for _, context, more in requests]
         counts = tuple(len(continuation) for _, _, continuation in requests)
         found = self._ask(LikelihoodJob(tuple(rows), counts))
         return [(one.log_probability, one.is_greedy) for one in found]
@@ -118,8 +120,12 @@ class ModelAdapter(TemplateLM):
 
 
 def read_generation(settings: dict[str, Any]) -> tuple[int, tuple[str, ...]]:
-    """Read a task's generation_kwargs: new tokens at most, and stop texts. Raises ValueError for sampling."""
+    """Read a task's generation_kwargs: new tokens at most, and stop texts. Raises ValueError for sampling and no limit."""
     limit = next((int(settings[name]) for name in LIMIT_NAMES if settings.get(name) is not None), DEFAULT_NEW_TOKENS)
+    if limit < 0:
+        raise ValueError(
+            f"the task generates {limit} tokens at most; set max_gen_toks in its generation_kwargs to 1 or more"
+        )
     until = settings.get("until") or ()
     temperature = float(settings.get("temperature") or 0)
     samples = settings.get("do_sample")

@@ -11,7 +11,7 @@ import torch
 
 from data_pipeline.config import DataConfig
 from data_pipeline.tokenizer.tokenizer import load_tokenizer
-from pretrain.tasks.scoring import GreedyJob, Job, Likelihood
+from pretrain.tasks.scoring import GreedyJob, Job, Likelihood, LikelihoodJob
 from pretrain.tasks.suite import TaskChoice, TaskError, flatten_results, open_suite
 from tests.pretrain.tasks.task_files import CHOICE, WEIGH, WRITE, write_task
 
@@ -77,6 +77,7 @@ def test_data_that_is_not_there_is_the_tasks_fault(folder: Path, data: DataConfi
             {"generation_kwargs": {"until": ["\n"]}},
             "generates up to 256 tokens, and the model was trained on rows of 48",
         ),
+        (WRITE, {"generation_kwargs": {"max_gen_toks": -1}}, "the task generates -1 tokens at most; set max_gen_toks"),
         (CHOICE, {"doc_to_text": "{{nothing}}"}, "nothing"),
     ],
 )
@@ -87,6 +88,24 @@ def test_what_a_task_cannot_ask_is_said_in_one_line(
     with pytest.raises(TaskError, match=message) as caught:
         measure(folder, data, "odd")
     assert "\n" not in str(caught.value)
+
+
+def test_a_context_of_blanks_alone_is_as_an_empty_one(folder: Path, data: DataConfig) -> None:
+    write_task(folder, "blank", CHOICE, doc_to_text="  ")
+    suite, tokenizer = (
+        open_suite(TaskChoice(("blank",), str(folder)), "evaluate.tasks"),
+        load_tokenizer(data.text_store()),
+    )
+    jobs: list[LikelihoodJob] = []
+
+    def keep(job: Job) -> list[Any]:
+        assert isinstance(job, LikelihoodJob)
+        jobs.append(job)
+        return answer(job)
+
+    assert set(suite.measure(keep, tokenizer, 48)) == {"blank/acc"}
+    (job,) = jobs
+    assert all(row[0] == tokenizer.bos_id and len(row) == count + 1 for row, count in zip(job.rows, job.counts))
 
 
 def test_an_error_of_the_model_is_no_error_of_the_task(folder: Path, data: DataConfig) -> None:
