@@ -21,7 +21,9 @@ from torch import Tensor
 from kernels.backend import INTERPRETED
 from kernels.interpreter import count_programs, dot_dtype
 
+# Heads of a program at most, and values of its tile: more of wide heads would spill in backward, which holds four such tiles.
 BLOCK_HEADS = 16 if INTERPRETED else 32
+TILE_VALUES = 32 * 130
 
 
 @triton.jit
@@ -125,10 +127,16 @@ def norm_rope_backward_kernel(
 
 
 def _blocks(size: int, cosine: Tensor | None) -> tuple[int, dict[str, int]]:
-    """Rotated pairs (any split in halves where nothing rotates), and the padded widths of the parts."""
+    """Rotated pairs (any split in halves where nothing rotates), the padded widths of the parts, and heads of a program."""
     half = size // 2 if cosine is None else cosine.shape[-1]
-    rest = max(size - 2 * half, 1)
-    return half, {"HALF": max(triton.next_power_of_2(half), 2), "REST": max(triton.next_power_of_2(rest), 2)}
+    return half, tile_of(half, size - 2 * half)
+
+
+def tile_of(half: int, rest: int) -> dict[str, int]:
+    """Constants of both kernels for heads of `half` rotated pairs and `rest` channels that pass through."""
+    parts = {"HALF": max(triton.next_power_of_2(half), 2), "REST": max(triton.next_power_of_2(max(rest, 1)), 2)}
+    heads = max(1, TILE_VALUES // (2 * parts["HALF"] + parts["REST"]))
+    return parts | {"BLOCK": min(BLOCK_HEADS, 1 << heads.bit_length() - 1)}
 
 
 @torch.library.custom_op("amfm::norm_rope_triton", mutates_args=())
@@ -142,9 +150,9 @@ def _forward(
     rows = x_BTHK.numel() // size
     half, blocks = _blocks(size, cosine)
     if rows:
-        norm_rope_forward_kernel[(triton.cdiv(rows, BLOCK_HEADS),)](
+        norm_rope_forward_kernel[(triton.cdiv(rows, blocks["BLOCK"]),)](
             x_BTHK, cosine, sine, weight, y_BTHK, rows, heads, size, half, epsilon,
-            NORM=weight is not None, ROTATE=cosine is not None, BLOCK=BLOCK_HEADS, **blocks,
+            NORM=weight is not None, ROTATE=cosine is not None, **blocks,
         )  # fmt: skip
     return y_BTHK
 
@@ -164,11 +172,11 @@ def _backward(
     heads, size = x_BTHK.shape[2:]
     rows = x_BTHK.numel() // size
     half, blocks = _blocks(size, cosine)
-    programs = max(1, min(triton.cdiv(rows, BLOCK_HEADS), count_programs(x_BTHK.device)))
+    programs = max(1, min(triton.cdiv(rows, blocks["BLOCK"]), count_programs(x_BTHK.device)))
     d_weight = x_BTHK.new_empty(programs if weight is not None else 0, size, dtype=torch.float32)
     norm_rope_backward_kernel[(programs,)](
         d_y, x_BTHK, cosine, sine, weight, d_x, d_weight, rows, heads, size, half, epsilon,
-        NORM=weight is not None, ROTATE=cosine is not None, BLOCK=BLOCK_HEADS, **blocks,
+        NORM=weight is not None, ROTATE=cosine is not None, **blocks,
     )  # fmt: skip
     return d_x, d_weight.sum(0)
 

@@ -55,15 +55,16 @@ def counted_problems() -> Iterator[CountedProblem]:
 
 
 def launches() -> Iterator[KernelLaunch]:
-    """Both kernels, for heads of 128."""
+    """Both kernels, for heads of 128, and for those of 256 of which 64 channels rotate (Qwen3-Next)."""
     from kernels.rope import triton_impl as rope
 
     types = dict.fromkeys(("x", "y", "d_y", "d_x", "weight"), "*bf16")
     types |= dict.fromkeys(("cosine", "sine", "d_weight"), "*fp32")
     types |= dict.fromkeys(("rows", "heads", "size", "half"), "i32:16") | {"epsilon": "fp32"}
-    constants = {"NORM": True, "ROTATE": True, "BLOCK": rope.BLOCK_HEADS, "HALF": 64, "REST": 2}
-    yield kernel_launch("QK-norm and rotation forward", rope.norm_rope_forward_kernel, types, constants)
-    yield kernel_launch("QK-norm and rotation backward", rope.norm_rope_backward_kernel, types, constants)
+    for label, half, rest in (("", 64, 0), (", heads of 256", 32, 192)):
+        constants = {"NORM": True, "ROTATE": True} | rope.tile_of(half, rest)
+        yield kernel_launch(f"QK-norm and rotation forward{label}", rope.norm_rope_forward_kernel, types, constants)
+        yield kernel_launch(f"QK-norm and rotation backward{label}", rope.norm_rope_backward_kernel, types, constants)
 
 
 CASE = OperationCase("rope", launches, counted_problems)

@@ -5,6 +5,7 @@ import torch
 
 from kernels.rope import triton_impl
 from kernels.rope.op import qk_norm_rope
+from kernels.rope.triton_impl import BLOCK_HEADS, TILE_VALUES, tile_of
 from tests.helpers.numbers import assert_all_near, assert_bitwise
 from tests.helpers.registration import assert_registered
 from tests.kernels.test_rope import run
@@ -42,3 +43,10 @@ def test_registration_is_complete():
     x = torch.randn(1, 3, 2, 8, requires_grad=True)
     cosine, sine, weight = torch.randn(1, 3, 1, 4), torch.randn(1, 3, 1, 4), torch.randn(8, requires_grad=True)
     assert_registered(triton_impl._forward, x, cosine, sine, weight, 1e-5)
+
+
+def test_a_program_takes_fewer_of_wider_heads() -> None:
+    """32 heads of 256 of which 64 rotate spilled 5,000 bytes a thread on every card; the tile of heads of 128 spills none."""
+    tile = tile_of(32, 192)
+    assert tile["BLOCK"] * (2 * tile["HALF"] + tile["REST"]) <= TILE_VALUES
+    assert tile_of(64, 0)["BLOCK"] == BLOCK_HEADS
