@@ -139,6 +139,7 @@ class Handler(BaseHTTPRequestHandler):
             raise RefusedError(f"the body must have a Content-Length of at most {MAX_BODY_BYTES} bytes", status=413)
         try:
             body = json.loads(self.rfile.read(int(length)))
+            json.dumps(body, ensure_ascii=False).encode()  # half of a character beyond 16 bits (as \\ud83d) is no text
         except (ValueError, RecursionError) as error:
             raise RefusedError(f"the body is not valid JSON: {error}") from error
         if not isinstance(body, dict):
