@@ -109,7 +109,7 @@ def run(arguments: Sequence[str]) -> int:
         error.show()
         print_json(describe_as_json(error.format_message(), BAD_INPUT, error))
         return BAD_INPUT
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, OSError, MemoryError) as error:
         if is_bug(error) or "--traceback" in arguments:
             raise
         code = exit_code(error)

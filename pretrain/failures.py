@@ -22,7 +22,7 @@ CORRECTABLE = {
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
 
-def exit_code(error: ValueError | RuntimeError | OSError) -> int:
+def exit_code(error: ValueError | RuntimeError | OSError | MemoryError) -> int:
     """2 for what the user can correct, 3 for the machine's state; for an error that ended a start, or a whole verb."""
     if isinstance(error, OSError):
         # Libraries raise some without a number, for files that are not there.
@@ -40,7 +40,7 @@ def describe(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}; {choose_remedy(error.errno)}"
     if isinstance(error, MemoryError):
-        return f"this host's memory is used up ({str(error) or 'MemoryError'}); give the run more of it, or fewer ranks a host"
+        return f"this host's memory is used up ({str(error) or 'MemoryError'}); give this more of it, or start fewer processes"
     return str(error) or type(error).__name__
 
 

@@ -147,6 +147,15 @@ def test_a_run_that_failed_says_how_to_go_on(monkeypatch, base, capsys):
     ]
 
 
+def test_memory_that_is_used_up_is_the_machines_state(monkeypatch, base, capsys):
+    def broken(*arguments: object, **options: object) -> None:
+        raise MemoryError("malloc of size 369367187904 failed")
+
+    monkeypatch.setattr("pretrain.checks.check_run.load_checked", broken)
+    assert run(["config", str(base)]) == 3
+    assert "this host's memory is used up (malloc of size 369367187904 failed)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind", [KeyError, RecursionError, NotImplementedError])
 def test_a_bug_keeps_its_traceback(kind, monkeypatch, base):
     def broken(*arguments: object, **options: object) -> None:

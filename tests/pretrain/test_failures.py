@@ -24,9 +24,7 @@ def test_a_path_is_the_users_to_correct_until_the_run_is_under_way(name: str) ->
 
 
 def test_memory_that_is_used_up_can_be_resumed() -> None:
-    with pytest.raises(
-        RuntimeError, match=r"this host's memory is used up \(MemoryError\); give the run more"
-    ) as raised:
+    with pytest.raises(RuntimeError, match=r"this host's memory is used up \(MemoryError\); give this more") as raised:
         with while_running():
             raise MemoryError
     assert exit_code(raised.value) == 3
