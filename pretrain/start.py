@@ -27,6 +27,7 @@ from model.flops import count_parameters, flops_per_token
 from model.hybrid import HybridModel
 from model.pipeline_split import cut_pieces, pieces_of_rank
 from pretrain.checkpoint.background import BackgroundSaver
+from pretrain.checkpoint.commit import make_checkpoints_folder
 from pretrain.checkpoint.load import LoadedCheckpoint
 from pretrain.checkpoint.names import list_checkpoints, newest_saved_step
 from pretrain.checkpoint.remote import RemoteCheckpoints
@@ -98,6 +99,8 @@ def start_run(config: RunConfig, signals: SignalWatch, report: Report = silent) 
     check_plot_services(config)
     # Before data and model are built: a second start in the same directory is refused at once.
     lock = lock_directory(Path(config.run.dir)) if rank == 0 else None
+    if rank == 0:
+        make_checkpoints_folder(Path(config.run.dir) / "checkpoints")
     if torch.cuda.is_available():
         (Path(config.run.dir) / "flight").mkdir(parents=True, exist_ok=True)
     stages = resolve_stages(config)

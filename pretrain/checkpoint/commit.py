@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.deletion import try_to_delete
-from data_pipeline.files import sync
+from data_pipeline.files import make_folders, sync
+from data_pipeline.naming import named
 from pretrain.checkpoint.files import MANIFEST_NAME, MARK_NAME, encode_manifest, read_manifest, replace_text
 from pretrain.checkpoint.names import CHECKPOINT_NAME, checkpoint_name, list_checkpoints
 
@@ -47,6 +48,18 @@ class RankFailure:
             self.text = self.text or f"{error.strerror or error}{where}"
         except (RuntimeError, ValueError) as error:
             self.text = self.text or str(error)
+
+
+def make_checkpoints_folder(checkpoints_dir: Path) -> None:
+    """Make the folder of a run's checkpoints and write into it, so that a place that takes none fails the start.
+
+    Raises OSError with the path.
+    """
+    make_folders(checkpoints_dir)
+    probe = checkpoints_dir / f".writing-{os.getpid()}"
+    with named(probe):
+        probe.touch()
+        probe.unlink()
 
 
 def remove_temporary(checkpoints_dir: Path) -> list[str]:
