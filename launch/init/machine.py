@@ -45,7 +45,7 @@ def find_machine(name: str) -> Machine:
             f"--hardware {name} must be cpu, or a number and an accelerator: 1xh100, 8xh100, 64xb200, 8xFILE.yaml; in the "
             f"table are {', '.join(HARDWARE)}"
         )
-    return Machine(name, int(found[1]), load_hardware(found[2]), is_cpu=False)
+    return Machine(name, int(found[1]), load_hardware(found[2], f"--hardware {name}:"), is_cpu=False)
 
 
 def this_processor() -> Hardware:

@@ -93,7 +93,7 @@ HARDWARE = {
 }
 
 
-def load_hardware(name: str) -> Hardware:
+def load_hardware(name: str, option: str = "--gpu") -> Hardware:
     """A row of the table, or the content of a YAML file with the fields of `Hardware`.
 
     Raises ValueError for an unknown name and, with file and line, for a file that breaks a rule.
@@ -106,7 +106,7 @@ def load_hardware(name: str) -> Hardware:
         near = difflib.get_close_matches(name.lower(), HARDWARE, n=1, cutoff=0.3)
         nearest = near[0] if near else "h100"
         raise ValueError(
-            f"--gpu {name} is not in the table ({', '.join(HARDWARE)}); use {nearest}, or a .yaml file with the fields "
+            f"{option} {name} is not in the table ({', '.join(HARDWARE)}); use {nearest}, or a .yaml file with the fields "
             "that docs/planning.md lists"
         )
     return read_schema(path, (), Hardware)[0]

@@ -80,6 +80,11 @@ def test_every_model_has_the_size_that_it_is_named_for(size: str, style: str) ->
     assert count_parameters(model).total == pytest.approx(SAID[size], rel=0.35)
 
 
+def test_an_unknown_accelerator_is_named_by_the_option_that_was_given() -> None:
+    with pytest.raises(ValueError, match=r"^--hardware 8xh10: h10 is not in the table .*; use h100"):
+        find_machine("8xh10")
+
+
 def test_a_config_passes_and_its_plan_fits(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     check_written(tmp_path / "new" / "folder", text, "8b", "granite", "8xh100", capsys)
 
