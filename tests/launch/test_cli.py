@@ -156,6 +156,16 @@ def test_memory_that_is_used_up_is_the_machines_state(monkeypatch, base, capsys)
     assert "this host's memory is used up (malloc of size 369367187904 failed)" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_an_interrupted_preparation_says_how_to_go_on(flags, monkeypatch, base, capsys):
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pretrain.checks.check_run.load_checked", interrupted)
+    assert run(["prepare", str(base), *flags]) == 130
+    assert "amfm: prepare interrupted; the same command does what is missing" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind", [KeyError, RecursionError, NotImplementedError])
 def test_a_bug_keeps_its_traceback(kind, monkeypatch, base):
     def broken(*arguments: object, **options: object) -> None:
