@@ -22,7 +22,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from data_pipeline.prepare.ray_actors import start_ray
-from launch.cluster.local import forward_signals
+from launch.cluster.interrupt import forward_to_ranks
 from launch.cluster.rank_logs import Follower, last_words, rank_log
 from launch.cluster.supervise import Attempt, Outcome
 from launch.rank_command import rank_command, source_variables
@@ -146,8 +146,9 @@ class RayCluster:
             actor.run.remote(self.command, self._variables(attempt, rank, places), os.getcwd(), logs[rank]): rank
             for rank, actor in enumerate(self.actors)
         }
-        with forward_signals(self._forward):
-            return self._wait(running, [place[0] for place in places], logs)
+        with forward_to_ranks(self._forward) as interrupt:
+            ended = self._wait(running, [place[0] for place in places], logs)
+        return interrupt.outcome(ended)
 
     def _variables(self, attempt: Attempt, rank: int, places: Sequence[tuple[str, str, int]]) -> dict[str, str]:
         """torchrun's variables for a rank; all ranks meet at rank 0's address and free port."""

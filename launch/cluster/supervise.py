@@ -23,7 +23,7 @@ from pretrain.checkpoint.names import newest_saved_step
 from pretrain.checks.check_run import check_run
 from pretrain.config.errors import ConfigError
 from pretrain.config.schema import RunConfig
-from pretrain.launcher_protocol import BAD_INPUT, DONE, RUN_FAILED
+from pretrain.launcher_protocol import BAD_INPUT, DONE, INTERRUPTED, RUN_FAILED
 from pretrain.stages import RunStage, fresh_starts, resolve_stages, stage_of
 
 POLL_SECONDS = 1.0
@@ -59,8 +59,8 @@ def supervise(
 
     `start` runs one attempt to its end. `usable_nodes` says how many there are now; lost ones get
     `launch.node_wait_seconds` to come back. On fewer nodes than wanted the run goes on with the most that can share
-    its batch. Stops with the first cause when `launch.max_restarts` are used up, when the input is refused (code 2), and
-    when failures follow each other without a newer checkpoint between them.
+    its batch. Stops with the first cause when `launch.max_restarts` are used up, when the input is refused (code 2), when
+    Ctrl-C came (130), and when failures follow each other without a newer checkpoint between them.
     """
     stages = resolve_stages(config)
     cause: str | None = None
@@ -73,7 +73,7 @@ def supervise(
         if attempt.nodes < nodes:
             say(f"amfm launch: going on with {attempt.nodes} of {nodes} nodes")
         outcome = start(attempt)
-        if outcome.code in (DONE, BAD_INPUT):
+        if outcome.code in (DONE, BAD_INPUT, INTERRUPTED):
             return outcome.code
         after, number = newest_saved_step(config.run.dir), number + 1
         stuck = 0 if after > before else stuck + 1

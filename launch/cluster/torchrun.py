@@ -23,6 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from launch.cluster.interrupt import forward_to_ranks
 from launch.cluster.lines import check_host, remote_command, shell_line, with_variables
 from launch.cluster.local import forward_signals
 from launch.cluster.orphans import ending_with_us
@@ -213,8 +214,9 @@ class RemoteHosts:
             run.reader = threading.Thread(target=run.follow, daemon=True)
             run.reader.start()
             self.runs.append(run)
-        with forward_signals(self._forward):
-            return self._wait()
+        with forward_to_ranks(self._forward) as interrupt:
+            ended = self._wait()
+        return interrupt.outcome(ended)
 
     def usable_nodes(self) -> int:
         """Number of hosts that answer now; the next attempt uses these."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from data_pipeline.config import DataConfig
+from pretrain.checkpoint.names import list_checkpoints
 from pretrain.monitor.signals import SignalWatch
 from pretrain.run import Run
 from pretrain.start import close_run, start_run
@@ -190,4 +191,4 @@ def test_run_gives_up_after_too_many_bad_steps(data: DataConfig, tmp_path: Path)
     assert code == other_code == 3
     skips = [event for event in events if event["event"] == "skipped_step"]
     assert [skip["sample_ids"] for skip in skips] == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    assert events[-1]["event"] == "gave_up" and not Path(tmp_path, "checkpoints").exists()
+    assert events[-1]["event"] == "gave_up" and not list_checkpoints(tmp_path / "checkpoints")

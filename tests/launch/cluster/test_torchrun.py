@@ -148,13 +148,15 @@ def test_a_stopped_rank_ends_the_attempt_by_name_and_the_run_goes_on(tmp_path: P
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_a_signal_to_the_launcher_saves_on_every_host(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 0), (signal.SIGINT, 130)])
+def test_a_signal_to_the_launcher_saves_on_every_host(tmp_path: Path, number: signal.Signals, code: int) -> None:
     write_config(tmp_path, train__steps=2000)
     launcher = start_on_two_hosts(tmp_path)
     wait_for_step(tmp_path, 15)
-    launcher.send_signal(signal.SIGUSR1)
+    launcher.send_signal(number)
     _, errors = launcher.communicate(timeout=120)
-    assert launcher.returncode == 0, errors
+    assert launcher.returncode == code, errors
+    assert ("interrupted; the ranks save and end" in errors) == (code == 130)
     assert events(tmp_path)[-1]["event"] == "signal"
     last_step = len((tmp_path / "run/metrics.jsonl").read_text().splitlines())
     assert last_step < 2000
