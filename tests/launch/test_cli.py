@@ -189,6 +189,7 @@ class Interrupt:
         if name == "typer":
             signal.raise_signal(signal.SIGINT)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would start with it ignored
 sys.meta_path.insert(0, Interrupt)
 runpy.run_module("launch", run_name="__main__")
 """
