@@ -90,14 +90,6 @@ def main() -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code; a bug's exception passes through."""
-    code = run_verb(arguments)
-    if code == INTERRUPTED and arguments[0] == "prepare":  # a run says itself what it saved
-        say("amfm: prepare interrupted; the same command does what is missing")
-    return code
-
-
-def run_verb(arguments: Sequence[str]) -> int:
-    """Run one command line, with errors said in words; returns the exit code."""
     # Said at each start by libraries below us, of things that we don't use or can't change.
     warnings.filterwarnings("ignore", message=UNUSED_LIBRARIES)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")

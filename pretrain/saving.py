@@ -155,12 +155,19 @@ def send_missing_copy(run: Run) -> bool:
 
     A kill, or the network, ended the copy before; or the run has a store since now. Every rank must call this.
     """
-    remote, name = run.saver.remote, checkpoint_name(run.saved_step or 0)
-    if remote is None or run.saved_step is None or not remote.lacks(name, run.saver.ranks):
+    if run.saved_step is None or not lacks_copy(run):
         return False
-    finished = run.saver.send(run.directory / "checkpoints" / name, run.config.train.keep_last)
-    record_saved(run, finished)
+    newest = run.directory / "checkpoints" / checkpoint_name(run.saved_step)
+    record_saved(run, run.saver.send(newest, run.config.train.keep_last))
     return True
+
+
+def lacks_copy(run: Run) -> bool:
+    """Whether the run has a store that lacks a copy of its newest checkpoint. Every rank must call this."""
+    remote = run.saver.remote
+    if remote is None or run.saved_step is None:
+        return False
+    return remote.lacks(checkpoint_name(run.saved_step), run.saver.ranks)
 
 
 def finish_copies(run: Run) -> bool:
@@ -168,8 +175,7 @@ def finish_copies(run: Run) -> bool:
     if not send_missing_copy(run):
         return True
     finish_saving(run)
-    remote = run.saver.remote
-    return remote is None or not remote.lacks(checkpoint_name(run.saved_step or 0), run.saver.ranks)
+    return not lacks_copy(run)
 
 
 def record_saved(run: Run, saved: Saved | None) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -52,6 +54,16 @@ def corpus(
         )
 
 
+@contextmanager
+def said_to_be_resumable() -> Iterator[None]:
+    """Say after Ctrl-C inside the block that nothing of a preparation is lost."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say("amfm: prepare interrupted; the same command does what is missing")
+        raise
+
+
 def prepare(
     path: ConfigArgument,
     overrides: OverridesArgument = None,
@@ -72,7 +84,7 @@ def prepare(
             print_json({"probe": config.data.probe.task, "units_written": 0})
         say(f"amfm: nothing to prepare: data.probe.task={config.data.probe.task} is computed while it is read")
         return
-    with Waiting("amfm prepare") as waiting, show_progress("prepare") as show:
+    with said_to_be_resumable(), Waiting("amfm prepare") as waiting, show_progress("prepare") as show:
 
         def show_parts(now: Progress) -> None:
             waiting.end()

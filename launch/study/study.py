@@ -15,9 +15,9 @@ from typing import Generic, TypeVar
 
 from pydantic import Field
 
+from model.config.section import Section
 from pretrain.config.errors import Origin
 from pretrain.config.file import read_schema
-from pretrain.config.schema import Section
 
 
 class RunTask(Section):

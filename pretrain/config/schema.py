@@ -9,20 +9,15 @@ sections (model/config/schema.py, data_pipeline/config.py), since both work with
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from data_pipeline.config import DataConfig
 from model.config.schema import ModelConfig, RopeConfig
+from model.config.section import Section
 from pretrain.config.convert import ConvertConfig
 from pretrain.config.hooks import RegisteredHooks
 from pretrain.config.launch import LaunchConfig
 from pretrain.config.pruning import ForgetConfig, PruneConfig
-
-
-class Section(BaseModel):
-    """A part of the configuration: immutable; an unknown key is an error, and so is a number that is not finite."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class RunSection(Section):

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kernels.attention import varlen
 from kernels.attention.op import _log_choice, attention, fastest_backend, window_sums
 from kernels.attention.varlen import DocumentEnds, refuse_varlen
+from tests.helpers.determinism import without_determinism
 
 # Softmax-weighted sums of at most a hundred values.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6}
@@ -170,16 +171,8 @@ def test_models_leave_rows_without_boundaries_on_cuda_to_pytorch_and_say_so(capl
         assert fastest_backend(backend, fake_query("cpu", 64), has_documents=False, keys=64) == backend
 
 
-@pytest.fixture
-def without_determinism():
-    """Training in this process may have asked for library kernels that are deterministic; ask for none meanwhile."""
-    was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(False)
-    yield
-    torch.use_deterministic_algorithms(was[0], warn_only=was[1])
-
-
-def test_documents_on_cuda_go_to_variable_length_attention_where_it_serves(caplog, without_determinism):
+@without_determinism()
+def test_documents_on_cuda_go_to_variable_length_attention_where_it_serves(caplog):
     ends = DocumentEnds(torch.tensor([0, 10, 64], dtype=torch.int32), 54)
     settings = {"has_documents": True, "keys": 64, "document_ends": ends}
     _log_choice.cache_clear()
@@ -233,7 +226,8 @@ def test_variable_length_attention_keeps_out_cudnn_which_plans_anew_for_every_nu
     assert (was, watch.lets_cudnn, torch._C._get_cudnn_sdp_enabled()) == (True, [False], True)
 
 
-def test_torch_compile_sees_variable_length_attention_whole_and_makes_one_graph_for_all_documents(without_determinism):
+@without_determinism()
+def test_torch_compile_sees_variable_length_attention_whole_and_makes_one_graph_for_all_documents():
     """A graph is made for the first documents, one for any others; nothing runs, because a CPU has no FlashAttention."""
     graphs = []
 

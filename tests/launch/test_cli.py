@@ -161,7 +161,7 @@ def test_an_interrupted_preparation_says_how_to_go_on(flags, monkeypatch, base, 
     def interrupted(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pretrain.checks.check_run.load_checked", interrupted)
+    monkeypatch.setattr("data_pipeline.prepare.prepare.prepare", interrupted)
     assert run(["prepare", str(base), *flags]) == 130
     assert "amfm: prepare interrupted; the same command does what is missing" in capsys.readouterr().err
 

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.attention.varlen import DocumentEnds, _refuse_own_release
 from model.mixers.mla import MlaMixer
+from tests.helpers.determinism import without_determinism
 
 
 class Operations(TorchDispatchMode):
@@ -23,17 +24,9 @@ class Operations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.fixture
-def without_determinism():
-    """Training in this process may have asked for library kernels that are deterministic; ask for none meanwhile."""
-    was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(False)
-    yield
-    torch.use_deterministic_algorithms(was[0], warn_only=was[1])
-
-
 @pytest.mark.skipif(_refuse_own_release() is not None, reason="this torch has no variable-length attention for us")
-def test_documents_on_a_card_go_to_variable_length_attention_as_those_of_attention_do(without_determinism):
+@without_determinism()
+def test_documents_on_a_card_go_to_variable_length_attention_as_those_of_attention_do():
     """Kimi Linear's heads of 192 channels, whose values fill up to as many; on fake tensors."""
     mixer = SimpleNamespace(build=SimpleNamespace(backend="triton"), key_size=192)
     with FakeTensorMode(), Operations() as operations:
